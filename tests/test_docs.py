@@ -74,18 +74,20 @@ def test_every_python_block_of_the_readme_runs(folder: Path) -> None:
         assert done.wait() == 0, f"{block}\n{done.communicate()}"
 
 
-def test_the_python_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["python.md", "on-policy.md"])
+def test_a_python_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Block by block in one session, as a reader would."""
     sizes = {"hidden_size": 64, "intermediate_size": 512, "num_hidden_layers": 4}
     tiny.save_model(tmp_path / "teacher", **sizes)
     rows = [json.dumps({"text": line}) + "\n" for line in tiny.text(400).splitlines()]
     (tmp_path / "texts.jsonl").write_text("".join(rows))
     monkeypatch.chdir(tmp_path)
-    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
     session: dict[str, object] = {}
     for block in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
-        exec(compile(block, "docs/python.md", "exec"), session)
-    assert AutoModelForCausalLM.from_pretrained("out").config.hidden_size <= 64
+        exec(compile(block, f"docs/{name}", "exec"), session)
+    if name == "python.md":
+        assert AutoModelForCausalLM.from_pretrained("out").config.hidden_size <= 64
 
 
 YAML_BLOCKS = [

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from stillhouse.errors import LostProcessError, RecipeError
 from stillhouse.hardware import default_device
 from stillhouse.launch import processes_here, world_size
+
+T = TypeVar("T")
 
 _LOST = re.compile("gloo|Connection (reset|closed) by peer|ProcessGroup|NCCL", re.IGNORECASE)
 """In errors of gloo, which are plain RuntimeErrors."""
@@ -116,6 +118,32 @@ def release_gathered(root: nn.Module) -> None:
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def with_gathered(root: nn.Module, work: Callable[[], T]) -> T:
+    """Run work while every process has all weights of a sharded module. Every process must call
+    this; the work itself need not be alike.
+
+    root: the module whose forward FSDP2 gathers for, which is replaced for the call.
+    """
+    blocks = [one for one in root.modules() if isinstance(one, FSDPModule) and one is not root]
+
+    def inside(run: Callable[[], T]) -> T:
+        for block in blocks:
+            block.set_reshard_after_forward(False, recurse=False)
+            block.unshard()
+        return run()
+
+    root.forward = inside
+    try:
+        with torch.no_grad():
+            found: T = root(work)
+    finally:
+        del root.forward
+        for block in blocks:
+            block.set_reshard_after_forward(True, recurse=False)
+        release_gathered(root)
+    return found
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from stillhouse.data.batches import Batches
+from stillhouse.data.batches import Batches, NoText
 from stillhouse.data.data import Data
+from stillhouse.errors import RecipeError
 from stillhouse.evaluation.evaluate import evaluate_models
 from stillhouse.evaluation.results import Evaluation
-from stillhouse.field_types import Seed, Temperature
+from stillhouse.field_types import Context, Seed, Temperature
 from stillhouse.file_locks import locked_while_writing
 from stillhouse.hardware import choose_precision, default_device
 from stillhouse.launch import leads
@@ -41,6 +42,8 @@ from stillhouse.teachers.several_teachers import combined
 from stillhouse.teachers.shared_vocabulary import tokenizer_identity
 from stillhouse.teachers.stored_teacher import StoredTeacher
 from stillhouse.teachers.teacher import Teacher
+from stillhouse.training.on_policy_config import OnPolicyRecipe
+from stillhouse.training.own_prompts import OwnPrompts, made_prompts
 from stillhouse.training.same_training import require_same_training
 from stillhouse.training.train import TrainingResult, train
 from stillhouse.training.train_config import TrainRecipe
@@ -79,15 +82,47 @@ def AttentionRelations(**options: Any) -> AttentionRelationsTerm:  # noqa: N802
     return made(AttentionRelationsTerm, values, "AttentionRelations")
 
 
+# --- text that the student writes ------------------------------------------------------------
+
+
+class Rollouts:
+    """Answers that the student writes during training, for `distill(..., batches=...)`.
+
+    prompts: a path (text, JSONL, JSON, CSV, TSV, Parquet), or a list or data set of strings, chats,
+    rows or lists of token ids; None: the chats of the data, without their last answer.
+    context: tokens of a window, if there are no data. options: share, window, samples, temperature,
+    top_p, max_tokens, terms, cold_start_tokens, ... as in a recipe's `train.on_policy`.
+    Raises RecipeError for an unknown or invalid option.
+    """
+
+    def __init__(
+        self, prompts: Any = None, *, key: str = "prompt", context: int = 1024, **options: Any
+    ) -> None:
+        self.prompts, self.key = prompts, key
+        self.context: int = checked(Context, context, "context")
+        self.settings = made(OnPolicyRecipe, options, "Rollouts")
+
+    def for_student(self, student: Student) -> OwnPrompts | None:
+        """The prompts as token ids. Raises DataError, ModelError as `made_prompts`."""
+        if self.prompts is None:
+            return None
+        return made_prompts(self.prompts, student.tokenizer, key=self.key)
+
+    def __repr__(self) -> str:
+        own = self.settings
+        return f"Rollouts({own.share:.0%} of the rows, {own.max_tokens} tokens at most)"
+
+
 # --- functions -------------------------------------------------------------------------------
 
 
 def distill(
     student: Student | Any,
     teacher: Teacher | Any | Sequence[Teacher] | None,
-    data: Data | Batches,
+    data: Data | Batches | None = None,
     *,
     objective: Sequence[ObjectiveTerm] = (),
+    batches: Rollouts | None = None,
     seed: int = 0,
     folder: str | Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
@@ -97,8 +132,9 @@ def distill(
 
     student: a Student, or a transformers model. teacher: a Teacher, a transformers model, several
     of them (the loss is the mean of the losses under each), or None if no term needs one.
-    data: its held-out part is evaluated if `evaluate_every` is given. objective: terms whose
-    weighted sum is the loss; by default only KL.
+    data: its held-out part is evaluated if `evaluate_every` is given; None: the student writes all
+    text. objective: terms whose weighted sum is the loss; by default only KL. batches: text that
+    the student writes during training, as a share of each step's rows.
     folder: stores checkpoints, metrics and the model, so that a run that was killed resumes when it
     is called again with equal arguments; None: nothing is written.
     callbacks: of transformers; their `model` is a Distillation, and `model.student` can generate.
@@ -108,7 +144,15 @@ def distill(
     used by another process or has checkpoints of another training.
     """
     seed = checked(Seed, seed, "seed")
-    batches, heldout = (data.train, data.heldout) if isinstance(data, Data) else (data, None)
+    own = _student(student)
+    heldout = data.heldout if isinstance(data, Data) else None
+    text = data.train if isinstance(data, Data) else data
+    prompts = None
+    if batches is not None:
+        settings = {**settings, "on_policy": batches.settings}
+        prompts = batches.for_student(own)
+    if text is None:
+        text = _own_text_alone(batches, settings)
     terms = {"terms": list(objective)} if objective else {}
     recipe = made(ObjectiveRecipe, terms, "distill")
     training = made(TrainRecipe, settings, "distill")
@@ -116,18 +160,38 @@ def distill(
     place = None if folder is None else Path(folder)
     with _alone_in(place, "training"):
         if place is not None and leads():
-            require_same_training(place, taught_by, batches, recipe, training, seed)
+            require_same_training(place, taught_by, text, recipe, training, seed, prompts)
         return train(
-            _student(student),
+            own,
             taught_by,
-            batches,
+            text,
             recipe,
             training,
             heldout=heldout,
             seed=seed,
             folder=place,
             callbacks=callbacks,
+            prompts=prompts,
         )
+
+
+def _own_text_alone(rollouts: Rollouts | None, settings: Mapping[str, Any]) -> NoText:
+    """Raise RecipeError if a training needs data."""
+    if rollouts is None or rollouts.settings.share < 1 or rollouts.settings.cold_start_tokens:
+        raise RecipeError(
+            "there are no data, and the student does not write all of the text",
+            where="distill",
+            fix="give data, or batches=Rollouts(prompts, share=1.0) without a cold start",
+        )
+    if rollouts.prompts is None:
+        raise RecipeError("there are no prompts", where="Rollouts", fix="give prompts, or data")
+    if settings.get("max_steps") is None:
+        raise RecipeError(
+            "without data there is no epoch that ends the training",
+            where="distill",
+            fix="give max_steps",
+        )
+    return NoText(rollouts.context)
 
 
 def evaluate(

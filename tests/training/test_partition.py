@@ -8,7 +8,8 @@ import pytest
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 
-from stillhouse.training.partition import NO_ROW, ProcessBatches, heldout_rows
+from stillhouse.training.heldout import heldout_rows
+from stillhouse.training.partition import NO_ROW, ProcessBatches
 
 
 def batches(rows: int, micro: int, processes: int, epoch: int = 0) -> list[list[list[int]]]:

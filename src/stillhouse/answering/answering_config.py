@@ -230,6 +230,12 @@ class AnsweringRecipe(Section):
             )
         if self.train.teachers:
             raise ValueError("the teacher is `teacher`: remove train.teachers")
+        if self.train.on_policy is not None and self.learns_text_alone:
+            raise ValueError(
+                "train.on_policy needs a local teacher whose distributions are learned, and here "
+                "only its text is: remove on_policy; or use teacher.model, and task.student_sees: "
+                "all if the teacher's prompt has more"
+            )
         return self
 
     @model_validator(mode="after")

@@ -47,3 +47,20 @@ def empty_row(windows: WindowSet) -> Batch:
     """The first row with no token to learn."""
     first = windows[0]
     return {**first, "labels": torch.full_like(first["labels"], IGNORED)}
+
+
+class NoText:
+    """Batches without a row, for a training on text that the student writes. context: tokens in a
+    window of that."""
+
+    supervised_tokens = 0
+
+    def __init__(self, context: int) -> None:
+        self.context = context
+
+    def __len__(self) -> int:
+        return 0
+
+    def __getitem__(self, index: int, /) -> Batch:
+        """The shape of a row."""
+        return {name: torch.full((self.context,), IGNORED * (name == "labels")) for name in ARRAYS}

@@ -73,8 +73,8 @@ def _read(source: Source, base: Path) -> Iterator[AnyDocument]:
             for path in source_files(source, base):
                 yield from _file_documents(path, source)
         case HubSource():
-            with _hub_errors(source):
-                yield from _documents(_hub_rows(source, base), source.text_key)
+            with hub_errors(source):
+                yield from _documents(hub_rows(source, base), source.text_key)
 
 
 def _documents(rows: Rows, text_key: str) -> Iterator[AnyDocument]:
@@ -123,7 +123,7 @@ def _paragraphs(lines: Iterator[str], path: Path) -> Iterator[Document]:
 # --- Hugging Face datasets --------------------------------------------------------------------
 
 
-def _hub_rows(source: HubSource, base: Path) -> Rows:
+def hub_rows(source: HubSource, base: Path) -> Rows:
     for number, row in enumerate(_load_dataset(source, base)):
         yield row, f"{source.dataset} [{source.split}] row {number}"
 
@@ -174,7 +174,7 @@ def _is_large(name: str, source: HubSource) -> bool:
 
 
 @contextmanager
-def _hub_errors(source: HubSource) -> Iterator[None]:
+def hub_errors(source: HubSource) -> Iterator[None]:
     """Turns errors of `datasets`, on loading or in the middle of a stream, into DataErrors."""
     import datasets
     from huggingface_hub.errors import HfHubHTTPError

@@ -42,6 +42,7 @@ def train_from_scratch(recipe: Recipe, job: Job, do: Do, largest: Path) -> Scrat
             "epochs": float(steps),
             "evaluate_every": max(1, steps // MEASUREMENTS),
             "early_stop": None,
+            "on_policy": None,
         }
     )
     changed = {"data": data, "student": random, "train": train, "signals": None, "quantize": None}

@@ -9,14 +9,18 @@ from stillhouse.hardware import peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job
 from stillhouse.language_model.signals_stage import stored_signals, training_teacher
-from stillhouse.language_model.train_stage import training_outcome
+from stillhouse.language_model.train_stage import (
+    own_prompts,
+    own_prompts_key,
+    training_outcome,
+)
 from stillhouse.language_model.training_memory import with_shard
 from stillhouse.pipeline.stage_plan import StagePlan, model_check
 from stillhouse.quantize.quantize import TRAINING, quantize, train_quantized
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.students.student import Student
 from stillhouse.training.train import MODEL
-from stillhouse.training.train_config import WHERE_IT_RUNS
+from stillhouse.training.train_config import training_key
 
 
 def plan_quantization(job: Job, data: Stage, trained: Stage) -> StagePlan:
@@ -73,17 +77,17 @@ def plan_quantized_training(
             heldout=heldout,
             seed=job.recipe.seed,
             folder=out,
+            prompts=own_prompts(job, start),
         )
         summary = {**rounded.summary, "training": result.summary()}
         return training_outcome(result, summary)
 
     inputs = {
+        **own_prompts_key(job),
         "qat": section.qat.model_dump(mode="json"),
         "objective": job.recipe.objective.model_dump(mode="json"),
         "signals": stored and stored.key,
-        "recipe": train_section.model_dump(
-            mode="json", exclude={"report_to", "teachers", *WHERE_IT_RUNS}
-        ),
+        "recipe": training_key(train_section),
         "seed": job.recipe.seed,
         "teachers": [teacher.fingerprint for teacher in job.teachers],
         "data": data.digest,

@@ -216,7 +216,10 @@ def training_teacher(
         if config.get_text_config().num_hidden_layers in encoding.layers:
             head = load_head(sources[0].path, dtype=dtype, trust_remote_code=code)
     section = job.recipe.signals
-    live = section is not None and section.missing == "live"
+    assert section is not None
+    # A store of this run lacks no row of the data, but all that the student will write.
+    own = job.recipe.train.on_policy is not None and section.store is None
+    live = own or section.missing == "live"
     return StoredTeacher(store, config=config, head=head, load_missing=loads[0] if live else None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ from stillhouse.language_model.signals_stage import StoredSignals, stored_signal
 from stillhouse.language_model.training_memory import with_shard
 from stillhouse.objectives.objective_config import LogitsTerm, ObjectiveRecipe
 from stillhouse.pipeline.stage_plan import StagePlan, model_check
-from stillhouse.runfolder import Outcome, Stage
+from stillhouse.runfolder import Outcome, Stage, sha
 from stillhouse.students.build_student import build_student, config_sha256
 from stillhouse.students.student import Student
 from stillhouse.students.student_config import RandomStudent
 from stillhouse.teachers.model_source import ModelSource
+from stillhouse.training.own_prompts import OwnPrompts, read_own_prompts
+from stillhouse.training.rollouts import ROLLOUTS
 from stillhouse.training.train import CHECKPOINTS, MODEL, TrainingResult, train
-from stillhouse.training.train_config import WHERE_IT_RUNS
+from stillhouse.training.train_config import training_key
 
 BASELINE = ObjectiveRecipe(terms=[LogitsTerm(divergence="cross_entropy")])
 
@@ -68,6 +71,8 @@ def plan_training(job: Job, data: Stage, student: Stage, signals: Stage | None) 
 
 def plan_baseline(job: Job, data: Stage, student: Stage) -> StagePlan:
     """Train the same student on the same data with plain next-token loss, as a baseline."""
+    settings = job.recipe.train.model_copy(update={"on_policy": None})
+    job = replace(job, recipe=job.recipe.model_copy(update={"train": settings}))
     return _training("baseline", {}, job, data, student, BASELINE, ())
 
 
@@ -94,14 +99,14 @@ def _training(
             heldout=heldout,
             seed=job.recipe.seed,
             folder=out,
+            prompts=own_prompts(job, start),
         )
         return training_outcome(result, result.summary())
 
     everything = {
         **inputs,
-        "recipe": job.recipe.train.model_dump(
-            mode="json", exclude={"report_to", "teachers", *WHERE_IT_RUNS}
-        ),
+        **own_prompts_key(job),
+        "recipe": training_key(job.recipe.train),
         "seed": job.recipe.seed,
         "teachers": [teacher.fingerprint for teacher in teachers],
         "data": data.digest,
@@ -114,9 +119,25 @@ def _training(
         version=2,
         resumable=True,
         together=True,
-        scratch=(CHECKPOINTS,),
+        scratch=(CHECKPOINTS, ROLLOUTS),
         check=model_check(job.trust_remote_code),
     )
+
+
+def own_prompts(job: Job, student: Student) -> OwnPrompts | None:
+    """The prompts of `train.on_policy` that are not chats of the data. Raises DataError."""
+    section = job.recipe.train.on_policy
+    if section is None or section.prompts is None:
+        return None
+    return read_own_prompts(section.prompts, job.base, student.tokenizer)
+
+
+def own_prompts_key(job: Job) -> dict[str, str]:
+    """What identifies the file that has the prompts of `train.on_policy`."""
+    section = job.recipe.train.on_policy
+    if section is None or section.prompts is None or section.prompts.path is None:
+        return {}
+    return {"prompts": sha(job.base / Path(section.prompts.path).expanduser())}
 
 
 def training_outcome(result: TrainingResult, summary: dict[str, Any]) -> Outcome:

@@ -9,6 +9,8 @@ latent weights, from which training resumes exactly.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -39,13 +41,29 @@ class RoundedWeights(TrainerCallback):
         }
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._round(kwargs["model"])
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._restore(kwargs["model"])
+
+    @contextmanager
+    def as_shipped(self, model: Any) -> Iterator[None]:
+        """In the block, the weights are on the grid: what the student writes during training is
+        what it would write after it."""
+        self._round(model)
+        try:
+            yield
+        finally:
+            self._restore(model)
+
+    def _round(self, model: Any) -> None:
         assert not self._latent, "a step began twice"
-        for name, weight in self._weights(kwargs["model"]):
+        for name, weight in self._weights(model):
             self._latent[name] = weight.clone()
             weight.copy_(on_grid(weight, self._scales[name], self.quantization.grid))
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for name, weight in self._weights(kwargs["model"]):
+    def _restore(self, model: Any) -> None:
+        for name, weight in self._weights(model):
             weight.copy_(self._latent.pop(name))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -48,6 +48,7 @@ from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.older_names import save_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.teacher import Teacher
+from stillhouse.training.own_prompts import OwnPrompts
 from stillhouse.training.train import METRICS, MODEL, TrainingResult, train
 from stillhouse.training.train_config import TrainRecipe
 
@@ -216,6 +217,7 @@ def train_quantized(
     folder: Path,
     heldout: Batches | None = None,
     seed: int = 0,
+    prompts: OwnPrompts | None = None,
 ) -> TrainingResult:
     """Continue distilling the unquantized student, with its weights rounded at every step.
 
@@ -234,6 +236,7 @@ def train_quantized(
         seed=seed,
         folder=folder / TRAINING,
         callbacks=[RoundedWeights(quantization)],
+        prompts=prompts,
     )
     if leads():
         # From its file: a process may have only a part of it in memory.

@@ -56,6 +56,9 @@ class SeveralTeachers(Teacher):
         known = [teacher for teacher in found if teacher is not None]
         return SeveralTeachers(known) if len(known) == len(found) else None
 
+    def for_own_text(self) -> Teacher:
+        return SeveralTeachers([teacher.for_own_text() for teacher in self.teachers])
+
     def flops(self, tokens: int) -> int:
         return sum(teacher.flops(tokens) for teacher in self.teachers)
 

@@ -160,6 +160,17 @@ class StoredTeacher(Teacher):
         covered = all(self.store.covers(segments_of(batch)) for batch in batches)
         return self if covered and settings.temperature == 1.0 else None
 
+    def for_own_text(self) -> Teacher:
+        teacher = self._teacher_of_missing()
+        if teacher is None:
+            raise SignalError(
+                "a store of signals cannot score text that the student writes during training",
+                where=self.store.path,
+                fix="set signals.missing: live, so that the teacher itself scores it; or remove "
+                "`signals`, or train.on_policy",
+            )
+        return teacher.for_own_text()
+
     def flops(self, tokens: int) -> int:
         if self._missing is None:
             return 0

@@ -106,6 +106,13 @@ class Teacher(ABC):
         none."""
         return self
 
+    def for_own_text(self) -> Teacher:
+        """The teacher that can score text which the student writes during training.
+
+        Raises SignalError if there is none.
+        """
+        return self
+
     def flops(self, tokens: int) -> int:
         """Floating-point operations on this machine for a number of tokens."""
         return 0

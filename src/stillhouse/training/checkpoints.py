@@ -22,11 +22,17 @@ COMPLETE = "complete.json"
 
 @dataclass(frozen=True)
 class Meter:
-    """Training progress at a checkpoint: steps, supervised tokens, and seconds of work."""
+    """Training progress at a checkpoint: steps, supervised tokens, and seconds of work.
+
+    own_tokens: those of the supervised tokens that the student wrote. processed_tokens: read and
+    written by the student for its rollouts.
+    """
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    own_tokens: int = 0
+    processed_tokens: int = 0
 
 
 def step_of(checkpoint: Path) -> int:
@@ -82,6 +88,11 @@ def set_aside(checkpoint: Path, why: str) -> None:
 def keep_newest(folder: Path, count: int) -> None:
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of)[:-count]:
         shutil.rmtree(checkpoint)
+
+
+def oldest_step(folder: Path) -> int:
+    """The step of the oldest checkpoint; 0 if there is none."""
+    return min(map(step_of, folder.glob("checkpoint-*")), default=0)
 
 
 def _facts(checkpoint: Path) -> dict[str, Any] | None:

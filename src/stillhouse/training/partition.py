@@ -7,10 +7,12 @@ micro-batches are smaller or empty; no row is repeated to fill them up.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import TrainingArguments
 
 from stillhouse.data.batches import Batch, empty_row
 from stillhouse.data.windows import WindowSet
@@ -60,11 +62,27 @@ class WithEmptyRow(Dataset[Batch]):
         return self.windows[index] if index != NO_ROW else empty_row(self.windows)
 
 
-def heldout_rows(
-    windows: WindowSet, size: int, *, process: int, processes: int
-) -> Iterator[Sequence[Batch]]:
-    """Rows of one process in batches of at most `size`; as many batches in every process."""
-    for start in range(0, len(windows), size * processes):
-        first = start + process * size
-        rows = [windows[i] for i in range(first, min(first + size, len(windows)))]
-        yield rows or [empty_row(windows)]
+class _EpochLoader(DataLoader[Batch]):
+    """Sets the epoch of its batch sampler, as transformers.Trainer expects of a loader."""
+
+    def __init__(self, rows: Any, dataset: WithEmptyRow, **options: Any) -> None:
+        super().__init__(dataset, batch_sampler=rows, **options)
+        self.rows = rows
+
+    def set_epoch(self, epoch: int) -> None:
+        self.rows.set_epoch(epoch)
+
+
+def row_loader(
+    rows: Sampler[list[int]], windows: WindowSet, args: TrainingArguments, collate: Any
+) -> DataLoader[Batch]:
+    """Loads the micro-batches that a sampler with epochs names."""
+    return _EpochLoader(
+        rows,
+        WithEmptyRow(windows),
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+    )

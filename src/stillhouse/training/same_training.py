@@ -22,6 +22,7 @@ from stillhouse.objectives.objective_config import ObjectiveRecipe
 from stillhouse.runfolder import write_atomically
 from stillhouse.teachers.local_teacher import LocalTeacher
 from stillhouse.teachers.teacher import Teacher
+from stillhouse.training.own_prompts import OwnPrompts
 from stillhouse.training.train import CHECKPOINTS
 from stillhouse.training.train_config import WHERE_IT_RUNS, TrainRecipe
 
@@ -39,6 +40,7 @@ def require_same_training(
     objective: ObjectiveRecipe,
     settings: TrainRecipe,
     seed: int,
+    prompts: OwnPrompts | None = None,
 ) -> None:
     """Record what the training in this folder depends on, or compare it with the record.
 
@@ -52,6 +54,7 @@ def require_same_training(
         "seed": seed,
         "data": [len(batches), batches.context, batches.supervised_tokens, _sample(batches)],
         "teacher": _identity(teacher),
+        "prompts": None if prompts is None else prompts.fingerprint,
     }
     own = json.loads(json.dumps(own))
     known = _record(folder)

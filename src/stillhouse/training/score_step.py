@@ -33,14 +33,22 @@ def scores_steps(teacher: Teacher | None) -> bool:
 
 
 def score_step(
-    teacher: Teacher, batches: Sequence[Batch], request: ActivationRequest, device: torch.device
+    teacher: Teacher,
+    batches: Sequence[Batch],
+    request: ActivationRequest,
+    device: torch.device,
+    *,
+    rows: int,
 ) -> Iterator[TeacherView]:
     """The teacher's answers to the micro-batches, in order, on the device.
 
     Micro-batches of up to `teacher.tokens_together` tokens are scored together, all before the
-    first answer. The processes of a torchrun must have equally many micro-batches.
+    first answer. The processes of a torchrun must have equally many micro-batches, of equally long
+    windows. rows: in a complete micro-batch; one process may have fewer.
     """
-    together = max(1, teacher.tokens_together // batches[0]["labels"].numel())
+    if not batches:
+        return
+    together = max(1, teacher.tokens_together // (rows * batches[0]["labels"].shape[1]))
     kept: list[TeacherView] = []
     for start in range(0, len(batches), together):
         chunk = batches[start : start + together]

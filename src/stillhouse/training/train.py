@@ -21,7 +21,7 @@ from stillhouse import account
 from stillhouse.data.batches import Batches
 from stillhouse.errors import ModelError, RecipeError, TrainingError
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
-from stillhouse.launch import leads, world_size
+from stillhouse.launch import leads, process_index, world_size
 from stillhouse.objectives.objective_config import ObjectiveRecipe
 from stillhouse.processes import lost_process, shards_in_node
 from stillhouse.progress import bar, note
@@ -33,7 +33,10 @@ from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.teacher import Teacher
 from stillhouse.training import checkpoints
 from stillhouse.training.checkpoints import Meter, Metrics
+from stillhouse.training.on_policy import own_text
+from stillhouse.training.own_prompts import OwnPrompts
 from stillhouse.training.resuming import train_from_newest
+from stillhouse.training.step_rows import Micro
 from stillhouse.training.train_config import SCHEDULES, TrainRecipe
 from stillhouse.training.trainer import DistillationTrainer
 
@@ -46,8 +49,9 @@ CHECKPOINTS = "checkpoints"
 class TrainingResult:
     """The result of a training.
 
-    tokens: supervised positions. seconds: without held-out measurements. metrics: the logged rows,
-    one per step; the keys are the objective's terms, and `heldout_` measurements.
+    tokens: supervised positions. own_tokens: of them, those that the student wrote. seconds:
+    without held-out measurements. metrics: the logged rows, one per step; the keys are the
+    objective's terms, `heldout_` measurements, and `own_` for what the student wrote.
     """
 
     steps: int
@@ -58,6 +62,7 @@ class TrainingResult:
     peak_memory_bytes: int
     precision: str
     metrics: Sequence[Mapping[str, float]] = ()
+    own_tokens: int = 0
 
     def summary(self) -> dict[str, Any]:
         """All but the metrics, as plain values for JSON."""
@@ -107,7 +112,7 @@ def plan_batches(section: TrainRecipe, windows: int, processes: int) -> Batching
     steps_an_epoch = math.ceil(micro_batches / accumulation)
     steps = math.ceil(section.epochs * steps_an_epoch)
     if section.max_steps is not None:
-        steps = min(steps, section.max_steps)
+        steps = min(steps, section.max_steps) if windows else section.max_steps
     return Batching(micro, accumulation, processes, steps)
 
 
@@ -122,11 +127,13 @@ def train(
     seed: int = 0,
     folder: Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    prompts: OwnPrompts | None = None,
 ) -> TrainingResult:
     """Train the student in place, in float32.
 
     teacher: None if no term needs one. heldout: measured every `settings.evaluate_every` steps.
     callbacks: additional transformers callbacks; their `model` is a `Distillation`.
+    prompts: for `settings.on_policy`; None: the chats of `batches`, without their last answer.
     folder: receives `model` (a plain Hugging Face folder), `metrics.jsonl`, and `checkpoints`; a
     run that was killed resumes from the newest checkpoint that loads, and ends with the same
     weights as an uninterrupted run. None: nothing is written.
@@ -153,6 +160,21 @@ def train(
         elif meter.step:
             begin_again = student.remember()  # a checkpoint that does not load may change it
         student.trainable(freeze_head=settings.freeze_head)
+        own = own_text(
+            settings.on_policy,
+            prompts,
+            batches,
+            batch=settings.batch_size,
+            steps=plan.steps,
+            micro=Micro(plan.micro, process_index(), plan.processes),
+            dtype=precision.dtype,
+            seed=seed,
+            folder=folder,
+        )
+        accumulation = plan.accumulation if own is None else own.micro_batches
+        arguments = _arguments(
+            settings, plan, accumulation, written, precision.dtype, seed, folder is not None
+        )
         advance(meter.step * step_tokens - shown)
         shown = meter.step * step_tokens
         trainer = DistillationTrainer(
@@ -163,7 +185,8 @@ def train(
             meter=meter,
             early_stop=settings.early_stop,
             shards=shards(settings, "student"),
-            args=_arguments(settings, plan, written, precision.dtype, seed, folder is not None),
+            own=own,
+            args=arguments,
             train_dataset=batches,
             eval_dataset=heldout,
         )
@@ -194,8 +217,10 @@ def train(
         steps=done.step,
         planned_steps=plan.steps,
         tokens=done.tokens,
+        own_tokens=done.own_tokens,
         seconds=done.seconds,
         flops=account.training_flops(size, done.tokens)
+        + account.forward_flops(size, done.processed_tokens)
         + (0 if teacher is None else teacher.flops(done.tokens)),
         peak_memory_bytes=peak_memory_bytes(),
         precision=precision.reason,
@@ -204,7 +229,8 @@ def train(
 
 
 def _check_text(batches: Batches, heldout: Batches | None, settings: TrainRecipe) -> None:
-    if batches.supervised_tokens == 0:
+    own = settings.on_policy
+    if batches.supervised_tokens == 0 and not (own is not None and own.share == 1):
         raise TrainingError(
             "the training data has no supervised tokens", where=getattr(batches, "path", None)
         )
@@ -268,6 +294,7 @@ def _leave_group() -> None:
 def _arguments(
     section: TrainRecipe,
     plan: Batching,
+    accumulation: int,
     folder: Path,
     dtype: torch.dtype,
     seed: int,
@@ -286,7 +313,7 @@ def _arguments(
         max_steps=plan.steps,
         per_device_train_batch_size=plan.micro,
         per_device_eval_batch_size=plan.micro,
-        gradient_accumulation_steps=plan.accumulation,
+        gradient_accumulation_steps=accumulation,
         learning_rate=section.learning_rate,
         lr_scheduler_type=SCHEDULES[section.schedule],
         lr_scheduler_kwargs=scheduler_kwargs,
@@ -346,3 +373,5 @@ class _Housekeeping(TrainerCallback):
         checkpoint = folder / f"checkpoint-{state.global_step}"
         checkpoints.seal(checkpoint, self.trainer.meter(), self.trainer.metrics)
         checkpoints.keep_newest(folder, self.keep_checkpoints)
+        if self.trainer.own is not None:
+            self.trainer.own.forget(before=checkpoints.oldest_step(folder))

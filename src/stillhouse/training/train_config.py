@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -19,6 +19,7 @@ from stillhouse.field_types import (
     WeightDecay,
 )
 from stillhouse.section import OneOf, Section
+from stillhouse.training.on_policy_config import OnPolicyRecipe
 
 SCHEDULES = {
     "cosine": "cosine",
@@ -37,6 +38,15 @@ WHERE_IT_RUNS = frozenset(
 )
 """Keys that decide how a training is computed, and not what comes out. They may change in between
 a kill and its resume."""
+
+
+def training_key(settings: TrainRecipe) -> dict[str, Any]:
+    """What identifies the result of a training, of its settings."""
+    found = settings.model_dump(mode="json", exclude={"report_to", "teachers", *WHERE_IT_RUNS})
+    own = found.pop("on_policy")
+    if own is not None:
+        found["on_policy"] = {key: value for key, value in own.items() if key != "batch"}
+    return found
 
 
 class TrainRecipe(Section):
@@ -83,6 +93,11 @@ class TrainRecipe(Section):
     )
     early_stop: Count | None = Field(
         None, description="Stop after this many measurements without a better one."
+    )
+    on_policy: OnPolicyRecipe | None = Field(
+        None,
+        description="The student writes a share of the text it learns from; null: it learns from "
+        "data alone.",
     )
     report_to: list[str] = Field(
         default=[], description="Trackers of transformers.Trainer: tensorboard, wandb, trackio."

@@ -5,12 +5,13 @@ Shapes: R windows, L tokens a window, N supervised rows.
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import AutocastKwargs
@@ -20,26 +21,28 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from stillhouse.data.batches import Batch, collate
-from stillhouse.data.shift import IGNORED
 from stillhouse.data.windows import ARRAYS
 from stillhouse.errors import RecipeError, TrainingError
-from stillhouse.objectives import Mixture, Tally, Term
+from stillhouse.objectives import Tally
 from stillhouse.objectives.objective_config import ObjectiveRecipe, ObjectiveTerm
-from stillhouse.processes import release_gathered, shard, sharding_mesh
+from stillhouse.processes import release_gathered, shard, sharding_mesh, with_gathered
 from stillhouse.students.student import Student
 from stillhouse.teachers.load_model import load_model
 from stillhouse.teachers.short_attention import use_short_attention
-from stillhouse.teachers.teacher import Teacher, TeacherView
+from stillhouse.teachers.teacher import OUTPUT_ONLY, Teacher, TeacherView
 from stillhouse.training import sharded_checkpoint
-from stillhouse.training.checkpoints import Meter, Metrics
+from stillhouse.training.checkpoints import Meter, Metrics, step_of
 from stillhouse.training.distillation import STUDENT, Distillation
+from stillhouse.training.heldout import heldout_rows, heldout_teacher, measure_heldout
 from stillhouse.training.objective import Objective
-from stillhouse.training.partition import ProcessBatches, WithEmptyRow, heldout_rows
+from stillhouse.training.on_policy import OnPolicy, ShipsOtherWeights
+from stillhouse.training.partition import ProcessBatches, row_loader
 from stillhouse.training.resuming import ResumingTrainer
+from stillhouse.training.rollouts import OwnBatch
 from stillhouse.training.score_step import score_step, scores_steps
+from stillhouse.training.step_rows import StepSampler
 
-HELDOUT_KL = Term("forward_kl")
-HELDOUT_CROSS_ENTROPY = Term("cross_entropy")
+T = TypeVar("T")
 
 
 class DistillationTrainer(ResumingTrainer):
@@ -52,7 +55,8 @@ class DistillationTrainer(ResumingTrainer):
     student: its weights are trained in place. teacher: None if no term needs one. objective:
     terms, a recipe's section, or an `Objective`. metrics, meter: of a resumed run. early_stop:
     stop after this many held-out measurements without an improvement. shards: the number of
-    processes that the student is sharded over (FSDP2); 1: each has a copy.
+    processes that the student is sharded over (FSDP2); 1: each has a copy. own: the text that the
+    student writes in this training.
     Raises ModelError: vocabularies that differ. SignalError: terms that the teacher cannot serve.
     """
 
@@ -68,6 +72,7 @@ class DistillationTrainer(ResumingTrainer):
         meter: Meter | None = None,
         early_stop: int | None = None,
         shards: int = 1,
+        own: OnPolicy | None = None,
         data_collator: Any = collate,
         **kwargs: Any,
     ) -> None:
@@ -82,6 +87,9 @@ class DistillationTrainer(ResumingTrainer):
         model = Distillation(self.student, objective, teacher, seed=args.seed)
         self.objective = model.objective
         self._prepare_teacher(kwargs.get("train_dataset"))
+        self.own = own
+        if own is not None:
+            own.prepare(self.student, teacher)
         self._sharded = shards > 1
         if self._sharded:
             shard(model, model.student, sharding_mesh(shards))
@@ -110,7 +118,9 @@ class DistillationTrainer(ResumingTrainer):
         self._tokens: Tensor | int = self._before.tokens
         self._logged_tokens = self._before.tokens
         self._logged_at = self._started
-        self._tally = Tally()
+        self._tally, self._own_tally = Tally(), Tally()
+        self._own_tokens = self._logged_own_tokens = self._before.own_tokens
+        self._processed_tokens = self._before.processed_tokens
         self._paused = 0.0
         self._scored: Iterator[TeacherView] | None = None  # of the optimizer step's micro-batches
         self._measured: tuple[int, dict[str, float]] | None = None
@@ -142,8 +152,10 @@ class DistillationTrainer(ResumingTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         progress = self.state.global_step / max(1, self.state.max_steps)
-        outputs = model(inputs, self._view(inputs), progress)
-        self._tally.add(outputs)
+        own = self.own if isinstance(inputs, OwnBatch) else None
+        objective = None if own is None else own.objective
+        outputs = model(inputs, self._view(inputs), progress, objective)
+        (self._tally if own is None else self._own_tally).add(outputs)
         count = outputs.rows if num_items_in_batch is None else num_items_in_batch
         rows = torch.as_tensor(count, device=outputs.total.device).clamp(min=1)
         # DDP and FSDP average gradients over ranks; the rows are already counted over all of them.
@@ -155,37 +167,73 @@ class DistillationTrainer(ResumingTrainer):
             return None
         if self._scored is not None:
             return next(self._scored)
+        if self.own is not None and isinstance(inputs, OwnBatch):
+            return self.own.teacher.answer(inputs)
         return self.teacher.answer(inputs, self.objective.needs.activations)
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
         """Every window once an epoch, for whatever number of processes."""
-        args = self.args
-        rows = ProcessBatches(
-            len(self.train_dataset),
-            args.per_device_train_batch_size,
-            process=args.process_index,
-            processes=args.world_size,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-        )
-        return _EpochLoader(
-            rows,
-            WithEmptyRow(self.train_dataset),
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-        )
+        rows: StepSampler | ProcessBatches
+        if self.own is not None:
+            rows = self.own.sampler()
+        else:
+            args = self.args
+            rows = ProcessBatches(
+                len(self.train_dataset),
+                args.per_device_train_batch_size,
+                process=args.process_index,
+                processes=args.world_size,
+                seed=args.seed if args.data_seed is None else args.data_seed,
+            )
+        return row_loader(rows, self.train_dataset, self.args, self.data_collator)
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Any]:
+        if self.own is not None:
+            step = self.state.global_step
+            self._begin_window(self.own, step)
+            given = list(itertools.islice(epoch_iterator, num_batches))
+            self._own_tokens += self.own.place(step, given)
+            epoch_iterator = iter(given)
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._tokens = self._tokens + items  # a tensor on a GPU: read only when it is logged
         if self.teacher is not None and scores_steps(self.teacher):
-            request = self.objective.needs.activations
-            self._scored = score_step(self.teacher, batches, request, self.args.device)
+            self._scored = self._score(batches)
         return batches, items
+
+    def _score(self, batches: Sequence[Batch]) -> Iterator[TeacherView]:
+        """The teacher's answers to a step's micro-batches: those of data, then the student's."""
+        assert self.teacher is not None
+        size, device = self.args.per_device_train_batch_size, self.args.device
+        own = [batch for batch in batches if isinstance(batch, OwnBatch)]
+        data = batches[: len(batches) - len(own)]
+        request = self.objective.needs.activations
+        yield from score_step(self.teacher, data, request, device, rows=size)
+        if self.own is not None:
+            yield from score_step(self.own.teacher, own, OUTPUT_ONLY, device, rows=size)
+
+    def _begin_window(self, own: OnPolicy, step: int) -> None:
+        """Let the student write its rollouts, unless those of the step are there."""
+        lacking = torch.tensor(float(not own.load(step)), device=self.args.device)
+        begins = own.window_start(step) == step
+        speed: dict[str, float] = {}
+        if float(self.accelerator.reduce(lacking)) > 0:
+            with ExitStack() as opened:
+                for callback in self.callback_handler.callbacks:
+                    if isinstance(callback, ShipsOtherWeights):
+                        opened.enter_context(callback.as_shipped(self._distillation))
+                speed = self._with_complete_weights(
+                    lambda: own.draw(step, self._distillation.student)
+                )
+            self.accelerator.wait_for_everyone()
+        if begins:
+            self._processed_tokens += own.processed_tokens
+            self.metrics.append({"step": step, **own.measured(), **speed})
+
+    def _with_complete_weights(self, work: Callable[[], T]) -> T:
+        """Run work that uses the student outside the loss. Every process must call this."""
+        return with_gathered(self._distillation, work) if self._sharded else work()
 
     # --- checkpoints ---------------------------------------------------------------------------
 
@@ -217,6 +265,8 @@ class DistillationTrainer(ResumingTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder, module = Path(resume_from_checkpoint), self._distillation
         with self._loading():
+            if self.own is not None:
+                self.own.require(step_of(folder))
             if sharded_checkpoint.is_sharded(folder):
                 sharded_checkpoint.load_weights(folder, module)
                 return
@@ -277,7 +327,8 @@ class DistillationTrainer(ResumingTrainer):
     def meter(self) -> Meter:
         """Training progress so far, over all processes."""
         seconds = self._before.seconds + time.monotonic() - self._started - self._paused
-        return Meter(self.state.global_step, int(self._tokens), seconds)
+        own, processed = self._own_tokens, self._processed_tokens
+        return Meter(self.state.global_step, int(self._tokens), seconds, own, processed)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -290,16 +341,24 @@ class DistillationTrainer(ResumingTrainer):
 
     def _step_metrics(self) -> dict[str, float]:
         now = time.monotonic()
-        total = int(self._tokens)
-        tokens = max(total - self._logged_tokens, 1)
-        # Every rank holds its own sums and the count of all ranks; one reduction for all terms.
-        names, sums = self._tally.take()
-        means = (self.accelerator.reduce(sums) / tokens).tolist()
-        metrics = dict(zip(names, means, strict=True))
+        total, own = int(self._tokens), self._own_tokens
+        tokens, of_own = total - self._logged_tokens, own - self._logged_own_tokens
+        metrics = self._term_means(self._tally, tokens - of_own, "")
+        metrics |= self._term_means(self._own_tally, of_own, "own_")
         metrics["tokens"] = total
+        if self.own is not None:
+            metrics["own_tokens"] = own
         metrics["tokens_per_s"] = tokens / max(now - self._logged_at, 1e-9)
-        self._logged_tokens, self._logged_at = total, now
+        self._logged_tokens, self._logged_own_tokens, self._logged_at = total, own, now
         return metrics
+
+    def _term_means(self, tally: Tally, tokens: int, prefix: str) -> dict[str, float]:
+        """Each term's mean over so many tokens; nothing if there are none."""
+        # Every rank holds its own sums and the count of all ranks; one reduction for all terms.
+        names, sums = tally.take()
+        means = (self.accelerator.reduce(sums) / max(tokens, 1)).tolist()
+        found = zip(names, means, strict=True)
+        return {prefix + name: mean for name, mean in found} if tokens else {}
 
     def _check_finite(self, logs: dict[str, float]) -> None:
         values = torch.tensor([logs["loss"], logs.get("grad_norm", 0.0)])
@@ -321,27 +380,12 @@ class DistillationTrainer(ResumingTrainer):
         if self._measured is not None and self._measured[0] == step:
             return self._measured[1]  # transformers evaluates again after the last step
         began = time.monotonic()
-        self.model.eval()
         batches = self._heldout_batches()
-        teacher = self._heldout_teacher(batches)
-        terms = [HELDOUT_CROSS_ENTROPY] if teacher is None else [HELDOUT_KL, HELDOUT_CROSS_ENTROPY]
-        objective = Objective(Mixture.of(*terms))
-        sums = torch.zeros(len(terms) + 1, dtype=torch.float64, device=self.args.device)
-        with torch.no_grad():
-            for batch in batches:
-                view = None if teacher is None else teacher.answer(batch)
-                outputs = self.model_wrapped(batch, view, objective=objective)
-                rows = (batch["labels"][:, 1:] != IGNORED).sum()
-                values = list(outputs.terms.values())
-                names = list(outputs.terms)
-                sums += torch.stack([*values, rows]).double()
+        teacher = heldout_teacher(self.teacher, batches, self.accelerator)
+        self.model.eval()
+        metrics = measure_heldout(self.model_wrapped, teacher, batches, self.accelerator)
         if self._sharded:
             release_gathered(self.model)
-        sums = self.accelerator.reduce(sums)
-        means = (sums[:-1] / sums[-1]).tolist()
-        metrics = {"heldout_perplexity": float(torch.tensor(means[-1]).exp())}
-        if len(means) > 1:
-            metrics[f"heldout_{names[0].replace('forward_kl', 'kl')}"] = means[0]
         nearness = list(metrics)[-1]  # before `log` adds keys
         self.log(metrics)
         self._stop_when_no_better(nearness)
@@ -350,16 +394,6 @@ class DistillationTrainer(ResumingTrainer):
         self._logged_at += pause
         self._measured = step, metrics
         return metrics
-
-    def _heldout_teacher(self, batches: Sequence[Batch]) -> Teacher | None:
-        """The teacher, if it can answer for these batches on every rank: all must measure the
-        same."""
-        if self.teacher is None:
-            return None
-        teacher = self.teacher.for_heldout(batches)
-        able = torch.tensor(float(teacher is not None), device=self.args.device)
-        everywhere = float(self.accelerator.reduce(able)) == self.accelerator.num_processes
-        return teacher if everywhere else None
 
     def _heldout_batches(self) -> list[Batch]:
         args = self.args
@@ -380,14 +414,3 @@ class DistillationTrainer(ResumingTrainer):
         # In a resumed run, only rank 0 has the history; all must stop at the same step.
         if float(self.accelerator.reduce(stop)) > 0:
             self.control.should_training_stop = True
-
-
-class _EpochLoader(DataLoader[Batch]):
-    """Sets the epoch of its batch sampler, as transformers.Trainer expects of a loader."""
-
-    def __init__(self, rows: ProcessBatches, dataset: WithEmptyRow, **options: Any) -> None:
-        super().__init__(dataset, batch_sampler=rows, **options)
-        self.rows = rows
-
-    def set_epoch(self, epoch: int) -> None:
-        self.rows.set_epoch(epoch)

@@ -1,0 +1,103 @@
+"""The student writes: generation with a model that is being trained, as it is."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+
+from stillhouse.generation.generator import Continuation, Generator, TokenPrompt
+from stillhouse.generation.local_generator import LocalGenerator
+from stillhouse.teachers.short_attention import NAME as SHORT_ATTENTION
+from stillhouse.training.on_policy_config import OnPolicyRecipe
+from stillhouse.training.rollouts import Rollout
+from stillhouse.training.step_rows import Slot
+
+OpenGenerator = Callable[[Any, frozenset[int]], AbstractContextManager[Generator]]
+"""(the student's model, tokens that end an answer) → a generator that has its weights as they
+are."""
+
+
+@contextmanager
+def able_to_generate(model: Any) -> Iterator[None]:
+    """In the block, the model is in eval mode and its attention can use a key-value cache; then all
+    is as it was. No weight is copied."""
+    training = [module for module in model.modules() if module.training]
+    attention = model.config._attn_implementation
+    model.eval()
+    if attention == SHORT_ATTENTION:
+        model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        if attention == SHORT_ATTENTION:
+            model.set_attn_implementation(attention)
+        for module in training:
+            module.training = True
+
+
+def local_generator(batch: int, dtype: torch.dtype) -> OpenGenerator:
+    """Generation in this process, with the weights that are trained. dtype: of the products."""
+
+    @contextmanager
+    def opened(model: Any, ends: frozenset[int]) -> Iterator[Generator]:
+        narrow = dtype != torch.float32
+        with able_to_generate(model), torch.autocast(model.device.type, dtype, enabled=narrow):
+            yield LocalGenerator(model, ends, batch=batch)
+
+    return opened
+
+
+def slot_seed(seed: int, slot: int, ids: Sequence[int]) -> int:
+    """The seed of a rollout's draws: of the run's seed, its place in the training, and its
+    prompt."""
+    text = f"{seed} {slot} {','.join(map(str, ids))}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
+
+
+def write_answers(
+    generator: Generator,
+    slots: Sequence[Slot],
+    prompts: Sequence[Sequence[int]],
+    section: OnPolicyRecipe,
+    seed: int,
+    *,
+    begun: Sequence[Continuation] | None = None,
+) -> list[Rollout]:
+    """Continue the prompts of the slots.
+
+    begun: the beginning of each answer, which another model wrote. One that has ended already is
+    left out.
+    """
+    requests: list[TokenPrompt] = []
+    places: list[int] = []
+    for place, (slot, prompt) in enumerate(zip(slots, prompts, strict=True)):
+        given: Sequence[int] = ()
+        if begun is not None:
+            given = begun[place].ids
+            if begun[place].stop != "length" or len(given) >= slot.room:
+                continue
+        places.append(place)
+        requests.append(
+            TokenPrompt(
+                [*prompt, *given],
+                slot.room - len(given),
+                temperature=section.temperature,
+                top_p=section.top_p,
+                seed=slot_seed(seed, slot.number, prompt),
+            )
+        )
+    written = dict(generator.generate(requests))
+    return [
+        Rollout(
+            slot=slots[place].number,
+            ids=(*request.ids, *written[number].ids),
+            prompt=len(prompts[place]),
+            given=len(request.ids),
+            stop=written[number].stop,
+        )
+        for number, (place, request) in enumerate(zip(places, requests, strict=True))
+    ]

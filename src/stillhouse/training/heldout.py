@@ -1,0 +1,67 @@
+"""Measurements on held-out text during training, over all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from stillhouse.data.batches import Batch, empty_row
+from stillhouse.data.shift import IGNORED
+from stillhouse.data.windows import WindowSet
+from stillhouse.objectives import Mixture, Term
+from stillhouse.teachers.teacher import Teacher
+from stillhouse.training.objective import Objective
+
+KL = Term("forward_kl")
+CROSS_ENTROPY = Term("cross_entropy")
+
+
+def heldout_rows(
+    windows: WindowSet, size: int, *, process: int, processes: int
+) -> Iterator[Sequence[Batch]]:
+    """Rows of one process in batches of at most `size`; as many batches in every process."""
+    for start in range(0, len(windows), size * processes):
+        first = start + process * size
+        rows = [windows[i] for i in range(first, min(first + size, len(windows)))]
+        yield rows or [empty_row(windows)]
+
+
+def heldout_teacher(
+    teacher: Teacher | None, batches: Sequence[Batch], accelerator: Accelerator
+) -> Teacher | None:
+    """The teacher, if it can answer for these batches in every process: all must measure the
+    same."""
+    if teacher is None:
+        return None
+    found = teacher.for_heldout(batches)
+    able = torch.tensor(float(found is not None), device=accelerator.device)
+    everywhere = float(accelerator.reduce(able)) == accelerator.num_processes
+    return found if everywhere else None
+
+
+@torch.no_grad()
+def measure_heldout(
+    model: nn.Module, teacher: Teacher | None, batches: Sequence[Batch], accelerator: Accelerator
+) -> dict[str, float]:
+    """Perplexity, and with a teacher the KL to it (nats/token), which comes last.
+
+    model: a `Distillation`, or a wrapper of one. batches: of this process.
+    """
+    terms = [CROSS_ENTROPY] if teacher is None else [KL, CROSS_ENTROPY]
+    objective = Objective(Mixture.of(*terms))
+    sums = torch.zeros(len(terms) + 1, dtype=torch.float64, device=accelerator.device)
+    for batch in batches:
+        view = None if teacher is None else teacher.answer(batch)
+        outputs = model(batch, view, objective=objective)
+        rows = (batch["labels"][:, 1:] != IGNORED).sum()
+        names = list(outputs.terms)
+        sums += torch.stack([*outputs.terms.values(), rows]).double()
+    sums = accelerator.reduce(sums)
+    means = (sums[:-1] / sums[-1]).tolist()
+    metrics = {"heldout_perplexity": float(torch.tensor(means[-1]).exp())}
+    if len(means) > 1:
+        metrics[f"heldout_{names[0].replace('forward_kl', 'kl')}"] = means[0]
+    return metrics

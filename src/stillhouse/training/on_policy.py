@@ -1,0 +1,309 @@
+"""On-policy distillation: a share of each optimizer step's rows is text that the student writes.
+
+The unit is a window of optimizer steps. Before its first one, the student writes its rollouts as
+it is; they are then treated as fixed text, so that a step on them is an ordinary one. A killed run
+finds them in a folder that is complete or absent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+
+from stillhouse.data.batches import Batch, Batches
+from stillhouse.data.turn_end import end_of_answers
+from stillhouse.errors import SignalError, TrainingError
+from stillhouse.generation.generator import Continuation, TokenPrompt
+from stillhouse.generation.local_generator import LocalGenerator
+from stillhouse.launch import leads
+from stillhouse.objectives.objective_config import ObjectiveRecipe
+from stillhouse.progress import note
+from stillhouse.students.student import Student
+from stillhouse.teachers.local_teacher import LocalTeacher
+from stillhouse.teachers.teacher import Teacher, TeacherNeeds
+from stillhouse.training.draw_rollouts import (
+    OpenGenerator,
+    able_to_generate,
+    local_generator,
+    slot_seed,
+    write_answers,
+)
+from stillhouse.training.objective import Objective, objective_for
+from stillhouse.training.on_policy_config import OnPolicyRecipe
+from stillhouse.training.own_measures import measure_rollouts
+from stillhouse.training.own_prompts import OwnPrompts, prompts_of_windows, require_room
+from stillhouse.training.rollouts import (
+    Rollout,
+    forget_rollouts,
+    read_rollouts,
+    rollout_batch,
+    save_rollouts,
+    window_folder,
+)
+from stillhouse.training.step_rows import Micro, Slot, StepRows, StepSampler
+
+MOSTLY = 0.5
+"""The share of answers that are cut off above which a warning is given."""
+WHERE = "train.on_policy"
+
+
+@runtime_checkable
+class ShipsOtherWeights(Protocol):
+    """A callback of a training whose student is used with other weights than the trained ones, for
+    example rounded ones."""
+
+    def as_shipped(self, model: nn.Module) -> AbstractContextManager[None]:
+        """In the block, the model has the weights with which it will be used."""
+        ...
+
+
+class OnPolicy:
+    """The text that a student writes during one training.
+
+    plan: the rows of each step. steps: of the training. generator: opens one on the student.
+    folder: the training's; None keeps rollouts in memory.
+    Raises DataError as `require_room`.
+    """
+
+    def __init__(
+        self,
+        section: OnPolicyRecipe,
+        prompts: OwnPrompts,
+        plan: StepRows,
+        micro: Micro,
+        *,
+        steps: int,
+        generator: OpenGenerator,
+        folder: Path | None = None,
+    ) -> None:
+        require_room(prompts, plan.context)
+        self.section, self.prompts, self.plan, self.micro = section, prompts, plan, micro
+        self.steps, self.generator, self.folder = steps, generator, folder
+        self._window: int | None = None
+        self._rollouts: dict[int, Rollout] = {}
+        self._warned = False
+        settings = section.model_dump(mode="json", exclude={"prompts", "batch"})
+        found = [settings, prompts.fingerprint, plan.seed, plan.batch, plan.context]
+        found.append(plan.cold_steps)
+        self.identity = hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+    def prepare(self, student: Student, teacher: Teacher | None) -> None:
+        """Build the objective for own text, and find the teacher that scores it.
+
+        Raises SignalError: a teacher that cannot score it, or not under these divergences.
+        ModelError as `Teacher.prepare`.
+        """
+        if teacher is None:
+            raise SignalError(
+                "there is no teacher to score what the student writes",
+                where=WHERE,
+                fix="give a teacher, or remove on_policy",
+            )
+        recipe = ObjectiveRecipe(terms=list(self.section.terms))
+        self.objective: Objective = objective_for(recipe, student.model.config, teacher.config)
+        self.teacher = teacher.for_own_text()
+        self.teacher.prepare(TeacherNeeds(self.objective.needs.terms, tokenizer=student.tokenizer))
+        if self.section.teacher_tokens and not (
+            isinstance(self.teacher, LocalTeacher) and not self.teacher.collective
+        ):
+            raise SignalError(
+                f"{self.teacher.described} cannot write the beginning of answers",
+                where=f"{WHERE}.teacher_tokens",
+                fix="set it to 0, or use one teacher that is a complete model on each device",
+            )
+        self.ends = ends_of(student)
+        tokenizer = student.tokenizer
+        pad = None if tokenizer is None else tokenizer.pad_token_id
+        self.pad_id = int(pad if pad is not None else min(self.ends, default=0))
+
+    # --- the rows of a step ----------------------------------------------------------------------
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of one process in a step."""
+        return self.micro.most_batches(self.plan)
+
+    def sampler(self) -> StepSampler:
+        return StepSampler(self.plan, self.micro, self.steps)
+
+    def place(self, step: int, batches: list[Batch]) -> int:
+        """Put this process's own text into the micro-batches of a step whose window is loaded.
+
+        Returns the number of tokens to learn in it, of all processes.
+        """
+        windows = [
+            [self._rollouts[slot.number] for slot in window if slot.number in self._rollouts]
+            for window in self.plan.own_windows(step)
+        ]
+        longest = max((sum(len(one.ids) for one in window) for window in windows), default=0)
+        # The same in all processes: a sharded teacher scores micro-batches of equal size together.
+        width = min(self.plan.context, max(8, -(-longest // 8) * 8))
+        drop = self.section.cut_off == "drop"
+        first = self.micro.batches(self.plan.batch - len(windows))
+        for number in range(first, len(batches)):
+            own = self.micro.part(windows, number - first)
+            batches[number] = rollout_batch(own, width, self.pad_id, drop_cut_off=drop)
+        return sum(
+            len(one.own) for window in windows for one in window if not (drop and one.cut_off)
+        )
+
+    # --- windows of steps ------------------------------------------------------------------------
+
+    def window_start(self, step: int) -> int | None:
+        """The first step of the window that has this step; None in the cold start."""
+        after = step - self.plan.cold_steps
+        return None if after < 0 else step - after % self.section.window
+
+    def load(self, step: int) -> bool:
+        """Whether the rollouts of a step are there: in memory, or in the folder, from a process
+        that was killed."""
+        start = self.window_start(step)
+        if start is None or start == self._window:
+            return True
+        if self.folder is None:
+            return False
+        found = read_rollouts(window_folder(self.folder, start), self.identity)
+        if found is None:
+            return False
+        self._hold(start, found)
+        return True
+
+    def require(self, step: int) -> None:
+        """Raise TrainingError if a training cannot resume at this step: its window has begun, and
+        the rollouts of the window are lost."""
+        if self.window_start(step) not in (None, step) and not self.load(step):
+            raise TrainingError(f"the rollouts of step {step} are missing or damaged")
+
+    def draw(self, step: int, student: Any) -> dict[str, float]:
+        """Generate the rollouts of the window that begins at this step. Every process must call
+        this, and writes its share.
+
+        student: the model, with complete weights. Returns how fast it was.
+        """
+        began = time.monotonic()
+        end = min(step + self.section.window, self.steps)
+        slots = self.plan.slots(step, end)[self.micro.process :: self.micro.processes]
+        prompts = [self.prompts[slot.prompt] for slot in slots]
+        begun = self._begun(slots, prompts)
+        with self.generator(student, self.ends) as generator:
+            own = write_answers(
+                generator, slots, prompts, self.section, self.plan.seed, begun=begun
+            )
+        found = sorted(gather_object(own), key=lambda rollout: rollout.slot)
+        seconds = time.monotonic() - began
+        if self.folder is not None and leads():
+            save_rollouts(window_folder(self.folder, step), found, self.identity)
+        self._hold(step, found)
+        return {"own_tokens_per_s": sum(len(one.own) for one in found) / max(seconds, 1e-9)}
+
+    def measured(self) -> dict[str, float]:
+        """What is measured on the rollouts of the window."""
+        found = measure_rollouts(list(self._rollouts.values()))
+        share = found["own_cut_off"]
+        if share > MOSTLY and not self._warned and leads():
+            self._warned = True
+            lost = ", and nothing is learned from them" if self.section.cut_off == "drop" else ""
+            note(
+                f"warning: {share:.0%} of the student's answers reach {WHERE}.max_tokens "
+                f"({self.section.max_tokens}) without an end{lost}: raise it, or let the student "
+                f"learn to stop from data first ({WHERE}.cold_start_tokens)"
+            )
+        return found
+
+    def forget(self, before: int) -> None:
+        """Delete rollouts that no training can need that resumes at a step, or later."""
+        start = self.window_start(before)
+        if self.folder is not None and start is not None:
+            forget_rollouts(self.folder, start)
+
+    @property
+    def processed_tokens(self) -> int:
+        """Tokens that the student has read or written for the window that is loaded."""
+        return sum(len(one.ids) for one in self._rollouts.values())
+
+    def _hold(self, start: int, rollouts: Sequence[Rollout]) -> None:
+        self._window = start
+        self._rollouts = {rollout.slot: rollout for rollout in rollouts}
+
+    def _begun(
+        self, slots: Sequence[Slot], prompts: Sequence[Sequence[int]]
+    ) -> list[Continuation] | None:
+        """What the teacher writes of each answer."""
+        most = self.section.teacher_tokens
+        if not most:
+            return None
+        assert isinstance(self.teacher, LocalTeacher)
+        requests = [
+            TokenPrompt(
+                prompt,
+                min(most, slot.room),
+                temperature=self.section.temperature,
+                top_p=self.section.top_p,
+                seed=slot_seed(self.plan.seed, slot.number, prompt),
+            )
+            for slot, prompt in zip(slots, prompts, strict=True)
+        ]
+        with able_to_generate(self.teacher.model):
+            local = LocalGenerator(self.teacher.model, self.ends, batch=self.section.batch)
+            found = dict(local.generate(requests))
+        return [found[number] for number in range(len(requests))]
+
+
+def own_text(
+    section: OnPolicyRecipe | None,
+    prompts: OwnPrompts | None,
+    batches: Batches,
+    *,
+    batch: int,
+    steps: int,
+    micro: Micro,
+    dtype: torch.dtype,
+    seed: int,
+    folder: Path | None,
+) -> OnPolicy | None:
+    """The text that the student writes in a training; None if it writes none.
+
+    prompts: None: the chats of `batches`. batch: rows of a step. dtype: of the products.
+    Raises DataError as `prompts_of_windows` and `require_room`.
+    """
+    if section is None or section.share == 0:
+        return None
+    if prompts is None:
+        prompts = prompts_of_windows(batches)
+    cold = 0
+    if section.cold_start_tokens:
+        a_step = batch * batches.supervised_tokens / max(1, len(batches))
+        cold = min(steps, math.ceil(section.cold_start_tokens / max(a_step, 1.0)))
+    plan = StepRows(
+        batch=batch,
+        share=section.share,
+        cold_steps=cold,
+        rows=len(batches),
+        lengths=prompts.lengths.tolist(),
+        samples=section.samples,
+        max_tokens=section.max_tokens,
+        context=batches.context,
+        seed=seed,
+    )
+    generator = local_generator(section.batch, dtype)
+    return OnPolicy(section, prompts, plan, micro, steps=steps, generator=generator, folder=folder)
+
+
+def ends_of(student: Student) -> frozenset[int]:
+    """The ids at which the student's answers end."""
+    config = student.model.generation_config
+    if student.tokenizer is not None:
+        return end_of_answers(student.tokenizer, config)
+    listed = config.eos_token_id
+    ids = listed if isinstance(listed, list | tuple) else [listed]
+    return frozenset(int(one) for one in ids if one is not None)

@@ -1,0 +1,203 @@
+"""Prompts for text that the student writes, as token ids of its own template."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stillhouse.data.batches import Batches
+from stillhouse.data.chat_prompt import chat_ids
+from stillhouse.data.data_config import HubSource
+from stillhouse.data.shift import IGNORED
+from stillhouse.data.sources import hub_errors, hub_rows
+from stillhouse.errors import DataError
+from stillhouse.generation.chat_frame import Frame, user_turn
+from stillhouse.generation.request import Message
+from stillhouse.generation.text_generator import require_chat_template
+from stillhouse.synthesis.prompts import prompt_messages, read_prompts
+from stillhouse.training.on_policy_config import OnPolicyPrompts
+
+WHERE = "train.on_policy.prompts"
+
+
+@dataclass(frozen=True, eq=False)
+class OwnPrompts:
+    """Different prompts, in order. ids: of all, one after the other. ends: of each in `ids`."""
+
+    ids: NDArray[np.int32]
+    ends: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, prompts: Iterable[Sequence[int] | NDArray[np.int32]]) -> OwnPrompts:
+        """Prompts that occur again are left out. Raises DataError if one is empty."""
+        found: dict[bytes, NDArray[np.int32]] = {}
+        for number, prompt in enumerate(prompts):
+            ids = np.asarray(prompt, dtype=np.int32)
+            if not len(ids):
+                raise DataError("the prompt has no tokens", where=f"prompts[{number}]")
+            found.setdefault(ids.tobytes(), ids)
+        lengths = [len(ids) for ids in found.values()]
+        joined = np.concatenate([np.zeros(0, dtype=np.int32), *found.values()])
+        return cls(joined, np.cumsum(lengths, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> list[int]:
+        start = int(self.ends[index - 1]) if index else 0
+        found: list[int] = self.ids[start : int(self.ends[index])].tolist()
+        return found
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        return np.diff(self.ends, prepend=0)
+
+    @property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(self.ids.tobytes())
+        digest.update(self.ends.tobytes())
+        return digest.hexdigest()
+
+
+def require_room(prompts: OwnPrompts, context: int, where: str = WHERE) -> None:
+    """Raise DataError if there are no prompts, or one leaves no token for its answer."""
+    if not len(prompts):
+        raise DataError("there are no prompts", where=where, fix="give a file with prompts")
+    long = prompts.lengths >= context
+    if long.any():
+        first = int(np.flatnonzero(long)[0])
+        raise DataError(
+            f"{int(long.sum()):,} of {len(prompts):,} prompts fill the context of {context:,} "
+            f"tokens and leave no room for an answer (prompt {first + 1} has "
+            f"{int(prompts.lengths[first]):,})",
+            where=where,
+            fix="raise data.context, or remove long prompts",
+        )
+
+
+# --- the chats of the training data --------------------------------------------------------------
+
+
+def prompts_of_windows(windows: Batches) -> OwnPrompts:
+    """The chats in the windows, each without its last answer, exactly as training reads them.
+
+    Raises DataError if there are none: all tokens of plain text are supervised, so that it has no
+    prompt.
+    """
+    prompts = OwnPrompts.of(_prompts(windows))
+    if not len(prompts):
+        raise DataError(
+            "the training data have no chats whose answers the student could write",
+            where=WHERE,
+            fix="name a file of prompts in train.on_policy.prompts.path",
+        )
+    return prompts
+
+
+def _prompts(windows: Batches) -> Iterator[NDArray[np.int32]]:
+    for number in range(len(windows)):
+        window = windows[number]
+        ids, labels = window["input_ids"].numpy(), window["labels"].numpy()
+        starts = np.flatnonzero(window["position_ids"].numpy() == 0).tolist()
+        for start, end in itertools.pairwise([*starts, len(ids)]):
+            supervised = labels[start:end] != IGNORED
+            if not supervised.any():
+                continue
+            last = int(np.flatnonzero(supervised)[-1])
+            context_only = np.flatnonzero(~supervised[:last])
+            answer = int(context_only[-1]) + 1
+            if answer > 1:  # else plain text: the first token is the only one not supervised
+                yield ids[start : start + answer].astype(np.int32)
+
+
+# --- files, data sets, and lists -----------------------------------------------------------------
+
+
+def read_own_prompts(section: OnPolicyPrompts, base: Path, tokenizer: Any) -> OwnPrompts:
+    """The prompts of a file or a data set, in the student's template.
+
+    Raises DataError for what is not a prompt; ModelError if there is no chat template.
+    """
+    require_chat_template(tokenizer)
+    frame = Frame(section.system)
+    return OwnPrompts.of(
+        _ids(tokenizer, frame.student_sees(messages), where)
+        for messages, where in _messages(section, base)
+    )
+
+
+def _messages(section: OnPolicyPrompts, base: Path) -> Iterator[tuple[Sequence[Message], str]]:
+    if section.path is not None:
+        path = base / Path(section.path).expanduser()
+        for prompt in read_prompts(
+            path, format=section.format, key=section.key, limit=section.limit
+        ):
+            yield prompt.messages, prompt.where
+        return
+    assert section.dataset is not None
+    source = HubSource(
+        kind="hub",
+        dataset=section.dataset,
+        config=section.config,
+        split=section.split,
+        limit=section.limit,
+    )
+    with hub_errors(source):
+        for row, where in itertools.islice(hub_rows(source, base), section.limit):
+            yield prompt_messages(row, section.key, where), where
+
+
+def made_prompts(given: Any, tokenizer: Any, *, key: str = "prompt") -> OwnPrompts:
+    """Prompts from objects: a path, or any iterable of strings, chats (lists of messages), rows, or
+    lists of token ids.
+
+    Raises DataError for what is not a prompt; ModelError if text needs a chat template and there is
+    none.
+    """
+    if isinstance(given, str | Path):
+        section = OnPolicyPrompts(path=str(given), key=key)
+        return read_own_prompts(section, Path.cwd(), tokenizer)
+    if isinstance(given, Mapping) or not isinstance(given, Iterable):
+        raise DataError(
+            f"{type(given).__name__} has no prompts",
+            where="Rollouts",
+            fix="give a path, or a list of strings, chats, rows or token ids",
+        )
+    return OwnPrompts.of(
+        _made(item, f"prompts[{number}]", tokenizer, key) for number, item in enumerate(given)
+    )
+
+
+def _made(item: Any, where: str, tokenizer: Any, key: str) -> Sequence[int]:
+    if isinstance(item, Sequence) and item and all(isinstance(one, int) for one in item):
+        return list(item)
+    require_chat_template(tokenizer)
+    if isinstance(item, str):
+        return _ids(tokenizer, user_turn(item), where)
+    row = {"messages": item} if isinstance(item, list) else item
+    if not isinstance(row, Mapping):
+        raise DataError(
+            f"a {type(item).__name__} is not a prompt",
+            where=where,
+            fix="give strings, chats (lists of messages), rows or lists of token ids",
+        )
+    return _ids(tokenizer, prompt_messages(row, key, where), where)
+
+
+def _ids(tokenizer: Any, messages: Sequence[Message], where: str) -> list[int]:
+    try:
+        return chat_ids(tokenizer, messages)
+    # A template is a program that comes with the model, and fails in any way.
+    except Exception as error:
+        raise DataError(
+            f"the student's chat template rejects the prompt: {error}",
+            where=where,
+            fix="use the order and fields of messages that the template expects",
+        ) from error

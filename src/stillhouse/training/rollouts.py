@@ -1,0 +1,135 @@
+"""Answers that a student wrote during training: token ids, in a folder that is complete or absent.
+
+Text is never decoded and tokenized again: that would be another sequence of tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from stillhouse.checksums import damaged_files, fast_facts, seal_broken, sealed
+from stillhouse.data.batches import Batch, collate
+from stillhouse.data.packing import Segment, fill_windows
+from stillhouse.data.windows import ARRAYS
+from stillhouse.disk_errors import disk_errors
+from stillhouse.runfolder import flush, flush_tree
+
+ROLLOUTS = "rollouts"
+"""The folder in a training's folder that has the rollouts, a folder `step-N` for each window."""
+_ROWS, _TOKENS = "rollouts.json", "tokens.npy"
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """An answer to a prompt. slot: its number among all rollouts of the training.
+
+    ids: the prompt, what the teacher wrote of the answer, and what the student wrote, with the
+    token that ends it. prompt: tokens of the prompt. given: tokens before the student's own.
+    stop: `stop` (an end token was written) or `length`.
+    """
+
+    slot: int
+    ids: tuple[int, ...]
+    prompt: int
+    given: int
+    stop: str
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        """The tokens that the student wrote."""
+        return self.ids[self.given :]
+
+    @property
+    def cut_off(self) -> bool:
+        return self.stop != "stop"
+
+
+def window_folder(folder: Path, step: int) -> Path:
+    """Where the rollouts are that were generated before optimizer step `step`, from 0. folder:
+    the training's."""
+    return folder / ROLLOUTS / f"step-{step:08}"
+
+
+def save_rollouts(folder: Path, rollouts: Sequence[Rollout], identity: str) -> None:
+    """Write the rollouts; afterwards the folder is complete, and on disk.
+
+    identity: of what they were generated from. Raises RunError: the disk is full, for example.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    with disk_errors(folder):
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.mkdir(parents=True)
+        tokens = [token for rollout in rollouts for token in rollout.ids]
+        np.save(partial / _TOKENS, np.array(tokens, dtype=np.int32))
+        rows = [[r.slot, len(r.ids), r.prompt, r.given, r.stop] for r in rollouts]
+        files = {_TOKENS: fast_facts(partial / _TOKENS)}
+        facts = sealed({"identity": identity, "rows": rows, "files": files})
+        (partial / _ROWS).write_text(json.dumps(facts), encoding="utf-8")
+        flush_tree(partial)
+        partial.rename(folder)
+        flush(folder.parent)
+
+
+def read_rollouts(folder: Path, identity: str | None = None) -> list[Rollout] | None:
+    """What `save_rollouts` wrote; None if it is not there, damaged, or of another identity."""
+    try:
+        facts = json.loads((folder / _ROWS).read_text(encoding="utf-8"))
+        if seal_broken(facts) or damaged_files(folder, facts["files"]):
+            return None
+        tokens = np.load(folder / _TOKENS).tolist()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+    if identity not in (None, facts["identity"]):
+        return None
+    rollouts, end = [], 0
+    for slot, length, prompt, given, stop in facts["rows"]:
+        ids = tuple(tokens[end : end + length])
+        rollouts.append(Rollout(slot, ids, prompt, given, stop))
+        end += length
+    return rollouts
+
+
+def forget_rollouts(folder: Path, before: int) -> None:
+    """Delete the rollouts of windows that began before a step. folder: the training's."""
+    for path in sorted((folder / ROLLOUTS).glob("step-*")):
+        if int(path.name.rpartition("-")[2]) < before:
+            shutil.rmtree(path)
+
+
+class OwnBatch(dict[str, torch.Tensor]):
+    """A batch of text that the student wrote."""
+
+
+def rollout_batch(
+    windows: Sequence[Sequence[Rollout]], width: int, pad_id: int, *, drop_cut_off: bool = False
+) -> OwnBatch:
+    """Windows of rollouts, [R, L]: only the student's own tokens are supervised.
+
+    width: L, at least the tokens of each window. Without windows, one row that has nothing to
+    learn. drop_cut_off: nothing is learned from answers without an end.
+    """
+    rollouts = [rollout for window in windows for rollout in window]
+    plan, row = [], 0
+    for window in windows or [()]:
+        plan.append([Segment(row + i, 0, len(one.ids)) for i, one in enumerate(window)])
+        row += len(window)
+
+    def read(segment: Segment) -> tuple[np.ndarray, np.ndarray]:
+        rollout = rollouts[segment.row]
+        own = np.arange(segment.length) >= rollout.given
+        own &= not (drop_cut_off and rollout.cut_off)
+        return np.array(rollout.ids, dtype=np.int32), own
+
+    rows: list[Batch] = [
+        {name: torch.from_numpy(getattr(one, f"{name}_L").astype(np.int64)) for name in ARRAYS}
+        for one in fill_windows(plan, read, width, pad_id)
+    ]
+    return OwnBatch(collate(rows))

@@ -1,0 +1,237 @@
+"""Training on text that the student writes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import signal
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from stillhouse.data.batches import NoText
+from stillhouse.objectives.objective_config import ObjectiveRecipe
+from stillhouse.students.student import Student
+from stillhouse.teachers.load_model import load_model
+from stillhouse.teachers.local_teacher import LocalTeacher
+from stillhouse.training import draw_rollouts, on_policy, rollouts
+from stillhouse.training.checkpoints import read_metrics
+from stillhouse.training.own_prompts import OwnPrompts
+from stillhouse.training.rollouts import ROLLOUTS, read_rollouts, window_folder
+from stillhouse.training.train import METRICS, TrainingResult, train
+from stillhouse.training.train_config import TrainRecipe
+from stillhouse.training.trainer import DistillationTrainer
+from tests import forks, tiny
+from tests.training.conftest import Setting
+from tests.training.test_sharding import teacher_for
+
+pytestmark = pytest.mark.run
+
+KL = ObjectiveRecipe()
+
+
+def prompts(count: int = 12) -> OwnPrompts:
+    """Of different lengths, from 2 to 7 tokens."""
+    words = tiny.tokenizer()
+    texts = [tiny.text(1, seed=number)[: 2 + number % 6] for number in range(count)]
+    return OwnPrompts.of(
+        words(f"{number % 10}{text}")["input_ids"] for number, text in enumerate(texts)
+    )
+
+
+def settings(own: dict[str, Any] | None = None, **changes: Any) -> TrainRecipe:
+    on_policy = None if own is None else {"max_tokens": 8, "window": 2, **own}
+    values = {"batch_size": 4, "precision": "float32", "max_steps": 4, **changes}
+    values["on_policy"] = on_policy
+    return TrainRecipe.model_validate(values)
+
+
+def run(
+    setting: Setting, out: Path | None, own: dict[str, Any] | None = None, **changes: Any
+) -> TrainingResult:
+    return train(
+        Student.load(setting.student),
+        setting.load_teacher(),
+        setting.windows,
+        KL,
+        settings(own, **changes),
+        heldout=setting.heldout,
+        folder=out,
+        prompts=prompts(),
+    )
+
+
+def weights(out: Path) -> dict[str, Tensor]:
+    return load_file(out / "model" / "model.safetensors")
+
+
+def difference(left: Path, right: Path) -> float:
+    ours, theirs = weights(left), weights(right)
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+
+
+def test_share_0_is_the_plain_run(setting: Setting, tmp_path: Path) -> None:
+    run(setting, tmp_path / "plain")
+    run(setting, tmp_path / "own", {"share": 0.0})
+    assert difference(tmp_path / "own", tmp_path / "plain") == 0
+    assert not (tmp_path / "own" / ROLLOUTS).exists()
+
+
+def test_share_1_needs_no_data(setting: Setting, tmp_path: Path) -> None:
+    run(setting, tmp_path / "with", {"share": 1.0})
+    train(
+        Student.load(setting.student),
+        setting.load_teacher(),
+        NoText(setting.windows.context),
+        KL,
+        settings({"share": 1.0}),
+        folder=tmp_path / "without",
+        prompts=prompts(),
+    )
+    assert difference(tmp_path / "with", tmp_path / "without") == 0
+    rows = [row for row in read_metrics(tmp_path / "with" / "metrics.jsonl") if "loss" in row]
+    assert all("forward_kl" not in row and row["own_tokens"] == row["tokens"] for row in rows)
+    assert [row["loss"] for row in rows] == pytest.approx([row["own_reverse_kl"] for row in rows])
+
+
+PURE = {"share": 1.0}
+HALF = {"share": 0.5}
+PHASES = {
+    "drawing": (draw_rollouts, "write_answers", 2),
+    "writing": (rollouts, "flush_tree", 2),
+    "written": (rollouts, "flush", 1),
+    "scoring": (LocalTeacher, "answer", 5),
+    "learning": (DistillationTrainer, "training_step", 3),
+}
+"""A function that each phase calls, and the call at which the process is killed."""
+STEPS = {"max_steps": 10, "checkpoint_every": 2, "keep_checkpoints": 2}
+
+
+def killed_in(phase: str, setting: Setting, out: Path) -> None:
+    """A training that is killed at the end of a call."""
+    owner, name, last = PHASES[phase]
+    work, calls = getattr(owner, name), itertools.count(1)
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        found = work(*args, **kwargs)
+        if next(calls) == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+
+    setattr(owner, name, dying)
+    if owner is draw_rollouts:
+        on_policy.write_answers = dying  # type: ignore[attr-defined]
+    run(setting, out, {**HALF, "window": 3}, **STEPS)
+
+
+def test_a_run_that_is_killed_in_every_phase_ends_with_the_same_weights(
+    setting: Setting, tmp_path: Path
+) -> None:
+    """Windows of three steps and checkpoints every two: it resumes inside of windows, too."""
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    work = partial(run, setting, undisturbed, {**HALF, "window": 3}, **STEPS)
+    assert forks.Fork(work).wait() == 0
+    for phase in PHASES:
+        assert forks.Fork(killed_in, phase, setting, killed).wait() == -signal.SIGKILL, phase
+    work = partial(run, setting, killed, {**HALF, "window": 3}, **STEPS)
+    assert forks.Fork(work).wait() == 0
+    assert difference(killed, undisturbed) == 0
+    ignored = {"tokens_per_s", "own_tokens_per_s"}
+    rows = [
+        [{k: v for k, v in row.items() if k not in ignored} for row in read_metrics(out / METRICS)]
+        for out in (undisturbed, killed)
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_a_window_whose_rollouts_are_lost_is_written_again_from_an_earlier_checkpoint(
+    setting: Setting, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    section = {**PURE, "window": 4}
+    options = {"max_steps": 7, "checkpoint_every": 3, "keep_checkpoints": 3}
+    run(setting, tmp_path / "undisturbed", section, **options)
+    lost = tmp_path / "lost"
+    shutil.copytree(tmp_path / "undisturbed", lost)
+    for name in ("model", "checkpoints/checkpoint-7"):
+        shutil.rmtree(lost / name)
+    tokens = window_folder(lost, 4) / "tokens.npy"
+    tokens.write_bytes(tokens.read_bytes()[:-1])
+    run(setting, lost, section, **options)
+    assert "rollouts of step 6 are missing or damaged" in capfd.readouterr().err
+    assert difference(lost, tmp_path / "undisturbed") == 0
+
+
+def test_a_student_that_equals_its_teacher_learns_nothing_from_its_own_text(
+    setting: Setting, tmp_path: Path
+) -> None:
+    assert setting.teacher is not None
+    same = replace(setting, student=setting.teacher)
+    for divergence in ("reverse_kl", "forward_kl", "jsd"):
+        out = tmp_path / divergence
+        result = run(same, out, {**PURE, "terms": [{"divergence": divergence}]}, max_steps=2)
+        for row in (row for row in result.metrics if "loss" in row):
+            assert abs(row[f"own_{divergence}"]) < 1e-6
+            assert row["grad_norm"] < 1e-4
+        before = load_model(setting.teacher, dtype=torch.float32).state_dict()
+        after = weights(out)
+        assert all(torch.allclose(after[n], before[n], atol=1e-2) for n in after)
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_micro_batches_do_not_change_the_gradient(
+    setting: Setting, tmp_path: Path, micro: int
+) -> None:
+    one = run(setting, tmp_path / "one", HALF, max_steps=1)
+    many = run(setting, tmp_path / "many", HALF, max_steps=1, micro_batch_size=micro)
+    for key in ("loss", "grad_norm", "forward_kl", "own_reverse_kl", "tokens", "own_tokens"):
+        values = [[row[key] for row in each.metrics if key in row] for each in (one, many)]
+        assert values[0] == pytest.approx(values[1], rel=1e-5), key
+    texts = [read_rollouts(window_folder(tmp_path / name, 0)) for name in ("one", "many")]
+    assert texts[0] == texts[1]
+
+
+def test_windows_write_for_the_same_steps(setting: Setting, tmp_path: Path) -> None:
+    """The first step's text does not depend on how many steps are written at once."""
+    one = run(setting, tmp_path / "one", {**PURE, "window": 1}, max_steps=1)
+    many = run(setting, tmp_path / "many", {**PURE, "window": 3}, max_steps=3)
+    firsts = [next(row for row in each.metrics if "loss" in row) for each in (one, many)]
+    assert firsts[0]["loss"] == pytest.approx(firsts[1]["loss"], rel=1e-6)
+    written = [read_rollouts(window_folder(tmp_path / name, 0)) for name in ("one", "many")]
+    assert written[0] is not None
+    assert written[1] is not None
+    assert written[1][: len(written[0])] == written[0]
+
+
+@pytest.mark.parametrize("shard", ["none", "student", "both"])
+def test_two_processes_write_what_one_writes(setting: Setting, tmp_path: Path, shard: str) -> None:
+    options = {"max_steps": 3, "micro_batch_size": 2, "max_grad_norm": 100}
+    run(setting, tmp_path / "one", HALF, **options)
+    work = partial(run_sharded, setting, tmp_path / "two", HALF, shard=shard, **options)
+    for rank in forks.two_ranks(work):
+        assert rank.wait(timeout=300) == 0, rank.communicate()[1][-3000:]
+    assert difference(tmp_path / "two", tmp_path / "one") < 1e-6
+    for step in (0, 2):
+        written = [read_rollouts(window_folder(tmp_path / n, step)) for n in ("one", "two")]
+        assert written[0]
+        assert written[0] == written[1]
+
+
+def run_sharded(setting: Setting, out: Path, own: dict[str, Any], **changes: Any) -> TrainingResult:
+    section = settings(own, **changes)
+    return train(
+        Student.load(setting.student),
+        teacher_for(setting, section),
+        setting.windows,
+        KL,
+        section,
+        folder=out,
+        prompts=prompts(),
+    )
