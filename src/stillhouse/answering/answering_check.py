@@ -28,6 +28,7 @@ from stillhouse.generation.source_check import require_source
 from stillhouse.generation.template_check import FrameKeys, rendered_training, require_template
 from stillhouse.language_model.job import configs, find_models, planned_size
 from stillhouse.language_model.model_check import require_models
+from stillhouse.language_model.on_policy_check import require_on_policy
 from stillhouse.language_model.turn_check import check_turns
 from stillhouse.pipeline.engine import has_finished
 from stillhouse.pipeline.kind import Check
@@ -50,6 +51,7 @@ def require_answering(job: AnsweringJob) -> Iterator[Finding]:
         load_scorer(recipe.evaluate.scorer, base)
     ordinary = find_models(training_recipe(recipe, run_root(recipe)), base)
     yield from require_models(ordinary)
+    yield from require_on_policy(ordinary)
     keys = FrameKeys.of("task", recipe.task.system, recipe.task.examples)
     if _estimate(job).missing:
         prompts = [(job.teacher_messages("a text"), "the task's prompt")]

@@ -20,7 +20,7 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
-_GROWTH = 128
+GROWTH = 128
 """Token places are added in multiples of it."""
 
 
@@ -96,7 +96,7 @@ class SlotCache(Cache):
     def reserve(self, places: int) -> None:
         """Makes room for sequences of that many tokens."""
         if places > self.places:
-            self.places = -(-places // _GROWTH) * _GROWTH
+            self.places = -(-places // GROWTH) * GROWTH
             for layer in self.layers:
                 layer.grow(self.places)
 

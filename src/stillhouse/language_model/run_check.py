@@ -9,6 +9,11 @@ from stillhouse.finding import Finding
 from stillhouse.hardware import choose_precision, default_device
 from stillhouse.language_model.data_check import TOKENS
 from stillhouse.language_model.job import Job
+from stillhouse.language_model.on_policy_check import (
+    own_prompts_of,
+    own_text_findings,
+    require_on_policy,
+)
 from stillhouse.language_model.package_check import require_disk
 from stillhouse.language_model.run_models import RunModels, run_models
 from stillhouse.language_model.run_plan import plan_stages
@@ -52,11 +57,19 @@ def check_resources(check: Check, find: FindModels = one_student) -> Iterator[Fi
     precision = choose_precision(recipe.train.precision, default_device())
     for stage in trainings:
         yield _training(stage, machine, precision.reason)
+    prompts = own_prompts_of(job)
+    windows = max(1, -(-tokens // recipe.data.context))
+    for models in planned:
+        yield from own_text_findings(models, machine, windows, prompts)
     yield from _memory(stages, machine)
 
 
 def require_resources(job: Job, find: FindModels = one_student) -> Iterator[Finding]:
-    """Disk space and memory. Raises StillhouseError as `plan_stages` does."""
+    """Disk space, memory, and what `train.on_policy` needs.
+
+    Raises StillhouseError as `plan_stages` and `require_on_policy` do.
+    """
+    yield from require_on_policy(job)
     yield from require_disk(job)
     yield from _require_memory(job, find)
 

@@ -51,6 +51,7 @@ from stillhouse.training.rollouts import (
     window_folder,
 )
 from stillhouse.training.step_rows import Micro, Slot, StepRows, StepSampler
+from stillhouse.training.turn_agreement import require_same_end
 
 MOSTLY = 0.5
 """The share of answers that are cut off above which a warning is given."""
@@ -101,7 +102,7 @@ class OnPolicy:
         """Build the objective for own text, and find the teacher that scores it.
 
         Raises SignalError: a teacher that cannot score it, or not under these divergences.
-        ModelError as `Teacher.prepare`.
+        ModelError as `Teacher.prepare` and `require_same_end`.
         """
         if teacher is None:
             raise SignalError(
@@ -112,6 +113,7 @@ class OnPolicy:
         recipe = ObjectiveRecipe(terms=list(self.section.terms))
         self.objective: Objective = objective_for(recipe, student.model.config, teacher.config)
         self.teacher = teacher.for_own_text()
+        require_same_end(student.tokenizer, self.teacher.tokenizer)
         self.teacher.prepare(TeacherNeeds(self.objective.needs.terms, tokenizer=student.tokenizer))
         if self.section.teacher_tokens and not (
             isinstance(self.teacher, LocalTeacher) and not self.teacher.collective

@@ -1,0 +1,140 @@
+"""Checks of `train.on_policy` before the run: stops, templates, prompts, and what it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from stillhouse.account import forward_flops
+from stillhouse.errors import SignalError
+from stillhouse.finding import Finding
+from stillhouse.generation.kv_cache import GROWTH
+from stillhouse.generation.text_generator import require_chat_template
+from stillhouse.language_model.job import Job
+from stillhouse.language_model.run_models import RunModels
+from stillhouse.number_format import count, seconds, size
+from stillhouse.planning.machine import Machine
+from stillhouse.planning.model_size import config_size
+from stillhouse.teachers.load_model import load_tokenizer
+from stillhouse.training.own_prompts import OwnPrompts, read_own_prompts, require_room
+from stillhouse.training.train import plan_batches
+from stillhouse.training.turn_agreement import differing_template, require_same_end
+
+TOPIC = "on-policy"
+DECODING = 3.0
+"""Times that a generated token takes of what its operations take in a training step: a batch of
+answers reads all weights for each token. Measured in bench/on_policy on two CPU cores."""
+
+
+def require_on_policy(job: Job) -> Iterator[Finding]:
+    """Raises ModelError, DataError and SignalError for models, prompts and signals with which the
+    student cannot write; yields warnings."""
+    section = job.recipe.train.on_policy
+    if section is None or section.share == 0:
+        return
+    signals = job.recipe.signals
+    if signals is not None and signals.store is not None and signals.missing != "live":
+        raise SignalError(
+            "a store of signals cannot score text that the student writes during training",
+            where=job.base / signals.store,
+            fix="set signals.missing: live, so that the teacher itself scores it; or remove "
+            "`signals`, or train.on_policy",
+        )
+    code = job.trust_remote_code
+    student = load_tokenizer(job.tokenizer_path, trust_remote_code=code)
+    require_chat_template(student)
+    for source in job.teachers:
+        teacher = load_tokenizer(source.path, trust_remote_code=code)
+        require_same_end(student, teacher)
+        difference = differing_template(student, teacher)
+        if difference is not None:
+            fix = "copy the teacher's chat_template.jinja into the student's folder"
+            yield Finding("warning", TOPIC, f"{source.described}: {difference}", fix)
+    prompts = own_prompts_of(job)
+    if prompts is None:
+        return
+    context = job.recipe.data.context
+    require_room(prompts, context)
+    short = int((prompts.lengths > context - section.max_tokens).sum())
+    if short:
+        text = (
+            f"{short:,} of {len(prompts):,} prompts leave less than max_tokens "
+            f"({section.max_tokens}) of the context of {context:,}: their answers end earlier"
+        )
+        yield Finding("warning", TOPIC, text, "raise data.context, or lower max_tokens")
+
+
+def own_prompts_of(job: Job) -> OwnPrompts | None:
+    """The prompts that the recipe names; None: they are chats of the data. Raises DataError."""
+    section = job.recipe.train.on_policy
+    if section is None or section.prompts is None:
+        return None
+    tokenizer = load_tokenizer(job.tokenizer_path, trust_remote_code=job.trust_remote_code)
+    return read_own_prompts(section.prompts, job.base, tokenizer)
+
+
+@dataclass(frozen=True)
+class OwnTextEstimate:
+    """answers: of the training. tokens: that the student writes, at most. read: of prompts."""
+
+    answers: int
+    tokens: int
+    read: int
+
+
+def estimate_own_text(
+    models: RunModels, machine: Machine, windows: int, prompts: OwnPrompts | None
+) -> OwnTextEstimate | None:
+    """What the student writes in its training, at most; None if nothing.
+
+    windows: of data. prompts: None if not known; they are then taken to be as long as half of
+    what an answer leaves of the context, and at most as an answer.
+    """
+    settings, context = models.recipe.train, models.recipe.data.context
+    section = settings.on_policy
+    if section is None or section.share == 0:
+        return None
+    steps = plan_batches(settings, windows, machine.processes).steps
+    cold = min(steps, -(-section.cold_start_tokens // (settings.batch_size * context)))
+    own = round((steps - cold) * settings.batch_size * section.share)
+    most = min(section.max_tokens, context - 1)
+    length = max(1, min(most, (context - most) // 2))
+    if prompts is not None:
+        length = min(context - 1, round(float(prompts.lengths.mean())))
+    a_window = max(1, context // (length + min(most, context - length)))
+    answers = own * a_window
+    return OwnTextEstimate(answers, answers * most, answers * length)
+
+
+def own_text_findings(
+    models: RunModels, machine: Machine, windows: int, prompts: OwnPrompts | None
+) -> Iterator[Finding]:
+    """Tokens, time and memory of what the student writes."""
+    section = models.recipe.train.on_policy
+    found = estimate_own_text(models, machine, windows, prompts)
+    if section is None or found is None:
+        return
+    active = config_size(models.student).active
+    flops = DECODING * forward_flops(active, found.tokens) + forward_flops(active, found.read)
+    text = (
+        f"the student writes {count(found.answers)} answers, at most {count(found.tokens)} tokens"
+    )
+    if machine.rate is not None:
+        text += f", about {seconds(flops / (machine.rate * machine.processes))}"
+    cache = kv_cache_bytes(models, machine, prompts)
+    text += f"; its key-value cache takes {size(cache)} in each process"
+    yield Finding("estimate", TOPIC, text)
+
+
+def kv_cache_bytes(models: RunModels, machine: Machine, prompts: OwnPrompts | None) -> float:
+    """Bytes of the keys and values while the student writes, at most."""
+    section, longest = models.recipe.train.on_policy, models.recipe.data.context
+    assert section is not None
+    if prompts is not None:
+        longest = min(longest, int(prompts.lengths.max()) + section.max_tokens)
+    config = models.student.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    places = -(-longest // GROWTH) * GROWTH
+    values = 2 * config.num_hidden_layers * heads * width * places * section.batch
+    return float(values * machine.compute(models.recipe.train.precision).itemsize)
