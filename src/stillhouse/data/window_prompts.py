@@ -21,12 +21,13 @@ def window_prompts(windows: WindowSet, count: int) -> list[list[int]]:
     A chat's prompt ends where its last supervised answer begins, so that it is what a model reads
     before it answers. A text, whose tokens are all supervised, is cut after its beginning.
     """
-    found = list(dict.fromkeys(map(tuple, _all_prompts(windows))))
+    found = list(dict.fromkeys(map(tuple, all_prompts(windows))))
     count = min(count, len(found))
     return [list(found[number * len(found) // count]) for number in range(count)]
 
 
-def _all_prompts(windows: WindowSet) -> Iterator[list[int]]:
+def all_prompts(windows: WindowSet) -> Iterator[list[int]]:
+    """The prompt of every document of the windows that has one, in order."""
     for window in (windows[index] for index in range(len(windows))):
         starts = (window["position_ids"] == 0).nonzero()[:, 0].tolist()
         for start, end in zip(starts, [*starts[1:], len(window["input_ids"])], strict=True):

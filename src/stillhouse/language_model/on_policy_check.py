@@ -9,7 +9,6 @@ from stillhouse.account import forward_flops
 from stillhouse.errors import SignalError
 from stillhouse.finding import Finding
 from stillhouse.generation.kv_cache import GROWTH
-from stillhouse.generation.text_generator import require_chat_template
 from stillhouse.language_model.job import Job
 from stillhouse.language_model.run_models import RunModels
 from stillhouse.number_format import count, seconds, size
@@ -42,7 +41,6 @@ def require_on_policy(job: Job) -> Iterator[Finding]:
         )
     code = job.trust_remote_code
     student = load_tokenizer(job.tokenizer_path, trust_remote_code=code)
-    require_chat_template(student)
     for source in job.teachers:
         teacher = load_tokenizer(source.path, trust_remote_code=code)
         require_same_end(student, teacher)

@@ -53,7 +53,9 @@ class OnPolicyRecipe(Section):
     from that."""
 
     prompts: OnPolicyPrompts | None = Field(
-        None, description="null: the chats of the training data, without their last answer."
+        None,
+        description="null: the chats of the training data, without their last answer, and the "
+        "beginnings of its texts.",
     )
     share: ShareOrZero = Field(
         0.5, description="Share of the rows of each optimizer step that the student writes."

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from stillhouse.data.batches import Batches
 from stillhouse.data.chat_prompt import chat_ids
 from stillhouse.data.data_config import HubSource
-from stillhouse.data.shift import IGNORED
 from stillhouse.data.sources import hub_errors, hub_rows
+from stillhouse.data.window_prompts import all_prompts
 from stillhouse.errors import DataError
 from stillhouse.generation.chat_frame import Frame, user_turn
 from stillhouse.generation.request import Message
@@ -82,39 +82,19 @@ def require_room(prompts: OwnPrompts, context: int, where: str = WHERE) -> None:
         )
 
 
-# --- the chats of the training data --------------------------------------------------------------
-
-
 def prompts_of_windows(windows: Batches) -> OwnPrompts:
-    """The chats in the windows, each without its last answer, exactly as training reads them.
+    """The prompts of the training data, exactly as training reads them: see `window_prompts`.
 
-    Raises DataError if there are none: all tokens of plain text are supervised, so that it has no
-    prompt.
+    Raises DataError if there are none.
     """
-    prompts = OwnPrompts.of(_prompts(windows))
+    prompts = OwnPrompts.of(all_prompts(windows))
     if not len(prompts):
         raise DataError(
-            "the training data have no chats whose answers the student could write",
+            "the training data have no chat or text that the student could continue",
             where=WHERE,
             fix="name a file of prompts in train.on_policy.prompts.path",
         )
     return prompts
-
-
-def _prompts(windows: Batches) -> Iterator[NDArray[np.int32]]:
-    for number in range(len(windows)):
-        window = windows[number]
-        ids, labels = window["input_ids"].numpy(), window["labels"].numpy()
-        starts = np.flatnonzero(window["position_ids"].numpy() == 0).tolist()
-        for start, end in itertools.pairwise([*starts, len(ids)]):
-            supervised = labels[start:end] != IGNORED
-            if not supervised.any():
-                continue
-            last = int(np.flatnonzero(supervised)[-1])
-            context_only = np.flatnonzero(~supervised[:last])
-            answer = int(context_only[-1]) + 1
-            if answer > 1:  # else plain text: the first token is the only one not supervised
-                yield ids[start : start + answer].astype(np.int32)
 
 
 # --- files, data sets, and lists -----------------------------------------------------------------
