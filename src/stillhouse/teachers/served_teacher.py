@@ -66,6 +66,7 @@ class ServedTeacher(Teacher):
         self.described = server_name(server)
         self.fingerprint = fingerprint or self.described
         self._tokenizer, self._parameters = tokenizer, parameters
+        self._noted = False
         key = api_key(server.key_env, where=self.described, setting="signals.server.key_env")
         self._client = openai.OpenAI(
             base_url=server.base_url,
@@ -110,10 +111,12 @@ class ServedTeacher(Teacher):
                 where="objective.terms",
                 fix="use temperature 1, or a local teacher",
             )
-        note(
-            f"{self.described} gives the {self.k} most likely tokens of each position; bias: "
-            f"{TopK(self.k).bias}"
-        )
+        if not self._noted:
+            self._noted = True
+            note(
+                f"{self.described} gives the {self.k} most likely tokens of each position; bias: "
+                f"{TopK(self.k).bias}"
+            )
 
     def flops(self, tokens: int) -> int:
         return forward_flops(self._parameters, tokens)

@@ -7,6 +7,7 @@ that looks complete, so a checkpoint is valid only once it contains `complete.js
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.checksums import damaged_files, fast_facts, seal_broken, sealed
+from stillhouse.errors import TrainingError
 from stillhouse.progress import note
 from stillhouse.runfolder import flush_tree, write_atomically
 
@@ -129,6 +131,20 @@ class Metrics:
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+
+
+def check_finite(logs: Mapping[str, float], step: int) -> None:
+    """Raise TrainingError if a logged loss or its gradient's norm is not finite: no checkpoint may
+    be written after it."""
+    if all(math.isfinite(logs.get(name, 0.0)) for name in ("loss", "grad_norm")):
+        return
+    raise TrainingError(
+        f"the loss or its gradient is not finite at step {step} "
+        f"(loss {logs['loss']}, gradient norm {logs.get('grad_norm')})",
+        where="training",
+        fix="lower train.learning_rate, or inspect the data with `stillhouse preview`; "
+        "checkpoints before this step are kept",
+    )
 
 
 def _lines(rows: Iterable[Mapping[str, float]]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -65,3 +65,9 @@ def measure_heldout(
     if len(means) > 1:
         metrics[f"heldout_{names[0].replace('forward_kl', 'kl')}"] = means[0]
     return metrics
+
+
+def measurements_since_best(rows: Sequence[Mapping[str, float]], key: str) -> int:
+    """How many measurements followed the best one, the lowest. rows: of metrics.jsonl."""
+    history = [row[key] for row in rows if key in row]
+    return len(history) - 1 - history.index(min(history)) if history else 0

@@ -166,13 +166,15 @@ class OnPolicy:
         after = step - self.plan.cold_steps
         return None if after < 0 else step - after % self.section.window
 
+    def holds(self, step: int) -> bool:
+        """Whether the rollouts of a step are in memory, if it has any."""
+        return self.window_start(step) in (None, self._window)
+
     def load(self, step: int) -> bool:
-        """Whether the rollouts of a step are there: in memory, or in the folder, from a process
-        that was killed."""
+        """Take the rollouts of a step from the folder, where a killed process left them. Returns
+        whether they are there."""
         start = self.window_start(step)
-        if start is None or start == self._window:
-            return True
-        if self.folder is None:
+        if self.folder is None or start is None:
             return False
         found = read_rollouts(window_folder(self.folder, start), self.identity)
         if found is None:

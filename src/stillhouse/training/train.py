@@ -221,7 +221,8 @@ def train(
         seconds=done.seconds,
         flops=account.training_flops(size, done.tokens)
         + account.forward_flops(size, done.processed_tokens)
-        + (0 if teacher is None else teacher.flops(done.tokens)),
+        + (0 if teacher is None else teacher.flops(done.tokens - done.own_tokens))
+        + (0 if trainer.own is None else trainer.own.teacher.flops(done.own_tokens)),
         peak_memory_bytes=peak_memory_bytes(),
         precision=precision.reason,
         metrics=trainer.metrics.rows,

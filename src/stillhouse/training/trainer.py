@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate.utils import AutocastKwargs
@@ -22,7 +23,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from stillhouse.data.batches import Batch, collate
 from stillhouse.data.windows import ARRAYS
-from stillhouse.errors import RecipeError, TrainingError
+from stillhouse.errors import RecipeError
 from stillhouse.objectives import Tally
 from stillhouse.objectives.objective_config import ObjectiveRecipe, ObjectiveTerm
 from stillhouse.processes import release_gathered, shard, sharding_mesh, with_gathered
@@ -31,9 +32,14 @@ from stillhouse.teachers.load_model import load_model
 from stillhouse.teachers.short_attention import use_short_attention
 from stillhouse.teachers.teacher import OUTPUT_ONLY, Teacher, TeacherView
 from stillhouse.training import sharded_checkpoint
-from stillhouse.training.checkpoints import Meter, Metrics, step_of
+from stillhouse.training.checkpoints import Meter, Metrics, check_finite, step_of
 from stillhouse.training.distillation import STUDENT, Distillation
-from stillhouse.training.heldout import heldout_rows, heldout_teacher, measure_heldout
+from stillhouse.training.heldout import (
+    heldout_rows,
+    heldout_teacher,
+    measure_heldout,
+    measurements_since_best,
+)
 from stillhouse.training.objective import Objective
 from stillhouse.training.on_policy import OnPolicy, ShipsOtherWeights
 from stillhouse.training.partition import ProcessBatches, row_loader
@@ -41,8 +47,6 @@ from stillhouse.training.resuming import ResumingTrainer
 from stillhouse.training.rollouts import OwnBatch
 from stillhouse.training.score_step import score_step, scores_steps
 from stillhouse.training.step_rows import StepSampler
-
-T = TypeVar("T")
 
 
 class DistillationTrainer(ResumingTrainer):
@@ -199,41 +203,33 @@ class DistillationTrainer(ResumingTrainer):
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._tokens = self._tokens + items  # a tensor on a GPU: read only when it is logged
         if self.teacher is not None and scores_steps(self.teacher):
-            self._scored = self._score(batches)
+            own = [batch for batch in batches if isinstance(batch, OwnBatch)]
+            data = batches[: len(batches) - len(own)]
+            rows, request = self.args.per_device_train_batch_size, self.objective.needs.activations
+            parts = [score_step(self.teacher, data, request, device, rows=rows)]
+            if self.own is not None:
+                parts.append(score_step(self.own.teacher, own, OUTPUT_ONLY, device, rows=rows))
+            self._scored = itertools.chain.from_iterable(parts)
         return batches, items
-
-    def _score(self, batches: Sequence[Batch]) -> Iterator[TeacherView]:
-        """The teacher's answers to a step's micro-batches: those of data, then the student's."""
-        assert self.teacher is not None
-        size, device = self.args.per_device_train_batch_size, self.args.device
-        own = [batch for batch in batches if isinstance(batch, OwnBatch)]
-        data = batches[: len(batches) - len(own)]
-        request = self.objective.needs.activations
-        yield from score_step(self.teacher, data, request, device, rows=size)
-        if self.own is not None:
-            yield from score_step(self.own.teacher, own, OUTPUT_ONLY, device, rows=size)
 
     def _begin_window(self, own: OnPolicy, step: int) -> None:
         """Let the student write its rollouts, unless those of the step are there."""
-        lacking = torch.tensor(float(not own.load(step)), device=self.args.device)
-        begins = own.window_start(step) == step
+        if own.holds(step):
+            return
         speed: dict[str, float] = {}
+        lacking = torch.tensor(float(not own.load(step)), device=self.args.device)
         if float(self.accelerator.reduce(lacking)) > 0:
             with ExitStack() as opened:
                 for callback in self.callback_handler.callbacks:
                     if isinstance(callback, ShipsOtherWeights):
                         opened.enter_context(callback.as_shipped(self._distillation))
-                speed = self._with_complete_weights(
-                    lambda: own.draw(step, self._distillation.student)
-                )
+                module = self._distillation
+                draw = partial(own.draw, step, module.student)
+                speed = with_gathered(module, draw) if self._sharded else draw()
             self.accelerator.wait_for_everyone()
-        if begins:
+        if own.window_start(step) == step:
             self._processed_tokens += own.processed_tokens
             self.metrics.append({"step": step, **own.measured(), **speed})
-
-    def _with_complete_weights(self, work: Callable[[], T]) -> T:
-        """Run work that uses the student outside the loss. Every process must call this."""
-        return with_gathered(self._distillation, work) if self._sharded else work()
 
     # --- checkpoints ---------------------------------------------------------------------------
 
@@ -333,7 +329,7 @@ class DistillationTrainer(ResumingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self._step_metrics())
-            self._check_finite(logs)
+            check_finite(logs, self.state.global_step)
         super().log(logs, start_time)
         if "loss" in logs or "heldout_perplexity" in logs:
             row = {"step": self.state.global_step, **logs}
@@ -356,20 +352,11 @@ class DistillationTrainer(ResumingTrainer):
         """Each term's mean over so many tokens; nothing if there are none."""
         # Every rank holds its own sums and the count of all ranks; one reduction for all terms.
         names, sums = tally.take()
+        if not names:
+            return {}
         means = (self.accelerator.reduce(sums) / max(tokens, 1)).tolist()
         found = zip(names, means, strict=True)
         return {prefix + name: mean for name, mean in found} if tokens else {}
-
-    def _check_finite(self, logs: dict[str, float]) -> None:
-        values = torch.tensor([logs["loss"], logs.get("grad_norm", 0.0)])
-        if not torch.isfinite(values).all():
-            raise TrainingError(
-                f"the loss or its gradient is not finite at step {self.state.global_step} "
-                f"(loss {logs['loss']}, gradient norm {logs.get('grad_norm')})",
-                where="training",
-                fix="lower train.learning_rate, or inspect the data with `stillhouse preview`; "
-                "checkpoints before this step are kept",
-            )
 
     # --- held-out measurement ------------------------------------------------------------------
 
@@ -408,9 +395,8 @@ class DistillationTrainer(ResumingTrainer):
     def _stop_when_no_better(self, key: str) -> None:
         if self.early_stop is None:
             return
-        history = [row[key] for row in self.metrics.rows if key in row]
-        since_best = len(history) - 1 - history.index(min(history)) if history else 0
-        stop = torch.tensor(float(since_best >= self.early_stop), device=self.args.device)
+        waited = measurements_since_best(self.metrics.rows, key)
+        stop = torch.tensor(float(waited >= self.early_stop), device=self.args.device)
         # In a resumed run, only rank 0 has the history; all must stop at the same step.
         if float(self.accelerator.reduce(stop)) > 0:
             self.control.should_training_stop = True
