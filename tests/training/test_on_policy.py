@@ -21,6 +21,7 @@ from stillhouse.objectives.objective_config import ObjectiveRecipe
 from stillhouse.students.student import Student
 from stillhouse.teachers.load_model import load_model
 from stillhouse.teachers.local_teacher import LocalTeacher
+from stillhouse.teachers.several_teachers import SeveralTeachers
 from stillhouse.training import draw_rollouts, on_policy, rollouts
 from stillhouse.training.checkpoints import read_metrics
 from stillhouse.training.own_prompts import OwnPrompts
@@ -235,3 +236,118 @@ def run_sharded(setting: Setting, out: Path, own: dict[str, Any], **changes: Any
         folder=out,
         prompts=prompts(),
     )
+
+
+def reference_loss(setting: Setting, folder: Path) -> tuple[float, int]:
+    """Reverse KL over the rollouts, one after the other and token by token, at temperature 1."""
+    assert setting.teacher is not None
+    student = load_model(setting.student, dtype=torch.float64)
+    teacher = load_model(setting.teacher, dtype=torch.float64)
+    total, tokens = 0.0, 0
+    for rollout in read_rollouts(folder) or []:
+        ids = torch.tensor([rollout.ids])
+        with torch.no_grad():
+            log_q = student(ids, use_cache=False).logits[0].log_softmax(-1)
+            log_p = teacher(ids, use_cache=False).logits[0].log_softmax(-1)
+        rows = slice(rollout.given - 1, len(rollout.ids) - 1)
+        total += float((log_q[rows].exp() * (log_q[rows] - log_p[rows])).sum())
+        tokens += len(rollout.own)
+    return total, tokens
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.5])
+def test_the_loss_is_the_mean_over_generated_tokens(
+    setting: Setting, tmp_path: Path, temperature: float
+) -> None:
+    """Whatever the temperature of the sampling, and however rollouts share windows."""
+    run(setting, tmp_path, {**PURE, "window": 1, "temperature": temperature}, max_steps=1)
+    total, tokens = reference_loss(setting, window_folder(tmp_path, 0))
+    row = next(row for row in read_metrics(tmp_path / METRICS) if "loss" in row)
+    assert row["tokens"] == row["own_tokens"] == tokens
+    assert row["loss"] == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_both_kinds_of_rows_are_divided_by_the_tokens_of_the_step(
+    setting: Setting, tmp_path: Path
+) -> None:
+    run(setting, tmp_path, HALF, max_steps=1)
+    row = next(row for row in read_metrics(tmp_path / METRICS) if "loss" in row)
+    own, data = row["own_tokens"], row["tokens"] - row["own_tokens"]
+    mean = (own * row["own_reverse_kl"] + data * row["forward_kl"]) / (own + data)
+    assert row["loss"] == pytest.approx(mean, rel=1e-5)
+
+
+def test_steps_without_a_token_to_learn_are_no_nan(
+    setting: Setting, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Every answer is cut off after one token, and dropped: only prompts are left."""
+    own = {**PURE, "max_tokens": 1, "cut_off": "drop", "temperature": 0.0}
+    result = run(setting, tmp_path, own, max_steps=2)
+    assert all(row["loss"] == 0 for row in result.metrics if "loss" in row)
+    assert all(bool(torch.isfinite(value).all()) for value in weights(tmp_path).values())
+    warned = capfd.readouterr().err
+    assert "100% of the student's answers reach train.on_policy.max_tokens (1)" in warned
+    assert "nothing is learned from them" in warned
+
+
+def test_each_window_is_written_by_the_weights_before_it(setting: Setting, tmp_path: Path) -> None:
+    own = {**PURE, "temperature": 0.0}
+    options = {"max_steps": 4, "learning_rate": 1e-2, "checkpoint_every": 2, "keep_checkpoints": 3}
+    run(setting, tmp_path, own, **options)
+    for step, folder in ((0, setting.student), (2, tmp_path / "checkpoints" / "checkpoint-2")):
+        model = load_model(folder, dtype=torch.float32)
+        for rollout in (read_rollouts(window_folder(tmp_path, step)) or [])[:4]:
+            asked = torch.tensor([rollout.ids[: rollout.given]])
+            found = model.generate(asked, max_new_tokens=8, do_sample=False, pad_token_id=0)[0]
+            assert found.tolist()[: len(rollout.ids)] == list(rollout.ids)
+
+
+def test_no_teacher_of_several_is_dropped(setting: Setting, tmp_path: Path) -> None:
+    assert setting.teacher is not None
+    one, other = (
+        load_model(path, dtype=torch.float32) for path in (setting.teacher, setting.student)
+    )
+    losses = []
+    for number, teachers in enumerate(([one], [other], [one, other])):
+        several = SeveralTeachers([LocalTeacher(teacher) for teacher in teachers])
+        train(
+            Student.load(setting.student),
+            several,
+            setting.windows,
+            KL,
+            settings(PURE, max_steps=1),
+            folder=tmp_path / str(number),
+            prompts=prompts(),
+        )
+        rows = read_metrics(tmp_path / str(number) / METRICS)
+        losses.append(next(row["loss"] for row in rows if "loss" in row))
+    assert losses[1] == pytest.approx(0, abs=1e-6)
+    assert losses[2] == pytest.approx(losses[0] / 2, rel=1e-5)
+
+
+def test_the_teacher_writes_the_beginning_and_the_student_learns_the_rest(
+    setting: Setting, tmp_path: Path
+) -> None:
+    own = {**PURE, "teacher_tokens": 3, "temperature": 0.0}
+    run(setting, tmp_path, own, max_steps=1)
+    assert setting.teacher is not None
+    teacher = load_model(setting.teacher, dtype=torch.float32)
+    for rollout in read_rollouts(window_folder(tmp_path, 0)) or []:
+        assert rollout.given == rollout.prompt + 3
+        asked = torch.tensor([rollout.ids[: rollout.prompt]])
+        found = teacher.generate(asked, max_new_tokens=3, do_sample=False, pad_token_id=0)[0]
+        assert found.tolist() == list(rollout.ids[: rollout.given])
+        assert len(rollout.own) <= 5
+
+
+def test_a_cold_start_learns_from_data_first(setting: Setting, tmp_path: Path) -> None:
+    own = {**PURE, "cold_start_tokens": 200}
+    run(setting, tmp_path / "own", own, max_steps=4)
+    run(setting, tmp_path / "plain", max_steps=4)
+    rows = [
+        [row for row in read_metrics(tmp_path / name / METRICS) if "loss" in row]
+        for name in ("own", "plain")
+    ]
+    assert [row["own_tokens"] > 0 for row in rows[0]] == [False, False, True, True]
+    for key in ("loss", "forward_kl", "tokens"):
+        assert [row[key] for row in rows[0][:2]] == [row[key] for row in rows[1][:2]]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from stillhouse.generation.generator import Continuation, Generator, TokenPrompt
 from stillhouse.generation.local_generator import LocalGenerator
@@ -24,7 +25,7 @@ are."""
 @contextmanager
 def able_to_generate(model: Any) -> Iterator[None]:
     """In the block, the model is in eval mode and its attention can use a key-value cache; then all
-    is as it was. No weight is copied."""
+    is as it was."""
     training = [module for module in model.modules() if module.training]
     attention = model.config._attn_implementation
     model.eval()
@@ -39,13 +40,36 @@ def able_to_generate(model: Any) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def narrowed(model: Any, dtype: torch.dtype) -> Iterator[None]:
+    """In the block, the parameters are in a narrower type, as training's matrix products read them.
+
+    Generation reads all weights for each token, so that it takes as long as they are large. The
+    copy is smaller than the gradients, which do not exist between two steps.
+    """
+    wide = [(parameter, parameter.data) for parameter in model.parameters()]
+    try:
+        for parameter, data in wide:
+            parameter.data = data.to(dtype)
+        yield
+    finally:
+        for parameter, data in wide:
+            parameter.data = data
+
+
 def local_generator(batch: int, dtype: torch.dtype) -> OpenGenerator:
     """Generation in this process, with the weights that are trained. dtype: of the products."""
 
     @contextmanager
     def opened(model: Any, ends: frozenset[int]) -> Iterator[Generator]:
+        sharded = any(isinstance(module, FSDPModule) for module in model.modules())
         narrow = dtype != torch.float32
-        with able_to_generate(model), torch.autocast(model.device.type, dtype, enabled=narrow):
+        with ExitStack() as ready:
+            ready.enter_context(able_to_generate(model))
+            if narrow and sharded:  # FSDP2 owns the tensors of gathered weights
+                ready.enter_context(torch.autocast(model.device.type, dtype))
+            elif narrow:
+                ready.enter_context(narrowed(model, dtype))
             yield LocalGenerator(model, ends, batch=batch)
 
     return opened

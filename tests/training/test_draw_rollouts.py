@@ -1,0 +1,112 @@
+"""The student writes while it is trained, and is afterwards as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from stillhouse.generation.generator import TokenPrompt
+from stillhouse.generation.local_generator import LocalGenerator
+from stillhouse.teachers.short_attention import NAME, use_short_attention
+from stillhouse.training.draw_rollouts import (
+    able_to_generate,
+    local_generator,
+    slot_seed,
+    write_answers,
+)
+from stillhouse.training.on_policy_config import OnPolicyRecipe
+from stillhouse.training.rollouts import Rollout
+from stillhouse.training.step_rows import Slot
+from tests import tiny
+
+ENDS = frozenset({0})
+PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14]]
+SLOTS = [Slot(number, number, 12) for number in range(3)]
+
+
+def student() -> Any:
+    """As a trainer has it: in training mode, with dropout, checkpointing, and another attention."""
+    model = tiny.llama(seed=3, attention_dropout=0.5)
+    model.gradient_checkpointing_enable()
+    use_short_attention(model, 32, torch.device("cpu"))
+    model.config.use_cache = False
+    model.train()
+    model.model.norm.eval()  # someone's own choice
+    return model
+
+
+def written(model: Any, **section: Any) -> list[Rollout]:
+    recipe = OnPolicyRecipe.model_validate(section)
+    with local_generator(2, torch.float32)(model, ENDS) as generator:
+        return write_answers(generator, SLOTS, PROMPTS, recipe, 7)
+
+
+def test_all_modes_are_restored() -> None:
+    model = student()
+    before = [module.training for module in model.modules()]
+    random = torch.get_rng_state()
+    written(model)
+    assert [module.training for module in model.modules()] == before
+    assert model.config._attn_implementation == NAME
+    assert model.config.use_cache is False
+    assert model.is_gradient_checkpointing
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), random)
+    with pytest.raises(ZeroDivisionError), able_to_generate(model):
+        raise ZeroDivisionError
+    assert [module.training for module in model.modules()] == before
+
+
+def test_narrow_weights_are_wide_again_afterwards() -> None:
+    """It writes with the numbers that the products of training read."""
+    model = student()
+    before = [(each, each.data_ptr(), each.detach().clone()) for each in model.parameters()]
+    with local_generator(2, torch.bfloat16)(model, ENDS) as generator:
+        assert {each.dtype for each in model.parameters()} == {torch.bfloat16}
+        narrow = write_answers(generator, SLOTS, PROMPTS, OnPolicyRecipe(), 7)
+    for each, place, value in before:
+        assert each.data_ptr() == place
+        assert torch.equal(each, value)
+    plain = tiny.llama(seed=3).bfloat16()
+    with local_generator(2, torch.float32)(plain, ENDS) as generator:
+        assert write_answers(generator, SLOTS, PROMPTS, OnPolicyRecipe(), 7) == narrow
+
+
+def test_it_writes_what_the_model_without_dropout_writes_greedily() -> None:
+    plain = tiny.llama(seed=3)
+    for rollout, prompt in zip(written(student(), temperature=0.0), PROMPTS, strict=True):
+        asked = torch.tensor([prompt])
+        expected = plain.generate(asked, max_new_tokens=12, do_sample=False, pad_token_id=0)[0]
+        assert list(rollout.ids) == expected.tolist()[: len(rollout.ids)]
+        assert rollout.stop == ("stop" if rollout.ids[-1] == 0 else "length")
+
+
+def test_the_generators_probabilities_are_those_of_a_training_pass() -> None:
+    model = student()
+    recipe = OnPolicyRecipe()
+    with local_generator(2, torch.float32)(model, ENDS) as generator:
+        asked = write_answers(generator, SLOTS, PROMPTS, recipe, 7)[0]
+    plain = tiny.llama(seed=3)
+    log_q = plain(torch.tensor([asked.ids]), use_cache=False).logits[0].log_softmax(-1)
+    chosen = [float(log_q[at - 1, asked.ids[at]]) for at in range(asked.given, len(asked.ids))]
+    seed = slot_seed(7, 0, PROMPTS[0])
+    prompt = TokenPrompt(PROMPTS[0], 12, temperature=1.0, seed=seed, logprobs=True)
+    ((_, again),) = LocalGenerator(plain, ENDS).generate([prompt])
+    assert list(again.ids) == list(asked.own)
+    assert again.logprobs == pytest.approx(chosen, abs=1e-4)
+
+
+def test_draws_depend_on_the_seed_the_slot_and_the_prompt() -> None:
+    base = slot_seed(7, 0, [5, 6])
+    others = {slot_seed(8, 0, [5, 6]), slot_seed(7, 1, [5, 6]), slot_seed(7, 0, [56])}
+    assert base not in others
+    assert len(others) == 3
+    model = student()
+    again = [Slot(3, 0, 12), Slot(0, 0, 12)]
+    recipe = OnPolicyRecipe()
+    with local_generator(2, torch.float32)(model, ENDS) as generator:
+        other, same = write_answers(generator, again, [PROMPTS[0]] * 2, recipe, 7)
+    assert same.own == written(model)[0].own
+    assert other.own != same.own

@@ -1,0 +1,85 @@
+"""Prompts as token ids of the student's template."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from stillhouse.data.chat_prompt import chat_ids
+from stillhouse.data.data import Data
+from stillhouse.errors import DataError, ModelError
+from stillhouse.training.on_policy_config import OnPolicyPrompts
+from stillhouse.training.own_prompts import (
+    OwnPrompts,
+    made_prompts,
+    prompts_of_windows,
+    read_own_prompts,
+    require_room,
+)
+from tests import tiny
+
+WORDS = tiny.tokenizer()
+
+
+def listed(prompts: OwnPrompts) -> list[list[int]]:
+    return [prompts[index] for index in range(len(prompts))]
+
+
+def test_repeated_prompts_are_one() -> None:
+    prompts = OwnPrompts.of([[1, 2], [3], [1, 2]])
+    assert listed(prompts) == [[1, 2], [3]]
+    assert prompts.lengths.tolist() == [2, 1]
+    assert prompts.fingerprint != OwnPrompts.of([[1], [2, 3]]).fingerprint
+
+
+def test_chats_of_the_data_lose_their_last_answer() -> None:
+    turns = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "three"},
+    ]
+    chats = [[*turns, {"role": "assistant", "content": f"answer {n}"}] for n in range(40)]
+    chats += [[{"role": "user", "content": f"{n}?"}, turns[1]] for n in range(40)]
+    data = Data.build(chats, WORDS, context=64, heldout_tokens=64)
+    found = {tuple(prompt) for prompt in listed(prompts_of_windows(data.train))}
+    assert tuple(chat_ids(WORDS, turns)) in found
+    expected = {tuple(chat_ids(WORDS, [{"role": "user", "content": f"{n}?"}])) for n in range(40)}
+    assert found - {tuple(chat_ids(WORDS, turns))} <= expected
+
+
+def test_a_file_of_prompts_is_rendered_by_the_students_template(tmp_path: Path) -> None:
+    rows = [{"prompt": "Why?"}, {"messages": [{"role": "user", "content": "How?"}]}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    section = OnPolicyPrompts(path="prompts.jsonl", system="Be brief.")
+    found = listed(read_own_prompts(section, tmp_path, WORDS))
+    system = {"role": "system", "content": "Be brief."}
+    asked = [[system, {"role": "user", "content": text}] for text in ("Why?", "How?")]
+    assert found == [chat_ids(WORDS, chat) for chat in asked]
+
+
+def test_prompts_in_memory_have_any_form() -> None:
+    chat = [{"role": "user", "content": "Why?"}]
+    for item in ("Why?", chat, {"messages": chat}, {"prompt": "Why?"}, chat_ids(WORDS, chat)):
+        assert listed(made_prompts([item], WORDS)) == [chat_ids(WORDS, chat)]
+
+
+def test_prompts_that_fill_the_context_are_one_message() -> None:
+    with pytest.raises(DataError, match=r"1 of 2 prompts fill the context of 8 tokens"):
+        require_room(OwnPrompts.of([[1], list(range(8))]), 8)
+    require_room(OwnPrompts.of([[1], list(range(7))]), 8)
+
+
+def test_text_needs_a_chat_template() -> None:
+    plain = tiny.tokenizer()
+    plain.chat_template = None
+    with pytest.raises(ModelError, match="no chat template"):
+        made_prompts(["Why?"], plain)
+    assert listed(made_prompts([[1, 2]], plain)) == [[1, 2]]
+
+
+@pytest.mark.parametrize("given", [3, {"a": 1}, [1.5], [""]])
+def test_what_is_not_a_prompt_is_an_error(given: object) -> None:
+    with pytest.raises(DataError):
+        made_prompts(given, WORDS)
