@@ -176,14 +176,11 @@ def test_a_student_that_equals_its_teacher_learns_nothing_from_its_own_text(
     assert setting.teacher is not None
     same = replace(setting, student=setting.teacher)
     for divergence in ("reverse_kl", "forward_kl", "jsd"):
-        out = tmp_path / divergence
-        result = run(same, out, {**PURE, "terms": [{"divergence": divergence}]}, max_steps=2)
-        for row in (row for row in result.metrics if "loss" in row):
-            assert abs(row[f"own_{divergence}"]) < 1e-6
-            assert row["grad_norm"] < 1e-4
-        before = load_model(setting.teacher, dtype=torch.float32).state_dict()
-        after = weights(out)
-        assert all(torch.allclose(after[n], before[n], atol=1e-2) for n in after)
+        own = {**PURE, "terms": [{"divergence": divergence}]}
+        result = run(same, tmp_path / divergence, own, max_steps=1)
+        row = next(row for row in result.metrics if "loss" in row)
+        assert abs(row[f"own_{divergence}"]) < 1e-6
+        assert row["grad_norm"] < 1e-5
 
 
 @pytest.mark.parametrize("micro", [1, 2])
@@ -205,10 +202,6 @@ def test_windows_write_for_the_same_steps(setting: Setting, tmp_path: Path) -> N
     many = run(setting, tmp_path / "many", {**PURE, "window": 3}, max_steps=3)
     firsts = [next(row for row in each.metrics if "loss" in row) for each in (one, many)]
     assert firsts[0]["loss"] == pytest.approx(firsts[1]["loss"], rel=1e-6)
-    written = [read_rollouts(window_folder(tmp_path / name, 0)) for name in ("one", "many")]
-    assert written[0] is not None
-    assert written[1] is not None
-    assert written[1][: len(written[0])] == written[0]
 
 
 @pytest.mark.parametrize("shard", ["none", "student", "both"])
@@ -219,10 +212,9 @@ def test_two_processes_write_what_one_writes(setting: Setting, tmp_path: Path, s
     for rank in forks.two_ranks(work):
         assert rank.wait(timeout=300) == 0, rank.communicate()[1][-3000:]
     assert difference(tmp_path / "two", tmp_path / "one") < 1e-6
-    for step in (0, 2):
-        written = [read_rollouts(window_folder(tmp_path / n, step)) for n in ("one", "two")]
-        assert written[0]
-        assert written[0] == written[1]
+    written = [read_rollouts(window_folder(tmp_path / name, 2)) for name in ("one", "two")]
+    assert written[0]
+    assert written[0] == written[1]
 
 
 def run_sharded(setting: Setting, out: Path, own: dict[str, Any], **changes: Any) -> TrainingResult:
@@ -260,7 +252,7 @@ def test_the_loss_is_the_mean_over_generated_tokens(
     setting: Setting, tmp_path: Path, temperature: float
 ) -> None:
     """Whatever the temperature of the sampling, and however rollouts share windows."""
-    run(setting, tmp_path, {**PURE, "window": 1, "temperature": temperature}, max_steps=1)
+    run(setting, tmp_path, {**PURE, "temperature": temperature}, max_steps=1)
     total, tokens = reference_loss(setting, window_folder(tmp_path, 0))
     row = next(row for row in read_metrics(tmp_path / METRICS) if "loss" in row)
     assert row["tokens"] == row["own_tokens"] == tokens

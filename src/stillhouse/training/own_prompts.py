@@ -160,6 +160,8 @@ def _made(item: Any, where: str, tokenizer: Any, key: str) -> Sequence[int]:
         return list(item)
     require_chat_template(tokenizer)
     if isinstance(item, str):
+        if not item.strip():
+            raise DataError("the prompt is empty", where=where, fix="leave it out")
         return _ids(tokenizer, user_turn(item), where)
     row = {"messages": item} if isinstance(item, list) else item
     if not isinstance(row, Mapping):
