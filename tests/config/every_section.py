@@ -85,6 +85,7 @@ def recipes() -> list[dict[str, Any]]:
     hub, file = {"kind": "hub", "dataset": "d"}, {"kind": "jsonl", "path": "a.jsonl"}
     found = [
         {**PLAIN, "train": {}, "quantize": {"qat": {}}, "export": {"push_to_hub": {"repo": "a/b"}}},
+        {**PLAIN, "train": {"on_policy": {"prompts": {"path": "p.txt"}, "terms": [{}]}}},
         {**PLAIN, "evaluate": {"lm_eval": {"tasks": ["t"]}}, "objective": {"terms": terms}},
         {**PLAIN, "evaluate": {"own_text": {}}},
         {**PLAIN, "data": {"sources": [{"kind": "corpus"}, hub, file]}, "synthesize": SYNTHESIS},
