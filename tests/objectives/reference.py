@@ -13,6 +13,7 @@ from torch import Tensor
 from stillhouse.objectives import Term
 from stillhouse.signals import (
     DenseSignal,
+    FoldedSignal,
     LMHead,
     LogitsSignal,
     SampledSignal,
@@ -106,6 +107,12 @@ def buckets(signal: SparseSignal, n: int, log_q_V: Tensor) -> tuple[Tensor, Tens
     return log_p, torch.cat([log_q_V[ids], log_tail[None]])
 
 
+def log_of_roots(log_p_X: Tensor, roots_X: Tensor, roots: int) -> Tensor:
+    """The logarithm of each root's probability: the sum over the tokens that map to it."""
+    of_root = [(roots_X == root).nonzero()[:, 0] for root in range(roots)]
+    return torch.stack([log_p_X[tokens].logsumexp(0) for tokens in of_root])
+
+
 def token_value(
     term: Term, zs_V: Tensor, signal: Signal | None, n: int, target: int, vocab: int
 ) -> Tensor:
@@ -114,6 +121,16 @@ def token_value(
         return -torch.log_softmax(zs_V, 0)[target]
     factor = term.temperature**2 if term.t_squared else 1.0
     log_q_V = torch.log_softmax(zs_V / term.temperature, 0)
+    if isinstance(signal, FoldedSignal):
+        if not bool(signal.covered_N[n]):
+            return zs_V.sum() * 0
+        fold, signal = signal.fold, signal.signal
+        log_q_V = log_of_roots(log_q_V, fold.student_V, fold.roots)
+        if isinstance(signal, DenseSignal):
+            zt_W = logits(signal.hidden_ND[n], signal.head, len(fold.teacher_W))
+            log_p_W = torch.log_softmax(zt_W / term.temperature, 0)
+            log_p_R = log_of_roots(log_p_W, fold.teacher_W, fold.roots)
+            return divergence(term, log_p_R, log_q_V) * factor
     if isinstance(signal, SparseSignal):
         return divergence(term, *buckets(signal, n, log_q_V)) * factor
     if isinstance(signal, SampledSignal):
@@ -140,6 +157,8 @@ def loss(
     vocab = vocab_size or len(head.weight_VD)
     if vocab_size is None and isinstance(signal, DenseSignal):
         vocab = min(vocab, len(signal.head.weight_VD))
+    if isinstance(signal, FoldedSignal):
+        vocab = len(signal.fold.student_V)
     if vocab_size is None and isinstance(signal, LogitsSignal):
         vocab = min(vocab, signal.logits_NV.shape[1])
     total = hidden_ND.sum() * 0 + head.weight_VD.sum() * 0

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from stillhouse.data.documents import AnyDocument, Conversation, Document
 from stillhouse.data.sources import read_sources, size_estimate
-from stillhouse.data.tokenize_rows import tokenize
+from stillhouse.data.tokenize_rows import TokenRow, tokenize
 from stillhouse.export.licenses import license_lines
 from stillhouse.finding import Finding, Level
+from stillhouse.language_model.alignment_check import check_alignment
 from stillhouse.language_model.job import Job
 from stillhouse.language_model.model_origins import origins_of
 from stillhouse.language_model.synthesis_check import PlannedText, planned_text
@@ -40,6 +41,7 @@ def check_data(check: Check) -> Iterator[Finding]:
     sample = _sample(job, planned)
     check.found[TOKENS] = sample.tokens
     yield from _findings(sample, job)
+    yield from check_alignment(job, sample.rows)
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Sample:
     """The first documents, tokenized.
 
     tokens: an estimate for all sources. complete: the sample is the entire text. notes: how many
-    rows have something that is not learned or not read, by kind.
+    rows have something that is not learned or not read, by kind. rows: the documents' tokens.
     """
 
     documents: int
@@ -57,6 +59,7 @@ class Sample:
     tokens: int
     complete: bool
     notes: Counter[str]
+    rows: list[TokenRow]
 
 
 def _sample(job: Job, planned: PlannedText | None) -> Sample:
@@ -88,6 +91,7 @@ def _sample(job: Job, planned: PlannedText | None) -> Sample:
         tokens=expected,
         complete=complete,
         notes=notes,
+        rows=rows,
     )
 
 

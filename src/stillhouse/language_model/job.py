@@ -12,6 +12,7 @@ from stillhouse import account
 from stillhouse.errors import SignalError
 from stillhouse.export.licenses import Origin
 from stillhouse.language_model.recipe import Recipe
+from stillhouse.objectives.objective_config import LogitsTerm
 from stillhouse.progress import note
 from stillhouse.signals.encodings import (
     Encoding,
@@ -27,6 +28,7 @@ from stillhouse.signals.signals_config import FrozenHeadSignals, HiddenSignals
 from stillhouse.students.planned_config import planned_config
 from stillhouse.students.student_config import PretrainedStudent, PrunedStudent, RandomStudent
 from stillhouse.synthesis.synthesized_text import SynthesizedText
+from stillhouse.teachers.align_tokens import require_alignable
 from stillhouse.teachers.load_model import load_config, load_tokenizer
 from stillhouse.teachers.model_requirements import require_decoder
 from stillhouse.teachers.model_source import ModelSource, resolve_config, resolve_model
@@ -47,11 +49,11 @@ class Job:
 
     base: the folder of relative paths. pruned: the model that is pruned, if that is not the
     teacher. vocabulary: token ids below it are shared by both models; rows of a head beyond it are
-    padding. teachers: the models that the student learns from, the teacher or others with its
-    vocabulary. text: the run's synthesized text. ancestors: for a member of a family, the models
-    that the first member was made with. after_cut: before the vocabulary is cut, the recipe that
-    continues afterwards; this job's own recipe then contains only the cut. cut: whether it was cut.
-    family: for a first member, the recipe of the entire family.
+    padding. teachers: the models that the student learns from: the teacher, or others. text: the
+    run's synthesized text. ancestors: for a member of a family, the models that the first member
+    was made with. after_cut: before the vocabulary is cut, the recipe that continues afterwards;
+    this job's own recipe then contains only the cut. cut: whether it was cut. family: for a first
+    member, the recipe of the entire family.
     """
 
     recipe: Recipe
@@ -149,10 +151,33 @@ def _teachers(
     teachers = []
     for name in recipe.train.teachers or [ORIGINAL]:
         found = teacher if name == ORIGINAL else resolve_model(name, base=base, weights=weights)
-        if found is not teacher:
-            shared_vocabulary(teacher, found, recipe.teacher.trust_remote_code)
+        if found is not teacher and other_tokenizer(teacher, found, recipe):
+            _require_output_terms(recipe, found)
         teachers.append(found)
     return tuple(teachers)
+
+
+def other_tokenizer(teacher: ModelSource, other: ModelSource, recipe: Recipe) -> bool:
+    """Whether a model of `train.teachers` has other tokens than the teacher, and so teaches through
+    shared roots. Raises ModelError if its tokens cannot be aligned, or rows are missing."""
+    code = recipe.teacher.trust_remote_code
+    own, its = (load_tokenizer(each.path, trust_remote_code=code) for each in (teacher, other))
+    if own.get_vocab() == its.get_vocab():
+        shared_vocabulary(teacher, other, code)
+        return False
+    require_alignable(own, its)
+    return True
+
+
+def _require_output_terms(recipe: Recipe, other: ModelSource) -> None:
+    terms = recipe.objective.terms
+    if any(not isinstance(term, LogitsTerm) for term in terms):
+        raise SignalError(
+            f"{other.described} has another tokenizer, so its positions are not the student's, and "
+            "terms on hidden states or attention compare positions",
+            where="objective.terms",
+            fix="use divergences at the output, or teachers with the student's tokenizer",
+        )
 
 
 def signals_encoding(job: Job, objective: Objective) -> Encoding:

@@ -208,7 +208,8 @@ def training_teacher(
     over = shards(job.recipe.train, "teacher")
     loads = [_loader(job, one, dtype, over) for one in sources]
     if stored is None:
-        return combined([load() for load in loads])
+        tokenizer = load_tokenizer(job.tokenizer_path, trust_remote_code=code)
+        return combined([load().aligned(tokenizer) for load in loads])
     store = _open(job, stored, student)
     encoding, config, head = store.settings.encoding, None, None
     if isinstance(encoding, Hidden):

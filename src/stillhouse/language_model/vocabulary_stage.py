@@ -21,7 +21,7 @@ from stillhouse.data.windows import WindowSet
 from stillhouse.evaluation.fidelity import compare, heldout_answers
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
-from stillhouse.language_model.job import Job, find_models, shared_vocabulary
+from stillhouse.language_model.job import Job, find_models, other_tokenizer, shared_vocabulary
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.pipeline.stage_plan import Do, StagePlan, model_check
 from stillhouse.pruning.pruning_config import VocabularyFile
@@ -81,8 +81,8 @@ def cut_job(job: Job, finished: Mapping[str, Stage], do: Do) -> Job:
 def _other_models(recipe: Recipe, full_job: Job) -> dict[str, ModelSource]:
     """The models other than the teacher that have all of its tokens, by name.
 
-    A member of a family, whose vocabulary is already cut, is not included.
-    Raises ModelError for a model with another vocabulary.
+    A member of a family, whose vocabulary is already cut, is not included, nor is a teacher of the
+    student with another tokenizer. Raises ModelError for a student's start with other tokens.
     """
     assert isinstance(recipe.student, PrunedStudent)
     names = [recipe.student.model, *recipe.train.teachers]
@@ -94,6 +94,8 @@ def _other_models(recipe: Recipe, full_job: Job) -> dict[str, ModelSource]:
             load_tokenizer(model.path, trust_remote_code=code).get_vocab().keys()
             for model in (source, full_job.teacher)
         )
+        if name in recipe.train.teachers and other_tokenizer(full_job.teacher, source, recipe):
+            continue
         if not own < all_tokens:
             shared_vocabulary(full_job.teacher, source, code)
             found[name] = source

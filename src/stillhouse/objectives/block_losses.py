@@ -18,6 +18,7 @@ from stillhouse.objectives.dense import (
     any_divergence,
     forward_kl_and_counted,
 )
+from stillhouse.objectives.folded import Folding
 from stillhouse.objectives.groups import Group, Workspace
 from stillhouse.objectives.products import ComputeHead
 from stillhouse.objectives.sparse import bucketed
@@ -39,17 +40,23 @@ Teacher = Tensor | SparseSignal | SampledSignal | ProjectedRows | None
 
 @dataclass
 class Blocks:
-    """Computes one block of rows after another, in scratch that is allocated once."""
+    """Computes one block of rows after another, in scratch that is allocated once.
+
+    folding: for a teacher with another vocabulary.
+    """
 
     groups: Sequence[Group]
     student: ComputeHead
     teacher: ComputeHead | None
     space: Workspace
+    folding: Folding | None = None
 
     def __post_init__(self) -> None:
         like = self.space.like
         kernel = row_kernel(self.groups, self.student, self.teacher, like.dtype)
-        self.kernel = kernel if runs_kernels(like.device) else None
+        fused = runs_kernels(like.device) and self.folding is None
+        self.kernel = kernel if fused else None
+        self.teacher_space = self.space if self.folding is None else self.folding.teacher_space
 
     def run(
         self,
@@ -58,11 +65,13 @@ class Blocks:
         targets_b: Tensor | None,
         losses_Mb: Tensor,
         *,
+        covered_b: Tensor | None = None,
         grad: bool,
     ) -> None:
         """Fill the losses; with `grad`, write ∂loss/∂(raw logits) over `student_bV`.
 
         Logits come in as raw products of hidden rows and head, and are overwritten.
+        covered_b: rows that a folded teacher covers.
         """
         if self.kernel is not None and isinstance(teacher, Tensor):
             self.kernel.run(student_bV, teacher, targets_b, losses_Mb, grad=grad)
@@ -71,7 +80,7 @@ class Blocks:
         zs_bV = self.space.wide("student", student_bV)
         self.student.finish_(zs_bV)
         if isinstance(teacher, Tensor):
-            teacher = self.space.wide("teacher", teacher)
+            teacher = self.teacher_space.wide("teacher", teacher)
             if self.teacher is not None:
                 self.teacher.finish_(teacher)
         slope_bV = self._cap_slope(zs_bV) if grad else None
@@ -79,7 +88,7 @@ class Blocks:
         total_bV = self.space.buffer("total", len(out_bV)) if grad and not simple else None
         for place, group in enumerate(self.groups):
             last = place == len(self.groups) - 1
-            zs_group_bV = self._at_temperature("zs", zs_bV, group, last)
+            zs_group_bV = _at_temperature(self.space, "zs", zs_bV, group, last)
             part_bV = out_bV if simple else zs_group_bV
             counted: list[Counted | Projected] = []
             if group.of_data and targets_b is not None:
@@ -87,14 +96,22 @@ class Blocks:
                 counted.append(Counted(group.of_data, targets_b[:, None], ones_b1))
             out = part_bV if grad else None
             block = GroupBlock(group, zs_group_bV, counted, losses_Mb, out, self.space)
-            self._run_group(block, teacher if group.of_teacher else None, last)
+            self._run_group(block, teacher if group.of_teacher else None, covered_b, last)
             if total_bV is not None:
                 total_bV.copy_(part_bV) if place == 0 else total_bV.add_(part_bV)
         if total_bV is not None:
             out_bV.copy_(total_bV if slope_bV is None else total_bV.mul_(slope_bV))
 
-    def _run_group(self, block: GroupBlock, teacher: Teacher, last: bool) -> None:
+    def _run_group(
+        self, block: GroupBlock, teacher: Teacher, covered_b: Tensor | None, last: bool
+    ) -> None:
         group, zt_bV = block.group, None
+        if isinstance(teacher, Tensor):
+            zt_bV = teacher = _at_temperature(self.teacher_space, "zt", teacher, group, last)
+        if self.folding is not None and isinstance(teacher, Tensor | SparseSignal):
+            assert covered_b is not None
+            self.folding.run(block, teacher, covered_b)
+            return
         if isinstance(teacher, SparseSignal):
             bucketed(block, teacher)
             return
@@ -107,8 +124,6 @@ class Blocks:
             shares_bK = shares_bK / shares_bK.sum(1, keepdim=True)
             sampled = Counted(group.of_teacher, teacher.ids_NK, shares_bK)
             block.counted = [*block.counted, sampled]
-        elif teacher is not None:
-            zt_bV = self._at_temperature("zt", teacher, group, last)
         if zt_bV is None or group.only("forward_kl"):
             forward_kl_and_counted(block, zt_bV)
         else:
@@ -122,9 +137,10 @@ class Blocks:
         slope_bV = torch.div(logits_bV, cap, out=self.space.buffer("slope", len(logits_bV)))
         return slope_bV.square_().neg_().add_(1.0)
 
-    def _at_temperature(self, name: str, z_bV: Tensor, group: Group, last: bool) -> Tensor:
-        """z / T: in place for the last group, otherwise in a buffer, since other groups still need
-        z."""
-        if last:
-            return z_bV if group.temperature == 1.0 else z_bV.div_(group.temperature)
-        return torch.div(z_bV, group.temperature, out=self.space.buffer(name, len(z_bV)))
+
+def _at_temperature(space: Workspace, name: str, z_bV: Tensor, group: Group, last: bool) -> Tensor:
+    """z / T: in place for the last group, otherwise in a buffer, since other groups still need
+    z."""
+    if last:
+        return z_bV if group.temperature == 1.0 else z_bV.div_(group.temperature)
+    return torch.div(z_bV, group.temperature, out=space.buffer(name, len(z_bV)))

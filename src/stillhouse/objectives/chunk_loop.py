@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from stillhouse.objectives.block_losses import Blocks, ProjectedRows, Teacher
+from stillhouse.objectives.folded import Folding
 from stillhouse.objectives.groups import Workspace, group_by_temperature
 from stillhouse.objectives.products import ComputeHead, accumulate_columns_, accumulate_outer_
 from stillhouse.objectives.terms import Term
 from stillhouse.signals import (
     DenseSignal,
+    FoldedSignal,
     FrozenHeadSignal,
     LMHead,
     LogitsSignal,
@@ -95,8 +97,11 @@ class Work:
         self.weights_N = None if row_weights_N is None else row_weights_N.to(plan.reduce_dtype)
         self.signal = signal if any(term.needs_teacher for term in plan.terms) else None
         self.teacher: ComputeHead | None = None
+        self.folded: FoldedSignal | None = None
+        if isinstance(self.signal, FoldedSignal):
+            self.folded, self.signal = self.signal, self.signal.signal
         if isinstance(self.signal, DenseSignal):
-            self.teacher = ComputeHead.of(self.signal.head, plan.vocab_size, plan.dtype)
+            self.teacher = ComputeHead.of(self.signal.head, self._teacher_vocabulary(), plan.dtype)
             teacher_hidden_ND = self.signal.hidden_ND.detach().to(plan.dtype)
             self.signal = replace(self.signal, hidden_ND=teacher_hidden_ND)
         if isinstance(self.signal, FrozenHeadSignal):
@@ -118,9 +123,12 @@ class Work:
         chunk = self.plan.chunk(self.hidden_ND)
         block = self.plan.block(device, chunk)
         student_nV = self.hidden_ND.new_empty(chunk, self.plan.vocab_size)
-        teacher_nV = None if self.teacher is None else torch.empty_like(student_nV)
+        teacher_nV: Tensor | None = None
+        if self.teacher is not None:
+            teacher_nV = student_nV.new_empty(chunk, self._teacher_vocabulary())
         self.space = Workspace((block, self.plan.vocab_size), self.losses_MN)
-        blocks = Blocks(self.groups, self.head, self.teacher, self.space)
+        folding = None if self.folded is None else Folding(self.folded.fold, self.space)
+        blocks = Blocks(self.groups, self.head, self.teacher, self.space, folding)
         grad = any(gradient is not None for gradient in self.gradients())
         for start in range(0, self.rows, chunk):
             rows = slice(start, min(start + chunk, self.rows))
@@ -137,12 +145,16 @@ class Work:
                     self._teacher_block(teacher_nV, part, here),
                     None if self.targets_N is None else self.targets_N[here],
                     self.losses_MN[:, here],
+                    covered_b=None if self.folded is None else self.folded.covered_N[here],
                     grad=grad,
                 )
             if grad:
                 self._carry_back(student_nV[:n], rows)
         if self.dhidden_ND is not None:
             self._scale_rows_(self.dhidden_ND, slice(None), self.factor)
+
+    def _teacher_vocabulary(self) -> int:
+        return self.plan.vocab_size if self.folded is None else len(self.folded.fold.teacher_W)
 
     def _teacher_block(self, teacher_nV: Tensor | None, part: slice, here: slice) -> Teacher:
         """The signal's rows of one block: `part` within the chunk, `here` within all rows."""

@@ -20,7 +20,14 @@ from stillhouse.objectives.signal_checks import (
     same_rows,
 )
 from stillhouse.objectives.terms import Term
-from stillhouse.signals import DenseSignal, FrozenHeadSignal, LMHead, LogitsSignal, Signal
+from stillhouse.signals import (
+    DenseSignal,
+    FoldedSignal,
+    FrozenHeadSignal,
+    LMHead,
+    LogitsSignal,
+    Signal,
+)
 
 
 def check_inputs(
@@ -43,6 +50,8 @@ def check_inputs(
         shared = min(shared, len(signal.head.weight_VD))
     elif isinstance(signal, LogitsSignal) and signal.logits_NV.ndim == 2:
         shared = min(shared, signal.logits_NV.shape[1])
+    elif isinstance(signal, FoldedSignal) and vocab_size is None:
+        vocab_size = len(signal.fold.student_V)
     vocab = _vocabulary(shared, vocab_size)
     check_terms_fit(terms, signal)
     if isinstance(signal, FrozenHeadSignal):

@@ -15,6 +15,7 @@ from stillhouse.errors import SignalError
 from stillhouse.objectives.terms import Term
 from stillhouse.signals import (
     DenseSignal,
+    FoldedSignal,
     FrozenHeadSignal,
     LMHead,
     LogitsSignal,
@@ -31,6 +32,9 @@ def check_terms_fit(terms: Sequence[Term], signal: Signal | None) -> None:
     """Raise an error if this signal cannot serve a divergence."""
     for term in terms:
         if not term.needs_teacher:
+            continue
+        if isinstance(signal, FoldedSignal):
+            check_terms_fit([term], signal.signal)
             continue
         name = term.divergence
         if signal is None:
@@ -82,6 +86,8 @@ def check_signal(signal: Signal, rows: int, vocab: int) -> None:
         _check_sparse(signal, rows, vocab)
     elif isinstance(signal, FrozenHeadSignal):
         _check_frozen(signal, rows)
+    elif isinstance(signal, FoldedSignal):
+        _check_folded(signal, rows, vocab)
     else:
         _check_sampled(signal, rows, vocab)
 
@@ -168,6 +174,26 @@ def _check_frozen(signal: FrozenHeadSignal, rows: int) -> None:
     same_rows("signal.negative_entropy_N", signal.negative_entropy_N, rows)
     check_finite("signal.vector_ND", signal.vector_ND)
     check_finite("signal.negative_entropy_N", signal.negative_entropy_N)
+
+
+def _check_folded(signal: FoldedSignal, rows: int, vocab: int) -> None:
+    fold, inner = signal.fold, signal.signal
+    if fold.student_V.shape != (vocab,):
+        raise SignalError(
+            f"signal.fold.student_V has shape {tuple(fold.student_V.shape)}, and the student "
+            f"{vocab} tokens",
+            fix="give one root for each token of the student",
+        )
+    check_ids("signal.fold.student_V", fold.student_V[:, None], fold.roots)
+    check_ids("signal.fold.teacher_W", fold.teacher_W[:, None], fold.roots)
+    if isinstance(inner, DenseSignal) and len(inner.head.weight_VD) < len(fold.teacher_W):
+        raise SignalError(
+            f"signal.fold.teacher_W has {len(fold.teacher_W)} tokens, and the teacher's head "
+            f"{len(inner.head.weight_VD)} rows",
+            fix="give one root for each row of the teacher's head that is a token",
+        )
+    same_rows("signal.covered_N", signal.covered_N, rows)
+    check_signal(inner, rows, fold.roots)
 
 
 def _check_sampled(signal: SampledSignal, rows: int, vocab: int) -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stillhouse.signals.signal_types import (
         DenseSignal,
+        Fold,
+        FoldedSignal,
         FrozenHeadSignal,
         HiddenSignal,
         LMHead,
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DenseSignal",
+    "Fold",
+    "FoldedSignal",
     "FrozenHeadSignal",
     "HiddenSignal",
     "LMHead",

@@ -103,5 +103,39 @@ class HiddenSignal:
     hidden_ND: Mapping[int, Tensor]
 
 
-Signal = DenseSignal | LogitsSignal | SparseSignal | SampledSignal | FrozenHeadSignal
+@dataclass(frozen=True)
+class Fold:
+    """The events that two vocabularies share, called roots, and the root of each token.
+
+    A root's probability under a model is the sum over the tokens that map to it, so both models'
+    probabilities over roots sum to 1. Every root has tokens of both vocabularies: an event that one
+    model cannot produce would have an infinite divergence.
+
+    student_V, teacher_W: the root of each token id, int64, in [0, roots).
+    """
+
+    student_V: Tensor
+    teacher_W: Tensor
+    roots: int
+
+    def to(self, device: torch.device) -> Fold:
+        return Fold(self.student_V.to(device), self.teacher_W.to(device), self.roots)
+
+
+@dataclass(frozen=True)
+class FoldedSignal:
+    """The distribution of a teacher with another tokenizer, compared over shared roots.
+
+    signal: dense, over the teacher's own vocabulary; or sparse, whose ids are roots. Its rows are
+        those of the student.
+    covered_N: rows where the teacher's text has a token boundary too. The others get no loss from
+        the teacher, whatever their rows of `signal` hold (which must be finite).
+    """
+
+    signal: DenseSignal | SparseSignal
+    fold: Fold
+    covered_N: Tensor
+
+
+Signal = DenseSignal | LogitsSignal | SparseSignal | SampledSignal | FrozenHeadSignal | FoldedSignal
 """Any signal that a student's output can be compared with."""

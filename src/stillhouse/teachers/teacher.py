@@ -122,6 +122,18 @@ class Teacher(ABC):
         """Bytes of weights on this machine."""
         return 0
 
+    def aligned(self, tokenizer: Any) -> Teacher:
+        """This teacher for a student with another tokenizer; itself if all ids are the same.
+
+        Raises ModelError: a tokenizer that does not define the bytes of its tokens, or that changes
+        text.
+        """
+        from stillhouse.teachers.aligned_teacher import AlignedTeacher
+
+        if self.tokenizer is None or self.tokenizer.get_vocab() == tokenizer.get_vocab():
+            return self
+        return AlignedTeacher(self, tokenizer)
+
     # --- creating a teacher ---------------------------------------------------------------------
 
     @staticmethod

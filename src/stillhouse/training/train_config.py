@@ -53,7 +53,8 @@ class TrainRecipe(Section):
     teachers: list[PathText] = Field(
         default=[],
         description="Models to learn from in place of the teacher, which stays the measure; as "
-        "teacher.model, or `teacher` itself. The loss is the mean of theirs.",
+        "teacher.model, or `teacher` itself. The loss is the mean of theirs. They may have other "
+        "tokenizers.",
     )
     epochs: Epochs = 1.0
     max_steps: Steps | None = Field(None, description="Stop after this many optimizer steps.")

@@ -1,0 +1,173 @@
+"""Roots: the events that two vocabularies share, for a student and a teacher of other tokenizers.
+
+A string of bytes that both vocabularies have is a root. Any other token of one belongs to the root
+of the first token with which the other tokenizer encodes its bytes: a teacher's "123" belongs to
+"1" if the student writes digits one by one. Every token has a root, so the probabilities of roots
+sum to 1 under both models and nothing is renormalized.
+
+Where both tokenizers begin a token at the same byte of a text, their two tokens are one event. If
+their roots differ, as those of "\n" and "\n\n" may, training text shows it and the roots are
+merged (`merged`): otherwise the student would learn tokens that its tokenizer never writes there.
+
+Shapes: V student tokens, W teacher tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from stillhouse.errors import ModelError
+from stillhouse.signals import Fold
+from stillhouse.teachers.text_tokens import Ids, TextTokens
+
+ROOTS = "roots.safetensors"
+
+
+@dataclass(frozen=True)
+class Roots:
+    """student_V, teacher_W: the root of each token id, in [0, count).
+
+    count: their number. shared: strings that both vocabularies have.
+    merges: pairs of tokens (student, teacher) whose roots were merged, with their counts in text.
+    """
+
+    student_V: Ids
+    teacher_W: Ids
+    count: int
+    shared: int
+    merges: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def fold(self) -> Fold:
+        return Fold(torch.from_numpy(self.student_V), torch.from_numpy(self.teacher_W), self.count)
+
+
+def make_roots(
+    student: TextTokens, teacher: TextTokens, partners: Sequence[tuple[int, int]]
+) -> Roots:
+    """The roots before any text is seen.
+
+    partners: special tokens (student, teacher) that mean the same, the end of a text first.
+    Every root has tokens of both vocabularies: special tokens and unused ids without a partner
+    share a root, or, where only one vocabulary has any, belong to the end of a text.
+    Raises ModelError if there is none.
+    """
+    root_of: dict[bytes, int] = {}
+    for value in student.strings.values():
+        root_of.setdefault(value, -1)
+    known_to_teacher = set(teacher.strings.values())
+    shared = [value for value in root_of if value in known_to_teacher]
+    root_of = {value: root for root, value in enumerate(shared)}
+    other = len(shared) + len(partners)
+    first = {
+        **_first_tokens([v for v in teacher.strings.values() if v not in root_of], student),
+        **_first_tokens([v for v in student.strings.values() if v not in root_of], teacher),
+    }
+
+    def root(value: bytes) -> int:
+        # Each step leads to a proper prefix.
+        while value not in root_of:
+            if value not in first:
+                return other
+            value = first[value]
+        return root_of[value]
+
+    student_V, teacher_W = (np.full(side.size, other) for side in (student, teacher))
+    for side, roots_X in ((student, student_V), (teacher, teacher_W)):
+        for id, value in side.strings.items():
+            roots_X[id] = root(value)
+    for place, (ours, theirs) in enumerate(partners):
+        student_V[ours] = teacher_W[theirs] = len(shared) + place
+    alone = [bool((roots_X == other).any()) for roots_X in (student_V, teacher_W)]
+    if all(alone):
+        return Roots(student_V, teacher_W, other + 1, len(shared))
+    if any(alone) and not partners:
+        raise ModelError(
+            "one tokenizer has special tokens and the other none",
+            where=f"the tokenizers of {student.name} and {teacher.name}",
+            fix="use models whose tokenizers have an end-of-text token",
+        )
+    for roots_X in (student_V, teacher_W):
+        roots_X[roots_X == other] = len(shared)
+    return Roots(student_V, teacher_W, other, len(shared))
+
+
+def _first_tokens(values: Iterable[bytes], tokens: TextTokens) -> dict[bytes, bytes]:
+    """The first token with which a tokenizer encodes each string, as bytes.
+
+    Strings that are not UTF-8, or that are encoded with something in front (as a space), are given
+    the longest token that they begin with. A string of which no token is a prefix is left out.
+    """
+    known, longest = set(tokens.strings.values()), int(tokens.lengths_V.max(initial=0))
+    texts: dict[bytes, str] = {}
+    found: dict[bytes, bytes] = {}
+    for value in dict.fromkeys(values):
+        try:
+            texts[value] = value.decode()
+        except UnicodeDecodeError:
+            found[value] = b""
+    for value, ids in zip(texts, tokens.encode(list(texts.values())), strict=True):
+        found[value] = tokens.strings.get(int(ids[0]), b"") if len(ids) else b""
+    for value, piece in found.items():
+        if not piece or not value.startswith(piece):
+            sizes = range(min(len(value), longest), 0, -1)
+            found[value] = next((value[:n] for n in sizes if value[:n] in known), b"")
+    return {value: piece for value, piece in found.items() if piece and piece != value}
+
+
+def merged(roots: Roots, observed: Mapping[tuple[int, int], int]) -> Roots:
+    """Merge the roots of tokens (student, teacher) observed at the same place, with counts."""
+    parent = np.arange(roots.count)
+
+    def find(root: int) -> int:
+        while parent[root] != root:
+            parent[root] = parent[parent[root]]
+            root = int(parent[root])
+        return root
+
+    merges = []
+    for (ours, theirs), count in sorted(observed.items(), key=lambda item: (-item[1], item[0])):
+        a, b = find(int(roots.student_V[ours])), find(int(roots.teacher_W[theirs]))
+        if a != b:
+            parent[max(a, b)] = min(a, b)
+            merges.append((ours, theirs, count))
+    if not merges:
+        return roots
+    ends = np.array([find(root) for root in range(roots.count)])
+    kept, compact = np.unique(ends, return_inverse=True)
+    return Roots(
+        compact[roots.student_V],
+        compact[roots.teacher_W],
+        len(kept),
+        roots.shared,
+        (*roots.merges, *merges),
+    )
+
+
+def save_roots(roots: Roots, folder: Path) -> None:
+    """Write ROOTS into a folder: both maps, and in its metadata what they were made of."""
+    summary = {"count": roots.count, "shared": roots.shared, "merges": roots.merges}
+    maps = {
+        "student": torch.from_numpy(roots.student_V.astype(np.int32)),
+        "teacher": torch.from_numpy(roots.teacher_W.astype(np.int32)),
+    }
+    save_file(maps, folder / ROOTS, metadata={"roots": json.dumps(summary)})
+
+
+def load_roots(folder: Path) -> Roots:
+    """What `save_roots` wrote."""
+    with safe_open(folder / ROOTS, framework="np") as file:
+        summary = json.loads(file.metadata()["roots"])
+        student_V, teacher_W = (
+            file.get_tensor(name).astype(np.int64) for name in ("student", "teacher")
+        )
+    merges = tuple((int(s), int(t), int(n)) for s, t, n in summary["merges"])
+    return Roots(student_V, teacher_W, summary["count"], summary["shared"], merges)

@@ -1,0 +1,126 @@
+"""A student's window is rewritten in the teacher's tokens of the same bytes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stillhouse.errors import DataError, ModelError
+from stillhouse.teachers.align_tokens import NOWHERE, AlignedWindow, TokenAligner
+from tests import tiny
+from tests.teachers.tokenizer_toys import KINDS, byte_level, sentencepiece
+from tokenizers import normalizers
+
+STUDENT = byte_level(300)
+ALIGNERS = {kind: TokenAligner(STUDENT, make()) for kind, make in KINDS.items()}
+
+
+def window_of(*texts: str, cut: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Documents in one window, each with EOS; all but their first tokens are predicted."""
+    rows = [[*STUDENT(text)["input_ids"], STUDENT.eos_token_id] for text in texts]
+    ids = np.array([id for row in rows for id in row])[:cut]
+    positions = np.array([place for row in rows for place in range(len(row))])[:cut]
+    return ids, positions, np.where(positions > 0, ids, -100)
+
+
+def align(aligner: TokenAligner, *texts: str, cut: int | None = None) -> AlignedWindow:
+    ids, positions, labels = window_of(*texts, cut=cut)
+    (found,) = aligner.align(ids[None], positions[None], labels[None])
+    return found
+
+
+def slow_places(aligner: TokenAligner, ids: np.ndarray, found: AlignedWindow) -> list[int]:
+    """For a single text: the teacher's token with as many bytes before it as the student's."""
+    before: dict[int, int] = {}
+    done = 0
+    led = len(aligner._begin_teacher)
+    for place, id in enumerate(found.ids_M[led:]):
+        before.setdefault(done, place + led)
+        done += aligner.teacher.lengths_V[id]
+    places = []
+    done = aligner._space
+    for id in ids:
+        places.append(before.get(done, NOWHERE))
+        done += aligner.student.lengths_V[id]
+    return [place if place > 0 else NOWHERE for place in places]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None, max_examples=25)
+@given(text=st.text(st.sampled_from("the catdogsn .\n\t0123é漢🙂<|end|>"), min_size=1))
+def test_places_agree_with_counting_bytes(kind: str, text: str) -> None:
+    aligner = ALIGNERS[kind]
+    ids, _, labels = window_of(text)
+    if not (labels[1:] >= 0).any():
+        return
+    found = align(aligner, text)
+    assert found.begins_L[:-1].tolist() == slow_places(aligner, ids[:-1], found)
+    assert found.ids_M[found.begins_L[-1]] == aligner.teacher.tokenizer.eos_token_id
+    decoded = aligner.teacher.decode([id for id in found.ids_M if id in aligner.teacher.strings])
+    assert decoded.removeprefix(b" " * aligner._space) == text.encode()
+
+
+def test_documents_stay_apart_and_begin_as_the_teachers_do() -> None:
+    aligner = ALIGNERS["sentencepiece"]
+    found = align(aligner, "the cat", "a dog sees")
+    starts = np.flatnonzero(found.positions_M == 0)
+    assert len(starts) == 2
+    assert (found.ids_M[starts] == aligner.teacher.tokenizer.bos_token_id).all()
+    alone = align(aligner, "a dog sees")
+    assert found.ids_M[starts[1] :].tolist() == alone.ids_M.tolist()
+
+
+def test_a_shared_boundary_is_the_token_that_begins_there_not_the_next() -> None:
+    """A teacher that is read one position off would predict another token."""
+    aligner = ALIGNERS["bytes"]
+    ids, *_ = window_of("the cat sees 12")
+    found = align(aligner, "the cat sees 12")
+    for id, place in zip(ids[1:-1], found.begins_L[1:-1], strict=True):
+        first = aligner.teacher.strings[int(found.ids_M[place])]
+        assert aligner.student.strings[int(id)].startswith(first)
+
+
+def test_a_window_that_begins_and_ends_inside_a_character_is_read_between() -> None:
+    aligner = ALIGNERS["bytes"]
+    ids = np.array(STUDENT("漢 the cat 漢")["input_ids"])[1:-1]  # without the outermost bytes
+    positions = np.arange(len(ids))
+    (found,) = aligner.align(ids[None], positions[None], ids[None])
+    assert aligner.teacher.decode(found.ids_M) == b" the cat "
+    assert (found.begins_L >= 0).sum() == 3
+
+
+def test_text_that_is_a_special_tokens_string_stays_text() -> None:
+    aligner = ALIGNERS["byte-level"]
+    words = aligner.student.encode(["the <|end|> cat"])[0]
+    positions = np.arange(len(words))
+    (found,) = aligner.align(words[None], positions[None], words[None])
+    assert aligner.teacher.tokenizer.eos_token_id not in found.ids_M
+    assert aligner.teacher.decode(found.ids_M) == b"the <|end|> cat"
+
+
+def test_documents_that_predict_nothing_are_left_out() -> None:
+    ids, positions, labels = window_of("the cat", "a dog")
+    second = np.flatnonzero(positions == 0)[1]
+    labels[second:] = -100
+    (found,) = ALIGNERS["bytes"].align(ids[None], positions[None], labels[None])
+    assert b"dog" not in ALIGNERS["bytes"].teacher.decode(
+        [id for id in found.ids_M if id in ALIGNERS["bytes"].teacher.strings]
+    )
+    assert (found.begins_L[second:] == NOWHERE).all()
+
+
+def test_a_special_token_without_a_partner_is_refused_by_name() -> None:
+    student = byte_level(300, special=("<|turn|>",))
+    aligner = TokenAligner(student, sentencepiece(120))
+    ids = np.array([student.convert_tokens_to_ids("<|turn|>"), *student("the cat")["input_ids"]])
+    with pytest.raises(DataError, match=r"no token for <\|turn\|>"):
+        aligner.align(ids[None], np.arange(len(ids))[None], ids[None])
+
+
+def test_a_tokenizer_that_changes_text_is_refused() -> None:
+    teacher = tiny.tokenizer()
+    teacher.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(ModelError, match="changes text"):
+        TokenAligner(STUDENT, teacher)

@@ -1,0 +1,106 @@
+"""Every token of both vocabularies has a root, which both tokenizers can write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stillhouse.errors import ModelError
+from stillhouse.teachers.roots import Roots, load_roots, make_roots, merged, save_roots
+from stillhouse.teachers.text_tokens import TextTokens
+from tests import tiny
+from tests.teachers.tokenizer_toys import KINDS, byte_level
+
+
+def roots_of(student, teacher) -> tuple[TextTokens, TextTokens, Roots]:
+    ours, theirs = TextTokens(student), TextTokens(teacher)
+    ends = (student.eos_token_id, teacher.eos_token_id)
+    return ours, theirs, make_roots(ours, theirs, [ends])
+
+
+def slow_root(value: bytes, ours: TextTokens, theirs: TextTokens) -> bytes | None:
+    """The definition: the first token of the other tokenizer's encoding, until both have it."""
+    sides = [set(ours.strings.values()), set(theirs.strings.values())]
+    while not all(value in side for side in sides):
+        other = theirs if value in sides[0] else ours
+        (ids,) = other.encode([value.decode()])
+        value = other.strings[int(ids[0])]
+    return value
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_belongs_to_the_first_piece_that_both_vocabularies_have(kind: str) -> None:
+    ours, theirs, roots = roots_of(byte_level(300), KINDS[kind]())
+    shared = {value: roots.student_V[id] for id, value in ours.strings.items()}
+    for tokens, root_X in ((ours, roots.student_V), (theirs, roots.teacher_W)):
+        for id, value in tokens.strings.items():
+            if value.isascii() and (kind != "sentencepiece with a space in front"):
+                assert root_X[id] == shared[slow_root(value, ours, theirs)], value
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_token_has_a_root_whose_bytes_it_begins_with(kind: str) -> None:
+    ours, theirs, roots = roots_of(byte_level(300), KINDS[kind]())
+    strings: dict[int, bytes] = {}
+    common = set(ours.strings.values()) & set(theirs.strings.values())
+    for id, value in ours.strings.items():
+        if value in common:
+            strings[int(roots.student_V[id])] = value
+    assert len(strings) == roots.shared == len(common)
+    for tokens, root_X in ((ours, roots.student_V), (theirs, roots.teacher_W)):
+        assert root_X.shape == (tokens.size,)
+        for id, value in tokens.strings.items():
+            assert value.startswith(strings[int(root_X[id])])
+
+
+def test_equal_vocabularies_keep_every_token_apart() -> None:
+    ours, _, roots = roots_of(byte_level(300), byte_level(300))
+    assert (roots.student_V == roots.teacher_W).all()
+    assert len(set(roots.student_V[list(ours.strings)])) == len(ours.strings)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_root_has_tokens_of_both_vocabularies(kind: str) -> None:
+    _, _, roots = roots_of(byte_level(300), KINDS[kind]())
+    assert set(roots.student_V) == set(roots.teacher_W) == set(range(roots.count))
+
+
+def test_the_end_of_a_text_is_a_root_with_special_tokens_that_one_vocabulary_has() -> None:
+    ours, theirs, roots = roots_of(byte_level(300), KINDS["sentencepiece"]())
+    root = roots.student_V[ours.tokenizer.eos_token_id]
+    assert (roots.student_V == root).sum() == 1
+    assert set(np.flatnonzero(roots.teacher_W == root)) == set(theirs.special)
+
+
+def test_special_tokens_without_a_partner_share_a_root() -> None:
+    student = byte_level(300, special=("<|turn|>",))
+    _, theirs, roots = roots_of(student, KINDS["sentencepiece"]())
+    other = roots.student_V[student.convert_tokens_to_ids("<|turn|>")]
+    assert other == roots.teacher_W[theirs.tokenizer.bos_token_id] == roots.count - 1
+    assert roots.student_V[student.eos_token_id] != other
+
+
+def test_tokens_observed_at_one_place_share_a_root() -> None:
+    roots = Roots(np.array([0, 1, 2, 3]), np.array([0, 1, 2, 3, 1]), 5, 4)
+    found = merged(roots, {(0, 1): 7, (2, 2): 9, (3, 4): 1})
+    assert found.student_V.tolist() == [0, 0, 1, 0]
+    assert found.teacher_W.tolist() == [0, 0, 1, 0, 0]
+    assert found.count == 3
+    assert found.merges == ((0, 1, 7), (3, 4, 1))
+
+
+def test_roots_are_read_as_they_were_written(tmp_path: Path) -> None:
+    _, _, roots = roots_of(byte_level(300), tiny.tokenizer())
+    roots = merged(roots, {(300, 5): 3})
+    save_roots(roots, tmp_path)
+    found = load_roots(tmp_path)
+    assert (found.student_V == roots.student_V).all()
+    assert (found.teacher_W == roots.teacher_W).all()
+    assert (found.count, found.shared, found.merges) == (roots.count, roots.shared, roots.merges)
+
+
+def test_a_slow_tokenizer_is_rejected() -> None:
+    with pytest.raises(ModelError, match="not a fast tokenizer"):
+        TextTokens(object())
