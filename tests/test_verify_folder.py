@@ -16,6 +16,8 @@ from stillhouse.checksums import SUMS, seal_broken, sealed, write_sums
 from stillhouse.commands import predict
 from stillhouse.errors import ModelError, RunError
 from stillhouse.generation.journal import Journal
+from stillhouse.runfolder import RunFolder
+from stillhouse.training.checkpoints import Meter, seal
 from stillhouse.verify_folder import Verified, verify_folder
 from tests import tiny
 from tests.classify import toys
@@ -71,6 +73,29 @@ def test_every_flipped_bit_is_found(finished: Path, tmp_path: Path) -> None:
             assert file.name in found.problems[0]
         file.write_bytes(before)
     assert not problems(run)
+
+
+@pytest.mark.run
+def test_checkpoints_of_unfinished_stages_are_verified(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, symlinks=True)
+    place = run / "stages" / ".train-0123456789ab.partial" / "checkpoints"
+    for step in (1, 2, 3):
+        folder = place / f"checkpoint-{step}" / "sharded"
+        folder.mkdir(parents=True)
+        (folder / "__0_0.distcp").write_bytes(bytes(range(100)))
+        if step < 3:  # the last one was cut off
+            seal(folder.parent, Meter(step, 10, 1.0))
+    assert not problems(run)
+    (place / "checkpoint-1" / "sharded" / "__0_0.distcp").write_bytes(bytes(100))
+    (found,) = problems(run)
+    assert (found.path, found.kind) == (place / "checkpoint-1", "checkpoint")
+    assert found.problems == ["sharded/__0_0.distcp is missing or has changed"]
+    assert problems(found.path) == problems(place.parent) == [found]
+    (place / "checkpoint-2" / "complete.json").write_text("{}")
+    assert ["complete.json has changed"] in [each.problems for each in problems(run)]
+    with RunFolder(run).locked():
+        assert not problems(run), "checkpoints come and go while a run trains"
 
 
 @pytest.mark.run

@@ -31,7 +31,7 @@ from stillhouse.file_locks import try_lock
 from stillhouse.progress import note
 from stillhouse.scratch import scratch_in
 
-MANIFEST = "manifest.json"
+MANIFEST, LOCK = "manifest.json", ".lock"
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class RunFolder:
         """
         with disk_errors(self.root):
             made_folder(self.stages)
-            lock = (self.root / ".lock").open("a+", encoding="utf-8", errors="replace")
+            lock = (self.root / LOCK).open("a+", encoding="utf-8", errors="replace")
         with lock:
             if not try_lock(lock):
                 lock.seek(0)
@@ -124,7 +124,7 @@ class RunFolder:
         if self._lock is None:
             return
         try:
-            own = os.path.samestat(os.fstat(self._lock.fileno()), (self.root / ".lock").stat())
+            own = os.path.samestat(os.fstat(self._lock.fileno()), (self.root / LOCK).stat())
         except OSError:
             own = False
         gone = [path for path in (*folders, *self._finished) if not path.is_dir()]

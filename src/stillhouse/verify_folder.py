@@ -1,4 +1,4 @@
-"""Verifies that files are unchanged: run folders, stages, stores, exports, journals."""
+"""Verifies that files are unchanged: of run folders, checkpoints, stores, exports, journals."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pathlib import Path
 
 from stillhouse.checksums import SUMS, damaged_files, wrong_in_export
 from stillhouse.errors import RunError
+from stillhouse.file_locks import try_lock
 from stillhouse.generation.answer_requests import being_written
 from stillhouse.generation.journal_file import journal_damage
-from stillhouse.runfolder import MANIFEST, read_manifest
+from stillhouse.runfolder import LOCK, MANIFEST, read_manifest
 from stillhouse.signals.manifest import SETTINGS
 from stillhouse.signals.verify import verify as wrong_in_store
+from stillhouse.training.checkpoints import CHECKPOINTS, COMPLETE, wrong_in
 
 JOURNAL = "answers.sqlite"
 
@@ -29,6 +31,7 @@ class Verified:
 def verify_folder(path: Path) -> Iterator[Verified]:
     """Read every file of a run folder, a stage, a store, an export or a journal.
 
+    Of unfinished stages, and of the folder of a training from Python, the checkpoints are read.
     path: may also be a link to a stage's product. Nothing is changed. Raises RunError if it is none
     of these.
     """
@@ -43,6 +46,10 @@ def verify_folder(path: Path) -> Iterator[Verified]:
         yield Verified(path, "store", wrong)
     elif (path / SUMS).is_file():
         yield _export(path)
+    elif (path / CHECKPOINTS).is_dir():
+        yield from _checkpoints(path)
+    elif (path / COMPLETE).is_file():
+        yield Verified(path, "checkpoint", wrong_in(path))
     else:
         yield _part_of_stage(path)
 
@@ -51,12 +58,28 @@ def _run_folder(path: Path) -> Iterator[Verified]:
     for stage in sorted((path / "stages").iterdir()):
         if stage.is_dir() and not stage.name.startswith("."):
             yield _stage(stage)
+    if not _is_running(path):  # checkpoints come and go
+        for unfinished in sorted((path / "stages").glob(".*.partial")):
+            yield from _checkpoints(unfinished)
     for link in sorted(path.rglob("*")):
         if link.is_symlink() and not link.exists():
             yield Verified(link, "link", ["it leads to nothing: give `stillhouse run` again"])
     journal = path.parent / JOURNAL
     if journal.is_file() and not being_written(journal):
         yield _journal(journal)
+
+
+def _is_running(path: Path) -> bool:
+    try:
+        with (path / LOCK).open("rb") as file:
+            return not try_lock(file, shared=True)
+    except OSError:
+        return False
+
+
+def _checkpoints(path: Path) -> Iterator[Verified]:
+    for checkpoint in sorted(path.rglob(f"{CHECKPOINTS}/checkpoint-*")):
+        yield Verified(checkpoint, "checkpoint", wrong_in(checkpoint))
 
 
 def _stage(path: Path, below: Path | None = None) -> Verified:
@@ -93,5 +116,6 @@ def _part_of_stage(path: Path) -> Verified:
     raise RunError(
         "there is nothing here that can be verified",
         where=path,
-        fix="give a run folder, a stage, a store, an export with SHA256SUMS, or a journal",
+        fix="give a run folder, a stage, a store, an export with SHA256SUMS, a checkpoint, or a "
+        "journal",
     )

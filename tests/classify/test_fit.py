@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from stillhouse.classify import fit as fit_module
 from stillhouse.classify.classifier_students import build_classifier
 from stillhouse.classify.classify_config import FitRecipe, TruncatedClassifier
-from stillhouse.classify.fit import CHECKPOINTS, MODEL, fit
+from stillhouse.classify.fit import MODEL, fit
 from stillhouse.classify.label_prompts import LabelPrompt
 from stillhouse.teachers.model_source import resolve_model
+from stillhouse.training.checkpoints import CHECKPOINTS
 from tests import tiny
 
 TEXTS = [f"text number {number}" for number in range(24)]

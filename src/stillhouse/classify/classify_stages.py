@@ -18,7 +18,7 @@ from stillhouse.classify.classifier import check_classifier
 from stillhouse.classify.classifier_students import build_classifier
 from stillhouse.classify.classify_config import PretrainedClassifier, RandomClassifier
 from stillhouse.classify.classify_job import TaskJob
-from stillhouse.classify.fit import CHECKPOINTS, MODEL, fit
+from stillhouse.classify.fit import MODEL, fit
 from stillhouse.classify.label_judgment import CHUNKS, Judgment, label_by_api, score_texts
 from stillhouse.classify.labeled_texts import files_sha256
 from stillhouse.classify.task_texts import UNKNOWN, Texts, gold_ids, labels_sha256, prepare_texts
@@ -29,6 +29,7 @@ from stillhouse.pipeline.stage_plan import Do, StagePlan, unanswered
 from stillhouse.progress import note
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.teachers.load_model import load_tokenizer
+from stillhouse.training.checkpoints import CHECKPOINTS
 
 
 def plan_texts(job: TaskJob) -> StagePlan:

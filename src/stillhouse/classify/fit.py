@@ -28,7 +28,7 @@ from stillhouse.training import checkpoints
 from stillhouse.training.resuming import ResumingTrainer, train_from_newest
 from stillhouse.training.train_config import SCHEDULES
 
-MODEL, METRICS, CHECKPOINTS = "model", "metrics.jsonl", "checkpoints"
+MODEL, METRICS = "model", "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def fit(
     precision = choose_precision(section.precision, default_device())
     note(f"precision: {precision.reason}")
     steps = planned_steps(section, len(texts))
-    arguments = _arguments(section, steps, out / CHECKPOINTS, precision.dtype, seed)
+    arguments = _arguments(section, steps, out / checkpoints.CHECKPOINTS, precision.dtype, seed)
     shown = 0
 
     def make(meter: checkpoints.Meter) -> _Fitter:
@@ -85,7 +85,7 @@ def fit(
         return trainer
 
     with bar("train", total=steps * section.batch_size, unit="texts") as advance, quiet():
-        trainer = train_from_newest(out / CHECKPOINTS, make, steps=steps)
+        trainer = train_from_newest(out / checkpoints.CHECKPOINTS, make, steps=steps)
     classifier, metrics = trainer.classifier, trainer.metrics
     losses = [row["loss"] for row in metrics.rows if "loss" in row]
     if not losses or not all(map(math.isfinite, losses)):

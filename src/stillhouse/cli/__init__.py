@@ -238,7 +238,7 @@ def verify(
         for problem in found.problems:
             say(f"error: {found.kind} {found.path}: {problem}")
         if not found.problems:
-            Terminal().write_line(f"sound   {found.kind:<7} {found.path}")
+            Terminal().write_line(f"sound   {found.kind:<10} {found.path}")
         damaged = damaged or bool(found.problems)
     if damaged:
         raise typer.Exit(1)

@@ -19,9 +19,10 @@ from stillhouse.students.build_student import build_student, config_sha256
 from stillhouse.students.student import Student
 from stillhouse.students.student_config import RandomStudent
 from stillhouse.teachers.model_source import ModelSource
+from stillhouse.training.checkpoints import CHECKPOINTS
 from stillhouse.training.own_prompts import OwnPrompts, read_own_prompts
 from stillhouse.training.rollouts import ROLLOUTS
-from stillhouse.training.train import CHECKPOINTS, MODEL, TrainingResult, train
+from stillhouse.training.train import MODEL, TrainingResult, train
 from stillhouse.training.train_config import training_key
 
 BASELINE = ObjectiveRecipe(terms=[LogitsTerm(divergence="cross_entropy")])

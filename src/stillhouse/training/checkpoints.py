@@ -20,6 +20,8 @@ from stillhouse.progress import note
 from stillhouse.runfolder import flush_tree, write_atomically
 
 COMPLETE = "complete.json"
+CHECKPOINTS = "checkpoints"
+"""The folder of a training that has them."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,18 @@ def latest(folder: Path) -> tuple[Path, Meter] | None:
         if facts is not None and not damaged_files(checkpoint, facts["files"]):
             return checkpoint, Meter(**facts["meter"])
     return None
+
+
+def wrong_in(checkpoint: Path) -> list[str]:
+    """What has changed in a checkpoint since it was complete; nothing in one that was cut off,
+    which is not used."""
+    if not (checkpoint / COMPLETE).exists():
+        return []
+    facts = _facts(checkpoint)
+    if facts is None:
+        return [f"{COMPLETE} has changed"]
+    damaged = damaged_files(checkpoint, facts["files"], reread=True)
+    return [f"{name} is missing or has changed" for name in damaged]
 
 
 def drop_unusable(folder: Path) -> None:
@@ -120,7 +134,7 @@ class Metrics:
         self.path = path
         self.rows: list[dict[str, float]] = []
         if path is not None:
-            copy = path.parent / "checkpoints" / f"checkpoint-{keep_to_step}" / path.name
+            copy = path.parent / CHECKPOINTS / f"checkpoint-{keep_to_step}" / path.name
             known = read_metrics(copy if copy.exists() else path)  # older checkpoints have no copy
             self.rows = [row for row in known if row["step"] <= keep_to_step]
             path.parent.mkdir(parents=True, exist_ok=True)

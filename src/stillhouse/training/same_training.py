@@ -22,8 +22,8 @@ from stillhouse.objectives.objective_config import ObjectiveRecipe
 from stillhouse.runfolder import write_atomically
 from stillhouse.teachers.local_teacher import LocalTeacher
 from stillhouse.teachers.teacher import Teacher
+from stillhouse.training.checkpoints import CHECKPOINTS
 from stillhouse.training.own_prompts import OwnPrompts
-from stillhouse.training.train import CHECKPOINTS
 from stillhouse.training.train_config import WHERE_IT_RUNS, TrainRecipe
 
 RECORD = "training.json"

@@ -32,7 +32,7 @@ from stillhouse.teachers.older_names import save_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.teacher import Teacher
 from stillhouse.training import checkpoints
-from stillhouse.training.checkpoints import Meter, Metrics
+from stillhouse.training.checkpoints import CHECKPOINTS, Meter, Metrics
 from stillhouse.training.on_policy import own_text
 from stillhouse.training.own_prompts import OwnPrompts
 from stillhouse.training.resuming import train_from_newest
@@ -42,7 +42,6 @@ from stillhouse.training.trainer import DistillationTrainer
 
 MODEL = "model"
 METRICS = "metrics.jsonl"
-CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
