@@ -19,10 +19,13 @@ from typer.testing import CliRunner, Result
 from stillhouse import cli
 from stillhouse.check import check_recipe
 from stillhouse.cli import stop_signals
+from stillhouse.cli.exits import open_standard_streams
 from stillhouse.errors import StillhouseError
 from stillhouse.finding import Finding
+from stillhouse.progress import note
 from tests import tiny
 from tests.classify import toys
+from tests.forks import Fork
 
 VERBS = (
     "run",
@@ -247,6 +250,59 @@ def test_a_bug_is_reported_as_a_bug(
         cli.main()
     assert exit_.value.code == 2
     assert "this is a bug in Stillhouse" in capsys.readouterr().err
+
+
+def _print_the_schema() -> None:
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    sys.argv = ["stillhouse", "schema"]
+    cli.main()
+
+
+def test_output_that_cannot_be_written_is_named() -> None:
+    process = Fork(_print_the_schema)
+    _, error = process.communicate()
+    assert process.wait() == 1
+    assert error.startswith("error: the disk is full\n  where: standard output\n")
+
+
+def _print_a_note() -> None:
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+    note("this line is lost")
+
+
+def test_a_full_disk_under_the_log_does_not_end_a_run() -> None:
+    assert Fork(_print_a_note).wait() == 0
+
+
+def _in_a_deleted_folder(folder: Path) -> None:
+    folder.mkdir()
+    os.chdir(folder)
+    folder.rmdir()
+    sys.argv = ["stillhouse", "check", "recipe.yaml"]
+    cli.main()
+
+
+def test_a_current_folder_that_was_deleted_is_one_message(tmp_path: Path) -> None:
+    process = Fork(_in_a_deleted_folder, tmp_path / "gone")
+    _, error = process.communicate()
+    assert process.wait() == 1
+    assert "error: " in error
+    assert "Traceback" not in error
+
+
+def _without_streams(file: Path) -> None:
+    for number in range(3):
+        os.close(number)
+    open_standard_streams()
+    with file.open("wb") as opened:
+        assert opened.fileno() > 2
+        os.write(2, b"a warning of a library")
+
+
+def test_what_a_library_prints_is_not_written_into_a_file(tmp_path: Path) -> None:
+    """Where standard streams are closed, the next file would get the number of one."""
+    assert Fork(_without_streams, tmp_path / "file").wait() == 0
+    assert (tmp_path / "file").read_bytes() == b""
 
 
 # --- check -------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from stillhouse.errors import RunError
 from stillhouse.runfolder import RunFolder
 from stillhouse.scratch import scratch_place, temporary_folder
 from tests.forks import Fork
@@ -34,6 +35,19 @@ def test_a_folder_that_the_user_chose_is_used(
         with RunFolder(tmp_path / run).locked():
             assert scratch_place().parent == tmp_path / "large-disk"
     assert list((tmp_path / "large-disk").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_used_is_an_error_before_the_first_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "file"))
+    with (
+        pytest.raises(RunError, match="set TMPDIR to a folder that can be written"),
+        RunFolder(tmp_path / "run").locked(),
+    ):
+        pass
+    assert scratch_place() == Path(tempfile.gettempdir())
 
 
 def hold(run: Path) -> None:

@@ -9,6 +9,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from stillhouse.errors import RunError
 from stillhouse.terminal import Terminal, json_line, visible
 
 CLEAR = "\x1b[2J\x1b]0;title\x07"
@@ -51,3 +52,12 @@ def test_a_json_line_reads_back_as_it_was() -> None:
     value = {"text": CLEAR + TURNED + "naïve"}
     assert json.loads(json_line(value)) == value
     assert not set(json_line(value)) & set("\x1b\x07\x9b\x7f\u202e")
+
+
+def test_a_line_break_in_a_path_makes_no_line_of_a_message() -> None:
+    error = RunError("it is full", where="/data/a\n  fix:   run this", fix="free some space")
+    assert str(error).splitlines() == [
+        "it is full",
+        "  where: /data/a␊  fix:   run this",
+        "  fix:   free some space",
+    ]

@@ -15,7 +15,7 @@ class StillhouseError(Exception):
         self.fix = fix
         lines = [what]
         if self.where:
-            lines.append(f"  where: {self.where}")
+            lines.append(f"  where: {in_one_line(self.where)}")
         if fix:
             lines.append(f"  fix:   {fix}")
         super().__init__("\n".join(lines))
@@ -55,6 +55,11 @@ class LostProcessError(TrainingError):
 
 class EndpointError(StillhouseError, RuntimeError):
     """A teacher's API does not answer: a wrong key or model, no server, no credit."""
+
+
+def in_one_line(text: object) -> str:
+    """The text with its line breaks as symbols: a path with one looks like no other line."""
+    return "␊".join(str(text).splitlines())
 
 
 def shown(text: object) -> str:

@@ -27,12 +27,15 @@ def scratch_in(root: Path) -> Iterator[None]:
     set.
 
     root: a run folder that only this process uses. The folder is deleted before and after.
+    Raises RunError if nothing can be written to TMPDIR.
     """
     global _place, _root
     before = (_place, _root)
     _place, _root = _of(root), root
     shutil.rmtree(_place, ignore_errors=True)
     try:
+        if os.environ.get("TMPDIR"):
+            scratch_place()  # an error before the first stage, not after the training
         yield
     finally:
         shutil.rmtree(_place, ignore_errors=True)

@@ -14,7 +14,7 @@ from stillhouse.generation.journal_file import journal_damage
 from stillhouse.runfolder import LOCK, MANIFEST, read_manifest
 from stillhouse.signals.manifest import SETTINGS
 from stillhouse.signals.verify import verify as wrong_in_store
-from stillhouse.training.checkpoints import CHECKPOINTS, COMPLETE, wrong_in
+from stillhouse.training.checkpoints import CHECKPOINTS, COMPLETE, checkpoints_in, wrong_in
 
 JOURNAL = "answers.sqlite"
 
@@ -58,6 +58,8 @@ def _run_folder(path: Path) -> Iterator[Verified]:
     for stage in sorted((path / "stages").iterdir()):
         if stage.is_dir() and not stage.name.startswith("."):
             yield _stage(stage)
+        elif not stage.name.startswith("."):
+            yield Verified(stage, "stage", ["it is not a folder"])
     if not _is_running(path):  # checkpoints come and go
         for unfinished in sorted((path / "stages").glob(".*.partial")):
             yield from _checkpoints(unfinished)
@@ -78,8 +80,9 @@ def _is_running(path: Path) -> bool:
 
 
 def _checkpoints(path: Path) -> Iterator[Verified]:
-    for checkpoint in sorted(path.rglob(f"{CHECKPOINTS}/checkpoint-*")):
-        yield Verified(checkpoint, "checkpoint", wrong_in(checkpoint))
+    for folder in sorted(path.rglob(CHECKPOINTS)):
+        for checkpoint in reversed(checkpoints_in(folder)):
+            yield Verified(checkpoint, "checkpoint", wrong_in(checkpoint))
 
 
 def _stage(path: Path, below: Path | None = None) -> Verified:

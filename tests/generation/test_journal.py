@@ -188,6 +188,33 @@ def test_a_file_that_is_not_a_journal_is_unchanged(tmp_path: Path) -> None:
     assert path.read_text().startswith("these are my notes")
 
 
+def test_a_database_of_another_program_is_unchanged(tmp_path: Path) -> None:
+    path = tmp_path / "library.sqlite"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript("CREATE TABLE answers (a); INSERT INTO answers VALUES (1);")
+    before = path.read_bytes()
+    with pytest.raises(RunError, match="this SQLite file is not a journal"):
+        Journal(path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("end", ["", "-wal", "-shm", ".lock"])
+def test_a_folder_where_a_file_of_the_journal_should_be_is_named(tmp_path: Path, end: str) -> None:
+    path = tmp_path / f"j.sqlite{end}"
+    path.mkdir()
+    with pytest.raises(RunError, match="there is a folder") as caught:
+        Journal(tmp_path / "j.sqlite")
+    assert caught.value.where == str(path)
+
+
+def test_a_journal_may_be_in_a_folder_with_any_name(tmp_path: Path) -> None:
+    path = tmp_path / "100%20 of?#" / "j.sqlite"
+    path.parent.mkdir()
+    Journal(path).close()
+    assert journal_damage(path) is None
+    Journal(path).close()
+
+
 @pytest.mark.parametrize("fails", [2, 3])
 def test_a_journal_that_cannot_be_opened_for_writing_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: int

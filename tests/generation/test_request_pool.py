@@ -250,6 +250,7 @@ def test_failed_requests_are_sent_again_by_the_next_run(journal: Journal) -> Non
     [
         (error(400, "the prompt is too long"), "refused", "HTTP 400: the prompt is too long"),
         (error(422, "no such parameter"), "refused", "HTTP 422: no such parameter"),
+        (error(422, "no\n  fix:\tit"), "refused", "HTTP 422: no fix: it"),
         (error(200, "no such thing", code="oops"), "invalid", "not a chat completion"),
         (Reply(body=b'{"choices": [{"mess'), "invalid", "not a chat completion"),
         (Reply(body=b'{"hello": 1}'), "invalid", "KeyError: 'choices'"),
@@ -258,6 +259,7 @@ def test_failed_requests_are_sent_again_by_the_next_run(journal: Journal) -> Non
     ids=[
         "400",
         "422",
+        "in several lines",
         "200 with an error",
         "invalid JSON",
         "other JSON",

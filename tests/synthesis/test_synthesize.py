@@ -427,8 +427,9 @@ def test_a_file_of_the_user_is_not_overwritten(tmp_path: Path) -> None:
         (tmp_path / "mine.jsonl").write_text("my own rows\n")
         (error,) = [one for one in check_recipe(path) if one.level == "error"]
         assert "mine.jsonl, which this recipe did not write" in error.text
-        synthesize_text(path)
+        done = synthesize_text(path)
     assert (tmp_path / "mine.jsonl").read_text() == "my own rows\n"
+    assert len(rows(done)) == done.kept
 
 
 def test_a_folder_in_the_place_of_the_text_is_found_before_anything_is_paid(tmp_path: Path) -> None:
@@ -436,6 +437,10 @@ def test_a_folder_in_the_place_of_the_text_is_found_before_anything_is_paid(tmp_
         path = write(tmp_path, stub.url, out="mine")
         (tmp_path / "mine").mkdir()
         with pytest.raises(RunError, match="there is a folder"):
+            synthesize_text(path)
+        assert stub.payloads == []
+        path = write(tmp_path, stub.url, out="tiny.yaml/text.jsonl")
+        with pytest.raises(RunError, match="there is a file where a folder should be"):
             synthesize_text(path)
         assert stub.payloads == []
     assert os.listdir(tmp_path / "mine") == []

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 import torch
 
+from stillhouse.cli.stop_signals import Stopped, raise_on_signals
 from stillhouse.data.data import Data
 from stillhouse.errors import EndpointError, ModelError, SignalError
 from stillhouse.objectives import Term
@@ -21,6 +27,7 @@ from stillhouse.signals.manifest import Settings
 from stillhouse.signals.signals_config import SignalServer
 from stillhouse.signals.store import open_store
 from stillhouse.students.student import Student
+from stillhouse.teachers import served_teacher
 from stillhouse.teachers.activations import ActivationRequest
 from stillhouse.teachers.local_teacher import LocalTeacher
 from stillhouse.teachers.record_store import record, segments_of
@@ -29,6 +36,7 @@ from stillhouse.teachers.teacher import TeacherNeeds
 from stillhouse.training.train import train
 from stillhouse.training.train_config import TrainRecipe
 from tests import tiny
+from tests.forks import Fork
 
 pytestmark = pytest.mark.run
 
@@ -37,7 +45,10 @@ SETTINGS = Settings(TopK(K), len(tiny.tokenizer()), {"teacher": "tiny"})
 
 
 class Server(ThreadingHTTPServer):
-    """Serves the tiny model as vLLM serves `prompt_logprobs`; `spoil` changes what it answers."""
+    """Serves the tiny model as vLLM serves `prompt_logprobs`; `spoil` changes what it answers.
+
+    cut_off: so many of the next replies are cut off.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -45,6 +56,7 @@ class Server(ThreadingHTTPServer):
         self.asked: list[dict[str, Any]] = []
         self.spoil: Any = lambda status, answer: (status, answer)
         self.lock = threading.Lock()
+        self.cut_off = 0
 
     @property
     def section(self) -> SignalServer:
@@ -77,7 +89,14 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        with self.server.lock:
+            self.server.cut_off -= 1
+            cut_off = self.server.cut_off >= 0
+        if cut_off:
+            self.close_connection = True
+            body = body[:-9]
+        with suppress(ConnectionError):  # a huge reply is not read to its end
+            self.wfile.write(body)
 
     def log_message(self, *_: Any) -> None:
         return
@@ -95,6 +114,10 @@ def server() -> Iterator[Server]:
 
 def teacher(section: SignalServer) -> ServedTeacher:
     return ServedTeacher(section, k=K, vocabulary=SETTINGS.vocabulary)
+
+
+def one_batch() -> dict[str, torch.Tensor]:
+    return {name: rows[None] for name, rows in TwoDocuments()[0].items()}
 
 
 class TwoDocuments:
@@ -176,6 +199,14 @@ def malformed(**entry: Any) -> Any:
     return spoil
 
 
+def twice(status: int, answer: Any) -> tuple[int, Any]:
+    """One token is there in two spellings."""
+    positions = answer["choices"][0]["prompt_logprobs"]
+    first, *others = sorted(positions[6].items(), key=lambda item: -item[1]["logprob"])[:K]
+    positions[6] |= dict(others[:-1]) | {f"0{first[0]}": first[1]}
+    return status, answer
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -183,9 +214,13 @@ def malformed(**entry: Any) -> Any:
         (malformed(logprob="x"), "is malformed"),
         (malformed(rank=1), "is malformed"),
         (malformed(logprob=float("nan")), "of mass"),
-        (lambda *_: (200, {"choices": None}), "no completion|no prompt_logprobs"),
+        (malformed(logprob=10**400), "is malformed"),
+        (twice, "4 tokens"),
+        (lambda *_: (200, {"choices": None}), "no prompt_logprobs"),
+        (lambda *_: (200, None), "no prompt_logprobs"),
+        (lambda *_: (200, {"choices": [{"prompt_logprobs": {"0": 1}}]}), "no prompt_logprobs"),
         (lambda *_: (200, [[]]), "no prompt_logprobs"),
-        (lambda *_: (302, {}), r"rejects the request \(302\)"),
+        (lambda *_: (302, {}), "redirects to another address; prompts and the key"),
         (lambda *_: (401, {"error": {"message": "no"}}), "rejects the key"),
         (lambda *_: (404, {"error": {"message": "no such model"}}), "no such model"),
         (lambda *_: (400, {"error": {"message": "max 3 logprobs"}}), "max 3 logprobs"),
@@ -209,9 +244,73 @@ def test_the_key_is_read_from_the_environment_and_named_when_it_is_missing(serve
         teacher(section)
     assert "signals.server.key_env" in str(caught.value)
     monkeypatch.setenv("TINY_KEY", "secret")
-    batch = {name: rows[None] for name, rows in TwoDocuments()[0].items()}
-    (signal,) = teacher(section).answer(batch).signals
-    assert len(signal.ids_NK) == segments_of(batch).rows
+    (found,) = teacher(section).answer(one_batch()).signals
+    assert len(found.ids_NK) == segments_of(one_batch()).rows
+
+
+KEY = "sk-live/Ab+9_z&Qx==7f3c"
+
+
+@pytest.mark.parametrize("status", [200, 302, 400, 401, 404, 418])
+def test_a_key_that_a_server_repeats_is_not_shown(server, monkeypatch, status):
+    """In a message, in a reply that is no completion, and cut off."""
+    monkeypatch.setenv("TINY_KEY", KEY)
+    section = server.section.model_copy(update={"key_env": "TINY_KEY"})
+    for said in (KEY, KEY.replace("/", "\\/"), KEY[:-3]):
+        server.spoil = lambda *_, said=said: (status, {"error": {"message": f"{said} is wrong"}})
+        with pytest.raises(ModelError) as caught:
+            teacher(section).answer(one_batch())
+        assert KEY[:10] not in str(caught.value).replace("\\", "")
+        assert status == 302 or "[key]" in str(caught.value)
+
+
+def test_a_huge_reply_is_not_read_to_its_end(server, monkeypatch):
+    monkeypatch.setattr(served_teacher, "MOST_BYTES", 1 << 10)
+    server.spoil = lambda status, answer: (status, {**answer, "more": " " * (1 << 20)})
+    with pytest.raises(ModelError, match=r"reply has more than [0-9,]+ bytes"):
+        teacher(server.section).answer(one_batch())
+
+
+def test_a_reply_that_is_cut_off_is_requested_again(server):
+    server.cut_off = 2
+    (found,) = teacher(server.section).answer(one_batch()).signals
+    assert len(found.ids_NK) == segments_of(one_batch()).rows
+    assert len(server.asked) == 2 + 2
+
+
+def test_a_server_that_cuts_off_every_reply_is_named(server):
+    server.cut_off = 1000
+    with pytest.raises(ModelError, match="its reply ended early"):
+        teacher(server.section).answer(one_batch())
+    assert len(server.asked) < 50
+
+
+def test_a_notebook_has_an_event_loop_of_its_own(server):
+    async def cell() -> Any:
+        return teacher(server.section).answer(one_batch())
+
+    (found,) = asyncio.run(cell()).signals
+    assert len(found.ids_NK) == segments_of(one_batch()).rows
+
+
+def _ask(section: SignalServer) -> None:
+    raise_on_signals()
+    try:
+        teacher(section).answer(one_batch())
+    except Stopped as stopped:
+        sys.exit(128 + stopped.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_does_not_wait_for_a_server_that_hangs(server, number):
+    free = threading.Event()
+    server.spoil = lambda status, answer: (free.wait(60), (status, answer))[1]
+    process = Fork(_ask, server.section)
+    while len(server.asked) < 2:
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait(30) == 128 + number
+    free.set()
 
 
 def test_a_server_teaches_live_what_its_store_would(tmp_path, server):

@@ -316,3 +316,14 @@ def test_metrics_after_the_checkpoint_are_dropped_and_a_cut_line_too(tmp_path: P
     file.append({"step": 5, "loss": 0.5})
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4, 5]
     assert read_metrics(path)[-1]["loss"] == 0.5
+
+
+def test_copies_of_checkpoints_are_not_checkpoints(tmp_path: Path) -> None:
+    for name in ("checkpoint-2", "checkpoint-10", "checkpoint-8.old", "checkpoint-best"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-12").touch()
+    found = [path.name for path in checkpoints.checkpoints_in(tmp_path)]
+    assert found == ["checkpoint-10", "checkpoint-2"]
+    checkpoints.keep_newest(tmp_path, 1)
+    assert not (tmp_path / "checkpoint-2").exists()
+    assert len(list(tmp_path.iterdir())) == 4

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-import time
-import traceback
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
+from stillhouse.cli.exits import end_stopped, end_with, open_standard_streams
 from stillhouse.cli.options import RecipeArgument, SetOption, YesOption, agree, output_file, say
 from stillhouse.cli.signals_commands import signals
 from stillhouse.cli.stop_signals import (
@@ -20,12 +17,8 @@ from stillhouse.cli.stop_signals import (
     raise_on_signals,
     received,
 )
-from stillhouse.disk_errors import disk_error
-from stillhouse.errors import LostProcessError, StillhouseError
+from stillhouse.errors import in_one_line
 from stillhouse.launch import leads
-
-MAIN_PROCESS_SECONDS = 4.0
-"""For which another process of a torchrun withholds its message."""
 
 app = typer.Typer(
     name="stillhouse",
@@ -66,8 +59,8 @@ def run(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = False) 
         return
     Terminal().print(to_rich(metrics_of(result.evaluation)))
     for name, member in (result.members or {"model": result}).items():
-        Terminal().write_line(f"{name:<7} {member.model}")
-    Terminal().write_line(f"report  {result.report}")
+        Terminal().write_line(f"{name:<7} {in_one_line(member.model)}")
+    Terminal().write_line(f"report  {in_one_line(result.report)}")
 
 
 @app.command(hidden=True)
@@ -217,7 +210,7 @@ def report(
     from stillhouse.report.page import redraw_report
     from stillhouse.terminal import Terminal
 
-    Terminal().write_line(f"report  {redraw_report(folder, out)}")
+    Terminal().write_line(f"report  {in_one_line(redraw_report(folder, out))}")
 
 
 @app.command()
@@ -236,9 +229,9 @@ def verify(
     damaged = False
     for found in verify_folder(folder):
         for problem in found.problems:
-            say(f"error: {found.kind} {found.path}: {problem}")
+            say(f"error: {found.kind} {in_one_line(found.path)}: {problem}")
         if not found.problems:
-            Terminal().write_line(f"sound   {found.kind:<10} {found.path}")
+            Terminal().write_line(f"sound   {found.kind:<10} {in_one_line(found.path)}")
         damaged = damaged or bool(found.problems)
     if damaged:
         raise typer.Exit(1)
@@ -302,7 +295,7 @@ def init(
         given, lambda question, default: typer.prompt(question, default=default), logs
     )
     for path in write_recipe(answers, force=force):
-        Terminal().write_line(f"wrote   {path}")
+        Terminal().write_line(f"wrote   {in_one_line(path)}")
     Terminal().write_line(f"next    stillhouse check {answers.out}")
 
 
@@ -331,59 +324,18 @@ def doctor() -> None:
     Terminal().print(examination())
 
 
-def _let_main_process_report() -> None:
-    """In the other processes of a torchrun, wait until torchrun stops them if the main process
-    fails too: every process finds what is wrong with a recipe, and one message is enough."""
-    if not leads():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(MAIN_PROCESS_SECONDS)
-
-
 def main() -> None:
     """Entry point: a user's error is one message, Ctrl-C stops cleanly; other errors are bugs."""
+    open_standard_streams()
     raise_on_signals()
     try:
         app()
     except Stopped as stopped:
-        _end_stopped(stopped.number)
+        end_stopped(stopped.number)
     except Exception as error:
         # Inside a library, a signal's exception may be replaced by another one.
         if (number := received()) is not None:
-            _end_stopped(number)
-        _end_with(error)
+            end_stopped(number)
+        end_with(error)
     finally:
         ignore_further_signals()
-
-
-def _end_stopped(number: int) -> NoReturn:
-    if leads():
-        say("stopped. Finished work is kept: run the same command to resume.")
-    sys.exit(128 + number)
-
-
-def _end_with(error: Exception) -> NoReturn:
-    """Report what went wrong, and exit."""
-    match error:
-        case StillhouseError():
-            if not isinstance(error, LostProcessError):
-                _let_main_process_report()
-            say(f"error: {error}")
-        case MemoryError():
-            say("error: out of memory\n  fix:   lower train.micro_batch_size or data.context")
-        case BrokenPipeError():
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        case _:
-            problem = disk_error(error, None)
-            if problem is None:
-                _say_bug()
-            say(f"error: {problem}")
-    sys.exit(1)
-
-
-def _say_bug() -> NoReturn:
-    traceback.print_exc()
-    say(
-        "error: this is a bug in Stillhouse, not in your recipe. What is finished is kept.\n"
-        "  fix:   please report the lines above together with `stillhouse doctor`"
-    )
-    sys.exit(2)

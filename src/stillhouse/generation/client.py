@@ -19,7 +19,6 @@ from urllib.request import getproxies, proxy_bypass
 from stillhouse.errors import EndpointError
 from stillhouse.generation.budget import Price
 from stillhouse.generation.http_link import HttpLink, Link, LinkError, OpenAILink, Reply
-from stillhouse.generation.redact import holds_key, redacted
 from stillhouse.generation.request import (
     Answer,
     FailureKind,
@@ -28,6 +27,7 @@ from stillhouse.generation.request import (
     endpoint_of,
 )
 from stillhouse.teachers.api_keys import api_key
+from stillhouse.teachers.redact import holds_key, redacted
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _EXCERPT = 300
@@ -101,7 +101,7 @@ class Client:
             return FailedAttempt("timeout", reason, retry=True, billed=True)
         except LinkError as error:
             return FailedAttempt(
-                "connection", self._redacted(str(error)), retry=True, billed=error.sent
+                "connection", self._excerpt(str(error)), retry=True, billed=error.sent
             )
         if reply.status == 200:
             return self._answer(reply, time.monotonic() - started)
@@ -115,7 +115,7 @@ class Client:
                 return self._failed_status(replace(reply, status=status))
             answer = _parse(document, self.price, seconds)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            start = self._redacted(reply.body[: 2 * _EXCERPT].decode("utf-8", "replace"))[:_EXCERPT]
+            start = self._excerpt(reply.body[: 2 * _EXCERPT].decode("utf-8", "replace"))
             reason = f"not a chat completion ({type(error).__name__}: {error}): {start}"
             return FailedAttempt("invalid", self._redacted(reason), retry=False, billed=True)
         answer = self._without_key(answer)
@@ -131,7 +131,7 @@ class Client:
         if 300 <= status < 400:
             raise self._redirected(reply)
         message, code = _server_error(reply.body)
-        message = self._redacted(message)[:_EXCERPT]
+        message = self._excerpt(message)
         if status in (401, 402, 403, 404) or code == "insufficient_quota":
             raise self._fatal(status, message)
         wait = retry_after(reply.headers)
@@ -142,7 +142,7 @@ class Client:
         return FailedAttempt(kind, f"HTTP {status}: {message}", retry=retry, wait=wait)
 
     def _redirected(self, reply: Reply) -> EndpointError:
-        target = self._redacted(reply.headers.get("location", "another address"))[:_EXCERPT]
+        target = self._excerpt(reply.headers.get("location", "another address"))
         return EndpointError(
             f"the endpoint redirects to {target} (HTTP {reply.status}); prompts and the key are "
             "sent to no other address than the recipe's",
@@ -175,6 +175,10 @@ class Client:
             finish_reason=finish_reason or None,
             logprobs=None,
         )
+
+    def _excerpt(self, text: str) -> str:
+        """The beginning of a server's message, in one line: it could look like our own."""
+        return " ".join(self._redacted(text)[:_EXCERPT].split())
 
     def _redacted(self, text: str) -> str:
         return redacted(text, self._key)

@@ -15,10 +15,10 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import quote
 
 import xxhash
 
-from stillhouse.data.data_files import regular_if_there
 from stillhouse.errors import RunError
 from stillhouse.file_locks import try_lock
 from stillhouse.progress import note
@@ -103,6 +103,7 @@ def open_journal_file(
     A damaged journal is set aside, and what can be read of it is copied to a new one, with a note.
     lock: the locked file next to it. Raises RunError.
     """
+    _require_journal(path)
     try:
         existed = path.exists()
         with closing(_connect(path)) as connection:
@@ -121,7 +122,7 @@ def open_journal_file(
 def journal_damage(path: Path) -> str | None:
     """The first thing that is wrong with a journal that no process is writing; changes nothing."""
     try:
-        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+        with closing(_read_only(path)) as connection:
             return _damage(connection)
     except sqlite3.Error as error:
         return str(error)
@@ -129,7 +130,14 @@ def journal_damage(path: Path) -> str | None:
 
 def lock_journal(path: Path) -> IO[str]:
     """Lock a file next to the journal for this process. Raises RunError."""
-    regular_if_there(path)
+    for end in ("", "-wal", "-shm", ".lock"):
+        file = path.with_name(f"{path.name}{end}")
+        if file.exists() and not file.is_file():
+            raise RunError(
+                "there is a folder or a device where a file of the journal should be",
+                where=file,
+                fix="move it away, or set synthesize.journal to another file",
+            )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         opened = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o666)
@@ -150,11 +158,33 @@ def lock_journal(path: Path) -> IO[str]:
     return lock
 
 
+def _require_journal(path: Path) -> None:
+    """Raise RunError for a file that no journal ever was; nothing is written to it."""
+    if not path.is_file() or not path.stat().st_size:
+        return
+    tables: dict[str, set[str]] = {}
+    with suppress(sqlite3.Error), closing(_read_only(path)) as connection:
+        for (table,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'"):
+            columns = connection.execute("SELECT name FROM pragma_table_info(?)", (table,))
+            tables[table] = {column for (column,) in columns}
+    if tables and not ({"answers"} <= tables.keys() and {"key", "text"} <= tables["answers"]):
+        raise RunError(
+            "this SQLite file is not a journal",
+            where=path,
+            fix="set synthesize.journal to another file",
+        )
+
+
+def _read_only(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"file:{quote(os.fsencode(path))}?mode=ro", uri=True)
+
+
 def unusable(path: Path, error: Exception) -> RunError:
     if "full" in str(error):
         fix = "free some disk space and repeat the command: committed answers are kept"
     else:
-        fix = "set synthesize.journal to another file, and keep this one: its answers were paid for"
+        fix = "set synthesize.journal to another file; keep this one if it was a journal: its "
+        fix += "answers were paid for"
     return RunError(f"the journal cannot be used: {error}", where=path, fix=fix)
 
 

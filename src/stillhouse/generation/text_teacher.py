@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
-import signal
-import threading
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from stillhouse.errors import EndpointError
+from stillhouse.event_loop import run_stoppable
 from stillhouse.generation.budget import FREE, Budget, Price, Spending
 from stillhouse.generation.client import Client
 from stillhouse.generation.estimate import Estimate
@@ -36,6 +34,8 @@ from stillhouse.hardware import choose_precision, default_device
 from stillhouse.progress import bar, note
 from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.model_source import resolve_model
+
+WAITING = "waiting for requests in flight; press Ctrl-C again to abandon them"
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,8 @@ class ApiText:
         if self.price is None:
             note("the price is unknown, and so is the cost: set api.price")
         with bar(f"requests to {self.api.model}", estimate.requests, "requests") as advance:
-            tally = _stoppable(self._answer_all(requests, journal, budget, advance)).tally
+            work = self._answer_all(requests, journal, budget, advance)
+            tally = run_stoppable(work, partial(note, WAITING)).tally
         if tally.failed and not tally.answered and estimate.missing == estimate.requests:
             *_, (_, kind, reason) = journal.failures()
             raise EndpointError(
@@ -240,38 +241,3 @@ def _numerics(own: LocalTeacher | VllmTeacher) -> dict[str, Any]:
         return {"dtype": own.dtype, **({"options": own.options} if own.options else {})}
     precision = choose_precision(own.precision, default_device())
     return {"dtype": str(precision.dtype).removeprefix("torch.")}
-
-
-def _stoppable(work: Coroutine[Any, Any, Pool]) -> Pool:
-    """Runs `work`; Ctrl-C or SIGTERM cancels it, and takes effect when it has ended. A second one
-    cancels it again, while it waits for requests in flight.
-
-    An exception from a signal handler could be lost inside the event loop.
-    """
-    caught: list[int] = []
-
-    async def run_pool() -> Pool:
-        task = asyncio.current_task()
-        assert task is not None
-
-        def stop(number: int) -> None:
-            if not caught:
-                note("waiting for requests in flight; press Ctrl-C again to abandon them")
-            caught.append(number)
-            task.cancel()
-
-        loop = asyncio.get_running_loop()
-        for number in before:
-            loop.add_signal_handler(number, stop, number)
-        return await work
-
-    main = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
-    before = {number: signal.getsignal(number) for number in numbers}
-    try:
-        return asyncio.run(run_pool())
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if caught:
-            os.kill(os.getpid(), caught[0])

@@ -66,6 +66,13 @@ def out_path(section: SynthesizeRecipe, base: Path) -> Path:
             where=path,
             fix="move it away, or give synthesize.out the path of a file",
         )
+    parent = next(folder for folder in path.parents if folder.exists())
+    if not parent.is_dir():
+        raise RunError(
+            "the synthesized text cannot be written here: there is a file where a folder should be",
+            where=parent,
+            fix="move it away, or give synthesize.out another path",
+        )
     return regular_if_there(path)
 
 
@@ -144,7 +151,7 @@ def complete_text(recipe: Recipe, base: Path, folder: RunFolder, do: Do) -> Synt
     folder.require_free(NAME)
     stage = do(replace(synthesis_plan(recipe, base), missing=missing_answers))
     folder.point(NAME, stage.path)
-    publish(stage.path / TEXT, out, recipe)
+    out = publish(stage.path / TEXT, out, recipe)
     facts = {key: value for key, value in stage.summary.items() if key not in ("sha256", "taken")}
     facts["dropped"] = dropped_counts(stage.summary)
     if stage.reused:
@@ -153,19 +160,20 @@ def complete_text(recipe: Recipe, base: Path, folder: RunFolder, do: Do) -> Synt
     return Synthesis(out, dropped_file(stage.path), journal, **facts)
 
 
-def publish(text: Path, out: Path, recipe: Recipe) -> None:
+def publish(text: Path, out: Path, recipe: Recipe) -> Path:
     """Copy the text to the recipe's `out`, atomically: a failed copy leaves the old file.
 
-    A file that this recipe did not write is also kept, with a note. Raises RunError (disk).
+    A file that this recipe did not write is also kept, with a note. Returns the path of the text,
+    `out` if it was copied. Raises RunError (disk).
     """
     if out.is_file() and sha(out) == sha(text):
-        return
+        return out
     if not may_replace(out, recipe):
         note(
             f"{out} was not written by this recipe and is not replaced; the run reads its own "
             f"{text}; to train on a file that you edited, give it another name"
         )
-        return
+        return text
     record = run_root(recipe) / PUBLISHED
     known = record.read_text(encoding="utf-8") if record.exists() else ""
     write_atomically(record, f"{known}{sha(text)}\n")
@@ -179,6 +187,7 @@ def publish(text: Path, out: Path, recipe: Recipe) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+    return out
 
 
 def may_replace(out: Path, recipe: Recipe) -> bool:

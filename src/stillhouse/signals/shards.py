@@ -189,7 +189,7 @@ def open_shard(path: Path, xxh3: str = "") -> Shard:
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+            mapped = _map(file.fileno()) if size else b""
     except OSError as error:
         raise _unreadable(path, error) from error
     header, crc32 = _read_header(mapped, path)
@@ -237,6 +237,14 @@ def open_shard(path: Path, xxh3: str = "") -> Shard:
     )
     _check_counts(shard)
     return shard
+
+
+def _map(descriptor: int) -> mmap.mmap:
+    """The whole file, all of whose pages are read next: one call instead of a fault for each."""
+    if hasattr(mmap, "MAP_POPULATE"):  # Linux
+        flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+        return mmap.mmap(descriptor, 0, flags=flags, prot=mmap.PROT_READ)
+    return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
 
 
 def read_keys(path: Path) -> tuple[bytes, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from stillhouse.runfolder import flush_tree, write_atomically
 COMPLETE = "complete.json"
 CHECKPOINTS = "checkpoints"
 """The folder of a training that has them."""
+_NAME = re.compile("checkpoint-[0-9]+")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,13 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The newest first. A copy that a user made, `checkpoint-8.old`, is none of them."""
+    found = (path for path in folder.glob("checkpoint-*") if path.is_dir())
+    named = [path for path in found if _NAME.fullmatch(path.name)]
+    return sorted(named, key=step_of, reverse=True)
+
+
 def seal(checkpoint: Path, meter: Meter, metrics: Metrics | None = None) -> None:
     """Flush the checkpoint to disk and mark it complete. All processes must have written it.
 
@@ -60,7 +69,7 @@ def seal(checkpoint: Path, meter: Meter, metrics: Metrics | None = None) -> None
 
 def latest(folder: Path) -> tuple[Path, Meter] | None:
     """The newest checkpoint that is complete and unchanged."""
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
+    for checkpoint in checkpoints_in(folder):
         facts = _facts(checkpoint)
         if facts is not None and not damaged_files(checkpoint, facts["files"]):
             return checkpoint, Meter(**facts["meter"])
@@ -81,7 +90,7 @@ def wrong_in(checkpoint: Path) -> list[str]:
 
 def drop_unusable(folder: Path) -> None:
     """Delete checkpoints that were only partly written, and set damaged ones aside."""
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
+    for checkpoint in checkpoints_in(folder):
         facts = _facts(checkpoint)
         damaged = [] if facts is None else damaged_files(checkpoint, facts["files"])
         if facts is None:
@@ -102,7 +111,7 @@ def set_aside(checkpoint: Path, why: str) -> None:
 
 
 def keep_newest(folder: Path, count: int) -> None:
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of)[:-count]:
+    for checkpoint in checkpoints_in(folder)[count:]:
         shutil.rmtree(checkpoint)
 
 

@@ -22,7 +22,7 @@ from stillhouse.objectives.objective_config import ObjectiveRecipe
 from stillhouse.runfolder import write_atomically
 from stillhouse.teachers.local_teacher import LocalTeacher
 from stillhouse.teachers.teacher import Teacher
-from stillhouse.training.checkpoints import CHECKPOINTS
+from stillhouse.training.checkpoints import CHECKPOINTS, checkpoints_in
 from stillhouse.training.own_prompts import OwnPrompts
 from stillhouse.training.train_config import WHERE_IT_RUNS, TrainRecipe
 
@@ -73,7 +73,7 @@ def require_same_training(
 def _record(folder: Path) -> dict[str, Any] | None:
     """The record of the training whose checkpoints are here; None if there is nothing to resume,
     or the record is damaged: checkpoints have hashes of their own."""
-    if not any((folder / CHECKPOINTS).glob("checkpoint-*")):
+    if not checkpoints_in(folder / CHECKPOINTS):
         return None
     try:
         known: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import gc
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -269,6 +271,8 @@ def _save(trainer: DistillationTrainer, student: Student, folder: Path) -> None:
 
     Raises TrainingError if weights are missing.
     """
+    if folder.is_file():  # transformers would only log it
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     with quiet():
         trainer.save_model(str(folder))
     if not leads():

@@ -1,0 +1,93 @@
+"""How the command line ends: its messages and exit statuses."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+from stillhouse.cli.options import say
+from stillhouse.disk_errors import disk_error
+from stillhouse.errors import LostProcessError, RunError, StillhouseError
+from stillhouse.launch import leads
+
+MAIN_PROCESS_SECONDS = 4.0
+"""For which another process of a torchrun withholds its message."""
+
+
+def open_standard_streams() -> None:
+    """Open /dev/null in place of standard streams that are closed: the next file would get the
+    number of one, and what a library prints would be written into it."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+
+
+def _let_main_process_report() -> None:
+    """In the other processes of a torchrun, wait until torchrun stops them if the main process
+    fails too: every process finds what is wrong with a recipe, and one message is enough."""
+    if not leads():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(MAIN_PROCESS_SECONDS)
+
+
+def end_stopped(number: int) -> NoReturn:
+    if leads():
+        say("stopped. Finished work is kept: run the same command to resume.")
+    sys.exit(128 + number)
+
+
+def end_with(error: Exception) -> NoReturn:
+    """Report what went wrong, and exit."""
+    match error:
+        case StillhouseError():
+            if not isinstance(error, LostProcessError):
+                _let_main_process_report()
+            say(f"error: {error}")
+        case MemoryError():
+            say("error: out of memory\n  fix:   lower train.micro_batch_size or data.context")
+        case BrokenPipeError():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        case _:
+            problem = disk_error(error, _unwritable_output()) or _deleted_current_folder()
+            if problem is None:
+                _say_bug()
+            say(f"error: {problem}")
+    sys.exit(1)
+
+
+def _unwritable_output() -> Path | None:
+    """Standard output, if it cannot be written."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # it is tried again at exit
+        return Path("standard output")
+    return None
+
+
+def _deleted_current_folder() -> RunError | None:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return RunError(
+            "the current folder was deleted",
+            fix="change to another one (`cd`), and run the same command again",
+        )
+    return None
+
+
+def _say_bug() -> NoReturn:
+    traceback.print_exc()
+    say(
+        "error: this is a bug in Stillhouse, not in your recipe. What is finished is kept.\n"
+        "  fix:   please report the lines above together with `stillhouse doctor`"
+    )
+    sys.exit(2)

@@ -1,0 +1,100 @@
+"""Runs coroutines from plain functions, so that a signal or a notebook does no harm."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def run_stoppable(
+    work: Coroutine[Any, Any, T], on_first_signal: Callable[[], None] = lambda: None
+) -> T:
+    """The result of `work`. Ctrl-C or SIGTERM cancels it, and takes effect when it has ended;
+    a second one cancels it again, if it has not ended yet.
+
+    An exception from a signal handler could be lost inside the event loop. In a notebook, whose own
+    event loop is running in this thread, `work` runs in another thread.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return _run_here(work, on_first_signal)
+    return _run_in_thread(work)
+
+
+def _run_here(work: Coroutine[Any, Any, T], on_first_signal: Callable[[], None]) -> T:
+    caught: list[int] = []
+
+    async def run() -> T:
+        task = asyncio.current_task()
+        assert task is not None
+
+        def stop(number: int) -> None:
+            if not caught:
+                on_first_signal()
+            caught.append(number)
+            task.cancel()
+
+        loop = asyncio.get_running_loop()
+        for number in before:
+            loop.add_signal_handler(number, stop, number)
+        return await work
+
+    main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+    before = {number: signal.getsignal(number) for number in numbers}
+    woken = signal.set_wakeup_fd(-1) if main else -1  # the loop has one of its own
+    try:
+        return asyncio.run(run())
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if main:
+            signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
+        if caught:
+            os.kill(os.getpid(), caught[0])
+
+
+def _run_in_thread(work: Coroutine[Any, Any, T]) -> T:
+    """An exception in this thread, of Ctrl-C perhaps, cancels the work."""
+    results: list[T] = []
+    errors: list[BaseException] = []
+    cancel: list[Callable[[], object]] = []
+    started = threading.Event()
+
+    async def run() -> T:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        cancel.append(lambda: loop.call_soon_threadsafe(task.cancel))
+        started.set()
+        return await work
+
+    def target() -> None:
+        try:
+            results.append(asyncio.run(run()))
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            started.set()
+
+    thread = threading.Thread(target=target, daemon=True)
+    try:
+        thread.start()
+        thread.join()
+    except BaseException:
+        if started.wait(timeout=1.0):  # otherwise the thread was not started
+            with suppress(RuntimeError):  # the loop is closed: it has ended
+                for each in cancel:
+                    each()
+            thread.join()
+        raise
+    if errors:
+        raise errors[0]
+    return results[0]

@@ -1,0 +1,87 @@
+"""Coroutines that plain functions run: signals, notebooks, errors."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+
+import pytest
+
+from stillhouse.cli.stop_signals import Stopped
+from stillhouse.event_loop import run_stoppable
+
+
+async def double(number: int) -> int:
+    await asyncio.sleep(0)
+    if number < 0:
+        raise ValueError("negative")
+    return 2 * number
+
+
+def test_it_returns_and_raises_with_and_without_a_running_loop() -> None:
+    async def cell(number: int) -> int:
+        return run_stoppable(double(number))
+
+    assert run_stoppable(double(2)) == asyncio.run(cell(2)) == 4
+    for call in (lambda: run_stoppable(double(-1)), lambda: asyncio.run(cell(-1))):
+        with pytest.raises(ValueError, match="negative"):
+            call()
+
+
+@pytest.fixture
+def handled() -> object:
+    """A handler as that of the command line, and a pipe that signals wake."""
+
+    def stop(number: int, _: object) -> None:
+        raise Stopped(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    reads, writes = os.pipe()
+    os.set_blocking(writes, False)
+    fd = signal.set_wakeup_fd(writes)
+    yield writes
+    signal.set_wakeup_fd(fd)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    os.close(reads)
+    os.close(writes)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_takes_effect_when_the_work_has_ended(handled: int, number: int) -> None:
+    told: list[str] = []
+
+    async def work() -> None:
+        os.kill(os.getpid(), number)
+        try:
+            await asyncio.sleep(600)
+        except asyncio.CancelledError:
+            told.append("ended")
+            raise
+
+    with pytest.raises(Stopped) as stopped:
+        run_stoppable(work(), lambda: told.append("waits"))
+    assert stopped.value.number == number
+    assert told == ["waits", "ended"]
+    assert signal.set_wakeup_fd(handled) == handled, "as it was before"
+
+
+def test_ctrl_c_in_a_notebook_cancels_the_work(handled: int) -> None:
+    told: list[str] = []
+
+    async def work() -> None:
+        threading.Timer(0, os.kill, (os.getpid(), signal.SIGINT)).start()
+        try:
+            await asyncio.sleep(600)
+        except asyncio.CancelledError:
+            told.append("ended")
+            raise
+
+    async def cell() -> None:
+        with pytest.raises(Stopped):
+            run_stoppable(work())
+
+    asyncio.run(cell())
+    assert told == ["ended"]
