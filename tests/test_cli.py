@@ -433,6 +433,22 @@ def test_a_signal_inside_a_finalizer_still_stops(monkeypatch: pytest.MonkeyPatch
     assert stopped.value.code == 143
 
 
+def _hang_up(ignored: bool) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    cli.app = lambda: os.kill(os.getpid(), signal.SIGHUP)  # type: ignore[assignment]
+    cli.main()
+
+
+@pytest.mark.parametrize(("ignored", "status"), [(False, 129), (True, 0)])
+def test_a_closed_terminal_stops_a_command_that_is_not_under_nohup(
+    ignored: bool, status: int
+) -> None:
+    process = Fork(_hang_up, ignored)
+    _, error = process.communicate()
+    assert process.wait() == status
+    assert error.count("stopped.") == (not ignored)
+
+
 def test_a_signal_that_comes_out_as_another_error_is_a_stop(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

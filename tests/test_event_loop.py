@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from stillhouse.cli.stop_signals import Stopped
+from stillhouse.cli.stop_signals import NUMBERS, Stopped
 from stillhouse.event_loop import run_stoppable
 
 
@@ -37,7 +37,7 @@ def handled() -> object:
     def stop(number: int, _: object) -> None:
         raise Stopped(number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop) for number in NUMBERS}
     reads, writes = os.pipe()
     os.set_blocking(writes, False)
     fd = signal.set_wakeup_fd(writes)
@@ -49,7 +49,7 @@ def handled() -> object:
     os.close(writes)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", NUMBERS)
 def test_a_signal_takes_effect_when_the_work_has_ended(handled: int, number: int) -> None:
     told: list[str] = []
 

@@ -16,8 +16,8 @@ T = TypeVar("T")
 def run_stoppable(
     work: Coroutine[Any, Any, T], on_first_signal: Callable[[], None] = lambda: None
 ) -> T:
-    """The result of `work`. Ctrl-C or SIGTERM cancels it, and takes effect when it has ended;
-    a second one cancels it again, if it has not ended yet.
+    """The result of `work`. Ctrl-C, SIGTERM or SIGHUP cancels it, and takes effect when it has
+    ended; a second one cancels it again, if it has not ended yet.
 
     An exception from a signal handler could be lost inside the event loop. In a notebook, whose own
     event loop is running in this thread, `work` runs in another thread.
@@ -48,8 +48,11 @@ def _run_here(work: Coroutine[Any, Any, T], on_first_signal: Callable[[], None])
         return await work
 
     main = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
-    before = {number: signal.getsignal(number) for number in numbers}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if main else ()
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    before = {
+        n: handler for n, handler in handlers.items() if handler not in (None, signal.SIG_IGN)
+    }
     woken = signal.set_wakeup_fd(-1) if main else -1  # the loop has one of its own
     try:
         return asyncio.run(run())

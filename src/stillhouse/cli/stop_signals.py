@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as an exception, which is neither lost in `__del__` nor held up by torch."""
+"""Signals that stop a run, as an exception: neither lost in `__del__` nor held up by torch."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from typing import Any
 
 from stillhouse.launch import world_size
 
-NUMBERS = (signal.SIGINT, signal.SIGTERM)
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""The last when a terminal is closed."""
 WAITING_SECONDS = 4.0
 
 
 class Stopped(BaseException):
-    """Ctrl-C or SIGTERM. Not a KeyboardInterrupt, which typer turns into a silent exit."""
+    """One of NUMBERS. Not a KeyboardInterrupt, which typer turns into a silent exit."""
 
     def __init__(self, number: int) -> None:
         self.number = number
 
 
 def raise_on_signals() -> None:
-    """From now on Ctrl-C and SIGTERM raise Stopped in the main thread."""
+    """From now on these signals raise Stopped in the main thread; SIGHUP not under nohup."""
     for number in NUMBERS:
-        signal.signal(number, _stop)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _stop)
     sys.unraisablehook = _not_raised
     if world_size() > 1:
         _end_while_waiting()
@@ -34,7 +36,8 @@ def raise_on_signals() -> None:
 def ignore_further_signals() -> None:
     """From now on a signal ends the process silently: its message is printed."""
     for number in NUMBERS:
-        signal.signal(number, signal.SIG_DFL)
+        if signal.getsignal(number) == _stop:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def received() -> int | None:
