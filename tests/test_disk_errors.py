@@ -17,7 +17,7 @@ from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import RunError
 from stillhouse.pipeline import engine
 from stillhouse.pipeline.engine import RESOLVED, locked_folder
-from stillhouse.runfolder import Outcome, RunFolder
+from stillhouse.runfolder import Outcome, RunFolder, write_atomically
 from stillhouse.scratch import temporary_folder
 from tests import forks, tiny
 
@@ -215,3 +215,10 @@ def test_a_full_disk_of_the_lock_is_named(tmp_path: Path, monkeypatch: pytest.Mo
 
 def raise_full(*_: object) -> int:
     raise full()
+
+
+def test_a_folder_in_which_nothing_can_be_made_is_named() -> None:
+    path = Path("/proc/report.html")
+    with pytest.raises(RunError, match="cannot write here: permission denied") as caught:
+        write_atomically(path, "text")
+    assert caught.value.where == str(path)

@@ -354,6 +354,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             temporary.write_bytes(content.encode() if isinstance(content, str) else content)
             flush(temporary)
             temporary.replace(path)
+        except FileNotFoundError as error:
+            if not path.parent.is_dir():
+                raise
+            # Nothing can be made there, as in /proc.
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path)) from error
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise

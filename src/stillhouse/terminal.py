@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -33,6 +34,23 @@ def _shown(found: re.Match[str]) -> str:
     return "␡" if code == 0x7F else f"\\u{code:04x}"
 
 
+def write_output(line: str) -> None:
+    """Write a line to standard output as it is, at once. Raises OSError that names it."""
+    if sys.stdout is None:  # it is closed
+        return
+    try:
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise _of_output(error) from None
+
+
+def _of_output(error: OSError) -> OSError:
+    return OSError(error.errno, error.strerror, "standard output")
+
+
 class Terminal(Console):
     """A rich console that makes control characters visible, and does not interpret markup in
     strings."""
@@ -46,9 +64,9 @@ class Terminal(Console):
             super().print(*objects, **options)
         except BrokenPipeError:
             raise
-        except OSError:
+        except OSError as error:
             if not self.stderr:
-                raise
+                raise _of_output(error) from None
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None

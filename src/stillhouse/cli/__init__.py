@@ -253,11 +253,11 @@ def predict(
     """
     from stillhouse.classify.predict_labels import file_texts, stream_texts
     from stillhouse.commands import predict as predict_texts
-    from stillhouse.terminal import json_line
+    from stillhouse.terminal import json_line, write_output
 
     source = stream_texts(sys.stdin, text_key) if texts == "-" else None
     for row in predict_texts(folder, source or file_texts(Path(texts), text_key)):
-        typer.echo(json_line(row))
+        write_output(json_line(row))
 
 
 @app.command()
@@ -308,8 +308,9 @@ def schema() -> None:
     import json
 
     from stillhouse.config.load_recipe import recipe_json_schema
+    from stillhouse.terminal import write_output
 
-    typer.echo(json.dumps(recipe_json_schema(), indent=2))
+    write_output(json.dumps(recipe_json_schema(), indent=2))
 
 
 @app.command()

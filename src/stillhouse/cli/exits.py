@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -21,12 +22,18 @@ MAIN_PROCESS_SECONDS = 4.0
 
 def open_standard_streams() -> None:
     """Open /dev/null in place of standard streams that are closed: the next file would get the
-    number of one, and what a library prints would be written into it."""
+    number of one, and what a library prints would be written into it.
+
+    Characters that a stream's encoding lacks are written as escapes.
+    """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # of any encoding
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _let_main_process_report() -> None:
@@ -55,22 +62,11 @@ def end_with(error: Exception) -> NoReturn:
         case BrokenPipeError():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         case _:
-            problem = disk_error(error, _unwritable_output()) or _deleted_current_folder()
+            problem = disk_error(error, None) or _deleted_current_folder()
             if problem is None:
                 _say_bug()
             say(f"error: {problem}")
     sys.exit(1)
-
-
-def _unwritable_output() -> Path | None:
-    """Standard output, if it cannot be written."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # it is tried again at exit
-        return Path("standard output")
-    return None
 
 
 def _deleted_current_folder() -> RunError | None:

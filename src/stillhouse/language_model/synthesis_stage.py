@@ -175,7 +175,7 @@ def publish(text: Path, out: Path, recipe: Recipe) -> Path:
         )
         return text
     record = run_root(recipe) / PUBLISHED
-    known = record.read_text(encoding="utf-8") if record.exists() else ""
+    known = _published(record)
     write_atomically(record, f"{known}{sha(text)}\n")
     temporary = out.with_name(f".{out.name}.tmp")
     with disk_errors(out, elsewhere="give synthesize.out the path of a file that can be written"):
@@ -197,12 +197,16 @@ def may_replace(out: Path, recipe: Recipe) -> bool:
     if not out.is_file():
         return False
     root, content = run_root(recipe), sha(out)
-    written = root / PUBLISHED
-    if written.exists() and content in written.read_text(encoding="utf-8").split():
+    if content in _published(root / PUBLISHED).split():
         return True
     # Older folders have no record of it.
     texts = (folder / TEXT for folder in (root / "stages").glob(f"{NAME}-*"))
     return any(sha(text) == content for text in texts if text.is_file())
+
+
+def _published(record: Path) -> str:
+    """The hashes of what a recipe wrote to its `out`, one a line."""
+    return record.read_text(encoding="utf-8", errors="replace") if record.is_file() else ""
 
 
 def _files(section: SynthesizeRecipe) -> dict[str, str]:

@@ -42,7 +42,7 @@ def _announced(file: Path) -> bool:
     try:
         recent = file.stat().st_mtime > time.time() - CLOCKS_SECONDS
         return recent and file.read_text(encoding="utf-8") == _run()
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 
