@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import atexit
-import errno
 import gc
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -272,7 +270,11 @@ def _save(trainer: DistillationTrainer, student: Student, folder: Path) -> None:
     Raises TrainingError if weights are missing.
     """
     if folder.is_file():  # transformers would only log it
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+        raise TrainingError(
+            "there is a file where the folder of the trained model should be",
+            where=folder,
+            fix="move it away, and run the same command again: the checkpoints are kept",
+        )
     with quiet():
         trainer.save_model(str(folder))
     if not leads():
