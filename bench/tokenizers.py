@@ -99,7 +99,7 @@ def measure_alignment(own: Teacher, other: Teacher, text: str) -> dict[str, floa
     """On about 130,000 tokens of the text."""
     aligner = TokenAligner(own.tokenizer, other.tokenizer)
     started = time.process_time()
-    roots = make_roots(aligner.student, aligner.teacher, list(aligner.partner.items()))
+    roots = make_roots(aligner.student, aligner.teacher, aligner.partners)
     roots_seconds = time.process_time() - started
     (ids_L,) = aligner.student.encode([text[:600_000]])
     ids_RL = ids_L[: len(ids_L) // CONTEXT * CONTEXT].reshape(-1, CONTEXT)

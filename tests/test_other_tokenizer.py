@@ -12,7 +12,7 @@ from stillhouse.check import check_recipe
 from stillhouse.commands import run
 from stillhouse.errors import ModelError, SignalError
 from tests import chat_toys, tiny
-from tests.teachers.tokenizer_toys import byte_level, sentencepiece
+from tests.teachers.tokenizer_toys import byte_level, gemma, sentencepiece
 
 pytestmark = pytest.mark.run
 
@@ -67,18 +67,24 @@ def test_terms_on_hidden_states_are_refused_before_anything_is_done(folder: Path
     assert not list(folder.glob("run/stages/*"))
 
 
-def test_a_chat_template_that_the_teacher_does_not_have_is_an_error_of_check(
-    tmp_path: Path,
+@pytest.mark.parametrize("template", [True, False])
+def test_chats_are_rendered_with_the_teachers_template_if_it_has_one(
+    tmp_path: Path, template: bool
 ) -> None:
     words = chat_toys.tokenizer()
     chat_toys.save_model(tmp_path / "teacher", words)
-    save(tmp_path / "other", sentencepiece(120))
+    save(tmp_path / "other", gemma() if template else sentencepiece(120))
     chats = [{"messages": chat_toys.chat(f"say {n}", f"{n}")} for n in range(200)]
     path = chat_toys.write_jsonl(tmp_path / "chats.jsonl", chats)
     raw = recipe(tmp_path, data={"sources": [{"kind": "jsonl", "path": str(path)}], "context": 64})
     (found,) = [one for one in check_recipe(raw) if one.topic == "tokenizer"]
-    assert found.level == "error"
-    assert "no token for <|im_start|>" in found.text
+    if not template:
+        assert found.level == "error"
+        assert "no token for <|im_start|>" in found.text
+        return
+    assert found.level == "ok"
+    assert "100.0% of the supervised tokens" in found.text
+    assert run(raw).evaluation.models
 
 
 def test_a_teacher_that_changes_text_is_refused(folder: Path) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stillhouse.data.documents import Conversation
+from stillhouse.data.tokenize_rows import tokenize
 from stillhouse.errors import DataError, ModelError
 from stillhouse.teachers.align_tokens import NOWHERE, AlignedWindow, TokenAligner
-from tests import tiny
-from tests.teachers.tokenizer_toys import KINDS, byte_level, sentencepiece
+from stillhouse.teachers.roots import make_roots
+from tests import chat_toys, tiny
+from tests.teachers.tokenizer_toys import GEMMA, KINDS, byte_level, gemma, sentencepiece
 from tokenizers import normalizers
 
 STUDENT = byte_level(300)
@@ -124,3 +129,77 @@ def test_a_tokenizer_that_changes_text_is_refused() -> None:
     teacher.backend_tokenizer.normalizer = normalizers.Lowercase()
     with pytest.raises(ModelError, match="changes text"):
         TokenAligner(STUDENT, teacher)
+
+
+# --- chats ---------------------------------------------------------------------------------------
+
+
+def chat_row(messages: list[dict[str, str]], words: Any) -> tuple[np.ndarray, np.ndarray]:
+    """A chat as the data stage tokenizes it: ids and labels."""
+    (row,) = tokenize([Conversation(tuple(messages))], words)[0]
+    ids = row.ids.astype(np.int64)
+    return ids, np.where(row.supervised, ids, -100)
+
+
+def aligned_chat(
+    messages: list[dict[str, str]], teacher: Any, cut: int | None = None
+) -> tuple[TokenAligner, np.ndarray, np.ndarray, AlignedWindow]:
+    student = chat_toys.tokenizer()
+    aligner = TokenAligner(student, teacher)
+    ids, labels = (each[:cut] for each in chat_row(messages, student))
+    (found,) = aligner.align(ids[None], np.arange(len(ids))[None], labels[None])
+    return aligner, ids, labels, found
+
+
+CHATS = [
+    chat_toys.chat("say the cat", "the cat"),
+    chat_toys.chat("one", "a dog", "two", "she sees 2 漢 apples"),
+    [{"role": "system", "content": "be short"}, *chat_toys.chat("one", "a dog")],
+]
+
+
+@pytest.mark.parametrize("messages", CHATS)
+def test_a_chat_is_rendered_with_the_teachers_template(messages: list[dict[str, str]]) -> None:
+    teacher = gemma()
+    aligner, ids, labels, found = aligned_chat(messages, teacher)
+    rendered = teacher.apply_chat_template(messages, tokenize=False)
+    assert teacher.decode(found.ids_M) == rendered
+    answers = [m["content"].encode() + b"<end>" for m in messages if m["role"] == "assistant"]
+    taught = (labels >= 0) & (found.begins_L >= 0)
+    read = b"".join(
+        aligner.teacher.strings.get(int(id), teacher.decode([int(id)]).encode())
+        for id in found.ids_M[found.begins_L[taught]]
+    )
+    # The student has one token a byte, so all of the answers' tokens of the teacher are reached.
+    assert read == b"".join(answers)
+    ends = ids == aligner.student.tokenizer.eos_token_id
+    assert (found.begins_L[ends & (labels >= 0)] >= 0).all()
+
+
+def test_a_chat_that_is_cut_off_is_rendered_as_far_as_it_goes() -> None:
+    messages = chat_toys.chat("say the cat", "the cat sees a tree")
+    _, _, labels, found = aligned_chat(messages, teacher := gemma(), cut=-8)
+    whole = teacher.apply_chat_template(messages, tokenize=False)
+    assert whole.startswith(teacher.decode(found.ids_M))
+    assert (found.begins_L[labels >= 0] >= 0).sum() == 4
+
+
+def test_a_template_that_changes_contents_is_refused() -> None:
+    teacher = gemma(GEMMA.replace("m.content | trim", "m.content | upper"))
+    with pytest.raises(DataError, match="with the same contents"):
+        aligned_chat(CHATS[0], teacher)
+
+
+def test_a_chat_whose_text_holds_a_control_token_is_refused() -> None:
+    messages = chat_toys.chat("say <|im_end|>", "the cat")
+    with pytest.raises(DataError, match="not a chat that the teacher's template renders"):
+        aligned_chat(messages, gemma())
+
+
+def test_both_ends_of_the_teacher_are_the_end_of_the_student() -> None:
+    student, teacher = chat_toys.tokenizer(), gemma()
+    aligner = TokenAligner(student, teacher)
+    roots = make_roots(aligner.student, aligner.teacher, aligner.partners)
+    end = roots.student_V[student.eos_token_id]
+    of_teacher = set(np.flatnonzero(roots.teacher_W == end))
+    assert {teacher.eos_token_id, teacher.convert_tokens_to_ids("<end>")} <= of_teacher

@@ -63,6 +63,21 @@ def sentencepiece(size: int, *, prefix_space: bool = False, seed: int = 1) -> An
     )
 
 
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}<turn>{{ 'model' if m.role == 'assistant' else m.role }}"
+    "\n{{ m.content | trim }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<turn>model\n{% endif %}"
+)
+
+
+def gemma(template: str = GEMMA) -> Any:
+    """A tokenizer with a chat template, as Gemma has it."""
+    words = sentencepiece(120)
+    words.add_special_tokens({"additional_special_tokens": ["<turn>", "<end>"]})
+    words.chat_template = template
+    return words
+
+
 KINDS = {
     "byte-level": lambda: byte_level(330, seed=1),
     "bytes": tiny.tokenizer,

@@ -27,7 +27,7 @@ def check_alignment(job: Job, rows: Sequence[TokenRow]) -> Iterator[Finding]:
             continue
         other = load_tokenizer(source.path, trust_remote_code=code)
         aligner = TokenAligner(tokenizer, other)
-        roots = make_roots(aligner.student, aligner.teacher, list(aligner.partner.items()))
+        roots = make_roots(aligner.student, aligner.teacher, aligner.partners)
         try:
             supervised, covered, different = _counts(aligner, roots, rows)
         except DataError as error:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from stillhouse.data.chat_frames import Part, chat_frames
 from stillhouse.data.tokenize_rows import adds_prefix_space, end_of_text, leading_tokens
 from stillhouse.data.turn_end import turn_end
 from stillhouse.errors import DataError, ModelError
@@ -36,13 +38,27 @@ class AlignedWindow:
 
 @dataclass(frozen=True)
 class _Text:
-    """Consecutive tokens of a student's window that are text. start: in the window; skipped: bytes
-    before the first complete character."""
+    """A text that the teacher's tokenizer encodes alone. ids: the student's tokens of it, which
+    start at this place of the window; empty if none is to be matched. skipped: bytes of them before
+    the first complete character."""
 
     start: int
     ids: Ids
     text: str
-    skipped: int
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Tokens of the teacher. place: the student's token that begins there, NOWHERE if there is
+    none. first: they begin a document."""
+
+    ids: Ids
+    place: int = NOWHERE
+    first: bool = False
+
+
+_Part = _Text | _Given
 
 
 class TokenAligner:
@@ -50,20 +66,26 @@ class TokenAligner:
 
     The text between special tokens is decoded to bytes and encoded by the teacher's tokenizer.
     Every document begins as the teacher's tokenizer begins a text, and ends with its EOS. A special
-    token becomes the one of the same name, or the one of the same meaning (EOS, end of a turn).
+    token becomes the one of the same name, or the one of the same meaning (EOS, end of a turn). A
+    chat with other special tokens than the teacher's is rendered with the teacher's chat template,
+    and the answers are matched.
 
     Raises ModelError: a tokenizer that does not define the bytes of its tokens, or that changes
-    text. DataError: a window with a special token that the teacher does not have.
+    text. DataError: a row with special tokens that the teacher does not have, and that is not a
+    plain chat.
     """
 
     def __init__(self, student: Any, teacher: Any) -> None:
         self.student, self.teacher = TextTokens(student), TextTokens(teacher)
-        self.partner = _partners(self.student, self.teacher)
+        self.partners = _partners(self.student, self.teacher)
+        self._partner = dict(reversed(self.partners))
         self._begin_student, self._begin_teacher = (
             leading_tokens(each).astype(np.int64) for each in (student, teacher)
         )
         self._space = 1 if adds_prefix_space(teacher) else 0
         self._special_V = self.student.lengths_V == 0
+        self._frames = chat_frames(student), chat_frames(teacher)
+        self._frame_tokens = lru_cache(maxsize=256)(partial(_with_special_tokens, teacher))
         _check_bytes(self.student)
         _check_bytes(self.teacher)
 
@@ -77,36 +99,90 @@ class TokenAligner:
             for parts, ids_L in zip(windows, ids_RL, strict=True)
         ]
 
-    def _parts(self, ids_L: Ids, positions_L: Ids, labels_L: Ids) -> list[_Text | tuple[int, Ids]]:
-        """The window's texts and, between them, the teacher's special tokens with the place of the
-        student's; NOWHERE begins a document."""
-        parts: list[_Text | tuple[int, Ids]] = []
+    def _parts(self, ids_L: Ids, positions_L: Ids, labels_L: Ids) -> list[_Part]:
+        parts: list[_Part] = []
         starts = np.flatnonzero(positions_L == 0)
         for start, stop in zip(starts, [*starts[1:], len(ids_L)], strict=True):
-            if (labels_L[start + 1 : stop] < 0).all():
-                continue
-            parts.append((NOWHERE, self._begin_teacher))
-            begin = len(self._begin_student)
-            led = begin and np.array_equal(ids_L[start : start + begin], self._begin_student)
-            at = start + (begin if led else 0)
-            edges = np.flatnonzero(np.diff(self._special_V[ids_L[at:stop]])) + at + 1
-            for first, last in zip([at, *edges], [*edges, stop], strict=True):
-                if not self._special_V[ids_L[first]]:
-                    parts.append(self._text(first, ids_L[first:last]))
-                    continue
-                for place in range(first, last):
-                    parts.append((place, np.array([self._special(int(ids_L[place]))])))
+            if (labels_L[start + 1 : stop] >= 0).any():
+                parts += self._document(int(start), ids_L[start:stop])
         return parts
 
-    def _special(self, id: int) -> int:
-        if id in self.partner:
-            return self.partner[id]
-        name = self.student.special.get(id, f"id {id}")
-        raise DataError(
-            f"the teacher's tokenizer has no token for {name}, which the student's text holds",
-            where=f"the tokenizer of {self.teacher.name}",
-            fix="train on plain text, or choose a teacher whose chat template has the same tokens",
-        )
+    def _document(self, start: int, ids_L: Ids) -> list[_Part]:
+        begin = len(self._begin_student)
+        led = begin if np.array_equal(ids_L[:begin], self._begin_student) else 0
+        special_L = self._special_V[ids_L]
+        unknown = [int(id) for id in ids_L[led:][special_L[led:]] if int(id) not in self._partner]
+        if unknown:
+            return self._chat(start, ids_L, unknown[0])
+        parts: list[_Part] = [_Given(self._begin_teacher, first=True)]
+        edges = np.flatnonzero(np.diff(special_L[led:])) + led + 1
+        for first, last in zip([led, *edges], [*edges, len(ids_L)], strict=True):
+            if not special_L[first]:
+                parts.append(self._text(start + first, ids_L[first:last]))
+                continue
+            for place in range(first, last):
+                own = np.array([self._partner[int(ids_L[place])]])
+                parts.append(_Given(own, start + place))
+        return parts
+
+    def _chat(self, start: int, ids_L: Ids, unknown: int) -> list[_Part]:
+        """A chat in the teacher's template. unknown: a special token that the teacher lacks."""
+        ours, theirs = self._frames
+        strings = [self.student.strings.get(id, b"") for id in ids_L.tolist()]
+        named = [
+            string or self.student.special.get(id, "").encode()
+            for id, string in zip(ids_L.tolist(), strings, strict=True)
+        ]
+        text = b"".join(named).decode(errors="ignore")
+        plain = b"".join(string or b"\0" for string in strings).decode(errors="replace")
+        parsed = None
+        if ours and theirs and not any(name in plain for name in self.student.special.values()):
+            parsed = ours.parse(text)
+        written = theirs.write(parsed) if parsed and theirs else None
+        if parsed is None or written is None:
+            raise DataError(
+                f"the teacher's tokenizer has no token for {self.student.special.get(unknown)}, "
+                "and the row is not a chat that the teacher's template renders with the same "
+                f"contents: {text[:80]!r}",
+                where=f"the tokenizer of {self.teacher.name}",
+                fix="remove such rows, train on plain text, or choose a teacher whose chat "
+                "template has the same tokens",
+            )
+        begins = _starts(np.array([len(name) for name in named]))
+        return list(self._answers(start, ids_L, begins, parsed, written))
+
+    def _answers(
+        self,
+        start: int,
+        ids_L: Ids,
+        begins: Ids,
+        parsed: Sequence[Part],
+        written: Sequence[Part],
+    ) -> Iterator[_Part]:
+        """The teacher's parts; answers, and the tokens that end them, are matched."""
+        done, places = 0, []
+        for part in parsed:
+            size = len(part.text.encode())
+            if part.role is not None:
+                places.append((done, done + size))
+            done += size
+        contents = iter(places)
+        ended = NOWHERE
+        for number, part in enumerate(written):
+            if part.role is None:
+                tokens = self._frame_tokens(part.text)
+                both = (int(ids_L[ended - start]), int(tokens[0])) if ended >= 0 else None
+                place = ended if both in self.partners else NOWHERE
+                yield _Given(tokens, place, first=number == 0)
+                ended = NOWHERE
+                continue
+            low, high = next(contents)
+            first, last = np.searchsorted(begins, [low, high])
+            if part.role != "assistant" or not part.text:
+                yield _Text(start, ids_L[:0], part.text)
+                continue
+            yield _Text(start + int(first), ids_L[first:last], part.text)
+            ended = start + int(last) if last < len(ids_L) else NOWHERE
 
     def _text(self, start: int, ids: Ids) -> _Text:
         """A window may begin or end inside a character."""
@@ -121,9 +197,7 @@ class TokenAligner:
             text = data[skipped : skipped + error.start].decode()
         return _Text(start, ids, text, skipped)
 
-    def _window(
-        self, parts: Sequence[_Text | tuple[int, Ids]], encoded: Iterator[Ids], length: int
-    ) -> AlignedWindow:
+    def _window(self, parts: Sequence[_Part], encoded: Iterator[Ids], length: int) -> AlignedWindow:
         begins_L = np.full(length, NOWHERE)
         documents: list[list[Ids]] = []
         done = 0
@@ -132,11 +206,11 @@ class TokenAligner:
                 ids = next(encoded)
                 self._match(part, ids, begins_L, done)
             else:
-                place, ids = part
-                if place == NOWHERE:
+                ids = part.ids
+                if part.first:
                     documents.append([])
-                else:
-                    begins_L[place] = done
+                if part.place != NOWHERE:
+                    begins_L[part.place] = done
             documents[-1].append(ids)
             done += len(ids)
         whole = [np.concatenate(document) for document in documents]
@@ -176,17 +250,24 @@ def _starts(lengths_L: NDArray[np.int64]) -> Ids:
     return np.cumsum(lengths_L) - lengths_L
 
 
-def _partners(student: TextTokens, teacher: TextTokens) -> dict[int, int]:
-    """The teacher's token for each of the student's special tokens that has one, EOS first."""
+def _with_special_tokens(tokenizer: Any, text: str) -> Ids:
+    """The tokens of what a chat template writes."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return np.asarray(ids, dtype=np.int64)
+
+
+def _partners(student: TextTokens, teacher: TextTokens) -> tuple[tuple[int, int], ...]:
+    """Special tokens (student, teacher) that mean the same, EOS first: those of one name, both EOS,
+    and the ends of a turn. A token may be in several pairs."""
     names = {name: id for id, name in teacher.special.items()}
     same = {id: names[name] for id, name in student.special.items() if name in names}
     tokenizers = student.tokenizer, teacher.tokenizer
     ends = [(turn_end(each), end_of_text(each)) for each in tokenizers]
     (our_turn, our_end), (their_turn, their_end) = ends
-    found = {our_end: same.get(our_end, their_end), **same}
-    if our_turn is not None and their_turn is not None:
-        found.setdefault(our_turn.id, their_turn.id)
-    return found
+    pairs = [(our_end, same.get(our_end, their_end)), *same.items()]
+    if our_turn is not None and their_turn is not None and our_turn.id not in same:
+        pairs.append((our_turn.id, their_turn.id))
+    return tuple(dict.fromkeys(pairs))
 
 
 def _check_bytes(tokens: TextTokens) -> None:

@@ -54,7 +54,7 @@ class AlignedTeacher(Teacher):
         self.teacher, self._tokenizer = teacher, tokenizer
         self.aligner = TokenAligner(tokenizer, teacher.tokenizer)
         student, own = self.aligner.student, self.aligner.teacher
-        self.roots = roots or make_roots(student, own, list(self.aligner.partner.items()))
+        self.roots = roots or make_roots(student, own, self.aligner.partners)
         self._merged = roots is not None
         self.vocabulary = student.size
         self.described = f"{teacher.described}, in the tokens of {student.name}"

@@ -55,7 +55,8 @@ def make_roots(
 ) -> Roots:
     """The roots before any text is seen.
 
-    partners: special tokens (student, teacher) that mean the same, the end of a text first.
+    partners: special tokens (student, teacher) that mean the same, the end of a text first. A token
+    may be in several pairs.
     Every root has tokens of both vocabularies: special tokens and unused ids without a partner
     share a root, or, where only one vocabulary has any, belong to the end of a text.
     Raises ModelError if there is none.
@@ -66,7 +67,8 @@ def make_roots(
     known_to_teacher = set(teacher.strings.values())
     shared = [value for value in root_of if value in known_to_teacher]
     root_of = {value: root for root, value in enumerate(shared)}
-    other = len(shared) + len(partners)
+    ends = _together(partners)
+    other = len(shared) + len(set(ends.values()))
     first = {
         **_first_tokens([v for v in teacher.strings.values() if v not in root_of], student),
         **_first_tokens([v for v in student.strings.values() if v not in root_of], teacher),
@@ -84,7 +86,7 @@ def make_roots(
     for side, roots_X in ((student, student_V), (teacher, teacher_W)):
         for id, value in side.strings.items():
             roots_X[id] = root(value)
-    for place, (ours, theirs) in enumerate(partners):
+    for (ours, theirs), place in ends.items():
         student_V[ours] = teacher_W[theirs] = len(shared) + place
     alone = [bool((roots_X == other).any()) for roots_X in (student_V, teacher_W)]
     if all(alone):
@@ -98,6 +100,19 @@ def make_roots(
     for roots_X in (student_V, teacher_W):
         roots_X[roots_X == other] = len(shared)
     return Roots(student_V, teacher_W, other, len(shared))
+
+
+def _together(pairs: Sequence[tuple[int, int]]) -> dict[tuple[int, int], int]:
+    """Number the pairs from 0; those that have a token in common have one number."""
+    parent = list(range(len(pairs)))
+    for number, (ours, theirs) in enumerate(pairs):
+        for before, (left, right) in enumerate(pairs[:number]):
+            if ours == left or theirs == right:
+                least = min(parent[before], parent[number])
+                replaced = {parent[before], parent[number]}
+                parent = [least if each in replaced else each for each in parent]
+    numbers = {each: place for place, each in enumerate(dict.fromkeys(parent))}
+    return {pair: numbers[each] for pair, each in zip(pairs, parent, strict=True)}
 
 
 def _first_tokens(values: Iterable[bytes], tokens: TextTokens) -> dict[bytes, bytes]:
