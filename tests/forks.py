@@ -113,12 +113,12 @@ def _stillhouse(*arguments: str) -> None:
 
 
 def two_ranks(work: Callable[..., object], *arguments: Any) -> list[Fork]:
-    """Two processes with the environment that torchrun gives them."""
+    """Two processes with the environment of a torchrun."""
     return ranks(2, work, *arguments)
 
 
 def ranks(count: int, work: Callable[..., object], *arguments: Any, nodes: int = 1) -> list[Fork]:
-    """Processes with the environment that torchrun gives them, on one machine or as on several."""
+    """Processes with the environment of a torchrun, on one machine or as if on several."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Files that a user names: a pipe or a device is an error at once, where reading would not end."""
+"""Files that a user names: a pipe or a device, whose reading may not end, is an error."""
 
 from __future__ import annotations
 

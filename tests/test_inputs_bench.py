@@ -1,4 +1,4 @@
-"""A sample of `make bench NAME=inputs`: nothing is wrong in silence, a traceback, or hangs."""
+"""A sample of `make bench NAME=inputs`: no silent fault, traceback or hang."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sample of `make bench NAME=knocks`: nothing is silent, a traceback, or hangs."""
+"""A sample of `make bench NAME=knocks`: no silent fault, traceback or hang."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every model that takes part in a run is asked for its license."""
+"""The licenses of all models of a run are checked."""
 
 from __future__ import annotations
 

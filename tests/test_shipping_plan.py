@@ -1,4 +1,4 @@
-"""What cannot be shipped as asked is said by `check`, each time with what works instead."""
+"""`check` reports each export that is not possible, with one that is."""
 
 from __future__ import annotations
 

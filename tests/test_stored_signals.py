@@ -1,4 +1,4 @@
-"""Runs whose teacher is asked once: training reads from the store what it would hear live."""
+"""Runs whose teacher scores the text once: training reads its signals from the store."""
 
 from __future__ import annotations
 

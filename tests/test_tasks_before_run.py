@@ -1,4 +1,4 @@
-"""What a task's run cannot do is found by `check`, and by `run` before the teacher is asked."""
+"""`check` reports what a task's run cannot do, and `run` raises it before the first request."""
 
 from __future__ import annotations
 

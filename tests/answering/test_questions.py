@@ -1,4 +1,4 @@
-"""What a task's teacher is asked with, and what its student learns of the answers."""
+"""The prompts of a task's teacher, and what its student learns from the answers."""
 
 from __future__ import annotations
 

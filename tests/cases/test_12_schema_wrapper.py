@@ -1,4 +1,4 @@
-"""A schema file restricts answers: it is opened out of what is sent to a model, or rejected."""
+"""A schema file restricts answers: the schema inside a request's wrapper is used, or rejected."""
 
 from __future__ import annotations
 

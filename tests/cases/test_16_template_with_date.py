@@ -1,4 +1,4 @@
-"""A chat template that writes the date gives the same text on every day."""
+"""A chat template that writes the date renders the same text every day."""
 
 from __future__ import annotations
 

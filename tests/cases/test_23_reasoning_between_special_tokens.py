@@ -18,7 +18,7 @@ IM = ("<|im_start|>", "<|im_end|>")
 
 
 class Scripted:
-    """Writes the same tokens, whatever it is asked."""
+    """Writes the same tokens for every prompt."""
 
     window = 4096
 

@@ -1,4 +1,4 @@
-"""A student gives no probability to ids without a token: it has no rows for them."""
+"""A student assigns no probability to ids without a token: it has no rows for them."""
 
 from __future__ import annotations
 

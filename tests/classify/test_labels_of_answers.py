@@ -1,4 +1,4 @@
-"""Which labels an API's answer names, and what it gives each."""
+"""Which labels an API's answer names, and the probability of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The labels' tree in one pass against a pass for each text and label."""
+"""Scoring the tree of labels in one pass agrees with a pass for each text and label."""
 
 from __future__ import annotations
 

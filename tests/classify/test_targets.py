@@ -1,4 +1,4 @@
-"""What is taken out of a teacher's answers, against the definitions by hand."""
+"""Targets from a teacher's answers agree with definitions computed by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a recipe may name is what is implemented: each registry of names against its code."""
+"""The names that a recipe accepts are those that are implemented."""
 
 from __future__ import annotations
 

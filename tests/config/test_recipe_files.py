@@ -1,4 +1,4 @@
-"""Whatever is given as a recipe: one message with its place, at once, and never a traceback."""
+"""Any file given as a recipe yields one message with its location, and never a traceback."""
 
 from __future__ import annotations
 

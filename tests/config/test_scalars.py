@@ -1,4 +1,4 @@
-"""A scalar without quotes is what its key needs, or is rejected with how to write it."""
+"""A scalar without quotes is read as its key's type, or rejected with how to write it."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def learned(row: TokenRow, tokenizer: Any) -> list[str]:
 
 
 def chatml_mask(ids: list[int], tokenizer: Any) -> list[bool]:
-    """The slow reference: reads ChatML one token at a time, and knows nothing of templates."""
+    """The slow reference: reads ChatML one token at a time, without the template."""
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     mask, header, inside = [], None, False
     for token in ids:

@@ -1,4 +1,4 @@
-"""The fast measures against one token at a time in float64."""
+"""The fast measures agree with a reference of one token at a time in float64."""
 
 from __future__ import annotations
 

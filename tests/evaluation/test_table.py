@@ -1,4 +1,4 @@
-"""The table a user reads: every figure, its percent of the teacher, in 100 columns."""
+"""The terminal's table: every figure and its percentage of the teacher's, in 100 columns."""
 
 from __future__ import annotations
 

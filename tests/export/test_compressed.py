@@ -1,4 +1,4 @@
-"""How llm-compressor is asked, in another Python; a package that changes nothing plays it."""
+"""How llm-compressor is called in another Python; a stub package changes nothing."""
 
 from __future__ import annotations
 

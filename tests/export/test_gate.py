@@ -18,7 +18,7 @@ from tests.export.conftest import ToyWindows
 def test_an_export_is_compared_with_the_teacher_on_the_same_tokens(
     trained: Path, tmp_path: Path
 ) -> None:
-    """The teacher is the source itself: what is told of it must be what is told of the source."""
+    """The teacher is the source itself, so both must have the same measurements."""
     gate = Gate(trained, ToyWindows(), ["word3"], seed=0)
     with against_teacher(gate, trained, vocabulary=64, dtype=torch.float32) as asked:
         assert asked.teacher_logits is not None

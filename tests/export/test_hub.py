@@ -18,7 +18,7 @@ SECRET = "hf_secret"
 
 
 class Recorder:
-    """In place of `HfApi`: what it was asked; `fails` is raised by every upload."""
+    """Stands in for `HfApi` and records its calls; every upload raises `fails`."""
 
     calls: list[tuple[str, dict[str, Any]]]
     fails: Exception | None = None

@@ -1,4 +1,4 @@
-"""How llama.cpp's quantizer is asked; the last tests ask the real one, where it is installed."""
+"""How llama.cpp's quantizer is called; the last tests call the real one, if it is installed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def gate(source: Path) -> Gate:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """llama.cpp played by a copy of the file: what is tested is how it is asked."""
+    """Stands in for llama.cpp by copying the file: only the call is tested."""
     asked: dict[str, Any] = {}
     callback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 

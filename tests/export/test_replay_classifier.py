@@ -1,4 +1,4 @@
-"""A classifier's folder in a process that knows transformers alone."""
+"""A classifier's folder in a process that imports only transformers."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def completion(reply: Reply, model: str) -> bytes:
 
 
 class Stub:
-    """Use as a context manager. key: what the bearer token must be. models: those it knows.
+    """Use as a context manager. key: the expected bearer token. models: their names.
 
     read: the payloads whose answers were certainly received: the client has sent its next request
     by the same connection.

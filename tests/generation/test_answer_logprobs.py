@@ -1,4 +1,4 @@
-"""Soft labels through an API: what it tells about its answers' tokens is what is learned."""
+"""Soft labels through an API: the log-probabilities of an answer's tokens are learned."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def test_tokens_that_the_student_does_not_know_stay_in_the_tail() -> None:
 
 
 def test_parts_of_a_character_that_a_server_cannot_show() -> None:
-    """llama-cpp-python gives text alone, and drops bytes that are no whole character."""
+    """llama-cpp-python returns only text, and drops bytes of incomplete characters."""
     given = positions("a?")[:1] + [
         {"token": "", "bytes": None, "logprob": math.log(0.5), "top_logprobs": [
             {"token": "", "bytes": None, "logprob": math.log(0.5)},

@@ -1,4 +1,4 @@
-"""What the answers of a task cost, and what those that were lost may have cost."""
+"""The cost of a task's answers, and the possible cost of lost ones."""
 
 from __future__ import annotations
 

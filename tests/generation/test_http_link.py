@@ -1,4 +1,4 @@
-"""Plain HTTP/1.1: bodies of every length encoding, in pieces of every size, and what is cut."""
+"""Plain HTTP/1.1: bodies of every length encoding, in pieces of every size, and truncated ones."""
 
 from __future__ import annotations
 

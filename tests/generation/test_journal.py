@@ -219,7 +219,7 @@ def test_a_journal_may_be_in_a_folder_with_any_name(tmp_path: Path) -> None:
 def test_a_journal_that_cannot_be_opened_for_writing_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: int
 ) -> None:
-    """Where only a later connection fails, nobody may wait for what is never written."""
+    """If only a later connection fails, no caller waits for what is never written."""
     plain, opened = journal_file._connect, []
 
     def connect(path: Path) -> sqlite3.Connection:

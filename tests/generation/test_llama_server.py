@@ -1,4 +1,4 @@
-"""A server that we did not write: llama.cpp's, with the real SmolLM2. `make test-llama`."""
+"""llama.cpp's own server, with the real SmolLM2: `make test-llama`."""
 
 from __future__ import annotations
 

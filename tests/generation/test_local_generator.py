@@ -1,4 +1,4 @@
-"""Batched generation: the same answers as `model.generate` gives to each prompt alone."""
+"""Batched generation returns the same answers as `model.generate` for each prompt alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server that misbehaves: what is sent again, and what is given up."""
+"""A server that misbehaves: which requests are sent again, and which fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stops everything; the budget that is never passed."""
+"""Errors that stop all requests, and the budget that is never exceeded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What vLLM is asked and what is made of its answers; a module of two classes plays it.
+"""Requests to vLLM and how its answers are read; a module of two classes stands in for it.
 
 Where it makes no difference, it is asked in this process and in one of another Python.
 """
@@ -34,7 +34,7 @@ from tests.forks import Fork, stillhouse
 pytestmark = pytest.mark.run
 
 STUB = '''
-"""Answers with the number of the prompt's tokens; notes what it is told beside this file."""
+"""Answers with the number of the prompt's tokens; writes its arguments to a file."""
 import fcntl, json, os, signal, time
 from dataclasses import asdict, dataclass
 from pathlib import Path

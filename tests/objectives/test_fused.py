@@ -1,4 +1,4 @@
-"""The fused loss gives the loss and the gradients of the token-by-token reference."""
+"""The fused loss and its gradients agree with the token-by-token reference."""
 
 from __future__ import annotations
 

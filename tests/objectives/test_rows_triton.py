@@ -1,4 +1,4 @@
-"""The GPU's kernel gives what PyTorch's operators give, in Triton's interpreter on a CPU.
+"""The GPU kernel agrees with PyTorch's operators, in Triton's interpreter on a CPU.
 
 Triton comes with the CUDA builds of torch; `pip install triton` brings it to others.
 """

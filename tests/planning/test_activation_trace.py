@@ -1,4 +1,4 @@
-"""Activations as a trace without memory finds them, against those of a model that runs."""
+"""Activations found by a trace without memory agree with those of a model that runs."""
 
 from __future__ import annotations
 

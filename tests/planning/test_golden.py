@@ -1,4 +1,4 @@
-"""The memory of ten pairs of well-known models is what it was when it was last looked at.
+"""The memory estimates of ten pairs of well-known models are those of the golden file.
 
 `python -m tests.planning.test_golden` writes golden.json again.
 """

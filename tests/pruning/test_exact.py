@@ -1,4 +1,4 @@
-"""Where a cut cannot lose anything, nothing is lost; elsewhere it is the full model with zeros."""
+"""A cut of unused parts loses nothing; any other equals the full model with zeros."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where no projection can be refit to the stream, the gain of what the FFN writes is."""
+"""Where no projection can be refit, the gain of the FFN's output is."""
 
 from __future__ import annotations
 

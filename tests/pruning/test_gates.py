@@ -222,7 +222,7 @@ def test_gates_3_and_4_a_fresh_process_loads_the_same_model(checkpoints: Path) -
 LIKE_LLAMA_CPP = {
     "smollm3": {"attention_bias": False, "num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]}
 }
-"""What llama.cpp has built in for a family: no bias, and no RoPE in every fourth layer."""
+"""What llama.cpp hard-codes for a family: no bias, and no RoPE in every fourth layer."""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Removing heads: block by block, it agrees with plain least squares; groups stay alike."""
+"""Removing heads agrees with plain least squares, block by block; groups stay equal in size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Block-wise local distillation brings the cut stream nearer, and never leaves it farther off."""
+"""Block-wise local distillation reduces the residual stream's error, and never increases it."""
 
 from __future__ import annotations
 

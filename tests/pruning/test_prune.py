@@ -1,4 +1,4 @@
-"""What every pruned model must be: homogeneous, loadable, and near to the full one."""
+"""Every pruned model is homogeneous, loadable, and close to the full one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which sizes can be had, and what is said about those that cannot."""
+"""Which sizes are possible, and the errors for those that are not."""
 
 from __future__ import annotations
 

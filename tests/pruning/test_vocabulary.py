@@ -1,4 +1,4 @@
-"""Fewer tokens: any text still comes back, and the kept text is tokenized as before."""
+"""Fewer tokens: any text still round-trips, and kept text is tokenized as before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rounding onto the grid, against one number at a time."""
+"""Rounding to the grid agrees with a reference of one number at a time."""
 
 from __future__ import annotations
 

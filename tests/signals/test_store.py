@@ -1,4 +1,4 @@
-"""A store gives back what was recorded, for whatever batch, and for nothing else."""
+"""A store returns what was recorded, for any batch of recorded rows and for nothing else."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def test_a_full_disk_of_the_parquet_file_is_one_message(tmp_path):
 
 
 class FakeHub:
-    """Takes what is uploaded into a folder, and gives it back."""
+    """Stores uploads in a folder, and returns them."""
 
     def __init__(self, folder):
         self.folder, self.asked = folder, []

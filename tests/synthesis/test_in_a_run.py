@@ -1,4 +1,4 @@
-"""Synthesis as the first stage of a run, and what is told and agreed to before it is paid."""
+"""Synthesis as the first stage of a run, and the confirmation before money is spent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two halves of a model give together what the model gives."""
+"""The two halves of a model together compute what the model computes."""
 
 from __future__ import annotations
 

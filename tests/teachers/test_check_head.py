@@ -1,4 +1,4 @@
-"""Every model that gives a head has it compared with the model's own logits, once."""
+"""The head of every model is compared with the model's own logits, once."""
 
 from __future__ import annotations
 

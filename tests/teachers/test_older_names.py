@@ -1,4 +1,4 @@
-"""What is saved is read alike by transformers 5 and by what knows version 4's names alone."""
+"""Saved files are read alike by transformers 5 and by programs that use version 4's names."""
 
 from __future__ import annotations
 

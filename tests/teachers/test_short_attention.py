@@ -1,4 +1,4 @@
-"""Attention by plain products gives what PyTorch's own gives, forward and backward."""
+"""Attention by plain products agrees with PyTorch's own, forward and backward."""
 
 from __future__ import annotations
 

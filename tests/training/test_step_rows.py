@@ -1,4 +1,4 @@
-"""Which rows each step has: a share of own windows, the same for any processes."""
+"""The rows of each step: a share of own windows, the same for any number of processes."""
 
 from __future__ import annotations
 

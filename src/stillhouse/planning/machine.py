@@ -40,7 +40,7 @@ class Machine:
         return self.per_node * self.nodes
 
     def compute(self, precision: Requested) -> torch.dtype:
-        """The number type of products: of a GPU that is not here, bfloat16 unless asked."""
+        """The number type of products: for a GPU that is not here, bfloat16 unless requested."""
         if precision != "auto":
             return torch.float32 if precision == "float32" else torch.bfloat16
         if self.device == "cuda" and not torch.cuda.is_available():

@@ -98,7 +98,7 @@ def _check_rotation(config: Any, axes: Axes) -> None:
     if axes.output_norms():
         reason = "a norm behind each block weighs single channels, and a rotation would mix them"
     elif axes.always_tied:
-        reason = "that unties the head, and llama.cpp knows this architecture only with a tied head"
+        reason = "that unties the head, and llama.cpp supports it only with a tied head"
     else:
         return
     raise RecipeError(
