@@ -1,6 +1,6 @@
 """A student learns from a teacher with another tokenizer: alignment, loss and what is learned.
 
-    make bench NAME=tokenizers ARGS="wikitext2-valid.txt --teacher gemma-3-270m-q4_k_m.gguf"
+    make bench NAME=other_tokenizer ARGS="wikitext2-valid.txt --teacher gemma-3-270m-q4_k_m.gguf"
 
 SmolLM2-135M is pruned to an FFN of 1,024 (108M parameters) and trained on the first tokens of the
 file by cross-entropy alone, by the fold to shared roots, and, as an upper bound, by forward KL from
@@ -58,7 +58,7 @@ def main() -> None:
     options = parser.parse_args()
     own, other = (Teacher.load(name) for name in (options.student, options.teacher))
     text = options.text.read_text(encoding="utf-8")
-    last = earlier("tokenizers").get("figures", {}) if options.add else {}
+    last = earlier("other_tokenizer").get("figures", {}) if options.add else {}
     figures: dict[str, Any] = {
         "alignment": measure_alignment(own, other, text),
         "loss": measure_loss(own, options.rows),
@@ -66,8 +66,8 @@ def main() -> None:
     }
     for seed in options.seeds:
         figures["training"].append(measure_training(own, other, text, seed, options))
-        write_results("tokenizers", figures, bars(figures), seeds_of(figures))
-    write_results("tokenizers", figures, bars(figures), seeds_of(figures))
+        write_results("other_tokenizer", figures, bars(figures), seeds_of(figures))
+    write_results("other_tokenizer", figures, bars(figures), seeds_of(figures))
 
 
 def seeds_of(figures: dict[str, Any]) -> list[int]:
