@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers
 
 from stillhouse.data.documents import Conversation
 from stillhouse.data.tokenize_rows import tokenize
@@ -16,7 +17,6 @@ from stillhouse.teachers.align_tokens import NOWHERE, AlignedWindow, TokenAligne
 from stillhouse.teachers.roots import make_roots
 from tests import chat_toys, tiny
 from tests.teachers.tokenizer_toys import GEMMA, KINDS, byte_level, gemma, sentencepiece
-from tokenizers import normalizers
 
 STUDENT = byte_level(300)
 ALIGNERS = {kind: TokenAligner(STUDENT, make()) for kind, make in KINDS.items()}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from tests import tiny
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 
 def byte_level(size: int, *, special: tuple[str, ...] = (), seed: int = 0, **more: Any) -> Any:
