@@ -34,6 +34,9 @@ from stillhouse.teachers.local_teacher import LocalTeacher
 from stillhouse.teachers.several_teachers import SeveralTeachers
 from stillhouse.training.distillation import Distillation
 from stillhouse.training.objective import Objective
+from stillhouse.training.own_prompts import OwnPrompts
+from stillhouse.training.rollouts import read_rollouts, window_folder
+from stillhouse.training.train import train
 from stillhouse.training.train_config import TrainRecipe
 from tests import tiny
 
@@ -215,3 +218,43 @@ def test_a_tokenizer_with_custom_code_is_loaded_like_the_model(
     quantization = Quantization(Grid(4, 32), False, {})
     module._save(model, quantization, student, tmp_path / "out", True)
     assert trusted == [True]
+
+
+def test_the_rounded_student_writes(
+    prepared: tuple[Path, Windows, Windows], tmp_path: Path
+) -> None:
+    """What it writes during training is what the quantized model writes after it."""
+    folder, windows, _ = prepared
+    grid = Grid(4, 32)
+    model = tiny.llama(seed=5)
+    scales = scales_of(model, find_units(model, grid), grid)
+    exact = {name: value.detach().clone() for name, value in model.named_parameters()}
+    train(
+        Student(model, tiny.tokenizer()),
+        LocalTeacher(load_model(folder, dtype=torch.float32), tiny.tokenizer()),
+        windows,
+        ObjectiveRecipe(),
+        TrainRecipe.model_validate(
+            {
+                "batch_size": 4,
+                "max_steps": 1,
+                "learning_rate": 1e-12,
+                "precision": "float32",
+                "on_policy": {"share": 1.0, "max_tokens": 8, "temperature": 0.0},
+            }
+        ),
+        folder=tmp_path,
+        callbacks=[RoundedWeights(Quantization(grid, False, scales))],
+        prompts=OwnPrompts.of([[5, 6, 7, 8], [9, 10, 11]]),
+    )
+    for name, value in model.named_parameters():
+        assert torch.allclose(value, exact[name], atol=1e-9), name  # the latent weights are back
+    rounded = tiny.llama(seed=5)
+    for name, value in rounded.named_parameters():
+        if name in scales:
+            value.data.copy_(on_grid(value.detach(), scales[name], grid))
+    for rollout in read_rollouts(window_folder(tmp_path, 0)) or []:
+        asked = torch.tensor([rollout.ids[: rollout.given]])
+        for writer, same in ((rounded, True), (tiny.llama(seed=5), False)):
+            found = writer.generate(asked, max_new_tokens=8, do_sample=False, pad_token_id=0)[0]
+            assert (found.tolist()[: len(rollout.ids)] == list(rollout.ids)) is same
