@@ -21,6 +21,8 @@ from stillhouse.errors import DataError, RecipeError, RunError, StillhouseError
 from stillhouse.generation.answer_requests import Answers
 from stillhouse.generation.budget import Spending
 from stillhouse.generation.request import Answer
+from stillhouse.training.checkpoints import read_metrics
+from stillhouse.training.train import METRICS
 from tests.answering import toys
 from tests.generation.stub import Reply, Stub, error
 
@@ -307,3 +309,20 @@ def test_a_reference_answer_that_the_schema_forbids_is_named(tmp_path: Path) -> 
         run(raw)
     assert caught.value.where is not None
     assert caught.value.where.endswith("texts.jsonl:21")
+
+
+def test_the_student_of_a_task_writes_answers_to_the_tasks_own_texts(tmp_path: Path) -> None:
+    raw = toys.recipe(tmp_path, "generate")
+    raw["train"]["on_policy"] = {"share": 0.5, "max_tokens": 6}
+    result = run(raw)
+    rows = read_metrics(result.stage("train").path / METRICS)
+    assert sum(row["own_tokens"] for row in rows if "loss" in row) > 0
+    assert any("own_reverse_kl" in row for row in rows)
+
+
+def test_own_text_needs_a_teachers_distributions(tmp_path: Path) -> None:
+    with Stub(extraction) as stub:
+        raw = toys.recipe(tmp_path, "extract", **toys.api(tmp_path, stub.url))
+        raw["train"]["on_policy"] = {}
+        with pytest.raises(RecipeError, match="on_policy needs a local teacher"):
+            parse_recipe(toys.clean(raw))

@@ -1,0 +1,69 @@
+"""What `check` says about `train.on_policy` before anything is computed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from stillhouse.check import check_recipe
+from stillhouse.finding import Finding
+from stillhouse.teachers.load_model import load_tokenizer
+from tests import tiny
+
+
+def findings(folder: Path, on_policy: dict[str, Any], **sections: Any) -> list[Finding]:
+    raw = tiny.recipe(folder, **sections)
+    return check_recipe({**raw, "train": {**raw["train"], "on_policy": on_policy}}, base=folder)
+
+
+def of(found: list[Finding], topic: str) -> list[str]:
+    return [f"{one.level}: {one.text}" for one in found if one.topic == topic]
+
+
+def write_prompts(folder: Path, *texts: str) -> dict[str, Any]:
+    lines = [json.dumps({"prompt": text}) + "\n" for text in texts]
+    (folder / "prompts.jsonl").write_text("".join(lines))
+    return {"path": "prompts.jsonl"}
+
+
+def test_it_estimates_what_the_student_writes(tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path, "hi", "ho")
+    own = {"prompts": prompts, "share": 0.5, "max_tokens": 8, "batch": 3}
+    found = findings(tmp_path, own)
+    (text,) = of(found, "on-policy")
+    # 94 windows in batches of 4 are 24 steps, each with 2 own windows; a prompt has 4 tokens, so
+    # that two of them fit into 32 with their answers of 8.
+    assert "the student writes 96 answers, at most 768 tokens" in text
+    # 2 kinds x 3 layers x 2 heads x 8 wide x 128 places x 3 answers x 4 bytes
+    assert "key-value cache takes 0.147 MB" in text
+
+
+def test_prompts_that_fill_the_context_are_an_error(tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path, "hi", "x" * 40)
+    found = findings(tmp_path, {"prompts": prompts})
+    assert [one for one in found if one.level == "error" and "1 of 2 prompts fill" in one.text]
+
+
+def test_prompts_that_leave_little_room_are_a_warning(tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path, "hi", "x" * 20)
+    found = of(findings(tmp_path, {"prompts": prompts, "max_tokens": 16}), "on-policy")
+    assert found[0].startswith("warning: 1 of 2 prompts leave less than max_tokens (16)")
+
+
+def test_a_row_that_is_no_prompt_is_an_error_with_its_place(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "hi"}\n{"question": 3}\n')
+    found = findings(tmp_path, {"prompts": {"path": "prompts.jsonl"}})
+    assert [one for one in found if one.level == "error" and "prompts.jsonl:2" in one.text]
+
+
+def test_a_teacher_with_another_template_is_a_warning(tmp_path: Path) -> None:
+    tiny.save_model(tmp_path / "student", seed=1)
+    words = load_tokenizer(tmp_path / "student")
+    words.chat_template = tiny.CHAT_TEMPLATE.replace("<|assistant|>", "<|assistant|>:")
+    words.save_pretrained(tmp_path / "student")
+    student = {"start": "pretrained", "model": str(tmp_path / "student")}
+    raw = tiny.recipe(tmp_path)
+    raw["train"]["on_policy"] = {}
+    found = check_recipe({**raw, "student": student}, base=tmp_path)
+    assert "to the teacher" in of(found, "on-policy")[0]
