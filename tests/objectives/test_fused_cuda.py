@@ -63,6 +63,18 @@ def test_the_head_gradient_is_complete_beyond_one_block_of_the_vocabulary() -> N
     assert relative_error(found[2].cpu(), expected[2]) < BOUNDS[torch.bfloat16]
 
 
+def test_the_head_gradient_needs_no_memory_beside_itself() -> None:
+    case = moved(make_case(rows=64, vocab=70_000, student_width=256), torch.bfloat16)
+    head = case.head.weight_VD
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss = fused_loss(case.hidden_ND, case.head, [Term("cross_entropy")], targets_N=case.targets_N)
+    peak = torch.cuda.max_memory_allocated() - before
+    logits = 64 * 70_000 * 2
+    assert loss.total.requires_grad
+    assert peak < head.numel() * 4 + 2 * logits + (1 << 21)
+
+
 def test_the_host_never_waits() -> None:
     case = moved(make_case(rows=40, vocab=96), torch.bfloat16)
     terms = [Term("forward_kl"), Term("jsd", 0.3, 2.0), Term("cross_entropy", 0.1)]

@@ -16,43 +16,73 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 pytest.importorskip("triton")
 
-from stillhouse.objectives import Term, fused_loss
-from stillhouse.objectives import block_losses as blocks
-from stillhouse.objectives import triton_kernel as rows_triton
-from stillhouse.objectives.triton_dispatch import KINDS
-from stillhouse.signals import LogitsSignal
-from tests.objectives.cases import Case, make_case, relative_error
+from stillhouse.objectives import Term, chunk_loop, fused_loss, triton_entries, triton_kernel
+from stillhouse.objectives.triton_dispatch import KINDS, MOST_ENTRIES
+from stillhouse.signals import LogitsSignal, SampledSignal, SparseSignal
+from tests.objectives.cases import Case, make_case, relative_error, with_signal
 from tests.objectives.test_divergences import VARIANTS, at, name
 
 TERMS = [term for term in VARIANTS if term.divergence in KINDS]
+KL = Term("forward_kl")
+STORED = ["sparse", "sampled", "frozen head"]
+LAUNCHERS = {
+    "dense_rows": triton_kernel,
+    "sparse_rows": triton_entries,
+    "counted_rows": triton_entries,
+}
 
 
-def results(case: Case, terms: list[Term], *, grad: bool = True) -> list[torch.Tensor]:
+def results(
+    case: Case, terms: list[Term], *, grad: bool = True, **more: object
+) -> list[torch.Tensor]:
     with torch.set_grad_enabled(grad):
         loss = fused_loss(
-            case.hidden_ND, case.head, terms, signal=case.signal, targets_N=case.targets_N
+            case.hidden_ND, case.head, terms, signal=case.signal, targets_N=case.targets_N, **more
         )
     found = [loss.total.detach(), *loss.terms.values()]
     return found + (list(torch.autograd.grad(loss.total, case.leaves)) if grad else [])
 
 
+def assert_agree(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        if theirs.abs().max() > 1e-6:  # jsd at its ends is 0
+            assert relative_error(ours, theirs) < 1e-4
+        else:
+            assert ours.abs().max() < 1e-6
+
+
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch):
-    """Switches the kernel on, wherever the tensors are, and counts its launches."""
-    launches = []
-    run = rows_triton.run
+    """Switches the kernels on, wherever the tensors are, and records their launches."""
+    launches: list[str] = []
 
-    def counted(*args, **kwargs):
-        launches.append(1)
-        return run(*args, **kwargs)
+    def recorded(module, launcher):
+        run = getattr(module, launcher)
 
-    def switch_on() -> list[int]:
-        monkeypatch.setattr(rows_triton, "run", counted)
-        monkeypatch.setattr(rows_triton, "COLUMNS", 16)  # rows of 45 logits take three rounds
-        monkeypatch.setattr(blocks, "runs_kernels", lambda device: True)
+        def record(*args, **kwargs):
+            launches.append(launcher)
+            return run(*args, **kwargs)
+
+        monkeypatch.setattr(module, launcher, record)
+
+    def switch_on() -> list[str]:
+        for launcher, module in LAUNCHERS.items():
+            recorded(module, launcher)
+        monkeypatch.setattr(triton_kernel, "COLUMNS", 16)  # rows of 45 logits take three rounds
+        monkeypatch.setattr(chunk_loop, "runs_kernels", lambda device: True)
         return launches
 
     return switch_on
+
+
+def compare(kernel, case: Case, terms: list[Term], **more: object) -> list[str]:
+    expected = results(case, terms, **more)
+    launches = kernel()
+    assert_agree(results(case, terms, **more), expected)
+    return launches
+
+
+# --- a teacher's logits ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("data", [False, True], ids=["alone", "with the data"])
@@ -60,54 +90,136 @@ def kernel(monkeypatch: pytest.MonkeyPatch):
 def test_values_and_gradients(term: Term, data: bool, kernel) -> None:
     case = make_case(rows=7, vocab=45, scale=1.5, dtype=torch.float32)
     terms = [at(term, 1.0, weight=0.7), *([Term("cross_entropy", weight=0.3)] if data else [])]
-    expected = results(case, terms)
-    launches = kernel()
-    for found, wanted in zip(results(case, terms), expected, strict=True):
-        if wanted.abs().max() > 1e-6:  # jsd at its ends is 0
-            assert relative_error(found, wanted) < 1e-4
-        else:
-            assert found.abs().max() < 1e-6
-    assert launches
+    assert compare(kernel, case, terms) == ["dense_rows"]
 
 
 @pytest.mark.parametrize("term", TERMS, ids=name)
 def test_a_temperature_and_no_gradients(term: Term, kernel) -> None:
     case = make_case(rows=3, vocab=45, dtype=torch.float32)
-    expected = results(case, [at(term, 2.0)], grad=False)
-    kernel()
-    for found, wanted in zip(results(case, [at(term, 2.0)], grad=False), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=2e-5, atol=1e-6)
+    assert compare(kernel, case, [at(term, 2.0)], grad=False) == ["dense_rows"]
 
 
-def test_impossible_tokens_and_narrow_logits(kernel) -> None:
-    """−∞ in a teacher's logits is probability 0; bfloat16 goes in and out."""
+@pytest.mark.parametrize("term", [Term("forward_kl"), Term("jsd")], ids=name)
+def test_data_at_temperature_1_beside_a_divergence_at_2(term: Term, kernel) -> None:
+    case = make_case(rows=5, vocab=45, scale=1.5, dtype=torch.float32)
+    terms = [at(term, 2.0), Term("cross_entropy", 0.1)]
+    assert compare(kernel, case, terms) == ["dense_rows"]
+
+
+@pytest.mark.parametrize("divergence", ["jsd", "reverse_kl"])
+def test_impossible_tokens_of_a_teacher(divergence: str, kernel) -> None:
+    """−∞ in a teacher's logits is probability 0."""
     case = make_case(rows=4, vocab=45, dtype=torch.float32)
-    logits_NV = torch.randn(4, 45)
+    logits_NV = torch.randn(45, 4).T  # columns are not contiguous
     logits_NV[:, 30:] = -torch.inf
     case = Case(case.hidden_ND, case.head, LogitsSignal(logits_NV), case.targets_N)
-    expected = results(case, [Term("jsd")])
-    kernel()
-    for found, wanted in zip(results(case, [Term("jsd")]), expected, strict=True):
-        assert relative_error(found, wanted) < 1e-4
+    assert compare(kernel, case, [Term(divergence)]) == ["dense_rows"]
 
 
-def test_unsupported_cases_of_the_kernel_fall_back_to_pytorch(kernel) -> None:
-    capped = make_case(softcap=3.0, dtype=torch.float32)
-    with_bias = make_case(bias=True, dtype=torch.float32)
+def test_several_chunks_take_one_launch_each(kernel) -> None:
+    case = make_case(rows=10, vocab=45, dtype=torch.float32)
+    assert compare(kernel, case, [Term("jsd")], chunk_rows=4) == ["dense_rows"] * 3
+
+
+# --- stored signals, and data alone ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("temperature", "data"), [(1.0, False), (1.0, True), (2.0, True)], ids=["T1", "data", "T2 data"]
+)
+@pytest.mark.parametrize(
+    ("kind", "term"),
+    [(kind, term) for kind in STORED for term in TERMS if kind == "sparse" or term == KL],
+    ids=lambda value: value if isinstance(value, str) else name(value),
+)
+def test_stored_signals(term: Term, kind: str, temperature: float, data: bool, kernel) -> None:
+    case = with_signal(make_case(7, 45, scale=1.5, dtype=torch.float32), kind, temperature, k=5)
+    terms = [at(term, temperature, weight=0.7)]
+    terms += [Term("cross_entropy", weight=0.3)] if data else []
+    launched = "sparse_rows" if kind == "sparse" else "counted_rows"
+    assert compare(kernel, case, terms) == [launched]
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_stored_signals_without_gradients(kind: str, kernel) -> None:
+    case = with_signal(make_case(7, 45, dtype=torch.float32), kind, 1.0, k=5)
+    terms = [Term("forward_kl"), Term("cross_entropy", 0.5)]
+    assert len(compare(kernel, case, terms, grad=False)) == 1
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_data_alone(grad: bool, kernel) -> None:
+    case = make_case(7, 45, scale=0.5, dtype=torch.float32)
+    assert compare(kernel, case, [Term("cross_entropy", 0.3)], grad=grad) == ["counted_rows"]
+
+
+@pytest.mark.parametrize("term", [Term("cross_entropy"), Term("forward_kl"), Term("jsd")], ids=name)
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_padded_vocabulary_row_weights_and_a_scale(kind: str, term: Term, kernel) -> None:
+    """Padding rows get no probability and no gradient; 45 is no multiple of a round."""
+    case = with_signal(make_case(7, 45, padding=4, dtype=torch.float32), kind, k=5)
+    weights_N = torch.linspace(0.0, 2.0, 7)  # the first row is ignored
+    compare(kernel, case, [term], row_weights_N=weights_N, scale=0.1, vocab_size=45)
+    grads = results(case, [term], row_weights_N=weights_N, vocab_size=45)[-2:]
+    assert grads[0][0].abs().max() == 0
+    assert grads[1][45:].abs().max() == 0
+
+
+def test_short_rows_and_empty_tails(kernel) -> None:
+    """A short row repeats its first token at −∞; a tail may be exactly 0."""
+    case = with_signal(make_case(4, 45, dtype=torch.float32), "sparse", k=5)
+    signal = case.signal
+    assert isinstance(signal, SparseSignal)
+    ids_NK, log_probs_NK, tail_N = signal.ids_NK, signal.log_probs_NK, signal.tail_N
+    tail_N[0] += log_probs_NK[0, 2:].exp().sum()
+    ids_NK[0, 2:] = ids_NK[0, 0]
+    log_probs_NK[0, 2:] = -torch.inf
+    log_probs_NK[1] -= torch.logsumexp(log_probs_NK[1], 0)
+    tail_N[1] = 0
+    case.targets_N[0] = ids_NK[0, 0]  # among the K of its row; others are in the tail
+    launches = compare(kernel, case, [Term("skew_reverse_kl"), Term("cross_entropy", 0.4)])
+    assert launches == ["sparse_rows"]
+
+
+def test_the_data_may_be_among_the_tokens_of_a_sample(kernel) -> None:
+    case = with_signal(make_case(4, 45, dtype=torch.float32), "sampled", draws=30)
+    signal = case.signal
+    assert isinstance(signal, SampledSignal)
+    assert (signal.ids_NK.sort(1).values.diff(dim=1) == 0).any()  # drawn twice
+    case.targets_N.copy_(signal.ids_NK[:, 0])
+    assert compare(kernel, case, [Term("forward_kl"), Term("cross_entropy", 0.4)])
+
+
+@pytest.mark.parametrize("kind", ["dense", *STORED])
+def test_bfloat16_logits_are_read_and_written_as_they_are(kind: str, kernel) -> None:
+    case = make_case(9, 45, 16, 24, dtype=torch.float32)
+    for tensor in (case.hidden_ND, case.head.weight_VD):
+        tensor.data.copy_(tensor.detach().bfloat16())
+    case = with_signal(case, kind, k=5)
+    expected = results(case, [KL])
+    assert len(kernel()) == 0
+    found = results(case, [KL], compute_dtype=torch.bfloat16)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert relative_error(ours, theirs) < 0.03
+
+
+def test_unsupported_cases_fall_back_to_pytorch(kernel) -> None:
     plain = make_case(dtype=torch.float32)
-    expected = [
-        results(capped, [Term("jsd")]),
-        results(with_bias, [Term("jsd")]),
-        results(plain, [Term("adaptive_kl")]),
-        results(plain, [Term("forward_kl"), Term("reverse_kl")]),
+    everything = with_signal(plain, "sparse", k=13)
+    long = with_signal(make_case(2, MOST_ENTRIES + 9, dtype=torch.float32), "sparse", k=1025)
+    cases = [
+        (make_case(softcap=3.0, dtype=torch.float32), [Term("jsd")]),
+        (make_case(bias=True, dtype=torch.float32), [Term("cross_entropy")]),
+        (make_case(dtype=torch.float64), [Term("jsd")]),
+        (plain, [Term("adaptive_kl")]),
+        (plain, [Term("forward_kl"), Term("reverse_kl")]),
+        (with_signal(plain, "sparse"), [Term("alpha_beta")]),
+        (everything, [Term("forward_kl")]),
+        (long, [Term("forward_kl")]),
     ]
+    expected = [results(case, terms) for case, terms in cases]
     launches = kernel()
-    found = [
-        results(capped, [Term("jsd")]),
-        results(with_bias, [Term("jsd")]),
-        results(plain, [Term("adaptive_kl")]),
-        results(plain, [Term("forward_kl"), Term("reverse_kl")]),
-    ]
+    found = [results(case, terms) for case, terms in cases]
     assert not launches
     for ours, theirs in zip(found, expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
@@ -117,32 +229,43 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from stillhouse.objectives import triton_kernel as rows_triton
+from stillhouse.objectives import triton_entries, triton_kernel
 from stillhouse.objectives.triton_dispatch import KINDS
 
-names = rows_triton._row.arg_names
-pointers = dict(student="*bf16", teacher="*bf16", values="*fp32", cross="*fp32")
-for kind in KINDS:
-    if kind == "normalized_jsd":
-        continue
-    for data in (False, True):
-        signature = {
-            **pointers, "targets": "*i64" if data else "*fp32",
-            "student_stride": "i64", "teacher_stride": "i64", "vocabulary": "i32",
-            "student_scale": "fp32", "teacher_scale": "fp32", "coefficient": "fp32",
-            "of_data": "fp32", "parameter": "fp32",
-        }
-        constants = dict(KIND=kind, DATA=data, GRAD=True, COLUMNS=4096)
-        signature |= dict.fromkeys(constants, "constexpr")
-        source = ASTSource(fn=rows_triton._row, signature=signature, constexprs=constants)
-        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
-        assert made.asm["cubin"]
+TYPES = dict.fromkeys(["student", "teacher"], "*bf16") | dict.fromkeys(["ids"], "*i64")
+TYPES |= dict.fromkeys(["entries", "vocabulary"], "i32")
+TYPES |= dict.fromkeys(["student_stride", "teacher_stride"], "i64")
+
+def type_of(name, data):
+    if name == "targets":
+        return "*i64" if data else "*fp32"
+    scalar = name.endswith("scale") or name in ("teacher_floor", "coefficient", "of_data")
+    return TYPES.get(name) or ("fp32" if scalar or name == "parameter" else "*fp32")
+
+def compile(kernel, **constants):
+    names = [name for name in kernel.arg_names if name not in constants]
+    signature = {name: type_of(name, constants["DATA"]) for name in names}
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    assert made.asm["cubin"]
+
+for data, apart in ((False, False), (True, False), (True, True)):
+    common = dict(DATA=data, APART=apart, GRAD=True, COLUMNS=4096)
+    for places in (0, 64, 1024):
+        compile(triton_entries._counted_row, PLACES=places, **common)
+    for kind in KINDS:
+        if kind == "normalized_jsd":
+            continue
+        compile(triton_kernel._dense_row, KIND=kind, **common)
+        for buckets in (64, 2048) if kind == "forward_kl" else (64,):
+            compile(triton_entries._sparse_row, KIND=kind, BUCKETS=buckets, **common)
 print("compiled")
 """
 
 
 @pytest.mark.slow
-def test_the_kernel_compiles_for_a_gpu() -> None:
+def test_the_kernels_compile_for_a_gpu() -> None:
     """To machine code for compute capability 9.0, which needs no GPU."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", COMPILE]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from stillhouse.data.shift import supervised_rows
+from stillhouse.data.shift import supervised_positions, supervised_rows
 from stillhouse.signals.encodings import TopK
 from stillhouse.signals.lm_head import head_logits
 from stillhouse.signals.manifest import Settings
@@ -43,7 +43,8 @@ def test_a_store_has_the_live_teachers_answers(tmp_path):
     signal = open_store(tmp_path, {"teacher": "tiny"}).read(data.segments)
     with torch.no_grad():
         hidden_RLD = hidden_states(teacher, data.input_ids_RL, data.position_ids_RL)
-        logits_NV = head_logits(lm_head(teacher), supervised_rows(hidden_RLD, data.labels_RL))
+        positions_N = supervised_positions(data.labels_RL)
+        logits_NV = head_logits(lm_head(teacher), supervised_rows(hidden_RLD, positions_N))
     wanted_NK = logits_NV.log_softmax(1).gather(1, signal.ids_NK.long())
     torch.testing.assert_close(signal.log_probs_NK, wanted_NK, atol=5e-3, rtol=1e-3)
     top = logits_NV.log_softmax(1).topk(8).values

@@ -1,4 +1,7 @@
-"""The only place where labels are shifted: position t-1 predicts the label at t."""
+"""The only place where labels are shifted: position t-1 predicts the label at t.
+
+Shapes: R windows, L tokens, N supervised rows, D hidden width.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,21 @@ def predicting(labels_RL: Tensor) -> Tensor:
     return nn.functional.pad(labels_RL[:, 1:] != IGNORED, (0, 1))
 
 
-def supervised_rows(hidden_RLD: Tensor, labels_RL: Tensor) -> Tensor:
-    """The hidden rows that predict a supervised token, in order: shape [N, D]."""
-    return hidden_RLD[:, :-1][labels_RL[:, 1:] != IGNORED]
+def supervised_positions(labels_RL: Tensor) -> Tensor:
+    """The positions that predict a supervised token, counted over all windows in order: shape [N].
+
+    Their number depends on values, so on an accelerator this waits for the device: `collate`
+    computes them on the host.
+    """
+    return predicting(labels_RL).flatten().nonzero()[:, 0]
 
 
 def supervised_targets(labels_RL: Tensor) -> Tensor:
-    """The tokens that those rows predict: shape [N]."""
+    """The tokens that those positions predict: shape [N]. It waits for the device too."""
     shifted = labels_RL[:, 1:]
     return shifted[shifted != IGNORED]
+
+
+def supervised_rows(hidden_RLD: Tensor, positions_N: Tensor) -> Tensor:
+    """The hidden rows at the positions, in order: shape [N, D]."""
+    return hidden_RLD.flatten(0, 1).index_select(0, positions_N)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from stillhouse.data.batches import Batch, collate, empty_row
-from stillhouse.data.shift import supervised_rows, supervised_targets
+from stillhouse.data.batches import Batch, collate, empty_row, positions_of, targets_of
+from stillhouse.data.shift import supervised_rows
 from stillhouse.data.windows import WindowSet
 from stillhouse.errors import DataError, ModelError
 from stillhouse.evaluation.results import Fidelity
@@ -79,12 +79,11 @@ def heldout_answers(
     device = next(model.parameters()).device
     hidden, targets = [], []
     for batch in _batches(windows):
-        labels_RL = batch["labels"]
         ids_RL, positions_RL = batch["input_ids"].to(device), batch["position_ids"].to(device)
         hidden_RLD = hidden_states(model, ids_RL, positions_RL)
-        hidden.append(supervised_rows(hidden_RLD.cpu(), labels_RL))
-        targets.append(supervised_targets(labels_RL))
-        advance(labels_RL.numel())
+        hidden.append(supervised_rows(hidden_RLD, positions_of(batch).to(device)).cpu())
+        targets.append(targets_of(batch))
+        advance(ids_RL.numel())
     if not sum(map(len, targets)) and not isinstance(windows, OwnWindows):
         raise _nothing_to_predict()
     signal = DenseSignal(torch.cat(hidden), head or lm_head(model))

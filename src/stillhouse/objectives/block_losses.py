@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stillhouse.objectives.block_teacher import ProjectedRows, Teacher
 from stillhouse.objectives.dense import (
     Counted,
     GroupBlock,
@@ -22,26 +23,15 @@ from stillhouse.objectives.folded import Folding
 from stillhouse.objectives.groups import Group, Workspace
 from stillhouse.objectives.products import ComputeHead
 from stillhouse.objectives.sparse import bucketed
-from stillhouse.objectives.triton_dispatch import row_kernel, runs_kernels
+from stillhouse.objectives.triton_dispatch import RowKernels
 from stillhouse.signals import SampledSignal, SparseSignal
-
-
-@dataclass(frozen=True)
-class ProjectedRows:
-    """A block of a frozen-head signal. score_b: Wᵀp · h, before the temperature is applied."""
-
-    score_b: Tensor
-    negative_entropy_b: Tensor
-
-
-Teacher = Tensor | SparseSignal | SampledSignal | ProjectedRows | None
-"""What a block is compared with: raw logits [b, V], or a block of a stored signal."""
 
 
 @dataclass
 class Blocks:
     """Computes one block of rows after another, in scratch that is allocated once.
 
+    kernels: compute every block, instead of PyTorch's operators.
     folding: for a teacher with another vocabulary.
     """
 
@@ -49,13 +39,10 @@ class Blocks:
     student: ComputeHead
     teacher: ComputeHead | None
     space: Workspace
+    kernels: RowKernels | None
     folding: Folding | None = None
 
     def __post_init__(self) -> None:
-        like = self.space.like
-        kernel = row_kernel(self.groups, self.student, self.teacher, like.dtype)
-        fused = runs_kernels(like.device) and self.folding is None
-        self.kernel = kernel if fused else None
         self.teacher_space = self.space if self.folding is None else self.folding.teacher_space
 
     def run(
@@ -73,8 +60,8 @@ class Blocks:
         Logits come in as raw products of hidden rows and head, and are overwritten.
         covered_b: rows that a folded teacher covers.
         """
-        if self.kernel is not None and isinstance(teacher, Tensor):
-            self.kernel.run(student_bV, teacher, targets_b, losses_Mb, grad=grad)
+        if self.kernels is not None:
+            self.kernels.run(student_bV, teacher, targets_b, losses_Mb, grad=grad)
             return
         out_bV = student_bV
         zs_bV = self.space.wide("student", student_bV)

@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from stillhouse.objectives.block_losses import Blocks, ProjectedRows, Teacher
+from stillhouse.objectives.block_losses import Blocks
+from stillhouse.objectives.block_teacher import IMPOSSIBLE, ProjectedRows, Teacher
 from stillhouse.objectives.folded import Folding
 from stillhouse.objectives.groups import Workspace, group_by_temperature
 from stillhouse.objectives.products import ComputeHead, accumulate_columns_, accumulate_outer_
 from stillhouse.objectives.terms import Term
+from stillhouse.objectives.triton_dispatch import RowKernels, row_kernels, runs_kernels
 from stillhouse.signals import (
     DenseSignal,
     FoldedSignal,
@@ -35,8 +37,6 @@ NARROW_CHUNK_ROWS_CPU = 64, 512
 CHUNK_ROWS_CUDA = 2048
 BLOCK_ELEMENTS_CPU = 1 << 19
 BLOCK_ELEMENTS_CUDA = 1 << 26
-IMPOSSIBLE = -1e4
-"""A logit whose probability is 0 in every dtype; −inf would give −inf · 0 = NaN."""
 
 
 def rows_per_chunk(width: int, dtype: torch.dtype, device: str) -> int:
@@ -121,14 +121,20 @@ class Work:
     def run(self) -> None:
         device = self.hidden_ND.device
         chunk = self.plan.chunk(self.hidden_ND)
-        block = self.plan.block(device, chunk)
+        self.kernels: RowKernels | None = None
+        if runs_kernels(device) and self.folded is None:
+            self.kernels = row_kernels(
+                self.groups, self.head, self.teacher, self.signal, self.plan.reduce_dtype
+            )
+        # Kernels need no scratch: a chunk is one launch.
+        block = self.plan.block(device, chunk) if self.kernels is None else chunk
         student_nV = self.hidden_ND.new_empty(chunk, self.plan.vocab_size)
         teacher_nV: Tensor | None = None
         if self.teacher is not None:
             teacher_nV = student_nV.new_empty(chunk, self._teacher_vocabulary())
         self.space = Workspace((block, self.plan.vocab_size), self.losses_MN)
         folding = None if self.folded is None else Folding(self.folded.fold, self.space)
-        blocks = Blocks(self.groups, self.head, self.teacher, self.space, folding)
+        blocks = Blocks(self.groups, self.head, self.teacher, self.space, self.kernels, folding)
         grad = any(gradient is not None for gradient in self.gradients())
         for start in range(0, self.rows, chunk):
             rows = slice(start, min(start + chunk, self.rows))
@@ -161,6 +167,8 @@ class Work:
         signal = self.signal
         if isinstance(signal, LogitsSignal):
             logits_bV = signal.logits_NV[here, : self.plan.vocab_size].detach()
+            if self.kernels is not None:
+                return logits_bV
             buffer_bV = self.space.buffer("teacher", len(logits_bV))
             return buffer_bV.copy_(logits_bV).clamp_(min=IMPOSSIBLE)
         if isinstance(signal, SparseSignal):

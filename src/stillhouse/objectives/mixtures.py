@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
@@ -95,6 +95,17 @@ class Tally:
         sums = torch.stack(list(self._sums.values())) if names else torch.empty(0)
         self._sums, self._rows = {}, 0
         return names, sums
+
+    def means(self, rows: int, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Each term's mean over so many rows since the last reading; nothing if there are none.
+
+        reduce: sums over processes, which must all call this.
+        """
+        names, sums = self.take()
+        if not names:
+            return {}
+        means = (reduce(sums) / max(rows, 1)).tolist()
+        return dict(zip(names, means, strict=True)) if rows else {}
 
     def read(self) -> dict[str, float]:
         """Each term's mean per row since the last reading; resets the sums."""

@@ -16,7 +16,8 @@ from stillhouse.signals import LMHead
 
 HEAD_BLOCK_ROWS = 4096
 """Vocabulary rows of one low-precision product on a CPU: its result stays in the cache."""
-HEAD_BLOCK_ROWS_CUDA = 1 << 15  # bounds the memory of the product
+HEAD_BLOCK_ROWS_CUDA = 1 << 15
+"""The same on a GPU: it bounds memory where torch cannot add a product to a wider sum."""
 TILE_ELEMENTS = 1 << 18
 """Logits that oneDNN computes at a time; they are still in the cache when they are copied."""
 
@@ -76,12 +77,21 @@ def accumulate_outer_(
 ) -> None:
     """total += factor · dlogitsᵀ hidden; with `first`, total is overwritten.
 
-    On a CPU, products in a narrow dtype come out in that dtype, so each is rounded once and the sum
-    over chunks is in the dtype of `total`. On a GPU they come out in the wider one.
+    In one dtype, and in a wider `total` on a GPU, the product is added to `total` inside the matrix
+    multiplication. On a CPU, products in a narrow dtype come out in that dtype, so each is rounded
+    once and the sum over chunks is in the dtype of `total`.
     """
-    if total_VD.dtype == dlogits_nV.dtype:
-        beta = 0.0 if first else 1.0
-        torch.addmm(total_VD, dlogits_nV.T, hidden_nD, beta=beta, alpha=factor, out=total_VD)
+    same = total_VD.dtype == dlogits_nV.dtype
+    if same or adds_products_wide(total_VD.device.type):
+        torch.addmm(
+            total_VD,
+            dlogits_nV.T,
+            hidden_nD,
+            beta=0.0 if first else 1.0,
+            alpha=factor,
+            out=total_VD,
+            **({} if same else {"out_dtype": total_VD.dtype}),
+        )
         return
     rows = HEAD_BLOCK_ROWS_CUDA if total_VD.is_cuda else HEAD_BLOCK_ROWS
     for start in range(0, len(total_VD), rows):
@@ -95,6 +105,12 @@ def accumulate_outer_(
         total_VD[part].copy_(product_PD)
         if factor != 1.0:
             total_VD[part].mul_(factor)
+
+
+def adds_products_wide(device: str) -> bool:
+    """Whether `torch.addmm` adds products of 16-bit matrices to a float32 matrix: on GPUs, from
+    torch 2.10 on (https://github.com/pytorch/pytorch/pull/167931)."""
+    return device == "cuda" and torch.__version__ >= "2.10"
 
 
 def accumulate_columns_(

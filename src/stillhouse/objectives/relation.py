@@ -68,7 +68,7 @@ def relation_loss(
     *,
     heads: int,
     mask_RLL: Tensor | None = None,
-    rows_RL: Tensor | None = None,
+    positions_N: Tensor | None = None,
     relations: Sequence[str] = RELATIONS,
 ) -> LossSum:
     """Sum over positions of KL(teacher's relation ‖ student's), averaged over heads and relations.
@@ -77,7 +77,7 @@ def relation_loss(
         heads: relation heads A; every projection's width must be a multiple of it.
         mask_RLL: True where position i may be related to position j. None: causal. Mask other
             documents of a packed window and padding with it.
-        rows_RL: True for the positions that count. None: all.
+        positions_N: the positions that count, numbered over all windows. None: all.
         relations: some of "query", "key", "value".
 
     Raises:
@@ -88,8 +88,6 @@ def relation_loss(
     if mask_RLL is None:
         mask_LL = torch.ones(length, length, dtype=torch.bool, device=first.device).tril()
         mask_RLL = mask_LL.expand(windows, length, length)
-    if rows_RL is None:
-        rows_RL = mask_RLL.any(-1)
     total = first.new_zeros((), dtype=torch.float32)
     values = {}
     for relation in relations:
@@ -105,10 +103,11 @@ def relation_loss(
         allowed = mask_RLL[:, None]
         gap_RALL = (log_p_RALL - log_q_RALL).masked_fill(~allowed, 0.0)
         kl_RAL = (log_p_RALL.exp() * gap_RALL).sum(-1)
-        value = kl_RAL.mean(1)[rows_RL].sum()
+        kl_RL = kl_RAL.mean(1)  # 0 where no position may be related
+        value = (kl_RL if positions_N is None else kl_RL.flatten()[positions_N]).sum()
         values[f"{relation} relation"] = value.detach()
         total = total + value / len(relations)
-    return LossSum(total, values, rows_RL.shape[0] * rows_RL.shape[1])
+    return LossSum(total, values, windows * length if positions_N is None else len(positions_N))
 
 
 def _states(name: str, states: AttentionStates, relation: str) -> Tensor:

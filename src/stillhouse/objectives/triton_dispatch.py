@@ -1,17 +1,19 @@
-"""Whether the Triton kernel can compute a block, and with which arguments."""
+"""Whether a Triton kernel can compute a block, and with which arguments."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from stillhouse.objectives.block_teacher import IMPOSSIBLE, ProjectedRows, Teacher
 from stillhouse.objectives.groups import Group, Member
 from stillhouse.objectives.products import ComputeHead
 from stillhouse.objectives.terms import Term
+from stillhouse.signals import SampledSignal, Signal, SparseSignal
 
 KINDS = (
     "forward_kl",
@@ -22,78 +24,135 @@ KINDS = (
     "skew_forward_kl",
     "skew_reverse_kl",
 )
-"""Divergences that the kernel computes; each has at most one parameter."""
+"""Divergences that the kernels compute; each has at most one parameter."""
+MOST_ENTRIES = 1024
+"""Tokens of a stored row that a kernel's program holds in registers."""
 
 
 @dataclass(frozen=True)
-class RowKernel:
-    """One divergence, with or without cross-entropy: one launch per block, and no scratch."""
+class RowKernels:
+    """At most one divergence and cross-entropy: one launch per block, and no scratch.
 
-    divergence: Member
+    divergence, data: the two terms, of which one may be missing. scale, data_scale: of the
+    student's logits for each of them. teacher_scale, teacher_floor: of the teacher's logits, and
+    their minimum before they are scaled.
+    """
+
+    divergence: Member | None
     data: Member | None
-    student_scale: float
+    scale: float
+    data_scale: float
     teacher_scale: float
+    teacher_floor: float
 
     def run(
         self,
         student_bV: Tensor,
-        teacher_bV: Tensor,
+        teacher: Teacher,
         targets_b: Tensor | None,
         losses_Mb: Tensor,
         *,
         grad: bool,
     ) -> None:
         """As `Blocks.run`."""
-        from stillhouse.objectives import triton_kernel
+        from stillhouse.objectives import triton_entries, triton_kernel
 
-        kind, parameter, divisor = reduced(self.divergence.term)
-        values_b, cross_b = triton_kernel.run(
-            student_bV,
-            teacher_bV,
-            None if self.data is None else targets_b,
-            kind,
-            parameter,
-            student_scale=self.student_scale,
-            teacher_scale=self.teacher_scale,
-            coefficient=self.divergence.coefficient,
-            of_data=0.0 if self.data is None else self.data.coefficient,
-            grad=grad,
-        )
-        term = self.divergence.term
-        losses_Mb[self.divergence.place] = values_b * (term.factor / divisor)
+        of_divergence = 0.0 if self.divergence is None else self.divergence.coefficient
+        of_data = 0.0 if self.data is None else self.data.coefficient
+        scales = triton_kernel.Scales(self.scale, self.data_scale, of_divergence, of_data)
+        data_b = None if self.data is None else targets_b
+        kind, parameter, divisor = "forward_kl", 0.0, 1.0
+        if self.divergence is not None:
+            kind, parameter, divisor = reduced(self.divergence.term)
+        else:
+            teacher = None
+        if isinstance(teacher, Tensor):
+            values_b, cross_b = triton_kernel.dense_rows(
+                student_bV,
+                teacher,
+                data_b,
+                kind,
+                parameter,
+                scales,
+                teacher_scale=self.teacher_scale,
+                teacher_floor=self.teacher_floor,
+                grad=grad,
+            )
+        elif isinstance(teacher, SparseSignal):
+            values_b, cross_b = triton_entries.sparse_rows(
+                student_bV,
+                teacher.ids_NK,
+                teacher.log_probs_NK,
+                teacher.tail_N,
+                data_b,
+                kind,
+                parameter,
+                scales,
+                grad=grad,
+            )
+        else:
+            ids_bK = counts_bK = None
+            if isinstance(teacher, SampledSignal):
+                ids_bK, counts_bK = teacher.ids_NK, teacher.counts_NK
+            values_b, cross_b = triton_entries.counted_rows(
+                student_bV, ids_bK, counts_bK, data_b, scales, grad=grad
+            )
+            if isinstance(teacher, ProjectedRows) and self.divergence is not None:
+                score_b = teacher.score_b / self.divergence.term.temperature
+                values_b = teacher.negative_entropy_b + values_b - score_b
+        if self.divergence is not None:
+            factor = self.divergence.term.factor / divisor
+            losses_Mb[self.divergence.place] = values_b * factor
         if self.data is not None:
             losses_Mb[self.data.place] = cross_b * self.data.term.factor
+
+
+def runs_as_kernels(divergences: Iterable[str]) -> bool:
+    """Whether the kernels compute a mixture of these terms, if head and rows allow it."""
+    of_teacher = set(divergences) - {"cross_entropy"}
+    return len(of_teacher) <= 1 and of_teacher <= set(KINDS)
 
 
 def runs_kernels(device: torch.device) -> bool:
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
-def row_kernel(
+def row_kernels(
     groups: Sequence[Group],
     student: ComputeHead,
     teacher: ComputeHead | None,
+    signal: Signal | None,
     reduce_dtype: torch.dtype,
-) -> RowKernel | None:
-    """The kernel for these terms; None if only PyTorch's operators can compute them: in float64,
-    with a bias or a soft-cap, for several divergences or temperatures, and for adaptive_kl (it
-    sorts) and alpha_beta."""
+) -> RowKernels | None:
+    """The kernels for these terms; None if only PyTorch's operators can compute them: in float64,
+    with a bias or a soft-cap, for several divergences, for adaptive_kl (it sorts) and alpha_beta,
+    and for stored rows with more than MOST_ENTRIES tokens or all of them.
+
+    teacher: the head of a dense signal.
+    """
     heads = [head for head in (student, teacher) if head is not None]
     plain = all(head.bias_V is None and head.softcap is None for head in heads)
-    if len(groups) != 1 or reduce_dtype != torch.float32 or not plain:
+    divergences = [member for group in groups for member in group.of_teacher]
+    data = [member for group in groups for member in group.of_data]
+    names = [member.term.divergence for member in divergences]
+    several = len(divergences) > 1 or len(data) > 1
+    if reduce_dtype != torch.float32 or not plain or several or not runs_as_kernels(names):
         return None
-    group = groups[0]
-    if len(group.of_teacher) != 1 or len(group.of_data) > 1:
-        return None
-    divergence = group.of_teacher[0]
-    if divergence.term.divergence not in KINDS:
-        return None
+    temperature = divergences[0].term.temperature if divergences else 1.0
+    if isinstance(signal, SparseSignal | SampledSignal):
+        most = MOST_ENTRIES
+        if isinstance(signal, SparseSignal):  # at least one token must be in the tail
+            most = min(most, len(student.weight_VD) - 1)
+        if signal.ids_NK.shape[1] > most:
+            return None
     teacher_scale = 1.0 if teacher is None else teacher.scale
-    return RowKernel(
-        divergence,
-        group.of_data[0] if group.of_data else None,
-        student.scale / group.temperature,
-        teacher_scale / group.temperature,
+    return RowKernels(
+        divergences[0] if divergences else None,
+        data[0] if data else None,
+        student.scale / temperature,
+        student.scale,
+        teacher_scale / temperature,
+        IMPOSSIBLE if teacher is None else -torch.inf,
     )
 
 

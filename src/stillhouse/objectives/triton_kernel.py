@@ -1,13 +1,16 @@
-"""A block's losses and ∂loss/∂logits in one Triton kernel, for the usual objectives on a GPU.
+"""A block's losses and ∂loss/∂logits against a teacher's logits, in one Triton kernel.
 
 PyTorch's operators pass over a block's logits a dozen times, which on a GPU takes longer than the
 matrix products. Here a program processes one row: logits are read two or three times in their own
-dtype, and written once. The formulas are those of `divergences`.
+dtype, and written once; no copy of them in float32 exists. The formulas are those of `divergences`.
+`triton_entries` has the rows of stored signals, and of data alone.
 
-Shapes: b rows of a block, M terms, V vocabulary.
+Shapes: b rows of a block, V vocabulary.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -23,30 +26,46 @@ TINY = tl.constexpr(1.1754943508222875e-38)
 """The smallest normal float32: see `divergences._mixture`."""
 
 
-def run(
+@dataclass(frozen=True)
+class Scales:
+    """Factors of a kernel's call.
+
+    student: of the student's logits, 1/T included; data: the same at T = 1, for cross-entropy.
+    coefficient, of_data: of the two gradients.
+    """
+
+    student: float
+    data: float
+    coefficient: float
+    of_data: float
+
+
+def dense_rows(
     student_bV: Tensor,
     teacher_bV: Tensor,
     targets_b: Tensor | None,
     kind: str,
     parameter: float,
+    scales: Scales,
     *,
-    student_scale: float,
     teacher_scale: float,
-    coefficient: float,
-    of_data: float,
+    teacher_floor: float,
     grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Each row's divergence and its cross-entropy with `targets_b`, in float32.
+    """Each row's divergence and its cross-entropy with `targets_b` (None: 0), in float32.
 
     With `grad`, coefficient · ∂divergence/∂z (divided by the divergence's `gradient_factor`) +
-    of_data · ∂cross-entropy/∂z is written over `student_bV`. z is a logit times its scale, which
-    includes 1/T. kind: one of `triton_dispatch.KINDS`; parameter: its α or β.
+    of_data · ∂cross-entropy/∂z is written over `student_bV`, where z is a logit times its scale.
+    kind: one of `triton_dispatch.KINDS`; parameter: its α or β. teacher_floor: the teacher's
+    logits are at least this, before they are scaled.
     """
-    assert student_bV.stride(1) == teacher_bV.stride(1) == 1
+    assert student_bV.stride(1) == 1
+    if teacher_bV.stride(1) != 1:
+        teacher_bV = teacher_bV.contiguous()
     rows, vocabulary = student_bV.shape
     values_b = student_bV.new_empty(rows, dtype=torch.float32)
     cross_b = values_b.new_zeros(rows)
-    _row[(rows,)](
+    _dense_row[(rows,)](
         student_bV,
         teacher_bV,
         values_b if targets_b is None else targets_b,
@@ -55,13 +74,16 @@ def run(
         student_bV.stride(0),
         teacher_bV.stride(0),
         vocabulary,
-        student_scale,
+        scales.student,
+        scales.data,
         teacher_scale,
-        coefficient,
-        of_data,
+        teacher_floor,
+        scales.coefficient,
+        scales.of_data,
         parameter,
         KIND=kind,
         DATA=targets_b is not None,
+        APART=targets_b is not None and scales.student != scales.data,
         GRAD=grad,
         COLUMNS=COLUMNS,
         num_warps=WARPS,
@@ -70,7 +92,7 @@ def run(
 
 
 @triton.jit
-def _divergence(log_p, log_q, parameter, KIND: tl.constexpr):
+def divergence(log_p, log_q, parameter, KIND: tl.constexpr):
     """The summands of the value and h = ∂value/∂log q, at some tokens."""
     p, q = tl.exp(log_p), tl.exp(log_q)
     if KIND == "forward_kl":
@@ -99,26 +121,59 @@ def _divergence(log_p, log_q, parameter, KIND: tl.constexpr):
 
 
 @triton.jit
-def _scores(row, at, vocabulary, scale):
-    logits = tl.load(row + at, mask=at < vocabulary, other=float("-inf")).to(tl.float32)
+def raw_logits(row, at, vocabulary):
+    """Logits as they are stored, in float32; −inf beyond the vocabulary."""
+    return tl.load(row + at, mask=at < vocabulary, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def scaled(logits, scale):
     return tl.maximum(logits * scale, DONE)
 
 
 @triton.jit
-def _add(top, total, scores):
+def add_scores(top, total, scores):
     """The running maximum and Σ exp(score − maximum), lane by lane."""
     higher = tl.maximum(top, scores)
     return higher, total * tl.exp(top - higher) + tl.exp(scores - higher)
 
 
 @triton.jit
-def _logsumexp(top, total):
+def logsumexp(top, total):
     highest = tl.max(top, 0)
     return highest + tl.log(tl.sum(total * tl.exp(top - highest), 0))
 
 
 @triton.jit
-def _row(
+def student_logsumexps(
+    student, vocabulary, scale, data_scale, APART: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """The logsumexp of a row at two scales, from one pass; without APART, the first one twice."""
+    lanes = tl.arange(0, COLUMNS)
+    top = tl.full([COLUMNS], DONE, tl.float32)
+    top_d = tl.full([COLUMNS], DONE, tl.float32)
+    total = tl.zeros([COLUMNS], tl.float32)
+    total_d = tl.zeros([COLUMNS], tl.float32)
+    for start in range(0, vocabulary, COLUMNS):
+        raw = raw_logits(student, start + lanes, vocabulary)
+        top, total = add_scores(top, total, scaled(raw, scale))
+        if APART:
+            top_d, total_d = add_scores(top_d, total_d, scaled(raw, data_scale))
+    lse = logsumexp(top, total)
+    lse_d = lse
+    if APART:
+        lse_d = logsumexp(top_d, total_d)
+    return lse, lse_d
+
+
+@triton.jit
+def _teacher_scores(teacher, at, vocabulary, scale, floor):
+    logits = tl.maximum(raw_logits(teacher, at, vocabulary), floor)
+    return tl.where(at < vocabulary, scaled(logits, scale), DONE)
+
+
+@triton.jit
+def _dense_row(
     student,
     teacher,
     targets,
@@ -128,12 +183,15 @@ def _row(
     teacher_stride,
     vocabulary,
     student_scale,
+    data_scale,
     teacher_scale,
+    teacher_floor,
     coefficient,
     of_data,
     parameter,
     KIND: tl.constexpr,
     DATA: tl.constexpr,
+    APART: tl.constexpr,
     GRAD: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -142,22 +200,21 @@ def _row(
     teacher += row * teacher_stride
     lanes = tl.arange(0, COLUMNS)
 
-    top_s = tl.full([COLUMNS], DONE, tl.float32)
+    lse_s, lse_d = student_logsumexps(
+        student, vocabulary, student_scale, data_scale, APART, COLUMNS
+    )
     top_t = tl.full([COLUMNS], DONE, tl.float32)
-    total_s = tl.zeros([COLUMNS], tl.float32)
     total_t = tl.zeros([COLUMNS], tl.float32)
     for start in range(0, vocabulary, COLUMNS):
-        at = start + lanes
-        top_s, total_s = _add(top_s, total_s, _scores(student, at, vocabulary, student_scale))
-        top_t, total_t = _add(top_t, total_t, _scores(teacher, at, vocabulary, teacher_scale))
-    lse_s = _logsumexp(top_s, total_s)
-    lse_t = _logsumexp(top_t, total_t)
+        scores = _teacher_scores(teacher, start + lanes, vocabulary, teacher_scale, teacher_floor)
+        top_t, total_t = add_scores(top_t, total_t, scores)
+    lse_t = logsumexp(top_t, total_t)
 
     target = 0
     if DATA:
         target = tl.load(targets + row)
-        z_target = tl.load(student + target).to(tl.float32) * student_scale
-        tl.store(cross + row, lse_s - z_target)
+        z_target = tl.load(student + target).to(tl.float32) * data_scale
+        tl.store(cross + row, lse_d - z_target)
 
     # Σh is −1 for forward KL; for the others, and without gradients, it needs a pass.
     value_sum = tl.zeros([COLUMNS], tl.float32)
@@ -165,25 +222,30 @@ def _row(
     if (KIND != "forward_kl") or (not GRAD):
         for start in range(0, vocabulary, COLUMNS):
             at = start + lanes
-            log_q = _scores(student, at, vocabulary, student_scale) - lse_s
-            log_p = _scores(teacher, at, vocabulary, teacher_scale) - lse_t
-            value, h = _divergence(log_p, log_q, parameter, KIND)
+            log_q = scaled(raw_logits(student, at, vocabulary), student_scale) - lse_s
+            scores = _teacher_scores(teacher, at, vocabulary, teacher_scale, teacher_floor)
+            value, h = divergence(scores - lse_t, log_q, parameter, KIND)
             value_sum += value
             h_sum += h
     h_total = tl.sum(h_sum, 0)
     if KIND == "forward_kl":
         h_total = -1.0
     if GRAD:
+        if DATA:
+            tl.debug_barrier()  # every thread has read the target's logit
         for start in range(0, vocabulary, COLUMNS):
             at = start + lanes
-            log_q = _scores(student, at, vocabulary, student_scale) - lse_s
-            log_p = _scores(teacher, at, vocabulary, teacher_scale) - lse_t
-            value, h = _divergence(log_p, log_q, parameter, KIND)
+            raw = raw_logits(student, at, vocabulary)
+            log_q = scaled(raw, student_scale) - lse_s
+            scores = _teacher_scores(teacher, at, vocabulary, teacher_scale, teacher_floor)
+            value, h = divergence(scores - lse_t, log_q, parameter, KIND)
             if KIND == "forward_kl":
                 value_sum += value
             q = tl.exp(log_q)
             gradient = coefficient * (h - q * h_total)
             if DATA:
+                if APART:
+                    q = tl.exp(scaled(raw, data_scale) - lse_d)
                 gradient += of_data * (q - tl.where(at == target, 1.0, 0.0))
             tl.store(student + at, gradient.to(student.dtype.element_ty), mask=at < vocabulary)
     tl.store(values + row, tl.sum(value_sum, 0))

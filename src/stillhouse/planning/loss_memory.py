@@ -11,7 +11,7 @@ from stillhouse.objectives.chunk_loop import (
     BLOCK_ELEMENTS_CUDA,
     rows_per_chunk,
 )
-from stillhouse.objectives.products import HEAD_BLOCK_ROWS_CUDA
+from stillhouse.objectives.products import HEAD_BLOCK_ROWS_CUDA, adds_products_wide
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ def loss_sizes(
     block = min(chunk, max(1, (BLOCK_ELEMENTS_CUDA if cuda else BLOCK_ELEMENTS_CPU) // vocabulary))
     models = 2 if teachers else 1
     buffers = 0
-    if not (kernels and teachers):
+    if not kernels:
         buffers = (models if width < 4 else 0) + _scratch(bool(teachers), only_kl)
     tiles = chunk * vocabulary * width * models + buffers * block * vocabulary * 4
-    if cuda and trained_head:
+    if cuda and trained_head and width < 4 and not adds_products_wide(device):
         tiles += min(vocabulary, HEAD_BLOCK_ROWS_CUDA) * hidden * 4
     own = rows * hidden * (4 + 2 * width)  # as they come, in the compute type, and the gradient
     return LossSizes(

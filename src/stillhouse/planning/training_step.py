@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from stillhouse.objectives.triton_dispatch import runs_as_kernels
 from stillhouse.planning.activation_trace import trace_activations
 from stillhouse.planning.loss_memory import loss_sizes
 from stillhouse.planning.model_size import config_size
@@ -74,7 +75,7 @@ def training_step(
         tuple(each.size.hidden for each in live),
         compute=compute,
         device=device,
-        kernels=device == "cuda" and len(set(divergences) - {"cross_entropy"}) == 1,
+        kernels=device == "cuda" and runs_as_kernels(divergences),
         only_kl=only_kl,
         trained_head=not freeze_head,
     )

@@ -37,8 +37,8 @@ from stillhouse.search.trial_log import Journal
 from stillhouse.students.pruned_student import method_of
 from stillhouse.students.student_config import PrunedStudent
 from stillhouse.teachers.load_model import load_config, load_model
+from stillhouse.teachers.packed_attention import use_attention
 from stillhouse.teachers.quiet import quiet
-from stillhouse.teachers.short_attention import use_short_attention
 from stillhouse.training.train_config import TrainRecipe
 
 CANDIDATES = "candidates.json"
@@ -349,7 +349,8 @@ class _Work:
         # In memory, whatever its size: training changes all weights at every step.
         model = load_model(before, dtype=torch.float32, trust_remote_code=setting.trust_remote_code)
         model.to(setting.device)
-        use_short_attention(model, known.batches[0].input_ids_RL.shape[1], setting.device)
+        context = known.batches[0].input_ids_RL.shape[1]
+        use_attention(model, context, setting.device, setting.dtype)
         distill_shortly(
             model, known, first=first, steps=steps, section=setting.train, dtype=setting.dtype
         )

@@ -42,11 +42,15 @@ class Activations:
 
 
 def run_backbone(
-    model: Any, input_ids_RL: Tensor, position_ids_RL: Tensor | None, request: ActivationRequest
+    model: Any,
+    input_ids_RL: Tensor,
+    position_ids_RL: Tensor | None,
+    request: ActivationRequest,
+    documents: Tensor | None = None,
 ) -> Activations:
     """Run the backbone as `hidden_states` does. Raises ModelError if it lacks these parts."""
     if not request:
-        return Activations(hidden_states(model, input_ids_RL, position_ids_RL))
+        return Activations(hidden_states(model, input_ids_RL, position_ids_RL, documents))
     blocks = decoder_layers(model)
     with ExitStack() as stack:
         layers = stack.enter_context(_outputs(blocks, request.layers - {len(blocks)}))
@@ -54,7 +58,7 @@ def run_backbone(
             number: stack.enter_context(capture(_attention(blocks[number - 1])))
             for number in sorted(request.attention)
         }
-        last_RLD = hidden_states(model, input_ids_RL, position_ids_RL)
+        last_RLD = hidden_states(model, input_ids_RL, position_ids_RL, documents)
     if len(blocks) in request.layers:
         layers[len(blocks)] = last_RLD
     return Activations(last_RLD, layers, attention)

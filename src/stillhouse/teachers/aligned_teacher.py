@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stillhouse.data.batches import Batch, Batches
+from stillhouse.data.batches import Batch, Batches, completed
 from stillhouse.data.shift import IGNORED, supervised_targets
 from stillhouse.errors import SignalError
-from stillhouse.signals import DenseSignal, FoldedSignal
+from stillhouse.signals import DenseSignal, Fold, FoldedSignal
 from stillhouse.teachers.activations import ActivationRequest
 from stillhouse.teachers.align_tokens import AlignedWindow, TokenAligner
 from stillhouse.teachers.roots import Roots, make_roots, merged
@@ -56,6 +56,7 @@ class AlignedTeacher(Teacher):
         student, own = self.aligner.student, self.aligner.teacher
         self.roots = roots or make_roots(student, own, self.aligner.partners)
         self._merged = roots is not None
+        self._fold: Fold | None = None  # of the roots, on the teacher's device
         self.vocabulary = student.size
         self.described = f"{teacher.described}, in the tokens of {student.name}"
         self.fingerprint = teacher.fingerprint
@@ -82,7 +83,7 @@ class AlignedTeacher(Teacher):
             )
         if text is not None and not self._merged:
             self.roots = merged(self.roots, self.observed(text, MERGED_FROM_TOKENS))
-            self._merged = True
+            self._merged, self._fold = True, None
 
     def answer(self, batch: Batch, request: ActivationRequest = OUTPUT_ONLY) -> TeacherView:
         aligned = self.rewritten(batch)
@@ -96,12 +97,19 @@ class AlignedTeacher(Teacher):
                     "folded to another vocabulary",
                     fix="use a local teacher",
                 )
+            device = signal.hidden_ND.device
             rows_ND = signal.hidden_ND.new_zeros(len(covered_N), signal.hidden_ND.shape[1])
-            rows_ND[covered_N.to(rows_ND.device)] = signal.hidden_ND
-            fold = self.roots.fold.to(rows_ND.device)
+            place_N = covered_N.nonzero()[:, 0].to(device, non_blocking=True)
+            rows_ND.index_copy_(0, place_N, signal.hidden_ND)
             dense = DenseSignal(rows_ND, signal.head)
-            signals.append(FoldedSignal(dense, fold, covered_N.to(rows_ND.device)))
+            covered = covered_N.to(device, non_blocking=True)
+            signals.append(FoldedSignal(dense, self._fold_on(device), covered))
         return TeacherView(tuple(signals))
+
+    def _fold_on(self, device: torch.device) -> Fold:
+        if self._fold is None or self._fold.student_V.device != device:
+            self._fold = self.roots.fold.to(device)
+        return self._fold
 
     def rewritten(self, batch: Batch) -> AlignedBatch:
         """The batch in the teacher's tokens."""
@@ -152,4 +160,4 @@ def _batch(windows: Sequence[AlignedWindow], covered_RL: np.ndarray) -> Batch:
         positions_RM[row, :size] = torch.from_numpy(window.positions_M)
         at = window.begins_L[covered_L]
         labels_RM[row, at] = torch.from_numpy(window.ids_M[at])
-    return {"input_ids": ids_RM, "labels": labels_RM, "position_ids": positions_RM}
+    return completed({"input_ids": ids_RM, "labels": labels_RM, "position_ids": positions_RM})

@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 from stillhouse.errors import ModelError
 from stillhouse.signals import DenseSignal, LMHead
 from stillhouse.signals.lm_head import head_logits
+from stillhouse.teachers.packed_attention import document_arguments
 
 
 def lm_head(model: Any) -> LMHead:
@@ -49,15 +50,25 @@ def lm_head(model: Any) -> LMHead:
     )
 
 
-def hidden_states(model: Any, input_ids_RL: Tensor, position_ids_RL: Tensor | None) -> Tensor:
+def hidden_states(
+    model: Any,
+    input_ids_RL: Tensor,
+    position_ids_RL: Tensor | None,
+    documents: Tensor | None = None,
+) -> Tensor:
     """The last hidden states after the final norm, [R, L, D]: the head's input.
 
     If `position_ids_RL` restarts inside a window, transformers prevents the documents on both
     sides from attending to each other. No key-value cache. `model` must be unwrapped (no DDP, no
-    FSDP module around it).
+    FSDP module around it). documents: their bounds, as in `Batch`; None: they are computed if the
+    model's attention needs them.
     """
     output = model.base_model(
-        input_ids=input_ids_RL, position_ids=position_ids_RL, use_cache=False, return_dict=True
+        input_ids=input_ids_RL,
+        position_ids=position_ids_RL,
+        use_cache=False,
+        return_dict=True,
+        **document_arguments(model, input_ids_RL, position_ids_RL, documents),
     )
     return output.last_hidden_state
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from stillhouse.account import count_parameters, described, forward_flops
-from stillhouse.data.batches import Batch
+from stillhouse.data.batches import Batch, documents_of, positions_of
 from stillhouse.data.shift import supervised_rows
 from stillhouse.errors import ModelError
 from stillhouse.signals import DenseSignal, LMHead
@@ -16,8 +16,8 @@ from stillhouse.teachers.activations import ActivationRequest, run_backbone
 from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.model_source import ModelSource
+from stillhouse.teachers.packed_attention import use_attention
 from stillhouse.teachers.shared_vocabulary import check_rows
-from stillhouse.teachers.short_attention import use_short_attention
 from stillhouse.teachers.teacher import OUTPUT_ONLY, Teacher, TeacherView
 
 
@@ -63,16 +63,21 @@ class LocalTeacher(Teacher):
     @torch.no_grad()
     def answer(self, batch: Batch, request: ActivationRequest = OUTPUT_ONLY) -> TeacherView:
         device = self.model.device
-        labels_RL = batch["labels"].to(device)
-        ids_RL, positions_RL = batch["input_ids"].to(device), batch["position_ids"].to(device)
-        found = run_backbone(self.model, ids_RL, positions_RL, request)
-        signal = DenseSignal(supervised_rows(found.last_RLD, labels_RL), self.head)
-        layers = {i: supervised_rows(rows_RLD, labels_RL) for i, rows_RLD in found.layers.items()}
+        ids_RL, place_RL, positions_N = (
+            each.to(device, non_blocking=True)
+            for each in (batch["input_ids"], batch["position_ids"], positions_of(batch))
+        )
+        documents = documents_of(batch)
+        if documents is not None:
+            documents = documents.to(device, non_blocking=True)
+        found = run_backbone(self.model, ids_RL, place_RL, request, documents)
+        signal = DenseSignal(supervised_rows(found.last_RLD, positions_N), self.head)
+        layers = {i: supervised_rows(rows_RLD, positions_N) for i, rows_RLD in found.layers.items()}
         return TeacherView((signal,), layers, found.attention)
 
     def place(self, device: torch.device, context: int) -> None:
         self.model.to(device)
-        use_short_attention(self.model, context, device)
+        use_attention(self.model, context, device, self.model.dtype)
 
     def flops(self, tokens: int) -> int:
         return forward_flops(count_parameters(self.model).head_once, tokens)

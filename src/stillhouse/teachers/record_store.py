@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stillhouse.data.batches import Batch, collate, in_order
+from stillhouse.data.batches import Batch, collate, in_order, with_labels
 from stillhouse.data.shift import IGNORED
 from stillhouse.data.windows import WindowSet
 from stillhouse.errors import SignalError
@@ -112,7 +112,7 @@ def _own_batches(texts: Sequence[WindowSet], tokens: int) -> Iterator[Batch]:
         if own < len(together):
             yield together[own]
         else:
-            yield {**together[0], "labels": torch.full_like(together[0]["labels"], IGNORED)}
+            yield with_labels(together[0], torch.full_like(together[0]["labels"], IGNORED))
 
 
 def recorder_of(settings: Settings, student_head: LMHead | None) -> Recorder:
@@ -136,7 +136,7 @@ def encoded_answer(
     labels_RL[:, 1:][learned_RL.masked_scatter(learned_RL, unchosen_N)] = IGNORED
     settings = recorder.settings
     layers = settings.encoding.layers if isinstance(settings.encoding, Hidden) else ()
-    view = teacher.answer({**batch, "labels": labels_RL}, ActivationRequest(frozenset(layers)))
+    view = teacher.answer(with_labels(batch, labels_RL), ActivationRequest(frozenset(layers)))
     answer: Signal | HiddenSignal
     if layers:
         answer = HiddenSignal({layer: view.layers[layer] for layer in layers})

@@ -75,6 +75,7 @@ class ServedTeacher(Teacher):
         self.fingerprint = fingerprint or self.described
         self._tokenizer, self._parameters = tokenizer, parameters
         self._noted = False
+        self._device: torch.device | None = None
         self._key = api_key(server.key_env, where=self.described, setting="signals.server.key_env")
 
     @property
@@ -98,7 +99,7 @@ class ServedTeacher(Teacher):
             for at in range(start + 1, end)
             if supervised[at]
         ]
-        return TeacherView((self._signal(rows, batch["labels"].device),))
+        return TeacherView((self._signal(rows, self._device or batch["labels"].device),))
 
     def prepare(self, needs: TeacherNeeds, text: Batches | None = None) -> None:
         super().prepare(needs, text)
@@ -115,6 +116,9 @@ class ServedTeacher(Teacher):
                 f"{self.described} gives the {self.k} most likely tokens of each position; bias: "
                 f"{TopK(self.k).bias}"
             )
+
+    def place(self, device: torch.device, context: int) -> None:
+        self._device = device
 
     def flops(self, tokens: int) -> int:
         return forward_flops(self._parameters, tokens)
@@ -257,7 +261,9 @@ class ServedTeacher(Teacher):
         log_p_NK = torch.tensor([log_p for _, log_p in rows], dtype=torch.float64).view(shape)
         tail_N = (1.0 - log_p_NK.exp().sum(1)).clamp(0.0, 1.0)
         return SparseSignal(
-            ids_NK.to(device), log_p_NK.float().to(device), tail_N.float().to(device)
+            ids_NK.to(device, non_blocking=True),
+            log_p_NK.float().to(device, non_blocking=True),
+            tail_N.float().to(device, non_blocking=True),
         )
 
 

@@ -22,8 +22,8 @@ from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.load_model import load_config, load_model, load_tokenizer
 from stillhouse.teachers.local_teacher import LocalTeacher
 from stillhouse.teachers.model_source import ModelSource
+from stillhouse.teachers.packed_attention import use_attention
 from stillhouse.teachers.planned_model import check_planned_head
-from stillhouse.teachers.short_attention import use_short_attention
 from stillhouse.teachers.teacher import OUTPUT_ONLY, TeacherView
 
 T = TypeVar("T")
@@ -64,7 +64,7 @@ class ShardedTeacher(LocalTeacher):
 
     def place(self, device: torch.device, context: int) -> None:
         """Its parts are where they belong; only attention is chosen."""
-        use_short_attention(self.model, context, device)
+        use_attention(self.model, context, device, self.model.dtype)
 
 
 def _call(work: Callable[[], T]) -> T:

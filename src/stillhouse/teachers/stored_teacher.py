@@ -63,6 +63,7 @@ class StoredTeacher(Teacher):
         self._missing_share = 0.0
         self._student_head: LMHead | None = None
         self._recorder: Recorder | None = None
+        self._device: torch.device | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -76,10 +77,13 @@ class StoredTeacher(Teacher):
         segments = segments_of(batch)
         missing_S = self.store.missing(segments)
         stored = self.store.read(segments, self._missing_rows(batch, segments, missing_S))
-        device = batch["labels"].device
+        device = self._device or batch["labels"].device
         if not isinstance(stored, HiddenSignal):
             return TeacherView((_moved(stored, device),))
-        layers = {layer: hidden_ND.to(device) for layer, hidden_ND in stored.hidden_ND.items()}
+        layers = {
+            layer: hidden_ND.to(device, non_blocking=True)
+            for layer, hidden_ND in stored.hidden_ND.items()
+        }
         last = layers.get(self._last_layer())
         if last is None or self._head is None:
             return TeacherView((), layers)
@@ -145,6 +149,7 @@ class StoredTeacher(Teacher):
         check_expected(settings, path, named, temperature, None)
 
     def place(self, device: torch.device, context: int) -> None:
+        self._device = device
         self._head = None if self._head is None else self._head.to(device)
         if self._missing is not None:
             self._missing.place(device, context)
@@ -258,5 +263,9 @@ def _moved(
     signal: SparseSignal | SampledSignal | FrozenHeadSignal, device: torch.device
 ) -> SparseSignal | SampledSignal | FrozenHeadSignal:
     values = ((each.name, getattr(signal, each.name)) for each in fields(signal))
-    tensors: dict[str, Any] = {n: v.to(device) for n, v in values if isinstance(v, Tensor)}
+    tensors: dict[str, Any] = {
+        name: value.to(device, non_blocking=True)
+        for name, value in values
+        if isinstance(value, Tensor)
+    }
     return replace(signal, **tensors)

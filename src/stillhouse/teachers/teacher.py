@@ -74,8 +74,9 @@ class Teacher(ABC):
 
     @abstractmethod
     def answer(self, batch: Batch, request: ActivationRequest = OUTPUT_ONLY) -> TeacherView:
-        """The teacher's outputs for the batch, without gradients, on the batch's device.
+        """The teacher's outputs for the batch, without gradients, on the device of `place`.
 
+        batch: on the host, so that text can be looked up without waiting for a device.
         request: activations that the view must have, in addition to the signals.
         Raises SignalError if it cannot answer for this batch.
         """

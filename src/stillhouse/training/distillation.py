@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stillhouse.data.batches import Batch
-from stillhouse.data.shift import predicting, supervised_rows, supervised_targets
+from stillhouse.data.batches import Batch, documents_of, positions_of, targets_of
+from stillhouse.data.shift import supervised_rows
 from stillhouse.objectives import LossSum, fused_loss, layer_logits_loss, relation_loss
 from stillhouse.objectives.objective_config import ObjectiveRecipe, ObjectiveTerm
 from stillhouse.signals import SampledSignal, Signal
@@ -89,7 +89,11 @@ class Distillation(nn.Module):
         """
         objective, view = objective or self.objective, view or NO_TEACHER
         found = run_backbone(
-            self.student, batch["input_ids"], batch["position_ids"], objective.student_request
+            self.student,
+            batch["input_ids"],
+            batch["position_ids"],
+            objective.student_request,
+            documents_of(batch),
         )
         signals: Sequence[Signal | None] = view.signals or (None,)
         under = [
@@ -110,17 +114,17 @@ class Distillation(nn.Module):
     ) -> Iterator[LossSum]:
         """Divergences at the output and at intermediate layers, which share the signal and the
         head."""
-        labels_RL, head = batch["labels"], lm_head(self.student)
+        positions_N, head = positions_of(batch), lm_head(self.student)
         common: dict[str, Any] = {
             "signal": signal,
-            "targets_N": supervised_targets(labels_RL),
+            "targets_N": targets_of(batch),
             "vocab_size": self.vocabulary,
         }
         if objective.output.terms:
-            rows_ND = supervised_rows(found.last_RLD, labels_RL)
+            rows_ND = supervised_rows(found.last_RLD, positions_N)
             yield fused_loss(rows_ND, head, objective.output.at(progress), **common)
         for logits in objective.layer_logits:
-            layers = {i: supervised_rows(found.layers[i], labels_RL) for i in logits.layers}
+            layers = {i: supervised_rows(found.layers[i], positions_N) for i in logits.layers}
             norm = final_norm(self.student)
             yield layer_logits_loss(layers, norm, head, logits.term.at(progress), **common)
 
@@ -192,16 +196,15 @@ def _activation_losses(
     objective: Objective, student: Activations, teacher: TeacherView, batch: Batch, progress: float
 ) -> Iterator[LossSum]:
     """The terms on hidden states and on attention relations, each with its weight."""
-    labels_RL = batch["labels"]
-    count = len(supervised_targets(labels_RL))
+    positions_N = positions_of(batch)
+    count = len(positions_N)
     for hidden in objective.hidden:
         pairs = hidden.loss.pairs
-        rows = {i: supervised_rows(student.layers[i], labels_RL) for i, _ in pairs}
+        rows = {i: supervised_rows(student.layers[i], positions_N) for i, _ in pairs}
         total = hidden.loss(rows, teacher.layers).total
         yield _weighted(hidden.name, hidden.weight.at(progress), total, count)
     if objective.relations:
         mask_RLL = same_document(batch["position_ids"])
-        predicting_RL = predicting(labels_RL)
     for term in objective.relations:
         totals = [
             relation_loss(
@@ -209,7 +212,7 @@ def _activation_losses(
                 teacher.attention[j],
                 heads=term.heads,
                 mask_RLL=mask_RLL,
-                rows_RL=predicting_RL,
+                positions_N=positions_N,
                 relations=term.relations,
             ).total
             for i, j in term.pairs

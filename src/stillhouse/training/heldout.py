@@ -9,7 +9,6 @@ from accelerate import Accelerator
 from torch import nn
 
 from stillhouse.data.batches import Batch, empty_row
-from stillhouse.data.shift import IGNORED
 from stillhouse.data.windows import WindowSet
 from stillhouse.objectives import Mixture, Term
 from stillhouse.teachers.teacher import Teacher
@@ -48,17 +47,18 @@ def measure_heldout(
 ) -> dict[str, float]:
     """Perplexity, and with a teacher the KL to it (nats/token), which comes last.
 
-    model: a `Distillation`, or a wrapper of one. batches: of this process.
+    model: a `Distillation`, or a wrapper of one. batches: of this process, on the host.
     """
     terms = [CROSS_ENTROPY] if teacher is None else [KL, CROSS_ENTROPY]
     objective = Objective(Mixture.of(*terms))
     sums = torch.zeros(len(terms) + 1, dtype=torch.float64, device=accelerator.device)
     for batch in batches:
         view = None if teacher is None else teacher.answer(batch)
-        outputs = model(batch, view, objective=objective)
-        rows = (batch["labels"][:, 1:] != IGNORED).sum()
+        inputs = {name: each.to(accelerator.device) for name, each in batch.items()}
+        outputs = model(inputs, view, objective=objective)
         names = list(outputs.terms)
-        sums += torch.stack([*outputs.terms.values(), rows]).double()
+        sums[:-1] += torch.stack(list(outputs.terms.values())).double()
+        sums[-1] += outputs.rows
     sums = accelerator.reduce(sums)
     means = (sums[:-1] / sums[-1]).tolist()
     metrics = {"heldout_perplexity": float(torch.tensor(means[-1]).exp())}

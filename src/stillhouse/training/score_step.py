@@ -13,8 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from stillhouse.data.batches import Batch
-from stillhouse.data.shift import predicting
+from stillhouse.data.batches import Batch, join, positions_of
 from stillhouse.objectives import AttentionStates
 from stillhouse.signals import DenseSignal
 from stillhouse.teachers.activations import ActivationRequest
@@ -52,15 +51,14 @@ def score_step(
     kept: list[TeacherView] = []
     for start in range(0, len(batches), together):
         chunk = batches[start : start + together]
-        joined = {name: torch.cat([batch[name] for batch in chunk]) for name in chunk[0]}
-        kept.extend(_parts(teacher.answer(joined, request), chunk))
+        kept.extend(_parts(teacher.answer(join(chunk), request), chunk))
     while kept:
         yield _moved(kept.pop(0), device)
 
 
 def _parts(view: TeacherView, chunk: Sequence[Batch]) -> Iterator[TeacherView]:
     """One answer divided into those to the chunk's micro-batches, on the host."""
-    counts = [int(predicting(batch["labels"]).sum()) for batch in chunk]
+    counts = [len(positions_of(batch)) for batch in chunk]
     sizes = [len(batch["labels"]) for batch in chunk]
     signals = [
         [replace(signal, hidden_ND=rows_ND) for rows_ND in signal.hidden_ND.split(counts)]

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from stillhouse.data.batches import Batch, collate
+from stillhouse.data.batches import Batch, collate, positions_of
 from stillhouse.data.windows import ARRAYS
 from stillhouse.errors import RecipeError
 from stillhouse.objectives import Tally
@@ -29,7 +29,7 @@ from stillhouse.objectives.objective_config import ObjectiveRecipe, ObjectiveTer
 from stillhouse.processes import release_gathered, shard, sharding_mesh, with_gathered
 from stillhouse.students.student import Student
 from stillhouse.teachers.load_model import load_model
-from stillhouse.teachers.short_attention import use_short_attention
+from stillhouse.teachers.packed_attention import use_attention
 from stillhouse.teachers.teacher import OUTPUT_ONLY, Teacher, TeacherView
 from stillhouse.training import sharded_checkpoint
 from stillhouse.training.checkpoints import Meter, Metrics, check_finite, step_of
@@ -109,10 +109,6 @@ class DistillationTrainer(ResumingTrainer):
         if self._sharded:
             # Autocast would keep a copy of every gathered weight until the end of the forward pass.
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
-        # Trainer counts labels[..., 1:] that are not -100, over accumulation steps and ranks:
-        # exactly the rows that `supervised_rows` selects.
-        self.model_accepts_loss_kwargs = True
-        self._loss_shifts_labels = True
         self._signature_columns = list(ARRAYS)
         self._place_models()
         self.metrics = metrics or Metrics()
@@ -126,7 +122,7 @@ class DistillationTrainer(ResumingTrainer):
         self._own_tokens = self._logged_own_tokens = self._before.own_tokens
         self._processed_tokens = self._before.processed_tokens
         self._paused = 0.0
-        self._scored: Iterator[TeacherView] | None = None  # of the optimizer step's micro-batches
+        self._views: Iterator[TeacherView] = iter(())  # of the optimizer step's micro-batches
         self._measured: tuple[int, dict[str, float]] | None = None
 
     def _prepare_teacher(self, text: Any) -> None:
@@ -142,7 +138,8 @@ class DistillationTrainer(ResumingTrainer):
         """Trainer has moved the student; choose attention by its current device."""
         text = self.train_dataset if self.train_dataset is not None else self.eval_dataset
         context = len(text[0]["input_ids"])
-        use_short_attention(self.student.model, context, self.args.device)
+        dtype = torch.bfloat16 if self.args.bf16 else self.student.model.dtype
+        use_attention(self.student.model, context, self.args.device, dtype)
         if self.teacher is not None:
             self.teacher.place(self.args.device, context)
 
@@ -161,7 +158,7 @@ class DistillationTrainer(ResumingTrainer):
         outputs = model(inputs, self._view(inputs), progress, objective)
         (self._tally if own is None else self._own_tally).add(outputs)
         count = outputs.rows if num_items_in_batch is None else num_items_in_batch
-        rows = torch.as_tensor(count, device=outputs.total.device).clamp(min=1)
+        rows = count.clamp(min=1) if isinstance(count, Tensor) else max(1, count)
         # DDP and FSDP average gradients over ranks; the rows are already counted over all of them.
         loss = outputs.total * (self.accelerator.num_processes / rows)
         return (loss, outputs) if return_outputs else loss
@@ -169,11 +166,19 @@ class DistillationTrainer(ResumingTrainer):
     def _view(self, inputs: Batch) -> TeacherView | None:
         if self.teacher is None:
             return None
-        if self._scored is not None:
-            return next(self._scored)
-        if self.own is not None and isinstance(inputs, OwnBatch):
-            return self.own.teacher.answer(inputs)
-        return self.teacher.answer(inputs, self.objective.needs.activations)
+        view = next(self._views, None)
+        return self._answer(inputs) if view is None else view  # None: outside of a training step
+
+    def _answer(self, batch: Batch) -> TeacherView:
+        assert self.teacher is not None
+        if self.own is not None and isinstance(batch, OwnBatch):
+            return self.own.teacher.answer(batch)
+        return self.teacher.answer(batch, self.objective.needs.activations)
+
+    def _prepare_input(self, data: Any) -> Any:
+        if isinstance(data, Tensor):
+            return data.to(self.args.device, non_blocking=True)  # the loader pins memory
+        return super()._prepare_input(data)
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
         """Every window once an epoch, for whatever number of processes."""
@@ -202,6 +207,7 @@ class DistillationTrainer(ResumingTrainer):
             epoch_iterator = iter(given)
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._tokens = self._tokens + items  # a tensor on a GPU: read only when it is logged
+        # Teachers read the batches on the host: some look up their text in a store.
         if self.teacher is not None and scores_steps(self.teacher):
             own = [batch for batch in batches if isinstance(batch, OwnBatch)]
             data = batches[: len(batches) - len(own)]
@@ -209,8 +215,18 @@ class DistillationTrainer(ResumingTrainer):
             parts = [score_step(self.teacher, data, request, device, rows=rows)]
             if self.own is not None:
                 parts.append(score_step(self.own.teacher, own, OUTPUT_ONLY, device, rows=rows))
-            self._scored = itertools.chain.from_iterable(parts)
+            self._views = itertools.chain.from_iterable(parts)
+        elif self.teacher is not None:
+            self._views = map(self._answer, batches)
         return batches, items
+
+    def _get_num_items_in_batch(self, batches: list[Batch], device: torch.device) -> Tensor | int:
+        """Supervised tokens of an optimizer step over all processes: what losses are divided by."""
+        own = sum(len(positions_of(batch)) for batch in batches)
+        if self.args.world_size == 1:
+            return own
+        every: Tensor = self.accelerator.gather(torch.tensor([own]).to(device, non_blocking=True))
+        return every.sum()
 
     def _begin_window(self, own: OnPolicy, step: int) -> None:
         """Let the student write its rollouts, unless those of the step are there."""
@@ -339,8 +355,10 @@ class DistillationTrainer(ResumingTrainer):
         now = time.monotonic()
         total, own = int(self._tokens), self._own_tokens
         tokens, of_own = total - self._logged_tokens, own - self._logged_own_tokens
-        metrics = self._term_means(self._tally, tokens - of_own, "")
-        metrics |= self._term_means(self._own_tally, of_own, "own_")
+        # Every rank holds its own sums and the count of all ranks; one reduction for all terms.
+        metrics = self._tally.means(tokens - of_own, self.accelerator.reduce)
+        of_own_text = self._own_tally.means(of_own, self.accelerator.reduce)
+        metrics |= {f"own_{name}": mean for name, mean in of_own_text.items()}
         metrics["tokens"] = total
         if self.own is not None:
             metrics["own_tokens"] = own
@@ -348,26 +366,19 @@ class DistillationTrainer(ResumingTrainer):
         self._logged_tokens, self._logged_own_tokens, self._logged_at = total, own, now
         return metrics
 
-    def _term_means(self, tally: Tally, tokens: int, prefix: str) -> dict[str, float]:
-        """Each term's mean over so many tokens; nothing if there are none."""
-        # Every rank holds its own sums and the count of all ranks; one reduction for all terms.
-        names, sums = tally.take()
-        if not names:
-            return {}
-        means = (self.accelerator.reduce(sums) / max(tokens, 1)).tolist()
-        found = zip(names, means, strict=True)
-        return {prefix + name: mean for name, mean in found} if tokens else {}
-
     # --- held-out measurement ------------------------------------------------------------------
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, *_: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out KL to the teacher (nats/token; the mean over several) and perplexity, over all
         ranks. From a store of samples, the teacher's cross-entropy: the KL and a constant."""
         step = self.state.global_step
         if self._measured is not None and self._measured[0] == step:
             return self._measured[1]  # transformers evaluates again after the last step
         began = time.monotonic()
-        batches = self._heldout_batches()
+        args, size = self.args, self.args.per_device_eval_batch_size
+        of_process = {"process": args.process_index, "processes": args.world_size}
+        rows = heldout_rows(self.eval_dataset, size, **of_process)
+        batches = [self.data_collator(each) for each in rows]
         teacher = heldout_teacher(self.teacher, batches, self.accelerator)
         self.model.eval()
         metrics = measure_heldout(self.model_wrapped, teacher, batches, self.accelerator)
@@ -381,16 +392,6 @@ class DistillationTrainer(ResumingTrainer):
         self._logged_at += pause
         self._measured = step, metrics
         return metrics
-
-    def _heldout_batches(self) -> list[Batch]:
-        args = self.args
-        rows = heldout_rows(
-            self.eval_dataset,
-            args.per_device_eval_batch_size,
-            process=args.process_index,
-            processes=args.world_size,
-        )
-        return [self._prepare_inputs(self.data_collator(each)) for each in rows]
 
     def _stop_when_no_better(self, key: str) -> None:
         if self.early_stop is None:

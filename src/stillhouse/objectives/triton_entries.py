@@ -1,0 +1,281 @@
+"""A block's losses and ∂loss/∂logits against stored signals or data alone, in Triton kernels.
+
+As in `triton_kernel`, a program processes one row. It reads the row's logits twice and writes them
+once; the K tokens of a stored row stay in registers. The formulas are those of `sparse`, and of
+`dense` for counted tokens.
+
+Shapes: b rows of a block, K entries of a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stillhouse.objectives import triton_kernel
+from stillhouse.objectives.triton_kernel import (
+    DONE,
+    TINY,
+    Scales,
+    divergence,
+    raw_logits,
+    scaled,
+    student_logsumexps,
+)
+
+LOG_P_FLOOR = tl.constexpr(-100.0)
+LOG_Q_FLOOR = tl.constexpr(-1000.0)
+"""As in `sparse`: the logarithms of a probability of 0."""
+
+
+def sparse_rows(
+    student_bV: Tensor,
+    ids_bK: Tensor,
+    log_probs_bK: Tensor,
+    tail_b: Tensor,
+    targets_b: Tensor | None,
+    kind: str,
+    parameter: float,
+    scales: Scales,
+    *,
+    grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `dense_rows`, over the K tokens and their tail. K < V. `student_bV` is overwritten even
+    without `grad`."""
+    rows, vocabulary = student_bV.shape
+    entries = ids_bK.shape[1]
+    assert student_bV.stride(1) == 1
+    assert entries < vocabulary
+    values_b = student_bV.new_empty(rows, dtype=torch.float32)
+    cross_b = values_b.new_zeros(rows)
+    _sparse_row[(rows,)](
+        student_bV,
+        ids_bK.contiguous(),
+        log_probs_bK.contiguous(),
+        tail_b.contiguous(),
+        values_b if targets_b is None else targets_b,
+        values_b,
+        cross_b,
+        student_bV.stride(0),
+        entries,
+        vocabulary,
+        scales.student,
+        scales.data,
+        scales.coefficient,
+        scales.of_data,
+        parameter,
+        KIND=kind,
+        DATA=targets_b is not None,
+        APART=targets_b is not None and scales.student != scales.data,
+        GRAD=grad,
+        BUCKETS=triton.next_power_of_2(entries + 1),
+        COLUMNS=triton_kernel.COLUMNS,
+        num_warps=triton_kernel.WARPS,
+    )
+    return values_b, cross_b
+
+
+def counted_rows(
+    student_bV: Tensor,
+    ids_bK: Tensor | None,
+    counts_bK: Tensor | None,
+    targets_b: Tensor | None,
+    scales: Scales,
+    *,
+    grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Each row's −Σ share · log q over counted tokens, and its cross-entropy with `targets_b`.
+
+    share: a count divided by the row's sum. Without ids, the first is the logsumexp of the row and
+    its gradient the softmax, to which the rest of a loss that is linear in logits can be added.
+    """
+    rows, vocabulary = student_bV.shape
+    assert student_bV.stride(1) == 1
+    values_b = student_bV.new_empty(rows, dtype=torch.float32)
+    cross_b = values_b.new_zeros(rows)
+    entries = 0 if ids_bK is None else ids_bK.shape[1]
+    _counted_row[(rows,)](
+        student_bV,
+        values_b if ids_bK is None else ids_bK.contiguous(),
+        values_b if counts_bK is None else counts_bK.contiguous(),
+        values_b if targets_b is None else targets_b,
+        values_b,
+        cross_b,
+        student_bV.stride(0),
+        entries,
+        vocabulary,
+        scales.student,
+        scales.data,
+        scales.coefficient,
+        scales.of_data,
+        DATA=targets_b is not None,
+        APART=targets_b is not None and scales.student != scales.data,
+        GRAD=grad,
+        PLACES=triton.next_power_of_2(entries) if entries else 0,
+        COLUMNS=triton_kernel.COLUMNS,
+        num_warps=triton_kernel.WARPS,
+    )
+    return values_b, cross_b
+
+
+@triton.jit
+def _sparse_row(
+    student,
+    ids,
+    log_probs,
+    tails,
+    targets,
+    values,
+    cross,
+    student_stride,
+    entries,
+    vocabulary,
+    student_scale,
+    data_scale,
+    coefficient,
+    of_data,
+    parameter,
+    KIND: tl.constexpr,
+    DATA: tl.constexpr,
+    APART: tl.constexpr,
+    GRAD: tl.constexpr,
+    BUCKETS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    student += row * student_stride
+    ids += row * entries
+    log_probs += row * entries
+    lanes = tl.arange(0, COLUMNS)
+    places = tl.arange(0, BUCKETS)
+    is_tail = places == entries
+
+    # The logits of the K tokens leave the row, so that what remains is the tail.
+    token = tl.load(ids + places, mask=places < entries, other=0)
+    new = (places == 0) | (token != tl.load(ids))  # short rows repeat their first token
+    of_token = (places < entries) & new
+    raw_k = tl.load(student + token, mask=of_token, other=float("-inf")).to(tl.float32)
+    target = 0
+    raw_target = 0.0
+    if DATA:
+        target = tl.load(targets + row)
+        raw_target = tl.load(student + target).to(tl.float32)
+    tl.debug_barrier()
+    none = tl.full([BUCKETS], float("-inf"), student.dtype.element_ty)
+    tl.store(student + token, none, mask=of_token)
+    tl.debug_barrier()
+    lse_tail, lse_tail_d = student_logsumexps(
+        student, vocabulary, student_scale, data_scale, APART, COLUMNS
+    )
+
+    z = tl.where(is_tail, lse_tail, tl.where(of_token, scaled(raw_k, student_scale), DONE))
+    highest = tl.max(z, 0)
+    lse = highest + tl.log(tl.sum(tl.exp(z - highest), 0))
+    lse_d = lse
+    if APART:
+        z_d = tl.where(is_tail, lse_tail_d, tl.where(of_token, scaled(raw_k, data_scale), DONE))
+        highest_d = tl.max(z_d, 0)
+        lse_d = highest_d + tl.log(tl.sum(tl.exp(z_d - highest_d), 0))
+    log_q = tl.maximum(z - lse, LOG_Q_FLOOR)
+    log_p = tl.load(log_probs + places, mask=of_token, other=float("-inf")).to(tl.float32)
+    tail = tl.load(tails + row).to(tl.float32)
+    log_tail = tl.where(tail > TINY, tl.log(tl.maximum(tail, TINY)), LOG_P_FLOOR)
+    log_p = tl.where(is_tail, log_tail, tl.maximum(log_p, LOG_P_FLOOR))
+    value, h = divergence(log_p, log_q, parameter, KIND)
+    is_bucket = of_token | is_tail
+    tl.store(values + row, tl.sum(tl.where(is_bucket, value, 0.0), 0))
+    if DATA:
+        tl.store(cross + row, lse_d - raw_target * data_scale)
+    if GRAD:
+        q = tl.exp(log_q)
+        gradient_k = coefficient * (h - q * tl.sum(tl.where(is_bucket, h, 0.0), 0))
+        if DATA and not APART:
+            gradient_k += of_data * q
+        of_tail = tl.sum(tl.where(is_tail, gradient_k, 0.0), 0)
+        for start in range(0, vocabulary, COLUMNS):
+            at = start + lanes
+            raw = raw_logits(student, at, vocabulary)
+            gradient = of_tail * tl.exp(scaled(raw, student_scale) - lse_tail)
+            if DATA:
+                if APART:
+                    gradient += of_data * tl.exp(scaled(raw, data_scale) - lse_d)
+                gradient -= tl.where(at == target, of_data, 0.0)
+            tl.store(student + at, gradient.to(student.dtype.element_ty), mask=at < vocabulary)
+        if DATA:
+            if APART:
+                gradient_k += of_data * tl.exp(scaled(raw_k, data_scale) - lse_d)
+            gradient_k -= tl.where(token == target, of_data, 0.0)
+        tl.debug_barrier()  # the K tokens' gradients replace what the pass wrote there
+        tl.store(student + token, gradient_k.to(student.dtype.element_ty), mask=of_token)
+
+
+@triton.jit
+def _counted_row(
+    student,
+    ids,
+    counts,
+    targets,
+    values,
+    cross,
+    student_stride,
+    entries,
+    vocabulary,
+    student_scale,
+    data_scale,
+    coefficient,
+    of_data,
+    DATA: tl.constexpr,
+    APART: tl.constexpr,
+    GRAD: tl.constexpr,
+    PLACES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    student += row * student_stride
+    lanes = tl.arange(0, COLUMNS)
+    lse, lse_d = student_logsumexps(student, vocabulary, student_scale, data_scale, APART, COLUMNS)
+    score = 0.0
+    if PLACES > 0:
+        ids += row * entries
+        counts += row * entries
+        places = tl.arange(0, PLACES)
+        inside = places < entries
+        token = tl.load(ids + places, mask=inside, other=0)
+        count = tl.load(counts + places, mask=inside, other=0).to(tl.float32)
+        all_counts = tl.sum(count, 0)
+        raw_k = tl.load(student + token, mask=inside, other=0.0).to(tl.float32)
+        score = tl.sum(count / all_counts * (raw_k * student_scale), 0)
+    tl.store(values + row, lse - score)
+    target = 0
+    if DATA:
+        target = tl.load(targets + row)
+        raw_target = tl.load(student + target).to(tl.float32)
+        tl.store(cross + row, lse_d - raw_target * data_scale)
+    if GRAD:
+        tl.debug_barrier()  # every thread has read what the pass overwrites
+        for start in range(0, vocabulary, COLUMNS):
+            at = start + lanes
+            raw = raw_logits(student, at, vocabulary)
+            q = tl.exp(scaled(raw, student_scale) - lse)
+            gradient = coefficient * q
+            if DATA:
+                if APART:
+                    q = tl.exp(scaled(raw, data_scale) - lse_d)
+                gradient += of_data * (q - tl.where(at == target, 1.0, 0.0))
+            tl.store(student + at, gradient.to(student.dtype.element_ty), mask=at < vocabulary)
+        if PLACES > 0:
+            # A token may be drawn several times: each of its places holds the sum of its counts.
+            merged = tl.zeros([PLACES], tl.float32)
+            for place in range(entries):
+                same = token == tl.load(ids + place)
+                merged += tl.where(same, tl.load(counts + place).to(tl.float32), 0.0)
+            q_k = tl.exp(raw_k * student_scale - lse)
+            gradient_k = coefficient * (q_k - merged / all_counts)
+            if DATA:
+                if APART:
+                    q_k = tl.exp(raw_k * data_scale - lse_d)
+                gradient_k += of_data * (q_k - tl.where(token == target, 1.0, 0.0))
+            tl.debug_barrier()  # these replace what the pass wrote there
+            tl.store(student + token, gradient_k.to(student.dtype.element_ty), mask=inside)

@@ -1,0 +1,147 @@
+"""Attention inside documents gives what PyTorch's gives with a mask, wherever it is chosen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from stillhouse.data.batches import document_bounds
+from stillhouse.errors import ModelError
+from stillhouse.teachers import packed_attention as attention
+from stillhouse.teachers.packed_attention import kernel_error, masked_attention, use_attention
+from tests.teachers.test_short_attention import CONFIGS, PACKED, PLAIN, SIZES, made, run
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A GPU with a kernel that works, computed on the CPU; counts the kernel's calls."""
+    calls: list[int] = []
+
+    def kernel(*args: Any, **options: Any) -> Tensor:
+        calls.append(1)
+        return masked_attention(*args, **options)
+
+    monkeypatch.setattr(attention, "varlen_kernel", lambda: kernel)
+    monkeypatch.setattr(attention, "kernel_agrees", lambda *shape: True)
+    return calls
+
+
+def test_bounds_of_documents() -> None:
+    assert document_bounds(PACKED).tolist() == [0, 9, 16, 20, 40]
+    assert document_bounds(PLAIN).tolist() == [0, 20, 40]
+    assert document_bounds(torch.tensor([[0, 0, 0]])).tolist() == [0, 1, 2, 3]
+    assert document_bounds(PACKED).dtype == torch.int32
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("positions_RL", [PACKED, PLAIN, None], ids=["packed", "plain", "none"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_hidden_states_and_gradients_are_those_of_sdpa(
+    name: str, positions_RL: Tensor, checkpointing: bool, gpu: list[int]
+) -> None:
+    model = made(CONFIGS[name])
+    expected, expected_grads = run(model, positions_RL)
+    if checkpointing:
+        model.train()
+        model.gradient_checkpointing_enable()
+    assert use_attention(model, 20, GPU, torch.bfloat16) == attention.NAME
+    found, grads = run(model, positions_RL)
+    assert len(gpu) == (6 if checkpointing else 3)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-7, atol=1e-9)
+
+
+def test_generation_is_that_of_sdpa(gpu: list[int]) -> None:
+    model = made(CONFIGS["gemma3, sliding window"]).eval()
+    ids_RL = torch.tensor([[0, 0, 7, 8, 9], [3, 4, 5, 6, 7]])
+    mask_RL = torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
+    settings = {"attention_mask": mask_RL, "max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(ids_RL, pad_token_id=0, **settings)
+    use_attention(model, 20, GPU, torch.bfloat16)
+    assert torch.equal(model.generate(ids_RL, pad_token_id=0, **settings), expected)
+    assert not gpu
+
+
+def test_other_devices_numbers_and_models_use_what_they_used(gpu: list[int]) -> None:
+    llama = CONFIGS["llama"]
+    assert use_attention(made(llama), 20, CPU, torch.bfloat16) == "stillhouse_short"
+    assert use_attention(made(llama), 2000, CPU, torch.bfloat16) == "sdpa"
+    assert use_attention(made(llama), 20, torch.device("mps"), torch.bfloat16) == "sdpa"
+    assert use_attention(made(llama), 20, GPU, torch.float32) == "sdpa"
+    dropping = LlamaConfig(**SIZES, attention_dropout=0.1)
+    assert use_attention(made(dropping), 20, GPU, torch.bfloat16) == "sdpa"
+    eager = AutoModelForCausalLM.from_config(llama, attn_implementation="eager")
+    assert use_attention(eager, 20, GPU, torch.bfloat16) == "eager"
+
+
+def test_a_model_moves_between_devices(gpu: list[int]) -> None:
+    model = made(CONFIGS["llama"])
+    found = [use_attention(model, 20, place, torch.bfloat16) for place in (GPU, CPU, GPU)]
+    assert found == [attention.NAME, "stillhouse_short", attention.NAME]
+
+
+@pytest.mark.parametrize(("width", "chosen"), [(16, "flex_attention"), (8, "sdpa")])
+def test_flex_attention_is_chosen_without_a_kernel(
+    width: int, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "varlen_kernel", lambda: None)
+    config = LlamaConfig(**{**SIZES, "head_dim": width})
+    assert use_attention(made(config), 20, GPU, torch.bfloat16) == chosen
+
+
+def test_a_kernel_that_fails_or_differs_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(*args: Any, **options: Any) -> Tensor:
+        raise RuntimeError("no kernel image")
+
+    def without_window(*args: Any, **options: Any) -> Tensor:
+        return masked_attention(*args, **options | {"window_size": (-1, 0)})
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    found = []
+    for kernel in (failing, without_window, masked_attention):
+        monkeypatch.setattr(attention, "varlen_kernel", lambda kernel=kernel: kernel)
+        attention.kernel_agrees.cache_clear()
+        found.append(attention.kernel_agrees(CPU, torch.bfloat16, 4, 2, 8))
+    attention.kernel_agrees.cache_clear()
+    assert found == [False, False, True]
+    printed = capsys.readouterr().err
+    assert "no kernel image" in printed
+    assert "is off by" in printed
+
+
+def test_the_reference_of_the_kernel_separates_documents() -> None:
+    error = kernel_error(masked_attention, CPU, torch.float32, 4, 2, 8, None)
+    assert error == 0
+    rows = [torch.randn(6, 2, 4) for _ in range(3)]
+    bounds = torch.tensor([0, 2, 6], dtype=torch.int32)
+    options = {"scale": 0.5, "window_size": (-1, 0), "enable_gqa": False}
+    whole = masked_attention(*rows, bounds, bounds, 4, 4, **options)
+    for part in (slice(0, 2), slice(2, 6)):
+        query, key, value = (each[part].transpose(0, 1) for each in rows)
+        alone = nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=0.5
+        )
+        torch.testing.assert_close(whole[part], alone.transpose(0, 1))
+
+
+def test_bounds_that_do_not_arrive_are_an_error(gpu: list[int]) -> None:
+    rows = [torch.randn(1, 2, 6, 4) for _ in range(3)]
+    with pytest.raises(ModelError, match="does not pass the bounds of documents"):
+        attention.packed_attention(nn.Identity(), *rows, torch.ones(1, 1, 1, 1, dtype=torch.bool))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_the_kernel_of_a_gpu_is_used() -> None:
+    for heads, groups, width in ((4, 2, 64), (8, 8, 128), (8, 1, 256)):
+        assert attention.kernel_agrees(GPU, torch.bfloat16, heads, groups, width)
