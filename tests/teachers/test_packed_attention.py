@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from stillhouse.data.batches import document_bounds
 from stillhouse.errors import ModelError
 from stillhouse.teachers import packed_attention as attention
+from stillhouse.teachers.backbone import hidden_states
 from stillhouse.teachers.packed_attention import kernel_error, masked_attention, use_attention
 from tests.teachers.test_short_attention import CONFIGS, PACKED, PLAIN, SIZES, made, run
 
@@ -94,6 +95,19 @@ def test_flex_attention_is_chosen_without_a_kernel(
     monkeypatch.setattr(attention, "varlen_kernel", lambda: None)
     config = LlamaConfig(**{**SIZES, "head_dim": width})
     assert use_attention(made(config), 20, GPU, torch.bfloat16) == chosen
+
+
+@pytest.mark.slow
+def test_flex_attention_separates_documents_as_sdpa_does() -> None:
+    """Compiled for a CPU, where it has no backward pass."""
+    config = LlamaConfig(**{**SIZES, "head_dim": 16})
+    model = made(config).float().eval()
+    ids_RL = torch.randint(0, 50, (2, 20))
+    with torch.no_grad():
+        expected = hidden_states(model, ids_RL, PACKED)
+        model.set_attn_implementation("flex_attention")
+        found = hidden_states(model, ids_RL, PACKED)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_kernel_that_fails_or_differs_is_not_used(
