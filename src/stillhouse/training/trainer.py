@@ -368,7 +368,7 @@ class DistillationTrainer(ResumingTrainer):
 
     # --- held-out measurement ------------------------------------------------------------------
 
-    def evaluate(self, *_: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Held-out KL to the teacher (nats/token; the mean over several) and perplexity, over all
         ranks. From a store of samples, the teacher's cross-entropy: the KL and a constant."""
         step = self.state.global_step
