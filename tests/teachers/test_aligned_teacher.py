@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import stillhouse as sh
-from stillhouse.data.batches import Batch, collate
+from stillhouse.data.batches import Batch, collate, positions_of
 from stillhouse.data.shift import supervised_rows, supervised_targets
 from stillhouse.errors import SignalError
 from stillhouse.objectives import Term, fused_loss
@@ -108,7 +108,7 @@ def test_the_loss_is_that_of_a_slow_reference(kind: str) -> None:
             )
             expected = expected + (log_p_R.exp() * (log_p_R - log_q_R)).sum()
     assert next(rows, None) is None
-    rows_ND = supervised_rows(hidden_RLD, batch["labels"])
+    rows_ND = supervised_rows(hidden_RLD, positions_of(batch))
     found = fused_loss(rows_ND, lm_head(student), [Term("forward_kl")], signal=signal).total
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
 

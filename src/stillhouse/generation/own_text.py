@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from stillhouse.data.batches import Batch
+from stillhouse.data.batches import Batch, positions_of
 from stillhouse.data.shift import IGNORED, supervised_rows
 from stillhouse.generation.generator import Generator, TokenPrompt
 from stillhouse.signals import DenseSignal, LMHead
@@ -131,7 +131,7 @@ def answer_states(
         hidden_RLD = hidden_states(
             model, batch["input_ids"].to(device), batch["position_ids"].to(device)
         )
-        rows.append(supervised_rows(hidden_RLD.cpu(), batch["labels"]))
+        rows.append(supervised_rows(hidden_RLD.cpu(), positions_of(batch)))
     return DenseSignal(torch.cat(rows[1:] or rows), head)
 
 
