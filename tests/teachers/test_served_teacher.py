@@ -62,20 +62,25 @@ class Server(ThreadingHTTPServer):
     def section(self) -> SignalServer:
         return SignalServer(base_url=f"http://127.0.0.1:{self.server_port}/v1", model="tiny")
 
-    @torch.no_grad()
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        ids, k = request["prompt"], request["prompt_logprobs"]
         with self.lock:
             self.asked.append(request)
-            log_p_LV = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            choices = [
+                {"index": index, "text": "", "finish_reason": "length", "logprobs": None,
+                 "prompt_logprobs": self.positions(ids, request["prompt_logprobs"])}
+                for index, ids in enumerate(request["prompt"])
+            ]  # fmt: skip
+        return {"id": "1", "object": "text_completion", "created": 0, "model": "tiny",
+                "choices": choices[::-1]}  # fmt: skip
+
+    @torch.no_grad()
+    def positions(self, ids: list[int], k: int) -> list[Any]:
+        log_p_LV = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
         positions: list[Any] = [None]
         for log_p_V, token in zip(log_p_LV, ids[1:], strict=False):
             chosen = {*log_p_V.topk(k).indices.tolist(), token}
             positions.append({str(i): {"logprob": float(log_p_V[i])} for i in chosen})
-        choice = {"index": 0, "text": "", "finish_reason": "length", "logprobs": None}
-        choice["prompt_logprobs"] = positions
-        return {"id": "1", "object": "text_completion", "created": 0, "model": "tiny",
-                "choices": [choice]}  # fmt: skip
+        return positions
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -138,8 +143,8 @@ def test_a_server_fills_the_store_that_a_local_teacher_would(tmp_path, server):
     windows = TwoDocuments()
     record(LocalTeacher(server.model), [windows], SETTINGS, tmp_path / "local")
     record(teacher(server.section), [windows], SETTINGS, tmp_path / "served")
-    assert len(server.asked) == 6
-    assert {len(request["prompt"]) for request in server.asked} == {10, 14}
+    documents = [len(ids) for request in server.asked for ids in request["prompt"]]
+    assert sorted(documents) == [10, 10, 10, 14, 14, 14]
     signals = []
     for name in ("local", "served"):
         store = open_store(tmp_path / name)
@@ -152,6 +157,13 @@ def test_a_server_fills_the_store_that_a_local_teacher_would(tmp_path, server):
     torch.testing.assert_close(local.tail_N, served.tail_N, atol=1e-5, rtol=0)
     masses = [open_store(tmp_path / n).manifest.quality.captured_mass for n in ("local", "served")]
     assert masses[0] == pytest.approx(masses[1], abs=1e-5)
+
+
+def test_a_request_has_several_documents(tmp_path, server):
+    """Up to as many tokens as a request may have, or as keep all connections busy."""
+    section = server.section.model_copy(update={"concurrency": 2})
+    record(teacher(section), [TwoDocuments()], SETTINGS, tmp_path)
+    assert sorted(len(request["prompt"]) for request in server.asked) == [3, 3]
 
 
 def test_rows_recorded_before_the_server_failed_are_not_requested_again(
@@ -170,7 +182,7 @@ def test_rows_recorded_before_the_server_failed_are_not_requested_again(
     server.spoil = lambda status, answer: (status, answer)
     server.asked.clear()
     record(teacher(server.section), [windows], SETTINGS, tmp_path)
-    assert len(server.asked) == 2
+    assert sum(len(request["prompt"]) for request in server.asked) == 2
 
 
 def without_logprobs(status: int, answer: Any) -> tuple[int, Any]:

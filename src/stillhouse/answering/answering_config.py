@@ -24,7 +24,6 @@ from stillhouse.generation.generation_config import (
     SamplingRecipe,
     TaskTeacher,
     VerdictSampling,
-    VllmEngine,
     check_text_teacher,
 )
 from stillhouse.objectives.objective_config import LogitsTerm, ObjectiveRecipe
@@ -32,6 +31,7 @@ from stillhouse.section import Section
 from stillhouse.students.student_config import PretrainedStudent, PrunedStudent, StudentRecipe
 from stillhouse.synthesis.filters_config import FiltersRecipe, JudgeChoice
 from stillhouse.training.train_config import TrainRecipe
+from stillhouse.vllm_config import VllmEngine
 
 
 class AnsweredExample(Section):

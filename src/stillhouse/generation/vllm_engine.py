@@ -8,36 +8,57 @@ from __future__ import annotations
 
 import gc
 import itertools
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from torch import Tensor
+
 from stillhouse.data.turn_end import turn_end
 from stillhouse.errors import ModelError
-from stillhouse.generation.generation_config import VllmEngine
 from stillhouse.generation.generator import Continuation, TokenPrompt
 from stillhouse.generation.text_generator import TextGenerator, require_chat_template
 from stillhouse.generation.vllm_process import EngineError, VllmProcess, probe_python
-from stillhouse.generation.vllm_worker import generate, open_llm, probe, reason
+from stillhouse.generation.vllm_worker import (
+    generate,
+    hidden_states,
+    load_weights,
+    open_llm,
+    probe,
+    reason,
+    sleep,
+)
+from stillhouse.launch import local_index, world_size
 from stillhouse.progress import note
 from stillhouse.teachers.load_model import load_tokenizer
+from stillhouse.vllm_config import VllmEngine
 
 Lack = tuple[Literal["warning", "error"], str, str]
 """The level of a finding, what is missing, and what to do."""
 
-WITHOUT = "what the journal holds needs no vLLM; `local` and `api` (`vllm serve`) go without it"
+TEACHER = "teacher.vllm"
+SIGNALS = "signals.vllm"
+ROLLOUTS = "train.on_policy.generator"
+"""Keys of sections: where text is generated, hidden states are recorded, the student writes."""
+WITHOUT = {
+    TEACHER: "what the journal holds needs no vLLM; `local` and `api` (`vllm serve`) go without it",
+    ROLLOUTS: "without train.on_policy.generator the student writes in this process",
+    SIGNALS: "without signals.vllm the teacher is loaded here; signals.server is a vLLM elsewhere",
+}
+"""How to do without vLLM, by the section's key."""
 OWN_ENVIRONMENT = (
     "python -m venv vllm-env && vllm-env/bin/pip install vllm, then set vllm.python: "
     "vllm-env/bin/python"
 )
 
 
-def lacks(section: VllmEngine, base: Path) -> list[Lack]:
+def lacks(section: VllmEngine, base: Path, *, key: str = TEACHER) -> list[Lack]:
     """Requirements of the section that this machine, or its `python`, lacks. Imports neither vLLM
-    nor Ray. base: where a relative `python` starts."""
+    nor Ray. base: where a relative `python` starts. key: of the section."""
     python = section.interpreter(base)
     if python is None:
         has, install = probe(), "pip install 'stillhouse[{}]'"
@@ -52,7 +73,7 @@ def lacks(section: VllmEngine, base: Path) -> list[Lack]:
         fix = install.format("vllm")
         if python is None:
             fix += f" here, or in a separate environment ({OWN_ENVIRONMENT})"
-        fix += f"; {WITHOUT}"
+        fix += f"; {WITHOUT[key]}"
         found.append(("error", f"vLLM is not installed{there}", fix))
     if section.executor == "ray" and not has["ray"]:
         names = "vllm,ray" if python is None else "ray"
@@ -60,7 +81,7 @@ def lacks(section: VllmEngine, base: Path) -> list[Lack]:
         found.append(("error", f"Ray is not installed{there}", fix))
     gpus = has["gpus"]
     if gpus == 0:
-        fix = f"use a machine with one, or vLLM's build for CPUs; {WITHOUT}"
+        fix = f"use a machine with one, or vLLM's build for CPUs; {WITHOUT[key]}"
         found.append(("warning", "no GPU is here, and vLLM's usual build needs one", fix))
     elif section.executor != "ray" and section.gpus > gpus:
         text = f"{section.gpus} GPUs are requested, and this machine has {gpus}"
@@ -69,12 +90,25 @@ def lacks(section: VllmEngine, base: Path) -> list[Lack]:
     return found
 
 
-class Engine(Protocol):
-    """window: tokens that it can read and write. Both raise what vLLM raises, or RuntimeError."""
+class Writer(Protocol):
+    """window: tokens that it can read and write. Its methods raise what vLLM raises, or
+    RuntimeError."""
 
     window: int
 
-    def generate(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]: ...
+    def generate(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """As `vllm_worker.generate`."""
+        ...
+
+
+class Engine(Writer, Protocol):
+    """vLLM on this machine; the methods are those of `vllm_worker`."""
+
+    def hidden_states(self, prompts: list[list[int]]) -> list[Tensor]: ...
+
+    def load_weights(self, folder: Path) -> None: ...
+
+    def sleep(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -82,11 +116,20 @@ class Engine(Protocol):
 class InProcess:
     """vllm.LLM in this process."""
 
-    def __init__(self, options: dict[str, Any]) -> None:
-        self._llm, self.window = open_llm(options)
+    def __init__(self, options: dict[str, Any], layers: Sequence[int] = ()) -> None:
+        self._llm, self.window = open_llm(options, layers)
 
     def generate(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return generate(self._llm, rows)
+
+    def hidden_states(self, prompts: list[list[int]]) -> list[Tensor]:
+        return hidden_states(self._llm, prompts)
+
+    def load_weights(self, folder: Path) -> None:
+        load_weights(self._llm, str(folder))
+
+    def sleep(self) -> None:
+        sleep(self._llm)
 
     def close(self) -> None:
         # The engine ends with the last reference to it, and training needs the memory.
@@ -97,11 +140,12 @@ class InProcess:
 @dataclass
 class VllmGenerator:
     """batch: prompts that the engine is given at once. stops: ids that end an answer, besides those
-    of the model's generation config."""
+    of the model's generation config. where: the recipe's key, for messages."""
 
-    engine: Engine
+    engine: Writer
     batch: int
     stops: tuple[int, ...] = ()
+    where: str = TEACHER
 
     @property
     def window(self) -> int:
@@ -117,7 +161,7 @@ class VllmGenerator:
                 written = self.engine.generate(rows)
             # It raises errors of many types, including GPU errors.
             except Exception as error:
-                raise _failed("vLLM stopped", error) from error
+                raise vllm_failed("vLLM stopped", error, self.where) from error
             seconds = time.monotonic() - began
             for (number, _), one in zip(batch, written, strict=True):
                 yield number, Continuation(**one, seconds=seconds)
@@ -143,13 +187,32 @@ def opened(
 
     Raises ModelError: something is not installed, too few GPUs, or vLLM cannot load the model.
     """
-    for level, text, fix in lacks(section, base):
-        if level == "error":
-            raise ModelError(text, where="teacher.vllm", fix=fix)
-        note(text)
+    require_vllm(section, base)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     require_chat_template(tokenizer)  # before the weights are loaded
-    options = {
+    options = engine_options(section, path, seed=seed, trust_remote_code=trust_remote_code)
+    engine = start_engine(section, options, base)
+    end = turn_end(tokenizer)
+    stops = () if end is None or end.text in end.stops else (end.id,)
+    try:
+        yield TextGenerator(VllmGenerator(engine, section.batch, stops), tokenizer)
+    finally:
+        engine.close()
+
+
+def require_vllm(section: VllmEngine, base: Path, *, where: str = TEACHER) -> None:
+    """Raise ModelError for what `lacks` finds; its warnings are notes. where: the section's key."""
+    for level, text, fix in lacks(section, base, key=where):
+        if level == "error":
+            raise ModelError(text, where=where, fix=fix)
+        note(text)
+
+
+def engine_options(
+    section: VllmEngine, path: Path, *, seed: int, trust_remote_code: bool
+) -> dict[str, Any]:
+    """Arguments of vllm.LLM for the model in a folder."""
+    return {
         "model": str(path),
         "trust_remote_code": trust_remote_code,
         "dtype": section.dtype,
@@ -161,24 +224,38 @@ def opened(
         "gpu_memory_utilization": section.gpu_memory,
         **section.options,
     }
+
+
+def start_engine(
+    section: VllmEngine,
+    options: dict[str, Any],
+    base: Path,
+    layers: Sequence[int] = (),
+    *,
+    where: str = TEACHER,
+    own_gpu: bool = False,
+) -> Engine:
+    """vLLM with a model, in this process or in one of `section.python`. Raises ModelError.
+
+    Under torchrun, whose variables would confuse it, vLLM always has a process of its own.
+    own_gpu: it uses only the GPU of this process of the torchrun.
+    """
     python = section.interpreter(base)
+    if python is None and world_size() > 1:
+        python = sys.executable
     try:
-        engine = InProcess(options) if python is None else VllmProcess(python, options)
+        if python is None:
+            return InProcess(options, layers)
+        return VllmProcess(python, options, layers, gpu=local_index() if own_gpu else None)
     except Exception as error:
-        raise _failed(f"vLLM cannot load {path}", error) from error
-    end = turn_end(tokenizer)
-    stops = () if end is None or end.text in end.stops else (end.id,)
-    try:
-        yield TextGenerator(VllmGenerator(engine, section.batch, stops), tokenizer)
-    finally:
-        engine.close()
+        raise vllm_failed(f"vLLM cannot load {options['model']}", error, where) from error
 
 
-def _failed(what: str, error: Exception) -> ModelError:
+def vllm_failed(what: str, error: Exception, where: str = TEACHER) -> ModelError:
     cause = str(error) if isinstance(error, EngineError) else reason(error)
     return ModelError(
         f"{what} ({cause})",
-        where="teacher.vllm",
-        fix="lower context, gpu_memory or batch if memory runs out; answers that arrived are "
-        "in the journal",
+        where=where,
+        fix="lower context, gpu_memory or batch if memory runs out; what arrived is kept, so that "
+        "the same command resumes",
     )

@@ -7,9 +7,13 @@ import os
 import select
 import signal
 import subprocess
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from stillhouse.errors import ModelError
 from stillhouse.generation import vllm_worker
@@ -43,21 +47,29 @@ def probe_python(python: str) -> dict[str, Any]:
 class VllmProcess:
     """A process of `python` that runs vllm_worker.py, leading its own process group.
 
-    options: arguments of vllm.LLM. Raises EngineError: vLLM raised an error, or its process ended.
+    options: arguments of vllm.LLM. layers: as in `vllm_worker.open_llm`. gpu: the only GPU that it
+    may use; None: all. Raises EngineError: vLLM raised an error, or its process ended.
     """
 
-    def __init__(self, python: str, options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        python: str,
+        options: dict[str, Any],
+        layers: Sequence[int] = (),
+        *,
+        gpu: int | None = None,
+    ) -> None:
         self._process = subprocess.Popen(
             [python, *_SCRIPT],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
             start_new_session=True,
+            env=_environment(gpu),
         )
         self._idle = True
+        self._received = bytearray()
         try:
-            self.window = int(self._ask({"open": options})["window"])
+            self.window = int(self._ask({"open": options, "layers": list(layers)})["window"])
         except BaseException:
             self.close()
             raise
@@ -66,6 +78,20 @@ class VllmProcess:
         """As `vllm_worker.generate`."""
         answers: list[dict[str, Any]] = self._ask({"generate": rows})["answers"]
         return answers
+
+    def hidden_states(self, prompts: list[list[int]]) -> list[Tensor]:
+        """As `vllm_worker.hidden_states`."""
+        reply, content = self._ask_bytes({"hidden": prompts})
+        rows = torch.frombuffer(content, dtype=getattr(torch, reply["dtype"]))
+        return list(rows.view(-1, reply["width"]).split([len(prompt) for prompt in prompts]))
+
+    def load_weights(self, folder: Path) -> None:
+        """As `vllm_worker.load_weights`."""
+        self._ask({"weights": str(folder)})
+
+    def sleep(self) -> None:
+        """As `vllm_worker.sleep`."""
+        self._ask({"sleep": True})
 
     def close(self) -> None:
         """Ends vLLM. If it is still busy, its processes are killed."""
@@ -85,25 +111,42 @@ class VllmProcess:
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         self._idle = False
         self._send(request)
+        while (end := self._received.find(b"\n")) < 0:
+            self._receive()
+        reply: dict[str, Any] = json.loads(self._take(end + 1))
+        self._idle = "bytes" not in reply
+        if "error" in reply:
+            raise EngineError(reply["error"])
+        return reply
+
+    def _ask_bytes(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytearray]:
+        """As `_ask`, for a reply that is followed by as many bytes as it says."""
+        reply = self._ask(request)
+        while len(self._received) < reply["bytes"]:
+            self._receive()
+        self._idle = True
+        return reply, self._take(reply["bytes"])
+
+    def _take(self, size: int) -> bytearray:
+        taken, self._received = self._received[:size], self._received[size:]
+        return taken
+
+    def _receive(self) -> None:
         replies = self._process.stdout
         assert replies is not None
         # vLLM's other processes may hold the pipe open after the one that writes to it has died.
         while not select.select([replies], [], [], 1.0)[0]:
             if self._process.poll() is not None:
                 raise self._ended()
-        line = replies.readline()
-        if not line.endswith("\n"):
+        chunk = os.read(replies.fileno(), 1 << 20)
+        if not chunk:
             raise self._ended()
-        self._idle = True
-        reply: dict[str, Any] = json.loads(line)
-        if "error" in reply:
-            raise EngineError(reply["error"])
-        return reply
+        self._received += chunk
 
     def _send(self, request: dict[str, Any]) -> None:
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
         except OSError:
             raise self._ended() from None
@@ -112,3 +155,17 @@ class VllmProcess:
         status = self._process.wait()
         how = f"exit status {status}" if status >= 0 else signal.Signals(-status).name
         return EngineError(f"its process ended: {how}")
+
+
+def _environment(gpu: int | None) -> dict[str, str]:
+    """This process's, without what torchrun sets: vLLM's processes are a group of their own."""
+    names = set(os.environ)
+    if "TORCHELASTIC_RUN_ID" in names:
+        ours = ("OMP_NUM_THREADS", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        prefixes = ("TORCHELASTIC_", "MASTER_", "GROUP_", "ROLE_")
+        names = {name for name in names if name not in ours and not name.startswith(prefixes)}
+    found = {name: os.environ[name] for name in names}
+    if gpu is not None:
+        visible = found.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        found["CUDA_VISIBLE_DEVICES"] = visible[gpu] if gpu < len(visible) > 1 else str(gpu)
+    return found

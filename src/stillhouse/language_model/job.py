@@ -203,12 +203,27 @@ def signals_encoding(job: Job, objective: Objective) -> Encoding:
         return TopP(1.0, most)
     match section.encoding:
         case HiddenSignals():
+            if section.server is not None:
+                _check_last_only(stored_layers(objective, teacher), teacher.num_hidden_layers)
             return Hidden(stored_layers(objective, teacher), teacher.hidden_size)
         case FrozenHeadSignals():
             _check_head_stays(job.recipe, "signals.encoding")
             return FrozenHead(student.hidden_size)
         case encoding_section:
             return _within_vocabulary(encoding_section.encoding(), job.vocabulary)
+
+
+def _check_last_only(layers: tuple[int, ...], last: int) -> None:
+    """Raise SignalError if a server, which returns the last hidden states, lacks a layer."""
+    lacking = [layer for layer in layers if layer != last]
+    if lacking:
+        raise SignalError(
+            f"a server returns the last hidden states, and a term uses layer "
+            f"{', '.join(map(str, lacking))}",
+            where="signals.server",
+            fix="run vLLM on this machine instead (signals.vllm), use a local teacher, or use only "
+            "terms on the output",
+        )
 
 
 def _within_vocabulary(encoding: EntryEncoding, vocabulary: int) -> EntryEncoding:

@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
@@ -17,6 +18,7 @@ from stillhouse.data.windows import WINDOW_BYTES
 from stillhouse.errors import DataError, EndpointError
 from stillhouse.evaluation.lm_eval import require_tasks
 from stillhouse.finding import Finding, finding_of
+from stillhouse.generation.vllm_engine import lacks
 from stillhouse.language_model.job import Job, configs, full_job, planned_size
 from stillhouse.language_model.run_models import row_bytes
 from stillhouse.language_model.signals_stage import records_signals
@@ -30,7 +32,8 @@ CHARACTERS_PER_TOKEN = 4.5
 
 
 def require_options(job: Job) -> Iterator[Finding]:
-    """Check trackers, lm-eval's tasks and the key of a signal server. Raises StillhouseError."""
+    """Check trackers, lm-eval's tasks, and the key or the vLLM that signals need. Raises
+    StillhouseError."""
     recipe = job.recipe
     here = get_available_reporting_integrations() if recipe.train.report_to else []
     for name in recipe.train.report_to:
@@ -46,12 +49,21 @@ def require_options(job: Job) -> Iterator[Finding]:
             yield Finding("error", "extras", "lm_eval is not installed", fix)
         else:
             require_tasks(recipe.evaluate.lm_eval)
-    server = None if recipe.signals is None else recipe.signals.server
-    if server is not None and not has_finished(recipe, "signals"):
+    if recipe.signals is not None and not has_finished(recipe, "signals"):
+        yield from _require_scorer(recipe.signals, job.base)
+
+
+def _require_scorer(section: SignalsRecipe, base: Path) -> Iterator[Finding]:
+    """A missing key of a server; what vLLM lacks on this machine."""
+    server = section.server
+    if server is not None:
         try:
             api_key(server.key_env, where=server.base_url, setting="signals.server.key_env")
         except EndpointError as error:
             yield finding_of(error)
+    if section.vllm is not None:
+        for level, text, fix in lacks(section.vllm, base, key="signals.vllm"):
+            yield Finding(level, "vLLM", text, fix)
 
 
 def require_disk(job: Job) -> Iterator[Finding]:

@@ -146,7 +146,10 @@ def _signals(
     once = account.forward_flops(teacher, tokens) / rate  # seconds to answer every token
     stored = f"{tokens * models.row_bytes / 1e6:,.0f} MB"
     faster = f"{1 + teacher / (3 * student):.1f} times as fast"
-    if section is not None:
+    if section is not None and not section.local:
+        scorer = "vLLM" if section.server is None else section.server.base_url
+        yield Finding("estimate", "signals", f"{scorer} scores the text; {stored} are stored")
+    elif section is not None:
         text = f"the teacher reads the text once (about {seconds(once)}); {stored} are stored"
         if passes < 2:
             text += f"; it pays from a second student or epoch on, which then trains {faster}"

@@ -60,7 +60,7 @@ def _stages(models: RunModels, machine: Machine, tokens: int) -> Iterator[StageE
         yield StageEstimate("data", Memory("", {}), disk=tokens * WINDOW_BYTES)
     yield _student(models, machine)
     signals = recipe.signals
-    if models.first and signals is not None and not (signals.store or signals.server):
+    if models.first and signals is not None and signals.local:
         yield _signals(models, machine, tokens)
     yield _training("train", models, machine, windows)
     if recipe.evaluate.fine_tuning_baseline:
@@ -191,7 +191,7 @@ def _signals(models: RunModels, machine: Machine, tokens: int) -> StageEstimate:
         return estimate
     return replace(
         estimate,
-        fix="set train.shard: teacher, or let a server score (signals.server)",
+        fix="set train.shard: teacher, or let vLLM score (signals.vllm, signals.server)",
     )
 
 

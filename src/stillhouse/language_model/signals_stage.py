@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,11 +16,10 @@ from stillhouse.errors import SignalError
 from stillhouse.generation.request import api_described
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
+from stillhouse.language_model.engine_teacher import engine_teacher
 from stillhouse.language_model.job import (
     Job,
-    configs,
     planned_objective,
-    planned_size,
     signals_encoding,
 )
 from stillhouse.language_model.training_memory import with_shard
@@ -28,7 +28,7 @@ from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.progress import note
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.signals import LMHead
-from stillhouse.signals.encodings import Encoding, FrozenHead, Hidden, TopK
+from stillhouse.signals.encodings import Encoding, FrozenHead, Hidden
 from stillhouse.signals.manifest import Settings, read_manifest
 from stillhouse.signals.store import Store, open_store
 from stillhouse.students.student import Student
@@ -68,11 +68,11 @@ def plan_signals(job: Job, data: Stage, student: Stage | None) -> StagePlan:
     objective = planned_objective(job)
     encoding = signals_encoding(job, objective)
     temperature = stored_temperature(objective, encoding)
-    if section.server is not None and temperature != 1.0:
+    if section.top_tokens and temperature != 1.0:
         raise SignalError(
             f"a server answers at temperature 1, and a term has {temperature:g}",
             where="objective.terms",
-            fix="use temperature 1, or a local teacher (no signals.server)",
+            fix="use temperature 1, or signals.encoding.kind: hidden",
         )
     student_head = None
     if isinstance(encoding, FrozenHead):
@@ -91,19 +91,21 @@ def plan_signals(job: Job, data: Stage, student: Stage | None) -> StagePlan:
     def work(out: Path) -> Outcome:
         windows, heldout = open_data(data)
         texts = [windows, heldout] if with_heldout else [windows]
-        teacher = _recorded_teacher(job, encoding)
-        chosen = encoding
-        if section.server is None:
-            chosen = chosen_encoding(
-                section, encoding, teacher, windows, temperature=temperature, out=out / STORE
+        with _recorded_teacher(job, encoding) as teacher:
+            chosen = encoding
+            if not section.top_tokens:
+                chosen = chosen_encoding(
+                    section, encoding, teacher, windows, temperature=temperature, out=out / STORE
+                )
+            manifest = record(
+                teacher,
+                texts,
+                settings(chosen, teacher.described),
+                out / STORE,
+                student_head=student_head,
+                alone=section.vllm is not None,
             )
-        manifest = record(
-            teacher,
-            texts,
-            settings(chosen, teacher.described),
-            out / STORE,
-            student_head=student_head,
-        )
+            flops = teacher.flops(sum(each.supervised_tokens for each in texts))
         quality = manifest.quality
         kept = f": {quality.entries:.1f} tokens of {job.vocabulary:,}" if quality.entries else ""
         if leads():
@@ -111,7 +113,7 @@ def plan_signals(job: Job, data: Stage, student: Stage | None) -> StagePlan:
         tokens = sum(each.supervised_tokens for each in texts)
         return Outcome(
             tokens=tokens,
-            flops=teacher.flops(tokens),
+            flops=flops,
             peak_memory_bytes=peak_memory_bytes(),
             summary={**asdict(quality), "store_bytes": manifest.bytes},
         )
@@ -126,8 +128,8 @@ def plan_signals(job: Job, data: Stage, student: Stage | None) -> StagePlan:
         "heldout": with_heldout,
         **identity,
     }
-    here = section.server is None
-    return StagePlan("signals", inputs, work, version=2, resumable=True, together=here)
+    together = section.vllm is None  # which uses all GPUs by itself
+    return StagePlan("signals", inputs, work, version=2, resumable=True, together=together)
 
 
 def records_signals(job: Job) -> bool:
@@ -135,27 +137,22 @@ def records_signals(job: Job) -> bool:
     return job.recipe.signals is not None and job.recipe.signals.store is None
 
 
-def _recorded_teacher(job: Job, encoding: Encoding) -> Teacher:
-    """The teacher whose signals are recorded: on a server, or on this machine."""
+@contextmanager
+def _recorded_teacher(job: Job, encoding: Encoding) -> Iterator[Teacher]:
+    """The teacher whose signals are recorded."""
     section = job.recipe.signals
-    if section is None or section.server is None:
-        device = default_device()
-        dtype = choose_precision(job.recipe.train.precision, device).dtype
-        over = shards(with_shard(job).recipe.train, "teacher")
-        teacher = _loader(job, job.teacher, dtype, over)()
-        teacher.described = f"{job.teacher.described} in {dtype}"
-        if over == 1:
-            teacher.model.to(device)
-        return teacher
-    from stillhouse.teachers.served_teacher import ServedTeacher
-
-    assert isinstance(encoding, TopK)
-    return ServedTeacher(
-        section.server,
-        k=encoding.k,
-        vocabulary=job.vocabulary,
-        parameters=planned_size(configs(job)[1]).head_once,
-    )
+    if section is not None and (section.server is not None or section.vllm is not None):
+        with engine_teacher(job, encoding) as found:
+            yield found
+        return
+    device = default_device()
+    dtype = choose_precision(job.recipe.train.precision, device).dtype
+    over = shards(with_shard(job).recipe.train, "teacher")
+    teacher = _loader(job, job.teacher, dtype, over)()
+    teacher.described = f"{job.teacher.described} in {dtype}"
+    if over == 1:
+        teacher.model.to(device)
+    yield teacher
 
 
 def for_one_head(job: Job) -> bool:

@@ -18,6 +18,7 @@ from stillhouse.signals.encodings import (
     TopK,
     TopP,
 )
+from stillhouse.vllm_config import VllmEngine
 
 
 class ThresholdSignals(Section):
@@ -127,7 +128,8 @@ SignalEncoding = Annotated[
 
 
 class SignalServer(Section):
-    """A server for the teacher that returns log-probabilities of prompts, as vLLM does."""
+    """A vLLM server for the teacher: one that returns log-probabilities of prompts for the encoding
+    top_k, and a pooling model, which returns hidden states, for the others."""
 
     base_url: str = Field(
         description="Of an OpenAI-compatible API, such as http://localhost:8000/v1"
@@ -161,7 +163,12 @@ class SignalsRecipe(Section):
 
     encoding: SignalEncoding = ThresholdSignals(kind="threshold")
     server: SignalServer | None = Field(
-        None, description="Score on this server, not with a local model; for the encoding top_k."
+        None,
+        description="Score on this server: log-probabilities of prompts for the encoding top_k, "
+        "hidden states for the others.",
+    )
+    vllm: VllmEngine | None = Field(
+        None, description="Let vLLM on this machine read the text, and record its hidden states."
     )
     answers: AnswerSignals | None = Field(
         None,
@@ -178,13 +185,36 @@ class SignalsRecipe(Section):
 
     @model_validator(mode="after")
     def _one_origin(self) -> SignalsRecipe:
-        given = self.server is not None or self.encoding != ThresholdSignals(kind="threshold")
+        scored = self.server is not None or self.vllm is not None
+        given = scored or self.encoding != ThresholdSignals(kind="threshold")
         if self.store is not None and given:
-            raise ValueError("a finished store is only read: remove encoding and server, or store")
+            raise ValueError(
+                "a finished store is only read: remove encoding, server and vllm, or store"
+            )
         if self.answers is not None and (given or self.store is not None):
-            raise ValueError("answers have their own encoding: remove encoding, server and store")
+            raise ValueError(
+                "answers have their own encoding: remove encoding, server, vllm and store"
+            )
+        if self.server is not None and self.vllm is not None:
+            raise ValueError("one of them scores the text: remove server or vllm")
         if self.store is None and self.answers is None and self.missing == "live":
             raise ValueError("missing applies only to a given store: set store, or remove the key")
-        if self.server is not None and not isinstance(self.encoding, TopKSignals):
-            raise ValueError("a server returns top tokens: set encoding.kind to top_k")
         return self
+
+    @property
+    def top_tokens(self) -> bool:
+        """Whether a server returns the most likely tokens instead of hidden states."""
+        return self.server is not None and isinstance(self.encoding, TopKSignals)
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether recording reads the teacher's weights; otherwise its configuration and tokenizer
+        are enough."""
+        if self.server is not None:
+            return not isinstance(self.encoding, TopKSignals | HiddenSignals)
+        return self.answers is None
+
+    @property
+    def local(self) -> bool:
+        """Whether this process runs the teacher's forward passes."""
+        return not (self.store or self.server or self.vllm or self.answers)

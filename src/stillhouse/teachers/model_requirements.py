@@ -14,7 +14,7 @@ MOST_LAYERS = 2000
 _GENERATION = "generation_config.json"
 INSTEAD = (
     "give the model that is not quantized, a .gguf file of it, or let vLLM run it "
-    "(signals.server; synthesize.teacher.api)"
+    "(signals.vllm, signals.server; synthesize.teacher)"
 )
 
 

@@ -71,31 +71,24 @@ def record(
     out: Path,
     *,
     student_head: LMHead | None = None,
+    alone: bool = False,
 ) -> Manifest:
     """Record the teacher's signal for every supervised token, or resume an unfinished store.
 
-    Under torchrun, every process calls this and scores its share of the batches.
-    student_head: for the encoding frozen_head only.
+    Under torchrun, every process calls this and scores its share of the batches; with `alone`, one
+    process scores all of them. student_head: for the encoding frozen_head only.
     Raises SignalError if `out` was begun with other settings, StoreError if it is damaged or
     the disk is full; what was recorded is kept.
     """
-    open_group()
-    total = sum(len(text) * len(text[0]["labels"]) for text in texts)
     recorder = recorder_of(settings, student_head)
-    with (
-        lost_process(world_size()),
-        StoreWriter(out, settings) as writer,
-        bar("signals", total=total) as advance,
-    ):
-        for batch in _own_batches(texts, teacher.tokens_together):
-            segments = segments_of(batch)
-            missing_S = writer.missing(segments)
-            if missing_S.any():
-                encoded = encoded_answer(teacher, recorder, batch, segments, missing_S)
-                writer.add(segments.only(missing_S), *encoded)
-            elif teacher.collective:
-                teacher.answer(batch)  # the other processes need its part of the weights
-            advance(batch["labels"].numel() * world_size())
+    if alone:
+        with StoreWriter(out, settings) as writer:
+            _record_share(teacher, texts, recorder, writer, process=0, processes=1)
+            return writer.finish()
+    open_group()
+    with lost_process(world_size()), StoreWriter(out, settings) as writer:
+        own, processes = process_index(), world_size()
+        _record_share(teacher, texts, recorder, writer, process=own, processes=processes)
         writer.flush()
         wait_for_all()
         if leads():
@@ -104,10 +97,33 @@ def record(
         return read_manifest(out)
 
 
-def _own_batches(texts: Sequence[WindowSet], tokens: int) -> Iterator[Batch]:
+def _record_share(
+    teacher: Teacher,
+    texts: Sequence[WindowSet],
+    recorder: Recorder,
+    writer: StoreWriter,
+    *,
+    process: int,
+    processes: int,
+) -> None:
+    total = sum(len(text) * len(text[0]["labels"]) for text in texts)
+    with bar("signals", total=total) as advance:
+        for batch in _own_batches(texts, teacher.tokens_together, process, processes):
+            segments = segments_of(batch)
+            missing_S = writer.missing(segments)
+            if missing_S.any():
+                encoded = encoded_answer(teacher, recorder, batch, segments, missing_S)
+                writer.add(segments.only(missing_S), *encoded)
+            elif teacher.collective:
+                teacher.answer(batch)  # the other processes need its part of the weights
+            advance(batch["labels"].numel() * processes)
+
+
+def _own_batches(
+    texts: Sequence[WindowSet], tokens: int, own: int, processes: int
+) -> Iterator[Batch]:
     """Every n-th batch, for n processes; each process gets equally many, some of them empty."""
     batches = chain.from_iterable(in_order(text, tokens) for text in texts)
-    own, processes = process_index(), world_size()
     while together := list(islice(batches, processes)):
         if own < len(together):
             yield together[own]

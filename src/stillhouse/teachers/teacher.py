@@ -23,6 +23,7 @@ from stillhouse.teachers.activations import ActivationRequest
 from stillhouse.teachers.shared_vocabulary import check_same_vocabulary
 
 if TYPE_CHECKING:
+    from stillhouse.teachers.hidden_teacher import HiddenStateTeacher
     from stillhouse.teachers.local_teacher import LocalTeacher
     from stillhouse.teachers.served_teacher import ServedTeacher
     from stillhouse.teachers.stored_teacher import StoredTeacher
@@ -211,6 +212,52 @@ class Teacher(ABC):
         kept = made(TopKSignals, {"kind": "top_k", "k": k}, "Teacher.served")
         ids = tokenizer.get_vocab().values()
         return ServedTeacher(server, k=kept.k, vocabulary=max(ids) + 1, tokenizer=tokenizer)
+
+    @staticmethod
+    def served_hidden(
+        base_url: str,
+        model: str,
+        checkpoint: str | Path,
+        *,
+        key_env: str | None = None,
+        concurrency: int = 16,
+        dtype: Requested = "auto",
+        trust_remote_code: bool = False,
+    ) -> HiddenStateTeacher:
+        """A vLLM server that runs a pooling model: exact distributions, for every divergence.
+
+        base_url, model, key_env, concurrency: as in `served`. checkpoint: the same model as a
+        folder or Hub id, whose configuration, tokenizer and head are loaded. dtype: of hidden
+        states and head; auto is bfloat16 if this device supports it natively.
+        Raises ModelError as `resolve_model`, EndpointError: the key's variable is not set.
+        """
+        from stillhouse.signals.signals_config import SignalServer
+        from stillhouse.teachers.hidden_server import HiddenStateServer
+        from stillhouse.teachers.hidden_teacher import HiddenStateTeacher
+        from stillhouse.teachers.load_model import load_config, load_tokenizer
+        from stillhouse.teachers.model_source import resolve_model
+        from stillhouse.teachers.shared_vocabulary import check_rows
+        from stillhouse.teachers.stored_head import load_head
+
+        values: dict[str, Any] = {"base_url": base_url, "model": model, "key_env": key_env}
+        values["concurrency"] = concurrency
+        server = made(SignalServer, values, "Teacher.served_hidden")
+        folder = resolve_model(str(checkpoint), base=Path.cwd()).path
+        found = choose_precision(dtype, default_device()).dtype
+        config = load_config(folder, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+        head = load_head(folder, dtype=found, trust_remote_code=trust_remote_code)
+        text = config.get_text_config()
+        source = HiddenStateServer(
+            server, last=text.num_hidden_layers, width=text.hidden_size, dtype=found
+        )
+        return HiddenStateTeacher(
+            source,
+            config,
+            vocabulary=check_rows(tokenizer, head.weight_VD.shape[0], "teacher"),
+            tokenizer=tokenizer,
+            head=head,
+        )
 
 
 def check_tokenizers(teacher: Teacher, student: Any) -> None:

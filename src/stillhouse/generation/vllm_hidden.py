@@ -1,0 +1,95 @@
+"""Hidden states from vLLM on this machine, in this process or in one of another Python.
+
+Shapes: L tokens of a prompt, D hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from stillhouse.errors import ModelError
+from stillhouse.generation.vllm_engine import (
+    SIGNALS,
+    Engine,
+    engine_options,
+    require_vllm,
+    start_engine,
+    vllm_failed,
+)
+from stillhouse.generation.vllm_worker import POOLING
+from stillhouse.vllm_config import VllmEngine
+
+
+@dataclass
+class VllmHiddenStates:
+    """kept: layers before the last one, in the order in which the engine returns them. last: number
+    of the last layer."""
+
+    engine: Engine
+    described: str
+    kept: tuple[int, ...]
+    last: int
+
+    @property
+    def layers(self) -> frozenset[int]:
+        return frozenset(self.kept)
+
+    def read(
+        self, prompts: Sequence[list[int]], layers: Sequence[int]
+    ) -> list[Mapping[int, Tensor]]:
+        """See `HiddenStateSource`."""
+        longest = max(map(len, prompts), default=0)
+        if longest > self.engine.window:
+            raise ModelError(
+                f"a document has {longest:,} tokens, and vLLM reads {self.engine.window:,}",
+                where=SIGNALS,
+                fix=f"set signals.vllm.context to at least {longest}, or lower data.context",
+            )
+        try:
+            found = self.engine.hidden_states(list(prompts))
+        # It raises errors of many types, including GPU errors.
+        except Exception as error:
+            raise vllm_failed("vLLM stopped", error, SIGNALS) from error
+        numbers = (*self.kept, self.last)
+        return [
+            {
+                number: hidden_LD
+                for number, hidden_LD in zip(numbers, each.chunk(len(numbers), -1), strict=True)
+                if number in layers
+            }
+            for each in found
+        ]
+
+
+@contextmanager
+def opened_hidden_states(
+    section: VllmEngine,
+    path: Path,
+    *,
+    base: Path,
+    layers: Sequence[int],
+    last: int,
+    seed: int,
+    trust_remote_code: bool,
+) -> Iterator[VllmHiddenStates]:
+    """The model in a folder, run by vLLM, which releases its memory at the end.
+
+    layers: those that are read. last: number of the last one. Raises ModelError: something is not
+    installed, too few GPUs, or vLLM cannot load the model.
+    """
+    require_vllm(section, base, where=SIGNALS)
+    kept = tuple(sorted(set(layers) - {last}))
+    options = engine_options(section, path, seed=seed, trust_remote_code=trust_remote_code)
+    options |= POOLING
+    if kept:
+        options["enforce_eager"] = True  # hooks on layers do not run in a compiled model
+    engine = start_engine(section, options, base, kept, where=SIGNALS)
+    try:
+        yield VllmHiddenStates(engine, f"{path.name} in vLLM", kept, last)
+    finally:
+        engine.close()

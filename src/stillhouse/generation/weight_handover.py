@@ -1,0 +1,136 @@
+"""Weights from a training to an engine, and the proof that they arrived.
+
+Shapes: R = 1 row, L tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+from stillhouse.disk_errors import disk_errors
+from stillhouse.errors import ModelError
+from stillhouse.generation.vllm_engine import ROLLOUTS, Writer, vllm_failed
+
+PROMPT_TOKENS, ROW_TOKENS = 8, 32
+"""Of the row that is compared."""
+HEAD = "lm_head.weight"
+
+
+class WeightEngine(Writer, Protocol):
+    """An engine whose weights can be replaced."""
+
+    def load_weights(self, folder: Path) -> None: ...
+
+
+@torch.no_grad()
+def save_weights(
+    model: Any, folder: Path, dtype: torch.dtype | None = None, *, head_too: bool = False
+) -> None:
+    """Write a model as a checkpoint, over the one before.
+
+    dtype: of the weights; None: as they are. head_too: also write a head that is tied to the
+    embeddings, for an engine that holds both. Raises RunError if the disk is full, ModelError for a
+    sharded model.
+    """
+    state = model.state_dict()
+    if any(isinstance(tensor, DTensor) for tensor in state.values()):
+        raise ModelError(
+            "the weights of a sharded student cannot be handed over",
+            where=ROLLOUTS,
+            fix="use generator.kind: local, or train.shard: none or teacher",
+        )
+    if dtype is not None:
+        # Tied weights stay one tensor, which is written once.
+        cast = {
+            tensor.data_ptr(): tensor.to(dtype)
+            for tensor in state.values()
+            if tensor.is_floating_point()
+        }
+        state = {name: cast.get(tensor.data_ptr(), tensor) for name, tensor in state.items()}
+    with disk_errors(folder, elsewhere="give the weights a folder on a larger disk"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("*.safetensors*"):
+            old.unlink()
+        # In one file: vLLM reads every *.safetensors of a folder without an index.
+        model.save_pretrained(folder, state_dict=state, max_shard_size="100TB")
+        if head_too and model.config.get_text_config().tie_word_embeddings:
+            weight_VD = model.get_output_embeddings().weight
+            tied = {HEAD: weight_VD.detach().to(dtype or weight_VD.dtype).contiguous()}
+            save_file(tied, folder / "head.safetensors", metadata={"format": "pt"})
+
+
+def hand_over(
+    engine: WeightEngine,
+    model: Any,
+    folder: Path,
+    *,
+    tolerance: float,
+    dtype: torch.dtype | None = None,
+    head_too: bool = False,
+) -> float:
+    """Give the engine the model's weights, through a checkpoint in `folder`, and compare.
+
+    dtype, head_too: as in `save_weights`. Returns the difference that `require_same_weights` finds.
+    Raises ModelError as it does, or if the engine cannot load them.
+    """
+    save_weights(model, folder, dtype, head_too=head_too)
+    try:
+        engine.load_weights(folder)
+    except ModelError:
+        raise
+    # It raises errors of many types, including GPU errors.
+    except Exception as error:
+        raise vllm_failed("vLLM cannot load the student's weights", error, ROLLOUTS) from error
+    return require_same_weights(engine, model, tolerance=tolerance)
+
+
+def require_same_weights(engine: Writer, model: Any, *, tolerance: float) -> float:
+    """Compare the log-probabilities of one row, engine against model.
+
+    The engine writes the row, at temperature 1. Returns the mean absolute difference in nats per
+    token; raises ModelError if it is above `tolerance`, or not a number.
+    """
+    chance = torch.Generator().manual_seed(0)
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    prompt = torch.randint(vocabulary, (PROMPT_TOKENS,), generator=chance).tolist()
+    sampling = {"temperature": 1.0, "seed": 0, "max_tokens": ROW_TOKENS, "logprobs": 0}
+    try:
+        (row,) = engine.generate([{"prompt": prompt, "sampling": {**sampling, "ignore_eos": True}}])
+    except ModelError:
+        raise
+    except Exception as error:
+        raise vllm_failed("vLLM stopped", error, ROLLOUTS) from error
+    theirs_L = torch.tensor(row["logprobs"] or [], dtype=torch.float64)
+    ours_L = log_probabilities(model, prompt, row["ids"])
+    if not len(theirs_L) or theirs_L.shape != ours_L.shape:
+        raise ModelError(
+            f"the engine returns {len(theirs_L)} log-probabilities for {len(ours_L)} tokens",
+            where=ROLLOUTS,
+            fix="use a vLLM that returns the log-probabilities of its tokens",
+        )
+    apart = float((theirs_L - ours_L).abs().mean())
+    if not apart <= tolerance:
+        raise ModelError(
+            f"after the weights were handed over, the engine's log-probabilities differ from the "
+            f"student's by {apart:.3g} nats/token, and {tolerance:g} are allowed: it has other "
+            "weights, or computes in another precision",
+            where=ROLLOUTS,
+            fix="set dtype: float32, or raise tolerance if the engine's precision is the cause; "
+            "otherwise start the engine with this student",
+        )
+    return apart
+
+
+@torch.no_grad()
+def log_probabilities(model: Any, prompt: list[int], ids: list[int]) -> torch.Tensor:
+    """The model's log-probability of each token of `ids` after `prompt`, at temperature 1: [L] in
+    float64."""
+    ids_RL = torch.tensor([[*prompt, *ids]], device=model.device)
+    logits_LV = model(input_ids=ids_RL, use_cache=False).logits[0, len(prompt) - 1 : -1]
+    log_p_LV = logits_LV.double().log_softmax(-1)
+    return log_p_LV.gather(1, ids_RL[0, len(prompt) :, None])[:, 0].cpu()
