@@ -12,7 +12,6 @@ alternation.
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -24,9 +23,9 @@ import torch
 
 import stillhouse as sh
 from bench.common import Bar, commit, earlier, write_results
-from stillhouse.data.batches import Batches, in_order
-from stillhouse.data.shift import supervised_targets
+from stillhouse.data.batches import Batches
 from stillhouse.evaluation.fidelity import compare, heldout_answers
+from stillhouse.evaluation.text_bytes import bits_per_byte, supervised_bytes
 from stillhouse.hardware import choose_precision, default_device, machine
 from stillhouse.objectives import Term, fused_loss
 from stillhouse.objectives.objective_config import LogitsTerm
@@ -36,7 +35,6 @@ from stillhouse.teachers.aligned_teacher import AlignedTeacher
 from stillhouse.teachers.local_teacher import LocalTeacher
 from stillhouse.teachers.roots import make_roots
 from stillhouse.teachers.teacher import Teacher
-from stillhouse.teachers.text_tokens import TextTokens
 
 CONTEXT = 256
 FFN_SIZE = 1024
@@ -221,18 +219,13 @@ def measure_training(
 
 def ruler(model: Any, own: LocalTeacher, heldout: Batches) -> dict[str, float]:
     """Bits per byte of the held-out text, and KL to the student's own model, in nats/token."""
-    tokens = TextTokens(own.tokenizer)
-    windows = list(in_order(heldout, CONTEXT))
-    size = sum(
-        int(tokens.lengths_V[supervised_targets(batch["labels"]).numpy()].sum())
-        for batch in windows
-    )
-    count = sum(len(supervised_targets(batch["labels"])) for batch in windows)
     rows = [heldout[i] for i in range(len(heldout))]
     answers = heldout_answers(own.model, rows)
     found = compare(answers, heldout_answers(model, rows), own.vocabulary)
+    bits = bits_per_byte(found, supervised_bytes(own.tokenizer, rows))
+    assert bits is not None
     return {
-        "bits_per_byte": math.log2(found.perplexity) * count / size,
+        "bits_per_byte": bits,
         "kl": found.kl,
         "perplexity": found.perplexity,
     }

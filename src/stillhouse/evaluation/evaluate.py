@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from stillhouse.evaluation.speed import (
     measure_peak_memory,
     measure_rates,
 )
+from stillhouse.evaluation.text_bytes import bits_per_byte, supervised_bytes
 from stillhouse.hardware import Precision, default_device
 from stillhouse.launch import leads, world_size
 from stillhouse.processes import lost_process, open_group
@@ -210,6 +212,10 @@ class _Measuring:
     _written: dict[str, list[str]] = field(default_factory=dict)
     _teacher: HeldoutAnswers | None = None
 
+    @cached_property
+    def _bytes(self) -> int | None:
+        return supervised_bytes(self.tokenizer, self.windows)
+
     def add(
         self, role: str, model: Any, bytes_on_disk: int, sharded: ShardedTeacher | None = None
     ) -> None:
@@ -224,6 +230,7 @@ class _Measuring:
                 )
             self._teacher = self._teacher or answers
             fidelity = compare(answers, self._teacher, self.vocabulary, together=self.together)
+        fidelity = replace(fidelity, bits_per_byte=bits_per_byte(fidelity, self._bytes))
         size = count_parameters(model)
         self.results[role] = ModelResult(
             role=role,

@@ -110,6 +110,13 @@ _FIDELITY = (
         "better. Percent: the teacher's perplexity ÷ the model's.",
     ),
     Metric(
+        "Bits per byte, held-out text",
+        ("fidelity", "bits_per_byte"),
+        _perplexity,
+        "Bits per byte: the negative log-likelihood of the text in bits ÷ its bytes, comparable "
+        "across tokenizers; lower is better.",
+    ),
+    Metric(
         "Calibration error",
         ("fidelity", "calibration_error"),
         _percent,
@@ -146,7 +153,7 @@ _OWN_TEXT = (
     Metric("Own text: answers cut off", ("own_text", "cut_off"), _percent, _OWN_FORM),
     Metric("Own text: tokens per answer", ("own_text", "length"), text.digits),
 )  # fmt: skip
-_WITHOUT_REMARK = (_FIDELITY[0], _FIDELITY[3], *_OWN_TEXT)
+_WITHOUT_REMARK = (_FIDELITY[0], *_FIDELITY[3:], *_OWN_TEXT)
 
 
 @metrics_of.register
@@ -290,6 +297,7 @@ _FAMILY = (
     Metric("Recovered", ("recovered",), text.percent,
            "Recovered: the share of the pruning's KL that training took back."),
     Metric("Perplexity, held-out text", ("student", "fidelity", "perplexity"), _perplexity),
+    Metric("Bits per byte, held-out text", ("student", "fidelity", "bits_per_byte"), _perplexity),
     Metric("Decoding, relative to the teacher", ("decoding",),
            lambda value: f"{value:.2f}{text.NBSP}×"),
     Metric("Peak memory", ("student", "speed", "peak_memory_bytes"), text.size),

@@ -47,6 +47,8 @@ class Fidelity:
     top1_agreement: fraction of positions where both models have the same top-1 token.
     calibration_error: expected calibration error of the top-1 probability, 15 equal-width bins.
     tokens: supervised positions measured.
+    bits_per_byte: the same likelihood in bits, per byte of text, comparable across tokenizers; None
+    if the tokenizer does not define the bytes of its tokens.
     """
 
     perplexity: float
@@ -54,6 +56,7 @@ class Fidelity:
     top1_agreement: float
     calibration_error: float
     tokens: int
+    bits_per_byte: float | None = None
 
 
 @dataclass(frozen=True)
