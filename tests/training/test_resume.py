@@ -214,7 +214,10 @@ def test_a_checkpoint_is_sealed_once_every_process_has_written_its_part(tmp_path
                 (shards / f"__{rank}_0.distcp").write_bytes(b"shard")
 
     trainer = SimpleNamespace(
-        accelerator=Accelerator(), meter=lambda: checkpoints.Meter(4), metrics=checkpoints.Metrics()
+        accelerator=Accelerator(),
+        meter=lambda: checkpoints.Meter(4),
+        metrics=checkpoints.Metrics(),
+        own=None,
     )
     housekeeping = _Housekeeping(trainer, 3, lambda: None)  # type: ignore[arg-type]
     state = SimpleNamespace(is_world_process_zero=True, global_step=4)
