@@ -9,6 +9,8 @@ from stillhouse.account import forward_flops
 from stillhouse.errors import SignalError
 from stillhouse.finding import Finding
 from stillhouse.generation.kv_cache import GROWTH
+from stillhouse.generation.rollout_config import VllmRollouts
+from stillhouse.generation.vllm_engine import ROLLOUTS, lacks
 from stillhouse.language_model.job import Job
 from stillhouse.language_model.run_models import RunModels
 from stillhouse.number_format import count, seconds, size
@@ -31,6 +33,9 @@ def require_on_policy(job: Job) -> Iterator[Finding]:
     section = job.recipe.train.on_policy
     if section is None or section.share == 0:
         return
+    if isinstance(section.generator, VllmRollouts):
+        for level, text, fix in lacks(section.generator, job.base, key=ROLLOUTS):
+            yield Finding(level, "vLLM", text, fix)
     signals = job.recipe.signals
     if signals is not None and signals.store is not None and signals.missing != "live":
         raise SignalError(

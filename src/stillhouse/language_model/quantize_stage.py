@@ -78,6 +78,7 @@ def plan_quantized_training(
             seed=job.recipe.seed,
             folder=out,
             prompts=own_prompts(job, start),
+            base=job.base,
         )
         summary = {**rounded.summary, "training": result.summary()}
         return training_outcome(result, summary)

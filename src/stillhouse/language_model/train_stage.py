@@ -101,6 +101,7 @@ def _training(
             seed=job.recipe.seed,
             folder=out,
             prompts=own_prompts(job, start),
+            base=job.base,
         )
         return training_outcome(result, result.summary())
 

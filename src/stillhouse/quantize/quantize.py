@@ -218,6 +218,7 @@ def train_quantized(
     heldout: Batches | None = None,
     seed: int = 0,
     prompts: OwnPrompts | None = None,
+    base: Path = Path(),
 ) -> TrainingResult:
     """Continue distilling the unquantized student, with its weights rounded at every step.
 
@@ -237,6 +238,7 @@ def train_quantized(
         folder=folder / TRAINING,
         callbacks=[RoundedWeights(quantization)],
         prompts=prompts,
+        base=base,
     )
     if leads():
         # From its file: a process may have only a part of it in memory.

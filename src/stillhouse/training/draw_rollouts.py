@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,14 +13,13 @@ from torch.distributed.fsdp import FSDPModule
 
 from stillhouse.generation.generator import Continuation, Generator, TokenPrompt
 from stillhouse.generation.local_generator import LocalGenerator
+from stillhouse.generation.rollout_config import VllmRollouts, VllmServerRollouts
+from stillhouse.generation.vllm_rollouts import OpenGenerator, server_rollouts, vllm_rollouts
+from stillhouse.launch import process_index
 from stillhouse.teachers.short_attention import NAME as SHORT_ATTENTION
 from stillhouse.training.on_policy_config import OnPolicyRecipe
 from stillhouse.training.rollouts import Rollout
 from stillhouse.training.step_rows import Slot
-
-OpenGenerator = Callable[[Any, frozenset[int]], AbstractContextManager[Generator]]
-"""(the student's model, tokens that end an answer) → a generator that has its weights as they
-are."""
 
 
 @contextmanager
@@ -71,6 +71,38 @@ def local_generator(batch: int, dtype: torch.dtype) -> OpenGenerator:
             elif narrow:
                 ready.enter_context(narrowed(model, dtype))
             yield LocalGenerator(model, ends, batch=batch)
+
+    return opened
+
+
+@contextmanager
+def rollout_generator(
+    section: OnPolicyRecipe | None, dtype: torch.dtype, folder: Path, *, base: Path, seed: int
+) -> Iterator[OpenGenerator]:
+    """What writes the student's text in a training, until its end.
+
+    dtype: of the student's products. folder: for weights that are handed over. base: where a
+    relative `generator.python` starts. Raises ModelError as `vllm_rollouts` and `server_rollouts`.
+    """
+    own = None if section is None else section.generator
+    if isinstance(own, VllmRollouts):
+        weights = folder / f"weights-{process_index()}"
+        with vllm_rollouts(own, weights, base=base, seed=seed) as opened:
+            yield as_trained(opened, dtype)
+    elif isinstance(own, VllmServerRollouts):
+        with server_rollouts(own) as opened:
+            yield as_trained(opened, dtype)
+    else:
+        yield local_generator(32 if section is None else section.batch, dtype)
+
+
+def as_trained(engine: OpenGenerator, dtype: torch.dtype) -> OpenGenerator:
+    """An engine for a model that is being trained: it gets weights as matrix products read them."""
+
+    @contextmanager
+    def opened(model: Any, ends: frozenset[int]) -> Iterator[Generator]:
+        with able_to_generate(model), narrowed(model, dtype), engine(model, ends) as generator:
+            yield generator
 
     return opened
 

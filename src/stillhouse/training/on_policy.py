@@ -16,7 +16,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from accelerate.utils import gather_object
 from torch import nn
 
@@ -25,6 +24,7 @@ from stillhouse.data.turn_end import end_of_answers
 from stillhouse.errors import SignalError, TrainingError
 from stillhouse.generation.generator import Continuation, TokenPrompt
 from stillhouse.generation.local_generator import LocalGenerator
+from stillhouse.generation.vllm_rollouts import OpenGenerator
 from stillhouse.launch import leads
 from stillhouse.objectives.objective_config import ObjectiveRecipe
 from stillhouse.progress import note
@@ -32,9 +32,7 @@ from stillhouse.students.student import Student
 from stillhouse.teachers.local_teacher import LocalTeacher
 from stillhouse.teachers.teacher import Teacher, TeacherNeeds
 from stillhouse.training.draw_rollouts import (
-    OpenGenerator,
     able_to_generate,
-    local_generator,
     slot_seed,
     write_answers,
 )
@@ -93,7 +91,8 @@ class OnPolicy:
         self._window: int | None = None
         self._rollouts: dict[int, Rollout] = {}
         self._warned = False
-        settings = section.model_dump(mode="json", exclude={"prompts", "batch"})
+        settings = section.model_dump(mode="json", exclude={"prompts", "batch", "generator"})
+        settings["generator"] = section.generator.kind
         found = [settings, prompts.fingerprint, plan.seed, plan.batch, plan.context]
         found.append(plan.cold_steps)
         self.identity = hashlib.sha256(json.dumps(found).encode()).hexdigest()
@@ -271,14 +270,14 @@ def own_text(
     batch: int,
     steps: int,
     micro: Micro,
-    dtype: torch.dtype,
+    generator: OpenGenerator,
     seed: int,
     folder: Path | None,
 ) -> OnPolicy | None:
     """The text that the student writes in a training; None if it writes none.
 
-    prompts: None: the chats of `batches`. batch: rows of a step. dtype: of the products.
-    Raises DataError as `prompts_of_windows` and `require_room`.
+    prompts: None: the chats of `batches`. batch: rows of a step. generator: opens one on the
+    student. Raises DataError as `prompts_of_windows` and `require_room`.
     """
     if section is None or section.share == 0:
         return None
@@ -299,7 +298,6 @@ def own_text(
         context=batches.context,
         seed=seed,
     )
-    generator = local_generator(section.batch, dtype)
     return OnPolicy(section, prompts, plan, micro, steps=steps, generator=generator, folder=folder)
 
 

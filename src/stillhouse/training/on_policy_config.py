@@ -18,6 +18,7 @@ from stillhouse.field_types import (
     Tokens,
     TokensOrZero,
 )
+from stillhouse.generation.rollout_config import LocalRollouts, RolloutsRecipe
 from stillhouse.objectives.objective_config import LogitsTerm
 from stillhouse.section import Section
 from stillhouse.synthesis.prompts_config import PromptFormat
@@ -81,7 +82,10 @@ class OnPolicyRecipe(Section):
     teacher_tokens: TokensOrZero = Field(
         0, description="Tokens at the start of each answer that the teacher writes."
     )
-    batch: Count = Field(32, description="Answers generated at once.")
+    batch: Count = Field(32, description="generator.kind local: answers generated at once.")
+    generator: RolloutsRecipe = Field(
+        LocalRollouts(), description="What writes the answers: this process, or vLLM."
+    )
 
     @model_validator(mode="after")
     def _terms_are_for_own_text(self) -> OnPolicyRecipe:

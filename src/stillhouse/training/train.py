@@ -33,6 +33,7 @@ from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.teacher import Teacher
 from stillhouse.training import checkpoints
 from stillhouse.training.checkpoints import CHECKPOINTS, Meter, Metrics
+from stillhouse.training.draw_rollouts import rollout_generator
 from stillhouse.training.on_policy import own_text
 from stillhouse.training.own_prompts import OwnPrompts
 from stillhouse.training.resuming import train_from_newest
@@ -127,12 +128,14 @@ def train(
     folder: Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     prompts: OwnPrompts | None = None,
+    base: Path = Path(),
 ) -> TrainingResult:
     """Train the student in place, in float32.
 
     teacher: None if no term needs one. heldout: measured every `settings.evaluate_every` steps.
     callbacks: additional transformers callbacks; their `model` is a `Distillation`.
     prompts: for `settings.on_policy`; None: the chats of `batches`, without their last answer.
+    base: where relative paths of `settings.on_policy` start.
     folder: receives `model` (a plain Hugging Face folder), `metrics.jsonl`, and `checkpoints`; a
     run that was killed resumes from the newest checkpoint that loads, and ends with the same
     weights as an uninterrupted run. None: nothing is written.
@@ -166,7 +169,7 @@ def train(
             batch=settings.batch_size,
             steps=plan.steps,
             micro=Micro(plan.micro, process_index(), plan.processes),
-            dtype=precision.dtype,
+            generator=generator,
             seed=seed,
             folder=folder,
         )
@@ -199,6 +202,9 @@ def train(
         lost_process(plan.processes),
         bar("train", total=plan.steps * step_tokens) as advance,
         _checkpoint_folder(folder) as written,
+        rollout_generator(
+            settings.on_policy, precision.dtype, written, base=base, seed=seed
+        ) as generator,
         _as_it_came(student),
     ):
         trainer = train_from_newest(written, make, steps=plan.steps)

@@ -45,7 +45,8 @@ def training_key(settings: TrainRecipe) -> dict[str, Any]:
     found = settings.model_dump(mode="json", exclude={"report_to", "teachers", *WHERE_IT_RUNS})
     own = found.pop("on_policy")
     if own is not None:
-        found["on_policy"] = {key: value for key, value in own.items() if key != "batch"}
+        found["on_policy"] = {**own, "generator": own["generator"]["kind"]}
+        del found["on_policy"]["batch"]
     return found
 
 
@@ -108,4 +109,15 @@ class TrainRecipe(Section):
     def _early_stop_needs_measurements(self) -> TrainRecipe:
         if self.early_stop is not None and self.evaluate_every is None:
             raise ValueError("early_stop needs evaluate_every: set both, or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _engine_gets_complete_weights(self) -> TrainRecipe:
+        own = self.on_policy
+        engine = own is not None and own.generator.kind != "local"
+        if engine and self.shard in ("student", "both"):
+            raise ValueError(
+                "the weights of a sharded student are not handed over to vLLM: set shard to none "
+                "or teacher, or on_policy.generator.kind to local"
+            )
         return self
