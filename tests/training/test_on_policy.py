@@ -343,3 +343,20 @@ def test_a_cold_start_learns_from_data_first(setting: Setting, tmp_path: Path) -
     assert [row["own_tokens"] > 0 for row in rows[0]] == [False, False, True, True]
     for key in ("loss", "forward_kl", "tokens"):
         assert [row[key] for row in rows[0][:2]] == [row[key] for row in rows[1][:2]]
+
+
+@pytest.mark.parametrize("far", [0.0, 1e9])
+def test_a_student_far_from_its_teacher_on_its_own_text_is_a_warning(
+    setting: Setting,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    far: float,
+) -> None:
+    """Measured before the first step on own text, which does not change."""
+    run(setting, tmp_path / "plain", HALF, max_steps=2)
+    capfd.readouterr()
+    monkeypatch.setattr(on_policy, "FAR", far)
+    run(setting, tmp_path / "other", HALF, max_steps=2)
+    assert ("times that on the data" in capfd.readouterr().err) is (far == 0.0)
+    assert difference(tmp_path / "other", tmp_path / "plain") == 0

@@ -12,10 +12,13 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
@@ -27,20 +30,24 @@ from stillhouse.generation.local_generator import LocalGenerator
 from stillhouse.generation.vllm_rollouts import OpenGenerator
 from stillhouse.launch import leads
 from stillhouse.objectives.objective_config import ObjectiveRecipe
+from stillhouse.processes import with_gathered
 from stillhouse.progress import note
 from stillhouse.students.student import Student
 from stillhouse.teachers.local_teacher import LocalTeacher
 from stillhouse.teachers.teacher import Teacher, TeacherNeeds
+from stillhouse.training.distillation import Distillation
 from stillhouse.training.draw_rollouts import (
     able_to_generate,
     slot_seed,
     write_answers,
 )
+from stillhouse.training.heldout import measure_heldout
 from stillhouse.training.objective import Objective, objective_for
 from stillhouse.training.on_policy_config import OnPolicyRecipe
 from stillhouse.training.own_measures import measure_rollouts
 from stillhouse.training.own_prompts import OwnPrompts, prompts_of_windows, require_room
 from stillhouse.training.rollouts import (
+    OwnBatch,
     Rollout,
     forget_rollouts,
     read_rollouts,
@@ -53,6 +60,8 @@ from stillhouse.training.turn_agreement import require_same_end
 
 MOSTLY = 0.5
 """The share of answers that are cut off above which a warning is given."""
+FAR = 3.0
+"""Times that the KL on own text is that on the data, above which a warning is given."""
 WHERE = "train.on_policy"
 
 
@@ -187,6 +196,35 @@ class OnPolicy:
         if self.window_start(step) not in (None, step) and not self.load(step):
             raise TrainingError(f"the rollouts of step {step} are missing or damaged")
 
+    def begin(
+        self,
+        step: int,
+        module: Distillation,
+        callbacks: Sequence[Any],
+        accelerator: Accelerator,
+        *,
+        sharded: bool,
+    ) -> dict[str, float] | None:
+        """Let the student write the rollouts of a step's window, unless they are there. Every
+        process must call this before each step.
+
+        Returns the row of measurements if the window begins with this step.
+        """
+        if self.holds(step):
+            return None
+        speed: dict[str, float] = {}
+        lacking = torch.tensor(float(not self.load(step)), device=accelerator.device)
+        if float(accelerator.reduce(lacking)) > 0:
+            with ExitStack() as opened:
+                for callback in callbacks:
+                    if isinstance(callback, ShipsOtherWeights):
+                        opened.enter_context(callback.as_shipped(module))
+                draw = partial(self.draw, step, module.student)
+                speed = with_gathered(module, draw) if sharded else draw()
+            accelerator.wait_for_everyone()
+        begins = self.window_start(step) == step
+        return {"step": step, **self.measured(), **speed} if begins else None
+
     def draw(self, step: int, student: Any) -> dict[str, float]:
         """Generate the rollouts of the window that begins at this step. Every process must call
         this, and writes its share.
@@ -222,6 +260,33 @@ class OnPolicy:
                 f"learn to stop from data first ({WHERE}.cold_start_tokens)"
             )
         return found
+
+    def compare_kinds(
+        self, model: nn.Module, batches: Sequence[Batch], accelerator: Accelerator
+    ) -> None:
+        """Before the first step on own text: warn if the student is much farther from its teacher
+        there than on the data. Every process must call this.
+
+        model: a `Distillation` in eval mode, or a wrapper of one. batches: of the step.
+        """
+        kinds = [
+            [one for one in batches if isinstance(one, OwnBatch) is written]
+            for written in (False, True)
+        ]
+        if not all(kinds):
+            return
+        found = []
+        for kind in kinds:
+            here = [{k: each.to(accelerator.device) for k, each in one.items()} for one in kind]
+            found.append(measure_heldout(model, self.teacher, here, accelerator)["heldout_kl"])
+        data, own = found
+        if own > FAR * data and leads():
+            note(
+                f"warning: the student's KL to the teacher is {own:.3g} nats/token on its own "
+                f"text, {own / max(data, 1e-9):.1f} times that on the data ({data:.3g}): let it "
+                f"learn from data first ({WHERE}.cold_start_tokens), for example for a fifth of "
+                "the training"
+            )
 
     def forget(self, before: int) -> None:
         """Delete rollouts that no training can need that resumes at a step, or later."""

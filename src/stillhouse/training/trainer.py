@@ -8,9 +8,8 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from stillhouse.data.windows import ARRAYS
 from stillhouse.errors import RecipeError
 from stillhouse.objectives import Tally
 from stillhouse.objectives.objective_config import ObjectiveRecipe, ObjectiveTerm
-from stillhouse.processes import release_gathered, shard, sharding_mesh, with_gathered
+from stillhouse.processes import release_gathered, shard, sharding_mesh
 from stillhouse.students.student import Student
 from stillhouse.teachers.load_model import load_model
 from stillhouse.teachers.packed_attention import use_attention
@@ -41,7 +40,7 @@ from stillhouse.training.heldout import (
     measurements_since_best,
 )
 from stillhouse.training.objective import Objective
-from stillhouse.training.on_policy import OnPolicy, ShipsOtherWeights
+from stillhouse.training.on_policy import OnPolicy
 from stillhouse.training.partition import ProcessBatches, row_loader
 from stillhouse.training.resuming import ResumingTrainer
 from stillhouse.training.rollouts import OwnBatch
@@ -200,10 +199,8 @@ class DistillationTrainer(ResumingTrainer):
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Any]:
         if self.own is not None:
-            step = self.state.global_step
-            self._begin_window(self.own, step)
             given = list(itertools.islice(epoch_iterator, num_batches))
-            self._own_tokens += self.own.place(step, given)
+            self._place_own_text(self.own, given)
             epoch_iterator = iter(given)
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._tokens = self._tokens + items  # a tensor on a GPU: read only when it is logged
@@ -228,24 +225,20 @@ class DistillationTrainer(ResumingTrainer):
         every: Tensor = self.accelerator.gather(torch.tensor([own]).to(device, non_blocking=True))
         return every.sum()
 
-    def _begin_window(self, own: OnPolicy, step: int) -> None:
-        """Let the student write its rollouts, unless those of the step are there."""
-        if own.holds(step):
-            return
-        speed: dict[str, float] = {}
-        lacking = torch.tensor(float(not own.load(step)), device=self.args.device)
-        if float(self.accelerator.reduce(lacking)) > 0:
-            with ExitStack() as opened:
-                for callback in self.callback_handler.callbacks:
-                    if isinstance(callback, ShipsOtherWeights):
-                        opened.enter_context(callback.as_shipped(self._distillation))
-                module = self._distillation
-                draw = partial(own.draw, step, module.student)
-                speed = with_gathered(module, draw) if self._sharded else draw()
-            self.accelerator.wait_for_everyone()
-        if own.window_start(step) == step:
+    def _place_own_text(self, own: OnPolicy, batches: list[Batch]) -> None:
+        """Put the student's own text into a step's micro-batches; it is written if need be."""
+        step, module = self.state.global_step, self._distillation
+        callbacks = self.callback_handler.callbacks
+        row = own.begin(step, module, callbacks, self.accelerator, sharded=self._sharded)
+        if row is not None:
             self._processed_tokens += own.processed_tokens
-            self.metrics.append({"step": step, **own.measured(), **speed})
+            self.metrics.append(row)
+        self._own_tokens += own.place(step, batches)
+        if step == own.plan.cold_steps:
+            self.model.eval()
+            own.compare_kinds(self.model_wrapped, batches, self.accelerator)
+            if self._sharded:
+                release_gathered(self.model)
 
     # --- checkpoints ---------------------------------------------------------------------------
 
