@@ -15,11 +15,14 @@ import yaml
 
 from stillhouse.check import check_recipe
 from stillhouse.commands import record_signals
-from stillhouse.config.load_recipe import parse_recipe
+from stillhouse.config.load_recipe import load_language_model_recipe, parse_recipe
 from stillhouse.data.data import Data
 from stillhouse.errors import ModelError, RecipeError, SignalError
+from stillhouse.language_model.job import find_models
+from stillhouse.language_model.signals_stage import StoredSignals, training_teacher
 from stillhouse.objectives import Term
 from stillhouse.objectives.objective_config import LogitsTerm, ObjectiveRecipe
+from stillhouse.signals import DenseSignal
 from stillhouse.signals.encodings import Hidden, TopK
 from stillhouse.signals.manifest import Settings
 from stillhouse.signals.shards import open_shard, read_keys
@@ -195,6 +198,28 @@ def test_terms_that_it_cannot_serve_are_rejected_before_it_is_called(
         served.prepare(TeacherNeeds((), needs))
     assert caught.value.fix
     assert not server.asked
+
+
+def test_a_server_also_scores_what_the_student_writes_later(tmp_path: Path) -> None:
+    encoding: dict[str, Any] = {"kind": "hidden"}
+    tiny.save_model(tmp_path / "teacher")
+    (tmp_path / "text.txt").write_text(tiny.text(400))
+    pooling = PoolingServer(tiny.llama())
+    with serving(pooling):
+        signals = {"encoding": encoding, "server": {"base_url": pooling.base_url, "model": "tiny"}}
+        own = {"on_policy": {"max_tokens": 8}}
+        path = write(tmp_path, signals=signals, train=own)
+        stored = StoredSignals(record_signals(path), "key")
+        job = find_models(load_language_model_recipe(path), tmp_path)
+        student = Student(tiny.llama(seed=1), tiny.tokenizer())
+        found = training_teacher(job, job.teachers, stored, student)
+        assert found is not None
+        batch = batch_of(TwoDocuments())
+        (signal,) = found.for_own_text().answer(batch).signals
+    (expected,) = LocalTeacher(pooling.model).answer(batch).signals
+    assert isinstance(signal, DenseSignal)
+    assert isinstance(expected, DenseSignal)
+    torch.testing.assert_close(signal.hidden_ND, expected.hidden_ND, rtol=1e-5, atol=1e-5)
 
 
 # --- vLLM on this machine ------------------------------------------------------------------------

@@ -27,34 +27,12 @@ def engine_teacher(job: Job, encoding: Encoding) -> Iterator[Teacher]:
     """
     section = job.recipe.signals
     assert section is not None
-    config = configs(job)[1]
-    text = config.get_text_config()
-    parameters = planned_size(config).head_once
-    if section.server is not None and isinstance(encoding, TopK):
-        yield ServedTeacher(
-            section.server, k=encoding.k, vocabulary=job.vocabulary, parameters=parameters
-        )
-        return
-    device = default_device()
-    dtype = choose_precision(job.recipe.train.precision, device).dtype
-
-    def teacher(source: HiddenStateSource) -> HiddenStateTeacher:
-        head = None
-        if not isinstance(encoding, Hidden):
-            code = job.trust_remote_code
-            head = load_head(job.teacher.path, dtype=dtype, trust_remote_code=code).to(device)
-        return HiddenStateTeacher(
-            source, config, vocabulary=job.vocabulary, head=head, parameters=parameters
-        )
-
-    last = int(text.num_hidden_layers)
+    only_hidden = isinstance(encoding, Hidden)
     if section.server is not None:
-        served = torch.float32 if dtype == torch.float32 else torch.bfloat16
-        yield teacher(
-            HiddenStateServer(section.server, last=last, width=text.hidden_size, dtype=served)
-        )
+        yield server_teacher(job, encoding, with_head=not only_hidden)
         return
     assert section.vllm is not None
+    last = int(configs(job)[1].get_text_config().num_hidden_layers)
     with opened_hidden_states(
         section.vllm,
         job.teacher.path,
@@ -64,4 +42,45 @@ def engine_teacher(job: Job, encoding: Encoding) -> Iterator[Teacher]:
         seed=job.recipe.seed,
         trust_remote_code=job.trust_remote_code,
     ) as source:
-        yield teacher(source)
+        yield _teacher(job, source, with_head=not only_hidden)
+
+
+def server_teacher(job: Job, encoding: Encoding, *, with_head: bool = True) -> Teacher:
+    """The teacher of `signals.server`: of top tokens for top_k, otherwise of hidden states.
+
+    with_head: load its head, for full distributions. Raises ModelError, EndpointError.
+    """
+    section = job.recipe.signals
+    assert section is not None
+    assert section.server is not None
+    config = configs(job)[1]
+    text = config.get_text_config()
+    if isinstance(encoding, TopK):
+        parameters = planned_size(config).head_once
+        return ServedTeacher(
+            section.server, k=encoding.k, vocabulary=job.vocabulary, parameters=parameters
+        )
+    dtype = _dtype(job)
+    served = torch.float32 if dtype == torch.float32 else torch.bfloat16
+    last, width = int(text.num_hidden_layers), int(text.hidden_size)
+    source = HiddenStateServer(section.server, last=last, width=width, dtype=served)
+    return _teacher(job, source, with_head=with_head)
+
+
+def _teacher(job: Job, source: HiddenStateSource, *, with_head: bool) -> HiddenStateTeacher:
+    config, head = configs(job)[1], None
+    if with_head:
+        code = job.trust_remote_code
+        head = load_head(job.teacher.path, dtype=_dtype(job), trust_remote_code=code)
+        head = head.to(default_device())
+    return HiddenStateTeacher(
+        source,
+        config,
+        vocabulary=job.vocabulary,
+        head=head,
+        parameters=planned_size(config).head_once,
+    )
+
+
+def _dtype(job: Job) -> torch.dtype:
+    return choose_precision(job.recipe.train.precision, default_device()).dtype

@@ -16,7 +16,7 @@ from stillhouse.errors import SignalError
 from stillhouse.generation.request import api_described
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
-from stillhouse.language_model.engine_teacher import engine_teacher
+from stillhouse.language_model.engine_teacher import engine_teacher, server_teacher
 from stillhouse.language_model.job import (
     Job,
     planned_objective,
@@ -218,7 +218,10 @@ def training_teacher(
     # A store of this run lacks no row of the data, but all that the student will write.
     own = job.recipe.train.on_policy is not None and section.store is None
     live = own or section.missing == "live"
-    return StoredTeacher(store, config=config, head=head, load_missing=loads[0] if live else None)
+    load: Callable[[], Teacher] = loads[0]
+    if section.server is not None:  # the server scores what its store lacks
+        load = partial(server_teacher, job, encoding)
+    return StoredTeacher(store, config=config, head=head, load_missing=load if live else None)
 
 
 def _loader(
