@@ -23,8 +23,8 @@ from stillhouse.training.turn_agreement import differing_template, require_same_
 
 TOPIC = "on-policy"
 DECODING = 3.0
-"""Times that a generated token takes of what its operations take in a training step: a batch of
-answers reads all weights for each token. Measured in bench/on_policy on two CPU cores."""
+"""An assumption: how many times as long a generated token takes as its operations in a training
+step. Generation reads all weights for each batch of tokens."""
 
 
 def require_on_policy(job: Job) -> Iterator[Finding]:
