@@ -18,6 +18,7 @@ from stillhouse.errors import ModelError, RunError
 from stillhouse.generation.journal import Journal
 from stillhouse.runfolder import RunFolder
 from stillhouse.training.checkpoints import Meter, seal
+from stillhouse.training.rollouts import Rollout, save_rollouts, window_folder
 from stillhouse.verify_folder import Verified, verify_folder
 from tests import tiny
 from tests.classify import toys
@@ -94,6 +95,13 @@ def test_checkpoints_of_unfinished_stages_are_verified(finished: Path, tmp_path:
     assert problems(found.path) == problems(place.parent) == [found]
     (place / "checkpoint-2" / "complete.json").write_text("{}")
     assert ["complete.json has changed"] in [each.problems for each in problems(run)]
+    save_rollouts(window_folder(place.parent, 4), [Rollout(0, (1, 2, 3), 1, 1, "stop")], "")
+    (place.parent / "rollouts" / "step-old").mkdir()
+    own = place.parent / "rollouts" / "step-00000004"
+    assert [v.kind for v in verify_folder(run) if v.path == own] == ["rollouts"]
+    assert own not in [found.path for found in problems(run)]
+    (own / "tokens.npy").write_bytes((own / "tokens.npy").read_bytes()[:-1] + b"\7")
+    assert own in [found.path for found in problems(run)]
     with RunFolder(run).locked():
         assert not problems(run), "checkpoints come and go while a run trains"
 

@@ -15,6 +15,7 @@ from stillhouse.runfolder import LOCK, MANIFEST, read_manifest
 from stillhouse.signals.manifest import SETTINGS
 from stillhouse.signals.verify import verify as wrong_in_store
 from stillhouse.training.checkpoints import CHECKPOINTS, COMPLETE, checkpoints_in, wrong_in
+from stillhouse.training.rollouts import ROLLOUTS, read_rollouts, rollouts_in
 
 JOURNAL = "answers.sqlite"
 
@@ -31,7 +32,7 @@ class Verified:
 def verify_folder(path: Path) -> Iterator[Verified]:
     """Read every file of a run folder, a stage, a store, an export or a journal.
 
-    Of unfinished stages, and of the folder of a training from Python, the checkpoints are read.
+    Of unfinished stages, and of a training's folder, checkpoints and rollouts are read.
     path: may also be a link to a stage's product. Nothing is changed. Raises RunError if it is none
     of these.
     """
@@ -47,7 +48,7 @@ def verify_folder(path: Path) -> Iterator[Verified]:
     elif (path / SUMS).is_file():
         yield _export(path)
     elif (path / CHECKPOINTS).is_dir():
-        yield from _checkpoints(path)
+        yield from _training(path)
     elif (path / COMPLETE).is_file():
         yield Verified(path, "checkpoint", wrong_in(path))
     else:
@@ -62,7 +63,7 @@ def _run_folder(path: Path) -> Iterator[Verified]:
             yield Verified(stage, "stage", ["it is not a folder"])
     if not _is_running(path):  # checkpoints come and go
         for unfinished in sorted((path / "stages").glob(".*.partial")):
-            yield from _checkpoints(unfinished)
+            yield from _training(unfinished)
     for link in sorted(path.rglob("*")):
         if link.is_symlink() and not link.exists():
             yield Verified(link, "link", ["it leads to nothing: give `stillhouse run` again"])
@@ -79,10 +80,14 @@ def _is_running(path: Path) -> bool:
         return False
 
 
-def _checkpoints(path: Path) -> Iterator[Verified]:
-    for folder in sorted(path.rglob(CHECKPOINTS)):
-        for checkpoint in reversed(checkpoints_in(folder)):
+def _training(path: Path) -> Iterator[Verified]:
+    """What a training needs to resume: its checkpoints, and what the student wrote."""
+    for folder in sorted({p.parent for n in (CHECKPOINTS, ROLLOUTS) for p in path.rglob(n)}):
+        for checkpoint in reversed(checkpoints_in(folder / CHECKPOINTS)):
             yield Verified(checkpoint, "checkpoint", wrong_in(checkpoint))
+        for rollouts in rollouts_in(folder):
+            problems = [] if read_rollouts(rollouts) is not None else ["they have changed"]
+            yield Verified(rollouts, "rollouts", problems)
 
 
 def _stage(path: Path, below: Path | None = None) -> Verified:

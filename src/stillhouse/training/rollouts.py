@@ -23,7 +23,7 @@ from stillhouse.runfolder import flush, flush_tree
 
 ROLLOUTS = "rollouts"
 """The folder in a training's folder that has the rollouts, a folder `step-N` for each window."""
-_ROWS, _TOKENS = "rollouts.json", "tokens.npy"
+_ROWS, _TOKENS, _STEP = "rollouts.json", "tokens.npy", "step-"
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Rollout:
 def window_folder(folder: Path, step: int) -> Path:
     """Where the rollouts are that were generated before optimizer step `step`, from 0. folder:
     the training's."""
-    return folder / ROLLOUTS / f"step-{step:08}"
+    return folder / ROLLOUTS / f"{_STEP}{step:08}"
 
 
 def save_rollouts(folder: Path, rollouts: Sequence[Rollout], identity: str) -> None:
@@ -99,9 +99,15 @@ def read_rollouts(folder: Path, identity: str | None = None) -> list[Rollout] | 
 
 def forget_rollouts(folder: Path, before: int) -> None:
     """Delete the rollouts of windows that began before a step. folder: the training's."""
-    for path in sorted((folder / ROLLOUTS).glob("step-*")):
-        if int(path.name.rpartition("-")[2]) < before:
+    for path in rollouts_in(folder):
+        if int(path.name.removeprefix(_STEP)) < before:
             shutil.rmtree(path)
+
+
+def rollouts_in(folder: Path) -> list[Path]:
+    """The folders of windows in a training's folder, in order."""
+    found = (folder / ROLLOUTS).glob(f"{_STEP}*")
+    return sorted(path for path in found if path.name.removeprefix(_STEP).isdecimal())
 
 
 class OwnBatch(dict[str, torch.Tensor]):
