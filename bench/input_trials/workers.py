@@ -16,10 +16,11 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from bench.input_trials.busy import on_busy_cores
 from bench.input_trials.trial import Result, Trial, judge
 
 PATIENCE = 6.0
-"""A worker is ended after so many times the processor time of its trial: machines are busy."""
+"""A worker is ended after so many times the processor time of its trial."""
 MEMORY = 6 << 30
 """Bytes of address space that reading an input may take beyond what the process has."""
 
@@ -107,7 +108,7 @@ def run_all(jobs: Sequence[tuple[Family, int]], seed: int, processes: int = 2) -
 
 
 def _patience(job: tuple[Family, int]) -> float:
-    return PATIENCE * job[0].cpu_seconds
+    return on_busy_cores(PATIENCE * job[0].cpu_seconds)
 
 
 def _stopped(worker: _Worker, detail: str, outcome: Any = "hang") -> Result:

@@ -25,7 +25,7 @@ from bench.input_trials.trial import Trial
 from bench.knock_trials import made_runs, moments
 from bench.knock_trials.aftermath import Books, differences, leftovers, one_message
 from bench.knock_trials.moments import Moment
-from bench.knock_trials.tiny_runs import KINDS, PATIENCE, REQUESTS, Kind, served, undisturbed
+from bench.knock_trials.tiny_runs import KINDS, REQUESTS, Kind, patience, served, undisturbed
 from stillhouse.generation.request_pool import SPACE
 
 What = Literal["full", "full TMPDIR", "read-only", "deleted", "moved"]
@@ -128,14 +128,14 @@ def _problem(kind: Kind, what: What, moment: Moment, folder: Path) -> str | None
             books = Books(server, stub, root.parent / "answers.sqlite")
             books.next_process()
             process = start(kind, recipe, root, environment, moment, disaster)
-            status = process.wait(PATIENCE)
+            status = process.wait(patience())
             if status != 0 and (wrong := _wrong_end(process, status, what)):
                 return wrong
             finished = manifests(root.with_name("elsewhere") if what == "moved" else root)
             disaster.repair()
             books.next_process()
             last = start(kind, recipe, root, environment)
-            if last.wait(PATIENCE) != 0:
+            if last.wait(patience()) != 0:
                 return f"the last process: {last.errors()[-900:]}"
         again = finished.items() - manifests(root).items()
         problems = [f"done again: {path}" for path, _ in again]

@@ -15,7 +15,7 @@ import psutil
 
 from bench.knock_trials.aftermath import Books, differences, leftovers
 from bench.knock_trials.moments import IMPORTS, Moment
-from bench.knock_trials.tiny_runs import PATIENCE, REQUESTS, Kind, Process, served, start
+from bench.knock_trials.tiny_runs import REQUESTS, Kind, Process, patience, served, start
 
 WrongEnd = Callable[[Kind, Process, int, Moment], str | None]
 """What is wrong with the end of a process: its exit status, and the moment it was given."""
@@ -57,7 +57,7 @@ class DisturbedRun:
             server.delay, server.at = usual, lambda number: None
             books.next_process()
             process = start(self.last, recipe, self.root, environment)
-            status = process.wait(PATIENCE)
+            status = process.wait(patience())
             if status != 0:
                 return f"the last process ended with {status}: {process.errors()[-900:]}"
         problems = differences(self.kind.name, self.root) + books.problems()
@@ -76,7 +76,7 @@ class DisturbedRun:
         for _ in range(8):
             books.next_process()
             process = start_for(self.kind, recipe, self.root, environment, moment, books)
-            status = process.wait(PATIENCE)
+            status = process.wait(patience())
             if status != 0 or not first:
                 break
             shutil.rmtree(self.root.parent)
@@ -131,5 +131,5 @@ def wait_for_others(recipe: Path) -> None:
         for process in psutil.process_iter(["pid", "cmdline"])
         if process.pid != mine and str(recipe) in " ".join(process.info["cmdline"] or ())
     ]
-    _, alive = psutil.wait_procs(others, timeout=PATIENCE)
+    _, alive = psutil.wait_procs(others, timeout=patience())
     assert not alive, f"{alive} have not ended"

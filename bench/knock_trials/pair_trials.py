@@ -20,11 +20,11 @@ from bench.knock_trials import moments
 from bench.knock_trials.aftermath import Books, differences, leftovers, one_message
 from bench.knock_trials.tiny_runs import (
     KINDS,
-    PATIENCE,
     SERVED,
     Kind,
     Process,
     made_by,
+    patience,
     served,
     start,
     undisturbed,
@@ -74,7 +74,7 @@ def _two_runs(kind: Kind, folder: Path, later: float, names: list[str]) -> str |
         books.next_process()
         for path, root in dict(zip(recipes, roots, strict=True)).items():
             last = start(kind, path, root, environment)
-            if status := last.wait(PATIENCE):
+            if status := last.wait(patience()):
                 return f"the last process ended with {status}: {last.errors()[-900:]}"
     problems = books.problems()
     for root in dict.fromkeys(roots):
@@ -86,7 +86,7 @@ def _two_runs(kind: Kind, folder: Path, later: float, names: list[str]) -> str |
 
 def _one_was_refused(processes: list[Process]) -> str | None:
     """None: so it is, or both are done."""
-    statuses = [process.wait(PATIENCE) for process in processes]
+    statuses = [process.wait(patience()) for process in processes]
     for process, status in zip(processes, statuses, strict=True):
         if status and (problem := one_message(process.errors(), ("another process",))):
             return f"status {status}: {problem}"
@@ -109,15 +109,15 @@ def _looked_at(kind: Kind, folder: Path, later: float, chance: random.Random) ->
         what = root if command in ("verify", "report") else recipe
         arguments = [command, str(what)]
         second = Fork(moments.run_in_fork, arguments, [], None, "", environment=environment)
-        said, status = first, first.wait(PATIENCE)
+        said, status = first, first.wait(patience())
         if status and (problem := one_message(said.errors(), ("another process",))):
             return f"the run ended with {status}: {problem}"
-        looked = second.wait(PATIENCE)
+        looked = second.wait(patience())
         if looked and (problem := one_message(second.errors())) and command != "check":
             return f"{command} ended with {looked}: {problem}"
         books.next_process()
         last = start(kind, recipe, root, environment)
-        if status := last.wait(PATIENCE):
+        if status := last.wait(patience()):
             return f"the last process ended with {status}: {last.errors()[-900:]}"
     problems = books.problems() + differences(kind.name, root)
     return "; ".join(problems + leftovers(kind.name, root, temporary)) or None
@@ -131,14 +131,14 @@ def _in_one_export(kind: Kind, folder: Path, later: float, chance: random.Random
     for pause in (0.0, later / 8):
         time.sleep(pause)
         processes.append(Fork(export, source, out))
-    statuses = [process.wait(PATIENCE) for process in processes]
+    statuses = [process.wait(patience()) for process in processes]
     for process, status in zip(processes, statuses, strict=True):
         if status and "stillhouse.errors.RunError: " not in process.errors():
             return f"status {status}: {process.errors()[-900:]}"
     if 0 not in statuses:
         return f"both ended with {statuses}"
     process = Fork(export, source, alone)
-    assert process.wait(PATIENCE) == 0, process.errors()
+    assert process.wait(patience()) == 0, process.errors()
     if made_by(folder / "runs") != made_by(folder / "alone"):
         return "another export than that of one process"
     left = [path.name for path in out.parent.iterdir() if path != out]

@@ -21,6 +21,7 @@ from tests import tiny
 from tests.generation.pools import requests, run
 from tests.generation.stub import Reply, Stub
 
+from bench.input_trials.busy import on_busy_cores
 from bench.input_trials.trial import Trial, notes_so_far
 from bench.knock_trials.server_faults import FAULTS, KEY, Fault, body
 from stillhouse.commands import synthesize_text
@@ -43,6 +44,8 @@ AMPLE = 20.0
 """A budget, in worst cases of a request, that lasts for all attempts of both runs."""
 JOURNAL = "answers.sqlite"
 PATIENCE = Patience(attempts=2, backoff=0.01)
+TIMEOUT = 0.6
+"""Seconds for a reply."""
 Ask = Callable[[Path, str, float], None]
 """Sends all requests: a folder, the server's URL, the budget in dollars."""
 
@@ -133,8 +136,8 @@ def _ask(folder: Path, url: str, limit: float) -> None:
         budget = Budget(max_usd=limit)
         budget.spent = estimate_requests(asked, journal, PRICE).spent
         run(
-            journal, url, asked, concurrency=3, budget=budget, price=PRICE, timeout=0.6,
-            key_env="KNOCKS_KEY", patience=PATIENCE,
+            journal, url, asked, concurrency=3, budget=budget, price=PRICE,
+            timeout=on_busy_cores(TIMEOUT), key_env="KNOCKS_KEY", patience=PATIENCE,
         )  # fmt: skip
 
 
@@ -142,7 +145,7 @@ def _synthesize(folder: Path, url: str, limit: float) -> None:
     """The command `stillhouse synthesize`, with what it prints."""
     (folder / "prompts.txt").write_text("".join(f"question {n}\n" for n in range(ASKED)))
     api = {
-        "base_url": url, "model": "teacher", "concurrency": 3, "timeout": 0.6,
+        "base_url": url, "model": "teacher", "concurrency": 3, "timeout": on_busy_cores(TIMEOUT),
         "key_env": "KNOCKS_KEY", "price": asdict(PRICE),
     }  # fmt: skip
     section = {

@@ -6,13 +6,13 @@ for a killed run. Requests in flight are paid for, so the time counts from when 
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import time
 from dataclasses import replace
 from pathlib import Path
 
+from bench.input_trials.busy import on_busy_cores
 from bench.input_trials.trial import Trial
 from bench.knock_trials.aftermath import one_message
 from bench.knock_trials.disturbed_run import DisturbedRun
@@ -55,8 +55,7 @@ def make(chance: random.Random, folder: Path, number: int) -> Trial:
 def wrong_end(kind: Kind, process: Process, status: int, moment: Moment) -> str | None:
     took = time.monotonic() - float(Path(moment.noted).read_text())
     grace = ANSWERED_AFTER if moment.part == REQUESTS else 0.0
-    waiting = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-    if took > WITHIN * waiting + grace:
+    if took > on_busy_cores(WITHIN) + grace:
         return f"it took {took:.1f} s"
     said = process.errors()
     if kind.processes > 1:

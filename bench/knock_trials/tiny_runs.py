@@ -25,12 +25,13 @@ from tests.classify import toys as labels
 from tests.forks import Fork
 from tests.generation.stub import Reply, Stub
 
+from bench.input_trials.busy import on_busy_cores
 from bench.knock_trials import made_runs, moments
 from bench.knock_trials.moments import Moment
 
 PROMPTS, AT_ONCE = 24, 4
 PATIENCE = 300.0
-"""Seconds that an undisturbed run may take on a busy machine."""
+"""Seconds that an undisturbed run may take."""
 REQUESTS = "requests"
 """The part of a run that stands for the requests to its server."""
 KEY = re.compile(r"-[0-9a-f]{12}(?=/|$|\.)")
@@ -172,6 +173,10 @@ def served(kind: Kind, root: Path) -> Iterator[tuple[Path, Server, Stub]]:
         yield made_runs.write(raw, root.parents[1] / f"{root.name}.yaml"), server, stub
 
 
+def patience() -> float:
+    return on_busy_cores(PATIENCE)
+
+
 # --- processes -----------------------------------------------------------------------------------
 
 
@@ -239,7 +244,7 @@ def undisturbed(name: str) -> Undisturbed:
         counted = recipe.with_name("writes.json")
         began = time.monotonic()
         process = start(kind, recipe, root, {}, counted=counted)
-        assert process.wait(PATIENCE) == 0, process.errors()[-2000:]
+        assert process.wait(patience()) == 0, process.errors()[-2000:]
         took = time.monotonic() - began
         writes = json.loads(counted.read_text())
         if server.asked[0]:

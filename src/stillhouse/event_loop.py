@@ -70,7 +70,7 @@ def _run_in_thread(work: Coroutine[Any, Any, T]) -> T:
     results: list[T] = []
     errors: list[BaseException] = []
     cancel: list[Callable[[], object]] = []
-    started = threading.Event()
+    started, ended = threading.Event(), threading.Event()
 
     async def run() -> T:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
@@ -85,18 +85,18 @@ def _run_in_thread(work: Coroutine[Any, Any, T]) -> T:
         except BaseException as error:
             errors.append(error)
         finally:
-            started.set()
+            ended.set()
 
     thread = threading.Thread(target=target, daemon=True)
     try:
         thread.start()
-        thread.join()
+        ended.wait()  # Python's `join`, interrupted once, does not wait again
     except BaseException:
-        if started.wait(timeout=1.0):  # otherwise the thread was not started
+        if started.wait(timeout=10.0):  # otherwise the thread was not started
             with suppress(RuntimeError):  # the loop is closed: it has ended
                 for each in cancel:
                     each()
-            thread.join()
+            ended.wait()
         raise
     if errors:
         raise errors[0]
