@@ -121,6 +121,31 @@ def test_every_member_of_a_family_is_planned(tmp_path: Path) -> None:
     assert narrow.memory.parts["moments"] < wide.memory.parts["moments"]
 
 
+def test_a_familys_teacher_is_measured_once(tmp_path: Path) -> None:
+    hops = [{"name": "wide", "ffn_size": 48}, {"name": "narrow", "layers": 2}]
+    student = {"start": "pruned", "ffn_size": None}
+    plan = planned(tmp_path, student=student, cascade={"hops": hops})
+    assert [stage.name for stage in plan.stages].count("teacher") == 1
+    family, alone = (
+        next(stage for stage in each.stages if stage.name.endswith("evaluate"))
+        for each in (plan, planned(tmp_path, student={"start": "pruned", "ffn_size": 48}))
+    )
+    assert (family.flops or 0) < (alone.flops or 0)
+
+
+def test_pruning_on_many_processes_takes_less_memory_each(tmp_path: Path) -> None:
+    parts = []
+    for processes in (1, 4):
+        machine = Machine("cuda", 80e9, per_node=processes)
+        plan = planned(tmp_path, machine, student={"start": "pruned", "ffn_size": 48})
+        (student,) = (stage for stage in plan.stages if stage.name == "student")
+        assert student.processes == processes
+        parts.append(student.memory.parts)
+    assert parts[1]["calibration"] == parts[0]["calibration"] / 4
+    assert parts[1]["moments"] < parts[0]["moments"]
+    assert parts[1]["weights"] == parts[0]["weights"]
+
+
 def test_sharding_over_a_node_keeps_its_traffic_there(tmp_path: Path) -> None:
     machine = Machine("cuda", 80e9, per_node=4, nodes=2)
     crossing = {}

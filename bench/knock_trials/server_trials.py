@@ -161,7 +161,8 @@ def _synthesize(folder: Path, url: str, limit: float) -> None:
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(raw))
     with mock.patch.dict(Pool.__init__.__kwdefaults__, patience=PATIENCE):
-        print(synthesize_text(recipe).lines(), flush=True)
+        result = synthesize_text(recipe)
+        print(result and result.lines(), flush=True)
 
 
 def _wrong_in_journal(path: Path, fault: Fault) -> str | None:

@@ -24,15 +24,17 @@ from stillhouse.family.members import first_member
 from stillhouse.hardware import choose_precision, default_device, tune_allocator
 from stillhouse.kinds import KINDS, kind_of
 from stillhouse.language_model.data_stage import open_data
+from stillhouse.language_model.evaluate_stage import sharded_teacher
 from stillhouse.language_model.job import Job, shared_vocabulary
 from stillhouse.language_model.language_model import DATA_STEPS, LANGUAGE_MODEL
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.language_model.signals_stage import STORE
 from stillhouse.language_model.synthesis_check import require_text_teacher, synthesis_spending
-from stillhouse.language_model.synthesis_stage import complete_text, require_text
+from stillhouse.language_model.synthesis_stage import complete_text, follow_text, require_text
 from stillhouse.language_model.vocabulary_stage import find_job
 from stillhouse.launch import leads
 from stillhouse.pipeline.engine import (
+    followed_folder,
     following,
     locked_folder,
     run_folder,
@@ -41,7 +43,7 @@ from stillhouse.pipeline.engine import (
 )
 from stillhouse.pipeline.kind import Rows, RunResult
 from stillhouse.pipeline.requirements import require
-from stillhouse.pipeline.shared_folder import announce_run, wait_for_run
+from stillhouse.pipeline.shared_folder import announce_run
 from stillhouse.pipeline.stage_plan import doing
 from stillhouse.signals.signals_config import FrozenHeadSignals
 from stillhouse.synthesis.synthesize import Synthesis
@@ -140,16 +142,24 @@ def _agreed(unlimited: list[str], confirm: Confirm | None) -> bool:
 
 def prepare_data(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Job, Windows, Windows]:
     """Run a recipe's data stage unless it is finished; returns the job, training and held-out
-    windows.
+    windows. Under torchrun, every process calls this.
 
     Raises DataError if its text is not synthesized yet, which may cost money.
     """
     recipe, base = first_member(load_language_model_recipe(path, overrides)), Path(path).parent
     require_text(recipe, base)
-    folder = run_folder(recipe)
-    with folder.locked():
-        do = doing(folder)
-        job, stages = run_steps(LANGUAGE_MODEL, find_job(recipe, base), do, only=DATA_STEPS)
+    folder, main_process = run_folder(recipe), leads()
+    with folder.locked() if main_process else followed_folder(recipe):
+        if main_process:
+            announce_run(folder.root)
+        do = doing(folder) if main_process else following(folder)
+        job, stages = run_steps(
+            LANGUAGE_MODEL,
+            find_job(recipe, base),
+            do,
+            main_process=main_process,
+            only=DATA_STEPS,
+        )
     return job, *open_data(stages["data"])
 
 
@@ -172,9 +182,9 @@ def record_signals(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     if isinstance(section.encoding, FrozenHeadSignals):
         only += ("search", "student")  # the store is for this student's head
     if not leads():
-        wait_for_run(folder.root)
-        job = find_job(recipe, base, weights=section.needs_weights)
-        run_steps(LANGUAGE_MODEL, job, following(folder), main_process=False, only=only)
+        with followed_folder(recipe):
+            job = find_job(recipe, base, weights=section.needs_weights)
+            run_steps(LANGUAGE_MODEL, job, following(folder), main_process=False, only=only)
         return folder.root / "signals"
     with folder.locked():
         announce_run(folder.root)
@@ -185,8 +195,9 @@ def record_signals(path: str | Path, overrides: Sequence[str] = ()) -> Path:
         return folder.root / "signals"
 
 
-def synthesize_text(path: str | Path, overrides: Sequence[str] = ()) -> Synthesis:
-    """Run a recipe's `synthesize` section; answered requests are not sent again.
+def synthesize_text(path: str | Path, overrides: Sequence[str] = ()) -> Synthesis | None:
+    """Run a recipe's `synthesize` section; answered requests are not sent again. Under torchrun,
+    every process calls this; the main process gets the result, the others get None.
 
     Raises RecipeError if the recipe has no such section.
     """
@@ -198,7 +209,12 @@ def synthesize_text(path: str | Path, overrides: Sequence[str] = ()) -> Synthesi
             fix="add the section `synthesize`, see docs/synthesis.md",
         )
     base = Path(path).parent
+    if not leads():
+        with followed_folder(recipe) as folder:
+            follow_text(recipe, base, following(folder))
+        return None
     with locked_folder(recipe) as folder:
+        announce_run(folder.root)
         require(require_text_teacher(recipe, base))
         return complete_text(recipe, base, folder, doing(folder))
 
@@ -206,7 +222,8 @@ def synthesize_text(path: str | Path, overrides: Sequence[str] = ()) -> Synthesi
 def evaluate_model(
     path: str | Path, overrides: Sequence[str] = (), model: str | None = None
 ) -> Evaluation:
-    """Evaluate a model, by default the run's own, against the recipe's teacher.
+    """Evaluate a model, by default the run's own, against the recipe's teacher. Under torchrun,
+    every process calls this, and the main process's result is the complete one.
 
     Raises ModelError if the model is missing or its vocabulary differs from the teacher's.
     """
@@ -227,5 +244,6 @@ def evaluate_model(
         seed=job.recipe.seed,
         vocabulary=shared_vocabulary(job.teacher, source, job.trust_remote_code).rows,
         precision=choose_precision(job.recipe.train.precision, default_device()),
+        load_sharded=sharded_teacher(job),
         trust_remote_code=job.trust_remote_code,
     )

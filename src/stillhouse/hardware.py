@@ -51,14 +51,15 @@ def default_device() -> torch.device:
 
 
 @contextmanager
-def all_cores() -> Iterator[None]:
-    """Inside the block, the main process of a torchrun works on every core of this machine.
+def cores_of(processes: int) -> Iterator[None]:
+    """Inside the block, each of so many processes of a torchrun works on its share of the cores.
 
-    torchrun gives each process one thread, and here the others wait.
+    torchrun gives each process one thread; more, if the user asked for them, stay.
     """
     before = torch.get_num_threads()
     if processes_here() > 1:
-        torch.set_num_threads(psutil.cpu_count(logical=False) or before)
+        share = (psutil.cpu_count(logical=False) or 1) // processes
+        torch.set_num_threads(max(before, share))
     try:
         yield
     finally:
@@ -160,6 +161,15 @@ def synchronize(device: torch.device | str) -> None:
     """Wait until the device has finished its work, so that timings are correct."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def free_memory_bytes(device: torch.device | str) -> int:
+    """Memory of the device that a process could still take."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    torch.cuda.empty_cache()
+    return int(torch.cuda.mem_get_info(device)[0])
 
 
 def peak_memory_bytes() -> int:

@@ -35,6 +35,12 @@ def leads() -> bool:
     return process_index() == 0
 
 
+def leave_others() -> None:
+    """From now on, this process works alone: no other one of its torchrun takes part."""
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)
+
+
 def end_with_torchrun() -> None:
     """Have the system end this process if torchrun is killed (Linux).
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +28,11 @@ _LOST = re.compile("gloo|Connection (reset|closed) by peer|ProcessGroup|NCCL", r
 """In errors of gloo, which are plain RuntimeErrors."""
 
 
+PATIENCE = timedelta(days=30)
+"""For processes that wait while another one works; a killed one is noticed at once."""
+_patient_group: list[Any] = []
+
+
 def open_group() -> None:
     """Open the process group of a torchrun, if it is not open. Every process must call this."""
     if world_size() == 1 or dist.is_initialized():
@@ -34,12 +42,30 @@ def open_group() -> None:
         torch.cuda.set_device(device)
     # gloo beside NCCL: checkpoints exchange plans between CPUs.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    atexit.register(leave_group)
+
+
+def leave_group() -> None:
+    """Close the group, if it is open: gloo's threads may abort a process that exits without."""
+    gc.collect()  # a trainer is part of a reference cycle, and its DDP wrapper must go first
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def patient_group() -> Any:
+    """A group of all processes for objects on the CPU, in which waiting has no time limit.
+
+    Every process must call this. In other groups one waits at most half an hour.
+    """
+    if not _patient_group:
+        _patient_group.append(dist.new_group(backend="gloo", timeout=PATIENCE))
+    return _patient_group[0]
 
 
 def wait_for_all() -> None:
     """Return once every process has come here."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group=patient_group())
 
 
 def sum_over_processes(own: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from stillhouse.disk_errors import disk_errors, full_disk, made_folder
 from stillhouse.errors import StillhouseError
+from stillhouse.launch import process_index
 
 _LARGER = (
     "free some space there, or set TMPDIR to a folder on a larger disk; then give the same command "
@@ -24,9 +25,9 @@ _root: Path | None = None
 @contextmanager
 def scratch_in(root: Path) -> Iterator[None]:
     """Inside the block, temporary files are in `root/.scratch`, or in a folder of TMPDIR if that is
-    set.
+    set; each process of a torchrun has its own.
 
-    root: a run folder that only this process uses. The folder is deleted before and after.
+    root: a run folder that no other run uses. The folder is deleted before and after.
     Raises RunError if nothing can be written to TMPDIR.
     """
     global _place, _root
@@ -44,10 +45,11 @@ def scratch_in(root: Path) -> Iterator[None]:
 
 def _of(root: Path) -> Path:
     chosen = os.environ.get("TMPDIR")
+    own = f"-{process_index()}" if process_index() else ""
     if not chosen:
-        return root / ".scratch"
+        return root / f".scratch{own}"
     name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
-    return Path(chosen) / f"stillhouse-{name}"
+    return Path(chosen) / f"stillhouse-{name}{own}"
 
 
 def scratch_place() -> Path:

@@ -121,7 +121,7 @@ def hand_made(probabilities_NV: list[list[float]], targets: list[int]) -> Heldou
     """Hidden states that are the logits themselves, under a head that is the identity."""
     hidden_ND = torch.tensor(probabilities_NV).log()
     head = LMHead(torch.eye(hidden_ND.shape[1]))
-    return HeldoutAnswers(DenseSignal(hidden_ND, head), torch.tensor(targets))
+    return HeldoutAnswers(DenseSignal(hidden_ND, head), torch.tensor(targets), (len(targets),))
 
 
 def test_calibration_error_of_a_hand_made_example() -> None:
@@ -148,7 +148,7 @@ def test_kl_is_from_the_teacher_to_the_model() -> None:
 def test_scale_bias_and_soft_cap_of_a_head_are_applied() -> None:
     hidden_ND = torch.tensor([[1.0, 2.0, -1.0]])
     head = LMHead(torch.eye(3), torch.tensor([0.5, 0.0, 0.0]), scale=2.0, softcap=3.0)
-    answers = HeldoutAnswers(DenseSignal(hidden_ND, head), torch.tensor([0]))
+    answers = HeldoutAnswers(DenseSignal(hidden_ND, head), torch.tensor([0]), (1,))
     capped = [3 * math.tanh(value / 3) for value in (3.0, 4.0, -2.0)]
     expected = 1 / probabilities(capped)[0]
     assert compare(answers, answers, 3).perplexity == pytest.approx(expected, rel=1e-5)
@@ -160,8 +160,10 @@ def test_bfloat16_models_are_compared_in_float32() -> None:
     hidden_ND = torch.randn(64, 16, generator=generator).bfloat16()
     weight_VD = torch.randn(100, 16, generator=generator).bfloat16()
     targets = torch.randint(0, 100, (64,), generator=generator)
-    low = HeldoutAnswers(DenseSignal(hidden_ND, LMHead(weight_VD)), targets)
-    high = HeldoutAnswers(DenseSignal(hidden_ND.float(), LMHead(weight_VD.float())), targets)
+    low = HeldoutAnswers(DenseSignal(hidden_ND, LMHead(weight_VD)), targets, (len(targets),))
+    high = HeldoutAnswers(
+        DenseSignal(hidden_ND.float(), LMHead(weight_VD.float())), targets, (len(targets),)
+    )
     assert compare(low, high, 100) == compare(high, high, 100)
 
 

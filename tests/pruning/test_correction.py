@@ -7,11 +7,16 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from stillhouse.pruning.correction import HELD_OUT_ONE_IN, NOISES, Evidence, least_squares_change
+from stillhouse.pruning.calibrate import OwnBatches
+from stillhouse.pruning.correction import (
+    HELD_OUT_ONE_IN,
+    NOISES,
+    fit_projection,
+    least_squares_change,
+)
 from stillhouse.pruning.ffn import Moments
 
 WIDTH, HIDDEN = 24, 5
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -31,11 +36,14 @@ def rows(count: int, noise: float, seed: int = 0) -> tuple[Tensor, Tensor, Tenso
     return activations, error, torch.rand(count) + 0.5
 
 
-def evidence_of(activations: Tensor, error: Tensor | None, weight: Tensor) -> Evidence:
-    evidence = Evidence(WIDTH, HIDDEN, CPU)
-    for part in torch.arange(len(activations)).split(40):
-        evidence.add(activations[part], None if error is None else error[part], weight[part])
-    return evidence
+def fitted_to(activations: Tensor, error: Tensor | None, weight: Tensor) -> tuple[Moments, Tensor]:
+    """By batches of 40 rows."""
+    parts = torch.arange(len(activations)).split(40)
+    rows = [
+        (activations[part], None if error is None else error[part], weight[part]) for part in parts
+    ]
+    batches = OwnBatches([], len(parts))
+    return fit_projection(batches, rows, lambda: Moments.zeros(WIDTH, HIDDEN))
 
 
 def squared_error(change: Tensor, activations: Tensor, error: Tensor, weight: Tensor) -> float:
@@ -45,7 +53,7 @@ def squared_error(change: Tensor, activations: Tensor, error: Tensor, weight: Te
 
 def test_the_share_is_the_best_on_the_rows_kept_aside() -> None:
     activations, error, weight = rows(160, noise=60.0)
-    _, change = evidence_of(activations, error, weight).finish()
+    _, change = fitted_to(activations, error, weight)
     fitted = (torch.arange(160) % 40) < 40 - 40 // HELD_OUT_ONE_IN
     moments, everything = Moments.zeros(WIDTH, HIDDEN), Moments.zeros(WIDTH, HIDDEN)
     moments.add(activations[fitted], error[fitted], weight[fitted])
@@ -75,7 +83,7 @@ def test_the_least_squares_change_is_that_of_ridge_regression() -> None:
 
 @pytest.mark.parametrize("noise", [0.0, 30.0, 300.0])
 def test_other_rows_gain_and_are_not_harmed(noise: float) -> None:
-    _, change = evidence_of(*rows(80, noise)).finish()
+    _, change = fitted_to(*rows(80, noise))
     fresh = rows(4000, noise, seed=1)
     assert squared_error(change, *fresh) < 1.02 * squared_error(torch.zeros_like(change), *fresh)
     if noise == 0:
@@ -85,7 +93,7 @@ def test_other_rows_gain_and_are_not_harmed(noise: float) -> None:
 def test_without_an_error_nothing_is_corrected_and_the_moments_are_of_all_rows() -> None:
     activations, error, weight = rows(100, noise=1.0)
     for given in (None, error):
-        moments, change = evidence_of(activations, given, weight).finish()
+        moments, change = fitted_to(activations, given, weight)
         plain = Moments.zeros(WIDTH, HIDDEN)
         plain.add(activations, given, weight)
         assert_close(moments.symmetric(), plain.symmetric())
@@ -94,6 +102,5 @@ def test_without_an_error_nothing_is_corrected_and_the_moments_are_of_all_rows()
 
 
 def test_too_few_rows_to_hold_any_out_change_nothing() -> None:
-    evidence = Evidence(WIDTH, HIDDEN, CPU)
-    evidence.add(*(part[: HELD_OUT_ONE_IN - 1] for part in rows(40, noise=0.0)))
-    assert not evidence.finish()[1].any()
+    few = (part[: HELD_OUT_ONE_IN - 1] for part in rows(40, noise=0.0))
+    assert not fitted_to(*few)[1].any()

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from stillhouse.pruning import width
 from stillhouse.pruning.axes import axes_of
-from stillhouse.pruning.calibrate import Streams, calibration_batches, layer_inputs
+from stillhouse.pruning.calibrate import OwnBatches, Streams, calibration_batches, layer_inputs
 from stillhouse.pruning.correction import LARGEST_SHARE, channel_gains, scale_ffn_output
 from stillhouse.pruning.prune import prune_model
 from stillhouse.pruning.sizes import sizes_of
@@ -30,26 +30,30 @@ def rows(noise: float, seed: int = 0) -> tuple[Tensor, Tensor]:
     return wrote_ND, wrote_ND * (WANTED - 1) + noise * torch.randn(400, len(WANTED))
 
 
+def gains_of(rows: list[tuple[Tensor, Tensor]]) -> Tensor:
+    return channel_gains(OwnBatches([], len(rows)), rows, torch.zeros(len(WANTED)))
+
+
 def test_half_of_the_gains_correction_is_applied() -> None:
-    gain_D = channel_gains([rows(0.0), rows(0.0, seed=1)])
+    gain_D = gains_of([rows(0.0), rows(0.0, seed=1)])
     assert_close(gain_D, 1 + LARGEST_SHARE * (WANTED - 1))
 
 
 def test_an_error_that_the_output_does_not_explain_changes_little() -> None:
     wrote_ND, _ = rows(0.0)
-    assert_close(channel_gains([(wrote_ND, torch.randn(400, 4))]), torch.ones(4), atol=0.1, rtol=0)
+    assert_close(gains_of([(wrote_ND, torch.randn(400, 4))]), torch.ones(4), atol=0.1, rtol=0)
 
 
 def test_held_out_rows_override_the_fitted_ones() -> None:
     wrote_ND, lacking_ND = rows(0.0)
     lacking_ND[350:] *= -1
-    assert_close(channel_gains([(wrote_ND, lacking_ND)]), torch.ones(4))
+    assert_close(gains_of([(wrote_ND, lacking_ND)]), torch.ones(4))
 
 
 def test_a_channel_that_is_not_written_keeps_its_gain() -> None:
     wrote_ND, lacking_ND = rows(0.0)
     wrote_ND[:, 2] = 0
-    assert channel_gains([(wrote_ND, lacking_ND)])[2] == 1
+    assert gains_of([(wrote_ND, lacking_ND)])[2] == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -75,7 +79,8 @@ def streams_of(model: Any) -> Streams:
 def test_a_dropped_layer_is_made_up_for_in_part(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The relative error of the stream behind the layer before it, with and without gains."""
     with_gains = error_behind_a_drop(kind)
-    monkeypatch.setattr(width, "channel_gains", lambda rows: torch.ones_like(channel_gains(rows)))
+    no_gains = lambda *given: torch.ones_like(channel_gains(*given))  # noqa: E731
+    monkeypatch.setattr(width, "channel_gains", no_gains)
     assert with_gains < error_behind_a_drop(kind)
 
 
@@ -118,7 +123,7 @@ def error_behind_a_drop(kind: str) -> float:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_reconstruction_gains_stay(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(width, "channel_gains", lambda rows: pytest.fail("fitted"))
+    monkeypatch.setattr(width, "channel_gains", lambda *_: pytest.fail("fitted"))
     model = family(kind)
     prune_model(model, ToyWindows(), layers=2, ffn_size=24, reconstruct=False)
     assert model(input_ids=IDS % model.config.vocab_size).logits.isfinite().all()

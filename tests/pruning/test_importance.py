@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.errors import RecipeError
 from stillhouse.pruning.axes import axes_of
-from stillhouse.pruning.calibrate import Batch, calibration_batches
+from stillhouse.pruning.calibrate import Batch, OwnBatches, calibration_batches
 from stillhouse.pruning.depth import choose_layers, layer_scores
 from stillhouse.pruning.gradients import Fisher, mask_fisher
 from stillhouse.pruning.prune import prune_model
@@ -38,7 +38,7 @@ def logits(model: Any, batch: Batch) -> Tensor:
 
 def fisher(model: Any, batch: Batch, kinds: Any = KINDS, seed: int = 0) -> Fisher:
     axes = axes_of(model.config)
-    return mask_fisher(model, axes, [batch], kinds, seed=seed, dtype=torch.float32)
+    return mask_fisher(model, axes, OwnBatches([batch], 1), kinds, seed=seed, dtype=torch.float32)
 
 
 def draws(model: Any, batch: Batch, seed: int) -> Tensor:

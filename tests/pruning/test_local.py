@@ -27,10 +27,12 @@ def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stillhouse.pruning.prune.calibration_batches", several)
 
 
-def several(windows: Any, tokens: int, seed: int, device: Any = "cpu", together: int = 256) -> Any:
+def several(
+    windows: Any, tokens: int, seed: int, device: Any = "cpu", together: int = 256, **more: Any
+) -> Any:
     from stillhouse.pruning.calibrate import calibration_batches
 
-    return calibration_batches(windows, tokens, seed, device, min(together, 256))
+    return calibration_batches(windows, tokens, seed, device, min(together, 256), **more)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen3"])

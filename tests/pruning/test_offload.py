@@ -237,10 +237,6 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 from stillhouse.hardware import peak_memory_bytes
-from stillhouse.pruning import mapped
-from stillhouse.students.student_config import PrunedStudent
-from stillhouse.students.build_student import build_student
-from stillhouse.teachers.model_source import resolve_model
 from stillhouse.pruning import offload
 from stillhouse.students.student_config import PrunedStudent
 from stillhouse.students.build_student import build_student

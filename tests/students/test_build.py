@@ -65,7 +65,7 @@ def test_a_gpu_that_is_too_small_is_not_used(
 ) -> None:
     monkeypatch.setattr(making, "default_device", lambda: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 10**10))
-    assert making._roomy_device(tiny_model(), 4096).type == device
+    assert making._roomy_device(tiny_model(), 4096, 0).type == device
 
 
 def test_pruned_to_impossible_sizes(teacher: ModelSource, tmp_path: Path) -> None:

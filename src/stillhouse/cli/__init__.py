@@ -18,7 +18,7 @@ from stillhouse.cli.stop_signals import (
     received,
 )
 from stillhouse.errors import in_one_line
-from stillhouse.launch import leads
+from stillhouse.launch import leads, leave_others
 
 app = typer.Typer(
     name="stillhouse",
@@ -30,14 +30,17 @@ app = typer.Typer(
 )
 app.add_typer(signals, name="signals")
 
-FOR_ALL_PROCESSES = ("run", "cascade", "signals")
+FOR_ALL_PROCESSES = ("run", "cascade", "signals", "synthesize", "evaluate")
 
 
 @app.callback()
 def only_main_process(context: typer.Context) -> None:
     """Leave commands that one process does alone to the main process of a torchrun."""
-    if not leads() and context.invoked_subcommand not in FOR_ALL_PROCESSES:
+    if context.invoked_subcommand in FOR_ALL_PROCESSES:
+        return
+    if not leads():
         raise typer.Exit
+    leave_others()
 
 
 @app.command()
@@ -83,8 +86,11 @@ def synthesize(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = 
     from stillhouse.terminal import Terminal
 
     agree(recipe, set_, yes, synthesize=True)
+    result = synthesize_text(recipe, set_ or [])
+    if result is None:
+        return
     table = Table(show_header=False, box=None, padding=(0, 1))
-    for name, value in synthesize_text(recipe, set_ or []).lines():
+    for name, value in result.lines():
         table.add_row(name, value)
     Terminal().print(table)
 
@@ -183,6 +189,8 @@ def evaluate(
     """Measure a model against the recipe's teacher, on the recipe's held-out text.
 
     Example: `stillhouse evaluate recipes/demo.yaml --model runs/demo/model`
+
+    On many GPUs: `torchrun --nproc-per-node 8 -m stillhouse evaluate recipe.yaml`
     """
     from stillhouse.commands import evaluate_model
     from stillhouse.evaluation.metrics import metrics_of
@@ -190,6 +198,8 @@ def evaluate(
     from stillhouse.terminal import Terminal
 
     evaluation = evaluate_model(recipe, set_ or [], model)
+    if not leads():
+        return
     Terminal().print(to_rich(metrics_of(evaluation)))
     if json_ is not None:
         evaluation.save(json_)

@@ -5,7 +5,8 @@ Shapes: R rows of a batch, L tokens, N supervised tokens, S documents.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -87,15 +88,14 @@ def document_bounds(position_ids_RL: Tensor) -> Tensor:
 
 def in_order(windows: WindowSet, tokens: int) -> Iterator[Batch]:
     """The rows in order, in batches of about `tokens` tokens, with at least one row."""
+    return map(collate, rows_in_order(windows, tokens))
+
+
+def rows_in_order(windows: WindowSet, tokens: int) -> Iterator[Sequence[Batch]]:
+    """The rows of each batch of `in_order`."""
     together = max(1, tokens // len(windows[0]["labels"]))
     for start in range(0, len(windows), together):
-        yield collate([windows[i] for i in range(start, min(start + together, len(windows)))])
-
-
-def empty_row(windows: WindowSet) -> Batch:
-    """The first row with no token to learn."""
-    first = windows[0]
-    return {**first, "labels": torch.full_like(first["labels"], IGNORED)}
+        yield [windows[i] for i in range(start, min(start + together, len(windows)))]
 
 
 class NoText:
@@ -113,3 +113,22 @@ class NoText:
     def __getitem__(self, index: int, /) -> Batch:
         """The shape of a row."""
         return {name: torch.full((self.context,), IGNORED * (name == "labels")) for name in ARRAYS}
+
+
+def own_share(
+    batches: Iterable[Sequence[Batch]], process: int, processes: int
+) -> Iterator[Sequence[Batch]]:
+    """Every n-th batch of rows, for n processes.
+
+    Each process gets equally many, as collectives need: if there is none left for it, a row
+    without a token to learn.
+    """
+    remaining = iter(batches)
+    while together := list(islice(remaining, processes)):
+        missing = [without_labels(together[0][0])]
+        yield together[process] if process < len(together) else missing
+
+
+def without_labels(row: Batch) -> Batch:
+    """The row with no token to learn."""
+    return {**row, "labels": torch.full_like(row["labels"], IGNORED)}

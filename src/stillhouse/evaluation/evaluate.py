@@ -6,28 +6,25 @@ import gc
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stillhouse.account import count_parameters
 from stillhouse.data.windows import WindowSet
 from stillhouse.errors import ModelError
 from stillhouse.evaluation.evaluate_config import EvaluateRecipe
-from stillhouse.evaluation.fidelity import HeldoutAnswers, OwnWindows, compare, heldout_answers
-from stillhouse.evaluation.generate import generate
+from stillhouse.evaluation.kept_teacher import KeptTeacher
 from stillhouse.evaluation.lm_eval import run_tasks
-from stillhouse.evaluation.own_answers import OwnAnswers, far_on_own_text
+from stillhouse.evaluation.measuring import TEACHER, Measuring
+from stillhouse.evaluation.own_answers import OwnAnswers
 from stillhouse.evaluation.results import (
     Evaluation,
-    Generation,
     ModelResult,
-    ScoredAnswers,
     Speed,
 )
+from stillhouse.evaluation.roles import role_name
 from stillhouse.evaluation.speed import (
     DECODE_TOKENS,
     PROMPT_TOKENS,
@@ -35,20 +32,17 @@ from stillhouse.evaluation.speed import (
     measure_peak_memory,
     measure_rates,
 )
-from stillhouse.evaluation.text_bytes import bits_per_byte, supervised_bytes
-from stillhouse.hardware import Precision, default_device
-from stillhouse.launch import leads, world_size
-from stillhouse.processes import lost_process, open_group
+from stillhouse.hardware import Precision, default_device, free_memory_bytes
+from stillhouse.launch import leads
 from stillhouse.progress import bar
 from stillhouse.scratch import temporary_folder
 from stillhouse.section import made
-from stillhouse.signals import DenseSignal, LMHead
+from stillhouse.shared_work import all_processes
 from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.sharded_teacher import ShardedTeacher
+from stillhouse.teachers.stored_head import load_head
 from stillhouse.teachers.weights import stored_dtypes
-
-TEACHER = "teacher"
 
 
 def evaluate(
@@ -63,6 +57,7 @@ def evaluate(
     sizes: Mapping[str, int] | None = None,
     prepare: Mapping[str, Callable[[Any], object]] | None = None,
     load_sharded: Callable[[], ShardedTeacher] | None = None,
+    kept: KeptTeacher | None = None,
     trust_remote_code: bool = False,
 ) -> Evaluation:
     """Measure the models in `paths` by role (teacher, untrained, student, fine_tuned, quantized).
@@ -80,6 +75,7 @@ def evaluate(
     speed and memory are not measured: the model in `paths` is a floating-point equivalent.
     load_sharded: the teacher, sharded over the processes of a torchrun. Its answers to the prompts,
     its speed and its memory are then not measured.
+    kept: the teacher's measurements, see `keep_teacher`; it is then loaded only for its speed.
     prepare: called with the roles' models once they are loaded, to add what a checkpoint does not
     hold, such as rounded inputs. `lm_eval` loads them without.
 
@@ -91,18 +87,23 @@ def evaluate(
         raise ModelError("an evaluation needs the teacher to compare with", where=", ".join(paths))
     teacher_path = paths[TEACHER]
     paths = {TEACHER: teacher_path, **paths}
-    open_group()
+    processes = all_processes()
     setup = _Setup(default_device(), precision.dtype, trust_remote_code, vocabulary, seed)
     tokenizer = load_tokenizer(teacher_path, trust_remote_code=trust_remote_code)
-    together = world_size() > 1
     own = OwnAnswers.to(section.own_text, tokenizer, windows, seed)
-    measuring = _Measuring(section, tokenizer, windows, vocabulary, seed, together, own)
+    measuring = Measuring(section, tokenizer, windows, vocabulary, seed, processes, own)
 
     def load_teacher() -> tuple[Any, ShardedTeacher | None]:
         sharded = load_sharded() if load_sharded else None
         return (setup.load(teacher_path), None) if sharded is None else (sharded.model, sharded)
 
+    if kept is not None and (own is not None or kept.dtype != str(setup.dtype)):
+        kept = None
     for role, path in paths.items():
+        if role == TEACHER and kept is not None:
+            head = load_head(path, dtype=setup.dtype, trust_remote_code=trust_remote_code)
+            measuring.add_kept(kept, head.to(setup.device))
+            continue
         model, sharded = load_teacher() if role == TEACHER else (setup.load(path), None)
         if prepare is not None and role in prepare:
             prepare[role](model)
@@ -126,24 +127,27 @@ def evaluate(
         paths.pop(TEACHER)
     if section.speed:
         timed = {role: path for role, path in paths.items() if role not in sizes}
+        fitting = fitting_together(
+            {role: results[role].parameters * setup.dtype.itemsize for role in timed},
+            free_memory_bytes(setup.device),
+        )
+        for role in timed.keys() - set(fitting):
+            notes.append(
+                f"{role_name(role)}: speed and memory are not measured, since its weights do not "
+                f"fit on {setup.device} beside those of smaller models."
+            )
+        timed = {role: timed[role] for role in timed if role in fitting}
         results |= _with_speed({role: results[role] for role in timed}, timed, setup)
         notes.append(
             f"Speed: one sequence, {PROMPT_TOKENS} prompt tokens and {DECODE_TOKENS} new ones, "
             f"median of {ROUNDS} rounds in alternation on {setup.device}, "
             f"{torch.get_num_threads()} threads."
         )
-    if section.lm_eval is not None:
-        for role, path in paths.items():
-            scores = run_tasks(
-                path,
-                section.lm_eval,
-                tokenizer=teacher_path,
-                dtype=setup.dtype,
-                device=setup.device,
-                seed=seed,
-                trust_remote_code=trust_remote_code,
-            )
-            results[role] = replace(results[role], tasks=scores)
+    if kept is not None:
+        paths.pop(TEACHER, None)
+    for role, path in paths.items():
+        tasks = setup.tasks(section, path, teacher_path)
+        results[role] = replace(results[role], tasks=tasks)
     models = list(results.values())
     return Evaluation(models, measuring.generations(), notes, measuring.scored_answers)
 
@@ -159,6 +163,63 @@ class _Setup:
     def load(self, path: Path) -> Any:
         model = load_model(path, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
         return model.to(self.device)
+
+    def tasks(self, section: EvaluateRecipe, path: Path, tokenizer: Path) -> dict[str, float]:
+        """Scores of lm-eval tasks, if the recipe has any."""
+        if section.lm_eval is None:
+            return {}
+        return run_tasks(
+            path,
+            section.lm_eval,
+            tokenizer=tokenizer,
+            dtype=self.dtype,
+            device=self.device,
+            seed=self.seed,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
+def keep_teacher(
+    path: Path,
+    out: Path,
+    *,
+    section: EvaluateRecipe,
+    windows: WindowSet,
+    seed: int,
+    vocabulary: int,
+    precision: Precision,
+    export_dtype: torch.dtype | None = None,
+    load_sharded: Callable[[], ShardedTeacher] | None = None,
+    trust_remote_code: bool = False,
+) -> ModelResult:
+    """Measure a teacher once for the evaluations of several students, and write what they need to
+    the folder `out`: see `KeptTeacher`. Parameters, processes and errors as in `evaluate`."""
+    processes = all_processes()
+    setup = _Setup(default_device(), precision.dtype, trust_remote_code, vocabulary, seed)
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    measuring = Measuring(section, tokenizer, windows, vocabulary, seed, processes)
+    sharded = load_sharded() if load_sharded else None
+    model = setup.load(path) if sharded is None else sharded.model
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    measuring.add(TEACHER, model, weight_bytes(path, parameters, export_dtype), sharded)
+    result, texts, answers = measuring.results[TEACHER], None, measuring.teacher_answers
+    if sharded is None and processes.leads:
+        result = replace(result, tasks=setup.tasks(section, path, path))
+        texts = measuring.texts[TEACHER]
+    KeptTeacher(out, result, texts, str(setup.dtype)).save(answers)
+    return result
+
+
+def fitting_together(sizes: Mapping[str, int], available: int) -> list[str]:
+    """The roles, from the smallest model on, whose weights fit together into so many bytes, with a
+    tenth of it for everything else; at least one."""
+    found: list[str] = []
+    left = 0.9 * available
+    for role in sorted(sizes, key=lambda role: sizes[role]):
+        left -= sizes[role]
+        if left >= 0 or not found:
+            found.append(role)
+    return found
 
 
 def evaluate_models(
@@ -182,7 +243,7 @@ def evaluate_models(
     options |= {"own_text": {"answers": own_text}}
     section = made(EvaluateRecipe, options, "evaluate")
     own = OwnAnswers.to(section.own_text, tokenizer, windows, seed)
-    measuring = _Measuring(section, tokenizer, windows, vocabulary, seed, own_answers=own)
+    measuring = Measuring(section, tokenizer, windows, vocabulary, seed, own_answers=own)
     for role, model in models.items():
         weights = sum(each.numel() * each.element_size() for each in model.parameters())
         measuring.add(role, model, weights)
@@ -193,93 +254,6 @@ def evaluate_models(
     ]
     results, answers = list(measuring.results.values()), measuring.scored_answers
     return Evaluation(results, measuring.generations(), notes, answers)
-
-
-@dataclass
-class _Measuring:
-    """Measures one model at a time, teacher first: its outputs for the windows and the prompts,
-    and its size. together: in all processes of a torchrun."""
-
-    section: EvaluateRecipe
-    tokenizer: Any
-    windows: WindowSet
-    vocabulary: int
-    seed: int
-    together: bool = False
-    own_answers: OwnAnswers | None = None
-    results: dict[str, ModelResult] = field(default_factory=dict)
-    scored_answers: list[ScoredAnswers] = field(default_factory=list)
-    _written: dict[str, list[str]] = field(default_factory=dict)
-    _teacher: HeldoutAnswers | None = None
-
-    @cached_property
-    def _bytes(self) -> int | None:
-        return supervised_bytes(self.tokenizer, self.windows)
-
-    def add(
-        self, role: str, model: Any, bytes_on_disk: int, sharded: ShardedTeacher | None = None
-    ) -> None:
-        windows = OwnWindows(self.windows) if self.together else self.windows
-        tokens = sum(len(windows[index]["input_ids"]) for index in range(len(windows)))
-        with lost_process(world_size()), bar(f"Held-out: {role}", tokens) as advance:
-            if sharded is None:
-                answers = heldout_answers(model, windows, advance=advance)
-            else:
-                answers = sharded.gathered(
-                    lambda head: heldout_answers(model, windows, advance=advance, head=head)
-                )
-            self._teacher = self._teacher or answers
-            fidelity = compare(answers, self._teacher, self.vocabulary, together=self.together)
-        fidelity = replace(fidelity, bits_per_byte=bits_per_byte(fidelity, self._bytes))
-        size = count_parameters(model)
-        self.results[role] = ModelResult(
-            role=role,
-            parameters=size.total,
-            non_embedding_parameters=size.non_embedding,
-            bytes_on_disk=bytes_on_disk,
-            fidelity=fidelity,
-        )
-        if sharded is None and self.own_answers is not None:
-            self.own_answers.add(role, model)
-        if sharded is not None or (self.together and not leads()):
-            return
-        self._written[role] = generate(
-            model,
-            self.tokenizer,
-            self.section.prompts,
-            max_new_tokens=self.section.max_new_tokens,
-            temperature=self.section.temperature,
-            seed=self.seed,
-        )
-
-    def score_own_text(self, load_teacher: Callable[[], tuple[Any, ShardedTeacher | None]]) -> None:
-        """Once all models have answered: the teacher scores the answers."""
-        if self.own_answers is None or not self.own_answers.answers:
-            return
-        with lost_process(world_size()):
-            model, sharded = load_teacher()
-
-            def run_teacher(work: Callable[[Any, LMHead | None], DenseSignal]) -> DenseSignal:
-                if sharded is None:
-                    return work(model, None)
-                return sharded.gathered(lambda head: work(model, head))
-
-            found, self.scored_answers = self.own_answers.scored(run_teacher, self.vocabulary)
-        for role, own_text in found.items():
-            self.results[role] = replace(self.results[role], own_text=own_text)
-
-    def own_text_notes(self) -> list[str]:
-        student = self.results.get("student")
-        if self.own_answers is None or student is None or student.own_text is None:
-            return []
-        far = far_on_own_text(student.fidelity.kl, student.own_text)
-        return [self.own_answers.note(), *far]
-
-    def generations(self) -> list[Generation]:
-        return [
-            Generation(prompt, {role: texts[number] for role, texts in self._written.items()})
-            for number, prompt in enumerate(self.section.prompts)
-        ]
 
 
 def _with_speed(

@@ -7,18 +7,17 @@ the shared vocabulary, B calibration bins.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 
-from stillhouse.data.batches import Batch, collate, empty_row, positions_of, targets_of
+from stillhouse.data.batches import Batch, collate, own_share, positions_of, targets_of
 from stillhouse.data.shift import supervised_rows
 from stillhouse.data.windows import WindowSet
 from stillhouse.errors import DataError, ModelError
 from stillhouse.evaluation.results import Fidelity
-from stillhouse.launch import process_index, world_size
-from stillhouse.processes import sum_over_processes
+from stillhouse.shared_work import ALONE, Processes
 from stillhouse.signals import DenseSignal, LMHead
 from stillhouse.signals.lm_head import kl_of_rows, log_probabilities
 from stillhouse.teachers.backbone import float32_head, hidden_states, lm_head
@@ -34,28 +33,21 @@ class HeldoutAnswers:
     """One model's output at every supervised position of the held-out text.
 
     signal: its last hidden states, on the CPU, and its head, so that N·D numbers represent N·V
-    logits. targets_N: the text's own next tokens.
+    logits. targets_N: the text's own next tokens. batches: the rows of each batch; of several
+    processes, each has every n-th batch.
     """
 
     signal: DenseSignal
     targets_N: Tensor
+    batches: tuple[int, ...]
+    processes: Processes = ALONE
 
-
-class OwnWindows:
-    """This process's share of the windows, for n processes every n-th.
-
-    All have equally many, the last of which may be empty.
-    """
-
-    def __init__(self, windows: WindowSet) -> None:
-        self.windows = windows
-
-    def __len__(self) -> int:
-        return -(-len(self.windows) // world_size())
-
-    def __getitem__(self, index: int) -> Batch:
-        number = index * world_size() + process_index()
-        return self.windows[number] if number < len(self.windows) else empty_row(self.windows)
+    def slices(self) -> Iterator[slice]:
+        """The rows of each batch."""
+        start = 0
+        for rows in self.batches:
+            yield slice(start, start + rows)
+            start += rows
 
 
 @torch.no_grad()
@@ -65,38 +57,41 @@ def heldout_answers(
     *,
     advance: Callable[[int], object] = lambda tokens: None,
     head: LMHead | None = None,
+    processes: Processes = ALONE,
 ) -> HeldoutAnswers:
     """Run `model` once over all windows, in evaluation mode.
 
     Windows may differ in length; neighbors of equal length share a forward pass. `advance` is
     called with the tokens of each pass. head: the model's, if its own tensors are sharded. Memory:
-    one hidden vector per supervised token, and no logits.
+    one hidden vector per supervised token, and no logits. processes: all of them call this, and
+    divide the passes.
 
     Raises:
-        DataError: no position of any window is supervised; of a process's share, none may be.
+        DataError: no position of any window is supervised.
     """
     model.eval()
     device = next(model.parameters()).device
     hidden, targets = [], []
-    for batch in _batches(windows):
+    for rows in own_share(_batches(windows), processes.own, processes.count):
+        batch = collate(rows)
         ids_RL, positions_RL = batch["input_ids"].to(device), batch["position_ids"].to(device)
         hidden_RLD = hidden_states(model, ids_RL, positions_RL)
         hidden.append(supervised_rows(hidden_RLD, positions_of(batch).to(device)).cpu())
         targets.append(targets_of(batch))
         advance(ids_RL.numel())
-    if not sum(map(len, targets)) and not isinstance(windows, OwnWindows):
+    sizes = tuple(map(len, targets))
+    if not sum(sizes) and processes.count == 1:
         raise _nothing_to_predict()
     signal = DenseSignal(torch.cat(hidden), head or lm_head(model))
-    return HeldoutAnswers(signal, torch.cat(targets))
+    return HeldoutAnswers(signal, torch.cat(targets), sizes, processes)
 
 
 @torch.no_grad()
-def compare(
-    model: HeldoutAnswers, teacher: HeldoutAnswers, vocabulary: int, *, together: bool = False
-) -> Fidelity:
+def compare(model: HeldoutAnswers, teacher: HeldoutAnswers, vocabulary: int) -> Fidelity:
     """Measure `model` against `teacher` on the same windows.
 
-    together: every process of a torchrun calls this, and the result is for all their windows.
+    Answers of several processes: all of them call this, and the result is for all windows, with
+    the same bits as by one process.
 
     Distributions are over the first `vocabulary` tokens, so heads with different padding are
     comparable. Logits are computed for a few rows at a time, and every softmax and sum is in
@@ -110,13 +105,19 @@ def compare(
     _check_vocabulary(model, teacher, vocabulary)
     teacher_head = float32_head(teacher.signal.head, vocabulary)
     model_head = teacher_head if model is teacher else float32_head(model.signal.head, vocabulary)
-    tally = _Tally.empty()
-    for start in range(0, len(model.targets_N), ROWS_PER_CHUNK):
-        rows = slice(start, start + ROWS_PER_CHUNK)
-        teacher_NV = _log_probabilities(teacher, rows, teacher_head)
-        model_NV = teacher_NV if model is teacher else _log_probabilities(model, rows, model_head)
-        tally.add(model_NV, teacher_NV, model.targets_N[rows])
-    return (tally.of_all_processes() if together else tally).fidelity()
+    tallies = []
+    for batch in model.slices():
+        tally = _Tally.empty()
+        for start in range(batch.start, batch.stop, ROWS_PER_CHUNK):
+            rows = slice(start, min(start + ROWS_PER_CHUNK, batch.stop))
+            teacher_NV = _log_probabilities(teacher, rows, teacher_head)
+            same = model is teacher
+            model_NV = teacher_NV if same else _log_probabilities(model, rows, model_head)
+            tally.add(model_NV, teacher_NV, model.targets_N[rows])
+        tallies.append(tally)
+    of_processes = model.processes.collect(tallies)
+    in_order = [tally for together in zip(*of_processes, strict=True) for tally in together]
+    return sum(in_order, _Tally.empty()).fidelity()
 
 
 @dataclass
@@ -155,15 +156,9 @@ class _Tally:
         self.confidence_B.index_add_(0, bin_N, confidence_N)
         self.correct_B.index_add_(0, bin_N, correct_N)
 
-    def of_all_processes(self) -> _Tally:
-        """The sums over every process's rows."""
-        one = [self.rows, self.negative_log_likelihood, self.kl, self.agreements]
-        own = torch.cat(
-            [torch.tensor(one).double(), self.rows_B, self.confidence_B, self.correct_B]
-        )
-        total = sum_over_processes(own)
-        rows, likelihood, kl, agreements = total[: len(one)].tolist()
-        return _Tally(int(rows), likelihood, kl, int(agreements), *total[len(one) :].view(3, BINS))
+    def __add__(self, other: _Tally) -> _Tally:
+        names = [each.name for each in fields(self)]
+        return _Tally(*(getattr(self, name) + getattr(other, name) for name in names))
 
     def fidelity(self) -> Fidelity:
         if not self.rows:
@@ -210,15 +205,15 @@ def _check_vocabulary(model: HeldoutAnswers, teacher: HeldoutAnswers, vocabulary
         )
 
 
-def _batches(windows: WindowSet) -> Iterator[Batch]:
-    """Stack neighboring windows of equal length, up to TOKENS_PER_FORWARD tokens."""
+def _batches(windows: WindowSet) -> Iterator[list[Batch]]:
+    """Neighboring windows of equal length, up to TOKENS_PER_FORWARD tokens."""
     batch: list[Batch] = []
     for window in (windows[index] for index in range(len(windows))):
         length = len(window["input_ids"])
         full = (len(batch) + 1) * length > TOKENS_PER_FORWARD
         if batch and (full or len(batch[0]["input_ids"]) != length):
-            yield collate(batch)
+            yield batch
             batch = []
         batch.append(window)
     if batch:
-        yield collate(batch)
+        yield batch

@@ -99,9 +99,10 @@ def _follow(recipe: Recipe, base: Path, folder: RunFolder) -> None:
     """The work of the other processes under torchrun."""
     assert recipe.cascade is not None
     do, models = following(folder), list[Path]()
+    ancestors = tuple(origins_of(_find(recipe, base)))
     for hop in recipe.cascade.hops:
         member = member_recipe(recipe, hop, models[-1] if models else None)
-        job = find_job(member, base)
+        job = replace(find_job(member, base), ancestors=ancestors)
         _, stages = run_steps(LANGUAGE_MODEL, job, do, main_process=False)
         models.append(stages["train"].path / MODEL)
     if recipe.cascade.from_scratch is not None:

@@ -11,6 +11,7 @@ from stillhouse.language_model.data_stage import plan_data
 from stillhouse.language_model.job import Job, find_models
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.language_model.train_stage import plan_student, plan_training
+from stillhouse.language_model.training_memory import with_shard
 from stillhouse.pipeline.stage_plan import Do
 from stillhouse.runfolder import Stage
 from stillhouse.students.student_config import RandomStudent
@@ -49,7 +50,7 @@ def train_from_scratch(recipe: Recipe, job: Job, do: Do, largest: Path) -> Scrat
     first = first_member(recipe).model_copy(update=changed)
     # The family's teacher, whose vocabulary may be cut, and its text.
     found = find_models(first, job.base, teacher=job.teacher)
-    job = replace(found, text=job.text)
+    job = with_shard(replace(found, text=job.text))
     text = do(plan_data(job))
     student = do(plan_student(job, text))
     trained = do(replace(plan_training(job, text, student, None), name="scratch"))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,9 +25,10 @@ from stillhouse.generation.generation_config import (
     TextTeacher,
     VllmTeacher,
 )
+from stillhouse.generation.helpers import Helpers
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.local_generator import local_text
-from stillhouse.generation.request import Answer, Message, Request, Requests, endpoint_of
+from stillhouse.generation.request import Answer, Message, Outcome, Request, Requests, endpoint_of
 from stillhouse.generation.request_pool import Pool
 from stillhouse.generation.text_generator import TextGenerator
 from stillhouse.generation.vllm_engine import opened
@@ -42,13 +44,15 @@ WAITING = "waiting for requests in flight; press Ctrl-C again to abandon them"
 class DefaultModel:
     """The recipe's own teacher: the model of a text teacher that names none.
 
-    base: the recipe's folder, where relative paths start.
+    base: the recipe's folder, where relative paths start. helpers: other processes that answer
+    too, with local models.
     """
 
     base: Path
     name: str = ""
     revision: str | None = None
     trust_remote_code: bool = False
+    helpers: Helpers | None = None
 
 
 class Sent(NamedTuple):
@@ -174,8 +178,13 @@ class LocalText:
         )
         self.parameters = {**parameters, "seed": seed, **_numerics(own)}
 
+    @property
+    def runs_here(self) -> bool:
+        """Whether the model runs in this process, rather than in vLLM, which has all GPUs."""
+        return isinstance(self.own, LocalTeacher)
+
     def request(self, messages: tuple[Message, ...], sample: int = 0) -> Request:
-        endpoint = "vllm" if isinstance(self.own, VllmTeacher) else "local"
+        endpoint = "local" if self.runs_here else "vllm"
         return Request(endpoint, self.source.fingerprint, messages, self.parameters, sample)
 
     def send(
@@ -185,6 +194,7 @@ class LocalText:
         counts: Counter[str] = Counter()
         on_its_way: set[str] = set()
         handed_over: deque[tuple[str, Future[None]]] = deque()
+        one_at_a_time = threading.Lock()
 
         def settle() -> None:
             """Waits until all answers so far are on disk."""
@@ -201,11 +211,14 @@ class LocalText:
                     on_its_way.add(request.key)
                     yield request
 
-        with (
-            self._generator() as generator,
-            bar("answering", estimate.missing, "requests") as advance,
-        ):
-            for request, outcome in generator.answers(unanswered()):
+        remaining = unanswered()
+
+        def next_request() -> Request | None:
+            with one_at_a_time:
+                return next(remaining, None)
+
+        def arrived(request: Request, outcome: Outcome) -> None:
+            with one_at_a_time:
                 if isinstance(outcome, Answer):
                     saved = journal.record(request, outcome)
                 else:
@@ -213,8 +226,22 @@ class LocalText:
                 handed_over.append((request.key, saved))
                 counts[type(outcome).__name__] += 1
                 advance(1)
-            settle()
+
+        helpers = self.default.helpers if self.runs_here else None
+        model = self.own, replace(self.default, helpers=None), self.seed
+        with (
+            bar("answering", estimate.missing, "requests") as advance,
+            (helpers or Helpers([])).answering(model, next_request, arrived),
+        ):
+            for request, outcome in self.answers(iter(next_request, None)):
+                arrived(request, outcome)
+        settle()
         return Sent(counts["Answer"], counts["Failure"], False)
+
+    def answers(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Outcome]]:
+        """Each request with its answer, as they finish."""
+        with self._generator() as generator:
+            yield from generator.answers(requests)
 
     @contextmanager
     def _generator(self) -> Iterator[TextGenerator[Any]]:
@@ -233,6 +260,12 @@ class LocalText:
 
 
 TextSource = ApiText | LocalText
+
+
+def answers_of(model: Any, requests: Iterable[Request]) -> Iterator[tuple[Request, Outcome]]:
+    """In a helper: the answers of the model that `LocalText.send` describes."""
+    own, default, seed = model
+    return LocalText(own, {}, default, seed, True).answers(requests)
 
 
 def _numerics(own: LocalTeacher | VllmTeacher) -> dict[str, Any]:

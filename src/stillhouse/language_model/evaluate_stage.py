@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from stillhouse import account
-from stillhouse.evaluation.evaluate import evaluate
+from stillhouse.evaluation.evaluate import evaluate, keep_teacher
 from stillhouse.evaluation.evaluate_config import EvaluateRecipe
+from stillhouse.evaluation.kept_teacher import KeptTeacher
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job
 from stillhouse.language_model.signals_stage import sharded_loader
-from stillhouse.language_model.training_memory import with_shard
 from stillhouse.launch import leads
 from stillhouse.pipeline.engine import EVALUATION
 from stillhouse.pipeline.stage_plan import StagePlan
@@ -26,6 +26,48 @@ from stillhouse.runfolder import Outcome, Stage
 from stillhouse.teachers.sharded_teacher import ShardedTeacher
 from stillhouse.training.train import MODEL, shards
 
+MEASURED_ALONE = ("prompts", "max_new_tokens", "temperature", "lm_eval")
+"""The keys of the recipe's `evaluate` that a teacher's own measurements depend on."""
+
+
+def in_family(job: Job) -> bool:
+    return bool(job.ancestors)
+
+
+def plan_teacher(job: Job, data: Stage) -> StagePlan:
+    """Measure the teacher once for all members of a family."""
+    section = _with_found_tasks(job.recipe.evaluate, job.base)
+
+    def work(out: Path) -> Outcome:
+        _, heldout = open_data(data)
+        found = keep_teacher(
+            job.teacher.path,
+            out,
+            section=section,
+            windows=heldout,
+            seed=job.recipe.seed,
+            vocabulary=job.vocabulary,
+            precision=choose_precision(job.recipe.train.precision, default_device()),
+            export_dtype=getattr(torch, job.recipe.export.dtype),
+            load_sharded=sharded_teacher(job),
+            trust_remote_code=job.trust_remote_code,
+        )
+        tokens = found.fidelity.tokens
+        flops = account.forward_flops(found.parameters, tokens)
+        return Outcome(tokens, flops, peak_memory_bytes())
+
+    raw = job.recipe.evaluate.model_dump(mode="json")
+    inputs = {
+        "recipe": {key: raw[key] for key in MEASURED_ALONE},
+        "precision": job.recipe.train.precision,
+        "dtype": job.recipe.export.dtype,
+        "seed": job.recipe.seed,
+        "teacher": job.teacher.fingerprint,
+        "vocabulary": job.vocabulary,
+        "data": data.digest,
+    }
+    return StagePlan("teacher", inputs, work, together=True)
+
 
 def plan_evaluation(
     job: Job,
@@ -33,6 +75,7 @@ def plan_evaluation(
     student: Stage,
     trained: Stage,
     baseline: Stage | None,
+    teacher: Stage | None,
     *quantized_stages: Stage | None,
 ) -> StagePlan:
     quantized = [stage for stage in quantized_stages if stage is not None]
@@ -62,14 +105,16 @@ def plan_evaluation(
             export_dtype=getattr(torch, job.recipe.export.dtype),
             sizes=sizes,
             prepare=prepare,
-            load_sharded=_sharded_teacher(job),
+            load_sharded=sharded_teacher(job),
+            kept=None if teacher is None else KeptTeacher.load(teacher.path),
             trust_remote_code=job.trust_remote_code,
         )
         if leads():
             found.save(out / EVALUATION)
-        tokens = sum(model.fidelity.tokens for model in found.models)
+        models = [one for one in found.models if teacher is None or one.role != "teacher"]
+        tokens = sum(model.fidelity.tokens for model in models)
         flops = sum(
-            account.forward_flops(model.parameters, model.fidelity.tokens) for model in found.models
+            account.forward_flops(model.parameters, model.fidelity.tokens) for model in models
         )
         return Outcome(tokens, flops, peak_memory_bytes())
 
@@ -93,9 +138,9 @@ def plan_evaluation(
     return StagePlan("evaluate", inputs, work, version=4, together=True)
 
 
-def _sharded_teacher(job: Job) -> Callable[[], ShardedTeacher] | None:
+def sharded_teacher(job: Job) -> Callable[[], ShardedTeacher] | None:
     """A function that loads the teacher, if it is sharded."""
-    train = with_shard(job).recipe.train
+    train = job.recipe.train
     over = shards(train, "teacher")
     if over == 1:
         return None

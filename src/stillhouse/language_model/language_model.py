@@ -12,7 +12,7 @@ from stillhouse.evaluation.results import Evaluation
 from stillhouse.language_model.api_signals_stage import plan_api_signals
 from stillhouse.language_model.data_check import check_data
 from stillhouse.language_model.data_stage import open_data, plan_data
-from stillhouse.language_model.evaluate_stage import plan_evaluation
+from stillhouse.language_model.evaluate_stage import in_family, plan_evaluation, plan_teacher
 from stillhouse.language_model.export_check import require_exports
 from stillhouse.language_model.export_stage import (
     plan_export,
@@ -40,6 +40,7 @@ from stillhouse.language_model.synthesis_stage import (
     with_text,
 )
 from stillhouse.language_model.train_stage import plan_baseline, plan_student, plan_training
+from stillhouse.language_model.training_memory import with_shard
 from stillhouse.language_model.vocabulary_stage import cut_job, find_job, plan_vocabulary
 from stillhouse.pipeline.engine import locked_folder, run_steps
 from stillhouse.pipeline.kind import ALL, Kind, Link, Step
@@ -67,7 +68,7 @@ STEPS = (
         check=check_synthesis,
         spending=synthesis_spending,
     ),
-    Step("data", plan_data, require=require_models, check=check_data),
+    Step("data", plan_data, then=with_shard, require=require_models, check=check_data),
     Step(
         "vocabulary",
         plan_vocabulary,
@@ -75,7 +76,7 @@ STEPS = (
         applies=lambda job: job.after_cut is not None,
         then=cut_job,
     ),
-    Step("data", plan_data, applies=lambda job: job.cut),
+    Step("data", plan_data, applies=lambda job: job.cut, then=with_shard),
     Step("search", plan_search, ("data",), applies=has_target, then=with_sizes),
     Step("student", plan_student, ("data",)),
     Step("signals", _plan_store, ("data", "student"), applies=records_signals),
@@ -104,10 +105,11 @@ STEPS = (
         ("data", "train", "quantize", "signals"),
         applies=lambda job: job.recipe.quantize is not None and job.recipe.quantize.qat is not None,
     ),
+    Step("teacher", plan_teacher, ("data",), applies=in_family),
     Step(
         "evaluate",
         plan_evaluation,
-        ("data", "student", "train", "baseline", "quantize", "qat"),
+        ("data", "student", "train", "baseline", "teacher", "quantize", "qat"),
     ),
     Step(
         "export",

@@ -14,7 +14,6 @@ from stillhouse.language_model.train_stage import (
     own_prompts_key,
     training_outcome,
 )
-from stillhouse.language_model.training_memory import with_shard
 from stillhouse.pipeline.stage_plan import StagePlan, model_check
 from stillhouse.quantize.quantize import TRAINING, quantize, train_quantized
 from stillhouse.runfolder import Outcome, Stage
@@ -65,14 +64,13 @@ def plan_quantized_training(
     def work(out: Path) -> Outcome:
         windows, heldout = open_data(data)
         start = Student.load(trained.path / MODEL, trust_remote_code=job.trust_remote_code)
-        sharded = with_shard(job)
         result = train_quantized(
             start,
             rounded.path,
-            training_teacher(sharded, job.teachers, stored, start),
+            training_teacher(job, job.teachers, stored, start),
             windows,
             job.recipe.objective,
-            sharded.recipe.train,
+            job.recipe.train,
             section=section,
             heldout=heldout,
             seed=job.recipe.seed,

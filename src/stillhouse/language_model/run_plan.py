@@ -18,7 +18,7 @@ from stillhouse.language_model.training_memory import (
 )
 from stillhouse.planning.activation_trace import trace_activations
 from stillhouse.planning.machine import Machine
-from stillhouse.planning.model_size import config_size
+from stillhouse.planning.model_size import ModelSize, config_size
 from stillhouse.planning.network import step_traffic
 from stillhouse.planning.stage_estimate import StageEstimate
 from stillhouse.planning.step_memory import (
@@ -32,7 +32,7 @@ from stillhouse.planning.step_memory import (
 )
 from stillhouse.planning.training_step import LIBRARIES_BYTES
 from stillhouse.pruning.offload import LARGE_BYTES
-from stillhouse.students.pruned_student import STREAMS
+from stillhouse.students.pruned_student import STREAMS, moment_bytes
 from stillhouse.students.student_config import PrunedStudent
 from stillhouse.teachers.teacher import Teacher
 from stillhouse.training.train import plan_batches
@@ -71,6 +71,8 @@ def _stages(models: RunModels, machine: Machine, tokens: int) -> Iterator[StageE
         if recipe.quantize.qat is not None:
             few = min(tokens, recipe.quantize.qat.tokens)
             yield _training("qat", models, machine, max(1, few // context))
+    if models.member and models.first:
+        yield _measured_teacher(models, machine)
     yield _evaluation(models, machine)
     yield _export(models, machine)
 
@@ -151,20 +153,27 @@ def _student(models: RunModels, machine: Machine) -> StageEstimate:
         return StageEstimate(models.stage("student"), Memory("", {}, host=parts), disk=disk)
     start = config_size(models.start)
     weights = float(WIDE * start.parameters)
-    rows = WIDE * STREAMS * section.calibration_tokens * start.hidden
-    parts = {"weights": weights, "calibration": float(rows), "libraries": LIBRARIES_BYTES}
-    name = models.stage("student")
-    if machine.device == "cuda" and weights + rows + CONTEXT_BYTES <= machine.memory:
-        on_gpu = {"weights": weights, "calibration": float(rows), "context": CONTEXT_BYTES}
-        return StageEstimate(name, Memory("pruning", on_gpu, host=parts), disk=disk)
+    own = -(-section.calibration_tokens // machine.processes)
+    work = {
+        "calibration": float(WIDE * STREAMS * own * start.hidden),
+        "moments": float(moment_bytes(models.start, own)),
+    }
+    parts = {"weights": weights, **work, "libraries": LIBRARIES_BYTES}
+    estimate = StageEstimate(
+        models.stage("student"), Memory("", {}), processes=machine.processes, disk=disk
+    )
+    needed = weights + sum(work.values()) + CONTEXT_BYTES
+    if machine.device == "cuda" and needed <= machine.memory:
+        on_gpu = {"weights": weights, **work, "context": CONTEXT_BYTES}
+        return replace(estimate, memory=Memory("pruning", on_gpu, host=parts))
     scratch = 0.0
     if weights >= LARGE_BYTES:
         parts["weights"] = float(WIDE * (2 * start.layer + start.ends))
-        scratch = weights
+        scratch = weights * machine.processes
     memory = Memory("pruning", {}, host=parts)
     if machine.device == "cpu":
         memory = Memory("pruning", parts)
-    return StageEstimate(name, memory, disk=disk, scratch=scratch, note="on the CPU")
+    return replace(estimate, memory=memory, scratch=scratch, note="on the CPU")
 
 
 def _signals(models: RunModels, machine: Machine, tokens: int) -> StageEstimate:
@@ -195,39 +204,69 @@ def _signals(models: RunModels, machine: Machine, tokens: int) -> StageEstimate:
     )
 
 
+def _measured_teacher(models: RunModels, machine: Machine) -> StageEstimate:
+    """The teacher alone, for all members of a family."""
+    recipe = models.recipe
+    teacher, heldout = config_size(models.teacher), recipe.data.heldout_tokens
+    windows = max(1, TOKENS_PER_FORWARD // recipe.data.context)
+    parts = _teacher_alone(windows, models, machine)
+    parts["heads and logits"] = _heads_and_logits(teacher, teacher)
+    estimate = StageEstimate(
+        "teacher",
+        Memory("fidelity", parts),
+        processes=machine.processes,
+        tokens=heldout,
+        flops=2.0 * heldout * teacher.active,
+        disk=float(heldout * teacher.hidden * machine.compute(recipe.train.precision).itemsize),
+    )
+    fits = estimate.memory.fits(machine.memory)
+    return estimate if fits else replace(estimate, fix="set train.shard: both")
+
+
+def _heads_and_logits(teacher: ModelSize, student: ModelSize) -> float:
+    logits = 4 * WIDE * ROWS_PER_CHUNK * teacher.vocabulary
+    return float(WIDE * (teacher.head + student.head) + logits)
+
+
 def _evaluation(models: RunModels, machine: Machine) -> StageEstimate:
-    """The teacher alone, then each student alone; for speed, all at once."""
+    """The teacher alone, then each student alone; for speed, those at once that fit.
+
+    In a family, the teacher was measured before.
+    """
     recipe = models.recipe
     compute = machine.compute(recipe.train.precision).itemsize
     context, heldout = recipe.data.context, recipe.data.heldout_tokens
     teacher, student = config_size(models.teacher), config_size(models.student)
     windows = max(1, TOKENS_PER_FORWARD // context)
     students = 3 if recipe.evaluate.fine_tuning_baseline else 2
-    heads = float(WIDE * (teacher.head + student.head))
-    logits = float(4 * WIDE * ROWS_PER_CHUNK * teacher.vocabulary)
-    alone = _teacher_alone(windows, models, machine)
-    alone |= {"heads and logits": heads + logits}
-    phases = [Memory("fidelity", alone)]
+    runs_teacher = not models.member
+    if runs_teacher:
+        alone = _teacher_alone(windows, models, machine)
+    else:
+        alone = _alone(models.student, windows, models, machine)
+    alone["heads and logits"] = _heads_and_logits(teacher, student)
+    phases, text = [Memory("fidelity", alone)], ""
     if recipe.evaluate.speed:
-        sharded = "gathered" in alone  # its speed is then not measured
+        sharded = run_shard(models, machine) in ("teacher", "both")  # its speed is not measured
         models_together = students * student.parameters + (0 if sharded else teacher.parameters)
         together = {"weights": float(compute * models_together), "context": alone["context"]}
-        phases.append(Memory("speed", together))
+        speed = Memory("speed", together)
+        if speed.fits(machine.memory):
+            phases.append(speed)
+        else:
+            text = "speed of the smaller models only"
     memory = max(phases, key=lambda each: each.total)
-    flops = 2.0 * heldout * (teacher.active + students * student.active)
+    flops = 2.0 * heldout * (runs_teacher * teacher.active + students * student.active)
     estimate = StageEstimate(
         models.stage("evaluate"),
         memory,
         processes=machine.processes,
-        tokens=heldout * (1 + students),
+        tokens=heldout * (runs_teacher + students),
         flops=flops,
+        note=text,
     )
-    if memory.fits(machine.memory):
-        return estimate
-    fix = "set train.shard: both"
-    if phases[0].fits(machine.memory):
-        fix = "set evaluate.speed: false"
-    return replace(estimate, fix=fix)
+    fits = memory.fits(machine.memory)
+    return estimate if fits else replace(estimate, fix="set train.shard: both")
 
 
 def _quantization(models: RunModels, machine: Machine) -> StageEstimate:

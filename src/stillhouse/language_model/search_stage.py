@@ -15,6 +15,7 @@ from stillhouse.language_model.job import Job
 from stillhouse.pipeline.stage_plan import Do, StagePlan
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.search.search_shape import WORK, Setting, search_shape
+from stillhouse.shared_work import all_processes
 from stillhouse.students.student_config import PrunedStudent
 
 SHORT_TRAINING = ("learning_rate", "betas", "weight_decay", "max_grad_norm", "batch_size")
@@ -48,6 +49,7 @@ def plan_search(job: Job, data: Stage) -> StagePlan:
                 device=device,
                 out=out,
                 trust_remote_code=job.trust_remote_code,
+                processes=all_processes(),
             )
         )
         return Outcome(
@@ -64,7 +66,15 @@ def plan_search(job: Job, data: Stage) -> StagePlan:
             },
         )
 
-    return StagePlan("search", _inputs(job, data, section), work, resumable=True, scratch=(WORK,))
+    return StagePlan(
+        "search",
+        _inputs(job, data, section),
+        work,
+        version=2,
+        resumable=True,
+        together=True,
+        scratch=(WORK,),
+    )
 
 
 def _inputs(job: Job, data: Stage, section: PrunedStudent) -> dict[str, Any]:
@@ -79,7 +89,7 @@ def _inputs(job: Job, data: Stage, section: PrunedStudent) -> dict[str, Any]:
         "teacher": job.teacher.fingerprint,
         "pruned": job.pruned and job.pruned.fingerprint,
         "data": data.digest,
-        # Measurements from another machine do not apply to this one.
+        # Measurements from another machine do not apply to this one; the main process measures.
         "machine": machine()["cpu"] if section.target.measured else None,
     }
 

@@ -22,7 +22,6 @@ from stillhouse.language_model.job import (
     planned_objective,
     signals_encoding,
 )
-from stillhouse.language_model.training_memory import with_shard
 from stillhouse.launch import leads
 from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.progress import note
@@ -147,7 +146,7 @@ def _recorded_teacher(job: Job, encoding: Encoding) -> Iterator[Teacher]:
         return
     device = default_device()
     dtype = choose_precision(job.recipe.train.precision, device).dtype
-    over = shards(with_shard(job).recipe.train, "teacher")
+    over = shards(job.recipe.train, "teacher")
     teacher = _loader(job, job.teacher, dtype, over)()
     teacher.described = f"{job.teacher.described} in {dtype}"
     if over == 1:

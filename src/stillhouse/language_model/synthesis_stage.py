@@ -17,7 +17,8 @@ from stillhouse import account
 from stillhouse.data.data_files import regular, regular_if_there
 from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import DataError, RunError
-from stillhouse.generation.text_teacher import DefaultModel, LocalText
+from stillhouse.generation.helpers import help_main_process, helpers_of
+from stillhouse.generation.text_teacher import DefaultModel, LocalText, answers_of
 from stillhouse.language_model.job import Job, planned_size
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.launch import leads
@@ -33,6 +34,7 @@ from stillhouse.runfolder import (
     sha,
     write_atomically,
 )
+from stillhouse.shared_work import ALONE, all_processes
 from stillhouse.synthesis.filters import dropped_counts, dropped_file
 from stillhouse.synthesis.synthesis_job import SynthesisJob
 from stillhouse.synthesis.synthesize import TEXT, Synthesis, synthesize
@@ -103,9 +105,17 @@ def synthesis_plan(recipe: Recipe, base: Path) -> StagePlan:
     """Raises DataError if a file that the section names is missing."""
     job = synthesis_job(recipe, base)
     section, teacher, judge = job.section, job.teacher(weights=False), job.judge(weights=False)
+    sources = [source for source in (teacher, judge and judge.teacher) if source]
+    runs_here = any(isinstance(source, LocalText) and source.runs_here for source in sources)
 
     def work(out: Path) -> Outcome:
-        made = synthesize(job, out)
+        processes = all_processes() if runs_here else ALONE
+        if not processes.leads:
+            help_main_process(processes, answers_of)
+            return Outcome()
+        with helpers_of(processes) as helpers:
+            helped = replace(job, default=replace(job.default, helpers=helpers))
+            made = synthesize(helped, out)
         flops = 0
         if isinstance(teacher, LocalText):
             size = planned_size(load_config(teacher.source.path))
@@ -113,7 +123,7 @@ def synthesis_plan(recipe: Recipe, base: Path) -> StagePlan:
         summary = {**made.facts(), "sha256": sha(out / TEXT)}
         return Outcome(tokens=made.tokens, flops=flops, summary=summary)
 
-    requests = [source.request(()) for source in (teacher, judge and judge.teacher) if source]
+    requests = [source.request(()) for source in sources]
     plain = {"teacher": True, "sampling": True, "journal": True, "out": True}
     rules: dict[str, Any] = {**plain, "filters": {"best_of": {"teacher"}}}
     inputs = {
@@ -122,7 +132,7 @@ def synthesis_plan(recipe: Recipe, base: Path) -> StagePlan:
         "seed": None if section.prompts.combine is None else recipe.seed,
         "files": {key: _content(base, key, path) for key, path in _files(section).items()},
     }
-    return StagePlan(NAME, inputs, work, version=5)
+    return StagePlan(NAME, inputs, work, version=5, together=runs_here)
 
 
 def with_text(job: Job, stages: Mapping[str, Stage], _do: Do) -> Job:
@@ -158,6 +168,11 @@ def complete_text(recipe: Recipe, base: Path, folder: RunFolder, do: Do) -> Synt
         facts |= {"new": 0, "failed": 0}
     journal = synthesis_job(recipe, base).journal
     return Synthesis(out, dropped_file(stage.path), journal, **facts)
+
+
+def follow_text(recipe: Recipe, base: Path, do: Do) -> None:
+    """The work of the other processes of a torchrun in `stillhouse synthesize`."""
+    do(replace(synthesis_plan(recipe, base), missing=missing_answers))
 
 
 def publish(text: Path, out: Path, recipe: Recipe) -> Path:

@@ -11,13 +11,13 @@ from stillhouse.hardware import peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job
 from stillhouse.language_model.signals_stage import StoredSignals, stored_signals, training_teacher
-from stillhouse.language_model.training_memory import with_shard
 from stillhouse.objectives.objective_config import LogitsTerm, ObjectiveRecipe
 from stillhouse.pipeline.stage_plan import StagePlan, model_check
 from stillhouse.runfolder import Outcome, Stage, sha
+from stillhouse.shared_work import ALONE, all_processes
 from stillhouse.students.build_student import build_student, config_sha256
 from stillhouse.students.student import Student
-from stillhouse.students.student_config import RandomStudent
+from stillhouse.students.student_config import PrunedStudent, RandomStudent
 from stillhouse.teachers.model_source import ModelSource
 from stillhouse.training.checkpoints import CHECKPOINTS
 from stillhouse.training.own_prompts import OwnPrompts, read_own_prompts
@@ -30,6 +30,7 @@ BASELINE = ObjectiveRecipe(terms=[LogitsTerm(divergence="cross_entropy")])
 
 def plan_student(job: Job, data: Stage) -> StagePlan:
     section = job.recipe.student
+    pruned = isinstance(section, PrunedStudent)
 
     def work(out: Path) -> Outcome:
         windows, heldout = open_data(data)
@@ -42,6 +43,7 @@ def plan_student(job: Job, data: Stage) -> StagePlan:
             base=job.base,
             out=out / MODEL,
             trust_remote_code=job.trust_remote_code,
+            processes=all_processes() if pruned else ALONE,
         )
         flops = summary.get("flops", 0)
         return Outcome(flops=flops, peak_memory_bytes=peak_memory_bytes(), summary=summary)
@@ -57,7 +59,8 @@ def plan_student(job: Job, data: Stage) -> StagePlan:
         "pruned": job.pruned and job.pruned.fingerprint,
         "data": data.digest,
     }
-    return StagePlan("student", inputs, work, version=7, check=model_check(job.trust_remote_code))
+    check = model_check(job.trust_remote_code)
+    return StagePlan("student", inputs, work, version=8, together=pruned, check=check)
 
 
 def plan_training(job: Job, data: Stage, student: Stage, signals: Stage | None) -> StagePlan:
@@ -90,13 +93,12 @@ def _training(
     def work(out: Path) -> Outcome:
         windows, heldout = open_data(data)
         start = Student.load(student.path / MODEL, trust_remote_code=job.trust_remote_code)
-        sharded = with_shard(job)
         result = train(
             start,
-            training_teacher(sharded, teachers, stored, start),
+            training_teacher(job, teachers, stored, start),
             windows,
             objective,
-            sharded.recipe.train,
+            job.recipe.train,
             heldout=heldout,
             seed=job.recipe.seed,
             folder=out,

@@ -183,7 +183,7 @@ def is_small(models: RunModels, machine: Machine) -> bool:
     return 1000.0 * values < machine.memory
 
 
-def with_shard(job: Job) -> Job:
+def with_shard(job: Job, *_: object) -> Job:
     """Replace `train.shard: auto` by the fastest choice that fits here.
 
     Every process of a torchrun must call this: the main process chooses for all.

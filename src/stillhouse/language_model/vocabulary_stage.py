@@ -23,12 +23,14 @@ from stillhouse.hardware import choose_precision, default_device, peak_memory_by
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job, find_models, other_tokenizer, shared_vocabulary
 from stillhouse.language_model.recipe import Recipe
+from stillhouse.launch import leads
 from stillhouse.pipeline.stage_plan import Do, StagePlan, model_check
 from stillhouse.pruning.pruning_config import VocabularyFile
 from stillhouse.pruning.shapes import Counter
 from stillhouse.pruning.sizes import sizes_of
 from stillhouse.pruning.vocabulary_cut import KEPT_IDS, load_kept_ids
 from stillhouse.runfolder import Outcome, Stage
+from stillhouse.shared_work import all_processes
 from stillhouse.students.build_student import build_student
 from stillhouse.students.student_config import PrunedSizes, PrunedStudent
 from stillhouse.teachers.load_model import load_config, load_model, load_tokenizer
@@ -147,7 +149,10 @@ def plan_vocabulary(job: Job, data: Stage) -> StagePlan:
             base=job.base,
             out=out / MODEL,
             trust_remote_code=job.trust_remote_code,
+            processes=all_processes(),
         )
+        if not leads():
+            return Outcome()
         config = load_config(job.teacher.path, trust_remote_code=job.trust_remote_code)
         parameters = Counter(config).total(sizes_of(config))
         found = {
@@ -165,7 +170,12 @@ def plan_vocabulary(job: Job, data: Stage) -> StagePlan:
         "data": data.digest,
     }
     return StagePlan(
-        "vocabulary", inputs, work, version=3, check=model_check(job.trust_remote_code)
+        "vocabulary",
+        inputs,
+        work,
+        version=4,
+        together=True,
+        check=model_check(job.trust_remote_code),
     )
 
 

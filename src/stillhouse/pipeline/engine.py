@@ -9,15 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.errors import RecipeError
-from stillhouse.hardware import tune_allocator
-from stillhouse.launch import end_with_torchrun, leads, process_index, world_size
+from stillhouse.hardware import cores_of, tune_allocator
+from stillhouse.launch import (
+    end_with_torchrun,
+    leads,
+    process_index,
+    processes_here,
+    world_size,
+)
 from stillhouse.pipeline.kind import ALL, Kind, RunResult, Step
 from stillhouse.pipeline.report_stage import REPORT
 from stillhouse.pipeline.requirements import require_all
 from stillhouse.pipeline.shared_folder import announce_run, wait_for_run
 from stillhouse.pipeline.stage_plan import Do, StagePlan, doing
+from stillhouse.processes import lost_process
 from stillhouse.progress import note
 from stillhouse.runfolder import NamedRecipe, RunFolder, Stage, run_root, write_atomically
+from stillhouse.scratch import scratch_in
 from stillhouse.section import recipe_yaml
 
 POLL_SECONDS = 0.5
@@ -44,11 +52,11 @@ def run_kind(kind: Kind, recipe: Any, base: Path) -> RunResult | None:
         with locked_folder(recipe) as folder:
             announce_run(folder.root)
             return lead(kind, recipe, base, folder)
-    wait_for_run(run_root(recipe))
-    if kind.follow is not None:
-        kind.follow(recipe, base, run_folder(recipe))
-    else:
-        run_steps(kind, kind.find(recipe, base), following(run_folder(recipe)), main_process=False)
+    with followed_folder(recipe) as folder:
+        if kind.follow is not None:
+            kind.follow(recipe, base, folder)
+        else:
+            run_steps(kind, kind.find(recipe, base), following(folder), main_process=False)
     return None
 
 
@@ -135,6 +143,18 @@ def locked_folder(recipe: Any) -> Iterator[RunFolder]:
         yield folder
 
 
+@contextmanager
+def followed_folder(recipe: Any) -> Iterator[RunFolder]:
+    """The run folder of the main process, for the other processes of its torchrun.
+
+    Raises RunError if this node does not see it.
+    """
+    folder = run_folder(recipe)
+    wait_for_run(folder.root)
+    with scratch_in(folder.root):
+        yield folder
+
+
 def reporting(folder: RunFolder, finished: list[Stage]) -> Do:
     """As `doing`, but prints how long each stage took, and adds it to `finished`."""
     run_stage = doing(folder)
@@ -154,8 +174,10 @@ def following(folder: RunFolder) -> Do:
     """How the other processes of a torchrun run a stage: take part in it, or wait for it."""
 
     def do(plan: StagePlan) -> Stage:
-        if plan.together and folder.finished(plan.name, plan.depends_on) is None:
-            plan.work(folder.partial(plan.name, plan.depends_on))
+        found = folder.finished(plan.name, plan.depends_on)
+        if plan.together and (found is None or (plan.missing is not None and plan.missing(found))):
+            with cores_of(processes_here()), lost_process(world_size()):
+                plan.work(folder.partial(plan.name, plan.depends_on))
         began, said = time.monotonic(), False
         while (stage := folder.finished(plan.name, plan.depends_on)) is None:
             if not said and time.monotonic() - began > SILENT_SECONDS:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stillhouse.hardware import all_cores, tune_allocator
+from stillhouse.hardware import cores_of, tune_allocator
+from stillhouse.launch import processes_here, world_size
+from stillhouse.processes import lost_process
 from stillhouse.runfolder import Outcome, RunFolder, Stage
 from stillhouse.teachers.load_model import check_loadable
 from stillhouse.training.train import MODEL
@@ -54,7 +55,8 @@ def doing(folder: RunFolder) -> Do:
             found = folder.finished(plan.name, plan.depends_on)
             if found is not None and plan.missing(found):
                 shutil.rmtree(found.path)
-        with nullcontext() if plan.together else all_cores():
+        here, all_ = (processes_here(), world_size()) if plan.together else (1, 1)
+        with cores_of(here), lost_process(all_):
             return folder.stage(
                 plan.name,
                 plan.depends_on,

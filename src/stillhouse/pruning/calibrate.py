@@ -8,10 +8,10 @@ attention width (heads × head_dim).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from stillhouse.data.shift import IGNORED
 from stillhouse.data.windows import WindowSet
 from stillhouse.errors import DataError
 from stillhouse.pruning.axes import Axes, part
+from stillhouse.shared_work import ALONE, Empty, Processes
 from stillhouse.teachers.activations import decoder_layers
 
 BATCH_TOKENS = 2048
@@ -34,6 +35,47 @@ class Batch:
     input_ids_RL: Tensor
     position_ids_RL: Tensor
     counted_RL: Tensor
+
+
+@dataclass(frozen=True)
+class OwnBatches(Sequence[Batch]):
+    """The batches of this process, of `total` that the processes divide."""
+
+    own: Sequence[Batch]
+    total: int
+    processes: Processes = ALONE
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Batch]: ...
+    def __getitem__(self, index: int | slice) -> Batch | Sequence[Batch]:
+        return self.own[index]
+
+    @property
+    def numbers(self) -> range:
+        """The numbers of these batches among all."""
+        return self.processes.part(self.total)
+
+    def sum(self, terms: Iterable[Sequence[Tensor]], empty: Empty) -> list[Tensor]:
+        """The sum of one term for each batch of all processes, see `Processes.sum`."""
+        return self.processes.sum(terms, self.total, empty)
+
+    def sum_values(self, terms: Iterable[tuple[float, ...]], count: int) -> list[float]:
+        """As `sum`, of `count` numbers for each batch."""
+        tensors = ([torch.tensor(term, dtype=torch.float64)] for term in terms)
+        (total,) = self.sum(tensors, lambda: [torch.zeros(count, dtype=torch.float64)])
+        found: list[float] = total.tolist()
+        return found
+
+    def tokens(self) -> tuple[int, int]:
+        """The tokens of all batches, and how many of them count."""
+        own = [(one.counted_RL.numel(), int(one.counted_RL.sum())) for one in self.own]
+        every, counted = self.sum_values(own, 2)
+        return int(every), int(counted)
 
 
 @dataclass(frozen=True)
@@ -51,9 +93,13 @@ def calibration_batches(
     seed: int,
     device: torch.device | str = "cpu",
     together: int = BATCH_TOKENS,
-) -> list[Batch]:
+    processes: Processes = ALONE,
+) -> OwnBatches:
     """About `tokens` tokens of `windows` (all if there are fewer), drawn by `seed`; about
-    `together` of them in a batch. Raises DataError when there are no windows."""
+    `together` of them in a batch. The batches are divided among the processes.
+
+    Raises DataError when there are no windows.
+    """
     if len(windows) == 0:
         raise DataError(
             "there is no training text for calibration",
@@ -63,10 +109,12 @@ def calibration_batches(
     length = len(windows[0]["input_ids"])
     chosen = sorted(_order(windows, seed)[: -(-tokens // length)])
     at_once = max(1, together // length)
-    return [
+    starts = range(0, len(chosen), at_once)
+    own = [
         _batch([windows[index] for index in chosen[start : start + at_once]], device)
-        for start in range(0, len(chosen), at_once)
+        for start in (starts[number] for number in processes.part(len(starts)))
     ]
+    return OwnBatches(own, len(starts), processes)
 
 
 def unseen(windows: WindowSet, tokens: int, seed: int) -> ChosenWindows:
@@ -201,7 +249,7 @@ class Streams:
 
     model: Any
     axes: Axes
-    batches: Sequence[Batch]
+    batches: OwnBatches
     inputs: Sequence[LayerInputs]
     dtype: Any
 

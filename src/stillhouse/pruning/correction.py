@@ -27,12 +27,13 @@ them 0.583.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 
 import torch
 from torch import Tensor, nn
 
 from stillhouse.pruning.axes import Axes, part
+from stillhouse.pruning.calibrate import OwnBatches
 from stillhouse.pruning.ffn import Moments, inverse_moments
 from stillhouse.pruning.surgery import set_parameter
 
@@ -49,68 +50,77 @@ LARGEST_SHARE = 0.5
 HELD_OUT_ONE_IN = 8
 """One in this many rows is held out: the last ones of every batch, which are complete windows."""
 
-HeldOutRows = tuple[Tensor, Tensor | None, Tensor]
-"""Activations [n, F], error [n, D] and weights [n] of rows held out."""
+Rows = tuple[Tensor, Tensor | None, Tensor]
+"""Activations [N, F] of a batch, error [N, D] and weights [N]. The error is None if a change of the
+projection cannot correct it."""
 
 
-class Evidence:
-    """The rows of one projection: moments of most of them, and the held-out rows, weighted."""
+def fit_projection(
+    batches: OwnBatches, rows: Iterable[Rows], zeros: Callable[[], Moments]
+) -> tuple[Moments, Tensor]:
+    """The moments of all rows, and the change [D, F] that the held-out rows confirm.
 
-    def __init__(
-        self, width: int, hidden: int, device: torch.device, *, absolute: bool = False
-    ) -> None:
-        self.moments = Moments.zeros(width, hidden, device, absolute=absolute)
-        self._fitted = 0
-        self._heldout: list[HeldOutRows] = []
+    rows: of each of the batches, weighted. zeros: returns moments without rows.
+    """
+    held: list[Rows] = []
 
-    def add(self, activations_NF: Tensor, error_ND: Tensor | None, weight_N: Tensor) -> None:
-        """error_ND: None if a change of this projection cannot correct it."""
-        fitted = len(activations_NF) - len(activations_NF) // HELD_OUT_ONE_IN
-        self._fitted += fitted
-        error = None if error_ND is None else error_ND[:fitted]
-        self.moments.add(activations_NF[:fitted], error, weight_N[:fitted])
-        error = None if error_ND is None else error_ND[fitted:].clone()
-        self._heldout.append((activations_NF[fitted:].clone(), error, weight_N[fitted:]))
+    def fitted() -> Iterator[list[Tensor]]:
+        for activations_NF, error_ND, weight_N in rows:
+            border = len(activations_NF) - len(activations_NF) // HELD_OUT_ONE_IN
+            last_error = None if error_ND is None else error_ND[border:].clone()
+            held.append((activations_NF[border:].clone(), last_error, weight_N[border:]))
+            first_error = None if error_ND is None else error_ND[:border]
+            yield added(activations_NF[:border], first_error, weight_N[:border])
 
-    def finish(self) -> tuple[Moments, Tensor]:
-        """The moments of all rows, and the change [D, F] that the held-out rows confirm."""
-        heldout, self._heldout = self._heldout, []
-        per_row = len(self.moments.C_FF) / max(1, self._fitted)
-        found = [
-            (noise, *_confirmed(least_squares_change(self.moments, noise * per_row), heldout))
-            for noise in NOISES
-            if any(len(weight_N) and error_ND is not None for _, error_ND, weight_N in heldout)
-        ]
-        rows = self._fitted
-        for activations_NF, error_ND, weight_N in heldout:
-            self.moments.add(activations_NF, error_ND, weight_N)
-            rows += len(weight_N)
-        noise, share, gain = max(found, key=lambda one: one[2], default=(0.0, 0.0, 0.0))
-        if gain <= 0.0:
-            return self.moments, torch.zeros_like(self.moments.B_DF)
-        ridge = noise * len(self.moments.C_FF) / rows
-        return self.moments, share * least_squares_change(self.moments, ridge)
+    def added(activations_NF: Tensor, error_ND: Tensor | None, weight_N: Tensor) -> list[Tensor]:
+        moments = zeros()
+        moments.add(activations_NF, error_ND, weight_N)
+        return [*moments.tensors(), _count(activations_NF)]
 
+    def summed(terms: Iterable[list[Tensor]]) -> tuple[Moments, float]:
+        *tensors, rows_ = batches.sum(terms, lambda: [*zeros().tensors(), _count(())])
+        return Moments(*tensors), float(rows_)
 
-def _confirmed(change_DF: Tensor, heldout: Sequence[HeldOutRows]) -> tuple[float, float]:
-    """μ, and by how much it lowers the squared error on these rows."""
-
-    def rows() -> Iterator[tuple[Tensor, Tensor]]:
-        for activations_NF, error_ND, weight_N in heldout:
-            assert error_ND is not None
-            undone_ND = (activations_NF @ change_DF.T) * weight_N[:, None]
-            yield undone_ND, error_ND * weight_N[:, None]
-
-    return confirmed_share(rows())
+    moments, fitted_rows = summed(fitted())
+    width = len(moments.C_FF)
+    confirming = (0 if error_ND is None else len(error_ND) for _, error_ND, _ in held)
+    (confirmed,) = batches.sum_values(((rows,) for rows in confirming), 1)
+    noise = share = gain = 0.0
+    for tried in NOISES if confirmed else ():
+        change_DF = least_squares_change(moments, tried * width / max(1.0, fitted_rows))
+        found = confirmed_share(batches, (_undone(one, change_DF) for one in held))
+        if found[1] > gain:
+            noise, (share, gain) = tried, found
+    more, held_rows = summed(added(*one) for one in held)
+    for tensor, other in zip(moments.tensors(), more.tensors(), strict=True):
+        tensor += other
+    if gain <= 0.0:
+        return moments, torch.zeros_like(moments.B_DF)
+    ridge = noise * width / (fitted_rows + held_rows)
+    return moments, share * least_squares_change(moments, ridge)
 
 
-def confirmed_share(rows: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
-    """μ, and by how much it lowers the squared error, from rows [n, D] of what a change corrects
-    and of the error."""
-    along = across = 0.0
-    for undone_ND, error_ND in rows:
-        along += float((undone_ND * error_ND).sum())
-        across += float(undone_ND.square().sum())
+def _count(rows: Sized) -> Tensor:
+    return torch.tensor(float(len(rows)), dtype=torch.float64)
+
+
+def _undone(rows: Rows, change_DF: Tensor) -> tuple[Tensor, Tensor]:
+    """What a change corrects, and the error, both weighted."""
+    activations_NF, error_ND, weight_N = rows
+    assert error_ND is not None
+    return (activations_NF @ change_DF.T) * weight_N[:, None], error_ND * weight_N[:, None]
+
+
+def confirmed_share(
+    batches: OwnBatches, rows: Iterable[tuple[Tensor, Tensor]]
+) -> tuple[float, float]:
+    """μ, and by how much it lowers the squared error, from each batch's rows [n, D] of what a
+    change corrects and of the error."""
+    terms = (
+        (float((undone_ND * error_ND).sum()), float(undone_ND.square().sum()))
+        for undone_ND, error_ND in rows
+    )
+    along, across = batches.sum_values(terms, 2)
     share = min(LARGEST_SHARE, max(0.0, along / across)) if across > 0 else 0.0
     return share, share * (2 * along - share * across)
 
@@ -120,26 +130,30 @@ def least_squares_change(moments: Moments, ridge: float) -> Tensor:
     return (moments.B_DF / moments.unit) @ inverse_moments(moments, ridge)
 
 
-Rows = tuple[Tensor, Tensor]
+Written = tuple[Tensor, Tensor]
 """A block's output and the error of the stream after it, [N, D] each, rows already weighted."""
 
 
-def channel_gains(batches: Sequence[Rows]) -> Tensor:
-    """g [D]; 1 for channels where the held-out rows do not confirm it."""
+def channel_gains(batches: OwnBatches, rows: Sequence[Written], zeros_D: Tensor) -> Tensor:
+    """g [D]; 1 for channels where the held-out rows do not confirm it. rows: of each of the
+    batches."""
     fitted, kept = [], []
-    for wrote_ND, lacking_ND in batches:
+    for wrote_ND, lacking_ND in rows:
         border = len(wrote_ND) - len(wrote_ND) // HELD_OUT_ONE_IN
         fitted.append((wrote_ND[:border], lacking_ND[:border]))
         kept.append((wrote_ND[border:], lacking_ND[border:]))
-    change_D = _best_change(fitted)
-    share, _ = confirmed_share((wrote_ND * change_D, lacking_ND) for wrote_ND, lacking_ND in kept)
-    return 1 + share * _best_change(batches)
+    change_D = _best_change(batches, fitted, zeros_D)
+    share, _ = confirmed_share(
+        batches, ((wrote_ND * change_D, lacking_ND) for wrote_ND, lacking_ND in kept)
+    )
+    return 1 + share * _best_change(batches, rows, zeros_D)
 
 
-def _best_change(batches: Sequence[Rows]) -> Tensor:
-    dots = [(wrote_ND * lacking_ND).sum(0) for wrote_ND, lacking_ND in batches]
-    energies = [wrote_ND.square().sum(0) for wrote_ND, _ in batches]
-    dots_D, energy_D = torch.stack(dots).sum(0), torch.stack(energies).sum(0)
+def _best_change(batches: OwnBatches, rows: Sequence[Written], zeros_D: Tensor) -> Tensor:
+    terms = (
+        [(wrote_ND * lacking_ND).sum(0), wrote_ND.square().sum(0)] for wrote_ND, lacking_ND in rows
+    )
+    dots_D, energy_D = batches.sum(terms, lambda: [zeros_D.clone(), zeros_D.clone()])
     # A channel that the block does not write to has no gain.
     return torch.where(energy_D > 0, dots_D / energy_D, 0.0)
 

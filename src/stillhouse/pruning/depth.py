@@ -14,15 +14,11 @@ import torch
 from torch import Tensor
 
 from stillhouse.progress import bar
-from stillhouse.pruning.calibrate import Batch, LayerInputs, layer_inputs, run_layer
+from stillhouse.pruning.calibrate import Batch, layer_inputs, run_layer
+from stillhouse.shared_work import ALONE, Processes
 from stillhouse.signals.lm_head import summed_kl
 from stillhouse.teachers.activations import decoder_layers
 from stillhouse.teachers.backbone import lm_head
-
-HELD = 8
-"""Layers whose trials are measured together, against logits of the full model computed once. Their
-rows are in memory until then: for all layers of a large model, they would be as large as a
-layer."""
 
 SHORTLIST = 8
 """Layers tried again in each round after the first: those with the lowest cost so far."""
@@ -49,9 +45,12 @@ def choose_layers(
     *,
     scores: Sequence[float] | None = None,
     most_kl: float = math.inf,
+    processes: Processes = ALONE,
 ) -> DepthChoice:
     """Drop one layer at a time, each time the one whose removal adds the least KL to the full
     model.
+
+    processes: all of them call this with the same batches, and divide the trials.
 
     The first round tries every layer; later ones the SHORTLIST cheapest by their last trial.
     scores: the importance of each layer (see `layer_scores`): the least important is removed first,
@@ -59,11 +58,11 @@ def choose_layers(
     """
     total = len(decoder_layers(model))
     if scores is not None:
-        return _by_scores(model, batches, keep, scores, most_kl)
-    scorer = _Scorer(model, batches)
+        return _by_scores(_Scorer(model, batches, processes), keep, scores, most_kl)
+    scorer = _Scorer(model, batches, processes)
     alive = list(range(total))
     rounds = total - keep
-    trials = (total + max(0, rounds - 1) * SHORTLIST) * len(batches)
+    trials = total + max(0, rounds - 1) * SHORTLIST
     dropped: list[tuple[int, float]] = []
     with bar("Trying layers", trials, unit="trials") as advance:
         last = scorer.without_each(alive, alive, advance)
@@ -80,13 +79,10 @@ def choose_layers(
     return DepthChoice(tuple(alive), tuple(dropped), single)
 
 
-def _by_scores(
-    model: Any, batches: Sequence[Batch], keep: int, scores: Sequence[float], most_kl: float
-) -> DepthChoice:
-    scorer = _Scorer(model, batches)
+def _by_scores(scorer: _Scorer, keep: int, scores: Sequence[float], most_kl: float) -> DepthChoice:
     alive = list(range(len(scores)))
     dropped: list[tuple[int, float]] = []
-    with bar("Dropping layers", (len(scores) - keep) * len(batches), unit="trials") as advance:
+    with bar("Dropping layers", len(scores) - keep, unit="trials") as advance:
         while len(alive) > keep and (not dropped or dropped[-1][1] <= most_kl):
             weakest = min(alive, key=lambda index: scores[index])
             kl = scorer.without_each(alive, [weakest], advance)[weakest]
@@ -135,57 +131,51 @@ def layer_scores(model: Any, batches: Sequence[Batch], by: str) -> list[float]:
 class _Scorer:
     """Holds the calibration rows, and the full model's output on them."""
 
-    def __init__(self, model: Any, batches: Sequence[Batch]) -> None:
+    def __init__(self, model: Any, batches: Sequence[Batch], processes: Processes) -> None:
+        self.processes = processes
         self.layers = decoder_layers(model)
         self.norm = model.base_model.norm
         self.head = lm_head(model)
         self.batches = batches
         self.inputs = [layer_inputs(model, batch) for batch in batches]
-        everything = range(len(self.layers))
-        self.full = [self._rows(batch, inputs, everything) for batch, inputs in self._pairs()]
+        self.full = []
+        for batch, inputs in zip(batches, self.inputs, strict=True):
+            hidden_RLD = inputs.hidden_RLD
+            for index, layer in enumerate(self.layers):
+                hidden_RLD = run_layer(layer, hidden_RLD, inputs.extras[index])
+            self.full.append(self._rows(batch, hidden_RLD))
 
     def without_each(
         self, alive: Sequence[int], candidates: Sequence[int], advance: Any
     ) -> dict[int, float]:
-        """KL(full ‖ the layers `alive` less one), for each candidate.
+        """KL(full ‖ the layers `alive` less one), for each candidate, each tried by one process.
 
-        The stream before a candidate is computed only once.
+        The stream before a candidate is computed only once. All trials run through a layer before
+        the next one, so that its weights are read once.
         """
-        pending = set(candidates)
-        sums = dict.fromkeys(candidates, 0.0)
-        for full_ND, (batch, inputs) in zip(self.full, self._pairs(), strict=True):
-            rows: dict[int, Tensor] = {}
-            hidden_RLD = inputs.hidden_RLD
-            for place, index in enumerate(alive):
+        own = self.processes.in_turn(candidates)
+        sums = dict.fromkeys(own, 0.0)
+        for full_ND, batch, inputs in zip(self.full, self.batches, self.inputs, strict=True):
+            trials: dict[int, Tensor] = {}
+            before_RLD, pending = inputs.hidden_RLD, set(own)
+            for index in alive:
+                layer, extras = self.layers[index], inputs.extras[index]
+                for tried, hidden_RLD in trials.items():
+                    trials[tried] = run_layer(layer, hidden_RLD, extras)
                 if index in pending:
-                    rows[index] = self._rows(batch, inputs, alive[place + 1 :], hidden_RLD)
-                    advance(1)
-                    if len(rows) == HELD:
-                        self._add_kl(sums, full_ND, rows)
-                hidden_RLD = run_layer(self.layers[index], hidden_RLD, inputs.extras[index])
-            self._add_kl(sums, full_ND, rows)
+                    trials[index] = before_RLD
+                    pending.remove(index)
+                if pending:
+                    before_RLD = run_layer(layer, before_RLD, extras)
+            rows = [self._rows(batch, hidden_RLD) for hidden_RLD in trials.values()]
+            found = summed_kl(self.head, full_ND, rows)
+            for tried, value in zip(trials, found, strict=True):
+                sums[tried] += value
+        advance(len(candidates))
         counted = max(1, sum(len(full_ND) for full_ND in self.full))
-        return {index: value / counted for index, value in sums.items()}
+        kls = {index: value / counted for index, value in sums.items()}
+        return {index: kl for each in self.processes.collect(kls) for index, kl in each.items()}
 
-    def _add_kl(self, sums: dict[int, float], full_ND: Tensor, rows: dict[int, Tensor]) -> None:
-        """Add the KL of each of `rows` to its sum, and clear `rows`."""
-        found = summed_kl(self.head, full_ND, list(rows.values()))
-        for index, value in zip(rows, found, strict=True):
-            sums[index] += value
-        rows.clear()
-
-    def _pairs(self) -> list[tuple[Batch, LayerInputs]]:
-        return list(zip(self.batches, self.inputs, strict=True))
-
-    def _rows(
-        self,
-        batch: Batch,
-        inputs: LayerInputs,
-        layers: Sequence[int],
-        hidden_RLD: Tensor | None = None,
-    ) -> Tensor:
-        hidden_RLD = inputs.hidden_RLD if hidden_RLD is None else hidden_RLD
-        for index in layers:
-            hidden_RLD = run_layer(self.layers[index], hidden_RLD, inputs.extras[index])
+    def _rows(self, batch: Batch, hidden_RLD: Tensor) -> Tensor:
         rows_ND: Tensor = self.norm(hidden_RLD)[batch.counted_RL]
         return rows_ND

@@ -5,14 +5,30 @@ Shapes: N rows of the stream, E experts, D hidden width, F width of an expert, K
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stillhouse.pruning.axes import Axes, part
+from stillhouse.pruning.calibrate import OwnBatches
 from stillhouse.pruning.ffn import Moments, Ranking, best, choose_and_refit
 from stillhouse.pruning.surgery import set_parameter
+
+
+@dataclass(frozen=True)
+class RoutedRows:
+    """Rows of the stream [N, D] of each of the batches, and a weight for each row [N]."""
+
+    batches: OwnBatches
+    mids: Sequence[Tensor]
+    weights: Sequence[Tensor]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(self.mids, self.weights, strict=True)
 
 
 class _Mixture:
@@ -37,29 +53,32 @@ class _Mixture:
         return rows_n, self.experts.act_fn(gate) * up, share_NT[rows_n, place_n]
 
 
-def best_experts(
-    layer: nn.Module, axes: Axes, mids: list[Tensor], weights: list[Tensor], keep: int
-) -> Tensor:
+def best_experts(layer: nn.Module, axes: Axes, rows: RoutedRows, keep: int) -> Tensor:
     """The `keep` experts that add most to the stream, ascending: Σ of router weight × ‖output‖.
 
     (Lasby et al. 2025, REAP, arXiv 2510.13999, averages over the rows of an expert instead; the sum
-    also counts how often it is chosen.) mids: rows [N, D]; weights: one number per row.
+    also counts how often it is chosen.)
     """
     mixture = _Mixture(layer, axes)
-    score_E = torch.zeros(len(mixture.down_EDF), device=mixture.down_EDF.device)
-    for mid_ND, weight_N in zip(mids, weights, strict=True):
-        for expert in range(len(score_E)):
-            rows_n, activations_nF, share_n = mixture.routed(mid_ND, expert)
-            length_n = (activations_nF @ mixture.down_EDF[expert].T).norm(dim=-1)
-            score_E[expert] += (share_n * length_n * weight_N[rows_n]).sum()
+    zeros_E = torch.zeros(len(mixture.down_EDF), device=mixture.down_EDF.device)
+
+    def terms() -> Iterator[list[Tensor]]:
+        for mid_ND, weight_N in rows:
+            score_E = zeros_E.clone()
+            for expert in range(len(score_E)):
+                rows_n, activations_nF, share_n = mixture.routed(mid_ND, expert)
+                length_n = (activations_nF @ mixture.down_EDF[expert].T).norm(dim=-1)
+                score_E[expert] = (share_n * length_n * weight_N[rows_n]).sum()
+            yield [score_E]
+
+    (score_E,) = rows.batches.sum(terms(), lambda: [zeros_E.clone()])
     return best(score_E, keep)
 
 
 def narrow_experts(
     layer: nn.Module,
     axes: Axes,
-    mids: list[Tensor],
-    weights: list[Tensor],
+    rows: RoutedRows,
     keep: int,
     reconstruct: bool,
     ranking: Ranking,
@@ -72,13 +91,25 @@ def narrow_experts(
     mixture = _Mixture(layer, axes)
     experts, hidden, width = mixture.down_EDF.shape
     gate_ups, downs = [], []
-    for expert in range(experts):
-        down_DF = mixture.down_EDF[expert]
-        moments = Moments.zeros(width, hidden, down_DF.device, absolute=mean)
-        for mid_ND, weight_N in zip(mids, weights, strict=True):
+    device = mixture.down_EDF.device
+    zeros = partial(Moments.zeros, width, hidden, device, absolute=mean)
+
+    def terms(expert: int) -> Iterator[list[Tensor]]:
+        for mid_ND, weight_N in rows:
+            moments = zeros()
             rows_n, activations_nF, share_n = mixture.routed(mid_ND, expert)
             moments.add(activations_nF, None, share_n * weight_N[rows_n])
-        kept_K, down_DK = choose_and_refit(down_DF, moments, keep, ranking, reconstruct)
+            yield moments.tensors()
+
+    def empty() -> list[Tensor]:
+        kept_K = torch.empty(keep, dtype=torch.long, device=device)
+        return [kept_K, mixture.down_EDF.new_empty(hidden, keep)]
+
+    for expert in range(experts):
+        sums = rows.batches.sum(terms(expert), lambda: zeros().tensors())
+        down_DF, moments = mixture.down_EDF[expert], Moments(*sums)
+        cut = partial(choose_and_refit, down_DF, moments, keep, ranking, reconstruct)
+        kept_K, down_DK = rows.batches.processes.from_owner(0, cut, empty)
         downs.append(down_DK)
         gate_ups.append(mixture.gate_up_EOD[expert][torch.cat([kept_K, kept_K + width])])
     set_parameter(mixture.experts, mixture.names.gate_up, torch.stack(gate_ups))

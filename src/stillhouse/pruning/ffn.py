@@ -78,6 +78,10 @@ class Moments:
         if error_ND is not None:
             self.B_DF.addmm_((error_ND * weight_N[:, None]).T, weighted_NF)
 
+    def tensors(self) -> list[Tensor]:
+        """What `Moments(*tensors)` is made of; sums of them are moments of all rows."""
+        return [self.C_FF, self.B_DF, *([] if self.absolute_F is None else [self.absolute_F])]
+
     @property
     def unit(self) -> Tensor:
         """The mean activation energy; 1 where nothing was active."""

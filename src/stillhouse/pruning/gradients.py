@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from stillhouse.objectives import Term, fused_loss
 from stillhouse.progress import bar
 from stillhouse.pruning.axes import Axes, part
-from stillhouse.pruning.calibrate import Batch, products
+from stillhouse.pruning.calibrate import OwnBatches, products
 from stillhouse.pruning.sizes import sizes_of
 from stillhouse.signals.lm_head import head_logits
 from stillhouse.teachers.activations import decoder_layers
@@ -58,7 +58,7 @@ class Fisher:
 def mask_fisher(
     model: Any,
     axes: Axes,
-    batches: Sequence[Batch],
+    batches: OwnBatches,
     kinds: Sequence[Part],
     *,
     seed: int,
@@ -66,30 +66,30 @@ def mask_fisher(
 ) -> Fisher:
     """Fisher information of the masks of these kinds, over the counted rows of the batches.
 
-    The model's weights do not change. Neurons are those of plain FFNs.
+    The model's weights do not change. Neurons are those of plain FFNs. Each batch has a seed of
+    its own, so that it does not matter which process draws its labels.
     """
-    generator = torch.Generator(device=model.device).manual_seed(seed)
-    totals: dict[str, list[Tensor]] = {}
-    rows = 0
-    tokens = sum(batch.input_ids_RL.numel() for batch in batches)
-    with bar("Gradients", tokens) as advance:
-        for batch in batches:
-            masks = _ones(model, len(batch.input_ids_RL), kinds)
-            with torch.enable_grad(), _masked(model, axes, masks), products(model, dtype):
-                rows_ND = hidden_states(model, batch.input_ids_RL, batch.position_ids_RL)
-                rows_ND = rows_ND[batch.counted_RL]
-            rows += len(rows_ND)
-            with torch.enable_grad():
-                loss = log_loss_of_draws(model, rows_ND, generator, dtype)
-            flat = [mask for values in masks.values() for mask in values]
-            found = iter(torch.autograd.grad(loss, flat))
-            for kind, values in masks.items():
-                squares = [next(found).square().sum((0, 1)) for _ in values]
-                old = totals.get(kind)
-                totals[kind] = squares if old is None else list(map(torch.add, old, squares))
-            advance(batch.input_ids_RL.numel())
+    tokens, rows = batches.tokens()
+
+    def terms() -> Iterator[list[Tensor]]:
+        with bar("Gradients", tokens) as advance:
+            for number, batch in zip(batches.numbers, batches, strict=True):
+                masks = _ones(model, len(batch.input_ids_RL), kinds)
+                with torch.enable_grad(), _masked(model, axes, masks), products(model, dtype):
+                    rows_ND = hidden_states(model, batch.input_ids_RL, batch.position_ids_RL)
+                    rows_ND = rows_ND[batch.counted_RL]
+                generator = torch.Generator(device=model.device).manual_seed(seed + number)
+                with torch.enable_grad():
+                    loss = log_loss_of_draws(model, rows_ND, generator, dtype)
+                flat = [mask for values in masks.values() for mask in values]
+                yield [one.square().sum((0, 1)) for one in torch.autograd.grad(loss, flat)]
+                advance(batch.input_ids_RL.numel())
+
+    shapes = _ones(model, 1, kinds)
+    flat = [mask[0, 0].detach() for values in shapes.values() for mask in values]
+    found = iter(batches.sum(terms(), lambda: [torch.zeros_like(mask) for mask in flat]))
+    mean = {kind: [next(found) / max(rows, 1) for _ in values] for kind, values in shapes.items()}
     nothing = torch.zeros(0, device=model.device)
-    mean = {kind: [value / max(rows, 1) for value in values] for kind, values in totals.items()}
     return Fisher(
         neurons=tuple(mean.get("neurons", ())),
         heads=tuple(mean.get("heads", ())),

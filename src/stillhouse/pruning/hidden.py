@@ -18,7 +18,7 @@ Shapes: N rows, D hidden width, H narrow hidden width, O outputs of a reader.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.pruning.axes import Axes, part
-from stillhouse.pruning.calibrate import Stream, Streams
+from stillhouse.pruning.calibrate import OwnBatches, Stream, Streams
 from stillhouse.pruning.ffn import RIDGE, Moments, best, refit_and_remove, regularized_inverse
 from stillhouse.pruning.offload import release
 from stillhouse.pruning.surgery import set_parameter, set_weight
+from stillhouse.shared_work import Processes
 
 CORRECTION = 1.0
 """μ: fraction of the estimate of the removed channels that is added to the readers."""
@@ -66,9 +67,11 @@ class StreamMoments:
     C_DD: Tensor
     G_DD: Tensor
 
-    def add(self, rows: Sequence[Tensor], grams: Sequence[Tensor]) -> None:
-        """Rows y [N, D] of one norm, and WᵀW [D, D] of its readers, with the gain folded in."""
-        C_DD = sum((y_ND.T @ y_ND for y_ND in rows), torch.zeros_like(self.C_DD))
+    def add(self, batches: OwnBatches, rows: Sequence[Tensor], grams: Sequence[Tensor]) -> None:
+        """Rows y [N, D] of one norm in each of the batches, and WᵀW [D, D] of its readers, with
+        the gain folded in."""
+        terms = ([y_ND.T @ y_ND] for y_ND in rows)
+        (C_DD,) = batches.sum(terms, lambda: [torch.zeros_like(self.C_DD)])
         self.C_DD += C_DD
         for G_DD in grams:
             self.G_DD += G_DD / (G_DD * C_DD).sum().clamp_min(1e-12)
@@ -113,6 +116,12 @@ def leading_directions(moments: StreamMoments, keep: int) -> Basis:
     """The eigenvectors of the largest eigenvalues of C: they keep most of the stream's energy."""
     _, vectors_DD = torch.linalg.eigh(moments.C_DD.double())
     return Basis(vectors_DD.flip(1)[:, :keep].float().contiguous())
+
+
+def agreed_basis(basis: Basis, processes: Processes) -> Basis:
+    """The main process's basis, in all processes."""
+    tensors = [basis.matrix_DH, *([] if basis.kept_H is None else [basis.kept_H])]
+    return Basis(*processes.from_owner(0, lambda: tensors, lambda: tensors))
 
 
 def unit_rows(norm: Any, x: Tensor) -> Tensor:
@@ -162,6 +171,7 @@ def measure_stream(streams: Streams, kept_layers: Sequence[int], head_DD: Tensor
             ):
                 read_norm = part(layer, name)
                 moments.add(
+                    streams.batches,
                     [unit_rows(read_norm, x_ND) for x_ND in streams.rows(values)],
                     [
                         _scaled(gram(getattr(module, weight).reshape(-1, hidden)), read_norm, axes)
@@ -171,7 +181,7 @@ def measure_stream(streams: Streams, kept_layers: Sequence[int], head_DD: Tensor
         stream = streams.after_ffn(layer, mids)
         release(layer)
     last = [unit_rows(norm, x_ND) for x_ND in streams.rows(stream)]
-    moments.add(last, [_scaled(head_DD, norm, axes)])
+    moments.add(streams.batches, last, [_scaled(head_DD, norm, axes)])
     return moments
 
 
@@ -200,10 +210,13 @@ def fit_full_stream(
     YZ_DH = torch.zeros(D, H, device=basis.matrix_DH.device)
     if basis.square:
         return StreamFit(1.0, None, ZZ_HH, YZ_DH)
-    for x_ND, narrow_NH in zip(streams.rows(full), streams.rows(cut), strict=True):
-        z_NH = unit_rows(norm, narrow_NH)
-        ZZ_HH.addmm_(z_NH.T, z_NH)
-        YZ_DH.addmm_(unit_rows(norm, x_ND).T, z_NH)
+
+    def terms() -> Iterator[list[Tensor]]:
+        for x_ND, narrow_NH in zip(streams.rows(full), streams.rows(cut), strict=True):
+            z_NH = unit_rows(norm, narrow_NH)
+            yield [z_NH.T @ z_NH, unit_rows(norm, x_ND).T @ z_NH]
+
+    ZZ_HH, YZ_DH = streams.batches.sum(terms(), lambda: [ZZ_HH.clone(), YZ_DH.clone()])
     scale = ((basis.matrix_DH * YZ_DH).sum() / ZZ_HH.trace().clamp_min(1e-12)).item()
     if not reconstruct:
         return StreamFit(scale, None, ZZ_HH, YZ_DH)
@@ -261,13 +274,15 @@ def narrow_ffn_writer(layer: nn.Module, axes: Axes, basis: Basis) -> None:
 def narrow_output_norm(streams: Streams, norm: Any, basis: Basis, wrote: Stream) -> None:
     """Cut a norm of a block's output; its gain corrects for the rms over fewer channels."""
     assert basis.kept_H is not None, "a rotation cannot pass a norm of a block's output"
-    both, own = 0.0, 1e-12
-    for u_ND in streams.rows(wrote):
-        y_NH = unit_rows(norm, u_ND)[:, basis.kept_H]
-        z_NH = unit_rows(norm, u_ND[:, basis.kept_H])
-        both += (y_NH * z_NH).sum().item()
-        own += z_NH.square().sum().item()
-    scale = 1.0 if basis.square else both / own
+    kept_H = basis.kept_H
+
+    def terms() -> Iterator[tuple[float, float]]:
+        for u_ND in streams.rows(wrote):
+            y_NH, z_NH = unit_rows(norm, u_ND)[:, kept_H], unit_rows(norm, u_ND[:, kept_H])
+            yield (y_NH * z_NH).sum().item(), z_NH.square().sum().item()
+
+    both, own = streams.batches.sum_values(terms(), 2)
+    scale = 1.0 if basis.square else both / (own + 1e-12)
     new_H = scale * gain(norm, streams.axes)[basis.kept_H]
     set_parameter(norm, "weight", new_H - streams.axes.norm_offset)
 

@@ -11,11 +11,14 @@ Shapes: L tokens, N rows, D hidden width.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from stillhouse.pruning.calibrate import Stream, Streams, products, run_layer
+from stillhouse.shared_work import Empty
 
 LEARNING_RATE = 1e-4
 """AdamW's learning rate, with cosine decay: see docs/pruning.md."""
@@ -29,12 +32,15 @@ def distill_block(
 
     before, target: the stream that the layer reads, and the one that it should return. The error
     is measured on the held-out batch (on all rows if there is only one batch). Returns 0, with the
-    layer unchanged, if it did not fall.
+    layer unchanged, if it did not fall. Each step's gradient is computed by the process that has
+    the batch, and all processes take the step.
     """
     layer: nn.Module = streams.layers[index]
+    batches, weights = streams.batches, list(layer.parameters())
 
-    def loss(place: int) -> Tensor:
+    def loss(number: int) -> Tensor:
         """Mean squared difference of the counted rows, each divided by the rms of its target."""
+        place = batches.numbers.index(number)
         counted_RL = streams.batches[place].counted_RL
         with products(streams.model, streams.dtype):
             found_RLD = run_layer(layer, before[place], streams.inputs[place].extras[index])
@@ -43,25 +49,43 @@ def distill_block(
         size_N1 = target_ND.square().mean(-1, keepdim=True).clamp_min(1e-12)
         return (missing_ND.square() / size_N1).mean()
 
-    known = {name: value.detach().clone() for name, value in layer.named_parameters()}
-    heldout = len(streams.batches) - 1
-    with torch.no_grad():
-        start = loss(heldout).item()
+    def measured() -> float:
+        """The loss on the held-out batch."""
+        with torch.no_grad():
+            (found,) = shared(heldout, lambda: [loss(heldout)], lambda: [weights[0].new_zeros(())])
+        return found.item()
+
+    def gradients(number: int) -> list[Tensor]:
+        with torch.enable_grad():
+            found = torch.autograd.grad(loss(number), weights, allow_unused=True)
+        return [w if g is None else g for w, g in zip(unused(), found, strict=True)]
+
+    def unused() -> list[Tensor]:
+        return [torch.zeros_like(weight) for weight in weights]
+
+    def shared(number: int, work: Callable[[], list[Tensor]], empty: Empty) -> list[Tensor]:
+        processes = batches.processes
+        return processes.from_owner(processes.owner(number, batches.total), work, empty)
+
+    known = [weight.detach().clone() for weight in weights]
+    heldout = batches.total - 1
+    start = measured()
     layer.requires_grad_(True)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-    steps = max(1, round(tokens / streams.batches[0].input_ids_RL.numel()))
+    steps = max(1, round(tokens * batches.total / batches.tokens()[0]))
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
-        with torch.enable_grad():
-            loss(step % max(1, heldout)).backward()
+        number = step % max(1, heldout)
+        found = shared(number, partial(gradients, number), unused)
+        for weight, gradient in zip(weights, found, strict=True):
+            weight.grad = gradient
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)
     layer.requires_grad_(False)
-    with torch.no_grad():
-        after = loss(heldout).item()
+    after = measured()
     if after < start:
         return 1 - after / start
-    for name, value in layer.named_parameters():
-        value.data.copy_(known[name])
+    for weight, value in zip(weights, known, strict=True):
+        weight.data.copy_(value)
     return 0.0

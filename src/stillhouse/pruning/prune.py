@@ -36,6 +36,7 @@ from stillhouse.pruning.surgery import (
     own_config,
 )
 from stillhouse.pruning.width import Passage, cut_width
+from stillhouse.shared_work import ALONE, Processes
 
 DEPTH_TOKENS = 2048
 """Tokens on which layers are tried: each trial runs half the model, so few must suffice."""
@@ -105,6 +106,7 @@ def prune_model(
     shared: Calibration | None = None,
     method: PruningMethod = METHOD,
     local_tokens: int = 0,
+    processes: Processes = ALONE,
     **sizes: int | None,
 ) -> PruneReport:
     """Prune a float32 causal language model in place, calibrated on training windows.
@@ -117,7 +119,9 @@ def prune_model(
     The windows run through the model with matrix products in `dtype`; weights, statistics and
     refits stay float32. Runs on the model's device. shared: results of earlier prunes of the same
     start model on the same windows, tokens and seed, to which this one's are added. method: what
-    decides which parts are kept. local_tokens: of block-wise distillation, per layer.
+    decides which parts are kept. local_tokens: of block-wise distillation, per layer. processes:
+    all of them call this with a copy of the model, and divide the windows and the trials of layers;
+    each copy is pruned to the same weights as by one process.
 
     Depth is cut first, so that the refit of the width compensates for dropped layers too; then,
     layer by layer, hidden size, heads, experts and FFN; the vocabulary last. All layers end up with
@@ -134,18 +138,22 @@ def prune_model(
     if kept_ids is not None:
         check_tokens(model, kept_ids)
     own_config(model)
-    batches = calibration_batches(windows, calibration_tokens, seed, model.device)
-    seen = sum(int(batch.counted_RL.sum()) for batch in batches)
+    batches = calibration_batches(
+        windows, calibration_tokens, seed, model.device, processes=processes
+    )
+    tokens, seen = batches.tokens()
     rotated = sizes.get("hidden_size") is not None and hidden_method == "rotation"
     notes = _notes(model.config, before, after, rotated)
-    if sum(batch.input_ids_RL.numel() for batch in batches) < calibration_tokens:
+    if tokens < calibration_tokens:
         notes.insert(0, f"calibrated on all {seen:,} training tokens, not {calibration_tokens:,}")
     shared = Calibration(passages=None) if shared is None else shared
     choice = DepthChoice(tuple(range(before.layers)), (), ())
     if after.layers < before.layers:
         known = shared.choose_layers(after.layers, before.layers)
         if known is None:
-            known = rank_layers(model, windows, after.layers, method, seed, dtype)
+            known = rank_layers(
+                model, windows, after.layers, method, seed, dtype, processes=processes
+            )
             shared.depth = known
         choice = known
         if reconstruct and (axes.ffn_output_norm is not None or axes.experts is not None):
@@ -162,7 +170,7 @@ def prune_model(
         kinds = _gradient_parts(before, after, touched and not rotated)
         ranking = Ranking(method.importance, method.aggregation)
         if method.importance == "gradients":
-            fisher = _fisher(model, windows, kinds, seed, dtype) if kinds else None
+            fisher = _fisher(model, windows, kinds, seed, dtype, processes) if kinds else None
             ranking = Ranking("gradients" if kinds else "refit", fisher=fisher)
         damage = cut_width(
             model,
@@ -210,6 +218,7 @@ def rank_layers(
     *,
     tokens: int = DEPTH_TOKENS,
     most_kl: float = math.inf,
+    processes: Processes = ALONE,
 ) -> DepthChoice:
     """The order in which layers are removed, by `method.depth_importance`, and the KL after
     each."""
@@ -217,11 +226,13 @@ def rank_layers(
     by, scores = method.depth_importance, None
     with released_after_use(model):
         if by == "gradients":
-            scores = _fisher(model, windows, ["layers"], seed, dtype).layers.tolist()
+            scores = _fisher(model, windows, ["layers"], seed, dtype, processes).layers.tolist()
         with products(model, dtype):
             if by in SCORES:
-                scores = layer_scores(model, few, by)
-            return choose_layers(model, few, keep, scores=scores, most_kl=most_kl)
+                scores = processes.from_main(layer_scores(model, few, by))
+            return choose_layers(
+                model, few, keep, scores=scores, most_kl=most_kl, processes=processes
+            )
 
 
 def check_importance(method: PruningMethod, before: Sizes, after: Sizes) -> None:
@@ -253,10 +264,15 @@ def _gradient_parts(before: Sizes, after: Sizes, channels: bool) -> list[Part]:
 
 
 def _fisher(
-    model: Any, windows: WindowSet, kinds: Sequence[Part], seed: int, dtype: torch.dtype
+    model: Any,
+    windows: WindowSet,
+    kinds: Sequence[Part],
+    seed: int,
+    dtype: torch.dtype,
+    processes: Processes,
 ) -> Fisher:
     tokens = GRADIENT_CALIBRATION_TOKENS
-    batches = calibration_batches(windows, tokens, seed, model.device, GRADIENT_TOKENS)
+    batches = calibration_batches(windows, tokens, seed, model.device, GRADIENT_TOKENS, processes)
     return mask_fisher(model, axes_of(model.config), batches, kinds, seed=seed, dtype=dtype)
 
 

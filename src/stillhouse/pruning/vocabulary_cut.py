@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from stillhouse.pruning.calibrate import calibration_batches, products
 from stillhouse.pruning.kept_tokens import Merges
 from stillhouse.pruning.offload import released_after_use
 from stillhouse.pruning.surgery import named_ids
+from stillhouse.shared_work import ALONE, Processes
 from stillhouse.signals.lm_head import head_logits, row_chunks
 from stillhouse.teachers.backbone import hidden_states, lm_head
 
@@ -96,29 +97,40 @@ def kept_token_ids(
 
 @torch.no_grad()
 def expected_tokens(
-    model: Any, windows: WindowSet, tokens: int, seed: int, dtype: torch.dtype
+    model: Any,
+    windows: WindowSet,
+    tokens: int,
+    seed: int,
+    dtype: torch.dtype,
+    processes: Processes = ALONE,
 ) -> Tensor:
     """Each token's share of text as the model expects it, [V]: the mean of its probabilities over
-    the positions of about `tokens` tokens of the windows. Raises DataError when there are no
-    windows."""
-    batches = calibration_batches(windows, tokens, seed, model.device)
+    the positions of about `tokens` tokens of the windows, which the processes divide. Raises
+    DataError when there are no windows."""
+    batches = calibration_batches(windows, tokens, seed, model.device, processes=processes)
     head = lm_head(model)
-    sum_V = torch.zeros(len(head.weight_VD), dtype=torch.float64)
-    total = 0
-    with (
-        products(model, dtype),
-        released_after_use(model),
-        bar("Tokens that the teacher expects", tokens) as advance,
-    ):
-        for batch in batches:
-            hidden_RLD = hidden_states(model, batch.input_ids_RL, batch.position_ids_RL)
-            rows_ND = hidden_RLD[batch.counted_RL].float()
-            for chunk in row_chunks(head, len(rows_ND)):
-                probability_nV = head_logits(head, rows_ND[chunk]).float().softmax(-1)
-                sum_V += probability_nV.sum(0).cpu()
-            total += len(rows_ND)
-            advance(batch.input_ids_RL.numel())
-    return sum_V / max(total, 1)
+
+    def zeros() -> list[Tensor]:
+        return [torch.zeros(len(head.weight_VD), dtype=torch.float64)]
+
+    def terms() -> Iterator[list[Tensor]]:
+        with (
+            products(model, dtype),
+            released_after_use(model),
+            bar("Tokens that the teacher expects", tokens) as advance,
+        ):
+            for batch in batches:
+                (sum_V,) = zeros()
+                hidden_RLD = hidden_states(model, batch.input_ids_RL, batch.position_ids_RL)
+                rows_ND = hidden_RLD[batch.counted_RL].float()
+                for chunk in row_chunks(head, len(rows_ND)):
+                    probability_nV = head_logits(head, rows_ND[chunk]).float().softmax(-1)
+                    sum_V += probability_nV.sum(0).cpu()
+                yield [sum_V]
+                advance(batch.input_ids_RL.numel() * processes.count)
+
+    (sum_V,) = batches.sum(terms(), zeros)
+    return sum_V / max(batches.tokens()[1], 1)
 
 
 def _listed(file: Path, merges: Merges, named: Collection[int]) -> set[int]:

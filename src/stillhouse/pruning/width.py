@@ -12,8 +12,9 @@ K kept neurons.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from stillhouse.pruning import hidden
 from stillhouse.pruning.axes import Axes, part
 from stillhouse.pruning.calibrate import (
     Batch,
+    OwnBatches,
     Stream,
     Streams,
     add_attention,
@@ -33,8 +35,8 @@ from stillhouse.pruning.calibrate import (
     layer_inputs,
     products,
 )
-from stillhouse.pruning.correction import Evidence, channel_gains, scale_ffn_output
-from stillhouse.pruning.experts import best_experts, narrow_experts
+from stillhouse.pruning.correction import channel_gains, fit_projection, scale_ffn_output
+from stillhouse.pruning.experts import RoutedRows, best_experts, narrow_experts
 from stillhouse.pruning.ffn import (
     Moments,
     Ranking,
@@ -80,7 +82,7 @@ class Passage:
 def cut_width(
     model: Any,
     axes: Axes,
-    batches: Sequence[Batch],
+    batches: OwnBatches,
     *,
     kept_layers: Sequence[int],
     before: Sizes,
@@ -112,18 +114,21 @@ def cut_width(
             basis = hidden.best_channels(moments, after.hidden_size, scored, score_D)
         else:
             basis = hidden.leading_directions(moments, after.hidden_size)
+        basis = hidden.agreed_basis(basis, batches.processes)
     cutter = _Cutter(streams, kept_layers, before, after, basis, reconstruct, ranking, local_tokens)
     full, narrow, gains = cutter.cut_layers(passages)
-    few = batches[:KL_BATCHES]
+    few = batches[: max(0, KL_BATCHES - batches.numbers.start)]
     full_rows = [norm(x_RLD)[one.counted_RL] for x_RLD, one in zip(full, few, strict=False)]
     if basis is not None and head_DD is not None:
         fit = hidden.fit_full_stream(streams, norm, basis, full, narrow, reconstruct)
         hidden.narrow_ends(model, axes, basis, fit, head_DD)
         hidden.note_hidden_size(model, after.hidden_size)
-    total, rows = 0.0, 0
-    for one, full_ND, x_RLD in zip(few, full_rows, narrow, strict=False):
-        total += summed_kl(full_head, full_ND, [norm(x_RLD)[one.counted_RL]], lm_head(model))[0]
-        rows += int(one.counted_RL.sum())
+    terms = [(0.0, 0.0)] * len(batches)
+    for place, full_ND in enumerate(full_rows):
+        narrow_ND = norm(narrow[place])[batches[place].counted_RL]
+        (kl,) = summed_kl(full_head, full_ND, [narrow_ND], lm_head(model))
+        terms[place] = kl, len(full_ND)
+    total, rows = batches.sum_values(terms, 2)
     return Damage(total / max(rows, 1), tuple(gains))
 
 
@@ -139,6 +144,10 @@ class _Cutter:
     reconstruct: bool
     ranking: Ranking
     local_tokens: int
+
+    @property
+    def stream_width(self) -> int:
+        return self.before.hidden_size if self.basis is None else self.basis.matrix_DH.shape[1]
 
     def cut_layers(self, passages: list[Passage] | None) -> tuple[Stream, Stream, list[float]]:
         """Cut all layers; returns the full and the cut stream after the last one, and the gains."""
@@ -239,18 +248,26 @@ class _Cutter:
         with inputs_of(output) as heads:
             streams.after_attention(layer, index, narrow)
         device, mean = output.weight.device, ranking.aggregation == "mean"
-        moments = Moments.zeros(output.in_features, output.out_features, device, absolute=mean)
-        for batch, heads_RLA, target_RLD in zip(
-            streams.batches, heads, self._projected(full_mid), strict=True
-        ):
-            read_NA = heads_RLA[batch.counted_RL].float()
-            # No error: the down projection after it corrects what there is (docs/pruning.md).
-            moments.add(read_NA, None, _row_weight(target_RLD, batch))
-        if self.reconstruct and ranking.by == "refit":
-            kept, output_DA = refit_and_remove_heads(
-                output.weight, moments, grouping, after.kv_heads, share
-            )
-        else:
+        zeros = partial(
+            Moments.zeros, output.in_features, output.out_features, device, absolute=mean
+        )
+
+        def terms() -> Iterator[list[Tensor]]:
+            for batch, heads_RLA, target_RLD in zip(
+                streams.batches, heads, self._projected(full_mid), strict=True
+            ):
+                moments = zeros()
+                # No error: the down projection after it corrects what there is (docs/pruning.md).
+                read_NA = heads_RLA[batch.counted_RL].float()
+                moments.add(read_NA, None, _row_weight(target_RLD, batch))
+                yield moments.tensors()
+
+        def cut() -> list[Tensor]:
+            if self.reconstruct and ranking.by == "refit":
+                kept, output_DA = refit_and_remove_heads(
+                    output.weight, moments, grouping, after.kv_heads, share
+                )
+                return [torch.tensor(kept), output_DA]
             score_A = activation_scores(moments, output.weight)
             score_H = score_A.view(before.heads, before.head_dim).sum(1)
             if ranking.fisher is not None:
@@ -260,6 +277,20 @@ class _Cutter:
             output_DA = output.weight[:, columns]
             if self.reconstruct:
                 output_DA = refit_to(output.weight, moments, columns)
+            return [torch.tensor(kept), output_DA]
+
+        moments = Moments(*streams.batches.sum(terms(), lambda: zeros().tensors()))
+        width = after.heads * before.head_dim
+        # What is kept must be the same in all processes: one of them decides.
+        kept_H, output_DA = streams.batches.processes.from_owner(
+            0,
+            cut,
+            lambda: [
+                torch.empty(after.heads, dtype=torch.long),
+                output.weight.new_empty(output.out_features, width),
+            ],
+        )
+        kept = tuple(kept_H.tolist())
         keep_heads(layer, axes, grouping, kept, output_DA)
         columns = torch.tensor(grouping.columns(kept), device=device)
         with products(streams.model, streams.dtype):
@@ -275,13 +306,13 @@ class _Cutter:
             _row_weight(target_RLD, batch)
             for target_RLD, batch in zip(target, streams.batches, strict=True)
         ]
-        rows = streams.rows(mids)
+        rows = RoutedRows(streams.batches, streams.rows(mids), weights)
         if after.experts != self.before.experts:
             assert after.experts is not None
-            keep_experts(layer, axes, best_experts(layer, axes, rows, weights, after.experts))
+            keep_experts(layer, axes, best_experts(layer, axes, rows, after.experts))
         if after.ffn_size < self.before.ffn_size:
             keep, ranking = after.ffn_size, self.ranking
-            narrow_experts(layer, axes, rows, weights, keep, self.reconstruct, ranking)
+            narrow_experts(layer, axes, rows, keep, self.reconstruct, ranking)
         return self._with_gains(layer, mids, streams.after_ffn(layer, mids), target)
 
     def _cut_ffn(self, index: int, mids: Stream, target: Stream) -> Stream:
@@ -291,27 +322,40 @@ class _Cutter:
         down = part(layer, f"{axes.ffn}.{axes.down}")
         width, ffn = down.weight.shape
         mean = ranking.aggregation == "mean"
-        evidence = Evidence(ffn, width, down.weight.device, absolute=mean)
         activations: list[Tensor] = []
-        for batch, mid_RLD, target_RLD in zip(streams.batches, mids, target, strict=True):
-            with products(streams.model, streams.dtype):
-                activations.append(ffn_activations(layer, axes, mid_RLD))
-            read_NF = activations[-1][batch.counted_RL].float()
-            error_ND = None
-            # A norm after the FFN is not linear, so each layer is then refit to its own output.
-            if self.reconstruct and axes.ffn_output_norm is None:
-                wrote_ND = nn.functional.linear(read_NF, down.weight, down.bias)
-                error_ND = (target_RLD - mid_RLD)[batch.counted_RL] - wrote_ND
-            evidence.add(read_NF, error_ND, _row_weight(target_RLD, batch))
-        moments, change_DF = evidence.finish()
-        weight_DF = down.weight + change_DF
-        if keep == ffn:
-            kept_K, down_DK = torch.arange(ffn, device=weight_DF.device), weight_DF
-        else:
+
+        def rows() -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+            for batch, mid_RLD, target_RLD in zip(streams.batches, mids, target, strict=True):
+                with products(streams.model, streams.dtype):
+                    activations.append(ffn_activations(layer, axes, mid_RLD))
+                read_NF = activations[-1][batch.counted_RL].float()
+                error_ND = None
+                # A norm after the FFN is not linear, so each layer is then refit to its own output.
+                if self.reconstruct and axes.ffn_output_norm is None:
+                    wrote_ND = nn.functional.linear(read_NF, down.weight, down.bias)
+                    error_ND = (target_RLD - mid_RLD)[batch.counted_RL] - wrote_ND
+                yield read_NF, error_ND, _row_weight(target_RLD, batch)
+
+        def cut() -> Sequence[Tensor]:
+            weight_DF = down.weight + change_DF
+            if keep == ffn:
+                return torch.arange(ffn, device=weight_DF.device), weight_DF
             score_F = None if ranking.fisher is None else ranking.fisher.neurons[index]
-            kept_K, down_DK = choose_and_refit(
-                weight_DF, moments, keep, ranking, self.reconstruct, score_F
-            )
+            return choose_and_refit(weight_DF, moments, keep, ranking, self.reconstruct, score_F)
+
+        moments, change_DF = fit_projection(
+            streams.batches,
+            rows(),
+            partial(Moments.zeros, ffn, width, down.weight.device, absolute=mean),
+        )
+        kept_K, down_DK = streams.batches.processes.from_owner(
+            0,
+            cut,
+            lambda: [
+                torch.empty(keep, dtype=torch.long, device=down.weight.device),
+                down.weight.new_empty(width, keep),
+            ],
+        )
         keep_neurons(layer, axes, kept_K, down_DK)
         with products(streams.model, streams.dtype):
             after = [
@@ -334,7 +378,8 @@ class _Cutter:
             counted, weight_N1 = batch.counted_RL, _row_weight(target_RLD, batch)[:, None]
             wrote_ND = (after_RLD - mid_RLD)[counted].float() * weight_N1
             rows.append((wrote_ND, (target_RLD - after_RLD)[counted].float() * weight_N1))
-        gain_D = channel_gains(rows)
+        zeros_D = torch.zeros(self.stream_width, device=self.streams.model.device)
+        gain_D = channel_gains(self.streams.batches, rows, zeros_D)
         scale_ffn_output(layer, self.streams.axes, gain_D)
         return [
             mid_RLD + gain_D * (after_RLD - mid_RLD)

@@ -9,6 +9,7 @@ few steps; half continue, for twice as many.
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -34,6 +35,7 @@ from stillhouse.search.search_text import SearchText, batches_of, split_text
 from stillhouse.search.shape_costs import Costs, costs_of
 from stillhouse.search.short_training import distill_shortly
 from stillhouse.search.trial_log import Journal
+from stillhouse.shared_work import ALONE, Processes
 from stillhouse.students.pruned_student import method_of
 from stillhouse.students.student_config import PrunedStudent
 from stillhouse.teachers.load_model import load_config, load_model
@@ -59,7 +61,8 @@ KEPT_BYTES = 4 << 30
 class Setting:
     """The inputs of a search. dtype: of matrix products; served: of the exported weights.
 
-    vocabulary: token ids below it are those of both models.
+    vocabulary: token ids below it are those of both models. processes: those that search
+    together, in one folder, and divide the candidates.
     """
 
     section: PrunedStudent
@@ -74,6 +77,7 @@ class Setting:
     device: torch.device
     out: Path
     trust_remote_code: bool = False
+    processes: Processes = ALONE
 
 
 @dataclass
@@ -111,7 +115,7 @@ def search_shape(setting: Setting) -> Found:
     meets the target, with the nearest one; DataError if the text is too short.
     """
     (setting.out / WORK).mkdir(parents=True, exist_ok=True)
-    journal = Journal(setting.out / WORK / JOURNAL)
+    journal = Journal(setting.out / WORK / JOURNAL, setting.processes)
     config = load_config(setting.start, trust_remote_code=setting.trust_remote_code)
     counter = Counter(config)
     search, target = setting.section.search, setting.section.target
@@ -122,20 +126,22 @@ def search_shape(setting: Setting) -> Found:
     work = _Work(setting, journal, sizes_of(config), axes_of(config))
     best = work.by_axes(found)
     left_out = len(found) - len(best)
-    note(
-        f"{len(found)} shapes are within {search.tolerance:.0%} under {costs.limit}"
-        + (f"; {left_out} are left out by what each axis costs alone" if left_out else "")
-    )
+    if setting.processes.leads:
+        note(
+            f"{len(found)} shapes are within {search.tolerance:.0%} under {costs.limit}"
+            + (f"; {left_out} are left out by what each axis costs alone" if left_out else "")
+        )
     if len(best) > 1:
         best = work.by_pruning(best)
         best = work.by_training(best)
     chosen = best[0]
     name = described(work.before, chosen.sizes)
-    console.print(candidates_table(work.before, found, chosen, costs))
-    note(f"chosen: {name}")
     sizes = sizes_to_prune(work.before, chosen.sizes)
     result = Found(sizes, found, work.tokens, name, journal.flops, journal.seconds)
-    write_atomically(setting.out / CANDIDATES, json.dumps(_plain(result, costs), indent=2))
+    if setting.processes.leads:
+        console.print(candidates_table(work.before, found, chosen, costs))
+        note(f"chosen: {name}")
+        write_atomically(setting.out / CANDIDATES, json.dumps(_plain(result, costs), indent=2))
     return result
 
 
@@ -219,15 +225,16 @@ class _Work:
         """The most promising candidates, at most `candidates`; all of them if there are few."""
         if len(found) <= self.search.candidates:
             return found
-        start = self.journal.once_counted(
-            "start", lambda: self._measure(self._load(self.setting.start))
-        )
+        probes = probed(self.before, [one.sizes for one in found], self._possible)
+        finds = {"start": lambda: self._measure(self._load(self.setting.start))}
+        for shape in itertools.chain(*probes.values()):
+            finds[self._named("probe", shape)] = partial(self._probe, shape)
+        self.journal.divide(finds)
+        kl = self.journal.found
 
         def lost(shape: Sizes) -> float:
-            name = f"probe {described(self.before, shape)}"
-            return max(0.0, self.journal.once_counted(name, lambda: self._probe(shape)) - start)
+            return max(0.0, float(kl[self._named("probe", shape)] - kl["start"]))
 
-        probes = probed(self.before, [one.sizes for one in found], self._possible)
         known = curves(self.before, probes, lost)
         full_depth = [one.sizes for one in found if one.sizes.layers == self.before.layers]
         limit = min((expected(self.before, s, known, {}) for s in full_depth), default=float("inf"))
@@ -284,29 +291,40 @@ class _Work:
                 setting.dtype,
                 tokens=DEPTH_TOKENS,
                 most_kl=most_kl,
+                processes=setting.processes,
             )
             return asdict(ranked)
 
-        raw = self.journal.once_counted("depth", find)
+        raw = self.journal.once_together("depth", find)
         dropped = tuple((int(index), float(kl)) for index, kl in raw["dropped"])
         self.depth = DepthChoice(tuple(raw["kept"]), dropped, tuple(raw["single_kl"]))
         return {total - place: kl for place, (_, kl) in enumerate(dropped, 1)}
 
     def by_pruning(self, best: list[Candidate]) -> list[Candidate]:
         """Measure each candidate, and keep the best `trained` of them on disk."""
-        measured: list[Candidate] = []
-        for one in best:
-            name = described(self.before, one.sizes)
-            if f"one-shot {name}" not in self.journal:
-                note(f"pruning {name}")
-            one_shot = partial(self._one_shot, one)
-            one.one_shot_kl = self.journal.once_counted(f"one-shot {name}", one_shot)
-            measured = sorted([*measured, one], key=lambda one: _least(one.one_shot_kl))
-            for loser in measured[self.search.trained :]:
+        names = {self._named("one-shot", one.sizes): one for one in best}
+
+        def measured() -> list[Candidate]:
+            """Those that this process knows, the best first; the folders of losers are deleted."""
+            known = self.journal.found
+            for name, one in names.items():
+                one.one_shot_kl = known.get(name)
+            found = [one for one in best if one.one_shot_kl is not None]
+            found.sort(key=lambda one: _least(one.one_shot_kl))
+            for loser in found[self.search.trained :]:
                 shutil.rmtree(self._folder(loser, 0), ignore_errors=True)
-        return measured
+            return found
+
+        self.journal.divide(
+            {name: partial(self._one_shot, one) for name, one in names.items()}, after=measured
+        )
+        return measured()
+
+    def _named(self, work: str, shape: Sizes) -> str:
+        return f"{work} {described(self.before, shape)}"
 
     def _one_shot(self, one: Candidate) -> float:
+        note(f"pruning {described(self.before, one.sizes)}")
         model = self._pruned(one.sizes, self.calibration_tokens)
         if self.search.trained > 1:
             self._save(model, self._folder(one, 0))
@@ -320,10 +338,13 @@ class _Work:
         while len(alive) > 1:
             steps = self.search.steps * 2 ** (round_ - 1)
             self.shared.clear()
-            for one in alive:
-                name = f"round {round_} {described(self.before, one.sizes)}"
-                train = partial(self._train, one, round_, first, steps)
-                kl = self.journal.once_counted(name, train)
+            trains = {
+                self._named(f"round {round_}", one.sizes): partial(
+                    self._train, one, round_, first, steps
+                )
+                for one in alive
+            }
+            for one, kl in zip(alive, self.journal.divide(trains), strict=True):
                 shutil.rmtree(self._folder(one, round_ - 1), ignore_errors=True)
                 one.trained_kl.append(kl)
                 self.tokens += self._trained_tokens(first, steps)

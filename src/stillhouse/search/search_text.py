@@ -46,7 +46,7 @@ def split_text(windows: WindowSet, heldout_tokens: int, training: int, seed: int
 
 def batches_of(windows: ChosenWindows, together: int, device: torch.device | str) -> list[Batch]:
     """Batches of `together` windows, in order; the last one may be smaller."""
-    found = []
+    found: list[Batch] = []
     for start in range(0, len(windows), together):
         part = ChosenWindows(windows, range(start, min(start + together, len(windows))))
         tokens = len(part) * len(part[0]["input_ids"])

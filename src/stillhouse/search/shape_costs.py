@@ -55,7 +55,7 @@ def costs_of(
         cost: Cost = functools.lru_cache(maxsize=None)(table.seconds)
         measured = table.to_json()
     elif target.key == "memory":
-        if "memory" not in journal:
+        if "memory" not in journal and journal.processes.leads:
             note("measuring the peak memory of this architecture in two sizes")
         raw = journal.once("memory", lambda: asdict(measure_memory(config, served, device)))
         line = MemoryLine(**raw)
@@ -85,7 +85,7 @@ def _latency_table(
     rows = []
     for number, shape in enumerate(shapes, 1):
         name = f"timing {shape.hidden_size} {shape.heads} {shape.kv_heads} {shape.ffn_size}"
-        if name not in journal:
+        if name not in journal and journal.processes.leads:
             note(f"timing shape {number} of {len(shapes)}")
         rows.append(
             journal.once(name, lambda: asdict(time_shape(config, shape, served, device)))  # noqa: B023

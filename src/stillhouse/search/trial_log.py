@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,52 +13,113 @@ from stillhouse.account import count_flops
 from stillhouse.checksums import with_hash, without_hash
 from stillhouse.progress import note
 from stillhouse.runfolder import write_atomically
+from stillhouse.shared_work import ALONE, Processes
+
+Find = Callable[[], Any]
+
+
+@dataclass
+class Results:
+    """found, flops: by name; the FLOPs of timed work are not counted. seconds: spent."""
+
+    found: dict[str, Any] = field(default_factory=dict)
+    flops: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def add(self, others: Results) -> None:
+        self.found |= others.found
+        self.flops |= others.flops
 
 
 class Journal:
-    """One file: a name and a value for everything that took time to compute; JSON with a hash.
+    """A name and a value for everything that took time to compute; JSON with a hash.
 
-    If the file is damaged, the search starts again, with a note. seconds, flops: spent in all
-    processes up to their last entry.
+    path: the file of the main process; each other one writes what it has found to a file beside
+    it. If a file is damaged, its values are computed again, with a note. All processes call the
+    same methods in the same order. seconds: spent in all starts, up to the last entry.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.found: dict[str, Any] = {}
-        self.flops = 0
-        self._earlier = 0.0
+    def __init__(self, path: Path, processes: Processes = ALONE) -> None:
+        self.processes = processes
+        self.path = path if processes.leads else path.with_name(f"{path.name}.{processes.own}")
         self._began = time.monotonic()
-        if path.is_file():
-            try:
-                before = json.loads(without_hash(path.read_bytes()))
-            except (OSError, ValueError) as error:
-                note(f"{path} is damaged ({error}): the search starts again")
-                return
-            self.found = before["found"]
-            self._earlier, self.flops = before["seconds"], before["flops"]
+        self._own = _read(self.path)
+        self._all = Results()
+        for file in sorted(path.parent.glob(f"{path.name}*")) if processes.leads else ():
+            self._all.add(_read(file))
+        self._all = processes.from_main(self._all)
 
     def __contains__(self, name: str) -> bool:
         return name in self.found
 
     @property
-    def seconds(self) -> float:
-        return self._earlier + time.monotonic() - self._began
+    def found(self) -> dict[str, Any]:
+        return self._all.found
 
-    def once(self, name: str, find: Callable[[], Any]) -> Any:
-        """The value saved under `name`, or the result of `find`, which is saved first."""
+    @property
+    def flops(self) -> int:
+        return sum(self._all.flops.values())
+
+    @property
+    def seconds(self) -> float:
+        return self._own.seconds + time.monotonic() - self._began
+
+    def once(self, name: str, find: Find) -> Any:
+        """The value saved under `name`, or the result of `find` in the main process, which is
+        saved first. FLOPs are not counted, so that `find` may time something."""
         if name not in self.found:
-            self.found[name] = find()
-            now = {"found": self.found, "seconds": self.seconds, "flops": self.flops}
-            write_atomically(self.path, with_hash(json.dumps(now, indent=1).encode()))
+            found = Results({name: find()}) if self.processes.leads else Results()
+            self._save(found)
+            self._all.add(self.processes.from_main(found))
         return self.found[name]
 
-    def once_counted(self, name: str, find: Callable[[], Any]) -> Any:
-        """As `once`, but the FLOPs of `find` are counted: do not use it for timed code."""
+    def once_together(self, name: str, find: Find) -> Any:
+        """As `once`, but every process runs `find`, and its FLOPs are counted."""
+        if name not in self.found:
+            found = _counted(name, find)
+            found.flops[name] = sum(self.processes.collect(found.flops[name]))
+            self._save(found if self.processes.leads else Results())
+            self._all.add(found)
+        return self.found[name]
 
-        def counted() -> Any:
-            with count_flops() as work:
-                value = find()
-            self.flops += work.flops
-            return value
+    def divide(
+        self, finds: Mapping[str, Find], after: Callable[[], object] = lambda: None
+    ) -> list[Any]:
+        """The values saved under the names, or the results of `finds`, each in one process.
 
-        return self.once(name, counted)
+        after: called after each in the process that has found it.
+        """
+        own = Results()
+        for name in self.processes.in_turn([name for name in finds if name not in self.found]):
+            found = _counted(name, finds[name])
+            self._save(found)
+            own.add(found)
+            self._all.add(found)
+            after()
+        for each in self.processes.collect(own):
+            self._all.add(each)
+        return [self.found[name] for name in finds]
+
+    def _save(self, new: Results) -> None:
+        """Add to this process's file."""
+        if not new.found:
+            return
+        self._own.add(new)
+        now = Results(self._own.found, self._own.flops, self.seconds)
+        write_atomically(self.path, with_hash(json.dumps(asdict(now), indent=1).encode()))
+
+
+def _counted(name: str, find: Find) -> Results:
+    with count_flops() as work:
+        value = find()
+    return Results({name: value}, {name: work.flops})
+
+
+def _read(file: Path) -> Results:
+    if not file.is_file():
+        return Results()
+    try:
+        return Results(**json.loads(without_hash(file.read_bytes())))
+    except (OSError, ValueError, TypeError) as error:
+        note(f"{file} is damaged ({error}): what it holds is searched again")
+        return Results()

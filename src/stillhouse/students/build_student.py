@@ -14,6 +14,7 @@ from stillhouse.data.windows import WindowSet
 from stillhouse.pruning.offload import load_offloaded
 from stillhouse.pruning.surgery import check_saved
 from stillhouse.pruning.vocabulary_cut import save_kept_ids
+from stillhouse.shared_work import ALONE, Processes
 from stillhouse.students.pruned_student import Summary, prune_to
 from stillhouse.students.student import Student
 from stillhouse.students.student_config import PretrainedStudent, PrunedStudent, RandomStudent
@@ -35,12 +36,14 @@ def build_student(
     out: Path,
     trust_remote_code: bool = False,
     heldout: WindowSet | None = None,
+    processes: Processes = ALONE,
 ) -> Summary:
     """Build the student that `section` describes, save it in `out`, and return a summary.
 
     `windows` is the training text (only a pruned student uses it). `heldout`, if it is
     given, is only compared with it: a note warns if the domains differ, with the measured KL.
-    `base` is the folder that paths in the recipe are relative to. `trust_remote_code` is the
+    `base` is the folder that paths in the recipe are relative to. `processes`: those that
+    prune together; only the main process writes. `trust_remote_code` is the
     teacher's. The summary is plain data for JSON: start, parameters (total, non_embedding,
     head_once), the teacher's parameters, notes, and for a pruned student `pruning` (see
     pruning.PruneReport) and its `flops`. A student with fewer tokens than its teacher gets a new
@@ -62,9 +65,12 @@ def build_student(
                 heldout,
                 seed=seed,
                 base=base,
+                processes=processes,
             )
             student, summary = Student(pruned.model, pruned.tokenizer), pruned.summary
             kept_ids = pruned.kept_ids
+    if not processes.leads:
+        return summary
     student.save(out, every_row=True)
     if kept_ids is not None:
         save_kept_ids(kept_ids, out)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from stillhouse.account import count_flops, count_parameters
 from stillhouse.data.windows import WindowSet
 from stillhouse.errors import RecipeError
 from stillhouse.hardware import choose_precision, default_device
 from stillhouse.progress import note
-from stillhouse.pruning.calibrate import unseen
+from stillhouse.pruning.calibrate import BATCH_TOKENS, unseen
 from stillhouse.pruning.domain import Domain, read_text
 from stillhouse.pruning.kept_tokens import prune_tokenizer
 from stillhouse.pruning.offload import released_after_use
@@ -24,6 +27,7 @@ from stillhouse.pruning.reference import mean_kl
 from stillhouse.pruning.shapes import planned_shape, sizes_to_prune
 from stillhouse.pruning.sizes import Sizes, check_sizes, sizes_of
 from stillhouse.pruning.vocabulary_cut import expected_tokens, kept_token_ids
+from stillhouse.shared_work import ALONE, Processes
 from stillhouse.students.student_config import PrunedStudent
 
 Summary = dict[str, Any]
@@ -31,6 +35,10 @@ Summary = dict[str, Any]
 STREAMS = 16
 """Copies of the residual stream on the calibration rows that must fit while a layer is cut: two
 streams in a few places, and the activations of the FFN."""
+
+MOMENTS = 4
+"""Matrices as large as an FFN's second moments that are in memory at once: a batch's, the sum, its
+inverse, and one more while they are made."""
 
 SERVED_BYTES = 2
 """Bytes per parameter for a target in bytes: bfloat16."""
@@ -56,11 +64,13 @@ def prune_to(
     *,
     seed: int = 0,
     base: Path = Path(),
+    processes: Processes = ALONE,
 ) -> Pruned:
     """Prune a float32 model in place to the sizes of `section`, calibrated on training windows.
 
     heldout: compared with the training text; a note warns if the domains differ, with the measured
-    KL. base: the folder that relative paths of the section start from.
+    KL. base: the folder that relative paths of the section start from. processes: as in
+    `prune_model`; the summary is the main process's.
     Raises RecipeError: sizes that the model cannot have, or a target instead of sizes.
     """
     before = count_parameters(model)
@@ -71,16 +81,28 @@ def prune_to(
             fix="search first (search.search_shape), as `stillhouse run` does",
         )
     explicit_sizes(section, model.config)
-    device = _roomy_device(model, section.calibration_tokens)
+    tokens = -(-section.calibration_tokens // processes.count)
+    device = _roomy_device(model, tokens, moment_bytes(model.config, tokens))
     precision = choose_precision("auto", device)
-    note(f"Pruning on {device} with products in {precision.reason}")
+    if processes.leads:
+        note(f"Pruning on {device} with products in {precision.reason}")
     model.to(device)
     with count_flops() as counted:
-        kept_ids = _kept_ids(model, tokenizer, section, windows, seed, base, precision.dtype)
+        expect = partial(
+            expected_tokens,
+            model,
+            windows,
+            section.calibration_tokens,
+            seed,
+            precision.dtype,
+            processes,
+        )
+        kept_ids = _kept_ids(model, tokenizer, section, windows, base, expect)
         if kept_ids is not None:
             tokenizer = prune_tokenizer(tokenizer, kept_ids)
-        summary = _cut(model, section, windows, heldout, kept_ids, seed, precision.dtype)
-    summary |= {"teacher_parameters": asdict(before), "flops": counted.flops}
+        summary = _cut(model, section, windows, heldout, kept_ids, seed, precision.dtype, processes)
+    flops = sum(processes.collect(counted.flops))
+    summary |= {"teacher_parameters": asdict(before), "flops": flops}
     model.to("cpu")
     return Pruned(model, tokenizer, summary, kept_ids)
 
@@ -90,9 +112,8 @@ def _kept_ids(
     tokenizer: Any,
     section: PrunedStudent,
     windows: WindowSet,
-    seed: int,
     base: Path,
-    dtype: torch.dtype,
+    expect: Callable[[], Tensor],
 ) -> tuple[int, ...] | None:
     """The tokens to keep; None if all are."""
     if section.vocabulary is None:
@@ -103,7 +124,7 @@ def _kept_ids(
         windows,
         base / vocabulary.path if isinstance(vocabulary, VocabularyFile) else vocabulary,
         configs=(model.config, model.generation_config),
-        expect=lambda: expected_tokens(model, windows, section.calibration_tokens, seed, dtype),
+        expect=expect,
     )
 
 
@@ -115,8 +136,11 @@ def _cut(
     kept_ids: Sequence[int] | None,
     seed: int,
     dtype: torch.dtype,
+    processes: Processes,
 ) -> Summary:
-    """Prune in place, and compare the calibration text with the held-out text."""
+    """Prune in place; the main process compares the calibration text with the held-out text."""
+    if not processes.leads:
+        heldout = None
     rest = unseen(windows, section.calibration_tokens, seed) if len(windows) else windows
     with released_after_use(model):
         read = [
@@ -134,6 +158,7 @@ def _cut(
         dtype=dtype,
         method=method_of(section),
         local_tokens=section.local_distillation or 0,
+        processes=processes,
         **section.sizes,
     )
     summary: Summary = {
@@ -155,14 +180,20 @@ def _cut(
     return summary
 
 
-def _roomy_device(model: Any, tokens: int) -> torch.device:
-    """The GPU if the float32 weights and the calibration rows fit into its free memory,
-    otherwise the CPU."""
+def moment_bytes(config: Any, tokens: int) -> int:
+    """Of the second moments of an FFN's activations, while a process sums those of its tokens."""
+    sums = math.ceil(math.log2(max(1, tokens / BATCH_TOKENS)))
+    return int(4 * (MOMENTS + sums) * sizes_of(config).ffn_size ** 2)
+
+
+def _roomy_device(model: Any, tokens: int, moments: int) -> torch.device:
+    """The GPU if the float32 weights, the calibration rows and their moments fit into its free
+    memory, otherwise the CPU."""
     device = default_device()
     if device.type != "cuda":
         return device
     weights = sum(parameter.numel() for parameter in model.parameters())
-    needed = 4 * (weights + STREAMS * tokens * model.config.hidden_size)
+    needed = 4 * (weights + STREAMS * tokens * model.config.hidden_size) + moments
     free, _ = torch.cuda.mem_get_info(device)
     if needed <= free:
         return device

@@ -5,16 +5,16 @@ Shapes: R windows, L tokens, N supervised rows, S segments.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stillhouse.data.batches import Batch, collate, in_order, with_labels
+from stillhouse.data.batches import Batch, collate, own_share, rows_in_order, with_labels
 from stillhouse.data.shift import IGNORED
 from stillhouse.data.windows import WindowSet
 from stillhouse.errors import SignalError
@@ -108,7 +108,9 @@ def _record_share(
 ) -> None:
     total = sum(len(text) * len(text[0]["labels"]) for text in texts)
     with bar("signals", total=total) as advance:
-        for batch in _own_batches(texts, teacher.tokens_together, process, processes):
+        batches = (rows_in_order(text, teacher.tokens_together) for text in texts)
+        for rows in own_share(chain.from_iterable(batches), process, processes):
+            batch = collate(rows)
             segments = segments_of(batch)
             missing_S = writer.missing(segments)
             if missing_S.any():
@@ -117,18 +119,6 @@ def _record_share(
             elif teacher.collective:
                 teacher.answer(batch)  # the other processes need its part of the weights
             advance(batch["labels"].numel() * processes)
-
-
-def _own_batches(
-    texts: Sequence[WindowSet], tokens: int, own: int, processes: int
-) -> Iterator[Batch]:
-    """Every n-th batch, for n processes; each process gets equally many, some of them empty."""
-    batches = chain.from_iterable(in_order(text, tokens) for text in texts)
-    while together := list(islice(batches, processes)):
-        if own < len(together):
-            yield together[own]
-        else:
-            yield with_labels(together[0], torch.full_like(together[0]["labels"], IGNORED))
 
 
 def recorder_of(settings: Settings, student_head: LMHead | None) -> Recorder:

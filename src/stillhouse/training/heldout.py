@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from stillhouse.data.batches import Batch, empty_row
-from stillhouse.data.windows import WindowSet
+from stillhouse.data.batches import Batch
 from stillhouse.objectives import Mixture, Term
 from stillhouse.teachers.teacher import Teacher
 from stillhouse.training.objective import Objective
 
 KL = Term("forward_kl")
 CROSS_ENTROPY = Term("cross_entropy")
-
-
-def heldout_rows(
-    windows: WindowSet, size: int, *, process: int, processes: int
-) -> Iterator[Sequence[Batch]]:
-    """Rows of one process in batches of at most `size`; as many batches in every process."""
-    for start in range(0, len(windows), size * processes):
-        first = start + process * size
-        rows = [windows[i] for i in range(first, min(first + size, len(windows)))]
-        yield rows or [empty_row(windows)]
 
 
 def heldout_teacher(

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import TrainingArguments
 
-from stillhouse.data.batches import Batch, empty_row
+from stillhouse.data.batches import Batch, without_labels
 from stillhouse.data.windows import WindowSet
 
 NO_ROW = -1
@@ -59,7 +59,7 @@ class WithEmptyRow(Dataset[Batch]):
         return len(self.windows)
 
     def __getitem__(self, index: int) -> Batch:
-        return self.windows[index] if index != NO_ROW else empty_row(self.windows)
+        return self.windows[index] if index != NO_ROW else without_labels(self.windows[0])
 
 
 class _EpochLoader(DataLoader[Batch]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -23,7 +21,7 @@ from stillhouse.errors import ModelError, RecipeError, TrainingError
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
 from stillhouse.launch import leads, process_index, world_size
 from stillhouse.objectives.objective_config import ObjectiveRecipe
-from stillhouse.processes import lost_process, shards_in_node
+from stillhouse.processes import leave_group, lost_process, shards_in_node
 from stillhouse.progress import bar, note
 from stillhouse.scratch import temporary_folder
 from stillhouse.students.student import Student
@@ -213,10 +211,9 @@ def train(
         if folder is not None:
             _save(trainer, student, folder / MODEL)
     if plan.processes > 1:
-        # A process that exits with its group still open may be aborted by gloo's threads.
         with lost_process(plan.processes):
             trainer.accelerator.wait_for_everyone()
-        atexit.register(_leave_group)
+        atexit.register(leave_group)
     size = account.count_parameters(student.model).head_once
     return TrainingResult(
         steps=done.step,
@@ -295,12 +292,6 @@ def _save(trainer: DistillationTrainer, student: Student, folder: Path) -> None:
         ) from error
     if student.tokenizer is not None:
         save_tokenizer(student.tokenizer, folder)
-
-
-def _leave_group() -> None:
-    gc.collect()  # a trainer is part of a reference cycle, and its DDP wrapper must go first
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _arguments(

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from stillhouse.data.batches import Batch, collate, positions_of
+from stillhouse.data.batches import Batch, collate, own_share, positions_of, rows_in_order
 from stillhouse.data.windows import ARRAYS
 from stillhouse.errors import RecipeError
 from stillhouse.objectives import Tally
@@ -34,7 +34,6 @@ from stillhouse.training import sharded_checkpoint
 from stillhouse.training.checkpoints import Meter, Metrics, check_finite, step_of
 from stillhouse.training.distillation import STUDENT, Distillation
 from stillhouse.training.heldout import (
-    heldout_rows,
     heldout_teacher,
     measure_heldout,
     measurements_since_best,
@@ -368,9 +367,9 @@ class DistillationTrainer(ResumingTrainer):
         if self._measured is not None and self._measured[0] == step:
             return self._measured[1]  # transformers evaluates again after the last step
         began = time.monotonic()
-        args, size = self.args, self.args.per_device_eval_batch_size
-        of_process = {"process": args.process_index, "processes": args.world_size}
-        rows = heldout_rows(self.eval_dataset, size, **of_process)
+        args, windows = self.args, self.eval_dataset
+        tokens = args.per_device_eval_batch_size * len(windows[0]["labels"])
+        rows = own_share(rows_in_order(windows, tokens), args.process_index, args.world_size)
         batches = [self.data_collator(each) for each in rows]
         teacher = heldout_teacher(self.teacher, batches, self.accelerator)
         self.model.eval()

@@ -1,0 +1,80 @@
+"""A teacher's measurements and its rows of the held-out text, kept for several evaluations.
+
+The rows are stored in the number type that the teacher computes in, so that a student's figures are
+those of an evaluation that runs the teacher: the encoding `hidden` of a signal store is bfloat16.
+
+Shapes: N supervised rows of a batch, D hidden width.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from pydantic import TypeAdapter
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stillhouse.disk_errors import disk_errors
+from stillhouse.evaluation.fidelity import HeldoutAnswers
+from stillhouse.evaluation.results import ModelResult
+from stillhouse.processes import wait_for_all
+from stillhouse.shared_work import Processes
+from stillhouse.signals import DenseSignal, LMHead
+
+FILE = "teacher.json"
+
+
+@dataclass(frozen=True)
+class KeptTeacher:
+    """folder: of the rows. texts: answers to the prompts; None if they were not measured. dtype: in
+    which the teacher computed."""
+
+    folder: Path
+    result: ModelResult
+    texts: list[str] | None
+    dtype: str
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        raw = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        result = TypeAdapter(ModelResult).validate_python(raw["result"])
+        return cls(folder, result, raw["texts"], raw["dtype"])
+
+    def save(self, answers: HeldoutAnswers) -> None:
+        """Every process calls this with its share of the rows. Raises RunError."""
+        processes = answers.processes
+        tensors: dict[str, Tensor] = {}
+        for place, rows in enumerate(answers.slices()):
+            number = place * processes.count + processes.own
+            tensors[f"hidden {number}"] = answers.signal.hidden_ND[rows].contiguous()
+            tensors[f"targets {number}"] = answers.targets_N[rows].contiguous()
+        with disk_errors(self.folder):
+            name = f"rows-{processes.own + 1:05}-of-{processes.count:05}.safetensors"
+            save_file(tensors, self.folder / name)
+            if processes.leads:
+                facts = {"result": asdict(self.result), "texts": self.texts, "dtype": self.dtype}
+                (self.folder / FILE).write_text(json.dumps(facts), encoding="utf-8")
+        wait_for_all()
+
+    def answers(self, head: LMHead, processes: Processes) -> HeldoutAnswers:
+        """This process's share of the rows, however many processes wrote them."""
+        files: dict[str, Path] = {}
+        for path in sorted(self.folder.glob("rows-*.safetensors")):
+            with safe_open(path, "pt") as opened:
+                files |= dict.fromkeys(opened.keys(), path)
+        numbers = range(processes.own, len(files) // 2, processes.count)
+        hidden, targets = [], []
+        for number in numbers:
+            with safe_open(files[f"hidden {number}"], "pt") as opened:
+                hidden.append(opened.get_tensor(f"hidden {number}"))
+                targets.append(opened.get_tensor(f"targets {number}"))
+        width = head.weight_VD.shape[1]
+        hidden_ND = torch.cat(hidden) if hidden else head.weight_VD.new_empty(0, width).cpu()
+        targets_N = torch.cat(targets) if targets else torch.empty(0, dtype=torch.long)
+        sizes = tuple(map(len, targets))
+        return HeldoutAnswers(DenseSignal(hidden_ND, head), targets_N, sizes, processes)

@@ -1,0 +1,119 @@
+"""The other processes of a torchrun answer requests of the main process, which has the journal.
+
+Each of them holds a model of its own. It takes a request when it has room for one, and sends its
+answer back at once, so that a kill loses the answers that are being written, as with one process.
+The messages are those of multiprocessing.connection, with a key that only these processes have.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Client, Connection, Listener
+from typing import Any
+
+from stillhouse.errors import LostProcessError
+from stillhouse.generation.request import Outcome, Request
+from stillhouse.shared_work import Processes
+
+Next = Callable[[], Request | None]
+Arrived = Callable[[Request, Outcome], object]
+Answers = Callable[[Any, Iterator[Request]], Iterator[tuple[Request, Outcome]]]
+"""From a description of a model and requests to their answers."""
+
+
+@dataclass(frozen=True)
+class Helpers:
+    """The main process's connections to the others."""
+
+    connections: list[Connection]
+
+    @contextmanager
+    def answering(self, model: Any, next_request: Next, arrived: Arrived) -> Iterator[None]:
+        """Inside the block, the others answer requests with the described model; at its end, all
+        of their answers have arrived.
+
+        next_request: returns None if there is no more. Both functions are called in other threads.
+        Raises LostProcessError.
+        """
+        lost: list[BaseException] = []
+
+        def serve(connection: Connection) -> None:
+            try:
+                connection.send(model)
+                while (message := connection.recv()) != "finished":
+                    if message == "next":
+                        connection.send(next_request())
+                    else:
+                        arrived(*message)
+            except BaseException as error:  # it is raised in the main thread
+                lost.append(error)
+
+        threads = [
+            threading.Thread(target=serve, args=(connection,), daemon=True)
+            for connection in self.connections
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+            for thread in threads:
+                thread.join()
+        except BaseException:
+            self.close()
+            raise
+        for error in lost:
+            if not isinstance(error, EOFError | OSError):
+                raise error
+            raise LostProcessError(
+                "another process that answers requests has ended",
+                where="synthesis",
+                fix="its own message says why; give the same command again: answers that arrived "
+                "are in the journal",
+            ) from error
+
+    def close(self) -> None:
+        for connection in self.connections:
+            with suppress(OSError):
+                connection.send(None)
+            connection.close()
+
+
+@contextmanager
+def helpers_of(processes: Processes) -> Iterator[Helpers]:
+    """In the main process: connections to the others, which call `help_main_process`."""
+    if processes.count == 1:
+        yield Helpers([])
+        return
+    key = secrets.token_bytes(32)
+    with Listener(("", 0), authkey=key, backlog=processes.count) as listener:
+        processes.from_main((listener.address[1], key))
+        helpers = Helpers([listener.accept() for _ in range(processes.count - 1)])
+    try:
+        yield helpers
+    finally:
+        helpers.close()
+
+
+def help_main_process(processes: Processes, answers: Answers) -> None:
+    """In another process: answer requests until the main process has no more, or has ended."""
+    port, key = processes.from_main((0, b""))
+    with (
+        suppress(EOFError, ConnectionError),
+        Client((os.environ["MASTER_ADDR"], port), authkey=key) as connection,
+    ):
+        while (model := connection.recv()) is not None:
+            for answered in answers(model, _requests(connection)):
+                connection.send(answered)
+            connection.send("finished")
+
+
+def _requests(connection: Connection) -> Iterator[Request]:
+    connection.send("next")
+    while (request := connection.recv()) is not None:
+        yield request
+        connection.send("next")

@@ -1,0 +1,80 @@
+"""Pruned by several processes: the weights of one, bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stillhouse.pruning import prune as prune_module
+from stillhouse.pruning import vocabulary_cut
+from stillhouse.pruning.calibrate import OwnBatches, calibration_batches
+from stillhouse.pruning.prune import prune_model
+from stillhouse.pruning.pruning_config import PruningMethod
+from stillhouse.pruning.vocabulary_cut import expected_tokens
+from stillhouse.shared_work import ALONE, Processes, all_processes
+from tests import forks
+from tests.teachers.toys import ToyWindows, tiny_model
+
+pytestmark = pytest.mark.run
+
+CUTS: dict[str, dict[str, Any]] = {
+    "ffn": {"ffn_size": 24, "local_tokens": 500},
+    "all": {"layers": 2, "hidden_size": 24, "heads": 2, "ffn_size": 24},
+    "rotation": {"hidden_size": 24, "hidden_method": "rotation"},
+    "gradients": {
+        "layers": 2,
+        "heads": 2,
+        "ffn_size": 24,
+        "method": PruningMethod(importance="gradients", depth_importance="gradients"),
+    },
+    "gemma2": {"kind": "gemma2", "layers": 2, "hidden_size": 24, "ffn_size": 24},
+    "experts": {"kind": "qwen3_moe", "experts": 2, "ffn_size": 8},
+}
+"""Between them every statistic: of streams, heads, neurons, experts, gains and gradients."""
+
+
+def small_batches(
+    windows: Any,
+    tokens: int,
+    seed: int,
+    device: Any = "cpu",
+    together: int = 64,
+    processes: Processes = ALONE,
+) -> OwnBatches:
+    """Of two windows; the last of the seven has one."""
+    return calibration_batches(windows, tokens, seed, device, 64, processes)
+
+
+def prune(out: Path) -> None:
+    prune_module.calibration_batches = small_batches
+    vocabulary_cut.calibration_batches = small_batches
+    processes = all_processes()
+    for name in CUTS:
+        options = dict(CUTS[name])
+        model = tiny_model(options.pop("kind", "llama"), num_hidden_layers=3)
+        windows = ToyWindows(count=13, padding=3)
+        expected_V = expected_tokens(model, windows, 500, 0, torch.float32, processes)
+        report = prune_model(model, windows, processes=processes, **options)
+        found = {"report": asdict(report), "expected": expected_V, "weights": model.state_dict()}
+        torch.save(found, out / f"{name}-{processes.own}-of-{processes.count}")
+
+
+def test_processes_prune_as_one(tmp_path: Path) -> None:
+    for count in (1, 2, 4):
+        for rank in forks.ranks(count, partial(prune, tmp_path)):
+            assert rank.wait(timeout=250) == 0, rank.communicate()[1][-3000:]
+    for name, count in itertools.product(CUTS, (2, 4)):
+        one = torch.load(tmp_path / f"{name}-0-of-1")
+        for own in range(count):
+            many = torch.load(tmp_path / f"{name}-{own}-of-{count}")
+            assert many["report"] == one["report"], name
+            assert torch.equal(many["expected"], one["expected"])
+            assert many["weights"].keys() == one["weights"].keys()
+            for key, weight in one["weights"].items():
+                assert torch.equal(many["weights"][key], weight), (name, key)
