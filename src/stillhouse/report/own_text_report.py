@@ -52,13 +52,14 @@ def own_text_section(answers: Iterable[ScoredAnswers], history: Rows) -> Section
         )
         for one in answers
     ]
+    charts = own_text_charts(history)
     return Section(
         "Own answers",
         "own-text",
         lead=_LEAD if texts else "",
         legend=_legend() if texts else [],
-        charts=[*own_text_charts(history)],
         texts=texts,
+        parts=[Section("During training", charts=[*charts])] if charts else [],
     )
 
 
@@ -102,5 +103,7 @@ def own_text_charts(history: Rows) -> list[LineChart]:
             start += len(xs)
             name = "" if len(found) == 1 else _LABELS[key]
             lines += [Line(x, y, color, style="faint"), Line(x, smooth(y), color, name)]
-        charts.append(LineChart(title, x_label, unit, lines, x_limits=(0, None)))
+        lowest = min(y for line in lines for y in line.y)
+        y_limits = (None if lowest < 0 else 0.0, None)
+        charts.append(LineChart(title, x_label, unit, lines, x_limits=(0, None), y_limits=y_limits))
     return charts
