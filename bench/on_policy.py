@@ -104,7 +104,8 @@ class Experiment:
         """A file of the chats that a model wrote about the topics of a part."""
         folder = self.folder / "chats" / name
         file = folder / "chats.jsonl"
-        topics = TOPICS[part][: self.options.topics or None]
+        limit = None if part == "heldout" else self.options.topics
+        topics = TOPICS[part][:limit]
         recipe = {
             "name": name,
             "seed": seed,
@@ -342,7 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[640, 1024])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS))
-    parser.add_argument("--topics", type=int, default=0, help="of each part; 0: all")
+    parser.add_argument("--topics", type=int, help="of each training; all by default")
     parser.add_argument("--start-tokens", type=int, default=60_000)
     parser.add_argument("--tokens", type=int, default=40_000, help="of each setting")
     parser.add_argument("--prompts", type=int, default=64, help="answered to measure a model")

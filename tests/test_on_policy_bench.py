@@ -1,0 +1,71 @@
+"""The bars of bench/on_policy.py, and its trainings' end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from bench import on_policy
+from bench.chat_topics import TOPICS
+from bench.on_policy import StopAt, bars_of
+
+
+def figures(
+    *, repetition: float = 0.2, kl: float = 1.0, logprob: float = -2.0, heldout: float = 0.5
+) -> dict[str, Any]:
+    return {
+        "greedy": {"repetition": repetition, "teacher_logprob": logprob},
+        "sampled": {"reverse_kl": kl},
+        "heldout": {"kl": heldout},
+    }
+
+
+def test_the_best_setting_is_compared_with_the_mean_of_all_seeds() -> None:
+    found = {
+        "teacher": figures(kl=0.0),
+        "8-0/start": figures(),
+        "8-0/teacher_chats": figures(repetition=0.2, kl=1.0),
+        "8-1/teacher_chats": figures(repetition=0.4, kl=3.0),
+        "8-0/reverse_kl": figures(repetition=0.1, kl=1.0, logprob=-1.0, heldout=0.51),
+        "8-1/reverse_kl": figures(repetition=0.2, kl=0.6, logprob=-2.0, heldout=0.52),
+        "8-0/jsd": figures(kl=0.0),
+        "8-0/student_chats": figures(kl=0.0),
+        "8-1/student_chats": figures(kl=0.0),
+    }
+    bars = list(bars_of(found))
+    assert all("width 8, reverse_kl against teacher_chats, 2 seeds" in bar.name for bar in bars)
+    assert [bar.value for bar in bars] == pytest.approx([0.5, 0.4, 0.5, 0.015])
+    assert [bar.met for bar in bars] == [True, True, True, True]
+
+
+def test_no_bars_without_both_sides() -> None:
+    assert not list(bars_of({"teacher": figures(), "8-0/reverse_kl": figures()}))
+    assert not list(bars_of({"8-0/teacher_chats": figures(), "8-1/reverse_kl": figures()}))
+
+
+def test_a_training_ends_at_its_tokens() -> None:
+    control = SimpleNamespace(should_training_stop=False)
+    stop = StopAt(100)
+    for tokens in (None, 99):
+        stop.on_log(None, None, control, logs={} if tokens is None else {"tokens": tokens})
+        assert not control.should_training_stop
+    stop.on_log(None, None, control, logs={"tokens": 104})
+    assert control.should_training_stop
+
+
+def test_no_topic_is_in_two_parts() -> None:
+    topics = [topic for part in TOPICS.values() for topic in part]
+    assert len(set(topics)) == len(topics)
+
+
+def test_pieces_are_made_once_and_only_as_many_as_requested(tmp_path: Path) -> None:
+    experiment = object.__new__(on_policy.Experiment)
+    experiment.folder, experiment.left = tmp_path, 1
+    made: list[str] = []
+    for _ in range(2):
+        experiment.piece(tmp_path / "a", lambda: made.append("a"))
+    with pytest.raises(on_policy.OutOfPiecesError):
+        experiment.piece(tmp_path / "b", lambda: made.append("b"))
+    assert made == ["a"]
