@@ -102,6 +102,13 @@ def test_curves_that_belong_together_are_on_one_chart() -> None:
     assert shares.lines[0].y == [0.1 / step for step in range(1, 5)]
 
 
+def test_a_window_is_at_the_tokens_of_its_step() -> None:
+    windows = [{"step": step, "own_length": 10.0 + step} for step in (0, 2)]
+    charts = {chart.title: chart for chart in own_text_charts([*HISTORY, *windows])}
+    length = charts["Length of own answers"].lines[0]
+    assert (length.x, length.y) == ([0.0, 2.0], [10.0, 12.0])
+
+
 def test_nothing_is_shown_without_own_text(facts: RunFacts, evaluation: Evaluation) -> None:
     assert own_text_section([], HISTORY[:1]).is_empty
     page = render(language_model_report(facts, evaluation=evaluation, history=HISTORY[:1]))

@@ -62,6 +62,19 @@ def series(rows: Rows, key: str, axis: str = "tokens") -> tuple[list[float], lis
     return [float(row[axis]) for row in found], [float(row[key]) for row in found]
 
 
+def series_of_windows(rows: Rows, key: str) -> tuple[list[float], list[float]]:
+    """As `series`, also for rows without tokens, such as those of a window of own text: they are at
+    the tokens of their step."""
+    found = [row for row in rows if _finite(row, key) and _finite(row, "step")]
+    x = [
+        float(row["tokens"])
+        if _finite(row, "tokens")
+        else _at_step(rows, float(row["step"]), "tokens")
+        for row in found
+    ]
+    return x, [float(row[key]) for row in found]
+
+
 def median(rows: Rows, key: str) -> float | None:
     values = sorted(float(row[key]) for row in rows if _finite(row, key))
     return values[len(values) // 2] if values else None

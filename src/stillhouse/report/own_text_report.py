@@ -8,7 +8,7 @@ from itertools import pairwise
 from stillhouse.evaluation.results import ScoredAnswer, ScoredAnswers
 from stillhouse.evaluation.roles import role_name, role_order
 from stillhouse.report.charts import Line, LineChart, in_units
-from stillhouse.report.history import Rows, series, smooth
+from stillhouse.report.history import Rows, series_of_windows, smooth
 from stillhouse.report.page import Answer, Section, SideBySide, Token
 from stillhouse.report.palette import ACCENT, SECOND, role_color
 
@@ -92,7 +92,7 @@ def own_text_charts(history: Rows) -> list[LineChart]:
     """The curves of the student's own text during training; none with fewer than two points."""
     charts = []
     for keys, title, unit in _CURVES:
-        found = {key: series(history, key) for key in keys}
+        found = {key: series_of_windows(history, key) for key in keys}
         found = {key: points for key, points in found.items() if len(points[1]) >= 2}
         if not found:
             continue
