@@ -19,6 +19,7 @@ from stillhouse.evaluation.results import ScoredAnswer, ScoredAnswers
 from stillhouse.generation.local_generator import LocalGenerator
 from stillhouse.generation.own_text import (
     ANSWERS_PER_FORWARD,
+    FAR,
     OwnAnswer,
     OwnText,
     TokenScores,
@@ -36,8 +37,6 @@ from stillhouse.signals import DenseSignal, LMHead
 
 EXAMPLES = 3
 """Prompts whose answers are kept token by token."""
-FAR = 2.0
-"""A KL on own text that is more than this many times the KL on held-out text is reported."""
 
 ScoreTeacher = Callable[[Callable[[Any, LMHead | None], DenseSignal]], DenseSignal]
 

@@ -23,6 +23,8 @@ from stillhouse.teachers.backbone import float32_head, hidden_states, lm_head
 
 NGRAM = 4
 """Tokens of the n-grams whose repetition is counted."""
+FAR = 2.0
+"""How many times the KL on data the KL on own text may be before a user should know."""
 ANSWERS_PER_FORWARD = 8
 
 
@@ -51,6 +53,11 @@ class TokenScores:
     reverse_kl_N: Tensor
     entropy_N: Tensor
     teacher_logprob_N: Tensor
+
+    @property
+    def columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The fields in their order."""
+        return (self.forward_kl_N, self.reverse_kl_N, self.entropy_N, self.teacher_logprob_N)
 
 
 @dataclass(frozen=True)
@@ -172,20 +179,25 @@ def score_tokens(
     assert len(targets_N) == len(model.hidden_ND) == len(teacher.hidden_ND), "other answers"
     teacher_head = float32_head(teacher.head, vocabulary)
     model_head = teacher_head if model is teacher else float32_head(model.head, vocabulary)
-    columns = [torch.empty(len(targets_N)) for _ in range(4)]
+    scores = TokenScores(*(torch.empty(len(targets_N)) for _ in range(4)))
     for chunk in row_chunks(model_head, len(targets_N)):
         theirs_NV = _log_probabilities(teacher, teacher_head, chunk)
         own_NV = theirs_NV if model is teacher else _log_probabilities(model, model_head, chunk)
-        targets_n = targets_N[chunk].to(theirs_NV.device)
-        found = (
-            kl_of_rows(theirs_NV, own_NV.to(theirs_NV.device)),
-            kl_of_rows(own_NV, theirs_NV.to(own_NV.device)),
-            -(own_NV.exp() * own_NV).sum(-1),
-            theirs_NV.gather(-1, targets_n[:, None])[:, 0],
-        )
-        for column_N, values_n in zip(columns, found, strict=True):
+        found = score_rows(own_NV.to(theirs_NV.device), theirs_NV, targets_N[chunk])
+        for column_N, values_n in zip(scores.columns, found.columns, strict=True):
             column_N[chunk] = values_n.cpu()
-    return TokenScores(*columns)
+    return scores
+
+
+def score_rows(own_NV: Tensor, theirs_NV: Tensor, targets_N: Tensor) -> TokenScores:
+    """From log-probabilities of the model and of its teacher before each token."""
+    targets_N = targets_N.to(theirs_NV.device)
+    return TokenScores(
+        forward_kl_N=kl_of_rows(theirs_NV, own_NV),
+        reverse_kl_N=kl_of_rows(own_NV, theirs_NV),
+        entropy_N=-(own_NV.exp() * own_NV).sum(-1),
+        teacher_logprob_N=theirs_NV.gather(-1, targets_N[:, None])[:, 0],
+    )
 
 
 def _log_probabilities(states: DenseSignal, head: LMHead, rows: slice) -> Tensor:
@@ -194,13 +206,7 @@ def _log_probabilities(states: DenseSignal, head: LMHead, rows: slice) -> Tensor
 
 def own_text_sums(answers: Sequence[OwnAnswer], scores: TokenScores) -> Tensor:
     """What `own_text` divides, as float64 sums, which may be added over processes."""
-    means = (
-        scores.forward_kl_N,
-        scores.reverse_kl_N,
-        scores.entropy_N,
-        scores.teacher_logprob_N,
-    )
-    sums = [float(column_N.sum(dtype=torch.float64)) for column_N in means]
+    sums = [float(column_N.sum(dtype=torch.float64)) for column_N in scores.columns]
     ngrams = [repeated_ngrams(one.ids) for one in answers]
     counts = [
         sum(len(one.ids) for one in answers),

@@ -32,6 +32,7 @@ from stillhouse.teachers.activations import (
 from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.teacher import Teacher, TeacherView
 from stillhouse.training.objective import Objective, objective_for
+from stillhouse.training.own_measures import measure_rows
 
 PROJECTIONS = "distillation_projections.safetensors"
 STUDENT = "student."
@@ -80,12 +81,14 @@ class Distillation(nn.Module):
         view: TeacherView | None = None,
         progress: float = 0.0,
         objective: Objective | None = None,
+        measure: bool = False,
     ) -> LossSum:
         """The weighted sum of the terms over the batch's supervised rows.
 
         view: the teacher's outputs, with the activations of `request`; None if no term needs
         a teacher. Of several signals, the loss is the mean of the losses under each.
         progress: fraction of all steps that are done. objective: used instead of the module's own.
+        measure: the terms have what `measure_rows` measures, too.
         """
         objective, view = objective or self.objective, view or NO_TEACHER
         found = run_backbone(
@@ -97,7 +100,11 @@ class Distillation(nn.Module):
         )
         signals: Sequence[Signal | None] = view.signals or (None,)
         under = [
-            list(self._divergences(objective, found, signal, batch, progress)) for signal in signals
+            [
+                *(self._measures(found, signal, batch) if measure else ()),
+                *self._divergences(objective, found, signal, batch, progress),
+            ]
+            for signal in signals
         ]
         shared = list(_activation_losses(objective, found, view, batch, progress))
         return _mean(
@@ -127,6 +134,17 @@ class Distillation(nn.Module):
             layers = {i: supervised_rows(found.layers[i], positions_N) for i in logits.layers}
             norm = final_norm(self.student)
             yield layer_logits_loss(layers, norm, head, logits.term.at(progress), **common)
+
+    def _measures(
+        self, found: Activations, signal: Signal | None, batch: Batch
+    ) -> Iterator[LossSum]:
+        labels_RL = batch["labels"]
+        hidden_ND = supervised_rows(found.last_RLD, labels_RL)
+        targets_N = supervised_targets(labels_RL)
+        head = lm_head(self.student)
+        measured = measure_rows(hidden_ND, head, signal, targets_N, self.vocabulary)
+        if measured is not None:
+            yield measured
 
     # --- attributes that transformers.Trainer and accelerate use --------------------------------
 

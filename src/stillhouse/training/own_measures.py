@@ -1,11 +1,24 @@
-"""Measurements of each window of rollouts, for `metrics.jsonl`; every key begins with `own_`."""
+"""Measurements of own text during training, for `metrics.jsonl`; every key begins with `own_`.
+
+Shapes: N supervised rows of a micro-batch, n measured ones, D hidden width.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from stillhouse.generation.own_text import repeated_ngrams
+import torch
+from torch import Tensor
+
+from stillhouse.generation.own_text import FAR, repeated_ngrams, score_rows
+from stillhouse.objectives import LossSum
+from stillhouse.signals import DenseSignal, LMHead, Signal
+from stillhouse.signals.lm_head import log_probabilities
+from stillhouse.teachers.backbone import trim_head
 from stillhouse.training.rollouts import Rollout
+
+MEASURED_ROWS = 32
+"""Rows of a micro-batch that are measured: logits of all rows would cost as much as the loss."""
 
 
 def measure_rollouts(rollouts: Sequence[Rollout]) -> dict[str, float]:
@@ -19,3 +32,53 @@ def measure_rollouts(rollouts: Sequence[Rollout]) -> dict[str, float]:
         "own_cut_off": sum(one.cut_off for one in rollouts) / count,
         "own_repetition": sum(n for n, _ in grams) / max(1, sum(n for _, n in grams)),
     }
+
+
+@torch.no_grad()
+def measure_rows(
+    hidden_ND: Tensor,
+    head: LMHead,
+    signal: Signal | None,
+    targets_N: Tensor,
+    vocabulary: int,
+) -> LossSum | None:
+    """Sums over rows of own text, estimated from evenly spaced ones: both KLs, the student's
+    entropy, and the teacher's log-probability of the tokens (see `TokenScores`).
+
+    The loss itself is 0. None if the signal is not a full distribution.
+    """
+    if not isinstance(signal, DenseSignal):
+        return None
+    rows = len(targets_N)
+    count = min(rows, MEASURED_ROWS)
+    chosen_n = torch.arange(count, device=hidden_ND.device) * rows // max(1, count)
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        found = score_rows(
+            log_probabilities(trim_head(head, vocabulary), hidden_ND[chosen_n]),
+            log_probabilities(trim_head(signal.head, vocabulary), signal.hidden_ND[chosen_n]),
+            targets_N[chosen_n],
+        )
+    names = ("forward_kl", "reverse_kl", "entropy", "teacher_logprob")
+    scale = rows / max(1, count)
+    terms = {n: c.sum() * scale for n, c in zip(names, found.columns, strict=True)}
+    return LossSum(hidden_ND.new_zeros(()), terms, rows)
+
+
+def far_from_data(rows: Sequence[Mapping[str, float]]) -> str | None:
+    """A warning after the first step with own text, if the student is much farther from its teacher
+    there than on data.
+
+    rows: of metrics.jsonl so far. The KL on data is that on held-out text or, if none was measured,
+    on training text.
+    """
+    own = [row["own_forward_kl"] for row in rows if "own_forward_kl" in row]
+    data = [[row[key] for row in rows if key in row] for key in ("heldout_kl", "forward_kl")]
+    on_data = next((values[-1] for values in data if values), 0.0)
+    if len(own) != 1 or not 0 < FAR * on_data < own[0]:
+        return None
+    return (
+        f"warning: on its own text the student's KL to the teacher is {own[0]:.3g} nats/token, "
+        f"{own[0] / on_data:.1f} times that on data ({on_data:.3g}). What it writes is far from "
+        "what its teacher would write, and teaches little: train longer on data first "
+        "(train.on_policy.cold_start_tokens)"
+    )

@@ -153,7 +153,8 @@ class DistillationTrainer(ResumingTrainer):
         progress = self.state.global_step / max(1, self.state.max_steps)
         own = self.own if isinstance(inputs, OwnBatch) else None
         objective = None if own is None else own.objective
-        outputs = model(inputs, self._view(inputs), progress, objective)
+        view, measure = self._view(inputs), own is not None
+        outputs = model(inputs, view, progress, objective, measure)
         (self._tally if own is None else self._own_tally).add(outputs)
         count = outputs.rows if num_items_in_batch is None else num_items_in_batch
         rows = count.clamp(min=1) if isinstance(count, Tensor) else max(1, count)
