@@ -239,7 +239,7 @@ def evaluate_model(
     source = resolve_model(str(own) if model is None else model, base=Path.cwd())
     return evaluate(
         {"teacher": job.teacher.path, "student": source.path},
-        section=job.recipe.evaluate,
+        section=job.recipe.measured,
         windows=heldout,
         seed=job.recipe.seed,
         vocabulary=shared_vocabulary(job.teacher, source, job.trust_remote_code).rows,

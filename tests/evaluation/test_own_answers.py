@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.evaluation.evaluate import evaluate, evaluate_models
 from stillhouse.evaluation.evaluate_config import EvaluateRecipe, OwnTextRecipe
 from stillhouse.evaluation.own_answers import OwnAnswers, far_on_own_text
@@ -16,6 +17,7 @@ from stillhouse.evaluation.results import Evaluation
 from stillhouse.generation.own_text import OwnText, answer_states, own_text_sums, score_tokens
 from stillhouse.generation.own_text import own_text as means
 from stillhouse.hardware import Precision
+from stillhouse.language_model.recipe import Recipe
 
 from .toys import VOCABULARY, random_documents, save_toy, toy_model, toy_tokenizer, window
 
@@ -121,3 +123,23 @@ def test_a_student_far_from_its_teacher_on_its_own_text_is_reported() -> None:
     assert far_on_own_text(0.0, OWN) == []
     (note,) = far_on_own_text(0.1, replace(OWN, forward_kl=0.35))
     assert "0.35 nats/token, 3.5 times" in note
+
+
+def test_a_recipe_whose_student_learns_from_its_own_text_measures_it() -> None:
+    raw: dict[str, Any] = {
+        "name": "a",
+        "teacher": {"model": "m"},
+        "data": {"sources": [{"kind": "text", "path": "a.txt"}]},
+        "student": {"start": "random"},
+    }
+
+    def measured(train: dict[str, Any], evaluate: dict[str, Any]) -> OwnTextRecipe | None:
+        recipe = parse_recipe({**raw, "train": train, "evaluate": evaluate})
+        assert isinstance(recipe, Recipe)
+        return recipe.measured.own_text
+
+    given = {"own_text": {"answers": 3}}
+    assert measured({}, {}) is None
+    assert measured({"on_policy": {}}, {}) == OwnTextRecipe()
+    assert measured({"on_policy": {"share": 0.0}}, {}) is None
+    assert measured({"on_policy": {}}, given) == OwnTextRecipe(answers=3)

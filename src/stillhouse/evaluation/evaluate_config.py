@@ -39,6 +39,7 @@ class EvaluateRecipe(Section):
     temperature: SamplingTemperature = Field(0.0, description="0 is greedy.")
     speed: bool = Field(True, description="Measure prefill and decode tokens/s.")
     own_text: OwnTextRecipe | None = Field(
-        None, description="Measure the models on their own answers; null: not measured."
+        None,
+        description="Measure the models on their own answers; null: only with train.on_policy.",
     )
     lm_eval: LmEvalRecipe | None = None

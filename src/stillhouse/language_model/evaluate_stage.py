@@ -79,7 +79,7 @@ def plan_evaluation(
     *quantized_stages: Stage | None,
 ) -> StagePlan:
     quantized = [stage for stage in quantized_stages if stage is not None]
-    section = _with_found_tasks(job.recipe.evaluate, job.base)
+    section = _with_found_tasks(job.recipe.measured, job.base)
 
     def work(out: Path) -> Outcome:
         _, heldout = open_data(data)
@@ -118,7 +118,7 @@ def plan_evaluation(
         )
         return Outcome(tokens, flops, peak_memory_bytes())
 
-    measured = job.recipe.evaluate.model_dump(mode="json")
+    measured = job.recipe.measured.model_dump(mode="json")
     if measured["own_text"] is None:
         del measured["own_text"]  # so that a finished evaluation is not repeated
     inputs: dict[str, Any] = {

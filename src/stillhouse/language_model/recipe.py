@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from stillhouse.data.data_config import DataRecipe
-from stillhouse.evaluation.evaluate_config import EvaluateRecipe
+from stillhouse.evaluation.evaluate_config import EvaluateRecipe, OwnTextRecipe
 from stillhouse.export.export_config import ExportRecipe
 from stillhouse.field_types import PathText, RunName, Seed
 from stillhouse.language_model.cascade_config import CascadeRecipe
@@ -127,6 +127,14 @@ class Recipe(Section):
                 f"({', '.join(searched)}): give sizes in the other hops"
             )
         return self
+
+    @property
+    def measured(self) -> EvaluateRecipe:
+        """`evaluate`, with own text where the student learns from its own."""
+        own = self.train.on_policy
+        if self.evaluate.own_text is not None or own is None or not own.share:
+            return self.evaluate
+        return self.evaluate.model_copy(update={"own_text": OwnTextRecipe()})
 
     def with_programs(self, base: Path) -> Recipe:
         """The recipe with its programs' paths resolved against `base` if they exist there,

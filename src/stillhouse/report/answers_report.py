@@ -11,6 +11,7 @@ from stillhouse.evaluation.roles import role_name
 from stillhouse.generation.answer_requests import cost_line
 from stillhouse.report.history import Rows
 from stillhouse.report.language_model_report import training_section
+from stillhouse.report.own_text_report import own_text_section
 from stillhouse.report.page import Answer, Report, Section, SideBySide
 from stillhouse.report.palette import INK, role_color
 from stillhouse.report.sections import (
@@ -43,6 +44,7 @@ def answers_report(
         Section("Quality", "kept", table=metrics_of(evaluation)),
         Section("Answers side by side", "examples", texts=examples),
         training_section(history),
+        own_text_section([], history),
         cost_section(run.stages),
         notes_section(evaluation.notes),
         remarks=[_answers_sentence(answers), data],
