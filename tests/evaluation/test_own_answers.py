@@ -101,6 +101,14 @@ def test_prompts_of_the_recipe_are_all_answered(tmp_path: Path) -> None:
     assert [one.prompt.strip() for one in found.scored_answers] == ["the cat", "a dog sat"]
 
 
+def test_prompts_that_fill_the_context_are_named(tmp_path: Path) -> None:
+    """The models read 256 tokens."""
+    section = OwnTextRecipe(prompts=["the cat", "dog " * 300], max_tokens=4)
+    (note,) = (one for one in measured(tmp_path, section).notes if "Own text" in one)
+    assert "answers to 1 prompt, at most 4 tokens each, greedy" in note
+    assert note.endswith("since they fill the context: 1 more.")
+
+
 @pytest.mark.parametrize("section", [None, OwnTextRecipe(answers=0)])
 def test_it_is_measured_only_on_request(section: OwnTextRecipe | None, tmp_path: Path) -> None:
     found = measured(tmp_path, section)

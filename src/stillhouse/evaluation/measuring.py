@@ -118,7 +118,7 @@ class Measuring:
         if self.own_answers is None or student is None or student.own_text is None:
             return []
         far = far_on_own_text(student.fidelity.kl, student.own_text)
-        return [self.own_answers.note(), *far]
+        return [self.own_answers.note(student.own_text.answers), *far]
 
     def generations(self) -> list[Generation]:
         return [

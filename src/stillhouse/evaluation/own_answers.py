@@ -120,14 +120,17 @@ class OwnAnswers:
             found.append(ScoredAnswers("".join(token_texts(self.tokenizer, prompt)), each))
         return found
 
-    def note(self) -> str:
+    def note(self, answered: int) -> str:
+        """How it was measured. answered: of the prompts; the others fill the context."""
         asked = "" if self.section.prompts else " of the held-out text"
-        decoding = (
-            f"temperature {self.section.temperature:g}" if self.section.temperature else "greedy"
-        )
+        temperature = self.section.temperature
+        decoding = f"temperature {temperature:g}" if temperature else "greedy"
+        left = len(self.prompts) - answered
+        skipped = f" Left out, since they fill the context: {left:,} more." if left else ""
+        prompts = f"{answered:,} prompt{'' if answered == 1 else 's'}{asked}"
         return (
-            f"Own text: every model's answers to {len(self.prompts):,} prompts{asked}, at most "
-            f"{self.section.max_tokens:,} tokens each, {decoding}."
+            f"Own text: every model's answers to {prompts}, at most "
+            f"{self.section.max_tokens:,} tokens each, {decoding}.{skipped}"
         )
 
 
