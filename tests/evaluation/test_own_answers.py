@@ -52,7 +52,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
 def test_the_figures_are_those_of_each_model_alone(found: Evaluation) -> None:
     section = OwnTextRecipe(answers=5, max_tokens=20, temperature=1.0)
     student, teacher = toy_model(1, layers=1), toy_model(0)
-    own = OwnAnswers.to(section, toy_tokenizer(), WINDOWS, 3)
+    own = OwnAnswers.planned(section, toy_tokenizer(), WINDOWS, 3)
     assert own is not None
     own.add("student", student)
     answers = own.answers["student"]

@@ -90,7 +90,7 @@ def evaluate(
     processes = all_processes()
     setup = _Setup(default_device(), precision.dtype, trust_remote_code, vocabulary, seed)
     tokenizer = load_tokenizer(teacher_path, trust_remote_code=trust_remote_code)
-    own = OwnAnswers.to(section.own_text, tokenizer, windows, seed)
+    own = OwnAnswers.planned(section.own_text, tokenizer, windows, seed)
     measuring = Measuring(section, tokenizer, windows, vocabulary, seed, processes, own)
 
     def load_teacher() -> tuple[Any, ShardedTeacher | None]:
@@ -242,7 +242,7 @@ def evaluate_models(
     options = {"prompts": list(prompts), "max_new_tokens": max_new_tokens, "speed": False}
     options |= {"own_text": {"answers": own_text}}
     section = made(EvaluateRecipe, options, "evaluate")
-    own = OwnAnswers.to(section.own_text, tokenizer, windows, seed)
+    own = OwnAnswers.planned(section.own_text, tokenizer, windows, seed)
     measuring = Measuring(section, tokenizer, windows, vocabulary, seed, own_answers=own)
     for role, model in models.items():
         weights = sum(each.numel() * each.element_size() for each in model.parameters())

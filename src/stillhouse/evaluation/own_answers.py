@@ -56,7 +56,7 @@ class OwnAnswers:
     _states: dict[str, DenseSignal] = field(default_factory=dict)
 
     @classmethod
-    def to(
+    def planned(
         cls, section: OwnTextRecipe | None, tokenizer: Any, windows: WindowSet, seed: int
     ) -> OwnAnswers | None:
         """With the prompts of the section, or of held-out windows; None if there is nothing to

@@ -1,0 +1,60 @@
+"""Field F1 of the student of recipes/extract.yaml, with and without own text.
+
+    make bench NAME=on_policy_extract ARGS="--seeds 0 1"
+
+The teacher's examples are in the student's prompt too (task.student_sees: all), since own text is
+scored under the student's prompt. Both students take the same optimizer steps; half of each step's rows are the student's own answers
+in one of them. A row of own text has fewer answers than one of data, so that this student has no
+more trained tokens. Finished runs are not repeated with the same --folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+import stillhouse
+from bench.common import Bar, write_results
+from stillhouse.evaluation.answers import AnswersEvaluation
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "extract.yaml"
+COMMON = ("task.student_sees=all", "data.context=512")
+KINDS = {"data": (), "own_text": ("train.on_policy.share=0.5", "train.on_policy.max_tokens=48")}
+
+
+def measure(options: argparse.Namespace, kind: str, seed: int) -> dict[str, Any]:
+    folder = (options.folder / f"{kind}-{seed}").resolve()
+    given = [f"seed={seed}", f"folder={folder}", *COMMON, *KINDS[kind], *options.set]
+    result = stillhouse.run(RECIPE, overrides=given)
+    assert result is not None
+    assert isinstance(result.evaluation, AnswersEvaluation)
+    student = result.evaluation.of("student")
+    assert student is not None
+    (trained,) = (stage for stage in result.stages if stage.name == "train")
+    return {"kind": kind, "seed": seed, "tokens": trained.cost.tokens, **student.figures}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--folder", type=Path, default=Path("runs/on_policy_extract"))
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    options = parser.parse_args()
+    figures = [measure(options, kind, seed) for seed in options.seeds for kind in KINDS]
+
+    def mean(kind: str, key: str) -> float:
+        return statistics.fmean(each[key] for each in figures if each["kind"] == kind)
+
+    more = mean("own_text", "field_f1") - mean("data", "field_f1")
+    tokens = mean("own_text", "tokens") / mean("data", "tokens")
+    bars = [
+        Bar("field F1 with own text, less that without (mean over seeds)", more, ">=", 0.0),
+        Bar("trained tokens with own text, over those without", tokens, "<=", 1.0),
+    ]
+    write_results("on_policy_extract", figures, bars, options.seeds)
+
+
+if __name__ == "__main__":
+    main()
