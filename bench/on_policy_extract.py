@@ -3,9 +3,9 @@
     make bench NAME=on_policy_extract ARGS="--seeds 0 1"
 
 The teacher's examples are in the student's prompt too (task.student_sees: all), since own text is
-scored under the student's prompt. Both students take the same optimizer steps; half of each step's rows are the student's own answers
-in one of them. A row of own text has fewer answers than one of data, so that this student has no
-more trained tokens. Finished runs are not repeated with the same --folder.
+scored under the student's prompt. Both students take the same optimizer steps; in one of them, half
+of each step's rows are the student's own answers. Finished runs are not repeated with the same
+--folder.
 """
 
 from __future__ import annotations
