@@ -108,17 +108,21 @@ class OwnAnswers:
         return figures, self._examples(scores)
 
     def _examples(self, scores: dict[str, TokenScores]) -> list[ScoredAnswers]:
-        found: list[ScoredAnswers] = []
-        starts = dict.fromkeys(scores, 0)
-        for number in range(min([EXAMPLES, *map(len, self.answers.values())])):
-            each: dict[str, ScoredAnswer] = {}
-            for role, answers in self.answers.items():
-                tokens = slice(starts[role], starts[role] + len(answers[number].ids))
-                starts[role] = tokens.stop
-                each[role] = _scored_answer(self.tokenizer, answers[number], scores[role], tokens)
-            prompt = next(iter(self.answers.values()))[number].prompt
-            found.append(ScoredAnswers("".join(token_texts(self.tokenizer, prompt)), each))
-        return found
+        """The first prompts that every model has answered: one with a shorter context may have
+        left some out."""
+        by_prompt: dict[tuple[int, ...], dict[str, ScoredAnswer]] = {}
+        for role, answers in self.answers.items():
+            end = 0
+            for answer in answers:
+                tokens = slice(end, end + len(answer.ids))
+                end = tokens.stop
+                found = by_prompt.setdefault(tuple(answer.prompt), {})
+                found[role] = _scored_answer(self.tokenizer, answer, scores[role], tokens)
+        complete = [(p, found) for p, found in by_prompt.items() if len(found) == len(scores)]
+        return [
+            ScoredAnswers("".join(token_texts(self.tokenizer, prompt)), found)
+            for prompt, found in complete[:EXAMPLES]
+        ]
 
     def note(self, answered: int) -> str:
         """How it was measured. answered: of the prompts; the others fill the context."""
