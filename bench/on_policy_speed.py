@@ -32,6 +32,7 @@ from transformers import GenerationConfig, TrainerCallback
 
 from bench.common import Bar, write_results
 from stillhouse.data.batches import Batch, NoText
+from stillhouse.data.windows import ARRAYS
 from stillhouse.generation.generator import TokenPrompt
 from stillhouse.generation.kv_cache import GROWTH
 from stillhouse.generation.local_generator import LocalGenerator
@@ -99,7 +100,7 @@ class KeepRollouts(TrainerCallback):
         found = read_rollouts(window_folder(self.folder, state.global_step - 1)) or []
         pairs = [found[start : start + 2] for start in range(0, len(found), 2)]
         batch = rollout_batch(pairs, CONTEXT, 0)
-        self.rows += [{key: rows[i] for key, rows in batch.items()} for i in range(len(pairs))]
+        self.rows += [{key: batch[key][i] for key in ARRAYS} for i in range(len(pairs))]
 
 
 class Setting:

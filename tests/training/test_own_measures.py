@@ -9,10 +9,14 @@ import torch
 
 from stillhouse.generation.own_text import score_rows
 from stillhouse.signals import DenseSignal, LMHead, LogitsSignal
+from stillhouse.teachers.local_teacher import LocalTeacher
+from stillhouse.teachers.teacher import TeacherView
 from stillhouse.training import own_measures
+from stillhouse.training.distillation import Distillation
 from stillhouse.training.own_measures import far_from_data, measure_rows
+from tests import tiny
 from tests.training.conftest import Setting
-from tests.training.test_on_policy import run
+from tests.training.test_on_policy import KL, run
 
 pytestmark = pytest.mark.run
 
@@ -30,7 +34,6 @@ def random_rows(rows: int) -> tuple[Any, ...]:
 def test_the_sums_are_those_of_the_chosen_rows(rows: int) -> None:
     hidden_ND, head, signal, targets_N = random_rows(rows)
     found = measure_rows(hidden_ND, head, signal, targets_N, V)
-    assert found is not None
     assert (float(found.total), found.rows) == (0.0, rows)
     every = slice(None, None, max(1, rows // own_measures.MEASURED_ROWS))
     scores = score_rows(
@@ -44,9 +47,23 @@ def test_the_sums_are_those_of_the_chosen_rows(rows: int) -> None:
 
 
 def test_only_full_distributions_are_measured() -> None:
-    hidden_ND, head, _, targets_N = random_rows(3)
-    signal = LogitsSignal(torch.zeros(3, V))
-    assert measure_rows(hidden_ND, head, signal, targets_N, V) is None
+    """Also where one of several teachers gives another kind of signal."""
+    teacher, student = tiny.llama(5), tiny.llama(6)
+    module = Distillation(student, KL)
+    ids_RL = torch.arange(40, 60).view(2, 10)
+    positions_RL = torch.arange(10).expand(2, -1)
+    batch = {"input_ids": ids_RL, "labels": ids_RL, "position_ids": positions_RL}
+    dense = LocalTeacher(teacher).answer(batch).signals[0]
+    assert isinstance(dense, DenseSignal)
+    logits = LogitsSignal(dense.hidden_ND @ dense.head.weight_VD.T)
+    measured = {"forward_kl", "reverse_kl", "entropy", "teacher_logprob"}
+    for signals, expected in (
+        ((dense, dense), measured),
+        ((dense, logits), {"forward_kl"}),
+        ((logits,), {"forward_kl"}),
+    ):
+        found = module(batch, TeacherView(signals), measure=True)
+        assert found.terms.keys() == expected
 
 
 def test_every_step_has_them_and_the_loss_is_as_without(
@@ -54,7 +71,7 @@ def test_every_step_has_them_and_the_loss_is_as_without(
 ) -> None:
     own = {"share": 0.5}
     measured = run(narrow, None, own, max_steps=2).metrics
-    monkeypatch.setattr("stillhouse.training.distillation.measure_rows", lambda *_: None)
+    monkeypatch.setattr(Distillation, "_measures", lambda *_: ())
     plain = run(narrow, None, own, max_steps=2).metrics
     keys = {"own_forward_kl", "own_entropy", "own_teacher_logprob"}
     for one, other in zip(measured, plain, strict=True):

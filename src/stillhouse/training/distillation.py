@@ -21,7 +21,7 @@ from stillhouse.data.batches import Batch, documents_of, positions_of, targets_o
 from stillhouse.data.shift import supervised_rows
 from stillhouse.objectives import LossSum, fused_loss, layer_logits_loss, relation_loss
 from stillhouse.objectives.objective_config import ObjectiveRecipe, ObjectiveTerm
-from stillhouse.signals import SampledSignal, Signal
+from stillhouse.signals import DenseSignal, SampledSignal, Signal
 from stillhouse.students.student import Student
 from stillhouse.teachers.activations import (
     ActivationRequest,
@@ -88,7 +88,8 @@ class Distillation(nn.Module):
         view: the teacher's outputs, with the activations of `request`; None if no term needs
         a teacher. Of several signals, the loss is the mean of the losses under each.
         progress: fraction of all steps that are done. objective: used instead of the module's own.
-        measure: the terms have what `measure_rows` measures, too.
+        measure: the terms have what `measure_rows` measures, too, if all signals are full
+        distributions.
         """
         objective, view = objective or self.objective, view or NO_TEACHER
         found = run_backbone(
@@ -99,6 +100,7 @@ class Distillation(nn.Module):
             documents_of(batch),
         )
         signals: Sequence[Signal | None] = view.signals or (None,)
+        measure = measure and all(isinstance(signal, DenseSignal) for signal in signals)
         under = [
             [
                 *(self._measures(found, signal, batch) if measure else ()),
@@ -138,13 +140,11 @@ class Distillation(nn.Module):
     def _measures(
         self, found: Activations, signal: Signal | None, batch: Batch
     ) -> Iterator[LossSum]:
-        labels_RL = batch["labels"]
-        hidden_ND = supervised_rows(found.last_RLD, labels_RL)
-        targets_N = supervised_targets(labels_RL)
-        head = lm_head(self.student)
-        measured = measure_rows(hidden_ND, head, signal, targets_N, self.vocabulary)
-        if measured is not None:
-            yield measured
+        """Before the divergences, whose exact sums take the place of these."""
+        hidden_ND = supervised_rows(found.last_RLD, positions_of(batch))
+        targets_N, head = targets_of(batch), lm_head(self.student)
+        if isinstance(signal, DenseSignal):
+            yield measure_rows(hidden_ND, head, signal, targets_N, self.vocabulary)
 
     # --- attributes that transformers.Trainer and accelerate use --------------------------------
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stillhouse.generation.own_text import FAR, repeated_ngrams, score_rows
 from stillhouse.objectives import LossSum
-from stillhouse.signals import DenseSignal, LMHead, Signal
+from stillhouse.signals import DenseSignal, LMHead
 from stillhouse.signals.lm_head import log_probabilities
 from stillhouse.teachers.backbone import trim_head
 from stillhouse.training.rollouts import Rollout
@@ -38,17 +38,15 @@ def measure_rollouts(rollouts: Sequence[Rollout]) -> dict[str, float]:
 def measure_rows(
     hidden_ND: Tensor,
     head: LMHead,
-    signal: Signal | None,
+    signal: DenseSignal,
     targets_N: Tensor,
     vocabulary: int,
-) -> LossSum | None:
+) -> LossSum:
     """Sums over rows of own text, estimated from evenly spaced ones: both KLs, the student's
     entropy, and the teacher's log-probability of the tokens (see `TokenScores`).
 
-    The loss itself is 0. None if the signal is not a full distribution.
+    The loss itself is 0.
     """
-    if not isinstance(signal, DenseSignal):
-        return None
     rows = len(targets_N)
     count = min(rows, MEASURED_ROWS)
     chosen_n = torch.arange(count, device=hidden_ND.device) * rows // max(1, count)
