@@ -13,7 +13,7 @@ from stillhouse.teachers.local_teacher import LocalTeacher
 from stillhouse.teachers.teacher import TeacherView
 from stillhouse.training import own_measures
 from stillhouse.training.distillation import Distillation
-from stillhouse.training.own_measures import far_from_data, measure_rows
+from stillhouse.training.own_measures import measure_rows
 from tests import tiny
 from tests.training.conftest import Setting
 from tests.training.test_on_policy import KL, run
@@ -78,29 +78,3 @@ def test_every_step_has_them_and_the_loss_is_as_without(
         assert one.keys() - other.keys() == (keys if "loss" in one else set())
         for key in other.keys() & {"loss", "own_reverse_kl", "grad_norm", "own_repetition"}:
             assert one[key] == other[key]
-
-
-def test_a_student_that_is_far_on_its_own_text_is_reported_once() -> None:
-    rows = [{"forward_kl": 0.4}, {"forward_kl": 0.2, "own_forward_kl": 0.5}]
-    warning = far_from_data(rows)
-    assert warning is not None
-    assert "0.5 nats/token, 2.5 times that on data (0.2)" in warning
-    assert "cold_start_tokens" in warning
-    assert far_from_data([*rows, {"forward_kl": 0.1, "own_forward_kl": 0.5}]) is None
-    assert far_from_data([{"heldout_kl": 0.4}, *rows]) is None
-    assert far_from_data([{"own_forward_kl": 0.5}]) is None
-    assert far_from_data([]) is None
-
-
-@pytest.mark.parametrize(("far", "reports"), [(1e-9, 1), (1e9, 0)])
-def test_a_training_reports_it(
-    narrow: Setting,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    far: float,
-    reports: int,
-) -> None:
-    monkeypatch.setattr(own_measures, "FAR", far)
-    run(narrow, None, {"share": 0.5}, max_steps=3)
-    shown = capsys.readouterr()
-    assert (shown.out + shown.err).count("warning: on its own text") == reports

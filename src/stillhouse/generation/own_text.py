@@ -23,7 +23,7 @@ from stillhouse.teachers.backbone import float32_head, hidden_states, lm_head
 
 NGRAM = 4
 """Tokens of the n-grams whose repetition is counted."""
-FAR = 2.0
+FAR = 3.0
 """How many times the KL on data the KL on own text may be before a user should know."""
 ANSWERS_PER_FORWARD = 8
 

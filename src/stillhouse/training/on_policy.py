@@ -27,6 +27,7 @@ from stillhouse.data.turn_end import end_of_answers
 from stillhouse.errors import SignalError, TrainingError
 from stillhouse.generation.generator import Continuation, TokenPrompt
 from stillhouse.generation.local_generator import LocalGenerator
+from stillhouse.generation.own_text import FAR
 from stillhouse.generation.vllm_rollouts import OpenGenerator
 from stillhouse.launch import leads
 from stillhouse.objectives.objective_config import ObjectiveRecipe
@@ -60,8 +61,6 @@ from stillhouse.training.turn_agreement import require_same_end
 
 MOSTLY = 0.5
 """The share of answers that are cut off above which a warning is given."""
-FAR = 3.0
-"""Times that the KL on own text is that on the data, above which a warning is given."""
 WHERE = "train.on_policy"
 
 

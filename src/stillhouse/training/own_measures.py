@@ -5,12 +5,12 @@ Shapes: N supervised rows of a micro-batch, n measured ones, D hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from stillhouse.generation.own_text import FAR, repeated_ngrams, score_rows
+from stillhouse.generation.own_text import repeated_ngrams, score_rows
 from stillhouse.objectives import LossSum
 from stillhouse.signals import DenseSignal, LMHead
 from stillhouse.signals.lm_head import log_probabilities
@@ -60,23 +60,3 @@ def measure_rows(
     scale = rows / max(1, count)
     terms = {n: c.sum() * scale for n, c in zip(names, found.columns, strict=True)}
     return LossSum(hidden_ND.new_zeros(()), terms, rows)
-
-
-def far_from_data(rows: Sequence[Mapping[str, float]]) -> str | None:
-    """A warning after the first step with own text, if the student is much farther from its teacher
-    there than on data.
-
-    rows: of metrics.jsonl so far. The KL on data is that on held-out text or, if none was measured,
-    on training text.
-    """
-    own = [row["own_forward_kl"] for row in rows if "own_forward_kl" in row]
-    data = [[row[key] for row in rows if key in row] for key in ("heldout_kl", "forward_kl")]
-    on_data = next((values[-1] for values in data if values), 0.0)
-    if len(own) != 1 or not 0 < FAR * on_data < own[0]:
-        return None
-    return (
-        f"warning: on its own text the student's KL to the teacher is {own[0]:.3g} nats/token, "
-        f"{own[0] / on_data:.1f} times that on data ({on_data:.3g}). What it writes is far from "
-        "what its teacher would write, and teaches little: train longer on data first "
-        "(train.on_policy.cold_start_tokens)"
-    )
