@@ -20,6 +20,7 @@ from stillhouse.teachers.local_teacher import LocalTeacher
 from stillhouse.teachers.served_teacher import ServedTeacher
 from stillhouse.teachers.several_teachers import SeveralTeachers
 from stillhouse.teachers.teacher import Teacher
+from stillhouse.training.draw_rollouts import local_generator
 from stillhouse.training.on_policy import OnPolicy, own_text
 from stillhouse.training.on_policy_config import OnPolicyRecipe
 from stillhouse.training.own_prompts import OwnPrompts
@@ -39,7 +40,7 @@ def own(**section: Any) -> OnPolicy:
         batch=2,
         steps=2,
         micro=Micro(2, 0, 1),
-        dtype=torch.float32,
+        generator=local_generator(2, torch.float32),
         seed=0,
         folder=None,
     )
