@@ -11,6 +11,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,19 +58,20 @@ def make_problem(
     seed: int = 0,
 ) -> Problem:
     """Random rows whose logits have a standard deviation of 2, for teacher and student."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(device).manual_seed(seed)
+    made: dict[str, Any] = {"generator": g, "device": device}
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, generator=g) * scale).to(device, dtype)
+        return (torch.randn(*shape, **made) * scale).to(dtype)
 
-    labels_N = torch.randint(0, vocab, (rows,), generator=g)
-    labels_N[torch.randperm(rows, generator=g)[: round(rows * masked)]] = -100
+    labels_N = torch.randint(0, vocab, (rows,), **made)
+    labels_N[torch.randperm(rows, **made)[: round(rows * masked)]] = -100
     return Problem(
         random(rows, width).requires_grad_(),
         random(vocab, width, scale=2 / width**0.5).requires_grad_(),
         random(rows, width),
         random(vocab, width, scale=2 / width**0.5),
-        labels_N.to(device),
+        labels_N,
         beta,
     )
 

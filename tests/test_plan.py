@@ -187,7 +187,7 @@ def test_the_cheapest_change_is_named_and_works(tmp_path: Path) -> None:
 
 @pytest.mark.run
 def test_more_gpus_are_named_where_no_change_is_enough(tmp_path: Path) -> None:
-    advice = train_fix(tmp_path, 4.5e9, micro_batch_size=1)
+    advice = train_fix(tmp_path, 3.5e9, micro_batch_size=1)
     assert advice is not None
     assert "GPUs" in advice
 

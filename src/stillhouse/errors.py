@@ -53,6 +53,10 @@ class LostProcessError(TrainingError):
     """Another process of a torchrun has ended."""
 
 
+class DeviceError(StillhouseError, RuntimeError):
+    """The processes of a torchrun have devices that differ."""
+
+
 class EndpointError(StillhouseError, RuntimeError):
     """A teacher's API does not answer: a wrong key or model, no server, no credit."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import platform
 import statistics
 import subprocess
@@ -48,6 +49,16 @@ def default_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", local_index())
+
+
+def device_kind(device: torch.device) -> str:
+    """What must be equal in all processes of a torchrun: the GPU and its memory; of a CPU, the
+    precision that `choose_precision` chooses."""
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        return f"{torch.cuda.get_device_name(device)} with {memory / 2**30:.0f} GiB"
+    dtype = choose_precision("auto", device).dtype
+    return f"a {device.type.upper()} for {str(dtype).removeprefix('torch.')}"
 
 
 @contextmanager
@@ -106,6 +117,14 @@ def tune_allocator() -> str | None:
     Returns None on success, otherwise the reason why the allocator was not changed.
     """
     return _set_malloc(mapped_from=1 << 30, trimmed_from=2**31 - 1)
+
+
+def free_memory() -> None:
+    """Free what nothing refers to, reference cycles too, and give the GPU's cache back to it, so
+    that other processes find the memory."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def hand_back_freed_memory() -> str | None:

@@ -15,11 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import DistError
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from stillhouse.errors import LostProcessError, RecipeError
-from stillhouse.hardware import default_device
+from stillhouse.errors import DeviceError, LostProcessError, RecipeError
+from stillhouse.hardware import default_device, device_kind
 from stillhouse.launch import processes_here, world_size
 
 T = TypeVar("T")
@@ -34,7 +35,10 @@ _patient_group: list[Any] = []
 
 
 def open_group() -> None:
-    """Open the process group of a torchrun, if it is not open. Every process must call this."""
+    """Open the process group of a torchrun, if it is not open. Every process must call this.
+
+    Raises DeviceError in every process: they have different devices.
+    """
     if world_size() == 1 or dist.is_initialized():
         return
     device = default_device()
@@ -43,6 +47,21 @@ def open_group() -> None:
     # gloo beside NCCL: checkpoints exchange plans between CPUs.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     atexit.register(leave_group)
+    _require_equal_devices(device_kind(device))
+
+
+def _require_equal_devices(own: str) -> None:
+    """Precision, kernels and what fits are decided by each process for itself."""
+    kinds: list[str] = [""] * world_size()
+    dist.all_gather_object(kinds, own)
+    other = next((number for number, kind in enumerate(kinds) if kind != kinds[0]), None)
+    if other is not None:
+        raise DeviceError(
+            f"process 0 has {kinds[0]}, and process {other} has {kinds[other]}",
+            where="the processes of this torchrun",
+            fix="use equal devices in all of them: choose GPUs of a node with "
+            "CUDA_VISIBLE_DEVICES, or start it on other nodes",
+        )
 
 
 def leave_group() -> None:
@@ -123,7 +142,7 @@ def shard(root: nn.Module, model: Any, mesh: DeviceMesh) -> None:
     """Shard a module in place with FSDP2: each block of `model` and the rest are units.
 
     root: the module whose forward is called; `model`, or a module around it.
-    Gradients are reduced in the precision of the weights, and averaged over all processes.
+    Gradients are reduced in float32, and averaged over all processes.
     Raises RecipeError: a model whose blocks are not known.
     """
     kinds = set(getattr(model, "_no_split_modules", None) or ())
@@ -134,9 +153,10 @@ def shard(root: nn.Module, model: Any, mesh: DeviceMesh) -> None:
             where="train.shard",
             fix="use train.shard: none",
         )
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(root, mesh=mesh, reshard_after_forward=False)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
 def release_gathered(root: nn.Module) -> None:
@@ -175,6 +195,16 @@ def with_gathered(root: nn.Module, work: Callable[[], T]) -> T:
 def local_part(tensor: Tensor) -> Tensor:
     """What this process has of a tensor that may be sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def first_row(tensor: Tensor) -> int:
+    """The row of the complete tensor with which this process's part begins."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    _, offset = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return int(offset[0])
 
 
 def part_like(tensor: Tensor, sharded: Tensor) -> Tensor:

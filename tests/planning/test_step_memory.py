@@ -7,6 +7,7 @@ import torch
 
 from stillhouse.planning.model_size import config_size
 from stillhouse.planning.step_memory import (
+    MOMENTS_8BIT,
     Memory,
     Shard,
     Step,
@@ -93,3 +94,26 @@ def test_the_margin_is_on_both_sides() -> None:
     assert not memory.fits(109)
     assert not memory.cannot_fit(91)
     assert memory.cannot_fit(89)
+
+
+def test_an_8b_student_fits_on_one_gpu_with_bfloat16_weights_and_8_bit_moments() -> None:
+    """Two bytes a parameter for each of weights, gradients and moments, instead of 16 in all."""
+    options = {"windows": 1, "context": 4096, "accumulates": True, "checkpointing": True}
+    common = {**options, "compute": torch.bfloat16, "device": "cuda"}
+    usual = training_step(LLAMA_8B, [], **common, gathered=torch.float32)
+    small = training_step(
+        LLAMA_8B,
+        [],
+        **common,
+        weights=torch.bfloat16,
+        gathered=torch.bfloat16,
+        moments=MOMENTS_8BIT,
+    )
+    alone = {"over": 1, "processes": 1}
+    assert not training_memory(usual, "none", **alone).fits(128 * GB)
+    memory = training_memory(small, "none", **alone)
+    assert memory.fits(80 * GB)
+    found = {part: size / 8_030_261_248 for part, size in memory.parts.items()}
+    assert found["student weights"] == found["gradients"] == 2
+    assert found["moments"] == pytest.approx(2, rel=0.02)
+    assert "DDP buckets" not in training_memory(small, "none", **EIGHT).parts

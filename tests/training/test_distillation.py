@@ -193,6 +193,16 @@ def test_the_trainer_alone_resumes_as_transformers_does(setting: Setting, tmp_pa
     assert_same(*found)
 
 
+def test_a_process_uses_one_of_several_gpus(setting: Setting, tmp_path: Path) -> None:
+    """transformers.Trainer would copy the model to each at every step."""
+    options = arguments(tmp_path)
+    options._n_gpu = 4
+    trainer = DistillationTrainer(
+        tiny.llama(seed=1), tiny.llama(), args=options, train_dataset=setting.windows
+    )
+    assert trainer.args.n_gpu == 1
+
+
 def test_models_of_other_tokens_are_rejected(setting: Setting) -> None:
     words = tiny.tokenizer()
     words.add_tokens(["<more>"])

@@ -7,11 +7,14 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
+from transformers.distributed import fsdp
 
 from stillhouse.objectives.objective_config import (
     AttentionRelationsTerm,
@@ -20,6 +23,7 @@ from stillhouse.objectives.objective_config import (
     ObjectiveRecipe,
 )
 from stillhouse.students.student import Student
+from stillhouse.teachers import sharded_teacher
 from stillhouse.teachers.model_source import resolve_model
 from stillhouse.teachers.sharded_teacher import load_sharded_teacher
 from stillhouse.teachers.teacher import Teacher
@@ -41,7 +45,15 @@ def teacher_for(setting: Setting, settings: TrainRecipe) -> Teacher | None:
         return setting.load_teacher()
     source = resolve_model(str(setting.teacher), base=Path.cwd())
     over = shards(settings, "teacher")
-    return load_sharded_teacher(source, dtype=torch.float32, shards=over)
+    offload = settings.offload_teacher
+    return load_sharded_teacher(source, dtype=torch.float32, shards=over, offload=offload)
+
+
+def starting_student(setting: Setting, settings: TrainRecipe) -> Student:
+    """As a recipe's training begins: with a part of the weights in each process."""
+    if shards(settings, "student") > 1 and not settings.freeze_head:
+        return Student.without_weights(setting.student)
+    return Student.load(setting.student)
 
 
 def run(setting: Setting, out: Path, objective: ObjectiveRecipe = KL, **changes: object) -> None:
@@ -49,7 +61,7 @@ def run(setting: Setting, out: Path, objective: ObjectiveRecipe = KL, **changes:
     options = {"batch_size": 8, "precision": "float32", "max_steps": 4, "max_grad_norm": 100}
     settings = TrainRecipe.model_validate({**options, **changes})
     train(
-        Student.load(setting.student),
+        starting_student(setting, settings),
         teacher_for(setting, settings),
         setting.windows,
         objective,
@@ -102,6 +114,31 @@ def test_two_processes_give_the_weights_of_one_bit_for_bit(
         assert values[0] == pytest.approx(values[1], rel=1e-4), key
 
 
+def run_offloaded(setting: Setting, out: Path, **changes: object) -> None:
+    """With FSDP2's policy for a GPU, but without pinned memory, which a CPU does not have."""
+    fsdp.CPUOffloadPolicy = partial(CPUOffloadPolicy, pin_memory=False)  # type: ignore[misc]
+    sharded_teacher.default_device = lambda: torch.device("cuda")
+    loaded = sharded_teacher.load_model
+
+    def load(*args: Any, **more: Any) -> Any:
+        model = loaded(*args, **more)
+        units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
+        policies = [unit._get_fsdp_state()._fsdp_param_group.offload_policy for unit in units]
+        assert policies
+        assert all(isinstance(policy, CPUOffloadPolicy) for policy in policies)
+        return model
+
+    sharded_teacher.load_model = load
+    run(setting, out, offload_teacher=True, **changes)
+
+
+def test_an_offloaded_teacher_teaches_the_same(narrow: Setting, tmp_path: Path) -> None:
+    run(narrow, tmp_path / "one", micro_batch_size=4)
+    for rank in forks.ranks(2, partial(run_offloaded, narrow, tmp_path / "two", shard="both")):
+        assert rank.wait(timeout=300) == 0, rank.communicate()[1][-3000:]
+    assert difference(tmp_path / "two", tmp_path / "one") == 0
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("freeze_head", [True, False])
 def test_heads_are_trained_after_a_measurement_as_before(
@@ -121,6 +158,27 @@ def test_bfloat16_products_of_sharded_weights_are_those_of_whole_ones(
 ) -> None:
     run(setting, tmp_path / "one", micro_batch_size=4, precision="bfloat16")
     in_processes(2, setting, tmp_path / "two", shard="student", precision="bfloat16")
+    assert difference(tmp_path / "two", tmp_path / "one") == 0
+
+
+ECONOMICAL = [
+    {"optimizer": "adamw_8bit"},
+    {"weights": "bfloat16"},
+    {"weights": "bfloat16", "optimizer": "adamw_8bit"},
+]
+
+
+@pytest.mark.parametrize("options", ECONOMICAL, ids=["8 bits", "bfloat16", "both"])
+@pytest.mark.parametrize("shard", ["student", "none"])
+def test_economical_weights_and_moments_are_those_of_one_process(
+    narrow: Setting, tmp_path: Path, shard: str, options: dict[str, object]
+) -> None:
+    """Blocks of moments and noise of rounding do not depend on how weights are divided."""
+    options = {"precision": "auto", "learning_rate": 1e-3, **options}
+    run(narrow, tmp_path / "one", micro_batch_size=4, **options)
+    in_processes(2, narrow, tmp_path / "two", shard=shard, **options)
+    dtype = getattr(torch, str(options.get("weights", "float32")))
+    assert {each.dtype for each in weights(tmp_path / "two").values()} == {dtype}
     assert difference(tmp_path / "two", tmp_path / "one") == 0
 
 
@@ -182,6 +240,25 @@ def test_a_training_resumes_with_other_processes_and_sharding(
     assert difference(tmp_path / "many", tmp_path / "one") < 1e-6
     steps = [row["step"] for row in read_metrics(tmp_path / "many" / "metrics.jsonl")]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("before", [DIVIDED, ALONE], ids=["sharded", "alone"])
+@pytest.mark.parametrize("after", [DIVIDED, ALONE], ids=["sharded", "alone"])
+def test_an_economical_training_resumes_anywhere_bit_for_bit(
+    narrow: Setting, tmp_path: Path, before: tuple[int, str], after: tuple[int, str]
+) -> None:
+    """A step has two windows, whose gradients are added alike in one process and in two."""
+    options = {"checkpoint_every": 2, "keep_checkpoints": 3, "schedule": "constant"}
+    options |= {"weights": "bfloat16", "precision": "auto", "optimizer": "adamw_8bit"}
+    options |= {"micro_batch_size": 1, "batch_size": 2, "learning_rate": 1e-3}
+    run(narrow, tmp_path / "one", max_steps=4, **options)
+    for steps, (processes, shard) in ((2, before), (4, after)):
+        more = {"max_steps": steps, **options}
+        if processes == 1:
+            run(narrow, tmp_path / "many", **more)
+        else:
+            in_processes(processes, narrow, tmp_path / "many", shard=shard, **more)
+    assert difference(tmp_path / "many", tmp_path / "one") == 0
 
 
 SHORT = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ from stillhouse.evaluation.speed import (
     measure_peak_memory,
     measure_rates,
 )
-from stillhouse.hardware import Precision, default_device, free_memory_bytes
+from stillhouse.hardware import Precision, default_device, free_memory, free_memory_bytes
 from stillhouse.launch import leads
 from stillhouse.progress import bar
 from stillhouse.scratch import temporary_folder
@@ -110,7 +109,7 @@ def evaluate(
         parameters = sum(parameter.numel() for parameter in model.parameters())
         measuring.add(role, model, weight_bytes(path, parameters, export_dtype), sharded)
         del model, sharded
-        gc.collect()  # models have reference cycles: without this, two would be in memory
+        free_memory()  # models have reference cycles: without this, two would be in memory
     measuring.score_own_text(load_teacher)
     results = measuring.results
     notes = [
@@ -287,7 +286,7 @@ def _stored_as_used(path: Path, setup: _Setup) -> Iterator[Path]:
     with temporary_folder("stillhouse-memory-") as folder:
         with quiet():
             setup.load(path).save_pretrained(folder)
-        gc.collect()
+        free_memory()
         for code in path.glob("*.py"):
             shutil.copy(code, folder)
         yield Path(folder)

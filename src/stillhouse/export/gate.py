@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from stillhouse.errors import ModelError, RunError
 from stillhouse.export import replay
 from stillhouse.export.fresh_process import offline, run_script
 from stillhouse.file_locks import locked_while_writing
-from stillhouse.hardware import default_device
+from stillhouse.hardware import default_device, free_memory
 from stillhouse.progress import note
 from stillhouse.scratch import temporary_folder
 from stillhouse.teachers.load_model import load_model
@@ -227,7 +226,7 @@ def against_teacher(
             found_NV = replay.logits_of(model, place, window, replay.rows_of(window["labels"]))
             logits[place] = found_NV[:, :vocabulary].cpu().contiguous()
         del model
-        gc.collect()  # models have reference cycles
+        free_memory()  # models have reference cycles
         save_file(logits, file)
         del logits
         yield replace(gate, teacher_logits=file)

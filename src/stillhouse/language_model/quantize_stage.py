@@ -12,12 +12,12 @@ from stillhouse.language_model.signals_stage import stored_signals, training_tea
 from stillhouse.language_model.train_stage import (
     own_prompts,
     own_prompts_key,
+    starting_student,
     training_outcome,
 )
 from stillhouse.pipeline.stage_plan import StagePlan, model_check
 from stillhouse.quantize.quantize import TRAINING, quantize, train_quantized
 from stillhouse.runfolder import Outcome, Stage
-from stillhouse.students.student import Student
 from stillhouse.training.train import MODEL
 from stillhouse.training.train_config import training_key
 
@@ -63,7 +63,7 @@ def plan_quantized_training(
 
     def work(out: Path) -> Outcome:
         windows, heldout = open_data(data)
-        start = Student.load(trained.path / MODEL, trust_remote_code=job.trust_remote_code)
+        start = starting_student(job, trained.path / MODEL)
         result = train_quantized(
             start,
             rounded.path,

@@ -50,7 +50,7 @@ def check_resources(check: Check, find: FindModels = one_student) -> Iterator[Fi
     yield _student_size(planned[0])
     tokens -= 0 if recipe.data.heldout_sources else recipe.data.heldout_tokens
     tokens = max(1, min(tokens, recipe.data.train_tokens or tokens))
-    machine = this_machine(recipe.train.precision, timed=True)
+    machine = this_machine(recipe.train.products, timed=True)
     stages = [stage for models in planned for stage in plan_stages(models, machine, tokens)]
     trainings = [stage for stage in stages if stage.name.endswith("train")]
     yield from _signals(job, planned[0], machine, tokens, trainings[0].tokens / tokens)
@@ -77,7 +77,7 @@ def require_resources(job: Job, find: FindModels = one_student) -> Iterator[Find
 def _require_memory(job: Job, find: FindModels) -> Iterator[Finding]:
     """An error if the student cannot be made or trained here, even with the margin."""
     planned = [one for one in find(job) if not has_finished(one.recipe, "train")]
-    machine = this_machine(job.recipe.train.precision, timed=False)
+    machine = this_machine(job.recipe.train.products, timed=False)
     for models in planned:
         if is_small(models, machine):
             continue

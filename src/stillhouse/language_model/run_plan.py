@@ -39,8 +39,6 @@ from stillhouse.training.train import plan_batches
 
 WINDOW_BYTES = 12
 """A token in the windows: its id, its label and its position."""
-CHECKPOINT_BYTES = 12
-"""A parameter in a checkpoint: its weight and two moments."""
 
 
 def plan_stages(models: RunModels, machine: Machine, tokens: int) -> list[StageEstimate]:
@@ -99,9 +97,10 @@ def _training(name: str, models: RunModels, machine: Machine, windows: int) -> S
     shard, over = planned_shard(models, step, machine), sharing(settings, machine)
     memory = training_memory(step, shard, over=over, processes=machine.processes)
     if machine.device == "cuda":
-        memory = replace(memory, host={**memory.host, **_loaded(step, shard)})
+        loaded = _loaded(step, shard, over=over, here=min(machine.processes, machine.per_node))
+        memory = replace(memory, host={**memory.host, **loaded})
     if name == "qat":
-        memory = memory.plus("latent weights", WIDE * step.student.size.parameters)
+        memory = memory.plus("latent weights", step.weights * step.student.size.parameters)
     tokens = batching.steps * settings.batch_size * recipe.data.context
     size = step.student.size
     passes = 8 if settings.gradient_checkpointing else 6
@@ -109,7 +108,7 @@ def _training(name: str, models: RunModels, machine: Machine, windows: int) -> S
     traffic = step_traffic(
         step, shard, over=over, machine=machine, micro_batches=batching.accumulation
     )
-    checkpoints = CHECKPOINT_BYTES * size.parameters * (settings.keep_checkpoints + 1)
+    saved = (step.weights + step.moments) * size.parameters
     text = f"{batching.steps:,} steps of {settings.batch_size} x {recipe.data.context:,} tokens"
     text += f", {batching.micro} window{'s' if batching.micro > 1 else ''} at a time"
     if machine.processes > 1:
@@ -120,8 +119,8 @@ def _training(name: str, models: RunModels, machine: Machine, windows: int) -> S
         processes=machine.processes,
         tokens=tokens,
         flops=float(flops * tokens),
-        disk=WIDE * size.parameters,
-        scratch=checkpoints,
+        disk=step.weights * size.parameters,
+        scratch=saved * (settings.keep_checkpoints + 1),
         network=traffic.all * batching.steps,
         between_nodes=traffic.between_nodes * batching.steps,
         note=text,
@@ -131,10 +130,16 @@ def _training(name: str, models: RunModels, machine: Machine, windows: int) -> S
     return replace(estimate, fix=cheapest_change(models, machine, windows))
 
 
-def _loaded(step: Step, shard: Shard) -> dict[str, float]:
-    """What a process with a GPU reads into the machine's memory first: its own copy of the student,
-    and of teachers that are not sharded."""
-    host = {"student": float(WIDE * step.student.size.parameters), "libraries": LIBRARIES_BYTES}
+def _loaded(step: Step, shard: Shard, *, over: int, here: int) -> dict[str, float]:
+    """What a process with a GPU has in the machine's memory: its own copy of the student at first,
+    and of teachers that are not sharded. Of a sharded student it reads its part of a weight at a
+    time; of the `here` processes of the first node, one gathers the trained weights to save them.
+    """
+    size = step.student.size
+    host = {"student": float(WIDE * size.parameters), "libraries": LIBRARIES_BYTES}
+    frozen = step.student.trained < size.parameters  # its head is read by every process
+    if shard in ("student", "both") and not frozen:
+        host["student"] = WIDE * size.ends / over + step.weights * size.parameters / here
     if shard in ("none", "student"):
         host["teachers"] = float(
             step.compute * sum(teacher.size.parameters for teacher in step.teachers)

@@ -22,7 +22,7 @@ from stillhouse.teachers.model_source import ModelSource
 from stillhouse.training.checkpoints import CHECKPOINTS
 from stillhouse.training.own_prompts import OwnPrompts, read_own_prompts
 from stillhouse.training.rollouts import ROLLOUTS
-from stillhouse.training.train import MODEL, TrainingResult, train
+from stillhouse.training.train import MODEL, TrainingResult, shards, train
 from stillhouse.training.train_config import training_key
 
 BASELINE = ObjectiveRecipe(terms=[LogitsTerm(divergence="cross_entropy")])
@@ -92,7 +92,7 @@ def _training(
 ) -> StagePlan:
     def work(out: Path) -> Outcome:
         windows, heldout = open_data(data)
-        start = Student.load(student.path / MODEL, trust_remote_code=job.trust_remote_code)
+        start = starting_student(job, student.path / MODEL)
         result = train(
             start,
             training_teacher(job, teachers, stored, start),
@@ -142,6 +142,15 @@ def own_prompts_key(job: Job) -> dict[str, str]:
     if section is None or section.prompts is None or section.prompts.path is None:
         return {}
     return {"prompts": sha(job.base / Path(section.prompts.path).expanduser())}
+
+
+def starting_student(job: Job, folder: Path) -> Student:
+    """The student to train. job: where `train.shard` is not `auto`. If it will be sharded, each
+    process reads only its part of the weights; all read a head that is not trained."""
+    settings, code = job.recipe.train, job.trust_remote_code
+    if shards(settings, "student") > 1 and not settings.freeze_head:
+        return Student.without_weights(folder, trust_remote_code=code)
+    return Student.load(folder, trust_remote_code=code)
 
 
 def training_outcome(result: TrainingResult, summary: dict[str, Any]) -> Outcome:

@@ -18,6 +18,8 @@ from stillhouse.planning.machine import Machine, this_machine
 from stillhouse.planning.model_size import config_size
 from stillhouse.planning.step_memory import (
     MARGIN,
+    MOMENTS,
+    MOMENTS_8BIT,
     Memory,
     Shard,
     Step,
@@ -39,18 +41,21 @@ def planned_step(models: RunModels, machine: Machine, micro: int, *, accumulates
     recipe = models.recipe
     settings = recipe.train
     live = recipe.signals is None
+    weights = getattr(torch, settings.weights)
     return training_step(
         models.student,
         models.teachers if live else (),
         windows=micro,
         context=recipe.data.context,
         accumulates=accumulates,
-        compute=machine.compute(settings.precision),
-        gathered=torch.float32,  # products are under autocast, sharded or not
+        compute=machine.compute(settings.products),
+        weights=weights,
+        gathered=weights,  # products are under autocast, sharded or not
         device=machine.device,
         checkpointing=settings.gradient_checkpointing,
         freeze_head=settings.freeze_head,
-        offload=settings.offload_teacher,
+        moments=MOMENTS_8BIT if settings.optimizer == "adamw_8bit" else MOMENTS,
+        offload=settings.offload_teacher and machine.device == "cuda",
         divergences=models.divergences,
         kept_layers=models.kept_layers,
     )
@@ -131,10 +136,13 @@ def _changes(models: RunModels, machine: Machine) -> Iterator[dict[str, Any]]:
     if not settings.gradient_checkpointing:
         others.append({"train.gradient_checkpointing": True})
     live = models.recipe.signals is None and models.teachers
-    if live and machine.processes > 1 and not settings.offload_teacher:
+    several = machine.device == "cuda" and machine.processes > 1
+    if live and several and not settings.offload_teacher:
         others.append({"train.offload_teacher": True})
     if live and not settings.teachers:
         others.append({"signals": {}})
+    if settings.optimizer != "adamw_8bit":
+        others.append({"train.optimizer": "adamw_8bit"})
     yield from smaller
     yield from others
     together = dict(smaller[-1]) if smaller else {}
@@ -200,7 +208,7 @@ def with_shard(job: Job, *_: object) -> Job:
 
 def _chosen_shard(job: Job) -> Shard:
     models, train = run_models(job), job.recipe.train
-    machine = this_machine(train.precision, timed=False)
+    machine = this_machine(train.products, timed=False)
     if is_small(models, machine):
         return "none"
     chosen = run_shard(models, machine)

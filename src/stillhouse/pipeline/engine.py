@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.errors import RecipeError
-from stillhouse.hardware import cores_of, tune_allocator
+from stillhouse.hardware import cores_of, free_memory, tune_allocator
 from stillhouse.launch import (
     end_with_torchrun,
     leads,
@@ -178,6 +178,7 @@ def following(folder: RunFolder) -> Do:
         if plan.together and (found is None or (plan.missing is not None and plan.missing(found))):
             with cores_of(processes_here()), lost_process(world_size()):
                 plan.work(folder.partial(plan.name, plan.depends_on))
+            free_memory()
         began, said = time.monotonic(), False
         while (stage := folder.finished(plan.name, plan.depends_on)) is None:
             if not said and time.monotonic() - began > SILENT_SECONDS:

@@ -3,9 +3,10 @@
 The phases of a step need different things: the teacher's forward pass, the loss, the backward
 pass, the optimizer. The largest of them counts; `Memory.parts` are those of that phase.
 
-Weights and AdamW's moments are float32, and so are gradients once they are reduced; products are
-computed in `Step.compute`. Sharded weights are gathered a block at a time in that type, the next
-block while one is computed; embeddings and head stay gathered during a pass.
+Weights and their gradients have `Step.weights` bytes, AdamW's moments are float32 or in 8 bits;
+products are computed in `Step.compute`. Gradients are reduced in float32. Sharded weights are
+gathered a block at a time, the next block while one is computed; embeddings and head stay gathered
+during a pass.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ WIDE = 4
 MOMENTS = 8.0
 """Bytes of AdamW's two moments of a parameter in float32."""
 MOMENTS_8BIT = 2 + 2 * 4 / 256
-"""The same in 8 bits, with a float32 scale for each block of 256 (torchao)."""
+"""The same in 8 bits, with a float32 scale for each block of 256."""
 GATHERED_BLOCKS = 2
 """A block that is computed, and the next one, which is gathered meanwhile."""
 HEAP_SHARE = 0.4
@@ -84,7 +85,7 @@ class Memory:
 @dataclass(frozen=True)
 class TrainedModel:
     """A student. trained: parameters that are trained. replicated: activations of a micro-batch
-    with float32 weights under autocast; sharded: with gathered weights in the compute type."""
+    with its own weights under autocast; sharded: with gathered weights."""
 
     size: ModelSize
     trained: int
@@ -109,8 +110,9 @@ class Step:
     teachers: none where signals are stored. compute: bytes of a number in products. gathered: of
     a number of the student's weights, where they are sharded and gathered. accumulates:
     whether gradients of several micro-batches are added up. moments: bytes of the optimizer's state
-    of a parameter. context: bytes that a process takes before there is a model. offload: the
-    teachers' weights are in the machine's memory, and gathered on the device.
+    of a parameter. weights: bytes of a weight, and of its gradient. context: bytes that a process
+    takes before there is a model. offload: the teachers' weights are in the machine's memory, and
+    gathered on the device.
     """
 
     student: TrainedModel
@@ -120,6 +122,7 @@ class Step:
     gathered: int
     accumulates: bool
     moments: float = MOMENTS
+    weights: int = WIDE
     context: float = CONTEXT_BYTES
     heap: float = 0.0
     offload: bool = False
@@ -164,16 +167,18 @@ def fitting_shard(step: Step, available: float, *, over: int, processes: int) ->
 def _phases(step: Step, student: int, teacher: int, processes: int) -> dict[str, Parts]:
     """What each phase of a step needs. student, teacher: processes that share each model."""
     shape, trained = step.student.size, step.student.trained
-    found = step.student.sharded if student > 1 else step.student.replicated
-    gradients = WIDE * trained / student
-    gathered = step.gathered * GATHERED_BLOCKS * shape.layer if student > 1 else 0
-    ends = step.gathered * shape.ends if student > 1 else 0
+    # FSDP2 also keeps copies of bfloat16 weights alike, since DDP reduces in their type.
+    wrapped = student > 1 or (processes > 1 and step.weights < WIDE)
+    found = step.student.sharded if wrapped else step.student.replicated
+    gradients = step.weights * trained / student
+    gathered = step.gathered * GATHERED_BLOCKS * shape.layer if wrapped else 0
+    ends = step.gathered * shape.ends if wrapped else 0
     offloaded = step.offload and teacher > 1
     base: Parts = {
-        "student weights": WIDE * shape.parameters / student,
+        "student weights": step.weights * shape.parameters / student,
         "gradients": gradients if step.accumulates else 0,
         "moments": step.moments * trained / student,
-        "DDP buckets": WIDE * trained if processes > 1 and student == 1 else 0,
+        "DDP buckets": WIDE * trained if processes > 1 and not wrapped else 0,
         "teacher": 0 if offloaded else step.compute * _parameters(step.teachers) / teacher,
         "context": step.context,
     }
@@ -211,17 +216,17 @@ def _phases(step: Step, student: int, teacher: int, processes: int) -> dict[str,
             "copies of weights": found.backward_casts,
             "gradients": gradients,
             "loss": tied,
-            "reduce buffers": WIDE * GATHERED_BLOCKS * shape.layer if student > 1 else 0,
+            "reduce buffers": WIDE * GATHERED_BLOCKS * shape.layer if wrapped else 0,
         },
         "optimizer": {
             **base,
             "gradients": gradients,
             "gathered teacher": heads,
             "gathered student": 2 * ends,  # and their gradients, before they are reduced
-            "reduce buffers": WIDE * shape.ends if student > 1 else 0,
+            "reduce buffers": WIDE * shape.ends if wrapped else 0,
         },
     }
-    if student == 1 and not step.accumulates:
+    if not wrapped and not step.accumulates:
         # Gradients are made while activations go, and never all of both are there.
         backward = found.with_gradients + step.loss.head_gradient
         phases["backward"]["activations"] = max(0, backward - gradients)

@@ -32,6 +32,7 @@ def training_step(
     context: int,
     accumulates: bool,
     compute: torch.dtype,
+    weights: torch.dtype = torch.float32,
     gathered: torch.dtype | None = None,
     device: Literal["cpu", "cuda"],
     checkpointing: bool = False,
@@ -43,9 +44,11 @@ def training_step(
 ) -> Step:
     """A step of one process on `windows` windows of `context` tokens at a time.
 
-    student, teachers: configurations; of the teachers that answer live. gathered: the number type
-    in which a sharded student's weights are gathered; None: that of products. kept_layers: of the
-    teacher, that terms of the objective compare. Weights are neither read nor made.
+    student, teachers: configurations; of the teachers that answer live. weights: the number type of
+    the student's weights. moments: bytes of the optimizer's state of a parameter. gathered: the
+    number type in which a sharded student's weights are gathered; None: that of products.
+    kept_layers: of the teacher, that terms of the objective compare. Weights are neither read nor
+    made.
     Raises ModelError as `planned_model` and `trace_activations`.
     """
     shared: dict[str, Any] = {"compute": compute, "device": device}
@@ -54,12 +57,12 @@ def training_step(
         trace_activations(
             student,
             context,
-            weights=weights,
+            weights=own,
             checkpointing=checkpointing,
             keep_casts=keep_casts,
             **shared,
         ).times(windows)
-        for weights, keep_casts in ((torch.float32, True), (gathered or compute, False))
+        for own, keep_casts in ((weights, True), (gathered or compute, False))
     )
     live = []
     for config in teachers:
@@ -88,6 +91,7 @@ def training_step(
         gathered=(gathered or compute).itemsize,
         accumulates=accumulates,
         moments=moments,
+        weights=weights.itemsize,
         context=CONTEXT_BYTES if device == "cuda" else LIBRARIES_BYTES,
         heap=0.0 if device == "cuda" else HEAP_SHARE,
         offload=offload,

@@ -8,7 +8,6 @@ few steps; half continue, for twice as many.
 
 from __future__ import annotations
 
-import gc
 import itertools
 import json
 import shutil
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from stillhouse.data.windows import WindowSet
+from stillhouse.hardware import free_memory
 from stillhouse.progress import console, note
 from stillhouse.pruning.axes import Axes, axes_of
 from stillhouse.pruning.depth import DepthChoice
@@ -213,7 +213,7 @@ class _Work:
 
     def _load(self, path: Path) -> Any:
         setting = self.setting
-        gc.collect()
+        free_memory()
         code = setting.trust_remote_code
         return load_offloaded(path, trust_remote_code=code).to(setting.device)
 

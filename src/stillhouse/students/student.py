@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,6 +28,7 @@ from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.local_teacher import LocalTeacher, local
 from stillhouse.teachers.model_source import resolve_model
+from stillhouse.teachers.model_without_weights import model_without_weights
 from stillhouse.teachers.older_names import save_tokenizer, write_older_names
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.shared_vocabulary import check_rows
@@ -56,6 +58,7 @@ class Student:
         self.tokenizer = tokenizer
         self.folder = folder
         self.trust_remote_code = trust_remote_code
+        self.unread: Path | None = None  # holds the weights that the model does not have
         rows = lm_head(model).weight_VD.shape[0]
         self.vocabulary = rows if tokenizer is None else check_rows(tokenizer, rows, "student")
 
@@ -130,11 +133,32 @@ class Student:
         tokenizer = load_tokenizer(folder, trust_remote_code=code)
         return cls(model, tokenizer, folder=folder, trust_remote_code=code)
 
+    @classmethod
+    def without_weights(cls, folder: Path, *, trust_remote_code: bool = False) -> Self:
+        """The checkpoint in a folder, with weights on the meta device.
+
+        Only for training with a sharded student: each process then reads its part of the weights.
+        Raises ModelError as `load_config` and `load_tokenizer`, and if no model has this
+        configuration.
+        """
+        code = trust_remote_code
+        tokenizer = load_tokenizer(folder, trust_remote_code=code)
+        found = cls(
+            model_without_weights(folder, trust_remote_code=code),
+            tokenizer,
+            folder=folder,
+            trust_remote_code=code,
+        )
+        found.unread = folder
+        return found
+
     # --- training -------------------------------------------------------------------------------
 
     def remember(self) -> Callable[[], None]:
         """Return a function that restores the model's current weights."""
-        folder = self.folder
+        folder, unread = self.folder, self.unread
+        if unread is not None:
+            return partial(self._forget_weights, unread)
         if folder is None:
             kept = {name: value.clone() for name, value in self.model.state_dict().items()}
             return lambda: self.model.load_state_dict(kept)
@@ -144,12 +168,20 @@ class Student:
 
         return load
 
-    def trainable(self, *, freeze_head: bool = False) -> None:
-        """Make the weights float32 and trainable, in place: all weights, or all but the head.
+    def _forget_weights(self, folder: Path) -> None:
+        code = self.trust_remote_code
+        self.model = model_without_weights(folder, trust_remote_code=code)
+        self.cut_rows_without_tokens()
 
-        freeze_head: also freezes embeddings that are tied to the head.
+    def trainable(self, *, freeze_head: bool = False, dtype: torch.dtype = torch.float32) -> None:
+        """Make the weights trainable, in place: all weights, or all but the head.
+
+        freeze_head: also freezes embeddings that are tied to the head. dtype: of the weights;
+        buffers are float32, such as the frequencies of rotary embeddings.
         """
         self.model.float().requires_grad_(True)
+        for weight in self.model.parameters():
+            weight.data = weight.data.to(dtype)
         if freeze_head:
             self.model.get_output_embeddings().requires_grad_(False)
 

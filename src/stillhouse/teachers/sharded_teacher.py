@@ -10,10 +10,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 
 from stillhouse.data.batches import Batch
 from stillhouse.errors import ModelError
+from stillhouse.hardware import default_device
 from stillhouse.launch import world_size
 from stillhouse.processes import open_group
 from stillhouse.signals import LMHead
@@ -82,22 +84,33 @@ def load_sharded_teacher(
     """The model of a folder as a teacher, of which each process reads its own part.
 
     shards: over how many processes; groups of so many have a copy each. offload: keep the weights
-    on the host, and only what is gathered on the GPU. Raises ModelError as `load_model`.
+    on the host, and only what is gathered on the GPU; without a GPU it changes nothing.
+    Raises ModelError as `load_model`.
     """
     open_group()
+    offload = offload and default_device().type != "cpu"
     code = trust_remote_code
     _require_plan(source.path, trust_remote_code=code)
     over = DistributedConfig(
         fsdp_size=shards, dp_replicate_size=world_size() // shards, fsdp_cpu_offload=offload
     )
+    model = load_model(source.path, dtype=dtype, trust_remote_code=code, distributed=over)
+    if offload:
+        _to_host(model)
     return ShardedTeacher(
-        load_model(source.path, dtype=dtype, trust_remote_code=code, distributed=over),
+        model,
         load_tokenizer(source.path, trust_remote_code=code),
         described=source.described,
         fingerprint=source.fingerprint,
         folder=source.path,
         trust_remote_code=code,
     )
+
+
+def _to_host(model: Any) -> None:
+    """Move the shards to the host, where FSDP2 expects what it offloads; transformers loads them to
+    the device. Buffers stay."""
+    model._apply(lambda each: each.cpu() if isinstance(each, DTensor) else each)
 
 
 def _require_plan(path: Path, *, trust_remote_code: bool) -> None:

@@ -33,6 +33,7 @@ from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.teacher import Teacher, TeacherView
 from stillhouse.training.objective import Objective, objective_for
 from stillhouse.training.own_measures import measure_rows
+from stillhouse.training.sharded_weights import read_weights
 
 PROJECTIONS = "distillation_projections.safetensors"
 STUDENT = "student."
@@ -61,14 +62,21 @@ class Distillation(nn.Module):
         super().__init__()
         given = student if isinstance(student, Student) else Student(student)
         self.student = given.model
+        self._trust_remote_code = given.trust_remote_code
         config = None if teacher is None else teacher.config
         self.objective = objective_for(objective, self.student.config, config, seed=seed)
         self.vocabulary = min(each.vocabulary for each in (given, teacher) if each is not None)
         # Parameters of this module: optimizer, wrappers and checkpoints all see them.
-        self.projections = self.objective.projections()
+        # All have one number type, since FSDP2 shards weights of one type together.
+        self.projections = self.objective.projections().to(next(self.student.parameters()).dtype)
         # Attributes that FSDP and transformers.Trainer expect of a loaded model.
         self._no_split_modules = getattr(self.student, "_no_split_modules", None)
         self._keys_to_ignore_on_save = getattr(self.student, "_keys_to_ignore_on_save", None)
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether weights and gradients are bfloat16."""
+        return next(self.student.parameters()).dtype == torch.bfloat16
 
     @property
     def request(self) -> ActivationRequest:
@@ -171,6 +179,11 @@ class Distillation(nn.Module):
         if state is not None:
             state = {n.removeprefix(STUDENT): v for n, v in state.items() if n.startswith(STUDENT)}
         self.student.save_pretrained(folder, state_dict=state)
+
+    def read_student(self, folder: Path) -> None:
+        """Set the student's weights, which are sharded, from a model folder. Every process must
+        call this. Raises ModelError as `read_weights`."""
+        read_weights(self, self.student, folder, trust_remote_code=self._trust_remote_code)
 
     def save_projections(self, folder: Path) -> None:
         """Write the learned projections, if there are any."""

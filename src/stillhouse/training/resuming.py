@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import Trainer, TrainerState
+from torch import Tensor, nn
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from stillhouse.hardware import free_memory
 from stillhouse.launch import leads
 from stillhouse.progress import note
 from stillhouse.teachers.quiet import quiet
 from stillhouse.training import checkpoints
 from stillhouse.training.checkpoints import Meter
+from stillhouse.training.compact_adamw import clip_gradients
 
 
 class UnreadableCheckpointError(Exception):
@@ -25,7 +27,17 @@ class UnreadableCheckpointError(Exception):
 
 class ResumingTrainer(Trainer):
     """transformers.Trainer that can also resume at its last step, and distinguishes a checkpoint
-    that fails to load from other failures."""
+    that fails to load from other failures. A process uses one GPU."""
+
+    def __init__(self, *, args: TrainingArguments, **more: Any) -> None:
+        # Where a machine has several GPUs, Trainer would use torch.nn.DataParallel.
+        args._n_gpu = min(args.n_gpu, 1)
+        super().__init__(args=args, **more)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        if any(each.dtype == torch.bfloat16 for each in model.parameters()):
+            return clip_gradients(model.parameters(), self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **more: Any) -> Any:
         if isinstance(resume_from_checkpoint, str):
@@ -97,4 +109,4 @@ def train_from_newest(folder: Path, make: Callable[[Meter], T], *, steps: int) -
                 checkpoints.set_aside(checkpoint, str(error))
             trainer.accelerator.wait_for_everyone()
         del trainer
-        gc.collect()  # it is in a reference cycle with its models, which are loaded again
+        free_memory()  # it is in a reference cycle with its models, which are loaded again

@@ -74,7 +74,15 @@ def complete_weights(module: nn.Module) -> dict[str, Tensor]:
 
 def distribute_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
     """Set the weights of a sharded module from complete ones, which every process has."""
+    if not weights:
+        return
     options = StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(module, {**weights}, options=options)
+
+
+def send_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Set the weights of a sharded module from complete ones, which only the main process has."""
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     set_model_state_dict(module, {**weights}, options=options)
 
 

@@ -21,7 +21,7 @@ from stillhouse.errors import ModelError, RecipeError, TrainingError
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
 from stillhouse.launch import leads, process_index, world_size
 from stillhouse.objectives.objective_config import ObjectiveRecipe
-from stillhouse.processes import leave_group, lost_process, shards_in_node
+from stillhouse.processes import leave_group, lost_process, open_group, shards_in_node
 from stillhouse.progress import bar, note
 from stillhouse.scratch import temporary_folder
 from stillhouse.students.student import Student
@@ -31,6 +31,7 @@ from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.teacher import Teacher
 from stillhouse.training import checkpoints
 from stillhouse.training.checkpoints import CHECKPOINTS, Meter, Metrics
+from stillhouse.training.compact_adamw import compact_optimizer
 from stillhouse.training.draw_rollouts import rollout_generator
 from stillhouse.training.on_policy import own_text
 from stillhouse.training.own_prompts import OwnPrompts
@@ -128,7 +129,7 @@ def train(
     prompts: OwnPrompts | None = None,
     base: Path = Path(),
 ) -> TrainingResult:
-    """Train the student in place, in float32.
+    """Train the student in place; its weights become those of `settings.weights`.
 
     teacher: None if no term needs one. heldout: measured every `settings.evaluate_every` steps.
     callbacks: additional transformers callbacks; their `model` is a `Distillation`.
@@ -140,11 +141,16 @@ def train(
     Under torchrun or accelerate launch, every process must call this.
     Raises RecipeError, SignalError, ModelError: parts that do not fit together. TrainingError:
     nothing to learn or to measure on, a loss that is not finite, weights that were not saved.
+    DeviceError: processes with different devices.
     """
     plan = plan_batches(settings, len(batches), world_size())
+    if plan.processes > 1 and not settings.only_own_text:
+        _require_windows(len(batches), plan.processes)
+    with lost_process(plan.processes):
+        open_group()
     student.cut_rows_without_tokens()
     _check_text(batches, heldout, settings)
-    precision = choose_precision(settings.precision, default_device())
+    precision = choose_precision(settings.products, default_device())
     if leads():
         note(f"precision: {precision.reason}")
     # Only the main process writes: other files would become part of the stage.
@@ -159,7 +165,7 @@ def train(
             begin_again()
         elif meter.step:
             begin_again = student.remember()  # a checkpoint that does not load may change it
-        student.trainable(freeze_head=settings.freeze_head)
+        student.trainable(freeze_head=settings.freeze_head, dtype=getattr(torch, settings.weights))
         own = own_text(
             settings.on_policy,
             prompts,
@@ -189,6 +195,7 @@ def train(
             args=arguments,
             train_dataset=batches,
             eval_dataset=heldout,
+            optimizer_cls_and_kwargs=compact_optimizer(settings, seed),
         )
         trainer.remove_callback(PrinterCallback)
         own = _Housekeeping(trainer, settings.keep_checkpoints, partial(advance, step_tokens))
@@ -231,9 +238,17 @@ def train(
     )
 
 
+def _require_windows(windows: int, processes: int) -> None:
+    if windows < processes:
+        raise RecipeError(
+            f"{processes} processes cannot share {windows:,} windows",
+            where="data",
+            fix=f"use at most {windows:,} processes, more text, or a smaller data.context",
+        )
+
+
 def _check_text(batches: Batches, heldout: Batches | None, settings: TrainRecipe) -> None:
-    own = settings.on_policy
-    if batches.supervised_tokens == 0 and not (own is not None and own.share == 1):
+    if batches.supervised_tokens == 0 and not settings.only_own_text:
         raise TrainingError(
             "the training data has no supervised tokens", where=getattr(batches, "path", None)
         )

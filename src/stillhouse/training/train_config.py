@@ -40,6 +40,11 @@ WHERE_IT_RUNS = frozenset(
 a kill and its resume."""
 
 
+ADDED_LATER = {"weights": "float32", "optimizer": "adamw"}
+"""Keys with the values at which they are left out of a stage's key: trainings that were finished
+before these keys existed stay finished."""
+
+
 def training_key(settings: TrainRecipe) -> dict[str, Any]:
     """What identifies the result of a training, of its settings."""
     found = settings.model_dump(mode="json", exclude={"report_to", "teachers", *WHERE_IT_RUNS})
@@ -47,6 +52,9 @@ def training_key(settings: TrainRecipe) -> dict[str, Any]:
     if own is not None:
         found["on_policy"] = {**own, "generator": own["generator"]["kind"]}
         del found["on_policy"]["batch"]
+    for key, usual in ADDED_LATER.items():
+        if found[key] == usual:
+            del found[key]
     return found
 
 
@@ -71,7 +79,15 @@ class TrainRecipe(Section):
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False)
     max_grad_norm: GradientNorm = 1.0
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Precision of matrix products; weights and moments stay float32."
+        "auto", description="Precision of matrix products."
+    )
+    weights: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Number type of weights and gradients. bfloat16: half the memory, rounded "
+        "stochastically after each step.",
+    )
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw", description="adamw_8bit: AdamW with moments in 8 bits instead of float32."
     )
     freeze_head: bool = Field(
         False, description="Do not train the head, or embeddings that are tied to it."
@@ -106,6 +122,15 @@ class TrainRecipe(Section):
     )
 
     @model_validator(mode="after")
+    def _narrow_weights_need_narrow_products(self) -> TrainRecipe:
+        if self.weights == "bfloat16" and self.precision == "float32":
+            raise ValueError(
+                "weights in bfloat16 are multiplied in bfloat16: leave precision out, or set "
+                "weights: float32"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _early_stop_needs_measurements(self) -> TrainRecipe:
         if self.early_stop is not None and self.evaluate_every is None:
             raise ValueError("early_stop needs evaluate_every: set both, or neither")
@@ -121,3 +146,13 @@ class TrainRecipe(Section):
                 "or teacher, or on_policy.generator.kind to local"
             )
         return self
+
+    @property
+    def only_own_text(self) -> bool:
+        """Whether the student writes all text that it learns from."""
+        return self.on_policy is not None and self.on_policy.share == 1
+
+    @property
+    def products(self) -> Literal["auto", "float32", "bfloat16"]:
+        """The precision of matrix products, which weights in bfloat16 decide."""
+        return "bfloat16" if self.weights == "bfloat16" else self.precision

@@ -23,16 +23,16 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from stillhouse.data.batches import Batch, collate, own_share, positions_of, rows_in_order
 from stillhouse.data.windows import ARRAYS
 from stillhouse.errors import RecipeError
+from stillhouse.launch import world_size
 from stillhouse.objectives import Tally
 from stillhouse.objectives.objective_config import ObjectiveRecipe, ObjectiveTerm
 from stillhouse.processes import release_gathered, shard, sharding_mesh
 from stillhouse.students.student import Student
-from stillhouse.teachers.load_model import load_model
 from stillhouse.teachers.packed_attention import use_attention
 from stillhouse.teachers.teacher import OUTPUT_ONLY, Teacher, TeacherView
 from stillhouse.training import sharded_checkpoint
 from stillhouse.training.checkpoints import Meter, Metrics, check_finite, step_of
-from stillhouse.training.distillation import STUDENT, Distillation
+from stillhouse.training.distillation import Distillation
 from stillhouse.training.heldout import (
     heldout_teacher,
     measure_heldout,
@@ -92,9 +92,12 @@ class DistillationTrainer(ResumingTrainer):
         self.own = own
         if own is not None:
             own.prepare(self.student, teacher)
-        self._sharded = shards > 1
+        # DDP would add up gradients of bfloat16 weights in bfloat16.
+        self._sharded = shards > 1 or (model.is_narrow and world_size() > 1)
         if self._sharded:
             shard(model, model.student, sharding_mesh(shards))
+            if unread := self.student.unread:
+                model.read_student(unread)
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise RecipeError(
@@ -279,11 +282,8 @@ class DistillationTrainer(ResumingTrainer):
                 Trainer._load_from_checkpoint(self, str(folder), self.student.model)
                 module.load_projections(folder)
                 return
-            code = self.student.trust_remote_code
-            plain = load_model(folder, dtype=torch.float32, trust_remote_code=code).state_dict()
-            weights = {STUDENT + name: value for name, value in plain.items()}
-            weights |= module.read_projections(folder)
-            sharded_checkpoint.distribute_weights(module, weights)
+            module.read_student(folder)
+            sharded_checkpoint.distribute_weights(module, module.read_projections(folder))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:

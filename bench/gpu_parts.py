@@ -1,0 +1,331 @@
+"""The measurements of bench/gpu.py, each in this process: `python -m bench.gpu_parts PART`.
+
+A line of JSON is printed for every figure, as soon as it is known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+from bench.contenders import CONTENDERS, installed, make_problem, matmul_floor, quiet, run
+from bench.losses import measure_memory, measure_sparse, rounds_of
+from stillhouse import account
+from stillhouse.data.batches import Batch
+from stillhouse.hardware import free_memory, matmul_rate, peak_memory_bytes
+from stillhouse.objectives.objective_config import ObjectiveRecipe
+from stillhouse.planning.step_memory import MOMENTS, MOMENTS_8BIT, Memory, training_memory
+from stillhouse.planning.training_step import training_step
+from stillhouse.students.student import Student
+from stillhouse.teachers.teacher import Teacher
+from stillhouse.training.train import train
+from stillhouse.training.train_config import TrainRecipe
+
+ROOT = Path(__file__).parents[1]
+LIGER = "liger 1024"
+FLOOR_ROWS = 2048
+SEED = 0
+WARM_STEPS = 2
+"""Steps that compile kernels and fill the allocator's cache."""
+SMALLER: tuple[dict[str, str], ...] = (
+    {},
+    {"optimizer": "adamw_8bit"},
+    {"optimizer": "adamw_8bit", "weights": "bfloat16"},
+)
+"""Settings of a student, of which the first that fits is measured."""
+
+
+def sizes(hidden: int, ffn: int, layers: int, heads: int, groups: int, rows: int) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "vocab_size": rows,
+        "max_position_embeddings": 32768,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+
+
+def _qwen(hidden: int, ffn: int, layers: int, heads: int, *, tied: bool) -> Qwen3Config:
+    values = sizes(hidden, ffn, layers, heads, 8, 151936)
+    return Qwen3Config(**values, head_dim=128, tie_word_embeddings=tied)
+
+
+def _tiny(ffn: int) -> LlamaConfig:
+    return LlamaConfig(**sizes(32, ffn, 2, 4, 2, 256))
+
+
+PAIRS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+    "1.7B:1B": (
+        partial(_qwen, 2048, 6144, 28, 16, tied=True),
+        partial(_qwen, 2048, 3072, 20, 16, tied=True),
+    ),
+    "8B:4B": (
+        partial(_qwen, 4096, 12288, 36, 32, tied=False),
+        partial(_qwen, 2560, 9728, 36, 32, tied=True),
+    ),
+    "tiny": (partial(_tiny, 64), partial(_tiny, 48)),
+}
+"""Configurations of teacher and student: Qwen3's of these sizes, 1B with fewer layers and a smaller
+FFN; `tiny` is for trying the script."""
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Options for the sizes of everything that is measured."""
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--rows", type=int, default=8192, help="rows of the loss")
+    parser.add_argument("--vocab", type=int, nargs="*", default=[128_000, 256_000])
+    parser.add_argument("--width", type=int, nargs="*", default=[2048, 4096, 8192])
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each loss")
+    parser.add_argument("--pairs", nargs="*", default=["1.7B:1B", "8B:4B"], choices=PAIRS)
+    parser.add_argument("--context", type=int, default=4096, help="tokens of a micro-batch")
+    parser.add_argument("--steps", type=int, default=6, help="optimizer steps of a training")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=MEASURES)
+    add_sizes(parser)
+    options = parser.parse_args()
+    with quiet():
+        MEASURES[options.part](options)
+
+
+def say(**figures: Any) -> None:
+    print(json.dumps(figures), flush=True)
+
+
+# --- tests -----------------------------------------------------------------------------------
+
+
+def run_tests(options: argparse.Namespace) -> None:
+    """The tests with the mark `cuda`, from the files that name it."""
+    files = [
+        str(path)
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        if "mark.cuda" in path.read_text("utf-8")
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.xml")
+        command = [sys.executable, "-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider"]
+        done = subprocess.run(
+            [*command, f"--junitxml={report}", *files],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        counts = next(ElementTree.parse(report).iter("testsuite")).attrib
+    failures = int(counts["failures"]) + int(counts["errors"])
+    skipped = int(counts["skipped"])
+    say(failures=failures, skipped=skipped, passed=int(counts["tests"]) - failures - skipped)
+    if failures:
+        say(output=done.stdout[-2000:])
+
+
+# --- the loss --------------------------------------------------------------------------------
+
+
+def measure_losses(options: argparse.Namespace) -> None:
+    """Forward KL of every shape, dense, from the smallest on; then the sparse signal."""
+    rate = matmul_rate(torch.bfloat16, options.device)
+    say(product_rate=rate)
+    shapes = sorted(
+        ((vocab, width) for vocab in options.vocab for width in options.width),
+        key=lambda shape: shape[0] * shape[1],
+    )
+    for vocab, width in shapes:
+        say(**{f"V={vocab}, D={width}": one_loss(options, vocab, width, rate)})
+
+
+def one_loss(options: argparse.Namespace, vocab: int, width: int, rate: float) -> dict[str, Any]:
+    shape: dict[str, Any] = {"masked": 0.0, "beta": 0.0, "device": options.device}
+    problem = make_problem(options.rows, vocab, width, dtype=torch.bfloat16, seed=SEED, **shape)
+    names = [name for name in ("stillhouse", LIGER) if installed(name)]
+    contenders: dict[str, Callable[[], object]] = {
+        name: partial(run, CONTENDERS[name], problem) for name in names
+    }
+    values = {name: float(run(CONTENDERS[name], problem)) for name in names}
+    floor_rows = min(FLOOR_ROWS, options.rows)
+    contenders["floor"] = partial(matmul_floor, problem, floor_rows)
+    rounds_of(contenders, 1, options.device)
+    times = rounds_of(contenders, options.rounds, options.device)
+    best = {name: min(seconds) for name, seconds in times.items()}
+    found: dict[str, Any] = {
+        "seconds": times,
+        "losses": values,
+        "roofline": 8 * options.rows * vocab * width / best["stillhouse"] / rate,
+        "floor": best["floor"] / best["stillhouse"],
+    }
+    del problem, contenders
+    free_memory()
+    settings = argparse.Namespace(
+        **shape, rows=options.rows, vocab=vocab, width=width, dtype="bfloat16",
+        rounds=options.rounds, contender="stillhouse",
+    )  # fmt: skip
+    found["memory"] = measure_memory(settings)["bytes"]
+    if LIGER in best:
+        settings.contender = LIGER
+        memory = measure_memory(settings)["bytes"]
+        ours = best["stillhouse"]
+        found["liger"] = {"time": ours / best[LIGER], "memory": found["memory"] / max(memory, 1)}
+    seconds = measure_sparse(settings)["seconds"]
+    found["sparse"] = min(seconds["sparse"]) / min(seconds["dense"])
+    free_memory()
+    return found
+
+
+# --- training steps --------------------------------------------------------------------------
+
+
+class RandomText:
+    """Windows of random tokens, each a document."""
+
+    def __init__(self, windows: int, context: int, vocabulary: int) -> None:
+        g = torch.Generator().manual_seed(SEED)
+        self.ids_WL = torch.randint(0, vocabulary, (windows, context), generator=g)
+        self.context = context
+        self.supervised_tokens = windows * (context - 1)
+
+    def __len__(self) -> int:
+        return len(self.ids_WL)
+
+    def __getitem__(self, index: int) -> Batch:
+        ids_L = self.ids_WL[index]
+        positions_L = torch.arange(self.context)
+        return {"input_ids": ids_L, "labels": ids_L.clone(), "position_ids": positions_L}
+
+
+def random_weights(config: Any, dtype: torch.dtype, device: str) -> Any:
+    """A model that is made where it is used."""
+    torch.manual_seed(SEED)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def settings_for(changes: Mapping[str, str], steps: int) -> TrainRecipe:
+    return TrainRecipe.model_validate(
+        {
+            "batch_size": 2,
+            "micro_batch_size": 1,
+            "max_steps": steps,
+            "epochs": float(steps),
+            "gradient_checkpointing": True,
+            "precision": "bfloat16",
+            **changes,
+        }
+    )
+
+
+def plan_for(options: argparse.Namespace, settings: TrainRecipe) -> Memory:
+    teacher, student = (make() for make in PAIRS[options.pairs[0]])
+    weights = getattr(torch, settings.weights)
+    step = training_step(
+        student,
+        [teacher],
+        windows=1,
+        context=options.context,
+        accumulates=True,
+        compute=torch.bfloat16,
+        weights=weights,
+        gathered=weights,
+        device=options.device,
+        checkpointing=True,
+        moments=MOMENTS_8BIT if settings.optimizer == "adamw_8bit" else MOMENTS,
+    )
+    return training_memory(step, "none", over=1, processes=1)
+
+
+def available(device: str) -> int:
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    return int(psutil.virtual_memory().available)
+
+
+def train_some(options: argparse.Namespace) -> None:
+    """Some steps of a pair, of which throughput and peak memory are printed."""
+    teacher, student = (make() for make in PAIRS[options.pairs[0]])
+    for changes in SMALLER:
+        settings = settings_for(changes, options.steps)
+        plan = plan_for(options, settings)
+        if plan.fits(available(options.device)):
+            break
+    planned = plan.total - plan.parts["context"]
+    say(changes=changes, phase=plan.phase, parts=dict(plan.parts), planned=planned)
+    before = peak_memory_bytes()
+    if options.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    models = [
+        random_weights(student, getattr(torch, settings.weights), options.device),
+        random_weights(teacher, torch.bfloat16, options.device),
+    ]
+    counts = [account.count_parameters(each).head_once for each in models]
+    text = RandomText(4, options.context, student.vocab_size)
+    result = train(
+        Student(models[0]), Teacher.from_model(models[1]), text, ObjectiveRecipe(), settings
+    )
+    if options.device == "cuda":
+        say(peak=torch.cuda.max_memory_allocated(), reserved=torch.cuda.max_memory_reserved())
+    else:
+        say(peak=peak_memory_bytes() - before)
+    speeds = [row["tokens_per_s"] for row in result.metrics if "loss" in row]
+    speed = statistics.median(speeds[WARM_STEPS:] or speeds)
+    speed *= options.context / (options.context - 1)  # supervised tokens are counted
+    rate = matmul_rate(torch.bfloat16, options.device)
+    flops = 6 * counts[0] + 2 * counts[1]
+    say(
+        tokens_per_s=speed,
+        student_parameters=counts[0],
+        teacher_parameters=counts[1],
+        product_rate=rate,
+        utilization=speed * flops / rate,
+    )
+
+
+def find_memory(options: argparse.Namespace) -> None:
+    """After a training in this process, which goes on, start another one that needs a GPU."""
+    train_some(options)
+    free_memory()
+    command = [sys.executable, "-m", "bench.gpu_parts", "free", "--device", options.device]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    print(done.stdout.splitlines()[-1], flush=True)
+
+
+def say_free(options: argparse.Namespace) -> None:
+    """The share of the device's memory that this process can have."""
+    if options.device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        torch.empty(int(0.9 * free), dtype=torch.uint8, device="cuda")
+    else:
+        memory = psutil.virtual_memory()
+        free, total = memory.available, memory.total
+    say(free=free / total)
+
+
+MEASURES: dict[str, Callable[[argparse.Namespace], None]] = {
+    "tests": run_tests,
+    "loss": measure_losses,
+    "step": train_some,
+    "after": find_memory,
+    "free": say_free,
+}
+
+if __name__ == "__main__":
+    main()

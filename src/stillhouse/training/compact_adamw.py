@@ -1,0 +1,281 @@
+"""AdamW with moments in 8 bits, or for weights in bfloat16.
+
+Loshchilov and Hutter, Decoupled Weight Decay Regularization (arXiv:1711.05101); moments in 8 bits
+as Dettmers et al., 8-bit Optimizers via Block-wise Quantization (arXiv:2110.02861), with the codes
+of torchao.optim.AdamW8bit: of the dynamic map for each value, with a float32 scale for each block.
+
+Every update is computed in float32. A block never crosses a row of a weight, and the noise of
+stochastic rounding depends on the position in the complete weight: the result does not depend on
+how weights are divided over processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from stillhouse.processes import first_row, local_part
+from stillhouse.training.train_config import TrainRecipe
+
+BLOCK = 256
+"""The most values that share a scale."""
+SMALLEST_BLOCK = 16
+"""Weights whose rows cannot be divided into blocks of so many have float32 moments."""
+CHUNK = {"cpu": 1 << 18, "cuda": 1 << 23}
+"""Values that are updated at once, so that float32 copies of a whole weight are not needed."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+SCALE = "_scale"
+_32_BITS = 0xFFFFFFFF
+
+
+class CompactAdamW(Optimizer):
+    """AdamW whose moments have `bits` bits, for weights in float32 or bfloat16.
+
+    Weights in bfloat16 are rounded stochastically: the expected value of a weight is that of the
+    float32 update, which rounding to nearest would often lose. seed: of that rounding.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        bits: Literal[8, 32] = 32,
+        seed: int = 0,
+    ) -> None:
+        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**options, "bits": bits, "seed": seed})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        everything = [(group, each) for group in self.param_groups for each in group["params"]]
+        for number, (group, weight) in enumerate(everything):
+            if weight.grad is None:
+                continue
+            state = self.state[weight]
+            if not state:
+                state.update(_first_state(weight, group["bits"]))
+            state["step"] += 1
+            _update(weight, state, group, number)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError: the state of an optimizer with moments of another size."""
+        saved = state_dict["param_groups"]
+        if any(group.get("bits") != self.defaults["bits"] for group in saved):
+            raise ValueError(f"not the state of moments with {self.defaults['bits']} bits")
+        # torch would convert every tensor, the codes too, to the type of its weight.
+        super().load_state_dict({**state_dict, "state": {}})
+        for group, old in zip(self.param_groups, saved, strict=True):
+            for weight, number in zip(group["params"], old["params"], strict=True):
+                if number in state_dict["state"]:  # an entry without a state would pass for one
+                    self.state[weight] = {
+                        name: value.to("cpu" if name == "step" else weight.device)
+                        for name, value in state_dict["state"][number].items()
+                    }
+
+
+def compact_optimizer(
+    settings: TrainRecipe, seed: int
+) -> tuple[type[CompactAdamW], dict[str, Any]] | None:
+    """The optimizer's class and options for transformers.Trainer; None: PyTorch's AdamW."""
+    bits = 8 if settings.optimizer == "adamw_8bit" else 32
+    if bits == 32 and settings.weights == "float32":
+        return None
+    options = {"lr": settings.learning_rate, "betas": settings.betas, "bits": bits, "seed": seed}
+    return CompactAdamW, options
+
+
+def block_of(width: int, dimensions: int) -> int | None:
+    """How many values of a row share a scale: the largest divisor of its width up to `BLOCK`.
+
+    None: a vector, or a width without such a divisor; its moments are float32.
+    """
+    if dimensions < 2:
+        return None
+    largest = max(size for size in range(1, BLOCK + 1) if width % size == 0)
+    return largest if largest >= SMALLEST_BLOCK else None
+
+
+def _first_state(weight: Tensor, bits: int) -> dict[str, Tensor]:
+    like: Any = {"memory_format": torch.contiguous_format}
+    state = {"step": torch.zeros((), dtype=torch.float32)}
+    block = block_of(weight.shape[-1], weight.dim()) if bits == 8 and weight.dim() else None
+    for name in MOMENTS:
+        if block is None:
+            state[name] = torch.zeros_like(weight, dtype=torch.float32, **like)
+            continue
+        state[name] = torch.zeros_like(weight, dtype=torch.uint8, **like)  # of a scale of 0
+        scales = (*weight.shape[:-1], weight.shape[-1] // block)
+        state[name + SCALE] = _zeros_divided_alike(scales, weight)
+    return state
+
+
+def _zeros_divided_alike(shape: tuple[int, ...], weight: Tensor) -> Tensor:
+    """Float32 zeros of a shape, whose rows are on the processes that have the weight's rows."""
+    if not isinstance(weight, DTensor):
+        return torch.zeros(shape, device=weight.device)
+    local = weight.to_local()
+    zeros = torch.zeros((local.shape[0], *shape[1:]), device=local.device)
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        zeros,
+        weight.device_mesh,
+        weight.placements,
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=stride,
+    )
+
+
+def _update(weight: Tensor, state: dict[str, Tensor], group: dict[str, Any], number: int) -> None:
+    """One step of a weight, in place."""
+    stored = local_part(weight)
+    own = stored.contiguous()
+    gradient = local_part(weight.grad).contiguous()  # type: ignore[arg-type]
+    moments = {name: local_part(value) for name, value in state.items() if name != "step"}
+    step = int(state["step"])
+    start = first_row(weight) * weight.shape[1:].numel()
+    key = _key(group["seed"], number, step)
+    block = _block(moments)
+    size = CHUNK.get(own.device.type, CHUNK["cpu"]) // block * block
+    for begin in range(0, own.numel(), size):
+        part = slice(begin, begin + size)
+        scales = slice(begin // block, -(-(begin + size) // block))
+        values = own.view(-1)[part]
+        found = {
+            name: value.view(-1)[scales if name.endswith(SCALE) else part]
+            for name, value in moments.items()
+        }
+        new = _step(values.float(), gradient.view(-1)[part].float(), found, group, step)
+        if own.dtype == torch.bfloat16:
+            new = rounded(new, start + begin, key)
+        values.copy_(new)
+    if own is not stored:
+        stored.copy_(own)
+
+
+def _block(moments: dict[str, Tensor]) -> int:
+    codes, scales = moments[MOMENTS[0]], moments.get(MOMENTS[0] + SCALE)
+    if scales is None:
+        return 1
+    return codes.shape[-1] // scales.shape[-1]
+
+
+def _step(
+    weight_N: Tensor,
+    gradient_N: Tensor,
+    moments: dict[str, Tensor],
+    group: dict[str, Any],
+    step: int,
+) -> Tensor:
+    """The weights after a step; moments are updated in place.
+
+    Products and sums are separate operations: fused, their rounding would depend on the position.
+    """
+    (beta1, beta2), rate = group["betas"], float(group["lr"])
+    mean_N = _read(moments, MOMENTS[0]).mul_(beta1).add_(gradient_N * (1 - beta1))
+    square_N = _read(moments, MOMENTS[1]).mul_(beta2).add_(gradient_N.square() * (1 - beta2))
+    _write(moments, MOMENTS[0], mean_N)
+    _write(moments, MOMENTS[1], square_N)
+    size_N = square_N.sqrt_().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
+    change_N = mean_N.div(size_N).mul_(rate / (1 - beta1**step))
+    return weight_N.mul(1 - rate * group["weight_decay"]).sub_(change_N)
+
+
+def _read(moments: dict[str, Tensor], name: str) -> Tensor:
+    """A moment in float32, as a copy."""
+    if name + SCALE not in moments:
+        return moments[name].clone()
+    values = _map(name == MOMENTS[0], moments[name].device)[moments[name].int()]
+    scales = moments[name + SCALE]
+    return values.view(len(scales), -1).mul_(scales[:, None]).view(-1)
+
+
+def _write(moments: dict[str, Tensor], name: str, value_N: Tensor) -> None:
+    if name + SCALE not in moments:
+        moments[name].copy_(value_N)
+        return
+    scales = moments[name + SCALE]
+    blocks = value_N.view(len(scales), -1)
+    scales.copy_(blocks.abs().amax(-1).clamp_(min=1e-12))
+    borders = _borders(name == MOMENTS[0], value_N.device)
+    codes = torch.bucketize(blocks / scales[:, None], borders, out_int32=True, right=True)
+    moments[name].copy_(codes.view(-1))
+
+
+@cache
+def _map(signed: bool, device: torch.device) -> Tensor:
+    """The 256 values of the dynamic map: fewer digits, the smaller the power of ten."""
+    values = [torch.tensor([0.0, 1.0])]
+    for power in range(7):
+        edges = torch.linspace(0.1, 1, 2 ** (power if signed else power + 1) + 1)
+        means = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (power - 6)
+        values += [means, -means] if signed else [means]
+    return torch.cat(values).sort().values.to(device)
+
+
+@cache
+def _borders(signed: bool, device: torch.device) -> Tensor:
+    """Between two neighbors of the map, where the nearer one changes."""
+    values = _map(signed, device)
+    return (values[1:] + values[:-1]) / 2
+
+
+def rounded(values_N: Tensor, start: int, key: int) -> Tensor:
+    """Float32 values in bfloat16, rounded stochastically.
+
+    The next value away from zero is taken with the probability of the fraction that bfloat16 has
+    no digits for. start: position of the first value in the whole weight. key: of this rounding.
+    """
+    noise_N = torch.arange(start, start + len(values_N), device=values_N.device) ^ key
+    noise_N = _mixed(noise_N & _32_BITS) & 0xFFFF
+    bits_N = values_N.view(torch.int32) + noise_N.int()
+    return (bits_N & -0x10000).view(torch.float32).bfloat16()
+
+
+def _mixed(number_N: Tensor) -> Tensor:
+    """A hash of 32-bit integers: lowbias32 (https://nullprogram.com/blog/2018/07/31/)."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        number_N = ((number_N ^ (number_N >> shift)) * factor) & _32_BITS
+    return number_N ^ (number_N >> 16)
+
+
+def _key(*parts: int) -> int:
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little")
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:
+    """Scale the gradients so that their common norm is at most `limit`; returns the norm before.
+
+    As torch.nn.utils.clip_grad_norm_, with sums in float32 also where gradients are bfloat16.
+    """
+    gradients = [each.grad for each in parameters if each.grad is not None]
+    parts = [local_part(each) for each in gradients]
+    norms = [torch.linalg.vector_norm(each, dtype=torch.float32) for each in parts]
+    total = torch.stack(norms).square().sum()
+    meshes = {each.device_mesh for each in gradients if isinstance(each, DTensor)}
+    for mesh in meshes:
+        dist.all_reduce(total, group=mesh.get_group(mesh.mesh_dim_names[-1]))  # type: ignore[index]
+    norm = total.sqrt()
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for part in parts:
+        part.mul_(factor)
+    return norm

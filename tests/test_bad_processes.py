@@ -1,0 +1,87 @@
+"""Processes of a torchrun that cannot work together: one message each, which says what to do."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from stillhouse import processes
+from stillhouse.errors import DeviceError, RecipeError
+from stillhouse.hardware import choose_precision, device_kind
+from stillhouse.processes import open_group, shard, sharding_mesh, shards_in_node
+from stillhouse.training.train import _require_windows
+from tests.forks import ranks
+
+GPUS = ("NVIDIA A100-SXM4-80GB with 79 GiB", "NVIDIA GeForce RTX 4090 with 24 GiB")
+
+
+def open_with(out: Path, kinds: tuple[str, str]) -> None:
+    """Each process has another GPU, if `kinds` are different. Its message is written to `out`."""
+    rank = os.environ["RANK"]
+    processes.device_kind = lambda device: kinds[int(rank)]  # type: ignore[attr-defined]
+    try:
+        open_group()
+    except DeviceError as error:
+        (out / rank).write_text(str(error))
+
+
+@pytest.mark.run
+@pytest.mark.parametrize("mixed", [True, False])
+def test_different_gpus_are_one_error_in_every_process(tmp_path: Path, mixed: bool) -> None:
+    kinds = GPUS if mixed else (GPUS[0], GPUS[0])
+    for process in ranks(2, open_with, tmp_path, kinds):
+        assert process.wait(timeout=60) == 0, process.communicate()[1][-2000:]
+    said = [file.read_text() for file in sorted(tmp_path.iterdir())]
+    if not mixed:
+        assert said == []
+        return
+    assert len(said) == 2
+    assert said[0] == said[1]
+    assert all(gpu in said[0] for gpu in GPUS)
+    assert "CUDA_VISIBLE_DEVICES" in said[0]
+
+
+def test_cpus_are_equal_if_they_choose_the_same_precision() -> None:
+    device = torch.device("cpu")
+    dtype = str(choose_precision("auto", device).dtype).removeprefix("torch.")
+    assert device_kind(device) == f"a CPU for {dtype}"
+
+
+def test_more_processes_than_windows() -> None:
+    _require_windows(8, 8)
+    with pytest.raises(RecipeError, match="8 processes cannot share 7 windows") as caught:
+        _require_windows(7, 8)
+    assert "at most 7 processes" in str(caught.value.fix)
+
+
+def test_nodes_with_different_numbers_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "7")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert shards_in_node(within_node=False) == 7
+    with pytest.raises(
+        RecipeError, match="7 processes cannot be divided into nodes of 4"
+    ) as caught:
+        shards_in_node(within_node=True)
+    assert "same number of processes on every node" in str(caught.value.fix)
+
+
+def shards_without_blocks(out: Path) -> None:
+    model = nn.Linear(4, 4)
+    try:
+        shard(model, model, sharding_mesh(2))
+    except RecipeError as error:
+        (out / os.environ["RANK"]).write_text(str(error))
+
+
+@pytest.mark.run
+def test_a_student_whose_blocks_are_not_known(tmp_path: Path) -> None:
+    for process in ranks(2, shards_without_blocks, tmp_path):
+        assert process.wait(timeout=60) == 0, process.communicate()[1][-2000:]
+    for rank in range(2):
+        said = (tmp_path / str(rank)).read_text()
+        assert "does not name its decoder blocks" in said
+        assert "train.shard: none" in said
