@@ -86,6 +86,7 @@ def recipes() -> list[dict[str, Any]]:
     found = [
         {**PLAIN, "train": {}, "quantize": {"qat": {}}, "export": {"push_to_hub": {"repo": "a/b"}}},
         {**PLAIN, "train": {"on_policy": {"prompts": {"path": "p.txt"}, "terms": [{}]}}},
+        *({**PLAIN, "train": {"on_policy": {"generator": one}}} for one in ENGINES),
         {**PLAIN, "evaluate": {"lm_eval": {"tasks": ["t"]}}, "objective": {"terms": terms}},
         {**PLAIN, "evaluate": {"own_text": {}}},
         {**PLAIN, "data": {"sources": [{"kind": "corpus"}, hub, file]}, "synthesize": SYNTHESIS},
@@ -137,6 +138,10 @@ def recipes() -> list[dict[str, Any]]:
     return copy.deepcopy(found)
 
 
+ENGINES: list[dict[str, Any]] = [
+    {"kind": "vllm"},
+    {"kind": "vllm_server", "base_url": "http://h", "model": "m", "weights": "w"},
+]
 EXAMPLE = {"prompt": "p", "answer": "a"}
 PROMPT = {"path": "p.txt"}
 

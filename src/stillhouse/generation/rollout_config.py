@@ -6,16 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from stillhouse.field_types import PathText, Share
+from stillhouse.field_types import Divergence, PathText, Share
 from stillhouse.section import Section
 from stillhouse.signals.signals_config import SignalServer
 from stillhouse.vllm_config import VllmEngine
 
-TOLERANCE = Field(
+TOLERANCE: float = Field(
     0.05,
-    gt=0,
-    le=10,
-    allow_inf_nan=False,
     description="Nats per token by which the engine's log-probabilities may differ from the "
     "student's, on average over a row, after its weights were handed over; more stop the run.",
 )
@@ -34,7 +31,7 @@ class VllmRollouts(VllmEngine):
     gpu_memory: Share = Field(
         0.3, description="Share of each GPU's memory that vLLM may use while it writes."
     )
-    tolerance: Annotated[float, TOLERANCE]
+    tolerance: Divergence = TOLERANCE
 
 
 class VllmServerRollouts(SignalServer):
@@ -45,7 +42,7 @@ class VllmServerRollouts(SignalServer):
         description="A folder that this machine and the server have under the same path; the "
         "weights are handed over in it, best in memory."
     )
-    tolerance: Annotated[float, TOLERANCE]
+    tolerance: Divergence = TOLERANCE
 
 
 RolloutsRecipe = Annotated[
