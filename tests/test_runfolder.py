@@ -292,3 +292,25 @@ def test_a_file_of_the_user_is_not_replaced_by_a_link(tmp_path: Path, kind: str)
 def test_a_full_disk_is_one_message_in_the_words_of_any_library(tmp_path: Path, said: str) -> None:
     with pytest.raises(RunError, match="the disk is full"), disk_errors(tmp_path):
         raise RuntimeError(said)
+
+
+def test_a_resumed_stage_keeps_hidden_files_of_its_checkpoints(tmp_path: Path) -> None:
+    """A sharded checkpoint has a `.metadata`, without which it cannot be loaded."""
+    folder = RunFolder(tmp_path)
+    kept = Path("checkpoints") / "checkpoint-2" / ".metadata"
+
+    def killed(out: Path) -> Outcome:
+        (out / kept).parent.mkdir(parents=True)
+        (out / kept).touch()
+        (out / ".model.tmp").touch()
+        raise KeyboardInterrupt
+
+    def resumed(out: Path) -> Outcome:
+        assert (out / kept).exists()
+        assert not (out / ".model.tmp").exists()
+        return Outcome()
+
+    options: dict[str, Any] = {"resumable": True, "scratch": ("checkpoints",)}
+    with pytest.raises(KeyboardInterrupt):
+        folder.stage("train", {}, killed, **options)
+    assert not list(folder.stage("train", {}, resumed, **options).path.iterdir())[1:]

@@ -179,7 +179,7 @@ class RunFolder:
         """Return the finished stage, or run `work(folder)` and finish it.
 
         resumable: a partly written folder is passed to `work`, rather than emptied, but without the
-        files and folders whose names begin with a dot: they are temporary.
+        files and folders whose names begin with a dot: they are temporary, except in `scratch`.
         scratch: names inside the folder that are deleted before it is finished.
         check: raises StillhouseError if the folder lacks the stage's product. The stage
         then remains unfinished, with its scratch files. Raises RunError.
@@ -194,7 +194,7 @@ class RunFolder:
             if final.is_file():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(final))
             if resumable:
-                _drop_temporary(partial)
+                _drop_temporary(partial, scratch)
             elif partial.exists():
                 shutil.rmtree(partial)
             partial.mkdir(parents=True, exist_ok=True)
@@ -271,9 +271,14 @@ def _not_ours(path: Path) -> RunError:
     )
 
 
-def _drop_temporary(folder: Path) -> None:
-    """Deletes what a killed process was writing: it would become a part of the stage."""
+def _drop_temporary(folder: Path, scratch: tuple[str, ...]) -> None:
+    """Deletes what a killed process was writing: it would become a part of the stage.
+
+    What is in `scratch` does not, and has such names for good: `.metadata` of a sharded checkpoint.
+    """
     for path in list(folder.rglob(".*")):
+        if path.relative_to(folder).parts[0] in scratch:
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -210,7 +210,8 @@ def _generations(members: Mapping[str, RunResult]) -> list[Generation]:
     for name, result in members.items():
         for generation in result.evaluation.generations:
             found = answers.setdefault(generation.prompt, {})
-            found.setdefault("teacher", generation.answers["teacher"])
+            if "teacher" in generation.answers:  # not asked if it is sharded
+                found.setdefault("teacher", generation.answers["teacher"])
             found[name] = generation.answers["student"]
     return [Generation(prompt, found) for prompt, found in answers.items()]
 

@@ -6,6 +6,8 @@ one process included. A checkpoint of an unsharded training can be loaded into a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -38,7 +41,8 @@ def save_parts(checkpoint: Path, module: nn.Module, optimizer: Optimizer) -> Non
         "model": get_model_state_dict(module),
         "optimizer": get_optimizer_state_dict(module, optimizer),
     }
-    state_dict_saver.save(state, checkpoint_id=checkpoint / SHARDED)
+    with _failures_raised():
+        state_dict_saver.save(state, checkpoint_id=checkpoint / SHARDED)
 
 
 def load_weights(checkpoint: Path, module: nn.Module) -> None:
@@ -57,7 +61,19 @@ def load_optimizer(checkpoint: Path, module: nn.Module, optimizer: Optimizer) ->
 
 def _load(state: dict[str, Any], checkpoint: Path) -> None:
     alone = not dist.is_initialized()
-    state_dict_loader.load(state, checkpoint_id=checkpoint / SHARDED, no_dist=alone)
+    with _failures_raised():
+        state_dict_loader.load(state, checkpoint_id=checkpoint / SHARDED, no_dist=alone)
+
+
+@contextmanager
+def _failures_raised() -> Iterator[None]:
+    """Raise what failed first in any process, in all of them: torch's CheckpointException around it
+    is not an Exception."""
+    try:
+        yield
+    except CheckpointException as error:
+        failure, _ = next(iter(error.failures.values()))
+        raise failure from None
 
 
 def complete_weights(module: nn.Module) -> dict[str, Tensor]:
