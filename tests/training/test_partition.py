@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from accelerate.data_loader import SeedableRandomSampler
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from stillhouse.data.batches import own_share, rows_in_order
+from stillhouse.training.heldout import heldout_rows
 from stillhouse.training.partition import NO_ROW, ProcessBatches
 
 
@@ -23,25 +24,39 @@ def batches(rows: int, micro: int, processes: int, epoch: int = 0) -> list[list[
     return found
 
 
-@pytest.mark.parametrize("rows", [1, 7, 8, 23, 24])
-@pytest.mark.parametrize(("micro", "processes"), [(1, 1), (1, 4), (2, 2), (3, 2), (4, 4)])
-def test_every_row_comes_once(rows: int, micro: int, processes: int) -> None:
-    found = batches(rows, micro, processes)
-    learned = [row for side in found for batch in side for row in batch if row != NO_ROW]
-    assert sorted(learned) == list(range(rows))
+def learned(found: list[list[list[int]]], steps: slice) -> list[int]:
+    """The rows of some micro-batches of every process."""
+    return sorted(row for side in found for each in side[steps] for row in each if row != NO_ROW)
+
+
+SIZES = {
+    "rows": st.integers(1, 70),
+    "micro": st.integers(1, 5),
+    "processes": st.integers(1, 9),
+    "epoch": st.integers(0, 3),
+}
+
+
+@settings(max_examples=300, deadline=None)
+@given(**SIZES)
+def test_every_row_comes_once_an_epoch(rows: int, micro: int, processes: int, epoch: int) -> None:
+    """Also if the last micro-batch is not complete, or there are more processes than rows."""
+    found = batches(rows, micro, processes, epoch)
+    assert learned(found, slice(None)) == list(range(rows))
     assert len({len(side) for side in found}) == 1
+    assert all(each for side in found for each in side)  # a forward pass needs a row
 
 
-@pytest.mark.parametrize("rows", [7, 23, 24])
-def test_each_step_has_the_rows_that_one_process_would_take(rows: int) -> None:
-    (alone,) = batches(rows, 8, 1)
-    for micro, processes in ((1, 4), (2, 2), (4, 2), (8, 1)):
-        accumulation = 8 // (micro * processes)
-        found = batches(rows, micro, processes)
-        for step, expected in enumerate(alone):
-            part = slice(step * accumulation, (step + 1) * accumulation)
-            learned = [row for side in found for batch in side[part] for row in batch]
-            assert sorted(row for row in learned if row != NO_ROW) == sorted(expected)
+@settings(max_examples=300, deadline=None)
+@given(**SIZES, accumulation=st.integers(1, 4))
+def test_each_step_has_the_rows_that_one_process_would_take(
+    rows: int, micro: int, processes: int, epoch: int, accumulation: int
+) -> None:
+    (alone,) = batches(rows, micro * processes * accumulation, 1, epoch)
+    found = batches(rows, micro, processes, epoch)
+    for step, expected in enumerate(alone):
+        part = slice(step * accumulation, (step + 1) * accumulation)
+        assert learned(found, part) == sorted(expected)
 
 
 def test_the_order_is_the_one_that_accelerate_gives() -> None:
@@ -61,7 +76,7 @@ class Rows:
 
 
 def test_held_out_rows_are_measured_once_by_as_many_batches_in_each_process() -> None:
-    sides = [list(own_share(rows_in_order(Rows(), 2), each, 2)) for each in range(2)]
+    sides = [list(heldout_rows(Rows(), 2, process=each, processes=2)) for each in range(2)]
     assert [len(side) for side in sides] == [2, 2]
     labels = [int(row["labels"]) for side in sides for batch in side for row in batch]
     assert sorted(label for label in labels if label != -100) == [0, 1, 2, 3, 4]
