@@ -204,7 +204,7 @@ class Experiment:
         settings = TrainRecipe.model_validate(
             {
                 "epochs": 1000,
-                "max_steps": 100_000,
+                "max_steps": 999,  # below 1,000 every step is logged, which StopAt needs
                 "schedule": "constant",
                 "warmup": 0.0,
                 "batch_size": 4,
