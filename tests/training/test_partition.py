@@ -9,7 +9,7 @@ from accelerate.data_loader import SeedableRandomSampler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stillhouse.training.heldout import heldout_rows
+from stillhouse.data.batches import own_share, rows_in_order
 from stillhouse.training.partition import NO_ROW, ProcessBatches
 
 
@@ -76,7 +76,7 @@ class Rows:
 
 
 def test_held_out_rows_are_measured_once_by_as_many_batches_in_each_process() -> None:
-    sides = [list(heldout_rows(Rows(), 2, process=each, processes=2)) for each in range(2)]
+    sides = [list(own_share(rows_in_order(Rows(), 2), each, 2)) for each in range(2)]
     assert [len(side) for side in sides] == [2, 2]
     labels = [int(row["labels"]) for side in sides for batch in side for row in batch]
     assert sorted(label for label in labels if label != -100) == [0, 1, 2, 3, 4]
