@@ -43,7 +43,7 @@ from stillhouse.pipeline.engine import (
 )
 from stillhouse.pipeline.kind import Rows, RunResult
 from stillhouse.pipeline.requirements import require
-from stillhouse.pipeline.shared_folder import announce_run
+from stillhouse.pipeline.shared_folder import leading
 from stillhouse.pipeline.stage_plan import doing
 from stillhouse.signals.signals_config import FrozenHeadSignals
 from stillhouse.synthesis.synthesize import Synthesis
@@ -149,9 +149,7 @@ def prepare_data(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Job, 
     recipe, base = first_member(load_language_model_recipe(path, overrides)), Path(path).parent
     require_text(recipe, base)
     folder, main_process = run_folder(recipe), leads()
-    with folder.locked() if main_process else followed_folder(recipe):
-        if main_process:
-            announce_run(folder.root)
+    with leading(folder.root, folder.locked()) if main_process else followed_folder(recipe):
         do = doing(folder) if main_process else following(folder)
         job, stages = run_steps(
             LANGUAGE_MODEL,
@@ -186,8 +184,7 @@ def record_signals(path: str | Path, overrides: Sequence[str] = ()) -> Path:
             job = find_job(recipe, base, weights=section.needs_weights)
             run_steps(LANGUAGE_MODEL, job, following(folder), main_process=False, only=only)
         return folder.root / "signals"
-    with folder.locked():
-        announce_run(folder.root)
+    with leading(folder.root, folder.locked()):
         folder.require_free("signals")
         job = find_job(recipe, base, weights=section.needs_weights)
         _, stages = run_steps(LANGUAGE_MODEL, job, doing(folder), only=only)
@@ -213,8 +210,7 @@ def synthesize_text(path: str | Path, overrides: Sequence[str] = ()) -> Synthesi
         with followed_folder(recipe) as folder:
             follow_text(recipe, base, following(folder))
         return None
-    with locked_folder(recipe) as folder:
-        announce_run(folder.root)
+    with leading(run_folder(recipe).root, locked_folder(recipe)) as folder:
         require(require_text_teacher(recipe, base))
         return complete_text(recipe, base, folder, doing(folder))
 

@@ -35,6 +35,16 @@ def leads() -> bool:
     return process_index() == 0
 
 
+def on_main_machine() -> bool:
+    """Whether the main process is on this machine."""
+    return process_index() == local_index()
+
+
+def speaks_for_machine() -> bool:
+    """Whether this is the first process on its machine beside the main process."""
+    return local_index() == (1 if on_main_machine() else 0)
+
+
 def leave_others() -> None:
     """From now on, this process works alone: no other one of its torchrun takes part."""
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):

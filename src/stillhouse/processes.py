@@ -22,6 +22,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from stillhouse.errors import DeviceError, LostProcessError, RecipeError
 from stillhouse.hardware import default_device, device_kind
 from stillhouse.launch import processes_here, world_size
+from stillhouse.process_watch import AGAIN, NOTICE_SECONDS, lost_process_found
 
 T = TypeVar("T")
 
@@ -102,11 +103,13 @@ def lost_process(processes: int) -> Iterator[None]:
     except RuntimeError as error:
         if processes == 1 or not (isinstance(error, DistError) or _LOST.search(str(error))):
             raise
+        known = lost_process_found(NOTICE_SECONDS)
+        if known is not None:
+            raise known from error
         raise LostProcessError(
             f"another of the {processes} processes has ended, or cannot be reached",
             where=str(error).splitlines()[0],
-            fix="its own message says why (none: it was killed, for lack of memory perhaps); give "
-            "the same command again: it goes on from the last checkpoint",
+            fix=f"its own message says why (none: it was killed); {AGAIN}",
         ) from error
 
 

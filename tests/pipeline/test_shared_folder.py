@@ -1,43 +1,61 @@
-"""Nodes that do not see the main process's run folder."""
+"""Processes of a torchrun that do not see the main process's run folder."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from stillhouse.errors import RunError
-from stillhouse.pipeline.shared_folder import ANNOUNCEMENT, announce_run, wait_for_run
+from stillhouse.launch import leads, process_index
+from stillhouse.pipeline import shared_folder
+from stillhouse.pipeline.shared_folder import ANNOUNCEMENT, joining, leading
+from stillhouse.runfolder import RunFolder
+from tests import forks
+
+pytestmark = pytest.mark.run
 
 
-@pytest.fixture(autouse=True)
-def torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
+def meet(folders: Sequence[Path]) -> None:
+    """folders: of each process."""
+    shared_folder.PATIENCE_SECONDS = 0.5
+    folder = RunFolder(folders[process_index()])
+    with leading(folder.root, folder.locked()) if leads() else joining(folder.root):
+        pass
+
+
+def ends(folders: Sequence[Path]) -> list[tuple[int, str]]:
+    """The exit status of each process, and its error."""
+    processes = forks.ranks(len(folders), meet, folders, nodes=len(folders))
+    return [(each.wait(timeout=120), each.errors().partition("Error: ")[2]) for each in processes]
 
 
 def test_a_folder_that_all_nodes_share(tmp_path: Path) -> None:
-    announce_run(tmp_path)
-    wait_for_run(tmp_path, patience=0)
+    assert ends([tmp_path] * 3) == [(0, "")] * 3
 
 
-def missing(folder: Path) -> str:
-    with pytest.raises(RunError, match="does not see the run folder") as caught:
-        wait_for_run(folder, patience=0)
-    return str(caught.value)
+def test_a_folder_of_each_node_is_an_error_in_every_process(tmp_path: Path) -> None:
+    """Also where another torchrun has worked in it before."""
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / ANNOUNCEMENT).write_text("of another torchrun")
+    for status, said in ends([tmp_path / "shared", own, tmp_path / "shared"]):
+        assert status == 1
+        assert said.startswith("1 of 3 processes do not see the main process's run folder")
+        assert f"process 1 on {shared_folder.platform.node()} in {own}" in said
+        assert "a disk that all nodes share" in said
 
 
-def test_a_folder_of_this_node_alone(tmp_path: Path) -> None:
-    assert "a disk that all nodes share" in missing(tmp_path / "elsewhere")
-
-
-def test_what_another_or_an_earlier_torchrun_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("locked", [True, False], ids=["locked", "not a folder"])
+def test_a_main_process_that_cannot_start_is_an_error_in_every_process(
+    tmp_path: Path, locked: bool
 ) -> None:
-    announce_run(tmp_path)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "second")
-    missing(tmp_path)
-    announce_run(tmp_path)
-    os.utime(tmp_path / ANNOUNCEMENT, (0, 0))
-    missing(tmp_path)
+    if not locked:
+        tmp_path = tmp_path / "file"
+        tmp_path.write_text("mine")
+    with RunFolder(tmp_path).locked() if locked else nullcontext():
+        for status, said in ends([tmp_path] * 2):
+            assert status == 1
+            expected = "another process is working" if locked else "a file where a folder should be"
+            assert expected in said

@@ -14,7 +14,8 @@ from typing import NoReturn
 from stillhouse.cli.options import say
 from stillhouse.disk_errors import disk_error
 from stillhouse.errors import LostProcessError, RunError, StillhouseError
-from stillhouse.launch import leads
+from stillhouse.launch import leads, local_index
+from stillhouse.process_watch import lost_process_found, reports_lost_process, was_lost
 
 MAIN_PROCESS_SECONDS = 4.0
 """For which another process of a torchrun withholds its message."""
@@ -41,11 +42,15 @@ def _let_main_process_report() -> None:
     fails too: every process finds what is wrong with a recipe, and one message is enough."""
     if not leads():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(MAIN_PROCESS_SECONDS)
+        time.sleep(MAIN_PROCESS_SECONDS + local_index() / 2)
 
 
 def end_stopped(number: int) -> NoReturn:
-    if leads():
+    # torchrun, or this process itself, sends SIGTERM when another process has ended.
+    if number == signal.SIGTERM and was_lost():
+        if reports_lost_process():
+            say(f"error: {lost_process_found()}")
+    elif leads():
         say("stopped. Finished work is kept: run the same command to resume.")
     sys.exit(128 + number)
 
@@ -54,6 +59,8 @@ def end_with(error: Exception) -> NoReturn:
     """Report what went wrong, and exit."""
     match error:
         case StillhouseError():
+            if isinstance(error, LostProcessError) and not reports_lost_process():
+                sys.exit(1)
             if not isinstance(error, LostProcessError):
                 _let_main_process_report()
             say(f"error: {error}")
@@ -65,6 +72,7 @@ def end_with(error: Exception) -> NoReturn:
             problem = disk_error(error, None) or _deleted_current_folder()
             if problem is None:
                 _say_bug()
+            _let_main_process_report()
             say(f"error: {problem}")
     sys.exit(1)
 

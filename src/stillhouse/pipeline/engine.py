@@ -15,13 +15,15 @@ from stillhouse.launch import (
     leads,
     process_index,
     processes_here,
+    speaks_for_machine,
     world_size,
 )
 from stillhouse.pipeline.kind import ALL, Kind, RunResult, Step
 from stillhouse.pipeline.report_stage import REPORT
 from stillhouse.pipeline.requirements import require_all
-from stillhouse.pipeline.shared_folder import announce_run, wait_for_run
+from stillhouse.pipeline.shared_folder import joining, leading
 from stillhouse.pipeline.stage_plan import Do, StagePlan, doing
+from stillhouse.process_watch import lost_process_found
 from stillhouse.processes import lost_process
 from stillhouse.progress import note
 from stillhouse.runfolder import NamedRecipe, RunFolder, Stage, run_root, write_atomically
@@ -32,7 +34,7 @@ POLL_SECONDS = 0.5
 EVALUATION, RECIPE = "evaluation.json", "recipe.yaml"
 RESOLVED = "# The resolved recipe of this run; every start writes it again.\n"
 SILENT_SECONDS = 60.0
-"""After which a process reports what it is waiting for."""
+"""After which one process of each machine reports what it is waiting for."""
 
 
 def run_kind(kind: Kind, recipe: Any, base: Path) -> RunResult | None:
@@ -49,8 +51,7 @@ def run_kind(kind: Kind, recipe: Any, base: Path) -> RunResult | None:
             fix="start it with `stillhouse run` alone",
         )
     if leads():
-        with locked_folder(recipe) as folder:
-            announce_run(folder.root)
+        with leading(run_root(recipe), locked_folder(recipe)) as folder:
             return lead(kind, recipe, base, folder)
     with followed_folder(recipe) as folder:
         if kind.follow is not None:
@@ -147,11 +148,10 @@ def locked_folder(recipe: Any) -> Iterator[RunFolder]:
 def followed_folder(recipe: Any) -> Iterator[RunFolder]:
     """The run folder of the main process, for the other processes of its torchrun.
 
-    Raises RunError if this node does not see it.
+    Raises RunError if a process does not see it, or the main process cannot lock it.
     """
     folder = run_folder(recipe)
-    wait_for_run(folder.root)
-    with scratch_in(folder.root):
+    with joining(folder.root), scratch_in(folder.root):
         yield folder
 
 
@@ -179,10 +179,12 @@ def following(folder: RunFolder) -> Do:
             with cores_of(processes_here()), lost_process(world_size()):
                 plan.work(folder.partial(plan.name, plan.depends_on))
             free_memory()
-        began, said = time.monotonic(), False
+        began, said = time.monotonic(), not speaks_for_machine()
         while (stage := folder.finished(plan.name, plan.depends_on)) is None:
+            if (lost := lost_process_found()) is not None:
+                raise lost
             if not said and time.monotonic() - began > SILENT_SECONDS:
-                note(f"process {process_index()} waits for stage {plan.name} of the main process")
+                note(f"process {process_index()}: waiting for the main process ({plan.name} stage)")
                 said = True
             time.sleep(POLL_SECONDS)
         return stage

@@ -1,52 +1,109 @@
-"""Whether the other processes of a torchrun see the main process's run folder."""
+"""Whether all processes of a torchrun work in the same run folder."""
 
 from __future__ import annotations
 
-import os
+import platform
+import secrets
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
-from stillhouse.errors import RunError
-from stillhouse.launch import world_size
+import torch.distributed as dist
+
+from stillhouse.errors import RunError, StillhouseError
+from stillhouse.launch import process_index, world_size
+from stillhouse.process_watch import watched_processes
+from stillhouse.processes import lost_process, open_group
+from stillhouse.runfolder import write_atomically
 
 ANNOUNCEMENT = ".torchrun"
-PATIENCE_SECONDS = 45.0
-"""For the main process to start and announce its run."""
-CLOCKS_SECONDS = 300.0
-"""By which clocks of nodes, and the starts of their processes, may differ."""
+"""A file that names the torchrun whose main process works in the folder."""
+PATIENCE_SECONDS = 30.0
+"""For a file of the main process to become visible on another machine."""
+SHOWN = 4
+"""Maximum number of processes that an error lists."""
+
+T = TypeVar("T")
 
 
-def announce_run(folder: Path) -> None:
-    """Write down which torchrun works in this folder."""
-    if world_size() > 1:
-        (folder / ANNOUNCEMENT).write_text(_run(), encoding="utf-8")
+@contextmanager
+def leading(root: Path, lock: AbstractContextManager[T]) -> Iterator[T]:
+    """The work of the main process inside its locked run folder; returns what `lock` does.
 
-
-def wait_for_run(folder: Path, *, patience: float = PATIENCE_SECONDS, poll: float = 0.2) -> None:
-    """Return once the main process of this torchrun has announced itself in the folder.
-
-    Raises RunError after `patience` seconds: the folder is not the one that it works in.
+    Raises RunError if another process does not see the folder.
     """
-    file, deadline = folder / ANNOUNCEMENT, time.monotonic() + patience
-    while not _announced(file):
+    if world_size() == 1:
+        with lock as locked:
+            yield locked
+        return
+    open_group()
+    with ExitStack() as stack:
+        name = secrets.token_hex(8)
+        try:
+            locked = stack.enter_context(lock)
+            write_atomically(root / ANNOUNCEMENT, name)
+        except StillhouseError as error:
+            _broadcast(error)
+            raise
+        _broadcast(name)
+        _require_shared(root, seen=True)
+        with watched_processes():
+            yield locked
+
+
+@contextmanager
+def joining(root: Path) -> Iterator[None]:
+    """The work of another process, in the same run folder.
+
+    Raises RunError if the main process cannot start, or another process does not see its folder.
+    """
+    open_group()
+    news = _broadcast(None)
+    if isinstance(news, StillhouseError):
+        raise news
+    _require_shared(root, seen=_appears(root / ANNOUNCEMENT, str(news)))
+    with watched_processes():
+        yield
+
+
+def _broadcast(news: str | StillhouseError | None) -> str | StillhouseError | None:
+    """What the main process has given."""
+    shared = [news]
+    with lost_process(world_size()):
+        dist.broadcast_object_list(shared)
+    return shared[0]
+
+
+def _appears(file: Path, content: str) -> bool:
+    """Whether the file is there, with this content, within PATIENCE_SECONDS."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not _has(file, content):
         if time.monotonic() > deadline:
-            raise RunError(
-                "this node does not see the run folder of the main process",
-                where=folder.absolute(),
-                fix="set `folder` to a place on a disk that all nodes share",
-            )
-        time.sleep(poll)
+            return False
+        time.sleep(0.1)
+    return True
 
 
-def _announced(file: Path) -> bool:
+def _has(file: Path, content: str) -> bool:
     try:
-        recent = file.stat().st_mtime > time.time() - CLOCKS_SECONDS
-        return recent and file.read_text(encoding="utf-8") == _run()
+        return file.read_text(encoding="utf-8") == content
     except (OSError, ValueError):
         return False
 
 
-def _run() -> str:
-    """What all processes of one torchrun have in common."""
-    names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
-    return " ".join(os.environ.get(name, "") for name in names)
+def _require_shared(root: Path, *, seen: bool) -> None:
+    """Raise RunError in every process if one of them does not see the main process's folder."""
+    mine = None if seen else f"process {process_index()} on {platform.node()} in {root.absolute()}"
+    all_of_them: list[str | None] = [None] * world_size()
+    with lost_process(world_size()):
+        dist.all_gather_object(all_of_them, mine)
+    blind = [each for each in all_of_them if each is not None]
+    if blind:
+        more = f", and {len(blind) - SHOWN} more" if len(blind) > SHOWN else ""
+        raise RunError(
+            f"{len(blind)} of {world_size()} processes do not see the main process's run folder",
+            where="; ".join(blind[:SHOWN]) + more,
+            fix="set `folder` to a path on a disk that all nodes share",
+        )

@@ -1,0 +1,214 @@
+"""Notices that another process of a torchrun has ended, whatever this one is doing.
+
+torchrun stops the processes of its own machine, and collectives fail at once where a process is
+missing. A process that works alone, or waits for a file, on another machine would never find out.
+So the main process keeps a connection to each other process. The system closes a connection when
+either process ends, also when it is killed; TCP keepalive finds a machine that was lost.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+
+from stillhouse.errors import LostProcessError
+from stillhouse.launch import (
+    leads,
+    local_index,
+    on_main_machine,
+    process_index,
+    speaks_for_machine,
+    world_size,
+)
+
+DONE, FAILED, STOPPED = b"d", b"f", b"s"
+"""The last word of a process: it has finished, reports an error of its own, or got a signal."""
+GRACE_SECONDS = 3.0
+"""For a process to end by itself after another one has, before it gets a signal."""
+NOTICE_SECONDS = 1.0
+"""By which news of an ended process may come later than an error of a collective."""
+CONNECT_SECONDS = 10.0
+KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
+"""A machine that does not answer for 30 seconds is lost."""
+INDEX_BYTES = 4
+AGAIN = "run the same command again: it resumes from the last checkpoint"
+REASONS = {
+    FAILED: "its own message says why",
+    STOPPED: "it was stopped by a signal",
+    b"": "it was killed, or its machine cannot be reached",
+}
+
+_ended: dict[int, bytes] = {}
+"""Processes that have ended before their work was finished, with their last word."""
+_noticed = threading.Event()
+_report = threading.Lock()
+"""Held from when this process has decided to report the lost one."""
+
+
+@contextmanager
+def watched_processes() -> Iterator[None]:
+    """Inside the block, this process gets SIGTERM a few seconds after another process of the
+    torchrun has ended without finishing its block, unless it has ended by itself until then.
+
+    Every process must enter the block together, with an open process group.
+    """
+    if world_size() == 1:
+        yield
+        return
+    _ended.clear()
+    _noticed.clear()
+    links = _connect()
+    threading.Thread(target=_watch, args=(links,), daemon=True).start()
+    word = FAILED
+    try:
+        yield
+        word = DONE
+    except Exception:
+        raise
+    except BaseException:  # a signal: of the user, or because another process has ended
+        word = FAILED if _ended else STOPPED
+        raise
+    finally:
+        # The connections stay open until this process has ended, and has said what it has to.
+        for link in links:
+            with suppress(OSError):
+                link.sendall(word)
+
+
+def lost_process_found(wait: float = 0.0) -> LostProcessError | None:
+    """The error about the first process that has ended too early; None if none has.
+
+    wait: for at most so many seconds, until it is known.
+    """
+    _noticed.wait(wait)
+    return next((_error(index, word) for index, word in _ended.items()), None)
+
+
+def reports_lost_process() -> bool:
+    """Whether this process is the one on its machine that reports that another one has ended.
+
+    True once: a signal may come while an error of a collective is being reported.
+    """
+    _noticed.wait(NOTICE_SECONDS)
+    reports = local_index() == 0
+    if on_main_machine() and 0 in _ended:
+        reports = speaks_for_machine() and _ended[0] == b""  # else it has reported the reason
+    return reports and _report.acquire(blocking=False)
+
+
+def was_lost() -> bool:
+    """Whether another process has ended too early, and did not get the same signal as this one."""
+    if world_size() > 1:
+        _noticed.wait(NOTICE_SECONDS)
+    return any(word != STOPPED or not on_main_machine() for word in _ended.values())
+
+
+def _error(index: int, word: bytes) -> LostProcessError:
+    return LostProcessError(
+        f"process {index} of {world_size()} has ended", where=REASONS[word], fix=AGAIN
+    )
+
+
+# --- connections -------------------------------------------------------------------------------
+
+
+def _connect() -> Mapping[socket.socket, int]:
+    """Connections to other processes, and their indices: of the main process, to all; of the
+    others, to the main process. Those that cannot be made are left out."""
+    import torch.distributed as dist  # heavy, and the command line imports this module
+
+    links: dict[socket.socket, int] = {}
+    if leads():
+        with _listening() as server:
+            key = secrets.token_bytes(16)
+            dist.broadcast_object_list([server.getsockname()[1], key])
+            dist.barrier()  # by now each other process has connected, or has given up
+            server.settimeout(0)
+            with suppress(OSError):
+                while True:
+                    link, _ = server.accept()
+                    index = _greeted(link, key)
+                    if index is not None:
+                        links[link] = index
+    else:
+        told: list[object] = [None, None]
+        dist.broadcast_object_list(told)
+        port, key_ = told
+        assert isinstance(port, int)
+        assert isinstance(key_, bytes)
+        with suppress(OSError):
+            address = (os.environ["MASTER_ADDR"], port)
+            link = socket.create_connection(address, timeout=CONNECT_SECONDS)
+            link.sendall(key_ + process_index().to_bytes(INDEX_BYTES))
+            links[link] = 0
+        dist.barrier()
+    for link in links:
+        link.settimeout(None)
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in KEEPALIVE.items():
+            if hasattr(socket, name):  # Linux
+                link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return links
+
+
+def _listening() -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        family = socket.AF_INET6
+        return socket.create_server(
+            ("", 0), family=family, backlog=world_size(), dualstack_ipv6=True
+        )
+    return socket.create_server(("", 0), backlog=world_size())
+
+
+def _greeted(link: socket.socket, key: bytes) -> int | None:
+    """The index of the process at the other end; None if it is not one of this torchrun."""
+    link.settimeout(NOTICE_SECONDS)
+    with suppress(OSError):
+        said = link.recv(len(key) + INDEX_BYTES, socket.MSG_WAITALL)
+        if secrets.compare_digest(said[: len(key)], key):
+            return int.from_bytes(said[len(key) :])
+    link.close()
+    return None
+
+
+def _watch(links: Mapping[socket.socket, int]) -> None:
+    words = dict.fromkeys(links, b"")
+    with selectors.DefaultSelector() as selector:
+        for each in links:
+            selector.register(each, selectors.EVENT_READ, data=each)
+        while selector.get_map():
+            for key, _ in selector.select():
+                link: socket.socket = key.data
+                word = _received(link)
+                if word:
+                    words[link] = word
+                    continue
+                selector.unregister(link)
+                if words[link] != DONE:
+                    _ended[links[link]] = words[link]
+                    _noticed.set()
+                    threading.Thread(target=_end, daemon=True).start()
+
+
+def _received(link: socket.socket) -> bytes:
+    """The next word; nothing when the connection has ended."""
+    try:
+        return link.recv(1)
+    except OSError:  # reset, or not alive
+        return b""
+
+
+def _end() -> None:
+    """Stop this process if it does not end by itself."""
+    time.sleep(GRACE_SECONDS)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and reports_lost_process():
+        sys.stderr.write(f"error: {lost_process_found()}\n")
+    os.kill(os.getpid(), signal.SIGTERM)

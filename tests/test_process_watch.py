@@ -1,0 +1,104 @@
+"""A process that ends before its work is finished ends the others of its torchrun.
+
+Each process is on a machine of its own here: no torchrun stops them.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from stillhouse.cli.exits import end_stopped, end_with
+from stillhouse.cli.stop_signals import Stopped, raise_on_signals
+from stillhouse.errors import TrainingError
+from stillhouse.launch import leads, process_index
+from stillhouse.pipeline.shared_folder import joining, leading
+from tests import forks
+from tests.forks import Fork
+
+pytestmark = pytest.mark.run
+
+OWN = "the loss is not finite"
+
+
+def work(folder: Path, failing: int | None) -> None:
+    """Wait, as a process that works alone or waits for a file. failing: it raises an error."""
+    raise_on_signals()
+    index = process_index()
+    try:
+        with leading(folder, nullcontext()) if leads() else joining(folder):
+            (folder / str(index)).touch()
+            if index == failing:
+                raise TrainingError(OWN, where="step 3")
+            while not (folder / "finished").exists():
+                time.sleep(0.01)
+    except Stopped as stopped:
+        end_stopped(stopped.number)
+    except Exception as error:
+        end_with(error)
+
+
+def started(folder: Path, failing: int | None = None) -> list[Fork]:
+    """Three processes that have begun their work."""
+    processes = forks.ranks(3, work, folder, failing, nodes=3)
+    while len(list(folder.glob("[0-2]"))) < 3:
+        assert failing is not None or all(each.poll() is None for each in processes)
+        time.sleep(0.01)
+    return processes
+
+
+def said(process: Fork) -> str:
+    return process.communicate(timeout=60)[1]
+
+
+def one_error(process: Fork) -> str:
+    found = said(process)
+    assert process.poll() not in (0, None)
+    assert found.count("error: ") + found.count("stopped. ") == 1, found
+    assert "Traceback" not in found
+    return found
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_is_one_error_of_each_other_machine(tmp_path: Path, killed: int) -> None:
+    processes = started(tmp_path)
+    processes[killed].send_signal(signal.SIGKILL)
+    for index in {0, 1, 2} - {killed}:
+        found = one_error(processes[index])
+        # If the main process ends first, because of the killed one, it is the one that is missed.
+        assert f"process {killed} of 3 has ended" in found or "process 0 of 3 has ended" in found
+        assert "run the same command again" in found
+
+
+def test_the_main_process_reports_that_another_one_was_killed(tmp_path: Path) -> None:
+    processes = started(tmp_path)
+    processes[2].send_signal(signal.SIGKILL)
+    assert "process 2 of 3 has ended\n  where: it was killed" in one_error(processes[0])
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_of_one_process_ends_the_others(tmp_path: Path, failing: int) -> None:
+    processes = started(tmp_path, failing)
+    assert OWN in one_error(processes[failing])
+    for index in {0, 1, 2} - {failing}:
+        assert "has ended\n  where: its own message says why" in one_error(processes[index])
+
+
+def test_a_stopped_main_process_ends_the_others(tmp_path: Path) -> None:
+    processes = started(tmp_path)
+    processes[0].send_signal(signal.SIGTERM)
+    assert one_error(processes[0]).startswith("stopped. ")
+    for process in processes[1:]:
+        assert "process 0 of 3 has ended\n  where: it was stopped by" in one_error(process)
+
+
+def test_processes_that_finish_at_different_times_are_not_lost(tmp_path: Path) -> None:
+    processes = started(tmp_path)
+    (tmp_path / "finished").touch()
+    for process in processes:
+        assert said(process) == ""
+        assert process.poll() == 0
