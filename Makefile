@@ -5,10 +5,10 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 PYTEST  = $(BIN)/pytest -n 2 --dist worksteal
-EVERY   = not slow and not cuda and not install
+EVERY   = not slow and not cuda and not install and not processes
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo quick test lint types contracts pytest unit test-slow test-install test-llama test-triton test-vllm test-templates bench schema clean
+.PHONY: demo quick test lint types contracts pytest unit test-slow test-processes test-install test-llama test-triton test-vllm test-templates bench schema clean
 
 demo: $(VENV)/.demo
 	$(BIN)/stillhouse run recipes/demo.yaml
@@ -38,6 +38,10 @@ unit: $(VENV)/.dev
 # Tests that take minutes: the demo killed and resumed, bit for bit; the demo's recipe itself.
 test-slow: $(VENV)/.dev
 	$(BIN)/pytest -m slow
+
+# Complete runs by several processes: lost processes, nodes without a shared folder, a full disk.
+test-processes: $(VENV)/.dev
+	$(BIN)/pytest -m processes
 
 # Checks that every extra resolves under constraints.txt. Needs a package index; installs nothing.
 test-install: $(VENV)/.dev

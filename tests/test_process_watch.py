@@ -8,9 +8,11 @@ from __future__ import annotations
 import signal
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from stillhouse.cli.exits import end_stopped, end_with
 from stillhouse.cli.stop_signals import Stopped, raise_on_signals
@@ -25,8 +27,9 @@ pytestmark = pytest.mark.run
 OWN = "the loss is not finite"
 
 
-def work(folder: Path, failing: int | None) -> None:
-    """Wait, as a process that works alone or waits for a file. failing: it raises an error."""
+def work(folder: Path, failing: int | None, in_torch: bool) -> None:
+    """Wait, as a process that works alone or waits for a file. failing: it raises an error.
+    in_torch: wait in C++, where Python cannot raise."""
     raise_on_signals()
     index = process_index()
     try:
@@ -34,6 +37,8 @@ def work(folder: Path, failing: int | None) -> None:
             (folder / str(index)).touch()
             if index == failing:
                 raise TrainingError(OWN, where="step 3")
+            if in_torch:
+                dist.distributed_c10d._get_default_store().wait(["never"], timedelta(minutes=2))
             while not (folder / "finished").exists():
                 time.sleep(0.01)
     except Stopped as stopped:
@@ -42,9 +47,9 @@ def work(folder: Path, failing: int | None) -> None:
         end_with(error)
 
 
-def started(folder: Path, failing: int | None = None) -> list[Fork]:
+def started(folder: Path, failing: int | None = None, *, in_torch: bool = False) -> list[Fork]:
     """Three processes that have begun their work."""
-    processes = forks.ranks(3, work, folder, failing, nodes=3)
+    processes = forks.ranks(3, work, folder, failing, in_torch, nodes=3)
     while len(list(folder.glob("[0-2]"))) < 3:
         assert failing is not None or all(each.poll() is None for each in processes)
         time.sleep(0.01)
@@ -72,6 +77,12 @@ def test_a_killed_process_is_one_error_of_each_other_machine(tmp_path: Path, kil
         # If the main process ends first, because of the killed one, it is the one that is missed.
         assert f"process {killed} of 3 has ended" in found or "process 0 of 3 has ended" in found
         assert "run the same command again" in found
+
+
+def test_a_process_that_waits_in_torch_reports_that_another_one_was_killed(tmp_path: Path) -> None:
+    processes = started(tmp_path, in_torch=True)
+    processes[2].send_signal(signal.SIGKILL)
+    assert "process 2 of 3 has ended\n  where: it was killed" in one_error(processes[0])
 
 
 def test_the_main_process_reports_that_another_one_was_killed(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from stillhouse.errors import LostProcessError, RunError, StillhouseError
 from stillhouse.launch import leads, local_index
 from stillhouse.process_watch import lost_process_found, reports_lost_process, was_lost
 
-MAIN_PROCESS_SECONDS = 4.0
-"""For which another process of a torchrun withholds its message."""
+FIRST_PROCESS_SECONDS = 4.0
+"""For which the other processes of a machine withhold their message."""
 
 
 def open_standard_streams() -> None:
@@ -37,12 +37,12 @@ def open_standard_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _let_main_process_report() -> None:
-    """In the other processes of a torchrun, wait until torchrun stops them if the main process
-    fails too: every process finds what is wrong with a recipe, and one message is enough."""
-    if not leads():
+def _let_first_process_report() -> None:
+    """In the other processes of a machine, wait until torchrun stops them if the first one fails
+    too: every process finds what is wrong with a recipe, and one message per machine is enough."""
+    if local_index() != 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(MAIN_PROCESS_SECONDS + local_index() / 2)
+        time.sleep(FIRST_PROCESS_SECONDS + local_index() / 2)
 
 
 def end_stopped(number: int) -> NoReturn:
@@ -62,7 +62,7 @@ def end_with(error: Exception) -> NoReturn:
             if isinstance(error, LostProcessError) and not reports_lost_process():
                 sys.exit(1)
             if not isinstance(error, LostProcessError):
-                _let_main_process_report()
+                _let_first_process_report()
             say(f"error: {error}")
         case MemoryError():
             say("error: out of memory\n  fix:   lower train.micro_batch_size or data.context")
@@ -72,7 +72,7 @@ def end_with(error: Exception) -> NoReturn:
             problem = disk_error(error, None) or _deleted_current_folder()
             if problem is None:
                 _say_bug()
-            _let_main_process_report()
+            _let_first_process_report()
             say(f"error: {problem}")
     sys.exit(1)
 

@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from stillhouse.launch import world_size
+from stillhouse.process_watch import lost_process_found, reports_lost_process, was_lost
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """The last when a terminal is closed."""
@@ -75,6 +76,9 @@ def _end_while_waiting() -> None:
         while (number := os.read(signals, 1)[0]) not in NUMBERS:
             pass
         time.sleep(WAITING_SECONDS)
+        if number == signal.SIGTERM and was_lost() and reports_lost_process():
+            sys.stderr.write(f"error: {lost_process_found()}\n")
+            sys.stderr.flush()
         os._exit(128 + number)
 
     threading.Thread(target=watch, daemon=True).start()

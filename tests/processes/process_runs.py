@@ -1,0 +1,113 @@
+"""Complete tiny runs of several processes, and what they leave."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import stillhouse
+from stillhouse import hardware
+from stillhouse.export import fresh_process
+from tests import replays, tiny
+from tests.forks import Fork
+
+TRAIN = {
+    "batch_size": 4,
+    "max_steps": 6,
+    "evaluate_every": 2,
+    "checkpoint_every": 2,
+    "keep_checkpoints": 3,
+    "max_grad_norm": 100,
+    "schedule": "constant",
+    "precision": "float32",
+}
+HIDDEN = [{"kind": "logits"}, {"kind": "hidden_states", "weight": 0.1}]
+HOPS = [{"name": "wide", "ffn_size": 48}, {"name": "narrow", "ffn_size": 32, "layers": 2}]
+KINDS: dict[str, dict[str, Any]] = {
+    "live": {},
+    "stored": {"signals": {"encoding": {"kind": "top_k", "k": 8}}},
+    "hidden": {"objective": {"terms": HIDDEN}},
+    "cascade": {"cascade": {"hops": HOPS}, "student": {"ffn_size": None}},
+    "qat": {"quantize": {"kind": "int8", "qat": {"tokens": 400}}},
+}
+
+
+def recipe(inputs: Path, folder: Path, kind: str, **train: object) -> dict[str, Any]:
+    """A recipe of one of KINDS. train: more of this section."""
+    sections = {**KINDS[kind], "train": {**TRAIN, **train}, "folder": str(folder)}
+    raw = tiny.recipe(inputs, **sections)
+    if kind == "cascade":
+        del raw["student"]["ffn_size"]
+    return raw
+
+
+def one_thread() -> None:
+    """The main process of a torchrun works on all cores, which these tensors are too small for."""
+    hardware.processes_here = lambda: 1  # type: ignore[attr-defined]
+    torch.set_num_threads(1)
+
+
+def run_all(recipes: Sequence[dict[str, Any]]) -> None:
+    """The work of one process: every run in turn, whose exports it replays itself."""
+    one_thread()
+    fresh_process.subprocess = replays.IN_THIS_PROCESS  # type: ignore[assignment, attr-defined]
+    for raw in recipes:
+        stillhouse.run(raw)
+
+
+def finish(processes: Sequence[Fork], seconds: float) -> None:
+    """Wait for all, and stop the others if one fails, as torchrun does."""
+    deadline = time.monotonic() + seconds
+    while any(process.poll() is None for process in processes):
+        failed = [process for process in processes if process.poll()]
+        if failed or time.monotonic() > deadline:
+            for process in processes:
+                if process.poll() is None:
+                    process.send_signal(signal.SIGKILL)
+            said = [process.errors()[-2000:] for process in failed or processes]
+            raise AssertionError("\n".join(said))
+        time.sleep(0.1)
+    assert [process.poll() for process in processes] == [0] * len(processes)
+
+
+def ended(processes: Sequence[Fork]) -> list[str]:
+    """What each process has said, after all have ended. When one fails, the others get SIGTERM, as
+    from torchrun."""
+    while any(process.poll() is None for process in processes):
+        if any(process.poll() for process in processes):
+            for process in processes:
+                if process.poll() is None:
+                    process.send_signal(signal.SIGTERM)
+            for process in processes:
+                process.wait(timeout=60)
+        time.sleep(0.05)
+    return [process.errors() for process in processes]
+
+
+def trained(folder: Path) -> list[dict[str, Tensor]]:
+    """The weights that each training of a run has made, in order; first, those of each student."""
+    found = []
+    for name in ("student", "train", "qat"):
+        stages = [path for path in folder.glob(f"stages/{name}-*") if path.is_dir()]
+        stages.sort(key=lambda path: json.loads((path / "manifest.json").read_text())["started"])
+        found += [load_file(path / "model" / "model.safetensors") for path in stages]
+    return found
+
+
+def difference(left: Path, right: Path) -> float:
+    """The largest between the weights of two runs."""
+    ours, theirs = trained(left), trained(right)
+    assert len(ours) == len(theirs) > 1
+    most = 0.0
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.keys() == other.keys()
+        most = max(most, *(float((mine[name] - other[name]).abs().max()) for name in mine))
+    return most

@@ -1,0 +1,131 @@
+"""Two torchruns on one machine, as on two nodes: a process that is killed, and separate folders."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from tests import tiny
+from tests.processes.process_runs import KINDS
+
+pytestmark = pytest.mark.processes
+
+STARTED_SECONDS = 300
+END_SECONDS, MOST_SECONDS = 10, 60
+STAGES = ("student", "signals", "train", "evaluate")
+"""After these, only the main process works."""
+
+
+def agents(path: Path, folders: Sequence[Path], each: int = 1) -> list[subprocess.Popen[str]]:
+    """A torchrun in each of the folders, all of one run. each: processes of a torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    launch = ["--nnodes", str(len(folders)), "--nproc-per-node", str(each)]
+    launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
+    return [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                *launch,
+                "-m",
+                "stillhouse",
+                "run",
+                path,
+            ],
+            cwd=folder,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for folder in folders
+    ]
+
+
+def words(agent: subprocess.Popen[str]) -> str:
+    """What a torchrun and its processes have said."""
+    return agent.communicate(timeout=STARTED_SECONDS)[1]
+
+
+def ended_in_time(processes: Sequence[psutil.Process]) -> bool:
+    """Within 10 seconds; on a machine with more work than cores, up to a minute."""
+    waiting = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    _, alive = psutil.wait_procs(processes, timeout=min(END_SECONDS * waiting, MOST_SECONDS))
+    return not alive
+
+
+def processes_of(agent: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+    """By their numbers in the run."""
+    children = [
+        child for child in psutil.Process(agent.pid).children() if "RANK" in child.environ()
+    ]
+    return {int(child.environ()["RANK"]): child for child in children}
+
+
+def test_nodes_with_folders_of_their_own_are_one_error_on_each(tmp_path: Path) -> None:
+    """Within half a minute after all have started."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tiny.recipe(tmp_path, folder="run")))
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    for agent in agents(path, folders):
+        said = words(agent)
+        assert agent.returncode == 1
+        assert said.count("error: 1 of 2 processes do not see the main process's run folder") == 1
+        assert "a disk that all nodes share" in said
+        assert "site-packages/typer" not in said  # only torchrun ends with a traceback
+    assert not list(tmp_path.glob("*/run/stages/*"))
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_process_killed_on_one_node_ends_those_of_the_other(
+    tmp_path: Path, stage: str, killed: int
+) -> None:
+    train = {"micro_batch_size": 2, "max_steps": 40, "shard": "both", "checkpoint_every": 100}
+    path, stages = tmp_path / "recipe.yaml", tmp_path / "run" / "stages"
+    path.write_text(yaml.safe_dump(tiny.recipe(tmp_path, train=train, **KINDS["stored"])))
+    nodes = agents(path, [tmp_path, tmp_path])
+    try:
+        while not list(stages.glob(f".{stage}-*.partial")) and not list(stages.glob(f"{stage}-*")):
+            assert all(node.poll() is None for node in nodes), [words(node) for node in nodes]
+            time.sleep(0.002)
+        found = {**processes_of(nodes[0]), **processes_of(nodes[1])}
+        of_killed = nodes[0] if killed in processes_of(nodes[0]) else nodes[1]
+        found[killed].kill()
+        assert ended_in_time([found[1 - killed]])
+    finally:
+        for node in nodes:
+            node.terminate()
+    for node in nodes:
+        said = words(node)
+        expected = 0 if node is of_killed else 1
+        assert said.count(f"error: process {killed} of 2 has ended") == expected, said
+        assert said.count("error: ") == expected, said
+        assert "this is a bug" not in said
+
+
+def test_of_many_processes_on_a_machine_one_reports_that_another_was_killed(tmp_path: Path) -> None:
+    path, stages = tmp_path / "recipe.yaml", tmp_path / "run" / "stages"
+    train = {"batch_size": 6, "epochs": 300}
+    path.write_text(yaml.safe_dump(tiny.recipe(tmp_path, train=train)))
+    (node,) = agents(path, [tmp_path], each=3)
+    while not list(stages.glob(".train-*.partial/checkpoints/*")):
+        assert node.poll() is None, words(node)
+        time.sleep(0.01)
+    found = processes_of(node)
+    found.pop(2).kill()
+    assert ended_in_time(list(found.values()))
+    assert words(node).count("error: process 2 of 3 has ended") == 1

@@ -1,0 +1,66 @@
+"""A disk that is full while a process writes its part of a checkpoint.
+
+A limit on the size of files stands for the full disk.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stillhouse.launch import process_index
+from tests import forks
+from tests.processes.process_runs import difference, ended, one_thread, recipe
+
+pytestmark = pytest.mark.processes
+
+LIMIT = 1 << 12
+"""Bytes of a file, less than a process's part of the weights."""
+
+
+def limit_files(name: str) -> None:
+    """From the first file on that is written to a folder of this name."""
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        path, writes = arguments[0], (arguments[2] or 0) if event == "open" else 0
+        if event == "open" and writes & (os.O_WRONLY | os.O_RDWR) and f"/{name}/" in str(path):
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, hard))
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    sys.addaudithook(lambda event, arguments: hook(event, arguments) if arguments else None)
+
+
+def work(path: Path, shard: str, full: int | None) -> None:
+    """A process of the run. full: the process whose disk is full at its second checkpoint."""
+    one_thread()
+    if process_index() == full:
+        limit_files("checkpoint-4")
+    forks._stillhouse("run", str(path), "--set", f"train.shard={shard}")
+
+
+@pytest.mark.parametrize(("shard", "full"), [("both", 0), ("both", 1), ("none", 0)])
+def test_a_full_disk_is_one_message_and_nothing_is_lost(
+    tmp_path: Path, shard: str, full: int
+) -> None:
+    for name in ("undisturbed", "full"):
+        raw = recipe(tmp_path, tmp_path / name, "live", micro_batch_size=2)
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(raw))
+    expected = ended(forks.ranks(2, work, tmp_path / "undisturbed.yaml", shard, None))
+    assert not any("error: " in said for said in expected)
+    path = tmp_path / "full.yaml"
+    said = "".join(ended(forks.ranks(2, work, path, shard, full)))
+    assert said.count("error: ") == 1, said
+    # What torch writes itself has no error number.
+    assert "larger than the disk" in said or "the disk is full" in said
+    assert "Traceback" not in said
+    again = ended(forks.ranks(2, work, path, shard, None))
+    assert "going on from step 2 of 6" in again[0]
+    assert difference(tmp_path / "full", tmp_path / "undisturbed") == 0
