@@ -253,10 +253,9 @@ def test_windows_feed_a_data_loader(tmp_path: Path) -> None:
     )["supervised_tokens"]  # fmt: skip
     loader = torch.utils.data.DataLoader(train, batch_size=3, collate_fn=collate)
     batch = next(iter(loader))
-    assert list(batch) == ["input_ids", "labels", "position_ids"]
-    for tensor in batch.values():
-        assert tensor.dtype == torch.int64
-        assert tensor.shape == (3, 64)
+    for name in ("input_ids", "labels", "position_ids"):
+        assert batch[name].dtype == torch.int64
+        assert batch[name].shape == (3, 64)
     np.testing.assert_array_equal(batch["labels"].numpy(), train.labels_RL[:3])
 
 

@@ -37,7 +37,7 @@ class HiddenStateServer:
 
     def __init__(self, server: SignalServer, *, last: int, width: int, dtype: torch.dtype) -> None:
         self.server, self.last, self.width, self.dtype = server, last, width, dtype
-        fix = f"start it with {COMMAND}, and a --max-model-len of at least data.context"
+        fix = f"start vLLM with {COMMAND}, and a --max-model-len of at least data.context"
         self._link = SignalLink(server, missing="POST /pooling", rejected=fix)
         self.described = self._link.described
 
