@@ -33,7 +33,6 @@ from stillhouse.signals import DenseSignal, Fold, FoldedSignal, LMHead
 from stillhouse.teachers.align_tokens import TokenAligner
 from stillhouse.teachers.aligned_teacher import AlignedTeacher
 from stillhouse.teachers.local_teacher import LocalTeacher
-from stillhouse.teachers.roots import make_roots
 from stillhouse.teachers.teacher import Teacher
 
 CONTEXT = 256
@@ -97,7 +96,7 @@ def measure_alignment(own: Teacher, other: Teacher, text: str) -> dict[str, floa
     """On about 130,000 tokens of the text."""
     aligner = TokenAligner(own.tokenizer, other.tokenizer)
     started = time.process_time()
-    roots = make_roots(aligner.student, aligner.teacher, aligner.partners)
+    roots = aligner.roots()
     roots_seconds = time.process_time() - started
     (ids_L,) = aligner.student.encode([text[:600_000]])
     ids_RL = ids_L[: len(ids_L) // CONTEXT * CONTEXT].reshape(-1, CONTEXT)

@@ -10,10 +10,10 @@ from stillhouse.data.shift import IGNORED
 from stillhouse.data.tokenize_rows import TokenRow
 from stillhouse.errors import DataError
 from stillhouse.finding import Finding
-from stillhouse.language_model.job import Job, other_tokenizer
+from stillhouse.language_model.job import Job
 from stillhouse.teachers.align_tokens import TokenAligner
 from stillhouse.teachers.load_model import load_tokenizer
-from stillhouse.teachers.roots import Roots, make_roots
+from stillhouse.teachers.roots import Roots
 
 TOPIC = "tokenizer"
 
@@ -23,11 +23,11 @@ def check_alignment(job: Job, rows: Sequence[TokenRow]) -> Iterator[Finding]:
     code = job.trust_remote_code
     tokenizer = load_tokenizer(job.tokenizer_path, trust_remote_code=code)
     for source in job.teachers:
-        if source is job.teacher or not other_tokenizer(job.teacher, source, job.recipe):
-            continue
         other = load_tokenizer(source.path, trust_remote_code=code)
+        if other.get_vocab() == tokenizer.get_vocab():
+            continue
         aligner = TokenAligner(tokenizer, other)
-        roots = make_roots(aligner.student, aligner.teacher, aligner.partners)
+        roots = aligner.roots()
         try:
             supervised, covered, different = _counts(aligner, roots, rows)
         except DataError as error:

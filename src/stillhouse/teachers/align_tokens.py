@@ -17,6 +17,7 @@ from stillhouse.data.chat_frames import Part, chat_frames
 from stillhouse.data.tokenize_rows import adds_prefix_space, end_of_text, leading_tokens
 from stillhouse.data.turn_end import turn_end
 from stillhouse.errors import DataError, ModelError
+from stillhouse.teachers.roots import Roots, make_roots
 from stillhouse.teachers.text_tokens import Ids, TextTokens
 
 NOWHERE = -1
@@ -88,6 +89,10 @@ class TokenAligner:
         self._frame_tokens = lru_cache(maxsize=256)(partial(_with_special_tokens, teacher))
         _check_bytes(self.student)
         _check_bytes(self.teacher)
+
+    def roots(self) -> Roots:
+        """The roots of both vocabularies before any text is seen."""
+        return make_roots(self.student, self.teacher, self.partners)
 
     def align(self, ids_RL: Ids, positions_RL: Ids, labels_RL: Ids) -> list[AlignedWindow]:
         """Documents without a label to predict are left out of the teacher's windows."""

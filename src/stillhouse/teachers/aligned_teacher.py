@@ -21,7 +21,7 @@ from stillhouse.errors import SignalError
 from stillhouse.signals import DenseSignal, Fold, FoldedSignal
 from stillhouse.teachers.activations import ActivationRequest
 from stillhouse.teachers.align_tokens import AlignedWindow, TokenAligner
-from stillhouse.teachers.roots import Roots, make_roots, merged
+from stillhouse.teachers.roots import Roots, merged
 from stillhouse.teachers.teacher import OUTPUT_ONLY, Teacher, TeacherNeeds, TeacherView
 
 MERGED_FROM_TOKENS = 200_000
@@ -53,8 +53,8 @@ class AlignedTeacher(Teacher):
     def __init__(self, teacher: Teacher, tokenizer: Any, roots: Roots | None = None) -> None:
         self.teacher, self._tokenizer = teacher, tokenizer
         self.aligner = TokenAligner(tokenizer, teacher.tokenizer)
-        student, own = self.aligner.student, self.aligner.teacher
-        self.roots = roots or make_roots(student, own, self.aligner.partners)
+        student = self.aligner.student
+        self.roots = roots or self.aligner.roots()
         self._merged = roots is not None
         self._fold: Fold | None = None  # of the roots, on the teacher's device
         self.vocabulary = student.size
