@@ -107,8 +107,8 @@ def encode_pieces(rows: Sequence[Sequence[Piece]], tokenizer: Any) -> list[tuple
     if adds_prefix_space(tokenizer):
         return [_encode_whole(pieces, tokenizer) for pieces in rows]
     flat = [piece for pieces in rows for piece in pieces]
-    templated = iter(_encode([piece.text for piece in flat if not piece.plain], tokenizer))
-    plain = iter(_encode([piece.text for piece in flat if piece.plain], tokenizer, plain=True))
+    templated = iter(encode_texts([piece.text for piece in flat if not piece.plain], tokenizer))
+    plain = iter(encode_texts([piece.text for piece in flat if piece.plain], tokenizer, plain=True))
     result = []
     for pieces in rows:
         parts = [np.asarray(next(plain if p.plain else templated), dtype=np.int32) for p in pieces]
@@ -122,7 +122,7 @@ def _encode_whole(pieces: Sequence[Piece], tokenizer: Any) -> tuple[Ids, Mask]:
     if any(piece.plain for piece in pieces):
         return _encode_apart(pieces, tokenizer)
     prefixes = ["".join(p.text for p in pieces[: n + 1]) for n in range(len(pieces))]
-    encoded = [np.asarray(ids, dtype=np.int32) for ids in _encode(prefixes, tokenizer)]
+    encoded = [np.asarray(ids, dtype=np.int32) for ids in encode_texts(prefixes, tokenizer)]
     ids = encoded[-1]
     mask = np.zeros(len(ids), dtype=bool)
     start = 0
@@ -138,10 +138,10 @@ def _encode_whole(pieces: Sequence[Piece], tokenizer: Any) -> tuple[Ids, Mask]:
 def _encode_apart(pieces: Sequence[Piece], tokenizer: Any) -> tuple[Ids, Mask]:
     """Pieces one by one, each but the first without the space that the tokenizer puts before a
     text: it is encoded behind a newline, whose tokens are then removed."""
-    anchor = _encode(["\n"], tokenizer)[0]
+    anchor = encode_texts(["\n"], tokenizer)[0]
     parts = []
     for number, piece in enumerate(pieces):
-        ids = _encode(["\n" * (number > 0) + piece.text], tokenizer, plain=piece.plain)[0]
+        ids = encode_texts(["\n" * (number > 0) + piece.text], tokenizer, plain=piece.plain)[0]
         parts.append(ids[len(anchor) :] if number and ids[: len(anchor)] == anchor else ids)
     masks = [np.full(len(ids), p.supervised) for ids, p in zip(parts, pieces, strict=True)]
     return np.concatenate(parts).astype(np.int32), np.concatenate(masks)
@@ -160,8 +160,9 @@ def adds_prefix_space(tokenizer: Any) -> bool:
     return bool(token.startswith(("▁", "Ġ")))
 
 
-def _encode(texts: Sequence[str], tokenizer: Any, plain: bool = False) -> list[list[int]]:
-    """plain: strings of special tokens are text."""
+def encode_texts(texts: Sequence[str], tokenizer: Any, plain: bool = False) -> list[list[int]]:
+    """Each text's token ids, without the tokens before and after a text. plain: strings of special
+    tokens are text."""
     if not texts:
         return []
     return tokenizer(
@@ -176,7 +177,7 @@ def _encode(texts: Sequence[str], tokenizer: Any, plain: bool = False) -> list[l
 def leading_tokens(tokenizer: Any) -> Ids:
     """What the tokenizer writes before every text: usually BOS or nothing, and [gMASK]<sop> for
     GLM's. Raises DataError if they cannot be separated from the text."""
-    full, bare = tokenizer("x")["input_ids"], _encode(["x"], tokenizer)[0]
+    full, bare = tokenizer("x")["input_ids"], encode_texts(["x"], tokenizer)[0]
     for start in range(len(full) - len(bare) + 1):
         if full[start : start + len(bare)] == bare:
             return np.asarray(full[:start], dtype=np.int32)

@@ -14,7 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stillhouse.data.chat_frames import Part, chat_frames
-from stillhouse.data.tokenize_rows import adds_prefix_space, end_of_text, leading_tokens
+from stillhouse.data.tokenize_rows import (
+    adds_prefix_space,
+    encode_texts,
+    end_of_text,
+    leading_tokens,
+)
 from stillhouse.data.turn_end import turn_end
 from stillhouse.errors import DataError, ModelError
 from stillhouse.teachers.roots import Roots, make_roots
@@ -257,8 +262,7 @@ def _starts(lengths_L: NDArray[np.int64]) -> Ids:
 
 def _with_special_tokens(tokenizer: Any, text: str) -> Ids:
     """The tokens of what a chat template writes."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return np.asarray(ids, dtype=np.int64)
+    return np.asarray(encode_texts([text], tokenizer)[0], dtype=np.int64)
 
 
 def _partners(student: TextTokens, teacher: TextTokens) -> tuple[tuple[int, int], ...]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stillhouse.data.tokenize_rows import encode_texts
 from stillhouse.errors import ModelError
 from stillhouse.teachers.token_bytes import token_bytes
 
@@ -45,15 +46,7 @@ class TextTokens:
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """The tokens of each text, alone; strings of special tokens are text."""
-        if not texts:
-            return []
-        rows = self.tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            return_attention_mask=False,
-            verbose=False,
-            split_special_tokens=True,
-        )["input_ids"]
+        rows = encode_texts(texts, self.tokenizer, plain=True)
         return [np.asarray(row, dtype=np.int64) for row in rows]
 
     def decode(self, ids: Sequence[int] | Ids) -> bytes:
