@@ -13,6 +13,7 @@ See docs/python.md.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from stillhouse.errors import StillhouseError
@@ -44,6 +45,10 @@ if TYPE_CHECKING:
     from stillhouse.training.distillation import Distillation
     from stillhouse.training.train import TrainingResult
     from stillhouse.training.trainer import DistillationTrainer
+
+# transformers imports torchao if it is installed, which warns about each GPU kernel it lacks.
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
 __all__ = [

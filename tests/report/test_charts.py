@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from stillhouse.evaluation.results import Evaluation
-from stillhouse.report.charts import Chart, MatrixChart, draw
+from stillhouse.report.charts import Chart, MatrixChart
+from stillhouse.report.draw_charts import draw
 from stillhouse.report.history import training_charts
 from stillhouse.report.language_model_report import size_chart, speed_charts
 from stillhouse.report.sections import stage_charts
@@ -70,7 +71,7 @@ def test_close_points_get_labels_that_do_not_overlap(evaluation: Evaluation) -> 
     assert min(heights[1] - heights[0], heights[2] - heights[1]) > 12
 
 
-def test_no_speed_no_chart(evaluation: Evaluation) -> None:
+def test_without_speed_there_is_no_chart(evaluation: Evaluation) -> None:
     assert speed_charts([replace(m, speed=None) for m in evaluation.models]) == []
 
 

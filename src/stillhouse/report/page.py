@@ -16,7 +16,7 @@ from stillhouse.checksums import changed_since_sealed, sealed
 from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import RunError
 from stillhouse.evaluation.metrics_table import MetricsTable
-from stillhouse.report.charts import Chart, draw
+from stillhouse.report.charts import Chart
 from stillhouse.report.palette import role_color
 from stillhouse.runfolder import record_again, write_atomically
 
@@ -184,6 +184,13 @@ def render(report: Report) -> str:
     return _environment().get_template("page.html.j2").render(report=report)
 
 
+def svg(chart: Chart, key: str) -> Markup:
+    """The chart as an element of the page. key: unique on it."""
+    from stillhouse.report.draw_charts import draw  # matplotlib takes a second to import
+
+    return Markup(draw(chart, key))
+
+
 @cache
 def _environment() -> Environment:
     environment = Environment(
@@ -195,6 +202,6 @@ def _environment() -> Environment:
     )
     css = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
     environment.globals["css"] = Markup(css)
-    environment.filters["svg"] = lambda chart, key: Markup(draw(chart, key))
+    environment.filters["svg"] = svg
     environment.filters["color"] = role_color
     return environment

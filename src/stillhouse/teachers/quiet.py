@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from transformers.utils import logging as hf_logging
-
-# torchao, which transformers imports if it is installed, warns about every GPU kernel it lacks.
-for _name in ("torchao", "torch.utils._pytree"):
-    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 @contextmanager

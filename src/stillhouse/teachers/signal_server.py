@@ -5,17 +5,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any, TypeVar
-
-import httpx2
-import openai
-from openai._constants import RAW_RESPONSE_HEADER
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from stillhouse.errors import ModelError
 from stillhouse.event_loop import run_stoppable
 from stillhouse.signals.signals_config import SignalServer
 from stillhouse.teachers.api_keys import api_key
 from stillhouse.teachers.redact import redacted
+
+if TYPE_CHECKING:
+    import openai
 
 RETRIES = 6
 """Retries of a request if the server is busy or the connection is lost, with growing pauses."""
@@ -62,6 +61,8 @@ class SignalLink:
     async def _each(
         self, items: Sequence[T], send: Callable[[Post, T], Coroutine[Any, Any, Any]]
     ) -> list[Any]:
+        import openai  # takes a second
+
         free = asyncio.Semaphore(self.server.concurrency)
         async with openai.AsyncOpenAI(
             base_url=self.server.base_url,
@@ -81,6 +82,9 @@ class SignalLink:
     async def _post(
         self, client: openai.AsyncOpenAI, path: str, body: Mapping[str, Any], most: int
     ) -> bytes:
+        import httpx2
+        import openai
+
         try:
             return await self._body(client, path, body, most)
         except openai.APIStatusError as error:
@@ -93,6 +97,9 @@ class SignalLink:
         self, client: openai.AsyncOpenAI, path: str, body: Mapping[str, Any], most: int
     ) -> bytes:
         """A complete reply; the client repeats requests, but none whose reply was cut off."""
+        import httpx2
+        from openai._constants import RAW_RESPONSE_HEADER
+
         for left in reversed(range(RETRIES)):
             try:
                 reply: Any = await client.post(
