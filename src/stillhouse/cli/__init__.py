@@ -9,7 +9,15 @@ from typing import Annotated
 import typer
 
 from stillhouse.cli.exits import end_stopped, end_with, open_standard_streams
-from stillhouse.cli.options import RecipeArgument, SetOption, YesOption, agree, output_file, say
+from stillhouse.cli.options import (
+    RecipeArgument,
+    SetOption,
+    YesOption,
+    agree,
+    keep_imports,
+    output_file,
+    say,
+)
 from stillhouse.cli.signals_commands import signals
 from stillhouse.cli.stop_signals import (
     Stopped,
@@ -56,6 +64,7 @@ def run(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = False) 
     from stillhouse.evaluation.metrics_table import to_rich
     from stillhouse.terminal import Terminal
 
+    keep_imports()
     agree(recipe, set_, yes)
     result = run_recipe(recipe, overrides=set_ or [])
     if result is None:
@@ -85,6 +94,7 @@ def synthesize(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = 
     from stillhouse.commands import synthesize_text
     from stillhouse.terminal import Terminal
 
+    keep_imports()
     agree(recipe, set_, yes, synthesize=True)
     result = synthesize_text(recipe, set_ or [])
     if result is None:
@@ -197,6 +207,7 @@ def evaluate(
     from stillhouse.evaluation.metrics_table import to_rich
     from stillhouse.terminal import Terminal
 
+    keep_imports()
     evaluation = evaluate_model(recipe, set_ or [], model)
     if not leads():
         return

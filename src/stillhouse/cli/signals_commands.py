@@ -8,7 +8,15 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from stillhouse.cli.options import RecipeArgument, SetOption, YesOption, agree, output_file, say
+from stillhouse.cli.options import (
+    RecipeArgument,
+    SetOption,
+    YesOption,
+    agree,
+    keep_imports,
+    output_file,
+    say,
+)
 from stillhouse.launch import leads
 
 
@@ -43,6 +51,7 @@ def record(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = Fals
     from stillhouse.commands import record_signals
     from stillhouse.terminal import Terminal
 
+    keep_imports()
     agree(recipe, set_, yes)
     folder = record_signals(recipe, set_ or [])
     if leads():
