@@ -21,10 +21,10 @@ from stillhouse.errors import ModelError, RecipeError
 from stillhouse.evaluation.evaluate import evaluate
 from stillhouse.evaluation.results import Evaluation
 from stillhouse.family.members import first_member
-from stillhouse.hardware import choose_precision, default_device, tune_allocator
+from stillhouse.hardware import tune_allocator
 from stillhouse.kinds import KINDS, kind_of
 from stillhouse.language_model.data_stage import open_data
-from stillhouse.language_model.evaluate_stage import sharded_teacher
+from stillhouse.language_model.evaluate_stage import evaluation_arguments
 from stillhouse.language_model.job import Job, shared_vocabulary
 from stillhouse.language_model.language_model import DATA_STEPS, LANGUAGE_MODEL
 from stillhouse.language_model.recipe import Recipe
@@ -235,11 +235,6 @@ def evaluate_model(
     source = resolve_model(str(own) if model is None else model, base=Path.cwd())
     return evaluate(
         {"teacher": job.teacher.path, "student": source.path},
-        section=job.recipe.measured,
-        windows=heldout,
-        seed=job.recipe.seed,
         vocabulary=shared_vocabulary(job.teacher, source, job.trust_remote_code).rows,
-        precision=choose_precision(job.recipe.train.precision, default_device()),
-        load_sharded=sharded_teacher(job),
-        trust_remote_code=job.trust_remote_code,
+        **evaluation_arguments(job, job.recipe.measured, heldout),
     )

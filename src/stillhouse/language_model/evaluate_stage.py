@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from stillhouse import account
+from stillhouse.data.windows import WindowSet
 from stillhouse.evaluation.evaluate import evaluate, keep_teacher
 from stillhouse.evaluation.evaluate_config import EvaluateRecipe
 from stillhouse.evaluation.kept_teacher import KeptTeacher
@@ -36,21 +37,15 @@ def in_family(job: Job) -> bool:
 
 def plan_teacher(job: Job, data: Stage) -> StagePlan:
     """Measure the teacher once for all members of a family."""
-    section = _with_found_tasks(job.recipe.evaluate, job.base)
 
     def work(out: Path) -> Outcome:
         _, heldout = open_data(data)
         found = keep_teacher(
             job.teacher.path,
             out,
-            section=section,
-            windows=heldout,
-            seed=job.recipe.seed,
             vocabulary=job.vocabulary,
-            precision=choose_precision(job.recipe.train.precision, default_device()),
             export_dtype=getattr(torch, job.recipe.export.dtype),
-            load_sharded=sharded_teacher(job),
-            trust_remote_code=job.trust_remote_code,
+            **evaluation_arguments(job, job.recipe.evaluate, heldout),
         )
         tokens = found.fidelity.tokens
         flops = account.forward_flops(found.parameters, tokens)
@@ -58,13 +53,9 @@ def plan_teacher(job: Job, data: Stage) -> StagePlan:
 
     raw = job.recipe.evaluate.model_dump(mode="json")
     inputs = {
+        **_inputs(job, data),
         "recipe": {key: raw[key] for key in MEASURED_ALONE},
-        "precision": job.recipe.train.precision,
-        "dtype": job.recipe.export.dtype,
-        "seed": job.recipe.seed,
-        "teacher": job.teacher.fingerprint,
         "vocabulary": job.vocabulary,
-        "data": data.digest,
     }
     return StagePlan("teacher", inputs, work, together=True)
 
@@ -79,7 +70,6 @@ def plan_evaluation(
     *quantized_stages: Stage | None,
 ) -> StagePlan:
     quantized = [stage for stage in quantized_stages if stage is not None]
-    section = _with_found_tasks(job.recipe.measured, job.base)
 
     def work(out: Path) -> Outcome:
         _, heldout = open_data(data)
@@ -97,17 +87,12 @@ def plan_evaluation(
             prepare[role] = partial(round_inputs, Quantization.load(stage.path / FILE))
         found = evaluate(
             paths,
-            section=section,
-            windows=heldout,
-            seed=job.recipe.seed,
             vocabulary=job.vocabulary,
-            precision=choose_precision(job.recipe.train.precision, default_device()),
             export_dtype=getattr(torch, job.recipe.export.dtype),
             sizes=sizes,
             prepare=prepare,
-            load_sharded=sharded_teacher(job),
             kept=None if teacher is None else KeptTeacher.load(teacher.path),
-            trust_remote_code=job.trust_remote_code,
+            **evaluation_arguments(job, job.recipe.measured, heldout),
         )
         if leads():
             found.save(out / EVALUATION)
@@ -122,12 +107,8 @@ def plan_evaluation(
     if measured["own_text"] is None:
         del measured["own_text"]  # so that a finished evaluation is not repeated
     inputs: dict[str, Any] = {
+        **_inputs(job, data),
         "recipe": measured,
-        "precision": job.recipe.train.precision,
-        "dtype": job.recipe.export.dtype,
-        "seed": job.recipe.seed,
-        "teacher": job.teacher.fingerprint,
-        "data": data.digest,
         "student": student.digest,
         "trained": trained.digest,
         "baseline": baseline and baseline.digest,
@@ -138,7 +119,29 @@ def plan_evaluation(
     return StagePlan("evaluate", inputs, work, version=4, together=True)
 
 
-def sharded_teacher(job: Job) -> Callable[[], ShardedTeacher] | None:
+def evaluation_arguments(job: Job, section: EvaluateRecipe, heldout: WindowSet) -> dict[str, Any]:
+    """Arguments of `evaluate` and `keep_teacher` that are the same for all of a job's models."""
+    return {
+        "section": _with_found_tasks(section, job.base),
+        "windows": heldout,
+        "seed": job.recipe.seed,
+        "precision": choose_precision(job.recipe.train.precision, default_device()),
+        "load_sharded": _sharded_teacher(job),
+        "trust_remote_code": job.trust_remote_code,
+    }
+
+
+def _inputs(job: Job, data: Stage) -> dict[str, Any]:
+    return {
+        "precision": job.recipe.train.precision,
+        "dtype": job.recipe.export.dtype,
+        "seed": job.recipe.seed,
+        "teacher": job.teacher.fingerprint,
+        "data": data.digest,
+    }
+
+
+def _sharded_teacher(job: Job) -> Callable[[], ShardedTeacher] | None:
     """A function that loads the teacher, if it is sharded."""
     train = job.recipe.train
     over = shards(train, "teacher")
