@@ -172,11 +172,6 @@ def _(found: Evaluation) -> MetricsTable:
     )
 
 
-def perplexity_retention(model: ModelResult, teacher: ModelResult) -> float:
-    """Teacher's perplexity ÷ model's: 1 for the teacher, exp(-d) for d more nats/token."""
-    return teacher.fidelity.perplexity / model.fidelity.perplexity
-
-
 def _beside_the_others(metric: Metric, model: ModelResult, found: Evaluation) -> str:
     """The value as a percentage of the teacher's, KL as the part of the gap that training closed;
     empty if there is nothing to compare with, or a percentage would be misleading."""

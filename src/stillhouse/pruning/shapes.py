@@ -94,19 +94,19 @@ class Counter:
 
 @dataclass(frozen=True)
 class Limit:
-    """The most and the least that a shape may cost, in the target's unit. whole: the start
-    model's."""
+    """The most and the least that a shape may cost, and the start model's cost, in the target's
+    unit."""
 
     key: str
     most: float
     least: float
-    whole: float
+    unpruned: float
 
     def __str__(self) -> str:
-        return f"{shown(self.key, self.most)} ({self.most / self.whole:.0%} of the model's)"
+        return f"{shown(self.key, self.most)} ({self.most / self.unpruned:.0%} of the model's)"
 
     def nearest(self, before: Sizes, shape: Sizes, cost: float) -> str:
-        share = f"{cost / self.whole:.0%}"
+        share = f"{cost / self.unpruned:.0%}"
         return f"nearest: {shown(self.key, cost)} ({share}) with {described(before, shape)}"
 
 
@@ -122,10 +122,10 @@ def shown(key: str, value: float) -> str:
     return f"{value:.0f}"
 
 
-def limit_of(target: TargetRecipe, whole: float, tolerance: float) -> Limit:
+def limit_of(target: TargetRecipe, unpruned: float, tolerance: float) -> Limit:
     amount = target.amount
-    most = amount.value * whole if amount.relative else amount.value
-    return Limit(target.key, most, most * (1 - tolerance), whole)
+    most = amount.value * unpruned if amount.relative else amount.value
+    return Limit(target.key, most, most * (1 - tolerance), unpruned)
 
 
 def sizes_to_prune(before: Sizes, after: Sizes) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def feasible_shapes(config: Any, search: SearchRecipe, cost: Cost, limit: Limit)
     """
     before = sizes_of(config)
     possible = possible_shapes(config, search)
-    if limit.most >= limit.whole:
+    if limit.most >= limit.unpruned:
         raise _too_large(before, possible, search, cost, limit)
     found: list[Sizes] = []
     below: list[Sizes] = []
@@ -292,8 +292,8 @@ def _too_large(
     before: Sizes, possible: list[Sizes], search: SearchRecipe, cost: Cost, limit: Limit
 ) -> RecipeError:
     smaller = [s for shape in possible for s in _all_widths(shape, search) if s != before]
-    nearest = max((s for s in smaller if cost(s) < limit.whole), key=cost, default=None)
-    own = shown(limit.key, limit.whole)
+    nearest = max((s for s in smaller if cost(s) < limit.unpruned), key=cost, default=None)
+    own = shown(limit.key, limit.unpruned)
     return RecipeError(
         f"the target {limit} is not below what the model has, {own}",
         where=f"student.target.{limit.key}",

@@ -177,8 +177,7 @@ class _Work:
         return kept * 4 * tokens * self.before.layers * self.before.hidden_size <= KEPT_BYTES
 
     def _share(self, tokens: int) -> Calibration:
-        """State shared by all prunes on this many tokens; the order of the layers is the same for
-        all."""
+        """State shared by all prunes on this many tokens. All drop layers in the same order."""
         if tokens not in self.shared:
             # One at a time: it may be as large as the model.
             self.shared = {tokens: Calibration(passages=[] if self._fits(tokens) else None)}
