@@ -9,8 +9,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import gc
 import subprocess
 from collections.abc import Generator, Iterator
+from typing import Any
 
 import pytest
+from markupsafe import Markup
 
 # torch and transformers are imported where they are needed: xdist's main process runs no test.
 
@@ -21,6 +23,7 @@ def _small_and_alone() -> Iterator[None]:
 
     from stillhouse import hardware
     from stillhouse.export import fresh_process as script
+    from stillhouse.report import page
     from tests import replays
 
     # Tiny tensors gain nothing from threads, and two test processes would compete for the cores.
@@ -28,7 +31,21 @@ def _small_and_alone() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "subprocess", replays.IN_THIS_PROCESS)
         patch.setattr(hardware, "_MATMUL_SECONDS", 0.01)
+        patch.setitem(page._environment().filters, "svg", _named_chart)
         yield
+
+
+def _named_chart(chart: Any, key: str) -> Markup:
+    """A chart's description in place of its drawing, which takes a third of a tiny run."""
+    return Markup('<svg role="img" id="{}" aria-label="{}"></svg>').format(key, chart.alt)
+
+
+@pytest.fixture
+def charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports have their charts drawn."""
+    from stillhouse.report import page
+
+    monkeypatch.setitem(page._environment().filters, "svg", page.svg)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -146,7 +146,7 @@ def test_paragraphs_hold_all_words_of_the_file(tmp_path: Path) -> None:
     assert learned >= len(text.replace("\n\n", "\n")) - text.count("\n\n")
 
 
-def test_a_schema_that_is_mended_as_advised_restricts(tmp_path: Path) -> None:
+def test_a_schema_fixed_as_suggested_restricts(tmp_path: Path) -> None:
     file = tmp_path / "schema.json"
     loose = {"properties": {"name": {"type": "string"}}}
     file.write_text(json.dumps(loose))

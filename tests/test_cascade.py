@@ -21,7 +21,7 @@ from stillhouse.language_model import synthesis_stage as synthesis
 from stillhouse.language_model.cascade_config import RUN_FOLDER_NAMES
 from stillhouse.language_model.job import find_models
 from stillhouse.pipeline.kind import RunResult as FamilyResult
-from stillhouse.report.page import FAMILY_REPORT, REPORT, REPORT_DATA
+from stillhouse.report.page import FAMILY_REPORT, REPORT, REPORT_DATA, redraw_report
 from stillhouse.training.train import MODEL
 from tests import tiny
 
@@ -173,10 +173,11 @@ class Page(HTMLParser):
 
 
 def test_the_familys_page_has_every_member_and_links_to_its_report(
-    family: tuple[Path, FamilyResult],
+    family: tuple[Path, FamilyResult], charts: None
 ) -> None:
     folder, _ = family
     result = done(recipe(folder))
+    assert "<path" in redraw_report(result.folder, folder / "page.html").read_text()
     page = Page(result.report.read_text())
     assert {"Teacher", "wide", "narrow"} <= set(page.words)
     links = [link for link in page.links if not link.startswith("#")]

@@ -125,7 +125,7 @@ def test_check_warns_of_a_license_that_restricts_students(
 
 
 @pytest.mark.run
-def test_a_store_is_recorded_looked_at_exported_and_a_flipped_bit_is_found(tmp_path: Path) -> None:
+def test_a_store_is_recorded_shown_exported_and_a_flipped_bit_is_found(tmp_path: Path) -> None:
     recipe = write(tmp_path, signals={"encoding": {"kind": "top_k", "k": 8}})
     recorded = call("signals", str(recipe))
     assert recorded.exit_code == 0, recorded.output

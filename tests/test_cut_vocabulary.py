@@ -171,7 +171,7 @@ def test_a_member_learns_from_the_one_before_which_has_lost_the_tokens(
     assert AutoModelForCausalLM.from_pretrained(result.members["b"].model).config.vocab_size == 320
 
 
-def test_what_is_pruned_and_whom_it_learns_from_lose_the_same_tokens(folder: Path) -> None:
+def test_a_start_model_and_its_teacher_lose_the_same_tokens(folder: Path) -> None:
     words = KINDS["byte-level"]
     for name, seed, layers in (("start", 1, 2), ("other", 2, 3)):
         tiny.save_model(folder / name, seed, vocab_size=432, num_hidden_layers=layers)

@@ -26,7 +26,7 @@ def test_a_saved_model_is_loadable(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("damage", ["missing", "not part of the model", "of a different shape"])
-def test_weights_that_do_not_fit_the_config_are_noticed(tmp_path: Path, damage: str) -> None:
+def test_weights_that_do_not_fit_the_config_are_detected(tmp_path: Path, damage: str) -> None:
     folder = save_model(tmp_path, tiny_model("llama"))
     weights = load_file(folder / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
@@ -41,7 +41,7 @@ def test_weights_that_do_not_fit_the_config_are_noticed(tmp_path: Path, damage: 
         check_loadable(folder)
 
 
-def test_a_file_that_was_cut_short_is_noticed(tmp_path: Path) -> None:
+def test_a_truncated_file_is_detected(tmp_path: Path) -> None:
     file = save_model(tmp_path, tiny_model("llama")) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ModelError, match="cut short"):

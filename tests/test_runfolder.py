@@ -175,7 +175,7 @@ def test_a_stage_with_only_sha256_is_also_compared(tmp_path: Path) -> None:
     assert not folder.stage("data", {}, writes("hello", calls)).reused
 
 
-def test_the_manifest_says_what_went_in_and_what_came_out(tmp_path: Path) -> None:
+def test_the_manifest_lists_inputs_and_outputs(tmp_path: Path) -> None:
     path = RunFolder(tmp_path).stage("data", {"a": 1}, writes("x", [])).path
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["depends_on"] == {"a": 1}

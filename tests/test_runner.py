@@ -24,6 +24,7 @@ from stillhouse.evaluation.results import Evaluation
 from stillhouse.export.push import Pushed
 from stillhouse.language_model import export_stage as shipping
 from stillhouse.pipeline.kind import RunResult
+from stillhouse.report.page import redraw_report
 from stillhouse.training.checkpoints import read_metrics
 from tests import forks, tiny
 from tests.forks import Fork
@@ -82,9 +83,10 @@ def test_a_run_measures_teacher_untrained_student_and_baseline(
 
 
 def test_a_run_ends_with_a_report_and_the_resolved_recipe(
-    finished: tuple[Path, RunResult],
+    finished: tuple[Path, RunResult], charts: None
 ) -> None:
-    _, result = finished
+    folder, result = finished
+    assert "<path" in redraw_report(result.folder, folder / "page.html").read_text()
     html = result.report.read_text()
     assert "tiny" in html
     assert "untrained" in html.lower()

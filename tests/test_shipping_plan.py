@@ -50,7 +50,7 @@ def test_an_architecture_that_gguf_does_not_know(
     assert "export safetensors" in str(found.fix)
 
 
-def test_how_many_layers_a_student_is_cut_from_is_known(
+def test_the_check_has_the_number_of_layers_before_the_cut(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some layers are computed by their place, which those of a cut student have changed."""
@@ -115,7 +115,9 @@ def test_float8_products_that_the_machine_lacks(
     assert "error" not in {finding.level for finding in weights_alone}
 
 
-def test_llm_compressor_that_is_nowhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_llm_compressor_that_is_not_installed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(compressed.importlib.util, "find_spec", lambda name: True)
     found = refusal(folder, export={"formats": ["compressed-fp8"]})
     assert "separate environment" in found.text
@@ -141,7 +143,7 @@ def test_no_token_for_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "no token" in found.text
 
 
-def test_the_member_that_is_shipped_is_the_one_that_is_looked_at(folder: Path) -> None:
+def test_the_exported_member_is_the_one_that_is_checked(folder: Path) -> None:
     """The first member's matrices divide into groups of 32 and into blocks, the last one's do not;
     and it is the last alone that is shipped."""
     hops = [{"name": "wide", "ffn_size": 32}, {"name": "narrow", "ffn_size": 24}]

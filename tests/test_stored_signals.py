@@ -197,7 +197,7 @@ def test_a_store_of_fewer_layers_than_the_terms_need_is_rejected(tmp_path: Path)
         ({"kind": "threshold", "bytes": 60}, "heldout_teacher_cross_entropy"),
     ],
 )
-def test_measurements_on_the_way_know_the_teacher_from_the_store(
+def test_measurements_during_training_read_the_teacher_from_the_store(
     tmp_path: Path, encoding: dict[str, Any], name: str
 ) -> None:
     train = {"evaluate_every": 8, "max_steps": 24, "early_stop": 3}

@@ -43,6 +43,7 @@ def extraction(number: int, payload: dict[str, Any]) -> Reply:
     return Reply(text=json.dumps(found))
 
 
+@pytest.mark.usefixtures("charts")
 def test_json_of_an_api_is_checked_learned_and_compared_with_every_baseline(
     tmp_path: Path,
 ) -> None:
@@ -63,6 +64,7 @@ def test_json_of_an_api_is_checked_learned_and_compared_with_every_baseline(
     assert answers["kept"] + answers["dropped"]["json_schema"] == 16
     assert answers["dropped"]["json_schema"] == 4 - round(4 * (1 - teacher["valid"]))
     page = result.report.read_text()
+    assert "<path" in page
     assert {"Field F1: name", "Field F1: age"} <= set(re.findall("Field F1: [a-z]+", page))
     card = (result.model / "README.md").read_text()
     assert "Field F1, reference answers" in card

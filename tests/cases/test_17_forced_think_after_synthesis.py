@@ -175,7 +175,7 @@ def test_check_and_run_reject_the_template_before_a_teacher_is_queried(tmp_path:
     assert not list(tmp_path.rglob("answers.sqlite"))
 
 
-def test_the_way_out_works(tmp_path: Path) -> None:
+def test_the_suggested_fix_works(tmp_path: Path) -> None:
     found = check_recipe(recipe(tmp_path, reasoning="keep"), base=tmp_path)
     assert not [one for one in found if one.level == "error"]
 

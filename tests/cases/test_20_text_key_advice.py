@@ -98,7 +98,7 @@ def test_the_message_suggests_choosing_a_key_if_several_hold_text() -> None:
     assert row["article"] in rendered(pair)[1]
 
 
-def test_a_key_with_a_slip_is_named_and_renaming_it_works() -> None:
+def test_a_misspelled_key_is_named_and_renaming_it_works() -> None:
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
     with pytest.raises(DataError) as caught:
         document_from_row({"mesages": chat}, "text", "row")

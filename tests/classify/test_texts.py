@@ -95,7 +95,7 @@ def test_whole_numbers_are_the_same_labels_however_a_program_writes_them(
     assert {row.gold for row in found.train} - {None} == set(found.labels)
 
 
-def test_versions_are_no_whole_numbers(tmp_path: Path) -> None:
+def test_version_numbers_are_not_integers(tmp_path: Path) -> None:
     rows = "".join(f"text {n},{['2.0', '2.1'][n % 2]}\n" for n in range(40))
     (tmp_path / "texts.csv").write_text(f"text,label\n{rows}")
     assert list(prepared(tmp_path / "texts.csv").labels) == ["2.0", "2.1"]

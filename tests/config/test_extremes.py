@@ -75,7 +75,7 @@ def usable(kind: Any, value: Any) -> bool:
     return True
 
 
-def test_every_type_of_number_has_two_ends() -> None:
+def test_every_number_type_has_two_bounds() -> None:
     kinds = [
         value
         for value in vars(field_types).values()
@@ -128,7 +128,7 @@ def test_optimizer_and_schedule_stay_finite(schedule: str) -> None:
 
 @pytest.mark.parametrize("epochs", ends(Epochs))
 @pytest.mark.parametrize("batch", [1, 10**6])
-def test_there_is_a_step_to_take_and_an_end(epochs: float, batch: int) -> None:
+def test_a_training_has_at_least_one_step_and_an_end(epochs: float, batch: int) -> None:
     plan = plan_batches(TrainRecipe(epochs=epochs, batch_size=batch), windows=10, processes=1)
     assert 1 <= plan.steps <= 10 * 10**6
 

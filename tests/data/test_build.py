@@ -61,7 +61,7 @@ def documents(windows: Windows) -> list[str]:
     return found
 
 
-def test_windows_hold_the_text_and_the_account_is_true(tmp_path: Path) -> None:
+def test_windows_hold_the_text_and_the_counts_are_right(tmp_path: Path) -> None:
     texts = lines(100)
     write_lines(tmp_path / "a.txt", texts)
     train, heldout, summary = build_in(tmp_path, packing="none")

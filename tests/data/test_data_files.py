@@ -179,7 +179,7 @@ def test_a_link_to_nothing_is_not_left_out(name: str, tmp_path: Path) -> None:
         ("{a,b}.jsonl", "braces are not expanded"),
     ],
 )
-def test_what_another_program_would_expand_is_refused_with_a_way_out(
+def test_what_another_program_would_expand_is_rejected_with_a_fix(
     name: str, fix: str, tmp_path: Path
 ) -> None:
     (tmp_path / "a.jsonl").write_bytes(ROW)

@@ -91,7 +91,7 @@ def test_text_fills_what_chats_leave() -> None:
     assert [sum(s.length for s in window) for window in plan] == [50, 50, 30]
 
 
-def test_text_is_not_cut_into_crumbs() -> None:
+def test_text_is_not_cut_into_very_short_pieces() -> None:
     room = smallest_part(256) - 1
     plan = plan_isolated([256 - room, 40], [False, True], 256)
     assert [[s.length for s in window] for window in plan] == [[256 - room], [40]]

@@ -325,7 +325,7 @@ def test_a_chat_stored_as_one_list_for_each_key_is_the_same_chat() -> None:
     assert learned(sharegpt, byte_level()) == learned({"messages": HI}, byte_level())
 
 
-def test_spaces_around_a_role_are_none_of_it() -> None:
+def test_spaces_around_a_role_are_ignored() -> None:
     spaced = [{**message, "role": f" {message['role'].title()} "} for message in HI]
     assert learned({"messages": spaced}, byte_level()) == learned({"messages": HI}, byte_level())
 

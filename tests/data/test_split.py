@@ -180,7 +180,7 @@ def test_the_split_is_that_of_a_loop_over_rows(
 
 @given(st.lists(st.binary(min_size=1, max_size=2).map(lambda b: b.ljust(HASH, b"\0"))))
 @settings(deadline=None)
-def test_a_set_of_hashes_is_a_set(hashes: list[bytes]) -> None:
+def test_a_hash_set_behaves_like_a_python_set(hashes: list[bytes]) -> None:
     found, expected = HashSet(newest=3), set[bytes]()
     for hash in hashes:
         assert (hash in found) == (hash in expected)

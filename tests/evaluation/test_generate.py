@@ -101,5 +101,5 @@ def test_it_prints_nothing_while_it_works(temperature: float) -> None:
     assert said == []
 
 
-def test_no_prompts_no_answers() -> None:
+def test_no_prompts_give_no_answers() -> None:
     assert generate(toy_model(), toy_tokenizer(), [], max_new_tokens=4) == []

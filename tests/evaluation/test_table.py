@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from stillhouse.evaluation.metrics import metrics_of, perplexity_retention
+from stillhouse.evaluation.metrics import metrics_of
 from stillhouse.evaluation.metrics_table import MetricsTable, to_markdown, to_rich
 from stillhouse.evaluation.results import Evaluation, Fidelity, Generation, ModelResult, Speed
 from stillhouse.evaluation.roles import ROLE_NAMES
@@ -100,11 +100,6 @@ def test_a_report_without_a_teacher_has_figures_but_no_percentages() -> None:
     text = render(Evaluation([STUDENT], []))
     assert "48.50" in text
     assert "80%" not in text
-
-
-def test_perplexity_retention_is_the_inverse_ratio() -> None:
-    assert perplexity_retention(STUDENT, TEACHER) == pytest.approx(38.8 / 48.5)
-    assert perplexity_retention(TEACHER, TEACHER) == 1.0
 
 
 def test_tasks_have_a_row_each() -> None:

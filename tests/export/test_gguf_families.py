@@ -217,7 +217,7 @@ def test_check_rejects_a_file_that_transformers_misreads_without_llama_cpp(
     assert "the head size" in text
 
 
-def test_a_cut_in_depth_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_reports_a_cut_in_depth(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which layers stay is not known at check: the first ones stand for them."""
     words = tiny.merging_tokenizer()
     monkeypatch.setattr(gguf_export, "has_llama_cpp", lambda: True)

@@ -272,13 +272,11 @@ def test_a_grid_that_a_format_cannot_hold_is_reported_with_one_that_can(
 @pytest.mark.parametrize(
     ("grid", "form"), [(Grid(4, 32), "q4_0"), (Grid(4, 64), "q8_0"), (Grid(4, 16), "f16")]
 )
-def test_a_grid_that_a_format_holds_is_not_spoken_of(grid: Grid, form: str) -> None:
+def test_a_grid_that_a_format_holds_is_not_mentioned(grid: Grid, form: str) -> None:
     assert second_rounding(grid, form) is None
 
 
-def test_what_is_rounded_a_second_time_is_weighed_too(
-    rounded: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_second_rounding_weights_errors_too(rounded: dict[str, Path], tmp_path: Path) -> None:
     """The very blocks of the same numbers on no grid at all."""
     model = rounded["int8"] / "model"
     quantization = Quantization.load(rounded["int8"] / FILE)

@@ -39,6 +39,7 @@ K = 5
 LENGTH = 6
 MODEL, TOKENIZER = tiny.llama(seed=7), tiny.tokenizer()
 LETTERS = TOKENIZER("abcdefghij")["input_ids"]
+BYTES_OF = ByteVocabulary.of(TOKENIZER, 10**6).bytes_of
 
 
 def told(token: int, log_probs_V: torch.Tensor) -> dict[str, Any]:
@@ -47,8 +48,7 @@ def told(token: int, log_probs_V: torch.Tensor) -> dict[str, Any]:
 
     def one(i: int) -> dict[str, Any]:
         text = TOKENIZER.decode([i])
-        known = ByteVocabulary.of(TOKENIZER, 10**6).bytes_of[i]
-        return {"token": text, "bytes": list(known), "logprob": float(log_probs_V[i])}
+        return {"token": text, "bytes": list(BYTES_OF[i]), "logprob": float(log_probs_V[i])}
 
     return {**one(token), "top_logprobs": [one(i) for i in best.indices.tolist()]}
 
@@ -192,7 +192,7 @@ def test_the_part_of_an_answer_that_is_kept_finds_its_tokens() -> None:
     ] * 2
 
 
-def test_tokens_that_the_student_does_not_know_stay_in_the_tail() -> None:
+def test_tokens_outside_the_students_vocabulary_stay_in_the_tail() -> None:
     given = positions("a")
     given[0]["top_logprobs"].append({"token": "\ufffd", "bytes": None, "logprob": math.log(0.1)})
     given[0]["top_logprobs"].append({"token": "xyz", "bytes": None, "logprob": math.log(0.1)})

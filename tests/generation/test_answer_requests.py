@@ -35,6 +35,6 @@ def test_a_lost_answer_may_be_billed_and_an_equal_request_is_paid_for_once(tmp_p
     )
 
 
-def test_a_summary_of_before_lost_answers_were_counted() -> None:
+def test_a_summary_without_lost_answers_is_read() -> None:
     assert cost_line({"usd": 0.5}) == "$0.5000"
     assert cost_line({"usd": None}) == "unknown"

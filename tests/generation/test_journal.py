@@ -395,7 +395,7 @@ def test_failed_requests_lost_with_a_write_ahead_log_are_reported(
     assert "lost" not in capfd.readouterr().err, "it is said once"
 
 
-def test_a_commit_is_counted_before_its_caller_knows_of_it(tmp_path: Path) -> None:
+def test_a_commit_is_counted_before_its_caller_is_notified(tmp_path: Path) -> None:
     """So that its loss is said, whenever the process was killed."""
     lock = tmp_path / "j.sqlite.lock"
     with Journal(tmp_path / "j.sqlite") as journal:

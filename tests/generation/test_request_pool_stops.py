@@ -38,7 +38,7 @@ pytestmark = [pytest.mark.run, pytest.mark.usefixtures("link")]
     ],
     ids=["401", "403", "404", "no credit", "402", "200 with 403", "200 and no credit"],
 )
-def test_a_hopeless_fault_stops_at_once(
+def test_a_permanent_error_stops_at_once(
     journal: Journal, fault: Reply, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*_: object) -> float:
@@ -67,7 +67,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     return event
 
 
-def test_an_answer_on_its_way_still_arrives_after_a_hopeless_fault(
+def test_an_answer_in_flight_arrives_after_a_permanent_error(
     journal: Journal, stopping: threading.Event
 ) -> None:
     def script(number: int, payload: dict[str, Any]) -> Reply:
@@ -84,7 +84,7 @@ def test_an_answer_on_its_way_still_arrives_after_a_hopeless_fault(
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_what_is_on_its_way_arrives_unless_it_is_cancelled_twice(
+def test_requests_in_flight_finish_unless_cancelled_twice(
     journal: Journal, times: int, stopping: threading.Event
 ) -> None:
     """The server answers only after the first cancellation, and never where there is a second."""
@@ -159,14 +159,14 @@ def test_a_missing_key_is_reported_before_anything_is_sent(
 
 
 @pytest.mark.parametrize("key", ["sk-123…", "sk-1\nx-other: header"])
-def test_a_key_that_can_be_none_is_not_sent(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_that_cannot_be_valid_is_not_sent(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEACHER_KEY", key)
     with pytest.raises(EndpointError, match="characters that no key has") as caught:
         Client("http://127.0.0.1:1/v1", "teacher", key_env="TEACHER_KEY")
     assert key not in str(caught.value)
 
 
-def test_a_base_url_that_is_none() -> None:
+def test_an_invalid_base_url_is_rejected() -> None:
     with pytest.raises(EndpointError, match="not an http"):
         Client("127.0.0.1:8080/v1", "teacher")
 
@@ -237,7 +237,7 @@ def test_the_worst_case_of_a_request_bounds_its_tokens() -> None:
     assert worst.usd == pytest.approx(((worst.tokens - 50) * 2 + 50 * 8) / 1e6)
 
 
-def test_the_worst_case_of_a_request_knows_what_its_parameters_put_into_the_prompt() -> None:
+def test_the_worst_case_of_a_request_includes_parameters_that_extend_the_prompt() -> None:
     plain = Request("local", "m", ({"role": "user", "content": "hi"},), {"max_tokens": 50})
     tools = [{"type": "function", "function": {"name": "f", "description": "x" * 4000}}]
     more = replace(plain, parameters={"max_tokens": 50, "tools": tools, "temperature": 0.5})
@@ -245,7 +245,7 @@ def test_the_worst_case_of_a_request_knows_what_its_parameters_put_into_the_prom
 
 
 @pytest.mark.parametrize("limit", ["usd", "tokens"])
-def test_a_budget_is_never_passed_even_by_what_is_on_its_way(journal: Journal, limit: str) -> None:
+def test_requests_in_flight_never_exceed_the_budget(journal: Journal, limit: str) -> None:
     """Every answer takes exactly its worst case: the hardest for a budget."""
     price = Price(input=10.0, output=30.0)
     with Stub() as stub:
@@ -264,7 +264,7 @@ def test_a_budget_is_never_passed_even_by_what_is_on_its_way(journal: Journal, l
     assert budget.reserved == Spending()
 
 
-def test_cheap_answers_make_room_for_more(journal: Journal) -> None:
+def test_answers_below_their_worst_case_leave_room_for_more(journal: Journal) -> None:
     """The worst case of all at once does not fit; what they really take does."""
     with Stub(lambda number, payload: Reply(usage=(10, 5), delay=0.01)) as stub:
         asked = requests(stub, 30)

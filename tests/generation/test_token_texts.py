@@ -24,7 +24,7 @@ def test_a_character_of_several_tokens_belongs_to_the_last() -> None:
     assert token_texts(tokenizer, tokenizer("a\u00efb")["input_ids"]) == ["a", "", "\u00ef", "b"]
 
 
-def test_bytes_that_are_no_character_stay_visible_at_the_end() -> None:
+def test_invalid_bytes_at_the_end_stay_visible() -> None:
     tokenizer = tiny.tokenizer()
     ids = tokenizer("\u00ef")["input_ids"][:1]
     assert token_texts(tokenizer, ids) == ["\N{REPLACEMENT CHARACTER}"]

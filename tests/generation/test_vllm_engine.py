@@ -247,7 +247,7 @@ def _synthesize_with_stub(path: Path, site: Path) -> None:
 
 
 @pytest.mark.run
-def test_killed_it_loses_the_batch_that_was_on_its_way(tmp_path: Path, stub: Path) -> None:
+def test_a_kill_loses_the_batch_in_flight(tmp_path: Path, stub: Path) -> None:
     path = write(tmp_path)
     (stub / "kill").touch()
     assert Fork(_synthesize_with_stub, path, stub.parent).wait() == -signal.SIGKILL
@@ -360,7 +360,7 @@ def test_an_error_while_the_model_is_opened_is_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.run
-def test_a_process_that_dies_loses_the_batch_that_was_on_its_way(tmp_path: Path) -> None:
+def test_a_process_that_dies_loses_the_batch_in_flight(tmp_path: Path) -> None:
     package = environment(tmp_path)
     (package / "kill").touch()
     path = write(tmp_path)

@@ -278,7 +278,7 @@ def test_a_server_that_keeps_its_old_weights_stops_the_run(
         pass
 
 
-def test_a_server_without_its_development_mode_is_told_how_to_start(
+def test_the_error_for_a_server_without_development_mode_has_the_command(
     tmp_path: Path, student: Any, server: GeneratingServer
 ) -> None:
     server.development = False

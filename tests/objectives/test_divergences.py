@@ -269,7 +269,7 @@ def test_alpha_beta_has_the_kl_divergences_as_its_corners() -> None:
 
 
 @pytest.mark.parametrize("term", [t for t in VARIANTS if t.divergence != "cross_entropy"], ids=name)
-def test_a_perfect_student_is_not_changed(term: Term) -> None:
+def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(term: Term) -> None:
     case = make_case(student_width=7)
     with torch.no_grad():
         case.hidden_ND.copy_(case.signal.hidden_ND)
@@ -282,7 +282,7 @@ def test_a_perfect_student_is_not_changed(term: Term) -> None:
         assert grad.abs().max() < 1e-10
 
 
-def test_merging_tokens_into_a_tail_cannot_make_models_look_further_apart() -> None:
+def test_merging_tokens_into_a_tail_cannot_increase_a_divergence() -> None:
     for divergence in ("forward_kl", "reverse_kl", "jsd", "total_variation"):
         assert 0 < value(Term(divergence), "sparse") < value(Term(divergence))
 

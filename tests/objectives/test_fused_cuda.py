@@ -75,7 +75,7 @@ def test_the_head_gradient_needs_no_memory_beside_itself() -> None:
     assert peak < head.numel() * 4 + 2 * logits + (1 << 21)
 
 
-def test_the_host_never_waits() -> None:
+def test_the_host_never_waits_for_the_gpu() -> None:
     case = moved(make_case(rows=40, vocab=96), torch.bfloat16)
     terms = [Term("forward_kl"), Term("jsd", 0.3, 2.0), Term("cross_entropy", 0.1)]
     torch.cuda.set_sync_debug_mode("error")

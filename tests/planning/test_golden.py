@@ -90,8 +90,19 @@ def planned(pair: Pair) -> dict[str, Any]:
     return found
 
 
+SAMPLE = (
+    "Llama 70B, offloaded, to 3B",
+    "Llama 8B to 1B, without checkpointing",
+    "Qwen3 30B-A3B to 1.7B",
+    "SmolLM2 1.7B to 1B on one GPU",
+)
+"""Others are traced for several seconds each."""
+
+
 @pytest.mark.run
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in SAMPLE else pytest.mark.slow) for n in PAIRS]
+)
 def test_the_plan_is_that_of_the_golden_file(name: str) -> None:
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
     # Activations follow transformers' code, which may change; all else is arithmetic.

@@ -65,7 +65,7 @@ def test_unseen_windows_are_those_that_are_not_calibrated_on() -> None:
 
 
 @pytest.mark.parametrize(("tokens", "some"), [(10 * 32, True), (10**6, False)])
-def test_a_student_knows_what_its_cut_costs_on_text_it_did_not_see(
+def test_a_student_records_what_its_cut_costs_on_unseen_text(
     tmp_path: Path, tokens: int, some: bool
 ) -> None:
     save_model(tmp_path / "teacher")

@@ -86,7 +86,7 @@ def test_nothing_changes_without_an_error_or_a_removal() -> None:
     assert torch.equal(refit, down)
 
 
-def test_neurons_that_never_fire_go_first() -> None:
+def test_neurons_that_never_fire_are_removed_first() -> None:
     activations, down, error, weight = rows(100, 20, 5)
     activations[:, :4] = 0
     kept, _ = refit_and_remove(down, moments_of(activations, error, weight), 16)

@@ -76,7 +76,7 @@ def streams_of(model: Any) -> Streams:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_dropped_layer_is_made_up_for_in_part(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dropped_layer_is_partly_compensated(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The relative error of the stream behind the layer before it, with and without gains."""
     with_gains = error_behind_a_drop(kind)
     no_gains = lambda *given: torch.ones_like(channel_gains(*given))  # noqa: E731

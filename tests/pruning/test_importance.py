@@ -130,7 +130,7 @@ def test_layer_scores_are_those_of_the_papers() -> None:
     assert found[1][0] == pytest.approx(ratio.mean().item(), rel=1e-5)
 
 
-def test_layers_of_the_least_score_go_and_their_kl_is_measured() -> None:
+def test_layers_with_the_lowest_scores_are_removed_and_their_kl_is_measured() -> None:
     model = tiny_model(num_hidden_layers=4)
     batches = [one_batch()]
     chosen = choose_layers(model, batches, 2, scores=[3.0, 1.0, 2.0, 4.0])
@@ -199,7 +199,7 @@ def test_every_choice_prunes_each_axis_alone(method: PruningMethod, sizes: dict[
 
 
 @pytest.mark.parametrize("method", METHODS, ids=["l2", "mean", "gradients"])
-def test_useless_parts_go_first(method: PruningMethod) -> None:
+def test_useless_parts_are_removed_first(method: PruningMethod) -> None:
     """Neurons that write nothing are the ones to lose, whoever decides."""
     model = tiny_model()
     for layer in model.base_model.layers:

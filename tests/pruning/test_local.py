@@ -36,7 +36,7 @@ def several(
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen3"])
-def test_it_brings_unseen_text_nearer(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_lowers_the_error_on_unseen_text(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "LEARNING_RATE", 1e-3)
     heldout, distance = ToyWindows(count=16, seed=5), {}
     for tokens in (0, 6000):

@@ -190,7 +190,7 @@ def test_a_checkpoint_written_layer_by_layer_is_the_one_that_transformers_writes
     }
 
 
-def test_a_head_is_worked_on_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_head_is_processed_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     weight_VD = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) + 3
     centered_VD = weight_VD - weight_VD.mean(0)
     monkeypatch.setattr(hidden, "BLOCK", 7)

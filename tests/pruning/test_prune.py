@@ -113,7 +113,7 @@ def test_mlp_biases_are_cut_too(tmp_path: Path) -> None:
     check_saved(model, tmp_path, IDS)
 
 
-def test_a_checkpoint_that_differs_is_noticed(tmp_path: Path) -> None:
+def test_a_checkpoint_that_differs_is_detected(tmp_path: Path) -> None:
     model = tiny_model()
     model.save_pretrained(tmp_path)
     model.base_model.layers[0].mlp.down_proj.weight.mul_(1.01)
@@ -180,7 +180,7 @@ def test_neurons_that_others_can_replace_cost_nothing() -> None:
     assert distance[False] > 50 * distance[True]
 
 
-def test_the_refit_makes_up_for_a_dropped_layer() -> None:
+def test_the_refit_compensates_for_a_dropped_layer() -> None:
     windows = ToyWindows(count=64)
     positions = windows.positions.expand(64, -1)
     distance = {}

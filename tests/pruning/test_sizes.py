@@ -78,7 +78,7 @@ def test_impossible_sizes_name_the_nearest(
     assert str(caught.value.where).startswith("student.")
 
 
-def test_what_is_named_as_nearest_is_possible() -> None:
+def test_the_nearest_size_in_a_message_is_possible() -> None:
     config = tiny_model("llama", **GROUPED).config
     for sizes in ({"hidden_size": 60}, {"hidden_size": 72}, {"heads": 8, "kv_heads": 2}):
         check_sizes(config, sizes)

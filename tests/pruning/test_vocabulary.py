@@ -153,7 +153,7 @@ def test_the_kept_text_is_tokenized_as_before(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("text", HARD)
-def test_hard_texts_come_back(kind: str, text: str) -> None:
+def test_hard_texts_round_trip(kind: str, text: str) -> None:
     for tokenizer in (KINDS[kind], PRUNED[kind]):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
@@ -161,7 +161,7 @@ def test_hard_texts_come_back(kind: str, text: str) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=("Cs",)), max_size=40))
-def test_any_text_comes_back(text: str) -> None:
+def test_any_text_round_trips(text: str) -> None:
     for kind, tokenizer in PRUNED.items():
         # ▁ itself reads as a space there, before and after.
         expected = text.replace("▁", " ") if kind == "byte-fallback" else text

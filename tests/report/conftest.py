@@ -29,6 +29,11 @@ def model(role: str, parameters: int, fidelity: Fidelity, decode: float) -> Mode
     )
 
 
+@pytest.fixture(autouse=True)
+def _drawn(charts: None) -> None:
+    pass
+
+
 @pytest.fixture
 def evaluation() -> Evaluation:
     return Evaluation(

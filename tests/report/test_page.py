@@ -180,7 +180,7 @@ def test_every_text_is_escaped(
         ({"recipe": {}, "machine": {}, "versions": {}}, {"again"}),
     ],
 )
-def test_section_hides_when_its_data_is_missing(
+def test_a_section_without_data_is_left_out(
     facts: RunFacts, parts: dict[str, Any], missing: dict[str, Any], sections: set[str]
 ) -> None:
     whole = Reader(render(language_model_report(facts, **parts)))
@@ -196,7 +196,7 @@ def test_a_report_with_only_a_name() -> None:
     assert "the student was not evaluated" in page.text
 
 
-def test_no_speed_no_baseline_no_generations(
+def test_a_report_without_speed_baseline_and_generations(
     facts: RunFacts, parts: dict[str, Any], evaluation: Evaluation
 ) -> None:
     models = [replace(m, speed=None, tasks={}) for m in evaluation.models if m.role != "fine_tuned"]

@@ -110,7 +110,7 @@ def test_one_shot_kl_is_that_of_pruning_the_shape_directly(found: tuple[Setting,
             assert mean_kl(known, model, torch.float32) == pytest.approx(one.one_shot_kl, rel=1e-4)
 
 
-def test_a_mixture_may_lose_experts(tmp_path: Path) -> None:
+def test_experts_of_a_mixture_can_be_pruned(tmp_path: Path) -> None:
     """They are probed, pruned and measured as any other cut."""
     save_model(tmp_path / "teacher", tiny_model("qwen3_moe", num_experts=8))
     axes = ["experts", "layers"]

@@ -199,7 +199,7 @@ def test_a_gap_between_aligned_shapes_names_the_nearest_one() -> None:
     assert "tolerance" in str(caught.value.fix)
 
 
-def test_a_plan_knows_the_size_before_the_search() -> None:
+def test_a_plan_has_the_size_before_the_search() -> None:
     config = CONFIGS["llama"]()
     counter = Counter(config)
     planned = planned_shape(config, SEARCH, TargetRecipe(params="70%"), width=2)
@@ -297,7 +297,7 @@ def test_the_start_model_is_timed_even_if_it_does_not_divide(
         config, Counter(config), search, target, torch.bfloat16, torch.device("cpu"), journal
     )
     start = sizes_of(config)
-    assert found.limit.whole == start.layers * (start.heads + start.ffn_size)
+    assert found.limit.unpruned == start.layers * (start.heads + start.ffn_size)
     chosen = feasible_shapes(config, search, found.of, found.limit)
     assert all(shape.heads % 2 == 0 for shape in chosen)
 

@@ -187,7 +187,7 @@ def test_top_k_renormalized_has_the_stated_bias():
     assert float(error_nV.square().sum()) == pytest.approx(statistics.squared_bias, rel=0.01)
 
 
-def test_importance_weights_make_up_for_the_proposal():
+def test_importance_weights_correct_for_the_proposal():
     """With many draws, the ratio estimate comes near p, and the raw counts near q."""
     encoding = Sampled(250, exponent=0.6)
     logits_V = random_logits(3, 40)[1]

@@ -254,7 +254,7 @@ def test_shards_close_by_size(tmp_path):
     assert manifest.quality.captured_mass < 1
 
 
-def test_a_filled_up_row_is_the_shorter_row(tmp_path):
+def test_a_padded_row_has_the_loss_of_the_shorter_row(tmp_path):
     """top_p: loss and gradient of rows side by side are those of each row alone."""
     data = toys.batch(windows=1)
     signal = recorded(tmp_path, TopP(0.8, most=20), data).read(data.segments)

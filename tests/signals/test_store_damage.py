@@ -179,7 +179,7 @@ def test_a_flipped_bit_is_found_by_either_hash(tmp_path, listed):
         open_store(tmp_path).read(data.segments)
 
 
-def test_a_shard_that_the_manifest_does_not_know_is_named(tmp_path):
+def test_a_shard_missing_from_the_manifest_is_named(tmp_path):
     data = toys.batch(windows=2)
     of = toys.settings(Threshold(0.05))
     toys.record(tmp_path, of, data)

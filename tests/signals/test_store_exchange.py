@@ -99,7 +99,7 @@ def test_a_damaged_store_is_not_uploaded(tmp_path, monkeypatch):
     assert fake.asked == []
 
 
-def test_the_hubs_refusal_is_passed_on(tmp_path, monkeypatch):
+def test_errors_of_the_hub_are_passed_on(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError("no such repository")
 

@@ -214,7 +214,7 @@ def judged(number: int, payload: dict[str, Any]) -> Reply:
 @pytest.mark.parametrize(
     ("compare", "verdicts"), [("scores", 3 * 3), ("pairs", 3 * 6)], ids=["scores", "pairs"]
 )
-def test_the_answer_that_a_judge_likes_best(tmp_path: Path, compare: str, verdicts: int) -> None:
+def test_the_answer_that_a_judge_prefers(tmp_path: Path, compare: str, verdicts: int) -> None:
     SAMPLES.clear()
     with Stub(judged, models=("teacher", "judge")) as stub:
         price = {"input": 1.0, "output": 1.0}

@@ -49,7 +49,7 @@ def test_length_counts_characters_without_the_reasoning() -> None:
         "<think>\nhm\n</think>\n\nI'm not able to answer that.",
     ],
 )
-def test_refusals_are_known_by_how_they_begin(text: str) -> None:
+def test_refusals_are_recognized_by_how_they_begin(text: str) -> None:
     assert filters.refusal(row(text)) is not None
 
 
@@ -66,7 +66,7 @@ def test_answers_that_only_sound_like_one_stay(text: str) -> None:
     assert filters.refusal(row(text)) is None
 
 
-def test_what_the_server_calls_a_refusal_is_one() -> None:
+def test_a_refusal_field_of_the_server_is_a_refusal() -> None:
     assert filters.refusal(row("", finish_reason="content_filter")) is not None
 
 
@@ -237,7 +237,7 @@ def test_texts_in_japanese_that_are_nearly_the_same_are_found() -> None:
 
 
 @pytest.mark.run
-def test_languages_by_what_they_surely_are() -> None:
+def test_only_text_that_is_surely_in_another_language_is_dropped() -> None:
     judge = filters.languages(["en", "de"])
     dropped = ["Bonjour tout le monde, comment allez-vous ?", "これは日本語の文章です。"]
     left = [

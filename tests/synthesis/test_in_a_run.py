@@ -179,7 +179,7 @@ def test_a_run_that_reads_other_text_synthesizes_nothing(tmp_path: Path) -> None
     )
 
 
-def test_check_says_what_of_a_prompt_is_not_asked(tmp_path: Path) -> None:
+def test_check_reports_what_of_a_prompt_is_not_sent(tmp_path: Path) -> None:
     rows = [{"instruction": "Translate.", "input": f"Tag {n}"} for n in range(80)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with Stub(echo) as stub:

@@ -36,7 +36,7 @@ def test_text_has_a_prompt_on_each_line(tmp_path: Path) -> None:
     assert prompts[1].where.endswith("p.txt:3")
 
 
-def test_what_belongs_to_a_question_is_asked_or_noted(tmp_path: Path) -> None:
+def test_what_belongs_to_a_question_is_sent_or_noted(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     row = json.dumps({"instruction": "Translate.", "input": "Guten Tag"}) + "\n"
     assert contents(read(path, row)) == ["Translate.\nGuten Tag"]

@@ -104,7 +104,7 @@ def test_a_text_that_offers_something_else_is_a_refusal(text: str) -> None:
 
 
 @pytest.mark.parametrize("quote", ["'", "’", "ʼ"])
-def test_every_apostrophe_is_one(quote: str) -> None:
+def test_every_apostrophe_is_recognized(quote: str) -> None:
     assert refused(f"I{quote}m sorry, but I can{quote}t help with that.")
 
 

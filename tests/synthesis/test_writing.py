@@ -139,7 +139,7 @@ def test_what_answers_took_is_not_spent_on_more_prompts(tmp_path: Path) -> None:
         assert len(stub.payloads) > 5
 
 
-def test_calls_that_are_tried_leave_what_the_writing_took(tmp_path: Path) -> None:
+def test_check_calls_count_what_generating_prompts_cost(tmp_path: Path) -> None:
     prompts = {"combine": COMBINE, "write": {"count": 10, "per_request": 4}}
     with Stub(teacher) as stub:
         path = write(tmp_path, stub.url, prompts)
@@ -188,7 +188,7 @@ def test_lines_of_an_answer() -> None:
     assert list(prompt_lines("Cut o", complete=True)) == ["Cut o"]
 
 
-def test_check_foresees_prompts_that_are_not_written_yet(tmp_path: Path) -> None:
+def test_check_estimates_prompts_that_are_not_generated_yet(tmp_path: Path) -> None:
     prompts = {"combine": COMBINE, "write": {"count": 10, "per_request": 4}}
 
     def told(calls: int = 0) -> str:

@@ -105,7 +105,7 @@ def test_a_vocabulary_of_two_tokens_is_enough() -> None:
     check_head(tiny_model("llama", vocab_size=2, pad_token_id=0, bos_token_id=1, eos_token_id=1))
 
 
-def test_a_cap_that_is_not_known_is_noticed() -> None:
+def test_an_unknown_cap_is_detected() -> None:
     model = tiny_model("gemma2", final_logit_softcapping=30.0)
     check_head(model)
     model.lm_head.register_forward_hook(lambda module, inputs, output: 30 * (output / 30).tanh())

@@ -65,7 +65,7 @@ def test_two_bases_of_gemma_3() -> None:
     assert config["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
 
 
-def test_phi_3_insists_on_three_keys_of_a_scaling() -> None:
+def test_phi_3_needs_three_keys_of_a_scaling() -> None:
     rope = {**LONG, "partial_rotary_factor": 0.5}
     config = saved(Phi3Config(**SIZES, rope_parameters=rope, original_max_position_embeddings=64))
     assert config["rope_scaling"].keys() == {"type", "short_factor", "long_factor"}

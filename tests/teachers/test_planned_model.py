@@ -76,7 +76,7 @@ def test_encoders_are_rejected_as_teachers_and_students(
         run(raw)
 
 
-def test_a_bert_that_is_a_decoder_is_one() -> None:
+def test_a_bert_decoder_is_accepted() -> None:
     require_decoder(BertConfig(**SMALL, is_decoder=True))
 
 

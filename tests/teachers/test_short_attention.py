@@ -66,7 +66,7 @@ def test_hidden_states_and_gradients_are_those_of_pytorch(name: str, positions_R
         torch.testing.assert_close(grad, wanted, rtol=1e-7, atol=1e-9)
 
 
-def test_it_is_really_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_attention_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     real = attention.short_attention
 

@@ -286,7 +286,7 @@ def test_weights_that_do_not_fit_the_config(
         load_model(folder, dtype=torch.float32)
 
 
-def test_attention_scores_that_are_capped_stay_capped(tmp_path: Path) -> None:
+def test_capped_attention_scores_stay_capped(tmp_path: Path) -> None:
     folder = tmp_path / "gemma2"
     expected = tiny_model("gemma2", attn_logit_softcapping=0.1)
     expected.save_pretrained(folder)

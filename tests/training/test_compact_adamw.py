@@ -96,7 +96,7 @@ def test_blocks_divide_rows() -> None:
 
 @pytest.mark.parametrize("bits", [8, 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_saved_state_goes_on_bit_for_bit(tmp_path: Path, bits: int, dtype: torch.dtype) -> None:
+def test_a_saved_state_resumes_bit_for_bit(tmp_path: Path, bits: int, dtype: torch.dtype) -> None:
     ours = start(6, 32, dtype=dtype)
     optimizer = CompactAdamW([ours], bits=bits, **OPTIONS)
     steps(ours, optimizer, 3)

@@ -269,7 +269,7 @@ def test_both_kinds_of_rows_are_divided_by_the_tokens_of_the_step(
     assert row["loss"] == pytest.approx(mean, rel=1e-5)
 
 
-def test_steps_without_a_token_to_learn_are_no_nan(
+def test_steps_without_a_token_to_learn_give_no_nan(
     setting: Setting, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Every answer is cut off after one token, and dropped: only prompts are left."""

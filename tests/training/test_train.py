@@ -156,7 +156,7 @@ def test_heldout_kl_is_the_reference(setting: Setting, tmp_path: Path) -> None:
     )
 
 
-def test_distillation_brings_the_student_nearer(setting: Setting, tmp_path: Path) -> None:
+def test_distillation_lowers_the_kl(setting: Setting, tmp_path: Path) -> None:
     run(setting, tmp_path, epochs=5, max_steps=40, learning_rate=3e-3, evaluate_every=20)
     rows = read_metrics(tmp_path / "metrics.jsonl")
     last = [row["heldout_kl"] for row in rows if "heldout_kl" in row][-1]
