@@ -112,6 +112,11 @@ def _stillhouse(*arguments: str) -> None:
     main()
 
 
+def two_stillhouse(*arguments: str) -> list[Fork]:
+    """As `torchrun --nproc-per-node 2 -m stillhouse ...`."""
+    return two_ranks(_stillhouse, *arguments)
+
+
 def two_ranks(work: Callable[..., object], *arguments: Any) -> list[Fork]:
     """Two processes with the environment of a torchrun."""
     return ranks(2, work, *arguments)

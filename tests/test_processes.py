@@ -77,7 +77,7 @@ def test_a_killed_torchrun_ends_all_processes_and_the_run_can_continue(tmp_path:
 
 
 @pytest.mark.run
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.processes)])
 def test_a_killed_rank_ends_the_other_with_one_message(tmp_path: Path, killed: int) -> None:
     process, ranks = start_training(tmp_path)
     try:

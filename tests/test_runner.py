@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -280,17 +281,7 @@ STORED = {"signals": {"encoding": {"kind": "top_k", "k": 8}}}
 ROUNDED = {"quantize": {"kind": "int8", "qat": {"tokens": 400}}}
 
 
-@pytest.mark.parametrize(("more", "shard"), [(STORED, "auto"), (ROUNDED, "both")])
-def test_torchrun_runs_the_complete_recipe(
-    tmp_path: Path, more: dict[str, Any], shard: str
-) -> None:
-    """Two processes learn and measure what one does. Nothing needs to be sharded here, so `auto`
-    gives each of them both models."""
-    own_text = {"own_text": {"answers": 6, "max_tokens": 8}}
-    raw = tiny.recipe(tmp_path, train={"micro_batch_size": 4}, evaluate=own_text, **more)
-    alone = stillhouse.run({**raw, "folder": str(tmp_path / "alone")})
-    raw["train"] |= {"micro_batch_size": 2, "shard": shard}
-    recipe = write(raw, tmp_path)
+def torchrun(recipe: Path) -> None:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [sys.executable, *launch, "-m", "stillhouse", "run", str(recipe)],
@@ -299,6 +290,26 @@ def test_torchrun_runs_the_complete_recipe(
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def two_processes(recipe: Path) -> None:
+    for process in forks.two_stillhouse("run", str(recipe)):
+        assert process.wait(timeout=300) == 0, process.errors()[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("more", "shard", "launch"), [(STORED, "auto", torchrun), (ROUNDED, "both", two_processes)]
+)
+def test_two_processes_run_the_complete_recipe(
+    tmp_path: Path, more: dict[str, Any], shard: str, launch: Callable[[Path], None]
+) -> None:
+    """Two processes learn and measure what one does. Nothing needs to be sharded here, so `auto`
+    gives each of them both models."""
+    own_text = {"own_text": {"answers": 6, "max_tokens": 8}}
+    raw = tiny.recipe(tmp_path, train={"micro_batch_size": 4}, evaluate=own_text, **more)
+    alone = stillhouse.run({**raw, "folder": str(tmp_path / "alone")})
+    raw["train"] |= {"micro_batch_size": 2, "shard": shard}
+    launch(write(raw, tmp_path))
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
     stages = tmp_path / "run" / "stages"
     assert not list(stages.glob(".*.partial"))
