@@ -109,6 +109,7 @@ def test_the_speed_of_models_that_do_not_fit_is_left_out(
     paths = models(tmp_path)
     smaller = toy_model(1, layers=1).num_parameters() * 4
     monkeypatch.setattr(MODULE, "free_memory_bytes", lambda _: 2 * smaller)
+    monkeypatch.setattr(MODULE, "measure_peak_memory", lambda *_, **__: 1)
     found = evaluate(paths, **{**options(), "section": EvaluateRecipe(speed=True)})
     teacher, student = found.models
     assert teacher.speed is None

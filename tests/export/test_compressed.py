@@ -81,7 +81,7 @@ def export(source: Path, out: Path, python: str | None, method: str) -> Any:
 @pytest.mark.parametrize(
     ("method", "modifiers", "scheme", "group", "rows"),
     [
-        ("gptq", ["GPTQModifier"], "W4A16", 16, 3),
+        pytest.param("gptq", ["GPTQModifier"], "W4A16", 16, 3, marks=pytest.mark.slow),
         ("awq", ["AWQModifier", "QuantizationModifier"], "W4A16", 16, 3),
         ("fp8", ["QuantizationModifier"], "FP8_DYNAMIC", None, None),
     ],

@@ -244,6 +244,14 @@ def stub(
     sys.modules.pop("vllm", None)
 
 
+HERE = pytest.mark.parametrize(
+    "stub",
+    ["this process", pytest.param("another Python", marks=pytest.mark.slow)],
+    indirect=True,
+)
+"""Another Python takes seconds to import transformers."""
+
+
 def write(folder: Path, name: str = "tiny", **changes: Any) -> Path:
     raw = tiny.recipe(folder, name=name, folder=str(folder / "runs" / name), **changes)
     path = folder / f"{name}.yaml"
@@ -284,6 +292,7 @@ def test_a_recipe_records_the_layers_of_its_terms_with_vllm(
     torch.testing.assert_close(bits_NW, same_NW, rtol=2**-6, atol=1e-3)
 
 
+@HERE
 def test_any_encoding_is_recorded_from_hidden_states(tmp_path: Path, stub: dict[str, Any]) -> None:
     top = {"kind": "top_k", "k": 4}
     store = record_signals(write(tmp_path, signals={"encoding": top, "vllm": stub}))
@@ -310,6 +319,7 @@ def test_what_was_recorded_before_vllm_stopped_is_not_read_again(
     assert sum(map(len, told(tmp_path, "read"))) == manifest.segments
 
 
+@HERE
 def test_an_architecture_whose_layers_mean_something_else_is_rejected(
     tmp_path: Path, stub: dict[str, Any]
 ) -> None:
