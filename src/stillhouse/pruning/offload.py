@@ -12,24 +12,22 @@ Models below LARGE_BYTES stay in memory.
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from stillhouse.hardware import hand_back_freed_memory
 from stillhouse.scratch import scratch_place, temporary_disk
 from stillhouse.teachers.activations import decoder_layers
 from stillhouse.teachers.load_model import load_config, load_model
+from stillhouse.teachers.write_by_layer import weights_by_layer, write_by_layer
 
 LARGE_BYTES = 2 << 30
 """Models whose float32 weights are at least this large are offloaded."""
@@ -39,8 +37,10 @@ BLOCK = 1 << 20
 
 def is_large(model: Any) -> bool:
     """Whether the model is on the CPU and too large to be completely in memory."""
-    if model.device.type != "cpu":
-        return False
+    return model.device.type == "cpu" and has_large_weights(model)
+
+
+def has_large_weights(model: Any) -> bool:
     return 4 * sum(parameter.numel() for parameter in model.parameters()) >= LARGE_BYTES
 
 
@@ -59,12 +59,14 @@ def load_offloaded(path: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def offload(module: nn.Module) -> None:
-    """Move a module's parameters to disk, in float32, and release those that are already there.
+    """Move a module's parameters on the CPU to disk, in float32, and release those that are already
+    there.
 
     From then on the allocator returns freed memory to the system.
     """
     for parameter in module.parameters():
-        _map(parameter, _file_of(parameter) or _written(parameter))
+        if parameter.device.type == "cpu":
+            _map(parameter, _file_of(parameter) or _written(parameter))
     hand_back_freed_memory()
 
 
@@ -129,42 +131,19 @@ def _save(model: Any, folder: Path) -> None:
     if not is_large(model):
         model.save_pretrained(folder)
         return
-    parts = _parts(model, model.state_dict().keys())
-    index: dict[str, str] = {}
-    total = 0
-    with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as part_folder:
-        for number, (part, names) in enumerate(parts, 1):
-            part_file = Path(part_folder) / SAFE_WEIGHTS_NAME
-            state = {name: value for name, value in model.state_dict().items() if name in names}
-            # It resolves tied weights, and the names and shapes that weights have in a file.
-            model.save_pretrained(part_folder, state_dict=state, max_shard_size="1TB")
-            del state
-            release(part)
-            name = f"model-{number:05}-of-{len(parts):05}.safetensors"
-            with safe_open(part_file, "pt") as saved:
-                index |= dict.fromkeys(saved.keys(), name)
-            total += part_file.stat().st_size
-            part_file.rename(folder / name)
-        for other in Path(part_folder).iterdir():
-            other.rename(folder / other.name)
-    described = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
-    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(described, indent=2))
+    write_by_layer(model, folder, _layer_after_layer(model))
 
 
-def _parts(model: Any, names: Collection[str]) -> list[tuple[nn.Module, set[str]]]:
-    """Each layer with the names of its weights, and the rest of the model."""
-    layers = {id(layer): layer for layer in decoder_layers(model)}
-    places = {name: layers[id(m)] for name, m in model.named_modules() if id(m) in layers}
-    found = [
-        (layer, {name for name in names if name.startswith(f"{place}.")})
-        for place, layer in places.items()
-    ]
-    return [*found, (model, set(names).difference(*(own for _, own in found)))]
+def _layer_after_layer(model: Any) -> Iterator[dict[str, Tensor]]:
+    """The weights of each part of the model, which is released when the next one is needed."""
+    for part, names in weights_by_layer(model):
+        yield {name: value for name, value in model.state_dict().items() if name in names}
+        release(part)
 
 
 def _file_of(tensor: Tensor) -> str | None:
     """The file that a tensor is mapped from; None if it is in memory or on another device."""
-    return tensor.untyped_storage().filename
+    return tensor.untyped_storage().filename if tensor.device.type == "cpu" else None
 
 
 def _written(parameter: Tensor) -> str:

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from stillhouse.data.batches import Batch, documents_of, positions_of, targets_of
 from stillhouse.data.shift import supervised_rows
+from stillhouse.launch import leads
 from stillhouse.objectives import LossSum, fused_loss, layer_logits_loss, relation_loss
 from stillhouse.objectives.objective_config import ObjectiveRecipe, ObjectiveTerm
+from stillhouse.pruning.offload import has_large_weights
 from stillhouse.signals import DenseSignal, SampledSignal, Signal
 from stillhouse.students.student import Student
 from stillhouse.teachers.activations import (
@@ -31,8 +33,10 @@ from stillhouse.teachers.activations import (
 )
 from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.teacher import Teacher, TeacherView
+from stillhouse.teachers.write_by_layer import weights_by_layer, write_by_layer
 from stillhouse.training.objective import Objective, objective_for
 from stillhouse.training.own_measures import measure_rows
+from stillhouse.training.sharded_checkpoint import gathered_weights
 from stillhouse.training.sharded_weights import read_weights
 
 PROJECTIONS = "distillation_projections.safetensors"
@@ -179,6 +183,22 @@ class Distillation(nn.Module):
         if state is not None:
             state = {n.removeprefix(STUDENT): v for n, v in state.items() if n.startswith(STUDENT)}
         self.student.save_pretrained(folder, state_dict=state)
+
+    def save_sharded_student(self, folder: Path) -> None:
+        """As `save_student`, of sharded weights; those of a large model are gathered and written a
+        layer at a time. Every process must call this; the main process writes."""
+        student = self.student
+        parts = [names for _, names in weights_by_layer(student)]
+        large = has_large_weights(student)
+        weights = gathered_weights(student, parts if large else [set().union(*parts)])
+        if not leads():
+            for _ in weights:
+                pass
+        elif large:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_by_layer(student, folder, weights)
+        else:
+            student.save_pretrained(folder, state_dict=next(weights))
 
     def read_student(self, folder: Path) -> None:
         """Set the student's weights, which are sharded, from a model folder. Every process must

@@ -6,7 +6,7 @@ one process included. A checkpoint of an unsharded training can be loaded into a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+from stillhouse.launch import leads
 
 SHARDED = "sharded"
 """The folder in a checkpoint that has the parts."""
-
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def is_sharded(checkpoint: Path) -> bool:
@@ -76,16 +77,26 @@ def _failures_raised() -> Iterator[None]:
         raise failure from None
 
 
-def complete_weights(module: nn.Module) -> dict[str, Tensor]:
-    """All weights by name, on the CPU of the main process; empty in the others.
+def gathered_weights(
+    model: nn.Module, parts: Iterable[Collection[str]]
+) -> Iterator[dict[str, Tensor]]:
+    """The complete weights of each part of a sharded model, by name, on the CPU of the main
+    process; empty in the others.
 
-    They are gathered one after the other. Of tied weights, only the first name is there. Every
-    process must call this.
+    parts: names of weights; each weight is gathered when its part is needed. Of tied weights, only
+    the first name is there. Every process must use all parts.
     """
-    first = {name for name, _ in module.named_parameters()}
-    again = {name for name, _ in module.named_parameters(remove_duplicate=False)} - first
-    found: dict[str, Any] = get_model_state_dict(module, options=WHOLE)
-    return {name: value for name, value in found.items() if name not in again}
+    first = {name for name, _ in model.named_parameters()}
+    again = {name for name, _ in model.named_parameters(remove_duplicate=False)} - first
+    stored = get_model_state_dict(model)
+    for names in parts:
+        found = {}
+        for name in sorted(set(names) - again):
+            value: Any = stored[name]
+            value = value.full_tensor() if isinstance(value, DTensor) else value
+            if leads():
+                found[name] = value.cpu()
+        yield found
 
 
 def distribute_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:

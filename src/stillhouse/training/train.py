@@ -17,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from stillhouse import account
 from stillhouse.data.batches import Batches
-from stillhouse.errors import ModelError, RecipeError, TrainingError
+from stillhouse.errors import RecipeError, TrainingError
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
 from stillhouse.launch import leads, process_index, world_size
 from stillhouse.objectives.objective_config import ObjectiveRecipe
@@ -25,9 +25,6 @@ from stillhouse.processes import leave_group, lost_process, open_group, shards_i
 from stillhouse.progress import bar, note
 from stillhouse.scratch import temporary_folder
 from stillhouse.students.student import Student
-from stillhouse.teachers.load_model import check_loadable
-from stillhouse.teachers.older_names import save_tokenizer
-from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.teacher import Teacher
 from stillhouse.training import checkpoints
 from stillhouse.training.checkpoints import CHECKPOINTS, Meter, Metrics
@@ -36,6 +33,7 @@ from stillhouse.training.draw_rollouts import rollout_generator
 from stillhouse.training.on_policy import own_text
 from stillhouse.training.own_prompts import OwnPrompts
 from stillhouse.training.resuming import train_from_newest
+from stillhouse.training.save_trained import save_trained
 from stillhouse.training.step_rows import Micro
 from stillhouse.training.train_config import SCHEDULES, TrainRecipe
 from stillhouse.training.trainer import DistillationTrainer
@@ -216,7 +214,7 @@ def train(
         done = trainer.meter()
         student.folder = None
         if folder is not None:
-            _save(trainer, student, folder / MODEL)
+            save_trained(trainer, student, folder / MODEL)
     if plan.processes > 1:
         with lost_process(plan.processes):
             trainer.accelerator.wait_for_everyone()
@@ -280,33 +278,6 @@ def _as_it_came(student: Student) -> Iterator[None]:
         student.model.set_attn_implementation(attention)
         student.model.config.use_cache = use_cache
         student.model.eval()
-
-
-def _save(trainer: DistillationTrainer, student: Student, folder: Path) -> None:
-    """Save the student as a plain model folder; every process must call this.
-
-    Raises TrainingError if weights are missing.
-    """
-    if folder.is_file():  # transformers would only log it
-        raise TrainingError(
-            "there is a file where the folder of the trained model should be",
-            where=folder,
-            fix="move it away, and run the same command again: the checkpoints are kept",
-        )
-    with quiet():
-        trainer.save_model(str(folder))
-    if not leads():
-        return
-    try:
-        check_loadable(folder, trust_remote_code=student.trust_remote_code)
-    except ModelError as error:
-        raise TrainingError(
-            f"the trained model was not saved: {error.what}",
-            where=folder,
-            fix="the checkpoints are kept: run the same command again",
-        ) from error
-    if student.tokenizer is not None:
-        save_tokenizer(student.tokenizer, folder)
 
 
 def _arguments(

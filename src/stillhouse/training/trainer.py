@@ -251,9 +251,8 @@ class DistillationTrainer(ResumingTrainer):
         if not self._sharded:
             super().save_model(str(folder), _internal_call)
         elif not _internal_call:
-            weights = sharded_checkpoint.complete_weights(self._distillation)
-            if self.args.should_save:
-                self._distillation.save_student(folder, weights)
+            release_gathered(self.model)
+            self._distillation.save_sharded_student(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
