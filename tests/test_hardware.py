@@ -119,6 +119,33 @@ def test_freed_memory_is_handed_back_even_after_the_allocator_was_tuned() -> Non
     assert page_faults("handed back") - page_faults("tuned") > PAGES_OF_TWENTY_TENSORS / 2
 
 
+RESIDENT = """
+import psutil, torch
+from stillhouse.hardware import free_memory, tune_allocator
+tune_allocator()
+kept, passing = [], []
+for _ in range(64):
+    passing.append(torch.ones(1 << 20))
+    kept.append(torch.ones(1 << 10))  # so that the heap cannot shrink from its end
+process = psutil.Process()
+peak = process.memory_info().rss
+del passing
+before = process.memory_info().rss
+free_memory()
+print(peak - before, peak - process.memory_info().rss)
+"""
+
+
+@pytest.mark.run
+@pytest.mark.skipif(sys.platform != "linux", reason="malloc_trim is glibc's")
+def test_memory_of_a_stage_is_free_when_the_next_begins() -> None:
+    """256 MiB of tensors that are gone stay resident until the heap is trimmed."""
+    command = [sys.executable, "-c", RESIDENT]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert before < 128 << 20 < after
+
+
 def test_the_allocator_is_unchanged_without_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware.platform, "libc_ver", lambda: ("", ""))
     reason = hardware.tune_allocator()

@@ -120,9 +120,11 @@ def tune_allocator() -> str | None:
 
 
 def free_memory() -> None:
-    """Free what nothing refers to, reference cycles too, and give the GPU's cache back to it, so
-    that other processes find the memory."""
+    """Free what nothing refers to, reference cycles too, and return the GPU's cache and free parts
+    of the heap, so that other processes find the memory."""
     gc.collect()
+    if _has_glibc():
+        ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
@@ -142,9 +144,13 @@ def hand_back_freed_memory() -> str | None:
     return problem
 
 
+def _has_glibc() -> bool:
+    return sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
+
+
 def _set_malloc(*, mapped_from: int, trimmed_from: int) -> str | None:
     """Set glibc's thresholds for allocating a mapping, and for returning free memory."""
-    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+    if not _has_glibc():
         return f"the allocator is not changed: no glibc on this {platform.system()} system"
     libc = ctypes.CDLL(None)
     libc.mallopt.argtypes, libc.mallopt.restype = [ctypes.c_int, ctypes.c_int], ctypes.c_int

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from stillhouse.pruning.calibrate import OwnBatches
 from stillhouse.pruning.correction import (
     HELD_OUT_ONE_IN,
     NOISES,
+    ProjectionRows,
     fit_projection,
     least_squares_change,
 )
 from stillhouse.pruning.ffn import Moments
+from stillhouse.students.pruned_student import MOMENTS
 
 WIDTH, HIDDEN = 24, 5
 
@@ -39,11 +46,13 @@ def rows(count: int, noise: float, seed: int = 0) -> tuple[Tensor, Tensor, Tenso
 def fitted_to(activations: Tensor, error: Tensor | None, weight: Tensor) -> tuple[Moments, Tensor]:
     """By batches of 40 rows."""
     parts = torch.arange(len(activations)).split(40)
-    rows = [
-        (activations[part], None if error is None else error[part], weight[part]) for part in parts
-    ]
-    batches = OwnBatches([], len(parts))
-    return fit_projection(batches, rows, lambda: Moments.zeros(WIDTH, HIDDEN))
+    rows = ProjectionRows(
+        [weight[part] for part in parts],
+        lambda place, part: activations[parts[place]][part],
+        None if error is None else lambda place, part, _: error[parts[place]][part],
+    )
+    moments = Moments.zeros(WIDTH, HIDDEN)
+    return moments, fit_projection(OwnBatches(parts, len(parts)), rows, moments)
 
 
 def squared_error(change: Tensor, activations: Tensor, error: Tensor, weight: Tensor) -> float:
@@ -104,3 +113,47 @@ def test_without_an_error_nothing_is_corrected_and_the_moments_are_of_all_rows()
 def test_too_few_rows_to_hold_any_out_change_nothing() -> None:
     few = (part[: HELD_OUT_ONE_IN - 1] for part in rows(40, noise=0.0))
     assert not fitted_to(*few)[1].any()
+
+
+class Alive(TorchDispatchMode):
+    """Adds up the bytes of tensors that are made inside the block and alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: set[int] = set()
+        self.bytes = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        self.most = max(self.most, self.bytes)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.bytes += size
+            weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.bytes -= size
+
+
+def test_few_matrices_are_in_memory_whatever_the_number_of_batches() -> None:
+    """Of 32 batches, a sum in pairs has six terms in memory."""
+    width = 256
+    batches = [torch.randn(8, width) for _ in range(32)]
+    rows = ProjectionRows(
+        [torch.ones(8)] * 32,
+        lambda place, part: batches[place][part],
+        lambda place, part, _: batches[place][part, :HIDDEN],
+    )
+    with Alive() as alive:
+        moments = Moments.zeros(width, HIDDEN)
+        change = fit_projection(OwnBatches([None] * 32, 32), rows, moments)  # type: ignore[list-item]
+    assert change.any()
+    assert alive.most < 1.1 * MOMENTS * width * width * change.itemsize

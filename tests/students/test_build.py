@@ -11,6 +11,7 @@ import torch
 
 from stillhouse import account
 from stillhouse.errors import ModelError, RecipeError, RunError
+from stillhouse.shared_work import ALONE
 from stillhouse.students import pruned_student as making
 from stillhouse.students.build_student import build_student
 from stillhouse.students.student_config import PretrainedStudent, PrunedStudent, RandomStudent
@@ -59,13 +60,29 @@ def test_pruned(teacher: ModelSource, tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path / "student").chat_template == "{{ messages }}"
 
 
-@pytest.mark.parametrize(("free", "device"), [(10**9, "cuda"), (10**4, "cpu")])
-def test_a_gpu_that_is_too_small_is_not_used(
-    monkeypatch: pytest.MonkeyPatch, free: int, device: str
+@pytest.mark.parametrize(
+    ("short", "importance", "expected"),
+    [
+        (0, "refit", ("cuda", False)),
+        (1, "refit", ("cuda", True)),
+        (1, "gradients", ("cpu", False)),
+        (10**6, "refit", ("cpu", False)),
+    ],
+)
+def test_free_memory_decides_where_a_model_is_pruned(
+    monkeypatch: pytest.MonkeyPatch, short: int, importance: str, expected: tuple[str, bool]
 ) -> None:
+    """short: bytes that are missing for all of the model on the GPU."""
+    model = tiny_model()
+    section = PrunedStudent.model_validate(
+        {"start": "pruned", "ffn_size": 40, "calibration_tokens": 4096, "importance": importance}
+    )
+    streams = 4 * making.STREAMS * 4096 * model.config.hidden_size
+    needed = 4 * model.num_parameters() + streams + making.moment_bytes(model.config)
     monkeypatch.setattr(making, "default_device", lambda: torch.device("cuda", 0))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 10**10))
-    assert making._roomy_device(tiny_model(), 4096, 0).type == device
+    monkeypatch.setattr(making, "free_memory_bytes", lambda _: needed - short)
+    device, by_layer = making.placement(section, model, ALONE)
+    assert (device.type, by_layer) == expected
 
 
 def test_pruned_to_impossible_sizes(teacher: ModelSource, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from stillhouse.errors import RecipeError
 from stillhouse.evaluation.fidelity import ROWS_PER_CHUNK, TOKENS_PER_FORWARD
 from stillhouse.language_model.run_models import RunModels
@@ -32,10 +34,14 @@ from stillhouse.planning.step_memory import (
 )
 from stillhouse.planning.training_step import LIBRARIES_BYTES
 from stillhouse.pruning.offload import LARGE_BYTES
-from stillhouse.students.pruned_student import STREAMS, moment_bytes
+from stillhouse.signals.lm_head import CHUNK_LOGITS
+from stillhouse.students.pruned_student import STREAMS, layers_on_device, moment_bytes
 from stillhouse.students.student_config import PrunedStudent
 from stillhouse.teachers.teacher import Teacher
 from stillhouse.training.train import plan_batches
+
+KL_BUFFERS = 5
+"""Of a chunk's logits in `summed_kl`."""
 
 WINDOW_BYTES = 12
 """A token in the windows: its id, its label and its position."""
@@ -133,13 +139,16 @@ def _training(name: str, models: RunModels, machine: Machine, windows: int) -> S
 def _loaded(step: Step, shard: Shard, *, over: int, here: int) -> dict[str, float]:
     """What a process with a GPU has in the machine's memory: its own copy of the student at first,
     and of teachers that are not sharded. Of a sharded student it reads its part of a weight at a
-    time; of the `here` processes of the first node, one gathers the trained weights to save them.
+    time; of the `here` processes of the first node, one gathers the trained weights to save them,
+    those of a large model a layer at a time.
     """
     size = step.student.size
     host = {"student": float(WIDE * size.parameters), "libraries": LIBRARIES_BYTES}
     frozen = step.student.trained < size.parameters  # its head is read by every process
     if shard in ("student", "both") and not frozen:
-        host["student"] = WIDE * size.ends / over + step.weights * size.parameters / here
+        large = WIDE * size.parameters >= LARGE_BYTES
+        gathered = max(size.layer, size.ends) if large else size.parameters
+        host["student"] = WIDE * size.ends / over + step.weights * gathered / here
     if shard in ("none", "student"):
         host["teachers"] = float(
             step.compute * sum(teacher.size.parameters for teacher in step.teachers)
@@ -159,26 +168,42 @@ def _student(models: RunModels, machine: Machine) -> StageEstimate:
     start = config_size(models.start)
     weights = float(WIDE * start.parameters)
     own = -(-section.calibration_tokens // machine.processes)
+    logits = min(CHUNK_LOGITS, start.hidden // 2 * start.vocabulary)
     work = {
         "calibration": float(WIDE * STREAMS * own * start.hidden),
-        "moments": float(moment_bytes(models.start, own)),
+        "moments": float(moment_bytes(models.start)),
+        "logits": float(KL_BUFFERS * WIDE * logits),
     }
     parts = {"weights": weights, **work, "libraries": LIBRARIES_BYTES}
-    estimate = StageEstimate(
-        models.stage("student"), Memory("", {}), processes=machine.processes, disk=disk
-    )
-    needed = weights + sum(work.values()) + CONTEXT_BYTES
-    if machine.device == "cuda" and needed <= machine.memory:
-        on_gpu = {"weights": weights, **work, "context": CONTEXT_BYTES}
-        return replace(estimate, memory=Memory("pruning", on_gpu, host=parts))
     scratch = 0.0
     if weights >= LARGE_BYTES:
         parts["weights"] = float(WIDE * (2 * start.layer + start.ends))
         scratch = weights * machine.processes
-    memory = Memory("pruning", {}, host=parts)
-    if machine.device == "cpu":
-        memory = Memory("pruning", parts)
-    return replace(estimate, memory=memory, scratch=scratch, note="on the CPU")
+    else:
+        # Pages of both checkpoints stay until the end, and so do gaps between the cut weights.
+        ends_stay = section.hidden_size is None and section.vocabulary is None
+        cut = size.parameters - (size.ends if ends_stay else 0)
+        parts |= {"cut weights": float(WIDE * cut), "saved student": float(WIDE * size.parameters)}
+        parts["heap"] = sum(work.values())
+    memory, note = Memory("pruning", parts), "on the CPU"
+    if machine.device == "cuda":
+        memory = Memory("pruning", {}, host=parts)
+        ways = {"": weights}
+        if (copies := layers_on_device(section)) is not None:
+            ways["a layer at a time"] = float(WIDE * (copies * start.layer + start.ends))
+        for text, there in ways.items():
+            on_gpu = {"weights": there, **work, "context": CONTEXT_BYTES}
+            if sum(on_gpu.values()) <= machine.memory:
+                memory, note = Memory("pruning", on_gpu, host=parts), text
+                break
+    return StageEstimate(
+        models.stage("student"),
+        memory,
+        processes=machine.processes,
+        disk=disk,
+        scratch=scratch,
+        note=note,
+    )
 
 
 def _signals(models: RunModels, machine: Machine, tokens: int) -> StageEstimate:
@@ -251,6 +276,14 @@ def _evaluation(models: RunModels, machine: Machine) -> StageEstimate:
         alone = _alone(models.student, windows, models, machine)
     alone["heads and logits"] = _heads_and_logits(teacher, student)
     phases, text = [Memory("fidelity", alone)], ""
+    if machine.device == "cpu":
+        if runs_teacher:
+            dtype = str(getattr(models.teacher, "dtype", None) or torch.float32)
+            stored = getattr(torch, dtype.removeprefix("torch.")).itemsize
+            phases.append(_loading(teacher, stored, compute))
+        trained = getattr(torch, recipe.train.weights).itemsize
+        heads = alone["heads and logits"]
+        phases.append(_loading(student, trained, compute).plus("heads and logits", heads))
     if recipe.evaluate.speed:
         sharded = run_shard(models, machine) in ("teacher", "both")  # its speed is not measured
         models_together = students * student.parameters + (0 if sharded else teacher.parameters)
@@ -272,6 +305,15 @@ def _evaluation(models: RunModels, machine: Machine) -> StageEstimate:
     )
     fits = memory.fits(machine.memory)
     return estimate if fits else replace(estimate, fix="set train.shard: both")
+
+
+def _loading(size: ModelSize, stored: int, compute: int) -> Memory:
+    """Of a model while the pages of its files are in memory. stored, compute: bytes of a weight in
+    the files and in products; files with weights that stay as they are, are the weights."""
+    parts = {"weights": float(compute * size.parameters), "libraries": LIBRARIES_BYTES}
+    if stored != compute:
+        parts["checkpoint"] = float(stored * size.parameters)
+    return Memory("loading", parts)
 
 
 def _quantization(models: RunModels, machine: Machine) -> StageEstimate:

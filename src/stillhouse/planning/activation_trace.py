@@ -8,6 +8,7 @@ code, whichever it is.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import weakref
 from dataclasses import dataclass
@@ -108,7 +109,8 @@ def _trace(
     inference: bool,
     keep_casts: bool,
 ) -> ActivationSizes:
-    model = AutoModelForCausalLM.from_config(config, dtype=weights)
+    own = copy.deepcopy(config)  # `dtype` is written to it
+    model = AutoModelForCausalLM.from_config(own, dtype=weights)
     model.train(not inference)
     use_short_attention(model, context, torch.device(device))
     if checkpointing:

@@ -32,11 +32,14 @@ MOMENTS_8BIT = 2 + 2 * 4 / 256
 """The same in 8 bits, with a float32 scale for each block of 256."""
 GATHERED_BLOCKS = 2
 """A block that is computed, and the next one, which is gathered meanwhile."""
-HEAP_SHARE = 0.4
-"""On a CPU, what the C library's heap takes beside what a step allocates and frees: blocks of many
-sizes leave gaps (bench/plan)."""
-PASSING = ("gradients", "activations", "copies of weights", "loss")
-"""Parts that each step allocates and frees."""
+GRADIENT_GAPS = 1.8
+"""On a CPU, gaps between blocks of the C library's heap, by the bytes of all gradients: these and
+AdamW's moments take room that activations had, which then need other room. Fitted with the next
+one to four runs (bench/plan)."""
+PASSING_GAPS = 0.16
+"""The same, by the bytes of what passes."""
+PASSING = ("activations", "copies of weights", "loss")
+"""Parts that each micro-batch allocates and frees."""
 CONTEXT_BYTES = 1.5e9
 """CUDA's context, the workspaces of cuBLAS and the buffers of NCCL."""
 MARGIN = 0.1
@@ -111,8 +114,8 @@ class Step:
     a number of the student's weights, where they are sharded and gathered. accumulates:
     whether gradients of several micro-batches are added up. moments: bytes of the optimizer's state
     of a parameter. weights: bytes of a weight, and of its gradient. context: bytes that a process
-    takes before there is a model. offload: the teachers' weights are in the machine's memory, and
-    gathered on the device.
+    takes before there is a model. gaps: whether the allocator is the C library's, which leaves
+    some. offload: the teachers' weights are in the machine's memory, and gathered on the device.
     """
 
     student: TrainedModel
@@ -124,7 +127,7 @@ class Step:
     moments: float = MOMENTS
     weights: int = WIDE
     context: float = CONTEXT_BYTES
-    heap: float = 0.0
+    gaps: bool = False
     offload: bool = False
 
 
@@ -144,7 +147,10 @@ def training_phases(step: Step, shard: Shard, *, over: int, processes: int) -> l
         host["teacher"] = step.compute * _parameters(step.teachers) / teacher
     phases = []
     for name, parts in _phases(step, student, teacher, processes).items():
-        parts["heap"] = step.heap * sum(parts.get(part, 0) for part in PASSING)
+        if step.gaps:
+            passing = sum(parts.get(part, 0) for part in PASSING)
+            gradients = step.weights * step.student.trained / student
+            parts["heap"] = GRADIENT_GAPS * gradients + PASSING_GAPS * passing
         phases.append(
             Memory(name, {part: bytes_ for part, bytes_ in parts.items() if bytes_}, host)
         )

@@ -13,7 +13,6 @@ from stillhouse.planning.loss_memory import loss_sizes
 from stillhouse.planning.model_size import config_size
 from stillhouse.planning.step_memory import (
     CONTEXT_BYTES,
-    HEAP_SHARE,
     MOMENTS,
     LiveTeacher,
     Step,
@@ -93,6 +92,6 @@ def training_step(
         moments=moments,
         weights=weights.itemsize,
         context=CONTEXT_BYTES if device == "cuda" else LIBRARIES_BYTES,
-        heap=0.0 if device == "cuda" else HEAP_SHARE,
+        gaps=device == "cpu",
         offload=offload,
     )

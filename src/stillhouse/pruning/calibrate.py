@@ -295,3 +295,16 @@ class Streams:
             values[batch.counted_RL].float()
             for values, batch in zip(stream, self.batches, strict=True)
         ]
+
+    def row_weights(self, stream: Stream) -> list[Tensor]:
+        """`row_weight` of every batch."""
+        return [row_weight(x, batch) for x, batch in zip(stream, self.batches, strict=True)]
+
+
+def row_weight(stream_RLD: Tensor, batch: Batch) -> Tensor:
+    """1 / rms of the counted rows [N]: the next norm divides by it, so that only relative errors
+    matter.
+
+    It also keeps a few tokens of huge norm (attention sinks) from dominating the refit.
+    """
+    return stream_RLD[batch.counted_RL].square().mean(-1).clamp_min(1e-12).rsqrt()

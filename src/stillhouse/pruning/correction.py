@@ -27,7 +27,9 @@ them 0.583.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -50,65 +52,96 @@ LARGEST_SHARE = 0.5
 HELD_OUT_ONE_IN = 8
 """One in this many rows is held out: the last ones of every batch, which are complete windows."""
 
-Rows = tuple[Tensor, Tensor | None, Tensor]
-"""Activations [N, F] of a batch, error [N, D] and weights [N]. The error is None if a change of the
-projection cannot correct it."""
+Part = Callable[[int], slice]
+"""Some of a batch's rows, by the batch's place among those of this process."""
 
 
-def fit_projection(
-    batches: OwnBatches, rows: Iterable[Rows], zeros: Callable[[], Moments]
-) -> tuple[Moments, Tensor]:
-    """The moments of all rows, and the change [D, F] that the held-out rows confirm.
+@dataclass(frozen=True)
+class ProjectionRows:
+    """The rows that a projection reads in each batch of this process.
 
-    rows: of each of the batches, weighted. zeros: returns moments without rows.
+    They are computed at each use: those of all batches would take more memory than the layer.
+    weights: [N] of each batch. read(place, part): activations [n, F] of a part of a batch.
+    error(place, part, activations): the error [n, D] of the stream behind the projection; None if
+    a change of the projection cannot correct it.
     """
-    held: list[Rows] = []
 
-    def fitted() -> Iterator[list[Tensor]]:
-        for activations_NF, error_ND, weight_N in rows:
-            border = len(activations_NF) - len(activations_NF) // HELD_OUT_ONE_IN
-            last_error = None if error_ND is None else error_ND[border:].clone()
-            held.append((activations_NF[border:].clone(), last_error, weight_N[border:]))
-            first_error = None if error_ND is None else error_ND[:border]
-            yield added(activations_NF[:border], first_error, weight_N[:border])
+    weights: Sequence[Tensor]
+    read: Callable[[int, slice], Tensor]
+    error: Callable[[int, slice, Tensor], Tensor] | None
 
-    def added(activations_NF: Tensor, error_ND: Tensor | None, weight_N: Tensor) -> list[Tensor]:
-        moments = zeros()
-        moments.add(activations_NF, error_ND, weight_N)
-        return [*moments.tensors(), _count(activations_NF)]
+    def fitted(self, place: int) -> slice:
+        return slice(0, self._border(place))
 
-    def summed(terms: Iterable[list[Tensor]]) -> tuple[Moments, float]:
-        *tensors, rows_ = batches.sum(terms, lambda: [*zeros().tensors(), _count(())])
-        return Moments(*tensors), float(rows_)
+    def held_out(self, place: int) -> slice:
+        return slice(self._border(place), len(self.weights[place]))
 
-    moments, fitted_rows = summed(fitted())
+    def _border(self, place: int) -> int:
+        count = len(self.weights[place])
+        return count - count // HELD_OUT_ONE_IN
+
+    def weighted(self, place: int, part: slice) -> Tensor:
+        """Activations [n, F], weighted."""
+        return self.read(place, part) * self.weights[place][part, None]
+
+    def with_error(self, place: int, part: slice) -> tuple[Tensor, Tensor]:
+        """Activations [n, F] and error [n, D], both weighted."""
+        assert self.error is not None
+        read_nF, weight_n1 = self.read(place, part), self.weights[place][part, None]
+        error_nD = self.error(place, part, read_nF)
+        return read_nF * weight_n1, error_nD * weight_n1
+
+
+def fit_projection(batches: OwnBatches, rows: ProjectionRows, moments: Moments) -> Tensor:
+    """The change [D, F] that the held-out rows confirm. moments: those of all rows are added."""
     width = len(moments.C_FF)
-    confirming = (0 if error_ND is None else len(error_ND) for _, error_ND, _ in held)
-    (confirmed,) = batches.sum_values(((rows,) for rows in confirming), 1)
+    add_rows(moments, batches, rows, rows.fitted)
+    held = [rows.held_out(place) for place in range(len(batches))]
+    counts = (
+        (float(len(w)), float(h.stop - h.start)) for w, h in zip(rows.weights, held, strict=True)
+    )
+    total, held_rows = batches.sum_values(counts, 2)
     noise = share = gain = 0.0
-    for tried in NOISES if confirmed else ():
-        change_DF = least_squares_change(moments, tried * width / max(1.0, fitted_rows))
-        found = confirmed_share(batches, (_undone(one, change_DF) for one in held))
+    for tried in NOISES if rows.error is not None and held_rows else ():
+        change_DF = least_squares_change(moments, tried * width / max(1.0, total - held_rows))
+        parts = (rows.with_error(place, part) for place, part in enumerate(held))
+        found = confirmed_share(batches, ((a_nF @ change_DF.T, e_nD) for a_nF, e_nD in parts))
         if found[1] > gain:
             noise, (share, gain) = tried, found
-    more, held_rows = summed(added(*one) for one in held)
-    for tensor, other in zip(moments.tensors(), more.tensors(), strict=True):
-        tensor += other
+    add_rows(moments, batches, rows, rows.held_out)
     if gain <= 0.0:
-        return moments, torch.zeros_like(moments.B_DF)
-    ridge = noise * width / (fitted_rows + held_rows)
-    return moments, share * least_squares_change(moments, ridge)
+        return torch.zeros_like(moments.B_DF)
+    return share * least_squares_change(moments, noise * width / total)
 
 
-def _count(rows: Sized) -> Tensor:
-    return torch.tensor(float(len(rows)), dtype=torch.float64)
+def add_rows(moments: Moments, batches: OwnBatches, rows: ProjectionRows, part: Part) -> None:
+    """Add a part of each batch of all processes to the moments.
+
+    C is summed one block of its rows after the other: a sum keeps several terms in memory (see
+    `Processes.sum`), and for a wide FFN each complete one would have a layer's size.
+    """
+    places = range(len(batches))
+    if rows.error is not None:
+        errors = (rows.with_error(place, part(place)) for place in places)
+        terms = ([error_nD.T @ read_nF] for read_nF, error_nD in errors)
+        (B_DF,) = batches.sum(terms, lambda: [torch.zeros_like(moments.B_DF)])
+        moments.B_DF += B_DF
+        del B_DF
+    if moments.absolute_F is not None:
+        sizes = ([rows.weighted(place, part(place)).abs().sum(0)] for place in places)
+        zeros_F = torch.zeros_like(moments.absolute_F)
+        (absolute_F,) = batches.sum(sizes, lambda: [zeros_F.clone()])
+        moments.absolute_F += absolute_F
+    for block in moments.blocks():
+        sums_bF = moments.C_FF[block, block.start :]
+        weighted = (rows.weighted(place, part(place)) for place in places)
+        products = ([read_nF[:, block].T @ read_nF[:, block.start :]] for read_nF in weighted)
+        (more_bF,) = batches.sum(products, partial(_zeros_like, sums_bF))
+        sums_bF += more_bF
 
 
-def _undone(rows: Rows, change_DF: Tensor) -> tuple[Tensor, Tensor]:
-    """What a change corrects, and the error, both weighted."""
-    activations_NF, error_ND, weight_N = rows
-    assert error_ND is not None
-    return (activations_NF @ change_DF.T) * weight_N[:, None], error_ND * weight_N[:, None]
+def _zeros_like(tensor: Tensor) -> list[Tensor]:
+    return [torch.zeros_like(tensor, memory_format=torch.contiguous_format)]
 
 
 def confirmed_share(

@@ -68,15 +68,19 @@ class Moments:
     def add(self, activations_NF: Tensor, error_ND: Tensor | None, weight_N: Tensor) -> None:
         """Add rows; each row's squared error counts weight² times."""
         weighted_NF = activations_NF * weight_N[:, None]
-        # C is symmetric: blocks on and above the diagonal suffice, at 5/8 of the work.
-        width = -(-len(self.C_FF) // SYMMETRIC_BLOCKS)
-        for start in range(0, len(self.C_FF), width):
-            block = slice(start, start + width)
-            self.C_FF[block, start:].addmm_(weighted_NF[:, block].T, weighted_NF[:, start:])
+        for block in self.blocks():
+            read_Nb, read_Nf = weighted_NF[:, block], weighted_NF[:, block.start :]
+            self.C_FF[block, block.start :].addmm_(read_Nb.T, read_Nf)
         if self.absolute_F is not None:
             self.absolute_F += weighted_NF.abs().sum(0)
         if error_ND is not None:
             self.B_DF.addmm_((error_ND * weight_N[:, None]).T, weighted_NF)
+
+    def blocks(self) -> list[slice]:
+        """Rows of C whose sums are taken together, from their first column on: C is symmetric, and
+        with blocks on and above the diagonal there is 5/8 of the work."""
+        width = -(-len(self.C_FF) // SYMMETRIC_BLOCKS)
+        return [slice(start, start + width) for start in range(0, len(self.C_FF), width)]
 
     def tensors(self) -> list[Tensor]:
         """What `Moments(*tensors)` is made of; sums of them are moments of all rows."""
@@ -91,9 +95,8 @@ class Moments:
     def symmetric(self) -> Tensor:
         """The full matrix C. (Sums are accumulated on and above the diagonal.)"""
         full_FF = self.C_FF.triu()
-        width = -(-len(full_FF) // SYMMETRIC_BLOCKS)
-        for start in range(0, len(full_FF), width):
-            block, after = slice(start, start + width), slice(start + width, None)
+        for block in self.blocks():
+            after = slice(block.stop, None)
             full_FF[after, block] = full_FF[block, after].T
             corner = full_FF[block, block]
             corner += corner.triu(1).T

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from stillhouse.pruning.axes import Axes, part
 from stillhouse.pruning.calibrate import OwnBatches, Stream, Streams
 from stillhouse.pruning.ffn import RIDGE, Moments, best, refit_and_remove, regularized_inverse
+from stillhouse.pruning.layer_streaming import on_device
 from stillhouse.pruning.offload import release
 from stillhouse.pruning.surgery import set_parameter, set_weight
 from stillhouse.shared_work import Processes
@@ -163,22 +164,25 @@ def measure_stream(streams: Streams, kept_layers: Sequence[int], head_DD: Tensor
     moments = StreamMoments(zeros, zeros.clone())
     stream = streams.start()
     for index, layer in enumerate(streams.layers):
-        mids = streams.after_attention(layer, index, stream)
-        if index in kept_layers:
-            for name, values, readers in (
-                (axes.attention_input_norm, stream, attention_readers(layer, axes)),
-                (axes.ffn_input_norm, mids, ffn_readers(layer, axes)),
-            ):
-                read_norm = part(layer, name)
-                moments.add(
-                    streams.batches,
-                    [unit_rows(read_norm, x_ND) for x_ND in streams.rows(values)],
-                    [
-                        _scaled(gram(getattr(module, weight).reshape(-1, hidden)), read_norm, axes)
-                        for module, weight in readers
-                    ],
-                )
-        stream = streams.after_ffn(layer, mids)
+        with on_device(layer, streams.model.device):
+            mids = streams.after_attention(layer, index, stream)
+            if index in kept_layers:
+                for name, values, readers in (
+                    (axes.attention_input_norm, stream, attention_readers(layer, axes)),
+                    (axes.ffn_input_norm, mids, ffn_readers(layer, axes)),
+                ):
+                    read_norm = part(layer, name)
+                    moments.add(
+                        streams.batches,
+                        [unit_rows(read_norm, x_ND) for x_ND in streams.rows(values)],
+                        [
+                            _scaled(
+                                gram(getattr(module, weight).reshape(-1, hidden)), read_norm, axes
+                            )
+                            for module, weight in readers
+                        ],
+                    )
+            stream = streams.after_ffn(layer, mids)
         release(layer)
     last = [unit_rows(norm, x_ND) for x_ND in streams.rows(stream)]
     moments.add(streams.batches, last, [_scaled(head_DD, norm, axes)])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from stillhouse.pruning.heads import Grouping
 from stillhouse.pruning.offload import is_large, released_after_use
 from stillhouse.pruning.sizes import keep_config_layers
 from stillhouse.teachers.activations import decoder_layers
-from stillhouse.teachers.load_model import load_model
+from stillhouse.teachers.load_model import check_finite, load_model
 from stillhouse.teachers.quiet import quiet
 
 
@@ -181,11 +182,14 @@ def check_saved(model: Any, folder: Path, input_ids_RL: Tensor) -> None:
     with quiet():
         with released_after_use(model):
             expected = model(input_ids=input_ids_RL, use_cache=False).logits
-        loaded = load_model(folder, dtype=torch.float32)
-        if is_large(loaded):
+        large = is_large(model)
+        loaded = load_model(folder, dtype=torch.float32, finite=not large)
+        if large:
             for layer in decoder_layers(loaded):
-                layer.register_forward_hook(_drop_weights)
+                layer.register_forward_hook(partial(_checked_and_dropped, folder))
         found = loaded(input_ids=input_ids_RL, use_cache=False).logits
+        if large:
+            check_finite(loaded, folder)
     error = (found - expected).abs().max().item() / max(expected.abs().max().item(), 1e-6)
     if not error <= 1e-5:
         raise ModelError(
@@ -195,8 +199,9 @@ def check_saved(model: Any, folder: Path, input_ids_RL: Tensor) -> None:
         )
 
 
-def _drop_weights(layer: nn.Module, *_: object) -> None:
+def _checked_and_dropped(folder: Path, layer: nn.Module, *_: object) -> None:
     """A hook: a layer that is used once need not stay in memory."""
+    check_finite(layer, folder)
     layer.to("meta")
 
 

@@ -24,7 +24,6 @@ from stillhouse.progress import bar
 from stillhouse.pruning import hidden
 from stillhouse.pruning.axes import Axes, part
 from stillhouse.pruning.calibrate import (
-    Batch,
     OwnBatches,
     Stream,
     Streams,
@@ -34,8 +33,14 @@ from stillhouse.pruning.calibrate import (
     inputs_of,
     layer_inputs,
     products,
+    row_weight,
 )
-from stillhouse.pruning.correction import channel_gains, fit_projection, scale_ffn_output
+from stillhouse.pruning.correction import (
+    ProjectionRows,
+    channel_gains,
+    fit_projection,
+    scale_ffn_output,
+)
 from stillhouse.pruning.experts import RoutedRows, best_experts, narrow_experts
 from stillhouse.pruning.ffn import (
     Moments,
@@ -45,6 +50,7 @@ from stillhouse.pruning.ffn import (
     refit_to,
 )
 from stillhouse.pruning.heads import Grouping, heads_by_score, refit_and_remove_heads
+from stillhouse.pruning.layer_streaming import on_device
 from stillhouse.pruning.local_distillation import distill_block
 from stillhouse.pruning.offload import is_offloaded, offload, release_ends
 from stillhouse.pruning.sizes import HiddenMethod, Sizes
@@ -160,30 +166,37 @@ class _Cutter:
         narrow = self._projected(full)
         with bar("Cutting the layers", tokens * len(layers)) as advance:
             for index, layer in enumerate(layers):
-                # The full stream is computed before the layer's weights are cut.
-                if passages is not None and index < len(passages):
-                    passage = passages[index]
-                else:
-                    passage = self._run_full(index, full)
-                    if passages is not None:
-                        passages.append(passage)
-                if index in self.kept_layers:
-                    target, before = passage.after, narrow
-                    following = [kept for kept in self.kept_layers if kept > index]
-                    for dropped in range(index + 1, min(following, default=len(layers))):
-                        mids = streams.after_attention(layers[dropped], dropped, target)
-                        target = streams.after_ffn(layers[dropped], mids)
-                    target = self._projected(target)
-                    narrow = self._cut_layer(index, passage, narrow, target)
-                    if self.local_tokens:
-                        tokens_ = self.local_tokens
-                        gains.append(distill_block(streams, index, before, target, tokens_))
-                        narrow = streams.after_layer(index, before)
+                kept = index in self.kept_layers
+                with on_device(layer, streams.model.device, changed=kept):
+                    # The full stream is computed before the layer's weights are cut.
+                    if passages is not None and index < len(passages):
+                        passage = passages[index]
+                    else:
+                        passage = self._run_full(index, full)
+                        if passages is not None:
+                            passages.append(passage)
+                    if kept:
+                        target, before = self._target(index, passage), narrow
+                        narrow = self._cut_layer(index, passage, narrow, target)
+                        if self.local_tokens:
+                            tokens_ = self.local_tokens
+                            gains.append(distill_block(streams, index, before, target, tokens_))
+                            narrow = streams.after_layer(index, before)
                 if offloaded:
                     offload(layer)
                 full = passage.after
                 advance(tokens)
         return full, narrow, gains
+
+    def _target(self, index: int, passage: Passage) -> Stream:
+        """The full stream after a layer and the dropped ones that follow it, projected."""
+        streams, layers, target = self.streams, self.streams.layers, passage.after
+        following = [kept for kept in self.kept_layers if kept > index]
+        for dropped in range(index + 1, min(following, default=len(layers))):
+            with on_device(layers[dropped], streams.model.device):
+                mids = streams.after_attention(layers[dropped], dropped, target)
+                target = streams.after_ffn(layers[dropped], mids)
+        return self._projected(target)
 
     def _projected(self, stream: Stream) -> Stream:
         return stream if self.basis is None else [self.basis.project(x_RLD) for x_RLD in stream]
@@ -259,7 +272,7 @@ class _Cutter:
                 moments = zeros()
                 # No error: the down projection after it corrects what there is (docs/pruning.md).
                 read_NA = heads_RLA[batch.counted_RL].float()
-                moments.add(read_NA, None, _row_weight(target_RLD, batch))
+                moments.add(read_NA, None, row_weight(target_RLD, batch))
                 yield moments.tensors()
 
         def cut() -> list[Tensor]:
@@ -302,11 +315,7 @@ class _Cutter:
     def _cut_mixture(self, layer: nn.Module, mids: Stream, target: Stream) -> Stream:
         """Cut one layer's experts; returns the cut stream after it."""
         streams, axes, after = self.streams, self.streams.axes, self.after
-        weights = [
-            _row_weight(target_RLD, batch)
-            for target_RLD, batch in zip(target, streams.batches, strict=True)
-        ]
-        rows = RoutedRows(streams.batches, streams.rows(mids), weights)
+        rows = RoutedRows(streams.batches, streams.rows(mids), streams.row_weights(target))
         if after.experts != self.before.experts:
             assert after.experts is not None
             keep_experts(layer, axes, best_experts(layer, axes, rows, after.experts))
@@ -321,20 +330,23 @@ class _Cutter:
         ranking, keep = self.ranking, self.after.ffn_size
         down = part(layer, f"{axes.ffn}.{axes.down}")
         width, ffn = down.weight.shape
-        mean = ranking.aggregation == "mean"
-        activations: list[Tensor] = []
+        with products(streams.model, streams.dtype):
+            activations = [ffn_activations(layer, axes, mid_RLD) for mid_RLD in mids]
 
-        def rows() -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-            for batch, mid_RLD, target_RLD in zip(streams.batches, mids, target, strict=True):
-                with products(streams.model, streams.dtype):
-                    activations.append(ffn_activations(layer, axes, mid_RLD))
-                read_NF = activations[-1][batch.counted_RL].float()
-                error_ND = None
-                # A norm after the FFN is not linear, so each layer is then refit to its own output.
-                if self.reconstruct and axes.ffn_output_norm is None:
-                    wrote_ND = nn.functional.linear(read_NF, down.weight, down.bias)
-                    error_ND = (target_RLD - mid_RLD)[batch.counted_RL] - wrote_ND
-                yield read_NF, error_ND, _row_weight(target_RLD, batch)
+        def read(place: int, part: slice) -> Tensor:
+            return activations[place][streams.batches[place].counted_RL][part].float()
+
+        def error(place: int, part: slice, read_nF: Tensor) -> Tensor:
+            missing_RLD = target[place] - mids[place]
+            missing_nD = missing_RLD[streams.batches[place].counted_RL][part]
+            return missing_nD - nn.functional.linear(read_nF, down.weight, down.bias)
+
+        # A norm after the FFN is not linear, so each layer is then refit to its own output.
+        refit = self.reconstruct and axes.ffn_output_norm is None
+        rows = ProjectionRows(streams.row_weights(target), read, error if refit else None)
+        mean = ranking.aggregation == "mean"
+        moments = Moments.zeros(ffn, width, down.weight.device, absolute=mean)
+        change_DF = fit_projection(streams.batches, rows, moments)
 
         def cut() -> Sequence[Tensor]:
             weight_DF = down.weight + change_DF
@@ -343,11 +355,6 @@ class _Cutter:
             score_F = None if ranking.fisher is None else ranking.fisher.neurons[index]
             return choose_and_refit(weight_DF, moments, keep, ranking, self.reconstruct, score_F)
 
-        moments, change_DF = fit_projection(
-            streams.batches,
-            rows(),
-            partial(Moments.zeros, ffn, width, down.weight.device, absolute=mean),
-        )
         kept_K, down_DK = streams.batches.processes.from_owner(
             0,
             cut,
@@ -375,7 +382,7 @@ class _Cutter:
         for batch, mid_RLD, after_RLD, target_RLD in zip(
             self.streams.batches, mids, after, target, strict=True
         ):
-            counted, weight_N1 = batch.counted_RL, _row_weight(target_RLD, batch)[:, None]
+            counted, weight_N1 = batch.counted_RL, row_weight(target_RLD, batch)[:, None]
             wrote_ND = (after_RLD - mid_RLD)[counted].float() * weight_N1
             rows.append((wrote_ND, (target_RLD - after_RLD)[counted].float() * weight_N1))
         zeros_D = torch.zeros(self.stream_width, device=self.streams.model.device)
@@ -385,11 +392,3 @@ class _Cutter:
             mid_RLD + gain_D * (after_RLD - mid_RLD)
             for mid_RLD, after_RLD in zip(mids, after, strict=True)
         ]
-
-
-def _row_weight(target_RLD: Tensor, batch: Batch) -> Tensor:
-    """1 / rms of the stream: the next norm divides by it, so that only relative errors matter.
-
-    It also keeps a few tokens of huge norm (attention sinks) from dominating the refit.
-    """
-    return target_RLD[batch.counted_RL].square().mean(-1).clamp_min(1e-12).rsqrt()

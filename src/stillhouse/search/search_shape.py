@@ -36,7 +36,7 @@ from stillhouse.search.shape_costs import Costs, costs_of
 from stillhouse.search.short_training import distill_shortly
 from stillhouse.search.trial_log import Journal
 from stillhouse.shared_work import ALONE, Processes
-from stillhouse.students.pruned_student import method_of
+from stillhouse.students.pruned_student import method_of, placed
 from stillhouse.students.student_config import PrunedStudent
 from stillhouse.teachers.load_model import load_config, load_model
 from stillhouse.teachers.packed_attention import use_attention
@@ -211,10 +211,9 @@ class _Work:
         return heldout, training
 
     def _load(self, path: Path) -> Any:
-        setting = self.setting
         free_memory()
-        code = setting.trust_remote_code
-        return load_offloaded(path, trust_remote_code=code).to(setting.device)
+        model = load_offloaded(path, trust_remote_code=self.setting.trust_remote_code)
+        return placed(model, self.setting.section, self.setting.device)
 
     def _measure(self, model: Any) -> float:
         with released_after_use(model):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,11 +15,12 @@ from torch import Tensor
 from stillhouse.account import count_flops, count_parameters
 from stillhouse.data.windows import WindowSet
 from stillhouse.errors import RecipeError
-from stillhouse.hardware import choose_precision, default_device
+from stillhouse.hardware import choose_precision, default_device, free_memory_bytes
 from stillhouse.progress import note
-from stillhouse.pruning.calibrate import BATCH_TOKENS, unseen
+from stillhouse.pruning.calibrate import unseen
 from stillhouse.pruning.domain import Domain, read_text
 from stillhouse.pruning.kept_tokens import prune_tokenizer
+from stillhouse.pruning.layer_streaming import stream_layers, streamed
 from stillhouse.pruning.offload import released_after_use
 from stillhouse.pruning.prune import prune_model
 from stillhouse.pruning.pruning_config import PruningMethod, VocabularyFile
@@ -29,6 +30,7 @@ from stillhouse.pruning.sizes import Sizes, check_sizes, sizes_of
 from stillhouse.pruning.vocabulary_cut import expected_tokens, kept_token_ids
 from stillhouse.shared_work import ALONE, Processes
 from stillhouse.students.student_config import PrunedStudent
+from stillhouse.teachers.activations import decoder_layers
 
 Summary = dict[str, Any]
 
@@ -37,8 +39,17 @@ STREAMS = 16
 streams in a few places, and the activations of the FFN."""
 
 MOMENTS = 4
-"""Matrices as large as an FFN's second moments that are in memory at once: a batch's, the sum, its
-inverse, and one more while they are made."""
+"""Matrices as large as an FFN's second moments that are in memory at once: the sum and the terms
+that are added to it, or the sum, its inverse and what both are computed from."""
+
+CUT_LAYER = 2
+"""A layer's weights, and those that it is cut to."""
+
+TRAINED_LAYER = 4
+"""What training a layer takes beside its weights: gradients, two moments, and the old weights."""
+
+WIDE = 4
+"""Bytes of float32."""
 
 SERVED_BYTES = 2
 """Bytes per parameter for a target in bytes: bfloat16."""
@@ -81,29 +92,20 @@ def prune_to(
             fix="search first (search.search_shape), as `stillhouse run` does",
         )
     explicit_sizes(section, model.config)
-    tokens = -(-section.calibration_tokens // processes.count)
-    device = _roomy_device(model, tokens, moment_bytes(model.config, tokens))
+    device, by_layer = placement(section, model, processes)
     precision = choose_precision("auto", device)
     if processes.leads:
-        note(f"Pruning on {device} with products in {precision.reason}")
-    model.to(device)
-    with count_flops() as counted:
-        expect = partial(
-            expected_tokens,
-            model,
-            windows,
-            section.calibration_tokens,
-            seed,
-            precision.dtype,
-            processes,
-        )
+        where = f"{device}, a layer at a time," if by_layer else f"{device}"
+        note(f"Pruning on {where} with products in {precision.reason}")
+    dtype, calibration = precision.dtype, section.calibration_tokens
+    with count_flops() as counted, (streamed if by_layer else _moved)(model, device):
+        expect = partial(expected_tokens, model, windows, calibration, seed, dtype, processes)
         kept_ids = _kept_ids(model, tokenizer, section, windows, base, expect)
         if kept_ids is not None:
             tokenizer = prune_tokenizer(tokenizer, kept_ids)
-        summary = _cut(model, section, windows, heldout, kept_ids, seed, precision.dtype, processes)
+        summary = _cut(model, section, windows, heldout, kept_ids, seed, dtype, processes)
     flops = sum(processes.collect(counted.flops))
     summary |= {"teacher_parameters": asdict(before), "flops": flops}
-    model.to("cpu")
     return Pruned(model, tokenizer, summary, kept_ids)
 
 
@@ -180,25 +182,56 @@ def _cut(
     return summary
 
 
-def moment_bytes(config: Any, tokens: int) -> int:
-    """Of the second moments of an FFN's activations, while a process sums those of its tokens."""
-    sums = math.ceil(math.log2(max(1, tokens / BATCH_TOKENS)))
-    return int(4 * (MOMENTS + sums) * sizes_of(config).ffn_size ** 2)
+def moment_bytes(config: Any) -> int:
+    """Of the second moments of an FFN's activations."""
+    return int(WIDE * MOMENTS * sizes_of(config).ffn_size ** 2)
 
 
-def _roomy_device(model: Any, tokens: int, moments: int) -> torch.device:
-    """The GPU if the float32 weights, the calibration rows and their moments fit into its free
-    memory, otherwise the CPU."""
+def layers_on_device(section: PrunedStudent) -> int | None:
+    """How many times a layer's weights are on a GPU at once while it is cut there, if the others
+    are not; None if all layers must be there."""
+    if "gradients" in (section.importance, section.depth_importance):
+        return None  # a backward pass reads the weights of all layers
+    return CUT_LAYER if section.local_distillation is None else CUT_LAYER + TRAINED_LAYER
+
+
+def placement(
+    section: PrunedStudent, model: Any, processes: Processes
+) -> tuple[torch.device, bool]:
+    """Where a model is pruned, and whether its layers are copied there one at a time: GPUs, if
+    what must be there fits into the free memory of all, otherwise the CPU."""
     device = default_device()
-    if device.type != "cuda":
-        return device
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    needed = 4 * (weights + STREAMS * tokens * model.config.hidden_size) + moments
-    free, _ = torch.cuda.mem_get_info(device)
-    if needed <= free:
-        return device
+    if device.type == "cpu":
+        return device, False
+    layers = [sum(weight.numel() for weight in one.parameters()) for one in decoder_layers(model)]
+    total = sum(weight.numel() for weight in model.parameters())
+    tokens = -(-section.calibration_tokens // processes.count)
+    work = WIDE * STREAMS * tokens * model.config.hidden_size + moment_bytes(model.config)
+    free = min(processes.collect(free_memory_bytes(device)))
+    if WIDE * total + work <= free:
+        return device, False
+    copies, needed = layers_on_device(section), WIDE * total + work
+    if copies is not None:
+        needed = WIDE * (total - sum(layers) + copies * max(layers)) + work
+        if needed <= free:
+            return device, True
     note(f"{free / 2**30:.1f} GiB are free on {device}, and pruning needs {needed / 2**30:.1f}")
-    return torch.device("cpu")
+    return torch.device("cpu"), False
+
+
+def placed(model: Any, section: PrunedStudent, device: torch.device) -> Any:
+    """The model on the device, with its layers on the host if they do not all fit there."""
+    if placement(section, model, ALONE)[1]:
+        stream_layers(model, device)
+        return model
+    return model.to(device)
+
+
+@contextmanager
+def _moved(model: Any, device: torch.device) -> Iterator[None]:
+    model.to(device)
+    yield
+    model.to("cpu")
 
 
 def target_sizes(section: PrunedStudent, config: Any) -> dict[str, int]:

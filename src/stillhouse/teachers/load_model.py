@@ -41,6 +41,7 @@ def load_model(
     dtype: torch.dtype,
     trust_remote_code: bool = False,
     distributed: DistributedConfig | None = None,
+    finite: bool = True,
 ) -> Any:
     """Load a causal language model in eval mode on the CPU, every weight from the folder.
 
@@ -48,6 +49,7 @@ def load_model(
     scores, which that function cannot do.
     distributed: how it is sharded over the processes of a torchrun, each of which reads its own
     part, on its own device.
+    finite: check that all values are, which brings every page of the files into memory.
     Raises ModelError: damaged files, weights that are missing, left over, of another shape or not
     finite, an architecture that is unknown, not a decoder, or whose logits Stillhouse cannot
     compute, a quantization that cannot be loaded, too little memory.
@@ -91,7 +93,8 @@ def load_model(
     _check_loaded(info, path)
     require_tokens(config, model, path)
     _check_types(model, files, path)
-    _check_finite(model, path)
+    if finite:
+        check_finite(model, path)
     _check_tied(model, files, path)
     model.requires_grad_(False).eval()
     if distributed is None:
@@ -225,9 +228,10 @@ def _check_types(model: Any, files: list[Path], path: Path) -> None:
         )
 
 
-def _check_finite(model: Any, path: Path) -> None:
+def check_finite(model: Any, path: Path) -> None:
+    """Raise ModelError if a weight of a model or layer has NaN or infinity. path: of its files."""
     for name, weight in model.named_parameters():
-        if not local_part(weight).numel() or not weight.is_floating_point():
+        if weight.is_meta or not local_part(weight).numel() or not weight.is_floating_point():
             continue
         low, high = map(float, local_part(weight.detach()).aminmax())  # NaN if there is one
         if not (math.isfinite(low) and math.isfinite(high)):
