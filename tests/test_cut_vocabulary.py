@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import stillhouse
 from stillhouse.commands import run as run_cascade
-from stillhouse.errors import ModelError, RecipeError
+from stillhouse.errors import RecipeError
 from stillhouse.pipeline.kind import RunResult
 from stillhouse.pruning.vocabulary_cut import load_kept_ids
 from stillhouse.runfolder import Stage
@@ -196,6 +196,6 @@ def test_a_start_model_and_its_teacher_lose_the_same_tokens(folder: Path) -> Non
 def test_a_start_model_with_another_vocabulary_is_rejected_early(folder: Path) -> None:
     tiny.save_model(folder / "start")
     raw = tiny.recipe(folder, student={"vocabulary": 320, "model": str(folder / "start")})
-    with pytest.raises(ModelError, match="different vocabularies"):
+    with pytest.raises(RecipeError, match="has another tokenizer"):
         run(raw)
     assert not list(folder.glob("run/stages/*"))

@@ -25,7 +25,7 @@ from stillhouse.hardware import tune_allocator
 from stillhouse.kinds import KINDS, kind_of
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.evaluate_stage import evaluation_arguments
-from stillhouse.language_model.job import Job, shared_vocabulary
+from stillhouse.language_model.job import Job
 from stillhouse.language_model.language_model import DATA_STEPS, LANGUAGE_MODEL
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.language_model.signals_stage import STORE
@@ -48,6 +48,7 @@ from stillhouse.pipeline.stage_plan import doing
 from stillhouse.signals.signals_config import FrozenHeadSignals
 from stillhouse.synthesis.synthesize import Synthesis
 from stillhouse.teachers.model_source import resolve_model
+from stillhouse.teachers.source_tokenizers import shared_vocabulary
 from stillhouse.training.train import MODEL
 
 Confirm = Callable[[str], bool]
@@ -235,6 +236,6 @@ def evaluate_model(
     source = resolve_model(str(own) if model is None else model, base=Path.cwd())
     return evaluate(
         {"teacher": job.teacher.path, "student": source.path},
-        vocabulary=shared_vocabulary(job.teacher, source, job.trust_remote_code).rows,
+        vocabulary=shared_vocabulary(job.tokenizer, source, job.trust_remote_code).rows,
         **evaluation_arguments(job, job.recipe.measured, heldout),
     )

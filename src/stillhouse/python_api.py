@@ -36,6 +36,7 @@ from stillhouse.signals.manifest import Settings
 from stillhouse.students.student import Student
 from stillhouse.students.student_config import PrunedStudent
 from stillhouse.teachers import record_store
+from stillhouse.teachers.aligned_teacher import AlignedTeacher
 from stillhouse.teachers.local_teacher import LocalTeacher, local
 from stillhouse.teachers.older_names import save_tokenizer
 from stillhouse.teachers.several_teachers import combined
@@ -196,7 +197,7 @@ def _own_text_alone(rollouts: Rollouts | None, settings: Mapping[str, Any]) -> N
 
 def evaluate(
     student: Student | Any,
-    teacher: LocalTeacher | Any,
+    teacher: LocalTeacher | AlignedTeacher | Any,
     data: Data | Batches,
     *,
     prompts: Sequence[str] = (),
@@ -208,21 +209,28 @@ def evaluate(
 
     data: its held-out part is used; or batches. prompts: both models answer each. own_text: both
     models also answer this many prompts of the held-out text, and the teacher scores each token.
+    teacher: on this machine; with another tokenizer, `aligned` to the student's: KL and top-1
+    agreement are then of shared roots.
     Raises ModelError if the teacher is not a model on this machine, or has another vocabulary.
     """
     seed = checked(Seed, seed, "seed")
-    own, other = _student(student), local(_teacher(teacher))
+    own, taught_by, alignment = _student(student), _teacher(teacher), None
+    if isinstance(taught_by, AlignedTeacher):
+        alignment = taught_by.alignment
+        taught_by = taught_by.teacher
+    other = local(taught_by)
     device = default_device()
     models = {"teacher": other.model.to(device), "student": own.model.to(device)}
     return evaluate_models(
         models,
-        other.tokenizer or own.tokenizer,
+        (other.tokenizer if alignment is None else None) or own.tokenizer,
         data.heldout if isinstance(data, Data) else data,
-        vocabulary=min(own.vocabulary, other.vocabulary),
+        vocabulary=min(own.vocabulary, other.vocabulary if alignment is None else own.vocabulary),
         prompts=prompts,
         max_new_tokens=max_new_tokens,
         own_text=own_text,
         seed=seed,
+        alignment=alignment,
     )
 
 

@@ -18,6 +18,7 @@ from stillhouse import hardware
 from stillhouse.export import fresh_process
 from tests import replays, tiny
 from tests.forks import Fork
+from tests.teachers.tokenizer_toys import byte_level
 
 TRAIN = {
     "batch_size": 4,
@@ -37,6 +38,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "hidden": {"objective": {"terms": HIDDEN}},
     "cascade": {"cascade": {"hops": HOPS}, "student": {"ffn_size": None}},
     "qat": {"quantize": {"kind": "int8", "qat": {"tokens": 400}}},
+    "folded": {"evaluate": {"own_text": {"answers": 6, "max_tokens": 6}}},
 }
 
 
@@ -46,7 +48,19 @@ def recipe(inputs: Path, folder: Path, kind: str, **train: object) -> dict[str, 
     raw = tiny.recipe(inputs, **sections)
     if kind == "cascade":
         del raw["student"]["ffn_size"]
+    if kind == "folded":
+        raw["student"] = {"start": "pretrained", "model": str(with_other_tokenizer(inputs))}
     return raw
+
+
+def with_other_tokenizer(inputs: Path) -> Path:
+    """A model with other tokens than the teacher."""
+    folder = inputs / "other"
+    if not folder.exists():
+        words = byte_level(300)
+        tiny.llama(seed=3, vocab_size=len(words)).save_pretrained(folder)
+        words.save_pretrained(folder)
+    return folder
 
 
 def one_thread() -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from stillhouse.errors import ModelError
-from stillhouse.teachers.roots import Roots, load_roots, make_roots, merged, save_roots
+from stillhouse.teachers.align_tokens import TokenAligner
+from stillhouse.teachers.roots import Roots, make_roots, merged
+from stillhouse.teachers.roots_file import ROOTS, SUMMARY, cached_roots, load_roots, save_roots
 from stillhouse.teachers.text_tokens import TextTokens
-from tests import tiny
-from tests.teachers.tokenizer_toys import KINDS, byte_level
+from tests.teachers.tokenizer_toys import KINDS, byte_level, sentencepiece
 
 
 def roots_of(student, teacher) -> tuple[TextTokens, TextTokens, Roots]:
@@ -91,14 +94,65 @@ def test_tokens_observed_at_one_place_share_a_root() -> None:
     assert found.merges == ((0, 1, 7), (3, 4, 1))
 
 
-def test_roots_are_read_as_they_were_written(tmp_path: Path) -> None:
-    _, _, roots = roots_of(byte_level(300), tiny.tokenizer())
-    roots = merged(roots, {(300, 5): 3})
-    save_roots(roots, tmp_path)
-    found = load_roots(tmp_path)
+@pytest.fixture
+def aligner() -> TokenAligner:
+    return TokenAligner(byte_level(300), sentencepiece(120))
+
+
+def test_roots_are_read_as_they_were_written(aligner: TokenAligner, tmp_path: Path) -> None:
+    roots = merged(aligner.roots(), {(300, 5): 3})
+    save_roots(roots, tmp_path, aligner)
+    found = load_roots(tmp_path, aligner)
     assert (found.student_V == roots.student_V).all()
     assert (found.teacher_W == roots.teacher_W).all()
     assert (found.count, found.shared, found.merges) == (roots.count, roots.shared, roots.merges)
+
+
+def test_the_summary_shows_what_was_merged(aligner: TokenAligner, tmp_path: Path) -> None:
+    (ours,) = [id for id, text in aligner.student.strings.items() if text == b"a"][:1]
+    (theirs,) = [id for id, text in aligner.teacher.strings.items() if text == b"b"][:1]
+    save_roots(merged(aligner.roots(), {(ours, theirs): 7}), tmp_path, aligner)
+    found = json.loads((tmp_path / SUMMARY).read_text())
+    (merge,) = found["merged_since_they_begin_at_one_place_of_the_text"]
+    assert merge == {"student": "a", "teacher": "b", "times": 7}
+    assert found["student"]["tokens"] == 300
+    assert ["<|end|>", "<eos>"] in found["special_tokens_of_one_meaning"]
+
+
+def test_roots_of_other_tokenizers_are_refused(aligner: TokenAligner, tmp_path: Path) -> None:
+    save_roots(aligner.roots(), tmp_path, aligner)
+    other = TokenAligner(byte_level(310), sentencepiece(120))
+    with pytest.raises(ModelError, match="for other tokenizers"):
+        load_roots(tmp_path, other)
+
+
+def test_roots_are_made_once_a_pair(
+    aligner: TokenAligner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = cached_roots(aligner, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenAligner, "roots", None)
+        again = cached_roots(TokenAligner(byte_level(300), sentencepiece(120)), tmp_path)
+    assert (again.student_V == made.student_V).all()
+    assert (again.teacher_W == made.teacher_W).all()
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 100])
+def test_a_damaged_cache_is_made_again(
+    aligner: TokenAligner, tmp_path: Path, damage: bytes
+) -> None:
+    made = cached_roots(aligner, tmp_path)
+    (file,) = tmp_path.rglob(ROOTS)
+    file.write_bytes(damage)
+    assert (cached_roots(aligner, tmp_path).student_V == made.student_V).all()
+    load_roots(file.parent, aligner)
+
+
+def test_a_damaged_file_of_a_run_is_an_error(aligner: TokenAligner, tmp_path: Path) -> None:
+    roots = aligner.roots()
+    save_roots(replace(roots, count=roots.count + 1), tmp_path, aligner)
+    with pytest.raises(ModelError, match="does not have the tokens"):
+        load_roots(tmp_path, aligner)
 
 
 def test_a_slow_tokenizer_is_rejected() -> None:

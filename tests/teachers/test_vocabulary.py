@@ -23,7 +23,7 @@ def test_equal_sizes_with_other_ids_are_rejected() -> None:
             toy_tokenizer(), toy_tokenizer(swap=True), teacher_rows=96, student_rows=96
         )
     assert "'w0' (3 / 4)" in str(caught.value)
-    assert "text that the teacher wrote" in str(caught.value)
+    assert "teacher.tokenizer: auto" in str(caught.value)
 
 
 def test_a_missing_token_is_named() -> None:

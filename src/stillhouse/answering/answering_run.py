@@ -33,6 +33,7 @@ from stillhouse.answering.predict_answers import answers_predictor
 from stillhouse.evaluation.answers import AnswersEvaluation
 from stillhouse.language_model.data_stage import plan_data
 from stillhouse.language_model.job import find_models
+from stillhouse.language_model.roots_stage import has_other_tokenizers, plan_roots, with_roots
 from stillhouse.language_model.train_stage import plan_baseline, plan_student, plan_training
 from stillhouse.pipeline.kind import ALL, Kind, Link, Step
 from stillhouse.pipeline.report_stage import REPORT
@@ -74,6 +75,17 @@ def _plan_training(job: AnsweringJob, data: Stage, student: Stage) -> StagePlan:
     return plan_training(job.training, data, student, None)
 
 
+def _has_roots(job: AnsweringJob) -> bool:
+    """Whether the teacher has another tokenizer, and more than its text is learned."""
+    found = job.training
+    return found is not None and not job.recipe.learns_text_alone and has_other_tokenizers(found)
+
+
+def _with_roots(job: AnsweringJob, stages: Mapping[str, Stage], do: Do) -> AnsweringJob:
+    assert job.training is not None
+    return replace(job, training=with_roots(job.training, stages, do))
+
+
 def _plan_gold_data(job: AnsweringJob) -> StagePlan:
     assert job.gold is not None
     return replace(plan_data(job.gold), name="gold_data")
@@ -90,6 +102,7 @@ STEPS = (
         spending=answers_spending,
     ),
     Step("data", _on_answers(plan_data)),
+    Step("roots", _on_answers(plan_roots), ("data",), applies=_has_roots, then=_with_roots),
     Step("student", _on_answers(plan_student), ("data",), check=check_answer_student),
     Step("train", _plan_training, ("data", "student")),
     Step("gold_data", _plan_gold_data, applies=lambda job: job.gold is not None),

@@ -37,6 +37,7 @@ from stillhouse.progress import bar
 from stillhouse.scratch import temporary_folder
 from stillhouse.section import made
 from stillhouse.shared_work import all_processes
+from stillhouse.teachers.aligned_text import Alignment
 from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.sharded_teacher import ShardedTeacher
@@ -57,6 +58,7 @@ def evaluate(
     prepare: Mapping[str, Callable[[Any], object]] | None = None,
     load_sharded: Callable[[], ShardedTeacher] | None = None,
     kept: KeptTeacher | None = None,
+    alignment: Alignment | None = None,
     trust_remote_code: bool = False,
 ) -> Evaluation:
     """Measure the models in `paths` by role (teacher, untrained, student, fine_tuned, quantized).
@@ -74,6 +76,8 @@ def evaluate(
     speed and memory are not measured: the model in `paths` is a floating-point equivalent.
     load_sharded: the teacher, sharded over the processes of a torchrun. Its answers to the prompts,
     its speed and its memory are then not measured.
+    alignment: for a teacher with another tokenizer than the windows; KL and top-1 agreement are
+    then of shared roots.
     kept: the teacher's measurements, see `keep_teacher`; it is then loaded only for its speed.
     prepare: called with the roles' models once they are loaded, to add what a checkpoint does not
     hold, such as rounded inputs. `lm_eval` loads them without.
@@ -87,10 +91,11 @@ def evaluate(
     teacher_path = paths[TEACHER]
     paths = {TEACHER: teacher_path, **paths}
     processes = all_processes()
-    setup = _Setup(default_device(), precision.dtype, trust_remote_code, vocabulary, seed)
-    tokenizer = load_tokenizer(teacher_path, trust_remote_code=trust_remote_code)
-    own = OwnAnswers.planned(section.own_text, tokenizer, windows, seed)
-    measuring = Measuring(section, tokenizer, windows, vocabulary, seed, processes, own)
+    known = vocabulary if alignment is None else min(vocabulary, alignment.aligner.teacher.size)
+    setup = _Setup(default_device(), precision.dtype, trust_remote_code, known, seed)
+    tokenizer = _windows_tokenizer(teacher_path, alignment, trust_remote_code)
+    own = OwnAnswers.planned(section.own_text, tokenizer, windows, seed, alignment)
+    measuring = Measuring(section, tokenizer, windows, vocabulary, seed, processes, own, alignment)
 
     def load_teacher() -> tuple[Any, ShardedTeacher | None]:
         sharded = load_sharded() if load_sharded else None
@@ -113,8 +118,9 @@ def evaluate(
     measuring.score_own_text(load_teacher)
     results = measuring.results
     notes = [
-        f"Fidelity: {results[TEACHER].fidelity.tokens:,} tokens in {len(windows):,} held-out "
-        f"windows. Matrix products: {precision.reason}.",
+        f"Fidelity: {measuring.tokens:,} tokens in {len(windows):,} held-out windows. Matrix "
+        f"products: {precision.reason}.",
+        *measuring.folded_notes(),
         *measuring.own_text_notes(),
     ]
     sizes = sizes or {}
@@ -145,7 +151,7 @@ def evaluate(
     if kept is not None:
         paths.pop(TEACHER, None)
     for role, path in paths.items():
-        tasks = setup.tasks(section, path, teacher_path)
+        tasks = setup.tasks(section, path, teacher_path if alignment is None else path)
         results[role] = replace(results[role], tasks=tasks)
     models = list(results.values())
     return Evaluation(models, measuring.generations(), notes, measuring.scored_answers)
@@ -153,6 +159,8 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Setup:
+    """vocabulary: token ids below it are known to every model."""
+
     device: torch.device
     dtype: torch.dtype
     trust_remote_code: bool
@@ -189,14 +197,17 @@ def keep_teacher(
     precision: Precision,
     export_dtype: torch.dtype | None = None,
     load_sharded: Callable[[], ShardedTeacher] | None = None,
+    alignment: Alignment | None = None,
     trust_remote_code: bool = False,
 ) -> ModelResult:
     """Measure a teacher once for the evaluations of several students, and write what they need to
     the folder `out`: see `KeptTeacher`. Parameters, processes and errors as in `evaluate`."""
     processes = all_processes()
     setup = _Setup(default_device(), precision.dtype, trust_remote_code, vocabulary, seed)
-    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    measuring = Measuring(section, tokenizer, windows, vocabulary, seed, processes)
+    tokenizer = _windows_tokenizer(path, alignment, trust_remote_code)
+    measuring = Measuring(
+        section, tokenizer, windows, vocabulary, seed, processes, alignment=alignment
+    )
     sharded = load_sharded() if load_sharded else None
     model = setup.load(path) if sharded is None else sharded.model
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -207,6 +218,12 @@ def keep_teacher(
         texts = measuring.texts[TEACHER]
     KeptTeacher(out, result, texts, str(setup.dtype)).save(answers)
     return result
+
+
+def _windows_tokenizer(teacher: Path, alignment: Alignment | None, trust_remote_code: bool) -> Any:
+    if alignment is not None:
+        return alignment.aligner.student.tokenizer
+    return load_tokenizer(teacher, trust_remote_code=trust_remote_code)
 
 
 def fitting_together(sizes: Mapping[str, int], available: int) -> list[str]:
@@ -231,24 +248,28 @@ def evaluate_models(
     max_new_tokens: int = 64,
     own_text: int = 0,
     seed: int = 0,
+    alignment: Alignment | None = None,
 ) -> Evaluation:
     """Fidelity and generations of models in memory, by role, each in its own dtype.
 
     models: the teacher first, all on one device. tokenizer: for the prompts. own_text: prompts of
-    the held-out text whose answers by each model are scored.
+    the held-out text whose answers by each model are scored. alignment: as in `evaluate`.
     Raises DataError: held-out text that cannot be measured on.
     """
     options = {"prompts": list(prompts), "max_new_tokens": max_new_tokens, "speed": False}
     options |= {"own_text": {"answers": own_text}}
     section = made(EvaluateRecipe, options, "evaluate")
-    own = OwnAnswers.planned(section.own_text, tokenizer, windows, seed)
-    measuring = Measuring(section, tokenizer, windows, vocabulary, seed, own_answers=own)
+    own = OwnAnswers.planned(section.own_text, tokenizer, windows, seed, alignment)
+    measuring = Measuring(
+        section, tokenizer, windows, vocabulary, seed, own_answers=own, alignment=alignment
+    )
     for role, model in models.items():
         weights = sum(each.numel() * each.element_size() for each in model.parameters())
         measuring.add(role, model, weights)
     measuring.score_own_text(lambda: (models[TEACHER], None))
     notes = [
         f"{len(windows):,} held-out windows; each model computes in its own number type.",
+        *measuring.folded_notes(),
         *measuring.own_text_notes(),
     ]
     results, answers = list(measuring.results.values()), measuring.scored_answers

@@ -6,8 +6,8 @@ the shared vocabulary, B calibration bins.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,13 @@ from stillhouse.data.windows import WindowSet
 from stillhouse.errors import DataError, ModelError
 from stillhouse.evaluation.results import Fidelity
 from stillhouse.shared_work import ALONE, Processes
-from stillhouse.signals import DenseSignal, LMHead
-from stillhouse.signals.lm_head import kl_of_rows, log_probabilities
+from stillhouse.signals import DenseSignal, Fold, LMHead
+from stillhouse.signals.lm_head import (
+    folded_log_probabilities,
+    kl_of_rows,
+    log_probabilities,
+)
+from stillhouse.teachers.aligned_text import AlignedText
 from stillhouse.teachers.backbone import float32_head, hidden_states, lm_head
 
 BINS = 15
@@ -58,13 +63,15 @@ def heldout_answers(
     advance: Callable[[int], object] = lambda tokens: None,
     head: LMHead | None = None,
     processes: Processes = ALONE,
+    batches: Iterable[Batch] | None = None,
 ) -> HeldoutAnswers:
     """Run `model` once over all windows, in evaluation mode.
 
     Windows may differ in length; neighbors of equal length share a forward pass. `advance` is
     called with the tokens of each pass. head: the model's, if its own tensors are sharded. Memory:
     one hidden vector per supervised token, and no logits. processes: all of them call this, and
-    divide the passes.
+    divide the passes. batches: this process's `heldout_batches` in the model's own tokens, if these
+    are others.
 
     Raises:
         DataError: no position of any window is supervised.
@@ -72,8 +79,7 @@ def heldout_answers(
     model.eval()
     device = next(model.parameters()).device
     hidden, targets = [], []
-    for rows in own_share(_batches(windows), processes.own, processes.count):
-        batch = collate(rows)
+    for batch in heldout_batches(windows, processes) if batches is None else batches:
         ids_RL, positions_RL = batch["input_ids"].to(device), batch["position_ids"].to(device)
         hidden_RLD = hidden_states(model, ids_RL, positions_RL)
         hidden.append(supervised_rows(hidden_RLD, positions_of(batch).to(device)).cpu())
@@ -118,6 +124,77 @@ def compare(model: HeldoutAnswers, teacher: HeldoutAnswers, vocabulary: int) -> 
     of_processes = model.processes.collect(tallies)
     in_order = [tally for together in zip(*of_processes, strict=True) for tally in together]
     return sum(in_order, _Tally.empty()).fidelity()
+
+
+@torch.no_grad()
+def compare_folded(
+    model: HeldoutAnswers,
+    teacher: HeldoutAnswers,
+    texts: Sequence[AlignedText],
+    fold: Fold,
+) -> Fidelity:
+    """Measure `model` against a teacher with another tokenizer, on the same text.
+
+    teacher: its answers to the batches of `texts`. fold: the roots that both share. KL and top-1
+    agreement are of the roots, where both begin a token; the rest is of the model's own tokens.
+    Processes and errors as in `compare`.
+    """
+    own = compare(model, model, len(fold.student_V))
+    teacher_head = float32_head(teacher.signal.head, len(fold.teacher_W))
+    model_head = float32_head(model.signal.head, len(fold.student_V))
+    tallies = []
+    sides = zip(model.slices(), teacher.slices(), texts, strict=True)
+    for mine, theirs, text in sides:
+        tally = _FoldedTally()
+        rows_C = mine.start + text.covered_N.nonzero()[:, 0]
+        other_C = theirs.start + text.rows_C
+        for start in range(0, len(rows_C), ROWS_PER_CHUNK):
+            chunk = slice(start, start + ROWS_PER_CHUNK)
+            tally.add(
+                folded_log_probabilities(
+                    _log_probabilities(model, rows_C[chunk], model_head), fold.student_V, fold.roots
+                ),
+                folded_log_probabilities(
+                    _log_probabilities(teacher, other_C[chunk], teacher_head),
+                    fold.teacher_W,
+                    fold.roots,
+                ),
+            )
+        tallies.append(tally)
+    of_processes = model.processes.collect(tallies)
+    in_order = [tally for together in zip(*of_processes, strict=True) for tally in together]
+    found = sum(in_order, _FoldedTally())
+    if not found.rows:
+        raise DataError(
+            "the held-out text has no place where both tokenizers begin a token",
+            fix="hold out more text, or text that both models can read",
+        )
+    return replace(
+        own,
+        kl=found.kl / found.rows,
+        top1_agreement=found.agreements / found.rows,
+        compared=found.rows,
+    )
+
+
+@dataclass
+class _FoldedTally:
+    """Sums over rows, in float64."""
+
+    rows: int = 0
+    kl: float = 0.0
+    agreements: int = 0
+
+    def add(self, model_NR: Tensor, teacher_NR: Tensor) -> None:
+        """Add log-probabilities of roots under both models."""
+        self.rows += len(model_NR)
+        self.kl += float(kl_of_rows(teacher_NR, model_NR).sum(dtype=torch.float64))
+        self.agreements += int((model_NR.argmax(-1) == teacher_NR.argmax(-1)).sum())
+
+    def __add__(self, other: _FoldedTally) -> _FoldedTally:
+        return _FoldedTally(
+            self.rows + other.rows, self.kl + other.kl, self.agreements + other.agreements
+        )
 
 
 @dataclass
@@ -186,7 +263,7 @@ def _nothing_to_predict() -> DataError:
     )
 
 
-def _log_probabilities(answers: HeldoutAnswers, rows: slice, head: LMHead) -> Tensor:
+def _log_probabilities(answers: HeldoutAnswers, rows: slice | Tensor, head: LMHead) -> Tensor:
     return log_probabilities(head, answers.signal.hidden_ND[rows].to(head.weight_VD.device))
 
 
@@ -203,6 +280,11 @@ def _check_vocabulary(model: HeldoutAnswers, teacher: HeldoutAnswers, vocabulary
             f"the held-out text has token {largest}, but the vocabulary ends at {vocabulary - 1}",
             fix="tokenize the held-out text with the teacher's tokenizer",
         )
+
+
+def heldout_batches(windows: WindowSet, processes: Processes = ALONE) -> Iterator[Batch]:
+    """The batches of this process, one a forward pass."""
+    return map(collate, own_share(_batches(windows), processes.own, processes.count))
 
 
 def _batches(windows: WindowSet) -> Iterator[list[Batch]]:

@@ -10,17 +10,24 @@ from typing import Any
 from stillhouse.account import count_parameters
 from stillhouse.data.windows import WindowSet
 from stillhouse.evaluation.evaluate_config import EvaluateRecipe
-from stillhouse.evaluation.fidelity import HeldoutAnswers, compare, heldout_answers
+from stillhouse.evaluation.fidelity import (
+    HeldoutAnswers,
+    compare,
+    compare_folded,
+    heldout_answers,
+    heldout_batches,
+)
 from stillhouse.evaluation.generate import generate
 from stillhouse.evaluation.kept_teacher import KeptTeacher
 from stillhouse.evaluation.own_answers import OwnAnswers, far_on_own_text
-from stillhouse.evaluation.results import Generation, ModelResult, ScoredAnswers
+from stillhouse.evaluation.results import Fidelity, Generation, ModelResult, ScoredAnswers
 from stillhouse.evaluation.text_bytes import bits_per_byte, supervised_bytes
 from stillhouse.launch import world_size
 from stillhouse.processes import lost_process
 from stillhouse.progress import bar
 from stillhouse.shared_work import ALONE, Processes
 from stillhouse.signals import DenseSignal, LMHead
+from stillhouse.teachers.aligned_text import AlignedText, Alignment, whole_text
 from stillhouse.teachers.sharded_teacher import ShardedTeacher
 
 TEACHER = "teacher"
@@ -29,7 +36,11 @@ TEACHER = "teacher"
 @dataclass
 class Measuring:
     """Measures one model at a time, teacher first: its outputs for the windows and the prompts,
-    and its size. processes: those that divide the windows."""
+    and its size.
+
+    tokenizer, vocabulary: the students', and the teacher's if there is no `alignment`.
+    processes: those that divide the windows. alignment: for a teacher with another tokenizer.
+    """
 
     section: EvaluateRecipe
     tokenizer: Any
@@ -38,6 +49,7 @@ class Measuring:
     seed: int
     processes: Processes = ALONE
     own_answers: OwnAnswers | None = None
+    alignment: Alignment | None = None
     results: dict[str, ModelResult] = field(default_factory=dict)
     scored_answers: list[ScoredAnswers] = field(default_factory=list)
     texts: dict[str, list[str]] = field(default_factory=dict)
@@ -46,6 +58,29 @@ class Measuring:
     @cached_property
     def _bytes(self) -> int | None:
         return supervised_bytes(self.tokenizer, self.windows)
+
+    @cached_property
+    def _aligned(self) -> list[AlignedText]:
+        """This process's share of the windows in the teacher's tokens; none if it has the same."""
+        if self.alignment is None:
+            return []
+        aligner, batches = self.alignment.aligner, heldout_batches(self.windows, self.processes)
+        return [whole_text(aligner, batch) for batch in batches]
+
+    def _fidelity(self, role: str, answers: HeldoutAnswers) -> Fidelity:
+        self._teacher = self._teacher or answers
+        size = self._bytes
+        if self.alignment is None:
+            found = compare(answers, self._teacher, self.vocabulary)
+        elif role == TEACHER:
+            size = sum(self.processes.collect(sum(text.bytes for text in self._aligned)))
+            found = compare(answers, answers, self.alignment.aligner.teacher.size)
+            places = sum(len(text.rows_C) for text in self._aligned)
+            found = replace(found, compared=sum(self.processes.collect(places)))
+        else:
+            fold = self.alignment.roots.fold
+            found = compare_folded(answers, self._teacher, self._aligned, fold)
+        return replace(found, bits_per_byte=bits_per_byte(found, size))
 
     @property
     def teacher_answers(self) -> HeldoutAnswers:
@@ -63,6 +98,7 @@ class Measuring:
         self, role: str, model: Any, bytes_on_disk: int, sharded: ShardedTeacher | None = None
     ) -> None:
         windows, count = self.windows, self.processes.count
+        other = self.alignment.aligner if self.alignment and role == TEACHER else None
         tokens = sum(len(windows[index]["input_ids"]) for index in range(len(windows)))
         with lost_process(count), bar(f"Held-out: {role}", tokens) as advance:
             run = partial(
@@ -71,11 +107,10 @@ class Measuring:
                 windows,
                 advance=lambda tokens: advance(tokens * count),
                 processes=self.processes,
+                batches=[text.batch for text in self._aligned] if other else None,
             )
             answers = run() if sharded is None else sharded.gathered(lambda head: run(head=head))
-            self._teacher = self._teacher or answers
-            fidelity = compare(answers, self._teacher, self.vocabulary)
-        fidelity = replace(fidelity, bits_per_byte=bits_per_byte(fidelity, self._bytes))
+            fidelity = self._fidelity(role, answers)
         size = count_parameters(model)
         self.results[role] = ModelResult(
             role=role,
@@ -84,13 +119,13 @@ class Measuring:
             bytes_on_disk=bytes_on_disk,
             fidelity=fidelity,
         )
-        if sharded is None and self.own_answers is not None:
+        if sharded is None and self.own_answers is not None and other is None:
             self.own_answers.add(role, model)
         if sharded is not None or not self.processes.leads:
             return
         self.texts[role] = generate(
             model,
-            self.tokenizer,
+            other.teacher.tokenizer if other else self.tokenizer,
             self.section.prompts,
             max_new_tokens=self.section.max_new_tokens,
             temperature=self.section.temperature,
@@ -112,6 +147,24 @@ class Measuring:
             found, self.scored_answers = self.own_answers.scored(run_teacher, self.vocabulary)
         for role, own_text in found.items():
             self.results[role] = replace(self.results[role], own_text=own_text)
+
+    @property
+    def tokens(self) -> int:
+        """Supervised tokens of the windows, in the students' tokens."""
+        of_students = [found for role, found in self.results.items() if role != TEACHER]
+        return (of_students or list(self.results.values()))[0].fidelity.tokens
+
+    def folded_notes(self) -> list[str]:
+        """How models of other tokenizers are compared."""
+        compared = [one.fidelity.compared for one in self.results.values() if one.fidelity.compared]
+        if self.alignment is None or not compared:
+            return []
+        shared = self.alignment.roots.shared
+        return [
+            f"The teacher has another tokenizer: KL and top-1 agreement are of {shared:,} shared "
+            f"strings, at the {compared[0]:,} positions where both begin a token. Perplexity, "
+            "calibration and speed are of each model's own tokens; bits per byte compares models."
+        ]
 
     def own_text_notes(self) -> list[str]:
         student = self.results.get("student")

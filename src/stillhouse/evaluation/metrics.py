@@ -124,6 +124,41 @@ _FIDELITY = (
         "bins of equal width; lower is better.",
     ),
 )
+_ROOTS = (
+    "Shared roots: the teacher has another tokenizer, so distributions are compared over the "
+    "strings that are tokens of both, where both begin a token."
+)
+_TOP1_ROOTS = "Top-1 agreement: share of positions where the most likely root is the teacher's."
+_OWN_PERPLEXITY = (
+    "Perplexity: exp of the mean negative log-likelihood of the text, by the model's own tokens; "
+    "bits per byte compares models of different tokenizers."
+)
+_OVER_ROOTS = {
+    "top1_agreement": ("Top-1 agreement, shared roots", f"{_TOP1_ROOTS} {_ROOTS}"),
+    "kl": ("KL to the teacher, shared roots (nats/token)", f"{_FIDELITY[1].definition} {_ROOTS}"),
+    "perplexity": ("Perplexity of own tokens, held-out text", _OWN_PERPLEXITY),
+}
+"""Names and definitions of measures of fidelity to a teacher with another tokenizer."""
+
+
+def _named(metrics: Iterable[Metric], teacher: ModelResult | None) -> list[Metric]:
+    """The metrics, named for a comparison over shared roots if that is what was measured."""
+    if teacher is None or not _is_folded(teacher):
+        return list(metrics)
+    found = []
+    for metric in metrics:
+        *parts, key = metric.path
+        if parts[-1:] == ["fidelity"] and key in _OVER_ROOTS:
+            name, definition = _OVER_ROOTS[key]
+            metric = metric._replace(name=name, definition=definition)
+        found.append(metric)
+    return found
+
+
+def _is_folded(model: ModelResult) -> bool:
+    return model.fidelity.compared is not None
+
+
 _COST = (
     Metric("Parameters", ("parameters",), text.count),
     Metric("Non-embedding parameters", ("non_embedding_parameters",), text.count),
@@ -153,7 +188,7 @@ _OWN_TEXT = (
     Metric("Own text: answers cut off", ("own_text", "cut_off"), _percent, _OWN_FORM),
     Metric("Own text: tokens per answer", ("own_text", "length"), text.digits),
 )  # fmt: skip
-_WITHOUT_REMARK = (_FIDELITY[0], *_FIDELITY[3:], *_OWN_TEXT)
+_WITHOUT_REMARK = {metric.path for metric in (_FIDELITY[0], *_FIDELITY[3:], *_OWN_TEXT)}
 
 
 @metrics_of.register
@@ -165,11 +200,11 @@ def _(found: Evaluation) -> MetricsTable:
     def remark(metric: Metric, model: ModelResult) -> str:
         return _beside_the_others(metric, model, found)
 
-    positions = found.models[0].fidelity.tokens if found.models else 0
+    # The teacher is first; with another tokenizer, it has another number of tokens.
+    positions = found.models[-1].fidelity.tokens if found.models else 0
     title = f"Measured on {positions:,} positions of held-out text"
-    return _table(
-        title, found.models, [*_FIDELITY, *_OWN_TEXT, *tasks, *_COST], found.notes, remark
-    )
+    metrics = _named([*_FIDELITY, *_OWN_TEXT, *tasks, *_COST], found.result("teacher"))
+    return _table(title, found.models, metrics, found.notes, remark)
 
 
 def _beside_the_others(metric: Metric, model: ModelResult, found: Evaluation) -> str:
@@ -181,7 +216,9 @@ def _beside_the_others(metric: Metric, model: ModelResult, found: Evaluation) ->
             return ""
         return f"{text.percent(1 - model.fidelity.kl / untrained.fidelity.kl)} of the gap closed"
     theirs = _value(teacher, metric.path)
-    if not theirs or model is teacher or metric in _WITHOUT_REMARK:
+    if not theirs or teacher is None or model is teacher or metric.path in _WITHOUT_REMARK:
+        return ""
+    if metric.path == _PERPLEXITY_PATH and _is_folded(teacher):
         return ""
     kept = _value(model, metric.path) / theirs
     return f"{text.percent(1 / kept if metric.path == _PERPLEXITY_PATH else kept)} of teacher"
@@ -312,5 +349,6 @@ def _(found: FamilyEvaluation) -> MetricsTable:
             kind = role_name(member.quantized.role).removeprefix("Student, ")
             columns.append(Column(f"{member.name}, {kind}"))
             models.append({"student": member.quantized})
-    title = f"Measured on {found.teacher.fidelity.tokens:,} positions of held-out text"
-    return MetricsTable(title, columns, _rows(_FAMILY, models))
+    positions = found.members[0].student.fidelity.tokens
+    title = f"Measured on {positions:,} positions of held-out text"
+    return MetricsTable(title, columns, _rows(_named(_FAMILY, found.teacher), models))

@@ -6,9 +6,12 @@ Under torchrun each process has a share of the prompts, and the figures are for 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from math import isnan
 from typing import Any
+
+import torch
 
 from stillhouse.data.turn_end import end_of_answers
 from stillhouse.data.window_prompts import window_prompts
@@ -23,10 +26,13 @@ from stillhouse.generation.own_text import (
     OwnAnswer,
     OwnText,
     TokenScores,
+    answer_batches,
     answer_states,
     own_text,
     own_text_sums,
+    score_folded_tokens,
     score_tokens,
+    without_padding,
     write_answers,
 )
 from stillhouse.generation.token_texts import token_texts
@@ -34,6 +40,7 @@ from stillhouse.launch import process_index, world_size
 from stillhouse.processes import sum_over_processes
 from stillhouse.progress import bar
 from stillhouse.signals import DenseSignal, LMHead
+from stillhouse.teachers.aligned_text import AlignedBatch, Alignment, rewritten
 
 EXAMPLES = 3
 """Prompts whose answers are kept token by token."""
@@ -45,19 +52,26 @@ ScoreTeacher = Callable[[Callable[[Any, LMHead | None], DenseSignal]], DenseSign
 class OwnAnswers:
     """The models' answers to `prompts` (token ids), scored once all models have answered.
 
-    Until then, each model's hidden states and head are kept on the CPU.
+    Until then, each model's hidden states and head are kept on the CPU. alignment: for a teacher
+    with another tokenizer, which scores the answers of the others.
     """
 
     section: OwnTextRecipe
     tokenizer: Any
     prompts: list[list[int]]
     seed: int
+    alignment: Alignment | None = None
     answers: dict[str, list[OwnAnswer]] = field(default_factory=dict)
     _states: dict[str, DenseSignal] = field(default_factory=dict)
 
     @classmethod
     def planned(
-        cls, section: OwnTextRecipe | None, tokenizer: Any, windows: WindowSet, seed: int
+        cls,
+        section: OwnTextRecipe | None,
+        tokenizer: Any,
+        windows: WindowSet,
+        seed: int,
+        alignment: Alignment | None = None,
     ) -> OwnAnswers | None:
         """With the prompts of the section, or of held-out windows; None if there is nothing to
         measure."""
@@ -65,7 +79,7 @@ class OwnAnswers:
             return None
         given = [prompt_ids(tokenizer, prompt) for prompt in section.prompts]
         prompts = given or window_prompts(windows, section.answers)
-        return cls(section, tokenizer, prompts, seed) if prompts else None
+        return cls(section, tokenizer, prompts, seed, alignment) if prompts else None
 
     def add(self, role: str, model: Any) -> None:
         """Let the model answer this process's share of the prompts."""
@@ -94,18 +108,35 @@ class OwnAnswers:
         passes = -(-len(self.prompts) // (world_size() * ANSWERS_PER_FORWARD))
         figures, scores = {}, {}
         for role, answers in self.answers.items():
+            aligned = self._aligned(answers)
+            batches = None if aligned is None else [each.batch for each in aligned]
 
-            def states(model: Any, head: LMHead | None, written: Any = answers) -> DenseSignal:
-                return answer_states(model, written, head=head, passes=passes)
+            def states(
+                model: Any, head: LMHead | None, written: Any = answers, others: Any = batches
+            ) -> DenseSignal:
+                return answer_states(model, written, head=head, passes=passes, batches=others)
 
             teacher = run_teacher(states)
             own = self._states.pop(role)
             own = replace(own, head=own.head.to(teacher.head.weight_VD.device))
-            scores[role] = score_tokens(answers, own, teacher, vocabulary)
+            if aligned is None or self.alignment is None:
+                scores[role] = score_tokens(answers, own, teacher, vocabulary)
+            else:
+                covered_N = torch.cat([torch.zeros(0).bool(), *(one.covered_N for one in aligned)])
+                fold = self.alignment.roots.fold
+                scores[role] = score_folded_tokens(answers, own, teacher, covered_N, fold)
             found = own_text(sum_over_processes(own_text_sums(answers, scores[role])))
             if found is not None:
                 figures[role] = found
         return figures, self._examples(scores)
+
+    def _aligned(self, answers: Sequence[OwnAnswer]) -> list[AlignedBatch] | None:
+        """The answers in the tokens of a teacher with another tokenizer."""
+        if self.alignment is None:
+            return None
+        aligner = self.alignment.aligner
+        batches = map(without_padding, answer_batches(answers))
+        return [rewritten(aligner, batch, skip_unreadable=True) for batch in batches]
 
     def _examples(self, scores: dict[str, TokenScores]) -> list[ScoredAnswers]:
         """The first prompts that every model has answered: one with a shorter context may have
@@ -131,18 +162,21 @@ class OwnAnswers:
         decoding = f"temperature {temperature:g}" if temperature else "greedy"
         left = len(self.prompts) - answered
         skipped = f" Left out, since they fill the context: {left:,} more." if left else ""
+        apart = ""
+        if self.alignment is not None:
+            apart = " The teacher, which has another tokenizer, scores the answers of the others."
         prompts = f"{answered:,} prompt{'' if answered == 1 else 's'}{asked}"
         return (
             f"Own text: every model's answers to {prompts}, at most "
-            f"{self.section.max_tokens:,} tokens each, {decoding}.{skipped}"
+            f"{self.section.max_tokens:,} tokens each, {decoding}.{skipped}{apart}"
         )
 
 
 def _scored_answer(
     tokenizer: Any, answer: OwnAnswer, scores: TokenScores, tokens: slice
 ) -> ScoredAnswer:
-    def rounded(values: Any) -> list[float]:
-        return [round(value, 4) for value in values[tokens].tolist()]
+    def rounded(values: Any) -> list[float | None]:
+        return [None if isnan(one) else round(one, 4) for one in values[tokens].tolist()]
 
     return ScoredAnswer(
         texts=token_texts(tokenizer, answer.ids),

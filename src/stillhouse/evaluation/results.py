@@ -49,6 +49,9 @@ class Fidelity:
     tokens: supervised positions measured.
     bits_per_byte: the same likelihood in bits, per byte of text, comparable across tokenizers; None
     if the tokenizer does not define the bytes of its tokens.
+    compared: for a teacher with another tokenizer, the positions where both begin a token: `kl` and
+    `top1_agreement` are means over these, of distributions over shared roots, and all else is of
+    the model's own tokens. None: the teacher has the same tokens.
     """
 
     perplexity: float
@@ -57,6 +60,7 @@ class Fidelity:
     calibration_error: float
     tokens: int
     bits_per_byte: float | None = None
+    compared: int | None = None
 
 
 @dataclass(frozen=True)
@@ -100,12 +104,12 @@ class Generation:
 @dataclass(frozen=True)
 class ScoredAnswer:
     """A model's own answer, token by token. texts: what each token adds to the text, special tokens
-    included. The others are as in `TokenScores`."""
+    included. The others are as in `TokenScores`; None for NaN."""
 
     texts: list[str]
-    forward_kl: list[float]
-    reverse_kl: list[float]
-    teacher_logprob: list[float]
+    forward_kl: list[float | None]
+    reverse_kl: list[float | None]
+    teacher_logprob: list[float | None]
 
 
 @dataclass(frozen=True)

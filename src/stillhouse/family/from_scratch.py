@@ -32,7 +32,9 @@ def train_from_scratch(recipe: Recipe, job: Job, do: Do, largest: Path) -> Scrat
     section = recipe.cascade.from_scratch
     assert section is not None
     data = recipe.data.model_copy(update={"train_tokens": section.tokens})
-    random = RandomStudent(start="random", config=str(largest.absolute()))
+    shape = str(largest.absolute())
+    own = shape if job.folded else None
+    random = RandomStudent(start="random", config=shape, tokenizer=own)
     context, batch = recipe.data.context, recipe.train.batch_size
     steps = max(MEASUREMENTS, round(section.tokens / (context * batch)))
     train = recipe.train.model_copy(
@@ -50,7 +52,7 @@ def train_from_scratch(recipe: Recipe, job: Job, do: Do, largest: Path) -> Scrat
     first = first_member(recipe).model_copy(update=changed)
     # The family's teacher, whose vocabulary may be cut, and its text.
     found = find_models(first, job.base, teacher=job.teacher)
-    job = with_shard(replace(found, text=job.text))
+    job = with_shard(replace(found, text=job.text, roots=job.roots))
     text = do(plan_data(job))
     student = do(plan_student(job, text))
     trained = do(replace(plan_training(job, text, student, None), name="scratch"))

@@ -8,6 +8,7 @@ Shapes: N tokens of answers, R answers in a forward pass, L tokens, D hidden wid
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,8 +18,13 @@ from torch import Tensor, nn
 from stillhouse.data.batches import Batch, positions_of
 from stillhouse.data.shift import IGNORED, supervised_rows
 from stillhouse.generation.generator import Generator, TokenPrompt
-from stillhouse.signals import DenseSignal, LMHead
-from stillhouse.signals.lm_head import kl_of_rows, log_probabilities, row_chunks
+from stillhouse.signals import DenseSignal, Fold, LMHead
+from stillhouse.signals.lm_head import (
+    folded_log_probabilities,
+    kl_of_rows,
+    log_probabilities,
+    row_chunks,
+)
 from stillhouse.teachers.backbone import float32_head, hidden_states, lm_head
 
 NGRAM = 4
@@ -47,6 +53,8 @@ class TokenScores:
 
     forward_kl_N: KL(teacher ‖ model). reverse_kl_N: KL(model ‖ teacher). entropy_N: of the model.
     teacher_logprob_N: the token's log-probability under the teacher.
+    With a teacher of another tokenizer, all but the entropy are of shared roots, and NaN at tokens
+    that do not begin where one of the teacher's does.
     """
 
     forward_kl_N: Tensor
@@ -68,7 +76,8 @@ class OwnText:
     for the teacher itself. entropy: of the model, in nats/token. teacher_logprob: the mean
     log-probability of the answers' tokens under the teacher. length: tokens per answer, with the
     token that ends it. cut_off: share of answers that the limit ended. repetition: share of 4-grams
-    that occur earlier in the same answer.
+    that occur earlier in the same answer. compared: tokens that a teacher with another tokenizer is
+    compared at, over shared roots; None: all.
     """
 
     forward_kl: float
@@ -80,6 +89,7 @@ class OwnText:
     repetition: float
     answers: int
     tokens: int
+    compared: int | None = None
 
 
 def write_answers(
@@ -122,17 +132,19 @@ def answer_states(
     *,
     head: LMHead | None = None,
     passes: int | None = None,
+    batches: Sequence[Batch] | None = None,
 ) -> DenseSignal:
     """The hidden states that predict each token of the answers, in their order, on the CPU.
 
     model: in eval mode. head: the model's, if its own tensors are sharded. passes: forward passes
     of the model, for a sharded model, which every process must run equally often; by default, as
-    many as the answers need. No logits exist.
+    many as the answers need. batches: the `answer_batches` in the model's own tokens, if these are
+    others. No logits exist.
     """
     device = next(model.parameters()).device
     head = head or lm_head(model)
     rows = [torch.empty(0, head.weight_VD.shape[1], dtype=head.weight_VD.dtype)]
-    batches = list(answer_batches(answers))
+    batches = list(answer_batches(answers)) if batches is None else batches
     for number in range(len(batches) if passes is None else passes):
         batch = batches[number] if number < len(batches) else _NOTHING
         hidden_RLD = hidden_states(
@@ -156,6 +168,14 @@ def answer_batches(answers: Sequence[OwnAnswer]) -> Iterator[Batch]:
             labels_RL[row, first:last] = ids_RL[row, first:last]
         positions_RL = torch.arange(longest).expand(len(some), -1)
         yield {"input_ids": ids_RL, "labels": labels_RL, "position_ids": positions_RL}
+
+
+def without_padding(batch: Batch) -> Batch:
+    """The batch with each token after a row's answer as a document of its own."""
+    labels_RL, positions_RL = batch["labels"], batch["position_ids"].clone()
+    later_RL = (labels_RL != IGNORED).flip(1).cumsum(1).flip(1)
+    positions_RL[later_RL == 0] = 0
+    return {**batch, "position_ids": positions_RL}
 
 
 _ZERO = torch.zeros(1, 1, dtype=torch.long)
@@ -189,26 +209,71 @@ def score_tokens(
     return scores
 
 
+@torch.no_grad()
+def score_folded_tokens(
+    answers: Sequence[OwnAnswer],
+    model: DenseSignal,
+    teacher: DenseSignal,
+    covered_N: Tensor,
+    fold: Fold,
+) -> TokenScores:
+    """As `score_tokens`, for a teacher with another tokenizer.
+
+    teacher: has a row for each token in `covered_N`, where both tokenizers begin a token.
+    """
+    targets_N = torch.tensor([token for one in answers for token in one.ids], dtype=torch.long)
+    assert len(targets_N) == len(model.hidden_ND) == len(covered_N), "other answers"
+    teacher_head = float32_head(teacher.head, len(fold.teacher_W))
+    model_head = float32_head(model.head, len(fold.student_V))
+    row_N = covered_N.cumsum(0) - 1
+    scores = TokenScores(*(torch.full((len(targets_N),), math.nan) for _ in range(4)))
+    for chunk in row_chunks(teacher_head, len(targets_N)):
+        own_NV = _log_probabilities(model, model_head, chunk)
+        scores.entropy_N[chunk] = entropy_of_rows(own_NV).cpu()
+        here_N = covered_N[chunk]
+        if not here_N.any():
+            continue
+        theirs_NW = _log_probabilities(teacher, teacher_head, row_N[chunk][here_N])
+        found = score_rows(
+            folded_log_probabilities(own_NV[here_N.to(own_NV.device)], fold.student_V, fold.roots),
+            folded_log_probabilities(theirs_NW, fold.teacher_W, fold.roots).to(own_NV.device),
+            fold.student_V[targets_N[chunk][here_N]],
+        )
+        for column_N, values_n in (
+            (scores.forward_kl_N, found.forward_kl_N),
+            (scores.reverse_kl_N, found.reverse_kl_N),
+            (scores.teacher_logprob_N, found.teacher_logprob_N),
+        ):
+            column_N[chunk][here_N] = values_n.cpu()
+    return scores
+
+
 def score_rows(own_NV: Tensor, theirs_NV: Tensor, targets_N: Tensor) -> TokenScores:
     """From log-probabilities of the model and of its teacher before each token."""
     targets_N = targets_N.to(theirs_NV.device)
     return TokenScores(
         forward_kl_N=kl_of_rows(theirs_NV, own_NV),
         reverse_kl_N=kl_of_rows(own_NV, theirs_NV),
-        entropy_N=-(own_NV.exp() * own_NV).sum(-1),
+        entropy_N=entropy_of_rows(own_NV),
         teacher_logprob_N=theirs_NV.gather(-1, targets_N[:, None])[:, 0],
     )
 
 
-def _log_probabilities(states: DenseSignal, head: LMHead, rows: slice) -> Tensor:
+def entropy_of_rows(log_p_NV: Tensor) -> Tensor:
+    """In nats, [N]."""
+    return -(log_p_NV.exp() * log_p_NV).sum(-1)
+
+
+def _log_probabilities(states: DenseSignal, head: LMHead, rows: slice | Tensor) -> Tensor:
     return log_probabilities(head, states.hidden_ND[rows].to(head.weight_VD.device))
 
 
 def own_text_sums(answers: Sequence[OwnAnswer], scores: TokenScores) -> Tensor:
     """What `own_text` divides, as float64 sums, which may be added over processes."""
-    sums = [float(column_N.sum(dtype=torch.float64)) for column_N in scores.columns]
+    sums = [float(column_N.double().nansum()) for column_N in scores.columns]
     ngrams = [repeated_ngrams(one.ids) for one in answers]
     counts = [
+        int((~scores.forward_kl_N.isnan()).sum()),
         sum(len(one.ids) for one in answers),
         len(answers),
         sum(not one.ended for one in answers),
@@ -220,20 +285,21 @@ def own_text_sums(answers: Sequence[OwnAnswer], scores: TokenScores) -> Tensor:
 
 def own_text(sums: Tensor) -> OwnText | None:
     """The means of `own_text_sums`; None if there is no answer."""
-    *totals, tokens, answers, cut_off, repeated, grams = sums.tolist()
-    if not tokens:
+    *totals, compared, tokens, answers, cut_off, repeated, grams = sums.tolist()
+    if not compared:
         return None
-    forward, reverse, entropy, logprob = (total / tokens for total in totals)
+    forward, reverse, entropy, logprob = totals
     return OwnText(
-        forward_kl=forward,
-        reverse_kl=reverse,
-        entropy=entropy,
-        teacher_logprob=logprob,
+        forward_kl=forward / compared,
+        reverse_kl=reverse / compared,
+        entropy=entropy / tokens,
+        teacher_logprob=logprob / compared,
         length=tokens / answers,
         cut_off=cut_off / answers,
         repetition=repeated / max(1, grams),
         answers=int(answers),
         tokens=int(tokens),
+        compared=None if compared == tokens else int(compared),
     )
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -11,49 +14,112 @@ from stillhouse.data.tokenize_rows import TokenRow
 from stillhouse.errors import DataError
 from stillhouse.finding import Finding
 from stillhouse.language_model.job import Job
+from stillhouse.language_model.roots_stage import aligner_of
 from stillhouse.teachers.align_tokens import TokenAligner
-from stillhouse.teachers.load_model import load_tokenizer
-from stillhouse.teachers.roots import Roots
+from stillhouse.teachers.model_source import ModelSource
+from stillhouse.teachers.roots import Roots, merged
+from stillhouse.teachers.roots_file import cached_roots, token_text
 
 TOPIC = "tokenizer"
+FEW = 0.5
+"""The share of supervised tokens at a shared boundary below which a warning is given."""
+EXAMPLES = 3
 
 
-def check_alignment(job: Job, rows: Sequence[TokenRow]) -> Iterator[Finding]:
-    """Report how much of the sample each of these teachers can teach."""
-    code = job.trust_remote_code
-    tokenizer = load_tokenizer(job.tokenizer_path, trust_remote_code=code)
-    for source in job.teachers:
-        other = load_tokenizer(source.path, trust_remote_code=code)
-        if other.get_vocab() == tokenizer.get_vocab():
-            continue
-        aligner = TokenAligner(tokenizer, other)
-        roots = aligner.roots()
+@dataclass
+class _Counts:
+    """supervised: tokens. pairs: tokens (student, teacher) that begin at the same place. alone: the
+    places of rows without any."""
+
+    supervised: int = 0
+    pairs: Counter[tuple[int, int]] = field(default_factory=Counter)
+    alone: list[str] = field(default_factory=list)
+
+
+def check_alignment(job: Job, rows: Sequence[tuple[str, TokenRow]]) -> Iterator[Finding]:
+    """Report how much of the sample each of these teachers can teach. rows: with their places."""
+    for source in job.other_teachers:
+        aligner = aligner_of(job, source)
         try:
-            supervised, covered, different = _counts(aligner, roots, rows)
+            counts = _counts(aligner, rows)
         except DataError as error:
             yield Finding("error", TOPIC, f"{source.described}: {error.what}", error.fix)
             continue
-        share = covered / max(1, supervised)
-        text = (
-            f"{source.described} has another tokenizer: {roots.shared:,} strings are tokens of "
-            f"both, and {share:.1%} of the supervised tokens begin where one of its tokens does "
-            f"({different / max(1, covered):.2%} of these belong to another root and are merged)"
-        )
-        fix = "the other tokens learn nothing from it" if share < 0.5 else None
-        yield Finding("ok" if fix is None else "warning", TOPIC, text, fix)
+        yield from _findings(source, aligner, counts, len(rows))
 
 
-def _counts(aligner: TokenAligner, roots: Roots, rows: Sequence[TokenRow]) -> tuple[int, int, int]:
-    """Supervised tokens, those at a shared boundary, and those of them with different roots."""
-    supervised = covered = different = 0
-    for row in rows:
+def _counts(aligner: TokenAligner, rows: Iterable[tuple[str, TokenRow]]) -> _Counts:
+    """Raises DataError, with the row's place, for a row that the teacher cannot read."""
+    found = _Counts()
+    for where, row in rows:
         ids_L = row.ids.astype(np.int64)
         labels_L = np.where(row.supervised, ids_L, IGNORED)
         labels_L[0] = IGNORED
-        (found,) = aligner.align(ids_L[None], np.arange(len(ids_L))[None], labels_L[None])
-        taught_L = (labels_L != IGNORED) & (found.begins_L >= 0)
-        theirs = found.ids_M[found.begins_L[taught_L]]
-        supervised += int((labels_L != IGNORED).sum())
-        covered += int(taught_L.sum())
-        different += int((roots.student_V[ids_L[taught_L]] != roots.teacher_W[theirs]).sum())
-    return supervised, covered, different
+        try:
+            (window,) = aligner.align(ids_L[None], np.arange(len(ids_L))[None], labels_L[None])
+        except DataError as error:
+            raise DataError(f"{where}: {error.what}", fix=error.fix) from error
+        taught_L = (labels_L != IGNORED) & (window.begins_L >= 0)
+        theirs = window.ids_M[window.begins_L[taught_L]]
+        found.supervised += int((labels_L != IGNORED).sum())
+        found.pairs.update(zip(ids_L[taught_L].tolist(), theirs.tolist(), strict=True))
+        if not taught_L.any():
+            found.alone.append(where)
+    return found
+
+
+def _findings(
+    source: ModelSource, aligner: TokenAligner, counts: _Counts, rows: int
+) -> Iterator[Finding]:
+    covered = counts.pairs.total()
+    if not covered:
+        text = f"{source.described}: no supervised token begins where one of its tokens does"
+        yield Finding("error", TOPIC, text, "choose a teacher that can read this text")
+        return
+    before = cached_roots(aligner)
+    roots = merged(before, counts.pairs)
+    other = {
+        pair: count
+        for pair, count in counts.pairs.items()
+        if before.student_V[pair[0]] != before.teacher_W[pair[1]]
+    }
+    share = covered / max(1, counts.supervised)
+    tokens, events = _entropies(roots, counts.pairs)
+    text = (
+        f"{source.described} has another tokenizer: {roots.shared:,} strings are tokens of both, "
+        f"and {share:.1%} of the supervised tokens begin where one of its tokens does; these keep "
+        f"{events:.3f} of their {tokens:.3f} nats of entropy. {sum(other.values()) / covered:.2%} "
+        f"of them have another root than the teacher's token there, and both roots are merged"
+    )
+    if other:
+        some = sorted(other, key=lambda pair: (-other[pair], pair))[:EXAMPLES]
+        text += f": {', '.join(_shown(pair, aligner) for pair in some)} (student, teacher)"
+    fix = "the other tokens learn nothing from it" if share < FEW else None
+    yield Finding("ok" if fix is None else "warning", TOPIC, text, fix)
+    if counts.alone:
+        text = (
+            f"{len(counts.alone):,} of {rows:,} rows, such as {counts.alone[0]}, have no token "
+            f"that begins where one of {source.described} does: it teaches nothing there"
+        )
+        yield Finding("warning", TOPIC, text, "remove these rows, or train on cross-entropy too")
+
+
+def _entropies(roots: Roots, pairs: Counter[tuple[int, int]]) -> tuple[float, float]:
+    """Of the student's tokens where they are taught, and of their roots, in nats."""
+    tokens: Counter[int] = Counter()
+    for (ours, _), count in pairs.items():
+        tokens[ours] += count
+    events: Counter[int] = Counter()
+    for ours, count in tokens.items():
+        events[int(roots.student_V[ours])] += count
+    return _entropy(tokens), _entropy(events)
+
+
+def _entropy(counts: Counter[int]) -> float:
+    total = counts.total()
+    return -sum(n / total * math.log(n / total) for n in counts.values())
+
+
+def _shown(pair: tuple[int, int], aligner: TokenAligner) -> str:
+    ours, theirs = pair
+    return f"{token_text(ours, aligner.student)!r} and {token_text(theirs, aligner.teacher)!r}"

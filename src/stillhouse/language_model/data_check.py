@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,7 +29,12 @@ def check_data(check: Check) -> Iterator[Finding]:
     """Check a sample of the text."""
     job: Job = check.job
     yield Finding("ok", "teacher", job.teacher.described)
-    yield Finding("ok", "vocabulary", f"{job.vocabulary:,} tokens, the same in both models")
+    same = (
+        "the student's; the teacher has another tokenizer"
+        if job.folded
+        else "the same in both models"
+    )
+    yield Finding("ok", "vocabulary", f"{job.vocabulary:,} tokens, {same}")
     yield from license_lines(origins_of(job)[1:])
     planned = planned_text(job.recipe, job.base, SAMPLE_DOCUMENTS)
     if planned is not None and not planned.documents:
@@ -49,7 +53,8 @@ class Sample:
     """The first documents, tokenized.
 
     tokens: an estimate for all sources. complete: the sample is the entire text. notes: how many
-    rows have something that is not learned or not read, by kind. rows: the documents' tokens.
+    rows have something that is not learned or not read, by kind. rows: the documents' places and
+    tokens.
     """
 
     documents: int
@@ -59,7 +64,7 @@ class Sample:
     tokens: int
     complete: bool
     notes: Counter[str]
-    rows: list[TokenRow]
+    rows: list[tuple[str, TokenRow]]
 
 
 def _sample(job: Job, planned: PlannedText | None) -> Sample:
@@ -77,17 +82,21 @@ def _sample(job: Job, planned: PlannedText | None) -> Sample:
         documents.append(document)
         characters += len(document.text) if isinstance(document, Document) else len(str(document))
     tokenized = tokenize(documents, tokenizer, job.recipe.data.control_tokens)
-    rows = list(itertools.chain.from_iterable(tokenized))
+    rows = [
+        (document.where, row)
+        for document, of_document in zip(documents, tokenized, strict=True)
+        for row in of_document
+    ]
     notes = Counter(note for document in documents for note in document.about.notes)
-    notes.update(note for row in rows for note in row.notes)
-    tokens = sum(len(row.ids) for row in rows)
-    supervised = sum(int(row.supervised.sum()) for row in rows)
+    notes.update(note for _, row in rows for note in row.notes)
+    tokens = sum(len(row.ids) for _, row in rows)
+    supervised = sum(int(row.supervised.sum()) for _, row in rows)
     expected = tokens if complete else round(tokens * max(1.0, everything / max(1, characters)))
     return Sample(
         documents=len(documents),
         conversations=sum(isinstance(document, Conversation) for document in documents),
         supervised_share=supervised / max(1, tokens),
-        longest=max((len(row.ids) for row in rows if not row.splittable), default=0),
+        longest=max((len(row.ids) for _, row in rows if not row.splittable), default=0),
         tokens=expected,
         complete=complete,
         notes=notes,

@@ -31,7 +31,7 @@ def plan_data(job: Job) -> StagePlan:
         )
         return Outcome(summary={"train": asdict(train.info), "heldout": asdict(heldout.info)})
 
-    fingerprint = (job.pretrained or job.teacher).fingerprint
+    fingerprint = job.tokenizer.fingerprint
     tokens_key = f"{VERSION} {fingerprint}"
     inputs: dict[str, Any] = {
         "recipe": section.model_dump(mode="json"),

@@ -17,6 +17,7 @@ from stillhouse.evaluation.kept_teacher import KeptTeacher
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job
+from stillhouse.language_model.roots_stage import roots_key, teacher_alignment
 from stillhouse.language_model.signals_stage import sharded_loader
 from stillhouse.launch import leads
 from stillhouse.pipeline.engine import EVALUATION
@@ -127,6 +128,7 @@ def evaluation_arguments(job: Job, section: EvaluateRecipe, heldout: WindowSet) 
         "seed": job.recipe.seed,
         "precision": choose_precision(job.recipe.train.precision, default_device()),
         "load_sharded": _sharded_teacher(job),
+        "alignment": teacher_alignment(job),
         "trust_remote_code": job.trust_remote_code,
     }
 
@@ -138,6 +140,7 @@ def _inputs(job: Job, data: Stage) -> dict[str, Any]:
         "seed": job.recipe.seed,
         "teacher": job.teacher.fingerprint,
         "data": data.digest,
+        **roots_key(job),
     }
 
 

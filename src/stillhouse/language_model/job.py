@@ -14,6 +14,7 @@ from stillhouse.export.licenses import Origin
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.objectives.objective_config import LogitsTerm
 from stillhouse.progress import note
+from stillhouse.runfolder import Stage
 from stillhouse.signals.encodings import (
     Encoding,
     EntryEncoding,
@@ -28,12 +29,22 @@ from stillhouse.signals.signals_config import FrozenHeadSignals, HiddenSignals
 from stillhouse.students.planned_config import planned_config
 from stillhouse.students.student_config import PretrainedStudent, PrunedStudent, RandomStudent
 from stillhouse.synthesis.synthesized_text import SynthesizedText
-from stillhouse.teachers.align_tokens import require_alignable
-from stillhouse.teachers.load_model import load_config, load_tokenizer
+from stillhouse.teachers.load_model import load_config
 from stillhouse.teachers.model_requirements import require_decoder
-from stillhouse.teachers.model_source import ModelSource, resolve_config, resolve_model
+from stillhouse.teachers.model_source import (
+    ModelSource,
+    resolve_config,
+    resolve_model,
+    resolve_tokenizer,
+)
 from stillhouse.teachers.planned_model import planned_model
-from stillhouse.teachers.shared_vocabulary import VocabularyMatch, check_same_vocabulary
+from stillhouse.teachers.shared_vocabulary import check_rows, check_same_ids
+from stillhouse.teachers.source_tokenizers import (
+    head_rows,
+    other_tokenizer,
+    shared_vocabulary,
+    source_tokenizer,
+)
 from stillhouse.training.objective import (
     Objective,
     make_objective,
@@ -48,12 +59,15 @@ class Job:
     """A recipe with its resolved models, checked to fit together.
 
     base: the folder of relative paths. pruned: the model that is pruned, if that is not the
-    teacher. vocabulary: token ids below it are shared by both models; rows of a head beyond it are
-    padding. teachers: the models that the student learns from: the teacher, or others. text: the
-    run's synthesized text. ancestors: for a member of a family, the models that the first member
-    was made with. after_cut: before the vocabulary is cut, the recipe that continues afterwards;
-    this job's own recipe then contains only the cut. cut: whether it was cut. family: for a first
-    member, the recipe of the entire family.
+    teacher. vocabulary: token ids below it are the student's, and the teacher's unless `folded`;
+    rows of a head beyond it are padding. teachers: the models that the student learns from: the
+    teacher, or others. own_tokenizer: whose tokenizer the student has, if that is neither the
+    pretrained model's nor the teacher's. folded: whether the teacher has another tokenizer than the
+    student, so that they are compared over shared roots. roots: the stage with the roots of other
+    tokenizers. text: the run's synthesized text. ancestors: for a member of a family, the models
+    that the first member was made with. after_cut: before the vocabulary is cut, the recipe that
+    continues afterwards; this job's own recipe then contains only the cut. cut: whether it was cut.
+    family: for a first member, the recipe of the entire family.
     """
 
     recipe: Recipe
@@ -63,6 +77,9 @@ class Job:
     vocabulary: int
     pruned: ModelSource | None = None
     teachers: tuple[ModelSource, ...] = ()
+    own_tokenizer: ModelSource | None = None
+    folded: bool = False
+    roots: Stage | None = None
     text: SynthesizedText | None = None
     ancestors: tuple[Origin, ...] = ()
     after_cut: Recipe | None = None
@@ -70,9 +87,20 @@ class Job:
     family: Recipe | None = None
 
     @property
+    def tokenizer(self) -> ModelSource:
+        """The model, or folder, whose tokenizer and chat template the student has."""
+        return self.own_tokenizer or self.pretrained or self.teacher
+
+    @property
     def tokenizer_path(self) -> Path:
-        """The student's own, if it has one: its token ids are the teacher's, see `students`."""
-        return (self.pretrained or self.teacher).path
+        return self.tokenizer.path
+
+    @property
+    def other_teachers(self) -> tuple[ModelSource, ...]:
+        """The models with another tokenizer than the student: of those that it learns from, and the
+        teacher that it is compared with."""
+        every, code = dict.fromkeys([*self.teachers, self.teacher]), self.trust_remote_code
+        return tuple(each for each in every if other_tokenizer(self.tokenizer, each, code))
 
     @property
     def trust_remote_code(self) -> bool:
@@ -102,14 +130,25 @@ def find_models(
     if isinstance(recipe.student, PrunedStudent) and recipe.student.model is not None:
         pruned = resolve_model(recipe.student.model, base=base, weights=weights)
     other = pretrained or pruned or teacher
+    code = section.trust_remote_code
     for source in (teacher, other):
-        config = load_config(source.path, trust_remote_code=recipe.teacher.trust_remote_code)
-        require_decoder(config, source.path)
-    match = shared_vocabulary(teacher, other, recipe.teacher.trust_remote_code)
-    for warning in match.warnings:
-        note(f"warning: {warning}")
-    teachers = _teachers(recipe, teacher, base, weights)
-    job = Job(recipe, base, teacher, pretrained, match.rows, pruned, teachers)
+        require_decoder(load_config(source.path, trust_remote_code=code), source.path)
+    own = None
+    if isinstance(recipe.student, RandomStudent) and recipe.student.tokenizer is not None:
+        own = resolve_tokenizer(recipe.student.tokenizer, base=base)
+    folded = _is_folded(recipe, teacher, own or other)
+    if own is not None:
+        rows = _ids(own, code)
+    elif folded:
+        own = pruned
+        rows = check_rows(source_tokenizer(other, code), head_rows(other, code), "student")
+    else:
+        match = shared_vocabulary(teacher, other, code)
+        rows = match.rows
+        for warning in match.warnings:
+            note(f"warning: {warning}")
+    job = Job(recipe, base, teacher, pretrained, rows, pruned, own_tokenizer=own, folded=folded)
+    job = replace(job, teachers=_teachers(job, weights=weights))
     require_decoder(configs(job)[0], recipe.student.start)
     # Reject early what these models, or a store of the teacher's signals, cannot serve.
     objective = planned_objective(job)
@@ -145,28 +184,43 @@ def find_configurations(recipe: Recipe, base: Path) -> Job:
     return replace(job, vocabulary=min(sizes))
 
 
-def _teachers(
-    recipe: Recipe, teacher: ModelSource, base: Path, weights: bool
-) -> tuple[ModelSource, ...]:
+def _is_folded(recipe: Recipe, teacher: ModelSource, own: ModelSource) -> bool:
+    """Whether the teacher has another tokenizer than the student. own: has the student's.
+
+    Raises ModelError if the recipe does not allow it, SignalError if it cannot work.
+    """
+    code = recipe.teacher.trust_remote_code
+    if recipe.teacher.tokenizer == "same":
+        check_same_ids(source_tokenizer(teacher, code), source_tokenizer(own, code))
+    if not other_tokenizer(own, teacher, code):
+        return False
+    if recipe.signals is not None and recipe.signals.answers is None:
+        raise SignalError(
+            f"a store has the student's tokens, and {teacher.described} has another tokenizer",
+            where="signals",
+            fix="remove signals: the teacher then answers at every step",
+        )
+    return True
+
+
+def _teachers(job: Job, *, weights: bool) -> tuple[ModelSource, ...]:
+    recipe, code = job.recipe, job.trust_remote_code
     teachers = []
     for name in recipe.train.teachers or [ORIGINAL]:
-        found = teacher if name == ORIGINAL else resolve_model(name, base=base, weights=weights)
-        if found is not teacher and other_tokenizer(teacher, found, recipe):
+        found = job.teacher
+        if name != ORIGINAL:
+            found = resolve_model(name, base=job.base, weights=weights)
+        if other_tokenizer(job.tokenizer, found, code):
             _require_output_terms(recipe, found)
+        else:
+            check_rows(source_tokenizer(found, code), head_rows(found, code), "teacher")
         teachers.append(found)
     return tuple(teachers)
 
 
-def other_tokenizer(teacher: ModelSource, other: ModelSource, recipe: Recipe) -> bool:
-    """Whether a model of `train.teachers` has other tokens than the teacher, and so teaches through
-    shared roots. Raises ModelError if its tokens cannot be aligned, or rows are missing."""
-    code = recipe.teacher.trust_remote_code
-    own, its = (load_tokenizer(each.path, trust_remote_code=code) for each in (teacher, other))
-    if own.get_vocab() == its.get_vocab():
-        shared_vocabulary(teacher, other, code)
-        return False
-    require_alignable(own, its)
-    return True
+def _ids(source: ModelSource, trust_remote_code: bool) -> int:
+    """The number of ids that a tokenizer can return."""
+    return int(max(source_tokenizer(source, trust_remote_code).get_vocab().values())) + 1
 
 
 def _require_output_terms(recipe: Recipe, other: ModelSource) -> None:
@@ -308,21 +362,6 @@ def start_config(job: Job) -> Any:
     """The configuration of the model that is pruned."""
     start = job.pruned or job.teacher
     return load_config(start.path, trust_remote_code=job.trust_remote_code)
-
-
-def shared_vocabulary(
-    teacher: ModelSource, student: ModelSource, trust_remote_code: bool
-) -> VocabularyMatch:
-    """Raises ModelError if the two models' tokens differ."""
-    sides = []
-    for source in (teacher, student):
-        tokenizer = load_tokenizer(source.path, trust_remote_code=trust_remote_code)
-        config = load_config(source.path, trust_remote_code=trust_remote_code)
-        sides.append((tokenizer, int(config.get_text_config().vocab_size)))
-    (teacher_tokenizer, teacher_rows), (student_tokenizer, student_rows) = sides
-    return check_same_vocabulary(
-        teacher_tokenizer, student_tokenizer, teacher_rows=teacher_rows, student_rows=student_rows
-    )
 
 
 def planned_size(config: Any) -> account.ParameterCount:

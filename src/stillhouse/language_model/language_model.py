@@ -25,6 +25,7 @@ from stillhouse.language_model.job import Job, find_models
 from stillhouse.language_model.model_check import require_models
 from stillhouse.language_model.quantize_stage import plan_quantization, plan_quantized_training
 from stillhouse.language_model.recipe import Recipe
+from stillhouse.language_model.roots_stage import has_other_tokenizers, plan_roots, with_roots
 from stillhouse.language_model.run_check import check_resources, require_resources
 from stillhouse.language_model.search_stage import has_target, plan_search, with_sizes
 from stillhouse.language_model.signals_stage import STORE, plan_signals, records_signals
@@ -77,6 +78,7 @@ STEPS = (
         then=cut_job,
     ),
     Step("data", plan_data, applies=lambda job: job.cut, then=with_shard),
+    Step("roots", plan_roots, ("data",), applies=has_other_tokenizers, then=with_roots),
     Step("search", plan_search, ("data",), applies=has_target, then=with_sizes),
     Step("student", plan_student, ("data",)),
     Step("signals", _plan_store, ("data", "student"), applies=records_signals),
@@ -121,14 +123,15 @@ STEPS = (
     Step("push", plan_push, ("export",), applies=pushes, main_process=True),
     Step("report", plan_language_model_report, ALL, main_process=True),
 )
-DATA_STEPS = ("synthesis", "data", "vocabulary")
-"""The steps up to the windows, and the teacher with their vocabulary."""
+WINDOW_STEPS = ("synthesis", "data", "vocabulary")
+DATA_STEPS = (*WINDOW_STEPS, "roots")
+"""The steps up to the windows, and the teacher with their vocabulary or roots."""
 
 
 def links(job: Job) -> dict[str, Link]:
     exported = {name: ("export", name) for name in map(shipped_folder, job.recipe.export.formats)}
-    signals, text = ("signals", STORE), ("synthesis", "")
-    return {**exported, REPORT: ("report", REPORT), "signals": signals, "synthesis": text}
+    stores = {"signals": ("signals", STORE), "synthesis": ("synthesis", ""), "roots": ("roots", "")}
+    return {**exported, REPORT: ("report", REPORT), **stores}
 
 
 def preview_windows(recipe: Recipe, base: Path, rows: int) -> RenderableType:
@@ -136,7 +139,7 @@ def preview_windows(recipe: Recipe, base: Path, rows: int) -> RenderableType:
     require_text(recipe, base)
     with locked_folder(recipe) as folder:
         job = find_job(recipe, base)
-        job, stages = run_steps(LANGUAGE_MODEL, job, doing(folder), only=DATA_STEPS)
+        job, stages = run_steps(LANGUAGE_MODEL, job, doing(folder), only=WINDOW_STEPS)
     windows, _ = open_data(stages["data"])
     return preview(windows, load_tokenizer(job.tokenizer_path), rows)
 

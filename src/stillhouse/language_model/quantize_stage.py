@@ -8,6 +8,7 @@ from pathlib import Path
 from stillhouse.hardware import peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job
+from stillhouse.language_model.roots_stage import roots_key
 from stillhouse.language_model.signals_stage import stored_signals, training_teacher
 from stillhouse.language_model.train_stage import (
     own_prompts,
@@ -89,6 +90,7 @@ def plan_quantized_training(
         "recipe": training_key(train_section),
         "seed": job.recipe.seed,
         "teachers": [teacher.fingerprint for teacher in job.teachers],
+        **roots_key(job),
         "data": data.digest,
         "trained": trained.digest,
         "rounded": rounded.digest,

@@ -7,6 +7,7 @@ beside its key, and a description here is what editors show (`stillhouse schema`
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -31,6 +32,11 @@ class TeacherRecipe(Section):
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub id.")
     trust_remote_code: bool = Field(False, description="Run model code that comes with the model.")
+    tokenizer: Literal["auto", "same"] = Field(
+        "auto",
+        description="auto: with another tokenizer than the student's, it teaches through the "
+        "tokens that both share; same: the tokenizers must have the same ids.",
+    )
     license: str | None = Field(
         None,
         description="Its license as the Hub names it (apache-2.0, llama3.2), which the student's "

@@ -40,7 +40,8 @@ def plan_search(job: Job, data: Stage) -> StagePlan:
                 section=section,
                 train=job.recipe.train,
                 start=start.path,
-                teacher=job.teacher.path,
+                # Of another tokenizer, it does not measure what pruning costs.
+                teacher=(start if job.folded else job.teacher).path,
                 windows=windows,
                 vocabulary=job.vocabulary,
                 seed=job.recipe.seed,

@@ -22,6 +22,7 @@ from stillhouse.language_model.job import (
     planned_objective,
     signals_encoding,
 )
+from stillhouse.language_model.roots_stage import run_roots
 from stillhouse.launch import leads
 from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.progress import note
@@ -205,7 +206,8 @@ def training_teacher(
     loads = [_loader(job, one, dtype, over) for one in sources]
     if stored is None:
         tokenizer = load_tokenizer(job.tokenizer_path, trust_remote_code=code)
-        return combined([load().aligned(tokenizer) for load in loads])
+        pairs = zip(loads, sources, strict=True)
+        return combined([load().aligned(tokenizer, run_roots(job, one)) for load, one in pairs])
     store = _open(job, stored, student)
     encoding, config, head = store.settings.encoding, None, None
     if isinstance(encoding, Hidden):

@@ -10,6 +10,7 @@ from typing import Any
 from stillhouse.hardware import peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job
+from stillhouse.language_model.roots_stage import roots_key
 from stillhouse.language_model.signals_stage import StoredSignals, stored_signals, training_teacher
 from stillhouse.objectives.objective_config import LogitsTerm, ObjectiveRecipe
 from stillhouse.pipeline.stage_plan import StagePlan, model_check
@@ -44,6 +45,7 @@ def plan_student(job: Job, data: Stage) -> StagePlan:
             out=out / MODEL,
             trust_remote_code=job.trust_remote_code,
             processes=all_processes() if pruned else ALONE,
+            same_tokens=not job.folded,
         )
         flops = summary.get("flops", 0)
         return Outcome(flops=flops, peak_memory_bytes=peak_memory_bytes(), summary=summary)
@@ -51,7 +53,9 @@ def plan_student(job: Job, data: Stage) -> StagePlan:
     inputs = {
         # Once a shape is found, the search settings do not matter, nor where the models are:
         # their content is identified below.
-        "recipe": section.model_dump(mode="json", exclude={"search", "target", "model", "config"}),
+        "recipe": section.model_dump(
+            mode="json", exclude={"search", "target", "model", "config", "tokenizer"}
+        ),
         "config": config_sha256(section, job.base) if isinstance(section, RandomStudent) else None,
         "seed": job.recipe.seed,
         "teacher": job.teacher.fingerprint,
@@ -59,6 +63,8 @@ def plan_student(job: Job, data: Stage) -> StagePlan:
         "pruned": job.pruned and job.pruned.fingerprint,
         "data": data.digest,
     }
+    if isinstance(section, RandomStudent) and section.tokenizer is not None:
+        inputs["tokenizer"] = job.tokenizer.fingerprint
     check = model_check(job.trust_remote_code)
     return StagePlan("student", inputs, work, version=8, together=pruned, check=check)
 
@@ -113,6 +119,7 @@ def _training(
         "recipe": training_key(job.recipe.train),
         "seed": job.recipe.seed,
         "teachers": [teacher.fingerprint for teacher in teachers],
+        **(roots_key(job) if teachers else {}),
         "data": data.digest,
         "student": student.digest,
     }

@@ -26,7 +26,13 @@ def check_turns(job: Job) -> Iterator[Finding]:
             text = f"it writes no token after an assistant's turn: {end.text} is added to each"
             fix = "a template that writes one makes longer rows: several turns share their context"
             yield Finding("warning", TOPIC, text, fix)
-    if end is not None and other is not None and other.text != end.text:
+    differ = end is not None and other is not None and other.text != end.text
+    if end is not None and job.folded:
+        text = (
+            "each model's own template renders the chats, unless both have the same tokens for it"
+        )
+        yield Finding("ok", TOPIC, text)
+    elif differ and end is not None and other is not None:
         text = f"the teacher's turns end with {other.text}, and the student's with {end.text}"
         fix = (
             "the student's template is used for both, so its end-of-turn token may be new to the "

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from stillhouse.data.windows import WindowSet
+from stillhouse.errors import RecipeError
 from stillhouse.evaluation.fidelity import compare, heldout_answers
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
-from stillhouse.language_model.job import Job, find_models, other_tokenizer, shared_vocabulary
+from stillhouse.language_model.job import Job, find_models
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.launch import leads
 from stillhouse.pipeline.stage_plan import Do, StagePlan, model_check
@@ -35,6 +36,7 @@ from stillhouse.students.build_student import build_student
 from stillhouse.students.student_config import PrunedSizes, PrunedStudent
 from stillhouse.teachers.load_model import load_config, load_model, load_tokenizer
 from stillhouse.teachers.model_source import ModelSource, resolve_model
+from stillhouse.teachers.source_tokenizers import other_tokenizer, shared_vocabulary
 from stillhouse.training.train import MODEL
 from stillhouse.training.train_config import ORIGINAL
 
@@ -96,9 +98,15 @@ def _other_models(recipe: Recipe, full_job: Job) -> dict[str, ModelSource]:
             load_tokenizer(model.path, trust_remote_code=code).get_vocab().keys()
             for model in (source, full_job.teacher)
         )
-        if name in recipe.train.teachers and other_tokenizer(full_job.teacher, source, recipe):
-            continue
-        if not own < all_tokens:
+        other = not own < all_tokens and other_tokenizer(full_job.teacher, source, code)
+        if other and name == recipe.student.model:
+            raise RecipeError(
+                "student.vocabulary removes tokens of the teacher, and the model that is pruned "
+                "has another tokenizer",
+                where="student.model",
+                fix="name the model that is pruned as the teacher, and the other in train.teachers",
+            )
+        if not other and not own < all_tokens:
             shared_vocabulary(full_job.teacher, source, code)
             found[name] = source
     return found

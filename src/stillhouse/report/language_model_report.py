@@ -116,11 +116,20 @@ _FIGURES: tuple[tuple[str, str, Callable[[ModelResult], str]], ...] = (
      lambda m: text.digits(m.speed.decode_tokens_per_s) if m.speed else ""),
 )  # fmt: skip
 """Name of a figure, the model to compare the student with, and the values shown for both."""
+_FOLDED_FIGURES: tuple[tuple[str, str, Callable[[ModelResult], str]], ...] = (
+    ("top-1 agreement, shared roots", *_FIGURES[0][1:]),
+    ("KL to the teacher, shared roots, nats/token", *_FIGURES[1][1:]),
+    ("held-out bits per byte", "teacher",
+     lambda m: text.digits(m.fidelity.bits_per_byte) if m.fidelity.bits_per_byte else ""),
+    *_FIGURES[3:],
+)  # fmt: skip
+"""With a teacher of another tokenizer."""
 
 
 def _figures(run: RunFacts, models: Mapping[str, ModelResult]) -> Iterator[Figure]:
     student = models.get("student")
-    for name, role, show in _FIGURES if student else ():
+    folded = student is not None and student.fidelity.compared is not None
+    for name, role, show in (_FOLDED_FIGURES if folded else _FIGURES) if student else ():
         other = models.get(role)
         remark = show(other) if other else ""
         if student and show(student):

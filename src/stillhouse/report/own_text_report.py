@@ -65,15 +65,17 @@ def own_text_section(answers: Iterable[ScoredAnswers], history: Rows) -> Section
 
 def _tokens(answer: ScoredAnswer) -> list[Token]:
     columns = (answer.texts, answer.forward_kl, answer.reverse_kl, answer.teacher_logprob)
-    return [
-        Token(
-            written,
-            _level(reverse),
+    tokens = []
+    for written, forward, reverse, logprob in zip(*columns, strict=True):
+        if forward is None or reverse is None or logprob is None:
+            tokens.append(Token(written, 0, "begins inside a token of the teacher"))
+            continue
+        about = (
             f"KL(model ‖ teacher) {reverse:.2f}, KL(teacher ‖ model) {forward:.2f}, "
-            f"log-probability by the teacher {logprob:.2f}",
+            f"log-probability by the teacher {logprob:.2f}"
         )
-        for written, forward, reverse, logprob in zip(*columns, strict=True)
-    ]
+        tokens.append(Token(written, _level(reverse), about))
+    return tokens
 
 
 def _level(kl: float) -> int:

@@ -1,6 +1,6 @@
 """Logits, log-probabilities, and the KL between two heads' rows, from hidden rows.
 
-Shapes: N rows, n rows of a chunk, D hidden width, V vocabulary.
+Shapes: N rows, n rows of a chunk, D hidden width, V vocabulary, R roots.
 """
 
 from __future__ import annotations
@@ -43,6 +43,16 @@ def row_chunks(head: LMHead, rows: int) -> list[slice]:
     vocabulary, hidden = head.weight_VD.shape
     size = max(1, min(CHUNK_LOGITS // vocabulary, hidden // 2))
     return [slice(start, start + size) for start in range(0, rows, size)]
+
+
+def folded_log_probabilities(log_p_NV: Tensor, roots_V: Tensor, roots: int) -> Tensor:
+    """The log-probability of each root, float32 [N, R]: of the sum over its tokens. Tokens beyond
+    those of `roots_V` are padding."""
+    probabilities_NV = log_p_NV[:, : len(roots_V)].exp()
+    tiny = torch.finfo(probabilities_NV.dtype).tiny
+    sums_NR = probabilities_NV.new_full((len(log_p_NV), roots), tiny)
+    roots_NV = roots_V.to(log_p_NV.device).expand_as(probabilities_NV)
+    return sums_NR.scatter_add_(1, roots_NV, probabilities_NV).log_()
 
 
 def kl_of_rows(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:

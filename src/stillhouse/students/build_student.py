@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +20,12 @@ from stillhouse.students.pruned_student import Summary, prune_to
 from stillhouse.students.student import Student
 from stillhouse.students.student_config import PretrainedStudent, PrunedStudent, RandomStudent
 from stillhouse.teachers.load_model import load_config, load_tokenizer
-from stillhouse.teachers.model_source import ModelSource, resolve_config, resolve_model
+from stillhouse.teachers.model_source import (
+    ModelSource,
+    resolve_config,
+    resolve_model,
+    resolve_tokenizer,
+)
 from stillhouse.teachers.shared_vocabulary import check_same_vocabulary
 
 CHECKED_TOKENS = 64
@@ -37,6 +43,7 @@ def build_student(
     trust_remote_code: bool = False,
     heldout: WindowSet | None = None,
     processes: Processes = ALONE,
+    same_tokens: bool = True,
 ) -> Summary:
     """Build the student that `section` describes, save it in `out`, and return a summary.
 
@@ -44,16 +51,19 @@ def build_student(
     given, is only compared with it: a note warns if the domains differ, with the measured KL.
     `base` is the folder that paths in the recipe are relative to. `processes`: those that
     prune together; only the main process writes. `trust_remote_code` is the
-    teacher's. The summary is plain data for JSON: start, parameters (total, non_embedding,
-    head_once), the teacher's parameters, notes, and for a pruned student `pruning` (see
-    pruning.PruneReport) and its `flops`. A student with fewer tokens than its teacher gets a new
+    teacher's. `same_tokens`: a pretrained student must have the teacher's tokens.
+    The summary is plain data for JSON: start, parameters (total, non_embedding, head_once), the
+    teacher's parameters, notes, and for a pruned student `pruning` (see pruning.PruneReport) and
+    its `flops`. A student with fewer tokens than its teacher gets a new
     tokenizer, and a file with the map to the teacher's ids (see pruning.kept_token_ids).
     Raises ModelError, RecipeError, DataError as its parts do; RunError when `out` is not writable.
     """
     kept_ids: tuple[int, ...] | None = None
     match section:
         case PretrainedStudent():
-            student, summary = _pretrained(section, teacher, base, trust_remote_code)
+            student, summary = _pretrained(
+                section, teacher, base, trust_remote_code, same_tokens=same_tokens
+            )
         case RandomStudent():
             student, summary = _random(section, teacher, seed, base, trust_remote_code)
         case PrunedStudent():
@@ -82,29 +92,36 @@ def build_student(
 
 
 def _pretrained(
-    section: PretrainedStudent, teacher: ModelSource, base: Path, trust_remote_code: bool
+    section: PretrainedStudent,
+    teacher: ModelSource,
+    base: Path,
+    trust_remote_code: bool,
+    *,
+    same_tokens: bool,
 ) -> tuple[Student, Summary]:
     source = resolve_model(section.model, revision=section.revision, base=base)
     student = Student.load(source.path, trust_remote_code=section.trust_remote_code)
+    found: Summary = {"model": source.described, "fingerprint": source.fingerprint}
+    if not same_tokens:
+        return student, {**found, "notes": []}
     match = check_same_vocabulary(
         load_tokenizer(teacher.path, trust_remote_code=trust_remote_code),
         student.tokenizer,
         teacher_rows=_rows(teacher.path, trust_remote_code),
         student_rows=_rows(source.path, section.trust_remote_code),
     )
-    summary = {
-        "model": source.described,
-        "fingerprint": source.fingerprint,
+    return student, {
+        **found,
         "vocabulary": asdict(match),
         "notes": list(match.warnings),
     }
-    return student, summary
 
 
 def _random(
     section: RandomStudent, teacher: ModelSource, seed: int, base: Path, trust_remote_code: bool
 ) -> tuple[Student, Summary]:
-    tokenizer = load_tokenizer(teacher.path, trust_remote_code=trust_remote_code)
+    own = section.tokenizer and resolve_tokenizer(section.tokenizer, base=base).path
+    tokenizer = load_tokenizer(own or teacher.path, trust_remote_code=trust_remote_code)
     config = load_config(teacher.path, trust_remote_code=trust_remote_code)
     config = start_config(section, config, base)
     student = Student.random(config, tokenizer, seed=seed, **section.overrides)
@@ -112,11 +129,20 @@ def _random(
 
 
 def start_config(section: RandomStudent, teacher_config: Any, base: Path) -> Any:
-    """The configuration that `section.overrides` are applied to: the named one, or the
-    teacher's."""
-    if section.config is None:
-        return teacher_config
-    return load_config(resolve_config(section.config, base=base))
+    """The configuration that `section.overrides` are applied to: the named one, or the teacher's;
+    for a tokenizer of its own, with as many tokens."""
+    config = teacher_config
+    if section.config is not None:
+        config = load_config(resolve_config(section.config, base=base))
+    if section.tokenizer is None:
+        return config
+    tokenizer = load_tokenizer(resolve_tokenizer(section.tokenizer, base=base).path)
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.vocab_size = max(tokenizer.get_vocab().values()) + 1
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(text, name, getattr(tokenizer, name))
+    return config
 
 
 def config_sha256(section: RandomStudent, base: Path) -> str | None:

@@ -34,6 +34,10 @@ class RandomStudent(Section):
     config: PathText | None = Field(
         None, description="Folder or Hub id whose config.json is the start; null: the teacher's."
     )
+    tokenizer: PathText | None = Field(
+        None,
+        description="Folder or Hub id whose tokenizer the student has; null: the teacher's.",
+    )
     overrides: dict[str, WholeNumber | FiniteNumber | bool | str] = Field(
         default={}, description="Config values to change, e.g. hidden_size: 256."
     )

@@ -1,6 +1,6 @@
 """Two tokenizations of the same bytes: where a token of both begins.
 
-Shapes: L tokens of a student's window, M tokens of the teacher's.
+Shapes: L tokens of a student's window, M tokens of the teacher's, C chunks.
 """
 
 from __future__ import annotations
@@ -40,6 +40,18 @@ class AlignedWindow:
     ids_M: Ids
     positions_M: Ids
     begins_L: Ids
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The text between neighboring shared boundaries of a window, all of it supervised.
+
+    student_C2, teacher_C2: the place of each chunk's first token, and that after its last, in the
+    student's window and in the teacher's.
+    """
+
+    student_C2: Ids
+    teacher_C2: Ids
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,8 @@ class TokenAligner:
         )
         self._space = 1 if adds_prefix_space(teacher) else 0
         self._special_V = self.student.lengths_V == 0
+        self._unknown_V = self._special_V.copy()
+        self._unknown_V[list(self._partner)] = False
         self._frames = chat_frames(student), chat_frames(teacher)
         self._frame_tokens = lru_cache(maxsize=256)(partial(_with_special_tokens, teacher))
         _check_bytes(self.student)
@@ -99,31 +113,77 @@ class TokenAligner:
         """The roots of both vocabularies before any text is seen."""
         return make_roots(self.student, self.teacher, self.partners)
 
-    def align(self, ids_RL: Ids, positions_RL: Ids, labels_RL: Ids) -> list[AlignedWindow]:
-        """Documents without a label to predict are left out of the teacher's windows."""
-        windows = [self._parts(*row) for row in zip(ids_RL, positions_RL, labels_RL, strict=True)]
+    def align(
+        self, ids_RL: Ids, positions_RL: Ids, labels_RL: Ids, *, skip_unreadable: bool = False
+    ) -> list[AlignedWindow]:
+        """Documents without a label to predict are left out of the teacher's windows.
+
+        skip_unreadable: so are documents that would otherwise raise DataError.
+        """
+        rows = zip(ids_RL, positions_RL, labels_RL, strict=True)
+        windows = [self._parts(*row, skip_unreadable=skip_unreadable) for row in rows]
         texts = [part for parts in windows for part in parts if isinstance(part, _Text)]
         encoded = iter(self.teacher.encode([part.text for part in texts]))
         return [
-            self._window(parts, encoded, len(ids_L))
+            self._window(parts, encoded, len(ids_L), skip_unreadable=skip_unreadable)
             for parts, ids_L in zip(windows, ids_RL, strict=True)
         ]
 
-    def _parts(self, ids_L: Ids, positions_L: Ids, labels_L: Ids) -> list[_Part]:
+    def require_readable(self, ids_RL: Ids, positions_RL: Ids, labels_RL: Ids) -> None:
+        """Raise DataError if a chat cannot be rendered with the teacher's template."""
+        for ids_L, positions_L, labels_L in zip(ids_RL, positions_RL, labels_RL, strict=True):
+            if self._unknown_V[ids_L].any():
+                self._parts(ids_L, positions_L, labels_L, skip_unreadable=False)
+
+    def chunks(self, window: AlignedWindow, ids_L: Ids, positions_L: Ids, labels_L: Ids) -> Chunks:
+        """The chunks of a student's window, which `align` rewrote as `window`.
+
+        A special token is a chunk. Text that is cut off by the window's end before a shared
+        boundary is in none.
+        """
+        start_C = np.flatnonzero(window.begins_L >= 0)
+        begin_C = window.begins_L[start_C]
+        special_C = self._special_V[ids_L[start_C]]
+        stop_C, end_C = (
+            np.where(special_C, each_C + 1, np.append(each_C[1:], each_C[-1:]))
+            for each_C in (start_C, begin_C)
+        )
+        ours_L, theirs_M = (
+            np.cumsum([0, *tokens.lengths_V[ids]])
+            for tokens, ids in ((self.student, ids_L), (self.teacher, window.ids_M))
+        )
+        document_L = np.cumsum(positions_L == 0)
+        supervised_L = np.cumsum([0, *(labels_L >= 0)])
+        # Bytes differ where some were left out, as after a cut character.
+        same_C = ours_L[stop_C] - ours_L[start_C] == theirs_M[end_C] - theirs_M[begin_C]
+        same_C &= document_L[start_C] == document_L[stop_C - 1]
+        same_C &= supervised_L[stop_C] - supervised_L[start_C] == stop_C - start_C
+        same_C &= stop_C > start_C
+        pairs = (start_C, stop_C), (begin_C, end_C)
+        return Chunks(*(np.stack(pair, axis=1)[same_C] for pair in pairs))
+
+    def _parts(
+        self, ids_L: Ids, positions_L: Ids, labels_L: Ids, *, skip_unreadable: bool
+    ) -> list[_Part]:
         parts: list[_Part] = []
         starts = np.flatnonzero(positions_L == 0)
         for start, stop in zip(starts, [*starts[1:], len(ids_L)], strict=True):
-            if (labels_L[start + 1 : stop] >= 0).any():
+            if not (labels_L[start + 1 : stop] >= 0).any():
+                continue
+            try:
                 parts += self._document(int(start), ids_L[start:stop])
+            except DataError:
+                if not skip_unreadable:
+                    raise
         return parts
 
     def _document(self, start: int, ids_L: Ids) -> list[_Part]:
         begin = len(self._begin_student)
         led = begin if np.array_equal(ids_L[:begin], self._begin_student) else 0
         special_L = self._special_V[ids_L]
-        unknown = [int(id) for id in ids_L[led:][special_L[led:]] if int(id) not in self._partner]
-        if unknown:
-            return self._chat(start, ids_L, unknown[0])
+        unknown = ids_L[led:][self._unknown_V[ids_L[led:]]]
+        if len(unknown):
+            return self._chat(start, ids_L, int(unknown[0]))
         parts: list[_Part] = [_Given(self._begin_teacher, first=True)]
         edges = np.flatnonzero(np.diff(special_L[led:])) + led + 1
         for first, last in zip([led, *edges], [*edges, len(ids_L)], strict=True):
@@ -207,14 +267,20 @@ class TokenAligner:
             text = data[skipped : skipped + error.start].decode()
         return _Text(start, ids, text, skipped)
 
-    def _window(self, parts: Sequence[_Part], encoded: Iterator[Ids], length: int) -> AlignedWindow:
+    def _window(
+        self, parts: Sequence[_Part], encoded: Iterator[Ids], length: int, *, skip_unreadable: bool
+    ) -> AlignedWindow:
         begins_L = np.full(length, NOWHERE)
         documents: list[list[Ids]] = []
         done = 0
         for part in parts:
             if isinstance(part, _Text):
                 ids = next(encoded)
-                self._match(part, ids, begins_L, done)
+                try:
+                    self._match(part, ids, begins_L, done)
+                except DataError:
+                    if not skip_unreadable:
+                        raise
             else:
                 ids = part.ids
                 if part.first:
@@ -234,19 +300,31 @@ class TokenAligner:
         return AlignedWindow(ids_M, positions_M, begins_L)
 
     def _match(self, part: _Text, ids: Ids, begins_L: Ids, done: int) -> None:
-        """Fill in where the text's tokens of both tokenizers begin at the same byte."""
+        """Fill in where the text's tokens of both tokenizers begin at the same byte.
+
+        Raises DataError if the teacher's tokens do not have the text's bytes.
+        """
+        size = len(part.text.encode())
+        space = int(self.teacher.lengths_V[ids].sum()) - size
+        if space not in (0, self._space):
+            raise DataError(
+                "the teacher's tokenizer changes this text, so its tokens cannot be aligned with "
+                f"the student's: {part.text[:80]!r}",
+                where=f"the tokenizer of {self.teacher.name}",
+                fix="remove such rows, or choose a teacher whose tokenizer keeps every byte",
+            )
         ours_L = _starts(self.student.lengths_V[part.ids])
-        theirs_M = _starts(self.teacher.lengths_V[ids]) + part.skipped - self._space
-        if self._space:
+        theirs_M = _starts(self.teacher.lengths_V[ids]) + part.skipped - space
+        if space:
             theirs_M = theirs_M[1:]  # the first token holds a space that is not in the text
         at_L = np.searchsorted(theirs_M, ours_L).clip(max=max(0, len(theirs_M) - 1))
         if not len(theirs_M):
             return
-        end = part.skipped + len(part.text.encode())
+        end = part.skipped + size
         same_L = (theirs_M[at_L] == ours_L) & (ours_L < end)
         same_L &= self.student.lengths_V[part.ids] > 0
         begins_L[part.start : part.start + len(ours_L)] = np.where(
-            same_L, at_L + done + self._space, NOWHERE
+            same_L, at_L + done + space, NOWHERE
         )
 
 

@@ -1,42 +1,30 @@
 """A teacher with another tokenizer, seen through the student's tokens.
 
-Shapes: R windows, L tokens of the student, M tokens of the teacher, N supervised rows, D hidden
-width.
+Shapes: N supervised rows, D hidden width, V student tokens, W teacher tokens.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from stillhouse.data.batches import Batch, Batches, completed
-from stillhouse.data.shift import IGNORED, supervised_targets
+from stillhouse.data.batches import Batch, Batches
 from stillhouse.errors import SignalError
 from stillhouse.signals import DenseSignal, Fold, FoldedSignal
 from stillhouse.teachers.activations import ActivationRequest
-from stillhouse.teachers.align_tokens import AlignedWindow, TokenAligner
+from stillhouse.teachers.align_tokens import TokenAligner
+from stillhouse.teachers.aligned_text import (
+    MERGED_FROM_TOKENS,
+    AlignedBatch,
+    Alignment,
+    observed,
+    rewritten,
+)
 from stillhouse.teachers.roots import Roots, merged
+from stillhouse.teachers.roots_file import cached_roots
 from stillhouse.teachers.teacher import OUTPUT_ONLY, Teacher, TeacherNeeds, TeacherView
-
-MERGED_FROM_TOKENS = 200_000
-"""Tokens of training text that show which roots are one event."""
-
-
-@dataclass(frozen=True)
-class AlignedBatch:
-    """A student's batch in the teacher's tokens, with labels where both begin a token.
-
-    covered_N: the student's supervised rows that have such a label.
-    """
-
-    batch: Batch
-    covered_N: Tensor
 
 
 class AlignedTeacher(Teacher):
@@ -54,14 +42,20 @@ class AlignedTeacher(Teacher):
         self.teacher, self._tokenizer = teacher, tokenizer
         self.aligner = TokenAligner(tokenizer, teacher.tokenizer)
         student = self.aligner.student
-        self.roots = roots or self.aligner.roots()
+        self.roots = roots or cached_roots(self.aligner)
         self._merged = roots is not None
+        self._skips = False
         self._fold: Fold | None = None  # of the roots, on the teacher's device
         self.vocabulary = student.size
         self.described = f"{teacher.described}, in the tokens of {student.name}"
         self.fingerprint = teacher.fingerprint
         self.collective = teacher.collective
         self.tokens_together = teacher.tokens_together
+
+    @property
+    def alignment(self) -> Alignment:
+        """What comparing a student with this teacher needs."""
+        return Alignment(self.aligner, self.roots)
 
     @property
     def tokenizer(self) -> Any:
@@ -82,7 +76,7 @@ class AlignedTeacher(Teacher):
                 fix="use divergences at the output",
             )
         if text is not None and not self._merged:
-            self.roots = merged(self.roots, self.observed(text, MERGED_FROM_TOKENS))
+            self.roots = merged(self.roots, observed(self.aligner, text, MERGED_FROM_TOKENS))
             self._merged, self._fold = True, None
 
     def answer(self, batch: Batch, request: ActivationRequest = OUTPUT_ONLY) -> TeacherView:
@@ -113,29 +107,13 @@ class AlignedTeacher(Teacher):
 
     def rewritten(self, batch: Batch) -> AlignedBatch:
         """The batch in the teacher's tokens."""
-        ids_RL, positions_RL, labels_RL = (
-            batch[name].cpu().numpy() for name in ("input_ids", "position_ids", "labels")
-        )
-        windows = self.aligner.align(ids_RL, positions_RL, labels_RL)
-        supervised_RL = labels_RL != IGNORED
-        supervised_RL[:, 0] = False
-        covered_RL = supervised_RL & np.stack([w.begins_L >= 0 for w in windows])
-        covered_N = torch.from_numpy(covered_RL[supervised_RL])
-        return AlignedBatch(_batch(windows, covered_RL), covered_N)
+        return rewritten(self.aligner, batch, skip_unreadable=self._skips)
 
-    def observed(self, text: Batches, tokens: int) -> Counter[tuple[int, int]]:
-        """Tokens (student, teacher) that begin at the same place, with their counts, in about so
-        many tokens of text."""
-        found: Counter[tuple[int, int]] = Counter()
-        together = max(1, 2**14 // text.context)
-        for start in range(0, min(len(text), -(-tokens // text.context)), together):
-            rows = [text[i] for i in range(start, min(start + together, len(text)))]
-            batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-            aligned = self.rewritten(batch)
-            ours = supervised_targets(batch["labels"])[aligned.covered_N]
-            theirs = supervised_targets(aligned.batch["labels"])
-            found.update(zip(ours.tolist(), theirs.tolist(), strict=True))
-        return found
+    def for_own_text(self) -> Teacher:
+        """Teaches nothing in what a student writes and the teacher's template cannot render."""
+        other = copy.copy(self)
+        other.teacher, other._skips = self.teacher.for_own_text(), True
+        return other
 
     def place(self, device: torch.device, context: int) -> None:
         self.teacher.place(device, context)
@@ -146,18 +124,3 @@ class AlignedTeacher(Teacher):
     @property
     def memory_bytes(self) -> int:
         return self.teacher.memory_bytes
-
-
-def _batch(windows: Sequence[AlignedWindow], covered_RL: np.ndarray) -> Batch:
-    """The teacher's windows, padded on the right by segments of one token."""
-    longest = max(2, *(len(window.ids_M) for window in windows))
-    shape = (len(windows), longest)
-    ids_RM, positions_RM = torch.zeros(shape, dtype=torch.long), torch.zeros(shape).long()
-    labels_RM = torch.full(shape, IGNORED)
-    for row, (window, covered_L) in enumerate(zip(windows, covered_RL, strict=True)):
-        size = len(window.ids_M)
-        ids_RM[row, :size] = torch.from_numpy(window.ids_M)
-        positions_RM[row, :size] = torch.from_numpy(window.positions_M)
-        at = window.begins_L[covered_L]
-        labels_RM[row, at] = torch.from_numpy(window.ids_M[at])
-    return completed({"input_ids": ids_RM, "labels": labels_RM, "position_ids": positions_RM})

@@ -111,6 +111,20 @@ def resolve_config(model: str, *, revision: str | None = None, base: Path) -> Pa
     return folder
 
 
+def resolve_tokenizer(model: str, *, base: Path) -> ModelSource:
+    """Find a tokenizer as `resolve_model` finds models; a folder needs no weights.
+
+    Raises ModelError as `resolve_model`.
+    """
+    path = None if model.startswith("pypi:") else _local_path(model, base)
+    if path is None or not path.is_dir():
+        return resolve_model(model, base=base, weights=False)
+    total, cache = hashlib.sha256(), cache_folder()
+    for file in _described(path):
+        total.update(f"{file.name} {file_sha256(file, cache)}\n".encode())
+    return ModelSource(path.resolve(), total.hexdigest(), model)
+
+
 def _resolved(
     model: str, revision: str | None, base: Path, folder: Path, weights: bool
 ) -> ModelSource:
@@ -146,19 +160,21 @@ def folder_fingerprint(path: Path, cache: Path) -> str:
     Raises ModelError where one is not as the folder's SHA256SUMS lists it.
     """
     weights = weight_files(path)
-    described = [
-        file
-        for file in path.iterdir()
-        if file.is_file() and any(fnmatch(file.name, pattern) for pattern in DESCRIPTION_FILES)
-    ]
     total = hashlib.sha256()
-    files = sorted({*weights, *described}, key=lambda file: file.name)
+    files = sorted({*weights, *_described(path)}, key=lambda file: file.name)
     changed = changed_files(path, [file.name for file in files], cache)
     if changed:
         raise damaged_export(path, f"{changed[0]} is not as {SUMS} lists it")
     for file in files:
         total.update(f"{file.name} {file_sha256(file, cache)}\n".encode())
     return total.hexdigest()
+
+
+def _described(path: Path) -> list[Path]:
+    """The files of DESCRIPTION_FILES in a folder, by name."""
+    files = [file for file in path.iterdir() if file.is_file()]
+    named = [f for f in files if any(fnmatch(f.name, pattern) for pattern in DESCRIPTION_FILES)]
+    return sorted(named, key=lambda file: file.name)
 
 
 def _local_path(model: str, base: Path) -> Path | None:

@@ -14,21 +14,15 @@ Shapes: V student tokens, W teacher tokens.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from stillhouse.errors import ModelError
 from stillhouse.signals import Fold
 from stillhouse.teachers.text_tokens import Ids, TextTokens
-
-ROOTS = "roots.safetensors"
 
 
 @dataclass(frozen=True)
@@ -165,24 +159,3 @@ def merged(roots: Roots, observed: Mapping[tuple[int, int], int]) -> Roots:
         roots.shared,
         (*roots.merges, *merges),
     )
-
-
-def save_roots(roots: Roots, folder: Path) -> None:
-    """Write ROOTS into a folder: both maps, and in its metadata what they were made of."""
-    summary = {"count": roots.count, "shared": roots.shared, "merges": roots.merges}
-    maps = {
-        "student": torch.from_numpy(roots.student_V.astype(np.int32)),
-        "teacher": torch.from_numpy(roots.teacher_W.astype(np.int32)),
-    }
-    save_file(maps, folder / ROOTS, metadata={"roots": json.dumps(summary)})
-
-
-def load_roots(folder: Path) -> Roots:
-    """What `save_roots` wrote."""
-    with safe_open(folder / ROOTS, framework="np") as file:
-        summary = json.loads(file.metadata()["roots"])
-        student_V, teacher_W = (
-            file.get_tensor(name).astype(np.int64) for name in ("student", "teacher")
-        )
-    merges = tuple((int(s), int(t), int(n)) for s, t, n in summary["merges"])
-    return Roots(student_V, teacher_W, summary["count"], summary["shared"], merges)

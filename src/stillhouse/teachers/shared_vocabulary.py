@@ -34,10 +34,8 @@ def check_same_vocabulary(
     `teacher_rows`, `student_rows`: rows of each model's head, often padded beyond the map.
     Raises ModelError: the maps differ, or a model has fewer rows than its tokenizer has ids.
     """
-    teacher_ids = teacher_tokenizer.get_vocab()
-    student_ids = student_tokenizer.get_vocab()
-    _check_maps(teacher_ids, student_ids)
-    rows = max(teacher_ids.values()) + 1
+    check_same_ids(teacher_tokenizer, student_tokenizer)
+    rows = max(teacher_tokenizer.get_vocab().values()) + 1
     check_rows(teacher_tokenizer, teacher_rows, "teacher")
     check_rows(student_tokenizer, student_rows, "student")
     return VocabularyMatch(
@@ -72,7 +70,9 @@ def tokenizer_identity(tokenizer: Any) -> dict[str, str]:
     }
 
 
-def _check_maps(teacher_ids: dict[str, int], student_ids: dict[str, int]) -> None:
+def check_same_ids(teacher: Any, student: Any) -> None:
+    """Raise ModelError if two tokenizers differ in the id of any token."""
+    teacher_ids, student_ids = teacher.get_vocab(), student.get_vocab()
     differing = [
         token
         for token in sorted(teacher_ids.keys() | student_ids.keys())
@@ -90,8 +90,8 @@ def _check_maps(teacher_ids: dict[str, int], student_ids: dict[str, int]) -> Non
         f"teacher and student have different vocabularies: {len(differing):,} tokens differ, "
         f"e.g. {examples} (id in teacher / student)",
         where="the tokenizers' token → id maps",
-        fix="choose a student of the teacher's family, prune the teacher, or train the student on "
-        "text that the teacher wrote (which needs no shared vocabulary)",
+        fix="choose a student of the teacher's family, prune the teacher, or let it teach through "
+        "the tokens that both share (teacher.tokenizer: auto; in Python, Teacher.aligned)",
     )
 
 

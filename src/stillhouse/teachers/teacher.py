@@ -25,6 +25,7 @@ from stillhouse.teachers.shared_vocabulary import check_same_vocabulary
 if TYPE_CHECKING:
     from stillhouse.teachers.hidden_teacher import HiddenStateTeacher
     from stillhouse.teachers.local_teacher import LocalTeacher
+    from stillhouse.teachers.roots import Roots
     from stillhouse.teachers.served_teacher import ServedTeacher
     from stillhouse.teachers.stored_teacher import StoredTeacher
 
@@ -124,9 +125,10 @@ class Teacher(ABC):
         """Bytes of weights on this machine."""
         return 0
 
-    def aligned(self, tokenizer: Any) -> Teacher:
+    def aligned(self, tokenizer: Any, roots: Roots | None = None) -> Teacher:
         """This teacher for a student with another tokenizer; itself if all ids are the same.
 
+        roots: of both tokenizers; None: made, and merged by the training text.
         Raises ModelError: a tokenizer that does not define the bytes of its tokens, or that changes
         text.
         """
@@ -134,7 +136,7 @@ class Teacher(ABC):
 
         if self.tokenizer is None or self.tokenizer.get_vocab() == tokenizer.get_vocab():
             return self
-        return AlignedTeacher(self, tokenizer)
+        return AlignedTeacher(self, tokenizer, roots)
 
     # --- creating a teacher ---------------------------------------------------------------------
 

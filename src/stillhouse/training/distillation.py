@@ -23,7 +23,7 @@ from stillhouse.launch import leads
 from stillhouse.objectives import LossSum, fused_loss, layer_logits_loss, relation_loss
 from stillhouse.objectives.objective_config import ObjectiveRecipe, ObjectiveTerm
 from stillhouse.pruning.offload import has_large_weights
-from stillhouse.signals import DenseSignal, SampledSignal, Signal
+from stillhouse.signals import DenseSignal, FoldedSignal, SampledSignal, Signal
 from stillhouse.students.student import Student
 from stillhouse.teachers.activations import (
     ActivationRequest,
@@ -112,7 +112,7 @@ class Distillation(nn.Module):
             documents_of(batch),
         )
         signals: Sequence[Signal | None] = view.signals or (None,)
-        measure = measure and all(isinstance(signal, DenseSignal) for signal in signals)
+        measure = measure and all(_is_full(signal) for signal in signals)
         under = [
             [
                 *(self._measures(found, signal, batch) if measure else ()),
@@ -155,7 +155,7 @@ class Distillation(nn.Module):
         """Before the divergences, whose exact sums take the place of these."""
         hidden_ND = supervised_rows(found.last_RLD, positions_of(batch))
         targets_N, head = targets_of(batch), lm_head(self.student)
-        if isinstance(signal, DenseSignal):
+        if isinstance(signal, DenseSignal | FoldedSignal):
             yield measure_rows(hidden_ND, head, signal, targets_N, self.vocabulary)
 
     # --- attributes that transformers.Trainer and accelerate use --------------------------------
@@ -220,6 +220,12 @@ class Distillation(nn.Module):
         if not len(self.projections):
             return {}
         return {f"projections.{n}": value for n, value in load_file(folder / PROJECTIONS).items()}
+
+
+def _is_full(signal: Signal | None) -> bool:
+    """Whether it has the teacher's complete distributions."""
+    inner = signal.signal if isinstance(signal, FoldedSignal) else signal
+    return isinstance(inner, DenseSignal)
 
 
 def _sum(parts: Sequence[LossSum], signal: Signal | None) -> LossSum:

@@ -6,14 +6,15 @@ Shapes: N supervised rows of a micro-batch, n measured ones, D hidden width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from stillhouse.generation.own_text import repeated_ngrams, score_rows
+from stillhouse.generation.own_text import entropy_of_rows, repeated_ngrams, score_rows
 from stillhouse.objectives import LossSum
-from stillhouse.signals import DenseSignal, LMHead
-from stillhouse.signals.lm_head import log_probabilities
+from stillhouse.signals import DenseSignal, FoldedSignal, LMHead
+from stillhouse.signals.lm_head import folded_log_probabilities, log_probabilities
 from stillhouse.teachers.backbone import trim_head
 from stillhouse.training.rollouts import Rollout
 
@@ -38,25 +39,36 @@ def measure_rollouts(rollouts: Sequence[Rollout]) -> dict[str, float]:
 def measure_rows(
     hidden_ND: Tensor,
     head: LMHead,
-    signal: DenseSignal,
+    signal: DenseSignal | FoldedSignal,
     targets_N: Tensor,
     vocabulary: int,
 ) -> LossSum:
     """Sums over rows of own text, estimated from evenly spaced ones: both KLs, the student's
     entropy, and the teacher's log-probability of the tokens (see `TokenScores`).
 
-    The loss itself is 0.
+    With a teacher of another tokenizer, these are of shared roots, and estimated from the rows of
+    `covered_N`. The loss itself is 0.
     """
     rows = len(targets_N)
     count = min(rows, MEASURED_ROWS)
     chosen_n = torch.arange(count, device=hidden_ND.device) * rows // max(1, count)
+    fold = signal.fold if isinstance(signal, FoldedSignal) else None
+    teacher = signal.signal if isinstance(signal, FoldedSignal) else signal
+    assert isinstance(teacher, DenseSignal)
     with torch.autocast(hidden_ND.device.type, enabled=False):
-        found = score_rows(
-            log_probabilities(trim_head(head, vocabulary), hidden_ND[chosen_n]),
-            log_probabilities(trim_head(signal.head, vocabulary), signal.hidden_ND[chosen_n]),
-            targets_N[chosen_n],
-        )
+        own_nV = log_probabilities(trim_head(head, vocabulary), hidden_ND[chosen_n])
+        size = vocabulary if fold is None else len(fold.teacher_W)
+        theirs_nV = log_probabilities(trim_head(teacher.head, size), teacher.hidden_ND[chosen_n])
+        entropy_n, targets_n = entropy_of_rows(own_nV), targets_N[chosen_n]
+        if fold is not None:
+            own_nV = folded_log_probabilities(own_nV, fold.student_V, fold.roots)
+            theirs_nV = folded_log_probabilities(theirs_nV, fold.teacher_W, fold.roots)
+            targets_n = fold.student_V[targets_n]
+        found = replace(score_rows(own_nV, theirs_nV, targets_n), entropy_N=entropy_n)
     names = ("forward_kl", "reverse_kl", "entropy", "teacher_logprob")
-    scale = rows / max(1, count)
-    terms = {n: c.sum() * scale for n, c in zip(names, found.columns, strict=True)}
+    weight_n = torch.ones_like(entropy_n)
+    if isinstance(signal, FoldedSignal):
+        weight_n = signal.covered_N[chosen_n].to(entropy_n.dtype)
+    scale = rows / weight_n.sum().clamp_min(1)
+    terms = {n: (c * weight_n).sum() * scale for n, c in zip(names, found.columns, strict=True)}
     return LossSum(hidden_ND.new_zeros(()), terms, rows)

@@ -15,8 +15,9 @@ import torch
 
 from stillhouse.data.batches import Batch, join, positions_of
 from stillhouse.objectives import AttentionStates
-from stillhouse.signals import DenseSignal
+from stillhouse.signals import DenseSignal, FoldedSignal, Signal
 from stillhouse.teachers.activations import ActivationRequest
+from stillhouse.teachers.aligned_teacher import AlignedTeacher
 from stillhouse.teachers.several_teachers import SeveralTeachers
 from stillhouse.teachers.sharded_teacher import ShardedTeacher
 from stillhouse.teachers.teacher import Teacher, TeacherView
@@ -27,7 +28,9 @@ HOST = torch.device("cpu")
 def scores_steps(teacher: Teacher | None) -> bool:
     """Whether this teacher scores whole optimizer steps: it is sharded, or all of several are."""
     if isinstance(teacher, SeveralTeachers):
-        return all(isinstance(each, ShardedTeacher) for each in teacher.teachers)
+        return all(scores_steps(each) for each in teacher.teachers)
+    if isinstance(teacher, AlignedTeacher):
+        return scores_steps(teacher.teacher)
     return isinstance(teacher, ShardedTeacher)
 
 
@@ -60,11 +63,7 @@ def _parts(view: TeacherView, chunk: Sequence[Batch]) -> Iterator[TeacherView]:
     """One answer divided into those to the chunk's micro-batches, on the host."""
     counts = [len(positions_of(batch)) for batch in chunk]
     sizes = [len(batch["labels"]) for batch in chunk]
-    signals = [
-        [replace(signal, hidden_ND=rows_ND) for rows_ND in signal.hidden_ND.split(counts)]
-        for signal in view.signals
-        if isinstance(signal, DenseSignal)
-    ]
+    signals = [_split(signal, counts) for signal in view.signals]
     layers = {layer: hidden_ND.split(counts) for layer, hidden_ND in view.layers.items()}
     attention = {
         block: {name: each_RLW.split(sizes) for name, each_RLW in states.states.items()}
@@ -83,13 +82,35 @@ def _parts(view: TeacherView, chunk: Sequence[Batch]) -> Iterator[TeacherView]:
         yield part if len(chunk) == 1 else _moved(part, HOST)
 
 
+def _split(signal: Signal, counts: Sequence[int]) -> list[DenseSignal | FoldedSignal]:
+    """The signal's rows, divided into so many."""
+    parts = [
+        replace(_dense(signal), hidden_ND=own) for own in _dense(signal).hidden_ND.split(counts)
+    ]
+    if not isinstance(signal, FoldedSignal):
+        return [*parts]
+    covered = zip(parts, signal.covered_N.split(counts), strict=True)
+    return [replace(signal, signal=part, covered_N=own_N) for part, own_N in covered]
+
+
+def _on(signal: Signal, device: torch.device) -> DenseSignal | FoldedSignal:
+    """The signal with its rows on the device; its head and fold stay where they are."""
+    moved = replace(_dense(signal), hidden_ND=_dense(signal).hidden_ND.to(device))
+    if not isinstance(signal, FoldedSignal):
+        return moved
+    return replace(signal, signal=moved, covered_N=signal.covered_N.to(device))
+
+
+def _dense(signal: Signal) -> DenseSignal:
+    """What a sharded teacher returns, also with another tokenizer."""
+    inner = signal.signal if isinstance(signal, FoldedSignal) else signal
+    assert isinstance(inner, DenseSignal)
+    return inner
+
+
 def _moved(view: TeacherView, device: torch.device) -> TeacherView:
     """The view with its rows on the device; the heads stay where they are."""
-    signals = tuple(
-        replace(signal, hidden_ND=signal.hidden_ND.to(device))
-        for signal in view.signals
-        if isinstance(signal, DenseSignal)
-    )
+    signals = tuple(_on(signal, device) for signal in view.signals)
     layers = {layer: hidden_ND.to(device) for layer, hidden_ND in view.layers.items()}
     attention = {
         block: AttentionStates({name: each.to(device) for name, each in states.states.items()})

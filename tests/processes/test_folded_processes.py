@@ -1,0 +1,37 @@
+"""A teacher with another tokenizer, by two processes that share its weights.
+
+`make test-processes` runs it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from stillhouse.evaluation.results import Evaluation
+from tests import forks
+from tests.processes.process_runs import difference, finish, recipe, run_all
+
+pytestmark = pytest.mark.processes
+
+SECONDS = 600
+
+
+def test_weights_and_measurements_are_those_of_one_process(tmp_path: Path) -> None:
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    alone = recipe(inputs, tmp_path / "alone", "folded", micro_batch_size=2)
+    finish([forks.Fork(run_all, [alone])], SECONDS)
+    shards = ("none", "teacher")
+    runs = [recipe(inputs, tmp_path / shard, "folded", shard=shard) for shard in shards]
+    finish(forks.ranks(2, run_all, runs), SECONDS)
+    (expected,) = (tmp_path / "alone").glob("stages/evaluate-*/evaluation.json")
+    expected = Evaluation.load(expected).result("student")
+    for shard in shards:
+        assert difference(tmp_path / shard, tmp_path / "alone") == 0
+        (file,) = (tmp_path / shard).glob("stages/evaluate-*/evaluation.json")
+        found = Evaluation.load(file).result("student")
+        assert found.fidelity == expected.fidelity
+        assert found.own_text.compared == expected.own_text.compared
+        assert found.own_text.forward_kl == pytest.approx(expected.own_text.forward_kl, rel=1e-6)

@@ -1,0 +1,314 @@
+"""A recipe whose `teacher` has another tokenizer than the student, from `check` to the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import stillhouse as sh
+from stillhouse.check import check_recipe
+from stillhouse.commands import evaluate_model, run
+from stillhouse.config.load_recipe import parse_recipe
+from stillhouse.data.batches import in_order
+from stillhouse.data.data import Data
+from stillhouse.data.tokenize_rows import TokenRow
+from stillhouse.data.windows import open_windows
+from stillhouse.errors import DataError, ModelError, RecipeError, SignalError
+from stillhouse.evaluation.metrics import metrics_of
+from stillhouse.language_model.alignment_check import check_alignment
+from stillhouse.language_model.job import find_models
+from stillhouse.signals.lm_head import log_probabilities
+from stillhouse.students.student import Student
+from stillhouse.teachers.align_tokens import TokenAligner
+from stillhouse.teachers.aligned_text import whole_text
+from stillhouse.teachers.backbone import hidden_states, lm_head
+from stillhouse.teachers.load_model import load_model, load_tokenizer
+from stillhouse.teachers.roots_file import load_roots
+from stillhouse.teachers.teacher import Teacher
+from tests import chat_toys, tiny
+from tests.answering import toys as answers
+from tests.teachers.tokenizer_toys import byte_level, gemma, sentencepiece
+
+pytestmark = pytest.mark.run
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A teacher with a SentencePiece tokenizer, and a student with byte-level BPE."""
+    save(tmp_path / "teacher", sentencepiece(120))
+    save(tmp_path / "student", byte_level(300), num_hidden_layers=2)
+    (tmp_path / "text.txt").write_text(tiny.text(800))
+    return tmp_path
+
+
+def save(folder: Path, words: Any, **changes: Any) -> None:
+    tiny.llama(seed=3, vocab_size=len(words), **changes).save_pretrained(folder)
+    words.save_pretrained(folder)
+
+
+def recipe(folder: Path, **sections: Any) -> dict[str, Any]:
+    student = {"start": "pretrained", "model": str(folder / "student")}
+    raw = {**tiny.recipe(folder), "student": student}
+    raw["train"] |= {"max_steps": 4}
+    for name, section in sections.items():
+        raw[name] = {**raw.get(name, {}), **section} if isinstance(section, dict) else section
+    return raw
+
+
+def test_a_run_goes_from_data_to_report(folder: Path) -> None:
+    result = run(recipe(folder))
+    teacher, student = (result.evaluation.result(role) for role in ("teacher", "student"))
+    assert student.fidelity.compared == teacher.fidelity.compared < student.fidelity.tokens
+    assert 0 < student.fidelity.kl < 10
+    names = [row.name for row in metrics_of(result.evaluation).rows]
+    assert "KL to the teacher, shared roots (nats/token)" in names
+    assert "bits per byte" in result.report.read_text()
+    (metrics,) = (folder / "run").glob("stages/train-*/metrics.jsonl")
+    steps = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert all(step["forward_kl"] > 0 for step in steps if "forward_kl" in step)
+
+
+def test_evaluation_agrees_with_a_slow_reference(folder: Path) -> None:
+    """KL, top-1 agreement and the teacher's bits per byte, one position at a time."""
+    raw = recipe(folder, train={"max_steps": 1})
+    result = run(raw)
+    (heldout,) = (folder / "run").glob("stages/data-*/heldout")
+    models, words = {}, {}
+    for name, path in (("teacher", folder / "teacher"), ("student", result.model)):
+        models[name] = load_model(path, dtype=torch.float32)
+        words[name] = load_tokenizer(path)
+    aligner = TokenAligner(words["student"], words["teacher"])
+    (place,) = (folder / "run").glob("stages/roots-*/*/roots.safetensors")
+    roots = load_roots(place.parent, aligner)
+    kl, agreed, bits, size = [], 0, 0.0, 0
+    for batch in in_order(open_windows(heldout), 1):
+        text = whole_text(aligner, batch)
+        logs = {}
+        for name, one in (("student", batch), ("teacher", text.batch)):
+            hidden = hidden_states(models[name], one["input_ids"], one["position_ids"])[0]
+            logs[name] = log_probabilities(lm_head(models[name]), hidden).double()
+        labels = text.batch["labels"][0]
+        for m in (labels >= 0).nonzero()[:, 0].tolist():
+            bits -= float(logs["teacher"][m - 1, labels[m]]) / torch.log(torch.tensor(2.0)).item()
+            size += len(aligner.teacher.strings.get(int(labels[m]), b""))
+        (window,) = aligner.align(
+            *(batch[n].numpy() for n in ("input_ids", "position_ids", "labels"))
+        )
+        predicted = (batch["labels"][0, 1:] >= 0).nonzero()[:, 0] + 1
+        for t in predicted[text.covered_N].tolist():
+            sums = []
+            for name, row, roots_X in (
+                ("teacher", int(window.begins_L[t]) - 1, roots.teacher_W),
+                ("student", t - 1, roots.student_V),
+            ):
+                p = logs[name][row].exp()[: len(roots_X)]
+                zero = torch.zeros(roots.count, dtype=torch.float64)
+                sums.append(zero.index_add(0, torch.from_numpy(roots_X), p))
+            p, q = sums
+            kl.append(float((p * (p.log() - q.log())).nan_to_num().sum()))
+            agreed += int(p.argmax() == q.argmax())
+    found = result.evaluation.result("student").fidelity
+    teacher = result.evaluation.result("teacher").fidelity
+    assert found.compared == len(kl)
+    assert found.kl == pytest.approx(sum(kl) / len(kl), rel=2e-3)  # exports are bfloat16
+    assert found.top1_agreement == pytest.approx(agreed / len(kl), abs=0.02)
+    assert teacher.bits_per_byte == pytest.approx(bits / size, rel=1e-4)
+
+
+def test_check_reports_how_they_are_compared(folder: Path) -> None:
+    found = check_recipe(recipe(folder))
+    assert not [one for one in found if one.level == "error"]
+    texts = {one.topic: one.text for one in found}
+    assert "the teacher has another tokenizer" in texts["vocabulary"]
+    assert "strings are tokens of both" in texts["tokenizer"]
+
+
+def test_the_roots_are_made_once_and_written_down(folder: Path) -> None:
+    run(recipe(folder))
+    (place,) = [path for path in (folder / "run" / "roots").iterdir() if path.is_dir()]
+    summary = json.loads((place / "roots.json").read_text())
+    assert summary["teacher"]["tokenizer"] == str(folder / "teacher")
+    assert summary["strings_that_are_tokens_of_both"] > 200
+    again = run(recipe(folder, train={"learning_rate": 1e-3}))
+    assert next(stage for stage in again.stages if stage.name == "roots").reused
+
+
+def test_same_refuses_another_tokenizer(folder: Path) -> None:
+    with pytest.raises(ModelError, match="different vocabularies"):
+        run(recipe(folder, teacher={"tokenizer": "same"}))
+
+
+def test_a_pruned_student_keeps_the_tokenizer_of_the_model_that_is_pruned(folder: Path) -> None:
+    student = {"start": "pruned", "model": str(folder / "student"), "ffn_size": 32}
+    raw = {**recipe(folder), "student": {**student, "calibration_tokens": 512}}
+    result = run(raw)
+    assert len(load_tokenizer(result.model)) == 301
+    assert result.evaluation.result("student").fidelity.compared
+
+
+def test_a_random_student_has_a_tokenizer_of_its_own(folder: Path) -> None:
+    words = folder / "words"
+    byte_level(280).save_pretrained(words)
+    raw = recipe(folder)
+    raw["student"] = {"start": "random", "tokenizer": str(words)}
+    result = run(raw)
+    student = load_model(result.model, dtype=torch.float32)
+    assert student.config.vocab_size == 281
+    assert result.evaluation.result("student").fidelity.compared
+
+
+def test_a_cut_vocabulary_is_refused(folder: Path) -> None:
+    raw = recipe(folder)
+    raw["student"] = {"start": "pruned", "model": str(folder / "student"), "vocabulary": 280}
+    with pytest.raises(RecipeError, match="has another tokenizer"):
+        run(raw)
+
+
+def test_a_store_of_signals_is_refused(folder: Path) -> None:
+    with pytest.raises(SignalError, match="has another tokenizer"):
+        run(recipe(folder, signals={}))
+
+
+def test_chats_are_rendered_by_each_models_own_template(tmp_path: Path) -> None:
+    raw = recipe(tmp_path, data=chats_in(tmp_path))
+    found = check_recipe(raw)
+    assert not [one for one in found if one.level in ("error", "warning") and "token" in one.topic]
+    result = run(raw)
+    assert result.evaluation.result("student").fidelity.compared
+    assert all(one.answers["teacher"] is not None for one in result.evaluation.generations)
+
+
+def test_a_model_is_evaluated_alone(folder: Path) -> None:
+    raw = recipe(folder)
+    run(raw)
+    file = folder / "recipe.json"
+    file.write_text(json.dumps(raw))
+    found = evaluate_model(file, model=str(folder / "student"))
+    assert found.result("student").fidelity.compared
+
+
+def chats_in(folder: Path, count: int = 200) -> dict[str, Any]:
+    """Models with templates of their own, and chats."""
+    chat_toys.save_model(folder / "student", chat_toys.tokenizer())
+    save(folder / "teacher", gemma())
+    chats = [{"messages": chat_toys.chat(f"say {n}", f"{n}")} for n in range(count)]
+    path = chat_toys.write_jsonl(folder / "chats.jsonl", chats)
+    return {"sources": [{"kind": "jsonl", "path": str(path)}], "context": 64}
+
+
+def test_the_students_own_text_is_scored_by_the_teacher_in_its_tokens(tmp_path: Path) -> None:
+    """Also where a random student writes special tokens inside its answers."""
+    own = {"share": 0.5, "max_tokens": 6, "window": 2}
+    evaluate = {"own_text": {"answers": 3, "max_tokens": 6}}
+    raw = recipe(tmp_path, data=chats_in(tmp_path), evaluate=evaluate)
+    raw["train"] |= {"on_policy": own}
+    result = run(raw)
+    found = result.evaluation.result("student").own_text
+    assert found.forward_kl > 0
+    assert found.teacher_logprob < 0
+    assert result.evaluation.result("teacher").own_text is None
+    (metrics,) = (tmp_path / "run").glob("stages/train-*/metrics.jsonl")
+    steps = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [step for step in steps if step.get("own_forward_kl", 0) > 0]
+
+
+def test_quantized_students_are_trained_by_the_teacher(folder: Path) -> None:
+    result = run(recipe(folder, quantize={"kind": "int8", "qat": {"tokens": 200}}))
+    assert result.evaluation.result("quantized_trained").fidelity.compared
+
+
+def test_a_family_learns_from_the_teacher(folder: Path) -> None:
+    student = {"start": "pruned", "model": str(folder / "student"), "calibration_tokens": 512}
+    hops = [{"name": "wide", "ffn_size": 48}, {"name": "narrow", "ffn_size": 32}]
+    raw = {**recipe(folder), "student": student, "cascade": {"hops": hops}}
+    raw["export"] = {"formats": ["safetensors"]}
+    result = run(raw)
+    assert [one.student.fidelity.compared is None for one in result.evaluation.members] == [
+        False
+    ] * 2
+    names = [row.name for row in metrics_of(result.evaluation).rows]
+    assert "Top-1 agreement, shared roots" in names
+
+
+def test_what_the_teacher_cannot_render_is_an_error_with_its_place(tmp_path: Path) -> None:
+    """The teacher's template accepts no system message."""
+    chat_toys.save_model(tmp_path / "student", chat_toys.tokenizer())
+    no_system = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
+        "{% endif %}<turn>{{ m.role }}\n{{ m.content | trim }}<end>\n{% endfor %}"
+        "{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
+    )
+    save(tmp_path / "teacher", gemma(no_system))
+    chats = [{"messages": chat_toys.chat(f"say {n}", f"{n}")} for n in range(200)]
+    chats[7]["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    path = chat_toys.write_jsonl(tmp_path / "chats.jsonl", chats)
+    source = {"kind": "jsonl", "path": str(path)}
+    raw = recipe(tmp_path, data={"sources": [source], "context": 64, "train_tokens": 100_000})
+    (found,) = [one for one in check_recipe(raw) if one.level == "error"]
+    assert "chats.jsonl:8" in found.text
+    with pytest.raises(DataError, match="Be brief"):
+        run(raw)
+    assert not list((tmp_path / "run").glob("stages/train-*"))
+
+
+def test_text_that_the_teachers_tokenizer_changes_is_an_error(folder: Path) -> None:
+    """NFC joins a letter and its accent, which the test of the tokenizer does not have."""
+    path = folder / "teacher" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["normalizer"] = {
+        "type": "Sequence",
+        "normalizers": [{"type": "NFC"}, content["normalizer"]],
+    }
+    path.write_text(json.dumps(content))
+    lines = tiny.text(800).splitlines()
+    lines[5] = "re\u0301sume\u0301 of a cat"
+    (folder / "text.txt").write_text("\n".join(lines))
+    (found,) = [one for one in check_recipe(recipe(folder)) if one.level == "error"]
+    assert "text.txt:6" in found.text
+    assert "changes this text" in found.text
+
+
+def test_a_row_without_a_shared_boundary_is_named(folder: Path) -> None:
+    """Of " friend", the student's second token is learned; the teacher has one token for it."""
+    save(folder / "teacher", byte_level(330))
+    words = load_tokenizer(folder / "student")
+    whole = words("my friend", add_special_tokens=False)["input_ids"]
+    assert len(whole) > len(byte_level(330)("my friend")["input_ids"])
+    ids = np.array(whole, dtype=np.int32)
+    inside = TokenRow(ids, np.arange(len(ids)) == len(ids) - 1, splittable=True)
+    row = TokenRow(ids, np.ones(len(ids), dtype=bool), splittable=True)
+    job = find_models(parse_recipe(recipe(folder)), folder)
+    found = list(check_alignment(job, [("rows.jsonl:1", row), ("rows.jsonl:2", inside)]))
+    assert found[1].level == "warning"
+    assert "1 of 2 rows, such as rows.jsonl:2" in found[1].text
+    (alone,) = check_alignment(job, [("rows.jsonl:2", inside)])
+    assert alone.level == "error"
+
+
+def test_an_answering_student_learns_through_shared_roots(tmp_path: Path) -> None:
+    raw = answers.recipe(tmp_path, "generate")
+    special = tuple(tiny.SPECIAL[1:])
+    save(tmp_path / "student", byte_level(300, special=special, chat_template=tiny.CHAT_TEMPLATE))
+    raw["student"] = {"start": "pretrained", "model": str(tmp_path / "student")}
+    result = run(parse_recipe(answers.clean(raw)))
+    stages = {stage.name: stage for stage in result.stages}
+    assert stages["roots"].summary
+    (metrics,) = (tmp_path / "run").glob("stages/train-*/metrics.jsonl")
+    steps = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert any(step.get("forward_kl", 0) > 0 for step in steps)
+
+
+def test_python_evaluates_against_an_aligned_teacher(folder: Path) -> None:
+    student = Student.load(folder / "student")
+    teacher = Teacher.load(folder / "teacher", dtype="float32").aligned(student.tokenizer)
+    data = Data.build(
+        tiny.text(200).splitlines(), student.tokenizer, context=32, heldout_tokens=512
+    )
+    found = sh.evaluate(student, teacher, data, own_text=2, max_new_tokens=4)
+    assert found.result("student").fidelity.compared
+    assert "shared roots" in repr(found)
