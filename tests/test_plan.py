@@ -161,6 +161,21 @@ def test_a_model_larger_than_a_gpu_is_pruned_there_by_layer(tmp_path: Path) -> N
     assert found == [("", "a layer at a time"), ("", "on the CPU")]
 
 
+def test_a_search_needs_the_memory_to_train_a_candidate(tmp_path: Path) -> None:
+    student = {"start": "pruned", "ffn_size": None, "target": {"params": "60%"}}
+    found = {}
+    for trained in (0, 4):
+        student["search"] = {"trained": trained}
+        batch = {"batch_size": 512}
+        plan = planned(tmp_path, Machine("cuda", 80e9), student=student, train=batch)
+        (found[trained],) = (stage for stage in plan.stages if stage.name == "search")
+    assert found[0].memory.phase == "pruning"
+    assert found[4].memory.phase == "training a candidate"
+    assert found[4].memory.total > found[0].memory.total
+    assert found[4].memory.parts["teacher's rows and head"] > 0
+    assert found[4].scratch > found[0].scratch
+
+
 def test_sharding_over_a_node_keeps_its_traffic_there(tmp_path: Path) -> None:
     machine = Machine("cuda", 80e9, per_node=4, nodes=2)
     crossing = {}

@@ -11,7 +11,6 @@ import torch
 
 from stillhouse import account
 from stillhouse.errors import ModelError, RecipeError, RunError
-from stillhouse.shared_work import ALONE
 from stillhouse.students import pruned_student as making
 from stillhouse.students.build_student import build_student
 from stillhouse.students.student_config import PretrainedStudent, PrunedStudent, RandomStudent
@@ -75,13 +74,13 @@ def test_free_memory_decides_where_a_model_is_pruned(
     """short: bytes that are missing for all of the model on the GPU."""
     model = tiny_model()
     section = PrunedStudent.model_validate(
-        {"start": "pruned", "ffn_size": 40, "calibration_tokens": 4096, "importance": importance}
+        {"start": "pruned", "ffn_size": 40, "importance": importance}
     )
     streams = 4 * making.STREAMS * 4096 * model.config.hidden_size
     needed = 4 * model.num_parameters() + streams + making.moment_bytes(model.config)
     monkeypatch.setattr(making, "default_device", lambda: torch.device("cuda", 0))
     monkeypatch.setattr(making, "free_memory_bytes", lambda _: needed - short)
-    device, by_layer = making.placement(section, model, ALONE)
+    device, by_layer = making.placement(section, model, 4096)
     assert (device.type, by_layer) == expected
 
 

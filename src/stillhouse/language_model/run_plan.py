@@ -10,6 +10,7 @@ import torch
 
 from stillhouse.errors import RecipeError
 from stillhouse.evaluation.fidelity import ROWS_PER_CHUNK, TOKENS_PER_FORWARD
+from stillhouse.language_model.pruning_memory import pruning_estimate, search_estimate
 from stillhouse.language_model.run_models import RunModels
 from stillhouse.language_model.training_memory import (
     cheapest_change,
@@ -34,14 +35,9 @@ from stillhouse.planning.step_memory import (
 )
 from stillhouse.planning.training_step import LIBRARIES_BYTES
 from stillhouse.pruning.offload import LARGE_BYTES
-from stillhouse.signals.lm_head import CHUNK_LOGITS
-from stillhouse.students.pruned_student import STREAMS, layers_on_device, moment_bytes
 from stillhouse.students.student_config import PrunedStudent
 from stillhouse.teachers.teacher import Teacher
 from stillhouse.training.train import plan_batches
-
-KL_BUFFERS = 5
-"""Of a chunk's logits in `summed_kl`."""
 
 WINDOW_BYTES = 12
 """A token in the windows: its id, its label and its position."""
@@ -62,6 +58,9 @@ def _stages(models: RunModels, machine: Machine, tokens: int) -> Iterator[StageE
     windows = _windows(tokens, context, machine)
     if models.first:
         yield StageEstimate("data", Memory("", {}), disk=tokens * WINDOW_BYTES)
+    section = recipe.student
+    if isinstance(section, PrunedStudent) and section.target is not None:
+        yield search_estimate(models, section, machine)
     yield _student(models, machine)
     signals = recipe.signals
     if models.first and signals is not None and signals.local:
@@ -162,48 +161,10 @@ def _loaded(step: Step, shard: Shard, *, over: int, here: int) -> dict[str, floa
 def _student(models: RunModels, machine: Machine) -> StageEstimate:
     section, size = models.recipe.student, config_size(models.student)
     disk = float(WIDE * size.parameters)
-    parts = {"student weights": float(WIDE * size.parameters), "libraries": LIBRARIES_BYTES}
-    if not isinstance(section, PrunedStudent):
-        return StageEstimate(models.stage("student"), Memory("", {}, host=parts), disk=disk)
-    start = config_size(models.start)
-    weights = float(WIDE * start.parameters)
-    own = -(-section.calibration_tokens // machine.processes)
-    logits = min(CHUNK_LOGITS, start.hidden // 2 * start.vocabulary)
-    work = {
-        "calibration": float(WIDE * STREAMS * own * start.hidden),
-        "moments": float(moment_bytes(models.start)),
-        "logits": float(KL_BUFFERS * WIDE * logits),
-    }
-    parts = {"weights": weights, **work, "libraries": LIBRARIES_BYTES}
-    scratch = 0.0
-    if weights >= LARGE_BYTES:
-        parts["weights"] = float(WIDE * (2 * start.layer + start.ends))
-        scratch = weights * machine.processes
-    else:
-        # Pages of both checkpoints stay until the end, and so do gaps between the cut weights.
-        ends_stay = section.hidden_size is None and section.vocabulary is None
-        cut = size.parameters - (size.ends if ends_stay else 0)
-        parts |= {"cut weights": float(WIDE * cut), "saved student": float(WIDE * size.parameters)}
-        parts["heap"] = sum(work.values())
-    memory, note = Memory("pruning", parts), "on the CPU"
-    if machine.device == "cuda":
-        memory = Memory("pruning", {}, host=parts)
-        ways = {"": weights}
-        if (copies := layers_on_device(section)) is not None:
-            ways["a layer at a time"] = float(WIDE * (copies * start.layer + start.ends))
-        for text, there in ways.items():
-            on_gpu = {"weights": there, **work, "context": CONTEXT_BYTES}
-            if sum(on_gpu.values()) <= machine.memory:
-                memory, note = Memory("pruning", on_gpu, host=parts), text
-                break
-    return StageEstimate(
-        models.stage("student"),
-        memory,
-        processes=machine.processes,
-        disk=disk,
-        scratch=scratch,
-        note=note,
-    )
+    if isinstance(section, PrunedStudent):
+        return pruning_estimate(models, section, machine)
+    parts = {"student weights": disk, "libraries": LIBRARIES_BYTES}
+    return StageEstimate(models.stage("student"), Memory("", {}, host=parts), disk=disk)
 
 
 def _signals(models: RunModels, machine: Machine, tokens: int) -> StageEstimate:

@@ -187,3 +187,11 @@ class SearchRecipe(Section):
         description="Optimizer steps of the first round; half of the shapes go on to the next, "
         "which has twice as many.",
     )
+
+    @property
+    def winner_steps(self) -> int:
+        """Optimizer steps of the shape that is found, over all rounds."""
+        alive, steps, total = self.trained, self.steps, 0
+        while alive > 1:
+            total, steps, alive = total + steps, 2 * steps, alive // 2
+        return total

@@ -186,7 +186,7 @@ class _Work:
 
     @cached_property
     def text(self) -> SearchText:
-        windows = self.setting.train.batch_size * self.rounds_steps()
+        windows = self.setting.train.batch_size * self.search.winner_steps
         setting = self.setting
         return split_text(setting.windows, self.search.heldout_tokens, windows, setting.seed)
 
@@ -349,13 +349,6 @@ class _Work:
             alive = sorted(alive, key=lambda one: one.trained_kl[-1])[: len(alive) // 2]
             first, round_ = first + steps, round_ + 1
         return [*alive, *(one for one in best if one not in alive)]
-
-    def rounds_steps(self) -> int:
-        """Optimizer steps of the winner, over all rounds."""
-        alive, steps, total = self.search.trained, self.search.steps, 0
-        while alive > 1:
-            total, steps, alive = total + steps, 2 * steps, alive // 2
-        return total
 
     def _train(self, one: Candidate, round_: int, first: int, steps: int) -> float:
         setting, known = self.setting, self.known[1]

@@ -92,7 +92,8 @@ def prune_to(
             fix="search first (search.search_shape), as `stillhouse run` does",
         )
     explicit_sizes(section, model.config)
-    device, by_layer = placement(section, model, processes)
+    own_tokens = -(-section.calibration_tokens // processes.count)
+    device, by_layer = placement(section, model, own_tokens, processes)
     precision = choose_precision("auto", device)
     if processes.leads:
         where = f"{device}, a layer at a time," if by_layer else f"{device}"
@@ -196,16 +197,18 @@ def layers_on_device(section: PrunedStudent) -> int | None:
 
 
 def placement(
-    section: PrunedStudent, model: Any, processes: Processes
+    section: PrunedStudent, model: Any, tokens: int, processes: Processes = ALONE
 ) -> tuple[torch.device, bool]:
     """Where a model is pruned, and whether its layers are copied there one at a time: GPUs, if
-    what must be there fits into the free memory of all, otherwise the CPU."""
+    what must be there fits into the free memory of all, otherwise the CPU.
+
+    tokens: of calibration, of each process.
+    """
     device = default_device()
     if device.type == "cpu":
         return device, False
     layers = [sum(weight.numel() for weight in one.parameters()) for one in decoder_layers(model)]
     total = sum(weight.numel() for weight in model.parameters())
-    tokens = -(-section.calibration_tokens // processes.count)
     work = WIDE * STREAMS * tokens * model.config.hidden_size + moment_bytes(model.config)
     free = min(processes.collect(free_memory_bytes(device)))
     if WIDE * total + work <= free:
@@ -220,8 +223,10 @@ def placement(
 
 
 def placed(model: Any, section: PrunedStudent, device: torch.device) -> Any:
-    """The model on the device, with its layers on the host if they do not all fit there."""
-    if placement(section, model, ALONE)[1]:
+    """A model that is searched, on the device; its layers stay on the host if they do not all fit
+    there."""
+    tokens = min(section.search.calibration_tokens, section.calibration_tokens)
+    if placement(section, model, tokens)[1]:
         stream_layers(model, device)
         return model
     return model.to(device)

@@ -1,0 +1,101 @@
+"""The memory of pruning a student, and of searching its shape."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from stillhouse.language_model.run_models import RunModels
+from stillhouse.planning.machine import Machine
+from stillhouse.planning.model_size import config_size
+from stillhouse.planning.stage_estimate import StageEstimate
+from stillhouse.planning.step_memory import CONTEXT_BYTES, WIDE, Memory, training_memory
+from stillhouse.planning.training_step import LIBRARIES_BYTES, training_step
+from stillhouse.pruning.offload import LARGE_BYTES
+from stillhouse.signals.lm_head import CHUNK_LOGITS
+from stillhouse.students.pruned_student import STREAMS, layers_on_device, moment_bytes
+from stillhouse.students.student_config import PrunedStudent
+
+KL_BUFFERS = 5
+"""Of a chunk's logits in `summed_kl`."""
+
+
+def pruning_estimate(models: RunModels, section: PrunedStudent, machine: Machine) -> StageEstimate:
+    """Of the stage `student`: the processes divide the calibration rows."""
+    own = -(-section.calibration_tokens // machine.processes)
+    memory, note = _pruning(models, section, machine, own)
+    weights = WIDE * config_size(models.start).parameters
+    return StageEstimate(
+        models.stage("student"),
+        memory,
+        processes=machine.processes,
+        disk=float(WIDE * config_size(models.student).parameters),
+        scratch=float(weights * machine.processes if weights >= LARGE_BYTES else 0),
+        note=note,
+    )
+
+
+def search_estimate(models: RunModels, section: PrunedStudent, machine: Machine) -> StageEstimate:
+    """Of the stage `search`: each process prunes candidates of its own on all calibration rows, and
+    trains the best of them for a few steps, completely in memory."""
+    search, settings = section.search, models.recipe.train
+    student, teacher = config_size(models.student), config_size(models.teacher)
+    calibration = min(search.calibration_tokens, section.calibration_tokens)
+    memory, note = _pruning(models, section, machine, calibration)
+    weights = WIDE * config_size(models.start).parameters
+    scratch = float(weights * machine.processes if weights >= LARGE_BYTES else 0)
+    if search.trained > 1:
+        step = training_step(
+            models.student,
+            (),
+            windows=settings.batch_size,
+            context=models.recipe.data.context,
+            accumulates=False,
+            compute=machine.compute(settings.precision),
+            weights=torch.float32,
+            device=machine.device,
+        )
+        trained = training_memory(step, "none", over=1, processes=1)
+        tokens = search.winner_steps * settings.batch_size * models.recipe.data.context
+        rows = float(WIDE * (tokens * teacher.hidden + teacher.head))
+        trained = trained.plus("teacher's rows and head", rows)
+        trained = replace(trained, phase="training a candidate")
+        memory = max(memory, trained, key=lambda each: each.total)
+        scratch += float(WIDE * student.parameters * search.trained)
+    return StageEstimate(
+        models.stage("search"), memory, processes=machine.processes, scratch=scratch, note=note
+    )
+
+
+def _pruning(
+    models: RunModels, section: PrunedStudent, machine: Machine, tokens: int
+) -> tuple[Memory, str]:
+    """What a process needs to prune on so many calibration tokens, and where it does."""
+    start, size = config_size(models.start), config_size(models.student)
+    weights = float(WIDE * start.parameters)
+    logits = min(CHUNK_LOGITS, start.hidden // 2 * start.vocabulary)
+    work = {
+        "calibration": float(WIDE * STREAMS * tokens * start.hidden),
+        "moments": float(moment_bytes(models.start)),
+        "logits": float(KL_BUFFERS * WIDE * logits),
+    }
+    parts = {"weights": weights, **work, "libraries": LIBRARIES_BYTES}
+    if weights >= LARGE_BYTES:
+        parts["weights"] = float(WIDE * (2 * start.layer + start.ends))
+    else:
+        # Pages of both checkpoints stay until the end, and so do gaps between the cut weights.
+        ends_stay = (size.hidden, size.vocabulary) == (start.hidden, start.vocabulary)
+        cut = size.parameters - (size.ends if ends_stay else 0)
+        parts |= {"cut weights": float(WIDE * cut), "saved student": float(WIDE * size.parameters)}
+        parts["heap"] = sum(work.values())
+    if machine.device == "cpu":
+        return Memory("pruning", parts), "on the CPU"
+    ways = {"": weights}
+    if (copies := layers_on_device(section)) is not None:
+        ways["a layer at a time"] = float(WIDE * (copies * start.layer + start.ends))
+    for note, there in ways.items():
+        on_gpu = {"weights": there, **work, "context": CONTEXT_BYTES}
+        if sum(on_gpu.values()) <= machine.memory:
+            return Memory("pruning", on_gpu, host=parts), note
+    return Memory("pruning", {}, host=parts), "on the CPU"
