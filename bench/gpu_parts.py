@@ -6,6 +6,7 @@ A line of JSON is printed for every figure, as soon as it is known.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import subprocess
@@ -19,7 +20,8 @@ from xml.etree import ElementTree
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from tests.planning.shapes import QWEN3_1_7B, QWEN3_4B, QWEN3_8B, TIED, sizes
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from bench.contenders import CONTENDERS, installed, make_problem, matmul_floor, quiet, run
 from bench.losses import measure_memory, measure_sparse, rounds_of
@@ -48,40 +50,16 @@ SMALLER: tuple[dict[str, str], ...] = (
 """Settings of a student, of which the first that fits is measured."""
 
 
-def sizes(hidden: int, ffn: int, layers: int, heads: int, groups: int, rows: int) -> dict[str, Any]:
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": groups,
-        "vocab_size": rows,
-        "max_position_embeddings": 32768,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-    }
-
-
-def _qwen(hidden: int, ffn: int, layers: int, heads: int, *, tied: bool) -> Qwen3Config:
-    values = sizes(hidden, ffn, layers, heads, 8, 151936)
-    return Qwen3Config(**values, head_dim=128, tie_word_embeddings=tied)
-
-
-def _tiny(ffn: int) -> LlamaConfig:
-    return LlamaConfig(**sizes(32, ffn, 2, 4, 2, 256))
-
-
-PAIRS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+PAIRS: dict[str, tuple[PreTrainedConfig, PreTrainedConfig]] = {
     "1.7B:1B": (
-        partial(_qwen, 2048, 6144, 28, 16, tied=True),
-        partial(_qwen, 2048, 3072, 20, 16, tied=True),
+        QWEN3_1_7B,
+        Qwen3Config(**sizes(2048, 3072, 20, 16, 8, 151936), **TIED),
     ),
-    "8B:4B": (
-        partial(_qwen, 4096, 12288, 36, 32, tied=False),
-        partial(_qwen, 2560, 9728, 36, 32, tied=True),
+    "8B:4B": (QWEN3_8B, QWEN3_4B),
+    "tiny": (
+        LlamaConfig(**sizes(32, 64, 2, 4, 2, 256)),
+        LlamaConfig(**sizes(32, 48, 2, 4, 2, 256)),
     ),
-    "tiny": (partial(_tiny, 64), partial(_tiny, 48)),
 }
 """Configurations of teacher and student: Qwen3's of these sizes, 1B with fewer layers and a smaller
 FFN; `tiny` is for trying the script."""
@@ -235,7 +213,7 @@ def settings_for(changes: Mapping[str, str], steps: int) -> TrainRecipe:
 
 
 def plan_for(options: argparse.Namespace, settings: TrainRecipe) -> Memory:
-    teacher, student = (make() for make in PAIRS[options.pairs[0]])
+    teacher, student = map(copy.deepcopy, PAIRS[options.pairs[0]])
     weights = getattr(torch, settings.weights)
     step = training_step(
         student,
@@ -261,7 +239,7 @@ def available(device: str) -> int:
 
 def train_some(options: argparse.Namespace) -> None:
     """Some steps of a pair, of which throughput and peak memory are printed."""
-    teacher, student = (make() for make in PAIRS[options.pairs[0]])
+    teacher, student = map(copy.deepcopy, PAIRS[options.pairs[0]])
     for changes in SMALLER:
         settings = settings_for(changes, options.steps)
         plan = plan_for(options, settings)
