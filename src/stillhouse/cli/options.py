@@ -15,7 +15,7 @@ SetOption = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override any recipe key; repeatable."),
 ]
 YesOption = Annotated[
-    bool, typer.Option("--yes", help="Pay an API without a budget, without a question.")
+    bool, typer.Option("--yes", help="Do not ask before an API without a budget is paid.")
 ]
 
 

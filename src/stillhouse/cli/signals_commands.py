@@ -111,9 +111,9 @@ def export(
 def push(
     store: StoreArgument,
     repository: Annotated[str, typer.Argument(help="A data set of the Hub: org/name.")],
-    public: Annotated[bool, typer.Option("--public", help="Let everybody read it.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make the data set public.")] = False,
 ) -> None:
-    """Upload a finished store to the Hugging Face Hub, private unless you say otherwise.
+    """Upload a finished store to the Hugging Face Hub, private by default.
 
     Example: `stillhouse signals push runs/stored/signals my-name/my-signals`
     """
