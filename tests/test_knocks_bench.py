@@ -11,7 +11,7 @@ from bench.knock_trials import disk_trials
 from bench.knock_trials.damage import damaged
 from bench.knocks import FAMILIES
 
-SAMPLE = {"damage": 40, "server": 24, "kill": 3, "stop": 3, "pair": 3}
+SAMPLE = {"damage": 40, "server": 24, "kill": 2, "stop": 2, "pair": 2}
 SEED = 3
 
 
@@ -32,7 +32,7 @@ def test_damage_always_changes_something() -> None:
 
 
 @pytest.mark.run
-@pytest.mark.parametrize("number", [0, 1, 4])
+@pytest.mark.parametrize("number", [0, 4])
 def test_a_sample_of_full_disks_and_moved_folders(
     monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:

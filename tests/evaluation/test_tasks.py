@@ -117,7 +117,7 @@ def test_a_local_task_is_scored(task_folder: Path, toy: Path, by_name: bool) -> 
 def test_a_task_that_does_not_exist_is_named(task_folder: Path, toy: Path) -> None:
     pytest.importorskip("lm_eval")
     section = LmEvalRecipe(tasks=["toy_choise"], include_path=str(task_folder))
-    with pytest.raises(RecipeError, match="does not know toy_choise"):
+    with pytest.raises(RecipeError, match="has no task toy_choise"):
         run_tasks(toy, section, tokenizer=toy, dtype=torch.float32)
 
 

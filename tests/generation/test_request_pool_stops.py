@@ -145,7 +145,7 @@ def test_rejected_prompts_do_not_stop_a_run_if_others_are_answered(journal: Jour
 def test_an_exhausted_daily_quota_is_not_waited_for(journal: Journal) -> None:
     with (
         Stub(lambda n, p: error(429, "per day", {"retry-after": "86400"})) as stub,
-        pytest.raises(EndpointError, match=r"asks to wait 86,400 s .*per day"),
+        pytest.raises(EndpointError, match=r"requests a pause of 86,400 s .*per day"),
     ):
         run(journal, stub, requests(stub, 3), concurrency=1)
 

@@ -171,7 +171,7 @@ def test_the_refit_makes_narrow_models_better() -> None:
 def test_a_layer_with_parameters_that_no_axis_declares_is_rejected() -> None:
     model = tiny_model()
     model.base_model.layers[1].mlp.extra = torch.nn.Linear(2, 2)
-    with pytest.raises(ModelError, match="layer 1 has parameters that pruning does not know"):
+    with pytest.raises(ModelError, match="layer 1 has parameters that pruning does not support"):
         check_parameters(model, axes_of(model.config))
 
 

@@ -250,7 +250,7 @@ def test_only_text_that_is_surely_in_another_language_is_dropped() -> None:
     ]
     assert kept(judge, [*dropped, *left]) == left
     assert judge(row(dropped[0])) == "it is in the language fr (100% sure)"
-    with pytest.raises(RecipeError, match="does not know the language english"):
+    with pytest.raises(RecipeError, match="does not detect the language english"):
         filters.languages(["english"])
 
 

@@ -43,7 +43,7 @@ def test_what_belongs_to_a_question_is_sent_or_noted(tmp_path: Path) -> None:
     assert unread_notes(path) == []
     assert contents(read(path, row, key="instruction")) == ["Translate."]
     (note,) = unread_notes(path, key="instruction")
-    assert note.startswith("only `instruction` is asked, without `input` (")
+    assert note.startswith("only `instruction` is sent, without `input` (")
     assert note.endswith("p.jsonl:1)")
     read(path, row.replace("Guten Tag", ""), key="instruction")
     assert unread_notes(path, key="instruction") == []

@@ -235,7 +235,7 @@ def _principal(teacher: ModelSource, rows: int, width: int, scale: Any) -> Any:
     if rows > len(table_VD) or width > table_VD.shape[1]:
         raise RecipeError(
             f"the teacher's embeddings are {len(table_VD):,} x {table_VD.shape[1]}, and the "
-            f"student wants {rows:,} x {width}",
+            f"student needs {rows:,} x {width}",
             where="student.hidden_size",
             fix="choose a smaller hidden_size, the teacher's tokenizer, or "
             "teacher_embeddings: false",

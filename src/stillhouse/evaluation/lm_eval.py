@@ -92,7 +92,7 @@ def _check_names(manager: Any, section: LmEvalRecipe) -> None:
     ]
     if unknown:
         raise RecipeError(
-            f"lm-eval does not know {', '.join(unknown)}",
+            f"lm-eval has no task {', '.join(unknown)}",
             where="evaluate.lm_eval.tasks",
             fix="list the names with `lm-eval ls tasks`; for your own, set include_path "
             "or give the path of a task file",

@@ -110,7 +110,7 @@ def _compress(gate: Gate, out: Path, method: str, python: str, windows: Sequence
             python=python,
             what=f"llm-compressor could not quantize this model by {method}",
             where=gate.source,
-            fix="check that its environment knows this architecture; safetensors and gguf-* do "
+            fix="check that its environment supports this architecture; safetensors and gguf-* do "
             "not need llm-compressor",
         )
 

@@ -126,7 +126,7 @@ def unsupported(what: str) -> ModelError:
 
 def unknown_tokenizer(kind: str) -> ModelError:
     return ModelError(
-        f"the GGUF writer does not know this tokenizer: it is {kind}",
+        f"the GGUF writer does not support this tokenizer: it is {kind}",
         where="export.formats",
         fix="byte-level BPE as in GPT-2, SmolLM, Llama 3 and Qwen can be written, and BPE with "
         "byte fallback as in Llama 2, Mistral and Gemma; for others export safetensors, and "

@@ -144,7 +144,7 @@ def _write(model: Any, read: Read, file: Path, source: Path) -> None:
         raise ModelError(
             f"torch cannot export {type(model).__name__} to ONNX ({first[0]})",
             where=source,
-            fix="export only safetensors, or use a student that torch.onnx knows, such as BERT, "
+            fix="export only safetensors, or use a student that torch.onnx supports, such as BERT, "
             "ModernBERT or Llama",
         ) from error
 

@@ -44,7 +44,7 @@ _MOST_TOKENS = 10**9
 class FailedAttempt:
     """Why one attempt got no answer.
 
-    retry: another attempt may help. wait: seconds that the server wants to wait before it. billed:
+    retry: another attempt may help. wait: seconds that the server requests before it. billed:
     the provider may have billed an answer that did not arrive completely.
     """
 
@@ -286,8 +286,8 @@ def _tokens(value: Any) -> int | None:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a server wants to wait: `retry-after-ms`, or Retry-After in seconds or as a date
-    (RFC 9110, 10.2.3); None if it is missing or cannot be read."""
+    """The pause in seconds that a server requests: `retry-after-ms`, or Retry-After in seconds or
+    as a date (RFC 9110, 10.2.3); None if it is missing or cannot be read."""
     milliseconds, value = headers.get("retry-after-ms"), headers.get("retry-after")
     try:
         if milliseconds is not None:

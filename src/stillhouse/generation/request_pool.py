@@ -28,7 +28,7 @@ Send = Callable[[Request], Awaitable[Answer | FailedAttempt]]
 MOST_FAILURES = 50
 """Failed requests in a row, with no answer between them, after which nothing more is sent."""
 LONGEST_WAIT = 600.0
-"""Seconds. Requests fail if the server wants a longer pause, or answers nothing for longer."""
+"""Seconds. Requests fail if the server requests a longer pause, or answers nothing for longer."""
 LONGEST_BACKOFF = 30.0
 SPACE, SPACE_PER_REQUEST = 1 << 20, 1 << 16
 """Bytes of the journal's disk that must be free for a request to be sent: an answer that cannot be
@@ -294,7 +294,7 @@ class Pool:
         self._failures_in_a_row += failed.kind != "refused" or not self._answers
         if (failed.wait or 0.0) >= LONGEST_WAIT:
             raise EndpointError(
-                f"the server asks to wait {failed.wait:,.0f} s before the next request: "
+                f"the server requests a pause of {failed.wait:,.0f} s before the next request: "
                 f"{failed.reason}",
                 where=request.endpoint,
                 fix="repeat the command then, or raise the account's limit: answers that arrived "

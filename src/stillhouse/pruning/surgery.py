@@ -31,7 +31,7 @@ def check_parameters(model: Any, axes: Axes) -> None:
         unknown = sorted({name for name, _ in layer.named_parameters()} - declared)
         if unknown:
             raise ModelError(
-                f"layer {number} has parameters that pruning does not know: "
+                f"layer {number} has parameters that pruning does not support: "
                 f"{', '.join(unknown[:3])}",
                 where=model.config.name_or_path or "student.start",
                 fix="merge adapters first; a variant of an architecture cannot be pruned",

@@ -91,7 +91,7 @@ def languages(allowed: Sequence[str]) -> Filter:
     unknown = sorted(set(allowed) - set(identifier.labels))
     if unknown:
         raise RecipeError(
-            f"py3langid does not know the language {', '.join(unknown)}",
+            f"py3langid does not detect the language {', '.join(unknown)}",
             where="synthesize.filters.languages",
             fix="use ISO 639-1 codes, e.g. en, de, fr, es, zh, ja",
         )

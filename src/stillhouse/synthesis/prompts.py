@@ -79,7 +79,7 @@ def unread_notes(path: Path, *, format: PromptFormat = "auto", key: str = "promp
         unread = unread_keys(row, key)
         if unread:
             return [
-                f"only `{key}` is asked, without {' and '.join(f'`{one}`' for one in unread)} "
+                f"only `{key}` is sent, without {' and '.join(f'`{one}`' for one in unread)} "
                 f"({where})"
             ]
     return []
@@ -105,7 +105,7 @@ def prompt_messages(row: Mapping[str, Any], key: str, where: str) -> tuple[Messa
         raise DataError(
             f"the row has no `{key}`{also}; its keys are {', '.join(map(str, row))}",
             where=where,
-            fix=f"{header_hint(row)}write what is asked as `prompt`, or as `messages`; where one "
+            fix=f"{header_hint(row)}write the question as `prompt`, or as `messages`; where one "
             "key holds all of it, synthesize.prompts.key may name it",
         )
     add_system(messages, holder, where)
