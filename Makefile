@@ -35,7 +35,8 @@ pytest: $(VENV)/.dev
 unit: $(VENV)/.dev
 	$(PYTEST) -m "$(EVERY) and not run"
 
-# Tests that take minutes: the demo killed and resumed, bit for bit; the demo's recipe itself.
+# Tests that take minutes: the demo killed and resumed, bit for bit; the demo's recipe itself; and all
+# cases of which `make test` runs a sample.
 test-slow: $(VENV)/.dev
 	$(BIN)/pytest -m slow
 
