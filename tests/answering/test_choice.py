@@ -58,6 +58,7 @@ def test_the_most_likely_answer_is_learned(tmp_path: Path) -> None:
     assert numbers == [max(n, n + 1, key=lambda one: one % 3) for n in range(0, 32, 2)]
 
 
+@pytest.mark.run
 def test_a_judge_chooses_and_no_request_is_repeated(tmp_path: Path) -> None:
     with Stub(teacher) as stub, Stub(judge) as other:
         api = {"base_url": other.url, "model": "teacher"}

@@ -81,6 +81,7 @@ def test_a_generation_config_that_has_it_is_unchanged(tmp_path: Path) -> None:
     assert GenerationConfig.from_pretrained(tmp_path / "student").eos_token_id == [5, 0]
 
 
+@pytest.mark.run
 def test_check_reports_the_end_of_turn_token_of_both_models(tmp_path: Path) -> None:
     special = ("<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>")
     words = tokenizer(CHATML, eos="<|endoftext|>", special=special)

@@ -186,6 +186,7 @@ def test_keys_that_contradict_each_other(tmp_path: Path, override: str, expected
     assert expected in message(write(tmp_path, SMALLEST), [override])
 
 
+@pytest.mark.run
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

@@ -137,6 +137,7 @@ def test_only_windows_are_left_in_a_folder_that_is_not_to_be_continued(tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["heldout", "train"]
 
 
+@pytest.mark.run
 def test_memory_does_not_grow_with_the_tokens(tmp_path: Path) -> None:
     def peak(count: int) -> int:
         texts = (Document(f"{n} " + "about the fox " * 500) for n in range(count))

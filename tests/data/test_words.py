@@ -65,6 +65,7 @@ def test_texts_that_are_different(one: str, other: str) -> None:
     assert bare(one) != bare(other)
 
 
+@pytest.mark.run
 def test_normalizing_is_idempotent_for_every_character() -> None:
     wrong = []
     for code in range(0xA0, sys.maxunicode + 1):

@@ -43,6 +43,7 @@ def test_what_a_model_keeps_is_what_the_trace_finds() -> None:
     assert found.kept == pytest.approx(kept_by(model), rel=0.03)
 
 
+@pytest.mark.run
 def test_checkpointing_keeps_the_inputs_of_the_blocks() -> None:
     config = tiny.llama(num_hidden_layers=8).config
     plain = trace_activations(config, **FLOAT32)
