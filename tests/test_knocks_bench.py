@@ -11,7 +11,7 @@ from bench.knock_trials import disk_trials
 from bench.knock_trials.damage import damaged
 from bench.knocks import FAMILIES
 
-SAMPLE = {"damage": 40, "server": 24, "kill": 2, "stop": 2, "pair": 2}
+SAMPLE = {"damage": 20, "server": 16, "kill": 2, "stop": 2, "pair": 2}
 SEED = 3
 
 
