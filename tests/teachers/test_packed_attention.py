@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stillhouse.data.batches import document_bounds
 from stillhouse.errors import ModelError
 from stillhouse.teachers import packed_attention as attention
+from stillhouse.teachers.attention_checks import (
+    FLEX,
+    TOLERANCE,
+    kernel_error,
+    masked_attention,
+    model_error,
+    problem_of_flex,
+    problem_of_kernel,
+)
 from stillhouse.teachers.backbone import hidden_states
-from stillhouse.teachers.packed_attention import kernel_error, masked_attention, use_attention
+from stillhouse.teachers.packed_attention import use_attention
 from tests.teachers.test_short_attention import CONFIGS, PACKED, PLAIN, SIZES, made, run
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -29,8 +41,17 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return masked_attention(*args, **options)
 
     monkeypatch.setattr(attention, "varlen_kernel", lambda: kernel)
-    monkeypatch.setattr(attention, "kernel_agrees", lambda *shape: True)
+    monkeypatch.setattr(attention, "_is_new_enough", lambda device: True)
+    monkeypatch.setattr(attention, "problem_of_kernel", lambda *given: None)
     return calls
+
+
+@pytest.fixture(autouse=True)
+def no_choices() -> Iterator[None]:
+    """What works on a device is found once in a process."""
+    attention.working_attention.cache_clear()
+    yield
+    attention.working_attention.cache_clear()
 
 
 def test_bounds_of_documents() -> None:
@@ -93,6 +114,7 @@ def test_flex_attention_is_chosen_without_a_kernel(
     width: int, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "varlen_kernel", lambda: None)
+    monkeypatch.setattr(attention, "problem_of_flex", lambda *given: None)
     config = LlamaConfig(**{**SIZES, "head_dim": width})
     assert use_attention(made(config), 20, GPU, torch.bfloat16) == chosen
 
@@ -110,27 +132,79 @@ def test_flex_attention_separates_documents_as_sdpa_does() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_kernel_that_fails_or_differs_is_not_used(
+def failing(*args: Any, **options: Any) -> Tensor:
+    raise RuntimeError("no kernel image\nfor this GPU")
+
+
+def without_window(*args: Any, **options: Any) -> Tensor:
+    return masked_attention(*args, **options | {"window_size": (-1, 0)})
+
+
+def test_a_kernel_that_fails_or_differs_has_a_problem() -> None:
+    shape = CPU, torch.bfloat16, 4, 2, 8
+    assert problem_of_kernel(failing, *shape) == "fails (no kernel image)"
+    assert str(problem_of_kernel(without_window, *shape)).startswith("is off by ")
+    assert problem_of_kernel(masked_attention, *shape) is None
+
+
+FLASH_FAILS = "torch's flash attention fails (no kernel image)"
+
+
+@pytest.mark.parametrize(
+    ("flex", "problem", "chosen", "said"),
+    [
+        (True, None, FLEX, f"packed windows use flex attention: {FLASH_FAILS}\n"),
+        (False, None, "sdpa", f"packed windows use SDPA: {FLASH_FAILS}\n"),
+        (
+            True,
+            "is off",
+            "sdpa",
+            f"packed windows use SDPA: {FLASH_FAILS}; flex attention is off\n",
+        ),
+    ],
+    ids=["flex", "no flex", "flex differs"],
+)
+def test_a_note_says_what_is_used_instead_of_what_fails(
+    flex: bool,
+    problem: str | None,
+    chosen: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(attention, "varlen_kernel", lambda: failing)
+    monkeypatch.setattr(attention, "_is_new_enough", lambda device: True)
+    monkeypatch.setattr(attention, "problem_of_flex", lambda *given: problem)
+    for _ in range(2):
+        found = attention.working_attention(CPU, torch.bfloat16, 4, 2, 8, flash=True, flex=flex)
+        assert found == chosen
+    assert capsys.readouterr().err == said  # once
+
+
+def test_old_gpus_and_torches_are_no_problem(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def failing(*args: Any, **options: Any) -> Tensor:
-        raise RuntimeError("no kernel image")
-
-    def without_window(*args: Any, **options: Any) -> Tensor:
-        return masked_attention(*args, **options | {"window_size": (-1, 0)})
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    found = []
-    for kernel in (failing, without_window, masked_attention):
-        monkeypatch.setattr(attention, "varlen_kernel", lambda kernel=kernel: kernel)
-        attention.kernel_agrees.cache_clear()
-        found.append(attention.kernel_agrees(CPU, torch.bfloat16, 4, 2, 8))
-    attention.kernel_agrees.cache_clear()
-    assert found == [False, False, True]
-    printed = capsys.readouterr().err
-    assert "no kernel image" in printed
-    assert "is off by" in printed
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(attention, "varlen_kernel", lambda: failing)
+    shape = CPU, torch.float16, 4, 2, 8
+    assert attention.working_attention(*shape, flash=True, flex=False) == "sdpa"
+    monkeypatch.setattr(attention, "varlen_kernel", lambda: None)
+    assert attention.working_attention(*shape, flash=True, flex=False) == "sdpa"
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("window", [None, 150])
+def test_attention_of_a_model_is_compared_with_sdpa(window: int | None) -> None:
+    def without_documents(module: Any, *rows: Tensor, **options: Any) -> Any:
+        options["is_causal"] = True
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *rows[:3], None, **options)
+
+    AttentionInterface.register("without_documents", without_documents)
+    AttentionMaskInterface.register("without_documents", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    shape = CPU, torch.float32, 4, 2, 16, window
+    assert model_error("eager", *shape) < 1e-5
+    assert model_error("without_documents", *shape) > TOLERANCE
 
 
 def test_the_reference_of_the_kernel_separates_documents() -> None:
@@ -158,4 +232,8 @@ def test_bounds_that_do_not_arrive_are_an_error(gpu: list[int]) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_the_kernel_of_a_gpu_is_used() -> None:
     for heads, groups, width in ((4, 2, 64), (8, 8, 128), (8, 1, 256)):
-        assert attention.kernel_agrees(GPU, torch.bfloat16, heads, groups, width)
+        kernel = attention.varlen_kernel()
+        assert kernel is not None
+        shape = GPU, torch.bfloat16, heads, groups, width
+        assert problem_of_kernel(kernel, *shape) is None
+        assert problem_of_flex(*shape) is None

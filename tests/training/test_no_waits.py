@@ -1,6 +1,6 @@
 """Between two logs, the host never waits for the accelerator, on a device that records waits.
 
-Each scenario trains three optimizer steps of two micro-batches in one process; the second is
+Each scenario trains two optimizer steps of two micro-batches in one process; the second is
 watched from its first batch to its end.
 """
 
@@ -27,6 +27,7 @@ from stillhouse.signals.encodings import FrozenHead, Hidden, Sampled, TopK
 from stillhouse.signals.manifest import Settings
 from stillhouse.students.student import Student
 from stillhouse.teachers import packed_attention, record_store
+from stillhouse.teachers.attention_checks import masked_attention
 from stillhouse.teachers.local_teacher import LocalTeacher
 from stillhouse.teachers.several_teachers import SeveralTeachers
 from stillhouse.teachers.stored_head import head_sha256
@@ -37,6 +38,7 @@ from tests.fake_device import FakeDevice, register
 from tests.forks import Fork
 
 pytestmark = pytest.mark.run
+LAYERS = 2
 DENSE = [LogitsTerm(temperature=2.0), LogitsTerm(divergence="cross_entropy", weight=0.5)]
 INNER = [
     LogitsTerm(divergence="jsd"),
@@ -53,7 +55,7 @@ SCENARIOS: dict[str, Any] = {
     "sparse": (TopK(8), [LogitsTerm(divergence="reverse_kl")]),
     "sampled": (Sampled(16), [LogitsTerm()]),
     "frozen head": (FrozenHead(32), [LogitsTerm()]),
-    "hidden store": (Hidden((3,), 32), [LogitsTerm()]),
+    "hidden store": (Hidden((LAYERS,), 32), [LogitsTerm()]),
 }
 MASKS = "find_packed_sequence_indices"
 """In transformers: makes every SDPA mask, and reads whether a batch has several documents."""
@@ -86,13 +88,14 @@ class Arguments(TrainingArguments):
 
 
 def teacher_of(kind: Any, student: Student, data: Data, folder: Path) -> Teacher | None:
-    local = LocalTeacher(tiny.llama(), tiny.tokenizer())
+    local = LocalTeacher(tiny.llama(num_hidden_layers=LAYERS), tiny.tokenizer())
     if kind is None:
         return local
     if kind == "none":
         return None
     if kind == "several":
-        return SeveralTeachers([local, LocalTeacher(tiny.llama(seed=3), tiny.tokenizer())])
+        other = tiny.llama(3, num_hidden_layers=LAYERS)
+        return SeveralTeachers([local, LocalTeacher(other, tiny.tokenizer())])
     if isinstance(kind, FrozenHead):
         head = student.frozen_head
         assert head is not None
@@ -110,11 +113,12 @@ def watch(folder: Path, names: list[str], packed: bool) -> None:
     made = {}
     for name in names:
         kind, terms = SCENARIOS[name]
-        student = Student(tiny.llama(seed=1, tie_word_embeddings=False), tiny.tokenizer())
+        model = tiny.llama(1, tie_word_embeddings=False, num_hidden_layers=LAYERS)
+        student = Student(model, tiny.tokenizer())
         student.trainable(freeze_head=isinstance(kind, FrozenHead))
         made[name] = student, teacher_of(kind, student, data, folder / name), terms
     if packed:
-        packed_attention.varlen_kernel = lambda: packed_attention.masked_attention
+        packed_attention.varlen_kernel = lambda: masked_attention
         packed_attention._instead_of_sdpa = lambda *_: packed_attention.NAME
     Arguments.found = register()
     found = {}
@@ -141,8 +145,8 @@ def train(
             str(folder / "out"),
             per_device_train_batch_size=2,
             gradient_accumulation_steps=2,
-            max_steps=3,
-            logging_steps=3,
+            max_steps=2,
+            logging_steps=2,
             logging_nan_inf_filter=False,
             save_strategy="no",
             report_to="none",

@@ -12,12 +12,10 @@ Where this torch lacks it, flex attention skips the blocks of the mask that are 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -27,15 +25,12 @@ from transformers.utils import is_torch_flex_attn_available
 from stillhouse.data.batches import document_bounds
 from stillhouse.errors import ModelError
 from stillhouse.progress import note
+from stillhouse.teachers.attention_checks import FLEX, Kernel, problem_of_flex, problem_of_kernel
 from stillhouse.teachers.short_attention import use_short_attention
 
 NAME = "stillhouse_packed"
-FLEX = "flex_attention"
 WIDEST_HEAD = 256
 LEAST_CAPABILITY = 8, 0
-TOLERANCE = 0.03
-"""Of outputs and gradients in 16 bits, relative, before a kernel is used for a model."""
-Kernel = Callable[..., Tensor]
 
 
 def use_attention(model: Any, context: int, device: torch.device, dtype: torch.dtype) -> str:
@@ -153,12 +148,52 @@ def _instead_of_sdpa(model: Any, device: torch.device, dtype: torch.dtype) -> st
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or dropout:
         return "sdpa"
     heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    shape = heads, getattr(config, "num_key_value_heads", None) or heads, width
-    if _passes_bounds(model) and width <= WIDEST_HEAD and kernel_agrees(device, dtype, *shape):
-        return NAME
+    flash = _passes_bounds(model) and width <= WIDEST_HEAD
     flex = getattr(model, "_supports_flex_attn", False) and is_torch_flex_attn_available()
-    return FLEX if flex and width >= 16 and width & (width - 1) == 0 else "sdpa"
+    flex = flex and width >= 16 and width & (width - 1) == 0
+    return working_attention(device, dtype, heads, groups, width, flash, flex)
+
+
+@cache
+def working_attention(
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    groups: int,
+    width: int,
+    flash: bool,
+    flex: bool,
+) -> str:
+    """The first of packed attention, flex attention and SDPA that works on the device for such
+    heads. A note says why another one is not used.
+
+    flash, flex: whether the model supports packed attention, and flex attention.
+    """
+    shape = heads, groups, width
+    kernel, problems, chosen = varlen_kernel(), list[str](), "sdpa"
+    if flash and kernel is not None and _is_new_enough(device):
+        problem = problem_of_kernel(kernel, device, dtype, *shape)
+        if problem is None:
+            return NAME
+        problems.append(f"torch's flash attention {problem}")
+    if flex:
+        problem = problem_of_flex(device, dtype, *shape)
+        if problem is None:
+            chosen = FLEX
+        else:
+            problems.append(f"flex attention {problem}")
+    if problems:
+        shown = "flex attention" if chosen == FLEX else "SDPA"
+        note(f"packed windows use {shown}: {'; '.join(problems)}")
+    return chosen
+
+
+def _is_new_enough(device: torch.device) -> bool:
+    return torch.cuda.is_available() and (
+        torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
+    )
 
 
 def _passes_bounds(model: Any) -> bool:
@@ -172,85 +207,3 @@ def _passes_bounds(model: Any) -> bool:
     forwards = [model.base_model.forward, *(each.forward for each in attention[:1])]
     kinds = [{p.kind for p in inspect.signature(f).parameters.values()} for f in forwards]
     return bool(attention) and all(inspect.Parameter.VAR_KEYWORD in each for each in kinds)
-
-
-@cache
-def kernel_agrees(
-    device: torch.device, dtype: torch.dtype, heads: int, groups: int, width: int
-) -> bool:
-    """Whether the kernel runs on the device for such heads, and gives what SDPA with a mask gives,
-    with and without a sliding window, forward and backward."""
-    kernel = varlen_kernel()
-    if kernel is None or not torch.cuda.is_available():
-        return False
-    if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
-        return False
-    try:
-        error = max(kernel_error(kernel, device, dtype, heads, groups, width, w) for w in (None, 5))
-    except (RuntimeError, ValueError, TypeError) as failure:
-        note(f"packed windows use SDPA: torch's flash attention fails ({failure})")
-        return False
-    if not error <= TOLERANCE:
-        note(f"packed windows use SDPA: torch's flash attention is off by {error:.2g}")
-    return error <= TOLERANCE
-
-
-def kernel_error(
-    kernel: Kernel,
-    device: torch.device,
-    dtype: torch.dtype,
-    heads: int,
-    groups: int,
-    width: int,
-    window: int | None,
-) -> float:
-    """The largest relative difference between the kernel and SDPA with a mask, in outputs and
-    gradients, on random rows of three documents."""
-    lengths = (17, 1, 30)
-    generator = torch.Generator().manual_seed(0)
-    rows = [
-        torch.randn(sum(lengths), n, width, generator=generator).to(device, dtype).requires_grad_()
-        for n in (heads, groups, groups)
-    ]
-    bounds = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
-    left = -1 if window is None else window - 1
-    given = {"scale": width**-0.5, "window_size": (left, 0), "enable_gqa": heads != groups}
-    results = []
-    runs: tuple[Kernel, Kernel] = (kernel, masked_attention)
-    for run in runs:
-        out_THE = run(*rows, bounds, bounds, 30, 30, **given)
-        results.append([out_THE, *torch.autograd.grad(out_THE.float().square().sum(), rows)])
-    gaps = [
-        ((found.float() - wanted.float()).norm() / wanted.float().norm()).item()
-        for found, wanted in zip(*results, strict=True)
-    ]
-    return max(gaps)
-
-
-def masked_attention(
-    query_THE: Tensor,
-    key_TGE: Tensor,
-    value_TGE: Tensor,
-    bounds: Tensor,
-    _bounds: Tensor,
-    _longest_query: int,
-    _longest_key: int,
-    *,
-    scale: float,
-    window_size: tuple[int, int],
-    enable_gqa: bool,
-) -> Tensor:
-    """What the kernel computes, by a mask over all pairs of the T tokens."""
-    place_T = torch.arange(len(query_THE), device=query_THE.device)
-    document_T = torch.bucketize(place_T, bounds.long(), right=True)
-    back_TT = place_T[:, None] - place_T
-    mask_TT = (document_T[:, None] == document_T) & (back_TT >= 0)
-    if window_size[0] >= 0:
-        mask_TT &= back_TT <= window_size[0]
-    query_1HTE, key_1GTE, value_1GTE = (
-        each.transpose(0, 1)[None] for each in (query_THE, key_TGE, value_TGE)
-    )
-    out_1HTE = F.scaled_dot_product_attention(
-        query_1HTE, key_1GTE, value_1GTE, mask_TT, scale=scale, enable_gqa=enable_gqa
-    )
-    return out_1HTE[0].transpose(0, 1)

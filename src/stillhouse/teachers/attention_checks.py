@@ -1,0 +1,152 @@
+"""Whether fast attention gives, on this device, what PyTorch's SDPA gives with a mask.
+
+Shapes: T tokens of a batch, H query heads, G key-value heads, E head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import MistralConfig, MistralModel
+
+FLEX, SDPA = "flex_attention", "sdpa"
+TOLERANCE = 0.03
+"""Of outputs and gradients in 16 bits, relative."""
+WINDOWS = None, 5
+"""Lengths of a sliding window; None: no window."""
+LONGER_WINDOWS = None, 150
+"""For flex attention, which divides the tokens into blocks of 128."""
+Kernel = Callable[..., Tensor]
+
+
+def problem_of_kernel(
+    kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: int, groups: int, width: int
+) -> str | None:
+    """Why the kernel cannot be used for such heads; None if it can: with and without a sliding
+    window, forward and backward, it gives what SDPA gives."""
+    return _problem(kernel_error(kernel, device, dtype, heads, groups, width, w) for w in WINDOWS)
+
+
+def problem_of_flex(
+    device: torch.device, dtype: torch.dtype, heads: int, groups: int, width: int
+) -> str | None:
+    """As `problem_of_kernel`, of transformers' flex attention with its own masks."""
+    return _problem(
+        model_error(FLEX, device, dtype, heads, groups, width, window) for window in LONGER_WINDOWS
+    )
+
+
+def _problem(errors: Iterable[float]) -> str | None:
+    try:
+        error = max(errors)
+    except Exception as failure:  # compilers raise many types
+        return f"fails ({str(failure).strip().partition(chr(10))[0]})"
+    return None if error <= TOLERANCE else f"is off by {error:.2g}"
+
+
+def kernel_error(
+    kernel: Kernel,
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    groups: int,
+    width: int,
+    window: int | None,
+) -> float:
+    """The largest relative difference between the kernel and SDPA with a mask, in outputs and
+    gradients, on random rows of three documents."""
+    lengths = (17, 1, 30)
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        torch.randn(sum(lengths), n, width, generator=generator).to(device, dtype).requires_grad_()
+        for n in (heads, groups, groups)
+    ]
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    left = -1 if window is None else window - 1
+    given = {"scale": width**-0.5, "window_size": (left, 0), "enable_gqa": heads != groups}
+    results = []
+    runs: tuple[Kernel, Kernel] = (kernel, masked_attention)
+    for run in runs:
+        out_THE = run(*rows, bounds, bounds, 30, 30, **given)
+        results.append([out_THE, *torch.autograd.grad(out_THE.float().square().sum(), rows)])
+    return _largest_gap(*results)
+
+
+def model_error(
+    attention: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    groups: int,
+    width: int,
+    window: int | None,
+) -> float:
+    """As `kernel_error`, of one of transformers' kinds of attention, in a model with one random
+    layer. Two of the documents are longer than a block of flex attention."""
+    config = MistralConfig(
+        vocab_size=16,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=width,
+        sliding_window=window,
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = MistralModel(config).to(device, dtype)
+    model.train()
+    positions_1T = torch.cat([torch.arange(length) for length in (140, 1, 243)])[None].to(device)
+    ids_1T = positions_1T * 7 % 16
+    results = []
+    for kind in (attention, SDPA):
+        model.set_attn_implementation(kind)
+        out = model(input_ids=ids_1T, position_ids=positions_1T, use_cache=False)
+        hidden_1TD = out.last_hidden_state.float()
+        weights = [each for name, each in model.named_parameters() if "self_attn" in name]
+        results.append([hidden_1TD, *torch.autograd.grad(hidden_1TD.pow(3).sum(), weights)])
+    return _largest_gap(*results)
+
+
+def _largest_gap(found: list[Tensor], wanted: list[Tensor]) -> float:
+    """The largest relative difference of two tensors, by their norms."""
+    gaps = [
+        ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
+        for ours, theirs in zip(found, wanted, strict=True)
+    ]
+    return max(gaps)
+
+
+def masked_attention(
+    query_THE: Tensor,
+    key_TGE: Tensor,
+    value_TGE: Tensor,
+    bounds: Tensor,
+    _bounds: Tensor,
+    _longest_query: int,
+    _longest_key: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> Tensor:
+    """What the kernel computes, by a mask over all pairs of the T tokens."""
+    place_T = torch.arange(len(query_THE), device=query_THE.device)
+    document_T = torch.bucketize(place_T, bounds.long(), right=True)
+    back_TT = place_T[:, None] - place_T
+    mask_TT = (document_T[:, None] == document_T) & (back_TT >= 0)
+    if window_size[0] >= 0:
+        mask_TT &= back_TT <= window_size[0]
+    query_1HTE, key_1GTE, value_1GTE = (
+        each.transpose(0, 1)[None] for each in (query_THE, key_TGE, value_TGE)
+    )
+    out_1HTE = F.scaled_dot_product_attention(
+        query_1HTE, key_1GTE, value_1GTE, mask_TT, scale=scale, enable_gqa=enable_gqa
+    )
+    return out_1HTE[0].transpose(0, 1)
