@@ -34,6 +34,8 @@ CONTEXT.set_forkserver_preload(
 class Fork:
     """`work(*arguments)` in a separate process, with the methods of subprocess.Popen."""
 
+    of_machine: TemporaryDirectory[str] | None = None
+
     def __init__(
         self,
         work: Callable[..., object],
@@ -123,18 +125,22 @@ def two_ranks(work: Callable[..., object], *arguments: Any) -> list[Fork]:
 
 
 def ranks(count: int, work: Callable[..., object], *arguments: Any, nodes: int = 1) -> list[Fork]:
-    """Processes with the environment of a torchrun, on one machine or as if on several."""
+    """Processes with the environment of a torchrun, on one machine or as if on several.
+
+    Those of a machine share a folder, in which torchrun makes one for each process.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     here = count // nodes
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     common |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(here), "OMP_NUM_THREADS": "1"}
-    return [
-        Fork(
-            work,
-            *arguments,
-            environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank % here)},
-        )
-        for rank in range(count)
-    ]
+    folders = [TemporaryDirectory() for _ in range(nodes)]
+    processes = []
+    for rank in range(count):
+        folder, local = folders[rank // here], rank % here
+        own = {"RANK": str(rank), "LOCAL_RANK": str(local)}
+        own["TORCHELASTIC_ERROR_FILE"] = f"{folder.name}/{local}/error.json"
+        processes.append(Fork(work, *arguments, environment={**common, **own}))
+        processes[-1].of_machine = folder
+    return processes

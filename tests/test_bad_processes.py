@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from transformers import BloomConfig
 
 from stillhouse import processes
-from stillhouse.errors import DeviceError, RecipeError
+from stillhouse.config.load_recipe import parse_recipe
+from stillhouse.errors import DeviceError, ModelError, RecipeError
 from stillhouse.hardware import choose_precision, device_kind
+from stillhouse.language_model.job import find_models
+from stillhouse.language_model.process_check import require_processes
+from stillhouse.language_model.run_models import RunModels, run_models
 from stillhouse.processes import open_group, shard, sharding_mesh, shards_in_node
 from stillhouse.training.train import _require_windows
+from tests import tiny
 from tests.forks import ranks
 
 GPUS = ("NVIDIA A100-SXM4-80GB with 79 GiB", "NVIDIA GeForce RTX 4090 with 24 GiB")
@@ -60,13 +67,37 @@ def test_more_processes_than_windows() -> None:
 
 def test_nodes_with_different_numbers_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "7")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setattr(processes, "_node_sizes", {3, 4})
     assert shards_in_node(within_node=False) == 7
-    with pytest.raises(
-        RecipeError, match="7 processes cannot be divided into nodes of 4"
-    ) as caught:
+    with pytest.raises(RecipeError, match="nodes with 3 and 4 processes") as caught:
         shards_in_node(within_node=True)
     assert "same number of processes on every node" in str(caught.value.fix)
+
+
+def planned(folder: Path, **train: object) -> RunModels:
+    return run_models(find_models(parse_recipe(tiny.recipe(folder, train=train)), folder))
+
+
+def test_processes_are_checked_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    require_processes(planned(tmp_path, shard="both"))
+    with pytest.raises(RecipeError, match="batch_size 3 is not a multiple of") as caught:
+        require_processes(planned(tmp_path, batch_size=3))
+    assert caught.value.fix == "use a multiple of 2"
+    unplanned = BloomConfig(vocab_size=tiny.llama().config.vocab_size, n_layer=1, n_head=2)
+    models = replace(planned(tmp_path, shard="teacher"), teacher=unplanned)
+    with pytest.raises(ModelError, match="no plan to shard BloomForCausalLM") as unsharded:
+        require_processes(models)
+    assert "train.shard: student or none" in str(unsharded.value.fix)
+    require_processes(replace(models, recipe=planned(tmp_path, shard="student").recipe))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(processes, "_node_sizes", {1, 3})
+    require_processes(planned(tmp_path, shard="both"))
+    with pytest.raises(RecipeError, match="nodes with 1 and 3 processes"):
+        require_processes(planned(tmp_path, shard="both", shard_within="node"))
 
 
 def shards_without_blocks(out: Path) -> None:

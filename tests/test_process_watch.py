@@ -39,8 +39,10 @@ def work(folder: Path, failing: int | None, in_torch: bool) -> None:
                 raise TrainingError(OWN, where="step 3")
             if in_torch:
                 dist.distributed_c10d._get_default_store().wait(["never"], timedelta(minutes=2))
-            while not (folder / "finished").exists():
+            last = "finished" if index == 0 else "others finished"
+            while not (folder / last).exists():
                 time.sleep(0.01)
+            (folder / f"end of {index}").touch()
     except Stopped as stopped:
         end_stopped(stopped.number)
     except Exception as error:
@@ -107,9 +109,26 @@ def test_a_stopped_main_process_ends_the_others(tmp_path: Path) -> None:
         assert "process 0 of 3 has ended\n  where: it was stopped by" in one_error(process)
 
 
+def finish_others(folder: Path) -> None:
+    """All but the main process."""
+    (folder / "others finished").touch()
+    while len(list(folder.glob("end of *"))) < 2:
+        time.sleep(0.01)
+
+
 def test_processes_that_finish_at_different_times_are_not_lost(tmp_path: Path) -> None:
     processes = started(tmp_path)
+    finish_others(tmp_path)
     (tmp_path / "finished").touch()
     for process in processes:
         assert said(process) == ""
         assert process.poll() == 0
+
+
+def test_processes_with_nothing_left_to_do_end_as_the_main_process_does(tmp_path: Path) -> None:
+    """Or else torchrun would wait on their machines for five minutes, and then report success."""
+    processes = started(tmp_path)
+    finish_others(tmp_path)
+    processes[0].send_signal(signal.SIGKILL)
+    for process in processes[1:]:
+        assert "process 0 of 3 has ended\n  where: it was killed" in one_error(process)

@@ -13,8 +13,10 @@ import psutil
 import pytest
 import yaml
 
+from stillhouse import launch
 from stillhouse.cli.stop_signals import Stopped, raise_on_signals
-from stillhouse.errors import StillhouseError, TrainingError
+from stillhouse.errors import LostProcessError, StillhouseError, TrainingError
+from stillhouse.launch import is_on_this_machine, may_report
 from stillhouse.processes import lost_process, open_group
 from stillhouse.runfolder import RunFolder
 from tests import tiny
@@ -31,6 +33,9 @@ def test_a_lost_process_is_one_error() -> None:
     with pytest.raises(TrainingError, match=ended) as caught, lost_process(2):
         raise RuntimeError(GLOO)
     assert "same command" in str(caught.value.fix)
+    with pytest.raises(LostProcessError) as twice, lost_process(2):
+        raise caught.value
+    assert twice.value is caught.value
 
 
 @pytest.mark.parametrize(("processes", "said"), [(1, GLOO), (2, "shapes do not match")])
@@ -38,6 +43,34 @@ def test_other_errors_stay_what_they_are(processes: int, said: str) -> None:
     with pytest.raises(RuntimeError) as caught, lost_process(processes):
         raise RuntimeError(said)
     assert not isinstance(caught.value, StillhouseError)
+
+
+def test_one_process_of_a_machine_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank in range(2):
+        monkeypatch.setattr(launch, "_has_reported", False)  # as in another process
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", f"{tmp_path}/{rank}/error.json")
+        assert may_report() == (rank == 0)
+        assert not may_report()
+
+
+def test_each_process_reports_without_a_folder_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for file in ("", "/nowhere/0/error.json"):
+        monkeypatch.setattr(launch, "_has_reported", False)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", file)
+        assert may_report()
+        assert not may_report()
+
+
+@pytest.mark.parametrize(
+    ("index", "here", "expected"), [(4, 2, [4, 5]), (5, 2, [4, 5]), (0, 4, [0, 1, 2, 3])]
+)
+def test_processes_of_a_machine(
+    index: int, here: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = {"RANK": index, "LOCAL_RANK": index % here, "LOCAL_WORLD_SIZE": here}
+    for name, value in local.items():
+        monkeypatch.setenv(name, str(value))
+    assert [other for other in range(8) if is_on_this_machine(other)] == expected
 
 
 def wait_for_a_second_process(waits: Path) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 
@@ -43,6 +44,33 @@ def on_main_machine() -> bool:
 def speaks_for_machine() -> bool:
     """Whether this is the first process on its machine beside the main process."""
     return local_index() == (1 if on_main_machine() else 0)
+
+
+def is_on_this_machine(index: int) -> bool:
+    """Whether the process with this number is on this machine."""
+    first = process_index() - local_index()
+    return first <= index < first + processes_here()
+
+
+def may_report() -> bool:
+    """Whether this process prints why the run ends: True for the first one on this machine that
+    calls this, and once; most errors are found by every process."""
+    global _has_reported
+    first, _has_reported = not _has_reported, True
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not first or not file:
+        return first
+    try:
+        # torchrun makes a folder for each process in one of its own for this machine's.
+        (Path(file).parent.parent / "stillhouse-has-reported").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+_has_reported = False
 
 
 def leave_others() -> None:

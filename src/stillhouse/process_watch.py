@@ -21,8 +21,10 @@ from contextlib import contextmanager, suppress
 
 from stillhouse.errors import LostProcessError
 from stillhouse.launch import (
+    is_on_this_machine,
     leads,
     local_index,
+    may_report,
     on_main_machine,
     process_index,
     speaks_for_machine,
@@ -49,8 +51,8 @@ REASONS = {
 _ended: dict[int, bytes] = {}
 """Processes that have ended before their work was finished, with their last word."""
 _noticed = threading.Event()
-_report = threading.Lock()
-"""Held from when this process has decided to report the lost one."""
+_finished: set[int] = set()
+"""Processes that this one watches and that have finished their work."""
 
 
 @contextmanager
@@ -58,14 +60,18 @@ def watched_processes() -> Iterator[None]:
     """Inside the block, this process gets SIGTERM a few seconds after another process of the
     torchrun has ended without finishing its block, unless it has ended by itself until then.
 
-    Every process must enter the block together, with an open process group.
+    A process that fails says so before it reports its error, and prints that itself. Every process
+    must enter the block together, with an open process group.
     """
     if world_size() == 1:
         yield
         return
     _ended.clear()
     _noticed.clear()
+    _finished.clear()
     links = _connect()
+    if not links:  # the main process cannot be waited for
+        _finished.add(0)
     threading.Thread(target=_watch, args=(links,), daemon=True).start()
     word = FAILED
     try:
@@ -92,16 +98,22 @@ def lost_process_found(wait: float = 0.0) -> LostProcessError | None:
     return next((_error(index, word) for index, word in _ended.items()), None)
 
 
+def main_process_finished() -> bool | None:
+    """Whether the main process has finished its block, for the other processes; None: not yet."""
+    return 0 in _finished or None
+
+
 def reports_lost_process() -> bool:
-    """Whether this process is the one on its machine that reports that another one has ended.
+    """Whether this process is the one on its machine that reports that another one has ended; no
+    process is if that one was on this machine, and reports its own error.
 
     True once: a signal may come while an error of a collective is being reported.
     """
     _noticed.wait(NOTICE_SECONDS)
-    reports = local_index() == 0
-    if on_main_machine() and 0 in _ended:
-        reports = speaks_for_machine() and _ended[0] == b""  # else it has reported the reason
-    return reports and _report.acquire(blocking=False)
+    if any(word == FAILED and is_on_this_machine(index) for index, word in _ended.items()):
+        return False
+    main_is_lost = on_main_machine() and 0 in _ended
+    return (speaks_for_machine() if main_is_lost else local_index() == 0) and may_report()
 
 
 def was_lost() -> bool:
@@ -188,14 +200,15 @@ def _watch(links: Mapping[socket.socket, int]) -> None:
             for key, _ in selector.select():
                 link: socket.socket = key.data
                 word = _received(link)
-                if word:
-                    words[link] = word
-                    continue
-                selector.unregister(link)
-                if words[link] != DONE:
-                    _ended[links[link]] = words[link]
+                if word == DONE:
+                    _finished.add(links[link])
+                if not word:
+                    selector.unregister(link)
+                if word != DONE and not words[link]:
+                    _ended[links[link]] = word
                     _noticed.set()
                     threading.Thread(target=_end, daemon=True).start()
+                words[link] = words[link] or word
 
 
 def _received(link: socket.socket) -> bytes:

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from stillhouse.errors import DeviceError, LostProcessError, RecipeError
+from stillhouse.errors import DeviceError, LostProcessError, RecipeError, StillhouseError
 from stillhouse.hardware import default_device, device_kind
 from stillhouse.launch import processes_here, world_size
 from stillhouse.process_watch import AGAIN, NOTICE_SECONDS, lost_process_found
@@ -51,10 +51,16 @@ def open_group() -> None:
     _require_equal_devices(device_kind(device))
 
 
+_node_sizes: set[int] = set()
+"""How many processes the nodes have, once the group is open."""
+
+
 def _require_equal_devices(own: str) -> None:
     """Precision, kernels and what fits are decided by each process for itself."""
-    kinds: list[str] = [""] * world_size()
-    dist.all_gather_object(kinds, own)
+    found: list[tuple[str, int]] = [("", 0)] * world_size()
+    dist.all_gather_object(found, (own, processes_here()))
+    kinds = [kind for kind, _ in found]
+    _node_sizes.update(here for _, here in found)
     other = next((number for number, kind in enumerate(kinds) if kind != kinds[0]), None)
     if other is not None:
         raise DeviceError(
@@ -100,6 +106,8 @@ def lost_process(processes: int) -> Iterator[None]:
     """Raise LostProcessError if another process has ended and this one cannot continue."""
     try:
         yield
+    except StillhouseError:
+        raise
     except RuntimeError as error:
         if processes == 1 or not (isinstance(error, DistError) or _LOST.search(str(error))):
             raise
@@ -118,13 +126,13 @@ def shards_in_node(within_node: bool) -> int:
 
     Raises RecipeError: nodes with different numbers of processes.
     """
-    processes = world_size()
-    here = processes_here()
+    processes, (here, *others) = world_size(), sorted(_node_sizes or {processes_here()})
     if not within_node or here == processes:
         return processes
-    if processes % here:
+    if others:
+        sizes = " and ".join(f"{size:,}" for size in (here, *others))
         raise RecipeError(
-            f"{processes} processes cannot be divided into nodes of {here}",
+            f"there are nodes with {sizes} processes, and a model cannot be sharded inside each",
             where="train.shard_within",
             fix="start the same number of processes on every node, or use shard_within: all",
         )
@@ -146,8 +154,17 @@ def shard(root: nn.Module, model: Any, mesh: DeviceMesh) -> None:
 
     root: the module whose forward is called; `model`, or a module around it.
     Gradients are reduced in float32, and averaged over all processes.
-    Raises RecipeError: a model whose blocks are not known.
+    Raises RecipeError as `require_blocks`.
     """
+    blocks = require_blocks(model)
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+
+
+def require_blocks(model: Any) -> list[nn.Module]:
+    """The blocks of a model. Raises RecipeError if they are not known."""
     kinds = set(getattr(model, "_no_split_modules", None) or ())
     blocks = [module for module in model.modules() if type(module).__name__ in kinds]
     if not blocks:
@@ -156,10 +173,7 @@ def shard(root: nn.Module, model: Any, mesh: DeviceMesh) -> None:
             where="train.shard",
             fix="use train.shard: none",
         )
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    return blocks
 
 
 def release_gathered(root: nn.Module) -> None:

@@ -6,7 +6,6 @@ import io
 import os
 import signal
 import sys
-import time
 import traceback
 from pathlib import Path
 from typing import NoReturn
@@ -14,11 +13,8 @@ from typing import NoReturn
 from stillhouse.cli.options import say
 from stillhouse.disk_errors import disk_error
 from stillhouse.errors import LostProcessError, RunError, StillhouseError
-from stillhouse.launch import leads, local_index
+from stillhouse.launch import leads, may_report
 from stillhouse.process_watch import lost_process_found, reports_lost_process, was_lost
-
-FIRST_PROCESS_SECONDS = 4.0
-"""For which the other processes of a machine withhold their message."""
 
 
 def open_standard_streams() -> None:
@@ -37,14 +33,6 @@ def open_standard_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _let_first_process_report() -> None:
-    """In the other processes of a machine, wait until torchrun stops them if the first one fails
-    too: every process finds what is wrong with a recipe, and one message per machine is enough."""
-    if local_index() != 0:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(FIRST_PROCESS_SECONDS + local_index() / 2)
-
-
 def end_stopped(number: int) -> NoReturn:
     # torchrun, or this process itself, sends SIGTERM when another process has ended.
     if number == signal.SIGTERM and was_lost():
@@ -56,23 +44,23 @@ def end_stopped(number: int) -> NoReturn:
 
 
 def end_with(error: Exception) -> NoReturn:
-    """Report what went wrong, and exit."""
+    """Report what went wrong, unless another process on this machine has, and exit."""
     match error:
+        case BrokenPipeError():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        case LostProcessError():
+            if reports_lost_process():
+                say(f"error: {error}")
+        case _ if not may_report():
+            pass
         case StillhouseError():
-            if isinstance(error, LostProcessError) and not reports_lost_process():
-                sys.exit(1)
-            if not isinstance(error, LostProcessError):
-                _let_first_process_report()
             say(f"error: {error}")
         case MemoryError():
             say("error: out of memory\n  fix:   lower train.micro_batch_size or data.context")
-        case BrokenPipeError():
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         case _:
             problem = disk_error(error, None) or _deleted_current_folder()
             if problem is None:
                 _say_bug()
-            _let_first_process_report()
             say(f"error: {problem}")
     sys.exit(1)
 

@@ -71,7 +71,6 @@ class Helpers:
                 raise error
             raise LostProcessError(
                 "another process that answers requests has ended",
-                where="synthesis",
                 fix="its own message says why; give the same command again: answers that arrived "
                 "are in the journal",
             ) from error

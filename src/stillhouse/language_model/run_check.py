@@ -15,6 +15,7 @@ from stillhouse.language_model.on_policy_check import (
     require_on_policy,
 )
 from stillhouse.language_model.package_check import require_disk
+from stillhouse.language_model.process_check import require_processes
 from stillhouse.language_model.run_models import RunModels, run_models
 from stillhouse.language_model.run_plan import plan_stages
 from stillhouse.language_model.training_memory import is_small
@@ -65,18 +66,20 @@ def check_resources(check: Check, find: FindModels = one_student) -> Iterator[Fi
 
 
 def require_resources(job: Job, find: FindModels = one_student) -> Iterator[Finding]:
-    """Disk space, memory, and what `train.on_policy` needs.
+    """Disk space, memory, processes, and what `train.on_policy` needs.
 
-    Raises StillhouseError as `plan_stages` and `require_on_policy` do.
+    Raises StillhouseError as `plan_stages`, `require_processes` and `require_on_policy` do.
     """
     yield from require_on_policy(job)
     yield from require_disk(job)
-    yield from _require_memory(job, find)
-
-
-def _require_memory(job: Job, find: FindModels) -> Iterator[Finding]:
-    """An error if the student cannot be made or trained here, even with the margin."""
     planned = [one for one in find(job) if not has_finished(one.recipe, "train")]
+    for models in planned:
+        require_processes(models)
+    yield from _require_memory(job, planned)
+
+
+def _require_memory(job: Job, planned: Sequence[RunModels]) -> Iterator[Finding]:
+    """An error if the student cannot be made or trained here, even with the margin."""
     machine = this_machine(job.recipe.train.products, timed=False)
     for models in planned:
         if is_small(models, machine):

@@ -8,14 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stillhouse.errors import RecipeError
 from stillhouse.hardware import cores_of, free_memory, tune_allocator
 from stillhouse.launch import (
     end_with_torchrun,
     leads,
-    process_index,
     processes_here,
-    speaks_for_machine,
     world_size,
 )
 from stillhouse.pipeline.kind import ALL, Kind, RunResult, Step
@@ -23,18 +20,15 @@ from stillhouse.pipeline.report_stage import REPORT
 from stillhouse.pipeline.requirements import require_all
 from stillhouse.pipeline.shared_folder import joining, leading
 from stillhouse.pipeline.stage_plan import Do, StagePlan, doing
-from stillhouse.process_watch import lost_process_found
+from stillhouse.pipeline.waiting import wait_for_main_process
 from stillhouse.processes import lost_process
 from stillhouse.progress import note
 from stillhouse.runfolder import NamedRecipe, RunFolder, Stage, run_root, write_atomically
 from stillhouse.scratch import scratch_in
 from stillhouse.section import recipe_yaml
 
-POLL_SECONDS = 0.5
 EVALUATION, RECIPE = "evaluation.json", "recipe.yaml"
 RESOLVED = "# The resolved recipe of this run; every start writes it again.\n"
-SILENT_SECONDS = 60.0
-"""After which one process of each machine reports what it is waiting for."""
 
 
 def run_kind(kind: Kind, recipe: Any, base: Path) -> RunResult | None:
@@ -44,12 +38,6 @@ def run_kind(kind: Kind, recipe: Any, base: Path) -> RunResult | None:
     """
     tune_allocator()
     end_with_torchrun()
-    if world_size() > 1 and not kind.many_processes:
-        raise RecipeError(
-            "a task's student is trained by one process",
-            where="torchrun",
-            fix="start it with `stillhouse run` alone",
-        )
     if leads():
         with leading(run_root(recipe), locked_folder(recipe)) as folder:
             return lead(kind, recipe, base, folder)
@@ -179,14 +167,8 @@ def following(folder: RunFolder) -> Do:
             with cores_of(processes_here()), lost_process(world_size()):
                 plan.work(folder.partial(plan.name, plan.depends_on))
             free_memory()
-        began, said = time.monotonic(), not speaks_for_machine()
-        while (stage := folder.finished(plan.name, plan.depends_on)) is None:
-            if (lost := lost_process_found()) is not None:
-                raise lost
-            if not said and time.monotonic() - began > SILENT_SECONDS:
-                note(f"process {process_index()}: waiting for the main process ({plan.name} stage)")
-                said = True
-            time.sleep(POLL_SECONDS)
-        return stage
+        return wait_for_main_process(
+            lambda: folder.finished(plan.name, plan.depends_on), f"{plan.name} stage"
+        )
 
     return do

@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from stillhouse.errors import RunError, StillhouseError
 from stillhouse.launch import process_index, world_size
-from stillhouse.process_watch import watched_processes
+from stillhouse.pipeline.waiting import wait_for_main_process
+from stillhouse.process_watch import main_process_finished, watched_processes
 from stillhouse.processes import lost_process, open_group
 from stillhouse.runfolder import write_atomically
 
@@ -55,9 +56,11 @@ def leading(root: Path, lock: AbstractContextManager[T]) -> Iterator[T]:
 
 @contextmanager
 def joining(root: Path) -> Iterator[None]:
-    """The work of another process, in the same run folder.
+    """The work of another process, in the same run folder. It ends with that of the main process:
+    what a torchrun returns on any node is what has become of the run.
 
-    Raises RunError if the main process cannot start, or another process does not see its folder.
+    Raises RunError if the main process cannot start, or another process does not see its folder;
+    LostProcessError.
     """
     open_group()
     news = _broadcast(None)
@@ -66,6 +69,7 @@ def joining(root: Path) -> Iterator[None]:
     _require_shared(root, seen=_appears(root / ANNOUNCEMENT, str(news)))
     with watched_processes():
         yield
+        wait_for_main_process(main_process_finished, "the end of its work")
 
 
 def _broadcast(news: str | StillhouseError | None) -> str | StillhouseError | None:

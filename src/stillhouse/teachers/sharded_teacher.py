@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -90,7 +89,7 @@ def load_sharded_teacher(
     open_group()
     offload = offload and default_device().type != "cpu"
     code = trust_remote_code
-    _require_plan(source.path, trust_remote_code=code)
+    require_plan(load_config(source.path, trust_remote_code=code), source.path)
     over = DistributedConfig(
         fsdp_size=shards, dp_replicate_size=world_size() // shards, fsdp_cpu_offload=offload
     )
@@ -113,9 +112,11 @@ def _to_host(model: Any) -> None:
     model._apply(lambda each: each.cpu() if isinstance(each, DTensor) else each)
 
 
-def _require_plan(path: Path, *, trust_remote_code: bool) -> None:
-    """Raise ModelError if transformers cannot shard the model, or its head cannot be checked."""
-    config = load_config(path, trust_remote_code=trust_remote_code)
+def require_plan(config: Any, where: object) -> None:
+    """Raise ModelError if transformers cannot shard the model, or its head cannot be checked.
+
+    where: what the error names.
+    """
     try:
         small = check_planned_head(config)
     except RuntimeError:  # its forward reads values, which do not exist without weights
@@ -126,6 +127,6 @@ def _require_plan(path: Path, *, trust_remote_code: bool) -> None:
             return
     raise ModelError(
         f"transformers has no plan to shard {type(small).__name__ if small else config.model_type}",
-        where=path,
+        where=where,
         fix="use train.shard: student or none, or store the teacher's answers with `signals: {}`",
     )
