@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "qat": {"quantize": {"kind": "int8", "qat": {"tokens": 400}}},
     "folded": {"evaluate": {"own_text": {"answers": 6, "max_tokens": 6}}},
 }
+
+MICRO_BATCHES = (1, 2, 4)
+"""Windows in a micro-batch of a run by one process."""
+OTHER_ORDERS = 4
+"""How many times as far as `orders_apart` a run may be from that of one process."""
 
 
 def recipe(inputs: Path, folder: Path, kind: str, **train: object) -> dict[str, Any]:
@@ -106,6 +114,26 @@ def ended(processes: Sequence[Fork]) -> list[str]:
     return [process.errors() for process in processes]
 
 
+_PATHS = {"open": 0, "os.mkdir": 0, "os.rename": 1}
+"""Events of Python before a file or folder is written, and which argument is its path."""
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
+def before_writing(pattern: str, act: Callable[[], object]) -> None:
+    """From now on, call `act` before each file or folder is opened for writing, made, or gets its
+    name, in this process and with a path in which the pattern is found."""
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        place = _PATHS.get(event)
+        if place is None or (event == "open" and not (arguments[2] or 0) & _WRITES):
+            return
+        path = arguments[place]
+        if isinstance(path, str | os.PathLike) and re.search(pattern, os.fspath(path)):
+            act()
+
+    sys.addaudithook(hook)
+
+
 def trained(folder: Path) -> list[dict[str, Tensor]]:
     """The weights that each training of a run has made, in order; first, those of each student."""
     found = []
@@ -116,12 +144,28 @@ def trained(folder: Path) -> list[dict[str, Tensor]]:
     return found
 
 
-def difference(left: Path, right: Path) -> float:
-    """The largest between the weights of two runs."""
+def differences(left: Path, right: Path) -> list[float]:
+    """The largest between the weights of two runs, in each of `trained`."""
     ours, theirs = trained(left), trained(right)
     assert len(ours) == len(theirs) > 1
-    most = 0.0
+    found = []
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.keys() == other.keys()
-        most = max(most, *(float((mine[name] - other[name]).abs().max()) for name in mine))
-    return most
+        found.append(max(float((mine[name] - other[name]).abs().max()) for name in mine))
+    return found
+
+
+def orders_apart(alone: Path, kind: str) -> list[float]:
+    """How far apart orders of the same sums leave the weights, in each of `trained`: the largest
+    difference between runs by one process with micro-batches of one window and of more."""
+    one, *others = (alone / f"{kind} {micro}" for micro in MICRO_BATCHES)
+    return [max(each) for each in zip(*(differences(one, other) for other in others), strict=True)]
+
+
+def too_far(found: Sequence[float], apart: Sequence[float]) -> bool:
+    """Whether a run is further from one of one process than other orders of its sums explain."""
+    return any(value > OTHER_ORDERS * most for value, most in zip(found, apart, strict=True))
+
+
+def difference(left: Path, right: Path) -> float:
+    return max(differences(left, right))

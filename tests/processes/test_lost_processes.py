@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,52 +14,23 @@ import yaml
 
 from tests import tiny
 from tests.processes.process_runs import KINDS
+from tests.processes.torchruns import agents, words
 
 pytestmark = pytest.mark.processes
 
-STARTED_SECONDS = 300
 END_SECONDS, MOST_SECONDS = 10, 60
-STAGES = ("student", "signals", "train", "evaluate")
-"""After these, only the main process works."""
+STAGES = ("student", "signals", "train", "evaluate", "export")
+"""In the last one, only the main process works."""
 
 
-def agents(path: Path, folders: Sequence[Path], each: int = 1) -> list[subprocess.Popen[str]]:
-    """A torchrun in each of the folders, all of one run. each: processes of a torchrun."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
-    launch = ["--nnodes", str(len(folders)), "--nproc-per-node", str(each)]
-    launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
-    return [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                *launch,
-                "-m",
-                "stillhouse",
-                "run",
-                path,
-            ],
-            cwd=folder,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for folder in folders
-    ]
-
-
-def words(agent: subprocess.Popen[str]) -> str:
-    """What a torchrun and its processes have said."""
-    return agent.communicate(timeout=STARTED_SECONDS)[1]
+def allowed_seconds() -> float:
+    """10 seconds; on a machine with more work than cores, up to a minute."""
+    waiting = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    return min(END_SECONDS * waiting, MOST_SECONDS)
 
 
 def ended_in_time(processes: Sequence[psutil.Process]) -> bool:
-    """Within 10 seconds; on a machine with more work than cores, up to a minute."""
-    waiting = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-    _, alive = psutil.wait_procs(processes, timeout=min(END_SECONDS * waiting, MOST_SECONDS))
+    _, alive = psutil.wait_procs(processes, timeout=allowed_seconds())
     return not alive
 
 
@@ -106,6 +75,8 @@ def test_a_process_killed_on_one_node_ends_those_of_the_other(
         of_killed = nodes[0] if killed in processes_of(nodes[0]) else nodes[1]
         found[killed].kill()
         assert ended_in_time([found[1 - killed]])
+        for node in nodes:  # which do not wait for each other
+            node.wait(timeout=allowed_seconds())
     finally:
         for node in nodes:
             node.terminate()
@@ -121,7 +92,7 @@ def test_of_many_processes_on_a_machine_one_reports_that_another_was_killed(tmp_
     path, stages = tmp_path / "recipe.yaml", tmp_path / "run" / "stages"
     train = {"batch_size": 6, "epochs": 300}
     path.write_text(yaml.safe_dump(tiny.recipe(tmp_path, train=train)))
-    (node,) = agents(path, [tmp_path], each=3)
+    (node,) = agents(path, [tmp_path], each=(3,))
     while not list(stages.glob(".train-*.partial/checkpoints/*")):
         assert node.poll() is None, words(node)
         time.sleep(0.01)

@@ -5,19 +5,16 @@ A limit on the size of files stands for the full disk.
 
 from __future__ import annotations
 
-import os
 import resource
 import signal
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from stillhouse.launch import process_index
 from tests import forks
-from tests.processes.process_runs import difference, ended, one_thread, recipe
+from tests.processes.process_runs import before_writing, difference, ended, one_thread, recipe
 
 pytestmark = pytest.mark.processes
 
@@ -25,24 +22,17 @@ LIMIT = 1 << 12
 """Bytes of a file, less than a process's part of the weights."""
 
 
-def limit_files(name: str) -> None:
-    """From the first file on that is written to a folder of this name."""
-
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        path, writes = arguments[0], (arguments[2] or 0) if event == "open" else 0
-        if event == "open" and writes & (os.O_WRONLY | os.O_RDWR) and f"/{name}/" in str(path):
-            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, hard))
-
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    sys.addaudithook(lambda event, arguments: hook(event, arguments) if arguments else None)
+def limit_files() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, hard))
 
 
 def work(path: Path, shard: str, full: int | None) -> None:
     """A process of the run. full: the process whose disk is full at its second checkpoint."""
     one_thread()
     if process_index() == full:
-        limit_files("checkpoint-4")
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        before_writing("/checkpoint-4/", limit_files)
     forks._stillhouse("run", str(path), "--set", f"train.shard={shard}")
 
 

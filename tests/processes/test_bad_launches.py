@@ -1,0 +1,83 @@
+"""Torchruns that cannot work: one message on each machine, which says what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import BloomConfig, BloomForCausalLM
+
+from tests import tiny
+from tests.processes.torchruns import agents, words
+
+pytestmark = pytest.mark.processes
+
+
+def few_windows(folder: Path) -> dict[str, Any]:
+    return tiny.recipe(folder, data={"train_tokens": 64})
+
+
+def odd_batch(folder: Path) -> dict[str, Any]:
+    return tiny.recipe(folder)
+
+
+def uneven_nodes(folder: Path) -> dict[str, Any]:
+    train = {"shard": "both", "shard_within": "node", "batch_size": 6}
+    return tiny.recipe(folder, train=train)
+
+
+def teacher_without_a_plan(folder: Path) -> dict[str, Any]:
+    raw = tiny.recipe(folder, train={"shard": "teacher"})
+    words_of_it = tiny.tokenizer()
+    config = BloomConfig(vocab_size=len(words_of_it), hidden_size=32, n_layer=2, n_head=4)
+    BloomForCausalLM(config).save_pretrained(folder / "bloom")
+    words_of_it.save_pretrained(folder / "bloom")
+    raw["teacher"]["model"] = str(folder / "bloom")
+    tiny.llama(num_hidden_layers=1).config.save_pretrained(folder / "small")
+    raw["student"] = {"start": "random", "config": str(folder / "small")}
+    return raw
+
+
+CASES = {
+    "more processes than windows": (
+        few_windows,
+        (4,),
+        "4 processes cannot share 2 windows",
+        "use at most 2 processes",
+    ),
+    "a batch that cannot be divided": (
+        odd_batch,
+        (3,),
+        "train.batch_size 4 is not a multiple of micro_batch_size 1 x 3 processes",
+        "use a multiple of 3",
+    ),
+    "nodes of different sizes": (
+        uneven_nodes,
+        (1, 2),
+        "there are nodes with 1 and 2 processes",
+        "start the same number of processes on every node",
+    ),
+    "a teacher without a plan": (
+        teacher_without_a_plan,
+        (2,),
+        "transformers has no plan to shard BloomForCausalLM",
+        "use train.shard: student or none",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_machine_says_once_what_to_do(tmp_path: Path, name: str) -> None:
+    recipe, each, problem, fix = CASES[name]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(tmp_path)))
+    nodes = agents(path, [tmp_path] * len(each), each)
+    said = [words(node) for node in nodes]
+    assert [node.returncode for node in nodes] == [1] * len(each)
+    assert [one.count("error: ") for one in said] == [1] * len(each), said
+    # Of several machines, only the main process's may have found it out.
+    assert problem in "".join(said)
+    assert fix in "".join(said)
+    assert "this is a bug" not in "".join(said)
