@@ -17,11 +17,14 @@ from stillhouse.errors import DataError, RunError
 from stillhouse.generation.answer_logprobs import mean_log_probability
 from stillhouse.generation.answer_requests import answer_all
 from stillhouse.generation.chat_frame import answer_text, has_reasoning
+from stillhouse.generation.helpers import help_main_process, helpers_of
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Answer
+from stillhouse.generation.text_teacher import answers_of, any_runs_here
 from stillhouse.pipeline.stage_plan import StagePlan, unanswered
 from stillhouse.progress import note
 from stillhouse.runfolder import Outcome, Stage, write_atomically
+from stillhouse.shared_work import ALONE, all_processes
 from stillhouse.synthesis.filters import DROPPED, Filter, Filters, Row, Sieve, unfenced
 from stillhouse.synthesis.synthesize import chosen_filters
 
@@ -96,10 +99,17 @@ def plan_answer_texts(job: AnsweringJob) -> StagePlan:
 def plan_answers(job: AnsweringJob, texts: Stage) -> StagePlan:
     """The teacher answers every text; answers that pass the filters become training chats."""
     recipe, teacher = job.recipe, job.recipe.teacher
+    judge = job.judge(weights=False)
+    runs_here = any_runs_here(job.source(weights=False), judge.teacher if judge else None)
 
     def work(out: Path) -> Outcome:
+        processes = all_processes() if runs_here else ALONE
+        if not processes.leads:
+            help_main_process(processes, answers_of)
+            return Outcome()
         found = AnswerTexts.load(texts.path / TEXTS)
-        counts = _write_answers(job, found, out)
+        with helpers_of(processes) as helpers:
+            counts = _write_answers(replace(job, helpers=helpers), found, out)
         return Outcome(summary=counts)
 
     models: dict[str, Any] = {"teacher": job.teacher and job.teacher.fingerprint}
@@ -107,7 +117,6 @@ def plan_answers(job: AnsweringJob, texts: Stage) -> StagePlan:
         models = {"model": teacher.api.model, "endpoint": job.described}
     if teacher.vllm is not None:
         models["vllm"] = {"dtype": teacher.vllm.dtype, "options": teacher.vllm.options}
-    judge = job.judge(weights=False)
     if judge is not None:
         one = judge.teacher.request(())
         models["judge"] = [one.endpoint, one.model, dict(one.parameters)]
@@ -122,7 +131,7 @@ def plan_answers(job: AnsweringJob, texts: Stage) -> StagePlan:
         "seed": recipe.seed,
         "texts": texts.digest,
     }
-    return StagePlan("answers", inputs, work, version=4, missing=unanswered)
+    return StagePlan("answers", inputs, work, version=4, together=runs_here, missing=unanswered)
 
 
 def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from stillhouse.language_model.job import configs, find_models, planned_size
 from stillhouse.language_model.model_check import require_models
 from stillhouse.language_model.on_policy_check import require_on_policy
 from stillhouse.language_model.turn_check import check_turns
+from stillhouse.launch import world_size
 from stillhouse.pipeline.engine import has_finished
 from stillhouse.pipeline.kind import Check
 from stillhouse.runfolder import run_root
@@ -37,6 +38,7 @@ from stillhouse.synthesis.filters_config import JudgeChoice
 from stillhouse.synthesis.judge_answers import most_requests
 from stillhouse.synthesis.synthesize import chosen_filters
 from stillhouse.teachers.load_model import load_tokenizer
+from stillhouse.training.train import plan_batches
 
 FEW = 50
 """With fewer training texts, `check` warns."""
@@ -46,6 +48,7 @@ def require_answering(job: AnsweringJob) -> Iterator[Finding]:
     """Check what the teacher needs before any request: its key or packages, filters and scorer,
     judges, and templates that accept the prompts. Raises StillhouseError."""
     recipe, base = job.recipe, job.base
+    plan_batches(recipe.train, recipe.train.batch_size, world_size())
     chosen_filters(recipe.filters, base)
     if recipe.evaluate.scorer is not None:
         load_scorer(recipe.evaluate.scorer, base)

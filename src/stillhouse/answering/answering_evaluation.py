@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,16 @@ from stillhouse.evaluation.answers import (
 )
 from stillhouse.generation.chat_frame import answer_text
 from stillhouse.generation.generation_config import Precision
+from stillhouse.generation.helpers import help_main_process, helpers_of
 from stillhouse.generation.local_generator import LocalGenerator, local_text
 from stillhouse.generation.request import Answer, Message, Request
 from stillhouse.generation.text_generator import TextGenerator
+from stillhouse.generation.text_teacher import answers_of
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
 from stillhouse.pipeline.engine import EVALUATION
 from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.runfolder import Outcome, Stage, sha
+from stillhouse.shared_work import Processes, all_processes
 from stillhouse.synthesis.filters import Filter, Row, answer_only, json_value
 from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.training.train import MODEL
@@ -57,8 +61,17 @@ def plan_answers_evaluation(
         folders = {"untrained": student.path / MODEL, "student": trained.path / MODEL}
         if tuned is not None:
             folders["fine_tuned"] = tuned.path / MODEL
-        found = AnswerTexts.load(texts.path / TEXTS)
-        _evaluate(job, found.test, read_answers(answers), folders).save(out / EVALUATION)
+        rows, processes = AnswerTexts.load(texts.path / TEXTS).test, all_processes()
+        answered = {
+            role: _answers_of(job, role, folder, rows, processes)
+            for role, folder in folders.items()
+        }
+        if not processes.leads:
+            help_main_process(processes, answers_of)
+            return Outcome()
+        with helpers_of(processes) as helpers:
+            found = _evaluate(replace(job, helpers=helpers), rows, read_answers(answers), answered)
+        found.save(out / EVALUATION)
         return Outcome(peak_memory_bytes=peak_memory_bytes())
 
     inputs = {
@@ -72,21 +85,22 @@ def plan_answers_evaluation(
         "trained": trained.digest,
         "baseline": tuned and tuned.digest,
     }
-    return StagePlan("evaluate", inputs, work, version=3)
+    return StagePlan("evaluate", inputs, work, version=3, together=True)
 
 
 def _evaluate(
     job: AnsweringJob,
     rows: list[LabeledText],
     teacher_answers: list[str | None],
-    folders: dict[str, Path],
+    of_students: dict[str, tuple[list[str], dict[str, float]]],
 ) -> AnswersEvaluation:
+    """of_students: by role, their answers and figures."""
     section = job.recipe.evaluate
     scorer = None if section.scorer is None else load_scorer(section.scorer, job.base)
     answered = {"teacher": [text or "" for text in teacher_answers]}
     more: dict[str, dict[str, float]] = {"teacher": _speed_of_teacher(job, rows)}
-    for role, folder in folders.items():
-        answered[role], more[role] = _answers_of(job, role, folder, rows)
+    for role, (texts, figures) in of_students.items():
+        answered[role], more[role] = texts, dict(figures)
     if job.validity is None and section.likelihood and job.teacher is not None:
         for role, nats in _surprises(job, rows, answered).items():
             more[role]["surprise"] = nats
@@ -160,8 +174,10 @@ def answer_all(generator: TextGenerator[LocalGenerator], requests: Sequence[Requ
 
 
 def _answers_of(
-    job: AnsweringJob, role: str, folder: Path, rows: list[LabeledText]
+    job: AnsweringJob, role: str, folder: Path, rows: list[LabeledText], processes: Processes
 ) -> tuple[list[str], dict[str, float]]:
+    """A model's answers to all texts, of which each process writes its share; and its figures,
+    measured by the main process."""
     recipe = job.recipe
     generator = open_generator(folder, precision=recipe.train.precision, batch=recipe.teacher.batch)
     most = recipe.teacher.sampling.max_tokens
@@ -170,8 +186,15 @@ def _answers_of(
         "parameters": account.count_parameters(generator.generator.model).total
     }
     if role == "student":
-        figures["answers_per_s"] = _rate(generator, requests[: recipe.evaluate.speed_texts])
-    return answer_all(generator, requests), figures
+        timed = requests[: recipe.evaluate.speed_texts]
+        # The others wait: their work would slow it down.
+        rate = processes.from_main(_rate(generator, timed) if processes.leads else 0.0)
+        figures["answers_per_s"] = rate
+    shares = processes.collect(answer_all(generator, processes.in_turn(requests)))
+    answers = [""] * len(requests)
+    for number, share in enumerate(shares):
+        answers[number :: processes.count] = share
+    return answers, figures
 
 
 def _speed_of_teacher(job: AnsweringJob, rows: list[LabeledText]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from stillhouse.export.export_config import ExportRecipe
 from stillhouse.export.licenses import Origin, distinct, origin, teacher_origin
 from stillhouse.generation.chat_frame import Frame, user_turn
 from stillhouse.generation.generation_config import LocalTeacher, TextTeacher, VllmTeacher
+from stillhouse.generation.helpers import Helpers
 from stillhouse.generation.request import Message, Requests, api_described
 from stillhouse.generation.text_teacher import DefaultModel, TextSource, text_source
 from stillhouse.language_model.job import Job
@@ -37,6 +38,8 @@ answers."""
 class AnsweringJob:
     """base: the folder of relative paths. teacher: None for an API. journal: of all answers.
 
+    helpers: other processes that answer too, with local models.
+
     training, gold: the language-model jobs that train the student on the teacher's answers and on
     the reference answers; set once the answers exist. gold is None if there are no reference
     answers.
@@ -46,6 +49,7 @@ class AnsweringJob:
     base: Path
     teacher: ModelSource | None
     journal: Path
+    helpers: Helpers | None = None
     training: Job | None = None
     gold: Job | None = None
 
@@ -104,7 +108,11 @@ class AnsweringJob:
     def default(self) -> DefaultModel:
         teacher = self.recipe.teacher
         return DefaultModel(
-            self.base, teacher.model or "", teacher.revision, teacher.trust_remote_code
+            self.base,
+            teacher.model or "",
+            teacher.revision,
+            teacher.trust_remote_code,
+            self.helpers,
         )
 
     def source(self, *, weights: bool = True) -> TextSource:

@@ -35,6 +35,7 @@ from stillhouse.language_model.data_stage import plan_data
 from stillhouse.language_model.job import find_models
 from stillhouse.language_model.roots_stage import has_other_tokenizers, plan_roots, with_roots
 from stillhouse.language_model.train_stage import plan_baseline, plan_student, plan_training
+from stillhouse.language_model.training_memory import with_shard
 from stillhouse.pipeline.kind import ALL, Kind, Link, Step
 from stillhouse.pipeline.report_stage import REPORT
 from stillhouse.pipeline.stage_plan import Do, StagePlan
@@ -55,7 +56,7 @@ def _with_chats(job: AnsweringJob, stages: Mapping[str, Stage], _do: Do) -> Answ
     gold = None
     if job.recipe.evaluate.fine_tuning_baseline and answers.summary["gold"]:
         gold = replace(training, recipe=training_recipe(job.recipe, answers.path, GOLD))
-    return replace(job, training=training, gold=gold)
+    return replace(job, training=with_shard(training), gold=gold and with_shard(gold))
 
 
 def _on_answers(plan: Callable[..., StagePlan]) -> Callable[..., StagePlan]:
@@ -118,8 +119,13 @@ STEPS = (
         ("texts", "answers", "student", "train", "baseline"),
         spending=comparison_spending,
     ),
-    Step("export", plan_answers_export, ("texts", "data", "train", "evaluate")),
-    Step("report", plan_answers_report, ALL),
+    Step(
+        "export",
+        plan_answers_export,
+        ("texts", "data", "train", "evaluate"),
+        main_process=True,
+    ),
+    Step("report", plan_answers_report, ALL, main_process=True),
 )
 
 

@@ -54,7 +54,8 @@ def comparison_source(job: AnsweringJob, *, weights: bool = True) -> TextSource 
     if judge is None:
         return None
     local = None if judge.model is None else LocalTeacher(model=judge.model)
-    teacher, default = TextTeacher(api=judge.api, local=local), DefaultModel(job.base)
+    teacher = TextTeacher(api=judge.api, local=local)
+    default = DefaultModel(job.base, helpers=job.helpers)
     return text_source(
         teacher, judge.sampling, judge.budget, default, job.recipe.seed, weights=weights
     )

@@ -14,7 +14,7 @@ from stillhouse import account
 from stillhouse.classify.classifier_students import planned_parameters
 from stillhouse.classify.classify_config import ClassifyRecipe
 from stillhouse.classify.classify_job import TaskJob
-from stillhouse.classify.fit import planned_steps
+from stillhouse.classify.fit import planned_steps, texts_each
 from stillhouse.classify.label_judgment import estimate_judgment
 from stillhouse.classify.label_prompts import LabelPrompt, prompt_tokens
 from stillhouse.classify.label_scoring import shared_prefix
@@ -30,6 +30,7 @@ from stillhouse.generation.generation_config import may_cost
 from stillhouse.generation.source_check import require_key
 from stillhouse.generation.template_check import FrameKeys, rendered_prompt, require_template
 from stillhouse.hardware import choose_precision, default_device, matmul_rate
+from stillhouse.launch import world_size
 from stillhouse.pipeline.engine import has_finished
 from stillhouse.pipeline.kind import Check
 from stillhouse.teachers.load_model import load_config, load_tokenizer
@@ -50,6 +51,7 @@ def require_task(job: TaskJob) -> Iterator[Finding]:
     """Check the teacher before any request: an API's key, or a model whose template accepts the
     task's prompt and whose context is long enough for it. Raises StillhouseError."""
     section, task = job.recipe.teacher, job.recipe.task
+    texts_each(job.recipe.train, world_size())
     texts = prepare_texts(job.recipe, job.base)
     prompt = job.prompt(texts)
     if section.api is not None:

@@ -59,10 +59,11 @@ STEPS = (
         "export",
         plan_classifier_export,
         ("texts", "train", "evaluate"),
+        main_process=True,
         require=require_classifier_export,
     ),
-    Step("push", plan_push, ("export",), applies=pushes),
-    Step("report", plan_classifier_report, ALL),
+    Step("push", plan_push, ("export",), applies=pushes, main_process=True),
+    Step("report", plan_classifier_report, ALL, main_process=True),
 )
 
 

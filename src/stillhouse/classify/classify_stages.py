@@ -1,6 +1,6 @@
 """The stages of a classifier's run: what each depends on, and the work that fills its folder.
 
-`tasks.measuring` has the stage that measures it, `tasks.products` what it is shipped as.
+`classifier_evaluation` has the stage that evaluates it, `classifier_export` those of its exports.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from stillhouse.hardware import peak_memory_bytes
 from stillhouse.pipeline.stage_plan import Do, StagePlan, unanswered
 from stillhouse.progress import note
 from stillhouse.runfolder import Outcome, Stage
+from stillhouse.shared_work import all_processes
 from stillhouse.teachers.load_model import load_tokenizer
 from stillhouse.training.checkpoints import CHECKPOINTS
 
@@ -76,8 +77,10 @@ def plan_judgment(job: TaskJob, texts: Stage) -> StagePlan:
             judged.save(out)
             return Outcome(summary=summary)
         model, tokenizer = job.load_teacher()
-        judged, tokens = score_texts(model, tokenizer, prompt, found, recipe.data.max_tokens, out)
-        judged.save(out)
+        most, processes = recipe.data.max_tokens, all_processes()
+        judged, tokens = score_texts(model, tokenizer, prompt, found, most, out, processes)
+        if processes.leads:
+            judged.save(out)
         size = account.count_parameters(model)
         return Outcome(
             tokens=tokens,
@@ -116,6 +119,7 @@ def plan_judgment(job: TaskJob, texts: Stage) -> StagePlan:
         work,
         version,
         resumable=True,
+        together=api is None,
         scratch=(CHUNKS,),
         missing=unanswered,
     )
@@ -221,6 +225,7 @@ def _training(
         everything,
         work,
         resumable=True,
+        together=True,
         scratch=(CHECKPOINTS,),
         check=lambda out: check_classifier(out / MODEL),
     )

@@ -5,6 +5,7 @@ Shapes: B texts of a batch, N texts, C labels.
 
 from __future__ import annotations
 
+import atexit
 import math
 import time
 from collections.abc import Sequence
@@ -13,22 +14,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from stillhouse.classify.classifier import Classifier, load_classifier
 from stillhouse.classify.classify_config import FitRecipe
-from stillhouse.errors import TrainingError
+from stillhouse.errors import RecipeError, TrainingError
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
+from stillhouse.processes import leave_group
 from stillhouse.progress import bar, note
+from stillhouse.shared_work import all_processes
 from stillhouse.teachers.older_names import save_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.training import checkpoints
+from stillhouse.training.partition import ProcessBatches, row_loader
 from stillhouse.training.resuming import ResumingTrainer, train_from_newest
 from stillhouse.training.train_config import SCHEDULES
 
 MODEL, METRICS = "model", "metrics.jsonl"
+Batch = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,17 @@ class FitResult:
     loss: float
     peak_memory_bytes: int
     precision: str
+
+
+def texts_each(section: FitRecipe, processes: int) -> int:
+    """How many texts of a step each of so many processes reads. Raises RecipeError."""
+    if section.batch_size % processes:
+        raise RecipeError(
+            f"train.batch_size {section.batch_size} is not a multiple of {processes} processes",
+            where="train.batch_size",
+            fix=f"use a multiple of {processes}, or start fewer processes",
+        )
+    return section.batch_size // processes
 
 
 def planned_steps(section: FitRecipe, texts: int) -> int:
@@ -61,11 +78,17 @@ def fit(
 
     The loss is -sum_c q(c) log p(c), its mean over texts, which differs from KL(q || p) by the
     targets' own entropy. Resumes from the newest checkpoint in `out/checkpoints` that loads.
+    Under torchrun, every process calls this with the same arguments.
     """
+    processes = all_processes()
+    together = texts_each(section, processes.count)
     precision = choose_precision(section.precision, default_device())
-    note(f"precision: {precision.reason}")
+    if processes.leads:
+        note(f"precision: {precision.reason}")
     steps = planned_steps(section, len(texts))
-    arguments = _arguments(section, steps, out / checkpoints.CHECKPOINTS, precision.dtype, seed)
+    folder = out / checkpoints.CHECKPOINTS
+    arguments = _arguments(section, together, steps, folder, precision.dtype, seed)
+    file = out / METRICS if processes.leads else None
     shown = 0
 
     def make(meter: checkpoints.Meter) -> _Fitter:
@@ -79,13 +102,16 @@ def fit(
         advance(meter.step * section.batch_size - shown)
         shown = meter.step * section.batch_size
         trainer = _Fitter(classifier, args=arguments, train_dataset=examples)
-        trainer.metrics = checkpoints.Metrics(out / METRICS, keep_to_step=meter.step)
+        trainer.metrics = checkpoints.Metrics(file, keep_to_step=meter.step)
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(_Housekeeping(section, trainer.metrics, meter, advance))
+        trainer.add_callback(_Housekeeping(section, trainer, meter, advance))
         return trainer
 
     with bar("train", total=steps * section.batch_size, unit="texts") as advance, quiet():
-        trainer = train_from_newest(out / checkpoints.CHECKPOINTS, make, steps=steps)
+        trainer = train_from_newest(folder, make, steps=steps)
+    if processes.count > 1:
+        trainer.accelerator.wait_for_everyone()
+        atexit.register(leave_group)
     classifier, metrics = trainer.classifier, trainer.metrics
     losses = [row["loss"] for row in metrics.rows if "loss" in row]
     if not losses or not all(map(math.isfinite, losses)):
@@ -94,10 +120,11 @@ def fit(
             where="train",
             fix="lower train.learning_rate, or set train.precision to float32",
         )
-    with quiet():
-        classifier.model.save_pretrained(out / MODEL)
-        save_tokenizer(classifier.tokenizer, out / MODEL)
-    classifier.facts.save(out / MODEL)
+    if processes.leads:
+        with quiet():
+            classifier.model.save_pretrained(out / MODEL)
+            save_tokenizer(classifier.tokenizer, out / MODEL)
+        classifier.facts.save(out / MODEL)
     last = losses[-max(1, len(losses) // 10) :]
     epochs = steps / math.ceil(len(texts) / section.batch_size)
     return FitResult(
@@ -111,40 +138,81 @@ def fit(
     )
 
 
+class _Loss(nn.Module):
+    """The module that is trained: its forward is the loss, since some classifiers run parts of
+    their model directly, and DDP expects that gradients come from its module's forward."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.model = classifier.model
+        self.logits = classifier.logits
+        self.config = classifier.model.config
+
+    def forward(self, ids: list[list[int]], target_BC: Tensor) -> Tensor:
+        """The sum over the texts."""
+        logits_BC = self.logits(ids)
+        return -(target_BC.to(logits_BC.device) * logits_BC.float().log_softmax(-1)).sum()
+
+
 class _Fitter(ResumingTrainer):
     metrics: checkpoints.Metrics
+    loss_is_scaled_for_ga = True
 
     def __init__(self, classifier: Classifier, **more: Any) -> None:
         self.classifier = classifier
-        super().__init__(model=classifier.model, data_collator=_collate, **more)
+        super().__init__(model=_Loss(classifier), data_collator=_collate, **more)
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
-    ) -> Any:
-        # Some classifiers run the model's parts directly, bypassing the forward that the Trainer
-        # wraps.
-        with self.accelerator.autocast():
-            logits_BC = self.classifier.logits(inputs["ids"], self.classifier.model)
-        target_BC = inputs["target"].to(logits_BC.device)
-        loss = -(target_BC * logits_BC.float().log_softmax(-1)).sum(-1).mean()
-        return (loss, logits_BC) if return_outputs else loss
+        self, model: Any, inputs: Batch, num_items_in_batch: Any = None, **_: Any
+    ) -> Tensor:
+        # DDP averages gradients over processes; the texts are counted over all of them.
+        total: Tensor = model(inputs["ids"], inputs["target"])
+        return total * (self.accelerator.num_processes / num_items_in_batch)
+
+    def _get_num_items_in_batch(self, batches: list[Batch], device: torch.device) -> Any:
+        """The texts of an optimizer step, over all processes."""
+        own = torch.tensor(sum(batch["texts"] for batch in batches), device=device)
+        return self.accelerator.reduce(own)
+
+    def get_train_dataloader(self) -> DataLoader[Batch]:
+        """Every text once an epoch, for whatever number of processes."""
+        args, examples = self.args, self.train_dataset
+        rows = ProcessBatches(
+            len(examples),
+            args.per_device_train_batch_size,
+            process=args.process_index,
+            processes=args.world_size,
+            seed=args.seed,
+        )
+        nothing = {**examples[0], "target": torch.zeros_like(examples[0]["target"])}
+        return row_loader(rows, [*examples, nothing], args, _collate)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.args.should_save:
+            self.classifier.model.save_pretrained(output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, self.classifier.model)
 
 
-def _collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
+def _collate(examples: list[dict[str, Any]]) -> Batch:
+    """texts: with something to learn."""
     targets = torch.stack([example["target"] for example in examples])
-    return {"ids": [example["ids"] for example in examples], "target": targets}
+    ids = [example["ids"] for example in examples]
+    return {"ids": ids, "target": targets, "texts": int(targets.any(-1).sum())}
 
 
 def _arguments(
-    section: FitRecipe, steps: int, folder: Path, dtype: torch.dtype, seed: int
+    section: FitRecipe, together: int, steps: int, folder: Path, dtype: torch.dtype, seed: int
 ) -> TrainingArguments:
+    """together: texts of a step in one process."""
     device = default_device()
     return TrainingArguments(
         output_dir=str(folder),
         seed=seed,
         data_seed=seed,
         max_steps=steps,
-        per_device_train_batch_size=section.batch_size,
+        per_device_train_batch_size=together,
         learning_rate=section.learning_rate,
         lr_scheduler_type=SCHEDULES[section.schedule],
         warmup_steps=round(section.warmup * steps),
@@ -169,13 +237,9 @@ class _Housekeeping(TrainerCallback):
     """Updates the progress bar and the metrics, and seals complete checkpoints."""
 
     def __init__(
-        self,
-        section: FitRecipe,
-        metrics: checkpoints.Metrics,
-        meter: checkpoints.Meter,
-        advance: Any,
+        self, section: FitRecipe, trainer: _Fitter, meter: checkpoints.Meter, advance: Any
     ) -> None:
-        self.section, self.metrics, self.advance = section, metrics, advance
+        self.section, self.trainer, self.advance = section, trainer, advance
         self.before, self.began = meter.seconds, time.monotonic()
 
     @property
@@ -189,13 +253,16 @@ class _Housekeeping(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if logs and "loss" in logs:
-            self.metrics.append(
+            self.trainer.metrics.append(
                 {"step": state.global_step, "loss": logs["loss"], "seconds": self.seconds}
             )
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.accelerator.wait_for_everyone()  # each process writes its own files
+        if not state.is_world_process_zero:
+            return
         folder = Path(args.output_dir)
         checkpoint = folder / f"checkpoint-{state.global_step}"
         meter = checkpoints.Meter(state.global_step, 0, self.seconds)
-        checkpoints.seal(checkpoint, meter, self.metrics)
+        checkpoints.seal(checkpoint, meter, self.trainer.metrics)
         checkpoints.keep_newest(folder, 2)

@@ -35,10 +35,11 @@ from stillhouse.generation.request import Answer, Request, Requests
 from stillhouse.generation.text_teacher import DefaultModel, TextSource, text_source
 from stillhouse.progress import bar
 from stillhouse.runfolder import write_atomically
+from stillhouse.shared_work import ALONE, Processes
 
 SCORES, CHUNKS = "scores.safetensors", "chunks"
 CHUNK = 128
-"""Texts whose scores are written together: a killed process loses at most this many."""
+"""Texts whose scores are written together: a process that is killed loses at most this many."""
 LEAST_MASS = 0.5
 """Minimum total probability of the tokens that begin a label; below it only the words count."""
 
@@ -76,21 +77,31 @@ class Judgment:
 
 
 def score_texts(
-    model: Any, tokenizer: Any, prompt: LabelPrompt, texts: Texts, max_tokens: int, out: Path
+    model: Any,
+    tokenizer: Any,
+    prompt: LabelPrompt,
+    texts: Texts,
+    max_tokens: int,
+    out: Path,
+    processes: Processes = ALONE,
 ) -> tuple[Judgment, int]:
     """Score all texts, chunk by chunk in `out/chunks`; finished chunks are not scored again.
 
-    Returns the judgment, and the number of tokens read. Raises ModelError if prompts are too long.
+    processes: those that divide the chunks. Returns the judgment, and the number of tokens that
+    all of them have read. Raises ModelError if prompts are too long.
     """
     words = prompt_tokens(prompt, tokenizer, max_tokens)
     rows = [row.text for row in texts.all] + list(CONTENTLESS)
     folder = out / CHUNKS
-    folder.mkdir(exist_ok=True)
+    if processes.leads:
+        folder.mkdir(exist_ok=True)
+    processes.from_main(None)  # until then, the folder may not exist
     _check_length(model, words.of([max(rows, key=len)])[0], words.labels)
-    found, tokens = [], 0
-    with bar("teacher", total=len(rows), unit="texts") as advance:
-        for number, at in enumerate(range(0, len(rows), CHUNK)):
-            chunk = rows[at : at + CHUNK]
+    numbers = processes.in_turn(range(-(-len(rows) // CHUNK)))
+    chunks = {number: rows[number * CHUNK : (number + 1) * CHUNK] for number in numbers}
+    found, tokens = {}, 0
+    with bar("teacher", total=sum(map(len, chunks.values())), unit="texts") as advance:
+        for number, chunk in chunks.items():
             file = folder / f"{number:05d}.scores"
             scores_NC = finished_chunk(file, len(chunk), len(words.labels))
             if scores_NC is None:
@@ -103,9 +114,12 @@ def score_texts(
                 write_atomically(file, with_hash(save({"scores": scores_NC})))
             else:
                 advance(len(chunk))
-            found.append(scores_NC)
+            found[number] = scores_NC
+    of_all = {number: each for part in processes.collect(found) for number, each in part.items()}
+    scores_NC = torch.cat([of_all[number] for number in sorted(of_all)])
     sizes = [len(texts.part(name)) for name in PARTS]
-    return Judgment(*torch.cat(found).split([*sizes, len(CONTENTLESS)])), tokens
+    judgment = Judgment(*scores_NC.split([*sizes, len(CONTENTLESS)]))
+    return judgment, sum(processes.collect(tokens))
 
 
 def _check_length(model: Any, longest: Sequence[int], labels: Sequence[Sequence[int]]) -> None:

@@ -248,5 +248,4 @@ FAMILY = Kind(
     preview=lambda recipe, base, rows: LANGUAGE_MODEL.preview(first_member(recipe), base, rows),
     lead=_lead,
     follow=_follow,
-    many_processes=True,
 )

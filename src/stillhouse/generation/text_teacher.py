@@ -262,6 +262,11 @@ class LocalText:
 TextSource = ApiText | LocalText
 
 
+def any_runs_here(*sources: TextSource | None) -> bool:
+    """Whether the model of a source runs in this process, so that other processes can help it."""
+    return any(isinstance(source, LocalText) and source.runs_here for source in sources)
+
+
 def answers_of(model: Any, requests: Iterable[Request]) -> Iterator[tuple[Request, Outcome]]:
     """In a helper: the answers of the model that `LocalText.send` describes."""
     own, default, seed = model

@@ -152,5 +152,4 @@ LANGUAGE_MODEL = Kind(
     links=links,
     load_evaluation=Evaluation.load,
     preview=preview_windows,
-    many_processes=True,
 )

@@ -18,7 +18,12 @@ from stillhouse.data.data_files import regular, regular_if_there
 from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import DataError, RunError
 from stillhouse.generation.helpers import help_main_process, helpers_of
-from stillhouse.generation.text_teacher import DefaultModel, LocalText, answers_of
+from stillhouse.generation.text_teacher import (
+    DefaultModel,
+    LocalText,
+    answers_of,
+    any_runs_here,
+)
 from stillhouse.language_model.job import Job, planned_size
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.launch import leads
@@ -106,7 +111,7 @@ def synthesis_plan(recipe: Recipe, base: Path) -> StagePlan:
     job = synthesis_job(recipe, base)
     section, teacher, judge = job.section, job.teacher(weights=False), job.judge(weights=False)
     sources = [source for source in (teacher, judge and judge.teacher) if source]
-    runs_here = any(isinstance(source, LocalText) and source.runs_here for source in sources)
+    runs_here = any_runs_here(*sources)
 
     def work(out: Path) -> Outcome:
         processes = all_processes() if runs_here else ALONE

@@ -70,8 +70,7 @@ class Kind:
     the steps and paths in their stages that they point to. load_evaluation: reads what the step
     `evaluate` wrote. preview: the first rows, before a run. predictor: returns a function from
     texts to the predictions of the model in a folder; None if there is no such model. lead, follow:
-    how the main process and the others run it, if not as steps in order. many_processes: whether
-    torchrun may run it.
+    how the main process and the others run it, if not as steps in order.
     """
 
     name: str
@@ -84,7 +83,6 @@ class Kind:
     predictor: Callable[[Path], Callable[[Iterable[str]], Rows] | None] | None = None
     lead: Callable[[Any, Path, RunFolder], RunResult] | None = None
     follow: Callable[[Any, Path, RunFolder], None] | None = None
-    many_processes: bool = False
 
 
 @dataclass(frozen=True)

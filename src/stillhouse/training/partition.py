@@ -62,10 +62,10 @@ class WithEmptyRow(Dataset[Batch]):
         return self.windows[index] if index != NO_ROW else without_labels(self.windows[0])
 
 
-class _EpochLoader(DataLoader[Batch]):
+class _EpochLoader(DataLoader[Any]):
     """Sets the epoch of its batch sampler, as transformers.Trainer expects of a loader."""
 
-    def __init__(self, rows: Any, dataset: WithEmptyRow, **options: Any) -> None:
+    def __init__(self, rows: Any, dataset: Any, **options: Any) -> None:
         super().__init__(dataset, batch_sampler=rows, **options)
         self.rows = rows
 
@@ -74,12 +74,15 @@ class _EpochLoader(DataLoader[Batch]):
 
 
 def row_loader(
-    rows: Sampler[list[int]], windows: WindowSet, args: TrainingArguments, collate: Any
-) -> DataLoader[Batch]:
-    """Loads the micro-batches that a sampler with epochs names."""
+    rows: Sampler[list[int]], dataset: Any, args: TrainingArguments, collate: Any
+) -> DataLoader[Any]:
+    """Loads the micro-batches that a sampler with epochs names.
+
+    dataset: rows by index, with one that has nothing to learn at NO_ROW.
+    """
     return _EpochLoader(
         rows,
-        WithEmptyRow(windows),
+        dataset,
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",

@@ -40,7 +40,7 @@ from stillhouse.training.heldout import (
 )
 from stillhouse.training.objective import Objective
 from stillhouse.training.on_policy import OnPolicy
-from stillhouse.training.partition import ProcessBatches, row_loader
+from stillhouse.training.partition import ProcessBatches, WithEmptyRow, row_loader
 from stillhouse.training.resuming import ResumingTrainer
 from stillhouse.training.rollouts import OwnBatch
 from stillhouse.training.score_step import score_step, scores_steps
@@ -196,7 +196,8 @@ class DistillationTrainer(ResumingTrainer):
                 processes=args.world_size,
                 seed=args.seed if args.data_seed is None else args.data_seed,
             )
-        return row_loader(rows, self.train_dataset, self.args, self.data_collator)
+        dataset = WithEmptyRow(self.train_dataset)
+        return row_loader(rows, dataset, self.args, self.data_collator)
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device

@@ -1,0 +1,182 @@
+"""Runs of tasks by two processes: their texts are scored, answered and learned from as by one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+import stillhouse
+from stillhouse.classify import label_judgment
+from stillhouse.export import fresh_process
+from stillhouse.launch import process_index
+from tests import forks, replays
+from tests.answering import toys as answering
+from tests.classify import toys as classify
+from tests.generation.stub import Reply, Stub
+from tests.processes.process_runs import before_writing, ended, finish, one_thread
+
+pytestmark = pytest.mark.processes
+
+ROUNDING = 1e-6
+"""Of weights that have moved by a tenth of a thousandth in each of some steps."""
+CHUNK = 8
+"""Texts that are scored together, so that there are several such chunks."""
+SECONDS = 300
+
+
+def work(raw: dict[str, Any], killed_at: str = "") -> None:
+    """killed_at: the second process is killed before it writes to such a path."""
+    one_thread()
+    label_judgment.CHUNK = CHUNK
+    fresh_process.subprocess = replays.IN_THIS_PROCESS  # type: ignore[assignment, attr-defined]
+    if killed_at and process_index() == 1:
+        before_writing(killed_at, partial(os.kill, os.getpid(), signal.SIGKILL))
+    stillhouse.run(raw)
+
+
+def classification(folder: Path, name: str) -> dict[str, Any]:
+    raw = classify.recipe(folder, data=classify.with_gold(folder))
+    return {**raw, "folder": str(folder / name)}
+
+
+def generation(folder: Path, name: str) -> dict[str, Any]:
+    """A local teacher, and a local judge that compares the answers."""
+    judge = {"model": str(folder / "teacher")}
+    raw = answering.recipe(folder, "generate", evaluate={"judge": judge})
+    return {**raw, "folder": str(folder / name / "run")}  # beside it, a journal of its own
+
+
+def extraction(folder: Path, name: str, url: str) -> dict[str, Any]:
+    """A teacher behind an API, and a student that also learns from true answers."""
+    texts = [{"path": str(folder / "texts.jsonl"), "label": "gold"}]
+    raw = answering.recipe(folder, "extract", data={"texts": texts}, **answering.api(folder, url))
+    return {**answering.clean(raw), "folder": str(folder / name / "run")}
+
+
+def reply(number: int, payload: dict[str, Any]) -> Reply:
+    return Reply(text=json.dumps(answering.truth(payload["messages"][-1]["content"])))
+
+
+def stage(folder: Path, name: str) -> Path:
+    (found,) = folder.glob(f"stages/{name}-*")
+    return found
+
+
+def require_equal_weights(one: Path, two: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        ours, theirs = (
+            load_file(stage(folder, name) / "model" / "model.safetensors") for folder in (one, two)
+        )
+        assert ours.keys() == theirs.keys()
+        gaps = {key: float((ours[key] - theirs[key]).abs().max()) for key in ours}
+        assert max(gaps.values()) <= ROUNDING, (name, gaps)
+
+
+def evaluated(folder: Path) -> Any:
+    """What was measured, without speeds."""
+    found = json.loads((stage(folder, "evaluate") / "evaluation.json").read_text())
+    for result in found["results"]:
+        for figures in (result, result.get("figures", {})):
+            figures.pop("texts_per_s", None)
+            figures.pop("answers_per_s", None)
+    return rounded(found)
+
+
+def rounded(value: Any) -> Any:
+    """With four digits of each number."""
+    match value:
+        case float():
+            return float(f"{value:.4g}")
+        case dict():
+            return {key: rounded(each) for key, each in value.items()}
+        case list():
+            return [rounded(each) for each in value]
+    return value
+
+
+def test_a_classifier(tmp_path: Path) -> None:
+    for name, processes in (("one", 1), ("two", 2)):
+        finish(forks.ranks(processes, work, classification(tmp_path, name)), SECONDS)
+    one, two = tmp_path / "one", tmp_path / "two"
+    ours, theirs = (
+        (stage(folder, "judgment") / "scores.safetensors").read_bytes() for folder in (one, two)
+    )
+    assert ours == theirs
+    require_equal_weights(one, two, ("train", "baseline"))
+    assert evaluated(one) == evaluated(two)
+    assert len(list(two.glob("report.html"))) == 1
+
+
+def require_equal_runs(folder: Path, trained: tuple[str, ...]) -> None:
+    one, two = folder / "one" / "run", folder / "two" / "run"
+    for file in ("train.jsonl", "heldout.jsonl", "answers.jsonl"):
+        ours, theirs = ((stage(run, "answers") / file).read_text() for run in (one, two))
+        assert ours == theirs
+    require_equal_weights(one, two, ("student", *trained))
+    assert evaluated(one) == evaluated(two)
+
+
+def test_a_generator_with_local_models(tmp_path: Path) -> None:
+    for name, processes in (("one", 1), ("two", 2)):
+        finish(forks.ranks(processes, work, generation(tmp_path, name)), SECONDS)
+    require_equal_runs(tmp_path, ("train",))
+
+
+def test_an_extractor_of_an_api(tmp_path: Path) -> None:
+    with Stub(reply) as stub:
+        for name, processes in (("one", 1), ("two", 2)):
+            raw = extraction(tmp_path, name, stub.url)
+            finish(forks.ranks(processes, work, raw), SECONDS)
+        assert len(stub.payloads) == 40  # each run has a journal of its own
+    require_equal_runs(tmp_path, ("train", "baseline"))
+
+
+@pytest.mark.parametrize("point", ["/chunks/", "/checkpoint-4"], ids=["scoring", "training"])
+def test_a_killed_classifier_is_finished_by_one_process(tmp_path: Path, point: str) -> None:
+    finish([forks.Fork(work, classification(tmp_path, "one"))], SECONDS)
+    raw = classification(tmp_path, "two")
+    processes = forks.ranks(2, work, raw, point)
+    ended(processes)
+    assert processes[1].poll() == -signal.SIGKILL
+    finish([forks.Fork(work, raw)], SECONDS)
+    require_equal_weights(tmp_path / "one", tmp_path / "two", ("train", "baseline"))
+
+
+def torchrun(folder: Path, raw: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(raw))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [sys.executable, *launch, "-m", "stillhouse", "run", str(folder / "recipe.yaml")],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+
+
+def test_torchrun_prints_one_result(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, classification(tmp_path, "run"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "error" not in done.stderr
+    assert done.stdout.count("report  ") == 1
+
+
+@pytest.mark.parametrize("kind", ["classify", "generate"])
+def test_a_step_that_cannot_be_divided_is_one_message(tmp_path: Path, kind: str) -> None:
+    made = classification if kind == "classify" else generation
+    recipe = made(tmp_path, "run")
+    recipe["train"]["batch_size"] = 7
+    done = torchrun(tmp_path, recipe)
+    assert done.returncode == 1
+    assert done.stderr.count("error: ") == 1
+    assert "train.batch_size 7 is not a multiple of" in done.stderr
+    assert not list(tmp_path.rglob("stages/*"))
