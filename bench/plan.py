@@ -67,6 +67,17 @@ def main() -> None:
         Bar(f"{name}: planned / measured, away from 1", abs(found["ratio"] - 1), "<=", TOLERANCE)
         for name, found in figures.items()
     ]
+    bars += [
+        Bar(
+            f"{name}: {stage}, away from 1",
+            abs(found["planned"] / found["measured"] - 1),
+            "<=",
+            TOLERANCE,
+        )
+        for name, run in figures.items()
+        for stage, found in run["stages"].items()
+        if found["phase"] == "pruning"
+    ]
     write_results("plan", figures, bars)
 
 
