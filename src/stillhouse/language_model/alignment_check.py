@@ -29,11 +29,12 @@ EXAMPLES = 3
 @dataclass
 class _Counts:
     """supervised: tokens. pairs: tokens (student, teacher) that begin at the same place. alone: the
-    places of rows without any."""
+    places of rows without any. changed: of rows that the teacher's tokenizer changes."""
 
     supervised: int = 0
     pairs: Counter[tuple[int, int]] = field(default_factory=Counter)
     alone: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
 
 
 def check_alignment(job: Job, rows: Sequence[tuple[str, TokenRow]]) -> Iterator[Finding]:
@@ -63,7 +64,9 @@ def _counts(aligner: TokenAligner, rows: Iterable[tuple[str, TokenRow]]) -> _Cou
         theirs = window.ids_M[window.begins_L[taught_L]]
         found.supervised += int((labels_L != IGNORED).sum())
         found.pairs.update(zip(ids_L[taught_L].tolist(), theirs.tolist(), strict=True))
-        if not taught_L.any():
+        if window.changed:
+            found.changed.append(where)
+        elif not taught_L.any():
             found.alone.append(where)
     return found
 
@@ -96,6 +99,13 @@ def _findings(
         text += f": {', '.join(_shown(pair, aligner) for pair in some)} (student, teacher)"
     fix = "the other tokens learn nothing from it" if share < FEW else None
     yield Finding("ok" if fix is None else "warning", TOPIC, text, fix)
+    if counts.changed:
+        text = (
+            f"the tokenizer of {source.described} changes {len(counts.changed):,} of {rows:,} "
+            f"rows, such as {counts.changed[0]}: it teaches nothing there"
+        )
+        fix = "normalize the text first (NFC), remove these rows, or train on cross-entropy too"
+        yield Finding("warning", TOPIC, text, fix)
     if counts.alone:
         text = (
             f"{len(counts.alone):,} of {rows:,} rows, such as {counts.alone[0]}, have no token "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from stillhouse.teachers.aligned_text import (
     observed,
     require_readable,
 )
-from stillhouse.teachers.load_model import load_tokenizer
 from stillhouse.teachers.model_source import ModelSource
 from stillhouse.teachers.roots import Roots, merged
 from stillhouse.teachers.roots_file import cached_roots, load_roots, save_roots
+from stillhouse.teachers.source_tokenizers import source_tokenizer
 
 
 def has_other_tokenizers(job: Job) -> bool:
@@ -97,11 +98,12 @@ def teacher_alignment(job: Job) -> Alignment | None:
 
 
 def aligner_of(job: Job, source: ModelSource) -> TokenAligner:
-    code = job.trust_remote_code
-    own, other = (
-        load_tokenizer(each.path, trust_remote_code=code) for each in (job.tokenizer, source)
-    )
-    return TokenAligner(own, other)
+    return _aligner(job.tokenizer, source, job.trust_remote_code)
+
+
+@lru_cache(maxsize=4)
+def _aligner(own: ModelSource, other: ModelSource, trust_remote_code: bool) -> TokenAligner:
+    return TokenAligner(*(source_tokenizer(each, trust_remote_code) for each in (own, other)))
 
 
 def _name(source: ModelSource) -> str:

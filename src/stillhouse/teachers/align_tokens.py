@@ -34,12 +34,14 @@ class AlignedWindow:
 
     ids_M, positions_M: the teacher's tokens; positions restart at 0 with every document.
     begins_L: the teacher's token that begins where the student's does, and whose prediction is
-    comparable; NOWHERE if there is none.
+    comparable; NOWHERE if there is none. changed: how many texts the teacher's tokenizer changes,
+    so that nothing in them is comparable: one that composes accents (NFC), for example.
     """
 
     ids_M: Ids
     positions_M: Ids
     begins_L: Ids
+    changed: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class TokenAligner:
         texts = [part for parts in windows for part in parts if isinstance(part, _Text)]
         encoded = iter(self.teacher.encode([part.text for part in texts]))
         return [
-            self._window(parts, encoded, len(ids_L), skip_unreadable=skip_unreadable)
+            self._window(parts, encoded, len(ids_L))
             for parts, ids_L in zip(windows, ids_RL, strict=True)
         ]
 
@@ -267,20 +269,14 @@ class TokenAligner:
             text = data[skipped : skipped + error.start].decode()
         return _Text(start, ids, text, skipped)
 
-    def _window(
-        self, parts: Sequence[_Part], encoded: Iterator[Ids], length: int, *, skip_unreadable: bool
-    ) -> AlignedWindow:
+    def _window(self, parts: Sequence[_Part], encoded: Iterator[Ids], length: int) -> AlignedWindow:
         begins_L = np.full(length, NOWHERE)
         documents: list[list[Ids]] = []
-        done = 0
+        done = changed = 0
         for part in parts:
             if isinstance(part, _Text):
                 ids = next(encoded)
-                try:
-                    self._match(part, ids, begins_L, done)
-                except DataError:
-                    if not skip_unreadable:
-                        raise
+                changed += not self._match(part, ids, begins_L, done)
             else:
                 ids = part.ids
                 if part.first:
@@ -297,35 +293,32 @@ class TokenAligner:
         # The first token of a document is not predicted.
         found = begins_L[begins_L >= 0]
         begins_L[begins_L >= 0] = np.where(positions_M[found] > 0, found, NOWHERE)
-        return AlignedWindow(ids_M, positions_M, begins_L)
+        return AlignedWindow(ids_M, positions_M, begins_L, changed)
 
-    def _match(self, part: _Text, ids: Ids, begins_L: Ids, done: int) -> None:
+    def _match(self, part: _Text, ids: Ids, begins_L: Ids, done: int) -> bool:
         """Fill in where the text's tokens of both tokenizers begin at the same byte.
 
-        Raises DataError if the teacher's tokens do not have the text's bytes.
+        Returns False, and fills in nothing, if the teacher's tokens do not have the text's bytes.
         """
-        size = len(part.text.encode())
-        space = int(self.teacher.lengths_V[ids].sum()) - size
-        if space not in (0, self._space):
-            raise DataError(
-                "the teacher's tokenizer changes this text, so its tokens cannot be aligned with "
-                f"the student's: {part.text[:80]!r}",
-                where=f"the tokenizer of {self.teacher.name}",
-                fix="remove such rows, or choose a teacher whose tokenizer keeps every byte",
-            )
+        text, strings = part.text.encode(), self.teacher.strings
+        written = b"".join([strings.get(id, b"") for id in ids.tolist()])
+        space = len(written) - len(text)
+        if space not in (0, self._space) or written[space:] != text:
+            return False
         ours_L = _starts(self.student.lengths_V[part.ids])
         theirs_M = _starts(self.teacher.lengths_V[ids]) + part.skipped - space
         if space:
             theirs_M = theirs_M[1:]  # the first token holds a space that is not in the text
         at_L = np.searchsorted(theirs_M, ours_L).clip(max=max(0, len(theirs_M) - 1))
         if not len(theirs_M):
-            return
-        end = part.skipped + size
+            return True
+        end = part.skipped + len(text)
         same_L = (theirs_M[at_L] == ours_L) & (ours_L < end)
         same_L &= self.student.lengths_V[part.ids] > 0
         begins_L[part.start : part.start + len(ours_L)] = np.where(
             same_L, at_L + done + space, NOWHERE
         )
+        return True
 
 
 def require_alignable(student: Any, teacher: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ VERSION = 1
 EXAMPLES = 20
 
 
+@lru_cache(maxsize=4)
 def pair_identity(aligner: TokenAligner) -> str:
     """SHA-256 of both tokenizers, and of the special tokens that correspond."""
     found = hashlib.sha256()
