@@ -11,14 +11,19 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import yaml
+from torch.distributed import DistNetworkError
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
-from stillhouse import launch
+from stillhouse import launch, processes
 from stillhouse.cli.stop_signals import Stopped, raise_on_signals
-from stillhouse.errors import LostProcessError, StillhouseError, TrainingError
+from stillhouse.errors import LostProcessError, ModelError, StillhouseError, TrainingError
 from stillhouse.launch import is_on_this_machine, may_report
 from stillhouse.processes import lost_process, open_group
 from stillhouse.runfolder import RunFolder
+from stillhouse.teachers.load_model import load_model
 from tests import tiny
 from tests.forks import Fork
 
@@ -36,6 +41,23 @@ def test_a_lost_process_is_one_error() -> None:
     with pytest.raises(LostProcessError) as twice, lost_process(2):
         raise caught.value
     assert twice.value is caught.value
+
+
+def test_a_process_lost_while_a_sharded_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object, **options: object) -> None:
+        raise DistNetworkError("Broken pipe")
+
+    tiny.save_model(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(processes, "NOTICE_SECONDS", 0.0)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", broken)
+    over = DistributedConfig(fsdp_size=2)
+    with pytest.raises(LostProcessError, match="another of the 2 processes has ended"):
+        load_model(tmp_path, dtype=torch.float32, distributed=over)
+    with pytest.raises(ModelError, match="this model cannot be loaded"):
+        load_model(tmp_path, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(("processes", "said"), [(1, GLOO), (2, "shapes do not match")])

@@ -10,8 +10,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.distributed import DistributedConfig
 
-from stillhouse.errors import ModelError
-from stillhouse.processes import local_part
+from stillhouse.errors import LostProcessError, ModelError
+from stillhouse.launch import world_size
+from stillhouse.processes import local_part, lost_process
 from stillhouse.teachers.backbone import check_head
 from stillhouse.teachers.model_requirements import (
     require_decoder,
@@ -52,7 +53,7 @@ def load_model(
     finite: check that all values are, which brings every page of the files into memory.
     Raises ModelError: damaged files, weights that are missing, left over, of another shape or not
     finite, an architecture that is unknown, not a decoder, or whose logits Stillhouse cannot
-    compute, a quantization that cannot be loaded, too little memory.
+    compute, a quantization that cannot be loaded, too little memory. LostProcessError.
     """
     files = weight_files(path)
     config = load_config(path, trust_remote_code=trust_remote_code)
@@ -60,8 +61,9 @@ def load_model(
     require_decoder(config, path)
     require_quantization(config, path)
     require_padding(config, path)
+    processes = 1 if distributed is None else world_size()
     try:
-        with quiet():
+        with quiet(), lost_process(processes):
             model, info = AutoModelForCausalLM.from_pretrained(
                 path,
                 config=config,
@@ -74,6 +76,8 @@ def load_model(
                 output_loading_info=True,
                 **({} if distributed is None else {"distributed_config": distributed}),
             )
+    except LostProcessError:
+        raise
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _no_memory(path, files, dtype) from error
     except RuntimeError as error:
