@@ -199,3 +199,49 @@ def test_a_start_model_with_another_vocabulary_is_rejected_early(folder: Path) -
     with pytest.raises(RecipeError, match="has another tokenizer"):
         run(raw)
     assert not list(folder.glob("run/stages/*"))
+
+
+def test_the_whole_teacher_teaches_through_the_first_kept_token_of_each(folder: Path) -> None:
+    raw = tiny.recipe(folder, student={"vocabulary": 320, "ffn_size": 32})
+    raw["train"] |= {"max_steps": 6}
+    losses = {}
+    for how in ("renormalize", "fold"):
+        raw["student"]["removed_tokens"] = how
+        result = run({**raw, "folder": str(folder / how)})
+        assert AutoModelForCausalLM.from_pretrained(result.model).config.vocab_size == 320
+        metrics = (stage(result, "train").path / "metrics.jsonl").read_text().splitlines()
+        losses[how] = [row["forward_kl"] for row in map(json.loads, metrics) if "forward_kl" in row]
+        untrained = result.evaluation.result("untrained")
+        assert untrained is not None
+    assert len(losses["fold"]) == len(losses["renormalize"])
+    assert losses["fold"] != losses["renormalize"]
+    assert all(loss > 0 for loss in losses["fold"])
+
+
+def test_other_teachers_of_a_fold_are_not_cut(folder: Path) -> None:
+    words = KINDS["byte-level"]
+    tiny.save_model(folder / "other", 2, vocab_size=432)
+    words.save_pretrained(folder / "other")
+    raw = tiny.recipe(
+        folder,
+        student={"vocabulary": 320, "ffn_size": 32, "removed_tokens": "fold"},
+        train={"teachers": ["teacher", str(folder / "other")], "max_steps": 3},
+    )
+    names = [stage.name for stage in run(raw).stages]
+    assert names.count("vocabulary") == 1
+
+
+@pytest.mark.parametrize(
+    ("section", "reason"),
+    [
+        ({"signals": {"encoding": {"kind": "top_k", "k": 8}}}, "signals are stored"),
+        ({"objective": {"terms": [{}, {"kind": "hidden_states"}]}}, "compare positions"),
+    ],
+)
+def test_what_needs_the_cut_teacher_is_refused_with_a_fold(
+    folder: Path, section: dict[str, Any], reason: str
+) -> None:
+    student = {"vocabulary": 320, "ffn_size": 32, "removed_tokens": "fold"}
+    with pytest.raises(RecipeError, match=reason):
+        run(tiny.recipe(folder, student=student, **section))
+    assert not list(folder.glob("run/stages/*"))

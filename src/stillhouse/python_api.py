@@ -22,6 +22,7 @@ from stillhouse.hardware import choose_precision, default_device
 from stillhouse.launch import leads
 from stillhouse.objectives.objective_config import (
     AttentionRelationsTerm,
+    ChunksTerm,
     HiddenStatesTerm,
     LogitsTerm,
     ObjectiveRecipe,
@@ -40,9 +41,8 @@ from stillhouse.teachers.aligned_teacher import AlignedTeacher
 from stillhouse.teachers.local_teacher import LocalTeacher, local
 from stillhouse.teachers.older_names import save_tokenizer
 from stillhouse.teachers.several_teachers import combined
-from stillhouse.teachers.shared_vocabulary import tokenizer_identity
 from stillhouse.teachers.stored_teacher import StoredTeacher
-from stillhouse.teachers.teacher import Teacher
+from stillhouse.teachers.teacher import Teacher, TeacherNeeds
 from stillhouse.training.on_policy_config import OnPolicyRecipe
 from stillhouse.training.own_prompts import OwnPrompts, made_prompts
 from stillhouse.training.same_training import require_same_training
@@ -81,6 +81,12 @@ def AttentionRelations(**options: Any) -> AttentionRelationsTerm:  # noqa: N802
     `objective.terms`."""
     values = {"kind": "attention_relations", **options}
     return made(AttentionRelationsTerm, values, "AttentionRelations")
+
+
+def Chunks(**options: Any) -> ChunksTerm:  # noqa: N802
+    """Likelihoods of text that a teacher with another tokenizer divides into other tokens; options
+    as in a recipe's `objective.terms`."""
+    return made(ChunksTerm, {"kind": "chunks", **options}, "Chunks")
 
 
 # --- text that the student writes ------------------------------------------------------------
@@ -253,11 +259,11 @@ def record(
     seed = checked(Seed, seed, "seed")
     temperature = checked(Temperature, temperature, "temperature")
     text = data.train if isinstance(data, Data) else data
-    identity = {"teacher": teacher.fingerprint or teacher.described}
-    if teacher.tokenizer is not None:
-        identity |= tokenizer_identity(teacher.tokenizer)
+    if isinstance(teacher, AlignedTeacher):
+        teacher.prepare(TeacherNeeds(), text)  # which merges its roots
     kept = encoding or TopK(32)
-    settings = Settings(kept, teacher.vocabulary, identity, temperature, seed)
+    events, identity = record_store.events_of(teacher), record_store.identity_of(teacher)
+    settings = Settings(kept, events, identity, temperature, seed)
     with _alone_in(folder, "store"):
         record_store.record(teacher, [text], settings, Path(folder))
     recorded = teacher if isinstance(kept, Hidden) and isinstance(teacher, LocalTeacher) else None

@@ -77,6 +77,7 @@ def recipes() -> list[dict[str, Any]]:
         {"divergence": "adaptive_kl", "mu": 0.5},
         {"kind": "hidden_states", "pairs": [[1, 2]]},
         {"kind": "attention_relations", "heads": 2},
+        {"kind": "chunks"},
     ]
     served = {"encoding": {"kind": "top_k"}, "server": {"base_url": "http://h", "model": "m"}}
     answers = {**SYNTHESIS, "sampling": {"top_logprobs": 5}}

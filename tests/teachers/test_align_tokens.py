@@ -203,3 +203,64 @@ def test_both_ends_of_the_teacher_are_the_end_of_the_student() -> None:
     end = roots.student_V[student.eos_token_id]
     of_teacher = set(np.flatnonzero(roots.teacher_W == end))
     assert {teacher.eos_token_id, teacher.convert_tokens_to_ids("<end>")} <= of_teacher
+
+
+def slow_chunks(
+    aligner: TokenAligner, ids: np.ndarray, positions: np.ndarray, found: AlignedWindow
+) -> list[tuple[int, int, int, int]]:
+    """Every run of tokens of both that have the same bytes, and begin and end where both do."""
+    chunks = []
+    for start in np.flatnonzero(found.begins_L >= 0).tolist():
+        begin = int(found.begins_L[start])
+        if positions[start] == 0:
+            continue  # it is not predicted
+        if ids[start] == aligner.student.tokenizer.eos_token_id:
+            chunks.append((start, start + 1, begin, begin + 1))
+            continue
+        later = range(start + 1, len(ids))
+        stop = next((at for at in later if found.begins_L[at] >= 0 or positions[at] == 0), None)
+        if stop is not None and positions[stop] > 0:
+            chunks.append((start, stop, begin, int(found.begins_L[stop])))
+    return chunks
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None, max_examples=20)
+@given(
+    texts=st.lists(st.text(st.sampled_from("the catdogs .\n0123é漢🙂"), min_size=1), max_size=3),
+    cut=st.integers(1, 6),
+)
+def test_chunks_have_the_same_bytes_on_both_sides(kind: str, texts: list[str], cut: int) -> None:
+    aligner = ALIGNERS[kind]
+    ids, positions, labels = window_of(*texts, "the cat", cut=-cut)
+    if not (labels >= 0).any():
+        return
+    (found,) = aligner.align(ids[None], positions[None], labels[None])
+    chunks = aligner.chunks(found, ids, positions, labels >= 0)
+    pairs = list(zip(chunks.student_C2.tolist(), chunks.teacher_C2.tolist(), strict=True))
+    for (start, stop), (begin, end) in pairs:
+        ours, theirs = (
+            b"".join(tokens.strings.get(int(id), b"<special>") for id in part)
+            for tokens, part in (
+                (aligner.student, ids[start:stop]),
+                (aligner.teacher, found.ids_M[begin:end]),
+            )
+        )
+        assert ours == theirs
+    expected = slow_chunks(aligner, ids, positions, found)
+    assert [(*ours, *theirs) for ours, theirs in pairs] == [
+        each for each in expected if each[0] < each[1] and each[2] < each[3]
+    ]
+
+
+def test_bytes_that_were_left_out_are_in_no_chunk() -> None:
+    """After a cut character the rest of a text is not encoded for the teacher."""
+    aligner = ALIGNERS["bytes"]
+    words = aligner.student
+    broken = [*words.encode(["the "])[0], *words.encode(["漢"])[0][:1], *words.encode(["cat"])[0]]
+    ids = np.array([*broken, words.tokenizer.eos_token_id])
+    positions = np.arange(len(ids))
+    (found,) = aligner.align(ids[None], positions[None], ids[None])
+    chunks = aligner.chunks(found, ids, positions, positions > 0)
+    assert all(len(ids) - 1 in range(*pair) or pair[1] < 4 for pair in chunks.student_C2.tolist())
+    assert words.decode(ids[:-1]) != aligner.teacher.decode(found.ids_M[:-1])

@@ -10,16 +10,18 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import stillhouse as sh
-from stillhouse.data.batches import Batch, collate, positions_of
+from stillhouse.data.batches import Batch, collate, positions_of, targets_of
 from stillhouse.data.shift import supervised_rows, supervised_targets
 from stillhouse.errors import SignalError
 from stillhouse.objectives import Term, fused_loss
-from stillhouse.objectives.objective_config import AttentionRelationsTerm
-from stillhouse.signals import FoldedSignal
+from stillhouse.objectives.objective_config import AttentionRelationsTerm, ChunksTerm, LogitsTerm
+from stillhouse.signals import ChunkSignal, FoldedSignal
+from stillhouse.signals.lm_head import target_log_probabilities
 from stillhouse.students.student import Student
 from stillhouse.teachers.aligned_teacher import AlignedTeacher
 from stillhouse.teachers.backbone import hidden_states, lm_head
 from stillhouse.teachers.local_teacher import LocalTeacher
+from stillhouse.teachers.teacher import OUTPUT_ONLY, TeacherNeeds, TeacherView
 from stillhouse.training.distillation import Distillation
 from tests import tiny
 from tests.teachers.tokenizer_toys import KINDS, byte_level
@@ -189,3 +191,121 @@ def test_terms_on_intermediate_layers_are_refused() -> None:
     needs = Distillation(model_for(words), terms, aligned).objective.needs
     with pytest.raises(SignalError, match="other tokens than the student"):
         aligned.prepare(needs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_have_the_likelihoods_of_a_slow_reference(kind: str) -> None:
+    """One chunk at a time: the teacher reads the tokens before each of its own."""
+    words, others = byte_level(300), KINDS[kind]()
+    aligned = AlignedTeacher(LocalTeacher(model_for(others), others), words)
+    aligned.prepare(TeacherNeeds(chunks=True))
+    batch = batch_of(words)
+    (signal,) = aligned.answer(batch).signals
+    assert isinstance(signal, FoldedSignal)
+    assert signal.chunks is not None
+    rewritten = aligned.rewritten(batch)
+    expected, rows = [], []
+    done = 0
+    for r, window in enumerate(rewritten.windows):
+        labels_L = batch["labels"][r].numpy()
+        chunks = aligned.aligner.chunks(
+            window, batch["input_ids"][r].numpy(), batch["position_ids"][r].numpy(), labels_L >= 0
+        )
+        number_L = (labels_L >= 0).cumsum() - 1 + done
+        for (start, stop), (begin, end) in zip(
+            chunks.student_C2.tolist(), chunks.teacher_C2.tolist(), strict=True
+        ):
+            if max(stop - start, end - begin) == 1:
+                continue
+            rows += number_L[start:stop].tolist()
+            log_p = 0.0
+            for at in range(begin, end):
+                first = int((window.positions_M[:at] == 0).nonzero()[0][-1])
+                read = torch.from_numpy(window.ids_M[first:at])
+                log_p_W = aligned.teacher.model(read[None]).logits[0, -1].log_softmax(-1)
+                log_p += float(log_p_W[window.ids_M[at]].detach())
+            expected.append(log_p)
+        done += int((labels_L >= 0).sum())
+    assert expected
+    assert signal.chunks.rows_P.tolist() == rows
+    torch.testing.assert_close(
+        signal.chunks.log_probs_C.double(), torch.tensor(expected).double(), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_the_fold_is_the_same_with_and_without_chunks() -> None:
+    words, others = byte_level(300), KINDS["bytes"]()
+    aligned = AlignedTeacher(LocalTeacher(model_for(others), others), words)
+    batch, student = batch_of(words), model_for(words, seed=1)
+    (without,) = aligned.answer(batch).signals
+    aligned.prepare(TeacherNeeds(chunks=True))
+    (with_chunks,) = aligned.answer(batch).signals
+    assert isinstance(without, FoldedSignal)
+    assert isinstance(with_chunks, FoldedSignal)
+    assert torch.equal(with_chunks.covered_N, without.covered_N)
+    torch.testing.assert_close(with_chunks.signal.hidden_ND, without.signal.hidden_ND)
+    terms = [LogitsTerm(), ChunksTerm(kind="chunks", weight=0.5)]
+    loss = Distillation(student, terms, aligned)(batch, aligned.answer(batch))
+    assert set(loss.terms) == {"forward_kl", "chunks binary"}
+    alone = Distillation(student, teacher=aligned)(batch, aligned.answer(batch))
+    expected = alone.total + 0.5 * loss.terms["chunks binary"]
+    torch.testing.assert_close(loss.total, expected.to(loss.total.dtype))
+
+
+def test_with_the_students_tokenizer_no_chunk_has_several_tokens() -> None:
+    words = byte_level(300)
+    aligned = AlignedTeacher(LocalTeacher(model_for(words), words), byte_level(300))
+    aligned.prepare(TeacherNeeds(chunks=True))
+    (signal,) = aligned.answer(batch_of(words)).signals
+    assert isinstance(signal, FoldedSignal)
+    assert signal.chunks is not None
+    assert len(signal.chunks.log_probs_C) == 0
+
+
+class OnlyTokens(LocalTeacher):
+    """A teacher that returns log-probabilities of the text's tokens and nothing else."""
+
+    full_distributions = False
+
+    def answer(self, batch: Batch, request: Any = OUTPUT_ONLY) -> TeacherView:
+        (dense,) = super().answer(batch).signals
+        targets_N = targets_of(batch)
+        return TeacherView(
+            log_probs_N=target_log_probabilities(dense.head, dense.hidden_ND, targets_N)
+        )
+
+
+def test_one_log_probability_a_token_becomes_likelihoods_of_all_chunks() -> None:
+    words, others = byte_level(300), KINDS["sentencepiece"]()
+    model, batch = model_for(others), batch_of(words)
+    full, sparse = (
+        AlignedTeacher(kind(model, others), words) for kind in (LocalTeacher, OnlyTokens)
+    )
+    for each in (full, sparse):
+        each.prepare(TeacherNeeds(chunks=True))
+    (folded,), (chunks,) = (each.answer(batch).signals for each in (full, sparse))
+    assert isinstance(folded, FoldedSignal)
+    assert isinstance(chunks, ChunkSignal)
+    several = torch.bincount(chunks.chunk_P) > 1
+    assert folded.chunks is not None
+    gaps_CC = chunks.log_probs_C[several][:, None] - folded.chunks.log_probs_C[None]
+    assert float(gaps_CC.abs().amin(1).max()) < 1e-4
+    assert len(chunks.log_probs_C) > len(folded.chunks.log_probs_C)
+    student = model_for(words, seed=1)
+    terms = [ChunksTerm(kind="chunks"), LogitsTerm(divergence="cross_entropy", weight=0.1)]
+    module = Distillation(student, terms, sparse)
+    loss = module(batch, sparse.answer(batch))
+    loss.total.backward()
+    assert float(loss.terms["chunks binary"]) > 0
+    with pytest.raises(SignalError, match="returns no complete distributions"):
+        sparse.prepare(Distillation(student, teacher=sparse).objective.needs)
+
+
+def test_a_term_on_chunks_needs_a_teacher_with_another_tokenizer() -> None:
+    words = byte_level(300)
+    local = LocalTeacher(model_for(words).float(), words)
+    texts = [tiny.text(8, seed) for seed in range(12)]
+    data = sh.Data.build(texts, words, context=32, heldout_tokens=64)
+    student = Student(model_for(words, seed=1).float(), words)
+    with pytest.raises(SignalError, match="gives no likelihoods of chunks"):
+        sh.distill(student, local, data, objective=[sh.KL(), ChunksTerm(kind="chunks")])

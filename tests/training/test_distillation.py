@@ -15,10 +15,12 @@ from stillhouse.data.batches import collate
 from stillhouse.errors import ModelError, SignalError, TrainingError
 from stillhouse.objectives import fused_loss
 from stillhouse.objectives.objective_config import HiddenStatesTerm, LogitsTerm, ObjectiveRecipe
+from stillhouse.signals import ChunkSignal
 from stillhouse.students.student import Student
 from stillhouse.teachers.local_teacher import LocalTeacher
 from stillhouse.teachers.several_teachers import SeveralTeachers
 from stillhouse.training.distillation import Distillation
+from stillhouse.training.score_step import split_chunks
 from stillhouse.training.train import TrainingResult, train
 from stillhouse.training.train_config import TrainRecipe
 from stillhouse.training.trainer import DistillationTrainer
@@ -223,3 +225,15 @@ def test_measuring_needs_held_out_text(setting: Setting) -> None:
     section = SECTION.model_copy(update={"evaluate_every": 2})
     with pytest.raises(TrainingError, match="no held-out text"):
         train(Student(tiny.llama()), setting.load_teacher(), setting.windows, KL, section)
+
+
+def test_chunks_are_divided_with_their_rows() -> None:
+    rows_P, chunk_P = torch.tensor([1, 2, 4, 5, 6]), torch.tensor([0, 0, 1, 1, 2])
+    signal = ChunkSignal(rows_P, chunk_P, torch.tensor([-1.0, -2.0, -3.0]))
+    first, second = split_chunks(signal, [4, 3])
+    assert first is not None
+    assert second is not None
+    assert (first.rows_P.tolist(), first.chunk_P.tolist()) == ([1, 2], [0, 0])
+    assert (second.rows_P.tolist(), second.chunk_P.tolist()) == ([0, 1, 2], [0, 0, 1])
+    assert second.log_probs_C.tolist() == [-2.0, -3.0]
+    assert split_chunks(None, [4, 3]) == [None, None]

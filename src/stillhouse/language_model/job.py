@@ -12,7 +12,7 @@ from stillhouse import account
 from stillhouse.errors import SignalError
 from stillhouse.export.licenses import Origin
 from stillhouse.language_model.recipe import Recipe
-from stillhouse.objectives.objective_config import LogitsTerm
+from stillhouse.objectives.objective_config import ChunksTerm, LogitsTerm
 from stillhouse.progress import note
 from stillhouse.runfolder import Stage
 from stillhouse.signals.encodings import (
@@ -225,12 +225,13 @@ def _ids(source: ModelSource, trust_remote_code: bool) -> int:
 
 def _require_output_terms(recipe: Recipe, other: ModelSource) -> None:
     terms = recipe.objective.terms
-    if any(not isinstance(term, LogitsTerm) for term in terms):
+    if any(not isinstance(term, LogitsTerm | ChunksTerm) for term in terms):
         raise SignalError(
             f"{other.described} has another tokenizer, so its positions are not the student's, and "
             "terms on hidden states or attention compare positions",
             where="objective.terms",
-            fix="use divergences at the output, or teachers with the student's tokenizer",
+            fix="use divergences at the output, terms on chunks, or teachers with the student's "
+            "tokenizer",
         )
 
 

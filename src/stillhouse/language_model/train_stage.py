@@ -26,6 +26,7 @@ from stillhouse.training.rollouts import ROLLOUTS
 from stillhouse.training.train import MODEL, TrainingResult, shards, train
 from stillhouse.training.train_config import training_key
 
+NOT_OF_STUDENTS = {"search", "target", "model", "config", "tokenizer", "removed_tokens"}
 BASELINE = ObjectiveRecipe(terms=[LogitsTerm(divergence="cross_entropy")])
 
 
@@ -52,10 +53,8 @@ def plan_student(job: Job, data: Stage) -> StagePlan:
 
     inputs = {
         # Once a shape is found, the search settings do not matter, nor where the models are:
-        # their content is identified below.
-        "recipe": section.model_dump(
-            mode="json", exclude={"search", "target", "model", "config", "tokenizer"}
-        ),
+        # their content is identified below, and that of the teachers in the training.
+        "recipe": section.model_dump(mode="json", exclude=NOT_OF_STUDENTS),
         "config": config_sha256(section, job.base) if isinstance(section, RandomStudent) else None,
         "seed": job.recipe.seed,
         "teacher": job.teacher.fingerprint,

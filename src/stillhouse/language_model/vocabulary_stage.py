@@ -3,7 +3,9 @@
 A student with fewer tokens is trained under a teacher without the same rows of its embeddings
 and head: its distribution over the remaining tokens is the teacher's own, renormalized.
 Other models that the recipe prunes or learns from lose the same rows. So from then on there is
-one vocabulary, as in every run.
+one vocabulary, as in every run. With `removed_tokens: fold`, teachers are left whole and teach as
+teachers with another tokenizer do; the cut teacher is what the student starts from and is measured
+against.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job, find_models
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.launch import leads
+from stillhouse.objectives.objective_config import ChunksTerm, LogitsTerm
 from stillhouse.pipeline.stage_plan import Do, StagePlan, model_check
 from stillhouse.pruning.pruning_config import VocabularyFile
 from stillhouse.pruning.shapes import Counter
@@ -34,6 +37,7 @@ from stillhouse.runfolder import Outcome, Stage
 from stillhouse.shared_work import all_processes
 from stillhouse.students.build_student import build_student
 from stillhouse.students.student_config import PrunedSizes, PrunedStudent
+from stillhouse.teachers.align_tokens import require_alignable
 from stillhouse.teachers.load_model import load_config, load_model, load_tokenizer
 from stillhouse.teachers.model_source import ModelSource, resolve_model
 from stillhouse.teachers.source_tokenizers import other_tokenizer, shared_vocabulary
@@ -58,7 +62,34 @@ def find_job(recipe: Recipe, base: Path, *, weights: bool = True) -> Job:
     changes = {"student": only_cut, "signals": None, "train": alone}
     job = find_models(recipe.model_copy(update=changes), base, weights=weights)
     _other_models(recipe, job)
+    if section.removed_tokens == "fold":
+        _require_fold(recipe, job)
     return replace(job, after_cut=recipe)
+
+
+def _require_fold(recipe: Recipe, job: Job) -> None:
+    """Raise RecipeError for what is not possible with whole teachers. ModelError: their tokens
+    cannot be aligned."""
+    tokenizer = load_tokenizer(job.teacher.path, trust_remote_code=job.trust_remote_code)
+    require_alignable(tokenizer, tokenizer)
+    own = recipe.train.on_policy
+    reasons = {
+        "signals are stored for the cut teacher": recipe.signals is not None,
+        "terms on hidden states or attention compare positions, which differ where the student "
+        "needs more tokens": any(
+            not isinstance(term, LogitsTerm | ChunksTerm) for term in recipe.objective.terms
+        ),
+        "train.on_policy.teacher_tokens are written by a teacher with the student's tokens": (
+            own is not None and own.teacher_tokens > 0
+        ),
+    }
+    for reason, found in reasons.items():
+        if found:
+            raise RecipeError(
+                f"the student cannot learn from the whole teacher: {reason}",
+                where="student.removed_tokens",
+                fix="use removed_tokens: renormalize",
+            )
 
 
 def cut_job(job: Job, finished: Mapping[str, Stage], do: Do) -> Job:
@@ -79,6 +110,9 @@ def cut_job(job: Job, finished: Mapping[str, Stage], do: Do) -> Job:
     paths = {name: str((stage.path / MODEL).absolute()) for name, stage in stages.items()}
     left = _left(job.after_cut, paths, teacher)
     found = find_models(left, job.base, teacher=teacher)
+    if _folds(job.after_cut):
+        whole = tuple(job.teacher if each is teacher else each for each in found.teachers)
+        found = replace(found, teachers=whole)
     return replace(found, text=job.text, ancestors=job.ancestors, cut=True)
 
 
@@ -89,7 +123,7 @@ def _other_models(recipe: Recipe, full_job: Job) -> dict[str, ModelSource]:
     student with another tokenizer. Raises ModelError for a student's start with other tokens.
     """
     assert isinstance(recipe.student, PrunedStudent)
-    names = [recipe.student.model, *recipe.train.teachers]
+    names = [recipe.student.model, *([] if _folds(recipe) else recipe.train.teachers)]
     found = {}
     for name in dict.fromkeys(name for name in names if name not in (None, ORIGINAL)):
         source = resolve_model(name, base=full_job.base)
@@ -110,6 +144,11 @@ def _other_models(recipe: Recipe, full_job: Job) -> dict[str, ModelSource]:
             shared_vocabulary(full_job.teacher, source, code)
             found[name] = source
     return found
+
+
+def _folds(recipe: Recipe) -> bool:
+    """Whether teachers keep all of their tokens."""
+    return isinstance(recipe.student, PrunedStudent) and recipe.student.removed_tokens == "fold"
 
 
 def _alike(full_job: Job, other: ModelSource, cut: Stage) -> Job:
@@ -133,7 +172,9 @@ def _left(recipe: Recipe, cut: Mapping[str, str], teacher: ModelSource) -> Recip
     sizes = PrunedSizes.model_fields.keys() - {"hidden_method"}
     if all(getattr(section, name) is None for name in sizes):
         left["layers"] = sizes_of(load_config(Path(model) if model else teacher.path)).layers
-    teachers = [cut.get(name, name) for name in recipe.train.teachers]
+    teachers = recipe.train.teachers
+    if not _folds(recipe):
+        teachers = [cut.get(name, name) for name in teachers]
     return recipe.model_copy(
         update={
             "student": section.model_copy(update=left),

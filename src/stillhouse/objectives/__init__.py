@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stillhouse.objectives.chunks import chunk_loss
     from stillhouse.objectives.features import HiddenStateLoss, layer_logits_loss
     from stillhouse.objectives.fused import fused_loss
     from stillhouse.objectives.layers import LayerMap, map_layers
@@ -26,6 +27,7 @@ __all__ = [
     "Tally",
     "Term",
     "capture",
+    "chunk_loss",
     "fused_loss",
     "layer_logits_loss",
     "map_layers",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 _OWNERS = {
+    "chunks": ["chunk_loss"],
     "features": ["HiddenStateLoss", "layer_logits_loss"],
     "fused": ["fused_loss"],
     "layers": ["LayerMap", "map_layers"],

@@ -18,6 +18,7 @@ from stillhouse.objectives.dense import (
     Projected,
     any_divergence,
     forward_kl_and_counted,
+    sampled,
 )
 from stillhouse.objectives.folded import Folding
 from stillhouse.objectives.groups import Group, Workspace
@@ -95,7 +96,7 @@ class Blocks:
         group, zt_bV = block.group, None
         if isinstance(teacher, Tensor):
             zt_bV = teacher = _at_temperature(self.teacher_space, "zt", teacher, group, last)
-        if self.folding is not None and isinstance(teacher, Tensor | SparseSignal):
+        if self.folding is not None and isinstance(teacher, Tensor | SparseSignal | SampledSignal):
             assert covered_b is not None
             self.folding.run(block, teacher, covered_b)
             return
@@ -107,10 +108,7 @@ class Blocks:
             projected = Projected(group.of_teacher, score_b, teacher.negative_entropy_b)
             block.counted = [*block.counted, projected]
         elif isinstance(teacher, SampledSignal):
-            shares_bK = teacher.counts_NK.to(block.zs_bV.dtype)
-            shares_bK = shares_bK / shares_bK.sum(1, keepdim=True)
-            sampled = Counted(group.of_teacher, teacher.ids_NK, shares_bK)
-            block.counted = [*block.counted, sampled]
+            block.counted = [*block.counted, sampled(group, teacher, block.zs_bV.dtype)]
         if zt_bV is None or group.only("forward_kl"):
             forward_kl_and_counted(block, zt_bV)
         else:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from stillhouse.objectives.divergences import DIVERGENCES, Pair
 from stillhouse.objectives.groups import Group, Member, Workspace
+from stillhouse.signals import SampledSignal
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,13 @@ class Counted(_Target):
     def subtract_from_(self, gradient_bV: Tensor) -> None:
         if self.coefficient:
             gradient_bV.scatter_add_(1, self.ids_bK, self.shares_bK * -self.coefficient)
+
+
+def sampled(group: Group, teacher: SampledSignal, dtype: torch.dtype) -> Counted:
+    """Samples of the teacher as the target of the group's forward KL."""
+    shares_bK = teacher.counts_NK.to(dtype)
+    shares_bK = shares_bK / shares_bK.sum(1, keepdim=True)
+    return Counted(group.of_teacher, teacher.ids_NK, shares_bK)
 
 
 @dataclass(frozen=True)

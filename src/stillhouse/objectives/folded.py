@@ -15,11 +15,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from stillhouse.objectives.dense import GroupBlock, softmax_, sum_divergences
+from stillhouse.objectives.dense import (
+    GroupBlock,
+    forward_kl_and_counted,
+    sampled,
+    softmax_,
+    sum_divergences,
+)
 from stillhouse.objectives.divergences import Pair
 from stillhouse.objectives.groups import Group, Workspace
 from stillhouse.objectives.sparse import bucketed
-from stillhouse.signals import Fold, SparseSignal
+from stillhouse.signals import Fold, SampledSignal, SparseSignal
 
 
 class Folding:
@@ -32,17 +38,21 @@ class Folding:
         self.teacher_space = Workspace((rows, len(fold.teacher_W)), space.like)
         self.root_space = Workspace((rows, fold.roots), space.like)
 
-    def run(self, block: GroupBlock, teacher: Tensor | SparseSignal, covered_b: Tensor) -> None:
+    def run(
+        self, block: GroupBlock, teacher: Tensor | SparseSignal | SampledSignal, covered_b: Tensor
+    ) -> None:
         """Every divergence over roots, and cross-entropies over the student's own tokens.
 
-        teacher: logits [b, W] at the group's temperature, which are overwritten; or a sparse signal
-        over roots. Rows that are not covered get no loss and no gradient from it.
+        teacher: logits [b, W] at the group's temperature, which are overwritten; or a signal over
+        roots. Rows that are not covered get no loss and no gradient from it.
         """
         q_bV, out_bV, scores = block.zs_bV, block.out_bV, block.scores()
         block.write_losses(softmax_(q_bV), scores)
         sums_bR = self._sums("Q", q_bV, self.maps.student_V)
         if isinstance(teacher, SparseSignal):
             factor_bR = self._bucketed(block, sums_bR, teacher)
+        elif isinstance(teacher, SampledSignal):
+            factor_bR = self._sampled(block, sums_bR, teacher)
         elif block.group.only("forward_kl"):
             factor_bR = self._forward_kl(block, sums_bR, teacher)
         else:
@@ -83,6 +93,13 @@ class Folding:
         """log Q are logits whose softmax is Q, and their gradient sums to 0."""
         inner = self._over_roots(block, sums_bR)
         bucketed(inner, teacher)
+        return self.root_space.buffer("h", len(sums_bR)).div_(sums_bR)
+
+    def _sampled(self, block: GroupBlock, sums_bR: Tensor, teacher: SampledSignal) -> Tensor:
+        """Forward KL less the teacher's entropy: as `_bucketed`."""
+        inner = self._over_roots(block, sums_bR)
+        inner.counted = [sampled(block.group, teacher, sums_bR.dtype)]
+        forward_kl_and_counted(inner, None)
         return self.root_space.buffer("h", len(sums_bR)).div_(sums_bR)
 
     def _over_roots(self, block: GroupBlock, sums_bR: Tensor) -> GroupBlock:

@@ -47,8 +47,8 @@ def fused_loss(
         vocab_size: rows of both heads that are real tokens; rows of padding beyond them get
             probability 0. None: as many as both heads have.
         chunk_rows: rows whose logits exist at a time; None: by the device and the vocabulary.
-        compute_dtype: of the matrix products. None: autocast's if it is enabled, otherwise the
-            hidden rows' own. Reductions are in float32 (float64 if that is the compute dtype).
+        compute_dtype: of the matrix products; None: as `default_dtype`. Reductions are in
+            float32 (float64 if that is the compute dtype).
 
     Returns:
         The sums. `total` is connected to the graph even with no rows at all.
@@ -62,12 +62,12 @@ def fused_loss(
     plan = Plan(
         terms=terms,
         vocab_size=vocab,
-        dtype=compute_dtype or _default_dtype(hidden_ND),
+        dtype=compute_dtype or default_dtype(hidden_ND),
         chunk_rows=chunk_rows,
         factor=1.0 if isinstance(scale, Tensor) else float(scale),
         grad=torch.is_grad_enabled(),
     )
-    total, sums_M = _FusedLoss.apply(
+    total, sums_M = FusedLoss.apply(
         hidden_ND, head.weight_VD, head.bias_V, head, signal, targets_N, row_weights_N, plan
     )
     if isinstance(scale, Tensor):
@@ -75,14 +75,15 @@ def fused_loss(
     return LossSum(total, dict(zip(names, sums_M.unbind(), strict=True)), hidden_ND.shape[0])
 
 
-def _default_dtype(hidden_ND: Tensor) -> torch.dtype:
+def default_dtype(hidden_ND: Tensor) -> torch.dtype:
+    """Autocast's number type if it is enabled, otherwise the hidden rows' own."""
     device = hidden_ND.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return hidden_ND.dtype
 
 
-class _FusedLoss(torch.autograd.Function):
+class FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,

@@ -16,6 +16,7 @@ from stillhouse.field_types import (
 )
 from stillhouse.objectives.objective_names import (
     PARAMETERS,
+    ChunkDistance,
     Distance,
     LayerMapping,
     Relation,
@@ -138,6 +139,17 @@ class AttentionRelationsTerm(LayerTerm):
     count: SmallCount | None = Field(1, description="Blocks to pair; null: all of the student's.")
 
 
+class ChunksTerm(Weighted):
+    """Distance between the likelihoods of texts that teacher and student divide into different
+    tokens; for teachers with another tokenizer."""
+
+    kind: Literal["chunks"]
+    distance: ChunkDistance = Field(
+        "binary",
+        description="binary: KL between the text and any other; squared: of log-likelihoods.",
+    )
+
+
 def _logits_by_default(terms: Any) -> Any:
     if not isinstance(terms, list):
         return terms
@@ -145,7 +157,8 @@ def _logits_by_default(terms: Any) -> Any:
 
 
 ObjectiveTerm = Annotated[
-    LogitsTerm | HiddenStatesTerm | AttentionRelationsTerm, Field(discriminator="kind")
+    LogitsTerm | HiddenStatesTerm | AttentionRelationsTerm | ChunksTerm,
+    Field(discriminator="kind"),
 ]
 
 

@@ -21,6 +21,8 @@ PARAMETERS: dict[str, dict[str, float]] = {
 A parameter lies in [0, 1]; those of `alpha_beta` may be larger.
 """
 
+ChunkDistance = Literal["binary", "squared"]
+"""Distances between two likelihoods of one text; see `chunks` for the formulas."""
 Distance = Literal["mse", "cosine"]
 """Distances between hidden states."""
 LayerMapping = Literal["uniform", "last"]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stillhouse.signals.signal_types import (
+        ChunkSignal,
         DenseSignal,
         Fold,
         FoldedSignal,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "ChunkSignal",
     "DenseSignal",
     "Fold",
     "FoldedSignal",

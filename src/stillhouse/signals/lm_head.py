@@ -37,6 +37,15 @@ def log_probabilities(head: LMHead, hidden_ND: Tensor) -> Tensor:
     return head_logits(head, hidden_ND).float().log_softmax(-1)
 
 
+def target_log_probabilities(head: LMHead, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+    """log p of one token of each row, float32 [N], a few rows at a time."""
+    found = [
+        log_probabilities(head, hidden_ND[rows]).gather(1, targets_N[rows, None])[:, 0]
+        for rows in row_chunks(head, len(hidden_ND))
+    ]
+    return torch.cat(found) if found else targets_N.new_empty(0, dtype=torch.float32)
+
+
 def row_chunks(head: LMHead, rows: int) -> list[slice]:
     """Yield chunks of rows with at most CHUNK_LOGITS logits, or logits half as large as the
     head."""

@@ -15,11 +15,13 @@ from stillhouse.signals.encode import (
 )
 from stillhouse.signals.encoded_rows import Rows, concatenate
 from stillhouse.signals.encodings import FrozenHead, Hidden, TopK
+from stillhouse.signals.folded_store import event_logits
 from stillhouse.signals.lm_head import head_logits
 from stillhouse.signals.manifest import Settings
 from stillhouse.signals.segments import Segments
 from stillhouse.signals.signal_types import (
     DenseSignal,
+    FoldedSignal,
     HiddenSignal,
     LogitsSignal,
     Signal,
@@ -29,6 +31,13 @@ from stillhouse.signals.writer import uniforms
 
 CHUNK_LOGITS = 1 << 24
 """Logits that are computed at a time; 16 times as many on an accelerator."""
+
+
+def _rows(answer: DenseSignal | LogitsSignal | FoldedSignal) -> Tensor:
+    """One row for each supervised token."""
+    if isinstance(answer, FoldedSignal):
+        return answer.covered_N
+    return answer.logits_NV if isinstance(answer, LogitsSignal) else answer.hidden_ND
 
 
 class Recorder:
@@ -67,9 +76,10 @@ class Recorder:
             return hidden_rows(answer.hidden_ND)
         if isinstance(answer, SparseSignal):
             return self._top_k(answer)
-        if not isinstance(answer, DenseSignal | LogitsSignal):
+        of_tokens = isinstance(answer, FoldedSignal) and self._encoder is None
+        if of_tokens or not isinstance(answer, DenseSignal | LogitsSignal | FoldedSignal):
             raise SignalError(f"a {type(answer).__name__} cannot be recorded as {encoding.kind}")
-        rows_N = answer.logits_NV if isinstance(answer, LogitsSignal) else answer.hidden_ND
+        rows_N = _rows(answer)
         if len(rows_N) != segments.rows or not len(rows_N):
             raise SignalError(
                 f"the answer has {len(rows_N)} rows, and the segments {segments.rows} supervised "
@@ -77,15 +87,17 @@ class Recorder:
             )
         uniform_NU = uniforms(segments, self.settings)
         step = CHUNK_LOGITS * (1 if rows_N.device.type == "cpu" else 16)
-        step = max(1, step // self.settings.vocabulary)
+        widest = len(answer.fold.teacher_W) if isinstance(answer, FoldedSignal) else 0
+        step = max(1, step // max(self.settings.vocabulary, widest))
         parts, statistics = [], Statistics()
         for start in range(0, len(rows_N), step):
             here = slice(start, start + step)
-            logits_nV = (
-                rows_N[here]
-                if isinstance(answer, LogitsSignal)
-                else head_logits(answer.head, rows_N[here])
-            )
+            if isinstance(answer, FoldedSignal):
+                logits_nV = event_logits(answer, here, self.settings.temperature)
+            elif isinstance(answer, LogitsSignal):
+                logits_nV = rows_N[here]
+            else:
+                logits_nV = head_logits(answer.head, rows_N[here])
             rows, more = self._chunk(logits_nV, uniform_NU[here])
             parts.append(rows)
             statistics += more

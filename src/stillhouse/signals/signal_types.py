@@ -1,4 +1,8 @@
-"""Signal types. Shapes: N supervised rows, K entries of a row, D hidden width, V vocabulary."""
+"""Signal types.
+
+Shapes: N supervised rows, P of them inside chunks, C chunks, K entries of a row, D hidden width,
+V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -123,18 +127,36 @@ class Fold:
 
 
 @dataclass(frozen=True)
+class ChunkSignal:
+    """A teacher's log-likelihoods of chunks: of the text between neighboring places where its
+    tokenizer and the student's both begin a token.
+
+    rows_P: the student's supervised rows that predict the chunks' tokens; chunk_P: the chunk of
+        each, in [0, C).
+    log_probs_C: log p of each chunk's text, given the text before it: the sum over the teacher's
+        tokens.
+    """
+
+    rows_P: Tensor
+    chunk_P: Tensor
+    log_probs_C: Tensor
+
+
+@dataclass(frozen=True)
 class FoldedSignal:
     """The distribution of a teacher with another tokenizer, compared over shared roots.
 
-    signal: dense, over the teacher's own vocabulary; or sparse, whose ids are roots. Its rows are
-        those of the student.
+    signal: dense, over the teacher's own vocabulary; or sparse or sampled, whose ids are roots. Its
+        rows are those of the student.
     covered_N: rows where the teacher's text has a token boundary too. The others get no loss from
         the teacher, whatever their rows of `signal` hold (which must be finite).
+    chunks: for `chunk_loss`; None: not known.
     """
 
-    signal: DenseSignal | SparseSignal
+    signal: DenseSignal | SparseSignal | SampledSignal
     fold: Fold
     covered_N: Tensor
+    chunks: ChunkSignal | None = None
 
 
 Signal = DenseSignal | LogitsSignal | SparseSignal | SampledSignal | FrozenHeadSignal | FoldedSignal

@@ -9,7 +9,11 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import StoreError
+from stillhouse.signals.folded_store import FOLD
 from stillhouse.signals.verify import verify
+
+FILES = ["*.json", "shards/*.bin", FOLD]
+"""Of a store: patterns."""
 
 
 def upload_store(path: Path, repository: str, *, private: bool = True) -> str:
@@ -26,7 +30,7 @@ def upload_store(path: Path, repository: str, *, private: bool = True) -> str:
             repo_id=repository,
             repo_type="dataset",
             folder_path=path,
-            allow_patterns=["*.json", "shards/*.bin"],
+            allow_patterns=FILES,
             commit_message="A store of a teacher's signals",
         )
     except (HfHubHTTPError, OSError) as error:
@@ -43,7 +47,7 @@ def download_store(repository: str, path: Path, *, revision: str | None = None) 
                 repo_type="dataset",
                 revision=revision,
                 local_dir=path,
-                allow_patterns=["*.json", "shards/*.bin"],
+                allow_patterns=FILES,
             )
     except (HfHubHTTPError, OSError) as error:
         raise _hub_error(repository, error) from error

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from stillhouse.errors import SignalError, StillhouseError, StoreError
 from stillhouse.signals.encoded_rows import EntryRows
+from stillhouse.signals.folded_store import read_fold
 from stillhouse.signals.manifest import (
     MANIFEST,
     SHARDS,
@@ -43,6 +44,10 @@ def verify(path: Path) -> list[StillhouseError]:
             shards.append(_sound_shard(path / SHARDS / listed.name, listed, settings))
         except StoreError as error:
             wrong.append(error)
+    try:
+        read_fold(path, settings)
+    except StoreError as error:
+        wrong.append(error)
     names = {listed.name for listed in manifest.shards}
     wrong.extend(
         StoreError(

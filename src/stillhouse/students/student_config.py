@@ -99,6 +99,11 @@ class PrunedStudent(PrunedSizes, PruningMethod):
         "teacher expects there; data: all that the text has; or those of a file. The tokenizer is "
         "rewritten, and the teacher answers with these alone.",
     )
+    removed_tokens: Literal["renormalize", "fold"] = Field(
+        "renormalize",
+        description="Where the teacher's probability of removed tokens goes. renormalize: to all "
+        "kept tokens, in proportion; fold: to the first kept token of each, by the whole teacher.",
+    )
     refit: bool = Field(True, description="Refit the remaining weights by least squares.")
     calibration_tokens: Tokens = Field(
         49152, description="Tokens for deciding what to remove and refitting what remains."

@@ -55,6 +55,20 @@ class Chunks:
     student_C2: Ids
     teacher_C2: Ids
 
+    def of_several_tokens(self) -> Chunks:
+        """Those that have more than one token of student or teacher."""
+        ours, theirs = self.student_C2, self.teacher_C2
+        several_C = (np.diff(ours) > 1)[:, 0] | (np.diff(theirs) > 1)[:, 0]
+        return Chunks(ours[several_C], theirs[several_C])
+
+
+def places_in(chunks_C2: Ids) -> tuple[Ids, Ids]:
+    """All places of one side's chunks, and the chunk of each."""
+    start_C, count_C = chunks_C2[:, 0], np.diff(chunks_C2)[:, 0]
+    chunk_P = np.repeat(np.arange(len(count_C)), count_C)
+    before_C = np.cumsum(count_C) - count_C
+    return start_C[chunk_P] + np.arange(len(chunk_P)) - before_C[chunk_P], chunk_P
+
 
 @dataclass(frozen=True)
 class _Text:
@@ -137,7 +151,9 @@ class TokenAligner:
             if self._unknown_V[ids_L].any():
                 self._parts(ids_L, positions_L, labels_L, skip_unreadable=False)
 
-    def chunks(self, window: AlignedWindow, ids_L: Ids, positions_L: Ids, labels_L: Ids) -> Chunks:
+    def chunks(
+        self, window: AlignedWindow, ids_L: Ids, positions_L: Ids, supervised_L: NDArray[np.bool_]
+    ) -> Chunks:
         """The chunks of a student's window, which `align` rewrote as `window`.
 
         A special token is a chunk. Text that is cut off by the window's end before a shared
@@ -155,11 +171,11 @@ class TokenAligner:
             for tokens, ids in ((self.student, ids_L), (self.teacher, window.ids_M))
         )
         document_L = np.cumsum(positions_L == 0)
-        supervised_L = np.cumsum([0, *(labels_L >= 0)])
+        before_L = np.cumsum([0, *supervised_L])
         # Bytes differ where some were left out, as after a cut character.
         same_C = ours_L[stop_C] - ours_L[start_C] == theirs_M[end_C] - theirs_M[begin_C]
-        same_C &= document_L[start_C] == document_L[stop_C - 1]
-        same_C &= supervised_L[stop_C] - supervised_L[start_C] == stop_C - start_C
+        same_C &= special_C | (document_L[start_C] == document_L[stop_C.clip(max=len(ids_L) - 1)])
+        same_C &= before_L[stop_C] - before_L[start_C] == stop_C - start_C
         same_C &= stop_C > start_C
         pairs = (start_C, stop_C), (begin_C, end_C)
         return Chunks(*(np.stack(pair, axis=1)[same_C] for pair in pairs))

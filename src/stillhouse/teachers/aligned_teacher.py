@@ -1,27 +1,33 @@
 """A teacher with another tokenizer, seen through the student's tokens.
 
-Shapes: N supervised rows, D hidden width, V student tokens, W teacher tokens.
+Shapes: N supervised rows, T rows of the teacher, Q of them inside chunks, C chunks, D hidden width.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from stillhouse.data.batches import Batch, Batches
+from stillhouse.data.batches import Batch, Batches, targets_of
 from stillhouse.errors import SignalError
-from stillhouse.signals import DenseSignal, Fold, FoldedSignal
+from stillhouse.signals import ChunkSignal, DenseSignal, Fold, FoldedSignal, Signal
+from stillhouse.signals.lm_head import target_log_probabilities
 from stillhouse.teachers.activations import ActivationRequest
 from stillhouse.teachers.align_tokens import TokenAligner
 from stillhouse.teachers.aligned_text import (
     MERGED_FROM_TOKENS,
     AlignedBatch,
     Alignment,
+    Chosen,
+    ChunkRows,
     observed,
     rewritten,
 )
+from stillhouse.teachers.backbone import trim_head
 from stillhouse.teachers.roots import Roots, merged
 from stillhouse.teachers.roots_file import cached_roots
 from stillhouse.teachers.teacher import OUTPUT_ONLY, Teacher, TeacherNeeds, TeacherView
@@ -33,10 +39,16 @@ class AlignedTeacher(Teacher):
     Where both tokenizers begin a token, the teacher's distribution is compared with the student's
     over shared roots (`FoldedSignal`); other rows get nothing from the teacher.
 
-    teacher: has a tokenizer and returns dense signals. tokenizer: the student's. roots: None: made
-    from both tokenizers and, in `prepare`, merged by training text.
+    Objectives with terms on chunks also get the likelihoods of chunks of several tokens; from a
+    teacher that returns only log-probabilities of the text's tokens, as a server does, those of all
+    chunks, and nothing else.
+
+    teacher: has a tokenizer and returns dense signals, or log-probabilities. tokenizer: the
+    student's. roots: None: made from both tokenizers and, in `prepare`, merged by training text.
     Raises ModelError as `TokenAligner`.
     """
+
+    gives_chunks = True
 
     def __init__(self, teacher: Teacher, tokenizer: Any, roots: Roots | None = None) -> None:
         self.teacher, self._tokenizer = teacher, tokenizer
@@ -44,6 +56,7 @@ class AlignedTeacher(Teacher):
         student = self.aligner.student
         self.roots = roots or cached_roots(self.aligner)
         self._merged = roots is not None
+        self._chunks: Chosen = "none"
         self._skips = False
         self._fold: Fold | None = None  # of the roots, on the teacher's device
         self.vocabulary = student.size
@@ -75,30 +88,66 @@ class AlignedTeacher(Teacher):
                 where="objective",
                 fix="use divergences at the output",
             )
+        full = self.teacher.full_distributions
+        if not full and any(term.needs_teacher for term in needs.terms):
+            raise SignalError(
+                f"{self.teacher.described} has another tokenizer than the student and returns no "
+                "complete distributions, so divergences cannot be computed",
+                where="objective",
+                fix="use the terms {kind: chunks} and cross_entropy, or a local teacher",
+            )
+        if needs.chunks:
+            # Beside a fold, only those of several tokens: for others it compares more than this.
+            self._chunks = "several tokens" if full else "all"
         if text is not None and not self._merged:
             self.roots = merged(self.roots, observed(self.aligner, text, MERGED_FROM_TOKENS))
             self._merged, self._fold = True, None
 
+    def for_heldout(self, batches: Sequence[Batch]) -> Teacher | None:
+        return self if self.teacher.full_distributions else None
+
+    @torch.no_grad()
     def answer(self, batch: Batch, request: ActivationRequest = OUTPUT_ONLY) -> TeacherView:
         aligned = self.rewritten(batch)
         view = self.teacher.answer(aligned.batch)
-        covered_N = aligned.covered_N
-        signals = []
-        for signal in view.signals:
-            if not isinstance(signal, DenseSignal):
-                raise SignalError(
-                    f"{self.teacher.described} returns a {type(signal).__name__}, which cannot be "
-                    "folded to another vocabulary",
-                    fix="use a local teacher",
-                )
-            device = signal.hidden_ND.device
-            rows_ND = signal.hidden_ND.new_zeros(len(covered_N), signal.hidden_ND.shape[1])
-            place_N = covered_N.nonzero()[:, 0].to(device, non_blocking=True)
-            rows_ND.index_copy_(0, place_N, signal.hidden_ND)
-            dense = DenseSignal(rows_ND, signal.head)
-            covered = covered_N.to(device, non_blocking=True)
-            signals.append(FoldedSignal(dense, self._fold_on(device), covered))
-        return TeacherView(tuple(signals))
+        if view.log_probs_N is not None:
+            return TeacherView((self._likelihoods(view.log_probs_N, aligned),))
+        return TeacherView(tuple(self._folded(signal, aligned) for signal in view.signals))
+
+    def _folded(self, signal: Signal | ChunkSignal, aligned: AlignedBatch) -> FoldedSignal:
+        if not isinstance(signal, DenseSignal):
+            raise SignalError(
+                f"{self.teacher.described} returns a {type(signal).__name__}, which cannot be "
+                "folded to another vocabulary",
+                fix="use a local teacher",
+            )
+        device, covered_N = signal.hidden_ND.device, aligned.covered_N
+        rows_ND = signal.hidden_ND.new_zeros(len(covered_N), signal.hidden_ND.shape[1])
+        place_N = covered_N.nonzero()[:, 0].to(device, non_blocking=True)
+        begins_T = aligned.begins_T.to(device, non_blocking=True)
+        rows_ND.index_copy_(0, place_N, signal.hidden_ND.index_select(0, begins_T))
+        dense = DenseSignal(rows_ND, signal.head)
+        covered = covered_N.to(device, non_blocking=True)
+        chunks = None
+        if aligned.chunks is not None:
+            rows_Q = aligned.chunks.rows_Q.to(device, non_blocking=True)
+            targets_Q = targets_of(aligned.batch)[aligned.chunks.rows_Q]
+            targets_Q = targets_Q.to(device, non_blocking=True)
+            head = trim_head(signal.head, self.teacher.vocabulary)
+            log_p_Q = target_log_probabilities(head, signal.hidden_ND[rows_Q], targets_Q)
+            chunks = _summed(log_p_Q, aligned.chunks)
+        return FoldedSignal(dense, self._fold_on(device), covered, chunks)
+
+    def _likelihoods(self, log_probs_T: Tensor, aligned: AlignedBatch) -> ChunkSignal:
+        if aligned.chunks is None:
+            raise SignalError(
+                f"{self.teacher.described} returns log-probabilities of the text's tokens, which "
+                "cannot be folded to another vocabulary",
+                where="objective",
+                fix="use the terms {kind: chunks} and cross_entropy, or a local teacher",
+            )
+        rows_Q = aligned.chunks.rows_Q.to(log_probs_T.device, non_blocking=True)
+        return _summed(log_probs_T[rows_Q], aligned.chunks)
 
     def _fold_on(self, device: torch.device) -> Fold:
         if self._fold is None or self._fold.student_V.device != device:
@@ -107,7 +156,7 @@ class AlignedTeacher(Teacher):
 
     def rewritten(self, batch: Batch) -> AlignedBatch:
         """The batch in the teacher's tokens."""
-        return rewritten(self.aligner, batch, skip_unreadable=self._skips)
+        return rewritten(self.aligner, batch, skip_unreadable=self._skips, chunks=self._chunks)
 
     def for_own_text(self) -> Teacher:
         """Teaches nothing in what a student writes and the teacher's template cannot render."""
@@ -124,3 +173,12 @@ class AlignedTeacher(Teacher):
     @property
     def memory_bytes(self) -> int:
         return self.teacher.memory_bytes
+
+
+def _summed(log_p_Q: Tensor, chunks: ChunkRows) -> ChunkSignal:
+    rows_P, chunk_P, chunk_Q = (
+        each.to(log_p_Q.device, non_blocking=True)
+        for each in (chunks.rows_P, chunks.chunk_P, chunks.chunk_Q)
+    )
+    log_probs_C = log_p_Q.new_zeros(chunks.count).index_add_(0, chunk_Q, log_p_Q)
+    return ChunkSignal(rows_P, chunk_P, log_probs_C)

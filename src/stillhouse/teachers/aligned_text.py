@@ -1,6 +1,7 @@
 """Text in the tokens of a student and of a teacher with another tokenizer, without the models.
 
-Shapes: R windows, L tokens of the student, M tokens of the teacher, N supervised rows.
+Shapes: R windows, L tokens of the student, M tokens of the teacher, N supervised rows, T rows of
+the teacher, P the student's rows inside chunks, Q the teacher's, C chunks.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from stillhouse.data.batches import Batch, completed
 from stillhouse.data.shift import IGNORED, supervised_targets
 from stillhouse.data.windows import WindowSet
-from stillhouse.teachers.align_tokens import AlignedWindow, TokenAligner
+from stillhouse.teachers.align_tokens import AlignedWindow, Chunks, TokenAligner, places_in
 from stillhouse.teachers.roots import Roots
 from stillhouse.teachers.text_tokens import Ids
 
@@ -35,16 +37,37 @@ class Alignment:
     roots: Roots
 
 
+Chosen = Literal["none", "several tokens", "all"]
+"""Chunks whose likelihoods are needed: those of more than one token of either, or all."""
+
+
+@dataclass(frozen=True)
+class ChunkRows:
+    """Which rows predict a batch's chunks, and the chunk of each.
+
+    rows_P, chunk_P: among the student's supervised rows. rows_Q, chunk_Q: among the teacher's.
+    """
+
+    rows_P: Tensor
+    chunk_P: Tensor
+    rows_Q: Tensor
+    chunk_Q: Tensor
+    count: int
+
+
 @dataclass(frozen=True)
 class AlignedBatch:
-    """A student's batch in the teacher's tokens, with labels where both begin a token.
+    """A student's batch in the teacher's tokens, with labels where a prediction is needed.
 
-    covered_N: the student's supervised rows that have such a label. windows: one a row.
+    covered_N: the student's supervised rows that begin where a token of the teacher does. begins_T:
+    the teacher's rows for them, in order. windows: one a row. chunks: None if none are needed.
     """
 
     batch: Batch
     covered_N: Tensor
+    begins_T: Tensor
     windows: tuple[AlignedWindow, ...]
+    chunks: ChunkRows | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +86,11 @@ class AlignedText:
 
 
 def rewritten(
-    aligner: TokenAligner, batch: Batch, *, skip_unreadable: bool = False
+    aligner: TokenAligner,
+    batch: Batch,
+    *,
+    skip_unreadable: bool = False,
+    chunks: Chosen = "none",
 ) -> AlignedBatch:
     """The batch in the teacher's tokens. Raises DataError as `TokenAligner`.
 
@@ -71,10 +98,46 @@ def rewritten(
     """
     ids_RL, positions_RL, labels_RL = _arrays(batch)
     windows = aligner.align(ids_RL, positions_RL, labels_RL, skip_unreadable=skip_unreadable)
-    covered_RL = _supervised(labels_RL) & np.stack([w.begins_L >= 0 for w in windows])
+    supervised_RL = _supervised(labels_RL)
+    covered_RL = supervised_RL & np.stack([w.begins_L >= 0 for w in windows])
     chosen = [w.begins_L[covered_L] for w, covered_L in zip(windows, covered_RL, strict=True)]
-    covered_N = torch.from_numpy(covered_RL[_supervised(labels_RL)])
-    return AlignedBatch(_batch(windows, chosen), covered_N, tuple(windows))
+    found: list[Chunks] = []
+    if chunks != "none":
+        for row in zip(windows, ids_RL, positions_RL, supervised_RL, strict=True):
+            every = aligner.chunks(*row)
+            found.append(every if chunks == "all" else every.of_several_tokens())
+        inside = [places_in(each.teacher_C2)[0] for each in found]
+        needed = [np.concatenate(both) for both in zip(chosen, inside, strict=True)]
+    aligned = _batch(windows, needed if found else chosen)
+    row_RL, row_RM = _numbers(supervised_RL), _numbers(aligned["labels"].numpy() != IGNORED)
+    begins = [row_M[places] for row_M, places in zip(row_RM, chosen, strict=True)]
+    return AlignedBatch(
+        aligned,
+        torch.from_numpy(covered_RL[supervised_RL]),
+        torch.from_numpy(np.concatenate(begins)),
+        tuple(windows),
+        _chunk_rows(found, row_RL, row_RM) if found else None,
+    )
+
+
+def _numbers(chosen_RX: NDArray[np.bool_]) -> Ids:
+    """The number of each chosen token in the batch."""
+    return np.cumsum(chosen_RX).reshape(chosen_RX.shape) - 1
+
+
+def _chunk_rows(chunks: Sequence[Chunks], row_RL: Ids, row_RM: Ids) -> ChunkRows:
+    """row_RL, row_RM: the number of each supervised token, of student and teacher."""
+    before = np.cumsum([0, *(len(each.student_C2) for each in chunks)])
+
+    def rows(sides: Sequence[Ids], row_RX: Ids) -> tuple[Tensor, Tensor]:
+        found = [places_in(chunks_C2) for chunks_C2 in sides]
+        rows = [row_X[places] for (places, _), row_X in zip(found, row_RX, strict=True)]
+        owners = [owner + done for (_, owner), done in zip(found, before[:-1], strict=True)]
+        return torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(owners))
+
+    ours = rows([each.student_C2 for each in chunks], row_RL)
+    theirs = rows([each.teacher_C2 for each in chunks], row_RM)
+    return ChunkRows(*ours, *theirs, count=int(before[-1]))
 
 
 def whole_text(aligner: TokenAligner, batch: Batch) -> AlignedText:
@@ -85,15 +148,13 @@ def whole_text(aligner: TokenAligner, batch: Batch) -> AlignedText:
     measured = []
     covered_RL = np.zeros(labels_RL.shape, dtype=bool)
     for row, window in enumerate(windows):
-        labels_L = np.where(_supervised(labels_RL)[row], labels_RL[row], IGNORED)
-        chunks = aligner.chunks(window, ids_RL[row], positions_RL[row], labels_L)
+        supervised_L = _supervised(labels_RL)[row]
+        chunks = aligner.chunks(window, ids_RL[row], positions_RL[row], supervised_L)
         covered_RL[row, chunks.student_C2[:, 0]] = True
-        inside = [np.arange(start, stop) for start, stop in chunks.teacher_C2]
-        measured.append(np.concatenate([np.empty(0, np.int64), *inside]))
+        measured.append(places_in(chunks.teacher_C2)[0])
     aligned = _batch(windows, measured)
     labels_RM = aligned["labels"].numpy()
-    # The teacher's row of a label is its number among the labels of the batch.
-    number_RM = np.cumsum(labels_RM != IGNORED).reshape(labels_RM.shape) - 1
+    number_RM = _numbers(labels_RM != IGNORED)
     rows = [number_RM[row, window.begins_L[covered_RL[row]]] for row, window in enumerate(windows)]
     return AlignedText(
         batch=aligned,

@@ -21,10 +21,11 @@ from stillhouse.errors import SignalError
 from stillhouse.launch import leads, process_index, world_size
 from stillhouse.processes import lost_process, open_group, wait_for_all
 from stillhouse.progress import bar
-from stillhouse.signals import DenseSignal, HiddenSignal, LMHead, Signal
+from stillhouse.signals import ChunkSignal, DenseSignal, HiddenSignal, LMHead, Signal
 from stillhouse.signals.encode import Statistics
 from stillhouse.signals.encoded_rows import Rows
 from stillhouse.signals.encodings import Encoding, Hidden, Threshold
+from stillhouse.signals.folded_store import ROOTS, fold_sha256, write_fold
 from stillhouse.signals.lm_head import head_logits
 from stillhouse.signals.manifest import (
     SETTINGS,
@@ -39,7 +40,9 @@ from stillhouse.signals.signals_config import SignalsRecipe, ThresholdSignals
 from stillhouse.signals.tune_threshold import top_probabilities, tune_threshold
 from stillhouse.signals.writer import StoreWriter, finish_store
 from stillhouse.teachers.activations import ActivationRequest
+from stillhouse.teachers.aligned_teacher import AlignedTeacher
 from stillhouse.teachers.backbone import trim_head
+from stillhouse.teachers.shared_vocabulary import tokenizer_identity
 from stillhouse.teachers.stored_head import linear_map
 from stillhouse.teachers.teacher import Teacher, TeacherView
 
@@ -64,6 +67,23 @@ def chosen_encoding(
     return planned
 
 
+def identity_of(teacher: Teacher) -> dict[str, str]:
+    """What a store of this teacher's signals is for: the teacher, the student's tokenizer, and with
+    another one of the teacher, that and the roots of both."""
+    found = {"teacher": teacher.fingerprint or teacher.described}
+    if teacher.tokenizer is not None:
+        found |= tokenizer_identity(teacher.tokenizer)
+    if isinstance(teacher, AlignedTeacher):
+        own = tokenizer_identity(teacher.teacher.tokenizer)
+        found |= {"teacher_tokenizer": own["tokenizer"], ROOTS: fold_sha256(teacher.roots.fold)}
+    return found
+
+
+def events_of(teacher: Teacher) -> int:
+    """The vocabulary of a store of this teacher's signals: tokens, or roots and "not covered"."""
+    return teacher.roots.count + 1 if isinstance(teacher, AlignedTeacher) else teacher.vocabulary
+
+
 def record(
     teacher: Teacher,
     texts: Sequence[WindowSet],
@@ -81,12 +101,17 @@ def record(
     the disk is full; what was recorded is kept.
     """
     recorder = recorder_of(settings, student_head)
+    fold = teacher.roots.fold if isinstance(teacher, AlignedTeacher) else None
     if alone:
         with StoreWriter(out, settings) as writer:
+            if fold is not None:
+                write_fold(fold, out)
             _record_share(teacher, texts, recorder, writer, process=0, processes=1)
             return writer.finish()
     open_group()
     with lost_process(world_size()), StoreWriter(out, settings) as writer:
+        if fold is not None and leads():
+            write_fold(fold, out)
         own, processes = process_index(), world_size()
         _record_share(teacher, texts, recorder, writer, process=own, processes=processes)
         writer.flush()
@@ -154,13 +179,19 @@ def encoded_answer(
 
 
 def only_signal(view: TeacherView, teacher: Teacher) -> Signal:
-    """The view's signal. Raises SignalError if there are several."""
+    """The view's signal. Raises SignalError if there are several, or only likelihoods of chunks."""
     if len(view.signals) != 1:
         raise SignalError(
             f"{teacher.described} gives {len(view.signals)} signals, and a store holds one",
             fix="record a store for each teacher",
         )
-    return view.signals[0]
+    (signal,) = view.signals
+    if isinstance(signal, ChunkSignal):
+        raise SignalError(
+            f"{teacher.described} gives only likelihoods of chunks, which a store cannot hold",
+            fix="train with this teacher live",
+        )
+    return signal
 
 
 def segments_of(batch: Batch) -> Segments:

@@ -51,6 +51,7 @@ class ServedTeacher(Teacher):
 
     # In one round of requests: a killed process loses the answers of one round.
     tokens_together = 1 << 16
+    full_distributions = False
 
     def __init__(
         self,
@@ -86,13 +87,17 @@ class ServedTeacher(Teacher):
         supervised = (batch["labels"].flatten() != IGNORED).tolist()
         spans = segments_of(batch).spans
         answers = self._answers([ids[start:end] for start, end in spans])
-        rows = [
-            self._row(answer[at - start], ids[at])
+        places = [
+            (answer[at - start], ids[at])
             for (start, end), answer in zip(spans, answers, strict=True)
             for at in range(start + 1, end)
             if supervised[at]
         ]
-        return TeacherView((self._signal(rows, self._device or batch["labels"].device),))
+        device = self._device or batch["labels"].device
+        rows = [self._row(*place) for place in places]
+        own = [max(float(position[str(token)]["logprob"]), LEAST) for position, token in places]
+        own_N = torch.tensor(own).to(device, non_blocking=True)
+        return TeacherView((self._signal(rows, device),), log_probs_N=own_N)
 
     def prepare(self, needs: TeacherNeeds, text: Batches | None = None) -> None:
         super().prepare(needs, text)

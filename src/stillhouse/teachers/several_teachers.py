@@ -28,6 +28,7 @@ class SeveralTeachers(Teacher):
         self.described = " and ".join(teacher.described for teacher in self.teachers)
         self.fingerprint = " ".join(teacher.fingerprint for teacher in self.teachers)
         self.collective = any(teacher.collective for teacher in self.teachers)
+        self.gives_chunks = any(teacher.gives_chunks for teacher in self.teachers)
         self.tokens_together = min(teacher.tokens_together for teacher in self.teachers)
 
     @property

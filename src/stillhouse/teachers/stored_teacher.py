@@ -26,11 +26,13 @@ from stillhouse.signals import (
 )
 from stillhouse.signals.encoded_rows import Rows
 from stillhouse.signals.encodings import Encoding, FrozenHead, Hidden
+from stillhouse.signals.folded_store import ROOTS, fold_sha256, read_fold, unfolded_rows
 from stillhouse.signals.manifest import check_expected
 from stillhouse.signals.record import Recorder
 from stillhouse.signals.segments import Segments
 from stillhouse.signals.store import Store
 from stillhouse.teachers.activations import ActivationRequest
+from stillhouse.teachers.aligned_teacher import AlignedTeacher
 from stillhouse.teachers.record_store import encoded_answer, recorder_of, segments_of
 from stillhouse.teachers.shared_vocabulary import tokenizer_identity
 from stillhouse.teachers.stored_head import head_sha256
@@ -54,7 +56,10 @@ class StoredTeacher(Teacher):
         load_missing: Callable[[], Teacher] | None = None,
     ) -> None:
         self.store = store
-        self.vocabulary = store.settings.vocabulary
+        self._fold = read_fold(store.path, store.settings)
+        self.vocabulary = (
+            store.settings.vocabulary if self._fold is None else len(self._fold.student_V)
+        )
         self.described = f"{store.settings.encoding.kind} signals in {store.path}"
         self.fingerprint = store.manifest.digest()
         self._config, self._head = config, head
@@ -78,6 +83,12 @@ class StoredTeacher(Teacher):
         missing_S = self.store.missing(segments)
         stored = self.store.read(segments, self._missing_rows(batch, segments, missing_S))
         device = self._device or batch["labels"].device
+        if self._fold is not None:
+            assert isinstance(stored, SparseSignal | SampledSignal)
+            self._fold = self._fold.to(device)
+            moved = _moved(stored, device)
+            assert not isinstance(moved, FrozenHeadSignal)
+            return TeacherView((unfolded_rows(moved, self._fold),))
         if not isinstance(stored, HiddenSignal):
             return TeacherView((_moved(stored, device),))
         layers = {
@@ -111,7 +122,13 @@ class StoredTeacher(Teacher):
     def _teacher_of_missing(self) -> Teacher | None:
         if self._missing is None and self._load_missing is not None:
             self._missing = self._load_missing()
+            if isinstance(self._missing, AlignedTeacher):
+                self._check_roots(self._missing)
         return self._missing
+
+    def _check_roots(self, teacher: AlignedTeacher) -> None:
+        found = {ROOTS: fold_sha256(teacher.roots.fold)}
+        check_expected(self.store.settings, self.store.path, found, None, None)
 
     def prepare(self, needs: TeacherNeeds, text: Batches | None = None) -> None:
         self._check_needs(needs)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from stillhouse.data.batches import Batch, Batches
+from stillhouse.errors import SignalError
 from stillhouse.hardware import Requested, choose_precision, default_device
 from stillhouse.objectives import AttentionStates, Term
 from stillhouse.section import made
-from stillhouse.signals import LMHead, Signal
+from stillhouse.signals import ChunkSignal, LMHead, Signal
 from stillhouse.teachers.activations import ActivationRequest
 from stillhouse.teachers.shared_vocabulary import check_same_vocabulary
 
@@ -36,13 +37,15 @@ OUTPUT_ONLY = ActivationRequest()
 class TeacherView:
     """What a student can learn about one batch. Row n is for its n-th supervised token.
 
-    signals: next-token distributions, one for each teacher; empty if none is known.
-    layers: hidden rows [N, D] by layer. attention: by block.
+    signals: next-token distributions, or likelihoods of chunks, one for each teacher; empty if none
+    is known. layers: hidden rows [N, D] by layer. attention: by block.
+    log_probs_N: of the text's own tokens, from a teacher whose distributions are not complete.
     """
 
-    signals: tuple[Signal, ...] = ()
+    signals: tuple[Signal | ChunkSignal, ...] = ()
     layers: Mapping[int, Tensor] = field(default_factory=dict)
     attention: Mapping[int, AttentionStates] = field(default_factory=dict)
+    log_probs_N: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,27 @@ class TeacherNeeds:
     """What a training needs of its teacher.
 
     terms: divergences from its distributions. activations: of its layers. tokenizer: the student's,
-    if it is known. frozen_head: the student's head, if it is not trained.
+    if it is known. frozen_head: the student's head, if it is not trained. chunks: likelihoods of
+    chunks, from teachers with another tokenizer.
     """
 
     terms: tuple[Term, ...] = ()
     activations: ActivationRequest = OUTPUT_ONLY
     tokenizer: Any = None
     frozen_head: LMHead | None = None
+    chunks: bool = False
+
+
+def require_chunks(teacher: Teacher, needs: TeacherNeeds) -> None:
+    """Raise SignalError if likelihoods of chunks are needed and no teacher can give any."""
+    if needs.chunks and not teacher.gives_chunks:
+        raise SignalError(
+            "a term on chunks compares text that two tokenizers divide differently, and "
+            f"{teacher.described} gives no likelihoods of chunks: it has the student's tokenizer, "
+            "or is a store",
+            where="objective.terms",
+            fix="remove the term, or add a teacher with another tokenizer to train.teachers",
+        )
 
 
 class Teacher(ABC):
@@ -66,6 +83,8 @@ class Teacher(ABC):
     described: one line for messages. fingerprint: identifies the content.
     collective: every process must call `answer` equally often, as sharded models need.
     tokens_together: tokens in one call of `answer`, when a complete text is scored.
+    full_distributions: its signals are complete, and not a few tokens of each position.
+    gives_chunks: can give likelihoods of chunks, if they are needed.
     """
 
     vocabulary: int
@@ -73,6 +92,8 @@ class Teacher(ABC):
     fingerprint: str
     collective: bool = False
     tokens_together: int = 2048
+    full_distributions: bool = True
+    gives_chunks: bool = False
 
     @abstractmethod
     def answer(self, batch: Batch, request: ActivationRequest = OUTPUT_ONLY) -> TeacherView:

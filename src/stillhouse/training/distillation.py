@@ -20,10 +20,17 @@ from torch import Tensor, nn
 from stillhouse.data.batches import Batch, documents_of, positions_of, targets_of
 from stillhouse.data.shift import supervised_rows
 from stillhouse.launch import leads
-from stillhouse.objectives import LossSum, fused_loss, layer_logits_loss, relation_loss
+from stillhouse.objectives import (
+    LossSum,
+    chunk_loss,
+    fused_loss,
+    layer_logits_loss,
+    relation_loss,
+)
+from stillhouse.objectives.chunks import no_chunks
 from stillhouse.objectives.objective_config import ObjectiveRecipe, ObjectiveTerm
 from stillhouse.pruning.offload import has_large_weights
-from stillhouse.signals import DenseSignal, FoldedSignal, SampledSignal, Signal
+from stillhouse.signals import ChunkSignal, DenseSignal, FoldedSignal, SampledSignal, Signal
 from stillhouse.students.student import Student
 from stillhouse.teachers.activations import (
     ActivationRequest,
@@ -111,12 +118,13 @@ class Distillation(nn.Module):
             objective.student_request,
             documents_of(batch),
         )
-        signals: Sequence[Signal | None] = view.signals or (None,)
+        signals: Sequence[Signal | ChunkSignal | None] = view.signals or (None,)
         measure = measure and all(_is_full(signal) for signal in signals)
         under = [
             [
                 *(self._measures(found, signal, batch) if measure else ()),
                 *self._divergences(objective, found, signal, batch, progress),
+                *self._chunks(objective, found, signal, batch, progress),
             ]
             for signal in signals
         ]
@@ -129,7 +137,7 @@ class Distillation(nn.Module):
         self,
         objective: Objective,
         found: Activations,
-        signal: Signal | None,
+        signal: Signal | ChunkSignal | None,
         batch: Batch,
         progress: float,
     ) -> Iterator[LossSum]:
@@ -137,7 +145,7 @@ class Distillation(nn.Module):
         head."""
         positions_N, head = positions_of(batch), lm_head(self.student)
         common: dict[str, Any] = {
-            "signal": signal,
+            "signal": None if isinstance(signal, ChunkSignal) else signal,
             "targets_N": targets_of(batch),
             "vocab_size": self.vocabulary,
         }
@@ -149,8 +157,32 @@ class Distillation(nn.Module):
             norm = final_norm(self.student)
             yield layer_logits_loss(layers, norm, head, logits.term.at(progress), **common)
 
+    def _chunks(
+        self,
+        objective: Objective,
+        found: Activations,
+        signal: Signal | ChunkSignal | None,
+        batch: Batch,
+        progress: float,
+    ) -> Iterator[LossSum]:
+        """Distances between likelihoods of chunks, under a teacher that gives them."""
+        if not objective.chunks:
+            return
+        hidden_ND = supervised_rows(found.last_RLD, positions_of(batch))
+        chunks = signal.chunks if isinstance(signal, FoldedSignal) else signal
+        for each in objective.chunks:
+            yield chunk_loss(
+                hidden_ND,
+                lm_head(self.student),
+                chunks if isinstance(chunks, ChunkSignal) else no_chunks(hidden_ND.device),
+                targets_of(batch),
+                distance=each.distance,
+                weight=each.weight.at(progress),
+                vocab_size=self.vocabulary,
+            )
+
     def _measures(
-        self, found: Activations, signal: Signal | None, batch: Batch
+        self, found: Activations, signal: Signal | ChunkSignal | None, batch: Batch
     ) -> Iterator[LossSum]:
         """Before the divergences, whose exact sums take the place of these."""
         hidden_ND = supervised_rows(found.last_RLD, positions_of(batch))
@@ -222,16 +254,16 @@ class Distillation(nn.Module):
         return {f"projections.{n}": value for n, value in load_file(folder / PROJECTIONS).items()}
 
 
-def _is_full(signal: Signal | None) -> bool:
+def _is_full(signal: Signal | ChunkSignal | None) -> bool:
     """Whether it has the teacher's complete distributions."""
     inner = signal.signal if isinstance(signal, FoldedSignal) else signal
     return isinstance(inner, DenseSignal)
 
 
-def _sum(parts: Sequence[LossSum], signal: Signal | None) -> LossSum:
+def _sum(parts: Sequence[LossSum], signal: Signal | ChunkSignal | None) -> LossSum:
     """Add up the parts of one batch's loss under one signal."""
     values = {name: value for part in parts for name, value in part.terms.items()}
-    if isinstance(signal, SampledSignal):
+    if isinstance(signal.signal if isinstance(signal, FoldedSignal) else signal, SampledSignal):
         # Samples lack the teacher's entropy: the result is not a divergence.
         values = {n.replace("forward_kl", "teacher_cross_entropy"): v for n, v in values.items()}
     total = torch.stack([part.total.float() for part in parts]).sum()

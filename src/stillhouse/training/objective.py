@@ -20,6 +20,7 @@ from stillhouse.objectives import (
 )
 from stillhouse.objectives.objective_config import (
     AttentionRelationsTerm,
+    ChunksTerm,
     HiddenStatesTerm,
     LayerTerm,
     LogitsTerm,
@@ -27,6 +28,7 @@ from stillhouse.objectives.objective_config import (
     ObjectiveTerm,
     ScheduleRecipe,
 )
+from stillhouse.objectives.objective_names import ChunkDistance
 from stillhouse.signals.encodings import Encoding
 from stillhouse.teachers.activations import ActivationRequest
 from stillhouse.teachers.stored_teacher import recorded_temperature
@@ -69,6 +71,12 @@ class Relations:
 
 
 @dataclass(frozen=True)
+class ChunkLikelihoods:
+    weight: Weight
+    distance: ChunkDistance
+
+
+@dataclass(frozen=True)
 class Objective:
     """Terms, ready for two models of known shapes."""
 
@@ -76,6 +84,7 @@ class Objective:
     layer_logits: tuple[LayerLogits, ...] = ()
     hidden: tuple[HiddenStates, ...] = ()
     relations: tuple[Relations, ...] = ()
+    chunks: tuple[ChunkLikelihoods, ...] = ()
 
     @property
     def student_request(self) -> ActivationRequest:
@@ -90,7 +99,7 @@ class Objective:
         layers = {teacher for term in self.hidden for _, teacher in term.loss.pairs}
         attention = {teacher for term in self.relations for _, teacher in term.pairs}
         request = ActivationRequest(frozenset(layers), frozenset(attention))
-        return TeacherNeeds(tuple(self.divergences), request)
+        return TeacherNeeds(tuple(self.divergences), request, chunks=bool(self.chunks))
 
     @property
     def divergences(self) -> list[Term]:
@@ -133,6 +142,7 @@ def make_objective(
     layer_logits: list[LayerLogits] = []
     hidden: list[HiddenStates] = []
     relations: list[Relations] = []
+    chunks: list[ChunkLikelihoods] = []
     for place, term in enumerate(section.terms):
         schedule = _schedule(term.schedule)
         weight = Weight(term.weight, schedule)
@@ -142,6 +152,8 @@ def make_objective(
                 hidden.append(HiddenStates(weight, loss, f"hidden {term.distance}"))
             elif isinstance(term, AttentionRelationsTerm):
                 relations.append(_relations(term, student, teacher, weight))
+            elif isinstance(term, ChunksTerm):
+                chunks.append(ChunkLikelihoods(weight, term.distance))
             elif term.layers is None:
                 output.append((_term(term), schedule))
             else:
@@ -151,8 +163,9 @@ def make_objective(
             where = f"objective.terms.{place}"
             raise SignalError(error.what, where=where, fix=error.fix) from None
     _one_of_a_kind([h.name for h in hidden] + [r.name for r in relations])
+    _one_of_a_kind([f"chunks {each.distance}" for each in chunks])
     mixture = Mixture(tuple(output))
-    return Objective(mixture, tuple(layer_logits), tuple(hidden), tuple(relations))
+    return Objective(mixture, tuple(layer_logits), tuple(hidden), tuple(relations), tuple(chunks))
 
 
 def _schedule(section: ScheduleRecipe | None) -> Schedule | None:
@@ -241,7 +254,7 @@ def stored_temperature(objective: Objective, encoding: Encoding) -> float:
 def _one_of_a_kind(names: list[str]) -> None:
     if len(set(names)) < len(names):
         raise SignalError(
-            "two terms on intermediate layers are of the same kind",
+            "two terms on intermediate layers, or on chunks, are of the same kind",
             where="objective.terms",
-            fix="give one term all the pairs",
+            fix="give one term all the pairs, or the sum of the weights",
         )

@@ -15,7 +15,7 @@ import torch
 
 from stillhouse.data.batches import Batch, join, positions_of
 from stillhouse.objectives import AttentionStates
-from stillhouse.signals import DenseSignal, FoldedSignal, Signal
+from stillhouse.signals import ChunkSignal, DenseSignal, FoldedSignal, Signal
 from stillhouse.teachers.activations import ActivationRequest
 from stillhouse.teachers.aligned_teacher import AlignedTeacher
 from stillhouse.teachers.several_teachers import SeveralTeachers
@@ -82,26 +82,48 @@ def _parts(view: TeacherView, chunk: Sequence[Batch]) -> Iterator[TeacherView]:
         yield part if len(chunk) == 1 else _moved(part, HOST)
 
 
-def _split(signal: Signal, counts: Sequence[int]) -> list[DenseSignal | FoldedSignal]:
+def _split(signal: Signal | ChunkSignal, counts: Sequence[int]) -> list[DenseSignal | FoldedSignal]:
     """The signal's rows, divided into so many."""
     parts = [
         replace(_dense(signal), hidden_ND=own) for own in _dense(signal).hidden_ND.split(counts)
     ]
     if not isinstance(signal, FoldedSignal):
         return [*parts]
-    covered = zip(parts, signal.covered_N.split(counts), strict=True)
-    return [replace(signal, signal=part, covered_N=own_N) for part, own_N in covered]
+    covered, chunks = signal.covered_N.split(counts), split_chunks(signal.chunks, counts)
+    return [
+        replace(signal, signal=part, covered_N=own_N, chunks=own)
+        for part, own_N, own in zip(parts, covered, chunks, strict=True)
+    ]
 
 
-def _on(signal: Signal, device: torch.device) -> DenseSignal | FoldedSignal:
+def split_chunks(chunks: ChunkSignal | None, counts: Sequence[int]) -> list[ChunkSignal | None]:
+    """The chunks of each part, all of whose rows are in it."""
+    if chunks is None:
+        return [None] * len(counts)
+    found: list[ChunkSignal | None] = []
+    rows_P, chunk_P, start = chunks.rows_P.cpu(), chunks.chunk_P.cpu(), 0
+    for count in counts:
+        own_P = (rows_P >= start) & (rows_P < start + count)
+        own_C, place_P = chunk_P[own_P].unique(return_inverse=True)
+        log_probs_C = chunks.log_probs_C.cpu()[own_C]
+        found.append(ChunkSignal(rows_P[own_P] - start, place_P, log_probs_C))
+        start += count
+    return found
+
+
+def _on(signal: Signal | ChunkSignal, device: torch.device) -> DenseSignal | FoldedSignal:
     """The signal with its rows on the device; its head and fold stay where they are."""
     moved = replace(_dense(signal), hidden_ND=_dense(signal).hidden_ND.to(device))
     if not isinstance(signal, FoldedSignal):
         return moved
-    return replace(signal, signal=moved, covered_N=signal.covered_N.to(device))
+    chunks = signal.chunks
+    if chunks is not None:
+        each = (chunks.rows_P, chunks.chunk_P, chunks.log_probs_C)
+        chunks = ChunkSignal(*(tensor.to(device) for tensor in each))
+    return replace(signal, signal=moved, covered_N=signal.covered_N.to(device), chunks=chunks)
 
 
-def _dense(signal: Signal) -> DenseSignal:
+def _dense(signal: Signal | ChunkSignal) -> DenseSignal:
     """What a sharded teacher returns, also with another tokenizer."""
     inner = signal.signal if isinstance(signal, FoldedSignal) else signal
     assert isinstance(inner, DenseSignal)

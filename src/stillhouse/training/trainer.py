@@ -29,7 +29,7 @@ from stillhouse.objectives.objective_config import ObjectiveRecipe, ObjectiveTer
 from stillhouse.processes import release_gathered, shard, sharding_mesh
 from stillhouse.students.student import Student
 from stillhouse.teachers.packed_attention import use_attention
-from stillhouse.teachers.teacher import OUTPUT_ONLY, Teacher, TeacherView
+from stillhouse.teachers.teacher import OUTPUT_ONLY, Teacher, TeacherView, require_chunks
 from stillhouse.training import sharded_checkpoint
 from stillhouse.training.checkpoints import Meter, Metrics, check_finite, step_of
 from stillhouse.training.distillation import Distillation
@@ -133,6 +133,7 @@ class DistillationTrainer(ResumingTrainer):
                 tokenizer=self.student.tokenizer,
                 frozen_head=self.student.frozen_head,
             )
+            require_chunks(self.teacher, needs)
             self.teacher.prepare(needs, text if hasattr(text, "supervised_tokens") else None)
 
     def _place_models(self) -> None:

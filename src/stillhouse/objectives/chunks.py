@@ -1,0 +1,121 @@
+"""The likelihood of chunks: text between neighboring places where two tokenizers begin a token.
+
+A chunk's tokens differ between teacher and student, but its text has a probability under both: the
+product of those of its tokens. With P and Q the logarithms under teacher and student, and p and q
+the probabilities, a chunk's distance is
+
+    binary    p (P - Q) + (1 - p) (log(1 - p) - log(1 - q)), the KL divergence between "this text"
+              and "any other" under both models, which is at most that of the full distributions
+    squared   (P - Q)^2
+
+and its derivative g by Q is that by the log-probability of each of its tokens. So the gradient is
+that of a cross-entropy with row weights -g: the rows go through the head twice, a few at a time.
+
+Shapes: N supervised rows, P rows inside chunks, C chunks, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stillhouse.errors import SignalError
+from stillhouse.objectives.chunk_loop import Plan, Work
+from stillhouse.objectives.fused import FusedLoss, default_dtype
+from stillhouse.objectives.objective_names import ChunkDistance
+from stillhouse.objectives.signal_checks import check_finite, check_ids, check_rows, same_rows
+from stillhouse.objectives.terms import LossSum, Term
+from stillhouse.signals import ChunkSignal, LMHead
+
+LIKELIEST = -1e-6
+"""The largest logarithm of a probability: 1 - q keeps some digits in float32."""
+
+
+def chunk_loss(
+    hidden_ND: Tensor,
+    head: LMHead,
+    signal: ChunkSignal,
+    targets_N: Tensor,
+    *,
+    distance: ChunkDistance = "binary",
+    weight: float = 1.0,
+    vocab_size: int | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> LossSum:
+    """`weight` times the sum over chunks of the distance between both models' likelihoods.
+
+    hidden_ND, head, vocab_size, compute_dtype: as in `fused_loss`. targets_N: the text's own next
+    tokens. Divide by the number of supervised rows, as for every term.
+    Raises SignalError: rows, widths or ids that do not match; NaN.
+    """
+    vocab = vocab_size or len(head.weight_VD)
+    _check(hidden_ND, head, signal, targets_N, vocab)
+    rows_PD, targets_P = hidden_ND[signal.rows_P], targets_N[signal.rows_P]
+    dtype = compute_dtype or default_dtype(hidden_ND)
+    terms = (Term("cross_entropy"),)
+
+    def plan(grad: bool) -> Plan:
+        return Plan(terms, vocab, dtype, chunk_rows=None, factor=1.0, grad=grad)
+
+    with torch.no_grad(), torch.autocast(hidden_ND.device.type, enabled=False):
+        read = Work(rows_PD, head, None, targets_P, None, plan(grad=False), [False] * 3)
+        read.run()
+        log_p_C = signal.log_probs_C.to(read.losses_MN.dtype)
+        log_q_C = torch.zeros_like(log_p_C).index_add_(0, signal.chunk_P, -read.losses_MN[0])
+        value_C, slope_C = DISTANCES[distance](log_p_C, log_q_C)
+        value, slope_P = value_C.sum() * weight, slope_C[signal.chunk_P] * weight
+    name = f"chunks {distance}"
+    if not torch.is_grad_enabled():
+        return LossSum(value, {name: value_C.sum()}, len(hidden_ND))
+    along, _ = FusedLoss.apply(
+        rows_PD,
+        head.weight_VD,
+        head.bias_V,
+        head,
+        None,
+        targets_P,
+        -slope_P,
+        plan(grad=True),
+    )
+    # The gradient of `along` is the loss's; its value is not.
+    return LossSum(along + (value - along.detach()), {name: value_C.sum()}, len(hidden_ND))
+
+
+def no_chunks(device: torch.device) -> ChunkSignal:
+    """The signal of a teacher with the student's tokenizer."""
+    none = torch.empty(0, dtype=torch.long, device=device)
+    return ChunkSignal(none, none, torch.empty(0, device=device))
+
+
+def _binary(log_p_C: Tensor, log_q_C: Tensor) -> tuple[Tensor, Tensor]:
+    log_p_C, log_q_C = (each.clamp(max=LIKELIEST) for each in (log_p_C, log_q_C))
+    p_C, other_p_C, other_q_C = log_p_C.exp(), -torch.expm1(log_p_C), -torch.expm1(log_q_C)
+    value_C = p_C * (log_p_C - log_q_C) + other_p_C * (other_p_C.log() - other_q_C.log())
+    return value_C, other_p_C * log_q_C.exp() / other_q_C - p_C
+
+
+def _squared(log_p_C: Tensor, log_q_C: Tensor) -> tuple[Tensor, Tensor]:
+    gap_C = log_q_C - log_p_C
+    return gap_C.square(), 2 * gap_C
+
+
+DISTANCES = {"binary": _binary, "squared": _squared}
+"""(log p, log q) -> the distance of each chunk, and its derivative by log q."""
+
+
+def _check(
+    hidden_ND: Tensor, head: LMHead, signal: ChunkSignal, targets_N: Tensor, vocab: int
+) -> None:
+    check_rows("hidden_ND", hidden_ND, head)
+    same_rows("targets_N", targets_N, len(hidden_ND))
+    same_rows_P = signal.rows_P.shape == signal.chunk_P.shape
+    if not same_rows_P or signal.log_probs_C.ndim != 1:
+        raise SignalError(
+            f"the chunks have {tuple(signal.rows_P.shape)} rows, {tuple(signal.chunk_P.shape)} "
+            f"numbers and log-probabilities of shape {tuple(signal.log_probs_C.shape)}",
+            fix="give one number for each row, and one log-probability for each chunk",
+        )
+    check_ids("signal.rows_P", signal.rows_P, len(hidden_ND))
+    check_ids("signal.chunk_P", signal.chunk_P, len(signal.log_probs_C))
+    check_ids("targets_N", targets_N, vocab)
+    check_finite("signal.log_probs_C", signal.log_probs_C)
