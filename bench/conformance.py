@@ -5,6 +5,11 @@ it at any function (Problem) -> Tensor that returns the mean over supervised row
 (β = 0), reverse KL (β = 1) or generalized JSD, and leaves gradients to autograd: see
 bench/contenders.py. It prints one line for each check that differs from a token-by-token float64
 reference, and exits 1 if ours does.
+
+    python -m bench.conformance --tokenizers [PYTHON]
+
+checks losses under a teacher with another tokenizer (bench/tokenizer_conformance.py): ours, ULD and
+GOLD as published, and TRL's, if PYTHON is the interpreter of an environment with TRL.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -28,6 +34,7 @@ from bench.contenders import (
     quiet,
     run,
 )
+from bench.tokenizer_conformance import report
 
 DEFAULT = ("stillhouse", "naive", "trl gkd", "trl chunked", "liger 1024", "orda")
 TOLERANCE = 1e-4
@@ -243,6 +250,8 @@ def find(name: str) -> Loss:
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["--tokenizers"]:
+        return report(Path(sys.argv[2]) if sys.argv[2:] else None)
     names = sys.argv[1:] or [name for name in DEFAULT if installed(name)]
     failed = False
     for name in names:

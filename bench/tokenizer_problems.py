@@ -1,0 +1,73 @@
+"""Small problems for losses under a teacher with another tokenizer: see bench/conformance.py.
+
+Shapes: L student tokens, M teacher tokens, V student vocabulary, W teacher vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+END = "<|end|>"
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def tokenizer(merges: Sequence[str], order: int = 0) -> Any:
+    """Byte-level BPE with these merges, each as "first second". order: a seed for the ids."""
+    pairs = [(first, second) for first, second in (merge.split() for merge in merges)]
+    tokens = [END, *ALPHABET, *(first + second for first, second in pairs)]
+    g = torch.Generator().manual_seed(order)
+    ids = torch.randperm(len(tokens), generator=g).tolist()
+    core = Tokenizer(models.BPE(dict(zip(tokens, ids, strict=True)), pairs))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=END, pad_token=END)
+
+
+@dataclass
+class Side:
+    """One model's tokens of a text between two END tokens, and its logits; row n predicts token
+    n + 1, and the last row nothing."""
+
+    words: Any
+    ids_L: Tensor
+    logits_LV: Tensor
+
+    def offsets(self) -> Tensor:
+        """The first byte of each token in the text, and that after its last, [L, 2]."""
+        found, done = [(0, 0)], 0
+        for id in self.ids_L[1:-1].tolist():
+            size = len(self.words.convert_ids_to_tokens(id))  # one character for each byte
+            found.append((done, done + size))
+            done += size
+        return torch.tensor([*found, (done, done)])
+
+
+@dataclass
+class TokenizerProblem:
+    """seen: text from which the roots may be merged."""
+
+    student: Side
+    teacher: Side
+    seen: Sequence[str] = field(default_factory=list)
+
+
+def side(words: Any, text: str, seed: int, scale: float = 1.0) -> Side:
+    """A text with random logits."""
+    end = words.eos_token_id
+    ids_L = torch.tensor([end, *words(text, add_special_tokens=False)["input_ids"], end])
+    g = torch.Generator().manual_seed(seed)
+    logits_LV = torch.randn(len(ids_L), len(words), generator=g, dtype=torch.float64) * scale
+    return Side(words, ids_L, logits_LV)
+
+
+def problem(
+    student: Any, teacher: Any, text: str, *, seen: Sequence[str] = (), seed: int = 0
+) -> TokenizerProblem:
+    return TokenizerProblem(side(student, text, seed), side(teacher, text, seed + 1), list(seen))
