@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stillhouse.progress import bar
 from stillhouse.pruning.calibrate import Batch, layer_inputs, run_layer
+from stillhouse.pruning.offload import release_ends
 from stillhouse.shared_work import ALONE, Processes
 from stillhouse.signals.lm_head import summed_kl
 from stillhouse.teachers.activations import decoder_layers
@@ -144,6 +145,7 @@ class _Scorer:
             for index, layer in enumerate(self.layers):
                 hidden_RLD = run_layer(layer, hidden_RLD, inputs.extras[index])
             self.full.append(self._rows(batch, hidden_RLD))
+        release_ends(model)
 
     def without_each(
         self, alive: Sequence[int], candidates: Sequence[int], advance: Any
@@ -167,9 +169,9 @@ class _Scorer:
                     pending.remove(index)
                 if pending:
                     before_RLD = run_layer(layer, before_RLD, extras)
-            rows = [self._rows(batch, hidden_RLD) for hidden_RLD in trials.values()]
-            found = summed_kl(self.head, full_ND, rows)
-            for tried, value in zip(trials, found, strict=True):
+            order = list(trials)
+            rows = [self._rows(batch, trials.pop(tried)) for tried in order]
+            for tried, value in zip(order, summed_kl(self.head, full_ND, rows), strict=True):
                 sums[tried] += value
         advance(len(candidates))
         counted = max(1, sum(len(full_ND) for full_ND in self.full))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from stillhouse.pruning.vocabulary_cut import expected_tokens, kept_token_ids
 from stillhouse.shared_work import ALONE, Processes
 from stillhouse.students.student_config import PrunedStudent
 from stillhouse.teachers.activations import decoder_layers
+from stillhouse.teachers.backbone import lm_head
 
 Summary = dict[str, Any]
 
@@ -150,6 +151,12 @@ def _cut(
             None if text is None else read_text(model, text, seed, dtype)
             for text in (None if heldout is None else rest if len(rest) else windows, heldout)
         ]
+    # The head that was read keeps its pages in memory: the references get the released one.
+    head = lm_head(model)
+    read = [
+        None if one is None else replace(one, reference=replace(one.reference, head=head))
+        for one in read
+    ]
     report = prune_model(
         model,
         windows,
