@@ -31,7 +31,8 @@ def _small_and_alone() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "subprocess", replays.IN_THIS_PROCESS)
         patch.setattr(hardware, "_MATMUL_SECONDS", 0.01)
-        patch.setitem(page._environment().filters, "svg", _named_chart)
+        for folder in ("report", "watch"):
+            patch.setitem(page.environment(folder).filters, "svg", _named_chart)
         yield
 
 
@@ -45,7 +46,7 @@ def charts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports have their charts drawn."""
     from stillhouse.report import page
 
-    monkeypatch.setitem(page._environment().filters, "svg", page.svg)
+    monkeypatch.setitem(page.environment("report").filters, "svg", page.svg)
 
 
 @pytest.hookimpl(wrapper=True)

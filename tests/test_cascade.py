@@ -14,7 +14,7 @@ from stillhouse import account
 from stillhouse.commands import run as run_cascade
 from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.errors import RecipeError, StillhouseError
-from stillhouse.family import family as family_run
+from stillhouse.evaluation.family_evaluation import FAMILY_FILE
 from stillhouse.family.members import first_member, planned_members
 from stillhouse.kinds import kind_of
 from stillhouse.language_model import synthesis_stage as synthesis
@@ -183,7 +183,7 @@ def test_the_familys_page_has_every_member_and_links_to_its_report(
     links = [link for link in page.links if not link.startswith("#")]
     assert links == ["wide/report.html", "narrow/report.html"]
     assert all((result.folder / link).exists() for link in links)
-    data = json.loads((result.folder / family_run.EVALUATION).read_text())
+    data = json.loads((result.folder / FAMILY_FILE).read_text())
     assert [member["name"] for member in data["members"]] == ["wide", "narrow"]
     assert all(member["seconds"] > 0 and member["flops"] > 0 for member in data["members"])
     assert set(data["generations"][0]["answers"]) == {"teacher", "wide", "narrow"}
@@ -277,7 +277,7 @@ def test_a_family_of_another_start_is_planned_from_that(tmp_path: Path) -> None:
 def test_names_of_the_run_folder_are_known(family: tuple[Path, FamilyResult]) -> None:
     folder, _ = family
     names = {
-        family_run.EVALUATION,
+        FAMILY_FILE,
         "signals",
         FAMILY_REPORT,
         REPORT,

@@ -38,6 +38,7 @@ VERBS = (
     "predict",
     "evaluate",
     "report",
+    "watch",
     "doctor",
     "init",
     "schema",

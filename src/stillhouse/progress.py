@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Task as RichTask
@@ -17,6 +18,30 @@ PLAIN_SECONDS = 15.0
 """Seconds between lines if there is no terminal."""
 
 Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Work:
+    """How far a bar is: `done` of `total` units, after so many seconds."""
+
+    name: str
+    done: int
+    total: int
+    unit: str
+    seconds: float
+
+
+_observers: list[Callable[[Work], None]] = []
+
+
+@contextmanager
+def observed(observer: Callable[[Work], None]) -> Iterator[None]:
+    """Inside the block, `observer` is called whenever a bar begins or advances."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
 
 
 class _Rate(ProgressColumn):
@@ -32,6 +57,25 @@ class _Rate(ProgressColumn):
 @contextmanager
 def bar(description: str, total: int, unit: str = "tokens") -> Iterator[Advance]:
     """Shows progress toward `total` units; the caller calls `advance(units)` as work is done."""
+    with _shown(description, total, unit) as advance:
+        began, done = time.monotonic(), 0
+
+        def report(units: int) -> None:
+            nonlocal done
+            done += units
+            for observer in _observers:
+                observer(Work(description, done, total, unit, time.monotonic() - began))
+
+        def both(units: int) -> None:
+            advance(units)
+            report(units)
+
+        report(0)
+        yield both
+
+
+@contextmanager
+def _shown(description: str, total: int, unit: str) -> Iterator[Advance]:
     if console.is_terminal:
         columns = (
             TextColumn("{task.description:<24}", markup=False),

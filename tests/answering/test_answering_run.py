@@ -21,8 +21,7 @@ from stillhouse.errors import DataError, RecipeError, RunError, StillhouseError
 from stillhouse.generation.answer_requests import Answers
 from stillhouse.generation.budget import Spending
 from stillhouse.generation.request import Answer
-from stillhouse.training.checkpoints import read_metrics
-from stillhouse.training.train import METRICS
+from stillhouse.training.checkpoints import METRICS, read_metrics
 from tests.answering import toys
 from tests.generation.stub import Reply, Stub, error
 

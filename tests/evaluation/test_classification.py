@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 from stillhouse.evaluation.classification import (
-    Abstention,
-    ClassificationEvaluation,
     answered,
     calibration_error,
     choose_threshold,
@@ -20,6 +18,7 @@ from stillhouse.evaluation.classification import (
     macro_f1,
     measure,
 )
+from stillhouse.evaluation.classification_results import Abstention, ClassificationEvaluation
 
 P_NC = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7], [0.45, 0.55]])
 TRUE_N = torch.tensor([0, 1, 1, 1])

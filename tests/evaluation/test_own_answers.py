@@ -14,8 +14,9 @@ from stillhouse.evaluation.evaluate import evaluate, evaluate_models
 from stillhouse.evaluation.evaluate_config import EvaluateRecipe, OwnTextRecipe
 from stillhouse.evaluation.own_answers import OwnAnswers, far_on_own_text
 from stillhouse.evaluation.results import Evaluation
-from stillhouse.generation.own_text import OwnText, answer_states, own_text_sums, score_tokens
+from stillhouse.generation.own_text import answer_states, own_text_sums, score_tokens
 from stillhouse.generation.own_text import own_text as means
+from stillhouse.generation.own_text_figures import OwnText
 from stillhouse.hardware import Precision
 from stillhouse.language_model.recipe import Recipe
 

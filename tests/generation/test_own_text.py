@@ -12,7 +12,6 @@ from stillhouse.generation import own_text as module
 from stillhouse.generation.local_generator import LocalGenerator
 from stillhouse.generation.own_text import (
     OwnAnswer,
-    OwnText,
     TokenScores,
     answer_states,
     own_text,
@@ -21,6 +20,7 @@ from stillhouse.generation.own_text import (
     score_tokens,
     write_answers,
 )
+from stillhouse.generation.own_text_figures import OwnText
 from stillhouse.signals import lm_head as lm_head_module
 from tests import tiny
 

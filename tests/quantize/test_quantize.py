@@ -16,9 +16,8 @@ from stillhouse.check import check_recipe
 from stillhouse.commands import prepare_data
 from stillhouse.errors import RecipeError
 from stillhouse.evaluation.fidelity import compare, heldout_answers
-from stillhouse.evaluation.results import Evaluation
+from stillhouse.evaluation.results import EVALUATION, Evaluation
 from stillhouse.language_model.evaluate_stage import plan_evaluation
-from stillhouse.pipeline.engine import EVALUATION
 from stillhouse.quantize.grid import Grid
 from stillhouse.quantize.input_rounding import round_inputs_of, rounded_inputs
 from stillhouse.quantize.quantization import FILE, Quantization

@@ -23,10 +23,10 @@ from stillhouse.teachers.load_model import load_model
 from stillhouse.teachers.local_teacher import LocalTeacher
 from stillhouse.teachers.several_teachers import SeveralTeachers
 from stillhouse.training import draw_rollouts, on_policy, rollouts
-from stillhouse.training.checkpoints import read_metrics
+from stillhouse.training.checkpoints import METRICS, read_metrics
 from stillhouse.training.own_prompts import OwnPrompts
 from stillhouse.training.rollouts import ROLLOUTS, read_rollouts, window_folder
-from stillhouse.training.train import METRICS, TrainingResult, train
+from stillhouse.training.train import TrainingResult, train
 from stillhouse.training.train_config import TrainRecipe
 from stillhouse.training.trainer import DistillationTrainer
 from tests import forks, tiny

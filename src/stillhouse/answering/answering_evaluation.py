@@ -24,6 +24,7 @@ from stillhouse.evaluation.answers import (
     same_json,
     same_text,
 )
+from stillhouse.evaluation.results import EVALUATION
 from stillhouse.generation.chat_frame import answer_text
 from stillhouse.generation.generation_config import Precision
 from stillhouse.generation.helpers import help_main_process, helpers_of
@@ -32,7 +33,6 @@ from stillhouse.generation.request import Answer, Message, Request
 from stillhouse.generation.text_generator import TextGenerator
 from stillhouse.generation.text_teacher import answers_of
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
-from stillhouse.pipeline.engine import EVALUATION
 from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.runfolder import Outcome, Stage, sha
 from stillhouse.shared_work import Processes, all_processes

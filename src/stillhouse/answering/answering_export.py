@@ -12,6 +12,7 @@ from stillhouse.answering.answering_job import AnsweringJob, filled
 from stillhouse.errors import ModelError
 from stillhouse.evaluation.answers import AnswersEvaluation
 from stillhouse.evaluation.metrics import metrics_of
+from stillhouse.evaluation.results import EVALUATION
 from stillhouse.export.checkpoint import export_checkpoint
 from stillhouse.export.gate import Gate
 from stillhouse.export.model_card import ModelCard, write_language_model_card
@@ -19,7 +20,6 @@ from stillhouse.generation.chat_frame import Frame, user_turn
 from stillhouse.generation.request import Message
 from stillhouse.hardware import peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
-from stillhouse.pipeline.engine import EVALUATION
 from stillhouse.pipeline.report_stage import plan_report
 from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.report.answers_report import answers_report
@@ -27,8 +27,8 @@ from stillhouse.report.page import Report
 from stillhouse.report.sections import RunFacts
 from stillhouse.runfolder import Outcome, Stage, write_atomically
 from stillhouse.section import recipe_yaml
-from stillhouse.training.checkpoints import read_metrics
-from stillhouse.training.train import METRICS, MODEL
+from stillhouse.training.checkpoints import METRICS, read_metrics
+from stillhouse.training.train import MODEL
 
 FACTS = "answering.json"
 _REPLAYED = 2

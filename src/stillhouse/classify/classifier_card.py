@@ -8,7 +8,7 @@ from typing import Any
 
 from stillhouse.classify.classifier import Facts
 from stillhouse.classify.classify_job import TaskJob
-from stillhouse.evaluation.classification import ClassificationEvaluation
+from stillhouse.evaluation.classification_results import ClassificationEvaluation
 from stillhouse.evaluation.metrics import metrics_of
 from stillhouse.export.model_card import ModelCard, write_card
 from stillhouse.number_format import percent, size, tiny

@@ -19,16 +19,18 @@ from stillhouse.classify.label_judgment import Judgment, time_teacher
 from stillhouse.classify.labeled_texts import LabeledText
 from stillhouse.classify.task_texts import UNKNOWN, Part, Texts, gold_ids
 from stillhouse.evaluation.classification import (
-    Abstention,
-    ClassificationEvaluation,
-    ClassifierResult,
     answered,
     choose_threshold,
     coverage_curve,
     measure,
 )
+from stillhouse.evaluation.classification_results import (
+    Abstention,
+    ClassificationEvaluation,
+    ClassifierResult,
+)
+from stillhouse.evaluation.results import EVALUATION
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
-from stillhouse.pipeline.engine import EVALUATION
 from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.runfolder import Outcome, Stage
 

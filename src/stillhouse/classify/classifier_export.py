@@ -15,13 +15,13 @@ from stillhouse.classify.classifier_card import (
 )
 from stillhouse.classify.classifier_onnx import ship_onnx
 from stillhouse.classify.classify_job import TaskJob
-from stillhouse.classify.fit import METRICS, MODEL
+from stillhouse.classify.fit import MODEL
 from stillhouse.classify.label_prompts import cut
 from stillhouse.classify.task_texts import Texts
 from stillhouse.errors import ModelError
-from stillhouse.evaluation.classification import ClassificationEvaluation
+from stillhouse.evaluation.classification_results import ClassificationEvaluation
+from stillhouse.evaluation.results import EVALUATION
 from stillhouse.export.classifier_gate import ClassifierRows, replay_classifier
-from stillhouse.pipeline.engine import EVALUATION
 from stillhouse.pipeline.report_stage import plan_report
 from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.progress import note
@@ -30,7 +30,7 @@ from stillhouse.report.page import Report
 from stillhouse.report.sections import RunFacts
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.teachers.older_names import write_older_names
-from stillhouse.training.checkpoints import read_metrics
+from stillhouse.training.checkpoints import METRICS, read_metrics
 
 REPLAY_LIMIT = 1e-4
 """Maximum difference of a probability after a checkpoint is saved and loaded by transformers

@@ -23,7 +23,7 @@ from stillhouse.classify.classify_stages import (
     with_gold,
 )
 from stillhouse.classify.predict_labels import classifier_predictor
-from stillhouse.evaluation.classification import ClassificationEvaluation
+from stillhouse.evaluation.classification_results import ClassificationEvaluation
 from stillhouse.language_model.export_stage import plan_push, pushes, shipped_folder
 from stillhouse.pipeline.kind import ALL, Kind, Link, Step
 from stillhouse.pipeline.report_stage import REPORT

@@ -33,7 +33,7 @@ from stillhouse.training.partition import ProcessBatches, row_loader
 from stillhouse.training.resuming import ResumingTrainer, train_from_newest
 from stillhouse.training.train_config import SCHEDULES
 
-MODEL, METRICS = "model", "metrics.jsonl"
+MODEL = "model"
 Batch = dict[str, Any]
 
 
@@ -88,7 +88,7 @@ def fit(
     steps = planned_steps(section, len(texts))
     folder = out / checkpoints.CHECKPOINTS
     arguments = _arguments(section, together, steps, folder, precision.dtype, seed)
-    file = out / METRICS if processes.leads else None
+    file = out / checkpoints.METRICS if processes.leads else None
     shown = 0
 
     def make(meter: checkpoints.Meter) -> _Fitter:

@@ -25,6 +25,7 @@ from stillhouse.cli.stop_signals import (
     raise_on_signals,
     received,
 )
+from stillhouse.cli.watch_command import watch
 from stillhouse.errors import in_one_line
 from stillhouse.launch import leads, leave_others
 
@@ -232,6 +233,9 @@ def report(
     from stillhouse.terminal import Terminal
 
     Terminal().write_line(f"report  {in_one_line(redraw_report(folder, out))}")
+
+
+app.command()(watch)
 
 
 @app.command()

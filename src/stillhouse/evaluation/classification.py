@@ -6,75 +6,12 @@ Shapes: N texts, C labels.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stillhouse.evaluation.results import Saved
-
-BINS = 15
-
-
-@dataclass(frozen=True)
-class ClassifierResult:
-    """One model on the test texts. Figures against true labels are None if there are none.
-
-    kl: KL(teacher ‖ model) in nats. ece: expected calibration error of the top-1 label, in `BINS`
-    equal bins (Guo et al. 2017, arXiv 1706.04599); ece_teacher uses the teacher's label as the true
-    one. brier: squared distance to the true label, 0 to 2. confusion: [true][predicted], or
-    [teacher's][predicted] if no true labels are known.
-    """
-
-    role: str
-    agreement: float
-    kl: float
-    ece_teacher: float
-    confusion: list[list[int]]
-    accuracy: float | None = None
-    macro_f1: float | None = None
-    ece: float | None = None
-    brier: float | None = None
-    parameters: int | None = None
-    bytes_on_disk: int | None = None
-    texts_per_s: float | None = None
-
-
-@dataclass(frozen=True)
-class Abstention:
-    """threshold: the lowest confidence at which the student answers; None if none is high enough.
-    sureness: the confidence level at which the calibration texts show that it reaches `wanted`.
-
-    coverage: the fraction of the calibration texts that it answers, and `reached` the metric on
-    them; test_*: the same on the test texts, which were not used to choose it.
-    """
-
-    measure: str
-    wanted: float
-    sureness: float
-    threshold: float | None
-    coverage: float
-    reached: float | None
-    test_coverage: float
-    test_reached: float | None
-
-
-@dataclass(frozen=True)
-class ClassificationEvaluation(Saved):
-    labels: list[str]
-    texts: int
-    results: list[ClassifierResult]
-    abstention: Abstention
-    curve: list[tuple[float, float]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def of(self, role: str) -> ClassifierResult | None:
-        return next((result for result in self.results if result.role == role), None)
-
-    @property
-    def has_gold(self) -> bool:
-        return self.results[0].accuracy is not None
+from stillhouse.evaluation.classification_results import BINS, ClassifierResult
 
 
 def measure(role: str, p_NC: Tensor, teacher_NC: Tensor, gold_N: Tensor | None) -> ClassifierResult:

@@ -9,6 +9,9 @@ from itertools import pairwise
 
 from stillhouse.evaluation.results import Generation, ModelResult
 
+FAMILY_FILE = "family.json"
+"""The evaluation of a family, in its run folder."""
+
 
 @dataclass(frozen=True)
 class Member:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from stillhouse import number_format as text
 from stillhouse.evaluation.answers import AnswersEvaluation
-from stillhouse.evaluation.classification import Abstention, ClassificationEvaluation
+from stillhouse.evaluation.classification_results import Abstention, ClassificationEvaluation
 from stillhouse.evaluation.family_evaluation import FamilyEvaluation
 from stillhouse.evaluation.metrics_table import Cell, Column, MetricsTable, Row
 from stillhouse.evaluation.results import Evaluation, ModelResult

@@ -24,7 +24,6 @@ from stillhouse.generation.own_text import (
     ANSWERS_PER_FORWARD,
     FAR,
     OwnAnswer,
-    OwnText,
     TokenScores,
     answer_batches,
     answer_states,
@@ -35,6 +34,7 @@ from stillhouse.generation.own_text import (
     without_padding,
     write_answers,
 )
+from stillhouse.generation.own_text_figures import OwnText
 from stillhouse.generation.token_texts import token_texts
 from stillhouse.launch import process_index, world_size
 from stillhouse.processes import sum_over_processes

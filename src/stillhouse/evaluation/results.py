@@ -12,7 +12,10 @@ from rich.console import Console
 
 from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import RunError
-from stillhouse.generation.own_text import OwnText
+from stillhouse.generation.own_text_figures import OwnText
+
+EVALUATION = "evaluation.json"
+"""The file in the folder of an `evaluate` stage."""
 
 
 @dataclass(frozen=True)

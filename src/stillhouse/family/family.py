@@ -13,7 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stillhouse.evaluation.family_evaluation import CutTeacher, FamilyEvaluation, Member
+from stillhouse.evaluation.family_evaluation import (
+    FAMILY_FILE,
+    CutTeacher,
+    FamilyEvaluation,
+    Member,
+)
 from stillhouse.evaluation.results import Evaluation, Generation, ModelResult
 from stillhouse.export.licenses import Origin
 from stillhouse.family.from_scratch import train_from_scratch
@@ -39,7 +44,6 @@ from stillhouse.report.sections import RunFacts
 from stillhouse.runfolder import RunFolder, Stage, write_atomically
 from stillhouse.training.train import MODEL
 
-EVALUATION = "family.json"
 PRODUCING = (
     "synthesis",
     "data",
@@ -69,7 +73,7 @@ def _find_to_check(recipe: Recipe, base: Path) -> Job:
 
 def _lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
     assert recipe.cascade is not None
-    for name in (EVALUATION, FAMILY_REPORT, REPORT_DATA):
+    for name in (FAMILY_FILE, FAMILY_REPORT, REPORT_DATA):
         folder.require_own(name)
     # A later hop that is not possible is rejected before the first one is computed.
     first = _find(recipe, base)
@@ -81,7 +85,7 @@ def _lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
         job, _ = run_steps(LANGUAGE_MODEL, first, do, only=DATA_STEPS)
         largest = results[0].stage("train").path / MODEL
         found = replace(found, scratch=train_from_scratch(recipe, job, do, largest))
-    write_atomically(folder.root / EVALUATION, found.to_json())
+    write_atomically(folder.root / FAMILY_FILE, found.to_json())
     page = folder.root / FAMILY_REPORT
     write_report(family_report(RunFacts.gather(recipe, first.teacher.described, []), found), page)
     return RunResult(

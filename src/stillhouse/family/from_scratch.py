@@ -15,8 +15,7 @@ from stillhouse.language_model.training_memory import with_shard
 from stillhouse.pipeline.stage_plan import Do
 from stillhouse.runfolder import Stage
 from stillhouse.students.student_config import RandomStudent
-from stillhouse.training.checkpoints import read_metrics
-from stillhouse.training.train import METRICS
+from stillhouse.training.checkpoints import METRICS, read_metrics
 
 MEASUREMENTS = 12
 

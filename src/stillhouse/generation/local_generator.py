@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,8 @@ _AHEAD = 8
 _NUCLEUS = 512
 """The most probable tokens that top_p considers before it sorts the full vocabulary."""
 
+OnToken = Callable[[Sequence[int]], object]
+
 
 @dataclass
 class _Writing:
@@ -41,6 +43,7 @@ class _Writing:
     prompt: TokenPrompt
     chance: torch.Generator
     started: float
+    on_token: OnToken | None = None
     length: int = 0
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -50,6 +53,8 @@ class _Writing:
         self.tokens.append(token)
         if self.prompt.logprobs:
             self.logprobs.append(float(logits_V.float().log_softmax(-1)[token]))
+        if self.on_token is not None:
+            self.on_token(self.tokens)
 
     def choose(self, logits_V: Tensor) -> int:
         """The next token: the most probable at temperature 0, otherwise drawn."""
@@ -75,15 +80,23 @@ class _Writing:
 
 
 class LocalGenerator:
-    """model: a causal language model in eval mode. ends: token ids that end a sequence.
+    """model: a causal language model in eval mode. ends: token ids that end a sequence. on_token:
+    called after each token with its continuation so far; an exception in it ends the generation.
 
     Greedy continuations are those of `model.generate`, token by token, as far as a batch's sums
     round equally. A sampled one depends only on its prompt, up to rounding, and not on its
     neighbours.
     """
 
-    def __init__(self, model: Any, ends: frozenset[int], *, batch: int = BATCH) -> None:
-        self.model, self.ends, self.batch = model, ends, batch
+    def __init__(
+        self,
+        model: Any,
+        ends: frozenset[int],
+        *,
+        batch: int = BATCH,
+        on_token: OnToken | None = None,
+    ) -> None:
+        self.model, self.ends, self.batch, self.on_token = model, ends, batch, on_token
         self.window = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0))
         self.slots = fits_slots(model)
         if batch > 1 and not self.slots and not fits_padding(model):
@@ -97,7 +110,13 @@ class LocalGenerator:
         batch = _Batch(self)
         while ahead := list(itertools.islice(numbered, _AHEAD * self.batch)):
             waiting = [
-                _Writing(number, prompt, torch.Generator().manual_seed(prompt.seed), started)
+                _Writing(
+                    number,
+                    prompt,
+                    torch.Generator().manual_seed(prompt.seed),
+                    started,
+                    self.on_token,
+                )
                 for started in (time.monotonic(),)
                 for number, prompt in ahead
             ]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from stillhouse.data.batches import Batch, positions_of
 from stillhouse.data.shift import IGNORED, supervised_rows
 from stillhouse.generation.generator import Generator, TokenPrompt
+from stillhouse.generation.own_text_figures import OwnText
 from stillhouse.signals import DenseSignal, Fold, LMHead
 from stillhouse.signals.lm_head import (
     folded_log_probabilities,
@@ -66,30 +67,6 @@ class TokenScores:
     def columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The fields in their order."""
         return (self.forward_kl_N, self.reverse_kl_N, self.entropy_N, self.teacher_logprob_N)
-
-
-@dataclass(frozen=True)
-class OwnText:
-    """Measurements of a model's own answers: means over all their tokens, or over all answers.
-
-    forward_kl: KL(teacher ‖ model), and reverse_kl: KL(model ‖ teacher), in nats/token; both are 0
-    for the teacher itself. entropy: of the model, in nats/token. teacher_logprob: the mean
-    log-probability of the answers' tokens under the teacher. length: tokens per answer, with the
-    token that ends it. cut_off: share of answers that the limit ended. repetition: share of 4-grams
-    that occur earlier in the same answer. compared: tokens that a teacher with another tokenizer is
-    compared at, over shared roots; None: all.
-    """
-
-    forward_kl: float
-    reverse_kl: float
-    entropy: float
-    teacher_logprob: float
-    length: float
-    cut_off: float
-    repetition: float
-    answers: int
-    tokens: int
-    compared: int | None = None
 
 
 def write_answers(

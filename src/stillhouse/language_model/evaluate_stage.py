@@ -14,13 +14,13 @@ from stillhouse.data.windows import WindowSet
 from stillhouse.evaluation.evaluate import evaluate, keep_teacher
 from stillhouse.evaluation.evaluate_config import EvaluateRecipe
 from stillhouse.evaluation.kept_teacher import KeptTeacher
+from stillhouse.evaluation.results import EVALUATION
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job
 from stillhouse.language_model.roots_stage import roots_key, teacher_alignment
 from stillhouse.language_model.signals_stage import sharded_loader
 from stillhouse.launch import leads
-from stillhouse.pipeline.engine import EVALUATION
 from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.quantize.input_rounding import round_inputs
 from stillhouse.quantize.quantization import FILE, Quantization

@@ -13,7 +13,7 @@ import torch
 
 from stillhouse.data.draw_windows import draw_windows
 from stillhouse.evaluation.metrics import metrics_of
-from stillhouse.evaluation.results import Evaluation
+from stillhouse.evaluation.results import EVALUATION, Evaluation
 from stillhouse.export.checkpoint import export_checkpoint
 from stillhouse.export.compressed import export_compressed
 from stillhouse.export.gate import Gate, ReplayResult, against_teacher
@@ -28,7 +28,6 @@ from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job
 from stillhouse.language_model.model_origins import origins_of
 from stillhouse.language_model.recipe import Recipe
-from stillhouse.pipeline.engine import EVALUATION
 from stillhouse.pipeline.report_stage import plan_report
 from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.quantize.moments import Moments, input_moments
@@ -39,8 +38,8 @@ from stillhouse.report.sections import RunFacts
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.section import recipe_yaml
 from stillhouse.teachers.load_model import load_model
-from stillhouse.training.checkpoints import read_metrics
-from stillhouse.training.train import METRICS, MODEL
+from stillhouse.training.checkpoints import METRICS, read_metrics
+from stillhouse.training.train import MODEL
 
 
 def plan_export(

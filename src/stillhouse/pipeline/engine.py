@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from stillhouse.evaluation.results import EVALUATION
 from stillhouse.hardware import cores_of, free_memory, tune_allocator
 from stillhouse.launch import (
     end_with_torchrun,
@@ -18,6 +19,7 @@ from stillhouse.launch import (
 from stillhouse.pipeline.kind import ALL, Kind, RunResult, Step
 from stillhouse.pipeline.report_stage import REPORT
 from stillhouse.pipeline.requirements import require_all
+from stillhouse.pipeline.run_progress import expect_steps, recorded
 from stillhouse.pipeline.shared_folder import joining, leading
 from stillhouse.pipeline.stage_plan import Do, StagePlan, doing
 from stillhouse.pipeline.waiting import wait_for_main_process
@@ -27,7 +29,7 @@ from stillhouse.runfolder import NamedRecipe, RunFolder, Stage, run_root, write_
 from stillhouse.scratch import scratch_in
 from stillhouse.section import recipe_yaml
 
-EVALUATION, RECIPE = "evaluation.json", "recipe.yaml"
+RECIPE = "recipe.yaml"
 RESOLVED = "# The resolved recipe of this run; every start writes it again.\n"
 
 
@@ -39,7 +41,10 @@ def run_kind(kind: Kind, recipe: Any, base: Path) -> RunResult | None:
     tune_allocator()
     end_with_torchrun()
     if leads():
-        with leading(run_root(recipe), locked_folder(recipe)) as folder:
+        with (
+            leading(run_root(recipe), locked_folder(recipe)) as folder,
+            recorded(folder, base),
+        ):
             return lead(kind, recipe, base, folder)
     with followed_folder(recipe) as folder:
         if kind.follow is not None:
@@ -59,7 +64,8 @@ def lead(kind: Kind, recipe: Any, base: Path, folder: RunFolder, job: Any = None
     if job is None:
         job = kind.find(recipe, base)
         require_all(kind, job)
-    applying = {step.name for step in kind.steps if step.applies(job)}
+    applying = [step.name for step in kind.steps if step.applies(job)]
+    expect_steps(folder, applying)
     links = {name: link for name, link in kind.links(job).items() if link[0] in applying}
     for name in links:
         folder.require_free(name)

@@ -10,6 +10,7 @@ from typing import Any
 
 from stillhouse.hardware import cores_of, free_memory, tune_allocator
 from stillhouse.launch import processes_here, world_size
+from stillhouse.pipeline.run_progress import recorded_step
 from stillhouse.processes import lost_process
 from stillhouse.runfolder import Outcome, RunFolder, Stage
 from stillhouse.teachers.load_model import check_loadable
@@ -57,8 +58,13 @@ def doing(folder: RunFolder) -> Do:
             if found is not None and plan.missing(found):
                 shutil.rmtree(found.path)
         here, all_ = (processes_here(), world_size()) if plan.together else (1, 1)
-        with cores_of(here), lost_process(all_):
-            return folder.stage(
+        key = folder.key(plan.name, plan.depends_on)
+        with (
+            recorded_step(folder, plan.name, f"{plan.name}-{key}") as finished,
+            cores_of(here),
+            lost_process(all_),
+        ):
+            stage = folder.stage(
                 plan.name,
                 plan.depends_on,
                 plan.work,
@@ -66,6 +72,8 @@ def doing(folder: RunFolder) -> Do:
                 scratch=plan.scratch,
                 check=plan.check,
             )
+            finished.append(stage)
+        return stage
 
     return do
 

@@ -48,8 +48,9 @@ from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.older_names import save_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.teacher import Teacher
+from stillhouse.training.checkpoints import METRICS
 from stillhouse.training.own_prompts import OwnPrompts
-from stillhouse.training.train import METRICS, MODEL, TrainingResult, train
+from stillhouse.training.train import MODEL, TrainingResult, train
 from stillhouse.training.train_config import TrainRecipe
 
 TRAINING = "training"

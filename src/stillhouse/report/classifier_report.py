@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stillhouse import number_format as text
-from stillhouse.evaluation.classification import ClassificationEvaluation
+from stillhouse.evaluation.classification_results import ClassificationEvaluation
 from stillhouse.evaluation.metrics import abstention_sentence, metrics_of
 from stillhouse.evaluation.metrics_table import MetricsTable
 from stillhouse.evaluation.roles import role_name

@@ -13,7 +13,7 @@ from stillhouse.evaluation.results import Evaluation, ModelResult
 from stillhouse.evaluation.roles import role_name, role_order
 from stillhouse.report.charts import Chart, LineChart, dot, in_units
 from stillhouse.report.formats import KL_LABEL, Replays, forms, forms_section
-from stillhouse.report.history import Rows, median, series, training_charts
+from stillhouse.report.history import Rows
 from stillhouse.report.own_text_report import own_text_section
 from stillhouse.report.page import Answer, Figure, Report, Section, SideBySide
 from stillhouse.report.palette import ACCENT, MUTED, role_color
@@ -25,6 +25,7 @@ from stillhouse.report.sections import (
     generations_section,
     notes_section,
 )
+from stillhouse.report.training_report import kl_temperature, training_section
 
 OPTIMAL_TOKENS = 20
 """Training tokens per parameter above which more parameters are the better use of FLOPs
@@ -174,32 +175,6 @@ def speed_charts(models: Sequence[ModelResult]) -> list[Chart]:
         return []
     x_label, y_label = "decoding speed (tokens/s)", "top-1 agreement (%)"
     return [LineChart("Quality against speed", x_label, y_label, dots)]
-
-
-def kl_temperature(recipe: Mapping[str, Any]) -> float:
-    """The temperature of the objective's KL on the output logits."""
-    terms = recipe.get("objective", {}).get("terms", [])
-    of_output = (t for t in terms if t.get("divergence") == "forward_kl" and not t.get("layers"))
-    return next((float(t["temperature"]) for t in of_output), 1.0)
-
-
-def training_section(history: Rows, temperature: float = 1.0) -> Section:
-    """The curves of a training on tokens."""
-    charts = training_charts(history, "token", temperature)
-    facts = _training_facts(history) if charts else []
-    return Section("Training", "training", charts=[*charts], facts=facts)
-
-
-def _training_facts(history: Rows) -> list[tuple[str, str]]:
-    steps, tokens = series(history, "tokens", "step")
-    facts = [("Steps", text.count(max(steps))), ("Training tokens", text.count(max(tokens)))]
-    rate = median(history, "tokens_per_s")
-    if rate is not None:
-        facts.append(("Throughput, median", f"{text.digits(rate)}{text.NBSP}tokens/s"))
-    _, learning_rates = series(history, "learning_rate")
-    if learning_rates:
-        facts.append(("Highest learning rate", text.power_of_ten(max(learning_rates))))
-    return facts
 
 
 # --- costs, student, exports -------------------------------------------------------------------

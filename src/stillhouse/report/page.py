@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -181,7 +181,7 @@ def redraw_report(folder: Path, out: Path | None = None) -> Path:
 
 def render(report: Report) -> str:
     """The page as text; every string of the report is escaped."""
-    return _environment().get_template("page.html.j2").render(report=report)
+    return environment("report").get_template("page.html.j2").render(report=report)
 
 
 def svg(chart: Chart, key: str) -> Markup:
@@ -192,16 +192,18 @@ def svg(chart: Chart, key: str) -> Markup:
 
 
 @cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("stillhouse", "report"),
+def environment(folder: str) -> Environment:
+    """Templates of a folder of this package, and of the report, whose `section.html.j2` renders
+    sections."""
+    found = Environment(
+        loader=ChoiceLoader([PackageLoader("stillhouse", name) for name in (folder, "report")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     css = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
-    environment.globals["css"] = Markup(css)
-    environment.filters["svg"] = svg
-    environment.filters["color"] = role_color
-    return environment
+    found.globals["css"] = Markup(css)
+    found.filters["svg"] = svg
+    found.filters["color"] = role_color
+    return found

@@ -21,7 +21,7 @@ from stillhouse.progress import note
 from stillhouse.runfolder import flush_tree, write_atomically
 
 COMPLETE = "complete.json"
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
 """The folder of a training that has them."""
 _NAME = re.compile("checkpoint-[0-9]+")
 

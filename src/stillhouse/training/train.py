@@ -27,7 +27,7 @@ from stillhouse.scratch import temporary_folder
 from stillhouse.students.student import Student
 from stillhouse.teachers.teacher import Teacher
 from stillhouse.training import checkpoints
-from stillhouse.training.checkpoints import CHECKPOINTS, Meter, Metrics
+from stillhouse.training.checkpoints import CHECKPOINTS, METRICS, Meter, Metrics
 from stillhouse.training.compact_adamw import compact_optimizer
 from stillhouse.training.draw_rollouts import rollout_generator
 from stillhouse.training.on_policy import own_text
@@ -39,7 +39,6 @@ from stillhouse.training.train_config import SCHEDULES, TrainRecipe
 from stillhouse.training.trainer import DistillationTrainer
 
 MODEL = "model"
-METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)

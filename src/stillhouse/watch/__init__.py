@@ -1,0 +1,1 @@
+"""A live page of runs, and a chat with their models."""

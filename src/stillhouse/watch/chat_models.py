@@ -1,0 +1,253 @@
+"""The chat's models, loaded once, and their answers.
+
+Answers come from the code that generates text everywhere else: the model's own chat template, the
+same tokens that end an answer, strings of control tokens as text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+import torch
+
+from stillhouse import number_format as text
+from stillhouse.account import count_parameters
+from stillhouse.answering.answering_config import AnsweringRecipe
+from stillhouse.answering.answering_job import AnsweringJob
+from stillhouse.classify.classifier import load_classifier
+from stillhouse.classify.classify_config import ClassifyRecipe
+from stillhouse.classify.label_judgment import Judgment
+from stillhouse.classify.label_prompts import LabelPrompt, prompt_tokens
+from stillhouse.classify.label_scoring import score_labels
+from stillhouse.classify.targets import distributions
+from stillhouse.config.load_recipe import AnyRecipe, load_recipe
+from stillhouse.data.chat_prompt import chat_ids, text_ids
+from stillhouse.data.reasoning import Marks, decode_with_marks
+from stillhouse.data.turn_end import end_of_answers
+from stillhouse.errors import ModelError, StillhouseError
+from stillhouse.generation.chat_frame import MARK_TOKENS
+from stillhouse.generation.generator import TokenPrompt
+from stillhouse.generation.local_generator import LocalGenerator
+from stillhouse.hardware import choose_precision, default_device, free_memory
+from stillhouse.pipeline.engine import RECIPE
+from stillhouse.runfolder import answers_path
+from stillhouse.teachers.load_model import load_model, load_tokenizer
+from stillhouse.teachers.model_source import resolve_model
+from stillhouse.teachers.model_without_weights import model_without_weights
+from stillhouse.training.train import MODEL
+
+ROLES = ("student", "teacher")
+"""In the order in which they answer: the faster one first."""
+SHOWN_LABELS = 5
+_TRAINED = ("qat", "quantize", "train")
+"""Steps whose `model` is the student; the first of these that is finished."""
+
+Say = Callable[[dict[str, Any]], None]
+Show = Callable[[str], None]
+
+
+class StoppedError(Exception):
+    """The user does not want the rest of the answer."""
+
+
+class Speaker(Protocol):
+    def answer(self, request: Mapping[str, Any], role: str, show: Show) -> str:
+        """Show the text as it grows; returns a note on it. Raises ModelError."""
+        ...
+
+
+class ChatModels:
+    """The models of the last run that was used."""
+
+    def __init__(self) -> None:
+        self._of: tuple[str, ...] = ()
+        self._speakers: dict[str, Speaker] = {}
+
+    def answer(self, request: Mapping[str, Any], say: Say, stopped: Callable[[], bool]) -> None:
+        """Answer with both models, one after the other. An error is an event of its model, and the
+        other one answers anyway."""
+        folders: Mapping[str, str] = request["folders"]
+        of = request["root"], *(folders.get(name, "") for name in _TRAINED)
+        if of != self._of:
+            self._of, self._speakers = of, {}
+            free_memory()
+        for role in ROLES:
+            if stopped():
+                return
+            try:
+                self._answer(request, role, say, stopped)
+            except StoppedError:
+                return
+            except StillhouseError as error:
+                say({"role": role, "error": f"{error.what}. {error.fix or ''}".strip()})
+            except (MemoryError, torch.OutOfMemoryError):
+                self._speakers.clear()
+                free_memory()
+                say({"role": role, "error": "memory ran out: both models are unloaded"})
+            # Of a model's own code, or a template: a program that fails in any way.
+            except Exception as error:
+                say({"role": role, "error": f"{type(error).__name__}: {error}"})
+
+    def _answer(
+        self, request: Mapping[str, Any], role: str, say: Say, stopped: Callable[[], bool]
+    ) -> None:
+        if role not in self._speakers:
+            say({"state": f"loading the {role}"})
+            self._speakers[role] = load_speaker(request, role)
+        say({"state": f"the {role} answers"})
+
+        def show(answer: str) -> None:
+            say({"role": role, "text": answer})
+            if stopped():
+                raise StoppedError
+
+        note = self._speakers[role].answer(request, role, show)
+        say({"role": role, "note": note})
+
+
+def load_speaker(request: Mapping[str, Any], role: str) -> Speaker:
+    """Raises ModelError if the model is not here, or not yet; RecipeError."""
+    root = Path(request["root"])
+    recipe = load_recipe(root / RECIPE)
+    base = Path(request["base"] or Path.cwd())
+    folders = {name: Path(path) for name, path in request["folders"].items()}
+    code = recipe.teacher.trust_remote_code
+    if isinstance(recipe, ClassifyRecipe):
+        return _classifying_speaker(recipe, role, root, base, folders)
+    folder = _student(folders) if role == "student" else _teacher(recipe, base)
+    messages = None
+    if isinstance(recipe, AnsweringRecipe):
+        job = AnsweringJob(recipe, base, None, answers_path(recipe))
+        messages = job.student_messages if role == "student" else job.teacher_messages
+    return LanguageModelSpeaker(*_loaded(folder, code), messages)
+
+
+def _student(folders: Mapping[str, Path]) -> Path:
+    """The folder of the trained student. Raises ModelError if it is not trained yet."""
+    found = next((folders[name] / MODEL for name in _TRAINED if name in folders), None)
+    if found is None:
+        raise ModelError("the student is not trained yet", fix="wait for the step `train`")
+    return resolve_model(str(found), base=Path.cwd()).path
+
+
+def _teacher(recipe: AnyRecipe, base: Path) -> Path:
+    """The folder of the local teacher. Raises ModelError if it is not on this machine."""
+    section = recipe.teacher
+    if not section.model:
+        raise ModelError(
+            "the teacher is served by an API", fix="the chat has only models of this machine"
+        )
+    return resolve_model(section.model, revision=section.revision, base=base).path
+
+
+def _loaded(folder: Path, code: bool) -> tuple[Any, Any]:
+    """A model on its device, and its tokenizer. Raises ModelError if it would not fit."""
+    device = default_device()
+    dtype = choose_precision("auto", device).dtype
+    planned = model_without_weights(folder, trust_remote_code=code)
+    need = count_parameters(planned).total * dtype.itemsize
+    free = psutil.virtual_memory().available
+    if need > free:
+        raise ModelError(
+            f"this model needs {text.size(need)} of memory, and {text.size(free)} are free",
+            where=folder,
+            fix="close other programs, or wait for the end of the training",
+        )
+    model = load_model(folder, dtype=dtype, trust_remote_code=code).to(device)
+    return model, load_tokenizer(folder, trust_remote_code=code)
+
+
+@dataclass
+class LanguageModelSpeaker:
+    """messages: the prompt of a task around a text; None for a conversation."""
+
+    model: Any
+    tokenizer: Any
+    messages: Callable[[str], Sequence[Mapping[str, Any]]] | None
+
+    def answer(self, request: Mapping[str, Any], role: str, show: Show) -> str:
+        ids = self._prompt(request, role)
+        opened = Marks.of(self.tokenizer).opened(self.tokenizer.decode(ids[-MARK_TOKENS:]))
+
+        def show_tokens(tokens: Sequence[int]) -> None:
+            answer = opened + decode_with_marks(self.tokenizer, tokens)
+            show(answer.rstrip("\N{REPLACEMENT CHARACTER}"))  # part of a character
+
+        ends = end_of_answers(self.tokenizer, self.model.generation_config)
+        generator = LocalGenerator(self.model, ends, batch=1, on_token=show_tokens)
+        most = int(request["max_tokens"])
+        if generator.window:
+            most = min(most, generator.window - len(ids))
+        if most < 1:
+            raise ModelError(
+                f"the conversation has {len(ids):,} tokens, and the model reads "
+                f"{generator.window:,}",
+                fix="begin a new chat",
+            )
+        temperature, seed = float(request["temperature"]), int(request["id"])
+        prompt = TokenPrompt(ids, most, temperature, seed=seed)
+        ((_, written),) = generator.generate([prompt])
+        rate = len(written.ids) / max(written.seconds, 1e-9)
+        end = "" if written.stop == "stop" else ", cut off"
+        return f"{len(written.ids):,} tokens{end}, {text.digits(rate)} tokens/s"
+
+    def _prompt(self, request: Mapping[str, Any], role: str) -> list[int]:
+        """Without a chat template, the prompt is text to continue."""
+        prompt: str = request["prompt"]
+        if self.messages is not None:
+            return chat_ids(self.tokenizer, self.messages(prompt))
+        if not getattr(self.tokenizer, "chat_template", None):
+            return text_ids(self.tokenizer, prompt, start=True)
+        marks, messages = Marks.of(self.tokenizer), []
+        for turn in request["turns"]:
+            if answer := turn["answers"].get(role):
+                messages += [
+                    {"role": "user", "content": turn["prompt"]},
+                    {"role": "assistant", "content": marks.split(answer).answer},
+                ]
+        return chat_ids(self.tokenizer, [*messages, {"role": "user", "content": prompt}])
+
+
+# --- classifiers ---------------------------------------------------------------------------------
+
+
+@dataclass
+class LabelSpeaker:
+    """probabilities: of each label for a text."""
+
+    probabilities: Callable[[str], Mapping[str, float]]
+
+    def answer(self, request: Mapping[str, Any], role: str, show: Show) -> str:
+        found = self.probabilities(request["prompt"])
+        best = sorted(found.items(), key=lambda one: -one[1])
+        show("\n".join(f"{label}  {text.percent(p, 1)}" for label, p in best[:SHOWN_LABELS]))
+        return f"the {SHOWN_LABELS} likeliest of {len(best)} labels" if best[SHOWN_LABELS:] else ""
+
+
+def _classifying_speaker(
+    recipe: ClassifyRecipe, role: str, root: Path, base: Path, folders: Mapping[str, Path]
+) -> LabelSpeaker:
+    if "export" not in folders:
+        raise ModelError("the student is not exported yet", fix="wait for the step `export`")
+    dtype = choose_precision("auto", default_device()).dtype
+    student = load_classifier(root / MODEL, dtype=dtype)
+    labels = student.facts.labels
+    if role == "student":
+        return LabelSpeaker(
+            lambda text: dict(zip(labels, student.probabilities([text])[0].tolist(), strict=True))
+        )
+    prior_C = Judgment.load(folders["judgment"]).prior(recipe)
+    code = recipe.teacher.trust_remote_code
+    model, tokenizer = _loaded(_teacher(recipe, base), code)
+    prompt = LabelPrompt.of(recipe.task, labels)
+    words = prompt_tokens(prompt, tokenizer, recipe.data.max_tokens)
+
+    def probabilities(text: str) -> Mapping[str, float]:
+        ((_, scores_NC),) = score_labels(model, words.of([text]), words.labels)
+        return dict(zip(labels, distributions(scores_NC, prior_C)[0].tolist(), strict=True))
+
+    return LabelSpeaker(probabilities)

@@ -1,0 +1,67 @@
+"""The chat's process: `python -m stillhouse.watch.chat_process THREADS`.
+
+Reads requests as lines of JSON from standard input, and writes their events as lines of JSON to
+standard output. Ends when standard input does, so that it never outlives the server.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+
+def be_modest(threads: int) -> None:
+    """Run after everything else: lowest priority, few threads, and first to go if memory ends."""
+    os.nice(19)
+    with suppress(OSError):  # on Linux only
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def read_requests(
+    source: IO[str], requests: queue.SimpleQueue[dict[str, Any]], stopped: set[int]
+) -> None:
+    for line in source:
+        message = json.loads(line)
+        if "stop" in message:
+            stopped.add(message["stop"])
+        else:
+            requests.put(message)
+    os._exit(0)
+
+
+def main(threads: int) -> None:
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print is not an event
+    requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    stopped: set[int] = set()
+    arguments = (sys.stdin, requests, stopped)
+    threading.Thread(target=read_requests, args=arguments, daemon=True).start()
+
+    def say(event: dict[str, Any]) -> None:
+        events.write(json.dumps(event) + "\n")
+        events.flush()
+
+    say_first = requests.get()
+    say({"state": "starting"})
+    be_modest(threads)
+    from stillhouse.watch.chat_models import ChatModels
+
+    models, request = ChatModels(), say_first
+    while True:
+        number = request["id"]
+        models.answer(request, say, lambda number=number: number in stopped)  # type: ignore[misc]
+        say({"end": number})
+        request = requests.get()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
