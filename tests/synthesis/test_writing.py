@@ -25,7 +25,7 @@ pytestmark = pytest.mark.run
 
 COMBINE = {
     "templates": ["Questions about {topic} of {persona}", "Riddles"],
-    "values": {"topic": ["tides", "bread"], "persona": ["a child", "a cook"]},
+    "values": {"topic": ["tides", "bread"], "persona": ["a sailor", "a cook"]},
 }
 WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heath")
 
@@ -68,9 +68,9 @@ def teacher(number: int, payload: dict[str, Any]) -> Reply:
 def test_every_template_with_every_combination_of_its_values() -> None:
     section = CombineRecipe.model_validate(COMBINE)
     assert combinations(section) == [
-        "Questions about tides of a child",
+        "Questions about tides of a sailor",
         "Questions about tides of a cook",
-        "Questions about bread of a child",
+        "Questions about bread of a sailor",
         "Questions about bread of a cook",
         "Riddles",
     ]

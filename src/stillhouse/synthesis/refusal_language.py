@@ -1,90 +1,48 @@
-"""How a language refuses: patterns and lists of words, read from `refusal_languages/*.toml`.
+"""Classes of words with which a language refuses or answers, from `refusal_languages/*.toml`.
 
-Patterns match one clause: lowercase words, a space before and after each, no punctuation. Only
-`script` and `letter` match the text itself. A word of a list stands for all words that begin with
-it, and with `$` at its end only for itself. `<name>` in a pattern is the pattern of that name in
-the table `parts`.
+A class is a list of patterns or of words. It is matched with one clause: lowercase words, a space
+before and after each, no punctuation. A word of a list stands for all words that begin with it, and
+with `$` at its end only for itself. `<name>` in a pattern is the pattern of that name in the table
+`parts`.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import tomllib
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
-NEVER = re.compile(r"(?!)")
 NAMES = (
     "english", "german", "french", "spanish", "portuguese", "italian", "russian", "japanese",
     "chinese",
 )  # fmt: skip
 """Japanese comes before Chinese, whose characters it uses."""
+CLAUSES = 8
+"""How many clauses of a text are used."""
+
+_NEVER = re.compile(r"(?!)")
+_CLAUSE_END = re.compile(
+    r"[.!?;:,\n—–。！？；，、](?:(?<=[.!?;:])\s+|(?<=[\n—–。！？；])"
+    r"|(?<=,)(?<!can,)\s+(?=(?:but|however|aber|jedoch|mais|pero|mas|porém|ma|но|однако)\b)"
+    r"|(?<=[，、,])(?=但|不过|可以)|(?<=[がけ][、，]))"
+)
+_WORD_GAP = re.compile(r"[^\w'\n]+")
 
 
 @dataclass(frozen=True)
 class Language:
-    # What a model says when it refuses.
-    denies: re.Pattern[str]  # "I can't", "I won't", "I'm not allowed to"
-    declines: re.Pattern[str] = NEVER  # "I decline"
-    lacks: re.Pattern[str] = NEVER  # "I don't have access"
-    policy: re.Pattern[str] = NEVER  # "it is against my guidelines", "count me out"
-    impersonal: re.Pattern[str] = NEVER  # "nobody can know"; weaker than the others
-    no: re.Pattern[str] = NEVER  # "No." before anything else
-    judges: re.Pattern[str] = NEVER  # "it is illegal"
+    """classes: patterns by name. script: its characters, if no other language has them. frequent:
+    words that tell it from the others. adverbs: left out."""
 
-    # What it refuses.
-    answering: tuple[str, ...] = ()  # acts of models: help, provide, discuss
-    deeds: tuple[str, ...] = ()  # acts of models and people: give, make, see
-    reach: int = 0  # characters after the denial in which the act stands; 0: the complete clause
-    infinitive: str = ""  # ends a denial that an act follows: " to"
-    bare: re.Pattern[str] = NEVER  # an act without an object, or with a pronoun
-    request: tuple[str, ...] = ()  # what it is about: this, question, advice
-    disclaims: re.Pattern[str] = NEVER  # an act that answers often disclaim first: see, predict
-
-    # What makes a refusal likely.
-    bound: tuple[str, ...] = ()  # denials of what is allowed or wanted
-    model: tuple[str, ...] = ()
-    rules: tuple[str, ...] = ()
-    harm: tuple[str, ...] = ()
-    offer: tuple[str, ...] = ()
-    sorry: tuple[str, ...] = ()
-    you: tuple[str, ...] = ()
-
-    # What makes an answer likely.
-    idioms: re.Pattern[str] = NEVER  # after a denial: "wait to see you"
-    everyday: re.Pattern[str] = NEVER  # "tonight", "my keys"
-    narrated: re.Pattern[str] = NEVER  # "she said"
-    letter: re.Pattern[str] = NEVER  # "Dear ...", "Best regards"
-    complies: re.Pattern[str] = NEVER  # "Sure"
-    here: re.Pattern[str] = NEVER  # "here is"
-    turn: re.Pattern[str] = NEVER  # "but"
-    instead: tuple[str, ...] = ()  # what comes is not what was requested
-    talk: re.Pattern[str] = NEVER  # offers, advice, reasons: no content
-
-    # What the prompt says.
-    writing: re.Pattern[str] = NEVER  # requests a text
-    declining: re.Pattern[str] = NEVER  # ... that declines
-    definition: re.Pattern[str] = NEVER  # asks what something is, or whether it is right
-    about_model: re.Pattern[str] = NEVER  # asks what the model is or does
-
-    # The language itself.
-    spaced: bool = True  # words have spaces between them
-    script: re.Pattern[str] = NEVER
-    frequent: frozenset[str] = frozenset()
-    stop: frozenset[str] = frozenset()  # words that a refusal and any prompt may share
-    contractions: tuple[tuple[str, str], ...] = ()
-    adverbs: re.Pattern[str] = NEVER  # left out
-
-    @cached_property
-    def refusing(self) -> tuple[re.Pattern[str], ...]:
-        """One of them matches in every refusal."""
-        patterns = (
-            self.denies, self.policy, self.lacks, self.declines, self.impersonal, self.no,
-            self.judges,
-        )  # fmt: skip
-        return tuple(pattern for pattern in patterns if pattern is not NEVER)
+    classes: tuple[tuple[str, re.Pattern[str]], ...]
+    script: re.Pattern[str]
+    frequent: frozenset[str]
+    contractions: tuple[tuple[str, str], ...]
+    adverbs: re.Pattern[str]
 
 
 @cache
@@ -94,27 +52,61 @@ def languages() -> tuple[Language, ...]:
     return tuple(_language(tomllib.loads(text)) for text in texts)
 
 
+def language_of(text: str, prompt: str) -> Language:
+    """The language whose script or frequent words a text has; English if none is clear."""
+    for language in languages() if not text.isascii() else ():
+        if language.script.search(text, 0, 300):
+            return language
+    found, asked = _words(text), _words(prompt)
+    return max(
+        languages(),
+        key=lambda language: 3 * len(found & language.frequent) + len(asked & language.frequent),
+    )
+
+
+def _words(text: str) -> set[str]:
+    return set(_WORD_GAP.split(text[:200].lower().replace("'", " ")))
+
+
+def clauses(text: str) -> list[str]:
+    """The first CLAUSES clauses that have letters or digits."""
+    ends = [found.end() for found in _CLAUSE_END.finditer(text)]
+    cuts = itertools.pairwise([0, *ends, len(text)])
+    found = (text[start:end].strip() for start, end in cuts)
+    said = (clause for clause in found if any(map(str.isalnum, clause)))
+    return list(itertools.islice(said, CLAUSES))
+
+
+def spaced(text: str, language: Language) -> str:
+    """Lowercase words, each between spaces; contractions written out, adverbs left out."""
+    text = f" {_WORD_GAP.sub(' ', text.lower()).strip()} "
+    for contraction, meant in language.contractions:
+        text = text.replace(contraction, meant)
+    return language.adverbs.sub("", text)
+
+
 def _language(read: dict[str, Any]) -> Language:
     parts: dict[str, str] = read.pop("parts", {})
-    spaced = read.get("spaced", True)
-    values: dict[str, Any] = {}
+    has_spaces = read.pop("spaced", True)
+    script, adverbs = (read.pop(name, None) for name in ("script", "adverbs"))
+    frequent = frozenset(_listed(read.pop("frequent", "")))
+    contractions = tuple((written, meant) for written, meant in read.pop("contractions", []))
+    classes = {}
     for name, value in read.items():
-        if name == "contractions":
-            values[name] = tuple((written, meant) for written, meant in value)
-        elif isinstance(value, list):
-            end = "(?= |$)" if name == "denies" and spaced else ""
-            values[name] = re.compile(_either(value, parts) + end, re.MULTILINE)
-        elif name in ("script", "adverbs"):
-            values[name] = re.compile(value)
-        elif name in ("frequent", "stop"):
-            values[name] = frozenset(_words(value))
-        elif isinstance(value, str) and name != "infinitive":
-            values[name] = tuple(
-                (" " if spaced else "") + word.replace("$", " ") for word in _words(value)
-            )
+        if isinstance(value, str):
+            start = " " if has_spaces else ""
+            words = (re.escape(word).replace(r"\$", " ") for word in _listed(value))
+            classes[name] = re.compile(f"{start}(?:{'|'.join(words)})")
         else:
-            values[name] = value
-    return Language(**values)
+            end = "(?= |$)" if name == "denies" and has_spaces else ""
+            classes[name] = re.compile(_either(value, parts) + end)
+    return Language(
+        classes=tuple(classes.items()),
+        script=re.compile(script) if script else _NEVER,
+        frequent=frequent,
+        contractions=contractions,
+        adverbs=re.compile(adverbs) if adverbs else _NEVER,
+    )
 
 
 def _either(patterns: list[str], parts: dict[str, str]) -> str:
@@ -129,5 +121,5 @@ def _either(patterns: list[str], parts: dict[str, str]) -> str:
     return "(?:" + "|".join(found) + ")"
 
 
-def _words(listed: str) -> list[str]:
-    return [word.strip() for line in listed.splitlines() for word in line.split("|") if word]
+def _listed(text: str) -> list[str]:
+    return [word.strip() for line in text.splitlines() for word in line.split("|") if word]
