@@ -68,6 +68,7 @@ def test_other_errors_stay_what_they_are(processes: int, said: str) -> None:
 
 
 def test_one_process_of_a_machine_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in range(2):
         monkeypatch.setattr(launch, "_has_reported", False)  # as in another process
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", f"{tmp_path}/{rank}/error.json")
@@ -76,11 +77,17 @@ def test_one_process_of_a_machine_reports(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_each_process_reports_without_a_folder_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for file in ("", "/nowhere/0/error.json"):
         monkeypatch.setattr(launch, "_has_reported", False)
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", file)
         assert may_report()
         assert not may_report()
+
+
+def test_a_process_alone_reports_every_error() -> None:
+    assert may_report()
+    assert may_report()
 
 
 @pytest.mark.parametrize(

@@ -364,6 +364,7 @@ def test_a_student_with_other_tokens(tmp_path: Path) -> None:
     vocabulary = core["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     path.write_text(json.dumps(core))
+    raw["teacher"]["tokenizer"] = "same"
     raw["student"] = {"start": "pretrained", "model": str(tmp_path / "other")}
     refused(raw, ModelError, "token")
     assert not (tmp_path / "run" / "stages").exists() or not list(

@@ -53,9 +53,11 @@ def is_on_this_machine(index: int) -> bool:
 
 
 def may_report() -> bool:
-    """Whether this process prints why the run ends: True for the first one on this machine that
-    calls this, and once; most errors are found by every process."""
+    """Whether this process prints why the run ends. Of the processes of a torchrun, the first one on
+    this machine that calls this does, and once: most errors are found by every process."""
     global _has_reported
+    if world_size() == 1:
+        return True
     first, _has_reported = not _has_reported, True
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not first or not file:
