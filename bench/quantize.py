@@ -1,8 +1,8 @@
-"""The cost of rounding the demo's student to int4, what QAT recovers, and the exports.
+"""The cost of rounding a student to int4, what QAT recovers, and the exports.
 
     make bench NAME=quantize
 
-The student of recipes/demo.yaml, rounded to int4 in groups of 32, its embeddings included: KL to
+The student of recipes/pruned.yaml, rounded to int4 in groups of 32, its embeddings included: KL to
 the teacher on the recipe's held-out tokens before, after rounding, and after quantization-aware
 distillation on 30,000 tokens. `--control` adds the same student trained on the same tokens without
 rounding, then rounded, which shows the effect of the tokens alone. Then the seconds that exports
@@ -38,7 +38,7 @@ from stillhouse.teachers.local_teacher import load_teacher
 from stillhouse.teachers.teacher import Teacher
 from stillhouse.training.train import MODEL, train
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
+RECIPE = Path(__file__).parents[1] / "recipes" / "pruned.yaml"
 QAT_TOKENS = 30_000
 FORMATS = ("f16", "q8_0")
 
@@ -61,7 +61,9 @@ class Bench:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--student", type=Path, help="one trained already; none: the demo is run")
+    parser.add_argument(
+        "--student", type=Path, help="one trained already; none: recipes/pruned.yaml is run"
+    )
     parser.add_argument(
         "--learning-rate", type=float, default=QatRecipe.model_fields["learning_rate"].default
     )
@@ -181,7 +183,7 @@ def exports(bench: Bench) -> dict[str, Any]:
     found = {}
     for kind in FORMATS:
         began, spent = time.monotonic(), cpu_seconds()
-        replay = export_gguf(gate, bench.folder / "exports" / kind, kind=kind, name="demo")
+        replay = export_gguf(gate, bench.folder / "exports" / kind, kind=kind, name="pruned")
         found[kind] = {
             "seconds": round(time.monotonic() - began, 1),
             "cpu_seconds": round(cpu_seconds() - spent, 1),

@@ -1,11 +1,12 @@
-"""Training throughput of the demo's step, as a fraction of this machine's matrix product rate.
+"""Training throughput of a distillation step, as a fraction of this machine's matrix product rate.
 
     make bench NAME=step
 
-Teacher forward + student forward and backward + optimizer, with the demo's models and batch, as the
-trainer runs it. FLOPs are counted as 6·P_s + 2·P_t per token, embeddings once, as the head. The
-product rate is measured in the same process, before and after the steps. Each round takes `--steps`
-optimizer steps, plus as many of plain fine-tuning and of distillation from a signal store.
+Teacher forward + student forward and backward + optimizer, with the models and the batch of
+recipes/pruned.yaml, as the trainer runs it. FLOPs are counted as 6·P_s + 2·P_t per token,
+embeddings once, as the head. The product rate is measured in the same process, before and after
+the steps. Each round takes `--steps` optimizer steps, plus as many of plain fine-tuning and of
+distillation from a signal store.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from stillhouse.teachers.teacher import Teacher
 from stillhouse.training.checkpoints import read_metrics
 from stillhouse.training.train import train
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
+RECIPE = Path(__file__).parents[1] / "recipes" / "pruned.yaml"
 DISTILLATION = ObjectiveRecipe()
 KINDS = ("distillation", "fine_tuning", "cached")
 STORED_TAU = 0.02
@@ -103,7 +104,7 @@ def bound(setting: Setting) -> float:
 
 
 class Setting:
-    """The demo's models at their sizes; the student's weights do not matter to its speed."""
+    """The recipe's models at their sizes; the student's weights do not matter to its speed."""
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         self.recipe = recipe

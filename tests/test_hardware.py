@@ -62,6 +62,21 @@ def test_auto_uses_bfloat16_only_if_the_cpu_supports_it(
     assert reason in precision.reason
 
 
+@pytest.mark.parametrize(
+    ("limit", "dtype"),
+    [("avx2", torch.float32), ("AVX512_CORE_VNNI", torch.float32), ("DEFAULT", torch.bfloat16)],
+)
+def test_auto_obeys_the_limit_of_onednn(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str, dtype: torch.dtype
+) -> None:
+    describe_cpu(monkeypatch, tmp_path, "avx2 avx512f avx512_bf16")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    precision = hardware.choose_precision("auto", "cpu")
+    assert precision.dtype == dtype
+    assert (f"ONEDNN_MAX_CPU_ISA={limit}" in precision.reason) == (dtype == torch.float32)
+
+
 def test_a_requested_precision_is_used_and_its_cost_is_reported(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from stillhouse.check import check_recipe
 from stillhouse.cli import app
 from stillhouse.config.load_recipe import load_recipe
-from stillhouse.errors import StillhouseError
+from stillhouse.errors import DataError, RecipeError, StillhouseError
 from stillhouse.init_answers import init_answers
 from stillhouse.synthesis.chat_logs import read_logs
 from tests import tiny
@@ -89,11 +89,48 @@ def test_a_recipe_to_generate_from_an_api(folder: Path) -> None:
     assert recipe.teacher.budget.max_tokens
 
 
+@pytest.mark.parametrize(
+    ("url", "variable"),
+    [("https://api.openai.com/v1", "OPENAI_API_KEY"), ("http://127.0.0.1:9/v1", None)],
+)
+def test_the_key_of_a_known_api_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, url: str, variable: str | None
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    told = ["--teacher", url, "--size", str(folder / "small"), "--api-model", "big"]
+    init(folder, "--job", "generate", *told, "--data", str(folder / "text.txt"))
+    assert load_recipe(folder / "made" / "recipe.yaml").teacher.api.key_env == variable
+
+
+@pytest.mark.parametrize(("sentences", "heldout"), [(400, 256), (20_000, 8192)])
+def test_a_tenth_of_a_short_text_is_held_out(folder: Path, sentences: int, heldout: int) -> None:
+    (folder / "text.txt").write_text(tiny.text(sentences))
+    init(folder, *flags(folder, "distill", "text.txt"))
+    assert load_recipe(folder / "made" / "recipe.yaml").data.heldout_tokens == heldout
+
+
+def test_rows_of_an_unknown_format_are_rejected(folder: Path) -> None:
+    """A title is not the text of a row whose text is nested."""
+    row = {"title": "A title", "turns": {"first": "What is this?"}}
+    (folder / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(9)))
+    out = ["init", "--out", str(folder / "x.yaml")]
+    answer = CliRunner().invoke(app, [*out, *flags(folder, "distill", "other.jsonl")])
+    assert isinstance(answer.exception, DataError)
+    assert "known format" in str(answer.exception)
+
+
 def test_missing_flags_are_prompted_for(folder: Path) -> None:
     typed = f"classify\n{folder / 'teacher'}\n{folder / 'text.txt'}\nsmall\ncats, dogs\n"
     shown = init(folder, typed=typed)
     assert shown.count("?") >= 5
     assert list(load_recipe(folder / "made" / "recipe.yaml").task.labels) == ["cats", "dogs"]
+
+
+def test_without_anyone_to_answer_the_flags_are_named(folder: Path) -> None:
+    answer = CliRunner().invoke(app, ["init", "--data", str(folder / "text.txt")], input="")
+    assert isinstance(answer.exception, RecipeError)
+    assert "What is the job?" in str(answer.exception)
+    assert "--job" in str(answer.exception.fix)
 
 
 def test_empty_answers_fit_each_other(folder: Path) -> None:
@@ -281,3 +318,22 @@ def test_logs_without_answers_are_rejected(folder: Path) -> None:
     path.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
     with pytest.raises(StillhouseError, match="have a text and an answer"):
         read_logs(path)
+
+
+def test_markdown_in_a_folder_is_a_source_of_its_own(folder: Path) -> None:
+    notes = folder / "notes"
+    (notes / "deep").mkdir(parents=True)
+    for number in range(12):
+        (notes / f"{number}.txt").write_text(tiny.text(20, seed=number))
+        (notes / "deep" / f"{number}.md").write_text(tiny.text(20, seed=100 + number))
+    (notes / "README.md").write_text("About these notes.")
+    init(folder, *flags(folder, "distill", "notes"))
+    sources = load_recipe(folder / "made" / "recipe.yaml").data.sources
+    assert [(one.kind, one.documents) for one in sources] == [("text", "file")] * 2
+    assert sources[1].path.endswith("notes/**/*.md")
+    for file in notes.glob("*.txt"):
+        file.unlink()
+    CliRunner().invoke(app, ["init", "--force", "--out", str(folder / "made" / "recipe.yaml"),
+                             *flags(folder, "distill", "notes")])  # fmt: skip
+    (only,) = load_recipe(folder / "made" / "recipe.yaml").data.sources
+    assert only.path.endswith("notes/**/*.md")

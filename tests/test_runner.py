@@ -39,6 +39,9 @@ def run(raw: dict[str, Any]) -> RunResult:
     return result
 
 
+BASELINES = {"fine_tuning_baseline": True, "cut_baseline": True}
+
+
 def write(raw: dict[str, Any], folder: Path) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(raw))
@@ -48,7 +51,7 @@ def write(raw: dict[str, Any], folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunResult]:
     folder = tmp_path_factory.mktemp("finished")
-    raw = tiny.recipe(folder, evaluate={"fine_tuning_baseline": True})
+    raw = tiny.recipe(folder, evaluate=BASELINES)
     write(raw, folder)
     return folder, run(raw)
 
@@ -65,15 +68,16 @@ def test_a_run_leaves_a_model_that_plain_transformers_loads(
     assert model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] == 10
 
 
-def test_a_run_measures_teacher_untrained_student_and_baseline(
+def test_a_run_measures_teacher_untrained_student_and_baselines(
     finished: tuple[Path, RunResult],
 ) -> None:
     evaluation = finished[1].evaluation
     roles = [model.role for model in evaluation.models]
-    assert roles == ["teacher", "untrained", "student", "fine_tuned"]
+    assert roles == ["teacher", "untrained", "student", "cut", "fine_tuned"]
     kl = {model.role: model.fidelity.kl for model in evaluation.models}
     assert kl["teacher"] == pytest.approx(0, abs=1e-6)
     assert kl["student"] < kl["untrained"]
+    assert kl["cut"] != kl["untrained"], "the refit changes the weights"
     assert set(evaluation.generations[0].answers) == set(roles)
 
 
@@ -102,11 +106,12 @@ def test_a_changed_section_redoes_only_what_depends_on_it(
     finished: tuple[Path, RunResult],
 ) -> None:
     folder, _ = finished
-    raw = tiny.recipe(folder, evaluate={"fine_tuning_baseline": True, "prompts": ["a dog"]})
+    raw = tiny.recipe(folder, evaluate={**BASELINES, "prompts": ["a dog"]})
     reused = {stage.name: stage.reused for stage in run(raw).stages}
     assert [name for name, kept in reused.items() if kept] == [
         "data",
         "student",
+        "cut",
         "train",
         "baseline",
     ]

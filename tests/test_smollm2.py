@@ -25,6 +25,9 @@ pytestmark = [
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
 SHORT = {
+    "quantize": "null",
+    "export.formats": "[safetensors]",
+    "evaluate.cut_baseline": "false",
     "data.train_tokens": 8192,
     "data.heldout_tokens": 2048,
     "student.calibration_tokens": 4096,
@@ -77,7 +80,7 @@ def test_the_demo_killed_while_it_writes_a_checkpoint_ends_with_the_same_weights
     student, untrained = found.result("student"), found.result("untrained")
     assert student is not None
     assert untrained is not None
-    assert student.parameters == 107_972_928
+    assert student.parameters == 81_430_848
     assert student.fidelity.kl < untrained.fidelity.kl < 1.0
     answers = {generation.prompt: generation.answers for generation in found.generations}
     assert "Paris" in answers["What is the capital of France?"]["teacher"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import os
 import platform
 import statistics
 import subprocess
@@ -29,6 +30,13 @@ ABILITIES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_b
 """Instruction sets that decide how fast a CPU multiplies matrices, by their Linux names."""
 
 WATTS_A_CORE = 10.0
+
+ONEDNN_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+"""Environment variables that limit the instruction sets that oneDNN uses."""
+WITHOUT_BFLOAT16 = frozenset(
+    ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
+)
+"""Values of `ONEDNN_LIMITS` below AVX512-BF16 and AMX."""
 
 _TORCH_NAMES = {"avx512f": "avx512_f"}
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # <malloc.h> of glibc
@@ -257,6 +265,10 @@ def _native_bfloat16(device: torch.device) -> tuple[bool, str]:
         return False, "this CPU has neither AVX512-BF16 nor AMX"
     if not torch.backends.mkldnn.is_available():
         return False, "this build of torch has no oneDNN, which the bfloat16 products need"
+    for name in ONEDNN_LIMITS:
+        limit = os.environ.get(name, "")
+        if limit.upper() in WITHOUT_BFLOAT16:
+            return False, f"{name}={limit} limits oneDNN to instructions without bfloat16"
     return True, f"this CPU has {found[0]}"
 
 

@@ -6,13 +6,13 @@ import itertools
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from stillhouse.classify.labeled_texts import first_row
-from stillhouse.data.data_files import format_of, known_format
-from stillhouse.data.file_search import find_files
+from stillhouse.data.data_files import extension_of, format_of, known_format
+from stillhouse.data.file_search import find_files, other_texts
 from stillhouse.data.row_formats import document_from_row
 from stillhouse.data.row_reader import text_lines
 from stillhouse.errors import DataError, RecipeError
@@ -48,7 +48,7 @@ QUESTIONS: dict[str, tuple[str, str]] = {
 class InitAnswers:
     """The answers that a recipe is written from. teacher: a model, or an API's URL. size: one of
     `SIZES`, or a model. labels: of a classifier. fields: of an extraction. logs: the source of the
-    data, with the detected job. source: keys of the training text's source besides its path."""
+    data, with the detected job. sources: of the training text."""
 
     job: str
     teacher: str
@@ -61,7 +61,7 @@ class InitAnswers:
     logs: Logs | None = None
     text_key: str = "text"
     label_key: str | None = None
-    source: Mapping[str, str] = field(default_factory=dict)
+    sources: Sequence[Mapping[str, str]] = ()
 
     @property
     def name(self) -> str:
@@ -138,7 +138,7 @@ def _completed(answers: InitAnswers, ask: Ask) -> InitAnswers:
     if answers.is_api and answers.api_model is None:
         answers = replace(answers, api_model=ask("What is the model called there?", "gpt-4.1-mini"))
     if answers.job == "distill":
-        return replace(answers, source=_source(answers.data, answers.logs is not None))
+        return replace(answers, sources=_sources(answers.data, answers.logs is not None))
     if answers.logs is not None:
         keys: dict[str, Any] = {"label_key": "answer"} if answers.job == answers.logs.job else {}
         return replace(answers, labels=answers.labels or answers.logs.labels, **keys)
@@ -160,10 +160,27 @@ def _completed(answers: InitAnswers, ask: Ask) -> InitAnswers:
     return answers
 
 
-def _source(data: str, logs: bool) -> dict[str, str]:
-    """How the training text is read. Raises DataError if it cannot be read."""
+def _sources(data: str, logs: bool) -> list[dict[str, str]]:
+    """How the training text is read: a folder's Markdown files need a pattern of their own.
+
+    Raises DataError if it cannot be read.
+    """
     if data == CORPUS:
-        return {"kind": "corpus"}
+        return [{"kind": "corpus"}]
+    folder = Path(data).expanduser()
+    endings = {extension_of(file) for file in other_texts(folder)} if folder.is_dir() else set()
+    patterns = [f"{data.rstrip('/')}/**/*{ending}" for ending in sorted(endings)]
+    try:
+        first = [{**_source(data, logs), "path": data}]
+    except DataError:
+        if not patterns:
+            raise
+        first = []
+    return first + [{**_source(pattern, logs), "path": pattern} for pattern in patterns]
+
+
+def _source(data: str, logs: bool) -> dict[str, str]:
+    """The keys of a path's source besides the path."""
     files = find_files(data, Path.cwd())
     formats = {file: logs_format(file) if logs else format_of(file) for file in files}
     if set(formats.values()) == {"text"}:
@@ -175,7 +192,8 @@ def _source(data: str, logs: bool) -> dict[str, str]:
     try:
         document_from_row(row, "text", str(first))
     except DataError:
-        if logs or {"messages", "prompt", "completion"} & row.keys():
+        nested = any(isinstance(value, list | dict) and value for value in row.values())
+        if logs or nested or {"messages", "prompt", "completion"} & row.keys():
             raise
         return {"kind": kind, "text_key": _text_key(row)}
     return {"kind": kind}

@@ -7,18 +7,38 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from stillhouse.config.load_recipe import recipe_from_text
+from stillhouse.data.data_files import text_size
+from stillhouse.data.file_search import find_files
 from stillhouse.errors import DataError, RecipeError, RunError
 from stillhouse.init_answers import CORPUS, JOBS, SIZES, InitAnswers
+from stillhouse.language_model.package_check import CHARACTERS_PER_TOKEN
 from stillhouse.runfolder import write_atomically
 from stillhouse.teachers.load_model import load_config
 from stillhouse.teachers.model_source import resolve_model
 
 _CLASSIFIER_LAYERS = {"small": 4, "medium": 6, "large": 10}
 _TEMPLATES = {"distill": "distill", "classify": "classify"}
+_MOST_HELDOUT, _HELDOUT_SHARE, _HELDOUT_STEP = 8192, 0.1, 256
+"""Held-out tokens of a training text: at most, as a share of the text, and in multiples of."""
+_SHORT = 300_000
+"""Tokens of a text below which one pass has too few optimizer steps."""
+_KEYS = {
+    "api.openai.com": "OPENAI_API_KEY",
+    "openrouter.ai": "OPENROUTER_API_KEY",
+    "api.together.xyz": "TOGETHER_API_KEY",
+    "api.groq.com": "GROQ_API_KEY",
+    "api.mistral.ai": "MISTRAL_API_KEY",
+    "api.deepseek.com": "DEEPSEEK_API_KEY",
+    "api.fireworks.ai": "FIREWORKS_API_KEY",
+    "generativelanguage.googleapis.com": "GEMINI_API_KEY",
+}
+"""The environment variables that hold the keys of APIs, by host, as their documentation names
+them."""
 
 
 def write_recipe(answers: InitAnswers, *, force: bool = False) -> list[Path]:
@@ -84,7 +104,8 @@ def _rendered(answers: InitAnswers, files: Mapping[str, tuple[Path, str]]) -> st
     def path(value: str | Path) -> str:
         """A file or folder relative to the recipe's folder; other names are unchanged."""
         file = Path(value).expanduser()
-        known = isinstance(value, Path) or file.exists() or value == answers.data
+        named = [answers.data, *(source.get("path") for source in answers.sources)]
+        known = isinstance(value, Path) or file.exists() or value in named
         if not known or file.is_absolute():
             return _json(str(file) if known else value)
         return _json(os.path.relpath(file, answers.out.parent))
@@ -104,8 +125,10 @@ def _rendered(answers: InitAnswers, files: Mapping[str, tuple[Path, str]]) -> st
         name=answers.name,
         teacher=answers.teacher,
         api_model=answers.api_model if answers.is_api else None,
+        key_env=_KEYS.get(urlsplit(answers.teacher).hostname or "") if answers.is_api else None,
         data=answers.data,
-        source=answers.source,
+        **_amounts(answers),
+        sources=answers.sources,
         texts_path=files["texts"][0] if "texts" in files else answers.data,
         schema_path=files["schema"][0] if "schema" in files else None,
         text_key=answers.text_key,
@@ -115,6 +138,20 @@ def _rendered(answers: InitAnswers, files: Mapping[str, tuple[Path, str]]) -> st
         prompt=_prompt(answers),
         **_start(answers),
     )
+
+
+def _amounts(answers: InitAnswers) -> dict[str, int]:
+    """Of a training text: about a tenth is held out, and at most 8,192 tokens; a short one is
+    trained on in small steps, three times."""
+    if answers.job != "distill" or answers.data == CORPUS:
+        return {"heldout_tokens": _MOST_HELDOUT, "batch_size": 8, "epochs": 1}
+    paths = [source["path"] for source in answers.sources]
+    files = {file for path in paths for file in find_files(path, Path.cwd())}
+    characters = sum(map(text_size, files))
+    tokens = characters / CHARACTERS_PER_TOKEN
+    held = max(1, int(_HELDOUT_SHARE * tokens / _HELDOUT_STEP)) * _HELDOUT_STEP
+    small = {"batch_size": 2, "epochs": 3} if tokens < _SHORT else {"batch_size": 8, "epochs": 1}
+    return {"heldout_tokens": min(_MOST_HELDOUT, held), **small}
 
 
 def _json(value: Any) -> str:

@@ -174,6 +174,10 @@ def test_text_that_looks_like_a_number_stays_text(tmp_path: Path) -> None:
         ("objective.terms=[{weight: 0}, {divergence: jsd, weight: 0}]", "nothing would be learned"),
         ("objective.terms=[{schedule: {start: 0, end: 0}}]", "nothing would be learned"),
         ("data.train_tokens=100", "less than one window"),
+        (
+            "evaluate.cut_baseline=true",
+            "set student.start to pruned and student.refit to true, or remove it",
+        ),
         ("signals={encoding: {kind: stratified, k: 200, draws: 100}}", "k + draws is 300"),
         (
             "synthesize={teacher: {api: {base_url: http://h, model: m}}, prompts: {path: p}, "

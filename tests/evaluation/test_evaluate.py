@@ -115,6 +115,36 @@ def test_speed_and_memory_are_there_for_every_model(run: Run) -> None:
         assert model.speed.peak_memory_bytes > 100 << 20  # torch alone
 
 
+def test_models_of_equal_shape_share_a_measurement(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("stillhouse.evaluation.evaluate")
+    measured: list[Path] = []
+
+    def peak(path: Path, *_: Any, **__: Any) -> int:
+        measured.append(path)
+        return len(measured)
+
+    monkeypatch.setattr(module, "measure_peak_memory", peak)
+    untrained = save_toy(tmp_path / "untrained", toy_model(2, layers=1))
+    found = evaluate(
+        {**run.paths, "untrained": untrained},
+        section=EvaluateRecipe(speed=True),
+        windows=mixed_windows(),
+        seed=0,
+        vocabulary=VOCABULARY,
+        precision=FLOAT32,
+    )
+    assert measured == [run.paths["teacher"], run.paths["student"]]
+    teacher, student, other = (found.result(r) for r in ("teacher", "student", "untrained"))
+    assert teacher is not None
+    assert student is not None
+    assert other is not None
+    assert other.speed == student.speed != teacher.speed
+    assert any("equal shape" in note for note in found.notes)
+    assert not any("equal shape" in note for note in run.evaluation.notes)
+
+
 def test_memory_is_that_of_weights_stored_as_they_are_used(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,7 +159,7 @@ def test_memory_is_that_of_weights_stored_as_they_are_used(
     # The package has a function of the module's name.
     module = importlib.import_module("stillhouse.evaluation.evaluate")
     monkeypatch.setattr(module, "measure_peak_memory", peak)
-    as_used = save_toy(run.paths["student"].with_name("as-used"), toy_model(1).bfloat16())
+    as_used = save_toy(run.paths["student"].with_name("as-used"), toy_model(1, layers=1).bfloat16())
     evaluate(
         {"teacher": run.paths["teacher"], "student": as_used},
         section=EvaluateRecipe(speed=True),

@@ -23,6 +23,7 @@ from stillhouse.export import checkpoint, replay
 from stillhouse.export import fresh_process as script
 from stillhouse.export.checkpoint import export_checkpoint
 from stillhouse.export.gate import Gate, ReplayResult
+from stillhouse.hardware import Precision
 from tests.export.conftest import TEMPLATE, ToyWindows
 
 Export = Callable[..., ReplayResult]
@@ -78,6 +79,36 @@ def test_bfloat16_export_is_the_rounded_source(
     assert result.bytes == (out / "model.safetensors").stat().st_size
     assert result.texts[0].prompt == "word3 word4"
     assert result.texts[0].source.startswith("word")
+
+
+@pytest.mark.run
+@pytest.mark.parametrize("native", [True, False])
+def test_a_device_without_bfloat16_replays_in_float32(
+    trained: Path,
+    tmp_path: Path,
+    export: Export,
+    monkeypatch: pytest.MonkeyPatch,
+    native: bool,
+) -> None:
+    used: list[torch.dtype] = []
+    dtype = torch.bfloat16 if native else torch.float32
+    monkeypatch.setattr(
+        checkpoint, "choose_precision", lambda *_: Precision(dtype, "float32: a reason")
+    )
+    compare = replay._compare
+
+    def recording(runtimes: dict[str, Any], windows: Any) -> Any:
+        used.append(runtimes["exported"].args[0].dtype)
+        return compare(runtimes, windows)
+
+    monkeypatch.setattr(replay, "_compare", recording)
+    result = export(trained, tmp_path / "model")
+    assert used == [dtype]
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    assert {each.dtype for each in weights.values()} == {torch.bfloat16}, "the file is the same"
+    noted = ["The bfloat16 export is replayed in float32: a reason."]
+    assert result.notes == ([] if native else noted)
+    assert result.kl > 0, "the weights are rounded either way"
 
 
 @pytest.mark.run

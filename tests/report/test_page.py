@@ -81,8 +81,8 @@ def test_page_is_well_formed_and_has_every_section(report: Report) -> None:
     page = Reader(render(report))
     assert page.sections == [
         "kept",
-        "training",
         "generations",
+        "training",
         "cost",
         "student",
         "export",

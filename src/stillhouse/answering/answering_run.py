@@ -93,7 +93,13 @@ def _plan_gold_data(job: AnsweringJob) -> StagePlan:
 
 
 STEPS = (
-    Step("texts", plan_answer_texts, require=require_answering, check=check_answer_texts),
+    Step(
+        "texts",
+        plan_answer_texts,
+        require=require_answering,
+        check=check_answer_texts,
+        purpose="read the texts, and set some aside for tests",
+    ),
     Step(
         "answers",
         plan_answers,
@@ -101,31 +107,68 @@ STEPS = (
         then=_with_chats,
         check=check_answers,
         spending=answers_spending,
+        purpose="let the teacher answer every text",
     ),
-    Step("data", _on_answers(plan_data)),
-    Step("roots", _on_answers(plan_roots), ("data",), applies=_has_roots, then=_with_roots),
-    Step("student", _on_answers(plan_student), ("data",), check=check_answer_student),
-    Step("train", _plan_training, ("data", "student")),
-    Step("gold_data", _plan_gold_data, applies=lambda job: job.gold is not None),
+    Step(
+        "data",
+        _on_answers(plan_data),
+        purpose="cut the answers into windows of tokens",
+    ),
+    Step(
+        "roots",
+        _on_answers(plan_roots),
+        ("data",),
+        applies=_has_roots,
+        then=_with_roots,
+        purpose="match the tokens of the teacher and the student",
+    ),
+    Step(
+        "student",
+        _on_answers(plan_student),
+        ("data",),
+        check=check_answer_student,
+        purpose="build the smaller model that training starts from",
+    ),
+    Step(
+        "train",
+        _plan_training,
+        ("data", "student"),
+        purpose="train the student on the teacher's answers",
+    ),
+    Step(
+        "gold_data",
+        _plan_gold_data,
+        applies=lambda job: job.gold is not None,
+        purpose="cut the reference answers into windows of tokens",
+    ),
     Step(
         "baseline",
         _on_gold(plan_baseline),
         ("gold_data", "student"),
         applies=lambda job: job.gold is not None,
+        purpose="train the same student on the reference answers, to compare",
     ),
     Step(
         "evaluate",
         plan_answers_evaluation,
         ("texts", "answers", "student", "train", "baseline"),
         spending=comparison_spending,
+        purpose="compare the students' answers with the teacher's on the test texts",
     ),
     Step(
         "export",
         plan_answers_export,
         ("texts", "data", "train", "evaluate"),
         main_process=True,
+        purpose="write the files, then load each in a fresh process and compare it",
     ),
-    Step("report", plan_answers_report, ALL, main_process=True),
+    Step(
+        "report",
+        plan_answers_report,
+        ALL,
+        main_process=True,
+        purpose="write the page with all measurements",
+    ),
 )
 
 

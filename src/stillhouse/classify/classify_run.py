@@ -29,31 +29,47 @@ from stillhouse.pipeline.kind import ALL, Kind, Link, Step
 from stillhouse.pipeline.report_stage import REPORT
 
 STEPS = (
-    Step("texts", plan_texts, then=with_gold, require=require_task, check=check_texts),
+    Step(
+        "texts",
+        plan_texts,
+        then=with_gold,
+        require=require_task,
+        check=check_texts,
+        purpose="read the texts, and set some aside for calibration and for tests",
+    ),
     Step(
         "judgment",
         plan_judgment,
         ("texts",),
         check=check_judgment,
         spending=judgment_spending,
+        purpose="let the teacher score the labels of every text",
     ),
-    Step("student", plan_classifier, ("texts",)),
+    Step(
+        "student",
+        plan_classifier,
+        ("texts",),
+        purpose="build the classifier that training starts from",
+    ),
     Step(
         "train",
         plan_classifier_training,
         ("texts", "judgment", "student"),
         check=check_training,
+        purpose="train the classifier to match the teacher's label probabilities",
     ),
     Step(
         "baseline",
         plan_gold_training,
         ("texts", "student"),
         applies=lambda job: job.has_gold and job.recipe.evaluate.fine_tuning_baseline,
+        purpose="train the same classifier on the true labels, to compare",
     ),
     Step(
         "evaluate",
         plan_classifier_evaluation,
         ("texts", "judgment", "student", "train", "baseline"),
+        purpose="compare the classifiers with the teacher on the test texts",
     ),
     Step(
         "export",
@@ -61,9 +77,23 @@ STEPS = (
         ("texts", "train", "evaluate"),
         main_process=True,
         require=require_classifier_export,
+        purpose="write the files, then load each in a fresh process and compare it",
     ),
-    Step("push", plan_push, ("export",), applies=pushes, main_process=True),
-    Step("report", plan_classifier_report, ALL, main_process=True),
+    Step(
+        "push",
+        plan_push,
+        ("export",),
+        applies=pushes,
+        main_process=True,
+        purpose="upload the exports",
+    ),
+    Step(
+        "report",
+        plan_classifier_report,
+        ALL,
+        main_process=True,
+        purpose="write the page with all measurements",
+    ),
 )
 
 

@@ -14,6 +14,7 @@ from stillhouse.cli.options import (
     SetOption,
     YesOption,
     agree,
+    answered,
     keep_imports,
     output_file,
     say,
@@ -63,6 +64,7 @@ def run(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = False) 
     from stillhouse.commands import run as run_recipe
     from stillhouse.evaluation.metrics import metrics_of
     from stillhouse.evaluation.metrics_table import to_rich
+    from stillhouse.report.page import steps_table
     from stillhouse.terminal import Terminal
 
     keep_imports()
@@ -70,7 +72,8 @@ def run(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = False) 
     result = run_recipe(recipe, overrides=set_ or [])
     if result is None:
         return
-    Terminal().print(to_rich(metrics_of(result.evaluation)))
+    steps = steps_table(result.report)
+    Terminal().print(to_rich(steps or metrics_of(result.evaluation)))
     for name, member in (result.members or {"model": result}).items():
         Terminal().write_line(f"{name:<7} {in_one_line(member.model)}")
     Terminal().write_line(f"report  {in_one_line(result.report)}")
@@ -199,7 +202,7 @@ def evaluate(
 ) -> None:
     """Measure a model against the recipe's teacher, on the recipe's held-out text.
 
-    Example: `stillhouse evaluate recipes/demo.yaml --model runs/demo/model`
+    Example: `stillhouse evaluate recipes/demo.yaml --model runs/demo/checkpoint`
 
     On many GPUs: `torchrun --nproc-per-node 8 -m stillhouse evaluate recipe.yaml`
     """
@@ -316,9 +319,7 @@ def init(
 
     given = {"job": job, "teacher": teacher, "data": data, "size": size, "out": out}
     given |= {"labels": labels, "fields": fields, "api_model": api_model}
-    answers = init_answers(
-        given, lambda question, default: typer.prompt(question, default=default), logs
-    )
+    answers = init_answers(given, answered, logs)
     for path in write_recipe(answers, force=force):
         Terminal().write_line(f"wrote   {in_one_line(path)}")
     Terminal().write_line(f"next    stillhouse check {answers.out}")

@@ -49,6 +49,23 @@ def keep_imports() -> None:
     gc.freeze()
 
 
+def answered(question: str, default: str) -> str:
+    """Ask for a line of text. Raises RecipeError if standard input ends before there is one."""
+    from stillhouse.errors import RecipeError
+
+    try:
+        return str(typer.prompt(question, default=default))
+    except typer.Abort:
+        if sys.stdin.isatty():  # Ctrl-C
+            raise
+        raise RecipeError(
+            f"there is no answer to: {question}",
+            where="stillhouse init",
+            fix="pass the answers as flags: --job, --teacher, --data, --size, --out "
+            "(stillhouse init --help)",
+        ) from None
+
+
 def say(text: str) -> None:
     from stillhouse.terminal import Terminal
 

@@ -190,4 +190,4 @@ def _other_yaml(path: Path) -> str:
     near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
     if near:
         return f"did you mean {folder / near[0]}?"
-    return "check the path; the repository's recipes/ folder has examples"
+    return "check the path, or write a recipe: stillhouse init"

@@ -39,7 +39,7 @@ FORMATS: dict[str, FileFormat] = {
     ".tsv": "tsv",
     ".parquet": "parquet",
 }
-_ALSO_TEXT = (".text", ".md", ".markdown", ".rst")
+ALSO_TEXT = (".text", ".md", ".markdown", ".rst")
 """Read as text if the file itself is named; in a folder, such files describe the data."""
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 _COMPRESSED = 3
@@ -111,7 +111,7 @@ def format_of(path: Path) -> FileFormat:
 def known_format(path: Path) -> FileFormat | None:
     """As `format_of`, but None for an unknown extension."""
     extension = extension_of(path)
-    return "text" if extension in _ALSO_TEXT else FORMATS.get(extension)
+    return "text" if extension in ALSO_TEXT else FORMATS.get(extension)
 
 
 def text_size(path: Path) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from stillhouse.data.data_files import (
+    ALSO_TEXT,
     COMPRESSIONS,
     FORMATS,
     FileFormat,
@@ -19,6 +20,8 @@ from stillhouse.data.data_files import (
 from stillhouse.errors import DataError
 
 _URL = re.compile(r"[A-Za-z][\w+.-]+://")
+_ABOUT = re.compile(r"readme|licen[cs]e|changelog|contributing|copying", re.IGNORECASE)
+"""Names of files that describe a folder."""
 
 
 def find_files(name: str, base: Path, format: FileFormat | None = None) -> list[Path]:
@@ -137,6 +140,16 @@ def _files_in(folder: Path, name: str, format: FileFormat | None) -> list[Path]:
         f"The folder has no {'known' if format is None else endings[0]} file",
         where=folder,
         fix=f"name the files themselves: path: {name.rstrip('/')}/*.EXT",
+    )
+
+
+def other_texts(folder: Path) -> list[Path]:
+    """Files in a folder that are read as text only if they are named: Markdown and the like,
+    without those that describe a folder (README, LICENSE). Sorted."""
+    return sorted(
+        file
+        for file in _every_file(folder, ALSO_TEXT)
+        if not _ABOUT.match(file.stem) and _is_file(file)
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from stillhouse.data.chat_formats import as_messages, is_blank, read_chat, reject_weighted_row
+from stillhouse.data.chatgpt_export import FORMAT, chatgpt_messages, is_chatgpt_export
 from stillhouse.data.documents import About, AnyDocument, Completion, Conversation, Document
 from stillhouse.data.question_formats import is_pair, read_pair
 from stillhouse.data.row_reader import header_hint
@@ -32,9 +33,10 @@ _TOKENIZED = ("input_ids", "segments")
 def document_from_row(row: Mapping[str, Any], text_key: str, where: str) -> AnyDocument | None:
     """The document in `row`, or None if its text is blank.
 
-    Looks for a chat, then `prompt` with `completion`, then `text_key`, then a question with its
-    answer in one of their many forms; a `text_key` other than "text" was set by the user, so it
-    comes first. Raises DataError if there is none of them, or if it is not clear what is learned.
+    Looks for a chat (also ChatGPT's export), then `prompt` with `completion`, then `text_key`, then
+    a question with its answer in one of their many forms; a `text_key` other than "text" was set by
+    the user, so it comes first. Raises DataError if there is none of them, or if it is not clear
+    what is learned.
     """
     given = {key: value for key, value in row.items() if value is not None}
     if text_key != "text":
@@ -49,6 +51,8 @@ def document_from_row(row: Mapping[str, Any], text_key: str, where: str) -> AnyD
             sharegpt = any("from" in m for m in messages if isinstance(m, Mapping))
             about = About("ShareGPT" if sharegpt else "messages", chat.about.notes)
             return _noted(replace(chat, about=about), given, (key, *_CHAT_KEYS))
+    if text_key not in given and is_chatgpt_export(given):
+        return _exported(given, where)
     _reject_others(given, where)
     if "prompt" in given and "completion" in row:
         document = _completion(row, where)
@@ -62,6 +66,15 @@ def document_from_row(row: Mapping[str, Any], text_key: str, where: str) -> AnyD
     if text_key in row:
         return _plain(row, text_key, where)
     raise _missing_key(row, text_key, where)
+
+
+def _exported(given: Mapping[str, Any], where: str) -> Conversation | None:
+    """A chat of ChatGPT's export; None if it has no answer in text."""
+    messages, notes = chatgpt_messages(given, where)
+    if not messages:
+        return None
+    chat = read_chat({"messages": messages}, "messages", where)
+    return replace(chat, about=About(FORMAT, (*chat.about.notes, *notes)))
 
 
 def _noted(document: AnyDocument, given: Mapping[str, Any], used: Collection[str]) -> AnyDocument:

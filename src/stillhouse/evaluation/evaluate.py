@@ -38,7 +38,7 @@ from stillhouse.scratch import temporary_folder
 from stillhouse.section import made
 from stillhouse.shared_work import all_processes
 from stillhouse.teachers.aligned_text import Alignment
-from stillhouse.teachers.load_model import load_model, load_tokenizer
+from stillhouse.teachers.load_model import load_config, load_model, load_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.sharded_teacher import ShardedTeacher
 from stillhouse.teachers.stored_head import load_head
@@ -143,6 +143,8 @@ def evaluate(
             )
         timed = {role: timed[role] for role in timed if role in fitting}
         results |= _with_speed({role: results[role] for role in timed}, timed, setup)
+        if len(_same_shapes(timed, trust_remote_code)) < len(timed):
+            notes.append("Models of equal shape share one measurement of speed and memory.")
         notes.append(
             f"Speed: one sequence, {PROMPT_TOKENS} prompt tokens and {DECODE_TOKENS} new ones, "
             f"median of {ROUNDS} rounds in alternation on {setup.device}, "
@@ -276,10 +278,27 @@ def evaluate_models(
     return Evaluation(results, measuring.generations(), notes, answers)
 
 
+def _same_shapes(paths: Mapping[str, Path], trust_remote_code: bool) -> dict[str, list[str]]:
+    """The roles whose models have equal configurations, by the first of them."""
+    configs = {}
+    for role, path in paths.items():
+        config = load_config(path, trust_remote_code=trust_remote_code).to_dict()
+        other = ("_name_or_path", "dtype", "transformers_version")
+        configs[role] = {key: value for key, value in config.items() if key not in other}
+    shapes: dict[str, list[str]] = {}
+    for role, config in configs.items():
+        first = next((one for one in shapes if configs[one] == config), role)
+        shapes.setdefault(first, []).append(role)
+    return shapes
+
+
 def _with_speed(
     results: dict[str, ModelResult], paths: dict[str, Path], setup: _Setup
 ) -> dict[str, ModelResult]:
+    """The results with speed and memory, which models of equal shape share."""
     peaks, code = {}, setup.trust_remote_code
+    shapes = _same_shapes(paths, code)
+    paths = {role: paths[role] for role in shapes}
     with bar("Memory and speed", len(paths) + ROUNDS + 1, unit="measurements") as advance:
         for role, path in paths.items():
             with _stored_as_used(path, setup) as stored:
@@ -289,10 +308,10 @@ def _with_speed(
             advance(1)
         models = {role: setup.load(path) for role, path in paths.items()}
         rates = measure_rates(models, setup.vocabulary, seed=setup.seed, advance=advance)
-    speeds = {
-        role: Speed(found.prefill_tokens_per_s, found.decode_tokens_per_s, peaks[role])
-        for role, found in rates.items()
-    }
+    speeds: dict[str, Speed] = {}
+    for first, found in rates.items():
+        speed = Speed(found.prefill_tokens_per_s, found.decode_tokens_per_s, peaks[first])
+        speeds |= dict.fromkeys(shapes[first], speed)
     return {role: replace(result, speed=speeds[role]) for role, result in results.items()}
 
 

@@ -34,6 +34,9 @@ class EvaluateRecipe(Section):
     fine_tuning_baseline: bool = Field(
         False, description="Also train the same student by plain next-token loss, to compare."
     )
+    cut_baseline: bool = Field(
+        False, description="Also measure the pruned student without its refit, to compare."
+    )
     prompts: list[str] = Field(default=[], description="Prompts for side-by-side generations.")
     max_new_tokens: AnswerTokens = 64
     temperature: SamplingTemperature = Field(0.0, description="0 is greedy.")

@@ -6,6 +6,7 @@ ROLE_NAMES = {
     "teacher": "Teacher",
     "student": "Student, distilled",
     "untrained": "Student, untrained",
+    "cut": "Student, not refit",
     "fine_tuned": "Student, fine-tuned",
     "quantized": "Student, quantized",
     "quantized_trained": "Student, QAT",

@@ -10,7 +10,8 @@ import torch
 from stillhouse.data.turn_end import stop_at_turn_end
 from stillhouse.errors import ModelError
 from stillhouse.export.export_formats import FLOATS
-from stillhouse.export.gate import Gate, ReplayResult, fill
+from stillhouse.export.gate import Gate, Readers, ReplayResult, fill
+from stillhouse.hardware import choose_precision, default_device
 from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.older_names import save_tokenizer, write_older_names
 from stillhouse.teachers.quiet import quiet
@@ -24,7 +25,8 @@ def export_checkpoint(
     The folder contains safetensors, config, generation config, tokenizer and chat template: all
     that `AutoModelForCausalLM` and `AutoTokenizer` need, and nothing else. Before it gets its final
     name it is loaded in a fresh process by transformers alone, must have exactly the model's
-    weights, and is compared with its source on held-out windows and, greedily, on prompts.
+    weights, and is compared with its source on held-out windows and, greedily, on prompts. A device
+    without bfloat16 arithmetic multiplies the cast weights in float32, and a note says so.
 
     Raises ModelError for a damaged source, or an export that does not load or differs from the
     source by more than is allowed (by default `FLOATS`). RunError for no space, no permission, or
@@ -36,11 +38,22 @@ def export_checkpoint(
         else "the saved weights are not the source's: check the disk and the model's code"
     )
 
+    precision = choose_precision("auto", default_device())
+    widened = dtype == "bfloat16" and precision.dtype == torch.float32
+    notes = [f"The bfloat16 export is replayed in {precision.reason}."] if widened else []
+
     def work(folder: Path) -> ReplayResult:
         _save(gate.source, folder, getattr(torch, dtype), gate.trust_remote_code)
         files = list(folder.glob("*.safetensors"))
         return gate.pass_or_raise(
-            folder, files, format="safetensors", dtype=dtype, limit=FLOATS[dtype], advice=advice
+            folder,
+            files,
+            format="safetensors",
+            dtype=dtype,
+            limit=FLOATS[dtype],
+            advice=advice,
+            readers=Readers(float32=widened),
+            notes=notes,
         )
 
     return fill(out, work)

@@ -97,13 +97,15 @@ class Readers:
 
     same_tokens: its tokenizer must tokenize the prompts like the source's. llama_cpp: llama.cpp
     reads the file too; alone, without transformers. plain_prompts: llama.cpp must tokenize the
-    prompts equally without the chat template too.
+    prompts equally without the chat template too. float32: transformers multiplies the
+    checkpoint's numbers in float32, whatever type they are stored in.
     """
 
     same_tokens: bool = True
     llama_cpp: bool = False
     transformers: bool = True
     plain_prompts: bool = True
+    float32: bool = False
 
     def __str__(self) -> str:
         if not self.llama_cpp:

@@ -60,7 +60,7 @@ def main(folder: Path) -> None:
     steps: dict[str, Step] = {"source": stepping(source_model)}
     problems: list[str] = []
     if request["transformers"]:
-        model, info, tokenizer = _load(exported, options)
+        model, info, tokenizer = _load(exported, options, float32=request["float32"])
         model = model.to(device)
         problems += _problems(model, info, exported)
         problems += _tokenizer_problems(source_tokenizer, tokenizer, prompts if same else [])
@@ -94,13 +94,15 @@ def main(folder: Path) -> None:
     (folder / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
 
 
-def _load(exported: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any], Any]:
-    """Model, loading info and tokenizer, from a folder as it is or from a GGUF file in float32."""
+def _load(
+    exported: Path, options: dict[str, Any], *, float32: bool
+) -> tuple[Any, dict[str, Any], Any]:
+    """Model, loading info and tokenizer: of a folder in its own number type or in float32, of a
+    GGUF file in float32."""
     where: dict[str, Any] = {"pretrained_model_name_or_path": exported}
-    dtype: Any = "auto"
     if exported.is_file():
         where = {"pretrained_model_name_or_path": exported.parent, "gguf_file": exported.name}
-        dtype = torch.float32
+    dtype = torch.float32 if float32 or exported.is_file() else "auto"
     model, info = AutoModelForCausalLM.from_pretrained(
         **where, dtype=dtype, output_loading_info=True, **options
     )

@@ -15,6 +15,7 @@ RUN_FOLDER_NAMES = (
     "stages",
     "recipe.yaml",
     "model",
+    "checkpoint",
     "report.html",
     "report.json",
     "signals",

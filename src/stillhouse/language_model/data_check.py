@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from stillhouse.data.data_config import FileSource, Source, TextSource
+from stillhouse.data.data_files import extension_of
 from stillhouse.data.documents import AnyDocument, Conversation, Document
-from stillhouse.data.sources import read_sources, size_estimate
+from stillhouse.data.file_search import other_texts
+from stillhouse.data.sources import read_sources, size_estimate, source_files
 from stillhouse.data.tokenize_rows import TokenRow, tokenize
 from stillhouse.export.licenses import license_lines
 from stillhouse.finding import Finding, Level
@@ -44,6 +48,7 @@ def check_data(check: Check) -> Iterator[Finding]:
         return
     sample = _sample(job, planned)
     check.found[TOKENS] = sample.tokens
+    yield from _not_read(job, job.recipe.data.sources if planned is None else planned.other_sources)
     yield from _findings(sample, job)
     yield from check_alignment(job, sample.rows)
 
@@ -102,6 +107,23 @@ def _sample(job: Job, planned: PlannedText | None) -> Sample:
         notes=notes,
         rows=rows,
     )
+
+
+def _not_read(job: Job, sources: Sequence[Source]) -> Iterator[Finding]:
+    """Text files in the sources' folders that are read only if they are named."""
+    named = [one for one in sources if isinstance(one, TextSource | FileSource)]
+    read = {file for source in named for file in source_files(source, job.base)}
+    for source in named:
+        folder = (job.base / Path(source.path).expanduser()).absolute()
+        others = set(other_texts(folder)) - read if folder.is_dir() else set()
+        endings = Counter(extension_of(file) for file in others)
+        for ending, count in sorted(endings.items()):
+            yield Finding(
+                "warning",
+                "data",
+                f"{count:,} {ending} file{'s' * (count > 1)} in {source.path} not read",
+                f"add a source: {{kind: text, path: {source.path.rstrip('/')}/**/*{ending}}}",
+            )
 
 
 def _findings(sample: Sample, job: Job) -> Iterator[Finding]:

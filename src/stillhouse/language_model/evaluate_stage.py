@@ -66,6 +66,7 @@ def plan_evaluation(
     data: Stage,
     student: Stage,
     trained: Stage,
+    cut: Stage | None,
     baseline: Stage | None,
     teacher: Stage | None,
     *quantized_stages: Stage | None,
@@ -79,6 +80,8 @@ def plan_evaluation(
             "untrained": student.path / MODEL,
             "student": trained.path / MODEL,
         }
+        if cut is not None:
+            paths["cut"] = cut.path / MODEL
         if baseline is not None:
             paths["fine_tuned"] = baseline.path / MODEL
         sizes, prepare = {}, {}
@@ -105,8 +108,9 @@ def plan_evaluation(
         return Outcome(tokens, flops, peak_memory_bytes())
 
     measured = job.recipe.measured.model_dump(mode="json")
-    if measured["own_text"] is None:
-        del measured["own_text"]  # so that a finished evaluation is not repeated
+    for key in ("own_text", "cut_baseline"):
+        if not measured[key]:
+            del measured[key]  # so that a finished evaluation is not repeated
     inputs: dict[str, Any] = {
         **_inputs(job, data),
         "recipe": measured,
@@ -115,6 +119,8 @@ def plan_evaluation(
         "baseline": baseline and baseline.digest,
         "quantized": [stage.digest for stage in quantized],
     }
+    if cut is not None:
+        inputs["cut"] = cut.digest
     if job.recipe.quantize is not None and job.recipe.quantize.dynamic:
         inputs["rounded_inputs"] = True
     return StagePlan("evaluate", inputs, work, version=4, together=True)

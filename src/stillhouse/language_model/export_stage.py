@@ -196,7 +196,7 @@ def _card(
 
 
 def plan_language_model_report(job: Job, stages: dict[str, Stage]) -> StagePlan:
-    return plan_report(job.recipe, stages, partial(run_report, job, stages), version=4)
+    return plan_report(job.recipe, stages, partial(run_report, job, stages), version=5)
 
 
 def run_report(job: Job, stages: dict[str, Stage]) -> Report:

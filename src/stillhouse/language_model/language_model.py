@@ -13,6 +13,7 @@ from stillhouse.language_model.api_signals_stage import plan_api_signals
 from stillhouse.language_model.data_check import check_data
 from stillhouse.language_model.data_stage import open_data, plan_data
 from stillhouse.language_model.evaluate_stage import in_family, plan_evaluation, plan_teacher
+from stillhouse.language_model.expected_time import expected_seconds
 from stillhouse.language_model.export_check import require_exports
 from stillhouse.language_model.export_stage import (
     plan_export,
@@ -40,7 +41,12 @@ from stillhouse.language_model.synthesis_stage import (
     require_text,
     with_text,
 )
-from stillhouse.language_model.train_stage import plan_baseline, plan_student, plan_training
+from stillhouse.language_model.train_stage import (
+    plan_baseline,
+    plan_cut,
+    plan_student,
+    plan_training,
+)
 from stillhouse.language_model.training_memory import with_shard
 from stillhouse.language_model.vocabulary_stage import cut_job, find_job, plan_vocabulary
 from stillhouse.pipeline.engine import locked_folder, run_steps
@@ -49,6 +55,7 @@ from stillhouse.pipeline.report_stage import REPORT
 from stillhouse.pipeline.stage_plan import StagePlan, doing
 from stillhouse.runfolder import Stage
 from stillhouse.teachers.load_model import load_tokenizer
+from stillhouse.training.train import MODEL
 
 
 def _plan_store(job: Job, data: Stage, student: Stage) -> StagePlan:
@@ -68,50 +75,102 @@ STEPS = (
         require=require_synthesis,
         check=check_synthesis,
         spending=synthesis_spending,
+        purpose="let the teacher write the training text",
     ),
-    Step("data", plan_data, then=with_shard, require=require_models, check=check_data),
+    Step(
+        "data",
+        plan_data,
+        then=with_shard,
+        require=require_models,
+        check=check_data,
+        purpose="cut the text into windows of tokens, and hold some of it out to measure on",
+    ),
     Step(
         "vocabulary",
         plan_vocabulary,
         ("data",),
         applies=lambda job: job.after_cut is not None,
         then=cut_job,
+        purpose="remove the tokens that the text does not need from the teacher",
     ),
     Step("data", plan_data, applies=lambda job: job.cut, then=with_shard),
-    Step("roots", plan_roots, ("data",), applies=has_other_tokenizers, then=with_roots),
-    Step("search", plan_search, ("data",), applies=has_target, then=with_sizes),
-    Step("student", plan_student, ("data",)),
-    Step("signals", _plan_store, ("data", "student"), applies=records_signals),
+    Step(
+        "roots",
+        plan_roots,
+        ("data",),
+        applies=has_other_tokenizers,
+        then=with_roots,
+        purpose="match the tokens of teachers with other tokenizers to the student's",
+    ),
+    Step(
+        "search",
+        plan_search,
+        ("data",),
+        applies=has_target,
+        then=with_sizes,
+        purpose="prune and briefly train several shapes, to find the best for the target",
+    ),
+    Step(
+        "student",
+        plan_student,
+        ("data",),
+        purpose="build the smaller model that training starts from",
+    ),
+    Step(
+        "cut",
+        plan_cut,
+        ("data",),
+        applies=lambda job: job.recipe.evaluate.cut_baseline,
+        purpose="build the same student without its refit, to measure what the refit gains",
+    ),
+    Step(
+        "signals",
+        _plan_store,
+        ("data", "student"),
+        applies=records_signals,
+        purpose="store the teacher's outputs, so that they are computed only once",
+    ),
     Step(
         "train",
         plan_training,
         ("data", "student", "signals"),
         require=require_resources,
         check=check_resources,
+        purpose="distill: train the student to match the teacher's next-token probabilities",
     ),
     Step(
         "baseline",
         plan_baseline,
         ("data", "student"),
         applies=lambda job: job.recipe.evaluate.fine_tuning_baseline,
+        purpose="train the same student without the teacher, to measure what distillation gains",
     ),
     Step(
         "quantize",
         plan_quantization,
         ("data", "train"),
         applies=lambda job: job.recipe.quantize is not None,
+        purpose="round the trained weights, with scales that fit the inputs of each layer",
     ),
     Step(
         "qat",
         plan_quantized_training,
         ("data", "train", "quantize", "signals"),
         applies=lambda job: job.recipe.quantize is not None and job.recipe.quantize.qat is not None,
+        purpose="distill with rounded weights, to win back what the rounding cost",
     ),
-    Step("teacher", plan_teacher, ("data",), applies=in_family),
+    Step(
+        "teacher",
+        plan_teacher,
+        ("data",),
+        applies=in_family,
+        purpose="measure the teacher once for all members",
+    ),
     Step(
         "evaluate",
         plan_evaluation,
-        ("data", "student", "train", "baseline", "teacher", "quantize", "qat"),
+        ("data", "student", "train", "cut", "baseline", "teacher", "quantize", "qat"),
+        purpose="compare every model with the teacher on the held-out text",
     ),
     Step(
         "export",
@@ -119,9 +178,23 @@ STEPS = (
         ("data", "evaluate", "train", "quantize", "qat"),
         main_process=True,
         require=require_exports,
+        purpose="write the files, then load each in a fresh process and compare it",
     ),
-    Step("push", plan_push, ("export",), applies=pushes, main_process=True),
-    Step("report", plan_language_model_report, ALL, main_process=True),
+    Step(
+        "push",
+        plan_push,
+        ("export",),
+        applies=pushes,
+        main_process=True,
+        purpose="upload the exports",
+    ),
+    Step(
+        "report",
+        plan_language_model_report,
+        ALL,
+        main_process=True,
+        purpose="write the page with all measurements",
+    ),
 )
 WINDOW_STEPS = ("synthesis", "data", "vocabulary")
 DATA_STEPS = (*WINDOW_STEPS, "roots")
@@ -131,7 +204,8 @@ DATA_STEPS = (*WINDOW_STEPS, "roots")
 def links(job: Job) -> dict[str, Link]:
     exported = {name: ("export", name) for name in map(shipped_folder, job.recipe.export.formats)}
     stores = {"signals": ("signals", STORE), "synthesis": ("synthesis", ""), "roots": ("roots", "")}
-    return {**exported, REPORT: ("report", REPORT), **stores}
+    trained = {"checkpoint": ("train", MODEL)}  # float32, not quantized
+    return {**exported, **trained, REPORT: ("report", REPORT), **stores}
 
 
 def preview_windows(recipe: Recipe, base: Path, rows: int) -> RenderableType:
@@ -152,4 +226,5 @@ LANGUAGE_MODEL = Kind(
     links=links,
     load_evaluation=Evaluation.load,
     preview=preview_windows,
+    expected_seconds=expected_seconds,
 )

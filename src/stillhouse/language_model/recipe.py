@@ -90,6 +90,18 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _a_refit_to_compare_with(self) -> Recipe:
+        student = self.student
+        if self.evaluate.cut_baseline and not (
+            isinstance(student, PrunedStudent) and student.refit
+        ):
+            raise ValueError(
+                "evaluate.cut_baseline compares a pruned student with the same one without its "
+                "refit: set student.start to pruned and student.refit to true, or remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _signals_are_the_teachers(self) -> Recipe:
         if self.signals is not None and self.train.teachers:
             raise ValueError(

@@ -31,6 +31,9 @@ from stillhouse.signals.manifest import read_manifest
 SOME_TOKENS = 2**53
 """Where the length of the text is not known: memory does not depend on it."""
 
+FEW_STEPS = 10
+"""Below which `check` warns."""
+
 FindModels = Callable[[Job], Sequence[RunModels]]
 
 
@@ -58,6 +61,14 @@ def check_resources(check: Check, find: FindModels = one_student) -> Iterator[Fi
     precision = choose_precision(recipe.train.precision, default_device())
     for stage in trainings:
         yield _training(stage, machine, precision.reason)
+        steps = stage.tokens // (recipe.train.batch_size * recipe.data.context)
+        if steps < FEW_STEPS:
+            yield Finding(
+                "warning",
+                "training",
+                f"a student learns little in {steps:,} optimizer step{'s' * (steps != 1)}",
+                "raise train.epochs, lower train.batch_size, or add text",
+            )
     prompts = own_prompts_of(job)
     windows = max(1, -(-tokens // recipe.data.context))
     for models in planned:

@@ -229,7 +229,7 @@ def _evaluation(models: RunModels, machine: Machine) -> StageEstimate:
     context, heldout = recipe.data.context, recipe.data.heldout_tokens
     teacher, student = config_size(models.teacher), config_size(models.student)
     windows = max(1, TOKENS_PER_FORWARD // context)
-    students = 3 if recipe.evaluate.fine_tuning_baseline else 2
+    students = 2 + recipe.evaluate.fine_tuning_baseline + recipe.evaluate.cut_baseline
     runs_teacher = not models.member
     if runs_teacher:
         alone = _teacher_alone(windows, models, machine)

@@ -68,6 +68,13 @@ def plan_student(job: Job, data: Stage) -> StagePlan:
     return StagePlan("student", inputs, work, version=8, together=pruned, check=check)
 
 
+def plan_cut(job: Job, data: Stage) -> StagePlan:
+    """The same student, cut without a refit, as a baseline."""
+    cut = job.recipe.student.model_copy(update={"refit": False, "local_distillation": None})
+    job = replace(job, recipe=job.recipe.model_copy(update={"student": cut}))
+    return replace(plan_student(job, data), name="cut")
+
+
 def plan_training(job: Job, data: Stage, student: Stage, signals: Stage | None) -> StagePlan:
     """signals: the stage of this run that recorded the teacher's signals."""
     stored = stored_signals(job, signals)

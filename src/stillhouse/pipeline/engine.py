@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,11 @@ from stillhouse.pipeline.requirements import require_all
 from stillhouse.pipeline.run_progress import expect_steps, recorded
 from stillhouse.pipeline.shared_folder import joining, leading
 from stillhouse.pipeline.stage_plan import Do, StagePlan, doing
+from stillhouse.pipeline.time_left import TimeLeft
 from stillhouse.pipeline.waiting import wait_for_main_process
 from stillhouse.processes import lost_process
 from stillhouse.progress import note
-from stillhouse.runfolder import NamedRecipe, RunFolder, Stage, run_root, write_atomically
+from stillhouse.runfolder import NamedRecipe, Outcome, RunFolder, Stage, run_root, write_atomically
 from stillhouse.scratch import scratch_in
 from stillhouse.section import recipe_yaml
 
@@ -60,10 +63,10 @@ def lead(kind: Kind, recipe: Any, base: Path, folder: RunFolder, job: Any = None
     if kind.lead is not None:
         return kind.lead(recipe, base, folder)
     finished: list[Stage] = []
-    do = reporting(folder, finished)
     if job is None:
         job = kind.find(recipe, base)
         require_all(kind, job)
+    do = reporting(folder, finished, kind, job)
     applying = [step.name for step in kind.steps if step.applies(job)]
     expect_steps(folder, applying)
     links = {name: link for name, link in kind.links(job).items() if link[0] in applying}
@@ -149,14 +152,26 @@ def followed_folder(recipe: Any) -> Iterator[RunFolder]:
         yield folder
 
 
-def reporting(folder: RunFolder, finished: list[Stage]) -> Do:
-    """As `doing`, but prints how long each stage took, and adds it to `finished`."""
+def reporting(folder: RunFolder, finished: list[Stage], kind: Kind, job: Any) -> Do:
+    """As `doing`, but prints what each stage does, the time left and how long it took, and adds it
+    to `finished`."""
     run_stage = doing(folder)
+    purposes = {step.name: step.purpose for step in kind.steps if step.purpose}
+    names = list(dict.fromkeys(step.name for step in kind.steps if step.applies(job)))
+    expect = kind.expected_seconds and partial(kind.expected_seconds, job, names)
+    left = TimeLeft(expect or (lambda finished: {}), finished)
+
+    def announced(plan: StagePlan) -> StagePlan:
+        def work(out: Path) -> Outcome:
+            note(f"{plan.name + ':':<10} {purposes.get(plan.name, '')}{left.text(plan.name)}")
+            return plan.work(out)
+
+        return replace(plan, work=work)
 
     def do(plan: StagePlan) -> Stage:
         began = time.monotonic()
-        stage = run_stage(plan)
-        took = "already done" if stage.reused else f"{time.monotonic() - began:,.1f} s"
+        stage = run_stage(announced(plan))
+        took = "already done" if stage.reused else f"done in {time.monotonic() - began:,.1f} s"
         note(f"{plan.name + ':':<10} {took}")
         finished.append(stage)
         return stage

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,8 @@ class Step:
     a way to run others, the job that later steps see. main_process: other
     processes of a torchrun neither take part nor wait. require: what must hold before any step
     starts; it is cheap, raises StillhouseError, and yields warnings. check: further findings
-    before the run. spending: what it would spend without a limit, as text.
+    before the run. spending: what it would spend without a limit, as text. purpose: what it does
+    and why, in a few words: shown when it starts.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Step:
     require: Callable[[Any], Iterable[Finding]] | None = None
     check: Callable[[Check], Iterable[Finding]] | None = None
     spending: Callable[[Any], Iterable[str]] | None = None
+    purpose: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,9 @@ class Kind:
     the steps and paths in their stages that they point to. load_evaluation: reads what the step
     `evaluate` wrote. preview: the first rows, before a run. predictor: returns a function from
     texts to the predictions of the model in a folder; None if there is no such model. lead, follow:
-    how the main process and the others run it, if not as steps in order.
+    how the main process and the others run it, if not as steps in order. expected_seconds: of a
+    job's stages, by the names of those that apply and the finished ones; empty while they are not
+    known.
     """
 
     name: str
@@ -83,6 +87,9 @@ class Kind:
     predictor: Callable[[Path], Callable[[Iterable[str]], Rows] | None] | None = None
     lead: Callable[[Any, Path, RunFolder], RunResult] | None = None
     follow: Callable[[Any, Path, RunFolder], None] | None = None
+    expected_seconds: (
+        Callable[[Any, Sequence[str], Sequence[Stage]], Mapping[str, float]] | None
+    ) = None
 
 
 @dataclass(frozen=True)

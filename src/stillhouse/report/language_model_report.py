@@ -25,6 +25,7 @@ from stillhouse.report.sections import (
     generations_section,
     notes_section,
 )
+from stillhouse.report.steps_report import steps_section
 from stillhouse.report.training_report import kl_temperature, training_section
 
 OPTIMAL_TOKENS = 20
@@ -49,16 +50,20 @@ def language_model_report(
     (`stillhouse.export.gate.ReplayResult` as a dictionary).
     """
     student = student or {}
+    kind = str((run.recipe.get("quantize") or {}).get("kind", ""))
     results = evaluation.models if evaluation else []
     models = {m.role: m for m in sorted(results, key=lambda m: role_order(m.role))}
+    steps = steps_section(evaluation, student, kind, replays)
+    texts = generations_section(evaluation.generations if evaluation else [])
+    kept = kept_section(evaluation)
     return assemble(
         "distillation",
         run,
         _headline(models, run),
-        kept_section(evaluation),
+        steps,
+        *((texts, kept) if not steps.is_empty else (kept, texts)),
         training_section(history, kl_temperature(run.recipe)),
         own_text_section(evaluation.scored_answers if evaluation else [], history),
-        generations_section(evaluation.generations if evaluation else []),
         cost_section(run.stages, _scratch_part(run, student)),
         Section("The student", "student", facts=student_facts(student)),
         _export_section(models, replays),
@@ -68,7 +73,7 @@ def language_model_report(
             evaluation.notes if evaluation else [],
             *(replay.get("notes", []) for replay in replays),
         ),
-        remarks=_remarks(models),
+        remarks=_remarks(models, kind),
         figures=_figures(run, models),
     )
 
@@ -93,9 +98,10 @@ def _headline(models: Mapping[str, ModelResult], run: RunFacts) -> str:
     return sentence + "."
 
 
-def _remarks(models: Mapping[str, ModelResult]) -> list[str]:
+def _remarks(models: Mapping[str, ModelResult], kind: str) -> list[str]:
     student, untrained = models.get("student"), models.get("untrained")
     tuned = models.get("fine_tuned")
+    rounded = models.get("quantized_trained") or models.get("quantized")
     parts = []
     if student and untrained:
         parts.append(f"before training it kept {text.percent(untrained.fidelity.top1_agreement)}")
@@ -103,6 +109,12 @@ def _remarks(models: Mapping[str, ModelResult]) -> list[str]:
         parts.append(
             "plain fine-tuning on the same tokens keeps "
             f"{text.percent(tuned.fidelity.top1_agreement)}"
+        )
+    if student and rounded:
+        parts.append(
+            f"in {kind} it keeps {text.percent(rounded.fidelity.top1_agreement)} in "
+            f"{text.size(float(rounded.bytes_on_disk))} of the teacher’s "
+            f"{text.size(float(models['teacher'].bytes_on_disk))}"
         )
     line = "; ".join(parts)
     return [f"{line[0].upper()}{line[1:]}."] if line else []

@@ -165,6 +165,13 @@ def read_report(path: Path) -> Report:
     return report
 
 
+def steps_table(page: Path) -> MetricsTable | None:
+    """What each step of a run changed, from the data of its page; None for a run whose report has
+    no such section. Raises RunError as `read_report`."""
+    section = read_report(page.resolve().with_name(REPORT_DATA)).section("steps")
+    return None if section is None else section.table
+
+
 def redraw_report(folder: Path, out: Path | None = None) -> Path:
     """Write the page of a run folder again from its data. out: by default the run's own page.
 

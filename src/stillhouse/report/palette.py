@@ -13,6 +13,7 @@ _ROLES = {
     "teacher": "#47546b",
     "student": ACCENT,
     "untrained": "#9aa3b0",
+    "cut": "#c3c9d1",
     "fine_tuned": SECOND,
     "quantized": "#7a5ba6",
     "quantized_trained": "#4b3f8f",

@@ -1,0 +1,126 @@
+"""The expected time of every stage of a language-model run on this machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+
+from stillhouse import account
+from stillhouse.hardware import Requested
+from stillhouse.language_model.job import Job
+from stillhouse.language_model.run_models import RunModels, run_models
+from stillhouse.language_model.training_memory import is_small
+from stillhouse.pipeline.time_left import Expected
+from stillhouse.planning.machine import Machine, this_machine
+from stillhouse.planning.model_size import ModelSize, config_size
+from stillhouse.runfolder import Stage
+from stillhouse.students.student_config import PrunedStudent
+from stillhouse.training.train import plan_batches
+from stillhouse.training.train_config import TrainRecipe
+
+PRUNING_PASSES = 3.0
+"""Forward passes of the whole model that one calibration token costs, with the refit."""
+ROUNDING_SECONDS = 1e-7
+"""Of choosing the scale of a weight, on one process."""
+BYTES_PER_SECOND = 1e10
+"""Of weights that are read to generate a token on a CPU."""
+REPLAY_TOKENS = 1500
+"""Tokens of a replay, as many as are compared and generated, for each of two models."""
+LIBRARIES_SECONDS = 5.0
+"""Of starting a process that imports torch and transformers."""
+UNKNOWN = frozenset(("synthesis", "search", "push"))
+"""Steps that depend on what is measured on the way, on an API or on a network."""
+
+
+def expected_seconds(job: Job, names: Sequence[str], finished: Sequence[Stage]) -> Expected:
+    """Seconds of the named stages, in order; empty while they are not known.
+
+    They are not before the training text is, while a step of `UNKNOWN` is ahead, and for models
+    so small that nobody waits for them.
+    """
+    done = {stage.name: stage for stage in finished}
+    unknown = set(UNKNOWN)
+    if job.recipe.signals is not None and not job.recipe.signals.local:
+        unknown.add("signals")
+    if any(name in unknown and name not in done for name in names):
+        return {}
+    tokens = job.recipe.data.train_tokens
+    if "data" in done:
+        tokens = int(done["data"].summary["train"]["supervised_tokens"])
+    models = run_models(job)
+    if tokens is None or is_small(models, this_machine(job.recipe.train.products, timed=False)):
+        return {}
+    machine = _timed(job.recipe.train.products)
+    return {name: _seconds(name, models, machine, tokens) for name in names}
+
+
+@cache
+def _timed(precision: Requested) -> Machine:
+    return this_machine(precision, timed=True)
+
+
+def _seconds(name: str, models: RunModels, machine: Machine, tokens: int) -> float:
+    recipe = models.recipe
+    student, teacher = config_size(models.student), config_size(models.teacher)
+    rate = (machine.rate or 1.0) * machine.processes
+    if name in ("student", "cut") and isinstance(recipe.student, PrunedStudent):
+        start = config_size(models.start).active
+        passed = account.forward_flops(start, recipe.student.calibration_tokens)
+        return PRUNING_PASSES * passed / rate
+    if name == "signals":
+        return account.forward_flops(teacher.active, tokens) / rate
+    if name in ("train", "baseline"):
+        taught = [config_size(one) for one in models.teachers] if name == "train" else []
+        return _training(student, taught, recipe.train, _windows(models, tokens), models, rate)
+    quantize = recipe.quantize
+    if name == "quantize" and quantize is not None:
+        read = (quantize.calibration_tokens or 0) + 2 * quantize.sensitivity_tokens
+        scales = ROUNDING_SECONDS * student.parameters
+        return account.forward_flops(student.active, read) / rate + scales
+    if name == "qat" and quantize is not None and quantize.qat is not None:
+        taught = [config_size(one) for one in models.teachers]
+        windows = max(1, quantize.qat.tokens // recipe.data.context)
+        once = recipe.train.model_copy(update={"epochs": 1.0, "max_steps": None})
+        return _training(student, taught, once, windows, models, rate)
+    if name == "evaluate":
+        return _evaluation(models, machine, student, teacher, rate)
+    if name == "export":
+        compared = 2 * account.forward_flops(student.active, REPLAY_TOKENS) / rate
+        return len(recipe.export.formats) * (compared + 2 * LIBRARIES_SECONDS)
+    return LIBRARIES_SECONDS
+
+
+def _windows(models: RunModels, tokens: int) -> int:
+    return max(1, -(-tokens // models.recipe.data.context))
+
+
+def _training(
+    student: ModelSize,
+    teachers: Sequence[ModelSize],
+    settings: TrainRecipe,
+    windows: int,
+    models: RunModels,
+    rate: float,
+) -> float:
+    batching = plan_batches(settings, windows, 1)
+    tokens = batching.steps * settings.batch_size * models.recipe.data.context
+    taught = sum(account.forward_flops(one.active, tokens) for one in teachers)
+    return (account.training_flops(student.active, tokens) + taught) / rate
+
+
+def _evaluation(
+    models: RunModels, machine: Machine, student: ModelSize, teacher: ModelSize, rate: float
+) -> float:
+    """Held-out text and answers of every model; speed and memory, in a process for each shape."""
+    section, quantize = models.recipe.evaluate, models.recipe.quantize
+    students = 2 + section.cut_baseline + section.fine_tuning_baseline
+    students += 0 if quantize is None else 1 + (quantize.qat is not None)
+    active = teacher.active + students * student.active
+    width = machine.compute(models.recipe.train.precision).itemsize
+    speed = BYTES_PER_SECOND if machine.device == "cpu" else math.inf
+    written = len(section.prompts) * section.max_new_tokens
+    answers = written * width * active / speed
+    alone = 2 * 2 * LIBRARIES_SECONDS if section.speed else 0.0
+    read = account.forward_flops(active, models.recipe.data.heldout_tokens) / rate
+    return read + answers + alone

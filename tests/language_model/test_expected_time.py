@@ -1,0 +1,80 @@
+"""The expected time of every stage: from FLOPs, bytes and processes, at this machine's rate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stillhouse.config.load_recipe import parse_recipe
+from stillhouse.language_model import expected_time
+from stillhouse.language_model.expected_time import LIBRARIES_SECONDS, expected_seconds
+from stillhouse.language_model.job import Job
+from stillhouse.language_model.language_model import LANGUAGE_MODEL
+from stillhouse.planning.machine import Machine
+from stillhouse.planning.model_size import config_size
+from stillhouse.runfolder import Cost, Stage
+from tests import tiny
+
+RATE = 1e6
+NAMES = ["data", "student", "cut", "train", "quantize", "qat", "evaluate", "export", "report"]
+
+pytestmark = pytest.mark.run
+
+
+@pytest.fixture
+def slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On which even a tiny model takes a while."""
+
+    def machine(precision: str, *, timed: bool) -> Machine:
+        return Machine("cpu", 1e6, rate=RATE if timed else None)
+
+    monkeypatch.setattr(expected_time, "this_machine", machine)
+    expected_time._timed.cache_clear()
+    monkeypatch.setattr(Machine, "compute", lambda *_: torch.float32)
+
+
+def job(folder: Path, **changes: Any) -> Job:
+    raw = tiny.recipe(folder, **changes)
+    found = LANGUAGE_MODEL.find(parse_recipe(raw), folder)
+    assert isinstance(found, Job)
+    return found
+
+
+def read(tokens: int) -> Stage:
+    return Stage("data", Path(), "", Cost(1.0), {"train": {"supervised_tokens": tokens}}, False)
+
+
+def test_training_takes_its_flops(tmp_path: Path, slow_machine: None) -> None:
+    one = job(tmp_path, train={"batch_size": 2, "epochs": 3})
+    found = expected_seconds(one, NAMES, [read(64 * 100)])
+    assert list(found) == NAMES
+    windows = -(-6400 // one.recipe.data.context)
+    steps = 3 * -(-windows // 2)
+    models = expected_time.run_models(one)
+    student, teacher = (config_size(each).active for each in (models.student, models.teacher))
+    flops = (6 * student + 2 * teacher) * steps * 2 * one.recipe.data.context
+    assert found["train"] == pytest.approx(flops / RATE)
+
+
+def test_more_text_and_more_models_take_longer(tmp_path: Path, slow_machine: None) -> None:
+    plain, more = (
+        expected_seconds(job(tmp_path, evaluate=section), NAMES, [read(6400)])
+        for section in ({"speed": False}, {"speed": True, "cut_baseline": True})
+    )
+    assert more["evaluate"] > plain["evaluate"] + 4 * LIBRARIES_SECONDS
+    longer = expected_seconds(job(tmp_path), NAMES, [read(12800)])
+    assert longer["train"] == pytest.approx(2 * plain["train"])
+
+
+def test_nothing_is_expected_before_the_text_is_known(tmp_path: Path, slow_machine: None) -> None:
+    one = job(tmp_path, data={**tiny.recipe(tmp_path)["data"], "train_tokens": None})
+    assert expected_seconds(one, NAMES, []) == {}
+    assert expected_seconds(one, NAMES, [read(6400)])
+    assert expected_seconds(one, ["search", *NAMES], [read(6400)]) == {}
+
+
+def test_nothing_is_expected_of_a_tiny_model(tmp_path: Path) -> None:
+    assert expected_seconds(job(tmp_path), NAMES, [read(6400)]) == {}
