@@ -23,7 +23,8 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
 def blocks(language: str = "") -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    return [block for name, block in found if name == language]
 
 
 def commands(program: str) -> list[str]:
@@ -46,6 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the README's files: tiny recipes of the same kinds, notes and messages."""
     folder = tmp_path_factory.mktemp("readme")
     tiny.save_model(folder / "teacher", max_position_embeddings=512)
+    (folder / "text.txt").write_text(tiny.text(400))
     raw = tiny.recipe(folder, name="demo", folder="runs/demo")
     hops = [{"name": "wide", "ffn_size": 48}, {"name": "narrow", "ffn_size": 32}]
     own = {"share": 0.5, "max_tokens": 8, "window": 2}
