@@ -10,7 +10,7 @@ import pytest
 from stillhouse.pipeline.time_left import TimeLeft
 from stillhouse.runfolder import Cost, Stage
 
-EXPECTED = {"data": 10.0, "student": 50.0, "train": 240.0}
+EXPECTED = {"data": 30.0, "student": 30.0, "train": 240.0}
 
 
 def stage(name: str, seconds: float, *, reused: bool = False) -> Stage:
@@ -28,8 +28,14 @@ def test_all_stages_from_this_one_on_are_counted() -> None:
 
 
 def test_finished_stages_set_the_pace() -> None:
-    assert left(stage("data", 20.0)).seconds("train") == 480
+    assert left(stage("data", 60.0)).seconds("train") == 480
     assert left(stage("data", 20.0), stage("student", 10.0)).seconds("train") == 120
+
+
+def test_a_stage_of_seconds_does_not_set_the_pace() -> None:
+    expected = {"data": 5.0, "train": 240.0}
+    quick = TimeLeft(lambda stages: expected, [stage("data", 0.5)])
+    assert quick.seconds("train") == 240
 
 
 def test_a_reused_stage_does_not_set_the_pace() -> None:

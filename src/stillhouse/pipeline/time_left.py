@@ -11,8 +11,8 @@ from stillhouse.runfolder import Stage
 Expected = Mapping[str, float]
 """Seconds of each stage of a run, in its order; empty if they are not known."""
 
-ENOUGH = 2.0
-"""Expected seconds of finished stages from which on their pace counts."""
+ENOUGH = 20.0
+"""Expected seconds of finished stages from which on their pace counts: small ones tell little."""
 SLOWEST, FASTEST = 10.0, 0.1
 """Limits of the pace: one measured stage may not be like the others."""
 
