@@ -149,7 +149,8 @@ def commands() -> dict[str, set[str]]:
     group: Any = typer.main.get_command(app)
     for name, command in group.commands.items():
         inner = getattr(command, "commands", {"": command})
-        found[name] = {option for one in inner.values() for p in one.params for option in p.opts}
+        options = {option for one in inner.values() for p in one.params for option in p.opts}
+        found[name] = options | {"--help"}
     return found
 
 

@@ -57,7 +57,10 @@ def hold(run: Path) -> None:
 
 
 @pytest.mark.run
-def test_the_next_run_deletes_what_a_killed_one_left(tmp_path: Path) -> None:
+def test_the_next_run_deletes_what_a_killed_one_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TMPDIR", raising=False)
     child = Fork(hold, tmp_path, environment={"TMPDIR": ""})
     left = tmp_path / ".scratch" / "logits"
     while not left.exists():

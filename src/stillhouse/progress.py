@@ -51,7 +51,11 @@ class _Rate(ProgressColumn):
 
     def render(self, task: RichTask) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.0f} {self.unit}/s")
+        return Text("" if speed is None else f"{_digits(speed)} {self.unit}/s")
+
+
+def _digits(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
 @contextmanager
@@ -101,7 +105,8 @@ def _plain_lines(description: str, total: int, unit: str) -> Iterator[Advance]:
         rate = done / max(now - started, 1e-9)
         left = (total - done) / rate if rate > 0 else 0.0
         console.write_line(
-            f"{description}: {done:,}/{total:,} {unit}, {rate:,.0f} {unit}/s, {left:,.0f} s left"
+            f"{description}: {done:,}/{total:,} {unit}, {_digits(rate)} {unit}/s, "
+            f"{left:,.0f} s left"
         )
 
     def advance(units: int) -> None:

@@ -327,7 +327,7 @@ def test_a_dynamic_student_is_evaluated_with_its_inputs_rounded(tmp_path: Path) 
         teacher = Stage("train", folder, "", Cost(), {}, False)
         (folder / "model").symlink_to(folder / "teacher")
         data = Stage("data", Path(windows.path).parent, "", Cost(), {}, False)
-        plan_evaluation(job, data, teacher, teacher, None, None, stage).work(folder)
+        plan_evaluation(job, data, teacher, teacher, None, None, None, stage).work(folder)
         found = Evaluation.load(folder / EVALUATION).result("quantized")
         assert found is not None
         kl[kind] = found.fidelity.kl
