@@ -53,8 +53,8 @@ def is_on_this_machine(index: int) -> bool:
 
 
 def may_report() -> bool:
-    """Whether this process prints why the run ends. Of the processes of a torchrun, the first one on
-    this machine that calls this does, and once: most errors are found by every process."""
+    """Whether this process prints why the run ends. Of the processes of a torchrun, the first one
+    on this machine that calls this does, and once: most errors are found by every process."""
     global _has_reported
     if world_size() == 1:
         return True
