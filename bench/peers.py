@@ -348,7 +348,7 @@ def peak(contender: dict[str, Any]) -> float:
 
 def bars(found: dict[str, Any]) -> list[Bar]:
     peers = [found[kind] for kind in found if kind != OWN and "kl" in found[kind]]
-    if OWN not in found or not peers:
+    if OWN not in found or "kl" not in found[OWN] or not peers:
         return []
     own, fastest = found[OWN], max(peers, key=rate)
     return [
