@@ -125,6 +125,7 @@ def test_check_reports_how_they_are_compared(folder: Path) -> None:
     assert not [one for one in found if one.level == "error"]
     texts = {one.topic: one.text for one in found}
     assert "the teacher has another tokenizer" in texts["vocabulary"]
+    assert texts["signals"] == "the teacher answers live"
     assert "strings are tokens of both" in texts["tokenizer"]
 
 
