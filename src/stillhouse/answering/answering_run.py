@@ -32,12 +32,13 @@ from stillhouse.answering.answering_job import (
 from stillhouse.answering.predict_answers import answers_predictor
 from stillhouse.evaluation.answers import AnswersEvaluation
 from stillhouse.language_model.data_stage import plan_data
+from stillhouse.language_model.export_stage import EXPORT_PURPOSE
 from stillhouse.language_model.job import find_models
 from stillhouse.language_model.roots_stage import has_other_tokenizers, plan_roots, with_roots
 from stillhouse.language_model.train_stage import plan_baseline, plan_student, plan_training
 from stillhouse.language_model.training_memory import with_shard
-from stillhouse.pipeline.kind import ALL, Kind, Link, Step
-from stillhouse.pipeline.report_stage import REPORT
+from stillhouse.pipeline.kind import Kind, Link, Step
+from stillhouse.pipeline.report_stage import REPORT, report_step
 from stillhouse.pipeline.stage_plan import Do, StagePlan
 from stillhouse.runfolder import Stage, run_root
 from stillhouse.training.train import MODEL
@@ -160,15 +161,9 @@ STEPS = (
         plan_answers_export,
         ("texts", "data", "train", "evaluate"),
         main_process=True,
-        purpose="write the files, then load each in a fresh process and compare it",
+        purpose=EXPORT_PURPOSE,
     ),
-    Step(
-        "report",
-        plan_answers_report,
-        ALL,
-        main_process=True,
-        purpose="write the page with all measurements",
-    ),
+    report_step(plan_answers_report),
 )
 
 

@@ -24,9 +24,9 @@ from stillhouse.classify.classify_stages import (
 )
 from stillhouse.classify.predict_labels import classifier_predictor
 from stillhouse.evaluation.classification_results import ClassificationEvaluation
-from stillhouse.language_model.export_stage import plan_push, pushes, shipped_folder
-from stillhouse.pipeline.kind import ALL, Kind, Link, Step
-from stillhouse.pipeline.report_stage import REPORT
+from stillhouse.language_model.export_stage import EXPORT_PURPOSE, PUSH, shipped_folder
+from stillhouse.pipeline.kind import Kind, Link, Step
+from stillhouse.pipeline.report_stage import REPORT, report_step
 
 STEPS = (
     Step(
@@ -77,23 +77,10 @@ STEPS = (
         ("texts", "train", "evaluate"),
         main_process=True,
         require=require_classifier_export,
-        purpose="write the files, then load each in a fresh process and compare it",
+        purpose=EXPORT_PURPOSE,
     ),
-    Step(
-        "push",
-        plan_push,
-        ("export",),
-        applies=pushes,
-        main_process=True,
-        purpose="upload the exports",
-    ),
-    Step(
-        "report",
-        plan_classifier_report,
-        ALL,
-        main_process=True,
-        purpose="write the page with all measurements",
-    ),
+    PUSH,
+    report_step(plan_classifier_report),
 )
 
 

@@ -28,6 +28,7 @@ from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job
 from stillhouse.language_model.model_origins import origins_of
 from stillhouse.language_model.recipe import Recipe
+from stillhouse.pipeline.kind import Step
 from stillhouse.pipeline.report_stage import plan_report
 from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.quantize.moments import Moments, input_moments
@@ -166,6 +167,18 @@ def plan_push(job: Any, exported: Stage) -> StagePlan:
 
     inputs = {"recipe": section.model_dump(mode="json"), "exported": exported.digest, "name": name}
     return StagePlan("push", inputs, work)
+
+
+EXPORT_PURPOSE = "write the files, then load each in a fresh process and compare it"
+"""Of the step that exports, in every kind of run."""
+PUSH = Step(
+    "push",
+    plan_push,
+    ("export",),
+    applies=pushes,
+    main_process=True,
+    purpose="upload the exports",
+)
 
 
 def shipped_folder(form: str) -> str:

@@ -16,10 +16,10 @@ from stillhouse.language_model.evaluate_stage import in_family, plan_evaluation,
 from stillhouse.language_model.expected_time import expected_seconds
 from stillhouse.language_model.export_check import require_exports
 from stillhouse.language_model.export_stage import (
+    EXPORT_PURPOSE,
+    PUSH,
     plan_export,
     plan_language_model_report,
-    plan_push,
-    pushes,
     shipped_folder,
 )
 from stillhouse.language_model.job import Job, find_models
@@ -50,8 +50,8 @@ from stillhouse.language_model.train_stage import (
 from stillhouse.language_model.training_memory import with_shard
 from stillhouse.language_model.vocabulary_stage import cut_job, find_job, plan_vocabulary
 from stillhouse.pipeline.engine import locked_folder, run_steps
-from stillhouse.pipeline.kind import ALL, Kind, Link, Step
-from stillhouse.pipeline.report_stage import REPORT
+from stillhouse.pipeline.kind import Kind, Link, Step
+from stillhouse.pipeline.report_stage import REPORT, report_step
 from stillhouse.pipeline.stage_plan import StagePlan, doing
 from stillhouse.runfolder import Stage
 from stillhouse.teachers.load_model import load_tokenizer
@@ -178,23 +178,10 @@ STEPS = (
         ("data", "evaluate", "train", "quantize", "qat"),
         main_process=True,
         require=require_exports,
-        purpose="write the files, then load each in a fresh process and compare it",
+        purpose=EXPORT_PURPOSE,
     ),
-    Step(
-        "push",
-        plan_push,
-        ("export",),
-        applies=pushes,
-        main_process=True,
-        purpose="upload the exports",
-    ),
-    Step(
-        "report",
-        plan_language_model_report,
-        ALL,
-        main_process=True,
-        purpose="write the page with all measurements",
-    ),
+    PUSH,
+    report_step(plan_language_model_report),
 )
 WINDOW_STEPS = ("synthesis", "data", "vocabulary")
 DATA_STEPS = (*WINDOW_STEPS, "roots")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from stillhouse.pipeline.kind import ALL, Step
 from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.report.page import REPORT as REPORT
 from stillhouse.report.page import Report, write_report
@@ -30,3 +31,14 @@ def plan_report(
         "stages": {name: stage.digest for name, stage in stages.items()},
     }
     return StagePlan("report", inputs, work, version=version)
+
+
+def report_step(plan: Callable[..., StagePlan]) -> Step:
+    """The last step of a run, which reads all others."""
+    return Step(
+        "report",
+        plan,
+        ALL,
+        main_process=True,
+        purpose="write the page with all measurements",
+    )
