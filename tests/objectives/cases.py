@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,6 +70,16 @@ def make_case(
         DenseSignal(random(rows, teacher_width), teacher_head),
         torch.randint(0, vocab, (rows,), generator=g),
     )
+
+
+def placed(value: Any, device: str) -> Any:
+    """A copy on a device: of a tensor, or of all tensors of a case, head or signal."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device).requires_grad_(value.requires_grad)
+    if is_dataclass(value) and not isinstance(value, type):
+        changes = {f.name: placed(getattr(value, f.name), device) for f in fields(value)}
+        return replace(value, **changes)
+    return value
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""The GPU kernel agrees with PyTorch's operators, in Triton's interpreter on a CPU.
+"""The GPU's kernels agree with PyTorch's operators: on a GPU, else in Triton's interpreter.
 
 Triton comes with the CUDA builds of torch; `make test-triton` installs it for others.
 """
@@ -19,9 +19,11 @@ pytest.importorskip("triton")
 from stillhouse.objectives import Term, chunk_loop, fused_loss, triton_entries, triton_kernel
 from stillhouse.objectives.triton_dispatch import KINDS, MOST_ENTRIES
 from stillhouse.signals import LogitsSignal, SampledSignal, SparseSignal
-from tests.objectives.cases import Case, make_case, relative_error, with_signal
+from tests.objectives.cases import Case, make_case, placed, relative_error, with_signal
 from tests.objectives.test_divergences import VARIANTS, at, name
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.cuda] if DEVICE == "cuda" else []
 TERMS = [term for term in VARIANTS if term.divergence in KINDS]
 KL = Term("forward_kl")
 STORED = ["sparse", "sampled", "frozen head"]
@@ -35,12 +37,14 @@ LAUNCHERS = {
 def results(
     case: Case, terms: list[Term], *, grad: bool = True, **more: object
 ) -> list[torch.Tensor]:
+    case, more = placed(case, DEVICE), {key: placed(value, DEVICE) for key, value in more.items()}
     with torch.set_grad_enabled(grad):
         loss = fused_loss(
             case.hidden_ND, case.head, terms, signal=case.signal, targets_N=case.targets_N, **more
         )
     found = [loss.total.detach(), *loss.terms.values()]
-    return found + (list(torch.autograd.grad(loss.total, case.leaves)) if grad else [])
+    found += torch.autograd.grad(loss.total, case.leaves) if grad else []
+    return [each.cpu() for each in found]
 
 
 def assert_agree(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
@@ -53,8 +57,9 @@ def assert_agree(found: list[torch.Tensor], expected: list[torch.Tensor]) -> Non
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch):
-    """Switches the kernels on, wherever the tensors are, and records their launches."""
+    """Switches the kernels on, which are off before, and records their launches."""
     launches: list[str] = []
+    monkeypatch.setattr(chunk_loop, "runs_kernels", lambda device: False)
 
     def recorded(module, launcher):
         run = getattr(module, launcher)
