@@ -4,11 +4,12 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
-PYTEST  = $(BIN)/pytest -n 2 --dist worksteal
+# On the CPU also where there is a GPU: many of these tests compare bit for bit.
+PYTEST  = CUDA_VISIBLE_DEVICES= $(BIN)/pytest -n 2 --dist worksteal
 EVERY   = not slow and not cuda and not install and not processes
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo quick test lint types contracts pytest unit test-slow test-processes test-install test-wheel test-llama test-triton test-vllm test-templates bench schema clean
+.PHONY: demo quick test lint types contracts pytest unit test-cuda test-slow test-processes test-install test-wheel test-llama test-triton test-vllm test-templates bench schema clean
 
 demo: $(VENV)/.demo
 	$(BIN)/stillhouse run recipes/demo.yaml
@@ -40,6 +41,10 @@ pytest: $(VENV)/.dev
 
 unit: $(VENV)/.dev
 	$(PYTEST) -m "$(EVERY) and not run"
+
+# Tests that need an NVIDIA GPU, of compute capability 8.0 or higher.
+test-cuda: $(VENV)/.dev
+	$(BIN)/pytest -n 4 -m cuda
 
 # Tests that take minutes: the demo killed and resumed, bit for bit; the demo's recipe itself; and all
 # cases of which `make test` runs a sample.

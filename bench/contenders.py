@@ -11,6 +11,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,6 +33,11 @@ class Problem:
     labels_N: Tensor
     beta: float = 0.5
     temperature: float = 1.0
+
+    @cached_property
+    def supervised(self) -> Tensor:
+        """[S] Numbers of the supervised rows: a training has them from its collator."""
+        return (self.labels_N != -100).nonzero()[:, 0]
 
     @property
     def leaves(self) -> tuple[Tensor, Tensor]:
@@ -84,13 +90,13 @@ def term_for(beta: float, temperature: float = 1.0) -> Term:
 
 
 def stillhouse(problem: Problem) -> Tensor:
-    valid = problem.labels_N != -100
+    rows_S = problem.supervised
     return fused_loss(
-        problem.hidden_ND[valid],
+        problem.hidden_ND.index_select(0, rows_S),
         LMHead(problem.weight_VD),
         [term_for(problem.beta, problem.temperature)],
-        signal=DenseSignal(problem.teacher_ND[valid], LMHead(problem.teacher_VD)),
-        scale=1.0 / max(1, int(valid.sum())),
+        signal=DenseSignal(problem.teacher_ND.index_select(0, rows_S), LMHead(problem.teacher_VD)),
+        scale=1.0 / max(1, len(rows_S)),
     ).total
 
 

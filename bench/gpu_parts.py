@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -40,6 +42,7 @@ ROOT = Path(__file__).parents[1]
 LIGER = "liger 1024"
 FLOOR_ROWS = 2048
 SEED = 0
+TEST_PROCESSES = 6
 WARM_STEPS = 2
 """Steps that compile kernels and fill the allocator's cache."""
 SMALLER: tuple[dict[str, str], ...] = (
@@ -103,6 +106,8 @@ def run_tests(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider"]
+        if importlib.util.find_spec("xdist"):  # most of the time goes to compiling kernels
+            command += ["-n", str(min(TEST_PROCESSES, os.cpu_count() or 1))]
         done = subprocess.run(
             [*command, f"--junitxml={report}", *files],
             cwd=ROOT,

@@ -228,12 +228,26 @@ def test_bounds_that_do_not_arrive_are_an_error(gpu: list[int]) -> None:
         attention.packed_attention(nn.Identity(), *rows, torch.ones(1, 1, 1, 1, dtype=torch.bool))
 
 
+def test_keys_are_repeated_for_a_kernel_without_grouped_heads() -> None:
+    def plain(*rows: Any, **options: Any) -> Tensor:
+        assert rows[1].shape == rows[0].shape
+        return masked_attention(*rows, enable_gqa=False, **options)
+
+    kernel = attention.with_repeated_heads(plain)
+    for groups in (4, 2, 1):
+        assert kernel_error(kernel, CPU, torch.float32, 4, groups, 8, None) < 1e-6
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_the_kernel_of_a_gpu_is_used() -> None:
-    for heads, groups, width in ((4, 2, 64), (8, 8, 128), (8, 1, 256)):
-        kernel = attention.varlen_kernel()
-        assert kernel is not None
-        shape = GPU, torch.bfloat16, heads, groups, width
-        assert problem_of_kernel(kernel, *shape) is None
-        assert problem_of_flex(*shape) is None
+@pytest.mark.parametrize(("heads", "groups", "width"), [(4, 2, 64), (8, 8, 128), (8, 1, 256)])
+def test_the_kernel_of_a_gpu_is_used(heads: int, groups: int, width: int) -> None:
+    kernel = attention.varlen_kernel()
+    assert kernel is not None
+    assert problem_of_kernel(kernel, GPU, torch.bfloat16, heads, groups, width) is None
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_flex_attention_works_on_a_gpu() -> None:
+    assert problem_of_flex(GPU, torch.bfloat16, 4, 2, 64) is None

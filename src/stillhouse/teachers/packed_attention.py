@@ -132,14 +132,36 @@ def packed_attention(
 
 
 def varlen_kernel() -> Kernel | None:
-    """`torch.nn.attention.varlen.varlen_attn`; None if this torch has none for grouped heads."""
+    """`torch.nn.attention.varlen.varlen_attn`, from torch 2.11 on; None if this torch has none."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
     kernel: Any = varlen_attn
     known = inspect.signature(kernel).parameters
-    return kernel if {"enable_gqa", "window_size", "scale"} <= known.keys() else None
+    if not {"window_size", "scale"} <= known.keys():
+        return None
+    return kernel if "enable_gqa" in known else with_repeated_heads(kernel)
+
+
+def with_repeated_heads(kernel: Kernel) -> Kernel:
+    """A kernel without `enable_gqa`, which torch 2.12 added: each group's keys and values are
+    repeated for its query heads."""
+
+    def attend(
+        query_THE: Tensor,
+        key_TGE: Tensor,
+        value_TGE: Tensor,
+        *bounds: Any,
+        enable_gqa: bool,
+        **options: Any,
+    ) -> Tensor:
+        if enable_gqa:
+            times = query_THE.shape[1] // key_TGE.shape[1]
+            key_TGE, value_TGE = (each.repeat_interleave(times, 1) for each in (key_TGE, value_TGE))
+        return kernel(query_THE, key_TGE, value_TGE, *bounds, **options)
+
+    return attend
 
 
 def _instead_of_sdpa(model: Any, device: torch.device, dtype: torch.dtype) -> str:
