@@ -125,7 +125,7 @@ def test_check_reports_how_they_are_compared(folder: Path) -> None:
     assert not [one for one in found if one.level == "error"]
     texts = {one.topic: one.text for one in found}
     assert "the teacher has another tokenizer" in texts["vocabulary"]
-    assert texts["signals"] == "the teacher answers live"
+    assert "the teacher answers live; with `signals: {}`" in texts["signals"]
     assert "strings are tokens of both" in texts["tokenizer"]
 
 
@@ -170,9 +170,59 @@ def test_a_cut_vocabulary_is_refused(folder: Path) -> None:
         run(raw)
 
 
-def test_a_store_of_signals_is_refused(folder: Path) -> None:
-    with pytest.raises(SignalError, match="has another tokenizer"):
-        run(recipe(folder, signals={}))
+def losses(folder: Path) -> list[float]:
+    (metrics,) = (folder / "run").glob("stages/train-*/metrics.jsonl")
+    steps = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [step["forward_kl"] for step in steps if "forward_kl" in step]
+
+
+def test_a_store_of_nearly_all_roots_teaches_as_the_live_teacher(folder: Path) -> None:
+    live = run(recipe(folder))
+    expected = losses(folder)
+    encoding = {"kind": "top_k", "k": 254}
+    stored = run(
+        {**recipe(folder, signals={"encoding": encoding}), "folder": str(folder / "stored")}
+    )
+    (folder / "run").rename(folder / "live")
+    (folder / "stored").rename(folder / "run")
+    assert losses(folder) == pytest.approx(expected, rel=5e-2)
+    kl = [one.evaluation.result("student").fidelity.kl for one in (live, stored)]
+    assert kl[1] == pytest.approx(kl[0], rel=1e-2)
+
+
+def test_the_default_signals_are_recorded_and_read_again(folder: Path) -> None:
+    """For the same text, and for text that the store lacks, which the teacher scores live."""
+    raw = recipe(folder, signals={}, train={"evaluate_every": 2})
+    texts = [one.text for one in check_recipe(raw) if one.topic == "signals"]
+    assert "the teacher reads the text once" in texts[0]
+    result = run(raw)
+    (signals,) = [stage for stage in result.stages if stage.name == "signals"]
+    assert signals.summary["bytes"] == pytest.approx(36, rel=0.5)
+    store = str(folder / "run" / "signals")
+    raw |= {"signals": {"store": store}, "folder": str(folder / "second")}
+    again = run(raw)
+    found = [one.evaluation.result("student").fidelity.kl for one in (result, again)]
+    assert found[0] == found[1]
+    (folder / "text.txt").write_text(tiny.text(800, seed=1))
+    raw |= {"signals": {"store": store, "missing": "live"}, "folder": str(folder / "third")}
+    assert run(raw).evaluation.result("student").fidelity.compared
+
+
+def test_own_text_beside_stored_signals_is_scored_by_the_teacher(tmp_path: Path) -> None:
+    raw = recipe(tmp_path, data=chats_in(tmp_path), signals={"encoding": {"kind": "top_k"}})
+    raw["train"] |= {"on_policy": {"share": 0.5, "max_tokens": 6, "window": 2}}
+    run(raw)
+    (metrics,) = (tmp_path / "run").glob("stages/train-*/metrics.jsonl")
+    steps = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [step for step in steps if step.get("own_forward_kl", 0) > 0]
+
+
+@pytest.mark.parametrize("kind", ["hidden", "frozen_head"])
+def test_signals_that_cannot_be_stored_over_roots_are_refused(folder: Path, kind: str) -> None:
+    raw = recipe(folder, signals={"encoding": {"kind": kind}}, train={"freeze_head": True})
+    with pytest.raises(SignalError, match=f"signals of kind {kind} cannot be stored"):
+        run(raw)
+    assert not list((folder / "run").glob("stages/*"))
 
 
 def test_chats_are_rendered_by_each_models_own_template(tmp_path: Path) -> None:

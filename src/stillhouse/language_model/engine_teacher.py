@@ -14,6 +14,8 @@ from stillhouse.signals.encodings import Encoding, Hidden, TopK
 from stillhouse.teachers.hidden_server import HiddenStateServer
 from stillhouse.teachers.hidden_teacher import HiddenStateSource, HiddenStateTeacher
 from stillhouse.teachers.served_teacher import ServedTeacher
+from stillhouse.teachers.shared_vocabulary import check_rows
+from stillhouse.teachers.source_tokenizers import head_rows, source_tokenizer
 from stillhouse.teachers.stored_head import load_head
 from stillhouse.teachers.teacher import Teacher
 
@@ -68,15 +70,19 @@ def server_teacher(job: Job, encoding: Encoding, *, with_head: bool = True) -> T
 
 
 def _teacher(job: Job, source: HiddenStateSource, *, with_head: bool) -> HiddenStateTeacher:
-    config, head = configs(job)[1], None
+    config, head, code = configs(job)[1], None, job.trust_remote_code
     if with_head:
-        code = job.trust_remote_code
         head = load_head(job.teacher.path, dtype=_dtype(job), trust_remote_code=code)
         head = head.to(default_device())
+    vocabulary, tokenizer = job.vocabulary, None
+    if job.folded:
+        tokenizer = source_tokenizer(job.teacher, code)
+        vocabulary = check_rows(tokenizer, head_rows(job.teacher, code), "teacher")
     return HiddenStateTeacher(
         source,
         config,
-        vocabulary=job.vocabulary,
+        vocabulary=vocabulary,
+        tokenizer=tokenizer,
         head=head,
         parameters=planned_size(config).head_once,
     )

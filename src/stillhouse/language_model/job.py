@@ -17,7 +17,6 @@ from stillhouse.progress import note
 from stillhouse.runfolder import Stage
 from stillhouse.signals.encodings import (
     Encoding,
-    EntryEncoding,
     FrozenHead,
     Hidden,
     Stratified,
@@ -25,7 +24,11 @@ from stillhouse.signals.encodings import (
     TopP,
 )
 from stillhouse.signals.manifest import read_settings
-from stillhouse.signals.signals_config import FrozenHeadSignals, HiddenSignals
+from stillhouse.signals.signals_config import (
+    FrozenHeadSignals,
+    HiddenSignals,
+    SignalsRecipe,
+)
 from stillhouse.students.planned_config import planned_config
 from stillhouse.students.student_config import PretrainedStudent, PrunedStudent, RandomStudent
 from stillhouse.synthesis.synthesized_text import SynthesizedText
@@ -187,20 +190,12 @@ def find_configurations(recipe: Recipe, base: Path) -> Job:
 def _is_folded(recipe: Recipe, teacher: ModelSource, own: ModelSource) -> bool:
     """Whether the teacher has another tokenizer than the student. own: has the student's.
 
-    Raises ModelError if the recipe does not allow it, SignalError if it cannot work.
+    Raises ModelError if the recipe does not allow it.
     """
     code = recipe.teacher.trust_remote_code
     if recipe.teacher.tokenizer == "same":
         check_same_ids(source_tokenizer(teacher, code), source_tokenizer(own, code))
-    if not other_tokenizer(own, teacher, code):
-        return False
-    if recipe.signals is not None and recipe.signals.answers is None:
-        raise SignalError(
-            f"a store has the student's tokens, and {teacher.described} has another tokenizer",
-            where="signals",
-            fix="remove signals: the teacher then answers at every step",
-        )
-    return True
+    return other_tokenizer(own, teacher, code)
 
 
 def _teachers(job: Job, *, weights: bool) -> tuple[ModelSource, ...]:
@@ -256,6 +251,8 @@ def signals_encoding(job: Job, objective: Objective) -> Encoding:
         most = job.recipe.synthesize.sampling.top_logprobs
         assert most is not None
         return TopP(1.0, most)
+    if job.folded:
+        _check_foldable(section, job.teacher)
     match section.encoding:
         case HiddenSignals():
             if section.server is not None:
@@ -265,7 +262,21 @@ def signals_encoding(job: Job, objective: Objective) -> Encoding:
             _check_head_stays(job.recipe, "signals.encoding")
             return FrozenHead(student.hidden_size)
         case encoding_section:
-            return _within_vocabulary(encoding_section.encoding(), job.vocabulary)
+            return within_vocabulary(encoding_section.encoding(), job.vocabulary)
+
+
+def _check_foldable(section: SignalsRecipe, teacher: ModelSource) -> None:
+    """Raise SignalError for signals that cannot be stored over the roots of two vocabularies."""
+    kind = section.encoding.kind
+    if isinstance(section.encoding, HiddenSignals | FrozenHeadSignals) or section.top_tokens:
+        what = f"signals of kind {kind}" + (" from a server" if section.top_tokens else "")
+        raise SignalError(
+            f"{teacher.described} has another tokenizer, and {what} cannot be stored for the "
+            "student's tokens",
+            where="signals.encoding",
+            fix="use threshold, the default, or another encoding of complete distributions (of a "
+            "local teacher top_k, too); or remove signals",
+        )
 
 
 def _check_last_only(layers: tuple[int, ...], last: int) -> None:
@@ -281,7 +292,7 @@ def _check_last_only(layers: tuple[int, ...], last: int) -> None:
         )
 
 
-def _within_vocabulary(encoding: EntryEncoding, vocabulary: int) -> EntryEncoding:
+def within_vocabulary(encoding: Encoding, vocabulary: int) -> Encoding:
     """Raise SignalError if more tokens per position are stored than there are in the vocabulary."""
     most = 0
     if isinstance(encoding, TopK | Stratified):

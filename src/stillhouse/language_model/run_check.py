@@ -170,8 +170,6 @@ def _signals(
         else:
             text += f"; {passes:.0f} epochs save about {seconds((passes - 1) * once)}"
         yield Finding("estimate", "signals", text)
-    elif job.folded:  # a recipe's signals need the student's tokens
-        yield Finding("estimate", "signals", "the teacher answers live")
     elif passes >= 2:
         text = f"the teacher reads the same text {passes:.0f} times"
         saved = seconds((passes - 1) * once)

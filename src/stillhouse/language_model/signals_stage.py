@@ -21,6 +21,7 @@ from stillhouse.language_model.job import (
     Job,
     planned_objective,
     signals_encoding,
+    within_vocabulary,
 )
 from stillhouse.language_model.roots_stage import run_roots
 from stillhouse.launch import leads
@@ -29,6 +30,7 @@ from stillhouse.progress import note
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.signals import LMHead
 from stillhouse.signals.encodings import Encoding, FrozenHead, Hidden
+from stillhouse.signals.folded_store import ROOTS
 from stillhouse.signals.manifest import Settings, read_manifest
 from stillhouse.signals.store import Store, open_store
 from stillhouse.students.student import Student
@@ -37,10 +39,16 @@ from stillhouse.teachers.hashing import code_sha256
 from stillhouse.teachers.load_model import load_config, load_tokenizer
 from stillhouse.teachers.local_teacher import LocalTeacher, load_teacher
 from stillhouse.teachers.model_source import ModelSource
-from stillhouse.teachers.record_store import chosen_encoding, record
+from stillhouse.teachers.record_store import (
+    chosen_encoding,
+    folded_identity,
+    record,
+    stored_events,
+)
 from stillhouse.teachers.several_teachers import combined
 from stillhouse.teachers.sharded_teacher import ShardedTeacher, load_sharded_teacher
 from stillhouse.teachers.shared_vocabulary import tokenizer_identity
+from stillhouse.teachers.source_tokenizers import source_tokenizer
 from stillhouse.teachers.stored_head import head_sha256, load_head
 from stillhouse.teachers.stored_teacher import StoredTeacher
 from stillhouse.teachers.teacher import Teacher
@@ -79,6 +87,7 @@ def plan_signals(job: Job, data: Stage, student: Stage | None) -> StagePlan:
         assert student is not None
         student_head = _head(job, student)
     identity = signal_identity(job, student_head)
+    events, kind = _events(job), "roots" if job.folded else "tokens"
     # Measurements during training can then use the teacher too.
     with_heldout = job.recipe.train.evaluate_every is not None
 
@@ -86,13 +95,13 @@ def plan_signals(job: Job, data: Stage, student: Stage | None) -> StagePlan:
         code = code_sha256(stillhouse.signals, stillhouse.teachers)
         provenance = {"asked": source, "data": data.digest, "code": code}
         seed = job.recipe.seed
-        return Settings(encoding, job.vocabulary, identity, temperature, seed, provenance)
+        return Settings(encoding, events, identity, temperature, seed, provenance)
 
     def work(out: Path) -> Outcome:
         windows, heldout = open_data(data)
         texts = [windows, heldout] if with_heldout else [windows]
         with _recorded_teacher(job, encoding) as teacher:
-            chosen = encoding
+            chosen = within_vocabulary(encoding, events) if job.folded else encoding
             if not section.top_tokens:
                 chosen = chosen_encoding(
                     section, encoding, teacher, windows, temperature=temperature, out=out / STORE
@@ -107,7 +116,7 @@ def plan_signals(job: Job, data: Stage, student: Stage | None) -> StagePlan:
             )
             flops = teacher.flops(sum(each.supervised_tokens for each in texts))
         quality = manifest.quality
-        kept = f": {quality.entries:.1f} tokens of {job.vocabulary:,}" if quality.entries else ""
+        kept = f": {quality.entries:.1f} {kind} of {events:,}" if quality.entries else ""
         if leads():
             note(f"{quality.bytes:,.1f} bytes a token{kept}")
         tokens = sum(each.supervised_tokens for each in texts)
@@ -121,7 +130,7 @@ def plan_signals(job: Job, data: Stage, student: Stage | None) -> StagePlan:
     inputs = {
         "recipe": section.model_dump(mode="json"),
         "temperature": temperature,
-        "vocabulary": job.vocabulary,
+        "vocabulary": events,
         "precision": job.recipe.train.precision,
         "seed": job.recipe.seed,
         "data": data.digest,
@@ -140,10 +149,10 @@ def records_signals(job: Job) -> bool:
 @contextmanager
 def _recorded_teacher(job: Job, encoding: Encoding) -> Iterator[Teacher]:
     """The teacher whose signals are recorded."""
-    section = job.recipe.signals
+    section, own = job.recipe.signals, _students_tokens(job)
     if section is not None and (section.server is not None or section.vllm is not None):
         with engine_teacher(job, encoding) as found:
-            yield found
+            yield own(found)
         return
     device = default_device()
     dtype = choose_precision(job.recipe.train.precision, device).dtype
@@ -152,7 +161,21 @@ def _recorded_teacher(job: Job, encoding: Encoding) -> Iterator[Teacher]:
     teacher.described = f"{job.teacher.described} in {dtype}"
     if over == 1:
         teacher.model.to(device)
-    yield teacher
+    yield own(teacher)
+
+
+def _students_tokens(job: Job) -> Callable[[Teacher], Teacher]:
+    """A function that makes the recipe's teacher answer for the student's tokens."""
+    if not job.folded:
+        return lambda teacher: teacher
+    tokenizer = load_tokenizer(job.tokenizer_path, trust_remote_code=job.trust_remote_code)
+    return lambda teacher: teacher.aligned(tokenizer, run_roots(job, job.teacher))
+
+
+def _events(job: Job) -> int:
+    """The vocabulary of the run's store."""
+    roots = run_roots(job, job.teacher) if job.folded else None
+    return job.vocabulary if roots is None else stored_events(roots)
 
 
 def for_one_head(job: Job) -> bool:
@@ -174,6 +197,10 @@ def signal_identity(job: Job, student_head: LMHead | None) -> dict[str, str]:
         assert api is not None
         teacher = api_described(api)
     identity = {"teacher": teacher, **tokenizer_identity(tokenizer)}
+    roots = run_roots(job, job.teacher) if job.folded else None
+    if roots is not None and (section is None or section.answers is None):
+        theirs = source_tokenizer(job.teacher, job.trust_remote_code)
+        identity |= folded_identity(theirs, roots)
     return identity if student_head is None else {**identity, "head": head_sha256(student_head)}
 
 
@@ -216,13 +243,15 @@ def training_teacher(
             head = load_head(sources[0].path, dtype=dtype, trust_remote_code=code)
     section = job.recipe.signals
     assert section is not None
+    to_students = _students_tokens(job)
     # A store of this run lacks no row of the data, but all that the student will write.
     own = job.recipe.train.on_policy is not None and section.store is None
     live = own or section.missing == "live"
     load: Callable[[], Teacher] = loads[0]
     if section.server is not None:  # the server scores what its store lacks
         load = partial(server_teacher, job, encoding)
-    return StoredTeacher(store, config=config, head=head, load_missing=load if live else None)
+    missing = (lambda: to_students(load())) if live else None
+    return StoredTeacher(store, config=config, head=head, load_missing=missing)
 
 
 def _loader(
@@ -255,9 +284,15 @@ def _open(job: Job, stored: StoredSignals, student: Student) -> Store:
     objective = planned_objective(job)
     encoding = signals_encoding(job, objective)
     head = lm_head(student.model) if isinstance(encoding, FrozenHead) else None
+    identity, events = signal_identity(job, head), None
+    if ROOTS in identity:
+        # A store has its own roots: other text may have merged others, or none.
+        del identity[ROOTS]
+    else:
+        events = job.vocabulary
     return open_store(
         stored.path,
-        signal_identity(job, head),
+        identity,
         temperature=stored_temperature(objective, encoding),
-        vocabulary=job.vocabulary,
+        vocabulary=events,
     )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +22,11 @@ from stillhouse.errors import SignalError
 from stillhouse.launch import leads, process_index, world_size
 from stillhouse.processes import lost_process, open_group, wait_for_all
 from stillhouse.progress import bar
-from stillhouse.signals import ChunkSignal, DenseSignal, HiddenSignal, LMHead, Signal
+from stillhouse.signals import ChunkSignal, DenseSignal, FoldedSignal, HiddenSignal, LMHead, Signal
 from stillhouse.signals.encode import Statistics
 from stillhouse.signals.encoded_rows import Rows
 from stillhouse.signals.encodings import Encoding, Hidden, Threshold
-from stillhouse.signals.folded_store import ROOTS, fold_sha256, write_fold
+from stillhouse.signals.folded_store import ROOTS, event_logits, fold_sha256, write_fold
 from stillhouse.signals.lm_head import head_logits
 from stillhouse.signals.manifest import (
     SETTINGS,
@@ -42,6 +43,7 @@ from stillhouse.signals.writer import StoreWriter, finish_store
 from stillhouse.teachers.activations import ActivationRequest
 from stillhouse.teachers.aligned_teacher import AlignedTeacher
 from stillhouse.teachers.backbone import trim_head
+from stillhouse.teachers.roots import Roots
 from stillhouse.teachers.shared_vocabulary import tokenizer_identity
 from stillhouse.teachers.stored_head import linear_map
 from stillhouse.teachers.teacher import Teacher, TeacherView
@@ -74,14 +76,26 @@ def identity_of(teacher: Teacher) -> dict[str, str]:
     if teacher.tokenizer is not None:
         found |= tokenizer_identity(teacher.tokenizer)
     if isinstance(teacher, AlignedTeacher):
-        own = tokenizer_identity(teacher.teacher.tokenizer)
-        found |= {"teacher_tokenizer": own["tokenizer"], ROOTS: fold_sha256(teacher.roots.fold)}
+        found |= folded_identity(teacher.teacher.tokenizer, teacher.roots)
     return found
+
+
+def folded_identity(teacher_tokenizer: Any, roots: Roots) -> dict[str, str]:
+    """What else a store of a teacher with another tokenizer is for."""
+    own = tokenizer_identity(teacher_tokenizer)
+    return {"teacher_tokenizer": own["tokenizer"], ROOTS: fold_sha256(roots.fold)}
 
 
 def events_of(teacher: Teacher) -> int:
     """The vocabulary of a store of this teacher's signals: tokens, or roots and "not covered"."""
-    return teacher.roots.count + 1 if isinstance(teacher, AlignedTeacher) else teacher.vocabulary
+    if isinstance(teacher, AlignedTeacher):
+        return stored_events(teacher.roots)
+    return teacher.vocabulary
+
+
+def stored_events(roots: Roots) -> int:
+    """Roots, and "not covered"."""
+    return roots.count + 1
 
 
 def record(
@@ -210,14 +224,16 @@ def tuned_threshold(
     sample = []
     for index in range(0, len(text), step):
         signal = only_signal(teacher.answer(collate([text[index]])), teacher)
-        if not isinstance(signal, DenseSignal):
+        if not isinstance(signal, DenseSignal | FoldedSignal):
             raise SignalError(
                 f"{teacher.described} does not return full distributions, which threshold needs",
                 where="signals.encoding",
                 fix="use signals.encoding.kind: top_k",
             )
-        if len(signal.hidden_ND):
-            head = trim_head(signal.head, teacher.vocabulary)
-            logits_NV = head_logits(head, signal.hidden_ND)
+        if isinstance(signal, FoldedSignal):
+            logits_NV = event_logits(signal, slice(None), temperature)
+        else:
+            logits_NV = head_logits(trim_head(signal.head, teacher.vocabulary), signal.hidden_ND)
+        if len(logits_NV):
             sample.append(top_probabilities(logits_NV, temperature).cpu())
-    return tune_threshold(torch.cat(sample), teacher.vocabulary, size=size).encoding
+    return tune_threshold(torch.cat(sample), events_of(teacher), size=size).encoding

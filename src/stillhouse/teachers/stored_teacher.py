@@ -127,8 +127,14 @@ class StoredTeacher(Teacher):
         return self._missing
 
     def _check_roots(self, teacher: AlignedTeacher) -> None:
-        found = {ROOTS: fold_sha256(teacher.roots.fold)}
-        check_expected(self.store.settings, self.store.path, found, None, None)
+        """The fold of a store has no roots of the teacher's tokens."""
+        if fold_sha256(teacher.roots.fold) != self.store.settings.identity[ROOTS]:
+            raise SignalError(
+                "the store has other roots than this text, so the teacher cannot answer for rows "
+                "that the store lacks",
+                where=self.store.path,
+                fix="record a store of this text (no signals.store)",
+            )
 
     def prepare(self, needs: TeacherNeeds, text: Batches | None = None) -> None:
         self._check_needs(needs)
