@@ -76,14 +76,14 @@ def parts(options: argparse.Namespace) -> list[Part]:
         values = getattr(options, name)
         sizes += [f"--{name}", *map(str, values if isinstance(values, list) else [values])]
     steps = [
-        Part(f"step {pair}", ["step", "--pairs", pair, *sizes], scale * (110 if place else 60))
-        for place, pair in enumerate(options.pairs)
+        Part(f"step {pair}", ["step", "--pairs", pair, *sizes], scale * 75)
+        for pair in options.pairs
     ]
     return [
-        Part("tests", ["tests", *sizes], scale * 100),
-        Part("loss", ["loss", *sizes], scale * 150),
+        Part("tests", ["tests", *sizes], scale * 130),
+        Part("loss", ["loss", *sizes], scale * 100),
         *steps,
-        Part("after", ["after", "--pairs", options.pairs[0], *sizes], scale * 50),
+        Part("after", ["after", "--pairs", options.pairs[0], *sizes], scale * 80),
     ]
 
 

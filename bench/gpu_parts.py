@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
+import itertools
 import json
 import os
 import statistics
@@ -51,6 +52,9 @@ SMALLER: tuple[dict[str, str], ...] = (
     {"optimizer": "adamw_8bit", "weights": "bfloat16"},
 )
 """Settings of a student, of which the first that fits is measured."""
+MICRO_BATCHES = 4, 2, 1
+"""Windows of a micro-batch: the first number that fits. With small ones the GPU waits for Python,
+which launches some thousand kernels for each of them."""
 
 
 PAIRS: dict[str, tuple[PreTrainedConfig, PreTrainedConfig]] = {
@@ -77,7 +81,7 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each loss")
     parser.add_argument("--pairs", nargs="*", default=["1.7B:1B", "8B:4B"], choices=PAIRS)
     parser.add_argument("--context", type=int, default=4096, help="tokens of a micro-batch")
-    parser.add_argument("--steps", type=int, default=6, help="optimizer steps of a training")
+    parser.add_argument("--steps", type=int, default=5, help="optimizer steps of a training")
 
 
 def main() -> None:
@@ -105,7 +109,15 @@ def run_tests(options: argparse.Namespace) -> None:
     ]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
-        command = [sys.executable, "-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-m",
+            "cuda and not slow",
+            "-p",
+            "no:cacheprovider",
+        ]
         if importlib.util.find_spec("xdist"):  # most of the time goes to compiling kernels
             command += ["-n", str(min(TEST_PROCESSES, os.cpu_count() or 1))]
         done = subprocess.run(
@@ -203,11 +215,11 @@ def random_weights(config: Any, dtype: torch.dtype, device: str) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def settings_for(changes: Mapping[str, str], steps: int) -> TrainRecipe:
+def settings_for(changes: Mapping[str, str], micro_batch: int, steps: int) -> TrainRecipe:
     return TrainRecipe.model_validate(
         {
-            "batch_size": 2,
-            "micro_batch_size": 1,
+            "batch_size": 2 * micro_batch,
+            "micro_batch_size": micro_batch,
             "max_steps": steps,
             "epochs": float(steps),
             "gradient_checkpointing": True,
@@ -223,7 +235,7 @@ def plan_for(options: argparse.Namespace, settings: TrainRecipe) -> Memory:
     step = training_step(
         student,
         [teacher],
-        windows=1,
+        windows=settings.micro_batch_size or 1,
         context=options.context,
         accumulates=True,
         compute=torch.bfloat16,
@@ -245,13 +257,14 @@ def available(device: str) -> int:
 def train_some(options: argparse.Namespace) -> None:
     """Some steps of a pair, of which throughput and peak memory are printed."""
     teacher, student = map(copy.deepcopy, PAIRS[options.pairs[0]])
-    for changes in SMALLER:
-        settings = settings_for(changes, options.steps)
+    for changes, micro_batch in itertools.product(SMALLER, MICRO_BATCHES):
+        settings = settings_for(changes, micro_batch, options.steps)
         plan = plan_for(options, settings)
         if plan.fits(available(options.device)):
             break
     planned = plan.total - plan.parts["context"]
-    say(changes=changes, phase=plan.phase, parts=dict(plan.parts), planned=planned)
+    say(changes=changes, micro_batch=micro_batch, planned=planned)
+    say(phase=plan.phase, parts=dict(plan.parts))
     before = peak_memory_bytes()
     if options.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -260,7 +273,7 @@ def train_some(options: argparse.Namespace) -> None:
         random_weights(teacher, torch.bfloat16, options.device),
     ]
     counts = [account.count_parameters(each).head_once for each in models]
-    text = RandomText(4, options.context, student.vocab_size)
+    text = RandomText(4 * micro_batch, options.context, student.vocab_size)
     result = train(
         Student(models[0]), Teacher.from_model(models[1]), text, ObjectiveRecipe(), settings
     )

@@ -247,7 +247,9 @@ def test_the_kernel_of_a_gpu_is_used(heads: int, groups: int, width: int) -> Non
     assert problem_of_kernel(kernel, GPU, torch.bfloat16, heads, groups, width) is None
 
 
+@pytest.mark.slow
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_flex_attention_works_on_a_gpu() -> None:
+    """Compiling it takes about a minute."""
     assert problem_of_flex(GPU, torch.bfloat16, 4, 2, 64) is None
