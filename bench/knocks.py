@@ -8,6 +8,18 @@ Every trial has a seed, and an oracle: an undisturbed run, or what was written b
 Every failure is listed with the numbers that reproduce it:
 
     python -m bench.knocks --seed 1 --only damage:17
+
+What is killed, stopped, started twice, or runs out of disk is a process of its own, with real
+signals and real files, and so is what goes on after it. In nine of ten trials these processes are
+forked from one that has imported torch, transformers and matplotlib, for which a new one needs five
+seconds of processor time, and exports are replayed in the process that exports. In the others they
+are started as `python -m`: all that replay exports in a fresh process, all under torchrun (with
+`torchrun` itself), two of twenty that are stopped while Python starts, and the last process of 3%
+of the killed runs. An undisturbed run is done once for each kind of run in each worker, for all
+families. Damaged files and faulty servers are read in the worker itself.
+
+The processor time of each family is recorded beside the time it took: on a machine that does other
+work, half of the processor time is what two cores need without it.
 """
 
 from __future__ import annotations
@@ -40,7 +52,7 @@ MEANING = {
 
 
 def main() -> None:
-    run_command(TrialBench("knocks", FAMILIES, COUNTS, MEANING), __doc__)
+    run_command(TrialBench("knocks", FAMILIES, COUNTS, MEANING, minutes=40.0), __doc__)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,11 @@ os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # the server has
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
+        "stillhouse.cli",
         "stillhouse.commands",
+        "stillhouse.report.draw_charts",
         "transformers.trainer",
+        "transformers.modeling_gguf_pytorch_utils",
         "transformers.models.llama.modeling_llama",
         "tests.replays",
     ]

@@ -8,8 +8,10 @@ import pytest
 from bench.input_trials.trial import BARS
 from bench.input_trials.workers import run_one
 from bench.knock_trials import disk_trials
+from bench.knock_trials.core_waits import CoreWaits
 from bench.knock_trials.damage import damaged
 from bench.knocks import FAMILIES
+from bench.trial_command import TrialBench, time_bar
 
 SAMPLE = {"damage": 20, "server": 16, "kill": 2, "stop": 2, "pair": 2}
 SEED = 3
@@ -23,6 +25,25 @@ def test_a_sample_of_every_family(family: str) -> None:
                 if each.outcome in BARS]  # fmt: skip
     assert not failures, "\n".join(failures)
     assert "right" in {each.outcome for each in results}
+
+
+def test_time_without_a_core_counts_from_the_signal() -> None:
+    """Of the process that waited longest; those that start later count whole."""
+    waits = CoreWaits(0)
+    waits._readings = [(1.0, {7: 0.5}), (2.0, {7: 0.75}), (3.0, {7: 1.0, 8: 0.1}), (4.0, {8: 0.2})]
+    assert waits.since(2.0) == 0.25
+    assert waits.since(4.0) == 0.0
+
+
+def test_the_bar_for_the_time_needs_all_families_at_one_commit() -> None:
+    bench = TrialBench("knocks", dict.fromkeys(FAMILIES, FAMILIES["kill"]), {}, {}, minutes=40.0)
+    part = {"commit": "a", "processes": 2, "seconds": {"1": 60.0, "2": 120.0}}
+    parts = dict.fromkeys(FAMILIES, part)
+    (bar,) = time_bar(bench, parts)
+    assert bar.value == 2.0 * len(FAMILIES)
+    assert not time_bar(bench, {**parts, "disk": {**part, "commit": "b"}})
+    assert not time_bar(bench, {"kill": part})
+    assert not time_bar(bench, {**parts, "disk": {"commit": "a"}})
 
 
 def test_damage_always_changes_something() -> None:

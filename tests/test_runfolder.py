@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from stillhouse.disk_errors import disk_errors
-from stillhouse.errors import ModelError, RunError
+from stillhouse.errors import ModelError, RunError, StoreError
 from stillhouse.runfolder import Outcome, RunFolder
 
 
@@ -99,7 +99,7 @@ def test_a_kill_while_files_are_hashed_or_flushed_keeps_the_scratch(
 
     folder = RunFolder(tmp_path)
     options: dict[str, Any] = {"resumable": True, "scratch": ("steps",)}
-    for name in ("file_facts", "flush_tree"):
+    for name in ("facts_of_files", "flush_tree"):
         with monkeypatch.context() as patch:
             patch.setattr(f"stillhouse.runfolder.{name}", killed)
             with pytest.raises(KeyboardInterrupt):
@@ -160,6 +160,28 @@ def test_a_damaged_stage_is_done_again(tmp_path: Path, damage: str) -> None:
         (path / "manifest.json").write_text("{")
     assert not folder.stage("data", {}, writes("hello", calls)).reused
     assert calls == ["hello", "hello"]
+
+
+def test_a_file_that_its_reader_compares_is_set_aside_when_it_is_read(tmp_path: Path) -> None:
+    """Only its size is compared before the stage is used."""
+    folder, calls = RunFolder(tmp_path), []
+    options = {"compared_when_read": ("*.txt",)}
+    path = folder.stage("signals", {}, writes("hello", calls), **options).path
+    (path / "result.txt").write_text("hellO")
+
+    def read(out: Path) -> Outcome:
+        raise StoreError("the shard is damaged", where=path / "result.txt", fix="delete it")
+
+    again = RunFolder(tmp_path)
+    assert again.stage("signals", {}, writes("hello", calls), **options).reused
+    with pytest.raises(RunError, match="the shard is damaged") as caught:
+        again.stage("train", {}, read)
+    assert "same command again" in str(caught.value.fix)
+    third = RunFolder(tmp_path)
+    assert not third.stage("signals", {}, writes("hello", calls), **options).reused
+    with pytest.raises(StoreError, match="the shard is damaged"):  # of another store
+        third.stage("train", {}, read)
+    assert sorted(file.name for file in path.iterdir()) == ["manifest.json", "result.txt"]
 
 
 def test_a_stage_with_only_sha256_is_also_compared(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import stillhouse
 from stillhouse import account, commands
-from stillhouse.errors import SignalError
+from stillhouse.errors import RunError, SignalError
 from stillhouse.language_model.signals_stage import STORE
 from stillhouse.pipeline.kind import RunResult
 from stillhouse.runfolder import Stage
@@ -89,6 +89,24 @@ def test_a_second_student_and_more_epochs_do_not_query_the_teacher(
 
 def _never(*args: Any, **kwargs: Any) -> Any:
     raise AssertionError("the teacher was asked")
+
+
+def test_a_damaged_shard_is_set_aside_and_recorded_again(tmp_path: Path) -> None:
+    raw = recipe(tmp_path, {"kind": "top_k", "k": 8}, train={"max_steps": 6})
+    whole = run({**raw, "folder": str(tmp_path / "whole")})
+    run({**raw, "train": {**raw["train"], "max_steps": 1}})
+    (shard,) = (tmp_path / "run").glob(f"stages/signals-*/{STORE}/shards/*.bin")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(RunError, match="the shard is damaged") as caught:
+        run(raw)
+    assert (caught.value.where, "same command again" in str(caught.value.fix)) == (shard, True)
+    again = run(raw)
+    assert not stages(again)["signals"].reused
+    assert not [file for file in shard.parent.iterdir() if file.suffix == ".damaged"]
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(again)[name])
 
 
 def test_an_interrupted_recording_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,11 +59,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class Result:
+    """cpu_seconds: of the trial, with all processes that it started and that have ended."""
+
     family: str
     number: int
     name: str
     outcome: Outcome
     detail: str = ""
+    cpu_seconds: float = 0.0
 
 
 def judge(trial: Trial) -> tuple[Outcome, str]:

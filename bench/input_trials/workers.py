@@ -12,9 +12,12 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from bench.input_trials.busy import on_busy_cores
 from bench.input_trials.trial import Result, Trial, judge
@@ -41,6 +44,7 @@ class Family:
 def run_one(family: Family, seed: int, number: int) -> Result:
     """One trial, in this process. Equal arguments make equal inputs."""
     make: MakeTrial = import_module(family.module).make
+    spent = _cpu_seconds()
     chance = random.Random(f"{family.name} {seed} {number}")
     with tempfile.TemporaryDirectory(prefix="trial-") as scratch:
         os.environ["STILLHOUSE_CACHE"] = f"{scratch}/cache"
@@ -51,7 +55,15 @@ def run_one(family: Family, seed: int, number: int) -> Result:
             detail = f"{time.process_time() - began:.1f} s of processor time; {outcome}: {detail}"
             outcome = "hang"
     detail = detail.replace(scratch, "").strip()
-    return Result(family.name, number, trial.name, outcome, detail)
+    return Result(family.name, number, trial.name, outcome, detail, _cpu_seconds() - spent)
+
+
+def _cpu_seconds() -> float:
+    """Processor time of this process, of its children that have ended, and of those of the server
+    that forks processes (`tests.forks`)."""
+    found = sum(os.times()[:4])
+    server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    return found if server is None else found + sum(psutil.Process(server).cpu_times()[:4])
 
 
 @dataclass

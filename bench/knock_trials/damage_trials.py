@@ -17,7 +17,13 @@ from bench.knock_trials import made_runs
 from bench.knock_trials.damage import damaged
 from bench.knock_trials.damage_uses import READ, RERUN, Place
 from stillhouse import checksums
+from stillhouse.evaluation.results import EVALUATION
+from stillhouse.pipeline.run_progress import PROGRESS
+from stillhouse.stage_manifest import MANIFEST
+from stillhouse.training.checkpoints import METRICS
 
+WATCHED = ("recipe.yaml", PROGRESS, MANIFEST, METRICS, EVALUATION)
+"""Names of the files that the live page of a run reads."""
 WHOLE_RUN = 40
 """Of so many trials one runs the whole recipe again, which takes seconds."""
 
@@ -81,6 +87,9 @@ def places() -> list[Place]:
         list(_files("windows", made_runs.windows())),
         list(_files("left", made_runs.left())) * 4,
         list(_files("converted", made_runs.converted())),
+        list(_files("roots", made_runs.cached_maps())) * 3,
+        list(_files("rollouts", made_runs.rollouts())) * 2,
+        [place for place in _files("watched", run) if Path(place.file).name in WATCHED] * 2,
     ]
     found = [place for kind in kinds for place in kind]
     random.Random(0).shuffle(found)

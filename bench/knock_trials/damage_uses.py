@@ -22,17 +22,23 @@ from stillhouse.commands import predict
 from stillhouse.data.batches import in_order
 from stillhouse.data.data import Data
 from stillhouse.data.windows import ARRAYS, open_windows
+from stillhouse.errors import RunError
 from stillhouse.generation.journal import Journal
 from stillhouse.report.page import REPORT_DATA, read_report, render
-from stillhouse.runfolder import MANIFEST, RunFolder, read_manifest
+from stillhouse.runfolder import RunFolder
 from stillhouse.search.trial_log import Journal as TrialLog
 from stillhouse.signals.store import open_store
 from stillhouse.signals.writer import finish_store
+from stillhouse.stage_manifest import MANIFEST, read_manifest
 from stillhouse.teachers.hashing import file_sha256
 from stillhouse.teachers.model_source import resolve_model
 from stillhouse.teachers.record_store import segments_of
+from stillhouse.teachers.roots_file import cached_roots
 from stillhouse.training import checkpoints
+from stillhouse.training.rollouts import read_rollouts
 from stillhouse.verify_folder import verify_folder
+from stillhouse.watch.live_page import index_page, run_page
+from stillhouse.watch.watched_runs import read_run
 
 TEXTS = ["cat number 3", "soup number 4"]
 
@@ -53,10 +59,17 @@ def _stage(place: Place, copy: Path) -> str | None:
     recorded = read_manifest(place.folder)
     same = place.file == MANIFEST and _same_json(place, copy)
     found = RunFolder(copy.parents[1]).finished(recorded["stage"], recorded["depends_on"])
-    if found is not None and not same:
-        return "the run uses it"
     sound = not any(part.problems for part in verify_folder(copy.parents[1]))
-    return "verify says that it is sound" if sound and not same else None
+    if sound and not same:
+        return "verify says that it is sound"
+    if found is None or same:
+        return None
+    return _stored_teacher(place, copy, "store") if _is_shard(place) else "the run uses it"
+
+
+def _is_shard(place: Place) -> bool:
+    """Shards are compared when they are read, not when a run finds their stage finished."""
+    return Path(place.file).match("store/shards/*")
 
 
 def _verified(place: Place, copy: Path) -> str | None:
@@ -84,8 +97,8 @@ def _original(place: Place, source: Path) -> Path:
     return place.folder / source.name if source.suffix == ".gguf" else place.folder
 
 
-def _stored_teacher(place: Place, copy: Path) -> str | None:
-    found, sound = _read(copy), _sound_read(place.folder)
+def _stored_teacher(place: Place, copy: Path, below: str = "") -> str | None:
+    found, sound = _read(copy / below), _sound_read(place.folder / below)
     same = len(found) == len(sound) and all(map(np.array_equal, found, sound))
     return None if same else "other signals"
 
@@ -199,13 +212,37 @@ def _journal(place: Place, copy: Path) -> str | None:
     return None if billed == expected or lost else "failed requests are lost without a note"
 
 
+def _roots(place: Place, copy: Path) -> str | None:
+    """A cache with the roots of two tokenizers."""
+    sides = [cached_roots(made_runs.aligner(), cache) for cache in (copy, place.folder)]
+    maps = [(roots.student_V.tolist(), roots.teacher_W.tolist(), roots.merges) for roots in sides]
+    return None if maps[0] == maps[1] else "other roots"
+
+
+def _rollouts(place: Place, copy: Path) -> str | None:
+    found = read_rollouts(copy, made_runs.IDENTITY)
+    return None if found in (None, read_rollouts(place.folder)) else "other text"
+
+
+def _watched(place: Place, copy: Path) -> str | None:
+    """The live page of a run leaves out what cannot be read."""
+    run_page(read_run("run", copy), "token", 1)
+    index_page(copy.parent)
+    return None
+
+
 # --- the whole run again -------------------------------------------------------------------------
 
 
 def _run_stage(place: Place, copy: Path) -> str | None:
     """A whole run over the finished run with the damaged file."""
     root = copy.parents[1] / "run"
-    return _run_again(root, made_runs.finished_run(), copy)
+    try:
+        return _run_again(root, made_runs.finished_run(), copy)
+    except RunError:
+        if not _is_shard(place):
+            raise
+        return _same_run(root)  # by the same command, as the error says
 
 
 def _run_training(place: Place, copy: Path) -> str | None:
@@ -219,6 +256,10 @@ def _run_again(root: Path, before: Path, damaged: Path) -> str | None:
     shutil.copytree(before, root, symlinks=True)
     shutil.rmtree(root / "stages" / damaged.name)
     shutil.copytree(damaged, root / "stages" / damaged.name)
+    return _same_run(root)
+
+
+def _same_run(root: Path) -> str | None:
     recipe = made_runs.stored_recipe(made_runs.place() / "stored", folder=str(root))
     result = stillhouse.run(recipe)
     assert result is not None
@@ -267,5 +308,8 @@ READ: dict[str, Wrong] = {
     "report": _report,
     "windows": _windows,
     "converted": _converted,
+    "roots": _roots,
+    "rollouts": _rollouts,
+    "watched": _watched,
 }
 RERUN: dict[str, Wrong] = {"stage": _run_stage, "training": _run_training}

@@ -14,11 +14,13 @@ from pathlib import Path
 import psutil
 
 from bench.knock_trials.aftermath import Books, differences, leftovers
+from bench.knock_trials.core_waits import CoreWaits
 from bench.knock_trials.moments import IMPORTS, Moment
 from bench.knock_trials.tiny_runs import REQUESTS, Kind, Process, patience, served, start
 
-WrongEnd = Callable[[Kind, Process, int, Moment], str | None]
-"""What is wrong with the end of a process: its exit status, and the moment it was given."""
+WrongEnd = Callable[[Kind, Process, int, Moment, CoreWaits], str | None]
+"""What is wrong with the end of a process: its exit status, the moment it was given, and when it
+had no core."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ class DisturbedRun:
         for _ in range(8):
             books.next_process()
             process = start_for(self.kind, recipe, self.root, environment, moment, books)
-            status = process.wait(patience())
+            with CoreWaits(process.pid) as waits:
+                status = process.wait(patience())
             if status != 0 or not first:
                 break
             shutil.rmtree(self.root.parent)
@@ -85,7 +88,9 @@ class DisturbedRun:
             moment = replace(moment, delay=moment.delay / 2)
         else:
             return "it was over before it was disturbed"
-        problem = None if status == 0 else self.wrong_end(self.kind, process, status, moment)
+        problem = None
+        if status != 0:
+            problem = self.wrong_end(self.kind, process, status, moment, waits)
         wait_for_others(recipe)
         return problem
 

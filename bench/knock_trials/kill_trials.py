@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bench.input_trials.trial import Trial
 from bench.knock_trials.aftermath import one_message
+from bench.knock_trials.core_waits import CoreWaits
 from bench.knock_trials.disturbed_run import DisturbedRun
 from bench.knock_trials.moments import OWN_PROCESS, TIME, Moment, Victim
 from bench.knock_trials.tiny_runs import KINDS, Kind, Process, undisturbed
@@ -67,7 +68,9 @@ def in_order(moments: list[Moment], kind: Kind) -> list[Moment]:
     return sorted(moments, key=lambda moment: parts.index(moment.part))
 
 
-def wrong_end(kind: Kind, process: Process, status: int, moment: Moment) -> str | None:
+def wrong_end(
+    kind: Kind, process: Process, status: int, moment: Moment, waits: CoreWaits
+) -> str | None:
     """Only a process that was not killed itself has something to say."""
     if status == -signal.SIGKILL:
         return None

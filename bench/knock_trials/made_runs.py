@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import signal
 import tempfile
@@ -24,9 +25,14 @@ from stillhouse.export import fresh_process
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Answer, Failure, Request
 from stillhouse.search.trial_log import Journal as TrialLog
+from stillhouse.teachers.align_tokens import TokenAligner
 from stillhouse.teachers.model_source import resolve_model
+from stillhouse.teachers.roots_file import cached_roots
+from stillhouse.training.rollouts import Rollout, save_rollouts, window_folder
 
 ANSWERS, FAILURES = 60, 8
+IDENTITY = "a student"
+"""What wrote the rollouts."""
 
 
 @cache
@@ -131,6 +137,30 @@ def converted() -> Path:
     """A cache with a converted GGUF file and the hashes of files."""
     resolve_model(str(gguf()), base=Path(), cache=_made(place() / "cache"))
     return place() / "cache"
+
+
+@cache
+def rollouts() -> Path:
+    """What a student wrote before a step."""
+    folder = _made(place() / "own text")
+    chance = random.Random(0)
+    written = [
+        Rollout(slot, tuple(chance.choices(range(200), k=20)), slot % 4, 8, "stop")
+        for slot in range(12)
+    ]
+    save_rollouts(window_folder(folder, 0), written, IDENTITY)
+    return window_folder(folder, 0)
+
+
+@cache
+def cached_maps() -> Path:
+    """A cache with the roots of two tokenizers."""
+    cached_roots(aligner(), _made(place() / "roots"))
+    return place() / "roots"
+
+
+def aligner() -> TokenAligner:
+    return TokenAligner(tiny.tokenizer(), tiny.merging_tokenizer())
 
 
 def gguf() -> Path:

@@ -40,7 +40,8 @@ IN_ONE_FOLDER = [name for name, kind in KINDS.items() if not kind.fresh]
 def make(chance: random.Random, folder: Path, number: int) -> Trial:
     way = WAYS[number % len(WAYS)]
     names = SERVED if way is _on_one_journal else IN_ONE_FOLDER
-    kind = KINDS[names[number // len(WAYS) % len(names)]]
+    turn, place = divmod(number, len(WAYS))
+    kind = KINDS[names[(turn + 2 * place) % len(names)]]
     later = chance.choice([0.0, chance.random() * undisturbed(kind.name).seconds])
     title = f"{kind.name}: {way.__name__.strip('_').replace('_', ' ')}, {later:.2f} s later"
     return Trial(title, lambda: way(kind, folder, later, chance), lambda found: found)

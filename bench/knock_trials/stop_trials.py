@@ -2,6 +2,8 @@
 
 Right: the process ends within five seconds, with the status of its signal and one message; then as
 for a killed run. Requests in flight are paid for, so the time counts from when they are answered.
+The time in which the process was ready to run, but other processes had all cores, is deducted (see
+`core_waits`): on a machine that does nothing else it is none.
 """
 
 from __future__ import annotations
@@ -12,16 +14,16 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from bench.input_trials.busy import on_busy_cores
 from bench.input_trials.trial import Trial
 from bench.knock_trials.aftermath import one_message
+from bench.knock_trials.core_waits import CoreWaits
 from bench.knock_trials.disturbed_run import DisturbedRun
 from bench.knock_trials.kill_trials import FORKED, FRESH, in_order, moment
 from bench.knock_trials.moments import IMPORTS, Moment
 from bench.knock_trials.tiny_runs import KINDS, REQUESTS, Kind, Process
 
 WITHIN = 5.0
-"""Seconds, on a machine with a core for each process that wants one."""
+"""Seconds, without those in which the process was ready to run while others had all cores."""
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 ANSWERED_AFTER = 1.0
 """Seconds until the server answers, in trials that stop a run by its requests."""
@@ -31,7 +33,7 @@ def kind_of(number: int) -> Kind:
     """Of 20 trials, two have a process for each replay, one is a torchrun, and two are stopped
     while Python starts."""
     name = {6: FRESH[0], 11: FRESH[1], 16: FRESH[0]}.get(number % 20)
-    kind = KINDS[name or FORKED[number % len(FORKED)]]
+    kind = KINDS[name or FORKED[(number + number // 6) % len(FORKED)]]
     return replace(kind, fresh=True) if number % 20 in (3, 13) else kind
 
 
@@ -52,11 +54,14 @@ def make(chance: random.Random, folder: Path, number: int) -> Trial:
     return Trial(title, run.problem, lambda found: found)
 
 
-def wrong_end(kind: Kind, process: Process, status: int, moment: Moment) -> str | None:
-    took = time.monotonic() - float(Path(moment.noted).read_text())
+def wrong_end(
+    kind: Kind, process: Process, status: int, moment: Moment, waits: CoreWaits
+) -> str | None:
+    sent = float(Path(moment.noted).read_text())
+    took, without_core = time.monotonic() - sent, waits.since(sent)
     grace = ANSWERED_AFTER if moment.part == REQUESTS else 0.0
-    if took > on_busy_cores(WITHIN) + grace:
-        return f"it took {took:.1f} s"
+    if took - without_core > WITHIN + grace:
+        return f"it took {took:.1f} s, of which it had no core for {without_core:.1f} s"
     said = process.errors()
     if kind.processes > 1:
         said = said.split("torch/distributed/run.py")[0]

@@ -93,18 +93,46 @@ def _qat(inputs: Path, root: Path, _url: str) -> dict[str, Any]:
     return tiny.recipe(inputs, folder=str(root), quantize=quantize, train={"max_steps": 12})
 
 
-def _synthesis(inputs: Path, root: Path, url: str) -> dict[str, Any]:
-    raw = tiny.recipe(inputs, folder=str(root), train={"max_steps": 4})
+def _on_policy(inputs: Path, root: Path, _url: str) -> dict[str, Any]:
+    own = {
+        "prompts": {"path": str(_prompts(inputs))},
+        "share": 0.5,
+        "window": 2,
+        "max_tokens": 8,
+        "terms": [{"divergence": "reverse_kl"}],
+    }
+    return tiny.recipe(inputs, folder=str(root), train={"max_steps": 12, "on_policy": own})
+
+
+def _other_tokenizer(inputs: Path, root: Path, _url: str) -> dict[str, Any]:
+    """The teacher's tokens are longer than those of the student."""
+    if not (inputs / "student").exists():
+        words = tiny.merging_tokenizer()
+        tiny.llama(vocab_size=len(words)).save_pretrained(inputs / "teacher")
+        words.save_pretrained(inputs / "teacher")
+        (inputs / "text.txt").write_text(tiny.text(400))
+        tiny.save_model(inputs / "student", seed=1, num_hidden_layers=2)
+    raw = tiny.recipe(inputs, folder=str(root), train={"max_steps": 12})
+    raw["student"] = {"start": "pretrained", "model": str(inputs / "student")}
+    return raw
+
+
+def _prompts(inputs: Path) -> Path:
     prompts = inputs / "prompts.txt"
     if not prompts.exists():
         prompts.write_text("".join(f"question {n}\n" for n in range(PROMPTS)))
+    return prompts
+
+
+def _synthesis(inputs: Path, root: Path, url: str) -> dict[str, Any]:
+    raw = tiny.recipe(inputs, folder=str(root), train={"max_steps": 4})
     out = root.with_suffix(".jsonl")
     price = {"input": 10.0, "output": 30.0}
     api = {"base_url": url, "model": "teacher", "concurrency": AT_ONCE, "price": price}
     raw["synthesize"] = {
         "teacher": {"api": api},
         "budget": {"max_usd": 5.0},
-        "prompts": {"path": str(prompts)},
+        "prompts": {"path": str(_prompts(inputs))},
         "sampling": {"max_tokens": 8},
         "filters": {"truncated": False, "refusals": False},
         "out": str(out),
@@ -125,6 +153,8 @@ KINDS = {
         Kind("cascade", _cascade),
         Kind("synthesis", _synthesis),
         Kind("quantization-aware", _qat),
+        Kind("on-policy", _on_policy),
+        Kind("another tokenizer", _other_tokenizer),
         Kind("replayed in its own process", _plain, fresh=True),
         Kind("torchrun", _plain, fresh=True, processes=2),
     )

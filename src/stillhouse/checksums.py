@@ -46,8 +46,9 @@ def fast_facts(path: Path) -> dict[str, Any]:
 def damaged_files(folder: Path, files: Mapping[str, Facts], *, reread: bool = False) -> list[str]:
     """Names of the files in `folder` that are missing, or differ from what `files` recorded.
 
-    A file without an XXH3 is compared by SHA-256, and one without either by size. A file that this
-    process found intact before, and that was not written since, is not read again, unless `reread`.
+    A file without an XXH3 is compared by SHA-256, and one without either by size. Unless `reread`,
+    a file that this process found intact before, and that was not written since, is not read again,
+    and one with `compared_when_read` is compared by size: its reader compares the hash.
     """
     return [name for name, facts in files.items() if not _is_intact(folder / name, facts, reread)]
 
@@ -147,7 +148,7 @@ def _is_intact(path: Path, facts: Facts, reread: bool) -> bool:
         if not path.is_file() or found.st_size != facts.get("bytes", found.st_size):
             return False
         recorded = facts.get("xxh3") or facts.get("sha256")
-        if recorded is None:
+        if recorded is None or (facts.get("compared_when_read", False) and not reread):
             return True
         known = (str(path.resolve()), found.st_ino, found.st_size, found.st_mtime_ns, recorded)
         if known in _intact and not reread:

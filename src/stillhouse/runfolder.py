@@ -24,14 +24,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from stillhouse.checksums import damaged_files, file_facts, seal_broken, sealed
+from stillhouse.checksums import damaged_files, file_facts, sealed
 from stillhouse.disk_errors import disk_errors, made_folder
-from stillhouse.errors import RunError, StillhouseError
+from stillhouse.errors import RunError, StillhouseError, StoreError
 from stillhouse.file_locks import try_lock
 from stillhouse.progress import note
 from stillhouse.scratch import scratch_in
+from stillhouse.stage_manifest import MANIFEST, digest_of, facts_of_files, read_manifest
 
-MANIFEST, LOCK = "manifest.json", ".lock"
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,19 @@ class RunFolder:
                 fix="put it back if you moved it, and run the same command again",
             )
 
+    def _set_damage_aside(self) -> bool:
+        """Rename the files of finished stages that are damaged, so that the next run notices.
+        Returns whether there were any, and all were renamed."""
+        found = False
+        try:
+            for path in self._finished:
+                for name in damaged_files(path, read_manifest(path)["files"], reread=True):
+                    (path / name).rename(path / f"{name}.damaged")
+                    found = True
+        except (OSError, ValueError):
+            return False
+        return found
+
     def key(self, name: str, depends_on: Mapping[str, Any]) -> str:
         canonical = json.dumps({"stage": name, **depends_on}, sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
@@ -175,6 +189,7 @@ class RunFolder:
         resumable: bool = False,
         scratch: tuple[str, ...] = (),
         check: Callable[[Path], None] | None = None,
+        compared_when_read: tuple[str, ...] = (),
     ) -> Stage:
         """Return the finished stage, or run `work(folder)` and finish it.
 
@@ -182,7 +197,9 @@ class RunFolder:
         files and folders whose names begin with a dot: they are temporary, except in `scratch`.
         scratch: names inside the folder that are deleted before it is finished.
         check: raises StillhouseError if the folder lacks the stage's product. The stage
-        then remains unfinished, with its scratch files. Raises RunError.
+        then remains unfinished, with its scratch files. compared_when_read: patterns of files whose
+        readers compare their hashes; before the stage is used, only their sizes are. Raises
+        RunError.
         """
         done = self.finished(name, depends_on)
         if done is not None:
@@ -201,22 +218,22 @@ class RunFolder:
             started = time.time()
             try:
                 outcome = work(partial)
-            except Exception:
+            except Exception as error:
                 self._require_there(partial)
+                if isinstance(error, StoreError) and self._set_damage_aside():
+                    raise RunError(
+                        error.what,
+                        where=error.where,
+                        fix="run the same command again: the stage with this file is done again",
+                    ) from error
                 raise
             self._require_there(partial)
             seconds = time.time() - started if outcome.seconds is None else outcome.seconds
             if check is not None:
                 _check_product(name, partial, check)
-            files = {
-                str(file.relative_to(partial)): file_facts(file)
-                for file in sorted(partial.rglob("*"))
-                if file.is_file()
-                and file != partial / MANIFEST
-                and file.relative_to(partial).parts[0] not in scratch
-            }
+            files = facts_of_files(partial, scratch, compared_when_read)
             cost = Cost(seconds, outcome.tokens, outcome.flops, outcome.peak_memory_bytes)
-            digest = _digest(files)
+            digest = digest_of(files)
             manifest = {
                 "stage": name,
                 "key": self.key(name, depends_on),
@@ -297,14 +314,6 @@ def _check_product(name: str, folder: Path, check: Callable[[Path], None]) -> No
         ) from error
 
 
-def read_manifest(stage: Path) -> dict[str, Any]:
-    """The manifest of a finished stage. Raises OSError; ValueError if it is damaged."""
-    manifest = json.loads((stage / MANIFEST).read_text(encoding="utf-8"))
-    if not isinstance(manifest, dict) or seal_broken(manifest):
-        raise ValueError("it is not what was written")
-    return manifest
-
-
 def record_again(file: Path) -> None:
     """Records a file in the manifest of its finished stage after it was written again.
 
@@ -313,15 +322,10 @@ def record_again(file: Path) -> None:
     try:
         manifest = read_manifest(file.parent)
         manifest["files"][file.name] = file_facts(file)
-        manifest["digest"] = _digest(manifest["files"])
+        manifest["digest"] = digest_of(manifest["files"])
     except (OSError, ValueError, LookupError, TypeError):
         return
     write_atomically(file.parent / MANIFEST, json.dumps(sealed(manifest), indent=2))
-
-
-def _digest(files: Mapping[str, Mapping[str, Any]]) -> str:
-    hashes = {name: facts["sha256"] for name, facts in files.items()}
-    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 def versions() -> dict[str, str]:

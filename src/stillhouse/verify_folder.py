@@ -11,9 +11,10 @@ from stillhouse.errors import RunError
 from stillhouse.file_locks import try_lock
 from stillhouse.generation.answer_requests import being_written
 from stillhouse.generation.journal_file import journal_damage
-from stillhouse.runfolder import LOCK, MANIFEST, read_manifest
+from stillhouse.runfolder import LOCK
 from stillhouse.signals.manifest import SETTINGS
 from stillhouse.signals.verify import verify as wrong_in_store
+from stillhouse.stage_manifest import MANIFEST, read_manifest
 from stillhouse.training.checkpoints import CHECKPOINTS, COMPLETE, checkpoints_in, wrong_in
 from stillhouse.training.rollouts import ROLLOUTS, read_rollouts, rollouts_in
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from huggingface_hub.errors import HFValidationError
@@ -14,7 +16,7 @@ from stillhouse.export import push as hub
 from stillhouse.export.export_config import PushRecipe
 from stillhouse.export.push import push
 
-SECRET = "hf_secret"
+SECRET = "hf_secret/of+this&test"
 
 
 class Recorder:
@@ -74,10 +76,11 @@ def test_no_token(recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch) -> 
     assert recorder.calls == []
 
 
+@pytest.mark.parametrize("spelled", [SECRET, quote(SECRET, safe=""), html.escape(SECRET)])
 def test_hub_errors_are_reported_without_the_token(
-    recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spelled: str
 ) -> None:
-    monkeypatch.setattr(recorder, "fails", HFValidationError(f"{SECRET} may not write"))
+    monkeypatch.setattr(recorder, "fails", HFValidationError(f"{spelled} may not write"))
     with pytest.raises(RunError, match="may not write") as caught:
         push(PushRecipe(repo="me/small"), {"safetensors": tmp_path}, "demo")
-    assert SECRET not in str(caught.value)
+    assert "secret" not in str(caught.value)

@@ -106,3 +106,9 @@ def test_errors_of_the_hub_are_passed_on(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "snapshot_download", refuse)
     with pytest.raises(StoreError, match="no such repository"):
         hub.download_store("me/nothing", tmp_path / "copy")
+
+
+def test_a_name_that_no_repository_can_have_is_one_message(tmp_path):
+    toys.record(tmp_path / "store", toys.settings(Threshold(0.05)), toys.batch(windows=1))
+    with pytest.raises(StoreError, match="Repo id must"):
+        hub.upload_store(tmp_path / "store", "two words/and/slashes")

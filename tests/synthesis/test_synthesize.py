@@ -26,7 +26,7 @@ from stillhouse.errors import DataError, EndpointError, RecipeError, RunError
 from stillhouse.generation.budget import Spending
 from stillhouse.generation.journal import Journal
 from stillhouse.language_model.synthesis_stage import synthesis_job
-from stillhouse.runfolder import MANIFEST
+from stillhouse.stage_manifest import MANIFEST
 from stillhouse.synthesis.preflight import estimate_synthesis
 from stillhouse.synthesis.synthesize import Synthesis
 from tests import forks, tiny

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from stillhouse.errors import ModelError
 from stillhouse.teachers.align_tokens import TokenAligner
@@ -144,6 +146,26 @@ def test_a_damaged_cache_is_made_again(
     made = cached_roots(aligner, tmp_path)
     (file,) = tmp_path.rglob(ROOTS)
     file.write_bytes(damage)
+    assert (cached_roots(aligner, tmp_path).student_V == made.student_V).all()
+    load_roots(file.parent, aligner)
+
+
+@pytest.mark.parametrize("part", ["map", "facts"])
+def test_damage_that_could_be_other_roots_is_noticed(
+    aligner: TokenAligner, tmp_path: Path, part: str
+) -> None:
+    made = cached_roots(aligner, tmp_path)
+    (file,) = tmp_path.rglob(ROOTS)
+    with safe_open(file, "pt") as opened:
+        facts = json.loads(opened.metadata()["roots"])
+        maps = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    if part == "map":
+        maps["student"] = maps["student"].flip(0).contiguous()  # the same roots, of other tokens
+    else:
+        facts["shared"] -= 1
+    save_file(maps, file, metadata={"roots": json.dumps(facts)})
+    with pytest.raises(ModelError, match="not what was written"):
+        load_roots(file.parent, aligner)
     assert (cached_roots(aligner, tmp_path).student_V == made.student_V).all()
     load_roots(file.parent, aligner)
 

@@ -144,6 +144,8 @@ def test_a_killed_run_is_not_running(tmp_path: Path) -> None:
     progress = read_progress(tmp_path)
     assert progress is not None
     assert not progress.is_running()
+    progress.pid = -1  # in a damaged file
+    assert not progress.is_running()
     progress.host = "another machine"
     assert progress.is_running()
 

@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from stillhouse.errors import RunError
 from stillhouse.export.export_config import PushRecipe
 from stillhouse.progress import note
+from stillhouse.teachers.redact import redacted
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def push(section: PushRecipe, folders: Mapping[str, Path], name: str) -> Pushed:
             )
             commits[form] = str(done.commit_url)
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
-        lines = str(error).replace(token, "…").strip().splitlines() or [type(error).__name__]
+        lines = redacted(str(error), token).strip().splitlines() or [type(error).__name__]
         raise RunError(
             f"the Hub rejected the upload ({lines[0]})",
             where=f"export.push_to_hub.repo: {section.repo}",

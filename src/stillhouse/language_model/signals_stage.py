@@ -31,7 +31,7 @@ from stillhouse.runfolder import Outcome, Stage
 from stillhouse.signals import LMHead
 from stillhouse.signals.encodings import Encoding, FrozenHead, Hidden
 from stillhouse.signals.folded_store import ROOTS
-from stillhouse.signals.manifest import Settings, read_manifest
+from stillhouse.signals.manifest import SHARDS, Settings, read_manifest
 from stillhouse.signals.store import Store, open_store
 from stillhouse.students.student import Student
 from stillhouse.teachers.backbone import lm_head
@@ -56,6 +56,7 @@ from stillhouse.training.objective import stored_temperature
 from stillhouse.training.train import MODEL, shards
 
 STORE = "store"
+SHARD_FILES = f"{STORE}/{SHARDS}/*"
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,10 @@ def plan_signals(job: Job, data: Stage, student: Stage | None) -> StagePlan:
         **identity,
     }
     together = section.vllm is None  # which uses all GPUs by itself
-    return StagePlan("signals", inputs, work, version=2, resumable=True, together=together)
+    return StagePlan(
+        "signals", inputs, work, version=2, resumable=True, together=together,
+        compared_when_read=(SHARD_FILES,),
+    )  # fmt: skip
 
 
 def records_signals(job: Job) -> bool:

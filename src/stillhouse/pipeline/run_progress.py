@@ -75,7 +75,7 @@ class RunProgress:
             return self.state == "running"
         try:
             return abs(psutil.Process(self.pid).create_time() - self.process_began) < 1.0
-        except psutil.Error:
+        except (psutil.Error, ValueError):  # a number that no process can have
             return False
 
 

@@ -25,7 +25,8 @@ class StagePlan:
     it writes. together: all processes of torchrun take part. resumable: a partly written folder is
     continued. scratch: names inside the folder that are deleted before it is finished.
     missing: how many results a finished stage still lacks; it runs again while there are any.
-    check: raises StillhouseError if the filled folder lacks its product.
+    check: raises StillhouseError if the filled folder lacks its product. compared_when_read:
+    patterns of large files whose readers compare their hashes.
     """
 
     name: str
@@ -37,6 +38,7 @@ class StagePlan:
     scratch: tuple[str, ...] = ()
     missing: Callable[[Stage], int] | None = None
     check: Callable[[Path], None] | None = None
+    compared_when_read: tuple[str, ...] = ()
 
     @property
     def depends_on(self) -> dict[str, Any]:
@@ -71,6 +73,7 @@ def doing(folder: RunFolder) -> Do:
                 resumable=plan.resumable,
                 scratch=plan.scratch,
                 check=plan.check,
+                compared_when_read=plan.compared_when_read,
             )
             finished.append(stage)
         return stage

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import StoreError
@@ -33,7 +33,7 @@ def upload_store(path: Path, repository: str, *, private: bool = True) -> str:
             allow_patterns=FILES,
             commit_message="A store of a teacher's signals",
         )
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise _hub_error(repository, error) from error
     return str(commit.commit_url)
 
@@ -49,7 +49,7 @@ def download_store(repository: str, path: Path, *, revision: str | None = None) 
                 local_dir=path,
                 allow_patterns=FILES,
             )
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise _hub_error(repository, error) from error
     _reject_damaged(path)
     return path
@@ -64,8 +64,9 @@ def _reject_damaged(path: Path) -> None:
 
 
 def _hub_error(repository: str, error: Exception) -> StoreError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
     return StoreError(
-        f"the Hub refused ({error})",
+        f"the Hub refused ({lines[0]})",
         where=repository,
         fix="check the repository's name and the permissions of HF_TOKEN",
     )

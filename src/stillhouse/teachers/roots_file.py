@@ -15,9 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
+from stillhouse.checksums import seal_broken, sealed
 from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import ModelError
 from stillhouse.file_locks import building_folder
@@ -77,16 +80,19 @@ def save_roots(roots: Roots, folder: Path, aligner: TokenAligner, identity: str 
 
 
 def _write(roots: Roots, folder: Path, aligner: TokenAligner, identity: str) -> None:
-    facts = {
-        "tokenizers": identity,
-        "count": roots.count,
-        "shared": roots.shared,
-        "merges": roots.merges,
-    }
     maps = {
         "student": torch.from_numpy(roots.student_V.astype(np.int32)),
         "teacher": torch.from_numpy(roots.teacher_W.astype(np.int32)),
     }
+    facts = sealed(
+        {
+            "tokenizers": identity,
+            "count": roots.count,
+            "shared": roots.shared,
+            "merges": roots.merges,
+            "maps": _hash_of(*maps.values()),
+        }
+    )
     save_file(maps, folder / ROOTS, metadata={"roots": json.dumps(facts)})
     text = json.dumps(summary(roots, aligner), indent=2, ensure_ascii=False)
     (folder / SUMMARY).write_text(text + "\n", encoding="utf-8")
@@ -99,15 +105,16 @@ def load_roots(folder: Path, aligner: TokenAligner, identity: str = "") -> Roots
     """
     path = folder / ROOTS
     try:
-        with safe_open(path, framework="np") as file:
+        with safe_open(path, framework="pt") as file:
             facts = json.loads(file.metadata()["roots"])
-            student_V, teacher_W = (
-                file.get_tensor(name).astype(np.int64) for name in ("student", "teacher")
-            )
+            maps = [file.get_tensor(name) for name in ("student", "teacher")]
+        if seal_broken(facts) or facts["maps"] != _hash_of(*maps):
+            raise ValueError("it is not what was written")
+        student_V, teacher_W = (map_X.numpy().astype(np.int64) for map_X in maps)
         merges = tuple((int(s), int(t), int(n)) for s, t, n in facts["merges"])
         roots = Roots(student_V, teacher_W, int(facts["count"]), int(facts["shared"]), merges)
         tokenizers = facts["tokenizers"]
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+    except (OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError) as error:
         raise _unusable(path, f"it cannot be read ({error})") from error
     if tokenizers != (identity or pair_identity(aligner)):
         raise _unusable(path, "it is for other tokenizers")
@@ -116,6 +123,13 @@ def load_roots(folder: Path, aligner: TokenAligner, identity: str = "") -> Roots
         if len(roots_X) != tokens.size or set(np.unique(roots_X)) != set(range(roots.count)):
             raise _unusable(path, f"it does not have the tokens of {tokens.name}")
     return roots
+
+
+def _hash_of(*maps: Tensor) -> str:
+    found = xxhash.xxh3_128()
+    for map_X in maps:
+        found.update(map_X.numpy().tobytes())
+    return found.hexdigest()
 
 
 def _unusable(path: Path, why: str) -> ModelError:

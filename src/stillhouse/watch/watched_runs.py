@@ -26,7 +26,7 @@ from stillhouse.pipeline.run_progress import (
 from stillhouse.progress import Work
 from stillhouse.report.page import FAMILY_REPORT, REPORT
 from stillhouse.report.training_report import kl_temperature
-from stillhouse.runfolder import MANIFEST, read_manifest
+from stillhouse.stage_manifest import MANIFEST, read_manifest
 from stillhouse.training.checkpoints import METRICS
 
 RECIPE = "recipe.yaml"
