@@ -84,7 +84,7 @@ class Disaster:
 
 
 def make(chance: random.Random, folder: Path, number: int) -> Trial:
-    """Every part of every kind of run in turn; the parts that several kinds have come first."""
+    """One of each part of a run in turn, then the same parts of other kinds."""
     what = WHATS[number % len(WHATS)]
     if what in ("full TMPDIR", "read-only") and not can_mount():
         what = "full"
@@ -98,7 +98,7 @@ def make(chance: random.Random, folder: Path, number: int) -> Trial:
 
 @cache
 def in_turn(only: str | None) -> list[tuple[str, str]]:
-    """Kinds of runs and their parts: first one of each part, then the others."""
+    """Kinds of runs and their parts: first one of each part, then the others in a fixed order."""
     pairs = [
         (name, part)
         for name, kind in KINDS.items()
@@ -107,7 +107,9 @@ def in_turn(only: str | None) -> list[tuple[str, str]]:
         if part != REQUESTS and only in (None, part)
     ]
     first = {part: (name, part) for name, part in reversed(pairs)}.values()
-    return [*first, *(pair for pair in pairs if pair not in first)]
+    others = [pair for pair in pairs if pair not in first]
+    random.Random(0).shuffle(others)
+    return [*first, *others]
 
 
 def _problem(kind: Kind, what: What, moment: Moment, folder: Path) -> str | None:

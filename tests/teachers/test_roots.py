@@ -128,6 +128,13 @@ def test_roots_of_other_tokenizers_are_refused(aligner: TokenAligner, tmp_path: 
         load_roots(tmp_path, other)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_numbers_of_roots_are_those_of_every_process(kind: str) -> None:
+    """A vocabulary's dict has another order in each process."""
+    tokens = TextTokens(KINDS[kind]())
+    assert list(tokens.strings) == sorted(tokens.strings)
+
+
 def test_roots_are_made_once_a_pair(
     aligner: TokenAligner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

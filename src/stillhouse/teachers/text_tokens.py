@@ -40,7 +40,8 @@ class TextTokens:
         self.special = {int(id): str(token) for id, token in added.items() if token.special}
         self.size = int(max(tokenizer.get_vocab().values())) + 1
         known = token_bytes(tokenizer)
-        self.strings = {id: value for id, value in known.items() if id not in self.special}
+        # In the order of ids: that of a vocabulary's dict changes from process to process.
+        self.strings = {id: known[id] for id in sorted(known) if id not in self.special}
         self.lengths_V = np.zeros(self.size, dtype=np.int64)
         self.lengths_V[list(self.strings)] = [len(value) for value in self.strings.values()]
 
