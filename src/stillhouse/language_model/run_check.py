@@ -158,7 +158,7 @@ def _signals(
     student, teacher = config_size(models.student).active, config_size(models.teacher).active
     rate = machine.rate or 1.0
     once = account.forward_flops(teacher, tokens) / rate  # seconds to answer every token
-    stored = f"{tokens * models.row_bytes / 1e6:,.0f} MB"
+    stored = size(tokens * models.row_bytes)
     faster = f"{1 + teacher / (3 * student):.1f} times as fast"
     if section is not None and not section.local:
         scorer = "vLLM" if section.server is None else section.server.base_url
