@@ -14,12 +14,21 @@ from transformers import BloomConfig
 from stillhouse import processes
 from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.errors import DeviceError, ModelError, RecipeError
+from stillhouse.family.family import FAMILY
 from stillhouse.hardware import choose_precision, device_kind
+from stillhouse.language_model.data_stage import open_data, plan_data
 from stillhouse.language_model.job import find_models
-from stillhouse.language_model.process_check import require_processes
+from stillhouse.language_model.process_check import (
+    ready_to_train,
+    require_processes,
+    require_text_for_all,
+)
+from stillhouse.language_model.run_check import require_resources
 from stillhouse.language_model.run_models import RunModels, run_models
+from stillhouse.pipeline.engine import locked_folder
+from stillhouse.pipeline.stage_plan import doing
 from stillhouse.processes import open_group, shard, sharding_mesh, shards_in_node
-from stillhouse.training.train import _require_windows
+from stillhouse.training.train import require_windows
 from tests import tiny
 from tests.forks import ranks
 
@@ -59,9 +68,9 @@ def test_cpus_are_equal_if_they_choose_the_same_precision() -> None:
 
 
 def test_more_processes_than_windows() -> None:
-    _require_windows(8, 8)
+    require_windows(8, 8)
     with pytest.raises(RecipeError, match="8 processes cannot share 7 windows") as caught:
-        _require_windows(7, 8)
+        require_windows(7, 8)
     assert "at most 7 processes" in str(caught.value.fix)
 
 
@@ -98,6 +107,61 @@ def test_processes_are_checked_before_anything_is_computed(
     require_processes(planned(tmp_path, shard="both"))
     with pytest.raises(RecipeError, match="nodes with 1 and 3 processes"):
         require_processes(planned(tmp_path, shard="both", shard_within="node"))
+
+
+def few_tokens(folder: Path, monkeypatch: pytest.MonkeyPatch, **data: object) -> str:
+    """The error of 4 processes with 64 tokens in windows of 32; empty if there is none."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    raw = tiny.recipe(folder, data={"train_tokens": 64, **data})
+    try:
+        require_processes(run_models(find_models(parse_recipe(raw), folder)))
+    except RecipeError as error:
+        return str(error)
+    return ""
+
+
+def test_too_few_tokens_are_found_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = few_tokens(tmp_path, monkeypatch)
+    assert "4 processes cannot share at most 3 windows" in found
+    assert "use at most 3 processes" in found
+    # Rows that are not cut, or not packed, may fill more windows.
+    rows = [{"kind": "jsonl", "path": "rows.jsonl"}]
+    assert few_tokens(tmp_path, monkeypatch, sources=rows) == ""
+    assert few_tokens(tmp_path, monkeypatch, packing="none") == ""
+
+
+@pytest.mark.parametrize("text", [None, 64])
+def test_too_few_windows_stop_a_run_before_its_student(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: int | None
+) -> None:
+    """Also where the recipe does not set the number of tokens."""
+    raw = tiny.recipe(tmp_path, data={"train_tokens": text, "context": 32}, folder=str(tmp_path))
+    job = find_models(parse_recipe(raw), tmp_path)
+    with locked_folder(job.recipe) as folder:
+        stages = {"data": doing(folder)(plan_data(job))}
+    windows = len(open_data(stages["data"])[0])
+    monkeypatch.setenv("WORLD_SIZE", str(windows + 1))
+    with pytest.raises(RecipeError, match=f"{windows + 1} processes cannot share {windows} window"):
+        ready_to_train(job, stages)
+    # A finished training has been shared before.
+    (tmp_path / "stages" / "train-0").mkdir()
+    require_text_for_all(job.recipe, stages["data"])
+
+
+def test_a_training_from_random_weights_needs_tokens_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hops = [{"name": "one", "ffn_size": 48}]
+    cascade = {"hops": hops, "from_scratch": {"tokens": 64}}
+    raw = tiny.recipe(tmp_path, cascade=cascade, folder=str(tmp_path / "run"))
+    del raw["student"]["ffn_size"]
+    recipe = parse_recipe(raw)
+    job = FAMILY.find_to_check(recipe, tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(RecipeError, match="4 processes cannot share at most 3 windows"):
+        list(require_resources(job, find=lambda job: []))
 
 
 def shards_without_blocks(out: Path) -> None:

@@ -18,6 +18,7 @@ from stillhouse.data.packing import (
     Plan,
     Segment,
     fill_windows,
+    most_windows,
     plan_isolated,
     plan_single,
     smallest_part,
@@ -82,6 +83,26 @@ def test_windows_agree_with_a_loop_over_their_tokens(rows: list[tuple[bool, int]
         expected += [(0, IGNORED, n) for n in range(CONTEXT - len(expected))]
         arrays = (window.input_ids_L, window.labels_L, window.position_ids_L)
         assert list(zip(*(array.tolist() for array in arrays), strict=True)) == expected
+
+
+@given(rows=row_lists)
+@settings(max_examples=150, deadline=None)
+def test_no_more_windows_than_the_bound(rows: list[tuple[bool, int]]) -> None:
+    splittable, lengths = [row[0] for row in rows], [row[1] for row in rows]
+    text = all(splittable)
+    # Of rows that cannot be cut, the last may exceed the tokens that a recipe sets.
+    tokens = sum(lengths) if text else sum(lengths[:-1]) + 1
+    most = most_windows(tokens, CONTEXT, packed=True, splittable=text)
+    assert len(plan_isolated(lengths, splittable, CONTEXT)) <= most
+    single = plan_single(lengths, splittable, CONTEXT)
+    assert len(single) <= most_windows(sum(lengths), CONTEXT, packed=False, splittable=text)
+
+
+def test_the_bound_of_text_is_reached() -> None:
+    full = CONTEXT - smallest_part(CONTEXT) + 1
+    rows = [full] * 5
+    assert len(plan_isolated(rows, [True] * 5, CONTEXT)) == 5
+    assert most_windows(sum(rows), CONTEXT, packed=True, splittable=True) == 5
 
 
 def test_text_fills_what_chats_leave() -> None:

@@ -44,8 +44,8 @@ CASES = {
     "more processes than windows": (
         few_windows,
         (4,),
-        "4 processes cannot share 2 windows",
-        "use at most 2 processes",
+        "4 processes cannot share at most 3 windows",
+        "use at most 3 processes",
     ),
     "a batch that cannot be divided": (
         odd_batch,

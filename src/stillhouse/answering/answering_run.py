@@ -34,6 +34,7 @@ from stillhouse.evaluation.answers import AnswersEvaluation
 from stillhouse.language_model.data_stage import plan_data
 from stillhouse.language_model.export_stage import EXPORT_PURPOSE
 from stillhouse.language_model.job import find_models
+from stillhouse.language_model.process_check import require_text_for_all
 from stillhouse.language_model.roots_stage import has_other_tokenizers, plan_roots, with_roots
 from stillhouse.language_model.train_stage import plan_baseline, plan_student, plan_training
 from stillhouse.language_model.training_memory import with_shard
@@ -68,6 +69,18 @@ def _on_answers(plan: Callable[..., StagePlan]) -> Callable[..., StagePlan]:
 def _on_gold(plan: Callable[..., StagePlan]) -> Callable[..., StagePlan]:
     """A stage of the language-model job that trains on the reference answers."""
     return lambda job, *stages: plan(job.gold, *stages)
+
+
+def _with_text_for_all(
+    step: str,
+) -> Callable[[AnsweringJob, Mapping[str, Stage], Do], AnsweringJob]:
+    """After a step that makes windows; raises RecipeError if there are more processes than them."""
+
+    def then(job: AnsweringJob, stages: Mapping[str, Stage], _do: Do) -> AnsweringJob:
+        require_text_for_all(job.recipe, stages[step])
+        return job
+
+    return then
 
 
 def _plan_training(job: AnsweringJob, data: Stage, student: Stage) -> StagePlan:
@@ -113,7 +126,15 @@ STEPS = (
     Step(
         "data",
         _on_answers(plan_data),
+        then=_with_text_for_all("data"),
         purpose="cut the answers into windows of tokens",
+    ),
+    Step(
+        "gold_data",
+        _plan_gold_data,
+        then=_with_text_for_all("gold_data"),
+        applies=lambda job: job.gold is not None,
+        purpose="cut the reference answers into windows of tokens",
     ),
     Step(
         "roots",
@@ -135,12 +156,6 @@ STEPS = (
         _plan_training,
         ("data", "student"),
         purpose="train the student on the teacher's answers",
-    ),
-    Step(
-        "gold_data",
-        _plan_gold_data,
-        applies=lambda job: job.gold is not None,
-        purpose="cut the reference answers into windows of tokens",
     ),
     Step(
         "baseline",

@@ -27,6 +27,7 @@ from stillhouse.classify.label_tree import LabelTree, label_tree
 from stillhouse.errors import ModelError
 from stillhouse.hardware import default_device
 from stillhouse.runfolder import write_atomically
+from stillhouse.shared_work import ALONE, Processes
 from stillhouse.teachers.load_model import check_loadable, load_model, load_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.weights import weight_files
@@ -110,13 +111,16 @@ class Classifier:
         return logits_BC.float()
 
     @torch.inference_mode()
-    def probabilities(self, texts: Sequence[str]) -> Tensor:
-        """[N, C] in float32, on the CPU. Texts of similar length share a batch."""
+    def probabilities(self, texts: Sequence[str], processes: Processes = ALONE) -> Tensor:
+        """[N, C] in float32, on the CPU. Texts of similar length share a batch.
+
+        processes: those that divide the batches; all of them call this with the same texts.
+        """
         rows = self.tokens(texts)
-        found_NC = torch.zeros(len(rows), len(self.labels))
-        for chosen in batches(rows):
-            found_NC[chosen] = self.logits([rows[index] for index in chosen]).softmax(-1).cpu()
-        return found_NC
+        own_NC = torch.zeros(len(rows), len(self.labels))
+        for chosen in processes.in_turn(list(batches(rows))):
+            own_NC[chosen] = self.logits([rows[index] for index in chosen]).softmax(-1).cpu()
+        return torch.stack(processes.collect(own_NC)).sum(0)  # each row is 0 in all but one
 
 
 def _read_mean(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

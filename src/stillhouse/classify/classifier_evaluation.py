@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,10 @@ from stillhouse.evaluation.classification_results import (
     ClassifierResult,
 )
 from stillhouse.evaluation.results import EVALUATION
-from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
+from stillhouse.hardware import choose_precision, cores_of, default_device, peak_memory_bytes
 from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.runfolder import Outcome, Stage
+from stillhouse.shared_work import Processes, all_processes
 
 _SPEED_SECONDS, _ROUNDS = 1.0, 2
 
@@ -44,8 +45,15 @@ def plan_classifier_evaluation(
         folders = {"untrained": student.path / MODEL, "student": trained.path / MODEL}
         if tuned is not None:
             folders["fine_tuned"] = tuned.path / MODEL
-        found = _evaluate(job, Texts.load(texts.path), judged, folders)
-        found.save(out / EVALUATION)
+        found, processes = Texts.load(texts.path), all_processes()
+        labeled = {
+            role: _label(folder, found, job.recipe, processes, abstains=role == "student")
+            for role, folder in folders.items()
+        }
+        if processes.leads:
+            with cores_of(1):
+                measured = _evaluate(job, found, judged, labeled, folders["student"])
+            measured.save(out / EVALUATION)
         return Outcome(peak_memory_bytes=peak_memory_bytes())
 
     inputs = {
@@ -58,11 +66,33 @@ def plan_classifier_evaluation(
         "trained": trained.digest,
         "baseline": tuned and tuned.digest,
     }
-    return StagePlan("evaluate", inputs, work, version=4)
+    return StagePlan("evaluate", inputs, work, version=4, together=True)
+
+
+@dataclass(frozen=True)
+class _Labeled:
+    """A classifier's probabilities [N, C] for the texts of each part, and its size."""
+
+    p: Mapping[Part, Tensor]
+    facts: Mapping[str, Any]
+
+
+def _label(
+    folder: Path, found: Texts, recipe: ClassifyRecipe, processes: Processes, *, abstains: bool
+) -> _Labeled:
+    """Each process labels its share of the texts. abstains: also those that its threshold is
+    chosen on."""
+    classifier = _loaded(folder, recipe)
+    parts: tuple[Part, ...] = ("test", "calibration") if abstains else ("test",)
+    p = {
+        part: classifier.probabilities([row.text for row in found.part(part)], processes)
+        for part in parts
+    }
+    return _Labeled(p, _facts_of(classifier, folder))
 
 
 def _evaluate(
-    job: TaskJob, found: Texts, judged: Stage, folders: dict[str, Path]
+    job: TaskJob, found: Texts, judged: Stage, labeled: Mapping[str, _Labeled], student: Path
 ) -> ClassificationEvaluation:
     recipe, labels = job.recipe, list(found.labels)
     scores = Judgment.load(judged.path)
@@ -70,29 +100,24 @@ def _evaluate(
     teacher = {part: scores.distribution(part, recipe) for part in measured}
     rows = {part: found.part(part) for part in measured}
     notes = _notes(job, found, judged, int(teacher["test"].isnan().any(-1).sum()))
-    notes += _gold_notes(rows["test"], found.train if "fine_tuned" in folders else [])
+    notes += _gold_notes(rows["test"], found.train if "fine_tuned" in labeled else [])
     gold = {part: _gold(rows[part], labels) for part in measured}
-    shown = {part: [row.text for row in rows[part]] for part in measured}
-    sample = shown["test"][: recipe.evaluate.speed_texts]
+    sample = [row.text for row in rows["test"][: recipe.evaluate.speed_texts]]
     teacher_facts: dict[str, Any] = {}
     if job.teacher is not None:
         teacher_facts["parameters"] = judged.summary["parameters"]
     results = []
-    p: dict[str, Tensor] = {}
-    for role, folder in folders.items():
-        classifier = _loaded(folder, recipe)
-        p_NC = classifier.probabilities(shown["test"])
-        facts = _facts_of(classifier, folder)
+    for role, one in labeled.items():
+        facts = dict(one.facts)
         if role == "student":
-            p = {"test": p_NC, "calibration": classifier.probabilities(shown["calibration"])}
-            teacher_rate, facts["texts_per_s"] = _rates(job, found, classifier, sample)
-            teacher_facts["texts_per_s"] = teacher_rate
-        result = measure(role, p_NC, teacher["test"], gold["test"])
+            rates = _rates(job, found, _loaded(student, recipe), sample)
+            teacher_facts["texts_per_s"], facts["texts_per_s"] = rates
+        result = measure(role, one.p["test"], teacher["test"], gold["test"])
         results.append(ClassifierResult(**{**asdict(result), **facts}))
     own = asdict(measure("teacher", teacher["test"], teacher["test"], gold["test"]))
     results.insert(0, ClassifierResult(**{**own, **teacher_facts}))
-    abstention, curve = _abstention(recipe, p, teacher, gold, notes)
-    return ClassificationEvaluation(labels, len(shown["test"]), results, abstention, curve, notes)
+    abstention, curve = _abstention(recipe, labeled["student"].p, teacher, gold, notes)
+    return ClassificationEvaluation(labels, len(rows["test"]), results, abstention, curve, notes)
 
 
 def _gold(rows: list[LabeledText], labels: list[str]) -> Tensor | None:
@@ -175,7 +200,7 @@ def _gold_notes(test: list[LabeledText], tuned_on: list[LabeledText]) -> list[st
 
 def _abstention(
     recipe: ClassifyRecipe,
-    p: Mapping[str, Tensor],
+    p: Mapping[Part, Tensor],
     teacher: Mapping[Part, Tensor],
     gold: Mapping[Part, Tensor | None],
     notes: list[str],
@@ -185,7 +210,7 @@ def _abstention(
     if measured == "accuracy" and (gold["calibration"] is None or gold["test"] is None):
         notes.append("The true labels are not known: the threshold is for agreement.")
         measured = "agreement"
-    on: dict[str, tuple[Tensor, Tensor]] = {}
+    on: dict[Part, tuple[Tensor, Tensor]] = {}
     for part, q_NC in teacher.items():
         gold_N = gold[part]
         if measured == "agreement" or gold_N is None:

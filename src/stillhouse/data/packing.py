@@ -31,6 +31,20 @@ def smallest_part(context: int) -> int:
     return max(2, min(16, context // 16))
 
 
+def most_windows(tokens: int, context: int, *, packed: bool, splittable: bool) -> int:
+    """The most windows that so many tokens can fill. splittable: every row is.
+
+    A window that is not the last lacks fewer than `smallest_part` tokens if rows can be cut. If
+    they cannot, any two windows have more than `context` tokens together, since nothing of the
+    later one fitted the earlier one; and the last row may exceed `tokens`.
+    """
+    if not packed:
+        return tokens
+    if splittable:
+        return -(-tokens // (context - smallest_part(context) + 1))
+    return 2 * (tokens + context - 1) // context + 1
+
+
 class Segment(NamedTuple):
     """Tokens [start, start + length) of one row."""
 

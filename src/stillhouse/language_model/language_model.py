@@ -24,6 +24,7 @@ from stillhouse.language_model.export_stage import (
 )
 from stillhouse.language_model.job import Job, find_models
 from stillhouse.language_model.model_check import require_models
+from stillhouse.language_model.process_check import ready_to_train
 from stillhouse.language_model.quantize_stage import plan_quantization, plan_quantized_training
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.language_model.roots_stage import has_other_tokenizers, plan_roots, with_roots
@@ -47,7 +48,6 @@ from stillhouse.language_model.train_stage import (
     plan_student,
     plan_training,
 )
-from stillhouse.language_model.training_memory import with_shard
 from stillhouse.language_model.vocabulary_stage import cut_job, find_job, plan_vocabulary
 from stillhouse.pipeline.engine import locked_folder, run_steps
 from stillhouse.pipeline.kind import Kind, Link, Step
@@ -80,7 +80,7 @@ STEPS = (
     Step(
         "data",
         plan_data,
-        then=with_shard,
+        then=ready_to_train,
         require=require_models,
         check=check_data,
         purpose="cut the text into windows of tokens, and hold some of it out to measure on",
@@ -93,7 +93,7 @@ STEPS = (
         then=cut_job,
         purpose="remove the tokens that the text does not need from the teacher",
     ),
-    Step("data", plan_data, applies=lambda job: job.cut, then=with_shard),
+    Step("data", plan_data, applies=lambda job: job.cut, then=ready_to_train),
     Step(
         "roots",
         plan_roots,

@@ -15,10 +15,12 @@ from stillhouse.language_model.on_policy_check import (
     require_on_policy,
 )
 from stillhouse.language_model.package_check import require_disk
-from stillhouse.language_model.process_check import require_processes
+from stillhouse.language_model.process_check import require_processes, require_tokens
+from stillhouse.language_model.recipe import Recipe
 from stillhouse.language_model.run_models import RunModels, run_models
 from stillhouse.language_model.run_plan import plan_stages
 from stillhouse.language_model.training_memory import is_small
+from stillhouse.launch import world_size
 from stillhouse.number_format import count, percent, seconds, size
 from stillhouse.pipeline.engine import has_finished
 from stillhouse.pipeline.kind import Check
@@ -86,7 +88,16 @@ def require_resources(job: Job, find: FindModels = one_student) -> Iterator[Find
     planned = [one for one in find(job) if not has_finished(one.recipe, "train")]
     for models in planned:
         require_processes(models)
+    if job.family is not None:
+        _require_scratch(job.family)
     yield from _require_memory(job, planned)
+
+
+def _require_scratch(family: Recipe) -> None:
+    """Raise RecipeError as `require_tokens` for the training from random weights."""
+    section = None if family.cascade is None else family.cascade.from_scratch
+    if section is not None and world_size() > 1 and not has_finished(family, "scratch"):
+        require_tokens(family.data, section.tokens, world_size())
 
 
 def _require_memory(job: Job, planned: Sequence[RunModels]) -> Iterator[Finding]:
@@ -95,7 +106,10 @@ def _require_memory(job: Job, planned: Sequence[RunModels]) -> Iterator[Finding]
     for models in planned:
         if is_small(models, machine):
             continue
-        stages = plan_stages(models, machine, models.recipe.data.train_tokens or SOME_TOKENS)
+        tokens = models.recipe.data.train_tokens or SOME_TOKENS
+        # An estimate of too few windows is no error here: `require_processes` has a bound.
+        tokens = max(tokens, machine.processes * models.recipe.data.context)
+        stages = plan_stages(models, machine, tokens)
         for finding in _memory(stages, machine):
             if finding.level == "error":
                 yield finding

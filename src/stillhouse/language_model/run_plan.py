@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from stillhouse.errors import RecipeError
+from stillhouse.data.data_config import DataRecipe
 from stillhouse.evaluation.fidelity import ROWS_PER_CHUNK, TOKENS_PER_FORWARD
 from stillhouse.language_model.pruning_memory import pruning_estimate, search_estimate
 from stillhouse.language_model.run_models import RunModels
@@ -37,7 +37,7 @@ from stillhouse.planning.training_step import LIBRARIES_BYTES
 from stillhouse.pruning.offload import LARGE_BYTES
 from stillhouse.students.student_config import PrunedStudent
 from stillhouse.teachers.teacher import Teacher
-from stillhouse.training.train import plan_batches
+from stillhouse.training.train import plan_batches, require_windows
 
 WINDOW_BYTES = 12
 """A token in the windows: its id, its label and its position."""
@@ -55,7 +55,7 @@ def plan_stages(models: RunModels, machine: Machine, tokens: int) -> list[StageE
 def _stages(models: RunModels, machine: Machine, tokens: int) -> Iterator[StageEstimate]:
     recipe = models.recipe
     context = recipe.data.context
-    windows = _windows(tokens, context, machine)
+    windows = _windows(recipe.data, tokens, machine)
     if models.first:
         yield StageEstimate("data", Memory("", {}), disk=tokens * WINDOW_BYTES)
     section = recipe.student
@@ -80,15 +80,11 @@ def _stages(models: RunModels, machine: Machine, tokens: int) -> Iterator[StageE
     yield _export(models, machine)
 
 
-def _windows(tokens: int, context: int, machine: Machine) -> int:
-    windows = max(1, -(-tokens // context))
-    if windows < machine.processes:
-        raise RecipeError(
-            f"{machine.processes} processes cannot share {windows:,} windows of {context:,} tokens",
-            where="data",
-            fix=f"use at most {windows:,} processes, more text, or a smaller data.context",
-        )
-    return windows
+def _windows(section: DataRecipe, tokens: int, machine: Machine) -> int:
+    windows = max(1, -(-tokens // section.context))
+    if section.packing == "isolated":
+        require_windows(windows, machine.processes)
+    return max(windows, machine.processes)  # with a document in each, there are more
 
 
 # --- training --------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ def train(
     """
     plan = plan_batches(settings, len(batches), world_size())
     if plan.processes > 1 and not settings.only_own_text:
-        _require_windows(len(batches), plan.processes)
+        require_windows(len(batches), plan.processes)
     with lost_process(plan.processes):
         open_group()
     student.cut_rows_without_tokens()
@@ -235,12 +235,15 @@ def train(
     )
 
 
-def _require_windows(windows: int, processes: int) -> None:
+def require_windows(windows: int, processes: int, *, at_most: bool = False) -> None:
+    """Raise RecipeError if there are more processes than windows. at_most: there may be fewer."""
     if windows < processes:
         raise RecipeError(
-            f"{processes} processes cannot share {windows:,} windows",
+            f"{processes} processes cannot share {'at most ' if at_most else ''}{windows:,} "
+            f"window{'s' * (windows != 1)}",
             where="data",
-            fix=f"use at most {windows:,} processes, more text, or a smaller data.context",
+            fix=f"use at most {windows:,} process{'es' * (windows != 1)}, more text, or a smaller "
+            "data.context",
         )
 
 
