@@ -20,7 +20,8 @@ from stillhouse.export.gguf_export import announce_gguf, export_gguf
 from stillhouse.export.gguf_file import FORMATS, write_gguf
 from stillhouse.export.gguf_model import ARCHITECTURES
 from stillhouse.export.gguf_tokenizer import check_tokenizer, cut_otherwise_by_transformers
-from stillhouse.export.replay import LlamaCpp, prompt_ids
+from stillhouse.export.replay import LlamaCpp
+from stillhouse.export.replay_tokenizers import prompt_ids
 from stillhouse.pruning.kept_tokens import Merges, prune_tokenizer
 from tests import tiny
 from tests.export.conftest import ToyWindows

@@ -278,7 +278,7 @@ def test_the_text_that_a_model_is_sure_of_against_a_token_at_a_time(rounded: Pat
     lengths = []
     for prompt in ("the cat", "a dog 7", "she", PROMPT, "an apple"):
         text, sure = replay._greedy(model, words, prompt, 8)
-        ids, written = replay.prompt_ids(words, prompt), []
+        ids, written = replay.tokenization.prompt_ids(words, prompt), []
         with torch.no_grad():
             for _ in range(8):
                 best = model(torch.tensor([ids + written])).logits[0, -1].topk(2)

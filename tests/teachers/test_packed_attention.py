@@ -18,6 +18,7 @@ from stillhouse.teachers import packed_attention as attention
 from stillhouse.teachers.attention_checks import (
     FLEX,
     TOLERANCE,
+    Heads,
     kernel_error,
     masked_attention,
     model_error,
@@ -141,10 +142,10 @@ def without_window(*args: Any, **options: Any) -> Tensor:
 
 
 def test_a_kernel_that_fails_or_differs_has_a_problem() -> None:
-    shape = CPU, torch.bfloat16, 4, 2, 8
-    assert problem_of_kernel(failing, *shape) == "fails (no kernel image)"
-    assert str(problem_of_kernel(without_window, *shape)).startswith("is off by ")
-    assert problem_of_kernel(masked_attention, *shape) is None
+    heads = Heads(CPU, torch.bfloat16, 4, 2, 8)
+    assert problem_of_kernel(failing, heads) == "fails (no kernel image)"
+    assert str(problem_of_kernel(without_window, heads)).startswith("is off by ")
+    assert problem_of_kernel(masked_attention, heads) is None
 
 
 FLASH_FAILS = "torch's flash attention fails (no kernel image)"
@@ -175,8 +176,9 @@ def test_a_note_says_what_is_used_instead_of_what_fails(
     monkeypatch.setattr(attention, "varlen_kernel", lambda: failing)
     monkeypatch.setattr(attention, "_is_new_enough", lambda device: True)
     monkeypatch.setattr(attention, "problem_of_flex", lambda *given: problem)
+    heads = Heads(CPU, torch.bfloat16, 4, 2, 8)
     for _ in range(2):
-        found = attention.working_attention(CPU, torch.bfloat16, 4, 2, 8, flash=True, flex=flex)
+        found = attention.working_attention(heads, flash=True, flex=flex)
         assert found == chosen
     assert capsys.readouterr().err == said  # once
 
@@ -187,10 +189,10 @@ def test_old_gpus_and_torches_are_no_problem(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(attention, "varlen_kernel", lambda: failing)
-    shape = CPU, torch.float16, 4, 2, 8
-    assert attention.working_attention(*shape, flash=True, flex=False) == "sdpa"
+    heads = Heads(CPU, torch.float16, 4, 2, 8)
+    assert attention.working_attention(heads, flash=True, flex=False) == "sdpa"
     monkeypatch.setattr(attention, "varlen_kernel", lambda: None)
-    assert attention.working_attention(*shape, flash=True, flex=False) == "sdpa"
+    assert attention.working_attention(heads, flash=True, flex=False) == "sdpa"
     assert capsys.readouterr().err == ""
 
 
@@ -202,13 +204,13 @@ def test_attention_of_a_model_is_compared_with_sdpa(window: int | None) -> None:
 
     AttentionInterface.register("without_documents", without_documents)
     AttentionMaskInterface.register("without_documents", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    shape = CPU, torch.float32, 4, 2, 16, window
-    assert model_error("eager", *shape) < 1e-5
-    assert model_error("without_documents", *shape) > TOLERANCE
+    heads = Heads(CPU, torch.float32, 4, 2, 16)
+    assert model_error("eager", heads, window) < 1e-5
+    assert model_error("without_documents", heads, window) > TOLERANCE
 
 
 def test_the_reference_of_the_kernel_separates_documents() -> None:
-    error = kernel_error(masked_attention, CPU, torch.float32, 4, 2, 8, None)
+    error = kernel_error(masked_attention, Heads(CPU, torch.float32, 4, 2, 8), None)
     assert error == 0
     rows = [torch.randn(6, 2, 4) for _ in range(3)]
     bounds = torch.tensor([0, 2, 6], dtype=torch.int32)
@@ -235,7 +237,7 @@ def test_keys_are_repeated_for_a_kernel_without_grouped_heads() -> None:
 
     kernel = attention.with_repeated_heads(plain)
     for groups in (4, 2, 1):
-        assert kernel_error(kernel, CPU, torch.float32, 4, groups, 8, None) < 1e-6
+        assert kernel_error(kernel, Heads(CPU, torch.float32, 4, groups, 8), None) < 1e-6
 
 
 @pytest.mark.cuda
@@ -244,7 +246,7 @@ def test_keys_are_repeated_for_a_kernel_without_grouped_heads() -> None:
 def test_the_kernel_of_a_gpu_is_used(heads: int, groups: int, width: int) -> None:
     kernel = attention.varlen_kernel()
     assert kernel is not None
-    assert problem_of_kernel(kernel, GPU, torch.bfloat16, heads, groups, width) is None
+    assert problem_of_kernel(kernel, Heads(GPU, torch.bfloat16, heads, groups, width)) is None
 
 
 @pytest.mark.slow
@@ -252,4 +254,4 @@ def test_the_kernel_of_a_gpu_is_used(heads: int, groups: int, width: int) -> Non
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_flex_attention_works_on_a_gpu() -> None:
     """Compiling it takes about a minute."""
-    assert problem_of_flex(GPU, torch.bfloat16, 4, 2, 64) is None
+    assert problem_of_flex(Heads(GPU, torch.bfloat16, 4, 2, 64)) is None

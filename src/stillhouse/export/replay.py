@@ -18,19 +18,29 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+if TYPE_CHECKING:
+    from stillhouse.export import replay_tokenizers as tokenization
+else:
+    # `python -P` searches no folder for modules, lest it finds this one's instead of a package.
+    _spec = spec_from_file_location(
+        "replay_tokenizers", Path(__file__).with_name("replay_tokenizers.py")
+    )
+    tokenization = module_from_spec(_spec)
+    _spec.loader.exec_module(tokenization)
 
 ROWS = 512
 """Maximum supervised rows compared per window: bounds the logits in memory."""
 SURE = 1.0
 """A model is sure of its top-1 token if it is ahead of every other by this many nats."""
-ROLES = ("eos", "bos", "pad")
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
 GREEDY |= dict.fromkeys(("temperature", "top_p", "top_k"))
 SPEED_PROMPT, SPEED_TOKENS, SPEED_ROUNDS = 8, 12, 3
@@ -54,7 +64,9 @@ def main(folder: Path) -> None:
     ).to(device)
     source_tokenizer = AutoTokenizer.from_pretrained(request["source"], **options)
     if exported.is_file():
-        source_tokenizer = _as_stored(source_tokenizer, Path(request["source"]), request["prompts"])
+        source_tokenizer = tokenization.as_stored(
+            source_tokenizer, Path(request["source"]), request["prompts"]
+        )
     prompts, new, same = request["prompts"], request["max_new_tokens"], request["same_tokens"]
     runtimes: dict[str, Answers] = {"source": partial(logits_of, source_model)}
     steps: dict[str, Step] = {"source": stepping(source_model)}
@@ -63,11 +75,15 @@ def main(folder: Path) -> None:
         model, info, tokenizer = _load(exported, options, float32=request["float32"])
         model = model.to(device)
         problems += _problems(model, info, exported)
-        problems += _tokenizer_problems(source_tokenizer, tokenizer, prompts if same else [])
+        problems += tokenization.tokenizer_problems(
+            source_tokenizer, tokenizer, prompts if same else []
+        )
         runtimes["exported"] = partial(logits_of, model)
         write: Callable[[str, int], tuple[str, str]] = partial(_greedy, model, tokenizer)
     if request["llama_cpp"]:
-        lengths = [len(prompt_ids(source_tokenizer, prompt)) + new for prompt in prompts]
+        lengths = [
+            len(tokenization.prompt_ids(source_tokenizer, prompt)) + new for prompt in prompts
+        ]
         lengths += [int(window["position_ids"].max()) + 1 for window in windows.values()]
         llama = LlamaCpp.open(exported, max(512, *lengths))
         # If transformers cannot read the file, only llama.cpp is compared.
@@ -109,19 +125,6 @@ def _load(
     return model.eval(), info, AutoTokenizer.from_pretrained(**where, **options)
 
 
-def _as_stored(tokenizer: Any, folder: Path, prompts: list[str]) -> Any:
-    """The tokenizer exactly as in tokenizer.json, which is what a GGUF file has: the class that
-    transformers chooses by architecture may add tokens, or split text by other rules."""
-    known = type(tokenizer).__module__.startswith("transformers.")
-    if not known or not (folder / "tokenizer.json").is_file():
-        return tokenizer
-    stored = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    same = tokenizer.get_vocab() == stored.get_vocab() and all(
-        tokenizer(prompt)["input_ids"] == stored(prompt)["input_ids"] for prompt in prompts
-    )
-    return tokenizer if same else stored
-
-
 def by_place(tensors: dict[str, torch.Tensor]) -> dict[str, Window]:
     """The windows from tensors named PLACE.PART, in order."""
     windows: dict[str, Window] = {}
@@ -150,62 +153,6 @@ def _parameter(stored: str) -> str:
     """The parameter that a stored tensor belongs to: torchao stores x.weight as x._weight_scale and
     others."""
     return re.sub(r"\._weight_(qdata|scale|zero_point)$", ".weight", stored)
-
-
-def _tokenizer_problems(source: Any, exported: Any, prompts: list[str]) -> list[str]:
-    """Tokens with other ids, other special tokens, and prompts that are tokenized differently."""
-    theirs = exported.get_vocab()
-    moved = [token for token, index in source.get_vocab().items() if theirs.get(token) != index]
-    problems = [f"tokens with other ids: {', '.join(sorted(moved)[:4])}"] if moved else []
-    if _template(source) != _template(exported):
-        problems.append("another chat template")
-    problems += _other_roles(
-        source, {role: getattr(exported, f"{role}_token_id") for role in ROLES}
-    )
-    read = partial(prompt_ids, exported)
-    return problems + _tokenized_otherwise(
-        source, lambda t: exported(t)["input_ids"], read, prompts
-    )
-
-
-def _template(tokenizer: Any) -> str | None:
-    """The chat template; if there are several, the default one."""
-    template = tokenizer.chat_template
-    return template.get("default") if isinstance(template, dict) else template
-
-
-def _other_roles(source: Any, found: dict[str, int | None]) -> list[str]:
-    """Roles whose tokens differ: loaders have defaults for roles that the source does not set."""
-    ids = {role: getattr(source, f"{role}_token_id") for role in found}
-    return [
-        f"another {role} token: {found[role]} in place of {index}"
-        for role, index in ids.items()
-        if index is not None and found[role] != index
-    ]
-
-
-def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """A prompt's token ids: through the chat template, if there is one."""
-    if not _template(tokenizer):
-        return list(tokenizer(prompt)["input_ids"])
-    chat = [{"role": "user", "content": prompt}]
-    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
-    return list(ids["input_ids"])
-
-
-Cut = Callable[[str], list[int]]
-
-
-def _tokenized_otherwise(source: Any, plain: Cut, read: Cut, prompts: list[str]) -> list[str]:
-    """plain, read: the export's ids of a text alone, and as `prompt_ids` returns them."""
-    problems = []
-    for prompt in prompts:
-        if source(prompt)["input_ids"] != plain(prompt):
-            problems.append(f"tokenized differently: {prompt[:40]!r}")
-        # Twice: a template may write the time, and a second may pass in between.
-        elif all(prompt_ids(source, prompt) != read(prompt) for _ in range(2)):
-            problems.append(f"rendered differently through the chat template: {prompt[:40]!r}")
-    return problems
 
 
 @dataclass
@@ -321,7 +268,7 @@ def _greedy(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> tup
 
     The model's own sampling settings, which not every format stores, are not used.
     """
-    ids_1L = torch.tensor([prompt_ids(tokenizer, prompt)], device=model.device)
+    ids_1L = torch.tensor([tokenization.prompt_ids(tokenizer, prompt)], device=model.device)
     output = model.generate(
         input_ids=ids_1L,
         attention_mask=torch.ones_like(ids_1L),
@@ -406,9 +353,11 @@ class LlamaCpp:
     def problems(self, source: Any, prompts: list[str], *, plain: bool) -> list[str]:
         """Prompts that it tokenizes differently from the source's tokenizer; plain: without the
         chat template too."""
-        found = _other_roles(source, {"eos": self.llama.token_eos(), "bos": self.llama.token_bos()})
+        found = tokenization.other_roles(
+            source, {"eos": self.llama.token_eos(), "bos": self.llama.token_bos()}
+        )
         tokens = self.tokens if plain else lambda text: source(text)["input_ids"]
-        found += _tokenized_otherwise(source, tokens, self.chat_tokens, prompts)
+        found += tokenization.tokenized_otherwise(source, tokens, self.chat_tokens, prompts)
         return [f"in llama.cpp, {problem}" for problem in found]
 
     def greedy(self, prompt: str, max_new_tokens: int) -> tuple[str, str]:

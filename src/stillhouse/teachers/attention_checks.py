@@ -6,6 +6,7 @@ Shapes: T tokens of a batch, H query heads, G key-value heads, E head width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,21 +24,26 @@ LONGER_WINDOWS = None, 150
 Kernel = Callable[..., Tensor]
 
 
-def problem_of_kernel(
-    kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: int, groups: int, width: int
-) -> str | None:
+@dataclass(frozen=True)
+class Heads:
+    """The heads of an attention, and where they are computed. groups: of keys and values."""
+
+    device: torch.device
+    dtype: torch.dtype
+    heads: int
+    groups: int
+    width: int
+
+
+def problem_of_kernel(kernel: Kernel, heads: Heads) -> str | None:
     """Why the kernel cannot be used for such heads; None if it can: with and without a sliding
     window, forward and backward, it gives what SDPA gives."""
-    return _problem(kernel_error(kernel, device, dtype, heads, groups, width, w) for w in WINDOWS)
+    return _problem(kernel_error(kernel, heads, window) for window in WINDOWS)
 
 
-def problem_of_flex(
-    device: torch.device, dtype: torch.dtype, heads: int, groups: int, width: int
-) -> str | None:
+def problem_of_flex(heads: Heads) -> str | None:
     """As `problem_of_kernel`, of transformers' flex attention with its own masks."""
-    return _problem(
-        model_error(FLEX, device, dtype, heads, groups, width, window) for window in LONGER_WINDOWS
-    )
+    return _problem(model_error(FLEX, heads, window) for window in LONGER_WINDOWS)
 
 
 def _problem(errors: Iterable[float]) -> str | None:
@@ -48,26 +54,24 @@ def _problem(errors: Iterable[float]) -> str | None:
     return None if error <= TOLERANCE else f"is off by {error:.2g}"
 
 
-def kernel_error(
-    kernel: Kernel,
-    device: torch.device,
-    dtype: torch.dtype,
-    heads: int,
-    groups: int,
-    width: int,
-    window: int | None,
-) -> float:
+def kernel_error(kernel: Kernel, heads: Heads, window: int | None) -> float:
     """The largest relative difference between the kernel and SDPA with a mask, in outputs and
     gradients, on random rows of three documents."""
     lengths = (17, 1, 30)
     generator = torch.Generator().manual_seed(0)
     rows = [
-        torch.randn(sum(lengths), n, width, generator=generator).to(device, dtype).requires_grad_()
-        for n in (heads, groups, groups)
+        torch.randn(sum(lengths), n, heads.width, generator=generator)
+        .to(heads.device, heads.dtype)
+        .requires_grad_()
+        for n in (heads.heads, heads.groups, heads.groups)
     ]
-    bounds = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(heads.device, torch.int32)
     left = -1 if window is None else window - 1
-    given = {"scale": width**-0.5, "window_size": (left, 0), "enable_gqa": heads != groups}
+    given = {
+        "scale": heads.width**-0.5,
+        "window_size": (left, 0),
+        "enable_gqa": heads.heads != heads.groups,
+    }
     results = []
     runs: tuple[Kernel, Kernel] = (kernel, masked_attention)
     for run in runs:
@@ -76,15 +80,7 @@ def kernel_error(
     return _largest_gap(*results)
 
 
-def model_error(
-    attention: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    heads: int,
-    groups: int,
-    width: int,
-    window: int | None,
-) -> float:
+def model_error(attention: str, heads: Heads, window: int | None) -> float:
     """As `kernel_error`, of one of transformers' kinds of attention, in a model with one random
     layer. Two of the documents are longer than a block of flex attention."""
     config = MistralConfig(
@@ -92,17 +88,18 @@ def model_error(
         hidden_size=32,
         intermediate_size=16,
         num_hidden_layers=1,
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-        head_dim=width,
+        num_attention_heads=heads.heads,
+        num_key_value_heads=heads.groups,
+        head_dim=heads.width,
         sliding_window=window,
         initializer_range=0.2,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: Any = MistralModel(config).to(device, dtype)
+        model: Any = MistralModel(config).to(heads.device, heads.dtype)
     model.train()
-    positions_1T = torch.cat([torch.arange(length) for length in (140, 1, 243)])[None].to(device)
+    positions_1T = torch.cat([torch.arange(length) for length in (140, 1, 243)])[None]
+    positions_1T = positions_1T.to(heads.device)
     ids_1T = positions_1T * 7 % 16
     results = []
     for kind in (attention, SDPA):

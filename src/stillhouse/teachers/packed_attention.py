@@ -25,7 +25,13 @@ from transformers.utils import is_torch_flex_attn_available
 from stillhouse.data.batches import document_bounds
 from stillhouse.errors import ModelError
 from stillhouse.progress import note
-from stillhouse.teachers.attention_checks import FLEX, Kernel, problem_of_flex, problem_of_kernel
+from stillhouse.teachers.attention_checks import (
+    FLEX,
+    Heads,
+    Kernel,
+    problem_of_flex,
+    problem_of_kernel,
+)
 from stillhouse.teachers.short_attention import use_short_attention
 
 NAME = "stillhouse_packed"
@@ -175,33 +181,24 @@ def _instead_of_sdpa(model: Any, device: torch.device, dtype: torch.dtype) -> st
     flash = _passes_bounds(model) and width <= WIDEST_HEAD
     flex = getattr(model, "_supports_flex_attn", False) and is_torch_flex_attn_available()
     flex = flex and width >= 16 and width & (width - 1) == 0
-    return working_attention(device, dtype, heads, groups, width, flash, flex)
+    return working_attention(Heads(device, dtype, heads, groups, width), flash=flash, flex=flex)
 
 
 @cache
-def working_attention(
-    device: torch.device,
-    dtype: torch.dtype,
-    heads: int,
-    groups: int,
-    width: int,
-    flash: bool,
-    flex: bool,
-) -> str:
+def working_attention(heads: Heads, *, flash: bool, flex: bool) -> str:
     """The first of packed attention, flex attention and SDPA that works on the device for such
     heads. A note says why another one is not used.
 
     flash, flex: whether the model supports packed attention, and flex attention.
     """
-    shape = heads, groups, width
     kernel, problems, chosen = varlen_kernel(), list[str](), "sdpa"
-    if flash and kernel is not None and _is_new_enough(device):
-        problem = problem_of_kernel(kernel, device, dtype, *shape)
+    if flash and kernel is not None and _is_new_enough(heads.device):
+        problem = problem_of_kernel(kernel, heads)
         if problem is None:
             return NAME
         problems.append(f"torch's flash attention {problem}")
     if flex:
-        problem = problem_of_flex(device, dtype, *shape)
+        problem = problem_of_flex(heads)
         if problem is None:
             chosen = FLEX
         else:

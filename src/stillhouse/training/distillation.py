@@ -123,8 +123,7 @@ class Distillation(nn.Module):
         under = [
             [
                 *(self._measures(found, signal, batch) if measure else ()),
-                *self._divergences(objective, found, signal, batch, progress),
-                *self._chunks(objective, found, signal, batch, progress),
+                *self._losses_under(signal, objective, found, batch, progress),
             ]
             for signal in signals
         ]
@@ -133,21 +132,22 @@ class Distillation(nn.Module):
             [_sum([*own, *shared], signal) for own, signal in zip(under, signals, strict=True)]
         )
 
-    def _divergences(
+    def _losses_under(
         self,
+        signal: Signal | ChunkSignal | None,
         objective: Objective,
         found: Activations,
-        signal: Signal | ChunkSignal | None,
         batch: Batch,
         progress: float,
     ) -> Iterator[LossSum]:
-        """Divergences at the output and at intermediate layers, which share the signal and the
-        head."""
-        positions_N, head = positions_of(batch), lm_head(self.student)
+        """Divergences at the output and at intermediate layers, and distances between likelihoods
+        of chunks under a teacher that gives them; all share the signal and the head."""
+        positions_N, targets_N = positions_of(batch), targets_of(batch)
+        head, vocabulary = lm_head(self.student), self.vocabulary
         common: dict[str, Any] = {
             "signal": None if isinstance(signal, ChunkSignal) else signal,
-            "targets_N": targets_of(batch),
-            "vocab_size": self.vocabulary,
+            "targets_N": targets_N,
+            "vocab_size": vocabulary,
         }
         if objective.output.terms:
             rows_ND = supervised_rows(found.last_RLD, positions_N)
@@ -156,29 +156,22 @@ class Distillation(nn.Module):
             layers = {i: supervised_rows(found.layers[i], positions_N) for i in logits.layers}
             norm = final_norm(self.student)
             yield layer_logits_loss(layers, norm, head, logits.term.at(progress), **common)
-
-    def _chunks(
-        self,
-        objective: Objective,
-        found: Activations,
-        signal: Signal | ChunkSignal | None,
-        batch: Batch,
-        progress: float,
-    ) -> Iterator[LossSum]:
-        """Distances between likelihoods of chunks, under a teacher that gives them."""
         if not objective.chunks:
             return
-        hidden_ND = supervised_rows(found.last_RLD, positions_of(batch))
+        hidden_ND = supervised_rows(found.last_RLD, positions_N)
         chunks = signal.chunks if isinstance(signal, FoldedSignal) else signal
+        if not isinstance(chunks, ChunkSignal):
+            chunks = no_chunks(hidden_ND.device)
         for each in objective.chunks:
+            weight = each.weight.at(progress)
             yield chunk_loss(
                 hidden_ND,
-                lm_head(self.student),
-                chunks if isinstance(chunks, ChunkSignal) else no_chunks(hidden_ND.device),
-                targets_of(batch),
+                head,
+                chunks,
+                targets_N,
                 distance=each.distance,
-                weight=each.weight.at(progress),
-                vocab_size=self.vocabulary,
+                weight=weight,
+                vocab_size=vocabulary,
             )
 
     def _measures(

@@ -1,0 +1,77 @@
+"""Whether an export tokenizes as its source does: a part of `replay.py`, which loads this file by
+its path, so it imports nothing from Stillhouse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+ROLES = ("eos", "bos", "pad")
+
+Cut = Callable[[str], list[int]]
+
+
+def as_stored(tokenizer: Any, folder: Path, prompts: list[str]) -> Any:
+    """The tokenizer exactly as in tokenizer.json, which is what a GGUF file has: the class that
+    transformers chooses by architecture may add tokens, or split text by other rules."""
+    known = type(tokenizer).__module__.startswith("transformers.")
+    if not known or not (folder / "tokenizer.json").is_file():
+        return tokenizer
+    stored = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    same = tokenizer.get_vocab() == stored.get_vocab() and all(
+        tokenizer(prompt)["input_ids"] == stored(prompt)["input_ids"] for prompt in prompts
+    )
+    return tokenizer if same else stored
+
+
+def tokenizer_problems(source: Any, exported: Any, prompts: list[str]) -> list[str]:
+    """Tokens with other ids, other special tokens, and prompts that are tokenized differently."""
+    theirs = exported.get_vocab()
+    moved = [token for token, index in source.get_vocab().items() if theirs.get(token) != index]
+    problems = [f"tokens with other ids: {', '.join(sorted(moved)[:4])}"] if moved else []
+    if _template(source) != _template(exported):
+        problems.append("another chat template")
+    problems += other_roles(source, {role: getattr(exported, f"{role}_token_id") for role in ROLES})
+    read = partial(prompt_ids, exported)
+    return problems + tokenized_otherwise(source, lambda t: exported(t)["input_ids"], read, prompts)
+
+
+def _template(tokenizer: Any) -> str | None:
+    """The chat template; if there are several, the default one."""
+    template = tokenizer.chat_template
+    return template.get("default") if isinstance(template, dict) else template
+
+
+def other_roles(source: Any, found: dict[str, int | None]) -> list[str]:
+    """Roles whose tokens differ: loaders have defaults for roles that the source does not set."""
+    ids = {role: getattr(source, f"{role}_token_id") for role in found}
+    return [
+        f"another {role} token: {found[role]} in place of {index}"
+        for role, index in ids.items()
+        if index is not None and found[role] != index
+    ]
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """A prompt's token ids: through the chat template, if there is one."""
+    if not _template(tokenizer):
+        return list(tokenizer(prompt)["input_ids"])
+    chat = [{"role": "user", "content": prompt}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
+    return list(ids["input_ids"])
+
+
+def tokenized_otherwise(source: Any, plain: Cut, read: Cut, prompts: list[str]) -> list[str]:
+    """plain, read: the export's ids of a text alone, and as `prompt_ids` returns them."""
+    problems = []
+    for prompt in prompts:
+        if source(prompt)["input_ids"] != plain(prompt):
+            problems.append(f"tokenized differently: {prompt[:40]!r}")
+        # Twice: a template may write the time, and a second may pass in between.
+        elif all(prompt_ids(source, prompt) != read(prompt) for _ in range(2)):
+            problems.append(f"rendered differently through the chat template: {prompt[:40]!r}")
+    return problems
