@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -53,6 +53,17 @@ def write_results(
     for bar in bars:
         print(f"{'met ' if bar.met else 'MISS'} {bar.name}: {bar.value:.4g} {bar.op} {bar.bar}")
     print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+
+
+def make_piece(folder: Path, last: str, work: Callable[[], object]) -> bool:
+    """Do the work of a piece of an experiment in its folder, unless its last file is there, which
+    `work` writes. Returns whether it was done."""
+    if (folder / last).exists():
+        return False
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"--- {'/'.join(folder.parts[-2:])}", flush=True)
+    work()
+    return True
 
 
 _FOLDERS = re.compile(r"""(?<![^\s"'`=(\[:,])(?:file://)?/(?:[^\s/"'`:]+/)+""")

@@ -31,13 +31,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from bench.common import Bar, commit, write_results
+from bench.common import Bar, commit, make_piece, write_results
 from bench.cross_tokenizer_starts import (
     Experiment,
-    Start,
     start_cut,
     start_other,
     start_random,
@@ -53,6 +53,7 @@ EXPERIMENTS = {
     "cut": ("cut_teacher", "fold"),
     "random": TRANSFER,
 }
+FIGURES = "figures.json"
 STARTS = {"other": start_other, "cut": start_cut, "random": start_random}
 
 
@@ -62,22 +63,21 @@ STARTS = {"other": start_other, "cut": start_cut, "random": start_random}
 def make_pieces(name: str, seed: int, settings: Sequence[str], shared: Experiment) -> None:
     """Write `figures.json` for the start of an experiment and a seed and for each setting."""
     root = shared.options.folder.resolve() / f"{name}-{seed}"
-    start: Start | None = None
-    for setting in ("start", *settings):
-        file = root / setting / "figures.json"
-        if file.exists():
-            continue
-        start = start or STARTS[name](shared, root / "student", seed)
-        print(f"--- {name}, seed {seed}: {setting}", flush=True)
-        file.parent.mkdir(parents=True, exist_ok=True)
+    started = cache(partial(STARTS[name], shared, root / "student", seed))
+
+    def measure(setting: str) -> None:
+        start, folder = started(), root / setting
         if setting == "start":
             found = start.measure(Student.load(start.folder)) | start.teachers_figures()
         else:
-            found = start.measure(train(setting, start, shared, file.parent, seed))
+            found = start.measure(train(setting, start, shared, folder, seed))
         found |= {"tokens": start.data.train.supervised_tokens, "commit": commit()}
-        file.write_text(json.dumps(found, indent=1), encoding="utf-8")
-        (file.parent / "checkpoint.pt").unlink(missing_ok=True)
+        (folder / FIGURES).write_text(json.dumps(found, indent=1), encoding="utf-8")
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
         print(f"    {found}", flush=True)
+
+    for setting in ("start", *settings):
+        make_piece(root / setting, FIGURES, partial(measure, setting))
 
 
 def made_with(options: argparse.Namespace) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def write(options: argparse.Namespace) -> None:
     """The results of all pieces in the folder."""
-    files = sorted(options.folder.glob("*/*/figures.json"))
+    files = sorted(options.folder.glob(f"*/*/{FIGURES}"))
     found = {"/".join(file.parts[-3:-1]): json.loads(file.read_text("utf-8")) for file in files}
     runs = {key.partition("/")[0] for key in found}
     wanted = [f"{run}/{each}" for run in runs for each in EXPERIMENTS[run.partition("-")[0]]]

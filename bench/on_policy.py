@@ -37,7 +37,7 @@ import yaml
 from transformers import TrainerCallback
 
 from bench.chat_topics import TEMPLATES, TOPICS
-from bench.common import Bar, commit, write_results
+from bench.common import Bar, commit, make_piece, write_results
 from stillhouse.account import count_parameters
 from stillhouse.commands import synthesize_text
 from stillhouse.data.build_data import build
@@ -87,15 +87,15 @@ class Experiment:
 
     def piece(self, folder: Path, work: Callable[[], object]) -> Path:
         """Do the work of a folder unless it is done. Raises OutOfPiecesError."""
-        done = folder / "done"
-        if not done.exists():
-            if self.left == 0:
-                raise OutOfPiecesError
+
+        def complete() -> None:
             self.left -= 1
-            folder.mkdir(parents=True, exist_ok=True)
-            print(f"--- {folder.relative_to(self.folder)}", flush=True)
             work()
-            done.touch()
+            (folder / "done").touch()
+
+        if self.left == 0 and not (folder / "done").exists():
+            raise OutOfPiecesError
+        make_piece(folder, "done", complete)
         return folder
 
     # --- chats -------------------------------------------------------------------------------
