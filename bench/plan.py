@@ -76,7 +76,6 @@ def main() -> None:
         )
         for name, run in figures.items()
         for stage, found in run["stages"].items()
-        if found["phase"] == "pruning"
     ]
     write_results("plan", figures, bars)
 

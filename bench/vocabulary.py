@@ -100,7 +100,8 @@ def steps(kept: int) -> dict[str, Any]:
     return {
         "parameters": size,
         "measured seconds": statistics.median(seconds[1:]),
-        "counted seconds": account.distillation_flops(size, size, ids_RL.numel()),
+        "counted seconds": account.training_flops(size, ids_RL.numel())
+        + account.forward_flops(size, ids_RL.numel()),
         "measured bytes": peak_memory_bytes() - start,
         "counted bytes": size * (OPTIMIZER_BYTES + TEACHER_BYTES),
     }

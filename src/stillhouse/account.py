@@ -50,13 +50,8 @@ def described(model: Any) -> str:
     return f"{count(count_parameters(model).total)} parameters in {dtype} on {model.device}"
 
 
-def distillation_flops(student: int, teacher: int, tokens: int) -> int:
-    """FLOPs of `tokens` distillation tokens; parameters counted as `head_once`."""
-    return (6 * student + 2 * teacher) * tokens
-
-
 def training_flops(student: int, tokens: int) -> int:
-    """FLOPs of `tokens` plain training tokens."""
+    """FLOPs of `tokens` training tokens without a teacher; parameters counted as `head_once`."""
     return 6 * student * tokens
 
 

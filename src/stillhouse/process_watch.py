@@ -151,9 +151,9 @@ def _connect() -> Mapping[socket.socket, int]:
                     if index is not None:
                         links[link] = index
     else:
-        told: list[object] = [None, None]
-        dist.broadcast_object_list(told)
-        port, key_ = told
+        received: list[object] = [None, None]
+        dist.broadcast_object_list(received)
+        port, key_ = received
         assert isinstance(port, int)
         assert isinstance(key_, bytes)
         with suppress(OSError):

@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stillhouse.classify import fit as fit_module
 from stillhouse.classify.classifier_students import build_classifier
 from stillhouse.classify.classify_config import FitRecipe, TruncatedClassifier
 from stillhouse.classify.fit import MODEL, fit
 from stillhouse.classify.label_prompts import LabelPrompt
 from stillhouse.teachers.model_source import resolve_model
 from stillhouse.training.checkpoints import CHECKPOINTS
+from stillhouse.training.resuming import Housekeeping
 from tests import tiny
 
 TEXTS = [f"text number {number}" for number in range(24)]
@@ -45,14 +45,14 @@ def train(start: Path, out: Path) -> None:
 
 def train_until_killed(start: Path, out: Path, step: int) -> None:
     """Dies at a step as by `kill -9`: nothing is flushed, nothing is said."""
-    housekeeping = fit_module._Housekeeping.on_step_end
+    housekeeping = Housekeeping.on_step_end
 
     def dies(self: object, args: object, state: object, control: object, **more: object) -> None:
         housekeeping(self, args, state, control, **more)  # type: ignore[arg-type]
         if state.global_step == step:  # type: ignore[attr-defined]
             os.kill(os.getpid(), signal.SIGKILL)
 
-    fit_module._Housekeeping.on_step_end = dies  # type: ignore[method-assign, assignment]
+    Housekeeping.on_step_end = dies  # type: ignore[method-assign, assignment]
     train(start, out)
 
 

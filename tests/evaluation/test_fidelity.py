@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from stillhouse.evaluation import fidelity
 from stillhouse.evaluation.fidelity import HeldoutAnswers, compare, heldout_answers
 from stillhouse.evaluation.results import Fidelity
 from stillhouse.signals import DenseSignal, LMHead
+from stillhouse.teachers.load_model import load_model
 
 from .toys import VOCABULARY, mixed_windows, random_documents, toy_model, window
 
@@ -172,6 +176,22 @@ def test_answers_are_hidden_rows_not_logits() -> None:
     answers = heldout_answers(toy_model(), mixed_windows(), advance=heard.append)
     assert answers.signal.hidden_ND.shape == (len(answers.targets_N), 32)
     assert sum(heard) == sum(len(item["input_ids"]) for item in mixed_windows())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads which files are mapped")
+def test_answers_apart_keep_no_mapped_checkpoint(tmp_path: Path) -> None:
+    """The file's pages would be in memory as long as the head."""
+    toy_model(0).save_pretrained(tmp_path)
+    model = load_model(tmp_path, dtype=torch.float32)
+    answers = heldout_answers(model, mixed_windows())
+    apart = answers.apart()
+    assert torch.equal(apart.signal.head.weight_VD, answers.signal.head.weight_VD)
+    assert compare(apart, apart, VOCABULARY) == compare(answers, answers, VOCABULARY)
+    mapped = Path("/proc/self/maps")
+    assert str(tmp_path) in mapped.read_text()
+    del model, answers
+    gc.collect()
+    assert str(tmp_path) not in mapped.read_text()
 
 
 def test_text_without_a_label_is_an_error() -> None:

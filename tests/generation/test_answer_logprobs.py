@@ -42,7 +42,7 @@ LETTERS = TOKENIZER("abcdefghij")["input_ids"]
 BYTES_OF = ByteVocabulary.of(TOKENIZER, 10**6).bytes_of
 
 
-def told(token: int, log_probs_V: torch.Tensor) -> dict[str, Any]:
+def reported_at(token: int, log_probs_V: torch.Tensor) -> dict[str, Any]:
     """A position as servers tell it: strings and bytes, and no ids."""
     best = log_probs_V.topk(K)
 
@@ -60,7 +60,7 @@ def ask_the_model(payload: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
     for _ in range(LENGTH):
         log_probs_V = MODEL(torch.tensor([ids])).logits[0, -1].detach().log_softmax(-1)
         token = max(LETTERS, key=lambda i: float(log_probs_V[i]))
-        positions.append(told(token, log_probs_V))
+        positions.append(reported_at(token, log_probs_V))
         ids = [*ids, token]
     return "".join(position["token"] for position in positions), positions
 
@@ -96,7 +96,7 @@ def test_the_store_has_the_models_own_most_likely_tokens_and_their_tail(tmp_path
         assert all(stage.reused for stage in run(tmp_path, raw).values())
     facts = stages["signals"].summary
     assert (facts["answers"], facts["mismatched"]) == (80, 0)
-    assert (facts["tokens"], facts["told"]) == (80 * (LENGTH + 1), 80 * LENGTH)
+    assert (facts["tokens"], facts["reported"]) == (80 * (LENGTH + 1), 80 * LENGTH)
     store = open_store(stages["signals"].path / "store")
     assert verify(store.path) == []
     rows = [
@@ -118,13 +118,13 @@ def test_the_store_has_the_models_own_most_likely_tokens_and_their_tail(tmp_path
         torch.testing.assert_close(stored_NK[:LENGTH], best.values[:LENGTH], rtol=2e-3, atol=0)
         tail_N = 1 - best.values.sum(-1)
         torch.testing.assert_close(signal.tail_N[:LENGTH], tail_N[:LENGTH], rtol=0, atol=1e-6)
-        # Nobody told about the end of the turn: it is learned as it stands.
+        # The end of the turn is not reported: it is learned as it stands.
         assert int(signal.ids_NK[LENGTH, 0]) == TOKENIZER.eos_token_id
         assert stored_NK[LENGTH].tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]
         assert float(signal.tail_N[LENGTH]) == 0.0
     assert read_metrics(stages["train"].path / "metrics.jsonl")[0]["loss"] > 0
     provenance = read_manifest(store.path).settings.provenance
-    assert provenance["told"] == "480 of 560 tokens"
+    assert provenance["reported"] == "480 of 560 tokens"
     assert "have all the mass themselves" in provenance["bias"]
     assert provenance["asked"] == f"teacher at {stub.url}"
 
@@ -151,7 +151,7 @@ def test_answers_with_other_tokens_are_counted_and_rejected(tmp_path: Path) -> N
         assert "signals.answers.mismatched" in str(caught.value.fix)
         raw["signals"]["answers"]["mismatched"] = 0.5
         facts = run(tmp_path, raw)["signals"].summary
-    assert (facts["mismatched"], facts["told"]) == (40, 40 * LENGTH)
+    assert (facts["mismatched"], facts["reported"]) == (40, 40 * LENGTH)
 
 
 # --- one answer --------------------------------------------------------------------------------

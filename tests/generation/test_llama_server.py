@@ -211,8 +211,8 @@ def test_its_log_probabilities_match_those_of_the_same_model_here(
     monkeypatch.setenv(VARIABLE, KEY)
     path = write(tmp_path, server, sampling={"top_logprobs": 5})
     store = open_store(record_signals(path).resolve())
-    told = read_manifest(store.path).settings.provenance["mismatched"]
-    assert told == f"0 of {len(QUESTIONS)} answers"
+    found = read_manifest(store.path).settings.provenance["mismatched"]
+    assert found == f"0 of {len(QUESTIONS)} answers"
     teacher = resolve_model(load_recipe(path).teacher.model, base=tmp_path).path
     model, tokenizer = load_model(teacher, dtype=torch.float32), load_tokenizer(teacher)
     same, differences = [], []
@@ -224,14 +224,14 @@ def test_its_log_probabilities_match_those_of_the_same_model_here(
         assert isinstance(signal, SparseSignal)
         with torch.no_grad():
             p_NV = model(ids_1L).logits[0, :-1].softmax(-1)[learnt_1L[0, 1:]]
-        told_N = signal.tail_N > 0  # nobody told about the end of the turn
-        p_NV, ids_NK = p_NV[told_N], signal.ids_NK[told_N].long()
+        reported_N = signal.tail_N > 0  # the end of the turn is not reported
+        p_NV, ids_NK = p_NV[reported_N], signal.ids_NK[reported_N].long()
         best_N2 = p_NV.topk(2)
         clear_N = best_N2.values[:, 0] - best_N2.values[:, 1] > 0.1
         # This server cannot show parts of characters: where they are likely, the tail has them.
-        clear_N &= signal.tail_N[told_N] < 0.5
+        clear_N &= signal.tail_N[reported_N] < 0.5
         same.append((ids_NK[:, 0] == best_N2.indices[:, 0])[clear_N].float())
-        stored_NK = signal.log_probs_NK[told_N].exp()
+        stored_NK = signal.log_probs_NK[reported_N].exp()
         differences.append((stored_NK[:, 0] - p_NV.gather(1, ids_NK)[:, 0]).abs())
     assert len(torch.cat(same)) > 50
     assert float(torch.cat(same).mean()) > 0.95

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from stillhouse.config.load_recipe import parse_recipe
+from stillhouse.language_model import run_plan
+from stillhouse.language_model.run_models import RunModels
+from stillhouse.planning.machine import Machine
 from stillhouse.planning.model_size import config_size
 from stillhouse.planning.step_memory import SHARDS, training_memory
 from stillhouse.planning.training_step import training_step
@@ -90,6 +95,36 @@ def planned(pair: Pair) -> dict[str, Any]:
     return found
 
 
+def planned_on_a_cpu(pair: Pair) -> dict[str, Any]:
+    """The evaluation and the export, whose teacher is stored and computes in bfloat16."""
+    raw = {
+        "name": "pair",
+        "teacher": {"model": "teacher"},
+        "data": {"sources": [{"kind": "corpus"}], "context": pair.context},
+        "student": {"start": "pretrained", "model": "student"},
+        "train": {"precision": "bfloat16"},
+        "evaluate": {"speed": False},
+    }
+    teacher = copy.deepcopy(pair.teacher)
+    teacher.dtype = torch.bfloat16
+    models = RunModels(
+        recipe=parse_recipe(raw),
+        student=pair.student,
+        start=pair.student,
+        teacher=teacher,
+        teachers=(teacher,),
+        divergences=("forward_kl",),
+        kept_layers=0,
+        row_bytes=0.0,
+    )
+    machine = Machine("cpu", 1e13)
+    found = {}
+    for stage in (run_plan._evaluation(models, machine), run_plan._export(models, machine)):
+        parts = {name: round(size / 1e6) for name, size in stage.memory.parts.items()}
+        found[stage.name] = {"phase": stage.memory.phase, "parts": parts}
+    return found
+
+
 SAMPLE = (
     "Llama 70B, offloaded, to 3B",
     "Llama 8B to 1B, without checkpointing",
@@ -111,6 +146,24 @@ def test_the_plan_is_that_of_the_golden_file(name: str) -> None:
         assert found["total"] == pytest.approx(expected["total"], rel=0.02)
         for part in expected["parts"].keys() - {"activations", "copies of weights"}:
             assert found["parts"][part] == pytest.approx(expected["parts"][part], abs=1), part
+
+
+@pytest.mark.run
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=() if n in SAMPLE else pytest.mark.slow)
+        for n, pair in PAIRS.items()
+        if pair.teacher is not None
+    ],
+)
+def test_evaluation_and_export_are_those_of_the_golden_file(name: str) -> None:
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))[name]["on a CPU"]
+    for stage, found in planned_on_a_cpu(PAIRS[name]).items():
+        assert found["phase"] == golden[stage]["phase"]
+        for part, size in golden[stage]["parts"].items():
+            tolerance = 0.02 * size if part == "activations" else 1
+            assert found["parts"][part] == pytest.approx(size, abs=tolerance), part
 
 
 @pytest.mark.parametrize(
@@ -137,5 +190,9 @@ def test_of_a_mixture_of_experts_the_chosen_ones_are_active() -> None:
 
 
 if __name__ == "__main__":
-    text = json.dumps({name: planned(pair) for name, pair in PAIRS.items()}, indent=1)
+    golden = {name: planned(pair) for name, pair in PAIRS.items()}
+    for name, pair in PAIRS.items():
+        if pair.teacher is not None:
+            golden[name]["on a CPU"] = planned_on_a_cpu(pair)
+    text = json.dumps(golden, indent=1)
     GOLDEN.write_text(text + "\n", encoding="utf-8")

@@ -49,10 +49,11 @@ def classification(folder: Path, name: str) -> dict[str, Any]:
     return {**raw, "folder": str(folder / name)}
 
 
-def generation(folder: Path, name: str) -> dict[str, Any]:
+def generation(folder: Path, name: str, shard: str = "none") -> dict[str, Any]:
     """A local teacher, and a local judge that compares the answers."""
     judge = {"model": str(folder / "teacher")}
     raw = answering.recipe(folder, "generate", evaluate={"judge": judge})
+    raw["train"] = {**raw["train"], "shard": shard}
     return {**raw, "folder": str(folder / name / "run")}  # beside it, a journal of its own
 
 
@@ -117,8 +118,8 @@ def test_a_classifier(tmp_path: Path) -> None:
     assert len(list(two.glob("report.html"))) == 1
 
 
-def require_equal_runs(folder: Path, trained: tuple[str, ...]) -> None:
-    one, two = folder / "one" / "run", folder / "two" / "run"
+def require_equal_runs(folder: Path, trained: tuple[str, ...], several: str = "two") -> None:
+    one, two = folder / "one" / "run", folder / several / "run"
     for file in ("train.jsonl", "heldout.jsonl", "answers.jsonl"):
         ours, theirs = ((stage(run, "answers") / file).read_text() for run in (one, two))
         assert ours == theirs
@@ -127,9 +128,10 @@ def require_equal_runs(folder: Path, trained: tuple[str, ...]) -> None:
 
 
 def test_a_generator_with_local_models(tmp_path: Path) -> None:
-    for name, processes in (("one", 1), ("two", 2)):
-        finish(forks.ranks(processes, work, generation(tmp_path, name)), SECONDS)
-    require_equal_runs(tmp_path, ("train",))
+    finish(forks.ranks(1, work, generation(tmp_path, "one")), SECONDS)
+    for shard in ("none", "both"):
+        finish(forks.ranks(2, work, generation(tmp_path, shard, shard)), SECONDS)
+        require_equal_runs(tmp_path, ("train",), shard)
 
 
 def test_an_extractor_of_an_api(tmp_path: Path) -> None:

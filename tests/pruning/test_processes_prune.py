@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 import torch
 
+from stillhouse.pruning import offload, vocabulary_cut
 from stillhouse.pruning import prune as prune_module
-from stillhouse.pruning import vocabulary_cut
 from stillhouse.pruning.calibrate import OwnBatches, calibration_batches
+from stillhouse.pruning.offload import delete_shared_files, load_offloaded
 from stillhouse.pruning.prune import prune_model
 from stillhouse.pruning.pruning_config import PruningMethod
 from stillhouse.pruning.vocabulary_cut import expected_tokens
 from stillhouse.shared_work import ALONE, Processes, all_processes
 from tests import forks
-from tests.teachers.toys import ToyWindows, tiny_model
+from tests.teachers.toys import ToyWindows, save_model, tiny_model
 
 pytestmark = pytest.mark.run
 
@@ -63,6 +64,49 @@ def prune(out: Path) -> None:
         report = prune_model(model, windows, processes=processes, **options)
         found = {"report": asdict(report), "expected": expected_V, "weights": model.state_dict()}
         torch.save(found, out / f"{name}-{processes.own}-of-{processes.count}")
+
+
+LARGE = {name: CUTS[name] for name in ("ffn", "all", "rotation")}
+
+
+def prune_large(start: Path, out: Path) -> None:
+    """The start model is mapped from files that the processes share, and nothing else than its
+    values is ever in them."""
+    prune_module.calibration_batches = small_batches
+    offload.LARGE_BYTES = 0
+    processes = all_processes()
+    for name, options in LARGE.items():
+        model = load_offloaded(start, processes=processes)
+        files = [
+            str(weight.untyped_storage().filename)
+            for layer in model.base_model.layers
+            for weight in layer.parameters()
+        ]
+        assert len(set(map(tuple, processes.collect(files)))) == 1
+        values = {file: Path(file).read_bytes() for file in files}
+        prune_model(model, ToyWindows(count=13, padding=3), processes=processes, **options)
+        if processes.count > 1:
+            processes.collect(None)
+            assert all(Path(file).read_bytes() == value for file, value in values.items())
+            processes.collect(None)
+            delete_shared_files()
+            processes.collect(None)
+            assert not any(Path(file).exists() for file in values)
+        weights = {key: value.clone() for key, value in model.state_dict().items()}
+        torch.save(weights, out / f"{name}-{processes.own}-of-{processes.count}")
+
+
+def test_processes_share_the_files_of_a_large_model(tmp_path: Path) -> None:
+    save_model(tmp_path / "start", tiny_model("llama", num_hidden_layers=3))
+    for count in (1, 2):
+        for rank in forks.ranks(count, partial(prune_large, tmp_path / "start", tmp_path)):
+            assert rank.wait(timeout=250) == 0, rank.communicate()[1][-3000:]
+    for name in LARGE:
+        one = torch.load(tmp_path / f"{name}-0-of-1")
+        for own in range(2):
+            many = torch.load(tmp_path / f"{name}-{own}-of-2")
+            assert many.keys() == one.keys()
+            assert all(torch.equal(many[key], one[key]) for key in one), name
 
 
 def test_processes_prune_as_one(tmp_path: Path) -> None:

@@ -247,7 +247,7 @@ def test_the_interval_is_that_of_predictions() -> None:
         ({"key_env": "TINY_KEY"}, True),
         ({}, False),
     ],
-    ids=["a price", "free", "a key, and the price unknown", "a server that wants no key"],
+    ids=["a price", "free", "a key, and the price unknown", "a server that needs no key"],
 )
 def test_without_a_budget_an_api_is_paid_only_when_that_is_agreed_to(
     tmp_path: Path, changes: dict[str, Any], asks: bool

@@ -17,7 +17,7 @@ from transformers import Trainer
 
 from stillhouse.training import checkpoints
 from stillhouse.training.checkpoints import read_metrics
-from stillhouse.training.train import _Housekeeping
+from stillhouse.training.resuming import Housekeeping
 from tests import forks
 from tests.forks import Fork
 from tests.training.conftest import Setting
@@ -217,13 +217,14 @@ def test_a_checkpoint_is_sealed_once_every_process_has_written_its_part(tmp_path
         accelerator=Accelerator(),
         meter=lambda: checkpoints.Meter(4),
         metrics=checkpoints.Metrics(),
-        own=None,
     )
-    housekeeping = _Housekeeping(trainer, 3, lambda: None)  # type: ignore[arg-type]
+    sealed: list[Path] = []
+    housekeeping = Housekeeping(trainer, 3, lambda: None, sealed.append)
     state = SimpleNamespace(is_world_process_zero=True, global_step=4)
     housekeeping.on_save(SimpleNamespace(output_dir=str(tmp_path)), state, None)
     found = checkpoints.latest(tmp_path)
     assert found is not None
+    assert sealed == [tmp_path]
     (shards / "__1_0.distcp").write_bytes(b"sha")
     assert checkpoints.latest(tmp_path) is None
 

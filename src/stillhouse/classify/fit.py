@@ -10,13 +10,14 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from stillhouse.classify.classifier import Classifier, load_classifier
@@ -30,7 +31,7 @@ from stillhouse.teachers.older_names import save_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.training import checkpoints
 from stillhouse.training.partition import ProcessBatches, row_loader
-from stillhouse.training.resuming import ResumingTrainer, train_from_newest
+from stillhouse.training.resuming import Housekeeping, ResumingTrainer, train_from_newest
 from stillhouse.training.train_config import SCHEDULES
 
 MODEL = "model"
@@ -101,10 +102,15 @@ def fit(
         examples = [{"ids": ids, "target": q} for ids, q in zip(rows, targets_NC, strict=True)]
         advance(meter.step * section.batch_size - shown)
         shown = meter.step * section.batch_size
-        trainer = _Fitter(classifier, args=arguments, train_dataset=examples)
-        trainer.metrics = checkpoints.Metrics(file, keep_to_step=meter.step)
+        trainer = _Fitter(
+            classifier,
+            checkpoints.Metrics(file, keep_to_step=meter.step),
+            meter.seconds,
+            args=arguments,
+            train_dataset=examples,
+        )
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(_Housekeeping(section, trainer, meter, advance))
+        trainer.add_callback(Housekeeping(trainer, 2, partial(advance, section.batch_size)))
         return trainer
 
     with bar("train", total=steps * section.batch_size, unit="texts") as advance, quiet():
@@ -155,12 +161,27 @@ class _Loss(nn.Module):
 
 
 class _Fitter(ResumingTrainer):
-    metrics: checkpoints.Metrics
+    """seconds: of earlier processes."""
+
     loss_is_scaled_for_ga = True
 
-    def __init__(self, classifier: Classifier, **more: Any) -> None:
-        self.classifier = classifier
+    def __init__(
+        self, classifier: Classifier, metrics: checkpoints.Metrics, seconds: float, **more: Any
+    ) -> None:
+        self.classifier, self.metrics = classifier, metrics
+        self._began = time.monotonic() - seconds
         super().__init__(model=_Loss(classifier), data_collator=_collate, **more)
+
+    def meter(self) -> checkpoints.Meter:
+        return checkpoints.Meter(self.state.global_step, 0, time.monotonic() - self._began)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            meter = self.meter()
+            self.metrics.append(
+                {"step": meter.step, "loss": logs["loss"], "seconds": meter.seconds}
+            )
+        super().log(logs, start_time)
 
     def compute_loss(
         self, model: Any, inputs: Batch, num_items_in_batch: Any = None, **_: Any
@@ -231,38 +252,3 @@ def _arguments(
         remove_unused_columns=False,
         dataloader_pin_memory=device.type != "cpu",
     )
-
-
-class _Housekeeping(TrainerCallback):
-    """Updates the progress bar and the metrics, and seals complete checkpoints."""
-
-    def __init__(
-        self, section: FitRecipe, trainer: _Fitter, meter: checkpoints.Meter, advance: Any
-    ) -> None:
-        self.section, self.trainer, self.advance = section, trainer, advance
-        self.before, self.began = meter.seconds, time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        return self.before + time.monotonic() - self.began
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.advance(self.section.batch_size)
-        if control.should_save:
-            control.should_log = True
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if logs and "loss" in logs:
-            self.trainer.metrics.append(
-                {"step": state.global_step, "loss": logs["loss"], "seconds": self.seconds}
-            )
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.accelerator.wait_for_everyone()  # each process writes its own files
-        if not state.is_world_process_zero:
-            return
-        folder = Path(args.output_dir)
-        checkpoint = folder / f"checkpoint-{state.global_step}"
-        meter = checkpoints.Meter(state.global_step, 0, self.seconds)
-        checkpoints.seal(checkpoint, meter, self.trainer.metrics)
-        checkpoints.keep_newest(folder, 2)

@@ -64,7 +64,8 @@ def read_chat(
     """The chat under `key` of a row, with `system` and `tools` if the row has them.
 
     completion: the key of the messages that follow and are learned; None: all assistant turns of
-    the chat are. Raises DataError for what is no chat, and for what cannot be learned as it asks.
+    the chat are. Raises DataError for what is no chat, and for turns that cannot be learned as
+    its keys say.
     """
     reject_media(row, where)
     reject_weighted_row(row, where)

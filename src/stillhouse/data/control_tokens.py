@@ -125,7 +125,7 @@ class ControlTokens:
             yield Piece(piece.text[done:], piece.supervised)
 
     def plain(self, text: str, supervised: bool) -> Iterator[Piece]:
-        """A text whose control tokens are text. `split_special_tokens` knows special tokens alone,
+        """A text whose control tokens are text. `split_special_tokens` splits special tokens alone,
         so a text is divided inside the string of any other."""
         done = 0
         for match in _any_of(self.unspecial).finditer(text):

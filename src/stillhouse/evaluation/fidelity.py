@@ -47,6 +47,10 @@ class HeldoutAnswers:
     batches: tuple[int, ...]
     processes: Processes = ALONE
 
+    def apart(self) -> HeldoutAnswers:
+        """What stays when the model is deleted."""
+        return replace(self, signal=replace(self.signal, head=self.signal.head.apart()))
+
     def slices(self) -> Iterator[slice]:
         """The rows of each batch."""
         start = 0

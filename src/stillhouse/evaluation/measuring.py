@@ -68,7 +68,8 @@ class Measuring:
         return [whole_text(aligner, batch) for batch in batches]
 
     def _fidelity(self, role: str, answers: HeldoutAnswers) -> Fidelity:
-        self._teacher = self._teacher or answers
+        if self._teacher is None:
+            self._teacher = answers = answers.apart()
         size = self._bytes
         if self.alignment is None:
             found = compare(answers, self._teacher, self.vocabulary)

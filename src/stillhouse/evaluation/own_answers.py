@@ -95,7 +95,7 @@ class OwnAnswers:
                 advance=advance,
             )
         states = answer_states(model, answers)
-        head = states.head.to(states.hidden_ND.device)
+        head = states.head.to(states.hidden_ND.device).apart()
         self.answers[role], self._states[role] = answers, replace(states, head=head)
 
     def scored(

@@ -139,7 +139,7 @@ def _quoted(text: str) -> str:
 
 
 def _ends_early(text: str) -> bool:
-    """Whether a line of the text ends like the quoted text itself: Ollama knows no escapes."""
+    """Whether a line of the text ends like the quoted text itself: Ollama has no escapes."""
     return any(line.rstrip().endswith('"""') for line in text.splitlines()[:-1])
 
 

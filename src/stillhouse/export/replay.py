@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 if TYPE_CHECKING:
     from stillhouse.export import replay_tokenizers as tokenization
 else:
-    # `python -P` searches no folder for modules, lest it finds this one's instead of a package.
+    # Under `python -P` this file's folder is not searched, since its modules would hide packages.
     _spec = spec_from_file_location(
         "replay_tokenizers", Path(__file__).with_name("replay_tokenizers.py")
     )

@@ -32,20 +32,20 @@ from stillhouse.training.objective import stored_temperature
 
 _TOGETHER = 256
 BIAS = (
-    "log-probabilities as the server told them, for its own context of each token, rounded to "
-    "float16; the tail is one bucket; tokens it did not tell about have all the mass themselves"
+    "log-probabilities as the server returned them, for its own context of each token, rounded to "
+    "float16; the tail is one bucket; tokens that it did not report have all the mass themselves"
 )
 
 
 @dataclass
 class Counted:
     """answers: rows of the text. mismatched: those whose tokens differ from the student's. tokens:
-    supervised. told: of them, those whose log-probabilities the API returned."""
+    supervised. reported: of them, those whose log-probabilities the API returned."""
 
     answers: int = 0
     mismatched: int = 0
     tokens: int = 0
-    told: int = 0
+    reported: int = 0
 
 
 def plan_api_signals(job: Job) -> StagePlan:
@@ -84,7 +84,7 @@ def plan_api_signals(job: Job) -> StagePlan:
             "asked": identity["teacher"],
             "text": text.sha256,
             "bias": BIAS,
-            "told": f"{counted.told} of {counted.tokens} tokens",
+            "reported": f"{counted.reported} of {counted.tokens} tokens",
             "mismatched": f"{counted.mismatched} of {counted.answers} answers",
         }
         settings = Settings(encoding, job.vocabulary, identity, 1.0, recipe.seed, provenance)
@@ -97,7 +97,8 @@ def plan_api_signals(job: Job) -> StagePlan:
                 if len(segments) and writer.missing(segments).all():
                     writer.add(segments, *entry_rows(aligned.entries, job.vocabulary))
             manifest = writer.finish()
-        note(f"the API returned log-probabilities of {counted.told:,} of {counted.tokens:,} tokens")
+        shown = f"{counted.reported:,} of {counted.tokens:,} tokens"
+        note(f"the API returned log-probabilities of {shown}")
         facts = {**asdict(manifest.quality), "store_bytes": manifest.bytes, **asdict(counted)}
         return Outcome(summary=facts)
 
@@ -120,7 +121,7 @@ def _count(job: Job, file: Path) -> Counted:
         counted.answers += 1
         counted.mismatched += not aligned.matched
         counted.tokens += len(aligned.entries)
-        counted.told += sum(aligned.reported)
+        counted.reported += sum(aligned.reported)
     return counted
 
 

@@ -37,7 +37,7 @@ def expected_seconds(job: Job, names: Sequence[str], finished: Sequence[Stage]) 
     """Seconds of the named stages, in order; empty while they are not known.
 
     They are not before the training text is, while a step of `UNKNOWN` is ahead, and for models
-    so small that nobody waits for them.
+    that are too small to estimate.
     """
     done = {stage.name: stage for stage in finished}
     unknown = set(UNKNOWN)

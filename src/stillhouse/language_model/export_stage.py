@@ -23,14 +23,20 @@ from stillhouse.export.llama_quantizer import has_llama_cpp
 from stillhouse.export.model_card import ModelCard, write_language_model_card
 from stillhouse.export.push import push
 from stillhouse.export.torchao import export_torchao
-from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
+from stillhouse.hardware import (
+    choose_precision,
+    default_device,
+    free_memory_bytes,
+    peak_memory_bytes,
+)
 from stillhouse.language_model.data_stage import open_data
-from stillhouse.language_model.job import Job
+from stillhouse.language_model.job import Job, planned_size
 from stillhouse.language_model.model_origins import origins_of
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.pipeline.kind import Step
 from stillhouse.pipeline.report_stage import plan_report
 from stillhouse.pipeline.stage_plan import StagePlan
+from stillhouse.progress import note
 from stillhouse.quantize.moments import Moments, input_moments
 from stillhouse.quantize.quantization import FILE, Quantization
 from stillhouse.report.language_model_report import language_model_report
@@ -38,7 +44,7 @@ from stillhouse.report.page import Report
 from stillhouse.report.sections import RunFacts
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.section import recipe_yaml
-from stillhouse.teachers.load_model import load_model
+from stillhouse.teachers.load_model import load_config, load_model
 from stillhouse.training.checkpoints import METRICS, read_metrics
 from stillhouse.training.train import MODEL
 
@@ -93,8 +99,14 @@ def plan_export(
 
 
 def _with_teacher(job: Job, gate: Gate, dtype: torch.dtype) -> AbstractContextManager[Gate]:
-    """A gate that also compares exports with the teacher, if it has the same tokens."""
+    """A gate that also compares exports with the teacher, if it has the same tokens and fits on the
+    device alone."""
     if job.folded:
+        return nullcontext(gate)
+    config = load_config(job.teacher.path, trust_remote_code=job.trust_remote_code)
+    device = default_device()
+    if planned_size(config).total * dtype.itemsize > free_memory_bytes(device):
+        note(f"The teacher does not fit on {device}: exports are compared with the student alone")
         return nullcontext(gate)
     return against_teacher(gate, job.teacher.path, vocabulary=job.vocabulary, dtype=dtype)
 

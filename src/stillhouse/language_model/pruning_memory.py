@@ -25,13 +25,17 @@ def pruning_estimate(models: RunModels, section: PrunedStudent, machine: Machine
     """Of the stage `student`: the processes divide the calibration rows."""
     own = -(-section.calibration_tokens // machine.processes)
     memory, note = _pruning(models, section, machine, own)
-    weights = WIDE * config_size(models.start).parameters
+    start, student = config_size(models.start), WIDE * config_size(models.student).parameters
+    scratch = weights = WIDE * start.parameters
+    if machine.processes > 1:  # those of a node share the layers, until each cuts them
+        each = WIDE * start.ends + student
+        scratch = machine.nodes * (weights - WIDE * start.ends) + machine.processes * each
     return StageEstimate(
         models.stage("student"),
         memory,
         processes=machine.processes,
-        disk=float(WIDE * config_size(models.student).parameters),
-        scratch=float(weights * machine.processes if weights >= LARGE_BYTES else 0),
+        disk=float(student),
+        scratch=float(scratch if weights >= LARGE_BYTES else 0),
         note=note,
     )
 

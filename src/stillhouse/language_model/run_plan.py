@@ -10,6 +10,7 @@ import torch
 
 from stillhouse.data.data_config import DataRecipe
 from stillhouse.evaluation.fidelity import ROWS_PER_CHUNK, TOKENS_PER_FORWARD
+from stillhouse.export.gate import REPLAY_TOKENS
 from stillhouse.language_model.pruning_memory import pruning_estimate, search_estimate
 from stillhouse.language_model.run_models import RunModels
 from stillhouse.language_model.training_memory import (
@@ -232,20 +233,22 @@ def _evaluation(models: RunModels, machine: Machine) -> StageEstimate:
     else:
         alone = _alone(models.student, windows, models, machine)
     alone["heads and logits"] = _heads_and_logits(teacher, student)
-    phases, text = [Memory("fidelity", alone)], ""
+    own = -(-heldout // machine.processes)  # the rows of both models stay on the host
+    rows = {"hidden states": float(compute * own * (teacher.hidden + student.hidden))}
+    phases, text = [Memory("fidelity", alone, host=rows)], ""
     if machine.device == "cpu":
+        phases = [Memory("fidelity", alone | rows)]
         if runs_teacher:
-            dtype = str(getattr(models.teacher, "dtype", None) or torch.float32)
-            stored = getattr(torch, dtype.removeprefix("torch.")).itemsize
-            phases.append(_loading(teacher, stored, compute))
+            phases.append(_loading(teacher, _stored_bytes(models.teacher), compute))
         trained = getattr(torch, recipe.train.weights).itemsize
-        heads = alone["heads and logits"]
-        phases.append(_loading(student, trained, compute).plus("heads and logits", heads))
+        loading = _loading(student, trained, compute)
+        kept = {"heads and logits": alone["heads and logits"], **rows}
+        phases.append(replace(loading, parts={**loading.parts, **kept}))
     if recipe.evaluate.speed:
         sharded = run_shard(models, machine) in ("teacher", "both")  # its speed is not measured
         models_together = students * student.parameters + (0 if sharded else teacher.parameters)
         together = {"weights": float(compute * models_together), "context": alone["context"]}
-        speed = Memory("speed", together)
+        speed = Memory("speed", together, host=phases[0].host)
         if speed.fits(machine.memory):
             phases.append(speed)
         else:
@@ -264,13 +267,24 @@ def _evaluation(models: RunModels, machine: Machine) -> StageEstimate:
     return estimate if fits else replace(estimate, fix="set train.shard: both")
 
 
+def _stored_bytes(config: Any) -> int:
+    """Of a weight in a model's files."""
+    dtype = str(getattr(config, "dtype", None) or torch.float32)
+    return int(getattr(torch, dtype.removeprefix("torch.")).itemsize)
+
+
 def _loading(size: ModelSize, stored: int, compute: int) -> Memory:
     """Of a model while the pages of its files are in memory. stored, compute: bytes of a weight in
-    the files and in products; files with weights that stay as they are, are the weights."""
+    the files and in products.
+
+    Files with weights that stay as they are, are the weights. Files have the matrices of experts
+    one by one: transformers reads them all in the type of products, and joins those of each layer.
+    """
     parts = {"weights": float(compute * size.parameters), "libraries": LIBRARIES_BYTES}
     if stored != compute:
         parts["checkpoint"] = float(stored * size.parameters)
-    return Memory("loading", parts)
+    parts["experts before they are joined"] = float(compute * size.experts)
+    return Memory("loading", {part: bytes_ for part, bytes_ in parts.items() if bytes_})
 
 
 def _quantization(models: RunModels, machine: Machine) -> StageEstimate:
@@ -284,9 +298,27 @@ def _quantization(models: RunModels, machine: Machine) -> StageEstimate:
 
 
 def _export(models: RunModels, machine: Machine) -> StageEstimate:
-    size = config_size(models.student)
-    parts = {"weights": 2.0 * WIDE * size.parameters, "libraries": LIBRARIES_BYTES}
-    memory = Memory("", parts) if machine.device == "cpu" else Memory("", {}, host=parts)
+    """First the teacher alone answers the text of the replays, if it fits; then the student's
+    weights are cast and written."""
+    size, teacher = config_size(models.student), config_size(models.teacher)
+    # In float32, in the exported type, and as the bytes of the file.
+    saving = {"weights": 2.0 * WIDE * size.parameters, "libraries": LIBRARIES_BYTES}
+    compute = machine.compute(models.recipe.train.precision).itemsize
+    alone = {
+        "weights": float(compute * teacher.parameters),
+        "logits": float(WIDE * REPLAY_TOKENS * teacher.vocabulary),
+        "context": CONTEXT_BYTES if machine.device == "cuda" else LIBRARIES_BYTES,
+    }
+    phases = [Memory("saving", saving), Memory("teacher", alone)]
+    if machine.device == "cpu":
+        phases.append(_loading(teacher, _stored_bytes(models.teacher), compute))
+        memory = max(phases, key=lambda each: each.total)
+        if not memory.fits(machine.memory):
+            memory = phases[0]
+    else:
+        logits = alone.pop("logits")
+        fits = phases[1].fits(machine.memory)
+        memory = Memory("teacher", alone if fits else {}, host={**saving, "logits": logits})
     width = 2 if models.recipe.export.dtype == "bfloat16" else WIDE
     disk = width * size.parameters * len(models.recipe.export.formats)
     return StageEstimate(models.stage("export"), memory, disk=disk)

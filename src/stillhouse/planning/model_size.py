@@ -17,7 +17,7 @@ class ModelSize:
     """Counts of parameters, each stored one once, and the two widths of the head.
 
     layer: of the largest decoder block. ends: of embeddings and head. active: of those that a token
-    is multiplied with: of a mixture of experts, the chosen ones.
+    is multiplied with: of a mixture of experts, the chosen ones. experts: of all of these.
     """
 
     parameters: int
@@ -28,6 +28,7 @@ class ModelSize:
     hidden: int
     layers: int
     tied: bool
+    experts: int = 0
 
     @property
     def head(self) -> int:
@@ -53,15 +54,17 @@ def model_size(model: Any) -> ModelSize:
     ends = found.total - found.non_embedding
     head = model.get_output_embeddings().weight
     vocabulary, hidden = head.shape
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     return ModelSize(
         parameters=found.total,
-        active=found.head_once - _idle(model, config),
+        active=found.head_once - round(experts * _idle_share(config)),
         layer=max(_count(block) for block in blocks),
         ends=ends,
         vocabulary=vocabulary,
         hidden=hidden,
         layers=len(blocks),
         tied=head is model.get_input_embeddings().weight,
+        experts=experts,
     )
 
 
@@ -71,15 +74,12 @@ def _blocks(model: nn.Module) -> nn.ModuleList:
     return max(lists, key=_count)
 
 
-def _idle(model: nn.Module, config: Any) -> int:
-    """Parameters of the experts that a token does not go through."""
+def _idle_share(config: Any) -> float:
+    """The share of the experts that a token does not go through."""
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     experts = next((getattr(config, name) for name in names if getattr(config, name, None)), 0)
     chosen = getattr(config, "num_experts_per_tok", None)
-    if not experts or not chosen:
-        return 0
-    held = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-    return round(held * (1 - chosen / experts))
+    return 1 - chosen / experts if experts and chosen else 0.0
 
 
 def _count(module: nn.Module) -> int:

@@ -7,7 +7,8 @@ last tensor that uses them; so no live tensor ever loses its values. A file last
 parameter.
 
 At any time, memory holds a layer or two, or the embeddings and head, and the calibration rows.
-Models below LARGE_BYTES stay in memory.
+Models below LARGE_BYTES stay in memory. Processes of a torchrun that prune the same model share the
+files of its layers, each until it cuts the layer.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.hardware import hand_back_freed_memory
+from stillhouse.launch import local_index, process_index
 from stillhouse.scratch import scratch_place, temporary_disk
+from stillhouse.shared_work import ALONE, Processes
 from stillhouse.teachers.activations import decoder_layers
 from stillhouse.teachers.load_model import load_config, load_model
 from stillhouse.teachers.write_by_layer import weights_by_layer, write_by_layer
@@ -44,18 +47,54 @@ def has_large_weights(model: Any) -> bool:
     return 4 * sum(parameter.numel() for parameter in model.parameters()) >= LARGE_BYTES
 
 
-def load_offloaded(path: Path, *, trust_remote_code: bool = False) -> Any:
+def load_offloaded(
+    path: Path, *, trust_remote_code: bool = False, processes: Processes = ALONE
+) -> Any:
     """Load the model in float32. A large one is offloaded, which needs its float32 size in the
     temporary folder.
 
+    processes: all of them call this for the same model; those of a machine have one file of each
+    weight of a layer, call `take_own` before they change a layer, and `delete_shared_files` after
+    the last time that any of them has read one.
     Raises ModelError as `load_model` does.
     """
     config = load_config(path, trust_remote_code=trust_remote_code)
     stored = getattr(config, "dtype", None) or torch.float32
     model = load_model(path, dtype=stored, trust_remote_code=trust_remote_code)
     if is_large(model):
+        if processes.count > 1:
+            _share_layers(model, processes)
         offload(model)
     return model.float()
+
+
+def _share_layers(model: Any, processes: Processes) -> None:
+    """Map the layers' weights from files that the first process of this machine writes."""
+    weights = [weight for layer in decoder_layers(model) for weight in layer.parameters()]
+    written = [_file_with(weight) for weight in weights] if local_index() == 0 else []
+    files = processes.collect(written)[process_index() - local_index()]
+    _shared.update(files)
+    for weight, file in zip(weights, files, strict=True):
+        _map(weight, file)
+
+
+_shared: set[str] = set()
+"""Files of weights that other processes have mapped too."""
+
+
+def take_own(module: nn.Module) -> None:
+    """Copy a module's weights to memory if other processes share their files: until then, whatever
+    is written to them is written for all."""
+    for parameter in module.parameters():
+        if _file_of(parameter) in _shared:
+            parameter.data = parameter.data.clone()
+
+
+def delete_shared_files() -> None:
+    if local_index() == 0:
+        for file in _shared:
+            _remove(file)
+    _shared.clear()
 
 
 def offload(module: nn.Module) -> None:
@@ -148,10 +187,16 @@ def _file_of(tensor: Tensor) -> str | None:
 
 def _written(parameter: Tensor) -> str:
     """A file with the parameter's values in float32, which is deleted with the parameter."""
+    file = _file_with(parameter)
+    weakref.finalize(parameter, _remove, file)
+    return file
+
+
+def _file_with(parameter: Tensor) -> str:
+    """A new file with the parameter's values in float32."""
     place = scratch_place()
     with temporary_disk(place):
         handle, file = tempfile.mkstemp(prefix="stillhouse-weights-", dir=place)
-        weakref.finalize(parameter, _remove, file)
         with os.fdopen(handle, "wb") as opened:
             for block in parameter.detach().reshape(-1).split(BLOCK):
                 block.float().numpy().tofile(opened)

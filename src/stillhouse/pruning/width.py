@@ -52,7 +52,7 @@ from stillhouse.pruning.ffn import (
 from stillhouse.pruning.heads import Grouping, heads_by_score, refit_and_remove_heads
 from stillhouse.pruning.layer_streaming import on_device
 from stillhouse.pruning.local_distillation import distill_block
-from stillhouse.pruning.offload import is_offloaded, offload, release_ends
+from stillhouse.pruning.offload import is_offloaded, offload, release_ends, take_own
 from stillhouse.pruning.sizes import HiddenMethod, Sizes
 from stillhouse.pruning.surgery import keep_experts, keep_heads, keep_neurons
 from stillhouse.signals.lm_head import summed_kl
@@ -167,6 +167,8 @@ class _Cutter:
         with bar("Cutting the layers", tokens * len(layers)) as advance:
             for index, layer in enumerate(layers):
                 kept = index in self.kept_layers
+                if kept:
+                    take_own(layer)
                 with on_device(layer, streams.model.device, changed=kept):
                     # The full stream is computed before the layer's weights are cut.
                     if passages is not None and index < len(passages):

@@ -303,7 +303,7 @@ class _Work:
         names = {self._named("one-shot", one.sizes): one for one in best}
 
         def measured() -> list[Candidate]:
-            """Those that this process knows, the best first; the folders of losers are deleted."""
+            """Those that are measured so far, the best first; the folders of losers are deleted."""
             known = self.journal.found
             for name, one in names.items():
                 one.one_shot_kl = known.get(name)

@@ -7,7 +7,7 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,14 @@ class LMHead:
     def to(self, device: torch.device) -> LMHead:
         bias_V = None if self.bias_V is None else self.bias_V.to(device)
         return LMHead(self.weight_VD.to(device), bias_V, self.scale, self.softcap)
+
+    def apart(self) -> LMHead:
+        """On the CPU, with memory of its own: weights of a mapped checkpoint keep all of its pages
+        in memory."""
+        if self.weight_VD.device.type != "cpu":
+            return self
+        bias_V = None if self.bias_V is None else self.bias_V.detach().clone()
+        return replace(self, weight_VD=self.weight_VD.detach().clone(), bias_V=bias_V)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ def api_key(key_env: str | None, *, where: str, setting: str) -> str | None:
         raise EndpointError(
             f"the environment variable {key_env} is not set, and holds the endpoint's key",
             where=where,
-            fix=f"export {key_env}=..., or remove {setting} if the server wants no key",
+            fix=f"export {key_env}=..., or remove {setting} if the server needs no key",
         )
     if not (key.isascii() and key.isprintable()):
         raise EndpointError(

@@ -144,7 +144,7 @@ def check_head(model: Any) -> None:
 def _unknown_head(model: Any, found: str) -> ModelError:
     return ModelError(
         f"the logits of {type(model).__name__} are not a linear map of its last hidden states "
-        f"with a scale and a cap that Stillhouse knows ({found})",
+        f"with a scale and a cap that Stillhouse supports ({found})",
         where=model.config.name_or_path or None,
         fix="use another architecture, or report this one",
     )

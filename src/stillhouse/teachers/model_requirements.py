@@ -40,7 +40,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "routed_scaling_factor": (1,),
     "shared_kv_layers": (0,),
 }
-"""Keys of config.json that change a model's output if its class knows them, and the values
+"""Keys of config.json that change a model's output if its class reads them, and the values
 besides null that have no effect."""
 
 

@@ -73,7 +73,7 @@ def _scaling(rope: dict[str, Any], kind: str) -> dict[str, Any]:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Save it under names that every version knows, without the settings it was loaded with."""
+    """Save it under names that every version reads, without the settings it was loaded with."""
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))

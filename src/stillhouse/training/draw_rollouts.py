@@ -114,6 +114,27 @@ def slot_seed(seed: int, slot: int, ids: Sequence[int]) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
 
 
+def slot_request(
+    slot: Slot,
+    prompt: Sequence[int],
+    section: OnPolicyRecipe,
+    seed: int,
+    *,
+    given: Sequence[int] = (),
+    most: int | None = None,
+) -> TokenPrompt:
+    """The request for a slot's answer. given: its beginning. most: tokens, if not as many as the
+    slot has room for."""
+    room = slot.room - len(given)
+    return TokenPrompt(
+        [*prompt, *given],
+        room if most is None else min(most, room),
+        temperature=section.temperature,
+        top_p=section.top_p,
+        seed=slot_seed(seed, slot.number, prompt),
+    )
+
+
 def write_answers(
     generator: Generator,
     slots: Sequence[Slot],
@@ -137,15 +158,7 @@ def write_answers(
             if begun[place].stop != "length" or len(given) >= slot.room:
                 continue
         places.append(place)
-        requests.append(
-            TokenPrompt(
-                [*prompt, *given],
-                slot.room - len(given),
-                temperature=section.temperature,
-                top_p=section.top_p,
-                seed=slot_seed(seed, slot.number, prompt),
-            )
-        )
+        requests.append(slot_request(slot, prompt, section, seed, given=given))
     written = dict(generator.generate(requests))
     return [
         Rollout(

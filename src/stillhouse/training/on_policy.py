@@ -25,7 +25,7 @@ from torch import nn
 from stillhouse.data.batches import Batch, Batches
 from stillhouse.data.turn_end import end_of_answers
 from stillhouse.errors import SignalError, TrainingError
-from stillhouse.generation.generator import Continuation, TokenPrompt
+from stillhouse.generation.generator import Continuation
 from stillhouse.generation.local_generator import LocalGenerator
 from stillhouse.generation.own_text import FAR
 from stillhouse.generation.vllm_rollouts import OpenGenerator
@@ -39,7 +39,7 @@ from stillhouse.teachers.teacher import Teacher, TeacherNeeds
 from stillhouse.training.distillation import Distillation
 from stillhouse.training.draw_rollouts import (
     able_to_generate,
-    slot_seed,
+    slot_request,
     write_answers,
 )
 from stillhouse.training.heldout import measure_heldout
@@ -311,13 +311,7 @@ class OnPolicy:
             return None
         assert isinstance(self.teacher, LocalTeacher)
         requests = [
-            TokenPrompt(
-                prompt,
-                min(most, slot.room),
-                temperature=self.section.temperature,
-                top_p=self.section.top_p,
-                seed=slot_seed(self.plan.seed, slot.number, prompt),
-            )
+            slot_request(slot, prompt, self.section, self.plan.seed, most=most)
             for slot, prompt in zip(slots, prompts, strict=True)
         ]
         with able_to_generate(self.teacher.model):

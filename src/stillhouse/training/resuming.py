@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from stillhouse.hardware import free_memory
@@ -80,6 +80,38 @@ class ResumingTrainer(Trainer):
         failed = torch.tensor(float(failure is not None), device=self.args.device)
         if float(self.accelerator.reduce(failed)) > 0:
             raise UnreadableCheckpointError(str(failure or "another process cannot load it"))
+
+
+class Housekeeping(TrainerCallback):
+    """Updates the progress bar, and seals each checkpoint once it is complete on disk.
+
+    trainer: has `meter()` and `metrics`. keep: the newest checkpoints, this many. advance: called
+    after each step. sealed: called in the main process with the folder, after each checkpoint.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        keep: int,
+        advance: Callable[[], object],
+        sealed: Callable[[Path], object] = lambda folder: None,
+    ) -> None:
+        self.trainer, self.keep, self.advance, self.sealed = trainer, keep, advance, sealed
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.advance()
+        if control.should_save:
+            control.should_log = True  # a checkpoint is written only after a finite-loss check
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.accelerator.wait_for_everyone()  # each process writes its own files
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir)
+        checkpoint = folder / f"checkpoint-{state.global_step}"
+        checkpoints.seal(checkpoint, self.trainer.meter(), self.trainer.metrics)
+        checkpoints.keep_newest(folder, self.keep)
+        self.sealed(folder)
 
 
 T = TypeVar("T", bound=ResumingTrainer)

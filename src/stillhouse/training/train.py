@@ -30,9 +30,9 @@ from stillhouse.training import checkpoints
 from stillhouse.training.checkpoints import CHECKPOINTS, METRICS, Meter, Metrics
 from stillhouse.training.compact_adamw import compact_optimizer
 from stillhouse.training.draw_rollouts import rollout_generator
-from stillhouse.training.on_policy import own_text
+from stillhouse.training.on_policy import OnPolicy, own_text
 from stillhouse.training.own_prompts import OwnPrompts
-from stillhouse.training.resuming import train_from_newest
+from stillhouse.training.resuming import Housekeeping, train_from_newest
 from stillhouse.training.save_trained import save_trained
 from stillhouse.training.step_rows import Micro
 from stillhouse.training.train_config import SCHEDULES, TrainRecipe
@@ -195,8 +195,9 @@ def train(
             optimizer_cls_and_kwargs=compact_optimizer(settings, seed),
         )
         trainer.remove_callback(PrinterCallback)
-        own = _Housekeeping(trainer, settings.keep_checkpoints, partial(advance, step_tokens))
-        for callback in (own, *callbacks):
+        advanced = partial(advance, step_tokens)
+        keep = Housekeeping(trainer, settings.keep_checkpoints, advanced, partial(_forget, own))
+        for callback in (keep, *callbacks):
             trainer.add_callback(callback)
         return trainer
 
@@ -233,6 +234,12 @@ def train(
         precision=precision.reason,
         metrics=trainer.metrics.rows,
     )
+
+
+def _forget(own: OnPolicy | None, folder: Path) -> None:
+    """Delete the student's text that no checkpoint needs."""
+    if own is not None:
+        own.forget(before=checkpoints.oldest_step(folder))
 
 
 def require_windows(windows: int, processes: int, *, at_most: bool = False) -> None:
@@ -339,30 +346,3 @@ def checkpointing_key(arguments: Any = TrainingArguments) -> str:
     known = {field.name for field in fields(arguments)}
     new = "activation_checkpointing"
     return new if new in known else "gradient_checkpointing"
-
-
-class _Housekeeping(TrainerCallback):
-    """Updates the progress bar, and seals each checkpoint once it is complete on disk."""
-
-    def __init__(
-        self, trainer: DistillationTrainer, keep_checkpoints: int, advance: Callable[[], None]
-    ) -> None:
-        self.trainer = trainer
-        self.keep_checkpoints = keep_checkpoints
-        self.advance = advance
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.advance()
-        if control.should_save:
-            control.should_log = True  # a checkpoint is written only after a finite-loss check
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.accelerator.wait_for_everyone()  # each process writes its own files
-        if not state.is_world_process_zero:
-            return
-        folder = Path(args.output_dir)
-        checkpoint = folder / f"checkpoint-{state.global_step}"
-        checkpoints.seal(checkpoint, self.trainer.meter(), self.trainer.metrics)
-        checkpoints.keep_newest(folder, self.keep_checkpoints)
-        if self.trainer.own is not None:
-            self.trainer.own.forget(before=checkpoints.oldest_step(folder))

@@ -225,7 +225,9 @@ class LabelSpeaker:
         found = self.probabilities(request["prompt"])
         best = sorted(found.items(), key=lambda one: -one[1])
         show("\n".join(f"{label}  {text.percent(p, 1)}" for label, p in best[:SHOWN_LABELS]))
-        return f"the {SHOWN_LABELS} likeliest of {len(best)} labels" if best[SHOWN_LABELS:] else ""
+        return (
+            f"the {SHOWN_LABELS} most likely of {len(best)} labels" if best[SHOWN_LABELS:] else ""
+        )
 
 
 def _classifying_speaker(
