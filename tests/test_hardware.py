@@ -161,6 +161,56 @@ def test_memory_of_a_stage_is_free_when_the_next_begins() -> None:
     assert before < 128 << 20 < after
 
 
+GAPS = """
+import sys, psutil, torch
+from stillhouse.hardware import HeapLimit, tune_allocator
+tune_allocator()
+heap, small = HeapLimit(), []
+for step in range(40):
+    passing = []
+    for _ in range(4):
+        passing.append(torch.ones((1 << 20) + (step << 14)))  # too large for earlier gaps
+        small.append(torch.ones(1 << 12))
+    del passing
+    if sys.argv[1] == "limited":
+        heap.check()
+print(psutil.Process().memory_info().rss)
+"""
+
+
+@pytest.mark.run
+@pytest.mark.skipif(sys.platform != "linux", reason="malloc_trim is glibc's")
+def test_gaps_between_tensors_of_varying_sizes_do_not_add_up() -> None:
+    def resident(mode: str) -> int:
+        command = [sys.executable, "-c", GAPS, mode]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert resident("limited") < resident("unlimited") - (200 << 20)
+
+
+def test_the_heap_is_trimmed_once_memory_has_grown_by_a_quarter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Then the next step's memory, which allocates again, is the usual."""
+    trims: list[int] = []
+
+    class Library:
+        @staticmethod
+        def malloc_trim(padding: int) -> None:
+            trims.append(padding)
+
+    taken = iter([1000, 1200, 1320, 900, 1100, 1200])  # MiB
+    monkeypatch.setattr(hardware, "_has_glibc", lambda: True)
+    monkeypatch.setattr(hardware, "_anonymous_bytes", lambda: next(taken) << 20)
+    monkeypatch.setattr(hardware.ctypes, "CDLL", lambda name: Library)
+    heap = hardware.HeapLimit()
+    found = []
+    for _ in range(6):
+        heap.check()
+        found.append(len(trims))
+    assert found == [0, 0, 1, 1, 1, 2]
+
+
 def test_the_allocator_is_unchanged_without_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware.platform, "libc_ver", lambda: ("", ""))
     reason = hardware.tune_allocator()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import mmap
 import os
 import platform
 import statistics
@@ -26,10 +27,14 @@ Requested = Literal["auto", "float32", "bfloat16"]
 
 CPU_INFO = Path("/proc/cpuinfo")
 PROCESS_STATUS = Path("/proc/self/status")
+PROCESS_PAGES = Path("/proc/self/statm")
 ABILITIES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16")
 """Instruction sets that decide how fast a CPU multiplies matrices, by their Linux names."""
 
 WATTS_A_CORE = 10.0
+
+HEAP_GROWTH, HEAP_SLACK = 1.25, 64 << 20
+"""What `HeapLimit` allows: times the memory after the first step, and bytes more."""
 
 ONEDNN_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 """Environment variables that limit the instruction sets that oneDNN uses."""
@@ -150,6 +155,35 @@ def hand_back_freed_memory() -> str | None:
     if problem is None:
         ctypes.CDLL(None).malloc_trim(0)
     return problem
+
+
+class HeapLimit:
+    """Limits how much memory a loop's tensors of varying sizes waste.
+
+    They leave gaps on the heap that later tensors do not fit into. `tune_allocator` retains the
+    gaps, so that a process grows with every step although it has no more memory in use.
+    """
+
+    def __init__(self) -> None:
+        self._trims, self._usual = _has_glibc(), 0
+
+    def check(self) -> None:
+        """Return the gaps to the kernel once memory has grown by a quarter. Call it between
+        steps, when the tensors of a step have been freed; it takes some microseconds."""
+        if not self._trims:
+            return
+        taken = _anonymous_bytes()
+        if not self._usual:
+            self._usual = taken
+        elif taken > HEAP_GROWTH * self._usual + HEAP_SLACK:
+            ctypes.CDLL(None).malloc_trim(0)
+            self._usual = 0  # the next step allocates its tensors again
+
+
+def _anonymous_bytes() -> int:
+    """Resident memory of this process that is no file's."""
+    resident, shared = map(int, PROCESS_PAGES.read_text(encoding="ascii").split()[1:3])
+    return (resident - shared) * mmap.PAGESIZE
 
 
 def _has_glibc() -> bool:

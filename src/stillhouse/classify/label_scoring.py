@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicCache
 
 from stillhouse.classify.label_tree import ROOT, LabelTree, label_tree
 from stillhouse.generation.kv_cache import fits_padding, fits_slots
+from stillhouse.hardware import HeapLimit
 from stillhouse.signals.lm_head import head_logits
 from stillhouse.teachers.backbone import lm_head
 
@@ -88,9 +89,11 @@ def score_labels(
     tree = label_tree(labels).to(device)
     prefix = _read_prefix(model, prompts[0][: shared_prefix(prompts)])
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    heap = HeapLimit()
     for chosen in _batches(order, prompts, prefix.length, tree.inner):
         rests = [prompts[index][prefix.length :] for index in chosen]
         yield chosen, tree_log_probabilities(model, rests, tree, prefix).cpu()
+        heap.check()
 
 
 def _read_prefix(model: Any, ids: Sequence[int]) -> Prefix:

@@ -24,6 +24,7 @@ from stillhouse.data.turn_end import end_of_answers
 from stillhouse.generation.generator import Continuation, TokenPrompt
 from stillhouse.generation.kv_cache import SlotCache, fits_padding, fits_slots
 from stillhouse.generation.text_generator import TextGenerator
+from stillhouse.hardware import HeapLimit
 from stillhouse.progress import note
 
 BATCH = 32
@@ -167,6 +168,7 @@ class _Batch:
         self.now: list[_Writing] = []
         layers = self.model.config.get_text_config().num_hidden_layers
         self.cache = SlotCache(layers, generator.batch)
+        self.heap = HeapLimit()
 
     def run(
         self, waiting: list[_Writing], *, to_the_end: bool = False
@@ -182,6 +184,7 @@ class _Batch:
                 self._read([waiting.pop() for _ in range(some)])
             else:
                 self._step()
+            self.heap.check()
             yield from self._take_finished()
 
     def _read(self, chosen: list[_Writing]) -> None:

@@ -19,6 +19,7 @@ from stillhouse.data.batches import Batch, collate, own_share, rows_in_order, wi
 from stillhouse.data.shift import IGNORED
 from stillhouse.data.windows import WindowSet
 from stillhouse.errors import SignalError
+from stillhouse.hardware import HeapLimit
 from stillhouse.launch import leads, process_index, world_size
 from stillhouse.processes import lost_process, open_group, wait_for_all
 from stillhouse.progress import bar
@@ -145,7 +146,7 @@ def _record_share(
     process: int,
     processes: int,
 ) -> None:
-    total = sum(len(text) * len(text[0]["labels"]) for text in texts)
+    heap, total = HeapLimit(), sum(len(text) * len(text[0]["labels"]) for text in texts)
     with bar("signals", total=total) as advance:
         batches = (rows_in_order(text, teacher.tokens_together) for text in texts)
         for rows in own_share(chain.from_iterable(batches), process, processes):
@@ -158,6 +159,7 @@ def _record_share(
             elif teacher.collective:
                 teacher.answer(batch)  # the other processes need its part of the weights
             advance(batch["labels"].numel() * processes)
+            heap.check()
 
 
 def recorder_of(settings: Settings, student_head: LMHead | None) -> Recorder:

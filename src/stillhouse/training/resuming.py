@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from stillhouse.hardware import free_memory
+from stillhouse.hardware import HeapLimit, free_memory
 from stillhouse.launch import leads
 from stillhouse.progress import note
 from stillhouse.teachers.quiet import quiet
@@ -83,7 +83,8 @@ class ResumingTrainer(Trainer):
 
 
 class Housekeeping(TrainerCallback):
-    """Updates the progress bar, and seals each checkpoint once it is complete on disk.
+    """Updates the progress bar, limits the heap, and seals each checkpoint once it is complete on
+    disk.
 
     trainer: has `meter()` and `metrics`. keep: the newest checkpoints, this many. advance: called
     after each step. sealed: called in the main process with the folder, after each checkpoint.
@@ -97,9 +98,11 @@ class Housekeeping(TrainerCallback):
         sealed: Callable[[Path], object] = lambda folder: None,
     ) -> None:
         self.trainer, self.keep, self.advance, self.sealed = trainer, keep, advance, sealed
+        self.heap = HeapLimit()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.advance()
+        self.heap.check()
         if control.should_save:
             control.should_log = True  # a checkpoint is written only after a finite-loss check
 
