@@ -44,7 +44,7 @@ from bench.contenders import (
     stillhouse,
     term_for,
 )
-from stillhouse.hardware import matmul_rate, synchronize, tune_allocator
+from stillhouse.hardware import matmul_rate, reset_peak_memory, synchronize, tune_allocator
 from stillhouse.objectives import Term, fused_loss
 from stillhouse.signals import DenseSignal, LMHead, SparseSignal
 
@@ -151,7 +151,7 @@ def _peak_of_one(options: argparse.Namespace, problem: Problem) -> int:
         return torch.cuda.max_memory_allocated() - before
     trim_allocator()
     before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
+    reset_peak_memory()
     run(loss, problem)
     return _status("VmHWM") - before
 

@@ -32,7 +32,7 @@ from transformers import (
 
 from bench.common import Bar, earlier, write_results
 from stillhouse.config.load_recipe import load_language_model_recipe
-from stillhouse.hardware import peak_memory_bytes, tune_allocator
+from stillhouse.hardware import peak_memory_bytes, reset_peak_memory, tune_allocator
 from stillhouse.language_model.language_model import LANGUAGE_MODEL
 from stillhouse.language_model.run_models import run_models
 from stillhouse.language_model.run_plan import plan_stages
@@ -126,7 +126,7 @@ def measured(path: Path, name: str) -> int:
 
     def do(plan: StagePlan) -> Stage:
         before = psutil.Process().memory_info().rss
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts from what is there now
+        reset_peak_memory()
         stage = run_stage(plan)
         peaks[plan.name] = peak_memory_bytes() - before
         return stage

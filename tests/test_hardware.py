@@ -250,6 +250,25 @@ def test_peak_memory_is_in_bytes_and_remembers_what_was_freed() -> None:
     assert memory_growth() == pytest.approx(512 << 20, rel=0.2)
 
 
+AGAIN = """
+import torch
+from stillhouse.hardware import free_memory, peak_memory_bytes, reset_peak_memory
+torch.ones(128 << 20)
+before = peak_memory_bytes()
+free_memory()
+reset_peak_memory()
+print(before - peak_memory_bytes())
+"""
+
+
+@pytest.mark.run
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets a peak")
+def test_each_stage_has_a_peak_of_its_own() -> None:
+    command = [sys.executable, "-c", AGAIN]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) == pytest.approx(512 << 20, rel=0.2)
+
+
 @pytest.mark.run
 @pytest.mark.skipif(sys.platform == "darwin", reason="macOS cannot tell the two apart")
 def test_peak_memory_does_not_start_at_that_of_the_parent() -> None:

@@ -28,6 +28,7 @@ Requested = Literal["auto", "float32", "bfloat16"]
 CPU_INFO = Path("/proc/cpuinfo")
 PROCESS_STATUS = Path("/proc/self/status")
 PROCESS_PAGES = Path("/proc/self/statm")
+PEAK_RESET = Path("/proc/self/clear_refs")
 ABILITIES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16")
 """Instruction sets that decide how fast a CPU multiplies matrices, by their Linux names."""
 
@@ -239,8 +240,15 @@ def free_memory_bytes(device: torch.device | str) -> int:
     return int(torch.cuda.mem_get_info(device)[0])
 
 
+def reset_peak_memory() -> None:
+    """Let the peak begin at the memory of now, where the system can do that (Linux)."""
+    with contextlib.suppress(OSError):
+        PEAK_RESET.write_text("5", encoding="ascii")  # proc(5), clear_refs
+
+
 def peak_memory_bytes() -> int:
-    """The peak resident memory of this process in bytes, without GPU memory.
+    """The peak resident memory of this process in bytes since `reset_peak_memory`, without GPU
+    memory.
 
     Mapped pages of files, such as a checkpoint's, count while they are resident. On Linux it is
     VmHWM in /proc/self/status: getrusage's ru_maxrss would start at the peak of the process that
