@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stillhouse.objectives import Term, fused_loss
+from stillhouse.objectives.products import accumulate_outer_, product_
 from stillhouse.signals import DenseSignal, LMHead
 
 
@@ -216,23 +217,22 @@ def orda(problem: Problem) -> Tensor:
 
 
 def matmul_floor(problem: Problem, rows: int = 256) -> None:
-    """Only the same four products, in the same dtype, over the supervised rows."""
+    """Only the same four products, in the same dtype, over the supervised rows, by the faster of
+    PyTorch's libraries."""
     with torch.no_grad():
         valid = problem.labels_N != -100
         hidden_ND, teacher_ND = problem.hidden_ND[valid], problem.teacher_ND[valid]
-        student_nV = hidden_ND.new_empty(rows, len(problem.weight_VD))
+        weight_VD = problem.weight_VD.detach()
+        student_nV = hidden_ND.new_empty(rows, len(weight_VD))
         teacher_nV = torch.empty_like(student_nV)
-        dhidden_ND, dweight_VD = torch.empty_like(hidden_ND), torch.empty_like(problem.weight_VD)
+        dhidden_ND, dweight_VD = torch.empty_like(hidden_ND), torch.empty_like(weight_VD)
         for start in range(0, len(hidden_ND), rows):
             hidden_nD = hidden_ND[start : start + rows]
             n = len(hidden_nD)
-            torch.mm(hidden_nD, problem.weight_VD.T, out=student_nV[:n])
-            torch.mm(teacher_ND[start : start + rows], problem.teacher_VD.T, out=teacher_nV[:n])
-            torch.mm(student_nV[:n], problem.weight_VD, out=dhidden_ND[start : start + rows])
-            if start == 0:
-                torch.mm(student_nV[:n].T, hidden_nD, out=dweight_VD)
-            else:
-                torch.addmm(dweight_VD, student_nV[:n].T, hidden_nD, out=dweight_VD)
+            product_(student_nV[:n], hidden_nD, weight_VD)
+            product_(teacher_nV[:n], teacher_ND[start : start + rows], problem.teacher_VD)
+            product_(dhidden_ND[start : start + rows], student_nV[:n], weight_VD.T)
+            accumulate_outer_(dweight_VD, student_nV[:n], hidden_nD, 1.0, first=start == 0)
 
 
 CONTENDERS: dict[str, Loss] = {

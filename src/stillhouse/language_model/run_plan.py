@@ -94,7 +94,8 @@ def _windows(section: DataRecipe, tokens: int, machine: Machine) -> int:
 def _training(name: str, models: RunModels, machine: Machine, windows: int) -> StageEstimate:
     recipe = models.recipe
     settings = recipe.train
-    batching = plan_batches(settings, windows, machine.processes)
+    context = machine.cpu_context(recipe.data.context)
+    batching = plan_batches(settings, windows, machine.processes, cpu_context=context)
     step = planned_step(models, machine, batching.micro, accumulates=batching.accumulation > 1)
     shard, over = planned_shard(models, step, machine), sharing(settings, machine)
     memory = training_memory(step, shard, over=over, processes=machine.processes)

@@ -30,7 +30,7 @@ from stillhouse.planning.training_step import training_step
 from stillhouse.processes import open_group
 from stillhouse.progress import note
 from stillhouse.signals.signals_config import SignalsRecipe
-from stillhouse.training.train import plan_batches
+from stillhouse.training.train import Batching, plan_batches
 from stillhouse.training.train_config import TrainRecipe
 
 MOST_PROCESSES = 1024
@@ -86,10 +86,16 @@ def run_shard(models: RunModels, machine: Machine) -> Shard:
     settings = models.recipe.train
     if (given := _given_shard(settings, machine)) is not None:
         return given
-    batching = plan_batches(settings, settings.batch_size, machine.processes)
+    batching = _plan(models, machine, settings.batch_size)
     accumulates = batching.accumulation > 1
     step = planned_step(models, machine, batching.micro, accumulates=accumulates)
     return planned_shard(models, step, machine)
+
+
+def _plan(models: RunModels, machine: Machine, windows: int) -> Batching:
+    recipe = models.recipe
+    context = machine.cpu_context(recipe.data.context)
+    return plan_batches(recipe.train, windows, machine.processes, cpu_context=context)
 
 
 def _given_shard(settings: TrainRecipe, machine: Machine) -> Shard | None:
@@ -105,7 +111,7 @@ def planned_memory(models: RunModels, machine: Machine, windows: int) -> Memory:
     Raises RecipeError as `plan_batches`; ModelError as `training_step`.
     """
     settings = models.recipe.train
-    batching = plan_batches(settings, windows, machine.processes)
+    batching = _plan(models, machine, windows)
     step = planned_step(models, machine, batching.micro, accumulates=batching.accumulation > 1)
     shard = planned_shard(models, step, machine)
     over = sharing(settings, machine)
@@ -128,7 +134,7 @@ def cheapest_change(models: RunModels, machine: Machine, windows: int) -> str:
 def _changes(models: RunModels, machine: Machine) -> Iterator[dict[str, Any]]:
     """Changes from the one that costs the least time on; at last, all together."""
     settings = models.recipe.train
-    micro = plan_batches(settings, 1, machine.processes).micro
+    micro = _plan(models, machine, 1).micro
     smaller = [{"train.micro_batch_size": micro >> n} for n in range(1, micro.bit_length())]
     others: list[dict[str, Any]] = []
     if machine.processes > 1 and settings.shard != "auto":

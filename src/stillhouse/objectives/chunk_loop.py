@@ -16,7 +16,12 @@ from stillhouse.objectives.block_losses import Blocks
 from stillhouse.objectives.block_teacher import IMPOSSIBLE, ProjectedRows, Teacher
 from stillhouse.objectives.folded import Folding
 from stillhouse.objectives.groups import Workspace, group_by_temperature
-from stillhouse.objectives.products import ComputeHead, accumulate_columns_, accumulate_outer_
+from stillhouse.objectives.products import (
+    ComputeHead,
+    accumulate_columns_,
+    accumulate_outer_,
+    product_,
+)
 from stillhouse.objectives.terms import Term
 from stillhouse.objectives.triton_dispatch import RowKernels, row_kernels, runs_kernels
 from stillhouse.signals import (
@@ -213,7 +218,7 @@ class Work:
             beta = -self.of_teacher / self.head.scale
             torch.addmm(vector_nD, dlogits_nV, self.head.weight_VD, beta=beta, out=out_nD)
         else:
-            torch.mm(dlogits_nV, self.head.weight_VD, out=out_nD)
+            product_(out_nD, dlogits_nV, self.head.weight_VD.T)
 
     def _scale_rows_(self, tensor_nX: Tensor, rows: slice, factor: float) -> Tensor:
         if self.weights_N is not None:

@@ -39,6 +39,10 @@ class Machine:
     def processes(self) -> int:
         return self.per_node * self.nodes
 
+    def cpu_context(self, context: int) -> int | None:
+        """The same number if it is a CPU, for `plan_batches`."""
+        return context if self.device == "cpu" else None
+
     def compute(self, precision: Requested) -> torch.dtype:
         """The number type of products: for a GPU that is not here, bfloat16 unless requested."""
         if precision != "auto":

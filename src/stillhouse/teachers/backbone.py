@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from stillhouse.cpu_products import fast_linear
 from stillhouse.errors import ModelError
 from stillhouse.signals import DenseSignal, LMHead
 from stillhouse.signals.lm_head import head_logits
@@ -63,13 +64,14 @@ def hidden_states(
     FSDP module around it). documents: their bounds, as in `Batch`; None: they are computed if the
     model's attention needs them.
     """
-    output = model.base_model(
-        input_ids=input_ids_RL,
-        position_ids=position_ids_RL,
-        use_cache=False,
-        return_dict=True,
-        **document_arguments(model, input_ids_RL, position_ids_RL, documents),
-    )
+    with fast_linear(input_ids_RL.device):
+        output = model.base_model(
+            input_ids=input_ids_RL,
+            position_ids=position_ids_RL,
+            use_cache=False,
+            return_dict=True,
+            **document_arguments(model, input_ids_RL, position_ids_RL, documents),
+        )
     return output.last_hidden_state
 
 

@@ -1,6 +1,7 @@
 """Attention for short training windows on a CPU: plain matrix products.
 
-Shapes: R windows, H query heads, G key-value heads, J = H / G, L tokens, E head width.
+Shapes: R windows, H query heads, G key-value heads, J = H / G, B = R·G, M = J·L, L tokens, E head
+width.
 
 PyTorch's fused attention for CPUs is designed for long sequences. At 256 tokens its forward and
 backward take 2.2 times as long as three products, which is a tenth of a whole training step.
@@ -16,6 +17,8 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+from stillhouse.cpu_products import batched_product
 
 NAME = "stillhouse_short"
 LONGEST = 512
@@ -70,10 +73,12 @@ def short_attention(
     # Under autocast the rotation leaves queries and keys in float32; values have the right dtype.
     dtype = value_RGLE.dtype
     with torch.autocast(query_RHLE.device.type, enabled=False):
-        # Query heads of a group are neighbors: [R, H, L, E] is [R, G, J·L, E].
-        query_RGME = (query_RHLE * scale).to(dtype).reshape(R, G, -1, E)
-        scores_RHLL = (query_RGME @ key_RGLE.to(dtype).transpose(-1, -2)).view(R, H, L, L)
+        # Query heads of a group are neighbors: [R, H, L, E] is [R·G, J·L, E].
+        query_BME = (query_RHLE * scale).to(dtype).reshape(R * G, -1, E)
+        key_BLE = key_RGLE.to(dtype).reshape(R * G, L, E)
+        scores_RHLL = batched_product(query_BME, key_BLE).view(R, H, L, L)
         scores_RHLL = scores_RHLL + attention_mask.to(scores_RHLL.dtype)
-        probabilities_RGML = scores_RHLL.softmax(-1).view(R, G, -1, L)
-        out_RHLE = (probabilities_RGML @ value_RGLE).view(R, H, L, E)
+        probabilities_BML = scores_RHLL.softmax(-1).view(R * G, -1, L)
+        value_BLE = value_RGLE.reshape(R * G, L, E)
+        out_RHLE = batched_product(probabilities_BML, value_BLE.mT).view(R, H, L, E)
     return out_RHLE.transpose(1, 2), None

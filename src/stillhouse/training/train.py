@@ -39,6 +39,8 @@ from stillhouse.training.train_config import SCHEDULES, TrainRecipe
 from stillhouse.training.trainer import DistillationTrainer
 
 MODEL = "model"
+CPU_MICRO_TOKENS = 512
+"""On a CPU, the default micro-batch has at most so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,19 @@ def shards(settings: TrainRecipe, model: Literal["student", "teacher"]) -> int:
     return shards_in_node(settings.shard_within == "node")
 
 
-def plan_batches(section: TrainRecipe, windows: int, processes: int) -> Batching:
-    """Raise RecipeError if the batch cannot be split evenly."""
+def plan_batches(
+    section: TrainRecipe, windows: int, processes: int, *, cpu_context: int | None = None
+) -> Batching:
+    """How the steps on so many windows are divided.
+
+    cpu_context: tokens of a window if the training is on a CPU, where activations of a few hundred
+    tokens are enough for fast products; None: on a GPU. Only the default micro-batch depends on it.
+    Raises RecipeError if the batch cannot be split evenly.
+    """
     micro = section.micro_batch_size or max(1, section.batch_size // processes)
+    if section.micro_batch_size is None and cpu_context is not None:
+        fitting = (n for n in range(micro, 1, -1) if micro % n == 0)
+        micro = next((n for n in fitting if n * cpu_context <= CPU_MICRO_TOKENS), 1)
     if section.batch_size % (micro * processes):
         raise RecipeError(
             f"train.batch_size {section.batch_size} is not a multiple of micro_batch_size {micro} "
@@ -140,7 +152,9 @@ def train(
     nothing to learn or to measure on, a loss that is not finite, weights that were not saved.
     DeviceError: processes with different devices.
     """
-    plan = plan_batches(settings, len(batches), world_size())
+    cpu = default_device().type == "cpu"
+    context = batches.context if cpu else None
+    plan = plan_batches(settings, len(batches), world_size(), cpu_context=context)
     if plan.processes > 1 and not settings.only_own_text:
         require_windows(len(batches), plan.processes)
     with lost_process(plan.processes):

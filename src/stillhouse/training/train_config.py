@@ -69,7 +69,9 @@ class TrainRecipe(Section):
     max_steps: Steps | None = Field(None, description="Stop after this many optimizer steps.")
     batch_size: Count = Field(8, description="Windows in one optimizer step, all processes.")
     micro_batch_size: Count | None = Field(
-        None, description="Windows in one forward pass of one process; null: batch_size."
+        None,
+        description="Windows in one forward pass of one process; null: on a GPU, its share of "
+        "batch_size; on a CPU, up to 512 tokens of that.",
     )
     learning_rate: LearningRate = 1e-4
     schedule: Annotated[str, OneOf(SCHEDULES)] = "cosine"

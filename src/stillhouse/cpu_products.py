@@ -1,0 +1,181 @@
+"""Float32 matrix products on x86 CPUs, by oneDNN instead of MKL.
+
+PyTorch calls MKL for them, which reaches less than half of the speed on CPUs with AVX-512 that are
+not Intel's (docs/experiments.md). The operator is the one that PyTorch's compiler generates for a
+linear layer.
+
+Shapes: N rows, K columns that are summed over, M columns of the result.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+
+LEAST_WORK = 1 << 22
+"""Multiplications below which a call's overhead outweighs what is gained."""
+
+
+def product(a_NK: Tensor, b_MK: Tensor) -> Tensor:
+    """a bᵀ, [N, M]. Both may be transposed views."""
+    if not is_fast(a_NK, b_MK):
+        return a_NK @ b_MK.T
+    return _onednn(_strided(a_NK), _strided(b_MK))
+
+
+def is_fast(a_NK: Tensor, b_MK: Tensor) -> bool:
+    """Whether oneDNN computes this product."""
+    return (
+        type(a_NK) is Tensor
+        and a_NK.dtype == b_MK.dtype == torch.float32
+        and a_NK.device.type == b_MK.device.type == "cpu"
+        and a_NK.numel() * len(b_MK) >= LEAST_WORK
+        and bool(torch.backends.mkldnn.enabled)
+        and _works()
+    )
+
+
+def batched_product(a_BNK: Tensor, b_BMK: Tensor) -> Tensor:
+    """a bᵀ of each pair, [B, N, M], differentiable."""
+    if len(a_BNK) and is_fast(a_BNK[0], b_BMK[0]):
+        found: Tensor = _Batched.apply(a_BNK, b_BMK)
+        return found
+    return a_BNK @ b_BMK.mT
+
+
+@contextmanager
+def fast_linear(device: torch.device) -> Iterator[None]:
+    """Inside the block, `torch.nn.functional.linear` uses these products, forward and backward."""
+    if device.type != "cpu" or torch.is_autocast_enabled("cpu") or not _works():
+        yield
+        return
+    with _FastLinear():
+        yield
+
+
+class _FastLinear(TorchFunctionMode):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is Tensor.backward:
+            with self:  # activation checkpointing repeats the forward pass in there
+                _backward(*args, **(kwargs or {}))
+            return None
+        if (
+            func is F.linear
+            and not kwargs
+            and not torch.is_autocast_enabled("cpu")
+            and _is_plain(*args)
+        ):
+            input_, weight_MK, bias_M = (*args, None)[:3]
+            rows_NK = input_.flatten(0, -2)
+            if is_fast(rows_NK, weight_MK):
+                out_NM = _Linear.apply(rows_NK, weight_MK, bias_M)
+                return out_NM.view(*input_.shape[:-1], -1)
+        return func(*args, **(kwargs or {}))
+
+
+def _backward(
+    total: Tensor,
+    gradient: Tensor | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Any = None,
+) -> None:
+    """As `Tensor.backward`, which a mode that is on would get again."""
+    torch.autograd.backward(total, gradient, retain_graph, create_graph, inputs=inputs)
+
+
+def _is_plain(input_: Any, weight: Any, bias: Any = None) -> bool:
+    """Whether it is a linear layer of ordinary tensors: not sharded, quantized or fake."""
+    parameters = [weight] if bias is None else [weight, bias]
+    ordinary = all(type(each) in (Tensor, torch.nn.Parameter) for each in parameters)
+    return ordinary and type(input_) is Tensor and input_.dim() > 1 and weight.dim() == 2
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_NK: Tensor, weight_MK: Tensor, bias_M: Tensor | None) -> Tensor:
+        to_rows, to_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(rows_NK if to_weight else None, weight_MK if to_rows else None)
+        out_NM = product(rows_NK, weight_MK)
+        return out_NM if bias_M is None else out_NM.add_(bias_M)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NM: Tensor) -> tuple[Tensor | None, ...]:
+        rows_NK, weight_MK = ctx.saved_tensors
+        to_rows, to_weight, to_bias = ctx.needs_input_grad
+        return (
+            product(grad_NM, weight_MK.T) if to_rows else None,
+            product(grad_NM.T, rows_NK.T) if to_weight else None,
+            grad_NM.sum(0) if to_bias else None,
+        )
+
+
+class _Batched(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a_BNK: Tensor, b_BMK: Tensor) -> Tensor:
+        to_a, to_b = ctx.needs_input_grad
+        ctx.save_for_backward(a_BNK if to_b else None, b_BMK if to_a else None)
+        return _each(a_BNK, b_BMK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BNM: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a_BNK, b_BMK = ctx.saved_tensors
+        to_a, to_b = ctx.needs_input_grad
+        return (
+            _each(grad_BNM, b_BMK.mT) if to_a else None,
+            _each(grad_BNM.mT, a_BNK.mT) if to_b else None,
+        )
+
+
+def _each(a_BNK: Tensor, b_BMK: Tensor) -> Tensor:
+    out_BNM = a_BNK.new_empty(len(a_BNK), a_BNK.shape[1], b_BMK.shape[1])
+    for out_NM, a_NK, b_MK in zip(out_BNM, a_BNK, b_BMK, strict=True):
+        out_NM.copy_(product(a_NK, b_MK))
+    return out_BNM
+
+
+def _strided(x_NK: Tensor) -> Tensor:
+    """The same matrix with neighboring elements along one of its dimensions."""
+    rows, columns = x_NK.stride()
+    plain = (columns == 1 and rows >= x_NK.shape[1]) or (rows == 1 and columns >= x_NK.shape[0])
+    return x_NK if plain else x_NK.contiguous()
+
+
+def _onednn(a_NK: Tensor, b_MK: Tensor) -> Tensor:
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(a_NK, b_MK, None, "none", [], "")
+    return found
+
+
+@cache
+def _works() -> bool:
+    """Whether this build of PyTorch has the operator, on an x86 CPU, and it is right."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    # Small integers: every product and sum is exact.
+    a = torch.arange(12.0).view(3, 4)
+    b = torch.arange(20.0).view(5, 4)
+    try:
+        return torch.equal(_onednn(a, b), a @ b.T)
+    except RuntimeError:
+        return False
