@@ -30,7 +30,8 @@ import torch
 
 from bench.common import Bar, write_results
 from bench.peer_own import Chunks, recipe
-from bench.peers import TrainingJob, kl, lines_of, prepared
+from bench.peer_runs import TrainingJob, lines_of
+from bench.peers import kl, prepared
 from stillhouse.data.batches import collate
 from stillhouse.evaluation.fidelity import HeldoutAnswers, heldout_answers
 from stillhouse.hardware import tune_allocator

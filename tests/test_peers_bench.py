@@ -11,8 +11,9 @@ import pytest
 import torch
 from bench import common, peer_pruning, peers
 from bench.peer_own import Chunks
+from bench.peer_runs import TrainingJob, largest_difference, summarize
 from bench.peer_trainers import collate
-from bench.peers import TrainingJob, bars, largest_difference, summarize
+from bench.peers import bars
 
 from stillhouse.data.windows import ARRAYS
 from tests import tiny

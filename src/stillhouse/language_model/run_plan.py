@@ -94,8 +94,8 @@ def _windows(section: DataRecipe, tokens: int, machine: Machine) -> int:
 def _training(name: str, models: RunModels, machine: Machine, windows: int) -> StageEstimate:
     recipe = models.recipe
     settings = recipe.train
-    context = machine.cpu_context(recipe.data.context)
-    batching = plan_batches(settings, windows, machine.processes, cpu_context=context)
+    most = machine.micro_windows(recipe.data.context, settings.products)
+    batching = plan_batches(settings, windows, machine.processes, most_windows=most)
     step = planned_step(models, machine, batching.micro, accumulates=batching.accumulation > 1)
     shard, over = planned_shard(models, step, machine), sharing(settings, machine)
     memory = training_memory(step, shard, over=over, processes=machine.processes)

@@ -94,8 +94,8 @@ def run_shard(models: RunModels, machine: Machine) -> Shard:
 
 def _plan(models: RunModels, machine: Machine, windows: int) -> Batching:
     recipe = models.recipe
-    context = machine.cpu_context(recipe.data.context)
-    return plan_batches(recipe.train, windows, machine.processes, cpu_context=context)
+    most = machine.micro_windows(recipe.data.context, recipe.train.products)
+    return plan_batches(recipe.train, windows, machine.processes, most_windows=most)
 
 
 def _given_shard(settings: TrainRecipe, machine: Machine) -> Shard | None:

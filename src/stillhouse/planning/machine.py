@@ -20,6 +20,16 @@ EFFICIENCY = 0.55
 """Share of the measured matrix product rate that a training step reaches (bench/step)."""
 
 
+MICRO_TOKENS = {torch.float32: 256, torch.bfloat16: 1024}
+"""Tokens of a CPU's micro-batch by the number type of its products. More of them take more memory
+and are not faster; in bfloat16, float32 weights are rounded once for each micro-batch."""
+
+
+def micro_windows(device: str, context: int, dtype: torch.dtype) -> int | None:
+    """The most windows of a default micro-batch; None: no limit. dtype: of the products."""
+    return max(1, MICRO_TOKENS[dtype] // context) if device == "cpu" else None
+
+
 @dataclass(frozen=True)
 class Machine:
     """Where a run's processes are: one for each GPU, or so many of a torchrun on CPUs.
@@ -39,9 +49,9 @@ class Machine:
     def processes(self) -> int:
         return self.per_node * self.nodes
 
-    def cpu_context(self, context: int) -> int | None:
-        """The same number if it is a CPU, for `plan_batches`."""
-        return context if self.device == "cpu" else None
+    def micro_windows(self, context: int, precision: Requested) -> int | None:
+        """The function of this name, for this machine."""
+        return micro_windows(self.device, context, self.compute(precision))
 
     def compute(self, precision: Requested) -> torch.dtype:
         """The number type of products: for a GPU that is not here, bfloat16 unless requested."""

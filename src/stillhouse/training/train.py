@@ -21,6 +21,7 @@ from stillhouse.errors import RecipeError, TrainingError
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
 from stillhouse.launch import leads, process_index, world_size
 from stillhouse.objectives.objective_config import ObjectiveRecipe
+from stillhouse.planning.machine import micro_windows
 from stillhouse.processes import leave_group, lost_process, open_group, shards_in_node
 from stillhouse.progress import bar, note
 from stillhouse.scratch import temporary_folder
@@ -39,8 +40,6 @@ from stillhouse.training.train_config import SCHEDULES, TrainRecipe
 from stillhouse.training.trainer import DistillationTrainer
 
 MODEL = "model"
-CPU_MICRO_TOKENS = 512
-"""On a CPU, the default micro-batch has at most so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -96,18 +95,16 @@ def shards(settings: TrainRecipe, model: Literal["student", "teacher"]) -> int:
 
 
 def plan_batches(
-    section: TrainRecipe, windows: int, processes: int, *, cpu_context: int | None = None
+    section: TrainRecipe, windows: int, processes: int, *, most_windows: int | None = None
 ) -> Batching:
     """How the steps on so many windows are divided.
 
-    cpu_context: tokens of a window if the training is on a CPU, where activations of a few hundred
-    tokens are enough for fast products; None: on a GPU. Only the default micro-batch depends on it.
+    most_windows: of the default micro-batch, see `micro_windows`; None: the process's share.
     Raises RecipeError if the batch cannot be split evenly.
     """
     micro = section.micro_batch_size or max(1, section.batch_size // processes)
-    if section.micro_batch_size is None and cpu_context is not None:
-        fitting = (n for n in range(micro, 1, -1) if micro % n == 0)
-        micro = next((n for n in fitting if n * cpu_context <= CPU_MICRO_TOKENS), 1)
+    if section.micro_batch_size is None and most_windows is not None:
+        micro = max(n for n in range(1, min(micro, most_windows) + 1) if micro % n == 0)
     if section.batch_size % (micro * processes):
         raise RecipeError(
             f"train.batch_size {section.batch_size} is not a multiple of micro_batch_size {micro} "
@@ -152,16 +149,16 @@ def train(
     nothing to learn or to measure on, a loss that is not finite, weights that were not saved.
     DeviceError: processes with different devices.
     """
-    cpu = default_device().type == "cpu"
-    context = batches.context if cpu else None
-    plan = plan_batches(settings, len(batches), world_size(), cpu_context=context)
+    device = default_device()
+    precision = choose_precision(settings.products, device)
+    most = micro_windows(device.type, batches.context, precision.dtype)
+    plan = plan_batches(settings, len(batches), world_size(), most_windows=most)
     if plan.processes > 1 and not settings.only_own_text:
         require_windows(len(batches), plan.processes)
     with lost_process(plan.processes):
         open_group()
     student.cut_rows_without_tokens()
     _check_text(batches, heldout, settings)
-    precision = choose_precision(settings.products, default_device())
     if leads():
         note(f"precision: {precision.reason}")
     # Only the main process writes: other files would become part of the stage.

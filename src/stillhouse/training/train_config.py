@@ -71,7 +71,7 @@ class TrainRecipe(Section):
     micro_batch_size: Count | None = Field(
         None,
         description="Windows in one forward pass of one process; null: on a GPU, its share of "
-        "batch_size; on a CPU, up to 512 tokens of that.",
+        "batch_size; on a CPU, up to 256 tokens of that, or 1024 if products are in bfloat16.",
     )
     learning_rate: LearningRate = 1e-4
     schedule: Annotated[str, OneOf(SCHEDULES)] = "cosine"

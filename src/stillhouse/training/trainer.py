@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from stillhouse.cpu_products import fast_linear
 from stillhouse.data.batches import Batch, collate, own_share, positions_of, rows_in_order
 from stillhouse.data.windows import ARRAYS
 from stillhouse.errors import RecipeError
@@ -145,11 +144,6 @@ class DistillationTrainer(ResumingTrainer):
         use_attention(self.student.model, context, self.args.device, dtype)
         if self.teacher is not None:
             self.teacher.place(self.args.device, context)
-
-    def training_step(self, *args: Any, **more: Any) -> Tensor:
-        # With activation checkpointing, the backward pass repeats the forward pass of each layer.
-        with nullcontext() if self.args.bf16 else fast_linear(self.args.device):
-            return super().training_step(*args, **more)
 
     # --- the loss ----------------------------------------------------------------------------
 
