@@ -2,7 +2,7 @@
 
     python -m bench.peer_trainers KIND JOB.json
 
-`bench.peers` starts it, and documents the job. The same windows, optimizer and learning rate for
+`bench.peer_runs` starts it, and documents the job. The same windows, optimizer and learning rate for
 every kind; each kind's own data path is replaced by the windows, and nothing else of it.
 """
 

@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 
 from stillhouse.errors import RecipeError, TrainingError
 from stillhouse.objectives.objective_config import HiddenStatesTerm, LogitsTerm, ObjectiveRecipe
+from stillhouse.planning.machine import micro_windows
 from stillhouse.students.student import Student
 from stillhouse.teachers import short_attention
 from stillhouse.teachers.load_model import load_model
@@ -223,6 +224,19 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(setting: Setting, tmp_pat
 def test_a_batch_that_cannot_be_split_is_rejected(options: dict[str, Any], processes: int) -> None:
     with pytest.raises(RecipeError, match="not a multiple"):
         plan_batches(section(**options), windows=100, processes=processes)
+
+
+def test_the_default_micro_batch_divides_the_batch_and_has_a_limit_on_a_cpu() -> None:
+    assert plan_batches(section(batch_size=12), 100, 1, most_windows=5).micro == 4
+    assert plan_batches(section(batch_size=12), 100, 2, most_windows=5).micro == 3
+    assert plan_batches(section(batch_size=7), 100, 1, most_windows=5).micro == 1
+    assert plan_batches(section(batch_size=12), 100, 1).micro == 12
+    given = section(batch_size=12, micro_batch_size=6)
+    assert plan_batches(given, 100, 1, most_windows=5).micro == 6
+    assert micro_windows("cuda", 4096, torch.bfloat16) is None
+    assert micro_windows("cpu", 256, torch.float32) == 1
+    assert micro_windows("cpu", 256, torch.bfloat16) == 4
+    assert micro_windows("cpu", 4096, torch.float32) == 1
 
 
 def test_the_plan_counts_steps_over_processes_and_epochs() -> None:
