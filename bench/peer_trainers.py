@@ -2,8 +2,8 @@
 
     python -m bench.peer_trainers KIND JOB.json
 
-`bench.peer_runs` starts it, and documents the job. The same windows, optimizer and learning rate for
-every kind; each kind's own data path is replaced by the windows, and nothing else of it.
+`bench.peer_runs` starts it, and documents the job. The same windows, optimizer and learning rate
+for every kind; each kind's own data path is replaced by the windows, and nothing else of it.
 """
 
 from __future__ import annotations
