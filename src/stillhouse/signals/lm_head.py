@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stillhouse.cpu_products import fast_linear
 from stillhouse.signals.signal_types import LMHead
 
 CHUNK_LOGITS = 1 << 23
@@ -23,7 +24,8 @@ def head_logits(head: LMHead, hidden_ND: Tensor) -> Tensor:
     The product is computed in the head's dtype.
     """
     hidden_ND = hidden_ND.to(head.weight_VD.dtype)
-    logits_NV = torch.nn.functional.linear(hidden_ND, head.weight_VD, head.bias_V)
+    with fast_linear(hidden_ND.device):
+        logits_NV = torch.nn.functional.linear(hidden_ND, head.weight_VD, head.bias_V)
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     if head.scale != 1.0:
         logits_NV = logits_NV * head.scale
