@@ -54,7 +54,10 @@ def batched_product(a_BNK: Tensor, b_BMK: Tensor) -> Tensor:
 
 @contextmanager
 def fast_linear(device: torch.device) -> Iterator[None]:
-    """Inside the block, `torch.nn.functional.linear` uses these products, forward and backward."""
+    """Inside the block, `torch.nn.functional.linear` uses these products, forward and backward.
+
+    Not for layers with activation checkpointing, which are computed again outside of the block.
+    """
     if device.type != "cpu" or torch.is_autocast_enabled("cpu") or not _works():
         yield
         return
@@ -70,10 +73,6 @@ class _FastLinear(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is Tensor.backward:
-            with self:  # activation checkpointing repeats the forward pass in there
-                _backward(*args, **(kwargs or {}))
-            return None
         if (
             func is F.linear
             and not kwargs
@@ -86,17 +85,6 @@ class _FastLinear(TorchFunctionMode):
                 out_NM = _Linear.apply(rows_NK, weight_MK, bias_M)
                 return out_NM.view(*input_.shape[:-1], -1)
         return func(*args, **(kwargs or {}))
-
-
-def _backward(
-    total: Tensor,
-    gradient: Tensor | None = None,
-    retain_graph: bool | None = None,
-    create_graph: bool = False,
-    inputs: Any = None,
-) -> None:
-    """As `Tensor.backward`, which a mode that is on would get again."""
-    torch.autograd.backward(total, gradient, retain_graph, create_graph, inputs=inputs)
 
 
 def _is_plain(input_: Any, weight: Any, bias: Any = None) -> bool:

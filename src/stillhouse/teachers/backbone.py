@@ -6,7 +6,7 @@ Shapes: R windows, L tokens, N chosen rows, D hidden width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,7 +64,7 @@ def hidden_states(
     FSDP module around it). documents: their bounds, as in `Batch`; None: they are computed if the
     model's attention needs them.
     """
-    with fast_linear(input_ids_RL.device):
+    with nullcontext() if _checkpoints(model) else fast_linear(input_ids_RL.device):
         output = model.base_model(
             input_ids=input_ids_RL,
             position_ids=position_ids_RL,
@@ -73,6 +73,13 @@ def hidden_states(
             **document_arguments(model, input_ids_RL, position_ids_RL, documents),
         )
     return output.last_hidden_state
+
+
+def _checkpoints(model: Any) -> bool:
+    """Whether backward computes layers of the model again."""
+    return model.training and any(
+        getattr(module, "gradient_checkpointing", False) for module in model.modules()
+    )
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from stillhouse.cpu_products import fast_linear
 from stillhouse.hardware import HeapLimit, free_memory
 from stillhouse.launch import leads
 from stillhouse.progress import note
@@ -34,11 +33,6 @@ class ResumingTrainer(Trainer):
         # Where a machine has several GPUs, Trainer would use torch.nn.DataParallel.
         args._n_gpu = min(args.n_gpu, 1)
         super().__init__(args=args, **more)
-
-    def training_step(self, *args: Any, **more: Any) -> Tensor:
-        # With activation checkpointing, the backward pass repeats the forward pass.
-        with nullcontext() if self.args.bf16 else fast_linear(self.args.device):
-            return super().training_step(*args, **more)
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         if any(each.dtype == torch.bfloat16 for each in model.parameters()):
