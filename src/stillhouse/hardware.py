@@ -242,7 +242,10 @@ def free_memory_bytes(device: torch.device | str) -> int:
 
 
 def reset_peak_memory() -> None:
-    """Let the peak begin at the memory of now, where the system can do that (Linux)."""
+    """Let the peak begin at the memory of now, where the system can do that (Linux).
+
+    For benchmarks: tools that measure a process from outside lose its earlier peak, too.
+    """
     with contextlib.suppress(OSError):
         PEAK_RESET.write_text("5", encoding="ascii")  # proc(5), clear_refs
 

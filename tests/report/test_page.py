@@ -23,7 +23,7 @@ from stillhouse.report.page import (
     write_page,
     write_report,
 )
-from stillhouse.report.sections import RunFacts
+from stillhouse.report.sections import RunFacts, cost_section
 from stillhouse.runfolder import Cost, Outcome, RunFolder
 from tests.report.conftest import finished
 
@@ -123,6 +123,18 @@ def test_costs_are_compared_with_training_from_scratch(report: Report) -> None:
     assert "From scratch, same tokens61,3203.97 × 10¹³" in re.sub(r"\s*\n\s*", "", text)
     assert "From scratch, 20 tokens/parameter2.159B1.40 × 10¹⁸" in re.sub(r"\s*\n\s*", "", text)
     assert "5 min 44 s" in text  # the sum of the stages' seconds
+
+
+def test_a_peak_that_an_earlier_stage_has_set_is_a_bound(facts: RunFacts) -> None:
+    peaks = [3_000_000_000, 10_000_000_000, 10_000_000_000, 2_000_000_000]
+    stages = [
+        replace(facts.stages[0], cost=replace(facts.stages[0].cost, peak_memory_bytes=peak))
+        for peak in peaks
+    ]
+    table = cost_section(stages).table
+    assert table is not None
+    shown = [row.cells[-1].value for row in table.rows]
+    assert shown == ["3.00 GB", "10.0 GB", "≤ 10.0 GB", "2.00 GB"]
 
 
 ATTACK = "<script>alert('&amp;')</script> & \"quoted\" $x_1$"

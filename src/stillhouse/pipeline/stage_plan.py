@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stillhouse.hardware import cores_of, free_memory, reset_peak_memory, tune_allocator
+from stillhouse.hardware import cores_of, free_memory, tune_allocator
 from stillhouse.launch import processes_here, world_size
 from stillhouse.pipeline.run_progress import recorded_step
 from stillhouse.processes import lost_process
@@ -55,7 +55,6 @@ def doing(folder: RunFolder) -> Do:
     def do(plan: StagePlan) -> Stage:
         tune_allocator()  # the previous stage may have needed all memory
         free_memory()
-        reset_peak_memory()
         if plan.missing is not None:
             found = folder.finished(plan.name, plan.depends_on)
             if found is not None and plan.missing(found):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import yaml
@@ -75,6 +76,10 @@ def cost_section(stages: Sequence[Stage], *parts: Section) -> Section:
 
 def _stage_table(stages: Sequence[Stage]) -> MetricsTable:
     rows = [_cost_row(_stage_name(stage), stage.cost) for stage in stages]
+    peaks = [stage.cost.peak_memory_bytes for stage in stages]
+    for row, peak, before in zip(rows, peaks, [0, *accumulate(peaks, max)], strict=False):
+        if peak and peak == before:  # that of the process, which an earlier stage has set
+            row[-1] = f"≤ {row[-1]}"
     total: list[str] = []
     if len(stages) > 1:
         total_cost = Cost(
