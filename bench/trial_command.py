@@ -24,7 +24,7 @@ Timed = tuple[int, Result, float]
 @dataclass(frozen=True)
 class TrialBench:
     """A benchmark `bench/NAME.py`. counts: trials of each family. meaning: of each outcome.
-    minutes: that all families may take, run one after the other at one commit."""
+    minutes: that all families may take, one after the other."""
 
     name: str
     families: Mapping[str, Family]
@@ -136,11 +136,10 @@ def _parts(results: Sequence[Timed], processes: int) -> dict[str, Any]:
 
 
 def time_bar(bench: TrialBench, parts: Mapping[str, Any]) -> list[Bar]:
-    """Of the slowest seed, if all families were run at one commit."""
-    commits = {part["commit"] for part in parts.values()}
+    """Of the slowest seed with which all families were run."""
     seeds = [set(part.get("seconds", ())) for part in parts.values()]
     shared = set.intersection(*seeds)
-    if bench.minutes is None or len(commits) > 1 or set(parts) != set(bench.families) or not shared:
+    if bench.minutes is None or set(parts) != set(bench.families) or not shared:
         return []
     processes = max(part["processes"] for part in parts.values())
     took = max(sum(part["seconds"][seed] for part in parts.values()) for seed in shared)

@@ -35,13 +35,13 @@ def test_time_without_a_core_counts_from_the_signal() -> None:
     assert waits.since(4.0) == 0.0
 
 
-def test_the_bar_for_the_time_needs_all_families_at_one_commit() -> None:
+def test_the_bar_for_the_time_needs_all_families_of_one_seed() -> None:
     bench = TrialBench("knocks", dict.fromkeys(FAMILIES, FAMILIES["kill"]), {}, {}, minutes=40.0)
     part = {"commit": "a", "processes": 2, "seconds": {"1": 60.0, "2": 120.0}}
     parts = dict.fromkeys(FAMILIES, part)
     (bar,) = time_bar(bench, parts)
     assert bar.value == 2.0 * len(FAMILIES)
-    assert not time_bar(bench, {**parts, "disk": {**part, "commit": "b"}})
+    assert not time_bar(bench, {**parts, "disk": {**part, "seconds": {"3": 60.0}}})
     assert not time_bar(bench, {"kill": part})
     assert not time_bar(bench, {**parts, "disk": {"commit": "a"}})
 

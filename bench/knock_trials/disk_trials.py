@@ -42,6 +42,8 @@ SIZE = 48 << 20
 """Bytes of a disk in memory."""
 LIMIT = 1 << 14
 """Bytes of a file, where nothing can be mounted."""
+UNKNOWN = "has no record that this recipe wrote it"
+"""Said of the text that was bought, if the run folder is deleted."""
 BOUGHT = ("journal", "synthesis", "answers")
 """Parts of a run in which answers arrive, which then have the space that they are promised."""
 
@@ -137,6 +139,10 @@ def _problem(kind: Kind, what: What, moment: Moment, folder: Path) -> str | None
             disaster.repair()
             books.next_process()
             last = start(kind, recipe, root, environment)
+            if last.wait(patience()) != 0 and what == "deleted" and UNKNOWN in last.errors():
+                root.with_suffix(".jsonl").unlink()  # as the error says
+                books.next_process()
+                last = start(kind, recipe, root, environment)
             if last.wait(patience()) != 0:
                 return f"the last process: {last.errors()[-900:]}"
         again = finished.items() - manifests(root).items()

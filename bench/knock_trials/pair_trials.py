@@ -109,7 +109,8 @@ def _looked_at(kind: Kind, folder: Path, later: float, chance: random.Random) ->
         time.sleep(later)
         what = root if command in ("verify", "report") else recipe
         arguments = [command, str(what)]
-        second = Fork(moments.run_in_fork, arguments, [], None, "", environment=environment)
+        cache = {"STILLHOUSE_CACHE": str(recipe.parent / "cache")}
+        second = Fork(moments.run_in_fork, arguments, [], None, "", environment=environment | cache)
         said, status = first, first.wait(patience())
         if status and (problem := one_message(said.errors(), ("another process",))):
             return f"the run ended with {status}: {problem}"
@@ -128,17 +129,18 @@ def _in_one_export(kind: Kind, folder: Path, later: float, chance: random.Random
     """Both export the same model to the same folder."""
     source = tiny.save_model(folder / "source")
     out, alone = (folder / name / "stages" / "export" / "model" for name in ("runs", "alone"))
+    cache = {"STILLHOUSE_CACHE": str(folder / "cache")}
     processes: list[Process] = []
     for pause in (0.0, later / 8):
         time.sleep(pause)
-        processes.append(Fork(export, source, out))
+        processes.append(Fork(export, source, out, environment=cache))
     statuses = [process.wait(patience()) for process in processes]
     for process, status in zip(processes, statuses, strict=True):
         if status and "stillhouse.errors.RunError: " not in process.errors():
             return f"status {status}: {process.errors()[-900:]}"
     if 0 not in statuses:
         return f"both ended with {statuses}"
-    process = Fork(export, source, alone)
+    process = Fork(export, source, alone, environment=cache)
     assert process.wait(patience()) == 0, process.errors()
     if made_by(folder / "runs") != made_by(folder / "alone"):
         return "another export than that of one process"
