@@ -121,6 +121,18 @@ def test_a_tree_that_is_not_whole_is_rejected() -> None:
         read(export(*loop))
 
 
+def test_values_of_other_types_are_as_none() -> None:
+    odd = export(*START, ASKED, ANSWERED)
+    odd["mapping"]["asked"]["parent"] = ["hello"]
+    with pytest.raises(DataError, match="not whole"):
+        read(odd)
+    content = {"content_type": "text", "parts": 5}
+    assert (
+        read(export(*START, ASKED, node("answered", "asked", "assistant", "x", content=content)))
+        is None
+    )
+
+
 def test_a_file_of_it_is_read_by_a_recipe(tmp_path: Path) -> None:
     from stillhouse.data.row_reader import read_rows
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from stillhouse.errors import ModelError
+from stillhouse.teachers import roots_file
 from stillhouse.teachers.align_tokens import TokenAligner
 from stillhouse.teachers.roots import Roots, make_roots, merged
 from stillhouse.teachers.roots_file import ROOTS, SUMMARY, cached_roots, load_roots, save_roots
@@ -175,6 +176,24 @@ def test_damage_that_could_be_other_roots_is_noticed(
         load_roots(file.parent, aligner)
     assert (cached_roots(aligner, tmp_path).student_V == made.student_V).all()
     load_roots(file.parent, aligner)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError("Error while serializing: I/O error: No space left (os error 28)"),
+        PermissionError(13, "Permission denied"),
+    ],
+)
+def test_a_cache_that_cannot_be_written_costs_time_only(
+    aligner: TokenAligner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(roots_file, "save_file", fails)
+    assert cached_roots(aligner, tmp_path).count == aligner.roots().count
+    assert not list(tmp_path.rglob(ROOTS))
 
 
 def test_a_damaged_file_of_a_run_is_an_error(aligner: TokenAligner, tmp_path: Path) -> None:

@@ -66,8 +66,8 @@ def _up(mapping: Mapping[str, Any], last: str, where: str) -> Iterator[Mapping[s
     seen: set[str] = set()
     name: Any = last
     while name is not None:
-        node = mapping.get(name)
-        if name in seen or not isinstance(node, Mapping):
+        node = mapping.get(name) if isinstance(name, str) else None
+        if not isinstance(node, Mapping) or name in seen:
             raise DataError(
                 f"The chat's tree is not whole: there is no way from {last!r} to its first message",
                 where=where,
@@ -96,7 +96,8 @@ def _kind(message: Mapping[str, Any]) -> str:
 def _text(message: Mapping[str, Any]) -> str:
     content = message.get("content")
     parts = content.get("parts") if isinstance(content, Mapping) else None
-    return "".join(part for part in parts or [] if isinstance(part, str))
+    parts = parts if isinstance(parts, list) else []
+    return "".join(part for part in parts if isinstance(part, str))
 
 
 def _is_hidden(message: Mapping[str, Any]) -> bool:

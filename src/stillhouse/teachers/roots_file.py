@@ -22,7 +22,7 @@ from torch import Tensor
 
 from stillhouse.checksums import seal_broken, sealed
 from stillhouse.disk_errors import disk_errors
-from stillhouse.errors import ModelError
+from stillhouse.errors import ModelError, RunError
 from stillhouse.file_locks import building_folder
 from stillhouse.teachers.align_tokens import TokenAligner
 from stillhouse.teachers.hashing import cache_folder
@@ -59,13 +59,13 @@ def cached_roots(aligner: TokenAligner, cache: Path | None = None) -> Roots:
             pass
     roots = aligner.roots()
     try:
-        with building_folder(folder) as building:
+        with disk_errors(folder), building_folder(folder) as building:
             _write(roots, building, aligner, identity)
             if (folder / ROOTS).is_file():
                 (building / ROOTS).replace(folder / ROOTS)
             else:
                 building.rename(folder)
-    except OSError:
+    except (OSError, RunError):
         pass
     return roots
 
