@@ -69,6 +69,7 @@ def test_a_run_folder_that_vanishes_is_one_message(
     with folder.locked(), pytest.raises(RunError, match="deleted, moved or replaced"):
         folder.stage("student", {}, work)
     assert not list((tmp_path / "run").glob("stages/student-*"))
+    assert not list((tmp_path / "run").rglob(".*.partial"))
 
 
 def test_a_message_is_not_mistaken_for_another(tmp_path: Path) -> None:

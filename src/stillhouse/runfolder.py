@@ -121,7 +121,7 @@ class RunFolder:
     def _require_there(self, *folders: Path) -> None:
         """Raise RunError if the run folder is not the one that this process locked, or if one of
         `folders` or of the finished stages is missing: they were deleted or moved, and libraries
-        create the folders that they write to."""
+        create the folders that they write to. Those of `folders` are then deleted again."""
         if self._lock is None:
             return
         try:
@@ -129,6 +129,9 @@ class RunFolder:
         except OSError:
             own = False
         gone = [path for path in (*folders, *self._finished) if not path.is_dir()]
+        if not own and not (self.root / LOCK).exists():  # nobody works in it
+            for path in folders:
+                shutil.rmtree(path, ignore_errors=True)
         if gone or not own:
             raise RunError(
                 "this folder was deleted, moved or replaced while the run was using it",

@@ -426,7 +426,7 @@ def test_a_file_of_the_user_is_not_overwritten(tmp_path: Path) -> None:
         path = write(tmp_path, stub.url, out="mine.jsonl")
         (tmp_path / "mine.jsonl").write_text("my own rows\n")
         (error,) = [one for one in check_recipe(path) if one.level == "error"]
-        assert "mine.jsonl, which this recipe did not write" in error.text
+        assert "mine.jsonl, and the run folder has no record" in error.text
         done = synthesize_text(path)
     assert (tmp_path / "mine.jsonl").read_text() == "my own rows\n"
     assert len(rows(done)) == done.kept

@@ -144,7 +144,8 @@ def _require_out(recipe: Recipe, section: SynthesizeRecipe, base: Path) -> None:
             )
     if not may_replace(out, recipe):
         raise RecipeError(
-            f"the result would replace {out}, which this recipe did not write",
+            f"the result would replace {out}, and the run folder has no record that this recipe "
+            "wrote it",
             where=f"synthesize.out: {section.out}",
             fix="move the file away, or give synthesize.out another name",
         )

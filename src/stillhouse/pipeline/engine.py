@@ -43,6 +43,11 @@ def run_kind(kind: Kind, recipe: Any, base: Path) -> RunResult | None:
     """
     tune_allocator()
     end_with_torchrun()
+    with lost_process(world_size()):
+        return _run(kind, recipe, base)
+
+
+def _run(kind: Kind, recipe: Any, base: Path) -> RunResult | None:
     if leads():
         with (
             leading(run_root(recipe), locked_folder(recipe)) as folder,
