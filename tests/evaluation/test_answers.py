@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
+import numpy as np
 import pytest
 
 from stillhouse.evaluation.answers import compare, facts_of, field_f1, same_json, same_text
+from stillhouse.evaluation.assignment import largest_total
 
 
 def test_facts_are_scalars_with_their_paths() -> None:
@@ -60,6 +64,8 @@ def test_a_win_is_one_in_both_orders() -> None:
         ({"a": 1, "b": [1, 2]}, {"b": [1, 2.0], "a": 1.0}),
         ({"name": "Anna  B\n"}, {"name": "Anna B"}),
         ({"name": "Zoe\u0301"}, {"name": "Zo\u00e9"}),
+        ({"name\u0301": {"x": 1}}, {"nam\u00e9": {"x": 1}}),
+        ({"a": "\ufeffZo\u00e9"}, {"a": "Zoe\u0301"}),
         ([], []),
         (None, None),
         (0.0, -0.0),
@@ -81,6 +87,14 @@ def test_equal_values_are_exact(one: object, other: object) -> None:
         ({"a": ""}, {"a": None}),
         ({"a": []}, {"a": {}}),
         ({"name": "anna"}, {"name": "Anna"}),
+        ({"name": "\uff21nna"}, {"name": "Anna"}),
+        ({"a": 0.1}, {"a": 0.1000001}),
+        ({"a": "1.0"}, {"a": "1"}),
+        ({"a": "null"}, {"a": None}),
+        ({"a": {"b": 1}}, {"a": [{"b": 1}]}),
+        ({"a": [[1, 2], [3]]}, {"a": [[1], [2, 3]]}),
+        ({"a": [1, [2, 3]]}, {"a": [[2, 3], 1]}),
+        ({"from": "Oslo", "to": "Rome"}, {"from": "Rome", "to": "Oslo"}),
         ({"a": [1]}, {"a": 1}),
         ({"id": 2**53}, {"id": 2**53 + 1}),
         (
@@ -101,6 +115,37 @@ def test_facts_of_different_items_are_not_combined() -> None:
     assert field_f1([{"people": people[::-1]}], [{"people": people}])[0] == 1.0
     assert field_f1([{"people": people[:1]}], [{"people": people}])[0] == 2 * 2 / (2 + 4)
     assert field_f1([{"people": [*people, *people]}], [{"people": people}])[0] == 2 * 4 / (8 + 4)
+
+
+def test_the_order_of_items_does_not_change_f1() -> None:
+    """Items of which each has a fact in common with several of the other list."""
+    ours = [{"a": 1, "b": 1}, {"a": 1}]
+    theirs = [{"a": 1}, {"b": 1}]
+    for one in permutations(ours):
+        for other in permutations(theirs):
+            assert field_f1([{"x": list(one)}], [{"x": list(other)}])[0] == 2 * 2 / (3 + 2)
+
+
+def test_swapped_fields_of_nested_items_are_not_shared() -> None:
+    said = {"orders": [{"id": 1, "lines": [{"sku": "a", "n": 2}, {"sku": "b", "n": 5}]}]}
+    true = {"orders": [{"id": 1, "lines": [{"sku": "a", "n": 5}, {"sku": "b", "n": 2}]}]}
+    assert field_f1([said], [true])[0] == 2 * 3 / (5 + 5)
+
+
+def test_names_of_fields_are_the_same_in_every_unicode_form() -> None:
+    assert field_f1([{"name\u0301": 1}], [{"nam\u00e9": 1}]) == (1.0, {"nam\u00e9": 1.0})
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (0, 3), (1, 1), (2, 5), (5, 2), (4, 4), (6, 5)])
+def test_the_largest_total_of_pairs(shape: tuple[int, int]) -> None:
+    """Compared with all ways to pair the rows with columns."""
+    random = np.random.default_rng(0)
+    for most in (1, 2, 9) * 5:
+        scores_MN = random.integers(0, most + 1, shape)
+        wide_MN = scores_MN if shape[0] <= shape[1] else scores_MN.T
+        ways = permutations(range(wide_MN.shape[1]), wide_MN.shape[0])
+        best = max(sum(wide_MN[m, n] for m, n in enumerate(way)) for way in ways)
+        assert largest_total(scores_MN) == best
 
 
 def test_integers_beyond_the_precision_of_floats_are_different_facts() -> None:

@@ -8,7 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from stillhouse.data.words import collapsed, normalized
+from stillhouse.evaluation.assignment import largest_total
 from stillhouse.evaluation.results import Saved
 
 Facts = Counter[tuple[str, str]]
@@ -74,34 +77,27 @@ def _scalar(value: Any, text: Callable[[str], str]) -> str:
 def shared_facts(one: Any, other: Any) -> int:
     """The number of facts that two JSON values have in common.
 
-    The order of a list does not matter, but its items are compared one with one, the most similar
-    first, so that facts of different items are not combined.
+    The order of a list does not matter, but each of its items is compared with at most one of the
+    other list, so that facts of different items are not combined: the pairs with the most facts in
+    common count.
     """
     if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return sum(shared_facts(one[key], other[key]) for key in one if key in other)
+        ours, theirs = _by_name(one), _by_name(other)
+        return sum(shared_facts(ours[key], theirs[key]) for key in ours if key in theirs)
     if isinstance(one, list) and isinstance(other, list):
-        return _shared_items(one, other)
+        if not any(isinstance(item, Mapping | list) for item in (*one, *other)):
+            return (facts_of(one) & facts_of(other)).total()
+        scores = [[shared_facts(ours, theirs) for theirs in other] for ours in one]
+        return largest_total(np.array(scores, np.int64).reshape(len(one), len(other)))
     if isinstance(one, Mapping | list) or isinstance(other, Mapping | list):
         return 0
     return (facts_of(one) & facts_of(other)).total()
 
 
-def _shared_items(one: Sequence[Any], other: Sequence[Any]) -> int:
-    if not any(isinstance(item, Mapping | list) for item in (*one, *other)):
-        return (facts_of(list(one)) & facts_of(list(other))).total()
-    pairs = []
-    for m, ours in enumerate(one):
-        for n, theirs in enumerate(other):
-            shared = shared_facts(ours, theirs)
-            both = facts_of(ours).total() + facts_of(theirs).total()
-            pairs.append((shared / max(1, both), shared, m, n))
-    found, used_m, used_n = 0, set(), set()
-    for _, shared, m, n in sorted(pairs, key=lambda pair: -pair[0]):
-        if m not in used_m and n not in used_n:
-            used_m.add(m)
-            used_n.add(n)
-            found += shared
-    return found
+def _by_name(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The object with its keys as `collapsed` leaves them, unless two of them are the same then."""
+    named = {collapsed(str(key)): item for key, item in value.items()}
+    return named if len(named) == len(value) else value
 
 
 def field_f1(answers: Sequence[Any | None], gold: Sequence[Any]) -> tuple[float, dict[str, float]]:
@@ -124,13 +120,15 @@ def field_f1(answers: Sequence[Any | None], gold: Sequence[Any]) -> tuple[float,
 
 
 def _fields(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {"": value}
+    return _by_name(value) if isinstance(value, Mapping) else {"": value}
 
 
 def same_json(one: Any, other: Any) -> bool:
     """The same value: the same fields, lists in the same order, numbers equal by value, and text
-    equal up to whitespace and Unicode form. Case matters, and null is not a missing field."""
+    and names of fields equal up to whitespace and Unicode form. Case matters, and null is not a
+    missing field."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
+        one, other = _by_name(one), _by_name(other)
         return one.keys() == other.keys() and all(same_json(one[key], other[key]) for key in one)
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(same_json, one, other))
