@@ -12,6 +12,7 @@ import pytest
 from stillhouse.check import check_recipe
 from stillhouse.commands import run
 from stillhouse.errors import ModelError
+from stillhouse.export.gguf_file import FORMATS, write_gguf
 from tests import tiny
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -78,3 +79,22 @@ def test_a_student_does_not_start_from_quantized_weights(tmp_path: Path) -> None
     last = check_recipe(recipe)[-1]
     assert last.level == "error"
     assert "cannot be trained" in last.text
+
+
+@pytest.mark.run
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_a_quantized_gguf_file_teaches_and_is_trained(tmp_path: Path, role: str) -> None:
+    """It is what the error about quantized weights advises: its weights become floats."""
+    words = tiny.merging_tokenizer()
+    model = tiny.llama(vocab_size=len(words), hidden_size=64, intermediate_size=96)
+    model.save_pretrained(tmp_path / "teacher")
+    words.save_pretrained(tmp_path / "teacher")
+    (tmp_path / "text.txt").write_text(tiny.text(400))
+    file = tmp_path / "model.gguf"
+    write_gguf(tmp_path / "teacher", file, FORMATS["q4_0"], name="tiny")
+    recipe = tiny.recipe(tmp_path, train={"max_steps": 2})
+    recipe["student"] = {"start": "pretrained", "model": str(tmp_path / "teacher")}
+    recipe[role]["model"] = str(file)
+    assert not [finding for finding in check_recipe(recipe) if finding.level == "error"]
+    run(recipe)
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()

@@ -13,6 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from stillhouse.check import check_recipe
+from stillhouse.commands import run
 from stillhouse.errors import ModelError
 from stillhouse.export import gguf_export
 from stillhouse.export import torchao as torchao_export
@@ -20,7 +22,7 @@ from stillhouse.export.gate import Gate
 from stillhouse.export.gguf_blocks import fitting_kind, packed_blocks, second_rounding
 from stillhouse.export.gguf_export import announce_gguf, export_gguf, write_form
 from stillhouse.export.gguf_file import FORMATS
-from stillhouse.export.torchao import export_torchao
+from stillhouse.export.torchao import export_torchao, save_torchao
 from stillhouse.quantize.grid import Grid, choose_scales, on_grid
 from stillhouse.quantize.input_rounding import rounded_inputs
 from stillhouse.quantize.quantization import FILE, Quantization
@@ -29,6 +31,7 @@ from stillhouse.quantize.quantize_config import QuantizeRecipe
 from stillhouse.teachers.load_model import load_model
 from tests import tiny
 from tests.export.conftest import ToyWindows
+from tests.teachers.toys import tiny_model
 
 pytestmark = pytest.mark.run
 
@@ -86,6 +89,99 @@ def test_torchao_in_float32_has_exactly_the_trained_numbers(
     for name, weight in loaded.items():
         plain = weight.dequantize() if name in quantization.scales else weight
         assert torch.equal(plain, source[name]), name
+
+
+@pytest.fixture(scope="module")
+def rounded_gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An int8 Gemma 3, whose embeddings have a scale that is a buffer and in no checkpoint."""
+    folder = tmp_path_factory.mktemp("gemma")
+    words = tiny.merging_tokenizer()
+    model = tiny_model("gemma3_text", vocab_size=len(words), hidden_size=64, intermediate_size=96)
+    model.save_pretrained(folder / "student")
+    words.save_pretrained(folder / "student")
+    section = QuantizeRecipe(kind="int8")
+    quantize(
+        folder / "student",
+        folder / "rounded",
+        section=section,
+        heldout=ToyWindows(),
+        vocabulary=len(words),
+        seed=0,
+    )
+    return folder / "rounded"
+
+
+EMBEDDINGS = "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_embeddings_with_a_scale_of_their_own_are_stored_as_floats(
+    rounded_gemma: Path, tmp_path: Path, dtype: str
+) -> None:
+    """transformers leaves the scale of quantized embeddings uninitialized."""
+    pytest.importorskip("torchao")
+    quantization = Quantization.load(rounded_gemma / FILE)
+    assert EMBEDDINGS in quantization.scales
+    out = tmp_path / "out"
+    result = export_torchao(gate(rounded_gemma), out, quantization=quantization, dtype=dtype)
+    assert result.kl < (1e-9 if dtype == "float32" else result.kl_limit)
+    assert [note.split()[0] for note in result.notes] == [EMBEDDINGS]
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    parameters = dict(loaded.named_parameters())
+    assert type(parameters[EMBEDDINGS]) is torch.nn.Parameter
+    assert loaded.lm_head.weight is parameters[EMBEDDINGS]
+    assert loaded.model.embed_tokens.embed_scale == 8
+    assert type(parameters["model.layers.0.mlp.up_proj.weight"]) is not torch.nn.Parameter
+
+
+def test_a_model_with_quantized_embeddings_is_loaded_with_their_scale(
+    rounded_gemma: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As written by programs that quantize every embedding."""
+    pytest.importorskip("torchao")
+    monkeypatch.setattr(torchao_export, "_has_other_buffers", lambda model, name: False)
+    quantization = Quantization.load(rounded_gemma / FILE)
+    assert save_torchao(rounded_gemma / "model", tmp_path, quantization, torch.float32) == []
+    expected = load_model(rounded_gemma / "model", dtype=torch.float32)
+    found = load_model(tmp_path, dtype=torch.float32)
+    assert found.lm_head.weight is found.model.embed_tokens.weight
+    ids = ToyWindows().ids_RL
+    assert torch.equal(found(input_ids=ids).logits, expected(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8", "float8", "int8_dynamic_int4"])
+def test_an_export_is_loaded_as_a_teacher(
+    rounded: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    pytest.importorskip("torchao")
+    quantization = Quantization.load(rounded[kind] / FILE)
+    save_torchao(rounded[kind] / "model", tmp_path, quantization, torch.float32)
+    expected = load_model(rounded[kind] / "model", dtype=torch.float32)
+    found = load_model(tmp_path, dtype=torch.float32)
+    ids = ToyWindows().ids_RL
+    different = (found(input_ids=ids).logits - expected(input_ids=ids).logits).abs().max()
+    assert different < (0.5 if quantization.dynamic else 1e-6)
+    assert (different > 0) == quantization.dynamic
+    weight = found.model.layers[0].mlp.up_proj.weight
+    assert (type(weight) is torch.nn.Parameter) != quantization.dynamic
+
+
+@pytest.mark.parametrize("start", ["random", "pretrained"])
+def test_a_quantized_export_teaches_in_a_run(
+    rounded: dict[str, Path], tmp_path: Path, start: str
+) -> None:
+    pytest.importorskip("torchao")
+    recipe = tiny.recipe(tmp_path)
+    student = {"model": str(rounded["int8"].parent / "student")} if start == "pretrained" else {}
+    recipe["student"] = {"start": start, **student}
+    shutil.rmtree(tmp_path / "teacher")
+    (tmp_path / "teacher").mkdir()
+    quantization = Quantization.load(rounded["int8"] / FILE)
+    save_torchao(rounded["int8"] / "model", tmp_path / "teacher", quantization, torch.bfloat16)
+    assert not [finding for finding in check_recipe(recipe) if finding.level == "error"]
+    run(recipe)
+    shipped = json.loads((tmp_path / "run" / "model" / "config.json").read_text("utf-8"))
+    assert "quantization_config" not in shipped
 
 
 def test_metadata_of_a_file_is_sorted_so_that_equal_models_are_equal_files(tmp_path: Path) -> None:

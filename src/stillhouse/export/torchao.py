@@ -47,7 +47,12 @@ def export_torchao(
     def work(folder: Path) -> ReplayResult:
         code = gate.trust_remote_code
         kind = getattr(torch, dtype)
-        save_torchao(gate.source, folder, quantization, kind, trust_remote_code=code)
+        floats = save_torchao(gate.source, folder, quantization, kind, trust_remote_code=code)
+        notes = [
+            f"{name} is stored in {dtype}: if it is quantized, transformers does not set the scale "
+            "that its layer multiplies it by."
+            for name in floats
+        ]
         limit = FLOATS[dtype] + (DYNAMIC_KL if quantization.dynamic else 0.0)
         return gate.pass_or_raise(
             folder,
@@ -56,6 +61,7 @@ def export_torchao(
             dtype=f"torchao {quantization.grid.name}, {dtype}",
             limit=limit,
             advice="export float32 (export.dtype: float32), or quantize weights only",
+            notes=notes,
         )
 
     return fill(out, work)
@@ -117,8 +123,13 @@ def save_torchao(
     dtype: torch.dtype,
     *,
     trust_remote_code: bool = False,
-) -> None:
-    """Write the folder from a float32 checkpoint on the grid, without replaying it."""
+) -> list[str]:
+    """Write the folder from a float32 checkpoint on the grid, without replaying it.
+
+    Returns the matrices on the grid that are stored as floats. When transformers loads a quantized
+    matrix, it takes the matrix's whole module for initialized, so that buffers that are not in the
+    checkpoint stay uninitialized memory: the scale of Gemma 3's embeddings.
+    """
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
     model = load_model(source, dtype=torch.float32, trust_remote_code=trust_remote_code)
@@ -127,10 +138,18 @@ def save_torchao(
     }
     layers = set(quantization.linear_layers(model)) if quantization.dynamic else set()
     parameters = dict(model.named_parameters())
-    for name, scales_OG in quantization.scales.items():
+    floats = [name for name in quantization.scales if _has_other_buffers(model, name)]
+    packed = {name: scales for name, scales in quantization.scales.items() if name not in floats}
+    for name, scales_OG in packed.items():
         weights[name] = _tensor(parameters[name], scales_OG, quantization, dtype, name in layers)
     tensors, metadata = flatten_tensor_state_dict(weights)
-    model.config.quantization_config = _config(quantization, weights).to_dict()
+    not_packed = {id(parameter) for name, parameter in parameters.items() if name not in packed}
+    kept = [
+        name.removesuffix(".weight")
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if id(parameter) in not_packed
+    ]
+    model.config.quantization_config = _config(quantization, kept).to_dict()
     model.config.dtype = dtype
     save_file(tensors, out / "model.safetensors", metadata={**metadata, "format": "pt"})
     _sort_metadata(out / "model.safetensors")
@@ -141,6 +160,13 @@ def save_torchao(
         model.generation_config.save_pretrained(out)
     write_older_names(out)
     save_tokenizer(tokenizer, out)
+    return floats
+
+
+def _has_other_buffers(model: torch.nn.Module, name: str) -> bool:
+    """Whether the module of a weight has buffers that checkpoints do not hold."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    return bool(module._non_persistent_buffers_set)
 
 
 def _sort_metadata(file: Path) -> None:
@@ -196,7 +222,8 @@ def _float8_tensor(
     )
 
 
-def _config(quantization: Quantization, weights: dict[str, Tensor]) -> Any:
+def _config(quantization: Quantization, kept: list[str]) -> Any:
+    """kept: modules whose weights are not quantized."""
     from torchao import quantization as torchao
     from transformers import TorchAoConfig
 
@@ -215,5 +242,4 @@ def _config(quantization: Quantization, weights: dict[str, Tensor]) -> Any:
         config = torchao.IntxWeightOnlyConfig(
             weight_dtype=getattr(torch, grid.name), granularity=torchao.PerGroup(grid.group)
         )
-    kept = [name.removesuffix(".weight") for name in weights if name not in quantization.scales]
     return TorchAoConfig(config, modules_to_not_convert=kept, include_input_output_embeddings=True)

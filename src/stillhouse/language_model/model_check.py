@@ -57,8 +57,8 @@ def _require_trainable(config: Any, source: ModelSource) -> None:
         raise ModelError(
             "the student starts from quantized weights, which cannot be trained",
             where=source.path,
-            fix="start from the model that is not quantized; `quantize` rounds the student after "
-            "training",
+            fix="start from the model that is not quantized, or from a .gguf file, whose weights "
+            "become floats; `quantize` rounds the student after training",
         )
 
 

@@ -33,6 +33,7 @@ def overridden_config(config: Any, overrides: Mapping[str, Value]) -> Any:
     Raises RecipeError with the closest key, or with what the architecture does not allow.
     """
     known = config.to_dict()
+    known.pop("quantization_config", None)  # random weights are floats
     for key, value in overrides.items():
         _check_override(config, known, key, value)
     # Configurations require a float; 1 means 1.0.

@@ -22,6 +22,7 @@ from stillhouse.teachers.model_requirements import (
     require_quantization,
     require_tokens,
 )
+from stillhouse.teachers.quantized_model import dequantize, float_values, set_buffers
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.stored_tokenizer import as_stored
 from stillhouse.teachers.weights import (
@@ -95,6 +96,9 @@ def load_model(
             "comes with a model runs only with trust_remote_code: true",
         ) from error
     _check_loaded(info, path)
+    if getattr(model.config, "quantization_config", None) is not None:
+        set_buffers(model)
+        dequantize(model, dtype)
     require_tokens(config, model, path)
     _check_types(model, files, path)
     if finite:
@@ -237,7 +241,8 @@ def check_finite(model: Any, path: Path) -> None:
     for name, weight in model.named_parameters():
         if weight.is_meta or not local_part(weight).numel() or not weight.is_floating_point():
             continue
-        low, high = map(float, local_part(weight.detach()).aminmax())  # NaN if there is one
+        values = float_values(local_part(weight.detach()))
+        low, high = map(float, values.aminmax())  # NaN if there is one
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ModelError(
                 f"the weight {name} contains values that are not finite (NaN or infinity)",
