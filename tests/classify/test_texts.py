@@ -149,8 +149,19 @@ def test_labels_that_differ_in_case_or_width_are_rejected(tmp_path: Path) -> Non
     for one, other in (("spam", "Spam"), ("ＡＢＣ", "abc"), ("STRASSE", "Straße")):
         rows = [f"text {n},{[one, other][n % 2]}\n" for n in range(40)]
         path.write_text("text,label\n" + "".join(rows))
-        with pytest.raises(RecipeError, match="have the same phrase"):
+        with pytest.raises(RecipeError, match="have the same phrase") as error:
             prepared(path)
+        assert "a phrase of its own in task.labels" in (error.value.fix or "")
+        assert set(prepared(path, labels={one: "the first", other: "the second"}).labels) == {
+            one,
+            other,
+        }
+
+
+def test_a_column_of_ids_is_noted(tmp_path: Path) -> None:
+    path = tmp_path / "texts.csv"
+    path.write_text("text,label\n" + "".join(f"text {n},id{n}\n" for n in range(40)))
+    assert "40 labeled texts have 40 labels" in prepared(path).notes[-1]
 
 
 def test_one_text_in_two_spellings_is_used_once(tmp_path: Path) -> None:

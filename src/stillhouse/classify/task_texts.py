@@ -40,6 +40,8 @@ FEWEST = 4
 _LABEL_LINE = TextFile(path="", text="label")
 _MOST_SEVERAL = 0.1
 """Maximum share of texts with several labels, for example because annotators disagree."""
+_MOST_LABELS = 0.5
+"""Maximum number of labels per labeled text without a note: ids are no classes."""
 
 _MISSING = re.compile(r"na|null|<na>|\\n|#(n/a|ref!|name\?|value!|div/0!|null!|num!)", re.I)
 """Written by R, databases and Excel into an empty or broken cell."""
@@ -114,6 +116,12 @@ def prepare_texts(recipe: ClassifyRecipe, base: Path) -> Texts:
     agreed, notes = _one_label_each(known)
     if recipe.task.labels is None and recipe.task.labels_path is None:
         notes += (*_on_bare_labels(list(labels)), *_on_odd_labels(list(labels)))
+        labeled = sum(row.gold is not None for row in agreed)
+        if len(labels) > _MOST_LABELS * labeled:
+            notes += (
+                f"the {labeled:,} labeled texts have {len(labels):,} labels: check that the column "
+                "of the label is the one with the classes",
+            )
     given, tests = agreed[: len(given)], agreed[len(given) :]
     examples = [example.text for example in recipe.task.examples]
     train, test, repeated = divide_texts(given, tests, section.test_share, recipe.seed, examples)
@@ -183,7 +191,13 @@ def task_labels(task: ClassifyTask, base: Path, rows: Sequence[LabeledText]) -> 
     try:
         check_labels(labels)
     except ValueError as error:
-        raise RecipeError(str(error), where=where, fix="list them in task.labels") from None
+        fix = "list them in task.labels"
+        if len(labels) > 1:
+            fix = (
+                "write each label in one spelling, or give each a phrase of its own in "
+                'task.labels: {"label": "phrase"}'
+            )
+        raise RecipeError(str(error), where=where, fix=fix) from None
     for example in task.examples:
         if example.label not in labels:
             raise RecipeError(
