@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from stillhouse.data.documents import Conversation
-from stillhouse.data.row_formats import document_from_row
+from stillhouse.data.row_formats import MISSING_AS_TEXT, document_from_row
 from stillhouse.errors import DataError
 
 from .learned import call, learned, shown, tool
@@ -249,6 +249,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"prompt": [*HI[:1], {"role": "assistant", "content": "Sure,"}],
          "completion": [{"role": "assistant", "content": " here."}]}, "whether they are one turn"),
     "two questions": ({"instruction": "a", "question": "b", "answer": "c"}, "`instruction` and"),
+    "a message of OpenAssistant": (
+        {"message_id": "1", "parent_id": None, "text": "Hi", "role": "prompter"}, "single message"),
+    "an answer of OpenAssistant": (
+        {"message_id": "2", "parent_id": "1", "text": "Hello", "role": "assistant"},
+        "single message"),
+    "a number as role": (
+        {"messages": [{"role": 1, "content": "a"}, HI[1]]}, "must be a string, but it is 1"),
     "a broken history": (
         {"instruction": "a", "output": "b", "history": [["c"]]}, "pairs of strings"),
 }  # fmt: skip
@@ -279,6 +286,37 @@ def test_keys_that_are_not_read_are_noted() -> None:
         "not read: `id`, `source`",
     )
     assert notes({"text": "a", "meta": {}}) == ("not read: `meta`",)
+
+
+PARTS = {
+    "tool_use": {"type": "tool_use", "id": "t1", "name": "rain", "input": {"city": "Oslo"}},
+    "tool_result": {"type": "tool_result", "tool_use_id": "t1", "content": "none"},
+    "thinking": {"type": "thinking", "thinking": "So."},
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "instead"),
+    [("tool_use", "`tool_calls`"), ("tool_result", '"role": "tool"'), ("thinking", "reasoning_c")],
+)
+def test_parts_of_other_kinds_name_the_key_that_takes_them(part: str, instead: str) -> None:
+    """As in Anthropic's messages."""
+    messages = [HI[0], {"role": "assistant", "content": [PARTS[part]]}]
+    with pytest.raises(DataError, match=f"not text: {part}") as error:
+        learned({"messages": messages}, byte_level())
+    assert instead in str(error.value.fix)
+
+
+@pytest.mark.parametrize("word", ["NaN", "null", "None", " nan\n"])
+def test_words_for_missing_values_are_noted(word: str) -> None:
+    for row in (
+        {"prompt": "a", "completion": word},
+        {"instruction": "a", "input": "", "output": word},
+        {"text": word},
+        {"messages": [HI[0], {"role": "assistant", "content": word}]},
+    ):
+        assert notes(row) == (MISSING_AS_TEXT,)
+    assert notes({"prompt": "a", "completion": f"{word.strip()} is none"}) == ()
 
 
 def test_a_text_key_that_reads_half_of_a_row_is_noted() -> None:

@@ -12,10 +12,11 @@ would see it at that moment, so that each turn is trained on once and in its tru
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from stillhouse.data.call_ids import IDS_CHANGED, written_ids
 from stillhouse.data.chat_formats import is_blank, joined_text
 from stillhouse.data.chat_proof import prove_context, prove_turn
 from stillhouse.data.chat_turns import Turn, render_turn
@@ -70,8 +71,12 @@ def render_conversation(
         prove_turn(fitted.messages[index], index, written, form, conversation.where)
     used = fitted.messages[: learned[-1] + 1]
     rendering = reveal(turns[-1].after)
-    notes = prove_context(used, fitted.tools, rendering, form, conversation.where)
+    pairs = zip(learned[:-1], turns, strict=False)
+    earlier = {index: reveal(turn.before) for index, turn in pairs}
+    notes = prove_context(used, fitted.tools, rendering, form, conversation.where, earlier)
     notes += _notes(conversation, learned, hidden is not fitted)
+    if _ids_changed(conversation.messages, fitted.messages, rendering):
+        notes.append(IDS_CHANGED)
     rows: list[list[Piece]] = []
     while turns:
         last = turns[-1].after
@@ -121,6 +126,14 @@ def _hide(chat: Conversation, control: ControlTokens) -> Conversation:
         return chat
     tools = None if chat.tools is None else tuple(control.hide(chat.tools))
     return replace(chat, messages=tuple(messages or chat.messages), tools=tools)
+
+
+def _ids_changed(
+    given: Sequence[Mapping[str, Any]], fitted: Sequence[Mapping[str, Any]], rendering: str
+) -> bool:
+    """Whether the rendering contains an id of a tool call that the row does not have."""
+    pairs = zip(written_ids(given), written_ids(fitted), strict=True)
+    return any(new != old and str(new) in rendering for old, new in pairs)
 
 
 def _notes(conversation: Conversation, learned: Sequence[int], hidden: bool) -> list[str]:

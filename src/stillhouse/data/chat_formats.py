@@ -46,6 +46,15 @@ _MASKED = ("masked",)
 """Keys with the opposite meaning: torchtune's."""
 _SUSPECT = re.compile(r"(^|_)(weights?|loss|mask|masks|masked|train|training|trainable)(_|$)")
 _SUSPECT_OF_ROW = re.compile(r"(^|_)(weights?|loss|mask|masks|train|trainable)(_|$)")
+_WRITE_PART = 'remove the row, or write every part as {"type": "text", "text": "..."}'
+_FIX_OF_PART = {
+    "tool_use": "write it as a call in the message's `tool_calls`: "
+    '{"id": "...", "type": "function", "function": {"name": "...", "arguments": {...}}}',
+    "tool_result": "write it as a message of its own: "
+    '{"role": "tool", "tool_call_id": "...", "content": "..."}',
+    "thinking": "write it as the message's `reasoning_content`",
+}
+"""How parts of Anthropic's messages are written here."""
 TEXT_PARTS = ("text", "input_text", "output_text")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys for the reasoning of an assistant turn."""
@@ -265,6 +274,12 @@ def with_known_role(message: Mapping[str, Any], name: str, where: str) -> dict[s
         nearest = difflib.get_close_matches("role", list(map(str, message)), 1)
         hint = f" (did you mean `{nearest[0]}`?)" if nearest and nearest[0] != "role" else ""
         keys = ", ".join(map(str, message)) or "none"
+        if "role" in made:
+            raise DataError(
+                f"`{name}.role` must be a string, but it is {made['role']!r}",
+                where=where,
+                fix=_WRITE_MESSAGE,
+            )
         raise DataError(
             f"`{name}` has no `role`; its keys are {keys}{hint}", where=where, fix=_WRITE_MESSAGE
         )
@@ -332,7 +347,7 @@ def text_parts(parts: list[Any], owner: str, where: str) -> list[str]:
             raise DataError(
                 f"{owner} has a part that is not text: {kind}",
                 where=where,
-                fix='remove the row, or write every part as {"type": "text", "text": "..."}',
+                fix=_FIX_OF_PART.get(str(kind), _WRITE_PART),
             )
         _reject_suspects(part, _SUSPECT, f"A part of {owner}", where)
         texts.append(text)

@@ -24,6 +24,7 @@ _KNOWN_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "id", *K
 
 REASONING_LEFT_OUT = "the reasoning of earlier turns is left out, as the chat template has it"
 TEXT_CHANGED = "the chat template changes the text of a message ({role})"
+LEFT_OUT_LATER = "a message ({role}) is left out before later turns, as the chat template has it"
 NAME_LEFT_OUT = "the `name` of a message ({role}) is left out by the chat template"
 TOOLS_SHORTENED = "parts of the schemas in `tools` are left out by the chat template"
 KEY_LEFT_OUT = "`{key}` of a message is not read by the chat template"
@@ -84,11 +85,14 @@ def prove_context(
     rendered: str,
     form: TemplateForm,
     where: str,
+    earlier: Mapping[int, str],
 ) -> list[str]:
     """Notes about what the template omits from earlier turns by design.
 
     messages: those of the rendering `rendered`; the last one is a turn that `prove_turn` has seen.
-    Raises DataError if another message or a tool is omitted.
+    earlier: the prompts of other learned turns, by their indices: a message may be only in these
+    (Mistral's system prompt, after the results of tools). Raises DataError if another message or a
+    tool is omitted.
     """
     found = Rendering(rendered)
     notes = dict.fromkeys(_keys_left_out(messages[-1], found, form))
@@ -111,6 +115,13 @@ def prove_context(
         if not shown and in_place and stand_in is not None:
             notes[TEXT_CHANGED.format(role=role)] = None
         elif not shown or (not in_place and not _surely(content, messages, found)):
+            if any(
+                _is_in(index, content, messages[: turn + 1], prompt, tools, form)
+                for turn, prompt in earlier.items()
+                if turn > index
+            ):
+                notes[LEFT_OUT_LATER.format(role=role)] = None
+                continue
             raise _left_out(
                 f"`messages[{index}]` ({role})",
                 where,
@@ -119,6 +130,19 @@ def prove_context(
             )
     notes |= dict.fromkeys(_prove_tools(tools, found, stand_in, where))
     return list(notes)
+
+
+def _is_in(
+    index: int,
+    content: str,
+    messages: Sequence[Mapping[str, Any]],
+    prompt: str,
+    tools: Sequence[Any] | None,
+    form: TemplateForm,
+) -> bool:
+    """Whether a message is part of the prompt of a turn, which is the last of the messages."""
+    stand_in = _stand_in(messages, tools, form)
+    return stand_in is not None and _word(index) in stand_in and Rendering(prompt).shows(content)
 
 
 def _keys_left_out(

@@ -27,6 +27,11 @@ _PREFERENCES = {
 }
 """Keys of preference data, and what they hold."""
 _ASKS = ("user", "human", "system", "tool", "observation")
+_OF_TREES = ("message_id", "parent_id", "message_tree_id")
+"""Keys with which a row names the message before it: OpenAssistant's."""
+_MISSING = ("NaN", "nan", "null", "NULL", "None", "<NA>", "#N/A")
+"""What programs write for a missing value in a text or a CSV cell."""
+MISSING_AS_TEXT = "a text that is only `NaN`, `null`, `None` or the like is read as that word"
 _TOKENIZED = ("input_ids", "segments")
 
 
@@ -78,14 +83,25 @@ def _exported(given: Mapping[str, Any], where: str) -> Conversation | None:
 
 
 def _noted(document: AnyDocument, given: Mapping[str, Any], used: Collection[str]) -> AnyDocument:
-    """The document with a note about the keys of its row that are not read."""
+    """The document with notes about keys of its row that are not read, and about texts that seem
+    to stand for a missing value."""
+    notes = list(document.about.notes)
     unread = sorted(str(key) for key in given if key not in used)
-    if not unread:
-        return document
-    names = ", ".join(f"`{key}`" for key in unread[:12]) + (", ..." if len(unread) > 12 else "")
-    note = f"not read: {names}"
-    about = document.about
-    return replace(document, about=replace(about, notes=(*about.notes, note)))
+    if unread:
+        names = ", ".join(f"`{key}`" for key in unread[:12])
+        notes.append(f"not read: {names}" + (", ..." if len(unread) > 12 else ""))
+    if any(text.strip() in _MISSING for text in _texts(document)):
+        notes.append(MISSING_AS_TEXT)
+    return replace(document, about=replace(document.about, notes=tuple(notes)))
+
+
+def _texts(document: AnyDocument) -> list[str]:
+    if isinstance(document, Conversation):
+        contents = [message.get("content") for message in document.messages]
+        return [content for content in contents if isinstance(content, str)]
+    if isinstance(document, Completion):
+        return [document.prompt, document.completion]
+    return [document.text]
 
 
 def _plain(row: Mapping[str, Any], key: str, where: str) -> AnyDocument | None:
@@ -176,6 +192,13 @@ def _reject_others(given: Mapping[str, Any], where: str) -> None:
             "The row has several `completions`, which are steps or rivals",
             where=where,
             fix="write one `completion` for each row",
+        )
+    if "role" in given and any(key in given for key in _OF_TREES):
+        raise DataError(
+            f"The row is a single message (`role`: {str(given['role'])!r}) of a chat that other "
+            "rows continue",
+            where=where,
+            fix="write each chat, from its first message to an answer, as one row with `messages`",
         )
     for key in _TOKENIZED:
         if isinstance(given.get(key), list):

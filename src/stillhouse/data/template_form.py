@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
+from stillhouse.data.call_ids import IdForm, with_call_ids
 from stillhouse.data.chat_formats import joined_text
 from stillhouse.data.chat_template import render_chat, template_errors
 from stillhouse.data.control_tokens import ControlTokens
@@ -55,7 +56,10 @@ class TemplateForm:
 
     def fit(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The messages as the template reads them."""
-        return [self._fit(dict(message)) for message in messages]
+        fitted = [self._fit(dict(message)) for message in messages]
+        if not self.names_ids or not any(map(_has_call, fitted)):
+            return fitted
+        return with_call_ids(fitted, form=self.id_form, names=self.writes_result_names)
 
     def fit_tools(self, tools: Sequence[Any] | None) -> tuple[Any, ...] | None:
         """The tools as the template reads them: those that are a function alone, without
@@ -177,6 +181,36 @@ class TemplateForm:
         text = self._call_rendered(arguments, "" if self.prints_none else None)
         return bool(text and arguments in text)
 
+    @cached_property
+    def names_ids(self) -> bool:
+        """Whether the template's source names the ids of calls or results."""
+        return self.names("id") or self.names("tool_call_id")
+
+    @cached_property
+    def id_form(self) -> IdForm:
+        """The form of the ids of calls that is accepted, or that the template writes itself."""
+        text = self._result_rendered("zqxcall01")
+        if text is not None and self._result_rendered("call_zqx0123456789") is None:
+            return "short"
+        return "numbered" if text and "functions.zqxtool:0" in text else "any"
+
+    @cached_property
+    def writes_result_names(self) -> bool:
+        """Whether the name of a tool result is written."""
+        return "zqxresult" in (self._result_rendered("zqxcall01") or "")
+
+    def _result_rendered(self, call_id: str) -> str | None:
+        function = {"name": "zqxtool", "arguments": {_KEY: _ASSISTANT}}
+        call = {"id": call_id, "type": "function", "function": function}
+        result = {"role": "tool", "name": "zqxresult", "tool_call_id": call_id, "content": "zqx"}
+        chat: list[dict[str, Any]] = [
+            {"role": "user", "content": _USER},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            result,
+        ]
+        fitted = [self._fit(message) for message in chat]
+        return self.render(fitted, tools=self.tools, generation_prompt=True)
+
     def _call_rendered(
         self, arguments: Any, content: str | None, *, bare: bool = False
     ) -> str | None:
@@ -200,3 +234,7 @@ class TemplateForm:
             self.render(chat, generation_prompt=n > 0) or "" for n, chat in enumerate(chats)
         )
         return ControlTokens(self.tokenizer, framing)
+
+
+def _has_call(message: Mapping[str, Any]) -> bool:
+    return bool(message.get("tool_calls")) or message["role"] == "tool"
