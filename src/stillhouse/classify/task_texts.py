@@ -27,7 +27,7 @@ from stillhouse.classify.labeled_texts import (
 from stillhouse.data.data_files import known_format
 from stillhouse.data.file_search import find_files
 from stillhouse.data.row_reader import read_rows
-from stillhouse.data.words import collapsed, normalized
+from stillhouse.data.words import MISSING, collapsed, normalized
 from stillhouse.errors import DataError, RecipeError
 from stillhouse.runfolder import sha, write_atomically
 
@@ -43,8 +43,7 @@ _MOST_SEVERAL = 0.1
 _MOST_LABELS = 0.5
 """Maximum number of labels per labeled text without a note: ids are no classes."""
 
-_MISSING = re.compile(r"na|null|<na>|\\n|#(n/a|ref!|name\?|value!|div/0!|null!|num!)", re.I)
-"""Written by R, databases and Excel into an empty or broken cell."""
+_MISSING = re.compile(MISSING, re.I)
 _WHOLE = re.compile(r"[+-]?[0-9]+(\.0+)?")
 _JOINED = re.compile(r"[;|,/+]")
 

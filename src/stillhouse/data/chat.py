@@ -71,9 +71,8 @@ def render_conversation(
         prove_turn(fitted.messages[index], index, written, form, conversation.where)
     used = fitted.messages[: learned[-1] + 1]
     rendering = reveal(turns[-1].after)
-    pairs = zip(learned[:-1], turns, strict=False)
-    earlier = {index: reveal(turn.before) for index, turn in pairs}
-    notes = prove_context(used, fitted.tools, rendering, form, conversation.where, earlier)
+    prompts = {index: reveal(t.before) for index, t in zip(learned, turns, strict=True)}
+    notes = prove_context(used, fitted.tools, rendering, form, conversation.where, prompts)
     notes += _notes(conversation, learned, hidden is not fitted)
     if _ids_changed(conversation.messages, fitted.messages, rendering):
         notes.append(IDS_CHANGED)

@@ -271,15 +271,15 @@ def with_known_role(message: Mapping[str, Any], name: str, where: str) -> dict[s
         rest = {key: item for key, item in made.items() if key not in ("role", "content")}
         made = _from_sharegpt({**rest, "from": made["role"], "value": made["content"]}, name, where)
     if not isinstance(made.get("role"), str):
-        nearest = difflib.get_close_matches("role", list(map(str, message)), 1)
-        hint = f" (did you mean `{nearest[0]}`?)" if nearest and nearest[0] != "role" else ""
-        keys = ", ".join(map(str, message)) or "none"
         if "role" in made:
             raise DataError(
                 f"`{name}.role` must be a string, but it is {made['role']!r}",
                 where=where,
                 fix=_WRITE_MESSAGE,
             )
+        nearest = difflib.get_close_matches("role", list(map(str, message)), 1)
+        hint = f" (did you mean `{nearest[0]}`?)" if nearest else ""
+        keys = ", ".join(map(str, message)) or "none"
         raise DataError(
             f"`{name}` has no `role`; its keys are {keys}{hint}", where=where, fix=_WRITE_MESSAGE
         )

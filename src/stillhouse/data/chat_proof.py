@@ -85,12 +85,12 @@ def prove_context(
     rendered: str,
     form: TemplateForm,
     where: str,
-    earlier: Mapping[int, str],
+    prompts: Mapping[int, str],
 ) -> list[str]:
     """Notes about what the template omits from earlier turns by design.
 
     messages: those of the rendering `rendered`; the last one is a turn that `prove_turn` has seen.
-    earlier: the prompts of other learned turns, by their indices: a message may be only in these
+    prompts: those of the learned turns, by their indices: a message may be only in one of these
     (Mistral's system prompt, after the results of tools). Raises DataError if another message or a
     tool is omitted.
     """
@@ -117,7 +117,7 @@ def prove_context(
         elif not shown or (not in_place and not _surely(content, messages, found)):
             if any(
                 _is_in(index, content, messages[: turn + 1], prompt, tools, form)
-                for turn, prompt in earlier.items()
+                for turn, prompt in prompts.items()
                 if turn > index
             ):
                 notes[LEFT_OUT_LATER.format(role=role)] = None

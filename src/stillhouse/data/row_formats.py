@@ -13,6 +13,7 @@ from stillhouse.data.chatgpt_export import FORMAT, chatgpt_messages, is_chatgpt_
 from stillhouse.data.documents import About, AnyDocument, Completion, Conversation, Document
 from stillhouse.data.question_formats import is_pair, read_pair
 from stillhouse.data.row_reader import header_hint
+from stillhouse.data.words import MISSING
 from stillhouse.errors import DataError
 
 _CHATS = ("messages", "conversations", "conversation")
@@ -29,8 +30,8 @@ _PREFERENCES = {
 _ASKS = ("user", "human", "system", "tool", "observation")
 _OF_TREES = ("message_id", "parent_id", "message_tree_id")
 """Keys with which a row names the message before it: OpenAssistant's."""
-_MISSING = ("NaN", "nan", "null", "NULL", "None", "<NA>", "#N/A")
-"""What programs write for a missing value in a text or a CSV cell."""
+_MISSING = re.compile(rf"{MISSING}|nan|none", re.I)
+"""What programs write for a missing value into a text or a cell."""
 MISSING_AS_TEXT = "a text that is only `NaN`, `null`, `None` or the like is read as that word"
 _TOKENIZED = ("input_ids", "segments")
 
@@ -90,7 +91,7 @@ def _noted(document: AnyDocument, given: Mapping[str, Any], used: Collection[str
     if unread:
         names = ", ".join(f"`{key}`" for key in unread[:12])
         notes.append(f"not read: {names}" + (", ..." if len(unread) > 12 else ""))
-    if any(text.strip() in _MISSING for text in _texts(document)):
+    if any(_MISSING.fullmatch(text.strip()) for text in _texts(document)):
         notes.append(MISSING_AS_TEXT)
     return replace(document, about=replace(document.about, notes=tuple(notes)))
 

@@ -38,6 +38,8 @@ _WORD = regex.compile(rf"{_UNSPACED}|{_LETTER}[{_LETTER}{_MARK}]*|{_EMOJI}", reg
 _ASCII_WORD = regex.compile(r"[a-z0-9_]+")
 _AROUND = r"[\s.,:;!?\"'`*()\[\][\p{P}--[\p{ASCII}‰‱٪]]]"
 _PUNCTUATION = regex.compile(rf"^{_AROUND}+|{_AROUND}+$", regex.V1)
+MISSING = r"na|null|<na>|\\n|#(n/a|ref!|name\?|value!|div/0!|null!|num!)"
+"""A pattern for what R, databases and Excel write into an empty or broken cell, in any case."""
 _OPENS_SYLLABLE = r"[\u0e40-\u0e44\u0ec0-\u0ec4\u1039\u17d2\u1b44\ua9c0]"
 """Thai and Lao vowels that are written before their consonant, and signs that stack the next
 consonant: what follows them does not begin a word."""
