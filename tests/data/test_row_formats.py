@@ -307,6 +307,17 @@ def test_parts_of_other_kinds_name_the_key_that_takes_them(part: str, instead: s
     assert instead in str(error.value.fix)
 
 
+def test_parts_that_are_written_as_advised_are_read() -> None:
+    called = call("rain", {"city": "Oslo"}, id="t1")
+    turn = {"role": "assistant", "content": None, "tool_calls": [called]}
+    told = {"role": "tool", "tool_call_id": "t1", "content": "none"}
+    row = {"messages": [HI[0], turn, told, HI[1]], "tools": [tool("rain", "city")]}
+    first, last = learned(row, byte_level(TOOLS))
+    assert first.startswith('CALL rain {"city": "Oslo"}')
+    assert last.startswith("Hello")
+    assert "none" in shown(row, byte_level(TOOLS))
+
+
 @pytest.mark.parametrize("word", ["NaN", "null", "None", " nan\n"])
 def test_words_for_missing_values_are_noted(word: str) -> None:
     for row in (
