@@ -40,7 +40,7 @@ def test_the_loss_mask_and_the_end_of_a_turn(name: str) -> None:
 
 
 WRITES_IDS = ("Mistral v3", "Mistral tekken", "Mistral Small 3.2", "Kimi K2 Instruct", "Solar Open")
-IN_RESULTS = re.compile(r'(?:"call_id": "|TOOL_RESULTS\]|Return of |response:begin\|>)([\w.:]+)')
+IN_RESULTS = re.compile(r'(?:"call_id": "|\[TOOL_RESULTS\]|Return of |response:begin\|>)([\w.:]+)')
 
 
 @pytest.mark.skipif(not FOLDER, reason="STILLHOUSE_TEMPLATES names no folder")
