@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of reading")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
-    options.micro = None
+    options.micro, options.no_kills = None, True
     tune_allocator()
     with tempfile.TemporaryDirectory(prefix="stillhouse-peer-store-") as folder:
         figures = measure(options, Path(folder))
@@ -94,7 +94,6 @@ def main() -> None:
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     source = resolve_model(options.teacher, base=Path.cwd())
     job, heldout = prepared(options, source.path, folder)
-    job = replace(job, checkpoint_every=10 * job.steps)
     teacher = load_model(source.path, dtype=torch.float32)
     answers = heldout_answers(teacher, heldout)
     rows_RL = np.load(job.windows)[: job.steps * job.batch]

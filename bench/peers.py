@@ -135,7 +135,7 @@ def prepared(
         batch=options.batch,
         micro=options.micro,
         learning_rate=options.learning_rate,
-        checkpoint_every=max(1, options.steps // 3),
+        checkpoint_every=10 * options.steps if options.no_kills else max(1, options.steps // 3),
         threads=options.threads,
     )
     return job, Chunks(heldout_RL)
