@@ -31,9 +31,17 @@ def views_of(rows: int, columns: int) -> dict[str, torch.Tensor]:
 @needs_onednn
 @pytest.mark.parametrize("a", views_of(4, 4))
 @pytest.mark.parametrize("b", views_of(4, 4))
-def test_products_of_any_layout(a: str, b: str) -> None:
+def test_products_of_any_layout(a: str, b: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN gets only layouts that it has fast code for."""
+    given = []
+    plain = cpu_products._onednn
+    monkeypatch.setattr(cpu_products, "_onednn", lambda *a: given.append(a) or plain(*a))
     a_NK, b_MK = views_of(131, 260)[a], views_of(127, 260)[b]
     assert is_fast(a_NK, b_MK)
+    product(a_NK, b_MK)
+    [(left, right)] = given
+    assert left.is_contiguous() or left.stride(0) == 1
+    assert right.is_contiguous() or right.T.is_contiguous()
     expected_NM = a_NK.double() @ b_MK.double().T
     error = (product(a_NK, b_MK) - expected_NM).norm() / expected_NM.norm()
     assert error < 1e-5
