@@ -36,7 +36,7 @@ from stillhouse.field_types import (
 )
 from stillhouse.generation.budget import Budget, Price, Spending
 from stillhouse.generation.local_generator import draw
-from stillhouse.language_model.job import _within_vocabulary
+from stillhouse.language_model.job import within_vocabulary
 from stillhouse.objectives.fused import fused_loss
 from stillhouse.objectives.mixtures import Schedule
 from stillhouse.objectives.objective_config import LogitsTerm
@@ -212,9 +212,9 @@ def test_limits_of_a_divergence_can_be_compared() -> None:
 @pytest.mark.parametrize("encoding", [TopK(101), TopP(0.9, 101), Stratified(101, 1)])
 def test_more_tokens_than_the_vocabulary_has_are_rejected_before_a_run(encoding: Any) -> None:
     with pytest.raises(SignalError, match="101 tokens of each position") as caught:
-        _within_vocabulary(encoding, 100)
+        within_vocabulary(encoding, 100)
     assert caught.value.fix == "store 100 or fewer"
-    assert _within_vocabulary(encoding, 101) is encoding
+    assert within_vocabulary(encoding, 101) is encoding
 
 
 @pytest.mark.parametrize(("width", "heads"), [(6, 2), (4, 4), (10, 4)])
