@@ -19,6 +19,16 @@ def few_windows(folder: Path) -> dict[str, Any]:
     return tiny.recipe(folder, data={"train_tokens": 64})
 
 
+def few_rows(folder: Path) -> dict[str, Any]:
+    """As many as there are is known once they are tokenized."""
+    raw = tiny.recipe(folder)
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(f'{{"text": "{name} sees a tree."}}\n' for name in ("she", "he", "it")))
+    raw["data"]["heldout_sources"] = raw["data"]["sources"]
+    raw["data"] |= {"sources": [{"kind": "jsonl", "path": str(rows)}], "train_tokens": None}
+    return raw
+
+
 def odd_batch(folder: Path) -> dict[str, Any]:
     return tiny.recipe(folder)
 
@@ -46,6 +56,12 @@ CASES = {
         (4,),
         "4 processes cannot share at most 3 windows",
         "use at most 3 processes",
+    ),
+    "more processes than windows of a short text": (
+        few_rows,
+        (4,),
+        "4 processes cannot share 2 windows",
+        "use at most 2 processes",
     ),
     "a batch that cannot be divided": (
         odd_batch,
@@ -81,3 +97,5 @@ def test_each_machine_says_once_what_to_do(tmp_path: Path, name: str) -> None:
     assert problem in "".join(said)
     assert fix in "".join(said)
     assert "this is a bug" not in "".join(said)
+    finished = [stage.name.partition("-")[0] for stage in tmp_path.glob("run/stages/[a-z]*")]
+    assert finished == (["data"] if recipe is few_rows else [])
