@@ -11,7 +11,7 @@ import pytest
 
 from stillhouse.errors import RunError
 from stillhouse.runfolder import RunFolder
-from stillhouse.scratch import scratch_place, temporary_folder
+from stillhouse.scratch import scratch_in, scratch_place, temporary_folder
 from tests.forks import Fork
 
 
@@ -54,6 +54,25 @@ def hold(run: Path) -> None:
     with RunFolder(run).locked():
         (scratch_place() / "logits").write_bytes(b"large")
         time.sleep(600)
+
+
+@pytest.mark.parametrize("chosen", ["", "large-disk"])
+def test_the_main_process_deletes_what_other_processes_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str
+) -> None:
+    """The next run may have fewer."""
+    monkeypatch.setenv("TMPDIR", chosen and str(tmp_path / chosen))
+    monkeypatch.setenv("RANK", "3")
+    with scratch_in(tmp_path / "run"):
+        left = scratch_place() / "weights"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    monkeypatch.setenv("RANK", "2")
+    with scratch_in(tmp_path / "run"):
+        assert left.exists()
+    monkeypatch.setenv("RANK", "0")
+    with RunFolder(tmp_path / "run").locked():
+        assert not left.parent.exists()
 
 
 @pytest.mark.run

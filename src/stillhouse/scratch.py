@@ -12,7 +12,7 @@ from pathlib import Path
 
 from stillhouse.disk_errors import disk_errors, full_disk, made_folder
 from stillhouse.errors import StillhouseError
-from stillhouse.launch import process_index
+from stillhouse.launch import leads, process_index
 
 _LARGER = (
     "free some space there, or set TMPDIR to a folder on a larger disk; then give the same command "
@@ -27,13 +27,16 @@ def scratch_in(root: Path) -> Iterator[None]:
     """Inside the block, temporary files are in `root/.scratch`, or in a folder of TMPDIR if that is
     set; each process of a torchrun has its own.
 
-    root: a run folder that no other run uses. The folder is deleted before and after.
+    root: a run folder that no other run uses. The folder is deleted before and after; the main
+    process, which comes first, also deletes those that an earlier run's other processes left.
     Raises RunError if nothing can be written to TMPDIR.
     """
     global _place, _root
     before = (_place, _root)
     _place, _root = _of(root), root
-    shutil.rmtree(_place, ignore_errors=True)
+    left = _place.parent.glob(f"{_place.name}-*") if leads() else ()
+    for folder in (_place, *left):
+        shutil.rmtree(folder, ignore_errors=True)
     try:
         if os.environ.get("TMPDIR"):
             scratch_place()  # an error before the first stage, not after the training
