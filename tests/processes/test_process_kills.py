@@ -223,5 +223,6 @@ def test_a_killed_run_ends_as_an_undisturbed_one(
     found = differences(root, alone / f"{kind} 1")
     assert not too_far(found, orders_apart(alone, kind)), (found, orders_apart(alone, kind))
     assert not list(root.glob("stages/.*"))
+    assert not list(root.glob(".scratch*"))
     assert [problem for each in verify_folder(root) for problem in each.problems] == []
     shutil.rmtree(root)
