@@ -10,6 +10,7 @@ import typer
 
 from stillhouse.cli.exits import end_stopped, end_with, open_standard_streams
 from stillhouse.cli.options import (
+    JsonOption,
     RecipeArgument,
     SetOption,
     YesOption,
@@ -148,10 +149,7 @@ def plan(
     price_per_hour: Annotated[
         float | None, typer.Option(help="Dollars an hour of a GPU, for the cost.", min=0)
     ] = None,
-    json_: Annotated[
-        Path | None,
-        typer.Option("--json", help="Also write the figures to this file.", callback=output_file),
-    ] = None,
+    json_: JsonOption = None,
     set_: SetOption = None,
 ) -> None:
     """Plan a run on GPUs that need not be here: memory, time, cost, disk and network.
@@ -194,10 +192,7 @@ def evaluate(
     model: Annotated[
         str | None, typer.Option(help="A model to measure; by default the run's own.")
     ] = None,
-    json_: Annotated[
-        Path | None,
-        typer.Option("--json", help="Also write the figures to this file.", callback=output_file),
-    ] = None,
+    json_: JsonOption = None,
     set_: SetOption = None,
 ) -> None:
     """Measure a model against the recipe's teacher, on the recipe's held-out text.

@@ -9,15 +9,6 @@ from typing import Annotated
 
 import typer
 
-RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override any recipe key; repeatable."),
-]
-YesOption = Annotated[
-    bool, typer.Option("--yes", help="Do not ask before an API without a budget is paid.")
-]
-
 
 def output_file(path: Path | None) -> Path | None:
     """An option's output file. Raises BadParameter, before any work, if it cannot be written."""
@@ -26,6 +17,20 @@ def output_file(path: Path | None) -> Path | None:
     if path is not None and not path.absolute().parent.is_dir():
         raise typer.BadParameter(f"there is no folder {path.parent}: create it first")
     return path
+
+
+RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override any recipe key; repeatable."),
+]
+JsonOption = Annotated[
+    Path | None,
+    typer.Option("--json", help="Also write the figures to this file.", callback=output_file),
+]
+YesOption = Annotated[
+    bool, typer.Option("--yes", help="Do not ask before an API without a budget is paid.")
+]
 
 
 def agree(
