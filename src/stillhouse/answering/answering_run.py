@@ -74,7 +74,7 @@ def _on_gold(plan: Callable[..., StagePlan]) -> Callable[..., StagePlan]:
 def _with_text_for_all(
     step: str,
 ) -> Callable[[AnsweringJob, Mapping[str, Stage], Do], AnsweringJob]:
-    """After a step that makes windows; raises RecipeError if there are more processes than them."""
+    """After a step that makes windows: raise RecipeError if there are more processes."""
 
     def then(job: AnsweringJob, stages: Mapping[str, Stage], _do: Do) -> AnsweringJob:
         require_text_for_all(job.recipe, stages[step])

@@ -152,7 +152,7 @@ def plan(
     json_: JsonOption = None,
     set_: SetOption = None,
 ) -> None:
-    """Plan a run on GPUs that need not be here: memory, time, cost, disk and network.
+    """Plan a run on GPUs that you do not need to have: memory, time, cost, disk, network.
 
     Reads only the configurations of models. Exit status 1 when something does not fit.
 
