@@ -14,7 +14,7 @@ import torch
 from stillhouse.pruning import offload, vocabulary_cut
 from stillhouse.pruning import prune as prune_module
 from stillhouse.pruning.calibrate import OwnBatches, calibration_batches
-from stillhouse.pruning.offload import delete_shared_files, load_offloaded
+from stillhouse.pruning.offload import load_offloaded, shared_layers
 from stillhouse.pruning.prune import prune_model
 from stillhouse.pruning.pruning_config import PruningMethod
 from stillhouse.pruning.vocabulary_cut import expected_tokens
@@ -70,30 +70,31 @@ LARGE = {name: CUTS[name] for name in ("ffn", "all", "rotation")}
 
 
 def prune_large(start: Path, out: Path) -> None:
-    """The start model is mapped from files that the processes share, and nothing else than its
-    values is ever in them."""
+    """Each cut is of the start model, whose files the processes share and nothing changes."""
     prune_module.calibration_batches = small_batches
     offload.LARGE_BYTES = 0
     processes = all_processes()
-    for name, options in LARGE.items():
-        model = load_offloaded(start, processes=processes)
-        files = [
-            str(weight.untyped_storage().filename)
-            for layer in model.base_model.layers
-            for weight in layer.parameters()
-        ]
-        assert len(set(map(tuple, processes.collect(files)))) == 1
-        values = {file: Path(file).read_bytes() for file in files}
-        prune_model(model, ToyWindows(count=13, padding=3), processes=processes, **options)
-        if processes.count > 1:
-            processes.collect(None)
-            assert all(Path(file).read_bytes() == value for file, value in values.items())
-            processes.collect(None)
-            delete_shared_files()
-            processes.collect(None)
-            assert not any(Path(file).exists() for file in values)
-        weights = {key: value.clone() for key, value in model.state_dict().items()}
-        torch.save(weights, out / f"{name}-{processes.own}-of-{processes.count}")
+    values: dict[str, bytes] = {}
+    with shared_layers(start, processes):
+        for name, options in LARGE.items():
+            model = load_offloaded(start)
+            files = [
+                str(weight.untyped_storage().filename)
+                for layer in model.base_model.layers
+                for weight in layer.parameters()
+            ]
+            if processes.count > 1:
+                assert len(set(map(tuple, processes.collect(files)))) == 1
+                values = values or {file: Path(file).read_bytes() for file in files}
+                assert list(values) == files
+            prune_model(model, ToyWindows(count=13, padding=3), processes=processes, **options)
+            weights = {key: value.clone() for key, value in model.state_dict().items()}
+            torch.save(weights, out / f"{name}-{processes.own}-of-{processes.count}")
+        processes.collect(None)
+        assert all(Path(file).read_bytes() == value for file, value in values.items())
+        processes.collect(None)
+    processes.collect(None)
+    assert not any(Path(file).exists() for file in values)
 
 
 def test_processes_share_the_files_of_a_large_model(tmp_path: Path) -> None:

@@ -25,19 +25,25 @@ def pruning_estimate(models: RunModels, section: PrunedStudent, machine: Machine
     """Of the stage `student`: the processes divide the calibration rows."""
     own = -(-section.calibration_tokens // machine.processes)
     memory, note = _pruning(models, section, machine, own)
-    start, student = config_size(models.start), WIDE * config_size(models.student).parameters
-    scratch = weights = WIDE * start.parameters
-    if machine.processes > 1:  # those of a node share the layers, until each cuts them
-        each = WIDE * start.ends + student
-        scratch = machine.nodes * (weights - WIDE * start.ends) + machine.processes * each
     return StageEstimate(
         models.stage("student"),
         memory,
         processes=machine.processes,
-        disk=float(student),
-        scratch=float(scratch if weights >= LARGE_BYTES else 0),
+        disk=float(WIDE * config_size(models.student).parameters),
+        scratch=_scratch(models, machine),
         note=note,
     )
+
+
+def _scratch(models: RunModels, machine: Machine) -> float:
+    """Of offloaded models. The processes of a node share the layers, until each cuts them."""
+    start, student = config_size(models.start), config_size(models.student)
+    if WIDE * start.parameters < LARGE_BYTES:
+        return 0.0
+    if machine.processes == 1:
+        return float(WIDE * start.parameters)
+    each = machine.processes * (start.ends + student.parameters)
+    return float(WIDE * (machine.nodes * (start.parameters - start.ends) + each))
 
 
 def search_estimate(models: RunModels, section: PrunedStudent, machine: Machine) -> StageEstimate:
@@ -47,8 +53,7 @@ def search_estimate(models: RunModels, section: PrunedStudent, machine: Machine)
     student, teacher = config_size(models.student), config_size(models.teacher)
     calibration = min(search.calibration_tokens, section.calibration_tokens)
     memory, note = _pruning(models, section, machine, calibration)
-    weights = WIDE * config_size(models.start).parameters
-    scratch = float(weights * machine.processes if weights >= LARGE_BYTES else 0)
+    scratch = _scratch(models, machine)
     if search.trained > 1:
         step = training_step(
             models.student,

@@ -13,6 +13,7 @@ from stillhouse.hardware import choose_precision, default_device, machine, peak_
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job
 from stillhouse.pipeline.stage_plan import Do, StagePlan
+from stillhouse.pruning.offload import shared_layers
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.search.search_shape import WORK, Setting, search_shape
 from stillhouse.shared_work import all_processes
@@ -34,25 +35,25 @@ def plan_search(job: Job, data: Stage) -> StagePlan:
 
     def work(out: Path) -> Outcome:
         windows, _ = open_data(data)
-        device = default_device()
-        found = search_shape(
-            Setting(
-                section=section,
-                train=job.recipe.train,
-                start=start.path,
-                # Of another tokenizer, it does not measure what pruning costs.
-                teacher=(start if job.folded else job.teacher).path,
-                windows=windows,
-                vocabulary=job.vocabulary,
-                seed=job.recipe.seed,
-                dtype=choose_precision(job.recipe.train.precision, device).dtype,
-                served=getattr(torch, job.recipe.export.dtype),
-                device=device,
-                out=out,
-                trust_remote_code=job.trust_remote_code,
-                processes=all_processes(),
-            )
+        device, processes = default_device(), all_processes()
+        setting = Setting(
+            section=section,
+            train=job.recipe.train,
+            start=start.path,
+            # Of another tokenizer, it does not measure what pruning costs.
+            teacher=(start if job.folded else job.teacher).path,
+            windows=windows,
+            vocabulary=job.vocabulary,
+            seed=job.recipe.seed,
+            dtype=choose_precision(job.recipe.train.precision, device).dtype,
+            served=getattr(torch, job.recipe.export.dtype),
+            device=device,
+            out=out,
+            trust_remote_code=job.trust_remote_code,
+            processes=processes,
         )
+        with shared_layers(start.path, processes, trust_remote_code=job.trust_remote_code):
+            found = search_shape(setting)
         return Outcome(
             tokens=found.tokens,
             flops=found.flops,

@@ -14,6 +14,7 @@ from stillhouse.language_model.roots_stage import roots_key
 from stillhouse.language_model.signals_stage import StoredSignals, stored_signals, training_teacher
 from stillhouse.objectives.objective_config import LogitsTerm, ObjectiveRecipe
 from stillhouse.pipeline.stage_plan import StagePlan, model_check
+from stillhouse.pruning.offload import shared_layers
 from stillhouse.runfolder import Outcome, Stage, sha
 from stillhouse.shared_work import ALONE, all_processes
 from stillhouse.students.build_student import build_student, config_sha256
@@ -36,18 +37,21 @@ def plan_student(job: Job, data: Stage) -> StagePlan:
 
     def work(out: Path) -> Outcome:
         windows, heldout = open_data(data)
-        summary = build_student(
-            section,
-            teacher=job.pruned or job.teacher,
-            windows=windows,
-            heldout=heldout,
-            seed=job.recipe.seed,
-            base=job.base,
-            out=out / MODEL,
-            trust_remote_code=job.trust_remote_code,
-            processes=all_processes() if pruned else ALONE,
-            same_tokens=not job.folded,
-        )
+        teacher, code = job.pruned or job.teacher, job.trust_remote_code
+        processes = all_processes() if pruned else ALONE
+        with shared_layers(teacher.path, processes, trust_remote_code=code):
+            summary = build_student(
+                section,
+                teacher=teacher,
+                windows=windows,
+                heldout=heldout,
+                seed=job.recipe.seed,
+                base=job.base,
+                out=out / MODEL,
+                trust_remote_code=code,
+                processes=processes,
+                same_tokens=not job.folded,
+            )
         flops = summary.get("flops", 0)
         return Outcome(flops=flops, peak_memory_bytes=peak_memory_bytes(), summary=summary)
 

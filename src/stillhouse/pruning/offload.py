@@ -8,7 +8,7 @@ parameter.
 
 At any time, memory holds a layer or two, or the embeddings and head, and the calibration rows.
 Models below LARGE_BYTES stay in memory. Processes of a torchrun that prune the same model share the
-files of its layers, each until it cuts the layer.
+files of its layers, each until it cuts the layer (`shared_layers`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from stillhouse.hardware import hand_back_freed_memory
 from stillhouse.launch import local_index, process_index
 from stillhouse.scratch import scratch_place, temporary_disk
-from stillhouse.shared_work import ALONE, Processes
+from stillhouse.shared_work import Processes
 from stillhouse.teachers.activations import decoder_layers
 from stillhouse.teachers.load_model import load_config, load_model
 from stillhouse.teachers.write_by_layer import weights_by_layer, write_by_layer
@@ -47,54 +47,71 @@ def has_large_weights(model: Any) -> bool:
     return 4 * sum(parameter.numel() for parameter in model.parameters()) >= LARGE_BYTES
 
 
-def load_offloaded(
-    path: Path, *, trust_remote_code: bool = False, processes: Processes = ALONE
-) -> Any:
+def load_offloaded(path: Path, *, trust_remote_code: bool = False) -> Any:
     """Load the model in float32. A large one is offloaded, which needs its float32 size in the
-    temporary folder.
+    temporary folder; inside `shared_layers`, its layers are mapped from the files that are there.
 
-    processes: all of them call this for the same model; those of a machine have one file of each
-    weight of a layer, call `take_own` before they change a layer, and `delete_shared_files` after
-    the last time that any of them has read one.
     Raises ModelError as `load_model` does.
     """
-    config = load_config(path, trust_remote_code=trust_remote_code)
-    stored = getattr(config, "dtype", None) or torch.float32
-    model = load_model(path, dtype=stored, trust_remote_code=trust_remote_code)
+    model = _load(path, trust_remote_code)
     if is_large(model):
-        if processes.count > 1:
-            _share_layers(model, processes)
+        if path in _shared:
+            for weight, file in zip(_layer_weights(model), _shared[path], strict=True):
+                _map(weight, file)
         offload(model)
     return model.float()
 
 
-def _share_layers(model: Any, processes: Processes) -> None:
-    """Map the layers' weights from files that the first process of this machine writes."""
-    weights = [weight for layer in decoder_layers(model) for weight in layer.parameters()]
-    written = [_file_with(weight) for weight in weights] if local_index() == 0 else []
-    files = processes.collect(written)[process_index() - local_index()]
-    _shared.update(files)
-    for weight, file in zip(weights, files, strict=True):
-        _map(weight, file)
+def _load(path: Path, trust_remote_code: bool) -> Any:
+    """In the number type of its files, which are mapped."""
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    stored = getattr(config, "dtype", None) or torch.float32
+    return load_model(path, dtype=stored, trust_remote_code=trust_remote_code)
 
 
-_shared: set[str] = set()
-"""Files of weights that other processes have mapped too."""
+_shared: dict[Path, list[str]] = {}
+"""Of a model's folder, the files of its layers' weights, which other processes have mapped too."""
+
+
+@contextmanager
+def shared_layers(
+    path: Path, processes: Processes, *, trust_remote_code: bool = False
+) -> Iterator[None]:
+    """Inside the block, the processes of a machine have one file of each weight of a large model's
+    layers, however often they load it. Before a layer is changed, `take_own` must be called.
+
+    Every process must call this. Raises ModelError as `load_model` does.
+    """
+    if processes.count == 1:
+        yield
+        return
+    written: list[str] = []
+    if local_index() == 0:
+        model = _load(path, trust_remote_code)
+        if is_large(model):
+            written = [_file_with(weight) for weight in _layer_weights(model)]
+        del model
+    if files := processes.collect(written)[process_index() - local_index()]:
+        _shared[path] = files
+    try:
+        yield
+    finally:
+        _shared.pop(path, None)
+        for file in written:
+            _remove(file)
+
+
+def _layer_weights(model: Any) -> list[nn.Parameter]:
+    return [weight for layer in decoder_layers(model) for weight in layer.parameters()]
 
 
 def take_own(module: nn.Module) -> None:
     """Copy a module's weights to memory if other processes share their files: until then, whatever
     is written to them is written for all."""
+    shared = {file for files in _shared.values() for file in files}
     for parameter in module.parameters():
-        if _file_of(parameter) in _shared:
+        if _file_of(parameter) in shared:
             parameter.data = parameter.data.clone()
-
-
-def delete_shared_files() -> None:
-    if local_index() == 0:
-        for file in _shared:
-            _remove(file)
-    _shared.clear()
 
 
 def offload(module: nn.Module) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from stillhouse.account import count_parameters
 from stillhouse.data.windows import WindowSet
-from stillhouse.pruning.offload import delete_shared_files, load_offloaded
+from stillhouse.pruning.offload import load_offloaded
 from stillhouse.pruning.surgery import check_saved
 from stillhouse.pruning.vocabulary_cut import save_kept_ids
 from stillhouse.shared_work import ALONE, Processes
@@ -69,9 +69,7 @@ def build_student(
         case PrunedStudent():
             pruned = prune_to(
                 section,
-                load_offloaded(
-                    teacher.path, trust_remote_code=trust_remote_code, processes=processes
-                ),
+                load_offloaded(teacher.path, trust_remote_code=trust_remote_code),
                 load_tokenizer(teacher.path, trust_remote_code=trust_remote_code),
                 windows,
                 heldout,
@@ -82,7 +80,6 @@ def build_student(
             student, summary = Student(pruned.model, pruned.tokenizer), pruned.summary
             kept_ids = pruned.kept_ids
     if not processes.leads:
-        delete_shared_files()
         return summary
     student.save(out, every_row=True)
     if kept_ids is not None:
@@ -90,7 +87,6 @@ def build_student(
     if not trust_remote_code and not getattr(section, "trust_remote_code", False):
         ids_RL = torch.arange(min(CHECKED_TOKENS, student.vocabulary))[None]
         check_saved(student.model, out, ids_RL)
-    delete_shared_files()
     size = asdict(count_parameters(student.model))
     return {"start": section.start, "parameters": size, **summary}
 
