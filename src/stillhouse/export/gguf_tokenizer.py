@@ -1,7 +1,7 @@
 """The tokenizer of a Hugging Face folder as GGUF metadata: BPE on bytes, or on characters.
 
-llama.cpp does not read a tokenizer's rules from the file. It has some under names, so the name that
-is written must match the tokenizer's actual rules. BPE on characters, with tokens for the
+llama.cpp does not read a tokenizer's rules from the file. It implements named sets of rules, so the
+name that is written must match the tokenizer's actual rules. BPE on characters, with tokens for the
 bytes of others, is SentencePiece's (`gguf_sentencepiece`).
 """
 
