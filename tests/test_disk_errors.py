@@ -72,6 +72,18 @@ def test_a_run_folder_that_vanishes_is_one_message(
     assert not list((tmp_path / "run").rglob(".*.partial"))
 
 
+def test_a_lock_that_is_deleted_costs_no_checkpoints(tmp_path: Path) -> None:
+    def work(out: Path) -> Outcome:
+        (out / "checkpoint").touch()
+        (tmp_path / "run" / ".lock").unlink()
+        return Outcome()
+
+    folder = RunFolder(tmp_path / "run")
+    with folder.locked(), pytest.raises(RunError, match="deleted, moved or replaced"):
+        folder.stage("train", {}, work, resumable=True)
+    assert list((tmp_path / "run").glob("stages/.train-*.partial/checkpoint"))
+
+
 def test_a_message_is_not_mistaken_for_another(tmp_path: Path) -> None:
     said = RunError("the disk is full", where="elsewhere")
     with pytest.raises(RunError) as caught, disk_errors(tmp_path):

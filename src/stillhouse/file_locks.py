@@ -63,6 +63,14 @@ def locked_while_writing(folder: Path, what: str) -> Iterator[None]:
         yield
 
 
+def is_same(path: Path, known: os.stat_result) -> bool:
+    """Whether the path still leads to a known file or folder."""
+    try:
+        return os.path.samestat(known, path.stat())
+    except OSError:
+        return False
+
+
 @contextmanager
 def building_folder(path: Path) -> Iterator[Path]:
     """An empty folder beside `path`, which is deleted after the block unless it was renamed.

@@ -27,7 +27,7 @@ from typing import IO, Any, Protocol
 from stillhouse.checksums import damaged_files, file_facts, sealed
 from stillhouse.disk_errors import disk_errors, made_folder
 from stillhouse.errors import RunError, StillhouseError, StoreError
-from stillhouse.file_locks import try_lock
+from stillhouse.file_locks import is_same, try_lock
 from stillhouse.progress import note
 from stillhouse.scratch import scratch_in
 from stillhouse.stage_manifest import MANIFEST, digest_of, facts_of_files, read_manifest
@@ -78,12 +78,13 @@ class RunFolder:
         self.links = links or root
         self.stages = root / "stages"
         self._lock: IO[str] | None = None
+        self._place = -1
         self._finished: set[Path] = set()
 
     def linked_from(self, links: Path) -> RunFolder:
         """The same folder, whose products are pointed to in `links`."""
         other = RunFolder(self.root, links)
-        other._lock, other._finished = self._lock, self._finished
+        other._lock, other._place, other._finished = self._lock, self._place, self._finished
         return other
 
     @contextmanager
@@ -108,6 +109,7 @@ class RunFolder:
             with disk_errors(self.root):  # not buffered: it would be written again on closing
                 lock.truncate(0)
                 os.write(lock.fileno(), f"process {os.getpid()} on {platform.node()}".encode())
+                self._place = os.open(self.root, os.O_RDONLY)  # keeps its inode number
             self._lock = lock
             try:
                 with disk_errors(self.root), scratch_in(self.root):
@@ -116,20 +118,18 @@ class RunFolder:
                 self._require_there()
                 raise
             finally:
+                os.close(self._place)
                 self._lock = None
 
     def _require_there(self, *folders: Path) -> None:
         """Raise RunError if the run folder is not the one that this process locked, or if one of
         `folders` or of the finished stages is missing: they were deleted or moved, and libraries
-        create the folders that they write to. Those of `folders` are then deleted again."""
+        create the folders that they write to. In a new run folder, `folders` are deleted."""
         if self._lock is None:
             return
-        try:
-            own = os.path.samestat(os.fstat(self._lock.fileno()), (self.root / LOCK).stat())
-        except OSError:
-            own = False
+        own = is_same(self.root / LOCK, os.fstat(self._lock.fileno()))
         gone = [path for path in (*folders, *self._finished) if not path.is_dir()]
-        if not own and not (self.root / LOCK).exists():  # nobody works in it
+        if not is_same(self.root, os.fstat(self._place)) and not (self.root / LOCK).exists():
             for path in folders:
                 shutil.rmtree(path, ignore_errors=True)
         if gone or not own:
