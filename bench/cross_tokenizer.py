@@ -4,7 +4,8 @@
 
 other   SmolLM2-135M, pruned to an FFN of 1,024 (108M parameters), learns from the teacher, which
         has another tokenizer.
-cut     SmolLM2-135M with half of its tokens learns from SmolLM2 (--questions).
+tokens  SmolLM2-135M with half of its tokens learns from SmolLM2 (--questions).
+cut     The same, and pruned as in `other`.
 random  A small Llama of random weights with 8,192 tokens, which are learned from the text, learns
         from the teacher.
 
@@ -18,19 +19,24 @@ Settings of `other` and `random`; of one seed, all have the same start, windows 
     own_teacher      forward KL from SmolLM2 itself, an upper bound (`other` only)
     gold_and_data, fold_and_data    the mean with cross-entropy (with --settings)
 
-Settings of `cut`: `cut_teacher` (the teacher without the removed tokens) and `fold` (all of it).
+Settings of `cut`: `cut_teacher` (the teacher without the removed tokens) and `fold` (all of it). In
+`tokens`, the start is the cut teacher, from which it could learn nothing.
 
-Held-out text is measured in bits per byte, and `other` in KL to SmolLM2; `cut` in KL of the whole
-SmolLM2 over shared roots, on held-out text and on the questions. Each setting is a folder in
---folder: finished ones are not repeated, and a killed training resumes. The results are those of
-all settings that are there, and name those that are missing.
+Held-out text is measured in bits per byte, and `other` in KL to SmolLM2, also on questions if there
+are any; `tokens` and `cut` in KL of the whole SmolLM2 over shared roots, on held-out text and on
+the questions.
+WikiText has spaces around punctuation, and <unk> for rare words: with --sentences, its tokenization
+is undone, and sentences with <unk> are left out (60,000 tokens of the validation text remain).
+
+Each setting is a folder in --folder: finished ones are not repeated, and a killed training resumes.
+The results are those of all settings that are there, and name those that are missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +44,7 @@ from typing import Any
 from bench.common import Bar, commit, make_piece, write_results
 from bench.cross_tokenizer_starts import (
     Experiment,
+    Start,
     start_cut,
     start_other,
     start_random,
@@ -50,11 +57,19 @@ TRANSFER = ("cross_entropy", "uld", "gold", "fold", "fold_and_chunks")
 EXTRA = ("gold_and_data", "fold_and_data")
 EXPERIMENTS = {
     "other": (*TRANSFER, "own_teacher"),
+    "tokens": ("fold",),
     "cut": ("cut_teacher", "fold"),
     "random": TRANSFER,
 }
 FIGURES = "figures.json"
-STARTS = {"other": start_other, "cut": start_cut, "random": start_random}
+STARTS: dict[str, Callable[[Experiment, Path, int], Start]] = {
+    "other": start_other,
+    "tokens": partial(start_cut, pruned=False),
+    "cut": start_cut,
+    "random": start_random,
+}
+OF_WHOLE = ("tokens", "cut")
+"""Experiments whose teachers are the whole SmolLM2, or what is left of it."""
 
 
 # --- pieces --------------------------------------------------------------------------------------
@@ -105,9 +120,10 @@ def bars_of(found: dict[str, dict[str, Any]]) -> Iterator[Bar]:
     for key, figures in found.items():
         run, _, setting = key.partition("/")
         fold = found.get(f"{run}/fold")
-        if fold is None or setting not in ("cross_entropy", "uld", "gold", "cut_teacher"):
+        cut = "start" if run.startswith("tokens") else "cut_teacher"
+        if fold is None or setting not in ("cross_entropy", "uld", "gold", cut):
             continue
-        if setting != "cut_teacher":
+        if setting != cut:
             gap = fold["bits_per_byte"] - figures["bits_per_byte"]
             yield Bar(f"{run}: bits/byte of fold less those of {setting}", gap, "<=", 0)
             continue
@@ -126,7 +142,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="TEXT is WikiText: undo its tokenization, and leave out sentences with <unk>",
     )
-    parser.add_argument("--questions", type=Path, help="JSON lines with `question`, other text")
+    parser.add_argument("--questions", type=Path, help="JSON lines with `question`: other text")
     names = tuple(EXPERIMENTS)
     parser.add_argument("--experiments", nargs="+", choices=names, default=["other", "random"])
     every = sorted({*EXTRA, *(each for settings in EXPERIMENTS.values() for each in settings)})
@@ -145,8 +161,8 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--random-learning-rate", type=float, default=1e-3)
     parser.add_argument("--folder", type=Path, default=Path("runs/cross_tokenizer"))
     options = parser.parse_args(arguments)
-    if "cut" in options.experiments and options.questions is None:
-        parser.error("the experiment `cut` needs --questions")
+    if options.questions is None and set(OF_WHOLE) & set(options.experiments):
+        parser.error("the experiments `tokens` and `cut` need --questions")
     return options
 
 
@@ -157,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shared = Experiment(options)
     for name in options.experiments:
         for seed in options.seeds:
-            known = (*EXPERIMENTS[name], *(EXTRA if name != "cut" else ()))
+            known = (*EXPERIMENTS[name], *(() if name in OF_WHOLE else EXTRA))
             wanted = [each for each in options.settings or EXPERIMENTS[name] if each in known]
             make_pieces(name, seed, wanted, shared)
             write(options)

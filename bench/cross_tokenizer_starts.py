@@ -176,8 +176,9 @@ def start_random(shared: Experiment, folder: Path, seed: int) -> Start:
     return Start(folder, data, rate, teachers, measure, of_teachers)
 
 
-def start_cut(shared: Experiment, folder: Path, seed: int) -> Start:
-    """The vocabulary is cut first, as in a run: the student is pruned from the cut teacher."""
+def start_cut(shared: Experiment, folder: Path, seed: int, *, pruned: bool = True) -> Start:
+    """The vocabulary is cut first, as in a run: the student is pruned from the cut teacher, or is
+    this teacher itself."""
     own, options = shared.own, shared.options
     cut = folder.parent / "cut"
 
@@ -188,8 +189,15 @@ def start_cut(shared: Experiment, folder: Path, seed: int) -> Start:
     once(cut, make)
     smaller = Teacher.load(cut)
     data = shared.data(smaller.tokenizer, options.tokens, seed)
-    sizes = {"ffn_size": options.ffn_size}
-    once(folder, lambda: shared.prune(smaller, data, seed, **sizes).save(folder))
+
+    def make_student() -> None:
+        if pruned:
+            student = shared.prune(smaller, data, seed, ffn_size=options.ffn_size)
+        else:
+            student = Student.load(cut)
+        student.save(folder)
+
+    once(folder, make_student)
     whole = AlignedTeacher(own, smaller.tokenizer)
     whole.prepare(
         sh.Distillation(Student.load(folder), teacher=smaller).objective.needs, data.train

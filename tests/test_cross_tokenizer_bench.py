@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from bench import common, cross_tokenizer
+from bench.cross_tokenizer_starts import wikitext_sentences
 from bench.cross_tokenizer_training import sides
 from bench.sorted_losses import Gold, Side, sorted_distance, uld
 
@@ -52,7 +53,7 @@ def test_every_setting_of_every_experiment_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(common, "RESULTS", tmp_path)
-    cross_tokenizer.main(options(tmp_path, "--experiments", "other", "cut", "random"))
+    cross_tokenizer.main(options(tmp_path, "--experiments", *cross_tokenizer.EXPERIMENTS))
     result = json.loads((tmp_path / "cross_tokenizer.json").read_text())
     assert result["figures"]["missing"] == []
     found = result["figures"]["models"]
@@ -60,7 +61,7 @@ def test_every_setting_of_every_experiment_is_measured(
     for setting in ("cross_entropy", "uld", "gold", "fold", "fold_and_chunks", "own_teacher"):
         assert found[f"other-0/{setting}"]["bits_per_byte"] != start
     assert found["cut-0/fold"]["questions"]["kl"] < found["cut-0/start"]["questions"]["kl"]
-    assert len(result["bars"]) == 8
+    assert len(result["bars"]) == 10
 
 
 def test_pieces_with_other_options_are_refused(tmp_path: Path) -> None:
@@ -68,6 +69,18 @@ def test_pieces_with_other_options_are_refused(tmp_path: Path) -> None:
     cross_tokenizer.require_same_options(cross_tokenizer.parsed(given))
     with pytest.raises(SystemExit, match="other values of tokens"):
         cross_tokenizer.require_same_options(cross_tokenizer.parsed([*given, "--tokens", "2000"]))
+
+
+def test_wikitexts_tokenization_is_undone() -> None:
+    text = (
+        " = Lobster = \n \n"
+        ' It weighs 1 @.@ 5 kg ( 3 lb ) , and is called " red " , or " blue " . A <unk> one . \n'
+        " It isn 't well @-@ known ; the cook 's pot is : big . \n"
+    )
+    assert wikitext_sentences(text) == (
+        'It weighs 1.5 kg (3 lb), and is called "red", or "blue".\n\n'
+        "It isn't well-known; the cook's pot is: big."
+    )
 
 
 @torch.no_grad()

@@ -208,6 +208,18 @@ def test_the_default_signals_are_recorded_and_read_again(folder: Path) -> None:
     assert run(raw).evaluation.result("student").fidelity.compared
 
 
+def test_a_term_on_chunks_without_a_teacher_for_it_is_refused_before_anything_is_done(
+    folder: Path,
+) -> None:
+    chunks = {"terms": [{"divergence": "forward_kl"}, {"kind": "chunks"}]}
+    same = {**recipe(folder, objective=chunks), "student": {"start": "random"}}
+    for raw in (recipe(folder, objective=chunks, signals={}), same):
+        with pytest.raises(SignalError, match="two tokenizers divide differently"):
+            run(raw)
+        assert not list((folder / "run").glob("stages/*"))
+    assert run(recipe(folder, objective=chunks)).evaluation.result("student").fidelity.compared
+
+
 def test_own_text_beside_stored_signals_is_scored_by_the_teacher(tmp_path: Path) -> None:
     raw = recipe(tmp_path, data=chats_in(tmp_path), signals={"encoding": {"kind": "top_k"}})
     raw["train"] |= {"on_policy": {"share": 0.5, "max_tokens": 6, "window": 2}}

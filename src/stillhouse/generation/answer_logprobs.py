@@ -77,6 +77,10 @@ class Aligned:
     reported: list[bool]
     matched: bool
 
+    def first(self, kept: int) -> Aligned:
+        """Of the first tokens only."""
+        return Aligned(self.entries[:kept], self.reported[:kept], self.matched)
+
 
 def align(
     row: TokenRow, text: str, logprobs: Sequence[Any] | None, k: int, vocabulary: ByteVocabulary
@@ -88,7 +92,9 @@ def align(
     supervised = supervised[supervised > 0]
     ids = row.ids[supervised].tolist()
     entries: list[Entries] = [{i: 0.0} for i in ids]
-    found = _places(row, supervised, text, [_sound(one) for one in logprobs or []], vocabulary)
+    found = _places(
+        row, supervised, text, [sound_position(one) for one in logprobs or []], vocabulary
+    )
     reported = [False] * len(ids)
     for place, position in found:
         distribution = _entries(position, ids[place], k, vocabulary)
@@ -98,7 +104,7 @@ def align(
     return Aligned(entries, reported, bool(found))
 
 
-def _sound(position: Any) -> Mapping[str, Any]:
+def sound_position(position: Any) -> Mapping[str, Any]:
     """The position; for a malformed one only its token's text."""
     if are_logprobs([position]):
         return position
@@ -109,9 +115,7 @@ def _places(
     row: TokenRow, supervised: Any, text: str, logprobs: Sequence[Any], vocabulary: ByteVocabulary
 ) -> list[tuple[int, Any]]:
     """The supervised tokens that the API's positions are about; empty if they do not match."""
-    turn = len(supervised) - 1
-    while turn > 0 and supervised[turn - 1] == supervised[turn] - 1:
-        turn -= 1
+    turn = last_turn(supervised)
     ours = [vocabulary.bytes_of.get(i, b"") for i in row.ids[supervised[turn:]].tolist()]
     at, end = _span(ours, text.encode())
     for first in range(len(logprobs) - (end - at), -1, -1) if at < end else ():
@@ -122,6 +126,15 @@ def _places(
                 places.append((turn + end, logprobs[last]))  # the end of the turn too
             return places
     return []
+
+
+def last_turn(supervised: Any) -> int:
+    """The first of the supervised tokens that follow one another to the end. supervised: their
+    places in the row."""
+    turn = len(supervised) - 1
+    while turn > 0 and supervised[turn - 1] == supervised[turn] - 1:
+        turn -= 1
+    return max(turn, 0)
 
 
 def _span(tokens: Sequence[bytes], text: bytes) -> tuple[int, int]:
@@ -136,13 +149,13 @@ def _span(tokens: Sequence[bytes], text: bytes) -> tuple[int, int]:
 def _is_token(position: Any, token: bytes) -> bool:
     """Whether a position is about these bytes. A server that returns only text cannot show bytes
     that are not a complete character: then the rest of the token is compared."""
-    known = _bytes(position)
+    known = given_bytes(position)
     if known is not None:
         return known == token
     return position.get("token") in (_shown(token), token.decode("utf-8", "replace"))
 
 
-def _bytes(position: Any) -> bytes | None:
+def given_bytes(position: Any) -> bytes | None:
     """The bytes that the server returns for a position's or an alternative's token."""
     given = position.get("bytes")
     return bytes(given) if isinstance(given, list) and given else None
@@ -174,7 +187,7 @@ def _entries(position: Any, own: int, k: int, vocabulary: ByteVocabulary) -> Ent
 
 
 def _token_id(alternative: Any, vocabulary: ByteVocabulary) -> int | None:
-    known = _bytes(alternative)
+    known = given_bytes(alternative)
     if known is not None:
         return vocabulary.id_of.get(known)
     return vocabulary.shown_id_of.get(alternative["token"])

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from stillhouse.data.row_formats import document_from_row
 from stillhouse.data.shift import IGNORED
 from stillhouse.data.tokenize_rows import TokenRow, tokenize
 from stillhouse.errors import SignalError
+from stillhouse.generation.answer_chunks import ChunkedAnswer, align_chunks, chunk_rows
 from stillhouse.generation.answer_logprobs import Aligned, ByteVocabulary, align, entry_rows
 from stillhouse.generation.journal import Journal
 from stillhouse.language_model.job import Job, planned_objective, signals_encoding
@@ -23,6 +25,9 @@ from stillhouse.language_model.synthesis_stage import synthesis_job
 from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.progress import bar, note
 from stillhouse.runfolder import Outcome
+from stillhouse.signals.encode import Statistics
+from stillhouse.signals.encoded_rows import EntryRows
+from stillhouse.signals.encodings import AnswerChunks
 from stillhouse.signals.manifest import Settings
 from stillhouse.signals.segments import find_segments
 from stillhouse.signals.writer import StoreWriter
@@ -31,6 +36,7 @@ from stillhouse.teachers.load_model import load_tokenizer
 from stillhouse.training.objective import stored_temperature
 
 _TOGETHER = 256
+_Found = Aligned | ChunkedAnswer
 BIAS = (
     "log-probabilities as the server returned them, for its own context of each token, rounded to "
     "float16; the tail is one bucket; tokens that it did not report have all the mass themselves"
@@ -39,8 +45,9 @@ BIAS = (
 
 @dataclass
 class Counted:
-    """answers: rows of the text. mismatched: those whose tokens differ from the student's. tokens:
-    supervised. reported: of them, those whose log-probabilities the API returned."""
+    """answers: rows of the text. mismatched: those whose tokens differ from the student's; as
+    chunks, those whose text has none. tokens: supervised. reported: of them, those whose
+    log-probabilities the API returned."""
 
     answers: int = 0
     mismatched: int = 0
@@ -76,26 +83,27 @@ def plan_api_signals(job: Job) -> StagePlan:
         )
     identity = signal_identity(job, None)
     most = section.answers.mismatched
+    chunks = isinstance(encoding, AnswerChunks)
 
     def work(out: Path) -> Outcome:
-        counted = _count(job, text.file)
-        _check(counted, most)
+        counted = _count(job, text.file, chunks)
+        _check(counted, most, chunks)
         provenance = {
             "asked": identity["teacher"],
             "text": text.sha256,
-            "bias": BIAS,
+            "bias": encoding.bias if chunks else BIAS,
             "reported": f"{counted.reported} of {counted.tokens} tokens",
             "mismatched": f"{counted.mismatched} of {counted.answers} answers",
         }
         settings = Settings(encoding, job.vocabulary, identity, 1.0, recipe.seed, provenance)
         with StoreWriter(out / STORE, settings) as writer:
-            for row, aligned in _rows(job, text.file, "signals"):
+            for row, aligned in _rows(job, text.file, "signals", chunks):
                 ids_1L = torch.from_numpy(row.ids[None].astype(np.int64))
                 supervised_1L = torch.from_numpy(row.supervised[None].copy())
                 supervised_1L[:, 0] = False
                 segments = find_segments(ids_1L, ids_1L.masked_fill(~supervised_1L, IGNORED))
                 if len(segments) and writer.missing(segments).all():
-                    writer.add(segments, *entry_rows(aligned.entries, job.vocabulary))
+                    writer.add(segments, *_encoded(aligned, job.vocabulary))
             manifest = writer.finish()
         shown = f"{counted.reported:,} of {counted.tokens:,} tokens"
         note(f"the API returned log-probabilities of {shown}")
@@ -104,6 +112,7 @@ def plan_api_signals(job: Job) -> StagePlan:
 
     inputs = {
         "recipe": section.answers.model_dump(mode="json"),
+        "kind": encoding.kind,
         "k": synthesis.sampling.top_logprobs,
         "text": text.sha256,
         "reasoning": synthesis.reasoning,
@@ -115,34 +124,49 @@ def plan_api_signals(job: Job) -> StagePlan:
     return StagePlan("signals", inputs, work)
 
 
-def _count(job: Job, file: Path) -> Counted:
+def _encoded(found: _Found, vocabulary: int) -> tuple[EntryRows, Statistics]:
+    if isinstance(found, ChunkedAnswer):
+        return chunk_rows(found, vocabulary)
+    return entry_rows(found.entries, vocabulary)
+
+
+def _count(job: Job, file: Path, chunks: bool) -> Counted:
     counted = Counted()
-    for _, aligned in _rows(job, file, "comparing tokens"):
+    for _, aligned in _rows(job, file, "comparing tokens", chunks):
         counted.answers += 1
         counted.mismatched += not aligned.matched
-        counted.tokens += len(aligned.entries)
+        counted.tokens += len(aligned.reported)
         counted.reported += sum(aligned.reported)
     return counted
 
 
-def _check(counted: Counted, most: float) -> None:
+def _check(counted: Counted, most: float, chunks: bool) -> None:
     if not counted.mismatched:
         return
-    mismatch = (
-        f"{counted.mismatched:,} of {counted.answers:,} answers are tokenized differently by the "
-        "API and the student's tokenizer, or have no log-probabilities"
-    )
+    if chunks:
+        problem = "have no log-probabilities of their text"
+        better = "use an API that returns the bytes of its tokens"
+    else:
+        problem = (
+            "are tokenized differently by the API and the student's tokenizer, or have no "
+            "log-probabilities"
+        )
+        better = (
+            "use a student whose tokenizer is the API model's; or, with another tokenizer, the "
+            "terms {kind: chunks} and cross_entropy"
+        )
+    mismatch = f"{counted.mismatched:,} of {counted.answers:,} answers {problem}"
     if counted.mismatched > most * counted.answers:
         raise SignalError(
             mismatch,
             where="signals.answers",
-            fix="use a student whose tokenizer is the API model's; or raise "
-            "signals.answers.mismatched to learn those only from their text; or remove `signals`",
+            fix=f"{better}; or raise signals.answers.mismatched to learn those only from their "
+            "text; or remove `signals`",
         )
     note(f"{mismatch}: these are learned only from their text")
 
 
-def _rows(job: Job, file: Path, what: str) -> Iterator[tuple[TokenRow, Aligned]]:
+def _rows(job: Job, file: Path, what: str, chunks: bool) -> Iterator[tuple[TokenRow, _Found]]:
     """Every row of tokens that training may read, with its signal."""
     section = job.recipe.synthesize
     assert section is not None
@@ -150,6 +174,12 @@ def _rows(job: Job, file: Path, what: str) -> Iterator[tuple[TokenRow, Aligned]]
     assert k is not None
     tokenizer = load_tokenizer(job.tokenizer_path, trust_remote_code=job.trust_remote_code)
     words = ByteVocabulary.of(tokenizer, job.vocabulary)
+
+    def found(row: TokenRow, content: str, logprobs: list[Any] | None) -> _Found:
+        if chunks:
+            return align_chunks(row, content, logprobs, words)
+        return align(row, content, logprobs, k, words)
+
     keys = (file.parent / REQUESTS).read_text(encoding="utf-8").split()
     path = synthesis_job(job.recipe, job.base).journal
     with (
@@ -162,23 +192,23 @@ def _rows(job: Job, file: Path, what: str) -> Iterator[tuple[TokenRow, Aligned]]
             raw = [json.loads(line) for line, _ in batch]
             documents = [document_from_row(one, "text", str(file)) for one in raw]
             given = [one for one in documents if one is not None]
-            found = tokenize(given, tokenizer, job.recipe.data.control_tokens)
-            for one, (_, key), rows in zip(raw, batch, found, strict=True):
+            tokenized = tokenize(given, tokenizer, job.recipe.data.control_tokens)
+            for one, (_, key), rows in zip(raw, batch, tokenized, strict=True):
                 answer = journal.get(key)
                 logprobs = None if answer is None else answer.logprobs
                 content = one["messages"][-1]["content"]
                 for row in rows:
                     if row is rows[-1]:
-                        aligned = align(row, content, logprobs, k, words)
+                        aligned = found(row, content, logprobs)
                     else:  # an earlier turn, if the template rewrites turns
-                        aligned = replace(align(row, "", None, k, words), matched=True)
+                        aligned = replace(found(row, "", None), matched=True)
                     cut = _cut(row, aligned, job)
                     if cut is not None:
                         yield cut
             advance(len(batch))
 
 
-def _cut(row: TokenRow, aligned: Aligned, job: Job) -> tuple[TokenRow, Aligned] | None:
+def _cut(row: TokenRow, aligned: _Found, job: Job) -> tuple[TokenRow, _Found] | None:
     """Fit a row to the context as the data stage does; None if it is dropped."""
     context = job.recipe.data.context
     if len(row.ids) <= context:
@@ -187,4 +217,4 @@ def _cut(row: TokenRow, aligned: Aligned, job: Job) -> tuple[TokenRow, Aligned] 
         return None
     short = TokenRow(row.ids[:context], row.supervised[:context], False)
     kept = int(short.supervised[1:].sum())
-    return short, Aligned(aligned.entries[:kept], aligned.reported[:kept], aligned.matched)
+    return short, aligned.first(kept)

@@ -16,6 +16,7 @@ from stillhouse.objectives.objective_config import ChunksTerm, LogitsTerm
 from stillhouse.progress import note
 from stillhouse.runfolder import Stage
 from stillhouse.signals.encodings import (
+    AnswerChunks,
     Encoding,
     FrozenHead,
     Hidden,
@@ -247,6 +248,9 @@ def signals_encoding(job: Job, objective: Objective) -> Encoding:
             _check_head_stays(job.recipe, store)
         return encoding
     if section.answers is not None:
+        _check_answers(job, objective)
+        if objective.chunks:
+            return AnswerChunks()
         assert job.recipe.synthesize is not None
         most = job.recipe.synthesize.sampling.top_logprobs
         assert most is not None
@@ -263,6 +267,20 @@ def signals_encoding(job: Job, objective: Objective) -> Encoding:
             return FrozenHead(student.hidden_size)
         case encoding_section:
             return within_vocabulary(encoding_section.encoding(), job.vocabulary)
+
+
+def _check_answers(job: Job, objective: Objective) -> None:
+    """Raise SignalError if the recipe's teacher is to answer for what an API's answers lack, and
+    cannot."""
+    section = job.recipe.signals
+    if section is None or section.missing != "live" or not (job.folded or objective.chunks):
+        return
+    raise SignalError(
+        f"{job.teacher.described} cannot answer for text that signals.answers lack: "
+        + ("it has another tokenizer" if job.folded else "terms on chunks are for the API alone"),
+        where="signals.missing",
+        fix="remove it, and train only on the text that the API wrote",
+    )
 
 
 def _check_foldable(section: SignalsRecipe, teacher: ModelSource) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from stillhouse.errors import ModelError, RecipeError
+from stillhouse.errors import ModelError, RecipeError, SignalError
 from stillhouse.evaluation.generate import prompt_ids
 from stillhouse.evaluation.speed import DECODE_TOKENS, PROMPT_TOKENS
 from stillhouse.finding import Finding
@@ -13,6 +13,7 @@ from stillhouse.generation.chat_frame import user_turn
 from stillhouse.generation.template_check import rendered_prompt, require_template
 from stillhouse.language_model.job import Job, configs, full_job
 from stillhouse.language_model.package_check import require_options
+from stillhouse.objectives.objective_config import ChunksTerm
 from stillhouse.students.student_config import PretrainedStudent, RandomStudent
 from stillhouse.teachers.load_model import load_tokenizer
 from stillhouse.teachers.model_source import ModelSource
@@ -30,6 +31,7 @@ def require_models(job: Job) -> Iterator[Finding]:
 
     Raises StillhouseError for what cannot work; yields warnings.
     """
+    _require_chunks(job)
     job = full_job(job)
     code = job.trust_remote_code
     for source in dict.fromkeys([job.teacher, *job.teachers]):
@@ -43,6 +45,29 @@ def require_models(job: Job) -> Iterator[Finding]:
     _require_templates(job)
     for name, config in zip(("student", "teacher"), configs(job), strict=True):
         yield from _positions(name, config, job)
+
+
+def _require_chunks(job: Job) -> None:
+    """Raise SignalError if a term on chunks has no teacher that gives their likelihoods."""
+    recipe, folds = (
+        full_job(job).recipe,
+        job.after_cut is not None,
+    )  # or other teachers, found later
+    if not any(isinstance(term, ChunksTerm) for term in recipe.objective.terms):
+        return
+    if recipe.signals is None:
+        found = folds or any(source in job.other_teachers for source in job.teachers)
+    else:
+        found = recipe.signals.answers is not None
+    if not found:
+        stored = recipe.signals is not None
+        raise SignalError(
+            "a term on chunks compares text that two tokenizers divide differently, and "
+            + ("stored signals have no chunks" if stored else "every teacher has the student's"),
+            where="objective.terms",
+            fix="remove the term, or "
+            + ("signals" if stored else "add a teacher with another tokenizer to train.teachers"),
+        )
 
 
 def _start(job: Job) -> ModelSource | None:

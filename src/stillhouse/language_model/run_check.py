@@ -8,7 +8,7 @@ from stillhouse import account
 from stillhouse.finding import Finding
 from stillhouse.hardware import choose_precision, default_device
 from stillhouse.language_model.data_check import TOKENS
-from stillhouse.language_model.job import Job
+from stillhouse.language_model.job import Job, full_job, planned_objective
 from stillhouse.language_model.on_policy_check import (
     own_prompts_of,
     own_text_findings,
@@ -165,9 +165,10 @@ def _signals(
         yield Finding("ok", "signals", text)
         return
     if section is not None and section.answers is not None:
-        yield Finding(
-            "ok", "signals", "the log-probabilities that the API returns with its answers"
-        )
+        text = "the log-probabilities that the API returns with its answers"
+        if planned_objective(full_job(job)).chunks:
+            text += ", as likelihoods of the text between its tokens and the student's"
+        yield Finding("ok", "signals", text)
         return
     student, teacher = config_size(models.student).active, config_size(models.teacher).active
     rate = machine.rate or 1.0

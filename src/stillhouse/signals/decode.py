@@ -1,6 +1,7 @@
 """Converts rows of a store to a signal, without a loop over rows.
 
-Shapes: S segments, n rows of a source, N rows of a batch, K entries of the longest row.
+Shapes: S segments, n rows of a source, N rows of a batch, K entries of the longest row, G runs of
+rows that are one chunk or none, C chunks, P rows of chunks.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from stillhouse.signals.encoded_rows import DenseRows, EntryRows
 from stillhouse.signals.encodings import (
     UNITS,
+    AnswerChunks,
     Encoding,
     EntryEncoding,
     FrozenHead,
@@ -28,13 +30,14 @@ from stillhouse.signals.encodings import (
     TopP,
 )
 from stillhouse.signals.signal_types import (
+    ChunkSignal,
     FrozenHeadSignal,
     HiddenSignal,
     SampledSignal,
     SparseSignal,
 )
 
-StoredSignal = SparseSignal | SampledSignal | FrozenHeadSignal | HiddenSignal
+StoredSignal = SparseSignal | SampledSignal | ChunkSignal | FrozenHeadSignal | HiddenSignal
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,6 +170,21 @@ def _shared_weights(rows: Padded, units: int) -> NDArray[np.float32]:
     return weights_NK
 
 
+def chunk_signal(rows: Padded) -> ChunkSignal:
+    """The signal of the rows of answers' chunks."""
+    begins_N = rows.counts_N > 0
+    run_N = np.cumsum(begins_N) - 1  # each segment's first row begins a run
+    known_G = rows.valued_N[begins_N] > 0
+    chunk_G = np.cumsum(known_G) - 1
+    rows_P = np.flatnonzero(known_G[run_N])
+    log_probs_C = rows.values_NK[begins_N, 0][known_G].astype(np.float32)
+    return ChunkSignal(
+        torch.from_numpy(rows_P),
+        torch.from_numpy(chunk_G[run_N[rows_P]]),
+        torch.from_numpy(log_probs_C),
+    )
+
+
 def dense_signal(
     encoding: FrozenHead | Hidden, sources: Sequence[Source], rows: int, temperature: float
 ) -> StoredSignal:
@@ -198,6 +216,9 @@ def empty_signal(encoding: Encoding, temperature: float) -> StoredSignal:
     if isinstance(encoding, Hidden):
         rows_ND = torch.zeros(0, encoding.width, dtype=torch.bfloat16)
         return HiddenSignal(dict.fromkeys(encoding.layers, rows_ND))
+    if isinstance(encoding, AnswerChunks):
+        none_P = torch.zeros(0, dtype=torch.long)
+        return ChunkSignal(none_P, none_P, torch.zeros(0))
     if encoding.signal == "SampledSignal":
         return SampledSignal(ids_N1, none_N1, temperature)
     return SparseSignal(ids_N1, none_N1, torch.zeros(0), temperature)

@@ -150,6 +150,21 @@ class Threshold:
 
 
 @dataclass(frozen=True)
+class AnswerChunks:
+    """Log-likelihoods of an answer's chunks (float16), from an API with another tokenizer.
+
+    A row with an entry begins a chunk, if the entry has a value, or text that is in no chunk; rows
+    without entries continue it. The entry's id is that of the student's token.
+    """
+
+    kind: ClassVar[str] = "chunks"
+    signal: ClassVar[str] = "ChunkSignal"
+    serves: ClassVar[str] = "terms on chunks"
+    bias: ClassVar[str] = "rounding to float16; text in no chunk has no loss"
+    draws_per_row: ClassVar[int] = 0
+
+
+@dataclass(frozen=True)
 class FrozenHead:
     """Wᵀp in bfloat16 for a student's head W [V, width] that is not trained, and Σ p log p.
 
@@ -190,7 +205,7 @@ class Hidden:
 
 EntryEncoding = TopK | TopP | Sampled | Stratified | Threshold
 DenseEncoding = FrozenHead | Hidden
-Encoding = EntryEncoding | DenseEncoding
+Encoding = EntryEncoding | AnswerChunks | DenseEncoding
 ENCODINGS: Mapping[str, type[Encoding]] = {each.kind: each for each in get_args(Encoding)}
 
 

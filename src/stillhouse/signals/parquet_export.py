@@ -17,7 +17,12 @@ from stillhouse.signals.decode import StoredSignal
 from stillhouse.signals.manifest import SHARDS
 from stillhouse.signals.segments import Segments
 from stillhouse.signals.shards import open_shard
-from stillhouse.signals.signal_types import FrozenHeadSignal, SampledSignal, SparseSignal
+from stillhouse.signals.signal_types import (
+    ChunkSignal,
+    FrozenHeadSignal,
+    SampledSignal,
+    SparseSignal,
+)
 from stillhouse.signals.store import Store, open_store
 
 ROWS_AT_A_TIME = 16384
@@ -28,9 +33,10 @@ def export_parquet(path: Path, out: Path) -> int:
 
     Columns: `key` (the segment's, in hex), `position` (0 for the segment's first supervised token),
     and `ids` with `probabilities` and, if it is stored, `tail`. Sampled encodings have
-    probabilities that sum to 1. Dense encodings have `vector` and `negative_entropy`, or `layer_N`.
-    The manifest is in the file's metadata under `stillhouse`. Raises StoreError if the store is
-    damaged, or `out` cannot be written.
+    probabilities that sum to 1. Chunks have `in_chunk` and, where a chunk begins,
+    `chunk_log_probability`; other rows have NaN. Dense encodings have `vector` and
+    `negative_entropy`, or `layer_N`. The manifest is in the file's metadata under `stillhouse`.
+    Raises StoreError if the store is damaged, or `out` cannot be written.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -40,7 +46,9 @@ def export_parquet(path: Path, out: Path) -> int:
     rows, writer = 0, None
     try:
         for segments in _in_parts(store):
-            columns = _segment_columns(segments) | _signal_columns(store.read(segments))
+            columns = _segment_columns(segments) | _signal_columns(
+                store.read(segments), segments.rows
+            )
             table = pa.table(columns)
             if writer is None:
                 writer = pq.ParquetWriter(out, table.schema.with_metadata(metadata))
@@ -78,16 +86,26 @@ def _segment_columns(segments: Segments) -> dict[str, Any]:
     }
 
 
-def _signal_columns(signal: StoredSignal) -> dict[str, Any]:
+def _signal_columns(signal: StoredSignal, rows: int) -> dict[str, Any]:
     if isinstance(signal, SparseSignal):
         p_NK = signal.log_probs_NK.exp()
         return {**_lists(signal.ids_NK, p_NK), "tail": signal.tail_N.numpy()}
     if isinstance(signal, SampledSignal):
         return _lists(signal.ids_NK, signal.counts_NK / signal.counts_NK.sum(1, keepdim=True))
+    if isinstance(signal, ChunkSignal):
+        return _chunk_columns(signal, rows)
     if isinstance(signal, FrozenHeadSignal):
         vector = _vectors(signal.vector_ND)
         return {"vector": vector, "negative_entropy": signal.negative_entropy_N.numpy()}
-    return {f"layer_{layer}": _vectors(rows) for layer, rows in signal.hidden_ND.items()}
+    return {f"layer_{layer}": _vectors(rows_ND) for layer, rows_ND in signal.hidden_ND.items()}
+
+
+def _chunk_columns(signal: ChunkSignal, rows: int) -> dict[str, Any]:
+    in_chunk, log_probability = np.zeros(rows, bool), np.full(rows, np.nan, np.float32)
+    in_chunk[signal.rows_P] = True
+    first = np.unique(signal.chunk_P, return_index=True)[1]
+    log_probability[signal.rows_P[first]] = signal.log_probs_C
+    return {"in_chunk": in_chunk, "chunk_log_probability": log_probability}
 
 
 def _lists(ids_NK: Tensor, p_NK: Tensor) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from stillhouse.signals.encode import (
     top_k_rows,
 )
 from stillhouse.signals.encoded_rows import Rows, concatenate
-from stillhouse.signals.encodings import FrozenHead, Hidden, TopK
+from stillhouse.signals.encodings import AnswerChunks, FrozenHead, Hidden, TopK
 from stillhouse.signals.folded_store import event_logits
 from stillhouse.signals.lm_head import head_logits
 from stillhouse.signals.manifest import Settings
@@ -52,7 +52,7 @@ class Recorder:
         encoding = settings.encoding
         self._encoder = (
             None
-            if isinstance(encoding, FrozenHead | Hidden)
+            if isinstance(encoding, AnswerChunks | FrozenHead | Hidden)
             else Encoder(encoding, settings.vocabulary, settings.temperature)
         )
         if isinstance(encoding, FrozenHead):
@@ -77,7 +77,11 @@ class Recorder:
         if isinstance(answer, SparseSignal):
             return self._top_k(answer)
         of_tokens = isinstance(answer, FoldedSignal) and self._encoder is None
-        if of_tokens or not isinstance(answer, DenseSignal | LogitsSignal | FoldedSignal):
+        if (
+            of_tokens
+            or isinstance(encoding, AnswerChunks)
+            or not isinstance(answer, DenseSignal | LogitsSignal | FoldedSignal)
+        ):
             raise SignalError(f"a {type(answer).__name__} cannot be recorded as {encoding.kind}")
         rows_N = _rows(answer)
         if len(rows_N) != segments.rows or not len(rows_N):

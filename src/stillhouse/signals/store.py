@@ -13,6 +13,7 @@ from stillhouse.errors import SignalError, StoreError
 from stillhouse.signals.decode import (
     Source,
     StoredSignal,
+    chunk_signal,
     dense_signal,
     empty_signal,
     entries_signal,
@@ -20,7 +21,7 @@ from stillhouse.signals.decode import (
     ranges,
 )
 from stillhouse.signals.encoded_rows import GUARD, EntryRows, Rows
-from stillhouse.signals.encodings import FrozenHead, Hidden
+from stillhouse.signals.encodings import AnswerChunks, FrozenHead, Hidden
 from stillhouse.signals.manifest import SHARDS, Manifest, Settings, check_expected, read_manifest
 from stillhouse.signals.segments import Segments
 from stillhouse.signals.shards import Shard, open_shard, read_keys
@@ -71,7 +72,10 @@ class Store:
             return empty_signal(encoding, temperature)
         if isinstance(encoding, FrozenHead | Hidden):
             return dense_signal(encoding, sources, segments.rows, temperature)
-        return entries_signal(encoding, pad(sources, segments.rows), temperature)
+        padded = pad(sources, segments.rows)
+        if isinstance(encoding, AnswerChunks):
+            return chunk_signal(padded)
+        return entries_signal(encoding, padded, temperature)
 
     def _sources(
         self, segments: Segments, lacking_S: NDArray[np.bool_], live: Rows | None

@@ -17,6 +17,7 @@ from stillhouse.data.windows import WindowSet
 from stillhouse.errors import SignalError
 from stillhouse.progress import note
 from stillhouse.signals import (
+    ChunkSignal,
     DenseSignal,
     FrozenHeadSignal,
     HiddenSignal,
@@ -25,7 +26,7 @@ from stillhouse.signals import (
     SparseSignal,
 )
 from stillhouse.signals.encoded_rows import Rows
-from stillhouse.signals.encodings import Encoding, FrozenHead, Hidden
+from stillhouse.signals.encodings import AnswerChunks, Encoding, FrozenHead, Hidden
 from stillhouse.signals.folded_store import ROOTS, fold_sha256, read_fold, unfolded_rows
 from stillhouse.signals.manifest import check_expected
 from stillhouse.signals.record import Recorder
@@ -60,6 +61,8 @@ class StoredTeacher(Teacher):
         self.vocabulary = (
             store.settings.vocabulary if self._fold is None else len(self._fold.student_V)
         )
+        self.gives_chunks = isinstance(store.settings.encoding, AnswerChunks)
+        self.full_distributions = not self.gives_chunks
         self.described = f"{store.settings.encoding.kind} signals in {store.path}"
         self.fingerprint = store.manifest.digest()
         self._config, self._head = config, head
@@ -87,7 +90,7 @@ class StoredTeacher(Teacher):
             assert isinstance(stored, SparseSignal | SampledSignal)
             self._fold = self._fold.to(device)
             moved = _moved(stored, device)
-            assert not isinstance(moved, FrozenHeadSignal)
+            assert isinstance(moved, SparseSignal | SampledSignal)
             return TeacherView((unfolded_rows(moved, self._fold),))
         if not isinstance(stored, HiddenSignal):
             return TeacherView((_moved(stored, device),))
@@ -122,7 +125,7 @@ class StoredTeacher(Teacher):
     def _teacher_of_missing(self) -> Teacher | None:
         if self._missing is None and self._load_missing is not None:
             self._missing = self._load_missing()
-            if isinstance(self._missing, AlignedTeacher):
+            if self._fold is not None and isinstance(self._missing, AlignedTeacher):
                 self._check_roots(self._missing)
         return self._missing
 
@@ -181,6 +184,8 @@ class StoredTeacher(Teacher):
         if self._missing is not None:
             return self._missing.for_heldout(batches)
         settings = self.store.settings
+        if self.gives_chunks:
+            return None
         if isinstance(settings.encoding, Hidden) and (
             self._head is None or self._last_layer() not in settings.encoding.layers
         ):
@@ -230,6 +235,14 @@ def recorded_temperature(encoding: Encoding, needs: TeacherNeeds) -> float:
     if isinstance(encoding, Hidden):
         return 1.0  # of the softmax: there is none yet
     of_teacher = [term for term in needs.terms if term.needs_teacher]
+    if of_teacher and isinstance(encoding, AnswerChunks):
+        raise SignalError(
+            f"{of_teacher[0].divergence} compares distributions, and a term on chunks makes "
+            "signals.answers likelihoods of chunks",
+            where=where,
+            fix="use only terms on chunks and cross_entropy, for an API with another tokenizer; or "
+            "no term on chunks",
+        )
     for term in of_teacher:
         name = term.divergence
         only_forward = encoding.signal in ("SampledSignal", "FrozenHeadSignal")
@@ -283,8 +296,8 @@ def lacking_tokens(store: Store, text: WindowSet) -> int:
 
 
 def _moved(
-    signal: SparseSignal | SampledSignal | FrozenHeadSignal, device: torch.device
-) -> SparseSignal | SampledSignal | FrozenHeadSignal:
+    signal: SparseSignal | SampledSignal | ChunkSignal | FrozenHeadSignal, device: torch.device
+) -> SparseSignal | SampledSignal | ChunkSignal | FrozenHeadSignal:
     values = ((each.name, getattr(signal, each.name)) for each in fields(signal))
     tensors: dict[str, Any] = {
         name: value.to(device, non_blocking=True)

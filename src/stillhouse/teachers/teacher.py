@@ -70,7 +70,7 @@ def require_chunks(teacher: Teacher, needs: TeacherNeeds) -> None:
         raise SignalError(
             "a term on chunks compares text that two tokenizers divide differently, and "
             f"{teacher.described} gives no likelihoods of chunks: it has the student's tokenizer, "
-            "or is a store",
+            "or is a store of distributions",
             where="objective.terms",
             fix="remove the term, or add a teacher with another tokenizer to train.teachers",
         )
