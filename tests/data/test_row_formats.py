@@ -229,6 +229,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"messages": [HI[0], {"role": "assistant", "content": [
             {"type": "text", "text": "Hello", "weight": -1}]}]}, "A part of `messages[1]`"),
     "a mask": ({"messages": HI, "loss_mask": [0, 1]}, "`loss_mask`"),
+    "a masked turn": ({"messages": [HI[0], {**HI[1], "mask": 1}]}, "`mask`"),
+    "a masked turn as a boolean": ({"messages": [HI[0], {**HI[1], "mask": True}]}, "`mask`"),
+    "a masked row": ({"messages": HI, "mask": 1}, "`mask`"),
     "a weight of the row": ({"messages": HI, "weight": 0.3}, "`weight`"),
     "two systems": ({"system": "x", "messages": [SYSTEM, *HI]}, "system prompt of its own"),
     "unknown from": ({"conversations": sharegpt(("human", "a"), ("alien", "b"))}, "unknown role"),
@@ -328,6 +331,12 @@ def test_words_for_missing_values_are_noted(word: str) -> None:
     ):
         assert notes(row) == (MISSING_AS_TEXT,)
     assert notes({"prompt": "a", "completion": f"{word.strip()} is none"}) == ()
+
+
+def test_a_loss_mask_of_one_changes_nothing() -> None:
+    assert learned({"messages": [HI[0], {**HI[1], "loss_mask": 1}]}, byte_level()) == [
+        "Hello<|im_end|>"
+    ]
 
 
 def test_a_text_key_that_reads_half_of_a_row_is_noted() -> None:

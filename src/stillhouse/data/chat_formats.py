@@ -118,9 +118,11 @@ def read_chat(
 def _reject_suspects(
     keys: Mapping[str, Any], pattern: re.Pattern[str], owner: str, where: str
 ) -> None:
-    """Raise DataError for an unknown key that seems to change what is learned."""
+    """Raise DataError for an unknown key that seems to change what is learned: 1 does not, unless
+    it may say that something is masked."""
     for key, value in keys.items():
-        if pattern.search(str(key)) and value not in (None, 1, []):
+        masks = "mask" in str(key) and "loss" not in str(key)
+        if pattern.search(str(key)) and value not in ((None, []) if masks else (None, 1, [])):
             raise DataError(
                 f"{owner} has a key `{key}`, which seems to change what is learned and is not "
                 f"known (known for a message: {', '.join(f'`{k}`' for k in LEARNED + _MASKED)})",
