@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from stillhouse.errors import ModelError
 from stillhouse.teachers.load_model import load_model, load_tokenizer
+from stillhouse.teachers.planned_model import check_model_folder
 from stillhouse.teachers.weights import weight_files
 from tests import tiny
 
@@ -93,6 +94,8 @@ def test_an_unknown_quantization(folder: Path, method: object) -> None:
 def test_an_end_token_that_cannot_be_generated(folder: Path, file: str, end: object) -> None:
     edit(folder, file, eos_token_id=end)
     assert "eos_token_id" in refusal(folder)
+    with pytest.raises(ModelError, match="eos_token_id"):
+        check_model_folder(folder)  # before any weight is read
 
 
 @pytest.mark.parametrize(("key", "value"), [("num_attention_heads", 0), ("hidden_act", "no")])

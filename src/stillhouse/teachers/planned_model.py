@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from stillhouse.errors import ModelError
 from stillhouse.teachers.backbone import check_head
@@ -21,7 +23,7 @@ from stillhouse.teachers.model_requirements import (
     require_tokens,
 )
 from stillhouse.teachers.quiet import quiet
-from stillhouse.teachers.weights import INDEX, SINGLE
+from stillhouse.teachers.weights import INDEX, SINGLE, read_json
 
 
 def planned_model(config: Any, where: object = None) -> Any:
@@ -56,6 +58,10 @@ def check_model_folder(path: Path, *, trust_remote_code: bool = False) -> Any:
     if trust_remote_code:
         return config
     model = planned_model(config, path)
+    generation = path / GENERATION_CONFIG_NAME
+    if generation.is_file():
+        ends = read_json(generation).get("eos_token_id")
+        model.generation_config = SimpleNamespace(eos_token_id=ends)
     require_tokens(config, model, path)
     here = (path / SINGLE).exists() or (path / INDEX).exists()
     if here and getattr(config, "quantization_config", None) is None:
