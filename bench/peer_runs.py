@@ -47,9 +47,11 @@ class TrainingJob:
 
 @dataclass
 class Measured:
-    """error: of a training that failed. resumed_from: the checkpoint's name, None for none."""
+    """tokens_per_cpu_s: by processor time, which other work on the machine changes less. error: of a
+    training that failed. resumed_from: the checkpoint's name, None for none."""
 
     tokens_per_s: float = 0.0
+    tokens_per_cpu_s: float = 0.0
     seconds: float = 0.0
     training_peak_bytes: int = 0
     whole_peak_bytes: int = 0
@@ -143,12 +145,16 @@ def summarize(lines: Sequence[dict[str, Any]], job: TrainingJob) -> Measured:
     def last(key: str) -> Any:
         return next((line[key] for line in reversed(lines) if key in line), None)
 
-    at = [line["at"] for line in lines if "at" in line]
-    seconds = np.diff(at)[WARM - 1 :].tolist()
+    def rate(clock: str) -> float:
+        at = [line[clock] for line in lines if clock in line]
+        seconds = np.diff(at)[WARM - 1 :].tolist()
+        return tokens / statistics.median(seconds) if seconds else 0.0
+
     length = int(np.load(job.windows, mmap_mode="r").shape[1])
     tokens = job.batch * (length - 1)
     return Measured(
-        tokens_per_s=tokens / statistics.median(seconds) if seconds else 0.0,
+        tokens_per_s=rate("at"),
+        tokens_per_cpu_s=rate("cpu"),
         seconds=(last("ended") or 0.0) - (last("began") or 0.0) if last("ended") else 0.0,
         training_peak_bytes=last("training_peak") or 0,
         whole_peak_bytes=max([line["whole_peak"] for line in lines if "whole_peak" in line] + [0]),

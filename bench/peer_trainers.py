@@ -53,7 +53,7 @@ class Report(TrainerCallback):
         say(began=time.perf_counter())
 
     def on_step_end(self, _args: Any, state: Any, _control: Any, **__: Any) -> None:
-        say(step=state.global_step, at=time.perf_counter())
+        say(step=state.global_step, at=time.perf_counter(), cpu=time.process_time())
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         say(ended=time.perf_counter(), training_peak=peak_bytes())

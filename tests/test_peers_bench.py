@@ -77,10 +77,14 @@ def test_the_rate_is_that_of_the_median_step(tmp_path: Path) -> None:
     np.save(tmp_path / "windows.npy", np.zeros((8, 11), dtype=np.int64))
     job = TrainingJob("", "", str(tmp_path / "windows.npy"), "", 5, 2, 2, 1e-4, 2, 1)
     times = [0.0, 9.0, 10.0, 12.0, 14.0]  # the first two steps are not timed
-    lines = [{"began": -1.0}, *({"step": n + 1, "at": at} for n, at in enumerate(times))]
+    lines = [
+        {"began": -1.0},
+        *({"step": n + 1, "at": at, "cpu": at / 2} for n, at in enumerate(times)),
+    ]
     lines += [{"ended": 14.5, "training_peak": 7}, {"whole_peak": 9}]
     found = summarize(lines, job)
     assert found.tokens_per_s == 2 * 10 / 2.0
+    assert found.tokens_per_cpu_s == 2 * 10 / 1.0
     assert (found.seconds, found.training_peak_bytes, found.whole_peak_bytes) == (15.5, 7, 9)
     assert found.steps == 5
     assert summarize([], job).tokens_per_s == 0.0
@@ -88,7 +92,7 @@ def test_the_rate_is_that_of_the_median_step(tmp_path: Path) -> None:
 
 def test_bars_compare_with_the_fastest_peer_and_the_best_one() -> None:
     def contender(rate: float, peak: int, kl: float) -> dict[str, object]:
-        return {"rounds": [{"tokens_per_s": rate, "training_peak_bytes": peak}], "kl": kl}
+        return {"rounds": [{"tokens_per_cpu_s": rate, "training_peak_bytes": peak}], "kl": kl}
 
     found = {
         "stillhouse": contender(130.0, 30, 0.5),
