@@ -47,8 +47,8 @@ class TrainingJob:
 
 @dataclass
 class Measured:
-    """tokens_per_cpu_s: by processor time, which other work on the machine changes less. error: of a
-    training that failed. resumed_from: the checkpoint's name, None for none."""
+    """tokens_per_cpu_s: by processor time, which other work on the machine changes less. error: of
+    a training that failed. resumed_from: the checkpoint's name, None for none."""
 
     tokens_per_s: float = 0.0
     tokens_per_cpu_s: float = 0.0

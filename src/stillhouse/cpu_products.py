@@ -1,8 +1,7 @@
 """Float32 matrix products on x86 CPUs, by oneDNN instead of MKL.
 
-PyTorch calls MKL for them, which reaches less than half of the speed on CPUs with AVX-512 that are
-not Intel's (docs/experiments.md). The operator is the one that PyTorch's compiler generates for a
-linear layer.
+PyTorch calls MKL for them, which reached half of oneDNN's speed on an AMD CPU with AVX-512
+(docs/experiments.md). The operator is the one that PyTorch's compiler generates for a linear layer.
 
 Shapes: N rows, K columns that are summed over, M columns of the result.
 """
