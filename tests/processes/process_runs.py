@@ -34,6 +34,7 @@ TRAIN = {
     "precision": "float32",
 }
 HIDDEN = [{"kind": "logits"}, {"kind": "hidden_states", "weight": 0.1}]
+CHUNKS = [{"kind": "logits"}, {"kind": "chunks"}]
 HOPS = [{"name": "wide", "ffn_size": 48}, {"name": "narrow", "ffn_size": 32, "layers": 2}]
 KINDS: dict[str, dict[str, Any]] = {
     "live": {},
@@ -43,6 +44,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "qat": {"quantize": {"kind": "int8", "qat": {"tokens": 400}}},
     "folded": {"evaluate": {"own_text": {"answers": 6, "max_tokens": 6}}},
 }
+FOLDED: dict[str, dict[str, Any]] = {
+    "folded chunks": {"objective": {"terms": CHUNKS}},
+    "folded stored": {"signals": {"encoding": {"kind": "top_k", "k": 8}}},
+}
+"""More kinds under a teacher with another tokenizer."""
 
 MICRO_BATCHES = (1, 2, 4)
 """Windows in a micro-batch of a run by one process."""
@@ -51,12 +57,12 @@ OTHER_ORDERS = 4
 
 
 def recipe(inputs: Path, folder: Path, kind: str, **train: object) -> dict[str, Any]:
-    """A recipe of one of KINDS. train: more of this section."""
-    sections = {**KINDS[kind], "train": {**TRAIN, **train}, "folder": str(folder)}
+    """A recipe of one of KINDS or FOLDED. train: more of this section."""
+    sections = {**(KINDS | FOLDED)[kind], "train": {**TRAIN, **train}, "folder": str(folder)}
     raw = tiny.recipe(inputs, **sections)
     if kind == "cascade":
         del raw["student"]["ffn_size"]
-    if kind == "folded":
+    if kind.startswith("folded"):
         raw["student"] = {"start": "pretrained", "model": str(with_other_tokenizer(inputs))}
     return raw
 

@@ -35,3 +35,14 @@ def test_weights_and_measurements_are_those_of_one_process(tmp_path: Path) -> No
         assert found.fidelity == expected.fidelity
         assert found.own_text.compared == expected.own_text.compared
         assert found.own_text.forward_kl == pytest.approx(expected.own_text.forward_kl, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["folded chunks", "folded stored"])
+def test_chunks_and_stores_are_those_of_one_process(tmp_path: Path, kind: str) -> None:
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    alone = recipe(inputs, tmp_path / "alone", kind, micro_batch_size=2)
+    finish([forks.Fork(run_all, [alone])], SECONDS)
+    sharded = recipe(inputs, tmp_path / "sharded", kind, shard="teacher")
+    finish(forks.ranks(2, run_all, [sharded]), SECONDS)
+    assert difference(tmp_path / "sharded", tmp_path / "alone") == 0
