@@ -46,7 +46,7 @@ class Trial:
     result, None if it is right. refusal: whether an error is right too, or the only right outcome.
     lost: words of which the notes must contain one, because the input holds something that this
     reader leaves out; empty: nothing has to be left out. excused: words of a note that makes up for
-    a wrong result.
+    a wrong result. more_seconds: of processor time, beyond those of its family.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Trial:
     refusal: Refusal = "never"
     lost: tuple[str, ...] = ()
     excused: tuple[str, ...] = ()
+    more_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

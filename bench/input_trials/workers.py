@@ -51,7 +51,7 @@ def run_one(family: Family, seed: int, number: int) -> Result:
         trial = make(chance, Path(scratch), number)
         began = time.process_time()
         outcome, detail = judge(trial)
-        if time.process_time() - began > family.cpu_seconds:
+        if time.process_time() - began > family.cpu_seconds + trial.more_seconds:
             detail = f"{time.process_time() - began:.1f} s of processor time; {outcome}: {detail}"
             outcome = "hang"
     detail = detail.replace(scratch, "").strip()
