@@ -10,7 +10,7 @@ import os
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from stillhouse import progress
@@ -67,7 +67,7 @@ class Result:
     name: str
     outcome: Outcome
     detail: str = ""
-    cpu_seconds: float = 0.0
+    cpu_seconds: float = field(default=0.0, compare=False)
 
 
 def judge(trial: Trial) -> tuple[Outcome, str]:
