@@ -18,9 +18,9 @@ from typer.testing import CliRunner, Result
 
 from stillhouse import cli
 from stillhouse.check import check_recipe
-from stillhouse.cli import stop_signals
+from stillhouse.cli import exits, stop_signals
 from stillhouse.cli.exits import open_standard_streams
-from stillhouse.errors import StillhouseError
+from stillhouse.errors import DataError, StillhouseError
 from stillhouse.finding import Finding
 from stillhouse.progress import note
 from tests import tiny
@@ -431,6 +431,28 @@ def test_a_signal_inside_a_finalizer_still_stops(monkeypatch: pytest.MonkeyPatch
         for number, handler in before.items():
             signal.signal(number, handler)
     assert stopped.value.code == 143
+
+
+def _stopped_while_reporting() -> None:
+    """torchrun sends SIGTERM to a process that reports an error: another one has ended."""
+
+    def fail() -> None:
+        raise DataError("no such file", where="here", fix="there")
+
+    def say(text: str) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        sys.stderr.write(text)
+
+    cli.app, exits.say = fail, say  # type: ignore[assignment]
+    cli.main()
+
+
+def test_a_signal_does_not_interrupt_an_errors_message() -> None:
+    process = Fork(_stopped_while_reporting)
+    _, error = process.communicate()
+    assert process.wait() == 1
+    assert error.startswith("error: no such file")
+    assert "Traceback" not in error
 
 
 def _hang_up(ignored: bool) -> None:

@@ -29,7 +29,7 @@ from tests.processes.process_runs import (
 
 pytestmark = pytest.mark.processes
 
-REORDERED = 1e-7
+REORDERED = 5e-7
 """Under FSDP2, gradients that reach a layer from above and from a term on its output are added in
 another order."""
 SHARDS = ("none", "student", "teacher", "both")

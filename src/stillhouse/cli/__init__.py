@@ -23,6 +23,7 @@ from stillhouse.cli.options import (
 from stillhouse.cli.signals_commands import signals
 from stillhouse.cli.stop_signals import (
     Stopped,
+    hold_further_signals,
     ignore_further_signals,
     raise_on_signals,
     received,
@@ -353,8 +354,10 @@ def main() -> None:
     try:
         app()
     except Stopped as stopped:
+        hold_further_signals()
         end_stopped(stopped.number)
     except Exception as error:
+        hold_further_signals()
         # Inside a library, a signal's exception may be replaced by another one.
         if (number := received()) is not None:
             end_stopped(number)

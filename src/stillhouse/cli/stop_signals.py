@@ -34,10 +34,17 @@ def raise_on_signals() -> None:
         _end_while_waiting()
 
 
+def hold_further_signals() -> None:
+    """From now on a signal does not interrupt: what the process ends with is being reported."""
+    for number in NUMBERS:
+        if signal.getsignal(number) == _stop:
+            signal.signal(number, _hold)
+
+
 def ignore_further_signals() -> None:
     """From now on a signal ends the process silently: its message is printed."""
     for number in NUMBERS:
-        if signal.getsignal(number) == _stop:
+        if signal.getsignal(number) in (_stop, _hold):
             signal.signal(number, signal.SIG_DFL)
 
 
@@ -52,6 +59,10 @@ _received: list[int] = []
 def _stop(number: int, frame: Any) -> None:
     _received.append(number)
     raise Stopped(number)
+
+
+def _hold(number: int, frame: Any) -> None:
+    _received.append(number)
 
 
 def _not_raised(unraisable: Any) -> None:
