@@ -372,7 +372,7 @@ def test_a_chat_row_that_is_too_long_is_found(tmp_path: Path) -> None:
 def test_check_reports_when_a_store_saves_time(tmp_path: Path, sections: Any, text: str) -> None:
     found = {finding.topic: finding for finding in check_recipe(write(tmp_path, **sections))}
     assert text in found["signals"].text
-    assert "MB" in found["signals"].text + str(found["signals"].fix)
+    assert "kB" in found["signals"].text + str(found["signals"].fix)
 
 
 @pytest.mark.run
