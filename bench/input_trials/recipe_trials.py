@@ -19,7 +19,7 @@ from bench.input_trials.odd_recipes import CHANGES, Place, Text, data_folder, re
 from bench.input_trials.trial import Refusal, Trial
 from stillhouse.check import check_recipe
 from stillhouse.config.load_recipe import load_recipe
-from stillhouse.finding import Finding
+from stillhouse.errors import DataError
 
 CHECKED = 4
 """Of so many accepted recipes one is also checked."""
@@ -63,20 +63,21 @@ def _trial(
     *overrides: str,
     said: tuple[Place, str] | None = None,
 ) -> Trial:
-    flag, findings = folder / "ran", list[Finding]()
+    flag = folder / "ran"
 
     def read() -> Any:
         recipe = load_recipe(path, overrides)
-        if check:
-            findings[:] = check_recipe(path, [*overrides, f"folder={folder / 'run'}"])
+        findings = check_recipe(path, [*overrides, f"folder={folder / 'run'}"]) if check else []
+        errors = [finding for finding in findings if finding.level == "error"]
+        if errors and refusal == "must":
+            raise DataError(errors[0].text, where=str(path), fix=errors[0].fix)
         return recipe
 
     def wrong(recipe: Any) -> str | None:
         if flag.exists():
             return "the recipe ran a command"
         if refusal == "must":
-            refused = any(finding.level == "error" for finding in findings)
-            return None if refused else "accepted"
+            return "accepted"
         if said is not None and _at(recipe.model_dump(), said[0]) != said[1]:
             return f"read as {_at(recipe.model_dump(), said[0])!r}"
         problems = list(_unusable(recipe.model_dump()))
