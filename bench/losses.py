@@ -14,11 +14,8 @@ operations over the time and over the rate of one large product.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -26,7 +23,6 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,7 +40,14 @@ from bench.contenders import (
     stillhouse,
     term_for,
 )
-from stillhouse.hardware import matmul_rate, reset_peak_memory, synchronize, tune_allocator
+from stillhouse.hardware import (
+    free_memory,
+    matmul_rate,
+    peak_memory_bytes,
+    reset_peak_memory,
+    synchronize,
+    tune_allocator,
+)
 from stillhouse.objectives import Term, fused_loss
 from stillhouse.signals import DenseSignal, LMHead, SparseSignal
 
@@ -143,30 +146,16 @@ def _peak_of_one(options: argparse.Namespace, problem: Problem) -> int:
     loss = CONTENDERS[options.contender]
     for leaf in problem.leaves:
         leaf.grad = None
-    gc.collect()
+    free_memory()  # otherwise a contender could reuse freed memory unnoticed
     if options.device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run(loss, problem)
         return torch.cuda.max_memory_allocated() - before
-    trim_allocator()
-    before = _status("VmRSS")
     reset_peak_memory()
+    before = peak_memory_bytes()
     run(loss, problem)
-    return _status("VmHWM") - before
-
-
-def trim_allocator() -> None:
-    """Return freed memory to the system: otherwise a contender could reuse it unnoticed."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(key)
+    return peak_memory_bytes() - before
 
 
 def measure_fractions(options: argparse.Namespace) -> dict[str, Any]:

@@ -10,7 +10,6 @@ gradients above what was in memory before (Linux). What is learned: bench/cross_
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -21,9 +20,13 @@ from typing import Any
 import torch
 
 from bench.common import Bar, write_results
-from bench.losses import trim_allocator
-from bench.peer_trainers import forget_peak, peak_bytes
-from stillhouse.hardware import choose_precision, default_device
+from stillhouse.hardware import (
+    choose_precision,
+    default_device,
+    free_memory,
+    peak_memory_bytes,
+    reset_peak_memory,
+)
 from stillhouse.objectives import Term, fused_loss
 from stillhouse.signals import DenseSignal, Fold, FoldedSignal, LMHead
 from stillhouse.teachers.align_tokens import TokenAligner
@@ -154,12 +157,11 @@ def _seconds(work: Callable[[], None]) -> float:
 
 def _peak(work: Callable[[], None]) -> int:
     """Bytes."""
-    gc.collect()
-    trim_allocator()
-    forget_peak()
-    before = peak_bytes()
+    free_memory()
+    reset_peak_memory()
+    before = peak_memory_bytes()
     work()
-    return peak_bytes() - before
+    return peak_memory_bytes() - before
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from stillhouse.objectives.signal_checks import check_finite, check_ids, check_r
 from stillhouse.objectives.terms import LossSum, Term
 from stillhouse.signals import ChunkSignal, LMHead
 
-LIKELIEST = -1e-6
+MOST_LIKELY = -1e-6
 """The largest logarithm of a probability: 1 - q keeps some digits in float32."""
 
 
@@ -88,7 +88,7 @@ def no_chunks(device: torch.device) -> ChunkSignal:
 
 
 def _binary(log_p_C: Tensor, log_q_C: Tensor) -> tuple[Tensor, Tensor]:
-    log_p_C, log_q_C = (each.clamp(max=LIKELIEST) for each in (log_p_C, log_q_C))
+    log_p_C, log_q_C = (each.clamp(max=MOST_LIKELY) for each in (log_p_C, log_q_C))
     p_C, other_p_C, other_q_C = log_p_C.exp(), -torch.expm1(log_p_C), -torch.expm1(log_q_C)
     value_C = p_C * (log_p_C - log_q_C) + other_p_C * (other_p_C.log() - other_q_C.log())
     return value_C, other_p_C * log_q_C.exp() / other_q_C - p_C
