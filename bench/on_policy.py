@@ -10,11 +10,13 @@ trained tokens from the same prompts, which are new to it:
     student_chats  the same on chats that the starting student wrote, once
     reverse_kl     KL(student ‖ teacher) on own text
     jsd            Jensen-Shannon divergence on own text
+    both_kl        the sum of both KL divergences on own text
     half           half of each step's rows own text with reverse_kl, half the teacher's chats
 
-A setting's name may have changes: reverse_kl@window=1, half@temperature=0.7@window=16. Every model
-is measured on prompts about topics that no training has: greedy answers of 128 tokens, answers
-sampled at temperature 1, and the teacher's own chats.
+A setting's name may have changes: reverse_kl@window=1, jsd@beta=0.9@temperature=0.7, and of the
+training: teacher_chats@tokens=80000@learning_rate=3e-4. A setting is compared with the
+teacher_chats of the same training. Every model is measured on prompts about topics that no training
+has: greedy answers of 128 tokens, answers sampled at temperature 1, and the teacher's own chats.
 
 Each piece (chats, start, setting) is a folder in --folder; finished ones are not repeated and a
 killed training resumes, so that a long experiment may be run in parts (--pieces). The results are
@@ -25,9 +27,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ import yaml
 from transformers import TrainerCallback
 
 from bench.chat_topics import TEMPLATES, TOPICS
-from bench.common import Bar, commit, make_piece, write_results
+from bench.common import commit, make_piece, write_results
+from bench.on_policy_settings import MAX_TOKENS, SETTINGS, Training, bars_of, own_text, parts_of
 from stillhouse.account import count_parameters
 from stillhouse.commands import synthesize_text
 from stillhouse.data.build_data import build
@@ -59,15 +61,9 @@ from stillhouse.training.train import train
 from stillhouse.training.train_config import TrainRecipe
 
 KL = ObjectiveRecipe()
-CONTEXT, MAX_TOKENS, ANSWER_TOKENS = 288, 96, 128
-SETTINGS: dict[str, dict[str, Any] | None] = {
-    "teacher_chats": None,
-    "student_chats": None,
-    "reverse_kl": {"share": 1.0, "terms": [{"divergence": "reverse_kl"}]},
-    "jsd": {"share": 1.0, "terms": [{"divergence": "jsd"}]},
-    "half": {"share": 0.5, "terms": [{"divergence": "reverse_kl"}]},
-}
-"""Each one's `train.on_policy`; None: no own text."""
+CONTEXT, ANSWER_TOKENS = 288, 128
+START_RATE = 1e-4
+"""The constant learning rate of the start."""
 
 
 class Experiment:
@@ -80,6 +76,7 @@ class Experiment:
         self.device = default_device()
         self.dtype = choose_precision("auto", self.device).dtype
         self.tokenizer = load_tokenizer(self.source.path)
+        self.training = Training(options.tokens, options.learning_rate, options.decay)
 
     @cached_property
     def teacher(self) -> Any:
@@ -166,7 +163,8 @@ class Experiment:
                 base=out,
                 out=out / "pruned",
             )
-            self._train(out, out / "pruned", windows, self.options.start_tokens, seed)
+            training = Training(self.options.start_tokens, START_RATE, decay=0.0)
+            self._train(out, out / "pruned", windows, training, seed)
 
         return self.piece(out, work)
 
@@ -175,10 +173,8 @@ class Experiment:
         start = self.start(width, seed)
         if name == "start":
             return self.piece(start / "measured", lambda: self.measure(start, start / "measured"))
-        base, *changes = name.split("@")
-        own = SETTINGS[base]
-        if own is not None:
-            own = {"max_tokens": MAX_TOKENS, "window": 4, **own, **dict(map(_change, changes))}
+        base, changes, training = parts_of(name)
+        own = own_text(base, changes)
         if base == "student_chats":
             written = self.chats("second", start / "model", f"student-{width}-{seed}", seed)
         else:
@@ -187,7 +183,8 @@ class Experiment:
         out = self.folder / f"{width}-{seed}" / name
 
         def work() -> None:
-            self._train(out, start / "model", windows, self.options.tokens, seed, own)
+            common = replace(self.training, **training)
+            self._train(out, start / "model", windows, common, seed, own)
             self.measure(out, out)
 
         return self.piece(out, work)
@@ -197,20 +194,20 @@ class Experiment:
         out: Path,
         student: Path,
         windows: Windows,
-        tokens: int,
+        training: Training,
         seed: int,
         own: dict[str, Any] | None = None,
     ) -> None:
         settings = TrainRecipe.model_validate(
             {
                 "epochs": 1000,
-                "max_steps": 999,  # below 1,000 every step is logged, which StopAt needs
+                "max_steps": 999,  # below 1,000 every step is logged, which Budget needs
                 "schedule": "constant",
                 "warmup": 0.0,
                 "batch_size": 4,
                 "micro_batch_size": 2,
-                "learning_rate": self.options.learning_rate,
-                "checkpoint_every": 10,
+                "learning_rate": training.learning_rate,
+                "checkpoint_every": 20,
                 **({} if own is None else {"on_policy": own}),
             }
         )
@@ -224,7 +221,7 @@ class Experiment:
             settings,
             seed=seed,
             folder=out,
-            callbacks=[StopAt(tokens)],
+            callbacks=[Budget(training)],
         )
         (out / "training.json").write_text(json.dumps(result.summary()), encoding="utf-8")
 
@@ -275,66 +272,23 @@ class OutOfPiecesError(Exception):
     """This call has done as many pieces as it should."""
 
 
-class StopAt(TrainerCallback):
-    """Ends a training once it has trained on a number of tokens."""
+class Budget(TrainerCallback):
+    """Ends a training once it has trained on a number of tokens, of which its learning rate is a
+    function."""
 
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
+    def __init__(self, training: Training) -> None:
+        self.training = training
+
+    def on_step_begin(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
+    ) -> None:
+        done = next((row["tokens"] for row in reversed(state.log_history) if "tokens" in row), 0)
+        for group in optimizer.param_groups:
+            group["lr"] = self.training.rate(done)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if (logs or {}).get("tokens", 0) >= self.tokens:
+        if (logs or {}).get("tokens", 0) >= self.training.tokens:
             control.should_training_stop = True
-
-
-def _change(text: str) -> tuple[str, Any]:
-    key, _, value = text.partition("=")
-    return key, json.loads(value)
-
-
-# --- the bars ----------------------------------------------------------------------------------
-
-
-def bars_of(found: dict[str, dict[str, Any]]) -> Iterator[Bar]:
-    """found: figures of each width, seed and setting, as `WIDTH-SEED/SETTING`.
-
-    The best setting on own text is that with the lowest KL on own text, over the widths and seeds
-    that both it and (a) have.
-    """
-    for width in sorted({name.partition("-")[0] for name in found}):
-        settings: dict[str, dict[str, dict[str, Any]]] = {}
-        for name, figures in found.items():
-            student, _, setting = name.partition("/")
-            if student.startswith(f"{width}-"):
-                settings.setdefault(setting, {})[student] = figures
-        base = settings.get("teacher_chats", {})
-        own = {n: f for n, f in settings.items() if SETTINGS.get(n.partition("@")[0])}
-        own = {n: f for n, f in own.items() if base and f.keys() == base.keys()}
-        if not own:
-            continue
-        best = min(own, key=lambda name: _mean(own[name], "sampled", "reverse_kl"))
-        label = f"width {width}, {best} against teacher_chats, {len(base)} seeds: "
-
-        def ratio(*path: str, best: str = best, own: Any = own, base: Any = base) -> float:
-            return _mean(own[best], *path) / max(1e-12, _mean(base, *path))
-
-        def more(*path: str, best: str = best, own: Any = own, base: Any = base) -> float:
-            return _mean(own[best], *path) - _mean(base, *path)
-
-        yield Bar(f"{label}repetition, ratio", ratio("greedy", "repetition"), "<=", 0.5)
-        yield Bar(f"{label}KL on own text, ratio", ratio("sampled", "reverse_kl"), "<=", 0.7)
-        gain = more("greedy", "teacher_logprob")
-        yield Bar(f"{label}log-probability by the teacher, difference", gain, ">=", 0.0)
-        yield Bar(f"{label}held-out KL, difference", more("heldout", "kl"), "<=", 0.02)
-
-
-def _mean(figures: dict[str, dict[str, Any]], *path: str) -> float:
-    values = []
-    for found in figures.values():
-        value: Any = found
-        for key in path:
-            value = value[key]
-        values.append(float(value))
-    return statistics.fmean(values)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -348,6 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=40_000, help="of each setting")
     parser.add_argument("--prompts", type=int, default=64, help="answered to measure a model")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--decay", type=float, default=0.0, help="share of tokens, at the end")
     parser.add_argument("--pieces", type=int, default=-1, help="make at most so many; -1: all")
     parser.add_argument("--folder", type=Path, default=Path("runs/on_policy"))
     options = parser.parse_args(arguments)
@@ -376,6 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "tokens": options.tokens,
         "prompts": options.prompts,
         "learning_rate": options.learning_rate,
+        "decay": options.decay,
         "complete": not missing,
         "missing": missing,
         "models": found,

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from bench import on_policy
 from bench.chat_topics import TOPICS
-from bench.on_policy import StopAt, bars_of
+from bench.on_policy import Budget
+from bench.on_policy_settings import Training, bars_of, own_text, parts_of
 
 
 def figures(
@@ -45,14 +46,49 @@ def test_no_bars_without_both_sides() -> None:
     assert not list(bars_of({"8-0/teacher_chats": figures(), "8-1/reverse_kl": figures()}))
 
 
+def test_a_setting_is_compared_with_the_teachers_chats_of_the_same_training() -> None:
+    found = {
+        "8-0/teacher_chats": figures(kl=1.0),
+        "8-0/teacher_chats@decay=1@tokens=9": figures(kl=2.0),
+        "8-0/jsd": figures(kl=0.9),
+        "8-0/jsd@tokens=9@beta=0.9@decay=1": figures(kl=1.0),
+        "8-0/reverse_kl@tokens=99": figures(kl=0.1),
+    }
+    repetition, kl, *_ = bars_of(found)
+    assert "jsd@tokens=9@beta=0.9@decay=1 against teacher_chats@decay=1@tokens=9" in kl.name
+    assert kl.value == pytest.approx(0.5)
+    assert repetition.value == pytest.approx(1.0)
+
+
+def test_changes_of_a_setting_go_to_the_training_the_sampling_and_the_divergence() -> None:
+    base, changes, training = parts_of("jsd@learning_rate=2e-4@temperature=0.7@beta=0.9")
+    assert (base, training) == ("jsd", {"learning_rate": 2e-4})
+    own = own_text(base, changes)
+    assert own is not None
+    assert own["temperature"] == 0.7
+    assert own["terms"] == [{"divergence": "jsd", "beta": 0.9}]
+    assert own_text("teacher_chats", {}) is None
+
+
 def test_a_training_ends_at_its_tokens() -> None:
     control = SimpleNamespace(should_training_stop=False)
-    stop = StopAt(100)
+    stop = Budget(Training(100, 1e-4, decay=0.0))
     for tokens in (None, 99):
         stop.on_log(None, None, control, logs={} if tokens is None else {"tokens": tokens})
         assert not control.should_training_stop
     stop.on_log(None, None, control, logs={"tokens": 104})
     assert control.should_training_stop
+
+
+def test_the_learning_rate_follows_the_tokens() -> None:
+    assert Training(100, 2e-4, decay=0.0).rate(70) == 2e-4
+    half = Training(100, 2e-4, decay=0.5)
+    rates = [half.rate(done) for done in (0, 4, 50, 75, 100, 104)]
+    assert rates == pytest.approx([0.4e-4, 2e-4, 2e-4, 1e-4, 0.0, 0.0])
+    optimizer = SimpleNamespace(param_groups=[{"lr": 1.0}])
+    state = SimpleNamespace(log_history=[{"tokens": 75}, {"heldout_perplexity": 9.0}])
+    Budget(half).on_step_begin(None, state, None, optimizer=optimizer)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-4)
 
 
 def test_no_topic_is_in_two_parts() -> None:
