@@ -23,6 +23,7 @@ from stillhouse.errors import ModelError, RunError
 from stillhouse.export import checkpoint, replay
 from stillhouse.export import fresh_process as script
 from stillhouse.export.checkpoint import export_checkpoint
+from stillhouse.export.export_formats import FLOATS
 from stillhouse.export.gate import Gate, ReplayResult
 from stillhouse.hardware import Precision
 from tests.export.conftest import TEMPLATE, ToyWindows
@@ -112,7 +113,7 @@ def test_a_device_without_bfloat16_replays_in_float32(
 
     monkeypatch.setattr(replay, "_compare", recording)
     result = export(trained, tmp_path / "model")
-    assert used == [dtype]
+    assert used == [dtype, dtype], "beside the source, and beside the rounded source"
     weights = load_file(tmp_path / "model" / "model.safetensors")
     assert {each.dtype for each in weights.values()} == {torch.bfloat16}, "the file is the same"
     noted = ["The bfloat16 export is replayed in float32: a reason."]
@@ -203,6 +204,49 @@ def test_export_with_other_weights_is_rejected(
     monkeypatch.setattr(checkpoint, "_save", save_wrongly)
     with pytest.raises(ModelError, match="differs from its source"):
         export(trained, tmp_path / "model")
+
+
+def scaled(model: Path, name: str, factor: float) -> None:
+    """Multiply one of a checkpoint's tensors."""
+    weights = load_file(model / "model.safetensors")
+    weights[name] *= factor
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_fault_that_costs_less_than_the_rounding_may_is_rejected(
+    trained: Path,
+    tmp_path: Path,
+    export: Export,
+    monkeypatch: pytest.MonkeyPatch,
+    native: bool,
+) -> None:
+    dtype = torch.bfloat16 if native else torch.float32
+    monkeypatch.setattr(checkpoint, "choose_precision", lambda *_: Precision(dtype, "a reason"))
+    save = checkpoint._save
+
+    def save_wrongly(source: Path, out: Path, *options: Any) -> None:
+        save(source, out, *options)
+        scaled(out, "model.layers.1.self_attn.v_proj.weight", 0.8)
+
+    monkeypatch.setattr(checkpoint, "_save", save_wrongly)
+    with pytest.raises(ModelError, match="rounded to the same numbers, by") as caught:
+        export(trained, tmp_path / "model")
+    cost = float(str(caught.value).split("by ")[1].split()[0])
+    assert 0.001 < cost < 0.01, "the limit for rounding alone would have let it pass"
+
+
+def test_rounding_that_costs_much_is_a_note_unless_the_recipe_has_a_limit(
+    trained: Path, tmp_path: Path, export: Export
+) -> None:
+    source = Path(shutil.copytree(trained, tmp_path / "source"))
+    scaled(source, "model.norm.weight", 200.0)  # large logits, whose last bits are worth nats
+    result = export(source, tmp_path / "model")
+    assert result.kl > result.kl_limit == FLOATS["bfloat16"]
+    assert "Rounding costs" in result.notes[-1]
+    assert "export.dtype: float32" in result.notes[-1]
+    with pytest.raises(ModelError, match="nats/token"):
+        export(source, tmp_path / "other", kl_limit=0.01)
 
 
 @pytest.mark.parametrize(

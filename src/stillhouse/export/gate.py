@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -98,7 +99,8 @@ class Readers:
     same_tokens: its tokenizer must tokenize the prompts like the source's. llama_cpp: llama.cpp
     reads the file too; alone, without transformers. plain_prompts: llama.cpp must tokenize the
     prompts equally without the chat template too. float32: transformers multiplies the
-    checkpoint's numbers in float32, whatever type they are stored in.
+    checkpoint's numbers in float32, whatever type they are stored in. rounds_to: the export must
+    also be what the source becomes when its weights are rounded to this type ("bfloat16").
     """
 
     same_tokens: bool = True
@@ -106,6 +108,7 @@ class Readers:
     transformers: bool = True
     plain_prompts: bool = True
     float32: bool = False
+    rounds_to: str = ""
 
     def __str__(self) -> str:
         if not self.llama_cpp:
@@ -178,20 +181,24 @@ class Gate:
     ) -> ReplayResult:
         """Replay an export whose weights are in `files`.
 
-        limit: the format's default. advice: what helps if the rounding costs more than that. Raises
-        ModelError if it does not load, is not the model, or differs by more than is allowed.
+        limit: the format's default; if the rounding itself can be repeated (`readers.rounds_to`),
+        more than that is a note. advice: what helps if the rounding costs more. Raises ModelError
+        if it does not load, is not the model, or differs by more than is allowed.
         """
         limit = limit if self.kl_limit is None else self.kl_limit
         if not readers.transformers:
             limit += LLAMA_CPP_KL
         note(f"Replaying the {format} export ({dtype}) in a fresh process{readers}")
         found = self.replay(exported, readers)
-        check_replay(found, limit, max(LLAMA_CPP_KL, self.kl_limit or 0.0), self.source, advice)
+        most = math.inf if readers.rounds_to and self.kl_limit is None else limit
+        check_replay(found, most, max(LLAMA_CPP_KL, self.kl_limit or 0.0), self.source, advice)
         pairs = {
             name: Likeness(pair["kl"], pair["top1_agreement"])
             for name, pair in found["pairs"].items()
         }
         own, speed = pairs["source ‖ exported"], found["decode_tokens_per_s"]
+        if own.kl > limit:
+            notes = [*notes, f"Rounding costs {own.kl:.2g} nats/token, more than usual: {advice}."]
         return ReplayResult(
             format=format,
             dtype=dtype,
@@ -286,7 +293,7 @@ def check_replay(
     """Raise ModelError if the replay's answer does not match the source.
 
     limit: nats/token between source and export; runtime_limit: between the export and the same file
-    in llama.cpp.
+    in llama.cpp. The rounded source, if it was compared, must be nearly the export.
     """
     if found["problems"]:
         raise ModelError(
@@ -296,6 +303,11 @@ def check_replay(
         )
     what = "the exported checkpoint differs from its source"
     _check_pair(found, "source ‖ exported", limit, what, source, advice)
+    rounded = "rounded source ‖ exported"
+    if rounded in found["pairs"]:
+        what = "the exported checkpoint differs from its source, rounded to the same numbers,"
+        fix = "this is a fault of the export: report it with the model's config.json"
+        _check_pair(found, rounded, NEAR_EXACT, what, source, fix)
     if "exported ‖ llama.cpp" in found["pairs"]:
         what = "the exported file in llama.cpp differs from itself in transformers"
         fix = "update llama-cpp-python, or allow more (export.kl_limit)"

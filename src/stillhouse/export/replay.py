@@ -107,6 +107,12 @@ def main(folder: Path) -> None:
             sure = sure if same or request["llama_cpp"] else ""
             texts = {"prompt": prompt, "source": text, "exported": write(prompt, new)[0]}
             answer["texts"].append({**texts, "sure": sure})
+        if request["rounds_to"]:
+            # Last: it changes the source.
+            _round(source_model, getattr(torch, request["rounds_to"]), model)
+            runtimes = {name: runtimes[name] for name in ("source", "exported")}
+            found = _compare(runtimes, windows)[1]["source ‖ exported"]
+            answer["pairs"]["rounded source ‖ exported"] = found
     (folder / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
 
 
@@ -123,6 +129,16 @@ def _load(
         **where, dtype=dtype, output_loading_info=True, **options
     )
     return model.eval(), info, AutoTokenizer.from_pretrained(**where, **options)
+
+
+@torch.no_grad()
+def _round(source: Any, dtype: torch.dtype, exported: Any) -> None:
+    """Round the source's parameters to `dtype`; each is then multiplied in the export's type.
+
+    Buffers stay: those that are not in a checkpoint are in float32 in every loaded model.
+    """
+    for parameter, other in zip(source.parameters(), exported.parameters(), strict=True):
+        parameter.data = parameter.data.to(dtype).to(other.dtype)
 
 
 def by_place(tensors: dict[str, torch.Tensor]) -> dict[str, Window]:
