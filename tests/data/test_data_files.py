@@ -7,6 +7,8 @@ import gzip
 import io
 import lzma
 import os
+import subprocess
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -51,6 +53,15 @@ def archive(name: str) -> bytes:
     return file.getvalue()
 
 
+def tar(name: str) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as packed:
+        info = tarfile.TarInfo(name)
+        info.size = len(ROW)
+        packed.addfile(info, io.BytesIO(ROW))
+    return file.getvalue()
+
+
 def parquet() -> bytes:
     file = pa.BufferOutputStream()
     pq.write_table(pa.table({"text": ["a"]}), file)
@@ -62,11 +73,14 @@ CONTENTS: dict[str, tuple[bytes, str, str]] = {
     "a.jsonl": (gzip.compress(ROW), "gzip-compressed", "add .gz"),
     "b.jsonl": (bz2.compress(ROW), "bzip2-compressed", "add .bz2"),
     "c.txt": (lzma.compress(ROW), "xz-compressed", "add .xz"),
-    "d.jsonl.gz": (gzip.compress(gzip.compress(ROW)), "gzip-compressed", "add .gz"),
+    "d.jsonl.gz": (gzip.compress(gzip.compress(ROW)), "compressed twice", "once-d.jsonl.gz"),
+    "d.jsonl.xz": (lzma.compress(gzip.compress(ROW)), "compressed twice", "once-d.jsonl.gz"),
     "e.csv": (parquet(), "a Parquet file", "name it .parquet"),
     "f.csv": (archive("[Content_Types].xml"), "an office document", "as CSV"),
     "g.txt": (archive("word/document.xml"), "an office document", ".txt"),
     "h.jsonl": (archive("a.jsonl"), "a ZIP archive", "unzip"),
+    "h.csv": (tar("a.csv"), "a tar archive", "tar -xf"),
+    "h.jsonl.gz": (gzip.compress(tar("a.jsonl")), "a tar archive", "tar -xf"),
     "i.txt": (b"%PDF-1.7\n%\xe2\xe3", "a PDF", "pdftotext"),
     "j.parquet": (b"version https://git-lfs.github.com/spec/v1\noid x\n", "LFS", "git lfs pull"),
     "k.json": (b"\n<!DOCTYPE html>\n<title>404</title>", "a web page", "download"),
@@ -77,6 +91,13 @@ CONTENTS: dict[str, tuple[bytes, str, str]] = {
     "p.jsonl": (b'[{"text": "a"}, {"text": "b"}]\n', "a JSON list", "name it .json"),
     "q.jsonl": (b'{\n "text": "a"\n}\n', "Invalid JSON", "each object on one line"),
     "r.json": (ROW * 2, "Invalid JSON: Extra data", "name it .jsonl"),
+    "r2.json": (b'{"text": "a"}{"text": "b"}', "Invalid JSON: Extra data", "jq -c ."),
+    "r3.json": (b'{\n"text": "a"\n}\n{\n"text": "b"\n}', "Invalid JSON: Extra data", "jq -c ."),
+    "s2.json": (
+        b'{"instruction": "a", "output": "b", "tags": [{"text": "x"}]}',
+        "neither",
+        ".jsonl",
+    ),
     "s.json": (b'{"messages": [{"role": "user", "content": "a"}]}', "neither a list", ".jsonl"),
     "t.txt": (b"a text\0\0\0\0", "zero bytes", "damaged"),
     "u.jsonl.xz": (lzma.compress(ROW)[:-8], "ended before", "damaged"),
@@ -100,6 +121,19 @@ def test_after_the_advice_the_file_is_read(tmp_path: Path) -> None:
                           ("b.jsonl", "b.jsonl.bz2"), ("s.json", "s.jsonl")):  # fmt: skip
         (tmp_path / renamed).write_bytes(CONTENTS[name][0])
         assert list(read_rows(tmp_path / renamed))
+    for name in ("d.jsonl.gz", "d.jsonl.xz"):
+        (tmp_path / name).write_bytes(CONTENTS[name][0])
+        command = str(refused(tmp_path / name).fix).partition("new file: ")[2]
+        subprocess.run(command, shell=True, check=True)
+        assert list(read_rows(tmp_path / "once-d.jsonl.gz"))
+
+
+def test_lists_beside_the_rows_of_a_json_file_are_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.json").write_text('{"data": [{"text": "a"}], "more": [{"text": "b"}], "n": [1]}')
+    assert [row for row, _ in read_rows(tmp_path / "a.json")] == [{"text": "a"}]
+    assert "not read: 'more'" in "".join(capsys.readouterr())
 
 
 def test_text_about_formats_is_text(tmp_path: Path) -> None:

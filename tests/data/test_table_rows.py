@@ -71,6 +71,9 @@ REFUSED: dict[str, tuple[str, int]] = {
     'text,label\n"a,b\nc,d\n': ("not valid CSV", 2),
     'text,label\n"say \\"hi\\"",b\n': ("not valid CSV", 2),
     'text,label\na,b\n\n"x" y,d\n': ("not valid CSV", 4),
+    'text,label\na,b\n"c", "d"\n': ("spaces before its quotes", 3),
+    'text,label\n"a", "b, c"\n': ("spaces before its quotes", 2),
+    '"text", "label"\na,b\n': ("spaces before its quotes", 1),
 }
 
 
@@ -84,6 +87,12 @@ def test_ambiguous_rows_are_rejected_with_their_line(content: str, tmp_path: Pat
     assert what in caught.value.what
     assert caught.value.where == f"{path}:{line}"
     assert caught.value.fix
+
+
+def test_quotes_after_a_space_that_belong_to_the_text_are_text(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('text,label\na," ""b"""\na, "b" c\na, b "c"\n')
+    found = [row["label"] for row, _ in read_rows(tmp_path / "a.csv")]
+    assert found == [' "b"', ' "b" c', ' b "c"']
 
 
 def test_a_first_row_in_place_of_the_header_is_pointed_out(tmp_path: Path) -> None:

@@ -99,11 +99,13 @@ def _learned(conversation: Conversation) -> list[int]:
         and index not in conversation.context_only
     ]
     if not turns:
+        answered = any(message["role"] == "assistant" for message in conversation.messages)
         raise DataError(
             "The row has no assistant turn to train on: 0% of its tokens are supervised",
             where=conversation.where,
             fix="remove the row, or check its roles: `assistant` turns after the first message "
-            "are supervised, unless their weight is 0",
+            "are supervised, unless their weight is 0"
+            + ("" if answered else "; prompts for a teacher are read by synthesize.prompts"),
         )
     for index in turns:
         message = conversation.messages[index]

@@ -13,6 +13,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from stillhouse.data.documents import About, Conversation
+from stillhouse.data.loss_flags import (
+    LEARNED,
+    MASKED,
+    OF_MESSAGE,
+    reject_suspects,
+    reject_weighted_row,
+    take_weights,
+)
 from stillhouse.data.tool_formats import (
     calls_in,
     decode_calls,
@@ -24,11 +32,13 @@ from stillhouse.errors import DataError
 
 _ROLES = {
     "human": "user",
+    "prompter": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "chatbot": "assistant",
     "bot": "assistant",
     "model": "assistant",
+    "ai": "assistant",
     "function": "tool",
     "observation": "tool",
     "tool_response": "tool",
@@ -39,13 +49,6 @@ _CALLS = ("function_call", "function-call", "tool_call")
 """Roles of ShareGPT's turns that are calls written as JSON."""
 _KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 
-LEARNED = ("weight", "train", "training", "loss", "trainable")
-"""Keys that say with 1 or true that a turn is learned: those of OpenAI, Axolotl (two), ms-swift
-and Fireworks."""
-_MASKED = ("masked",)
-"""Keys with the opposite meaning: torchtune's."""
-_SUSPECT = re.compile(r"(^|_)(weights?|loss|mask|masks|masked|train|training|trainable)(_|$)")
-_SUSPECT_OF_ROW = re.compile(r"(^|_)(weights?|loss|mask|masks|train|trainable)(_|$)")
 _WRITE_PART = 'remove the row, or write every part as {"type": "text", "text": "..."}'
 _FIX_OF_PART = {
     "tool_use": "write it as a call in the message's `tool_calls`: "
@@ -95,7 +98,7 @@ def read_chat(
     if add_system(found, row, where):
         before += before > 0
     others = sorted({m["role"] for m in found} - set(_KNOWN_ROLES))
-    context_only = _take_weights(found, key, where)
+    context_only = take_weights(found, key, where)
     tools = read_tools(row, where)
     cleaned, nulls = without_nulls([[_nullable(message) for message in found], tools])
     messages = [{**m, **part} for m, part in zip(found, cleaned[0], strict=True)]
@@ -115,33 +118,10 @@ def read_chat(
     )
 
 
-def _reject_suspects(
-    keys: Mapping[str, Any], pattern: re.Pattern[str], owner: str, where: str
-) -> None:
-    """Raise DataError for an unknown key that seems to change what is learned: 1 does not, unless
-    it may say that something is masked."""
-    for key, value in keys.items():
-        masks = "mask" in str(key) and "loss" not in str(key)
-        if pattern.search(str(key)) and value not in ((None, []) if masks else (None, 1, [])):
-            raise DataError(
-                f"{owner} has a key `{key}`, which seems to change what is learned and is not "
-                f"known (known for a message: {', '.join(f'`{k}`' for k in LEARNED + _MASKED)})",
-                where=where,
-                fix="write `weight`: 0 in each assistant message that is not to be learned, and "
-                f"remove or rename `{key}`",
-            )
-
-
-def reject_weighted_row(row: Mapping[str, Any], where: str) -> None:
-    """Raises DataError if a key of the row, such as `weight` or `train`, seems to say whether it is
-    learned. Text under such a key (`train: test`) is the name of something else."""
-    suspects = {k: v for k, v in row.items() if not isinstance(v, str)}
-    _reject_suspects(suspects, _SUSPECT_OF_ROW, "The row", where)
-
-
 def _reject_rendering(row: Mapping[str, Any], where: str) -> None:
     for key in _RENDERING:
-        if isinstance(from_json(row.get(key)), (list, Mapping)) and from_json(row[key]):
+        value = from_json(row.get(key), where)
+        if isinstance(value, (list, Mapping)) and value:
             raise DataError(
                 f"The row has `{key}`, which changes what a chat template renders and is not read",
                 where=where,
@@ -206,10 +186,25 @@ def _nullable(message: Mapping[str, Any]) -> dict[str, Any]:
     return {"tool_calls": calls} if calls is not None else {}
 
 
-def as_messages(value: Any) -> Any:
+def chat_or_text(value: Any, where: str) -> Any:
+    """As `as_messages`, but JSON text that is no list of messages remains text."""
+    if not isinstance(value, str):
+        return as_messages(value, where)
+    if not re.match(r'[\s"]*[\[{].*\b(role|from)\b', value, re.DOTALL):
+        return value
+    found = as_messages(value, where)
+    if isinstance(found, list) and all(
+        isinstance(one, Mapping) and ("role" in one or "from" in one) for one in found
+    ):
+        return found
+    return value
+
+
+def as_messages(value: Any, where: str) -> Any:
     """A list of messages that is written as JSON text, or as Hugging Face's `Sequence` of a
-    dictionary: one list for each key. Anything else is returned as it is."""
-    value = from_json(value)
+    dictionary: one list for each key. Anything else is returned as it is. Raises DataError for
+    JSON without a clear meaning."""
+    value = from_json(value, where)
     if not isinstance(value, Mapping) or not all(isinstance(v, list) for v in value.values()):
         return value
     if len({len(column) for column in value.values()}) != 1:
@@ -218,7 +213,7 @@ def as_messages(value: Any) -> Any:
 
 
 def _messages(value: Any, key: str, where: str) -> list[dict[str, Any]]:
-    value = as_messages(value)
+    value = as_messages(value, where)
     if not isinstance(value, list) or not value:
         found = "an empty list" if value == [] else type(value).__name__
         if isinstance(value, str) and re.match(r"\s*\[\s*\{\s*'", value):
@@ -241,7 +236,7 @@ def _with_calls_joined(written: list[Any], messages: list[dict[str, Any]]) -> li
     for one, made in zip(written, messages, strict=True):
         last = joined[-1] if joined else {}
         called = last.get("role") == "assistant" and str(one.get("role")).lower() in _CALLS
-        if called and all(last.get(key) == made.get(key) for key in (*LEARNED, *_MASKED)):
+        if called and all(last.get(key) == made.get(key) for key in (*LEARNED, *MASKED)):
             last["tool_calls"] = [*last.get("tool_calls", ()), *made["tool_calls"]]
         else:
             joined.append(made)
@@ -298,7 +293,7 @@ def _from_sharegpt(message: Mapping[str, Any], name: str, where: str) -> dict[st
     rest = {key: item for key, item in message.items() if key not in ("from", "value")}
     value = message.get("value", message.get("content"))
     if sender in _CALLS:
-        calls = calls_in(value)
+        calls = calls_in(value, where)
         if calls is None:
             raise DataError(
                 f"`{name}` is from {sender}, but its value is not a JSON object with name and "
@@ -351,7 +346,7 @@ def text_parts(parts: list[Any], owner: str, where: str) -> list[str]:
                 where=where,
                 fix=_FIX_OF_PART.get(str(kind), _WRITE_PART),
             )
-        _reject_suspects(part, _SUSPECT, f"A part of {owner}", where)
+        reject_suspects(part, OF_MESSAGE, f"A part of {owner}", where)
         texts.append(text)
     return texts
 
@@ -361,35 +356,3 @@ def joined_text(content: Any) -> str:
     if isinstance(content, list):
         return "".join(part["text"] for part in content)
     return content or ""
-
-
-def _take_weights(messages: list[dict[str, Any]], key: str, where: str) -> frozenset[int]:
-    """Removes the keys for the loss; returns the indices of assistant turns that are context."""
-    context_only = set()
-    for index, message in enumerate(messages):
-        flags = {name: message.pop(name) for name in (*LEARNED, *_MASKED) if name in message}
-        _reject_suspects(message, _SUSPECT, f"`{key}[{index}]`", where)
-        for name, value in flags.items():
-            if not isinstance(value, (bool, int, float)) or value not in (0, 1):
-                raise DataError(
-                    f"`{key}[{index}].{name}` must be 0 or 1, but it is {value!r}",
-                    where=where,
-                    fix="use 1 for a turn that is learned, and 0 for one that is context only",
-                )
-        learned = {bool(value) == (name in LEARNED) for name, value in flags.items()}
-        if len(learned) > 1:
-            raise DataError(
-                f"`{key}[{index}]` has contradictory flags for the loss: {flags}",
-                where=where,
-                fix="keep only one of these keys",
-            )
-        if message["role"] == "assistant" and learned == {False}:
-            context_only.add(index)
-        elif message["role"] != "assistant" and learned == {True}:
-            raise DataError(
-                f"`{key}[{index}]` is marked as learned, but its role is {message['role']}: only "
-                "assistant turns can be learned",
-                where=where,
-                fix=f"remove `{next(iter(flags))}` from this message",
-            )
-    return frozenset(context_only)

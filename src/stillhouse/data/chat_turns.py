@@ -155,7 +155,16 @@ def _no_border(
         "give `prompt` and `completion` as strings"
     )
     opened = marks.opened(before)
-    if opened:
+    if conversation.messages[index - 1]["role"] == "assistant" and not opened:
+        what = (
+            f"Message {index} is an assistant turn right after another one, and the chat template "
+            "writes the two as no model would generate them"
+        )
+        fix = (
+            "join the two into one message; of a tool call, write its result (role `tool`) between "
+            "them"
+        )
+    elif opened:
         mark = opened.rstrip()
         fix = (
             f"begin the turn with its reasoning ({mark}...{marks.closing(opened)}; of synthesized "

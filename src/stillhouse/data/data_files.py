@@ -42,6 +42,7 @@ FORMATS: dict[str, FileFormat] = {
 ALSO_TEXT = (".text", ".md", ".markdown", ".rst")
 """Read as text if the file itself is named; in a folder, such files describe the data."""
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
+_UNPACK = {"gzip": "gzip -dc", "zstd": "zstd -dc", "bz2": "bzip2 -dc", "xz": "xz -dc"}
 _COMPRESSED = 3
 """Rough size of a text relative to its compressed file."""
 _HEAD = 4096
@@ -84,6 +85,7 @@ _CONTENTS = (
     (rb"%PDF-", "a PDF", "extract its text: pdftotext {}"),
     (rb"ARROW1\0\0", "an Arrow file", "save its rows as Parquet or JSONL"),
     (rb"SQLite format 3\0", "an SQLite database", "export the table as CSV"),
+    (rb".{257}ustar", "a tar archive", "unpack it: tar -xf {}"),
     (rb"\{\\rtf", "rich text (RTF)", "save it as plain text, .txt"),
 )  # fmt: skip
 """Beginnings of files, what such a file is, and what to do with it."""
@@ -218,6 +220,8 @@ def check_content(path: Path, head: bytes, format: FileFormat) -> None:
         expected = format == "parquet" and what == _PARQUET
         if not expected and re.match(beginning, head, re.DOTALL):
             where = shlex.quote(str(path))
+            if fix.startswith("add .") and is_compressed(path):
+                what, fix = "compressed twice", _unpack_once(path, fix.split()[1])
             raise DataError(f"The file is {what}", where=path, fix=fix.format(where))
     if format != "text" and _PAGE.match(head):
         raise DataError(
@@ -234,6 +238,13 @@ def check_content(path: Path, head: bytes, format: FileFormat) -> None:
             where=path,
             fix=_iconv(path, encoding),
         )
+
+
+def _unpack_once(path: Path, inner: str) -> str:
+    """inner: the extension of the compression that is inside of another."""
+    new = path.with_name(f"once-{path.with_suffix('').name}{inner}")
+    unpack = _UNPACK[COMPRESSIONS[path.suffix.lower()]]
+    return f"unpack it once, and name the new file: {unpack} {{}} > {shlex.quote(str(new))}"
 
 
 def _undecodable(path: Path, encoding: str) -> DataError:
@@ -284,10 +295,9 @@ def _iconv(path: Path, encoding: str) -> str:
     old = shlex.quote(str(path))
     if compression is None:
         return f"convert it, and name the new file: iconv -f {encoding} -t UTF-8 {old} > {new}"
-    unpack = {"gzip": "gzip", "zstd": "zstd", "bz2": "bzip2", "xz": "xz"}[compression]
     return (
-        f"convert it, and name the new file: {unpack} -dc {old} | iconv -f {encoding} -t UTF-8 "
-        f"> {new}"
+        f"convert it, and name the new file: {_UNPACK[compression]} {old} | iconv -f {encoding} "
+        f"-t UTF-8 > {new}"
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from stillhouse.data.chat_formats import REASONING, is_blank, read_chat
 from stillhouse.data.documents import About, Conversation
-from stillhouse.data.tool_formats import calls_in
+from stillhouse.data.tool_formats import calls_in, from_json
 from stillhouse.errors import DataError
 
 _QUESTIONS = ("instruction", "prompt", "question", "query", "problem")
@@ -21,6 +21,8 @@ _CONTEXTS = ("context", "passage", "article", "document")
 _MORE = ("input", *_CONTEXTS)
 """Text that belongs to the question: after an instruction, but a context before its question."""
 _ANSWERS = ("output", "response", "answer", "answers", "completion", "solution")
+_BESIDE = ("system", "system_prompt", "history", "tools", "functions")
+"""Keys that belong to the chat that is made of the question and its answer."""
 _UNCLEAR = re.compile(
     r"[a-e]|(option|choice)s?_?\w?|(\w+_)?(cot|rationales?|explanations?|thoughts?|chain_of_thought"
     r"|(reasoning|thinking)_\w+|\w+_(reasoning|thinking)|trajectory"
@@ -36,6 +38,15 @@ def is_pair(row: Mapping[str, Any]) -> bool:
     return any(key in keys for key in (*_QUESTIONS, "input")) and any(
         key in keys for key in _ANSWERS
     )
+
+
+def pair_texts(row: Mapping[str, Any]) -> dict[str, str]:
+    """The first question and answer of a row, by their keys; none if they are not two texts."""
+    keys = _lower(row)
+    question = next(key for key in (*_QUESTIONS, "input") if key in keys)
+    answer = next(key for key in _ANSWERS if key in keys)
+    found = {keys[key]: row[keys[key]] for key in (question, answer)}
+    return found if all(isinstance(text, str) for text in found.values()) else {}
 
 
 def is_question(row: Mapping[str, Any]) -> bool:
@@ -57,6 +68,8 @@ def unread_keys(row: Mapping[str, Any], key: str) -> list[str]:
 def read_pair(row: Mapping[str, Any], where: str) -> tuple[Conversation, list[str]]:
     """The chat, and the keys that were read. Raises DataError for a row that is not clear."""
     keys = _lower(row)
+    named = {key: row[keys[key]] for key in _BESIDE if key in keys}
+    row = {**row, **named}
     answers = [key for key in _ANSWERS if key in keys]
     if len(answers) > 1:
         raise _not_clear(answers, keys, where)
@@ -80,7 +93,7 @@ def read_pair(row: Mapping[str, Any], where: str) -> tuple[Conversation, list[st
     alpaca = question == "instruction" and answer == "output"
     format = "Alpaca" if alpaca else f"{question} and {answer}"
     about = About(format, conversation.about.notes)
-    return replace(conversation, about=about), [*used, "history"]
+    return replace(conversation, about=about), [*used, *(keys[key] for key in named)]
 
 
 def read_question(row: Mapping[str, Any], where: str) -> tuple[str, list[str]]:
@@ -140,14 +153,15 @@ def _answer(row: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
             where=where,
             fix=f"remove the row, or fill its `{key}`",
         )
-    calls = calls_in(value) if row.get("tools") else None
+    calls = calls_in(value, where) if row.get("tools") else None
     return {"content": value} if calls is None else {"content": None, "tool_calls": calls}
 
 
 def _history(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
     """Earlier turns: pairs of a user's and an assistant's text."""
     turns = []
-    for pair in row.get("history") or []:
+    history = from_json(row.get("history"), where) or []
+    for pair in history if isinstance(history, list) else [history]:
         if (
             not isinstance(pair, list)
             or len(pair) != 2

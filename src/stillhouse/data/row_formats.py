@@ -8,10 +8,17 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from stillhouse.data.chat_formats import as_messages, is_blank, read_chat, reject_weighted_row
+from stillhouse.data.chat_formats import (
+    as_messages,
+    chat_or_text,
+    is_blank,
+    joined_text,
+    read_chat,
+)
 from stillhouse.data.chatgpt_export import FORMAT, chatgpt_messages, is_chatgpt_export
 from stillhouse.data.documents import About, AnyDocument, Completion, Conversation, Document
-from stillhouse.data.question_formats import is_pair, read_pair
+from stillhouse.data.loss_flags import reject_weighted_row
+from stillhouse.data.question_formats import is_pair, pair_texts, read_pair
 from stillhouse.data.row_reader import header_hint
 from stillhouse.data.words import MISSING
 from stillhouse.errors import DataError
@@ -39,9 +46,9 @@ _TOKENIZED = ("input_ids", "segments")
 def document_from_row(row: Mapping[str, Any], text_key: str, where: str) -> AnyDocument | None:
     """The document in `row`, or None if its text is blank.
 
-    Looks for a chat (also ChatGPT's export), then `prompt` with `completion`, then `text_key`, then
-    a question with its answer in one of their many forms; a `text_key` other than "text" was set by
-    the user, so it comes first. Raises DataError if there is none of them, or if it is not clear
+    Looks for a chat (also ChatGPT's export), then `prompt` with `completion`, then a question with
+    its answer in one of their many forms, then `text_key`; a `text_key` other than "text" was set
+    by the user, so it comes first. Raises DataError if there is none of them, or if it is not clear
     what is learned.
     """
     given = {key: value for key, value in row.items() if value is not None}
@@ -50,10 +57,10 @@ def document_from_row(row: Mapping[str, Any], text_key: str, where: str) -> AnyD
             raise _missing_key(row, text_key, where)
         return _plain(row, text_key, where)
     for key in _CHATS:
-        messages = as_messages(given.get(key))
-        if isinstance(messages, list) or (key == "messages" and key in row):
+        messages = as_messages(given.get(key), where)
+        if isinstance(messages, list) or (key == "messages" and key in given):
             _reject_judged(given, messages, where)
-            chat = read_chat(given if key in given else row, key, where)
+            chat = read_chat(given, key, where)
             sharegpt = any("from" in m for m in messages if isinstance(m, Mapping))
             about = About("ShareGPT" if sharegpt else "messages", chat.about.notes)
             return _noted(replace(chat, about=about), given, (key, *_CHAT_KEYS))
@@ -64,14 +71,30 @@ def document_from_row(row: Mapping[str, Any], text_key: str, where: str) -> AnyD
         document = _completion(row, where)
         chat_keys = _CHAT_KEYS if isinstance(document, Conversation) else ()
         return _noted(document, given, ("prompt", "completion", *chat_keys))
-    if text_key in given:
-        return _plain(row, text_key, where)
-    if is_pair(given):
+    if is_pair(given) and (text_key not in given or _is_rendered(given, text_key, where)):
         chat, used = read_pair(given, where)
         return _noted(chat, given, (*used, *_CHAT_KEYS))
     if text_key in row:
         return _plain(row, text_key, where)
+    if "messages" in row:
+        return read_chat(row, "messages", where)
     raise _missing_key(row, text_key, where)
+
+
+def _is_rendered(given: Mapping[str, Any], text_key: str, where: str) -> bool:
+    """Whether the text of a row is its question and answer once more, as in Alpaca's files on the
+    Hub. Raises DataError if it is another text than these."""
+    pair, text = pair_texts(given), given[text_key]
+    if not pair or not isinstance(text, str) or is_blank(text):
+        return bool(pair)
+    if all(part in text for part in pair.values()):
+        return True
+    names = " and ".join(f"`{key}`" for key in pair)
+    raise DataError(
+        f"It is not clear what is learned: the row has `{text_key}`, and also {names}",
+        where=where,
+        fix=f"remove `{text_key}` to learn the answer; or remove {names} to learn the whole text",
+    )
 
 
 def _exported(given: Mapping[str, Any], where: str) -> Conversation | None:
@@ -91,9 +114,17 @@ def _noted(document: AnyDocument, given: Mapping[str, Any], used: Collection[str
     if unread:
         names = ", ".join(f"`{key}`" for key in unread[:12])
         notes.append(f"not read: {names}" + (", ..." if len(unread) > 12 else ""))
-    if any(_MISSING.fullmatch(text.strip()) for text in _texts(document)):
+    read = [given[key] for key in used if isinstance(given.get(key), str)]
+    if any(_MISSING.fullmatch(text.strip()) for text in (*_texts(document), *read)):
         notes.append(MISSING_AS_TEXT)
+    if isinstance(document, Conversation):
+        blank = {m["role"] for m in document.messages if _is_empty(m)} - {"assistant", "tool"}
+        notes += [f"a message ({role}) is empty" for role in sorted(blank)]
     return replace(document, about=replace(document.about, notes=tuple(notes)))
+
+
+def _is_empty(message: Mapping[str, Any]) -> bool:
+    return is_blank(joined_text(message.get("content")))
 
 
 def _texts(document: AnyDocument) -> list[str]:
@@ -112,7 +143,9 @@ def _plain(row: Mapping[str, Any], key: str, where: str) -> AnyDocument | None:
 
 
 def _completion(row: Mapping[str, Any], where: str) -> AnyDocument:
-    prompt, completion = row["prompt"], row["completion"]
+    prompt, completion = (chat_or_text(row[key], where) for key in ("prompt", "completion"))
+    if isinstance(prompt, str):
+        completion = row["completion"]  # JSON that answers a text, if it is text
     if isinstance(prompt, list) and isinstance(completion, list):
         chat = read_chat(row, "prompt", where, completion="completion")
         return replace(chat, about=About("prompt and completion", chat.about.notes))
@@ -164,8 +197,13 @@ def _reject_judged(given: Mapping[str, Any], messages: Any, where: str) -> None:
     """Raise DataError for a chat whose answer is under another key, or is rated."""
     last = messages[-1] if isinstance(messages, list) and messages else None
     answer = isinstance(last, Mapping) and (last.get("role", last.get("from")) not in _ASKS)
-    if "kto_tag" in given or isinstance(given.get("label"), bool) or not answer:
+    if "kto_tag" in given or _is_rating(given.get("label")) or not answer:
         _reject_others(given, where)
+
+
+def _is_rating(label: Any) -> bool:
+    """Whether a label says yes or no, also as a number or as text (CSV)."""
+    return str(label).strip().lower() in ("true", "false", "0", "1", "0.0", "1.0")
 
 
 def _reject_others(given: Mapping[str, Any], where: str) -> None:
@@ -179,9 +217,9 @@ def _reject_others(given: Mapping[str, Any], where: str) -> None:
                     where=where,
                     fix="keep the preferred answer: write the chat with it as `messages`",
                 )
-    chat = any(key in given for key in ("completion", *_CHATS))
+    chat = is_pair(given) or any(key in given for key in ("completion", *_CHATS))
     rated = "kto_tag" if "kto_tag" in given else "label"
-    if rated == "kto_tag" or (chat and isinstance(given.get("label"), bool)):
+    if rated == "kto_tag" or (chat and _is_rating(given.get("label"))):
         raise DataError(
             f"This is a row of rated answers (KTO): `{rated}` states whether the answer is "
             "preferred",
@@ -245,8 +283,9 @@ def _advice(row: Mapping[str, Any], text_key: str, keys: list[str]) -> str:
             return f"set text_key: {near[0]}, or rename the key"
         if near:
             return f"rename `{near[0]}` to `{want}`"
-    if "prompt" in row or "completion" in row:
-        has, lacks = ("prompt", "completion") if "prompt" in row else ("completion", "prompt")
+    given = [key for key in ("prompt", "completion") if row.get(key) is not None]
+    if given:
+        has, lacks = given[0], "completion" if given[0] == "prompt" else "prompt"
         others = [key for key in texts if key != has]
         rename = f"rename `{others[0]}` to `{lacks}`" if len(others) == 1 else ""
         return rename or "give both `prompt` and `completion`"

@@ -9,21 +9,23 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shlex
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from stillhouse.data.clear_json import check_value, is_suspicious, parse_json
 from stillhouse.data.data_files import FileFormat, format_of, known_format, open_text
 from stillhouse.data.table_rows import Rows, csv_rows, parquet_rows
 from stillhouse.errors import DataError
 from stillhouse.progress import note
 
-_DEEPEST = 100
-"""Nested lists and objects of a row. Templates and hashes recurse, so a deeper row would stop
-them."""
 _CORRECT = "correct the line, or remove it; each line must be one complete JSON object"
-_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
-"""How JSON escapes begin that stand for half of a surrogate pair, or for one of two halves."""
+_ROW_TEXTS = (
+    "text", "prompt", "completion", "instruction", "input", "output", "question", "answer",
+    "query", "response",
+)  # fmt: skip
+"""Keys of the texts of a row in its most common formats."""
 
 T = TypeVar("T")
 
@@ -65,7 +67,7 @@ def read_lines(lines: Iterable[str], name: str, text_key: str) -> Rows:
                 raise _not_utf8_stream(where)
             if line.startswith("{"):
                 value = _json(line, where)
-                yield _object(value, where, text_key, _is_suspicious(line)), where
+                yield _object(value, where, text_key, is_suspicious(line)), where
             elif line:
                 yield {text_key: line}, where
     except UnicodeDecodeError as error:
@@ -153,7 +155,7 @@ def _jsonl_rows(path: Path, text_key: str | None) -> Rows:
                     raise DataError(
                         "The line is a JSON list, not an object", where=where, fix=_fix_of_line("[")
                     )
-                yield _object(value, where, text_key, _is_suspicious(line)), where
+                yield _object(value, where, text_key, is_suspicious(line)), where
 
 
 def _fix_of_line(line: str) -> str:
@@ -173,13 +175,18 @@ def _json_rows(path: Path, text_key: str | None) -> Rows:
     fix = "correct the file; a .json file is one list of objects"
     if _is_object(first):
         fix = "this looks like an object per line: name it .jsonl"
+    elif first.startswith("{"):
+        fix = f"of several objects, make one per line: jq -c . {shlex.quote(str(path))} > NEW.jsonl"
     document = _json(text, str(path), fix)
     items = document
     if isinstance(document, dict):
         lists = {key: value for key, value in document.items() if isinstance(value, list)}
         items = lists.get("data", next(iter(lists.values())) if len(lists) == 1 else None)
-        if items is not None and "data" not in lists and _is_chat(items):
+        if items is not None and "data" not in lists and _is_row(document, items):
             items = None
+        others = [key for key, value in lists.items() if value is not items and _has_objects(value)]
+        if items is not None and others:
+            note(f"{path}: the rows are those of `data`; not read: {', '.join(map(repr, others))}")
     if not isinstance(items, list):
         raise DataError(
             "The JSON file is neither a list nor an object with one list (or with `data`)",
@@ -187,22 +194,30 @@ def _json_rows(path: Path, text_key: str | None) -> Rows:
             fix="write one object per line, as .jsonl; or, if this file is not data, name the "
             "others in the path: *.jsonl",
         )
-    suspicious = _is_suspicious(text)
+    suspicious = is_suspicious(text)
     for number, item in enumerate(items):
         where = f"{path} row {number}"
         yield _object(item, where, text_key, suspicious), where
 
 
-def _is_chat(items: list[Any]) -> bool:
-    """Whether a list is the messages of one chat, so that what holds it is a row."""
+def _is_row(document: dict[str, Any], items: list[Any]) -> bool:
+    """Whether an object with one list is a row: the list is the messages of a chat, or the object
+    has a row's texts beside it."""
     first = items[0] if items else None
-    return isinstance(first, dict) and bool({"role", "from"} & first.keys())
+    chat = isinstance(first, dict) and bool({"role", "from"} & first.keys())
+    return chat or any(
+        isinstance(value, str) and key.lower() in _ROW_TEXTS for key, value in document.items()
+    )
+
+
+def _has_objects(items: list[Any]) -> bool:
+    return bool(items) and isinstance(items[0], dict)
 
 
 def _json(text: str, where: str, fix: str = _CORRECT) -> Any:
     """Raises DataError; also if a key occurs twice in an object."""
     try:
-        return json.loads(text, object_pairs_hook=_distinct)
+        return parse_json(text)
     except (ValueError, RecursionError) as error:
         detail = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         if isinstance(error, json.JSONDecodeError):
@@ -213,18 +228,9 @@ def _json(text: str, where: str, fix: str = _CORRECT) -> Any:
         raise DataError(f"Invalid JSON: {detail}", where=where, fix=fix) from error
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} occurs twice in an object")
-    return found
-
-
 def _object(value: Any, where: str, text_key: str | None, suspicious: bool) -> dict[str, Any]:
     if suspicious:
-        _check_value(value, where)
+        check_value(value, where)
     if isinstance(value, dict):
         return value
     if isinstance(value, str) and text_key is not None:
@@ -234,31 +240,3 @@ def _object(value: Any, where: str, text_key: str | None, suspicious: bool) -> d
         where=where,
         fix='write each row as an object, e.g. {"text": "..."}',
     )
-
-
-def _is_suspicious(text: str) -> bool:
-    """Whether JSON may hold half of a surrogate pair, or something nested too deeply."""
-    return bool(_HALF_PAIR.search(text)) or text.count("[") + text.count("{") > _DEEPEST
-
-
-def _check_value(value: Any, where: str) -> None:
-    left = [(value, 1)]
-    while left:
-        part, depth = left.pop()
-        if depth > _DEEPEST:
-            raise DataError(
-                f"The row is nested more than {_DEEPEST} levels deep", where=where, fix=_CORRECT
-            )
-        if isinstance(part, str):
-            half = re.search("[\ud800-\udfff]", part)
-            if half:
-                raise DataError(
-                    f"The text holds {half[0]!r}, half of a surrogate pair: "
-                    "it is not valid Unicode",
-                    where=where,
-                    fix="write the file again as valid UTF-8, or remove the row",
-                )
-        elif isinstance(part, dict):
-            left += [(inner, depth + 1) for pair in part.items() for inner in pair]
-        elif isinstance(part, list):
-            left += [(inner, depth + 1) for inner in part]

@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,14 +47,19 @@ def csv_rows(path: Path, format: Literal["csv", "tsv"]) -> Rows:
         else:
             delimiter = _delimiter(head, delimiter, f"{path}:{skipped + 1}")
         # Strict: otherwise an unclosed quote makes one cell of the rest of the file.
-        reader = csv.reader(itertools.chain([head], lines), delimiter=delimiter, strict=True)
+        record: list[str] = []
+        kept = _kept(itertools.chain([head], lines), record)
+        reader = csv.reader(kept, delimiter=delimiter, strict=True)
         start = skipped + 1
         try:
-            header = _header(next(reader, []), f"{path}:{start}")
+            names = next(reader, [])
+            _reject_spaces(names, record, delimiter, f"{path}:{start}")
+            header = _header(names, f"{path}:{start}")
             start = skipped + reader.line_num + 1
             for cells in reader:
                 where = f"{path}:{skipped + reader.line_num}"
                 start = skipped + reader.line_num + 1
+                _reject_spaces(cells, record, delimiter, where)
                 blank = len(header) > 1 and not any(map(str.strip, cells))
                 if cells and not blank:
                     yield _row(cells, header, delimiter, where), where
@@ -64,6 +69,33 @@ def csv_rows(path: Path, format: Literal["csv", "tsv"]) -> Rows:
                 where=f"{path}:{start}",
                 fix="close its quotes; a quote inside a quoted cell is written twice",
             ) from error
+
+
+def _kept(lines: Iterable[str], record: list[str]) -> Iterator[str]:
+    """The lines, of which `record` also gets each one."""
+    for line in lines:
+        record.append(line)
+        yield line
+
+
+def _reject_spaces(cells: Sequence[str], record: list[str], delimiter: str, where: str) -> None:
+    """Raise DataError for spaces before the quotes of a cell: CSV makes the quotes part of the
+    text, and divides the cell where it has a delimiter. record: the row's lines, which are then
+    removed from it."""
+    lines = record.copy()
+    record.clear()
+    if not any(cell[:1] == " " and cell.lstrip(" ")[:1] == '"' for cell in cells):
+        return
+    try:
+        meant = next(csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True))
+    except csv.Error:
+        return  # the quotes enclose only a part of the cell
+    if [cell.lstrip(" ") for cell in meant] != [cell.lstrip(" ") for cell in cells]:
+        raise DataError(
+            "A cell has spaces before its quotes, so that the quotes would be part of the text",
+            where=where,
+            fix=f"remove the spaces between {delimiter!r} and the quotes",
+        )
 
 
 def _first_line(lines: Iterator[str]) -> tuple[int, str]:

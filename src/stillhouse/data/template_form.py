@@ -90,7 +90,7 @@ class TemplateForm:
         given = inner.get("arguments")
         arguments = given
         if isinstance(given, str) and not self.reads_argument_text:
-            decoded = from_json(given)
+            decoded = from_json(given, "a tool call")
             arguments = decoded if isinstance(decoded, Mapping) else given
         elif (
             isinstance(given, Mapping)

@@ -6,15 +6,16 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from stillhouse.errors import DataError
+from stillhouse.data.clear_json import DoubleKeyError, check_value, is_suspicious, parse_json
+from stillhouse.errors import DataError, shown
 
 _WRITE_CALL = 'write it as {"type": "function", "function": {"name": "...", "arguments": {...}}}'
 
 
 def read_tools(row: Mapping[str, Any], where: str) -> list[Any]:
     """The row's `tools`, or its `functions` in OpenAI's older form; JSON text is decoded."""
-    tools = from_json(row.get("tools"))
-    functions = from_json(row.get("functions"))
+    tools = from_json(row.get("tools"), where)
+    functions = from_json(row.get("functions"), where)
     if not tools and functions and isinstance(functions, list):
         tools = [{"type": "function", "function": function} for function in functions]
     if not tools:
@@ -25,7 +26,7 @@ def read_tools(row: Mapping[str, Any], where: str) -> list[Any]:
             where=where,
             fix="write the tools as a JSON list, or remove the key",
         )
-    tools = [from_json(tool) for tool in tools]
+    tools = [from_json(tool, where) for tool in tools]
     for number, tool in enumerate(tools):
         if not isinstance(tool, Mapping):
             raise DataError(
@@ -33,12 +34,13 @@ def read_tools(row: Mapping[str, Any], where: str) -> list[Any]:
                 where=where,
                 fix='write it as {"type": "function", "function": {"name": "...", ...}}',
             )
+        _reject_other_types(tool, f"`tools[{number}]`", where)
     return tools
 
 
-def calls_in(text: Any) -> list[dict[str, Any]] | None:
+def calls_in(text: Any, where: str) -> list[dict[str, Any]] | None:
     """The tool calls that JSON text consists of: objects with name and arguments."""
-    value = from_json(text)
+    value = from_json(text, where)
     calls = value if isinstance(value, list) else [value]
     if not calls or not all(
         isinstance(c, Mapping) and isinstance(c.get("name"), str) for c in calls
@@ -59,13 +61,13 @@ def calls_in(text: Any) -> list[dict[str, Any]] | None:
 def decode_calls(message: dict[str, Any], name: str, where: str) -> None:
     """`tool_calls` as a list of objects; OpenAI's older `function_call` becomes one."""
     if message.get("function_call"):
-        call = from_json(message.pop("function_call"))
+        call = from_json(message.pop("function_call"), where)
         message.setdefault("tool_calls", [{"type": "function", "function": call}])
-    calls = from_json(message.get("tool_calls"))
+    calls = from_json(message.get("tool_calls"), where)
     if not calls:
         message.pop("tool_calls", None)
         return
-    calls = [from_json(call) for call in calls] if isinstance(calls, list) else [calls]
+    calls = [from_json(call, where) for call in calls] if isinstance(calls, list) else [calls]
     for number, call in enumerate(calls):
         inner = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
@@ -87,14 +89,29 @@ def _with_arguments(call: Mapping[str, Any], name: str, where: str) -> dict[str,
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
         arguments = {}
     arguments = _bare_json(arguments)
-    if not isinstance(from_json(arguments), Mapping):
+    decoded = from_json(arguments, where)
+    if not isinstance(decoded, Mapping):
         raise DataError(
             f"The arguments of {name} are not a JSON object: {str(arguments)[:60]!r}",
             where=where,
             fix=_WRITE_CALL,
         )
+    _reject_other_types(decoded, f"the arguments of {name}", where)
     filled = {**inner, "arguments": arguments}
     return {**call, "function": filled} if "function" in call else filled
+
+
+def _reject_other_types(value: Any, owner: str, where: str) -> None:
+    """Raise DataError for a value that JSON does not have: Parquet's dates, decimals and bytes."""
+    if isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            _reject_other_types(item, owner, where)
+    elif value is not None and not isinstance(value, (str, bool, int, float)):
+        raise DataError(
+            f"A value in {owner} is of type {type(value).__name__}, which JSON does not have",
+            where=where,
+            fix="write the value as a string or a number",
+        )
 
 
 def without_nulls(value: Any) -> tuple[Any, int]:
@@ -114,16 +131,25 @@ def without_nulls(value: Any) -> tuple[Any, int]:
     return value, 0
 
 
-def from_json(value: Any) -> Any:
+def from_json(value: Any, where: str) -> Any:
     """The value of JSON text of a list or an object, however often it is encoded; anything else
-    as it is."""
+    as it is. Raises DataError for JSON without a clear meaning: see `clear_json`."""
     value = _bare_json(value)
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return value
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        decoded = parse_json(value)
+    except DoubleKeyError as error:
+        raise DataError(
+            f"The row has JSON text in which {error}: {shown(value)}",
+            where=where,
+            fix="keep one of the two values",
+        ) from error
+    except (ValueError, RecursionError):
+        return value
+    if is_suspicious(value):
+        check_value(decoded, where)
+    return decoded
 
 
 def _bare_json(value: Any) -> Any:

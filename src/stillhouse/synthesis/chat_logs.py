@@ -10,8 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from stillhouse.data.chat_formats import LEARNED, as_messages, with_known_role
+from stillhouse.data.chat_formats import as_messages, with_known_role
 from stillhouse.data.data_files import FileFormat, known_format
+from stillhouse.data.loss_flags import LEARNED
 from stillhouse.data.question_formats import is_pair, read_pair
 from stillhouse.data.reasoning import MARKS
 from stillhouse.data.row_reader import read_rows
@@ -159,7 +160,7 @@ def logs_format(path: Path) -> FileFormat:
 def _answer(row: Mapping[str, Any], where: str) -> str | None:
     """The last assistant turn, wherever logs store it; None if it is not to be learned."""
     for place in _CHATS:
-        messages = as_messages(at(row, place))
+        messages = as_messages(at(row, place), where)
         if isinstance(messages, list) and messages and isinstance(messages[-1], Mapping):
             last = with_known_role(messages[-1], "the last message", where)
             if last["role"] == "assistant":

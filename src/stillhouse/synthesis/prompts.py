@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.data.chat_formats import (
-    LEARNED,
     add_system,
     as_messages,
+    chat_or_text,
     reject_media,
     text_parts,
     with_known_role,
 )
+from stillhouse.data.loss_flags import LEARNED
 from stillhouse.data.question_formats import is_pair, is_question, read_question, unread_keys
 from stillhouse.data.row_reader import header_hint, not_empty, read_rows
 from stillhouse.data.tool_formats import read_tools
@@ -90,9 +91,9 @@ def unread_notes(path: Path, *, format: PromptFormat = "auto", key: str = "promp
 
 def prompt_messages(row: Mapping[str, Any], key: str, where: str) -> tuple[Message, ...]:
     """The chat in a row, up to the user's last turn. Raises DataError."""
-    found, holder = as_messages(row.get(key)), row
+    found, holder = chat_or_text(row.get(key), where), row
     if found is None and key == "prompt":
-        found, holder = _logged(row)
+        found, holder = _logged(row, where)
         given = {name: value for name, value in row.items() if value is not None}
         if found is None and (is_pair(given) or is_question(given)):
             found = read_question(given, where)[0]
@@ -112,10 +113,10 @@ def prompt_messages(row: Mapping[str, Any], key: str, where: str) -> tuple[Messa
     return tuple(messages)
 
 
-def _logged(row: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+def _logged(row: Mapping[str, Any], where: str) -> tuple[Any, Mapping[str, Any]]:
     """The messages of a chat or its log, and the object that holds them."""
     for place in _LOG_PLACES:
-        value = as_messages(at(row, place))
+        value = as_messages(at(row, place), where)
         if isinstance(value, list):
             return value, at(row, place[:-1])
     return None, row

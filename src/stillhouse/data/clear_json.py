@@ -1,0 +1,64 @@
+"""Rejects JSON that has no clear meaning: a key twice in an object, half of a surrogate pair, and
+values nested so deeply that templates and hashes, which recurse, would stop."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from stillhouse.errors import DataError
+
+_DEEPEST = 100
+"""Nested lists and objects of a row."""
+_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
+"""How JSON escapes begin that stand for half of a surrogate pair, or for one of two halves."""
+
+
+class DoubleKeyError(ValueError):
+    """A key occurs twice in an object."""
+
+
+def parse_json(text: str) -> Any:
+    """As `json.loads`, but raises DoubleKeyError, a ValueError, for a key that occurs twice."""
+    return json.loads(text, object_pairs_hook=_distinct)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise DoubleKeyError(f"the key {twice!r} occurs twice in an object")
+    return found
+
+
+def is_suspicious(text: str) -> bool:
+    """Whether JSON may hold half of a surrogate pair, or something nested too deeply."""
+    return bool(_HALF_PAIR.search(text)) or text.count("[") + text.count("{") > _DEEPEST
+
+
+def check_value(value: Any, where: str) -> None:
+    """Raises DataError for half of a surrogate pair, and for a value that is nested too deeply."""
+    left = [(value, 1)]
+    while left:
+        part, depth = left.pop()
+        if depth > _DEEPEST:
+            raise DataError(
+                f"The row is nested more than {_DEEPEST} levels deep",
+                where=where,
+                fix="correct the row, or remove it",
+            )
+        if isinstance(part, str):
+            half = re.search("[\ud800-\udfff]", part)
+            if half:
+                raise DataError(
+                    f"The text holds {half[0]!r}, half of a surrogate pair: "
+                    "it is not valid Unicode",
+                    where=where,
+                    fix="write the file again as valid UTF-8, or remove the row",
+                )
+        elif isinstance(part, dict):
+            left += [(inner, depth + 1) for pair in part.items() for inner in pair]
+        elif isinstance(part, list):
+            left += [(inner, depth + 1) for inner in part]

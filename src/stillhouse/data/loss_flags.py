@@ -1,0 +1,80 @@
+"""Reads the keys of messages and rows that say which turns are learned."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from stillhouse.errors import DataError
+
+LEARNED = ("weight", "train", "training", "loss", "trainable")
+"""Keys that say with 1 or true that a turn is learned: those of OpenAI, Axolotl (two), ms-swift
+and Fireworks."""
+MASKED = ("masked",)
+"""Keys with the opposite meaning: torchtune's."""
+OF_MESSAGE = re.compile(
+    r"(^|_)(weights?|loss|mask|masks|masked|train|training|trainable|learn|learned|learnable"
+    r"|supervised|ignored?|skip|skipped)(_|$)"
+)
+_OF_ROW = re.compile(r"(^|_)(weights?|loss|mask|masks|train|trainable)(_|$)")
+
+
+def reject_suspects(
+    keys: Mapping[str, Any], pattern: re.Pattern[str], owner: str, where: str
+) -> None:
+    """Raise DataError for an unknown key that seems to change what is learned: 1 does not, unless
+    it may say that something is masked, and 0 does not if the key says that it is skipped."""
+    for key, value in keys.items():
+        harmless: tuple[Any, ...] = (None, [], 1)
+        if re.search("skip|ignore", str(key)):
+            harmless = (None, [], 0)
+        elif "mask" in str(key) and "loss" not in str(key):
+            harmless = (None, [])
+        if pattern.search(str(key)) and value not in harmless:
+            raise DataError(
+                f"{owner} has a key `{key}`, which seems to change what is learned and is not "
+                f"known (known for a message: {', '.join(f'`{k}`' for k in LEARNED + MASKED)})",
+                where=where,
+                fix="write `weight`: 0 in each assistant message that is not to be learned, and "
+                f"remove or rename `{key}`",
+            )
+
+
+def reject_weighted_row(row: Mapping[str, Any], where: str) -> None:
+    """Raises DataError if a key of the row, such as `weight` or `train`, seems to say whether it is
+    learned. Text under such a key (`train: test`) is the name of something else."""
+    suspects = {k: v for k, v in row.items() if not isinstance(v, str)}
+    reject_suspects(suspects, _OF_ROW, "The row", where)
+
+
+def take_weights(messages: list[dict[str, Any]], key: str, where: str) -> frozenset[int]:
+    """Removes the keys for the loss; returns the indices of assistant turns that are context."""
+    context_only = set()
+    for index, message in enumerate(messages):
+        flags = {name: message.pop(name) for name in (*LEARNED, *MASKED) if name in message}
+        reject_suspects(message, OF_MESSAGE, f"`{key}[{index}]`", where)
+        for name, value in flags.items():
+            if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+                raise DataError(
+                    f"`{key}[{index}].{name}` must be 0 or 1, but it is {value!r}",
+                    where=where,
+                    fix="use 1 for a turn that is learned, and 0 for one that is context only",
+                )
+        learned = {bool(value) == (name in LEARNED) for name, value in flags.items()}
+        if len(learned) > 1:
+            raise DataError(
+                f"`{key}[{index}]` has contradictory flags for the loss: {flags}",
+                where=where,
+                fix="keep only one of these keys",
+            )
+        if message["role"] == "assistant" and learned == {False}:
+            context_only.add(index)
+        elif message["role"] != "assistant" and learned == {True}:
+            raise DataError(
+                f"`{key}[{index}]` is marked as learned, but its role is {message['role']}: only "
+                "assistant turns can be learned",
+                where=where,
+                fix=f"remove `{next(iter(flags))}` from this message",
+            )
+    return frozenset(context_only)
