@@ -211,3 +211,23 @@ def test_a_tokenizer_without_eos_is_rejected() -> None:
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="no end-of-text token"):
         rows_of(Document("text"), tokenizer)
+
+
+def test_two_assistant_turns_in_a_row_are_named_as_the_cause() -> None:
+    """As Qwen 3's template, which writes empty reasoning in the last turn alone."""
+    template = CHATML.replace(
+        "{{ m['content'] }}",
+        "{% if m['role'] == 'assistant' and loop.last %}<think></think>{% endif %}"
+        "{{ m['content'] }}",
+    ).replace("assistant\n{% endif %}", "assistant\n<think></think>{% endif %}")
+    messages = [*chat("a", "b"), {"role": "assistant", "content": "c"}]
+    with pytest.raises(DataError, match="right after another one") as error:
+        rows_of(conversation(messages), byte_level(template))
+    assert "join the two" in str(error.value.fix)
+    assert rows_of(conversation(chat("a", "b", "c", "d")), byte_level(template))
+
+
+def test_a_template_that_jinja_cannot_read_is_named_as_damaged() -> None:
+    with pytest.raises(DataError, match="chat template is damaged") as error:
+        rows_of(conversation(chat("a", "b")), byte_level("{% for m in messages %}"))
+    assert "chat_template.jinja" in str(error.value.fix)

@@ -8,10 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer, Phi3Config
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaTokenizer,
+    Phi3Config,
+)
 
 from stillhouse.students.student import Student
-from stillhouse.teachers.older_names import save_tokenizer, with_older_names
+from stillhouse.teachers.load_model import load_config
+from stillhouse.teachers.older_names import save_tokenizer, with_older_names, write_older_names
 from tests import tiny
 from tests.teachers.toys import CONFIGS, SIZES, tiny_model
 
@@ -113,3 +120,39 @@ def test_tokens_that_a_version_4_class_would_add_are_noted(tmp_path: Path) -> No
     assert config["tokenizer_class"] == "LlamaTokenizer"
     assert (config["add_bos_token"], config["add_eos_token"]) == (False, False)
     assert AutoTokenizer.from_pretrained(tmp_path)("a")["input_ids"] == words("a")["input_ids"]
+
+
+def _nested(config: Any) -> bool:
+    rope = getattr(config, "rope_parameters", None) or {}
+    return isinstance(rope, dict) and isinstance(rope.get("full_attention"), dict)
+
+
+SCALINGS: tuple[dict[str, Any], ...] = (
+    {},
+    {"rope_type": "linear", "factor": 4.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024},
+)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=("default", "linear", "yarn"))
+@pytest.mark.parametrize(
+    "kind",
+    ["gemma3_text", "gemma3n_text", "gemma4_text", "laguna", "lfm3", "mellum", "mimo_v2_flash",
+     "modernbert-decoder", "olmo3"],
+)  # fmt: skip
+def test_embeddings_of_each_kind_of_layer_are_read_back(
+    kind: str, scaling: dict[str, Any], tmp_path: Path
+) -> None:
+    """transformers 5 reads the older names, too, and prefers `rope_scaling`."""
+    config = CONFIG_MAPPING[kind]()
+    assert _nested(config)
+    config.rope_parameters["full_attention"].update(scaling)
+    config.save_pretrained(tmp_path)
+    expected = load_config(tmp_path).rope_parameters
+    write_older_names(tmp_path)
+    found = load_config(tmp_path).rope_parameters
+    without_type = {
+        layer: {key: value for key, value in rope.items() if key != "type"}
+        for layer, rope in found.items()
+    }
+    assert without_type == expected

@@ -114,6 +114,8 @@ def test_a_configuration_of_an_unknown_model(folder: Path, key: str, value: obje
         ("scale_emb", 12),
         ("clip_qkv", 8.0),
         ("no_rope_layers", [1, 1, 0]),
+        ("partial_rotary_factor", 0.5),
+        ("rotary_pct", 0.25),
     ],
 )
 def test_a_key_that_the_architecture_does_not_have(folder: Path, key: str, value: Any) -> None:
@@ -121,6 +123,73 @@ def test_a_key_that_the_architecture_does_not_have(folder: Path, key: str, value
     assert f"config.json has {key}: {value}" in refusal(folder)
     edit(folder, "config.json", **{key: None})
     load_model(folder, dtype=torch.float32)
+
+
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("keys", "what"),
+    [
+        ({"rope_theta": 500.0}, "two different rotary embeddings: rope_theta is 500.0"),
+        ({"rope_scaling": YARN}, "two different rotary embeddings: rope_scaling"),
+        ({"rope_parameters": {**ROPE, **YARN}, "rope_scaling": {**YARN, "factor": 8.0}}, "two"),
+        ({"rope_parameters": {**ROPE, "factor": 4.0}}, "without a rope_type"),
+        ({"rope_parameters": None, "rope_scaling": {"factor": 4.0}}, "without a rope_type"),
+        ({"rope_parameters": {**ROPE, "rope_theta": 0}}, "rope_theta is 0, and must be a positive"),
+        ({"rope_parameters": None, "rope_theta": float("nan")}, "rope_theta is nan"),
+        ({"rope_parameters": {**ROPE, **YARN, "factor": -4.0}}, "factor is -4.0"),
+        ({"layer_types": ["sliding_attention"] * 3}, "sliding_window is not set"),
+    ],
+)
+def test_keys_of_attention_that_contradict_each_other(
+    folder: Path, keys: dict[str, Any], what: str
+) -> None:
+    """transformers reads one of two values, and a factor without a type not at all."""
+    edit(folder, "config.json", **keys)
+    assert what in refusal(folder)
+    with pytest.raises(ModelError, match=what):
+        check_model_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rope_theta": 1e4, "rope_scaling": None},
+        {"rope_parameters": {**ROPE, **YARN}, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {"rope_parameters": None, "rope_theta": 500.0, "rope_scaling": YARN},
+        {"partial_rotary_factor": 1.0},
+    ],
+)
+def test_keys_of_attention_that_agree(folder: Path, keys: dict[str, Any]) -> None:
+    edit(folder, "config.json", **keys)
+    load_model(folder, dtype=torch.float32)
+
+
+def test_settings_of_outputs_are_not_taken_over(folder: Path) -> None:
+    edit(folder, "config.json", return_dict=False, output_hidden_states=True)
+    model = load_model(folder, dtype=torch.float32)
+    output = model(input_ids=torch.arange(3, 9)[None])
+    assert output.hidden_states is None
+    assert output.logits.shape[:2] == (1, 6)
+
+
+def test_an_end_token_that_the_tokenizer_does_not_have(folder: Path) -> None:
+    """transformers adds it behind the others, where the model has no token, or padding."""
+    edit(folder, "tokenizer_config.json", eos_token="<end>")
+    with pytest.raises(ModelError, match="'<end>' is not in tokenizer"):
+        load_tokenizer(folder)
+    edit(folder, "tokenizer_config.json", eos_token="<|user|>")
+    assert load_tokenizer(folder).eos_token == "<|user|>"
+
+
+def test_a_tokenizer_that_drops_merges_at_random(folder: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["dropout"] = 0.1
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match="at random"):
+        load_tokenizer(folder)
 
 
 def test_more_layers_than_any_model_has(folder: Path) -> None:

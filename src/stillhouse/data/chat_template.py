@@ -81,3 +81,10 @@ def template_errors() -> tuple[type[Exception], ...]:
     import jinja2
 
     return (jinja2.TemplateError, AttributeError, LookupError, TypeError, ValueError)
+
+
+def is_damaged(error: Exception) -> bool:
+    """Whether an error of a chat template is about the template alone."""
+    import jinja2
+
+    return isinstance(error, jinja2.TemplateSyntaxError)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from stillhouse.data.chat_template import reasoning_key, render_chat, template_errors
+from stillhouse.data.chat_template import is_damaged, reasoning_key, render_chat, template_errors
 from stillhouse.data.documents import Conversation, Message
 from stillhouse.data.reasoning import KEYS, MARKS, THINK, Marks, Pair, reasoning_of
 from stillhouse.data.turn_end import text_until_end, turn_end
@@ -188,6 +188,12 @@ def _render(conversation: Conversation, end: int, generate: bool, tokenizer: Any
             generation_prompt=generate,
         )
     except template_errors() as error:
+        if is_damaged(error):
+            raise DataError(
+                f"The chat template is damaged: {error}",
+                where=getattr(tokenizer, "name_or_path", None) or conversation.where,
+                fix="copy the tokenizer's chat_template.jinja, or its tokenizer_config.json, again",
+            ) from error
         roles = ", ".join(message["role"] for message in conversation.messages)
         raise DataError(
             f"The chat template rejects the row: {error} (roles: {roles})",

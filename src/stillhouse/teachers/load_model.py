@@ -21,10 +21,11 @@ from stillhouse.teachers.model_requirements import (
     require_padding,
     require_quantization,
     require_tokens,
+    require_windows,
 )
 from stillhouse.teachers.quantized_model import dequantize, float_values, set_buffers
 from stillhouse.teachers.quiet import quiet
-from stillhouse.teachers.stored_tokenizer import as_stored
+from stillhouse.teachers.stored_tokenizer import as_stored, require_stored_tokens
 from stillhouse.teachers.weights import (
     WHOLE_NUMBERS,
     read_json,
@@ -165,6 +166,9 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
             "trust_remote_code: true",
         ) from error
     require_known_keys(config, read_json(path / "config.json"), path / "config.json")
+    require_windows(config, path / "config.json")
+    for part in (config, config.get_text_config()):
+        part.return_dict, part.output_attentions, part.output_hidden_states = True, False, False
     return config
 
 
@@ -185,6 +189,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
         raise _no_tokenizer(path, str(error)) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise _no_tokenizer(path, "it has only special tokens")
+    require_stored_tokens(tokenizer, path)
     return tokenizer
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
 from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -9,6 +11,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from stillhouse.errors import ModelError
 from stillhouse.teachers.quiet import quiet
+from stillhouse.teachers.rope_keys import require_rope
 
 MOST_LAYERS = 2000
 _GENERATION = "generation_config.json"
@@ -39,6 +42,8 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "n_group": (1,),
     "routed_scaling_factor": (1,),
     "shared_kv_layers": (0,),
+    "partial_rotary_factor": (1,),
+    "rotary_pct": (1,),
 }
 """Keys of config.json that change a model's output if its class reads them, and the values
 besides null that have no effect."""
@@ -55,6 +60,7 @@ def require_known_keys(config: Any, raw: dict[str, Any], where: object = None) -
     # The model's own code may read any key.
     if not isinstance(keys, dict) or not kind.__module__.startswith("transformers."):
         return
+    require_rope(keys, where)
     with quiet():
         known = {*kind.attribute_map, *vars(kind())}
     for key in NEUTRAL.keys() & keys.keys() - known:
@@ -62,12 +68,46 @@ def require_known_keys(config: Any, raw: dict[str, Any], where: object = None) -
         unused = key == "sliding_window" and keys.get("use_sliding_window") is False
         if value is None or value in NEUTRAL[key] or unused or hasattr(kind, key):
             continue
+        if key in _OF_SOME_MODELS and (_scales(keys) or _model_reads(kind, key)):
+            continue
         raise ModelError(
             f"config.json has {key}: {value}, which transformers ignores in a model of type "
             f"{holder.model_type}",
             where=where,
             fix="if the model was trained with it, set a model_type that supports it; if not, "
             f"remove {key} from config.json",
+        )
+
+
+_OF_SOME_MODELS = ("partial_rotary_factor", "rotary_pct")
+"""Keys that configurations move into `rope_parameters`, where only some models read them."""
+
+
+def _scales(keys: dict[str, Any]) -> bool:
+    """Whether the rotary embeddings are of a type that all models share."""
+    rope = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
+    return isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) not in (
+        None,
+        "default",
+    )
+
+
+def _model_reads(kind: type, key: str) -> bool:
+    """Whether the source of a configuration's model names a key."""
+    folder = Path(inspect.getfile(kind)).parent
+    sources = [*folder.glob("modeling_*.py"), *folder.glob("configuration_*.py")]
+    return any(key in file.read_text(encoding="utf-8") for file in sources)
+
+
+def require_windows(config: Any, where: object = None) -> None:
+    """Raise ModelError for layers with a sliding window of no size."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or []
+    if "sliding_attention" in kinds and not getattr(text, "sliding_window", None):
+        raise ModelError(
+            "layer_types has layers with a sliding window, and sliding_window is not set",
+            where=where,
+            fix="set sliding_window in config.json, or copy the model's own config.json again",
         )
 
 

@@ -20,6 +20,9 @@ FULL_BASE = {
 }
 ROTATED_SHARE = {"gpt_neox": "rotary_pct", "gpt_neox_japanese": "rotary_pct"}
 """Names specific to a model type, by model type."""
+SCALED_BY_LAYER = ("gemma3_text", "gemma3n_text", "olmo3")
+"""Model types with an embedding for each kind of layer whose `rope_scaling` is that of layers
+without a window. For all others, version 5 would read it as the embedding of every layer."""
 FRAMED_BY_CLASS = {f"{name}Tokenizer" for name in ("Llama", "CodeLlama", "Gemma", "Cohere")}
 """Classes that in version 4 prepend a token to every text unless the configuration disables it,
 regardless of tokenizer.json."""
@@ -51,13 +54,13 @@ def with_older_names(config: dict[str, Any]) -> dict[str, Any]:
     sliding = ropes.get("sliding_attention")
     if sliding:
         found[SLIDING_BASE.get(kind, "rope_local_base_freq")] = sliding["rope_theta"]
-    rope = ropes.get("full_attention", ropes)
+    rope = ropes.get("full_attention", ropes) or {}  # None: layers without positions
     if "rope_theta" not in rope:
         return found
     found[FULL_BASE.get(kind, "rope_theta")] = rope["rope_theta"]
-    if "partial_rotary_factor" in rope:
+    if "partial_rotary_factor" in rope and rope is ropes:
         found[ROTATED_SHARE.get(kind, "partial_rotary_factor")] = rope["partial_rotary_factor"]
-    if rope["rope_type"] != "default":
+    if rope["rope_type"] != "default" and (rope is ropes or kind in SCALED_BY_LAYER):
         found["rope_scaling"] = _scaling(rope, kind)
     if rope["rope_type"] == "longrope":
         found["original_max_position_embeddings"] = rope["original_max_position_embeddings"]

@@ -10,9 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from stillhouse.errors import ModelError
 from stillhouse.progress import note
+from stillhouse.teachers.weights import read_json
 
 PROBES = (
     "In 2023, 650841823 people paid $1,234.50 (3.5%).",
@@ -46,6 +49,38 @@ def as_stored(tokenizer: Any, folder: Path) -> Any:
     return tokenizer if same else stored
 
 
+def require_stored_tokens(tokenizer: Any, folder: Path) -> None:
+    """Raise ModelError for an end token that the folder's tokenizer.json does not have, to which
+    transformers gives a new id, and for tokens that are chosen at random."""
+    file = folder / "tokenizer.json"
+    if not file.is_file() or not _of_transformers(tokenizer):
+        return
+    if getattr(tokenizer.backend_tokenizer.model, "dropout", None):
+        raise ModelError(
+            "the tokenizer drops merges at random (dropout): a text has other tokens each time",
+            where=file,
+            fix='set "dropout" of its "model" to null',
+        )
+    end = tokenizer.eos_token
+    if end is None or tokenizer.eos_token_id < len(tokenizer) - _MOST_NEW:
+        return
+    if Tokenizer.from_file(str(file)).token_to_id(end) is not None:
+        return
+    settings = folder / "tokenizer_config.json"
+    others = read_json(settings).get("added_tokens_decoder") if settings.is_file() else None
+    more = folder / "added_tokens.json"
+    if end in str(others) or (more.is_file() and end in read_json(more)):
+        return
+    raise ModelError(
+        f"the end token {end!r} is not in tokenizer.json: transformers would give it a new id, "
+        "which the model has never generated",
+        where=folder,
+        fix="set eos_token in tokenizer_config.json to a token of tokenizer.json",
+    )
+
+
+_MOST_NEW = 16
+"""Ids at the end among which are those of new special tokens."""
 _PLAIN = ("TokenizersBackend", "PreTrainedTokenizerFast")
 """Classes that load tokenizer.json without changes."""
 

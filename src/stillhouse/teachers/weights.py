@@ -98,7 +98,8 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """A JSON object. Raises ValueError for a repeated key with different values."""
     found: dict[str, object] = {}
     for key, value in pairs:
-        if found.setdefault(key, value) != value:
+        first = found.setdefault(key, value)
+        if first is not value and first != value:  # NaN differs from itself
             raise ValueError(f"the key {key!r} is given twice, with two values")
     return found
 
