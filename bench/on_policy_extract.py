@@ -4,8 +4,8 @@
 
 The teacher's examples are in the student's prompt too (task.student_sees: all), since own text is
 scored under the student's prompt. Both students take the same optimizer steps; in one of them, half
-of each step's rows are the student's own answers. Finished runs are not repeated with the same
---folder.
+of each step's rows are the student's own answers. They have one run folder, so that the teacher
+answers once, and what is finished is not repeated.
 """
 
 from __future__ import annotations
@@ -25,8 +25,13 @@ KINDS = {"data": (), "own_text": ("train.on_policy.share=0.5", "train.on_policy.
 
 
 def measure(options: argparse.Namespace, kind: str, seed: int) -> dict[str, Any]:
-    folder = (options.folder / f"{kind}-{seed}").resolve()
-    given = [f"seed={seed}", f"folder={folder}", *COMMON, *KINDS[kind], *options.set]
+    given = [
+        f"seed={seed}",
+        f"folder={options.folder.resolve()}",
+        *COMMON,
+        *KINDS[kind],
+        *options.set,
+    ]
     result = stillhouse.run(RECIPE, overrides=given)
     assert result is not None
     assert isinstance(result.evaluation, AnswersEvaluation)
