@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -44,7 +44,7 @@ from stillhouse.teachers.local_teacher import load_teacher
 from stillhouse.teachers.model_source import resolve_model
 from stillhouse.training.draw_rollouts import local_generator
 from stillhouse.training.own_prompts import OwnPrompts
-from stillhouse.training.rollouts import read_rollouts, rollout_batch, window_folder
+from stillhouse.training.rollouts import Rollout, read_rollouts, rollout_batch, window_folder
 from stillhouse.training.train import train
 from stillhouse.training.train_config import TrainRecipe
 
@@ -92,15 +92,29 @@ class StepTimes(TrainerCallback):
 class KeepRollouts(TrainerCallback):
     """Reads the rollouts of each step of window 1, before they are deleted."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, max_tokens: int) -> None:
+        self.folder, self.max_tokens = folder, max_tokens
         self.rows: list[Batch] = []
 
     def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         found = read_rollouts(window_folder(self.folder, state.global_step - 1)) or []
-        pairs = [found[start : start + 2] for start in range(0, len(found), 2)]
-        batch = rollout_batch(pairs, CONTEXT, 0)
-        self.rows += [{key: batch[key][i] for key in ARRAYS} for i in range(len(pairs))]
+        windows = windows_of(found, self.max_tokens)
+        batch = rollout_batch(windows, CONTEXT, 0)
+        self.rows += [{key: batch[key][i] for key in ARRAYS} for i in range(len(windows))]
+
+
+def windows_of(rollouts: Sequence[Rollout], max_tokens: int) -> list[list[Rollout]]:
+    """The windows of complete steps: filled as if every answer had its maximum of tokens."""
+    windows: list[list[Rollout]] = []
+    left = -1
+    for one in rollouts:
+        size = min(one.prompt + max_tokens, CONTEXT)
+        if size > left:
+            windows.append([])
+            left = CONTEXT
+        windows[-1].append(one)
+        left -= size
+    return windows
 
 
 class Setting:
@@ -194,8 +208,8 @@ class Setting:
         return TrainRecipe.model_validate(values)
 
     def on_policy(self, folder: Path) -> tuple[dict[str, Any], Rows]:
-        """Steps of share 1, window 1, and their rows: two answers in each."""
-        times, kept = StepTimes(), KeepRollouts(folder)
+        """Steps of share 1, window 1, and their rows."""
+        times, kept = StepTimes(), KeepRollouts(folder, self.options.max_tokens)
         own = {"share": 1.0, "window": 1, "batch": self.options.batch}
         own["max_tokens"] = self.options.max_tokens
         result = train(

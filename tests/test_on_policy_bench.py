@@ -11,6 +11,10 @@ from bench import on_policy
 from bench.chat_topics import TOPICS
 from bench.on_policy import Budget
 from bench.on_policy_settings import Training, bars_of, own_text, parts_of
+from bench.on_policy_speed import CONTEXT, windows_of
+
+from stillhouse.training.rollouts import Rollout
+from stillhouse.training.step_rows import StepRows
 
 
 def figures(
@@ -105,3 +109,27 @@ def test_pieces_are_made_once_and_only_as_many_as_requested(tmp_path: Path) -> N
     with pytest.raises(on_policy.OutOfPiecesError):
         experiment.piece(tmp_path / "b", lambda: made.append("b"))
     assert made == ["a"]
+
+
+def test_rows_are_those_of_the_steps() -> None:
+    plan = StepRows(
+        batch=4,
+        share=1.0,
+        cold_steps=0,
+        rows=1,
+        lengths=[20, 60, 33, 52, 58, 49, 24],
+        samples=1,
+        max_tokens=96,
+        context=CONTEXT,
+        seed=0,
+    )
+    slots = plan.slots(0, 3)
+    answers = [
+        Rollout(slot=slot.number, ids=(1,) * (plan.lengths[slot.prompt] + 2),
+                prompt=plan.lengths[slot.prompt], given=plan.lengths[slot.prompt], stop="stop")
+        for slot in slots
+    ]  # fmt: skip
+    found = [[one.slot for one in window] for window in windows_of(answers, 96)]
+    steps = [plan.own_windows(step) for step in range(3)]
+    assert found == [[slot.number for slot in window] for step in steps for window in step]
+    assert {len(window) for window in found} == {1, 2}
