@@ -39,7 +39,19 @@ from transformers import TrainerCallback
 
 from bench.chat_topics import TEMPLATES, TOPICS
 from bench.common import commit, make_piece, write_results
-from bench.on_policy_settings import MAX_TOKENS, SETTINGS, Training, bars_of, own_text, parts_of
+from bench.on_policy_settings import (
+    MAX_TOKENS,
+    SETTINGS,
+    Counts,
+    Seeds,
+    Training,
+    bars_of,
+    own_text,
+    pairs_of,
+    parts_of,
+    ratio,
+    repetition_interval,
+)
 from stillhouse.account import count_parameters
 from stillhouse.commands import synthesize_text
 from stillhouse.data.build_data import build
@@ -64,6 +76,7 @@ KL = ObjectiveRecipe()
 CONTEXT, ANSWER_TOKENS = 288, 128
 START_RATE = 1e-4
 """The constant learning rate of the start."""
+GRAM = 4
 
 
 class Experiment:
@@ -267,6 +280,29 @@ class Experiment:
             figures["training"] = json.loads((trained / "training.json").read_text("utf-8"))
         (out / "figures.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
 
+    def repetition(self, pair: tuple[str, str, str, Seeds, Seeds]) -> dict[str, Any]:
+        """The ratio of repetition of two settings, with its interval."""
+        _, name, base_name, own, base = pair
+        sides = [
+            [self._counts(self.folder / student / setting / "greedy.json") for student in base]
+            for setting in (name, base_name)
+        ]
+        low, high = repetition_interval(sides[0], sides[1])
+        return {
+            "settings": [name, base_name],
+            "students": list(base),
+            "ratio": ratio(own, base, "greedy", "repetition"),
+            "interval": [low, high],
+        }
+
+    def _counts(self, file: Path) -> Counts:
+        counts = []
+        for text in json.loads(file.read_text("utf-8")):
+            ids = self.tokenizer(text, add_special_tokens=False).input_ids
+            grams = [tuple(ids[i : i + GRAM]) for i in range(len(ids) - GRAM + 1)]
+            counts.append((len(grams) - len(set(grams)), len(grams)))
+        return counts
+
 
 class OutOfPiecesError(Exception):
     """This call has done as many pieces as it should."""
@@ -334,6 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "decay": options.decay,
         "complete": not missing,
         "missing": missing,
+        "repetition": [experiment.repetition(pair) for pair in pairs_of(found)],
         "models": found,
     }
     write_results("on_policy", figures, list(bars_of(found)), options.seeds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ SETTINGS: dict[str, dict[str, Any] | None] = {
 """Each one's `train.on_policy`; None: no own text."""
 WARMUP = 0.05
 """The share of a training's tokens in which the learning rate rises, if it falls later."""
+DRAWS = 2000
+"""Draws of prompts for an interval."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +79,18 @@ def own_text(base: str, changes: dict[str, Any]) -> dict[str, Any] | None:
     return {"max_tokens": MAX_TOKENS, "window": 4, **own, **others}
 
 
-def bars_of(found: dict[str, dict[str, Any]]) -> Iterator[Bar]:
-    """found: figures of each width, seed and setting, as `WIDTH-SEED/SETTING`.
+Seeds = dict[str, dict[str, Any]]
+"""The figures of a setting with each seed."""
 
-    Each setting on own text is compared with (a) of the same training, if both have the same
-    seeds. The best one has the lowest KL on own text, in relation to that of (a).
+
+def pairs_of(found: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, str, Seeds, Seeds]]:
+    """A width, a setting on own text and (a) of the same training, with the figures of both, for
+    each two that have the same seeds.
+
+    found: figures of each width, seed and setting, as `WIDTH-SEED/SETTING`.
     """
     for width in sorted({name.partition("-")[0] for name in found}):
-        settings: dict[str, dict[str, dict[str, Any]]] = {}
+        settings: dict[str, Seeds] = {}
         for name, figures in found.items():
             student, _, setting = name.partition("/")
             if student.startswith(f"{width}-"):
@@ -93,31 +100,57 @@ def bars_of(found: dict[str, dict[str, Any]]) -> Iterator[Bar]:
             for name in settings
             if name.partition("@")[0] == "teacher_chats"
         }
-        pairs = {}
-        for name, figures in settings.items():
+        for name, own in settings.items():
             kind, _, training = parts_of(name)
-            base_name = bases.get(json.dumps(training, sort_keys=True))
-            if SETTINGS.get(kind) and base_name and figures.keys() == settings[base_name].keys():
-                pairs[name] = base_name
-        if not pairs:
-            continue
-        sides = {name: (settings[name], settings[base]) for name, base in pairs.items()}
-        best = min(sides, key=lambda name: ratio(*sides[name], "sampled", "reverse_kl"))
-        own, base = sides[best]
-        label = f"width {width}, {best} against {pairs[best]}, {len(base)} seeds: "
+            base = bases.get(json.dumps(training, sort_keys=True))
+            if SETTINGS.get(kind) and base and own.keys() == settings[base].keys():
+                yield width, name, base, own, settings[base]
+
+
+def bars_of(found: dict[str, dict[str, Any]]) -> Iterator[Bar]:
+    """found: as in `pairs_of`. The best setting of a width has the lowest KL on own text, in
+    relation to that of (a)."""
+    pairs = list(pairs_of(found))
+    for width in sorted({pair[0] for pair in pairs}):
+        _, name, base_name, own, base = min(
+            (pair for pair in pairs if pair[0] == width),
+            key=lambda pair: ratio(pair[3], pair[4], "sampled", "reverse_kl"),
+        )
+        label = f"width {width}, {name} against {base_name}, {len(base)} seeds: "
         repetition = ratio(own, base, "greedy", "repetition")
         yield Bar(f"{label}repetition, ratio", repetition, "<=", 0.5)
-        yield Bar(
-            f"{label}KL on own text, ratio", ratio(own, base, "sampled", "reverse_kl"), "<=", 0.7
-        )
+        own_kl = ratio(own, base, "sampled", "reverse_kl")
+        yield Bar(f"{label}KL on own text, ratio", own_kl, "<=", 0.7)
         gain = more(own, base, "greedy", "teacher_logprob")
         yield Bar(f"{label}log-probability by the teacher, difference", gain, ">=", 0.0)
         worse = more(own, base, "heldout", "kl")
         yield Bar(f"{label}held-out KL, difference", worse, "<=", 0.02)
 
 
-Seeds = dict[str, dict[str, Any]]
-"""The figures of a setting with each seed."""
+Counts = list[tuple[int, int]]
+"""Repeated 4-grams of each answer, and all."""
+
+
+def repetition_interval(own: list[Counts], base: list[Counts]) -> tuple[float, float]:
+    """95% of the ratio of repetition, means over seeds, when prompts are drawn with replacement.
+
+    own, base: of each seed, answers to the same prompts.
+    """
+    chance, prompts = random.Random(0), range(len(own[0]))
+    ratios = []
+    for _ in range(DRAWS):
+        drawn = chance.choices(prompts, k=len(prompts))
+        ratios.append(_repetition(own, drawn) / max(1e-12, _repetition(base, drawn)))
+    ratios.sort()
+    return ratios[DRAWS // 40], ratios[-1 - DRAWS // 40]
+
+
+def _repetition(seeds: list[Counts], drawn: list[int]) -> float:
+    shares = []
+    for counts in seeds:
+        repeated = sum(counts[answer][0] for answer in drawn)
+        shares.append(repeated / max(1, sum(counts[answer][1] for answer in drawn)))
+    return statistics.fmean(shares)
 
 
 def ratio(own: Seeds, base: Seeds, *path: str) -> float:

@@ -10,7 +10,13 @@ import pytest
 from bench import on_policy
 from bench.chat_topics import TOPICS
 from bench.on_policy import Budget
-from bench.on_policy_settings import Training, bars_of, own_text, parts_of
+from bench.on_policy_settings import (
+    Training,
+    bars_of,
+    own_text,
+    parts_of,
+    repetition_interval,
+)
 from bench.on_policy_speed import CONTEXT, windows_of
 
 from stillhouse.training.rollouts import Rollout
@@ -72,6 +78,16 @@ def test_changes_of_a_setting_go_to_the_training_the_sampling_and_the_divergence
     assert own["temperature"] == 0.7
     assert own["terms"] == [{"divergence": "jsd", "beta": 0.9}]
     assert own_text("teacher_chats", {}) is None
+
+
+def test_the_interval_of_repetition_is_over_the_prompts() -> None:
+    base = [[(8, 10), (2, 10), (8, 10), (2, 10)]] * 2
+    half = [[(4, 10), (1, 10), (4, 10), (1, 10)]] * 2
+    assert repetition_interval(half, base) == pytest.approx((0.5, 0.5))
+    one_loops = [[(10, 10), (0, 10), (0, 10), (0, 10)]] * 2
+    low, high = repetition_interval(one_loops, base)
+    assert low == 0.0
+    assert 0.5 < high < 2.0
 
 
 def test_a_training_ends_at_its_tokens() -> None:
