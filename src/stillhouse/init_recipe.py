@@ -15,8 +15,11 @@ from stillhouse.config.load_recipe import recipe_from_text
 from stillhouse.data.data_files import text_size
 from stillhouse.data.file_search import find_files
 from stillhouse.errors import DataError, RecipeError, RunError
+from stillhouse.init_amounts import Kept, amounts, pruned_sizes
 from stillhouse.init_answers import CORPUS, JOBS, SIZES, InitAnswers
 from stillhouse.language_model.package_check import CHARACTERS_PER_TOKEN
+from stillhouse.planning.machine import this_machine
+from stillhouse.planning.model_size import config_size
 from stillhouse.runfolder import write_atomically
 from stillhouse.teachers.load_model import load_config
 from stillhouse.teachers.model_source import resolve_model
@@ -25,8 +28,8 @@ _CLASSIFIER_LAYERS = {"small": 4, "medium": 6, "large": 10}
 _TEMPLATES = {"distill": "distill", "classify": "classify"}
 _MOST_HELDOUT, _HELDOUT_SHARE, _HELDOUT_STEP = 8192, 0.1, 256
 """Held-out tokens of a training text: at most, as a share of the text, and in multiples of."""
-_SHORT = 300_000
-"""Tokens of a text below which one pass has too few optimizer steps."""
+_CORPUS_TOKENS = 110_000
+"""Of the text that is included."""
 _KEYS = {
     "api.openai.com": "OPENAI_API_KEY",
     "openrouter.ai": "OPENROUTER_API_KEY",
@@ -127,7 +130,6 @@ def _rendered(answers: InitAnswers, files: Mapping[str, tuple[Path, str]]) -> st
         api_model=answers.api_model if answers.is_api else None,
         key_env=_KEYS.get(urlsplit(answers.teacher).hostname or "") if answers.is_api else None,
         data=answers.data,
-        **_amounts(answers),
         sources=answers.sources,
         texts_path=files["texts"][0] if "texts" in files else answers.data,
         schema_path=files["schema"][0] if "schema" in files else None,
@@ -136,43 +138,48 @@ def _rendered(answers: InitAnswers, files: Mapping[str, tuple[Path, str]]) -> st
         labels=list(answers.labels),
         system=None if answers.logs is None else answers.logs.system,
         prompt=_prompt(answers),
-        **_start(answers),
+        **_sizes(answers),
     )
 
 
-def _amounts(answers: InitAnswers) -> dict[str, int]:
-    """Of a training text: about a tenth is held out, and at most 8,192 tokens; a short one is
-    trained on in small steps, three times."""
-    if answers.job != "distill" or answers.data == CORPUS:
-        return {"heldout_tokens": _MOST_HELDOUT, "batch_size": 8, "epochs": 1}
+def _sizes(answers: InitAnswers) -> dict[str, Any]:
+    """The initial student, and how much text it learns from."""
+    start = None if answers.size in SIZES else answers.size
+    found: dict[str, Any] = {"start": start, "layers": None, "ffn_size": None, "amounts": None}
+    if start is not None and answers.job != "distill":
+        return found
+    path = resolve_model(answers.teacher, base=Path.cwd(), weights=False).path
+    config = load_config(path)
+    if start is None and answers.job == "classify":
+        depth = config.get_text_config().num_hidden_layers
+        return found | {"layers": Kept(min(_CLASSIFIER_LAYERS[answers.size], depth), depth)}
+    teacher = config_size(config)
+    student: float = teacher.active  # of another model, at most
+    if start is None:
+        sizes = pruned_sizes(config, SIZES[answers.size])
+        student = sizes.active
+        found |= {"layers": sizes.layers, "ffn_size": sizes.ffn_size}
+    if answers.job == "distill":
+        tokens = _tokens(answers)
+        held = max(1, int(_HELDOUT_SHARE * tokens / _HELDOUT_STEP)) * _HELDOUT_STEP
+        held = min(_MOST_HELDOUT, held)
+        machine = this_machine("auto", timed=True)
+        found["heldout_tokens"] = held
+        found["amounts"] = amounts(max(1.0, tokens - held), teacher, student, machine)
+    return found
+
+
+def _tokens(answers: InitAnswers) -> float:
+    """Of the training text, estimated."""
+    if answers.data == CORPUS:
+        return _CORPUS_TOKENS
     paths = [source["path"] for source in answers.sources]
     files = {file for path in paths for file in find_files(path, Path.cwd())}
-    characters = sum(map(text_size, files))
-    tokens = characters / CHARACTERS_PER_TOKEN
-    held = max(1, int(_HELDOUT_SHARE * tokens / _HELDOUT_STEP)) * _HELDOUT_STEP
-    small = {"batch_size": 2, "epochs": 3} if tokens < _SHORT else {"batch_size": 8, "epochs": 1}
-    return {"heldout_tokens": min(_MOST_HELDOUT, held), **small}
+    return sum(map(text_size, files)) / CHARACTERS_PER_TOKEN
 
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-def _start(answers: InitAnswers) -> dict[str, Any]:
-    """The initial student: a model, or how much of the teacher is kept."""
-    if answers.size not in SIZES:
-        return {"start": answers.size, "layers": None, "ffn_size": None}
-    path = resolve_model(answers.teacher, base=Path.cwd(), weights=False).path
-    config = load_config(path).get_text_config()
-    share = SIZES[answers.size] ** 0.5  # shares of the depth and of the width
-    kept = max(1, round(config.num_hidden_layers * share))
-    if answers.job == "classify":
-        kept = min(_CLASSIFIER_LAYERS[answers.size], config.num_hidden_layers)
-    width, ffn_size = getattr(config, "intermediate_size", None), None
-    if isinstance(width, int) and not hasattr(config, "num_experts"):
-        ffn_size = {"kept": max(8, round(width * share / 8) * 8), "all": width}
-    layers = {"kept": kept, "all": config.num_hidden_layers}
-    return {"start": None, "layers": layers, "ffn_size": ffn_size}
 
 
 def _prompt(answers: InitAnswers) -> str:

@@ -70,10 +70,25 @@ def test_more_text_and_more_models_take_longer(tmp_path: Path, slow_machine: Non
 
 
 def test_nothing_is_expected_before_the_text_is_known(tmp_path: Path, slow_machine: None) -> None:
-    one = job(tmp_path, data={**tiny.recipe(tmp_path)["data"], "train_tokens": None})
+    later = {"sources": [{"kind": "text", "path": "later.txt"}], "train_tokens": None}
+    one = job(tmp_path, data={**tiny.recipe(tmp_path)["data"], **later})
     assert expected_seconds(one, NAMES, []) == {}
     assert expected_seconds(one, NAMES, [read(6400)])
     assert expected_seconds(one, ["search", *NAMES], [read(6400)]) == {}
+
+
+def test_text_that_is_not_read_yet_is_estimated_by_its_size(
+    tmp_path: Path, slow_machine: None
+) -> None:
+    (tmp_path / "mine.txt").write_text("four " * 9000)  # 45,000 characters
+    data = {**tiny.recipe(tmp_path)["data"], "sources": [{"kind": "text", "path": "mine.txt"}]}
+    estimates = {
+        most: expected_seconds(job(tmp_path, data={**data, "train_tokens": most}), NAMES, [])
+        for most in (None, 1_000_000, 5000)
+    }
+    one = job(tmp_path)
+    for most, tokens in ((None, 10_000), (1_000_000, 10_000), (5000, 5000)):
+        assert estimates[most]["train"] == expected_seconds(one, NAMES, [read(tokens)])["train"]
 
 
 def test_nothing_is_expected_of_a_tiny_model(tmp_path: Path) -> None:

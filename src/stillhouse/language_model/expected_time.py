@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 
 from stillhouse import account
+from stillhouse.data.sources import size_estimate
+from stillhouse.errors import DataError
 from stillhouse.hardware import Requested
 from stillhouse.language_model.job import Job
+from stillhouse.language_model.package_check import CHARACTERS_PER_TOKEN
 from stillhouse.language_model.run_models import RunModels, run_models
 from stillhouse.language_model.training_memory import is_small
 from stillhouse.pipeline.time_left import Expected
@@ -45,14 +49,25 @@ def expected_seconds(job: Job, names: Sequence[str], finished: Sequence[Stage]) 
         unknown.add("signals")
     if any(name in unknown and name not in done for name in names):
         return {}
-    tokens = job.recipe.data.train_tokens
     if "data" in done:
-        tokens = int(done["data"].summary["train"]["supervised_tokens"])
+        tokens: int | None = int(done["data"].summary["train"]["supervised_tokens"])
+    else:
+        tokens = _tokens_of_text(job)
     models = run_models(job)
     if tokens is None or is_small(models, this_machine(job.recipe.train.products, timed=False)):
         return {}
     machine = _timed(job.recipe.train.products)
     return {name: _seconds(name, models, machine, tokens) for name in names}
+
+
+def _tokens_of_text(job: Job) -> int | None:
+    """Of training text that is not read yet: at most so many; None if that is not known."""
+    most = job.recipe.data.train_tokens
+    with suppress(DataError):  # text that the run synthesizes does not exist yet
+        found = int(size_estimate(job.recipe.data.sources, job.base) / CHARACTERS_PER_TOKEN)
+        if found:  # 0: not known
+            return found if most is None else min(found, most)
+    return most
 
 
 @cache

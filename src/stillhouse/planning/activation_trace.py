@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from stillhouse.errors import ModelError
+from stillhouse.recomputed import recomputed
 from stillhouse.teachers.backbone import hidden_states
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.short_attention import use_short_attention
@@ -118,7 +119,9 @@ def _trace(
     ids_RL = torch.zeros(1, context, dtype=torch.long)
     positions_RL = torch.arange(context)[None]
     grad = torch.no_grad() if inference else contextlib.nullcontext()
-    with grad, _Alive(model) as alive:
+    little = device == "cpu" and not (checkpointing or inference)
+    kept_again = recomputed() if little else contextlib.nullcontext()
+    with grad, kept_again, _Alive(model) as alive:
         enabled = weights != compute
         with torch.autocast("cpu", compute, enabled=enabled, cache_enabled=keep_casts):
             last_RLD = hidden_states(model, ids_RL, positions_RL)

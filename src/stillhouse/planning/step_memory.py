@@ -99,11 +99,13 @@ class TrainedModel:
 @dataclass(frozen=True)
 class LiveTeacher:
     """A model that answers during training. activations: at the peak of its forward pass. kept:
-    hidden rows of intermediate layers that terms of the objective compare."""
+    hidden rows of intermediate layers that terms of the objective compare. mapped: its weights are
+    mapped from their files, and a layer is in memory only while it runs."""
 
     size: ModelSize
     activations: int
     kept: int = 0
+    mapped: bool = False
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ def _phases(step: Step, student: int, teacher: int, processes: int) -> dict[str,
         "gradients": gradients if step.accumulates else 0,
         "moments": step.moments * trained / student,
         "DDP buckets": WIDE * trained if processes > 1 and not wrapped else 0,
-        "teacher": 0 if offloaded else step.compute * _parameters(step.teachers) / teacher,
+        "teacher": 0 if offloaded else step.compute * _resident(step.teachers, teacher),
         "context": step.context,
     }
     apart = teacher > 1
@@ -241,3 +243,13 @@ def _phases(step: Step, student: int, teacher: int, processes: int) -> dict[str,
 
 def _parameters(teachers: Sequence[LiveTeacher]) -> int:
     return sum(each.size.parameters for each in teachers)
+
+
+def _resident(teachers: Sequence[LiveTeacher], shared_by: int) -> float:
+    """Parameters of the teachers that are in a process's memory all the time, and of one layer."""
+    return sum(
+        each.size.ends + each.size.layer
+        if each.mapped and shared_by == 1
+        else each.size.parameters / shared_by
+        for each in teachers
+    )

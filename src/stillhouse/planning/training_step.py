@@ -68,7 +68,8 @@ def training_step(
         found = trace_activations(config, context, weights=compute, inference=True, **shared)
         its = config_size(config)
         kept = kept_layers * windows * context * its.hidden * compute.itemsize
-        live.append(LiveTeacher(its, windows * found.forward, kept))
+        mapped = device == "cpu" and getattr(config, "dtype", None) == compute
+        live.append(LiveTeacher(its, windows * found.forward, kept, mapped))
     only_kl = set(divergences) <= {"forward_kl", "cross_entropy"}
     loss = loss_sizes(
         windows * context,

@@ -64,7 +64,7 @@ def hidden_states(
     FSDP module around it). documents: their bounds, as in `Batch`; None: they are computed if the
     model's attention needs them.
     """
-    with nullcontext() if _checkpoints(model) else fast_linear(input_ids_RL.device):
+    with nullcontext() if checkpoints_layers(model) else fast_linear(input_ids_RL.device):
         output = model.base_model(
             input_ids=input_ids_RL,
             position_ids=position_ids_RL,
@@ -75,7 +75,7 @@ def hidden_states(
     return output.last_hidden_state
 
 
-def _checkpoints(model: Any) -> bool:
+def checkpoints_layers(model: Any) -> bool:
     """Whether backward computes layers of the model again."""
     return model.training and any(
         getattr(module, "gradient_checkpointing", False) for module in model.modules()

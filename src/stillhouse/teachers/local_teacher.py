@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from stillhouse.account import count_parameters, described, forward_flops
 from stillhouse.data.batches import Batch, documents_of, positions_of
 from stillhouse.data.shift import supervised_rows
 from stillhouse.errors import ModelError
+from stillhouse.mapped_files import MappedPages, file_mappings
 from stillhouse.signals import DenseSignal, LMHead
-from stillhouse.teachers.activations import ActivationRequest, run_backbone
+from stillhouse.teachers.activations import ActivationRequest, decoder_layers, run_backbone
 from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.model_source import ModelSource
@@ -45,6 +49,7 @@ class LocalTeacher(Teacher):
         self.described = described or model.config.name_or_path or type(model).__name__
         self.fingerprint = fingerprint
         self._tokenizer = tokenizer
+        self._mapped: dict[nn.Module, MappedPages] = {}
         rows = lm_head(model).weight_VD.shape[0]
         self.vocabulary = rows if tokenizer is None else check_rows(tokenizer, rows, "teacher")
 
@@ -70,7 +75,8 @@ class LocalTeacher(Teacher):
         documents = documents_of(batch)
         if documents is not None:
             documents = documents.to(device, non_blocking=True)
-        found = run_backbone(self.model, ids_RL, place_RL, request, documents)
+        with self._released_after_use():
+            found = run_backbone(self.model, ids_RL, place_RL, request, documents)
         signal = DenseSignal(supervised_rows(found.last_RLD, positions_N), self.head)
         layers = {i: supervised_rows(rows_RLD, positions_N) for i, rows_RLD in found.layers.items()}
         return TeacherView((signal,), layers, found.attention)
@@ -78,6 +84,22 @@ class LocalTeacher(Teacher):
     def place(self, device: torch.device, context: int) -> None:
         self.model.to(device)
         use_attention(self.model, context, device, self.model.dtype)
+        mappings, layers = file_mappings(), decoder_layers(self.model)
+        found = {layer: MappedPages.of(layer.parameters(), mappings) for layer in layers}
+        self._mapped = {layer: pages for layer, pages in found.items() if pages.spans}
+
+    @contextmanager
+    def _released_after_use(self) -> Iterator[None]:
+        """Inside the block, each layer that is mapped from a file leaves memory once it has run."""
+        handles = [
+            layer.register_forward_hook(lambda layer, *_: self._mapped[layer].release())
+            for layer in self._mapped
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def flops(self, tokens: int) -> int:
         return forward_flops(count_parameters(self.model).head_once, tokens)

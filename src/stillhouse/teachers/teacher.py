@@ -123,7 +123,10 @@ class Teacher(ABC):
         check_tokenizers(self, needs.tokenizer)
 
     def place(self, device: torch.device, context: int) -> None:  # noqa: B027  (most have nothing)
-        """Move to a device, for windows of `context` tokens."""
+        """Move to a device, for a training on windows of `context` tokens.
+
+        From then on, weights that are mapped from files leave memory when they are not used.
+        """
 
     def for_heldout(self, batches: Sequence[Batch]) -> Teacher | None:
         """The teacher that can evaluate a student on all of these batches; None if there is

@@ -10,6 +10,7 @@ everything that uses its parameters, the head included.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from stillhouse.objectives import (
 from stillhouse.objectives.chunks import no_chunks
 from stillhouse.objectives.objective_config import ObjectiveRecipe, ObjectiveTerm
 from stillhouse.pruning.offload import has_large_weights
+from stillhouse.recomputed import recomputed
 from stillhouse.signals import ChunkSignal, DenseSignal, FoldedSignal, SampledSignal, Signal
 from stillhouse.students.student import Student
 from stillhouse.teachers.activations import (
@@ -38,7 +40,7 @@ from stillhouse.teachers.activations import (
     final_norm,
     run_backbone,
 )
-from stillhouse.teachers.backbone import lm_head
+from stillhouse.teachers.backbone import checkpoints_layers, lm_head
 from stillhouse.teachers.teacher import Teacher, TeacherView
 from stillhouse.teachers.write_by_layer import weights_by_layer, write_by_layer
 from stillhouse.training.objective import Objective, objective_for
@@ -111,13 +113,17 @@ class Distillation(nn.Module):
         distributions.
         """
         objective, view = objective or self.objective, view or NO_TEACHER
-        found = run_backbone(
-            self.student,
-            batch["input_ids"],
-            batch["position_ids"],
-            objective.student_request,
-            documents_of(batch),
-        )
+        ids_RL = batch["input_ids"]
+        # On a GPU, the calls would take longer than the operations.
+        little = ids_RL.device.type == "cpu" and not checkpoints_layers(self.student)
+        with recomputed() if little else nullcontext():
+            found = run_backbone(
+                self.student,
+                ids_RL,
+                batch["position_ids"],
+                objective.student_request,
+                documents_of(batch),
+            )
         signals: Sequence[Signal | ChunkSignal | None] = view.signals or (None,)
         measure = measure and all(_is_full(signal) for signal in signals)
         under = [

@@ -1,0 +1,101 @@
+"""How small a student `stillhouse init` makes, and on how much text, for a first result in about a
+quarter of an hour."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from stillhouse import account
+from stillhouse.language_model.expected_time import PRUNING_PASSES
+from stillhouse.planning.machine import Machine
+from stillhouse.planning.model_size import ModelSize, config_size
+from stillhouse.students.student_config import PrunedStudent
+
+TRAINING_SECONDS, CALIBRATION_SECONDS = 480.0, 150.0
+MOST_TRAINED, LEAST_TRAINED, TRAINED_STEP = 1_000_000, 8192, 8192
+"""Tokens that are trained on: at most, at least, and in multiples of."""
+CALIBRATED_STEP = 4096
+SHORT = 300_000
+"""Tokens of a text below which one pass in large batches has too few optimizer steps."""
+MOST_EPOCHS = 3
+NARROWEST = 1 / 3
+"""Share of the FFN that is kept before layers are dropped: the FFN is what costs the least quality
+(docs/experiments.md#what-each-axis-costs)."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How much of a number is kept."""
+
+    kept: int
+    all: int
+
+
+@dataclass(frozen=True)
+class PrunedSizes:
+    """Of a student that is cut from a model. ffn_size: None where layers have several FFNs. active:
+    the parameters that one token is multiplied with."""
+
+    layers: Kept
+    ffn_size: Kept | None
+    active: float
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """Of text. limited: whether `train_tokens` are what this machine can do in the time.
+    calibration_tokens: None for the usual number."""
+
+    train_tokens: int
+    epochs: int
+    batch_size: int
+    limited: bool = False
+    calibration_tokens: int | None = None
+
+
+def pruned_sizes(config: Any, share: float) -> PrunedSizes:
+    """Sizes with about this share of the blocks' parameters: of the FFN first, then of the depth.
+
+    config: of the model that is cut. Raises ModelError as `config_size`.
+    """
+    text = config.get_text_config()
+    depth, width = text.num_hidden_layers, getattr(text, "intermediate_size", None)
+    size = config_size(config)
+    if not isinstance(width, int) or hasattr(text, "num_experts"):
+        kept = max(1, round(depth * share))
+        return PrunedSizes(Kept(kept, depth), None, size.active * kept / depth)
+    neuron = (size.layer - _with_width(config, width // 2).layer) / (width - width // 2)
+    step = 32 if width >= 512 else 8  # GGUF's quantized formats need multiples of 32
+    wanted = max(width - (1 - share) * size.layer / neuron, width * NARROWEST)
+    ffn = Kept(max(step, round(wanted / step) * step), width)
+    layer = size.layer - (width - ffn.kept) * neuron
+    layers = Kept(min(depth, max(1, round(depth * share * size.layer / layer))), depth)
+    return PrunedSizes(layers, ffn, size.active - depth * size.layer + layers.kept * layer)
+
+
+def _with_width(config: Any, width: int) -> ModelSize:
+    narrow = copy.deepcopy(config)
+    narrow.get_text_config().intermediate_size = width
+    return config_size(narrow)
+
+
+def amounts(tokens: float, teacher: ModelSize, student: float, machine: Machine) -> Amounts:
+    """How much of a text is trained on, and how often.
+
+    tokens: of the text. student: its active parameters. machine: its rate is known.
+    """
+    rate = (machine.rate or 0.0) * machine.processes
+    taught = account.forward_flops(teacher.active, 1)
+    passed = TRAINING_SECONDS * rate / (account.training_flops(round(student), 1) + taught)
+    limited = passed < min(tokens, MOST_TRAINED)
+    trained = MOST_TRAINED
+    if limited:
+        trained = max(LEAST_TRAINED, int(passed) // TRAINED_STEP * TRAINED_STEP)
+    short = min(tokens, trained) < SHORT
+    epochs = max(1, min(MOST_EPOCHS, int(passed / tokens))) if short else 1
+    usual = int(PrunedStudent.model_fields["calibration_tokens"].default)
+    read = int(CALIBRATION_SECONDS * rate / (PRUNING_PASSES * taught))
+    read = max(CALIBRATED_STEP, read // CALIBRATED_STEP * CALIBRATED_STEP)
+    return Amounts(trained, epochs, 2 if short else 8, limited, read if read < usual else None)

@@ -1,0 +1,115 @@
+"""Results of cheap operations that backward computes again instead of keeping them.
+
+Autograd keeps every tensor that a gradient needs. In the layers of a language model, half of these
+are products or activation functions of tensors that it keeps anyway: the two products of a norm,
+and in a gated FFN the activation function of the gate and its product. Computing these again takes
+hardly any time; the results are the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import Node, saved_tensors_hooks
+
+LEAST_NUMBERS = 1 << 10
+"""Smaller tensors are kept."""
+
+
+@dataclass(frozen=True)
+class _Result:
+    """A function's result, without its numbers. versions: of the tensors among the inputs."""
+
+    function: Callable[..., Tensor]
+    inputs: tuple[Tensor | _Result, ...]
+    versions: tuple[int, ...]
+
+    def tensor(self) -> Tensor:
+        kept = [each for each in self.inputs if isinstance(each, Tensor)]
+        if self.versions != tuple(each._version for each in kept):
+            raise RuntimeError("a tensor that backward needs was changed in place")
+        return self.function(
+            *(each if isinstance(each, Tensor) else each.tensor() for each in self.inputs)
+        )
+
+    def reshaped(self, shape: torch.Size) -> _Result:
+        return _Result(lambda whole: whole.view(shape), (self,), ())
+
+
+def _is_reshaped(tensor: Tensor, base: Tensor) -> bool:
+    """Whether a view has all numbers of its base, in the same order."""
+    return (
+        tensor.numel() == base.numel()
+        and tensor.dtype == base.dtype
+        and tensor.is_contiguous()
+        and base.is_contiguous()
+    )
+
+
+_FUNCTIONS: dict[str, tuple[Callable[[Any], Callable[..., Tensor]], tuple[str, ...]]] = {
+    "MulBackward0": (lambda node: torch.mul, ("_saved_self", "_saved_other")),
+    "SiluBackward0": (lambda node: F.silu, ("_saved_self",)),
+    "GeluBackward0": (
+        lambda node: partial(F.gelu, approximate=node._saved_approximate),
+        ("_saved_self",),
+    ),
+}
+"""By the name of an operation's node in autograd's graph: the function, and the node's attributes
+that are its inputs."""
+
+
+class Hooks:
+    """What autograd calls when it keeps a tensor, and when it needs it."""
+
+    def __init__(self) -> None:
+        self._looks_up, self._found = False, None
+        self._nothing = torch.empty(0)
+
+    def pack(self, tensor: Tensor) -> Tensor | _Result:
+        node, base = tensor.grad_fn, tensor._base
+        if node is None or tensor.numel() < LEAST_NUMBERS:
+            return tensor
+        if base is not None and _is_reshaped(tensor, base):
+            whole = self.pack(base)
+            return tensor if isinstance(whole, Tensor) else whole.reshaped(tensor.shape)
+        if node.name() not in _FUNCTIONS:
+            return tensor
+        make, names = _FUNCTIONS[node.name()]
+        inputs = tuple(self._kept(node, name) for name in names)
+        if any(each is None for each in inputs):  # such as the number that a tensor is scaled by
+            return tensor
+        versions = tuple(each._version for each in inputs if isinstance(each, Tensor))
+        return _Result(make(node), inputs, versions)  # type: ignore[arg-type]
+
+    def unpack(self, kept: Tensor | _Result) -> Tensor:
+        if self._looks_up:
+            self._found = kept  # type: ignore[assignment]
+            return self._nothing
+        return kept if isinstance(kept, Tensor) else kept.tensor()
+
+    def _kept(self, node: Node, name: str) -> Tensor | _Result | None:
+        """What `pack` returned for a tensor that this node needs; None if it needs none."""
+        self._looks_up, self._found = True, None
+        try:
+            getattr(node, name)  # calls `unpack`
+        finally:
+            self._looks_up = False
+        return self._found
+
+
+@contextmanager
+def recomputed() -> Iterator[None]:
+    """Inside the block, results of cheap operations are not kept for backward.
+
+    Not around layers with activation checkpointing, which keep nothing.
+    """
+    hooks = Hooks()
+    with saved_tensors_hooks(hooks.pack, hooks.unpack):
+        yield

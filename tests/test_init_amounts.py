@@ -1,0 +1,95 @@
+"""The sizes and amounts of a recipe that `stillhouse init` writes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig, Qwen3MoeConfig
+
+from stillhouse.init_amounts import (
+    CALIBRATION_SECONDS,
+    LEAST_TRAINED,
+    MOST_TRAINED,
+    TRAINING_SECONDS,
+    Kept,
+    amounts,
+    pruned_sizes,
+)
+from stillhouse.planning.machine import Machine
+from stillhouse.planning.model_size import config_size
+
+pytestmark = pytest.mark.run
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 256,
+}
+DENSE = LlamaConfig(**SIZES, intermediate_size=768)
+"""A layer has 4 · 64² weights of attention and 3 · 64 of each neuron: 10% and 90%."""
+MIXTURE = Qwen3MoeConfig(
+    **SIZES, head_dim=16, intermediate_size=128, moe_intermediate_size=64, num_experts=8
+)
+TEACHER = config_size(DENSE)
+MACHINE = Machine("cpu", memory=1e9, rate=1e9)
+
+
+@pytest.mark.parametrize(
+    ("share", "layers", "ffn_size"), [(0.75, 12, 544), (0.5, 12, 352), (0.25, 7, 256)]
+)
+def test_the_ffn_is_cut_first_and_the_depth_when_a_third_is_left(
+    share: float, layers: int, ffn_size: int
+) -> None:
+    found = pruned_sizes(DENSE, share)
+    assert found.layers == Kept(layers, 12)
+    assert found.ffn_size == Kept(ffn_size, 768)
+    cut = LlamaConfig(**{**SIZES, "num_hidden_layers": layers}, intermediate_size=ffn_size)
+    assert found.active == pytest.approx(config_size(cut).active, rel=0.001)
+    blocks = TEACHER.parameters - TEACHER.ends
+    kept = config_size(cut).parameters - TEACHER.ends
+    assert kept / blocks == pytest.approx(share, abs=0.03)
+
+
+def test_a_mixture_of_experts_loses_layers() -> None:
+    found = pruned_sizes(MIXTURE, 0.5)
+    assert (found.layers, found.ffn_size) == (Kept(6, 12), None)
+    assert 0 < found.active < config_size(MIXTURE).active
+
+
+def rate_for(tokens: float, student: float) -> float:
+    """FLOP/s that trains on so many tokens in the time that there is."""
+    return (6 * student + 2 * TEACHER.active) * tokens / TRAINING_SECONDS
+
+
+def test_a_long_text_is_limited_to_what_the_machine_can_do() -> None:
+    student = TEACHER.active / 2
+    found = amounts(5e6, TEACHER, student, replace(MACHINE, rate=rate_for(50_000, student)))
+    assert (found.train_tokens, found.epochs, found.batch_size) == (49_152, 1, 2)
+    assert found.limited
+    two = Machine("cpu", memory=1e9, per_node=2, rate=rate_for(50_000, student))
+    assert amounts(5e6, TEACHER, student, two).train_tokens == 98_304
+    slow = replace(MACHINE, rate=1.0)
+    assert amounts(5e6, TEACHER, student, slow).train_tokens == LEAST_TRAINED
+
+
+def test_a_short_text_is_repeated_if_there_is_time() -> None:
+    student = TEACHER.active / 2
+    for passes, epochs in ((5, 3), (2.5, 2), (1.5, 1)):
+        machine = replace(MACHINE, rate=rate_for(passes * 10_000, student))
+        found = amounts(10_000, TEACHER, student, machine)
+        assert (found.epochs, found.limited) == (epochs, False)
+
+
+def test_a_fast_machine_is_not_limited() -> None:
+    found = amounts(5e6, TEACHER, TEACHER.active, replace(MACHINE, rate=1e15))
+    assert (found.train_tokens, found.epochs, found.batch_size) == (MOST_TRAINED, 1, 8)
+    assert (found.limited, found.calibration_tokens) == (False, None)
+
+
+def test_calibration_has_a_limit_too() -> None:
+    passed = 3 * 2 * TEACHER.active
+    machine = replace(MACHINE, rate=10_000 * passed / CALIBRATION_SECONDS)
+    assert amounts(5e6, TEACHER, TEACHER.active, machine).calibration_tokens == 8192
