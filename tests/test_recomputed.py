@@ -107,6 +107,16 @@ def test_a_scaled_tensor_is_kept() -> None:
     torch.testing.assert_close(start.grad, 18.0 * start.detach())
 
 
+def test_a_result_that_was_changed_in_place_is_kept() -> None:
+    start = torch.randn(LEAST_NUMBERS, requires_grad=True)
+    with recomputed():
+        result = (F.silu(start).mul_(2.0) + F.silu(start + 1.0, inplace=True)).square()
+    expected = (2.0 * F.silu(start) + F.silu(start + 1.0)).square()
+    torch.testing.assert_close(
+        torch.autograd.grad(result.sum(), start), torch.autograd.grad(expected.sum(), start)
+    )
+
+
 def test_a_changed_input_is_an_error() -> None:
     start = torch.randn(LEAST_NUMBERS, requires_grad=True)
     inner = start + 1.0

@@ -76,6 +76,8 @@ class Hooks:
         node, base = tensor.grad_fn, tensor._base
         if node is None or tensor.numel() < LEAST_NUMBERS:
             return tensor
+        if tensor._version:  # changed in place: not what the operation returned
+            return tensor
         if base is not None and _is_reshaped(tensor, base):
             whole = self.pack(base)
             return tensor if isinstance(whole, Tensor) else whole.reshaped(tensor.shape)
@@ -101,7 +103,8 @@ class Hooks:
             getattr(node, name)  # calls `unpack`
         finally:
             self._looks_up = False
-        return self._found
+        found, self._found = self._found, None
+        return found
 
 
 @contextmanager
