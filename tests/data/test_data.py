@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas as pd
 import pytest
 import torch
 
 from stillhouse.data.batches import Batches, in_order
 from stillhouse.data.data import Data
+from stillhouse.data.data_config import HubSource
+from stillhouse.data.sources import hub_rows
 from stillhouse.errors import DataError, RecipeError
 from tests import tiny
+from tests.chat_toys import chat
 
 LINES = tiny.text(400).splitlines()
 OPTIONS: dict[str, Any] = {"context": 32, "heldout_tokens": 256}
@@ -99,12 +104,34 @@ def test_batches_go_through_the_text_in_order(of_strings: Data) -> None:
         ([{"body": "a"}], "no `text`"),
         ("missing.jsonl", "does not exist"),
         ([], "sources are empty"),
+        (pd.DataFrame({"text": LINES}), "DataFrame is not a list of texts"),
+        (io.StringIO('{"text": "a"}\n'), "StringIO is not a list of texts"),
+        (b"a text", "bytes is not a source of text"),
     ],
 )
 def test_content_that_is_not_text_is_rejected(texts: Any, message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         Data.build(texts, tiny.tokenizer(), **OPTIONS)
     assert caught.value.fix
+
+
+@pytest.mark.parametrize("format", ["numpy", "torch"])
+def test_the_format_of_a_dataset_has_no_effect(format: str, tmp_path: Path) -> None:
+    rows = [{"messages": chat(line, "yes")} for line in LINES]
+    dataset = datasets.Dataset.from_list(rows).with_format(format)
+    expected = ids(Data.build(rows, tiny.tokenizer(), context=64, heldout_tokens=256).train)
+    assert (
+        ids(Data.build(dataset, tiny.tokenizer(), context=64, heldout_tokens=256).train) == expected
+    )
+    dataset.save_to_disk(tmp_path)
+    source = HubSource(kind="hub", dataset=str(tmp_path), split="train")
+    assert [row for row, _ in hub_rows(source, tmp_path)] == rows
+
+
+def test_the_rows_of_a_frame_are_read_as_advised() -> None:
+    rows: Any = pd.DataFrame({"text": LINES}).to_dict("records")
+    expected = ids(Data.build(LINES, tiny.tokenizer(), **OPTIONS).train)
+    assert ids(Data.build(rows, tiny.tokenizer(), **OPTIONS).train) == expected
 
 
 def test_an_unknown_option_is_named_with_its_neighbor() -> None:

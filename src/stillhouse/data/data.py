@@ -102,12 +102,22 @@ def _texts(texts: Any, text_key: str, boundary: Boundary) -> Texts:
         here = Path.cwd()
         files = find_files(str(texts), here)
         return Texts.of_sources([_source(file, text_key, boundary) for file in files], here)
-    if isinstance(texts, Mapping) or not isinstance(texts, Iterable):
+    if isinstance(texts, Mapping | bytes) or not isinstance(texts, Iterable):
         raise DataError(
             f"{type(texts).__name__} is not a source of text",
             where="Data.build",
             fix="give a path, a list of strings, chats or rows, or one split of a dataset",
         )
+    if hasattr(texts, "columns") or hasattr(texts, "readline"):
+        # They would give the names of columns, or lines whatever the format is.
+        rows = hasattr(texts, "columns")
+        raise DataError(
+            f"a {type(texts).__name__} is not a list of texts",
+            where="Data.build",
+            fix='give its rows: frame.to_dict("records")' if rows else "give the file's path",
+        )
+    if hasattr(texts, "with_format"):
+        texts = texts.with_format(None)  # a dataset may be set to give tensors
     return Texts(_documents(texts, text_key))
 
 

@@ -136,7 +136,8 @@ def _load_dataset(source: HubSource, base: Path) -> Any:
     local = (base / Path(source.dataset).expanduser()).absolute()
     if (local / "state.json").exists() or (local / "dataset_dict.json").exists():
         loaded = datasets.load_from_disk(str(local))
-        return loaded[source.split] if isinstance(loaded, dict) else loaded
+        split = loaded[source.split] if isinstance(loaded, dict) else loaded
+        return split.with_format(None)  # it may have been saved as one that gives tensors
     if local.is_dir() and glob.has_magic(str(local)):
         raise DataError(
             "`datasets` would read the brackets or stars in the folder's name as a pattern",
