@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from stillhouse.classify.labeled_texts import answer_of
 from stillhouse.data.row_formats import MISSING_AS_TEXT, document_from_row
 from stillhouse.errors import DataError
 from stillhouse.synthesis.prompts import prompt_messages
@@ -160,3 +161,11 @@ def test_the_advice_about_a_null_prompt_names_both_keys() -> None:
     assert (
         error_of({"prompt": None, "completion": "b"}).fix == "give both `prompt` and `completion`"
     )
+
+
+@pytest.mark.parametrize("value", [datetime.date(2020, 1, 1), {"paid": float("nan")}, [b"x"]])
+def test_reference_answers_that_json_does_not_have_are_rejected(value: Any) -> None:
+    with pytest.raises(DataError, match="cannot be written as JSON") as error:
+        answer_of(value, "tasks.parquet row 3")
+    assert error.value.where == "tasks.parquet row 3"
+    assert answer_of({"paid": 2}, "tasks.parquet row 3") == '{"paid": 2}'

@@ -126,10 +126,22 @@ def label_of(value: Any, where: str) -> str | None:
 
 
 def answer_of(value: Any, where: str) -> str | None:
-    """A reference answer as text; None for an empty cell. Other values become JSON."""
+    """A reference answer as text; None for an empty cell. Other values become JSON.
+
+    Raises DataError for what JSON does not have: dates, bytes, NaN.
+    """
     if _is_empty(value):
         return None
-    return value.strip() if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str):
+        return value.strip()
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"the reference answer cannot be written as JSON: {error}",
+            where=where,
+            fix="write dates and bytes as strings, and remove NaN",
+        ) from error
 
 
 def _is_empty(value: Any) -> bool:
