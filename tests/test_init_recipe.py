@@ -109,6 +109,16 @@ def test_a_tenth_of_a_short_text_is_held_out(folder: Path, sentences: int, heldo
     assert load_recipe(folder / "made" / "recipe.yaml").data.heldout_tokens == heldout
 
 
+def test_a_teacher_that_is_not_here_yet_limits_nothing(folder: Path) -> None:
+    out = folder / "recipe.yaml"
+    named = flags(folder, "distill", "text.txt", str(folder / "small"))
+    named[named.index("--teacher") + 1] = "owner/not-here"
+    answer = CliRunner().invoke(app, ["init", "--out", str(out), *named])
+    assert answer.exit_code == 0, answer.output
+    recipe = load_recipe(out)
+    assert (recipe.data.train_tokens, recipe.train.epochs) == (1_000_000, 3)
+
+
 def test_rows_of_an_unknown_format_are_rejected(folder: Path) -> None:
     """A title is not the text of a row whose text is nested."""
     row = {"title": "A title", "turns": {"first": "What is this?"}}

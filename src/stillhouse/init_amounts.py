@@ -81,6 +81,12 @@ def _with_width(config: Any, width: int) -> ModelSize:
     return config_size(narrow)
 
 
+def unlimited(tokens: float) -> Amounts:
+    """What suits a text of so many tokens, where nothing is known about the teacher."""
+    short = tokens < SHORT
+    return Amounts(MOST_TRAINED, MOST_EPOCHS if short else 1, 2 if short else 8)
+
+
 def amounts(tokens: float, teacher: ModelSize, student: float, machine: Machine) -> Amounts:
     """How much of a text is trained on, and how often.
 

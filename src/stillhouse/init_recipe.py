@@ -14,8 +14,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from stillhouse.config.load_recipe import recipe_from_text
 from stillhouse.data.data_files import text_size
 from stillhouse.data.file_search import find_files
-from stillhouse.errors import DataError, RecipeError, RunError
-from stillhouse.init_amounts import Kept, amounts, pruned_sizes
+from stillhouse.errors import DataError, ModelError, RecipeError, RunError
+from stillhouse.init_amounts import Kept, amounts, pruned_sizes, unlimited
 from stillhouse.init_answers import CORPUS, JOBS, SIZES, InitAnswers
 from stillhouse.language_model.package_check import CHARACTERS_PER_TOKEN
 from stillhouse.planning.machine import this_machine
@@ -148,8 +148,17 @@ def _sizes(answers: InitAnswers) -> dict[str, Any]:
     found: dict[str, Any] = {"start": start, "layers": None, "ffn_size": None, "amounts": None}
     if start is not None and answers.job != "distill":
         return found
-    path = resolve_model(answers.teacher, base=Path.cwd(), weights=False).path
-    config = load_config(path)
+    tokens = _tokens(answers) if answers.job == "distill" else 0.0
+    held = max(1, int(_HELDOUT_SHARE * tokens / _HELDOUT_STEP)) * _HELDOUT_STEP
+    found["heldout_tokens"] = held = min(_MOST_HELDOUT, held)
+    tokens = max(1.0, tokens - held)
+    try:
+        path = resolve_model(answers.teacher, base=Path.cwd(), weights=False).path
+        config = load_config(path)
+    except ModelError:
+        if start is None:
+            raise
+        return found | {"amounts": unlimited(tokens)}  # `check` says what is wrong with it
     if start is None and answers.job == "classify":
         depth = config.get_text_config().num_hidden_layers
         return found | {"layers": Kept(min(_CLASSIFIER_LAYERS[answers.size], depth), depth)}
@@ -160,12 +169,8 @@ def _sizes(answers: InitAnswers) -> dict[str, Any]:
         student = sizes.active
         found |= {"layers": sizes.layers, "ffn_size": sizes.ffn_size}
     if answers.job == "distill":
-        tokens = _tokens(answers)
-        held = max(1, int(_HELDOUT_SHARE * tokens / _HELDOUT_STEP)) * _HELDOUT_STEP
-        held = min(_MOST_HELDOUT, held)
         machine = this_machine("auto", timed=True)
-        found["heldout_tokens"] = held
-        found["amounts"] = amounts(max(1.0, tokens - held), teacher, student, machine)
+        found["amounts"] = amounts(tokens, teacher, student, machine)
     return found
 
 
