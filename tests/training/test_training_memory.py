@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import subprocess
 import sys
@@ -16,15 +15,15 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stillhouse.mapped_files import PAGES, MappedPages
 from stillhouse.objectives.objective_config import ObjectiveRecipe
 from stillhouse.students.student import Student
 from stillhouse.teachers.load_model import load_model
 from stillhouse.teachers.local_teacher import LocalTeacher
+from stillhouse.teachers.mapped_weights import MappedWeights
 from stillhouse.training.train import train
 from stillhouse.training.train_config import TrainRecipe
 from tests import tiny
-from tests.test_mapped_files import pages_of, resident_pages
+from tests.teachers.test_mapped_weights import PAGES, pages, resident_pages
 from tests.training.conftest import Setting
 
 pytestmark = pytest.mark.skipif(
@@ -50,14 +49,14 @@ def test_the_teachers_mapped_layers_are_in_memory_only_while_they_run(
     wide = {"hidden_size": 256, "intermediate_size": 1024}
     setting = replace(setting, teacher=tiny.save_model(tmp_path / "teacher", **wide))
     weights, teacher = trained(setting)
-    pages = pages_of(*teacher.model.model.layers.parameters())
-    all_pages = sum(end - start for start, end in pages.spans) // mmap.PAGESIZE
+    layers = [*teacher.model.model.layers.parameters()]
+    all_pages = sum(map(pages, layers))
     # Linux maps some pages around one that is used, and the head is next to the layers.
     assert all_pages > 1000
-    assert resident_pages(pages) < 50
-    monkeypatch.setattr(MappedPages, "release", lambda self: None)
+    assert resident_pages(layers) < 50
+    monkeypatch.setattr(MappedWeights, "release", lambda self: None)
     others, teacher = trained(setting)
-    assert resident_pages(pages_of(*teacher.model.model.layers.parameters())) == all_pages
+    assert resident_pages(teacher.model.model.layers.parameters()) >= all_pages
     assert all(torch.equal(*pair) for pair in zip(weights, others, strict=True))
 
 
@@ -91,7 +90,8 @@ def measured(folder: Path) -> dict[str, int]:
     tune_allocator()
     start = peak_memory_bytes()
     student = Student(load_model(folder / "student", dtype=torch.float32))
-    teacher = LocalTeacher(load_model(folder / "teacher", dtype=torch.float32))
+    model = load_model(folder / "teacher", dtype=torch.float32)
+    teacher = LocalTeacher(model, folder=folder / "teacher")
     ids_RL = torch.randint(VOCABULARY, (WINDOWS, TOKENS)).numpy()
     recipe = TrainRecipe(batch_size=WINDOWS // 2, precision="float32")
     reset_peak_memory()

@@ -14,11 +14,11 @@ from stillhouse.account import count_parameters, described, forward_flops
 from stillhouse.data.batches import Batch, documents_of, positions_of
 from stillhouse.data.shift import supervised_rows
 from stillhouse.errors import ModelError
-from stillhouse.mapped_files import MappedPages, file_mappings
 from stillhouse.signals import DenseSignal, LMHead
 from stillhouse.teachers.activations import ActivationRequest, decoder_layers, run_backbone
 from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.load_model import load_model, load_tokenizer
+from stillhouse.teachers.mapped_weights import MappedWeights, map_weights
 from stillhouse.teachers.model_source import ModelSource
 from stillhouse.teachers.packed_attention import use_attention
 from stillhouse.teachers.shared_vocabulary import check_rows
@@ -49,7 +49,7 @@ class LocalTeacher(Teacher):
         self.described = described or model.config.name_or_path or type(model).__name__
         self.fingerprint = fingerprint
         self._tokenizer = tokenizer
-        self._mapped: dict[nn.Module, MappedPages] = {}
+        self._mapped: dict[nn.Module, MappedWeights] = {}
         rows = lm_head(model).weight_VD.shape[0]
         self.vocabulary = rows if tokenizer is None else check_rows(tokenizer, rows, "teacher")
 
@@ -84,13 +84,13 @@ class LocalTeacher(Teacher):
     def place(self, device: torch.device, context: int) -> None:
         self.model.to(device)
         use_attention(self.model, context, device, self.model.dtype)
-        mappings, layers = file_mappings(), decoder_layers(self.model)
-        found = {layer: MappedPages.of(layer.parameters(), mappings) for layer in layers}
-        self._mapped = {layer: pages for layer, pages in found.items() if pages.spans}
+        if self.folder is not None and device.type == "cpu" and not self._mapped:
+            layers = decoder_layers(self.model)
+            self._mapped = map_weights(self.model, layers, self.folder)
 
     @contextmanager
     def _released_after_use(self) -> Iterator[None]:
-        """Inside the block, each layer that is mapped from a file leaves memory once it has run."""
+        """Inside the block, each layer of a mapped file leaves memory once it has run."""
         handles = [
             layer.register_forward_hook(lambda layer, *_: self._mapped[layer].release())
             for layer in self._mapped

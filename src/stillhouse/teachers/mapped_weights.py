@@ -1,0 +1,124 @@
+"""Frozen weights as mappings of their files, which leave memory between two uses.
+
+Pages that were read count as resident memory, although the file has the same bytes. Once they are
+released, the next use maps them again, from the system's page cache. Only mappings that are made
+here are released, and none whose tensors were written to, so that no weight loses its values.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import mmap
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""By their names in safetensors' headers."""
+
+Span = tuple[mmap.mmap, int, int]
+"""A mapping, the first byte, and the one after the last; both at the beginning of a page."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor is in a safetensors file: bytes `start` to `end` of a private mapping."""
+
+    file: mmap.mmap
+    start: int
+    end: int
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class MappedWeights:
+    """Parameters that are views of mapped files. spans: their bytes, in complete pages. versions:
+    the parameters, each with the number of changes that it had."""
+
+    spans: tuple[Span, ...]
+    versions: tuple[tuple[Tensor, int], ...]
+
+    def release(self) -> None:
+        """Unmap the pages, unless a parameter was changed in place."""
+        if all(weight._version == version for weight, version in self.versions):
+            _release(self.spans)
+
+
+def map_weights(
+    model: Any, layers: Iterable[nn.Module], folder: Path
+) -> dict[nn.Module, MappedWeights]:
+    """Make the model's parameters views of the checkpoint in `folder`; returns those of each layer.
+
+    All are replaced, since transformers maps a file as one storage, which lasts as long as any of
+    its tensors. A parameter that is not on the CPU, or differs from the file in its name, type or
+    values, stays as it is; so do all on systems that cannot release pages.
+    """
+    if not hasattr(mmap, "MADV_DONTNEED"):
+        return {}
+    stored = {name: place for file in folder.glob("*.safetensors") for name, place in _stored(file)}
+    mapped = {}
+    for name, parameter in model.named_parameters():
+        if name in stored and _is_equal(parameter, stored[name].tensor):
+            parameter.data = stored[name].tensor
+            mapped[parameter] = stored[name]
+            _release(_page_spans([stored[name]]))  # else the model would be in memory twice
+    found = {}
+    for layer in layers:
+        own = [parameter for parameter in layer.parameters() if parameter in mapped]
+        spans = tuple(_page_spans([mapped[parameter] for parameter in own]))
+        if spans:
+            found[layer] = MappedWeights(spans, tuple((each, each._version) for each in own))
+    return found
+
+
+def _stored(path: Path) -> Iterator[tuple[str, StoredTensor]]:
+    """A file's tensors, as views of one mapping. The file is an 8-byte length, a JSON header, and
+    the values (https://github.com/huggingface/safetensors#format)."""
+    with path.open("rb") as opened:
+        file = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+    first = 8 + int.from_bytes(file[:8], "little")
+    for name, entry in json.loads(file[8:first]).items():
+        dtype = _DTYPES.get(entry.get("dtype"))
+        if name == "__metadata__" or dtype is None or not all(entry["shape"]):
+            continue
+        start, end = (first + offset for offset in entry["data_offsets"])
+        if start % dtype.itemsize:
+            continue
+        tensor = torch.frombuffer(file, dtype=dtype, count=math.prod(entry["shape"]), offset=start)
+        yield name, StoredTensor(file, start, end, tensor.view(entry["shape"]))
+
+
+def _is_equal(parameter: Tensor, tensor: Tensor) -> bool:
+    return (
+        parameter.device.type == "cpu"
+        and parameter.dtype == tensor.dtype
+        and torch.equal(parameter, tensor)
+    )
+
+
+def _release(spans: Iterable[Span]) -> None:
+    for file, start, end in spans:
+        file.madvise(mmap.MADV_DONTNEED, start, end - start)
+
+
+def _page_spans(places: list[StoredTensor]) -> Iterator[Span]:
+    """The complete pages of tensors, those of neighbors as one span."""
+    places = sorted(places, key=lambda place: (id(place.file), place.start))
+    starts = [
+        index
+        for index, place in enumerate(places)
+        if not index
+        or places[index - 1].file is not place.file
+        or places[index - 1].end != place.start
+    ]
+    for index, after in itertools.pairwise([*starts, len(places)]):
+        start = -(-places[index].start // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = places[after - 1].end // mmap.PAGESIZE * mmap.PAGESIZE
+        if start < end:
+            yield places[index].file, start, end
