@@ -84,8 +84,8 @@ Seeds = dict[str, dict[str, Any]]
 
 
 def pairs_of(found: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, str, Seeds, Seeds]]:
-    """A width, a setting on own text and (a) of the same training, with the figures of both, for
-    each two that have the same seeds.
+    """A width, a setting on own text and (a) of the same training, with the figures of both for the
+    setting's seeds, if (a) has them too.
 
     found: figures of each width, seed and setting, as `WIDTH-SEED/SETTING`.
     """
@@ -103,18 +103,18 @@ def pairs_of(found: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, str, 
         for name, own in settings.items():
             kind, _, training = parts_of(name)
             base = bases.get(json.dumps(training, sort_keys=True))
-            if SETTINGS.get(kind) and base and own.keys() == settings[base].keys():
-                yield width, name, base, own, settings[base]
+            if SETTINGS.get(kind) and base and own.keys() <= settings[base].keys():
+                yield width, name, base, own, {seed: settings[base][seed] for seed in own}
 
 
 def bars_of(found: dict[str, dict[str, Any]]) -> Iterator[Bar]:
-    """found: as in `pairs_of`. The best setting of a width has the lowest KL on own text, in
-    relation to that of (a)."""
+    """found: as in `pairs_of`. The best setting of a width, among those with the most seeds, has
+    the lowest KL on own text, in relation to that of (a)."""
     pairs = list(pairs_of(found))
     for width in sorted({pair[0] for pair in pairs}):
         _, name, base_name, own, base = min(
             (pair for pair in pairs if pair[0] == width),
-            key=lambda pair: ratio(pair[3], pair[4], "sampled", "reverse_kl"),
+            key=lambda pair: (-len(pair[3]), ratio(pair[3], pair[4], "sampled", "reverse_kl")),
         )
         label = f"width {width}, {name} against {base_name}, {len(base)} seeds: "
         repetition = ratio(own, base, "greedy", "repetition")
