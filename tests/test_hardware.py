@@ -208,6 +208,27 @@ def test_the_heap_is_trimmed_once_memory_has_grown_by_a_quarter(
     assert found == [0, 0, 1, 1, 1, 2]
 
 
+def test_one_process_that_works_for_all_has_the_cores_of_its_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torchrun gives each process one thread."""
+    threads = [1]
+    monkeypatch.setattr(hardware.psutil, "cpu_count", lambda *, logical: 8)
+    monkeypatch.setattr(hardware.torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(hardware.torch, "set_num_threads", threads.append)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    for processes in (1, 4):
+        with hardware.cores_of(processes):
+            pass
+    assert threads == [1, 8, 1, 2, 1]
+    threads[:] = [4]  # as with OMP_NUM_THREADS=4
+    with hardware.cores_of(4):
+        assert threads[-1] == 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    with hardware.cores_of(1):
+        assert threads[-1] == 4
+
+
 def test_the_allocator_is_unchanged_without_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware.platform, "libc_ver", lambda: ("", ""))
     reason = hardware.tune_allocator()

@@ -33,11 +33,16 @@ pytestmark = pytest.mark.processes
 
 @dataclass(frozen=True)
 class Start:
-    """A start of a run by some processes, with something sharded over them."""
+    """A start of a run by some processes, with something sharded over them.
+
+    micro: windows of a micro-batch; None: the default. checkpointing: of activations.
+    """
 
     processes: int
     shard: str
     nodes: int = 1
+    micro: int | None = None
+    checkpointing: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,14 @@ TRIALS: dict[str, tuple[str, list[Kill], Start]] = {
         [Kill(TWO["none"], checkpoint(4, STATE)), Kill(TWO["both"], part(6, 0))],
         ONE,
     ),
+    "with other micro-batches and checkpointing": (
+        "live",
+        [
+            Kill(Start(1, "none", micro=4), checkpoint(4, STATE)),
+            Kill(Start(2, "both", micro=1, checkpointing=True), part(6, 1), victim=1),
+        ],
+        Start(1, "none", micro=2, checkpointing=True),
+    ),
     "a checkpoint that lost a part": (
         "live",
         [
@@ -193,6 +206,10 @@ def work(path: Path, start: Start, kill: Kill | None) -> None:
             armed()
     within = "node" if start.nodes > 1 else "all"
     options = [f"train.shard={start.shard}", f"train.shard_within={within}"]
+    if start.micro is not None:
+        options.append(f"train.micro_batch_size={start.micro}")
+    if start.checkpointing:
+        options.append("train.gradient_checkpointing=true")
     forks._stillhouse("run", str(path), *[each for one in options for each in ("--set", one)])
 
 

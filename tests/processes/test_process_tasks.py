@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from tests.answering import toys as answering
 from tests.classify import toys as classify
 from tests.generation.stub import Reply, Stub
 from tests.processes.process_runs import before_writing, ended, finish, one_thread
+from tests.processes.torchruns import torchrun
 
 pytestmark = pytest.mark.processes
 
@@ -154,19 +154,13 @@ def test_a_killed_classifier_is_finished_by_one_process(tmp_path: Path, point: s
     require_equal_weights(tmp_path / "one", tmp_path / "two", ("train", "baseline"))
 
 
-def torchrun(folder: Path, raw: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+def run_by_two(folder: Path, raw: dict[str, Any]) -> subprocess.CompletedProcess[str]:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(raw))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run(
-        [sys.executable, *launch, "-m", "stillhouse", "run", str(folder / "recipe.yaml")],
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
+    return torchrun(folder, 2, "run", "recipe.yaml")
 
 
 def test_torchrun_prints_one_result(tmp_path: Path) -> None:
-    done = torchrun(tmp_path, classification(tmp_path, "run"))
+    done = run_by_two(tmp_path, classification(tmp_path, "run"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "error" not in done.stderr
     assert done.stdout.count("report  ") == 1
@@ -177,7 +171,7 @@ def test_a_step_that_cannot_be_divided_is_one_message(tmp_path: Path, kind: str)
     made = classification if kind == "classify" else generation
     recipe = made(tmp_path, "run")
     recipe["train"]["batch_size"] = 7
-    done = torchrun(tmp_path, recipe)
+    done = run_by_two(tmp_path, recipe)
     assert done.returncode == 1
     assert done.stderr.count("error: ") == 1
     assert "train.batch_size 7 is not a multiple of" in done.stderr

@@ -45,6 +45,18 @@ def agents(
     ]
 
 
+def torchrun(folder: Path, processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`torchrun -m stillhouse ...` in a folder, when it has ended."""
+    launch = ["--standalone", "--nproc-per-node", str(processes), "-m", "stillhouse"]
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *launch, *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=ENDED_SECONDS,
+    )
+
+
 def words(agent: subprocess.Popen[str]) -> str:
     """What a torchrun and its processes have said of what went wrong."""
     return agent.communicate(timeout=ENDED_SECONDS)[1]

@@ -26,6 +26,7 @@ from stillhouse.planning.model_size import ModelSize, config_size
 from stillhouse.planning.network import step_traffic
 from stillhouse.planning.stage_estimate import StageEstimate
 from stillhouse.planning.step_memory import (
+    COMPILED_BYTES,
     CONTEXT_BYTES,
     GATHERED_BLOCKS,
     WIDE,
@@ -173,6 +174,8 @@ def _signals(models: RunModels, machine: Machine, tokens: int) -> StageEstimate:
     rows = windows * recipe.data.context
     parts = _teacher_alone(windows, models, machine)
     parts["logits"] = float(3 * WIDE * rows * size.vocabulary)
+    if machine.device == "cpu" and size.experts:
+        parts["compiled products"] = float(COMPILED_BYTES)
     if recipe.train.evaluate_every is not None:
         tokens += recipe.data.heldout_tokens
     memory = Memory("scoring", parts)
@@ -199,7 +202,7 @@ def _measured_teacher(models: RunModels, machine: Machine) -> StageEstimate:
     teacher, heldout = config_size(models.teacher), recipe.data.heldout_tokens
     windows = max(1, TOKENS_PER_FORWARD // recipe.data.context)
     parts = _teacher_alone(windows, models, machine)
-    parts["heads and logits"] = _heads_and_logits(teacher, teacher)
+    parts["heads and logits"] = _heads_and_logits(teacher, None, models, machine)
     estimate = StageEstimate(
         "teacher",
         Memory("fidelity", parts),
@@ -212,9 +215,20 @@ def _measured_teacher(models: RunModels, machine: Machine) -> StageEstimate:
     return estimate if fits else replace(estimate, fix="set train.shard: both")
 
 
-def _heads_and_logits(teacher: ModelSize, student: ModelSize) -> float:
+def _heads_and_logits(
+    teacher: ModelSize, student: ModelSize | None, models: RunModels, machine: Machine
+) -> float:
+    """Of a comparison with the teacher; student: None while the teacher itself is measured.
+
+    Of other weights, float32 copies of both heads are made. On a CPU, the teacher's is copied
+    before, since its model is deleted.
+    """
+    compute = machine.compute(models.recipe.train.precision).itemsize
+    heads = teacher.head + (0 if student is None else student.head)
+    copies = WIDE * heads if compute < WIDE else 0
+    kept = compute * teacher.head if machine.device == "cpu" else 0
     logits = 4 * WIDE * ROWS_PER_CHUNK * teacher.vocabulary
-    return float(WIDE * (teacher.head + student.head) + logits)
+    return float(copies + kept + logits)
 
 
 def _evaluation(models: RunModels, machine: Machine) -> StageEstimate:
@@ -229,26 +243,26 @@ def _evaluation(models: RunModels, machine: Machine) -> StageEstimate:
     windows = max(1, TOKENS_PER_FORWARD // context)
     students = 2 + recipe.evaluate.fine_tuning_baseline + recipe.evaluate.cut_baseline
     runs_teacher = not models.member
+    heads = {"heads and logits": _heads_and_logits(teacher, student, models, machine)}
+    measured = {"student's fidelity": _alone(models.student, windows, models, machine) | heads}
     if runs_teacher:
-        alone = _teacher_alone(windows, models, machine)
-    else:
-        alone = _alone(models.student, windows, models, machine)
-    alone["heads and logits"] = _heads_and_logits(teacher, student)
+        own_head = {"heads and logits": _heads_and_logits(teacher, None, models, machine)}
+        measured["fidelity"] = _teacher_alone(windows, models, machine) | own_head
     own = -(-heldout // machine.processes)  # the rows of both models stay on the host
     rows = {"hidden states": float(compute * own * (teacher.hidden + student.hidden))}
-    phases, text = [Memory("fidelity", alone, host=rows)], ""
+    phases, text = [Memory(phase, parts, host=rows) for phase, parts in measured.items()], ""
     if machine.device == "cpu":
-        phases = [Memory("fidelity", alone | rows)]
+        phases = [Memory(phase, parts | rows) for phase, parts in measured.items()]
         if runs_teacher:
             phases.append(_loading(teacher, _stored_bytes(models.teacher), compute))
         trained = getattr(torch, recipe.train.weights).itemsize
         loading = _loading(student, trained, compute)
-        kept = {"heads and logits": alone["heads and logits"], **rows}
-        phases.append(replace(loading, parts={**loading.parts, **kept}))
+        phases.append(replace(loading, parts={**loading.parts, **heads, **rows}))
     if recipe.evaluate.speed:
         sharded = run_shard(models, machine) in ("teacher", "both")  # its speed is not measured
         models_together = students * student.parameters + (0 if sharded else teacher.parameters)
-        together = {"weights": float(compute * models_together), "context": alone["context"]}
+        together = {"weights": float(compute * models_together)}
+        together["context"] = phases[0].parts["context"]
         speed = Memory("speed", together, host=phases[0].host)
         if speed.fits(machine.memory):
             phases.append(speed)

@@ -16,8 +16,9 @@ from stillhouse.objectives.products import HEAD_BLOCK_ROWS_CUDA, adds_products_w
 
 @dataclass(frozen=True)
 class LossSizes:
-    """Bytes. tiles: logits and their like, freed when the loss is known. rows: hidden rows of both
-    models and their gradient. head_gradient: float32, until it is the head's."""
+    """Bytes. tiles: logits and their like, and the head as products need it, freed when the loss is
+    known. rows: hidden rows of both models and their gradient. head_gradient: float32, until it is
+    the head's."""
 
     tiles: float
     rows: float
@@ -35,12 +36,14 @@ def loss_sizes(
     kernels: bool,
     only_kl: bool,
     trained_head: bool,
+    copies_head: bool,
 ) -> LossSizes:
     """Of a micro-batch.
 
     rows: supervised tokens. teachers: hidden widths of those that answer live; empty where signals
     are stored, or there are none. kernels: whether Triton's kernels run, which need no float32
-    tiles. only_kl: whether forward KL and cross-entropy are the only terms.
+    tiles. only_kl: whether forward KL and cross-entropy are the only terms. copies_head: whether
+    the student's head has another number type than products.
     """
     width, cuda = compute.itemsize, device == "cuda"
     chunk = min(rows, rows_per_chunk(hidden, compute, device))
@@ -52,6 +55,8 @@ def loss_sizes(
     tiles = chunk * vocabulary * width * models + buffers * block * vocabulary * 4
     if cuda and trained_head and width < 4 and not adds_products_wide(device):
         tiles += min(vocabulary, HEAD_BLOCK_ROWS_CUDA) * hidden * 4
+    if copies_head:
+        tiles += vocabulary * hidden * width
     own = rows * hidden * (4 + 2 * width)  # as they come, in the compute type, and the gradient
     return LossSizes(
         tiles=tiles,

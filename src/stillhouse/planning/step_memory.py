@@ -32,14 +32,13 @@ MOMENTS_8BIT = 2 + 2 * 4 / 256
 """The same in 8 bits, with a float32 scale for each block of 256."""
 GATHERED_BLOCKS = 2
 """A block that is computed, and the next one, which is gathered meanwhile."""
-GRADIENT_GAPS = 1.8
-"""On a CPU, gaps between blocks of the C library's heap, by the bytes of all gradients: these and
-AdamW's moments take room that activations had, which then need other room. Fitted with the next
-one to four runs (bench/plan)."""
-PASSING_GAPS = 0.16
-"""The same, by the bytes of what passes."""
-PASSING = ("activations", "copies of weights", "loss")
-"""Parts that each micro-batch allocates and frees."""
+HEAP_GAPS = 0.2
+"""On a CPU, gaps between blocks of the C library's heap, by the bytes of all that is in memory.
+Where tensors of a step find room among those that stay is chance: `HeapLimit` returns the gaps once
+memory has grown by a quarter, and measured ones were 0.11 to 0.31 (docs/experiments.md)."""
+COMPILED_BYTES = 1024 * 258_376
+"""On a CPU, of a mixture of experts: oneDNN keeps its last 1,024 products, which it compiles for
+their shapes, and the tokens of an expert vary. Each is in a block of so many bytes."""
 CONTEXT_BYTES = 1.5e9
 """CUDA's context, the workspaces of cuBLAS and the buffers of NCCL."""
 MARGIN = 0.1
@@ -116,8 +115,9 @@ class Step:
     a number of the student's weights, where they are sharded and gathered. accumulates:
     whether gradients of several micro-batches are added up. moments: bytes of the optimizer's state
     of a parameter. weights: bytes of a weight, and of its gradient. context: bytes that a process
-    takes before there is a model. gaps: whether the allocator is the C library's, which leaves
-    some. offload: the teachers' weights are in the machine's memory, and gathered on the device.
+    takes before there is a model. on_cpu: whether the allocator is the C library's, which leaves
+    gaps, and products are oneDNN's. offload: the teachers' weights are in the machine's memory, and
+    gathered on the device.
     """
 
     student: TrainedModel
@@ -129,7 +129,7 @@ class Step:
     moments: float = MOMENTS
     weights: int = WIDE
     context: float = CONTEXT_BYTES
-    gaps: bool = False
+    on_cpu: bool = False
     offload: bool = False
 
 
@@ -149,10 +149,9 @@ def training_phases(step: Step, shard: Shard, *, over: int, processes: int) -> l
         host["teacher"] = step.compute * _parameters(step.teachers) / teacher
     phases = []
     for name, parts in _phases(step, student, teacher, processes).items():
-        if step.gaps:
-            passing = sum(parts.get(part, 0) for part in PASSING)
-            gradients = step.weights * step.student.trained / student
-            parts["heap"] = GRADIENT_GAPS * gradients + PASSING_GAPS * passing
+        if step.on_cpu:
+            allocated = sum(parts.values()) - step.context
+            parts["heap"] = HEAP_GAPS * allocated
         phases.append(
             Memory(name, {part: bytes_ for part, bytes_ in parts.items() if bytes_}, host)
         )
@@ -188,6 +187,7 @@ def _phases(step: Step, student: int, teacher: int, processes: int) -> dict[str,
         "moments": step.moments * trained / student,
         "DDP buckets": WIDE * trained if processes > 1 and not wrapped else 0,
         "teacher": 0 if offloaded else step.compute * _resident(step.teachers, teacher),
+        "compiled products": _compiled(step),
         "context": step.context,
     }
     apart = teacher > 1
@@ -239,6 +239,11 @@ def _phases(step: Step, student: int, teacher: int, processes: int) -> dict[str,
         backward = found.with_gradients + step.loss.head_gradient
         phases["backward"]["activations"] = max(0, backward - gradients)
     return phases
+
+
+def _compiled(step: Step) -> int:
+    models = (step.student.size, *(each.size for each in step.teachers))
+    return COMPILED_BYTES if step.on_cpu and any(size.experts for size in models) else 0
 
 
 def _parameters(teachers: Sequence[LiveTeacher]) -> int:

@@ -81,6 +81,7 @@ def training_step(
         kernels=device == "cuda" and runs_as_kernels(divergences),
         only_kl=only_kl,
         trained_head=not freeze_head,
+        copies_head=weights != compute,
     )
     frozen = size.head if freeze_head else 0
     return Step(
@@ -93,6 +94,6 @@ def training_step(
         moments=moments,
         weights=weights.itemsize,
         context=CONTEXT_BYTES if device == "cuda" else LIBRARIES_BYTES,
-        gaps=device == "cpu",
+        on_cpu=device == "cpu",
         offload=offload,
     )
