@@ -15,7 +15,7 @@ from stillhouse.errors import DataError
 from stillhouse.synthesis.prompts import prompt_messages
 
 from .learned import call, learned, shown, tool
-from .toys import TOOLS, byte_level, chat
+from .toys import CHATML, FORCES_REASONING, FORGETS_REASONING, TOOLS, byte_level, chat
 
 HI = chat("Hi", "Hello")
 ASKED = {"role": "user", "content": "Rain?"}
@@ -169,3 +169,11 @@ def test_reference_answers_that_json_does_not_have_are_rejected(value: Any) -> N
         answer_of(value, "tasks.parquet row 3")
     assert error.value.where == "tasks.parquet row 3"
     assert answer_of({"paid": 2}, "tasks.parquet row 3") == '{"paid": 2}'
+
+
+@pytest.mark.parametrize("template", [FORGETS_REASONING, FORCES_REASONING, CHATML])
+def test_parts_of_an_answer_are_learned_as_one_text(template: str) -> None:
+    parts = [{"type": "text", "text": "<think>so</think>"}, {"type": "text", "text": "Hello"}]
+    row = {"messages": [HI[0], {"role": "assistant", "content": parts}]}
+    expected = {"messages": chat("Hi", "<think>so</think>Hello")}
+    assert shown(row, byte_level(template)) == shown(expected, byte_level(template))

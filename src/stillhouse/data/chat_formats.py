@@ -317,8 +317,10 @@ def _check_content(
     if isinstance(content, str):
         return
     if isinstance(content, list) and content:
-        text_parts(content, f"`{name}`", where)
+        texts = text_parts(content, f"`{name}`", where)
         message["content"] = [without_nulls(part)[0] for part in content]
+        if message["role"] == "assistant":  # its reasoning is found in one text
+            message["content"] = "".join(texts)
         return
     if not content and message.get("tool_calls") and not isinstance(content, Mapping):
         message["content"] = None
