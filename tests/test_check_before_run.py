@@ -108,14 +108,39 @@ def test_a_result_that_would_replace_a_file_or_is_a_folder(tmp_path: Path, out: 
     assert (tmp_path / "prompts.txt").read_text() == "Say 1\nSay 2\n"
 
 
-def test_other_unreadable_text_is_found_before_the_teacher_is_queried(
-    tmp_path: Path,
+FINE = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+LONG = {"messages": [{"role": "user", "content": "a " * 400}, FINE["messages"][1]]}
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ({"messages": [{"role": "user"}]}, "has no `content`"),
+        (LONG, "more than the context of"),
+        ({"text": "<|user|>a<|assistant|>b<|end|>"}, "begins or ends with"),
+    ],
+)
+@pytest.mark.parametrize("part", ["sources", "heldout_sources"])
+def test_other_text_that_cannot_be_learned_is_found_before_the_teacher_is_queried(
+    tmp_path: Path, row: dict[str, Any], what: str, part: str
 ) -> None:
+    """Wherever it is: the 301st row is no other than the first."""
     raw = synthesis(tmp_path)
-    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": [{"role": "user"}]}) + "\n")
-    raw["data"]["sources"].append({"kind": "jsonl", "path": str(tmp_path / "chat.jsonl")})
-    assert "data" in both(raw, tmp_path)
+    lines = [json.dumps(FINE)] * 300 + [json.dumps(row)]
+    (tmp_path / "chat.jsonl").write_text("\n".join(lines))
+    raw["data"].setdefault(part, []).append({"kind": "jsonl", "path": str(tmp_path / "chat.jsonl")})
+    assert what in both(raw, tmp_path)
     assert not (tmp_path / "answers.sqlite").exists()
+
+
+def test_control_tokens_that_the_recipe_allows_are_no_error(tmp_path: Path) -> None:
+    raw = synthesis(tmp_path)
+    row = {"prompt": "<|user|>a<|assistant|>", "completion": "b<|end|>"}
+    (tmp_path / "rendered.jsonl").write_text(json.dumps(row))
+    raw["data"]["sources"].append({"kind": "jsonl", "path": str(tmp_path / "rendered.jsonl")})
+    assert "begins or ends with" in both(raw, tmp_path)
+    raw["data"]["control_tokens"] = "tokens"
+    assert "error" not in {one.level for one in check_recipe(raw)}
 
 
 def test_a_format_that_the_model_cannot_have(tmp_path: Path) -> None:

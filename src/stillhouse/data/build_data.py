@@ -18,6 +18,7 @@ from stillhouse import progress
 from stillhouse.data.data_config import DataRecipe, Source, WindowsRecipe
 from stillhouse.data.documents import AnyDocument, Completion, Document, content_hash, group_hash
 from stillhouse.data.packing import Segment, fill_windows, plan_isolated, plan_single
+from stillhouse.data.row_checks import too_long
 from stillhouse.data.row_pool import HashSet, Pool
 from stillhouse.data.sources import read_sources, size_estimate
 from stillhouse.data.split import Records, check_split, divide
@@ -205,11 +206,7 @@ def _fit(
     if row.splittable or row.tokens <= context:
         return row
     if section.long_rows == "error":
-        raise DataError(
-            f"The row has {row.tokens:,} tokens, more than the context of {context:,}",
-            where=document.where,
-            fix=f"set data.context to at least {row.tokens}, or data.long_rows to truncate or drop",
-        )
+        raise too_long(row.tokens, document.where, context)
     if section.long_rows == "truncate" and log.read(row.start, 1, context - 1)[1].any():
         pool.rows_truncated += 1
         return row._replace(tokens=context)

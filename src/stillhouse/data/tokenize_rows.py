@@ -50,7 +50,7 @@ def tokenize(
     jobs: list[tuple[int, list[Piece]]] = []
     notes: list[tuple[str, ...]] = []
     for index, document in enumerate(documents):
-        rendered = _render(document, tokenizer, control_tokens)
+        rendered = render_document(document, tokenizer, control_tokens)
         jobs += [(index, pieces) for pieces in rendered.rows]
         notes.append(rendered.notes)
     encoded = encode_pieces([pieces for _, pieces in jobs], tokenizer)
@@ -188,9 +188,10 @@ def leading_tokens(tokenizer: Any) -> Ids:
     )
 
 
-def _render(
+def render_document(
     document: AnyDocument, tokenizer: Any, control_tokens: ControlText | None
 ) -> RenderedChat:
+    """The text of a document's rows, divided where the supervision changes. Raises DataError."""
     if isinstance(document, Conversation):
         return render_conversation(document, tokenizer, control_tokens=control_tokens == "tokens")
     if isinstance(document, Completion):

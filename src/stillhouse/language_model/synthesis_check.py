@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from stillhouse.data.data_config import FileSource, Source
-from stillhouse.data.documents import Conversation, Document
+from stillhouse.data.data_config import FileSource, HubSource, Source
+from stillhouse.data.documents import Conversation
+from stillhouse.data.row_checks import require_rows
 from stillhouse.data.row_formats import document_from_row
-from stillhouse.data.sources import read_sources
-from stillhouse.data.tokenize_rows import tokenize
+from stillhouse.data.sources import read_sources, size_estimate
 from stillhouse.errors import RecipeError, RunError
 from stillhouse.finding import Finding
 from stillhouse.generation.answer_requests import findings
@@ -111,19 +111,23 @@ def _is_complete(recipe: Recipe, base: Path) -> bool:
 
 
 def _require_other_text(job: Job, out: Path) -> None:
-    """Raise DataError for other training text that cannot be read, or whose first chats do
-    not fit the template: the data stage reads it only after the teacher has answered."""
+    """Raise DataError for other training text that cannot be read or learned: the data stage reads
+    it only after the teacher has answered. Of large sources and of the Hub's, only the first rows
+    are checked."""
     data = job.recipe.data
     tokenizer = load_tokenizer(job.tokenizer_path)
     for source in (*data.sources, *data.heldout_sources):
         if names(source, out, job.base):
             continue
-        documents = itertools.islice(read_sources([source], job.base), FIRST_ROWS)
-        rows = [one for one in documents if not isinstance(one, Document)]
-        list(tokenize(rows, tokenizer))
+        hub = isinstance(source, HubSource)
+        some = hub or size_estimate([source], job.base) > MOST_CHARACTERS
+        documents = itertools.islice(read_sources([source], job.base), FIRST_ROWS if some else None)
+        require_rows(documents, tokenizer, data)
 
 
 FIRST_ROWS = 100
+MOST_CHARACTERS = 50_000_000
+"""Of a source of which every row is checked: about a minute."""
 
 
 def _require_out(recipe: Recipe, section: SynthesizeRecipe, base: Path) -> None:
