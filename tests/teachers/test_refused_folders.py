@@ -78,6 +78,33 @@ def test_a_head_that_equals_tied_embeddings(folder: Path) -> None:
     load_model(folder, dtype=torch.float32)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model."])
+def test_weights_of_a_wrapped_model(folder: Path, prefix: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert f"begin with {prefix}" in refusal(folder)
+
+
+def test_weights_that_were_never_written(folder: Path) -> None:
+    rewrite(folder, lambda tensors: [tensor.zero_() for tensor in tensors.values()])
+    assert "all values of the embeddings are 0" in refusal(folder)
+
+
+def test_weights_in_one_file_and_in_shards(folder: Path) -> None:
+    """transformers reads the file, and vLLM the shards."""
+    name = "model-00001-of-00001.safetensors"
+    index = {"weight_map": dict.fromkeys(load_file(folder / "model.safetensors"), name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    load_model(folder, dtype=torch.float32)  # an index alone is a remnant
+    (folder / name).write_bytes((folder / "model.safetensors").read_bytes())
+    assert "the weights of a model twice" in refusal(folder)
+    (folder / "model.safetensors").unlink()
+    assert "no metadata" in refusal(folder)
+    edit(folder, "model.safetensors.index.json", metadata={})
+    load_model(folder, dtype=torch.float32)
+
+
 def test_an_adapter_next_to_the_model(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
     assert "an adapter besides the model" in refusal(folder)

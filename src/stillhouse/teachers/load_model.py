@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,7 @@ def load_model(
     _check_types(model, files, path)
     if finite:
         check_finite(model, path)
+        _check_written(model, path)
     _check_tied(model, files, path)
     model.requires_grad_(False).eval()
     if distributed is None:
@@ -210,6 +212,14 @@ def attention_for(config: Any) -> str:
 
 def _check_loaded(info: dict[str, Any], path: Path) -> None:
     mismatched = sorted(str(key[0]) for key in info["mismatched_keys"])
+    prefix = _wrapper(info["missing_keys"], info["unexpected_keys"])
+    if prefix:
+        raise ModelError(
+            f"the names of the weights begin with {prefix}, as those of a model inside of another",
+            where=path,
+            fix="save the model itself: unwrap it (accelerate's unwrap_model, peft's "
+            "merge_and_unload), then save_pretrained",
+        )
     problems = (
         ("of a different shape than in the config", mismatched),
         ("missing", sorted(info["missing_keys"])),
@@ -222,6 +232,16 @@ def _check_loaded(info: dict[str, Any], path: Path) -> None:
                 where=path,
                 fix="config.json and the weights belong to different models: copy the model again",
             )
+
+
+def _wrapper(missing: Iterable[str], unexpected: Iterable[str]) -> str:
+    """What the missing names have in front of them among the unexpected ones, except that of a
+    head that is tied; or nothing."""
+    lacking, names = sorted(missing), set(unexpected)
+    last = f".{lacking[-1]}" if lacking else None
+    found = {name.removesuffix(last[1:]) for name in names if last and name.endswith(last)}
+    most = len(lacking) - 1
+    return next((one for one in found if sum(one + name in names for name in lacking) >= most), "")
 
 
 def _check_types(model: Any, files: list[Path], path: Path) -> None:
@@ -254,6 +274,22 @@ def check_finite(model: Any, path: Path) -> None:
                 where=path,
                 fix="copy the model again, or use a checkpoint from before its training diverged",
             )
+
+
+def _check_written(model: Any, path: Path) -> None:
+    """Raise ModelError if the embeddings are all equal: nothing was written into them."""
+    weight = model.get_input_embeddings().weight
+    if weight.is_meta or local_part(weight).numel() < 2 or not weight.is_floating_point():
+        return
+    low, high = float_values(local_part(weight.detach())).aminmax()
+    if low == high:
+        raise ModelError(
+            f"all values of the embeddings are {float(low):g}: the model was saved without its "
+            "weights",
+            where=path,
+            fix="copy the model again; of a sharded training (ZeRO-3, FSDP), save it from gathered "
+            "weights",
+        )
 
 
 def _check_tied(model: Any, files: list[Path], path: Path) -> None:

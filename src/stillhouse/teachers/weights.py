@@ -24,6 +24,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     check_config(folder)
     if (folder / SINGLE).is_file():
+        _reject_other_weights(folder)
         files = [folder / SINGLE]
     elif (folder / INDEX).is_file():
         files = _shards(folder / INDEX)
@@ -32,6 +33,22 @@ def weight_files(folder: Path) -> list[Path]:
     for file in files:
         tensor_names(file)
     return files
+
+
+def _reject_other_weights(folder: Path) -> None:
+    """Raise ModelError for shards beside a file with all weights: programs differ in which they
+    read."""
+    index = folder / INDEX
+    found = read_json(index).get("weight_map") if index.is_file() else None
+    names = set(map(str, found.values())) if isinstance(found, dict) else set()
+    others = sorted(name for name in names - {SINGLE} if (folder / name).is_file())
+    if others:
+        raise ModelError(
+            f"the folder has the weights of a model twice: in {SINGLE}, and in {len(others)} "
+            f"shards ({others[0]}, ...) with an index",
+            where=folder,
+            fix=f"move either {SINGLE}, or the shards and {INDEX}, to another folder",
+        )
 
 
 def tensor_names(file: Path) -> set[str]:
@@ -140,9 +157,16 @@ def check_config(folder: Path) -> None:
 
 
 def _shards(index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
+    content = read_json(index)
+    weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError("this index has no weight_map", where=index, fix="copy the model again")
+    if not isinstance(content.get("metadata"), dict):
+        raise ModelError(
+            "this index has no metadata, which transformers needs",
+            where=index,
+            fix='copy the model again, or add "metadata": {} to the index',
+        )
     files = [index.parent / name for name in sorted(set(map(str, weight_map.values())))]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
