@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -36,7 +35,12 @@ from stillhouse.data.windows import ARRAYS
 from stillhouse.generation.generator import TokenPrompt
 from stillhouse.generation.kv_cache import GROWTH
 from stillhouse.generation.local_generator import LocalGenerator
-from stillhouse.hardware import choose_precision, default_device, tune_allocator
+from stillhouse.hardware import (
+    choose_precision,
+    default_device,
+    peak_memory_bytes,
+    tune_allocator,
+)
 from stillhouse.objectives.objective_config import ObjectiveRecipe
 from stillhouse.students.student import Student
 from stillhouse.teachers.load_model import load_model, load_tokenizer
@@ -274,10 +278,11 @@ def train_alone(setting: Setting, part: str) -> None:
         else:
             length = setting.options.max_tokens + PROMPT_TOKENS[1]
             ids = torch.arange(CONTEXT) % 200
-            row = {"input_ids": ids, "labels": ids.clone(), "position_ids": ids % length}
+            places = torch.arange(CONTEXT) % length
+            labels = ids.where(places >= PROMPT_TOKENS[1], -100)
+            row = {"input_ids": ids, "labels": labels, "position_ids": places}
             setting.off_policy(Path(name), Rows([row] * 8))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"peak_bytes": peak}))
+    print(json.dumps({"peak_bytes": peak_memory_bytes()}))
 
 
 def main() -> None:
