@@ -31,6 +31,7 @@ from transformers import GenerationConfig, TrainerCallback
 
 from bench.common import Bar, write_results
 from stillhouse.data.batches import Batch, NoText
+from stillhouse.data.shift import IGNORED
 from stillhouse.data.windows import ARRAYS
 from stillhouse.generation.generator import TokenPrompt
 from stillhouse.generation.kv_cache import GROWTH
@@ -279,7 +280,7 @@ def train_alone(setting: Setting, part: str) -> None:
             length = setting.options.max_tokens + PROMPT_TOKENS[1]
             ids = torch.arange(CONTEXT) % 200
             places = torch.arange(CONTEXT) % length
-            labels = ids.where(places >= PROMPT_TOKENS[1], -100)
+            labels = ids.where(places >= PROMPT_TOKENS[1], IGNORED)
             row = {"input_ids": ids, "labels": labels, "position_ids": places}
             setting.off_policy(Path(name), Rows([row] * 8))
     print(json.dumps({"peak_bytes": peak_memory_bytes()}))
