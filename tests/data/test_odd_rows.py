@@ -111,6 +111,8 @@ def test_answers_with_a_yes_or_no_as_label_are_rated_answers(label: Any) -> None
         {"messages": HI},
     ):
         assert "rated answers" in error_of({**row, "label": label}).what
+        assert "rename the key" in str(error_of({**row, "label": label}).fix)
+        assert learned({**row, "class": label}, byte_level())
     assert learned({"text": "a", "label": label}, byte_level()) == ["a<|im_end|>"]
     assert notes({"messages": HI, "label": "greeting"}) == ("not read: `label`",)
 

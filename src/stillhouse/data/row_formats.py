@@ -218,13 +218,19 @@ def _reject_others(given: Mapping[str, Any], where: str) -> None:
                     fix="keep the preferred answer: write the chat with it as `messages`",
                 )
     chat = is_pair(given) or any(key in given for key in ("completion", *_CHATS))
-    rated = "kto_tag" if "kto_tag" in given else "label"
-    if rated == "kto_tag" or (chat and _is_rating(given.get("label"))):
+    if "kto_tag" in given:
         raise DataError(
-            f"This is a row of rated answers (KTO): `{rated}` states whether the answer is "
+            "This is a row of rated answers (KTO): `kto_tag` states whether the answer is "
             "preferred",
             where=where,
-            fix=f"keep the rows whose {rated} is true, and remove the key `{rated}`",
+            fix="keep the rows whose kto_tag is true, and remove the key `kto_tag`",
+        )
+    if chat and _is_rating(given.get("label")):
+        raise DataError(
+            f"This seems to be a row of rated answers (KTO): `label` is {given['label']!r}",
+            where=where,
+            fix="if it states whether the answer is good, keep the rows in which it is true, "
+            "without the key; if it states something else, rename the key",
         )
     if "prompt" in given and "completions" in given:
         raise DataError(
