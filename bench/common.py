@@ -40,7 +40,7 @@ def write_results(
     result = {
         "benchmark": name,
         "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join(["python -m", f"bench.{name}", *sys.argv[1:]]),
+        "command": " ".join(["python -m", _module() or f"bench.{name}", *sys.argv[1:]]),
         "commit": commit(),
         "machine": machine(),
         "versions": versions(),
@@ -53,6 +53,11 @@ def write_results(
     for bar in bars:
         print(f"{'met ' if bar.met else 'MISS'} {bar.name}: {bar.value:.4g} {bar.op} {bar.bar}")
     print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+
+
+def _module() -> str | None:
+    """The module that was started with `python -m`."""
+    return getattr(sys.modules["__main__"].__spec__, "name", None)
 
 
 def make_piece(folder: Path, last: str, work: Callable[[], object]) -> bool:

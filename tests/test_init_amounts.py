@@ -80,7 +80,7 @@ def test_a_short_text_is_repeated_if_there_is_time() -> None:
     for passes, epochs in ((5, 3), (2.5, 2), (1.5, 1)):
         machine = replace(MACHINE, rate=rate_for(passes * 10_000, student))
         found = amounts(10_000, TEACHER, student, machine)
-        assert (found.epochs, found.limited) == (epochs, False)
+        assert (found.train_tokens, found.epochs, found.limited) == (None, epochs, False)
 
 
 def test_a_fast_machine_is_not_limited() -> None:

@@ -116,7 +116,7 @@ def test_a_teacher_that_is_not_here_yet_limits_nothing(folder: Path) -> None:
     answer = CliRunner().invoke(app, ["init", "--out", str(out), *named])
     assert answer.exit_code == 0, answer.output
     recipe = load_recipe(out)
-    assert (recipe.data.train_tokens, recipe.train.epochs) == (1_000_000, 3)
+    assert (recipe.data.train_tokens, recipe.train.epochs) == (None, 3)
 
 
 def test_rows_of_an_unknown_format_are_rejected(folder: Path) -> None:

@@ -45,10 +45,10 @@ class PrunedSizes:
 
 @dataclass(frozen=True)
 class Amounts:
-    """Of text. limited: whether `train_tokens` are what this machine can do in the time.
-    calibration_tokens: None for the usual number."""
+    """Of text. train_tokens: None for all. limited: whether they are what this machine does
+    in the time. calibration_tokens: None for the usual number."""
 
-    train_tokens: int
+    train_tokens: int | None
     epochs: int
     batch_size: int
     limited: bool = False
@@ -84,7 +84,8 @@ def _with_width(config: Any, width: int) -> ModelSize:
 def unlimited(tokens: float) -> Amounts:
     """What suits a text of so many tokens, where nothing is known about the teacher."""
     short = tokens < SHORT
-    return Amounts(MOST_TRAINED, MOST_EPOCHS if short else 1, 2 if short else 8)
+    most = None if tokens < MOST_TRAINED else MOST_TRAINED
+    return Amounts(most, MOST_EPOCHS if short else 1, 2 if short else 8)
 
 
 def amounts(tokens: float, teacher: ModelSize, student: float, machine: Machine) -> Amounts:
@@ -96,10 +97,10 @@ def amounts(tokens: float, teacher: ModelSize, student: float, machine: Machine)
     taught = account.forward_flops(teacher.active, 1)
     passed = TRAINING_SECONDS * rate / (account.training_flops(round(student), 1) + taught)
     limited = passed < min(tokens, MOST_TRAINED)
-    trained = MOST_TRAINED
+    trained = None if tokens < MOST_TRAINED else MOST_TRAINED
     if limited:
         trained = max(LEAST_TRAINED, int(passed) // TRAINED_STEP * TRAINED_STEP)
-    short = min(tokens, trained) < SHORT
+    short = min(tokens, trained or tokens) < SHORT
     epochs = max(1, min(MOST_EPOCHS, int(passed / tokens))) if short else 1
     usual = int(PrunedStudent.model_fields["calibration_tokens"].default)
     read = int(CALIBRATION_SECONDS * rate / (PRUNING_PASSES * taught))
