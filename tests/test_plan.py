@@ -14,9 +14,11 @@ from typer.testing import CliRunner, Result
 
 from stillhouse import cli
 from stillhouse.errors import ModelError, RecipeError
+from stillhouse.number_format import seconds, size
 from stillhouse.plan import RunPlan, described_machine, plan_recipe
 from stillhouse.planning.machine import Machine
 from tests import tiny
+from tests.planning.shapes import LLAMA_8B, LLAMA_70B
 
 GPUS = ("--gpus", "8", "--gpu-memory", "80GB")
 
@@ -270,14 +272,44 @@ def test_a_task(tmp_path: Path) -> None:
         plan_recipe(path, Machine("cuda", 80e9))
 
 
+PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
+
+
+def documented_commands() -> list[str]:
+    return re.findall(r"^ *stillhouse plan (.*)$", PAGE.read_text("utf-8"), re.MULTILINE)
+
+
 def test_the_commands_of_the_documentation_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = Path(__file__).parents[1] / "docs" / "scale.md"
-    commands = re.findall(r"^stillhouse plan (.*)$", page.read_text("utf-8"), re.MULTILINE)
-    assert commands
-    written(tmp_path)
+    commands = documented_commands()
+    assert len(commands) > 3
+    written(tmp_path, train={"batch_size": 64})
     monkeypatch.chdir(tmp_path)
     for line in commands:
         result = call(*shlex.split(line))
         assert result.exit_code == 0, result.output
+
+
+@pytest.mark.slow
+def test_the_figures_of_the_documentation_are_those_of_the_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = PAGE.read_text("utf-8")
+    (block,) = re.findall(r"^```yaml\n(name: llama-8b.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "recipe.yaml").write_text(block)
+    models = yaml.safe_load(block)
+    monkeypatch.chdir(tmp_path)
+    LLAMA_70B.save_pretrained(models["teacher"]["model"])
+    LLAMA_8B.save_pretrained(models["student"]["model"])
+    for line in documented_commands()[1:]:
+        out = tmp_path / "plan.json"
+        assert call(*shlex.split(line), "--json", str(out)).exit_code == 0
+        figures = json.loads(out.read_text())
+        (train,) = (stage for stage in figures["stages"] if stage["name"] == "train")
+        nodes = "4" if "--nodes 4" in line else "1"
+        within = "`node`" if "within=node" in line else "`all`" if nodes == "4" else ""
+        amounts = [size(train["memory_bytes"]), seconds(train["seconds"]), size(train["network"])]
+        amounts.append(size(train["between_nodes"]) if nodes == "4" else "")
+        row = " | ".join([nodes, within, *amounts]).replace("\u00a0", " ")
+        assert re.sub(" +", " ", f"| {row} |") in re.sub(" +", " ", text), row

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from stillhouse.objectives.objective_config import (
 from stillhouse.students.student import Student
 from stillhouse.teachers import sharded_teacher
 from stillhouse.teachers.model_source import resolve_model
+from stillhouse.teachers.several_teachers import SeveralTeachers
 from stillhouse.teachers.sharded_teacher import load_sharded_teacher
 from stillhouse.teachers.teacher import Teacher
 from stillhouse.training.checkpoints import read_metrics
@@ -56,10 +58,14 @@ def starting_student(setting: Setting, settings: TrainRecipe) -> Student:
     return Student.load(setting.student)
 
 
-def run(setting: Setting, out: Path, objective: ObjectiveRecipe = KL, **changes: object) -> None:
+def training_section(changes: Mapping[str, object]) -> TrainRecipe:
     """The gradient's norm is not limited: its sum over parts may differ in the last bit."""
     options = {"batch_size": 8, "precision": "float32", "max_steps": 4, "max_grad_norm": 100}
-    settings = TrainRecipe.model_validate({**options, **changes})
+    return TrainRecipe.model_validate({**options, **changes})
+
+
+def run(setting: Setting, out: Path, objective: ObjectiveRecipe = KL, **changes: object) -> None:
+    settings = training_section(changes)
     train(
         starting_student(setting, settings),
         teacher_for(setting, settings),
@@ -159,6 +165,32 @@ def test_bfloat16_products_of_sharded_weights_are_those_of_whole_ones(
     run(setting, tmp_path / "one", micro_batch_size=4, precision="bfloat16")
     in_processes(2, setting, tmp_path / "two", shard="student", precision="bfloat16")
     assert difference(tmp_path / "two", tmp_path / "one") == 0
+
+
+def run_under_two(setting: Setting, second: Path, out: Path, **changes: object) -> None:
+    settings = training_section(changes)
+    teachers = [
+        teacher_for(replace(setting, teacher=each), settings) for each in (setting.teacher, second)
+    ]
+    train(
+        starting_student(setting, settings),
+        SeveralTeachers([each for each in teachers if each is not None]),
+        setting.windows,
+        KL,
+        settings,
+        folder=out,
+    )
+
+
+def test_two_sharded_teachers(narrow: Setting, tmp_path: Path) -> None:
+    second = tiny.save_model(tmp_path / "second", seed=5)
+    run_under_two(narrow, second, tmp_path / "one", micro_batch_size=4)
+    work = partial(run_under_two, narrow, second, tmp_path / "two", shard="both")
+    for rank in forks.ranks(2, work):
+        assert rank.wait(timeout=300) == 0, rank.communicate()[1][-3000:]
+    assert difference(tmp_path / "two", tmp_path / "one") == 0
+    run(narrow, tmp_path / "under one", micro_batch_size=4)
+    assert difference(tmp_path / "under one", tmp_path / "one") > 0
 
 
 ECONOMICAL = [

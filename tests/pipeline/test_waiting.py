@@ -1,0 +1,37 @@
+"""A process that waits for the main process reports it, once on each machine."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+
+from stillhouse.pipeline import waiting
+from tests.clocks import Clock
+
+
+class Sleeping(Clock):
+    """Sleep passes at once."""
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize("process", [0, 1, 2])
+def test_the_first_process_beside_the_main_one_reports_what_it_waits_for(
+    process: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("RANK", process), ("LOCAL_RANK", process), ("WORLD_SIZE", 3)):
+        monkeypatch.setenv(name, str(value))
+    clock = Sleeping()
+    monkeypatch.setattr(waiting, "time", clock)
+
+    def finished_at(moment: float) -> bool | None:
+        return True if clock.now >= moment else None
+
+    for seconds in (59, 200):
+        find = partial(finished_at, clock.now + seconds)
+        assert waiting.wait_for_main_process(find, "the data stage")
+        said = capsys.readouterr().err
+        expected = process == 1 and seconds > waiting.SILENT_SECONDS
+        assert said.count("waiting for the main process (the data stage)") == expected
