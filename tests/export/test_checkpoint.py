@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from stillhouse.errors import ModelError, RunError
 from stillhouse.export import checkpoint, replay
@@ -275,6 +275,31 @@ def test_export_with_helper_or_missing_weights_is_rejected(
     monkeypatch.setattr(checkpoint, "_save", save_wrongly)
     with pytest.raises(ModelError, match=message):
         export(trained, tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+        ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+        ("gpt_neox", {}),
+    ],
+)
+def test_weights_that_transformers_renames_are_the_models(
+    trained: Path, tmp_path: Path, export: Export, kind: str, sizes: dict[str, int]
+) -> None:
+    """Version 5 keeps experts in one tensor, and stores them apart, as version 4 did."""
+    source = tmp_path / "source"
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    tokenizer.save_pretrained(source)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": len(tokenizer)}
+    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    config = AutoConfig.for_model(kind, **shape, **heads, **ends, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(source)
+    export(source, tmp_path / "model")
+    names = load_file(tmp_path / "model" / "model.safetensors").keys()
+    assert names == load_file(source / "model.safetensors").keys()
 
 
 def test_source_with_helper_weights_is_rejected(

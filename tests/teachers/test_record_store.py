@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 
 from stillhouse.data.batches import collate
+from stillhouse.launch import leads
 from stillhouse.signals.encodings import TopK
 from stillhouse.signals.manifest import Settings, read_manifest
 from stillhouse.signals.store import open_store
+from stillhouse.teachers import record_store
 from stillhouse.teachers.local_teacher import LocalTeacher, load_teacher
 from stillhouse.teachers.model_source import resolve_model
 from stillhouse.teachers.record_store import record, segments_of
@@ -69,3 +72,20 @@ def test_processes_record_the_store_of_one(tmp_path: Path, processes: int, shard
     left, right = (open_store(each).read(segments) for each in (tmp_path / "one", out))
     assert torch.equal(left.ids_NK, right.ids_NK)
     assert torch.equal(left.log_probs_NK, right.log_probs_NK)
+
+
+def recorded_and_moved(folder: Path, out: Path) -> None:
+    """As a run does: the main process moves what the stage wrote. The others are slow."""
+    if not leads():
+        real = record_store.read_manifest
+        record_store.read_manifest = lambda path: (time.sleep(1), real(path))[1]
+    recorded(folder, out)
+    if leads():
+        out.rename(out.with_name("finished"))
+
+
+def test_the_main_process_returns_after_all_have_read_the_store(tmp_path: Path) -> None:
+    folder = tiny.save_model(tmp_path / "teacher", seed=0)
+    for rank in forks.ranks(2, partial(recorded_and_moved, folder, tmp_path / "store")):
+        assert rank.wait(timeout=300) == 0, rank.communicate()[1][-3000:]
+    assert read_manifest(tmp_path / "finished").rows

@@ -27,6 +27,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+try:
+    from transformers.core_model_loading import revert_weight_conversion
+except ImportError:  # version 4 converts nothing
+    revert_weight_conversion = None
+
 if TYPE_CHECKING:
     from stillhouse.export import replay_tokenizers as tokenization
 else:
@@ -156,13 +161,22 @@ def _problems(model: Any, info: dict[str, Any], exported: Path) -> list[str]:
     for file in exported.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
             stored |= {_parameter(name) for name in tensors.keys()}  # noqa: SIM118
-    extra = {*info["unexpected_keys"], *(stored - set(model.state_dict()))}
+    extra = {*info["unexpected_keys"], *(stored - _saved_names(model))}
     found = {
         "missing": {*info["missing_keys"]},
         "not part of it": extra,
         "of another shape": {str(key[0]) for key in info["mismatched_keys"]},
     }
     return [f"{what}: {', '.join(sorted(names)[:4])}" for what, names in found.items() if names]
+
+
+def _saved_names(model: Any) -> set[str]:
+    """The names under which transformers saves the model's tensors. Version 5 stores some under
+    names of version 4, such as those of single experts, which it keeps in one tensor."""
+    tensors = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    if revert_weight_conversion is None or getattr(model, "hf_quantizer", None) is not None:
+        return set(tensors)
+    return {*tensors, *revert_weight_conversion(model, tensors)}
 
 
 def _parameter(stored: str) -> str:

@@ -134,7 +134,9 @@ def record(
         if leads():
             finish_store(out)
         wait_for_all()
-        return read_manifest(out)
+        manifest = read_manifest(out)
+        wait_for_all()  # the main process may move the folder once it returns
+        return manifest
 
 
 def _record_share(
