@@ -8,7 +8,14 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from stillhouse import cpu_products
-from stillhouse.cpu_products import LEAST_WORK, batched_product, fast_linear, is_fast, product
+from stillhouse.cpu_products import (
+    LEAST_WORK,
+    batched_gradients,
+    batched_product,
+    fast_linear,
+    is_fast,
+    product,
+)
 from stillhouse.teachers.backbone import hidden_states
 
 CPU = torch.device("cpu")
@@ -106,6 +113,18 @@ def test_batched_products_and_their_gradients(
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
     assert len(calls) == 9
+
+
+@pytest.mark.parametrize("size", [(2, 48, 8, 24), (2, 256, 160, 130)], ids=["small", "large"])
+def test_gradients_of_batched_products_are_autograds_bit_for_bit(
+    size: tuple[int, int, int, int],
+) -> None:
+    B, N, K, M = size
+    a, b = torch.randn(B, N, K, requires_grad=True), torch.randn(B, M, K, requires_grad=True)
+    upstream = torch.randn(B, N, M)
+    expected = torch.autograd.grad(batched_product(a, b), [a, b], upstream)
+    found = batched_gradients(upstream, a.detach(), b.detach())
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 def test_no_batched_products() -> None:

@@ -53,6 +53,13 @@ def batched_product(a_BNK: Tensor, b_BMK: Tensor) -> Tensor:
     return a_BNK @ b_BMK.mT
 
 
+def batched_gradients(grad_BNM: Tensor, a_BNK: Tensor, b_BMK: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of the inputs of `batched_product`, the same bits as autograd computes."""
+    if len(a_BNK) and is_fast(a_BNK[0], b_BMK[0]):
+        return _each(grad_BNM, b_BMK.mT), _each(grad_BNM.mT, a_BNK.mT)
+    return grad_BNM @ b_BMK, (a_BNK.mT @ grad_BNM).mT
+
+
 @contextmanager
 def fast_linear(device: torch.device) -> Iterator[None]:
     """Inside the block, `torch.nn.functional.linear` uses these products, forward and backward.

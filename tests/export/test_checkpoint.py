@@ -59,7 +59,7 @@ class _WhatRuns(ast.NodeTransformer):
         return node.orelse if ast.unparse(node.test) == "TYPE_CHECKING" else node
 
 
-@pytest.mark.parametrize("module", [replay, replay.tokenization])
+@pytest.mark.parametrize("module", [replay, replay.tokenization, replay.weights])
 def test_the_replay_does_not_import_stillhouse(module: ModuleType) -> None:
     script = _WhatRuns().visit(ast.parse(Path(module.__file__ or "").read_text(encoding="utf-8")))
     imported = {node.module for node in ast.walk(script) if isinstance(node, ast.ImportFrom)}

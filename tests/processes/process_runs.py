@@ -9,7 +9,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -170,13 +169,8 @@ def orders_apart(alone: Path, kind: str) -> list[float]:
 
 
 def too_far(found: Sequence[float], apart: Sequence[float]) -> bool:
-    """Whether a run is further from one of one process than other orders of its sums explain.
-
-    A training begins where the one before it ended, so it may be as far apart as that one, even if
-    its own weights happen to be equal in all orders that were tried.
-    """
-    bounds = accumulate(apart, max)
-    return any(value > OTHER_ORDERS * most for value, most in zip(found, bounds, strict=True))
+    """Whether a run is further from one of one process than other orders of its sums explain."""
+    return any(value > OTHER_ORDERS * most for value, most in zip(found, apart, strict=True))
 
 
 def difference(left: Path, right: Path) -> float:

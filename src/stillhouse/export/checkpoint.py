@@ -32,8 +32,8 @@ def export_checkpoint(
     much the rounding costs. Without a limit in the recipe, a cost above `FLOATS` is a note.
 
     Raises ModelError for a damaged source, or an export that does not load or differs from the
-    source by more than is allowed. RunError for no space, no permission, or
-    an `out` that already has files.
+    source by more than is allowed. RunError for no space, no permission, or an `out` that already
+    has files.
     """
     advice = (
         "export.dtype: float32 keeps the checkpoint's numbers"

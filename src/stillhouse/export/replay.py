@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 import statistics
 import sys
 import time
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,20 +27,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-try:
-    from transformers.core_model_loading import revert_weight_conversion
-except ImportError:  # version 4 converts nothing
-    revert_weight_conversion = None
-
 if TYPE_CHECKING:
     from stillhouse.export import replay_tokenizers as tokenization
+    from stillhouse.export import replay_weights as weights
 else:
-    # Under `python -P` this file's folder is not searched, since its modules would hide packages.
-    _spec = spec_from_file_location(
-        "replay_tokenizers", Path(__file__).with_name("replay_tokenizers.py")
-    )
-    tokenization = module_from_spec(_spec)
-    _spec.loader.exec_module(tokenization)
+
+    def _beside(name: str) -> ModuleType:
+        """Under `python -P` this file's folder is not searched: its modules would hide packages."""
+        spec = spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    tokenization, weights = _beside("replay_tokenizers"), _beside("replay_weights")
 
 ROWS = 512
 """Maximum supervised rows compared per window: bounds the logits in memory."""
@@ -79,7 +78,7 @@ def main(folder: Path) -> None:
     if request["transformers"]:
         model, info, tokenizer = _load(exported, options, float32=request["float32"])
         model = model.to(device)
-        problems += _problems(model, info, exported)
+        problems += weights.weight_problems(model, info, exported)
         problems += tokenization.tokenizer_problems(
             source_tokenizer, tokenizer, prompts if same else []
         )
@@ -153,36 +152,6 @@ def by_place(tensors: dict[str, torch.Tensor]) -> dict[str, Window]:
         place, key = name.split(".")
         windows.setdefault(place, {})[key] = tensor
     return {place: windows[place] for place in sorted(windows, key=int)}
-
-
-def _problems(model: Any, info: dict[str, Any], exported: Path) -> list[str]:
-    """Weights that the export lacks or has in excess."""
-    stored: set[str] = set()
-    for file in exported.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            stored |= {_parameter(name) for name in tensors.keys()}  # noqa: SIM118
-    extra = {*info["unexpected_keys"], *(stored - _saved_names(model))}
-    found = {
-        "missing": {*info["missing_keys"]},
-        "not part of it": extra,
-        "of another shape": {str(key[0]) for key in info["mismatched_keys"]},
-    }
-    return [f"{what}: {', '.join(sorted(names)[:4])}" for what, names in found.items() if names]
-
-
-def _saved_names(model: Any) -> set[str]:
-    """The names under which transformers saves the model's tensors. Version 5 stores some under
-    names of version 4, such as those of single experts, which it keeps in one tensor."""
-    tensors = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
-    if revert_weight_conversion is None or getattr(model, "hf_quantizer", None) is not None:
-        return set(tensors)
-    return {*tensors, *revert_weight_conversion(model, tensors)}
-
-
-def _parameter(stored: str) -> str:
-    """The parameter that a stored tensor belongs to: torchao stores x.weight as x._weight_scale and
-    others."""
-    return re.sub(r"\._weight_(qdata|scale|zero_point)$", ".weight", stored)
 
 
 @dataclass

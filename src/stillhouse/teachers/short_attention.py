@@ -19,7 +19,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from stillhouse.cpu_products import batched_product
+from stillhouse.cpu_products import batched_gradients, batched_product
 
 NAME = "stillhouse_short"
 LONGEST = 512
@@ -98,13 +98,12 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_BME: Tensor) -> tuple[Tensor | None, ...]:
         query_BME, key_BLE, value_BLE, mask_RHLL = ctx.saved_tensors
         probabilities_BML = _probabilities(query_BME, key_BLE, mask_RHLL)
-        grad_value_BLE = batched_product(grad_BME.mT, probabilities_BML.mT).mT
-        grad_BML = batched_product(grad_BME, value_BLE)
+        grad_BML, grad_value_BEL = batched_gradients(grad_BME, probabilities_BML, value_BLE.mT)
         grad_BML = torch._softmax_backward_data(
             grad_BML, probabilities_BML, -1, probabilities_BML.dtype
         )
-        grad_query_BME = batched_product(grad_BML, key_BLE.mT)
-        return grad_query_BME, batched_product(grad_BML.mT, query_BME.mT), grad_value_BLE, None
+        grad_query_BME, grad_key_BLE = batched_gradients(grad_BML, query_BME, key_BLE)
+        return grad_query_BME, grad_key_BLE, grad_value_BEL.mT, None
 
 
 def _probabilities(query_BME: Tensor, key_BLE: Tensor, mask_RHLL: Tensor) -> Tensor:

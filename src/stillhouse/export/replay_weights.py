@@ -1,0 +1,47 @@
+"""Whether the weights of an export are those of the model that transformers loads from it.
+
+A part of `replay.py`, which loads it by its path: it imports nothing from Stillhouse.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+try:
+    from transformers import core_model_loading
+except ImportError:  # version 4 converts nothing
+    core_model_loading = None
+
+
+def weight_problems(model: Any, info: dict[str, Any], exported: Path) -> list[str]:
+    """Weights that the export lacks or has in excess."""
+    stored: set[str] = set()
+    for file in exported.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            stored |= {_parameter(name) for name in tensors.keys()}  # noqa: SIM118
+    extra = {*info["unexpected_keys"], *(stored - _saved_names(model))}
+    found = {
+        "missing": {*info["missing_keys"]},
+        "not part of it": extra,
+        "of another shape": {str(key[0]) for key in info["mismatched_keys"]},
+    }
+    return [f"{what}: {', '.join(sorted(names)[:4])}" for what, names in found.items() if names]
+
+
+def _saved_names(model: Any) -> set[str]:
+    """The names under which transformers saves the model's tensors. Version 5 stores some under
+    names of version 4, such as those of single experts, which it keeps in one tensor."""
+    tensors = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    if core_model_loading is None or getattr(model, "hf_quantizer", None) is not None:
+        return set(tensors)
+    return {*tensors, *core_model_loading.revert_weight_conversion(model, tensors)}
+
+
+def _parameter(stored: str) -> str:
+    """The parameter that a stored tensor belongs to: torchao stores x.weight as x._weight_scale and
+    others."""
+    return re.sub(r"\._weight_(qdata|scale|zero_point)$", ".weight", stored)
