@@ -28,7 +28,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from bench.common import Bar, write_results
 from stillhouse.data.build_data import TOKENIZED
-from stillhouse.data.corpus import python_reference
+from stillhouse.data.sources import python_reference
 
 SEED = 0
 DOCUMENT_CHARACTERS = 2000

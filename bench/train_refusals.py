@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from stillhouse.synthesis import refusals
-from stillhouse.synthesis.refusal_features import BUCKETS, features
+from stillhouse.synthesis.refusals import BUCKETS, features
 
 EXAMPLES = Path(__file__).parent / "refusal_examples"
 WEIGHTS = Path(refusals.__file__).with_name("refusal_weights.npz")

@@ -18,12 +18,12 @@ from stillhouse.family.family import FAMILY
 from stillhouse.hardware import choose_precision, device_kind
 from stillhouse.language_model.data_stage import open_data, plan_data
 from stillhouse.language_model.job import find_models
-from stillhouse.language_model.process_check import (
+from stillhouse.language_model.run_check import (
     ready_to_train,
     require_processes,
+    require_resources,
     require_text_for_all,
 )
-from stillhouse.language_model.run_check import require_resources
 from stillhouse.language_model.run_models import RunModels, run_models
 from stillhouse.pipeline.engine import locked_folder
 from stillhouse.pipeline.stage_plan import doing

@@ -18,8 +18,8 @@ from stillhouse.evaluation.family_evaluation import FAMILY_FILE
 from stillhouse.family.members import first_member, planned_members
 from stillhouse.kinds import kind_of
 from stillhouse.language_model import synthesis_stage as synthesis
-from stillhouse.language_model.cascade_config import RUN_FOLDER_NAMES
 from stillhouse.language_model.job import find_models
+from stillhouse.language_model.recipe import RUN_FOLDER_NAMES
 from stillhouse.pipeline.kind import RunResult as FamilyResult
 from stillhouse.report.page import FAMILY_REPORT, REPORT, REPORT_DATA, redraw_report
 from stillhouse.training.train import MODEL

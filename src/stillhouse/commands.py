@@ -37,12 +37,12 @@ from stillhouse.pipeline.engine import (
     followed_folder,
     following,
     locked_folder,
+    require,
     run_folder,
     run_kind,
     run_steps,
 )
 from stillhouse.pipeline.kind import Rows, RunResult
-from stillhouse.pipeline.requirements import require
 from stillhouse.pipeline.shared_folder import leading
 from stillhouse.pipeline.stage_plan import doing
 from stillhouse.signals.signals_config import FrozenHeadSignals

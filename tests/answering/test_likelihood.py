@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stillhouse.answering.likelihood import mean_surprise
+from stillhouse.answering.answering_evaluation import mean_surprise
 from tests import tiny
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from stillhouse.answering.likelihood import mean_surprise
+from stillhouse.answering.answering_evaluation import mean_surprise
 from stillhouse.classify.label_prompts import LabelPrompt, prompt_tokens
 from tests import tiny
 from tests.chat_toys import GEMMA, PHI, R1, chat, tokenizer

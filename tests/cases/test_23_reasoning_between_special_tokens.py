@@ -8,9 +8,8 @@ import pytest
 
 from stillhouse.data.reasoning import MARKS
 from stillhouse.generation.chat_frame import answer_text
-from stillhouse.generation.generator import Continuation, TokenPrompt
+from stillhouse.generation.generator import Continuation, TextGenerator, TokenPrompt
 from stillhouse.generation.request import Answer, Request
-from stillhouse.generation.text_generator import TextGenerator
 from stillhouse.synthesis.filters import Row, truncated
 from tests.chat_toys import CHATML, HARMONY, HARMONY_SPECIAL, R1, tokenizer
 

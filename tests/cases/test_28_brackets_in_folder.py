@@ -10,8 +10,7 @@ from stillhouse.classify.classify_config import TextFile
 from stillhouse.classify.labeled_texts import read_texts
 from stillhouse.data.data_config import FileSource, HubSource
 from stillhouse.data.file_search import find_files
-from stillhouse.data.fingerprint import sources_fingerprint
-from stillhouse.data.sources import read_sources
+from stillhouse.data.sources import read_sources, sources_fingerprint
 from stillhouse.errors import DataError
 
 FOLDERS = ["v1", "support [2026]", "v[12]", "a*b", "what?"]

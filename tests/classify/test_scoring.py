@@ -10,12 +10,13 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from stillhouse.classify import label_scoring as scoring
 from stillhouse.classify.label_scoring import (
+    ROOT,
+    label_tree,
     score_labels,
     score_pairs,
     shared_prefix,
     tree_log_probabilities,
 )
-from stillhouse.classify.label_tree import ROOT, label_tree
 from tests import tiny
 
 TEXTS = ["hello there", "x", "a longer text with some words in it", "hello"]

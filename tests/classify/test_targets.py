@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stillhouse.classify.targets import distributions, prior_logits
+from stillhouse.classify.label_judgment import distributions, prior_logits
 
 SCORES_NC = torch.tensor([[0.6, 0.3, 0.1], [0.8, 0.1, 0.1]]).log()
 NEUTRAL_KC = torch.tensor([[0.5, 0.25, 0.25]]).log()

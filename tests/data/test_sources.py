@@ -25,8 +25,7 @@ from stillhouse.data.documents import (
     content_hash,
     group_hash,
 )
-from stillhouse.data.fingerprint import sources_fingerprint
-from stillhouse.data.sources import read_sources, size_estimate
+from stillhouse.data.sources import read_sources, size_estimate, sources_fingerprint
 from stillhouse.errors import DataError
 
 from .toys import chat, write_jsonl

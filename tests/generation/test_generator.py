@@ -7,10 +7,9 @@ from collections.abc import Iterable, Iterator
 import pytest
 import torch
 
-from stillhouse.generation.generator import Continuation, Generator, TokenPrompt
+from stillhouse.generation.generator import Continuation, Generator, TextGenerator, TokenPrompt
 from stillhouse.generation.local_generator import LocalGenerator
 from stillhouse.generation.request import Answer, Failure, Request
-from stillhouse.generation.text_generator import TextGenerator
 from tests import tiny
 
 ENDS = frozenset(range(24))

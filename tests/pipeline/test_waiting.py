@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from stillhouse.pipeline import waiting
+from stillhouse.pipeline import shared_folder
 from tests.clocks import Clock
 
 
@@ -24,14 +24,14 @@ def test_the_first_process_beside_the_main_one_reports_what_it_waits_for(
     for name, value in (("RANK", process), ("LOCAL_RANK", process), ("WORLD_SIZE", 3)):
         monkeypatch.setenv(name, str(value))
     clock = Sleeping()
-    monkeypatch.setattr(waiting, "time", clock)
+    monkeypatch.setattr(shared_folder, "time", clock)
 
     def finished_at(moment: float) -> bool | None:
         return True if clock.now >= moment else None
 
     for seconds in (59, 200):
         find = partial(finished_at, clock.now + seconds)
-        assert waiting.wait_for_main_process(find, "the data stage")
+        assert shared_folder.wait_for_main_process(find, "the data stage")
         said = capsys.readouterr().err
-        expected = process == 1 and seconds > waiting.SILENT_SECONDS
+        expected = process == 1 and seconds > shared_folder.SILENT_SECONDS
         assert said.count("waiting for the main process (the data stage)") == expected

@@ -15,8 +15,15 @@ from bench.train_refusals import EXAMPLES, Example, examples, trained
 
 from stillhouse.generation.chat_frame import user_turn
 from stillhouse.synthesis.filters import Row, refusal
-from stillhouse.synthesis.refusal_features import BUCKETS, GROUPS, features
-from stillhouse.synthesis.refusals import SHOWN, refusing_words, score, weights
+from stillhouse.synthesis.refusals import (
+    BUCKETS,
+    GROUPS,
+    SHOWN,
+    features,
+    refusing_words,
+    score,
+    weights,
+)
 
 FAMILIES = {"llama", "gpt", "claude", "gemini", "qwen", "mistral"}
 

@@ -27,8 +27,7 @@ from stillhouse.generation.budget import Spending
 from stillhouse.generation.journal import Journal
 from stillhouse.language_model.synthesis_stage import synthesis_job
 from stillhouse.stage_manifest import MANIFEST
-from stillhouse.synthesis.preflight import estimate_synthesis
-from stillhouse.synthesis.synthesize import Synthesis
+from stillhouse.synthesis.synthesize import Synthesis, estimate_synthesis
 from tests import forks, tiny
 from tests.generation.pools import committed
 from tests.generation.stub import Reply, Stub, error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stillhouse.synthesis.verdicts import read_score, read_verdict
+from stillhouse.synthesis.judge_answers import read_score, read_verdict
 
 
 @pytest.mark.parametrize(

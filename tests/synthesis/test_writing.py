@@ -15,8 +15,8 @@ from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.errors import DataError, RecipeError
 from stillhouse.generation.budget import worst_case
 from stillhouse.generation.request import Request
-from stillhouse.synthesis.prompts_config import CombineRecipe
 from stillhouse.synthesis.synthesize import Synthesis
+from stillhouse.synthesis.synthesize_config import CombineRecipe
 from stillhouse.synthesis.write_prompts import combinations, combined, prompt_lines
 from tests import tiny
 from tests.generation.stub import Reply, Stub

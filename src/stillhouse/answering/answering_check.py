@@ -24,19 +24,23 @@ from stillhouse.generation.answer_requests import estimate_cost, findings
 from stillhouse.generation.chat_frame import user_turn
 from stillhouse.generation.estimate import Estimate
 from stillhouse.generation.generation_config import may_cost
-from stillhouse.generation.source_check import require_source
-from stillhouse.generation.template_check import FrameKeys, rendered_training, require_template
+from stillhouse.generation.source_check import (
+    FrameKeys,
+    rendered_training,
+    require_source,
+    require_template,
+)
+from stillhouse.language_model.data_check import check_turns
 from stillhouse.language_model.job import configs, find_models, planned_size
 from stillhouse.language_model.model_check import require_models
 from stillhouse.language_model.on_policy_check import require_on_policy
-from stillhouse.language_model.turn_check import check_turns
 from stillhouse.launch import world_size
 from stillhouse.pipeline.engine import has_finished
 from stillhouse.pipeline.kind import Check
 from stillhouse.runfolder import run_root
-from stillhouse.synthesis.filters_config import JudgeChoice
 from stillhouse.synthesis.judge_answers import most_requests
 from stillhouse.synthesis.synthesize import chosen_filters
+from stillhouse.synthesis.synthesize_config import JudgeChoice
 from stillhouse.teachers.load_model import load_tokenizer
 from stillhouse.training.train import plan_batches
 

@@ -29,7 +29,7 @@ from stillhouse.generation.generation_config import (
 from stillhouse.objectives.objective_config import LogitsTerm, ObjectiveRecipe
 from stillhouse.section import Section
 from stillhouse.students.student_config import PretrainedStudent, PrunedStudent, StudentRecipe
-from stillhouse.synthesis.filters_config import FiltersRecipe, JudgeChoice
+from stillhouse.synthesis.synthesize_config import FiltersRecipe, JudgeChoice
 from stillhouse.training.train_config import TrainRecipe
 from stillhouse.vllm_config import VllmEngine
 

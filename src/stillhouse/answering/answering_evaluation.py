@@ -9,12 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from stillhouse import account
 from stillhouse.answering.answer_stages import TEXTS, AnswerTexts, read_answers
 from stillhouse.answering.answering_job import AnsweringJob
 from stillhouse.answering.comparison_judge import compare_answers
-from stillhouse.answering.likelihood import mean_surprise
 from stillhouse.classify.labeled_texts import LabeledText
+from stillhouse.data.chat_prompt import text_ids
+from stillhouse.data.turn_end import turn_end
 from stillhouse.errors import DataError, RecipeError
 from stillhouse.evaluation.answers import (
     AnsweredText,
@@ -25,20 +28,44 @@ from stillhouse.evaluation.answers import (
     same_text,
 )
 from stillhouse.evaluation.results import EVALUATION
-from stillhouse.generation.chat_frame import answer_text
+from stillhouse.generation.chat_frame import answer_prompt_ids, answer_text
 from stillhouse.generation.generation_config import Precision
+from stillhouse.generation.generator import TextGenerator
 from stillhouse.generation.helpers import help_main_process, helpers_of
 from stillhouse.generation.local_generator import LocalGenerator, local_text
 from stillhouse.generation.request import Answer, Message, Request
-from stillhouse.generation.text_generator import TextGenerator
 from stillhouse.generation.text_teacher import answers_of
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
 from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.runfolder import Outcome, Stage, sha
 from stillhouse.shared_work import Processes, all_processes
+from stillhouse.signals.lm_head import head_logits
 from stillhouse.synthesis.filters import Filter, Row, answer_only, json_value
+from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.training.train import MODEL
+
+
+@torch.inference_mode()
+def mean_surprise(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[Message]], answers: Sequence[str]
+) -> float:
+    """Mean of -log p(answer | prompt) under the model, in nats/token over all answers. The end-of-
+    turn token is included, so that an empty answer is not free."""
+    total, tokens = 0.0, 0
+    device = next(model.parameters()).device
+    last = turn_end(tokenizer)
+    end = [] if last is None else [last.id]
+    for messages, answer in zip(prompts, answers, strict=True):
+        prompt = answer_prompt_ids(tokenizer, messages)
+        target = [*text_ids(tokenizer, answer), *end]
+        ids_1L = torch.tensor([[*prompt, *target]], device=device)
+        states_LD = model.base_model(input_ids=ids_1L, use_cache=False).last_hidden_state[0]
+        logits_LV = head_logits(lm_head(model), states_LD[len(prompt) - 1 : -1]).float()
+        picked_L = logits_LV.log_softmax(-1).gather(1, ids_1L[0, len(prompt) :, None])
+        total, tokens = total - float(picked_L.sum()), tokens + len(target)
+    return total / max(1, tokens)
+
 
 EXAMPLES = 12
 """Test texts whose answers the report shows."""

@@ -25,8 +25,8 @@ from stillhouse.objectives.objective_config import LogitsTerm, ObjectiveRecipe
 from stillhouse.runfolder import answers_path
 from stillhouse.students.student_config import PretrainedStudent, PrunedStudent
 from stillhouse.synthesis.filters import Filter, json_schema, read_schema
-from stillhouse.synthesis.filters_config import LikelihoodChoice
 from stillhouse.synthesis.judge_answers import Judge, open_judge
+from stillhouse.synthesis.synthesize_config import LikelihoodChoice
 from stillhouse.teachers.model_source import ModelSource, resolve_model
 
 TRAIN, HELDOUT, GOLD = "train.jsonl", "heldout.jsonl", "gold.jsonl"

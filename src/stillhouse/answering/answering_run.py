@@ -34,8 +34,8 @@ from stillhouse.evaluation.answers import AnswersEvaluation
 from stillhouse.language_model.data_stage import plan_data
 from stillhouse.language_model.export_stage import EXPORT_PURPOSE
 from stillhouse.language_model.job import find_models
-from stillhouse.language_model.process_check import require_text_for_all
 from stillhouse.language_model.roots_stage import has_other_tokenizers, plan_roots, with_roots
+from stillhouse.language_model.run_check import require_text_for_all
 from stillhouse.language_model.train_stage import plan_baseline, plan_student, plan_training
 from stillhouse.language_model.training_memory import with_shard
 from stillhouse.pipeline.kind import Kind, Link, Step

@@ -9,7 +9,7 @@ from stillhouse.generation.answer_requests import answer_all
 from stillhouse.generation.chat_frame import answer_text, user_turn
 from stillhouse.generation.generation_config import LocalTeacher, TextTeacher
 from stillhouse.generation.text_teacher import DefaultModel, TextSource, text_source
-from stillhouse.synthesis.verdicts import read_verdict
+from stillhouse.synthesis.judge_answers import read_verdict
 
 
 def compare_answers(

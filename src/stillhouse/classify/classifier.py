@@ -21,9 +21,10 @@ from stillhouse.classify.label_scoring import (
     PADDING,
     ROWS_TOGETHER,
     TOKENS_TOGETHER,
+    LabelTree,
+    label_tree,
     tree_log_probabilities,
 )
-from stillhouse.classify.label_tree import LabelTree, label_tree
 from stillhouse.errors import ModelError
 from stillhouse.hardware import default_device
 from stillhouse.runfolder import write_atomically

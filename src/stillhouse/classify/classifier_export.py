@@ -4,16 +4,19 @@ transformers, and its report."""
 from __future__ import annotations
 
 import shutil
+import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from stillhouse.classify.classifier import Classifier, Facts, load_classifier
+import torch
+
+from stillhouse.classify.classifier import Classifier, Facts, batches, load_classifier
 from stillhouse.classify.classifier_card import (
     classifier_card,
     write_checkpoint_card,
     write_onnx_card,
 )
-from stillhouse.classify.classifier_onnx import ship_onnx
 from stillhouse.classify.classify_job import TaskJob
 from stillhouse.classify.fit import MODEL
 from stillhouse.classify.label_prompts import cut
@@ -22,6 +25,8 @@ from stillhouse.errors import ModelError
 from stillhouse.evaluation.classification_results import ClassificationEvaluation
 from stillhouse.evaluation.results import EVALUATION
 from stillhouse.export.classifier_gate import ClassifierRows, replay_classifier
+from stillhouse.export.export_config import ClassifierExportRecipe
+from stillhouse.export.onnx_export import export_onnx
 from stillhouse.pipeline.report_stage import plan_report
 from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.progress import note
@@ -31,6 +36,52 @@ from stillhouse.report.sections import RunFacts
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.teachers.older_names import write_older_names
 from stillhouse.training.checkpoints import METRICS, read_metrics
+
+KEPT = ("*.json", "*.jinja", "*.txt")
+"""Files of the checkpoint that are copied next to the ONNX file: configuration and tokenizer."""
+
+
+def ship_onnx(
+    section: ClassifierExportRecipe, model: Path, texts: list[str], out: Path
+) -> list[dict[str, Any]]:
+    """Export each ONNX format of the recipe to `out`/FORMAT, and replay it on `texts`; returns the
+    replays.
+
+    model: the folder of the checkpoint. The checkpoint's texts per second, in the same batches on
+    the same CPU, are reported next to the file's. Raises ModelError if an export fails.
+    """
+    forms = [form for form in section.formats if form != "safetensors"]
+    if not forms:
+        return []
+    classifier = load_classifier(model)
+    classifier.model.to("cpu")
+    rows = classifier.tokens(texts)
+    groups = [[rows[index] for index in chosen] for chosen in batches(rows)]
+    with torch.inference_mode():
+        classifier.logits(groups[0])  # the first pass allocates memory
+        began = time.perf_counter()
+        expected_NC = torch.cat([classifier.logits(group).softmax(-1) for group in groups])
+        rate = len(rows) / (time.perf_counter() - began)
+    replays = []
+    for form in forms:
+        folder = out / form
+        replay = export_onnx(
+            classifier.model,
+            groups,
+            classifier.tokenizer.pad_token_id or 0,
+            expected_NC,
+            folder,
+            form=form,
+            source=model,
+            read=classifier.head_logits,
+            kl_limit=section.kl_limit,
+        )
+        for pattern in KEPT:
+            for file in model.glob(pattern):
+                shutil.copy(file, folder / file.name)
+        replays.append({**asdict(replay), "checkpoint_texts_per_s": rate})
+    return replays
+
 
 REPLAY_LIMIT = 1e-4
 """Maximum difference of a probability after a checkpoint is saved and loaded by transformers

@@ -21,9 +21,9 @@ from stillhouse.classify.classify_config import (
     RandomClassifier,
     TruncatedClassifier,
 )
+from stillhouse.classify.label_judgment import prior_logits
 from stillhouse.classify.label_prompts import LabelPrompt, prompt_tokens
 from stillhouse.classify.label_scoring import score_labels
-from stillhouse.classify.targets import prior_logits
 from stillhouse.errors import ModelError, RecipeError
 from stillhouse.pruning.sizes import keep_config_layers
 from stillhouse.teachers.load_model import load_config, load_model, load_tokenizer

@@ -17,8 +17,7 @@ from stillhouse.classify.classify_job import TaskJob
 from stillhouse.classify.fit import planned_steps, texts_each
 from stillhouse.classify.label_judgment import estimate_judgment
 from stillhouse.classify.label_prompts import LabelPrompt, prompt_tokens
-from stillhouse.classify.label_scoring import shared_prefix
-from stillhouse.classify.label_tree import label_tree
+from stillhouse.classify.label_scoring import label_tree, shared_prefix
 from stillhouse.classify.task_texts import FEWEST, Texts, prepare_texts
 from stillhouse.errors import RecipeError
 from stillhouse.export.licenses import license_lines
@@ -27,8 +26,12 @@ from stillhouse.export.push import require_token
 from stillhouse.finding import Finding
 from stillhouse.generation.answer_requests import findings
 from stillhouse.generation.generation_config import may_cost
-from stillhouse.generation.source_check import require_key
-from stillhouse.generation.template_check import FrameKeys, rendered_prompt, require_template
+from stillhouse.generation.source_check import (
+    FrameKeys,
+    rendered_prompt,
+    require_key,
+    require_template,
+)
 from stillhouse.hardware import choose_precision, default_device, matmul_rate
 from stillhouse.launch import world_size
 from stillhouse.pipeline.engine import has_finished

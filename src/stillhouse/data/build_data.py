@@ -18,12 +18,11 @@ from stillhouse import progress
 from stillhouse.data.data_config import DataRecipe, Source, WindowsRecipe
 from stillhouse.data.documents import AnyDocument, Completion, Document, content_hash, group_hash
 from stillhouse.data.packing import Segment, fill_windows, plan_isolated, plan_single
-from stillhouse.data.row_checks import too_long
 from stillhouse.data.row_pool import HashSet, Pool
 from stillhouse.data.sources import read_sources, size_estimate
 from stillhouse.data.split import Records, check_split, divide
 from stillhouse.data.token_log import LoggedRow, TokenLog
-from stillhouse.data.tokenize_rows import Ids, Mask, end_of_text, tokenize
+from stillhouse.data.tokenize_rows import Ids, Mask, end_of_text, tokenize, too_long
 from stillhouse.data.windows import Windows, write_windows
 from stillhouse.errors import DataError
 from stillhouse.runfolder import versions

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import glob
 import itertools
+import platform
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from stillhouse.data.corpus import python_reference
 from stillhouse.data.data_config import CorpusSource, FileSource, HubSource, Source, TextSource
 from stillhouse.data.data_files import FileFormat, format_of, text_size
 from stillhouse.data.documents import AnyDocument, Document
@@ -19,6 +21,36 @@ from stillhouse.data.row_reader import not_empty, read_rows, text_lines
 from stillhouse.data.table_rows import Rows
 from stillhouse.disk_errors import download_errors
 from stillhouse.errors import DataError, StillhouseError
+
+HEADING = re.compile(r"^(?=[^\n]*\S[^\n]*\n([*=~^-])\1{2,}\n)", re.MULTILINE)
+SHORTEST = 400
+"""Characters; a shorter section is joined with the next one."""
+
+
+def python_reference() -> Iterator[Document]:
+    """One document per section, topic by topic; about 465 kB of English prose and code.
+
+    Topics quote each other's sections. As separate documents these are recognized as duplicates,
+    and held-out text comes from many places rather than from two long topics.
+    """
+    from pydoc_data.topics import topics
+
+    for topic in sorted(topics):
+        for number, section in enumerate(_sections(topics[topic]), 1):
+            yield Document(section + "\n", where=f"python-reference:{topic}, section {number}")
+
+
+def _sections(text: str) -> Iterator[str]:
+    held = ""
+    starts = [0, *(match.start() for match in HEADING.finditer(text) if match.start()), len(text)]
+    for start, end in pairwise(starts):
+        held += text[start:end]
+        if len(held) >= SHORTEST:
+            yield held.strip()
+            held = ""
+    if held.strip():
+        yield held.strip()
+
 
 _CORPUS_CHARACTERS = 465_000
 _STREAMED_FROM = 2 << 30
@@ -202,3 +234,30 @@ def hub_errors(source: HubSource) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+# --- changes ------------------------------------------------------------------------------------
+
+
+def sources_fingerprint(sources: Sequence[Source], base: Path) -> list[str]:
+    """One line per file: its name, size and modification time; the Python version for a corpus.
+
+    A Hub dataset counts by its name: it is read again only if the recipe changes. Raises DataError
+    if files are missing.
+    """
+    lines = []
+    for source in sources:
+        if isinstance(source, CorpusSource):
+            lines.append(f"{source.name} of Python {platform.python_version()}")
+        elif isinstance(source, HubSource):
+            local = base / Path(source.dataset).expanduser()
+            files = sorted(p for p in local.rglob("*") if p.is_file()) if local.is_dir() else []
+            lines += [source.dataset, *map(_stamp, files)]
+        else:
+            lines += map(_stamp, source_files(source, base))
+    return lines
+
+
+def _stamp(path: Path) -> str:
+    facts = path.stat()
+    return f"{path.name} {facts.st_size} {facts.st_mtime_ns}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,8 @@ from numpy.typing import NDArray
 
 from stillhouse.data.chat import RenderedChat, render_conversation
 from stillhouse.data.control_tokens import CONTROL_TEXT, ControlTokens, Piece
-from stillhouse.data.data_config import ControlText
-from stillhouse.data.documents import AnyDocument, Completion, Conversation
+from stillhouse.data.data_config import ControlText, WindowsRecipe
+from stillhouse.data.documents import AnyDocument, Completion, Conversation, Document
 from stillhouse.data.template_form import template_form
 from stillhouse.errors import DataError
 
@@ -220,3 +221,37 @@ def _reject_rendered(pieces: Sequence[Piece], control: ControlTokens, where: str
                 fix="set data.control_tokens: tokens to read them as tokens, or text to keep them "
                 "as text; better still, give the chat as `messages`",
             )
+
+
+# --- checks -------------------------------------------------------------------------------------
+
+
+_BATCH = 256
+
+
+def require_rows(documents: Iterable[AnyDocument], tokenizer: Any, section: WindowsRecipe) -> None:
+    """Raise DataError for the first document that the data stage would reject.
+
+    Plain text is not tokenized, because it may be divided anywhere.
+    """
+    left = iter(documents)
+    while batch := list(itertools.islice(left, _BATCH)):
+        rows = [one for one in batch if not isinstance(one, Document)]
+        for one in batch:
+            if isinstance(one, Document):
+                render_document(one, tokenizer, section.control_tokens)
+        for row, tokens in zip(
+            rows, tokenize(rows, tokenizer, section.control_tokens), strict=True
+        ):
+            longest = max(len(part.ids) for part in tokens)
+            if longest > section.context and section.long_rows == "error":
+                raise too_long(longest, row.where, section.context)
+
+
+def too_long(tokens: int, where: str, context: int) -> DataError:
+    """The error about a row with more tokens than the context."""
+    return DataError(
+        f"The row has {tokens:,} tokens, more than the context of {context:,}",
+        where=where,
+        fix=f"set data.context to at least {tokens}, or data.long_rows to truncate or drop",
+    )

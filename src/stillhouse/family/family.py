@@ -33,9 +33,8 @@ from stillhouse.language_model.recipe import Recipe
 from stillhouse.language_model.run_check import check_resources, require_resources
 from stillhouse.language_model.run_models import RunModels
 from stillhouse.language_model.vocabulary_stage import find_job
-from stillhouse.pipeline.engine import following, lead, run_steps
+from stillhouse.pipeline.engine import following, lead, require_all, run_steps
 from stillhouse.pipeline.kind import Kind, RunResult
-from stillhouse.pipeline.requirements import require_all
 from stillhouse.pipeline.stage_plan import doing
 from stillhouse.progress import note
 from stillhouse.report.family_report import family_report

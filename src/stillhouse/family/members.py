@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from stillhouse.errors import RecipeError
-from stillhouse.language_model.cascade_config import HopRecipe
 from stillhouse.language_model.job import Job, start_config
-from stillhouse.language_model.recipe import Recipe
+from stillhouse.language_model.recipe import HopRecipe, Recipe
 from stillhouse.language_model.run_models import RunModels, run_models
 from stillhouse.runfolder import run_root
 from stillhouse.students.planned_config import planned_config

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from stillhouse.data.turn_end import end_of_answers
-from stillhouse.generation.generator import Continuation, TokenPrompt
+from stillhouse.generation.generator import Continuation, TextGenerator, TokenPrompt
 from stillhouse.generation.kv_cache import SlotCache, fits_padding, fits_slots
-from stillhouse.generation.text_generator import TextGenerator
 from stillhouse.hardware import HeapLimit
 from stillhouse.progress import note
 

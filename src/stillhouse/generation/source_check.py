@@ -2,24 +2,135 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from stillhouse.errors import EndpointError
+from stillhouse.data.chat_template import render_chat
+from stillhouse.data.reasoning import THINK
+from stillhouse.data.row_formats import document_from_row
+from stillhouse.data.tokenize_rows import tokenize
+from stillhouse.errors import DataError, EndpointError, ModelError
 from stillhouse.finding import Finding, finding_of
+from stillhouse.generation.chat_frame import SYSTEM, text_of
 from stillhouse.generation.generation_config import ApiTeacher, VllmTeacher
+from stillhouse.generation.generator import require_chat_template
 from stillhouse.generation.request import Message, endpoint_of
-from stillhouse.generation.template_check import (
-    NOTHING,
-    FrameKeys,
-    rendered_prompt,
-    require_template,
-)
-from stillhouse.generation.text_generator import require_chat_template
 from stillhouse.generation.text_teacher import LocalText, TextSource
 from stillhouse.generation.vllm_engine import lacks
 from stillhouse.teachers.api_keys import api_key
 from stillhouse.teachers.load_model import load_tokenizer
 from stillhouse.teachers.planned_model import check_model_folder
+
+Render = Callable[[Sequence[Message]], str]
+"""Raises whatever a chat template raises: jinja2 passes all exceptions through."""
+
+
+@dataclass(frozen=True)
+class FrameKeys:
+    """The keys of a recipe that put a system prompt and few-shot examples into every chat."""
+
+    system: str | None = None
+    examples: str | None = None
+
+    @classmethod
+    def of(cls, section: str, system: str | None, examples: Sequence[Any]) -> FrameKeys:
+        """section: contains the two keys. None for a key that the recipe does not set."""
+        return cls(
+            None if system is None else f"{section}.system",
+            f"{section}.examples" if examples else None,
+        )
+
+
+NOTHING = FrameKeys()
+
+
+def rendered_prompt(tokenizer: Any) -> Render:
+    """How a model reads a chat before it answers."""
+
+    def render(messages: Sequence[Message]) -> str:
+        return render_chat(tokenizer, messages, generation_prompt=True)
+
+    return render
+
+
+def rendered_training(tokenizer: Any, *, reasoning: bool = False) -> Render:
+    """How a student is trained on a chat with an answer to it. reasoning: before the answer."""
+    answer = f"{THINK[0]}\nAlpha.\n{THINK[1]}\n\nYes." if reasoning else "Yes."
+
+    def render(messages: Sequence[Message]) -> str:
+        row = {"messages": [*map(dict, messages), {"role": "assistant", "content": answer}]}
+        document = document_from_row(row, "text", "the chats")
+        assert document is not None
+        list(tokenize([document], tokenizer))
+        return text_of(messages, [message["role"] for message in messages])
+
+    return render
+
+
+def require_template(
+    render: Render,
+    chats: Iterable[tuple[Sequence[Message], str]],
+    *,
+    whose: str,
+    where: object = None,
+    keys: FrameKeys = NOTHING,
+    fix: str = "use the order and fields of messages that the template expects, or a model with "
+    "another template",
+) -> None:
+    """Render the first chat of each form, and raise ModelError for one that is not accepted.
+
+    A form is the roles and the kinds of content, which determine what a template rejects; a system
+    prompt that is left out silently is also an error. chats: each with the place that it is from.
+    whose: the model, in words. where: its folder. keys: those of the recipe that put something
+    around the prompts. fix: what to do about anything else.
+    """
+    seen: set[Any] = set()
+    for messages, place in chats:
+        form = tuple(_form(message) for message in messages)
+        if form in seen:
+            continue
+        seen.add(form)
+        problem = _problem(render, messages)
+        if problem is None:
+            continue
+        without = [message for message in messages if message["role"] not in SYSTEM]
+        alone = without[-1:]
+        if len(without) < len(messages) and _problem(render, without) is None:
+            what = f"{whose}'s chat template does not accept a system prompt"
+            fix = "remove the system messages from the prompts, or put their text into the user's"
+            if keys.system is not None:
+                fix = f"remove {keys.system}, or put its text into the prompt"
+        elif len(alone) < len(without) and _problem(render, alone) is None and keys.examples:
+            what, fix = f"{whose}'s chat template does not accept the examples", "remove "
+            fix += f"{keys.examples}, or put them into the prompt"
+        else:
+            roles = ", ".join(message["role"] for message in messages)
+            what = f"{whose}'s chat template rejects a chat of {roles} ({place})"
+        raise ModelError(f"{what}: {problem}", where=where, fix=fix)
+
+
+def _form(message: Message) -> tuple[Any, ...]:
+    content = message.get("content")
+    kinds: tuple[Any, ...] = (type(content).__name__,)
+    if isinstance(content, list):
+        kinds += tuple(part.get("type") for part in content if isinstance(part, Mapping))
+    return (message["role"], kinds, tuple(sorted(message)))
+
+
+def _problem(render: Render, messages: Sequence[Message]) -> str | None:
+    try:
+        text = render(messages)
+    except DataError as error:
+        return error.what
+    # A template is a program that comes with the model, and fails in any way.
+    except Exception as error:
+        return str(error).strip() or type(error).__name__
+    for message in messages:
+        content = message.get("content")
+        if message["role"] in SYSTEM and isinstance(content, str) and content.strip() not in text:
+            return "it leaves the system prompt out"
+    return None
 
 
 def require_key(api: ApiTeacher, key: str) -> Iterator[Finding]:

@@ -25,12 +25,12 @@ from stillhouse.generation.generation_config import (
     TextTeacher,
     VllmTeacher,
 )
+from stillhouse.generation.generator import TextGenerator
 from stillhouse.generation.helpers import Helpers
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.local_generator import local_text
 from stillhouse.generation.request import Answer, Message, Outcome, Request, Requests, endpoint_of
 from stillhouse.generation.request_pool import Pool
-from stillhouse.generation.text_generator import TextGenerator
 from stillhouse.generation.vllm_engine import opened
 from stillhouse.hardware import choose_precision, default_device
 from stillhouse.progress import bar, note

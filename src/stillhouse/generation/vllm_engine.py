@@ -20,8 +20,12 @@ from torch import Tensor
 
 from stillhouse.data.turn_end import turn_end
 from stillhouse.errors import ModelError
-from stillhouse.generation.generator import Continuation, TokenPrompt
-from stillhouse.generation.text_generator import TextGenerator, require_chat_template
+from stillhouse.generation.generator import (
+    Continuation,
+    TextGenerator,
+    TokenPrompt,
+    require_chat_template,
+)
 from stillhouse.generation.vllm_process import EngineError, VllmProcess, probe_python
 from stillhouse.generation.vllm_worker import (
     generate,

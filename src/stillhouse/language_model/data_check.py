@@ -7,21 +7,56 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from stillhouse.data.chat_template import DATE, writes_date
 from stillhouse.data.data_config import FileSource, Source, TextSource
 from stillhouse.data.data_files import extension_of
 from stillhouse.data.documents import AnyDocument, Conversation, Document
 from stillhouse.data.file_search import other_texts
 from stillhouse.data.sources import read_sources, size_estimate, source_files
 from stillhouse.data.tokenize_rows import TokenRow, tokenize
+from stillhouse.data.turn_end import turn_end
 from stillhouse.export.licenses import license_lines
 from stillhouse.finding import Finding, Level
 from stillhouse.language_model.alignment_check import check_alignment
 from stillhouse.language_model.job import Job
 from stillhouse.language_model.model_origins import origins_of
 from stillhouse.language_model.synthesis_check import PlannedText, planned_text
-from stillhouse.language_model.turn_check import check_turns
 from stillhouse.pipeline.kind import Check
 from stillhouse.teachers.load_model import load_tokenizer
+
+TOPIC = "chat template"
+
+
+def check_turns(job: Job) -> Iterator[Finding]:
+    """Check the template of training text with chats."""
+    code = job.trust_remote_code
+    student = load_tokenizer(job.tokenizer_path, trust_remote_code=code)
+    teacher = load_tokenizer(job.teacher.path, trust_remote_code=code)
+    end, other = turn_end(student), turn_end(teacher)
+    if end is not None:
+        learned = f"an assistant's turn ends with {end.text}, which is learned and ends answers"
+        yield Finding("ok", TOPIC, f"loss on assistant turns; {learned}; see `stillhouse preview`")
+        if not end.written:
+            text = f"it writes no token after an assistant's turn: {end.text} is added to each"
+            fix = "a template that writes one makes longer rows: several turns share their context"
+            yield Finding("warning", TOPIC, text, fix)
+    differ = end is not None and other is not None and other.text != end.text
+    if end is not None and job.folded:
+        text = (
+            "each model's own template renders the chats, unless both have the same tokens for it"
+        )
+        yield Finding("ok", TOPIC, text)
+    elif differ and end is not None and other is not None:
+        text = f"the teacher's turns end with {other.text}, and the student's with {end.text}"
+        fix = (
+            "the student's template is used for both, so its end-of-turn token may be new to the "
+            "teacher: copy the teacher's chat_template.jinja into the student's folder"
+        )
+        yield Finding("warning", TOPIC, text, fix)
+    if writes_date(student):
+        text = f"it writes the date: {DATE:%d %B %Y} in every run, so that text never changes"
+        yield Finding("ok", TOPIC, text)
+
 
 SAMPLE_DOCUMENTS = 400
 SAMPLE_CHARACTERS = 400_000

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.data.build_data import TOKENIZED, build
-from stillhouse.data.fingerprint import sources_fingerprint
+from stillhouse.data.sources import sources_fingerprint
 from stillhouse.data.windows import Windows, open_windows
 from stillhouse.language_model.job import Job
 from stillhouse.pipeline.stage_plan import StagePlan

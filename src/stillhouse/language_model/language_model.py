@@ -24,11 +24,10 @@ from stillhouse.language_model.export_stage import (
 )
 from stillhouse.language_model.job import Job, find_models
 from stillhouse.language_model.model_check import require_models
-from stillhouse.language_model.process_check import ready_to_train
 from stillhouse.language_model.quantize_stage import plan_quantization, plan_quantized_training
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.language_model.roots_stage import has_other_tokenizers, plan_roots, with_roots
-from stillhouse.language_model.run_check import check_resources, require_resources
+from stillhouse.language_model.run_check import check_resources, ready_to_train, require_resources
 from stillhouse.language_model.search_stage import has_target, plan_search, with_sizes
 from stillhouse.language_model.signals_stage import STORE, plan_signals, records_signals
 from stillhouse.language_model.synthesis_check import (

@@ -10,7 +10,7 @@ from stillhouse.evaluation.generate import prompt_ids
 from stillhouse.evaluation.speed import DECODE_TOKENS, PROMPT_TOKENS
 from stillhouse.finding import Finding
 from stillhouse.generation.chat_frame import user_turn
-from stillhouse.generation.template_check import rendered_prompt, require_template
+from stillhouse.generation.source_check import rendered_prompt, require_template
 from stillhouse.language_model.job import Job, configs, full_job
 from stillhouse.language_model.package_check import require_options
 from stillhouse.objectives.objective_config import ChunksTerm

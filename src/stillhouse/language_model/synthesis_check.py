@@ -10,16 +10,20 @@ from pathlib import Path
 
 from stillhouse.data.data_config import FileSource, HubSource, Source
 from stillhouse.data.documents import Conversation
-from stillhouse.data.row_checks import require_rows
 from stillhouse.data.row_formats import document_from_row
 from stillhouse.data.sources import read_sources, size_estimate
+from stillhouse.data.tokenize_rows import require_rows
 from stillhouse.errors import RecipeError, RunError
 from stillhouse.finding import Finding
 from stillhouse.generation.answer_requests import findings
 from stillhouse.generation.chat_frame import user_turn
 from stillhouse.generation.generation_config import may_cost
-from stillhouse.generation.source_check import require_source
-from stillhouse.generation.template_check import FrameKeys, rendered_training, require_template
+from stillhouse.generation.source_check import (
+    FrameKeys,
+    rendered_training,
+    require_source,
+    require_template,
+)
 from stillhouse.language_model.job import Job
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.language_model.synthesis_stage import (
@@ -32,12 +36,10 @@ from stillhouse.language_model.synthesis_stage import (
 )
 from stillhouse.pipeline.engine import run_folder
 from stillhouse.pipeline.kind import Check
-from stillhouse.synthesis.filters_config import JudgeChoice
 from stillhouse.synthesis.judge_answers import most_requests
-from stillhouse.synthesis.preflight import answered_rows, estimate_synthesis
 from stillhouse.synthesis.prompts import unread_notes
-from stillhouse.synthesis.synthesize import TEXT, chosen_filters
-from stillhouse.synthesis.synthesize_config import SynthesizeRecipe
+from stillhouse.synthesis.synthesize import TEXT, answered_rows, chosen_filters, estimate_synthesis
+from stillhouse.synthesis.synthesize_config import JudgeChoice, SynthesizeRecipe
 from stillhouse.synthesis.synthesized_text import names
 from stillhouse.teachers.load_model import load_tokenizer
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from stillhouse.errors import RecipeError
 from stillhouse.evaluation.results import EVALUATION
+from stillhouse.finding import Finding
 from stillhouse.hardware import cores_of, free_memory, tune_allocator
 from stillhouse.launch import (
     end_with_torchrun,
@@ -20,12 +22,10 @@ from stillhouse.launch import (
 )
 from stillhouse.pipeline.kind import ALL, Kind, RunResult, Step
 from stillhouse.pipeline.report_stage import REPORT
-from stillhouse.pipeline.requirements import require_all
 from stillhouse.pipeline.run_progress import expect_steps, recorded
-from stillhouse.pipeline.shared_folder import joining, leading
+from stillhouse.pipeline.shared_folder import joining, leading, wait_for_main_process
 from stillhouse.pipeline.stage_plan import Do, StagePlan, doing
 from stillhouse.pipeline.time_left import TimeLeft
-from stillhouse.pipeline.waiting import wait_for_main_process
 from stillhouse.processes import lost_process
 from stillhouse.progress import note
 from stillhouse.runfolder import NamedRecipe, Outcome, RunFolder, Stage, run_root, write_atomically
@@ -113,6 +113,22 @@ def run_steps(
         if step.then is not None:
             job = step.then(job, stages, do)
     return job, stages
+
+
+def require_all(kind: Kind, job: Any) -> None:
+    """Raise StillhouseError if a step cannot succeed; print warnings."""
+    for step in kind.steps:
+        if step.require is not None and step.applies(job):
+            require(step.require(job))
+
+
+def require(findings: Iterable[Finding]) -> None:
+    """Raise the first error, and print the warnings before it."""
+    for finding in findings:
+        if finding.level == "error":
+            raise RecipeError(finding.text, where=finding.topic, fix=finding.fix)
+        if finding.level == "warning":
+            note(f"warning: {finding.text}" + (f" ({finding.fix})" if finding.fix else ""))
 
 
 def planned(step: Step, job: Any, stages: dict[str, Stage]) -> StagePlan:

@@ -1,11 +1,12 @@
-"""Whether all processes of a torchrun work in the same run folder."""
+"""How the processes of a torchrun share a run folder: all of them see it, and those beside the main
+process wait there for the work that it does alone."""
 
 from __future__ import annotations
 
 import platform
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -13,16 +14,19 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from stillhouse.errors import RunError, StillhouseError
-from stillhouse.launch import process_index, world_size
-from stillhouse.pipeline.waiting import wait_for_main_process
-from stillhouse.process_watch import main_process_finished, watched_processes
+from stillhouse.launch import process_index, speaks_for_machine, world_size
+from stillhouse.process_watch import lost_process_found, main_process_finished, watched_processes
 from stillhouse.processes import lost_process, open_group
+from stillhouse.progress import note
 from stillhouse.runfolder import write_atomically
 
 ANNOUNCEMENT = ".torchrun"
 """A file that names the torchrun whose main process works in the folder."""
 PATIENCE_SECONDS = 30.0
 """For a file of the main process to become visible on another machine."""
+POLL_SECONDS = 0.5
+SILENT_SECONDS = 60.0
+"""After which one process of each machine reports what it is waiting for."""
 SHOWN = 4
 """Maximum number of processes that an error lists."""
 
@@ -70,6 +74,22 @@ def joining(root: Path) -> Iterator[None]:
     with watched_processes():
         yield
         wait_for_main_process(main_process_finished, "the end of its work")
+
+
+def wait_for_main_process(find: Callable[[], T | None], what: str) -> T:
+    """Call `find` until it returns something, which is returned. what: the main process's work.
+
+    Raises LostProcessError if another process ends before.
+    """
+    began, said = time.monotonic(), not speaks_for_machine()
+    while (found := find()) is None:
+        if (lost := lost_process_found()) is not None:
+            raise lost
+        if not said and time.monotonic() - began > SILENT_SECONDS:
+            note(f"process {process_index()}: waiting for the main process ({what})")
+            said = True
+        time.sleep(POLL_SECONDS)
+    return found
 
 
 def _broadcast(news: str | StillhouseError | None) -> str | StillhouseError | None:

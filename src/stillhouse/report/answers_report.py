@@ -9,7 +9,7 @@ from stillhouse.evaluation.answers import AnsweredText, AnswersEvaluation
 from stillhouse.evaluation.metrics import ANSWER_METRICS, metrics_of
 from stillhouse.evaluation.roles import role_name
 from stillhouse.generation.answer_requests import cost_line
-from stillhouse.report.history import Rows
+from stillhouse.report.history import Rows, training_section
 from stillhouse.report.own_text_report import own_text_section
 from stillhouse.report.page import Answer, Report, Section, SideBySide
 from stillhouse.report.palette import INK, role_color
@@ -19,7 +19,6 @@ from stillhouse.report.sections import (
     cost_section,
     notes_section,
 )
-from stillhouse.report.training_report import training_section
 from stillhouse.synthesis.filters import dropped_counts
 
 _HEADLINE = ("field_f1", "agreement_f1", "score", "exact", "agreement", "valid")

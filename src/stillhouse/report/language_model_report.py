@@ -13,7 +13,7 @@ from stillhouse.evaluation.results import Evaluation, ModelResult
 from stillhouse.evaluation.roles import role_name, role_order
 from stillhouse.report.charts import Chart, LineChart, dot, in_units
 from stillhouse.report.formats import KL_LABEL, Replays, forms, forms_section
-from stillhouse.report.history import Rows
+from stillhouse.report.history import Rows, kl_temperature, training_section
 from stillhouse.report.own_text_report import own_text_section
 from stillhouse.report.page import Answer, Figure, Report, Section, SideBySide
 from stillhouse.report.palette import ACCENT, MUTED, role_color
@@ -26,7 +26,6 @@ from stillhouse.report.sections import (
     notes_section,
 )
 from stillhouse.report.steps_report import steps_section
-from stillhouse.report.training_report import kl_temperature, training_section
 
 OPTIMAL_TOKENS = 20
 """Training tokens per parameter above which more parameters are the better use of FLOPs

@@ -7,6 +7,7 @@ for what comes first (or last) cancels.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,8 +19,28 @@ from stillhouse.generation.request import Request
 from stillhouse.generation.text_teacher import DefaultModel, TextSource, text_source
 from stillhouse.synthesis.best_of import keep_best
 from stillhouse.synthesis.filters import Chooser, Row, answer_only
-from stillhouse.synthesis.filters_config import Choice, JudgeChoice
-from stillhouse.synthesis.verdicts import read_score, read_verdict
+from stillhouse.synthesis.synthesize_config import Choice, JudgeChoice
+
+_LETTER = re.compile(r"\b(?:(?:[Aa] )?(?:tie|Tie|TIE)|A|B)\b")
+"""In capitals: `a` is mostly the article."""
+_SCALE = re.compile(
+    r"(?:/|\bout of|\bof) *10\b|(?:\bfrom|\bof|\bscale:?|\() *1 *(?:to|-|–) *10\b", re.IGNORECASE
+)
+_NUMBER = re.compile(r"(?<![\d.,-])\d+(?:\.\d+)?(?![\d%])")
+
+
+def read_verdict(text: str) -> str | None:
+    """A, B or tie; None if the reply is not exactly one of them."""
+    found = {word if word in "AB" else "tie" for word in _LETTER.findall(text)}
+    return found.pop() if len(found) == 1 else None
+
+
+def read_score(text: str) -> float | None:
+    """The one number from 1 to 10 in the reply, besides the scale that it may repeat."""
+    found = {float(number) for number in _NUMBER.findall(_SCALE.sub(" ", text))}
+    score = found.pop() if len(found) == 1 else 0.0
+    return score if 1 <= score <= 10 else None
+
 
 _SCORE = """\
 Rate the answer to a question.

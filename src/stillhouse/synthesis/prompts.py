@@ -27,7 +27,7 @@ from stillhouse.data.tool_formats import read_tools
 from stillhouse.errors import DataError
 from stillhouse.generation.chat_frame import user_turn
 from stillhouse.generation.request import Message
-from stillhouse.synthesis.prompts_config import PromptFormat
+from stillhouse.synthesis.synthesize_config import PromptFormat
 
 _MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id")
 _LOG_PLACES = (

@@ -13,10 +13,9 @@ from stillhouse.generation.generation_config import SamplingRecipe
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Message, Request
 from stillhouse.generation.text_teacher import DefaultModel, TextSource, text_source
-from stillhouse.synthesis.filters_config import LikelihoodChoice
 from stillhouse.synthesis.judge_answers import Judge, open_judge
 from stillhouse.synthesis.prompts import Prompt, read_prompts
-from stillhouse.synthesis.synthesize_config import SynthesizeRecipe
+from stillhouse.synthesis.synthesize_config import LikelihoodChoice, SynthesizeRecipe
 from stillhouse.synthesis.write_prompts import Writer, combined, spent_on_writing
 
 

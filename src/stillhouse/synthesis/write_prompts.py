@@ -26,7 +26,7 @@ from stillhouse.generation.text_teacher import TextSource
 from stillhouse.progress import note
 from stillhouse.synthesis.near_duplicates import NearDuplicates
 from stillhouse.synthesis.prompts import Prompt
-from stillhouse.synthesis.prompts_config import CombineRecipe, WriteRecipe
+from stillhouse.synthesis.synthesize_config import CombineRecipe, WriteRecipe
 
 MOST_TIMES = 3
 """The most requests, as a multiple of the number that is enough if all prompts are different."""

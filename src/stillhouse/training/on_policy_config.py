@@ -21,7 +21,7 @@ from stillhouse.field_types import (
 from stillhouse.generation.rollout_config import LocalRollouts, RolloutsRecipe
 from stillhouse.objectives.objective_config import LogitsTerm
 from stillhouse.section import Section
-from stillhouse.synthesis.prompts_config import PromptFormat
+from stillhouse.synthesis.synthesize_config import PromptFormat
 
 
 class OnPolicyPrompts(Section):

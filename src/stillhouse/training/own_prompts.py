@@ -19,8 +19,8 @@ from stillhouse.data.sources import hub_errors, hub_rows
 from stillhouse.data.window_prompts import all_prompts
 from stillhouse.errors import DataError
 from stillhouse.generation.chat_frame import Frame, user_turn
+from stillhouse.generation.generator import require_chat_template
 from stillhouse.generation.request import Message
-from stillhouse.generation.text_generator import require_chat_template
 from stillhouse.synthesis.prompts import prompt_messages, read_prompts
 from stillhouse.training.on_policy_config import OnPolicyPrompts
 

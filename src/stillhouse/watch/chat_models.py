@@ -20,10 +20,9 @@ from stillhouse.answering.answering_config import AnsweringRecipe
 from stillhouse.answering.answering_job import AnsweringJob
 from stillhouse.classify.classifier import load_classifier
 from stillhouse.classify.classify_config import ClassifyRecipe
-from stillhouse.classify.label_judgment import Judgment
+from stillhouse.classify.label_judgment import Judgment, distributions
 from stillhouse.classify.label_prompts import LabelPrompt, prompt_tokens
 from stillhouse.classify.label_scoring import score_labels
-from stillhouse.classify.targets import distributions
 from stillhouse.config.load_recipe import AnyRecipe, load_recipe
 from stillhouse.data.chat_prompt import chat_ids, text_ids
 from stillhouse.data.reasoning import Marks, decode_with_marks

@@ -24,9 +24,8 @@ from stillhouse.evaluation.metrics import metrics_of
 from stillhouse.evaluation.results import Evaluation, Saved
 from stillhouse.pipeline.run_progress import StepProgress
 from stillhouse.progress import Work
-from stillhouse.report.history import training_charts
+from stillhouse.report.history import training_charts, training_section
 from stillhouse.report.page import Section, environment
-from stillhouse.report.training_report import training_section
 from stillhouse.training.checkpoints import read_metrics
 from stillhouse.watch.watched_runs import Training, WatchedPart, WatchedRun, find_runs, read_run
 

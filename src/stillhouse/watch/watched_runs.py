@@ -24,8 +24,8 @@ from stillhouse.pipeline.run_progress import (
     read_progress,
 )
 from stillhouse.progress import Work
+from stillhouse.report.history import kl_temperature
 from stillhouse.report.page import FAMILY_REPORT, REPORT
-from stillhouse.report.training_report import kl_temperature
 from stillhouse.stage_manifest import MANIFEST, read_manifest
 from stillhouse.training.checkpoints import METRICS
 
