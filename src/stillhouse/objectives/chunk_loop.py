@@ -1,8 +1,9 @@
 """The fused loss's loop over chunks of rows, and what it accumulates.
 
-Shapes: N rows, n rows of a chunk, b rows of a block, M terms, D hidden width, V vocabulary. A
-*chunk* is large enough for fast matrix products; a *block* is small enough that its float32 scratch
-stays in the processor's cache while some ten elementwise passes go over it.
+Shapes: N rows, n rows of a chunk, m rows of a part, b rows of a block, M terms, D hidden width,
+V vocabulary. A *chunk* is large enough for fast matrix products; the teacher's logits, which no
+product reads, exist for a *part* of it at a time; a *block* is small enough that its float32
+scratch stays in the processor's cache while some ten elementwise passes go over it.
 """
 
 from __future__ import annotations
@@ -40,8 +41,16 @@ CHUNK_ROWS_CPU = 64, 256
 NARROW_CHUNK_ROWS_CPU = 64, 512
 """In 16 bits: products are about three times as fast, so the rest weighs more."""
 CHUNK_ROWS_CUDA = 2048
+NARROW_PARTS_CPU = 2
+"""Parts of a chunk in 16 bits, where logits are most of the memory."""
 BLOCK_ELEMENTS_CPU = 1 << 19
+NARROW_BLOCK_ELEMENTS_CPU = 1 << 18
+LEAST_BLOCK_ROWS = 4
+"""A smaller block's operators have too few rows for several threads."""
 BLOCK_ELEMENTS_CUDA = 1 << 26
+NARROW_SUM_CHUNKS = 16
+"""The most chunks whose products are added in 16 bits: the rounding errors of a sum grow with their
+number."""
 
 
 def rows_per_chunk(width: int, dtype: torch.dtype, device: str) -> int:
@@ -50,6 +59,21 @@ def rows_per_chunk(width: int, dtype: torch.dtype, device: str) -> int:
         return CHUNK_ROWS_CUDA
     least, most = NARROW_CHUNK_ROWS_CPU if dtype.itemsize < 4 else CHUNK_ROWS_CPU
     return min(most, max(least, 2 * width // dtype.itemsize))
+
+
+def rows_per_part(chunk: int, dtype: torch.dtype, device: str) -> int:
+    """Rows of a chunk whose teacher logits exist at a time."""
+    return -(-chunk // NARROW_PARTS_CPU) if device == "cpu" and dtype.itemsize < 4 else chunk
+
+
+def rows_per_block(part: int, vocabulary: int, dtype: torch.dtype, device: str) -> int:
+    """Rows of a part whose float32 scratch exists at a time."""
+    if device != "cpu":
+        return min(part, max(1, BLOCK_ELEMENTS_CUDA // vocabulary))
+    rows = max(1, BLOCK_ELEMENTS_CPU // vocabulary)
+    if dtype.itemsize < 4:
+        rows = min(rows, max(LEAST_BLOCK_ROWS, NARROW_BLOCK_ELEMENTS_CPU // vocabulary))
+    return min(part, rows)
 
 
 @dataclass(frozen=True)
@@ -74,10 +98,18 @@ class Plan:
         wanted = self.chunk_rows or rows_per_chunk(width, self.dtype, hidden_ND.device.type)
         return max(1, min(wanted, rows))
 
-    def block(self, device: torch.device, chunk: int) -> int:
-        """Rows of a block inside a chunk."""
-        elements = BLOCK_ELEMENTS_CPU if device.type == "cpu" else BLOCK_ELEMENTS_CUDA
-        return min(chunk, max(1, elements // self.vocab_size))
+    def head_sum_dtype(self, hidden_ND: Tensor, weight_VD: Tensor) -> torch.dtype:
+        """Of the head's gradient while products of chunks are added to it.
+
+        A gradient in 16 bits is added up in 16 bits if chunks are few: on a CPU, the product is
+        added to the sum before it is rounded. Otherwise in the dtype of reductions.
+        """
+        device = hidden_ND.device.type
+        narrow = weight_VD.dtype == self.dtype and self.dtype.itemsize < 4
+        chunks = -(-len(hidden_ND) // self.chunk(hidden_ND))
+        if narrow and device == "cpu" and chunks <= NARROW_SUM_CHUNKS:
+            return self.dtype
+        return self.reduce_dtype
 
 
 class Work:
@@ -118,7 +150,10 @@ class Work:
         wide = hidden_ND.new_empty(0, dtype=plan.reduce_dtype)
         self.losses_MN = wide.new_zeros(len(plan.terms), self.rows)
         self.dhidden_ND = torch.empty_like(self.hidden_ND) if needs[0] else None
-        self.dweight_VD = wide.new_empty(head.weight_VD.shape) if needs[1] else None
+        self.dweight_VD: Tensor | None = None
+        if needs[1]:
+            sum_dtype = plan.head_sum_dtype(hidden_ND, head.weight_VD)
+            self.dweight_VD = wide.new_empty(head.weight_VD.shape, dtype=sum_dtype)
         self.dbias_V = wide.new_zeros(len(head.weight_VD)) if needs[2] else None
         if self.dweight_VD is not None:
             self.dweight_VD[plan.vocab_size if self.rows else 0 :].zero_()
@@ -131,44 +166,65 @@ class Work:
             self.kernels = row_kernels(
                 self.groups, self.head, self.teacher, self.signal, self.plan.reduce_dtype
             )
-        # Kernels need no scratch: a chunk is one launch.
-        block = self.plan.block(device, chunk) if self.kernels is None else chunk
-        student_nV = self.hidden_ND.new_empty(chunk, self.plan.vocab_size)
-        teacher_nV: Tensor | None = None
+        vocab, dtype = self.plan.vocab_size, self.plan.dtype
+        most = block = chunk  # Kernels need no scratch: a chunk is one launch.
+        if self.kernels is None:
+            most = rows_per_part(chunk, dtype, device.type)
+            block = rows_per_block(most, vocab, dtype, device.type)
+        student_nV = self.hidden_ND.new_empty(chunk, vocab)
+        teacher_mV: Tensor | None = None
         if self.teacher is not None:
-            teacher_nV = student_nV.new_empty(chunk, self._teacher_vocabulary())
-        self.space = Workspace((block, self.plan.vocab_size), self.losses_MN)
+            teacher_mV = student_nV.new_empty(most, self._teacher_vocabulary())
+        self.space = Workspace((block, vocab), self.losses_MN)
         folding = None if self.folded is None else Folding(self.folded.fold, self.space)
-        blocks = Blocks(self.groups, self.head, self.teacher, self.space, self.kernels, folding)
+        self.blocks = Blocks(
+            self.groups, self.head, self.teacher, self.space, self.kernels, folding
+        )
         grad = any(gradient is not None for gradient in self.gradients())
         for start in range(0, self.rows, chunk):
             rows = slice(start, min(start + chunk, self.rows))
             n = rows.stop - rows.start
             self.head.raw_logits(self.hidden_ND[rows], student_nV[:n])
-            if self.teacher is not None and isinstance(self.signal, DenseSignal):
-                assert teacher_nV is not None
-                self.teacher.raw_logits(self.signal.hidden_ND[rows], teacher_nV[:n])
-            for low in range(0, n, block):
-                part = slice(low, min(low + block, n))
-                here = slice(start + part.start, start + part.stop)
-                blocks.run(
-                    student_nV[part],
-                    self._teacher_block(teacher_nV, part, here),
-                    None if self.targets_N is None else self.targets_N[here],
-                    self.losses_MN[:, here],
-                    covered_b=None if self.folded is None else self.folded.covered_N[here],
-                    grad=grad,
-                )
+            for first in range(start, rows.stop, most):
+                part = slice(first, min(first + most, rows.stop))
+                student_mV = student_nV[part.start - start : part.stop - start]
+                self._run_part(part, student_mV, teacher_mV, block, grad=grad)
             if grad:
                 self._carry_back(student_nV[:n], rows)
         if self.dhidden_ND is not None:
             self._scale_rows_(self.dhidden_ND, slice(None), self.factor)
 
+    def _run_part(
+        self,
+        part: slice,
+        student_mV: Tensor,
+        teacher_mV: Tensor | None,
+        block: int,
+        *,
+        grad: bool,
+    ) -> None:
+        """The losses of rows `part`, and ∂loss/∂logits over their logits. teacher_mV: a buffer."""
+        rows = len(student_mV)
+        if self.teacher is not None and isinstance(self.signal, DenseSignal):
+            assert teacher_mV is not None
+            self.teacher.raw_logits(self.signal.hidden_ND[part], teacher_mV[:rows])
+        for low in range(0, rows, block):
+            inside = slice(low, min(low + block, rows))
+            here = slice(part.start + inside.start, part.start + inside.stop)
+            self.blocks.run(
+                student_mV[inside],
+                self._teacher_block(teacher_mV, inside, here),
+                None if self.targets_N is None else self.targets_N[here],
+                self.losses_MN[:, here],
+                covered_b=None if self.folded is None else self.folded.covered_N[here],
+                grad=grad,
+            )
+
     def _teacher_vocabulary(self) -> int:
         return self.plan.vocab_size if self.folded is None else len(self.folded.fold.teacher_W)
 
-    def _teacher_block(self, teacher_nV: Tensor | None, part: slice, here: slice) -> Teacher:
-        """The signal's rows of one block: `part` within the chunk, `here` within all rows."""
+    def _teacher_block(self, teacher_mV: Tensor | None, inside: slice, here: slice) -> Teacher:
+        """The signal's rows of one block: `inside` its part, `here` within all rows."""
         signal = self.signal
         if isinstance(signal, LogitsSignal):
             logits_bV = signal.logits_NV[here, : self.plan.vocab_size].detach()
@@ -190,7 +246,7 @@ class Work:
             wide = self.losses_MN.dtype
             score_b = (signal.vector_ND[here].to(wide) * self.hidden_ND[here].to(wide)).sum(1)
             return ProjectedRows(score_b, signal.negative_entropy_N[here].to(wide))
-        return None if teacher_nV is None else teacher_nV[part]
+        return None if teacher_mV is None else teacher_mV[inside]
 
     def _carry_back(self, dlogits_nV: Tensor, rows: slice) -> None:
         """Carry ∂loss/∂logits to the hidden rows, the weight and the bias.

@@ -125,7 +125,11 @@ def forward_kl_and_counted(block: GroupBlock, zt_bV: Tensor | None) -> None:
     for each in counted:
         each.subtract_from_(zs_bV)
     if zt_bV is not None and of_teacher:
-        torch.sub(zs_bV, zt_bV, alpha=of_teacher, out=out_bV)
+        # In place: into a narrower tensor, torch.sub would go through a temporary one.
+        same = out_bV.dtype == zs_bV.dtype
+        torch.sub(zs_bV, zt_bV, alpha=of_teacher, out=out_bV if same else zs_bV)
+        if not same:
+            out_bV.copy_(zs_bV)
     elif out_bV is not zs_bV:
         out_bV.copy_(zs_bV)
 

@@ -6,11 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from stillhouse.objectives.chunk_loop import (
-    BLOCK_ELEMENTS_CPU,
-    BLOCK_ELEMENTS_CUDA,
-    rows_per_chunk,
-)
+from stillhouse.objectives.chunk_loop import rows_per_block, rows_per_chunk, rows_per_part
 from stillhouse.objectives.products import HEAD_BLOCK_ROWS_CUDA, adds_products_wide
 
 
@@ -47,12 +43,14 @@ def loss_sizes(
     """
     width, cuda = compute.itemsize, device == "cuda"
     chunk = min(rows, rows_per_chunk(hidden, compute, device))
-    block = min(chunk, max(1, (BLOCK_ELEMENTS_CUDA if cuda else BLOCK_ELEMENTS_CPU) // vocabulary))
+    part = chunk if kernels else rows_per_part(chunk, compute, device)
+    block = rows_per_block(part, vocabulary, compute, device)
     models = 2 if teachers else 1
     buffers = 0
     if not kernels:
         buffers = (models if width < 4 else 0) + _scratch(bool(teachers), only_kl)
-    tiles = chunk * vocabulary * width * models + buffers * block * vocabulary * 4
+    logits = chunk + (part if teachers else 0)
+    tiles = logits * vocabulary * width + buffers * block * vocabulary * 4
     if cuda and trained_head and width < 4 and not adds_products_wide(device):
         tiles += min(vocabulary, HEAD_BLOCK_ROWS_CUDA) * hidden * 4
     if copies_head:
