@@ -315,6 +315,22 @@ def test_one_clear_message(folder: Path, more: list[str], said: str) -> None:
     assert not (folder / "recipe.yaml").exists()
 
 
+def test_what_to_expect_of_a_student_is_said(folder: Path) -> None:
+    shown = init(folder, *flags(folder, "distill", "text.txt"))
+    for part in ("training on about", "without questions and answers", "Use the size large"):
+        assert part in shown
+    shown = init(folder, "--force", *flags(folder, "distill", "text.txt", "large"))
+    assert "Use the size large" not in shown
+    chat = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "Yes."}]
+    (folder / "chats.jsonl").write_text(f"{json.dumps({'messages': chat})}\n" * 9)
+    out = folder / "chats.yaml"
+    told = flags(folder, "distill", "chats.jsonl", "large")
+    answer = CliRunner().invoke(app, ["init", "--out", str(out), *told])
+    assert answer.exit_code == 0, answer.output
+    assert "without questions" not in answer.output
+    assert load_recipe(out).evaluate.prompts[-1] == "Is it?"
+
+
 def test_a_recipe_is_not_written_over(folder: Path) -> None:
     init(folder, *flags(folder, "generate", "text.txt"))
     out = str(folder / "made" / "recipe.yaml")
@@ -347,3 +363,16 @@ def test_markdown_in_a_folder_is_a_source_of_its_own(folder: Path) -> None:
                              *flags(folder, "distill", "notes")])  # fmt: skip
     (only,) = load_recipe(folder / "made" / "recipe.yaml").data.sources
     assert only.path.endswith("notes/**/*.md")
+
+
+def test_the_check_lists_files_that_are_not_read(folder: Path) -> None:
+    notes = folder / "notes"
+    notes.mkdir()
+    (notes / "a.txt").write_text(tiny.text(400))
+    (notes / "b.docx").write_text("x")
+    shown = init(folder, *flags(folder, "distill", "notes"))
+    assert "not read: 1 .docx" in shown
+    found = check_recipe(folder / "made" / "recipe.yaml")
+    (warning,) = [one for one in found if "not read" in one.text]
+    assert (warning.level, warning.text.split(": ")[1]) == ("warning", "1 .docx")
+    assert "pandoc" in str(warning.fix)

@@ -20,6 +20,9 @@ CALIBRATED_STEP = 4096
 SHORT = 300_000
 """Tokens of a text below which one pass in large batches has too few optimizer steps."""
 MOST_EPOCHS = 3
+SENSIBLE_TOKENS = 1_000_000
+"""Trained tokens below which a student of half of the teacher's blocks is expected to write broken
+sentences: SmolLM2-135M's did after 50,000 (docs/experiments.md#first-students)."""
 NARROWEST = 1 / 3
 """Share of the FFN that is kept before layers are dropped: the FFN is what costs the least quality
 (docs/experiments.md#what-each-axis-costs)."""
@@ -95,7 +98,7 @@ def amounts(tokens: float, teacher: ModelSize, student: float, machine: Machine)
     """
     rate = (machine.rate or 0.0) * machine.processes
     taught = account.forward_flops(teacher.active, 1)
-    passed = TRAINING_SECONDS * rate / (account.training_flops(round(student), 1) + taught)
+    passed = TRAINING_SECONDS * rate / _flops(teacher, student)
     limited = passed < min(tokens, MOST_TRAINED)
     trained = None if tokens < MOST_TRAINED else MOST_TRAINED
     if limited:
@@ -106,3 +109,22 @@ def amounts(tokens: float, teacher: ModelSize, student: float, machine: Machine)
     read = int(CALIBRATION_SECONDS * rate / (PRUNING_PASSES * taught))
     read = max(CALIBRATED_STEP, read // CALIBRATED_STEP * CALIBRATED_STEP)
     return Amounts(trained, epochs, 2 if short else 8, limited, read if read < usual else None)
+
+
+def trained_tokens(found: Amounts, tokens: float) -> float:
+    """Tokens of all epochs, of a text of so many."""
+    return found.epochs * min(tokens, found.train_tokens or tokens)
+
+
+def training_seconds(
+    trained: float, teacher: ModelSize, student: float, machine: Machine
+) -> float | None:
+    """Of training on so many tokens; None if the machine's rate is not known."""
+    rate = (machine.rate or 0.0) * machine.processes
+    return trained * _flops(teacher, student) / rate if rate else None
+
+
+def _flops(teacher: ModelSize, student: float) -> float:
+    """Of training on a token with a live teacher."""
+    taught = account.forward_flops(teacher.active, 1)
+    return account.training_flops(round(student), 1) + taught

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stillhouse.classify.labeled_texts import first_row
-from stillhouse.data.data_files import extension_of, format_of, known_format
-from stillhouse.data.file_search import find_files, other_texts
-from stillhouse.data.row_formats import document_from_row
-from stillhouse.data.row_reader import text_lines
-from stillhouse.errors import DataError, RecipeError
-from stillhouse.synthesis.chat_logs import Logs, logs_format, read_logs
+from stillhouse.classify.labeled_texts import first_rows
+from stillhouse.errors import RecipeError, StillhouseError
+from stillhouse.init_sources import (
+    CORPUS,
+    SAMPLED_ROWS,
+    label_column,
+    require_files,
+    text_column,
+    training_sources,
+)
+from stillhouse.progress import note
+from stillhouse.synthesis.chat_logs import Logs, read_logs
+from stillhouse.teachers.model_source import local_path
 
 JOBS = {
     "distill": "a smaller language model that knows what the teacher knows",
@@ -26,10 +31,6 @@ JOBS = {
 }
 SIZES = {"small": 0.25, "medium": 0.5, "large": 0.75}
 """Approximate share of the teacher's blocks that is kept."""
-CORPUS = "python-reference"
-_MANY_FILES = 10
-"""Extensions of text files, each of which may be a document."""
-_LABEL_KEYS = ("label", "category", "class", "topic", "intent", "answer")
 
 QUESTIONS: dict[str, tuple[str, str]] = {
     "job": (f"What is the job? ({', '.join(JOBS)})", "distill"),
@@ -80,10 +81,13 @@ Ask = Callable[[str, str], str]
 """Shows a question and the default for an empty answer; returns the answer."""
 
 
-def init_answers(given: Mapping[str, str | None], ask: Ask, logs: Path | None) -> InitAnswers:
+def init_answers(
+    given: Mapping[str, str | None], ask: Ask, logs: Path | None, *, repeat: bool = False
+) -> InitAnswers:
     """The given answers, plus answers to the remaining questions.
 
-    given: by the questions' names, and `labels`, `fields` and `api_model`. Raises DataError.
+    given: by the questions' names, and `labels`, `fields` and `api_model`. repeat: show what is
+    wrong with an answer and ask again, instead of raising the error. Raises StillhouseError.
     """
     values = {name: value for name, value in given.items() if value}
     read = None if logs is None else read_logs(logs)
@@ -91,10 +95,17 @@ def init_answers(given: Mapping[str, str | None], ask: Ask, logs: Path | None) -
         values.setdefault("job", read.job)
         values["data"] = str(logs)
     for name, (question, default) in QUESTIONS.items():
-        if name not in values:
-            values[name] = ask(question, _default(name, default, values))
-        if name == "job":
-            _check_job(values["job"])
+        if name in values:
+            values[name] = _checked(name, values[name], values)
+        while name not in values:
+            try:
+                values[name] = _checked(
+                    name, ask(question, _default(name, default, values)), values
+                )
+            except StillhouseError as error:
+                if not repeat:
+                    raise
+                note(str(error))
     answers = InitAnswers(
         job=values["job"],
         teacher=values["teacher"],
@@ -115,6 +126,8 @@ def _default(name: str, usual: str, answers: Mapping[str, str]) -> str:
         return ""  # only the user's own file has texts for the task
     if name == "size" and _is_url(answers["teacher"]):
         return QUESTIONS["teacher"][1]  # an API's model cannot be made smaller
+    if name == "size" and answers["job"] == "distill":
+        return "large"  # smaller ones need far more text than is read in some minutes
     return usual
 
 
@@ -122,11 +135,35 @@ def _is_url(teacher: str) -> bool:
     return teacher.startswith(("http://", "https://"))
 
 
-def _check_job(job: str) -> None:
-    if job not in JOBS:
-        raise RecipeError(
-            f"{job!r} is not a kind of job", where="--job", fix=f"use one of {', '.join(JOBS)}"
-        )
+def _checked(name: str, answer: str, answers: Mapping[str, str]) -> str:
+    """The answer, as it is used. answers: to the questions before it. Raises StillhouseError."""
+    if name == "job":
+        return _choice(answer, JOBS, "a kind of job", "--job")
+    if name == "data" and answer not in ("", CORPUS):
+        require_files(answer)
+    if name == "teacher" and not _is_url(answer) and not answer.startswith("pypi:"):
+        local_path(answer, Path.cwd())
+    if name == "size" and answer.lower() in SIZES:
+        return answer.lower()
+    if name == "size" and not answer.startswith("pypi:"):
+        path = Path(answer).expanduser()
+        if "/" not in answer and path.suffix != ".gguf" and not path.exists():
+            return _choice(
+                answer,
+                SIZES,
+                "a size",
+                "--size",
+                ", or a model: its folder, a Hub id (org/name) or pypi:PACKAGE",
+            )
+        local_path(answer, Path.cwd())
+    return answer
+
+
+def _choice(answer: str, choices: Iterable[str], what: str, where: str, more: str = "") -> str:
+    if answer.lower() in choices:
+        return answer.lower()
+    fix = f"use one of {', '.join(choices)}{more}"
+    raise RecipeError(f"{answer!r} is not {what}", where=where, fix=fix)
 
 
 def _listed(text: str | None) -> list[str]:
@@ -138,7 +175,7 @@ def _completed(answers: InitAnswers, ask: Ask) -> InitAnswers:
     if answers.is_api and answers.api_model is None:
         answers = replace(answers, api_model=ask("What is the model called there?", "gpt-4.1-mini"))
     if answers.job == "distill":
-        return replace(answers, sources=_sources(answers.data, answers.logs is not None))
+        return replace(answers, sources=training_sources(answers.data, answers.logs is not None))
     if answers.logs is not None:
         keys: dict[str, Any] = {"label_key": "answer"} if answers.job == answers.logs.job else {}
         return replace(answers, labels=answers.labels or answers.logs.labels, **keys)
@@ -148,74 +185,13 @@ def _completed(answers: InitAnswers, ask: Ask) -> InitAnswers:
         raise RecipeError(
             "a task needs texts", where="--data", fix="give a file with one text per row"
         )
-    row = first_row(answers.data, Path.cwd())
-    found = _label_key(row)
+    rows = first_rows(answers.data, Path.cwd(), count=SAMPLED_ROWS)
+    found = label_column(rows[0])
     # Reference answers of an extraction must match its schema, which is not known yet.
     label_key = None if answers.job == "extract" else found
-    answers = replace(answers, text_key=_text_key(row, found), label_key=label_key)
+    answers = replace(answers, text_key=text_column(rows, answers.data, found), label_key=label_key)
     if answers.job == "classify" and not answers.labels and answers.label_key is None:
         answers = replace(answers, labels=_listed(ask("Which labels? (separated by commas)", "")))
     if answers.job == "extract" and not answers.fields:
         answers = replace(answers, fields=_listed(ask("Which fields? (separated by commas)", "")))
     return answers
-
-
-def _sources(data: str, logs: bool) -> list[dict[str, str]]:
-    """How the training text is read: a folder's Markdown files need a pattern of their own.
-
-    Raises DataError if it cannot be read.
-    """
-    if data == CORPUS:
-        return [{"kind": "corpus"}]
-    folder = Path(data).expanduser()
-    endings = {extension_of(file) for file in other_texts(folder)} if folder.is_dir() else set()
-    patterns = [f"{data.rstrip('/')}/**/*{ending}" for ending in sorted(endings)]
-    try:
-        first = [{**_source(data, logs), "path": data}]
-    except DataError:
-        if not patterns:
-            raise
-        first = []
-    return first + [{**_source(pattern, logs), "path": pattern} for pattern in patterns]
-
-
-def _source(data: str, logs: bool) -> dict[str, str]:
-    """The keys of a path's source besides the path."""
-    files = find_files(data, Path.cwd())
-    formats = {file: logs_format(file) if logs else format_of(file) for file in files}
-    if set(formats.values()) == {"text"}:
-        return {"kind": "text", "documents": _documents(files)}
-    first = next(file for file in files if formats[file] != "text")
-    # A log of another extension is JSONL.
-    kind = "file" if formats[first] == known_format(first) else formats[first]
-    row = first_row(str(first), Path.cwd(), formats[first])
-    try:
-        document_from_row(row, "text", str(first))
-    except DataError:
-        nested = any(isinstance(value, list | dict) and value for value in row.values())
-        if logs or nested or {"messages", "prompt", "completion"} & row.keys():
-            raise
-        return {"kind": kind, "text_key": _text_key(row)}
-    return {"kind": kind}
-
-
-def _documents(files: Sequence[Path]) -> str:
-    """How plain text files are split into documents: there must be several to hold some out."""
-    if len(files) >= _MANY_FILES:
-        return "file"
-    blank = itertools.islice((line for line in text_lines(files[0]) if not line.strip()), 2)
-    return "blank-line" if len(list(blank)) == 2 else "line"
-
-
-def _text_key(row: Mapping[str, Any], label_key: str | None = None) -> str:
-    """`text` or the longest string that is not the label."""
-    strings = {
-        key: len(value) for key, value in row.items() if isinstance(value, str) and key != label_key
-    }
-    if "text" in strings or not strings:
-        return "text"
-    return max(strings, key=strings.__getitem__)
-
-
-def _label_key(row: Mapping[str, Any]) -> str | None:
-    return next((key for key in _LABEL_KEYS if row.get(key) not in (None, "")), None)

@@ -15,11 +15,22 @@ from stillhouse.config.load_recipe import recipe_from_text
 from stillhouse.data.data_files import text_size
 from stillhouse.data.file_search import find_files
 from stillhouse.errors import DataError, ModelError, RecipeError, RunError
-from stillhouse.init_amounts import Kept, amounts, pruned_sizes, unlimited
-from stillhouse.init_answers import CORPUS, JOBS, SIZES, InitAnswers
+from stillhouse.init_amounts import (
+    SENSIBLE_TOKENS,
+    Kept,
+    amounts,
+    pruned_sizes,
+    trained_tokens,
+    training_seconds,
+    unlimited,
+)
+from stillhouse.init_answers import JOBS, SIZES, InitAnswers
+from stillhouse.init_sources import CORPUS, first_questions, has_chats
 from stillhouse.language_model.package_check import CHARACTERS_PER_TOKEN
-from stillhouse.planning.machine import this_machine
-from stillhouse.planning.model_size import config_size
+from stillhouse.number_format import seconds
+from stillhouse.planning.machine import Machine, this_machine
+from stillhouse.planning.model_size import ModelSize, config_size
+from stillhouse.progress import note
 from stillhouse.runfolder import write_atomically
 from stillhouse.teachers.load_model import load_config
 from stillhouse.teachers.model_source import resolve_model
@@ -30,6 +41,12 @@ _MOST_HELDOUT, _HELDOUT_SHARE, _HELDOUT_STEP = 8192, 0.1, 256
 """Held-out tokens of a training text: at most, as a share of the text, and in multiples of."""
 _CORPUS_TOKENS = 110_000
 """Of the text that is included."""
+_PROMPTS = (
+    "What is the capital of France?",
+    "Explain in two sentences why the sky is blue.",
+)
+_QUESTIONS = 2
+"""Questions of the user's own chats that are answered in the report."""
 _KEYS = {
     "api.openai.com": "OPENAI_API_KEY",
     "openrouter.ai": "OPENROUTER_API_KEY",
@@ -138,6 +155,7 @@ def _rendered(answers: InitAnswers, files: Mapping[str, tuple[Path, str]]) -> st
         labels=list(answers.labels),
         system=None if answers.logs is None else answers.logs.system,
         prompt=_prompt(answers),
+        prompts=[*_PROMPTS, *first_questions(answers.sources, _QUESTIONS)],
         **_sizes(answers),
     )
 
@@ -170,8 +188,31 @@ def _sizes(answers: InitAnswers) -> dict[str, Any]:
         found |= {"layers": sizes.layers, "ffn_size": sizes.ffn_size}
     if answers.job == "distill":
         machine = this_machine("auto", timed=True)
-        found["amounts"] = amounts(tokens, teacher, student, machine)
+        found["amounts"] = learned = amounts(tokens, teacher, student, machine)
+        _note_training(answers, trained_tokens(learned, tokens), teacher, student, machine)
     return found
+
+
+def _note_training(
+    answers: InitAnswers, trained: float, teacher: ModelSize, student: float, machine: Machine
+) -> None:
+    """What the student learns from, and what it cannot learn from so little.
+
+    trained: tokens, of all epochs. student: its active parameters.
+    """
+    time = training_seconds(trained, teacher, student, machine)
+    shown = "" if time is None else f", about {seconds(time)} on this machine"
+    note(f"training on about {trained:,.0f} tokens{shown}; more of them make a better student")
+    if not has_chats(answers.sources):
+        note(
+            "this is text without questions and answers: the student learns to continue such text. "
+            "To keep the teacher's ability to answer, train on chats (docs/data.md#rows)"
+        )
+    if SIZES.get(answers.size, 1.0) < SIZES["large"] and trained < SENSIBLE_TOKENS:
+        note(
+            f"a {answers.size} student needs far more text to write well: expect broken sentences. "
+            "Use the size large for a first result, or raise data.train_tokens in the recipe"
+        )
 
 
 def _tokens(answers: InitAnswers) -> float:

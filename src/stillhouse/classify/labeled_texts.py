@@ -63,18 +63,36 @@ def read_texts(
     return iter(heapq.nsmallest(file.sample, found, key=lambda row: content_place(row, "draw")))
 
 
-def first_row(path: str, base: Path, format: FileFormat | None = None) -> Mapping[str, Any]:
+def first_row(path: str, base: Path) -> Mapping[str, Any]:
     """All columns of the first row; for plain text, the line under `text`. Raises DataError."""
+    return first_rows(path, base, count=1)[0]
+
+
+def first_rows(
+    path: str, base: Path, format: FileFormat | None = None, count: int = 1
+) -> list[Mapping[str, Any]]:
+    """The first rows of the first file, at least one and at most so many. Raises DataError."""
     file = find_files(path, base)[0]
     rows = read_rows(file, format=format, text_key="text")
-    row, where = next(not_empty(rows, "The file", file))
-    if header_hint(row) and known_format(file) in ("csv", "tsv"):
+    found = list(itertools.islice(not_empty(rows, "The file", file), count))
+    first, where = found[0]
+    is_table = known_format(file) in ("csv", "tsv")
+    if is_table and (header_hint(first) or any(map(_is_value, first))):
         raise DataError(
-            f"The file seems to have no header: its columns would be {', '.join(row)[:80]}",
+            f"The file seems to have no header: its columns would be {', '.join(first)[:80]}",
             where=where,
             fix="write the names of the columns into a line before the first row",
         )
-    return row
+    return [row for row, _ in found]
+
+
+def _is_value(name: str) -> bool:
+    """Whether the name of a column is rather a value: a number (but pandas names columns 0, 1, ...,
+    and years are names), a date or an address."""
+    number = re.fullmatch(r"[-+]?\d+([.,]\d+)?", name.strip())
+    if number:
+        return not (re.fullmatch(r"\d{1,2}", name) or re.fullmatch(r"(19|20)\d\d", name))
+    return bool(re.match(r"\d{4}-\d\d-\d\d|https?://|[^@\s]+@[^@\s]+\.\w", name.strip()))
 
 
 def labeled_text(

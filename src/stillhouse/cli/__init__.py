@@ -315,7 +315,7 @@ def init(
 
     given = {"job": job, "teacher": teacher, "data": data, "size": size, "out": out}
     given |= {"labels": labels, "fields": fields, "api_model": api_model}
-    answers = init_answers(given, answered, logs)
+    answers = init_answers(given, answered, logs, repeat=sys.stdin.isatty())
     for path in write_recipe(answers, force=force):
         Terminal().write_line(f"wrote   {in_one_line(path)}")
     Terminal().write_line(f"next    stillhouse check {answers.out}")

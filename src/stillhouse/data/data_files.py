@@ -51,7 +51,9 @@ _DAMAGED = "the file is damaged or does not have the format of its name: write i
 _ANY_FORMAT = "name it by what it holds: .txt, .jsonl, .json, .csv, .tsv or .parquet"
 
 _CONVERT = {
-    **dict.fromkeys((".zip", ".jar"), "unpack it: unzip {}"),
+    **dict.fromkeys(
+        (".zip", ".jar"), "unpack it, and give the path of what was in it: unzip {0} -d {folder}"
+    ),
     **dict.fromkeys((".tar", ".tgz", ".tbz", ".tbz2", ".txz"), "unpack it: tar -xf {}"),
     ".7z": "unpack it: 7z x {}",
     ".rar": "unpack it: unrar x {}",
@@ -60,7 +62,10 @@ _CONVERT = {
     ".lzma": "unpack it: unlzma {}",
     ".z": "unpack it: uncompress {}",
     ".pdf": "extract its text: pdftotext {}",
-    **dict.fromkeys((".docx", ".odt", ".rtf", ".epub"), "convert it: pandoc -t plain {} -o {}.txt"),
+    **dict.fromkeys(
+        (".docx", ".odt", ".rtf", ".epub", ".html", ".htm"),
+        "convert it: pandoc -t plain {0} -o {0}.txt",
+    ),
     **dict.fromkeys((".doc", ".pages"), "save it as plain text, .txt"),
     **dict.fromkeys((".xlsx", ".xls", ".ods", ".numbers"), "save the sheet as CSV in UTF-8"),
     **dict.fromkeys((".arrow", ".feather", ".orc", ".avro"), "save its rows as Parquet or JSONL"),
@@ -106,14 +111,33 @@ def format_of(path: Path) -> FileFormat:
         if extension
         else "The file has no extension, so its format is unknown",
         where=path,
-        fix=_CONVERT.get(extension, _ANY_FORMAT).format(*[shlex.quote(str(path))] * 2),
+        fix=conversion(path) or _ANY_FORMAT,
     )
+
+
+def conversion(path: Path) -> str | None:
+    """What to do with a file that is not read; None if that is not known."""
+    fix = _CONVERT.get(extension_of(path))
+    folder = shlex.quote(str(path.with_suffix("")))
+    return None if fix is None else fix.format(shlex.quote(str(path)), folder=folder)
 
 
 def known_format(path: Path) -> FileFormat | None:
     """As `format_of`, but None for an unknown extension."""
     extension = extension_of(path)
     return "text" if extension in ALSO_TEXT else FORMATS.get(extension)
+
+
+def is_text(path: Path) -> bool:
+    """Whether a file is plain text by its extension or, if that is unknown, by its content."""
+    if known_format(path) is not None or conversion(path) is not None:
+        return known_format(path) == "text"
+    try:
+        with open_text(path) as lines:
+            lines.read(_HEAD)
+    except DataError:
+        return False
+    return True
 
 
 def text_size(path: Path) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from stillhouse.data.data_files import (
@@ -13,6 +13,7 @@ from stillhouse.data.data_files import (
     COMPRESSIONS,
     FORMATS,
     FileFormat,
+    conversion,
     extension_of,
     missing,
     regular,
@@ -136,11 +137,35 @@ def _files_in(folder: Path, name: str, format: FileFormat | None) -> list[Path]:
     )
     if files:
         return files
+    what = f"The folder has no {'known' if format is None else endings[0]} file"
+    unread = unread_files(folder)
+    if not unread:
+        fix = f"name the files themselves: path: {name.rstrip('/')}/*.EXT"
+        raise DataError(what, where=folder, fix=fix)
+    first = max(unread.values(), key=len)[0]
+    pattern = f"{name.rstrip('/')}/**/*{extension_of(first)}"
+    convert = conversion(first)
+    fix = f"if they are plain text, name them by a pattern (kind: text): {pattern}"
     raise DataError(
-        f"The folder has no {'known' if format is None else endings[0]} file",
+        f"{what}, but {unread_summary(unread)}",
         where=folder,
-        fix=f"name the files themselves: path: {name.rstrip('/')}/*.EXT",
+        fix=fix if convert is None else f"for each file, {convert}",
     )
+
+
+def unread_files(folder: Path) -> dict[str, list[Path]]:
+    """Files in a folder that are not read, by extension: those of known formats, Markdown and the
+    like, and those without an extension are left out. Sorted."""
+    found: dict[str, list[Path]] = {}
+    for file in sorted(_every_file(folder, ("",))):
+        ending = extension_of(file)
+        if ending and ending not in FORMATS and ending not in ALSO_TEXT and file.is_file():
+            found.setdefault(ending, []).append(file)
+    return found
+
+
+def unread_summary(unread: Mapping[str, Sequence[Path]]) -> str:
+    return ", ".join(f"{len(files):,} {ending}" for ending, files in unread.items())
 
 
 def other_texts(folder: Path) -> list[Path]:

