@@ -171,6 +171,7 @@ def test_run_then_report_and_evaluate(tmp_path: Path) -> None:
     result = call("run", str(recipe))
     assert result.exit_code == 0, result.output
     assert "teacher" in result.output
+    assert f"next    stillhouse watch {tmp_path}" in result.output
     assert call("report", str(tmp_path / "run"), "--out", str(tmp_path / "r.html")).exit_code == 0
     assert (tmp_path / "r.html").read_text() == (tmp_path / "run" / "report.html").read_text()
     figures = tmp_path / "figures.json"

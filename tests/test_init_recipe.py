@@ -317,7 +317,7 @@ def test_one_clear_message(folder: Path, more: list[str], said: str) -> None:
 
 def test_what_to_expect_of_a_student_is_said(folder: Path) -> None:
     shown = init(folder, *flags(folder, "distill", "text.txt"))
-    for part in ("training on about", "without questions and answers", "Use the size large"):
+    for part in ("training on ", "without questions and answers", "Use the size large"):
         assert part in shown
     shown = init(folder, "--force", *flags(folder, "distill", "text.txt", "large"))
     assert "Use the size large" not in shown

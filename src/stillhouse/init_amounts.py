@@ -21,8 +21,9 @@ SHORT = 300_000
 """Tokens of a text below which one pass in large batches has too few optimizer steps."""
 MOST_EPOCHS = 3
 SENSIBLE_TOKENS = 1_000_000
-"""Trained tokens below which a student of half of the teacher's blocks is expected to write broken
-sentences: SmolLM2-135M's did after 50,000 (docs/experiments.md#first-students)."""
+"""Trained tokens below which a student of half of the teacher's blocks is taken to write broken
+sentences, which SmolLM2-135M's does after 21,000 (docs/experiments.md#first-students); how many
+suffice was not measured."""
 NARROWEST = 1 / 3
 """Share of the FFN that is kept before layers are dropped: the FFN is what costs the least quality
 (docs/experiments.md#what-each-axis-costs)."""

@@ -201,8 +201,8 @@ def _note_training(
     trained: tokens, of all epochs. student: its active parameters.
     """
     time = training_seconds(trained, teacher, student, machine)
-    shown = "" if time is None else f", about {seconds(time)} on this machine"
-    note(f"training on about {trained:,.0f} tokens{shown}; more of them make a better student")
+    shown = "" if time is None else f" takes about {seconds(time)} on this machine"
+    note(f"training on {trained:,.0f} tokens{shown}; more tokens make a better student")
     if not has_chats(answers.sources):
         note(
             "this is text without questions and answers: the student learns to continue such text. "

@@ -164,6 +164,7 @@ def test_torchrun_prints_one_result(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "error" not in done.stderr
     assert done.stdout.count("report  ") == 1
+    assert "next    stillhouse predict " in done.stdout
 
 
 @pytest.mark.parametrize("kind", ["classify", "generate"])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -31,6 +32,9 @@ from stillhouse.cli.stop_signals import (
 from stillhouse.cli.watch_command import watch
 from stillhouse.errors import in_one_line
 from stillhouse.launch import leads, leave_others
+
+if TYPE_CHECKING:
+    from stillhouse.pipeline.kind import RunResult
 
 app = typer.Typer(
     name="stillhouse",
@@ -79,6 +83,18 @@ def run(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = False) 
     for name, member in (result.members or {"model": result}).items():
         Terminal().write_line(f"{name:<7} {in_one_line(member.model)}")
     Terminal().write_line(f"report  {in_one_line(result.report)}")
+    Terminal().write_line(f"next    {_next_command(result)}")
+
+
+def _next_command(result: RunResult) -> str:
+    """What to do with the model of a run."""
+    from stillhouse.kinds import KINDS
+
+    folder = result.folder
+    if next(kind for kind in KINDS if kind.name == result.kind).predictor is not None:
+        return f"stillhouse predict {in_one_line(shlex.quote(str(folder)))}   # reads texts"
+    runs = in_one_line(shlex.quote(str(folder.parent)))
+    return f"stillhouse watch {runs}   # chat with the student and its teacher"
 
 
 @app.command(hidden=True)
