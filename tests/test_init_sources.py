@@ -54,7 +54,14 @@ def test_numbers_and_dates_are_no_text() -> None:
 
 
 @pytest.mark.parametrize(
-    "first", ["101,hello there", "2024-01-02,hello", "a@example.com,hello", "12.50,hello there"]
+    "first",
+    [
+        "101,hello there",
+        "1,hello there",
+        "2024-01-02,hello",
+        "a@example.com,hello",
+        "12.50,hello there",
+    ],
 )
 def test_a_table_without_a_header_is_rejected(folder: Path, first: str) -> None:
     (folder / "a.csv").write_text(f"{first}\n7,and bye\n")
@@ -62,9 +69,9 @@ def test_a_table_without_a_header_is_rejected(folder: Path, first: str) -> None:
         training_sources("a.csv", False)
 
 
-@pytest.mark.parametrize("names", ["0,1", "country,2019"])
+@pytest.mark.parametrize("names", ["0,1", "country,2019", "name,0", "name,1,2"])
 def test_numbers_that_name_columns_are_a_header(folder: Path, names: str) -> None:
-    (folder / "a.csv").write_text(f"{names}\nsome text,7\n")
+    (folder / "a.csv").write_text(f"{names}\nsome text{',7' * names.count(',')}\n")
     assert training_sources("a.csv", False)[0]["text_key"] == names.split(",")[0]
 
 

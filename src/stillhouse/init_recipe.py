@@ -16,6 +16,7 @@ from stillhouse.data.data_files import text_size
 from stillhouse.data.file_search import find_files
 from stillhouse.errors import DataError, ModelError, RecipeError, RunError
 from stillhouse.init_amounts import (
+    LEAST_TRAINED,
     SENSIBLE_TOKENS,
     Kept,
     amounts,
@@ -202,7 +203,10 @@ def _note_training(
     """
     time = training_seconds(trained, teacher, student, machine)
     shown = "" if time is None else f" takes about {seconds(time)} on this machine"
-    note(f"training on {trained:,.0f} tokens{shown}; more tokens make a better student")
+    if trained < LEAST_TRAINED:
+        note(f"training on only {trained:,.0f} tokens: the text is too short to learn much from")
+    else:
+        note(f"training on {trained:,.0f} tokens{shown}; more tokens make a better student")
     if not has_chats(answers.sources):
         note(
             "this is text without questions and answers: the student learns to continue such text. "

@@ -128,7 +128,7 @@ def text_column(
     if len(texts) > 1:
         note(
             f"{file}: the text is read from the column {texts[0]!r}, not from "
-            f"{', '.join(map(repr, texts[1:]))}; to use another, name it in the recipe"
+            f"{', '.join(map(repr, texts[1:]))}; to use another, change it in the recipe"
         )
     return texts[0]
 

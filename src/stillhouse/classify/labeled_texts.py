@@ -27,6 +27,9 @@ Reference = Callable[[Any, str], str | None]
 
 _LIST = re.compile(r"\s*[\[{(]\s*['\"].*['\"]\s*,?\s*[\]})]\s*", re.DOTALL)
 """A list as text, in JSON or as Python prints it."""
+_VALUE = re.compile(r"\d{4}-\d\d-\d\d|https?://|[^@\s]+@[^@\s]+\.\w")
+_NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?")
+_YEAR = re.compile(r"(19|20)\d\d")
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def first_rows(
     found = list(itertools.islice(not_empty(rows, "The file", file), count))
     first, where = found[0]
     is_table = known_format(file) in ("csv", "tsv")
-    if is_table and (header_hint(first) or any(map(_is_value, first))):
+    if is_table and (header_hint(first) or _are_values(list(first))):
         raise DataError(
             f"The file seems to have no header: its columns would be {', '.join(first)[:80]}",
             where=where,
@@ -86,13 +89,17 @@ def first_rows(
     return [row for row, _ in found]
 
 
-def _is_value(name: str) -> bool:
-    """Whether the name of a column is rather a value: a number (but pandas names columns 0, 1, ...,
-    and years are names), a date or an address."""
-    number = re.fullmatch(r"[-+]?\d+([.,]\d+)?", name.strip())
-    if number:
-        return not (re.fullmatch(r"\d{1,2}", name) or re.fullmatch(r"(19|20)\d\d", name))
-    return bool(re.match(r"\d{4}-\d\d-\d\d|https?://|[^@\s]+@[^@\s]+\.\w", name.strip()))
+def _are_values(names: Sequence[str]) -> bool:
+    """Whether a name of a column is rather a value: a date, an address or a number, except years,
+    and numbers in a row, as pandas names columns."""
+    if any(_VALUE.match(name.strip()) for name in names):
+        return True
+    numbers = [name.strip() for name in names if _NUMBER.fullmatch(name.strip())]
+    if all(_YEAR.fullmatch(number) for number in numbers):
+        return False
+    counted = [str(number) for number in range(len(numbers))]
+    from_one = [str(number + 1) for number in range(len(numbers))]
+    return numbers != counted and (len(numbers) == 1 or numbers != from_one)
 
 
 def labeled_text(

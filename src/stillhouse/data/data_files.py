@@ -168,7 +168,7 @@ def missing(path: Path) -> DataError:
     except OSError:
         names = []
     near = difflib.get_close_matches(path.name, names, 1)
-    fix = "check the path; a relative one starts at the recipe's folder"
+    fix = "check the path; in a recipe, a relative one starts at the recipe's folder"
     return DataError(
         "The file does not exist", where=path, fix=f"did you mean {near[0]}?" if near else fix
     )

@@ -140,7 +140,8 @@ def _files_in(folder: Path, name: str, format: FileFormat | None) -> list[Path]:
     what = f"The folder has no {'known' if format is None else endings[0]} file"
     unread = unread_files(folder)
     if not unread:
-        fix = f"name the files themselves: path: {name.rstrip('/')}/*.EXT"
+        fix = "give a folder with files of a format in docs/data.md#files, or name the files "
+        fix += f"themselves: path: {name.rstrip('/')}/*.EXT"
         raise DataError(what, where=folder, fix=fix)
     first = max(unread.values(), key=len)[0]
     pattern = f"{name.rstrip('/')}/**/*{extension_of(first)}"
