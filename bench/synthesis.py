@@ -2,13 +2,13 @@
 
 The journal alone: rows per second, and memory over many rows. The pool with the journal behind it:
 against a stub server in a separate process that answers each request after 50 ms, with 256
-requests at once; the ideal rate is 256 / 0.05 s. The openai client on the same requests is beside
-it, as is the CPU time of one request, which other load on the machine does not change. With
---teacher, local generation on prompts of mixed lengths: ours, `model.generate` one prompt at a
-time, and `generate` on fixed batches in the order in which the prompts come. With --labeled, a
-CSV whose columns `text` and `category` are real messages and their labels: how long a local model
-takes to score every label of some texts with their prefix shared, and by one pass for each pair of
-text and label, which is timed on a few texts and extrapolated.
+requests at once; the ideal rate is 256 / 0.05 s. The CPU time of one request is
+beside it, which other load on the machine does not change. With --teacher, local generation on
+prompts of mixed lengths: ours, `model.generate` one prompt at a time, and `generate` on fixed
+batches in the order in which the prompts come. With --labeled, a CSV whose columns `text` and
+`category` are real messages and their labels: how long a local model takes to score every label of
+some texts with their prefix shared, and by one pass for each pair of text and label, which is timed
+on a few texts and extrapolated.
 """
 
 from __future__ import annotations
@@ -29,10 +29,8 @@ import psutil
 import torch
 
 from bench.common import Bar, write_results
-from stillhouse.generation import client as client_module
 from stillhouse.generation.budget import Budget
 from stillhouse.generation.client import Client
-from stillhouse.generation.http_link import OpenAILink
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Answer, Request
 from stillhouse.generation.request_pool import Pool
@@ -123,25 +121,17 @@ def measure_endpoint(folder: Path, url: str, count: int, name: str) -> dict[str,
     }
 
 
-def measure_pool(folder: Path, count: int, rounds: int) -> dict[str, Any]:
+def measure_pool(folder: Path, count: int, rounds: int) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "tests.generation.stub", "--latency", str(LATENCY)]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     assert server.stdin is not None
     url = server.stdout.readline().strip()
-    found: dict[str, list[Any]] = {"http": [], "openai": []}
-    plain = client_module._link
     try:
-        for number in range(rounds):
-            client_module._link = plain
-            found["http"].append(measure_endpoint(folder, url, count, f"http{number}"))
-            client_module._link = OpenAILink
-            found["openai"].append(measure_endpoint(folder, url, count // 8, f"openai{number}"))
+        return [measure_endpoint(folder, url, count, f"http{number}") for number in range(rounds)]
     finally:
-        client_module._link = plain
         server.stdin.close()
         server.wait(10)
-    return found
 
 
 # --- a local model -----------------------------------------------------------------------------
@@ -301,7 +291,7 @@ def main() -> None:
         journal = measure_journal(folder, options.rows)
         memory = measure_memory(folder, options.rows)
         pool = measure_pool(folder, options.requests, options.rounds)
-    best = max(one["share_of_ideal"] for one in pool["http"])
+    best = max(one["share_of_ideal"] for one in pool)
     bars = [
         Bar("journal: answers a second", journal["answers_a_second"], ">=", 2000),
         Bar("memory: bytes more after the last 90 % of rows", memory["growth_bytes"], "<=", 8e6),

@@ -1,4 +1,4 @@
-"""Requests with a key and a budget to a server that misbehaves, by either link."""
+"""Requests with a key and a budget to a server that misbehaves."""
 
 from __future__ import annotations
 
@@ -26,12 +26,10 @@ from bench.input_trials.trial import Trial, notes_so_far
 from bench.knock_trials.server_faults import FAULTS, KEY, Fault, body
 from stillhouse.commands import synthesize_text
 from stillhouse.errors import StillhouseError
-from stillhouse.generation import client as client_module
 from stillhouse.generation import request_pool
 from stillhouse.generation.answer_logprobs import mean_log_probability
 from stillhouse.generation.budget import Budget, Price, worst_case
 from stillhouse.generation.estimate import estimate_requests
-from stillhouse.generation.http_link import HttpLink, OpenAILink
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request_pool import Patience, Pool
 
@@ -75,38 +73,35 @@ def text_for(question: str) -> str:
 
 
 def make(chance: random.Random, folder: Path, number: int) -> Trial:
-    link = (HttpLink, OpenAILink)[number % 2]
     if number % 18 == 17:
-        return _redirected(chance, folder, link)
+        return _redirected(chance, folder)
     fault = FAULTS[number // 2 % len(FAULTS)](chance)
     few = frozenset(chance.sample(range(ASKED), chance.randint(1, 3)))
     bad = chance.choice([few, frozenset(range(100))])
     server, room = Server(fault, bad), chance.choice([1.5, 3.5, 8.5, AMPLE])
     ask = _synthesize if number % 5 == 0 else _ask
-    title = f"{link.__name__}: {fault.name}, for {len(bad)}, budget for {room:g}"
+    title = f"{fault.name}, for {len(bad)}, budget for {room:g}"
     title += ", by a recipe" if ask is _synthesize else ""
-    return Trial(title, lambda: _problem(server, link, room, folder, ask), lambda found: found)
+    return Trial(title, lambda: _problem(server, room, folder, ask), lambda found: found)
 
 
-def _redirected(chance: random.Random, folder: Path, link: Any) -> Trial:
+def _redirected(chance: random.Random, folder: Path) -> Trial:
     """To another server, which would answer."""
     code = chance.choice(REDIRECTS)
 
     def read() -> str | None:
         with Stub() as other:
             fault = Fault("", lambda text: body(b"", code, location=other.url), (), billed=False)
-            found = _problem(Server(fault, frozenset(range(100))), link, AMPLE, folder)
+            found = _problem(Server(fault, frozenset(range(100))), AMPLE, folder)
             return "prompts went to another server" if other.payloads else found
 
-    return Trial(f"{link.__name__}: redirect {code}", read, lambda found: found)
+    return Trial(f"redirect {code}", read, lambda found: found)
 
 
-def _problem(
-    server: Server, link: Any, room: float, folder: Path, ask: Ask | None = None
-) -> str | None:
+def _problem(server: Server, room: float, folder: Path, ask: Ask | None = None) -> str | None:
     """Two runs with one budget, the second with a server in good health; what is wrong then."""
     said: list[str] = []
-    with Stub(server.reply, key=KEY) as stub, _linked(link), _shown_in(folder):
+    with Stub(server.reply, key=KEY) as stub, _impatient(), _shown_in(folder):
         limit = worst_case(requests(stub, 1)[0], PRICE).usd * room
         for healthy in (False, True):
             server.healthy = healthy
@@ -220,10 +215,9 @@ def _shown_in(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _linked(link: Any) -> Any:
-    """The link for plain HTTP; a server that says "slow down" is given up after a second."""
+def _impatient() -> Iterator[None]:
+    """A server that says "slow down" is given up after a second."""
     with (
-        mock.patch.object(client_module, "HttpLink", link),
         mock.patch.object(request_pool, "LONGEST_WAIT", 1.0),
         mock.patch.dict("os.environ", {"KNOCKS_KEY": KEY}),
     ):

@@ -283,7 +283,7 @@ def test_spending_without_a_budget_needs_consent(tmp_path: Path) -> None:
     ("changes", "error", "said"),
     [
         ({"task": {"json_schema": "nowhere.json"}}, DataError, "cannot be read"),
-        ({"task": {"prompt": "nothing"}}, RecipeError, "does not contain {text}"),
+        ({"task": {"prompt": "nothing"}}, RecipeError, "has no {text}"),
         ({"evaluate": {"scorer": "score"}}, RecipeError, "path.py:function"),
         ({"evaluate": {"judge": {"model": "x"}}}, RecipeError, "kind: generate"),
         (

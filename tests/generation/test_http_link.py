@@ -1,15 +1,19 @@
-"""Plain HTTP/1.1: bodies of every length encoding, in pieces of every size, and truncated ones."""
+"""HTTP/1.1: bodies of every length encoding, in pieces of every size, and truncated ones; https,
+and proxies."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any
+import ssl
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 
-from stillhouse.generation.client import Client
-from stillhouse.generation.http_link import HttpLink, LinkError, OpenAILink, Reply
+from stillhouse.generation.http_link import HttpLink, LinkError, Reply
 
 LENGTH = b"HTTP/1.1 200 OK\r\nContent-Length: 11\r\nX-Say:  hi \r\n\r\nhello world"
 CHUNKED = (
@@ -128,26 +132,83 @@ def test_no_server_means_nothing_was_sent() -> None:
     assert not caught.value.sent
 
 
-@pytest.mark.parametrize(
-    ("url", "proxies", "kind"),
-    [
-        ("http://127.0.0.1:8080/v1", {}, HttpLink),
-        ("http://gpu-box:8000/v1", {}, HttpLink),
-        ("https://api.example.org/v1", {}, OpenAILink),
-        ("http://gpu-box:8000/v1", {"http_proxy": "http://proxy:3128"}, OpenAILink),
-        ("http://localhost:8000/v1", {"http_proxy": "http://proxy:3128"}, HttpLink),
-    ],
-)
-def test_plain_http_uses_aiohttp_unless_there_is_a_proxy(
-    url: str, proxies: dict[str, str], kind: Any, monkeypatch: pytest.MonkeyPatch
+CERTIFICATE = Path(__file__).with_name("localhost.pem")
+"""Of localhost, signed by itself, with its key."""
+
+
+def posted(url: str) -> Reply:
+    async def post() -> Reply:
+        link = HttpLink(url, None, 60, 1)
+        try:
+            return await link.post({})
+        finally:
+            await link.close()
+
+    return asyncio.run(post())
+
+
+@contextmanager
+def serving(certificate: Path | None = None) -> Iterator[tuple[int, list[bytes]]]:
+    """A server in a thread: its port, and the first lines of the requests that it gets."""
+    lines: list[bytes] = []
+    context = None
+    if certificate is not None:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(certificate)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        lines.append(head.partition(b"\r\n")[0])
+        writer.write(LENGTH)
+        await writer.drain()
+        writer.close()
+
+    loop = asyncio.new_event_loop()
+    server = loop.run_until_complete(asyncio.start_server(serve, "127.0.0.1", 0, ssl=context))
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield server.sockets[0].getsockname()[1], lines
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        server.close()
+        loop.close()
+
+
+def test_a_server_with_a_trusted_certificate_is_answered_over_https(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name in ("http_proxy", "HTTP_PROXY", "no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY"):
+    monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
+    with serving(CERTIFICATE) as (port, lines):
+        assert posted(f"https://localhost:{port}/v1").status == 200
+    assert lines == [b"POST /v1/chat/completions HTTP/1.1"]
+
+
+def test_nothing_is_sent_to_a_server_whose_certificate_is_not_trusted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    untrusted = pytest.raises(LinkError, match="certificate")
+    with serving(CERTIFICATE) as (port, lines), untrusted as caught:
+        posted(f"https://localhost:{port}/v1")
+    assert not caught.value.sent
+    assert lines == []
+
+
+@pytest.mark.parametrize(
+    ("host", "no_proxy", "proxied"),
+    [("gpu-box.invalid", "", True), ("127.0.0.1", "", False), ("gpu-box.invalid", "*", False)],
+)
+def test_a_proxy_is_used_as_the_environment_says(
+    host: str, no_proxy: str, proxied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "NO_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in proxies.items():
-        monkeypatch.setenv(name, value)
-
-    async def made() -> Any:
-        async with Client(url, "m") as client:
-            return client._link
-
-    assert isinstance(asyncio.run(made()), kind)
+    monkeypatch.setenv("no_proxy", no_proxy)
+    with serving() as (port, lines):
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{port}")
+        with suppress(LinkError):
+            posted(f"http://{host}:1/v1")
+    target = f"POST http://{host}:1/v1/chat/completions HTTP/1.1".encode()
+    assert lines == ([target] if proxied else [])

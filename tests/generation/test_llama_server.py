@@ -26,8 +26,6 @@ from stillhouse.data.data_config import FileSource
 from stillhouse.data.sources import read_sources
 from stillhouse.data.tokenize_rows import tokenize
 from stillhouse.errors import EndpointError
-from stillhouse.generation import client as client_module
-from stillhouse.generation.http_link import OpenAILink
 from stillhouse.generation.journal import Journal
 from stillhouse.signals.manifest import read_manifest
 from stillhouse.signals.segments import find_segments
@@ -115,13 +113,9 @@ def server() -> Iterator[Server]:
     running.kill()
 
 
-@pytest.fixture(params=["http", "openai"])
-def link(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to an endpoint; the openai client is the one for servers far away."""
+@pytest.fixture
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, KEY)
-    if request.param == "openai":
-        monkeypatch.setattr(client_module, "_link", OpenAILink)
-    return str(request.param)
 
 
 def write(folder: Path, server: Server, **changes: Any) -> Path:
@@ -159,7 +153,8 @@ def answers(result: Synthesis) -> dict[str, str]:
     return {row[-2]["content"]: row[-1]["content"] for row in rows}
 
 
-def test_answered_requests_are_not_sent_again(tmp_path: Path, server: Server, link: str) -> None:
+@pytest.mark.usefixtures("key")
+def test_answered_requests_are_not_sent_again(tmp_path: Path, server: Server) -> None:
     path = write(tmp_path, server)
     result = synthesize_text(path)
     assert (result.answered, result.failed) == (len(QUESTIONS), 0)
@@ -172,7 +167,7 @@ def test_answered_requests_are_not_sent_again(tmp_path: Path, server: Server, li
 
 
 def test_a_wrong_key_is_named_at_once(
-    tmp_path: Path, server: Server, link: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(VARIABLE, "sk-wrong")
     with pytest.raises(EndpointError, match="rejects the key") as caught:

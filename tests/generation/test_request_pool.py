@@ -29,7 +29,7 @@ from tests.clocks import Clock
 from tests.generation.pools import QUICK, once, requests, run
 from tests.generation.stub import Reply, Stub, error
 
-pytestmark = [pytest.mark.run, pytest.mark.usefixtures("link")]
+pytestmark = pytest.mark.run
 
 
 # --- what goes well ----------------------------------------------------------------------------

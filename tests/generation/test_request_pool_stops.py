@@ -19,7 +19,7 @@ from stillhouse.generation.request_pool import MOST_FAILURES, Patience, Pool
 from tests.generation.pools import KEY, QUICK, requests, run
 from tests.generation.stub import Reply, Stub, error
 
-pytestmark = [pytest.mark.run, pytest.mark.usefixtures("link")]
+pytestmark = pytest.mark.run
 
 
 # --- what stops everything ---------------------------------------------------------------------

@@ -7,12 +7,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from stillhouse.classify.classify_config import TextFile
+from stillhouse.classify.classify_config import TaskTextsRecipe, TextPrompt
 from stillhouse.field_types import (
     AnswerTokens,
     Context,
     Count,
-    PartialShare,
     PathText,
     RunName,
     Seed,
@@ -43,7 +42,7 @@ class AnsweringTask(Section):
     """The prompt for each text."""
 
     system: str | None = Field(None, description="System prompt.")
-    prompt: str = Field("{text}", description="The user turn; {text} is the text.")
+    prompt: TextPrompt = Field("{text}", description="The user turn; {text} is the text.")
     examples: list[AnsweredExample] = Field(
         default=[], description="Texts with answers, placed before every prompt."
     )
@@ -52,13 +51,6 @@ class AnsweringTask(Section):
         description="The student's prompt: only the user turn, with the system prompt, or with "
         "the examples too. It learns to answer without the rest.",
     )
-
-    @field_validator("prompt")
-    @classmethod
-    def _prompt_has_a_place(cls, prompt: str) -> str:
-        if "{text}" not in prompt:
-            raise ValueError("it does not contain {text}, so the teacher would not see the text")
-        return prompt
 
 
 class ExtractTask(AnsweringTask):
@@ -97,16 +89,7 @@ class AnswerTeacher(TaskTeacher):
         return self
 
 
-class AnswerTextsRecipe(Section):
-    texts: list[TextFile] = Field(
-        min_length=1,
-        description="Training texts. Reference answers, if any (`label`: a column of text or, for "
-        "an extraction, JSON), are used only to train the fine-tuned baseline.",
-    )
-    test: list[TextFile] = Field(
-        default=[], description="Test texts; by default, a share of `texts` is split off."
-    )
-    test_share: PartialShare = Field(0.2, description="Share of `texts`, if `test` is not set.")
+class AnswerTextsRecipe(TaskTextsRecipe):
     context: Context = Field(
         1024, description="Tokens in one training window; longer rows are dropped."
     )

@@ -43,6 +43,7 @@ from stillhouse.signals.lm_head import head_logits
 from stillhouse.synthesis.filters import Filter, Row, answer_only, json_value
 from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.load_model import load_model, load_tokenizer
+from stillhouse.teachers.model_source import ModelSource
 from stillhouse.training.train import MODEL
 
 
@@ -192,6 +193,16 @@ def open_generator(
     return local_text(model, tokenizer, batch=batch)
 
 
+def _open_teacher(job: AnsweringJob, teacher: ModelSource) -> TextGenerator[LocalGenerator]:
+    section = job.recipe.teacher
+    return open_generator(
+        teacher.path,
+        precision=section.precision,
+        batch=section.batch,
+        trust_remote_code=section.trust_remote_code,
+    )
+
+
 def answer_all(generator: TextGenerator[LocalGenerator], requests: Sequence[Request]) -> list[str]:
     """Answers in the order of the requests, without reasoning; empty if a prompt does not fit."""
     answers: dict[str, str] = {}
@@ -227,15 +238,9 @@ def _answers_of(
 def _speed_of_teacher(job: AnsweringJob, rows: list[LabeledText]) -> dict[str, float]:
     if job.teacher is None:
         return {}
-    section = job.recipe.teacher
-    generator = open_generator(
-        job.teacher.path,
-        precision=section.precision,
-        batch=section.batch,
-        trust_remote_code=section.trust_remote_code,
-    )
+    generator = _open_teacher(job, job.teacher)
     some = rows[: job.recipe.evaluate.speed_texts]
-    most = section.sampling.max_tokens
+    most = job.recipe.teacher.sampling.max_tokens
     requests = [request_for(job.teacher_messages(row.text), "teacher", most) for row in some]
     return {
         "parameters": account.count_parameters(generator.generator.model).total,
@@ -312,14 +317,11 @@ def _surprises(
     job: AnsweringJob, rows: list[LabeledText], answered: dict[str, list[str]]
 ) -> dict[str, float]:
     assert job.teacher is not None
-    section = job.recipe.teacher
-    code, device = section.trust_remote_code, default_device()
-    dtype = choose_precision(section.precision, device).dtype
-    model = load_model(job.teacher.path, dtype=dtype, trust_remote_code=code).to(device)
-    tokenizer = load_tokenizer(job.teacher.path, trust_remote_code=code)
-    prompts = [job.teacher_messages(row.text) for row in rows]
+    teacher = _open_teacher(job, job.teacher)
+    model, prompts = teacher.generator.model, [job.teacher_messages(row.text) for row in rows]
     return {
-        role: mean_surprise(model, tokenizer, prompts, texts) for role, texts in answered.items()
+        role: mean_surprise(model, teacher.tokenizer, prompts, texts)
+        for role, texts in answered.items()
     }
 
 

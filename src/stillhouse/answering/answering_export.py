@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.answering.answer_stages import TEXTS, AnswerTexts
-from stillhouse.answering.answering_job import AnsweringJob, filled
+from stillhouse.answering.answering_job import AnsweringJob
 from stillhouse.errors import ModelError
 from stillhouse.evaluation.answers import AnswersEvaluation
 from stillhouse.evaluation.metrics import metrics_of
@@ -16,7 +16,7 @@ from stillhouse.evaluation.results import EVALUATION
 from stillhouse.export.checkpoint import export_checkpoint
 from stillhouse.export.gate import Gate
 from stillhouse.export.model_card import ModelCard, write_language_model_card
-from stillhouse.generation.chat_frame import Frame, user_turn
+from stillhouse.generation.chat_frame import Frame, filled, user_turn
 from stillhouse.generation.request import Message
 from stillhouse.hardware import peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
@@ -63,10 +63,8 @@ class AnsweringFacts:
         )
 
     def messages(self, text: str) -> tuple[Message, ...]:
-        question = filled(self.prompt, text)
         examples = tuple((prompt, answer) for prompt, answer in self.examples)
-        frame = Frame(self.system, examples, "all")
-        return frame.teacher_sees(user_turn(question))
+        return Frame(self.system, examples).teacher_sees(user_turn(filled(self.prompt, text)))
 
     def save(self, folder: Path) -> None:
         write_atomically(folder / FACTS, json.dumps(asdict(self), ensure_ascii=False, indent=2))

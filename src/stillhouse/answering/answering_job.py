@@ -14,10 +14,10 @@ from stillhouse.data.data_config import DataRecipe, FileSource
 from stillhouse.evaluation.evaluate_config import EvaluateRecipe
 from stillhouse.export.export_config import ExportRecipe
 from stillhouse.export.licenses import Origin, distinct, origin, teacher_origin
-from stillhouse.generation.chat_frame import Frame, user_turn
+from stillhouse.generation.chat_frame import Frame, filled, user_turn
 from stillhouse.generation.generation_config import LocalTeacher, TextTeacher, VllmTeacher
 from stillhouse.generation.helpers import Helpers
-from stillhouse.generation.request import Message, Requests, api_described
+from stillhouse.generation.request import Message, Requests, teacher_described
 from stillhouse.generation.text_teacher import DefaultModel, TextSource, text_source
 from stillhouse.language_model.job import Job
 from stillhouse.language_model.recipe import Recipe, TeacherRecipe
@@ -55,11 +55,7 @@ class AnsweringJob:
 
     @property
     def described(self) -> str:
-        api = self.recipe.teacher.api
-        if api is not None:
-            return api_described(api)
-        assert self.teacher is not None
-        return self.teacher.described
+        return teacher_described(self.recipe.teacher.api, self.teacher)
 
     @property
     def made_with(self) -> list[Origin]:
@@ -144,11 +140,6 @@ class AnsweringJob:
         """The judge that chooses among several answers to a text. Raises ModelError."""
         choice = self.recipe.filters.best_of
         return open_judge(choice, self.default, self.recipe.seed, weights=weights)
-
-
-def filled(prompt: str, text: str) -> str:
-    """Replace in one pass, so that a text may itself contain {text}."""
-    return text.join(prompt.split("{text}"))
 
 
 def find_answering(recipe: AnsweringRecipe, base: Path) -> AnsweringJob:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from stillhouse.classify.classifier import Classifier, Facts, batches, load_classifier
+from stillhouse.classify.classifier import Classifier, Facts, load_classifier
 from stillhouse.classify.classifier_card import (
     classifier_card,
     write_checkpoint_card,
@@ -20,6 +20,7 @@ from stillhouse.classify.classifier_card import (
 from stillhouse.classify.classify_job import TaskJob
 from stillhouse.classify.fit import MODEL
 from stillhouse.classify.label_prompts import cut
+from stillhouse.classify.label_scoring import batches_by_length
 from stillhouse.classify.task_texts import Texts
 from stillhouse.errors import ModelError
 from stillhouse.evaluation.classification_results import ClassificationEvaluation
@@ -56,7 +57,7 @@ def ship_onnx(
     classifier = load_classifier(model)
     classifier.model.to("cpu")
     rows = classifier.tokens(texts)
-    groups = [[rows[index] for index in chosen] for chosen in batches(rows)]
+    groups = [[rows[index] for index in chosen] for chosen in batches_by_length([*map(len, rows)])]
     with torch.inference_mode():
         classifier.logits(groups[0])  # the first pass allocates memory
         began = time.perf_counter()

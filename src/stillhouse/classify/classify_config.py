@@ -6,7 +6,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from stillhouse.data.words import normalized
 from stillhouse.export.export_config import ClassifierExportRecipe
@@ -82,6 +89,16 @@ Labels = Annotated[
 ]
 
 
+def _with_a_place(prompt: str) -> str:
+    if "{text}" not in prompt:
+        raise ValueError("it has no {text}, so the teacher would not see the text")
+    return prompt
+
+
+TextPrompt = Annotated[str, AfterValidator(_with_a_place)]
+"""The user turn about a text."""
+
+
 class LabeledExample(Section):
     text: str
     label: str
@@ -98,7 +115,7 @@ class ClassifyTask(Section):
     )
     labels_path: PathText | None = Field(None, description="A text file with one label per line.")
     system: str | None = Field(None, description="System prompt.")
-    prompt: str = Field(
+    prompt: TextPrompt = Field(
         "Message: {text}\n\nWhat is the topic of this message?",
         description="The user turn; {text} is the text, {labels} is the list of phrases.",
     )
@@ -115,13 +132,6 @@ class ClassifyTask(Section):
         "probabilities are divided by: estimated from texts without content; from the training "
         "texts; from these until all labels are equally frequent; or none.",
     )
-
-    @field_validator("prompt")
-    @classmethod
-    def _prompt_has_a_place(cls, prompt: str) -> str:
-        if "{text}" not in prompt:
-            raise ValueError("it has no {text}, so the teacher would not see the text")
-        return prompt
 
     @field_validator("answer")
     @classmethod
@@ -230,16 +240,21 @@ class TextFile(Section):
         return self
 
 
-class TextsRecipe(Section):
+class TaskTextsRecipe(Section):
+    """The texts of a task of any kind."""
+
     texts: list[TextFile] = Field(
         min_length=1,
-        description="Training texts. True labels, if any, are used only to train the fine-tuned "
-        "baseline.",
+        description="Training texts. True labels or reference answers, if any (`label`: for an "
+        "extraction, a column of text or JSON), are used only to train the fine-tuned baseline.",
     )
     test: list[TextFile] = Field(
         default=[], description="Test texts; by default, a share of `texts` is split off."
     )
     test_share: PartialShare = Field(0.2, description="Share of `texts`, if `test` is not set.")
+
+
+class TextsRecipe(TaskTextsRecipe):
     calibration_share: PartialShare = Field(
         0.15, description="Share of the remaining texts that is used only for the threshold."
     )

@@ -11,7 +11,7 @@ from stillhouse.classify.classify_config import ClassifyRecipe, RandomClassifier
 from stillhouse.classify.label_prompts import LabelPrompt
 from stillhouse.classify.task_texts import Texts
 from stillhouse.export.licenses import Origin, distinct, origin, teacher_origin
-from stillhouse.generation.request import api_described
+from stillhouse.generation.request import teacher_described
 from stillhouse.hardware import choose_precision, default_device
 from stillhouse.runfolder import answers_path
 from stillhouse.teachers.load_model import load_model, load_tokenizer
@@ -32,11 +32,7 @@ class TaskJob:
 
     @property
     def described(self) -> str:
-        api = self.recipe.teacher.api
-        if api is not None:
-            return api_described(api)
-        assert self.teacher is not None
-        return self.teacher.described
+        return teacher_described(self.recipe.teacher.api, self.teacher)
 
     @property
     def made_with(self) -> list[Origin]:

@@ -210,7 +210,7 @@ def _requests(
 
     def requests() -> Iterator[Request]:
         for row in texts.all:
-            messages = tuple(prompt.turns(row.text))
+            messages = prompt.turns(row.text)
             yield from (source.request(messages, n) for n in range(section.samples))
 
     return source, requests

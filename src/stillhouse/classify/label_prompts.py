@@ -11,7 +11,8 @@ from stillhouse.classify.classify_config import ClassifyTask
 from stillhouse.data.chat_prompt import text_ids
 from stillhouse.data.turn_end import turn_end
 from stillhouse.errors import ModelError, RecipeError
-from stillhouse.generation.chat_frame import answer_prompt_ids
+from stillhouse.generation.chat_frame import Frame, answer_prompt_ids, filled, user_turn
+from stillhouse.generation.request import Message
 
 CONTENTLESS = ("N/A", "[MASK]", "...")
 """Contentless texts, to measure a teacher's prior (Zhao et al. 2021, arXiv 2102.09690,
@@ -36,23 +37,18 @@ class LabelPrompt:
 
     def question(self, text: str) -> str:
         """The user's turn."""
-        listed = ", ".join(self.labels.values())
-        # One pass, so that a text may contain a word in braces.
-        before, *rest = self.prompt.replace("{labels}", listed).split("{text}")
-        return text.join([before, *rest])
+        return filled(self.prompt.replace("{labels}", ", ".join(self.labels.values())), text)
 
     def answer_for(self, label: str) -> str:
         """The assistant's turn."""
         return self.answer.replace("{label}", self.labels[label])
 
-    def turns(self, text: str) -> list[dict[str, str]]:
+    def turns(self, text: str) -> tuple[Message, ...]:
         """The chat up to the user's last turn."""
-        system = [{"role": "system", "content": self.system}] if self.system is not None else []
-        few = []
-        for example, label in self.examples:
-            few.append({"role": "user", "content": self.question(example)})
-            few.append({"role": "assistant", "content": self.answer_for(label)})
-        return [*system, *few, {"role": "user", "content": self.question(text)}]
+        examples = tuple(
+            (self.question(one), self.answer_for(label)) for one, label in self.examples
+        )
+        return Frame(self.system, examples).teacher_sees(user_turn(self.question(text)))
 
     def plain(self, text: str) -> str:
         """The same without a chat template: paragraphs, with the answer after a line break."""

@@ -59,8 +59,6 @@ _FIX_OF_PART = {
 }
 """How parts of Anthropic's messages are written here."""
 TEXT_PARTS = ("text", "input_text", "output_text")
-REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Keys for the reasoning of an assistant turn."""
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 _WRITE = 'write it as [{"role": "user", "content": "..."}, ...]'

@@ -3,13 +3,15 @@ branch that ends in `current_node` is the chat as it was last shown."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from stillhouse.data.clear_json import value_at
 from stillhouse.errors import DataError
 
 FORMAT = "ChatGPT export"
 _TEXT = "text"
+_HIDDEN = ("metadata", "is_visually_hidden_from_conversation")
 _REASONING = ("thoughts", "reasoning_recap")
 _BRANCHES = "only the branch of a chat that was shown last is read"
 _LEFT_OUT = "reasoning, hidden messages and custom instructions are left out"
@@ -31,10 +33,13 @@ def chatgpt_messages(row: Mapping[str, Any], where: str) -> tuple[list[Message],
     """
     messages: list[Message] = []
     branch = _branch(row["mapping"], row["current_node"], where)
-    notes = [_BRANCHES] if any(len(_children(node)) > 1 for node in row["mapping"].values()) else []
+    children = [value_at(node, ("children",)) for node in row["mapping"].values()]
+    notes = [_BRANCHES] if any(isinstance(c, list) and len(c) > 1 for c in children) else []
     for message in branch:
-        role, kind, text = _role(message), _kind(message), _text(message)
-        if _is_hidden(message) or kind in _REASONING or (role == "system" and not text.strip()):
+        role, text = value_at(message, ("author", "role")), _text(message)
+        kind = value_at(message, ("content", "content_type"))
+        hidden = kind == "user_editable_context" or value_at(message, _HIDDEN)
+        if hidden or kind in _REASONING or (role == "system" and not text.strip()):
             if text.strip() or kind in _REASONING:
                 notes.append(_LEFT_OUT)
             continue
@@ -55,14 +60,6 @@ def chatgpt_messages(row: Mapping[str, Any], where: str) -> tuple[list[Message],
 def _branch(mapping: Mapping[str, Any], last: str, where: str) -> list[Mapping[str, Any]]:
     """The messages from the root to the last node."""
     found: list[Mapping[str, Any]] = []
-    for node in _up(mapping, last, where):
-        message = node.get("message")
-        if isinstance(message, Mapping):
-            found.append(message)
-    return found[::-1]
-
-
-def _up(mapping: Mapping[str, Any], last: str, where: str) -> Iterator[Mapping[str, Any]]:
     seen: set[str] = set()
     name: Any = last
     while name is not None:
@@ -74,33 +71,13 @@ def _up(mapping: Mapping[str, Any], last: str, where: str) -> Iterator[Mapping[s
                 fix="export the data again, or remove the chat",
             )
         seen.add(name)
-        yield node
+        if isinstance(node.get("message"), Mapping):
+            found.append(node["message"])
         name = node.get("parent")
-
-
-def _children(node: Any) -> list[Any]:
-    children = node.get("children") if isinstance(node, Mapping) else None
-    return children if isinstance(children, list) else []
-
-
-def _role(message: Mapping[str, Any]) -> str:
-    author = message.get("author")
-    return str(author.get("role")) if isinstance(author, Mapping) else ""
-
-
-def _kind(message: Mapping[str, Any]) -> str:
-    content = message.get("content")
-    return str(content.get("content_type")) if isinstance(content, Mapping) else ""
+    return found[::-1]
 
 
 def _text(message: Mapping[str, Any]) -> str:
-    content = message.get("content")
-    parts = content.get("parts") if isinstance(content, Mapping) else None
+    parts = value_at(message, ("content", "parts"))
     parts = parts if isinstance(parts, list) else []
     return "".join(part for part in parts if isinstance(part, str))
-
-
-def _is_hidden(message: Mapping[str, Any]) -> bool:
-    metadata = message.get("metadata")
-    hidden = isinstance(metadata, Mapping) and metadata.get("is_visually_hidden_from_conversation")
-    return bool(hidden) or _kind(message) == "user_editable_context"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stillhouse.errors import DataError
@@ -19,9 +20,9 @@ class DoubleKeyError(ValueError):
     """A key occurs twice in an object."""
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, **options: Any) -> Any:
     """As `json.loads`, but raises DoubleKeyError, a ValueError, for a key that occurs twice."""
-    return json.loads(text, object_pairs_hook=_distinct)
+    return json.loads(text, object_pairs_hook=_distinct, **options)
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -31,6 +32,13 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise DoubleKeyError(f"the key {twice!r} occurs twice in an object")
     return found
+
+
+def value_at(value: Any, place: Sequence[str]) -> Any:
+    """The value under nested keys; None if there is none."""
+    for key in place:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 def is_suspicious(text: str) -> bool:

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from stillhouse.data.chat_formats import REASONING, is_blank, read_chat
+from stillhouse.data.chat_formats import is_blank, read_chat
 from stillhouse.data.documents import About, Conversation
+from stillhouse.data.reasoning import KEYS
 from stillhouse.data.tool_formats import calls_in, from_json
 from stillhouse.errors import DataError
 
@@ -77,7 +78,7 @@ def read_pair(row: Mapping[str, Any], where: str) -> tuple[Conversation, list[st
     question, answer = asked[0].lower(), answers[0]
     turn = _answer(row, keys[answer], where)
     used = [*asked, keys[answer]]
-    reasoning = next((key for key in REASONING if row.get(keys.get(key, ""))), None)
+    reasoning = next((key for key in KEYS if row.get(keys.get(key, ""))), None)
     if reasoning is not None:
         turn["reasoning_content"] = _string(row, keys[reasoning], where)
         used.append(keys[reasoning])
@@ -110,7 +111,7 @@ def read_question(row: Mapping[str, Any], where: str) -> tuple[str, list[str]]:
         raise _not_clear(questions, keys, where)
     unclear = [
         key for key in keys
-        if _UNCLEAR.fullmatch(key) and key not in REASONING and row[keys[key]] not in ("", [])
+        if _UNCLEAR.fullmatch(key) and key not in KEYS and row[keys[key]] not in ("", [])
     ]  # fmt: skip
     if unclear:
         raise DataError(

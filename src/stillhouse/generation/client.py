@@ -14,11 +14,10 @@ from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import Any, Self
 from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 from stillhouse.errors import EndpointError
 from stillhouse.generation.budget import Price
-from stillhouse.generation.http_link import HttpLink, Link, LinkError, OpenAILink, Reply
+from stillhouse.generation.http_link import HttpLink, LinkError, Reply
 from stillhouse.generation.request import (
     Answer,
     FailureKind,
@@ -29,7 +28,6 @@ from stillhouse.generation.request import (
 from stillhouse.teachers.api_keys import api_key
 from stillhouse.teachers.redact import holds_key, redacted
 
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _EXCERPT = 300
 """Characters of a server's message that are kept."""
 _STOPPED = {"eos", "eos_token", "end_turn", "stop_sequence", "complete", "completed"}
@@ -77,7 +75,7 @@ class Client:
         self.endpoint, self.model = endpoint_of(base_url), model
         self.key_env, self.price, self.timeout = key_env, price, timeout
         self._key = api_key(key_env, where=self.endpoint, setting="api.key_env")
-        self._link = _link(base_url, self._key, timeout, connections)
+        self._link = HttpLink(_checked(base_url), self._key, timeout, connections)
 
     async def __aenter__(self) -> Self:
         return self
@@ -184,8 +182,8 @@ class Client:
         return redacted(text, self._key)
 
 
-def _link(base_url: str, key: str | None, timeout: float, connections: int) -> Link:
-    """aiohttp for plain HTTP without a proxy, otherwise the openai client."""
+def _checked(base_url: str) -> str:
+    """The URL. Raises EndpointError if it is not an http(s) URL."""
     parts = urlsplit(base_url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise EndpointError(
@@ -193,10 +191,7 @@ def _link(base_url: str, key: str | None, timeout: float, connections: int) -> L
             where=endpoint_of(base_url),
             fix="write all of it, e.g. http://127.0.0.1:8080/v1",
         )
-    proxied = "http" in getproxies() and not proxy_bypass(parts.hostname)
-    if parts.scheme == "http" and (parts.hostname in _LOOPBACK or not proxied):
-        return HttpLink(base_url, key, timeout, connections)
-    return OpenAILink(base_url, key, timeout, connections)
+    return base_url
 
 
 def _server_error(body: bytes) -> tuple[str, str | None]:

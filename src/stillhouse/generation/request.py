@@ -18,6 +18,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from stillhouse.generation.generation_config import ApiTeacher
+from stillhouse.teachers.model_source import ModelSource
 
 Message = Mapping[str, Any]
 
@@ -128,6 +129,14 @@ def endpoint_of(base_url: str) -> str:
 def api_described(api: ApiTeacher) -> str:
     """An API's model, as manifests and reports name it."""
     return f"{api.model} at {endpoint_of(api.base_url)}"
+
+
+def teacher_described(api: ApiTeacher | None, model: ModelSource | None) -> str:
+    """A task's teacher, which is one of the two."""
+    if api is not None:
+        return api_described(api)
+    assert model is not None
+    return model.described
 
 
 _ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=True, separators=(",", ":"))

@@ -161,11 +161,8 @@ class VllmGenerator:
         while batch := list(itertools.islice(numbered, self.batch)):
             rows = [{"prompt": list(p.ids), "sampling": self._sampling(p)} for _, p in batch]
             began = time.monotonic()
-            try:
+            with vllm_errors("vLLM stopped", self.where):
                 written = self.engine.generate(rows)
-            # It raises errors of many types, including GPU errors.
-            except Exception as error:
-                raise vllm_failed("vLLM stopped", error, self.where) from error
             seconds = time.monotonic() - began
             for (number, _), one in zip(batch, written, strict=True):
                 yield number, Continuation(**one, seconds=seconds)
@@ -247,19 +244,25 @@ def start_engine(
     python = section.interpreter(base)
     if python is None and world_size() > 1:
         python = sys.executable
-    try:
+    with vllm_errors(f"vLLM cannot load {options['model']}", where):
         if python is None:
             return InProcess(options, layers)
         return VllmProcess(python, options, layers, gpu=local_index() if own_gpu else None)
+
+
+@contextmanager
+def vllm_errors(what: str, where: str) -> Iterator[None]:
+    """Makes a ModelError of what vLLM raises: errors of many types, including GPU errors. what:
+    the failure, in words. where: the recipe's key."""
+    try:
+        yield
+    except ModelError:
+        raise
     except Exception as error:
-        raise vllm_failed(f"vLLM cannot load {options['model']}", error, where) from error
-
-
-def vllm_failed(what: str, error: Exception, where: str = TEACHER) -> ModelError:
-    cause = str(error) if isinstance(error, EngineError) else reason(error)
-    return ModelError(
-        f"{what} ({cause})",
-        where=where,
-        fix="lower context, gpu_memory or batch if memory runs out; what arrived is kept, so that "
-        "the same command resumes",
-    )
+        cause = str(error) if isinstance(error, EngineError) else reason(error)
+        raise ModelError(
+            f"{what} ({cause})",
+            where=where,
+            fix="lower context, gpu_memory or batch if memory runs out; what arrived is kept, so "
+            "that the same command resumes",
+        ) from error

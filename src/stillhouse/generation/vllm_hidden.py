@@ -19,7 +19,7 @@ from stillhouse.generation.vllm_engine import (
     engine_options,
     require_vllm,
     start_engine,
-    vllm_failed,
+    vllm_errors,
 )
 from stillhouse.generation.vllm_worker import POOLING
 from stillhouse.vllm_config import VllmEngine
@@ -50,11 +50,8 @@ class VllmHiddenStates:
                 where=SIGNALS,
                 fix=f"set signals.vllm.context to at least {longest}, or lower data.context",
             )
-        try:
+        with vllm_errors("vLLM stopped", SIGNALS):
             found = self.engine.hidden_states(list(prompts))
-        # It raises errors of many types, including GPU errors.
-        except Exception as error:
-            raise vllm_failed("vLLM stopped", error, SIGNALS) from error
         numbers = (*self.kept, self.last)
         return [
             {

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import ModelError
-from stillhouse.generation.vllm_engine import ROLLOUTS, Writer, vllm_failed
+from stillhouse.generation.vllm_engine import ROLLOUTS, Writer, vllm_errors
 
 PROMPT_TOKENS, ROW_TOKENS = 8, 32
 """Of the row that is compared."""
@@ -79,13 +79,8 @@ def hand_over(
     Raises ModelError as it does, or if the engine cannot load them.
     """
     save_weights(model, folder, dtype, head_too=head_too)
-    try:
+    with vllm_errors("vLLM cannot load the student's weights", ROLLOUTS):
         engine.load_weights(folder)
-    except ModelError:
-        raise
-    # It raises errors of many types, including GPU errors.
-    except Exception as error:
-        raise vllm_failed("vLLM cannot load the student's weights", error, ROLLOUTS) from error
     return require_same_weights(engine, model, tolerance=tolerance)
 
 
@@ -99,12 +94,8 @@ def require_same_weights(engine: Writer, model: Any, *, tolerance: float) -> flo
     vocabulary = int(model.config.get_text_config().vocab_size)
     prompt = torch.randint(vocabulary, (PROMPT_TOKENS,), generator=chance).tolist()
     sampling = {"temperature": 1.0, "seed": 0, "max_tokens": ROW_TOKENS, "logprobs": 0}
-    try:
+    with vllm_errors("vLLM stopped", ROLLOUTS):
         (row,) = engine.generate([{"prompt": prompt, "sampling": {**sampling, "ignore_eos": True}}])
-    except ModelError:
-        raise
-    except Exception as error:
-        raise vllm_failed("vLLM stopped", error, ROLLOUTS) from error
     theirs_L = torch.tensor(row["logprobs"] or [], dtype=torch.float64)
     ours_L = log_probabilities(model, prompt, row["ids"])
     if not len(theirs_L) or theirs_L.shape != ours_L.shape:

@@ -13,11 +13,12 @@ from stillhouse.generation.rollout_config import VllmRollouts
 from stillhouse.generation.vllm_engine import ROLLOUTS, lacks
 from stillhouse.language_model.job import Job
 from stillhouse.language_model.run_models import RunModels
+from stillhouse.language_model.train_stage import own_prompts
 from stillhouse.number_format import count, seconds, size
 from stillhouse.planning.machine import Machine
 from stillhouse.planning.model_size import config_size
 from stillhouse.teachers.load_model import load_tokenizer
-from stillhouse.training.own_prompts import OwnPrompts, read_own_prompts, require_room
+from stillhouse.training.own_prompts import OwnPrompts, require_room
 from stillhouse.training.train import plan_batches
 from stillhouse.training.turn_agreement import differing_template, require_same_end
 
@@ -55,7 +56,7 @@ def require_on_policy(job: Job) -> Iterator[Finding]:
         if difference is not None:
             fix = "copy the teacher's chat_template.jinja into the student's folder"
             yield Finding("warning", TOPIC, f"{source.described}: {difference}", fix)
-    prompts = own_prompts_of(job)
+    prompts = own_prompts(job, student)
     if prompts is None:
         return
     context = job.recipe.data.context
@@ -67,15 +68,6 @@ def require_on_policy(job: Job) -> Iterator[Finding]:
             f"({section.max_tokens}) of the context of {context:,}: their answers end earlier"
         )
         yield Finding("warning", TOPIC, text, "raise data.context, or lower max_tokens")
-
-
-def own_prompts_of(job: Job) -> OwnPrompts | None:
-    """The prompts that the recipe names; None: they are chats of the data. Raises DataError."""
-    section = job.recipe.train.on_policy
-    if section is None or section.prompts is None:
-        return None
-    tokenizer = load_tokenizer(job.tokenizer_path, trust_remote_code=job.trust_remote_code)
-    return read_own_prompts(section.prompts, job.base, tokenizer)
 
 
 @dataclass(frozen=True)

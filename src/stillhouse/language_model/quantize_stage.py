@@ -76,7 +76,7 @@ def plan_quantized_training(
             heldout=heldout,
             seed=job.recipe.seed,
             folder=out,
-            prompts=own_prompts(job, start),
+            prompts=own_prompts(job, start.tokenizer),
             base=job.base,
         )
         summary = {**rounded.summary, "training": result.summary()}

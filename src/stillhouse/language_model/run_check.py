@@ -14,7 +14,6 @@ from stillhouse.language_model.data_check import TOKENS
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job, full_job, planned_objective
 from stillhouse.language_model.on_policy_check import (
-    own_prompts_of,
     own_text_findings,
     require_on_policy,
 )
@@ -22,6 +21,7 @@ from stillhouse.language_model.package_check import require_disk
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.language_model.run_models import RunModels, run_models
 from stillhouse.language_model.run_plan import plan_stages
+from stillhouse.language_model.train_stage import own_prompts
 from stillhouse.language_model.training_memory import is_small, with_shard
 from stillhouse.launch import world_size
 from stillhouse.number_format import count, percent, seconds, size
@@ -34,6 +34,7 @@ from stillhouse.planning.step_memory import MARGIN
 from stillhouse.processes import require_blocks, shards_in_node
 from stillhouse.runfolder import NamedRecipe, Stage
 from stillhouse.signals.manifest import read_manifest
+from stillhouse.teachers.load_model import load_tokenizer
 from stillhouse.teachers.planned_model import planned_model
 from stillhouse.teachers.sharded_teacher import require_plan
 from stillhouse.training.train import plan_batches, require_windows
@@ -129,7 +130,8 @@ def check_resources(check: Check, find: FindModels = one_student) -> Iterator[Fi
                 f"a student learns little in {steps:,} optimizer step{'s' * (steps != 1)}",
                 "raise train.epochs, lower train.batch_size, or add text",
             )
-    prompts = own_prompts_of(job)
+    tokenizer = load_tokenizer(job.tokenizer_path, trust_remote_code=job.trust_remote_code)
+    prompts = own_prompts(job, tokenizer)
     windows = max(1, -(-tokens // recipe.data.context))
     for models in planned:
         yield from own_text_findings(models, machine, windows, prompts)

@@ -27,14 +27,13 @@ from stillhouse.generation.source_check import (
 from stillhouse.language_model.job import Job
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.language_model.synthesis_stage import (
+    finished_text,
     makes_text,
     may_replace,
     missing_answers,
     out_path,
     synthesis_job,
-    synthesis_plan,
 )
-from stillhouse.pipeline.engine import run_folder
 from stillhouse.pipeline.kind import Check
 from stillhouse.synthesis.judge_answers import most_requests
 from stillhouse.synthesis.prompts import unread_notes
@@ -107,8 +106,7 @@ def _keys(section: SynthesizeRecipe) -> FrameKeys:
 
 def _is_complete(recipe: Recipe, base: Path) -> bool:
     """Whether the stage is finished and no request lacks its answer."""
-    plan = synthesis_plan(recipe, base)
-    finished = run_folder(recipe).finished(plan.name, plan.depends_on)
+    finished = finished_text(recipe, base)
     return finished is not None and not missing_answers(finished)
 
 
@@ -190,8 +188,7 @@ def synthesis_spending(job: Job, *, complete: bool = False) -> Iterator[str]:
     section = recipe.synthesize
     if section is None or not (complete or makes_text(recipe, base)):
         return
-    plan = synthesis_plan(recipe, base)
-    finished = run_folder(recipe).finished(plan.name, plan.depends_on)
+    finished = finished_text(recipe, base)
     if finished is not None and not (complete and missing_answers(finished)):
         return
     choice = section.filters.best_of
@@ -228,8 +225,7 @@ def planned_text(recipe: Recipe, base: Path, most: int) -> PlannedText | None:
         return None
     out = out_path(section, base)
     others = [source for source in recipe.data.sources if not names(source, out, base)]
-    plan = synthesis_plan(recipe, base)
-    stage = run_folder(recipe).finished(plan.name, plan.depends_on)
+    stage = finished_text(recipe, base)
     if stage is not None:
         path = str((stage.path / TEXT).absolute())
         source = FileSource(kind="jsonl", path=path, limit=most)

@@ -91,15 +91,18 @@ def makes_text(recipe: Recipe, base: Path) -> bool:
 
 def require_text(recipe: Recipe, base: Path) -> None:
     """Raise DataError if the run's text is not synthesized yet, which may cost money."""
-    if not makes_text(recipe, base):
-        return
-    plan = synthesis_plan(recipe, base)
-    if RunFolder(run_root(recipe)).finished(plan.name, plan.depends_on) is None:
+    if makes_text(recipe, base) and finished_text(recipe, base) is None:
         raise DataError(
             "the text of this recipe is not synthesized yet",
             where=out_path(recipe.synthesize, base) if recipe.synthesize else None,
             fix="run `stillhouse synthesize RECIPE` first",
         )
+
+
+def finished_text(recipe: Recipe, base: Path) -> Stage | None:
+    """The finished stage in the recipe's run folder."""
+    plan = synthesis_plan(recipe, base)
+    return RunFolder(run_root(recipe)).finished(plan.name, plan.depends_on)
 
 
 def plan_synthesis(job: Job) -> StagePlan:

@@ -118,7 +118,7 @@ def _training(
             heldout=heldout,
             seed=job.recipe.seed,
             folder=out,
-            prompts=own_prompts(job, start),
+            prompts=own_prompts(job, start.tokenizer),
             base=job.base,
         )
         return training_outcome(result, result.summary())
@@ -145,12 +145,13 @@ def _training(
     )
 
 
-def own_prompts(job: Job, student: Student) -> OwnPrompts | None:
-    """The prompts of `train.on_policy` that are not chats of the data. Raises DataError."""
+def own_prompts(job: Job, tokenizer: Any) -> OwnPrompts | None:
+    """The prompts that the recipe names; None: they are chats of the data. tokenizer: the
+    student's. Raises DataError."""
     section = job.recipe.train.on_policy
     if section is None or section.prompts is None:
         return None
-    return read_own_prompts(section.prompts, job.base, student.tokenizer)
+    return read_own_prompts(section.prompts, job.base, tokenizer)
 
 
 def own_prompts_key(job: Job) -> dict[str, str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.data.chat_formats import as_messages, with_known_role
+from stillhouse.data.clear_json import value_at
 from stillhouse.data.data_files import FileFormat, known_format
 from stillhouse.data.loss_flags import LEARNED
 from stillhouse.data.question_formats import is_pair, read_pair
@@ -20,7 +21,7 @@ from stillhouse.data.words import bare
 from stillhouse.errors import DataError
 from stillhouse.generation.chat_frame import SYSTEM, content_text, text_of
 from stillhouse.progress import note
-from stillhouse.synthesis.prompts import at, prompt_messages
+from stillhouse.synthesis.prompts import prompt_messages
 
 FEWEST = 8
 """Minimum number of rows to detect a task."""
@@ -160,15 +161,15 @@ def logs_format(path: Path) -> FileFormat:
 def _answer(row: Mapping[str, Any], where: str) -> str | None:
     """The last assistant turn, wherever logs store it; None if it is not to be learned."""
     for place in _CHATS:
-        messages = as_messages(at(row, place), where)
+        messages = as_messages(value_at(row, place), where)
         if isinstance(messages, list) and messages and isinstance(messages[-1], Mapping):
             last = with_known_role(messages[-1], "the last message", where)
             if last["role"] == "assistant":
                 return None if any(last.get(key) == 0 for key in LEARNED) else _said(last)
     for place in _CHOICES:
-        choices = at(row, place)
+        choices = value_at(row, place)
         if isinstance(choices, list) and choices:
-            return _said(at(choices[0], ("message",)))
+            return _said(value_at(choices[0], ("message",)))
     given = {key: value for key, value in row.items() if value is not None}
     if is_pair(given):
         return _said(read_pair(given, where)[0].messages[-1])
@@ -176,7 +177,7 @@ def _answer(row: Mapping[str, Any], where: str) -> str | None:
 
 
 def _said(message: Any) -> str | None:
-    return MARKS.split(content_text(at(message, ("content",)))).answer.strip() or None
+    return MARKS.split(content_text(value_at(message, ("content",)))).answer.strip() or None
 
 
 def _plain(answer: str) -> str:

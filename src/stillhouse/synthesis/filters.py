@@ -18,6 +18,7 @@ from typing import Any
 from jsonschema.exceptions import best_match
 from referencing.exceptions import Unresolvable
 
+from stillhouse.data.clear_json import parse_json
 from stillhouse.data.reasoning import MARKS
 from stillhouse.data.words import bare, words
 from stillhouse.errors import RecipeError
@@ -169,13 +170,7 @@ def json_value(text: str) -> Any:
     def reject(name: str) -> None:
         raise ValueError(f"{name} is not a JSON value")
 
-    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError("an object has the same key twice")
-        return found
-
-    return json.loads(unfenced(text), parse_constant=reject, object_pairs_hook=distinct)
+    return parse_json(unfenced(text), parse_constant=reject)
 
 
 def exact_duplicates() -> Filter:

@@ -20,6 +20,7 @@ from stillhouse.data.chat_formats import (
     text_parts,
     with_known_role,
 )
+from stillhouse.data.clear_json import value_at
 from stillhouse.data.loss_flags import LEARNED
 from stillhouse.data.question_formats import is_pair, is_question, read_question, unread_keys
 from stillhouse.data.row_reader import header_hint, not_empty, read_rows
@@ -116,16 +117,16 @@ def prompt_messages(row: Mapping[str, Any], key: str, where: str) -> tuple[Messa
 def _logged(row: Mapping[str, Any], where: str) -> tuple[Any, Mapping[str, Any]]:
     """The messages of a chat or its log, and the object that holds them."""
     for place in _LOG_PLACES:
-        value = as_messages(at(row, place), where)
+        value = as_messages(value_at(row, place), where)
         if isinstance(value, list):
-            return value, at(row, place[:-1])
+            return value, value_at(row, place[:-1])
     return None, row
 
 
 def _reject_unsent(row: Mapping[str, Any], messages: Iterable[Message], where: str) -> None:
     """Raise DataError for parts of a prompt that would not be sent, or not be learned."""
     for place in ((), ("request",), ("request", "body"), ("body",)):
-        holder = at(row, place)
+        holder = value_at(row, place)
         if not isinstance(holder, Mapping):
             continue
         reject_media(holder, where)
@@ -144,13 +145,6 @@ def _user(text: str, where: str) -> tuple[Message, ...]:
     if not text.strip():
         raise DataError("the prompt is empty", where=where, fix="remove the row")
     return user_turn(text)
-
-
-def at(row: Any, place: tuple[str, ...]) -> Any:
-    """The value under nested keys; None if there is none."""
-    for key in place:
-        row = row.get(key) if isinstance(row, Mapping) else None
-    return row
 
 
 def _chat(messages: list[Any], where: str) -> list[dict[str, Any]]:
