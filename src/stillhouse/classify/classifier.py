@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from stillhouse.classify.label_prompts import LabelPrompt, PromptTokens, cut, prompt_tokens
 from stillhouse.classify.label_scoring import (
     LabelTree,
+    batches_by_length,
     label_tree,
     tree_log_probabilities,
 )
