@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stillhouse.generation.token_texts import token_texts
+from stillhouse.generation.own_text import token_texts
 from tests import tiny
 
 

@@ -25,7 +25,7 @@ from stillhouse.classify.label_scoring import score_labels
 from stillhouse.classify.named_label import named_label
 from stillhouse.classify.task_texts import FEWEST, PARTS, Texts
 from stillhouse.data.words import bare, whole_words
-from stillhouse.errors import DataError, ModelError
+from stillhouse.errors import DataError
 from stillhouse.generation.answer_requests import answer_all, estimate_cost
 from stillhouse.generation.chat_frame import answer_text
 from stillhouse.generation.estimate import Estimate
@@ -125,7 +125,7 @@ def score_texts(
     """Score all texts, chunk by chunk in `out/chunks`; finished chunks are not scored again.
 
     processes: those that divide the chunks. Returns the judgment, and the number of tokens that
-    all of them have read. Raises ModelError if prompts are too long.
+    all of them have read.
     """
     words = prompt_tokens(prompt, tokenizer, max_tokens)
     rows = [row.text for row in texts.all] + list(CONTENTLESS)
@@ -133,7 +133,6 @@ def score_texts(
     if processes.leads:
         folder.mkdir(exist_ok=True)
     processes.from_main(None)  # until then, the folder may not exist
-    _check_length(model, words.of([max(rows, key=len)])[0], words.labels)
     numbers = processes.in_turn(range(-(-len(rows) // CHUNK)))
     chunks = {number: rows[number * CHUNK : (number + 1) * CHUNK] for number in numbers}
     found, tokens = {}, 0
@@ -157,17 +156,6 @@ def score_texts(
     sizes = [len(texts.part(name)) for name in PARTS]
     judgment = Judgment(*scores_NC.split([*sizes, len(CONTENTLESS)]))
     return judgment, sum(processes.collect(tokens))
-
-
-def _check_length(model: Any, longest: Sequence[int], labels: Sequence[Sequence[int]]) -> None:
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    need = len(longest) + max(map(len, labels))
-    if isinstance(window, int) and need > window:
-        raise ModelError(
-            f"a prompt with its label has {need} tokens, and the teacher reads {window}",
-            where="task.prompt",
-            fix="lower data.max_tokens, or give fewer examples",
-        )
 
 
 def finished_chunk(file: Path, rows: int, columns: int) -> Tensor | None:

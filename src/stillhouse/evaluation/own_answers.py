@@ -31,11 +31,11 @@ from stillhouse.generation.own_text import (
     own_text_sums,
     score_folded_tokens,
     score_tokens,
+    token_texts,
     without_padding,
     write_answers,
 )
 from stillhouse.generation.own_text_figures import OwnText
-from stillhouse.generation.token_texts import token_texts
 from stillhouse.launch import process_index, world_size
 from stillhouse.processes import sum_over_processes
 from stillhouse.progress import bar

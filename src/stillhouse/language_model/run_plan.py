@@ -117,7 +117,8 @@ def _training(name: str, models: RunModels, machine: Machine, windows: int) -> S
     text += f", {batching.micro} window{'s' if batching.micro > 1 else ''} at a time"
     if machine.processes > 1:
         text += f"; sharded: {shard}"
-    estimate = StageEstimate(
+    fits = memory.fits(machine.memory)
+    return StageEstimate(
         name=models.stage(name),
         memory=memory,
         processes=machine.processes,
@@ -128,10 +129,8 @@ def _training(name: str, models: RunModels, machine: Machine, windows: int) -> S
         network=traffic.all * batching.steps,
         between_nodes=traffic.between_nodes * batching.steps,
         note=text,
+        fix=None if fits else cheapest_change(models, machine, windows),
     )
-    if memory.fits(machine.memory):
-        return estimate
-    return replace(estimate, fix=cheapest_change(models, machine, windows))
 
 
 def _loaded(step: Step, shard: Shard, *, over: int, here: int) -> dict[str, float]:
@@ -179,7 +178,8 @@ def _signals(models: RunModels, machine: Machine, tokens: int) -> StageEstimate:
     if recipe.train.evaluate_every is not None:
         tokens += recipe.data.heldout_tokens
     memory = Memory("scoring", parts)
-    estimate = StageEstimate(
+    fix = "set train.shard: teacher, or let vLLM score (signals.vllm, signals.server)"
+    return StageEstimate(
         "signals",
         memory,
         processes=machine.processes,
@@ -187,12 +187,7 @@ def _signals(models: RunModels, machine: Machine, tokens: int) -> StageEstimate:
         flops=2.0 * size.active * tokens,
         disk=models.row_bytes * tokens,
         note=f"{compute} teacher, {rows:,} tokens at a time".replace("torch.", ""),
-    )
-    if memory.fits(machine.memory):
-        return estimate
-    return replace(
-        estimate,
-        fix="set train.shard: teacher, or let vLLM score (signals.vllm, signals.server)",
+        fix=None if memory.fits(machine.memory) else fix,
     )
 
 
@@ -203,16 +198,16 @@ def _measured_teacher(models: RunModels, machine: Machine) -> StageEstimate:
     windows = max(1, TOKENS_PER_FORWARD // recipe.data.context)
     parts = _teacher_alone(windows, models, machine)
     parts["heads and logits"] = _heads_and_logits(teacher, None, models, machine)
-    estimate = StageEstimate(
+    memory = Memory("fidelity", parts)
+    return StageEstimate(
         "teacher",
-        Memory("fidelity", parts),
+        memory,
         processes=machine.processes,
         tokens=heldout,
         flops=2.0 * heldout * teacher.active,
         disk=float(heldout * teacher.hidden * machine.compute(recipe.train.precision).itemsize),
+        fix=None if memory.fits(machine.memory) else "set train.shard: both",
     )
-    fits = estimate.memory.fits(machine.memory)
-    return estimate if fits else replace(estimate, fix="set train.shard: both")
 
 
 def _heads_and_logits(
@@ -270,16 +265,15 @@ def _evaluation(models: RunModels, machine: Machine) -> StageEstimate:
             text = "speed of the smaller models only"
     memory = max(phases, key=lambda each: each.total)
     flops = 2.0 * heldout * (runs_teacher * teacher.active + students * student.active)
-    estimate = StageEstimate(
+    return StageEstimate(
         models.stage("evaluate"),
         memory,
         processes=machine.processes,
         tokens=heldout * (runs_teacher + students),
         flops=flops,
         note=text,
+        fix=None if memory.fits(machine.memory) else "set train.shard: both",
     )
-    fits = memory.fits(machine.memory)
-    return estimate if fits else replace(estimate, fix="set train.shard: both")
 
 
 def _stored_bytes(config: Any) -> int:

@@ -9,10 +9,10 @@ from stillhouse.evaluation.answers import AnsweredText, AnswersEvaluation
 from stillhouse.evaluation.metrics import ANSWER_METRICS, metrics_of
 from stillhouse.evaluation.roles import role_name
 from stillhouse.generation.answer_requests import cost_line
+from stillhouse.report.charts import INK, role_color
 from stillhouse.report.history import Rows, training_section
 from stillhouse.report.own_text_report import own_text_section
 from stillhouse.report.page import Answer, Report, Section, SideBySide
-from stillhouse.report.palette import INK, role_color
 from stillhouse.report.sections import (
     RunFacts,
     assemble,

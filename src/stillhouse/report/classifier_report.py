@@ -12,17 +12,20 @@ from stillhouse.evaluation.metrics_table import MetricsTable
 from stillhouse.evaluation.roles import role_name
 from stillhouse.generation.answer_requests import cost_line
 from stillhouse.report.charts import (
+    ACCENT,
+    INK,
+    MUTED,
     Bar,
     BarChart,
     Chart,
     Line,
     LineChart,
     MatrixChart,
+    role_color,
 )
 from stillhouse.report.formats import Replays
 from stillhouse.report.history import Rows, training_charts
 from stillhouse.report.page import Report, Section
-from stillhouse.report.palette import ACCENT, INK, MUTED, role_color
 from stillhouse.report.sections import (
     RunFacts,
     assemble,

@@ -21,8 +21,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from stillhouse import number_format as text
-from stillhouse.report.charts import HEIGHT, BarChart, Chart, LineChart, MatrixChart
-from stillhouse.report.palette import ACCENT, INK, MUTED, RULE
+from stillhouse.report.charts import (
+    ACCENT,
+    HEIGHT,
+    INK,
+    MUTED,
+    RULE,
+    BarChart,
+    Chart,
+    LineChart,
+    MatrixChart,
+)
 
 WIDTH = 430 / 72
 LABEL_GAP = 17.0

@@ -12,10 +12,9 @@ from stillhouse.evaluation.family_evaluation import (
     ScratchTraining,
 )
 from stillhouse.evaluation.metrics import metrics_of
-from stillhouse.report.charts import Bar, BarChart, Chart, Line, LineChart, in_units
+from stillhouse.report.charts import Bar, BarChart, Chart, Line, LineChart, in_units, role_color
 from stillhouse.report.formats import KL_LABEL
 from stillhouse.report.page import Report, Section
-from stillhouse.report.palette import role_color
 from stillhouse.report.sections import (
     RunFacts,
     assemble,

@@ -9,9 +9,8 @@ from typing import Any
 from stillhouse import number_format as text
 from stillhouse.evaluation.metrics_table import MetricsTable
 from stillhouse.evaluation.results import ModelResult
-from stillhouse.report.charts import Chart, LineChart, dot, in_units
+from stillhouse.report.charts import ACCENT, SECOND, Chart, LineChart, dot, in_units, role_color
 from stillhouse.report.page import Section
-from stillhouse.report.palette import ACCENT, SECOND, role_color
 
 Replays = Sequence[Mapping[str, Any]]
 KL_LABEL = "KL to the teacher (nats/token)"

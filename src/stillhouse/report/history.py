@@ -8,9 +8,8 @@ from itertools import pairwise
 from typing import Any
 
 from stillhouse import number_format as text
-from stillhouse.report.charts import Line, LineChart, in_units
+from stillhouse.report.charts import ACCENT, INK, MUTED, Line, LineChart, in_units
 from stillhouse.report.page import Section
-from stillhouse.report.palette import ACCENT, INK, MUTED
 
 Rows = Sequence[Mapping[str, Any]]
 

@@ -11,12 +11,11 @@ from stillhouse.evaluation.metrics import metrics_of
 from stillhouse.evaluation.metrics_table import MetricsTable
 from stillhouse.evaluation.results import Evaluation, ModelResult
 from stillhouse.evaluation.roles import role_name, role_order
-from stillhouse.report.charts import Chart, LineChart, dot, in_units
+from stillhouse.report.charts import ACCENT, MUTED, Chart, LineChart, dot, in_units, role_color
 from stillhouse.report.formats import KL_LABEL, Replays, forms, forms_section
 from stillhouse.report.history import Rows, kl_temperature, training_section
 from stillhouse.report.own_text_report import own_text_section
 from stillhouse.report.page import Answer, Figure, Report, Section, SideBySide
-from stillhouse.report.palette import ACCENT, MUTED, role_color
 from stillhouse.report.sections import (
     RunFacts,
     assemble,

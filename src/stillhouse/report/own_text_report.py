@@ -7,10 +7,9 @@ from itertools import pairwise
 
 from stillhouse.evaluation.results import ScoredAnswer, ScoredAnswers
 from stillhouse.evaluation.roles import role_name, role_order
-from stillhouse.report.charts import Line, LineChart, in_units
+from stillhouse.report.charts import ACCENT, SECOND, Line, LineChart, in_units, role_color
 from stillhouse.report.history import Rows, series_of_windows, smooth
 from stillhouse.report.page import Answer, Section, SideBySide, Token
-from stillhouse.report.palette import ACCENT, SECOND, role_color
 
 LEVELS = (0.1, 0.3, 1.0, 3.0)
 """KL in nats at which the next color begins."""

@@ -16,8 +16,7 @@ from stillhouse.checksums import changed_since_sealed, sealed
 from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import RunError
 from stillhouse.evaluation.metrics_table import MetricsTable
-from stillhouse.report.charts import Chart
-from stillhouse.report.palette import role_color
+from stillhouse.report.charts import Chart, role_color
 from stillhouse.runfolder import record_again, write_atomically
 
 REPORT, FAMILY_REPORT, REPORT_DATA = "report.html", "family.html", "report.json"

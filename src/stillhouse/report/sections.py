@@ -16,9 +16,8 @@ from stillhouse.evaluation.metrics_table import MetricsTable
 from stillhouse.evaluation.results import Generation
 from stillhouse.evaluation.roles import role_name, role_order
 from stillhouse.hardware import machine
-from stillhouse.report.charts import Bar, BarChart, Chart, in_powers
+from stillhouse.report.charts import ACCENT, PALE, Bar, BarChart, Chart, in_powers, role_color
 from stillhouse.report.page import Answer, Figure, Folded, Report, Section, SideBySide
-from stillhouse.report.palette import ACCENT, PALE, role_color
 from stillhouse.runfolder import Cost, Stage, versions
 
 _REUSED = (
