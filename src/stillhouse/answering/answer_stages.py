@@ -99,8 +99,8 @@ def plan_answer_texts(job: AnsweringJob) -> StagePlan:
 def plan_answers(job: AnsweringJob, texts: Stage) -> StagePlan:
     """The teacher answers every text; answers that pass the filters become training chats."""
     recipe, teacher = job.recipe, job.recipe.teacher
-    judge = job.judge(weights=False)
-    runs_here = any_runs_here(job.source(weights=False), judge.teacher if judge else None)
+    judge = job.judge()
+    runs_here = any_runs_here(job.source(), judge.teacher if judge else None)
 
     def work(out: Path) -> Outcome:
         processes = all_processes() if runs_here else ALONE

@@ -62,13 +62,13 @@ def require_answering(job: AnsweringJob) -> Iterator[Finding]:
     keys = FrameKeys.of("task", recipe.task.system, recipe.task.examples)
     if _estimate(job).missing:
         prompts = [(job.teacher_messages("a text"), "the task's prompt")]
-        source = job.source(weights=False)
+        source = job.source()
         yield from require_source(source, prompts, whose="the teacher", key="teacher", keys=keys)
-        choice = job.judge(weights=False)
+        choice = job.judge()
         if choice is not None:
             key = "filters.best_of.teacher"
             yield from require_source(choice.teacher, _VERDICT, whose="the judge", key=key)
-    comparing = comparison_source(job, weights=False)
+    comparing = comparison_source(job)
     if comparing is not None and not has_finished(recipe, "evaluate"):
         key = "evaluate.judge"
         yield from require_source(comparing, _VERDICT, whose="the judge", key=key)
@@ -151,7 +151,7 @@ def comparison_spending(job: AnsweringJob) -> Iterator[str]:
 
 def _estimate(job: AnsweringJob, calls: int = 0) -> Estimate:
     texts = prepare_answer_texts(job.recipe, job.base, job.validity)
-    source = job.source(weights=calls > 0)
+    source = job.source()
     requests = job.requests(source, [*texts.train, *texts.test])
     return estimate_cost(source, requests, job.journal, calls)
 

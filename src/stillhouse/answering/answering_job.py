@@ -111,8 +111,8 @@ class AnsweringJob:
             self.helpers,
         )
 
-    def source(self, *, weights: bool = True) -> TextSource:
-        """The teacher as a source of answers. weights: as in `text_source`. Raises ModelError."""
+    def source(self) -> TextSource:
+        """The teacher as a source of answers. Raises ModelError."""
         section = self.recipe.teacher
         local, vllm = None, None
         if section.vllm is not None:
@@ -126,7 +126,6 @@ class AnsweringJob:
             self.default,
             self.recipe.seed,
             logprobs=isinstance(self.recipe.filters.best_of, LikelihoodChoice),
-            weights=weights,
         )
 
     def requests(self, source: TextSource, texts: Sequence[LabeledText]) -> Requests:
@@ -136,10 +135,10 @@ class AnsweringJob:
             source.request(self.teacher_messages(r.text), n) for r in texts for n in samples
         )
 
-    def judge(self, *, weights: bool = True) -> Judge | None:
+    def judge(self) -> Judge | None:
         """The judge that chooses among several answers to a text. Raises ModelError."""
         choice = self.recipe.filters.best_of
-        return open_judge(choice, self.default, self.recipe.seed, weights=weights)
+        return open_judge(choice, self.default, self.recipe.seed)
 
 
 def find_answering(recipe: AnsweringRecipe, base: Path) -> AnsweringJob:

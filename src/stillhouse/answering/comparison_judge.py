@@ -48,17 +48,15 @@ def compare_answers(
     return found
 
 
-def comparison_source(job: AnsweringJob, *, weights: bool = True) -> TextSource | None:
-    """The judge that compares answers, if any. weights: as in `text_source`. Raises ModelError."""
+def comparison_source(job: AnsweringJob) -> TextSource | None:
+    """The judge that compares answers, if any. Raises ModelError."""
     judge = job.recipe.evaluate.judge
     if judge is None:
         return None
     local = None if judge.model is None else LocalTeacher(model=judge.model)
     teacher = TextTeacher(api=judge.api, local=local)
     default = DefaultModel(job.base, helpers=job.helpers)
-    return text_source(
-        teacher, judge.sampling, judge.budget, default, job.recipe.seed, weights=weights
-    )
+    return text_source(teacher, judge.sampling, judge.budget, default, job.recipe.seed)
 
 
 def verdict_prompt(question: str, text: str, first: str, second: str) -> str:

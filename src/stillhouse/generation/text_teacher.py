@@ -35,7 +35,7 @@ from stillhouse.generation.vllm_engine import opened
 from stillhouse.hardware import choose_precision, default_device
 from stillhouse.progress import bar, note
 from stillhouse.teachers.load_model import load_model, load_tokenizer
-from stillhouse.teachers.model_source import resolve_model
+from stillhouse.teachers.model_source import ModelSource, resolve_model
 
 WAITING = "waiting for requests in flight; press Ctrl-C again to abandon them"
 
@@ -72,18 +72,15 @@ def text_source(
     seed: int,
     *,
     logprobs: bool = False,
-    weights: bool = True,
 ) -> TextSource:
-    """The teacher of a section. logprobs: request those of the answers' tokens.
-
-    weights: False fetches only the files of a Hub model that identify it.
-    """
+    """The teacher of a section. logprobs: request those of the answers' tokens. Raises
+    ModelError."""
     if section.api is not None:
         api = section.api
         return ApiText(api, _parameters(sampling, api.token_limit, logprobs), budget)
     assert section.here is not None
     parameters = _parameters(sampling, "max_tokens", logprobs)
-    return LocalText(section.here, parameters, default, seed, weights)
+    return LocalText(section.here, parameters, default, seed)
 
 
 def _parameters(section: SamplingRecipe, token_limit: str, logprobs: bool) -> dict[str, Any]:
@@ -157,7 +154,10 @@ class ApiText:
 
 
 class LocalText:
-    """A model on this machine, run in this process or by vLLM; it costs only time."""
+    """A model on this machine, run in this process or by vLLM; it costs only time.
+
+    source: of a Hub model, only the files that identify it are fetched before it answers.
+    """
 
     price = FREE
 
@@ -167,16 +167,19 @@ class LocalText:
         parameters: dict[str, Any],
         default: DefaultModel,
         seed: int,
-        weights: bool,
     ) -> None:
         self.own, self.default, self.seed = own, default, seed
-        self.source = resolve_model(
+        self.source = self._resolved(weights=False)
+        self.parameters = {**parameters, "seed": seed, **_numerics(own)}
+
+    def _resolved(self, *, weights: bool) -> ModelSource:
+        own, default = self.own, self.default
+        return resolve_model(
             own.model or default.name,
             revision=default.revision if own.model is None else own.revision,
             base=default.base,
             weights=weights,
         )
-        self.parameters = {**parameters, "seed": seed, **_numerics(own)}
 
     @property
     def runs_here(self) -> bool:
@@ -245,7 +248,8 @@ class LocalText:
 
     @contextmanager
     def _generator(self) -> Iterator[TextGenerator[Any]]:
-        path, own, trust = self.source.path, self.own, self.default.trust_remote_code
+        own, trust = self.own, self.default.trust_remote_code
+        path = self._resolved(weights=True).path
         if isinstance(own, VllmTeacher):
             note(f"{self.source.described} answers in vLLM")
             base = self.default.base
@@ -270,7 +274,7 @@ def any_runs_here(*sources: TextSource | None) -> bool:
 def answers_of(model: Any, requests: Iterable[Request]) -> Iterator[tuple[Request, Outcome]]:
     """In a helper: the answers of the model that `LocalText.send` describes."""
     own, default, seed = model
-    return LocalText(own, {}, default, seed, True).answers(requests)
+    return LocalText(own, {}, default, seed).answers(requests)
 
 
 def _numerics(own: LocalTeacher | VllmTeacher) -> dict[str, Any]:

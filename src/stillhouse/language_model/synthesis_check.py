@@ -61,13 +61,13 @@ def require_text_teacher(recipe: Recipe, base: Path) -> Iterator[Finding]:
     work = synthesis_job(recipe, base)
     if estimate_synthesis(work).missing:
         yield from require_source(
-            work.teacher(weights=False),
+            work.teacher(),
             work.chats(),
             whose="the teacher",
             key="synthesize.teacher",
             keys=_keys(section),
         )
-        judge = work.judge(weights=False)
+        judge = work.judge()
         if judge is not None:
             question = [(user_turn("Which is better?"), "the judge's question")]
             key = "synthesize.filters.best_of.teacher"

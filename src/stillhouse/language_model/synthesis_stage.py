@@ -112,7 +112,7 @@ def plan_synthesis(job: Job) -> StagePlan:
 def synthesis_plan(recipe: Recipe, base: Path) -> StagePlan:
     """Raises DataError if a file that the section names is missing."""
     job = synthesis_job(recipe, base)
-    section, teacher, judge = job.section, job.teacher(weights=False), job.judge(weights=False)
+    section, teacher, judge = job.section, job.teacher(), job.judge()
     sources = [source for source in (teacher, judge and judge.teacher) if source]
     runs_here = any_runs_here(*sources)
 

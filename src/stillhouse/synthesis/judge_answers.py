@@ -152,15 +152,11 @@ class Judge:
         return self.teacher.request(user_turn(text))
 
 
-def open_judge(
-    choice: Choice | None, default: DefaultModel, seed: int, *, weights: bool = True
-) -> Judge | None:
-    """The judge that a recipe chooses with, if any. weights: as in `text_source`."""
+def open_judge(choice: Choice | None, default: DefaultModel, seed: int) -> Judge | None:
+    """The judge that a recipe chooses with, if any. Raises ModelError."""
     if not isinstance(choice, JudgeChoice):
         return None
-    source = text_source(
-        choice.teacher, choice.sampling, choice.budget, default, seed, weights=weights
-    )
+    source = text_source(choice.teacher, choice.sampling, choice.budget, default, seed)
     return Judge(choice, source)
 
 

@@ -21,10 +21,7 @@ from stillhouse.synthesis.write_prompts import Writer, combined, spent_on_writin
 
 @dataclass(frozen=True)
 class SynthesisJob:
-    """default: the recipe's own teacher. journal: of all answers.
-
-    weights, in its methods: False fetches only the files of a Hub model that identify it.
-    """
+    """default: the recipe's own teacher. journal: of all answers."""
 
     section: SynthesizeRecipe
     default: DefaultModel
@@ -36,17 +33,17 @@ class SynthesisJob:
         """The folder of relative paths."""
         return self.default.base
 
-    def teacher(self, *, weights: bool = True) -> TextSource:
+    def teacher(self) -> TextSource:
         """Raises ModelError."""
         logprobs = isinstance(self.section.filters.best_of, LikelihoodChoice)
-        return self._source(self.section.sampling, logprobs, weights)
+        return self._source(self.section.sampling, logprobs)
 
-    def judge(self, *, weights: bool = True) -> Judge | None:
+    def judge(self) -> Judge | None:
         """Raises ModelError."""
         choice = self.section.filters.best_of
-        return open_judge(choice, self.default, self.seed, weights=weights)
+        return open_judge(choice, self.default, self.seed)
 
-    def writer(self, *, weights: bool = True) -> Writer | None:
+    def writer(self) -> Writer | None:
         """None if no prompts are written. Raises ModelError; DataError about the examples."""
         section = self.section.prompts
         if section.write is None:
@@ -57,7 +54,7 @@ class SynthesisJob:
         )
         # A prompt is shown as one line.
         examples = [" ".join(text_of(p.messages).split()) for p in self._prompts_of_file(None)]
-        source = self._source(sampling, False, weights)
+        source = self._source(sampling, False)
         return Writer(section.write, section.combine, source, tuple(examples), self.seed)
 
     def prompts(self, writer: Writer | None, journal: Journal | None) -> Iterator[Prompt]:
@@ -92,7 +89,7 @@ class SynthesisJob:
         examples = tuple((example.prompt, example.answer) for example in section.examples)
         return Frame(section.system, examples, section.student_sees)
 
-    def _source(self, sampling: SamplingRecipe, logprobs: bool, weights: bool) -> TextSource:
+    def _source(self, sampling: SamplingRecipe, logprobs: bool) -> TextSource:
         return text_source(
             self.section.teacher,
             sampling,
@@ -100,7 +97,6 @@ class SynthesisJob:
             self.default,
             self.seed,
             logprobs=logprobs,
-            weights=weights,
         )
 
     def _prompts_of_file(self, limit: int | None) -> Iterator[Prompt]:
@@ -117,9 +113,9 @@ class SynthesisRequests:
     journal: has the prompts that the teacher wrote; None: there are none yet.
     """
 
-    def __init__(self, job: SynthesisJob, journal: Journal | None, *, weights: bool = True) -> None:
+    def __init__(self, job: SynthesisJob, journal: Journal | None) -> None:
         self.job, self.journal = job, journal
-        self.teacher, self.writer = job.teacher(weights=weights), job.writer(weights=weights)
+        self.teacher, self.writer = job.teacher(), job.writer()
         self.frame = job.frame
 
     def pairs(self) -> Iterator[tuple[Prompt, Request]]:

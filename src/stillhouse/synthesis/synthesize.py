@@ -295,7 +295,7 @@ def estimate_synthesis(job: SynthesisJob, calls: int = 0) -> Estimate:
         with Journal(job.journal) as journal:
             _send_some(SynthesisRequests(job, journal), journal, calls)
     with opened_journal(job.journal) as found:
-        requests = SynthesisRequests(job, found, weights=False)
+        requests = SynthesisRequests(job, found)
         estimate = estimate_requests(requests(), found, requests.teacher.price)
         return estimate if requests.writer is None else _with_unwritten(estimate, requests)
 
@@ -305,7 +305,7 @@ def answered_rows(job: SynthesisJob, most: int) -> list[Row]:
     with opened_journal(job.journal) as journal:
         if journal is None:
             return []
-        requests = SynthesisRequests(job, journal, weights=False)
+        requests = SynthesisRequests(job, journal)
         return list(itertools.islice(Rows(requests, journal), most))
 
 
