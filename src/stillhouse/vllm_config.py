@@ -18,7 +18,7 @@ class VllmEngine(Section):
         None,
         description="The Python of an environment that has vLLM, 3.11 or newer; vLLM runs in a "
         "process of it. A path starts from the recipe's folder, or from the working directory. "
-        "null: vLLM runs in this process.",
+        "null: the Python of this run.",
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Of the weights; auto: as the model's configuration says."

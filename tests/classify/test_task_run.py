@@ -160,16 +160,16 @@ def test_killed_scoring_resumes_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(judge_module, "CHUNK", 8)
-    plain = judge_module.score_labels
+    plain = judge_module.label_scores
     calls = []
 
-    def dies(model: Any, prompts: Any, labels: Any) -> Any:
+    def dies(model: Any, prompts: Any, labels: Any, *more: Any) -> Any:
         calls.append(len(prompts))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return plain(model, prompts, labels)
+        return plain(model, prompts, labels, *more)
 
-    monkeypatch.setattr(judge_module, "score_labels", dies)
+    monkeypatch.setattr(judge_module, "label_scores", dies)
     raw = toys.recipe(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         run(raw)
@@ -183,16 +183,16 @@ def test_damaged_scores_of_a_killed_run_are_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(judge_module, "CHUNK", 8)
-    plain = judge_module.score_labels
+    plain = judge_module.label_scores
     calls = []
 
-    def counted(model: Any, prompts: Any, labels: Any) -> Any:
+    def counted(model: Any, prompts: Any, labels: Any, *more: Any) -> Any:
         calls.append(len(prompts))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return plain(model, prompts, labels)
+        return plain(model, prompts, labels, *more)
 
-    monkeypatch.setattr(judge_module, "score_labels", counted)
+    monkeypatch.setattr(judge_module, "label_scores", counted)
     with pytest.raises(KeyboardInterrupt):
         run(toys.recipe(tmp_path))
     first, second = sorted(tmp_path.rglob("*.scores"))

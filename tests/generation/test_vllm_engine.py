@@ -1,6 +1,6 @@
 """Requests to vLLM and how its answers are read; a module of two classes stands in for it.
 
-Where it makes no difference, it is asked in this process and in one of another Python.
+Where it makes no difference, it is run by this Python and by another one.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 import fcntl
 import importlib
 import json
+import os
 import signal
 import sys
 import time
 import venv
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,23 +55,18 @@ class SamplingParams:
     logprobs: int | None = None
 
 class LLM:
-    alive = 0
-
     def __init__(self, model, **options):
         tell("opened.jsonl", {"model": model, **options})
         config = SimpleNamespace(max_model_len=options["max_model_len"] or 4096)
         self.llm_engine = SimpleNamespace(model_config=config)
-        LLM.alive += 1
-
-    def __del__(self):
-        LLM.alive -= 1
+        (HERE / "process").write_text(str(os.getpid()))
 
     def generate(self, prompts, *, sampling_params, use_tqdm):
         if (HERE / "fail").exists():
             raise RuntimeError("CUDA out of memory")
         tell("asked.jsonl", [asdict(one) for one in sampling_params])
         if (HERE / "kill").exists() and len((HERE / "asked.jsonl").read_text().splitlines()) == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(int((HERE / "kill").read_text() or os.getpid()), signal.SIGKILL)
         if (HERE / "hang").exists():
             lock = (HERE / "alive").open("w")
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -94,17 +89,27 @@ def answer(prompt_token_ids, params):
 '''
 
 
-@pytest.fixture
-def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder of a package `vllm`, in a machine that says it has two GPUs."""
-    package = tmp_path / "site" / "vllm"
+def stub_in(folder: Path) -> Path:
+    package = folder / "site" / "vllm"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(STUB)
+    return package
+
+
+def use_stub(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This Python has the package, in a machine that says it has two GPUs."""
     monkeypatch.syspath_prepend(str(package.parent))
+    monkeypatch.setenv("PYTHONPATH", str(package.parent), prepend=os.pathsep)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     importlib.invalidate_caches()
-    yield package
-    sys.modules.pop("vllm", None)
+
+
+@pytest.fixture
+def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a package `vllm` that this Python has."""
+    package = stub_in(tmp_path)
+    use_stub(package, monkeypatch)
+    return package
 
 
 GPUS = """
@@ -124,10 +129,10 @@ def environment(folder: Path, *, gpus: int = 2, vllm: bool = True) -> Path:
     return site / "vllm"
 
 
-@pytest.fixture(params=["this process", "another Python"])
+@pytest.fixture(params=["this Python", "another Python"])
 def anywhere(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """As `stub`; or in a separate process, which `write` then puts into the recipe."""
-    if request.param == "this process":
+    """As `stub`; or in a separate environment, which `write` then puts into the recipe."""
+    if request.param == "this Python":
         stub: Path = request.getfixturevalue("stub")
         return stub
     return environment(tmp_path)
@@ -203,9 +208,10 @@ def test_the_model_is_opened_with_the_recipes_options_and_closed_at_the_end(
     }
 
 
-def test_vllm_releases_its_memory(tmp_path: Path, stub: Path) -> None:
+def test_vllm_has_ended_when_the_text_is_written(tmp_path: Path, anywhere: Path) -> None:
     synthesize_text(write(tmp_path))
-    assert importlib.import_module("vllm").LLM.alive == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((anywhere / "process").read_text()), 0)
 
 
 def test_samples_have_seeds_of_their_own_that_another_run_repeats(
@@ -240,18 +246,21 @@ def test_a_prompt_without_room_fails_alone(tmp_path: Path, anywhere: Path) -> No
     assert result.dropped["truncated"] == 1, "the answer that had room for one token"
 
 
-def _synthesize_with_stub(path: Path, site: Path) -> None:
-    sys.path.insert(0, str(site))
-    torch.cuda.device_count = lambda: 2
+def _synthesize_until_killed(path: Path, stub: Path) -> None:
+    sys.path.insert(0, str(stub.parent))
+    os.environ["PYTHONPATH"] = str(stub.parent)
+    (stub / "kill").write_text(str(os.getpid()))
     synthesize_text(path)
 
 
 @pytest.mark.run
-def test_a_kill_loses_the_batch_in_flight(tmp_path: Path, stub: Path) -> None:
-    path = write(tmp_path)
-    (stub / "kill").touch()
-    assert Fork(_synthesize_with_stub, path, stub.parent).wait() == -signal.SIGKILL
+def test_a_kill_loses_the_batch_in_flight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, stub = write(tmp_path), stub_in(tmp_path)
+    assert Fork(_synthesize_until_killed, path, stub).wait() == -signal.SIGKILL
     (stub / "kill").unlink()
+    use_stub(stub, monkeypatch)
     with Journal(tmp_path / "runs" / "answers.sqlite") as journal:
         assert journal.counts() == (5, 0)
     assert synthesize_text(path).new == 7

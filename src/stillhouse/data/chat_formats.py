@@ -143,14 +143,10 @@ def system_prompt(row: Mapping[str, Any], where: str) -> str:
         value = row.get(key)
         if isinstance(value, list):
             value = "".join(text_parts(value, f"`{key}`", where))
-        if value is not None and not isinstance(value, str):
-            raise DataError(
-                f"`{key}` must be a string, but it is of type {type(value).__name__}",
-                where=where,
-                fix="write the system prompt as a string",
-            )
-        if value:
-            return value
+        if value is not None and require_text(
+            value, key, where, "write the system prompt as a string"
+        ):
+            return str(value)
     return ""
 
 
@@ -169,6 +165,27 @@ def add_system(messages: list[dict[str, Any]], row: Mapping[str, Any], where: st
         return False
     messages.insert(0, {"role": "system", "content": system})
     return True
+
+
+def require_text(value: Any, key: str, where: str, fix: str) -> str:
+    """The value of a key. Raises DataError if it is not text."""
+    if isinstance(value, str):
+        return value
+    found = f"of type {type(value).__name__}"
+    if value is None or (isinstance(value, float) and value != value):
+        found = "null" if value is None else "NaN"
+    raise DataError(f"`{key}` must be a string, but it is {found}", where=where, fix=fix)
+
+
+def require_answer(text: str, key: str, where: str) -> str:
+    """The text to learn under a key. Raises DataError if it is blank."""
+    if is_blank(text):
+        raise DataError(
+            f"`{key}` is empty: there is nothing to train on in this row",
+            where=where,
+            fix=f"remove the row, or fill its `{key}`",
+        )
+    return text
 
 
 def is_blank(text: str) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from stillhouse.data.chat_formats import is_blank, read_chat
+from stillhouse.data.chat_formats import is_blank, read_chat, require_answer, require_text
 from stillhouse.data.documents import About, Conversation
 from stillhouse.data.reasoning import KEYS
 from stillhouse.data.tool_formats import calls_in, from_json
@@ -148,12 +148,7 @@ def _answer(row: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
             where=where,
             fix=f"write the one answer that is to be learned as a string in `{key}`",
         )
-    if is_blank(value):
-        raise DataError(
-            f"`{key}` is empty: there is nothing to train on in this row",
-            where=where,
-            fix=f"remove the row, or fill its `{key}`",
-        )
+    require_answer(value, key, where)
     calls = calls_in(value, where) if row.get("tools") else None
     return {"content": value} if calls is None else {"content": None, "tool_calls": calls}
 
@@ -179,14 +174,7 @@ def _history(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
 
 
 def _string(row: Mapping[str, Any], key: str, where: str) -> str:
-    value = row[key]
-    if isinstance(value, str):
-        return value
-    raise DataError(
-        f"`{key}` must be a string, but it is of type {type(value).__name__}",
-        where=where,
-        fix=f"write `{key}` as a string; or {_WRITE}",
-    )
+    return require_text(row[key], key, where, f"write `{key}` as a string; or {_WRITE}")
 
 
 def _lower(row: Mapping[str, Any]) -> dict[str, str]:

@@ -14,6 +14,8 @@ from stillhouse.data.chat_formats import (
     is_blank,
     joined_text,
     read_chat,
+    require_answer,
+    require_text,
 )
 from stillhouse.data.chatgpt_export import FORMAT, chatgpt_messages, is_chatgpt_export
 from stillhouse.data.documents import About, AnyDocument, Completion, Conversation, Document
@@ -164,30 +166,13 @@ def _completion(row: Mapping[str, Any], where: str) -> AnyDocument:
             )
     reject_weighted_row(row, where)
     prompt = _text(prompt, "prompt", where)
-    completion = _text(completion, "completion", where)
-    if is_blank(completion):
-        raise DataError(
-            "`completion` is empty: there is nothing to train on in this row",
-            where=where,
-            fix="remove the row, or fill its completion",
-        )
+    completion = require_answer(_text(completion, "completion", where), "completion", where)
     return Completion(prompt, completion, where)
 
 
 def _text(value: Any, key: str, where: str) -> str:
-    if isinstance(value, str):
-        return value
-    if value is None:
-        found = "null"
-    elif isinstance(value, float) and value != value:
-        found = "NaN"
-    else:
-        found = f"of type {type(value).__name__}"
-    raise DataError(
-        f"`{key}` must be a string, but it is {found}",
-        where=where,
-        fix=f"remove the row, write its `{key}` as a string, or name another column in text_key",
-    )
+    fix = f"remove the row, write its `{key}` as a string, or name another column in text_key"
+    return require_text(value, key, where, fix)
 
 
 # --- known unsupported rows ------------------------------------------------------------------

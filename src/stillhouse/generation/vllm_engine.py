@@ -1,12 +1,11 @@
 """Continuations from vLLM: for many thousands of prompts, and models of several GPUs.
 
-vLLM batches its input by itself and reuses the keys and values of common prefixes. It runs
-in this process or, with `python`, in a process of another interpreter.
+vLLM batches its input by itself and reuses the keys and values of common prefixes. It runs in a
+process of its own: of this Python or, with `python`, of another one.
 """
 
 from __future__ import annotations
 
-import gc
 import itertools
 import sys
 import time
@@ -15,8 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
-
-from torch import Tensor
 
 from stillhouse.data.turn_end import turn_end
 from stillhouse.errors import ModelError
@@ -27,16 +24,8 @@ from stillhouse.generation.generator import (
     require_chat_template,
 )
 from stillhouse.generation.vllm_process import EngineError, VllmProcess, probe_python
-from stillhouse.generation.vllm_worker import (
-    generate,
-    hidden_states,
-    load_weights,
-    open_llm,
-    probe,
-    reason,
-    sleep,
-)
-from stillhouse.launch import local_index, world_size
+from stillhouse.generation.vllm_worker import probe, reason
+from stillhouse.launch import local_index
 from stillhouse.progress import note
 from stillhouse.teachers.load_model import load_tokenizer
 from stillhouse.vllm_config import VllmEngine
@@ -103,42 +92,6 @@ class Writer(Protocol):
     def generate(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """As `vllm_worker.generate`."""
         ...
-
-
-class Engine(Writer, Protocol):
-    """vLLM on this machine; the methods are those of `vllm_worker`."""
-
-    def hidden_states(self, prompts: list[list[int]]) -> list[Tensor]: ...
-
-    def load_weights(self, folder: Path) -> None: ...
-
-    def sleep(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class InProcess:
-    """vllm.LLM in this process."""
-
-    def __init__(self, options: dict[str, Any], layers: Sequence[int] = ()) -> None:
-        self._llm, self.window = open_llm(options, layers)
-
-    def generate(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return generate(self._llm, rows)
-
-    def hidden_states(self, prompts: list[list[int]]) -> list[Tensor]:
-        return hidden_states(self._llm, prompts)
-
-    def load_weights(self, folder: Path) -> None:
-        load_weights(self._llm, str(folder))
-
-    def sleep(self) -> None:
-        sleep(self._llm)
-
-    def close(self) -> None:
-        # The engine ends with the last reference to it, and training needs the memory.
-        del self._llm
-        gc.collect()
 
 
 @dataclass
@@ -235,18 +188,13 @@ def start_engine(
     *,
     where: str = TEACHER,
     own_gpu: bool = False,
-) -> Engine:
-    """vLLM with a model, in this process or in one of `section.python`. Raises ModelError.
+) -> VllmProcess:
+    """A process of vLLM with a model, of `section.python` or of this Python. Raises ModelError.
 
-    Under torchrun, whose variables would confuse it, vLLM always has a process of its own.
     own_gpu: it uses only the GPU of this process of the torchrun.
     """
-    python = section.interpreter(base)
-    if python is None and world_size() > 1:
-        python = sys.executable
+    python = section.interpreter(base) or sys.executable
     with vllm_errors(f"vLLM cannot load {options['model']}", where):
-        if python is None:
-            return InProcess(options, layers)
         return VllmProcess(python, options, layers, gpu=local_index() if own_gpu else None)
 
 

@@ -1,4 +1,4 @@
-"""Hidden states from vLLM on this machine, in this process or in one of another Python.
+"""Hidden states from vLLM on this machine.
 
 Shapes: L tokens of a prompt, D hidden width.
 """
@@ -15,12 +15,12 @@ from torch import Tensor
 from stillhouse.errors import ModelError
 from stillhouse.generation.vllm_engine import (
     SIGNALS,
-    Engine,
     engine_options,
     require_vllm,
     start_engine,
     vllm_errors,
 )
+from stillhouse.generation.vllm_process import VllmProcess
 from stillhouse.generation.vllm_worker import POOLING
 from stillhouse.vllm_config import VllmEngine
 
@@ -30,7 +30,7 @@ class VllmHiddenStates:
     """kept: layers before the last one, in the order in which the engine returns them. last: number
     of the last layer."""
 
-    engine: Engine
+    engine: VllmProcess
     described: str
     kept: tuple[int, ...]
     last: int

@@ -1,4 +1,4 @@
-"""vLLM in a process of another Python, in a separate environment."""
+"""vLLM in a process of its own: of this Python, or of one in a separate environment."""
 
 from __future__ import annotations
 

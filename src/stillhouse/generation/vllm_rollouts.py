@@ -13,12 +13,12 @@ from stillhouse.generation.generator import Generator
 from stillhouse.generation.rollout_config import VllmRollouts, VllmServerRollouts
 from stillhouse.generation.vllm_engine import (
     ROLLOUTS,
-    Engine,
     VllmGenerator,
     engine_options,
     require_vllm,
     start_engine,
 )
+from stillhouse.generation.vllm_process import VllmProcess
 from stillhouse.generation.vllm_server import VllmServer
 from stillhouse.generation.weight_handover import (
     hand_over,
@@ -51,9 +51,9 @@ def vllm_rollouts(
     untied = not torch.cuda.is_available()
     if untied:
         options["hf_overrides"] = {"tie_word_embeddings": False}
-    engine: Engine | None = None
+    engine: VllmProcess | None = None
 
-    def started(model: Any) -> Engine:
+    def started(model: Any) -> VllmProcess:
         save_weights(model, folder, dtype, head_too=untied)
         own_gpu = world_size() > 1
         found = start_engine(section, options, base, where=ROLLOUTS, own_gpu=own_gpu)
