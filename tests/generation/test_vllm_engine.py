@@ -254,9 +254,7 @@ def _synthesize_until_killed(path: Path, stub: Path) -> None:
 
 
 @pytest.mark.run
-def test_a_kill_loses_the_batch_in_flight(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_loses_the_batch_in_flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, stub = write(tmp_path), stub_in(tmp_path)
     assert Fork(_synthesize_until_killed, path, stub).wait() == -signal.SIGKILL
     (stub / "kill").unlink()

@@ -143,14 +143,13 @@ def _rates(
 ) -> tuple[float | None, float]:
     """Texts per second of the teacher (None for an API) and the student: the best of several
     alternating rounds, so that other load on the machine affects both."""
-    loaded = None if job.teacher is None else job.load_teacher()
+    loaded = None if job.teacher is None else job.load_teacher(job.prompt(found))
     teacher, ours = [], []
     for round_ in range(_ROUNDS):
         if loaded is not None:
-            prompt, most = job.prompt(found), job.recipe.data.max_tokens
             if round_ == 0:
-                time_teacher(*loaded, prompt, sample[:4], most)  # the first pass is slower
-            teacher.append(time_teacher(*loaded, prompt, sample, most))
+                time_teacher(*loaded, sample[:4])  # the first pass is slower
+            teacher.append(time_teacher(*loaded, sample))
         ours.append(_time_student(student, sample))
     return max(teacher, default=None), max(ours)
 

@@ -23,7 +23,7 @@ from stillhouse.classify.classify_config import (
 )
 from stillhouse.classify.label_judgment import prior_logits
 from stillhouse.classify.label_prompts import LabelPrompt, prompt_tokens
-from stillhouse.classify.label_scoring import score_labels
+from stillhouse.classify.label_scoring import label_scores
 from stillhouse.errors import ModelError, RecipeError
 from stillhouse.pruning.sizes import keep_config_layers
 from stillhouse.teachers.load_model import load_config, load_model, load_tokenizer
@@ -96,10 +96,7 @@ def build_classifier(
         if isinstance(section, PretrainedClassifier) and section.head == "words":
             model = load_model(source.path, dtype=torch.float32)
             words = prompt_tokens(prompt, tokenizer, max_tokens)
-            prompts = words.of(texts[:_PRIOR_TEXTS])
-            scores = torch.zeros(len(prompts), len(prompt.labels))
-            for chosen, rows in score_labels(model, prompts, words.labels):
-                scores[chosen] = rows
+            scores = label_scores(model, words.of(texts[:_PRIOR_TEXTS]), words.labels)
             prior = prior_logits("texts", scores, scores).tolist()
         elif isinstance(section, PretrainedClassifier):
             model = _with_head(source.path, list(prompt.labels))

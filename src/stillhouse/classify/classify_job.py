@@ -8,7 +8,7 @@ from typing import Any
 
 from stillhouse.classify.classifier_students import student_source
 from stillhouse.classify.classify_config import ClassifyRecipe, RandomClassifier
-from stillhouse.classify.label_prompts import LabelPrompt
+from stillhouse.classify.label_prompts import LabelPrompt, PromptTokens, prompt_tokens
 from stillhouse.classify.task_texts import Texts
 from stillhouse.export.licenses import Origin, distinct, origin, teacher_origin
 from stillhouse.generation.request import teacher_described
@@ -43,14 +43,15 @@ class TaskJob:
         part = "The student's tokenizer" if random else "The student's start"
         return distinct([teacher, origin(part, self.student)])
 
-    def load_teacher(self) -> tuple[Any, Any]:
-        """Model and tokenizer, in the recipe's precision."""
+    def load_teacher(self, prompt: LabelPrompt) -> tuple[Any, PromptTokens]:
+        """The model in the recipe's precision, and the prompt in its tokens."""
         assert self.teacher is not None
         section, device = self.recipe.teacher, default_device()
         dtype = choose_precision(section.precision, device).dtype
         code = section.trust_remote_code
         model = load_model(self.teacher.path, dtype=dtype, trust_remote_code=code)
-        return model.to(device), load_tokenizer(self.teacher.path, trust_remote_code=code)
+        tokenizer = load_tokenizer(self.teacher.path, trust_remote_code=code)
+        return model.to(device), prompt_tokens(prompt, tokenizer, self.recipe.data.max_tokens)
 
     def prompt(self, texts: Texts) -> LabelPrompt:
         return LabelPrompt.of(self.recipe.task, texts.labels)

@@ -76,9 +76,8 @@ def plan_judgment(job: TaskJob, texts: Stage) -> StagePlan:
             judged, summary = label_by_api(recipe, prompt, found, job.journal)
             judged.save(out)
             return Outcome(summary=summary)
-        model, tokenizer = job.load_teacher()
-        most, processes = recipe.data.max_tokens, all_processes()
-        judged, tokens = score_texts(model, tokenizer, prompt, found, most, out, processes)
+        (model, words), processes = job.load_teacher(prompt), all_processes()
+        judged, tokens = score_texts(model, words, found, out, processes)
         if processes.leads:
             judged.save(out)
         size = account.count_parameters(model)

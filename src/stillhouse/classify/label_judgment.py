@@ -20,8 +20,8 @@ from torch import Tensor
 
 from stillhouse.checksums import with_hash, without_hash
 from stillhouse.classify.classify_config import ClassifyRecipe
-from stillhouse.classify.label_prompts import CONTENTLESS, LabelPrompt, prompt_tokens
-from stillhouse.classify.label_scoring import score_labels
+from stillhouse.classify.label_prompts import CONTENTLESS, LabelPrompt, PromptTokens
+from stillhouse.classify.label_scoring import label_scores
 from stillhouse.classify.named_label import named_label
 from stillhouse.classify.task_texts import FEWEST, PARTS, Texts
 from stillhouse.data.words import bare, whole_words
@@ -114,20 +114,13 @@ class Judgment:
 
 
 def score_texts(
-    model: Any,
-    tokenizer: Any,
-    prompt: LabelPrompt,
-    texts: Texts,
-    max_tokens: int,
-    out: Path,
-    processes: Processes = ALONE,
+    model: Any, words: PromptTokens, texts: Texts, out: Path, processes: Processes = ALONE
 ) -> tuple[Judgment, int]:
     """Score all texts, chunk by chunk in `out/chunks`; finished chunks are not scored again.
 
-    processes: those that divide the chunks. Returns the judgment, and the number of tokens that
+    words: the prompt in the model's tokens. processes: those that divide the chunks. Returns the judgment, and the number of tokens that
     all of them have read.
     """
-    words = prompt_tokens(prompt, tokenizer, max_tokens)
     rows = [row.text for row in texts.all] + list(CONTENTLESS)
     folder = out / CHUNKS
     if processes.leads:
@@ -143,10 +136,7 @@ def score_texts(
             if scores_NC is None:
                 prompts = words.of(chunk)
                 tokens += sum(map(len, prompts))
-                scores_NC = torch.zeros(len(chunk), len(words.labels))
-                for chosen, scored in score_labels(model, prompts, words.labels):
-                    scores_NC[chosen] = scored
-                    advance(len(chosen))
+                scores_NC = label_scores(model, prompts, words.labels, advance)
                 write_atomically(file, with_hash(save({"scores": scores_NC})))
             else:
                 advance(len(chunk))
@@ -167,14 +157,10 @@ def finished_chunk(file: Path, rows: int, columns: int) -> Tensor | None:
     return scores_NC if scores_NC.shape == (rows, columns) else None
 
 
-def time_teacher(
-    model: Any, tokenizer: Any, prompt: LabelPrompt, texts: Sequence[str], max_tokens: int
-) -> float:
+def time_teacher(model: Any, words: PromptTokens, texts: Sequence[str]) -> float:
     """Texts per second, including the shared prefix."""
-    words = prompt_tokens(prompt, tokenizer, max_tokens)
     began = time.perf_counter()
-    for _ in score_labels(model, words.of(texts), words.labels):
-        pass
+    label_scores(model, words.of(texts), words.labels)
     return len(texts) / (time.perf_counter() - began)
 
 

@@ -12,7 +12,7 @@ nodes of the labels' tree, E its edges, C labels, D hidden width, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,6 +154,21 @@ def score_labels(
         rests = [prompts[index][prefix.length :] for index in chosen]
         yield chosen, tree_log_probabilities(model, rests, tree, prefix).cpu()
         heap.check()
+
+
+def label_scores(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[int]],
+    advance: Callable[[int], object] = lambda prompts: None,
+) -> Tensor:
+    """All rows of `score_labels`, in the prompts' order: [N, C]. advance: called with the number of
+    prompts that are done since."""
+    scores_NC = torch.zeros(len(prompts), len(labels))
+    for chosen, scored in score_labels(model, prompts, labels):
+        scores_NC[chosen] = scored
+        advance(len(chosen))
+    return scores_NC
 
 
 def _read_prefix(model: Any, ids: Sequence[int]) -> Prefix:

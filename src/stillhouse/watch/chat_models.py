@@ -22,7 +22,7 @@ from stillhouse.classify.classifier import load_classifier
 from stillhouse.classify.classify_config import ClassifyRecipe
 from stillhouse.classify.label_judgment import Judgment, distributions
 from stillhouse.classify.label_prompts import LabelPrompt, prompt_tokens
-from stillhouse.classify.label_scoring import score_labels
+from stillhouse.classify.label_scoring import label_scores
 from stillhouse.config.load_recipe import AnyRecipe, load_recipe
 from stillhouse.data.chat_prompt import chat_ids, text_ids
 from stillhouse.data.reasoning import Marks, decode_with_marks
@@ -248,7 +248,7 @@ def _classifying_speaker(
     words = prompt_tokens(prompt, tokenizer, recipe.data.max_tokens)
 
     def probabilities(text: str) -> Mapping[str, float]:
-        ((_, scores_NC),) = score_labels(model, words.of([text]), words.labels)
+        scores_NC = label_scores(model, words.of([text]), words.labels)
         return dict(zip(labels, distributions(scores_NC, prior_C)[0].tolist(), strict=True))
 
     return LabelSpeaker(probabilities)
