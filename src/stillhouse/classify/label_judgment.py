@@ -118,8 +118,8 @@ def score_texts(
 ) -> tuple[Judgment, int]:
     """Score all texts, chunk by chunk in `out/chunks`; finished chunks are not scored again.
 
-    words: the prompt in the model's tokens. processes: those that divide the chunks. Returns the judgment, and the number of tokens that
-    all of them have read.
+    words: the prompt in the model's tokens. processes: those that divide the chunks. Returns the
+    judgment, and the number of tokens that all of them have read.
     """
     rows = [row.text for row in texts.all] + list(CONTENTLESS)
     folder = out / CHUNKS
