@@ -126,7 +126,9 @@ def test_models_of_equal_shape_share_a_measurement(
         return len(measured)
 
     monkeypatch.setattr(module, "measure_peak_memory", peak)
-    untrained = save_toy(tmp_path / "untrained", toy_model(2, layers=1))
+    model = toy_model(2, layers=1)
+    model.config.use_cache = False  # not a matter of shape
+    untrained = save_toy(tmp_path / "untrained", model)
     found = evaluate(
         {**run.paths, "untrained": untrained},
         section=EvaluateRecipe(speed=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -249,6 +250,8 @@ def test_every_file_of_the_result_is_a_plain_checkpoint(setting: Setting, tmp_pa
     names = {path.name for path in (tmp_path / "model").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
     assert not any(name.endswith((".bin", ".pt")) for name in names)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["use_cache"] is True  # transformers trains without, and would generate slowly
 
 
 @dataclass

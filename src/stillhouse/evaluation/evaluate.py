@@ -283,7 +283,7 @@ def _same_shapes(paths: Mapping[str, Path], trust_remote_code: bool) -> dict[str
     configs = {}
     for role, path in paths.items():
         config = load_config(path, trust_remote_code=trust_remote_code).to_dict()
-        other = ("_name_or_path", "dtype", "transformers_version")
+        other = ("_name_or_path", "dtype", "transformers_version", "use_cache")
         configs[role] = {key: value for key, value in config.items() if key not in other}
     shapes: dict[str, list[str]] = {}
     for role, config in configs.items():

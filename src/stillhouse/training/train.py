@@ -219,9 +219,9 @@ def train(
         rollout_generator(
             settings.on_policy, precision.dtype, written, base=base, seed=seed
         ) as generator,
-        _as_it_came(student),
     ):
-        trainer = train_from_newest(written, make, steps=plan.steps)
+        with _as_it_came(student):  # until it is saved: the configuration is a part of it
+            trainer = train_from_newest(written, make, steps=plan.steps)
         done = trainer.meter()
         student.folder = None
         if folder is not None:
