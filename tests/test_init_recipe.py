@@ -328,6 +328,7 @@ def test_what_to_expect_of_a_student_is_said(folder: Path) -> None:
     answer = CliRunner().invoke(app, ["init", "--out", str(out), *told])
     assert answer.exit_code == 0, answer.output
     assert "without questions" not in answer.output
+    assert "like those in your chats" in answer.output
     assert load_recipe(out).evaluate.prompts[-1] == "Is it?"
 
 

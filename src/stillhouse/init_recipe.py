@@ -207,7 +207,12 @@ def _note_training(
         note(f"training on only {trained:,.0f} tokens: the text is too short to learn much from")
     else:
         note(f"training on {trained:,.0f} tokens{shown}; more tokens make a better student")
-    if not has_chats(answers.sources):
+    if has_chats(answers.sources):
+        note(
+            "the student learns to answer questions like those in your chats, and answers others "
+            "worse than the teacher: to keep other topics, add chats about them"
+        )
+    else:
         note(
             "this is text without questions and answers: the student learns to continue such text. "
             "To keep the teacher's ability to answer, train on chats (docs/data.md#rows)"
