@@ -231,7 +231,11 @@ class Setting:
         generation = [
             row["own_answers"] * row["own_length"] / row["own_tokens_per_s"] for row in windows
         ]
-        found = {"step_seconds": times.seconds, "generation_seconds": generation[1:]}
+        found = {
+            "step_seconds": times.seconds,
+            "generation_seconds": generation[1:],
+            "answers": max(row["own_answers"] for row in windows),
+        }
         return found, Rows(kept.rows)
 
     def off_policy(self, folder: Path, rows: Rows) -> list[float]:
@@ -254,15 +258,14 @@ class Setting:
             found["off_policy_seconds"] = self.off_policy(folder / "plain", rows)
             return found
 
-    @property
-    def cache_bytes(self) -> int:
-        """Of the keys and values of the answers that are generated at once."""
+    def cache_bytes(self, answers: int) -> int:
+        """Of the keys and values of so many answers, as many as `batch` at once."""
         config = self.student.config
         longest = PROMPT_TOKENS[1] + self.options.max_tokens
         places = -(-longest // GROWTH) * GROWTH
         width = config.hidden_size // config.num_attention_heads
         values = 2 * config.num_hidden_layers * config.num_key_value_heads * width * places
-        return int(values * self.options.batch * self.dtype.itemsize)
+        return int(values * min(answers, self.options.batch) * self.dtype.itemsize)
 
 
 def peak_of(part: str) -> int:
@@ -304,6 +307,7 @@ def main() -> None:
     generation = setting.generation()
     steps = setting.steps()
     peaks = {part: peak_of(part) for part in ("own", "plain")}
+    cache = setting.cache_bytes(steps["answers"])
     median = statistics.median
     sums = [sum(steps[key]) for key in ("generation_seconds", "off_policy_seconds")]
     bars = [
@@ -327,7 +331,7 @@ def main() -> None:
         ),
         Bar(
             "peak memory beyond the off-policy run, over the key-value cache",
-            (peaks["own"] - peaks["plain"]) / setting.cache_bytes,
+            (peaks["own"] - peaks["plain"]) / cache,
             "<=",
             1.0,
         ),
@@ -336,7 +340,7 @@ def main() -> None:
         "tokens_per_s": generation,
         "steps": steps,
         "peak_bytes": peaks,
-        "kv_cache_bytes": setting.cache_bytes,
+        "kv_cache_bytes": cache,
         "load_average": list(os.getloadavg()),
     }
     write_results("on_policy_speed", figures, bars)

@@ -138,10 +138,16 @@ def free_memory() -> None:
     """Free what nothing refers to, reference cycles too, and return the GPU's cache and free parts
     of the heap, so that other processes find the memory."""
     gc.collect()
-    if _has_glibc():
-        ctypes.CDLL(None).malloc_trim(0)
+    return_gaps()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+def return_gaps() -> None:
+    """Return the free parts of the heap to the kernel, for example before a phase whose tensors
+    have other sizes, and do not fit into them. It takes some milliseconds."""
+    if _has_glibc():
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def hand_back_freed_memory() -> str | None:
@@ -155,7 +161,7 @@ def hand_back_freed_memory() -> str | None:
     """
     problem = _set_malloc(mapped_from=1 << 20, trimmed_from=1 << 20)
     if problem is None:
-        ctypes.CDLL(None).malloc_trim(0)
+        return_gaps()
     return problem
 
 
@@ -178,7 +184,7 @@ class HeapLimit:
         if not self._usual:
             self._usual = taken
         elif taken > HEAP_GROWTH * self._usual + HEAP_SLACK:
-            ctypes.CDLL(None).malloc_trim(0)
+            return_gaps()
             self._usual = 0  # the next step allocates its tensors again
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from typing import Any
 
 import pytest
@@ -18,6 +20,8 @@ from transformers import (
 from transformers import Qwen3ForCausalLM as Qwen3
 
 from stillhouse.errors import ModelError
+from stillhouse.generation import local_generator
+from stillhouse.generation.kv_cache import SlotCache
 from stillhouse.generation.local_generator import draw, local_text
 from stillhouse.generation.request import Answer, Failure, Request
 from tests import tiny
@@ -134,6 +138,51 @@ def test_answers_come_while_later_prompts_are_not_yet_read() -> None:
 
     next(iter(local_text(tiny.llama(), tiny.tokenizer(), batch=4).answers(many())))
     assert read <= 8 * 4
+
+
+@pytest.mark.parametrize(("prompts", "slots"), [(3, 3), (5, 5), (40, 5)])
+def test_there_are_no_more_slots_than_prompts(prompts: int, slots: int, monkeypatch: Any) -> None:
+    made: list[SlotCache] = []
+
+    def make(layers: int, capacity: int) -> SlotCache:
+        made.append(SlotCache(layers, capacity))
+        return made[-1]
+
+    monkeypatch.setattr(local_generator, "SlotCache", make)
+    answered(tiny.llama(), requests(prompts), 5)
+    (cache,) = made
+    keys = cache.layers[0].keys
+    assert keys is not None
+    assert len(keys) == slots
+
+
+def test_a_cache_has_room_for_all_waiting_prompts_from_the_start(monkeypatch: Any) -> None:
+    """Growing, it would exist twice for a moment, and leave gaps on the heap."""
+    asked = [Request("local", "tiny", ({"role": "user", "content": "a" * size},), {"max_tokens": 9})
+             for size in (1, 30, 150)]  # fmt: skip
+    sizes: list[int] = []
+    fill = SlotCache.fill
+
+    def record(cache: SlotCache, first: int, last: int) -> None:
+        fill(cache, first, last)
+        sizes.append(cache.slots.places)
+
+    monkeypatch.setattr(SlotCache, "fill", record)
+    answered(tiny.llama(), asked, 2)
+    assert len(sizes) > 1
+    assert set(sizes) == {256}
+
+
+def test_keys_and_values_are_freed_with_the_cache() -> None:
+    """At once: found only by the garbage collector, they would add to the peak of training."""
+    cache = SlotCache(2, 3)
+    layer = weakref.ref(cache.layers[0])
+    gc.disable()
+    try:
+        del cache
+        assert layer() is None
+    finally:
+        gc.enable()
 
 
 def test_models_with_windows_generate_in_batches() -> None:

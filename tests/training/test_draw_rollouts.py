@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
 import torch
 
 from stillhouse.generation.generator import TokenPrompt
+from stillhouse.generation.kv_cache import SlotCache
 from stillhouse.generation.local_generator import LocalGenerator
 from stillhouse.teachers.short_attention import NAME, use_short_attention
 from stillhouse.training.draw_rollouts import (
@@ -74,6 +76,32 @@ def test_narrow_weights_are_wide_again_afterwards() -> None:
         each.data = each.data.bfloat16()
     with local_generator(2, torch.float32)(plain, ENDS) as generator:
         assert write_answers(generator, SLOTS, PROMPTS, OnPolicyRecipe(), 7) == narrow
+
+
+def test_gaps_on_the_heap_are_returned_before_and_after(monkeypatch: Any) -> None:
+    """Tensors of training and of generation have other sizes. Afterwards the narrow weights and
+    the keys and values are gone."""
+    model = student()
+    dtypes: list[torch.dtype] = []
+    caches: list[bool] = []
+    made: list[weakref.ref[Any]] = []
+
+    def make(*sizes: int) -> SlotCache:
+        cache = SlotCache(*sizes)
+        made.append(weakref.ref(cache.layers[0]))
+        return cache
+
+    def record() -> None:
+        dtypes.append(next(model.parameters()).dtype)
+        caches.append(any(layer() is not None for layer in made))
+
+    monkeypatch.setattr("stillhouse.generation.local_generator.SlotCache", make)
+    monkeypatch.setattr("stillhouse.training.draw_rollouts.return_gaps", record)
+    with local_generator(2, torch.bfloat16)(model, ENDS) as generator:
+        write_answers(generator, SLOTS, PROMPTS, OnPolicyRecipe(), 7)
+    assert len(made) == 1
+    assert dtypes == [torch.float32, torch.float32]
+    assert caches == [False, False]
 
 
 def test_it_writes_what_the_model_without_dropout_writes_greedily() -> None:

@@ -8,6 +8,7 @@ Shapes: B slots in use, C all slots, T token places, H key-value heads, D width 
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,12 +25,32 @@ GROWTH = 128
 """Token places are added in multiples of it."""
 
 
+def _none() -> Tensor:
+    return torch.zeros(0, dtype=torch.long)
+
+
+@dataclass
+class _Slots:
+    """What the layers share: the sizes of all, and the state of the current pass.
+
+    Without a reference to the layers: in a cycle, keys and values would stay in memory until
+    Python's garbage collector finds it.
+    """
+
+    capacity: int
+    places: int = 0
+    longest: int = 0
+    filling: tuple[int, int] | None = None
+    at_B: Tensor = field(default_factory=_none)
+    rows_B: Tensor = field(default_factory=_none)
+
+
 class _SlotLayer(CacheLayerMixin):
-    """The keys and values of one layer; `slots` has the state of the current pass."""
+    """The keys and values of one layer."""
 
     is_sliding = False
 
-    def __init__(self, slots: SlotCache) -> None:
+    def __init__(self, slots: _Slots) -> None:
         super().__init__()
         self.slots = slots
 
@@ -88,33 +109,32 @@ class SlotCache(Cache):
     """Slots 0 to B-1 are in use. Call `fill` or `step` before each pass of the model."""
 
     def __init__(self, layers: int, capacity: int) -> None:
-        self.capacity, self.places, self.longest = capacity, 0, 0
-        self.filling: tuple[int, int] | None = None
-        self.at_B = self.rows_B = torch.zeros(0, dtype=torch.long)
-        super().__init__(layers=[_SlotLayer(self) for _ in range(layers)])
+        self.slots = _Slots(capacity)
+        super().__init__(layers=[_SlotLayer(self.slots) for _ in range(layers)])
 
     def reserve(self, places: int) -> None:
         """Makes room for sequences of that many tokens."""
-        if places > self.places:
-            self.places = -(-places // GROWTH) * GROWTH
+        if places > self.slots.places:
+            self.slots.places = -(-places // GROWTH) * GROWTH
             for layer in self.layers:
-                layer.grow(self.places)
+                layer.grow(self.slots.places)
 
     def fill(self, first: int, last: int) -> None:
         """The next pass reads whole prompts, from position 0, into slots first to last - 1. They
         may be padded on the right: no token attends to the right, and answers overwrite it."""
-        self.filling = (first, last)
+        self.slots.filling = (first, last)
 
     def step(self, lengths_B: Tensor) -> Tensor:
         """The next pass adds one token to each slot in use, after the `lengths_B` tokens there.
 
         Returns the attention mask [B, 1, 1, T]: True where a slot has a token.
         """
-        self.filling = None
-        self.at_B = lengths_B
-        self.rows_B = torch.arange(len(lengths_B), device=lengths_B.device)
-        self.longest = int(lengths_B.max()) + 1
-        places_T = torch.arange(self.longest, device=lengths_B.device)
+        slots = self.slots
+        slots.filling = None
+        slots.at_B = lengths_B
+        slots.rows_B = torch.arange(len(lengths_B), device=lengths_B.device)
+        slots.longest = int(lengths_B.max()) + 1
+        places_T = torch.arange(slots.longest, device=lengths_B.device)
         return (places_T <= lengths_B[:, None])[:, None, None]
 
     def move(self, source: int, target: int, length: int) -> None:

@@ -107,7 +107,7 @@ class LocalGenerator:
     def generate(self, prompts: Iterable[TokenPrompt]) -> Iterator[tuple[int, Continuation]]:
         """See `Generator`."""
         numbered = enumerate(prompts)
-        batch = _Batch(self)
+        batch: _Batch | None = None
         while ahead := list(itertools.islice(numbered, _AHEAD * self.batch)):
             waiting = [
                 _Writing(
@@ -122,11 +122,14 @@ class LocalGenerator:
             ]
             waiting.sort(key=lambda writing: len(writing.prompt.ids), reverse=True)
             if self.slots:
+                # The first prompts are all that there are if they are fewer than the slots.
+                batch = batch or _Batch(self, min(self.batch, len(waiting)))
                 yield from batch.run(waiting)
                 continue
             for at in range(0, len(waiting), self.batch):
                 yield from self._together(waiting[at : at + self.batch])
-        yield from batch.run([], to_the_end=True)
+        if batch is not None:
+            yield from batch.run([], to_the_end=True)
 
     def _together(self, writings: list[_Writing]) -> Iterator[tuple[int, Continuation]]:
         """For models whose cache has no slots: transformers' cache, prompts padded on the left,
@@ -162,11 +165,11 @@ class LocalGenerator:
 class _Batch:
     """The sequences being written: the one at place i of `now` is in slot i."""
 
-    def __init__(self, generator: LocalGenerator) -> None:
-        self.generator, self.model = generator, generator.model
+    def __init__(self, generator: LocalGenerator, capacity: int) -> None:
+        self.generator, self.model, self.capacity = generator, generator.model, capacity
         self.now: list[_Writing] = []
         layers = self.model.config.get_text_config().num_hidden_layers
-        self.cache = SlotCache(layers, generator.batch)
+        self.cache = SlotCache(layers, capacity)
         self.heap = HeapLimit()
 
     def run(
@@ -174,8 +177,12 @@ class _Batch:
     ) -> Iterator[tuple[int, Continuation]]:
         """Generate until all waiting prompts have a slot; to_end: until all are finished."""
         enough = max(1, self.generator.batch // 4)
+        # At once: a cache that grows exists twice meanwhile.
+        self.cache.reserve(
+            max((len(w.prompt.ids) + w.prompt.max_tokens for w in waiting), default=0)
+        )
         while waiting or (to_the_end and self.now):
-            free = self.generator.batch - len(self.now)
+            free = self.capacity - len(self.now)
             # Some prompts are read in one pass, since each pass reads all the weights; not all of
             # them, since those of a like length have little padding between them.
             some = min(enough, len(waiting))
@@ -189,7 +196,6 @@ class _Batch:
     def _read(self, chosen: list[_Writing]) -> None:
         """Prompts into slots after those in use, and the first token of each continuation."""
         first = len(self.now)
-        self.cache.reserve(max(len(w.prompt.ids) + w.prompt.max_tokens for w in chosen))
         self.cache.fill(first, first + len(chosen))
         longest = max(len(w.prompt.ids) for w in chosen)
         ids = [[*w.prompt.ids] + [0] * (longest - len(w.prompt.ids)) for w in chosen]
@@ -219,7 +225,9 @@ class _Batch:
             past_key_values=self.cache,
             use_cache=True,
         ).logits[:, -1]
-        greedy = logits_BV.argmax(-1).tolist()
+        greedy: list[int] = []
+        if any(w.prompt.temperature <= 0 for w in self.now):
+            greedy = logits_BV.argmax(-1).tolist()
         for row, writing in enumerate(self.now):
             writing.length += 1
             sampled = writing.prompt.temperature > 0

@@ -15,6 +15,7 @@ from stillhouse.generation.generator import Continuation, Generator, TokenPrompt
 from stillhouse.generation.local_generator import LocalGenerator
 from stillhouse.generation.rollout_config import VllmRollouts, VllmServerRollouts
 from stillhouse.generation.vllm_rollouts import OpenGenerator, server_rollouts, vllm_rollouts
+from stillhouse.hardware import return_gaps
 from stillhouse.launch import process_index
 from stillhouse.teachers.short_attention import NAME as SHORT_ATTENTION
 from stillhouse.training.on_policy_config import OnPolicyRecipe
@@ -65,6 +66,10 @@ def local_generator(batch: int, dtype: torch.dtype) -> OpenGenerator:
         sharded = any(isinstance(module, FSDPModule) for module in model.modules())
         narrow = dtype != torch.float32
         with ExitStack() as ready:
+            # Gradients and activations leave gaps that keys and values do not fit into, and the
+            # other way round.
+            return_gaps()
+            ready.callback(return_gaps)
             ready.enter_context(able_to_generate(model))
             if narrow and sharded:  # FSDP2 owns the tensors of gathered weights
                 ready.enter_context(torch.autocast(model.device.type, dtype))
