@@ -12,7 +12,7 @@ from tests.teachers.toys import ToyWindows, tiny_model
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_a_forward_pass_counts_by_the_rule(kind: str) -> None:
     model, ids = tiny_model(kind, hidden_size=128, intermediate_size=512), ToyWindows().ids
-    with account.count_flops() as counted:
+    with account.CountedFlops() as counted:
         model(input_ids=ids, use_cache=False)
     size = account.count_parameters(model).head_once
     assert counted.flops == pytest.approx(account.forward_flops(size, ids.numel()), rel=0.02)
@@ -21,14 +21,14 @@ def test_a_forward_pass_counts_by_the_rule(kind: str) -> None:
 def test_a_training_step_counts_by_the_rule() -> None:
     weight = torch.randn(8, 16, requires_grad=True)
     rows = torch.randn(4, 16, requires_grad=True)
-    with account.count_flops() as counted:
+    with account.CountedFlops() as counted:
         (rows @ weight.T).sum().backward()
     assert counted.flops == account.training_flops(weight.numel(), 4)
 
 
 def test_algebra_counts_by_the_textbook() -> None:
     square = torch.eye(6) + 0.1
-    with account.count_flops() as counted:
+    with account.CountedFlops() as counted:
         torch.cholesky_inverse(torch.linalg.cholesky_ex(square)[0])
         torch.linalg.solve(square, torch.ones(6, 3))
         torch.linalg.eigh(square)

@@ -4,14 +4,12 @@ A training token costs 6 FLOPs per parameter (2 forward, 4 backward) and a forwa
 with embeddings counted once, as the head (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
 Attention's own products are left out: they are small at the context lengths used here.
 
-Pruning has no such rule, so its FLOPs are counted as they are executed (`count_flops`).
+Pruning has no such rule, so its FLOPs are counted as they are executed (`CountedFlops`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +58,10 @@ def forward_flops(parameters: int, tokens: int) -> int:
 
 
 class CountedFlops(TorchDispatchMode):
-    """flops: of the matrix products, factorizations and solves in its block so far.
+    """Counts torch's operations inside its block, on this thread and in its backward passes.
+
+    Every operation takes some microseconds longer: do not use it for timed code.
+    flops: of the matrix products, factorizations and solves so far.
 
     2·m·n·k for a product, in a forward pass or for Gram matrices; n³ in total for an inverse by
     Cholesky factors, 2·n³/3 + 2·n²·k for a solve with k right-hand sides, 9·n³ for eigenvectors
@@ -93,13 +94,3 @@ _CUBED = {
     "linalg_solve_ex": 2 / 3,
     "linalg_eigh": 9.0,
 }
-
-
-@contextmanager
-def count_flops() -> Iterator[CountedFlops]:
-    """Count torch's operations inside the block, on this thread and in its backward passes.
-
-    Every operation takes some microseconds longer: do not use it for timed code.
-    """
-    with CountedFlops() as counted:
-        yield counted

@@ -46,15 +46,14 @@ def is_fast(a_NK: Tensor, b_MK: Tensor) -> bool:
 
 
 def batched_product(a_BNK: Tensor, b_BMK: Tensor) -> Tensor:
-    """a bᵀ of each pair, [B, N, M], differentiable."""
+    """a bᵀ of each pair, [B, N, M], whose gradients are `batched_gradients`."""
     if len(a_BNK) and is_fast(a_BNK[0], b_BMK[0]):
-        found: Tensor = _Batched.apply(a_BNK, b_BMK)
-        return found
+        return _each(a_BNK, b_BMK)
     return a_BNK @ b_BMK.mT
 
 
 def batched_gradients(grad_BNM: Tensor, a_BNK: Tensor, b_BMK: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of the inputs of `batched_product`, the same bits as autograd computes."""
+    """The gradients of the inputs of `batched_product`."""
     if len(a_BNK) and is_fast(a_BNK[0], b_BMK[0]):
         return _each(grad_BNM, b_BMK.mT), _each(grad_BNM.mT, a_BNK.mT)
     return grad_BNM @ b_BMK, (a_BNK.mT @ grad_BNM).mT
@@ -119,24 +118,6 @@ class _Linear(torch.autograd.Function):
             product(grad_NM, weight_MK.T) if to_rows else None,
             product(grad_NM.T, rows_NK.T) if to_weight else None,
             grad_NM.sum(0) if to_bias else None,
-        )
-
-
-class _Batched(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, a_BNK: Tensor, b_BMK: Tensor) -> Tensor:
-        to_a, to_b = ctx.needs_input_grad
-        ctx.save_for_backward(a_BNK if to_b else None, b_BMK if to_a else None)
-        return _each(a_BNK, b_BMK)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_BNM: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        a_BNK, b_BMK = ctx.saved_tensors
-        to_a, to_b = ctx.needs_input_grad
-        return (
-            _each(grad_BNM, b_BMK.mT) if to_a else None,
-            _each(grad_BNM.mT, a_BNK.mT) if to_b else None,
         )
 
 

@@ -19,7 +19,6 @@ from stillhouse.export.licenses import (
     find_license,
     license_lines,
     license_warning,
-    teacher_license,
 )
 from stillhouse.export.model_card import ModelCard, write_language_model_card
 
@@ -136,10 +135,10 @@ def test_free_licenses_are_not(license_: str) -> None:
 def test_the_license_is_read_from_the_teachers_card(
     tmp_path: Path, card: str, license_: str
 ) -> None:
-    assert teacher_license(None, tmp_path) == "unknown"
+    assert find_license(None, tmp_path).shown == "unknown"
     (tmp_path / "README.md").write_text(card)
-    assert teacher_license(None, tmp_path) == license_
-    assert teacher_license("mit", tmp_path) == "mit"
+    assert find_license(None, tmp_path).shown == license_
+    assert find_license("mit", tmp_path).shown == "mit"
 
 
 def test_a_license_of_its_own_keeps_its_name_and_link(tmp_path: Path) -> None:

@@ -30,8 +30,9 @@ from stillhouse.export import gguf_export
 from stillhouse.export.gate import Gate
 from stillhouse.export.gguf_export import announce_gguf, export_gguf
 from stillhouse.export.gguf_file import FORMATS, write_gguf
-from stillhouse.export.gguf_model import for_gguf
+from stillhouse.export.gguf_model import family
 from stillhouse.export.gguf_tokenizer import SPLITS, pre_tokenizer_name
+from stillhouse.teachers.gguf_families import to_file
 from tests import tiny
 from tests.export.conftest import ToyWindows
 
@@ -146,11 +147,11 @@ def test_rows_of_query_and_key_are_reordered_as_llama_cpp_turns_pairs() -> None:
     """Against the definition: pair i of a head is its rows i and i + half, side by side."""
     config = LlamaConfig(num_attention_heads=2, num_key_value_heads=1)
     rows = np.arange(8, dtype=np.float32)[:, None] * np.ones((1, 3), np.float32)
-    turned = for_gguf("model.layers.0.self_attn.q_proj.weight", rows, config)
+    turned = to_file(family(config), "model.layers.0.self_attn.q_proj.weight", rows, config)
     assert turned[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-    turned = for_gguf("model.layers.0.self_attn.k_proj.weight", rows, config)
+    turned = to_file(family(config), "model.layers.0.self_attn.k_proj.weight", rows, config)
     assert turned[:, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
-    assert for_gguf("model.layers.0.self_attn.v_proj.weight", rows, config) is rows
+    assert to_file(family(config), "model.layers.0.self_attn.v_proj.weight", rows, config) is rows
 
 
 def test_rows_that_do_not_divide_into_blocks_stay_float16_and_are_announced(
@@ -192,7 +193,9 @@ def test_rows_in_the_wrong_order_are_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = save(tmp_path / "source", initializer_range=0.2)
-    monkeypatch.setattr("stillhouse.export.gguf_file.for_gguf", lambda name, tensor, config: tensor)
+    monkeypatch.setattr(
+        "stillhouse.export.gguf_file.to_file", lambda model, name, tensor, config: tensor
+    )
     with pytest.raises(ModelError, match="differs from its source"):
         export_gguf(gate(source), tmp_path / "out", kind="f16", name="toy")
     assert not (tmp_path / "out").exists()

@@ -19,9 +19,9 @@ from stillhouse.processes import local_part, part_like, shard, sharding_mesh
 from stillhouse.students.random_student import random_model
 from stillhouse.students.student import Student
 from stillhouse.teachers.load_model import load_model
-from stillhouse.teachers.model_without_weights import model_without_weights
-from stillhouse.training import sharded_weights
-from stillhouse.training.sharded_weights import read_weights
+from stillhouse.teachers.planned_model import model_without_weights
+from stillhouse.training import sharded_checkpoint
+from stillhouse.training.sharded_checkpoint import read_weights
 from tests import forks, tiny
 
 CPU = torch.device("cpu")
@@ -96,7 +96,7 @@ def compare(folder: Path, *, rows: int | None = None) -> None:
 
 
 def reads_its_part(folder: Path) -> None:
-    sharded_weights.safe_open = Slices  # type: ignore[attr-defined, assignment]
+    sharded_checkpoint.safe_open = Slices  # type: ignore[attr-defined, assignment]
     with Allocations() as made:
         model = sharded(folder)
     own = [local_part(each.detach()) for each in model.parameters()]
@@ -165,5 +165,7 @@ def test_rows_beyond_the_model_are_left_out(tmp_path: Path) -> None:
     save_file({"weight": torch.arange(12.0).view(6, 2)}, tmp_path / "file.safetensors")
     weight = torch.zeros(4, 2)
     with safe_open(tmp_path / "file.safetensors", framework="pt") as file:
-        sharded_weights._read(nn.Parameter(weight, requires_grad=False), file.get_slice("weight"))
+        sharded_checkpoint._read(
+            nn.Parameter(weight, requires_grad=False), file.get_slice("weight")
+        )
     assert weight.tolist() == torch.arange(8.0).view(4, 2).tolist()

@@ -7,7 +7,9 @@ the shared vocabulary, B calibration bins.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +26,10 @@ from stillhouse.signals.lm_head import (
     kl_of_rows,
     log_probabilities,
 )
-from stillhouse.teachers.aligned_text import AlignedText
+from stillhouse.teachers.aligned_text import AlignedBatch
 from stillhouse.teachers.backbone import float32_head, hidden_states, lm_head
 
+T = TypeVar("T", bound="_Agreement")
 BINS = 15
 TOKENS_PER_FORWARD = 2048
 ROWS_PER_CHUNK = 128
@@ -117,24 +120,22 @@ def compare(model: HeldoutAnswers, teacher: HeldoutAnswers, vocabulary: int) -> 
     model_head = teacher_head if model is teacher else float32_head(model.signal.head, vocabulary)
     tallies = []
     for batch in model.slices():
-        tally = _Tally.empty()
+        tally = _Tally()
         for start in range(batch.start, batch.stop, ROWS_PER_CHUNK):
             rows = slice(start, min(start + ROWS_PER_CHUNK, batch.stop))
             teacher_NV = _log_probabilities(teacher, rows, teacher_head)
             same = model is teacher
             model_NV = teacher_NV if same else _log_probabilities(model, rows, model_head)
-            tally.add(model_NV, teacher_NV, model.targets_N[rows])
+            tally.add_rows(model_NV, teacher_NV, model.targets_N[rows])
         tallies.append(tally)
-    of_processes = model.processes.collect(tallies)
-    in_order = [tally for together in zip(*of_processes, strict=True) for tally in together]
-    return sum(in_order, _Tally.empty()).fidelity()
+    return _total(model.processes, tallies, _Tally()).fidelity()
 
 
 @torch.no_grad()
 def compare_folded(
     model: HeldoutAnswers,
     teacher: HeldoutAnswers,
-    texts: Sequence[AlignedText],
+    texts: Sequence[AlignedBatch],
     fold: Fold,
 ) -> Fidelity:
     """Measure `model` against a teacher with another tokenizer, on the same text.
@@ -149,9 +150,9 @@ def compare_folded(
     tallies = []
     sides = zip(model.slices(), teacher.slices(), texts, strict=True)
     for mine, theirs, text in sides:
-        tally = _FoldedTally()
+        tally = _Agreement()
         rows_C = mine.start + text.covered_N.nonzero()[:, 0]
-        other_C = theirs.start + text.rows_C
+        other_C = theirs.start + text.begins_T
         for start in range(0, len(rows_C), ROWS_PER_CHUNK):
             chunk = slice(start, start + ROWS_PER_CHUNK)
             tally.add(
@@ -165,9 +166,7 @@ def compare_folded(
                 ),
             )
         tallies.append(tally)
-    of_processes = model.processes.collect(tallies)
-    in_order = [tally for together in zip(*of_processes, strict=True) for tally in together]
-    found = sum(in_order, _FoldedTally())
+    found = _total(model.processes, tallies, _Agreement())
     if not found.rows:
         raise DataError(
             "the held-out text has no place where both tokenizers begin a token",
@@ -182,53 +181,44 @@ def compare_folded(
 
 
 @dataclass
-class _FoldedTally:
+class _Agreement:
     """Sums over rows, in float64."""
 
     rows: int = 0
     kl: float = 0.0
     agreements: int = 0
 
-    def add(self, model_NR: Tensor, teacher_NR: Tensor) -> None:
-        """Add log-probabilities of roots under both models."""
-        self.rows += len(model_NR)
-        self.kl += float(kl_of_rows(teacher_NR, model_NR).sum(dtype=torch.float64))
-        self.agreements += int((model_NR.argmax(-1) == teacher_NR.argmax(-1)).sum())
+    def add(self, model_NV: Tensor, teacher_NV: Tensor) -> None:
+        """Add log-probabilities of both models at the same rows, of tokens or of roots."""
+        self.rows += len(model_NV)
+        self.kl += float(kl_of_rows(teacher_NV, model_NV).sum(dtype=torch.float64))
+        self.agreements += int((model_NV.argmax(-1) == teacher_NV.argmax(-1)).sum())
 
-    def __add__(self, other: _FoldedTally) -> _FoldedTally:
-        return _FoldedTally(
-            self.rows + other.rows, self.kl + other.kl, self.agreements + other.agreements
-        )
+    def __add__(self, other: Self) -> Self:
+        names = [each.name for each in fields(self)]
+        return type(self)(*(getattr(self, name) + getattr(other, name) for name in names))
+
+
+_NO_ROWS = partial(torch.zeros, BINS, dtype=torch.float64)
 
 
 @dataclass
-class _Tally:
-    """Sums over rows, in float64; the fields ending in _B have one value per calibration bin."""
+class _Tally(_Agreement):
+    """The fields ending in _B have one value per calibration bin."""
 
-    rows: int
-    negative_log_likelihood: float
-    kl: float
-    agreements: int
-    rows_B: Tensor
-    confidence_B: Tensor
-    correct_B: Tensor
+    negative_log_likelihood: float = 0.0
+    rows_B: Tensor = field(default_factory=_NO_ROWS)
+    confidence_B: Tensor = field(default_factory=_NO_ROWS)
+    correct_B: Tensor = field(default_factory=_NO_ROWS)
 
-    @classmethod
-    def empty(cls) -> _Tally:
-        bins = (torch.zeros(BINS, dtype=torch.float64) for _ in range(3))
-        return cls(0, 0.0, 0.0, 0, *bins)
-
-    def add(self, model_NV: Tensor, teacher_NV: Tensor, targets_N: Tensor) -> None:
-        """Add log-probabilities of both models at the same rows."""
+    def add_rows(self, model_NV: Tensor, teacher_NV: Tensor, targets_N: Tensor) -> None:
+        """As `add`. targets_N: the text's own tokens."""
+        self.add(model_NV, teacher_NV)
         targets_N = targets_N.to(model_NV.device)
-        kl_N = kl_of_rows(teacher_NV, model_NV)
         confidence_N, choice_N = model_NV.max(-1)
-        self.rows += len(targets_N)
         self.negative_log_likelihood -= float(
             model_NV.gather(-1, targets_N[:, None]).sum(dtype=torch.float64)
         )
-        self.kl += float(kl_N.sum(dtype=torch.float64))
-        self.agreements += int((choice_N == teacher_NV.argmax(-1)).sum())
         self._calibrate(confidence_N.exp().cpu().double(), (choice_N == targets_N).cpu().double())
 
     def _calibrate(self, confidence_N: Tensor, correct_N: Tensor) -> None:
@@ -236,10 +226,6 @@ class _Tally:
         self.rows_B.index_add_(0, bin_N, torch.ones_like(confidence_N))
         self.confidence_B.index_add_(0, bin_N, confidence_N)
         self.correct_B.index_add_(0, bin_N, correct_N)
-
-    def __add__(self, other: _Tally) -> _Tally:
-        names = [each.name for each in fields(self)]
-        return _Tally(*(getattr(self, name) + getattr(other, name) for name in names))
 
     def fidelity(self) -> Fidelity:
         if not self.rows:
@@ -258,6 +244,12 @@ class _Tally:
             calibration_error=float(gaps_B.sum()) / self.rows,
             tokens=self.rows,
         )
+
+
+def _total(processes: Processes, tallies: list[T], start: T) -> T:
+    """The sum of all processes' tallies, one for each batch, in the order of the batches."""
+    of_processes = processes.collect(tallies)
+    return sum((tally for together in zip(*of_processes, strict=True) for tally in together), start)
 
 
 def _nothing_to_predict() -> DataError:

@@ -27,7 +27,7 @@ from stillhouse.processes import lost_process
 from stillhouse.progress import bar
 from stillhouse.shared_work import ALONE, Processes
 from stillhouse.signals import DenseSignal, LMHead
-from stillhouse.teachers.aligned_text import AlignedText, Alignment, whole_text
+from stillhouse.teachers.aligned_text import AlignedBatch, Alignment, whole_text
 from stillhouse.teachers.sharded_teacher import ShardedTeacher
 
 TEACHER = "teacher"
@@ -60,7 +60,7 @@ class Measuring:
         return supervised_bytes(self.tokenizer, self.windows)
 
     @cached_property
-    def _aligned(self) -> list[AlignedText]:
+    def _aligned(self) -> list[AlignedBatch]:
         """This process's share of the windows in the teacher's tokens; none if it has the same."""
         if self.alignment is None:
             return []
@@ -74,9 +74,11 @@ class Measuring:
         if self.alignment is None:
             found = compare(answers, self._teacher, self.vocabulary)
         elif role == TEACHER:
-            size = sum(self.processes.collect(sum(text.bytes for text in self._aligned)))
-            found = compare(answers, answers, self.alignment.aligner.teacher.size)
-            places = sum(len(text.rows_C) for text in self._aligned)
+            tokens = self.alignment.aligner.teacher
+            lengths_N = tokens.lengths_V[answers.targets_N.numpy()]
+            size = sum(self.processes.collect(int(lengths_N.sum())))
+            found = compare(answers, answers, tokens.size)
+            places = sum(len(text.begins_T) for text in self._aligned)
             found = replace(found, compared=sum(self.processes.collect(places)))
         else:
             fold = self.alignment.roots.fold

@@ -12,9 +12,7 @@ from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from stillhouse.export.gguf_model import (
-    architecture,
     biased_parts,
-    built_in_windows,
     family,
     long_factors,
     ropes,
@@ -23,7 +21,7 @@ from stillhouse.export.gguf_model import (
     windows,
 )
 from stillhouse.scratch import temporary_folder
-from stillhouse.teachers.gguf_families import head_size
+from stillhouse.teachers.gguf_families import all_but_last, head_size
 from stillhouse.teachers.quiet import quiet
 
 PLAIN_KEYS = (
@@ -98,7 +96,7 @@ def _add_scales(writer: gguf.GGUFWriter, config: Any) -> None:
 def _add_windows(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_sliding_window(config.sliding_window)
     pattern = window_pattern(config)
-    if pattern != built_in_windows(config, family(config)):
+    if pattern != all_but_last(family(config).window_period, config.num_hidden_layers):
         writer.add_sliding_window_pattern(pattern)
     if config.attn_logit_softcapping is not None:
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
@@ -110,11 +108,11 @@ def misread_by_transformers(config: Any) -> str | None:
     """What transformers' GGUF loader would misread in a file of this model.
 
     The configuration is written, read back by the installed transformers, and compared. None: the
-    loader builds the same model. Raises ModelError as `architecture`.
+    loader builds the same model. Raises ModelError as `family`.
     """
     with temporary_folder("stillhouse-gguf-") as folder:
         file = Path(folder) / "header.gguf"
-        writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture(config)])
+        writer = gguf.GGUFWriter(file, family(config).name)
         add_configuration(writer, config)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -126,7 +124,7 @@ def misread_by_transformers(config: Any) -> str | None:
         except StrictDataclassError:
             return "sizes that it does not allow"
         except (KeyError, ValueError):
-            return f"the architecture {gguf.MODEL_ARCH_NAMES[architecture(config)]}"
+            return f"the architecture {family(config).name}"
     mine, theirs = _meaning(config), _meaning(read)
     return next((key for key, value in mine.items() if value != theirs[key]), None)
 

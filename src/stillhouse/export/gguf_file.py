@@ -15,9 +15,10 @@ from gguf import GGMLQuantizationType as Kind
 
 from stillhouse.export.export_formats import GGUF
 from stillhouse.export.gguf_config import add_configuration
-from stillhouse.export.gguf_model import architecture, for_gguf, gguf_names
+from stillhouse.export.gguf_model import family, gguf_names
 from stillhouse.export.gguf_source import open_tensors
 from stillhouse.export.gguf_tokenizer import add_tokenizer
+from stillhouse.teachers.gguf_families import to_file
 from stillhouse.teachers.load_model import load_config, load_tokenizer
 
 EMBEDDINGS = ("token_embd.weight", "output.weight")
@@ -71,7 +72,8 @@ def write_gguf(
     """
     config = load_config(source, trust_remote_code=trust_remote_code).get_text_config()
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture(config)])
+    architecture = family(config)
+    writer = gguf.GGUFWriter(file, architecture.name)
     writer.add_name(name)
     writer.add_file_type(form.file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -92,10 +94,10 @@ def write_gguf(
         writer.write_ti_data_to_file()
         for key in names:
             if packed and key in packed:
-                data = for_gguf(key, packed[key][1], config)
+                data = to_file(architecture, key, packed[key][1], config)
             else:
                 tensor = tensors[key].read().to(torch.float32).numpy()
-                data = gguf.quantize(for_gguf(key, tensor, config), kinds[key])
+                data = gguf.quantize(to_file(architecture, key, tensor, config), kinds[key])
             writer.write_tensor_data(np.ascontiguousarray(data))
         writer.close()
     return fallen

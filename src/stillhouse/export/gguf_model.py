@@ -19,8 +19,9 @@ from stillhouse.teachers.gguf_families import (
     SHORT_FACTORS,
     Array,
     Family,
+    all_but_last,
     head_size,
-    to_file,
+    llama3_divisors,
 )
 
 
@@ -33,16 +34,12 @@ def family(config: Any) -> Family:
     found = ARCHITECTURES.get(config.model_type)
     if found is None:
         raise unsupported(f"the architecture {config.model_type}")
-    if config.model_type == "qwen2" and not heads_fill_the_width(config):
+    full = head_size(config) * config.num_attention_heads == config.hidden_size
+    if config.model_type == "qwen2" and not full:
         found = LLAMA
     for lacking in _lacks(config, found):
         raise unsupported(lacking)
     return found
-
-
-def architecture(config: Any) -> gguf.MODEL_ARCH:
-    """Raises ModelError as `family`."""
-    return family(config).arch
 
 
 def _lacks(config: Any, found: Family) -> Iterator[str]:
@@ -91,7 +88,9 @@ def _lacks_of_rope(rope: dict[str, Any], config: Any, found: Family) -> Iterator
 
 def _lacks_of_layers(config: Any, found: Family) -> Iterator[str]:
     """Check what llama.cpp derives from the number of layers, or from a layer's position."""
-    if found.rope_period and list(config.no_rope_layers) != rope_pattern(config, found):
+    if found.rope_period and list(config.no_rope_layers) != all_but_last(
+        found.rope_period, config.num_hidden_layers
+    ):
         yield (
             f"a {config.model_type} in which other layers than every {found.rope_period}th have no "
             "rotary embedding (as after a cut in depth): llama.cpp has that pattern built in"
@@ -134,10 +133,6 @@ def unknown_tokenizer(kind: str) -> ModelError:
     )
 
 
-def heads_fill_the_width(config: Any) -> bool:
-    return head_size(config) * int(config.num_attention_heads) == int(config.hidden_size)
-
-
 def ropes(config: Any) -> dict[str, dict[str, Any]]:
     """Rotary embeddings by kind of layer; most architectures have one kind, full_attention."""
     found = config.rope_parameters or {}
@@ -161,16 +156,6 @@ def window_pattern(config: Any) -> list[bool]:
     return [kind == "sliding_attention" for kind in config.layer_types]
 
 
-def built_in_windows(config: Any, found: Family) -> list[bool]:
-    """The pattern that llama.cpp uses if the file has none."""
-    return [(layer + 1) % found.window_period != 0 for layer in range(config.num_hidden_layers)]
-
-
-def rope_pattern(config: Any, found: Family) -> list[int]:
-    """1 for each layer with a rotary embedding in llama.cpp."""
-    return [int((layer + 1) % found.rope_period != 0) for layer in range(config.num_hidden_layers)]
-
-
 def biased_parts(config: Any) -> frozenset[str]:
     found = QKV if config.model_type == "qwen2" else frozenset()
     if getattr(config, "attention_bias", False):
@@ -180,22 +165,13 @@ def biased_parts(config: Any) -> frozenset[str]:
 
 def rope_factors(config: Any) -> Array | None:
     """The divisor of each rotary frequency, [head size / 2]; None if all are 1, or if they
-    depend on the length of the text (`long_factors`).
-
-    In a Llama 3, long waves are slowed by `factor`, short ones not at all, and between the two
-    bounds the share of each grows with the number of waves in the original context.
-    """
+    depend on the length of the text (`long_factors`)."""
     rope = ropes(config)["full_attention"]
     if rope["rope_type"] == "longrope" and rope["short_factor"] == rope["long_factor"]:
         return np.asarray(rope["long_factor"], dtype=np.float32)
     if rope["rope_type"] != "llama3":
         return None
-    size = head_size(config)
-    frequencies = rope["rope_theta"] ** -(np.arange(0, size, 2, dtype=np.float64) / size)
-    waves = rope["original_max_position_embeddings"] * frequencies / (2 * np.pi)
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    kept = np.clip((waves - low) / (high - low), 0, 1)
-    return (1 / (kept + (1 - kept) / rope["factor"])).astype(np.float32)
+    return llama3_divisors(rope, head_size(config)).astype(np.float32)
 
 
 def long_factors(config: Any) -> dict[str, Array]:
@@ -216,14 +192,9 @@ def rotated_size(config: Any) -> int:
 
 def gguf_names(names: Iterable[str], config: Any) -> dict[str, str]:
     """Each tensor's name in the file. Raises ModelError if the architecture has no such tensor."""
-    known = gguf.get_tensor_name_map(architecture(config), config.num_hidden_layers)
+    known = gguf.get_tensor_name_map(family(config).arch, config.num_hidden_layers)
     found = {name: known.get_name(name, try_suffixes=(".weight", ".bias")) for name in names}
     unknown = sorted(name for name, there in found.items() if there is None)
     if unknown:
         raise unsupported(f"the tensor {unknown[0]} in a model of type {config.model_type}")
     return found
-
-
-def for_gguf(name: str, tensor: Array, config: Any) -> Array:
-    """The tensor as llama.cpp reads it. Only complete rows are moved, never columns."""
-    return to_file(family(config), name, tensor, config)

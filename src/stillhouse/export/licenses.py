@@ -149,11 +149,6 @@ def find_license(stated: str | None, folder: Path) -> License:
     return License(", ".join(map(str, names)), name and str(name), link and str(link))
 
 
-def teacher_license(stated: str | None, teacher: Path) -> str:
-    """The name of the teacher's license, as `find_license` finds it."""
-    return find_license(stated, teacher).shown
-
-
 def _card_head(card: Path) -> dict[str, Any]:
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     head = re.match(r"---\n(.*?)\n---", text, flags=re.DOTALL)

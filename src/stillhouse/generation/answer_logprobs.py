@@ -24,7 +24,7 @@ from stillhouse.errors import SignalError
 from stillhouse.generation.request import Answer, are_logprobs, is_logprob
 from stillhouse.signals.encode import Statistics
 from stillhouse.signals.encoded_rows import EntryRows, split_ids
-from stillhouse.teachers.token_bytes import token_bytes
+from stillhouse.teachers.text_tokens import token_bytes
 
 LEAST = float(np.finfo(np.float16).min)
 OVER_ONE = 1e-3

@@ -33,7 +33,7 @@ from stillhouse.signals.segments import find_segments
 from stillhouse.signals.writer import StoreWriter
 from stillhouse.synthesis.synthesize import REQUESTS
 from stillhouse.teachers.load_model import load_tokenizer
-from stillhouse.training.objective import stored_temperature
+from stillhouse.teachers.stored_teacher import recorded_temperature
 
 _TOGETHER = 256
 _Found = Aligned | ChunkedAnswer
@@ -74,7 +74,7 @@ def plan_api_signals(job: Job) -> StagePlan:
         )
     objective = planned_objective(job)
     encoding = signals_encoding(job, objective)
-    temperature = stored_temperature(objective, encoding)
+    temperature = recorded_temperature(encoding, objective.needs)
     if temperature != 1.0:
         raise SignalError(
             f"an API returns probabilities at temperature 1, but a term uses {temperature:g}",

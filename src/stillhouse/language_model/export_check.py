@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from stillhouse.export.compressed import announce_compressed, require_llm_compressor
 from stillhouse.export.gguf_export import announce_gguf
-from stillhouse.export.licenses import license_warning, teacher_license
+from stillhouse.export.licenses import find_license, license_warning
 from stillhouse.export.push import require_token
 from stillhouse.export.torchao import require_torchao
 from stillhouse.finding import Finding
@@ -54,7 +54,7 @@ def export_findings(
     if section.push_to_hub is not None and not has_finished(recipe, "push"):
         require_token(section.push_to_hub)
     yield Finding("ok", "export", ", ".join(section.formats))
-    warning = license_warning(teacher_license(recipe.teacher.license, job.teacher.path))
+    warning = license_warning(find_license(recipe.teacher.license, job.teacher.path).shown)
     if warning is not None:
         yield Finding("warning", "license", warning)
 

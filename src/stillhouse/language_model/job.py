@@ -49,11 +49,11 @@ from stillhouse.teachers.source_tokenizers import (
     shared_vocabulary,
     source_tokenizer,
 )
+from stillhouse.teachers.stored_teacher import recorded_temperature
 from stillhouse.training.objective import (
     Objective,
     make_objective,
     stored_layers,
-    stored_temperature,
 )
 from stillhouse.training.train_config import ORIGINAL
 
@@ -157,7 +157,7 @@ def find_models(
     # Reject early what these models, or a store of the teacher's signals, cannot serve.
     objective = planned_objective(job)
     if recipe.signals is not None:
-        stored_temperature(objective, signals_encoding(job, objective))
+        recorded_temperature(signals_encoding(job, objective), objective.needs)
     return job
 
 

@@ -50,9 +50,8 @@ from stillhouse.teachers.sharded_teacher import ShardedTeacher, load_sharded_tea
 from stillhouse.teachers.shared_vocabulary import tokenizer_identity
 from stillhouse.teachers.source_tokenizers import source_tokenizer
 from stillhouse.teachers.stored_head import head_sha256, load_head
-from stillhouse.teachers.stored_teacher import StoredTeacher
+from stillhouse.teachers.stored_teacher import StoredTeacher, recorded_temperature
 from stillhouse.teachers.teacher import Teacher
-from stillhouse.training.objective import stored_temperature
 from stillhouse.training.train import MODEL, shards
 
 STORE = "store"
@@ -76,7 +75,7 @@ def plan_signals(job: Job, data: Stage, student: Stage | None) -> StagePlan:
     assert section is not None
     objective = planned_objective(job)
     encoding = signals_encoding(job, objective)
-    temperature = stored_temperature(objective, encoding)
+    temperature = recorded_temperature(encoding, objective.needs)
     if section.top_tokens and temperature != 1.0:
         raise SignalError(
             f"a server answers at temperature 1, and a term has {temperature:g}",
@@ -297,6 +296,6 @@ def _open(job: Job, stored: StoredSignals, student: Student) -> Store:
     return open_store(
         stored.path,
         identity,
-        temperature=stored_temperature(objective, encoding),
+        temperature=recorded_temperature(encoding, objective.needs),
         vocabulary=events,
     )

@@ -58,38 +58,26 @@ def choose_layers(
     and only these removals are tried. Stops early once the KL is above most_kl.
     """
     total = len(decoder_layers(model))
-    if scores is not None:
-        return _by_scores(_Scorer(model, batches, processes), keep, scores, most_kl)
     scorer = _Scorer(model, batches, processes)
     alive = list(range(total))
     rounds = total - keep
-    trials = total + max(0, rounds - 1) * SHORTLIST
+    trials = rounds if scores is not None else total + max(0, rounds - 1) * SHORTLIST
     dropped: list[tuple[int, float]] = []
     with bar("Trying layers", trials, unit="trials") as advance:
-        last = scorer.without_each(alive, alive, advance)
-        single = tuple(last[index] for index in range(total))
+        kls = scorer.without_each(alive, alive, advance) if scores is None else {}
+        single = tuple(kls[index] for index in range(len(kls)))
         while len(alive) > keep and (not dropped or dropped[-1][1] <= most_kl):
-            if dropped:
-                shortlist = sorted(alive, key=lambda index: last[index])[:SHORTLIST]
-                last.update(scorer.without_each(alive, shortlist, advance))
-            else:
-                shortlist = alive
-            weakest = min(shortlist, key=lambda index: last[index])
-            dropped.append((weakest, last[weakest]))
+            tried = alive
+            if scores is not None:
+                tried = [min(alive, key=lambda index: scores[index])]
+            elif dropped:
+                tried = sorted(alive, key=lambda index: kls[index])[:SHORTLIST]
+            if tried is not alive:
+                kls.update(scorer.without_each(alive, tried, advance))
+            weakest = min(tried, key=lambda index: kls[index])
+            dropped.append((weakest, kls[weakest]))
             alive.remove(weakest)
     return DepthChoice(tuple(alive), tuple(dropped), single)
-
-
-def _by_scores(scorer: _Scorer, keep: int, scores: Sequence[float], most_kl: float) -> DepthChoice:
-    alive = list(range(len(scores)))
-    dropped: list[tuple[int, float]] = []
-    with bar("Dropping layers", len(scores) - keep, unit="trials") as advance:
-        while len(alive) > keep and (not dropped or dropped[-1][1] <= most_kl):
-            weakest = min(alive, key=lambda index: scores[index])
-            kl = scorer.without_each(alive, [weakest], advance)[weakest]
-            dropped.append((weakest, kl))
-            alive.remove(weakest)
-    return DepthChoice(tuple(alive), tuple(dropped), ())
 
 
 def _block_influence(x_ND: Tensor, y_ND: Tensor) -> Tensor:

@@ -168,26 +168,16 @@ def released_after_use(model: Any) -> Iterator[None]:
 def save_model(model: Any, folder: Path) -> None:
     """Write a checkpoint as `save_pretrained` does; a large model is written a layer at a time, one
     file per layer and one for the rest, so that at most one layer is in memory."""
-    with _saving_in_every_process(model):
-        _save(model, folder)
-
-
-@contextmanager
-def _saving_in_every_process(model: Any) -> Iterator[None]:
-    """`save_pretrained` writes nothing in processes of a torchrun other than the main one, which
-    may have models of their own."""
+    # `save_pretrained` writes nothing in processes of a torchrun other than the main one, which may
+    # have models of their own.
     model.should_save_on_this_rank = lambda is_main_process: True
     try:
-        yield
+        if is_large(model):
+            write_by_layer(model, folder, _layer_after_layer(model))
+        else:
+            model.save_pretrained(folder)
     finally:
         del model.should_save_on_this_rank
-
-
-def _save(model: Any, folder: Path) -> None:
-    if not is_large(model):
-        model.save_pretrained(folder)
-        return
-    write_by_layer(model, folder, _layer_after_layer(model))
 
 
 def _layer_after_layer(model: Any) -> Iterator[dict[str, Tensor]]:

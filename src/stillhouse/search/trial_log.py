@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stillhouse.account import count_flops
+from stillhouse.account import CountedFlops
 from stillhouse.checksums import with_hash, without_hash
 from stillhouse.progress import note
 from stillhouse.runfolder import write_atomically
@@ -110,7 +110,7 @@ class Journal:
 
 
 def _counted(name: str, find: Find) -> Results:
-    with count_flops() as work:
+    with CountedFlops() as work:
         value = find()
     return Results({name: value}, {name: work.flops})
 

@@ -7,7 +7,8 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -169,3 +170,16 @@ class FoldedSignal:
 
 Signal = DenseSignal | LogitsSignal | SparseSignal | SampledSignal | FrozenHeadSignal | FoldedSignal
 """Any signal that a student's output can be compared with."""
+
+S = TypeVar("S", bound="Signal | ChunkSignal")
+
+
+def moved_rows(signal: S, device: torch.device, *, non_blocking: bool = False) -> S:
+    """The signal with its rows on the device; heads and folds stay where they are."""
+    moved: dict[str, Any] = {}
+    for name, value in ((each.name, getattr(signal, each.name)) for each in fields(signal)):
+        if isinstance(value, Tensor):
+            moved[name] = value.to(device, non_blocking=non_blocking)
+        elif isinstance(value, Signal | ChunkSignal):
+            moved[name] = moved_rows(value, device, non_blocking=non_blocking)
+    return replace(signal, **moved)

@@ -27,6 +27,7 @@ from stillhouse.teachers.model_source import (
     resolve_tokenizer,
 )
 from stillhouse.teachers.shared_vocabulary import check_same_vocabulary
+from stillhouse.teachers.source_tokenizers import head_rows
 
 CHECKED_TOKENS = 64
 """Tokens on which the saved student must reproduce the logits of the one in memory."""
@@ -107,8 +108,8 @@ def _pretrained(
     match = check_same_vocabulary(
         load_tokenizer(teacher.path, trust_remote_code=trust_remote_code),
         student.tokenizer,
-        teacher_rows=_rows(teacher.path, trust_remote_code),
-        student_rows=_rows(source.path, section.trust_remote_code),
+        teacher_rows=head_rows(teacher, trust_remote_code),
+        student_rows=head_rows(source, section.trust_remote_code),
     )
     return student, {
         **found,
@@ -151,8 +152,3 @@ def config_sha256(section: RandomStudent, base: Path) -> str | None:
         return None
     file = resolve_config(section.config, base=base) / "config.json"
     return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def _rows(folder: Path, trust_remote_code: bool) -> int:
-    config = load_config(folder, trust_remote_code=trust_remote_code)
-    return int(config.get_text_config().vocab_size)

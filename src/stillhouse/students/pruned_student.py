@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from stillhouse.account import count_flops, count_parameters
+from stillhouse.account import CountedFlops, count_parameters
 from stillhouse.data.windows import WindowSet
 from stillhouse.errors import RecipeError
 from stillhouse.hardware import choose_precision, default_device, free_memory_bytes
@@ -100,36 +98,21 @@ def prune_to(
         where = f"{device}, a layer at a time," if by_layer else f"{device}"
         note(f"Pruning on {where} with products in {precision.reason}")
     dtype, calibration = precision.dtype, section.calibration_tokens
-    with count_flops() as counted, (streamed if by_layer else _moved)(model, device):
-        expect = partial(expected_tokens, model, windows, calibration, seed, dtype, processes)
-        kept_ids = _kept_ids(model, tokenizer, section, windows, base, expect)
-        if kept_ids is not None:
+    with CountedFlops() as counted, (streamed if by_layer else _moved)(model, device):
+        kept_ids, named = None, section.vocabulary
+        if named is not None:
+            kept_ids = kept_token_ids(
+                tokenizer,
+                windows,
+                base / named.path if isinstance(named, VocabularyFile) else named,
+                configs=(model.config, model.generation_config),
+                expect=lambda: expected_tokens(model, windows, calibration, seed, dtype, processes),
+            )
             tokenizer = prune_tokenizer(tokenizer, kept_ids)
         summary = _cut(model, section, windows, heldout, kept_ids, seed, dtype, processes)
     flops = sum(processes.collect(counted.flops))
     summary |= {"teacher_parameters": asdict(before), "flops": flops}
     return Pruned(model, tokenizer, summary, kept_ids)
-
-
-def _kept_ids(
-    model: Any,
-    tokenizer: Any,
-    section: PrunedStudent,
-    windows: WindowSet,
-    base: Path,
-    expect: Callable[[], Tensor],
-) -> tuple[int, ...] | None:
-    """The tokens to keep; None if all are."""
-    if section.vocabulary is None:
-        return None
-    vocabulary = section.vocabulary
-    return kept_token_ids(
-        tokenizer,
-        windows,
-        base / vocabulary.path if isinstance(vocabulary, VocabularyFile) else vocabulary,
-        configs=(model.config, model.generation_config),
-        expect=expect,
-    )
 
 
 def _cut(

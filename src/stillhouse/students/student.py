@@ -28,8 +28,8 @@ from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.local_teacher import LocalTeacher, local
 from stillhouse.teachers.model_source import resolve_model
-from stillhouse.teachers.model_without_weights import model_without_weights
 from stillhouse.teachers.older_names import save_tokenizer, write_older_names
+from stillhouse.teachers.planned_model import model_without_weights
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.shared_vocabulary import check_rows
 from stillhouse.teachers.teacher import Teacher

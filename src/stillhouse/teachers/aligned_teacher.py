@@ -51,7 +51,7 @@ class AlignedTeacher(Teacher):
     gives_chunks = True
 
     def __init__(self, teacher: Teacher, tokenizer: Any, roots: Roots | None = None) -> None:
-        self.teacher, self._tokenizer = teacher, tokenizer
+        self.teacher, self.tokenizer, self.config = teacher, tokenizer, teacher.config
         self.aligner = TokenAligner(tokenizer, teacher.tokenizer)
         student = self.aligner.student
         self.roots = roots or cached_roots(self.aligner)
@@ -69,14 +69,6 @@ class AlignedTeacher(Teacher):
     def alignment(self) -> Alignment:
         """What comparing a student with this teacher needs."""
         return Alignment(self.aligner, self.roots)
-
-    @property
-    def tokenizer(self) -> Any:
-        return self._tokenizer
-
-    @property
-    def config(self) -> Any:
-        return self.teacher.config
 
     def prepare(self, needs: TeacherNeeds, text: Batches | None = None) -> None:
         """Raises SignalError: terms on intermediate layers, whose rows are other tokens."""
@@ -169,10 +161,6 @@ class AlignedTeacher(Teacher):
 
     def flops(self, tokens: int) -> int:
         return self.teacher.flops(tokens)
-
-    @property
-    def memory_bytes(self) -> int:
-        return self.teacher.memory_bytes
 
 
 def _summed(log_p_Q: Tensor, chunks: ChunkRows) -> ChunkSignal:

@@ -70,21 +70,6 @@ class AlignedBatch:
     chunks: ChunkRows | None = None
 
 
-@dataclass(frozen=True)
-class AlignedText:
-    """A student's batch in the teacher's tokens, with labels at all tokens of the chunks: of text
-    between shared boundaries, which both models are measured on.
-
-    covered_N: the student's supervised rows where both begin a token that is in `batch`.
-    rows_C: the teacher's row for each of these. bytes: of the labels.
-    """
-
-    batch: Batch
-    covered_N: Tensor
-    rows_C: Tensor
-    bytes: int
-
-
 def rewritten(
     aligner: TokenAligner,
     batch: Batch,
@@ -108,15 +93,43 @@ def rewritten(
             found.append(every if chunks == "all" else every.of_several_tokens())
         inside = [places_in(each.teacher_C2)[0] for each in found]
         needed = [np.concatenate(both) for both in zip(chosen, inside, strict=True)]
-    aligned = _batch(windows, needed if found else chosen)
-    row_RL, row_RM = _numbers(supervised_RL), _numbers(aligned["labels"].numpy() != IGNORED)
-    begins = [row_M[places] for row_M, places in zip(row_RM, chosen, strict=True)]
+    return _aligned(windows, supervised_RL, covered_RL, needed if found else chosen, found)
+
+
+def whole_text(aligner: TokenAligner, batch: Batch) -> AlignedBatch:
+    """The batch in the teacher's tokens, with labels at all tokens of the chunks: of text between
+    shared boundaries, which both models are measured on. The student's rows that begin a chunk are
+    covered. Raises DataError as `TokenAligner`."""
+    ids_RL, positions_RL, labels_RL = _arrays(batch)
+    windows = aligner.align(ids_RL, positions_RL, labels_RL)
+    supervised_RL = _supervised(labels_RL)
+    covered_RL = np.zeros(labels_RL.shape, dtype=bool)
+    measured = []
+    for row, each in enumerate(zip(windows, ids_RL, positions_RL, supervised_RL, strict=True)):
+        chunks = aligner.chunks(*each)
+        covered_RL[row, chunks.student_C2[:, 0]] = True
+        measured.append(places_in(chunks.teacher_C2)[0])
+    return _aligned(windows, supervised_RL, covered_RL, measured)
+
+
+def _aligned(
+    windows: Sequence[AlignedWindow],
+    supervised_RL: NDArray[np.bool_],
+    covered_RL: NDArray[np.bool_],
+    labels: Sequence[Ids],
+    chunks: Sequence[Chunks] = (),
+) -> AlignedBatch:
+    """labels: the tokens of each window that get one."""
+    batch = _batch(windows, labels)
+    row_RL, row_RM = _numbers(supervised_RL), _numbers(batch["labels"].numpy() != IGNORED)
+    rows = zip(windows, covered_RL, row_RM, strict=True)
+    begins = [row_M[window.begins_L[covered_L]] for window, covered_L, row_M in rows]
     return AlignedBatch(
-        aligned,
+        batch,
         torch.from_numpy(covered_RL[supervised_RL]),
         torch.from_numpy(np.concatenate(begins)),
         tuple(windows),
-        _chunk_rows(found, row_RL, row_RM) if found else None,
+        _chunk_rows(chunks, row_RL, row_RM) if chunks else None,
     )
 
 
@@ -138,30 +151,6 @@ def _chunk_rows(chunks: Sequence[Chunks], row_RL: Ids, row_RM: Ids) -> ChunkRows
     ours = rows([each.student_C2 for each in chunks], row_RL)
     theirs = rows([each.teacher_C2 for each in chunks], row_RM)
     return ChunkRows(*ours, *theirs, count=int(before[-1]))
-
-
-def whole_text(aligner: TokenAligner, batch: Batch) -> AlignedText:
-    """The batch in the teacher's tokens, all of which are measured. Raises DataError as
-    `TokenAligner`."""
-    ids_RL, positions_RL, labels_RL = _arrays(batch)
-    windows = aligner.align(ids_RL, positions_RL, labels_RL)
-    measured = []
-    covered_RL = np.zeros(labels_RL.shape, dtype=bool)
-    for row, window in enumerate(windows):
-        supervised_L = _supervised(labels_RL)[row]
-        chunks = aligner.chunks(window, ids_RL[row], positions_RL[row], supervised_L)
-        covered_RL[row, chunks.student_C2[:, 0]] = True
-        measured.append(places_in(chunks.teacher_C2)[0])
-    aligned = _batch(windows, measured)
-    labels_RM = aligned["labels"].numpy()
-    number_RM = _numbers(labels_RM != IGNORED)
-    rows = [number_RM[row, window.begins_L[covered_RL[row]]] for row, window in enumerate(windows)]
-    return AlignedText(
-        batch=aligned,
-        covered_N=torch.from_numpy(covered_RL[_supervised(labels_RL)]),
-        rows_C=torch.from_numpy(np.concatenate(rows)),
-        bytes=int(aligner.teacher.lengths_V[labels_RM[labels_RM != IGNORED]].sum()),
-    )
 
 
 def observed(aligner: TokenAligner, text: WindowSet, tokens: int) -> Counter[tuple[int, int]]:

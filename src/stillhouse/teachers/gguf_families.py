@@ -7,6 +7,7 @@ nothing to a norm's gain, so if an architecture multiplies by 1 + gain, the file
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -102,6 +103,26 @@ def head_size(config: Any) -> int:
     return int(
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
+
+
+def all_but_last(period: int, layers: int) -> list[bool]:
+    """Of each layer, whether it is not the last one of a period."""
+    return [(layer + 1) % period != 0 for layer in range(layers)]
+
+
+def llama3_divisors(rope: Mapping[str, Any], size: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The divisor of each rotary frequency of a Llama 3, [size / 2].
+
+    Long waves are slowed by `factor`, short ones not at all, and between the two bounds the share
+    of each grows with the number of waves in the original context. rope: its `rope_parameters`.
+    size: of a head.
+    """
+    frequencies = rope["rope_theta"] ** -(np.arange(0, size, 2, dtype=np.float64) / size)
+    waves = rope["original_max_position_embeddings"] * frequencies / (2 * np.pi)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    kept = np.clip((waves - low) / (high - low), 0, 1)
+    divisors: np.ndarray[Any, np.dtype[np.float64]] = 1 / (kept + (1 - kept) / rope["factor"])
+    return divisors
 
 
 def to_file(there: Family, name: str, tensor: Array, config: Any) -> Array:

@@ -22,6 +22,8 @@ from stillhouse.teachers.gguf_families import (
     ROPE_FACTORS,
     SHORT_FACTORS,
     Family,
+    all_but_last,
+    llama3_divisors,
     model_type,
 )
 
@@ -268,15 +270,12 @@ def _long(
 
 def _divided(divisors: list[float], base: float, values: Mapping[str, Any]) -> dict[str, Any]:
     """Frequency divisors: Llama 3's scaling if they match it, otherwise one per frequency."""
-    size = 2 * len(divisors)
-    frequencies = base ** -(np.arange(0, size, 2, dtype=np.float64) / size)
-    low, high, factor = LLAMA_3["low_freq_factor"], LLAMA_3["high_freq_factor"], max(divisors)
+    rope = {"rope_type": "llama3", "factor": max(divisors), **LLAMA_3}
     for original in (2**power for power in range(4, 21)):
-        waves = original * frequencies / (2 * np.pi)
-        kept = np.clip((waves - low) / (high - low), 0, 1)
-        if np.allclose(1 / (kept + (1 - kept) / factor), divisors, rtol=1e-6, atol=0):
-            rope = {"rope_type": "llama3", "factor": factor, **LLAMA_3}
-            return {**rope, "original_max_position_embeddings": original}
+        rope["original_max_position_embeddings"] = original
+        found = llama3_divisors({**rope, "rope_theta": base}, 2 * len(divisors))
+        if np.allclose(found, divisors, rtol=1e-6, atol=0):
+            return rope
     return {
         "rope_type": "longrope",
         "long_factor": divisors,
@@ -324,8 +323,8 @@ def _phi3(keys: Keys, values: Mapping[str, Any], there: Family) -> dict[str, Any
 
 
 def _smollm3(keys: Keys, values: Mapping[str, Any], there: Family) -> dict[str, Any]:
-    layers = range(values["num_hidden_layers"])
-    return {"no_rope_layers": [int((layer + 1) % there.rope_period != 0) for layer in layers]}
+    rotated = all_but_last(there.rope_period, values["num_hidden_layers"])
+    return {"no_rope_layers": list(map(int, rotated))}
 
 
 def _ministral3(keys: Keys, values: Mapping[str, Any], there: Family) -> dict[str, Any]:
@@ -363,7 +362,7 @@ def _windows(keys: Keys, values: Mapping[str, Any], there: Family, window: int) 
     layers = values["num_hidden_layers"]
     pattern = keys.pop("attention.sliding_window_pattern", there.window_period)
     if not isinstance(pattern, list):
-        pattern = [(layer + 1) % pattern != 0 for layer in range(layers)]
+        pattern = all_but_last(pattern, layers)
     scaled_by = values["head_dim"]
     if layers == there.width_scaled_layers:
         scaled_by = values["hidden_size"] // values["num_attention_heads"]

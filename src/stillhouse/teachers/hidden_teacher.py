@@ -68,17 +68,9 @@ class HiddenStateTeacher(Teacher):
         self.source, self.vocabulary = source, vocabulary
         self.described = source.described
         self.fingerprint = fingerprint or source.described
-        self._config, self._tokenizer, self._head = config, tokenizer, head
+        self.config, self.tokenizer, self._head = config, tokenizer, head
         self._parameters = parameters
         self._device: torch.device | None = None
-
-    @property
-    def tokenizer(self) -> Any:
-        return self._tokenizer
-
-    @property
-    def config(self) -> Any:
-        return self._config
 
     def answer(self, batch: Batch, request: ActivationRequest = OUTPUT_ONLY) -> TeacherView:
         """Raises ModelError if the engine fails or returns something other than hidden states of
@@ -98,7 +90,7 @@ class HiddenStateTeacher(Teacher):
             chosen_N = (labels[start + 1 : end] != IGNORED).nonzero()[:, 0].cpu()
             for layer in wanted:
                 rows[layer].append(found[layer][chosen_N])
-        width = self._config.get_text_config().hidden_size
+        width = self.config.get_text_config().hidden_size
         empty_ND = torch.empty(0, width)
         layers = {
             layer: torch.cat(parts).to(device) if parts else empty_ND.to(device)
@@ -125,7 +117,7 @@ class HiddenStateTeacher(Teacher):
 
     @property
     def _last_layer(self) -> int:
-        return int(self._config.get_text_config().num_hidden_layers)
+        return int(self.config.get_text_config().num_hidden_layers)
 
     def _check(self, request: ActivationRequest) -> None:
         if request.attention:
@@ -142,7 +134,7 @@ class HiddenStateTeacher(Teacher):
         if not prompts:
             return []
         answers = self.source.read(prompts, layers)
-        width, last = self._config.get_text_config().hidden_size, self._last_layer
+        width, last = self.config.get_text_config().hidden_size, self._last_layer
         for prompt, found in zip(prompts, answers, strict=True):
             for layer, hidden_LD in found.items():
                 if tuple(hidden_LD.shape) != (len(prompt), width):

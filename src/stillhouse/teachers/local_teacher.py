@@ -48,18 +48,10 @@ class LocalTeacher(Teacher):
         self.folder, self.trust_remote_code = folder, trust_remote_code
         self.described = described or model.config.name_or_path or type(model).__name__
         self.fingerprint = fingerprint
-        self._tokenizer = tokenizer
+        self.tokenizer, self.config = tokenizer, model.config
         self._mapped: dict[nn.Module, MappedWeights] = {}
         rows = lm_head(model).weight_VD.shape[0]
         self.vocabulary = rows if tokenizer is None else check_rows(tokenizer, rows, "teacher")
-
-    @property
-    def tokenizer(self) -> Any:
-        return self._tokenizer
-
-    @property
-    def config(self) -> Any:
-        return self.model.config
 
     @property
     def head(self) -> LMHead:
@@ -103,10 +95,6 @@ class LocalTeacher(Teacher):
 
     def flops(self, tokens: int) -> int:
         return forward_flops(count_parameters(self.model).head_once, tokens)
-
-    @property
-    def memory_bytes(self) -> int:
-        return sum(each.numel() * each.element_size() for each in self.model.parameters())
 
     def __repr__(self) -> str:
         return f"Teacher({self.described}: {described(self.model)}, {self.vocabulary:,} tokens)"

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from stillhouse.errors import ModelError
 from stillhouse.teachers.backbone import check_head
-from stillhouse.teachers.load_model import check_loadable, load_config
+from stillhouse.teachers.load_model import attention_for, check_loadable, load_config
 from stillhouse.teachers.model_requirements import (
     require_decoder,
     require_layers,
@@ -32,9 +35,36 @@ def planned_model(config: Any, where: object = None) -> Any:
     where: its folder. Raises ModelError if no causal language model has this configuration.
     """
     require_layers(config, where)
+    with _building(config, where), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def model_without_weights(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The model of a folder in float32 and in eval mode: its weights are on the meta device, and
+    its buffers have their values.
+
+    Raises ModelError as `load_config` and `planned_model`.
+    """
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    with _building(config, folder), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=torch.float32,
+            attn_implementation=attention_for(config),
+            trust_remote_code=trust_remote_code,
+        )
+    model.tie_weights()  # each weight has become a new one
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+@contextmanager
+def _building(config: Any, where: object) -> Iterator[None]:
+    """Raise ModelError where the block cannot build a model of this configuration."""
     try:
-        with torch.device("meta"), quiet():
-            return AutoModelForCausalLM.from_config(config)
+        with quiet():
+            yield
     # A value that an architecture does not expect fails anywhere in its constructor.
     except Exception as error:
         problem = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]

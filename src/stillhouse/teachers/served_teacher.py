@@ -68,17 +68,9 @@ class ServedTeacher(Teacher):
         self._link = SignalLink(server, missing="completions", rejected=fix)
         self.described = self._link.described
         self.fingerprint = fingerprint or self.described
-        self._tokenizer, self._parameters = tokenizer, parameters
+        self.tokenizer, self._parameters = tokenizer, parameters
         self._noted = False
         self._device: torch.device | None = None
-
-    @property
-    def tokenizer(self) -> Any:
-        return self._tokenizer
-
-    @property
-    def config(self) -> Any:
-        return None
 
     def answer(self, batch: Batch, request: ActivationRequest = OUTPUT_ONLY) -> TeacherView:
         """Raises ModelError if the server rejects a request, cannot be reached, or returns

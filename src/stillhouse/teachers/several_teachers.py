@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -25,19 +24,12 @@ class SeveralTeachers(Teacher):
                 fix="choose teachers of one vocabulary",
             )
         self.vocabulary = sizes[0]
+        self.tokenizer, self.config = self.teachers[0].tokenizer, self.teachers[0].config
         self.described = " and ".join(teacher.described for teacher in self.teachers)
         self.fingerprint = " ".join(teacher.fingerprint for teacher in self.teachers)
         self.collective = any(teacher.collective for teacher in self.teachers)
         self.gives_chunks = any(teacher.gives_chunks for teacher in self.teachers)
         self.tokens_together = min(teacher.tokens_together for teacher in self.teachers)
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.teachers[0].tokenizer
-
-    @property
-    def config(self) -> Any:
-        return self.teachers[0].config
 
     def answer(self, batch: Batch, request: ActivationRequest = OUTPUT_ONLY) -> TeacherView:
         views = [teacher.answer(batch) for teacher in self.teachers]
@@ -62,10 +54,6 @@ class SeveralTeachers(Teacher):
 
     def flops(self, tokens: int) -> int:
         return sum(teacher.flops(tokens) for teacher in self.teachers)
-
-    @property
-    def memory_bytes(self) -> int:
-        return sum(teacher.memory_bytes for teacher in self.teachers)
 
     def __repr__(self) -> str:
         return f"SeveralTeachers({', '.join(map(repr, self.teachers))})"

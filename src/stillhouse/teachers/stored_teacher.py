@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from stillhouse.data.batches import Batch, Batches, in_order
 from stillhouse.data.windows import WindowSet
 from stillhouse.errors import SignalError
 from stillhouse.progress import note
 from stillhouse.signals import (
-    ChunkSignal,
     DenseSignal,
-    FrozenHeadSignal,
     HiddenSignal,
     LMHead,
     SampledSignal,
@@ -31,6 +27,7 @@ from stillhouse.signals.folded_store import ROOTS, fold_sha256, read_fold, unfol
 from stillhouse.signals.manifest import check_expected
 from stillhouse.signals.record import Recorder
 from stillhouse.signals.segments import Segments
+from stillhouse.signals.signal_types import moved_rows
 from stillhouse.signals.store import Store
 from stillhouse.teachers.activations import ActivationRequest
 from stillhouse.teachers.aligned_teacher import AlignedTeacher
@@ -65,21 +62,13 @@ class StoredTeacher(Teacher):
         self.full_distributions = not self.gives_chunks
         self.described = f"{store.settings.encoding.kind} signals in {store.path}"
         self.fingerprint = store.manifest.digest()
-        self._config, self._head = config, head
+        self.config, self._head = config, head
         self._load_missing = load_missing
         self._missing: Teacher | None = None
         self._missing_share = 0.0
         self._student_head: LMHead | None = None
         self._recorder: Recorder | None = None
         self._device: torch.device | None = None
-
-    @property
-    def tokenizer(self) -> Any:
-        return None if self._missing is None else self._missing.tokenizer
-
-    @property
-    def config(self) -> Any:
-        return self._config
 
     def answer(self, batch: Batch, request: ActivationRequest = OUTPUT_ONLY) -> TeacherView:
         segments = segments_of(batch)
@@ -89,11 +78,10 @@ class StoredTeacher(Teacher):
         if self._fold is not None:
             assert isinstance(stored, SparseSignal | SampledSignal)
             self._fold = self._fold.to(device)
-            moved = _moved(stored, device)
-            assert isinstance(moved, SparseSignal | SampledSignal)
+            moved = moved_rows(stored, device, non_blocking=True)
             return TeacherView((unfolded_rows(moved, self._fold),))
         if not isinstance(stored, HiddenSignal):
-            return TeacherView((_moved(stored, device),))
+            return TeacherView((moved_rows(stored, device, non_blocking=True),))
         layers = {
             layer: hidden_ND.to(device, non_blocking=True)
             for layer, hidden_ND in stored.hidden_ND.items()
@@ -104,9 +92,9 @@ class StoredTeacher(Teacher):
         return TeacherView((DenseSignal(last, self._head),), layers)
 
     def _last_layer(self) -> int:
-        if self._config is None:
+        if self.config is None:
             return -1
-        return int(self._config.get_text_config().num_hidden_layers)
+        return int(self.config.get_text_config().num_hidden_layers)
 
     def _missing_rows(
         self, batch: Batch, segments: Segments, missing_S: NDArray[np.bool_]
@@ -125,6 +113,7 @@ class StoredTeacher(Teacher):
     def _teacher_of_missing(self) -> Teacher | None:
         if self._missing is None and self._load_missing is not None:
             self._missing = self._load_missing()
+            self.tokenizer = self._missing.tokenizer
             if self._fold is not None and isinstance(self._missing, AlignedTeacher):
                 self._check_roots(self._missing)
         return self._missing
@@ -209,10 +198,6 @@ class StoredTeacher(Teacher):
             return 0
         return self._missing.flops(round(self._missing_share * tokens))
 
-    @property
-    def memory_bytes(self) -> int:
-        return 0 if self._missing is None else self._missing.memory_bytes
-
     def __repr__(self) -> str:
         rows = self.store.manifest.rows
         return f"StoredTeacher({self.described}: {rows:,} tokens of {self.vocabulary:,})"
@@ -293,15 +278,3 @@ def lacking_tokens(store: Store, text: WindowSet) -> int:
         segments = segments_of(batch)
         lacking += int(segments.rows_S[store.missing(segments)].sum())
     return lacking
-
-
-def _moved(
-    signal: SparseSignal | SampledSignal | ChunkSignal | FrozenHeadSignal, device: torch.device
-) -> SparseSignal | SampledSignal | ChunkSignal | FrozenHeadSignal:
-    values = ((each.name, getattr(signal, each.name)) for each in fields(signal))
-    tensors: dict[str, Any] = {
-        name: value.to(device, non_blocking=True)
-        for name, value in values
-        if isinstance(value, Tensor)
-    }
-    return replace(signal, **tensors)

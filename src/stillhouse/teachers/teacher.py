@@ -81,6 +81,8 @@ class Teacher(ABC):
 
     vocabulary: token ids below it are those of the student; rows of a head beyond it are padding.
     described: one line for messages. fingerprint: identifies the content.
+    tokenizer: whose ids `answer` reads; None where only the ids are known. config: of the model,
+    which terms on intermediate layers need; None: unknown.
     collective: every process must call `answer` equally often, as sharded models need.
     tokens_together: tokens in one call of `answer`, when a complete text is scored.
     full_distributions: its signals are complete, and not a few tokens of each position.
@@ -90,6 +92,8 @@ class Teacher(ABC):
     vocabulary: int
     described: str
     fingerprint: str
+    tokenizer: Any = None
+    config: Any = None
     collective: bool = False
     tokens_together: int = 2048
     full_distributions: bool = True
@@ -103,16 +107,6 @@ class Teacher(ABC):
         request: activations that the view must have, in addition to the signals.
         Raises SignalError if it cannot answer for this batch.
         """
-
-    @property
-    @abstractmethod
-    def tokenizer(self) -> Any:
-        """The tokenizer whose ids `answer` reads; None where only the ids are known."""
-
-    @property
-    @abstractmethod
-    def config(self) -> Any:
-        """The model's configuration, which terms on intermediate layers need; None: unknown."""
 
     def prepare(self, needs: TeacherNeeds, text: Batches | None = None) -> None:
         """Prepare for teaching a student, on `text` if it is known.
@@ -142,11 +136,6 @@ class Teacher(ABC):
 
     def flops(self, tokens: int) -> int:
         """Floating-point operations on this machine for a number of tokens."""
-        return 0
-
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes of weights on this machine."""
         return 0
 
     def aligned(self, tokenizer: Any, roots: Roots | None = None) -> Teacher:

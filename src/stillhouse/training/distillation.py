@@ -45,8 +45,7 @@ from stillhouse.teachers.teacher import Teacher, TeacherView
 from stillhouse.teachers.write_by_layer import weights_by_layer, write_by_layer
 from stillhouse.training.objective import Objective, objective_for
 from stillhouse.training.own_measures import measure_rows
-from stillhouse.training.sharded_checkpoint import gathered_weights
-from stillhouse.training.sharded_weights import read_weights
+from stillhouse.training.sharded_checkpoint import gathered_weights, read_weights
 
 PROJECTIONS = "distillation_projections.safetensors"
 STUDENT = "student."

@@ -29,9 +29,7 @@ from stillhouse.objectives.objective_config import (
     ScheduleRecipe,
 )
 from stillhouse.objectives.objective_names import ChunkDistance
-from stillhouse.signals.encodings import Encoding
 from stillhouse.teachers.activations import ActivationRequest
-from stillhouse.teachers.stored_teacher import recorded_temperature
 from stillhouse.teachers.teacher import TeacherNeeds
 
 
@@ -241,14 +239,6 @@ def stored_layers(objective: Objective, teacher_config: Any) -> tuple[int, ...]:
             fix="remove `signals`, or add a term with a teacher",
         )
     return tuple(sorted(layers))
-
-
-def stored_temperature(objective: Objective, encoding: Encoding) -> float:
-    """The one temperature at which a store must be recorded for these terms.
-
-    Raises SignalError as `recorded_temperature`.
-    """
-    return recorded_temperature(encoding, objective.needs)
 
 
 def _one_of_a_kind(names: list[str]) -> None:

@@ -16,6 +16,7 @@ import torch
 from stillhouse.data.batches import Batch, join, positions_of
 from stillhouse.objectives import AttentionStates
 from stillhouse.signals import ChunkSignal, DenseSignal, FoldedSignal, Signal
+from stillhouse.signals.signal_types import moved_rows
 from stillhouse.teachers.activations import ActivationRequest
 from stillhouse.teachers.aligned_teacher import AlignedTeacher
 from stillhouse.teachers.several_teachers import SeveralTeachers
@@ -111,18 +112,6 @@ def split_chunks(chunks: ChunkSignal | None, counts: Sequence[int]) -> list[Chun
     return found
 
 
-def _on(signal: Signal | ChunkSignal, device: torch.device) -> DenseSignal | FoldedSignal:
-    """The signal with its rows on the device; its head and fold stay where they are."""
-    moved = replace(_dense(signal), hidden_ND=_dense(signal).hidden_ND.to(device))
-    if not isinstance(signal, FoldedSignal):
-        return moved
-    chunks = signal.chunks
-    if chunks is not None:
-        each = (chunks.rows_P, chunks.chunk_P, chunks.log_probs_C)
-        chunks = ChunkSignal(*(tensor.to(device) for tensor in each))
-    return replace(signal, signal=moved, covered_N=signal.covered_N.to(device), chunks=chunks)
-
-
 def _dense(signal: Signal | ChunkSignal) -> DenseSignal:
     """What a sharded teacher returns, also with another tokenizer."""
     inner = signal.signal if isinstance(signal, FoldedSignal) else signal
@@ -132,7 +121,7 @@ def _dense(signal: Signal | ChunkSignal) -> DenseSignal:
 
 def _moved(view: TeacherView, device: torch.device) -> TeacherView:
     """The view with its rows on the device; the heads stay where they are."""
-    signals = tuple(_on(signal, device) for signal in view.signals)
+    signals = tuple(moved_rows(signal, device) for signal in view.signals)
     layers = {layer: hidden_ND.to(device) for layer, hidden_ND in view.layers.items()}
     attention = {
         block: AttentionStates({name: each.to(device) for name, each in states.states.items()})

@@ -36,7 +36,7 @@ from stillhouse.pipeline.engine import RECIPE
 from stillhouse.runfolder import answers_path
 from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.model_source import resolve_model
-from stillhouse.teachers.model_without_weights import model_without_weights
+from stillhouse.teachers.planned_model import model_without_weights
 from stillhouse.training.train import MODEL
 
 ROLES = ("student", "teacher")

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from stillhouse.errors import ModelError
-from stillhouse.teachers.token_bytes import byte_of_character, token_bytes
+from stillhouse.teachers.text_tokens import byte_of_character, token_bytes
 from tests import tiny
 
 TEXT = "the cat ÷ häß 猫\n\t 🐈  the end"
