@@ -70,7 +70,6 @@ class HiddenStateTeacher(Teacher):
         self.fingerprint = fingerprint or source.described
         self.config, self.tokenizer, self._head = config, tokenizer, head
         self._parameters = parameters
-        self._device: torch.device | None = None
 
     def answer(self, batch: Batch, request: ActivationRequest = OUTPUT_ONLY) -> TeacherView:
         """Raises ModelError if the engine fails or returns something other than hidden states of
@@ -106,7 +105,7 @@ class HiddenStateTeacher(Teacher):
         self._check(needs.activations)
 
     def place(self, device: torch.device, context: int) -> None:
-        self._device = device
+        super().place(device, context)
         self._head = None if self._head is None else self._head.to(device)
 
     def flops(self, tokens: int) -> int:

@@ -16,11 +16,8 @@ from stillhouse.launch import world_size
 from stillhouse.processes import local_part, lost_process
 from stillhouse.teachers.backbone import check_head
 from stillhouse.teachers.model_requirements import (
-    require_decoder,
     require_known_keys,
-    require_layers,
-    require_padding,
-    require_quantization,
+    require_loadable,
     require_tokens,
     require_windows,
 )
@@ -37,6 +34,13 @@ from stillhouse.teachers.weights import (
 
 _checked: set[tuple[Path, int]] = set()
 """Model folders whose head was compared with the model's logits, and the time of their config."""
+_CHECKED: dict[str, Any] = {
+    "local_files_only": True,
+    "use_safetensors": True,
+    "ignore_mismatched_sizes": True,
+    "output_loading_info": True,
+}
+"""Options of `from_pretrained`: what does not match is returned, for `_check_loaded`."""
 
 
 def load_model(
@@ -60,10 +64,7 @@ def load_model(
     """
     files = weight_files(path)
     config = load_config(path, trust_remote_code=trust_remote_code)
-    require_layers(config, path)
-    require_decoder(config, path)
-    require_quantization(config, path)
-    require_padding(config, path)
+    require_loadable(config, path)
     processes = 1 if distributed is None else world_size()
     try:
         with quiet(), lost_process(processes):
@@ -73,10 +74,7 @@ def load_model(
                 dtype=dtype,
                 attn_implementation=attention_for(config),
                 trust_remote_code=trust_remote_code,
-                local_files_only=True,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
+                **_CHECKED,
                 **({} if distributed is None else {"distributed_config": distributed}),
             )
     except LostProcessError:
@@ -133,13 +131,7 @@ def check_loadable(
     try:
         with quiet():
             model, info = kind.from_pretrained(
-                path,
-                device_map="meta",
-                trust_remote_code=trust_remote_code,
-                local_files_only=True,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
+                path, device_map="meta", trust_remote_code=trust_remote_code, **_CHECKED
             )
     except (ValueError, KeyError, ImportError, OSError, RuntimeError) as error:
         raise ModelError(

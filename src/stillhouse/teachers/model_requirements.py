@@ -99,6 +99,14 @@ def _model_reads(kind: type, key: str) -> bool:
     return any(key in file.read_text(encoding="utf-8") for file in sources)
 
 
+def require_loadable(config: Any, where: object = None) -> None:
+    """Raise ModelError for what no causal language model that can be loaded here has."""
+    require_layers(config, where)
+    require_decoder(config, where)
+    require_quantization(config, where)
+    require_padding(config, where)
+
+
 def require_windows(config: Any, where: object = None) -> None:
     """Raise ModelError for layers with a sliding window of no size."""
     text = config.get_text_config()

@@ -19,10 +19,8 @@ from stillhouse.errors import ModelError
 from stillhouse.teachers.backbone import check_head
 from stillhouse.teachers.load_model import attention_for, check_loadable, load_config
 from stillhouse.teachers.model_requirements import (
-    require_decoder,
     require_layers,
-    require_padding,
-    require_quantization,
+    require_loadable,
     require_tokens,
 )
 from stillhouse.teachers.quiet import quiet
@@ -82,9 +80,7 @@ def check_model_folder(path: Path, *, trust_remote_code: bool = False) -> Any:
     Names and shapes of weights are compared if the weights are on this disk. Raises ModelError.
     """
     config = load_config(path, trust_remote_code=trust_remote_code)
-    require_decoder(config, path)
-    require_quantization(config, path)
-    require_padding(config, path)
+    require_loadable(config, path)
     if trust_remote_code:
         return config
     model = planned_model(config, path)

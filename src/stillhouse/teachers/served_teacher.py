@@ -70,7 +70,6 @@ class ServedTeacher(Teacher):
         self.fingerprint = fingerprint or self.described
         self.tokenizer, self._parameters = tokenizer, parameters
         self._noted = False
-        self._device: torch.device | None = None
 
     def answer(self, batch: Batch, request: ActivationRequest = OUTPUT_ONLY) -> TeacherView:
         """Raises ModelError if the server rejects a request, cannot be reached, or returns
@@ -106,9 +105,6 @@ class ServedTeacher(Teacher):
                 f"{self.described} gives the {self.k} most likely tokens of each position; bias: "
                 f"{TopK(self.k).bias}"
             )
-
-    def place(self, device: torch.device, context: int) -> None:
-        self._device = device
 
     def flops(self, tokens: int) -> int:
         return forward_flops(self._parameters, tokens)

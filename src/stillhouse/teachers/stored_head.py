@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +15,7 @@ from stillhouse.errors import ModelError
 from stillhouse.signals.signal_types import LMHead
 from stillhouse.teachers.backbone import lm_head, trim_head
 from stillhouse.teachers.load_model import check_head_once, load_config, load_model
-from stillhouse.teachers.weights import tensor_names, weight_files
+from stillhouse.teachers.weights import read_tensors, weight_files
 
 
 def load_head(path: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> LMHead:
@@ -68,10 +67,5 @@ def _names(model: Any, tensor: Tensor) -> list[str]:
 
 
 def _stored(path: Path, names: list[str]) -> Tensor | None:
-    for file in weight_files(path):
-        held = tensor_names(file)
-        for name in names:
-            if name in held:
-                with safe_open(file, framework="pt") as opened:
-                    return opened.get_tensor(name)
-    return None
+    found = read_tensors(weight_files(path), names)
+    return next((found[name] for name in names if name in found), None)

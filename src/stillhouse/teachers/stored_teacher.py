@@ -68,7 +68,6 @@ class StoredTeacher(Teacher):
         self._missing_share = 0.0
         self._student_head: LMHead | None = None
         self._recorder: Recorder | None = None
-        self._device: torch.device | None = None
 
     def answer(self, batch: Batch, request: ActivationRequest = OUTPUT_ONLY) -> TeacherView:
         segments = segments_of(batch)
@@ -164,7 +163,7 @@ class StoredTeacher(Teacher):
         check_expected(settings, path, named, temperature, None)
 
     def place(self, device: torch.device, context: int) -> None:
-        self._device = device
+        super().place(device, context)
         self._head = None if self._head is None else self._head.to(device)
         if self._missing is not None:
             self._missing.place(device, context)

@@ -98,6 +98,7 @@ class Teacher(ABC):
     tokens_together: int = 2048
     full_distributions: bool = True
     gives_chunks: bool = False
+    _device: torch.device | None = None
 
     @abstractmethod
     def answer(self, batch: Batch, request: ActivationRequest = OUTPUT_ONLY) -> TeacherView:
@@ -116,11 +117,12 @@ class Teacher(ABC):
         """
         check_tokenizers(self, needs.tokenizer)
 
-    def place(self, device: torch.device, context: int) -> None:  # noqa: B027  (most have nothing)
+    def place(self, device: torch.device, context: int) -> None:
         """Move to a device, for a training on windows of `context` tokens.
 
         From then on, weights that are mapped from files leave memory when they are not used.
         """
+        self._device = device
 
     def for_heldout(self, batches: Sequence[Batch]) -> Teacher | None:
         """The teacher that can evaluate a student on all of these batches; None if there is
