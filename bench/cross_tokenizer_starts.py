@@ -24,7 +24,7 @@ import stillhouse as sh
 from stillhouse.data.batches import Batch, Batches, collate, positions_of
 from stillhouse.data.shift import IGNORED, supervised_rows
 from stillhouse.evaluation.fidelity import compare, heldout_answers
-from stillhouse.evaluation.text_bytes import bits_per_byte, supervised_bytes
+from stillhouse.evaluation.measuring import bits_per_byte, supervised_bytes
 from stillhouse.hardware import choose_precision, default_device
 from stillhouse.objectives import Term, fused_loss
 from stillhouse.signals import FoldedSignal

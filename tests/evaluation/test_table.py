@@ -12,8 +12,14 @@ from rich.console import Console
 
 from stillhouse.evaluation.metrics import metrics_of
 from stillhouse.evaluation.metrics_table import MetricsTable, to_markdown, to_rich
-from stillhouse.evaluation.results import Evaluation, Fidelity, Generation, ModelResult, Speed
-from stillhouse.evaluation.roles import ROLE_NAMES
+from stillhouse.evaluation.results import (
+    ROLE_NAMES,
+    Evaluation,
+    Fidelity,
+    Generation,
+    ModelResult,
+    Speed,
+)
 
 TEACHER = ModelResult(
     role="teacher",

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from stillhouse.data.data import Data
 from stillhouse.evaluation.evaluate import evaluate_models
+from stillhouse.evaluation.measuring import bits_per_byte, supervised_bytes
 from stillhouse.evaluation.results import Fidelity
-from stillhouse.evaluation.text_bytes import bits_per_byte, supervised_bytes
 from tests import tiny
 
 TEXTS = ["the cat sees 猫", "a dog likes the house"]

@@ -22,8 +22,8 @@ from stillhouse.evaluation.results import (
     Evaluation,
     ModelResult,
     Speed,
+    role_name,
 )
-from stillhouse.evaluation.roles import role_name
 from stillhouse.evaluation.speed import (
     DECODE_TOKENS,
     PROMPT_TOKENS,

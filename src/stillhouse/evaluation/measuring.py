@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
 from stillhouse.account import count_parameters
+from stillhouse.data.shift import supervised_targets
 from stillhouse.data.windows import WindowSet
+from stillhouse.errors import ModelError
 from stillhouse.evaluation.evaluate_config import EvaluateRecipe
 from stillhouse.evaluation.fidelity import (
     HeldoutAnswers,
@@ -21,7 +24,6 @@ from stillhouse.evaluation.generate import generate
 from stillhouse.evaluation.kept_teacher import KeptTeacher
 from stillhouse.evaluation.own_answers import OwnAnswers, far_on_own_text
 from stillhouse.evaluation.results import Fidelity, Generation, ModelResult, ScoredAnswers
-from stillhouse.evaluation.text_bytes import bits_per_byte, supervised_bytes
 from stillhouse.launch import world_size
 from stillhouse.processes import lost_process
 from stillhouse.progress import bar
@@ -29,6 +31,7 @@ from stillhouse.shared_work import ALONE, Processes
 from stillhouse.signals import DenseSignal, LMHead
 from stillhouse.teachers.aligned_text import AlignedBatch, Alignment, whole_text
 from stillhouse.teachers.sharded_teacher import ShardedTeacher
+from stillhouse.teachers.text_tokens import TextTokens
 
 TEACHER = "teacher"
 
@@ -181,3 +184,23 @@ class Measuring:
             Generation(prompt, {role: texts[number] for role, texts in self.texts.items()})
             for number, prompt in enumerate(self.section.prompts)
         ]
+
+
+def supervised_bytes(tokenizer: Any, windows: WindowSet) -> int | None:
+    """Bytes of the tokens that are predicted, without special tokens; None if the tokenizer does
+    not define the bytes of its tokens."""
+    try:
+        lengths_V = TextTokens(tokenizer).lengths_V
+    except ModelError:
+        return None
+    total = 0
+    for index in range(len(windows)):
+        targets_N = supervised_targets(windows[index]["labels"][None]).numpy()
+        total += int(lengths_V[targets_N[targets_N < len(lengths_V)]].sum())
+    return total
+
+
+def bits_per_byte(fidelity: Fidelity, size: int | None) -> float | None:
+    """Negative log-likelihood of the text in bits, ends of documents and turns included, divided by
+    its bytes."""
+    return math.log2(fidelity.perplexity) * fidelity.tokens / size if size else None

@@ -11,8 +11,7 @@ from stillhouse.evaluation.answers import AnswersEvaluation
 from stillhouse.evaluation.classification_results import Abstention, ClassificationEvaluation
 from stillhouse.evaluation.family_evaluation import FamilyEvaluation
 from stillhouse.evaluation.metrics_table import Cell, Column, MetricsTable, Row
-from stillhouse.evaluation.results import Evaluation, ModelResult
-from stillhouse.evaluation.roles import role_name, role_order
+from stillhouse.evaluation.results import Evaluation, ModelResult, role_name, role_order
 
 
 class Metric(NamedTuple):

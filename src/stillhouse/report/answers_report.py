@@ -7,7 +7,7 @@ from typing import Any
 
 from stillhouse.evaluation.answers import AnsweredText, AnswersEvaluation
 from stillhouse.evaluation.metrics import ANSWER_METRICS, metrics_of
-from stillhouse.evaluation.roles import role_name
+from stillhouse.evaluation.results import role_name
 from stillhouse.generation.answer_requests import cost_line
 from stillhouse.report.charts import INK, role_color
 from stillhouse.report.history import Rows, training_section

@@ -9,7 +9,7 @@ from stillhouse import number_format as text
 from stillhouse.evaluation.classification_results import ClassificationEvaluation
 from stillhouse.evaluation.metrics import abstention_sentence, metrics_of
 from stillhouse.evaluation.metrics_table import MetricsTable
-from stillhouse.evaluation.roles import role_name
+from stillhouse.evaluation.results import role_name
 from stillhouse.generation.answer_requests import cost_line
 from stillhouse.report.charts import (
     ACCENT,

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import pairwise
 
-from stillhouse.evaluation.results import ScoredAnswer, ScoredAnswers
-from stillhouse.evaluation.roles import role_name, role_order
+from stillhouse.evaluation.results import ScoredAnswer, ScoredAnswers, role_name, role_order
 from stillhouse.report.charts import ACCENT, SECOND, Line, LineChart, in_units, role_color
 from stillhouse.report.history import Rows, series_of_windows, smooth
 from stillhouse.report.page import Answer, Section, SideBySide, Token

@@ -13,8 +13,7 @@ from pydantic import BaseModel
 
 from stillhouse import number_format as text
 from stillhouse.evaluation.metrics_table import MetricsTable
-from stillhouse.evaluation.results import Generation
-from stillhouse.evaluation.roles import role_name, role_order
+from stillhouse.evaluation.results import Generation, role_name, role_order
 from stillhouse.hardware import machine
 from stillhouse.report.charts import ACCENT, PALE, Bar, BarChart, Chart, in_powers, role_color
 from stillhouse.report.page import Answer, Figure, Folded, Report, Section, SideBySide
