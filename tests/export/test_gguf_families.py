@@ -19,7 +19,7 @@ from stillhouse.export.gate import Gate
 from stillhouse.export.gguf_config import misread_by_transformers
 from stillhouse.export.gguf_export import announce_gguf, export_gguf
 from stillhouse.export.gguf_file import FORMATS, write_gguf
-from stillhouse.export.gguf_model import architecture, rope_factors
+from stillhouse.export.gguf_model import family, rope_factors
 from tests import tiny
 from tests.export.conftest import ToyWindows
 from tests.gguf_files import (
@@ -197,7 +197,7 @@ def test_models_that_llama_cpp_computes_differently_are_rejected(
     kind: str, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ModelError, match=message):
-        architecture(CONFIGS[kind](**changes))
+        family(CONFIGS[kind](**changes))
 
 
 # --- where llama.cpp is the only reader -----------------------------------------------------------

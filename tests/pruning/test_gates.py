@@ -24,9 +24,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from stillhouse.account import count_parameters
 from stillhouse.errors import ModelError
+from stillhouse.export import gguf_model
 from stillhouse.export.gguf_config import misread_by_transformers
 from stillhouse.export.gguf_file import FORMATS, write_gguf
-from stillhouse.export.gguf_model import architecture
 from stillhouse.pruning.axes import ARCHITECTURES, axes_of
 from stillhouse.pruning.prune import prune_model
 from stillhouse.pruning.sizes import AXES as SIZES
@@ -295,4 +295,4 @@ def test_a_cut_in_depth_may_leave_layers_that_llama_cpp_computes_differently() -
     config = family("smollm3").config
     config.attention_bias = False
     with pytest.raises(ModelError, match="other layers than every 4th"):
-        architecture(config)
+        gguf_model.family(config)

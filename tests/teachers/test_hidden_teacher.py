@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -225,31 +226,21 @@ def test_a_server_also_scores_what_the_student_writes_later(tmp_path: Path) -> N
 # --- vLLM on this machine ------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["this process", "another Python"])
+@pytest.fixture(params=["this Python", pytest.param("another Python", marks=pytest.mark.slow)])
 def stub(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[dict[str, Any]]:
+) -> dict[str, Any]:
     """The section `signals.vllm`, for a package `vllm` in site/."""
     package = tmp_path / "site" / "vllm"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(STUB)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("PYTHONPATH", str(package.parent), prepend=os.pathsep)
     if request.param == "another Python":
-        monkeypatch.setenv("PYTHONPATH", str(package.parent))
-        yield {"python": sys.executable}
-        return
+        return {"python": sys.executable}
     monkeypatch.syspath_prepend(str(package.parent))
     importlib.invalidate_caches()
-    yield {}
-    sys.modules.pop("vllm", None)
-
-
-HERE = pytest.mark.parametrize(
-    "stub",
-    ["this process", pytest.param("another Python", marks=pytest.mark.slow)],
-    indirect=True,
-)
-"""Another Python takes seconds to import transformers."""
+    return {}
 
 
 def write(folder: Path, name: str = "tiny", **changes: Any) -> Path:
@@ -292,7 +283,6 @@ def test_a_recipe_records_the_layers_of_its_terms_with_vllm(
     torch.testing.assert_close(bits_NW, same_NW, rtol=2**-6, atol=1e-3)
 
 
-@HERE
 def test_any_encoding_is_recorded_from_hidden_states(tmp_path: Path, stub: dict[str, Any]) -> None:
     top = {"kind": "top_k", "k": 4}
     store = record_signals(write(tmp_path, signals={"encoding": top, "vllm": stub}))
@@ -319,7 +309,6 @@ def test_what_was_recorded_before_vllm_stopped_is_not_read_again(
     assert sum(map(len, told(tmp_path, "read"))) == manifest.segments
 
 
-@HERE
 def test_an_architecture_whose_layers_mean_something_else_is_rejected(
     tmp_path: Path, stub: dict[str, Any]
 ) -> None:
