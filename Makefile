@@ -4,9 +4,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
-# On the CPU also where there is a GPU: many of these tests compare bit for bit. Three workers keep two
-# cores busy: a third of the time, a test waits for processes that it started.
-PYTEST  = CUDA_VISIBLE_DEVICES= $(BIN)/pytest -n 3 --dist worksteal
+# On the CPU also where there is a GPU: many of these tests compare bit for bit.
+PYTEST  = CUDA_VISIBLE_DEVICES= $(BIN)/pytest -n 2 --dist worksteal
 EVERY   = not slow and not cuda and not install and not processes
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 
