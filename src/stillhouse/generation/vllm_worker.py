@@ -1,4 +1,4 @@
-"""A vLLM engine with plain requests and replies: in this process or in a separate one.
+"""A vLLM engine with plain requests and replies, in a process of its own.
 
 `python -P vllm_worker.py` reads requests from standard input and writes replies to standard output,
 one JSON object per line; one with `bytes` is followed by that many bytes. It imports nothing from
