@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from stillhouse.classify.classify_config import TextFile
 from stillhouse.classify.labeled_texts import first_row, read_texts
 from stillhouse.classify.predict_labels import file_texts
+from stillhouse.classify.task_texts_config import TextFile
 from stillhouse.data.data_config import FileSource
 from stillhouse.data.sources import read_sources
 from stillhouse.errors import DataError

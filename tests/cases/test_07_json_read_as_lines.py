@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from stillhouse.classify.classify_config import TextFile
 from stillhouse.classify.labeled_texts import read_texts
+from stillhouse.classify.task_texts_config import TextFile
 from stillhouse.cli import app
 from stillhouse.config.load_recipe import load_recipe
 from stillhouse.data.data_config import TextSource

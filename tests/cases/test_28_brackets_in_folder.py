@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from stillhouse.classify.classify_config import TextFile
 from stillhouse.classify.labeled_texts import read_texts
+from stillhouse.classify.task_texts_config import TextFile
 from stillhouse.data.data_config import FileSource, HubSource
 from stillhouse.data.file_search import find_files
 from stillhouse.data.sources import read_sources, sources_fingerprint

@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from stillhouse.classify.classify_config import ClassifyRecipe, ClassifyTask, TextFile
+from stillhouse.classify.classify_config import ClassifyRecipe, ClassifyTask
 from stillhouse.classify.labeled_texts import LabeledText, read_texts
 from stillhouse.classify.task_texts import Texts, divide_texts, prepare_texts
+from stillhouse.classify.task_texts_config import TextFile
 from stillhouse.errors import DataError, RecipeError
 
 

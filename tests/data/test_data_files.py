@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stillhouse.classify.classify_config import TextFile
 from stillhouse.classify.labeled_texts import read_texts
+from stillhouse.classify.task_texts_config import TextFile
 from stillhouse.data.data_config import FileSource
 from stillhouse.data.data_files import format_of
 from stillhouse.data.file_search import find_files

@@ -14,10 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stillhouse.classify.classify_config import ClassifyTask, TextFile
+from stillhouse.classify.classify_config import ClassifyTask
 from stillhouse.classify.labeled_texts import first_row, read_texts
 from stillhouse.classify.predict_labels import file_texts, stream_texts
 from stillhouse.classify.task_texts import task_labels
+from stillhouse.classify.task_texts_config import TextFile
 from stillhouse.data.data_config import FileSource, Source
 from stillhouse.data.data_files import text_size
 from stillhouse.data.documents import Document

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stillhouse.classify.classify_config import TextFile
 from stillhouse.classify.labeled_texts import first_row, read_texts
+from stillhouse.classify.task_texts_config import TextFile
 from stillhouse.data.data_config import FileSource, HubSource
 from stillhouse.data.documents import Document
 from stillhouse.data.row_reader import read_rows

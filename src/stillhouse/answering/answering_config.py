@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from stillhouse.classify.classify_config import TaskTextsRecipe, TextPrompt
+from stillhouse.classify.task_texts_config import TaskTextsRecipe, TextPrompt
 from stillhouse.field_types import (
     AnswerTokens,
     Context,

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     Field,
     WithJsonSchema,
@@ -15,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from stillhouse.classify.task_texts_config import TaskTextsRecipe, TextPrompt
 from stillhouse.data.words import normalized
 from stillhouse.export.export_config import ClassifierExportRecipe
 from stillhouse.field_types import (
@@ -31,7 +31,6 @@ from stillhouse.field_types import (
     Seed,
     SmallCount,
     Steps,
-    Tokens,
     WeightDecay,
     Width,
 )
@@ -87,16 +86,6 @@ Labels = Annotated[
         }
     ),
 ]
-
-
-def _with_a_place(prompt: str) -> str:
-    if "{text}" not in prompt:
-        raise ValueError("it has no {text}, so the teacher would not see the text")
-    return prompt
-
-
-TextPrompt = Annotated[str, AfterValidator(_with_a_place)]
-"""The user turn about a text."""
 
 
 class LabeledExample(Section):
@@ -215,43 +204,6 @@ class LabelTeacher(TaskTeacher):
             raise ValueError("give teacher.top_logprobs instead of sampling.top_logprobs")
         check_text_teacher(self.api, self.sampling, self.budget, self.samples)
         return self
-
-
-class TextFile(Section):
-    """Texts, one per row."""
-
-    path: PathText = Field(
-        description="Text (one per line), JSONL, JSON, CSV, TSV or Parquet, also compressed; a "
-        "file, a folder or a glob."
-    )
-    text: str = Field("text", description="The column or key of the text.")
-    label: str | None = Field(
-        None, description="The column or key of the true label, if there is one."
-    )
-    limit: Tokens | None = Field(None, description="Use at most the first rows, this many.")
-    sample: Tokens | None = Field(
-        None, description="Use a random sample of at most this many rows (for sorted files)."
-    )
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> TextFile:
-        if self.limit is not None and self.sample is not None:
-            raise ValueError("limit selects the first rows and sample random ones: set one of them")
-        return self
-
-
-class TaskTextsRecipe(Section):
-    """The texts of a task of any kind."""
-
-    texts: list[TextFile] = Field(
-        min_length=1,
-        description="Training texts. True labels or reference answers, if any (`label`: for an "
-        "extraction, a column of text or JSON), are used only to train the fine-tuned baseline.",
-    )
-    test: list[TextFile] = Field(
-        default=[], description="Test texts; by default, a share of `texts` is split off."
-    )
-    test_share: PartialShare = Field(0.2, description="Share of `texts`, if `test` is not set.")
 
 
 class TextsRecipe(TaskTextsRecipe):

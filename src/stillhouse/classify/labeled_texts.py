@@ -14,7 +14,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from stillhouse.classify.classify_config import TextFile
+from stillhouse.classify.task_texts_config import TextFile
 from stillhouse.data.data_files import FileFormat, known_format
 from stillhouse.data.file_search import find_files
 from stillhouse.data.row_reader import header_hint, not_empty, read_rows

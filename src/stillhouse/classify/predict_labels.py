@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from stillhouse.classify.classifier import FACTS, Classifier, load_classifier
-from stillhouse.classify.classify_config import TextFile
 from stillhouse.classify.labeled_texts import labeled_text, read_texts
+from stillhouse.classify.task_texts_config import TextFile
 from stillhouse.data.row_reader import read_lines
 from stillhouse.hardware import choose_precision, default_device
 from stillhouse.pipeline.kind import Rows

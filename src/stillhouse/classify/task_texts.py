@@ -13,7 +13,6 @@ from typing import Any, Literal
 from stillhouse.classify.classify_config import (
     ClassifyRecipe,
     ClassifyTask,
-    TextFile,
     check_labels,
     phrase_of,
 )
@@ -24,6 +23,7 @@ from stillhouse.classify.labeled_texts import (
     labeled_text,
     read_files,
 )
+from stillhouse.classify.task_texts_config import TextFile
 from stillhouse.data.data_files import known_format
 from stillhouse.data.file_search import find_files
 from stillhouse.data.row_reader import read_rows

@@ -1,0 +1,57 @@
+"""Recipe sections of tasks of any kind: texts, and the prompt about each."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, model_validator
+
+from stillhouse.field_types import PartialShare, PathText, Tokens
+from stillhouse.section import Section
+
+
+def _with_a_place(prompt: str) -> str:
+    if "{text}" not in prompt:
+        raise ValueError("it has no {text}, so the teacher would not see the text")
+    return prompt
+
+
+TextPrompt = Annotated[str, AfterValidator(_with_a_place)]
+"""The user turn about a text."""
+
+
+class TextFile(Section):
+    """Texts, one per row."""
+
+    path: PathText = Field(
+        description="Text (one per line), JSONL, JSON, CSV, TSV or Parquet, also compressed; a "
+        "file, a folder or a glob."
+    )
+    text: str = Field("text", description="The column or key of the text.")
+    label: str | None = Field(
+        None, description="The column or key of the true label, if there is one."
+    )
+    limit: Tokens | None = Field(None, description="Use at most the first rows, this many.")
+    sample: Tokens | None = Field(
+        None, description="Use a random sample of at most this many rows (for sorted files)."
+    )
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> TextFile:
+        if self.limit is not None and self.sample is not None:
+            raise ValueError("limit selects the first rows and sample random ones: set one of them")
+        return self
+
+
+class TaskTextsRecipe(Section):
+    """The texts of a task of any kind."""
+
+    texts: list[TextFile] = Field(
+        min_length=1,
+        description="Training texts. True labels or reference answers, if any (`label`: for an "
+        "extraction, a column of text or JSON), are used only to train the fine-tuned baseline.",
+    )
+    test: list[TextFile] = Field(
+        default=[], description="Test texts; by default, a share of `texts` is split off."
+    )
+    test_share: PartialShare = Field(0.2, description="Share of `texts`, if `test` is not set.")
