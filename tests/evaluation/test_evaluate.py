@@ -147,6 +147,22 @@ def test_models_of_equal_shape_share_a_measurement(
     assert not any("equal shape" in note for note in run.evaluation.notes)
 
 
+def test_a_training_that_did_harm_is_shown_at_once_and_noted_first(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = evaluate(
+        {**run.paths, "untrained": run.paths["teacher"]},
+        section=EvaluateRecipe(speed=False),
+        windows=mixed_windows(),
+        seed=0,
+        vocabulary=VOCABULARY,
+        precision=FLOAT32,
+    )
+    assert "no closer to the teacher after training" in found.notes[0]
+    shown = " ".join(capsys.readouterr().err.split())
+    assert f"warning: {found.notes[0]}" in shown
+
+
 def test_memory_is_that_of_weights_stored_as_they_are_used(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,3 +97,20 @@ def test_the_page_starts_with_the_steps_and_the_answers(
     assert [section.id for section in report.sections[:3]] == ["steps", "generations", "kept"]
     assert "in int4 it keeps 60% in 60.0\u00a0MB" in report.remarks[0]
     assert "What each step changed" in render(report)
+
+
+def test_a_training_that_did_harm_is_named_under_the_table_and_at_the_top(
+    facts: RunFacts, parts: dict[str, Any], quantized: Evaluation
+) -> None:
+    worse = [
+        replace(model, fidelity=replace(model.fidelity, kl=4.0))
+        if model.role == "student"
+        else model
+        for model in quantized.models
+    ]
+    evaluation = replace(quantized, models=worse)
+    section = steps_section(evaluation, PRUNED, "int4", [])
+    assert section.table is not None
+    assert "no closer to the teacher" in section.table.notes[0]
+    report = language_model_report(facts, **{**parts, "evaluation": evaluation})
+    assert report.remarks[0] == section.table.notes[0]

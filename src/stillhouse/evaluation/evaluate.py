@@ -31,9 +31,10 @@ from stillhouse.evaluation.speed import (
     measure_peak_memory,
     measure_rates,
 )
+from stillhouse.evaluation.training_gain import farther_after_training
 from stillhouse.hardware import Precision, default_device, free_memory, free_memory_bytes
 from stillhouse.launch import leads
-from stillhouse.progress import bar
+from stillhouse.progress import bar, note
 from stillhouse.scratch import temporary_folder
 from stillhouse.section import made
 from stillhouse.shared_work import all_processes
@@ -117,7 +118,9 @@ def evaluate(
         free_memory()  # models have reference cycles: without this, two would be in memory
     measuring.score_own_text(load_teacher)
     results = measuring.results
+    farther = farther_after_training(list(results.values()))
     notes = [
+        *farther,
         f"Fidelity: {measuring.tokens:,} tokens in {len(windows):,} held-out windows. Matrix "
         f"products: {precision.reason}.",
         *measuring.folded_notes(),
@@ -127,6 +130,8 @@ def evaluate(
     results |= {role: replace(results[role], bytes_on_disk=size) for role, size in sizes.items()}
     if not leads():
         return Evaluation(list(results.values()), [], notes)
+    for sentence in farther:
+        note(f"warning: {sentence}")
     if load_sharded is not None:
         notes.append("The teacher is sharded: its answers, speed and memory are not measured.")
         paths.pop(TEACHER)

@@ -213,7 +213,10 @@ def _beside_the_others(metric: Metric, model: ModelResult, found: Evaluation) ->
     if metric.path == _KL_PATH:
         if untrained is None or model.role in ("teacher", "untrained") or not untrained.fidelity.kl:
             return ""
-        return f"{text.percent(1 - model.fidelity.kl / untrained.fidelity.kl)} of the gap closed"
+        closed = 1 - model.fidelity.kl / untrained.fidelity.kl
+        if closed < 0:
+            return f"{text.percent(-closed)} more than untrained"
+        return f"{text.percent(closed)} of the gap closed"
     theirs = _value(teacher, metric.path)
     if not theirs or teacher is None or model is teacher or metric.path in _WITHOUT_REMARK:
         return ""

@@ -10,6 +10,7 @@ from stillhouse import number_format as text
 from stillhouse.evaluation.metrics import metrics_of
 from stillhouse.evaluation.metrics_table import MetricsTable
 from stillhouse.evaluation.results import Evaluation, ModelResult, role_name, role_order
+from stillhouse.evaluation.training_gain import farther_after_training
 from stillhouse.report.charts import ACCENT, MUTED, Chart, LineChart, dot, in_units, role_color
 from stillhouse.report.formats import KL_LABEL, Replays, forms, forms_section
 from stillhouse.report.history import Rows, kl_temperature, training_section
@@ -114,7 +115,8 @@ def _remarks(models: Mapping[str, ModelResult], kind: str) -> list[str]:
             f"{text.size(float(models['teacher'].bytes_on_disk))}"
         )
     line = "; ".join(parts)
-    return [f"{line[0].upper()}{line[1:]}."] if line else []
+    farther = farther_after_training(list(models.values()))
+    return [*farther, *([f"{line[0].upper()}{line[1:]}."] if line else [])]
 
 
 _FIGURES: tuple[tuple[str, str, Callable[[ModelResult], str]], ...] = (

@@ -8,6 +8,7 @@ from typing import Any
 from stillhouse import number_format as text
 from stillhouse.evaluation.metrics_table import Cell, Column, MetricsTable, Row
 from stillhouse.evaluation.results import Evaluation, ModelResult
+from stillhouse.evaluation.training_gain import farther_after_training
 from stillhouse.report.charts import Bar, BarChart, Chart, LineChart, dot, in_units, role_color
 from stillhouse.report.formats import KL_LABEL, Replays
 from stillhouse.report.page import Section
@@ -81,7 +82,8 @@ def step_table(steps: Named, replays: Replays, title: str = "") -> MetricsTable:
             Cell(speed, str(remark)),
         ]
         rows.append(Row(name, cells, strong=model.role == "student"))
-    return MetricsTable(title, [Column(head) for head in heads], rows, corner="Step")
+    notes = farther_after_training([model for _, model in steps])
+    return MetricsTable(title, [Column(head) for head in heads], rows, notes, corner="Step")
 
 
 def _change(kl: float, before: float) -> str:

@@ -1,0 +1,41 @@
+"""A training that does not bring the student closer to its teacher is named, with what to do."""
+
+from __future__ import annotations
+
+from stillhouse.evaluation.metrics import metrics_of
+from stillhouse.evaluation.results import Evaluation, Fidelity, ModelResult
+from stillhouse.evaluation.training_gain import farther_after_training
+
+
+def models(**kl: float) -> list[ModelResult]:
+    return [ModelResult(role, 10, 8, 20, Fidelity(9.0, kl[role], 0.5, 0.1, 99)) for role in kl]
+
+
+def test_a_training_that_raises_kl_is_named_with_both_figures() -> None:
+    (sentence,) = farther_after_training(models(teacher=0.0, untrained=0.156, student=0.163))
+    assert "no closer to the teacher after training" in sentence
+    assert "is 0.163 nats/token, and 0.156 before" in sentence
+    assert "train.learning_rate" in sentence
+    assert "data.train_tokens" in sentence
+
+
+def test_a_training_that_lowers_kl_is_not() -> None:
+    assert not farther_after_training(models(teacher=0.0, untrained=0.2, student=0.1))
+    assert not farther_after_training(models(teacher=0.0, student=0.1))
+
+
+def test_training_with_quantized_weights_has_keys_of_its_own() -> None:
+    kl = {"untrained": 0.3, "student": 0.2, "quantized": 0.25, "quantized_trained": 0.25}
+    (sentence,) = farther_after_training(models(**kl))
+    assert "quantize.qat.learning_rate" in sentence
+
+
+def test_the_table_says_how_much_larger_the_kl_is() -> None:
+    found = Evaluation(models(teacher=0.0, untrained=0.2, student=0.23, quantized=0.1), [])
+    (row,) = [row for row in metrics_of(found).rows if row.name.startswith("KL to the teacher")]
+    assert [cell.remark for cell in row.cells] == [
+        "",
+        "15% more than untrained",
+        "",
+        "50% of the gap closed",
+    ]
