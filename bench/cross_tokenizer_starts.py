@@ -84,7 +84,7 @@ class Experiment:
         """The pruned student, with its tokenizer."""
         tokens = self.options.calibration_tokens
         section = PrunedStudent(start="pruned", calibration_tokens=tokens, **sizes)
-        model = Student.load(teacher.folder).model  # type: ignore[arg-type]
+        model = Student.load(teacher.source).model  # type: ignore[arg-type]
         pruned = prune_to(section, model, teacher.tokenizer, data.train, seed=seed)
         return Student(pruned.model, pruned.tokenizer)
 

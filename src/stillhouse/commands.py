@@ -233,9 +233,13 @@ def evaluate_model(
             where=own,
             fix=f"pass one with --model, or run `stillhouse run {path}` first",
         )
-    source = resolve_model(str(own) if model is None else model, base=Path.cwd())
+    source = resolve_model(
+        str(own) if model is None else model,
+        base=Path.cwd(),
+        trust_remote_code=job.start.trust_remote_code,
+    )
     return evaluate(
-        {"teacher": job.teacher.path, "student": source.path},
-        vocabulary=shared_vocabulary(job.tokenizer, source, job.trust_remote_code).rows,
+        {"teacher": job.teacher, "student": source},
+        vocabulary=shared_vocabulary(job.tokenizer, source).rows,
         **evaluation_arguments(job, job.recipe.measured, heldout),
     )

@@ -39,6 +39,7 @@ from stillhouse.students.student_config import PrunedStudent
 from stillhouse.teachers import record_store
 from stillhouse.teachers.aligned_teacher import AlignedTeacher
 from stillhouse.teachers.local_teacher import LocalTeacher, local
+from stillhouse.teachers.model_source import ModelSource
 from stillhouse.teachers.older_names import save_tokenizer
 from stillhouse.teachers.several_teachers import combined
 from stillhouse.teachers.stored_teacher import StoredTeacher
@@ -292,19 +293,19 @@ def search_sizes(
     target = {key: options.pop(key) for key in UNITS if key in options}
     section = made(PrunedStudent, {"start": "pruned", "target": target, **options}, "search_sizes")
     with _alone_in(folder, "search"), temporary_folder("stillhouse-") as scratch:
-        model = start.folder
-        if model is None:
-            model = Path(scratch) / "teacher"
-            Student(start.model).save(model)
+        source = start.source
+        if source is None:
+            source = ModelSource(Path(scratch) / "teacher")
+            Student(start.model).save(source.path)
             if start.tokenizer is not None:
-                save_tokenizer(start.tokenizer, model)
+                save_tokenizer(start.tokenizer, source.path)
         device = default_device()
         found = search_shape(
             Setting(
                 section=section,
                 train=settings,
-                start=model,
-                teacher=model,
+                start=source,
+                teacher=source,
                 windows=data.train,
                 vocabulary=start.vocabulary,
                 seed=seed,
@@ -312,7 +313,6 @@ def search_sizes(
                 served=torch.bfloat16,
                 device=device,
                 out=Path(scratch) / "search" if folder is None else Path(folder),
-                trust_remote_code=start.trust_remote_code,
             )
         )
     return found.sizes

@@ -18,6 +18,7 @@ from stillhouse.evaluation.fidelity import compare, heldout_answers
 from stillhouse.evaluation.results import Evaluation
 from stillhouse.evaluation.speed import measure_rates
 from stillhouse.hardware import Precision
+from stillhouse.teachers.model_source import ModelSource
 from stillhouse.teachers.weights import stored_dtypes
 from tests.clocks import Clock
 
@@ -121,8 +122,8 @@ def test_models_of_equal_shape_share_a_measurement(
     module = importlib.import_module("stillhouse.evaluation.evaluate")
     measured: list[Path] = []
 
-    def peak(path: Path, *_: Any, **__: Any) -> int:
-        measured.append(path)
+    def peak(model: ModelSource, *_: Any, **__: Any) -> int:
+        measured.append(model.path)
         return len(measured)
 
     monkeypatch.setattr(module, "measure_peak_memory", peak)
@@ -169,9 +170,9 @@ def test_memory_is_that_of_weights_stored_as_they_are_used(
     """A file of other numbers than the model computes in would be in memory next to the model."""
     measured: list[Path] = []
 
-    def peak(path: Path, *_: Any, **__: Any) -> int:
-        assert stored_dtypes(path) == {"BF16"}
-        measured.append(path)
+    def peak(model: ModelSource, *_: Any, **__: Any) -> int:
+        assert stored_dtypes(model.path) == {"BF16"}
+        measured.append(model.path)
         return 1
 
     # The package has a function of the module's name.

@@ -15,6 +15,7 @@ from stillhouse.evaluation.evaluate_config import EvaluateRecipe
 from stillhouse.evaluation.kept_teacher import KeptTeacher
 from stillhouse.hardware import Precision
 from stillhouse.launch import leads
+from stillhouse.teachers.model_source import ModelSource
 from tests import forks
 
 from .toys import VOCABULARY, mixed_windows, save_toy, toy_model
@@ -81,9 +82,9 @@ def test_a_teacher_that_was_measured_is_not_loaded(
     loaded: list[str] = []
     real = MODULE.load_model
 
-    def load(path: Path, **more: Any) -> Any:
-        loaded.append(path.name)
-        return real(path, **more)
+    def load(model: ModelSource, **more: Any) -> Any:
+        loaded.append(model.path.name)
+        return real(model, **more)
 
     monkeypatch.setattr(MODULE, "load_model", load)
     kept = KeptTeacher.load(tmp_path / "kept")

@@ -161,7 +161,7 @@ def test_every_window_is_written_with_the_weights_as_they_are(
     monkeypatch.setattr(rollouts_module, "start_engine", start)
     model, prompts = tiny.llama(), [TokenPrompt([5, 6, n], 6) for n in (7, 8, 9)]
     section = VllmRollouts(kind="vllm", batch=2)
-    with vllm_rollouts(section, tmp_path, base=tmp_path, seed=0, trust_remote_code=False) as opened:
+    with vllm_rollouts(section, tmp_path, base=tmp_path, seed=0) as opened:
         for _ in range(2):
             trained(model, 0.05)
             with opened(model, ENDS) as generator:

@@ -31,6 +31,7 @@ from stillhouse.runfolder import Cost, Stage
 from stillhouse.students.student import Student
 from stillhouse.teachers.load_model import load_model
 from stillhouse.teachers.local_teacher import LocalTeacher
+from stillhouse.teachers.model_source import AnyModel, ModelSource
 from stillhouse.teachers.several_teachers import SeveralTeachers
 from stillhouse.training.distillation import Distillation
 from stillhouse.training.objective import Objective
@@ -206,18 +207,19 @@ def test_a_tokenizer_with_custom_code_is_loaded_like_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student = tiny.save_model(tmp_path / "student")
-    trusted: list[bool] = []
+    loaded: list[AnyModel] = []
 
-    def remember(path: Path, *, trust_remote_code: bool = False) -> Any:
-        trusted.append(trust_remote_code)
+    def remember(model: AnyModel) -> Any:
+        loaded.append(model)
         return tiny.tokenizer()
 
     module = sys.modules["stillhouse.quantize.quantize"]  # a function of its name hides it
     monkeypatch.setattr(module, "load_tokenizer", remember)
     model = load_model(student, dtype=torch.float32)
     quantization = Quantization(Grid(4, 32), False, {})
-    module._save(model, quantization, student, tmp_path / "out", True)
-    assert trusted == [True]
+    source = ModelSource(student, trust_remote_code=True)
+    module._save(model, quantization, source, tmp_path / "out")
+    assert loaded == [source]
 
 
 def test_the_rounded_student_writes(

@@ -51,7 +51,7 @@ def test_a_pruned_student_is_made_of_the_checkpoint_and_not_of_its_rounded_copy(
 ) -> None:
     folder = tiny.save_model(tmp_path / "teacher", dtype="float32")
     low = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    teacher = LocalTeacher(low, tiny.tokenizer(), folder=folder)
+    teacher = LocalTeacher(low, tiny.tokenizer(), source=folder)
     student = Student.prune(teacher, data, layers=2, calibration_tokens=512, reconstruct=False)
     kept = student.model.get_input_embeddings().weight
     exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

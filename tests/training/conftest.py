@@ -24,7 +24,7 @@ class Setting:
     def load_teacher(self) -> LocalTeacher | None:
         if self.teacher is None:
             return None
-        return LocalTeacher(load_model(self.teacher, dtype=torch.float32), folder=self.teacher)
+        return LocalTeacher(load_model(self.teacher, dtype=torch.float32), source=self.teacher)
 
 
 @pytest.fixture(scope="session")

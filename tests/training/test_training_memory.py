@@ -91,7 +91,7 @@ def measured(folder: Path) -> dict[str, int]:
     start = peak_memory_bytes()
     student = Student(load_model(folder / "student", dtype=torch.float32))
     model = load_model(folder / "teacher", dtype=torch.float32)
-    teacher = LocalTeacher(model, folder=folder / "teacher")
+    teacher = LocalTeacher(model, source=folder / "teacher")
     ids_RL = torch.randint(VOCABULARY, (WINDOWS, TOKENS)).numpy()
     recipe = TrainRecipe(batch_size=WINDOWS // 2, precision="float32")
     reset_peak_memory()

@@ -104,7 +104,7 @@ def test_vllm_in_another_python_takes_a_students_weights(
         options={"enforce_eager": True},
     )  # fmt: skip
     folder = home / "weights"
-    with vllm_rollouts(section, folder, base=home, seed=0, trust_remote_code=False) as opened:
+    with vllm_rollouts(section, folder, base=home, seed=0) as opened:
         assert_handed_over(opened, student)  # it starts with these weights
         assert_handed_over(opened, trained(student, 0.05))
         monkeypatch.setattr(VllmProcess, "load_weights", lambda *_: None)

@@ -17,6 +17,7 @@ from stillhouse.signals.shards import open_shard
 from stillhouse.signals.store import open_store
 from stillhouse.teachers.activations import ActivationRequest, run_backbone
 from stillhouse.teachers.load_model import load_model
+from stillhouse.teachers.model_source import ModelSource
 from stillhouse.vllm_config import VllmEngine
 from tests import tiny
 from tests.teachers.hidden_engine import TERMS
@@ -62,8 +63,8 @@ def test_the_layers_of_vllm_in_another_python_are_those_of_transformers(
     chance = torch.Generator().manual_seed(0)
     prompts = [torch.randint(4, 200, (n,), generator=chance).tolist() for n in (1, 5, 17, 200)]
     with opened_hidden_states(
-        VllmEngine(python=python, dtype="float32"), home / "teacher", base=home,
-        layers=(0, 1, 2, 3), last=3, seed=0, trust_remote_code=False,
+        VllmEngine(python=python, dtype="float32"), ModelSource(home / "teacher"), base=home,
+        layers=(0, 1, 2, 3), last=3, seed=0,
     ) as source:  # fmt: skip
         found = source.read(prompts, (0, 1, 2, 3))
     request = ActivationRequest(frozenset(range(4)))

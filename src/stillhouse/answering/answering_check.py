@@ -73,10 +73,10 @@ def require_answering(job: AnsweringJob) -> Iterator[Finding]:
         key = "evaluate.judge"
         yield from require_source(comparing, _VERDICT, whose="the judge", key=key)
     require_template(
-        rendered_training(load_tokenizer(ordinary.tokenizer_path)),
+        rendered_training(load_tokenizer(ordinary.tokenizer)),
         [(job.student_messages("a text"), "the task's prompt")],
         whose="the student",
-        where=ordinary.tokenizer_path,
+        where=ordinary.tokenizer.path,
         keys=keys,
     )
 

@@ -43,8 +43,7 @@ from stillhouse.signals.lm_head import head_logits
 from stillhouse.synthesis.filters import Filter, Row, answer_only, json_value
 from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.load_model import load_model, load_tokenizer
-from stillhouse.teachers.model_source import ModelSource
-from stillhouse.training.train import MODEL
+from stillhouse.teachers.model_source import AnyModel, ModelSource
 
 
 @torch.inference_mode()
@@ -86,13 +85,13 @@ def plan_answers_evaluation(
     scorer = None if section.scorer is None else job.base / section.scorer.rpartition(":")[0]
 
     def work(out: Path) -> Outcome:
-        folders = {"untrained": student.path / MODEL, "student": trained.path / MODEL}
+        assert job.training is not None
+        models = {"untrained": job.training.model(student), "student": job.training.model(trained)}
         if tuned is not None:
-            folders["fine_tuned"] = tuned.path / MODEL
+            models["fine_tuned"] = job.training.model(tuned)
         rows, processes = AnswerTexts.load(texts.path / TEXTS).test, all_processes()
         answered = {
-            role: _answers_of(job, role, folder, rows, processes)
-            for role, folder in folders.items()
+            role: _answers_of(job, role, model, rows, processes) for role, model in models.items()
         }
         if not processes.leads:
             help_main_process(processes, answers_of)
@@ -184,23 +183,17 @@ def request_for(messages: tuple[Message, ...], name: str, max_tokens: int) -> Re
 
 
 def open_generator(
-    folder: Path, *, precision: Precision = "auto", batch: int = 32, trust_remote_code: bool = False
+    checkpoint: AnyModel, *, precision: Precision = "auto", batch: int = 32
 ) -> TextGenerator[LocalGenerator]:
     device = default_device()
     dtype = choose_precision(precision, device).dtype
-    model = load_model(folder, dtype=dtype, trust_remote_code=trust_remote_code).to(device)
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    return local_text(model, tokenizer, batch=batch)
+    model = load_model(checkpoint, dtype=dtype).to(device)
+    return local_text(model, load_tokenizer(checkpoint), batch=batch)
 
 
 def _open_teacher(job: AnsweringJob, teacher: ModelSource) -> TextGenerator[LocalGenerator]:
     section = job.recipe.teacher
-    return open_generator(
-        teacher.path,
-        precision=section.precision,
-        batch=section.batch,
-        trust_remote_code=section.trust_remote_code,
-    )
+    return open_generator(teacher, precision=section.precision, batch=section.batch)
 
 
 def answer_all(generator: TextGenerator[LocalGenerator], requests: Sequence[Request]) -> list[str]:
@@ -212,12 +205,12 @@ def answer_all(generator: TextGenerator[LocalGenerator], requests: Sequence[Requ
 
 
 def _answers_of(
-    job: AnsweringJob, role: str, folder: Path, rows: list[LabeledText], processes: Processes
+    job: AnsweringJob, role: str, model: ModelSource, rows: list[LabeledText], processes: Processes
 ) -> tuple[list[str], dict[str, float]]:
     """A model's answers to all texts, of which each process writes its share; and its figures,
     measured by the main process."""
     recipe = job.recipe
-    generator = open_generator(folder, precision=recipe.train.precision, batch=recipe.teacher.batch)
+    generator = open_generator(model, precision=recipe.train.precision, batch=recipe.teacher.batch)
     most = recipe.teacher.sampling.max_tokens
     requests = [request_for(job.student_messages(row.text), role, most) for row in rows]
     figures: dict[str, float] = {

@@ -93,8 +93,8 @@ def plan_answers_export(
         _, heldout = open_data(data)
         some = AnswerTexts.load(texts.path / TEXTS).test[:_REPLAYED]
         prompts = [job.question(row.text) for row in some]
-        code = recipe.teacher.trust_remote_code
-        gate = Gate(trained.path / MODEL, heldout, prompts, recipe.seed, None, code)
+        assert job.training is not None
+        gate = Gate(job.training.model(trained), heldout, prompts, recipe.seed)
         replay = export_checkpoint(gate, out / MODEL, dtype=recipe.export.dtype)
         AnsweringFacts.of(job).save(out / MODEL)
         found = AnswersEvaluation.load(evaluated.path / EVALUATION)

@@ -145,7 +145,12 @@ def find_answering(recipe: AnsweringRecipe, base: Path) -> AnsweringJob:
     """Resolve the teacher. Raises ModelError."""
     section, teacher = recipe.teacher, None
     if section.model is not None:
-        teacher = resolve_model(section.model, revision=section.revision, base=base)
+        teacher = resolve_model(
+            section.model,
+            revision=section.revision,
+            base=base,
+            trust_remote_code=section.trust_remote_code,
+        )
     return AnsweringJob(recipe, base, teacher, answers_path(recipe))
 
 

@@ -58,9 +58,9 @@ def planned_parameters(section: ClassifierStudent, source: ModelSource, labels: 
     Raises ModelError if the architecture has no such head.
     """
     if isinstance(section, RandomClassifier):
-        config = _random_config(section, load_tokenizer(source.path), labels)
+        config = _random_config(section, load_tokenizer(source), labels)
     else:
-        config = load_config(source.path)
+        config = load_config(source)
         config.num_labels = len(labels)
     if isinstance(section, TruncatedClassifier):
         text = config.get_text_config()
@@ -89,12 +89,12 @@ def build_classifier(
     texts: of the training part; a language model's prior is its mean answer to some of them.
     Raises ModelError, RecipeError if the student cannot be built.
     """
-    tokenizer = load_tokenizer(source.path)
+    tokenizer = load_tokenizer(source)
     prior = None
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
         if isinstance(section, PretrainedClassifier) and section.head == "words":
-            model = load_model(source.path, dtype=torch.float32)
+            model = load_model(source, dtype=torch.float32)
             words = prompt_tokens(prompt, tokenizer, max_tokens)
             scores = label_scores(model, words.of(texts[:_PRIOR_TEXTS]), words.labels)
             prior = prior_logits("texts", scores, scores).tolist()

@@ -62,9 +62,8 @@ def require_task(job: TaskJob) -> Iterator[Finding]:
             yield from require_key(section.api, "teacher")
         return
     assert job.teacher is not None
-    code = section.trust_remote_code
-    config = check_model_folder(job.teacher.path, trust_remote_code=code)
-    tokenizer = load_tokenizer(job.teacher.path, trust_remote_code=code)
+    config = check_model_folder(job.teacher)
+    tokenizer = load_tokenizer(job.teacher)
     words = prompt_tokens(prompt, tokenizer, job.recipe.data.max_tokens)
     if task.chat:
         require_template(
@@ -166,14 +165,14 @@ def _gold(job: TaskJob, texts: Texts) -> Iterator[Finding]:
 def _local_cost(job: TaskJob, prompt: LabelPrompt, texts: Texts) -> Finding:
     assert job.teacher is not None
     recipe = job.recipe
-    words = prompt_tokens(prompt, load_tokenizer(job.teacher.path), recipe.data.max_tokens)
+    words = prompt_tokens(prompt, load_tokenizer(job.teacher), recipe.data.max_tokens)
     sample = words.of([row.text for row in texts.all[:200]])
     shared, inner = shared_prefix(sample), label_tree(words.labels).inner
     each = sum(map(len, sample)) / len(sample) - shared + inner
     tokens = round(each * len(texts.all)) + shared
     device = default_device()
     precision = choose_precision(recipe.teacher.precision, device)
-    model = planned_model(load_config(job.teacher.path), job.teacher.path)
+    model = planned_model(load_config(job.teacher), job.teacher.path)
     flops = account.forward_flops(account.count_parameters(model).head_once, tokens)
     seconds = flops / (EFFICIENCY * matmul_rate(precision.dtype, device))
     pairs = len(texts.all) * len(words.labels)

@@ -48,9 +48,8 @@ class TaskJob:
         assert self.teacher is not None
         section, device = self.recipe.teacher, default_device()
         dtype = choose_precision(section.precision, device).dtype
-        code = section.trust_remote_code
-        model = load_model(self.teacher.path, dtype=dtype, trust_remote_code=code)
-        tokenizer = load_tokenizer(self.teacher.path, trust_remote_code=code)
+        model = load_model(self.teacher, dtype=dtype)
+        tokenizer = load_tokenizer(self.teacher)
         return model.to(device), prompt_tokens(prompt, tokenizer, self.recipe.data.max_tokens)
 
     def prompt(self, texts: Texts) -> LabelPrompt:
@@ -62,6 +61,11 @@ def find_task(recipe: ClassifyRecipe, base: Path) -> TaskJob:
     section = recipe.teacher
     teacher = None
     if section.model is not None:
-        teacher = resolve_model(section.model, revision=section.revision, base=base)
+        teacher = resolve_model(
+            section.model,
+            revision=section.revision,
+            base=base,
+            trust_remote_code=section.trust_remote_code,
+        )
     student = student_source(recipe.student, teacher, base)
     return TaskJob(recipe, base, teacher, student, answers_path(recipe))

@@ -106,8 +106,7 @@ def plan_judgment(job: TaskJob, texts: Stage) -> StagePlan:
         "texts": texts.digest,
     }
     if job.teacher is not None and recipe.task.chat:
-        code = recipe.teacher.trust_remote_code
-        tokenizer = load_tokenizer(job.teacher.path, trust_remote_code=code)
+        tokenizer = load_tokenizer(job.teacher)
         end = turn_end(tokenizer)
         if end is not None and end.id != tokenizer.eos_token_id:
             inputs["turn_end"] = end.text

@@ -40,6 +40,7 @@ from stillhouse.section import made
 from stillhouse.shared_work import all_processes
 from stillhouse.teachers.aligned_text import Alignment
 from stillhouse.teachers.load_model import load_config, load_model, load_tokenizer
+from stillhouse.teachers.model_source import AnyModel, ModelSource, source_of
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.sharded_teacher import ShardedTeacher
 from stillhouse.teachers.stored_head import load_head
@@ -47,7 +48,7 @@ from stillhouse.teachers.weights import stored_dtypes
 
 
 def evaluate(
-    paths: dict[str, Path],
+    checkpoints: Mapping[str, AnyModel],
     *,
     section: EvaluateRecipe,
     windows: WindowSet,
@@ -60,9 +61,8 @@ def evaluate(
     load_sharded: Callable[[], ShardedTeacher] | None = None,
     kept: KeptTeacher | None = None,
     alignment: Alignment | None = None,
-    trust_remote_code: bool = False,
 ) -> Evaluation:
-    """Measure the models in `paths` by role (teacher, untrained, student, fine_tuned, quantized).
+    """Measure models by role (teacher, untrained, student, fine_tuned, quantized).
 
     Under torchrun, every process calls this with its share of the windows and of the own answers,
     and the main process alone measures the rest.
@@ -74,7 +74,7 @@ def evaluate(
     vocabulary: tokens of the shared vocabulary; rows past it are padding.
     export_dtype: sizes are reported as if the weights were stored in this type; None: their own
     type. sizes: bytes of the roles that are stored in another form, such as quantized ones. Their
-    speed and memory are not measured: the model in `paths` is a floating-point equivalent.
+    speed and memory are not measured: the checkpoint is a floating-point equivalent.
     load_sharded: the teacher, sharded over the processes of a torchrun. Its answers to the prompts,
     its speed and its memory are then not measured.
     alignment: for a teacher with another tokenizer than the windows; KL and top-1 agreement are
@@ -87,33 +87,35 @@ def evaluate(
         ModelError: no teacher, or a model that cannot be loaded or does not fit.
         DataError: held-out text that cannot be measured on.
     """
-    if TEACHER not in paths:
-        raise ModelError("an evaluation needs the teacher to compare with", where=", ".join(paths))
-    teacher_path = paths[TEACHER]
-    paths = {TEACHER: teacher_path, **paths}
+    if TEACHER not in checkpoints:
+        names = ", ".join(checkpoints)
+        raise ModelError("an evaluation needs the teacher to compare with", where=names)
+    teacher = source_of(checkpoints[TEACHER])
+    sources = {TEACHER: teacher, **{role: source_of(one) for role, one in checkpoints.items()}}
     processes = all_processes()
     known = vocabulary if alignment is None else min(vocabulary, alignment.aligner.teacher.size)
-    setup = _Setup(default_device(), precision.dtype, trust_remote_code, known, seed)
-    tokenizer = _windows_tokenizer(teacher_path, alignment, trust_remote_code)
+    setup = _Setup(default_device(), precision.dtype, known, seed)
+    tokenizer = _windows_tokenizer(teacher, alignment)
     own = OwnAnswers.planned(section.own_text, tokenizer, windows, seed, alignment)
     measuring = Measuring(section, tokenizer, windows, vocabulary, seed, processes, own, alignment)
 
     def load_teacher() -> tuple[Any, ShardedTeacher | None]:
         sharded = load_sharded() if load_sharded else None
-        return (setup.load(teacher_path), None) if sharded is None else (sharded.model, sharded)
+        return (setup.load(teacher), None) if sharded is None else (sharded.model, sharded)
 
     if kept is not None and (own is not None or kept.dtype != str(setup.dtype)):
         kept = None
-    for role, path in paths.items():
+    for role, source in sources.items():
         if role == TEACHER and kept is not None:
-            head = load_head(path, dtype=setup.dtype, trust_remote_code=trust_remote_code)
+            head = load_head(source, dtype=setup.dtype)
             measuring.add_kept(kept, head.to(setup.device))
             continue
-        model, sharded = load_teacher() if role == TEACHER else (setup.load(path), None)
+        model, sharded = load_teacher() if role == TEACHER else (setup.load(source), None)
         if prepare is not None and role in prepare:
             prepare[role](model)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        measuring.add(role, model, weight_bytes(path, parameters, export_dtype), sharded)
+        size = weight_bytes(source.path, parameters, export_dtype)
+        measuring.add(role, model, size, sharded)
         del model, sharded
         free_memory()  # models have reference cycles: without this, two would be in memory
     measuring.score_own_text(load_teacher)
@@ -134,9 +136,9 @@ def evaluate(
         note(f"warning: {sentence}")
     if load_sharded is not None:
         notes.append("The teacher is sharded: its answers, speed and memory are not measured.")
-        paths.pop(TEACHER)
+        sources.pop(TEACHER)
     if section.speed:
-        timed = {role: path for role, path in paths.items() if role not in sizes}
+        timed = {role: source for role, source in sources.items() if role not in sizes}
         fitting = fitting_together(
             {role: results[role].parameters * setup.dtype.itemsize for role in timed},
             free_memory_bytes(setup.device),
@@ -148,7 +150,7 @@ def evaluate(
             )
         timed = {role: timed[role] for role in timed if role in fitting}
         results |= _with_speed({role: results[role] for role in timed}, timed, setup)
-        if len(_same_shapes(timed, trust_remote_code)) < len(timed):
+        if len(_same_shapes(timed)) < len(timed):
             notes.append("Models of equal shape share one measurement of speed and memory.")
         notes.append(
             f"Speed: one sequence, {PROMPT_TOKENS} prompt tokens and {DECODE_TOKENS} new ones, "
@@ -156,9 +158,9 @@ def evaluate(
             f"{torch.get_num_threads()} threads."
         )
     if kept is not None:
-        paths.pop(TEACHER, None)
-    for role, path in paths.items():
-        tasks = setup.tasks(section, path, teacher_path if alignment is None else path)
+        sources.pop(TEACHER, None)
+    for role, source in sources.items():
+        tasks = setup.tasks(section, source, teacher if alignment is None else source)
         results[role] = replace(results[role], tasks=tasks)
     models = list(results.values())
     return Evaluation(models, measuring.generations(), notes, measuring.scored_answers)
@@ -170,31 +172,30 @@ class _Setup:
 
     device: torch.device
     dtype: torch.dtype
-    trust_remote_code: bool
     vocabulary: int
     seed: int
 
-    def load(self, path: Path) -> Any:
-        model = load_model(path, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
-        return model.to(self.device)
+    def load(self, source: ModelSource) -> Any:
+        return load_model(source, dtype=self.dtype).to(self.device)
 
-    def tasks(self, section: EvaluateRecipe, path: Path, tokenizer: Path) -> dict[str, float]:
+    def tasks(
+        self, section: EvaluateRecipe, source: ModelSource, tokenizer: ModelSource
+    ) -> dict[str, float]:
         """Scores of lm-eval tasks, if the recipe has any."""
         if section.lm_eval is None:
             return {}
         return run_tasks(
-            path,
+            source,
             section.lm_eval,
             tokenizer=tokenizer,
             dtype=self.dtype,
             device=self.device,
             seed=self.seed,
-            trust_remote_code=self.trust_remote_code,
         )
 
 
 def keep_teacher(
-    path: Path,
+    checkpoint: AnyModel,
     out: Path,
     *,
     section: EvaluateRecipe,
@@ -205,32 +206,32 @@ def keep_teacher(
     export_dtype: torch.dtype | None = None,
     load_sharded: Callable[[], ShardedTeacher] | None = None,
     alignment: Alignment | None = None,
-    trust_remote_code: bool = False,
 ) -> ModelResult:
     """Measure a teacher once for the evaluations of several students, and write what they need to
     the folder `out`: see `KeptTeacher`. Parameters, processes and errors as in `evaluate`."""
-    processes = all_processes()
-    setup = _Setup(default_device(), precision.dtype, trust_remote_code, vocabulary, seed)
-    tokenizer = _windows_tokenizer(path, alignment, trust_remote_code)
+    source, processes = source_of(checkpoint), all_processes()
+    setup = _Setup(default_device(), precision.dtype, vocabulary, seed)
+    tokenizer = _windows_tokenizer(source, alignment)
     measuring = Measuring(
         section, tokenizer, windows, vocabulary, seed, processes, alignment=alignment
     )
     sharded = load_sharded() if load_sharded else None
-    model = setup.load(path) if sharded is None else sharded.model
+    model = setup.load(source) if sharded is None else sharded.model
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    measuring.add(TEACHER, model, weight_bytes(path, parameters, export_dtype), sharded)
+    size = weight_bytes(source.path, parameters, export_dtype)
+    measuring.add(TEACHER, model, size, sharded)
     result, texts, answers = measuring.results[TEACHER], None, measuring.teacher_answers
     if sharded is None and processes.leads:
-        result = replace(result, tasks=setup.tasks(section, path, path))
+        result = replace(result, tasks=setup.tasks(section, source, source))
         texts = measuring.texts[TEACHER]
     KeptTeacher(out, result, texts, str(setup.dtype)).save(answers)
     return result
 
 
-def _windows_tokenizer(teacher: Path, alignment: Alignment | None, trust_remote_code: bool) -> Any:
+def _windows_tokenizer(teacher: ModelSource, alignment: Alignment | None) -> Any:
     if alignment is not None:
         return alignment.aligner.student.tokenizer
-    return load_tokenizer(teacher, trust_remote_code=trust_remote_code)
+    return load_tokenizer(teacher)
 
 
 def fitting_together(sizes: Mapping[str, int], available: int) -> list[str]:
@@ -283,11 +284,11 @@ def evaluate_models(
     return Evaluation(results, measuring.generations(), notes, answers)
 
 
-def _same_shapes(paths: Mapping[str, Path], trust_remote_code: bool) -> dict[str, list[str]]:
+def _same_shapes(sources: Mapping[str, ModelSource]) -> dict[str, list[str]]:
     """The roles whose models have equal configurations, by the first of them."""
     configs = {}
-    for role, path in paths.items():
-        config = load_config(path, trust_remote_code=trust_remote_code).to_dict()
+    for role, source in sources.items():
+        config = load_config(source).to_dict()
         other = ("_name_or_path", "dtype", "transformers_version", "use_cache")
         configs[role] = {key: value for key, value in config.items() if key not in other}
     shapes: dict[str, list[str]] = {}
@@ -298,20 +299,17 @@ def _same_shapes(paths: Mapping[str, Path], trust_remote_code: bool) -> dict[str
 
 
 def _with_speed(
-    results: dict[str, ModelResult], paths: dict[str, Path], setup: _Setup
+    results: dict[str, ModelResult], sources: dict[str, ModelSource], setup: _Setup
 ) -> dict[str, ModelResult]:
     """The results with speed and memory, which models of equal shape share."""
-    peaks, code = {}, setup.trust_remote_code
-    shapes = _same_shapes(paths, code)
-    paths = {role: paths[role] for role in shapes}
-    with bar("Memory and speed", len(paths) + ROUNDS + 1, unit="measurements") as advance:
-        for role, path in paths.items():
-            with _stored_as_used(path, setup) as stored:
-                peaks[role] = measure_peak_memory(
-                    stored, setup.dtype, setup.device, trust_remote_code=code
-                )
+    peaks, shapes = {}, _same_shapes(sources)
+    sources = {role: sources[role] for role in shapes}
+    with bar("Memory and speed", len(sources) + ROUNDS + 1, unit="measurements") as advance:
+        for role, source in sources.items():
+            with _stored_as_used(source, setup) as stored:
+                peaks[role] = measure_peak_memory(stored, setup.dtype, setup.device)
             advance(1)
-        models = {role: setup.load(path) for role, path in paths.items()}
+        models = {role: setup.load(source) for role, source in sources.items()}
         rates = measure_rates(models, setup.vocabulary, seed=setup.seed, advance=advance)
     speeds: dict[str, Speed] = {}
     for first, found in rates.items():
@@ -321,20 +319,20 @@ def _with_speed(
 
 
 @contextmanager
-def _stored_as_used(path: Path, setup: _Setup) -> Iterator[Path]:
+def _stored_as_used(source: ModelSource, setup: _Setup) -> Iterator[ModelSource]:
     """The checkpoint in the dtype that it is used in: a temporary copy if its files have
     another one, since their mapped pages count as memory too."""
     name = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}.get(setup.dtype)
-    if setup.device.type != "cpu" or stored_dtypes(path) in (set(), {name}):
-        yield path
+    if setup.device.type != "cpu" or stored_dtypes(source.path) in (set(), {name}):
+        yield source
         return
     with temporary_folder("stillhouse-memory-") as folder:
         with quiet():
-            setup.load(path).save_pretrained(folder)
+            setup.load(source).save_pretrained(folder)
         free_memory()
-        for code in path.glob("*.py"):
+        for code in source.path.glob("*.py"):
             shutil.copy(code, folder)
-        yield Path(folder)
+        yield source.derived(Path(folder))
 
 
 def weight_bytes(path: Path, parameters: int, dtype: torch.dtype | None) -> int:

@@ -9,19 +9,19 @@ import torch
 
 from stillhouse.errors import RecipeError, StillhouseError
 from stillhouse.evaluation.evaluate_config import LmEvalRecipe
+from stillhouse.teachers.model_source import AnyModel, source_of
 
 SEEDED = ("random", "numpy_random", "torch_random", "fewshot_random")
 
 
 def run_tasks(
-    model: Path,
+    model: AnyModel,
     section: LmEvalRecipe,
     *,
-    tokenizer: Path,
+    tokenizer: AnyModel,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     seed: int = 0,
-    trust_remote_code: bool = False,
 ) -> dict[str, float]:
     """Scores by `task/metric`, or `task/metric/filter` if a task filters the answers.
 
@@ -36,11 +36,12 @@ def run_tasks(
     from lm_eval import simple_evaluate
 
     _check_names(manager, section)
+    source = source_of(model)
     options: dict[str, Any] = {
-        "pretrained": str(model),
-        "tokenizer": str(tokenizer),
+        "pretrained": str(source.path),
+        "tokenizer": str(source_of(tokenizer).path),
         "dtype": str(dtype).removeprefix("torch."),
-        "trust_remote_code": trust_remote_code,
+        "trust_remote_code": source.trust_remote_code,
     }
     try:
         report = simple_evaluate(

@@ -15,12 +15,12 @@ import torch
 from stillhouse.evaluation.speed import DECODE_TOKENS, PROMPT_TOKENS, prefill_and_decode
 from stillhouse.hardware import peak_memory_bytes
 from stillhouse.teachers.load_model import load_model
+from stillhouse.teachers.model_source import ModelSource
 
 
 def main(path: str, dtype: str, device: str, *options: str) -> None:
-    trusted = "trust_remote_code" in options
-    model = load_model(Path(path), dtype=getattr(torch, dtype), trust_remote_code=trusted)
-    model = model.to(device)
+    source = ModelSource(Path(path), trust_remote_code="trust_remote_code" in options)
+    model = load_model(source, dtype=getattr(torch, dtype)).to(device)
     prompt_RL = torch.zeros(1, PROMPT_TOKENS, dtype=torch.long)
     prefill_and_decode(model, prompt_RL, DECODE_TOKENS)
     on_gpu = torch.device(device).type == "cuda"

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from stillhouse.errors import ModelError
 from stillhouse.hardware import synchronize
+from stillhouse.teachers.model_source import AnyModel, source_of
 
 PROMPT_TOKENS = 128
 DECODE_TOKENS = 16
@@ -91,11 +91,7 @@ def prefill_and_decode(
 
 
 def measure_peak_memory(
-    path: Path,
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-    *,
-    trust_remote_code: bool = False,
+    model: AnyModel, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> int:
     """Peak bytes of loading the model in `dtype` and using it, in a separate process.
 
@@ -107,9 +103,10 @@ def measure_peak_memory(
     Raises:
         ModelError: the process failed; the message has its last line.
     """
-    name = str(dtype).removeprefix("torch.")
+    source = source_of(model)
+    path, name = source.path, str(dtype).removeprefix("torch.")
     command = [sys.executable, "-m", "stillhouse.evaluation.memory", str(path), name, str(device)]
-    command += ["trust_remote_code"] if trust_remote_code else []
+    command += ["trust_remote_code"] if source.trust_remote_code else []
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode != 0:
         last = (finished.stderr.strip().splitlines() or ["no message"])[-1]

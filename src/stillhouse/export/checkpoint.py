@@ -13,6 +13,7 @@ from stillhouse.export.export_formats import FLOATS
 from stillhouse.export.gate import Gate, Readers, ReplayResult, fill
 from stillhouse.hardware import choose_precision, default_device
 from stillhouse.teachers.load_model import load_model, load_tokenizer
+from stillhouse.teachers.model_source import AnyModel, source_of
 from stillhouse.teachers.older_names import save_tokenizer, write_older_names
 from stillhouse.teachers.quiet import quiet
 
@@ -46,7 +47,7 @@ def export_checkpoint(
     notes = [f"The bfloat16 export is replayed in {precision.reason}."] if widened else []
 
     def work(folder: Path) -> ReplayResult:
-        _save(gate.source, folder, getattr(torch, dtype), gate.trust_remote_code)
+        _save(gate.source, folder, getattr(torch, dtype))
         files = list(folder.glob("*.safetensors"))
         return gate.pass_or_raise(
             folder,
@@ -62,9 +63,9 @@ def export_checkpoint(
     return fill(out, work)
 
 
-def _save(source: Path, out: Path, dtype: torch.dtype, trust_remote_code: bool) -> None:
-    model = load_model(source, dtype=torch.float32, trust_remote_code=trust_remote_code).to(dtype)
-    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+def _save(source: AnyModel, out: Path, dtype: torch.dtype) -> None:
+    model = load_model(source, dtype=torch.float32).to(dtype)
+    tokenizer = load_tokenizer(source)
     stop_at_turn_end(model, tokenizer)
     try:
         with quiet():
@@ -73,7 +74,7 @@ def _save(source: Path, out: Path, dtype: torch.dtype, trust_remote_code: bool) 
         # transformers rejects a generation config that contradicts itself.
         raise ModelError(
             f"transformers cannot save this model ({error})",
-            where=source,
+            where=source_of(source).path,
             fix="correct generation_config.json in that folder",
         ) from error
     write_older_names(out)

@@ -40,9 +40,8 @@ def export_compressed(
     def work(folder: Path) -> ReplayResult:
         note(f"llm-compressor: {method}")
         _compress(gate, folder, method, interpreter, windows)
-        code = gate.trust_remote_code
         write_older_names(folder)
-        save_tokenizer(load_tokenizer(gate.source, trust_remote_code=code), folder)
+        save_tokenizer(load_tokenizer(gate.source), folder)
         return gate.pass_or_raise(
             folder,
             list(folder.glob("*.safetensors")),
@@ -96,12 +95,11 @@ def _compress(gate: Gate, out: Path, method: str, python: str, windows: Sequence
         folder = Path(name)
         rows = {str(place): window["input_ids"] for place, window in enumerate(windows)}
         save_file(rows, folder / "windows.safetensors")
-        config = load_config(gate.source, trust_remote_code=gate.trust_remote_code)
         request = {
-            "source": str(gate.source.resolve()),
+            "source": str(gate.folder.resolve()),
             "out": str(out),
             "method": method,
-            "group_size": fitting_group(method, config),
+            "group_size": fitting_group(method, load_config(gate.source)),
         }
         run_script(
             "llm_compressor.py",
@@ -109,7 +107,7 @@ def _compress(gate: Gate, out: Path, method: str, python: str, windows: Sequence
             request,
             python=python,
             what=f"llm-compressor could not quantize this model by {method}",
-            where=gate.source,
+            where=gate.folder,
             fix="check that its environment supports this architecture; safetensors and gguf-* do "
             "not need llm-compressor",
         )

@@ -27,6 +27,7 @@ from stillhouse.hardware import default_device, free_memory
 from stillhouse.progress import note
 from stillhouse.scratch import temporary_folder
 from stillhouse.teachers.load_model import load_model
+from stillhouse.teachers.model_source import AnyModel, source_of
 
 REPLAY_TOKENS = 1024
 REPLAY_PROMPTS = 3
@@ -128,13 +129,17 @@ class Gate:
     teacher's logits on the same text (`against_teacher`).
     """
 
-    source: Path
+    source: AnyModel
     windows: WindowSet
     prompts: list[str]
     seed: int
     kl_limit: float | None = None
-    trust_remote_code: bool = False
     teacher_logits: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The source's."""
+        return source_of(self.source).path
 
     def replay(self, exported: Path, readers: Readers = READERS) -> dict[str, Any]:
         """Run `replay.py` by its path, so that it imports nothing from Stillhouse; returns its
@@ -146,11 +151,11 @@ class Gate:
             folder = Path(name)
             save_file(drawn_windows(self), folder / "windows.safetensors")
             request = {
-                "source": str(self.source.resolve()),
+                "source": str(self.folder.resolve()),
                 "exported": str(exported.resolve()),
                 "prompts": self.prompts[:REPLAY_PROMPTS],
                 "max_new_tokens": REPLAY_NEW_TOKENS,
-                "trust_remote_code": self.trust_remote_code,
+                "trust_remote_code": source_of(self.source).trust_remote_code,
                 **asdict(readers),
                 "teacher_logits": self.teacher_logits and str(self.teacher_logits),
             }
@@ -160,7 +165,7 @@ class Gate:
                 request,
                 env=offline(),
                 what="the exported checkpoint cannot be loaded and run again",
-                where=self.source,
+                where=self.folder,
                 fix="check that transformers alone can load this model, and that it fits into "
                 "memory twice",
             )
@@ -191,7 +196,7 @@ class Gate:
         note(f"Replaying the {format} export ({dtype}) in a fresh process{readers}")
         found = self.replay(exported, readers)
         most = math.inf if readers.rounds_to and self.kl_limit is None else limit
-        check_replay(found, most, max(LLAMA_CPP_KL, self.kl_limit or 0.0), self.source, advice)
+        check_replay(found, most, max(LLAMA_CPP_KL, self.kl_limit or 0.0), self.folder, advice)
         pairs = {
             name: Likeness(pair["kl"], pair["top1_agreement"])
             for name, pair in found["pairs"].items()
@@ -219,17 +224,16 @@ class Gate:
 
 @contextmanager
 def against_teacher(
-    gate: Gate, teacher: Path, *, vocabulary: int, dtype: torch.dtype
+    gate: Gate, teacher: AnyModel, *, vocabulary: int, dtype: torch.dtype
 ) -> Iterator[Gate]:
     """A gate whose replays also compare every export with the teacher.
 
     The teacher's logits of the first `vocabulary` tokens, computed once in `dtype`, are in a file
     inside the block.
     """
-    code = gate.trust_remote_code
     with temporary_folder("stillhouse-teacher-") as name:
         file = Path(name) / "logits.safetensors"
-        model = load_model(teacher, dtype=dtype, trust_remote_code=code).to(default_device())
+        model = load_model(teacher, dtype=dtype).to(default_device())
         logits = {}
         for place, window in replay.by_place(drawn_windows(gate)).items():
             found_NV = replay.logits_of(model, place, window, replay.rows_of(window["labels"]))

@@ -40,6 +40,7 @@ from stillhouse.quantize.grid import Grid
 from stillhouse.quantize.moments import Moments
 from stillhouse.quantize.quantization import Quantization
 from stillhouse.teachers.load_model import load_config, load_model, load_tokenizer
+from stillhouse.teachers.model_source import AnyModel
 
 WEIGHTED = frozenset({*K_QUANTS, "q4_0"})
 """Formats with so few bits that weighting their errors justifies measuring each input's
@@ -73,8 +74,7 @@ def export_gguf(
 
     def work(folder: Path) -> ReplayResult:
         file = folder / file_name
-        code = gate.trust_remote_code
-        config = load_config(gate.source, trust_remote_code=code).get_text_config()
+        config = load_config(gate.source).get_text_config()
         if kind not in FORMATS:
             require_llama_cpp()
         misread = misread_by_transformers(config)
@@ -86,11 +86,10 @@ def export_gguf(
             name=name,
             quantization=quantization,
             moments=moments,
-            trust_remote_code=code,
         )
-        text = modelfile(gate.source, file_name, trust_remote_code=code)
+        text = modelfile(gate.source, file_name)
         (folder / "Modelfile").write_text(text, encoding="utf-8")
-        tokenizer = load_tokenizer(gate.source, trust_remote_code=code)
+        tokenizer = load_tokenizer(gate.source)
         otherwise = cut_otherwise_by_transformers(tokenizer, family(config))
         reader = otherwise if misread is None else _for_llama_cpp(misread)
         chats = cut_otherwise_by_llama_cpp(tokenizer)
@@ -182,26 +181,24 @@ class Written:
 
 
 def write_form(
-    source: Path,
+    source: AnyModel,
     file: Path,
     *,
     kind: str,
     name: str,
     quantization: Quantization | None = None,
     moments: Moments | None = None,
-    trust_remote_code: bool = False,
 ) -> Written:
     """Write `file` as `export_gguf` does, without replaying it. Raises ModelError as that does."""
     again = None if quantization is None else second_rounding(quantization.grid, kind)
     notes = [] if again is None else [again[0]]
     if kind not in FORMATS:
-        code = trust_remote_code
-        k_quantize(source, file, kind=kind, name=name, moments=moments, trust_remote_code=code)
+        k_quantize(source, file, kind=kind, name=name, moments=moments)
         return Written(K_QUANTS[kind], notes)
     form, packed = FORMATS[kind], {}
     held = quantization is not None and fitting_kind(quantization.grid, form) is not None
     if held or (moments is not None and {form.kind, form.embeddings} & {*BITS}):
-        model = load_model(source, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        model = load_model(source, dtype=torch.float32)
         weights = {name: weight.detach() for name, weight in model.named_parameters()}
         if held and quantization is not None:
             packed = pack(weights, quantization, form)
@@ -209,9 +206,7 @@ def write_form(
         elif moments is not None:
             names = gguf_names(moments, model.config.get_text_config())
             packed = pack_weighted(weights, moments, names, form)
-    fallen = write_gguf(
-        source, file, form, name=name, packed=packed, trust_remote_code=trust_remote_code
-    )
+    fallen = write_gguf(source, file, form, name=name, packed=packed)
     if fallen:
         notes.append(
             f"{len(fallen)} matrices, such as {fallen[0]}, are float16 in {file.name}: their rows "

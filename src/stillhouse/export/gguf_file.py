@@ -20,6 +20,7 @@ from stillhouse.export.gguf_source import open_tensors
 from stillhouse.export.gguf_tokenizer import add_tokenizer
 from stillhouse.teachers.gguf_families import to_file
 from stillhouse.teachers.load_model import load_config, load_tokenizer
+from stillhouse.teachers.model_source import AnyModel, source_of
 
 EMBEDDINGS = ("token_embd.weight", "output.weight")
 ROUTER = "ffn_gate_inp.weight"
@@ -57,21 +58,19 @@ Packed = tuple[Kind, npt.NDArray[np.uint8]]
 
 
 def write_gguf(
-    source: Path,
+    source: AnyModel,
     file: Path,
     form: GGUFFormat,
     *,
     name: str,
     packed: Mapping[str, Packed] | None = None,
-    trust_remote_code: bool = False,
 ) -> list[str]:
     """Write `file`; vectors stay float32. Returns the names of tensors that fell back to float16.
 
     packed: tensors (by their Hugging Face names) whose blocks are ready, rows in the model's order.
     Raises ModelError for an architecture or a tokenizer that the writer does not support.
     """
-    config = load_config(source, trust_remote_code=trust_remote_code).get_text_config()
-    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    config, tokenizer = load_config(source).get_text_config(), load_tokenizer(source)
     architecture = family(config)
     writer = gguf.GGUFWriter(file, architecture.name)
     writer.add_name(name)
@@ -80,7 +79,7 @@ def write_gguf(
     add_configuration(writer, config)
     add_tokenizer(writer, tokenizer, config.vocab_size)
     with ExitStack() as stack:
-        tensors = open_tensors(source, config, stack)
+        tensors = open_tensors(source_of(source).path, config, stack)
         names = gguf_names(tensors, config)
         kinds, fallen = {}, []
         for key, there in names.items():

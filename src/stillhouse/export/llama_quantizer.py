@@ -21,6 +21,7 @@ from stillhouse.export.gguf_file import FORMATS, write_gguf
 from stillhouse.export.gguf_model import gguf_names
 from stillhouse.quantize.moments import Moments
 from stillhouse.teachers.load_model import load_config
+from stillhouse.teachers.model_source import AnyModel, source_of
 
 K_BLOCK = 256
 ERROR, CONTINUED = 3, 5
@@ -28,13 +29,7 @@ ERROR, CONTINUED = 3, 5
 
 
 def k_quantize(
-    source: Path,
-    file: Path,
-    *,
-    kind: str,
-    name: str,
-    moments: Moments | None = None,
-    trust_remote_code: bool = False,
+    source: AnyModel, file: Path, *, kind: str, name: str, moments: Moments | None = None
 ) -> None:
     """Write `file` in a format of `K_QUANTS`.
 
@@ -45,12 +40,12 @@ def k_quantize(
     import llama_cpp
 
     float_file = file.with_suffix(".f32")
-    write_gguf(source, float_file, FORMATS["f32"], name=name, trust_remote_code=trust_remote_code)
+    write_gguf(source, float_file, FORMATS["f32"], name=name)
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
     params.nthread = torch.get_num_threads()
     if moments is not None:
-        config = load_config(source, trust_remote_code=trust_remote_code).get_text_config()
+        config = load_config(source).get_text_config()
         params.imatrix = importance_matrix(llama_cpp, moments, gguf_names(moments, config))
     with _only_errors(llama_cpp) as errors:
         failed = llama_cpp.llama_model_quantize(
@@ -61,7 +56,7 @@ def k_quantize(
         reason = " ".join(errors).strip() or f"code {failed}"
         raise ModelError(
             f"llama.cpp could not quantize this model to {kind} ({reason})",
-            where=source,
+            where=source_of(source).path,
             fix="gguf-q4_0 and gguf-q8_0 need no llama.cpp",
         )
 

@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from stillhouse.data.turn_end import turn_end
 from stillhouse.teachers.load_model import load_config, load_tokenizer
+from stillhouse.teachers.model_source import AnyModel, source_of
 
 PROBE = [
     {"role": "system", "content": "alpha"},
@@ -94,16 +95,16 @@ def _rendered(tokenizer: Any, messages: list[dict[str, str]]) -> str | None:
     return str(written).removeprefix(tokenizer.bos_token if adds_bos else "")
 
 
-def modelfile(model: Path, gguf_name: str, *, trust_remote_code: bool = False) -> str:
+def modelfile(model: AnyModel, gguf_name: str) -> str:
     """The Modelfile's text for a GGUF file next to it; `model`: the folder it was made from.
 
     If the chat template is unknown, a comment states it and TEMPLATE is omitted: Ollama
     then guesses it from the template in the GGUF file.
     """
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    config = load_config(model, trust_remote_code=trust_remote_code).get_text_config()
+    tokenizer = load_tokenizer(model)
+    config = load_config(model).get_text_config()
     lines = [f"FROM ./{gguf_name}"]
-    own = _generation_config(model)
+    own = _generation_config(source_of(model).path)
     stops = [tokenizer.eos_token] if tokenizer.eos_token else []
     ends = own.get("eos_token_id")
     for index in ends if isinstance(ends, list) else [ends]:

@@ -25,6 +25,7 @@ from stillhouse.quantize.grid import Grid, to_codes
 from stillhouse.quantize.quantization import Quantization
 from stillhouse.quantize.quantize import FLOAT8_WIDTH
 from stillhouse.teachers.load_model import load_model, load_tokenizer
+from stillhouse.teachers.model_source import AnyModel
 from stillhouse.teachers.older_names import save_tokenizer, write_older_names
 from stillhouse.teachers.quiet import quiet
 
@@ -45,9 +46,7 @@ def export_torchao(
     require_torchao(quantization.grid, quantization.dynamic, dtype)
 
     def work(folder: Path) -> ReplayResult:
-        code = gate.trust_remote_code
-        kind = getattr(torch, dtype)
-        floats = save_torchao(gate.source, folder, quantization, kind, trust_remote_code=code)
+        floats = save_torchao(gate.source, folder, quantization, getattr(torch, dtype))
         notes = [
             f"{name} is stored in {dtype}: if it is quantized, transformers does not set the scale "
             "that its layer multiplies it by."
@@ -117,12 +116,7 @@ def _device_name() -> str:
 
 
 def save_torchao(
-    source: Path,
-    out: Path,
-    quantization: Quantization,
-    dtype: torch.dtype,
-    *,
-    trust_remote_code: bool = False,
+    source: AnyModel, out: Path, quantization: Quantization, dtype: torch.dtype
 ) -> list[str]:
     """Write the folder from a float32 checkpoint on the grid, without replaying it.
 
@@ -132,7 +126,7 @@ def save_torchao(
     """
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
-    model = load_model(source, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    model = load_model(source, dtype=torch.float32)
     weights: dict[str, Tensor] = {
         name: weight.detach().to(dtype) for name, weight in model.named_parameters()
     }
@@ -153,7 +147,7 @@ def save_torchao(
     model.config.dtype = dtype
     save_file(tensors, out / "model.safetensors", metadata={**metadata, "format": "pt"})
     _sort_metadata(out / "model.safetensors")
-    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source)
     stop_at_turn_end(model, tokenizer)
     with quiet():
         model.config.save_pretrained(out)

@@ -162,14 +162,8 @@ def require_source(
         for level, text, fix in lacks(source.own, source.default.base):
             yield Finding(level, "vLLM", text, fix)
     else:
-        check_model_folder(source.source.path, trust_remote_code=source.default.trust_remote_code)
-    path = source.source.path
-    tokenizer = load_tokenizer(path, trust_remote_code=source.default.trust_remote_code)
+        check_model_folder(source.source)
+    tokenizer = load_tokenizer(source.source)
     require_chat_template(tokenizer)
-    require_template(
-        rendered_prompt(tokenizer),
-        chats,
-        whose=whose,
-        where=path,
-        keys=keys,
-    )
+    place = source.source.path
+    require_template(rendered_prompt(tokenizer), chats, whose=whose, where=place, keys=keys)

@@ -179,6 +179,7 @@ class LocalText:
             revision=default.revision if own.model is None else own.revision,
             base=default.base,
             weights=weights,
+            trust_remote_code=default.trust_remote_code,
         )
 
     @property
@@ -248,19 +249,17 @@ class LocalText:
 
     @contextmanager
     def _generator(self) -> Iterator[TextGenerator[Any]]:
-        own, trust = self.own, self.default.trust_remote_code
-        path = self._resolved(weights=True).path
+        own, source = self.own, self._resolved(weights=True)
         if isinstance(own, VllmTeacher):
             note(f"{self.source.described} answers in vLLM")
             base = self.default.base
-            with opened(own, path, base=base, seed=self.seed, trust_remote_code=trust) as generator:
+            with opened(own, source, base=base, seed=self.seed) as generator:
                 yield generator
             return
         precision = choose_precision(own.precision, default_device())
         note(f"{self.source.described} answers in {precision.reason}")
-        model = load_model(path, dtype=precision.dtype, trust_remote_code=trust)
-        tokenizer = load_tokenizer(path, trust_remote_code=trust)
-        yield local_text(model.to(default_device()), tokenizer, batch=own.batch)
+        model = load_model(source, dtype=precision.dtype).to(default_device())
+        yield local_text(model, load_tokenizer(source), batch=own.batch)
 
 
 TextSource = ApiText | LocalText

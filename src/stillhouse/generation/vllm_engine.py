@@ -28,6 +28,7 @@ from stillhouse.generation.vllm_worker import probe, reason
 from stillhouse.launch import local_index
 from stillhouse.progress import note
 from stillhouse.teachers.load_model import load_tokenizer
+from stillhouse.teachers.model_source import AnyModel, ModelSource, source_of
 from stillhouse.vllm_config import VllmEngine
 
 Lack = tuple[Literal["warning", "error"], str, str]
@@ -135,16 +136,16 @@ class VllmGenerator:
 
 @contextmanager
 def opened(
-    section: VllmEngine, path: Path, *, base: Path, seed: int, trust_remote_code: bool
+    section: VllmEngine, source: ModelSource, *, base: Path, seed: int
 ) -> Iterator[TextGenerator[VllmGenerator]]:
     """The model in a folder, run by vLLM, which releases its memory at the end.
 
     Raises ModelError: something is not installed, too few GPUs, or vLLM cannot load the model.
     """
     require_vllm(section, base)
-    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source)
     require_chat_template(tokenizer)  # before the weights are loaded
-    options = engine_options(section, path, seed=seed, trust_remote_code=trust_remote_code)
+    options = engine_options(section, source, seed=seed)
     engine = start_engine(section, options, base)
     end = turn_end(tokenizer)
     stops = () if end is None or end.text in end.stops else (end.id,)
@@ -162,13 +163,12 @@ def require_vllm(section: VllmEngine, base: Path, *, where: str = TEACHER) -> No
         note(text)
 
 
-def engine_options(
-    section: VllmEngine, path: Path, *, seed: int, trust_remote_code: bool
-) -> dict[str, Any]:
+def engine_options(section: VllmEngine, model: AnyModel, *, seed: int) -> dict[str, Any]:
     """Arguments of vllm.LLM for the model in a folder."""
+    source = source_of(model)
     return {
-        "model": str(path),
-        "trust_remote_code": trust_remote_code,
+        "model": str(source.path),
+        "trust_remote_code": source.trust_remote_code,
         "dtype": section.dtype,
         "seed": seed,
         "tensor_parallel_size": section.tensor_parallel,

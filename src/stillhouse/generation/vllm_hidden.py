@@ -22,6 +22,7 @@ from stillhouse.generation.vllm_engine import (
 )
 from stillhouse.generation.vllm_process import VllmProcess
 from stillhouse.generation.vllm_worker import POOLING
+from stillhouse.teachers.model_source import ModelSource
 from stillhouse.vllm_config import VllmEngine
 
 
@@ -66,13 +67,12 @@ class VllmHiddenStates:
 @contextmanager
 def opened_hidden_states(
     section: VllmEngine,
-    path: Path,
+    source: ModelSource,
     *,
     base: Path,
     layers: Sequence[int],
     last: int,
     seed: int,
-    trust_remote_code: bool,
 ) -> Iterator[VllmHiddenStates]:
     """The model in a folder, run by vLLM, which releases its memory at the end.
 
@@ -81,12 +81,12 @@ def opened_hidden_states(
     """
     require_vllm(section, base, where=SIGNALS)
     kept = tuple(sorted(set(layers) - {last}))
-    options = engine_options(section, path, seed=seed, trust_remote_code=trust_remote_code)
+    options = engine_options(section, source, seed=seed)
     options |= POOLING
     if kept:
         options["enforce_eager"] = True  # hooks on layers do not run in a compiled model
     engine = start_engine(section, options, base, kept, where=SIGNALS)
     try:
-        yield VllmHiddenStates(engine, f"{path.name} in vLLM", kept, last)
+        yield VllmHiddenStates(engine, f"{source.path.name} in vLLM", kept, last)
     finally:
         engine.close()

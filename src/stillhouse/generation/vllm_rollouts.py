@@ -27,6 +27,7 @@ from stillhouse.generation.weight_handover import (
 )
 from stillhouse.launch import leads, world_size
 from stillhouse.processes import wait_for_all
+from stillhouse.teachers.model_source import AnyModel, source_of
 
 OpenGenerator = Callable[[Any, frozenset[int]], AbstractContextManager[Generator]]
 """(the student, tokens that end an answer) → a generator with its weights as they are."""
@@ -34,17 +35,17 @@ OpenGenerator = Callable[[Any, frozenset[int]], AbstractContextManager[Generator
 
 @contextmanager
 def vllm_rollouts(
-    section: VllmRollouts, folder: Path, *, base: Path, seed: int, trust_remote_code: bool = False
+    section: VllmRollouts, checkpoint: AnyModel, *, base: Path, seed: int
 ) -> Iterator[OpenGenerator]:
     """vLLM on this machine, for a training: started when the student first writes, asleep between
     windows where it runs on GPUs, closed at the end of the block.
 
-    folder: for the weights; each process needs its own. Raises ModelError: something is not
-    installed, too few GPUs, vLLM fails, or has other weights than the student.
+    checkpoint: a folder for the weights; each process needs its own. Raises ModelError: something
+    is not installed, too few GPUs, vLLM fails, or has other weights than the student.
     """
     require_vllm(section, base, where=ROLLOUTS)
     dtype = None if section.dtype == "auto" else getattr(torch, section.dtype)
-    options = engine_options(section, folder, seed=seed, trust_remote_code=trust_remote_code)
+    options, folder = engine_options(section, checkpoint, seed=seed), source_of(checkpoint).path
     # Prompts and answers are token ids.
     options |= {"skip_tokenizer_init": True, "enable_sleep_mode": torch.cuda.is_available()}
     # On a CPU, vLLM packs the head, and does not pack it again with new weights if it is tied.

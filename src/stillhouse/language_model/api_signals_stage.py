@@ -172,7 +172,7 @@ def _rows(job: Job, file: Path, what: str, chunks: bool) -> Iterator[tuple[Token
     assert section is not None
     k = section.sampling.top_logprobs
     assert k is not None
-    tokenizer = load_tokenizer(job.tokenizer_path, trust_remote_code=job.trust_remote_code)
+    tokenizer = load_tokenizer(job.tokenizer)
     words = ByteVocabulary.of(tokenizer, job.vocabulary)
 
     def found(row: TokenRow, content: str, logprobs: list[Any] | None) -> _Found:

@@ -29,9 +29,8 @@ TOPIC = "chat template"
 
 def check_turns(job: Job) -> Iterator[Finding]:
     """Check the template of training text with chats."""
-    code = job.trust_remote_code
-    student = load_tokenizer(job.tokenizer_path, trust_remote_code=code)
-    teacher = load_tokenizer(job.teacher.path, trust_remote_code=code)
+    student = load_tokenizer(job.tokenizer)
+    teacher = load_tokenizer(job.teacher)
     end, other = turn_end(student), turn_end(teacher)
     if end is not None:
         learned = f"an assistant's turn ends with {end.text}, which is learned and ends answers"
@@ -108,7 +107,7 @@ class Sample:
 
 
 def _sample(job: Job, planned: PlannedText | None) -> Sample:
-    tokenizer = load_tokenizer(job.tokenizer_path, trust_remote_code=job.trust_remote_code)
+    tokenizer = load_tokenizer(job.tokenizer)
     sources = job.recipe.data.sources if planned is None else planned.other_sources
     documents: list[AnyDocument] = [] if planned is None else list(planned.documents)
     characters, complete = sum(len(str(document)) for document in documents), planned is None

@@ -24,7 +24,7 @@ def plan_data(job: Job) -> StagePlan:
         read, files = text.put_into(section, job.base), text.others(section, job.base)
 
     def work(out: Path) -> Outcome:
-        tokenizer = load_tokenizer(job.tokenizer_path)
+        tokenizer = load_tokenizer(job.tokenizer)
         take_over_tokens(out)
         train, heldout = build(
             read, tokenizer, seed=job.recipe.seed, base=job.base, out=out, resume=tokens_key

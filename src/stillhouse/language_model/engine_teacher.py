@@ -13,9 +13,10 @@ from stillhouse.language_model.job import Job, configs, planned_size
 from stillhouse.signals.encodings import Encoding, Hidden, TopK
 from stillhouse.teachers.hidden_server import HiddenStateServer
 from stillhouse.teachers.hidden_teacher import HiddenStateSource, HiddenStateTeacher
+from stillhouse.teachers.load_model import load_tokenizer
 from stillhouse.teachers.served_teacher import ServedTeacher
 from stillhouse.teachers.shared_vocabulary import check_rows
-from stillhouse.teachers.source_tokenizers import head_rows, source_tokenizer
+from stillhouse.teachers.source_tokenizers import head_rows
 from stillhouse.teachers.stored_head import load_head
 from stillhouse.teachers.teacher import Teacher
 
@@ -37,12 +38,11 @@ def engine_teacher(job: Job, encoding: Encoding) -> Iterator[Teacher]:
     last = int(configs(job)[1].get_text_config().num_hidden_layers)
     with opened_hidden_states(
         section.vllm,
-        job.teacher.path,
+        job.teacher,
         base=job.base,
         layers=encoding.layers if isinstance(encoding, Hidden) else (),
         last=last,
         seed=job.recipe.seed,
-        trust_remote_code=job.trust_remote_code,
     ) as source:
         yield _teacher(job, source, with_head=not only_hidden)
 
@@ -70,14 +70,14 @@ def server_teacher(job: Job, encoding: Encoding, *, with_head: bool = True) -> T
 
 
 def _teacher(job: Job, source: HiddenStateSource, *, with_head: bool) -> HiddenStateTeacher:
-    config, head, code = configs(job)[1], None, job.trust_remote_code
+    config, head = configs(job)[1], None
     if with_head:
-        head = load_head(job.teacher.path, dtype=_dtype(job), trust_remote_code=code)
+        head = load_head(job.teacher, dtype=_dtype(job))
         head = head.to(default_device())
     vocabulary, tokenizer = job.vocabulary, None
     if job.folded:
-        tokenizer = source_tokenizer(job.teacher, code)
-        vocabulary = check_rows(tokenizer, head_rows(job.teacher, code), "teacher")
+        tokenizer = load_tokenizer(job.teacher)
+        vocabulary = check_rows(tokenizer, head_rows(job.teacher), "teacher")
     return HiddenStateTeacher(
         source,
         config,

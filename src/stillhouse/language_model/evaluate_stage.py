@@ -26,7 +26,7 @@ from stillhouse.quantize.input_rounding import round_inputs
 from stillhouse.quantize.quantization import FILE, Quantization
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.teachers.sharded_teacher import ShardedTeacher
-from stillhouse.training.train import MODEL, shards
+from stillhouse.training.train import shards
 
 MEASURED_ALONE = ("prompts", "max_new_tokens", "temperature", "lm_eval")
 """The keys of the recipe's `evaluate` that a teacher's own measurements depend on."""
@@ -42,7 +42,7 @@ def plan_teacher(job: Job, data: Stage) -> StagePlan:
     def work(out: Path) -> Outcome:
         _, heldout = open_data(data)
         found = keep_teacher(
-            job.teacher.path,
+            job.teacher,
             out,
             vocabulary=job.vocabulary,
             export_dtype=getattr(torch, job.recipe.export.dtype),
@@ -75,22 +75,22 @@ def plan_evaluation(
 
     def work(out: Path) -> Outcome:
         _, heldout = open_data(data)
-        paths = {
-            "teacher": job.teacher.path,
-            "untrained": student.path / MODEL,
-            "student": trained.path / MODEL,
+        models = {
+            "teacher": job.teacher,
+            "untrained": job.model(student),
+            "student": job.model(trained),
         }
         if cut is not None:
-            paths["cut"] = cut.path / MODEL
+            models["cut"] = job.model(cut)
         if baseline is not None:
-            paths["fine_tuned"] = baseline.path / MODEL
+            models["fine_tuned"] = job.model(baseline)
         sizes, prepare = {}, {}
         for stage in quantized:
             role = {"quantize": "quantized", "qat": "quantized_trained"}[stage.name]
-            paths[role], sizes[role] = stage.path / MODEL, stage.summary["bytes"]
+            models[role], sizes[role] = job.model(stage), stage.summary["bytes"]
             prepare[role] = partial(round_inputs, Quantization.load(stage.path / FILE))
         found = evaluate(
-            paths,
+            models,
             vocabulary=job.vocabulary,
             export_dtype=getattr(torch, job.recipe.export.dtype),
             sizes=sizes,
@@ -100,11 +100,9 @@ def plan_evaluation(
         )
         if leads():
             found.save(out / EVALUATION)
-        models = [one for one in found.models if teacher is None or one.role != "teacher"]
-        tokens = sum(model.fidelity.tokens for model in models)
-        flops = sum(
-            account.forward_flops(model.parameters, model.fidelity.tokens) for model in models
-        )
+        results = [one for one in found.models if teacher is None or one.role != "teacher"]
+        tokens = sum(one.fidelity.tokens for one in results)
+        flops = sum(account.forward_flops(one.parameters, one.fidelity.tokens) for one in results)
         return Outcome(tokens, flops, peak_memory_bytes())
 
     measured = job.recipe.measured.model_dump(mode="json")
@@ -135,7 +133,6 @@ def evaluation_arguments(job: Job, section: EvaluateRecipe, heldout: WindowSet) 
         "precision": choose_precision(job.recipe.train.precision, default_device()),
         "load_sharded": _sharded_teacher(job),
         "alignment": teacher_alignment(job),
-        "trust_remote_code": job.trust_remote_code,
     }
 
 

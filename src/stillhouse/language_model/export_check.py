@@ -32,7 +32,7 @@ def export_findings(
 ) -> Iterator[Finding]:
     """students: name (empty for a single one) and configuration of each that is exported."""
     recipe = recipe.with_programs(job.base)
-    tokenizer = load_tokenizer(job.tokenizer_path, trust_remote_code=job.trust_remote_code)
+    tokenizer = load_tokenizer(job.tokenizer)
     section = recipe.export
     layers = _layers_before(recipe, job)
     for name, student in students:
@@ -64,7 +64,7 @@ def _layers_before(recipe: Recipe, job: Job) -> int | None:
     if recipe.cascade is None and not isinstance(recipe.student, PrunedStudent):
         return None
     source = job.pruned or job.teacher
-    config = load_config(source.path, trust_remote_code=job.trust_remote_code)
+    config = load_config(source)
     return int(config.get_text_config().num_hidden_layers)
 
 

@@ -61,19 +61,18 @@ def plan_export(
     def work(out: Path) -> Outcome:
         _, heldout = open_data(data)
         gate = Gate(
-            shipped.path / MODEL,
+            job.model(shipped),
             heldout,
             job.recipe.evaluate.prompts,
             job.recipe.seed,
             section.kl_limit,
-            job.trust_remote_code,
         )
         grid = Quantization.load(grid_file) if grid_file.is_file() else None
         card = _card(job, data, shipped, Evaluation.load(evaluated.path / EVALUATION), origins)
         dtype = choose_precision(job.recipe.train.precision, default_device()).dtype
         replays: list[ReplayResult] = []
         calibration = _calibration(job, data)
-        moments = _moments(job, shipped.path / MODEL, calibration)
+        moments = _moments(job, shipped, calibration)
         with _with_teacher(job, gate, dtype) as checks:
             for form in section.formats:
                 folder = out / shipped_folder(form)
@@ -103,12 +102,12 @@ def _with_teacher(job: Job, gate: Gate, dtype: torch.dtype) -> AbstractContextMa
     device alone."""
     if job.folded:
         return nullcontext(gate)
-    config = load_config(job.teacher.path, trust_remote_code=job.trust_remote_code)
+    config = load_config(job.teacher)
     device = default_device()
     if planned_size(config).total * dtype.itemsize > free_memory_bytes(device):
         note(f"The teacher does not fit on {device}: exports are compared with the student alone")
         return nullcontext(gate)
-    return against_teacher(gate, job.teacher.path, vocabulary=job.vocabulary, dtype=dtype)
+    return against_teacher(gate, job.teacher, vocabulary=job.vocabulary, dtype=dtype)
 
 
 def _export(
@@ -153,12 +152,12 @@ def _calibration(job: Job, data: Stage) -> list[Any]:
     return chosen
 
 
-def _moments(job: Job, model: Path, calibration: list[Any]) -> Moments | None:
+def _moments(job: Job, shipped: Stage, calibration: list[Any]) -> Moments | None:
     """The inputs' moments, if a format uses them."""
     forms = job.recipe.export.formats
     if not calibration or not any(form.removeprefix("gguf-") in WEIGHTED for form in forms):
         return None
-    loaded = load_model(model, dtype=torch.float32, trust_remote_code=job.trust_remote_code)
+    loaded = load_model(job.model(shipped), dtype=torch.float32)
     return input_moments(loaded.to(default_device()), calibration)
 
 

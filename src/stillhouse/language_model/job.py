@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from stillhouse import account
 from stillhouse.errors import SignalError
 from stillhouse.export.licenses import Origin
-from stillhouse.language_model.recipe import Recipe
+from stillhouse.language_model.recipe import Recipe, TeacherRecipe
 from stillhouse.objectives.objective_config import ChunksTerm, LogitsTerm
 from stillhouse.progress import note
 from stillhouse.runfolder import Stage
@@ -33,7 +34,7 @@ from stillhouse.signals.signals_config import (
 from stillhouse.students.planned_config import planned_config
 from stillhouse.students.student_config import PretrainedStudent, PrunedStudent, RandomStudent
 from stillhouse.synthesis.synthesized_text import SynthesizedText
-from stillhouse.teachers.load_model import load_config
+from stillhouse.teachers.load_model import load_config, load_tokenizer
 from stillhouse.teachers.model_requirements import require_decoder
 from stillhouse.teachers.model_source import (
     ModelSource,
@@ -47,7 +48,6 @@ from stillhouse.teachers.source_tokenizers import (
     head_rows,
     other_tokenizer,
     shared_vocabulary,
-    source_tokenizer,
 )
 from stillhouse.teachers.stored_teacher import recorded_temperature
 from stillhouse.training.objective import (
@@ -55,6 +55,7 @@ from stillhouse.training.objective import (
     make_objective,
     stored_layers,
 )
+from stillhouse.training.train import MODEL
 from stillhouse.training.train_config import ORIGINAL
 
 
@@ -96,19 +97,20 @@ class Job:
         return self.own_tokenizer or self.pretrained or self.teacher
 
     @property
-    def tokenizer_path(self) -> Path:
-        return self.tokenizer.path
-
-    @property
     def other_teachers(self) -> tuple[ModelSource, ...]:
         """The models with another tokenizer than the student: of those that it learns from, and the
         teacher that it is compared with."""
-        every, code = dict.fromkeys([*self.teachers, self.teacher]), self.trust_remote_code
-        return tuple(each for each in every if other_tokenizer(self.tokenizer, each, code))
+        every = dict.fromkeys([*self.teachers, self.teacher])
+        return tuple(each for each in every if other_tokenizer(self.tokenizer, each))
 
     @property
-    def trust_remote_code(self) -> bool:
-        return self.recipe.teacher.trust_remote_code
+    def start(self) -> ModelSource:
+        """The model that the student is made from, or shaped like."""
+        return self.pretrained or self.pruned or self.teacher
+
+    def model(self, stage: Stage) -> ModelSource:
+        """The student that a stage of this run wrote."""
+        return self.start.derived(stage.path / MODEL)
 
 
 def find_models(
@@ -120,34 +122,38 @@ def find_models(
     Raises ModelError; RecipeError for a student that cannot be trained on the teacher's token ids.
     """
     section = recipe.teacher
+    find = partial(
+        resolve_model, base=base, weights=weights, trust_remote_code=section.trust_remote_code
+    )
     if teacher is None:
-        teacher = resolve_model(
-            section.model, revision=section.revision, base=base, weights=weights
-        )
+        teacher = find(section.model, revision=section.revision)
     pretrained = None
     if isinstance(recipe.student, PretrainedStudent):
         student = recipe.student
-        pretrained = resolve_model(
-            student.model, revision=student.revision, base=base, weights=weights
+        pretrained = find(
+            student.model,
+            revision=student.revision,
+            trust_remote_code=student.trust_remote_code,
         )
     pruned = None
     if isinstance(recipe.student, PrunedStudent) and recipe.student.model is not None:
-        pruned = resolve_model(recipe.student.model, base=base, weights=weights)
+        pruned = find(recipe.student.model)
     other = pretrained or pruned or teacher
-    code = section.trust_remote_code
     for source in (teacher, other):
-        require_decoder(load_config(source.path, trust_remote_code=code), source.path)
+        require_decoder(load_config(source), source.path)
     own = None
     if isinstance(recipe.student, RandomStudent) and recipe.student.tokenizer is not None:
-        own = resolve_tokenizer(recipe.student.tokenizer, base=base)
+        own = resolve_tokenizer(
+            recipe.student.tokenizer, base=base, trust_remote_code=section.trust_remote_code
+        )
     folded = _is_folded(recipe, teacher, own or other)
     if own is not None:
-        rows = _ids(own, code)
+        rows = max(load_tokenizer(own).get_vocab().values()) + 1  # ids that it can return
     elif folded:
         own = pruned
-        rows = check_rows(source_tokenizer(other, code), head_rows(other, code), "student")
+        rows = check_rows(load_tokenizer(other), head_rows(other), "student")
     else:
-        match = shared_vocabulary(teacher, other, code)
+        match = shared_vocabulary(teacher, other)
         rows = match.rows
         for warning in match.warnings:
             note(f"warning: {warning}")
@@ -168,17 +174,20 @@ def find_configurations(recipe: Recipe, base: Path) -> Job:
     `find_models`.
     """
     section, student = recipe.teacher, recipe.student
-    code = section.trust_remote_code
 
-    def found(name: str, revision: str | None = None) -> ModelSource:
+    def found(name: str, of: TeacherRecipe | PretrainedStudent | None = None) -> ModelSource:
+        """of: the section that names the model, if it is one with a revision of its own."""
+        revision = None if of is None else of.revision
         folder = resolve_config(name, revision=revision, base=base)
-        require_decoder(load_config(folder, trust_remote_code=code), folder)
-        return ModelSource(folder, "", name)
+        trusted = (of or section).trust_remote_code
+        source = ModelSource(folder, described=name, trust_remote_code=trusted)
+        require_decoder(load_config(source), folder)
+        return source
 
-    teacher = found(section.model, section.revision)
+    teacher = found(section.model, section)
     pretrained = pruned = None
     if isinstance(student, PretrainedStudent):
-        pretrained = found(student.model, student.revision)
+        pretrained = found(student.model, student)
     if isinstance(student, PrunedStudent) and student.model is not None:
         pruned = found(student.model)
     names = recipe.train.teachers or [ORIGINAL]
@@ -193,30 +202,24 @@ def _is_folded(recipe: Recipe, teacher: ModelSource, own: ModelSource) -> bool:
 
     Raises ModelError if the recipe does not allow it.
     """
-    code = recipe.teacher.trust_remote_code
     if recipe.teacher.tokenizer == "same":
-        check_same_ids(source_tokenizer(teacher, code), source_tokenizer(own, code))
-    return other_tokenizer(own, teacher, code)
+        check_same_ids(load_tokenizer(teacher), load_tokenizer(own))
+    return other_tokenizer(own, teacher)
 
 
 def _teachers(job: Job, *, weights: bool) -> tuple[ModelSource, ...]:
-    recipe, code = job.recipe, job.trust_remote_code
-    teachers = []
+    recipe, teachers = job.recipe, []
     for name in recipe.train.teachers or [ORIGINAL]:
         found = job.teacher
         if name != ORIGINAL:
-            found = resolve_model(name, base=job.base, weights=weights)
-        if other_tokenizer(job.tokenizer, found, code):
+            trusted = recipe.teacher.trust_remote_code
+            found = resolve_model(name, base=job.base, weights=weights, trust_remote_code=trusted)
+        if other_tokenizer(job.tokenizer, found):
             _require_output_terms(recipe, found)
         else:
-            check_rows(source_tokenizer(found, code), head_rows(found, code), "teacher")
+            check_rows(load_tokenizer(found), head_rows(found), "teacher")
         teachers.append(found)
     return tuple(teachers)
-
-
-def _ids(source: ModelSource, trust_remote_code: bool) -> int:
-    """The number of ids that a tokenizer can return."""
-    return int(max(source_tokenizer(source, trust_remote_code).get_vocab().values())) + 1
 
 
 def _require_output_terms(recipe: Recipe, other: ModelSource) -> None:
@@ -358,7 +361,7 @@ def planned_objective(job: Job) -> Objective:
     Raises SignalError for terms that these models cannot serve.
     """
     student, teacher = configs(job)[0], job.teachers[0]
-    shape = load_config(teacher.path, trust_remote_code=job.trust_remote_code)
+    shape = load_config(teacher)
     with torch.device("meta"):
         objective = make_objective(job.recipe.objective, student, shape)
     if len(job.teachers) > 1 and (objective.hidden or objective.relations):
@@ -372,14 +375,12 @@ def planned_objective(job: Job) -> Objective:
 
 def configs(job: Job) -> tuple[Any, Any]:
     """The student's planned configuration, and the teacher's."""
-    code = job.trust_remote_code
-    teacher = load_config(job.teacher.path, trust_remote_code=code)
-    section = job.recipe.student
+    teacher, section = load_config(job.teacher), job.recipe.student
     if isinstance(section, PrunedStudent | RandomStudent):
         served = getattr(torch, job.recipe.export.dtype)
         return planned_config(section, start_config(job), base=job.base, served=served), teacher
     assert job.pretrained is not None
-    return load_config(job.pretrained.path, trust_remote_code=code), teacher
+    return load_config(job.pretrained), teacher
 
 
 def full_job(job: Job) -> Job:
@@ -390,8 +391,7 @@ def full_job(job: Job) -> Job:
 
 def start_config(job: Job) -> Any:
     """The configuration of the model that is pruned."""
-    start = job.pruned or job.teacher
-    return load_config(start.path, trust_remote_code=job.trust_remote_code)
+    return load_config(job.pruned or job.teacher)
 
 
 def planned_size(config: Any) -> account.ParameterCount:

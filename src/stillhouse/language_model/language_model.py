@@ -201,7 +201,7 @@ def preview_windows(recipe: Recipe, base: Path, rows: int) -> RenderableType:
         job = find_job(recipe, base)
         job, stages = run_steps(LANGUAGE_MODEL, job, doing(folder), only=WINDOW_STEPS)
     windows, _ = open_data(stages["data"])
-    return preview(windows, load_tokenizer(job.tokenizer_path), rows)
+    return preview(windows, load_tokenizer(job.tokenizer), rows)
 
 
 LANGUAGE_MODEL = Kind(

@@ -14,7 +14,7 @@ from stillhouse.generation.source_check import rendered_prompt, require_template
 from stillhouse.language_model.job import Job, configs, full_job
 from stillhouse.language_model.package_check import require_options
 from stillhouse.objectives.objective_config import ChunksTerm
-from stillhouse.students.student_config import PretrainedStudent, RandomStudent
+from stillhouse.students.student_config import RandomStudent
 from stillhouse.teachers.load_model import load_tokenizer
 from stillhouse.teachers.model_source import ModelSource
 from stillhouse.teachers.planned_model import (
@@ -33,14 +33,11 @@ def require_models(job: Job) -> Iterator[Finding]:
     """
     _require_chunks(job)
     job = full_job(job)
-    code = job.trust_remote_code
     for source in dict.fromkeys([job.teacher, *job.teachers]):
-        check_model_folder(source.path, trust_remote_code=code)
+        check_model_folder(source)
     start = _start(job)
     if start is not None:
-        student = job.recipe.student
-        trust = student.trust_remote_code if isinstance(student, PretrainedStudent) else code
-        _require_trainable(check_model_folder(start.path, trust_remote_code=trust), start)
+        _require_trainable(check_model_folder(start), start)
     yield from require_options(job)
     _require_templates(job)
     for name, config in zip(("student", "teacher"), configs(job), strict=True):
@@ -93,7 +90,7 @@ def _positions(name: str, config: Any, job: Job) -> Iterator[Finding]:
     most = learned_positions(planned_model(config))
     lengths = {f"data.context: {context}": context}
     if evaluate.prompts:
-        tokenizer = load_tokenizer(job.tokenizer_path, trust_remote_code=job.trust_remote_code)
+        tokenizer = load_tokenizer(job.tokenizer)
         longest = max(len(prompt_ids(tokenizer, prompt)) for prompt in evaluate.prompts)
         key = f"evaluate.prompts with evaluate.max_new_tokens: {evaluate.max_new_tokens}"
         lengths[key] = longest + evaluate.max_new_tokens
@@ -132,14 +129,14 @@ def _shorter(key: str, context: int, length: int, most: int) -> str:
 def _require_templates(job: Job) -> None:
     """Check the templates: evaluation prompts are chats if a model has one."""
     chats = [(user_turn(prompt), "evaluate.prompts") for prompt in job.recipe.evaluate.prompts]
-    for whose, path in (("the teacher", job.teacher.path), ("the student", job.tokenizer_path)):
-        tokenizer = load_tokenizer(path, trust_remote_code=job.trust_remote_code)
+    for whose, source in (("the teacher", job.teacher), ("the student", job.tokenizer)):
+        tokenizer = load_tokenizer(source)
         if getattr(tokenizer, "chat_template", None):
             require_template(
                 rendered_prompt(tokenizer),
                 chats,
                 whose=whose,
-                where=path,
+                where=source.path,
                 fix="remove evaluate.prompts, each of which is one user turn; or correct the "
                 "chat_template in that folder",
             )

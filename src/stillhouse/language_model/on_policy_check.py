@@ -45,10 +45,9 @@ def require_on_policy(job: Job) -> Iterator[Finding]:
             fix="set signals.missing: live, so that the teacher itself scores it; or remove "
             "`signals`, or train.on_policy",
         )
-    code = job.trust_remote_code
-    student = load_tokenizer(job.tokenizer_path, trust_remote_code=code)
+    student = load_tokenizer(job.tokenizer)
     for source in job.teachers:
-        teacher = load_tokenizer(source.path, trust_remote_code=code)
+        teacher = load_tokenizer(source)
         require_same_end(student, teacher)
         if source in job.other_teachers:
             continue

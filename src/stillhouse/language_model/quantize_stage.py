@@ -19,7 +19,6 @@ from stillhouse.language_model.train_stage import (
 from stillhouse.pipeline.stage_plan import StagePlan, model_check
 from stillhouse.quantize.quantize import TRAINING, quantize, train_quantized
 from stillhouse.runfolder import Outcome, Stage
-from stillhouse.training.train import MODEL
 from stillhouse.training.train_config import training_key
 
 
@@ -32,14 +31,13 @@ def plan_quantization(job: Job, data: Stage, trained: Stage) -> StagePlan:
     def work(out: Path) -> Outcome:
         windows, heldout = open_data(data)
         result = quantize(
-            trained.path / MODEL,
+            job.model(trained),
             out,
             section=section,
             heldout=heldout,
             vocabulary=job.vocabulary,
             seed=job.recipe.seed,
             windows=windows,
-            trust_remote_code=job.trust_remote_code,
         )
         return Outcome(peak_memory_bytes=peak_memory_bytes(), summary=asdict(result))
 
@@ -50,7 +48,7 @@ def plan_quantization(job: Job, data: Stage, trained: Stage) -> StagePlan:
         "data": data.digest,
         "trained": trained.digest,
     }
-    return StagePlan("quantize", inputs, work, version=2, check=model_check(job.trust_remote_code))
+    return StagePlan("quantize", inputs, work, version=2, check=model_check(job.start))
 
 
 def plan_quantized_training(
@@ -64,7 +62,7 @@ def plan_quantized_training(
 
     def work(out: Path) -> Outcome:
         windows, heldout = open_data(data)
-        start = starting_student(job, trained.path / MODEL)
+        start = starting_student(job, trained)
         result = train_quantized(
             start,
             rounded.path,
@@ -102,5 +100,5 @@ def plan_quantized_training(
         resumable=True,
         together=True,
         scratch=(TRAINING,),
-        check=model_check(job.trust_remote_code),
+        check=model_check(job.start),
     )

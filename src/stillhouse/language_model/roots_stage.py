@@ -21,10 +21,10 @@ from stillhouse.teachers.aligned_text import (
     observed,
     require_readable,
 )
+from stillhouse.teachers.load_model import load_tokenizer
 from stillhouse.teachers.model_source import ModelSource
 from stillhouse.teachers.roots import Roots, merged
 from stillhouse.teachers.roots_file import cached_roots, load_roots, save_roots
-from stillhouse.teachers.source_tokenizers import source_tokenizer
 
 
 def has_other_tokenizers(job: Job) -> bool:
@@ -98,12 +98,12 @@ def teacher_alignment(job: Job) -> Alignment | None:
 
 
 def aligner_of(job: Job, source: ModelSource) -> TokenAligner:
-    return _aligner(job.tokenizer, source, job.trust_remote_code)
+    return _aligner(job.tokenizer, source)
 
 
 @lru_cache(maxsize=4)
-def _aligner(own: ModelSource, other: ModelSource, trust_remote_code: bool) -> TokenAligner:
-    return TokenAligner(*(source_tokenizer(each, trust_remote_code) for each in (own, other)))
+def _aligner(own: ModelSource, other: ModelSource) -> TokenAligner:
+    return TokenAligner(load_tokenizer(own), load_tokenizer(other))
 
 
 def _name(source: ModelSource) -> str:

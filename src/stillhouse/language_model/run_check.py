@@ -130,7 +130,7 @@ def check_resources(check: Check, find: FindModels = one_student) -> Iterator[Fi
                 f"a student learns little in {steps:,} optimizer step{'s' * (steps != 1)}",
                 "raise train.epochs, lower train.batch_size, or add text",
             )
-    tokenizer = load_tokenizer(job.tokenizer_path, trust_remote_code=job.trust_remote_code)
+    tokenizer = load_tokenizer(job.tokenizer)
     prompts = own_prompts(job, tokenizer)
     windows = max(1, -(-tokens // recipe.data.context))
     for models in planned:

@@ -53,13 +53,12 @@ def run_models(job: Job) -> RunModels:
     job = full_job(job)
     student, teacher = configs(job)
     objective = planned_objective(job)
-    code = job.trust_remote_code
     return RunModels(
         recipe=job.recipe,
         student=student,
         start=start_config(job),
         teacher=teacher,
-        teachers=tuple(load_config(one.path, trust_remote_code=code) for one in job.teachers),
+        teachers=tuple(load_config(one) for one in job.teachers),
         divergences=tuple(term.divergence for term in objective.divergences),
         kept_layers=len(objective.needs.activations.layers),
         row_bytes=row_bytes(job, job.recipe.signals or SignalsRecipe()),

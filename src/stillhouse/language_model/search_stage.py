@@ -39,9 +39,9 @@ def plan_search(job: Job, data: Stage) -> StagePlan:
         setting = Setting(
             section=section,
             train=job.recipe.train,
-            start=start.path,
+            start=start,
             # Of another tokenizer, it does not measure what pruning costs.
-            teacher=(start if job.folded else job.teacher).path,
+            teacher=start if job.folded else job.teacher,
             windows=windows,
             vocabulary=job.vocabulary,
             seed=job.recipe.seed,
@@ -49,10 +49,9 @@ def plan_search(job: Job, data: Stage) -> StagePlan:
             served=getattr(torch, job.recipe.export.dtype),
             device=device,
             out=out,
-            trust_remote_code=job.trust_remote_code,
             processes=processes,
         )
-        with shared_layers(start.path, processes, trust_remote_code=job.trust_remote_code):
+        with shared_layers(start, processes):
             found = search_shape(setting)
         return Outcome(
             tokens=found.tokens,

@@ -48,11 +48,10 @@ from stillhouse.teachers.record_store import (
 from stillhouse.teachers.several_teachers import combined
 from stillhouse.teachers.sharded_teacher import ShardedTeacher, load_sharded_teacher
 from stillhouse.teachers.shared_vocabulary import tokenizer_identity
-from stillhouse.teachers.source_tokenizers import source_tokenizer
 from stillhouse.teachers.stored_head import head_sha256, load_head
 from stillhouse.teachers.stored_teacher import StoredTeacher, recorded_temperature
 from stillhouse.teachers.teacher import Teacher
-from stillhouse.training.train import MODEL, shards
+from stillhouse.training.train import shards
 
 STORE = "store"
 SHARD_FILES = f"{STORE}/{SHARDS}/*"
@@ -171,7 +170,7 @@ def _students_tokens(job: Job) -> Callable[[Teacher], Teacher]:
     """A function that makes the recipe's teacher answer for the student's tokens."""
     if not job.folded:
         return lambda teacher: teacher
-    tokenizer = load_tokenizer(job.tokenizer_path, trust_remote_code=job.trust_remote_code)
+    tokenizer = load_tokenizer(job.tokenizer)
     return lambda teacher: teacher.aligned(tokenizer, run_roots(job, job.teacher))
 
 
@@ -192,7 +191,7 @@ def signal_identity(job: Job, student_head: LMHead | None) -> dict[str, str]:
 
     student_head: for a store that is only for this head.
     """
-    tokenizer = load_tokenizer(job.tokenizer_path, trust_remote_code=job.trust_remote_code)
+    tokenizer = load_tokenizer(job.tokenizer)
     teacher, section = job.teacher.fingerprint, job.recipe.signals
     if section is not None and section.answers is not None:
         assert job.recipe.synthesize is not None
@@ -202,14 +201,13 @@ def signal_identity(job: Job, student_head: LMHead | None) -> dict[str, str]:
     identity = {"teacher": teacher, **tokenizer_identity(tokenizer)}
     roots = run_roots(job, job.teacher) if job.folded else None
     if roots is not None and (section is None or section.answers is None):
-        theirs = source_tokenizer(job.teacher, job.trust_remote_code)
+        theirs = load_tokenizer(job.teacher)
         identity |= folded_identity(theirs, roots)
     return identity if student_head is None else {**identity, "head": head_sha256(student_head)}
 
 
 def _head(job: Job, student: Stage) -> LMHead:
-    code = job.trust_remote_code
-    return load_head(student.path / MODEL, dtype=torch.float32, trust_remote_code=code)
+    return load_head(job.model(student), dtype=torch.float32)
 
 
 def stored_signals(job: Job, recorded: Stage | None) -> StoredSignals | None:
@@ -231,19 +229,18 @@ def training_teacher(
     """What the student learns from: the models of `sources`, or the store and, if the recipe
     allows it, the first of them for missing rows."""
     dtype = choose_precision(job.recipe.train.precision, default_device()).dtype
-    code = job.trust_remote_code
     over = shards(job.recipe.train, "teacher")
     loads = [_loader(job, one, dtype, over) for one in sources]
     if stored is None:
-        tokenizer = load_tokenizer(job.tokenizer_path, trust_remote_code=code)
+        tokenizer = load_tokenizer(job.tokenizer)
         pairs = zip(loads, sources, strict=True)
         return combined([load().aligned(tokenizer, run_roots(job, one)) for load, one in pairs])
     store = _open(job, stored, student)
     encoding, config, head = store.settings.encoding, None, None
     if isinstance(encoding, Hidden):
-        config = load_config(sources[0].path, trust_remote_code=code)
+        config = load_config(sources[0])
         if config.get_text_config().num_hidden_layers in encoding.layers:
-            head = load_head(sources[0].path, dtype=dtype, trust_remote_code=code)
+            head = load_head(sources[0], dtype=dtype)
     section = job.recipe.signals
     assert section is not None
     to_students = _students_tokens(job)
@@ -261,9 +258,8 @@ def _loader(
     job: Job, source: ModelSource, dtype: torch.dtype, over: int
 ) -> Callable[[], LocalTeacher]:
     """Loads the teacher, sharded over so many processes."""
-    code = job.trust_remote_code
     if over == 1:
-        return partial(load_teacher, source, dtype=dtype, trust_remote_code=code)
+        return partial(load_teacher, source, dtype=dtype)
     return sharded_loader(job, source, dtype, over)
 
 
@@ -277,7 +273,6 @@ def sharded_loader(
         dtype=dtype,
         shards=over,
         offload=job.recipe.train.offload_teacher,
-        trust_remote_code=job.trust_remote_code,
     )
 
 

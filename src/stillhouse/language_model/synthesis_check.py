@@ -87,12 +87,10 @@ def require_synthesis(job: Job) -> Iterator[Finding]:
         return
     _require_other_text(job, out_path(section, base))
     require_template(
-        rendered_training(
-            load_tokenizer(job.tokenizer_path), reasoning=section.reasoning == "keep"
-        ),
+        rendered_training(load_tokenizer(job.tokenizer), reasoning=section.reasoning == "keep"),
         synthesis_job(recipe, base).chats(student=True),
         whose="the student",
-        where=job.tokenizer_path,
+        where=job.tokenizer.path,
         keys=_keys(section),
         fix="set synthesize.reasoning: keep if the template opens the reasoning itself; else "
         "use messages that it expects, or a model with another template",
@@ -115,7 +113,7 @@ def _require_other_text(job: Job, out: Path) -> None:
     it only after the teacher has answered. Of large sources and of the Hub's, only the first rows
     are checked."""
     data = job.recipe.data
-    tokenizer = load_tokenizer(job.tokenizer_path)
+    tokenizer = load_tokenizer(job.tokenizer)
     for source in (*data.sources, *data.heldout_sources):
         if names(source, out, job.base):
             continue

@@ -37,9 +37,9 @@ def plan_student(job: Job, data: Stage) -> StagePlan:
 
     def work(out: Path) -> Outcome:
         windows, heldout = open_data(data)
-        teacher, code = job.pruned or job.teacher, job.trust_remote_code
+        teacher = job.pruned or job.teacher
         processes = all_processes() if pruned else ALONE
-        with shared_layers(teacher.path, processes, trust_remote_code=code):
+        with shared_layers(teacher, processes):
             summary = build_student(
                 section,
                 teacher=teacher,
@@ -48,7 +48,6 @@ def plan_student(job: Job, data: Stage) -> StagePlan:
                 seed=job.recipe.seed,
                 base=job.base,
                 out=out / MODEL,
-                trust_remote_code=code,
                 processes=processes,
                 same_tokens=not job.folded,
             )
@@ -68,7 +67,7 @@ def plan_student(job: Job, data: Stage) -> StagePlan:
     }
     if isinstance(section, RandomStudent) and section.tokenizer is not None:
         inputs["tokenizer"] = job.tokenizer.fingerprint
-    check = model_check(job.trust_remote_code)
+    check = model_check(job.start)
     return StagePlan("student", inputs, work, version=8, together=pruned, check=check)
 
 
@@ -108,7 +107,7 @@ def _training(
 ) -> StagePlan:
     def work(out: Path) -> Outcome:
         windows, heldout = open_data(data)
-        start = starting_student(job, student.path / MODEL)
+        start = starting_student(job, student)
         result = train(
             start,
             training_teacher(job, teachers, stored, start),
@@ -141,7 +140,7 @@ def _training(
         resumable=True,
         together=True,
         scratch=(CHECKPOINTS, ROLLOUTS),
-        check=model_check(job.trust_remote_code),
+        check=model_check(job.start),
     )
 
 
@@ -162,13 +161,13 @@ def own_prompts_key(job: Job) -> dict[str, str]:
     return {"prompts": sha(job.base / Path(section.prompts.path).expanduser())}
 
 
-def starting_student(job: Job, folder: Path) -> Student:
+def starting_student(job: Job, stage: Stage) -> Student:
     """The student to train. job: where `train.shard` is not `auto`. If it will be sharded, each
     process reads only its part of the weights; all read a head that is not trained."""
-    settings, code = job.recipe.train, job.trust_remote_code
+    settings = job.recipe.train
     if shards(settings, "student") > 1 and not settings.freeze_head:
-        return Student.without_weights(folder, trust_remote_code=code)
-    return Student.load(folder, trust_remote_code=code)
+        return Student.without_weights(job.model(stage))
+    return Student.load(job.model(stage))
 
 
 def training_outcome(result: TrainingResult, summary: dict[str, Any]) -> Outcome:

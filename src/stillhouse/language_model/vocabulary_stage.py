@@ -70,7 +70,7 @@ def find_job(recipe: Recipe, base: Path, *, weights: bool = True) -> Job:
 def _require_fold(recipe: Recipe, job: Job) -> None:
     """Raise RecipeError for what is not possible with whole teachers. ModelError: their tokens
     cannot be aligned."""
-    tokenizer = load_tokenizer(job.teacher.path, trust_remote_code=job.trust_remote_code)
+    tokenizer = load_tokenizer(job.teacher)
     require_alignable(tokenizer, tokenizer)
     own = recipe.train.on_policy
     reasons = {
@@ -102,6 +102,7 @@ def cut_job(job: Job, finished: Mapping[str, Stage], do: Do) -> Job:
         cut.digest,
         f"{job.teacher.described}, cut to {kept:,} tokens",
         card=job.teacher.path,
+        trust_remote_code=job.teacher.trust_remote_code,
     )
     others = _other_models(job.after_cut, job)
     stages = {
@@ -126,13 +127,12 @@ def _other_models(recipe: Recipe, full_job: Job) -> dict[str, ModelSource]:
     names = [recipe.student.model, *([] if _folds(recipe) else recipe.train.teachers)]
     found = {}
     for name in dict.fromkeys(name for name in names if name not in (None, ORIGINAL)):
-        source = resolve_model(name, base=full_job.base)
-        code = full_job.trust_remote_code
+        trusted = recipe.teacher.trust_remote_code
+        source = resolve_model(name, base=full_job.base, trust_remote_code=trusted)
         own, all_tokens = (
-            load_tokenizer(model.path, trust_remote_code=code).get_vocab().keys()
-            for model in (source, full_job.teacher)
+            load_tokenizer(model).get_vocab().keys() for model in (source, full_job.teacher)
         )
-        other = not own < all_tokens and other_tokenizer(full_job.teacher, source, code)
+        other = not own < all_tokens and other_tokenizer(full_job.teacher, source)
         if other and name == recipe.student.model:
             raise RecipeError(
                 "student.vocabulary removes tokens of the teacher, and the model that is pruned "
@@ -141,7 +141,7 @@ def _other_models(recipe: Recipe, full_job: Job) -> dict[str, ModelSource]:
                 fix="name the model that is pruned as the teacher, and the other in train.teachers",
             )
         if not other and not own < all_tokens:
-            shared_vocabulary(full_job.teacher, source, code)
+            shared_vocabulary(full_job.teacher, source)
             found[name] = source
     return found
 
@@ -197,12 +197,11 @@ def plan_vocabulary(job: Job, data: Stage) -> StagePlan:
             seed=job.recipe.seed,
             base=job.base,
             out=out / MODEL,
-            trust_remote_code=job.trust_remote_code,
             processes=all_processes(),
         )
         if not leads():
             return Outcome()
-        config = load_config(job.teacher.path, trust_remote_code=job.trust_remote_code)
+        config = load_config(job.teacher)
         parameters = Counter(config).total(sizes_of(config))
         found = {
             "vocabulary": summary["pruning"]["changed"].get("vocabulary", [job.vocabulary] * 2),
@@ -224,7 +223,7 @@ def plan_vocabulary(job: Job, data: Stage) -> StagePlan:
         work,
         version=4,
         together=True,
-        check=model_check(job.trust_remote_code),
+        check=model_check(job.teacher),
     )
 
 
@@ -249,11 +248,11 @@ def _perplexities(job: Job, cut: Path, windows: WindowSet) -> dict[str, Any]:
     if not rows:
         return found
     dtype = choose_precision(job.recipe.train.precision, default_device()).dtype
-    for name, path, of_rows in (
-        ("teacher_perplexity", job.teacher.path, rows),
-        ("cut_perplexity", cut, [_renumbered(row, new_V) for row in rows]),
+    for name, source, of_rows in (
+        ("teacher_perplexity", job.teacher, rows),
+        ("cut_perplexity", job.teacher.derived(cut), [_renumbered(row, new_V) for row in rows]),
     ):
-        model = load_model(path, dtype=dtype, trust_remote_code=job.trust_remote_code)
+        model = load_model(source, dtype=dtype)
         answers = heldout_answers(model.to(default_device()), of_rows)
         size = model.get_output_embeddings().weight.shape[0]
         found[name] = compare(answers, answers, min(size, job.vocabulary)).perplexity

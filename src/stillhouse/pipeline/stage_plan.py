@@ -14,6 +14,7 @@ from stillhouse.pipeline.run_progress import recorded_step
 from stillhouse.processes import lost_process
 from stillhouse.runfolder import Outcome, RunFolder, Stage
 from stillhouse.teachers.load_model import check_loadable
+from stillhouse.teachers.model_source import ModelSource
 from stillhouse.training.train import MODEL
 
 
@@ -86,6 +87,6 @@ def unanswered(stage: Stage) -> int:
     return int(stage.summary.get("unanswered", 0))
 
 
-def model_check(trust_remote_code: bool) -> Callable[[Path], None]:
-    """The check of a stage that writes a causal language model."""
-    return lambda out: check_loadable(out / MODEL, trust_remote_code=trust_remote_code)
+def model_check(start: ModelSource) -> Callable[[Path], None]:
+    """The check of a stage that writes a causal language model, made from `start`."""
+    return lambda out: check_loadable(start.derived(out / MODEL))

@@ -30,6 +30,7 @@ from stillhouse.scratch import scratch_place, temporary_disk
 from stillhouse.shared_work import Processes
 from stillhouse.teachers.activations import decoder_layers
 from stillhouse.teachers.load_model import load_config, load_model
+from stillhouse.teachers.model_source import AnyModel, source_of
 from stillhouse.teachers.write_by_layer import weights_by_layer, write_by_layer
 
 LARGE_BYTES = 2 << 30
@@ -47,13 +48,13 @@ def has_large_weights(model: Any) -> bool:
     return 4 * sum(parameter.numel() for parameter in model.parameters()) >= LARGE_BYTES
 
 
-def load_offloaded(path: Path, *, trust_remote_code: bool = False) -> Any:
+def load_offloaded(checkpoint: AnyModel) -> Any:
     """Load the model in float32. A large one is offloaded, which needs its float32 size in the
     temporary folder; inside `shared_layers`, its layers are mapped from the files that are there.
 
     Raises ModelError as `load_model` does.
     """
-    model = _load(path, trust_remote_code)
+    model, path = _load(checkpoint), source_of(checkpoint).path
     if is_large(model):
         if path in _shared:
             for weight, file in zip(_layer_weights(model), _shared[path], strict=True):
@@ -62,11 +63,10 @@ def load_offloaded(path: Path, *, trust_remote_code: bool = False) -> Any:
     return model.float()
 
 
-def _load(path: Path, trust_remote_code: bool) -> Any:
+def _load(checkpoint: AnyModel) -> Any:
     """In the number type of its files, which are mapped."""
-    config = load_config(path, trust_remote_code=trust_remote_code)
-    stored = getattr(config, "dtype", None) or torch.float32
-    return load_model(path, dtype=stored, trust_remote_code=trust_remote_code)
+    stored = getattr(load_config(checkpoint), "dtype", None) or torch.float32
+    return load_model(checkpoint, dtype=stored)
 
 
 _shared: dict[Path, list[str]] = {}
@@ -74,9 +74,7 @@ _shared: dict[Path, list[str]] = {}
 
 
 @contextmanager
-def shared_layers(
-    path: Path, processes: Processes, *, trust_remote_code: bool = False
-) -> Iterator[None]:
+def shared_layers(checkpoint: AnyModel, processes: Processes) -> Iterator[None]:
     """Inside the block, the processes of a machine have one file of each weight of a large model's
     layers, however often they load it. Before a layer is changed, `take_own` must be called.
 
@@ -85,9 +83,9 @@ def shared_layers(
     if processes.count == 1:
         yield
         return
-    written: list[str] = []
+    path, written = source_of(checkpoint).path, list[str]()
     if local_index() == 0:
-        model = _load(path, trust_remote_code)
+        model = _load(checkpoint)
         if is_large(model):
             written = [_file_with(weight) for weight in _layer_weights(model)]
         del model

@@ -45,6 +45,7 @@ from stillhouse.quantize.units import (
 )
 from stillhouse.students.student import Student
 from stillhouse.teachers.load_model import load_model, load_tokenizer
+from stillhouse.teachers.model_source import AnyModel
 from stillhouse.teachers.older_names import save_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.teacher import Teacher
@@ -81,7 +82,7 @@ class QuantizeResult:
 
 
 def quantize(
-    student: Path,
+    student: AnyModel,
     out: Path,
     *,
     section: QuantizeRecipe,
@@ -89,7 +90,6 @@ def quantize(
     vocabulary: int,
     seed: int,
     windows: WindowSet | None = None,
-    trust_remote_code: bool = False,
 ) -> QuantizeResult:
     """Round the trained student: `out/model`, float32 with its matrices on the grid, and scales.
 
@@ -98,8 +98,7 @@ def quantize(
     RecipeError for a group size that does not divide a matrix, a part that the model does not have,
     a budget that cannot be met.
     """
-    model = load_model(student, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    model.to(default_device())
+    model = load_model(student, dtype=torch.float32).to(default_device())
     grid = grid_of(section)
     units = _units(model, section)
     free = _without_named(units, section.keep)
@@ -138,7 +137,7 @@ def quantize(
         f"{section.kind}: {result.bytes / 1e6:,.1f} MB of {result.plain_bytes / 1e6:,.1f} MB, "
         f"KL to the unquantized student {kl:.4f}; left alone: {', '.join(kept) or 'nothing'}"
     )
-    _save(model, quantization, student, out, trust_remote_code)
+    _save(model, quantization, student, out)
     return result
 
 
@@ -243,8 +242,7 @@ def train_quantized(
     )
     if leads():
         # From its file: a process may have only a part of it in memory.
-        code = student.trust_remote_code
-        trained = Student.load(folder / TRAINING / MODEL, trust_remote_code=code)
+        trained = Student.load(student.checkpoint(folder / TRAINING / MODEL))
         quantization.apply(trained.model)
         trained.save(folder / MODEL)
         quantization.save(folder / FILE)
@@ -280,12 +278,9 @@ def _without_named(units: list[Unit], keep: list[str]) -> list[Unit]:
     return [unit for unit in units if unit.name not in keep]
 
 
-def _save(
-    model: Any, quantization: Quantization, student: Path, out: Path, trust_remote_code: bool
-) -> None:
+def _save(model: Any, quantization: Quantization, student: AnyModel, out: Path) -> None:
     quantization.apply(model)
     with quiet():
         model.save_pretrained(out / MODEL)
-    tokenizer = load_tokenizer(student, trust_remote_code=trust_remote_code)
-    save_tokenizer(tokenizer, out / MODEL)
+    save_tokenizer(load_tokenizer(student), out / MODEL)
     quantization.save(out / FILE)

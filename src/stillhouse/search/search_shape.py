@@ -39,6 +39,7 @@ from stillhouse.shared_work import ALONE, Processes
 from stillhouse.students.pruned_student import method_of, placed
 from stillhouse.students.student_config import PrunedStudent
 from stillhouse.teachers.load_model import load_config, load_model
+from stillhouse.teachers.model_source import AnyModel, source_of
 from stillhouse.teachers.packed_attention import use_attention
 from stillhouse.teachers.quiet import quiet
 from stillhouse.training.train_config import TrainRecipe
@@ -67,8 +68,8 @@ class Setting:
 
     section: PrunedStudent
     train: TrainRecipe
-    start: Path
-    teacher: Path
+    start: AnyModel
+    teacher: AnyModel
     windows: WindowSet
     vocabulary: int
     seed: int
@@ -76,7 +77,6 @@ class Setting:
     served: torch.dtype
     device: torch.device
     out: Path
-    trust_remote_code: bool = False
     processes: Processes = ALONE
 
 
@@ -116,7 +116,7 @@ def search_shape(setting: Setting) -> Found:
     """
     (setting.out / WORK).mkdir(parents=True, exist_ok=True)
     journal = Journal(setting.out / WORK / JOURNAL, setting.processes)
-    config = load_config(setting.start, trust_remote_code=setting.trust_remote_code)
+    config = load_config(setting.start)
     counter = Counter(config)
     search, target = setting.section.search, setting.section.target
     assert target is not None
@@ -210,10 +210,9 @@ class _Work:
             )
         return heldout, training
 
-    def _load(self, path: Path) -> Any:
+    def _load(self, model: AnyModel) -> Any:
         free_memory()
-        model = load_offloaded(path, trust_remote_code=self.setting.trust_remote_code)
-        return placed(model, self.setting.section, self.setting.device)
+        return placed(load_offloaded(model), self.setting.section, self.setting.device)
 
     def _measure(self, model: Any) -> float:
         with released_after_use(model):
@@ -359,7 +358,8 @@ class _Work:
             self._one_shot(one)
         note(f"training {described(self.before, one.sizes)} for {steps} steps")
         # In memory, whatever its size: training changes all weights at every step.
-        model = load_model(before, dtype=torch.float32, trust_remote_code=setting.trust_remote_code)
+        saved = source_of(setting.start).derived(before)
+        model = load_model(saved, dtype=torch.float32)
         model.to(setting.device)
         context = known.batches[0].input_ids_RL.shape[1]
         use_attention(model, context, setting.device, setting.dtype)

@@ -41,7 +41,6 @@ def build_student(
     seed: int,
     base: Path,
     out: Path,
-    trust_remote_code: bool = False,
     heldout: WindowSet | None = None,
     processes: Processes = ALONE,
     same_tokens: bool = True,
@@ -51,8 +50,8 @@ def build_student(
     `windows` is the training text (only a pruned student uses it). `heldout`, if it is
     given, is only compared with it: a note warns if the domains differ, with the measured KL.
     `base` is the folder that paths in the recipe are relative to. `processes`: those that
-    prune together; only the main process writes. `trust_remote_code` is the
-    teacher's. `same_tokens`: a pretrained student must have the teacher's tokens.
+    prune together; only the main process writes. `same_tokens`: a pretrained student must have the
+    teacher's tokens.
     The summary is plain data for JSON: start, parameters (total, non_embedding, head_once), the
     teacher's parameters, notes, and for a pruned student `pruning` (see pruning.PruneReport) and
     its `flops`. A student with fewer tokens than its teacher gets a new
@@ -62,16 +61,14 @@ def build_student(
     kept_ids: tuple[int, ...] | None = None
     match section:
         case PretrainedStudent():
-            student, summary = _pretrained(
-                section, teacher, base, trust_remote_code, same_tokens=same_tokens
-            )
+            student, summary = _pretrained(section, teacher, base, same_tokens=same_tokens)
         case RandomStudent():
-            student, summary = _random(section, teacher, seed, base, trust_remote_code)
+            student, summary = _random(section, teacher, seed, base)
         case PrunedStudent():
             pruned = prune_to(
                 section,
-                load_offloaded(teacher.path, trust_remote_code=trust_remote_code),
-                load_tokenizer(teacher.path, trust_remote_code=trust_remote_code),
+                load_offloaded(teacher),
+                load_tokenizer(teacher),
                 windows,
                 heldout,
                 seed=seed,
@@ -85,7 +82,7 @@ def build_student(
     student.save(out, every_row=True)
     if kept_ids is not None:
         save_kept_ids(kept_ids, out)
-    if not trust_remote_code and not getattr(section, "trust_remote_code", False):
+    if not teacher.trust_remote_code and not getattr(section, "trust_remote_code", False):
         ids_RL = torch.arange(min(CHECKED_TOKENS, student.vocabulary))[None]
         check_saved(student.model, out, ids_RL)
     size = asdict(count_parameters(student.model))
@@ -93,23 +90,23 @@ def build_student(
 
 
 def _pretrained(
-    section: PretrainedStudent,
-    teacher: ModelSource,
-    base: Path,
-    trust_remote_code: bool,
-    *,
-    same_tokens: bool,
+    section: PretrainedStudent, teacher: ModelSource, base: Path, *, same_tokens: bool
 ) -> tuple[Student, Summary]:
-    source = resolve_model(section.model, revision=section.revision, base=base)
-    student = Student.load(source.path, trust_remote_code=section.trust_remote_code)
+    source = resolve_model(
+        section.model,
+        revision=section.revision,
+        base=base,
+        trust_remote_code=section.trust_remote_code,
+    )
+    student = Student.load(source)
     found: Summary = {"model": source.described, "fingerprint": source.fingerprint}
     if not same_tokens:
         return student, {**found, "notes": []}
     match = check_same_vocabulary(
-        load_tokenizer(teacher.path, trust_remote_code=trust_remote_code),
+        load_tokenizer(teacher),
         student.tokenizer,
-        teacher_rows=head_rows(teacher, trust_remote_code),
-        student_rows=head_rows(source, section.trust_remote_code),
+        teacher_rows=head_rows(teacher),
+        student_rows=head_rows(source),
     )
     return student, {
         **found,
@@ -119,12 +116,12 @@ def _pretrained(
 
 
 def _random(
-    section: RandomStudent, teacher: ModelSource, seed: int, base: Path, trust_remote_code: bool
+    section: RandomStudent, teacher: ModelSource, seed: int, base: Path
 ) -> tuple[Student, Summary]:
-    own = section.tokenizer and resolve_tokenizer(section.tokenizer, base=base).path
-    tokenizer = load_tokenizer(own or teacher.path, trust_remote_code=trust_remote_code)
-    config = load_config(teacher.path, trust_remote_code=trust_remote_code)
-    config = start_config(section, config, base)
+    own, trusted = section.tokenizer, teacher.trust_remote_code
+    named = own and resolve_tokenizer(own, base=base, trust_remote_code=trusted)
+    tokenizer = load_tokenizer(named or teacher)
+    config = start_config(section, load_config(teacher), base)
     student = Student.random(config, tokenizer, seed=seed, **section.overrides)
     return student, {"overrides": dict(section.overrides), "notes": []}
 

@@ -27,7 +27,7 @@ from stillhouse.students.student_config import PrunedStudent
 from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.local_teacher import LocalTeacher, local
-from stillhouse.teachers.model_source import resolve_model
+from stillhouse.teachers.model_source import AnyModel, ModelSource, resolve_model, source_of
 from stillhouse.teachers.older_names import save_tokenizer, write_older_names
 from stillhouse.teachers.planned_model import model_without_weights
 from stillhouse.teachers.quiet import quiet
@@ -39,8 +39,8 @@ class Student:
     """A causal language model that stays a plain transformers model, and its tokenizer.
 
     tokenizer: None if only token ids are known; the vocabulary is then all rows of the head.
-    folder: a checkpoint with exactly these weights. trust_remote_code: its code may run. summary:
-    for a pruned student: what was cut, and at what cost.
+    source: the checkpoint that it was loaded from. summary: for a pruned student: what was cut, and
+    at what cost.
     Raises ModelError: the tokenizer has ids for which the model has no row.
     """
 
@@ -49,16 +49,15 @@ class Student:
         model: Any,
         tokenizer: Any = None,
         *,
-        folder: Path | None = None,
-        trust_remote_code: bool = False,
+        source: ModelSource | None = None,
         summary: Mapping[str, Any] | None = None,
     ) -> None:
         self.model = model
         self.summary = dict(summary or {})
         self.tokenizer = tokenizer
-        self.folder = folder
-        self.trust_remote_code = trust_remote_code
-        self.unread: Path | None = None  # holds the weights that the model does not have
+        self.source = source
+        self.changed = source is None  # whether the weights are no longer those of the source
+        self.unread = False  # whether the weights are not read from the source yet
         rows = lm_head(model).weight_VD.shape[0]
         self.vocabulary = rows if tokenizer is None else check_rows(tokenizer, rows, "student")
 
@@ -72,8 +71,14 @@ class Student:
 
         Raises ModelError as `resolve_model` and `load_model`.
         """
-        source = resolve_model(str(model), revision=revision, base=Path.cwd())
-        return cls.load(source.path, trust_remote_code=trust_remote_code)
+        return cls.load(
+            resolve_model(
+                str(model),
+                revision=revision,
+                base=Path.cwd(),
+                trust_remote_code=trust_remote_code,
+            )
+        )
 
     @classmethod
     def random(
@@ -126,51 +131,48 @@ class Student:
         return cls(pruned.model, pruned.tokenizer, summary=pruned.summary)
 
     @classmethod
-    def load(cls, folder: Path, *, trust_remote_code: bool = False) -> Self:
+    def load(cls, checkpoint: AnyModel) -> Self:
         """The checkpoint in a folder, in float32. Raises ModelError as `load_model`."""
-        code = trust_remote_code
-        model = load_model(folder, dtype=torch.float32, trust_remote_code=code)
-        tokenizer = load_tokenizer(folder, trust_remote_code=code)
-        return cls(model, tokenizer, folder=folder, trust_remote_code=code)
+        source = source_of(checkpoint)
+        model = load_model(source, dtype=torch.float32)
+        return cls(model, load_tokenizer(source), source=source)
 
     @classmethod
-    def without_weights(cls, folder: Path, *, trust_remote_code: bool = False) -> Self:
+    def without_weights(cls, checkpoint: AnyModel) -> Self:
         """The checkpoint in a folder, with weights on the meta device.
 
         Only for training with a sharded student: each process then reads its part of the weights.
         Raises ModelError as `load_config` and `load_tokenizer`, and if no model has this
         configuration.
         """
-        code = trust_remote_code
-        tokenizer = load_tokenizer(folder, trust_remote_code=code)
-        found = cls(
-            model_without_weights(folder, trust_remote_code=code),
-            tokenizer,
-            folder=folder,
-            trust_remote_code=code,
-        )
-        found.unread = folder
+        source = source_of(checkpoint)
+        tokenizer = load_tokenizer(source)
+        found = cls(model_without_weights(source), tokenizer, source=source)
+        found.unread = True
         return found
+
+    def checkpoint(self, folder: Path) -> ModelSource:
+        """A folder in which this student, trained or not, is saved."""
+        return ModelSource(folder) if self.source is None else self.source.derived(folder)
 
     # --- training -------------------------------------------------------------------------------
 
     def remember(self) -> Callable[[], None]:
         """Return a function that restores the model's current weights."""
-        folder, unread = self.folder, self.unread
-        if unread is not None:
-            return partial(self._forget_weights, unread)
-        if folder is None:
+        source = self.source
+        if source is not None and self.unread:
+            return partial(self._forget_weights, source)
+        if source is None or self.changed:
             kept = {name: value.clone() for name, value in self.model.state_dict().items()}
             return lambda: self.model.load_state_dict(kept)
 
         def load() -> None:
-            self.model = type(self).load(folder, trust_remote_code=self.trust_remote_code).model
+            self.model = type(self).load(source).model
 
         return load
 
-    def _forget_weights(self, folder: Path) -> None:
-        code = self.trust_remote_code
-        self.model = model_without_weights(folder, trust_remote_code=code)
+    def _forget_weights(self, source: ModelSource) -> None:
+        self.model = model_without_weights(source)
         self.cut_rows_without_tokens()
 
     def trainable(self, *, freeze_head: bool = False, dtype: torch.dtype = torch.float32) -> None:
@@ -198,7 +200,7 @@ class Student:
         No loss covers them, so nothing would stop the trained model from generating their ids.
         """
         if cut_rows_without_tokens(self.model, self.vocabulary):
-            self.folder = None
+            self.changed = True
 
     def save(self, folder: str | Path, *, every_row: bool = False) -> None:
         """Write a plain Hugging Face folder: configuration, safetensors weights and tokenizer.
@@ -226,6 +228,6 @@ class Student:
 
 def _copy(teacher: LocalTeacher) -> Any:
     """A float32 copy of the teacher; from its checkpoint if possible, which may be more precise."""
-    if teacher.folder is None:
+    if teacher.source is None:
         return copy.deepcopy(teacher.model).cpu().float()
-    return load_offloaded(teacher.folder, trust_remote_code=teacher.trust_remote_code)
+    return load_offloaded(teacher.source)

@@ -21,6 +21,7 @@ from stillhouse.teachers.model_requirements import (
     require_tokens,
     require_windows,
 )
+from stillhouse.teachers.model_source import AnyModel, source_of
 from stillhouse.teachers.quantized_model import dequantize, float_values, set_buffers
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.stored_tokenizer import as_stored, require_stored_tokens
@@ -44,10 +45,9 @@ _CHECKED: dict[str, Any] = {
 
 
 def load_model(
-    path: Path,
+    model: AnyModel,
     *,
     dtype: torch.dtype,
-    trust_remote_code: bool = False,
     distributed: DistributedConfig | None = None,
     finite: bool = True,
 ) -> Any:
@@ -62,18 +62,20 @@ def load_model(
     finite, an architecture that is unknown, not a decoder, or whose logits Stillhouse cannot
     compute, a quantization that cannot be loaded, too little memory. LostProcessError.
     """
+    source = source_of(model)
+    path = source.path
     files = weight_files(path)
-    config = load_config(path, trust_remote_code=trust_remote_code)
+    config = load_config(source)
     require_loadable(config, path)
     processes = 1 if distributed is None else world_size()
     try:
         with quiet(), lost_process(processes):
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded, info = AutoModelForCausalLM.from_pretrained(
                 path,
                 config=config,
                 dtype=dtype,
                 attn_implementation=attention_for(config),
-                trust_remote_code=trust_remote_code,
+                trust_remote_code=source.trust_remote_code,
                 **_CHECKED,
                 **({} if distributed is None else {"distributed_config": distributed}),
             )
@@ -96,19 +98,19 @@ def load_model(
             "comes with a model runs only with trust_remote_code: true",
         ) from error
     _check_loaded(info, path)
-    if getattr(model.config, "quantization_config", None) is not None:
-        set_buffers(model)
-        dequantize(model, dtype)
-    require_tokens(config, model, path)
-    _check_types(model, files, path)
+    if getattr(loaded.config, "quantization_config", None) is not None:
+        set_buffers(loaded)
+        dequantize(loaded, dtype)
+    require_tokens(config, loaded, path)
+    _check_types(loaded, files, path)
     if finite:
-        check_finite(model, path)
-        _check_written(model, path)
-    _check_tied(model, files, path)
-    model.requires_grad_(False).eval()
+        check_finite(loaded, path)
+        _check_written(loaded, path)
+    _check_tied(loaded, files, path)
+    loaded.requires_grad_(False).eval()
     if distributed is None:
-        check_head_once(model, path)
-    return model
+        check_head_once(loaded, path)
+    return loaded
 
 
 def check_head_once(model: Any, path: Path) -> None:
@@ -119,36 +121,38 @@ def check_head_once(model: Any, path: Path) -> None:
         _checked.add(known)
 
 
-def check_loadable(
-    path: Path, kind: Any = AutoModelForCausalLM, *, trust_remote_code: bool = False
-) -> None:
+def check_loadable(model: AnyModel, kind: Any = AutoModelForCausalLM) -> None:
     """Compare names and shapes of a folder's weights with its configuration, without loading them.
 
     kind: the transformers class that will load it. Raises ModelError: no or damaged files,
     weights that are missing, left over or of another shape.
     """
+    source = source_of(model)
+    path, trusted = source.path, source.trust_remote_code
     files = weight_files(path)
     try:
         with quiet():
-            model, info = kind.from_pretrained(
-                path, device_map="meta", trust_remote_code=trust_remote_code, **_CHECKED
+            loaded, info = kind.from_pretrained(
+                path, device_map="meta", trust_remote_code=trusted, **_CHECKED
             )
     except (ValueError, KeyError, ImportError, OSError, RuntimeError) as error:
         raise ModelError(
             f"this model cannot be loaded ({error})", where=path, fix="check its config.json"
         ) from error
     _check_loaded(info, path)
-    _check_types(model, files, path)
-    _check_tied(model, files, path)
+    _check_types(loaded, files, path)
+    _check_tied(loaded, files, path)
 
 
-def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
+def load_config(model: AnyModel) -> Any:
     """Load the model's configuration. Raises ModelError if it cannot be read or its type is
     unknown."""
+    source = source_of(model)
+    path = source.path
     try:
         with quiet():
             config = AutoConfig.from_pretrained(
-                path, trust_remote_code=trust_remote_code, local_files_only=True
+                path, trust_remote_code=source.trust_remote_code, local_files_only=True
             )
             config.get_text_config()  # audio models have several
     # A configuration class may raise any error on values that it does not expect.
@@ -166,16 +170,18 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
     return config
 
 
-def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(model: AnyModel) -> Any:
     """Load the folder's tokenizer. Raises ModelError if there is none.
 
     Its tokens are those of tokenizer.json, if there is one. Without its files, transformers
     creates a tokenizer with only the architecture's special tokens.
     """
+    source = source_of(model)
+    path = source.path
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(
-                path, trust_remote_code=trust_remote_code, local_files_only=True
+                path, trust_remote_code=source.trust_remote_code, local_files_only=True
             )
             tokenizer = as_stored(tokenizer, path)
     # The tokenizers library raises plain Exception for a damaged tokenizer.json.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from stillhouse.teachers.activations import ActivationRequest, decoder_layers, r
 from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.mapped_weights import MappedWeights, map_weights
-from stillhouse.teachers.model_source import ModelSource
+from stillhouse.teachers.model_source import AnyModel, ModelSource, source_of
 from stillhouse.teachers.packed_attention import use_attention
 from stillhouse.teachers.shared_vocabulary import check_rows
 from stillhouse.teachers.teacher import OUTPUT_ONLY, Teacher, TeacherView
@@ -29,8 +28,7 @@ class LocalTeacher(Teacher):
     """Returns full distributions and any activation, by a forward pass for each batch.
 
     model: a causal language model; it is put into eval mode. tokenizer: None if only token ids
-    are known; the vocabulary is then all rows of the head. folder: the checkpoint that the model
-    was loaded from. trust_remote_code: its code may run.
+    are known; the vocabulary is then all rows of the head. source: what the model was loaded from.
     Raises ModelError: the tokenizer has ids for which the model has no row.
     """
 
@@ -39,15 +37,13 @@ class LocalTeacher(Teacher):
         model: Any,
         tokenizer: Any = None,
         *,
-        described: str | None = None,
-        fingerprint: str = "",
-        folder: Path | None = None,
-        trust_remote_code: bool = False,
+        source: AnyModel | None = None,
     ) -> None:
         self.model = model.eval()
-        self.folder, self.trust_remote_code = folder, trust_remote_code
-        self.described = described or model.config.name_or_path or type(model).__name__
-        self.fingerprint = fingerprint
+        self.source = None if source is None else source_of(source)
+        name = model.config.name_or_path or type(model).__name__
+        self.described = (self.source and self.source.described) or name
+        self.fingerprint = self.source.fingerprint if self.source else ""
         self.tokenizer, self.config = tokenizer, model.config
         self._mapped: dict[nn.Module, MappedWeights] = {}
         rows = lm_head(model).weight_VD.shape[0]
@@ -76,9 +72,9 @@ class LocalTeacher(Teacher):
     def place(self, device: torch.device, context: int) -> None:
         self.model.to(device)
         use_attention(self.model, context, device, self.model.dtype)
-        if self.folder is not None and device.type == "cpu" and not self._mapped:
+        if self.source is not None and device.type == "cpu" and not self._mapped:
             layers = decoder_layers(self.model)
-            self._mapped = map_weights(self.model, layers, self.folder)
+            self._mapped = map_weights(self.model, layers, self.source.path)
 
     @contextmanager
     def _released_after_use(self) -> Iterator[None]:
@@ -100,19 +96,9 @@ class LocalTeacher(Teacher):
         return f"Teacher({self.described}: {described(self.model)}, {self.vocabulary:,} tokens)"
 
 
-def load_teacher(
-    source: ModelSource, *, dtype: torch.dtype, trust_remote_code: bool = False
-) -> LocalTeacher:
+def load_teacher(source: ModelSource, *, dtype: torch.dtype) -> LocalTeacher:
     """Load the model in a folder as a teacher, on the CPU. Raises ModelError as `load_model`."""
-    code = trust_remote_code
-    return LocalTeacher(
-        load_model(source.path, dtype=dtype, trust_remote_code=code),
-        load_tokenizer(source.path, trust_remote_code=code),
-        described=source.described,
-        fingerprint=source.fingerprint,
-        folder=source.path,
-        trust_remote_code=code,
-    )
+    return LocalTeacher(load_model(source, dtype=dtype), load_tokenizer(source), source=source)
 
 
 def local(teacher: Teacher | None) -> LocalTeacher:

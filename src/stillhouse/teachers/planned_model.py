@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +22,7 @@ from stillhouse.teachers.model_requirements import (
     require_loadable,
     require_tokens,
 )
+from stillhouse.teachers.model_source import AnyModel, source_of
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.weights import INDEX, SINGLE, read_json
 
@@ -37,19 +37,20 @@ def planned_model(config: Any, where: object = None) -> Any:
         return AutoModelForCausalLM.from_config(config)
 
 
-def model_without_weights(folder: Path, *, trust_remote_code: bool = False) -> Any:
+def model_without_weights(checkpoint: AnyModel) -> Any:
     """The model of a folder in float32 and in eval mode: its weights are on the meta device, and
     its buffers have their values.
 
     Raises ModelError as `load_config` and `planned_model`.
     """
-    config = load_config(folder, trust_remote_code=trust_remote_code)
+    source = source_of(checkpoint)
+    folder, config = source.path, load_config(source)
     with _building(config, folder), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
             config,
             dtype=torch.float32,
             attn_implementation=attention_for(config),
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=source.trust_remote_code,
         )
     model.tie_weights()  # each weight has become a new one
     if (folder / GENERATION_CONFIG_NAME).is_file():
@@ -74,14 +75,15 @@ def _building(config: Any, where: object) -> Iterator[None]:
         ) from error
 
 
-def check_model_folder(path: Path, *, trust_remote_code: bool = False) -> Any:
+def check_model_folder(checkpoint: AnyModel) -> Any:
     """Check everything about a model folder that needs no weights; returns its configuration.
 
     Names and shapes of weights are compared if the weights are on this disk. Raises ModelError.
     """
-    config = load_config(path, trust_remote_code=trust_remote_code)
+    source = source_of(checkpoint)
+    path, config = source.path, load_config(source)
     require_loadable(config, path)
-    if trust_remote_code:
+    if source.trust_remote_code:
         return config
     model = planned_model(config, path)
     generation = path / GENERATION_CONFIG_NAME

@@ -73,12 +73,7 @@ def _call(work: Callable[[], T]) -> T:
 
 
 def load_sharded_teacher(
-    source: ModelSource,
-    *,
-    dtype: torch.dtype,
-    shards: int,
-    offload: bool = False,
-    trust_remote_code: bool = False,
+    source: ModelSource, *, dtype: torch.dtype, shards: int, offload: bool = False
 ) -> ShardedTeacher:
     """The model of a folder as a teacher, of which each process reads its own part.
 
@@ -88,22 +83,14 @@ def load_sharded_teacher(
     """
     open_group()
     offload = offload and default_device().type != "cpu"
-    code = trust_remote_code
-    require_plan(load_config(source.path, trust_remote_code=code), source.path)
+    require_plan(load_config(source), source.path)
     over = DistributedConfig(
         fsdp_size=shards, dp_replicate_size=world_size() // shards, fsdp_cpu_offload=offload
     )
-    model = load_model(source.path, dtype=dtype, trust_remote_code=code, distributed=over)
+    model = load_model(source, dtype=dtype, distributed=over)
     if offload:
         _to_host(model)
-    return ShardedTeacher(
-        model,
-        load_tokenizer(source.path, trust_remote_code=code),
-        described=source.described,
-        fingerprint=source.fingerprint,
-        folder=source.path,
-        trust_remote_code=code,
-    )
+    return ShardedTeacher(model, load_tokenizer(source), source=source)
 
 
 def _to_host(model: Any) -> None:

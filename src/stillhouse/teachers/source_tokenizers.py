@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 from stillhouse.teachers.align_tokens import require_alignable
 from stillhouse.teachers.load_model import load_config, load_tokenizer
@@ -12,38 +11,30 @@ from stillhouse.teachers.shared_vocabulary import VocabularyMatch, check_same_vo
 
 
 @lru_cache(maxsize=64)
-def other_tokenizer(own: ModelSource, other: ModelSource, trust_remote_code: bool) -> bool:
+def other_tokenizer(own: ModelSource, other: ModelSource) -> bool:
     """Whether two models have other tokens, so that one teaches the other through shared roots.
 
     Raises ModelError if their tokens cannot be aligned.
     """
     if own == other:
         return False
-    student, teacher = (source_tokenizer(each, trust_remote_code) for each in (own, other))
+    student, teacher = load_tokenizer(own), load_tokenizer(other)
     if student.get_vocab() == teacher.get_vocab():
         return False
     require_alignable(student, teacher)
     return True
 
 
-def shared_vocabulary(
-    teacher: ModelSource, student: ModelSource, trust_remote_code: bool
-) -> VocabularyMatch:
+def shared_vocabulary(teacher: ModelSource, student: ModelSource) -> VocabularyMatch:
     """Raises ModelError if the two models' tokens differ."""
-    code = trust_remote_code
     return check_same_vocabulary(
-        source_tokenizer(teacher, code),
-        source_tokenizer(student, code),
-        teacher_rows=head_rows(teacher, code),
-        student_rows=head_rows(student, code),
+        load_tokenizer(teacher),
+        load_tokenizer(student),
+        teacher_rows=head_rows(teacher),
+        student_rows=head_rows(student),
     )
 
 
-def source_tokenizer(source: ModelSource, trust_remote_code: bool) -> Any:
-    return load_tokenizer(source.path, trust_remote_code=trust_remote_code)
-
-
-def head_rows(source: ModelSource, trust_remote_code: bool) -> int:
+def head_rows(source: ModelSource) -> int:
     """Rows of a model's head."""
-    config = load_config(source.path, trust_remote_code=trust_remote_code)
-    return int(config.get_text_config().vocab_size)
+    return int(load_config(source).get_text_config().vocab_size)

@@ -15,24 +15,27 @@ from stillhouse.errors import ModelError
 from stillhouse.signals.signal_types import LMHead
 from stillhouse.teachers.backbone import lm_head, trim_head
 from stillhouse.teachers.load_model import check_head_once, load_config, load_model
+from stillhouse.teachers.model_source import AnyModel, source_of
 from stillhouse.teachers.weights import read_tensors, weight_files
 
 
-def load_head(path: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> LMHead:
+def load_head(checkpoint: AnyModel, *, dtype: torch.dtype) -> LMHead:
     """The head of the model in a folder, on the CPU. Raises ModelError as `load_model`.
 
     Its other weights are read only if the model's logits do not come from `base_model`'s output
     alone, or its files store the head under another name.
     """
-    config = load_config(path, trust_remote_code=trust_remote_code)
+    source = source_of(checkpoint)
+    path, trusted = source.path, source.trust_remote_code
+    config = load_config(source)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
     head = lm_head(model)
     weight_VD = _stored(path, _names(model, head.weight_VD))
     bias = head.bias_V
     bias_V = None if bias is None else _stored(path, _names(model, bias))
     if weight_VD is None or (bias is not None and bias_V is None):
-        return lm_head(load_model(path, dtype=dtype, trust_remote_code=trust_remote_code))
+        return lm_head(load_model(source, dtype=dtype))
     output = model.get_output_embeddings()
     output.weight = nn.Parameter(weight_VD, requires_grad=False)
     if bias_V is not None:
@@ -40,7 +43,7 @@ def load_head(path: Path, *, dtype: torch.dtype, trust_remote_code: bool = False
     try:
         check_head_once(model, path)
     except (ModelError, RuntimeError):  # its logits need more of the model than was loaded
-        return lm_head(load_model(path, dtype=dtype, trust_remote_code=trust_remote_code))
+        return lm_head(load_model(source, dtype=dtype))
     bias_V = None if bias_V is None else bias_V.to(dtype)
     return replace(head, weight_VD=weight_VD.to(dtype), bias_V=bias_V)
 

@@ -172,10 +172,15 @@ class Teacher(ABC):
         from stillhouse.teachers.local_teacher import load_teacher
         from stillhouse.teachers.model_source import resolve_model
 
-        source = resolve_model(str(model), revision=revision, base=Path.cwd())
+        source = resolve_model(
+            str(model),
+            revision=revision,
+            base=Path.cwd(),
+            trust_remote_code=trust_remote_code,
+        )
         place = default_device() if device is None else torch.device(device)
         found = choose_precision(dtype, place).dtype
-        teacher = load_teacher(source, dtype=found, trust_remote_code=trust_remote_code)
+        teacher = load_teacher(source, dtype=found)
         teacher.model.to(place)
         return teacher
 
@@ -259,17 +264,18 @@ class Teacher(ABC):
         values: dict[str, Any] = {"base_url": base_url, "model": model, "key_env": key_env}
         values["concurrency"] = concurrency
         server = made(SignalServer, values, "Teacher.served_hidden")
-        folder = resolve_model(str(checkpoint), base=Path.cwd()).path
+        source = resolve_model(
+            str(checkpoint), base=Path.cwd(), trust_remote_code=trust_remote_code
+        )
         found = choose_precision(dtype, default_device()).dtype
-        config = load_config(folder, trust_remote_code=trust_remote_code)
-        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-        head = load_head(folder, dtype=found, trust_remote_code=trust_remote_code)
+        config, tokenizer = load_config(source), load_tokenizer(source)
+        head = load_head(source, dtype=found)
         text = config.get_text_config()
-        source = HiddenStateServer(
+        states = HiddenStateServer(
             server, last=text.num_hidden_layers, width=text.hidden_size, dtype=found
         )
         return HiddenStateTeacher(
-            source,
+            states,
             config,
             vocabulary=check_rows(tokenizer, head.weight_VD.shape[0], "teacher"),
             tokenizer=tokenizer,

@@ -41,6 +41,7 @@ from stillhouse.teachers.activations import (
     run_backbone,
 )
 from stillhouse.teachers.backbone import checkpoints_layers, lm_head
+from stillhouse.teachers.model_source import AnyModel
 from stillhouse.teachers.teacher import Teacher, TeacherView
 from stillhouse.teachers.write_by_layer import weights_by_layer, write_by_layer
 from stillhouse.training.objective import Objective, objective_for
@@ -74,7 +75,6 @@ class Distillation(nn.Module):
         super().__init__()
         given = student if isinstance(student, Student) else Student(student)
         self.student = given.model
-        self._trust_remote_code = given.trust_remote_code
         config = None if teacher is None else teacher.config
         self.objective = objective_for(objective, self.student.config, config, seed=seed)
         self.vocabulary = min(each.vocabulary for each in (given, teacher) if each is not None)
@@ -230,10 +230,10 @@ class Distillation(nn.Module):
         else:
             student.save_pretrained(folder, state_dict=next(weights))
 
-    def read_student(self, folder: Path) -> None:
+    def read_student(self, checkpoint: AnyModel) -> None:
         """Set the student's weights, which are sharded, from a model folder. Every process must
         call this. Raises ModelError as `read_weights`."""
-        read_weights(self, self.student, folder, trust_remote_code=self._trust_remote_code)
+        read_weights(self, self.student, checkpoint)
 
     def save_projections(self, folder: Path) -> None:
         """Write the learned projections, if there are any."""

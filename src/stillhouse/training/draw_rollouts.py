@@ -17,6 +17,7 @@ from stillhouse.generation.rollout_config import VllmRollouts, VllmServerRollout
 from stillhouse.generation.vllm_rollouts import OpenGenerator, server_rollouts, vllm_rollouts
 from stillhouse.hardware import return_gaps
 from stillhouse.launch import process_index
+from stillhouse.teachers.model_source import ModelSource
 from stillhouse.teachers.short_attention import NAME as SHORT_ATTENTION
 from stillhouse.training.on_policy_config import OnPolicyRecipe
 from stillhouse.training.rollouts import Rollout
@@ -82,16 +83,17 @@ def local_generator(batch: int, dtype: torch.dtype) -> OpenGenerator:
 
 @contextmanager
 def rollout_generator(
-    section: OnPolicyRecipe | None, dtype: torch.dtype, folder: Path, *, base: Path, seed: int
+    section: OnPolicyRecipe | None, dtype: torch.dtype, place: ModelSource, *, base: Path, seed: int
 ) -> Iterator[OpenGenerator]:
     """What writes the student's text in a training, until its end.
 
-    dtype: of the student's products. folder: for weights that are handed over. base: where a
+    dtype: of the student's products. place: a folder for checkpoints of the
+    student that are handed over. base: where a
     relative `generator.python` starts. Raises ModelError as `vllm_rollouts` and `server_rollouts`.
     """
     own = None if section is None else section.generator
     if isinstance(own, VllmRollouts):
-        weights = folder / f"weights-{process_index()}"
+        weights = place.derived(place.path / f"weights-{process_index()}")
         with vllm_rollouts(own, weights, base=base, seed=seed) as opened:
             yield as_trained(opened, dtype)
     elif isinstance(own, VllmServerRollouts):

@@ -30,7 +30,7 @@ def save_trained(trainer: DistillationTrainer, student: Student, folder: Path) -
     if not leads():
         return
     try:
-        check_loadable(unfinished, trust_remote_code=student.trust_remote_code)
+        check_loadable(student.checkpoint(unfinished))
     except ModelError as error:
         raise TrainingError(
             f"the trained model was not saved: {error.what}",

@@ -33,6 +33,7 @@ from stillhouse.hardware import default_device
 from stillhouse.launch import leads
 from stillhouse.processes import first_row, local_part
 from stillhouse.teachers.load_model import load_model
+from stillhouse.teachers.model_source import AnyModel, source_of
 from stillhouse.teachers.weights import tensor_names, weight_files
 
 SHARDED = "sharded"
@@ -142,9 +143,7 @@ def distribute_optimizer(file: Path, module: nn.Module, optimizer: Optimizer) ->
 
 
 @torch.no_grad()
-def read_weights(
-    root: nn.Module, model: nn.Module, folder: Path, *, trust_remote_code: bool = False
-) -> None:
+def read_weights(root: nn.Module, model: nn.Module, checkpoint: AnyModel) -> None:
     """Set the weights of a sharded model from a model folder, in the number type of the model.
 
     root: the sharded module, which contains the model. Weights on the meta device get memory.
@@ -152,18 +151,16 @@ def read_weights(
     of experts with a file entry for each expert), the main process loads everything, and sends to
     each process its part. Every process must call this. Raises ModelError: damaged files.
     """
-    device = default_device()
+    source, device = source_of(checkpoint), default_device()
     root._apply(lambda each: torch.empty_like(each, device=device) if each.is_meta else each)
     weights: dict[str, Tensor] = dict(model.named_parameters())
     stored = model.state_dict().keys()
     weights |= {name: each for name, each in model.named_buffers() if name in stored}
-    files = {name: file for file in weight_files(folder) for name in tensor_names(file)}
+    files = {name: file for file in weight_files(source.path) for name in tensor_names(file)}
     if not weights.keys() <= files.keys():
         found: dict[str, Tensor] = {}
         if leads():
-            dtype = next(model.parameters()).dtype
-            loaded = load_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
-            found = loaded.state_dict()
+            found = load_model(source, dtype=next(model.parameters()).dtype).state_dict()
         send_weights(model, found)
         return
     by_file: dict[Path, list[str]] = defaultdict(list)

@@ -217,13 +217,17 @@ def train(
         bar("train", total=plan.steps * step_tokens) as advance,
         _checkpoint_folder(folder) as written,
         rollout_generator(
-            settings.on_policy, precision.dtype, written, base=base, seed=seed
+            settings.on_policy,
+            precision.dtype,
+            student.checkpoint(written),
+            base=base,
+            seed=seed,
         ) as generator,
     ):
         with _as_it_came(student):  # until it is saved: the configuration is a part of it
             trainer = train_from_newest(written, make, steps=plan.steps)
         done = trainer.meter()
-        student.folder = None
+        student.changed = True
         if folder is not None:
             save_trained(trainer, student, folder / MODEL)
     if plan.processes > 1:

@@ -96,8 +96,9 @@ class DistillationTrainer(ResumingTrainer):
         self._sharded = shards > 1 or (model.is_narrow and world_size() > 1)
         if self._sharded:
             shard(model, model.student, sharding_mesh(shards))
-            if unread := self.student.unread:
-                model.read_student(unread)
+            if self.student.unread:
+                assert self.student.source is not None
+                model.read_student(self.student.source)
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise RecipeError(
@@ -283,7 +284,7 @@ class DistillationTrainer(ResumingTrainer):
                 Trainer._load_from_checkpoint(self, str(folder), self.student.model)
                 module.load_projections(folder)
                 return
-            module.read_student(folder)
+            module.read_student(self.student.checkpoint(folder))
             sharded_checkpoint.distribute_weights(module, module.read_projections(folder))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

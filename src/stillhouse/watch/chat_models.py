@@ -35,7 +35,7 @@ from stillhouse.hardware import choose_precision, default_device, free_memory
 from stillhouse.pipeline.engine import RECIPE
 from stillhouse.runfolder import answers_path
 from stillhouse.teachers.load_model import load_model, load_tokenizer
-from stillhouse.teachers.model_source import resolve_model
+from stillhouse.teachers.model_source import ModelSource, resolve_model
 from stillhouse.teachers.planned_model import model_without_weights
 from stillhouse.training.train import MODEL
 
@@ -114,50 +114,53 @@ def load_speaker(request: Mapping[str, Any], role: str) -> Speaker:
     recipe = load_recipe(root / RECIPE)
     base = Path(request["base"] or Path.cwd())
     folders = {name: Path(path) for name, path in request["folders"].items()}
-    code = recipe.teacher.trust_remote_code
     if isinstance(recipe, ClassifyRecipe):
         return _classifying_speaker(recipe, role, root, base, folders)
-    folder = _student(folders) if role == "student" else _teacher(recipe, base)
+    source = _student(recipe, folders) if role == "student" else _teacher(recipe, base)
     messages = None
     if isinstance(recipe, AnsweringRecipe):
         job = AnsweringJob(recipe, base, None, answers_path(recipe))
         messages = job.student_messages if role == "student" else job.teacher_messages
-    return LanguageModelSpeaker(*_loaded(folder, code), messages)
+    return LanguageModelSpeaker(*_loaded(source), messages)
 
 
-def _student(folders: Mapping[str, Path]) -> Path:
-    """The folder of the trained student. Raises ModelError if it is not trained yet."""
+def _student(recipe: AnyRecipe, folders: Mapping[str, Path]) -> ModelSource:
+    """The trained student. Raises ModelError if it is not trained yet."""
     found = next((folders[name] / MODEL for name in _TRAINED if name in folders), None)
     if found is None:
         raise ModelError("the student is not trained yet", fix="wait for the step `train`")
-    return resolve_model(str(found), base=Path.cwd()).path
+    trusted = recipe.teacher.trust_remote_code
+    return resolve_model(str(found), base=Path.cwd(), trust_remote_code=trusted)
 
 
-def _teacher(recipe: AnyRecipe, base: Path) -> Path:
-    """The folder of the local teacher. Raises ModelError if it is not on this machine."""
+def _teacher(recipe: AnyRecipe, base: Path) -> ModelSource:
+    """The local teacher. Raises ModelError if it is not on this machine."""
     section = recipe.teacher
     if not section.model:
         raise ModelError(
             "the teacher is served by an API", fix="the chat has only models of this machine"
         )
-    return resolve_model(section.model, revision=section.revision, base=base).path
+    return resolve_model(
+        section.model,
+        revision=section.revision,
+        base=base,
+        trust_remote_code=section.trust_remote_code,
+    )
 
 
-def _loaded(folder: Path, code: bool) -> tuple[Any, Any]:
+def _loaded(source: ModelSource) -> tuple[Any, Any]:
     """A model on its device, and its tokenizer. Raises ModelError if it would not fit."""
     device = default_device()
     dtype = choose_precision("auto", device).dtype
-    planned = model_without_weights(folder, trust_remote_code=code)
-    need = count_parameters(planned).total * dtype.itemsize
+    need = count_parameters(model_without_weights(source)).total * dtype.itemsize
     free = psutil.virtual_memory().available
     if need > free:
         raise ModelError(
             f"this model needs {text.size(need)} of memory, and {text.size(free)} are free",
-            where=folder,
+            where=source.path,
             fix="close other programs, or wait for the end of the training",
         )
-    model = load_model(folder, dtype=dtype, trust_remote_code=code).to(device)
-    return model, load_tokenizer(folder, trust_remote_code=code)
+    return load_model(source, dtype=dtype).to(device), load_tokenizer(source)
 
 
 @dataclass
@@ -242,8 +245,7 @@ def _classifying_speaker(
             lambda text: dict(zip(labels, student.probabilities([text])[0].tolist(), strict=True))
         )
     prior_C = Judgment.load(folders["judgment"]).prior(recipe)
-    code = recipe.teacher.trust_remote_code
-    model, tokenizer = _loaded(_teacher(recipe, base), code)
+    model, tokenizer = _loaded(_teacher(recipe, base))
     prompt = LabelPrompt.of(recipe.task, labels)
     words = prompt_tokens(prompt, tokenizer, recipe.data.max_tokens)
 
