@@ -68,6 +68,27 @@ def test_windows_of_a_large_text_count(tmp_path: Path, monkeypatch: pytest.Monke
     assert "windows" in both(raw, tmp_path)
     raw["data"]["train_tokens"] = 100_000
     assert "error" not in {one.level for one in check_recipe(raw)}
+    raw["data"]["train_tokens"] = None
+    raw["data"]["sources"][0]["tokens"] = 100_000
+    assert "error" not in {one.level for one in check_recipe(raw)}
+
+
+def test_text_that_is_still_to_be_written_is_part_of_the_estimate(tmp_path: Path) -> None:
+    """Two answers of at most 300 tokens each, beside the other source."""
+    raw = synthesis(tmp_path, sampling={"max_tokens": 300})
+    raw["data"]["sources"][1]["tokens"] = 5000
+    (tmp_path / "text.txt").write_text(tiny.text(4000))
+    found = {one.topic: one for one in check_recipe(raw)}
+    assert found["data"].text.startswith("about 5,600 tokens")
+    assert "training" in found
+
+
+def test_the_tokens_of_a_limited_source_are_estimated(tmp_path: Path) -> None:
+    raw = tiny.recipe(tmp_path)
+    (tmp_path / "text.txt").write_text(tiny.text(4000))
+    raw["data"]["sources"][0]["tokens"] = 5000
+    (found,) = [one.text for one in check_recipe(raw) if one.topic == "data"]
+    assert found.startswith("about 5,000 tokens")
 
 
 def test_a_store_of_signals_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import pytest
 from transformers import LlamaConfig, Qwen3MoeConfig
 
 from stillhouse.init_amounts import (
+    CALIBRATED_STEP,
     CALIBRATION_SECONDS,
     LEAST_TRAINED,
     MOST_TRAINED,
@@ -17,6 +18,7 @@ from stillhouse.init_amounts import (
     amounts,
     pruned_sizes,
 )
+from stillhouse.language_model.calibration_check import ROWS_PER_NEURON
 from stillhouse.planning.machine import Machine
 from stillhouse.planning.model_size import config_size
 
@@ -93,3 +95,11 @@ def test_calibration_has_a_limit_too() -> None:
     passed = 3 * 2 * TEACHER.active
     machine = replace(MACHINE, rate=10_000 * passed / CALIBRATION_SECONDS)
     assert amounts(5e6, TEACHER, TEACHER.active, machine).calibration_tokens == 8192
+
+
+def test_calibration_is_enough_for_the_refit() -> None:
+    slow = replace(MACHINE, rate=1.0)
+    least = ROWS_PER_NEURON * 2000
+    found = amounts(5e6, TEACHER, TEACHER.active, slow, neurons=2000).calibration_tokens
+    assert found is not None
+    assert least <= found < least + CALIBRATED_STEP

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stillhouse import account
+from stillhouse.language_model.calibration_check import ROWS_PER_NEURON
 from stillhouse.language_model.expected_time import PRUNING_PASSES
 from stillhouse.planning.machine import Machine
 from stillhouse.planning.model_size import ModelSize, config_size
@@ -24,6 +25,11 @@ SENSIBLE_TOKENS = 1_000_000
 """Trained tokens below which a student of half of the teacher's blocks is taken to write broken
 sentences, which SmolLM2-135M's does after 21,000 (docs/experiments.md#first-students); how many
 suffice was not measured."""
+NEAR_RATE, FAR_RATE = "5.0e-5", "1.0e-4"
+LEARNING_RATES = {"small": FAR_RATE, "medium": FAR_RATE, "large": NEAR_RATE}
+"""Of Adam, in steps of about a thousand tokens. A student that starts close to its teacher is moved
+away from it by the first steps of a higher rate, which a short training does not win back
+(docs/experiments.md#first-students)."""
 NARROWEST = 1 / 3
 """Share of the FFN that is kept before layers are dropped: the FFN is what costs the least quality
 (docs/experiments.md#what-each-axis-costs)."""
@@ -92,10 +98,13 @@ def unlimited(tokens: float) -> Amounts:
     return Amounts(most, MOST_EPOCHS if short else 1, 2 if short else 8)
 
 
-def amounts(tokens: float, teacher: ModelSize, student: float, machine: Machine) -> Amounts:
+def amounts(
+    tokens: float, teacher: ModelSize, student: float, machine: Machine, *, neurons: int = 0
+) -> Amounts:
     """How much of a text is trained on, and how often.
 
-    tokens: of the text. student: its active parameters. machine: its rate is known.
+    tokens: of the text. student: its active parameters. machine: its rate is known. neurons: of
+    each layer that are refit to calibration text.
     """
     rate = (machine.rate or 0.0) * machine.processes
     taught = account.forward_flops(teacher.active, 1)
@@ -108,7 +117,8 @@ def amounts(tokens: float, teacher: ModelSize, student: float, machine: Machine)
     epochs = max(1, min(MOST_EPOCHS, int(passed / tokens))) if short else 1
     usual = int(PrunedStudent.model_fields["calibration_tokens"].default)
     read = int(CALIBRATION_SECONDS * rate / (PRUNING_PASSES * taught))
-    read = max(CALIBRATED_STEP, read // CALIBRATED_STEP * CALIBRATED_STEP)
+    least = max(CALIBRATED_STEP, -(-ROWS_PER_NEURON * neurons // CALIBRATED_STEP) * CALIBRATED_STEP)
+    read = max(least, read // CALIBRATED_STEP * CALIBRATED_STEP)
     return Amounts(trained, epochs, 2 if short else 8, limited, read if read < usual else None)
 
 

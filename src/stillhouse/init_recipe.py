@@ -12,36 +12,13 @@ from urllib.parse import urlsplit
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from stillhouse.config.load_recipe import recipe_from_text
-from stillhouse.data.data_files import text_size
-from stillhouse.data.file_search import find_files
-from stillhouse.errors import DataError, ModelError, RecipeError, RunError
-from stillhouse.init_amounts import (
-    LEAST_TRAINED,
-    SENSIBLE_TOKENS,
-    Kept,
-    amounts,
-    pruned_sizes,
-    trained_tokens,
-    training_seconds,
-    unlimited,
-)
+from stillhouse.errors import DataError, RecipeError, RunError
 from stillhouse.init_answers import JOBS, SIZES, InitAnswers
-from stillhouse.init_sources import CORPUS, first_questions, has_chats
-from stillhouse.language_model.package_check import CHARACTERS_PER_TOKEN
-from stillhouse.number_format import seconds
-from stillhouse.planning.machine import Machine, this_machine
-from stillhouse.planning.model_size import ModelSize, config_size
-from stillhouse.progress import note
+from stillhouse.init_plan import planned
+from stillhouse.init_sources import CORPUS, first_questions
 from stillhouse.runfolder import write_atomically
-from stillhouse.teachers.load_model import load_config
-from stillhouse.teachers.model_source import resolve_model
 
-_CLASSIFIER_LAYERS = {"small": 4, "medium": 6, "large": 10}
 _TEMPLATES = {"distill": "distill", "classify": "classify"}
-_MOST_HELDOUT, _HELDOUT_SHARE, _HELDOUT_STEP = 8192, 0.1, 256
-"""Held-out tokens of a training text: at most, as a share of the text, and in multiples of."""
-_CORPUS_TOKENS = 110_000
-"""Of the text that is included."""
 _PROMPTS = (
     "What is the capital of France?",
     "Explain in two sentences why the sky is blue.",
@@ -157,80 +134,8 @@ def _rendered(answers: InitAnswers, files: Mapping[str, tuple[Path, str]]) -> st
         system=None if answers.logs is None else answers.logs.system,
         prompt=_prompt(answers),
         prompts=[*_PROMPTS, *first_questions(answers.sources, _QUESTIONS)],
-        **_sizes(answers),
+        **planned(answers),
     )
-
-
-def _sizes(answers: InitAnswers) -> dict[str, Any]:
-    """The initial student, and how much text it learns from."""
-    start = None if answers.size in SIZES else answers.size
-    found: dict[str, Any] = {"start": start, "layers": None, "ffn_size": None, "amounts": None}
-    if start is not None and answers.job != "distill":
-        return found
-    tokens = _tokens(answers) if answers.job == "distill" else 0.0
-    held = max(1, int(_HELDOUT_SHARE * tokens / _HELDOUT_STEP)) * _HELDOUT_STEP
-    found["heldout_tokens"] = held = min(_MOST_HELDOUT, held)
-    tokens = max(1.0, tokens - held)
-    try:
-        path = resolve_model(answers.teacher, base=Path.cwd(), weights=False).path
-        config = load_config(path)
-    except ModelError:
-        if start is None:
-            raise
-        return found | {"amounts": unlimited(tokens)}  # `check` says what is wrong with it
-    if start is None and answers.job == "classify":
-        depth = config.get_text_config().num_hidden_layers
-        return found | {"layers": Kept(min(_CLASSIFIER_LAYERS[answers.size], depth), depth)}
-    teacher = config_size(config)
-    student: float = teacher.active  # of another model, at most
-    if start is None:
-        sizes = pruned_sizes(config, SIZES[answers.size])
-        student = sizes.active
-        found |= {"layers": sizes.layers, "ffn_size": sizes.ffn_size}
-    if answers.job == "distill":
-        machine = this_machine("auto", timed=True)
-        found["amounts"] = learned = amounts(tokens, teacher, student, machine)
-        _note_training(answers, trained_tokens(learned, tokens), teacher, student, machine)
-    return found
-
-
-def _note_training(
-    answers: InitAnswers, trained: float, teacher: ModelSize, student: float, machine: Machine
-) -> None:
-    """What the student learns from, and what it cannot learn from so little.
-
-    trained: tokens, of all epochs. student: its active parameters.
-    """
-    time = training_seconds(trained, teacher, student, machine)
-    shown = "" if time is None else f" takes about {seconds(time)} on this machine"
-    if trained < LEAST_TRAINED:
-        note(f"training on only {trained:,.0f} tokens: the text is too short to learn much from")
-    else:
-        note(f"training on {trained:,.0f} tokens{shown}; more tokens make a better student")
-    if has_chats(answers.sources):
-        note(
-            "the student learns to answer questions like those in your chats, and answers others "
-            "worse than the teacher: to keep other topics, add chats about them"
-        )
-    else:
-        note(
-            "this is text without questions and answers: the student learns to continue such text. "
-            "To keep the teacher's ability to answer, train on chats (docs/data.md#rows)"
-        )
-    if SIZES.get(answers.size, 1.0) < SIZES["large"] and trained < SENSIBLE_TOKENS:
-        note(
-            f"a {answers.size} student needs far more text to write well: expect broken sentences. "
-            "Use the size large for a first result, or raise data.train_tokens in the recipe"
-        )
-
-
-def _tokens(answers: InitAnswers) -> float:
-    """Of the training text, estimated."""
-    if answers.data == CORPUS:
-        return _CORPUS_TOKENS
-    paths = [source["path"] for source in answers.sources]
-    files = {file for path in paths for file in find_files(path, Path.cwd())}
-    return sum(map(text_size, files)) / CHARACTERS_PER_TOKEN
 
 
 def _json(value: Any) -> str:

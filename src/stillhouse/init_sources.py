@@ -13,7 +13,14 @@ from typing import Any
 
 from stillhouse.classify.labeled_texts import first_rows
 from stillhouse.data.chatgpt_export import is_chatgpt_export
-from stillhouse.data.data_files import FileFormat, extension_of, format_of, is_text, known_format
+from stillhouse.data.data_files import (
+    FileFormat,
+    extension_of,
+    format_of,
+    is_text,
+    known_format,
+    text_size,
+)
 from stillhouse.data.documents import AnyDocument, Conversation
 from stillhouse.data.file_search import find_files, other_texts, unread_files, unread_summary
 from stillhouse.data.row_formats import document_from_row
@@ -59,6 +66,16 @@ def training_sources(data: str, logs: bool) -> list[dict[str, str]]:
             raise
         first = []
     return first + [{**_source(pattern, logs), "path": pattern} for pattern in patterns]
+
+
+def source_sizes(sources: Sequence[Mapping[str, str]]) -> list[int]:
+    """Characters of each source, estimated; a file that several sources have counts once."""
+    sizes, known = [], set[Path]()
+    for source in sources:
+        files = set(find_files(source["path"], Path.cwd())) - known
+        sizes.append(sum(map(text_size, files)))
+        known |= files
+    return sizes
 
 
 def require_files(data: str) -> None:

@@ -13,11 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from stillhouse.config.load_recipe import load_language_model_recipe
-from stillhouse.data.sources import size_estimate
+from stillhouse.data.sources import estimated_tokens
 from stillhouse.errors import DataError, RecipeError
 from stillhouse.family.members import first_member, planned_models
 from stillhouse.language_model.job import find_configurations
-from stillhouse.language_model.package_check import CHARACTERS_PER_TOKEN
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.language_model.run_models import RunModels
 from stillhouse.language_model.run_plan import plan_stages
@@ -117,13 +116,12 @@ def plan_recipe(path: str | Path, machine: Machine, overrides: Sequence[str] = (
 def _training_tokens(recipe: Recipe, base: Path) -> int:
     """Raises RecipeError where neither the recipe nor the size of its text tells."""
     section = recipe.data
-    characters = 0
+    tokens = 0
     try:
-        characters = size_estimate(section.sources, base)
+        tokens = round(estimated_tokens(section.sources, base))
     except DataError:
         if section.train_tokens is None:
             raise
-    tokens = round(characters / CHARACTERS_PER_TOKEN)
     tokens -= 0 if section.heldout_sources else section.heldout_tokens
     if section.train_tokens is not None and (tokens <= 0 or section.train_tokens < tokens):
         return section.train_tokens

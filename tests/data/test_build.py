@@ -327,3 +327,32 @@ def test_windows_written_before_formats_were_counted_can_be_read(tmp_path: Path)
     del raw["formats"], raw["notes"]
     about.write_text(json.dumps(raw))
     assert open_windows(about.parent).info.notes == {}
+
+
+def test_a_source_gives_as_many_tokens_as_it_may(tmp_path: Path) -> None:
+    """Of documents drawn from all of it, not of its first ones."""
+    write_lines(tmp_path / "a.txt", lines(400))
+    write_lines(tmp_path / "b.txt", [text.replace("fox", "owl") for text in lines(20)])
+    sources: list[dict[str, Any]] = [
+        {"kind": "text", "path": "b.txt", "documents": "line"},
+        {"kind": "text", "path": "a.txt", "documents": "line", "tokens": 1000},
+    ]
+    train, heldout, _ = build_in(tmp_path, sources=sources, packing="none")
+    found = documents(train) + documents(heldout)
+    foxes = [text for text in found if "fox" in text]
+    assert sum("owl" in text for text in found) >= 19  # the last held-out one may be cut short
+    assert 900 < sum(len(TOKENIZER(text)["input_ids"]) for text in foxes) < 1100
+    numbers = [int(text.split()[1]) for text in foxes if len(text.split()) > 2]
+    assert min(numbers) < 100
+    assert max(numbers) > 300
+    assert any("owl" in text for text in documents(heldout))
+
+
+def test_a_limited_source_of_held_out_text(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.txt", lines(50))
+    write_lines(tmp_path / "b.txt", [text.replace("fox", "owl") for text in lines(200)])
+    held = [{"kind": "text", "path": "b.txt", "documents": "line", "tokens": 300}]
+    section = {"heldout_sources": held, "heldout_tokens": 5000, "packing": "none"}
+    _, heldout, summary = build_in(tmp_path, **section)
+    assert 300 <= summary.heldout.tokens < 350
+    assert all("owl" in text for text in documents(heldout)[:-1])

@@ -83,7 +83,7 @@ def tokenized(monkeypatch: pytest.MonkeyPatch) -> list[AnyDocument]:
 
 def build(out: Path | None, texts: list[AnyDocument], **options: Any) -> tuple[Windows, Windows]:
     options = {"resume": "toy", **options} if out else options
-    return make_windows(Texts(texts), None, TOKENIZER, SECTION, out=out, **options)
+    return make_windows([Texts(texts)], None, TOKENIZER, SECTION, out=out, **options)
 
 
 # --- the same windows --------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def test_memory_does_not_grow_with_the_tokens(tmp_path: Path) -> None:
         texts = (Document(f"{n} " + "about the fox " * 500) for n in range(count))
         section = WindowsRecipe(context=256, heldout_tokens=300)
         tracemalloc.start()
-        train, _ = make_windows(Texts(texts), None, TOKENIZER, section, out=tmp_path / str(count))
+        train, _ = make_windows([Texts(texts)], None, TOKENIZER, section, out=tmp_path / str(count))
         highest = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert train.info.tokens > (count - 1) * 1500
@@ -220,7 +220,7 @@ def test_tokens_of_another_tokenizer_or_setting_are_not_used(
     build(tmp_path, texts)
     section, resume = change(SECTION)
     tokenized.clear()
-    make_windows(Texts(texts), None, TOKENIZER, section, out=tmp_path, resume=resume)
+    make_windows([Texts(texts)], None, TOKENIZER, section, out=tmp_path, resume=resume)
     assert tokenized == without_duplicates(texts)
 
 
@@ -231,9 +231,11 @@ def test_another_context_or_seed_uses_the_same_tokens(
     build(tmp_path, texts)
     tokenized.clear()
     section = SECTION.model_copy(update={"context": 128})
-    found = make_windows(Texts(texts), None, TOKENIZER, section, seed=2, out=tmp_path, resume="toy")
+    found = make_windows(
+        [Texts(texts)], None, TOKENIZER, section, seed=2, out=tmp_path, resume="toy"
+    )
     assert not tokenized
-    expected = make_windows(Texts(texts), None, TOKENIZER, section, seed=2)
+    expected = make_windows([Texts(texts)], None, TOKENIZER, section, seed=2)
     assert all(map(same, found, expected))
 
 

@@ -25,7 +25,12 @@ from stillhouse.data.documents import (
     content_hash,
     group_hash,
 )
-from stillhouse.data.sources import read_sources, size_estimate, sources_fingerprint
+from stillhouse.data.sources import (
+    estimated_tokens,
+    read_sources,
+    size_estimate,
+    sources_fingerprint,
+)
 from stillhouse.errors import DataError
 
 from .toys import chat, write_jsonl
@@ -323,3 +328,13 @@ def test_wrong_split_of_a_local_data_set(tmp_path: Path) -> None:
     error = refused(HubSource(kind="hub", dataset=str(tmp_path), split="tets"), tmp_path)
     assert "cannot be loaded" in error.what
     assert "tets" in str(error.where)
+
+
+def test_tokens_are_estimated_within_the_limit_of_each_source(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a" * 4000)
+    (tmp_path / "b.txt").write_text("b" * 2000)
+    limited = TextSource(kind="text", path="a.txt", tokens=300)
+    other = TextSource(kind="text", path="b.txt", tokens=5000)
+    assert estimated_tokens([limited, other], tmp_path, 1 / 4) == 300 + 500
+    free = TextSource(kind="text", path="a.txt")
+    assert estimated_tokens([free], tmp_path, 1 / 4) == 1000

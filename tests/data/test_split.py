@@ -197,3 +197,59 @@ def test_a_set_of_hashes_takes_little_memory() -> None:
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert held / 30_000 < 45  # a Python set takes more than 100
+
+
+@given(
+    own=texts,
+    others=texts,
+    seed=st.integers(0, 3),
+    limit=st.integers(1, 40),
+    heldout=st.integers(1, 30),
+)
+@settings(max_examples=200, deadline=None)
+def test_no_text_of_a_limited_source_is_on_both_sides(
+    own: list[str], others: list[str], seed: int, limit: int, heldout: int
+) -> None:
+    documents = own + others
+    pool = Pool(seed, heldout, None)
+    part = pool.of_source(limit)
+    for number, text in enumerate(documents):
+        if number == len(own):
+            pool.take(part)
+        target, document = part if number < len(own) else pool, Document(text)
+        key = target.admit(group_hash(document), content_hash(document))
+        if key is not None:
+            target.add(key, [LoggedRow(number, len(text), True, ())])
+        target.prune()
+    split = divide(pool.candidates, heldout, None)
+    held, train = (
+        {" ".join(documents[pool.candidates["start"][index]].split()) for index in taken["index"]}
+        for taken in (split.heldout, split.train)
+    )
+    assert not held & train
+    of_part = [row["tokens"] for row in pool.candidates if row["start"] < len(own)]
+    enough = sum(map(len, set(own))) >= limit
+    assert (sum(of_part) >= limit) if enough else (sum(of_part) == sum(map(len, set(own))))
+    assert sum(of_part) < limit + max(map(len, own))
+
+
+def test_held_out_and_training_text_have_equal_shares_of_a_limited_source() -> None:
+    """A tenth of one source, and all of another with as many tokens as that tenth."""
+    pool = Pool(0, 5_000, None)
+    part = pool.of_source(10_000)
+    for target, count, name in ((part, 10_000, "a"), (pool, 1_000, "b")):
+        for number in range(count):
+            document = Document(f"{name} {number}")
+            key = target.admit(group_hash(document), content_hash(document))
+            if key is not None:
+                target.add(key, [LoggedRow(number + 20_000 * (name == "b"), 10, True, ())])
+            target.prune()
+        if target is part:
+            pool.take(part)
+    split = divide(pool.candidates, 5_000, None)
+    starts = pool.candidates["start"]
+    shares = [
+        float((starts[side["index"]] < 20_000).mean()) for side in (split.heldout, split.train)
+    ]
+    assert len(split.heldout) + len(split.train) == 2_000
+    assert all(0.45 < share < 0.55 for share in shares)

@@ -91,5 +91,31 @@ def test_text_that_is_not_read_yet_is_estimated_by_its_size(
         assert estimates[most]["train"] == expected_seconds(one, NAMES, [read(tokens)])["train"]
 
 
+def test_what_the_teacher_is_still_to_write_takes_time(tmp_path: Path, slow_machine: None) -> None:
+    """Its tokens are computed, and the weights are read once for each token of a batch."""
+    out = {"kind": "jsonl", "path": "out.jsonl"}
+    section: dict[str, Any] = {
+        "teacher": {"local": {"batch": 2}},
+        "prompts": {"combine": {"templates": ["{n}"], "values": {"n": ["1", "2", "3"]}}},
+        "sampling": {"max_tokens": 10},
+        "out": "out.jsonl",
+    }
+    data = {**tiny.recipe(tmp_path)["data"], "sources": [out], "train_tokens": 500}
+    one = job(tmp_path, data=data, synthesize=section)
+    found = expected_seconds(one, ["synthesis", *NAMES], [])
+    teacher = config_size(expected_time.run_models(one).teacher)
+    computed = 2 * teacher.active * 3 * 10 / RATE
+    weights = 2 * 10 * 4 * teacher.active / expected_time.BYTES_PER_SECOND
+    assert found["synthesis"] == pytest.approx(computed + weights, rel=0.01)
+    judge = {"kind": "judge", "teacher": {"local": {}}}
+    judged = {
+        **section,
+        "filters": {"best_of": judge},
+        "prompts": {**section["prompts"], "samples": 2},
+    }
+    other = job(tmp_path, data=data, synthesize=judged)
+    assert expected_seconds(other, ["synthesis", *NAMES], []) == {}
+
+
 def test_nothing_is_expected_of_a_tiny_model(tmp_path: Path) -> None:
     assert expected_seconds(job(tmp_path), NAMES, [read(6400)]) == {}

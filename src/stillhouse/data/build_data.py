@@ -39,14 +39,22 @@ TOKENIZED = "tokenized"
 
 @dataclass(frozen=True)
 class Texts:
-    """Documents to read once. characters: their approximate number, for a progress bar."""
+    """Documents to read once. characters: their approximate number, for a progress bar. tokens:
+    about so many are used; None: all."""
 
     documents: Iterable[AnyDocument]
     characters: int = 0
+    tokens: int | None = None
 
-    @classmethod
-    def of_sources(cls, sources: Sequence[Source], base: Path) -> Texts:
-        return cls(read_sources(sources, base), size_estimate(sources, base))
+
+def texts_of(sources: Sequence[Source], base: Path) -> list[Texts]:
+    """One for each source that limits its tokens, and then one for all others."""
+    limited = [[source] for source in sources if source.tokens is not None]
+    others = [source for source in sources if source.tokens is None]
+    return [
+        Texts(read_sources(some, base), size_estimate(some, base), some[0].tokens)
+        for some in [*limited, *([others] if others else [])]
+    ]
 
 
 def build(
@@ -63,14 +71,14 @@ def build(
     base: the folder that relative paths start from. resume: as for `make_windows`, which raises
     the same errors.
     """
-    heldout = Texts.of_sources(section.heldout_sources, base) if section.heldout_sources else None
-    texts = Texts.of_sources(section.sources, base)
+    heldout = texts_of(section.heldout_sources, base) if section.heldout_sources else None
+    texts = texts_of(section.sources, base)
     return make_windows(texts, heldout, tokenizer, section, seed=seed, out=out, resume=resume)
 
 
 def make_windows(
-    texts: Texts,
-    heldout: Texts | None,
+    texts: Sequence[Texts],
+    heldout: Sequence[Texts] | None,
     tokenizer: Any,
     section: WindowsRecipe,
     *,
@@ -136,12 +144,29 @@ def _token_file(out: Path | None, name: str | None) -> BinaryIO:
 
 
 def _gather(
-    texts: Texts,
+    texts: Sequence[Texts],
     tokenizer: Any,
     section: WindowsRecipe,
     pool: Pool,
     log: TokenLog,
     kind: str = "",
+) -> None:
+    for some in texts:
+        own = pool if some.tokens is None else pool.of_source(some.tokens)
+        _gather_one(some, tokenizer, section, own, log, kind)
+        if own is not pool:
+            pool.take(own)
+    for note, count in pool.notes.most_common(_MOST_NOTES):
+        progress.note(f"{count:,} {kind}rows: {note}")
+
+
+def _gather_one(
+    texts: Texts,
+    tokenizer: Any,
+    section: WindowsRecipe,
+    pool: Pool,
+    log: TokenLog,
+    kind: str,
 ) -> None:
     """Tokenize the documents that the pool admits, unless the log has their tokens."""
     size = texts.characters
@@ -171,8 +196,6 @@ def _gather(
             size -= done
             advance(done)
         advance(size)
-    for note, count in pool.notes.most_common(_MOST_NOTES):
-        progress.note(f"{count:,} {kind}rows: {note}")
 
 
 def _batches(documents: Iterable[AnyDocument]) -> Iterator[list[AnyDocument]]:

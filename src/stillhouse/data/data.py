@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from stillhouse.checksums import SUMS, damaged_files, read_sums, write_sums
 from stillhouse.data.batches import Batches
-from stillhouse.data.build_data import Texts, make_windows
+from stillhouse.data.build_data import Texts, make_windows, texts_of
 from stillhouse.data.data_config import FileSource, TextSource, WindowsRecipe
 from stillhouse.data.data_files import format_of
 from stillhouse.data.documents import AnyDocument
@@ -97,11 +97,11 @@ def _check_sums(folder: Path) -> None:
         )
 
 
-def _texts(texts: Any, text_key: str, boundary: Boundary) -> Texts:
+def _texts(texts: Any, text_key: str, boundary: Boundary) -> list[Texts]:
     if isinstance(texts, str | Path):
         here = Path.cwd()
         files = find_files(str(texts), here)
-        return Texts.of_sources([_source(file, text_key, boundary) for file in files], here)
+        return texts_of([_source(file, text_key, boundary) for file in files], here)
     if isinstance(texts, Mapping | bytes) or not isinstance(texts, Iterable):
         raise DataError(
             f"{type(texts).__name__} is not a source of text",
@@ -118,7 +118,7 @@ def _texts(texts: Any, text_key: str, boundary: Boundary) -> Texts:
         )
     if hasattr(texts, "with_format"):
         texts = texts.with_format(None)  # a dataset may be set to give tensors
-    return Texts(_documents(texts, text_key))
+    return [Texts(_documents(texts, text_key))]
 
 
 def _source(file: Path, text_key: str, boundary: Boundary) -> TextSource | FileSource:

@@ -10,15 +10,25 @@ from stillhouse.field_types import Context, PathText, Tokens
 from stillhouse.section import Section
 
 
-class CorpusSource(Section):
+class _Source(Section):
+    limit: Tokens | None = Field(
+        None, description="Use at most this many documents, or rows: the first ones."
+    )
+    tokens: Tokens | None = Field(
+        None,
+        description="Use about this many tokens of this source, of documents that the seed draws; "
+        "null: all.",
+    )
+
+
+class CorpusSource(_Source):
     """Text that every Python installation includes: no download."""
 
     kind: Literal["corpus"]
     name: Literal["python-reference"] = "python-reference"
-    limit: Tokens | None = Field(None, description="Use at most this many documents.")
 
 
-class TextSource(Section):
+class TextSource(_Source):
     """Plain text files."""
 
     kind: Literal["text"]
@@ -26,10 +36,9 @@ class TextSource(Section):
     documents: Literal["file", "blank-line", "line"] = Field(
         "file", description="What separates the documents in a file."
     )
-    limit: Tokens | None = None
 
 
-class FileSource(Section):
+class FileSource(_Source):
     """Rows with `text`, or `messages`, or `prompt` and `completion`."""
 
     kind: Literal["file", "jsonl", "json", "csv", "tsv", "parquet"] = Field(
@@ -38,10 +47,9 @@ class FileSource(Section):
     )
     path: PathText = Field(description="A file, a folder or a glob; compressed ones are read too.")
     text_key: str = Field("text", description="The key or column that holds plain text.")
-    limit: Tokens | None = Field(None, description="Use at most this many rows.")
 
 
-class HubSource(Section):
+class HubSource(_Source):
     """A dataset of the Hugging Face Hub, or a local folder that `datasets` can load."""
 
     kind: Literal["hub"]
@@ -49,7 +57,6 @@ class HubSource(Section):
     config: str | None = None
     split: str = "train"
     text_key: str = "text"
-    limit: Tokens | None = None
 
 
 Source = Annotated[

@@ -17,6 +17,9 @@ import numpy as np
 from stillhouse.data.split import CANDIDATE, HASH, Records, divide, in_order, order_key
 from stillhouse.data.token_log import LoggedRow
 
+_PLACES = 1 << 8 * HASH
+"""Of groups in the order."""
+
 _CANDIDATE = struct.Struct(f"={2 * HASH}sqi?")
 """How a record of CANDIDATE is written."""
 
@@ -51,6 +54,12 @@ class HashSet:
         return True
 
 
+def _halves(key: bytes) -> tuple[bytes, bytes]:
+    """The hashes of a key's group and content; NumPy leaves out zeros at its end."""
+    complete = key.ljust(2 * HASH, b"\0")
+    return complete[:HASH], complete[HASH:]
+
+
 @dataclass
 class Pool:
     """The place and the size of each row, not its tokens.
@@ -76,6 +85,8 @@ class Pool:
     _records: bytearray = field(default_factory=bytearray)
     _tokens: int = 0
     _seen: HashSet = field(default_factory=HashSet)
+    _elsewhere: HashSet = field(default_factory=HashSet)
+    """The groups of what other sources have, if those have a limit of their own."""
     _last: bytes | None = None
     _prune_at: int | None = None
 
@@ -95,12 +106,52 @@ class Pool:
             self.overlap_removed += 1
             return None
         key = order_key(self.seed, group, exact)
+        if key[:HASH] in self._elsewhere:
+            self.duplicates_dropped += 1
+            return None
         return None if self._last is not None and key > self._last else key
 
     def add(self, key: bytes, rows: Iterable[LoggedRow]) -> None:
         for row in rows:
             self._records += _CANDIDATE.pack(key, row.start, row.tokens, row.splittable)
             self._tokens += row.tokens
+
+    def of_source(self, tokens: int) -> Pool:
+        """A pool for a source of which about so many tokens are used; then `take` it."""
+        return Pool(
+            self.seed,
+            0,
+            tokens,
+            self.closed_groups,
+            self.groups,
+            formats=self.formats,
+            notes=self.notes,
+            _seen=self._seen,
+            _elsewhere=self._elsewhere,
+        )
+
+    def take(self, source: Pool) -> None:
+        """Add what a source's pool has within its limit.
+
+        That is the front of the source's order. It is spread over the complete order, so that
+        held-out and training text have equal shares of the source. A group is therefore used from
+        one source only.
+        """
+        taken = divide(source.candidates, 0, source.train_tokens).train
+        rows = source.candidates[taken["index"]]
+        bounded = source._last is not None or len(rows) < len(source.candidates)
+        end = 1 + int.from_bytes(_halves(rows["key"][-1])[0]) if bounded and len(rows) else _PLACES
+        for key, start, tokens, splittable in rows[["key", "start", "tokens", "splittable"]]:
+            group, exact = _halves(key)
+            self._elsewhere.add(group)
+            spread = int.from_bytes(group) * _PLACES // end
+            record = spread.to_bytes(HASH) + exact, int(start), int(tokens), bool(splittable)
+            self._records += _CANDIDATE.pack(*record)
+            self._tokens += int(tokens)
+        self.duplicates_dropped += source.duplicates_dropped
+        self.overlap_removed += source.overlap_removed
+        self.rows_truncated += source.rows_truncated
+        self.rows_dropped += source.rows_dropped
 
     def prune(self) -> None:
         """Releases rows behind the last one that the limits can reach."""

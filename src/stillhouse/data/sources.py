@@ -52,6 +52,8 @@ def _sections(text: str) -> Iterator[str]:
         yield held.strip()
 
 
+CHARACTERS_PER_TOKEN = 4.5
+"""Of text that is not tokenized yet. Rather too many: a run that fits must not be refused."""
 _CORPUS_CHARACTERS = 465_000
 _STREAMED_FROM = 2 << 30
 """Bytes in the files of a split of a data set, compressed or not."""
@@ -76,6 +78,18 @@ def size_estimate(sources: Sequence[Source], base: Path) -> int:
             total += _CORPUS_CHARACTERS
         elif not isinstance(source, HubSource):
             total += sum(map(text_size, source_files(source, base)))
+    return total
+
+
+def estimated_tokens(
+    sources: Sequence[Source], base: Path, rate: float = 1 / CHARACTERS_PER_TOKEN
+) -> float:
+    """The number of tokens that are used of the sources; 0 if unknown. rate: tokens of a
+    character."""
+    total = 0.0
+    for source in sources:
+        tokens = size_estimate([source], base) * rate
+        total += tokens if source.tokens is None else min(tokens, source.tokens)
     return total
 
 

@@ -12,7 +12,7 @@ from stillhouse.data.data_config import FileSource, Source, TextSource
 from stillhouse.data.data_files import conversion, extension_of
 from stillhouse.data.documents import AnyDocument, Conversation, Document
 from stillhouse.data.file_search import other_texts, unread_files, unread_summary
-from stillhouse.data.sources import read_sources, size_estimate, source_files
+from stillhouse.data.sources import estimated_tokens, read_sources, source_files
 from stillhouse.data.tokenize_rows import TokenRow, tokenize
 from stillhouse.data.turn_end import turn_end
 from stillhouse.export.licenses import license_lines
@@ -75,7 +75,7 @@ def check_data(check: Check) -> Iterator[Finding]:
     yield Finding("ok", "vocabulary", f"{job.vocabulary:,} tokens, {same}")
     yield from license_lines(origins_of(job)[1:])
     planned = planned_text(job.recipe, job.base, SAMPLE_DOCUMENTS)
-    if planned is not None and not planned.documents:
+    if planned is not None and not planned.documents and not planned.other_sources:
         fix = f"run `stillhouse check {check.path} --calls 5` to generate some of it"
         text = "none of the synthesized text exists yet: its training cannot be estimated"
         yield Finding("warning", "data", text, fix)
@@ -111,9 +111,8 @@ def _sample(job: Job, planned: PlannedText | None) -> Sample:
     sources = job.recipe.data.sources if planned is None else planned.other_sources
     documents: list[AnyDocument] = [] if planned is None else list(planned.documents)
     characters, complete = sum(len(str(document)) for document in documents), planned is None
-    everything = size_estimate(sources, job.base)
-    if planned is not None:
-        everything += round(characters * planned.times)
+    written = characters * (planned.times if planned else 0.0)
+    most = 0 if planned is None else planned.tokens
     for document in read_sources(sources, job.base):
         if len(documents) >= SAMPLE_DOCUMENTS or characters >= SAMPLE_CHARACTERS:
             complete = False
@@ -130,7 +129,10 @@ def _sample(job: Job, planned: PlannedText | None) -> Sample:
     notes.update(note for _, row in rows for note in row.notes)
     tokens = sum(len(row.ids) for _, row in rows)
     supervised = sum(int(row.supervised.sum()) for _, row in rows)
-    expected = tokens if complete else round(tokens * max(1.0, everything / max(1, characters)))
+    rate = tokens / max(1, characters)
+    expected = most + round(written * rate + estimated_tokens(sources, job.base, rate))
+    if all(source.tokens is None for source in sources):
+        expected = tokens if complete else max(tokens, expected)
     return Sample(
         documents=len(documents),
         conversations=sum(isinstance(document, Conversation) for document in documents),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.data.build_data import TOKENIZED, build
+from stillhouse.data.data_config import DataRecipe
 from stillhouse.data.sources import sources_fingerprint
 from stillhouse.data.windows import Windows, open_windows
 from stillhouse.language_model.job import Job
@@ -34,7 +35,7 @@ def plan_data(job: Job) -> StagePlan:
     fingerprint = job.tokenizer.fingerprint
     tokens_key = f"{VERSION} {fingerprint}"
     inputs: dict[str, Any] = {
-        "recipe": section.model_dump(mode="json"),
+        "recipe": _key(section),
         "seed": job.recipe.seed,
         "tokenizer": fingerprint,
         "sources": sources_fingerprint(files, job.base),
@@ -42,6 +43,16 @@ def plan_data(job: Job) -> StagePlan:
     if text is not None:
         inputs["synthesized"] = text.sha256
     return StagePlan("data", inputs, work, VERSION, resumable=True, scratch=(TOKENIZED,))
+
+
+def _key(section: DataRecipe) -> dict[str, Any]:
+    """The section without limits that are not set: stages that were finished before a source could
+    have one stay finished."""
+    found = section.model_dump(mode="json")
+    for source in [*found["sources"], *found["heldout_sources"]]:
+        if source["tokens"] is None:
+            del source["tokens"]
+    return found
 
 
 def take_over_tokens(out: Path) -> None:

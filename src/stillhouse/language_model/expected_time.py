@@ -8,18 +8,21 @@ from contextlib import suppress
 from functools import cache
 
 from stillhouse import account
-from stillhouse.data.sources import size_estimate
+from stillhouse.data.sources import estimated_tokens
 from stillhouse.errors import DataError
 from stillhouse.hardware import Requested
 from stillhouse.language_model.job import Job
-from stillhouse.language_model.package_check import CHARACTERS_PER_TOKEN
+from stillhouse.language_model.recipe import Recipe
 from stillhouse.language_model.run_models import RunModels, run_models
+from stillhouse.language_model.synthesis_stage import synthesis_job
 from stillhouse.language_model.training_memory import is_small
 from stillhouse.pipeline.time_left import Expected
 from stillhouse.planning.machine import Machine, this_machine
 from stillhouse.planning.model_size import ModelSize, config_size
 from stillhouse.runfolder import Stage
 from stillhouse.students.student_config import PrunedStudent
+from stillhouse.synthesis.synthesize import estimate_synthesis
+from stillhouse.synthesis.synthesize_config import JudgeChoice
 from stillhouse.training.train import plan_batches
 from stillhouse.training.train_config import TrainRecipe
 
@@ -47,6 +50,8 @@ def expected_seconds(job: Job, names: Sequence[str], finished: Sequence[Stage]) 
     unknown = set(UNKNOWN)
     if job.recipe.signals is not None and not job.recipe.signals.local:
         unknown.add("signals")
+    if _writes_here(job.recipe):
+        unknown.remove("synthesis")
     if any(name in unknown and name not in done for name in names):
         return {}
     if "data" in done:
@@ -57,14 +62,44 @@ def expected_seconds(job: Job, names: Sequence[str], finished: Sequence[Stage]) 
     if tokens is None or is_small(models, this_machine(job.recipe.train.products, timed=False)):
         return {}
     machine = _timed(job.recipe.train.products)
-    return {name: _seconds(name, models, machine, tokens) for name in names}
+    found = {name: _seconds(name, models, machine, tokens) for name in names}
+    return found | ({"synthesis": _synthesis(job, models, machine)} if "synthesis" in names else {})
+
+
+def _writes_here(recipe: Recipe) -> bool:
+    """Whether the teacher itself writes the answers to prompts that are known."""
+    section = recipe.synthesize
+    if section is None or section.teacher.local is None or section.prompts.write is not None:
+        return False
+    return section.teacher.local.model is None and not isinstance(
+        section.filters.best_of, JudgeChoice
+    )
+
+
+def _synthesis(job: Job, models: RunModels, machine: Machine) -> float:
+    """Of the missing answers, if all are as long as they may be."""
+    section, teacher = job.recipe.synthesize, config_size(models.teacher)
+    assert section is not None
+    assert section.teacher.local is not None
+    answers = estimate_synthesis(synthesis_job(job.recipe, job.base)).missing
+    longest = section.sampling.max_tokens
+    rate = (machine.rate or 1.0) * machine.processes
+    batches = -(-answers // section.teacher.local.batch)
+    weights = batches * longest * _read_again(teacher.active, models, machine)
+    return account.forward_flops(teacher.active, answers * longest) / rate + weights
+
+
+def _read_again(active: float, models: RunModels, machine: Machine) -> float:
+    """Seconds of reading so many parameters from memory, for one token of each answer."""
+    speed = BYTES_PER_SECOND if machine.device == "cpu" else math.inf
+    return machine.compute(models.recipe.train.precision).itemsize * active / speed
 
 
 def _tokens_of_text(job: Job) -> int | None:
     """Of training text that is not read yet: at most so many; None if that is not known."""
     most = job.recipe.data.train_tokens
     with suppress(DataError):  # text that the run synthesizes does not exist yet
-        found = int(size_estimate(job.recipe.data.sources, job.base) / CHARACTERS_PER_TOKEN)
+        found = int(estimated_tokens(job.recipe.data.sources, job.base))
         if found:  # 0: not known
             return found if most is None else min(found, most)
     return most
@@ -132,10 +167,8 @@ def _evaluation(
     students = 2 + section.cut_baseline + section.fine_tuning_baseline
     students += 0 if quantize is None else 1 + (quantize.qat is not None)
     active = teacher.active + students * student.active
-    width = machine.compute(models.recipe.train.precision).itemsize
-    speed = BYTES_PER_SECOND if machine.device == "cpu" else math.inf
     written = len(section.prompts) * section.max_new_tokens
-    answers = written * width * active / speed
+    answers = written * _read_again(active, models, machine)
     alone = 2 * 2 * LIBRARIES_SECONDS if section.speed else 0.0
     read = account.forward_flops(active, models.recipe.data.heldout_tokens) / rate
     return read + answers + alone

@@ -13,7 +13,7 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 
-from stillhouse.data.sources import size_estimate
+from stillhouse.data.sources import estimated_tokens
 from stillhouse.data.windows import WINDOW_BYTES
 from stillhouse.errors import DataError, EndpointError
 from stillhouse.evaluation.lm_eval import require_tasks
@@ -26,9 +26,6 @@ from stillhouse.number_format import size
 from stillhouse.pipeline.engine import has_finished, run_folder
 from stillhouse.signals.signals_config import SignalsRecipe
 from stillhouse.teachers.api_keys import api_key
-
-CHARACTERS_PER_TOKEN = 4.5
-"""Of text that is not tokenized yet. Rather too many: a run that fits must not be refused."""
 
 
 def require_options(job: Job) -> Iterator[Finding]:
@@ -82,7 +79,7 @@ def require_disk(job: Job) -> Iterator[Finding]:
     parts = ["checkpoints", "models"]
     tokens = 0.0
     with suppress(DataError):  # text that the run synthesizes does not exist yet
-        tokens = size_estimate(recipe.data.sources, job.base) / CHARACTERS_PER_TOKEN
+        tokens = estimated_tokens(recipe.data.sources, job.base)
     tokens = min(tokens, recipe.data.train_tokens or tokens)
     if not has_finished(recipe, "data"):
         need += tokens * WINDOW_BYTES

@@ -10,6 +10,7 @@ from stillhouse.data.data_config import CorpusSource, DataRecipe, TextSource
 from stillhouse.data.packing import most_windows
 from stillhouse.finding import Finding
 from stillhouse.hardware import choose_precision, default_device
+from stillhouse.language_model.calibration_check import check_calibration
 from stillhouse.language_model.data_check import TOKENS
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job, full_job, planned_objective
@@ -115,6 +116,8 @@ def check_resources(check: Check, find: FindModels = one_student) -> Iterator[Fi
     yield _student_size(planned[0])
     tokens -= 0 if recipe.data.heldout_sources else recipe.data.heldout_tokens
     tokens = max(1, min(tokens, recipe.data.train_tokens or tokens))
+    for models in planned:
+        yield from check_calibration(models, tokens)
     machine = this_machine(recipe.train.products, timed=True)
     stages = [stage for models in planned for stage in plan_stages(models, machine, tokens)]
     trainings = [stage for stage in stages if stage.name.endswith("train")]

@@ -208,12 +208,14 @@ class PlannedText:
     """Synthesized text that training will read.
 
     documents: some of its rows, from the answers so far. times: how many times as much there
-    will be, before filters. other_sources: the sources of `data` that read something else.
+    will be, before filters. other_sources: the sources of `data` that read something else. tokens:
+    the most that there can be, of answers alone, while there is no document.
     """
 
     documents: list[Conversation]
     times: float
     other_sources: list[Source]
+    tokens: int = 0
 
 
 def planned_text(recipe: Recipe, base: Path, most: int) -> PlannedText | None:
@@ -239,4 +241,5 @@ def planned_text(recipe: Recipe, base: Path, most: int) -> PlannedText | None:
     read = (document_from_row(row, "text", "the journal") for row in made)
     documents = [document for document in read if isinstance(document, Conversation)]
     estimate = estimate_synthesis(job)
-    return PlannedText(documents, estimate.requests / max(1, len(documents)), others)
+    most = 0 if documents else estimate.requests * section.sampling.max_tokens
+    return PlannedText(documents, estimate.requests / max(1, len(documents)), others, most)

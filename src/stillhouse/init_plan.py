@@ -1,0 +1,150 @@
+"""The student of a recipe that `stillhouse init` writes, and the text that it learns from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from stillhouse.data.sources import CHARACTERS_PER_TOKEN
+from stillhouse.errors import ModelError
+from stillhouse.init_amounts import (
+    LEARNING_RATES,
+    LEAST_TRAINED,
+    NEAR_RATE,
+    SENSIBLE_TOKENS,
+    Kept,
+    amounts,
+    pruned_sizes,
+    trained_tokens,
+    training_seconds,
+    unlimited,
+)
+from stillhouse.init_answers import SIZES, InitAnswers
+from stillhouse.init_general import GeneralChats, chats_beside, general_chats
+from stillhouse.init_sources import CORPUS, has_chats, source_sizes
+from stillhouse.number_format import seconds
+from stillhouse.planning.machine import this_machine
+from stillhouse.planning.model_size import config_size
+from stillhouse.progress import note
+from stillhouse.teachers.load_model import load_config, load_tokenizer
+from stillhouse.teachers.model_source import resolve_model
+
+_CLASSIFIER_LAYERS = {"small": 4, "medium": 6, "large": 10}
+_MOST_HELDOUT, _HELDOUT_SHARE, _HELDOUT_STEP = 8192, 0.1, 256
+"""Held-out tokens of a training text: at most, as a share of the text, and in multiples of."""
+_CORPUS_TOKENS = 110_000
+"""Of the text that is included."""
+
+
+def planned(answers: InitAnswers) -> dict[str, Any]:
+    """What the templates write of the student and its text: start, layers, ffn_size, amounts,
+    learning_rate, heldout_tokens, general (`GeneralChats`, or None) and own, the tokens that are
+    used of each source."""
+    start = None if answers.size in SIZES else answers.size
+    found: dict[str, Any] = {"start": start, "layers": None, "ffn_size": None, "amounts": None}
+    if answers.job == "distill":
+        return found | _distilled(answers, start)
+    if start is not None:
+        return found
+    config = load_config(resolve_model(answers.teacher, base=Path.cwd(), weights=False).path)
+    if answers.job == "classify":
+        depth = config.get_text_config().num_hidden_layers
+        return found | {"layers": Kept(min(_CLASSIFIER_LAYERS[answers.size], depth), depth)}
+    sizes = pruned_sizes(config, SIZES[answers.size])
+    return found | {"layers": sizes.layers, "ffn_size": sizes.ffn_size}
+
+
+def _distilled(answers: InitAnswers, start: str | None) -> dict[str, Any]:
+    """start: the model that the student starts from; None: it is cut from the teacher."""
+    sizes = _source_tokens(answers)
+    own = sum(sizes)
+    found: dict[str, Any] = {"general": None, "own": [None] * len(sizes)}
+    found["learning_rate"] = LEARNING_RATES.get(answers.size, NEAR_RATE)
+    try:
+        path = resolve_model(answers.teacher, base=Path.cwd(), weights=False).path
+        config = load_config(path)
+    except ModelError:
+        if start is None:
+            raise
+        held = found["heldout_tokens"] = _heldout(own)
+        return found | {"amounts": unlimited(max(1.0, own - held))}  # `check` says what is wrong
+    teacher = config_size(config)
+    student: float = teacher.active  # of another model, at most
+    beside = neurons = 0
+    if start is None:
+        shape = pruned_sizes(config, SIZES[answers.size])
+        student = shape.active
+        found |= {"layers": shape.layers, "ffn_size": shape.ffn_size}
+        neurons = 0 if shape.ffn_size is None else shape.ffn_size.kept
+        beside = chats_beside(own) if load_tokenizer(path).chat_template else 0
+    held = found["heldout_tokens"] = _heldout(own + beside)
+    tokens = max(1.0, own + beside - held)
+    machine = this_machine("auto", timed=True)
+    learned = found["amounts"] = amounts(tokens, teacher, student, machine, neurons=neurons)
+    if beside:
+        used = held + min(tokens, learned.train_tokens or tokens)
+        general = found["general"] = general_chats(sizes, used)
+        found["own"] = general.own
+    trained = trained_tokens(learned, tokens)
+    _note_training(trained, training_seconds(trained, teacher, student, machine))
+    _note_text(answers, found["general"])
+    _note_size(answers, trained)
+    return found
+
+
+def _heldout(tokens: float) -> int:
+    steps = max(1, int(_HELDOUT_SHARE * tokens / _HELDOUT_STEP))
+    return min(_MOST_HELDOUT, steps * _HELDOUT_STEP)
+
+
+def _source_tokens(answers: InitAnswers) -> list[float]:
+    """Of each source of the training text, estimated."""
+    if answers.data == CORPUS:
+        return [_CORPUS_TOKENS]
+    return [size / CHARACTERS_PER_TOKEN for size in source_sizes(answers.sources)]
+
+
+# --- what the terminal says ----------------------------------------------------------------------
+
+
+def _note_training(trained: float, time: float | None) -> None:
+    """trained: tokens, of all epochs. time: seconds; None if it is not known."""
+    shown = "" if time is None else f" takes about {seconds(time)} on this machine"
+    if trained < LEAST_TRAINED:
+        note(f"training on only {trained:,.0f} tokens: the text is too short to learn much from")
+    else:
+        note(f"training on {trained:,.0f} tokens{shown}; more tokens make a better student")
+
+
+def _note_text(answers: InitAnswers, general: GeneralChats | None) -> None:
+    """What the student learns from its text, and what it does not."""
+    chats = has_chats(answers.sources)
+    if general is not None:
+        without = (
+            "answers only questions like those in your chats"
+            if chats
+            else "can only continue such text"
+        )
+        note(
+            f"{general.prompts} general questions, which the teacher answers first, are added to "
+            f"your text: without them, the student {without}. To leave them out, remove "
+            "`synthesize` and its source from the recipe"
+        )
+    elif chats:
+        note(
+            "the student learns to answer questions like those in your chats, and answers others "
+            "worse than the teacher: to keep other topics, add chats about them"
+        )
+    else:
+        note(
+            "this is text without questions and answers: the student learns to continue such text. "
+            "To keep the teacher's ability to answer, train on chats (docs/data.md#rows)"
+        )
+
+
+def _note_size(answers: InitAnswers, trained: float) -> None:
+    if SIZES.get(answers.size, 1.0) < SIZES["large"] and trained < SENSIBLE_TOKENS:
+        note(
+            f"a {answers.size} student needs far more text to write well: expect broken sentences. "
+            "Use the size large for a first result, or raise data.train_tokens in the recipe"
+        )
