@@ -10,6 +10,7 @@ if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
 
 import gc
 import subprocess
+import sys
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -22,17 +23,22 @@ from markupsafe import Markup
 @pytest.fixture(scope="session", autouse=True)
 def _small_and_alone() -> Iterator[None]:
     import torch
+    from transformers.utils import logging
 
     from stillhouse import hardware
+    from stillhouse.classify import classifier_evaluation
     from stillhouse.export import fresh_process as script
     from stillhouse.report import page
     from tests import replays
 
     # Tiny tensors gain nothing from threads, and two test processes would compete for the cores.
     torch.set_num_threads(1)
+    logging.set_verbosity_error()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "subprocess", replays.IN_THIS_PROCESS)
         patch.setattr(hardware, "_MATMUL_SECONDS", 0.01)
+        patch.setattr(classifier_evaluation, "_SPEED_SECONDS", 0.01)
+        patch.setattr(os, "fsync", lambda handle: None)  # no test cuts the power
         for folder in ("report", "watch"):
             patch.setitem(page.environment(folder).filters, "svg", _named_chart)
         yield
@@ -61,13 +67,16 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
         return (yield)
 
 
+_modules = 0
+
+
 def pytest_collection_finish() -> None:
     _keep_what_is_imported()
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    if nextitem is None or nextitem.path != item.path:
+    if nextitem is None or nextitem.path != item.path or len(sys.modules) > _modules:
         _keep_what_is_imported()
 
 
@@ -76,5 +85,7 @@ def _keep_what_is_imported() -> None:
 
     A complete run collects ten times.
     """
+    global _modules
     gc.collect()
     gc.freeze()
+    _modules = len(sys.modules)

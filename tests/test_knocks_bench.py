@@ -13,14 +13,18 @@ from bench.knock_trials.damage import damaged
 from bench.knocks import FAMILIES
 from bench.trial_command import TrialBench, time_bar
 
-SAMPLE = {"damage": 20, "server": 16, "kill": 2, "stop": 2, "pair": 2}
+SAMPLE = {"damage": 14, "server": 10, "stop": 2}
+SLOW = {"kill": 2, "pair": 2}
 SEED = 3
 
 
 @pytest.mark.run
-@pytest.mark.parametrize("family", SAMPLE)
-def test_a_sample_of_every_family(family: str) -> None:
-    results = [run_one(FAMILIES[family], SEED, number) for number in range(1, SAMPLE[family])]
+@pytest.mark.parametrize(
+    ("family", "end"),
+    [*SAMPLE.items(), *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW.items())],
+)
+def test_a_sample_of_every_family(family: str, end: int) -> None:
+    results = [run_one(FAMILIES[family], SEED, number) for number in range(1, end)]
     failures = [f"{each.number} {each.name}: {each.outcome}\n{each.detail}" for each in results
                 if each.outcome in BARS]  # fmt: skip
     assert not failures, "\n".join(failures)
@@ -53,7 +57,7 @@ def test_damage_always_changes_something() -> None:
 
 
 @pytest.mark.run
-@pytest.mark.parametrize("number", [0, 4])
+@pytest.mark.parametrize("number", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_sample_of_full_disks_and_moved_folders(
     monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:

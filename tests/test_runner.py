@@ -297,7 +297,11 @@ def two_processes(recipe: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("more", "shard", "launch"), [(STORED, "auto", torchrun), (ROUNDED, "both", two_processes)]
+    ("more", "shard", "launch"),
+    [
+        (STORED, "auto", torchrun),
+        pytest.param(ROUNDED, "both", two_processes, marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_run_the_complete_recipe(
     tmp_path: Path, more: dict[str, Any], shard: str, launch: Callable[[Path], None]

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -331,6 +332,7 @@ def record_again(file: Path) -> None:
     write_atomically(file.parent / MANIFEST, json.dumps(sealed(manifest), indent=2))
 
 
+@cache
 def versions() -> dict[str, str]:
     names = ("stillhouse", "torch", "transformers", "accelerate", "tokenizers", "safetensors")
     found = {name: metadata.version(name) for name in names}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import gzip
 import itertools
 import json
@@ -80,14 +79,6 @@ def test_no_answer_is_paid_for_twice_in_a_run_or_across_runs(journal: Journal) -
         assert len(stub.payloads) == 22
     assert (first.answered, first.reused) == (20, 20)
     assert (again.answered, again.reused) == (2, 20)
-
-
-def test_objects_that_the_application_froze_stay_frozen(journal: Journal) -> None:
-    gc.freeze()
-    frozen = gc.get_freeze_count()
-    with Stub() as stub:
-        run(journal, stub, requests(stub, 1))
-    assert gc.get_freeze_count() > frozen // 2
 
 
 def test_several_samples_of_a_prompt_are_several_requests(journal: Journal) -> None:

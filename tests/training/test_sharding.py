@@ -145,8 +145,15 @@ def test_an_offloaded_teacher_teaches_the_same(narrow: Setting, tmp_path: Path) 
     assert difference(tmp_path / "two", tmp_path / "one") == 0
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("freeze_head", [True, False])
+@pytest.mark.parametrize(
+    ("tied", "freeze_head"),
+    [
+        (True, False),
+        (False, True),
+        pytest.param(True, True, marks=pytest.mark.slow),
+        pytest.param(False, False, marks=pytest.mark.slow),
+    ],
+)
 def test_heads_are_trained_after_a_measurement_as_before(
     setting: Setting, tmp_path: Path, tied: bool, freeze_head: bool
 ) -> None:
@@ -222,8 +229,8 @@ LIMITED = {"max_grad_norm": 0.01, "gradient_checkpointing": True}
     [
         (2, 1, {"micro_batch_size": 1}),
         (2, 1, LIMITED),
-        (4, 1, {}),
-        (4, 2, {"shard_within": "node"}),
+        pytest.param(4, 1, {}, marks=pytest.mark.slow),
+        pytest.param(4, 2, {"shard_within": "node"}, marks=pytest.mark.slow),
         (4, 4, {"shard_within": "node"}),
     ],
     ids=["accumulated", "limited", "four", "two nodes", "four nodes"],

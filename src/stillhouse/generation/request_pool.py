@@ -331,16 +331,11 @@ def _seldom_collected() -> Iterator[None]:
     """Thousands of requests per second make garbage without cycles, for which Python would look for
     cycles in the objects of every library, all the time: 200 of 500 microseconds per request."""
     usual = gc.get_threshold()
-    freezes = gc.get_freeze_count() == 0  # objects that the application froze stay frozen
-    if freezes:
-        gc.freeze()
     gc.set_threshold(_COLLECT_AFTER, *usual[1:])
     try:
         yield
     finally:
         gc.set_threshold(*usual)
-        if freezes:
-            gc.unfreeze()
 
 
 def _cancel(workers: Iterable[asyncio.Task[None]]) -> None:

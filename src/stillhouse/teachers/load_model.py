@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -148,11 +151,19 @@ def load_config(model: AnyModel) -> Any:
     """Load the model's configuration. Raises ModelError if it cannot be read or its type is
     unknown."""
     source = source_of(model)
-    path = source.path
+    content = None
+    with suppress(OSError):  # transformers says what is wrong
+        content = (source.path / "config.json").read_bytes()
+    return copy.deepcopy(_config(source.path, content, source.trust_remote_code))
+
+
+@lru_cache(maxsize=64)
+def _config(path: Path, content: bytes | None, trust_remote_code: bool) -> Any:
+    """Of a folder whose config.json has this content. A run loads each many times."""
     try:
         with quiet():
             config = AutoConfig.from_pretrained(
-                path, trust_remote_code=source.trust_remote_code, local_files_only=True
+                path, trust_remote_code=trust_remote_code, local_files_only=True
             )
             config.get_text_config()  # audio models have several
     # A configuration class may raise any error on values that it does not expect.

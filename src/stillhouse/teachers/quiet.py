@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +15,19 @@ def quiet() -> Iterator[None]:
     """Inside the block, show no tqdm bars, warnings or notices of transformers."""
     verbosity = hf_logging.get_verbosity()
     bars = hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
+    _set_verbosity(logging.ERROR)
     hf_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        hf_logging.set_verbosity(verbosity)
+        _set_verbosity(verbosity)
         if bars:
             hf_logging.enable_progress_bar()
+
+
+def _set_verbosity(level: int) -> None:
+    """Setting a level, even the same, makes all loggers of the process forget what they cached."""
+    if hf_logging.get_verbosity() != level:
+        hf_logging.set_verbosity(level)
