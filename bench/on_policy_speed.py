@@ -3,10 +3,10 @@
     make bench NAME=on_policy_speed
 
 The student has the teacher's own shape. In each round, in alternation: the generation of a training
-(on the live float32 student), that of `synthesize` (on a model loaded for it), and transformers'
-`generate` in fixed batches, on the same prompts with limits of 8 tokens to --max-tokens and no end
-token, so that all write equally many. Then a few optimizer steps of share 1, and as many off-policy
-steps on the same rows. Peak memory is of fresh processes.
+(on the live float32 student), that of `synthesize` (on a model loaded for it), with packed weights
+and without, and transformers' `generate` in fixed batches, on the same prompts with limits of 8
+tokens to --max-tokens and no end token, so that all write equally many. Then a few optimizer steps
+of share 1, and as many off-policy steps on the same rows. Peak memory is of fresh processes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +157,8 @@ class Setting:
         with opened(self.student.train(), frozenset()) as generator:
             return sum(len(found.ids) for _, found in generator.generate(self._requests()))
 
-    def synthesize(self) -> int:
-        generator = LocalGenerator(self.model, frozenset(), batch=self.options.batch)
+    def synthesize(self, *, pack: bool = True) -> int:
+        generator = LocalGenerator(self.model, frozenset(), batch=self.options.batch, pack=pack)
         return sum(len(found.ids) for _, found in generator.generate(self._requests()))
 
     @torch.inference_mode()
@@ -183,6 +183,7 @@ class Setting:
         ways: dict[str, Callable[[], int]] = {
             "rollouts": self.rollouts,
             "synthesize": self.synthesize,
+            "unpacked": partial(self.synthesize, pack=False),
             "fixed_batches": self.fixed_batches,
         }
         for work in ways.values():

@@ -19,7 +19,7 @@ from stillhouse.cpu_products import (
 from stillhouse.teachers.backbone import hidden_states
 
 CPU = torch.device("cpu")
-needs_onednn = pytest.mark.skipif(not cpu_products._works(), reason="no oneDNN on this CPU")
+needs_onednn = pytest.mark.skipif(not cpu_products.works(), reason="no oneDNN on this CPU")
 
 
 def views_of(rows: int, columns: int) -> dict[str, torch.Tensor]:

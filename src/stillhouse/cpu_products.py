@@ -41,7 +41,7 @@ def is_fast(a_NK: Tensor, b_MK: Tensor) -> bool:
         and a_NK.device.type == b_MK.device.type == "cpu"
         and a_NK.numel() * len(b_MK) >= LEAST_WORK
         and bool(torch.backends.mkldnn.enabled)
-        and _works()
+        and works()
     )
 
 
@@ -65,7 +65,7 @@ def fast_linear(device: torch.device) -> Iterator[None]:
 
     Not for layers with activation checkpointing, which are computed again outside of the block.
     """
-    if device.type != "cpu" or torch.is_autocast_enabled("cpu") or not _works():
+    if device.type != "cpu" or torch.is_autocast_enabled("cpu") or not works():
         yield
         return
     with _FastLinear():
@@ -139,7 +139,7 @@ def _onednn(a_NK: Tensor, b_MK: Tensor) -> Tensor:
 
 
 @cache
-def _works() -> bool:
+def works() -> bool:
     """Whether this build of PyTorch has the operator, on an x86 CPU, and it is right."""
     if not torch.backends.mkldnn.is_available():
         return False

@@ -22,7 +22,7 @@ from transformers import Qwen3ForCausalLM as Qwen3
 from stillhouse.errors import ModelError
 from stillhouse.generation import local_generator
 from stillhouse.generation.kv_cache import SlotCache
-from stillhouse.generation.local_generator import draw, local_text
+from stillhouse.generation.local_generator import local_text
 from stillhouse.generation.request import Answer, Failure, Request
 from tests import tiny
 
@@ -223,19 +223,3 @@ def test_a_tokenizer_without_a_chat_template_is_rejected() -> None:
     tokenizer.chat_template = None
     with pytest.raises(ModelError, match="no chat template"):
         local_text(tiny.llama(), tokenizer)
-
-
-@pytest.mark.parametrize("top_p", [1.0, 0.7])
-def test_draws_follow_the_distribution(top_p: float) -> None:
-    """Evenly spaced uniforms hit each token in proportion to its share of the nucleus."""
-    torch.manual_seed(0)
-    probabilities_V = torch.softmax(torch.randn(1000) * 2, -1)
-    order_V = probabilities_V.argsort(descending=True)
-    before_V = probabilities_V[order_V].cumsum(-1) - probabilities_V[order_V]
-    expected_V = probabilities_V.clone()
-    expected_V[order_V[before_V >= top_p]] = 0.0
-    expected_V /= expected_V.sum()
-    draws = 4000
-    tokens = [draw(probabilities_V, top_p, (n + 0.5) / draws) for n in range(draws)]
-    shares_V = torch.bincount(torch.tensor(tokens), minlength=1000) / draws
-    torch.testing.assert_close(shares_V, expected_V, atol=1.01 / draws, rtol=0)

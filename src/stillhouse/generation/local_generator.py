@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,14 +24,16 @@ from torch import Tensor
 from stillhouse.data.turn_end import end_of_answers
 from stillhouse.generation.generator import Continuation, TextGenerator, TokenPrompt
 from stillhouse.generation.kv_cache import SlotCache, fits_padding, fits_slots
+from stillhouse.generation.packed_linear import has_room_to_pack, packed_linear
+from stillhouse.generation.sampling import next_tokens
 from stillhouse.hardware import HeapLimit
 from stillhouse.progress import note
 
 BATCH = 32
 _AHEAD = 8
 """Batches of prompts that are sorted by length together."""
-_NUCLEUS = 512
-"""The most probable tokens that top_p considers before it sorts the full vocabulary."""
+_PASSES_WORTH_PACKING = 16
+"""Packing the weights takes about as long as it saves in half as many passes."""
 
 OnToken = Callable[[Sequence[int]], object]
 
@@ -48,24 +51,16 @@ class _Writing:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
-    def add(self, token: int, logits_V: Tensor) -> None:
-        """The model's own log-probability is that at temperature 1, whatever the sampling."""
+    def add(self, token: int) -> None:
         self.tokens.append(token)
-        if self.prompt.logprobs:
-            self.logprobs.append(float(logits_V.float().log_softmax(-1)[token]))
         if self.on_token is not None:
             self.on_token(self.tokens)
 
-    def choose(self, logits_V: Tensor) -> int:
-        """The next token: the most probable at temperature 0, otherwise drawn."""
-        temperature = self.prompt.temperature
-        if temperature <= 0:
-            return int(logits_V.argmax())
-        return draw(
-            torch.softmax(logits_V.float() / temperature, -1),
-            self.prompt.top_p,
-            float(torch.rand((), generator=self.chance, dtype=torch.float64)),
-        )
+    def uniform(self) -> float:
+        """The random number of the next token, in [0, 1); 0 if it is not drawn."""
+        if self.prompt.temperature <= 0:
+            return 0.0
+        return float(torch.rand((), generator=self.chance, dtype=torch.float64))
 
     def ended(self, ends: frozenset[int]) -> bool:
         return self.tokens[-1] in ends or len(self.tokens) >= self.prompt.max_tokens
@@ -82,6 +77,8 @@ class _Writing:
 class LocalGenerator:
     """model: a causal language model in eval mode. ends: token ids that end a sequence. on_token:
     called after each token with its continuation so far; an exception in it ends the generation.
+    pack: on CPUs, multiply by copies of the weights that are faster (`packed_linear`), if there is
+    memory for them.
 
     Greedy continuations are those of `model.generate`, token by token, as far as a batch's sums
     round equally. A sampled one depends only on its prompt, up to rounding, and not on its
@@ -95,8 +92,10 @@ class LocalGenerator:
         *,
         batch: int = BATCH,
         on_token: OnToken | None = None,
+        pack: bool = True,
     ) -> None:
         self.model, self.ends, self.batch, self.on_token = model, ends, batch, on_token
+        self.pack = pack
         self.window = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0))
         self.slots = fits_slots(model)
         if batch > 1 and not self.slots and not fits_padding(model):
@@ -108,36 +107,45 @@ class LocalGenerator:
         """See `Generator`."""
         numbered = enumerate(prompts)
         batch: _Batch | None = None
-        while ahead := list(itertools.islice(numbered, _AHEAD * self.batch)):
-            waiting = [
-                _Writing(
-                    number,
-                    prompt,
-                    torch.Generator().manual_seed(prompt.seed),
-                    started,
-                    self.on_token,
-                )
-                for started in (time.monotonic(),)
-                for number, prompt in ahead
-            ]
-            waiting.sort(key=lambda writing: len(writing.prompt.ids), reverse=True)
-            if self.slots:
-                # The first prompts are all that there are if they are fewer than the slots.
-                batch = batch or _Batch(self, min(self.batch, len(waiting)))
-                yield from batch.run(waiting)
-                continue
-            for at in range(0, len(waiting), self.batch):
-                yield from self._together(waiting[at : at + self.batch])
-        if batch is not None:
-            yield from batch.run([], to_the_end=True)
+        with ExitStack() as packed:
+            while ahead := list(itertools.islice(numbered, _AHEAD * self.batch)):
+                waiting = [
+                    _Writing(
+                        number,
+                        prompt,
+                        torch.Generator().manual_seed(prompt.seed),
+                        started,
+                        self.on_token,
+                    )
+                    for started in (time.monotonic(),)
+                    for number, prompt in ahead
+                ]
+                waiting.sort(key=lambda writing: len(writing.prompt.ids), reverse=True)
+                if self._is_worth_packing(waiting):
+                    packed.enter_context(packed_linear(self.model))  # once
+                if self.slots:
+                    # The first prompts are all that there are if they are fewer than the slots.
+                    batch = batch or _Batch(self, min(self.batch, len(waiting)))
+                    yield from batch.run(waiting)
+                    continue
+                for at in range(0, len(waiting), self.batch):
+                    yield from self._together(waiting[at : at + self.batch])
+            if batch is not None:
+                yield from batch.run([], to_the_end=True)
+
+    def _is_worth_packing(self, waiting: Sequence[_Writing]) -> bool:
+        tokens = sum(writing.prompt.max_tokens for writing in waiting)
+        passes = tokens / min(self.batch, len(waiting))
+        worth = self.pack and passes >= _PASSES_WORTH_PACKING
+        return worth and has_room_to_pack(self.model)
 
     def _together(self, writings: list[_Writing]) -> Iterator[tuple[int, Continuation]]:
         """For models whose cache has no slots: transformers' cache, prompts padded on the left,
         until the last sequence has ended."""
         longest = max(len(w.prompt.ids) for w in writings)
         pads = [longest - len(w.prompt.ids) for w in writings]
-        rows = [[0] * pad + [*w.prompt.ids] for pad, w in zip(pads, writings, strict=True)]
-        new_BL = torch.tensor(rows, device=self.model.device)
+        padded = [[0] * pad + [*w.prompt.ids] for pad, w in zip(pads, writings, strict=True)]
+        new_BL = torch.tensor(padded, device=self.model.device)
         pads_B = new_BL.new_tensor(pads)
         seen, cache, going = longest, None, list(writings)
         while going:
@@ -152,10 +160,8 @@ class LocalGenerator:
                 }
             output = self.model(input_ids=new_BL, past_key_values=cache, use_cache=True, **more)
             cache, seen = output.past_key_values, seen + 1
-            for row, writing in enumerate(writings):
-                if not writing.tokens or not writing.ended(self.ends):
-                    logits_V = output.logits[row, -1]
-                    writing.add(writing.choose(logits_V), logits_V)
+            rows = [row for row, writing in enumerate(writings) if writing in going]
+            _add_tokens(going, output.logits[rows, -1])
             new_BL = new_BL.new_tensor([writing.tokens[-1:] for writing in writings])
             for writing in [one for one in going if one.ended(self.ends)]:
                 going.remove(writing)
@@ -207,10 +213,9 @@ class _Batch:
             use_cache=True,
             logits_to_keep=kept_U.to(self.model.device),
         ).logits
-        for row, writing in enumerate(chosen):
+        for writing in chosen:
             writing.length = len(writing.prompt.ids)
-            logits_V = logits_NUV[row, where_N[row]]
-            writing.add(writing.choose(logits_V), logits_V)
+        _add_tokens(chosen, logits_NUV[torch.arange(len(chosen)), where_N])
         self.now += chosen
 
     def _step(self) -> None:
@@ -225,14 +230,9 @@ class _Batch:
             past_key_values=self.cache,
             use_cache=True,
         ).logits[:, -1]
-        greedy: list[int] = []
-        if any(w.prompt.temperature <= 0 for w in self.now):
-            greedy = logits_BV.argmax(-1).tolist()
-        for row, writing in enumerate(self.now):
+        for writing in self.now:
             writing.length += 1
-            sampled = writing.prompt.temperature > 0
-            token = writing.choose(logits_BV[row]) if sampled else greedy[row]
-            writing.add(token, logits_BV[row])
+        _add_tokens(self.now, logits_BV)
 
     def _take_finished(self) -> Iterator[tuple[int, Continuation]]:
         """Finished sequences leave; the last ones move into their slots."""
@@ -247,25 +247,24 @@ class _Batch:
             yield writing.finished(self.generator.ends)
 
 
-def draw(probabilities_V: Tensor, top_p: float, uniform: float) -> int:
-    """A token by inverse transform sampling among the fewest most probable that hold top_p.
-
-    uniform: in [0, 1). The same for any order of equally probable tokens that torch's sort gives.
-    """
-    if top_p >= 1:
-        sums_V = probabilities_V.double().cumsum(-1)
-        return min(
-            int(torch.searchsorted(sums_V, uniform * float(sums_V[-1]), right=True)),
-            len(sums_V) - 1,
-        )
-    values_K, ids_K = probabilities_V.topk(min(_NUCLEUS, len(probabilities_V)))
-    sums_K = values_K.double().cumsum(-1)
-    if float(sums_K[-1]) < top_p:
-        values_K, ids_K = probabilities_V.sort(descending=True)
-        sums_K = values_K.double().cumsum(-1)
-    size = min(int(torch.searchsorted(sums_K, top_p)) + 1, len(sums_K))
-    chosen = int(torch.searchsorted(sums_K[:size], uniform * float(sums_K[size - 1]), right=True))
-    return int(ids_K[min(chosen, size - 1)])
+def _add_tokens(writings: Sequence[_Writing], logits_BV: Tensor) -> None:
+    """The next token of each. The model's own log-probability is that at temperature 1, whatever
+    the sampling."""
+    prompts = [writing.prompt for writing in writings]
+    tokens = next_tokens(
+        logits_BV,
+        [prompt.temperature for prompt in prompts],
+        [prompt.top_p for prompt in prompts],
+        [writing.uniform() for writing in writings],
+    )
+    rows = [row for row, prompt in enumerate(prompts) if prompt.logprobs]
+    if rows:
+        log_p_BV = logits_BV[rows].float().log_softmax(-1)
+        chosen_B = torch.tensor([tokens[row] for row in rows], device=log_p_BV.device)
+        for row, logprob in zip(rows, log_p_BV.gather(1, chosen_B[:, None]), strict=True):
+            writings[row].logprobs.append(float(logprob))
+    for writing, token in zip(writings, tokens, strict=True):
+        writing.add(token)
 
 
 def local_text(model: Any, tokenizer: Any, *, batch: int = BATCH) -> TextGenerator[LocalGenerator]:

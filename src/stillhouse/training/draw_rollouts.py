@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from stillhouse.generation.generator import Continuation, Generator, TokenPrompt
 from stillhouse.generation.local_generator import LocalGenerator
+from stillhouse.generation.packed_linear import packed_linear
 from stillhouse.generation.rollout_config import VllmRollouts, VllmServerRollouts
 from stillhouse.generation.vllm_rollouts import OpenGenerator, server_rollouts, vllm_rollouts
 from stillhouse.hardware import return_gaps
@@ -43,13 +45,17 @@ def able_to_generate(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def narrowed(model: Any, dtype: torch.dtype) -> Iterator[None]:
+def narrowed(
+    model: Any, dtype: torch.dtype, *, besides: frozenset[Tensor] = frozenset()
+) -> Iterator[None]:
     """In the block, the parameters are in a narrower type, as training's matrix products read them.
 
     Generation reads all weights for each token, so that it takes as long as they are large. The
-    copy is smaller than the gradients, which do not exist between two steps.
+    copy is smaller than the gradients, which do not exist between two steps. besides: parameters
+    that stay as they are.
     """
-    wide = [(parameter, parameter.data) for parameter in model.parameters()]
+    narrow = [parameter for parameter in model.parameters() if parameter not in besides]
+    wide = [(parameter, parameter.data) for parameter in narrow]
     try:
         for parameter, data in wide:
             parameter.data = data.to(dtype)
@@ -65,18 +71,21 @@ def local_generator(batch: int, dtype: torch.dtype) -> OpenGenerator:
     @contextmanager
     def opened(model: Any, ends: frozenset[int]) -> Iterator[Generator]:
         sharded = any(isinstance(module, FSDPModule) for module in model.modules())
-        narrow = dtype != torch.float32
         with ExitStack() as ready:
             # Gradients and activations leave gaps that keys and values do not fit into, and the
             # other way round.
             return_gaps()
             ready.callback(return_gaps)
             ready.enter_context(able_to_generate(model))
+            narrow = dtype != torch.float32
             if narrow and sharded:  # FSDP2 owns the tensors of gathered weights
                 ready.enter_context(torch.autocast(model.device.type, dtype))
-            elif narrow:
-                ready.enter_context(narrowed(model, dtype))
-            yield LocalGenerator(model, ends, batch=batch)
+            elif not sharded:
+                # Not left to the generator, which would copy the narrow weights once more.
+                packed = ready.enter_context(packed_linear(model, dtype if narrow else None))
+                if narrow:
+                    ready.enter_context(narrowed(model, dtype, besides=packed))
+            yield LocalGenerator(model, ends, batch=batch, pack=not sharded)
 
     return opened
 

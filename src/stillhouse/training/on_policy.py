@@ -315,7 +315,9 @@ class OnPolicy:
             for slot, prompt in zip(slots, prompts, strict=True)
         ]
         with able_to_generate(self.teacher.model):
-            local = LocalGenerator(self.teacher.model, self.ends, batch=self.section.batch)
+            local = LocalGenerator(
+                self.teacher.model, self.ends, batch=self.section.batch, pack=False
+            )
             found = dict(local.generate(requests))
         return [found[number] for number in range(len(requests))]
 
