@@ -133,6 +133,7 @@ def test_every_python_block_of_the_readme_runs(folder: Path) -> None:
         assert done.wait() == 0, f"{block}\n{done.communicate()}"
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("name", ["python.md", "on-policy.md"])
 def test_a_python_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Block by block in one session, as a reader would."""

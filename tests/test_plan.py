@@ -20,6 +20,8 @@ from stillhouse.planning.machine import Machine
 from tests import tiny
 from tests.planning.shapes import LLAMA_8B, LLAMA_70B
 
+pytestmark = pytest.mark.run
+
 GPUS = ("--gpus", "8", "--gpu-memory", "80GB")
 
 
@@ -207,7 +209,6 @@ def train_fix(folder: Path, memory: float, processes: int = 1, **train: Any) -> 
     return next(stage.fix for stage in plan.stages if stage.name == "train")
 
 
-@pytest.mark.run
 def test_the_cheapest_change_is_named_and_works(tmp_path: Path) -> None:
     assert train_fix(tmp_path, 80e9) is None
     assert train_fix(tmp_path, 20e9) == "set train.micro_batch_size: 8"
@@ -217,7 +218,6 @@ def test_the_cheapest_change_is_named_and_works(tmp_path: Path) -> None:
     assert train_fix(tmp_path, 7e9, micro_batch_size=1, gradient_checkpointing=True) is None
 
 
-@pytest.mark.run
 def test_more_gpus_are_named_where_no_change_is_enough(tmp_path: Path) -> None:
     advice = train_fix(tmp_path, 3.5e9, micro_batch_size=1)
     assert advice is not None

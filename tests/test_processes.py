@@ -33,6 +33,7 @@ GLOO = (
 )
 
 
+@pytest.mark.run
 def test_a_lost_process_is_one_error() -> None:
     ended = "another of the 2 processes has ended"
     with pytest.raises(TrainingError, match=ended) as caught, lost_process(2):

@@ -66,6 +66,7 @@ def test_an_evaluation_reads_as_a_table(teacher: Any, data: sh.Data) -> None:
     assert all(line == line.rstrip() for line in str(found).splitlines())
 
 
+@pytest.mark.run
 def test_the_found_sizes_meet_the_target(teacher: Any, data: sh.Data) -> None:
     search = {"candidates": 2, "trained": 0, "heldout_tokens": 128, "calibration_tokens": 512}
     sizes = sh.search_sizes(teacher, data, params="60%", calibration_tokens=512, search=search)
