@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -17,6 +18,7 @@ from stillhouse.init_general import (
     SHARE,
     TEMPLATES,
     TOPICS,
+    answers_briefly,
     chats_beside,
     general_chats,
 )
@@ -88,6 +90,19 @@ def test_a_student_of_another_model_learns_from_the_users_text_alone(folder: Pat
     assert recipe.synthesize is None
     assert len(recipe.data.sources) == 1
     assert "add chats about them" in shown
+
+
+@pytest.mark.parametrize(
+    ("template", "brief"),
+    [
+        ("{{ messages[0].content }}", True),
+        ("{{ messages[0].content }}<think>", False),
+        ("<|channel|>analysis<|message|>", False),
+        (None, False),
+    ],
+)
+def test_teachers_that_reason_first_write_no_chats(template: str | None, brief: bool) -> None:
+    assert answers_briefly(SimpleNamespace(chat_template=template)) is brief
 
 
 @pytest.mark.run

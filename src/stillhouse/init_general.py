@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from stillhouse.data.reasoning import CHANNEL, SPOKEN
 
 SHARE = 0.25
 """Of the tokens that are used."""
@@ -44,6 +47,13 @@ class GeneralChats:
     templates: Sequence[str] = TEMPLATES
     topics: Sequence[str] = TOPICS
     answer_tokens: int = ANSWER_TOKENS
+
+
+def answers_briefly(tokenizer: Any) -> bool:
+    """Whether a model with this tokenizer has a chat template, and does not reason first, which
+    takes far more tokens than there are for an answer."""
+    template = str(tokenizer.chat_template or "")
+    return bool(template) and not SPOKEN.search(template) and CHANNEL not in template
 
 
 def chats_beside(own: float) -> int:

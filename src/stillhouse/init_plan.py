@@ -20,7 +20,12 @@ from stillhouse.init_amounts import (
     unlimited,
 )
 from stillhouse.init_answers import SIZES, InitAnswers
-from stillhouse.init_general import GeneralChats, chats_beside, general_chats
+from stillhouse.init_general import (
+    GeneralChats,
+    answers_briefly,
+    chats_beside,
+    general_chats,
+)
 from stillhouse.init_sources import CORPUS, has_chats, source_sizes
 from stillhouse.number_format import seconds
 from stillhouse.planning.machine import this_machine
@@ -76,7 +81,7 @@ def _distilled(answers: InitAnswers, start: str | None) -> dict[str, Any]:
         student = shape.active
         found |= {"layers": shape.layers, "ffn_size": shape.ffn_size}
         neurons = 0 if shape.ffn_size is None else shape.ffn_size.kept
-        beside = chats_beside(own) if load_tokenizer(path).chat_template else 0
+        beside = chats_beside(own) if answers_briefly(load_tokenizer(path)) else 0
     held = found["heldout_tokens"] = _heldout(own + beside)
     tokens = max(1.0, own + beside - held)
     machine = this_machine("auto", timed=True)

@@ -45,7 +45,8 @@ _CHANNEL = re.compile(
     re.DOTALL,
 )
 """A message of gpt-oss: its channel, the rest of its header, and its text."""
-_HARMONY = ("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|return|>", "<|call|>")
+CHANNEL = "<|channel|>"
+_HARMONY = (CHANNEL, "<|message|>", "<|start|>", "<|end|>", "<|return|>", "<|call|>")
 _CHANNEL_NAMES = re.compile(r"analysis(.*?)assistantfinal(.*)", re.DOTALL)
 """The same from a server that removed the special tokens."""
 
