@@ -14,7 +14,9 @@ from stillhouse.planning.machine import Machine
 from stillhouse.planning.model_size import ModelSize, config_size
 from stillhouse.students.student_config import PrunedStudent
 
-TRAINING_SECONDS, CALIBRATION_SECONDS = 480.0, 150.0
+TRAINING_SECONDS, CALIBRATION_SECONDS = 390.0, 240.0
+"""Up to `calibration_tokens`' default, a minute of calibration gains more than one of training
+(docs/experiments.md#choices-inside-the-refit)."""
 MOST_TRAINED, LEAST_TRAINED, TRAINED_STEP = 1_000_000, 8192, 8192
 """Tokens that are trained on: at most, at least, and in multiples of."""
 CALIBRATED_STEP = 4096

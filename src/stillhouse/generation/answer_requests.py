@@ -136,7 +136,7 @@ def findings(
     """The lines of `check` about what is answered and what the rest costs. path: the journal."""
     fix = None
     if estimate.missing and estimate.between is None:
-        fix = "--calls 5 sends a few requests, which count, to estimate the cost of the rest"
+        fix = "--calls 5 sends a few requests, which count, to estimate the rest"
     yield Finding("estimate" if estimate.missing else "ok", topic, estimate.described(things), fix)
     if being_written(path):
         text = "a run has the journal open: what it holds is not counted, and no request is sent"

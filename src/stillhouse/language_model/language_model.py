@@ -74,7 +74,7 @@ STEPS = (
         require=require_synthesis,
         check=check_synthesis,
         spending=synthesis_spending,
-        purpose="let the teacher write the training text",
+        purpose="let the teacher write text to train on",
     ),
     Step(
         "data",
