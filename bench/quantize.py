@@ -120,11 +120,11 @@ def rounding(bench: Bench, seeds: list[int], with_control: bool) -> dict[str, An
     trained = {
         seed: train_quantized(
             Student.load(bench.student),
-            folder / "rounded",
             bench.load_teacher(),
             bench.windows,
             job.recipe.objective,
             job.recipe.train,
+            quantized=folder / "rounded",
             section=bench.section,
             heldout=bench.heldout,
             folder=folder / "qat" / str(seed),
@@ -167,7 +167,9 @@ def control(bench: Bench, ways: dict[str, Any]) -> dict[str, Path]:
         bench.load_teacher(),
         bench.windows,
         bench.job.recipe.objective,
-        qat_section(bench.section, bench.job.recipe.train, bench.windows),
+        qat_section(
+            bench.section, bench.job.recipe.train, bench.windows.context, len(bench.windows)
+        ),
         heldout=bench.heldout,
         seed=bench.job.recipe.seed,
         folder=folder,

@@ -147,7 +147,7 @@ def test_too_few_windows_stop_a_run_before_its_student(
         ready_to_train(job, stages)
     # A finished training has been shared before.
     (tmp_path / "stages" / "train-0").mkdir()
-    require_text_for_all(job.recipe, stages["data"])
+    require_text_for_all(job.recipe, job.recipe.train, stages["data"])
 
 
 def test_a_training_from_random_weights_needs_tokens_for_all(

@@ -31,7 +31,8 @@ from stillhouse.generation.answer_logprobs import mean_log_probability
 from stillhouse.generation.budget import Budget, Price, worst_case
 from stillhouse.generation.estimate import estimate_requests
 from stillhouse.generation.journal import Journal
-from stillhouse.generation.request_pool import Patience, Pool
+from stillhouse.generation.request_pool import Pool
+from stillhouse.teachers.http_link import Patience
 
 PRICE = Price(input=10.0, output=30.0)
 ASKED = 6

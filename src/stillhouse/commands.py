@@ -234,9 +234,7 @@ def evaluate_model(
             fix=f"pass one with --model, or run `stillhouse run {path}` first",
         )
     source = resolve_model(
-        str(own) if model is None else model,
-        base=Path.cwd(),
-        trust_remote_code=job.start.trust_remote_code,
+        str(own) if model is None else model, base=Path.cwd(), trusted=job.start.trusted
     )
     return evaluate(
         {"teacher": job.teacher, "student": source},

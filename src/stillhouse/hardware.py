@@ -104,14 +104,14 @@ def cpu_abilities() -> frozenset[str]:
     )
 
 
-def choose_precision(requested: Requested, device: torch.device | str) -> Precision:
+def choose_precision(requested: Requested, device: torch.device | str | None = None) -> Precision:
     """bfloat16 if the device multiplies it natively, otherwise float32; an explicit request is
-    obeyed.
+    obeyed. device: None is the default device.
 
     On a CPU that means AVX512-BF16 or AMX, reached through oneDNN: without them bfloat16 products
     are emulated and slower than float32.
     """
-    device = torch.device(device)
+    device = default_device() if device is None else torch.device(device)
     native, why = _native_bfloat16(device)
     if requested == "float32":
         return Precision(torch.float32, "float32, as requested")

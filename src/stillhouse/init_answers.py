@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stillhouse.classify.labeled_texts import first_rows
 from stillhouse.errors import RecipeError, StillhouseError
 from stillhouse.init_sources import (
     CORPUS,
@@ -21,6 +20,7 @@ from stillhouse.init_sources import (
 )
 from stillhouse.progress import note
 from stillhouse.synthesis.chat_logs import Logs, read_logs
+from stillhouse.tasks.labeled_texts import first_rows
 from stillhouse.teachers.model_source import local_path
 
 JOBS = {

@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from stillhouse.classify.labeled_texts import first_rows
 from stillhouse.data.chatgpt_export import is_chatgpt_export
 from stillhouse.data.data_files import (
     FileFormat,
@@ -28,6 +27,7 @@ from stillhouse.data.row_reader import text_lines
 from stillhouse.errors import DataError
 from stillhouse.progress import note
 from stillhouse.synthesis.chat_logs import logs_format
+from stillhouse.tasks.labeled_texts import first_rows
 
 CORPUS = "python-reference"
 _MANY_FILES = 10

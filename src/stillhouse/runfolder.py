@@ -23,13 +23,14 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from stillhouse.checksums import damaged_files, file_facts, sealed
 from stillhouse.disk_errors import disk_errors, made_folder
 from stillhouse.errors import RunError, StillhouseError, StoreError
 from stillhouse.file_locks import is_same, try_lock
 from stillhouse.progress import note
+from stillhouse.run_recipe import RunRecipe
 from stillhouse.scratch import scratch_in
 from stillhouse.stage_manifest import MANIFEST, digest_of, facts_of_files, read_manifest
 
@@ -381,21 +382,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 # --- where a run's folder is -----------------------------------------------------------------
 
 
-class NamedRecipe(Protocol):
-    """The keys of any recipe that determine its run folder."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def folder(self) -> str | None: ...
-
-
-def run_root(recipe: NamedRecipe) -> Path:
+def run_root(recipe: RunRecipe) -> Path:
     """The path of the recipe's run folder."""
     return Path(recipe.folder or Path("runs") / recipe.name)
 
 
-def answers_path(recipe: NamedRecipe) -> Path:
+def answers_path(recipe: RunRecipe) -> Path:
     """The journal of paid answers, shared by all runs in the same parent folder."""
     return run_root(recipe).parent / "answers.sqlite"

@@ -11,9 +11,9 @@ from stillhouse.answering.answering_evaluation import (
     read_json,
     request_for,
 )
-from stillhouse.classify.labeled_texts import LabeledText
 from stillhouse.generation.request import Answer, Failure
 from stillhouse.synthesis.filters import json_schema
+from stillhouse.tasks.labeled_texts import LabeledText
 from tests.answering import toys
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from stillhouse.classify.labeled_texts import first_row, read_texts
 from stillhouse.classify.predict_labels import file_texts
-from stillhouse.classify.task_texts_config import TextFile
 from stillhouse.data.data_config import FileSource
 from stillhouse.data.sources import read_sources
 from stillhouse.errors import DataError
 from stillhouse.synthesis.prompts import read_prompts
+from stillhouse.tasks.labeled_texts import first_row, read_texts
+from stillhouse.tasks.task_texts_config import TextFile
 
 # file: (rows, the line that is refused, what is said)
 FILES = {

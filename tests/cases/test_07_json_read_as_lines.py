@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from stillhouse.classify.labeled_texts import read_texts
-from stillhouse.classify.task_texts_config import TextFile
 from stillhouse.cli import app
 from stillhouse.config.load_recipe import load_recipe
 from stillhouse.data.data_config import TextSource
@@ -17,6 +15,8 @@ from stillhouse.data.documents import AnyDocument, Conversation, Document
 from stillhouse.data.sources import read_sources
 from stillhouse.errors import DataError
 from stillhouse.init_answers import init_answers
+from stillhouse.tasks.labeled_texts import read_texts
+from stillhouse.tasks.task_texts_config import TextFile
 from tests import tiny
 
 TEXTS = ["first message", "second message, with a comma"]

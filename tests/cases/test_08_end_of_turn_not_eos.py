@@ -63,7 +63,7 @@ def test_every_export_ends_answers_with_it(tmp_path: Path) -> None:
     end = turn_end(tokenizer(eos="<|endoftext|>"))
     assert end is not None
     Student.load(base).save(tmp_path / "student")
-    _save(base, tmp_path / "shipped", torch.bfloat16, False)
+    _save(base, tmp_path / "shipped", torch.bfloat16)
     for folder in (tmp_path / "student", tmp_path / "shipped"):
         assert GenerationConfig.from_pretrained(folder).eos_token_id == [0, end.id]
     write_form(base, tmp_path / "student.gguf", kind="f16", name="student")

@@ -26,7 +26,7 @@ def test_an_older_reader_computes_the_same(tmp_path: Path) -> None:
     ids = torch.tensor([tiny.tokenizer()(tiny.text(12))["input_ids"][:160]])
     for name, rope in (("default", DEFAULT), ("llama3", LLAMA_3)):
         tiny.save_model(tmp_path / name / "student", rope_parameters=rope)
-        _save(tmp_path / name / "student", tmp_path / name / "out", torch.float32, False)
+        _save(tmp_path / name / "student", tmp_path / name / "out", torch.float32)
         config = json.loads((tmp_path / name / "out" / "config.json").read_text())
         assert config["rope_theta"] == 500000.0
         new = AutoModelForCausalLM.from_pretrained(tmp_path / name / "out").eval()

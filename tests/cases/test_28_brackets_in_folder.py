@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from stillhouse.classify.labeled_texts import read_texts
-from stillhouse.classify.task_texts_config import TextFile
 from stillhouse.data.data_config import FileSource, HubSource
 from stillhouse.data.file_search import find_files
 from stillhouse.data.sources import read_sources, sources_fingerprint
 from stillhouse.errors import DataError
+from stillhouse.tasks.labeled_texts import read_texts
+from stillhouse.tasks.task_texts_config import TextFile
 
 FOLDERS = ["v1", "support [2026]", "v[12]", "a*b", "what?"]
 

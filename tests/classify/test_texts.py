@@ -12,10 +12,10 @@ import pytest
 from pydantic import ValidationError
 
 from stillhouse.classify.classify_config import ClassifyRecipe, ClassifyTask
-from stillhouse.classify.labeled_texts import LabeledText, read_texts
-from stillhouse.classify.task_texts import Texts, divide_texts, prepare_texts
-from stillhouse.classify.task_texts_config import TextFile
+from stillhouse.classify.task_texts import Texts, prepare_texts
 from stillhouse.errors import DataError, RecipeError
+from stillhouse.tasks.labeled_texts import LabeledText, divide_texts, read_texts
+from stillhouse.tasks.task_texts_config import TextFile
 
 
 def rows_of(path: Path, **more: int) -> list[str]:

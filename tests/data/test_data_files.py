@@ -16,8 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stillhouse.classify.labeled_texts import read_texts
-from stillhouse.classify.task_texts_config import TextFile
 from stillhouse.data.data_config import FileSource
 from stillhouse.data.data_files import format_of
 from stillhouse.data.file_search import find_files
@@ -26,6 +24,8 @@ from stillhouse.data.sources import read_sources
 from stillhouse.errors import DataError, StillhouseError
 from stillhouse.language_model.synthesis_stage import _content
 from stillhouse.synthesis.prompts import read_prompts
+from stillhouse.tasks.labeled_texts import read_texts
+from stillhouse.tasks.task_texts_config import TextFile
 
 ROW = b'{"text": "a"}\n'
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from stillhouse.classify.labeled_texts import answer_of
 from stillhouse.data.row_formats import MISSING_AS_TEXT, document_from_row
 from stillhouse.errors import DataError
 from stillhouse.synthesis.prompts import prompt_messages
+from stillhouse.tasks.labeled_texts import answer_of
 
 from .learned import call, learned, shown, tool
 from .toys import CHATML, FORCES_REASONING, FORGETS_REASONING, TOOLS, byte_level, chat

@@ -15,10 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from stillhouse.classify.classify_config import ClassifyTask
-from stillhouse.classify.labeled_texts import first_row, read_texts
 from stillhouse.classify.predict_labels import file_texts, stream_texts
 from stillhouse.classify.task_texts import task_labels
-from stillhouse.classify.task_texts_config import TextFile
 from stillhouse.data.data_config import FileSource, Source
 from stillhouse.data.data_files import text_size
 from stillhouse.data.documents import Document
@@ -28,6 +26,8 @@ from stillhouse.data.sources import read_sources
 from stillhouse.errors import DataError
 from stillhouse.generation.chat_frame import text_of
 from stillhouse.synthesis.prompts import read_prompts
+from stillhouse.tasks.labeled_texts import first_row, read_texts
+from stillhouse.tasks.task_texts_config import TextFile
 
 ROWS = [{"text": "one, é", "label": "a"}, {"text": "two\nlines", "label": "b"}]
 TEXTS = [row["text"] for row in ROWS]

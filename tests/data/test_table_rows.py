@@ -10,13 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stillhouse.classify.labeled_texts import first_row, read_texts
-from stillhouse.classify.task_texts_config import TextFile
 from stillhouse.data.data_config import FileSource, HubSource
 from stillhouse.data.documents import Document
 from stillhouse.data.row_reader import read_rows
 from stillhouse.data.sources import read_sources
 from stillhouse.errors import DataError
+from stillhouse.tasks.labeled_texts import first_row, read_texts
+from stillhouse.tasks.task_texts_config import TextFile
 
 ROWS = [{"text": "hello, you", "label": "a"}, {"text": 'say "hi"', "label": "b"}]
 

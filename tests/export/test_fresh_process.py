@@ -11,7 +11,6 @@ import pytest
 from stillhouse.errors import ModelError, RunError
 from stillhouse.export import fresh_process
 from stillhouse.export.fresh_process import run_script
-from stillhouse.scratch import temporary_folder
 
 
 def ending_with(last_line: str) -> Any:
@@ -24,8 +23,7 @@ def ending_with(last_line: str) -> Any:
 
 
 def replayed() -> None:
-    with temporary_folder("stillhouse-replay-") as name:
-        run_script("replay.py", Path(name), {}, what="not loaded", where=Path("m"), fix="check it")
+    run_script("replay.py", {}, what="not loaded", where=Path("m"), fix="check it")
 
 
 @pytest.mark.parametrize(

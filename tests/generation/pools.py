@@ -12,7 +12,8 @@ from stillhouse.generation.budget import Budget, Price
 from stillhouse.generation.client import Client
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Request
-from stillhouse.generation.request_pool import Patience, Pool, Tally
+from stillhouse.generation.request_pool import Pool, Tally
+from stillhouse.teachers.http_link import Patience
 from tests.generation.stub import Reply, Script, Stub
 
 QUICK = Patience(attempts=3, backoff=0.02)

@@ -19,11 +19,11 @@ from typing import Any, Literal
 import pytest
 
 from stillhouse.generation import client as client_module
-from stillhouse.generation import http_link
 from stillhouse.generation.budget import Price, Spending, worst_case
-from stillhouse.generation.client import retry_after
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Answer, Request
+from stillhouse.teachers import http_link
+from stillhouse.teachers.http_link import retry_after
 from tests.clocks import Clock
 from tests.generation.pools import QUICK, once, requests, run
 from tests.generation.stub import Reply, Stub, error
@@ -220,7 +220,7 @@ def test_retry_after_comes_in_three_forms(headers: dict[str, str], seconds: floa
 
 
 def test_retry_after_may_be_a_date(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "time", Clock(now=1_700_000_000.0))
+    monkeypatch.setattr(http_link, "time", Clock(now=1_700_000_000.0))
     soon = formatdate(1_700_000_000.0 + 3600, usegmt=True)
     assert retry_after({"retry-after": soon}) == 3600.0
 

@@ -15,7 +15,8 @@ from stillhouse.generation.budget import Budget, Price, Spending, worst_case
 from stillhouse.generation.client import Client
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Request
-from stillhouse.generation.request_pool import MOST_FAILURES, Patience, Pool
+from stillhouse.generation.request_pool import MOST_FAILURES, Pool
+from stillhouse.teachers.http_link import Patience
 from tests.generation.pools import KEY, QUICK, requests, run
 from tests.generation.stub import Reply, Stub, error
 

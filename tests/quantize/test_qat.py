@@ -17,6 +17,7 @@ from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.data.windows import Windows
 from stillhouse.evaluation.fidelity import compare, heldout_answers
 from stillhouse.language_model import quantize_stage as stages
+from stillhouse.language_model import train_stage
 from stillhouse.language_model.job import find_models
 from stillhouse.objectives import Mixture
 from stillhouse.objectives.objective_config import ObjectiveRecipe
@@ -104,11 +105,11 @@ def test_training_rounded_recovers_what_rounding_lost(
     quantize(teacher, tmp_path / "ptq", heldout=heldout, **common)
     result = train_quantized(
         Student.load(teacher),
-        tmp_path / "ptq",
         LocalTeacher(load_model(teacher, dtype=torch.float32)),
         windows,
         ObjectiveRecipe(),
         TrainRecipe(batch_size=4, precision="float32", checkpoint_every=1000),
+        quantized=tmp_path / "ptq",
         section=section,
         heldout=heldout,
         folder=tmp_path / "qat",
@@ -139,11 +140,11 @@ def test_an_interrupted_and_resumed_training_has_the_same_weights(
     def call(out: Path) -> dict[str, torch.Tensor]:
         train_quantized(
             Student.load(teacher),
-            tmp_path / "ptq",
             LocalTeacher(load_model(teacher, dtype=torch.float32)),
             windows,
             ObjectiveRecipe(),
             TrainRecipe(batch_size=4, precision="float32", checkpoint_every=2),
+            quantized=tmp_path / "ptq",
             section=section,
             heldout=heldout,
             folder=out,
@@ -173,7 +174,12 @@ def cut_off_at(step: int) -> Any:
 def test_the_training_recipe_of_so_many_tokens(prepared: tuple[Path, Windows, Windows]) -> None:
     _, windows, _ = prepared
     asked = QuantizeRecipe(qat=QatRecipe(tokens=20 * len(windows) * windows.context))
-    recipe = qat_section(asked, TrainRecipe(batch_size=4, evaluate_every=5, early_stop=2), windows)
+    recipe = qat_section(
+        asked,
+        TrainRecipe(batch_size=4, evaluate_every=5, early_stop=2),
+        windows.context,
+        len(windows),
+    )
     assert recipe.max_steps == -(-20 * len(windows) // 4)
     assert recipe.epochs * len(windows) >= recipe.max_steps * 4
     assert recipe.learning_rate == 2e-4
@@ -187,14 +193,14 @@ def test_quantization_aware_training_uses_the_same_teachers(tmp_path: Path) -> N
     job = find_models(parse_recipe(raw), tmp_path)
     learned_from: list[str] = []
 
-    def remember(student: Student, quantized: Path, teacher: SeveralTeachers, *_: Any, **more: Any):
+    def remember(student: Student, teacher: SeveralTeachers, *_: Any, **more: Any):
         learned_from.extend(each.described for each in teacher.teachers)
         raise KeyboardInterrupt
 
     tiny.save_model(tmp_path / "model")
     stage = Stage("train", tmp_path, "", Cost(), {}, False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "open_data", lambda _: (None, None))
+        patch.setattr(train_stage, "open_data", lambda _: (None, None))
         patch.setattr(stages, "train_quantized", remember)
         plan = stages.plan_quantized_training(job, stage, stage, stage, None)
         with pytest.raises(KeyboardInterrupt):
@@ -217,7 +223,7 @@ def test_a_tokenizer_with_custom_code_is_loaded_like_the_model(
     monkeypatch.setattr(module, "load_tokenizer", remember)
     model = load_model(student, dtype=torch.float32)
     quantization = Quantization(Grid(4, 32), False, {})
-    source = ModelSource(student, trust_remote_code=True)
+    source = ModelSource(student, trusted=True)
     module._save(model, quantization, source, tmp_path / "out")
     assert loaded == [source]
 

@@ -11,8 +11,6 @@ from typing import Any
 
 from stillhouse.answering.answering_config import AnsweringRecipe, ExtractTask
 from stillhouse.answering.answering_job import GOLD, HELDOUT, TRAIN, AnsweringJob
-from stillhouse.classify.labeled_texts import LabeledText, answer_of, files_sha256, read_files
-from stillhouse.classify.task_texts import divide_texts, require_enough
 from stillhouse.errors import DataError, RunError
 from stillhouse.generation.answer_logprobs import mean_log_probability
 from stillhouse.generation.answer_requests import answer_all
@@ -27,6 +25,14 @@ from stillhouse.runfolder import Outcome, Stage, write_atomically
 from stillhouse.shared_work import ALONE, all_processes
 from stillhouse.synthesis.filters import DROPPED, Filter, Filters, Row, Sieve, unfenced
 from stillhouse.synthesis.synthesize import chosen_filters
+from stillhouse.tasks.labeled_texts import (
+    LabeledText,
+    answer_of,
+    divide_texts,
+    read_files,
+    require_enough,
+)
+from stillhouse.tasks.task_facts import texts_key
 
 TEXTS, ANSWERS = "texts.json", "answers.jsonl"
 
@@ -82,14 +88,11 @@ def plan_answer_texts(job: AnsweringJob) -> StagePlan:
         sizes = {"train": len(found.train), "test": len(found.test), "repeated": found.repeated}
         return Outcome(summary=sizes)
 
+    examples = [example.text for example in recipe.task.examples]
     inputs = {
-        "recipe": section.model_dump(mode="json", exclude={"context"}),
-        "files": files_sha256([*section.texts, *section.test], job.base),
+        **texts_key(section, job.base, seed=recipe.seed, examples=examples, unread="context"),
         "schema": job.schema,
-        "seed": recipe.seed,
     }
-    if recipe.task.examples:
-        inputs["examples"] = [example.text for example in recipe.task.examples]
     return StagePlan("texts", inputs, work, version=2)
 
 

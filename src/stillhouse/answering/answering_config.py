@@ -7,14 +7,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from stillhouse.classify.task_texts_config import TaskTextsRecipe, TextPrompt
 from stillhouse.field_types import (
     AnswerTokens,
     Context,
     Count,
     PathText,
-    RunName,
-    Seed,
     SmallCount,
 )
 from stillhouse.generation.generation_config import (
@@ -26,9 +23,11 @@ from stillhouse.generation.generation_config import (
     check_text_teacher,
 )
 from stillhouse.objectives.objective_config import LogitsTerm, ObjectiveRecipe
+from stillhouse.run_recipe import RunRecipe
 from stillhouse.section import Section
 from stillhouse.students.student_config import PretrainedStudent, PrunedStudent, StudentRecipe
 from stillhouse.synthesis.synthesize_config import FiltersRecipe, JudgeChoice
+from stillhouse.tasks.task_texts_config import TaskTextsRecipe, TextPrompt
 from stillhouse.training.train_config import TrainRecipe
 from stillhouse.vllm_config import VllmEngine
 
@@ -153,12 +152,9 @@ class AnswerExport(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
 
-class AnsweringRecipe(Section):
+class AnsweringRecipe(RunRecipe):
     """The recipe of a model that answers texts."""
 
-    name: RunName
-    folder: PathText | None = Field(None, description="The run folder; null: runs/NAME.")
-    seed: Seed = 0
     task: Annotated[ExtractTask | GenerateTask, Field(discriminator="kind")]
     teacher: AnswerTeacher
     data: AnswerTextsRecipe

@@ -15,7 +15,6 @@ from stillhouse import account
 from stillhouse.answering.answer_stages import TEXTS, AnswerTexts, read_answers
 from stillhouse.answering.answering_job import AnsweringJob
 from stillhouse.answering.comparison_judge import compare_answers
-from stillhouse.classify.labeled_texts import LabeledText
 from stillhouse.data.chat_prompt import text_ids
 from stillhouse.data.turn_end import turn_end
 from stillhouse.errors import DataError, RecipeError
@@ -29,21 +28,20 @@ from stillhouse.evaluation.answers import (
 )
 from stillhouse.evaluation.results import EVALUATION
 from stillhouse.generation.chat_frame import answer_prompt_ids, answer_text
-from stillhouse.generation.generation_config import Precision
 from stillhouse.generation.generator import TextGenerator
 from stillhouse.generation.helpers import help_main_process, helpers_of
-from stillhouse.generation.local_generator import LocalGenerator, local_text
+from stillhouse.generation.local_generator import LocalGenerator, open_local
 from stillhouse.generation.request import Answer, Message, Request
 from stillhouse.generation.text_teacher import answers_of
-from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
+from stillhouse.hardware import peak_memory_bytes
 from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.runfolder import Outcome, Stage, sha
 from stillhouse.shared_work import Processes, all_processes
 from stillhouse.signals.lm_head import head_logits
 from stillhouse.synthesis.filters import Filter, Row, answer_only, json_value
+from stillhouse.tasks.labeled_texts import LabeledText
 from stillhouse.teachers.backbone import lm_head
-from stillhouse.teachers.load_model import load_model, load_tokenizer
-from stillhouse.teachers.model_source import AnyModel, ModelSource
+from stillhouse.teachers.model_source import ModelSource
 
 
 @torch.inference_mode()
@@ -182,18 +180,9 @@ def request_for(messages: tuple[Message, ...], name: str, max_tokens: int) -> Re
     return Request("local", name, messages, {"temperature": 0.0, "max_tokens": max_tokens})
 
 
-def open_generator(
-    checkpoint: AnyModel, *, precision: Precision = "auto", batch: int = 32
-) -> TextGenerator[LocalGenerator]:
-    device = default_device()
-    dtype = choose_precision(precision, device).dtype
-    model = load_model(checkpoint, dtype=dtype).to(device)
-    return local_text(model, load_tokenizer(checkpoint), batch=batch)
-
-
 def _open_teacher(job: AnsweringJob, teacher: ModelSource) -> TextGenerator[LocalGenerator]:
     section = job.recipe.teacher
-    return open_generator(teacher, precision=section.precision, batch=section.batch)
+    return open_local(teacher, section.precision, batch=section.batch)
 
 
 def answer_all(generator: TextGenerator[LocalGenerator], requests: Sequence[Request]) -> list[str]:
@@ -210,7 +199,7 @@ def _answers_of(
     """A model's answers to all texts, of which each process writes its share; and its figures,
     measured by the main process."""
     recipe = job.recipe
-    generator = open_generator(model, precision=recipe.train.precision, batch=recipe.teacher.batch)
+    generator = open_local(model, recipe.train.precision, batch=recipe.teacher.batch)
     most = recipe.teacher.sampling.max_tokens
     requests = [request_for(job.student_messages(row.text), role, most) for row in rows]
     figures: dict[str, float] = {

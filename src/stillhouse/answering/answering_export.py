@@ -27,6 +27,7 @@ from stillhouse.report.page import Report
 from stillhouse.report.sections import RunFacts
 from stillhouse.runfolder import Outcome, Stage, write_atomically
 from stillhouse.section import recipe_yaml
+from stillhouse.tasks.task_facts import card_hashes, text_files
 from stillhouse.training.checkpoints import METRICS, read_metrics
 from stillhouse.training.train import MODEL
 
@@ -116,10 +117,6 @@ def plan_answers_export(
 
 def _card(job: AnsweringJob, texts: Stage, trained: Stage, found: AnswersEvaluation) -> ModelCard:
     recipe, parts = job.recipe, texts.summary
-    files = ", ".join(file.path for file in [*recipe.data.texts, *recipe.data.test])
-    hashes = {"texts": texts.digest, "checkpoint": trained.digest}
-    if job.teacher is not None:
-        hashes = {"teacher": job.teacher.fingerprint, **hashes}
     return ModelCard(
         name=recipe.name,
         pipeline="text-generation",
@@ -129,9 +126,10 @@ def _card(job: AnsweringJob, texts: Stage, trained: Stage, found: AnswersEvaluat
             "Stillhouse."
         ],
         metrics=metrics_of(found),
-        data=f"{parts['train']:,} training texts and {parts['test']:,} test texts, from {files}",
+        data=f"{parts['train']:,} training texts and {parts['test']:,} test texts, from "
+        + text_files(recipe.data),
         recipe=recipe_yaml(recipe),
-        hashes=hashes,
+        hashes=card_hashes(job.teacher, texts, checkpoint=trained.digest),
         limits=["It was evaluated on this one job, with this one prompt."],
     )
 

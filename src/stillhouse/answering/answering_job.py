@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.answering.answering_config import AnsweringRecipe, ExtractTask
-from stillhouse.classify.labeled_texts import LabeledText
 from stillhouse.data.data_config import DataRecipe, FileSource
 from stillhouse.evaluation.evaluate_config import EvaluateRecipe
 from stillhouse.export.export_config import ExportRecipe
@@ -27,6 +26,8 @@ from stillhouse.students.student_config import PretrainedStudent, PrunedStudent
 from stillhouse.synthesis.filters import Filter, json_schema, read_schema
 from stillhouse.synthesis.judge_answers import Judge, open_judge
 from stillhouse.synthesis.synthesize_config import LikelihoodChoice
+from stillhouse.tasks.labeled_texts import LabeledText
+from stillhouse.tasks.task_facts import task_teacher
 from stillhouse.teachers.model_source import ModelSource, resolve_model
 
 TRAIN, HELDOUT, GOLD = "train.jsonl", "heldout.jsonl", "gold.jsonl"
@@ -143,14 +144,7 @@ class AnsweringJob:
 
 def find_answering(recipe: AnsweringRecipe, base: Path) -> AnsweringJob:
     """Resolve the teacher. Raises ModelError."""
-    section, teacher = recipe.teacher, None
-    if section.model is not None:
-        teacher = resolve_model(
-            section.model,
-            revision=section.revision,
-            base=base,
-            trust_remote_code=section.trust_remote_code,
-        )
+    teacher = task_teacher(recipe.teacher, base)
     return AnsweringJob(recipe, base, teacher, answers_path(recipe))
 
 

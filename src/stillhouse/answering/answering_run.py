@@ -77,7 +77,7 @@ def _with_text_for_all(
     """After a step that makes windows: raise RecipeError if there are more processes."""
 
     def then(job: AnsweringJob, stages: Mapping[str, Stage], _do: Do) -> AnsweringJob:
-        require_text_for_all(job.recipe, stages[step])
+        require_text_for_all(job.recipe, job.recipe.train, stages[step])
         return job
 
     return then

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from stillhouse.answering.answering_job import AnsweringJob
-from stillhouse.classify.labeled_texts import LabeledText
 from stillhouse.evaluation.answers import compare
 from stillhouse.generation.answer_requests import answer_all
 from stillhouse.generation.chat_frame import answer_text, user_turn
 from stillhouse.generation.generation_config import LocalTeacher, TextTeacher
 from stillhouse.generation.text_teacher import DefaultModel, TextSource, text_source
 from stillhouse.synthesis.judge_answers import read_verdict
+from stillhouse.tasks.labeled_texts import LabeledText
 
 
 def compare_answers(

@@ -10,11 +10,11 @@ from typing import Any
 
 from stillhouse.answering.answering_evaluation import (
     answer_all,
-    open_generator,
     read_json,
     request_for,
 )
 from stillhouse.answering.answering_export import FACTS, AnsweringFacts
+from stillhouse.generation.local_generator import open_local
 from stillhouse.pipeline.kind import Rows
 from stillhouse.synthesis.filters import json_schema
 
@@ -31,7 +31,7 @@ def predicted_answers(folder: Path, texts: Iterable[str]) -> Iterator[dict[str, 
     if the answer is not valid. Raises ModelError."""
     facts = AnsweringFacts.load(folder)
     validity = None if facts.json_schema is None else json_schema(facts.json_schema)
-    generator = open_generator(folder)
+    generator = open_local(folder)
     texts = iter(texts)
     while some := list(itertools.islice(texts, TOGETHER)):
         requests = [request_for(facts.messages(t), "student", facts.max_tokens) for t in some]

@@ -14,6 +14,7 @@ from stillhouse.export.model_card import ModelCard, write_card
 from stillhouse.number_format import percent, size, tiny
 from stillhouse.runfolder import Stage
 from stillhouse.section import recipe_yaml
+from stillhouse.tasks.task_facts import card_hashes, text_files
 
 _USE = (
     "`stillhouse predict FOLDER texts.jsonl` writes a label, probabilities and whether to abstain "
@@ -35,10 +36,7 @@ def classifier_card(
     job: TaskJob, texts: Stage, trained: Stage, found: ClassificationEvaluation
 ) -> ModelCard:
     recipe, parts = job.recipe, texts.summary
-    files = ", ".join(file.path for file in [*recipe.data.texts, *recipe.data.test])
-    hashes = {"texts": texts.digest, "student's start": job.student.fingerprint}
-    if job.teacher is not None:
-        hashes = {"teacher": job.teacher.fingerprint, **hashes}
+    made_of = {"student's start": job.student.fingerprint, "checkpoint": trained.digest}
     return ModelCard(
         name=recipe.name,
         pipeline="text-classification",
@@ -50,9 +48,9 @@ def classifier_card(
         ],
         metrics=metrics_of(found),
         data=f"{parts['train']:,} training texts, {parts['calibration']:,} for the threshold and "
-        f"{parts['test']:,} test texts, from {files}",
+        f"{parts['test']:,} test texts, from {text_files(recipe.data)}",
         recipe=recipe_yaml(recipe),
-        hashes={**hashes, "checkpoint": trained.digest},
+        hashes=card_hashes(job.teacher, texts, **made_of),
         limits=[
             f"It reads at most the first {recipe.data.max_tokens:,} tokens of a text.",
             "It always gives a label, also for a text that fits none: use the threshold.",

@@ -16,7 +16,6 @@ from stillhouse.classify.classify_config import ClassifyRecipe
 from stillhouse.classify.classify_job import TaskJob
 from stillhouse.classify.fit import MODEL
 from stillhouse.classify.label_judgment import Judgment, time_teacher
-from stillhouse.classify.labeled_texts import LabeledText
 from stillhouse.classify.task_texts import UNKNOWN, Part, Texts, gold_ids
 from stillhouse.evaluation.classification import (
     answered,
@@ -30,10 +29,11 @@ from stillhouse.evaluation.classification_results import (
     ClassifierResult,
 )
 from stillhouse.evaluation.results import EVALUATION
-from stillhouse.hardware import choose_precision, cores_of, default_device, peak_memory_bytes
+from stillhouse.hardware import choose_precision, cores_of, peak_memory_bytes
 from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.shared_work import Processes, all_processes
+from stillhouse.tasks.labeled_texts import LabeledText
 
 _SPEED_SECONDS, _ROUNDS = 1.0, 2
 
@@ -126,7 +126,7 @@ def _gold(rows: list[LabeledText], labels: list[str]) -> Tensor | None:
 
 
 def _loaded(folder: Path, recipe: ClassifyRecipe) -> Classifier:
-    dtype = choose_precision(recipe.train.precision, default_device()).dtype
+    dtype = choose_precision(recipe.train.precision).dtype
     return load_classifier(folder, dtype=dtype)
 
 

@@ -18,7 +18,7 @@ from stillhouse.classify.fit import planned_steps, texts_each
 from stillhouse.classify.label_judgment import estimate_judgment
 from stillhouse.classify.label_prompts import LabelPrompt, prompt_tokens
 from stillhouse.classify.label_scoring import label_tree, shared_prefix
-from stillhouse.classify.task_texts import FEWEST, Texts, prepare_texts
+from stillhouse.classify.task_texts import Texts, prepare_texts
 from stillhouse.errors import RecipeError
 from stillhouse.export.licenses import license_lines
 from stillhouse.export.onnx_export import require_onnx
@@ -36,6 +36,7 @@ from stillhouse.hardware import choose_precision, default_device, matmul_rate
 from stillhouse.launch import world_size
 from stillhouse.pipeline.engine import has_finished
 from stillhouse.pipeline.kind import Check
+from stillhouse.tasks.labeled_texts import FEWEST
 from stillhouse.teachers.load_model import load_config, load_tokenizer
 from stillhouse.teachers.planned_model import (
     check_model_folder,

@@ -14,33 +14,29 @@ from pydantic import (
     model_validator,
 )
 
-from stillhouse.classify.task_texts_config import TaskTextsRecipe, TextPrompt
 from stillhouse.data.words import normalized
 from stillhouse.export.export_config import ClassifierExportRecipe
 from stillhouse.field_types import (
     AnswerTokens,
     Count,
     Epochs,
-    GradientNorm,
-    LearningRate,
     PartialShare,
     PartialShareOrZero,
     PathText,
-    RunName,
     SamplingTemperature,
-    Seed,
     SmallCount,
-    Steps,
     WeightDecay,
     Width,
 )
 from stillhouse.generation.generation_config import (
-    Precision,
     SamplingRecipe,
     TaskTeacher,
     check_text_teacher,
 )
+from stillhouse.run_recipe import RunRecipe
 from stillhouse.section import Section
+from stillhouse.tasks.task_texts_config import TaskTextsRecipe, TextPrompt
+from stillhouse.training.train_config import StepsRecipe
 
 
 def phrase_of(label: str) -> str:
@@ -271,22 +267,18 @@ ClassifierStudent = Annotated[
 ]
 
 
-class FitRecipe(Section):
+class FitRecipe(StepsRecipe):
     """The student's training: cross-entropy with the teacher's distributions."""
 
     epochs: Epochs = 10.0
     batch_size: Count = Field(16, description="Texts in one optimizer step.")
-    learning_rate: LearningRate = 1e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: PartialShareOrZero = Field(0.1, description="Share of all steps.")
     weight_decay: WeightDecay = 0.01
-    max_grad_norm: GradientNorm = 1.0
-    precision: Precision = "auto"
     freeze_embeddings: bool = Field(
         False,
         description="Do not train the token embeddings: a few texts would move only a few of them.",
     )
-    checkpoint_every: Steps = Field(100, description="Optimizer steps between checkpoints.")
 
 
 class AbstainRecipe(Section):
@@ -313,12 +305,9 @@ class MeasureRecipe(Section):
     speed_texts: Count = Field(64, description="Texts on which speed is measured.")
 
 
-class ClassifyRecipe(Section):
+class ClassifyRecipe(RunRecipe):
     """The recipe of a classifier."""
 
-    name: RunName
-    folder: PathText | None = Field(None, description="The run folder; null: runs/NAME.")
-    seed: Seed = 0
     task: ClassifyTask
     teacher: LabelTeacher
     data: TextsRecipe

@@ -14,8 +14,9 @@ from stillhouse.export.licenses import Origin, distinct, origin, teacher_origin
 from stillhouse.generation.request import teacher_described
 from stillhouse.hardware import choose_precision, default_device
 from stillhouse.runfolder import answers_path
+from stillhouse.tasks.task_facts import task_teacher
 from stillhouse.teachers.load_model import load_model, load_tokenizer
-from stillhouse.teachers.model_source import ModelSource, resolve_model
+from stillhouse.teachers.model_source import ModelSource
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,6 @@ class TaskJob:
 
 def find_task(recipe: ClassifyRecipe, base: Path) -> TaskJob:
     """Resolve the models. Raises ModelError."""
-    section = recipe.teacher
-    teacher = None
-    if section.model is not None:
-        teacher = resolve_model(
-            section.model,
-            revision=section.revision,
-            base=base,
-            trust_remote_code=section.trust_remote_code,
-        )
+    teacher = task_teacher(recipe.teacher, base)
     student = student_source(recipe.student, teacher, base)
     return TaskJob(recipe, base, teacher, student, answers_path(recipe))

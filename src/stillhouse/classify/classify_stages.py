@@ -20,7 +20,6 @@ from stillhouse.classify.classify_config import PretrainedClassifier, RandomClas
 from stillhouse.classify.classify_job import TaskJob
 from stillhouse.classify.fit import MODEL, fit
 from stillhouse.classify.label_judgment import CHUNKS, Judgment, label_by_api, score_texts
-from stillhouse.classify.labeled_texts import files_sha256
 from stillhouse.classify.task_texts import UNKNOWN, Texts, gold_ids, labels_sha256, prepare_texts
 from stillhouse.data.turn_end import turn_end
 from stillhouse.generation.request import endpoint_of
@@ -29,6 +28,7 @@ from stillhouse.pipeline.stage_plan import Do, StagePlan, unanswered
 from stillhouse.progress import note
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.shared_work import all_processes
+from stillhouse.tasks.task_facts import texts_key
 from stillhouse.teachers.load_model import load_tokenizer
 from stillhouse.training.checkpoints import CHECKPOINTS
 
@@ -51,15 +51,12 @@ def plan_texts(job: TaskJob) -> StagePlan:
             }
         )
 
+    examples = [example.text for example in recipe.task.examples]
     inputs = {
-        "recipe": section.model_dump(mode="json", exclude={"max_tokens"}),
+        **texts_key(section, base, seed=recipe.seed, examples=examples, unread="max_tokens"),
         "labels": recipe.task.labels,
         "labels_file": labels_sha256(recipe.task, base),
-        "files": files_sha256([*section.texts, *section.test], base),
-        "seed": recipe.seed,
     }
-    if recipe.task.examples:
-        inputs["examples"] = [example.text for example in recipe.task.examples]
     return StagePlan("texts", inputs, work, version=3)
 
 

@@ -23,16 +23,20 @@ from transformers.trainer_callback import PrinterCallback
 from stillhouse.classify.classifier import Classifier, load_classifier
 from stillhouse.classify.classify_config import FitRecipe
 from stillhouse.errors import RecipeError, TrainingError
-from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
+from stillhouse.hardware import choose_precision, peak_memory_bytes
 from stillhouse.processes import leave_group
 from stillhouse.progress import bar, note
 from stillhouse.shared_work import all_processes
 from stillhouse.teachers.older_names import save_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.training import checkpoints
-from stillhouse.training.partition import ProcessBatches, row_loader
-from stillhouse.training.resuming import Housekeeping, ResumingTrainer, train_from_newest
-from stillhouse.training.train_config import SCHEDULES
+from stillhouse.training.partition import row_loader
+from stillhouse.training.resuming import (
+    Housekeeping,
+    ResumingTrainer,
+    step_arguments,
+    train_from_newest,
+)
 
 MODEL = "model"
 Batch = dict[str, Any]
@@ -83,12 +87,15 @@ def fit(
     """
     processes = all_processes()
     together = texts_each(section, processes.count)
-    precision = choose_precision(section.precision, default_device())
+    precision = choose_precision(section.precision)
     if processes.leads:
         note(f"precision: {precision.reason}")
     steps = planned_steps(section, len(texts))
     folder = out / checkpoints.CHECKPOINTS
-    arguments = _arguments(section, together, steps, folder, precision.dtype, seed)
+    common = step_arguments(
+        section, folder, steps=steps, rows=together, dtype=precision.dtype, seed=seed
+    )
+    arguments = TrainingArguments(logging_steps=max(1, steps // 200), **common)
     file = out / checkpoints.METRICS if processes.leads else None
     shown = 0
 
@@ -197,16 +204,9 @@ class _Fitter(ResumingTrainer):
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
         """Every text once an epoch, for whatever number of processes."""
-        args, examples = self.args, self.train_dataset
-        rows = ProcessBatches(
-            len(examples),
-            args.per_device_train_batch_size,
-            process=args.process_index,
-            processes=args.world_size,
-            seed=args.seed,
-        )
+        examples = self.train_dataset
         nothing = {**examples[0], "target": torch.zeros_like(examples[0]["target"])}
-        return row_loader(rows, [*examples, nothing], args, _collate)
+        return row_loader(self.process_batches(), [*examples, nothing], self.args, _collate)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
@@ -221,34 +221,3 @@ def _collate(examples: list[dict[str, Any]]) -> Batch:
     targets = torch.stack([example["target"] for example in examples])
     ids = [example["ids"] for example in examples]
     return {"ids": ids, "target": targets, "texts": int(targets.any(-1).sum())}
-
-
-def _arguments(
-    section: FitRecipe, together: int, steps: int, folder: Path, dtype: torch.dtype, seed: int
-) -> TrainingArguments:
-    """together: texts of a step in one process."""
-    device = default_device()
-    return TrainingArguments(
-        output_dir=str(folder),
-        seed=seed,
-        data_seed=seed,
-        max_steps=steps,
-        per_device_train_batch_size=together,
-        learning_rate=section.learning_rate,
-        lr_scheduler_type=SCHEDULES[section.schedule],
-        warmup_steps=round(section.warmup * steps),
-        weight_decay=section.weight_decay,
-        max_grad_norm=section.max_grad_norm,
-        optim="adamw_torch_fused",
-        bf16=dtype == torch.bfloat16,
-        use_cpu=device.type == "cpu",
-        logging_strategy="steps",
-        logging_steps=max(1, steps // 200),
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=section.checkpoint_every,
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=device.type != "cpu",
-    )

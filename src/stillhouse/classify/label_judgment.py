@@ -23,7 +23,7 @@ from stillhouse.classify.classify_config import ClassifyRecipe
 from stillhouse.classify.label_prompts import CONTENTLESS, LabelPrompt, PromptTokens
 from stillhouse.classify.label_scoring import label_scores
 from stillhouse.classify.named_label import named_label
-from stillhouse.classify.task_texts import FEWEST, PARTS, Texts
+from stillhouse.classify.task_texts import PARTS, Texts
 from stillhouse.data.words import bare, whole_words
 from stillhouse.errors import DataError
 from stillhouse.generation.answer_requests import answer_all, estimate_cost
@@ -35,6 +35,7 @@ from stillhouse.generation.text_teacher import DefaultModel, TextSource, text_so
 from stillhouse.progress import bar
 from stillhouse.runfolder import write_atomically
 from stillhouse.shared_work import ALONE, Processes
+from stillhouse.tasks.labeled_texts import FEWEST
 
 Prior = Literal["content_free", "texts", "balanced", "none"]
 _ROUNDS = 100

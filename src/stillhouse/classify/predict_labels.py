@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from stillhouse.classify.classifier import FACTS, Classifier, load_classifier
-from stillhouse.classify.labeled_texts import labeled_text, read_texts
-from stillhouse.classify.task_texts_config import TextFile
 from stillhouse.data.row_reader import read_lines
-from stillhouse.hardware import choose_precision, default_device
+from stillhouse.hardware import choose_precision
 from stillhouse.pipeline.kind import Rows
 from stillhouse.section import made
+from stillhouse.tasks.labeled_texts import labeled_text, read_texts
+from stillhouse.tasks.task_texts_config import TextFile
 
 TOGETHER = 256
 
@@ -23,7 +23,7 @@ def classifier_predictor(folder: Path) -> Callable[[Iterable[str]], Rows] | None
     """A function that labels texts with the classifier in the folder; None if there is none."""
     if not (folder / FACTS).is_file():
         return None
-    dtype = choose_precision("auto", default_device()).dtype
+    dtype = choose_precision("auto").dtype
     return partial(predictions, load_classifier(folder, dtype=dtype))
 
 

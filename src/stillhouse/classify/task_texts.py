@@ -16,26 +16,26 @@ from stillhouse.classify.classify_config import (
     check_labels,
     phrase_of,
 )
-from stillhouse.classify.labeled_texts import (
-    LabeledText,
-    content_place,
-    label_of,
-    labeled_text,
-    read_files,
-)
-from stillhouse.classify.task_texts_config import TextFile
 from stillhouse.data.data_files import known_format
 from stillhouse.data.file_search import find_files
 from stillhouse.data.row_reader import read_rows
 from stillhouse.data.words import MISSING, collapsed, normalized
 from stillhouse.errors import DataError, RecipeError
 from stillhouse.runfolder import sha, write_atomically
+from stillhouse.tasks.labeled_texts import (
+    FEWEST,
+    LabeledText,
+    divide_texts,
+    label_of,
+    labeled_text,
+    read_files,
+    require_enough,
+)
+from stillhouse.tasks.task_texts_config import TextFile
 
 Part = Literal["train", "calibration", "test"]
 PARTS: tuple[Part, ...] = ("train", "calibration", "test")
 LABELS = "labels.json"
-FEWEST = 4
-"""Minimum number of texts in a part to train or measure on."""
 
 _LABEL_LINE = TextFile(path="", text="label")
 _MOST_SEVERAL = 0.1
@@ -128,44 +128,6 @@ def prepare_texts(recipe: ClassifyRecipe, base: Path) -> Texts:
     texts = Texts(labels, train[apart:], train[:apart], test, repeated, notes)
     require_enough({name: texts.part(name) for name in PARTS})
     return texts
-
-
-def divide_texts(
-    given: Sequence[LabeledText],
-    tests: Sequence[LabeledText],
-    test_share: float,
-    seed: int,
-    examples: Sequence[str] = (),
-) -> tuple[list[LabeledText], list[LabeledText], int]:
-    """Training texts in random order, and test texts, without duplicates; and the number of
-    duplicates.
-
-    The content of a text and the seed decide its part, so the order of the files and other
-    texts hardly matter. test_share: of `given`, if there are no test texts. examples: texts in the
-    teacher's prompt, with their answers; they are excluded from the test texts.
-    """
-    seen: set[str] = set()
-    known = set(map(normalized, examples))
-    kept_tests = [row for row in _unrepeated(tests, seen) if normalized(row.text) not in known]
-    kept = sorted(_unrepeated(given, seen), key=lambda row: content_place(row, str(seed)))
-    repeated = len(given) + len(tests) - len(kept) - len(kept_tests)
-    if not tests:
-        apart = round(test_share * len(kept))
-        kept_tests = [row for row in kept[:apart] if normalized(row.text) not in known]
-        shown = [row for row in kept[:apart] if normalized(row.text) in known]
-        kept = [*shown, *kept[apart:]]
-    return kept, kept_tests, repeated
-
-
-def require_enough(parts: Mapping[str, Sequence[LabeledText]]) -> None:
-    """Raise DataError for a part with too few texts."""
-    for name, rows in parts.items():
-        if len(rows) < FEWEST:
-            raise DataError(
-                f"the {name} part has {len(rows)} texts, and {FEWEST} are the fewest",
-                where="data",
-                fix="give more texts, or change the shares of the parts in `data`",
-            )
 
 
 def task_labels(task: ClassifyTask, base: Path, rows: Sequence[LabeledText]) -> dict[str, str]:
@@ -297,15 +259,6 @@ def _one_label_each(
     known = {key: next(iter(golds)) for key, golds in found.items() if len(golds) == 1}
     agreed = [replace(row, gold=known.get(key)) for row, key in zip(rows, keys, strict=True)]
     return agreed, notes
-
-
-def _unrepeated(rows: Sequence[LabeledText], seen: set[str]) -> Iterator[LabeledText]:
-    """Rows without duplicate texts, ignoring case, whitespace and Unicode form."""
-    for row in rows:
-        key = normalized(row.text)
-        if key not in seen:
-            seen.add(key)
-            yield row
 
 
 def labels_sha256(task: ClassifyTask, base: Path) -> str | None:

@@ -41,7 +41,7 @@ def run_tasks(
         "pretrained": str(source.path),
         "tokenizer": str(source_of(tokenizer).path),
         "dtype": str(dtype).removeprefix("torch."),
-        "trust_remote_code": source.trust_remote_code,
+        "trust_remote_code": source.trusted,
     }
     try:
         report = simple_evaluate(

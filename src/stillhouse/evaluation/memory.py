@@ -19,7 +19,7 @@ from stillhouse.teachers.model_source import ModelSource
 
 
 def main(path: str, dtype: str, device: str, *options: str) -> None:
-    source = ModelSource(Path(path), trust_remote_code="trust_remote_code" in options)
+    source = ModelSource(Path(path), trusted="trust_remote_code" in options)
     model = load_model(source, dtype=getattr(torch, dtype)).to(device)
     prompt_RL = torch.zeros(1, PROMPT_TOKENS, dtype=torch.long)
     prefill_and_decode(model, prompt_RL, DECODE_TOKENS)

@@ -106,7 +106,7 @@ def measure_peak_memory(
     source = source_of(model)
     path, name = source.path, str(dtype).removeprefix("torch.")
     command = [sys.executable, "-m", "stillhouse.evaluation.memory", str(path), name, str(device)]
-    command += ["trust_remote_code"] if source.trust_remote_code else []
+    command += ["trust_remote_code"] if source.trusted else []
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode != 0:
         last = (finished.stderr.strip().splitlines() or ["no message"])[-1]

@@ -11,7 +11,7 @@ from stillhouse.data.turn_end import stop_at_turn_end
 from stillhouse.errors import ModelError
 from stillhouse.export.export_formats import FLOATS
 from stillhouse.export.gate import Gate, Readers, ReplayResult, fill
-from stillhouse.hardware import choose_precision, default_device
+from stillhouse.hardware import choose_precision
 from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.model_source import AnyModel, source_of
 from stillhouse.teachers.older_names import save_tokenizer, write_older_names
@@ -42,7 +42,7 @@ def export_checkpoint(
         else "the saved weights are not the source's: check the disk and the model's code"
     )
 
-    precision = choose_precision("auto", default_device())
+    precision = choose_precision("auto")
     widened = dtype == "bfloat16" and precision.dtype == torch.float32
     notes = [f"The bfloat16 export is replayed in {precision.reason}."] if widened else []
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from stillhouse.errors import ModelError
 from stillhouse.export.fresh_process import offline, run_script
-from stillhouse.scratch import temporary_folder
 
 
 @dataclass(frozen=True)
@@ -38,23 +35,19 @@ def replay_classifier(exported: Path, inputs: ClassifierRows) -> Tensor:
     Raises ModelError if the folder does not load, its weights are not the model's, or its tokenizer
     tokenizes a text differently.
     """
-    with temporary_folder("stillhouse-replay-") as name:
-        folder = Path(name)
-        run_script(
-            "replay_classifier.py",
-            folder,
-            {"exported": str(exported.resolve()), **asdict(inputs)},
-            env=offline(),
-            what="the exported classifier cannot be loaded and run again",
+    found = run_script(
+        "replay_classifier.py",
+        {"exported": str(exported.resolve()), **asdict(inputs)},
+        env=offline(),
+        what="the exported classifier cannot be loaded and run again",
+        where=exported,
+        fix="check that transformers alone can load this model",
+    )
+    if found["problems"]:
+        raise ModelError(
+            f"the exported folder is not the classifier: {'; '.join(found['problems'])}",
             where=exported,
-            fix="check that transformers alone can load this model",
+            fix="the disk may be damaged: run the same command again",
         )
-        problems = json.loads((folder / "answer.json").read_text(encoding="utf-8"))["problems"]
-        if problems:
-            raise ModelError(
-                f"the exported folder is not the classifier: {'; '.join(problems)}",
-                where=exported,
-                fix="the disk may be damaged: run the same command again",
-            )
-        logits_NC = load_file(folder / "logits.safetensors")["logits"]
+    logits_NC: Tensor = found["logits"]
     return logits_NC.float().softmax(-1)

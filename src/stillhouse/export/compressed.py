@@ -12,15 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from stillhouse.errors import ModelError
 from stillhouse.export.export_formats import COMPRESSED
 from stillhouse.export.fresh_process import run_script
 from stillhouse.export.gate import Gate, ReplayResult, fill
 from stillhouse.export.widths import nearest, row_widths
 from stillhouse.progress import note
-from stillhouse.scratch import temporary_folder
 from stillhouse.teachers.load_model import load_config, load_tokenizer
 from stillhouse.teachers.older_names import save_tokenizer, write_older_names
 
@@ -91,26 +88,21 @@ def require_llm_compressor(python: str | None) -> str:
 
 
 def _compress(gate: Gate, out: Path, method: str, python: str, windows: Sequence[Any]) -> None:
-    with temporary_folder("stillhouse-compress-") as name:
-        folder = Path(name)
-        rows = {str(place): window["input_ids"] for place, window in enumerate(windows)}
-        save_file(rows, folder / "windows.safetensors")
-        request = {
+    run_script(
+        "llm_compressor.py",
+        {
             "source": str(gate.folder.resolve()),
             "out": str(out),
             "method": method,
             "group_size": fitting_group(method, load_config(gate.source)),
-        }
-        run_script(
-            "llm_compressor.py",
-            folder,
-            request,
-            python=python,
-            what=f"llm-compressor could not quantize this model by {method}",
-            where=gate.folder,
-            fix="check that its environment supports this architecture; safetensors and gguf-* do "
-            "not need llm-compressor",
-        )
+        },
+        windows={str(place): window["input_ids"] for place, window in enumerate(windows)},
+        python=python,
+        what=f"llm-compressor could not quantize this model by {method}",
+        where=gate.folder,
+        fix="check that its environment supports this architecture; safetensors and gguf-* do not "
+        "need llm-compressor",
+    )
 
 
 def fitting_group(method: str, config: Any) -> int | None:

@@ -11,40 +11,52 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from stillhouse.disk_errors import full_disk
 from stillhouse.errors import ModelError
+from stillhouse.scratch import temporary_folder
 
 
 def run_script(
     script: str,
-    folder: Path,
     request: Mapping[str, Any],
     *,
+    windows: Mapping[str, Tensor] | None = None,
     what: str,
     where: Path,
     fix: str,
     python: str = sys.executable,
     env: Mapping[str, str] | None = None,
-) -> None:
-    """Write the request to `folder`, the script's argument, and wait for the script to finish.
+) -> dict[str, Any]:
+    """The script's answer to a request: its answer.json, and the tensors of logits.safetensors.
 
-    env: None is this process's environment. Raises ModelError with `what` and the script's last
-    line of output, and OSError if a disk is full.
+    The script's argument is a temporary folder with request.json and, if there are windows,
+    windows.safetensors. env: None is this process's environment. Raises ModelError with `what` and
+    the script's last line of output, and RunError if a disk is full.
     """
-    (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
-    # -P: the script's folder must not be searched for modules.
-    done = subprocess.run(
-        [python, "-P", str(Path(__file__).with_name(script)), str(folder)],
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        if full_disk(Exception(last[0])):
-            raise OSError(errno.ENOSPC, last[0])
-        raise ModelError(f"{what} ({last[0]})", where=where, fix=fix)
+    with temporary_folder(f"stillhouse-{Path(script).stem}-") as name:
+        folder = Path(name)
+        (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
+        if windows is not None:
+            save_file(dict(windows), folder / "windows.safetensors")
+        # -P: the script's folder must not be searched for modules.
+        done = subprocess.run(
+            [python, "-P", str(Path(__file__).with_name(script)), name],
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+            if full_disk(Exception(last[0])):
+                raise OSError(errno.ENOSPC, last[0])
+            raise ModelError(f"{what} ({last[0]})", where=where, fix=fix)
+        answer, tensors = folder / "answer.json", folder / "logits.safetensors"
+        found = json.loads(answer.read_text(encoding="utf-8")) if answer.is_file() else {}
+        return found | (load_file(tensors) if tensors.is_file() else {})
 
 
 def offline() -> dict[str, str]:

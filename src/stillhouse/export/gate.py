@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -147,30 +146,25 @@ class Gate:
 
         exported: a folder, or a GGUF file.
         """
-        with temporary_folder("stillhouse-replay-") as name:
-            folder = Path(name)
-            save_file(drawn_windows(self), folder / "windows.safetensors")
-            request = {
-                "source": str(self.folder.resolve()),
-                "exported": str(exported.resolve()),
-                "prompts": self.prompts[:REPLAY_PROMPTS],
-                "max_new_tokens": REPLAY_NEW_TOKENS,
-                "trust_remote_code": source_of(self.source).trust_remote_code,
-                **asdict(readers),
-                "teacher_logits": self.teacher_logits and str(self.teacher_logits),
-            }
-            run_script(
-                "replay.py",
-                folder,
-                request,
-                env=offline(),
-                what="the exported checkpoint cannot be loaded and run again",
-                where=self.folder,
-                fix="check that transformers alone can load this model, and that it fits into "
-                "memory twice",
-            )
-            answer: dict[str, Any] = json.loads((folder / "answer.json").read_text("utf-8"))
-            return answer
+        request = {
+            "source": str(self.folder.resolve()),
+            "exported": str(exported.resolve()),
+            "prompts": self.prompts[:REPLAY_PROMPTS],
+            "max_new_tokens": REPLAY_NEW_TOKENS,
+            "trust_remote_code": source_of(self.source).trusted,
+            **asdict(readers),
+            "teacher_logits": self.teacher_logits and str(self.teacher_logits),
+        }
+        return run_script(
+            "replay.py",
+            request,
+            windows=drawn_windows(self),
+            env=offline(),
+            what="the exported checkpoint cannot be loaded and run again",
+            where=self.folder,
+            fix="check that transformers alone can load this model, and that it fits into memory "
+            "twice",
+        )
 
     def pass_or_raise(
         self,

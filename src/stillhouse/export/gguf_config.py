@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from stillhouse.attention_heads import head_size
 from stillhouse.export.gguf_model import (
     biased_parts,
     family,
@@ -21,7 +22,7 @@ from stillhouse.export.gguf_model import (
     windows,
 )
 from stillhouse.scratch import temporary_folder
-from stillhouse.teachers.gguf_families import all_but_last, head_size
+from stillhouse.teachers.gguf_families import all_but_last
 from stillhouse.teachers.quiet import quiet
 
 PLAIN_KEYS = (

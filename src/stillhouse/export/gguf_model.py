@@ -8,6 +8,7 @@ from typing import Any
 import gguf
 import numpy as np
 
+from stillhouse.attention_heads import head_size
 from stillhouse.errors import ModelError
 from stillhouse.teachers.gguf_families import (
     ARCHITECTURES,
@@ -20,7 +21,6 @@ from stillhouse.teachers.gguf_families import (
     Array,
     Family,
     all_but_last,
-    head_size,
     llama3_divisors,
 )
 

@@ -6,7 +6,6 @@ Shapes: B texts of a batch, L tokens, N texts, C labels.
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,14 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from stillhouse.errors import ModelError
 from stillhouse.export.export_formats import ONNX
 from stillhouse.export.fresh_process import run_script
 from stillhouse.progress import note
-from stillhouse.scratch import temporary_folder
 from stillhouse.teachers.quiet import quiet
 
 FILE = "model.onnx"
@@ -184,24 +181,19 @@ def _replay(
     file: Path, batches: Sequence[Sequence[Sequence[int]]], pad: int, source: Path
 ) -> tuple[Tensor, float]:
     """Logits [N, C] and seconds, by a process with onnxruntime alone."""
-    with temporary_folder("stillhouse-replay-") as name:
-        folder = Path(name)
-        request = {
+    found = run_script(
+        "replay_onnx.py",
+        {
             "file": str(file.resolve()),
             "batches": [[list(row) for row in batch] for batch in batches],
             "pad": pad,
             "threads": torch.get_num_threads(),
-        }
-        run_script(
-            "replay_onnx.py",
-            folder,
-            request,
-            what="onnxruntime cannot run the exported file",
-            where=source,
-            fix="export only safetensors, and report this with the model's config.json",
-        )
-        answer = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
-        return load_file(folder / "logits.safetensors")["logits"], float(answer["seconds"])
+        },
+        what="onnxruntime cannot run the exported file",
+        where=source,
+        fix="export only safetensors, and report this with the model's config.json",
+    )
+    return found["logits"], float(found["seconds"])
 
 
 def _compare(

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from stillhouse.attention_heads import head_size
+
 
 def row_widths(config: Any) -> dict[str, int]:
     """The input widths of linear layers, by their names in the configuration."""
     text = config.get_text_config()
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     ffn = "moe_intermediate_size" if getattr(text, "num_experts", 0) else "intermediate_size"
     widths = {"hidden_size": int(text.hidden_size), ffn: int(getattr(text, ffn))}
-    heads = int(head * text.num_attention_heads)
+    heads = head_size(text) * int(text.num_attention_heads)
     if heads != widths["hidden_size"]:
         widths["num_attention_heads × head_dim"] = heads
     return widths

@@ -11,13 +11,11 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from email.utils import parsedate_to_datetime
 from typing import Any, Self
 from urllib.parse import urlsplit
 
 from stillhouse.errors import EndpointError
 from stillhouse.generation.budget import Price
-from stillhouse.generation.http_link import HttpLink, LinkError, Reply
 from stillhouse.generation.request import (
     Answer,
     FailureKind,
@@ -26,6 +24,7 @@ from stillhouse.generation.request import (
     endpoint_of,
 )
 from stillhouse.teachers.api_keys import api_key
+from stillhouse.teachers.http_link import HttpLink, LinkError, Reply, retry_after, server_message
 from stillhouse.teachers.redact import holds_key, redacted
 
 _EXCERPT = 300
@@ -93,7 +92,7 @@ class Client:
         started = time.monotonic()
         try:
             async with asyncio.timeout(self.timeout):
-                reply = await self._link.post(payload)
+                reply = await self._link.post("chat/completions", payload)
         except TimeoutError:
             reason = f"no complete answer in {self.timeout:g} s"
             return FailedAttempt("timeout", reason, retry=True, billed=True)
@@ -128,7 +127,7 @@ class Client:
         status = reply.status
         if 300 <= status < 400:
             raise self._redirected(reply)
-        message, code = _server_error(reply.body)
+        message, code = server_message(reply.body)
         message = self._excerpt(message)
         if status in (401, 402, 403, 404) or code == "insufficient_quota":
             raise self._fatal(status, message)
@@ -192,20 +191,6 @@ def _checked(base_url: str) -> str:
             fix="write all of it, e.g. http://127.0.0.1:8080/v1",
         )
     return base_url
-
-
-def _server_error(body: bytes) -> tuple[str, str | None]:
-    """A server's error message and code, in the forms that servers use."""
-    text = body.decode("utf-8", "replace").strip()
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError):
-        return text or "no explanation", None
-    error = document.get("error", document) if isinstance(document, dict) else document
-    if not isinstance(error, dict):
-        return str(error), None
-    message = error.get("message") or error.get("detail") or text
-    return str(message), error.get("code")
 
 
 def _status_within(document: Any) -> int | None:
@@ -278,21 +263,3 @@ def _object(value: Any) -> Mapping[str, Any]:
 def _tokens(value: Any) -> int | None:
     sane = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_TOKENS
     return value if sane else None
-
-
-def retry_after(headers: Mapping[str, str]) -> float | None:
-    """The pause in seconds that a server requests: `retry-after-ms`, or Retry-After in seconds or
-    as a date (RFC 9110, 10.2.3); None if it is missing or cannot be read."""
-    milliseconds, value = headers.get("retry-after-ms"), headers.get("retry-after")
-    try:
-        if milliseconds is not None:
-            return max(0.0, float(milliseconds) / 1000)
-        if value is None:
-            return None
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(str(value)).timestamp() - time.time())
-    except ValueError:
-        return None

@@ -26,8 +26,10 @@ from stillhouse.generation.generator import Continuation, TextGenerator, TokenPr
 from stillhouse.generation.kv_cache import SlotCache, fits_padding, fits_slots
 from stillhouse.generation.packed_linear import has_room_to_pack, packed_linear
 from stillhouse.generation.sampling import next_tokens
-from stillhouse.hardware import HeapLimit
+from stillhouse.hardware import HeapLimit, Requested, choose_precision, default_device
 from stillhouse.progress import note
+from stillhouse.teachers.load_model import load_model, load_tokenizer
+from stillhouse.teachers.model_source import AnyModel
 
 BATCH = 32
 _AHEAD = 8
@@ -265,6 +267,15 @@ def _add_tokens(writings: Sequence[_Writing], logits_BV: Tensor) -> None:
             writings[row].logprobs.append(float(logprob))
     for writing, token in zip(writings, tokens, strict=True):
         writing.add(token)
+
+
+def open_local(
+    model: AnyModel, precision: Requested = "auto", *, batch: int = BATCH
+) -> TextGenerator[LocalGenerator]:
+    """As `local_text`, for a model that is loaded. Raises ModelError."""
+    dtype, device = choose_precision(precision).dtype, default_device()
+    loaded = load_model(model, dtype=dtype).to(device)
+    return local_text(loaded, load_tokenizer(model), batch=batch)
 
 
 def local_text(model: Any, tokenizer: Any, *, batch: int = BATCH) -> TextGenerator[LocalGenerator]:

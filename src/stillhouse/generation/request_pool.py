@@ -10,7 +10,6 @@ import asyncio
 import gc
 import itertools
 import os
-import random
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from stillhouse.generation.client import FailedAttempt
 from stillhouse.generation.concurrency import AdaptiveLimit, now
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Answer, Failure, Request
+from stillhouse.teachers.http_link import PATIENCE, Patience
 
 Send = Callable[[Request], Awaitable[Answer | FailedAttempt]]
 
@@ -29,7 +29,6 @@ MOST_FAILURES = 50
 """Failed requests in a row, with no answer between them, after which nothing more is sent."""
 LONGEST_WAIT = 600.0
 """Seconds. Requests fail if the server requests a longer pause, or answers nothing for longer."""
-LONGEST_BACKOFF = 30.0
 SPACE, SPACE_PER_REQUEST = 1 << 20, 1 << 16
 """Bytes of the journal's disk that must be free for a request to be sent: an answer that cannot be
 stored would be paid for again."""
@@ -39,19 +38,6 @@ _COLLECT_AFTER = 100_000
 GRACE = 15.0
 """Seconds that requests in flight have to finish, after an error that stops everything or the first
 cancellation."""
-
-
-@dataclass(frozen=True)
-class Patience:
-    """attempts: per request, 429 not counted. backoff: seconds before the second attempt, doubled
-    with each; jitter spreads the requests out."""
-
-    attempts: int = 6
-    backoff: float = 0.5
-
-    def wait(self, tries: int) -> float:
-        longest = min(LONGEST_BACKOFF, self.backoff * 2.0 ** min(tries - 1, 16))
-        return longest * random.uniform(0.5, 1.0)
 
 
 @dataclass
@@ -80,7 +66,7 @@ class Pool:
         *,
         concurrency: int,
         price: Price | None = None,
-        patience: Patience = Patience(),
+        patience: Patience = PATIENCE,
         advance: Callable[[int], None] = lambda done: None,
     ) -> None:
         self.send, self.journal, self.budget, self.price = send, journal, budget, price

@@ -28,13 +28,12 @@ from stillhouse.generation.generation_config import (
 from stillhouse.generation.generator import TextGenerator
 from stillhouse.generation.helpers import Helpers
 from stillhouse.generation.journal import Journal
-from stillhouse.generation.local_generator import local_text
+from stillhouse.generation.local_generator import open_local
 from stillhouse.generation.request import Answer, Message, Outcome, Request, Requests, endpoint_of
 from stillhouse.generation.request_pool import Pool
 from stillhouse.generation.vllm_engine import opened
-from stillhouse.hardware import choose_precision, default_device
+from stillhouse.hardware import choose_precision
 from stillhouse.progress import bar, note
-from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.model_source import ModelSource, resolve_model
 
 WAITING = "waiting for requests in flight; press Ctrl-C again to abandon them"
@@ -51,7 +50,7 @@ class DefaultModel:
     base: Path
     name: str = ""
     revision: str | None = None
-    trust_remote_code: bool = False
+    trusted: bool = False
     helpers: Helpers | None = None
 
 
@@ -179,7 +178,7 @@ class LocalText:
             revision=default.revision if own.model is None else own.revision,
             base=default.base,
             weights=weights,
-            trust_remote_code=default.trust_remote_code,
+            trusted=default.trusted,
         )
 
     @property
@@ -256,10 +255,8 @@ class LocalText:
             with opened(own, source, base=base, seed=self.seed) as generator:
                 yield generator
             return
-        precision = choose_precision(own.precision, default_device())
-        note(f"{self.source.described} answers in {precision.reason}")
-        model = load_model(source, dtype=precision.dtype).to(default_device())
-        yield local_text(model, load_tokenizer(source), batch=own.batch)
+        note(f"{self.source.described} answers in {choose_precision(own.precision).reason}")
+        yield open_local(source, own.precision, batch=own.batch)
 
 
 TextSource = ApiText | LocalText
@@ -280,5 +277,5 @@ def _numerics(own: LocalTeacher | VllmTeacher) -> dict[str, Any]:
     """The dtype in which a local model computes: part of a request."""
     if isinstance(own, VllmTeacher):
         return {"dtype": own.dtype, **({"options": own.options} if own.options else {})}
-    precision = choose_precision(own.precision, default_device())
+    precision = choose_precision(own.precision)
     return {"dtype": str(precision.dtype).removeprefix("torch.")}

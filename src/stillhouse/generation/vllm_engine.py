@@ -142,15 +142,32 @@ def opened(
 
     Raises ModelError: something is not installed, too few GPUs, or vLLM cannot load the model.
     """
-    require_vllm(section, base)
     tokenizer = load_tokenizer(source)
     require_chat_template(tokenizer)  # before the weights are loaded
-    options = engine_options(section, source, seed=seed)
-    engine = start_engine(section, options, base)
     end = turn_end(tokenizer)
     stops = () if end is None or end.text in end.stops else (end.id,)
-    try:
+    with running_engine(section, source, base, seed=seed) as engine:
         yield TextGenerator(VllmGenerator(engine, section.batch, stops), tokenizer)
+
+
+@contextmanager
+def running_engine(
+    section: VllmEngine,
+    model: AnyModel,
+    base: Path,
+    *,
+    seed: int,
+    layers: Sequence[int] = (),
+    where: str = TEACHER,
+    **options: Any,
+) -> Iterator[VllmProcess]:
+    """A process of vLLM with a model, until the end of the block. layers: as in `VllmProcess`.
+    where: the section's key. options: more arguments of vllm.LLM. Raises ModelError as `opened`."""
+    require_vllm(section, base, where=where)
+    arguments = {**engine_options(section, model, seed=seed), **options}
+    engine = start_engine(section, arguments, base, layers, where=where)
+    try:
+        yield engine
     finally:
         engine.close()
 
@@ -168,7 +185,7 @@ def engine_options(section: VllmEngine, model: AnyModel, *, seed: int) -> dict[s
     source = source_of(model)
     return {
         "model": str(source.path),
-        "trust_remote_code": source.trust_remote_code,
+        "trust_remote_code": source.trusted,
         "dtype": section.dtype,
         "seed": seed,
         "tensor_parallel_size": section.tensor_parallel,

@@ -13,13 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from stillhouse.errors import ModelError
-from stillhouse.generation.vllm_engine import (
-    SIGNALS,
-    engine_options,
-    require_vllm,
-    start_engine,
-    vllm_errors,
-)
+from stillhouse.generation.vllm_engine import SIGNALS, running_engine, vllm_errors
 from stillhouse.generation.vllm_process import VllmProcess
 from stillhouse.generation.vllm_worker import POOLING
 from stillhouse.teachers.model_source import ModelSource
@@ -79,14 +73,10 @@ def opened_hidden_states(
     layers: those that are read. last: number of the last one. Raises ModelError: something is not
     installed, too few GPUs, or vLLM cannot load the model.
     """
-    require_vllm(section, base, where=SIGNALS)
     kept = tuple(sorted(set(layers) - {last}))
-    options = engine_options(section, source, seed=seed)
-    options |= POOLING
-    if kept:
-        options["enforce_eager"] = True  # hooks on layers do not run in a compiled model
-    engine = start_engine(section, options, base, kept, where=SIGNALS)
-    try:
+    eager = {"enforce_eager": True} if kept else {}  # hooks do not run in a compiled model
+    options = {**POOLING, **eager}
+    with running_engine(
+        section, source, base, seed=seed, layers=kept, where=SIGNALS, **options
+    ) as engine:
         yield VllmHiddenStates(engine, f"{source.path.name} in vLLM", kept, last)
-    finally:
-        engine.close()

@@ -52,7 +52,7 @@ class VllmServer:
         named = {"model": self.section.model, "prompt": row["prompt"], "return_token_ids": True}
         tokens = len(row["prompt"]) + row["sampling"]["max_tokens"]
         most = MOST_BYTES + MOST_BYTES_PER_TOKEN * tokens
-        body = await post("/completions", {**named, **sampling}, most)
+        body = await post("completions", {**named, **sampling}, most)
         try:
             (choice,) = json.loads(body)["choices"]
             logprobs = choice["logprobs"] and choice["logprobs"]["token_logprobs"]

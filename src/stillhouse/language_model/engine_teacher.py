@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from stillhouse.generation.vllm_hidden import opened_hidden_states
-from stillhouse.hardware import choose_precision, default_device
+from stillhouse.hardware import default_device
 from stillhouse.language_model.job import Job, configs, planned_size
 from stillhouse.signals.encodings import Encoding, Hidden, TopK
 from stillhouse.teachers.hidden_server import HiddenStateServer
@@ -62,7 +62,7 @@ def server_teacher(job: Job, encoding: Encoding, *, with_head: bool = True) -> T
         return ServedTeacher(
             section.server, k=encoding.k, vocabulary=job.vocabulary, parameters=parameters
         )
-    dtype = _dtype(job)
+    dtype = job.precision.dtype
     served = torch.float32 if dtype == torch.float32 else torch.bfloat16
     last, width = int(text.num_hidden_layers), int(text.hidden_size)
     source = HiddenStateServer(section.server, last=last, width=width, dtype=served)
@@ -72,7 +72,7 @@ def server_teacher(job: Job, encoding: Encoding, *, with_head: bool = True) -> T
 def _teacher(job: Job, source: HiddenStateSource, *, with_head: bool) -> HiddenStateTeacher:
     config, head = configs(job)[1], None
     if with_head:
-        head = load_head(job.teacher, dtype=_dtype(job))
+        head = load_head(job.teacher, dtype=job.precision.dtype)
         head = head.to(default_device())
     vocabulary, tokenizer = job.vocabulary, None
     if job.folded:
@@ -86,7 +86,3 @@ def _teacher(job: Job, source: HiddenStateSource, *, with_head: bool) -> HiddenS
         head=head,
         parameters=planned_size(config).head_once,
     )
-
-
-def _dtype(job: Job) -> torch.dtype:
-    return choose_precision(job.recipe.train.precision, default_device()).dtype

@@ -7,15 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from stillhouse import account
 from stillhouse.data.windows import WindowSet
 from stillhouse.evaluation.evaluate import evaluate, keep_teacher
 from stillhouse.evaluation.evaluate_config import EvaluateRecipe
 from stillhouse.evaluation.kept_teacher import KeptTeacher
 from stillhouse.evaluation.results import EVALUATION
-from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
+from stillhouse.hardware import choose_precision, peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job
 from stillhouse.language_model.roots_stage import roots_key, teacher_alignment
@@ -45,7 +43,7 @@ def plan_teacher(job: Job, data: Stage) -> StagePlan:
             job.teacher,
             out,
             vocabulary=job.vocabulary,
-            export_dtype=getattr(torch, job.recipe.export.dtype),
+            export_dtype=job.served,
             **evaluation_arguments(job, job.recipe.evaluate, heldout),
         )
         tokens = found.fidelity.tokens
@@ -92,7 +90,7 @@ def plan_evaluation(
         found = evaluate(
             models,
             vocabulary=job.vocabulary,
-            export_dtype=getattr(torch, job.recipe.export.dtype),
+            export_dtype=job.served,
             sizes=sizes,
             prepare=prepare,
             kept=None if teacher is None else KeptTeacher.load(teacher.path),
@@ -130,7 +128,7 @@ def evaluation_arguments(job: Job, section: EvaluateRecipe, heldout: WindowSet) 
         "section": _with_found_tasks(section, job.base),
         "windows": heldout,
         "seed": job.recipe.seed,
-        "precision": choose_precision(job.recipe.train.precision, default_device()),
+        "precision": job.precision,
         "load_sharded": _sharded_teacher(job),
         "alignment": teacher_alignment(job),
     }
@@ -153,7 +151,7 @@ def _sharded_teacher(job: Job) -> Callable[[], ShardedTeacher] | None:
     over = shards(train, "teacher")
     if over == 1:
         return None
-    dtype = choose_precision(train.precision, default_device()).dtype
+    dtype = choose_precision(train.precision).dtype
     return sharded_loader(job, job.teacher, dtype, over)
 
 

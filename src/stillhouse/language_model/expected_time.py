@@ -18,13 +18,12 @@ from stillhouse.language_model.synthesis_stage import synthesis_job
 from stillhouse.language_model.training_memory import is_small
 from stillhouse.pipeline.time_left import Expected
 from stillhouse.planning.machine import Machine, this_machine
-from stillhouse.planning.model_size import ModelSize, config_size
+from stillhouse.planning.model_size import config_size
 from stillhouse.runfolder import Stage
 from stillhouse.students.student_config import PrunedStudent
 from stillhouse.synthesis.synthesize import estimate_synthesis
 from stillhouse.synthesis.synthesize_config import JudgeChoice
 from stillhouse.training.train import plan_batches
-from stillhouse.training.train_config import TrainRecipe
 
 PRUNING_PASSES = 3.0
 """Forward passes of the whole model that one calibration token costs, with the refit."""
@@ -111,62 +110,43 @@ def _timed(precision: Requested) -> Machine:
 
 
 def _seconds(name: str, models: RunModels, machine: Machine, tokens: int) -> float:
-    recipe = models.recipe
-    student, teacher = config_size(models.student), config_size(models.teacher)
+    recipe, student = models.recipe, config_size(models.student)
     rate = (machine.rate or 1.0) * machine.processes
+    windows, quantize = max(1, -(-tokens // recipe.data.context)), recipe.quantize
     if name in ("student", "cut") and isinstance(recipe.student, PrunedStudent):
         start = config_size(models.start).active
         passed = account.forward_flops(start, recipe.student.calibration_tokens)
         return PRUNING_PASSES * passed / rate
     if name == "signals":
-        return account.forward_flops(teacher.active, tokens) / rate
-    if name in ("train", "baseline"):
-        taught = [config_size(one) for one in models.teachers] if name == "train" else []
-        return _training(student, taught, recipe.train, _windows(models, tokens), models, rate)
-    quantize = recipe.quantize
+        return account.forward_flops(config_size(models.teacher).active, tokens) / rate
+    if name == "train":
+        return _training(models, windows) / rate
+    if name == "baseline":
+        return _training(models.alone, windows) / rate
     if name == "quantize" and quantize is not None:
         read = (quantize.calibration_tokens or 0) + 2 * quantize.sensitivity_tokens
         scales = ROUNDING_SECONDS * student.parameters
         return account.forward_flops(student.active, read) / rate + scales
     if name == "qat" and quantize is not None and quantize.qat is not None:
-        taught = [config_size(one) for one in models.teachers]
-        windows = max(1, quantize.qat.tokens // recipe.data.context)
-        once = recipe.train.model_copy(update={"epochs": 1.0, "max_steps": None})
-        return _training(student, taught, once, windows, models, rate)
+        return _training(models.in_quantized_training(windows), windows) / rate
     if name == "evaluate":
-        return _evaluation(models, machine, student, teacher, rate)
+        return _evaluation(models, machine, rate)
     if name == "export":
         compared = 2 * account.forward_flops(student.active, REPLAY_TOKENS) / rate
         return len(recipe.export.formats) * (compared + 2 * LIBRARIES_SECONDS)
     return LIBRARIES_SECONDS
 
 
-def _windows(models: RunModels, tokens: int) -> int:
-    return max(1, -(-tokens // models.recipe.data.context))
+def _training(models: RunModels, windows: int) -> int:
+    """FLOPs."""
+    settings = models.recipe.train
+    steps = plan_batches(settings, windows, 1).steps
+    return models.training_flops(steps * settings.batch_size * models.recipe.data.context)
 
 
-def _training(
-    student: ModelSize,
-    teachers: Sequence[ModelSize],
-    settings: TrainRecipe,
-    windows: int,
-    models: RunModels,
-    rate: float,
-) -> float:
-    batching = plan_batches(settings, windows, 1)
-    tokens = batching.steps * settings.batch_size * models.recipe.data.context
-    taught = sum(account.forward_flops(one.active, tokens) for one in teachers)
-    return (account.training_flops(student.active, tokens) + taught) / rate
-
-
-def _evaluation(
-    models: RunModels, machine: Machine, student: ModelSize, teacher: ModelSize, rate: float
-) -> float:
+def _evaluation(models: RunModels, machine: Machine, rate: float) -> float:
     """Held-out text and answers of every model; speed and memory, in a process for each shape."""
-    section, quantize = models.recipe.evaluate, models.recipe.quantize
-    students = 2 + section.cut_baseline + section.fine_tuning_baseline
-    students += 0 if quantize is None else 1 + (quantize.qat is not None)
-    active = teacher.active + students * student.active
+    section, active = models.recipe.evaluate, models.measured_active
     written = len(section.prompts) * section.max_new_tokens
     answers = written * _read_again(active, models, machine)
     alone = 2 * 2 * LIBRARIES_SECONDS if section.speed else 0.0

@@ -24,7 +24,6 @@ from stillhouse.export.model_card import ModelCard, write_language_model_card
 from stillhouse.export.push import push
 from stillhouse.export.torchao import export_torchao
 from stillhouse.hardware import (
-    choose_precision,
     default_device,
     free_memory_bytes,
     peak_memory_bytes,
@@ -69,7 +68,7 @@ def plan_export(
         )
         grid = Quantization.load(grid_file) if grid_file.is_file() else None
         card = _card(job, data, shipped, Evaluation.load(evaluated.path / EVALUATION), origins)
-        dtype = choose_precision(job.recipe.train.precision, default_device()).dtype
+        dtype = job.precision.dtype
         replays: list[ReplayResult] = []
         calibration = _calibration(job, data)
         moments = _moments(job, shipped, calibration)

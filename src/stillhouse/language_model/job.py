@@ -12,6 +12,7 @@ import torch
 from stillhouse import account
 from stillhouse.errors import SignalError
 from stillhouse.export.licenses import Origin
+from stillhouse.hardware import Precision, choose_precision
 from stillhouse.language_model.recipe import Recipe, TeacherRecipe
 from stillhouse.objectives.objective_config import ChunksTerm, LogitsTerm
 from stillhouse.progress import note
@@ -43,13 +44,14 @@ from stillhouse.teachers.model_source import (
     resolve_tokenizer,
 )
 from stillhouse.teachers.planned_model import planned_model
+from stillhouse.teachers.several_teachers import check_one_teacher
 from stillhouse.teachers.shared_vocabulary import check_rows, check_same_ids
 from stillhouse.teachers.source_tokenizers import (
     head_rows,
     other_tokenizer,
     shared_vocabulary,
 )
-from stillhouse.teachers.stored_teacher import recorded_temperature
+from stillhouse.teachers.stored_teacher import check_head_frozen, check_layers, recorded_temperature
 from stillhouse.training.objective import (
     Objective,
     make_objective,
@@ -104,6 +106,17 @@ class Job:
         return tuple(each for each in every if other_tokenizer(self.tokenizer, each))
 
     @property
+    def precision(self) -> Precision:
+        """Of the products of models that are not trained."""
+        return choose_precision(self.recipe.train.precision)
+
+    @property
+    def served(self) -> torch.dtype:
+        """The number type of exported weights."""
+        dtype: torch.dtype = getattr(torch, self.recipe.export.dtype)
+        return dtype
+
+    @property
     def start(self) -> ModelSource:
         """The model that the student is made from, or shaped like."""
         return self.pretrained or self.pruned or self.teacher
@@ -122,18 +135,14 @@ def find_models(
     Raises ModelError; RecipeError for a student that cannot be trained on the teacher's token ids.
     """
     section = recipe.teacher
-    find = partial(
-        resolve_model, base=base, weights=weights, trust_remote_code=section.trust_remote_code
-    )
+    find = partial(resolve_model, base=base, weights=weights, trusted=section.trust_remote_code)
     if teacher is None:
         teacher = find(section.model, revision=section.revision)
     pretrained = None
     if isinstance(recipe.student, PretrainedStudent):
         student = recipe.student
         pretrained = find(
-            student.model,
-            revision=student.revision,
-            trust_remote_code=student.trust_remote_code,
+            student.model, revision=student.revision, trusted=student.trust_remote_code
         )
     pruned = None
     if isinstance(recipe.student, PrunedStudent) and recipe.student.model is not None:
@@ -143,9 +152,8 @@ def find_models(
         require_decoder(load_config(source), source.path)
     own = None
     if isinstance(recipe.student, RandomStudent) and recipe.student.tokenizer is not None:
-        own = resolve_tokenizer(
-            recipe.student.tokenizer, base=base, trust_remote_code=section.trust_remote_code
-        )
+        trusted = section.trust_remote_code
+        own = resolve_tokenizer(recipe.student.tokenizer, base=base, trusted=trusted)
     folded = _is_folded(recipe, teacher, own or other)
     if own is not None:
         rows = max(load_tokenizer(own).get_vocab().values()) + 1  # ids that it can return
@@ -180,7 +188,7 @@ def find_configurations(recipe: Recipe, base: Path) -> Job:
         revision = None if of is None else of.revision
         folder = resolve_config(name, revision=revision, base=base)
         trusted = (of or section).trust_remote_code
-        source = ModelSource(folder, described=name, trust_remote_code=trusted)
+        source = ModelSource(folder, described=name, trusted=trusted)
         require_decoder(load_config(source), folder)
         return source
 
@@ -213,7 +221,7 @@ def _teachers(job: Job, *, weights: bool) -> tuple[ModelSource, ...]:
         found = job.teacher
         if name != ORIGINAL:
             trusted = recipe.teacher.trust_remote_code
-            found = resolve_model(name, base=job.base, weights=weights, trust_remote_code=trusted)
+            found = resolve_model(name, base=job.base, weights=weights, trusted=trusted)
         if other_tokenizer(job.tokenizer, found):
             _require_output_terms(recipe, found)
         else:
@@ -246,7 +254,7 @@ def signals_encoding(job: Job, objective: Objective) -> Encoding:
         store = job.base / section.store
         encoding = read_settings(store).encoding
         if isinstance(encoding, Hidden):
-            _check_layers(encoding, stored_layers(objective, teacher), store)
+            check_layers(encoding, stored_layers(objective, teacher), store)
         if isinstance(encoding, FrozenHead):
             _check_head_stays(job.recipe, store)
         return encoding
@@ -330,28 +338,12 @@ def within_vocabulary(encoding: Encoding, vocabulary: int) -> Encoding:
 
 
 def _check_head_stays(recipe: Recipe, where: str | Path) -> None:
-    if not recipe.train.freeze_head:
-        raise SignalError(
-            "signals of kind frozen_head are for a student whose head is not trained",
-            where=where,
-            fix="set train.freeze_head: true, or use signals of another kind",
-        )
+    check_head_frozen(recipe.train.freeze_head, where)
     if recipe.quantize is not None and recipe.quantize.qat is not None:
         raise SignalError(
             "quantize.qat rounds the head, but signals of kind frozen_head need the original head",
             where=where,
             fix="remove quantize.qat, or use signals of another kind",
-        )
-
-
-def _check_layers(encoding: Hidden, needed: tuple[int, ...], store: Path) -> None:
-    missing = sorted(set(needed) - set(encoding.layers))
-    if missing:
-        raise SignalError(
-            f"the store has the teacher's layers {list(encoding.layers)}, and the objective needs "
-            f"{missing} too",
-            where=store,
-            fix="use terms on the layers that it has, or record a store for these terms",
         )
 
 
@@ -364,12 +356,8 @@ def planned_objective(job: Job) -> Objective:
     shape = load_config(teacher)
     with torch.device("meta"):
         objective = make_objective(job.recipe.objective, student, shape)
-    if len(job.teachers) > 1 and (objective.hidden or objective.relations):
-        raise SignalError(
-            "terms on intermediate layers are for one teacher, and there are several",
-            where="objective.terms",
-            fix="use only terms on the output, or one teacher",
-        )
+    if len(job.teachers) > 1:
+        check_one_teacher(objective.needs.activations)
     return objective
 
 
@@ -377,8 +365,8 @@ def configs(job: Job) -> tuple[Any, Any]:
     """The student's planned configuration, and the teacher's."""
     teacher, section = load_config(job.teacher), job.recipe.student
     if isinstance(section, PrunedStudent | RandomStudent):
-        served = getattr(torch, job.recipe.export.dtype)
-        return planned_config(section, start_config(job), base=job.base, served=served), teacher
+        start = start_config(job)
+        return planned_config(section, start, base=job.base, served=job.served), teacher
     assert job.pretrained is not None
     return load_config(job.pretrained), teacher
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from stillhouse.account import forward_flops
+from stillhouse.attention_heads import head_size, key_value_heads
 from stillhouse.errors import SignalError
 from stillhouse.finding import Finding
 from stillhouse.generation.kv_cache import GROWTH
@@ -129,8 +130,13 @@ def kv_cache_bytes(models: RunModels, machine: Machine, prompts: OwnPrompts | No
     if prompts is not None:
         longest = min(longest, int(prompts.lengths.max()) + section.max_tokens)
     config = models.student.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     places = -(-longest // GROWTH) * GROWTH
-    values = 2 * config.num_hidden_layers * heads * width * places * section.batch
+    values = (
+        2
+        * config.num_hidden_layers
+        * key_value_heads(config)
+        * head_size(config)
+        * places
+        * section.batch
+    )
     return float(values * machine.compute(models.recipe.train.precision).itemsize)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from stillhouse.hardware import peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job
 from stillhouse.language_model.roots_stage import roots_key
-from stillhouse.language_model.signals_stage import stored_signals, training_teacher
+from stillhouse.language_model.signals_stage import stored_signals
 from stillhouse.language_model.train_stage import (
-    own_prompts,
     own_prompts_key,
-    starting_student,
+    run_training,
     training_outcome,
 )
 from stillhouse.pipeline.stage_plan import StagePlan, model_check
@@ -52,7 +52,7 @@ def plan_quantization(job: Job, data: Stage, trained: Stage) -> StagePlan:
 
 
 def plan_quantized_training(
-    job: Job, data: Stage, trained: Stage, rounded: Stage, signals: Stage | None
+    job: Job, data: Stage, student: Stage, rounded: Stage, signals: Stage | None
 ) -> StagePlan:
     """Continue to distill the student with rounded weights: quantization-aware distillation."""
     section, train_section = job.recipe.quantize, job.recipe.train
@@ -61,22 +61,9 @@ def plan_quantized_training(
     assert section.qat is not None
 
     def work(out: Path) -> Outcome:
-        windows, heldout = open_data(data)
-        start = starting_student(job, trained)
-        result = train_quantized(
-            start,
-            rounded.path,
-            training_teacher(job, job.teachers, stored, start),
-            windows,
-            job.recipe.objective,
-            job.recipe.train,
-            section=section,
-            heldout=heldout,
-            seed=job.recipe.seed,
-            folder=out,
-            prompts=own_prompts(job, start.tokenizer),
-            base=job.base,
-        )
+        run = partial(train_quantized, quantized=rounded.path, section=section)
+        objective, teachers = job.recipe.objective, job.teachers
+        result = run_training(job, data, student, objective, teachers, stored, out, run=run)
         summary = {**rounded.summary, "training": result.summary()}
         return training_outcome(result, summary)
 
@@ -90,7 +77,7 @@ def plan_quantized_training(
         "teachers": [teacher.fingerprint for teacher in job.teachers],
         **roots_key(job),
         "data": data.digest,
-        "trained": trained.digest,
+        "trained": student.digest,
         "rounded": rounded.digest,
     }
     return StagePlan(

@@ -15,9 +15,10 @@ from stillhouse.data.data_config import DataRecipe
 from stillhouse.evaluation.evaluate_config import EvaluateRecipe, OwnTextRecipe
 from stillhouse.export.export_config import ExportRecipe
 from stillhouse.export.export_formats import FORMATS
-from stillhouse.field_types import Epochs, LearningRate, PathText, RunName, Seed, Tokens
+from stillhouse.field_types import Epochs, LearningRate, PathText, RunName, Tokens
 from stillhouse.objectives.objective_config import ObjectiveRecipe
 from stillhouse.quantize.quantize_config import QuantizeRecipe
+from stillhouse.run_recipe import RunRecipe
 from stillhouse.section import Section
 from stillhouse.signals.signals_config import SignalsRecipe
 from stillhouse.students.student_config import PrunedSizes, PrunedStudent, StudentRecipe
@@ -114,12 +115,9 @@ class TeacherRecipe(Section):
     )
 
 
-class Recipe(Section):
+class Recipe(RunRecipe):
     """The recipe of a language-model run."""
 
-    name: RunName
-    folder: PathText | None = Field(None, description="The run folder; null: runs/NAME.")
-    seed: Seed = 0
     teacher: TeacherRecipe
     synthesize: SynthesizeRecipe | None = Field(
         None, description="Text from a teacher, made by `stillhouse synthesize`."

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
 
 from stillhouse import account
 from stillhouse.data.data_config import CorpusSource, DataRecipe, TextSource
 from stillhouse.data.packing import most_windows
 from stillhouse.finding import Finding
-from stillhouse.hardware import choose_precision, default_device
+from stillhouse.hardware import choose_precision
 from stillhouse.language_model.calibration_check import check_calibration
 from stillhouse.language_model.data_check import TOKENS
 from stillhouse.language_model.data_stage import open_data
@@ -33,7 +32,8 @@ from stillhouse.planning.model_size import config_size
 from stillhouse.planning.stage_estimate import StageEstimate
 from stillhouse.planning.step_memory import MARGIN
 from stillhouse.processes import require_blocks, shards_in_node
-from stillhouse.runfolder import NamedRecipe, Stage
+from stillhouse.run_recipe import RunRecipe
+from stillhouse.runfolder import Stage
 from stillhouse.signals.manifest import read_manifest
 from stillhouse.teachers.load_model import load_tokenizer
 from stillhouse.teachers.planned_model import planned_model
@@ -60,13 +60,6 @@ def require_processes(models: RunModels) -> None:
             require_plan(config, "teacher")
 
 
-class _Training(NamedRecipe, Protocol):
-    """The recipe of a run that trains a student."""
-
-    @property
-    def train(self) -> TrainRecipe: ...
-
-
 def require_tokens(section: DataRecipe, tokens: int | None, processes: int) -> None:
     """Raise RecipeError if so many training tokens cannot fill a window for each process."""
     if tokens is None:
@@ -79,14 +72,14 @@ def require_tokens(section: DataRecipe, tokens: int | None, processes: int) -> N
 
 def ready_to_train(job: Job, stages: Mapping[str, Stage], *_: object) -> Job:
     """`with_shard`, once the data exist. Raises RecipeError as `require_text_for_all`."""
-    require_text_for_all(job.recipe, stages["data"])
+    require_text_for_all(job.recipe, job.recipe.train, stages["data"])
     return with_shard(job)
 
 
-def require_text_for_all(recipe: _Training, data: Stage) -> None:
+def require_text_for_all(recipe: RunRecipe, train: TrainRecipe, data: Stage) -> None:
     """Raise RecipeError if a training is still to run and has more processes than windows."""
     processes = world_size()
-    if processes > 1 and not recipe.train.only_own_text and not has_finished(recipe, "train"):
+    if processes > 1 and not train.only_own_text and not has_finished(recipe, "train"):
         require_windows(len(open_data(data)[0]), processes)
 
 
@@ -122,7 +115,7 @@ def check_resources(check: Check, find: FindModels = one_student) -> Iterator[Fi
     stages = [stage for models in planned for stage in plan_stages(models, machine, tokens)]
     trainings = [stage for stage in stages if stage.name.endswith("train")]
     yield from _signals(job, planned[0], machine, tokens, trainings[0].tokens / tokens)
-    precision = choose_precision(recipe.train.precision, default_device())
+    precision = choose_precision(recipe.train.precision)
     for stage in trainings:
         yield _training(stage, machine, precision.reason)
         steps = stage.tokens // (recipe.train.batch_size * recipe.data.context)

@@ -1,11 +1,13 @@
-"""The configurations that a run is planned from: of its student, its teachers, and its start."""
+"""The configurations that a run is planned from: of its student, its teachers, and its start; and
+what computing with them takes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from stillhouse.account import forward_flops, training_flops
 from stillhouse.language_model.job import (
     Job,
     configs,
@@ -14,6 +16,8 @@ from stillhouse.language_model.job import (
     start_config,
 )
 from stillhouse.language_model.recipe import Recipe
+from stillhouse.planning.model_size import config_size
+from stillhouse.quantize.quantize import qat_section
 from stillhouse.signals.signals_config import FrozenHeadSignals, HiddenSignals, SignalsRecipe
 from stillhouse.teachers.load_model import load_config
 from stillhouse.training.objective import stored_layers
@@ -46,6 +50,44 @@ class RunModels:
     def stage(self, name: str) -> str:
         """What a stage of this student is called among those of a family."""
         return f"{self.member} {name}" if self.member else name
+
+    @property
+    def alone(self) -> RunModels:
+        """The same student, trained without its teachers."""
+        return replace(self, teachers=(), divergences=("cross_entropy",), kept_layers=0)
+
+    def in_quantized_training(self, windows: int) -> RunModels:
+        """The same models, with the training settings of `quantize.qat` on so many windows."""
+        recipe = self.recipe
+        assert recipe.quantize is not None
+        train = qat_section(recipe.quantize, recipe.train, recipe.data.context, windows)
+        return replace(self, recipe=recipe.model_copy(update={"train": train}))
+
+    @property
+    def live_teachers(self) -> tuple[Any, ...]:
+        """Those that answer at every step: none where signals are stored."""
+        return self.teachers if self.recipe.signals is None else ()
+
+    def training_flops(self, tokens: int) -> int:
+        """Of training on so many tokens; checkpointing repeats the forward pass."""
+        student = config_size(self.student).active
+        again = forward_flops(student, tokens) * self.recipe.train.gradient_checkpointing
+        taught = sum(forward_flops(config_size(one).active, tokens) for one in self.live_teachers)
+        return training_flops(student, tokens) + again + taught
+
+    @property
+    def measured_students(self) -> int:
+        """Versions of the student that the evaluation measures."""
+        section, quantize = self.recipe.evaluate, self.recipe.quantize
+        plain = 2 + section.cut_baseline + section.fine_tuning_baseline
+        return plain + (0 if quantize is None else 1 + (quantize.qat is not None))
+
+    @property
+    def measured_active(self) -> int:
+        """Parameters of all models that the evaluation runs, as far as a token uses them. Members
+        of a family are compared with a teacher that was measured before."""
+        teacher = 0 if self.member else config_size(self.teacher).active
+        return teacher + self.measured_students * config_size(self.student).active
 
 
 def run_models(job: Job) -> RunModels:

@@ -56,7 +56,6 @@ def plan_stages(models: RunModels, machine: Machine, tokens: int) -> list[StageE
 
 def _stages(models: RunModels, machine: Machine, tokens: int) -> Iterator[StageEstimate]:
     recipe = models.recipe
-    context = recipe.data.context
     windows = _windows(recipe.data, tokens, machine)
     if models.first:
         yield StageEstimate("data", Memory("", {}), disk=tokens * WINDOW_BYTES)
@@ -69,13 +68,11 @@ def _stages(models: RunModels, machine: Machine, tokens: int) -> Iterator[StageE
         yield _signals(models, machine, tokens)
     yield _training("train", models, machine, windows)
     if recipe.evaluate.fine_tuning_baseline:
-        alone = replace(models, teachers=(), divergences=("cross_entropy",), kept_layers=0)
-        yield _training("baseline", alone, machine, windows)
+        yield _training("baseline", models.alone, machine, windows)
     if recipe.quantize is not None:
         yield _quantization(models, machine)
         if recipe.quantize.qat is not None:
-            few = min(tokens, recipe.quantize.qat.tokens)
-            yield _training("qat", models, machine, max(1, few // context))
+            yield _training("qat", models.in_quantized_training(windows), machine, windows)
     if models.member and models.first:
         yield _measured_teacher(models, machine)
     yield _evaluation(models, machine)
@@ -107,8 +104,6 @@ def _training(name: str, models: RunModels, machine: Machine, windows: int) -> S
         memory = memory.plus("latent weights", step.weights * step.student.size.parameters)
     tokens = batching.steps * settings.batch_size * recipe.data.context
     size = step.student.size
-    passes = 8 if settings.gradient_checkpointing else 6
-    flops = passes * size.active + sum(2 * each.size.active for each in step.teachers)
     traffic = step_traffic(
         step, shard, over=over, machine=machine, micro_batches=batching.accumulation
     )
@@ -123,7 +118,7 @@ def _training(name: str, models: RunModels, machine: Machine, windows: int) -> S
         memory=memory,
         processes=machine.processes,
         tokens=tokens,
-        flops=float(flops * tokens),
+        flops=float(models.training_flops(tokens)),
         disk=step.weights * size.parameters,
         scratch=saved * (settings.keep_checkpoints + 1),
         network=traffic.all * batching.steps,
@@ -236,7 +231,6 @@ def _evaluation(models: RunModels, machine: Machine) -> StageEstimate:
     context, heldout = recipe.data.context, recipe.data.heldout_tokens
     teacher, student = config_size(models.teacher), config_size(models.student)
     windows = max(1, TOKENS_PER_FORWARD // context)
-    students = 2 + recipe.evaluate.fine_tuning_baseline + recipe.evaluate.cut_baseline
     runs_teacher = not models.member
     heads = {"heads and logits": _heads_and_logits(teacher, student, models, machine)}
     measured = {"student's fidelity": _alone(models.student, windows, models, machine) | heads}
@@ -255,6 +249,8 @@ def _evaluation(models: RunModels, machine: Machine) -> StageEstimate:
         phases.append(replace(loading, parts={**loading.parts, **heads, **rows}))
     if recipe.evaluate.speed:
         sharded = run_shard(models, machine) in ("teacher", "both")  # its speed is not measured
+        quantized = 0 if recipe.quantize is None else 1 + (recipe.quantize.qat is not None)
+        students = models.measured_students - quantized  # a quantized one is another file's
         models_together = students * student.parameters + (0 if sharded else teacher.parameters)
         together = {"weights": float(compute * models_together)}
         together["context"] = phases[0].parts["context"]
@@ -264,13 +260,12 @@ def _evaluation(models: RunModels, machine: Machine) -> StageEstimate:
         else:
             text = "speed of the smaller models only"
     memory = max(phases, key=lambda each: each.total)
-    flops = 2.0 * heldout * (runs_teacher * teacher.active + students * student.active)
     return StageEstimate(
         models.stage("evaluate"),
         memory,
         processes=machine.processes,
-        tokens=heldout * (runs_teacher + students),
-        flops=flops,
+        tokens=heldout * (runs_teacher + models.measured_students),
+        flops=2.0 * heldout * models.measured_active,
         note=text,
         fix=None if memory.fits(machine.memory) else "set train.shard: both",
     )

@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from stillhouse.hardware import choose_precision, default_device, machine, peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job
@@ -46,7 +44,7 @@ def plan_search(job: Job, data: Stage) -> StagePlan:
             vocabulary=job.vocabulary,
             seed=job.recipe.seed,
             dtype=choose_precision(job.recipe.train.precision, device).dtype,
-            served=getattr(torch, job.recipe.export.dtype),
+            served=job.served,
             device=device,
             out=out,
             processes=processes,

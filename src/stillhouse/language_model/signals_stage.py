@@ -228,7 +228,7 @@ def training_teacher(
 ) -> Teacher | None:
     """What the student learns from: the models of `sources`, or the store and, if the recipe
     allows it, the first of them for missing rows."""
-    dtype = choose_precision(job.recipe.train.precision, default_device()).dtype
+    dtype = job.precision.dtype
     over = shards(job.recipe.train, "teacher")
     loads = [_loader(job, one, dtype, over) for one in sources]
     if stored is None:

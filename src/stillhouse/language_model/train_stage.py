@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,20 +106,7 @@ def _training(
     stored: StoredSignals | None = None,
 ) -> StagePlan:
     def work(out: Path) -> Outcome:
-        windows, heldout = open_data(data)
-        start = starting_student(job, student)
-        result = train(
-            start,
-            training_teacher(job, teachers, stored, start),
-            windows,
-            objective,
-            job.recipe.train,
-            heldout=heldout,
-            seed=job.recipe.seed,
-            folder=out,
-            prompts=own_prompts(job, start.tokenizer),
-            base=job.base,
-        )
+        result = run_training(job, data, student, objective, teachers, stored, out)
         return training_outcome(result, result.summary())
 
     everything = {
@@ -141,6 +128,34 @@ def _training(
         together=True,
         scratch=(CHECKPOINTS, ROLLOUTS),
         check=model_check(job.start),
+    )
+
+
+def run_training(
+    job: Job,
+    data: Stage,
+    student: Stage,
+    objective: ObjectiveRecipe,
+    teachers: Sequence[ModelSource],
+    stored: StoredSignals | None,
+    out: Path,
+    *,
+    run: Callable[..., TrainingResult] = train,
+) -> TrainingResult:
+    """Train a stage's student on the job's data. run: `train`, or what has its arguments."""
+    windows, heldout = open_data(data)
+    start = starting_student(job, student)
+    return run(
+        start,
+        training_teacher(job, teachers, stored, start),
+        windows,
+        objective,
+        job.recipe.train,
+        heldout=heldout,
+        seed=job.recipe.seed,
+        folder=out,
+        prompts=own_prompts(job, start.tokenizer),
+        base=job.base,
     )
 
 

@@ -40,11 +40,10 @@ def planned_step(models: RunModels, machine: Machine, micro: int, *, accumulates
     """A step of the recipe's training. micro: windows of a micro-batch."""
     recipe = models.recipe
     settings = recipe.train
-    live = recipe.signals is None
     weights = getattr(torch, settings.weights)
     return training_step(
         models.student,
-        models.teachers if live else (),
+        models.live_teachers,
         windows=micro,
         context=recipe.data.context,
         accumulates=accumulates,
@@ -141,7 +140,7 @@ def _changes(models: RunModels, machine: Machine) -> Iterator[dict[str, Any]]:
         others.append({"train.shard": "auto"})
     if not settings.gradient_checkpointing:
         others.append({"train.gradient_checkpointing": True})
-    live = models.recipe.signals is None and models.teachers
+    live = models.live_teachers
     several = machine.device == "cuda" and machine.processes > 1
     if live and several and not settings.offload_teacher:
         others.append({"train.offload_teacher": True})

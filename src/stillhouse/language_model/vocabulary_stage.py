@@ -22,7 +22,7 @@ from torch import Tensor
 from stillhouse.data.windows import WindowSet
 from stillhouse.errors import RecipeError
 from stillhouse.evaluation.fidelity import compare, heldout_answers
-from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
+from stillhouse.hardware import default_device, peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job, find_models
 from stillhouse.language_model.recipe import Recipe
@@ -102,7 +102,7 @@ def cut_job(job: Job, finished: Mapping[str, Stage], do: Do) -> Job:
         cut.digest,
         f"{job.teacher.described}, cut to {kept:,} tokens",
         card=job.teacher.path,
-        trust_remote_code=job.teacher.trust_remote_code,
+        trusted=job.teacher.trusted,
     )
     others = _other_models(job.after_cut, job)
     stages = {
@@ -128,7 +128,7 @@ def _other_models(recipe: Recipe, full_job: Job) -> dict[str, ModelSource]:
     found = {}
     for name in dict.fromkeys(name for name in names if name not in (None, ORIGINAL)):
         trusted = recipe.teacher.trust_remote_code
-        source = resolve_model(name, base=full_job.base, trust_remote_code=trusted)
+        source = resolve_model(name, base=full_job.base, trusted=trusted)
         own, all_tokens = (
             load_tokenizer(model).get_vocab().keys() for model in (source, full_job.teacher)
         )
@@ -171,7 +171,9 @@ def _left(recipe: Recipe, cut: Mapping[str, str], teacher: ModelSource) -> Recip
     left: dict[str, Any] = {"vocabulary": None, "model": model}
     sizes = PrunedSizes.model_fields.keys() - {"hidden_method"}
     if all(getattr(section, name) is None for name in sizes):
-        left["layers"] = sizes_of(load_config(Path(model) if model else teacher.path)).layers
+        left["layers"] = sizes_of(
+            load_config(teacher.derived(Path(model)) if model else teacher)
+        ).layers
     teachers = recipe.train.teachers
     if not _folds(recipe):
         teachers = [cut.get(name, name) for name in teachers]
@@ -247,7 +249,7 @@ def _perplexities(job: Job, cut: Path, windows: WindowSet) -> dict[str, Any]:
     found: dict[str, Any] = {"measured_share": len(rows) / len(sample)}
     if not rows:
         return found
-    dtype = choose_precision(job.recipe.train.precision, default_device()).dtype
+    dtype = job.precision.dtype
     for name, source, of_rows in (
         ("teacher_perplexity", job.teacher, rows),
         ("cut_perplexity", job.teacher.derived(cut), [_renumbered(row, new_V) for row in rows]),

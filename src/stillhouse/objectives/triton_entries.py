@@ -9,17 +9,16 @@ Shapes: b rows of a block, K entries of a row, V vocabulary.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from stillhouse.objectives import triton_kernel
 from stillhouse.objectives.triton_kernel import (
     DONE,
     TINY,
     Scales,
     divergence,
+    outputs,
     raw_logits,
     scaled,
     student_logsumexps,
@@ -44,35 +43,18 @@ def sparse_rows(
 ) -> tuple[Tensor, Tensor]:
     """As `dense_rows`, over the K tokens and their tail. K < V. `student_bV` is overwritten even
     without `grad`."""
-    rows, vocabulary = student_bV.shape
     entries = ids_bK.shape[1]
-    assert student_bV.stride(1) == 1
-    assert entries < vocabulary
-    values_b = student_bV.new_empty(rows, dtype=torch.float32)
-    cross_b = values_b.new_zeros(rows)
-    _sparse_row[(rows,)](
-        student_bV,
-        ids_bK.contiguous(),
-        log_probs_bK.contiguous(),
-        tail_b.contiguous(),
-        values_b if targets_b is None else targets_b,
-        values_b,
-        cross_b,
-        student_bV.stride(0),
-        entries,
-        vocabulary,
-        scales.student,
-        scales.data,
-        scales.coefficient,
-        scales.of_data,
-        parameter,
+    assert entries < student_bV.shape[1]
+    values_b, cross_b, common = outputs(student_bV, targets_b, scales, grad=grad)
+    _sparse_row[(len(student_bV),)](
+        ids=ids_bK.contiguous(),
+        log_probs=log_probs_bK.contiguous(),
+        tails=tail_b.contiguous(),
+        entries=entries,
+        parameter=parameter,
         KIND=kind,
-        DATA=targets_b is not None,
-        APART=targets_b is not None and scales.student != scales.data,
-        GRAD=grad,
         BUCKETS=triton.next_power_of_2(entries + 1),
-        COLUMNS=triton_kernel.COLUMNS,
-        num_warps=triton_kernel.WARPS,
+        **common,
     )
     return values_b, cross_b
 
@@ -91,31 +73,14 @@ def counted_rows(
     share: a count divided by the row's sum. Without ids, the first is the logsumexp of the row and
     its gradient the softmax, to which the rest of a loss that is linear in logits can be added.
     """
-    rows, vocabulary = student_bV.shape
-    assert student_bV.stride(1) == 1
-    values_b = student_bV.new_empty(rows, dtype=torch.float32)
-    cross_b = values_b.new_zeros(rows)
+    values_b, cross_b, common = outputs(student_bV, targets_b, scales, grad=grad)
     entries = 0 if ids_bK is None else ids_bK.shape[1]
-    _counted_row[(rows,)](
-        student_bV,
-        values_b if ids_bK is None else ids_bK.contiguous(),
-        values_b if counts_bK is None else counts_bK.contiguous(),
-        values_b if targets_b is None else targets_b,
-        values_b,
-        cross_b,
-        student_bV.stride(0),
-        entries,
-        vocabulary,
-        scales.student,
-        scales.data,
-        scales.coefficient,
-        scales.of_data,
-        DATA=targets_b is not None,
-        APART=targets_b is not None and scales.student != scales.data,
-        GRAD=grad,
+    _counted_row[(len(student_bV),)](
+        ids=values_b if ids_bK is None else ids_bK.contiguous(),
+        counts=values_b if counts_bK is None else counts_bK.contiguous(),
+        entries=entries,
         PLACES=triton.next_power_of_2(entries) if entries else 0,
-        COLUMNS=triton_kernel.COLUMNS,
-        num_warps=triton_kernel.WARPS,
+        **common,
     )
     return values_b, cross_b
 

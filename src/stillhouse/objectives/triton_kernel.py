@@ -11,6 +11,7 @@ Shapes: b rows of a block, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -40,6 +41,38 @@ class Scales:
     of_data: float
 
 
+def outputs(
+    student_bV: Tensor, targets_b: Tensor | None, scales: Scales, *, grad: bool
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Each row's divergence and cross-entropy, to be filled, and the arguments that all kernels
+    have. targets_b: None if there is no cross-entropy, which is then 0."""
+    assert student_bV.stride(1) == 1
+    rows, vocabulary = student_bV.shape
+    values_b = student_bV.new_empty(rows, dtype=torch.float32)
+    cross_b = values_b.new_zeros(rows)
+    return (
+        values_b,
+        cross_b,
+        {
+            "student": student_bV,
+            "targets": values_b if targets_b is None else targets_b,
+            "values": values_b,
+            "cross": cross_b,
+            "student_stride": student_bV.stride(0),
+            "vocabulary": vocabulary,
+            "student_scale": scales.student,
+            "data_scale": scales.data,
+            "coefficient": scales.coefficient,
+            "of_data": scales.of_data,
+            "DATA": targets_b is not None,
+            "APART": targets_b is not None and scales.student != scales.data,
+            "GRAD": grad,
+            "COLUMNS": COLUMNS,
+            "num_warps": WARPS,
+        },
+    )
+
+
 def dense_rows(
     student_bV: Tensor,
     teacher_bV: Tensor,
@@ -59,34 +92,17 @@ def dense_rows(
     kind: one of `triton_dispatch.KINDS`; parameter: its α or β. teacher_floor: the teacher's
     logits are at least this, before they are scaled.
     """
-    assert student_bV.stride(1) == 1
     if teacher_bV.stride(1) != 1:
         teacher_bV = teacher_bV.contiguous()
-    rows, vocabulary = student_bV.shape
-    values_b = student_bV.new_empty(rows, dtype=torch.float32)
-    cross_b = values_b.new_zeros(rows)
-    _dense_row[(rows,)](
-        student_bV,
-        teacher_bV,
-        values_b if targets_b is None else targets_b,
-        values_b,
-        cross_b,
-        student_bV.stride(0),
-        teacher_bV.stride(0),
-        vocabulary,
-        scales.student,
-        scales.data,
-        teacher_scale,
-        teacher_floor,
-        scales.coefficient,
-        scales.of_data,
-        parameter,
+    values_b, cross_b, common = outputs(student_bV, targets_b, scales, grad=grad)
+    _dense_row[(len(student_bV),)](
+        teacher=teacher_bV,
+        teacher_stride=teacher_bV.stride(0),
+        teacher_scale=teacher_scale,
+        teacher_floor=teacher_floor,
+        parameter=parameter,
         KIND=kind,
-        DATA=targets_b is not None,
-        APART=targets_b is not None and scales.student != scales.data,
-        GRAD=grad,
-        COLUMNS=COLUMNS,
-        num_warps=WARPS,
+        **common,
     )
     return values_b, cross_b
 

@@ -28,7 +28,8 @@ from stillhouse.pipeline.stage_plan import Do, StagePlan, doing
 from stillhouse.pipeline.time_left import TimeLeft
 from stillhouse.processes import lost_process
 from stillhouse.progress import note
-from stillhouse.runfolder import NamedRecipe, Outcome, RunFolder, Stage, run_root, write_atomically
+from stillhouse.run_recipe import RunRecipe
+from stillhouse.runfolder import Outcome, RunFolder, Stage, run_root, write_atomically
 from stillhouse.scratch import scratch_in
 from stillhouse.section import recipe_yaml
 
@@ -137,11 +138,11 @@ def planned(step: Step, job: Any, stages: dict[str, Stage]) -> StagePlan:
     return step.plan(job, *(stages.get(name) for name in step.reads))
 
 
-def run_folder(recipe: NamedRecipe) -> RunFolder:
+def run_folder(recipe: RunRecipe) -> RunFolder:
     return RunFolder(run_root(recipe))
 
 
-def has_finished(recipe: NamedRecipe, stage: str) -> bool:
+def has_finished(recipe: RunRecipe, stage: str) -> bool:
     """Whether the recipe's run folder has a stage with this name, for any inputs: what it
     paid for or sent is not needed again."""
     return any(run_folder(recipe).stages.glob(f"{stage}-*"))

@@ -59,7 +59,7 @@ class Machine:
             return torch.float32 if precision == "float32" else torch.bfloat16
         if self.device == "cuda" and not torch.cuda.is_available():
             return torch.bfloat16
-        return choose_precision(precision, default_device()).dtype
+        return choose_precision(precision).dtype
 
 
 def this_machine(precision: Requested, *, timed: bool) -> Machine:

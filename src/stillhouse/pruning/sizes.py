@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+from stillhouse.attention_heads import head_size
 from stillhouse.errors import RecipeError
 from stillhouse.pruning.axes import PER_LAYER_LISTS, Axes, axes_of
 
@@ -39,13 +40,12 @@ AXES = tuple(one.name for one in fields(Sizes) if one.name not in ("head_dim", "
 
 def sizes_of(config: Any) -> Sizes:
     axes = axes_of(config)
-    heads = config.num_attention_heads
     return Sizes(
         layers=config.num_hidden_layers,
         ffn_size=getattr(config, axes.ffn_size),
-        heads=heads,
+        heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        head_dim=head_size(config),
         hidden_size=config.hidden_size,
         vocabulary=config.vocab_size,
         experts=None if axes.experts is None else getattr(config, axes.experts.count),

@@ -207,12 +207,12 @@ def planned_bytes(model: Any, section: QuantizeRecipe) -> tuple[int, int]:
 
 def train_quantized(
     student: Student,
-    quantized: Path,
     teacher: Teacher | None,
     batches: Batches,
     objective: ObjectiveRecipe,
     settings: TrainRecipe,
     *,
+    quantized: Path,
     section: QuantizeRecipe,
     folder: Path,
     heldout: Batches | None = None,
@@ -232,7 +232,7 @@ def train_quantized(
         teacher,
         batches,
         objective,
-        qat_section(section, settings, batches),
+        qat_section(section, settings, batches.context, len(batches)),
         heldout=heldout,
         seed=seed,
         folder=folder / TRAINING,
@@ -250,15 +250,17 @@ def train_quantized(
     return result
 
 
-def qat_section(section: QuantizeRecipe, recipe: TrainRecipe, windows: Batches) -> TrainRecipe:
-    """The training recipe for `qat.tokens` tokens at `qat.learning_rate`."""
+def qat_section(
+    section: QuantizeRecipe, recipe: TrainRecipe, context: int, windows: int
+) -> TrainRecipe:
+    """The training recipe for `qat.tokens` tokens at `qat.learning_rate`, on so many windows."""
     assert section.qat is not None
-    steps = math.ceil(section.qat.tokens / (recipe.batch_size * windows.context))
+    steps = math.ceil(section.qat.tokens / (recipe.batch_size * context))
     return recipe.model_copy(
         update={
             "learning_rate": section.qat.learning_rate,
             "max_steps": steps,
-            "epochs": float(math.ceil(steps * recipe.batch_size / len(windows))),
+            "epochs": float(math.ceil(steps * recipe.batch_size / windows)),
             # Between steps the weights are not rounded: the measurement would be of another model.
             "evaluate_every": None,
             "early_stop": None,

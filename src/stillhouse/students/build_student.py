@@ -82,7 +82,7 @@ def build_student(
     student.save(out, every_row=True)
     if kept_ids is not None:
         save_kept_ids(kept_ids, out)
-    if not teacher.trust_remote_code and not getattr(section, "trust_remote_code", False):
+    if not teacher.trusted and not getattr(section, "trust_remote_code", False):
         ids_RL = torch.arange(min(CHECKED_TOKENS, student.vocabulary))[None]
         check_saved(student.model, out, ids_RL)
     size = asdict(count_parameters(student.model))
@@ -93,10 +93,7 @@ def _pretrained(
     section: PretrainedStudent, teacher: ModelSource, base: Path, *, same_tokens: bool
 ) -> tuple[Student, Summary]:
     source = resolve_model(
-        section.model,
-        revision=section.revision,
-        base=base,
-        trust_remote_code=section.trust_remote_code,
+        section.model, revision=section.revision, base=base, trusted=section.trust_remote_code
     )
     student = Student.load(source)
     found: Summary = {"model": source.described, "fingerprint": source.fingerprint}
@@ -118,8 +115,8 @@ def _pretrained(
 def _random(
     section: RandomStudent, teacher: ModelSource, seed: int, base: Path
 ) -> tuple[Student, Summary]:
-    own, trusted = section.tokenizer, teacher.trust_remote_code
-    named = own and resolve_tokenizer(own, base=base, trust_remote_code=trusted)
+    own = section.tokenizer
+    named = own and resolve_tokenizer(own, base=base, trusted=teacher.trusted)
     tokenizer = load_tokenizer(named or teacher)
     config = start_config(section, load_config(teacher), base)
     student = Student.random(config, tokenizer, seed=seed, **section.overrides)

@@ -72,12 +72,7 @@ class Student:
         Raises ModelError as `resolve_model` and `load_model`.
         """
         return cls.load(
-            resolve_model(
-                str(model),
-                revision=revision,
-                base=Path.cwd(),
-                trust_remote_code=trust_remote_code,
-            )
+            resolve_model(str(model), revision=revision, base=Path.cwd(), trusted=trust_remote_code)
         )
 
     @classmethod

@@ -99,12 +99,6 @@ def model_type(architecture: str) -> str | None:
     return next(same, None)
 
 
-def head_size(config: Any) -> int:
-    return int(
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-
-
 def all_but_last(period: int, layers: int) -> list[bool]:
     """Of each layer, whether it is not the last one of a period."""
     return [(layer + 1) % period != 0 for layer in range(layers)]

@@ -78,7 +78,7 @@ def load_model(
                 config=config,
                 dtype=dtype,
                 attn_implementation=attention_for(config),
-                trust_remote_code=source.trust_remote_code,
+                trust_remote_code=source.trusted,
                 **_CHECKED,
                 **({} if distributed is None else {"distributed_config": distributed}),
             )
@@ -131,7 +131,7 @@ def check_loadable(model: AnyModel, kind: Any = AutoModelForCausalLM) -> None:
     weights that are missing, left over or of another shape.
     """
     source = source_of(model)
-    path, trusted = source.path, source.trust_remote_code
+    path, trusted = source.path, source.trusted
     files = weight_files(path)
     try:
         with quiet():
@@ -154,16 +154,16 @@ def load_config(model: AnyModel) -> Any:
     content = None
     with suppress(OSError):  # transformers says what is wrong
         content = (source.path / "config.json").read_bytes()
-    return copy.deepcopy(_config(source.path, content, source.trust_remote_code))
+    return copy.deepcopy(_config(source.path, content, source.trusted))
 
 
 @lru_cache(maxsize=64)
-def _config(path: Path, content: bytes | None, trust_remote_code: bool) -> Any:
+def _config(path: Path, content: bytes | None, trusted: bool) -> Any:
     """Of a folder whose config.json has this content. A run loads each many times."""
     try:
         with quiet():
             config = AutoConfig.from_pretrained(
-                path, trust_remote_code=trust_remote_code, local_files_only=True
+                path, trust_remote_code=trusted, local_files_only=True
             )
             config.get_text_config()  # audio models have several
     # A configuration class may raise any error on values that it does not expect.
@@ -192,7 +192,7 @@ def load_tokenizer(model: AnyModel) -> Any:
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(
-                path, trust_remote_code=source.trust_remote_code, local_files_only=True
+                path, trust_remote_code=source.trusted, local_files_only=True
             )
             tokenizer = as_stored(tokenizer, path)
     # The tokenizers library raises plain Exception for a damaged tokenizer.json.

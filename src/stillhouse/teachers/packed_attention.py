@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils import is_torch_flex_attn_available
 
+from stillhouse.attention_heads import head_size, key_value_heads
 from stillhouse.data.batches import document_bounds
 from stillhouse.errors import ModelError
 from stillhouse.progress import note
@@ -175,9 +176,7 @@ def _instead_of_sdpa(model: Any, device: torch.device, dtype: torch.dtype) -> st
     dropout = getattr(config, "attention_dropout", None)
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or dropout:
         return "sdpa"
-    heads = config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads, groups, width = config.num_attention_heads, key_value_heads(config), head_size(config)
     flash = _passes_bounds(model) and width <= WIDEST_HEAD
     flex = getattr(model, "_supports_flex_attn", False) and is_torch_flex_attn_available()
     flex = flex and width >= 16 and width & (width - 1) == 0

@@ -50,7 +50,7 @@ def model_without_weights(checkpoint: AnyModel) -> Any:
             config,
             dtype=torch.float32,
             attn_implementation=attention_for(config),
-            trust_remote_code=source.trust_remote_code,
+            trust_remote_code=source.trusted,
         )
     model.tie_weights()  # each weight has become a new one
     if (folder / GENERATION_CONFIG_NAME).is_file():
@@ -83,7 +83,7 @@ def check_model_folder(checkpoint: AnyModel) -> Any:
     source = source_of(checkpoint)
     path, config = source.path, load_config(source)
     require_loadable(config, path)
-    if source.trust_remote_code:
+    if source.trusted:
         return config
     model = planned_model(config, path)
     generation = path / GENERATION_CONFIG_NAME

@@ -131,7 +131,7 @@ class ServedTeacher(Teacher):
             "prompt_logprobs": self.k,
         }
         most = MOST_BYTES + sum(map(len, prompts)) * self.k * MOST_BYTES_PER_TOKEN
-        body = await post("/completions", payload, most)
+        body = await post("completions", payload, most)
         try:
             choices = json.loads(body)["choices"]
             found = {choice["index"]: choice["prompt_logprobs"] for choice in choices}

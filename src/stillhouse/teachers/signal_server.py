@@ -4,20 +4,27 @@ and one message for each failure."""
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from stillhouse.errors import ModelError
 from stillhouse.event_loop import run_stoppable
 from stillhouse.signals.signals_config import SignalServer
 from stillhouse.teachers.api_keys import api_key
+from stillhouse.teachers.http_link import (
+    PATIENCE,
+    HttpLink,
+    LinkError,
+    LongReplyError,
+    Reply,
+    retry_after,
+    server_message,
+)
 from stillhouse.teachers.redact import redacted
 
-if TYPE_CHECKING:
-    import openai
-
-RETRIES = 6
-"""Retries of a request if the server is busy or the connection is lost, with growing pauses."""
+LONGEST_WAIT = 60.0
+"""Seconds that a server may request before the next attempt."""
 TIMEOUT_SECONDS = 600.0
 EXCERPT = 300
 """Characters of a server's words that are shown."""
@@ -61,74 +68,47 @@ class SignalLink:
     async def _each(
         self, items: Sequence[T], send: Callable[[Post, T], Coroutine[Any, Any, Any]]
     ) -> list[Any]:
-        import openai  # takes a second
+        free, server = asyncio.Semaphore(self.server.concurrency), self.server
+        link = HttpLink(server.base_url, self._key, TIMEOUT_SECONDS, server.concurrency)
 
-        free = asyncio.Semaphore(self.server.concurrency)
-        async with openai.AsyncOpenAI(
-            base_url=self.server.base_url,
-            api_key=self._key or "none",  # the client requires one; servers without keys ignore it
-            max_retries=RETRIES,
-            timeout=TIMEOUT_SECONDS,
-            # Prompts and the key are sent to no other address than the recipe's.
-            http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False),
-        ) as client:
-
-            async def post(path: str, body: Mapping[str, Any], most: int) -> bytes:
-                async with free:
-                    return await self._post(client, path, body, most)
-
-            return await asyncio.gather(*(send(post, item) for item in items))
-
-    async def _post(
-        self, client: openai.AsyncOpenAI, path: str, body: Mapping[str, Any], most: int
-    ) -> bytes:
-        import httpx2
-        import openai
+        async def post(path: str, body: Mapping[str, Any], most: int) -> bytes:
+            async with free:
+                return await self._post(link, path, body, most)
 
         try:
-            return await self._body(client, path, body, most)
-        except openai.APIStatusError as error:
-            raise self._status(error) from error
-        except (openai.APIConnectionError, httpx2.HTTPError) as error:
-            what = f"the server cannot be reached, or its reply ended early ({error})"
-            raise self.error(what, "start it, or see its log") from error
+            return await asyncio.gather(*(send(post, item) for item in items))
+        finally:
+            await link.close()
 
-    async def _body(
-        self, client: openai.AsyncOpenAI, path: str, body: Mapping[str, Any], most: int
-    ) -> bytes:
-        """A complete reply; the client repeats requests, but none whose reply was cut off."""
-        import httpx2
-        from openai._constants import RAW_RESPONSE_HEADER
-
-        for left in reversed(range(RETRIES)):
+    async def _post(self, link: HttpLink, path: str, body: Mapping[str, Any], most: int) -> bytes:
+        """A complete reply, after as many attempts as `PATIENCE` has."""
+        for tries in itertools.count(1):
+            wait = 0.0
             try:
-                reply: Any = await client.post(
-                    path,
-                    cast_to=bytes,
-                    body=body,
-                    options={"headers": {RAW_RESPONSE_HEADER: "stream"}},
-                )
-                try:
-                    parts = bytearray()
-                    async for part in reply.iter_bytes():
-                        parts += part
-                        if len(parts) > most:
-                            raise self.error(
-                                f"the server's reply has more than {most:,} bytes",
-                                f"check {self._section}.base_url",
-                            )
-                    return bytes(parts)
-                finally:
-                    await reply.close()
-            except httpx2.TransportError:
-                if not left:
-                    raise
+                async with asyncio.timeout(TIMEOUT_SECONDS):
+                    reply = await link.post(path, body, most)
+            except LongReplyError as error:
+                fix = f"check {self._section}.base_url"
+                raise self.error(f"the server's reply has more than {most:,} bytes", fix) from error
+            except (LinkError, TimeoutError) as error:
+                if tries == PATIENCE.attempts:
+                    reason = str(error) or f"no complete reply in {TIMEOUT_SECONDS:g} s"
+                    what = f"the server cannot be reached, or its reply ended early ({reason})"
+                    raise self.error(what, "start it, or see its log") from error
+            else:
+                if reply.status == 200:
+                    return reply.body
+                wait = retry_after(reply.headers) or 0.0
+                busy = reply.status in (408, 409, 429) or reply.status >= 500
+                if not busy or tries == PATIENCE.attempts or wait > LONGEST_WAIT:
+                    raise self._status(reply)
+            await asyncio.sleep(max(wait, PATIENCE.wait(tries)))
         raise AssertionError
 
-    def _status(self, error: openai.APIStatusError) -> ModelError:
-        status, message = error.status_code, error.message
+    def _status(self, reply: Reply) -> ModelError:
+        status, (message, _) = reply.status, server_message(reply.body)
         if 300 <= status < 400:
-            target = error.response.headers.get("location", "another address")
+            target = reply.headers.get("location", "another address")
             return self.error(
                 f"the server redirects to {target}; prompts and the key are sent to no other "
                 "address than the recipe's",

@@ -26,7 +26,7 @@ def load_head(checkpoint: AnyModel, *, dtype: torch.dtype) -> LMHead:
     alone, or its files store the head under another name.
     """
     source = source_of(checkpoint)
-    path, trusted = source.path, source.trust_remote_code
+    path, trusted = source.path, source.trusted
     config = load_config(source)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)

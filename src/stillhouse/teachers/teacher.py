@@ -173,10 +173,7 @@ class Teacher(ABC):
         from stillhouse.teachers.model_source import resolve_model
 
         source = resolve_model(
-            str(model),
-            revision=revision,
-            base=Path.cwd(),
-            trust_remote_code=trust_remote_code,
+            str(model), revision=revision, base=Path.cwd(), trusted=trust_remote_code
         )
         place = default_device() if device is None else torch.device(device)
         found = choose_precision(dtype, place).dtype
@@ -264,10 +261,8 @@ class Teacher(ABC):
         values: dict[str, Any] = {"base_url": base_url, "model": model, "key_env": key_env}
         values["concurrency"] = concurrency
         server = made(SignalServer, values, "Teacher.served_hidden")
-        source = resolve_model(
-            str(checkpoint), base=Path.cwd(), trust_remote_code=trust_remote_code
-        )
-        found = choose_precision(dtype, default_device()).dtype
+        source = resolve_model(str(checkpoint), base=Path.cwd(), trusted=trust_remote_code)
+        found = choose_precision(dtype).dtype
         config, tokenizer = load_config(source), load_tokenizer(source)
         head = load_head(source, dtype=found)
         text = config.get_text_config()

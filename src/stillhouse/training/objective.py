@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stillhouse.attention_heads import head_size, key_value_heads
 from stillhouse.errors import SignalError
 from stillhouse.objectives import (
     HiddenStateLoss,
@@ -211,8 +212,7 @@ def _relations(
 ) -> Relations:
     pairs = _pairs(term, student, teacher, embeddings=False)
     for name, config in (("student", student), ("teacher", teacher)):
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head, groups = head_size(config), key_value_heads(config)
         for relation in term.relations:
             width = head * (config.num_attention_heads if relation == "query" else groups)
             if width % term.heads:

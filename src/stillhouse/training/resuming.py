@@ -12,17 +12,50 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from stillhouse.hardware import HeapLimit, free_memory
+from stillhouse.hardware import HeapLimit, default_device, free_memory
 from stillhouse.launch import leads
 from stillhouse.progress import note
 from stillhouse.teachers.quiet import quiet
 from stillhouse.training import checkpoints
 from stillhouse.training.checkpoints import Meter
 from stillhouse.training.compact_adamw import clip_gradients
+from stillhouse.training.partition import ProcessBatches
+from stillhouse.training.train_config import SCHEDULES, StepsRecipe
 
 
 class UnreadableCheckpointError(Exception):
     """A complete checkpoint cannot be loaded. Every process raises it if one does."""
+
+
+def step_arguments(
+    section: StepsRecipe, folder: Path, *, steps: int, rows: int, dtype: torch.dtype, seed: int
+) -> dict[str, Any]:
+    """Arguments of TrainingArguments that every training has. rows: of a micro-batch. dtype: of
+    products."""
+    device = default_device()
+    return {
+        "output_dir": str(folder),
+        "seed": seed,
+        "data_seed": seed,
+        "max_steps": steps,
+        "per_device_train_batch_size": rows,
+        "learning_rate": section.learning_rate,
+        "lr_scheduler_type": SCHEDULES[section.schedule],
+        "warmup_steps": round(section.warmup * steps),
+        "weight_decay": section.weight_decay,
+        "max_grad_norm": section.max_grad_norm,
+        "optim": "adamw_torch_fused",
+        "bf16": dtype == torch.bfloat16,
+        "use_cpu": device.type == "cpu",
+        "logging_strategy": "steps",
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        "save_steps": section.checkpoint_every,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": device.type != "cpu",
+    }
 
 
 class ResumingTrainer(Trainer):
@@ -33,6 +66,18 @@ class ResumingTrainer(Trainer):
         # Where a machine has several GPUs, Trainer would use torch.nn.DataParallel.
         args._n_gpu = min(args.n_gpu, 1)
         super().__init__(args=args, **more)
+
+    def process_batches(self) -> ProcessBatches:
+        """The rows of this process's batches: each row once an epoch, for whatever number of
+        processes."""
+        args = self.args
+        return ProcessBatches(
+            len(self.train_dataset),
+            args.per_device_train_batch_size,
+            process=args.process_index,
+            processes=args.world_size,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         if any(each.dtype == torch.bfloat16 for each in model.parameters()):

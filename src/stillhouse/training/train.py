@@ -33,10 +33,10 @@ from stillhouse.training.compact_adamw import compact_optimizer
 from stillhouse.training.draw_rollouts import rollout_generator
 from stillhouse.training.on_policy import OnPolicy, own_text
 from stillhouse.training.own_prompts import OwnPrompts
-from stillhouse.training.resuming import Housekeeping, train_from_newest
+from stillhouse.training.resuming import Housekeeping, step_arguments, train_from_newest
 from stillhouse.training.save_trained import save_trained
 from stillhouse.training.step_rows import Micro
-from stillhouse.training.train_config import SCHEDULES, TrainRecipe
+from stillhouse.training.train_config import TrainRecipe
 from stillhouse.training.trainer import DistillationTrainer
 
 MODEL = "model"
@@ -315,45 +315,29 @@ def _arguments(
 ) -> TrainingArguments:
     device = default_device()
     scheduler_kwargs: dict[str, Any] = {}
-    warmup = round(section.warmup * plan.steps)
     if section.schedule == "wsd":
         scheduler_kwargs["num_decay_steps"] = max(1, round(section.decay * plan.steps))
     every = section.evaluate_every
-    return TrainingArguments(
-        output_dir=str(folder),
-        seed=seed,
-        data_seed=seed,
-        max_steps=plan.steps,
-        per_device_train_batch_size=plan.micro,
-        per_device_eval_batch_size=plan.micro,
-        gradient_accumulation_steps=accumulation,
-        learning_rate=section.learning_rate,
-        lr_scheduler_type=SCHEDULES[section.schedule],
-        lr_scheduler_kwargs=scheduler_kwargs,
-        warmup_steps=warmup,
-        weight_decay=section.weight_decay,
-        adam_beta1=section.betas[0],
-        adam_beta2=section.betas[1],
-        max_grad_norm=section.max_grad_norm,
-        optim="adamw_torch_fused",
-        bf16=dtype == torch.bfloat16,
-        use_cpu=device.type == "cpu",
-        ddp_find_unused_parameters=False,
-        ddp_backend="gloo" if device.type == "cpu" and plan.processes > 1 else None,
-        logging_strategy="steps",
-        logging_steps=max(1, plan.steps // 500),
-        logging_nan_inf_filter=False,
-        save_strategy="steps" if save else "no",
-        save_steps=section.checkpoint_every,
-        eval_strategy="no" if every is None else "steps",
-        eval_steps=every,
-        report_to=section.report_to or "none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=device.type != "cpu",
-        average_tokens_across_devices=True,
-        **{checkpointing_key(): section.gradient_checkpointing},
+    common = step_arguments(
+        section, folder, steps=plan.steps, rows=plan.micro, dtype=dtype, seed=seed
     )
+    own = {
+        "per_device_eval_batch_size": plan.micro,
+        "gradient_accumulation_steps": accumulation,
+        "lr_scheduler_kwargs": scheduler_kwargs,
+        "adam_beta1": section.betas[0],
+        "adam_beta2": section.betas[1],
+        "ddp_find_unused_parameters": False,
+        "ddp_backend": "gloo" if device.type == "cpu" and plan.processes > 1 else None,
+        "logging_steps": max(1, plan.steps // 500),
+        "save_strategy": "steps" if save else "no",
+        "eval_strategy": "no" if every is None else "steps",
+        "eval_steps": every,
+        "report_to": section.report_to or "none",
+        "average_tokens_across_devices": True,
+        checkpointing_key(): section.gradient_checkpointing,
+    }
+    return TrainingArguments(**{**common, **own})
 
 
 def checkpointing_key(arguments: Any = TrainingArguments) -> str:

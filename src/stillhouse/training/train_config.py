@@ -18,6 +18,7 @@ from stillhouse.field_types import (
     Steps,
     WeightDecay,
 )
+from stillhouse.generation.generation_config import Precision
 from stillhouse.section import OneOf, Section
 from stillhouse.training.on_policy_config import OnPolicyRecipe
 
@@ -58,31 +59,35 @@ def training_key(settings: TrainRecipe) -> dict[str, Any]:
     return found
 
 
-class TrainRecipe(Section):
+class StepsRecipe(Section):
+    """How a training of any kind steps."""
+
+    epochs: Epochs = 1.0
+    batch_size: Count = Field(8, description="Windows in one optimizer step, all processes.")
+    learning_rate: LearningRate = 1e-4
+    schedule: Annotated[str, OneOf(SCHEDULES)] = "cosine"
+    warmup: PartialShareOrZero = Field(0.05, description="Share of all steps.")
+    weight_decay: WeightDecay = 0.0
+    max_grad_norm: GradientNorm = 1.0
+    precision: Precision = Field("auto", description="Precision of matrix products.")
+    checkpoint_every: Steps = Field(100, description="Optimizer steps between checkpoints.")
+
+
+class TrainRecipe(StepsRecipe):
     teachers: list[PathText] = Field(
         default=[],
         description="Models to learn from in place of the teacher, which stays the measure; as "
         "teacher.model, or `teacher` itself. The loss is the mean of theirs. They may have other "
         "tokenizers.",
     )
-    epochs: Epochs = 1.0
     max_steps: Steps | None = Field(None, description="Stop after this many optimizer steps.")
-    batch_size: Count = Field(8, description="Windows in one optimizer step, all processes.")
     micro_batch_size: Count | None = Field(
         None,
         description="Windows in one forward pass of one process; null: on a GPU, its share of "
         "batch_size; on a CPU, up to 256 tokens of that, or 1024 if products are in bfloat16.",
     )
-    learning_rate: LearningRate = 1e-4
-    schedule: Annotated[str, OneOf(SCHEDULES)] = "cosine"
-    warmup: PartialShareOrZero = Field(0.05, description="Share of all steps.")
     decay: Share = Field(0.2, description="wsd: share that decays.")
-    weight_decay: WeightDecay = 0.0
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False)
-    max_grad_norm: GradientNorm = 1.0
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Precision of matrix products."
-    )
     weights: Literal["float32", "bfloat16"] = Field(
         "float32",
         description="Number type of weights and gradients. bfloat16: half the memory, rounded "
@@ -106,7 +111,6 @@ class TrainRecipe(Section):
     offload_teacher: bool = Field(
         False, description="Keep a sharded teacher's weights in the host's memory."
     )
-    checkpoint_every: Steps = Field(100, description="Optimizer steps between checkpoints.")
     keep_checkpoints: Count = 2
     evaluate_every: Steps | None = Field(
         None, description="Optimizer steps between held-out measurements; null: never."

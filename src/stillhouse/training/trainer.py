@@ -40,11 +40,10 @@ from stillhouse.training.heldout import (
 )
 from stillhouse.training.objective import Objective
 from stillhouse.training.on_policy import OnPolicy
-from stillhouse.training.partition import ProcessBatches, WithEmptyRow, row_loader
+from stillhouse.training.partition import WithEmptyRow, row_loader
 from stillhouse.training.resuming import ResumingTrainer
 from stillhouse.training.rollouts import OwnBatch
 from stillhouse.training.score_step import score_step, scores_steps
-from stillhouse.training.step_rows import StepSampler
 
 
 class DistillationTrainer(ResumingTrainer):
@@ -186,18 +185,7 @@ class DistillationTrainer(ResumingTrainer):
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
         """Every window once an epoch, for whatever number of processes."""
-        rows: StepSampler | ProcessBatches
-        if self.own is not None:
-            rows = self.own.sampler()
-        else:
-            args = self.args
-            rows = ProcessBatches(
-                len(self.train_dataset),
-                args.per_device_train_batch_size,
-                process=args.process_index,
-                processes=args.world_size,
-                seed=args.seed if args.data_seed is None else args.data_seed,
-            )
+        rows = self.process_batches() if self.own is None else self.own.sampler()
         dataset = WithEmptyRow(self.train_dataset)
         return row_loader(rows, dataset, self.args, self.data_collator)
 

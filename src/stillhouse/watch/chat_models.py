@@ -34,6 +34,7 @@ from stillhouse.generation.local_generator import LocalGenerator
 from stillhouse.hardware import choose_precision, default_device, free_memory
 from stillhouse.pipeline.engine import RECIPE
 from stillhouse.runfolder import answers_path
+from stillhouse.students.student_config import PretrainedStudent
 from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.model_source import ModelSource, resolve_model
 from stillhouse.teachers.planned_model import model_without_weights
@@ -129,8 +130,9 @@ def _student(recipe: AnyRecipe, folders: Mapping[str, Path]) -> ModelSource:
     found = next((folders[name] / MODEL for name in _TRAINED if name in folders), None)
     if found is None:
         raise ModelError("the student is not trained yet", fix="wait for the step `train`")
-    trusted = recipe.teacher.trust_remote_code
-    return resolve_model(str(found), base=Path.cwd(), trust_remote_code=trusted)
+    student = recipe.student
+    section = student if isinstance(student, PretrainedStudent) else recipe.teacher
+    return resolve_model(str(found), base=Path.cwd(), trusted=section.trust_remote_code)
 
 
 def _teacher(recipe: AnyRecipe, base: Path) -> ModelSource:
@@ -141,10 +143,7 @@ def _teacher(recipe: AnyRecipe, base: Path) -> ModelSource:
             "the teacher is served by an API", fix="the chat has only models of this machine"
         )
     return resolve_model(
-        section.model,
-        revision=section.revision,
-        base=base,
-        trust_remote_code=section.trust_remote_code,
+        section.model, revision=section.revision, base=base, trusted=section.trust_remote_code
     )
 
 
@@ -237,7 +236,7 @@ def _classifying_speaker(
 ) -> LabelSpeaker:
     if "export" not in folders:
         raise ModelError("the student is not exported yet", fix="wait for the step `export`")
-    dtype = choose_precision("auto", default_device()).dtype
+    dtype = choose_precision("auto").dtype
     student = load_classifier(root / MODEL, dtype=dtype)
     labels = student.facts.labels
     if role == "student":

@@ -1,4 +1,4 @@
-"""Reads texts and their reference labels or answers from files."""
+"""Reads texts and their reference labels or answers from files, and divides them into parts."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from stillhouse.classify.task_texts_config import TextFile
 from stillhouse.data.data_files import FileFormat, known_format
 from stillhouse.data.file_search import find_files
 from stillhouse.data.row_reader import header_hint, not_empty, read_rows
-from stillhouse.data.words import collapsed
+from stillhouse.data.words import collapsed, normalized
 from stillhouse.errors import DataError
 from stillhouse.runfolder import sha
+from stillhouse.tasks.task_texts_config import TextFile
 
 Reference = Callable[[Any, str], str | None]
 """Called with a value of the label column and the row's place."""
@@ -30,6 +30,9 @@ _LIST = re.compile(r"\s*[\[{(]\s*['\"].*['\"]\s*,?\s*[\]})]\s*", re.DOTALL)
 _VALUE = re.compile(r"\d{4}-\d\d-\d\d|https?://|[^@\s]+@[^@\s]+\.\w")
 _NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?")
 _YEAR = re.compile(r"(19|20)\d\d")
+
+FEWEST = 4
+"""Minimum number of texts in a part to train or measure on."""
 
 
 @dataclass(frozen=True)
@@ -186,3 +189,53 @@ def _read_all(file: TextFile, base: Path, reference: Reference) -> Iterator[Labe
     for path in find_files(file.path, base):
         for row, where in read_rows(path, text_key=file.text, columns=columns):
             yield labeled_text(row, file, where, reference)
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def divide_texts(
+    given: Sequence[LabeledText],
+    tests: Sequence[LabeledText],
+    test_share: float,
+    seed: int,
+    examples: Sequence[str] = (),
+) -> tuple[list[LabeledText], list[LabeledText], int]:
+    """Training texts in random order, and test texts, without duplicates; and the number of
+    duplicates.
+
+    The content of a text and the seed decide its part, so the order of the files and other
+    texts hardly matter. test_share: of `given`, if there are no test texts. examples: texts in the
+    teacher's prompt, with their answers; they are excluded from the test texts.
+    """
+    seen: set[str] = set()
+    known = set(map(normalized, examples))
+    kept_tests = [row for row in _unrepeated(tests, seen) if normalized(row.text) not in known]
+    kept = sorted(_unrepeated(given, seen), key=lambda row: content_place(row, str(seed)))
+    repeated = len(given) + len(tests) - len(kept) - len(kept_tests)
+    if not tests:
+        apart = round(test_share * len(kept))
+        kept_tests = [row for row in kept[:apart] if normalized(row.text) not in known]
+        shown = [row for row in kept[:apart] if normalized(row.text) in known]
+        kept = [*shown, *kept[apart:]]
+    return kept, kept_tests, repeated
+
+
+def require_enough(parts: Mapping[str, Sequence[LabeledText]]) -> None:
+    """Raise DataError for a part with too few texts."""
+    for name, rows in parts.items():
+        if len(rows) < FEWEST:
+            raise DataError(
+                f"the {name} part has {len(rows)} texts, and {FEWEST} are the fewest",
+                where="data",
+                fix="give more texts, or change the shares of the parts in `data`",
+            )
+
+
+def _unrepeated(rows: Sequence[LabeledText], seen: set[str]) -> Iterator[LabeledText]:
+    """Rows without duplicate texts, ignoring case, whitespace and Unicode form."""
+    for row in rows:
+        key = normalized(row.text)
+        if key not in seen:
+            seen.add(key)
+            yield row

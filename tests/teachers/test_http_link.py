@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from stillhouse.generation.http_link import HttpLink, LinkError, Reply
+from stillhouse.teachers.http_link import HttpLink, LinkError, Reply
 
 LENGTH = b"HTTP/1.1 200 OK\r\nContent-Length: 11\r\nX-Say:  hi \r\n\r\nhello world"
 CHUNKED = (
@@ -57,7 +57,8 @@ def exchange(
         found: list[Reply | LinkError] = []
         for number in range(len(answers)):
             try:
-                found.append(await asyncio.wait_for(link.post({"n": number}), 60))
+                reply = await asyncio.wait_for(link.post("chat/completions", {"n": number}), 60)
+                found.append(reply)
             except LinkError as error:
                 found.append(error)
         await link.close()
@@ -123,7 +124,7 @@ def test_no_server_means_nothing_was_sent() -> None:
     async def ask() -> None:
         link = HttpLink("http://127.0.0.1:1/v1", None, 5, 1)
         try:
-            await link.post({})
+            await link.post("chat/completions", {})
         finally:
             await link.close()
 
@@ -140,7 +141,7 @@ def posted(url: str) -> Reply:
     async def post() -> Reply:
         link = HttpLink(url, None, 60, 1)
         try:
-            return await link.post({})
+            return await link.post("chat/completions", {})
         finally:
             await link.close()
 
