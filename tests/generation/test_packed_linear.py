@@ -20,9 +20,9 @@ from stillhouse.generation.packed_linear import can_pack, has_room_to_pack, pack
 TYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 PROMPTS = [
-    TokenPrompt([5, 6, 7], 24, temperature=1.0, seed=1),
-    TokenPrompt([8, 9], 24, temperature=1.0, top_p=0.9, seed=2),
-    TokenPrompt([10, 11, 12, 13], 24),
+    TokenPrompt([5, 6, 7], 40, temperature=1.0, seed=1),
+    TokenPrompt([8, 9], 40, temperature=1.0, top_p=0.9, seed=2),
+    TokenPrompt([10, 11, 12, 13], 40),
 ]
 needs_packing = pytest.mark.skipif(not can_pack(torch.float32), reason="no oneDNN on this CPU")
 
