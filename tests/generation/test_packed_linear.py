@@ -111,6 +111,7 @@ def test_inputs_of_any_layout(dtype: torch.dtype) -> None:
 @needs_packing
 @pytest.mark.parametrize("batch", [1, 2, 8])
 def test_generation_packs_and_restores(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     llama = model(tied=True)
     plain = written(llama, batch=batch, pack=False)
     seen: list[bool] = []
@@ -231,6 +232,19 @@ def test_plain_weights_where_packing_fails(failure: str, monkeypatch: pytest.Mon
     with torch.backends.mkldnn.flags(enabled=failure != "disabled"):
         assert written(llama) == plain
     assert not any(seen)
+
+
+@needs_packing
+@pytest.mark.parametrize("batch", [1, 2])
+def test_without_avx512_one_row_has_plain_weights(
+    batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama = model()
+    seen: list[bool] = []
+    llama.register_forward_pre_hook(lambda *_: seen.append(is_packed(llama.lm_head)))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    written(llama, batch=batch)
+    assert set(seen) == {batch > 1}
 
 
 def test_bfloat16_needs_a_cpu_that_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:

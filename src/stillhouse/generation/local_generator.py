@@ -24,7 +24,11 @@ from torch import Tensor
 from stillhouse.data.turn_end import end_of_answers
 from stillhouse.generation.generator import Continuation, TextGenerator, TokenPrompt
 from stillhouse.generation.kv_cache import SlotCache, fits_padding, fits_slots
-from stillhouse.generation.packed_linear import has_room_to_pack, packed_linear
+from stillhouse.generation.packed_linear import (
+    has_room_to_pack,
+    is_faster_packed,
+    packed_linear,
+)
 from stillhouse.generation.sampling import next_tokens
 from stillhouse.hardware import HeapLimit, Requested, choose_precision, default_device
 from stillhouse.progress import note
@@ -137,9 +141,10 @@ class LocalGenerator:
 
     def _is_worth_packing(self, waiting: Sequence[_Writing]) -> bool:
         tokens = sum(writing.prompt.max_tokens for writing in waiting)
-        passes = tokens / min(self.batch, len(waiting))
-        worth = self.pack and passes >= _PASSES_WORTH_PACKING
-        return worth and has_room_to_pack(self.model)
+        rows = min(self.batch, len(waiting))
+        worth = self.pack and tokens >= _PASSES_WORTH_PACKING * rows
+        faster = worth and is_faster_packed(rows, self.model.dtype)
+        return faster and has_room_to_pack(self.model)
 
     def _together(self, writings: list[_Writing]) -> Iterator[tuple[int, Continuation]]:
         """For models whose cache has no slots: transformers' cache, prompts padded on the left,

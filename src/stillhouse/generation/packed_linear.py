@@ -1,9 +1,9 @@
 """Linear layers on x86 CPUs that multiply by weights in oneDNN's own layout.
 
-A pass that adds a token to each sequence multiplies few rows by each weight. oneDNN then spends as
-long on rearranging the weight as on multiplying, so it is rearranged once, for many passes. The
-operators are those that PyTorch's compiler generates for a frozen model. They are not public: they
-are tried once, and if they fail the layers stay as they are.
+A pass that adds a token to each sequence multiplies few rows by each weight, and much of the time
+oneDNN rearranges the weight for that: here it is done once, for many passes. In float32 PyTorch
+would call MKL (see `cpu_products`). The operators are those that PyTorch's compiler generates for a
+frozen model. They are not public: they are tried once, and if they fail, layers stay as they are.
 """
 
 from __future__ import annotations
@@ -49,6 +49,13 @@ def has_room_to_pack(model: Any) -> bool:
     """Whether the copies of a model's weights take a small part of the free memory."""
     need = sum(layer.weight.nbytes for layer in _layers(model, None))
     return need * processes_here() <= SHARE * free_memory_bytes("cpu")
+
+
+def is_faster_packed(rows: int, dtype: torch.dtype) -> bool:
+    """Whether packed weights multiply that many rows faster: for one row in float32, MKL is faster
+    than oneDNN without AVX-512 (docs/experiments.md#packed-weights)."""
+    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return rows > 1 or dtype != torch.float32 or wide
 
 
 def _layers(model: Any, dtype: torch.dtype | None) -> list[nn.Linear]:
