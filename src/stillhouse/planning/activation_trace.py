@@ -80,7 +80,8 @@ def trace_activations(
     of weights until the end of the forward pass.
     Raises ModelError for an architecture that cannot be traced.
     """
-    text = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    shape = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
+    text = json.dumps(shape, sort_keys=True, default=str)
     key = (text, context, compute, weights, device, checkpointing, inference, keep_casts)
     if key not in _TRACED:
         try:
