@@ -15,9 +15,14 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from markupsafe import Markup
 
 # torch and transformers are imported where they are needed: xdist's main process runs no test.
+
+# The same examples in every run; `--hypothesis-profile default` searches for others.
+settings.register_profile("same_examples", derandomize=True, database=None)
+settings.load_profile("same_examples")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -90,8 +90,8 @@ def test_windows_agree_with_a_loop_over_their_tokens(rows: list[tuple[bool, int]
 def test_no_more_windows_than_the_bound(rows: list[tuple[bool, int]]) -> None:
     splittable, lengths = [row[0] for row in rows], [row[1] for row in rows]
     text = all(splittable)
-    # Of rows that cannot be cut, the last may exceed the tokens that a recipe sets.
-    tokens = sum(lengths) if text else sum(lengths[:-1]) + 1
+    # The last row, if it cannot be cut, may exceed the tokens that a recipe sets.
+    tokens = sum(lengths) if splittable[-1:] != [False] else sum(lengths[:-1]) + 1
     most = most_windows(tokens, CONTEXT, packed=True, splittable=text)
     assert len(plan_isolated(lengths, splittable, CONTEXT)) <= most
     single = plan_single(lengths, splittable, CONTEXT)

@@ -24,7 +24,10 @@ ALIGNERS = {kind: TokenAligner(STUDENT, make()) for kind, make in KINDS.items()}
 
 def window_of(*texts: str, cut: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Documents in one window, each with EOS; all but their first tokens are predicted."""
-    rows = [[*STUDENT(text)["input_ids"], STUDENT.eos_token_id] for text in texts]
+    rows = [
+        [*STUDENT(text, split_special_tokens=True)["input_ids"], STUDENT.eos_token_id]
+        for text in texts
+    ]
     ids = np.array([id for row in rows for id in row])[:cut]
     positions = np.array([place for row in rows for place in range(len(row))])[:cut]
     return ids, positions, np.where(positions > 0, ids, -100)
