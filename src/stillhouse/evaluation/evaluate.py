@@ -41,6 +41,7 @@ from stillhouse.shared_work import all_processes
 from stillhouse.teachers.aligned_text import Alignment
 from stillhouse.teachers.load_model import load_config, load_model, load_tokenizer
 from stillhouse.teachers.model_source import AnyModel, ModelSource, source_of
+from stillhouse.teachers.planned_model import shape_key
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.sharded_teacher import ShardedTeacher
 from stillhouse.teachers.stored_head import load_head
@@ -286,16 +287,10 @@ def evaluate_models(
 
 def _same_shapes(sources: Mapping[str, ModelSource]) -> dict[str, list[str]]:
     """The roles whose models have equal configurations, by the first of them."""
-    configs = {}
-    for role, source in sources.items():
-        config = load_config(source).to_dict()
-        other = ("_name_or_path", "dtype", "transformers_version", "use_cache")
-        configs[role] = {key: value for key, value in config.items() if key not in other}
     shapes: dict[str, list[str]] = {}
-    for role, config in configs.items():
-        first = next((one for one in shapes if configs[one] == config), role)
-        shapes.setdefault(first, []).append(role)
-    return shapes
+    for role, source in sources.items():
+        shapes.setdefault(shape_key(load_config(source)), []).append(role)
+    return {roles[0]: roles for roles in shapes.values()}
 
 
 def _with_speed(

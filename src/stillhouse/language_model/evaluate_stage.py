@@ -13,7 +13,7 @@ from stillhouse.evaluation.evaluate import evaluate, keep_teacher
 from stillhouse.evaluation.evaluate_config import EvaluateRecipe
 from stillhouse.evaluation.kept_teacher import KeptTeacher
 from stillhouse.evaluation.results import EVALUATION
-from stillhouse.hardware import choose_precision, peak_memory_bytes
+from stillhouse.hardware import peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job
 from stillhouse.language_model.roots_stage import roots_key, teacher_alignment
@@ -151,8 +151,7 @@ def _sharded_teacher(job: Job) -> Callable[[], ShardedTeacher] | None:
     over = shards(train, "teacher")
     if over == 1:
         return None
-    dtype = choose_precision(train.precision).dtype
-    return sharded_loader(job, job.teacher, dtype, over)
+    return sharded_loader(job, job.teacher, job.precision.dtype, over)
 
 
 def _with_found_tasks(section: EvaluateRecipe, base: Path) -> EvaluateRecipe:

@@ -8,7 +8,6 @@ from stillhouse import account
 from stillhouse.data.data_config import CorpusSource, DataRecipe, TextSource
 from stillhouse.data.packing import most_windows
 from stillhouse.finding import Finding
-from stillhouse.hardware import choose_precision
 from stillhouse.language_model.calibration_check import check_calibration
 from stillhouse.language_model.data_check import TOKENS
 from stillhouse.language_model.data_stage import open_data
@@ -115,9 +114,8 @@ def check_resources(check: Check, find: FindModels = one_student) -> Iterator[Fi
     stages = [stage for models in planned for stage in plan_stages(models, machine, tokens)]
     trainings = [stage for stage in stages if stage.name.endswith("train")]
     yield from _signals(job, planned[0], machine, tokens, trainings[0].tokens / tokens)
-    precision = choose_precision(recipe.train.precision)
     for stage in trainings:
-        yield _training(stage, machine, precision.reason)
+        yield _training(stage, machine, job.precision.reason)
         steps = stage.tokens // (recipe.train.batch_size * recipe.data.context)
         if steps < FEW_STEPS:
             yield Finding(

@@ -76,11 +76,17 @@ class RunModels:
         return training_flops(student, tokens) + again + taught
 
     @property
+    def timed_students(self) -> int:
+        """Versions of the student whose speed is measured: those that are not quantized."""
+        section = self.recipe.evaluate
+        return 2 + section.cut_baseline + section.fine_tuning_baseline
+
+    @property
     def measured_students(self) -> int:
         """Versions of the student that the evaluation measures."""
-        section, quantize = self.recipe.evaluate, self.recipe.quantize
-        plain = 2 + section.cut_baseline + section.fine_tuning_baseline
-        return plain + (0 if quantize is None else 1 + (quantize.qat is not None))
+        quantize = self.recipe.quantize
+        quantized = 0 if quantize is None else 1 + (quantize.qat is not None)
+        return self.timed_students + quantized
 
     @property
     def measured_active(self) -> int:

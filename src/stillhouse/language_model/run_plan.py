@@ -249,9 +249,9 @@ def _evaluation(models: RunModels, machine: Machine) -> StageEstimate:
         phases.append(replace(loading, parts={**loading.parts, **heads, **rows}))
     if recipe.evaluate.speed:
         sharded = run_shard(models, machine) in ("teacher", "both")  # its speed is not measured
-        quantized = 0 if recipe.quantize is None else 1 + (recipe.quantize.qat is not None)
-        students = models.measured_students - quantized  # a quantized one is another file's
-        models_together = students * student.parameters + (0 if sharded else teacher.parameters)
+        models_together = models.timed_students * student.parameters + (
+            0 if sharded else teacher.parameters
+        )
         together = {"weights": float(compute * models_together)}
         together["context"] = phases[0].parts["context"]
         speed = Memory("speed", together, host=phases[0].host)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stillhouse.hardware import choose_precision, default_device, machine, peak_memory_bytes
+from stillhouse.hardware import default_device, machine, peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job
 from stillhouse.pipeline.stage_plan import Do, StagePlan
@@ -43,7 +43,7 @@ def plan_search(job: Job, data: Stage) -> StagePlan:
             windows=windows,
             vocabulary=job.vocabulary,
             seed=job.recipe.seed,
-            dtype=choose_precision(job.recipe.train.precision, device).dtype,
+            dtype=job.precision.dtype,
             served=job.served,
             device=device,
             out=out,

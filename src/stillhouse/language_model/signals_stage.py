@@ -14,7 +14,7 @@ import stillhouse.signals
 import stillhouse.teachers
 from stillhouse.errors import SignalError
 from stillhouse.generation.request import api_described
-from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
+from stillhouse.hardware import default_device, peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.engine_teacher import engine_teacher, server_teacher
 from stillhouse.language_model.job import (
@@ -157,7 +157,7 @@ def _recorded_teacher(job: Job, encoding: Encoding) -> Iterator[Teacher]:
             yield own(found)
         return
     device = default_device()
-    dtype = choose_precision(job.recipe.train.precision, device).dtype
+    dtype = job.precision.dtype
     over = shards(job.recipe.train, "teacher")
     teacher = _loader(job, job.teacher, dtype, over)()
     teacher.described = f"{job.teacher.described} in {dtype}"

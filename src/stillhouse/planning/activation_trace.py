@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import weakref
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from stillhouse.errors import ModelError
 from stillhouse.recomputed import recomputed
 from stillhouse.teachers.backbone import hidden_states
+from stillhouse.teachers.planned_model import shape_key
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.short_attention import use_short_attention
 
@@ -80,9 +80,16 @@ def trace_activations(
     of weights until the end of the forward pass.
     Raises ModelError for an architecture that cannot be traced.
     """
-    shape = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
-    text = json.dumps(shape, sort_keys=True, default=str)
-    key = (text, context, compute, weights, device, checkpointing, inference, keep_casts)
+    key = (
+        shape_key(config),
+        context,
+        compute,
+        weights,
+        device,
+        checkpointing,
+        inference,
+        keep_casts,
+    )
     if key not in _TRACED:
         try:
             with quiet(), FakeTensorMode():

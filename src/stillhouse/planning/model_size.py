@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from stillhouse.account import count_parameters
-from stillhouse.teachers.planned_model import planned_model
+from stillhouse.teachers.planned_model import planned_model, shape_key
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class ModelSize:
 
 def config_size(config: Any) -> ModelSize:
     """Of a model that does not exist yet. Raises ModelError as `planned_model`."""
-    key = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    key = shape_key(config)
     if key not in _KNOWN:
         _KNOWN[key] = model_size(planned_model(config))
     return _KNOWN[key]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -25,6 +26,15 @@ from stillhouse.teachers.model_requirements import (
 from stillhouse.teachers.model_source import AnyModel, source_of
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.weights import INDEX, SINGLE, read_json
+
+_OF_CHECKPOINTS = ("_name_or_path", "dtype", "transformers_version", "use_cache")
+"""Keys of a configuration that say nothing of the model's shape."""
+
+
+def shape_key(config: Any) -> str:
+    """Equal for models of equal shape, in whatever folder and number type they are stored."""
+    shape = {name: value for name, value in config.to_dict().items() if name not in _OF_CHECKPOINTS}
+    return json.dumps(shape, sort_keys=True, default=str)
 
 
 def planned_model(config: Any, where: object = None) -> Any:
