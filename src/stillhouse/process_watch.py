@@ -31,12 +31,14 @@ from stillhouse.launch import (
     world_size,
 )
 
-DONE, FAILED, STOPPED = b"d", b"f", b"s"
-"""The last word of a process: it has finished, reports an error of its own, or got a signal."""
+DONE, FAILED, KILLED, STOPPED, LOST = b"d", b"f", b"k", b"s", b"l"
+"""How a process ends: it has finished, reports an error of its own, closes its connections without
+a word, got a signal, or has lost another one and does not know which."""
 GRACE_SECONDS = 3.0
 """For a process to end by itself after another one has, before it gets a signal."""
 NOTICE_SECONDS = 1.0
-"""By which news of an ended process may come later than an error of a collective."""
+"""By which news of an ended process may come later than an error of a collective, or than news of
+another one that ended because of it."""
 CONNECT_SECONDS = 10.0
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 """A machine that does not answer for 30 seconds is lost."""
@@ -44,13 +46,17 @@ INDEX_BYTES = 4
 AGAIN = "run the same command again: it resumes from the last checkpoint"
 REASONS = {
     FAILED: "its own message says why",
+    KILLED: "it was killed, or its machine cannot be reached",
     STOPPED: "it was stopped by a signal",
-    b"": "it was killed, or its machine cannot be reached",
+    LOST: "because another process has ended",
 }
+"""From what ends a torchrun to what may follow from it: torchrun stops the processes that are
+left."""
 
 _ended: dict[int, bytes] = {}
-"""Processes that have ended before their work was finished, with their last word."""
-_noticed = threading.Event()
+"""Processes that have ended before their work was finished, and how."""
+_cause_known = threading.Event()
+"""Whether one of them failed or was killed."""
 _finished: set[int] = set()
 """Processes that this one watches and that have finished their work."""
 
@@ -67,35 +73,41 @@ def watched_processes() -> Iterator[None]:
         yield
         return
     _ended.clear()
-    _noticed.clear()
+    _cause_known.clear()
     _finished.clear()
     links = _connect()
     if not links:  # the main process cannot be waited for
         _finished.add(0)
     threading.Thread(target=_watch, args=(links,), daemon=True).start()
-    word = FAILED
+    own = process_index()
+    end = (own, FAILED)
     try:
         yield
-        word = DONE
+        end = (own, DONE)
+    except LostProcessError:
+        end = _cause() or (own, LOST)
+        raise
     except Exception:
         raise
     except BaseException:  # a signal: of the user, or because another process has ended
-        word = FAILED if _ended else STOPPED
+        end = _cause() or (own, STOPPED)
         raise
     finally:
         # The connections stay open until this process has ended, and has said what it has to.
         for link in links:
             with suppress(OSError):
-                link.sendall(word)
+                link.sendall(_message(*end))
 
 
 def lost_process_found(wait: float = 0.0) -> LostProcessError | None:
-    """The error about the first process that has ended too early; None if none has.
+    """The error about the process that has ended too early, of several the one that ended the
+    others as far as is known; None if none has.
 
-    wait: for at most so many seconds, until it is known.
+    wait: for at most so many seconds, until one is known that failed or was killed.
     """
-    _noticed.wait(wait)
-    return next((_error(index, word) for index, word in _ended.items()), None)
+    _cause_known.wait(wait)
+    cause = _cause()
+    return None if cause is None else _error(*cause)
 
 
 def main_process_finished() -> bool | None:
@@ -109,23 +121,29 @@ def reports_lost_process() -> bool:
 
     True once: a signal may come while an error of a collective is being reported.
     """
-    _noticed.wait(NOTICE_SECONDS)
-    if any(word == FAILED and is_on_this_machine(index) for index, word in _ended.items()):
+    _cause_known.wait(NOTICE_SECONDS)
+    if any(how == FAILED and is_on_this_machine(index) for index, how in _ended.items()):
         return False
-    main_is_lost = on_main_machine() and 0 in _ended
+    main_is_lost = on_main_machine() and _ended.get(0) in (KILLED, STOPPED)
     return (speaks_for_machine() if main_is_lost else local_index() == 0) and may_report()
 
 
 def was_lost() -> bool:
     """Whether another process has ended too early, and did not get the same signal as this one."""
     if world_size() > 1:
-        _noticed.wait(NOTICE_SECONDS)
-    return any(word != STOPPED or not on_main_machine() for word in _ended.values())
+        _cause_known.wait(NOTICE_SECONDS)
+    return any(how != STOPPED or not on_main_machine() for how in _ended.values())
 
 
-def _error(index: int, word: bytes) -> LostProcessError:
+def _cause() -> tuple[int, bytes] | None:
+    """The process that ended the others, as far as is known, and how it has ended."""
+    order = list(REASONS)
+    return min(_ended.items(), key=lambda each: order.index(each[1]), default=None)
+
+
+def _error(index: int, how: bytes) -> LostProcessError:
     return LostProcessError(
-        f"process {index} of {world_size()} has ended", where=REASONS[word], fix=AGAIN
+        f"process {index} of {world_size()} has ended", where=REASONS[how], fix=AGAIN
     )
 
 
@@ -192,31 +210,41 @@ def _greeted(link: socket.socket, key: bytes) -> int | None:
 
 
 def _watch(links: Mapping[socket.socket, int]) -> None:
-    words = dict.fromkeys(links, b"")
+    said = set()
     with selectors.DefaultSelector() as selector:
         for each in links:
             selector.register(each, selectors.EVENT_READ, data=each)
         while selector.get_map():
             for key, _ in selector.select():
                 link: socket.socket = key.data
-                word = _received(link)
-                if word == DONE:
-                    _finished.add(links[link])
-                if not word:
+                message = _received(link)
+                if message is None:
                     selector.unregister(link)
-                if word != DONE and not words[link]:
-                    _ended[links[link]] = word
-                    _noticed.set()
-                    threading.Thread(target=_end, daemon=True).start()
-                words[link] = words[link] or word
+                    if link in said:
+                        continue
+                said.add(link)
+                index, how = message or (links[link], KILLED)
+                if how == DONE:
+                    _finished.add(index)
+                    continue
+                _ended[index] = how
+                if how in (FAILED, KILLED):
+                    _cause_known.set()
+                threading.Thread(target=_end, daemon=True).start()
 
 
-def _received(link: socket.socket) -> bytes:
-    """The next word; nothing when the connection has ended."""
+def _message(index: int, how: bytes) -> bytes:
+    """The last one of a process, about the process that ends it: itself or another one."""
+    return how + index.to_bytes(INDEX_BYTES)
+
+
+def _received(link: socket.socket) -> tuple[int, bytes] | None:
+    """The next message; None when the connection has ended."""
     try:
-        return link.recv(1)
+        message = link.recv(1 + INDEX_BYTES, socket.MSG_WAITALL)
     except OSError:  # reset, or not alive
-        return b""
+        return None
+    return (int.from_bytes(message[1:]), message[:1]) if len(message) > INDEX_BYTES else None
 
 
 def _end() -> None:

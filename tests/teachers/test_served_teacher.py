@@ -173,13 +173,15 @@ def test_rows_recorded_before_the_server_failed_are_not_requested_again(
     windows = TwoDocuments()
     answers = iter(range(100))
 
-    def fails_after_four(status: int, answer: Any) -> tuple[int, Any]:
-        return (400, {"error": {"message": "gone"}}) if next(answers) >= 4 else (status, answer)
+    def fails_after_two(status: int, answer: Any) -> tuple[int, Any]:
+        return (400, {"error": {"message": "gone"}}) if next(answers) >= 2 else (status, answer)
 
-    server.spoil = fails_after_four
+    server.spoil = fails_after_two
     monkeypatch.setattr(ServedTeacher, "tokens_together", 24)  # one window at a time
+    # One request at a time: another one could reach the server after the error was raised.
+    one = server.section.model_copy(update={"concurrency": 1})
     with pytest.raises(ModelError, match=r"rejects the request \(400\).*gone"):
-        record(teacher(server.section), [windows], SETTINGS, tmp_path)
+        record(teacher(one), [windows], SETTINGS, tmp_path)
     server.spoil = lambda status, answer: (status, answer)
     server.asked.clear()
     record(teacher(server.section), [windows], SETTINGS, tmp_path)
