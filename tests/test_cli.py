@@ -260,6 +260,7 @@ def _print_the_schema() -> None:
     cli.main()
 
 
+@pytest.mark.run
 def test_output_that_cannot_be_written_is_named() -> None:
     process = Fork(_print_the_schema)
     _, error = process.communicate()
@@ -272,6 +273,7 @@ def _print_a_note() -> None:
     note("this line is lost")
 
 
+@pytest.mark.run
 def test_a_full_disk_under_the_log_does_not_end_a_run() -> None:
     assert Fork(_print_a_note).wait() == 0
 
@@ -284,6 +286,7 @@ def _in_a_deleted_folder(folder: Path) -> None:
     cli.main()
 
 
+@pytest.mark.run
 def test_a_current_folder_that_was_deleted_is_one_message(tmp_path: Path) -> None:
     process = Fork(_in_a_deleted_folder, tmp_path / "gone")
     _, error = process.communicate()
@@ -300,6 +303,7 @@ def _without_streams(file: Path) -> None:
         os.write(2, b"a warning of a library")
 
 
+@pytest.mark.run
 def test_what_a_library_prints_is_not_written_into_a_file(tmp_path: Path) -> None:
     """Where standard streams are closed, the next file would get the number of one."""
     assert Fork(_without_streams, tmp_path / "file").wait() == 0
@@ -448,6 +452,7 @@ def _stopped_while_reporting() -> None:
     cli.main()
 
 
+@pytest.mark.run
 def test_a_signal_does_not_interrupt_an_errors_message() -> None:
     process = Fork(_stopped_while_reporting)
     _, error = process.communicate()
@@ -462,6 +467,7 @@ def _hang_up(ignored: bool) -> None:
     cli.main()
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(("ignored", "status"), [(False, 129), (True, 0)])
 def test_a_closed_terminal_stops_a_command_that_is_not_under_nohup(
     ignored: bool, status: int
