@@ -16,6 +16,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
+import stillhouse
 from stillhouse import cli
 from stillhouse.check import check_recipe
 from stillhouse.cli import exits, stop_signals
@@ -60,6 +61,10 @@ def test_every_verb_has_a_runnable_example_in_its_help(verb: str) -> None:
     result = call(verb, "--help")
     assert result.exit_code == 0
     assert f"stillhouse {verb}" in result.output
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert call("--version").output == f"stillhouse {stillhouse.__version__}\n"
 
 
 @pytest.mark.parametrize("verb", ["", "record", "verify", "info", "export", "push", "pull"])

@@ -49,8 +49,24 @@ app.add_typer(signals, name="signals")
 FOR_ALL_PROCESSES = ("run", "cascade", "signals", "synthesize", "evaluate")
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from stillhouse import __version__
+
+        typer.echo(f"stillhouse {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def only_main_process(context: typer.Context) -> None:
+def only_main_process(
+    context: typer.Context,
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the version and exit.", callback=_show_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
     """Leave commands that one process does alone to the main process of a torchrun."""
     if context.invoked_subcommand in FOR_ALL_PROCESSES:
         return
