@@ -18,6 +18,7 @@ from typing import Any
 
 from stillhouse.errors import LostProcessError
 from stillhouse.generation.request import Outcome, Request
+from stillhouse.process_watch import NOTICE_SECONDS, lost_process_found
 from stillhouse.shared_work import Processes
 
 Next = Callable[[], Request | None]
@@ -69,9 +70,9 @@ class Helpers:
         for error in lost:
             if not isinstance(error, EOFError | OSError):
                 raise error
-            raise LostProcessError(
+            raise lost_process_found(NOTICE_SECONDS) or LostProcessError(
                 "another process that answers requests has ended",
-                fix="its own message says why; give the same command again: answers that arrived "
+                fix="its own message says why; run the same command again: answers that arrived "
                 "are in the journal",
             ) from error
 
