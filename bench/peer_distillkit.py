@@ -31,7 +31,9 @@ def write(job: dict[str, Any], compressor: Any) -> None:
     logprobs_RLK = torch.from_numpy(np.load(job["logprobs"]))
     k = compressor.config.k
     began = time.perf_counter()
-    with StreamingParquetWriter(job["store"], compressed_logit_schema(), 256) as writer:
+    with StreamingParquetWriter(
+        job["store"], compressed_logit_schema(), file_max_rows=256, queue_maxsize=512
+    ) as writer:
         for row, (ids_LK, values_LK) in enumerate(zip(ids_RLK, logprobs_RLK, strict=True)):
             packed = compressor.compress_from_sparse(ids_LK[:, :k].long(), values_LK[:, :k])
             columns = {name: tensor.tolist() for name, tensor in packed.items()}

@@ -102,6 +102,10 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     vocabulary = int(teacher.config.get_text_config().vocab_size)
     found: dict[str, Any] = {}
     save_top(teacher, windows, folder, max(one["k"] for one in DISTILLKIT.values()))
+    for name, compression in DISTILLKIT.items():
+        compression = {"d": vocabulary, **compression}
+        found[name] = distillkit(options, job, name, compression, folder, heldout, answers)
+        print(name, json.dumps(found[name]), flush=True)
     for name, size in OWN.items():
         path = folder / stem(name)
         local = LocalTeacher(teacher)
@@ -116,10 +120,6 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         print(name, json.dumps(found[name]), flush=True)
     live = load_teacher(source, dtype=torch.float32)
     found[LIVE] = {"kl": student_kl(job, live, windows, folder / "live-out", heldout, answers)}
-    for name, compression in DISTILLKIT.items():
-        compression = {"d": vocabulary, **compression}
-        found[name] = distillkit(options, job, name, compression, folder, heldout, answers)
-        print(name, json.dumps(found[name]), flush=True)
     return {"untrained_kl": kl(Path(job.student), heldout, answers), "stores": found}
 
 
