@@ -80,14 +80,14 @@ def watched_processes() -> Iterator[None]:
         _finished.add(0)
     threading.Thread(target=_watch, args=(links,), daemon=True).start()
     own = process_index()
-    end = (own, FAILED)
+    end = (own, DONE)
     try:
         yield
-        end = (own, DONE)
     except LostProcessError:
         end = _cause() or (own, LOST)
         raise
     except Exception:
+        end = (own, FAILED)
         raise
     except BaseException:  # a signal: of the user, or because another process has ended
         end = _cause() or (own, STOPPED)

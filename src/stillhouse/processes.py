@@ -111,10 +111,7 @@ def lost_process(processes: int) -> Iterator[None]:
     except RuntimeError as error:
         if processes == 1 or not (isinstance(error, DistError) or _LOST.search(str(error))):
             raise
-        known = lost_process_found(NOTICE_SECONDS)
-        if known is not None:
-            raise known from error
-        raise LostProcessError(
+        raise lost_process_found(NOTICE_SECONDS) or LostProcessError(
             f"another of the {processes} processes has ended, or cannot be reached",
             where=str(error).splitlines()[0],
             fix=f"its own message says why (none: it was killed); {AGAIN}",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stillhouse import __version__
 from stillhouse.cli.exits import end_stopped, end_with, open_standard_streams
 from stillhouse.cli.options import (
     JsonOption,
@@ -51,8 +52,6 @@ FOR_ALL_PROCESSES = ("run", "cascade", "signals", "synthesize", "evaluate")
 
 def _show_version(asked: bool) -> None:
     if asked:
-        from stillhouse import __version__
-
         typer.echo(f"stillhouse {__version__}")
         raise typer.Exit
 
