@@ -5,20 +5,22 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from stillhouse.errors import StillhouseError
+from stillhouse.signals import store as store_module
 from stillhouse.signals.encodings import Hidden, Threshold, TopP
-from stillhouse.signals.manifest import Settings, write_manifest
+from stillhouse.signals.manifest import Settings
 from stillhouse.signals.record import Recorder
+from stillhouse.signals.shards import open_shard
 from stillhouse.signals.store import open_store
-from stillhouse.signals.verify import verify
+from stillhouse.signals.verify import info, verify
 from stillhouse.signals.writer import StoreWriter, finish_store
 from tests.signals import toys
 
@@ -159,24 +161,62 @@ def test_settings_in_the_place_of_the_manifest_are_named(tmp_path):
         open_store(tmp_path)
 
 
-@pytest.mark.parametrize("listed", [True, False])
-def test_a_flipped_bit_is_found_by_either_hash(tmp_path, listed):
-    """Older manifests list the CRC-32 alone."""
+@pytest.mark.parametrize("hashed", [True, False])
+def test_a_flipped_bit_is_found_by_either_hash(tmp_path, hashed):
+    """Readers of a finished store compare XXH3; writers that resume have the CRC-32 alone."""
     data = toys.batch(windows=2)
     toys.record(tmp_path, toys.settings(Threshold(0.05)), data)
-    store = open_store(tmp_path)
-    (entry,) = store.manifest.shards
+    (entry,) = open_store(tmp_path).manifest.shards
     assert len(entry.xxh3) == 32
-    older = replace(store.manifest, shards=(replace(entry, xxh3=entry.xxh3 if listed else ""),))
-    assert older.digest() == store.manifest.digest()
-    write_manifest(tmp_path, older)
-    open_store(tmp_path).read(data.segments)
     shard = tmp_path / "shards" / entry.name
+    listed = entry.xxh3 if hashed else None
+    open_shard(shard, listed)
     content = bytearray(shard.read_bytes())
     content[-9] ^= 1
     shard.write_bytes(content)
     with pytest.raises(StillhouseError, match="its checksum is wrong"):
+        open_shard(shard, listed)
+
+
+@pytest.fixture
+def few_files():
+    """Allow twelve open files more than there are, until the test is over."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = {int(name) for name in os.listdir("/dev/fd")}
+    free = [number for number in range(limits[0]) if number not in opened]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[12], limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def many_shards(path: Path, data: toys.Batch) -> None:
+    of = toys.settings(Threshold(0.05))
+    with StoreWriter(path, of) as writer:
+        for number in range(len(data.segments)):
+            part = data.part(np.arange(len(data.segments)) == number)
+            writer.add(part[0], *Recorder(of).encode(*part))
+            writer.flush()
+        writer.finish()
+    assert len(list((path / "shards").iterdir())) == len(data.segments) > 12
+
+
+@pytest.mark.run
+def test_a_store_may_have_more_shards_than_open_files_are_allowed(tmp_path, few_files):
+    data = toys.batch(windows=12)
+    many_shards(tmp_path, data)
+    assert verify(tmp_path) == []
+    assert info(tmp_path).manifest.segments == len(data.segments)
+    found = open_store(tmp_path).read(data.segments)
+    assert toys.estimate(found, toys.VOCABULARY).shape[0] == data.segments.rows
+
+
+def test_a_shard_that_cannot_be_opened_is_not_called_damaged(tmp_path, few_files, monkeypatch):
+    data = toys.batch(windows=12)
+    many_shards(tmp_path, data)
+    monkeypatch.setattr(store_module, "allow_open_files", lambda files: None)
+    with pytest.raises(StillhouseError, match="Too many open files") as caught:
         open_store(tmp_path).read(data.segments)
+    assert "ulimit -n" in caught.value.fix
 
 
 def test_a_shard_missing_from_the_manifest_is_named(tmp_path):

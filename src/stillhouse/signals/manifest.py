@@ -54,14 +54,14 @@ class Settings:
 @dataclass(frozen=True)
 class ShardEntry:
     """A shard as the manifest lists it. crc32: of all bytes after its header. xxh3: XXH3 of the
-    file, 128 bits in hex, which is computed faster; empty in older manifests."""
+    file, 128 bits in hex, which is computed faster."""
 
     name: str
     crc32: int
     bytes: int
     segments: int
     rows: int
-    xxh3: str = field(default="", compare=False)
+    xxh3: str
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,7 @@ class Manifest:
 
     def digest(self) -> str:
         """Identifies the store's content: 16 bytes in hex."""
-        content = self.to_json()
-        for shard in content["shards"]:
-            del shard["xxh3"]  # which older manifests lack
-        text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+        text = json.dumps(self.to_json(), sort_keys=True, ensure_ascii=False)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 

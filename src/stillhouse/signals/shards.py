@@ -6,11 +6,13 @@ little-endian. Shapes: S segments, N rows, E entries, X values, W numbers of a d
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import struct
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -112,11 +114,11 @@ class Shard:
         """The first row of each segment, [S]."""
         return np.cumsum(self.rows_S) - self.rows_S
 
-    @property
-    def entry(self) -> ShardEntry:
-        """The manifest's entry for this shard."""
+    def summary(self) -> tuple[ShardHeader, ShardEntry]:
+        """What a manifest needs of this shard: its header, and the entry in the list."""
         numbers = (self.crc32, len(self.content), self.header.segments, self.header.rows)
-        return ShardEntry(self.path.name, *numbers, xxhash.xxh3_128_hexdigest(self.content))
+        xxh3 = xxhash.xxh3_128_hexdigest(self.content)
+        return self.header, ShardEntry(self.path.name, *numbers, xxh3)
 
 
 def shard_bytes(
@@ -178,7 +180,7 @@ def _planes(rows_S: NDArray[np.int64], rows: Rows) -> tuple[dict[str, Any], dict
     return planes, header
 
 
-def open_shard(path: Path, xxh3: str = "") -> Shard:
+def open_shard(path: Path, xxh3: str | None = None) -> Shard:
     """Map a shard and check its checksum, lengths and counts.
 
     xxh3: as a manifest lists it, to be compared in place of the CRC-32, which takes longer.
@@ -201,7 +203,7 @@ def open_shard(path: Path, xxh3: str = "") -> Shard:
             fix=_DAMAGED,
         )
     content = memoryview(mapped)
-    if xxh3:
+    if xxh3 is not None:
         whole = xxhash.xxh3_128_hexdigest(content) == xxh3
     else:
         whole = zlib.crc32(content[HEADER_BYTES:]) == crc32
@@ -247,6 +249,24 @@ def _map(descriptor: int) -> mmap.mmap:
     return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
 
 
+def allow_open_files(files: int) -> None:
+    """Raise this process's limit of open files by so many, as far as the system allows.
+
+    A mapped file counts as an open one, and large stores have more shards than the usual limits:
+    1,024 files on Linux, 256 on macOS.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows, which has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return
+    wanted = soft + files if hard == resource.RLIM_INFINITY else min(soft + files, hard)
+    with suppress(ValueError, OSError):  # macOS has a limit below the one that it reports
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def read_keys(path: Path) -> tuple[bytes, ...]:
     """The keys of a shard's segments. Only its header is checked; the rest is not read.
 
@@ -268,7 +288,13 @@ def _cut_keys(keys: bytes) -> tuple[bytes, ...]:
 
 
 def _unreadable(path: Path, error: OSError) -> StoreError:
-    return StoreError(f"the shard cannot be read ({error.strerror})", where=path, fix=_DAMAGED)
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        fix = "allow more open files: `ulimit -n` shows and sets their number"
+    elif error.errno == errno.ENOENT:
+        fix = "restore it from a copy, or record its segments again"
+    else:
+        fix = "check its permissions and the disk, and run the same command again"
+    return StoreError(f"the shard cannot be read ({error.strerror})", where=path, fix=fix)
 
 
 def _read_header(mapped: mmap.mmap | bytes, path: Path) -> tuple[ShardHeader, int]:

@@ -24,7 +24,7 @@ from stillhouse.signals.encoded_rows import GUARD, EntryRows, Rows
 from stillhouse.signals.encodings import AnswerChunks, FrozenHead, Hidden
 from stillhouse.signals.manifest import SHARDS, Manifest, Settings, check_expected, read_manifest
 from stillhouse.signals.segments import Segments
-from stillhouse.signals.shards import Shard, open_shard, read_keys
+from stillhouse.signals.shards import Shard, allow_open_files, open_shard, read_keys
 from stillhouse.signals.writer import check_belongs
 
 _OpenShard = tuple[Shard, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
@@ -141,6 +141,7 @@ def open_store(
     """
     manifest = read_manifest(path)
     check_expected(manifest.settings, path, expect or {}, temperature, vocabulary)
+    allow_open_files(len(manifest.shards))
     numbers: dict[bytes, int] = {}
     first = []
     count = 0

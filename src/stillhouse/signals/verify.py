@@ -18,7 +18,7 @@ from stillhouse.signals.manifest import (
     read_manifest,
     read_settings,
 )
-from stillhouse.signals.shards import Shard, open_shard
+from stillhouse.signals.shards import Shard, ShardHeader, open_shard
 from stillhouse.signals.writer import check_belongs, describe, open_shards
 
 _AGAIN = "delete this file, record its segments again, and finish the store"
@@ -38,10 +38,10 @@ def verify(path: Path) -> list[StillhouseError]:
     except (StoreError, SignalError) as error:
         return [error]
     wrong: list[StillhouseError] = []
-    shards = []
+    found = []
     for listed in manifest.shards:
         try:
-            shards.append(_sound_shard(path / SHARDS / listed.name, listed, settings))
+            found.append(_sound_shard(path / SHARDS / listed.name, listed, settings))
         except StoreError as error:
             wrong.append(error)
     try:
@@ -58,7 +58,7 @@ def verify(path: Path) -> list[StillhouseError]:
         for file in sorted((path / SHARDS).glob("*"))
         if file.name not in names
     )
-    if not wrong and describe(settings, shards) != manifest:
+    if not wrong and describe(settings, found) != manifest:
         wrong.append(
             StoreError(
                 "the manifest's figures are not those of the shards",
@@ -69,12 +69,15 @@ def verify(path: Path) -> list[StillhouseError]:
     return wrong
 
 
-def _sound_shard(file: Path, listed: ShardEntry, settings: Settings) -> Shard:
+def _sound_shard(
+    file: Path, listed: ShardEntry, settings: Settings
+) -> tuple[ShardHeader, ShardEntry]:
+    """The shard's summary. Raises StoreError if the file is not as it should be."""
     shard = open_shard(file)
     check_belongs(shard, settings)
-    header = shard.header
-    if shard.entry != listed:
-        message = f"the manifest lists {listed}, and the file is {shard.entry}"
+    header, entry = shard.summary()
+    if entry != listed:
+        message = f"the manifest lists {listed}, and the file is {entry}"
         raise StoreError(message, where=file, fix=_AGAIN)
     if len(set(shard.keys_S)) != len(shard.keys_S):
         raise StoreError("a segment is in the shard twice", where=file, fix=_AGAIN)
@@ -90,7 +93,7 @@ def _sound_shard(file: Path, listed: ShardEntry, settings: Settings) -> Shard:
                 where=file,
                 fix=_AGAIN,
             )
-    return shard
+    return header, entry
 
 
 @dataclass(frozen=True)
@@ -133,4 +136,4 @@ def info(path: Path) -> Info:
     if (path / MANIFEST).exists():
         return Info(True, read_manifest(path))
     settings = read_settings(path)
-    return Info(False, describe(settings, open_shards(path, settings)))
+    return Info(False, describe(settings, map(Shard.summary, open_shards(path, settings))))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -25,13 +25,14 @@ from stillhouse.signals.manifest import (
     Manifest,
     Quality,
     Settings,
+    ShardEntry,
     check_same,
     read_settings,
     write_manifest,
     write_settings,
 )
 from stillhouse.signals.segments import Segments
-from stillhouse.signals.shards import Shard, open_shard, shard_bytes
+from stillhouse.signals.shards import Shard, ShardHeader, open_shard, shard_bytes
 
 SHARD_BYTES = 64 << 20
 SHARD_SECONDS = 600.0
@@ -153,17 +154,17 @@ def finish_store(path: Path) -> Manifest:
     settings = read_settings(path)
     for left in (path / SHARDS).glob(f".*{PARTIAL}"):
         left.unlink(missing_ok=True)
-    shards = open_shards(path, settings)
-    manifest = describe(settings, shards)
+    manifest = describe(settings, map(Shard.summary, open_shards(path, settings)))
     write_manifest(path, manifest)
     return manifest
 
 
-def describe(settings: Settings, shards: Sequence[Shard]) -> Manifest:
-    total = sum((shard.header.statistics for shard in shards), Statistics())
-    rows = sum(shard.header.rows for shard in shards)
-    entries = tuple(shard.entry for shard in shards)
-    size = sum(entry.bytes for entry in entries)
+def describe(settings: Settings, summaries: Iterable[tuple[ShardHeader, ShardEntry]]) -> Manifest:
+    """The manifest of a store with these shards."""
+    found = list(summaries)
+    total = sum((header.statistics for header, _ in found), Statistics())
+    rows = sum(header.rows for header, _ in found)
+    size = sum(entry.bytes for _, entry in found)
     of_rows = max(rows, 1)
     return Manifest(
         settings=settings,
@@ -171,13 +172,13 @@ def describe(settings: Settings, shards: Sequence[Shard]) -> Manifest:
             captured_mass=total.mass / of_rows,
             variance=total.variance / of_rows,
             squared_bias=total.squared_bias / of_rows,
-            entries=sum(shard.header.entries for shard in shards) / of_rows,
+            entries=sum(header.entries for header, _ in found) / of_rows,
             bytes=size / of_rows,
         ),
-        segments=sum(shard.header.segments for shard in shards),
+        segments=sum(header.segments for header, _ in found),
         rows=rows,
         bytes=size,
-        shards=entries,
+        shards=tuple(entry for _, entry in found),
     )
 
 
@@ -195,12 +196,12 @@ def _begin(path: Path, settings: Settings) -> None:
     check_same(read_settings(path), settings, path)
 
 
-def open_shards(path: Path, settings: Settings) -> list[Shard]:
-    """All shards of a store in the order of their names, each one checked."""
-    shards = [open_shard(file) for file in sorted((path / SHARDS).glob("*.bin"))]
-    for shard in shards:
+def open_shards(path: Path, settings: Settings) -> Iterator[Shard]:
+    """All shards of a store in the order of their names, each one checked when it is its turn."""
+    for file in sorted((path / SHARDS).glob("*.bin")):
+        shard = open_shard(file)
         check_belongs(shard, settings)
-    return shards
+        yield shard
 
 
 def check_belongs(shard: Shard, settings: Settings) -> None:
