@@ -84,3 +84,26 @@ def test_hub_errors_are_reported_without_the_token(
     with pytest.raises(RunError, match="may not write") as caught:
         push(PushRecipe(repo="me/small"), {"safetensors": tmp_path}, "demo")
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (RuntimeError("[Errno 111] Connection refused"), "Connection refused"),
+        (
+            ValueError('Invalid metadata in README.md.\n- Error: "license" is not'),
+            '"license" is not',
+        ),
+    ],
+)
+def test_errors_that_are_not_the_hubs_own_classes_are_one_message(
+    recorder: type[Recorder],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    error: Exception,
+    shown: str,
+) -> None:
+    monkeypatch.setattr(recorder, "fails", error)
+    with pytest.raises(RunError, match="upload to the Hub failed") as caught:
+        push(PushRecipe(repo="me/small"), {"safetensors": tmp_path}, "demo")
+    assert shown in str(caught.value)

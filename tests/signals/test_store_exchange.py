@@ -99,13 +99,18 @@ def test_a_damaged_store_is_not_uploaded(tmp_path, monkeypatch):
     assert fake.asked == []
 
 
-def test_errors_of_the_hub_are_passed_on(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [OSError, RuntimeError])
+def test_errors_of_the_hub_are_one_message(tmp_path, monkeypatch, kind):
     def refuse(*_, **__):
-        raise OSError("no such repository")
+        raise kind("no such repository")
 
     monkeypatch.setattr(hub, "snapshot_download", refuse)
-    with pytest.raises(StoreError, match="no such repository"):
+    monkeypatch.setattr(hub, "HfApi", lambda: SimpleNamespace(create_repo=refuse))
+    with pytest.raises(StoreError, match=r"download failed \(no such"):
         hub.download_store("me/nothing", tmp_path / "copy")
+    toys.record(tmp_path / "store", toys.settings(Threshold(0.05)), toys.batch(windows=1))
+    with pytest.raises(StoreError, match=r"upload failed \(no such"):
+        hub.upload_store(tmp_path / "store", "me/nothing")
 
 
 def test_a_name_that_no_repository_can_have_is_one_message(tmp_path):

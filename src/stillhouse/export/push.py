@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from stillhouse.errors import RunError
 from stillhouse.export.export_config import PushRecipe
 from stillhouse.progress import note
 from stillhouse.teachers.redact import redacted
+
+LONGEST = 500
+"""Characters of an error of the Hub that are shown."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ def push(section: PushRecipe, folders: Mapping[str, Path], name: str) -> Pushed:
     """Upload each export's folder, with its card; the repository is created if needed.
 
     folders: by format, the one for the repository's root first. name: of the run, for the commits.
-    Raises RunError if there is no token or network, or the Hub rejects the upload.
+    Raises RunError if there is no token or network, or the upload fails.
     """
     token = require_token(section)
     api = HfApi(token=token)
@@ -43,10 +45,10 @@ def push(section: PushRecipe, folders: Mapping[str, Path], name: str) -> Pushed:
                 commit_message=f"{name}: {form}",
             )
             commits[form] = str(done.commit_url)
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
-        lines = redacted(str(error), token).strip().splitlines() or [type(error).__name__]
+    except Exception as error:  # its HTTP and Xet clients have errors without a common base
+        words = redacted(str(error), token).split() or [type(error).__name__]
         raise RunError(
-            f"the Hub rejected the upload ({lines[0]})",
+            f"the upload to the Hub failed ({' '.join(words)[:LONGEST]})",
             where=f"export.push_to_hub.repo: {section.repo}",
             fix="check that the token may write there and that the network works, then run again: "
             "finished uploads are kept",

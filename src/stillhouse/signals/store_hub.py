@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from stillhouse.disk_errors import disk_errors
-from stillhouse.errors import StoreError
+from stillhouse.errors import StillhouseError, StoreError
 from stillhouse.signals.folded_store import FOLD
 from stillhouse.signals.verify import verify
 
@@ -20,7 +19,7 @@ def upload_store(path: Path, repository: str, *, private: bool = True) -> str:
     """Upload a valid, finished store to a dataset repository; returns the commit's URL.
 
     The Hub's token comes from the environment. Raises StoreError if the store is damaged, or the
-    Hub rejects the upload.
+    upload fails.
     """
     _reject_damaged(path)
     api = HfApi()
@@ -33,8 +32,8 @@ def upload_store(path: Path, repository: str, *, private: bool = True) -> str:
             allow_patterns=FILES,
             commit_message="A store of a teacher's signals",
         )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise _hub_error(repository, error) from error
+    except Exception as error:  # its HTTP and Xet clients have errors without a common base
+        raise _hub_error("upload", repository, error) from error
     return str(commit.commit_url)
 
 
@@ -49,8 +48,10 @@ def download_store(repository: str, path: Path, *, revision: str | None = None) 
                 local_dir=path,
                 allow_patterns=FILES,
             )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise _hub_error(repository, error) from error
+    except StillhouseError:
+        raise
+    except Exception as error:
+        raise _hub_error("download", repository, error) from error
     _reject_damaged(path)
     return path
 
@@ -63,10 +64,10 @@ def _reject_damaged(path: Path) -> None:
         )
 
 
-def _hub_error(repository: str, error: Exception) -> StoreError:
+def _hub_error(what: str, repository: str, error: Exception) -> StoreError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return StoreError(
-        f"the Hub refused ({lines[0]})",
+        f"the {what} failed ({lines[0]})",
         where=repository,
-        fix="check the repository's name and the permissions of HF_TOKEN",
+        fix="check the network, the repository's name and the permissions of HF_TOKEN",
     )
