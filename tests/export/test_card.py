@@ -155,6 +155,22 @@ def test_a_license_of_its_own_keeps_its_name_and_link(tmp_path: Path) -> None:
     assert "**apple-amlr**. Warning: this license is for research" in card
 
 
+@pytest.mark.parametrize(
+    ("stated", "head"),
+    [
+        ("llama3.2", {"license": "llama3.2"}),
+        ("MIT License", {"license": "mit"}),
+        ("Apache License, Version 2.0", {"license": "apache-2.0"}),
+        ("OpenAI's terms of use", {"license": "other", "license_name": "openai-s-terms-of-use"}),
+        ("apache-2.0, gpl-3.0", {"license": "other", "license_name": "apache-2.0-gpl-3.0"}),
+    ],
+)
+def test_the_cards_metadata_has_a_license_that_the_hub_accepts(
+    stated: str, head: dict[str, str]
+) -> None:
+    assert License(stated).head == head
+
+
 def test_every_model_that_took_part_is_named_with_its_license(tmp_path: Path) -> None:
     start = Origin("The student's start", "meta/small (commit 4567)", License("llama3.2"))
     write_language_model_card(tmp_path, card_of(FREE, start), REPLAY)
@@ -186,7 +202,7 @@ def test_names_labels_and_paths_are_plain_text_in_a_card(tmp_path: Path) -> None
     )
     write_language_model_card(tmp_path, card, REPLAY)
     _, head, body = (tmp_path / "README.md").read_text().split("---\n", 2)
-    assert yaml.safe_load(head)["license"] == "my *own* --- license"
+    assert yaml.safe_load(head)["license_name"] == "my-own"
     assert "Labels: \\<img src=x onerror=alert(1)\\>, \\*\\*bold\\*\\*, a\\|b, line # head" in body
     assert "texts/my\\_\\<i\\>data\\</i\\>.csv" in body
     assert "\x1b" not in body

@@ -20,6 +20,8 @@ OTHER = "other"
 """The Hub's name for a license that it does not know; the card adds the license's own name."""
 API_TERMS = "the provider's terms"
 TEACHER = "The teacher"
+HUB_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+"""The form of the Hub's names of licenses."""
 
 FREE = re.compile(
     r"apache-?2(\.0)?|mit(-0)?|0?bsd(-.*)?|isc|zlib|cc0(-1\.0)?|cc-by-[1-4]\.0|unlicense|wtfpl|bsl-1\.0"
@@ -86,6 +88,12 @@ class License:
         if self.id in (UNKNOWN, API_TERMS):
             return {}
         named = {"license": self.id, "license_name": self.name, "license_link": self.link}
+        plain = _plain(self.id)
+        if FREE.fullmatch(plain):
+            named["license"] = plain
+        elif not HUB_ID.fullmatch(self.id):  # the Hub would reject the card
+            name = re.sub(r"[^a-z0-9.]+", "-", plain).strip("-")
+            named = {"license": OTHER, "license_name": name}
         return {key: " ".join(value.split()) for key, value in named.items() if value}
 
 
