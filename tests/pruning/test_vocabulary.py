@@ -107,10 +107,12 @@ KINDS = {
 
 
 class TextWindows:
-    """One window: the tokens of a text."""
+    """One window: the tokens of a text, and padding."""
 
-    def __init__(self, tokenizer: Any, text: str) -> None:
-        self.ids = torch.tensor(tokenizer(text)["input_ids"])
+    def __init__(self, tokenizer: Any, text: str, padding: int = 0) -> None:
+        ids = tokenizer(text)["input_ids"]
+        self.ids = torch.tensor(ids + [tokenizer.pad_token_id] * padding)
+        self.labels = torch.tensor(ids + [-100] * padding)
 
     def __len__(self) -> int:
         return 1
@@ -118,7 +120,7 @@ class TextWindows:
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {
             "input_ids": self.ids,
-            "labels": self.ids,
+            "labels": self.labels,
             "position_ids": torch.arange(len(self.ids)),
         }
 
@@ -228,6 +230,16 @@ def test_tokens_that_the_teacher_expects_are_kept_before_others() -> None:
     assert last in kept_token_ids(tokenizer, windows, size, expect=lambda: expected_V)
 
 
+def test_padding_is_no_part_of_the_text() -> None:
+    """Its share would lower that of every token of the text."""
+    tokenizer = KINDS["byte-level"]
+    size = len(kept_for_text("byte-level")) + 10
+    windows = [TextWindows(tokenizer, KEPT_TEXT, padding) for padding in (0, 50_000)]
+    assert kept_token_ids(tokenizer, windows[0], size) == kept_token_ids(
+        tokenizer, windows[1], size
+    )
+
+
 def test_what_is_expected_is_the_mean_probability_at_every_position(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -298,7 +310,8 @@ def test_a_file_names_the_tokens(kind: str, how: str, tmp_path: Path) -> None:
     # A token that holds a line break cannot stand on a line of its own.
     broken = {id for id, name in zip(expected, names, strict=True) if "\n" in name}
     lines = "\n".join(name for name in names if "\n" not in name)
-    file.write_text(content.get(how, lines), encoding="utf-8")
+    # With a byte order mark, as some editors write.
+    file.write_text(content.get(how, lines), encoding="utf-8-sig")
     lost = broken if how == "lines" else set()
     assert set(kept_for_text(kind, file)) == set(expected) - lost
 
@@ -321,9 +334,16 @@ def test_a_token_file_without_required_tokens_is_rejected(tmp_path: Path) -> Non
         file.write_text(json.dumps([name for name in kept if name != lost]), encoding="utf-8")
         with pytest.raises(RecipeError, match=f"lack 1 that every text may need: {lost}"):
             kept_for_text("byte-level", file)
-    file.write_text(json.dumps([*kept, "no such token"]), encoding="utf-8")
-    with pytest.raises(RecipeError, match="1 tokens to keep are not the teacher's: no such"):
-        kept_for_text("byte-level", file)
+    for unknown, shown in (
+        ("no such token", "no such"),
+        (["Ġthe", 7], r"\['Ġthe', 7\]"),
+        ({"id": 7}, "{'id': 7}"),
+        (7.0, "7.0"),
+        (None, "None"),
+    ):
+        file.write_text(json.dumps([*kept, unknown]), encoding="utf-8")
+        with pytest.raises(RecipeError, match=f"1 tokens to keep are not the teacher's: {shown}"):
+            kept_for_text("byte-level", file)
     with pytest.raises(RecipeError, match="cannot be read"):
         kept_for_text("byte-level", tmp_path / "missing.txt")
     for content in ("3", '{"tokens": []}', "["):

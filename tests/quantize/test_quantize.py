@@ -10,6 +10,7 @@ import torch
 import yaml
 from pydantic import ValidationError
 from torch import Tensor
+from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from stillhouse.check import check_recipe
@@ -20,6 +21,7 @@ from stillhouse.evaluation.results import EVALUATION, Evaluation
 from stillhouse.language_model.evaluate_stage import plan_evaluation
 from stillhouse.quantize.grid import Grid
 from stillhouse.quantize.input_rounding import round_inputs_of, rounded_inputs
+from stillhouse.quantize.moments import input_moments
 from stillhouse.quantize.quantization import FILE, Quantization
 from stillhouse.quantize.quantize import grid_of, quantization_notes, quantize
 from stillhouse.quantize.quantize_config import QuantizeRecipe
@@ -67,6 +69,31 @@ def call(student: Path, out: Path, **section: Any) -> Any:
         vocabulary=VOCABULARY,
         seed=0,
     )
+
+
+# --- the importance of inputs ---------------------------------------------------------------------
+
+
+class Padded(ToyWindows):
+    """The last 16 of 24 tokens are padding, if they are not left out."""
+
+    def __init__(self, length: int = 24) -> None:
+        super().__init__()
+        self.length = length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        window = super().__getitem__(index)
+        window["input_ids"][8:] = 0
+        window["labels"] = torch.where(torch.arange(24) < 8, window["labels"], -100)
+        window["position_ids"] = torch.arange(24) - torch.where(torch.arange(24) < 8, 0, 8)
+        return {name: array_L[: self.length] for name, array_L in window.items()}
+
+
+def test_padding_is_not_an_input() -> None:
+    model = tiny.llama()
+    expected = input_moments(model, Padded(length=8))
+    for name, moment_I in input_moments(model, Padded()).items():
+        assert_close(moment_I, expected[name])
 
 
 # --- what there is to quantize -------------------------------------------------------------------

@@ -33,12 +33,15 @@ def drawn_order(windows: WindowSet, seed: int | str) -> list[int]:
 
 
 def draw_windows(windows: WindowSet, tokens: int, seed: int) -> tuple[list[dict[str, Tensor]], int]:
-    """Windows in drawn order until `tokens` of their tokens are supervised; and how many are."""
+    """Windows with supervised tokens in drawn order, until there are `tokens` of them; and how many
+    there are."""
     drawn, found = [], 0
     for number in drawn_order(windows, seed):
         window = windows[number]
-        drawn.append(window)
-        found += len(supervised_targets(window["labels"][None]))
+        supervised = len(supervised_targets(window["labels"][None]))
+        if supervised:
+            drawn.append(window)
+            found += supervised
         if found >= tokens:
             break
     return drawn, found

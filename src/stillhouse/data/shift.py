@@ -11,6 +11,13 @@ IGNORED = -100
 """The label of a token that is not predicted."""
 
 
+def text_end(labels_L: Tensor) -> int:
+    """The number of a window's tokens up to its last supervised one: what follows is padding, or
+    text that is not trained on."""
+    supervised = (labels_L != IGNORED).nonzero()
+    return int(supervised[-1]) + 1 if len(supervised) else 0
+
+
 def predicting(labels_RL: Tensor) -> Tensor:
     """True at the positions that predict a supervised token: shape [R, L]."""
     return nn.functional.pad(labels_RL[:, 1:] != IGNORED, (0, 1))

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from stillhouse.data.shift import text_end
 from stillhouse.errors import ModelError
 from stillhouse.export.export_formats import COMPRESSED
 from stillhouse.export.fresh_process import run_script
@@ -96,7 +97,10 @@ def _compress(gate: Gate, out: Path, method: str, python: str, windows: Sequence
             "method": method,
             "group_size": fitting_group(method, load_config(gate.source)),
         },
-        windows={str(place): window["input_ids"] for place, window in enumerate(windows)},
+        windows={
+            str(place): window["input_ids"][: text_end(window["labels"])]
+            for place, window in enumerate(windows)
+        },
         python=python,
         what=f"llm-compressor could not quantize this model by {method}",
         where=gate.folder,

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stillhouse.data.draw_windows import draw_windows
-from stillhouse.data.shift import supervised_targets
 from stillhouse.data.windows import ARRAYS, WindowSet
 from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import ModelError, RunError
@@ -269,12 +268,11 @@ def _check_free(out: Path) -> None:
 
 
 def drawn_windows(gate: Gate) -> dict[str, Tensor]:
-    """The windows from `draw_windows` that have a token to predict, as PLACE.ARRAY."""
+    """The windows from `draw_windows`, as PLACE.ARRAY."""
     drawn, _ = draw_windows(gate.windows, REPLAY_TOKENS, gate.seed)
     tensors = {
         f"{place}.{key}": window[key].clone()
         for place, window in enumerate(drawn)
-        if len(supervised_targets(window["labels"][None]))
         for key in ARRAYS
     }
     if not tensors:

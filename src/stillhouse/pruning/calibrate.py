@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.data.draw_windows import ChosenWindows, drawn_order
-from stillhouse.data.shift import IGNORED
+from stillhouse.data.shift import text_end
 from stillhouse.data.windows import WindowSet
 from stillhouse.errors import DataError
 from stillhouse.pruning.axes import Axes, part
@@ -128,14 +128,12 @@ def _order(windows: WindowSet, seed: int) -> list[int]:
 
 
 def _batch(rows: Sequence[dict[str, Tensor]], device: torch.device | str) -> Batch:
-    labels_RL = torch.stack([row["labels"] for row in rows])
-    # Everything up to a window's last supervised label is text; the rest is padding, or text
-    # that is not trained on.
-    counted_RL = (labels_RL != IGNORED).flip(1).cumsum(1).flip(1) > 0
+    ids_RL = torch.stack([row["input_ids"] for row in rows])
+    ends_R1 = torch.tensor([[text_end(row["labels"])] for row in rows])
     return Batch(
-        torch.stack([row["input_ids"] for row in rows]).to(device),
+        ids_RL.to(device),
         torch.stack([row["position_ids"] for row in rows]).to(device),
-        counted_RL.to(device),
+        (torch.arange(ids_RL.shape[1]) < ends_R1).to(device),
     )
 
 

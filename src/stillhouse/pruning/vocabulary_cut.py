@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.data.data_files import regular_if_there
+from stillhouse.data.shift import text_end
 from stillhouse.data.windows import WindowSet
 from stillhouse.errors import ModelError, RecipeError
 from stillhouse.progress import bar
@@ -89,9 +90,10 @@ def kept_token_ids(
     for id in _by_share(merges, counts, None if expect is None else expect()):
         if len(kept) == size:
             break
-        grown = kept | merges.parts(id) if id not in kept else kept
-        if len(grown) <= size:
-            kept = grown
+        if id not in kept:
+            missing = merges.parts(id) - kept
+            if len(kept) + len(missing) <= size:
+                kept |= missing
     return tuple(sorted(kept))
 
 
@@ -138,7 +140,7 @@ def _listed(file: Path, merges: Merges, named: Collection[int]) -> set[int]:
     names."""
     regular_if_there(file)
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
         listed = json.loads(text) if file.suffix == ".json" else text.split("\n")
         if isinstance(listed, dict):
             listed = listed["kept_ids"]
@@ -150,17 +152,20 @@ def _listed(file: Path, merges: Merges, named: Collection[int]) -> set[int]:
             where=file,
             fix="write one token a line, as the tokenizer writes them, or a list in a .json file",
         ) from error
-    # An id may be 0; skip empty lines.
-    requested = [one for one in listed if one != "" and one not in named]
-    ids = [one if isinstance(one, int) else merges.every_id.get(one, -1) for one in requested]
-    unknown = [str(one) for one, id in zip(requested, ids, strict=True) if id not in merges.tokens]
+    ids, unknown = set[int](), []
+    for one in listed:
+        id = merges.every_id.get(one, -1) if isinstance(one, str) else one
+        if isinstance(id, int) and id in merges.tokens:
+            ids.add(id)
+        elif one != "" and not (isinstance(id, int) and id in named):  # an empty line is no token
+            unknown.append(str(one))
     if unknown:
         raise RecipeError(
             f"{len(unknown):,} tokens to keep are not the teacher's: {_few(unknown)}",
             where=file,
             fix="write tokens as the tokenizer writes them: Ġhouse, not ' house'",
         )
-    return set(ids)
+    return ids
 
 
 def _few(names: Sequence[str]) -> str:
@@ -201,10 +206,15 @@ def load_kept_ids(folder: Path) -> tuple[int, ...] | None:
 
 
 def _counts(windows: WindowSet) -> Counter[int]:
+    """How often the windows' text has each token (`text_end`); 0 for those that are only after
+    it."""
     counts: Counter[int] = Counter()
     for index in range(len(windows)):
-        ids, times = torch.unique(windows[index]["input_ids"], return_counts=True)
+        window = windows[index]
+        ids_L, end = window["input_ids"], text_end(window["labels"])
+        ids, times = torch.unique(ids_L[:end], return_counts=True)
         counts.update(dict(zip(ids.tolist(), times.tolist(), strict=True)))
+        counts.update(dict.fromkeys(ids_L[end:].tolist(), 0))
     return counts
 
 

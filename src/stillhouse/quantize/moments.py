@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stillhouse.data.shift import text_end
 from stillhouse.data.windows import WindowSet
 from stillhouse.progress import bar
 from stillhouse.teachers.backbone import hidden_states
@@ -23,7 +24,8 @@ Moments = dict[str, Tensor]
 
 @torch.no_grad()
 def input_moments(model: Any, windows: WindowSet) -> Moments:
-    """E[x²] of every linear layer's inputs [I], by the name of its weight, float32 on the CPU.
+    """E[x²] of every linear layer's inputs [I], by the name of its weight, float32 on the CPU, over
+    the windows' text without padding (`text_end`).
 
     The head's inputs are the final hidden states; a head tied to the embeddings has their
     name.
@@ -48,11 +50,13 @@ def input_moments(model: Any, windows: WindowSet) -> Moments:
         with bar("Inputs of each layer", len(windows), unit="windows") as advance:
             for index in range(len(windows)):
                 window = windows[index]
-                ids_1L = window["input_ids"][None].to(device)
-                hidden_1LD = hidden_states(model, ids_1L, window["position_ids"][None].to(device))
+                end = text_end(window["labels"])
+                ids_1L = window["input_ids"][None, :end].to(device)
+                positions_1L = window["position_ids"][None, :end].to(device)
+                hidden_1LD = hidden_states(model, ids_1L, positions_1L)
                 if head is not None:
                     add(head, hidden_1LD)
-                tokens += ids_1L.numel()
+                tokens += end
                 advance(1)
     finally:
         for handle in handles:
