@@ -33,7 +33,7 @@ from stillhouse.quantize.sensitivity import (
     reference_answers,
     scales_of,
 )
-from stillhouse.quantize.units import find_units, left_over, left_over_text, model_bytes
+from stillhouse.quantize.units import Unit, find_units, left_over, left_over_text, model_bytes
 from stillhouse.runfolder import Cost, Stage
 from stillhouse.teachers.load_model import load_model
 from tests import tiny
@@ -141,6 +141,15 @@ def test_float8_has_a_scale_a_row() -> None:
     assert model_bytes(model, units, set(), grid) == stored + norms * 2
     with pytest.raises(ValidationError, match="leave group_size out"):
         QuantizeRecipe(kind="float8", group_size=32)
+
+
+@pytest.mark.parametrize(("kind", "least"), [("int8", 3), ("int4", 2)])
+def test_groups_whose_scales_take_all_that_is_saved_are_rejected(kind: Any, least: int) -> None:
+    with pytest.raises(ValidationError, match="is not smaller than 16 bits"):
+        QuantizeRecipe(kind=kind, group_size=least - 1)
+    unit = Unit("layers.0", ["weight"], 64 * least, 8)
+    grid = grid_of(QuantizeRecipe(kind=kind, group_size=least))
+    assert unit.bytes(grid) < unit.bytes(None)
 
 
 def test_parameters_outside_linear_layers_are_named_and_counted_in_16_bits() -> None:

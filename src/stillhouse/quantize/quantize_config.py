@@ -76,7 +76,14 @@ class QuantizeRecipe(Section):
         return self.kind.startswith("float8")
 
     @model_validator(mode="after")
-    def _float8_has_no_groups(self) -> QuantizeRecipe:
-        if self.floating and self.group_size is not None:
+    def _groups_fit_the_kind(self) -> QuantizeRecipe:
+        if self.group_size is None:
+            return self
+        if self.floating:
             raise ValueError(f"{self.kind} has one scale a row: leave group_size out")
+        if self.bits + 16 / self.group_size >= 16:  # bits of a number, with its part of a scale
+            raise ValueError(
+                f"with group_size: {self.group_size} and its scales, {self.kind} is not smaller "
+                "than 16 bits: use 32"
+            )
         return self
