@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import FalconConfig, FalconForCausalLM, MistralConfig, MistralForCausalLM
 
 from stillhouse.classify import label_scoring as scoring
 from stillhouse.classify.label_scoring import (
@@ -83,6 +83,18 @@ def test_a_model_with_windows_scores_labels_like_single_passes(
     if together > 1000:
         assert len(passes) == 2 * len(prompts)
     torch.testing.assert_close(found, score_pairs(model, prompts, labels))
+
+
+def test_a_model_with_alibi_scores_labels_like_single_passes() -> None:
+    config = FalconConfig(
+        vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, alibi=True
+    )
+    torch.manual_seed(0)
+    model = FalconForCausalLM(config).eval()
+    prompts, labels = ids(TEXTS), ids(ANSWERS)
+    torch.testing.assert_close(
+        all_scores(model, prompts, labels), score_pairs(model, prompts, labels)
+    )
 
 
 def test_gradients_flow_through_the_tree() -> None:

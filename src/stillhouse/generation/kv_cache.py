@@ -145,7 +145,10 @@ class SlotCache(Cache):
 
 def fits_slots(model: Any) -> bool:
     """Whether every layer attends to all tokens before it: no window, no recurrent state."""
-    return model.config._attn_implementation == "sdpa" and _layers_are(model, DynamicLayer)
+    config = model.config
+    if getattr(config, "alibi", False):  # Falcon makes its biases from a mask of two dimensions
+        return False
+    return config._attn_implementation == "sdpa" and _layers_are(model, DynamicLayer)
 
 
 def fits_padding(model: Any) -> bool:
