@@ -65,15 +65,48 @@ def test_a_classifiers_teacher_that_rejects_system_prompts(tmp_path: Path) -> No
     assert "remove task.system" in both(raw, tmp_path)
 
 
-def test_prompts_longer_than_a_classifiers_teacher(tmp_path: Path) -> None:
-    raw = classify.recipe(tmp_path)
+def save_gpt2(folder: Path) -> Path:
+    """A GPT-2 with 64 positions."""
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=len(tiny.tokenizer()), n_positions=64, n_embd=32, n_layer=1, n_head=2,
         eos_token_id=0, bos_token_id=0,
     )  # fmt: skip
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "teacher")
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_prompts_longer_than_a_classifiers_teacher(tmp_path: Path) -> None:
+    raw = classify.recipe(tmp_path)
+    save_gpt2(tmp_path / "teacher")
     assert "the teacher 64 positions" in both(raw, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("student", "what"),
+    [
+        ({"start": "truncated", "layers": 9}, "the model has 3 layers, and 9 are to be kept"),
+        ({"start": "truncated", "layers": 1, "model": "gpt2"}, "has no list of layers to cut"),
+        ({"start": "pretrained", "model": "gpt2", "head": "words"}, "the student 64 positions"),
+    ],
+)
+def test_a_classifier_that_cannot_be_built(
+    tmp_path: Path, student: dict[str, Any], what: str
+) -> None:
+    save_gpt2(tmp_path / "gpt2")
+    raw = classify.recipe(tmp_path, student=student)
+    if "model" in student:
+        student["model"] = str(tmp_path / "gpt2")
+    assert what in both(raw, tmp_path)
+
+
+def test_a_student_that_cannot_start_costs_no_judgment(tmp_path: Path) -> None:
+    raw = classify.recipe(tmp_path)
+    raw["student"]["hidden_size"] = 64  # the teacher's embeddings have 32
+    with pytest.raises(StillhouseError, match="choose a smaller hidden_size"):
+        run(raw)
+    assert not [*(tmp_path / "run" / "stages").glob("*judgment*")]
 
 
 @pytest.mark.parametrize(

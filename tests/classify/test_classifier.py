@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
-from stillhouse.classify.classifier import load_classifier
+from stillhouse.classify import classifier as module
+from stillhouse.classify.classifier import Classifier, Facts, load_classifier
 from stillhouse.classify.classifier_students import build_classifier
 from stillhouse.classify.classify_config import TruncatedClassifier
-from stillhouse.classify.label_prompts import LabelPrompt
+from stillhouse.classify.label_prompts import LabelPrompt, cut
+from stillhouse.classify.label_scoring import score_pairs
 from stillhouse.teachers.model_source import resolve_model
 from tests import tiny
 
@@ -45,3 +51,45 @@ def test_last_pooling_is_what_transformers_own_class_reads(tmp_path: Path) -> No
         with torch.inference_mode():
             expected = classifier.model(input_ids=ids_1L).logits[0].softmax(-1)
         torch.testing.assert_close(row, expected, atol=1e-6, rtol=1e-5)
+
+
+SMALL = {
+    "vocab_size": len(tiny.tokenizer()), "hidden_size": 16, "intermediate_size": 16,
+    "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "in_one_pass"),
+    [
+        (lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=8)), False),
+        (lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=200)), True),
+        (lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=8)), False),
+    ],
+    ids=["short windows", "long windows", "eager attention"],
+)
+def test_a_language_models_logits_are_those_of_single_passes(
+    monkeypatch: pytest.MonkeyPatch, make: Any, in_one_pass: bool
+) -> None:
+    torch.manual_seed(0)
+    model = make().eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(4)
+    prompt = LabelPrompt({"pets": "pets", "food": "food"}, None, "{text}", "{label}", chat=False)
+    facts = Facts(prompt.labels, 64, asdict(prompt), prior=[0.1, 0.2])
+    classifier = Classifier(model, tiny.tokenizer(), facts)
+    assert classifier.words is not None
+    rows = classifier.tokens(TEXTS)
+    expected_BC = score_pairs(model, rows, classifier.words.labels) - torch.tensor([0.1, 0.2])
+    if in_one_pass:
+        monkeypatch.delattr(module, "score_pairs")
+    logits_BC = classifier.logits(rows)
+    torch.testing.assert_close(logits_BC, expected_BC)
+    logits_BC.sum().backward()
+    assert model.get_input_embeddings().weight.grad.any()
+
+
+def test_a_text_of_more_tokens_than_characters_is_truncated() -> None:
+    words = tiny.tokenizer()
+    assert len(words(cut("é" * 20, words, 32))["input_ids"]) == 32
+    assert cut("é" * 16, words, 32) == "é" * 16

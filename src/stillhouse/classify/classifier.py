@@ -20,7 +20,9 @@ from stillhouse.classify.label_prompts import LabelPrompt, PromptTokens, cut, pr
 from stillhouse.classify.label_scoring import (
     LabelTree,
     batches_by_length,
+    fits_tree,
     label_tree,
+    score_pairs,
     tree_log_probabilities,
 )
 from stillhouse.errors import ModelError
@@ -87,12 +89,15 @@ class Classifier:
         blank = [self.tokenizer.pad_token_id or 0]
         return [list(ids) or blank for ids in encoded]
 
-    def logits(self, rows: Sequence[Sequence[int]], model: Any = None) -> Tensor:
-        """[B, C]: the logit of each label. model: a wrapper of the student."""
-        model = self.model if model is None else model
-        device = next(model.parameters()).device
-        if self.tree is not None:
-            scores_BC = tree_log_probabilities(model, rows, self.tree.to(device))
+    def logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """[B, C]: the logit of each label."""
+        device = next(self.model.parameters()).device
+        if self.words is not None and self.tree is not None:
+            longest = max(map(len, rows)) + max(map(len, self.words.labels))
+            if fits_tree(self.model, longest):
+                scores_BC = tree_log_probabilities(self.model, rows, self.tree.to(device))
+            else:
+                scores_BC = score_pairs(self.model, rows, self.words.labels).to(device)
             return scores_BC - torch.tensor(self.facts.prior, device=device)
         longest = max(map(len, rows))
         pad = self.tokenizer.pad_token_id or 0
@@ -100,7 +105,7 @@ class Classifier:
         mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
         inputs = {"input_ids": ids, "attention_mask": mask}
         tensors = {name: torch.tensor(value, device=device) for name, value in inputs.items()}
-        return self.head_logits(model, **tensors)
+        return self.head_logits(self.model, **tensors)
 
     def head_logits(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits of a classification head, [B, C] in float32."""

@@ -55,21 +55,21 @@ def student_source(
 def planned_parameters(section: ClassifierStudent, source: ModelSource, labels: list[str]) -> int:
     """Parameters of the student with its classification head, from its configuration alone.
 
-    Raises ModelError if the architecture has no such head.
+    Raises ModelError if the architecture has no such head or no list of layers to truncate;
+    RecipeError if it has fewer layers.
     """
     if isinstance(section, RandomClassifier):
         config = _random_config(section, load_tokenizer(source), labels)
     else:
         config = load_config(source)
         config.num_labels = len(labels)
-    if isinstance(section, TruncatedClassifier):
-        text = config.get_text_config()
-        keep_config_layers(text, list(range(min(section.layers, text.num_hidden_layers))))
     try:
         with torch.device("meta"), quiet():
             model = AutoModelForSequenceClassification.from_config(config)
     except (ValueError, KeyError) as error:
         raise _headless(source.path, error) from error
+    if isinstance(section, TruncatedClassifier):
+        _truncate(model, section.layers, source.path)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -101,7 +101,8 @@ def build_classifier(
         elif isinstance(section, PretrainedClassifier):
             model = _with_head(source.path, list(prompt.labels))
         elif isinstance(section, TruncatedClassifier):
-            model = _truncated(source.path, section.layers, list(prompt.labels))
+            model = _with_head(source.path, list(prompt.labels))
+            _truncate(model, section.layers, source.path)
         else:
             model = _random(section, tokenizer, list(prompt.labels), teacher)
     if prior is None:
@@ -165,16 +166,8 @@ def _headless(path: Path, error: Exception) -> ModelError:
     )
 
 
-def _truncated(path: Path, layers: int, labels: list[str]) -> Any:
-    config = load_config(path)
-    had = config.get_text_config().num_hidden_layers
-    if layers > had:
-        raise RecipeError(
-            f"the model has {had} layers, and {layers} are to be kept",
-            where="student.layers",
-            fix=f"keep {had} at the most",
-        )
-    model = _with_head(path, labels)
+def _truncate(model: Any, layers: int, path: Path) -> None:
+    """Keep the first layers. path: of the model."""
     stack = getattr(model.base_model, "layers", None)
     if stack is None:
         raise ModelError(
@@ -182,9 +175,14 @@ def _truncated(path: Path, layers: int, labels: list[str]) -> Any:
             where=path,
             fix="use student.start: pretrained, or a model of the Llama family",
         )
+    if layers > len(stack):
+        raise RecipeError(
+            f"the model has {len(stack)} layers, and {layers} are to be kept",
+            where="student.layers",
+            fix=f"keep {len(stack)} at the most",
+        )
     model.base_model.layers = stack[:layers]
     keep_config_layers(model.config, list(range(layers)))
-    return model
 
 
 def _random(

@@ -12,11 +12,11 @@ from rich.text import Text
 
 from stillhouse import account
 from stillhouse.classify.classifier_students import planned_parameters
-from stillhouse.classify.classify_config import ClassifyRecipe
+from stillhouse.classify.classify_config import ClassifyRecipe, PretrainedClassifier
 from stillhouse.classify.classify_job import TaskJob
 from stillhouse.classify.fit import planned_steps, texts_each
 from stillhouse.classify.label_judgment import estimate_judgment
-from stillhouse.classify.label_prompts import LabelPrompt, prompt_tokens
+from stillhouse.classify.label_prompts import LabelPrompt, PromptTokens, prompt_tokens
 from stillhouse.classify.label_scoring import label_tree, shared_prefix
 from stillhouse.classify.task_texts import Texts, prepare_texts
 from stillhouse.errors import RecipeError
@@ -56,7 +56,7 @@ def require_task(job: TaskJob) -> Iterator[Finding]:
     task's prompt and whose context is long enough for it. Raises StillhouseError."""
     section, task = job.recipe.teacher, job.recipe.task
     texts_each(job.recipe.train, world_size())
-    texts = prepare_texts(job.recipe, job.base)
+    texts = job.texts
     prompt = job.prompt(texts)
     if section.api is not None:
         if estimate_judgment(job.recipe, prompt, texts, job.journal).missing:
@@ -74,33 +74,44 @@ def require_task(job: TaskJob) -> Iterator[Finding]:
             where=job.teacher.path,
             keys=FrameKeys.of("task", task.system, task.examples),
         )
-    longest = sorted((row.text for row in texts.all), key=len)[-LONGEST:]
-    length = max(map(len, words.of(longest))) + max(map(len, words.labels))
-    yield from _positions(config, length)
+    yield from _positions("teacher", config, words, texts)
+
+
+def require_student(job: TaskJob) -> Iterator[Finding]:
+    """Raise StillhouseError for a model that the student cannot be built from."""
+    section, source, texts = job.recipe.student, job.student, job.texts
+    if isinstance(section, PretrainedClassifier) and section.head == "words":
+        tokenizer = load_tokenizer(source)
+        words = prompt_tokens(job.prompt(texts), tokenizer, job.recipe.data.max_tokens)
+        yield from _positions("student", load_config(source), words, texts)
+    else:
+        planned_parameters(section, source, list(texts.labels))
 
 
 LONGEST = 64
-"""Number of longest texts by characters, assumed to include the longest by tokens."""
+"""Number of longest texts in bytes, assumed to include the longest by tokens."""
 
 
-def _positions(config: Any, length: int) -> Iterator[Finding]:
+def _positions(name: str, config: Any, words: PromptTokens, texts: Texts) -> Iterator[Finding]:
+    """Raise RecipeError for a prompt with its answer that is longer than a table of positions."""
+    longest = sorted((row.text for row in texts.all), key=lambda text: len(text.encode()))
+    length = max(map(len, words.of(longest[-LONGEST:]))) + max(map(len, words.labels))
     most, trained = learned_positions(planned_model(config)), trained_positions(config)
     fix = "lower data.max_tokens, to which texts are cut, or shorten task.prompt and its examples"
     if most is not None and length > most:
         raise RecipeError(
-            f"a prompt with its answer has {length:,} tokens, and the teacher {most:,} positions",
+            f"a prompt with its answer has {length:,} tokens, and the {name} {most:,} positions",
             where="task.prompt",
             fix=fix,
         )
     if most is None and trained is not None and length > trained:
-        text = f"a prompt with its answer has {length:,} tokens, and the teacher is for "
+        text = f"a prompt with its answer has {length:,} tokens, and the {name} is for "
         yield Finding("warning", "context", text + f"{trained:,} (max_position_embeddings)", fix)
 
 
 def check_texts(check: Check) -> Iterator[Finding]:
     job: TaskJob = check.job
-    texts = prepare_texts(job.recipe, job.base)
-    check.found["texts"] = texts
+    texts = job.texts
     yield Finding("ok", "labels", f"{len(texts.labels)}: {', '.join(list(texts.labels)[:12])}")
     parts = f"{len(texts.train):,} to learn from, {len(texts.calibration):,} for the threshold, "
     parts += f"{len(texts.test):,} to measure on"
@@ -116,28 +127,27 @@ def check_texts(check: Check) -> Iterator[Finding]:
 def check_judgment(check: Check) -> Iterator[Finding]:
     """The time of scoring on this machine, or the cost of an API's requests."""
     job: TaskJob = check.job
-    texts: Texts = check.found["texts"]
+    prompt = job.prompt(job.texts)
     yield Finding("ok", "teacher", job.described)
     if job.teacher is None:
-        prompt = job.prompt(texts)
-        estimate = estimate_judgment(job.recipe, prompt, texts, job.journal, check.calls)
+        estimate = estimate_judgment(job.recipe, prompt, job.texts, job.journal, check.calls)
         yield from findings(estimate, job.journal, "judgment")
     else:
-        yield _local_cost(job, job.prompt(texts), texts)
+        yield _local_cost(job, prompt, job.texts)
 
 
 def check_training(check: Check) -> Iterator[Finding]:
     job: TaskJob = check.job
-    recipe, texts = job.recipe, check.found["texts"]
-    steps = planned_steps(recipe.train, len(texts.train))
-    yield Finding("estimate", "training", f"{steps:,} steps of {recipe.train.batch_size} texts")
+    section = job.recipe.train
+    steps = planned_steps(section, len(job.texts.train))
+    yield Finding("estimate", "training", f"{steps:,} steps of {section.batch_size} texts")
 
 
 def require_classifier_export(job: TaskJob) -> Iterator[Finding]:
     """Raise StillhouseError for formats and uploads that would fail."""
-    recipe, texts = job.recipe, prepare_texts(job.recipe, job.base)
+    recipe = job.recipe
     if recipe.export.formats != ["safetensors"]:
-        labels = list(texts.labels)
+        labels = list(job.texts.labels)
         require_onnx(planned_parameters(recipe.student, job.student, labels))
     if recipe.export.push_to_hub is not None and not has_finished(recipe, "push"):
         require_token(recipe.export.push_to_hub)
@@ -188,7 +198,7 @@ def judgment_spending(job: TaskJob) -> Iterator[str]:
     """What the judgment would spend without a budget."""
     teacher = job.recipe.teacher
     if may_cost(teacher.api, teacher.budget):
-        texts = prepare_texts(job.recipe, job.base)
+        texts = job.texts
         estimate = estimate_judgment(job.recipe, job.prompt(texts), texts, job.journal)
         if estimate.missing:
             yield estimate.described()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from stillhouse.classify.classifier_students import student_source
 from stillhouse.classify.classify_config import ClassifyRecipe, RandomClassifier
 from stillhouse.classify.label_prompts import LabelPrompt, PromptTokens, prompt_tokens
-from stillhouse.classify.task_texts import Texts
+from stillhouse.classify.task_texts import Texts, prepare_texts
 from stillhouse.export.licenses import Origin, distinct, origin, teacher_origin
 from stillhouse.generation.request import teacher_described
 from stillhouse.hardware import choose_precision, default_device
@@ -52,6 +53,12 @@ class TaskJob:
         model = load_model(self.teacher, dtype=dtype)
         tokenizer = load_tokenizer(self.teacher)
         return model.to(device), prompt_tokens(prompt, tokenizer, self.recipe.data.max_tokens)
+
+    @cached_property
+    def texts(self) -> Texts:
+        """The recipe's texts, for checks before the stage `texts` has saved them. Raises DataError,
+        RecipeError."""
+        return prepare_texts(self.recipe, self.base)
 
     def prompt(self, texts: Texts) -> LabelPrompt:
         return LabelPrompt.of(self.recipe.task, texts.labels)

@@ -11,6 +11,7 @@ from stillhouse.classify.classify_check import (
     judgment_spending,
     preview_task,
     require_classifier_export,
+    require_student,
     require_task,
 )
 from stillhouse.classify.classify_job import TaskJob, find_task
@@ -37,6 +38,14 @@ STEPS = (
         check=check_texts,
         purpose="read the texts, and set some aside for calibration and for tests",
     ),
+    # Before the judgment: a student that cannot be built costs nothing.
+    Step(
+        "student",
+        plan_classifier,
+        ("texts",),
+        require=require_student,
+        purpose="build the classifier that training starts from",
+    ),
     Step(
         "judgment",
         plan_judgment,
@@ -44,12 +53,6 @@ STEPS = (
         check=check_judgment,
         spending=judgment_spending,
         purpose="let the teacher score the labels of every text",
-    ),
-    Step(
-        "student",
-        plan_classifier,
-        ("texts",),
-        purpose="build the classifier that training starts from",
     ),
     Step(
         "train",

@@ -110,8 +110,6 @@ def prompt_tokens(prompt: LabelPrompt, tokenizer: Any, max_tokens: int) -> Promp
 
 def cut(text: str, tokenizer: Any, max_tokens: int) -> str:
     """The text's first `max_tokens` tokens, as text."""
-    if len(text) <= max_tokens:  # no token is shorter than a character
-        return text
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return text if len(ids) <= max_tokens else str(tokenizer.decode(ids[:max_tokens]))
 

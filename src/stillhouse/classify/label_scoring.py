@@ -201,10 +201,21 @@ def batches_by_length(lengths: Sequence[int]) -> Iterator[list[int]]:
 NO_PREFIX = Prefix(0, None)
 
 
+def fits_tree(model: Any, longest: int) -> bool:
+    """Whether `tree_log_probabilities` is exact for prompts that have up to `longest` tokens with
+    their labels: a layer attends to all tokens before it, or to a window that has them all."""
+    if fits_slots(model):
+        return True
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    has_masks = model.config._attn_implementation == "sdpa" and fits_padding(model)
+    return has_masks and window is not None and longest <= window
+
+
 def tree_log_probabilities(
     model: Any, rests: Sequence[Sequence[int]], tree: LabelTree, prefix: Prefix = NO_PREFIX
 ) -> Tensor:
-    """Log-probability of each label after each prompt, [B, C] in float32, in one pass.
+    """Log-probability of each label after each prompt, [B, C] in float32, in one pass, by a model
+    that `fits_tree`.
 
     rests: the prompts without the prefix. Gradients flow if they are enabled.
     """
@@ -292,11 +303,11 @@ def score_with_cache(model: Any, prompt: Sequence[int], labels: Sequence[Sequenc
     return torch.cat(scores)
 
 
-@torch.no_grad()
 def score_pairs(
     model: Any, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
 ) -> Tensor:
-    """As `score_labels`, by one pass for each prompt and label: [B, C]. Any causal model."""
+    """As `score_labels`, by one pass for each prompt and label: [B, C]. Any causal model. Gradients
+    flow if they are enabled."""
     device = next(model.parameters()).device
     scores_BC = torch.zeros(len(prompts), len(labels))
     for row, prompt in enumerate(prompts):
