@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 SHOWN = 80
 """Maximum characters of a value in a message."""
 
@@ -64,6 +66,21 @@ class EndpointError(StillhouseError, RuntimeError):
 def in_one_line(text: object) -> str:
     """The text with its line breaks as symbols: a path with one looks like no other line."""
     return "␊".join(str(text).splitlines())
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or the name of its type if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def process_failure(status: int, output: str) -> str:
+    """Why a process has failed, in one line: the signal that ended it, or the last line of its
+    error output, or its exit status."""
+    if status < 0:
+        name = signal.Signals(-status).name
+        cause = ", most likely because memory ran out" if name == "SIGKILL" else ""
+        return f"{name}{cause}"
+    return [f"exit status {status}", *output.strip().splitlines()][-1]
 
 
 def shown(text: object) -> str:

@@ -13,11 +13,11 @@ from stillhouse.export import fresh_process
 from stillhouse.export.fresh_process import run_script
 
 
-def ending_with(last_line: str) -> Any:
+def ending_with(last_line: str, status: int = 1) -> Any:
     class Module:
         @staticmethod
         def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-            return subprocess.CompletedProcess(command, 1, "", f"Traceback\n{last_line}\n")
+            return subprocess.CompletedProcess(command, status, "", f"Traceback\n{last_line}\n")
 
     return Module
 
@@ -40,6 +40,14 @@ def test_a_full_disk_is_no_fault_of_the_export(
     with pytest.raises(RunError, match="the disk is full") as caught:
         replayed()
     assert "TMPDIR" in str(caught.value.fix)
+
+
+def test_a_killed_process_is_not_explained_by_its_progress_bar(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fresh_process, "subprocess", ending_with("Loading: 100%", status=-9))
+    with pytest.raises(ModelError, match="SIGKILL, most likely because memory ran out"):
+        replayed()
 
 
 def test_the_last_line_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

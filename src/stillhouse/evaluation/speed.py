@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillhouse.errors import ModelError
+from stillhouse.errors import ModelError, process_failure
 from stillhouse.hardware import synchronize
 from stillhouse.teachers.model_source import AnyModel, source_of
 
@@ -101,7 +101,7 @@ def measure_peak_memory(
     allocated.
 
     Raises:
-        ModelError: the process failed; the message has its last line.
+        ModelError: the process failed; the message has `process_failure`.
     """
     source = source_of(model)
     path, name = source.path, str(dtype).removeprefix("torch.")
@@ -109,9 +109,9 @@ def measure_peak_memory(
     command += ["trust_remote_code"] if source.trusted else []
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode != 0:
-        last = (finished.stderr.strip().splitlines() or ["no message"])[-1]
+        why = process_failure(finished.returncode, finished.stderr)
         raise ModelError(
-            f"a process that loads the model alone failed: {last}",
+            f"a process that loads the model alone failed: {why}",
             where=path,
             fix="free some memory, or set evaluate.speed: false",
         )

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stillhouse.disk_errors import full_disk
-from stillhouse.errors import ModelError
+from stillhouse.errors import ModelError, process_failure
 from stillhouse.scratch import temporary_folder
 
 
@@ -34,7 +34,7 @@ def run_script(
 
     The script's argument is a temporary folder with request.json and, if there are windows,
     windows.safetensors. env: None is this process's environment. Raises ModelError with `what` and
-    the script's last line of output, and RunError if a disk is full.
+    `process_failure`, and RunError if a disk is full.
     """
     with temporary_folder(f"stillhouse-{Path(script).stem}-") as name:
         folder = Path(name)
@@ -50,10 +50,10 @@ def run_script(
             check=False,
         )
         if done.returncode != 0:
-            last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-            if full_disk(Exception(last[0])):
-                raise OSError(errno.ENOSPC, last[0])
-            raise ModelError(f"{what} ({last[0]})", where=where, fix=fix)
+            why = process_failure(done.returncode, done.stderr)
+            if full_disk(Exception(why)):
+                raise OSError(errno.ENOSPC, why)
+            raise ModelError(f"{what} ({why})", where=where, fix=fix)
         answer, tensors = folder / "answer.json", folder / "logits.safetensors"
         found = json.loads(answer.read_text(encoding="utf-8")) if answer.is_file() else {}
         return found | (load_file(tensors) if tensors.is_file() else {})

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stillhouse.errors import ModelError
+from stillhouse.errors import ModelError, first_line
 from stillhouse.export.gguf_file import FORMATS, write_gguf
 from stillhouse.export.gguf_model import gguf_names
 from stillhouse.quantize.moments import Moments
@@ -112,8 +112,7 @@ def llama_cpp_fault() -> str | None:
         importlib.import_module("llama_cpp")
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         # A library for another machine or C library, or one that lacks a function.
-        first = str(error).strip().splitlines() or [type(error).__name__]
-        return f"is installed and does not load ({first[0]})"
+        return f"is installed and does not load ({first_line(error)})"
     return None
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillhouse.errors import ModelError
+from stillhouse.errors import ModelError, first_line
 from stillhouse.export.export_formats import ONNX
 from stillhouse.export.fresh_process import run_script
 from stillhouse.progress import note
@@ -137,9 +137,8 @@ def _write(model: Any, read: Read, file: Path, source: Path) -> None:
                 verbose=False,
             )
     except (torch.onnx.OnnxExporterError, RuntimeError, TypeError, ValueError) as error:
-        first = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
-            f"torch cannot export {type(model).__name__} to ONNX ({first[0]})",
+            f"torch cannot export {type(model).__name__} to ONNX ({first_line(error)})",
             where=source,
             fix="export only safetensors, or use a student that torch.onnx supports, such as BERT, "
             "ModernBERT or Llama",

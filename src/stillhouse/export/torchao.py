@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stillhouse.data.turn_end import stop_at_turn_end
-from stillhouse.errors import ModelError
+from stillhouse.errors import ModelError, first_line
 from stillhouse.export.export_formats import FLOATS
 from stillhouse.export.gate import Gate, ReplayResult, fill
 from stillhouse.hardware import default_device
@@ -80,17 +80,17 @@ def require_torchao(grid: Grid, dynamic: bool, dtype: str) -> None:
     try:
         _multiply(grid, dynamic, getattr(torch, dtype))
     except (ImportError, RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
-        first = str(error).strip().splitlines() or [type(error).__name__]
         if grid.floating and dynamic:
             raise ModelError(
-                f"float8 products in {dtype} do not run on this {_device_name()} ({first[0]})",
+                f"float8 products in {dtype} do not run on this {_device_name()} "
+                f"({first_line(error)})",
                 where="quantize.kind",
                 fix="kind: float8 rounds only weights and int8_dynamic_int8 inputs too, on any "
                 "machine; products of float8 need a GPU of NVIDIA's Ada or Hopper generation or "
                 "newer (compute capability 8.9), or AMD's MI300, and export.dtype: bfloat16",
             ) from error
         raise ModelError(
-            f"torchao is installed and does not work with this torch ({first[0]})",
+            f"torchao is installed and does not work with this torch ({first_line(error)})",
             where="export.formats",
             fix=f"install a torchao made for torch {torch.__version__}, {instead}",
         ) from error

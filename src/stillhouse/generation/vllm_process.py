@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stillhouse.errors import ModelError
+from stillhouse.errors import ModelError, process_failure
 from stillhouse.generation import vllm_worker
 
 # -P: the script's folder must not be searched for modules.
@@ -39,8 +39,8 @@ def probe_python(python: str) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     except (ValueError, IndexError):
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        raise ModelError(f"{python} is no Python of version 3.11 or newer ({last[0]})") from None
+        why = process_failure(done.returncode, done.stderr)
+        raise ModelError(f"{python} is no Python of version 3.11 or newer ({why})") from None
     return found
 
 
@@ -152,9 +152,7 @@ class VllmProcess:
             raise self._ended() from None
 
     def _ended(self) -> EngineError:
-        status = self._process.wait()
-        how = f"exit status {status}" if status >= 0 else signal.Signals(-status).name
-        return EngineError(f"its process ended: {how}")
+        return EngineError(f"its process ended: {process_failure(self._process.wait(), '')}")
 
 
 def _environment(gpu: int | None) -> dict[str, str]:

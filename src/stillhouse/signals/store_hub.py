@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 
 from stillhouse.disk_errors import disk_errors
-from stillhouse.errors import StillhouseError, StoreError
+from stillhouse.errors import StillhouseError, StoreError, first_line
 from stillhouse.signals.folded_store import FOLD
 from stillhouse.signals.verify import verify
 
@@ -65,9 +65,8 @@ def _reject_damaged(path: Path) -> None:
 
 
 def _hub_error(what: str, repository: str, error: Exception) -> StoreError:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
     return StoreError(
-        f"the {what} failed ({lines[0]})",
+        f"the {what} failed ({first_line(error)})",
         where=repository,
         fix="check the network, the repository's name and the permissions of HF_TOKEN",
     )
