@@ -348,6 +348,16 @@ def test_a_source_gives_as_many_tokens_as_it_may(tmp_path: Path) -> None:
     assert any("owl" in text for text in documents(heldout))
 
 
+def test_a_limited_source_leaves_the_rest_of_its_documents_to_the_others(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.txt", lines(200))
+    part: dict[str, Any] = {"kind": "text", "path": "a.txt", "documents": "line", "tokens": 500}
+    rest = {name: value for name, value in part.items() if name != "tokens"}
+    for sources in ([part, rest], [part, part, rest]):
+        _, _, summary = build_in(tmp_path, sources=sources)
+        assert summary.train.documents + summary.heldout.documents == 200
+        assert 0 < summary.train.duplicates_dropped < 200
+
+
 def test_a_limited_source_of_held_out_text(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.txt", lines(50))
     write_lines(tmp_path / "b.txt", [text.replace("fox", "owl") for text in lines(200)])

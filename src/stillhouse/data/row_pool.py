@@ -86,7 +86,7 @@ class Pool:
     _tokens: int = 0
     _seen: HashSet = field(default_factory=HashSet)
     _elsewhere: HashSet = field(default_factory=HashSet)
-    """The groups of what other sources have, if those have a limit of their own."""
+    """The groups of what is used of other sources, if those have a limit of their own."""
     _last: bytes | None = None
     _prune_at: int | None = None
 
@@ -126,7 +126,6 @@ class Pool:
             self.groups,
             formats=self.formats,
             notes=self.notes,
-            _seen=self._seen,
             _elsewhere=self._elsewhere,
         )
 
