@@ -21,6 +21,17 @@ def control_ids(ids: Any, tokenizer: Any) -> list[str]:
     return [tokenizer.decode([token]) for token in ids if token in special]
 
 
+def test_a_tokenizer_with_thousands_of_control_tokens() -> None:
+    """As models of speech and images have: a token for each sound."""
+    tokenizer = byte_level(CHATML)
+    tokenizer.add_tokens([AddedToken(f"<|sound_{n}|>", special=True) for n in range(5000)])
+    for sound in ("<|sound_0|>", "<|sound_4999|>"):
+        text = f"a {sound} b"
+        (tokens,) = rows_of({"messages": chat(text, text)}, tokenizer)
+        assert tokenizer.decode(tokens.ids).count(text) == 2
+        assert sound not in control_ids(tokens.ids, tokenizer)
+
+
 @pytest.mark.parametrize(
     "row",
     [

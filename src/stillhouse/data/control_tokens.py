@@ -15,8 +15,8 @@ from typing import Any
 
 from stillhouse.data.reasoning import SPOKEN
 
-_HIDDEN = 0x10F000
-"""The first of the characters that replace control tokens while a chat is rendered."""
+_HIDDEN_END = 0x10FFFE
+"""Behind the last of the characters that replace control tokens while a chat is rendered."""
 
 CONTROL_TEXT = "strings of control tokens are read as text (data.control_tokens)"
 REASONING_MARK = re.compile(rf"</?thinking>|{SPOKEN.pattern}")
@@ -56,9 +56,9 @@ class ControlTokens:
         self._pattern = _any_of(self.strings)
         self._spoken = _any_of([s for s in self.strings if not REASONING_MARK.fullmatch(s)])
         self._edges = [text for text in self.strings if text != tokenizer.unk_token]
-        self._placeholders = re.compile(
-            f"[{chr(_HIDDEN)}-{chr(_HIDDEN + max(1, len(self.strings)) - 1)}]"
-        )
+        self._hidden = _HIDDEN_END - max(1, len(self.strings))
+        """The first placeholder."""
+        self._placeholders = re.compile(f"[{chr(self._hidden)}-{chr(_HIDDEN_END - 1)}]")
         # A token may include adjacent whitespace, so a piece ends after that.
         self._tokens = re.compile(
             "|".join(
@@ -92,7 +92,7 @@ class ControlTokens:
         """
         if isinstance(value, str):
             pattern = self._spoken if spoken else self._pattern
-            return pattern.sub(lambda m: chr(_HIDDEN + self.strings.index(m[0])), value)
+            return pattern.sub(lambda m: chr(self._hidden + self.strings.index(m[0])), value)
         if isinstance(value, Mapping):
             hidden = (self.hide(list(item), spoken=spoken) for item in value.items())
             return dict(map(tuple, hidden))
@@ -109,7 +109,7 @@ class ControlTokens:
         return [self.hide(message, spoken=by) for message, by in pairs]
 
     def reveal(self, text: str) -> str:
-        return self._placeholders.sub(lambda m: self.strings[ord(m[0]) - _HIDDEN], text)
+        return self._placeholders.sub(lambda m: self.strings[ord(m[0]) - self._hidden], text)
 
     def divide(self, piece: Piece) -> Iterator[Piece]:
         """The piece without placeholders: plain pieces hold their strings as text, and reach as far
