@@ -10,7 +10,13 @@ import pytest
 
 from stillhouse.errors import DataError, StillhouseError
 from stillhouse.init_answers import SIZES, init_answers
-from stillhouse.init_sources import first_questions, has_chats, text_column, training_sources
+from stillhouse.init_sources import (
+    first_questions,
+    has_chats,
+    label_column,
+    text_column,
+    training_sources,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +57,11 @@ def test_numbers_and_dates_are_no_text() -> None:
     row = {"id": "123456789012345", "day": "2024-01-01T10:00:00", "note": "short"}
     with pytest.raises(DataError, match="no column has text: the columns are id, day"):
         text_column([{key: row[key] for key in ("id", "day")}], "a.csv")
+
+
+def test_a_column_of_labels_may_begin_with_an_empty_cell() -> None:
+    assert label_column([{"text": "a", "label": ""}, {"text": "b", "label": 0}]) == "label"
+    assert label_column([{"text": "a", "label": ""}, {"text": "b", "label": None}]) is None
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def _completed(answers: InitAnswers, ask: Ask) -> InitAnswers:
             "a task needs texts", where="--data", fix="give a file with one text per row"
         )
     rows = first_rows(answers.data, Path.cwd(), count=SAMPLED_ROWS)
-    found = label_column(rows[0])
+    found = label_column(rows)
     # Reference answers of an extraction must match its schema, which is not known yet.
     label_key = None if answers.job == "extract" else found
     answers = replace(answers, text_key=text_column(rows, answers.data, found), label_key=label_key)

@@ -156,8 +156,11 @@ def _length(rows: Sequence[Mapping[str, Any]], key: str) -> int:
     return sum(len(one) for one in values if isinstance(one, str) and _WORD.search(one))
 
 
-def label_column(row: Mapping[str, Any]) -> str | None:
-    return next((key for key in _LABEL_KEYS if row.get(key) not in (None, "")), None)
+def label_column(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """The usual name of a column that has labels; not every row has one."""
+    return next(
+        (key for key in _LABEL_KEYS if any(row.get(key) not in (None, "") for row in rows)), None
+    )
 
 
 def has_chats(sources: Sequence[Mapping[str, str]]) -> bool:
