@@ -93,46 +93,44 @@ def _matches(start: Path, parts: tuple[str, ...]) -> Iterator[Path]:
     here = parts.index("**")
     tops = _matches(start, parts[:here]) if here else [start]
     for top in filter(Path.is_dir, tops):
-        for folder in _folders(top):
+        for folder, _ in _folders(top):
             yield from _matches(folder, parts[here + 1 :] or ("*",))
 
 
-def _folders(top: Path) -> Iterator[Path]:
-    """The folder and all below it, without hidden ones. Links to folders are followed last, and no
-    folder is read twice: links may lead in a circle."""
+def _folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
+    """The folder and all below it, each with the names of its files; without hidden ones, and
+    without folders that may not be read or vanish meanwhile.
+
+    Links to folders are followed last, and no folder is read twice: links may lead in a circle.
+    """
     seen: set[str] = set()
-    folders, links = [top], list[Path]()
-    while folders or links:
-        folder = folders.pop() if folders else links.pop()
-        real = os.path.realpath(folder)
-        if real in seen:
-            continue
-        seen.add(real)
-        yield folder
-        try:
-            inside = [each for each in folder.iterdir() if each.name[0] != "." and each.is_dir()]
-        except OSError:  # may not be read, or is gone
-            continue
-        links += [each for each in inside if each.is_symlink()]
-        folders += [each for each in inside if not each.is_symlink()]
+    tops = [str(top)]
+    while tops:
+        for folder, inside, names in os.walk(tops.pop()):
+            real = os.path.realpath(folder)
+            if real in seen:
+                inside.clear()
+                continue
+            seen.add(real)
+            inside[:] = [each for each in inside if not each.startswith(".")]
+            tops += filter(os.path.islink, (os.path.join(folder, each) for each in inside))
+            yield Path(folder), [name for name in names if not name.startswith(".")]
 
 
-def _every_file(folder: Path, endings: Sequence[str]) -> Iterator[Path]:
-    """Those with one of the endings, compression aside; without hidden ones, and without folders
-    that may not be read or vanish meanwhile."""
+def files_with(folder: Path, endings: Sequence[str]) -> Iterator[Path]:
+    """Files in and below a folder that have one of the endings, compression aside."""
     ends = tuple(end + packed for end in endings for packed in ("", *COMPRESSIONS))
-    for inside, folders, names in os.walk(folder):
-        folders[:] = [each for each in folders if not each.startswith(".")]
+    for inside, names in _folders(folder):
         for name in names:  # Paths are made of few: a folder may have a million files
-            if name.lower().endswith(ends) and not name.startswith("."):
-                yield Path(inside, name)
+            if name.lower().endswith(ends):
+                yield inside / name
 
 
 def _files_in(folder: Path, name: str, format: FileFormat | None) -> list[Path]:
     endings = [end for end, known in FORMATS.items() if format in (None, known)]
     files = sorted(
         file
-        for file in _every_file(folder, endings)
+        for file in files_with(folder, endings)
         if extension_of(file) in endings and _is_file(file)
     )
     if files:
@@ -158,7 +156,7 @@ def unread_files(folder: Path) -> dict[str, list[Path]]:
     """Files in a folder that are not read, by extension: those of known formats, Markdown and the
     like, and those without an extension are left out. Sorted."""
     found: dict[str, list[Path]] = {}
-    for file in sorted(_every_file(folder, ("",))):
+    for file in sorted(files_with(folder, ("",))):
         ending = extension_of(file)
         if ending and ending not in FORMATS and ending not in ALSO_TEXT and file.is_file():
             found.setdefault(ending, []).append(file)
@@ -174,7 +172,7 @@ def other_texts(folder: Path) -> list[Path]:
     without those that describe a folder (README, LICENSE). Sorted."""
     return sorted(
         file
-        for file in _every_file(folder, ALSO_TEXT)
+        for file in files_with(folder, ALSO_TEXT)
         if not _ABOUT.match(file.stem) and _is_file(file)
     )
 
