@@ -16,6 +16,7 @@ from stillhouse.errors import StillhouseError
 from stillhouse.language_model import run_check
 from stillhouse.planning.machine import Machine
 from tests import tiny
+from tests.data.toys import write_jsonl
 
 pytestmark = pytest.mark.run
 
@@ -71,6 +72,28 @@ def test_windows_of_a_large_text_count(tmp_path: Path, monkeypatch: pytest.Monke
     raw["data"]["train_tokens"] = None
     raw["data"]["sources"][0]["tokens"] = 100_000
     assert "error" not in {one.level for one in check_recipe(raw)}
+
+
+def test_rows_beyond_a_limit_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = tiny.recipe(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000_000))
+    (tmp_path / "text.txt").write_text(tiny.text(1000) + "\n" + ("word " * 20 + "\n") * 50_000)
+    raw["data"]["train_tokens"] = None
+    raw["data"]["sources"][0] |= {"documents": "line", "limit": 2000}
+    assert [one for one in check_recipe(raw) if one.level == "error"] == []
+
+
+def test_a_dataset_may_have_more_than_its_sample(tmp_path: Path) -> None:
+    raw = tiny.recipe(tmp_path)
+    (tmp_path / "set").mkdir()
+    write_jsonl(tmp_path / "set" / "a.jsonl", [{"text": tiny.text(30 + n)} for n in range(1000)])
+    raw["data"]["sources"] = [{"kind": "hub", "dataset": str(tmp_path / "set")}]
+    raw["data"] |= {"train_tokens": 2_000_000, "heldout_tokens": 1000}
+    (text,) = [one.text for one in check_recipe(raw) if one.topic == "data"]
+    assert text.startswith("about 2,001,000 tokens; ")
+    raw["data"]["train_tokens"] = None
+    (text,) = [one.text for one in check_recipe(raw) if one.topic == "data"]
+    assert text.startswith("at least ")
 
 
 def test_text_that_is_still_to_be_written_is_part_of_the_estimate(tmp_path: Path) -> None:

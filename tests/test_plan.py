@@ -251,6 +251,17 @@ def test_text_of_unknown_length(tmp_path: Path) -> None:
     assert "train_tokens" in str(found.value)
 
 
+def test_a_dataset_beside_a_file_is_not_taken_for_nothing(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("some words " * 10_000)
+    sources = [{"kind": "text", "path": "text.txt"}, {"kind": "hub", "dataset": "org/text"}]
+    assert planned(tmp_path, data={"sources": sources}).tokens == 1_000_000
+    with pytest.raises(RecipeError, match="how many tokens"):
+        planned(tmp_path, data={"sources": sources, "train_tokens": None})
+    limited = [sources[0], {**sources[1], "tokens": 50_000}]
+    found = planned(tmp_path, data={"sources": limited, "train_tokens": None})
+    assert 50_000 < found.tokens < 75_000
+
+
 def test_a_folder_without_a_configuration(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=r"no config\.json"):

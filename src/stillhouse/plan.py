@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stillhouse.config.load_recipe import load_language_model_recipe
-from stillhouse.data.sources import estimated_tokens
+from stillhouse.data.sources import estimated_tokens, has_unknown_size
 from stillhouse.errors import DataError, RecipeError
 from stillhouse.family.members import first_member, planned_models
 from stillhouse.language_model.job import find_configurations
@@ -118,7 +118,8 @@ def _training_tokens(recipe: Recipe, base: Path) -> int:
     section = recipe.data
     tokens = 0
     try:
-        tokens = round(estimated_tokens(section.sources, base))
+        if not has_unknown_size(section.sources):
+            tokens = round(estimated_tokens(section.sources, base))
     except DataError:
         if section.train_tokens is None:
             raise
@@ -127,7 +128,8 @@ def _training_tokens(recipe: Recipe, base: Path) -> int:
         return section.train_tokens
     if tokens <= 0:
         raise RecipeError(
-            "how many tokens are trained on is not known: the text is not there, or very short",
+            "how many tokens are trained on is not known: the text is a dataset, not there, or "
+            "very short",
             where="data.train_tokens",
             fix="set data.train_tokens, in the recipe or with --set data.train_tokens=1000000000",
         )

@@ -115,6 +115,17 @@ def test_content_that_is_not_text_is_rejected(texts: Any, message: str) -> None:
     assert caught.value.fix
 
 
+def test_an_empty_file_of_a_folder_is_skipped(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n\n".join(LINES))
+    (tmp_path / "b.txt").write_text("")
+    found = Data.build(tmp_path, tiny.tokenizer(), **OPTIONS)
+    assert ids(found.train) == ids(
+        Data.build(tmp_path / "a.txt", tiny.tokenizer(), **OPTIONS).train
+    )
+    with pytest.raises(DataError, match=r"no text: it is empty(.|\n)*b\.txt"):
+        Data.build(tmp_path / "b.txt", tiny.tokenizer(), **OPTIONS)
+
+
 @pytest.mark.parametrize("format", ["numpy", "torch"])
 def test_the_format_of_a_dataset_has_no_effect(format: str, tmp_path: Path) -> None:
     rows = [{"messages": chat(line, "yes")} for line in LINES]

@@ -167,6 +167,19 @@ def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
     assert size_estimate([source], tmp_path) == 4
 
 
+def test_the_size_of_a_source_with_a_limit(tmp_path: Path) -> None:
+    rows = [{"text": f"row {n} {'x' * 100}"} for n in range(1000)]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    source = FileSource(kind="jsonl", path="a.jsonl")
+    whole = (tmp_path / "a.jsonl").stat().st_size
+    assert size_estimate([source], tmp_path) == whole
+    for limit, low, high in ((3, 300, 400), (500, 50_000, 60_000), (10_000, whole, whole)):
+        limited = source.model_copy(update={"limit": limit})
+        assert low <= size_estimate([limited], tmp_path) <= high
+    corpus = CorpusSource(kind="corpus", limit=2)
+    assert size_estimate([corpus], tmp_path) == sum(len(one.text) for one in read(corpus))
+
+
 # --- what is refused -------------------------------------------------------------------------
 
 # name: (file's content, what is said, where it is, what to do)
@@ -300,6 +313,25 @@ def test_parquet_rows_are_named(tmp_path: Path) -> None:
     error = refused(FileSource(kind="parquet", path="a.parquet"), tmp_path)
     assert "its keys are body, id" in error.what
     assert "text_key: body" in str(error.fix)
+
+
+def test_a_dataset_that_is_a_script(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "set.py").write_text("")
+    error = refused(HubSource(kind="hub", dataset="set"), tmp_path)
+    assert "scripts are no longer supported" in error.what
+    assert "kind: file" in str(error.fix)
+
+
+@pytest.mark.parametrize("limit", [None, 5])
+def test_files_of_a_dataset_that_do_not_fit_together(limit: int | None, tmp_path: Path) -> None:
+    """They are streamed if there is a limit."""
+    for name, value in (("a", 1), ("b", [1])):
+        table = pa.Table.from_pylist([{"text": name, "n": value}])
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    error = refused(HubSource(kind="hub", dataset=str(tmp_path), limit=limit), tmp_path)
+    assert "Couldn't cast array" in error.what
+    assert "kind: file" in str(error.fix)
 
 
 def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

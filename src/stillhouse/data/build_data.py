@@ -16,7 +16,7 @@ import numpy as np
 
 from stillhouse import progress
 from stillhouse.data.data_config import DataRecipe, Source, WindowsRecipe
-from stillhouse.data.documents import AnyDocument, Completion, Document, content_hash, group_hash
+from stillhouse.data.documents import AnyDocument, content_hash, group_hash, row_size
 from stillhouse.data.packing import Segment, fill_windows, plan_isolated, plan_single
 from stillhouse.data.row_pool import HashSet, Pool
 from stillhouse.data.sources import read_sources, size_estimate
@@ -192,7 +192,7 @@ def _gather_one(
                 fitting = [_fit(row, document, section, pool, log) for row in rows]
                 pool.add(key, [row for row in fitting if row is not None])
             pool.prune()
-            done = min(sum(_size(document) for document in batch), size)
+            done = min(sum(map(row_size, batch)), size)
             size -= done
             advance(done)
         advance(size)
@@ -203,21 +203,12 @@ def _batches(documents: Iterable[AnyDocument]) -> Iterator[list[AnyDocument]]:
     size = 0
     for document in documents:
         batch.append(document)
-        size += _size(document)
+        size += row_size(document)
         if len(batch) >= _BATCH_DOCUMENTS or size >= _BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _size(document: AnyDocument) -> int:
-    """Its characters, approximately."""
-    if isinstance(document, Document):
-        return len(document.text)
-    if isinstance(document, Completion):
-        return len(document.prompt) + len(document.completion)
-    return sum(len(str(message.get("content"))) for message in document.messages)
 
 
 def _fit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import Any, Literal
 
 from stillhouse.checksums import SUMS, damaged_files, read_sums, write_sums
 from stillhouse.data.batches import Batches
-from stillhouse.data.build_data import Texts, make_windows, texts_of
-from stillhouse.data.data_config import FileSource, TextSource, WindowsRecipe
-from stillhouse.data.data_files import format_of
+from stillhouse.data.build_data import Texts, make_windows
+from stillhouse.data.data_config import WindowsRecipe
+from stillhouse.data.data_files import text_size
 from stillhouse.data.documents import AnyDocument
 from stillhouse.data.file_search import find_files
 from stillhouse.data.row_formats import document_from_row
+from stillhouse.data.row_reader import not_empty
+from stillhouse.data.sources import file_documents
 from stillhouse.data.windows import open_windows
 from stillhouse.errors import DataError
 from stillhouse.field_types import Seed
@@ -99,9 +102,10 @@ def _check_sums(folder: Path) -> None:
 
 def _texts(texts: Any, text_key: str, boundary: Boundary) -> list[Texts]:
     if isinstance(texts, str | Path):
-        here = Path.cwd()
-        files = find_files(str(texts), here)
-        return texts_of([_source(file, text_key, boundary) for file in files], here)
+        files = find_files(str(texts), Path.cwd())
+        of_files = (file_documents(f, text_key=text_key, divided_by=boundary) for f in files)
+        documents = not_empty(itertools.chain.from_iterable(of_files), "The path", texts)
+        return [Texts(documents, sum(map(text_size, files)))]
     if isinstance(texts, Mapping | bytes) or not isinstance(texts, Iterable):
         raise DataError(
             f"{type(texts).__name__} is not a source of text",
@@ -119,12 +123,6 @@ def _texts(texts: Any, text_key: str, boundary: Boundary) -> list[Texts]:
     if hasattr(texts, "with_format"):
         texts = texts.with_format(None)  # a dataset may be set to give tensors
     return [Texts(_documents(texts, text_key))]
-
-
-def _source(file: Path, text_key: str, boundary: Boundary) -> TextSource | FileSource:
-    if format_of(file) == "text":
-        return TextSource(kind="text", path=str(file), documents=boundary)
-    return FileSource(kind="file", path=str(file), text_key=text_key)
 
 
 def _documents(items: Iterable[Any], text_key: str) -> Iterator[AnyDocument]:

@@ -74,6 +74,11 @@ class Conversation:
 AnyDocument = Document | Completion | Conversation
 
 
+def row_size(document: AnyDocument) -> int:
+    """Characters of the row that it was read from, approximately."""
+    return len(document.text) if isinstance(document, Document) else len(str(document))
+
+
 def content_hash(document: AnyDocument) -> bytes:
     """sha256 of the canonical JSON: equal if and only if the contents are equal."""
     return _digest(document.content(), document.where)

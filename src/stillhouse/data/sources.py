@@ -14,8 +14,8 @@ from typing import Any
 
 from stillhouse.data.data_config import CorpusSource, FileSource, HubSource, Source, TextSource
 from stillhouse.data.data_files import FileFormat, format_of, text_size
-from stillhouse.data.documents import AnyDocument, Document
-from stillhouse.data.file_search import find_files
+from stillhouse.data.documents import AnyDocument, Document, row_size
+from stillhouse.data.file_search import files_with, find_files
 from stillhouse.data.row_formats import document_from_row
 from stillhouse.data.row_reader import not_empty, read_rows, text_lines
 from stillhouse.data.table_rows import Rows
@@ -55,6 +55,8 @@ def _sections(text: str) -> Iterator[str]:
 CHARACTERS_PER_TOKEN = 4.5
 """Of text that is not tokenized yet. Rather too many: a run that fits must not be refused."""
 _CORPUS_CHARACTERS = 465_000
+_SAMPLED = 100
+"""Documents from which the size of a source with a limit is estimated."""
 _STREAMED_FROM = 2 << 30
 """Bytes in the files of a split of a data set, compressed or not."""
 
@@ -71,26 +73,42 @@ def read_sources(sources: Sequence[Source], base: Path) -> Iterator[AnyDocument]
 
 
 def size_estimate(sources: Sequence[Source], base: Path) -> int:
-    """The number of characters in the sources, approximately, for a progress bar; 0 if unknown."""
-    total = 0
-    for source in sources:
-        if isinstance(source, CorpusSource):
-            total += _CORPUS_CHARACTERS
-        elif not isinstance(source, HubSource):
-            total += sum(map(text_size, source_files(source, base)))
-    return total
+    """The number of characters that are read of the sources, approximately; 0 if unknown.
+
+    Of a source with a limit, some documents are read. Raises DataError if they cannot be.
+    """
+    return sum(_size(source, base) for source in sources)
+
+
+def _size(source: Source, base: Path) -> int:
+    if isinstance(source, HubSource):
+        return 0
+    total = _CORPUS_CHARACTERS
+    if not isinstance(source, CorpusSource):
+        total = sum(map(text_size, source_files(source, base)))
+    if source.limit is None:
+        return total
+    first = itertools.islice(_read(source, base), min(source.limit, _SAMPLED))
+    sizes = list(map(row_size, first))
+    return min(total, sum(sizes) * source.limit // max(1, len(sizes)))
 
 
 def estimated_tokens(
     sources: Sequence[Source], base: Path, rate: float = 1 / CHARACTERS_PER_TOKEN
 ) -> float:
-    """The number of tokens that are used of the sources; 0 if unknown. rate: tokens of a
-    character."""
+    """The number of tokens that are used of the sources, without those of `has_unknown_size`.
+    rate: tokens of a character."""
     total = 0.0
     for source in sources:
         tokens = size_estimate([source], base) * rate
-        total += tokens if source.tokens is None else min(tokens, source.tokens)
+        total += tokens if source.tokens is None else min(tokens or source.tokens, source.tokens)
     return total
+
+
+def has_unknown_size(sources: Sequence[Source]) -> bool:
+    """Whether the size of a source is not known before it is read: a dataset's, without a limit
+    on its tokens."""
+    return any(isinstance(source, HubSource) and source.tokens is None for source in sources)
 
 
 def source_files(source: TextSource | FileSource, base: Path) -> list[Path]:
@@ -117,10 +135,9 @@ def _read(source: Source, base: Path) -> Iterator[AnyDocument]:
                 yield from _text_documents(path, source.documents)
         case FileSource():
             for path in source_files(source, base):
-                yield from _file_documents(path, source)
+                yield from file_documents(path, _format(source), text_key=source.text_key)
         case HubSource():
-            with hub_errors(source):
-                yield from _documents(hub_rows(source, base), source.text_key)
+            yield from _documents(hub_rows(source, base), source.text_key)
 
 
 def _documents(rows: Rows, text_key: str) -> Iterator[AnyDocument]:
@@ -133,12 +150,15 @@ def _documents(rows: Rows, text_key: str) -> Iterator[AnyDocument]:
 # --- files -----------------------------------------------------------------------------------
 
 
-def _file_documents(path: Path, source: FileSource) -> Iterator[AnyDocument]:
-    format = _format(source) or format_of(path)
+def file_documents(
+    path: Path, format: FileFormat | None = None, *, text_key: str, divided_by: str = "file"
+) -> Iterator[AnyDocument]:
+    """format: None: by the extension. divided_by: what separates the documents of plain text."""
+    format = format or format_of(path)
     if format == "text":
-        return _text_documents(path, "file")
+        return _text_documents(path, divided_by)
     # All columns: those that are not read are listed in a note.
-    return _documents(read_rows(path, format=format), source.text_key)
+    return _documents(read_rows(path, format=format), text_key)
 
 
 def _text_documents(path: Path, divided_by: str) -> Iterator[Document]:
@@ -170,8 +190,10 @@ def _paragraphs(lines: Iterator[str], path: Path) -> Iterator[Document]:
 
 
 def hub_rows(source: HubSource, base: Path) -> Rows:
-    for number, row in enumerate(_load_dataset(source, base)):
-        yield row, f"{source.dataset} [{source.split}] row {number}"
+    """The rows of a dataset. Raises DataError, in the middle of a stream too."""
+    with _hub_errors(source):
+        for number, row in enumerate(_load_dataset(source, base)):
+            yield row, f"{source.dataset} [{source.split}] row {number}"
 
 
 def _load_dataset(source: HubSource, base: Path) -> Any:
@@ -190,13 +212,14 @@ def _load_dataset(source: HubSource, base: Path) -> Any:
             where=local,
             fix="use `kind: file`, which reads the folder's files; or rename the folder",
         )
-    guessed = sorted(file.name for end in ("csv", "tsv") for file in local.rglob(f"*.{end}"))
-    if local.is_dir() and guessed:
+    guessed = min(files_with(local, (".csv", ".tsv")), default=None)
+    if guessed is not None:
+        csv = guessed.relative_to(local)
         raise DataError(
             "`datasets` guesses at CSV: NA is empty to it, and a surplus cell moves the others "
-            f"({guessed[0]})",
+            f"({csv})",
             where=local,
-            fix=f"use `kind: file` with the files of the split, e.g. {source.dataset}/{guessed[0]}",
+            fix=f"use `kind: file` with the files of the split, e.g. {source.dataset}/{csv}",
         )
     name = str(local) if local.is_dir() else source.dataset
     streaming = source.limit is not None or _is_large(name, source)
@@ -221,9 +244,9 @@ def _is_large(name: str, source: HubSource) -> bool:
 
 
 @contextmanager
-def hub_errors(source: HubSource) -> Iterator[None]:
-    """Turns errors of `datasets`, on loading or in the middle of a stream, into DataErrors."""
-    import datasets
+def _hub_errors(source: HubSource) -> Iterator[None]:
+    """Turns errors of `datasets` into DataErrors."""
+    from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
@@ -233,21 +256,28 @@ def hub_errors(source: HubSource) -> Iterator[None]:
         raise
     except (ConnectionError, HfHubHTTPError, TimeoutError) as error:
         raise DataError(
-            f"The dataset cannot be reached: {_first_line(error)}",
+            f"The dataset cannot be reached: {_reason(error)}",
             where=source.dataset,
             fix="check the network and HF_HUB_OFFLINE, or give a local folder in `dataset`",
         ) from error
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, KeyError) as error:
+    # RuntimeError: a dataset that is a script. TypeError: files that have different columns.
+    except (DatasetsError, OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise DataError(
-            f"The dataset cannot be loaded: {_first_line(error)}",
+            f"The dataset cannot be loaded: {_reason(error)}",
             where=f"{source.dataset}, config {source.config}, split {source.split}",
             fix="check the id, config and split on huggingface.co/datasets, or the local folder; "
-            "a private dataset needs HF_TOKEN in the environment",
+            "a private dataset needs HF_TOKEN in the environment; files that `datasets` cannot "
+            "read together may be read with `kind: file`",
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def _reason(error: BaseException) -> str:
+    """In one line; of "An error occurred while generating the dataset", the error itself."""
+    from datasets.exceptions import DatasetGenerationError
+
+    if isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
+        return _reason(error.__cause__)
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 # --- changes ------------------------------------------------------------------------------------

@@ -10,9 +10,14 @@ from pathlib import Path
 from stillhouse.data.chat_template import DATE, writes_date
 from stillhouse.data.data_config import FileSource, Source, TextSource
 from stillhouse.data.data_files import conversion, extension_of
-from stillhouse.data.documents import AnyDocument, Conversation, Document
+from stillhouse.data.documents import AnyDocument, Conversation, row_size
 from stillhouse.data.file_search import other_texts, unread_files, unread_summary
-from stillhouse.data.sources import estimated_tokens, read_sources, source_files
+from stillhouse.data.sources import (
+    estimated_tokens,
+    has_unknown_size,
+    read_sources,
+    source_files,
+)
 from stillhouse.data.tokenize_rows import TokenRow, tokenize
 from stillhouse.data.turn_end import turn_end
 from stillhouse.export.licenses import license_lines
@@ -91,9 +96,9 @@ def check_data(check: Check) -> Iterator[Finding]:
 class Sample:
     """The first documents, tokenized.
 
-    tokens: an estimate for all sources. complete: the sample is the entire text. notes: how many
-    rows have something that is not learned or not read, by kind. rows: the documents' places and
-    tokens.
+    tokens: an estimate for all sources. complete: the sample is the entire text. at_least: there
+    may be any number more, in a dataset. notes: how many rows have something that is not learned or
+    not read, by kind. rows: the documents' places and tokens.
     """
 
     documents: int
@@ -102,15 +107,17 @@ class Sample:
     longest: int
     tokens: int
     complete: bool
+    at_least: bool
     notes: Counter[str]
     rows: list[tuple[str, TokenRow]]
 
 
 def _sample(job: Job, planned: PlannedText | None) -> Sample:
     tokenizer = load_tokenizer(job.tokenizer)
-    sources = job.recipe.data.sources if planned is None else planned.other_sources
+    data = job.recipe.data
+    sources = data.sources if planned is None else planned.other_sources
     documents: list[AnyDocument] = [] if planned is None else list(planned.documents)
-    characters, complete = sum(len(str(document)) for document in documents), planned is None
+    characters, complete = sum(map(row_size, documents)), planned is None
     written = characters * (planned.times if planned else 0.0)
     most = 0 if planned is None else planned.tokens
     for document in read_sources(sources, job.base):
@@ -118,8 +125,8 @@ def _sample(job: Job, planned: PlannedText | None) -> Sample:
             complete = False
             break
         documents.append(document)
-        characters += len(document.text) if isinstance(document, Document) else len(str(document))
-    tokenized = tokenize(documents, tokenizer, job.recipe.data.control_tokens)
+        characters += row_size(document)
+    tokenized = tokenize(documents, tokenizer, data.control_tokens)
     rows = [
         (document.where, row)
         for document, of_document in zip(documents, tokenized, strict=True)
@@ -133,6 +140,9 @@ def _sample(job: Job, planned: PlannedText | None) -> Sample:
     expected = most + round(written * rate + estimated_tokens(sources, job.base, rate))
     if all(source.tokens is None for source in sources):
         expected = tokens if complete else max(tokens, expected)
+    unknown = not complete and has_unknown_size(sources)
+    if unknown:  # what the recipe uses of it, at most
+        expected = max(expected, data.heldout_tokens + (data.train_tokens or 0))
     return Sample(
         documents=len(documents),
         conversations=sum(isinstance(document, Conversation) for document in documents),
@@ -140,6 +150,7 @@ def _sample(job: Job, planned: PlannedText | None) -> Sample:
         longest=max((len(row.ids) for _, row in rows if not row.splittable), default=0),
         tokens=expected,
         complete=complete,
+        at_least=unknown and data.train_tokens is None,
         notes=notes,
         rows=rows,
     )
@@ -170,7 +181,7 @@ def _not_read(job: Job, sources: Sequence[Source]) -> Iterator[Finding]:
 
 def _findings(sample: Sample, job: Job) -> Iterator[Finding]:
     section = job.recipe.data
-    about = "" if sample.complete else "about "
+    about = "" if sample.complete else "at least " if sample.at_least else "about "
     chats = f", {sample.conversations} of them chats" if sample.conversations else ""
     yield Finding(
         "ok",

@@ -8,7 +8,7 @@ from contextlib import suppress
 from functools import cache
 
 from stillhouse import account
-from stillhouse.data.sources import estimated_tokens
+from stillhouse.data.sources import estimated_tokens, has_unknown_size
 from stillhouse.errors import DataError
 from stillhouse.hardware import Requested
 from stillhouse.language_model.job import Job
@@ -56,7 +56,7 @@ def expected_seconds(job: Job, names: Sequence[str], finished: Sequence[Stage]) 
     if "data" in done:
         tokens: int | None = int(done["data"].summary["train"]["supervised_tokens"])
     else:
-        tokens = _tokens_of_text(job)
+        tokens = tokens_of_text(job)
     models = run_models(job)
     if tokens is None or is_small(models, this_machine(job.recipe.train.products, timed=False)):
         return {}
@@ -94,13 +94,14 @@ def _read_again(active: float, models: RunModels, machine: Machine) -> float:
     return machine.compute(models.recipe.train.precision).itemsize * active / speed
 
 
-def _tokens_of_text(job: Job) -> int | None:
+def tokens_of_text(job: Job) -> int | None:
     """Of training text that is not read yet: at most so many; None if that is not known."""
-    most = job.recipe.data.train_tokens
+    data, most = job.recipe.data, job.recipe.data.train_tokens
+    if has_unknown_size(data.sources):
+        return most
     with suppress(DataError):  # text that the run synthesizes does not exist yet
-        found = int(estimated_tokens(job.recipe.data.sources, job.base))
-        if found:  # 0: not known
-            return found if most is None else min(found, most)
+        found = int(estimated_tokens(data.sources, job.base))
+        return found if most is None else min(found, most)
     return most
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from stillhouse.data.batches import Batches
 from stillhouse.data.chat_prompt import chat_ids
 from stillhouse.data.data_config import HubSource
-from stillhouse.data.sources import hub_errors, hub_rows
+from stillhouse.data.sources import hub_rows
 from stillhouse.data.window_prompts import all_prompts
 from stillhouse.errors import DataError
 from stillhouse.generation.chat_frame import Frame, user_turn
@@ -129,9 +129,8 @@ def _messages(section: OnPolicyPrompts, base: Path) -> Iterator[tuple[Sequence[M
         split=section.split,
         limit=section.limit,
     )
-    with hub_errors(source):
-        for row, where in itertools.islice(hub_rows(source, base), section.limit):
-            yield prompt_messages(row, section.key, where), where
+    for row, where in itertools.islice(hub_rows(source, base), section.limit):
+        yield prompt_messages(row, section.key, where), where
 
 
 def made_prompts(given: Any, tokenizer: Any, *, key: str = "prompt") -> OwnPrompts:
