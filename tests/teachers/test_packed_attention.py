@@ -27,7 +27,7 @@ from stillhouse.teachers.attention_checks import (
 )
 from stillhouse.teachers.backbone import hidden_states
 from stillhouse.teachers.packed_attention import use_attention
-from tests.teachers.test_short_attention import CONFIGS, PACKED, PLAIN, SIZES, made, run
+from tests.teachers.test_short_attention import CONFIGS, LATENT, PACKED, PLAIN, SIZES, made, run
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -100,6 +100,7 @@ def test_other_devices_numbers_and_models_use_what_they_used(gpu: list[int]) -> 
     assert use_attention(made(llama), 20, GPU, torch.float32) == "sdpa"
     dropping = LlamaConfig(**SIZES, attention_dropout=0.1)
     assert use_attention(made(dropping), 20, GPU, torch.bfloat16) == "sdpa"
+    assert use_attention(made(LATENT), 20, GPU, torch.bfloat16) == "sdpa"
     eager = AutoModelForCausalLM.from_config(llama, attn_implementation="eager")
     assert use_attention(eager, 20, GPU, torch.bfloat16) == "eager"
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     Gemma3TextConfig,
     LlamaConfig,
     Qwen3Config,
@@ -35,6 +36,21 @@ CONFIGS = {
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
 }
+LATENT = DeepseekV3Config(
+    **{**SIZES, "num_key_value_heads": 4},
+    moe_intermediate_size=16,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=1,
+    topk_group=1,
+    first_k_dense_replace=3,
+    kv_lora_rank=16,
+    q_lora_rank=16,
+    qk_rope_head_dim=8,
+    qk_nope_head_dim=8,
+    v_head_dim=8,
+)
+"""Its values have another width than its keys."""
 CPU = torch.device("cpu")
 PACKED = torch.tensor([[*range(9), *range(7), *range(4)], [*range(20)]])
 PLAIN = torch.arange(20)[None].expand(2, -1)
@@ -53,10 +69,10 @@ def run(model: torch.nn.Module, positions_RL: Tensor) -> tuple[Tensor, list[Tens
     return hidden_RLD.detach(), [p.grad for p in model.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, "deepseek"])
 @pytest.mark.parametrize("positions_RL", [PACKED, PLAIN], ids=["packed", "plain"])
 def test_hidden_states_and_gradients_are_those_of_pytorch(name: str, positions_RL: Tensor) -> None:
-    model = made(CONFIGS[name])
+    model = made(CONFIGS.get(name, LATENT))
     expected, expected_grads = run(model, positions_RL)
     assert use_short_attention(model, context=20, device=CPU)
     found, grads = run(model, positions_RL)

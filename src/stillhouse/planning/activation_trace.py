@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from stillhouse.errors import ModelError
 from stillhouse.recomputed import recomputed
 from stillhouse.teachers.backbone import hidden_states
+from stillhouse.teachers.document_rows import separates_documents
 from stillhouse.teachers.planned_model import shape_key
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.short_attention import use_short_attention
@@ -125,7 +126,7 @@ def _trace(
     if checkpointing:
         model.gradient_checkpointing_enable()
     ids_RL = torch.zeros(1, context, dtype=torch.long)
-    positions_RL = torch.arange(context)[None]
+    positions_RL = torch.arange(context)[None] if separates_documents(model) else None
     grad = torch.no_grad() if inference else contextlib.nullcontext()
     little = device == "cpu" and not (checkpointing or inference)
     kept_again = recomputed() if little else contextlib.nullcontext()

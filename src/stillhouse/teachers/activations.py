@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from stillhouse.errors import ModelError
 from stillhouse.objectives import AttentionStates, capture
+from stillhouse.objectives.relation import RELATIONS
 from stillhouse.teachers.backbone import hidden_states
+from stillhouse.teachers.document_rows import run_documents, separates_documents
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,31 @@ def run_backbone(
     """Run the backbone as `hidden_states` does. Raises ModelError if it lacks these parts."""
     if not request:
         return Activations(hidden_states(model, input_ids_RL, position_ids_RL, documents))
+    if position_ids_RL is None or separates_documents(model):
+        return _run_hooked(model, input_ids_RL, position_ids_RL, request, documents)
+    layers, blocks = sorted(request.layers), sorted(request.attention)
+
+    def run(ids_SL: Tensor) -> list[Tensor]:
+        found = _run_hooked(model, ids_SL, None, request, None)
+        states = (found.attention[block].states[name] for block in blocks for name in RELATIONS)
+        return [found.last_RLD, *(found.layers[layer] for layer in layers), *states]
+
+    last_RLD, *rest = run_documents(model, run, input_ids_RL, position_ids_RL)
+    left = iter(rest)
+    return Activations(
+        last_RLD,
+        {layer: next(left) for layer in layers},
+        {block: AttentionStates({name: next(left) for name in RELATIONS}) for block in blocks},
+    )
+
+
+def _run_hooked(
+    model: Any,
+    input_ids_RL: Tensor,
+    position_ids_RL: Tensor | None,
+    request: ActivationRequest,
+    documents: Tensor | None,
+) -> Activations:
     blocks = decoder_layers(model)
     with ExitStack() as stack:
         layers = stack.enter_context(_outputs(blocks, request.layers - {len(blocks)}))
@@ -65,11 +92,16 @@ def run_backbone(
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
-    """The decoder blocks, from the first to the last."""
+    """The decoder blocks, from the first to the last: `layers` of the backbone, or its first list
+    of as many modules as the configuration has layers (GPT-2's `h`, OPT's `decoder.layers`)."""
     found = getattr(model.base_model, "layers", None)
-    if not isinstance(found, nn.ModuleList):
-        raise _unknown(model, "decoder blocks")
-    return found
+    if isinstance(found, nn.ModuleList):
+        return found
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    for module in model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise _unknown(model, "decoder blocks")
 
 
 def final_norm(model: Any) -> Callable[[Tensor], Tensor]:

@@ -18,6 +18,7 @@ from stillhouse.cpu_products import fast_linear
 from stillhouse.errors import ModelError
 from stillhouse.signals import DenseSignal, LMHead
 from stillhouse.signals.lm_head import head_logits
+from stillhouse.teachers.document_rows import run_documents, separates_documents
 from stillhouse.teachers.packed_attention import document_arguments
 
 
@@ -59,15 +60,23 @@ def hidden_states(
 ) -> Tensor:
     """The last hidden states after the final norm, [R, L, D]: the head's input.
 
-    If `position_ids_RL` restarts inside a window, transformers prevents the documents on both
-    sides from attending to each other. No key-value cache. `model` must be unwrapped (no DDP, no
-    FSDP module around it). documents: their bounds, as in `Batch`; None: they are computed if the
-    model's attention needs them.
+    Documents on both sides of a place where `position_ids_RL` restarts do not see each other:
+    transformers masks them, or they are run apart (`document_rows`). No key-value cache. `model`
+    must be unwrapped (no DDP, no FSDP module around it). documents: their bounds, as in `Batch`;
+    None: they are computed if the model's attention needs them.
     """
+    if position_ids_RL is not None and not separates_documents(model):
+        (last_RLD,) = run_documents(
+            model,
+            lambda ids_SL: [hidden_states(model, ids_SL, None)],
+            input_ids_RL,
+            position_ids_RL,
+        )
+        return last_RLD
     with nullcontext() if checkpoints_layers(model) else fast_linear(input_ids_RL.device):
         output = model.base_model(
             input_ids=input_ids_RL,
-            position_ids=position_ids_RL,
+            **({} if position_ids_RL is None else {"position_ids": position_ids_RL}),
             use_cache=False,
             return_dict=True,
             **document_arguments(model, input_ids_RL, position_ids_RL, documents),
@@ -134,14 +143,13 @@ def check_head(model: Any) -> None:
     waves_ND = 4 * torch.arange(1, 3 * D + 1, dtype=torch.float32).sin().view(3, D)
     hidden_ND = waves_ND.to(head.weight_VD.device, head.weight_VD.dtype)
     ids_RL = torch.zeros(1, 3, dtype=torch.long, device=head.weight_VD.device)
-    positions_RL = torch.arange(3, device=ids_RL.device)[None]
     with _replaced_backbone(model, hidden_ND) as calls:
         try:
-            output = model(input_ids=ids_RL, position_ids=positions_RL, use_cache=False)
+            output = model(input_ids=ids_RL, use_cache=False)
         except RuntimeError as failure:
             raise _unknown_head(model, str(failure)) from failure
     if not calls:
-        hidden_ND = hidden_states(model, ids_RL, positions_RL)[0]
+        hidden_ND = hidden_states(model, ids_RL, None)[0]
     expected_NV, logits_NV = output.logits[0], head_logits(head, hidden_ND)
     scale = expected_NV.float().abs().max().clamp_min(1e-6)
     error = ((logits_NV.float() - expected_NV.float()).abs().max() / scale).item()

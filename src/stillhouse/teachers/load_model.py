@@ -57,7 +57,7 @@ def load_model(
     """Load a causal language model in eval mode on the CPU, every weight from the folder.
 
     Attention is PyTorch's scaled_dot_product_attention, unless the model caps attention
-    scores, which that function cannot do.
+    scores, which that function cannot do, or its architecture does not support it.
     distributed: how it is sharded over the processes of a torchrun, each of which reads its own
     part, on its own device.
     finite: check that all values are, which brings every page of the files into memory.
@@ -213,10 +213,11 @@ def _no_tokenizer(path: Path, problem: str) -> ModelError:
     )
 
 
-def attention_for(config: Any) -> str:
-    """`eager` for models that cap attention scores (Gemma 2), which sdpa silently skips."""
+def attention_for(config: Any) -> str | None:
+    """`eager` for models that cap attention scores (Gemma 2), which sdpa silently skips; None: sdpa
+    where the architecture has it, otherwise eager (GPT-OSS, BLOOM)."""
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-    return "sdpa" if capped is None else "eager"
+    return None if capped is None else "eager"
 
 
 def _check_loaded(info: dict[str, Any], path: Path) -> None:

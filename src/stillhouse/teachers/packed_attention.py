@@ -173,8 +173,9 @@ def with_repeated_heads(kernel: Kernel) -> Kernel:
 
 def _instead_of_sdpa(model: Any, device: torch.device, dtype: torch.dtype) -> str:
     config = model.config.get_text_config()
-    dropout = getattr(config, "attention_dropout", None)
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or dropout:
+    # Dropout, or DeepSeek's values of another width than the keys.
+    needs_sdpa = any(getattr(config, name, None) for name in ("attention_dropout", "v_head_dim"))
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or needs_sdpa:
         return "sdpa"
     heads, groups, width = config.num_attention_heads, key_value_heads(config), head_size(config)
     flash = _passes_bounds(model) and width <= WIDEST_HEAD
@@ -219,7 +220,7 @@ def _passes_bounds(model: Any) -> bool:
     config = model.config.get_text_config()
     if not getattr(model, "_supports_flash_attn", False):
         return False
-    if any(getattr(config, name, None) for name in ("attn_logit_softcapping", "v_head_dim")):
+    if getattr(config, "attn_logit_softcapping", None):
         return False
     attention = [m for n, m in model.named_modules() if n.endswith("self_attn")]
     forwards = [model.base_model.forward, *(each.forward for each in attention[:1])]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from stillhouse.errors import ModelError
 from stillhouse.teachers.backbone import check_head
+from stillhouse.teachers.document_rows import small_config
 from stillhouse.teachers.load_model import attention_for, check_loadable, load_config
 from stillhouse.teachers.model_requirements import (
     require_layers,
@@ -111,12 +111,7 @@ def check_planned_head(config: Any) -> Any:
     """Do `check_head` for a model that is too large to be loaded for it, and return a small model
     of its kind, without weights except those of a random head. Raises ModelError.
     """
-    small = copy.deepcopy(config)
-    text = small.get_text_config()
-    text.vocab_size, text.num_hidden_layers = 64, 1
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(text, name, None)
-    model = planned_model(small)
+    model = planned_model(small_config(config))
     head = model.get_output_embeddings()
     if head is not None:
         head.to_empty(device="cpu")

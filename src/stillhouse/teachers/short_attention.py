@@ -1,7 +1,7 @@
 """Attention for short training windows on a CPU: plain matrix products.
 
-Shapes: R windows, H query heads, G key-value heads, J = H / G, B = R·G, M = J·L, L tokens, E head
-width.
+Shapes: R windows, H query heads, G key-value heads, J = H / G, B = R·G, M = J·L, L tokens, E width
+of queries and keys, W of values (the same, except in DeepSeek's latent attention).
 
 PyTorch's fused attention for CPUs is designed for long sequences. At 256 tokens its forward and
 backward take 2.2 times as long as three products, which is a tenth of a whole training step.
@@ -49,13 +49,13 @@ def short_attention(
     module: Any,
     query_RHLE: Tensor,
     key_RGLE: Tensor,
-    value_RGLE: Tensor,
+    value_RGLW: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """softmax(scale · Q Kᵀ + mask) V, as [R, L, H, E]; the query heads of a group are computed
+    """softmax(scale · Q Kᵀ + mask) V, as [R, L, H, W]; the query heads of a group are computed
     together."""
     R, H, L, E = query_RHLE.shape
     G = key_RGLE.shape[1]
@@ -64,7 +64,7 @@ def short_attention(
             module,
             query_RHLE,
             key_RGLE,
-            value_RGLE,
+            value_RGLW,
             attention_mask,
             dropout=dropout,
             scaling=scaling,
@@ -72,14 +72,14 @@ def short_attention(
         )
     scale = E**-0.5 if scaling is None else scaling
     # Under autocast the rotation leaves queries and keys in float32; values have the right dtype.
-    dtype = value_RGLE.dtype
+    dtype = value_RGLW.dtype
     with torch.autocast(query_RHLE.device.type, enabled=False):
         # Query heads of a group are neighbors: [R, H, L, E] is [R·G, J·L, E].
         query_BME = (query_RHLE * scale).to(dtype).reshape(R * G, -1, E)
         key_BLE = key_RGLE.to(dtype).reshape(R * G, L, E)
-        value_BLE = value_RGLE.reshape(R * G, L, E)
-        out_BME = _Attention.apply(query_BME, key_BLE, value_BLE, attention_mask.to(dtype))
-    return out_BME.view(R, H, L, E).transpose(1, 2), None
+        value_BLW = value_RGLW.reshape(R * G, L, -1)
+        out_BMW = _Attention.apply(query_BME, key_BLE, value_BLW, attention_mask.to(dtype))
+    return out_BMW.view(R, H, L, -1).transpose(1, 2), None
 
 
 class _Attention(torch.autograd.Function):
@@ -87,23 +87,23 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query_BME: Tensor, key_BLE: Tensor, value_BLE: Tensor, mask_RHLL: Tensor
+        ctx: Any, query_BME: Tensor, key_BLE: Tensor, value_BLW: Tensor, mask_RHLL: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(query_BME, key_BLE, value_BLE, mask_RHLL)
+        ctx.save_for_backward(query_BME, key_BLE, value_BLW, mask_RHLL)
         probabilities_BML = _probabilities(query_BME, key_BLE, mask_RHLL)
-        return batched_product(probabilities_BML, value_BLE.mT)
+        return batched_product(probabilities_BML, value_BLW.mT)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BME: Tensor) -> tuple[Tensor | None, ...]:
-        query_BME, key_BLE, value_BLE, mask_RHLL = ctx.saved_tensors
+    def backward(ctx: Any, grad_BMW: Tensor) -> tuple[Tensor | None, ...]:
+        query_BME, key_BLE, value_BLW, mask_RHLL = ctx.saved_tensors
         probabilities_BML = _probabilities(query_BME, key_BLE, mask_RHLL)
-        grad_BML, grad_value_BEL = batched_gradients(grad_BME, probabilities_BML, value_BLE.mT)
+        grad_BML, grad_value_BWL = batched_gradients(grad_BMW, probabilities_BML, value_BLW.mT)
         grad_BML = torch._softmax_backward_data(
             grad_BML, probabilities_BML, -1, probabilities_BML.dtype
         )
         grad_query_BME, grad_key_BLE = batched_gradients(grad_BML, query_BME, key_BLE)
-        return grad_query_BME, grad_key_BLE, grad_value_BEL.mT, None
+        return grad_query_BME, grad_key_BLE, grad_value_BWL.mT, None
 
 
 def _probabilities(query_BME: Tensor, key_BLE: Tensor, mask_RHLL: Tensor) -> Tensor:
