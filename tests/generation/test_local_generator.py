@@ -10,19 +10,24 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GenerationConfig,
+    MambaConfig,
     MistralConfig,
     MistralForCausalLM,
     Qwen3Config,
+    RecurrentGemmaConfig,
+    RwkvConfig,
 )
 from transformers import Qwen3ForCausalLM as Qwen3
 
 from stillhouse.errors import ModelError
 from stillhouse.generation import local_generator
+from stillhouse.generation.generator import TokenPrompt
 from stillhouse.generation.kv_cache import SlotCache
-from stillhouse.generation.local_generator import local_text
+from stillhouse.generation.local_generator import LocalGenerator, local_text
 from stillhouse.generation.request import Answer, Failure, Request
 from tests import tiny
 
@@ -125,6 +130,31 @@ def test_greedy_answers_are_those_of_generate(name: str) -> None:
             assert (answer.text, answer.completion_tokens) == text_and_tokens, f"batch {batch}"
             endings.add(answer.finish_reason)
         assert endings == {"stop", "length"}, "the toy must show both"
+
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3}
+RECURRENT = {
+    "mamba": lambda: MambaConfig(**SIZES, state_size=4),
+    "rwkv": lambda: RwkvConfig(**SIZES, context_length=64),
+    "recurrent gemma, which returns no cache": lambda: RecurrentGemmaConfig(
+        **SIZES, intermediate_size=64, num_attention_heads=2, lru_width=32
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_models_with_other_caches_answer_like_generate(name: str) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(RECURRENT[name]()).eval()
+    prompts = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
+    generator = LocalGenerator(model, frozenset())
+    found = dict(generator.generate([TokenPrompt(prompt, 6) for prompt in prompts]))
+    for number, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt])
+        for _ in range(6):  # without a cache
+            next_1 = model(ids, use_cache=False).logits[:, -1].argmax(-1)
+            ids = torch.cat([ids, next_1[:, None]], 1)
+        assert list(found[number].ids) == ids[0, len(prompt) :].tolist()
 
 
 def test_answers_come_while_later_prompts_are_not_yet_read() -> None:

@@ -41,6 +41,9 @@ _AHEAD = 8
 _PASSES_WORTH_PACKING = 32
 """Packing the weights takes about as long as it saves in 16 to 25 passes."""
 
+_CACHES = ("past_key_values", "cache_params", "state")
+"""What models call their cache: most, Mamba and RWKV."""
+
 OnToken = Callable[[Sequence[int]], object]
 
 
@@ -148,13 +151,14 @@ class LocalGenerator:
 
     def _together(self, writings: list[_Writing]) -> Iterator[tuple[int, Continuation]]:
         """For models whose cache has no slots: transformers' cache, prompts padded on the left,
-        until the last sequence has ended."""
+        until the last sequence has ended. A model without a cache reads the whole text again for
+        each token."""
         longest = max(len(w.prompt.ids) for w in writings)
         pads = [longest - len(w.prompt.ids) for w in writings]
         padded = [[0] * pad + [*w.prompt.ids] for pad, w in zip(pads, writings, strict=True)]
         new_BL = torch.tensor(padded, device=self.model.device)
         pads_B = new_BL.new_tensor(pads)
-        seen, cache, going = longest, None, list(writings)
+        seen, caches, going = longest, dict[str, Any](), list(writings)
         while going:
             places_L = torch.arange(seen, device=new_BL.device)
             more: dict[str, Any] = {}
@@ -165,11 +169,13 @@ class LocalGenerator:
                     "position_ids": positions_BL[:, -new_BL.shape[1] :],
                     "logits_to_keep": 1,
                 }
-            output = self.model(input_ids=new_BL, past_key_values=cache, use_cache=True, **more)
-            cache, seen = output.past_key_values, seen + 1
+            output = self.model(input_ids=new_BL, use_cache=True, **caches, **more)
+            caches = {name: output[name] for name in _CACHES if output.get(name) is not None}
+            seen += 1
             rows = [row for row, writing in enumerate(writings) if writing in going]
             _add_tokens(going, output.logits[rows, -1])
-            new_BL = new_BL.new_tensor([writing.tokens[-1:] for writing in writings])
+            last_B1 = new_BL.new_tensor([writing.tokens[-1:] for writing in writings])
+            new_BL = last_B1 if caches else torch.cat([new_BL, last_B1], 1)
             for writing in [one for one in going if one.ended(self.ends)]:
                 going.remove(writing)
                 yield writing.finished(self.ends)
