@@ -61,6 +61,18 @@ def test_an_answer_has_all_fields_of_the_reply(journal: Journal) -> None:
     assert tally.spent == Spending(18, answer.cost)
 
 
+def test_tokens_that_only_the_total_counts_are_paid_for(journal: Journal) -> None:
+    usage = {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 518}
+    whole = {"choices": [{"message": {"content": "4"}}], "usage": usage}
+    with Stub(lambda number, payload: Reply(body=json.dumps(whole).encode())) as stub:
+        (asked,) = requests(stub, 1)
+        run(journal, stub, [asked], price=Price(input=1.0, output=10.0))
+    answer = journal.get(asked.key)
+    assert answer is not None
+    assert (answer.prompt_tokens, answer.completion_tokens) == (11, 507)
+    assert answer.cost == pytest.approx((11 * 1 + 507 * 10) / 1e6)
+
+
 def test_an_unknown_price_stays_unknown(journal: Journal) -> None:
     with Stub() as stub:
         (asked,) = requests(stub, 1)
@@ -389,7 +401,14 @@ def test_half_an_answer_is_sent_again(journal: Journal, reason: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "meaning"), [("eos", "stop"), ("end_turn", "stop"), ("MAX_TOKENS", "length")]
+    ("word", "meaning"),
+    [
+        ("eos", "stop"),
+        ("end_turn", "stop"),
+        ("STOP", "stop"),
+        ("MAX_TOKENS", "length"),
+        ("SAFETY", "content_filter"),
+    ],
 )
 def test_other_words_for_the_end_of_an_answer(journal: Journal, word: str, meaning: str) -> None:
     with Stub(lambda number, payload: Reply(finish_reason=word)) as stub:

@@ -29,10 +29,14 @@ from stillhouse.teachers.redact import holds_key, redacted
 
 _EXCERPT = 300
 """Characters of a server's message that are kept."""
-_STOPPED = {"eos", "eos_token", "end_turn", "stop_sequence", "complete", "completed"}
-_CUT_OFF = {"max_tokens", "max_output_tokens", "model_length"}
-_ENDS = {"stop", "length", "content_filter", "refusal", "safety"}
-"""Finish reasons of a complete answer, or of one that the token limit or a filter ended."""
+_ENDS = {
+    "stop": ("eos", "eos_token", "end_turn", "stop_sequence", "complete", "completed"),
+    "length": ("max_tokens", "max_output_tokens", "model_length"),
+    "content_filter": ("safety",),
+    "refusal": (),
+}
+"""Finish reasons of a complete answer, or of one that the token limit or a filter ended, with other
+terms for them."""
 _MOST_TOKENS = 10**9
 """Maximum tokens in one prompt or answer; a larger count from a server is wrong."""
 
@@ -214,15 +218,16 @@ def _parse(document: Any, price: Price | None, seconds: float) -> Answer:
     if not text and refusal:
         text, finish_reason = refusal, "refusal"
     usage = _object(document.get("usage"))
-    prompt, completion = (
-        _tokens(usage.get("prompt_tokens")),
-        _tokens(usage.get("completion_tokens")),
+    prompt, completion, total = (
+        _tokens(usage.get(f"{name}_tokens")) for name in ("prompt", "completion", "total")
     )
     cost = None
     if prompt is None or completion is None:
         prompt = completion = None
-    elif price is not None:
-        cost = price.of(prompt, completion)
+    else:
+        # Some providers bill the tokens of the reasoning and count them in the total alone.
+        completion = max(completion, (total or 0) - prompt)
+        cost = None if price is None else price.of(prompt, completion)
     logprobs = _object(choice.get("logprobs")).get("content")
     if isinstance(logprobs, list) and not are_logprobs(logprobs):
         raise ValueError("its log-probabilities are malformed")
@@ -242,7 +247,7 @@ def _finish_reason(choice: Mapping[str, Any]) -> str | None:
     """The finish reason in OpenAI's terms, if another term for it is known."""
     reason = _string(choice.get("finish_reason"))
     plain = (reason or "").lower()
-    return "stop" if plain in _STOPPED else "length" if plain in _CUT_OFF else reason
+    return next((ours for ours, theirs in _ENDS.items() if plain in (ours, *theirs)), reason)
 
 
 def _text(content: Any) -> str:
