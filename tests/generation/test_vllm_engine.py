@@ -104,6 +104,24 @@ def use_stub(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     importlib.invalidate_caches()
 
 
+@pytest.mark.parametrize(("visible", "gpu", "expected"), [("3", 0, 3), ("4,5", 1, 5), (None, 1, 1)])
+def test_vllm_gets_one_of_the_gpus_that_this_process_may_use(
+    visible: str | None, gpu: int, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\nread line; echo "{\\"window\\": $CUDA_VISIBLE_DEVICES}"; read line\n'
+    )
+    python.chmod(0o755)
+    engine = VllmProcess(str(python), {}, gpu=gpu)
+    engine.close()
+    assert engine.window == expected
+
+
 @pytest.fixture
 def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a package `vllm` that this Python has."""

@@ -25,7 +25,6 @@ from stillhouse.generation.generator import (
 )
 from stillhouse.generation.vllm_process import EngineError, VllmProcess, probe_python
 from stillhouse.generation.vllm_worker import probe, reason
-from stillhouse.launch import local_index
 from stillhouse.progress import note
 from stillhouse.teachers.load_model import load_tokenizer
 from stillhouse.teachers.model_source import AnyModel, ModelSource, source_of
@@ -204,15 +203,13 @@ def start_engine(
     layers: Sequence[int] = (),
     *,
     where: str = TEACHER,
-    own_gpu: bool = False,
+    gpu: int | None = None,
 ) -> VllmProcess:
-    """A process of vLLM with a model, of `section.python` or of this Python. Raises ModelError.
-
-    own_gpu: it uses only the GPU of this process of the torchrun.
-    """
+    """A process of vLLM with a model, of `section.python` or of this Python. gpu: as in
+    `VllmProcess`. Raises ModelError."""
     python = section.interpreter(base) or sys.executable
     with vllm_errors(f"vLLM cannot load {options['model']}", where):
-        return VllmProcess(python, options, layers, gpu=local_index() if own_gpu else None)
+        return VllmProcess(python, options, layers, gpu=gpu)
 
 
 @contextmanager

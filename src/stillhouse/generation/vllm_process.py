@@ -47,8 +47,9 @@ def probe_python(python: str) -> dict[str, Any]:
 class VllmProcess:
     """A process of `python` that runs vllm_worker.py, leading its own process group.
 
-    options: arguments of vllm.LLM. layers: as in `vllm_worker.open_llm`. gpu: the only GPU that it
-    may use; None: all. Raises EngineError: vLLM raised an error, or its process ended.
+    options: arguments of vllm.LLM. layers: as in `vllm_worker.open_llm`. gpu: the only one of this
+    process's GPUs that it may use; None: all. Raises EngineError: vLLM raised an error, or its
+    process ended.
     """
 
     def __init__(
@@ -164,6 +165,6 @@ def _environment(gpu: int | None) -> dict[str, str]:
         names = {name for name in names if name not in ours and not name.startswith(prefixes)}
     found = {name: os.environ[name] for name in names}
     if gpu is not None:
-        visible = found.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        found["CUDA_VISIBLE_DEVICES"] = visible[gpu] if gpu < len(visible) > 1 else str(gpu)
+        visible = found.get("CUDA_VISIBLE_DEVICES")
+        found["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu].strip() if visible else str(gpu)
     return found
