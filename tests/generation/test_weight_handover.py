@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from stillhouse.errors import ModelError
+from stillhouse.errors import ModelError, RunError
 from stillhouse.generation import vllm_rollouts as rollouts_module
 from stillhouse.generation.generator import TokenPrompt
 from stillhouse.generation.local_generator import LocalGenerator
@@ -234,10 +234,10 @@ def student(tmp_path: Path) -> Any:
     return model
 
 
-def section(server: GeneratingServer, weights: Path) -> VllmServerRollouts:
+def section(server: GeneratingServer, weights: str) -> VllmServerRollouts:
     base_url = f"http://127.0.0.1:{server.server_port}/v1"
     return VllmServerRollouts(
-        kind="vllm_server", base_url=base_url, model="student", weights=str(weights), concurrency=2
+        kind="vllm_server", base_url=base_url, model="student", weights=weights, concurrency=2
     )
 
 
@@ -254,7 +254,7 @@ def test_a_server_writes_with_the_weights_as_they_are(
     prompts = [TokenPrompt([5, 6, n], 6, logprobs=True) for n in (7, 8, 9)]
     trained(student, 0.05)
     with (
-        server_rollouts(section(server, tmp_path / "weights")) as opened,
+        server_rollouts(section(server, "weights"), base=tmp_path) as opened,
         opened(student, ENDS) as generator,
     ):
         written = dict(generator.generate(prompts))
@@ -269,7 +269,7 @@ def test_a_server_that_keeps_its_old_weights_stops_the_run(
 ) -> None:
     server.engine.deaf = True
     trained(student, 0.05)
-    rollouts = server_rollouts(section(server, tmp_path / "weights"))
+    rollouts = server_rollouts(section(server, "weights"), base=tmp_path)
     with (
         rollouts as opened,
         pytest.raises(ModelError, match="it has other weights"),
@@ -283,9 +283,34 @@ def test_the_error_for_a_server_without_development_mode_has_the_command(
 ) -> None:
     server.development = False
     with (
-        server_rollouts(section(server, tmp_path / "weights")) as opened,
+        server_rollouts(section(server, "weights"), base=tmp_path) as opened,
         pytest.raises(ModelError, match="no endpoint") as caught,
         opened(student, ENDS),
     ):
         pass
     assert "VLLM_SERVER_DEV_MODE=1" in (caught.value.fix or "")
+
+
+def test_a_folder_with_another_model_is_not_overwritten(
+    tmp_path: Path, student: Any, server: GeneratingServer
+) -> None:
+    before = {file: file.read_bytes() for file in (tmp_path / "start").iterdir()}
+    with (
+        pytest.raises(RunError, match="holds a model") as caught,
+        server_rollouts(section(server, "start"), base=tmp_path),
+    ):
+        pass
+    assert caught.value.where == str(tmp_path / "start")
+    assert before == {file: file.read_bytes() for file in (tmp_path / "start").iterdir()}
+
+
+def test_a_resumed_run_overwrites_the_weights_that_it_handed_over(
+    tmp_path: Path, student: Any, server: GeneratingServer
+) -> None:
+    for _ in range(2):
+        with (
+            server_rollouts(section(server, "weights"), base=tmp_path) as opened,
+            opened(student, ENDS),
+        ):
+            pass
+    assert (tmp_path / "weights" / "model.safetensors").exists()

@@ -40,6 +40,13 @@ def test_it_estimates_what_the_student_writes(tmp_path: Path) -> None:
     assert f"key-value cache takes {size(2 * 3 * 2 * 8 * 128 * 3 * 4)}" in text
 
 
+def test_a_folder_for_weights_that_holds_another_model_is_an_error(tmp_path: Path) -> None:
+    server = {"base_url": "http://127.0.0.1:9/v1", "model": "student", "weights": "student"}
+    tiny.save_model(tmp_path / "student", seed=1)
+    found = findings(tmp_path, {"generator": {"kind": "vllm_server", **server}})
+    assert [one for one in found if one.level == "error" and "would overwrite" in one.text]
+
+
 def test_prompts_that_fill_the_context_are_an_error(tmp_path: Path) -> None:
     prompts = write_prompts(tmp_path, "hi", "x" * 40)
     found = findings(tmp_path, {"prompts": prompts})

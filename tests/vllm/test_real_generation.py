@@ -79,7 +79,7 @@ def test_a_server_takes_a_students_weights(
     """Last in this module: the server's weights are others afterwards."""
     weights = str(home / "weights-server")
     section = VllmServerRollouts(kind="vllm_server", weights=weights, tolerance=CLOSE, **server)
-    with server_rollouts(section) as opened:
+    with server_rollouts(section, base=home) as opened:
         assert_handed_over(opened, student)
         monkeypatch.setattr(VllmServer, "load_weights", lambda *_: None)
         assert_noticed(opened, student)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -43,6 +44,10 @@ class VllmServerRollouts(SignalServer):
         "weights are handed over in it, best in memory."
     )
     tolerance: Divergence = TOLERANCE
+
+    def folder(self, base: Path) -> Path:
+        """Of the weights. base: the recipe's folder, where a relative path starts."""
+        return (base / Path(self.weights).expanduser()).absolute()
 
 
 RolloutsRecipe = Annotated[

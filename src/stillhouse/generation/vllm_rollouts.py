@@ -21,11 +21,12 @@ from stillhouse.generation.vllm_engine import (
 from stillhouse.generation.vllm_process import VllmProcess
 from stillhouse.generation.vllm_server import VllmServer
 from stillhouse.generation.weight_handover import (
+    claim_folder,
     hand_over,
     require_same_weights,
     save_weights,
 )
-from stillhouse.launch import leads, world_size
+from stillhouse.launch import leads, local_index, world_size
 from stillhouse.processes import wait_for_all
 from stillhouse.teachers.model_source import AnyModel, source_of
 
@@ -56,8 +57,8 @@ def vllm_rollouts(
 
     def started(model: Any) -> VllmProcess:
         save_weights(model, folder, dtype, head_too=untied)
-        own_gpu = world_size() > 1
-        found = start_engine(section, options, base, where=ROLLOUTS, own_gpu=own_gpu)
+        gpu = local_index() if world_size() > 1 and torch.cuda.is_available() else None
+        found = start_engine(section, options, base, where=ROLLOUTS, gpu=gpu)
         try:
             require_same_weights(found, model, tolerance=section.tolerance)
         except BaseException:
@@ -90,10 +91,13 @@ def vllm_rollouts(
 
 
 @contextmanager
-def server_rollouts(section: VllmServerRollouts) -> Iterator[OpenGenerator]:
+def server_rollouts(section: VllmServerRollouts, *, base: Path) -> Iterator[OpenGenerator]:
     """A vLLM server, for a training. Under torchrun, the main process hands the weights over, and
-    all processes use the server. Raises ModelError as `vllm_rollouts`, EndpointError for a key."""
-    server, folder = VllmServer(section), Path(section.weights).expanduser()
+    all processes use the server. base: where a relative `weights` starts. Raises ModelError as
+    `vllm_rollouts`, EndpointError for a key, RunError as `claim_folder`."""
+    server, folder = VllmServer(section), section.folder(base)
+    if leads():
+        claim_folder(folder)
 
     @contextmanager
     def opened(model: Any, ends: frozenset[int]) -> Iterator[Generator]:

@@ -13,18 +13,40 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from stillhouse.disk_errors import disk_errors
-from stillhouse.errors import ModelError
+from stillhouse.errors import ModelError, RunError
 from stillhouse.generation.vllm_engine import ROLLOUTS, Writer, vllm_errors
 
 PROMPT_TOKENS, ROW_TOKENS = 8, 32
 """Of the row that is compared."""
 HEAD = "lm_head.weight"
+MARK = "written_by_stillhouse"
+"""A file in a folder that weights for a server are written to, and overwritten in."""
 
 
 class WeightEngine(Writer, Protocol):
     """An engine whose weights can be replaced."""
 
     def load_weights(self, folder: Path) -> None: ...
+
+
+def require_no_other_model(folder: Path) -> None:
+    """Raise RunError if the folder holds a model that was not handed over in it."""
+    model = (folder / "config.json").exists() or any(folder.glob("*.safetensors*"))
+    if model and not (folder / MARK).exists():
+        raise RunError(
+            "this folder holds a model, which the handed-over weights would overwrite",
+            where=folder,
+            fix=f"set {ROLLOUTS}.weights to a new folder that the server sees too",
+        )
+
+
+def claim_folder(folder: Path) -> None:
+    """Mark a folder as one for weights that are handed over, before any are written to it. Raises
+    RunError as `require_no_other_model`, or if it cannot be written."""
+    require_no_other_model(folder)
+    with disk_errors(folder, elsewhere="give the weights another folder"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MARK).touch()
 
 
 @torch.no_grad()

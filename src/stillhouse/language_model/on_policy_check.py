@@ -10,8 +10,9 @@ from stillhouse.attention_heads import head_size, key_value_heads
 from stillhouse.errors import SignalError
 from stillhouse.finding import Finding
 from stillhouse.generation.kv_cache import GROWTH
-from stillhouse.generation.rollout_config import VllmRollouts
+from stillhouse.generation.rollout_config import VllmRollouts, VllmServerRollouts
 from stillhouse.generation.vllm_engine import ROLLOUTS, lacks
+from stillhouse.generation.weight_handover import require_no_other_model
 from stillhouse.language_model.job import Job
 from stillhouse.language_model.run_models import RunModels
 from stillhouse.language_model.train_stage import own_prompts
@@ -31,13 +32,16 @@ step. Generation reads all weights for each batch of tokens."""
 
 def require_on_policy(job: Job) -> Iterator[Finding]:
     """Raises ModelError, DataError and SignalError for models, prompts and signals with which the
-    student cannot write; yields warnings."""
+    student cannot write, RunError for a folder for weights that holds another model; yields
+    warnings."""
     section = job.recipe.train.on_policy
     if section is None or section.share == 0:
         return
     if isinstance(section.generator, VllmRollouts):
         for level, text, fix in lacks(section.generator, job.base, key=ROLLOUTS):
             yield Finding(level, "vLLM", text, fix)
+    if isinstance(section.generator, VllmServerRollouts):
+        require_no_other_model(section.generator.folder(job.base))
     signals = job.recipe.signals
     if signals is not None and signals.store is not None and signals.missing != "live":
         raise SignalError(

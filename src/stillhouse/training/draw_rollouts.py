@@ -96,9 +96,9 @@ def rollout_generator(
 ) -> Iterator[OpenGenerator]:
     """What writes the student's text in a training, until its end.
 
-    dtype: of the student's products. place: a folder for checkpoints of the
-    student that are handed over. base: where a
-    relative `generator.python` starts. Raises ModelError as `vllm_rollouts` and `server_rollouts`.
+    dtype: of the student's products. place: a folder for checkpoints of the student that are handed
+    over. base: where relative paths of the section start. Raises as `vllm_rollouts` and
+    `server_rollouts`.
     """
     own = None if section is None else section.generator
     if isinstance(own, VllmRollouts):
@@ -106,7 +106,7 @@ def rollout_generator(
         with vllm_rollouts(own, weights, base=base, seed=seed) as opened:
             yield as_trained(opened, dtype)
     elif isinstance(own, VllmServerRollouts):
-        with server_rollouts(own) as opened:
+        with server_rollouts(own, base=base) as opened:
             yield as_trained(opened, dtype)
     else:
         yield local_generator(32 if section is None else section.batch, dtype)
