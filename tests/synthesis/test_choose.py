@@ -40,13 +40,24 @@ def row(text: str, sample: int = 0, **changes: Any) -> Row:
         ("New  York\n", "new york"),
         ("０", "0.00"),
         ("-5", "-5.0"),
+        (f"{2**100}.0", f"{2**100:,}"),
     ],
 )
 def test_what_is_the_same_answer(one: str, other: str) -> None:
     assert normalized(one) == normalized(other)
 
 
-@pytest.mark.parametrize(("one", "other"), [("-5", "5"), ("1,5", "15"), ("10%", "10"), ("a", "b")])
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("-5", "5"),
+        ("1,5", "15"),
+        ("10%", "10"),
+        ("a", "b"),
+        (f"{2**100}", f"{2**100 + 1}"),
+        ("1e99999999999", "1e99999999998"),
+    ],
+)
 def test_what_is_another_answer(one: str, other: str) -> None:
     assert normalized(one) != normalized(other)
 

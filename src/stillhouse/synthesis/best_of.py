@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal, InvalidOperation, localcontext
 
 from stillhouse.data import words
 from stillhouse.synthesis.filters import Chooser, Row, answer_only
@@ -13,6 +13,8 @@ from stillhouse.synthesis.patterns import Pattern, compiled_pattern
 
 _AROUND = " \t\n.,;:!?\"'`*_()[]{}<>$"
 """Characters at the ends of an answer that are ignored; not a minus or % sign."""
+_MOST_DIGITS = 10_000
+"""Of a number that is compared as one; with an exponent, a few characters can have millions."""
 
 
 def majority(pattern: str | None, *, least: float = 0.0, keep_all: bool = False) -> Chooser:
@@ -69,9 +71,10 @@ def normalized(text: str) -> str:
         value = Decimal(number)
     except InvalidOperation:
         return plain
-    if not value.is_finite():
+    if not value.is_finite() or abs(value.adjusted()) > _MOST_DIGITS:
         return plain
-    return format(value.normalize() if value else Decimal(0), "f")
+    with localcontext(prec=len(number)):  # every digit counts
+        return format(value.normalize() if value else Decimal(0), "f")
 
 
 def likelihood() -> Chooser:
