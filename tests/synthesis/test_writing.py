@@ -213,6 +213,18 @@ def test_check_estimates_prompts_that_are_not_generated_yet(tmp_path: Path) -> N
         ({"path": "p.txt", "write": {"count": 3}}, "write needs combine"),
         ({"combine": {"templates": ["about {topic}"]}}, "has {topic} and no values"),
         ({"combine": {"templates": ["about {"]}}, "cannot be read"),
+        ({"combine": {"templates": ["{n:d}"], "values": {"n": ["1"]}}}, "cannot be read"),
+        ({"combine": {"templates": ["{n:{m}}"], "values": {"n": ["1"]}}}, "cannot be read"),
+        ({"combine": {"templates": ["{n.m}"], "values": {"n.m": ["1"]}}}, "cannot be read"),
+        (
+            {
+                "combine": {
+                    "templates": ["{a} {b} {a}"],
+                    "values": {"a": ["x"] * 2000, "b": ["y"] * 2000},
+                }
+            },
+            "4,000,000 combinations",
+        ),
     ],
 )
 def test_keys_that_do_not_fit(tmp_path: Path, prompts: dict[str, Any], expected: str) -> None:

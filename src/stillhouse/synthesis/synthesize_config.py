@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from string import Formatter
 from typing import Annotated, ClassVar, Literal
@@ -30,6 +31,14 @@ from stillhouse.generation.generation_config import (
 from stillhouse.section import Section
 
 PromptFormat = FileFormat | Literal["auto"]
+MOST_COMBINATIONS = 10**6
+"""They are shuffled in memory."""
+
+
+def names_in(template: str) -> list[str]:
+    """The different {names} of a template, in order. Raises ValueError if it is malformed."""
+    found = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+    return list(dict.fromkeys(found))
 
 
 class ExampleRecipe(Section):
@@ -46,15 +55,27 @@ class CombineRecipe(Section):
     )
 
     @model_validator(mode="after")
-    def _names_have_values(self) -> CombineRecipe:
+    def _can_be_combined(self) -> CombineRecipe:
+        total = 0
         for template in self.templates:
             try:
-                found = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
-            except ValueError as error:
-                raise ValueError(f"the template {template!r} cannot be read: {error}") from None
-            lacking = [name for name in found if not self.values.get(name)]
+                names = names_in(template)
+                lacking = [name for name in names if not self.values.get(name)]
+                if not lacking:
+                    template.format(**{name: self.values[name][0] for name in names})
+            except (ValueError, LookupError, AttributeError) as error:
+                raise ValueError(
+                    f"the template {template!r} cannot be read: {error}; write {{name}} for a "
+                    "value, and {{ and }} for braces"
+                ) from None
             if lacking:
                 raise ValueError(f"the template {template!r} has {{{lacking[0]}}} and no values")
+            total += math.prod(len(self.values[name]) for name in names)
+        if total > MOST_COMBINATIONS:
+            raise ValueError(
+                f"the templates have {total:,} combinations, and {MOST_COMBINATIONS:,} are the "
+                "most: give fewer values, or templates with fewer names"
+            )
         return self
 
 

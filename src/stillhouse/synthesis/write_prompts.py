@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from string import Formatter
 
 from stillhouse.data.words import words
 from stillhouse.errors import DataError
@@ -26,7 +25,7 @@ from stillhouse.generation.text_teacher import TextSource
 from stillhouse.progress import note
 from stillhouse.synthesis.near_duplicates import NearDuplicates
 from stillhouse.synthesis.prompts import Prompt
-from stillhouse.synthesis.synthesize_config import CombineRecipe, WriteRecipe
+from stillhouse.synthesis.synthesize_config import CombineRecipe, WriteRecipe, names_in
 
 MOST_TIMES = 3
 """The most requests, as a multiple of the number that is enough if all prompts are different."""
@@ -45,8 +44,7 @@ def combinations(section: CombineRecipe) -> list[str]:
     """Every template with every combination of its values, in order."""
     texts = []
     for template in section.templates:
-        found = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
-        names = list(dict.fromkeys(found))
+        names = names_in(template)
         for chosen in itertools.product(*(section.values[name] for name in names)):
             texts.append(template.format(**dict(zip(names, chosen, strict=True))))
     return texts
