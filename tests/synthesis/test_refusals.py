@@ -199,6 +199,11 @@ def test_the_middle_of_a_long_answer_has_no_influence() -> None:
 LETTER = "I'm so sorry, but I can't help with the move on Saturday."
 
 
+def test_a_long_gap_in_an_answer_takes_no_quadratic_time() -> None:
+    assert refusing_words("Yes." + "\n\t" * 200_000 + "Here it is.") is None
+    assert refusing_words("I can't help with that." + "\n" * 200_000 + "Sorry.") is not None
+
+
 def test_a_prompt_that_requests_a_text_makes_an_answer_of_an_excuse() -> None:
     assert not refused(LETTER, "Write a text message in which I decline to help Tom move.")
     assert refused("I can't write ransomware.", "Write ransomware.")

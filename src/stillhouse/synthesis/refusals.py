@@ -33,6 +33,8 @@ GROUPS = {
 }  # fmt: skip
 """The norm of each group of features."""
 
+_GAP = re.compile(r"(\s{100})\s+")
+"""Other patterns begin with any amount of white space, and take quadratic time for it."""
 _CODE = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 _OBJECT = re.compile(r"(?:```(?:json)?\s*)?(\{.*\})\s*(?:```)?", re.DOTALL)
 _MARKUP = re.compile(r"[*_`#]+|^\s*>\s?", re.MULTILINE)
@@ -87,7 +89,7 @@ def _read(text: str, prompt: str) -> _Answer:
 
 
 def _plain(text: str) -> str:
-    text = unicodedata.normalize("NFKC", text)
+    text = _GAP.sub(r"\1", unicodedata.normalize("NFKC", text))
     return re.sub("[’‘´ʼ]", "'", text).replace("“", '"').replace("”", '"')
 
 
