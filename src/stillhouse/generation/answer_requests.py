@@ -118,7 +118,7 @@ def send_some(
     """Sends `calls` of the missing requests, spread evenly over them. spent: of the same budget, on
     other requests. The answers go to the journal, so that nothing is paid for twice."""
     numbered = enumerate(requests())
-    missing = [number for number, request in numbered if journal.get(request.key) is None]
+    missing = [number for number, request in numbered if not journal.known([request.key])]
     count = min(calls, len(missing))
     if count:
         chosen = frozenset(missing[len(missing) * n // count] for n in range(count))

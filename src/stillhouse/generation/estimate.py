@@ -98,7 +98,7 @@ def estimate_requests(
     seen: set[bytes] = set()
     for request in requests:
         number += 1
-        answer = None if journal is None else journal.get(request.key)
+        answer = None if journal is None else journal.get(request.key, logprobs=False)
         digest = bytes.fromhex(request.key)[:16]
         if digest in seen:  # it is paid for once
             missing += answer is None

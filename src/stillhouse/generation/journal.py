@@ -40,8 +40,8 @@ _MOST_WAITING = 8192
 
 _RELEASE = "DELETE FROM reservations WHERE key = ?"
 _ANSWER = (
-    "SELECT text, finish_reason, reasoning, prompt_tokens, completion_tokens, cost, seconds, "
-    "logprobs FROM answers WHERE key = ?"
+    "SELECT text, finish_reason, reasoning, prompt_tokens, completion_tokens, cost, seconds{} "
+    "FROM answers WHERE key = ?"
 )
 _BILLED_FAILURES = "SELECT sum(cost), sum(tokens) FROM failures WHERE key = ?"
 _COUNTS = "SELECT count(*) FROM answers UNION ALL SELECT count(*) FROM failures"
@@ -127,12 +127,14 @@ class Journal:
         """Deletes the reservation of a request that was not sent."""
         return self._hand_over(_RELEASE, (request.key,))
 
-    def get(self, key: str) -> Answer | None:
-        """The committed answer to the request with this key."""
-        row = next(iter(self._rows(_ANSWER, key)), None)
+    def get(self, key: str, *, logprobs: bool = True) -> Answer | None:
+        """The committed answer to the request with this key. logprobs: False leaves them out: with
+        alternatives they are a thousand times as long as the text."""
+        row = next(iter(self._rows(_ANSWER.format(", logprobs" if logprobs else ""), key)), None)
         if row is None:
             return None
-        return replace(Answer(*row), logprobs=_logprobs(row[-1]))
+        answer = Answer(*row)
+        return replace(answer, logprobs=_logprobs(row[-1])) if logprobs else answer
 
     def known(self, keys: Sequence[str]) -> set[str]:
         """Those of the keys (a few hundred) that have a committed answer."""

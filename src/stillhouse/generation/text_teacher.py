@@ -210,7 +210,7 @@ class LocalText:
             # A generator reads a batch before it starts it: the previous one is on disk by then.
             for request in requests():
                 settle()
-                if request.key not in on_its_way and journal.get(request.key) is None:
+                if request.key not in on_its_way and not journal.known([request.key]):
                     on_its_way.add(request.key)
                     yield request
 

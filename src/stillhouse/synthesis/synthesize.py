@@ -196,10 +196,12 @@ class Rows:
         self.lost = Spending()
 
     def __iter__(self) -> Iterator[Row]:
-        keep = self.requests.job.section.reasoning == "keep"
+        section = self.requests.job.section
+        keep = section.reasoning == "keep"
+        ranked = isinstance(section.filters.best_of, LikelihoodChoice)
         seen: set[bytes] = set()
         for prompt, request in self.requests.pairs():
-            answer = self.journal.get(request.key)
+            answer = self.journal.get(request.key, logprobs=ranked)
             digest = bytes.fromhex(request.key)[:16]
             first = digest not in seen  # a repeated prompt was paid for once
             if first:
