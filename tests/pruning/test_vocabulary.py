@@ -394,6 +394,10 @@ def test_a_student_with_fewer_tokens_has_its_tokenizer_and_the_map(tmp_path: Pat
     )
     teacher.save_pretrained(tmp_path / "teacher")
     tokenizer.save_pretrained(tmp_path / "teacher")
+    # As in many published models: without do_sample it has no effect.
+    generation_file = tmp_path / "teacher" / "generation_config.json"
+    generation = json.loads(generation_file.read_text())
+    generation_file.write_text(json.dumps(generation | {"temperature": 0.9}))
     summary = build_student(
         PrunedStudent(start="pruned", vocabulary=320, ffn_size=32, heads=2),
         teacher=resolve_model("teacher", base=tmp_path, cache=tmp_path / "cache"),
@@ -409,6 +413,7 @@ def test_a_student_with_fewer_tokens_has_its_tokenizer_and_the_map(tmp_path: Pat
     assert len(kept_ids) == student.config.vocab_size == 320
     cut = load_tokenizer(tmp_path / "student")
     assert cut.eos_token_id == student.config.eos_token_id == kept_ids.index(end)
+    assert student.generation_config.temperature == 0.9
     assert load_kept_ids(tmp_path / "teacher") is None
     check_saved(student, tmp_path / "student", torch.tensor([cut("the cat")["input_ids"]]))
     (tmp_path / "student" / "kept_ids.json").write_text("{}")

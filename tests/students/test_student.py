@@ -119,3 +119,14 @@ def test_only_a_model_on_this_machine_can_be_pruned(data: Data) -> None:
 
 def test_repr_shows_the_model() -> None:
     assert "parameters in float32 on cpu, 260 tokens" in repr(Student(tiny.llama()))
+
+
+def test_a_generation_config_that_transformers_only_warns_of_is_saved(tmp_path: Path) -> None:
+    """Its end tokens change, and with that transformers would reject the rest of it."""
+    file = tiny.save_model(tmp_path / "start") / "generation_config.json"
+    file.write_text('{"temperature": 0.9, "eos_token_id": 2}')
+    student = Student.load(file.parent)
+    student.save(tmp_path / "saved")
+    saved = Student.load(tmp_path / "saved").model.generation_config
+    assert saved.temperature == 0.9
+    assert saved.eos_token_id != 2

@@ -102,6 +102,16 @@ def stop_at_turn_end(model: Any, tokenizer: Any) -> None:
     ids = [*listed, tokenizer.eos_token_id, end.id]
     found = list(dict.fromkeys(int(one) for one in ids if one is not None))
     config.eos_token_id = found if len(found) > 1 else found[0]
+    keep_other_values(config)
+
+
+def keep_other_values(generation_config: Any) -> None:
+    """Let transformers save a generation config of which token ids were changed.
+
+    It saves an unchanged one as it is, but rejects a changed one with values that have no effect,
+    which many published models have: a temperature without do_sample.
+    """
+    generation_config._original_object_hash = hash(generation_config)
 
 
 def text_until_end(text: str, tokenizer: Any) -> int:

@@ -8,12 +8,11 @@ from typing import Literal
 import torch
 
 from stillhouse.data.turn_end import stop_at_turn_end
-from stillhouse.errors import ModelError
 from stillhouse.export.export_formats import FLOATS
 from stillhouse.export.gate import Gate, Readers, ReplayResult, fill
 from stillhouse.hardware import choose_precision
 from stillhouse.teachers.load_model import load_model, load_tokenizer
-from stillhouse.teachers.model_source import AnyModel, source_of
+from stillhouse.teachers.model_source import AnyModel
 from stillhouse.teachers.older_names import save_tokenizer, write_older_names
 from stillhouse.teachers.quiet import quiet
 
@@ -67,15 +66,7 @@ def _save(source: AnyModel, out: Path, dtype: torch.dtype) -> None:
     model = load_model(source, dtype=torch.float32).to(dtype)
     tokenizer = load_tokenizer(source)
     stop_at_turn_end(model, tokenizer)
-    try:
-        with quiet():
-            model.save_pretrained(out)
-    except ValueError as error:
-        # transformers rejects a generation config that contradicts itself.
-        raise ModelError(
-            f"transformers cannot save this model ({error})",
-            where=source_of(source).path,
-            fix="correct generation_config.json in that folder",
-        ) from error
+    with quiet():
+        model.save_pretrained(out)
     write_older_names(out)
     save_tokenizer(tokenizer, out)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stillhouse.data.turn_end import keep_other_values
 from stillhouse.errors import ModelError, RecipeError
 from stillhouse.pruning.axes import Axes, part
 from stillhouse.pruning.heads import Grouping
@@ -83,6 +84,7 @@ def keep_tokens(model: Any, kept_V: Tensor) -> None:
         for name, value in special_ids(config).items():
             found = [new_ids[old] for old in value] if isinstance(value, list) else new_ids[value]
             setattr(config, name, found)
+    keep_other_values(model.generation_config)
     embedding = model.get_input_embeddings()
     if embedding.padding_idx is not None:
         embedding.padding_idx = model.config.pad_token_id
