@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,9 @@ def _rendered(answers: InitAnswers, files: Mapping[str, tuple[Path, str]]) -> st
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    """JSON that is also YAML, in which some characters must be escaped, or are line breaks."""
+    text = json.dumps(value, ensure_ascii=False)
+    return re.sub("[\x7f-\x9f\u2028\u2029\ufffe\uffff]", lambda c: f"\\u{ord(c[0]):04x}", text)
 
 
 def _prompt(answers: InitAnswers) -> str:
