@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from tokenizers.processors import TemplateProcessing
 
+from stillhouse.data.chat_prompt import text_ids
 from stillhouse.data.packing import fill_windows, plan_single
 from stillhouse.data.shift import IGNORED
 
@@ -35,6 +36,16 @@ def test_a_text_begins_with_both_tokens_and_neither_is_learned() -> None:
     (window,) = fill_windows(plan, lambda _: (row.ids, row.supervised), len(row.ids), 0)
     labels = [token for token in window.labels_L.tolist() if token != IGNORED]
     assert tokenizer.decode(labels) == "The cat sees a tree.<|im_end|>"
+
+
+def test_a_prompt_does_not_end_with_the_token_that_the_tokenizer_puts_after_texts() -> None:
+    """As fine-tuned models' that are saved with add_eos_token: an answer would follow EOS."""
+    tokenizer = glm("[gMASK] <sop> $A <|im_end|>")
+    for text in ("The cat", "The <|im_end|> cat"):
+        (row,) = rows_of({"prompt": text, "completion": " sees."}, tokenizer, control_tokens="text")
+        prompt = text_ids(tokenizer, text, start=True)
+        assert prompt == row.ids[~row.supervised].tolist()
+        assert tokenizer.decode(prompt) == f"[gMASK]<sop>{text}"
 
 
 def test_a_prompt_begins_with_both_tokens() -> None:

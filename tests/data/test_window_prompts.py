@@ -36,6 +36,10 @@ def test_a_text_is_cut_after_its_beginning() -> None:
 
     windows = [window(text(0, 100)), window(text(200, 20), text(300, 3))]
     assert window_prompts(windows, 9) == [list(range(32)), list(range(200, 210))]
+    prefixed = list(range(100)), [False] * 3 + [True] * 97  # such as [gMASK]<sop>
+    assert window_prompts([window(prefixed)], 9) == [list(range(32))]
+    short = list(range(9)), [False] * 4 + [True] * 5
+    assert window_prompts([window(short)], 9) == [list(range(4))], "a chat"
 
 
 def test_the_prompts_are_different_and_spaced_over_all_windows() -> None:

@@ -23,9 +23,10 @@ def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]
 
 
 def text_ids(tokenizer: Any, text: str, *, start: bool = False) -> list[int]:
-    """The tokens of a text. start: with what the tokenizer writes before and after every text."""
+    """The tokens of a text. start: with what the tokenizer writes before every text."""
     control = template_form(tokenizer).control_tokens
-    if not control.found(text):
-        return list(tokenizer(text, add_special_tokens=start)["input_ids"])
-    ((ids, _),) = encode_pieces([list(control.plain(text, False))], tokenizer)
-    return [*(leading_tokens(tokenizer).tolist() if start else ()), *map(int, ids)]
+    found = control.found(text)
+    pieces = list(control.plain(text, False)) if found else [Piece(text, False)]
+    ((ids, _),) = encode_pieces([pieces], tokenizer)
+    before = leading_tokens(tokenizer) if start else ()
+    return [int(one) for one in (*before, *ids)]

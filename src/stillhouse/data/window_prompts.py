@@ -19,7 +19,8 @@ def window_prompts(windows: WindowSet, count: int) -> list[list[int]]:
     """At most `count` different prompts, evenly spaced over all documents of the windows.
 
     A chat's prompt ends where its last supervised answer begins, so that it is what a model reads
-    before it answers. A text, whose tokens are all supervised, is cut after its beginning.
+    before it answers. A text, whose tokens are all supervised but for the tokenizer's prefix, is
+    cut after its beginning.
     """
     found = list(dict.fromkeys(map(tuple, all_prompts(windows))))
     count = min(count, len(found))
@@ -41,7 +42,7 @@ def _prompt_length(labels_L: Tensor) -> int:
     supervised_L = labels_L != IGNORED
     if not supervised_L.any():
         return 0
-    if supervised_L[1:].all():
+    if supervised_L[_SHORTEST - 1 :].all():  # before that: the tokenizer's prefix
         return min(BEGINNING, len(labels_L) // 2)
     begins_L = supervised_L & ~torch.nn.functional.pad(supervised_L[:-1], (1, 0))
     return int(begins_L.nonzero()[-1, 0])
