@@ -319,16 +319,6 @@ def test_preview_shows_formats_notes_and_what_is_learned_without_colors(tmp_path
     assert "\nno 7<|im_end|>" in shown
 
 
-def test_windows_written_before_formats_were_counted_can_be_read(tmp_path: Path) -> None:
-    write_lines(tmp_path / "a.txt", lines(100))
-    build_in(tmp_path)
-    about = tmp_path / "out" / "train" / "windows.json"
-    raw = json.loads(about.read_text())
-    del raw["formats"], raw["notes"]
-    about.write_text(json.dumps(raw))
-    assert open_windows(about.parent).info.notes == {}
-
-
 def test_a_source_gives_as_many_tokens_as_it_may(tmp_path: Path) -> None:
     """Of documents drawn from all of it, not of its first ones."""
     write_lines(tmp_path / "a.txt", lines(400))

@@ -98,8 +98,8 @@ def make_windows(
 
         def log(name: str) -> TokenLog:
             written_with = json.dumps([resume, section.control_tokens, versions()])
-            file = _token_file(out, name if resume is not None else None)
-            return opened.enter_context(TokenLog(file, written_with))
+            file = opened.enter_context(_token_file(out, None if resume is None else name))
+            return TokenLog(file, written_with)
 
         pool_log = heldout_log = log("train")
         if heldout is not None:

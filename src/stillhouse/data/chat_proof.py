@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from stillhouse.data.chat_formats import is_blank, joined_text
@@ -35,13 +36,10 @@ class Rendering:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self._compact: str | None = None
 
-    @property
+    @cached_property
     def compact(self) -> str:
-        if self._compact is None:
-            self._compact = _compact(self.text)
-        return self._compact
+        return _compact(self.text)
 
     def shows(self, text: str) -> bool:
         """Whether the text occurs here, ignoring whitespace, or as a JSON string."""

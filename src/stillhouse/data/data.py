@@ -85,7 +85,7 @@ class Data:
 
 
 def _check_sums(folder: Path) -> None:
-    """Folders of before there were sums pass."""
+    """Raise DataError if a file has changed. A folder without sums, as of a run, passes."""
     if not (folder / SUMS).is_file():
         return
     try:

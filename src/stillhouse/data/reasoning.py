@@ -91,8 +91,7 @@ class Marks:
         An opening mark inside an answer that is never closed is a part of the answer, unless the
         text is cut off there.
         """
-        channels = [(name, header, body) for name, header, body in _CHANNEL.findall(text)]
-        if channels:
+        if channels := _CHANNEL.findall(text):
             final = [body for name, _, body in channels if name == "final"]
             other = [body for name, head, body in channels if name != "final" and "to=" not in head]
             return SplitTurn("\n".join(part.strip() for part in other), "\n".join(final).strip())
@@ -100,8 +99,8 @@ class Marks:
             return SplitTurn(named[1].strip(), named[2].strip())
         parts = self._between(text, cut_off)
         if parts.reasoning or parts.answer != text:
-            return SplitTurn(parts.reasoning.strip(), self._unwrapped(parts.answer.strip()))
-        return SplitTurn("", self._unwrapped(text))
+            parts = SplitTurn(parts.reasoning.strip(), parts.answer.strip())
+        return SplitTurn(parts.reasoning, self._unwrapped(parts.answer))
 
     def opened(self, prompt: str) -> str:
         """The opening mark that the prompt ends with, and whitespace after it; or nothing."""
@@ -196,8 +195,7 @@ def decode_with_marks(tokenizer: Any, ids: Iterable[int]) -> str:
     added = tokenizer.added_tokens_decoder
     marks = Marks.of(tokenizer)
     kept = {mark for pair in (*marks.reasoning, *marks.answer) for mark in pair}
-    vocabulary = tokenizer.added_tokens_encoder
-    if "<|channel|>" in vocabulary and "<|message|>" in vocabulary:
+    if {CHANNEL, "<|message|>"} <= tokenizer.added_tokens_encoder.keys():
         kept.update(_HARMONY)
     # A mark may be a token and some letters: <|channel> and "thought".
     shown = [

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -33,8 +32,8 @@ class LoggedRow(NamedTuple):
 
 
 class TokenLog:
-    """file: open for reading and writing; closed with the log. written_with: what the tokens
-    depend on besides the documents; a file that was written with anything else is emptied."""
+    """file: open for reading and writing. written_with: what the tokens depend on besides the
+    documents; a file that was written with anything else is emptied."""
 
     def __init__(self, file: BinaryIO, written_with: str = "") -> None:
         self._file = file
@@ -46,17 +45,6 @@ class TokenLog:
             file.seek(0)
             file.truncate()
             file.write(head)
-
-    def __enter__(self) -> TokenLog:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._file.close()
 
     def find(self, documents: str) -> list[list[LoggedRow]] | None:
         """The rows of the next batch, if an earlier process wrote it. documents: a hash of them.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -66,8 +66,8 @@ class WindowsInfo:
     rows_dropped: int
     packing: str
     pad_token_id: int
-    formats: dict[str, int] = field(default_factory=dict)
-    notes: dict[str, int] = field(default_factory=dict)
+    formats: dict[str, int]
+    notes: dict[str, int]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -152,17 +152,13 @@ def open_windows(path: Path) -> Windows:
 
 def _read_info(path: Path) -> WindowsInfo:
     file = path / DESCRIPTION
-    names = {one.name for one in fields(WindowsInfo)}
-    needed = {one.name for one in fields(WindowsInfo) if one.default_factory is MISSING}
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DataError("This is not a folder of windows", where=file, fix=_AGAIN) from error
     except (ValueError, OSError) as error:
         raise DataError(f"windows.json is damaged: {error}", where=file, fix=_AGAIN) from error
-    if isinstance(raw, dict):
-        raw.pop("tokenizer", None)  # older versions wrote its path
-    if not isinstance(raw, dict) or not needed <= set(raw) <= names:
+    if not isinstance(raw, dict) or set(raw) != {one.name for one in fields(WindowsInfo)}:
         raise DataError("windows.json is damaged or of another version", where=file, fix=_AGAIN)
     return WindowsInfo(**raw)
 
