@@ -403,20 +403,6 @@ def test_an_error_has_what_where_and_fix() -> None:
     assert str(error) == "it broke\n  where: here\n  fix:   mend it"
 
 
-def test_lm_eval_paths_start_from_the_recipes_folder(tmp_path: Path) -> None:
-    from stillhouse.evaluation.evaluate_config import EvaluateRecipe, LmEvalRecipe
-    from stillhouse.language_model.evaluate_stage import _with_found_tasks
-
-    (tmp_path / "mine.yaml").write_text("task: mine")
-    section = EvaluateRecipe(
-        lm_eval=LmEvalRecipe(tasks=["mine.yaml", "arc_easy"], include_path=".")
-    )
-    found = _with_found_tasks(section, tmp_path).lm_eval
-    assert found is not None
-    assert found.tasks == [str(tmp_path / "mine.yaml"), "arc_easy"]
-    assert found.include_path == str(tmp_path / ".")
-
-
 def test_a_signal_inside_a_finalizer_still_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python drops what is raised inside of `__del__`."""
 

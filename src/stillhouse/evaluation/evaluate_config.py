@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field
 
 from stillhouse.field_types import AnswerTokens, CountOrZero, PathText, SamplingTemperature, Tokens
@@ -15,6 +17,21 @@ class LmEvalRecipe(Section):
     include_path: PathText | None = Field(None, description="Folder with your own task files.")
     limit: Tokens | None = Field(None, description="Examples a task.")
     num_fewshot: CountOrZero | None = None
+
+    def located(self, base: Path) -> LmEvalRecipe:
+        """The section with complete paths, which start at `base`; names of tasks are kept."""
+        tasks = [str(base / task) if (base / task).is_file() else task for task in self.tasks]
+        folder = None if self.include_path is None else str(base / self.include_path)
+        return self.model_copy(update={"tasks": tasks, "include_path": folder})
+
+    def task_files(self) -> list[Path]:
+        """Of a section with complete paths: the files that define its tasks; lm-eval's own are
+        left out."""
+        files = {Path(task) for task in self.tasks if Path(task).is_file()}
+        if self.include_path is not None:
+            found = Path(self.include_path).rglob("*")
+            files |= {file for file in found if file.suffix in (".yaml", ".py") and file.is_file()}
+        return sorted(files)
 
 
 class OwnTextRecipe(Section):

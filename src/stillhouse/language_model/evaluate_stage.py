@@ -10,7 +10,7 @@ from typing import Any
 from stillhouse import account
 from stillhouse.data.windows import WindowSet
 from stillhouse.evaluation.evaluate import evaluate, keep_teacher
-from stillhouse.evaluation.evaluate_config import EvaluateRecipe
+from stillhouse.evaluation.evaluate_config import EvaluateRecipe, LmEvalRecipe
 from stillhouse.evaluation.kept_teacher import KeptTeacher
 from stillhouse.evaluation.results import EVALUATION
 from stillhouse.hardware import peak_memory_bytes
@@ -22,7 +22,7 @@ from stillhouse.launch import leads
 from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.quantize.input_rounding import round_inputs
 from stillhouse.quantize.quantization import FILE, Quantization
-from stillhouse.runfolder import Outcome, Stage
+from stillhouse.runfolder import Outcome, Stage, run_root, sha
 from stillhouse.teachers.sharded_teacher import ShardedTeacher
 from stillhouse.training.train import shards
 
@@ -125,7 +125,7 @@ def plan_evaluation(
 def evaluation_arguments(job: Job, section: EvaluateRecipe, heldout: WindowSet) -> dict[str, Any]:
     """Arguments of `evaluate` and `keep_teacher` that are the same for all of a job's models."""
     return {
-        "section": _with_found_tasks(section, job.base),
+        "section": section.model_copy(update={"lm_eval": _tasks(job)}),
         "windows": heldout,
         "seed": job.recipe.seed,
         "precision": job.precision,
@@ -134,8 +134,16 @@ def evaluation_arguments(job: Job, section: EvaluateRecipe, heldout: WindowSet) 
     }
 
 
+def _tasks(job: Job) -> LmEvalRecipe | None:
+    section = job.recipe.evaluate.lm_eval
+    return None if section is None else section.located(job.base)
+
+
 def _inputs(job: Job, data: Stage) -> dict[str, Any]:
+    tasks, own = _tasks(job), run_root(job.recipe).resolve()
+    files = [] if tasks is None else tasks.task_files()
     return {
+        "tasks": [sha(file) for file in files if own not in file.resolve().parents],
         "precision": job.recipe.train.precision,
         "dtype": job.recipe.export.dtype,
         "seed": job.recipe.seed,
@@ -152,14 +160,3 @@ def _sharded_teacher(job: Job) -> Callable[[], ShardedTeacher] | None:
     if over == 1:
         return None
     return sharded_loader(job, job.teacher, job.precision.dtype, over)
-
-
-def _with_found_tasks(section: EvaluateRecipe, base: Path) -> EvaluateRecipe:
-    """Resolve paths of lm-eval tasks relative to the recipe's folder; task names are not
-    changed."""
-    if section.lm_eval is None:
-        return section
-    tasks = [str(base / task) if (base / task).exists() else task for task in section.lm_eval.tasks]
-    folder = section.lm_eval.include_path
-    found = {"tasks": tasks, "include_path": None if folder is None else str(base / folder)}
-    return section.model_copy(update={"lm_eval": section.lm_eval.model_copy(update=found)})

@@ -44,7 +44,7 @@ def require_options(job: Job) -> Iterator[Finding]:
             fix = "pip install 'stillhouse[eval]', or remove evaluate.lm_eval"
             yield Finding("error", "extras", "lm_eval is not installed", fix)
         else:
-            require_tasks(recipe.evaluate.lm_eval)
+            require_tasks(recipe.evaluate.lm_eval.located(job.base))
     if recipe.signals is not None and not has_finished(recipe, "signals"):
         yield from _require_scorer(recipe.signals, job.base)
 
