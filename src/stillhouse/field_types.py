@@ -6,6 +6,7 @@ Every number is finite and bounded: values outside would overflow, never end, or
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -103,18 +104,18 @@ Seconds = Annotated[float, _above_zero(604_800.0), _at_least(1e-3)]
 
 
 def usable_path(path: str) -> str:
-    """Raise ValueError if no file system can have such a path."""
+    """The path with `~` replaced by the home folder. Raises ValueError if no file system can have
+    it."""
     if "\0" in path:
         raise ValueError("a path cannot hold the character NUL")
     written = path.encode("utf-8", "surrogatepass")
     if len(written) > 4000 or max(map(len, written.split(b"/"))) > 255:
         raise ValueError("the path is too long: 4,000 bytes in all, and 255 between slashes")
-    try:
-        Path(path).expanduser()
-    except RuntimeError:
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
         user = Path(path).parts[0]
-        raise ValueError(f"there is no home folder {user}: write the complete path") from None
-    return path
+        raise ValueError(f"there is no home folder {user}: write the complete path")
+    return found
 
 
 def check_url(url: str) -> None:

@@ -55,7 +55,7 @@ class VllmEngine(Section):
         """`python`, as it can be run. base: the recipe's folder."""
         if self.python is None:
             return None
-        beside = base / Path(self.python).expanduser()
+        beside = base / self.python
         return str(beside.absolute()) if beside.exists() else self.python
 
     @property

@@ -313,7 +313,7 @@ def _surprises(
 def load_scorer(name: str, base: Path) -> Scorer:
     """The function of `path.py:function`. Raises RecipeError."""
     file, _, function = name.rpartition(":")
-    path = (base / Path(file).expanduser()).absolute()
+    path = (base / file).absolute()
     where = "evaluate.scorer"
     if not path.is_file():
         raise RecipeError(f"the scorer's file {path} does not exist", where=where, fix="check it")

@@ -75,7 +75,7 @@ class AnsweringJob:
         task = self.recipe.task
         if not isinstance(task, ExtractTask):
             return None
-        return read_schema(self.base / Path(task.json_schema).expanduser())
+        return read_schema(self.base / task.json_schema)
 
     @property
     def validity(self) -> Filter | None:

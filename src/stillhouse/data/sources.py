@@ -201,7 +201,7 @@ def _load_dataset(source: HubSource, base: Path) -> Any:
     to the cache of `datasets`, which anything else is read from."""
     import datasets
 
-    local = (base / Path(source.dataset).expanduser()).absolute()
+    local = (base / source.dataset).absolute()
     if (local / "state.json").exists() or (local / "dataset_dict.json").exists():
         loaded = datasets.load_from_disk(str(local))
         split = loaded[source.split] if isinstance(loaded, dict) else loaded
@@ -294,7 +294,7 @@ def sources_fingerprint(sources: Sequence[Source], base: Path) -> list[str]:
         if isinstance(source, CorpusSource):
             lines.append(f"{source.name} of Python {platform.python_version()}")
         elif isinstance(source, HubSource):
-            local = base / Path(source.dataset).expanduser()
+            local = base / source.dataset
             files = sorted(p for p in local.rglob("*") if p.is_file()) if local.is_dir() else []
             lines += [source.dataset, *map(_stamp, files)]
         else:

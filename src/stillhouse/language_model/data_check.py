@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from stillhouse.data.chat_template import DATE, writes_date
 from stillhouse.data.data_config import FileSource, Source, TextSource
@@ -161,7 +160,7 @@ def _not_read(job: Job, sources: Sequence[Source]) -> Iterator[Finding]:
     named = [one for one in sources if isinstance(one, TextSource | FileSource)]
     read = {file for source in named for file in source_files(source, job.base)}
     for source in named:
-        folder = (job.base / Path(source.path).expanduser()).absolute()
+        folder = (job.base / source.path).absolute()
         others = set(other_texts(folder)) - read if folder.is_dir() else set()
         endings = Counter(extension_of(file) for file in others)
         for ending, count in sorted(endings.items()):

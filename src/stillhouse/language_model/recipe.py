@@ -229,6 +229,6 @@ class Recipe(RunRecipe):
         if named is None:
             return self
         # Not resolved: an environment's Python is a link, and finds its environment by that path.
-        beside = (base / Path(named).expanduser()).absolute()
+        beside = (base / named).absolute()
         found = {"llm_compressor": str(beside) if beside.exists() else named}
         return self.model_copy(update={"export": self.export.model_copy(update=found)})

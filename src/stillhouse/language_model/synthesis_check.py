@@ -52,7 +52,7 @@ def require_text_teacher(recipe: Recipe, base: Path) -> Iterator[Finding]:
     chosen_filters(section.filters, base)
     prompts = section.prompts
     if prompts.path is not None:
-        path = base / Path(prompts.path).expanduser()
+        path = base / prompts.path
         fix = "write all of it into `prompt`"
         if prompts.key != "prompt":
             fix = "remove synthesize.prompts.key to ask all of it"
@@ -138,7 +138,7 @@ def _require_out(recipe: Recipe, section: SynthesizeRecipe, base: Path) -> None:
         "synthesize.filters.decontaminate.path": None if exam is None else exam.path,
     }
     for key, path in given.items():
-        if path is not None and (base / Path(path).expanduser()).resolve() == out.resolve():
+        if path is not None and (base / path).resolve() == out.resolve():
             raise RecipeError(
                 f"the result would replace the file of {key}",
                 where=f"synthesize.out: {section.out}",

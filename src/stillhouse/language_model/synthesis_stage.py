@@ -59,14 +59,14 @@ def synthesis_job(recipe: Recipe, base: Path) -> SynthesisJob:
     assert section is not None
     journal = answers_path(recipe)
     if section.journal is not None:
-        journal = base / Path(section.journal).expanduser()
+        journal = base / section.journal
     model = DefaultModel(base, teacher.model, teacher.revision, teacher.trust_remote_code)
     return SynthesisJob(section, model, journal, recipe.seed)
 
 
 def out_path(section: SynthesizeRecipe, base: Path) -> Path:
     """Where the text is copied to. Raises RunError if something else than a file is there."""
-    path = (base / Path(section.out).expanduser()).absolute()
+    path = (base / section.out).absolute()
     if path.exists() and not path.is_file():
         raise RunError(
             "the synthesized text cannot be written here: there is a folder or a device",
@@ -247,9 +247,8 @@ def _files(section: SynthesizeRecipe) -> dict[str, str]:
 def _content(base: Path, key: str, path: str) -> str:
     file = base / path
     try:
-        file = base / Path(path).expanduser()
         return sha(regular(file))
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         kind = "does not exist" if isinstance(error, FileNotFoundError) else "cannot be read"
         raise DataError(
             f"the file of synthesize.{key} {kind}",

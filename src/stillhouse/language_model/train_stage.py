@@ -173,7 +173,7 @@ def own_prompts_key(job: Job) -> dict[str, str]:
     section = job.recipe.train.on_policy
     if section is None or section.prompts is None or section.prompts.path is None:
         return {}
-    return {"prompts": sha(job.base / Path(section.prompts.path).expanduser())}
+    return {"prompts": sha(job.base / section.prompts.path)}
 
 
 def starting_student(job: Job, stage: Stage) -> Student:

@@ -103,7 +103,7 @@ class SynthesisJob:
         section = self.section.prompts
         if section.path is None:
             return iter(())
-        path = self.base / Path(section.path).expanduser()
+        path = self.base / section.path
         return read_prompts(path, format=section.format, key=section.key, limit=limit)
 
 

@@ -257,13 +257,13 @@ def chosen_filters(section: FiltersRecipe, base: Path) -> Filters:
     if section.forbid_pattern is not None:
         chosen["forbid_pattern"] = filters.pattern(section.forbid_pattern, must_match=False)
     if section.json_schema is not None:
-        schema = filters.read_schema(base / Path(section.json_schema).expanduser())
+        schema = filters.read_schema(base / section.json_schema)
         chosen["json_schema"] = filters.json_schema(schema)
     if section.languages is not None:
         chosen["languages"] = filters.languages(section.languages)
     if section.decontaminate is not None:
         texts = section.decontaminate
-        path = base / Path(texts.path).expanduser()
+        path = base / texts.path
         items = read_prompts(path, format=texts.format, key=texts.key)
         chosen["decontaminate"] = filters.decontaminate(items, texts.ngram)
     remembering: dict[str, Filter] = {}

@@ -44,7 +44,7 @@ def names(source: Source, out: Path, base: Path) -> bool:
     """Whether the source is exactly this file, and not a folder or pattern that contains it."""
     if not isinstance(source, FileSource):
         return False
-    return (base / Path(source.path).expanduser()).resolve() == out.resolve()
+    return (base / source.path).resolve() == out.resolve()
 
 
 def reads(section: DataRecipe, out: Path, base: Path) -> bool:

@@ -115,7 +115,7 @@ def read_own_prompts(section: OnPolicyPrompts, base: Path, tokenizer: Any) -> Ow
 
 def _messages(section: OnPolicyPrompts, base: Path) -> Iterator[tuple[Sequence[Message], str]]:
     if section.path is not None:
-        path = base / Path(section.path).expanduser()
+        path = base / section.path
         for prompt in read_prompts(
             path, format=section.format, key=section.key, limit=section.limit
         ):
