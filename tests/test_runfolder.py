@@ -184,19 +184,6 @@ def test_a_file_that_its_reader_compares_is_set_aside_when_it_is_read(tmp_path: 
     assert sorted(file.name for file in path.iterdir()) == ["manifest.json", "result.txt"]
 
 
-def test_a_stage_with_only_sha256_is_also_compared(tmp_path: Path) -> None:
-    """As manifests were written before they had faster hashes."""
-    folder, calls = RunFolder(tmp_path), []
-    path = folder.stage("data", {}, writes("hello", calls)).path
-    manifest = json.loads((path / "manifest.json").read_text())
-    del manifest["files"]["result.txt"]["xxh3"]
-    del manifest["xxh3_of_the_rest"]
-    (path / "manifest.json").write_text(json.dumps(manifest))
-    assert folder.stage("data", {}, writes("hello", calls)).reused
-    (path / "result.txt").write_text("hellO")
-    assert not folder.stage("data", {}, writes("hello", calls)).reused
-
-
 def test_the_manifest_lists_inputs_and_outputs(tmp_path: Path) -> None:
     path = RunFolder(tmp_path).stage("data", {"a": 1}, writes("x", [])).path
     manifest = json.loads((path / "manifest.json").read_text())

@@ -173,8 +173,18 @@ def test_predict_rejects_a_damaged_model(tmp_path: Path) -> None:
             predict(folder, ["cat"])
 
 
-def test_a_lost_seal_is_damage_if_files_have_fast_hashes() -> None:
-    facts = sealed({"files": {"a": {"bytes": 1, "xxh3": "0"}}})
+@pytest.mark.parametrize("hidden", [".git/HEAD", ".cache/huggingface/download/config.json.lock"])
+def test_what_git_and_the_hub_write_into_a_copy_is_no_part_of_an_export(
+    tmp_path: Path, hidden: str
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    write_sums(tmp_path)
+    (tmp_path / hidden).parent.mkdir(parents=True)
+    (tmp_path / hidden).write_text("")
+    assert not problems(tmp_path)
+
+
+def test_a_lost_seal_is_damage() -> None:
+    facts = sealed({"files": {"a": {"bytes": 1}}})
     assert not seal_broken(facts)
     assert seal_broken({"files": facts["files"]})
-    assert not seal_broken({"files": {"a": {"bytes": 1}}})

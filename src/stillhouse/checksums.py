@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,9 @@ def fast_facts(path: Path) -> dict[str, Any]:
 def damaged_files(folder: Path, files: Mapping[str, Facts], *, reread: bool = False) -> list[str]:
     """Names of the files in `folder` that are missing, or differ from what `files` recorded.
 
-    A file without an XXH3 is compared by SHA-256, and one without either by size. Unless `reread`,
-    a file that this process found intact before, and that was not written since, is not read again,
-    and one with `compared_when_read` is compared by size: its reader compares the hash.
+    A file without an XXH3 is compared by SHA-256. Unless `reread`, a file that this process found
+    intact before, and that was not written since, is not read again, and one with
+    `compared_when_read` is compared by size: its reader compares the hash.
     """
     return [name for name, facts in files.items() if not _is_intact(folder / name, facts, reread)]
 
@@ -71,17 +71,17 @@ def read_sums(folder: Path) -> dict[str, Facts]:
 
 
 def wrong_in_export(folder: Path) -> list[str]:
-    """What is not as SHA256SUMS recorded it, and files that it does not list; hidden ones do not
-    count."""
+    """What is not as SHA256SUMS recorded it, and files that it does not list; hidden files and
+    folders do not count: git and huggingface_hub write some into a copy."""
     try:
         files = read_sums(folder)
         damaged = damaged_files(folder, files, reread=True)
-        found = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SUMS)
-        names = [path.relative_to(folder).as_posix() for path in found if path.name[0] != "."]
+        found = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
     except (OSError, ValueError) as error:
         return [f"{SUMS}: {error}"]
     problems = [f"{name} is missing or has changed" for name in damaged]
-    return problems + [f"{SUMS} lacks {name}" for name in names if name not in files]
+    names = [path.as_posix() for path in found if not any(part[0] == "." for part in path.parts)]
+    return problems + [f"{SUMS} lacks {name}" for name in names if name not in {SUMS, *files}]
 
 
 def require_sound_export(folder: Path) -> None:
@@ -122,20 +122,9 @@ def sealed(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def seal_broken(facts: Mapping[str, Any]) -> bool:
-    """Whether facts that `sealed` returned have changed. Those of before there were seals pass:
-    they have no XXH3 of a file either."""
-    if _SEAL not in facts:
-        return any("xxh3" in file for file in facts.get("files", {}).values())
+    """Whether facts that `sealed` returned have changed."""
     rest = {name: value for name, value in facts.items() if name != _SEAL}
-    return bool(facts[_SEAL] != _hash_of(rest))
-
-
-def changed_since_sealed(facts: Mapping[str, Any], names: Collection[str]) -> bool:
-    """Whether facts that `sealed` returned have changed, or have a name that is none of `names`.
-    Those of before there were seals pass."""
-    if _SEAL not in facts:
-        return not set(facts) <= set(names)
-    return seal_broken(facts)
+    return bool(facts.get(_SEAL) != _hash_of(rest))
 
 
 def _hash_of(facts: Mapping[str, Any]) -> str:
@@ -147,9 +136,9 @@ def _is_intact(path: Path, facts: Facts, reread: bool) -> bool:
         found = path.stat()
         if not path.is_file() or found.st_size != facts.get("bytes", found.st_size):
             return False
-        recorded = facts.get("xxh3") or facts.get("sha256")
-        if recorded is None or (facts.get("compared_when_read", False) and not reread):
+        if facts.get("compared_when_read", False) and not reread:
             return True
+        recorded = facts.get("xxh3") or facts["sha256"]
         known = (str(path.resolve()), found.st_ino, found.st_size, found.st_mtime_ns, recorded)
         if known in _intact and not reread:
             return True

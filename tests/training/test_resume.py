@@ -229,14 +229,6 @@ def test_a_checkpoint_is_sealed_once_every_process_has_written_its_part(tmp_path
     assert checkpoints.latest(tmp_path) is None
 
 
-def test_a_seal_of_the_flat_kind_still_counts(tmp_path: Path) -> None:
-    path = checkpoint(tmp_path, 4)
-    meter = {"step": 4, "tokens": 10, "seconds": 1.0}
-    sizes = {"model.safetensors": len(b"weights")}
-    (path / checkpoints.COMPLETE).write_text(json.dumps({"meter": meter, "bytes": sizes}))
-    assert checkpoints.latest(tmp_path) == (path, checkpoints.Meter(4, 10, 1.0))
-
-
 def checkpoint(folder: Path, step: int) -> Path:
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)

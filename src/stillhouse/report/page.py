@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +12,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import Field, TypeAdapter, ValidationError
 
-from stillhouse.checksums import changed_since_sealed, sealed
+from stillhouse.checksums import seal_broken, sealed
 from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import RunError
 from stillhouse.evaluation.metrics_table import MetricsTable
@@ -155,7 +155,7 @@ def read_report(path: Path) -> Report:
             where=path,
             fix="repeat `stillhouse run`: it writes a new report",
         ) from error
-    if changed_since_sealed(json.loads(data), [part.name for part in fields(Report)]):
+    if seal_broken(json.loads(data)):
         raise RunError(
             "the report's data are damaged: they are not what was written",
             where=path,

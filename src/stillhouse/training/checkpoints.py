@@ -125,8 +125,6 @@ def _facts(checkpoint: Path) -> dict[str, Any] | None:
     valid seal: the checkpoint is not complete."""
     try:
         facts = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
-        if "bytes" in facts:  # before seals had hashes
-            facts["files"] = {name: {"bytes": size} for name, size in facts["bytes"].items()}
         Meter(**facts["meter"]), facts["files"].items()
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
