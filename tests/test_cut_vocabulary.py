@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import stillhouse
 from stillhouse.commands import run as run_cascade
+from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.errors import RecipeError
+from stillhouse.language_model.language_model import LANGUAGE_MODEL
 from stillhouse.pipeline.kind import RunResult
 from stillhouse.pruning.vocabulary_cut import load_kept_ids
 from stillhouse.runfolder import Stage
@@ -76,7 +78,11 @@ def test_the_teacher_loses_the_same_tokens_and_the_student_is_trained_on_the_oth
 
 def test_a_second_run_does_not_cut_again(folder: Path) -> None:
     raw = tiny.recipe(folder, student={"vocabulary": 320}, signals={})
-    run(raw)
+    job = LANGUAGE_MODEL.find(parse_recipe(raw), folder)
+    steps = [step.name for step in LANGUAGE_MODEL.steps if step.applies(job)]
+    result = run(raw)
+    assert [stage.name for stage in result.stages] == steps
+    assert (result.folder / "signals" / "settings.json").is_file()
     assert all(stage.reused for stage in run(raw).stages)
 
 
@@ -216,6 +222,25 @@ def test_the_whole_teacher_teaches_through_the_first_kept_token_of_each(folder: 
     assert len(losses["fold"]) == len(losses["renormalize"])
     assert losses["fold"] != losses["renormalize"]
     assert all(loss > 0 for loss in losses["fold"])
+
+
+def test_training_from_scratch_has_the_teachers_of_the_first_member(folder: Path) -> None:
+    """With a fold, that is the whole teacher."""
+    family = tiny.recipe(
+        folder,
+        student={"vocabulary": 320, "removed_tokens": "fold"},
+        cascade={"hops": [{"name": "a", "ffn_size": 48}], "from_scratch": {"tokens": 256}},
+        train={"max_steps": 2},
+    )
+    del family["student"]["ffn_size"]
+    result = run(family)
+    stages = result.folder / "stages"
+    teachers = [
+        json.loads((next(stages.glob(f"{name}-*")) / "manifest.json").read_text())["depends_on"]
+        for name in ("train", "scratch")
+    ]
+    assert teachers[0]["teachers"] == teachers[1]["teachers"]
+    assert (result.folder / "a" / "roots").is_dir()
 
 
 def test_other_teachers_of_a_fold_are_not_cut(folder: Path) -> None:

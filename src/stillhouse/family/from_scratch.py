@@ -49,9 +49,9 @@ def train_from_scratch(recipe: Recipe, job: Job, do: Do, largest: Path) -> Scrat
     )
     changed = {"data": data, "student": random, "train": train, "signals": None, "quantize": None}
     first = first_member(recipe).model_copy(update=changed)
-    # The family's teacher, whose vocabulary may be cut, and its text.
+    # The family's teacher, whose vocabulary may be cut, or its whole one, and its text.
     found = find_models(first, job.base, teacher=job.teacher)
-    job = with_shard(replace(found, text=job.text, roots=job.roots))
+    job = with_shard(replace(found, teachers=job.teachers, text=job.text, roots=job.roots))
     text = do(plan_data(job))
     student = do(plan_student(job, text))
     trained = do(replace(plan_training(job, text, student, None), name="scratch"))

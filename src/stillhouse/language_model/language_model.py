@@ -92,7 +92,12 @@ STEPS = (
         then=cut_job,
         purpose="remove the tokens that the text does not need from the teacher",
     ),
-    Step("data", plan_data, applies=lambda job: job.cut, then=ready_to_train),
+    Step(
+        "data",
+        plan_data,
+        applies=lambda job: job.cut or job.after_cut is not None,
+        then=ready_to_train,
+    ),
     Step(
         "roots",
         plan_roots,

@@ -9,7 +9,7 @@ from typing import Any
 
 from stillhouse.hardware import default_device, machine, peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
-from stillhouse.language_model.job import Job
+from stillhouse.language_model.job import Job, full_job
 from stillhouse.pipeline.stage_plan import Do, StagePlan
 from stillhouse.pruning.offload import shared_layers
 from stillhouse.runfolder import Outcome, Stage
@@ -22,7 +22,7 @@ SHORT_TRAINING = ("learning_rate", "betas", "weight_decay", "max_grad_norm", "ba
 
 
 def has_target(job: Job) -> bool:
-    student = job.recipe.student
+    student = full_job(job).recipe.student
     return isinstance(student, PrunedStudent) and student.target is not None
 
 

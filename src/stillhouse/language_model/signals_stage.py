@@ -19,6 +19,7 @@ from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.engine_teacher import engine_teacher, server_teacher
 from stillhouse.language_model.job import (
     Job,
+    full_job,
     planned_objective,
     signals_encoding,
     within_vocabulary,
@@ -145,7 +146,8 @@ def plan_signals(job: Job, data: Stage, student: Stage | None) -> StagePlan:
 
 def records_signals(job: Job) -> bool:
     """Whether the run builds a store, rather than reading one or none."""
-    return job.recipe.signals is not None and job.recipe.signals.store is None
+    section = full_job(job).recipe.signals
+    return section is not None and section.store is None
 
 
 @contextmanager

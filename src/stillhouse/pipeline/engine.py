@@ -75,12 +75,14 @@ def lead(kind: Kind, recipe: Any, base: Path, folder: RunFolder, job: Any = None
     do = reporting(folder, finished, kind, job)
     applying = [step.name for step in kind.steps if step.applies(job)]
     expect_steps(folder, applying)
-    links = {name: link for name, link in kind.links(job).items() if link[0] in applying}
-    for name in links:
-        folder.require_free(name)
+    links = kind.links(job)
+    for name, (step, _) in links.items():
+        if step in applying:
+            folder.require_free(name)
     job, stages = run_steps(kind, job, do)
     for name, (step, path) in links.items():
-        folder.point(name, stages[step].path / path)
+        if step in stages:
+            folder.point(name, stages[step].path / path)
     return RunResult(
         kind=kind.name,
         folder=folder.links,
