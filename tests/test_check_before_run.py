@@ -12,8 +12,11 @@ import pytest
 
 from stillhouse.check import check_recipe
 from stillhouse.commands import run
+from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.errors import StillhouseError
 from stillhouse.language_model import run_check
+from stillhouse.language_model.job import find_models
+from stillhouse.language_model.package_check import require_disk
 from stillhouse.planning.machine import Machine
 from tests import tiny
 from tests.data.toys import write_jsonl
@@ -94,6 +97,17 @@ def test_a_dataset_may_have_more_than_its_sample(tmp_path: Path) -> None:
     raw["data"]["train_tokens"] = None
     (text,) = [one.text for one in check_recipe(raw) if one.topic == "data"]
     assert text.startswith("at least ")
+
+
+def test_text_of_unknown_size_counts_as_the_recipe_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = {"kind": "hub", "dataset": "org/name"}
+    raw = tiny.recipe(tmp_path, data={"sources": [hub], "train_tokens": 10**9})
+    job = find_models(parse_recipe(raw), tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
+    (found,) = require_disk(job)
+    assert found.level == "error"
 
 
 def test_text_that_is_still_to_be_written_is_part_of_the_estimate(tmp_path: Path) -> None:

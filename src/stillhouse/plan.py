@@ -13,9 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from stillhouse.config.load_recipe import load_language_model_recipe
-from stillhouse.data.sources import estimated_tokens, has_unknown_size
-from stillhouse.errors import DataError, RecipeError
+from stillhouse.errors import RecipeError
 from stillhouse.family.members import first_member, planned_models
+from stillhouse.language_model.data_stage import expected_tokens
 from stillhouse.language_model.job import find_configurations
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.language_model.run_models import RunModels
@@ -115,18 +115,8 @@ def plan_recipe(path: str | Path, machine: Machine, overrides: Sequence[str] = (
 
 def _training_tokens(recipe: Recipe, base: Path) -> int:
     """Raises RecipeError where neither the recipe nor the size of its text tells."""
-    section = recipe.data
-    tokens = 0
-    try:
-        if not has_unknown_size(section.sources):
-            tokens = round(estimated_tokens(section.sources, base))
-    except DataError:
-        if section.train_tokens is None:
-            raise
-    tokens -= 0 if section.heldout_sources else section.heldout_tokens
-    if section.train_tokens is not None and (tokens <= 0 or section.train_tokens < tokens):
-        return section.train_tokens
-    if tokens <= 0:
+    tokens = expected_tokens(recipe.data, base)
+    if tokens is None:
         raise RecipeError(
             "how many tokens are trained on is not known: the text is a dataset, not there, or "
             "very short",

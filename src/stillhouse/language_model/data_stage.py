@@ -8,8 +8,9 @@ from typing import Any
 
 from stillhouse.data.build_data import TOKENIZED, build
 from stillhouse.data.data_config import DataRecipe
-from stillhouse.data.sources import sources_fingerprint
+from stillhouse.data.sources import estimated_tokens, has_unknown_size, sources_fingerprint
 from stillhouse.data.windows import Windows, open_windows
+from stillhouse.errors import DataError
 from stillhouse.language_model.job import Job
 from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.runfolder import Outcome, Stage
@@ -35,7 +36,7 @@ def plan_data(job: Job) -> StagePlan:
     fingerprint = job.tokenizer.fingerprint
     tokens_key = f"{VERSION} {fingerprint}"
     inputs: dict[str, Any] = {
-        "recipe": _key(section),
+        "recipe": section.model_dump(mode="json"),
         "seed": job.recipe.seed,
         "tokenizer": fingerprint,
         "sources": sources_fingerprint(files, job.base),
@@ -45,14 +46,20 @@ def plan_data(job: Job) -> StagePlan:
     return StagePlan("data", inputs, work, VERSION, resumable=True, scratch=(TOKENIZED,))
 
 
-def _key(section: DataRecipe) -> dict[str, Any]:
-    """The section without limits that are not set: stages that were finished before a source could
-    have one stay finished."""
-    found = section.model_dump(mode="json")
-    for source in [*found["sources"], *found["heldout_sources"]]:
-        if source["tokens"] is None:
-            del source["tokens"]
-    return found
+def expected_tokens(section: DataRecipe, base: Path) -> int | None:
+    """Tokens of training text before it is read; None where neither the recipe nor the size of its
+    text tells. Raises DataError for text that is not there, if the recipe does not tell."""
+    most, found = section.train_tokens, 0.0
+    try:
+        if not has_unknown_size(section.sources):
+            found = estimated_tokens(section.sources, base)
+    except DataError:
+        if most is None:
+            raise
+    found -= 0 if section.heldout_sources else section.heldout_tokens
+    if found <= 0:
+        return most
+    return round(found) if most is None else min(round(found), most)
 
 
 def take_over_tokens(out: Path) -> None:

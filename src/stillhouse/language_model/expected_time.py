@@ -8,10 +8,10 @@ from contextlib import suppress
 from functools import cache
 
 from stillhouse import account
-from stillhouse.data.sources import estimated_tokens, has_unknown_size
 from stillhouse.errors import DataError
 from stillhouse.hardware import Requested
-from stillhouse.language_model.job import Job
+from stillhouse.language_model.data_stage import expected_tokens
+from stillhouse.language_model.job import Job, full_job
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.language_model.run_models import RunModels, run_models
 from stillhouse.language_model.synthesis_stage import synthesis_job
@@ -47,16 +47,19 @@ def expected_seconds(job: Job, names: Sequence[str], finished: Sequence[Stage]) 
     """
     done = {stage.name: stage for stage in finished}
     unknown = set(UNKNOWN)
-    if job.recipe.signals is not None and not job.recipe.signals.local:
+    recipe = full_job(job).recipe
+    if recipe.signals is not None and not recipe.signals.local:
         unknown.add("signals")
-    if _writes_here(job.recipe):
+    if _writes_here(recipe):
         unknown.remove("synthesis")
     if any(name in unknown and name not in done for name in names):
         return {}
+    tokens = None
     if "data" in done:
-        tokens: int | None = int(done["data"].summary["train"]["supervised_tokens"])
+        tokens = int(done["data"].summary["train"]["tokens"])
     else:
-        tokens = tokens_of_text(job)
+        with suppress(DataError):
+            tokens = expected_tokens(job.recipe.data, job.base)
     models = run_models(job)
     if tokens is None or is_small(models, this_machine(job.recipe.train.products, timed=False)):
         return {}
@@ -92,17 +95,6 @@ def _read_again(active: float, models: RunModels, machine: Machine) -> float:
     """Seconds of reading so many parameters from memory, for one token of each answer."""
     speed = BYTES_PER_SECOND if machine.device == "cpu" else math.inf
     return machine.compute(models.recipe.train.precision).itemsize * active / speed
-
-
-def tokens_of_text(job: Job) -> int | None:
-    """Of training text that is not read yet: at most so many; None if that is not known."""
-    data, most = job.recipe.data, job.recipe.data.train_tokens
-    if has_unknown_size(data.sources):
-        return most
-    with suppress(DataError):  # text that the run synthesizes does not exist yet
-        found = int(estimated_tokens(data.sources, job.base))
-        return found if most is None else min(found, most)
-    return most
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from transformers.integrations.integration_utils import (
@@ -13,11 +14,11 @@ from transformers.integrations.integration_utils import (
 )
 
 from stillhouse.data.windows import WINDOW_BYTES
-from stillhouse.errors import EndpointError
+from stillhouse.errors import DataError, EndpointError
 from stillhouse.evaluation.lm_eval import require_tasks
 from stillhouse.finding import Finding, finding_of
 from stillhouse.generation.vllm_engine import lacks
-from stillhouse.language_model.expected_time import tokens_of_text
+from stillhouse.language_model.data_stage import expected_tokens
 from stillhouse.language_model.job import Job, configs, full_job, planned_size
 from stillhouse.language_model.run_models import row_bytes
 from stillhouse.language_model.signals_stage import records_signals
@@ -76,7 +77,9 @@ def require_disk(job: Job) -> Iterator[Finding]:
     models = 12 * (recipe.train.keep_checkpoints + 1) + 4 + 4 + 4 * len(recipe.export.formats)
     need = float(student * models)
     parts = ["checkpoints", "models"]
-    tokens = tokens_of_text(job) or 0
+    tokens = 0
+    with suppress(DataError):  # text that the run synthesizes does not exist yet
+        tokens = expected_tokens(recipe.data, job.base) or 0
     if not has_finished(recipe, "data"):
         need += tokens * WINDOW_BYTES
         parts.append("windows")

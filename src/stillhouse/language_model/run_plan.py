@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from stillhouse.data.data_config import DataRecipe
+from stillhouse.data.windows import ARRAYS
 from stillhouse.evaluation.fidelity import ROWS_PER_CHUNK, TOKENS_PER_FORWARD
 from stillhouse.export.gate import REPLAY_TOKENS
 from stillhouse.language_model.pruning_memory import pruning_estimate, search_estimate
@@ -41,9 +42,6 @@ from stillhouse.students.student_config import PrunedStudent
 from stillhouse.teachers.teacher import Teacher
 from stillhouse.training.train import plan_batches, require_windows
 
-WINDOW_BYTES = 12
-"""A token in the windows: its id, its label and its position."""
-
 
 def plan_stages(models: RunModels, machine: Machine, tokens: int) -> list[StageEstimate]:
     """In the order of the run, those that take memory or time.
@@ -58,7 +56,7 @@ def _stages(models: RunModels, machine: Machine, tokens: int) -> Iterator[StageE
     recipe = models.recipe
     windows = _windows(recipe.data, tokens, machine)
     if models.first:
-        yield StageEstimate("data", Memory("", {}), disk=tokens * WINDOW_BYTES)
+        yield StageEstimate("data", Memory("", {}), disk=4.0 * len(ARRAYS) * tokens)  # int32
     section = recipe.student
     if isinstance(section, PrunedStudent) and section.target is not None:
         yield search_estimate(models, section, machine)
