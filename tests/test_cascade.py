@@ -193,6 +193,7 @@ def test_the_familys_page_has_every_member_and_links_to_its_report(
     ("hops", "message"),
     [
         ([HOPS[0], {"name": "wide", "ffn_size": 32}], "same name"),
+        ([HOPS[0], {"name": "Wide", "ffn_size": 32}], "same name"),
         ([{"name": "stages", "ffn_size": 32}], "cannot be called stages"),
         ([{"name": "Family.html", "ffn_size": 32}], "cannot be called Family.html"),
         ([{"name": "gguf-q8_0", "ffn_size": 32}], "cannot be called gguf-q8_0"),

@@ -103,22 +103,15 @@ def plan_evaluation(
         flops = sum(account.forward_flops(one.parameters, one.fidelity.tokens) for one in results)
         return Outcome(tokens, flops, peak_memory_bytes())
 
-    measured = job.recipe.measured.model_dump(mode="json")
-    for key in ("own_text", "cut_baseline"):
-        if not measured[key]:
-            del measured[key]  # so that a finished evaluation is not repeated
-    inputs: dict[str, Any] = {
+    inputs = {
         **_inputs(job, data),
-        "recipe": measured,
+        "recipe": job.recipe.measured.model_dump(mode="json"),
         "student": student.digest,
         "trained": trained.digest,
+        "cut": cut and cut.digest,
         "baseline": baseline and baseline.digest,
         "quantized": [stage.digest for stage in quantized],
     }
-    if cut is not None:
-        inputs["cut"] = cut.digest
-    if job.recipe.quantize is not None and job.recipe.quantize.dynamic:
-        inputs["rounded_inputs"] = True
     return StagePlan("evaluate", inputs, work, version=4, together=True)
 
 

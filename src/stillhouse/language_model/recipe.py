@@ -86,11 +86,11 @@ class CascadeRecipe(Section):
     @model_validator(mode="after")
     def _names_differ(self) -> CascadeRecipe:
         names = [hop.name for hop in self.hops]
-        if len(set(names)) < len(names):
+        # Some file systems are case-insensitive.
+        if len({name.lower() for name in names}) < len(names):
             raise ValueError("two hops have the same name")
         taken = {*RUN_FOLDER_NAMES, *FORMATS}
         for name in names:
-            # Some file systems are case-insensitive.
             if name.lower() in taken:
                 raise ValueError(f"a member's folder cannot be called {name}, as the run has that")
         return self

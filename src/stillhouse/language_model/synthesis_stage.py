@@ -217,14 +217,7 @@ def may_replace(out: Path, recipe: Recipe) -> bool:
     """Whether the file is missing, or was written by this recipe."""
     if not out.exists():
         return True
-    if not out.is_file():
-        return False
-    root, content = run_root(recipe), sha(out)
-    if content in _published(root / PUBLISHED).split():
-        return True
-    # Older folders have no record of it.
-    texts = (folder / TEXT for folder in (root / "stages").glob(f"{NAME}-*"))
-    return any(sha(text) == content for text in texts if text.is_file())
+    return out.is_file() and sha(out) in _published(run_root(recipe) / PUBLISHED).split()
 
 
 def _published(record: Path) -> str:

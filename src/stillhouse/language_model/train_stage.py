@@ -63,10 +63,9 @@ def plan_student(job: Job, data: Stage) -> StagePlan:
         "teacher": job.teacher.fingerprint,
         "pretrained": job.pretrained and job.pretrained.fingerprint,
         "pruned": job.pruned and job.pruned.fingerprint,
+        "tokenizer": job.tokenizer.fingerprint,
         "data": data.digest,
     }
-    if isinstance(section, RandomStudent) and section.tokenizer is not None:
-        inputs["tokenizer"] = job.tokenizer.fingerprint
     check = model_check(job.start)
     return StagePlan("student", inputs, work, version=8, together=pruned, check=check)
 
