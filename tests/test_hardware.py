@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -303,3 +304,30 @@ def test_machine_is_plain_json() -> None:
 
 def test_the_default_device_exists() -> None:
     torch.ones(1, device=hardware.default_device())
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_memory_of_a_container_ends_at_its_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
+) -> None:
+    """The innermost limit counts, without pages of files."""
+    root = tmp_path if version == 2 else tmp_path / "memory"
+    job = root / "slurm" / "job 7"
+    job.mkdir(parents=True)
+    line = "0::/slurm/job 7" if version == 2 else "4:cpu,memory:/slurm/job 7"
+    (tmp_path / "own").write_text(f"9:cpuset:/\n{line}\n")
+    monkeypatch.setattr(hardware, "OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(hardware, "CGROUPS", tmp_path)
+    whole = psutil.virtual_memory()._replace(available=10_000)
+    monkeypatch.setattr(hardware.psutil, "virtual_memory", lambda: whole)
+    assert hardware.free_memory_bytes("cpu") == 10_000
+    names, total = ("memory.max", "memory.current"), ""
+    if version == 1:
+        names, total = ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_"
+    for folder, limit in ((job, "5000"), (job.parent, "max" if version == 2 else "8000")):
+        (folder / names[0]).write_text(f"{limit}\n")
+        (folder / names[1]).write_text("3000\n")
+        (folder / "memory.stat").write_text(
+            f"anon 2000\n{total}inactive_file 700\n{total}active_file 300\n"
+        )
+    assert hardware.free_memory_bytes("cpu") == 5000 - 2000

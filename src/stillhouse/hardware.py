@@ -30,6 +30,7 @@ CPU_INFO = Path("/proc/cpuinfo")
 PROCESS_STATUS = Path("/proc/self/status")
 PROCESS_PAGES = Path("/proc/self/statm")
 PEAK_RESET = Path("/proc/self/clear_refs")
+OWN_CGROUPS, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 ABILITIES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16")
 """Instruction sets that decide how fast a CPU multiplies matrices, by their Linux names."""
 
@@ -242,9 +243,36 @@ def free_memory_bytes(device: torch.device | str) -> int:
     """Memory of the device that a process could still take."""
     device = torch.device(device)
     if device.type != "cuda":
-        return int(psutil.virtual_memory().available)
+        return max(0, min([psutil.virtual_memory().available, *_left_in_cgroups()]))
     torch.cuda.empty_cache()
     return int(torch.cuda.mem_get_info(device)[0])
+
+
+def _left_in_cgroups() -> Iterator[int]:
+    """What the memory limits around this process leave: of a container, a Slurm job, a service.
+
+    Versions 1 and 2 of cgroups(7). Pages of files count as free, as the kernel frees them.
+    """
+    if not OWN_CGROUPS.is_file():
+        return
+    for line in OWN_CGROUPS.read_text(encoding="utf-8").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, limit, used, prefix = CGROUPS, "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):
+            root, prefix = CGROUPS / "memory", "total_"
+            limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        own = root / path.lstrip("/")
+        for folder in (own, *own.parents):
+            # No file, of the root or outside of a container; "max", which is no limit.
+            with contextlib.suppress(OSError, ValueError, LookupError):
+                most, taken = (int((folder / name).read_text()) for name in (limit, used))
+                rows = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+                pages = {name: int(size) for name, size in map(str.split, rows)}
+                files = pages[f"{prefix}active_file"] + pages[f"{prefix}inactive_file"]
+                yield most - taken + files
 
 
 def reset_peak_memory() -> None:

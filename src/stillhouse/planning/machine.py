@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import psutil
 import torch
 
 from stillhouse.hardware import (
     Requested,
     choose_precision,
     default_device,
+    free_memory_bytes,
     matmul_rate,
 )
 from stillhouse.launch import processes_here, world_size
@@ -69,7 +69,7 @@ def this_machine(precision: Requested, *, timed: bool) -> Machine:
     if device.type == "cuda":
         memory = float(torch.cuda.get_device_properties(device).total_memory)
     else:
-        memory = psutil.virtual_memory().available / here
+        memory = free_memory_bytes(device) / here
     rate = None
     if timed:
         rate = EFFICIENCY * matmul_rate(choose_precision(precision, device).dtype, device)
