@@ -181,10 +181,10 @@ def _row(stage: StageEstimate, machine: Machine) -> list[str | Text]:
         fits = Text(DASH)
     elif memory.fits(machine.memory):
         fits = Text("yes", "green")
+    elif memory.cannot_fit(machine.memory):
+        fits = Text("no", "bold red")
     else:
-        fits = (
-            Text("no", "bold red") if memory.cannot_fit(machine.memory) else Text("just", "yellow")
-        )
+        fits = Text("maybe", "yellow")
     return [
         stage.name,
         size(memory.total) if memory.parts else DASH,
