@@ -15,6 +15,7 @@ from stillhouse.commands import run as run_cascade
 from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.errors import RecipeError, StillhouseError
 from stillhouse.evaluation.family_evaluation import FAMILY_FILE
+from stillhouse.family.family import FAMILY
 from stillhouse.family.members import first_member, planned_members
 from stillhouse.kinds import kind_of
 from stillhouse.language_model import synthesis_stage as synthesis
@@ -75,6 +76,14 @@ def test_adding_a_hop_repeats_no_work(family: tuple[Path, FamilyResult]) -> None
     assert all(s.reused for m in ("wide", "narrow") for s in more.members[m].stages)
     stages = {stage.name: stage for stage in more.members["least"].stages}
     assert list(stages["student"].summary["pruning"]["ffn_size"]) == [32, 16]
+
+
+def test_a_preview_leaves_the_recipe_of_the_family(family: tuple[Path, FamilyResult]) -> None:
+    folder, result = family
+    before = (result.folder / "recipe.yaml").read_text()
+    FAMILY.preview(parse_recipe(recipe(folder)), folder, 1)
+    assert (result.folder / "recipe.yaml").read_text() == before
+    assert "cascade:\n  hops:" in before
 
 
 @pytest.mark.parametrize("teacher", ["previous", "both"])
@@ -209,6 +218,11 @@ def test_invalid_hops_are_rejected(
         run_cascade(recipe(tmp_path, hops))
     assert caught.value.where
     assert not list(tmp_path.glob("run/stages/*"))
+
+
+def test_training_from_scratch_takes_a_window_of_text(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"from_scratch\.tokens \(16\) is less than one window"):
+        run_cascade(recipe(tmp_path, from_scratch={"tokens": 16}))
 
 
 def test_the_recipe_determines_whether_a_family_is_trained(tmp_path: Path) -> None:

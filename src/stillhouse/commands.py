@@ -41,6 +41,7 @@ from stillhouse.pipeline.engine import (
     run_folder,
     run_kind,
     run_steps,
+    stages_of,
 )
 from stillhouse.pipeline.kind import Rows, RunResult
 from stillhouse.pipeline.shared_folder import leading
@@ -149,16 +150,8 @@ def prepare_data(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Job, 
     """
     recipe, base = first_member(load_language_model_recipe(path, overrides)), Path(path).parent
     require_text(recipe, base)
-    folder, main_process = run_folder(recipe), leads()
-    with leading(folder.root, folder.locked()) if main_process else followed_folder(recipe):
-        do = doing(folder) if main_process else following(folder)
-        job, stages = run_steps(
-            LANGUAGE_MODEL,
-            find_job(recipe, base),
-            do,
-            main_process=main_process,
-            only=DATA_STEPS,
-        )
+    with stages_of(run_folder(recipe)) as do:
+        job, stages = run_steps(LANGUAGE_MODEL, find_job(recipe, base), do, only=DATA_STEPS)
     return job, *open_data(stages["data"])
 
 
@@ -180,17 +173,14 @@ def record_signals(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     only: tuple[str, ...] = (*DATA_STEPS, "signals")
     if isinstance(section.encoding, FrozenHeadSignals):
         only += ("search", "student")  # the store is for this student's head
-    if not leads():
-        with followed_folder(recipe):
-            job = find_job(recipe, base, weights=section.needs_weights)
-            run_steps(LANGUAGE_MODEL, job, following(folder), main_process=False, only=only)
-        return folder.root / "signals"
-    with leading(folder.root, folder.locked()):
-        folder.require_free("signals")
+    with stages_of(folder) as do:
+        if leads():
+            folder.require_free("signals")
         job = find_job(recipe, base, weights=section.needs_weights)
-        _, stages = run_steps(LANGUAGE_MODEL, job, doing(folder), only=only)
-        folder.point("signals", stages["signals"].path / STORE)
-        return folder.root / "signals"
+        _, stages = run_steps(LANGUAGE_MODEL, job, do, only=only)
+        if leads():
+            folder.point("signals", stages["signals"].path / STORE)
+    return folder.root / "signals"
 
 
 def synthesize_text(path: str | Path, overrides: Sequence[str] = ()) -> Synthesis | None:

@@ -106,7 +106,7 @@ def recipes() -> list[dict[str, Any]]:
         {
             **PLAIN,
             "student": pruned,
-            "cascade": {"hops": [{"name": "h", "layers": 2}], "from_scratch": {"tokens": 100}},
+            "cascade": {"hops": [{"name": "h", "layers": 2}], "from_scratch": {"tokens": 2000}},
         },
         {
             **CLASSIFY,

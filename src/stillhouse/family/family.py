@@ -106,7 +106,7 @@ def _follow(recipe: Recipe, base: Path, folder: RunFolder) -> None:
     for hop in recipe.cascade.hops:
         member = member_recipe(recipe, hop, models[-1] if models else None)
         job = replace(find_job(member, base), ancestors=ancestors)
-        _, stages = run_steps(LANGUAGE_MODEL, job, do, main_process=False)
+        _, stages = run_steps(LANGUAGE_MODEL, job, do)
         models.append(stages["train"].path / MODEL)
     if recipe.cascade.from_scratch is not None:
         first = find_job(first_member(recipe), base)

@@ -48,10 +48,10 @@ from stillhouse.language_model.train_stage import (
     plan_training,
 )
 from stillhouse.language_model.vocabulary_stage import cut_job, find_job, plan_vocabulary
-from stillhouse.pipeline.engine import locked_folder, run_steps
+from stillhouse.pipeline.engine import run_folder, run_steps, stages_of
 from stillhouse.pipeline.kind import Kind, Link, Step
 from stillhouse.pipeline.report_stage import REPORT, report_step
-from stillhouse.pipeline.stage_plan import StagePlan, doing
+from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.runfolder import Stage
 from stillhouse.teachers.load_model import load_tokenizer
 from stillhouse.training.train import MODEL
@@ -202,9 +202,8 @@ def links(job: Job) -> dict[str, Link]:
 def preview_windows(recipe: Recipe, base: Path, rows: int) -> RenderableType:
     """Training windows, colored by loss mask. Runs the data stage if it is not finished."""
     require_text(recipe, base)
-    with locked_folder(recipe) as folder:
-        job = find_job(recipe, base)
-        job, stages = run_steps(LANGUAGE_MODEL, job, doing(folder), only=WINDOW_STEPS)
+    with stages_of(run_folder(recipe)) as do:
+        job, stages = run_steps(LANGUAGE_MODEL, find_job(recipe, base), do, only=WINDOW_STEPS)
     windows, _ = open_data(stages["data"])
     return preview(windows, load_tokenizer(job.tokenizer), rows)
 

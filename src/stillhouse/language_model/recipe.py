@@ -140,12 +140,16 @@ class Recipe(RunRecipe):
 
     @model_validator(mode="after")
     def _text_fills_a_window(self) -> Recipe:
-        tokens, context = self.data.train_tokens, self.data.context
-        if tokens is not None and tokens < context:
-            raise ValueError(
-                f"data.train_tokens ({tokens:,}) are less than one window: raise them, or lower "
-                f"data.context ({context:,})"
-            )
+        limits = {"data.train_tokens": self.data.train_tokens}
+        if self.cascade is not None and self.cascade.from_scratch is not None:
+            limits["cascade.from_scratch.tokens"] = self.cascade.from_scratch.tokens
+        context = self.data.context
+        for key, tokens in limits.items():
+            if tokens is not None and tokens < context:
+                raise ValueError(
+                    f"{key} ({tokens:,}) is less than one window: raise it, or lower "
+                    f"data.context ({context:,})"
+                )
         return self
 
     @model_validator(mode="after")

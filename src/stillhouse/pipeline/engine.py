@@ -59,7 +59,7 @@ def _run(kind: Kind, recipe: Any, base: Path) -> RunResult | None:
         if kind.follow is not None:
             kind.follow(recipe, base, folder)
         else:
-            run_steps(kind, kind.find(recipe, base), following(folder), main_process=False)
+            run_steps(kind, kind.find(recipe, base), following(folder))
     return None
 
 
@@ -94,12 +94,7 @@ def lead(kind: Kind, recipe: Any, base: Path, folder: RunFolder, job: Any = None
 
 
 def run_steps(
-    kind: Kind,
-    job: Any,
-    do: Do,
-    *,
-    main_process: bool = True,
-    only: Container[str] | None = None,
+    kind: Kind, job: Any, do: Do, *, only: Container[str] | None = None
 ) -> tuple[Any, dict[str, Stage]]:
     """Run the steps in order; returns the job after the last one, and the finished stages by step.
 
@@ -109,7 +104,7 @@ def run_steps(
     for step in kind.steps:
         if only is not None and step.name not in only:
             continue
-        if not step.applies(job) or (step.main_process and not main_process):
+        if not step.applies(job) or (step.main_process and not leads()):
             continue
         stage = do(planned(step, job, stages))
         stages[step.name] = stage
@@ -174,6 +169,20 @@ def followed_folder(recipe: Any) -> Iterator[RunFolder]:
     folder = run_folder(recipe)
     with joining(folder.root), scratch_in(folder.root):
         yield folder
+
+
+@contextmanager
+def stages_of(folder: RunFolder) -> Iterator[Do]:
+    """How this process of a torchrun runs stages in a run folder, which the main process locks.
+
+    Raises RunError as `followed_folder`.
+    """
+    if leads():
+        with leading(folder.root, folder.locked()):
+            yield doing(folder)
+    else:
+        with joining(folder.root), scratch_in(folder.root):
+            yield following(folder)
 
 
 def reporting(folder: RunFolder, finished: list[Stage], kind: Kind, job: Any) -> Do:
