@@ -6,7 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from stillhouse.check import check_recipe
+from stillhouse.commands import run
+from stillhouse.errors import DataError
 from stillhouse.finding import Finding
 from stillhouse.number_format import size
 from stillhouse.teachers.load_model import load_tokenizer
@@ -57,6 +61,16 @@ def test_prompts_that_leave_little_room_are_a_warning(tmp_path: Path) -> None:
     prompts = write_prompts(tmp_path, "hi", "x" * 20)
     found = of(findings(tmp_path, {"prompts": prompts, "max_tokens": 16}), "on-policy")
     assert found[0].startswith("warning: 1 of 2 prompts leave less than max_tokens (16)")
+
+
+def test_missing_prompts_end_a_run_before_its_first_stage_whatever_their_share(
+    tmp_path: Path,
+) -> None:
+    raw = tiny.recipe(tmp_path)
+    raw["train"] |= {"on_policy": {"share": 0, "prompts": {"path": "later.txt"}}}
+    with pytest.raises(DataError, match=r"later\.txt|exist"):
+        run(raw, base=tmp_path)
+    assert not [*(tmp_path / "run" / "stages").iterdir()]
 
 
 def test_a_row_that_is_no_prompt_is_an_error_with_its_place(tmp_path: Path) -> None:

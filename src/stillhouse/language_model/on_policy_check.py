@@ -35,7 +35,11 @@ def require_on_policy(job: Job) -> Iterator[Finding]:
     student cannot write, RunError for a folder for weights that holds another model; yields
     warnings."""
     section = job.recipe.train.on_policy
-    if section is None or section.share == 0:
+    if section is None:
+        return
+    student = load_tokenizer(job.tokenizer)
+    prompts = own_prompts(job, student)  # read whatever the share
+    if section.share == 0:
         return
     if isinstance(section.generator, VllmRollouts):
         for level, text, fix in lacks(section.generator, job.base, key=ROLLOUTS):
@@ -50,7 +54,6 @@ def require_on_policy(job: Job) -> Iterator[Finding]:
             fix="set signals.missing: live, so that the teacher itself scores it; or remove "
             "`signals`, or train.on_policy",
         )
-    student = load_tokenizer(job.tokenizer)
     for source in job.teachers:
         teacher = load_tokenizer(source)
         require_same_end(student, teacher)
@@ -60,7 +63,6 @@ def require_on_policy(job: Job) -> Iterator[Finding]:
         if difference is not None:
             fix = "copy the teacher's chat_template.jinja into the student's folder"
             yield Finding("warning", TOPIC, f"{source.described}: {difference}", fix)
-    prompts = own_prompts(job, student)
     if prompts is None:
         return
     context = job.recipe.data.context
