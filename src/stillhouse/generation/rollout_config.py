@@ -47,7 +47,7 @@ class VllmServerRollouts(SignalServer):
 
     def folder(self, base: Path) -> Path:
         """Of the weights. base: the recipe's folder, where a relative path starts."""
-        return (base / Path(self.weights).expanduser()).absolute()
+        return (base / self.weights).absolute()
 
 
 RolloutsRecipe = Annotated[
