@@ -91,8 +91,20 @@ def test_a_student_learns_to_write_the_teachers_json(tmp_path: Path) -> None:
     assert row == {"text": "Zoe is 9.", "answer": said, "valid": True, "value": json.loads(said)}
 
 
+SCORER = """from __future__ import annotations
+from dataclasses import dataclass
+
+@dataclass
+class Length:
+    of: int
+
+def length(text, answer, gold):
+    return Length(len(answer)).of
+"""
+
+
 def test_free_text_of_a_model_is_learned_from_its_distributions(tmp_path: Path) -> None:
-    (tmp_path / "score.py").write_text("def length(text, answer, gold):\n    return len(answer)\n")
+    (tmp_path / "score.py").write_text(SCORER)
     raw = toys.recipe(tmp_path, "generate", evaluate={"scorer": f"{tmp_path / 'score.py'}:length"})
     result = run(raw)
     found = {one.role: one.figures for one in result.evaluation.results}

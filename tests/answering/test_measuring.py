@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
+
 from stillhouse.answering.answering_evaluation import (
-    answer_all,
     answer_figures,
+    answers_in_order,
+    plan_answers_evaluation,
     read_json,
     request_for,
 )
+from stillhouse.answering.answering_job import find_answering
+from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.generation.request import Answer, Failure
 from stillhouse.synthesis.filters import json_schema
 from stillhouse.tasks.labeled_texts import LabeledText
+from tests import tiny
 from tests.answering import toys
 
 
 def said(texts: list[str | None]) -> list[str]:
-    """What `answer_all` makes of a model's texts; None: a prompt that does not fit."""
+    """What `answers_in_order` makes of a model's texts; None: a prompt that does not fit."""
     requests = [
         request_for(({"role": "user", "content": str(n)},), "student", 9) for n in range(len(texts))
     ]
     outcomes = [Failure("refused", "too long") if t is None else Answer(t) for t in texts]
     pairs = list(zip(requests, outcomes, strict=True))
     generator: Any = SimpleNamespace(answers=lambda asked: iter(pairs[::-1]))
-    return answer_all(cast(Any, generator), requests)
+    return answers_in_order(cast(Any, generator), requests)
 
 
 def test_reasoning_is_not_part_of_an_answer_and_truncated_reasoning_has_no_answer() -> None:
@@ -59,3 +66,23 @@ def test_an_extraction_is_exact_only_if_it_is_the_same_value() -> None:
     answers = ['{"tags": ["y", "x"]}', '{"age": 3.0}', '```json\n{"age": 3}\n```', "no", "{}"]
     figures, _ = answer_figures(validity, rows, answers, [None] * 5)
     assert figures == {"valid": 0.8, "field_f1": 1.0, "exact": 0.5}
+
+
+def test_another_scorer_or_judge_in_the_same_place_evaluates_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    scorer = tmp_path / "score.py"
+    section = {"scorer": "~/score.py:f", "judge": {"model": str(tmp_path / "judge")}}
+    job = find_answering(
+        parse_recipe(toys.recipe(tmp_path, "generate", evaluate=section)), tmp_path
+    )
+    stage: Any = SimpleNamespace(digest="0")
+    found = []
+    for seed, source in enumerate(("f = len", "f = max", "f = max")):
+        scorer.write_text(source)
+        tiny.save_model(tmp_path / "judge", seed=min(seed, 1))
+        plan = plan_answers_evaluation(job, stage, stage, stage, stage, None)
+        found.append((plan.inputs["scorer"], plan.inputs["judge"]))
+    assert found[1] == found[2]
+    assert all(one != other for one, other in zip(found[0], found[1], strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 from stillhouse import account
 from stillhouse.answering.answer_stages import TEXTS, AnswerTexts, read_answers
 from stillhouse.answering.answering_job import AnsweringJob
-from stillhouse.answering.comparison_judge import compare_answers
+from stillhouse.answering.comparison_judge import compare_answers, comparison_source
 from stillhouse.data.chat_prompt import text_ids
 from stillhouse.data.turn_end import turn_end
 from stillhouse.errors import DataError, RecipeError
@@ -46,10 +47,15 @@ from stillhouse.teachers.model_source import ModelSource
 
 @torch.inference_mode()
 def mean_surprise(
-    model: Any, tokenizer: Any, prompts: Sequence[Sequence[Message]], answers: Sequence[str]
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[Message]],
+    answers: Sequence[str],
+    window: int = 0,
 ) -> float:
     """Mean of -log p(answer | prompt) under the model, in nats/token over all answers. The end-of-
-    turn token is included, so that an empty answer is not free."""
+    turn token is included, so that an empty answer is not free. window: tokens that the model
+    reads, 0 if unknown; the rest of an answer does not count."""
     total, tokens = 0.0, 0
     device = next(model.parameters()).device
     last = turn_end(tokenizer)
@@ -57,6 +63,10 @@ def mean_surprise(
     for messages, answer in zip(prompts, answers, strict=True):
         prompt = answer_prompt_ids(tokenizer, messages)
         target = [*text_ids(tokenizer, answer), *end]
+        if window:
+            target = target[: max(0, window - len(prompt))]
+        if not target:
+            continue
         ids_1L = torch.tensor([[*prompt, *target]], device=device)
         states_LD = model.base_model(input_ids=ids_1L, use_cache=False).last_hidden_state[0]
         logits_LV = head_logits(lm_head(model), states_LD[len(prompt) - 1 : -1]).float()
@@ -81,6 +91,7 @@ def plan_answers_evaluation(
 ) -> StagePlan:
     section = job.recipe.evaluate
     scorer = None if section.scorer is None else job.base / section.scorer.rpartition(":")[0]
+    judge = comparison_source(job)
 
     def work(out: Path) -> Outcome:
         assert job.training is not None
@@ -110,6 +121,8 @@ def plan_answers_evaluation(
         "trained": trained.digest,
         "baseline": tuned and tuned.digest,
     }
+    if judge is not None:
+        inputs["judge"] = judge.request(()).model
     return StagePlan("evaluate", inputs, work, version=3, together=True)
 
 
@@ -185,7 +198,9 @@ def _open_teacher(job: AnsweringJob, teacher: ModelSource) -> TextGenerator[Loca
     return open_local(teacher, section.precision, batch=section.batch)
 
 
-def answer_all(generator: TextGenerator[LocalGenerator], requests: Sequence[Request]) -> list[str]:
+def answers_in_order(
+    generator: TextGenerator[LocalGenerator], requests: Sequence[Request]
+) -> list[str]:
     """Answers in the order of the requests, without reasoning; empty if a prompt does not fit."""
     answers: dict[str, str] = {}
     for request, outcome in generator.answers(requests):
@@ -210,7 +225,7 @@ def _answers_of(
         # The others wait: their work would slow it down.
         rate = processes.from_main(_rate(generator, timed) if processes.leads else 0.0)
         figures["answers_per_s"] = rate
-    shares = processes.collect(answer_all(generator, processes.in_turn(requests)))
+    shares = processes.collect(answers_in_order(generator, processes.in_turn(requests)))
     answers = [""] * len(requests)
     for number, share in enumerate(shares):
         answers[number :: processes.count] = share
@@ -232,9 +247,9 @@ def _speed_of_teacher(job: AnsweringJob, rows: list[LabeledText]) -> dict[str, f
 
 def _rate(generator: TextGenerator[LocalGenerator], requests: Sequence[Request]) -> float:
     """Answers per second. The model decides when an answer ends, so shorter answers are faster."""
-    answer_all(generator, requests[:1])  # the first pass is slower
+    answers_in_order(generator, requests[:1])  # the first pass is slower
     began = time.perf_counter()
-    answer_all(generator, requests)
+    answers_in_order(generator, requests)
     return len(requests) / (time.perf_counter() - began)
 
 
@@ -302,7 +317,7 @@ def _surprises(
     teacher = _open_teacher(job, job.teacher)
     model, prompts = teacher.generator.model, [job.teacher_messages(row.text) for row in rows]
     return {
-        role: mean_surprise(model, teacher.tokenizer, prompts, texts)
+        role: mean_surprise(model, teacher.tokenizer, prompts, texts, teacher.generator.window)
         for role, texts in answered.items()
     }
 
@@ -321,6 +336,7 @@ def load_scorer(name: str, base: Path) -> Scorer:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
     except Exception as error:

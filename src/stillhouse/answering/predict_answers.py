@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.answering.answering_evaluation import (
-    answer_all,
+    answers_in_order,
     read_json,
     request_for,
 )
@@ -35,7 +35,7 @@ def predicted_answers(folder: Path, texts: Iterable[str]) -> Iterator[dict[str, 
     texts = iter(texts)
     while some := list(itertools.islice(texts, TOGETHER)):
         requests = [request_for(facts.messages(t), "student", facts.max_tokens) for t in some]
-        for text, answer in zip(some, answer_all(generator, requests), strict=True):
+        for text, answer in zip(some, answers_in_order(generator, requests), strict=True):
             row: dict[str, Any] = {"text": text, "answer": answer}
             if validity is not None:
                 row["valid"], row["value"] = read_json(answer, validity)
