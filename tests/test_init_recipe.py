@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,10 @@ def folder(tmp_path: Path) -> Path:
 
 def init(folder: Path, *flags: str, typed: str = "") -> str:
     """The command's output; it must succeed, and what it writes must pass the check."""
-    out = folder / "made" / "recipe.yaml"
+    out = folder / "made here" / "recipe.yaml"
     answer = CliRunner().invoke(app, ["init", "--out", str(out), *flags], input=typed)
     assert answer.exit_code == 0, answer.output + repr(answer.exception)
+    assert f"next    stillhouse check {shlex.quote(str(out))}" in answer.output
     errors = [one for one in check_recipe(out) if one.level == "error"]
     assert not errors
     return answer.output
@@ -51,7 +53,7 @@ def flags(folder: Path, job: str, data: str, size: str = "medium") -> list[str]:
 
 def test_a_recipe_to_distill(folder: Path) -> None:
     init(folder, *flags(folder, "distill", "text.txt"))
-    recipe = load_recipe(folder / "made" / "recipe.yaml")
+    recipe = load_recipe(folder / "made here" / "recipe.yaml")
     # The tiny teacher has layers of 64 neurons; half of its blocks are left without dropping any.
     assert (recipe.student.layers, recipe.student.ffn_size) == (None, 24)
 
@@ -70,20 +72,20 @@ def test_paths_are_resolved_relative_to_the_recipe(
     init(
         Path(), "--job", "generate", "--teacher", "teacher", "--data", "text.txt", "--size", "large"
     )
-    recipe = load_recipe("made/recipe.yaml")
+    recipe = load_recipe("made here/recipe.yaml")
     assert (recipe.teacher.model, recipe.data.texts[0].path) == ("../teacher", "../text.txt")
 
 
 def test_a_recipe_to_classify_finds_texts_and_labels_in_the_file(folder: Path) -> None:
     init(folder, *flags(folder, "classify", "rows.jsonl", "small"))
-    recipe = load_recipe(folder / "made" / "recipe.yaml")
+    recipe = load_recipe(folder / "made here" / "recipe.yaml")
     assert (recipe.data.texts[0].text, recipe.data.texts[0].label) == ("message", "topic")
     assert recipe.student.layers == 3
 
 
 def test_a_recipe_to_extract_brings_its_schema(folder: Path) -> None:
     init(folder, *flags(folder, "extract", "text.txt"), "--fields", "name,what")
-    schema = json.loads((folder / "made" / "recipe.schema.json").read_text())
+    schema = json.loads((folder / "made here" / "recipe.schema.json").read_text())
     assert list(schema["properties"]) == ["name", "what"]
 
 
@@ -91,7 +93,7 @@ def test_a_recipe_to_generate_from_an_api(folder: Path) -> None:
     told = ["--teacher", "http://127.0.0.1:9/v1", "--size", str(folder / "small")]
     data = ["--data", str(folder / "text.txt")]
     init(folder, "--job", "generate", *told, *data, "--api-model", "big")
-    recipe = load_recipe(folder / "made" / "recipe.yaml")
+    recipe = load_recipe(folder / "made here" / "recipe.yaml")
     assert recipe.teacher.api.model == "big"
     assert recipe.teacher.budget.max_tokens
 
@@ -106,14 +108,14 @@ def test_the_key_of_a_known_api_is_named(
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     told = ["--teacher", url, "--size", str(folder / "small"), "--api-model", "big"]
     init(folder, "--job", "generate", *told, "--data", str(folder / "text.txt"))
-    assert load_recipe(folder / "made" / "recipe.yaml").teacher.api.key_env == variable
+    assert load_recipe(folder / "made here" / "recipe.yaml").teacher.api.key_env == variable
 
 
 @pytest.mark.parametrize(("sentences", "heldout"), [(400, 256), (20_000, 8192)])
 def test_a_tenth_of_a_short_text_is_held_out(folder: Path, sentences: int, heldout: int) -> None:
     (folder / "text.txt").write_text(tiny.text(sentences))
     init(folder, *flags(folder, "distill", "text.txt"))
-    assert load_recipe(folder / "made" / "recipe.yaml").data.heldout_tokens == heldout
+    assert load_recipe(folder / "made here" / "recipe.yaml").data.heldout_tokens == heldout
 
 
 def test_a_teacher_that_is_not_here_yet_limits_nothing(folder: Path) -> None:
@@ -140,7 +142,7 @@ def test_missing_flags_are_prompted_for(folder: Path) -> None:
     typed = f"classify\n{folder / 'teacher'}\n{folder / 'text.txt'}\nsmall\ncats, dogs\n"
     shown = init(folder, typed=typed)
     assert shown.count("?") >= 5
-    assert list(load_recipe(folder / "made" / "recipe.yaml").task.labels) == ["cats", "dogs"]
+    assert list(load_recipe(folder / "made here" / "recipe.yaml").task.labels) == ["cats", "dogs"]
 
 
 def test_without_anyone_to_answer_the_flags_are_named(folder: Path) -> None:
@@ -152,7 +154,7 @@ def test_without_anyone_to_answer_the_flags_are_named(folder: Path) -> None:
 
 def test_empty_answers_fit_each_other(folder: Path) -> None:
     init(folder, typed=f"\n{folder / 'teacher'}\n\n\n")
-    recipe = load_recipe(folder / "made" / "recipe.yaml")
+    recipe = load_recipe(folder / "made here" / "recipe.yaml")
     assert recipe.data.sources[0].kind == "corpus"
 
 
@@ -203,10 +205,10 @@ def log(folder: Path, answers: Sequence[Any], *, stored: bool = False) -> Path:
 def test_logs_with_few_short_answers_are_a_classifiers(folder: Path, stored: bool) -> None:
     path = log(folder, [LABELS[n % 3 == 0] for n in range(30)], stored=stored)
     init(folder, "--from", str(path), "--teacher", str(folder / "teacher"), "--size", "small")
-    recipe = load_recipe(folder / "made" / "recipe.yaml")
+    recipe = load_recipe(folder / "made here" / "recipe.yaml")
     assert list(recipe.task.labels) == ["pets", "food"]
     assert recipe.task.system == "Be brief."
-    assert (folder / "made" / "recipe-texts.jsonl").read_text().count("\n") == 30
+    assert (folder / "made here" / "recipe-texts.jsonl").read_text().count("\n") == 30
 
 
 def test_spellings_of_one_label_are_one_label(folder: Path) -> None:
@@ -214,16 +216,16 @@ def test_spellings_of_one_label_are_one_label(folder: Path) -> None:
         folder, [["Spam", "Spam", "spam.", "not_spam", "Not spam"][n % 5] for n in range(30)]
     )
     init(folder, "--from", str(path), "--teacher", str(folder / "teacher"), "--size", "small")
-    assert list(load_recipe(folder / "made" / "recipe.yaml").task.labels) == [
+    assert list(load_recipe(folder / "made here" / "recipe.yaml").task.labels) == [
         "Spam",
         "not_spam",
     ]
-    rows = (folder / "made" / "recipe-texts.jsonl").read_text().splitlines()
+    rows = (folder / "made here" / "recipe-texts.jsonl").read_text().splitlines()
     assert [json.loads(row)["answer"] for row in rows[:3]] == ["Spam"] * 3
 
 
 def test_a_recipe_that_would_be_invalid_is_not_written(folder: Path) -> None:
-    out = folder / "made" / "recipe.yaml"
+    out = folder / "made here" / "recipe.yaml"
     told = [*flags(folder, "classify", "text.txt"), "--labels", "Spam,spam"]
     answer = CliRunner().invoke(app, ["init", "--out", str(out), *told])
     assert "same phrase" in str(answer.exception)
@@ -290,7 +292,7 @@ def test_the_remainder_of_longer_chats_is_reported(
 def test_logs_with_json_answers_are_an_extraction(folder: Path) -> None:
     path = log(folder, [json.dumps({"name": f"n{n}", "age": n}) for n in range(30)])
     init(folder, "--from", str(path), "--teacher", str(folder / "teacher"), "--size", "small")
-    schema = json.loads((folder / "made" / "recipe.schema.json").read_text())
+    schema = json.loads((folder / "made here" / "recipe.schema.json").read_text())
     assert schema["properties"] == {"name": {"type": "string"}, "age": {"type": "integer"}}
     assert schema["required"] == ["name", "age"]
 
@@ -299,7 +301,7 @@ def test_other_logs_are_free_text(folder: Path) -> None:
     path = log(folder, [f"a long answer number {n} that never repeats" for n in range(30)])
     assert read_logs(path).job == "generate"
     init(folder, "--from", str(path), "--teacher", str(folder / "teacher"), "--size", "small")
-    assert load_recipe(folder / "made" / "recipe.yaml").task.kind == "generate"
+    assert load_recipe(folder / "made here" / "recipe.yaml").task.kind == "generate"
 
 
 # --- what a user can get wrong -------------------------------------------------------------------
@@ -340,7 +342,7 @@ def test_what_to_expect_of_a_student_is_said(folder: Path) -> None:
 
 def test_a_recipe_is_not_written_over(folder: Path) -> None:
     init(folder, *flags(folder, "generate", "text.txt"))
-    out = str(folder / "made" / "recipe.yaml")
+    out = str(folder / "made here" / "recipe.yaml")
     again = CliRunner().invoke(app, ["init", "--out", out, *flags(folder, "generate", "text.txt")])
     assert "exists already" in str(again.exception)
     init(folder, *flags(folder, "generate", "text.txt"), "--force")
@@ -361,14 +363,14 @@ def test_markdown_in_a_folder_is_a_source_of_its_own(folder: Path) -> None:
         (notes / "deep" / f"{number}.md").write_text(tiny.text(20, seed=100 + number))
     (notes / "README.md").write_text("About these notes.")
     init(folder, *flags(folder, "distill", "notes"))
-    sources = load_recipe(folder / "made" / "recipe.yaml").data.sources
+    sources = load_recipe(folder / "made here" / "recipe.yaml").data.sources
     assert [(one.kind, one.documents) for one in sources[:2]] == [("text", "file")] * 2
     assert sources[1].path.endswith("notes/**/*.md")
     for file in notes.glob("*.txt"):
         file.unlink()
-    CliRunner().invoke(app, ["init", "--force", "--out", str(folder / "made" / "recipe.yaml"),
+    CliRunner().invoke(app, ["init", "--force", "--out", str(folder / "made here" / "recipe.yaml"),
                              *flags(folder, "distill", "notes")])  # fmt: skip
-    (only, _) = load_recipe(folder / "made" / "recipe.yaml").data.sources
+    (only, _) = load_recipe(folder / "made here" / "recipe.yaml").data.sources
     assert only.path.endswith("notes/**/*.md")
 
 
@@ -379,7 +381,7 @@ def test_the_check_lists_files_that_are_not_read(folder: Path) -> None:
     (notes / "b.docx").write_text("x")
     shown = init(folder, *flags(folder, "distill", "notes"))
     assert "not read: 1 .docx" in shown
-    found = check_recipe(folder / "made" / "recipe.yaml")
+    found = check_recipe(folder / "made here" / "recipe.yaml")
     (warning,) = [one for one in found if "not read" in one.text]
     assert (warning.level, warning.text.split(": ")[1]) == ("warning", "1 .docx")
     assert "pandoc" in str(warning.fix)

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stillhouse.errors import RunError
-from stillhouse.terminal import Terminal, json_line, visible
+from stillhouse.terminal import Terminal, json_line, visible, write_output
 
 CLEAR = "\x1b[2J\x1b]0;title\x07"
 TURNED = "abc\u202etxt.exe\x9b2J\x7f"
@@ -52,6 +52,14 @@ def test_a_json_line_reads_back_as_it_was() -> None:
     value = {"text": CLEAR + TURNED + "naïve"}
     assert json.loads(json_line(value)) == value
     assert not set(json_line(value)) & set("\x1b\x07\x9b\x7f\u202e")
+
+
+def test_a_json_line_is_json_in_any_encoding_of_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    value, written = {"text": "né中😀"}, io.BytesIO()
+    output = io.TextIOWrapper(written, encoding="ascii", errors="backslashreplace")
+    monkeypatch.setattr("sys.stdout", output)
+    write_output(json_line(value))
+    assert json.loads(written.getvalue()) == value
 
 
 def test_a_line_break_in_a_path_makes_no_line_of_a_message() -> None:

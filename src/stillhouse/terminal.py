@@ -22,8 +22,10 @@ def visible(text: str) -> str:
 
 
 def json_line(value: Any) -> str:
-    """JSON in one line, with control characters as JSON escapes."""
-    written = json.dumps(value, ensure_ascii=False)
+    """JSON in one line, with control characters, and those that standard output may lack, as JSON
+    escapes."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    written = json.dumps(value, ensure_ascii=encoding.lower() != "utf-8")
     return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", written)
 
 

@@ -105,11 +105,15 @@ def _next_command(result: RunResult) -> str:
     """What to do with the model of a run."""
     from stillhouse.kinds import KINDS
 
-    folder = result.folder
     if next(kind for kind in KINDS if kind.name == result.kind).predictor is not None:
-        return f"stillhouse predict {in_one_line(shlex.quote(str(folder)))}   # reads texts"
-    runs = in_one_line(shlex.quote(str(folder.parent)))
+        return f"stillhouse predict {_quoted(result.folder)}   # reads texts"
+    runs = _quoted(result.folder.parent)
     return f"stillhouse watch {runs}   # chat with the student and its teacher"
+
+
+def _quoted(path: str | Path) -> str:
+    """A path as an argument in a shell, in one line."""
+    return in_one_line(shlex.quote(str(path)))
 
 
 @app.command(hidden=True)
@@ -349,7 +353,7 @@ def init(
     answers = init_answers(given, answered, logs, repeat=sys.stdin.isatty())
     for path in write_recipe(answers, force=force):
         Terminal().write_line(f"wrote   {in_one_line(path)}")
-    Terminal().write_line(f"next    stillhouse check {answers.out}")
+    Terminal().write_line(f"next    stillhouse check {_quoted(answers.out)}")
 
 
 @app.command()
