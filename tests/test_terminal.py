@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 
+import pytest
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text

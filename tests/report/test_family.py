@@ -21,7 +21,7 @@ from tests.report.conftest import model
 
 
 def page_of(family: FamilyEvaluation) -> str:
-    return render(family_report(RunFacts("family", "2026-11-24 04:12", {}), family))
+    return render(family_report(RunFacts("family", "2026-11-24 04:12", {}, "", [], {}, {}), family))
 
 
 def member(name: str, parameters: int, kl: float, decoding: float | None) -> Member:

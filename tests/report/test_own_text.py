@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from stillhouse.evaluation.results import Evaluation, ScoredAnswer, ScoredAnswers
+from stillhouse.evaluation.results import ScoredAnswer, ScoredAnswers
 from stillhouse.report.language_model_report import language_model_report
 from stillhouse.report.own_text_report import LEVELS, own_text_charts, own_text_section
 from stillhouse.report.page import read_report, render, write_report
@@ -45,9 +45,10 @@ HISTORY: list[dict[str, Any]] = [
 
 
 @pytest.fixture
-def page(facts: RunFacts, evaluation: Evaluation) -> str:
-    found = replace(evaluation, scored_answers=ANSWERS)
-    return render(language_model_report(facts, evaluation=found, history=HISTORY))
+def page(facts: RunFacts, parts: dict[str, Any]) -> str:
+    found = replace(parts["evaluation"], scored_answers=ANSWERS)
+    more = {"evaluation": found, "history": HISTORY}
+    return render(language_model_report(facts, **{**parts, **more}))
 
 
 def test_every_model_is_beside_the_others_in_the_order_of_the_table() -> None:
@@ -81,10 +82,10 @@ def test_the_page_is_well_formed_and_escaped(page: str) -> None:
 
 
 def test_the_data_file_has_the_tokens(
-    facts: RunFacts, evaluation: Evaluation, tmp_path: Path
+    facts: RunFacts, parts: dict[str, Any], tmp_path: Path
 ) -> None:
-    found = replace(evaluation, scored_answers=ANSWERS)
-    report = language_model_report(facts, evaluation=found)
+    found = replace(parts["evaluation"], scored_answers=ANSWERS)
+    report = language_model_report(facts, **{**parts, "evaluation": found})
     write_report(report, tmp_path / "report.html")
     assert read_report(tmp_path / "report.json") == report
 
@@ -109,7 +110,7 @@ def test_a_window_is_at_the_tokens_of_its_step() -> None:
     assert (length.x, length.y) == ([0.0, 2.0], [10.0, 12.0])
 
 
-def test_nothing_is_shown_without_own_text(facts: RunFacts, evaluation: Evaluation) -> None:
+def test_nothing_is_shown_without_own_text(facts: RunFacts, parts: dict[str, Any]) -> None:
     assert own_text_section([], HISTORY[:1]).is_empty
-    page = render(language_model_report(facts, evaluation=evaluation, history=HISTORY[:1]))
+    page = render(language_model_report(facts, **{**parts, "history": HISTORY[:1]}))
     assert "own-text" not in Reader(page).sections

@@ -86,7 +86,6 @@ def test_charts_have_every_step(quantized: Evaluation) -> None:
 
 def test_without_a_further_step_there_is_no_section(evaluation: Evaluation) -> None:
     assert steps_section(evaluation, PRUNED, "", []).is_empty
-    assert steps_section(None, PRUNED, "", []).is_empty
 
 
 def test_the_page_starts_with_the_steps_and_the_answers(

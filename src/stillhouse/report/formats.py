@@ -43,15 +43,11 @@ def forms(models: Mapping[str, ModelResult], replays: Replays) -> list[Form]:
     known = [replay for replay in replays if replay.get("teacher")]
     if not known:
         return []
-    found = []
-    teacher, student = models.get("teacher"), models.get("student")
-    if teacher is not None:
-        faster = teacher.decoding_speedup(student)
-        size = float(teacher.bytes_on_disk)
-        found.append(Form("Teacher", size, 0.0, 1.0, faster, None, role_color("teacher")))
-    if student is not None:
-        rounded = models.get("quantized_trained") or models.get("quantized")
-        found += _sources(student, rounded, known[0])
+    teacher, student = models["teacher"], models["student"]
+    faster, size = teacher.decoding_speedup(student), float(teacher.bytes_on_disk)
+    found = [Form("Teacher", size, 0.0, 1.0, faster, None, role_color("teacher"))]
+    rounded = models.get("quantized_trained") or models.get("quantized")
+    found += _sources(student, rounded, known[0])
     for replay in known:
         speed, beside = replay["decode_tokens_per_s"], replay["source_decode_tokens_per_s"]
         found.append(
@@ -99,8 +95,9 @@ def forms_section(found: Sequence[Form]) -> Section:
         "float32 checkpoint, in alternation; a dash: not measured here."
     )
     title = "Quality against bytes and speed"
-    table = form_table(found) if found else None
-    return Section(title, lead=lead, table=table, charts=form_charts(found))
+    if not found:
+        return Section(title)
+    return Section(title, lead=lead, table=form_table(found), charts=form_charts(found))
 
 
 def form_table(found: Sequence[Form]) -> MetricsTable:
@@ -122,8 +119,6 @@ def form_table(found: Sequence[Form]) -> MetricsTable:
 
 def form_charts(found: Sequence[Form]) -> list[Chart]:
     """KL to the teacher against bytes, and against speed; lower is better."""
-    if len(found) < 2:
-        return []
     sizes, label = in_units([form.bytes for form in found], "bytes")
     charts: list[Chart] = [_chart("Quality against bytes", label, found, sizes)]
     timed = [form for form in found if form.speedup is not None]

@@ -34,25 +34,24 @@ OPTIMAL_TOKENS = 20
 def language_model_report(
     run: RunFacts,
     *,
-    evaluation: Evaluation | None = None,
-    history: Rows = (),
-    student: Mapping[str, Any] | None = None,
-    replays: Replays = (),
+    evaluation: Evaluation,
+    history: Rows,
+    student: Mapping[str, Any],
+    replays: Replays,
     notes: Sequence[str] = (),
 ) -> Report:
-    """A section whose data is empty or None is hidden.
+    """A section whose data is empty is hidden.
 
-    history: rows of metrics.jsonl, training rows with `step`, `tokens` and `loss`, held-out rows
-    with `step` and `heldout_kl`. student: how it was built (`stillhouse.students.build_student`);
-    its `notes` are added to the page's. replays: each export's comparison with its source
+    evaluation: of a teacher, a student and any other roles. history: rows of metrics.jsonl,
+    training rows with `step`, `tokens` and `loss`, held-out rows with `step` and `heldout_kl`.
+    student: how it was built (`stillhouse.students.build_student`); its `notes` are added to the
+    page's. replays: each export's comparison with its source
     (`stillhouse.export.gate.ReplayResult` as a dictionary).
     """
-    student = student or {}
     kind = str((run.recipe.get("quantize") or {}).get("kind", ""))
-    results = evaluation.models if evaluation else []
-    models = {m.role: m for m in sorted(results, key=lambda m: role_order(m.role))}
+    models = {m.role: m for m in sorted(evaluation.models, key=lambda m: role_order(m.role))}
     steps = steps_section(evaluation, student, kind, replays)
-    texts = generations_section(evaluation.generations if evaluation else [])
+    texts = generations_section(evaluation.generations)
     kept = kept_section(evaluation)
     return assemble(
         "distillation",
@@ -61,14 +60,14 @@ def language_model_report(
         steps,
         *((texts, kept) if not steps.is_empty else (kept, texts)),
         training_section(history, kl_temperature(run.recipe)),
-        own_text_section(evaluation.scored_answers if evaluation else [], history),
+        own_text_section(evaluation.scored_answers, history),
         cost_section(run.stages, _scratch_part(run, student)),
         Section("The student", "student", facts=student_facts(student)),
         _export_section(models, replays),
         notes_section(
             notes,
             _student_notes(student),
-            evaluation.notes if evaluation else [],
+            evaluation.notes,
             *(replay.get("notes", []) for replay in replays),
         ),
         remarks=_remarks(models, kind),
@@ -80,16 +79,14 @@ def language_model_report(
 
 
 def _headline(models: Mapping[str, ModelResult], run: RunFacts) -> str:
-    teacher, student = models.get("teacher"), models.get("student")
-    if student is None:
-        return "What this run made and what it cost; the student was not evaluated."
-    kept = text.percent(student.fidelity.top1_agreement)
-    sentence = f"The student keeps {kept} of the teacher’s top-1 choices"
-    if teacher is not None:
-        sentence += f" at {text.percent(student.parameters / teacher.parameters)} of its parameters"
-        faster = student.decoding_speedup(teacher)
-        if faster is not None:
-            sentence += f" and {text.digits(faster)} times its decoding speed"
+    teacher, student = models["teacher"], models["student"]
+    sentence = (
+        f"The student keeps {text.percent(student.fidelity.top1_agreement)} of the teacher’s top-1 "
+        f"choices at {text.percent(student.parameters / teacher.parameters)} of its parameters"
+    )
+    faster = student.decoding_speedup(teacher)
+    if faster is not None:
+        sentence += f" and {text.digits(faster)} times its decoding speed"
     trained = run.cost("train")
     if trained is not None:
         sentence += f", after {text.count(trained.tokens)} tokens of distillation"
@@ -97,18 +94,17 @@ def _headline(models: Mapping[str, ModelResult], run: RunFacts) -> str:
 
 
 def _remarks(models: Mapping[str, ModelResult], kind: str) -> list[str]:
-    student, untrained = models.get("student"), models.get("untrained")
-    tuned = models.get("fine_tuned")
+    untrained, tuned = models.get("untrained"), models.get("fine_tuned")
     rounded = models.get("quantized_trained") or models.get("quantized")
     parts = []
-    if student and untrained:
+    if untrained:
         parts.append(f"before training it kept {text.percent(untrained.fidelity.top1_agreement)}")
-    if student and tuned:
+    if tuned:
         parts.append(
             "plain fine-tuning on the same tokens keeps "
             f"{text.percent(tuned.fidelity.top1_agreement)}"
         )
-    if student and rounded:
+    if rounded:
         parts.append(
             f"in {kind} it keeps {text.percent(rounded.fidelity.top1_agreement)} in "
             f"{text.size(float(rounded.bytes_on_disk))} of the teacher’s "
@@ -139,27 +135,24 @@ _FOLDED_FIGURES: tuple[tuple[str, str, Callable[[ModelResult], str]], ...] = (
 
 
 def _figures(run: RunFacts, models: Mapping[str, ModelResult]) -> Iterator[Figure]:
-    student = models.get("student")
-    folded = student is not None and student.fidelity.compared is not None
-    for name, role, show in (_FOLDED_FIGURES if folded else _FIGURES) if student else ():
+    student = models["student"]
+    folded = student.fidelity.compared is not None
+    for name, role, show in _FOLDED_FIGURES if folded else _FIGURES:
         other = models.get(role)
         remark = show(other) if other else ""
-        if student and show(student):
+        if show(student):
             yield Figure(show(student), name, f"{role}: {remark}" if remark else "")
-    if run.stages:
-        total = sum(stage.cost.seconds for stage in run.stages)
-        yield Figure(text.seconds(total), "total", f"{len(run.stages)} stages")
+    total = sum(stage.cost.seconds for stage in run.stages)
+    yield Figure(text.seconds(total), "total", f"{len(run.stages)} stages")
 
 
 # --- measurements ------------------------------------------------------------------------------
 
 
-def kept_section(evaluation: Evaluation | None) -> Section:
+def kept_section(evaluation: Evaluation) -> Section:
     """The metrics of every model, and quality against size and speed."""
-    if evaluation is None or not evaluation.models:
-        return Section("What the student kept", "kept")
     table, models = metrics_of(evaluation), evaluation.models
-    charts = [size_chart(models), *speed_charts(models)] if len(models) > 1 else []
+    charts = [size_chart(models), *speed_charts(models)]
     return Section("What the student kept", "kept", table=table, charts=charts)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -36,10 +36,10 @@ class RunFacts:
     title: str
     created: str
     recipe: Mapping[str, Any]
-    teacher: str = ""
-    stages: Sequence[Stage] = ()
-    machine: Mapping[str, Any] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
+    teacher: str
+    stages: Sequence[Stage]
+    machine: Mapping[str, Any]
+    versions: Mapping[str, str]
 
     def cost(self, stage: str) -> Cost | None:
         """The cost of the (last) stage with that name."""
@@ -65,7 +65,7 @@ def cost_section(stages: Sequence[Stage], *parts: Section) -> Section:
     return Section(
         "Cost",
         "cost",
-        table=_stage_table(stages) if stages else None,
+        table=_stage_table(stages),
         small=_REUSED if any(stage.reused for stage in stages) else "",
         charts=stage_charts(stages),
         parts=filled(*parts),
@@ -78,16 +78,14 @@ def _stage_table(stages: Sequence[Stage]) -> MetricsTable:
     for row, peak, before in zip(rows, peaks, [0, *accumulate(peaks, max)], strict=False):
         if peak and peak == before:  # that of the process, which an earlier stage has set
             row[-1] = f"≤ {row[-1]}"
-    total: list[str] = []
-    if len(stages) > 1:
-        total_cost = Cost(
-            sum(stage.cost.seconds for stage in stages),
-            sum(stage.cost.tokens for stage in stages),
-            sum(stage.cost.flops for stage in stages),
-            max(stage.cost.peak_memory_bytes for stage in stages),
-        )
-        total = _cost_row("Complete run", total_cost)
-    return MetricsTable.of_text(["Stage", "Tokens", "FLOPs", "Time", "Peak memory"], rows, total)
+    total = Cost(
+        sum(stage.cost.seconds for stage in stages),
+        sum(stage.cost.tokens for stage in stages),
+        sum(stage.cost.flops for stage in stages),
+        max(peaks),
+    )
+    heads = ["Stage", "Tokens", "FLOPs", "Time", "Peak memory"]
+    return MetricsTable.of_text(heads, rows, _cost_row("Complete run", total))
 
 
 def _stage_name(stage: Stage) -> str:
@@ -108,12 +106,10 @@ def _cost_row(name: str, cost: Cost) -> list[str]:
 
 def stage_charts(stages: Sequence[Stage]) -> list[Chart]:
     """Bars for each stage: seconds, and FLOPs if any stage has some."""
-    charts: list[Chart] = []
     seconds = [stage.cost.seconds for stage in stages]
     flops = [stage.cost.flops for stage in stages]
-    if any(seconds):
-        shown = map(text.seconds, seconds)
-        charts.append(_stage_bars("Time by stage", "seconds", stages, seconds, shown))
+    shown = map(text.seconds, seconds)
+    charts: list[Chart] = [_stage_bars("Time by stage", "seconds", stages, seconds, shown)]
     if any(flops):
         values, label = in_powers(flops, "floating-point operations")
         shown = map(text.flops, flops)
@@ -159,14 +155,12 @@ def notes_section(*notes: Iterable[str]) -> Section:
 
 def _reproduction_section(run: RunFacts) -> Section:
     """The resolved recipe, the machine and the versions."""
-    folded = []
-    if run.recipe:
-        recipe = yaml.safe_dump(dict(run.recipe), sort_keys=False, allow_unicode=True, width=88)
-        folded.append(Folded("The recipe, with every default resolved", recipe))
-    if run.machine:
-        folded.append(Folded("Machine", facts=plain_facts(run.machine)))
-    if run.versions:
-        folded.append(Folded("Versions", facts=[*run.versions.items()]))
+    recipe = yaml.safe_dump(dict(run.recipe), sort_keys=False, allow_unicode=True, width=88)
+    folded = [
+        Folded("The recipe, with every default resolved", recipe),
+        Folded("Machine", facts=plain_facts(run.machine)),
+        Folded("Versions", facts=[*run.versions.items()]),
+    ]
     return Section("To reproduce it", "again", folded=folded)
 
 

@@ -26,22 +26,23 @@ _UNTIMED = (
 )
 
 
-def steps_section(evaluation: Evaluation | None, student: Mapping[str, Any], kind: str,
-                  replays: Replays) -> Section:  # fmt: skip
+def steps_section(
+    evaluation: Evaluation, student: Mapping[str, Any], kind: str, replays: Replays
+) -> Section:
     """Every step's KL, agreement, size and speed; empty unless the student is cut without a refit
     too, or quantized.
 
     student: how it was built (`build_student`). kind: as `quantize.kind`.
     """
     title = "What each step changed"
-    steps = [] if evaluation is None else named_steps(evaluation, student, kind)
+    steps = named_steps(evaluation, student, kind)
     if len(steps) < 4:
         return Section(title, "steps")
     tokens = f"{steps[0][1].fidelity.tokens:,}"
     return Section(
         title,
         "steps",
-        table=step_table(steps, replays, title=_LEAD.format(tokens=tokens)),
+        table=step_table(steps, replays, _LEAD.format(tokens=tokens)),
         small=_UNTIMED if any(model.role.startswith("quantized") for _, model in steps) else "",
         charts=step_charts(steps),
     )
@@ -63,7 +64,7 @@ def named_steps(evaluation: Evaluation, student: Mapping[str, Any], kind: str) -
     return [(name, model) for name, model in found if model is not None]
 
 
-def step_table(steps: Named, replays: Replays, title: str = "") -> MetricsTable:
+def step_table(steps: Named, replays: Replays, title: str) -> MetricsTable:
     heads = [KL_LABEL, "Top-1 agreement", "Perplexity", "Size", "Decoding (tokens/s)"]
     shipped = next((one for one in replays if one.get("decode_tokens_per_s")), None)
     rows = []
