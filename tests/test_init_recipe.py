@@ -62,7 +62,7 @@ def test_characters_that_yaml_does_not_allow_are_escaped(folder: Path) -> None:
     """U+0092 is what an apostrophe of Windows becomes if its text is read as ISO-8859-1."""
     labels = ["don\x92t", "a\x85b", "c\u2028d", "caf\u00e9 \U0001f600"]
     init(folder, *flags(folder, "classify", "text.txt"), "--labels", ",".join(labels))
-    assert list(load_recipe(folder / "made" / "recipe.yaml").task.labels) == labels
+    assert list(load_recipe(folder / "made here" / "recipe.yaml").task.labels) == labels
 
 
 def test_paths_are_resolved_relative_to_the_recipe(
