@@ -306,12 +306,25 @@ def test_a_damaged_line_ends_the_metrics(tmp_path: Path, line: bytes) -> None:
 
 def test_metrics_after_the_checkpoint_are_dropped_and_a_cut_line_too(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    rows = [{"step": step, "loss": 1.0 / step} for step in range(1, 7)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 7, "lo')
+    metrics = checkpoints.Metrics(path)
+    for step in range(1, 7):
+        metrics.append({"step": step, "loss": 1.0 / step})
+        if step == 4:
+            sealed = checkpoint(tmp_path / "checkpoints", 4)
+            checkpoints.seal(sealed, checkpoints.Meter(4), metrics)
+    path.write_text(path.read_text() + '{"step": 7, "lo')
     file = checkpoints.Metrics(path, keep_to_step=4)
     file.append({"step": 5, "loss": 0.5})
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4, 5]
     assert read_metrics(path)[-1]["loss"] == 0.5
+
+
+def test_a_training_that_starts_again_has_no_rows_of_the_one_before(tmp_path: Path) -> None:
+    """Rows on what a student writes before the first step are of step 0."""
+    for _ in range(2):
+        metrics = checkpoints.Metrics(tmp_path / "metrics.jsonl")
+        metrics.append({"step": 0, "own_answers": 8})
+        assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 0, "own_answers": 8}]
 
 
 def test_copies_of_checkpoints_are_not_checkpoints(tmp_path: Path) -> None:
@@ -320,6 +333,7 @@ def test_copies_of_checkpoints_are_not_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-12").touch()
     found = [path.name for path in checkpoints.checkpoints_in(tmp_path)]
     assert found == ["checkpoint-10", "checkpoint-2"]
+    assert checkpoints.oldest_step(tmp_path) == 2
     checkpoints.keep_newest(tmp_path, 1)
     assert not (tmp_path / "checkpoint-2").exists()
     assert len(list(tmp_path.iterdir())) == 4

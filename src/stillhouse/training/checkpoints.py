@@ -117,7 +117,7 @@ def keep_newest(folder: Path, count: int) -> None:
 
 def oldest_step(folder: Path) -> int:
     """The step of the oldest checkpoint; 0 if there is none."""
-    return min(map(step_of, folder.glob("checkpoint-*")), default=0)
+    return min(map(step_of, checkpoints_in(folder)), default=0)
 
 
 def _facts(checkpoint: Path) -> dict[str, Any] | None:
@@ -136,14 +136,13 @@ class Metrics:
 
     def __init__(self, path: Path | None = None, *, keep_to_step: int = 0) -> None:
         """path: None keeps them only in memory. keep_to_step: of the checkpoint to resume from in
-        the folder `checkpoints` next to the file. Its rows are kept; what a killed process wrote
-        after that is discarded."""
+        the folder `checkpoints` next to the file, 0 to begin. Its rows are kept; what a killed
+        process wrote after that is discarded."""
         self.path = path
         self.rows: list[dict[str, float]] = []
         if path is not None:
             copy = path.parent / CHECKPOINTS / f"checkpoint-{keep_to_step}" / path.name
-            known = read_metrics(copy if copy.exists() else path)  # older checkpoints have no copy
-            self.rows = [row for row in known if row["step"] <= keep_to_step]
+            self.rows = read_metrics(copy)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, _lines(self.rows))
 
