@@ -9,8 +9,16 @@ import pytest
 import torch
 
 import stillhouse as sh
-from stillhouse.errors import ModelError, RecipeError, RunError, TrainingError
+from stillhouse.errors import (
+    DataError,
+    ModelError,
+    RecipeError,
+    RunError,
+    SignalError,
+    TrainingError,
+)
 from stillhouse.file_locks import locked_while_writing
+from stillhouse.signals.encodings import Threshold
 from tests import tiny
 
 
@@ -24,6 +32,10 @@ def data() -> sh.Data:
 @pytest.fixture
 def teacher() -> Any:
     return sh.Teacher.from_model(tiny.llama(intermediate_size=512), tiny.tokenizer())
+
+
+def own() -> sh.Student:
+    return sh.Student(tiny.llama(), tiny.tokenizer())
 
 
 def test_everything_that_is_exported_is_there() -> None:
@@ -86,17 +98,32 @@ def test_the_found_sizes_meet_the_target(teacher: Any, data: sh.Data) -> None:
         (lambda d: sh.distill(tiny.llama(), None, d, learning_rate=-1), "greater than 0", ""),
         (lambda d: sh.divergence("kl"), "divergence", ""),
         (lambda d: sh.KL(beta=-1), "beta", ""),
+        (
+            lambda d: sh.distill(tiny.llama(), None, d, objective=[sh.KL(), sh.KL(weight=2)]),
+            "two forward_kl terms are the same",
+            "",
+        ),
+        (
+            lambda d: sh.distill(tiny.llama(), None, d, schedule="wsd", warmup=0.6, decay=0.5),
+            "more than all steps",
+            "",
+        ),
+        (
+            lambda d: sh.Rollouts(terms=[{"divergence": "jsd"}, {"divergence": "jsd"}]),
+            "two jsd terms are the same",
+            "",
+        ),
         (lambda d: sh.KL(temperature=1e-320), "temperature: it must be at least 0.001", ""),
         (lambda d: sh.distill(tiny.llama(), None, d, seed=2**32), "seed: .* 4294967295", ""),
         (lambda d: sh.distill(tiny.llama(), None, d, epochs=float("inf")), "epochs: .*inf", ""),
         (lambda d: sh.distill(tiny.llama(), None, d, objective=[sh.KL(weight=0)]), "weight 0", ""),
         (lambda d: sh.evaluate(tiny.llama(), tiny.llama(), d, seed=-1), "seed", ""),
         (
-            lambda d: sh.evaluate(tiny.llama(), tiny.llama(), d, max_new_tokens=0),
+            lambda d: sh.evaluate(own(), tiny.llama(), d, max_new_tokens=0),
             "max_new_tokens",
             "",
         ),
-        (lambda d: sh.evaluate(tiny.llama(), tiny.llama(), d, prompts=[1]), "prompts", ""),
+        (lambda d: sh.evaluate(own(), tiny.llama(), d, prompts=[1]), "prompts", ""),
         (lambda d: sh.Teacher.served("http://h:99999", "m", None), "base_url must be", ""),
         (lambda d: sh.Teacher.served("http://h", "m", None, k=0), "k: .*greater than 0", ""),
         (lambda d: sh.Teacher.served("http://h", "m", None, concurrency=10**9), "4096", ""),
@@ -112,6 +139,48 @@ def test_a_wrong_option_is_one_clear_error(
     with pytest.raises(RecipeError, match=message) as caught:
         call(data)
     assert fix in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda d: sh.distill("folder", None, d), "the student is a str .*Student.pretrained"),
+        (lambda d: sh.distill(tiny.llama(), "folder", d), "the teacher is a str .*Teacher.load"),
+        (lambda d: sh.distill(tiny.llama(), [3], d), "the teacher is a int .*Teacher.load"),
+        (lambda d: sh.record("folder", d, "x"), "the teacher is a str .*Teacher.load"),
+        (lambda d: sh.search_sizes("folder", d), "the teacher is a str .*Teacher.load"),
+        (lambda d: sh.distill(tiny.llama(), None, "text.txt"), "data are a str .*Data.build"),
+        (lambda d: sh.evaluate(tiny.llama(), tiny.llama(), d), "a tokenizer.*Teacher.from_model"),
+    ],
+)
+def test_a_wrong_argument_is_one_message_with_the_call_to_make(
+    data: sh.Data, call: Any, message: str
+) -> None:
+    with pytest.raises((ModelError, DataError), match=f"(?s){message}"):
+        call(data)
+
+
+@pytest.mark.parametrize(
+    "term", [sh.KL(), sh.HiddenStates(), sh.AttentionRelations(heads=2), sh.Chunks()]
+)
+def test_terms_that_need_a_teacher_say_so(data: sh.Data, term: Any) -> None:
+    with pytest.raises(SignalError, match="there is none") as caught:
+        sh.distill(tiny.llama(), None, data, objective=[term], max_steps=1, batch_size=4)
+    assert "give a teacher" in str(caught.value.fix)
+
+
+def test_a_store_of_samples_and_a_live_teacher_teach_together(
+    teacher: Any, data: sh.Data, tmp_path: Path
+) -> None:
+    stored = sh.record(teacher, data, tmp_path, encoding=Threshold(0.05))
+    other = sh.Teacher.from_model(tiny.llama(seed=2), tiny.tokenizer())
+    both, first, second = (
+        sh.distill(tiny.llama(seed=1), taught_by, data, max_steps=1, batch_size=4).metrics[0]
+        for taught_by in ([stored, other], stored, other)
+    )
+    assert both["loss"] == pytest.approx((first["loss"] + second["loss"]) / 2, rel=1e-4)
+    for name, alone in (("teacher_cross_entropy", first), ("forward_kl", second)):
+        assert both[name] == pytest.approx(alone[name], rel=1e-4)
 
 
 def test_an_evaluation_needs_a_model_to_compare_with(

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import TrainerCallback
 
 from stillhouse.data.batches import Batches, NoText
 from stillhouse.data.data import Data
-from stillhouse.errors import RecipeError
+from stillhouse.errors import DataError, ModelError, RecipeError
 from stillhouse.evaluation.evaluate import evaluate_models
 from stillhouse.evaluation.results import Evaluation
 from stillhouse.field_types import Context, Seed, Temperature
@@ -154,7 +155,7 @@ def distill(
     seed = checked(Seed, seed, "seed")
     own = _student(student)
     heldout = data.heldout if isinstance(data, Data) else None
-    text = data.train if isinstance(data, Data) else data
+    text = None if data is None else _windows(data)
     prompts = None
     if batches is not None:
         settings = {**settings, "on_policy": batches.settings}
@@ -226,12 +227,19 @@ def evaluate(
         alignment = taught_by.alignment
         taught_by = taught_by.teacher
     other = local(taught_by)
+    tokenizer = (other.tokenizer if alignment is None else None) or own.tokenizer
+    if tokenizer is None:
+        raise ModelError(
+            "neither model has a tokenizer, which generation needs",
+            where="evaluate",
+            fix="use Student(model, tokenizer), or Teacher.from_model(model, tokenizer)",
+        )
     device = default_device()
     models = {"teacher": other.model.to(device), "student": own.model.to(device)}
     return evaluate_models(
         models,
-        (other.tokenizer if alignment is None else None) or own.tokenizer,
-        data.heldout if isinstance(data, Data) else data,
+        tokenizer,
+        _windows(data, heldout=True),
         vocabulary=min(own.vocabulary, other.vocabulary if alignment is None else own.vocabulary),
         prompts=prompts,
         max_new_tokens=max_new_tokens,
@@ -242,7 +250,7 @@ def evaluate(
 
 
 def record(
-    teacher: Teacher,
+    teacher: Teacher | Any,
     data: Data | Batches,
     folder: str | Path,
     *,
@@ -259,7 +267,8 @@ def record(
     """
     seed = checked(Seed, seed, "seed")
     temperature = checked(Temperature, temperature, "temperature")
-    text = data.train if isinstance(data, Data) else data
+    text = _windows(data)
+    teacher = _given_teacher(teacher)
     if isinstance(teacher, AlignedTeacher):
         teacher.prepare(TeacherNeeds(), text)  # which merges its roots
     kept = encoding or TopK(32)
@@ -272,8 +281,8 @@ def record(
 
 
 def search_sizes(
-    teacher: LocalTeacher,
-    data: Data,
+    teacher: LocalTeacher | Any,
+    data: Data | Batches,
     *,
     seed: int = 0,
     folder: str | Path | None = None,
@@ -289,7 +298,7 @@ def search_sizes(
     Raises RecipeError if no shape meets the target, RunError if another process uses the folder.
     """
     seed = checked(Seed, seed, "seed")
-    start, settings = local(teacher), settings or TrainRecipe()
+    start, settings, text = local(_teacher(teacher)), settings or TrainRecipe(), _windows(data)
     target = {key: options.pop(key) for key in UNITS if key in options}
     section = made(PrunedStudent, {"start": "pruned", "target": target, **options}, "search_sizes")
     with _alone_in(folder, "search"), temporary_folder("stillhouse-") as scratch:
@@ -306,7 +315,7 @@ def search_sizes(
                 train=settings,
                 start=source,
                 teacher=source,
-                windows=data.train,
+                windows=text,
                 vocabulary=start.vocabulary,
                 seed=seed,
                 dtype=choose_precision(settings.precision, device).dtype,
@@ -326,12 +335,41 @@ def _alone_in(folder: str | Path | None, what: str) -> AbstractContextManager[No
 
 
 def _student(given: Student | Any) -> Student:
-    return given if isinstance(given, Student) else Student(given)
+    if isinstance(given, Student):
+        return given
+    _require_model(given, "student", "Student.pretrained")
+    return Student(given)
 
 
 def _teacher(given: Teacher | Any | Sequence[Teacher] | None) -> Teacher | None:
-    if given is None or isinstance(given, Teacher):
+    """Several become one, an empty list None."""
+    if isinstance(given, list | tuple):
+        return combined([_given_teacher(each) for each in given])
+    return None if given is None else _given_teacher(given)
+
+
+def _given_teacher(given: Teacher | Any) -> Teacher:
+    if isinstance(given, Teacher):
         return given
-    if isinstance(given, Sequence):
-        return combined([teacher for teacher in map(_teacher, given) if teacher is not None])
+    _require_model(given, "teacher", "Teacher.load")
     return Teacher.from_model(given)
+
+
+def _require_model(given: Any, name: str, load: str) -> None:
+    if not isinstance(given, nn.Module):
+        raise ModelError(
+            f"the {name} is a {type(given).__name__} instead of a model",
+            fix=f"load it first: {load}(...)",
+        )
+
+
+def _windows(data: Data | Batches, *, heldout: bool = False) -> Batches:
+    """The text of `data` to learn from, or to evaluate on. Raises DataError if it is not data."""
+    if isinstance(data, Data):
+        return data.heldout if heldout else data.train
+    if not hasattr(data, "supervised_tokens"):
+        raise DataError(
+            f"the data are a {type(data).__name__} instead of windows of tokens",
+            fix="build them first: Data.build(...)",
+        )
+    return data

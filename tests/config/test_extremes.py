@@ -108,7 +108,7 @@ def test_optimizer_and_schedule_stay_finite(schedule: str) -> None:
     for rate, decay, beta, warmup, norm in itertools.product(*map(ends, kinds)):
         section = TrainRecipe(
             learning_rate=rate, weight_decay=decay, betas=(beta, beta), warmup=warmup,
-            max_grad_norm=norm, schedule=schedule,
+            max_grad_norm=norm, schedule=schedule, decay=1e-6,
         )  # fmt: skip
         weight = torch.nn.Parameter(torch.ones(4))
         optimizer = torch.optim.AdamW(

@@ -220,6 +220,21 @@ def test_terms_that_two_models_cannot_serve_are_rejected_with_their_place(
     assert caught.value.fix
 
 
+def test_two_temperatures_on_one_layer_have_names_of_their_own(
+    setting: Setting, tmp_path: Path
+) -> None:
+    terms = [{"layers": [1]}, {"layers": [1, 2], "temperature": 2.0}]
+    run(setting, tmp_path / "both", objective=objective(tmp_path, *terms), max_steps=1)
+    (both,) = read_metrics(tmp_path / "both" / "metrics.jsonl")
+    for number, (term, names) in enumerate(zip(terms, (["T1"], ["T2", "T2"]), strict=True)):
+        folder = tmp_path / str(number)
+        run(setting, folder, objective=objective(tmp_path, term), max_steps=1)
+        (alone,) = read_metrics(folder / "metrics.jsonl")
+        for layer, name in enumerate(names, 1):
+            found = both[f"forward_kl@{name}@layer{layer}"]
+            assert found == pytest.approx(alone[f"forward_kl@layer{layer}"], rel=1e-6)
+
+
 def test_two_terms_of_a_kind_are_rejected(narrow: Setting, tmp_path: Path) -> None:
     config = load_model(narrow.student, dtype=torch.float32).config
     with pytest.raises(SignalError, match="same kind"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -162,6 +163,21 @@ ObjectiveTerm = Annotated[
 ]
 
 
+def require_different(terms: Sequence[ObjectiveTerm]) -> None:
+    """Raise ValueError for two terms on the same logits that differ at most in their weight."""
+    seen = set()
+    for term in terms:
+        if isinstance(term, LogitsTerm):
+            parameters = tuple(term.parameters.values())
+            for layer in term.layers or [None]:
+                key = (term.divergence, term.temperature, parameters, layer)
+                if key in seen:
+                    raise ValueError(
+                        f"two {term.divergence} terms are the same: add their weights into one"
+                    )
+                seen.add(key)
+
+
 class ObjectiveRecipe(Section):
     terms: Annotated[list[ObjectiveTerm], BeforeValidator(_logits_by_default)] = Field(
         default=[LogitsTerm()], min_length=1, description="Their weighted sum is the loss."
@@ -169,6 +185,7 @@ class ObjectiveRecipe(Section):
 
     @model_validator(mode="after")
     def _something_is_learned(self) -> ObjectiveRecipe:
+        require_different(self.terms)
         if not any(term.largest_weight for term in self.terms):
             raise ValueError("every term has weight 0, so nothing would be learned: raise one")
         return self

@@ -120,13 +120,8 @@ class LossSum:
 
 
 def term_names(terms: Sequence[Term]) -> list[str]:
-    """A unique name for each term: its divergence, plus what distinguishes it from others of its
-    kind."""
-    kinds = [term.divergence for term in terms]
-    names = [
-        term.divergence if kinds.count(term.divergence) == 1 else _long_name(term, terms)
-        for term in terms
-    ]
+    """A unique name for each term: see `name_among`. Raises SignalError if two are the same."""
+    names = [name_among(terms, term) for term in terms]
     if len(set(names)) < len(names):
         raise SignalError(
             f"two terms are the same: {', '.join(names)}", fix="add their weights into one term"
@@ -134,7 +129,8 @@ def term_names(terms: Sequence[Term]) -> list[str]:
     return names
 
 
-def _long_name(term: Term, terms: Sequence[Term]) -> str:
+def name_among(terms: Sequence[Term], term: Term) -> str:
+    """A term's divergence, plus what distinguishes it from others of its kind."""
     like = [other for other in terms if other.divergence == term.divergence]
     name = term.divergence
     if len({other.temperature for other in like}) > 1:

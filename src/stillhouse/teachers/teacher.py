@@ -63,6 +63,12 @@ class TeacherNeeds:
     frozen_head: LMHead | None = None
     chunks: bool = False
 
+    @property
+    def teacher(self) -> bool:
+        """Whether a teacher is needed at all."""
+        compared = any(term.needs_teacher for term in self.terms)
+        return compared or self.chunks or bool(self.activations)
+
 
 def require_chunks(teacher: Teacher, needs: TeacherNeeds) -> None:
     """Raise SignalError if likelihoods of chunks are needed and no teacher can give any."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,9 @@ class Distillation(nn.Module):
         for logits in objective.layer_logits:
             layers = {i: supervised_rows(found.layers[i], positions_N) for i in logits.layers}
             norm = final_norm(self.student)
-            yield layer_logits_loss(layers, norm, head, logits.term.at(progress), **common)
+            loss = layer_logits_loss(layers, norm, head, logits.term.at(progress), **common)
+            names = [f"{logits.name}@layer{layer}" for layer in logits.layers]
+            yield replace(loss, terms=dict(zip(names, loss.terms.values(), strict=True)))
         if not objective.chunks:
             return
         hidden_ND = supervised_rows(found.last_RLD, positions_N)
@@ -269,12 +272,17 @@ def _sum(parts: Sequence[LossSum], signal: Signal | ChunkSignal | None) -> LossS
 
 
 def _mean(losses: Sequence[LossSum]) -> LossSum:
-    """The mean of one batch's losses under several signals."""
+    """The mean of one batch's losses under several signals.
+
+    A term that only some of them have, such as the cross-entropy of samples, is the mean of those.
+    """
     if len(losses) == 1:
         return losses[0]
-    terms = {
-        name: torch.stack([loss.terms[name] for loss in losses]).mean(0) for name in losses[0].terms
-    }
+    found: dict[str, list[Tensor]] = {}
+    for loss in losses:
+        for name, value in loss.terms.items():
+            found.setdefault(name, []).append(value)
+    terms = {name: torch.stack(values).mean(0) for name, values in found.items()}
     total = torch.stack([loss.total for loss in losses]).mean()
     return LossSum(total, terms, losses[0].rows)
 

@@ -30,6 +30,7 @@ from stillhouse.objectives.objective_config import (
     ScheduleRecipe,
 )
 from stillhouse.objectives.objective_names import ChunkDistance
+from stillhouse.objectives.terms import name_among
 from stillhouse.teachers.activations import ActivationRequest
 from stillhouse.teachers.teacher import TeacherNeeds
 
@@ -47,10 +48,14 @@ class Weight:
 
 @dataclass(frozen=True)
 class LayerLogits:
-    """A divergence on the student's intermediate layers, through its own final norm and head."""
+    """A divergence on the student's intermediate layers, through its own final norm and head.
+
+    name: unlike those of other divergences on the same layers.
+    """
 
     term: Mixture
     layers: tuple[int, ...]
+    name: str
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,7 @@ def make_objective(
     """Raises SignalError, with the term's place, for terms that these two models cannot serve."""
     student, teacher = student_config.get_text_config(), teacher_config.get_text_config()
     output: list[tuple[Term, Schedule | None]] = []
-    layer_logits: list[LayerLogits] = []
+    inside: list[tuple[Term, Schedule | None, tuple[int, ...]]] = []
     hidden: list[HiddenStates] = []
     relations: list[Relations] = []
     chunks: list[ChunkLikelihoods] = []
@@ -157,14 +162,19 @@ def make_objective(
                 output.append((_term(term), schedule))
             else:
                 layers = _own_layers(term.layers, student.num_hidden_layers)
-                layer_logits.append(LayerLogits(Mixture(((_term(term), schedule),)), layers))
+                inside.append((_term(term), schedule, layers))
         except SignalError as error:
             where = f"objective.terms.{place}"
             raise SignalError(error.what, where=where, fix=error.fix) from None
     _one_of_a_kind([h.name for h in hidden] + [r.name for r in relations])
     _one_of_a_kind([f"chunks {each.distance}" for each in chunks])
+    terms_inside = [term for term, _, _ in inside]
+    layer_logits = tuple(
+        LayerLogits(Mixture(((term, schedule),)), layers, name_among(terms_inside, term))
+        for term, schedule, layers in inside
+    )
     mixture = Mixture(tuple(output))
-    return Objective(mixture, tuple(layer_logits), tuple(hidden), tuple(relations), tuple(chunks))
+    return Objective(mixture, layer_logits, tuple(hidden), tuple(relations), tuple(chunks))
 
 
 def _schedule(section: ScheduleRecipe | None) -> Schedule | None:

@@ -19,7 +19,7 @@ from stillhouse.field_types import (
     TokensOrZero,
 )
 from stillhouse.generation.rollout_config import LocalRollouts, RolloutsRecipe
-from stillhouse.objectives.objective_config import LogitsTerm
+from stillhouse.objectives.objective_config import LogitsTerm, require_different
 from stillhouse.section import Section
 from stillhouse.synthesis.synthesize_config import PromptFormat
 
@@ -97,6 +97,7 @@ class OnPolicyRecipe(Section):
                 )
             if term.layers is not None:
                 raise ValueError("on_policy.terms are on the model's output: remove layers")
+        require_different(self.terms)
         if not any(term.largest_weight for term in self.terms):
             raise ValueError("every term has weight 0, so nothing would be learned: raise one")
         if self.teacher_tokens >= self.max_tokens:

@@ -314,13 +314,15 @@ def _arguments(
     save: bool,
 ) -> TrainingArguments:
     device = default_device()
-    scheduler_kwargs: dict[str, Any] = {}
-    if section.schedule == "wsd":
-        scheduler_kwargs["num_decay_steps"] = max(1, round(section.decay * plan.steps))
-    every = section.evaluate_every
     common = step_arguments(
         section, folder, steps=plan.steps, rows=plan.micro, dtype=dtype, seed=seed
     )
+    scheduler_kwargs: dict[str, Any] = {}
+    if section.schedule == "wsd":
+        # Rounded, warmup and decay may be a step more than there are.
+        most = plan.steps - common["warmup_steps"]
+        scheduler_kwargs["num_decay_steps"] = max(1, min(round(section.decay * plan.steps), most))
+    every = section.evaluate_every
     own = {
         "per_device_eval_batch_size": plan.micro,
         "gradient_accumulation_steps": accumulation,

@@ -33,17 +33,11 @@ SCHEDULES = {
 ORIGINAL = "teacher"
 """The entry of `train.teachers` for the recipe's own teacher."""
 
-
 WHERE_IT_RUNS = frozenset(
     ("micro_batch_size", "gradient_checkpointing", "shard", "shard_within", "offload_teacher")
 )
 """Keys that decide how a training is computed, and not what comes out. They may change in between
 a kill and its resume."""
-
-
-ADDED_LATER = {"weights": "float32", "optimizer": "adamw"}
-"""Keys with the values at which they are left out of a stage's key: trainings that were finished
-before these keys existed stay finished."""
 
 
 def training_key(settings: TrainRecipe) -> dict[str, Any]:
@@ -53,9 +47,6 @@ def training_key(settings: TrainRecipe) -> dict[str, Any]:
     if own is not None:
         found["on_policy"] = {**own, "generator": own["generator"]["kind"]}
         del found["on_policy"]["batch"]
-    for key, usual in ADDED_LATER.items():
-        if found[key] == usual:
-            del found[key]
     return found
 
 
@@ -133,6 +124,15 @@ class TrainRecipe(StepsRecipe):
             raise ValueError(
                 "weights in bfloat16 are multiplied in bfloat16: leave precision out, or set "
                 "weights: float32"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> TrainRecipe:
+        if self.schedule == "wsd" and self.warmup + self.decay > 1 + 1e-6:
+            raise ValueError(
+                f"warmup ({self.warmup:g}) and decay ({self.decay:g}) are more than all steps: "
+                "lower one"
             )
         return self
 

@@ -22,7 +22,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from stillhouse.data.batches import Batch, collate, own_share, positions_of, rows_in_order
 from stillhouse.data.windows import ARRAYS
-from stillhouse.errors import RecipeError
+from stillhouse.errors import RecipeError, SignalError
 from stillhouse.launch import world_size
 from stillhouse.objectives import Tally
 from stillhouse.objectives.objective_config import ObjectiveRecipe, ObjectiveTerm
@@ -127,14 +127,20 @@ class DistillationTrainer(ResumingTrainer):
         self._measured: tuple[int, dict[str, float]] | None = None
 
     def _prepare_teacher(self, text: Any) -> None:
+        needs = replace(
+            self.objective.needs,
+            tokenizer=self.student.tokenizer,
+            frozen_head=self.student.frozen_head,
+        )
         if self.teacher is not None:
-            needs = replace(
-                self.objective.needs,
-                tokenizer=self.student.tokenizer,
-                frozen_head=self.student.frozen_head,
-            )
             require_chunks(self.teacher, needs)
             self.teacher.prepare(needs, text if hasattr(text, "supervised_tokens") else None)
+        elif needs.teacher:
+            raise SignalError(
+                "a term compares the student with a teacher, and there is none",
+                where="objective.terms",
+                fix="give a teacher, or only cross_entropy",
+            )
 
     def _place_models(self) -> None:
         """Trainer has moved the student; choose attention by its current device."""
