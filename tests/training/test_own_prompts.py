@@ -17,6 +17,7 @@ from stillhouse.training.own_prompts import (
     prompts_of_windows,
     read_own_prompts,
     require_room,
+    require_tokens,
 )
 from tests import tiny
 
@@ -69,6 +70,13 @@ def test_prompts_that_fill_the_context_are_one_message() -> None:
     with pytest.raises(DataError, match=r"1 of 2 prompts fill the context of 8 tokens"):
         require_room(OwnPrompts.of([[1], list(range(8))]), 8)
     require_room(OwnPrompts.of([[1], list(range(7))]), 8)
+
+
+@pytest.mark.parametrize("id_", [-1, 30])
+def test_ids_of_another_tokenizer_are_one_message(id_: int) -> None:
+    with pytest.raises(DataError, match=f"the token id {id_}, and the student 30 tokens"):
+        require_tokens(OwnPrompts.of([[1], [2, id_, 3]]), 30)
+    require_tokens(OwnPrompts.of([[0, 29]]), 30)
 
 
 def test_text_needs_a_chat_template() -> None:

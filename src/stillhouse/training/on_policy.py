@@ -46,7 +46,12 @@ from stillhouse.training.heldout import measure_heldout
 from stillhouse.training.objective import Objective, objective_for
 from stillhouse.training.on_policy_config import OnPolicyRecipe
 from stillhouse.training.own_measures import measure_rollouts
-from stillhouse.training.own_prompts import OwnPrompts, prompts_of_windows, require_room
+from stillhouse.training.own_prompts import (
+    OwnPrompts,
+    prompts_of_windows,
+    require_room,
+    require_tokens,
+)
 from stillhouse.training.rollouts import (
     OwnBatch,
     Rollout,
@@ -109,7 +114,7 @@ class OnPolicy:
         """Build the objective for own text, and find the teacher that scores it.
 
         Raises SignalError: a teacher that cannot score it, or not under these divergences.
-        ModelError as `Teacher.prepare` and `require_same_end`.
+        DataError as `require_tokens`. ModelError as `Teacher.prepare` and `require_same_end`.
         """
         if teacher is None:
             raise SignalError(
@@ -130,6 +135,7 @@ class OnPolicy:
                 where=f"{WHERE}.teacher_tokens",
                 fix="set it to 0, or use one teacher that is a complete model on each device",
             )
+        require_tokens(self.prompts, student.vocabulary)
         self.ends = ends_of(student)
         tokenizer = student.tokenizer
         pad = None if tokenizer is None else tokenizer.pad_token_id

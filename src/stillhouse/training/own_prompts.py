@@ -66,10 +66,21 @@ class OwnPrompts:
         return digest.hexdigest()
 
 
-def require_room(prompts: OwnPrompts, context: int, where: str = WHERE) -> None:
+def require_tokens(prompts: OwnPrompts, vocabulary: int) -> None:
+    """Raise DataError for an id that is none of the student's tokens. There is a prompt."""
+    for id_ in (int(prompts.ids.min()), int(prompts.ids.max())):
+        if not 0 <= id_ < vocabulary:
+            raise DataError(
+                f"a prompt has the token id {id_:,}, and the student {vocabulary:,} tokens",
+                where=WHERE,
+                fix="give text, or ids of the student's own tokenizer",
+            )
+
+
+def require_room(prompts: OwnPrompts, context: int) -> None:
     """Raise DataError if there are no prompts, or one leaves no token for its answer."""
     if not len(prompts):
-        raise DataError("there are no prompts", where=where, fix="give a file with prompts")
+        raise DataError("there are no prompts", where=WHERE, fix="give a file with prompts")
     long = prompts.lengths >= context
     if long.any():
         first = int(np.flatnonzero(long)[0])
@@ -77,7 +88,7 @@ def require_room(prompts: OwnPrompts, context: int, where: str = WHERE) -> None:
             f"{int(long.sum()):,} of {len(prompts):,} prompts fill the context of {context:,} "
             f"tokens and leave no room for an answer (prompt {first + 1} has "
             f"{int(prompts.lengths[first]):,})",
-            where=where,
+            where=WHERE,
             fix="raise data.context, or remove long prompts",
         )
 
