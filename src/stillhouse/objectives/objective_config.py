@@ -169,7 +169,7 @@ def require_different(terms: Sequence[ObjectiveTerm]) -> None:
     for term in terms:
         if isinstance(term, LogitsTerm):
             parameters = tuple(term.parameters.values())
-            for layer in term.layers or [None]:
+            for layer in term.layers or [0]:  # 0: the output
                 key = (term.divergence, term.temperature, parameters, layer)
                 if key in seen:
                     raise ValueError(
