@@ -214,6 +214,8 @@ def test_one_process_that_works_for_all_has_the_cores_of_its_machine(
 ) -> None:
     """torchrun gives each process one thread."""
     threads = [1]
+    monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda _: range(16), raising=False)
+    monkeypatch.setattr(hardware, "OWN_CGROUPS", Path("missing"))
     monkeypatch.setattr(hardware.psutil, "cpu_count", lambda *, logical: 8)
     monkeypatch.setattr(hardware.torch, "get_num_threads", lambda: threads[-1])
     monkeypatch.setattr(hardware.torch, "set_num_threads", threads.append)
@@ -331,3 +333,39 @@ def test_memory_of_a_container_ends_at_its_limit(
             f"anon 2000\n{total}inactive_file 700\n{total}active_file 300\n"
         )
     assert hardware.free_memory_bytes("cpu") == 5000 - 2000
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_threads_are_no_more_than_the_cores_of_a_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
+) -> None:
+    """Linux counts all cores of the machine there."""
+    folder = (tmp_path if version == 2 else tmp_path / "cpu") / "docker"
+    folder.mkdir(parents=True)
+    (tmp_path / "own").write_text("0::/docker\n" if version == 2 else "3:cpu,cpuacct:/docker\n")
+    monkeypatch.setattr(hardware, "OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(hardware, "CGROUPS", tmp_path)
+    monkeypatch.setattr(hardware.psutil, "cpu_count", lambda *, logical: 64)
+    monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda _: range(128), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    threads = [64]
+    monkeypatch.setattr(hardware.torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(hardware.torch, "set_num_threads", threads.append)
+
+    def limit(cores: float | None) -> None:
+        quota = None if cores is None else round(cores * 100_000)
+        if version == 2:
+            (folder / "cpu.max").write_text(f"{quota or 'max'} 100000\n")
+        else:
+            (folder / "cpu.cfs_quota_us").write_text(f"{quota or -1}\n")
+            (folder / "cpu.cfs_period_us").write_text("100000\n")
+
+    for cores, expected in ((None, 64), (4.5, 4), (0.5, 1)):
+        limit(cores)
+        assert hardware.usable_cores() == expected
+        with hardware.cores_of(1):
+            assert threads[-1] == expected
+        assert threads[-1] == 64
+    limit(None)
+    monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda _: {3, 4})
+    assert hardware.usable_cores() == 2

@@ -81,16 +81,26 @@ def device_kind(device: torch.device) -> str:
 def cores_of(processes: int) -> Iterator[None]:
     """Inside the block, each of so many processes of a torchrun works on its share of the cores.
 
-    torchrun gives each process one thread; more, if the user asked for them, stay.
+    torchrun gives each process one thread; more, if the user asked for them, stay. One process has
+    the threads that torch chose, but no more than the cores of its container.
     """
     before = torch.get_num_threads()
     if processes_here() > 1:
-        share = (psutil.cpu_count(logical=False) or 1) // processes
-        torch.set_num_threads(max(before, share))
+        torch.set_num_threads(max(before, usable_cores() // processes))
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min([before, *_cores_of_cgroups()]))
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def usable_cores() -> int:
+    """The physical cores, or as many as the affinity and the container of this process leave."""
+    found = [psutil.cpu_count(logical=False) or 1, *_cores_of_cgroups()]
+    if hasattr(os, "sched_getaffinity"):  # as Slurm sets it; not on macOS
+        found.append(len(os.sched_getaffinity(0)))
+    return min(found)
 
 
 def cpu_abilities() -> frozenset[str]:
@@ -251,28 +261,44 @@ def free_memory_bytes(device: torch.device | str) -> int:
 def _left_in_cgroups() -> Iterator[int]:
     """What the memory limits around this process leave: of a container, a Slurm job, a service.
 
-    Versions 1 and 2 of cgroups(7). Pages of files count as free, as the kernel frees them.
+    Pages of files count as free, as the kernel frees them.
     """
+    for version, folder in _cgroups("memory"):
+        limit, used, prefix = "memory.max", "memory.current", ""
+        if version == 1:
+            limit, used, prefix = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+        # No file, of the root or outside of a container; "max", which is no limit.
+        with contextlib.suppress(OSError, ValueError, LookupError):
+            most, taken = (int((folder / name).read_text()) for name in (limit, used))
+            rows = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+            pages = {name: int(size) for name, size in map(str.split, rows)}
+            files = pages[f"{prefix}active_file"] + pages[f"{prefix}inactive_file"]
+            yield most - taken + files
+
+
+def _cores_of_cgroups() -> Iterator[int]:
+    """The whole cores whose time the limits around this process allow, at least one: of a container
+    with `--cpus`, for example."""
+    for version, folder in _cgroups("cpu"):
+        names = ["cpu.max"] if version == 2 else ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+        with contextlib.suppress(OSError, ValueError):  # as above
+            quota, period = map(int, " ".join((folder / n).read_text() for n in names).split())
+            if quota > 0:  # -1 is no limit
+                yield max(1, quota // period)
+
+
+def _cgroups(controller: str) -> Iterator[tuple[Literal[1, 2], Path]]:
+    """The version and the folder of each cgroup (cgroups(7)) that this process is in, the innermost
+    first."""
     if not OWN_CGROUPS.is_file():
         return
     for line in OWN_CGROUPS.read_text(encoding="utf-8").splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            root, limit, used, prefix = CGROUPS, "memory.max", "memory.current", ""
-        elif "memory" in controllers.split(","):
-            root, prefix = CGROUPS / "memory", "total_"
-            limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
-        else:
+        if controllers and controller not in controllers.split(","):
             continue
-        own = root / path.lstrip("/")
+        own = (CGROUPS / controller if controllers else CGROUPS) / path.lstrip("/")
         for folder in (own, *own.parents):
-            # No file, of the root or outside of a container; "max", which is no limit.
-            with contextlib.suppress(OSError, ValueError, LookupError):
-                most, taken = (int((folder / name).read_text()) for name in (limit, used))
-                rows = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
-                pages = {name: int(size) for name, size in map(str.split, rows)}
-                files = pages[f"{prefix}active_file"] + pages[f"{prefix}inactive_file"]
-                yield most - taken + files
+            yield (1 if controllers else 2), folder
 
 
 def reset_peak_memory() -> None:
