@@ -38,7 +38,10 @@ WHOLE_WORDS = ("llama-bpe", "tekken")
 """Rules under which llama.cpp keeps a word that is a token, whatever the merges
 (`ignore_merges` in tokenizer.json)."""
 
-KNOWN_TO_TRANSFORMERS = ("gpt-2", "qwen2", "llama-bpe", "tekken")
+WITHOUT_WHOLE_WORDS = {"llama-bpe": "dbrx"}
+"""Names of the same rules without that: GPT-4's, as in OLMo 2 and Phi-4."""
+
+KNOWN_TO_TRANSFORMERS = ("gpt-2", "qwen2", "llama-bpe", "dbrx", "tekken")
 """Names from which transformers' GGUF loader restores the same rules; others become GPT-2's."""
 
 
@@ -161,6 +164,8 @@ def pre_tokenizer_name(tokenizer: Any) -> str:
     state = tokenizer_state(tokenizer)
     name = _split_name(state["pre_tokenizer"] or {"type": "none"})
     keeps_words = bool(state["model"].get("ignore_merges"))
+    if not keeps_words:
+        name = WITHOUT_WHOLE_WORDS.get(name, name)
     if keeps_words != (name in WHOLE_WORDS):
         raise unknown_tokenizer(
             f"one that splits text as {name} does, with ignore_merges: "
