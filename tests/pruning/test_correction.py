@@ -43,6 +43,13 @@ def rows(count: int, noise: float, seed: int = 0) -> tuple[Tensor, Tensor, Tenso
     return activations, error, torch.rand(count) + 0.5
 
 
+def moments_of(activations: Tensor, error: Tensor, weight: Tensor) -> tuple[Moments, Tensor]:
+    """C = aᵀ a and B = Eᵀ a of weighted rows."""
+    moments = Moments.zeros(WIDTH)
+    moments.add(activations, weight)
+    return moments, (error * weight[:, None]).T @ (activations * weight[:, None])
+
+
 def fitted_to(activations: Tensor, error: Tensor | None, weight: Tensor) -> tuple[Moments, Tensor]:
     """By batches of 40 rows."""
     parts = torch.arange(len(activations)).split(40)
@@ -51,8 +58,8 @@ def fitted_to(activations: Tensor, error: Tensor | None, weight: Tensor) -> tupl
         lambda place, part: activations[parts[place]][part],
         None if error is None else lambda place, part, _: error[parts[place]][part],
     )
-    moments = Moments.zeros(WIDTH, HIDDEN)
-    return moments, fit_projection(OwnBatches(parts, len(parts)), rows, moments)
+    moments, zeros = Moments.zeros(WIDTH), torch.zeros(HIDDEN, WIDTH)
+    return moments, fit_projection(OwnBatches(parts, len(parts)), rows, moments, zeros)
 
 
 def squared_error(change: Tensor, activations: Tensor, error: Tensor, weight: Tensor) -> float:
@@ -64,30 +71,28 @@ def test_the_share_is_the_best_on_the_rows_kept_aside() -> None:
     activations, error, weight = rows(160, noise=60.0)
     _, change = fitted_to(activations, error, weight)
     fitted = (torch.arange(160) % 40) < 40 - 40 // HELD_OUT_ONE_IN
-    moments, everything = Moments.zeros(WIDTH, HIDDEN), Moments.zeros(WIDTH, HIDDEN)
-    moments.add(activations[fitted], error[fitted], weight[fitted])
-    everything.add(activations, error, weight)
+    moments, B = moments_of(activations[fitted], error[fitted], weight[fitted])
+    everything, all_B = moments_of(activations, error, weight)
     aside = activations[~fitted], error[~fitted], weight[~fitted]
     tried = [
         (squared_error(mu * few, *aside), float(mu), noise)
         for noise in NOISES
-        for few in [least_squares_change(moments, noise * WIDTH / int(fitted.sum()))]
+        for few in [least_squares_change(moments, B, noise * WIDTH / int(fitted.sum()))]
         for mu in torch.linspace(0, 1, 1001)
     ]
     _, best, noise = min(tried)
     assert 0.05 < best < 0.95
-    expected = best * least_squares_change(everything, noise * WIDTH / 160)
+    expected = best * least_squares_change(everything, all_B, noise * WIDTH / 160)
     assert_close(change, expected, rtol=2e-2, atol=1e-3)
 
 
 def test_the_least_squares_change_is_that_of_ridge_regression() -> None:
     activations, error, weight = rows(160, noise=1.0)
-    moments = Moments.zeros(WIDTH, HIDDEN)
-    moments.add(activations, error, weight)
+    moments, B = moments_of(activations, error, weight)
     scaled = activations * weight[:, None]
     ridge = 0.3 * scaled.square().sum(0).mean() * torch.eye(WIDTH)
     expected = torch.linalg.solve(scaled.T @ scaled + ridge, scaled.T @ (error * weight[:, None]))
-    assert_close(least_squares_change(moments, 0.3), expected.T)
+    assert_close(least_squares_change(moments, B, 0.3), expected.T)
 
 
 @pytest.mark.parametrize("noise", [0.0, 30.0, 300.0])
@@ -103,10 +108,7 @@ def test_without_an_error_nothing_is_corrected_and_the_moments_are_of_all_rows()
     activations, error, weight = rows(100, noise=1.0)
     for given in (None, error):
         moments, change = fitted_to(activations, given, weight)
-        plain = Moments.zeros(WIDTH, HIDDEN)
-        plain.add(activations, given, weight)
-        assert_close(moments.symmetric(), plain.symmetric())
-        assert_close(moments.B_DF, plain.B_DF)
+        assert_close(moments.symmetric(), moments_of(activations, error, weight)[0].symmetric())
         assert change.any() == (given is not None)
 
 
@@ -153,7 +155,7 @@ def test_few_matrices_are_in_memory_whatever_the_number_of_batches() -> None:
         lambda place, part, _: batches[place][part, :HIDDEN],
     )
     with Alive() as alive:
-        moments = Moments.zeros(width, HIDDEN)
-        change = fit_projection(OwnBatches([None] * 32, 32), rows, moments)  # type: ignore[list-item]
-    assert change.any()
-    assert alive.most < 1.1 * MOMENTS * width * width * change.itemsize
+        batches_ = OwnBatches([None] * 32, 32)  # type: ignore[list-item]
+        fitted = fit_projection(batches_, rows, Moments.zeros(width), torch.zeros(HIDDEN, width))
+    assert fitted.any()
+    assert alive.most < 1.1 * MOMENTS * width * width * fitted.itemsize

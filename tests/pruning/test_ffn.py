@@ -27,23 +27,26 @@ def rows(count: int, ffn: int, hidden: int) -> tuple[Tensor, Tensor, Tensor, Ten
     return activations, torch.randn(hidden, ffn), torch.randn(count, hidden), torch.rand(count)
 
 
-def corrected(down: Tensor, moments: Moments) -> Tensor:
+def corrected(down: Tensor, activations: Tensor, error: Tensor, weight: Tensor) -> Tensor:
     """The projection that undoes all of the error on these rows."""
-    return down + least_squares_change(moments, ridge=1e-12)
+    B = (error * weight[:, None]).T @ (activations * weight[:, None])
+    return down + least_squares_change(moments_of(activations, weight), B, ridge=1e-12)
 
 
-def moments_of(activations: Tensor, error: Tensor | None, weight: Tensor) -> Moments:
-    moments = Moments.zeros(activations.shape[1], 5)
+def moments_of(activations: Tensor, weight: Tensor) -> Moments:
+    moments = Moments.zeros(activations.shape[1])
     for part in torch.arange(len(activations)).split(37):
-        moments.add(activations[part], None if error is None else error[part], weight[part])
+        moments.add(activations[part], weight[part])
     return moments
 
 
 def test_the_refit_is_the_weighted_least_squares_solution() -> None:
     activations, down, error, weight = rows(200, 12, 5)
     target = activations @ down.T + error
-    moments = moments_of(activations, error, weight)
-    kept, refit = refit_and_remove(corrected(down, moments), moments, 7, ridge=1e-12)
+    moments = moments_of(activations, weight)
+    kept, refit = refit_and_remove(
+        corrected(down, activations, error, weight), moments, 7, ridge=1e-12
+    )
     scaled = weight[:, None]
     expected = torch.linalg.lstsq(activations[:, kept] * scaled, target * scaled).solution.T
     assert_close(refit, expected, rtol=1e-6, atol=1e-8)
@@ -61,17 +64,17 @@ def test_the_cheapest_neuron_is_removed() -> None:
         return (inputs @ solution - target * scaled).square().sum().item()
 
     best = min(itertools.combinations(range(9), 8), key=loss)
-    moments = moments_of(activations, error, weight)
-    kept, _ = refit_and_remove(corrected(down, moments), moments, 8, ridge=1e-12)
+    moments = moments_of(activations, weight)
+    kept, _ = refit_and_remove(corrected(down, activations, error, weight), moments, 8, ridge=1e-12)
     assert tuple(kept.tolist()) == best
 
 
 def test_group_and_single_removals_refit_equally() -> None:
     activations, down, error, weight = rows(300, 24, 5)
-    moments = moments_of(activations, error, weight)
+    moments = moments_of(activations, weight)
     for group in (1, 5):
         kept, refit = refit_and_remove(
-            corrected(down, moments), moments, 10, ridge=1e-12, group=group
+            corrected(down, activations, error, weight), moments, 10, ridge=1e-12, group=group
         )
         scaled = weight[:, None]
         target = (activations @ down.T + error) * scaled
@@ -81,24 +84,24 @@ def test_group_and_single_removals_refit_equally() -> None:
 
 def test_nothing_changes_without_an_error_or_a_removal() -> None:
     activations, down, _, weight = rows(50, 12, 5)
-    kept, refit = refit_and_remove(down, moments_of(activations, None, weight), 12)
+    kept, refit = refit_and_remove(down, moments_of(activations, weight), 12)
     assert kept.tolist() == list(range(12))
     assert torch.equal(refit, down)
 
 
 def test_neurons_that_never_fire_are_removed_first() -> None:
-    activations, down, error, weight = rows(100, 20, 5)
+    activations, down, _, weight = rows(100, 20, 5)
     activations[:, :4] = 0
-    kept, _ = refit_and_remove(down, moments_of(activations, error, weight), 16)
+    kept, _ = refit_and_remove(down, moments_of(activations, weight), 16)
     assert kept.tolist() == list(range(4, 20))
 
 
 def test_fewer_rows_than_neurons_stay_finite() -> None:
     torch.set_default_dtype(torch.float32)
-    activations, down, error, weight = rows(6, 20, 5)
-    _, refit = refit_and_remove(down, moments_of(activations, error, weight), 10, ridge=0.0)
+    activations, down, _, weight = rows(6, 20, 5)
+    _, refit = refit_and_remove(down, moments_of(activations, weight), 10, ridge=0.0)
     assert refit.isfinite().all()
-    _, refit = refit_and_remove(down, Moments.zeros(20, 5), 10)
+    _, refit = refit_and_remove(down, Moments.zeros(20), 10)
     assert refit.isfinite().all()
 
 
@@ -106,9 +109,9 @@ def test_activation_scores_are_squared_norms_times_column_norms() -> None:
     activations, down, _, weight = rows(50, 12, 5)
     weighted, columns = activations * weight[:, None], down.square().sum(0)
     l2 = weighted.square().sum(0) * columns
-    assert_close(activation_scores(moments_of(activations, None, weight), down), l2)
-    moments = Moments.zeros(12, 5, absolute=True)
-    moments.add(activations, None, weight)
+    assert_close(activation_scores(moments_of(activations, weight), down), l2)
+    moments = Moments.zeros(12, absolute=True)
+    moments.add(activations, weight)
     assert_close(activation_scores(moments, down), weighted.abs().sum(0).square() * columns)
     assert best(l2, 5).tolist() == sorted(sorted(range(12), key=lambda f: -l2[f])[:5])
 
@@ -116,8 +119,8 @@ def test_activation_scores_are_squared_norms_times_column_norms() -> None:
 def test_a_given_choice_is_refit_by_least_squares() -> None:
     activations, down, error, weight = rows(200, 12, 5)
     kept = torch.tensor([0, 3, 4, 7, 11])
-    moments = moments_of(activations, error, weight)
-    refit = refit_to(corrected(down, moments), moments, kept, ridge=1e-12)
+    moments = moments_of(activations, weight)
+    refit = refit_to(corrected(down, activations, error, weight), moments, kept, ridge=1e-12)
     target = (activations @ down.T + error) * weight[:, None]
     inputs = activations[:, kept] * weight[:, None]
     assert_close(refit, torch.linalg.lstsq(inputs, target).solution.T, rtol=1e-6, atol=1e-8)

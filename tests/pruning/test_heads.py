@@ -31,8 +31,8 @@ def rows(count: int = 300, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def moments_of(heads_NA: Tensor) -> Moments:
-    moments = Moments.zeros(heads_NA.shape[1], HIDDEN)
-    moments.add(heads_NA, None, torch.ones(len(heads_NA)))
+    moments = Moments.zeros(heads_NA.shape[1])
+    moments.add(heads_NA, torch.ones(len(heads_NA)))
     return moments
 
 

@@ -92,10 +92,13 @@ class ProjectionRows:
         return read_nF * weight_n1, error_nD * weight_n1
 
 
-def fit_projection(batches: OwnBatches, rows: ProjectionRows, moments: Moments) -> Tensor:
-    """The change [D, F] that the held-out rows confirm. moments: those of all rows are added."""
-    width = len(moments.C_FF)
-    add_rows(moments, batches, rows, rows.fitted)
+def fit_projection(
+    batches: OwnBatches, rows: ProjectionRows, moments: Moments, weight_DF: Tensor
+) -> Tensor:
+    """The projection with the change that the held-out rows confirm, [D, F]. moments: those of all
+    rows are added."""
+    width, B_DF = len(moments.C_FF), torch.zeros_like(weight_DF)
+    add_rows(moments, B_DF, batches, rows, rows.fitted)
     held = [rows.held_out(place) for place in range(len(batches))]
     counts = (
         (float(len(w)), float(h.stop - h.start)) for w, h in zip(rows.weights, held, strict=True)
@@ -103,19 +106,22 @@ def fit_projection(batches: OwnBatches, rows: ProjectionRows, moments: Moments) 
     total, held_rows = batches.sum_values(counts, 2)
     noise = share = gain = 0.0
     for tried in NOISES if rows.error is not None and held_rows else ():
-        change_DF = least_squares_change(moments, tried * width / max(1.0, total - held_rows))
+        ridge = tried * width / max(1.0, total - held_rows)
+        change_DF = least_squares_change(moments, B_DF, ridge)
         parts = (rows.with_error(place, part) for place, part in enumerate(held))
         found = confirmed_share(batches, ((a_nF @ change_DF.T, e_nD) for a_nF, e_nD in parts))
         if found[1] > gain:
             noise, (share, gain) = tried, found
-    add_rows(moments, batches, rows, rows.held_out)
+    add_rows(moments, B_DF, batches, rows, rows.held_out)
     if gain <= 0.0:
-        return torch.zeros_like(moments.B_DF)
-    return share * least_squares_change(moments, noise * width / total)
+        return weight_DF
+    return weight_DF + share * least_squares_change(moments, B_DF, noise * width / total)
 
 
-def add_rows(moments: Moments, batches: OwnBatches, rows: ProjectionRows, part: Part) -> None:
-    """Add a part of each batch of all processes to the moments.
+def add_rows(
+    moments: Moments, B_DF: Tensor, batches: OwnBatches, rows: ProjectionRows, part: Part
+) -> None:
+    """Add a part of each batch of all processes to the moments, and to B = Eᵀ a.
 
     C is summed one block of its rows after the other: a sum keeps several terms in memory (see
     `Processes.sum`), and for a wide FFN each complete one would have a layer's size.
@@ -124,9 +130,9 @@ def add_rows(moments: Moments, batches: OwnBatches, rows: ProjectionRows, part: 
     if rows.error is not None:
         errors = (rows.with_error(place, part(place)) for place in places)
         terms = ([error_nD.T @ read_nF] for read_nF, error_nD in errors)
-        (B_DF,) = batches.sum(terms, lambda: [torch.zeros_like(moments.B_DF)])
-        moments.B_DF += B_DF
-        del B_DF
+        (more_DF,) = batches.sum(terms, lambda: [torch.zeros_like(B_DF)])
+        B_DF += more_DF
+        del more_DF
     if moments.absolute_F is not None:
         sizes = ([rows.weighted(place, part(place)).abs().sum(0)] for place in places)
         zeros_F = torch.zeros_like(moments.absolute_F)
@@ -158,9 +164,9 @@ def confirmed_share(
     return share, share * (2 * along - share * across)
 
 
-def least_squares_change(moments: Moments, ridge: float) -> Tensor:
-    """Δ [D, F]; ridge: λ."""
-    return (moments.B_DF / moments.unit) @ inverse_moments(moments, ridge)
+def least_squares_change(moments: Moments, B_DF: Tensor, ridge: float) -> Tensor:
+    """Δ [D, F], with B = Eᵀ a; ridge: λ."""
+    return (B_DF / moments.unit) @ inverse_moments(moments, ridge)
 
 
 Written = tuple[Tensor, Tensor]

@@ -92,13 +92,13 @@ def narrow_experts(
     experts, hidden, width = mixture.down_EDF.shape
     gate_ups, downs = [], []
     device = mixture.down_EDF.device
-    zeros = partial(Moments.zeros, width, hidden, device, absolute=mean)
+    zeros = partial(Moments.zeros, width, device, absolute=mean)
 
     def terms(expert: int) -> Iterator[list[Tensor]]:
         for mid_ND, weight_N in rows:
             moments = zeros()
             rows_n, activations_nF, share_n = mixture.routed(mid_ND, expert)
-            moments.add(activations_nF, None, share_n * weight_N[rows_n])
+            moments.add(activations_nF, share_n * weight_N[rows_n])
             yield moments.tensors()
 
     def empty() -> list[Tensor]:

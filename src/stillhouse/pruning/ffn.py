@@ -48,33 +48,30 @@ class Ranking:
 
 @dataclass
 class Moments:
-    """Weighted second moments of one layer: C = aᵀ a (upper triangle), the error's B = Eᵀ a."""
+    """Weighted second moments of the activations that a projection reads: C = aᵀ a (its upper
+    triangle)."""
 
     C_FF: Tensor
-    B_DF: Tensor
     absolute_F: Tensor | None = None
     """Σ |a|, if it is needed."""
 
     @classmethod
     def zeros(
-        cls, ffn: int, hidden: int, device: torch.device | str = "cpu", *, absolute: bool = False
+        cls, width: int, device: torch.device | str = "cpu", *, absolute: bool = False
     ) -> Moments:
         return cls(
-            torch.zeros(ffn, ffn, device=device),
-            torch.zeros(hidden, ffn, device=device),
-            torch.zeros(ffn, device=device) if absolute else None,
+            torch.zeros(width, width, device=device),
+            torch.zeros(width, device=device) if absolute else None,
         )
 
-    def add(self, activations_NF: Tensor, error_ND: Tensor | None, weight_N: Tensor) -> None:
-        """Add rows; each row's squared error counts weight² times."""
+    def add(self, activations_NF: Tensor, weight_N: Tensor) -> None:
+        """Add rows; each counts weight² times."""
         weighted_NF = activations_NF * weight_N[:, None]
         for block in self.blocks():
             read_Nb, read_Nf = weighted_NF[:, block], weighted_NF[:, block.start :]
             self.C_FF[block, block.start :].addmm_(read_Nb.T, read_Nf)
         if self.absolute_F is not None:
             self.absolute_F += weighted_NF.abs().sum(0)
-        if error_ND is not None:
-            self.B_DF.addmm_((error_ND * weight_N[:, None]).T, weighted_NF)
 
     def blocks(self) -> list[slice]:
         """Rows of C whose sums are taken together, from their first column on: C is symmetric, and
@@ -84,7 +81,7 @@ class Moments:
 
     def tensors(self) -> list[Tensor]:
         """What `Moments(*tensors)` is made of; sums of them are moments of all rows."""
-        return [self.C_FF, self.B_DF, *([] if self.absolute_F is None else [self.absolute_F])]
+        return [self.C_FF, *([] if self.absolute_F is None else [self.absolute_F])]
 
     @property
     def unit(self) -> Tensor:

@@ -104,8 +104,7 @@ def best_channels(
         # Only WᵀW of all readers matters, so a square root of G replaces their rows.
         values_D, vectors_DD = torch.linalg.eigh(moments.G_DD)
         root_DD = values_D.clamp_min(0).sqrt()[:, None] * vectors_DD.T
-        C = Moments(moments.C_DD.triu(), torch.zeros_like(root_DD))
-        kept_H, _ = refit_and_remove(root_DD, C, keep)
+        kept_H, _ = refit_and_remove(root_DD, Moments(moments.C_DD.triu()), keep)
     else:
         if score_D is None:
             score_D = moments.C_DD.diagonal() * moments.G_DD.diagonal()

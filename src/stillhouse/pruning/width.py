@@ -263,9 +263,7 @@ class _Cutter:
         with inputs_of(output) as heads:
             streams.after_attention(layer, index, narrow)
         device, mean = output.weight.device, ranking.aggregation == "mean"
-        zeros = partial(
-            Moments.zeros, output.in_features, output.out_features, device, absolute=mean
-        )
+        zeros = partial(Moments.zeros, output.in_features, device, absolute=mean)
 
         def terms() -> Iterator[list[Tensor]]:
             for batch, heads_RLA, target_RLD in zip(
@@ -274,7 +272,7 @@ class _Cutter:
                 moments = zeros()
                 # No error: the down projection after it corrects what there is (docs/pruning.md).
                 read_NA = heads_RLA[batch.counted_RL].float()
-                moments.add(read_NA, None, row_weight(target_RLD, batch))
+                moments.add(read_NA, row_weight(target_RLD, batch))
                 yield moments.tensors()
 
         def cut() -> list[Tensor]:
@@ -347,11 +345,10 @@ class _Cutter:
         refit = self.reconstruct and axes.ffn_output_norm is None
         rows = ProjectionRows(streams.row_weights(target), read, error if refit else None)
         mean = ranking.aggregation == "mean"
-        moments = Moments.zeros(ffn, width, down.weight.device, absolute=mean)
-        change_DF = fit_projection(streams.batches, rows, moments)
+        moments = Moments.zeros(ffn, down.weight.device, absolute=mean)
+        weight_DF = fit_projection(streams.batches, rows, moments, down.weight)
 
         def cut() -> Sequence[Tensor]:
-            weight_DF = down.weight + change_DF
             if keep == ffn:
                 return torch.arange(ffn, device=weight_DF.device), weight_DF
             score_F = None if ranking.fisher is None else ranking.fisher.neurons[index]
