@@ -204,7 +204,9 @@ def test_sensitivity_is_the_kl_of_quantizing_one_unit() -> None:
     units = find_units(model, GRID)
     scales = scales_of(model, units, GRID)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    found = {s.unit: s for s in measure(model, units, scales, GRID, windows, VOCABULARY)}
+    reference = reference_answers(model, windows)
+    measured = measure(model, units, scales, GRID, windows, reference, VOCABULARY)
+    found = {s.unit: s for s in measured}
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     for unit in units:
         other = tiny.llama()

@@ -16,6 +16,7 @@ from stillhouse.data.batches import Batches
 from stillhouse.data.draw_windows import draw_windows
 from stillhouse.data.windows import WindowSet
 from stillhouse.errors import RecipeError
+from stillhouse.evaluation.fidelity import HeldoutAnswers
 from stillhouse.hardware import default_device
 from stillhouse.launch import leads
 from stillhouse.objectives.objective_config import ObjectiveRecipe
@@ -108,10 +109,11 @@ def quantize(
         moments = input_moments(model, calibration)
     scales = scales_of(model, free, grid, moments)
     measured, tokens = draw_windows(heldout, section.sensitivity_tokens, seed)
+    reference = reference_answers(model, measured)
     found: list[Sensitivity] = []
     kept = list(section.keep)
     if section.max_kl is not None or section.max_bytes is not None:
-        found = measure(model, free, scales, grid, measured, vocabulary)
+        found = measure(model, free, scales, grid, measured, reference, vocabulary)
         smallest = model_bytes(model, units, set(kept), grid)
         kept += choose_kept(
             found, smallest=smallest, max_kl=section.max_kl, max_bytes=section.max_bytes
@@ -119,7 +121,7 @@ def quantize(
         chosen = {name for unit in units if unit.name not in kept for name in unit.weights}
         scales = {name: scales_OG for name, scales_OG in scales.items() if name in chosen}
     quantization = Quantization(grid, section.dynamic, scales)
-    kl = _total_kl(model, quantization, measured, vocabulary)
+    kl = _total_kl(model, quantization, measured, reference, vocabulary)
     result = QuantizeResult(
         kind=section.kind,
         group_size=grid.group,
@@ -182,9 +184,14 @@ def _units(model: Any, section: QuantizeRecipe) -> list[Unit]:
     return units
 
 
-def _total_kl(model: Any, quantization: Quantization, windows: WindowSet, vocabulary: int) -> float:
+def _total_kl(
+    model: Any,
+    quantization: Quantization,
+    windows: WindowSet,
+    reference: HeldoutAnswers,
+    vocabulary: int,
+) -> float:
     """KL(model ‖ quantized model), with rounded inputs if the export rounds them."""
-    reference = reference_answers(model, windows)
     hooks = round_inputs(quantization, model)
     kl = kl_of(model, quantization.scales, quantization.grid, windows, reference, vocabulary)
     for hook in hooks:

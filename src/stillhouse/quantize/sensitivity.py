@@ -82,10 +82,11 @@ def measure(
     scales: Scales,
     grid: Grid,
     windows: WindowSet,
+    reference: HeldoutAnswers,
     vocabulary: int,
 ) -> list[Sensitivity]:
-    """Measure each unit quantized alone, on the same windows."""
-    reference = reference_answers(model, windows)
+    """Measure each unit quantized alone, on the same windows. reference: the model's
+    `reference_answers` to them."""
     found = []
     with bar("Sensitivity", len(units), unit="units") as advance:
         for unit in units:
