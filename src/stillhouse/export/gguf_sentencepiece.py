@@ -40,7 +40,7 @@ def pieces_of(tokenizer: Any) -> Pieces:
     """Raises ModelError for a tokenizer that llama.cpp would tokenize differently."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model = state["model"]
-    pairs = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    pairs = [tuple(pair) for pair in model["merges"]]
     added = {token["content"] for token in state["added_tokens"]}
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(pairs):

@@ -115,8 +115,7 @@ def _add_byte_level(writer: gguf.GGUFWriter, tokenizer: Any, rows: int) -> None:
             kinds.append(gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    merges = state["model"]["merges"]
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
+    writer.add_token_merges([" ".join(pair) for pair in state["model"]["merges"]])
 
 
 def _add_special_tokens(writer: gguf.GGUFWriter, tokenizer: Any, rows: int) -> None:

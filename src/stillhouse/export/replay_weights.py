@@ -10,11 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-
-try:
-    from transformers import core_model_loading
-except ImportError:  # version 4 converts nothing
-    core_model_loading = None
+from transformers import core_model_loading
 
 
 def weight_problems(model: Any, info: dict[str, Any], exported: Path) -> list[str]:
@@ -36,7 +32,7 @@ def _saved_names(model: Any) -> set[str]:
     """The names under which transformers saves the model's tensors. Version 5 stores some under
     names of version 4, such as those of single experts, which it keeps in one tensor."""
     tensors = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
-    if core_model_loading is None or getattr(model, "hf_quantizer", None) is not None:
+    if getattr(model, "hf_quantizer", None) is not None:
         return set(tensors)
     return {*tensors, *core_model_loading.revert_weight_conversion(model, tensors)}
 

@@ -7,7 +7,7 @@ eigenvectors of the stream's second moments (rotation: Ashkboos et al. 2024, Sli
 A reader W of the stream sees y = x / rms(x) through a norm's gain g. In the narrow model it sees z
 = Mᵀx / rms(Mᵀx), so its best estimate of y is by least squares, y ≈ A z:
 
-    A = c M + μ·R,     R = (Y - Z cMᵀ)ᵀ Z (ZᵀZ + λ·mean(diag ZᵀZ)·I)⁻¹,     W' = W diag(g) A / g'
+    A = c M + R,     R = (Y - Z cMᵀ)ᵀ Z (ZᵀZ + λ·mean(diag ZᵀZ)·I)⁻¹,     W' = W diag(g) A / g'
 
 c, one number per norm, corrects for the rms over fewer channels. The new gain g' is c·g of the kept
 channels, or 1 after a rotation, which cannot apply a gain by channel. If M is square, nothing is
@@ -32,9 +32,6 @@ from stillhouse.pruning.layer_streaming import on_device
 from stillhouse.pruning.offload import release
 from stillhouse.pruning.surgery import set_parameter, set_weight
 from stillhouse.shared_work import Processes
-
-CORRECTION = 1.0
-"""μ: fraction of the estimate of the removed channels that is added to the readers."""
 
 BLOCK = 4096
 """Rows of a weight that are processed at once: a large vocabulary's head is as wide as a layer."""
@@ -226,7 +223,7 @@ def fit_full_stream(
     A_DH = scale * basis.matrix_DH
     unit = ZZ_HH.diagonal().mean().clamp_min(1e-12)
     inverse_HH = regularized_inverse(ZZ_HH / unit, RIDGE)
-    A_DH = A_DH + CORRECTION * ((YZ_DH - A_DH @ ZZ_HH) / unit) @ inverse_HH
+    A_DH = A_DH + ((YZ_DH - A_DH @ ZZ_HH) / unit) @ inverse_HH
     return StreamFit(scale, A_DH, ZZ_HH, YZ_DH)
 
 

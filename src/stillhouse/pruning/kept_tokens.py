@@ -45,8 +45,7 @@ class Merges:
         if self.model.get("continuing_subword_prefix") or self.model.get("end_of_word_suffix"):
             raise _uncuttable("a BPE tokenizer that marks the inside or end of words is unknown")
         self.ids: dict[str, int] = self.model["vocab"]
-        split = [one.split(" ", 1) if isinstance(one, str) else one for one in self.model["merges"]]
-        self.pairs: list[tuple[str, str]] = [(first, second) for first, second in split]
+        self.pairs: list[tuple[str, str]] = [tuple(pair) for pair in self.model["merges"]]
         self.added: dict[int, str] = {
             one["id"]: one["content"] for one in self.content["added_tokens"]
         }

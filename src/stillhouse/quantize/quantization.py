@@ -58,5 +58,5 @@ class Quantization:
             facts = json.loads(opened.metadata()["quantization"])
             names = list(opened.keys())
             scales = {name: opened.get_tensor(name).float() for name in names}
-        grid = Grid(facts["bits"], facts["group"], facts.get("floating", False))
+        grid = Grid(facts["bits"], facts["group"], facts["floating"])
         return cls(grid, facts["dynamic"], scales)

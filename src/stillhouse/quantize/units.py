@@ -41,12 +41,11 @@ def find_units(model: Any, grid: Grid) -> list[Unit]:
 
     Raises RecipeError if the group size does not divide the rows of a matrix.
     """
-    found: dict[str, list[str]] = {}
-    for name, weight in matrices(model):
+    weights, found = dict(matrices(model)), dict[str, list[str]]()
+    for name, weight in weights.items():
         if grid.group is not None and weight.shape[-1] % grid.group:
             raise _uneven(name, weight.shape[-1], grid)
         found.setdefault(_unit_name(model, name, weight), []).append(name)
-    weights = dict(matrices(model))
     units = []
     for name, names in found.items():
         own = [weights[one] for one in names]
