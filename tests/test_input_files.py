@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from stillhouse.classify.predict_labels import file_texts
 from stillhouse.data.data_files import open_text, regular_if_there
 from stillhouse.data.file_search import find_files
 from stillhouse.data.row_reader import read_rows
@@ -17,6 +16,7 @@ from stillhouse.generation.journal import Journal
 from stillhouse.pruning.vocabulary_cut import _listed
 from stillhouse.synthesis.filters import read_schema
 from stillhouse.synthesis.prompts import read_prompts
+from stillhouse.tasks.labeled_texts import file_texts
 from stillhouse.teachers.model_source import resolve_model
 
 

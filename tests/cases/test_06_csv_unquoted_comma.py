@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 
-from stillhouse.classify.predict_labels import file_texts
 from stillhouse.data.data_config import FileSource
 from stillhouse.data.sources import read_sources
 from stillhouse.errors import DataError
 from stillhouse.synthesis.prompts import read_prompts
-from stillhouse.tasks.labeled_texts import first_row, read_texts
+from stillhouse.tasks.labeled_texts import file_texts, first_rows, read_texts
 from stillhouse.tasks.task_texts_config import TextFile
 
 # file: (rows, the line that is refused, what is said)
@@ -40,7 +39,7 @@ def test_every_reader_rejects_a_row_that_does_not_fit_the_header(
         lambda: list(file_texts(path, "text")),
     ]
     if line == 2:
-        readers.append(lambda: first_row("a.csv", tmp_path))
+        readers.append(lambda: first_rows("a.csv", tmp_path))
     for read in readers:
         with pytest.raises(DataError, match=said) as caught:
             read()

@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from stillhouse.classify.classify_config import ClassifyTask
-from stillhouse.classify.predict_labels import file_texts, stream_texts
 from stillhouse.classify.task_texts import task_labels
 from stillhouse.data.data_config import FileSource, Source
 from stillhouse.data.data_files import text_size
@@ -26,7 +25,7 @@ from stillhouse.data.sources import read_sources
 from stillhouse.errors import DataError
 from stillhouse.generation.chat_frame import text_of
 from stillhouse.synthesis.prompts import read_prompts
-from stillhouse.tasks.labeled_texts import first_row, read_texts
+from stillhouse.tasks.labeled_texts import file_texts, first_rows, read_texts, stream_texts
 from stillhouse.tasks.task_texts_config import TextFile
 
 ROWS = [{"text": "one, é", "label": "a"}, {"text": "two\nlines", "label": "b"}]
@@ -88,7 +87,7 @@ def test_every_reader_gets_the_same_rows_from_every_format_and_compression(
     texts = read_texts(TextFile(path=path.name, label="label"), tmp_path)
     assert [(row.text, row.gold) for row in texts] == [(row["text"], row["label"]) for row in ROWS]
     assert list(file_texts(path, "text")) == TEXTS
-    assert first_row(path.name, tmp_path) == ROWS[0]
+    assert first_rows(path.name, tmp_path) == ROWS[:1]
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
@@ -202,7 +201,7 @@ def test_an_empty_or_missing_file_is_named(tmp_path: Path) -> None:
     for read in (
         lambda: list(read_sources([source], tmp_path)),
         lambda: list(read_prompts(tmp_path / "empty.csv")),
-        lambda: first_row("empty.csv", tmp_path),
+        lambda: first_rows("empty.csv", tmp_path),
     ):
         with pytest.raises(DataError, match="has no text: it is empty"):
             read()

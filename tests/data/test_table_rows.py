@@ -15,7 +15,7 @@ from stillhouse.data.documents import Document
 from stillhouse.data.row_reader import read_rows
 from stillhouse.data.sources import read_sources
 from stillhouse.errors import DataError
-from stillhouse.tasks.labeled_texts import first_row, read_texts
+from stillhouse.tasks.labeled_texts import first_rows, read_texts
 from stillhouse.tasks.task_texts_config import TextFile
 
 ROWS = [{"text": "hello, you", "label": "a"}, {"text": 'say "hi"', "label": "b"}]
@@ -102,7 +102,7 @@ def test_a_first_row_in_place_of_the_header_is_pointed_out(tmp_path: Path) -> No
         list(read_texts(TextFile(path="a.csv"), tmp_path))
     assert "write the columns' names above it" in str(caught.value.fix)
     with pytest.raises(DataError, match="seems to have no header"):
-        first_row("a.csv", tmp_path)  # what `init` reads
+        first_rows("a.csv", tmp_path)  # what `init` reads
     path.write_text(f"text,label\n{path.read_text()}")
     assert len(list(read_texts(TextFile(path="a.csv"), tmp_path))) == 2
 

@@ -84,6 +84,9 @@ Labels = Annotated[
 ]
 
 
+Prior = Literal["content_free", "texts", "balanced", "none"]
+
+
 class LabeledExample(Section):
     text: str
     label: str
@@ -111,7 +114,7 @@ class ClassifyTask(Section):
     chat: bool = Field(
         True, description="Use the teacher's chat template; false: prompt and answer as plain text."
     )
-    prior: Literal["content_free", "texts", "balanced", "none"] = Field(
+    prior: Prior = Field(
         "texts",
         description="The teacher's preference for labels regardless of the text, which its "
         "probabilities are divided by: estimated from texts without content; from the training "

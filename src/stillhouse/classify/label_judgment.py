@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +19,7 @@ from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
 from stillhouse.checksums import with_hash, without_hash
-from stillhouse.classify.classify_config import ClassifyRecipe
+from stillhouse.classify.classify_config import ClassifyRecipe, Prior
 from stillhouse.classify.label_prompts import CONTENTLESS, LabelPrompt, PromptTokens
 from stillhouse.classify.label_scoring import label_scores
 from stillhouse.classify.named_label import named_label
@@ -37,7 +37,6 @@ from stillhouse.runfolder import write_atomically
 from stillhouse.shared_work import ALONE, Processes
 from stillhouse.tasks.labeled_texts import FEWEST
 
-Prior = Literal["content_free", "texts", "balanced", "none"]
 _ROUNDS = 100
 _LEAST = 1e-6
 """Minimum share of texts assumed for a label, when dividing by priors."""

@@ -59,13 +59,13 @@ class LabelPrompt:
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """A prompt in a model's tokens. ended: answers end with the end-of-turn token."""
+    """A prompt in a model's tokens. labels: the tokens of each answer; with an end-of-turn token if
+    one label begins another."""
 
     prompt: LabelPrompt
     tokenizer: Any
     max_tokens: int
     labels: list[list[int]]
-    ended: bool
 
     def of(self, texts: Iterable[str]) -> list[list[int]]:
         """The prompt's tokens for each text, which is truncated to max_tokens first."""
@@ -95,8 +95,7 @@ def prompt_tokens(prompt: LabelPrompt, tokenizer: Any, max_tokens: int) -> Promp
                 where="task.labels",
                 fix="give it another phrase",
             )
-    ended = _one_begins_another(labels)
-    if ended:
+    if _one_begins_another(labels):
         end = _end_of_answer(tokenizer, chat=prompt.chat)
         labels = [[*ids, end] for ids in labels]
     if len({tuple(ids) for ids in labels}) < len(labels):
@@ -105,7 +104,7 @@ def prompt_tokens(prompt: LabelPrompt, tokenizer: Any, max_tokens: int) -> Promp
             where="task.labels",
             fix="give them phrases that differ in more than spaces",
         )
-    return PromptTokens(prompt, tokenizer, max_tokens, labels, ended)
+    return PromptTokens(prompt, tokenizer, max_tokens, labels)
 
 
 def cut(text: str, tokenizer: Any, max_tokens: int) -> str:

@@ -33,14 +33,13 @@ class LabelTree:
     """C labels, T inner nodes below the root, E edges.
 
     A node represents the tokens from the root to it; an inner node has tokens after it, and only
-    those are ever run through a model. nodes_T: its own token. parents_T: the inner node before
-    it, `ROOT` for none. depths_T: 0 for a label's first token. edge_nodes_E, edge_tokens_E: the
-    node that a token follows, and the token. members_CE: 1 where the edge is part of the label.
-    sees_TT: True where a node (row) attends to another: to itself and to those before it.
+    those are ever run through a model. nodes_T: its own token. depths_T: 0 for a label's first
+    token. edge_nodes_E, edge_tokens_E: the node that a token follows, `ROOT` for none, and the
+    token. members_CE: 1 where the edge is part of the label. sees_TT: True where a node (row)
+    attends to another: to itself and to those before it.
     """
 
     nodes_T: Tensor
-    parents_T: Tensor
     depths_T: Tensor
     edge_nodes_E: Tensor
     edge_tokens_E: Tensor
@@ -60,7 +59,8 @@ def label_tree(labels: Sequence[Sequence[int]]) -> LabelTree:
     assert all(labels)
     inner: dict[tuple[int, ...], int] = {(): ROOT}
     edges: dict[tuple[int, int], int] = {}
-    nodes: list[tuple[int, int, int]] = []
+    nodes: list[tuple[int, int]] = []
+    parents: list[int] = []
     members: list[list[int]] = []
     for label in labels:
         path = []
@@ -70,20 +70,19 @@ def label_tree(labels: Sequence[Sequence[int]]) -> LabelTree:
             through = tuple(label[: depth + 1])
             if depth + 1 < len(label) and through not in inner:
                 inner[through] = len(nodes)
-                nodes.append((token, here, depth))
+                nodes.append((token, depth))
+                parents.append(here)
         members.append(path)
     members_CE = torch.zeros(len(labels), len(edges))
     for row, path in enumerate(members):
         members_CE[row, path] = 1.0
     sees_TT = torch.eye(len(nodes), dtype=torch.bool)
-    for node, (_, parent, _) in enumerate(nodes):
+    for node, parent in enumerate(parents):
         if parent != ROOT:  # parents come before their children
             sees_TT[node] |= sees_TT[parent]
-    columns = torch.tensor(nodes, dtype=torch.long).reshape(-1, 3)
-    pairs = torch.tensor(list(edges), dtype=torch.long)
-    nodes_T, parents_T, depths_T = columns.T.contiguous()
-    edge_nodes_E, edge_tokens_E = pairs.T.contiguous()
-    return LabelTree(nodes_T, parents_T, depths_T, edge_nodes_E, edge_tokens_E, members_CE, sees_TT)
+    nodes_T, depths_T = torch.tensor(nodes, dtype=torch.long).reshape(-1, 2).T.contiguous()
+    edge_nodes_E, edge_tokens_E = torch.tensor(list(edges), dtype=torch.long).T.contiguous()
+    return LabelTree(nodes_T, depths_T, edge_nodes_E, edge_tokens_E, members_CE, sees_TT)
 
 
 TOKENS_TOGETHER = 4096

@@ -6,15 +6,11 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from stillhouse.classify.classifier import FACTS, Classifier, load_classifier
-from stillhouse.data.row_reader import read_lines
 from stillhouse.hardware import choose_precision
 from stillhouse.pipeline.kind import Rows
-from stillhouse.section import made
-from stillhouse.tasks.labeled_texts import labeled_text, read_texts
-from stillhouse.tasks.task_texts_config import TextFile
 
 TOGETHER = 256
 
@@ -25,19 +21,6 @@ def classifier_predictor(folder: Path) -> Callable[[Iterable[str]], Rows] | None
         return None
     dtype = choose_precision("auto").dtype
     return partial(predictions, load_classifier(folder, dtype=dtype))
-
-
-def file_texts(path: Path, key: str) -> Iterator[str]:
-    """The texts of a file; see `read_rows`. Raises DataError."""
-    file = made(TextFile, {"path": str(path), "text": key}, "predict")
-    return (row.text for row in read_texts(file, Path.cwd()))
-
-
-def stream_texts(lines: TextIO, key: str) -> Iterator[str]:
-    """One text per line, or one object per line with the text under `key`. Raises DataError."""
-    file = TextFile(path="-", text=key)
-    for row, where in read_lines(lines, "standard input", key):
-        yield labeled_text(row, file, where).text
 
 
 def predictions(classifier: Classifier, texts: Iterable[str]) -> Iterator[dict[str, Any]]:

@@ -310,8 +310,8 @@ def predict(
 
     Example: `echo "my card never came" | stillhouse predict runs/classify`
     """
-    from stillhouse.classify.predict_labels import file_texts, stream_texts
     from stillhouse.commands import predict as predict_texts
+    from stillhouse.tasks.labeled_texts import file_texts, stream_texts
     from stillhouse.terminal import json_line, write_output
 
     source = stream_texts(sys.stdin, text_key) if texts == "-" else None

@@ -114,9 +114,7 @@ def evaluate(
         model, sharded = load_teacher() if role == TEACHER else (setup.load(source), None)
         if prepare is not None and role in prepare:
             prepare[role](model)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        size = weight_bytes(source.path, parameters, export_dtype)
-        measuring.add(role, model, size, sharded)
+        measuring.add(role, model, weight_bytes(source.path, model, export_dtype), sharded)
         del model, sharded
         free_memory()  # models have reference cycles: without this, two would be in memory
     measuring.score_own_text(load_teacher)
@@ -218,9 +216,7 @@ def keep_teacher(
     )
     sharded = load_sharded() if load_sharded else None
     model = setup.load(source) if sharded is None else sharded.model
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    size = weight_bytes(source.path, parameters, export_dtype)
-    measuring.add(TEACHER, model, size, sharded)
+    measuring.add(TEACHER, model, weight_bytes(source.path, model, export_dtype), sharded)
     result, texts, answers = measuring.results[TEACHER], None, measuring.teacher_answers
     if sharded is None and processes.leads:
         result = replace(result, tasks=setup.tasks(section, source, source))
@@ -330,8 +326,8 @@ def _stored_as_used(source: ModelSource, setup: _Setup) -> Iterator[ModelSource]
         yield source.derived(Path(folder))
 
 
-def weight_bytes(path: Path, parameters: int, dtype: torch.dtype | None) -> int:
-    """Bytes of the folder's safetensors files; with `dtype`, of `parameters` stored in it."""
+def weight_bytes(path: Path, model: Any, dtype: torch.dtype | None) -> int:
+    """Bytes of the folder's safetensors files; with `dtype`, of the model's weights in it."""
     if dtype is not None:
-        return parameters * dtype.itemsize
+        return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))

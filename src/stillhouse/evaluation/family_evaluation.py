@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 
-from stillhouse.evaluation.results import Generation, ModelResult
+from stillhouse.evaluation.results import Generation, ModelResult, Saved
 
 FAMILY_FILE = "family.json"
 """The evaluation of a family, in its run folder."""
@@ -72,7 +71,7 @@ class ScratchTraining:
 
 
 @dataclass(frozen=True)
-class FamilyEvaluation:
+class FamilyEvaluation(Saved):
     """members: the largest first. chained: each was pruned from the one before it. learned_from:
     as cascade.teacher. watts: assumed power of the machine, for the energy. cut: set if the
     teacher, whose measurements are given, had its vocabulary cut itself."""
@@ -85,6 +84,3 @@ class FamilyEvaluation:
     scratch: ScratchTraining | None = None
     watts: float = 0.0
     cut: CutTeacher | None = None
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False)

@@ -22,11 +22,13 @@ EVALUATION = "evaluation.json"
 class Saved:
     """A dataclass that is saved as a JSON file."""
 
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False)
+
     def save(self, path: Path) -> None:
         """Raises RunError where the file cannot be written."""
-        text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
         with disk_errors(path):
-            path.write_text(text, encoding="utf-8")
+            path.write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Self:

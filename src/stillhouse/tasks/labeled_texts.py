@@ -12,14 +12,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from stillhouse.data.data_files import FileFormat, known_format
 from stillhouse.data.file_search import find_files
-from stillhouse.data.row_reader import header_hint, not_empty, read_rows
+from stillhouse.data.row_reader import header_hint, not_empty, read_lines, read_rows
 from stillhouse.data.words import collapsed, normalized
 from stillhouse.errors import DataError
 from stillhouse.runfolder import sha
+from stillhouse.section import made
 from stillhouse.tasks.task_texts_config import TextFile
 
 Reference = Callable[[Any, str], str | None]
@@ -69,15 +70,24 @@ def read_texts(
     return iter(heapq.nsmallest(file.sample, found, key=lambda row: content_place(row, "draw")))
 
 
-def first_row(path: str, base: Path) -> Mapping[str, Any]:
-    """All columns of the first row; for plain text, the line under `text`. Raises DataError."""
-    return first_rows(path, base, count=1)[0]
+def file_texts(path: Path, key: str) -> Iterator[str]:
+    """The texts of a file; see `read_rows`. Raises DataError."""
+    file = made(TextFile, {"path": str(path), "text": key}, "predict")
+    return (row.text for row in read_texts(file, Path.cwd()))
+
+
+def stream_texts(lines: TextIO, key: str) -> Iterator[str]:
+    """One text per line, or one object per line with the text under `key`. Raises DataError."""
+    file = TextFile(path="-", text=key)
+    for row, where in read_lines(lines, "standard input", key):
+        yield labeled_text(row, file, where).text
 
 
 def first_rows(
     path: str, base: Path, format: FileFormat | None = None, count: int = 1
 ) -> list[Mapping[str, Any]]:
-    """The first rows of the first file, at least one and at most so many. Raises DataError."""
+    """All columns of the first rows of the first file, at least one and at most so many; for plain
+    text, each line under `text`. Raises DataError."""
     file = find_files(path, base)[0]
     rows = read_rows(file, format=format, text_key="text")
     found = list(itertools.islice(not_empty(rows, "The file", file), count))

@@ -18,7 +18,7 @@ from stillhouse import number_format as text
 from stillhouse.account import count_parameters
 from stillhouse.answering.answering_config import AnsweringRecipe
 from stillhouse.answering.answering_job import AnsweringJob
-from stillhouse.classify.classifier import load_classifier
+from stillhouse.classify.classifier import Facts, load_classifier
 from stillhouse.classify.classify_config import ClassifyRecipe
 from stillhouse.classify.label_judgment import Judgment, distributions
 from stillhouse.classify.label_prompts import LabelPrompt, prompt_tokens
@@ -236,10 +236,9 @@ def _classifying_speaker(
 ) -> LabelSpeaker:
     if "export" not in folders:
         raise ModelError("the student is not exported yet", fix="wait for the step `export`")
-    dtype = choose_precision("auto").dtype
-    student = load_classifier(root / MODEL, dtype=dtype)
-    labels = student.facts.labels
+    labels = Facts.load(root / MODEL).labels
     if role == "student":
+        student = load_classifier(root / MODEL, dtype=choose_precision("auto").dtype)
         return LabelSpeaker(
             lambda text: dict(zip(labels, student.probabilities([text])[0].tolist(), strict=True))
         )

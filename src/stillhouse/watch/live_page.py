@@ -13,7 +13,6 @@ from functools import lru_cache
 from pathlib import Path
 
 from markupsafe import Markup
-from pydantic import TypeAdapter
 
 from stillhouse import number_format as text
 from stillhouse.errors import StillhouseError
@@ -73,11 +72,10 @@ def run_page(run: WatchedRun, token: str, threads: int) -> str:
 
 def run_part(run: WatchedRun) -> str:
     """The part of a run's page that changes."""
-    family = Markup("") if run.evaluation is None else _members(run.evaluation)
     return _render(
         "live.html.j2",
         run=run,
-        family=family,
+        family="" if run.evaluation is None else _members(run.evaluation),
         sections=_sections,
         mark=MARKS.get,
         detail=_step_detail,
@@ -173,7 +171,7 @@ def _evaluation_section(kind: str, path: Path) -> Section:
 def _members(path: Path) -> Markup:
     """The metrics of a family's members."""
     try:
-        found = TypeAdapter(FamilyEvaluation).validate_json(path.read_bytes())
-    except (OSError, ValueError):
+        found = FamilyEvaluation.load(path)
+    except StillhouseError:
         return Markup("")
     return _section_html(Section("Members", table=metrics_of(found)), "members")

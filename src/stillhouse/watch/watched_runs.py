@@ -161,8 +161,8 @@ def _metrics(folder: Path) -> Path | None:
 
 
 def _without_record(root: Path) -> Part:
-    """The stage folders in the order in which they began, for a run of an earlier version: of
-    each name, the last one."""
+    """The stage folders in the order in which they began, of each name the last one, if there is
+    no record of progress: other commands than `run`, such as `signals`, fill stages too."""
     steps: dict[str, StepProgress] = {}
     began: list[tuple[str, StepProgress]] = []
     with suppress(OSError):
