@@ -8,14 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    ModernBertConfig,
+    ModernBertModel,
+)
 
 from stillhouse.classify import classifier as module
 from stillhouse.classify.classifier import Classifier, Facts, load_classifier
-from stillhouse.classify.classifier_students import build_classifier
+from stillhouse.classify.classifier_students import build_classifier, planned_parameters
 from stillhouse.classify.classify_config import TruncatedClassifier
 from stillhouse.classify.label_prompts import LabelPrompt, cut
 from stillhouse.classify.label_scoring import score_pairs
+from stillhouse.errors import ModelError
 from stillhouse.teachers.model_source import resolve_model
 from tests import tiny
 
@@ -51,6 +59,20 @@ def test_last_pooling_is_what_transformers_own_class_reads(tmp_path: Path) -> No
         with torch.inference_mode():
             expected = classifier.model(input_ids=ids_1L).logits[0].softmax(-1)
         torch.testing.assert_close(row, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_an_encoder_with_another_head_is_not_truncated(tmp_path: Path) -> None:
+    ids = dict.fromkeys(("pad", "bos", "eos", "cls", "sep"), 0)
+    config = ModernBertConfig(
+        vocab_size=len(tiny.tokenizer()), hidden_size=16, intermediate_size=16,
+        num_hidden_layers=2, num_attention_heads=2,
+        **{f"{name}_token_id": number for name, number in ids.items()},
+    )  # fmt: skip
+    ModernBertModel(config).save_pretrained(tmp_path)
+    source = resolve_model(str(tmp_path), base=tmp_path)
+    section = TruncatedClassifier(start="truncated", layers=1)
+    with pytest.raises(ModelError, match="no head that is one linear layer"):
+        planned_parameters(section, source, ["pets", "food"])
 
 
 SMALL = {

@@ -55,8 +55,8 @@ def student_source(
 def planned_parameters(section: ClassifierStudent, source: ModelSource, labels: list[str]) -> int:
     """Parameters of the student with its classification head, from its configuration alone.
 
-    Raises ModelError if the architecture has no such head or no list of layers to truncate;
-    RecipeError if it has fewer layers.
+    Raises ModelError if the architecture has no such head or cannot be truncated; RecipeError
+    if it has fewer layers.
     """
     if isinstance(section, RandomClassifier):
         config = _random_config(section, load_tokenizer(source), labels)
@@ -169,9 +169,10 @@ def _headless(path: Path, error: Exception) -> ModelError:
 def _truncate(model: Any, layers: int, path: Path) -> None:
     """Keep the first layers. path: of the model."""
     stack = getattr(model.base_model, "layers", None)
-    if stack is None:
+    if stack is None or not hasattr(model, "score"):
+        lacks = "list of layers to cut" if stack is None else "head that is one linear layer"
         raise ModelError(
-            f"{type(model).__name__} has no list of layers to cut",
+            f"{type(model).__name__} has no {lacks}",
             where=path,
             fix="use student.start: pretrained, or a model of the Llama family",
         )

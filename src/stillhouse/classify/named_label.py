@@ -20,7 +20,7 @@ from stillhouse.classify.label_prompts import LabelPrompt
 from stillhouse.data.words import bare, normalized, whole_words, words
 from stillhouse.synthesis.filters import unfenced
 
-Phrases = Mapping[str, frozenset[int]]
+Phrases = Mapping[str, set[int]]
 """Ways to write labels, normalized, with the numbers of the labels that each matches."""
 
 FEWEST_WORDS = 4
@@ -92,7 +92,7 @@ def named_label(text: str, prompt: LabelPrompt) -> int | None:
     return _one({number for numbers in _mentioned(plain, variants) for number in numbers})
 
 
-def _one(numbers: set[int] | frozenset[int]) -> int | None:
+def _one(numbers: set[int]) -> int | None:
     return next(iter(numbers)) if len(numbers) == 1 else None
 
 
@@ -113,11 +113,7 @@ def _phrases(ways: tuple[tuple[str, ...], ...]) -> tuple[Phrases, Phrases]:
             exact.setdefault(way, set()).add(number)
             for variant in {way, *(_SEPARATORS.sub(mark, way) for mark in " -_")}:
                 variants.setdefault(variant, set()).add(number)
-    return _frozen(exact), _frozen(variants)
-
-
-def _frozen(phrases: Mapping[str, set[int]]) -> Phrases:
-    return {way: frozenset(numbers) for way, numbers in phrases.items()}
+    return exact, variants
 
 
 def _value(text: str) -> str:
@@ -145,20 +141,20 @@ def _named(value: Any) -> Any:
 def _leading(text: str, phrases: Phrases) -> int | None:
     """The label that the text equals, or begins with before an explanation."""
     for end in (found.start() for found in _EXPLAINED.finditer(text)):
-        numbers = phrases.get(bare(text[:end]), frozenset())
+        numbers = phrases.get(bare(text[:end]), set())
         if len(numbers) == 1:
             return None if _is_doubtful(text[end:], phrases, numbers) else _one(numbers)
-    return _one(phrases.get(bare(text), frozenset()))
+    return _one(phrases.get(bare(text), set()))
 
 
-def _is_doubtful(explanation: str, phrases: Phrases, numbers: frozenset[int]) -> bool:
+def _is_doubtful(explanation: str, phrases: Phrases, numbers: set[int]) -> bool:
     """Whether the explanation denies the label, or is little more than another label."""
     others = any(other != numbers for other in _mentioned(explanation, phrases))
     few = len(words(explanation)) < FEWEST_WORDS
     return others and (few or _RECONSIDERED.search(explanation) is not None)
 
 
-def _mentioned(text: str, phrases: Phrases) -> Iterator[frozenset[int]]:
+def _mentioned(text: str, phrases: Phrases) -> Iterator[set[int]]:
     """The labels in the text that are affirmed. If one is part of another, the longer one
     wins."""
     shown = _QUOTED.sub(lambda found: _unquoted(found.group(), phrases), text)

@@ -32,8 +32,7 @@ def training_charts(rows: Rows, unit: str, temperature: float = 1.0) -> list[Lin
     x, y = series(rows, key, axis)
     if len(y) < 2:
         return []
-    heldout = [row for row in rows if _finite(row, "heldout_kl") and _finite(row, "step")]
-    heldout_x = [_at_step(rows, float(row["step"]), axis) for row in heldout]
+    heldout_x, heldout = series_of_windows(rows, "heldout_kl", axis)
     scaled, label = in_units([*x, *heldout_x], axis_name)
     lines = [
         Line(scaled[: len(x)], y, ACCENT, "each step", "faint"),
@@ -41,9 +40,8 @@ def training_charts(rows: Rows, unit: str, temperature: float = 1.0) -> list[Lin
     ]
     if heldout:
         same = key == "forward_kl" and temperature == 1.0
-        heldout_y = [float(row["heldout_kl"]) for row in heldout]
         named = "held-out text" if same else "held-out KL"
-        lines.append(Line(scaled[len(x) :], heldout_y, INK, named, "measured"))
+        lines.append(Line(scaled[len(x) :], heldout, INK, named, "measured"))
     charts = [_chart(name, f"{name} (nats/{unit})", label, lines)]
     x, y = series(rows, "grad_norm", axis)
     if len(y) >= 2:
@@ -63,14 +61,14 @@ def series(rows: Rows, key: str, axis: str = "tokens") -> tuple[list[float], lis
     return [float(row[axis]) for row in found], [float(row[key]) for row in found]
 
 
-def series_of_windows(rows: Rows, key: str) -> tuple[list[float], list[float]]:
+def series_of_windows(
+    rows: Rows, key: str, axis: str = "tokens"
+) -> tuple[list[float], list[float]]:
     """As `series`, also for rows without tokens, such as those of a window of own text: they are at
     the tokens of their step."""
     found = [row for row in rows if _finite(row, key) and _finite(row, "step")]
     x = [
-        float(row["tokens"])
-        if _finite(row, "tokens")
-        else _at_step(rows, float(row["step"]), "tokens")
+        float(row[axis]) if _finite(row, axis) else _at_step(rows, float(row["step"]), axis)
         for row in found
     ]
     return x, [float(row[key]) for row in found]
