@@ -6,8 +6,16 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, Qwen3MoeConfig
+from transformers import (
+    DeepseekV3Config,
+    Gemma3Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    Qwen3MoeConfig,
+)
 
+from stillhouse.errors import ModelError
 from stillhouse.init_amounts import (
     CALIBRATED_STEP,
     CALIBRATION_SECONDS,
@@ -53,6 +61,21 @@ def test_the_ffn_is_cut_first_and_the_depth_when_a_third_is_left(
     blocks = TEACHER.parameters - TEACHER.ends
     kept = config_size(cut).parameters - TEACHER.ends
     assert kept / blocks == pytest.approx(share, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=256),
+        GPTNeoXConfig(**{**SIZES, "num_key_value_heads": None}, intermediate_size=128),
+        DeepseekV3Config(**SIZES, n_routed_experts=8, moe_intermediate_size=32),
+        Gemma3Config(text_config={**SIZES, "intermediate_size": 128}),
+    ],
+)
+def test_a_model_that_cannot_be_pruned_has_no_smaller_sizes(config: Any) -> None:
+    with pytest.raises(ModelError, match="cannot be pruned") as found:
+        pruned_sizes(config, 0.5)
+    assert "name a model for the student to start from" in str(found.value.fix)
 
 
 def test_a_mixture_of_experts_loses_layers() -> None:

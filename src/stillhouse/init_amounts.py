@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from stillhouse import account
+from stillhouse.errors import ModelError
 from stillhouse.language_model.calibration_check import ROWS_PER_NEURON
 from stillhouse.language_model.expected_time import PRUNING_PASSES
 from stillhouse.planning.machine import Machine
 from stillhouse.planning.model_size import ModelSize, config_size
+from stillhouse.pruning.axes import axes_of
 from stillhouse.students.student_config import PrunedStudent
 
 TRAINING_SECONDS, CALIBRATION_SECONDS = 390.0, 240.0
@@ -47,7 +49,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class PrunedSizes:
-    """Of a student that is cut from a model. ffn_size: None where layers have several FFNs. active:
+    """Of a student that is cut from a model. ffn_size: None if layers have several FFNs. active:
     the parameters that one token is multiplied with."""
 
     layers: Kept
@@ -70,12 +72,17 @@ class Amounts:
 def pruned_sizes(config: Any, share: float) -> PrunedSizes:
     """Sizes with about this share of the blocks' parameters: of the FFN first, then of the depth.
 
-    config: of the model that is cut. Raises ModelError as `config_size`.
+    config: of the model that is cut. Raises ModelError as `config_size`, and for a model that
+    cannot be pruned.
     """
-    text = config.get_text_config()
-    depth, width = text.num_hidden_layers, getattr(text, "intermediate_size", None)
+    try:
+        axes = axes_of(config)
+    except ModelError as error:
+        fix = "name a model for the student to start from: its folder, a Hub id or pypi:PACKAGE"
+        raise ModelError(error.what, where="--size", fix=fix) from error
+    depth, width = config.num_hidden_layers, getattr(config, axes.ffn_size)
     size = config_size(config)
-    if not isinstance(width, int) or hasattr(text, "num_experts"):
+    if axes.experts is not None:
         kept = max(1, round(depth * share))
         return PrunedSizes(Kept(kept, depth), None, size.active * kept / depth)
     neuron = (size.layer - _with_width(config, width // 2).layer) / (width - width // 2)
@@ -89,7 +96,7 @@ def pruned_sizes(config: Any, share: float) -> PrunedSizes:
 
 def _with_width(config: Any, width: int) -> ModelSize:
     narrow = copy.deepcopy(config)
-    narrow.get_text_config().intermediate_size = width
+    narrow.intermediate_size = width
     return config_size(narrow)
 
 
