@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from stillhouse.data.control_tokens import Piece
 from stillhouse.data.documents import Completion, Conversation, Document
@@ -120,6 +122,34 @@ def test_a_token_across_a_border_belongs_to_the_side_that_it_begins_on() -> None
     (and_,) = tokenizer("and", add_special_tokens=False)["input_ids"]
     assert ids[-1] == and_
     assert mask.tolist() == [False, *[True] * (len(ids) - 2), False]
+
+
+def test_a_token_across_a_border_is_context_even_if_the_tokens_before_it_differ() -> None:
+    """Alone, the context ends with the token `b_`; in the row, `_` is in the token `__`."""
+    vocabulary = {token: number for number, token in enumerate(["▁", "a", "b", "b▁", "▁▁"])}
+    core = Tokenizer(models.BPE(vocabulary, [("▁", "▁"), ("b", "▁")]))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    ((ids, mask),) = encode_pieces([[Piece("ab ", False), Piece(" a", True)]], tokenizer)
+    assert tokenizer.convert_ids_to_tokens(ids.tolist()) == ["▁", "a", "b", "▁▁", "a"]
+    assert mask.tolist() == [False, False, False, False, True]
+
+
+def test_the_turns_of_a_long_chat_are_tokenized_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    encode = PreTrainedTokenizerFast.__call__
+
+    def counting(self: Any, text: Any, *given: Any, **options: Any) -> Any:
+        read.append(len("".join(text)))
+        return encode(self, text, *given, **options)
+
+    tokenizer = metaspace()
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", counting)
+    messages = chat(*["the fox and the dog"] * 100)
+    (row,) = rows_of(conversation(messages), tokenizer)
+    assert len(learned(row, tokenizer)) == 50
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert len(whole) <= sum(read) < 1.5 * len(whole)
 
 
 def test_a_template_that_rewrites_earlier_turns_gives_each_turn_its_own_row() -> None:

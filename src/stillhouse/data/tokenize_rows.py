@@ -103,7 +103,7 @@ def encode_pieces(rows: Sequence[Sequence[Piece]], tokenizer: Any) -> list[tuple
 
     Pieces are tokenized separately, as at inference, where the prompt is tokenized before the first
     token is generated. A tokenizer that adds a space before every text would add one before every
-    piece: in that case, complete rows are tokenized, and cut where the tokens of a prefix end.
+    piece: in that case, complete rows are tokenized.
     """
     if adds_prefix_space(tokenizer):
         return [_encode_whole(pieces, tokenizer) for pieces in rows]
@@ -120,20 +120,20 @@ def encode_pieces(rows: Sequence[Sequence[Piece]], tokenizer: Any) -> list[tuple
 
 def _encode_whole(pieces: Sequence[Piece], tokenizer: Any) -> tuple[Ids, Mask]:
     """A token in two pieces counts as part of the first, where it begins."""
-    if any(piece.plain for piece in pieces):
+    if not tokenizer.is_fast or any(piece.plain for piece in pieces):
         return _encode_apart(pieces, tokenizer)
-    prefixes = ["".join(p.text for p in pieces[: n + 1]) for n in range(len(pieces))]
-    encoded = [np.asarray(ids, dtype=np.int32) for ids in encode_texts(prefixes, tokenizer)]
-    ids = encoded[-1]
-    mask = np.zeros(len(ids), dtype=bool)
-    start = 0
-    for piece, prefix in zip(pieces, encoded, strict=True):
-        end = _common(prefix, ids)
-        if end < len(prefix):
-            end += 1
-        mask[start:end] = piece.supervised
-        start = max(start, end)
-    return ids, mask
+    encoded = tokenizer(
+        "".join(piece.text for piece in pieces),
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        verbose=False,
+        split_special_tokens=False,
+    )
+    starts = [start for start, _ in encoded["offset_mapping"]]
+    ends = np.cumsum([len(piece.text) for piece in pieces])
+    supervised = np.array([piece.supervised for piece in pieces])
+    mask = supervised[np.searchsorted(ends, starts, side="right")]
+    return np.asarray(encoded["input_ids"], dtype=np.int32), mask
 
 
 def _encode_apart(pieces: Sequence[Piece], tokenizer: Any) -> tuple[Ids, Mask]:
@@ -146,12 +146,6 @@ def _encode_apart(pieces: Sequence[Piece], tokenizer: Any) -> tuple[Ids, Mask]:
         parts.append(ids[len(anchor) :] if number and ids[: len(anchor)] == anchor else ids)
     masks = [np.full(len(ids), p.supervised) for ids, p in zip(parts, pieces, strict=True)]
     return np.concatenate(parts).astype(np.int32), np.concatenate(masks)
-
-
-def _common(left: Ids, right: Ids) -> int:
-    length = min(len(left), len(right))
-    different = np.flatnonzero(left[:length] != right[:length])
-    return int(different[0]) if len(different) else length
 
 
 def adds_prefix_space(tokenizer: Any) -> bool:
