@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import stillhouse
@@ -79,6 +80,15 @@ def test_a_head_alone_needs_no_other_weights(
     head = load_head(folder, dtype=torch.float32)
     assert torch.equal(head.weight_VD, expected)
     assert len(local._checked) == 1
+
+
+def test_a_head_of_integers_is_not_taken_for_weights(tmp_path: Path) -> None:
+    folder = save_model(tmp_path, tiny_model("llama"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = (9 * tensors["lm_head.weight"]).to(torch.int8)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="without scales"):
+        load_head(folder, dtype=torch.float32)
 
 
 def test_a_model_that_bypasses_its_backbone_is_run_completely(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def model(tmp_path: Path) -> nn.Sequential:
 
 
 def mapped(model: nn.Sequential, folder: Path) -> dict[nn.Module, MappedWeights]:
-    return map_weights(model, model, folder)
+    return map_weights(model, model, [folder / "model.safetensors"])
 
 
 def test_pages_leave_memory_and_come_back(model: nn.Sequential, tmp_path: Path) -> None:

@@ -12,9 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stillhouse.errors import ModelError
+from stillhouse.evaluation.evaluate import weight_bytes
 from stillhouse.teachers.load_model import load_model, load_tokenizer
+from stillhouse.teachers.local_teacher import load_teacher
+from stillhouse.teachers.model_source import ModelSource
 from stillhouse.teachers.planned_model import check_model_folder
-from stillhouse.teachers.weights import weight_files
+from stillhouse.teachers.weights import stored_dtypes, weight_files
 from tests import tiny
 
 Tensors = dict[str, torch.Tensor]
@@ -102,6 +105,28 @@ def test_weights_in_one_file_and_in_shards(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     assert "no metadata" in refusal(folder)
     edit(folder, "model.safetensors.index.json", metadata={})
+    load_model(folder, dtype=torch.float32)
+
+
+def test_a_file_of_weights_that_the_model_does_not_have(folder: Path) -> None:
+    """Mistral's repositories have all weights again, in a file that few people download."""
+    names = ("model.safetensors", "consolidated.safetensors")
+    size = (folder / names[0]).stat().st_size
+    for content in (b"version https://git-lfs.github.com/spec/v1\n", b""):
+        (folder / names[1]).write_bytes(content)
+        teacher = load_teacher(ModelSource(folder), dtype=torch.float32)
+        teacher.place(torch.device("cpu"), 16)
+        assert stored_dtypes(folder) == {"F32"}
+        assert weight_bytes(folder, None, None) == size
+
+
+def test_shards_named_from_the_folder(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "all.safetensors")
+    index = folder / "model.safetensors.index.json"
+    places = dict.fromkeys(tensors, "./all.safetensors")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    assert weight_files(folder) == [folder / "all.safetensors"]
     load_model(folder, dtype=torch.float32)
 
 

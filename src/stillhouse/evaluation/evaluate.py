@@ -45,7 +45,7 @@ from stillhouse.teachers.planned_model import shape_key
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.sharded_teacher import ShardedTeacher
 from stillhouse.teachers.stored_head import load_head
-from stillhouse.teachers.weights import stored_dtypes
+from stillhouse.teachers.weights import stored_dtypes, weight_files
 
 
 def evaluate(
@@ -314,7 +314,7 @@ def _stored_as_used(source: ModelSource, setup: _Setup) -> Iterator[ModelSource]
     """The checkpoint in the dtype that it is used in: a temporary copy if its files have
     another one, since their mapped pages count as memory too."""
     name = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}.get(setup.dtype)
-    if setup.device.type != "cpu" or stored_dtypes(source.path) in (set(), {name}):
+    if setup.device.type != "cpu" or stored_dtypes(source.path) == {name}:
         yield source
         return
     with temporary_folder("stillhouse-memory-") as folder:
@@ -327,7 +327,7 @@ def _stored_as_used(source: ModelSource, setup: _Setup) -> Iterator[ModelSource]
 
 
 def weight_bytes(path: Path, model: Any, dtype: torch.dtype | None) -> int:
-    """Bytes of the folder's safetensors files; with `dtype`, of the model's weights in it."""
+    """Bytes of the model's safetensors files; with `dtype`, of the model's weights in it."""
     if dtype is not None:
         return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in weight_files(path))

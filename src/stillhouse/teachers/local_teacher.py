@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from stillhouse.teachers.model_source import AnyModel, ModelSource, source_of
 from stillhouse.teachers.packed_attention import use_attention
 from stillhouse.teachers.shared_vocabulary import check_rows
 from stillhouse.teachers.teacher import OUTPUT_ONLY, Teacher, TeacherView
+from stillhouse.teachers.weights import weight_files
 
 
 class LocalTeacher(Teacher):
@@ -73,8 +74,9 @@ class LocalTeacher(Teacher):
         self.model.to(device)
         use_attention(self.model, context, device, self.model.dtype)
         if self.source is not None and device.type == "cpu" and not self._mapped:
-            layers = decoder_layers(self.model)
-            self._mapped = map_weights(self.model, layers, self.source.path)
+            with suppress(ModelError):  # files that are gone by now
+                files = weight_files(self.source.path)
+                self._mapped = map_weights(self.model, decoder_layers(self.model), files)
 
     @contextmanager
     def _released_after_use(self) -> Iterator[None]:

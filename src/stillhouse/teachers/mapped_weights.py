@@ -51,9 +51,9 @@ class MappedWeights:
 
 
 def map_weights(
-    model: Any, layers: Iterable[nn.Module], folder: Path
+    model: Any, layers: Iterable[nn.Module], files: Iterable[Path]
 ) -> dict[nn.Module, MappedWeights]:
-    """Make the model's parameters views of the checkpoint in `folder`; returns those of each layer.
+    """Make the model's parameters views of its safetensors files; returns those of each layer.
 
     All are replaced, since transformers maps a file as one storage, which lasts as long as any of
     its tensors. A parameter that is not on the CPU, or differs from the file in its name, type or
@@ -61,7 +61,7 @@ def map_weights(
     """
     if not hasattr(mmap, "MADV_DONTNEED"):
         return {}
-    stored = {name: place for file in folder.glob("*.safetensors") for name, place in _stored(file)}
+    stored = {name: place for file in files for name, place in _stored(file)}
     mapped = {}
     for name, parameter in model.named_parameters():
         if name in stored and _is_equal(parameter, stored[name].tensor):

@@ -37,14 +37,15 @@ def shape_key(config: Any) -> str:
     return json.dumps(shape, sort_keys=True, default=str)
 
 
-def planned_model(config: Any, where: object = None) -> Any:
+def planned_model(config: Any, where: object = None, *, trusted: bool = False) -> Any:
     """A model on the meta device: shapes without memory.
 
-    where: its folder. Raises ModelError if no causal language model has this configuration.
+    where: its folder. trusted: code that comes with the model may run. Raises ModelError if no
+    causal language model has this configuration.
     """
     require_layers(config, where)
     with _building(config, where), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
 
 
 def model_without_weights(checkpoint: AnyModel) -> Any:

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from stillhouse.errors import ModelError
 from stillhouse.signals.signal_types import LMHead
 from stillhouse.teachers.backbone import lm_head, trim_head
 from stillhouse.teachers.load_model import check_head_once, load_config, load_model
 from stillhouse.teachers.model_source import AnyModel, source_of
+from stillhouse.teachers.planned_model import planned_model
 from stillhouse.teachers.weights import read_tensors, weight_files
 
 
@@ -23,13 +23,11 @@ def load_head(checkpoint: AnyModel, *, dtype: torch.dtype) -> LMHead:
     """The head of the model in a folder, on the CPU. Raises ModelError as `load_model`.
 
     Its other weights are read only if the model's logits do not come from `base_model`'s output
-    alone, or its files store the head under another name.
+    alone, or its files store the head quantized or under another name.
     """
     source = source_of(checkpoint)
-    path, trusted = source.path, source.trusted
-    config = load_config(source)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+    path = source.path
+    model = planned_model(load_config(source), path, trusted=source.trusted)
     head = lm_head(model)
     weight_VD = _stored(path, _names(model, head.weight_VD))
     bias = head.bias_V
@@ -70,5 +68,8 @@ def _names(model: Any, tensor: Tensor) -> list[str]:
 
 
 def _stored(path: Path, names: list[str]) -> Tensor | None:
+    """The first of these tensors that is stored; None if it is quantized, or there is none."""
     found = read_tensors(weight_files(path), names)
-    return next((found[name] for name in names if name in found), None)
+    stored = next((found[name] for name in names if name in found), None)
+    quantized = stored is not None and (stored.element_size() < 2 or not stored.is_floating_point())
+    return None if quantized else stored

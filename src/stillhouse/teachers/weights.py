@@ -25,14 +25,11 @@ def weight_files(folder: Path) -> list[Path]:
     check_config(folder)
     if (folder / SINGLE).is_file():
         _reject_other_weights(folder)
-        files = [folder / SINGLE]
-    elif (folder / INDEX).is_file():
-        files = _shards(folder / INDEX)
-    else:
-        raise _no_weights(folder)
-    for file in files:
-        tensor_names(file)
-    return files
+        tensor_names(folder / SINGLE)
+        return [folder / SINGLE]
+    if (folder / INDEX).is_file():
+        return _shards(folder / INDEX)
+    raise _no_weights(folder)
 
 
 def _reject_other_weights(folder: Path) -> None:
@@ -72,8 +69,8 @@ def tensor_names(file: Path) -> set[str]:
 
 
 def stored_dtypes(folder: Path) -> set[str]:
-    """The dtypes of a checkpoint's tensors; empty if it has no safetensors files."""
-    return set(stored_types(sorted(folder.glob("*.safetensors"))).values())
+    """The dtypes of a checkpoint's tensors. Raises ModelError as `weight_files`."""
+    return set(stored_types(weight_files(folder)).values())
 
 
 def stored_types(files: Iterable[Path]) -> dict[str, str]:
@@ -167,32 +164,31 @@ def _shards(index: Path) -> list[Path]:
             where=index,
             fix='copy the model again, or add "metadata": {} to the index',
         )
-    files = [index.parent / name for name in sorted(set(map(str, weight_map.values())))]
-    missing = [file.name for file in files if not file.is_file()]
+    places = sorted(set(map(str, weight_map.values())))
+    missing = [place for place in places if not (index.parent / place).is_file()]
     if missing:
         raise ModelError(
-            f"{len(missing)} of {len(files)} weight files are missing: {', '.join(missing[:3])}",
+            f"{len(missing)} of {len(places)} weight files are missing: {', '.join(missing[:3])}",
             where=index.parent,
             fix="download or copy them too",
         )
-    held = {file.name: tensor_names(file) for file in files}
-    for name, place in weight_map.items():
-        if name not in held[str(place)]:
-            lacking = sum(name not in held[str(place)] for name, place in weight_map.items())
-            raise ModelError(
-                f"the index promises {lacking} tensors that are not there, such as {name}",
-                where=index.parent / str(place),
-                fix="download or copy the model again: its files are of two versions",
-            )
-    for file in files:
-        for name in sorted(held[file.name] & set(weight_map)):
-            if weight_map[name] != file.name:
+    held = {place: tensor_names(index.parent / place) for place in places}
+    lacking = [name for name, place in weight_map.items() if name not in held[str(place)]]
+    if lacking:
+        raise ModelError(
+            f"the index promises {len(lacking)} tensors that are not there, such as {lacking[0]}",
+            where=index.parent / str(weight_map[lacking[0]]),
+            fix="download or copy the model again: its files are of two versions",
+        )
+    for place, names in held.items():
+        for name in sorted(names & set(weight_map)):
+            if weight_map[name] != place:
                 raise ModelError(
-                    f"the tensor {name} is in two files: {file.name} and {weight_map[name]}",
+                    f"the tensor {name} is in two files: {place} and {weight_map[name]}",
                     where=index.parent,
                     fix="download or copy the model again: its files are of two versions",
                 )
-    return files
+    return [index.parent / place for place in places]
 
 
 def _no_weights(folder: Path) -> ModelError:
