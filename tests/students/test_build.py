@@ -111,6 +111,17 @@ def test_random_from_another_config(teacher: ModelSource, tmp_path: Path) -> Non
     assert load_model(tmp_path / "student", dtype=torch.float32).config.model_type == "qwen3"
 
 
+def test_random_from_a_config_of_another_vocabulary(teacher: ModelSource, tmp_path: Path) -> None:
+    """It has the tokenizer's tokens: also those that end a text."""
+    other = {"vocab_size": 50, "bos_token_id": 7, "eos_token_id": 8, "pad_token_id": 9}
+    tiny_model("qwen3", **other).config.save_pretrained(tmp_path / "start")
+    build(RandomStudent(start="random", config="start"), teacher, tmp_path)
+    student = load_model(tmp_path / "student", dtype=torch.float32)
+    found = {key: getattr(student.config, key) for key in other}
+    assert found == {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+    assert student.generation_config.eos_token_id == 2
+
+
 def test_random_with_too_small_a_vocabulary(teacher: ModelSource, tmp_path: Path) -> None:
     section = RandomStudent(start="random", overrides={"vocab_size": 95})
     with pytest.raises(ModelError, match="student has 95 embedding rows"):

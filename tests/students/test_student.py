@@ -68,6 +68,14 @@ def test_a_random_student_is_seeded_and_shaped_by_overrides(teacher: LocalTeache
     assert not torch.equal(weights[0], weights[2])
 
 
+def test_a_random_student_has_the_tokens_of_its_tokenizer(teacher: LocalTeacher) -> None:
+    config = tiny.llama(vocab_size=50, bos_token_id=7, eos_token_id=8).config
+    student = Student.random(config, teacher.tokenizer, num_hidden_layers=1)
+    assert student.vocabulary == student.model.config.vocab_size == 260
+    assert student.model.generation_config.eos_token_id == teacher.tokenizer.eos_token_id
+    assert config.vocab_size == 50, "it is not changed"
+
+
 def test_a_saved_student_is_a_pretrained_one(teacher: LocalTeacher, tmp_path: Path) -> None:
     student = Student.random(teacher, num_hidden_layers=1)
     student.save(tmp_path / "out")

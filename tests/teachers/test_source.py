@@ -119,6 +119,11 @@ def test_a_missing_folder(tmp_path: Path) -> None:
     assert "there is no model at 'a/b/c'" in refusal("a/b/c", tmp_path)
 
 
+def test_a_name_that_is_too_long_for_a_path(tmp_path: Path) -> None:
+    assert "the Hub has no such model" in refusal("a" * 300, tmp_path)
+    assert "there is no model at" in refusal("a " * 200, tmp_path)
+
+
 def test_a_folder_without_config(folder: Path, tmp_path: Path) -> None:
     (folder / "config.json").unlink()
     assert "has no config.json" in refusal(folder, tmp_path)

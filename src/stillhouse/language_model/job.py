@@ -45,7 +45,7 @@ from stillhouse.teachers.model_source import (
 )
 from stillhouse.teachers.planned_model import planned_model
 from stillhouse.teachers.several_teachers import check_one_teacher
-from stillhouse.teachers.shared_vocabulary import check_rows, check_same_ids
+from stillhouse.teachers.shared_vocabulary import check_rows, check_same_ids, token_count
 from stillhouse.teachers.source_tokenizers import (
     head_rows,
     other_tokenizer,
@@ -156,7 +156,7 @@ def find_models(
         own = resolve_tokenizer(recipe.student.tokenizer, base=base, trusted=trusted)
     folded = _is_folded(recipe, teacher, own or other)
     if own is not None:
-        rows = max(load_tokenizer(own).get_vocab().values()) + 1  # ids that it can return
+        rows = token_count(load_tokenizer(own))
     elif folded:
         own = pruned
         rows = check_rows(load_tokenizer(other), head_rows(other), "student")
@@ -366,7 +366,10 @@ def configs(job: Job) -> tuple[Any, Any]:
     teacher, section = load_config(job.teacher), job.recipe.student
     if isinstance(section, PrunedStudent | RandomStudent):
         start = start_config(job)
-        return planned_config(section, start, base=job.base, served=job.served), teacher
+        planned = planned_config(
+            section, start, job.base, served=job.served, tokenizer=job.own_tokenizer
+        )
+        return planned, teacher
     assert job.pretrained is not None
     return load_config(job.pretrained), teacher
 

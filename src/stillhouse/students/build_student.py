@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +16,7 @@ from stillhouse.pruning.surgery import check_saved
 from stillhouse.pruning.vocabulary_cut import save_kept_ids
 from stillhouse.shared_work import ALONE, Processes
 from stillhouse.students.pruned_student import Summary, prune_to
+from stillhouse.students.random_student import for_tokenizer, overridden_config, random_model
 from stillhouse.students.student import Student
 from stillhouse.students.student_config import PretrainedStudent, PrunedStudent, RandomStudent
 from stillhouse.teachers.load_model import load_config, load_tokenizer
@@ -26,7 +26,7 @@ from stillhouse.teachers.model_source import (
     resolve_model,
     resolve_tokenizer,
 )
-from stillhouse.teachers.shared_vocabulary import check_same_vocabulary
+from stillhouse.teachers.shared_vocabulary import check_same_vocabulary, token_count
 from stillhouse.teachers.source_tokenizers import head_rows
 
 CHECKED_TOKENS = 64
@@ -115,29 +115,23 @@ def _pretrained(
 def _random(
     section: RandomStudent, teacher: ModelSource, seed: int, base: Path
 ) -> tuple[Student, Summary]:
-    own = section.tokenizer
-    named = own and resolve_tokenizer(own, base=base, trusted=teacher.trusted)
+    named = section.tokenizer and resolve_tokenizer(
+        section.tokenizer, base=base, trusted=teacher.trusted
+    )
     tokenizer = load_tokenizer(named or teacher)
     config = start_config(section, load_config(teacher), base)
-    student = Student.random(config, tokenizer, seed=seed, **section.overrides)
+    if named or section.config is not None:
+        config = for_tokenizer(config, tokenizer)
+    overrides = {"vocab_size": token_count(tokenizer), **section.overrides}
+    student = Student(random_model(overridden_config(config, overrides), seed), tokenizer)
     return student, {"overrides": dict(section.overrides), "notes": []}
 
 
 def start_config(section: RandomStudent, teacher_config: Any, base: Path) -> Any:
-    """The configuration that `section.overrides` are applied to: the named one, or the teacher's;
-    for a tokenizer of its own, with as many tokens."""
-    config = teacher_config
-    if section.config is not None:
-        config = load_config(resolve_config(section.config, base=base))
-    if section.tokenizer is None:
-        return config
-    tokenizer = load_tokenizer(resolve_tokenizer(section.tokenizer, base=base).path)
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    text.vocab_size = max(tokenizer.get_vocab().values()) + 1
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(text, name, getattr(tokenizer, name))
-    return config
+    """The configuration that a student's differs from: the named one, or the teacher's."""
+    if section.config is None:
+        return teacher_config
+    return load_config(resolve_config(section.config, base=base))
 
 
 def config_sha256(section: RandomStudent, base: Path) -> str | None:

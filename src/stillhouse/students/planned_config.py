@@ -13,8 +13,10 @@ from stillhouse.pruning.shapes import planned_shape
 from stillhouse.pruning.sizes import Sizes, check_sizes, resized_config, sizes_of
 from stillhouse.students.build_student import start_config
 from stillhouse.students.pruned_student import explicit_sizes, method_of
-from stillhouse.students.random_student import overridden_config
+from stillhouse.students.random_student import for_tokenizer, overridden_config
 from stillhouse.students.student_config import PrunedStudent, RandomStudent
+from stillhouse.teachers.load_model import load_tokenizer
+from stillhouse.teachers.model_source import ModelSource
 
 
 def planned_config(
@@ -24,16 +26,21 @@ def planned_config(
     *,
     served: torch.dtype = torch.bfloat16,
     owner: str | None = None,
+    tokenizer: ModelSource | None = None,
 ) -> Any:
     """A configuration of the student's size. Which layers a pruned student keeps is not known yet,
     nor how many tokens `vocabulary: data` means: all are counted.
 
     served: the number type of the exported weights, for a target in bytes. owner: the pruned
-    model's name in error messages; None: as in the section.
+    model's name in error messages; None: as in the section. tokenizer: of a random student, if it
+    is not the teacher's.
     Raises RecipeError if the sizes are not possible; for a target, if that is certain.
     """
     if isinstance(section, RandomStudent):
-        return overridden_config(start_config(section, teacher_config, base), section.overrides)
+        config = start_config(section, teacher_config, base)
+        if tokenizer is not None:
+            config = for_tokenizer(config, load_tokenizer(tokenizer))
+        return overridden_config(config, section.overrides)
     if section.target is None:
         after = explicit_sizes(section, teacher_config, owner=owner)
         check_importance(method_of(section), sizes_of(teacher_config), after)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from stillhouse.errors import RecipeError
 from stillhouse.pruning.sizes import keep_config_layers
 from stillhouse.teachers.load_model import attention_for
+from stillhouse.teachers.shared_vocabulary import token_count
 
 Value = int | float | bool | str
 
@@ -55,6 +57,19 @@ def overridden_config(config: Any, overrides: Mapping[str, Value]) -> Any:
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise _impossible(str(error)) from error
     _check_heads(made)
+    return made
+
+
+def for_tokenizer(config: Any, tokenizer: Any) -> Any:
+    """A copy of a configuration for a tokenizer that is not its own: as many rows as tokens, and
+    the tokenizer's first and last token of a text.
+
+    There is no padding token: its embedding would not be trained.
+    """
+    made = copy.deepcopy(config)
+    text = made.get_text_config()
+    text.vocab_size, text.pad_token_id = token_count(tokenizer), None
+    text.bos_token_id, text.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     return made
 
 

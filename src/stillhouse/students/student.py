@@ -22,7 +22,12 @@ from stillhouse.pruning.surgery import cut_rows_without_tokens
 from stillhouse.section import checked, made
 from stillhouse.signals import LMHead
 from stillhouse.students.pruned_student import prune_to, target_sizes
-from stillhouse.students.random_student import Value, overridden_config, random_model
+from stillhouse.students.random_student import (
+    Value,
+    for_tokenizer,
+    overridden_config,
+    random_model,
+)
 from stillhouse.students.student_config import PrunedStudent
 from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.load_model import load_model, load_tokenizer
@@ -31,7 +36,7 @@ from stillhouse.teachers.model_source import AnyModel, ModelSource, resolve_mode
 from stillhouse.teachers.older_names import save_tokenizer, write_older_names
 from stillhouse.teachers.planned_model import model_without_weights
 from stillhouse.teachers.quiet import quiet
-from stillhouse.teachers.shared_vocabulary import check_rows
+from stillhouse.teachers.shared_vocabulary import check_rows, token_count
 from stillhouse.teachers.teacher import Teacher
 
 
@@ -81,18 +86,22 @@ class Student:
     ) -> Self:
         """Random weights in the architecture's own initialization: one seed, one set of weights.
 
-        like: a teacher, whose tokenizer is also used, or a transformers configuration. overrides:
-        values of the configuration to change, such as hidden_size=256. There are as many rows as
-        tokens unless an override sets vocab_size.
+        like: a teacher, whose tokenizer is also used, or a transformers configuration, which gets
+        the tokenizer's BOS and EOS. overrides: values of the configuration to change, such as
+        hidden_size=256. There are as many rows as tokens unless an override sets vocab_size.
         Raises RecipeError: an unknown key, or an invalid configuration. ModelError: the
-        teacher's configuration is not known.
+        teacher's configuration is not known, or fewer rows than tokens.
         """
         seed = checked(Seed, seed, "seed")
+        own = None
         if isinstance(like, Teacher):
-            like, tokenizer = local(like).config, tokenizer or like.tokenizer
-        if tokenizer is not None and "vocab_size" not in overrides:
-            rows = check_rows(tokenizer, like.get_text_config().vocab_size, "student")
-            overrides = {"vocab_size": rows, **overrides}
+            like, own = local(like).config, like.tokenizer
+        if tokenizer is None:
+            tokenizer = own
+        elif tokenizer is not own:
+            like = for_tokenizer(like, tokenizer)
+        if tokenizer is not None:
+            overrides = {"vocab_size": token_count(tokenizer), **overrides}
         return cls(random_model(overridden_config(like, overrides), seed), tokenizer)
 
     @classmethod

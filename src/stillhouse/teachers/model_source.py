@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import re
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -201,7 +202,9 @@ def local_path(model: str, base: Path) -> Path | None:
     """
     named = Path(model).expanduser()
     for candidate in (base / named, Path.cwd() / named):
-        if candidate.exists():
+        if os.path.exists(
+            candidate
+        ):  # unlike Path.exists, not an error for a name that is too long
             return candidate
     looks_local = (
         named.is_absolute()

@@ -35,8 +35,7 @@ def check_same_vocabulary(
     Raises ModelError: the maps differ, or a model has fewer rows than its tokenizer has ids.
     """
     check_same_ids(teacher_tokenizer, student_tokenizer)
-    rows = max(teacher_tokenizer.get_vocab().values()) + 1
-    check_rows(teacher_tokenizer, teacher_rows, "teacher")
+    rows = check_rows(teacher_tokenizer, teacher_rows, "teacher")
     check_rows(student_tokenizer, student_rows, "student")
     return VocabularyMatch(
         rows=rows,
@@ -46,10 +45,14 @@ def check_same_vocabulary(
     )
 
 
+def token_count(tokenizer: Any) -> int:
+    """The number of ids that the tokenizer can return: they are below it."""
+    return int(max(tokenizer.get_vocab().values())) + 1
+
+
 def check_rows(tokenizer: Any, rows: int, role: str) -> int:
-    """The number of ids that the tokenizer can return. Raises ModelError if the model has fewer
-    rows."""
-    needed = int(max(tokenizer.get_vocab().values())) + 1
+    """`token_count`. Raises ModelError if the model has fewer rows."""
+    needed = token_count(tokenizer)
     if rows < needed:
         raise ModelError(
             f"the {role} has {rows:,} embedding rows, and its tokenizer gives ids up to "

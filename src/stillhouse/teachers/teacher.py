@@ -21,7 +21,7 @@ from stillhouse.objectives import AttentionStates, Term
 from stillhouse.section import made
 from stillhouse.signals import ChunkSignal, LMHead, Signal
 from stillhouse.teachers.activations import ActivationRequest
-from stillhouse.teachers.shared_vocabulary import check_same_vocabulary
+from stillhouse.teachers.shared_vocabulary import check_same_vocabulary, token_count
 
 if TYPE_CHECKING:
     from stillhouse.teachers.hidden_teacher import HiddenStateTeacher
@@ -235,8 +235,9 @@ class Teacher(ABC):
         values["concurrency"] = concurrency
         server = made(SignalServer, values, "Teacher.served")
         kept = made(TopKSignals, {"kind": "top_k", "k": k}, "Teacher.served")
-        ids = tokenizer.get_vocab().values()
-        return ServedTeacher(server, k=kept.k, vocabulary=max(ids) + 1, tokenizer=tokenizer)
+        return ServedTeacher(
+            server, k=kept.k, vocabulary=token_count(tokenizer), tokenizer=tokenizer
+        )
 
     @staticmethod
     def served_hidden(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from stillhouse.data.tokenize_rows import encode_texts
 from stillhouse.errors import ModelError
+from stillhouse.teachers.shared_vocabulary import token_count
 
 Ids = NDArray[np.int64]
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -40,7 +41,7 @@ class TextTokens:
         self.name = str(tokenizer.name_or_path or type(tokenizer).__name__)
         added = tokenizer.added_tokens_decoder
         self.special = {int(id): str(token) for id, token in added.items() if token.special}
-        self.size = int(max(tokenizer.get_vocab().values())) + 1
+        self.size = token_count(tokenizer)
         known = token_bytes(tokenizer)
         # In the order of ids: that of a vocabulary's dict changes from process to process.
         self.strings = {id: known[id] for id in sorted(known) if id not in self.special}
