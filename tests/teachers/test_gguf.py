@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from stillhouse.errors import ModelError
 from stillhouse.teachers import gguf_import as converter
+from stillhouse.teachers import write_by_layer
 from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.model_source import resolve_model
 from tests.teachers.toys import SIZES, tiny_model
@@ -114,10 +115,24 @@ def test_a_second_use_does_not_convert_again(
     assert [entry.name for entry in folder.parent.iterdir()] == [folder.name]
 
 
+def test_a_large_model_is_converted_in_several_files(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = load_model(resolve(toy, tmp_path / "whole"), dtype=torch.float32).state_dict()
+    monkeypatch.setattr(write_by_layer, "SHARD_BYTES", 20_000)
+    folder = resolve(toy, tmp_path / "parts")
+    files = sorted(file.name for file in folder.glob("*.safetensors"))
+    assert len(files) > 2
+    assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    found = load_model(folder, dtype=torch.float32).state_dict()
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+
 def test_an_interrupted_conversion_leaves_nothing_behind(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(path: Path, folder: Path) -> None:
+    def stop(path: Path, reader: Any, folder: Path) -> None:
         (folder / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
@@ -132,8 +147,8 @@ def test_two_processes_end_with_one_folder(
 ) -> None:
     convert = converter._convert
 
-    def convert_while_another_finishes(path: Path, folder: Path) -> None:
-        convert(path, folder)
+    def convert_while_another_finishes(path: Path, reader: Any, folder: Path) -> None:
+        convert(path, reader, folder)
         final = folder.with_name(folder.name.removeprefix(".").rsplit(".", 1)[0])
         if not final.exists():
             final.mkdir()

@@ -6,13 +6,14 @@ to 11 + 8 bits of mantissa, which float32 holds and bfloat16 (8 bits) would roun
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
 from gguf import GGUFReader
-from huggingface_hub import save_torch_state_dict
 from transformers import GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -28,6 +29,7 @@ from stillhouse.teachers.hashing import changed_files, file_sha256
 from stillhouse.teachers.older_names import save_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.weights import weight_files
+from stillhouse.teachers.write_by_layer import write_shards
 
 _CACHE = "set STILLHOUSE_CACHE to a folder on a disk with space"
 CONVERTER_VERSION = 3
@@ -59,14 +61,14 @@ def convert_gguf(path: Path, cache: Path) -> ConvertedModel:
         note(f"{final} is damaged ({damaged})")
         with building_folder(final) as discarded:  # at once: a kill leaves no part of it in place
             final.rename(discarded)
-    _check_tensors(path)
+    reader = _read(path)
     note(f"Converting {path.name} to safetensors, once, in {final}")
     try:
         with (
             disk_errors(final.parent, fix=f"free some space there, or {_CACHE}", elsewhere=_CACHE),
             building_folder(final) as building,
         ):
-            _convert(path, building)
+            _convert(path, reader, building)
             weight_files(building)
             write_sums(building)
             _rename(building, final)
@@ -81,8 +83,6 @@ def _damaged(folder: Path, cache: Path) -> str | None:
     """The first file of a converted model that is not as it was written."""
     try:
         names = [*read_sums(folder)]
-    except FileNotFoundError:
-        return None  # converted before there were sums
     except (OSError, ValueError):
         return SUMS
     missing = [name for name in names if not (folder / name).is_file()]
@@ -109,47 +109,43 @@ def _check_magic(path: Path) -> None:
         )
 
 
-def _check_tensors(path: Path) -> None:
-    """Check that every tensor lies inside the file."""
+def _read(path: Path) -> GGUFReader:
+    """A reader of the file, in which every tensor lies."""
     damaged: Exception | None = None
-    complete = False
     try:
         reader = GGUFReader(path)
         size = path.stat().st_size
-        complete = all(t.data_offset + t.n_bytes <= size for t in reader.tensors)
+        if all(t.data_offset + t.n_bytes <= size for t in reader.tensors):
+            return reader
     # The reader has no error type: a truncated or foreign file raises any of these.
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
         damaged = error
-    if damaged is not None or not complete:
-        raise ModelError(
-            "this GGUF file is damaged or cut short",
-            where=path,
-            fix="download or copy it again",
-        ) from damaged
+    raise ModelError(
+        "this GGUF file is damaged or cut short", where=path, fix="download or copy it again"
+    ) from damaged
 
 
-def _convert(path: Path, folder: Path) -> None:
-    reader = GGUFReader(path)
+@contextmanager
+def _readable(path: Path, what: str) -> Iterator[None]:
+    """Raise ModelError where the block cannot read this part of the file."""
     try:
-        config = read_config(reader)
-        tensors = read_tensors(reader, config)
+        with quiet():
+            yield
     except (OSError, MemoryError):
         raise
     except UnreadableGGUFError as error:
         raise _unreadable(path, str(error)) from error
-    # Metadata may have any number where a size is expected, and text where a number is.
-    except Exception as error:
-        raise _unreadable(path, f"its metadata ({error})") from error
-    try:
-        with quiet():
-            tokenizer = read_tokenizer(path, reader)
-    except OSError:
-        raise
-    except UnreadableGGUFError as error:
-        raise _unreadable(path, str(error)) from error
+    # Metadata may have any number where a size is expected, and text where a number is; and
     # transformers and tokenizers raise anything, up to plain Exception, on what they cannot read.
     except Exception as error:
-        raise _unreadable(path, f"its tokenizer ({error})") from error
+        raise _unreadable(path, f"{what} ({error})") from error
+
+
+def _convert(path: Path, reader: GGUFReader, folder: Path) -> None:
+    with _readable(path, "its metadata"):
+        config = read_config(reader)
+    with _readable(path, "its tokenizer"):
+        tokenizer = read_tokenizer(path, reader)
     for role in ("bos", "eos", "pad"):
         setattr(config, f"{role}_token_id", getattr(tokenizer, f"{role}_token_id"))
     config.dtype = torch.float32
@@ -161,8 +157,9 @@ def _convert(path: Path, folder: Path) -> None:
         generation.eos_token_id = _ends(reader) or generation.eos_token_id
         generation.save_pretrained(folder)
         save_tokenizer(tokenizer, folder)
-    save_torch_state_dict(tensors, folder, filename_pattern="model{suffix}.safetensors")
-    _write_license(path, folder)
+    with _readable(path, "its tensors"):
+        write_shards(read_tensors(reader, config), folder)
+    _write_license(reader, folder)
 
 
 def _ends(reader: GGUFReader) -> list[int]:
@@ -180,9 +177,9 @@ def _unreadable(path: Path, what: str) -> ModelError:
     )
 
 
-def _write_license(path: Path, folder: Path) -> None:
+def _write_license(reader: GGUFReader, folder: Path) -> None:
     """Write the license into the metadata of a model card, as Hub models do."""
-    fields = GGUFReader(path).fields
+    fields = reader.fields
     names = {"license": "general.license"}
     names |= {f"license_{part}": f"general.license.{part}" for part in ("name", "link")}
     head = {name: fields[key].contents() for name, key in names.items() if key in fields}

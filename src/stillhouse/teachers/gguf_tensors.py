@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import gguf
@@ -25,8 +26,8 @@ IN_THE_CONFIGURATION = {ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS}
 _EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
 
 
-def read_tensors(reader: gguf.GGUFReader, config: Any) -> dict[str, Tensor]:
-    """Read every tensor of the model in float32, by its name in a checkpoint.
+def read_tensors(reader: gguf.GGUFReader, config: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the model in float32, with its name in a checkpoint, one after another.
 
     Raises UnreadableGGUFError: a tensor that the model does not have, one that is missing or of
     another shape, or one with numbers that are not finite.
@@ -36,27 +37,26 @@ def read_tensors(reader: gguf.GGUFReader, config: Any) -> dict[str, Tensor]:
         there = LLAMA
     known = gguf.get_tensor_name_map(there.arch, config.num_hidden_layers)
     left = {tensor.name: tensor for tensor in reader.tensors}
-    found: dict[str, Tensor] = {}
-    missing = []
-    for name, shape in _shapes(config).items():
-        stored = left.pop(known.get_name(name, try_suffixes=(".weight", ".bias")), None)
-        if stored is None:
-            missing.append(name)
-            continue
-        data = from_file(there, name, _numbers(stored), config)
-        if list(data.shape) != shape:
-            raise UnreadableGGUFError(
-                f"the tensor {stored.name} is of shape {list(data.shape)}, not {shape}"
-            )
-        if not np.isfinite(data).all():
-            raise UnreadableGGUFError(f"the tensor {stored.name}, which holds NaN or infinity")
-        found |= _apart(name, torch.from_numpy(np.array(data, dtype=np.float32)))
+    shapes = _shapes(config)
+    found = {
+        name: left.pop(known.get_name(name, try_suffixes=(".weight", ".bias")), None)
+        for name in shapes
+    }
     surplus = sorted(left.keys() - IN_THE_CONFIGURATION)
     if surplus:
         raise UnreadableGGUFError(f"tensors that such a model does not have: {_few(surplus)}")
+    missing = [name for name, stored in found.items() if stored is None]
     if missing:
         raise UnreadableGGUFError(f"it lacks {len(missing)} tensors of the model: {_few(missing)}")
-    return found
+    for name, stored in found.items():
+        data = from_file(there, name, _numbers(stored), config)
+        if list(data.shape) != shapes[name]:
+            raise UnreadableGGUFError(
+                f"the tensor {stored.name} is of shape {list(data.shape)}, not {shapes[name]}"
+            )
+        if not np.isfinite(data).all():
+            raise UnreadableGGUFError(f"the tensor {stored.name}, which holds NaN or infinity")
+        yield from _apart(name, torch.from_numpy(np.array(data, dtype=np.float32))).items()
 
 
 def _text(reader: gguf.GGUFReader, key: str) -> str:

@@ -1,18 +1,21 @@
-"""Write a model's checkpoint one layer at a time, so that never more than a layer is in memory."""
+"""Write a model's checkpoint part by part, so that it is never completely in memory."""
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from stillhouse.teachers.activations import decoder_layers
+
+SHARD_BYTES = 2 << 30
 
 
 def weights_by_layer(model: Any) -> list[tuple[nn.Module, set[str]]]:
@@ -49,5 +52,37 @@ def write_by_layer(model: Any, folder: Path, weights: Iterable[dict[str, Tensor]
             part_file.rename(folder / name)
         for other in Path(part_folder).iterdir():
             other.rename(folder / other.name)
+    _write_index(index, total, folder)
+
+
+def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+    """Write named tensors in one file, or in several with an index, of about SHARD_BYTES each; one
+    file's tensors are in memory at a time."""
+    shards: list[list[str]] = []
+    total, left = 0, iter(tensors)
+    while shard := dict(_up_to_bytes(left, SHARD_BYTES)):
+        total += sum(tensor.nbytes for tensor in shard.values())
+        save_file(shard, folder / f"part-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()  # before the next one is made
+    index: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        name = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        index |= dict.fromkeys(names, name)
+        (folder / f"part-{number}").rename(
+            folder / (name if len(shards) > 1 else SAFE_WEIGHTS_NAME)
+        )
+    if len(shards) > 1:
+        _write_index(index, total, folder)
+
+
+def _up_to_bytes(left: Iterator[tuple[str, Tensor]], most: int) -> Iterator[tuple[str, Tensor]]:
+    size = 0
+    while size < most and (one := next(left, None)) is not None:
+        size += one[1].nbytes
+        yield one
+
+
+def _write_index(index: dict[str, str], total: int, folder: Path) -> None:
     described = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
     (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(described, indent=2))
