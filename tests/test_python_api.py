@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 import stillhouse as sh
 from stillhouse.errors import (
@@ -206,8 +207,30 @@ def test_a_folder_is_used_again_only_for_the_same_training(data: sh.Data, tmp_pa
     ):
         with pytest.raises(TrainingError, match=f"other values of {named}\n"):
             train(checkpoint_every=1, **changed)
-    again = train(checkpoint_every=1, micro_batch_size=2)
+    again = train(checkpoint_every=2, micro_batch_size=2)
     assert again.steps == 2, "where it runs may change"
+
+
+class Killed(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def test_checkpoints_may_be_as_often_as_they_should_after_a_kill(
+    data: sh.Data, tmp_path: Path
+) -> None:
+    def train(name: str, **more: Any) -> Any:
+        options = {"max_steps": 4, "batch_size": 4, "learning_rate": 1e-3, **more}
+        return sh.distill(tiny.llama(1), tiny.llama(), data, folder=tmp_path / name, **options)
+
+    whole = train("whole")
+    with pytest.raises(KeyboardInterrupt):
+        train("killed", checkpoint_every=2, callbacks=[Killed()])
+    resumed = train("killed", checkpoint_every=1, keep_checkpoints=3)
+    found = sorted(path.name for path in (tmp_path / "killed" / "checkpoints").iterdir())
+    assert found == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+    assert [row["loss"] for row in resumed.metrics] == [row["loss"] for row in whole.metrics]
 
 
 def test_two_processes_cannot_use_one_folder(teacher: Any, data: sh.Data, tmp_path: Path) -> None:

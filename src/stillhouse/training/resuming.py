@@ -145,6 +145,9 @@ class Housekeeping(TrainerCallback):
         self.trainer, self.keep, self.advance, self.sealed = trainer, keep, advance, sealed
         self.heap = HeapLimit()
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.save_steps = args.save_steps  # a checkpoint has those of the process that wrote it
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.advance()
         self.heap.check()

@@ -24,13 +24,11 @@ from stillhouse.teachers.local_teacher import LocalTeacher
 from stillhouse.teachers.teacher import Teacher
 from stillhouse.training.checkpoints import CHECKPOINTS, checkpoints_in
 from stillhouse.training.own_prompts import OwnPrompts
-from stillhouse.training.train_config import WHERE_IT_RUNS, TrainRecipe
+from stillhouse.training.train_config import TrainRecipe, training_key
 
 RECORD = "training.json"
 ROWS, NUMBERS = 256, 4096
 """Rows of the text, and numbers of each of a teacher's tensors, that are compared."""
-HARMLESS = ("report_to", "keep_checkpoints", *WHERE_IT_RUNS)
-"""Settings that do not change the result."""
 
 
 def require_same_training(
@@ -50,7 +48,7 @@ def require_same_training(
     """
     own = {
         "objective": objective.model_dump(mode="json"),
-        **settings.model_dump(mode="json", exclude=set(HARMLESS)),
+        **training_key(settings),
         "seed": seed,
         "data": [len(batches), batches.context, batches.supervised_tokens, _sample(batches)],
         "teacher": _identity(teacher),

@@ -33,16 +33,25 @@ SCHEDULES = {
 ORIGINAL = "teacher"
 """The entry of `train.teachers` for the recipe's own teacher."""
 
-WHERE_IT_RUNS = frozenset(
-    ("micro_batch_size", "gradient_checkpointing", "shard", "shard_within", "offload_teacher")
+HARMLESS = frozenset(
+    (
+        "micro_batch_size",
+        "gradient_checkpointing",
+        "shard",
+        "shard_within",
+        "offload_teacher",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "report_to",
+    )
 )
-"""Keys that decide how a training is computed, and not what comes out. They may change in between
-a kill and its resume."""
+"""Keys that decide how a training is computed and stored, and not what comes out. They may change
+in between a kill and its resume."""
 
 
 def training_key(settings: TrainRecipe) -> dict[str, Any]:
     """What identifies the result of a training, of its settings."""
-    found = settings.model_dump(mode="json", exclude={"report_to", "teachers", *WHERE_IT_RUNS})
+    found = settings.model_dump(mode="json", exclude={"teachers", *HARMLESS})
     own = found.pop("on_policy")
     if own is not None:
         found["on_policy"] = {**own, "generator": own["generator"]["kind"]}
