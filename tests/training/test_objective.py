@@ -19,7 +19,7 @@ from stillhouse.objectives.objective_config import ObjectiveRecipe
 from stillhouse.teachers.load_model import load_model
 from stillhouse.training.checkpoints import read_metrics
 from stillhouse.training.distillation import PROJECTIONS, same_document
-from stillhouse.training.objective import make_objective
+from stillhouse.training.objective import objective_for
 from tests import tiny
 from tests.training.conftest import Setting
 from tests.training.test_train import run
@@ -41,7 +41,7 @@ def row_means(setting: Setting, terms: ObjectiveRecipe) -> dict[str, float]:
     """Each term on all windows at the start, a window and a row at a time, in plain PyTorch."""
     student = load_model(setting.student, dtype=torch.float32)
     teacher = load_model(setting.teacher, dtype=torch.float32)
-    made = make_objective(terms, student.config, teacher.config)
+    made = objective_for(terms, student.config, teacher.config)
     sums = {"hidden mse": 0.0, "hidden cosine": 0.0, "attention relations": 0.0, "jsd@layer1": 0.0}
     rows = 0
     for number in range(len(setting.windows)):
@@ -215,7 +215,7 @@ def test_terms_that_two_models_cannot_serve_are_rejected_with_their_place(
         load_model(path, dtype=torch.float32).config for path in (narrow.student, narrow.teacher)
     ]
     with pytest.raises(SignalError, match=message) as caught:
-        make_objective(objective(tmp_path, {}, term), *configs)
+        objective_for(objective(tmp_path, {}, term), *configs)
     assert caught.value.where == "objective.terms.1"
     assert caught.value.fix
 
@@ -238,4 +238,4 @@ def test_two_temperatures_on_one_layer_have_names_of_their_own(
 def test_two_terms_of_a_kind_are_rejected(narrow: Setting, tmp_path: Path) -> None:
     config = load_model(narrow.student, dtype=torch.float32).config
     with pytest.raises(SignalError, match="same kind"):
-        make_objective(objective(tmp_path, HIDDEN, HIDDEN), config, config)
+        objective_for(objective(tmp_path, HIDDEN, HIDDEN), config, config)

@@ -54,7 +54,7 @@ from stillhouse.teachers.source_tokenizers import (
 from stillhouse.teachers.stored_teacher import check_head_frozen, check_layers, recorded_temperature
 from stillhouse.training.objective import (
     Objective,
-    make_objective,
+    objective_for,
     stored_layers,
 )
 from stillhouse.training.train import MODEL
@@ -355,7 +355,7 @@ def planned_objective(job: Job) -> Objective:
     student, teacher = configs(job)[0], job.teachers[0]
     shape = load_config(teacher)
     with torch.device("meta"):
-        objective = make_objective(job.recipe.objective, student, shape)
+        objective = objective_for(job.recipe.objective, student, shape)
     if len(job.teachers) > 1:
         check_one_teacher(objective.needs.activations)
     return objective

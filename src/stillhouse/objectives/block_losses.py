@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stillhouse.objectives.block_teacher import ProjectedRows, Teacher
 from stillhouse.objectives.dense import (
     Counted,
     GroupBlock,
     Projected,
+    ProjectedRows,
+    Teacher,
     any_divergence,
     forward_kl_and_counted,
     sampled,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.objectives.block_losses import Blocks
-from stillhouse.objectives.block_teacher import IMPOSSIBLE, ProjectedRows, Teacher
+from stillhouse.objectives.dense import IMPOSSIBLE, ProjectedRows, Teacher
 from stillhouse.objectives.folded import Folding
 from stillhouse.objectives.groups import Workspace, group_by_temperature
 from stillhouse.objectives.products import (

@@ -22,8 +22,8 @@ from torch import Tensor
 from stillhouse.errors import SignalError
 from stillhouse.objectives.chunk_loop import Plan, Work
 from stillhouse.objectives.fused import FusedLoss, default_dtype
+from stillhouse.objectives.input_checks import check_finite, check_ids, check_rows, same_rows
 from stillhouse.objectives.objective_names import ChunkDistance
-from stillhouse.objectives.signal_checks import check_finite, check_ids, check_rows, same_rows
 from stillhouse.objectives.terms import LossSum, Term
 from stillhouse.signals import ChunkSignal, LMHead
 
@@ -40,18 +40,17 @@ def chunk_loss(
     distance: ChunkDistance = "binary",
     weight: float = 1.0,
     vocab_size: int | None = None,
-    compute_dtype: torch.dtype | None = None,
 ) -> LossSum:
     """`weight` times the sum over chunks of the distance between both models' likelihoods.
 
-    hidden_ND, head, vocab_size, compute_dtype: as in `fused_loss`. targets_N: the text's own next
+    hidden_ND, head, vocab_size: as in `fused_loss`. targets_N: the text's own next
     tokens. Divide by the number of supervised rows, as for every term.
     Raises SignalError: rows, widths or ids that do not match; NaN.
     """
     vocab = vocab_size or len(head.weight_VD)
     _check(hidden_ND, head, signal, targets_N, vocab)
     rows_PD, targets_P = hidden_ND[signal.rows_P], targets_N[signal.rows_P]
-    dtype = compute_dtype or default_dtype(hidden_ND)
+    dtype = default_dtype(hidden_ND)
     terms = (Term("cross_entropy"),)
 
     def plan(grad: bool) -> Plan:

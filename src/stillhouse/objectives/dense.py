@@ -18,7 +18,22 @@ from torch import Tensor
 
 from stillhouse.objectives.divergences import DIVERGENCES, Pair
 from stillhouse.objectives.groups import Group, Member, Workspace
-from stillhouse.signals import SampledSignal
+from stillhouse.signals import SampledSignal, SparseSignal
+
+IMPOSSIBLE = -1e4
+"""A logit whose probability is 0 in every dtype; −inf would give −inf · 0 = NaN."""
+
+
+@dataclass(frozen=True)
+class ProjectedRows:
+    """A block of a frozen-head signal. score_b: Wᵀp · h, before the temperature is applied."""
+
+    score_b: Tensor
+    negative_entropy_b: Tensor
+
+
+Teacher = Tensor | SparseSignal | SampledSignal | ProjectedRows | None
+"""Raw logits [b, V], or a block of a stored signal; None: the data alone."""
 
 
 @dataclass(frozen=True)

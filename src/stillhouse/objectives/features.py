@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from stillhouse.errors import SignalError
 from stillhouse.objectives.fused import fused_loss
+from stillhouse.objectives.input_checks import same_rows
 from stillhouse.objectives.layers import LayerMap
 from stillhouse.objectives.objective_names import Distance
-from stillhouse.objectives.signal_checks import same_rows
 from stillhouse.objectives.terms import LossSum, Term
 from stillhouse.signals import LMHead, Signal
 
@@ -118,9 +118,7 @@ def layer_logits_loss(
     *,
     signal: Signal | None = None,
     targets_N: Tensor | None = None,
-    row_weights_N: Tensor | None = None,
     vocab_size: int | None = None,
-    compute_dtype: torch.dtype | None = None,
 ) -> LossSum:
     """Loss of chosen layers of the student that predict the teacher's distribution.
 
@@ -136,10 +134,8 @@ def layer_logits_loss(
             terms,
             signal=signal,
             targets_N=targets_N,
-            row_weights_N=row_weights_N,
             scale=1.0 / len(student),
             vocab_size=vocab_size,
-            compute_dtype=compute_dtype,
         )
         for layer, hidden_ND in student.items()
     }

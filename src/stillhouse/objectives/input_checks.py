@@ -5,20 +5,13 @@ Values are checked on the CPU only: on an accelerator that would stall the queue
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from stillhouse.errors import SignalError
-from stillhouse.objectives.signal_checks import (
-    check_finite,
-    check_ids,
-    check_rows,
-    check_signal,
-    check_terms_fit,
-    same_rows,
-)
 from stillhouse.objectives.terms import Term
 from stillhouse.signals import (
     DenseSignal,
@@ -26,8 +19,13 @@ from stillhouse.signals import (
     FrozenHeadSignal,
     LMHead,
     LogitsSignal,
+    SampledSignal,
     Signal,
+    SparseSignal,
 )
+
+MASS_TOLERANCE = 0.05
+"""How far a sparse row's probabilities and tail may be from summing to 1 (bfloat16 storage)."""
 
 
 def check_inputs(
@@ -135,3 +133,223 @@ def _check_row_weights(row_weights_N: Tensor, rows: int) -> None:
             f"row_weights_N is negative in row {row}: {float(row_weights_N[row])}",
             fix="weights of rows are zero or more",
         )
+
+
+def check_terms_fit(terms: Sequence[Term], signal: Signal | None) -> None:
+    """Raise an error if this signal cannot serve a divergence."""
+    for term in terms:
+        if not term.needs_teacher:
+            continue
+        if isinstance(signal, FoldedSignal):
+            check_terms_fit([term], signal.signal)
+            continue
+        name = term.divergence
+        if signal is None:
+            raise SignalError(
+                f"{name} compares the student with a teacher, but there is no signal",
+                fix="pass signal=DenseSignal(teacher_hidden, teacher_head), or a stored signal",
+            )
+        if isinstance(signal, SampledSignal) and name != "forward_kl":
+            raise SignalError(
+                f"{name} is not defined on a sampled signal: it is not linear in the teacher's "
+                "probabilities, so that unbiased samples would give a biased gradient",
+                fix="use forward_kl, or a dense or sparse signal",
+            )
+        if isinstance(signal, FrozenHeadSignal) and name != "forward_kl":
+            raise SignalError(
+                f"{name} cannot be computed from a frozen-head signal, which holds only what "
+                "forward_kl needs",
+                fix="use forward_kl, or a dense or sparse signal",
+            )
+        if isinstance(signal, SparseSignal) and name == "adaptive_kl":
+            raise SignalError(
+                "adaptive_kl is not defined on a sparse signal: it sorts tokens by probability, "
+                "and the tail is many tokens in one",
+                fix="use a dense signal, or another divergence",
+            )
+        if isinstance(signal, SparseSignal | SampledSignal | FrozenHeadSignal):
+            _check_temperature(term, signal)
+
+
+def _check_temperature(term: Term, signal: SparseSignal | SampledSignal | FrozenHeadSignal) -> None:
+    if term.temperature == signal.temperature:
+        return
+    whats = {SparseSignal: "its tail", SampledSignal: "a sample", FrozenHeadSignal: "its vector"}
+    what = whats[type(signal)]
+    raise SignalError(
+        f"{term.divergence} has temperature {term.temperature:g}, and the signal was recorded "
+        f"at {signal.temperature:g}: {what} cannot be converted to another temperature",
+        fix=f"use temperature {signal.temperature:g}, or record the signal again",
+    )
+
+
+def check_signal(signal: Signal, rows: int, vocab: int) -> None:
+    if isinstance(signal, DenseSignal):
+        check_rows("signal.hidden_ND", signal.hidden_ND, signal.head)
+        same_rows("signal.hidden_ND", signal.hidden_ND, rows)
+    elif isinstance(signal, LogitsSignal):
+        _check_logits(signal.logits_NV, rows)
+    elif isinstance(signal, SparseSignal):
+        _check_sparse(signal, rows, vocab)
+    elif isinstance(signal, FrozenHeadSignal):
+        _check_frozen(signal, rows)
+    elif isinstance(signal, FoldedSignal):
+        _check_folded(signal, rows, vocab)
+    else:
+        _check_sampled(signal, rows, vocab)
+
+
+def check_rows(name: str, hidden_ND: Tensor, head: LMHead) -> None:
+    """Two dimensions, the head's width, and no NaN or infinity."""
+    if hidden_ND.ndim != 2:
+        raise SignalError(
+            f"{name} has shape {tuple(hidden_ND.shape)}; it must be [rows, width]",
+            fix="flatten batch and position, and keep supervised rows only",
+        )
+    if hidden_ND.shape[1] != head.weight_VD.shape[1]:
+        raise SignalError(
+            f"{name} is {hidden_ND.shape[1]} wide and its head expects {head.weight_VD.shape[1]}",
+            fix="pass each model's hidden rows with that model's own head",
+        )
+    bias = head.bias_V
+    if bias is not None and bias.shape != head.weight_VD.shape[:1]:
+        raise SignalError(
+            f"the bias of {name}'s head has shape {tuple(bias.shape)} and its weight has "
+            f"{head.weight_VD.shape[0]} rows"
+        )
+    check_finite(name, hidden_ND)
+
+
+def same_rows(name: str, tensor: Tensor, rows: int) -> None:
+    if tensor.shape[0] != rows:
+        raise SignalError(
+            f"{name} has {tensor.shape[0]} rows and hidden_ND has {rows}",
+            fix="row n of every tensor must predict the same token",
+        )
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    if tensor.device.type != "cpu" or math.isfinite(
+        float(tensor.detach().sum(dtype=torch.float64))
+    ):
+        return
+    bad_rows = (~torch.isfinite(tensor.detach())).reshape(len(tensor), -1).any(1)
+    if bad_rows.any():
+        row = int(bad_rows.nonzero()[0])
+        raise SignalError(
+            f"{name} is not finite in row {row} ({int(bad_rows.sum())} such rows)",
+            fix="check the model that made it: an overflow in float16, or a diverged step",
+        )
+
+
+def _check_logits(logits_NV: Tensor, rows: int) -> None:
+    name = "signal.logits_NV"
+    if logits_NV.ndim != 2:
+        raise SignalError(f"{name} has shape {tuple(logits_NV.shape)}; it must be [rows, tokens]")
+    same_rows(name, logits_NV, rows)
+    if logits_NV.device.type == "cpu" and rows:
+        _reject(~torch.isfinite(logits_NV.amax(1)), f"{name} holds NaN, +inf, or nothing but −inf")
+
+
+def _check_sparse(signal: SparseSignal, rows: int, vocab: int) -> None:
+    ids_NK, log_probs_NK, tail_N = signal.ids_NK, signal.log_probs_NK, signal.tail_N
+    _check_entries(ids_NK, log_probs_NK, "signal.log_probs_NK", rows, vocab)
+    same_rows("signal.tail_N", tail_N, rows)
+    if tail_N.ndim != 1:
+        raise SignalError(f"signal.tail_N has shape {tuple(tail_N.shape)}; it must be [rows]")
+    if ids_NK.device.type != "cpu" or not rows:
+        return
+    ordered_NK, order_NK = ids_NK.sort(stable=True, dim=1)
+    # A short row is padded with its first token at -inf.
+    twice_NK = (ordered_NK[:, 1:] == ordered_NK[:, :-1]) & (
+        log_probs_NK.gather(1, order_NK)[:, 1:].isfinite() | (ordered_NK[:, 1:] != ids_NK[:, :1])
+    )
+    _reject(twice_NK.any(1), "signal.ids_NK holds one token twice")
+    _reject((~(log_probs_NK <= 0)).any(1), "signal.log_probs_NK is positive or NaN")
+    _reject(~((tail_N >= 0) & (tail_N <= 1)), "signal.tail_N is not a probability")
+    mass_N = log_probs_NK.double().exp().sum(1) + tail_N.double()
+    _reject(
+        (mass_N - 1.0).abs() > MASS_TOLERANCE,
+        "signal.log_probs_NK and signal.tail_N do not sum to 1",
+        fix="log_probs_NK are of the full softmax, not renormalized; tail_N is the mass of all "
+        "other tokens",
+    )
+
+
+def _check_frozen(signal: FrozenHeadSignal, rows: int) -> None:
+    same_rows("signal.vector_ND", signal.vector_ND, rows)
+    same_rows("signal.negative_entropy_N", signal.negative_entropy_N, rows)
+    check_finite("signal.vector_ND", signal.vector_ND)
+    check_finite("signal.negative_entropy_N", signal.negative_entropy_N)
+
+
+def _check_folded(signal: FoldedSignal, rows: int, vocab: int) -> None:
+    fold, inner = signal.fold, signal.signal
+    if fold.student_V.shape != (vocab,):
+        raise SignalError(
+            f"signal.fold.student_V has shape {tuple(fold.student_V.shape)}, and the student "
+            f"{vocab} tokens",
+            fix="give one root for each token of the student",
+        )
+    check_ids("signal.fold.student_V", fold.student_V[:, None], fold.roots)
+    check_ids("signal.fold.teacher_W", fold.teacher_W[:, None], fold.roots)
+    if isinstance(inner, DenseSignal) and len(inner.head.weight_VD) < len(fold.teacher_W):
+        raise SignalError(
+            f"signal.fold.teacher_W has {len(fold.teacher_W)} tokens, and the teacher's head "
+            f"{len(inner.head.weight_VD)} rows",
+            fix="give one root for each row of the teacher's head that is a token",
+        )
+    same_rows("signal.covered_N", signal.covered_N, rows)
+    check_signal(inner, rows, fold.roots)
+
+
+def _check_sampled(signal: SampledSignal, rows: int, vocab: int) -> None:
+    counts_NK = signal.counts_NK
+    _check_entries(signal.ids_NK, counts_NK, "signal.counts_NK", rows, vocab)
+    if counts_NK.device.type != "cpu" or not rows:
+        return
+    _reject((~(counts_NK >= 0)).any(1), "signal.counts_NK is negative or NaN")
+    total_N = counts_NK.double().sum(1)
+    _reject(~((total_N > 0) & torch.isfinite(total_N)), "signal.counts_NK does not sum to a count")
+
+
+def _check_entries(ids_NK: Tensor, values_NK: Tensor, name: str, rows: int, vocab: int) -> None:
+    if ids_NK.ndim != 2 or ids_NK.is_floating_point() or ids_NK.shape[1] == 0:
+        raise SignalError(
+            f"signal.ids_NK is {ids_NK.dtype} of shape {tuple(ids_NK.shape)}; "
+            "it must hold at least one integer a row"
+        )
+    if values_NK.shape != ids_NK.shape:
+        raise SignalError(
+            f"{name} has shape {tuple(values_NK.shape)} and signal.ids_NK {tuple(ids_NK.shape)}",
+            fix="one value belongs to each id",
+        )
+    same_rows("signal.ids_NK", ids_NK, rows)
+    if ids_NK.shape[1] > vocab and name == "signal.log_probs_NK":
+        raise SignalError(
+            f"signal.ids_NK has {ids_NK.shape[1]} tokens a row; the vocabulary has {vocab}"
+        )
+    check_ids("signal.ids_NK", ids_NK, vocab)
+
+
+def _reject(wrong_N: Tensor, what: str, fix: str | None = None) -> None:
+    if bool(wrong_N.any()):
+        rows = wrong_N.nonzero()[:, 0]
+        more = f" ({len(rows)} such rows)" if len(rows) > 1 else ""
+        raise SignalError(f"{what} in row {int(rows[0])}{more}", fix=fix)
+
+
+def check_ids(name: str, ids: Tensor, vocab: int) -> None:
+    """Every id in [0, vocab); checked on a CPU only."""
+    if ids.device.type != "cpu" or ids.numel() == 0:
+        return
+    low, high = torch.aminmax(ids)
+    if int(low) >= 0 and int(high) < vocab:
+        return
+    wrong = ((ids < 0) | (ids >= vocab)).reshape(ids.shape[0], -1)
+    row = int(wrong.any(1).nonzero()[0])
+    value = int(ids.reshape(ids.shape[0], -1)[row][wrong[row]][0])
+    raise SignalError(
+        f"{name} holds the id {value} in row {row}; the vocabulary has {vocab} tokens",
+        fix="keep supervised rows only (no -100), and use one tokenizer for both models",
+    )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stillhouse.objectives.block_teacher import IMPOSSIBLE, ProjectedRows, Teacher
+from stillhouse.objectives.dense import IMPOSSIBLE, ProjectedRows, Teacher
 from stillhouse.objectives.groups import Group, Member
 from stillhouse.objectives.products import ComputeHead
 from stillhouse.objectives.terms import Term

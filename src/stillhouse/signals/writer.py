@@ -80,10 +80,6 @@ class StoreWriter:
             seen.add(key)
         return np.array(is_new, dtype=np.bool_)
 
-    def uniforms(self, segments: Segments) -> Tensor:
-        """The uniform numbers that `Encoder` reads for these segments' rows, [N, U]."""
-        return uniforms(segments, self.settings)
-
     def add(self, segments: Segments, rows: Rows, statistics: Statistics) -> None:
         """Add the encoded rows of segments that are all `missing`, in their order."""
         assert len(rows) == segments.rows

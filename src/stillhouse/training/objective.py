@@ -128,26 +128,21 @@ def objective_for(
 ) -> Objective:
     """Build an objective from an `Objective`, a recipe's section, terms, or None for KL alone.
 
-    teacher_config: None if it is not known. Raises SignalError as `make_objective`.
+    teacher_config: None if it is not known. seed: of learned projections. Raises SignalError, with
+    the term's place, for terms that these two models cannot serve.
     """
     if isinstance(objective, Objective):
         return objective
     if not isinstance(objective, ObjectiveRecipe):
         objective = ObjectiveRecipe(terms=list(objective)) if objective else ObjectiveRecipe()
-    return make_objective(objective, student_config, teacher_config or student_config, seed=seed)
-
-
-def make_objective(
-    section: ObjectiveRecipe, student_config: Any, teacher_config: Any, *, seed: int = 0
-) -> Objective:
-    """Raises SignalError, with the term's place, for terms that these two models cannot serve."""
-    student, teacher = student_config.get_text_config(), teacher_config.get_text_config()
+    student = student_config.get_text_config()
+    teacher = (teacher_config or student_config).get_text_config()
     output: list[tuple[Term, Schedule | None]] = []
     inside: list[tuple[Term, Schedule | None, tuple[int, ...]]] = []
     hidden: list[HiddenStates] = []
     relations: list[Relations] = []
     chunks: list[ChunkLikelihoods] = []
-    for place, term in enumerate(section.terms):
+    for place, term in enumerate(objective.terms):
         schedule = _schedule(term.schedule)
         weight = Weight(term.weight, schedule)
         try:
