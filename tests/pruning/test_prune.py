@@ -215,6 +215,9 @@ def test_fewer_tokens_than_requested_are_noted() -> None:
     assert report.calibration_tokens == 64
     assert "all 64 training tokens" in report.notes[0]
     assert prune_model(tiny_model(), ToyWindows(), ffn_size=32, calibration_tokens=64).notes == ()
+    padded = ToyWindows(padding=20)
+    report = prune_model(tiny_model(), padded, ffn_size=32, calibration_tokens=64)
+    assert "calibrated on 24 training tokens, not 64: the rest" in report.notes[0]
 
 
 def test_the_same_seed_gives_the_same_model() -> None:

@@ -146,6 +146,12 @@ def prune_model(
     notes = _notes(model.config, before, after, rotated)
     if tokens < calibration_tokens:
         notes.insert(0, f"calibrated on all {seen:,} training tokens, not {calibration_tokens:,}")
+    elif 2 * seen < calibration_tokens:
+        notes.insert(
+            0,
+            f"calibrated on {seen:,} training tokens, not {calibration_tokens:,}: the rest of "
+            "their windows is padding, or not trained on (data.packing: isolated fills windows)",
+        )
     shared = Calibration(passages=None) if shared is None else shared
     choice = DepthChoice(tuple(range(before.layers)), (), ())
     if after.layers < before.layers:
