@@ -31,7 +31,7 @@ from stillhouse.export.gate import Gate
 from stillhouse.export.gguf_export import announce_gguf, export_gguf
 from stillhouse.export.gguf_file import FORMATS, write_gguf
 from stillhouse.export.gguf_model import family
-from stillhouse.export.gguf_tokenizer import SPLITS, pre_tokenizer_name
+from stillhouse.export.gguf_tokenizer import SPLITS, ByteLevel, tokenizer_in_gguf
 from stillhouse.teachers.gguf_families import to_file
 from tests import tiny
 from tests.export.conftest import ToyWindows
@@ -233,31 +233,35 @@ def test_a_tokenizer_that_is_not_a_byte_level_bpe_is_rejected(
     assert "safetensors" in str(caught.value.fix)
 
 
+def rules_of(words: Any) -> str:
+    held = tokenizer_in_gguf(words)
+    assert isinstance(held, ByteLevel)
+    return held.rules
+
+
 @pytest.mark.parametrize("pattern", SPLITS)
 def test_rules_for_splitting_text_are_distinguished(pattern: str) -> None:
     words = tiny.merging_tokenizer()
-    assert pre_tokenizer_name(words) == "gpt-2"
+    assert rules_of(words) == "gpt-2"
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     digits = pre_tokenizers.Digits(individual_digits=True)
     words.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
-    assert pre_tokenizer_name(words) == "smollm"
+    assert rules_of(words) == "smollm"
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     split = pre_tokenizers.Split(Regex(pattern), "isolated")
     words.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, plain])
-    whole_words = SPLITS[pattern] in ("llama-bpe", "tekken")
-    words.backend_tokenizer.model.ignore_merges = whole_words
-    assert pre_tokenizer_name(words) == SPLITS[pattern]
-    words.backend_tokenizer.model.ignore_merges = not whole_words
-    if SPLITS[pattern] == "llama-bpe":
-        assert pre_tokenizer_name(words) == "dbrx"
-    else:
-        with pytest.raises(ModelError, match="ignore_merges"):
-            pre_tokenizer_name(words)
+    for whole_words, name in enumerate(SPLITS[pattern]):
+        words.backend_tokenizer.model.ignore_merges = bool(whole_words)
+        if name is not None:
+            assert rules_of(words) == name
+        else:
+            with pytest.raises(ModelError, match="ignore_merges"):
+                rules_of(words)
     words.backend_tokenizer.model.ignore_merges = False
     other = pre_tokenizers.Split(Regex("x+"), "isolated")
     words.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([other, plain])
     with pytest.raises(ModelError, match="rules of its own"):
-        pre_tokenizer_name(words)
+        rules_of(words)
 
 
 def test_named_chat_templates_are_all_written(source: Path, tmp_path: Path) -> None:
@@ -277,7 +281,7 @@ def test_named_chat_templates_are_all_written(source: Path, tmp_path: Path) -> N
 def test_gpt_4s_rules_are_read_by_transformers(source: Path, tmp_path: Path) -> None:
     words = AutoTokenizer.from_pretrained(source)
     split = pre_tokenizers.Split(
-        Regex(next(rules for rules in SPLITS if SPLITS[rules] == "llama-bpe")), "isolated"
+        Regex(next(rules for rules, names in SPLITS.items() if "dbrx" in names)), "isolated"
     )
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     words.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, plain])

@@ -19,7 +19,7 @@ from stillhouse.export.gate import Gate
 from stillhouse.export.gguf_export import announce_gguf, export_gguf
 from stillhouse.export.gguf_file import FORMATS, write_gguf
 from stillhouse.export.gguf_model import ARCHITECTURES
-from stillhouse.export.gguf_tokenizer import check_tokenizer, cut_otherwise_by_transformers
+from stillhouse.export.gguf_tokenizer import read_otherwise_by_transformers, tokenizer_in_gguf
 from stillhouse.export.replay import LlamaCpp
 from stillhouse.export.replay_tokenizers import prompt_ids
 from stillhouse.pruning.kept_tokens import Merges, prune_tokenizer
@@ -126,7 +126,8 @@ def write(folder: Path, name: str, *, kept: int | None = None, extra: int = 3) -
 @pytest.mark.parametrize("name", RULES)
 def test_transformers_finds_the_same_tokens(tmp_path: Path, name: str, kept: int | None) -> None:
     words = write(tmp_path, name, kept=kept)
-    assert cut_otherwise_by_transformers(words, ARCHITECTURES[RULES[name][0]]) is None
+    held = tokenizer_in_gguf(words)
+    assert read_otherwise_by_transformers(held, ARCHITECTURES[RULES[name][0]]) is None
     read = AutoTokenizer.from_pretrained(tmp_path, gguf_file="toy.gguf")
     for text in TEXTS:
         assert read(text)["input_ids"] == words(text)["input_ids"], text
@@ -218,7 +219,6 @@ def test_tokenizers_that_llama_cpp_would_read_differently_are_rejected(
 
 def test_a_space_that_transformers_places_differently_is_noted() -> None:
     words = tokenizer(*RULES["gemma"][1:])
-    assert check_tokenizer(words) is not None
-    said = cut_otherwise_by_transformers(words, ARCHITECTURES["llama"])
+    said = read_otherwise_by_transformers(tokenizer_in_gguf(words), ARCHITECTURES["llama"])
     assert said is not None
     assert "a space before a text" in said

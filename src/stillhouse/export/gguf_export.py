@@ -23,11 +23,8 @@ from stillhouse.export.gguf_blocks import (
 from stillhouse.export.gguf_config import misread_by_transformers
 from stillhouse.export.gguf_file import FORMATS, write_gguf
 from stillhouse.export.gguf_model import family, gguf_names, unsupported
-from stillhouse.export.gguf_tokenizer import (
-    check_tokenizer,
-    cut_otherwise_by_llama_cpp,
-    cut_otherwise_by_transformers,
-)
+from stillhouse.export.gguf_sentencepiece import read_otherwise_by_llama_cpp
+from stillhouse.export.gguf_tokenizer import read_otherwise_by_transformers, tokenizer_in_gguf
 from stillhouse.export.llama_quantizer import (
     K_BLOCK,
     has_llama_cpp,
@@ -90,9 +87,10 @@ def export_gguf(
         text = modelfile(gate.source, file_name)
         (folder / "Modelfile").write_text(text, encoding="utf-8")
         tokenizer = load_tokenizer(gate.source)
-        otherwise = cut_otherwise_by_transformers(tokenizer, family(config))
+        held = tokenizer_in_gguf(tokenizer)
+        otherwise = read_otherwise_by_transformers(held, family(config))
         reader = otherwise if misread is None else _for_llama_cpp(misread)
-        chats = cut_otherwise_by_llama_cpp(tokenizer)
+        chats = read_otherwise_by_llama_cpp(held, tokenizer)
         notes = [*written.notes, *(text for text in (reader, chats) if text is not None)]
         return gate.pass_or_raise(
             file,
@@ -131,7 +129,7 @@ def announce_gguf(
             f"a {config.model_type} with fewer layers: llama.cpp gives every "
             f"{there.rope_period}th layer no rotary embedding, whichever layers were kept"
         )
-    check_tokenizer(tokenizer)
+    tokenizer_in_gguf(tokenizer)
     if kind not in FORMATS:
         require_llama_cpp()
     misread = misread_by_transformers(config)

@@ -8,7 +8,6 @@ join.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -36,9 +35,9 @@ class Pieces:
     prefix: str | None
 
 
-def pieces_of(tokenizer: Any) -> Pieces:
-    """Raises ModelError for a tokenizer that llama.cpp would tokenize differently."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
+def pieces_of(state: dict[str, Any]) -> Pieces:
+    """state: the content of tokenizer.json. Raises ModelError for a tokenizer that llama.cpp would
+    tokenize differently."""
     model = state["model"]
     pairs = [tuple(pair) for pair in model["merges"]]
     added = {token["content"] for token in state["added_tokens"]}
@@ -136,9 +135,10 @@ def _for_chats(pieces: Pieces, tokenizer: Any) -> bool:
     return pieces.prefix == "first" and bool(tokenizer.chat_template)
 
 
-def pieces_otherwise_by_llama_cpp(pieces: Pieces, tokenizer: Any) -> str | None:
-    """The texts that llama.cpp tokenizes differently; None if there are none."""
-    if not _for_chats(pieces, tokenizer):
+def read_otherwise_by_llama_cpp(held: object, tokenizer: Any) -> str | None:
+    """The texts that llama.cpp tokenizes differently; None if there are none. held: see
+    `tokenizer_in_gguf`."""
+    if not (isinstance(held, Pieces) and _for_chats(held, tokenizer)):
         return None
     return (
         "llama.cpp puts a space before every stretch of text or before none: the file is written "

@@ -8,6 +8,7 @@ bytes of others, is SentencePiece's (`gguf_sentencepiece`).
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import gguf
@@ -18,44 +19,90 @@ from stillhouse.export.gguf_sentencepiece import (
     Pieces,
     add_pieces,
     pieces_of,
-    pieces_otherwise_by_llama_cpp,
     pieces_otherwise_by_transformers,
 )
 from stillhouse.teachers.gguf_families import Family
 
-SPLITS = {
+Names = tuple[str | None, str | None]
+"""llama.cpp's names for rules: as they are, and if a word that is a token is kept whatever the
+merges (`ignore_merges` in tokenizer.json); None where it has none."""
+
+SPLITS: dict[str, Names] = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": ("qwen2", None),
+    # GPT-4's, as in OLMo 2, and Llama 3's
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": ("dbrx", "llama-bpe"),
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": (None, "tekken"),
 }
-"""Regular expressions that split a text before merging, and llama.cpp's names for them."""
-
-WHOLE_WORDS = ("llama-bpe", "tekken")
-"""Rules under which llama.cpp keeps a word that is a token, whatever the merges
-(`ignore_merges` in tokenizer.json)."""
-
-WITHOUT_WHOLE_WORDS = {"llama-bpe": "dbrx"}
-"""Names of the same rules without that: GPT-4's, as in OLMo 2 and Phi-4."""
+"""Regular expressions that split a text before merging."""
 
 KNOWN_TO_TRANSFORMERS = ("gpt-2", "qwen2", "llama-bpe", "dbrx", "tekken")
 """Names from which transformers' GGUF loader restores the same rules; others become GPT-2's."""
+
+
+@dataclass(frozen=True)
+class ByteLevel:
+    """BPE on bytes. rules: llama.cpp's name for how a text is split before merging."""
+
+    rules: str
+    merges: list[list[str]]
+
+
+def tokenizer_in_gguf(tokenizer: Any) -> ByteLevel | Pieces:
+    """What a file holds of this tokenizer. Raises ModelError if GGUF cannot hold it."""
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    state: dict[str, Any] = {} if core is None else json.loads(core.to_str())
+    model = state.get("model", {})
+    if model.get("byte_fallback"):
+        return pieces_of(state)
+    if model.get("type") != "BPE":
+        raise unknown_tokenizer(f"a {model.get('type', type(tokenizer).__name__)} one")
+    if not model["merges"]:
+        raise unknown_tokenizer("one without merges")
+    normalizer = state["normalizer"]
+    if normalizer is not None and normalizer["type"] != "NFC":
+        raise unknown_tokenizer(f"one that normalizes text ({normalizer['type']})")
+    names = _names(state["pre_tokenizer"] or {"type": "none"})
+    keeps_words = bool(model.get("ignore_merges"))
+    name = names[keeps_words]
+    if name is None:
+        raise unknown_tokenizer(
+            f"one that splits text as {names[not keeps_words]} does, with ignore_merges: "
+            f"{str(keeps_words).lower()}, unlike llama.cpp"
+        )
+    return ByteLevel(name, model["merges"])
+
+
+def _names(rules: dict[str, Any]) -> Names:
+    parts = rules["pretokenizers"] if rules["type"] == "Sequence" else [rules]
+    kinds = [part["type"] for part in parts]
+    last = parts[-1]
+    if kinds[-1] == "ByteLevel" and not last["add_prefix_space"]:
+        if kinds == ["ByteLevel"] and last["use_regex"]:
+            return "gpt-2", None
+        if kinds == ["Digits", "ByteLevel"] and parts[0]["individual_digits"] and last["use_regex"]:
+            return "smollm", None
+        if kinds == ["Split", "ByteLevel"] and not last["use_regex"]:
+            names = SPLITS.get(parts[0]["pattern"].get("Regex"))
+            if names and parts[0]["behavior"] == "Isolated" and not parts[0]["invert"]:
+                return names
+    raise unknown_tokenizer(f"one that splits text by {', '.join(kinds)} rules of its own")
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, rows: int) -> None:
     """Write vocabulary, merges, special tokens and chat templates.
 
     rows: of the model's embedding; ids that the tokenizer does not have become unused tokens.
-    Raises ModelError for a tokenizer that GGUF cannot hold.
+    Raises ModelError as `tokenizer_in_gguf`.
     """
-    pieces = check_tokenizer(tokenizer)
-    if pieces is not None:
-        add_pieces(writer, pieces, tokenizer, rows)
+    held = tokenizer_in_gguf(tokenizer)
+    if isinstance(held, Pieces):
+        add_pieces(writer, held, tokenizer, rows)
     else:
-        _add_byte_level(writer, tokenizer, rows)
+        _add_byte_level(writer, held, tokenizer, rows)
     _add_special_tokens(writer, tokenizer, rows)
     template = tokenizer.chat_template
     if isinstance(template, dict):
@@ -65,42 +112,22 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, rows: int) -> None:
         writer.add_chat_template(template)
 
 
-def check_tokenizer(tokenizer: Any) -> Pieces | None:
-    """The pieces of a SentencePiece-like tokenizer; None for a supported byte-level tokenizer.
-
-    Raises ModelError if GGUF cannot hold it.
-    """
-    if _state(tokenizer).get("model", {}).get("byte_fallback"):
-        return pieces_of(tokenizer)
-    pre_tokenizer_name(tokenizer)
-    return None
-
-
-def cut_otherwise_by_transformers(tokenizer: Any, family: Family) -> str | None:
+def read_otherwise_by_transformers(held: ByteLevel | Pieces, family: Family) -> str | None:
     """The texts that transformers' GGUF loader tokenizes differently; None if there are none."""
-    pieces = check_tokenizer(tokenizer)
-    if pieces is not None:
-        return pieces_otherwise_by_transformers(pieces, family)
-    name = pre_tokenizer_name(tokenizer)
-    if name in KNOWN_TO_TRANSFORMERS:
+    if isinstance(held, Pieces):
+        return pieces_otherwise_by_transformers(held, family)
+    if held.rules in KNOWN_TO_TRANSFORMERS:
         return None
     return (
-        f"transformers' GGUF loader splits text by GPT-2's rules, not by {name}'s (several digits "
-        "may become one token): use the file in llama.cpp, or with the checkpoint's own tokenizer; "
-        "the prompts' tokens were not compared in transformers"
+        f"transformers' GGUF loader splits text by GPT-2's rules, not by {held.rules}'s (several "
+        "digits may become one token): use the file in llama.cpp, or with the checkpoint's own "
+        "tokenizer; the prompts' tokens were not compared in transformers"
     )
 
 
-def cut_otherwise_by_llama_cpp(tokenizer: Any) -> str | None:
-    """The texts that llama.cpp tokenizes differently; None if there are none."""
-    pieces = check_tokenizer(tokenizer)
-    return None if pieces is None else pieces_otherwise_by_llama_cpp(pieces, tokenizer)
-
-
-def _add_byte_level(writer: gguf.GGUFWriter, tokenizer: Any, rows: int) -> None:
-    state = tokenizer_state(tokenizer)
+def _add_byte_level(writer: gguf.GGUFWriter, held: ByteLevel, tokenizer: Any, rows: int) -> None:
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre_tokenizer_name(tokenizer))
+    writer.add_tokenizer_pre(held.rules)
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
     tokens, kinds = [], []
@@ -115,7 +142,7 @@ def _add_byte_level(writer: gguf.GGUFWriter, tokenizer: Any, rows: int) -> None:
             kinds.append(gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    writer.add_token_merges([" ".join(pair) for pair in state["model"]["merges"]])
+    writer.add_token_merges([" ".join(pair) for pair in held.merges])
 
 
 def _add_special_tokens(writer: gguf.GGUFWriter, tokenizer: Any, rows: int) -> None:
@@ -135,55 +162,3 @@ def _add_special_tokens(writer: gguf.GGUFWriter, tokenizer: Any, rows: int) -> N
     ids = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(ids[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(ids[-1] == tokenizer.eos_token_id)
-
-
-def _state(tokenizer: Any) -> dict[str, Any]:
-    """The content of tokenizer.json; empty if there is none."""
-    core = getattr(tokenizer, "backend_tokenizer", None)
-    state: dict[str, Any] = json.loads(core.to_str()) if core is not None else {}
-    return state
-
-
-def tokenizer_state(tokenizer: Any) -> dict[str, Any]:
-    """The content of tokenizer.json. Raises ModelError if it is not byte-level BPE."""
-    state = _state(tokenizer)
-    model = state.get("model", {})
-    if model.get("type") != "BPE":
-        raise unknown_tokenizer(f"a {model.get('type', type(tokenizer).__name__)} one")
-    if not model["merges"]:
-        raise unknown_tokenizer("one without merges")
-    normalizer = state["normalizer"]
-    if normalizer is not None and normalizer["type"] != "NFC":
-        raise unknown_tokenizer(f"one that normalizes text ({normalizer['type']})")
-    return state
-
-
-def pre_tokenizer_name(tokenizer: Any) -> str:
-    """llama.cpp's name for how this tokenizer splits text. Raises ModelError if it has none."""
-    state = tokenizer_state(tokenizer)
-    name = _split_name(state["pre_tokenizer"] or {"type": "none"})
-    keeps_words = bool(state["model"].get("ignore_merges"))
-    if not keeps_words:
-        name = WITHOUT_WHOLE_WORDS.get(name, name)
-    if keeps_words != (name in WHOLE_WORDS):
-        raise unknown_tokenizer(
-            f"one that splits text as {name} does, with ignore_merges: "
-            f"{str(keeps_words).lower()}, unlike llama.cpp"
-        )
-    return name
-
-
-def _split_name(rules: dict[str, Any]) -> str:
-    parts = rules["pretokenizers"] if rules["type"] == "Sequence" else [rules]
-    kinds = [part["type"] for part in parts]
-    last = parts[-1]
-    if kinds[-1] == "ByteLevel" and not last["add_prefix_space"]:
-        if kinds == ["ByteLevel"] and last["use_regex"]:
-            return "gpt-2"
-        if kinds == ["Digits", "ByteLevel"] and parts[0]["individual_digits"] and last["use_regex"]:
-            return "smollm"
-        if kinds == ["Split", "ByteLevel"] and not last["use_regex"]:
-            name = SPLITS.get(parts[0]["pattern"].get("Regex"))
-            if name and parts[0]["behavior"] == "Isolated" and not parts[0]["invert"]:
-                return name
-    raise unknown_tokenizer(f"one that splits text by {', '.join(kinds)} rules of its own")
