@@ -122,6 +122,24 @@ def test_options_of_answers(tmp_path: Path, changes: dict[str, Any], what: str) 
     assert what in both(answering.recipe(tmp_path, "generate", **changes), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("filters", "where"),
+    [
+        ({"forbid_pattern": "["}, "filters.forbid_pattern"),
+        ({"languages": ["zz"]}, "filters.languages"),
+        ({"best_of": {"kind": "majority", "pattern": "("}}, "filters.best_of.pattern"),
+    ],
+)
+def test_an_error_in_a_filter_names_its_key_in_the_recipe(
+    tmp_path: Path, filters: dict[str, Any], where: str
+) -> None:
+    raw = answering.recipe(tmp_path, "generate", filters=filters)
+    raw["teacher"] |= {"samples": 2, "sampling": {"temperature": 1.0}}
+    with pytest.raises(StillhouseError) as caught:
+        run(answering.clean(raw))
+    assert caught.value.where == where
+
+
 def test_a_schema_that_allows_anything(tmp_path: Path) -> None:
     raw = answering.recipe(tmp_path, "extract")
     (tmp_path / "schema.json").write_text('{"name": "string", "age": "integer"}')

@@ -72,22 +72,27 @@ TEXTS = [
 
 def test_the_majority_answer_is_kept_once_or_as_often_as_it_came() -> None:
     rows = [row(text, number) for number, text in enumerate(TEXTS)]
-    once = majority(r"\d+")(rows)
+    once = majority(r"\d+", "filters")(rows)
     assert [reason is None for reason in once] == [False, True, False, False]
     assert once[0] == "its answer is '41', and 2 of 4 are '42'"
     assert once[2] == "it is the same as an earlier answer"
     assert once[3] is not None
     assert "nothing in it matches" in once[3]
-    every = majority(r"(?:is|answer:) (\d+)", keep_all=True)(rows)
+    every = majority(r"(?:is|answer:) (\d+)", "filters", keep_all=True)(rows)
     assert [reason is None for reason in every] == [False, True, True, False]
 
 
 def test_without_enough_agreement_all_answers_go() -> None:
     rows = [row(text) for text in ("1", "2", "2", "3")]
-    assert [reason is None for reason in majority(None)(rows)] == [False, True, False, False]
-    assert None not in majority(None, least=0.6)(rows)
-    assert None in majority(None, least=0.5)(rows)
-    first = majority(None)([row("1"), row("2")])
+    assert [reason is None for reason in majority(None, "filters")(rows)] == [
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert None not in majority(None, "filters", least=0.6)(rows)
+    assert None in majority(None, "filters", least=0.5)(rows)
+    first = majority(None, "filters")([row("1"), row("2")])
     assert first[0] is None, "of two that are said equally often, the one that came first"
 
 
@@ -115,7 +120,7 @@ def test_the_choice_is_among_what_the_filters_before_it_leave(tmp_path: Path) ->
     def remember(one: Row) -> None:
         seen.append(one.text)
 
-    filters = Filters(before, majority(None), {"remember": remember})
+    filters = Filters(before, majority(None, "filters"), {"remember": remember})
     sieve = Sieve(filters, tmp_path / "dropped.jsonl")
     assert [r.text for r in sieve.keep(rows)] == ["7", "9"]
     assert sieve.dropped == {"words": 2, "best_of": 2, "remember": 0}
@@ -303,7 +308,7 @@ def test_invalid_choices(
         "filters": {"best_of": best_of},
     }
     with pytest.raises(RecipeError, match=expected):
-        chosen_filters(parse_section(tmp_path, section).filters, tmp_path)
+        chosen_filters(parse_section(tmp_path, section).filters, tmp_path, "synthesize.filters")
 
 
 def parse_section(folder: Path, section: dict[str, Any]) -> SynthesizeRecipe:

@@ -72,10 +72,10 @@ def test_a_refusal_field_of_the_server_is_a_refusal() -> None:
 
 def test_patterns_are_wanted_or_unwanted() -> None:
     texts = ["label: a", "no", "<think>label: b</think>no"]
-    assert kept(filters.pattern(r"^label: \w$"), texts) == ["label: a"]
-    assert kept(filters.pattern("label", must_match=False), texts) == texts[1:]
+    assert kept(filters.pattern(r"^label: \w$", "filters"), texts) == ["label: a"]
+    assert kept(filters.pattern("label", "filters", must_match=False), texts) == texts[1:]
     with pytest.raises(RecipeError, match="not a regular expression"):
-        filters.pattern("(")
+        filters.pattern("(", "filters")
 
 
 def test_json_by_its_schema() -> None:
@@ -238,7 +238,7 @@ def test_texts_in_japanese_that_are_nearly_the_same_are_found() -> None:
 
 @pytest.mark.run
 def test_only_text_that_is_surely_in_another_language_is_dropped() -> None:
-    judge = filters.languages(["en", "de"])
+    judge = filters.languages(["en", "de"], "filters")
     dropped = ["Bonjour tout le monde, comment allez-vous ?", "これは日本語の文章です。"]
     left = [
         "The card was not accepted at the shop.",
@@ -251,7 +251,7 @@ def test_only_text_that_is_surely_in_another_language_is_dropped() -> None:
     assert kept(judge, [*dropped, *left]) == left
     assert judge(row(dropped[0])) == "it is in the language fr (100% sure)"
     with pytest.raises(RecipeError, match="does not detect the language english"):
-        filters.languages(["english"])
+        filters.languages(["english"], "filters")
 
 
 # --- all of them -------------------------------------------------------------------------------

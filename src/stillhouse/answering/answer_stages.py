@@ -140,7 +140,7 @@ def plan_answers(job: AnsweringJob, texts: Stage) -> StagePlan:
 def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str, Any]:
     rows = [*found.train, *found.test]
     # Errors in filters are found before any request is paid for.
-    filters = chosen_filters(job.recipe.filters, job.base)
+    filters = chosen_filters(job.recipe.filters, job.base, "filters")
     if job.validity is not None:
         filters.before["json_schema"] = job.validity
     source = job.source()

@@ -53,7 +53,7 @@ def require_answering(job: AnsweringJob) -> Iterator[Finding]:
     judges, and templates that accept the prompts. Raises StillhouseError."""
     recipe, base = job.recipe, job.base
     plan_batches(recipe.train, recipe.train.batch_size, world_size())
-    chosen_filters(recipe.filters, base)
+    chosen_filters(recipe.filters, base, "filters")
     if recipe.evaluate.scorer is not None:
         load_scorer(recipe.evaluate.scorer, base)
     ordinary = find_models(training_recipe(recipe, run_root(recipe)), base)

@@ -76,6 +76,9 @@ ADD_ANSWER = f"INSERT OR IGNORE INTO answers VALUES ({', '.join('?' * 16)})"
 ADD_FAILURE = f"INSERT INTO failures VALUES (NULL, {', '.join('?' * 10)})"
 ADD_RESERVATION = f"INSERT OR REPLACE INTO reservations VALUES ({', '.join('?' * 7)})"
 COUNT_COMMIT = "UPDATE commits SET number = number + 1"
+_ANOTHER = (
+    "set synthesize.journal to another file or, in a task's recipe, `folder` to another place"
+)
 _ENDED = ("connection", "the process ended while it was in flight", 1)
 """Kind, reason and attempts of a request that was in flight when a process ended."""
 
@@ -136,7 +139,7 @@ def lock_journal(path: Path) -> IO[str]:
             raise RunError(
                 "there is a folder or a device where a file of the journal should be",
                 where=file,
-                fix="move it away, or set synthesize.journal to another file",
+                fix=f"move it away, or {_ANOTHER}",
             )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,14 +149,14 @@ def lock_journal(path: Path) -> IO[str]:
         raise RunError(
             f"the journal cannot be written here: {error.strerror}",
             where=path,
-            fix="set synthesize.journal to another file",
+            fix=_ANOTHER,
         ) from error
     if not try_lock(lock):
         lock.close()
         raise RunError(
             "another process is writing this journal",
             where=path,
-            fix="wait for it, or give this run its own journal: synthesize.journal",
+            fix=f"wait for it, or {_ANOTHER}",
         )
     return lock
 
@@ -171,7 +174,7 @@ def _require_journal(path: Path) -> None:
         raise RunError(
             "this SQLite file is not a journal",
             where=path,
-            fix="set synthesize.journal to another file",
+            fix=_ANOTHER,
         )
 
 
@@ -183,8 +186,7 @@ def unusable(path: Path, error: Exception) -> RunError:
     if "full" in str(error):
         fix = "free some disk space and repeat the command: committed answers are kept"
     else:
-        fix = "set synthesize.journal to another file; keep this one if it was a journal: its "
-        fix += "answers were paid for"
+        fix = f"{_ANOTHER}; keep this one if it was a journal: its answers were paid for"
     return RunError(f"the journal cannot be used: {error}", where=path, fix=fix)
 
 
@@ -208,7 +210,7 @@ def _check_version(connection: sqlite3.Connection, path: Path) -> None:
         raise RunError(
             f"this journal has format {version}; this Stillhouse writes format {VERSION}",
             where=path,
-            fix="use a newer Stillhouse, or set synthesize.journal to another file",
+            fix=f"use a newer Stillhouse, or {_ANOTHER}",
         )
     connection.executescript(_SCHEMA)
     if version < VERSION:

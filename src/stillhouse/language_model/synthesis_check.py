@@ -37,7 +37,13 @@ from stillhouse.language_model.synthesis_stage import (
 from stillhouse.pipeline.kind import Check
 from stillhouse.synthesis.judge_answers import most_requests
 from stillhouse.synthesis.prompts import unread_notes
-from stillhouse.synthesis.synthesize import TEXT, answered_rows, chosen_filters, estimate_synthesis
+from stillhouse.synthesis.synthesize import (
+    FILTERS,
+    TEXT,
+    answered_rows,
+    chosen_filters,
+    estimate_synthesis,
+)
 from stillhouse.synthesis.synthesize_config import JudgeChoice, SynthesizeRecipe
 from stillhouse.synthesis.synthesized_text import names
 from stillhouse.teachers.load_model import load_tokenizer
@@ -49,7 +55,7 @@ def require_text_teacher(recipe: Recipe, base: Path) -> Iterator[Finding]:
     section = recipe.synthesize
     if section is None or _is_complete(recipe, base):
         return
-    chosen_filters(section.filters, base)
+    chosen_filters(section.filters, base, FILTERS)
     prompts = section.prompts
     if prompts.path is not None:
         path = base / prompts.path

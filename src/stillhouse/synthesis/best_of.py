@@ -17,14 +17,16 @@ _MOST_DIGITS = 10_000
 """Of a number that is compared as one; with an exponent, a few characters can have millions."""
 
 
-def majority(pattern: str | None, *, least: float = 0.0, keep_all: bool = False) -> Chooser:
+def majority(
+    pattern: str | None, where: str, *, least: float = 0.0, keep_all: bool = False
+) -> Chooser:
     """Keeps the answers that agree with the majority: the first of them, or all.
 
     What is compared is the last match of the pattern, or its first group, normalized. Ties go to
-    the value that came first. least: the share of the answers that must agree. Raises RecipeError
-    for an invalid regular expression.
+    the value that came first. where: the recipe's key. least: the share of the answers that must
+    agree. Raises RecipeError for an invalid regular expression.
     """
-    compiled = None if pattern is None else compiled_pattern(pattern)
+    compiled = None if pattern is None else compiled_pattern(pattern, where)
 
     def choose(rows: Sequence[Row]) -> list[str | None]:
         values = [compared_value(answer_only(row), compiled) for row in rows]

@@ -77,15 +77,16 @@ LEAST_SURE = 0.5
 """Probability of a language above which an answer counts as written in it."""
 
 
-def languages(allowed: Sequence[str]) -> Filter:
+def languages(allowed: Sequence[str], where: str) -> Filter:
     """Keeps answers (without reasoning) in one of the languages, and those of uncertain language:
-    numbers, names, code. Raises RecipeError: an unknown code, or py3langid is not installed."""
+    numbers, names, code. where: the recipe's key. Raises RecipeError: an unknown code, or
+    py3langid is not installed."""
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError:
         raise RecipeError(
             "the filter `languages` needs py3langid",
-            where="synthesize.filters.languages",
+            where=where,
             fix="pip install 'stillhouse[language]'",
         ) from None
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
@@ -93,7 +94,7 @@ def languages(allowed: Sequence[str]) -> Filter:
     if unknown:
         raise RecipeError(
             f"py3langid does not detect the language {', '.join(unknown)}",
-            where="synthesize.filters.languages",
+            where=where,
             fix="use ISO 639-1 codes, e.g. en, de, fr, es, zh, ja",
         )
 
@@ -120,12 +121,12 @@ def length(least: int | None, most: int | None) -> Filter:
     return judge
 
 
-def pattern(expression: str, *, must_match: bool = True) -> Filter:
+def pattern(expression: str, where: str, *, must_match: bool = True) -> Filter:
     """Keeps answers that, without reasoning, match the expression; or that do not match it.
 
-    Raises RecipeError for an invalid regular expression.
+    where: the recipe's key. Raises RecipeError for an invalid regular expression.
     """
-    compiled = compiled_pattern(expression)
+    compiled = compiled_pattern(expression, where)
 
     def judge(row: Row) -> str | None:
         found = compiled.search(answer_only(row))

@@ -45,7 +45,7 @@ class Pattern:
             ) from None
 
 
-def compiled_pattern(expression: str, where: str = "synthesize.filters") -> Pattern:
+def compiled_pattern(expression: str, where: str) -> Pattern:
     """Raises RecipeError for an invalid regular expression, and for one that takes too long on a
     short text of a character that occurs in it."""
     try:

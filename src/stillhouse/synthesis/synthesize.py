@@ -34,7 +34,7 @@ from stillhouse.synthesis.write_prompts import send_part, write_prompts
 TEXT, SUMMARY = "synthetic.jsonl", "summary.json"
 REQUESTS = "requests.txt"
 """The journal key of each row of TEXT, one per line."""
-
+FILTERS = "synthesize.filters"
 
 _PATHS = ("out", "dropped_rows", "journal")
 
@@ -124,7 +124,7 @@ def synthesize(job: SynthesisJob, folder: Path) -> Synthesis:
     (journal, disk).
     """
     # An invalid filter is found before anything is paid.
-    chosen, judge = chosen_filters(job.section.filters, job.base), job.judge()
+    chosen, judge = chosen_filters(job.section.filters, job.base, FILTERS), job.judge()
     folder.mkdir(parents=True, exist_ok=True)
     judged: dict[str, Any] = {}
     with Journal(job.journal) as journal:
@@ -177,7 +177,7 @@ def synthesize(job: SynthesisJob, folder: Path) -> Synthesis:
             where=result.dropped_rows,
             fix=sieve.way_out(
                 "synthesize.sampling.max_tokens",
-                "read which rows were dropped and why, then loosen synthesize.filters",
+                f"read which rows were dropped and why, then loosen {FILTERS}",
             ),
         )
     return result
@@ -240,10 +240,10 @@ def _write(folder: Path, rows: Iterable[Row]) -> int:
     return kept
 
 
-def chosen_filters(section: FiltersRecipe, base: Path) -> Filters:
+def chosen_filters(section: FiltersRecipe, base: Path, key: str) -> Filters:
     """The recipe's filters by name, the cheapest first; a judge is added later.
 
-    Raises RecipeError, DataError.
+    key: of the section in the recipe. Raises RecipeError, DataError.
     """
     chosen: dict[str, Filter] = {"empty": filters.empty}
     if section.truncated:
@@ -253,14 +253,18 @@ def chosen_filters(section: FiltersRecipe, base: Path) -> Filters:
     if section.min_characters is not None or section.max_characters is not None:
         chosen["length"] = filters.length(section.min_characters, section.max_characters)
     if section.require_pattern is not None:
-        chosen["require_pattern"] = filters.pattern(section.require_pattern)
+        chosen["require_pattern"] = filters.pattern(
+            section.require_pattern, f"{key}.require_pattern"
+        )
     if section.forbid_pattern is not None:
-        chosen["forbid_pattern"] = filters.pattern(section.forbid_pattern, must_match=False)
+        chosen["forbid_pattern"] = filters.pattern(
+            section.forbid_pattern, f"{key}.forbid_pattern", must_match=False
+        )
     if section.json_schema is not None:
         schema = filters.read_schema(base / section.json_schema)
         chosen["json_schema"] = filters.json_schema(schema)
     if section.languages is not None:
-        chosen["languages"] = filters.languages(section.languages)
+        chosen["languages"] = filters.languages(section.languages, f"{key}.languages")
     if section.decontaminate is not None:
         texts = section.decontaminate
         path = base / texts.path
@@ -271,14 +275,14 @@ def chosen_filters(section: FiltersRecipe, base: Path) -> Filters:
         remembering["exact_duplicates"] = filters.exact_duplicates()
     if section.near_duplicates is not None:
         remembering["near_duplicates"] = filters.near_duplicates(section.near_duplicates)
-    return Filters(chosen, _chooser(section), remembering)
+    return Filters(chosen, _chooser(section, key), remembering)
 
 
-def _chooser(section: FiltersRecipe) -> Chooser | None:
+def _chooser(section: FiltersRecipe, key: str) -> Chooser | None:
     match section.best_of:
         case MajorityChoice() as choice:
-            least, keep_all = choice.min_agreement, choice.keep == "all"
-            return majority(choice.pattern, least=least, keep_all=keep_all)
+            where, keep_all = f"{key}.best_of.pattern", choice.keep == "all"
+            return majority(choice.pattern, where, least=choice.min_agreement, keep_all=keep_all)
         case LikelihoodChoice():
             return likelihood()
     return None
