@@ -272,7 +272,7 @@ def train_some(options: argparse.Namespace) -> None:
         random_weights(student, getattr(torch, settings.weights), options.device),
         random_weights(teacher, torch.bfloat16, options.device),
     ]
-    counts = [account.count_parameters(each).head_once for each in models]
+    counts = [account.count_parameters(each).active for each in models]
     text = RandomText(4 * micro_batch, options.context, student.vocab_size)
     result = train(
         Student(models[0]), Teacher.from_model(models[1]), text, ObjectiveRecipe(), settings

@@ -262,7 +262,7 @@ class Experiment:
         vocabulary = len(self.tokenizer)
         answers = self.teacher_answers if trained is None else heldout_answers(model, self.heldout)
         figures: dict[str, Any] = {"commit": commit()}
-        figures["parameters"] = count_parameters(model).head_once
+        figures["parameters"] = count_parameters(model).active
         figures["heldout"] = asdict(compare(answers, self.teacher_answers, vocabulary))
         prompts = window_prompts(self.heldout, self.options.prompts)
         for kind, temperature in (("greedy", 0.0), ("sampled", 1.0)):

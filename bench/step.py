@@ -128,12 +128,12 @@ class Setting:
             base=RECIPE.parent,
             out=folder / "student",
         )
-        self.student = int(summary["parameters"]["head_once"])
+        self.student = int(summary["parameters"]["active"])
         device = default_device()
         dtype = choose_precision(recipe.train.precision, device).dtype
         teacher = load_teacher(job.teacher, dtype=dtype)
         teacher.place(device, self.windows.context)
-        self.teacher = account.count_parameters(teacher.model).head_once
+        self.teacher = account.count_parameters(teacher.model).active
         settings = Settings(Threshold(STORED_TAU), job.vocabulary, identity={})
         record(teacher, [self.windows], settings, folder / "store")
         self.store = open_store(folder / "store")

@@ -96,7 +96,7 @@ def steps(kept: int) -> dict[str, Any]:
         began = time.monotonic()
         one_step(student, teacher, optimizer, ids_RL, dtype)
         seconds.append(time.monotonic() - began)
-    size = account.count_parameters(student).head_once
+    size = account.count_parameters(student).active
     return {
         "parameters": size,
         "measured seconds": statistics.median(seconds[1:]),

@@ -14,8 +14,18 @@ def test_a_forward_pass_counts_by_the_rule(kind: str) -> None:
     model, ids = tiny_model(kind, hidden_size=128, intermediate_size=512), ToyWindows().ids
     with account.CountedFlops() as counted:
         model(input_ids=ids, use_cache=False)
-    size = account.count_parameters(model).head_once
+    size = account.count_parameters(model).active
     assert counted.flops == pytest.approx(account.forward_flops(size, ids.numel()), rel=0.02)
+
+
+def test_a_mixture_counts_the_experts_that_a_token_goes_through() -> None:
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 512, "num_experts_per_tok": 2}
+    model, ids = tiny_model("qwen3_moe", **sizes, num_experts=8), ToyWindows().ids
+    with account.CountedFlops() as counted:
+        model(input_ids=ids, use_cache=False)
+    size = account.count_parameters(model)
+    assert counted.flops == pytest.approx(account.forward_flops(size.active, ids.numel()), rel=0.02)
+    assert size.total > 2 * size.active
 
 
 def test_a_training_step_counts_by_the_rule() -> None:

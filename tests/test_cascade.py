@@ -96,11 +96,11 @@ def test_a_member_learns_from_the_one_before_or_from_both(tmp_path: Path, teache
     sizes, asked = {}, {}
     for name, member in result.members.items():
         found = {stage.name: stage for stage in member.stages}
-        size = sizes[name] = found["student"].summary["parameters"]["head_once"]
+        size = sizes[name] = found["student"].summary["parameters"]["active"]
         trained = found["train"].cost
         own = account.training_flops(size, trained.tokens)
         asked[name] = (trained.flops - own) / account.forward_flops(1, trained.tokens)
-    original = account.count_parameters(tiny.llama()).head_once
+    original = account.count_parameters(tiny.llama()).active
     assert asked["wide"] == pytest.approx(original)
     expected = sizes["wide"] + (original if teacher == "both" else 0)
     assert asked["narrow"] == pytest.approx(expected)

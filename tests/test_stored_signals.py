@@ -70,7 +70,7 @@ def test_a_nearly_complete_store_trains_the_student_of_a_live_teacher(
 def test_training_from_a_store_counts_no_teacher_flops(stored: tuple[Path, RunResult]) -> None:
     _, result = stored
     trained, student = stages(result)["train"], stages(result)["student"]
-    size = student.summary["parameters"]["head_once"]
+    size = student.summary["parameters"]["active"]
     assert trained.cost.flops == account.training_flops(size, trained.cost.tokens)
     assert stages(result)["signals"].cost.tokens == trained.cost.tokens
 
@@ -304,7 +304,7 @@ def test_missing_text_is_scored_live_with_the_same_result(
         # The teacher's passes have other batches, whose sums differ in the last bits.
         torch.testing.assert_close(weights(mixed)[name], tensor, atol=1e-3, rtol=1e-3)
     alone, beside = (stages(r)["train"].cost for r in (whole, mixed))
-    size = 2 * account.count_parameters(tiny.llama()).head_once
+    size = 2 * account.count_parameters(tiny.llama()).active
     asked = (beside.flops - alone.flops) / size
     assert 0.3 * alone.tokens < asked < 0.7 * alone.tokens
 

@@ -1,7 +1,8 @@
 """The compute cost of a run in floating-point operations, by the usual counting rules.
 
 A training token costs 6 FLOPs per parameter (2 forward, 4 backward) and a forward-only token 2,
-with embeddings counted once, as the head (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
+with embeddings counted once, as the head (Kaplan et al. 2020, arXiv 2001.08361, section 2.1), and
+of a mixture of experts those that a token goes through.
 Attention's own products are left out: they are small at the context lengths used here.
 
 Pruning has no such rule, so its FLOPs are counted as they are executed (`CountedFlops`).
@@ -21,11 +22,12 @@ from stillhouse.number_format import count
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """total: each stored parameter once. head_once: total, less an untied input embedding."""
+    """total: each stored parameter once. active: those that a token is multiplied with: without an
+    untied input embedding, and without the experts that it does not go through."""
 
     total: int
     non_embedding: int
-    head_once: int
+    active: int
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
@@ -38,8 +40,24 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     return ParameterCount(
         total=total,
         non_embedding=total - embedding.numel() - head_size,
-        head_once=total if tied else total - embedding.numel(),
+        active=total - (0 if tied else embedding.numel()) - _idle_parameters(model),
     )
+
+
+def expert_parameters(model: nn.Module) -> int:
+    """Of all routed experts of a mixture."""
+    return sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+
+
+def _idle_parameters(model: nn.Module) -> int:
+    """Of the experts that a token does not go through."""
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = next((getattr(config, name) for name in names if getattr(config, name, None)), 0)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    if not experts or not chosen:
+        return 0
+    return round(expert_parameters(model) * (1 - chosen / experts))
 
 
 def described(model: Any) -> str:
@@ -49,7 +67,7 @@ def described(model: Any) -> str:
 
 
 def training_flops(student: int, tokens: int) -> int:
-    """FLOPs of `tokens` training tokens without a teacher; parameters counted as `head_once`."""
+    """FLOPs of `tokens` training tokens without a teacher; parameters counted as `active`."""
     return 6 * student * tokens
 
 

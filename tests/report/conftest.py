@@ -142,7 +142,7 @@ def parts(
         "history": history,
         "student": {
             "start": "pruned",
-            "parameters": {"total": STUDENT, "head_once": STUDENT},
+            "parameters": {"total": STUDENT, "active": STUDENT},
             "ffn_size": 1024,
             "removed_layers": [3, 4, 5, 9],
         },

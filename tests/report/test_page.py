@@ -214,7 +214,7 @@ def test_student_summary_is_read_to_its_parts(facts: RunFacts, parts: dict[str, 
     """A part's facts stand next to the others, empty ones are left out, notes join the notes."""
     summary = {
         "start": "pruned",
-        "parameters": {"total": 107_972_928, "head_once": 107_972_928},
+        "parameters": {"total": 107_972_928, "active": 107_972_928},
         "pruning": {
             "ffn_size": [1536, 1024],
             "kept_layers": [0, 1, 2, 5],

@@ -185,7 +185,7 @@ def test_all_that_is_measured_is_counted_in_every_process(
     found: tuple[Setting, Found], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen, result = found
-    teacher = count_parameters(load_model(chosen.teacher, dtype=torch.float32)).head_once
+    teacher = count_parameters(load_model(chosen.teacher, dtype=torch.float32)).active
     # More than the short distillations and one reading of the calibration rows a candidate.
     least = training_flops(teacher // 2, result.tokens) + forward_flops(teacher // 2, 4 * 256)
     assert result.flops > 2 * least

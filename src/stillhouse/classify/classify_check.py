@@ -184,7 +184,7 @@ def _local_cost(job: TaskJob, prompt: LabelPrompt, texts: Texts) -> Finding:
     device = default_device()
     precision = choose_precision(recipe.teacher.precision, device)
     model = planned_model(load_config(job.teacher), job.teacher.path)
-    flops = account.forward_flops(account.count_parameters(model).head_once, tokens)
+    flops = account.forward_flops(account.count_parameters(model).active, tokens)
     seconds = flops / (EFFICIENCY * matmul_rate(precision.dtype, device))
     pairs = len(texts.all) * len(words.labels)
     text = (

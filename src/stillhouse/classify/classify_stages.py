@@ -80,7 +80,7 @@ def plan_judgment(job: TaskJob, texts: Stage) -> StagePlan:
         size = account.count_parameters(model)
         return Outcome(
             tokens=tokens,
-            flops=account.forward_flops(size.head_once, tokens),
+            flops=account.forward_flops(size.active, tokens),
             peak_memory_bytes=peak_memory_bytes(),
             summary={"parameters": size.total},
         )

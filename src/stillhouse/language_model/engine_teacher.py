@@ -58,7 +58,7 @@ def server_teacher(job: Job, encoding: Encoding, *, with_head: bool = True) -> T
     config = configs(job)[1]
     text = config.get_text_config()
     if isinstance(encoding, TopK):
-        parameters = planned_size(config).head_once
+        parameters = planned_size(config).active
         return ServedTeacher(
             section.server, k=encoding.k, vocabulary=job.vocabulary, parameters=parameters
         )
@@ -84,5 +84,5 @@ def _teacher(job: Job, source: HiddenStateSource, *, with_head: bool) -> HiddenS
         vocabulary=vocabulary,
         tokenizer=tokenizer,
         head=head,
-        parameters=planned_size(config).head_once,
+        parameters=planned_size(config).active,
     )

@@ -127,7 +127,7 @@ def synthesis_plan(recipe: Recipe, base: Path) -> StagePlan:
         flops = 0
         if isinstance(teacher, LocalText):
             size = planned_size(load_config(teacher.source))
-            flops = account.forward_flops(size.head_once, made.tokens)
+            flops = account.forward_flops(size.active, made.tokens)
         summary = {**made.facts(), "sha256": sha(out / TEXT)}
         return Outcome(tokens=made.tokens, flops=flops, summary=summary)
 

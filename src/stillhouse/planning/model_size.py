@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from stillhouse.account import count_parameters
+from stillhouse.account import count_parameters, expert_parameters
 from stillhouse.teachers.planned_model import planned_model, shape_key
 
 
@@ -15,8 +15,8 @@ from stillhouse.teachers.planned_model import planned_model, shape_key
 class ModelSize:
     """Counts of parameters, each stored one once, and the two widths of the head.
 
-    layer: of the largest decoder block. ends: of embeddings and head. active: of those that a token
-    is multiplied with: of a mixture of experts, the chosen ones. experts: of all of these.
+    layer: of the largest decoder block. ends: of embeddings and head. active: as
+    `account` counts them. experts: of all routed experts.
     """
 
     parameters: int
@@ -47,23 +47,21 @@ _KNOWN: dict[str, ModelSize] = {}
 
 def model_size(model: Any) -> ModelSize:
     """Of a causal language model, which may be on the meta device."""
-    config = model.config.get_text_config()
     found = count_parameters(model)
     blocks = _blocks(model)
     ends = found.total - found.non_embedding
     head = model.get_output_embeddings().weight
     vocabulary, hidden = head.shape
-    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     return ModelSize(
         parameters=found.total,
-        active=found.head_once - round(experts * _idle_share(config)),
+        active=found.active,
         layer=max(_count(block) for block in blocks),
         ends=ends,
         vocabulary=vocabulary,
         hidden=hidden,
         layers=len(blocks),
         tied=head is model.get_input_embeddings().weight,
-        experts=experts,
+        experts=expert_parameters(model),
     )
 
 
@@ -71,14 +69,6 @@ def _blocks(model: nn.Module) -> nn.ModuleList:
     """The decoder's blocks: the list of modules that holds the most."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return max(lists, key=_count)
-
-
-def _idle_share(config: Any) -> float:
-    """The share of the experts that a token does not go through."""
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    experts = next((getattr(config, name) for name in names if getattr(config, name, None)), 0)
-    chosen = getattr(config, "num_experts_per_tok", None)
-    return 1 - chosen / experts if experts and chosen else 0.0
 
 
 def _count(module: nn.Module) -> int:

@@ -189,7 +189,7 @@ def _scratch_part(run: RunFacts, student: Mapping[str, Any]) -> Section:
     `stillhouse.account`."""
     title = "Compared with training the student from scratch"
     trained, made = run.cost("train"), run.cost("student")
-    parameters = student.get("parameters", {}).get("head_once")
+    parameters = student.get("parameters", {}).get("active")
     if trained is None or not trained.tokens or not parameters:
         return Section(title)
     same, tokens = account.training_flops(parameters, trained.tokens), trained.tokens

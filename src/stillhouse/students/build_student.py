@@ -52,7 +52,7 @@ def build_student(
     `base` is the folder that paths in the recipe are relative to. `processes`: those that
     prune together; only the main process writes. `same_tokens`: a pretrained student must have the
     teacher's tokens.
-    The summary is plain data for JSON: start, parameters (total, non_embedding, head_once), the
+    The summary is plain data for JSON: start, parameters (total, non_embedding, active), the
     teacher's parameters, notes, and for a pruned student `pruning` (see pruning.PruneReport) and
     its `flops`. A student with fewer tokens than its teacher gets a new
     tokenizer, and a file with the map to the teacher's ids (see pruning.kept_token_ids).

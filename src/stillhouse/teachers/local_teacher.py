@@ -92,7 +92,7 @@ class LocalTeacher(Teacher):
                 handle.remove()
 
     def flops(self, tokens: int) -> int:
-        return forward_flops(count_parameters(self.model).head_once, tokens)
+        return forward_flops(count_parameters(self.model).active, tokens)
 
     def __repr__(self) -> str:
         return f"Teacher({self.described}: {described(self.model)}, {self.vocabulary:,} tokens)"

@@ -234,7 +234,7 @@ def train(
         with lost_process(plan.processes):
             trainer.accelerator.wait_for_everyone()
         atexit.register(leave_group)
-    size = account.count_parameters(student.model).head_once
+    size = account.count_parameters(student.model).active
     return TrainingResult(
         steps=done.step,
         planned_steps=plan.steps,
