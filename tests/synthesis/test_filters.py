@@ -13,7 +13,7 @@ import pytest
 from stillhouse.data.words import words
 from stillhouse.errors import RecipeError
 from stillhouse.synthesis import filters
-from stillhouse.synthesis.filters import Filter, Filters, Row, Sieve, dropped_counts, dropped_file
+from stillhouse.synthesis.filters import Filter, Filters, Row, Sieve
 from stillhouse.synthesis.near_duplicates import NearDuplicates, shingles
 from stillhouse.synthesis.prompts import Prompt
 
@@ -273,14 +273,6 @@ def test_dropped_rows_are_counted_by_filter_and_written_to_a_file(tmp_path: Path
     assert rows[2]["reason"] == "an earlier row has the same prompt and answer"
     assert rows[2]["sample"] == 1
     assert rows[2]["messages"][-1] == {"role": "assistant", "content": "good"}
-
-
-def test_what_an_older_stage_calls_its_dropped_rows_is_read(tmp_path: Path) -> None:
-    assert dropped_counts({"dropped": {"empty": 2}}) == {"empty": 2}
-    assert dropped_counts({"taken": {"empty": 2}}) == {"empty": 2}
-    assert dropped_file(tmp_path) == tmp_path / "dropped.jsonl"
-    (tmp_path / "filtered.jsonl").touch()
-    assert dropped_file(tmp_path) == tmp_path / "filtered.jsonl"
 
 
 # --- other scripts -----------------------------------------------------------------------------

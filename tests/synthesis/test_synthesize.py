@@ -9,7 +9,6 @@ import shutil
 import signal
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from stillhouse.errors import DataError, EndpointError, RecipeError, RunError
 from stillhouse.generation.budget import Spending
 from stillhouse.generation.journal import Journal
 from stillhouse.language_model.synthesis_stage import synthesis_job
-from stillhouse.stage_manifest import MANIFEST
 from stillhouse.synthesis.synthesize import Synthesis, estimate_synthesis
 from tests import forks, tiny
 from tests.generation.pools import committed
@@ -144,25 +142,6 @@ def test_filters_drop_rows_with_a_reason(tmp_path: Path) -> None:
     ]
     dropped = [json.loads(line) for line in result.dropped_rows.read_text().splitlines()]
     assert {row["where"].split(":")[-1] for row in dropped} == {"2", "3", "5", "8"}
-
-
-def test_the_folder_of_an_older_version_is_read(tmp_path: Path) -> None:
-    """It names the dropped rows `filtered.jsonl`, and their counts `taken`."""
-    with Stub(echo) as stub:
-        path = write(tmp_path, stub.url, filters={"forbid_pattern": "question 7$"})
-        first = synthesize_text(path)
-        folder = first.dropped_rows.parent
-        manifest = json.loads((folder / MANIFEST).read_text())
-        manifest["summary"]["taken"] = manifest["summary"].pop("dropped")
-        manifest["files"]["filtered.jsonl"] = manifest["files"].pop("dropped.jsonl")
-        del manifest["xxh3_of_the_rest"]
-        for facts in manifest["files"].values():
-            del facts["xxh3"]
-        (folder / MANIFEST).write_text(json.dumps(manifest))
-        first.dropped_rows.rename(folder / "filtered.jsonl")
-        again = synthesize_text(path)
-        assert len(stub.payloads) == 12
-    assert again == replace(first, new=0, dropped_rows=folder / "filtered.jsonl")
 
 
 def test_the_budget_counts_what_earlier_runs_paid(tmp_path: Path) -> None:

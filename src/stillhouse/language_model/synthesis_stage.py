@@ -40,7 +40,7 @@ from stillhouse.runfolder import (
     write_atomically,
 )
 from stillhouse.shared_work import ALONE, all_processes
-from stillhouse.synthesis.filters import dropped_counts, dropped_file
+from stillhouse.synthesis.filters import DROPPED
 from stillhouse.synthesis.synthesis_job import SynthesisJob
 from stillhouse.synthesis.synthesize import TEXT, Synthesis, synthesize
 from stillhouse.synthesis.synthesize_config import SynthesizeRecipe
@@ -170,12 +170,11 @@ def complete_text(recipe: Recipe, base: Path, folder: RunFolder, do: Do) -> Synt
     stage = do(replace(synthesis_plan(recipe, base), missing=missing_answers))
     folder.point(NAME, stage.path)
     out = publish(stage.path / TEXT, out, recipe)
-    facts = {key: value for key, value in stage.summary.items() if key not in ("sha256", "taken")}
-    facts["dropped"] = dropped_counts(stage.summary)
+    facts = {key: value for key, value in stage.summary.items() if key != "sha256"}
     if stage.reused:
         facts |= {"new": 0, "failed": 0}
     journal = synthesis_job(recipe, base).journal
-    return Synthesis(out, dropped_file(stage.path), journal, **facts)
+    return Synthesis(out, stage.path / DROPPED, journal, **facts)
 
 
 def follow_text(recipe: Recipe, base: Path, do: Do) -> None:

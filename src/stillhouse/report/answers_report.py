@@ -19,7 +19,6 @@ from stillhouse.report.sections import (
     cost_section,
     notes_section,
 )
-from stillhouse.synthesis.filters import dropped_counts
 
 _HEADLINE = ("field_f1", "agreement_f1", "score", "exact", "agreement", "valid")
 """The headline shows the first of these metrics that was measured."""
@@ -71,8 +70,7 @@ def _headline(found: AnswersEvaluation) -> str:
 
 
 def _answers_sentence(answers: Mapping[str, Any]) -> str:
-    counts = dropped_counts(answers).items()
-    dropped = ", ".join(f"{name} {count:,}" for name, count in counts)
+    dropped = ", ".join(f"{name} {count:,}" for name, count in answers["dropped"].items())
     return (
         f"The teacher answered {answers['answered']:,} of {answers['asked']:,} requests; "
         f"{answers['kept']:,} answers were kept for training. Dropped by filters: "

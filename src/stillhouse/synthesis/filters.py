@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -336,14 +336,3 @@ def _dropped_line(row: Row, name: str, reason: str) -> str:
         "messages": [*row.messages, {"role": "assistant", "content": row.text}],
     }
     return json.dumps(facts, ensure_ascii=False) + "\n"
-
-
-def dropped_counts(facts: Mapping[str, Any]) -> dict[str, int]:
-    """Dropped rows by filter, from a stage's summary; older ones call them `taken`."""
-    return dict(facts["dropped"] if "dropped" in facts else facts["taken"])
-
-
-def dropped_file(folder: Path) -> Path:
-    """The dropped rows in a stage's folder; older ones have them in `filtered.jsonl`."""
-    old = folder / "filtered.jsonl"
-    return old if old.exists() else folder / DROPPED
