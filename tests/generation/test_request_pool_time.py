@@ -10,17 +10,20 @@ from stillhouse.generation.concurrency import AdaptiveLimit
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Answer, Request
 from stillhouse.generation.request_pool import LONGEST_WAIT, Pool, Send, Tally
+from stillhouse.teachers.http_link import PATIENCE, Patience
 from tests.clocks import run_at_once
 from tests.generation.pools import QUICK, requests
 
 URL = "http://127.0.0.1:1/v1"
 
 
-def run(journal: Journal, send: Send, count: int, *, concurrency: int = 8) -> tuple[Tally, float]:
+def run(
+    journal: Journal, send: Send, count: int, *, concurrency: int = 8, patience: Patience = QUICK
+) -> tuple[Tally, float]:
     """What came of `count` requests, and the seconds that it took."""
 
     async def whole() -> Tally:
-        pool = Pool(send, journal, Budget(), concurrency=concurrency, patience=QUICK)
+        pool = Pool(send, journal, Budget(), concurrency=concurrency, patience=patience)
         return await pool.answer_all(requests(URL, count))
 
     return run_at_once(whole())
@@ -89,6 +92,35 @@ def test_a_server_with_a_limit_is_neither_flooded_nor_starved(journal: Journal) 
     assert (tally.answered, tally.failed) == (200, 0)
     assert tally.throttled == refused
     assert 0 < refused < 100
+
+
+def test_requests_do_not_fail_in_the_queue_of_a_server_that_answers_one_at_a_time(
+    journal: Journal,
+) -> None:
+    turn = asyncio.Lock()
+
+    async def ask(request: Request) -> Answer | FailedAttempt:
+        try:
+            async with asyncio.timeout(120), turn:
+                await asyncio.sleep(20)
+        except TimeoutError:
+            return FailedAttempt("timeout", "no answer in 120 s", retry=True, billed=True)
+        return Answer("an answer")
+
+    tally, _ = run(journal, ask, 200, concurrency=64, patience=PATIENCE)
+    assert (tally.answered, tally.failed) == (200, 0)
+
+
+def test_a_few_slow_answers_do_not_lower_the_limit() -> None:
+    async def whole() -> None:
+        limit = AdaptiveLimit(256)
+        for _ in range(3):
+            limit.answered()
+            limit.answered()
+            limit.timed_out(asyncio.get_running_loop().time())
+        assert limit.limit == 16 + 6
+
+    run_at_once(whole())
 
 
 def test_the_limit_doubles_each_round_then_halves_once_a_burst_and_then_creeps() -> None:

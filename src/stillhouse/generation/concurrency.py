@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 
 FIRST_LIMIT = 16.0
 """Requests at once at the start; doubled with every round of answers until a 429."""
+_LAST = 64
+"""Outcomes among which timeouts are counted."""
 
 
 def now() -> float:
@@ -19,14 +22,16 @@ class AdaptiveLimit:
 
     Until the first 429 each answer adds one, which doubles the limit in each round; after it, a
     whole round of answers adds one. A burst of 429 halves the limit once: requests that were sent
-    before the last halving are ignored. Retry-After pauses all requests.
+    before the last halving are ignored. Retry-After pauses all requests. Timeouts count as 429 if
+    they are more than a third of the last outcomes: requests then wait in a slow server's queue.
     """
 
     def __init__(self, most: int) -> None:
         self.most, self.limit = most, min(FIRST_LIMIT, float(most))
         self.at_once = 0
         self._growing_fast = True
-        self._halved = self._closed_until = 0.0
+        self._halved, self._closed_until = -math.inf, 0.0
+        self._late: deque[bool] = deque(maxlen=_LAST)  # of requests sent since the last halving
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     async def acquire(self) -> float:
@@ -53,6 +58,7 @@ class AdaptiveLimit:
             self._waiting.popleft().set_result(None)
 
     def answered(self) -> None:
+        self._late.append(False)
         self.limit = min(self.most, self.limit + (1.0 if self._growing_fast else 1.0 / self.limit))
 
     def throttled(self, sent: float, pause: float) -> None:
@@ -61,3 +67,11 @@ class AdaptiveLimit:
         self._closed_until = max(self._closed_until, now() + pause)
         if sent > self._halved:
             self.limit, self._halved = max(1.0, self.limit / 2), now()
+            self._late.clear()
+
+    def timed_out(self, sent: float) -> None:
+        """A request sent at the time `sent` was not answered in time."""
+        if sent > self._halved:
+            self._late.append(True)
+            if 3 * sum(self._late) > len(self._late):
+                self.throttled(sent, 0.0)

@@ -44,7 +44,10 @@ class ApiTeacher(Section):
         None, description="null: unknown, and costs are reported as unknown."
     )
     concurrency: int = Field(
-        64, gt=0, le=4096, description="Requests at once, at most; 429 answers lower it."
+        64,
+        gt=0,
+        le=4096,
+        description="Requests at once, at most; 429 answers and timeouts lower it.",
     )
     timeout: Seconds = Field(120.0, description="Seconds for a complete answer.")
     token_limit: Literal["max_tokens", "max_completion_tokens"] = Field(

@@ -184,6 +184,8 @@ class Pool:
             if outcome.kind == "rate_limit":
                 self.tally.throttled += 1
                 self.limit.throttled(sent, outcome.wait or 0.0)
+            elif outcome.kind == "timeout":
+                self.limit.timed_out(sent)
             # Time in our own queue, while the server answers other requests, does not count.
             waited_for = now() - max(first, self._last_answer) + pause
             patient = attempts < self.patience.attempts and waited_for < LONGEST_WAIT
