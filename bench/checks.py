@@ -142,12 +142,13 @@ def measure_store(folder: Path, rounds: int) -> dict[str, Any]:
         return runfolder.Outcome()
 
     stages = runfolder.RunFolder(folder / "recorded")
-    path = stages.stage("signals", {}, work, compared_when_read=(SHARD_FILES,)).path
+    plan = runfolder.StagePlan("signals", {}, work, compared_when_read=(SHARD_FILES,))
+    path = stages.stage(plan).path
     shares: dict[str, list[float]] = {"stage": [], "shards": []}
     for seed in range(rounds + 1):  # the first one warms up
         checksums._intact.clear()  # as in a process of its own
         with hashing() as compared:
-            assert stages.finished("signals", {}) is not None
+            assert stages.finished(plan) is not None
         with hashing() as sums, whole() as reading:
             read_epoch(path / STORE, windows, seed, 1)
         shares["stage"].append(compared.cpu / reading.cpu)
@@ -171,8 +172,9 @@ def measure_verify(folder: Path, rounds: int, size: int = 1 << 30) -> dict[str, 
         shutil.copy(export / "model.safetensors", out)
         return runfolder.Outcome()
 
+    stage = stages.stage(runfolder.StagePlan("train", {}, work))
     found: dict[str, list[float]] = {"export": [], "stage": []}
-    for name, path in {"export": export, "stage": stages.stage("train", {}, work).path}.items():
+    for name, path in {"export": export, "stage": stage.path}.items():
         for _ in range(rounds + 1):
             began = time.process_time()
             assert not any(part.problems for part in verify_folder(path))

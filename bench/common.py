@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stillhouse.hardware import machine
-from stillhouse.runfolder import versions
+from stillhouse.stage_manifest import versions
 
 RESULTS = Path(__file__).parent / "results"
 

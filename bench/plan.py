@@ -37,10 +37,10 @@ from stillhouse.language_model.language_model import LANGUAGE_MODEL
 from stillhouse.language_model.run_models import run_models
 from stillhouse.language_model.run_plan import plan_stages
 from stillhouse.pipeline.engine import run_folder, run_steps
-from stillhouse.pipeline.stage_plan import StagePlan, doing
+from stillhouse.pipeline.stage_plan import doing
 from stillhouse.planning.machine import this_machine
 from stillhouse.planning.step_memory import Memory
-from stillhouse.runfolder import Stage
+from stillhouse.runfolder import Stage, StagePlan
 
 TOLERANCE = 0.1
 VOCABULARY = 16384

@@ -91,9 +91,9 @@ def measure(options: argparse.Namespace, texts: Path, seed: int) -> dict[str, An
     folder = run_folder(job.recipe)
     with folder.locked():
         plan = plan_data(job)
-        data = folder.stage(plan.name, plan.depends_on, plan.work)
+        data = folder.stage(plan)
         plan = plan_student(job, data)
-        student = folder.stage(plan.name, plan.depends_on, plan.work)
+        student = folder.stage(plan)
         windows, heldout = open_data(data)
         device = default_device()
         dtype = choose_precision("auto", device).dtype

@@ -17,7 +17,7 @@ from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import RunError
 from stillhouse.pipeline import engine
 from stillhouse.pipeline.engine import RESOLVED, locked_folder
-from stillhouse.runfolder import Outcome, RunFolder, write_atomically
+from stillhouse.runfolder import Outcome, RunFolder, StagePlan, write_atomically
 from stillhouse.scratch import temporary_folder
 from tests import forks, tiny
 
@@ -48,7 +48,7 @@ def test_the_error_names_the_disk_that_is_full(
     with folder.locked():
         monkeypatch.setattr(scratch.shutil, "disk_usage", usage)
         with pytest.raises(RunError) as caught:
-            folder.stage("export", {}, work)
+            folder.stage(StagePlan("export", {}, work))
     where = Path(str(caught.value.where))
     assert (elsewhere in where.parents) == in_temporary_folder
     assert ("TMPDIR" in str(caught.value.fix)) == in_temporary_folder
@@ -67,7 +67,7 @@ def test_a_run_folder_that_vanishes_is_one_message(
 
     folder = RunFolder(tmp_path / "run")
     with folder.locked(), pytest.raises(RunError, match="deleted, moved or replaced"):
-        folder.stage("student", {}, work)
+        folder.stage(StagePlan("student", {}, work))
     assert not list((tmp_path / "run").glob("stages/student-*"))
     assert not list((tmp_path / "run").rglob(".*.partial"))
 
@@ -80,7 +80,7 @@ def test_a_lock_that_is_deleted_costs_no_checkpoints(tmp_path: Path) -> None:
 
     folder = RunFolder(tmp_path / "run")
     with folder.locked(), pytest.raises(RunError, match="deleted, moved or replaced"):
-        folder.stage("train", {}, work, resumable=True)
+        folder.stage(StagePlan("train", {}, work, resumable=True))
     assert list((tmp_path / "run").glob("stages/.train-*.partial/checkpoint"))
 
 
@@ -140,23 +140,23 @@ def test_of_a_rename_the_path_that_is_in_the_way_is_named(tmp_path: Path) -> Non
 def test_a_finished_stage_that_vanishes_is_one_message(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     with folder.locked():
-        first = folder.stage("data", {}, lambda out: Outcome())
+        first = folder.stage(StagePlan("data", {}, lambda out: Outcome()))
 
         def work(out: Path) -> Outcome:
             shutil.rmtree(first.path)
             raise ValueError("in the words of a library")
 
         with pytest.raises(RunError, match="deleted, moved or replaced") as caught:
-            folder.stage("train", {}, work)
+            folder.stage(StagePlan("train", {}, work))
     assert caught.value.where == str(first.path)
 
 
 def test_a_stage_that_is_done_again_has_not_vanished(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     with folder.locked():
-        shutil.rmtree(folder.stage("data", {}, lambda out: Outcome()).path)
+        shutil.rmtree(folder.stage(StagePlan("data", {}, lambda out: Outcome())).path)
         with pytest.raises(ValueError, match="of the work"):
-            folder.stage("data", {}, raise_of_work)
+            folder.stage(StagePlan("data", {}, raise_of_work))
 
 
 def raise_of_work(out: Path) -> Outcome:
@@ -166,11 +166,11 @@ def raise_of_work(out: Path) -> Outcome:
 def test_a_file_in_the_place_of_a_stage_is_found_before_the_work(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     with folder.locked():
-        stage = folder.stage("data", {}, lambda out: Outcome())
+        stage = folder.stage(StagePlan("data", {}, lambda out: Outcome()))
         shutil.rmtree(stage.path)
         stage.path.write_text("mine")
         with pytest.raises(RunError, match="a file where a folder should be"):
-            folder.stage("data", {}, raise_of_work)
+            folder.stage(StagePlan("data", {}, raise_of_work))
     assert stage.path.read_text() == "mine"
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import ModelError, RunError, StoreError
-from stillhouse.runfolder import Outcome, RunFolder
+from stillhouse.runfolder import Outcome, RunFolder, StagePlan
 
 
 def writes(text: str, calls: list[str]):  # type: ignore[no-untyped-def]
@@ -26,10 +26,14 @@ def writes(text: str, calls: list[str]):  # type: ignore[no-untyped-def]
     return work
 
 
+def no_work(out: Path) -> Outcome:
+    return Outcome()
+
+
 def test_a_finished_stage_is_not_done_again(tmp_path: Path) -> None:
     folder, calls = RunFolder(tmp_path), []
-    first = folder.stage("data", {"a": 1}, writes("x", calls))
-    second = folder.stage("data", {"a": 1}, writes("x", calls))
+    first = folder.stage(StagePlan("data", {"a": 1}, writes("x", calls)))
+    second = folder.stage(StagePlan("data", {"a": 1}, writes("x", calls)))
     assert calls == ["x"]
     assert (first.reused, second.reused) == (False, True)
     assert (first.digest, first.cost, first.summary) == (second.digest, second.cost, second.summary)
@@ -37,17 +41,17 @@ def test_a_finished_stage_is_not_done_again(tmp_path: Path) -> None:
 
 def test_another_input_is_another_stage_and_the_old_one_is_kept(tmp_path: Path) -> None:
     folder, calls = RunFolder(tmp_path), []
-    folder.stage("data", {"a": 1}, writes("x", calls))
-    folder.stage("data", {"a": 2}, writes("y", calls))
-    folder.stage("data", {"a": 1}, writes("x", calls))
+    folder.stage(StagePlan("data", {"a": 1}, writes("x", calls)))
+    folder.stage(StagePlan("data", {"a": 2}, writes("y", calls)))
+    folder.stage(StagePlan("data", {"a": 1}, writes("x", calls)))
     assert calls == ["x", "y"]
 
 
 def test_the_digest_is_of_the_content_not_of_the_inputs(tmp_path: Path) -> None:
     """So a source file that was touched but not changed does not redo what comes after."""
     folder = RunFolder(tmp_path)
-    same = [folder.stage("data", {"mtime": t}, writes("x", [])).digest for t in (1, 2)]
-    other = folder.stage("data", {"mtime": 3}, writes("z", [])).digest
+    same = [folder.stage(StagePlan("data", {"mtime": t}, writes("x", []))).digest for t in (1, 2)]
+    other = folder.stage(StagePlan("data", {"mtime": 3}, writes("z", []))).digest
     assert same[0] == same[1] != other
 
 
@@ -59,18 +63,18 @@ def test_work_that_fails_leaves_no_stage(tmp_path: Path) -> None:
         raise ValueError("broken")
 
     with pytest.raises(ValueError, match="broken"):
-        folder.stage("data", {}, breaks)
-    assert folder.finished("data", {}) is None
+        folder.stage(StagePlan("data", {}, breaks))
+    assert folder.finished(StagePlan("data", {}, no_work)) is None
     calls: list[str] = []
-    folder.stage("data", {}, writes("whole", calls))
+    folder.stage(StagePlan("data", {}, writes("whole", calls)))
     assert calls == ["whole"]
 
 
 def test_only_a_resumable_stage_sees_what_a_killed_one_left(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     for name in ("plain", "resumable"):
-        folder.partial(name, {}).mkdir(parents=True)
-        (folder.partial(name, {}) / "left.txt").write_text("left")
+        folder.partial(StagePlan(name, {}, no_work)).mkdir(parents=True)
+        (folder.partial(StagePlan(name, {}, no_work)) / "left.txt").write_text("left")
     seen = {}
 
     def look(name: str):  # type: ignore[no-untyped-def]
@@ -80,8 +84,8 @@ def test_only_a_resumable_stage_sees_what_a_killed_one_left(tmp_path: Path) -> N
 
         return work
 
-    folder.stage("plain", {}, look("plain"))
-    folder.stage("resumable", {}, look("resumable"), resumable=True)
+    folder.stage(StagePlan("plain", {}, look("plain")))
+    folder.stage(StagePlan("resumable", {}, look("resumable"), resumable=True))
     assert seen == {"plain": False, "resumable": True}
 
 
@@ -103,19 +107,19 @@ def test_a_kill_while_files_are_hashed_or_flushed_keeps_the_scratch(
         with monkeypatch.context() as patch:
             patch.setattr(f"stillhouse.runfolder.{name}", killed)
             with pytest.raises(KeyboardInterrupt):
-                folder.stage("train", {}, work, **options)
-    stage = folder.stage("train", {}, work, **options)
+                folder.stage(StagePlan("train", {}, work, **options))
+    stage = folder.stage(StagePlan("train", {}, work, **options))
     assert stage.summary == {"steps": 3}
     assert sorted(path.name for path in stage.path.iterdir()) == ["manifest.json", "result.txt"]
 
 
 def test_what_a_killed_process_was_writing_is_no_part_of_a_resumed_stage(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    left = folder.partial("train", {})
+    left = folder.partial(StagePlan("train", {}, no_work))
     (left / "model" / ".part-abc").mkdir(parents=True)
     for name in (".manifest.json.tmp", "model/.part-abc/weights", "shard", ".shard-2.partial"):
         (left / name).write_text("half")
-    stage = folder.stage("train", {}, writes("whole", []), resumable=True)
+    stage = folder.stage(StagePlan("train", {}, writes("whole", []), resumable=True))
     files = {str(path.relative_to(stage.path)) for path in stage.path.rglob("*")}
     assert files == {"manifest.json", "result.txt", "model", "shard"}
 
@@ -134,17 +138,17 @@ def test_a_stage_without_its_product_is_not_finished_and_keeps_its_scratch(tmp_p
 
     options: dict[str, Any] = {"resumable": True, "scratch": ("checkpoints",)}
     with pytest.raises(RunError, match="has not written what it should: weights are"):
-        folder.stage("train", {}, work, check=lacks_weights, **options)
-    assert folder.finished("train", {}) is None
-    assert (folder.partial("train", {}) / "checkpoints" / "state.bin").exists()
-    stage = folder.stage("train", {}, work, check=lambda out: None, **options)
+        folder.stage(StagePlan("train", {}, work, check=lacks_weights, **options))
+    assert folder.finished(StagePlan("train", {}, no_work)) is None
+    assert (folder.partial(StagePlan("train", {}, no_work)) / "checkpoints" / "state.bin").exists()
+    stage = folder.stage(StagePlan("train", {}, work, check=lambda out: None, **options))
     assert not (stage.path / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("damage", ["truncate", "delete", "flip", "manifest", "digest", "list"])
 def test_a_damaged_stage_is_done_again(tmp_path: Path, damage: str) -> None:
     folder, calls = RunFolder(tmp_path), []
-    path = folder.stage("data", {}, writes("hello", calls)).path
+    path = folder.stage(StagePlan("data", {}, writes("hello", calls))).path
     if damage == "truncate":
         (path / "result.txt").write_text("he")
     elif damage == "delete":
@@ -158,7 +162,7 @@ def test_a_damaged_stage_is_done_again(tmp_path: Path, damage: str) -> None:
         (path / "manifest.json").write_text("[]")
     else:
         (path / "manifest.json").write_text("{")
-    assert not folder.stage("data", {}, writes("hello", calls)).reused
+    assert not folder.stage(StagePlan("data", {}, writes("hello", calls))).reused
     assert calls == ["hello", "hello"]
 
 
@@ -166,28 +170,28 @@ def test_a_file_that_its_reader_compares_is_set_aside_when_it_is_read(tmp_path: 
     """Only its size is compared before the stage is used."""
     folder, calls = RunFolder(tmp_path), []
     options = {"compared_when_read": ("*.txt",)}
-    path = folder.stage("signals", {}, writes("hello", calls), **options).path
+    path = folder.stage(StagePlan("signals", {}, writes("hello", calls), **options)).path
     (path / "result.txt").write_text("hellO")
 
     def read(out: Path) -> Outcome:
         raise StoreError("the shard is damaged", where=path / "result.txt", fix="delete it")
 
     again = RunFolder(tmp_path)
-    assert again.stage("signals", {}, writes("hello", calls), **options).reused
+    assert again.stage(StagePlan("signals", {}, writes("hello", calls), **options)).reused
     with pytest.raises(RunError, match="the shard is damaged") as caught:
-        again.stage("train", {}, read)
+        again.stage(StagePlan("train", {}, read))
     assert "same command again" in str(caught.value.fix)
     third = RunFolder(tmp_path)
-    assert not third.stage("signals", {}, writes("hello", calls), **options).reused
+    assert not third.stage(StagePlan("signals", {}, writes("hello", calls), **options)).reused
     with pytest.raises(StoreError, match="the shard is damaged"):  # of another store
-        third.stage("train", {}, read)
+        third.stage(StagePlan("train", {}, read))
     assert sorted(file.name for file in path.iterdir()) == ["manifest.json", "result.txt"]
 
 
 def test_the_manifest_lists_inputs_and_outputs(tmp_path: Path) -> None:
-    path = RunFolder(tmp_path).stage("data", {"a": 1}, writes("x", [])).path
+    path = RunFolder(tmp_path).stage(StagePlan("data", {"a": 1}, writes("x", []))).path
     manifest = json.loads((path / "manifest.json").read_text())
-    assert manifest["depends_on"] == {"a": 1}
+    assert manifest["depends_on"] == {"a": 1, "version": 1}
     assert manifest["files"]["result.txt"]["bytes"] == 1
     assert manifest["cost"]["tokens"] == 7
     assert "torch" in manifest["versions"]
@@ -196,7 +200,7 @@ def test_the_manifest_lists_inputs_and_outputs(tmp_path: Path) -> None:
 KILLED = """
 import sys, time
 from pathlib import Path
-from stillhouse.runfolder import Outcome, RunFolder
+from stillhouse.runfolder import Outcome, RunFolder, StagePlan
 
 def work(out):
     for i in range(200):
@@ -206,7 +210,7 @@ def work(out):
 
 folder = RunFolder(Path(sys.argv[1]))
 with folder.locked():
-    folder.stage("data", {}, work)
+    folder.stage(StagePlan("data", {}, work))
 print("finished", flush=True)
 """
 
@@ -222,11 +226,11 @@ def test_a_kill_at_any_time_leaves_a_complete_stage_or_none(tmp_path: Path, dela
     time.sleep(delay)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    done = RunFolder(tmp_path).finished("data", {})
+    done = RunFolder(tmp_path).finished(StagePlan("data", {}, no_work))
     if done is not None:
         assert len(list(done.path.glob("*.bin"))) == 200
     subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=True)
-    done = RunFolder(tmp_path).finished("data", {})
+    done = RunFolder(tmp_path).finished(StagePlan("data", {}, no_work))
     assert done is not None
     assert len(list(done.path.glob("*.bin"))) == 200
 
@@ -262,7 +266,7 @@ def test_a_full_disk_or_a_missing_permission_is_one_clear_error(
         raise failure
 
     with pytest.raises(RunError, match=expected):
-        RunFolder(tmp_path).stage("data", {}, fails)
+        RunFolder(tmp_path).stage(StagePlan("data", {}, fails))
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
@@ -274,7 +278,7 @@ def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
 def test_a_link_points_to_the_newest_stage(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     for text in ("old", "new"):
-        stage = folder.stage("export", {"text": text}, writes(text, []))
+        stage = folder.stage(StagePlan("export", {"text": text}, writes(text, [])))
         folder.point("model", stage.path)
     assert (tmp_path / "model" / "result.txt").read_text() == "new"
 
@@ -282,7 +286,7 @@ def test_a_link_points_to_the_newest_stage(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_a_file_of_the_user_is_not_replaced_by_a_link(tmp_path: Path, kind: str) -> None:
     folder = RunFolder(tmp_path)
-    stage = folder.stage("data", {}, writes("x", []))
+    stage = folder.stage(StagePlan("data", {}, writes("x", [])))
     mine = tmp_path / "model"
     mine.mkdir() if kind == "folder" else mine.write_text("mine")
     with pytest.raises(RunError, match="a file or folder of yours where model"):
@@ -321,5 +325,5 @@ def test_a_resumed_stage_keeps_hidden_files_of_its_checkpoints(tmp_path: Path) -
 
     options: dict[str, Any] = {"resumable": True, "scratch": ("checkpoints",)}
     with pytest.raises(KeyboardInterrupt):
-        folder.stage("train", {}, killed, **options)
-    assert not list(folder.stage("train", {}, resumed, **options).path.iterdir())[1:]
+        folder.stage(StagePlan("train", {}, killed, **options))
+    assert not list(folder.stage(StagePlan("train", {}, resumed, **options)).path.iterdir())[1:]

@@ -25,7 +25,7 @@ from stillhouse.data.windows import ARRAYS, open_windows
 from stillhouse.errors import RunError
 from stillhouse.generation.journal import Journal
 from stillhouse.report.page import REPORT_DATA, read_report, render
-from stillhouse.runfolder import RunFolder
+from stillhouse.runfolder import Outcome, RunFolder, StagePlan
 from stillhouse.search.trial_log import Journal as TrialLog
 from stillhouse.signals.store import open_store
 from stillhouse.signals.writer import finish_store
@@ -58,7 +58,9 @@ class Place:
 def _stage(place: Place, copy: Path) -> str | None:
     recorded = read_manifest(place.folder)
     same = place.file == MANIFEST and _same_json(place, copy)
-    found = RunFolder(copy.parents[1]).finished(recorded["stage"], recorded["depends_on"])
+    inputs = recorded["depends_on"]
+    plan = StagePlan(recorded["stage"], inputs, lambda out: Outcome(), inputs["version"])
+    found = RunFolder(copy.parents[1]).finished(plan)
     sound = not any(part.problems for part in verify_folder(copy.parents[1]))
     if sound and not same:
         return "verify says that it is sound"

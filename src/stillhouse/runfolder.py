@@ -20,8 +20,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,7 +30,7 @@ from stillhouse.file_locks import is_same, try_lock
 from stillhouse.progress import note
 from stillhouse.run_recipe import RunRecipe
 from stillhouse.scratch import scratch_in
-from stillhouse.stage_manifest import MANIFEST, digest_of, facts_of_files, read_manifest
+from stillhouse.stage_manifest import MANIFEST, digest_of, facts_of_files, read_manifest, versions
 
 LOCK = ".lock"
 
@@ -58,6 +56,46 @@ class Outcome:
     summary: dict[str, Any] = field(default_factory=dict)
     seconds: float | None = None
     """Set if work was resumed, so that this process's clock covers only part of it."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage that is ready to run: `work` fills its folder.
+
+    inputs: everything that the result depends on; `version` is increased when the code changes what
+    it writes. together: all processes of torchrun take part. resumable: a partly written folder is
+    continued, rather than emptied, but without the files and folders whose names begin with a dot:
+    they are temporary, except in `scratch`. scratch: names inside the folder that are deleted
+    before it is finished. missing: how many results a finished stage still lacks; it runs again
+    while there are any. check: raises StillhouseError if the filled folder lacks its product: the
+    stage then remains unfinished, with its scratch files. compared_when_read: patterns of large
+    files whose readers compare their hashes; before the stage is used, only their sizes are.
+    """
+
+    name: str
+    inputs: Mapping[str, Any]
+    work: Callable[[Path], Outcome]
+    version: int = 1
+    resumable: bool = False
+    together: bool = False
+    scratch: tuple[str, ...] = ()
+    missing: Callable[[Stage], int] | None = None
+    check: Callable[[Path], None] | None = None
+    compared_when_read: tuple[str, ...] = ()
+
+    @property
+    def depends_on(self) -> dict[str, Any]:
+        return {**self.inputs, "version": self.version}
+
+    @property
+    def key(self) -> str:
+        canonical = json.dumps({"stage": self.name, **self.depends_on}, sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+    @property
+    def folder(self) -> str:
+        """The name of the finished stage's folder."""
+        return f"{self.name}-{self.key}"
 
 
 @dataclass(frozen=True)
@@ -154,75 +192,48 @@ class RunFolder:
             return False
         return found
 
-    def key(self, name: str, depends_on: Mapping[str, Any]) -> str:
-        canonical = json.dumps({"stage": name, **depends_on}, sort_keys=True, ensure_ascii=True)
-        return hashlib.sha256(canonical.encode()).hexdigest()[:12]
-
-    def partial(self, name: str, depends_on: Mapping[str, Any]) -> Path:
+    def partial(self, plan: StagePlan) -> Path:
         """The folder that the stage is written to before it is finished."""
-        return self.stages / f".{name}-{self.key(name, depends_on)}.partial"
+        return self.stages / f".{plan.folder}.partial"
 
-    def _final(self, name: str, depends_on: Mapping[str, Any]) -> Path:
-        return self.stages / f"{name}-{self.key(name, depends_on)}"
-
-    def finished(self, name: str, depends_on: Mapping[str, Any]) -> Stage | None:
-        """The finished stage with that name and key, or None. Damage is reported."""
-        path = self._final(name, depends_on)
+    def finished(self, plan: StagePlan) -> Stage | None:
+        """The finished stage of the plan, or None. Damage is reported."""
+        path = self.stages / plan.folder
         self._finished.discard(path)
         if not path.is_dir():
             return None
         try:
             manifest = read_manifest(path)
-            stage = Stage(
-                name, path, manifest["digest"], Cost(**manifest["cost"]), manifest["summary"], True
-            )
+            cost, summary = Cost(**manifest["cost"]), manifest["summary"]
+            stage = Stage(plan.name, path, manifest["digest"], cost, summary, True)
             damaged = damaged_files(path, manifest["files"])
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             damaged = [f"{MANIFEST} ({error})"]
         if damaged:
-            note(f"{path} is damaged ({', '.join(damaged[:3])}): the {name} stage is done again")
+            shown = ", ".join(damaged[:3])
+            note(f"{path} is damaged ({shown}): the {plan.name} stage is done again")
             return None
         self._finished.add(path)
         return stage
 
-    def stage(
-        self,
-        name: str,
-        depends_on: Mapping[str, Any],
-        work: Callable[[Path], Outcome],
-        *,
-        resumable: bool = False,
-        scratch: tuple[str, ...] = (),
-        check: Callable[[Path], None] | None = None,
-        compared_when_read: tuple[str, ...] = (),
-    ) -> Stage:
-        """Return the finished stage, or run `work(folder)` and finish it.
-
-        resumable: a partly written folder is passed to `work`, rather than emptied, but without the
-        files and folders whose names begin with a dot: they are temporary, except in `scratch`.
-        scratch: names inside the folder that are deleted before it is finished.
-        check: raises StillhouseError if the folder lacks the stage's product. The stage
-        then remains unfinished, with its scratch files. compared_when_read: patterns of files whose
-        readers compare their hashes; before the stage is used, only their sizes are. Raises
-        RunError.
-        """
-        done = self.finished(name, depends_on)
+    def stage(self, plan: StagePlan) -> Stage:
+        """Return the finished stage, or do its work and finish it. Raises RunError."""
+        done = self.finished(plan)
         if done is not None:
             return done
-        final = self._final(name, depends_on)
-        partial = self.partial(name, depends_on)
+        final, partial = self.stages / plan.folder, self.partial(plan)
         with disk_errors(partial):
             self._require_there()
             if final.is_file():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(final))
-            if resumable:
-                _drop_temporary(partial, scratch)
+            if plan.resumable:
+                _drop_temporary(partial, plan.scratch)
             elif partial.exists():
                 shutil.rmtree(partial)
             partial.mkdir(parents=True, exist_ok=True)
             started = time.time()
             try:
-                outcome = work(partial)
+                outcome = plan.work(partial)
             except Exception as error:
                 self._require_there(partial)
                 if isinstance(error, StoreError) and self._set_damage_aside():
@@ -234,15 +245,15 @@ class RunFolder:
                 raise
             self._require_there(partial)
             seconds = time.time() - started if outcome.seconds is None else outcome.seconds
-            if check is not None:
-                _check_product(name, partial, check)
-            files = facts_of_files(partial, scratch, compared_when_read)
+            if plan.check is not None:
+                _check_product(plan.name, partial, plan.check)
+            files = facts_of_files(partial, plan.scratch, plan.compared_when_read)
             cost = Cost(seconds, outcome.tokens, outcome.flops, outcome.peak_memory_bytes)
             digest = digest_of(files)
             manifest = {
-                "stage": name,
-                "key": self.key(name, depends_on),
-                "depends_on": depends_on,
+                "stage": plan.name,
+                "key": plan.key,
+                "depends_on": plan.depends_on,
                 "digest": digest,
                 "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
                 "cost": asdict(cost),
@@ -252,14 +263,14 @@ class RunFolder:
             }
             write_atomically(partial / MANIFEST, json.dumps(sealed(manifest), indent=2))
             flush_tree(partial)
-            for leftover in scratch:  # last: a kill while the files are hashed costs nothing
+            for leftover in plan.scratch:  # last: a kill while the files are hashed costs nothing
                 shutil.rmtree(partial / leftover, ignore_errors=True)
             if final.exists():
                 shutil.rmtree(final)
             partial.rename(final)
             flush(self.stages)
         self._finished.add(final)
-        return Stage(name, final, digest, cost, outcome.summary, False)
+        return Stage(plan.name, final, digest, cost, outcome.summary, False)
 
     def require_own(self, name: str) -> None:
         """Raise RunError if there is a file that the run would write, and did not write: it has
@@ -331,13 +342,6 @@ def record_again(file: Path) -> None:
     except (OSError, ValueError, LookupError, TypeError):
         return
     write_atomically(file.parent / MANIFEST, json.dumps(sealed(manifest), indent=2))
-
-
-@cache
-def versions() -> dict[str, str]:
-    names = ("stillhouse", "torch", "transformers", "accelerate", "tokenizers", "safetensors")
-    found = {name: metadata.version(name) for name in names}
-    return {"python": platform.python_version(), **found}
 
 
 def sha(path: Path) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from collections.abc import Mapping
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,14 @@ def facts_of_files(
             if any(name.match(pattern) for pattern in compared_when_read):
                 found[str(name)]["compared_when_read"] = True
     return found
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Of Python, Stillhouse and the libraries that decide what a stage computes."""
+    names = ("stillhouse", "torch", "transformers", "accelerate", "tokenizers", "safetensors")
+    found = {name: metadata.version(name) for name in names}
+    return {"python": platform.python_version(), **found}
 
 
 def digest_of(files: Mapping[str, Mapping[str, Any]]) -> str:

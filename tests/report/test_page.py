@@ -24,7 +24,7 @@ from stillhouse.report.page import (
     write_report,
 )
 from stillhouse.report.sections import RunFacts, cost_section
-from stillhouse.runfolder import Cost, Outcome, RunFolder
+from stillhouse.runfolder import Cost, Outcome, RunFolder, StagePlan
 from tests.report.conftest import finished
 
 pytestmark = pytest.mark.run
@@ -286,10 +286,10 @@ def test_a_rendered_page_does_not_count_as_damage(report: Report, tmp_path: Path
         (out / "report.html").write_text("as an older version draws it")
         return Outcome()
 
-    stage = folder.stage("report", {}, work)
+    stage = folder.stage(StagePlan("report", {}, work))
     folder.point("report.html", stage.path / "report.html")
     redraw_report(tmp_path)
-    assert folder.finished("report", {}) is not None
+    assert folder.finished(StagePlan("report", {}, work)) is not None
     assert "older" not in (tmp_path / "report.html").read_text()
 
 

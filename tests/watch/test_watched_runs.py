@@ -6,7 +6,7 @@ import pytest
 
 from stillhouse.pipeline.run_progress import ProgressFile
 from stillhouse.progress import Work
-from stillhouse.runfolder import Outcome
+from stillhouse.runfolder import Outcome, StagePlan
 from stillhouse.watch.live_page import index_part, remaining, run_part
 from stillhouse.watch.watched_runs import WatchedRun, find_runs, read_run
 from tests.watch import run_folders
@@ -106,7 +106,7 @@ def test_a_run_whose_process_ended_without_a_word_is_killed(tmp_path: Path) -> N
 def test_a_run_without_a_record_is_shown_by_its_manifests(tmp_path: Path) -> None:
     folder = run_folders.begun(tmp_path / "demo")
     for name in ("train", "data"):  # manifests have seconds, so the order of equal ones is by name
-        folder.stage(name, {"of": name}, lambda out: Outcome(seconds=4.0))
+        folder.stage(StagePlan(name, {"of": name}, lambda out: Outcome(seconds=4.0)))
     run = read(folder.root)
     assert {step.name: step.seconds for step in run.parts[0].steps} == {"data": 4.0, "train": 4.0}
     assert run.state == "unknown"

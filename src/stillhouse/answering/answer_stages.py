@@ -19,9 +19,9 @@ from stillhouse.generation.helpers import help_main_process, helpers_of
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Answer
 from stillhouse.generation.text_teacher import answers_of, any_runs_here
-from stillhouse.pipeline.stage_plan import StagePlan, unanswered
+from stillhouse.pipeline.stage_plan import unanswered
 from stillhouse.progress import note
-from stillhouse.runfolder import Outcome, Stage, write_atomically
+from stillhouse.runfolder import Outcome, Stage, StagePlan, write_atomically
 from stillhouse.shared_work import ALONE, all_processes
 from stillhouse.synthesis.filters import DROPPED, Filter, Filters, Row, Sieve, unfenced
 from stillhouse.synthesis.synthesize import chosen_filters

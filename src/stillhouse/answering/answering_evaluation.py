@@ -35,8 +35,7 @@ from stillhouse.generation.local_generator import LocalGenerator, open_local
 from stillhouse.generation.request import Answer, Message, Request
 from stillhouse.generation.text_teacher import answers_of
 from stillhouse.hardware import peak_memory_bytes
-from stillhouse.pipeline.stage_plan import StagePlan
-from stillhouse.runfolder import Outcome, Stage, sha
+from stillhouse.runfolder import Outcome, Stage, StagePlan, sha
 from stillhouse.shared_work import Processes, all_processes
 from stillhouse.signals.lm_head import head_logits
 from stillhouse.synthesis.filters import Filter, Row, answer_only, json_value

@@ -21,11 +21,10 @@ from stillhouse.generation.request import Message
 from stillhouse.hardware import peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.pipeline.report_stage import plan_report
-from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.report.answers_report import answers_report
 from stillhouse.report.page import Report
 from stillhouse.report.sections import RunFacts
-from stillhouse.runfolder import Outcome, Stage, write_atomically
+from stillhouse.runfolder import Outcome, Stage, StagePlan, write_atomically
 from stillhouse.section import recipe_yaml
 from stillhouse.tasks.task_facts import card_hashes, text_files
 from stillhouse.training.checkpoints import METRICS, read_metrics

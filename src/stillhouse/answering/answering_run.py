@@ -40,8 +40,8 @@ from stillhouse.language_model.train_stage import plan_baseline, plan_student, p
 from stillhouse.language_model.training_memory import with_shard
 from stillhouse.pipeline.kind import Kind, Link, Step
 from stillhouse.pipeline.report_stage import REPORT, report_step
-from stillhouse.pipeline.stage_plan import Do, StagePlan
-from stillhouse.runfolder import Stage, run_root
+from stillhouse.pipeline.stage_plan import Do
+from stillhouse.runfolder import Stage, StagePlan, run_root
 from stillhouse.training.train import MODEL
 
 

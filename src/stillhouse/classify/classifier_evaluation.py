@@ -30,8 +30,7 @@ from stillhouse.evaluation.classification_results import (
 )
 from stillhouse.evaluation.results import EVALUATION
 from stillhouse.hardware import choose_precision, cores_of, peak_memory_bytes
-from stillhouse.pipeline.stage_plan import StagePlan
-from stillhouse.runfolder import Outcome, Stage
+from stillhouse.runfolder import Outcome, Stage, StagePlan
 from stillhouse.shared_work import Processes, all_processes
 from stillhouse.tasks.labeled_texts import LabeledText
 

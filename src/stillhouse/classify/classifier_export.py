@@ -29,12 +29,11 @@ from stillhouse.export.classifier_gate import ClassifierRows, replay_classifier
 from stillhouse.export.export_config import ClassifierExportRecipe
 from stillhouse.export.onnx_export import export_onnx
 from stillhouse.pipeline.report_stage import plan_report
-from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.progress import note
 from stillhouse.report.classifier_report import classifier_report
 from stillhouse.report.page import Report
 from stillhouse.report.sections import RunFacts
-from stillhouse.runfolder import Outcome, Stage
+from stillhouse.runfolder import Outcome, Stage, StagePlan
 from stillhouse.teachers.older_names import write_older_names
 from stillhouse.training.checkpoints import METRICS, read_metrics
 

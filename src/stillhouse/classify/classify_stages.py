@@ -24,9 +24,9 @@ from stillhouse.classify.task_texts import UNKNOWN, Texts, gold_ids, labels_sha2
 from stillhouse.data.turn_end import turn_end
 from stillhouse.generation.request import endpoint_of
 from stillhouse.hardware import peak_memory_bytes
-from stillhouse.pipeline.stage_plan import Do, StagePlan, unanswered
+from stillhouse.pipeline.stage_plan import Do, unanswered
 from stillhouse.progress import note
-from stillhouse.runfolder import Outcome, Stage
+from stillhouse.runfolder import Outcome, Stage, StagePlan
 from stillhouse.shared_work import all_processes
 from stillhouse.tasks.task_facts import texts_key
 from stillhouse.teachers.load_model import load_tokenizer

@@ -25,7 +25,7 @@ from stillhouse.data.token_log import LoggedRow, TokenLog
 from stillhouse.data.tokenize_rows import Ids, Mask, end_of_text, tokenize, too_long
 from stillhouse.data.windows import Windows, write_windows
 from stillhouse.errors import DataError
-from stillhouse.runfolder import versions
+from stillhouse.stage_manifest import versions
 
 _BATCH_DOCUMENTS = 512
 _BATCH_CHARACTERS = 1_000_000

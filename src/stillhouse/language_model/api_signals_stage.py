@@ -22,9 +22,8 @@ from stillhouse.generation.journal import Journal
 from stillhouse.language_model.job import Job, planned_objective, signals_encoding
 from stillhouse.language_model.signals_stage import STORE, signal_identity
 from stillhouse.language_model.synthesis_stage import synthesis_job
-from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.progress import bar, note
-from stillhouse.runfolder import Outcome
+from stillhouse.runfolder import Outcome, StagePlan
 from stillhouse.signals.encode import Statistics
 from stillhouse.signals.encoded_rows import EntryRows
 from stillhouse.signals.encodings import AnswerChunks

@@ -12,8 +12,7 @@ from stillhouse.data.sources import estimated_tokens, has_unknown_size, sources_
 from stillhouse.data.windows import Windows, open_windows
 from stillhouse.errors import DataError
 from stillhouse.language_model.job import Job
-from stillhouse.pipeline.stage_plan import StagePlan
-from stillhouse.runfolder import Outcome, Stage
+from stillhouse.runfolder import Outcome, Stage, StagePlan
 from stillhouse.teachers.load_model import load_tokenizer
 
 VERSION = 6

@@ -19,10 +19,9 @@ from stillhouse.language_model.job import Job
 from stillhouse.language_model.roots_stage import roots_key, teacher_alignment
 from stillhouse.language_model.signals_stage import sharded_loader
 from stillhouse.launch import leads
-from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.quantize.input_rounding import round_inputs
 from stillhouse.quantize.quantization import FILE, Quantization
-from stillhouse.runfolder import Outcome, Stage, run_root, sha
+from stillhouse.runfolder import Outcome, Stage, StagePlan, run_root, sha
 from stillhouse.teachers.sharded_teacher import ShardedTeacher
 from stillhouse.training.train import shards
 

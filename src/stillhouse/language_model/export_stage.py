@@ -34,14 +34,13 @@ from stillhouse.language_model.model_origins import origins_of
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.pipeline.kind import Step
 from stillhouse.pipeline.report_stage import plan_report
-from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.progress import note
 from stillhouse.quantize.moments import Moments, input_moments
 from stillhouse.quantize.quantization import FILE, Quantization
 from stillhouse.report.language_model_report import language_model_report
 from stillhouse.report.page import Report
 from stillhouse.report.sections import RunFacts
-from stillhouse.runfolder import Outcome, Stage
+from stillhouse.runfolder import Outcome, Stage, StagePlan
 from stillhouse.section import recipe_yaml
 from stillhouse.teachers.load_model import load_config, load_model
 from stillhouse.training.checkpoints import METRICS, read_metrics

@@ -51,8 +51,7 @@ from stillhouse.language_model.vocabulary_stage import cut_job, find_job, plan_v
 from stillhouse.pipeline.engine import run_folder, run_steps, stages_of
 from stillhouse.pipeline.kind import Kind, Link, Step
 from stillhouse.pipeline.report_stage import REPORT, report_step
-from stillhouse.pipeline.stage_plan import StagePlan
-from stillhouse.runfolder import Stage
+from stillhouse.runfolder import Stage, StagePlan
 from stillhouse.teachers.load_model import load_tokenizer
 from stillhouse.training.train import MODEL
 

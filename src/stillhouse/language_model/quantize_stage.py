@@ -16,9 +16,9 @@ from stillhouse.language_model.train_stage import (
     run_training,
     training_outcome,
 )
-from stillhouse.pipeline.stage_plan import StagePlan, model_check
+from stillhouse.pipeline.stage_plan import model_check
 from stillhouse.quantize.quantize import TRAINING, quantize, train_quantized
-from stillhouse.runfolder import Outcome, Stage
+from stillhouse.runfolder import Outcome, Stage, StagePlan
 from stillhouse.training.train_config import training_key
 
 

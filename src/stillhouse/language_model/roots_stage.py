@@ -11,9 +11,9 @@ from typing import Any
 from stillhouse.errors import DataError
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job
-from stillhouse.pipeline.stage_plan import Do, StagePlan
+from stillhouse.pipeline.stage_plan import Do
 from stillhouse.progress import note
-from stillhouse.runfolder import Outcome, Stage
+from stillhouse.runfolder import Outcome, Stage, StagePlan
 from stillhouse.teachers.align_tokens import TokenAligner
 from stillhouse.teachers.aligned_text import (
     MERGED_FROM_TOKENS,

@@ -10,9 +10,9 @@ from typing import Any
 from stillhouse.hardware import default_device, machine, peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job, full_job
-from stillhouse.pipeline.stage_plan import Do, StagePlan
+from stillhouse.pipeline.stage_plan import Do
 from stillhouse.pruning.offload import shared_layers
-from stillhouse.runfolder import Outcome, Stage
+from stillhouse.runfolder import Outcome, Stage, StagePlan
 from stillhouse.search.search_shape import WORK, Setting, search_shape
 from stillhouse.shared_work import all_processes
 from stillhouse.students.student_config import PrunedStudent

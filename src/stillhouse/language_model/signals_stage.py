@@ -26,9 +26,8 @@ from stillhouse.language_model.job import (
 )
 from stillhouse.language_model.roots_stage import run_roots
 from stillhouse.launch import leads
-from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.progress import note
-from stillhouse.runfolder import Outcome, Stage
+from stillhouse.runfolder import Outcome, Stage, StagePlan
 from stillhouse.signals import LMHead
 from stillhouse.signals.encodings import Encoding, FrozenHead, Hidden
 from stillhouse.signals.folded_store import ROOTS

@@ -27,12 +27,13 @@ from stillhouse.generation.text_teacher import (
 from stillhouse.language_model.job import Job, planned_size
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.launch import leads
-from stillhouse.pipeline.stage_plan import Do, StagePlan
+from stillhouse.pipeline.stage_plan import Do
 from stillhouse.progress import note
 from stillhouse.runfolder import (
     Outcome,
     RunFolder,
     Stage,
+    StagePlan,
     answers_path,
     flush,
     run_root,
@@ -101,8 +102,7 @@ def require_text(recipe: Recipe, base: Path) -> None:
 
 def finished_text(recipe: Recipe, base: Path) -> Stage | None:
     """The finished stage in the recipe's run folder."""
-    plan = synthesis_plan(recipe, base)
-    return RunFolder(run_root(recipe)).finished(plan.name, plan.depends_on)
+    return RunFolder(run_root(recipe)).finished(synthesis_plan(recipe, base))
 
 
 def plan_synthesis(job: Job) -> StagePlan:

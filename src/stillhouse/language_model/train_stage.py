@@ -13,9 +13,9 @@ from stillhouse.language_model.job import Job
 from stillhouse.language_model.roots_stage import roots_key
 from stillhouse.language_model.signals_stage import StoredSignals, stored_signals, training_teacher
 from stillhouse.objectives.objective_config import LogitsTerm, ObjectiveRecipe
-from stillhouse.pipeline.stage_plan import StagePlan, model_check
+from stillhouse.pipeline.stage_plan import model_check
 from stillhouse.pruning.offload import shared_layers
-from stillhouse.runfolder import Outcome, Stage, sha
+from stillhouse.runfolder import Outcome, Stage, StagePlan, sha
 from stillhouse.shared_work import ALONE, all_processes
 from stillhouse.students.build_student import build_student, config_sha256
 from stillhouse.students.student import Student

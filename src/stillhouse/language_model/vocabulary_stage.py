@@ -28,12 +28,12 @@ from stillhouse.language_model.job import Job, find_models
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.launch import leads
 from stillhouse.objectives.objective_config import ChunksTerm, LogitsTerm
-from stillhouse.pipeline.stage_plan import Do, StagePlan, model_check
+from stillhouse.pipeline.stage_plan import Do, model_check
 from stillhouse.pruning.pruning_config import VocabularyFile
 from stillhouse.pruning.shapes import Counter
 from stillhouse.pruning.sizes import sizes_of
 from stillhouse.pruning.vocabulary_cut import KEPT_IDS, load_kept_ids
-from stillhouse.runfolder import Outcome, Stage
+from stillhouse.runfolder import Outcome, Stage, StagePlan
 from stillhouse.shared_work import all_processes
 from stillhouse.students.build_student import build_student
 from stillhouse.students.student_config import PrunedSizes, PrunedStudent

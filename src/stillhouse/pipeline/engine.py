@@ -24,12 +24,12 @@ from stillhouse.pipeline.kind import ALL, Kind, RunResult, Step
 from stillhouse.pipeline.report_stage import REPORT
 from stillhouse.pipeline.run_progress import expect_steps, recorded
 from stillhouse.pipeline.shared_folder import joining, leading, wait_for_main_process
-from stillhouse.pipeline.stage_plan import Do, StagePlan, doing
+from stillhouse.pipeline.stage_plan import Do, doing
 from stillhouse.pipeline.time_left import TimeLeft
 from stillhouse.processes import lost_process
 from stillhouse.progress import note
 from stillhouse.run_recipe import RunRecipe
-from stillhouse.runfolder import Outcome, RunFolder, Stage, run_root, write_atomically
+from stillhouse.runfolder import Outcome, RunFolder, Stage, StagePlan, run_root, write_atomically
 from stillhouse.scratch import scratch_in
 from stillhouse.section import recipe_yaml
 
@@ -216,13 +216,11 @@ def following(folder: RunFolder) -> Do:
     """How the other processes of a torchrun run a stage: take part in it, or wait for it."""
 
     def do(plan: StagePlan) -> Stage:
-        found = folder.finished(plan.name, plan.depends_on)
+        found = folder.finished(plan)
         if plan.together and (found is None or (plan.missing is not None and plan.missing(found))):
             with cores_of(processes_here()), lost_process(world_size()):
-                plan.work(folder.partial(plan.name, plan.depends_on))
+                plan.work(folder.partial(plan))
             free_memory()
-        return wait_for_main_process(
-            lambda: folder.finished(plan.name, plan.depends_on), f"{plan.name} stage"
-        )
+        return wait_for_main_process(lambda: folder.finished(plan), f"{plan.name} stage")
 
     return do

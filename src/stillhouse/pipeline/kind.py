@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import RenderableType
 
 from stillhouse.finding import Finding
-from stillhouse.pipeline.stage_plan import Do, StagePlan
-from stillhouse.runfolder import RunFolder, Stage
+from stillhouse.pipeline.stage_plan import Do
+from stillhouse.runfolder import RunFolder, Stage, StagePlan
 
 Rows = Iterator[dict[str, Any]]
 ALL = ("*",)

@@ -8,10 +8,9 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from stillhouse.pipeline.kind import ALL, Step
-from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.report.page import REPORT as REPORT
 from stillhouse.report.page import Report, write_report
-from stillhouse.runfolder import Outcome, Stage
+from stillhouse.runfolder import Outcome, Stage, StagePlan
 
 
 def plan_report(

@@ -17,7 +17,8 @@ from stillhouse.evaluation.results import Generation, role_name, role_order
 from stillhouse.hardware import machine
 from stillhouse.report.charts import ACCENT, PALE, Bar, BarChart, Chart, in_powers, role_color
 from stillhouse.report.page import Answer, Figure, Folded, Report, Section, SideBySide
-from stillhouse.runfolder import Cost, Stage, versions
+from stillhouse.runfolder import Cost, Stage
+from stillhouse.stage_manifest import versions
 
 _REUSED = (
     "Reused: found complete from an earlier start of this run; the figures are those of the work "
