@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -267,14 +267,12 @@ def test_a_changed_figure_is_a_clear_error(report: Report, tmp_path: Path) -> No
     write_report(report, tmp_path / "report.html")
     file = tmp_path / "report.json"
     whole = json.loads(file.read_text(encoding="utf-8"))
-    for change in ({"headline": "twice as good"}, {"titel": whole["title"]}):
-        file.write_text(json.dumps({**whole, **change}), encoding="utf-8")
+    without_seal = {name: whole[name] for name in asdict(report)}
+    changes = ({"headline": "twice as good"}, {"titel": whole["title"]})
+    for changed in (*({**whole, **change} for change in changes), without_seal):
+        file.write_text(json.dumps(changed), encoding="utf-8")
         with pytest.raises(RunError, match="are damaged"):
             read_report(file)
-    seal = {name for name in whole if name not in {part.name for part in fields(Report)}}
-    before_seals = {name: value for name, value in whole.items() if name not in seal}
-    file.write_text(json.dumps(before_seals), encoding="utf-8")
-    assert read_report(file) == report
 
 
 def test_a_rendered_page_does_not_count_as_damage(report: Report, tmp_path: Path) -> None:
