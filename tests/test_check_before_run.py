@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from stillhouse.check import check_recipe
-from stillhouse.commands import run
+from stillhouse.commands import agree_to_spend, run
 from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.errors import StillhouseError
 from stillhouse.language_model import run_check
@@ -56,6 +56,23 @@ def test_a_tracker_that_is_not_installed_or_not_known(tmp_path: Path) -> None:
     assert text == "extras: comet_ml is not installed"
     text = both(tiny.recipe(tmp_path, train={"report_to": ["weights"]}), tmp_path)
     assert "weights is not a tracker" in text
+
+
+def test_another_template_of_the_teacher_is_one_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = tiny.recipe(tmp_path)
+    words = tiny.tokenizer()
+    tiny.save_model(tmp_path / "student", seed=1)
+    words.chat_template = "{{ messages[0]['content'] }}"
+    words.save_pretrained(tmp_path / "student")
+    raw["student"] = {"start": "pretrained", "model": str(tmp_path / "student")}
+    raw["train"] |= {"max_steps": 1}
+    expected = "teacher and student have different chat templates"
+    assert [one.topic for one in check_recipe(raw) if expected in one.text] == ["vocabulary"]
+    assert agree_to_spend(raw)
+    run(raw)
+    assert capsys.readouterr().err.count(expected) == 1
 
 
 def test_too_little_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

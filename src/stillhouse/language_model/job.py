@@ -15,7 +15,6 @@ from stillhouse.export.licenses import Origin
 from stillhouse.hardware import Precision, choose_precision
 from stillhouse.language_model.recipe import Recipe, TeacherRecipe
 from stillhouse.objectives.objective_config import ChunksTerm, LogitsTerm
-from stillhouse.progress import note
 from stillhouse.runfolder import Stage
 from stillhouse.signals.encodings import (
     AnswerChunks,
@@ -161,10 +160,7 @@ def find_models(
         own = pruned
         rows = check_rows(load_tokenizer(other), head_rows(other), "student")
     else:
-        match = shared_vocabulary(teacher, other)
-        rows = match.rows
-        for warning in match.warnings:
-            note(f"warning: {warning}")
+        rows = shared_vocabulary(teacher, other).rows
     job = Job(recipe, base, teacher, pretrained, rows, pruned, own_tokenizer=own, folded=folded)
     job = replace(job, teachers=_teachers(job, weights=weights))
     require_decoder(configs(job)[0], recipe.student.start)

@@ -23,11 +23,12 @@ from stillhouse.teachers.planned_model import (
     planned_model,
     trained_positions,
 )
+from stillhouse.teachers.source_tokenizers import shared_vocabulary
 
 
 def require_models(job: Job) -> Iterator[Finding]:
-    """Check the folders of all models, their positions, and the templates that `evaluate.prompts`
-    need.
+    """Check the folders of all models, their positions, their tokenizers, and the templates that
+    `evaluate.prompts` need.
 
     Raises StillhouseError for what cannot work; yields warnings.
     """
@@ -42,14 +43,15 @@ def require_models(job: Job) -> Iterator[Finding]:
     _require_templates(job)
     for name, config in zip(("student", "teacher"), configs(job), strict=True):
         yield from _positions(name, config, job)
+    if not job.folded and job.own_tokenizer is None:
+        for warning in shared_vocabulary(job.teacher, job.start).warnings:
+            yield Finding("warning", "vocabulary", warning)
 
 
 def _require_chunks(job: Job) -> None:
     """Raise SignalError if a term on chunks has no teacher that gives their likelihoods."""
-    recipe, folds = (
-        full_job(job).recipe,
-        job.after_cut is not None,
-    )  # or other teachers, found later
+    recipe = full_job(job).recipe
+    folds = job.after_cut is not None  # or other teachers, found later
     if not any(isinstance(term, ChunksTerm) for term in recipe.objective.terms):
         return
     if recipe.signals is None:
