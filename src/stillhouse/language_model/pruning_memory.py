@@ -10,8 +10,14 @@ from stillhouse.language_model.run_models import RunModels
 from stillhouse.planning.machine import Machine
 from stillhouse.planning.model_size import config_size
 from stillhouse.planning.stage_estimate import StageEstimate
-from stillhouse.planning.step_memory import CONTEXT_BYTES, WIDE, Memory, training_memory
-from stillhouse.planning.training_step import LIBRARIES_BYTES, training_step
+from stillhouse.planning.step_memory import (
+    CONTEXT_BYTES,
+    LIBRARIES_BYTES,
+    WIDE,
+    Memory,
+    training_memory,
+)
+from stillhouse.planning.training_step import training_step
 from stillhouse.pruning.offload import LARGE_BYTES
 from stillhouse.signals.lm_head import CHUNK_LOGITS
 from stillhouse.students.pruned_student import STREAMS, layers_on_device, moment_bytes

@@ -9,17 +9,15 @@ from pathlib import Path
 from stillhouse.hardware import peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job
-from stillhouse.language_model.roots_stage import roots_key
 from stillhouse.language_model.signals_stage import stored_signals
 from stillhouse.language_model.train_stage import (
-    own_prompts_key,
     run_training,
+    training_inputs,
     training_outcome,
 )
 from stillhouse.pipeline.stage_plan import model_check
 from stillhouse.quantize.quantize import TRAINING, quantize, train_quantized
 from stillhouse.runfolder import Outcome, Stage, StagePlan
-from stillhouse.training.train_config import training_key
 
 
 def plan_quantization(job: Job, data: Stage, trained: Stage) -> StagePlan:
@@ -55,7 +53,7 @@ def plan_quantized_training(
     job: Job, data: Stage, student: Stage, rounded: Stage, signals: Stage | None
 ) -> StagePlan:
     """Continue to distill the student with rounded weights: quantization-aware distillation."""
-    section, train_section = job.recipe.quantize, job.recipe.train
+    section = job.recipe.quantize
     stored = stored_signals(job, signals)
     assert section is not None
     assert section.qat is not None
@@ -68,15 +66,10 @@ def plan_quantized_training(
         return training_outcome(result, summary)
 
     inputs = {
-        **own_prompts_key(job),
+        **training_inputs(job, data, job.teachers),
         "qat": section.qat.model_dump(mode="json"),
         "objective": job.recipe.objective.model_dump(mode="json"),
         "signals": stored and stored.key,
-        "recipe": training_key(train_section),
-        "seed": job.recipe.seed,
-        "teachers": [teacher.fingerprint for teacher in job.teachers],
-        **roots_key(job),
-        "data": data.digest,
         "trained": student.digest,
         "rounded": rounded.digest,
     }

@@ -28,15 +28,15 @@ from stillhouse.planning.network import step_traffic
 from stillhouse.planning.stage_estimate import StageEstimate
 from stillhouse.planning.step_memory import (
     COMPILED_BYTES,
-    CONTEXT_BYTES,
     GATHERED_BLOCKS,
+    LIBRARIES_BYTES,
     WIDE,
     Memory,
     Shard,
     Step,
+    context_bytes,
     training_memory,
 )
-from stillhouse.planning.training_step import LIBRARIES_BYTES
 from stillhouse.pruning.offload import LARGE_BYTES
 from stillhouse.students.student_config import PrunedStudent
 from stillhouse.teachers.teacher import Teacher
@@ -293,7 +293,7 @@ def _quantization(models: RunModels, machine: Machine) -> StageEstimate:
     size = config_size(models.student)
     parts = {
         "weights": 2.0 * WIDE * size.parameters,  # as trained, and on the grid
-        "context": CONTEXT_BYTES if machine.device == "cuda" else LIBRARIES_BYTES,
+        "context": context_bytes(machine.device),
     }
     disk = WIDE * size.parameters
     return StageEstimate(models.stage("quantize"), Memory("", parts), disk=disk)
@@ -309,7 +309,7 @@ def _export(models: RunModels, machine: Machine) -> StageEstimate:
     alone = {
         "weights": float(compute * teacher.parameters),
         "logits": float(WIDE * REPLAY_TOKENS * teacher.vocabulary),
-        "context": CONTEXT_BYTES if machine.device == "cuda" else LIBRARIES_BYTES,
+        "context": context_bytes(machine.device),
     }
     phases = [Memory("saving", saving), Memory("teacher", alone)]
     if machine.device == "cpu":
@@ -352,5 +352,5 @@ def _alone(config: Any, windows: int, models: RunModels, machine: Machine) -> di
     return {
         "weights": float(compute.itemsize * config_size(config).parameters),
         "activations": float(windows * found.forward),
-        "context": CONTEXT_BYTES if machine.device == "cuda" else LIBRARIES_BYTES,
+        "context": context_bytes(machine.device),
     }

@@ -108,19 +108,9 @@ def _training(
         result = run_training(job, data, student, objective, teachers, stored, out)
         return training_outcome(result, result.summary())
 
-    everything = {
-        **inputs,
-        **own_prompts_key(job),
-        "recipe": training_key(job.recipe.train),
-        "seed": job.recipe.seed,
-        "teachers": [teacher.fingerprint for teacher in teachers],
-        **(roots_key(job) if teachers else {}),
-        "data": data.digest,
-        "student": student.digest,
-    }
     return StagePlan(
         name,
-        everything,
+        {**inputs, **training_inputs(job, data, teachers), "student": student.digest},
         work,
         version=2,
         resumable=True,
@@ -128,6 +118,18 @@ def _training(
         scratch=(CHECKPOINTS, ROLLOUTS),
         check=model_check(job.start),
     )
+
+
+def training_inputs(job: Job, data: Stage, teachers: Sequence[ModelSource]) -> dict[str, Any]:
+    """What every training depends on, besides its student and its objective."""
+    return {
+        **_own_prompts_key(job),
+        "recipe": training_key(job.recipe.train),
+        "seed": job.recipe.seed,
+        "teachers": [teacher.fingerprint for teacher in teachers],
+        **(roots_key(job) if teachers else {}),
+        "data": data.digest,
+    }
 
 
 def run_training(
@@ -167,7 +169,7 @@ def own_prompts(job: Job, tokenizer: Any) -> OwnPrompts | None:
     return read_own_prompts(section.prompts, job.base, tokenizer)
 
 
-def own_prompts_key(job: Job) -> dict[str, str]:
+def _own_prompts_key(job: Job) -> dict[str, str]:
     """What identifies the file that has the prompts of `train.on_policy`."""
     section = job.recipe.train.on_policy
     if section is None or section.prompts is None or section.prompts.path is None:

@@ -41,10 +41,17 @@ COMPILED_BYTES = 1024 * 258_376
 their shapes, and the tokens of an expert vary. Each is in a block of so many bytes."""
 CONTEXT_BYTES = 1.5e9
 """CUDA's context, the workspaces of cuBLAS and the buffers of NCCL."""
+LIBRARIES_BYTES = 0.6e9
+"""Of a process on a CPU: Python, PyTorch and the other libraries."""
 MARGIN = 0.1
 """How far a real peak may be from the sum: by the allocator, and by what libraries take."""
 
 Parts = dict[str, float]
+
+
+def context_bytes(device: str) -> float:
+    """What a process takes on its device before there is a model."""
+    return CONTEXT_BYTES if device == "cuda" else LIBRARIES_BYTES
 
 
 def described(parts: Mapping[str, float]) -> str:

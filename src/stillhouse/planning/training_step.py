@@ -12,15 +12,12 @@ from stillhouse.planning.activation_trace import trace_activations
 from stillhouse.planning.loss_memory import loss_sizes
 from stillhouse.planning.model_size import config_size
 from stillhouse.planning.step_memory import (
-    CONTEXT_BYTES,
     MOMENTS,
     LiveTeacher,
     Step,
     TrainedModel,
+    context_bytes,
 )
-
-LIBRARIES_BYTES = 0.6e9
-"""Of a process on a CPU: Python, PyTorch and the other libraries."""
 
 
 def training_step(
@@ -93,7 +90,7 @@ def training_step(
         accumulates=accumulates,
         moments=moments,
         weights=weights.itemsize,
-        context=CONTEXT_BYTES if device == "cuda" else LIBRARIES_BYTES,
+        context=context_bytes(device),
         on_cpu=device == "cpu",
         offload=offload,
     )
