@@ -303,8 +303,9 @@ def test_spending_without_a_budget_needs_consent(tmp_path: Path) -> None:
             RecipeError,
             "a model of its own",
         ),
+        ({"student": {"vocabulary": "data"}}, RecipeError, "student.vocabulary"),
     ],
-    ids=["schema", "prompt", "scorer", "judge", "an api's student"],
+    ids=["schema", "prompt", "scorer", "judge", "an api's student", "vocabulary"],
 )
 def test_one_clear_message(
     tmp_path: Path, changes: dict[str, Any], error: type[StillhouseError], said: str
@@ -322,6 +323,18 @@ def test_a_reference_answer_that_the_schema_forbids_is_named(tmp_path: Path) -> 
         run(raw)
     assert caught.value.where is not None
     assert caught.value.where.endswith("texts.jsonl:21")
+
+
+def test_the_shape_of_a_tasks_student_is_searched(tmp_path: Path) -> None:
+    raw = toys.recipe(tmp_path, "generate")
+    search = {"tolerance": 0.2, "candidates": 2, "trained": 0}
+    target = {"target": {"params": "80%"}, "search": search}
+    raw["student"] = {"start": "pruned", "calibration_tokens": 64, **target}
+    result = run(raw)
+    names = [stage.name for stage in result.stages]
+    assert names[3:5] == ["search", "student"]
+    teacher, student = (result.evaluation.of(role).figures for role in ("teacher", "student"))
+    assert student["parameters"] <= 0.8 * teacher["parameters"]
 
 
 def test_the_student_of_a_task_writes_answers_to_the_tasks_own_texts(tmp_path: Path) -> None:

@@ -207,6 +207,11 @@ class AnsweringRecipe(RunRecipe):
                 "an api's student starts from a model of its own: set student.start to pretrained "
                 "or pruned, and student.model"
             )
+        if isinstance(student, PrunedStudent) and student.vocabulary is not None:
+            raise ValueError(
+                "student.vocabulary cuts the tokens of a language-model run: remove it, and set "
+                "other sizes"
+            )
         if self.train.teachers:
             raise ValueError("the teacher is `teacher`: remove train.teachers")
         if self.train.on_policy is not None and self.learns_text_alone:

@@ -33,9 +33,10 @@ from stillhouse.answering.predict_answers import answers_predictor
 from stillhouse.evaluation.answers import AnswersEvaluation
 from stillhouse.language_model.data_stage import plan_data
 from stillhouse.language_model.export_stage import EXPORT_PURPOSE
-from stillhouse.language_model.job import find_models
+from stillhouse.language_model.job import Job, find_models
 from stillhouse.language_model.roots_stage import has_other_tokenizers, plan_roots, with_roots
 from stillhouse.language_model.run_check import require_text_for_all
+from stillhouse.language_model.search_stage import has_target, plan_search, with_sizes
 from stillhouse.language_model.train_stage import plan_baseline, plan_student, plan_training
 from stillhouse.language_model.training_memory import with_shard
 from stillhouse.pipeline.kind import Kind, Link, Step
@@ -43,6 +44,8 @@ from stillhouse.pipeline.report_stage import REPORT, report_step
 from stillhouse.pipeline.stage_plan import Do
 from stillhouse.runfolder import Stage, StagePlan, run_root
 from stillhouse.training.train import MODEL
+
+Then = Callable[[AnsweringJob, Mapping[str, Stage], Do], AnsweringJob]
 
 
 def _find(recipe: AnsweringRecipe, base: Path) -> AnsweringJob:
@@ -61,6 +64,16 @@ def _with_chats(job: AnsweringJob, stages: Mapping[str, Stage], _do: Do) -> Answ
     return replace(job, training=with_shard(training), gold=gold and with_shard(gold))
 
 
+def _training_then(then: Callable[[Job, Mapping[str, Stage], Do], Job]) -> Then:
+    """`Step.then` of a stage of the language-model job."""
+
+    def of_answers(job: AnsweringJob, stages: Mapping[str, Stage], do: Do) -> AnsweringJob:
+        assert job.training is not None
+        return replace(job, training=then(job.training, stages, do))
+
+    return of_answers
+
+
 def _on_answers(plan: Callable[..., StagePlan]) -> Callable[..., StagePlan]:
     """A stage of the language-model job that trains on the teacher's answers."""
     return lambda job, *stages: plan(job.training, *stages)
@@ -71,9 +84,7 @@ def _on_gold(plan: Callable[..., StagePlan]) -> Callable[..., StagePlan]:
     return lambda job, *stages: plan(job.gold, *stages)
 
 
-def _with_text_for_all(
-    step: str,
-) -> Callable[[AnsweringJob, Mapping[str, Stage], Do], AnsweringJob]:
+def _with_text_for_all(step: str) -> Then:
     """After a step that makes windows: raise RecipeError if there are more processes."""
 
     def then(job: AnsweringJob, stages: Mapping[str, Stage], _do: Do) -> AnsweringJob:
@@ -94,11 +105,6 @@ def _has_roots(job: AnsweringJob) -> bool:
     """Whether the teacher has another tokenizer, and more than its text is learned."""
     found = job.training
     return found is not None and not job.recipe.learns_text_alone and has_other_tokenizers(found)
-
-
-def _with_roots(job: AnsweringJob, stages: Mapping[str, Stage], do: Do) -> AnsweringJob:
-    assert job.training is not None
-    return replace(job, training=with_roots(job.training, stages, do))
 
 
 def _plan_gold_data(job: AnsweringJob) -> StagePlan:
@@ -141,8 +147,16 @@ STEPS = (
         _on_answers(plan_roots),
         ("data",),
         applies=_has_roots,
-        then=_with_roots,
+        then=_training_then(with_roots),
         purpose="match the tokens of the teacher and the student",
+    ),
+    Step(
+        "search",
+        _on_answers(plan_search),
+        ("data",),
+        applies=lambda job: job.training is not None and has_target(job.training),
+        then=_training_then(with_sizes),
+        purpose="prune and briefly train several shapes, to find the best for the target",
     ),
     Step(
         "student",
