@@ -14,7 +14,7 @@ import statistics
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from bench.common import Bar, write_results
 from bench.quality import recipe, split
 from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.data.batches import collate
-from stillhouse.data.shift import predicting
 from stillhouse.data.windows import Windows
 from stillhouse.evaluation.fidelity import HeldoutAnswers, compare, heldout_answers
 from stillhouse.hardware import choose_precision, default_device, tune_allocator
@@ -33,13 +32,14 @@ from stillhouse.language_model.job import Job
 from stillhouse.language_model.language_model import LANGUAGE_MODEL
 from stillhouse.language_model.train_stage import plan_student
 from stillhouse.pipeline.engine import run_folder
+from stillhouse.signals import DenseSignal
 from stillhouse.signals.encodings import Encoding, Sampled, Stratified, TopK
 from stillhouse.signals.manifest import Settings
 from stillhouse.signals.record import Recorder
 from stillhouse.signals.store import open_store
 from stillhouse.signals.writer import StoreWriter
 from stillhouse.students.student import Student
-from stillhouse.teachers.backbone import dense_signal
+from stillhouse.teachers.backbone import trim_head
 from stillhouse.teachers.load_model import load_model
 from stillhouse.teachers.local_teacher import LocalTeacher, load_teacher
 from stillhouse.teachers.record_store import segments_of, tuned_threshold
@@ -141,7 +141,6 @@ def record_all(
     if not todo:
         return paths
     about: dict[str, Any] = {"vocabulary": job.vocabulary, "temperature": 1.0}
-    device = next(teacher.parameters()).device
     with ExitStack() as stack:
         writers = {}
         for name, wanted in todo.items():
@@ -155,13 +154,9 @@ def record_all(
         for start in range(0, len(windows), 8):
             batch = collate([windows[i] for i in range(start, min(start + 8, len(windows)))])
             segments = segments_of(batch)
-            answer = dense_signal(
-                teacher,
-                batch["input_ids"].to(device),
-                batch["position_ids"].to(device),
-                predicting(batch["labels"]).to(device),
-                vocabulary=job.vocabulary,
-            )
+            (signal,) = LocalTeacher(teacher).answer(batch).signals
+            assert isinstance(signal, DenseSignal)
+            answer = replace(signal, head=trim_head(signal.head, job.vocabulary))
             for writer, recorder in writers.values():
                 assert bool(writer.missing(segments).all())
                 writer.add(segments, *recorder.encode(segments, answer))

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from stillhouse.errors import ModelError
 from stillhouse.signals.lm_head import head_logits
-from stillhouse.teachers.backbone import check_head, dense_signal, hidden_states, lm_head
+from stillhouse.teachers.backbone import check_head, hidden_states, lm_head
 from tests.teachers.toys import CONFIGS, tiny_model
 
 IDS = torch.arange(3, 43).view(2, 20)
@@ -53,14 +53,3 @@ def test_packed_documents_do_not_see_each_other(kind: str) -> None:
     together = hidden_states(model, packed, positions)
     alone = [hidden_states(model, ids, None) for ids in (first, second)]
     assert_close(together, torch.cat(alone, dim=1), rtol=1e-4, atol=1e-4)
-
-
-def test_dense_signal_holds_the_chosen_rows_in_order() -> None:
-    model = tiny_model("llama")
-    chosen = torch.zeros(2, 20, dtype=torch.bool)
-    chosen[0, 3] = chosen[1, 0] = chosen[1, 19] = True
-    signal = dense_signal(model, IDS, POSITIONS, chosen, vocabulary=90)
-    hidden = hidden_states(model, IDS, POSITIONS)
-    assert_close(signal.hidden_ND, torch.stack([hidden[0, 3], hidden[1, 0], hidden[1, 19]]))
-    assert signal.head.weight_VD.shape == (90, 32)
-    assert not signal.hidden_ND.requires_grad

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from stillhouse.data.shift import supervised_positions, supervised_rows
+from stillhouse.signals import DenseSignal
 from stillhouse.signals.encodings import TopK
 from stillhouse.signals.lm_head import head_logits
 from stillhouse.signals.manifest import Settings
@@ -12,7 +13,7 @@ from stillhouse.signals.record import Recorder
 from stillhouse.signals.segments import find_segments
 from stillhouse.signals.store import open_store
 from stillhouse.signals.writer import StoreWriter
-from stillhouse.teachers.backbone import dense_signal, hidden_states, lm_head
+from stillhouse.teachers.backbone import hidden_states, lm_head, trim_head
 from tests import tiny
 from tests.signals import toys
 
@@ -33,7 +34,10 @@ def test_a_store_has_the_live_teachers_answers(tmp_path):
             chosen_RL = torch.zeros_like(labels_RL, dtype=torch.bool)
             chosen_RL[:, :-1] = labels_RL[:, 1:] != -100
             chosen_RL[chosen_RL.clone()] = torch.from_numpy(segments.chosen_rows(missing_S))
-            answer = dense_signal(teacher, ids_RL, positions_RL, chosen_RL, vocabulary=vocabulary)
+            with torch.no_grad():
+                hidden_RLD = hidden_states(teacher, ids_RL, positions_RL)
+            head = trim_head(lm_head(teacher), vocabulary)
+            answer = DenseSignal(hidden_RLD[chosen_RL], head)
             wanted = segments.only(missing_S)
             writer.add(wanted, *recorder.encode(wanted, answer))
             asked.append(len(wanted))

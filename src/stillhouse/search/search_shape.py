@@ -36,7 +36,7 @@ from stillhouse.search.shape_costs import Costs, costs_of
 from stillhouse.search.short_training import distill_shortly
 from stillhouse.search.trial_log import Journal
 from stillhouse.shared_work import ALONE, Processes
-from stillhouse.students.pruned_student import method_of, placed
+from stillhouse.students.pruned_student import placed
 from stillhouse.students.student_config import PrunedStudent
 from stillhouse.teachers.load_model import load_config, load_model
 from stillhouse.teachers.model_source import AnyModel, source_of
@@ -267,7 +267,7 @@ class _Work:
             seed=setting.seed,
             dtype=setting.dtype,
             shared=self._share(tokens),
-            method=method_of(setting.section),
+            method=setting.section,
         )
         return model
 
@@ -283,7 +283,7 @@ class _Work:
                 model,
                 self.text.calibration,
                 keep,
-                method_of(setting.section),
+                setting.section,
                 setting.seed,
                 setting.dtype,
                 tokens=DEPTH_TOKENS,

@@ -26,8 +26,8 @@ from stillhouse.teachers.model_source import (
     resolve_model,
     resolve_tokenizer,
 )
-from stillhouse.teachers.shared_vocabulary import check_same_vocabulary, token_count
-from stillhouse.teachers.source_tokenizers import head_rows
+from stillhouse.teachers.shared_vocabulary import token_count
+from stillhouse.teachers.source_tokenizers import shared_vocabulary
 
 CHECKED_TOKENS = 64
 """Tokens on which the saved student must reproduce the logits of the one in memory."""
@@ -99,17 +99,8 @@ def _pretrained(
     found: Summary = {"model": source.described, "fingerprint": source.fingerprint}
     if not same_tokens:
         return student, {**found, "notes": []}
-    match = check_same_vocabulary(
-        load_tokenizer(teacher),
-        student.tokenizer,
-        teacher_rows=head_rows(teacher),
-        student_rows=head_rows(source),
-    )
-    return student, {
-        **found,
-        "vocabulary": asdict(match),
-        "notes": list(match.warnings),
-    }
+    match = shared_vocabulary(teacher, source)
+    return student, {**found, "vocabulary": asdict(match), "notes": list(match.warnings)}
 
 
 def _random(

@@ -12,7 +12,7 @@ from stillhouse.pruning.prune import check_importance
 from stillhouse.pruning.shapes import planned_shape
 from stillhouse.pruning.sizes import Sizes, check_sizes, resized_config, sizes_of
 from stillhouse.students.build_student import start_config
-from stillhouse.students.pruned_student import explicit_sizes, method_of
+from stillhouse.students.pruned_student import explicit_sizes
 from stillhouse.students.random_student import for_tokenizer, overridden_config
 from stillhouse.students.student_config import PrunedStudent, RandomStudent
 from stillhouse.teachers.load_model import load_tokenizer
@@ -43,7 +43,7 @@ def planned_config(
         return overridden_config(config, section.overrides)
     if section.target is None:
         after = explicit_sizes(section, teacher_config, owner=owner)
-        check_importance(method_of(section), sizes_of(teacher_config), after)
+        check_importance(section, sizes_of(teacher_config), after)
     else:
         after = _searched_sizes(section, teacher_config, served)
     return resized_config(teacher_config, after, rotated=section.hidden_method == "rotation")
@@ -56,7 +56,7 @@ def _searched_sizes(section: PrunedStudent, config: Any, served: torch.dtype) ->
     before, axes = sizes_of(config), section.search.axes
     # Everything that the search may cut must be ranked, whichever shape it will choose.
     cut = {key: 0 for key in ("ffn_size", "experts") if key in axes}
-    check_importance(method_of(section), before, replace(before, **cut))
+    check_importance(section, before, replace(before, **cut))
     vocabulary = section.vocabulary
     if isinstance(vocabulary, int):
         # The search prunes the model without the removed tokens.

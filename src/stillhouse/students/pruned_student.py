@@ -21,7 +21,7 @@ from stillhouse.pruning.kept_tokens import prune_tokenizer
 from stillhouse.pruning.layer_streaming import stream_layers, streamed
 from stillhouse.pruning.offload import released_after_use
 from stillhouse.pruning.prune import prune_model
-from stillhouse.pruning.pruning_config import PruningMethod, VocabularyFile
+from stillhouse.pruning.pruning_config import VocabularyFile
 from stillhouse.pruning.reference import mean_kl
 from stillhouse.pruning.shapes import planned_shape, sizes_to_prune
 from stillhouse.pruning.sizes import Sizes, check_sizes, sizes_of
@@ -149,7 +149,7 @@ def _cut(
         calibration_tokens=section.calibration_tokens,
         seed=seed,
         dtype=dtype,
-        method=method_of(section),
+        method=section,
         local_tokens=section.local_distillation or 0,
         processes=processes,
         **section.sizes,
@@ -244,11 +244,6 @@ def target_sizes(section: PrunedStudent, config: Any) -> dict[str, int]:
         )
     planned = planned_shape(config, section.search, section.target, width=SERVED_BYTES)
     return sizes_to_prune(sizes_of(config), planned)
-
-
-def method_of(section: PrunedStudent) -> PruningMethod:
-    """How the parts to keep are chosen, without the section's sizes."""
-    return PruningMethod(**{key: getattr(section, key) for key in PruningMethod.model_fields})
 
 
 def explicit_sizes(section: PrunedStudent, config: Any, *, owner: str | None = None) -> Sizes:

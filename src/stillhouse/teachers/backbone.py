@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 
 from stillhouse.cpu_products import fast_linear
 from stillhouse.errors import ModelError
-from stillhouse.signals import DenseSignal, LMHead
+from stillhouse.signals import LMHead
 from stillhouse.signals.lm_head import head_logits
 from stillhouse.teachers.document_rows import run_documents, separates_documents
 from stillhouse.teachers.packed_attention import document_arguments
@@ -89,25 +89,6 @@ def checkpoints_layers(model: Any) -> bool:
     return model.training and any(
         getattr(module, "gradient_checkpointing", False) for module in model.modules()
     )
-
-
-@torch.no_grad()
-def dense_signal(
-    model: Any,
-    input_ids_RL: Tensor,
-    position_ids_RL: Tensor | None,
-    chosen_RL: Tensor,
-    *,
-    vocabulary: int | None = None,
-) -> DenseSignal:
-    """The teacher's distributions at the positions where `chosen_RL` (bool) is true, in row-major
-    order.
-
-    Position t predicts the token at t + 1. `vocabulary` cuts the head to its first rows (see
-    `vocabulary.check_same_vocabulary`).
-    """
-    hidden_ND = hidden_states(model, input_ids_RL, position_ids_RL)[chosen_RL]
-    return DenseSignal(hidden_ND=hidden_ND, head=trim_head(lm_head(model), vocabulary))
 
 
 def trim_head(head: LMHead, vocabulary: int | None) -> LMHead:

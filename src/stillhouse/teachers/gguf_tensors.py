@@ -33,7 +33,7 @@ def read_tensors(reader: gguf.GGUFReader, config: Any) -> Iterator[tuple[str, Te
     another shape, or one with numbers that are not finite.
     """
     there = ARCHITECTURES[config.model_type]
-    if _text(reader, "general.architecture") == LLAMA.name:
+    if reader.fields["general.architecture"].contents() == LLAMA.name:
         there = LLAMA
     known = gguf.get_tensor_name_map(there.arch, config.num_hidden_layers)
     left = {tensor.name: tensor for tensor in reader.tensors}
@@ -57,10 +57,6 @@ def read_tensors(reader: gguf.GGUFReader, config: Any) -> Iterator[tuple[str, Te
         if not np.isfinite(data).all():
             raise UnreadableGGUFError(f"the tensor {stored.name}, which holds NaN or infinity")
         yield from _apart(name, torch.from_numpy(np.array(data, dtype=np.float32))).items()
-
-
-def _text(reader: gguf.GGUFReader, key: str) -> str:
-    return str(reader.fields[key].contents())
 
 
 def _few(names: list[str]) -> str:

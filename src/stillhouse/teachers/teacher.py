@@ -21,9 +21,10 @@ from stillhouse.objectives import AttentionStates, Term
 from stillhouse.section import made
 from stillhouse.signals import ChunkSignal, LMHead, Signal
 from stillhouse.teachers.activations import ActivationRequest
-from stillhouse.teachers.shared_vocabulary import check_same_vocabulary, token_count
+from stillhouse.teachers.shared_vocabulary import check_same_ids, token_count
 
 if TYPE_CHECKING:
+    from stillhouse.signals.signals_config import SignalServer
     from stillhouse.teachers.hidden_teacher import HiddenStateTeacher
     from stillhouse.teachers.local_teacher import LocalTeacher
     from stillhouse.teachers.roots import Roots
@@ -228,12 +229,10 @@ class Teacher(ABC):
         base_url: of the OpenAI-compatible API. model: the name there. tokenizer: of that model.
         key_env: the environment variable with the server's key. concurrency: requests at a time.
         """
-        from stillhouse.signals.signals_config import SignalServer, TopKSignals
+        from stillhouse.signals.signals_config import TopKSignals
         from stillhouse.teachers.served_teacher import ServedTeacher
 
-        values: dict[str, Any] = {"base_url": base_url, "model": model, "key_env": key_env}
-        values["concurrency"] = concurrency
-        server = made(SignalServer, values, "Teacher.served")
+        server = _server("Teacher.served", base_url, model, key_env, concurrency)
         kept = made(TopKSignals, {"kind": "top_k", "k": k}, "Teacher.served")
         return ServedTeacher(
             server, k=kept.k, vocabulary=token_count(tokenizer), tokenizer=tokenizer
@@ -257,7 +256,6 @@ class Teacher(ABC):
         states and head; auto is bfloat16 if this device supports it natively.
         Raises ModelError as `resolve_model`, EndpointError: the key's variable is not set.
         """
-        from stillhouse.signals.signals_config import SignalServer
         from stillhouse.teachers.hidden_server import HiddenStateServer
         from stillhouse.teachers.hidden_teacher import HiddenStateTeacher
         from stillhouse.teachers.load_model import load_config, load_tokenizer
@@ -265,9 +263,7 @@ class Teacher(ABC):
         from stillhouse.teachers.shared_vocabulary import check_rows
         from stillhouse.teachers.stored_head import load_head
 
-        values: dict[str, Any] = {"base_url": base_url, "model": model, "key_env": key_env}
-        values["concurrency"] = concurrency
-        server = made(SignalServer, values, "Teacher.served_hidden")
+        server = _server("Teacher.served_hidden", base_url, model, key_env, concurrency)
         source = resolve_model(str(checkpoint), base=Path.cwd(), trusted=trust_remote_code)
         found = choose_precision(dtype).dtype
         config, tokenizer = load_config(source), load_tokenizer(source)
@@ -285,9 +281,16 @@ class Teacher(ABC):
         )
 
 
+def _server(
+    where: str, base_url: str, model: str, key_env: str | None, concurrency: int
+) -> SignalServer:
+    from stillhouse.signals.signals_config import SignalServer
+
+    values = {"base_url": base_url, "model": model, "key_env": key_env, "concurrency": concurrency}
+    return made(SignalServer, values, where)
+
+
 def check_tokenizers(teacher: Teacher, student: Any) -> None:
     """Raise ModelError if both tokenizers are known and their ids differ."""
-    if teacher.tokenizer is None or student is None:
-        return
-    rows = teacher.vocabulary
-    check_same_vocabulary(teacher.tokenizer, student, teacher_rows=rows, student_rows=rows)
+    if teacher.tokenizer is not None and student is not None:
+        check_same_ids(teacher.tokenizer, student)
