@@ -98,7 +98,7 @@ class Student:
             like, own = local(like).config, like.tokenizer
         if tokenizer is None:
             tokenizer = own
-        elif tokenizer is not own:
+        elif own is None or tokenizer.get_vocab() != own.get_vocab():
             like = for_tokenizer(like, tokenizer)
         if tokenizer is not None:
             overrides = {"vocab_size": token_count(tokenizer), **overrides}

@@ -34,7 +34,8 @@ def write_by_layer(model: Any, folder: Path, weights: Iterable[dict[str, Tensor]
     """Write the files that `save_pretrained` writes, with one weight file for each part.
 
     weights: those of each part of `weights_by_layer`, in its order; one part is in memory at a
-    time. Files of an earlier attempt that was killed are replaced.
+    time. Weights that the folder had before, of an attempt that was killed or of another model,
+    are replaced.
     """
     index: dict[str, str] = {}
     number, total, count = 0, 0, len(weights_by_layer(model))
@@ -52,6 +53,10 @@ def write_by_layer(model: Any, folder: Path, weights: Iterable[dict[str, Tensor]
             part_file.rename(folder / name)
         for other in Path(part_folder).iterdir():
             other.rename(folder / other.name)
+    for former in set(folder.glob("model*.safetensors")) - {
+        folder / name for name in index.values()
+    }:
+        former.unlink()
     _write_index(index, total, folder)
 
 
