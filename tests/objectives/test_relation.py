@@ -38,8 +38,8 @@ def slow_loss(student, teacher, heads: int, mask_RLL: torch.Tensor) -> torch.Ten
                 if not allowed:
                     continue
                 for head in range(heads):
-                    log_q = slow_relation(student.states[name][r], heads, head, i, allowed)
-                    log_p = slow_relation(teacher.states[name][r], heads, head, i, allowed)
+                    log_q = slow_relation(student[name][r], heads, head, i, allowed)
+                    log_p = slow_relation(teacher[name][r], heads, head, i, allowed)
                     total = total + (log_p.exp() * (log_p - log_q)).sum() / heads / 3
     return total
 
@@ -55,7 +55,7 @@ def test_agrees_with_a_loop_for_other_widths_and_masks(packed: bool) -> None:
     found = relation_loss(student, teacher, heads=4, mask_RLL=mask_RLL if packed else None)
     expected = slow_loss(student, teacher, 4, mask_RLL)
     torch.testing.assert_close(found.total, expected)
-    leaves = list(student.states.values())
+    leaves = list(student.values())
     torch.testing.assert_close(
         torch.autograd.grad(found.total, leaves), torch.autograd.grad(expected, leaves)
     )
@@ -85,10 +85,10 @@ def test_a_model_has_no_distance_from_itself() -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda s: s.states.pop("key"), "student's key states are missing"),
-        (lambda s: s.states.update(query=torch.zeros(2, 5, 9)), "9 wide"),
+        (lambda s: s.pop("key"), "student's key states are missing"),
+        (lambda s: s.update(query=torch.zeros(2, 5, 9)), "9 wide"),
         (
-            lambda s: s.states.update(value=torch.zeros(2, 4, 8)),
+            lambda s: s.update(value=torch.zeros(2, 4, 8)),
             r"\(2, 4\) in the student|of \(2, 4\)",
         ),
     ],

@@ -69,7 +69,7 @@ def test_attention_of_a_block_is_its_projections_of_the_normed_stream() -> None:
     assert set(found.attention) == {2}
     for name, projection in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
         expected = getattr(block.self_attn, projection)(stream_RLD)
-        torch.testing.assert_close(found.attention[2].states[name], expected)
+        torch.testing.assert_close(found.attention[2][name], expected)
 
 
 def test_nothing_is_left_hooked() -> None:

@@ -122,10 +122,10 @@ def test_layers_and_attention_are_as_alone() -> None:
             torch.testing.assert_close(found.layers[layer], wanted_RLD)
         wanted_RLW = alone(
             model,
-            lambda ids: run_backbone(model, ids, None, request).attention[2].states["key"],
+            lambda ids: run_backbone(model, ids, None, request).attention[2]["key"],
         )
     wanted_RLW[0, 9] = 0
-    torch.testing.assert_close(found.attention[2].states["key"], wanted_RLW)
+    torch.testing.assert_close(found.attention[2]["key"], wanted_RLW)
 
 
 def test_a_sharded_model_runs_all_documents_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

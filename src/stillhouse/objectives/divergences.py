@@ -38,6 +38,14 @@ class Pair:
     work_bX: Tensor
     more_bX: Tensor
 
+    @classmethod
+    def of_logs(
+        cls, log_p_bX: Tensor, p_bX: Tensor, log_q_bX: Tensor, q_bX: Tensor, *buffers: Tensor
+    ) -> Pair:
+        """From logarithms of probabilities, whose constants are 0. buffers: `work` and `more`."""
+        zero_b = torch.zeros_like(log_q_bX[:, 0])
+        return cls(log_p_bX, zero_b, p_bX, log_q_bX, zero_b, q_bX, *buffers)
+
     def log_p(self) -> Tensor:
         """log p itself: the teacher's scores, in place."""
         self.score_p_bX.sub_(self.lse_p_b[:, None])

@@ -119,17 +119,9 @@ class Folding:
         inner = self._over_roots(block, sums_bR)
         softmax_(teacher_bW)
         p_bR = self._sums("P", teacher_bW, self.maps.teacher_W)
-        zero_b = torch.zeros_like(sums_bR[:, 0])
-        pair = Pair(
-            score_p_bX=torch.log(p_bR, out=space.buffer("log P", rows)),
-            lse_p_b=zero_b,
-            p_bX=p_bR,
-            score_q_bX=inner.zs_bV,
-            lse_q_b=zero_b,
-            q_bX=sums_bR,
-            work_bX=space.buffer("work", rows),
-            more_bX=space.buffer("more", rows),
-        )
+        log_p_bR = torch.log(p_bR, out=space.buffer("log P", rows))
+        buffers = space.buffer("work", rows), space.buffer("more", rows)
+        pair = Pair.of_logs(log_p_bR, p_bR, inner.zs_bV, sums_bR, *buffers)
         h_bR = space.buffer("h", rows)
         several = len(inner.group.members) > 1
         sum_divergences(inner, pair, h_bR, space.buffer("next h", rows) if several else h_bR)

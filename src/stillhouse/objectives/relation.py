@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import get_args
 
 import torch
@@ -25,11 +24,9 @@ RELATIONS: tuple[Relation, ...] = get_args(Relation)
 PROJECTIONS = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
 
 
-@dataclass
-class AttentionStates:
-    """Outputs [R, L, W] of one layer's projections, heads side by side, before any rotation."""
-
-    states: dict[str, Tensor] = field(default_factory=dict)
+AttentionStates = dict[str, Tensor]
+"""Outputs [R, L, W] of one layer's projections, heads side by side, before any rotation, by the
+names of `RELATIONS`."""
 
 
 @contextmanager
@@ -39,7 +36,7 @@ def capture(attention: nn.Module) -> Iterator[AttentionStates]:
     Raises:
         SignalError: a layer without these projections.
     """
-    caught = AttentionStates()
+    caught: AttentionStates = {}
 
     def keep(name: str) -> object:
         projection = getattr(attention, PROJECTIONS[name], None)
@@ -50,7 +47,7 @@ def capture(attention: nn.Module) -> Iterator[AttentionStates]:
             )
 
         def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            caught.states[name] = output
+            caught[name] = output
 
         return projection.register_forward_hook(hook)
 
@@ -115,12 +112,12 @@ def _states(name: str, states: AttentionStates, relation: str) -> Tensor:
         raise SignalError(
             f"unknown relation {relation!r}", fix=f"use some of {', '.join(RELATIONS)}"
         )
-    if relation not in states.states:
+    if relation not in states:
         raise SignalError(
             f"the {name}'s {relation} states are missing",
             fix="run the model inside `with capture(layer.self_attn) as states`",
         )
-    return states.states[relation]
+    return states[relation]
 
 
 def _log_relation(states_RLW: Tensor, heads: int, mask_RLL: Tensor, name: str) -> Tensor:

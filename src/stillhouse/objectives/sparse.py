@@ -34,18 +34,9 @@ def bucketed(block: GroupBlock, teacher: SparseSignal) -> None:
     log_q_bB = z_bB.sub_(lse_b[:, None]).clamp_(min=LOG_FLOOR * 10)
     log_p_bB = torch.cat([teacher.log_probs_NK, teacher.tail_N.log()[:, None]], 1)
     log_p_bB = log_p_bB.to(log_q_bB.dtype).clamp_(min=LOG_FLOOR)
-    zero_b = torch.zeros_like(lse_b)
-    p_bB = torch.cat([teacher.log_probs_NK.exp(), teacher.tail_N[:, None]], 1)
-    pair = Pair(
-        score_p_bX=log_p_bB,
-        lse_p_b=zero_b,
-        p_bX=p_bB.to(log_q_bB.dtype),
-        score_q_bX=log_q_bB,
-        lse_q_b=zero_b,
-        q_bX=log_q_bB.exp(),
-        work_bX=torch.empty_like(log_q_bB),
-        more_bX=torch.empty_like(log_q_bB),
-    )
+    p_bB = torch.cat([teacher.log_probs_NK.exp(), teacher.tail_N[:, None]], 1).to(log_q_bB.dtype)
+    buffers = torch.empty_like(log_q_bB), torch.empty_like(log_q_bB)
+    pair = Pair.of_logs(log_p_bB, p_bB, log_q_bB, log_q_bB.exp(), *buffers)
     h_bB = torch.empty_like(log_q_bB)
     sum_divergences(block, pair, h_bB, torch.empty_like(log_q_bB))
     block.write_losses(lse_b, scores)

@@ -59,7 +59,7 @@ def run_backbone(
 
     def run(ids_SL: Tensor) -> list[Tensor]:
         found = _run_hooked(model, ids_SL, None, request, None)
-        states = (found.attention[block].states[name] for block in blocks for name in RELATIONS)
+        states = (found.attention[block][name] for block in blocks for name in RELATIONS)
         return [found.last_RLD, *(found.layers[layer] for layer in layers), *states]
 
     last_RLD, *rest = run_documents(model, run, input_ids_RL, position_ids_RL)
@@ -67,7 +67,7 @@ def run_backbone(
     return Activations(
         last_RLD,
         {layer: next(left) for layer in layers},
-        {block: AttentionStates({name: next(left) for name in RELATIONS}) for block in blocks},
+        {block: {name: next(left) for name in RELATIONS} for block in blocks},
     )
 
 

@@ -161,8 +161,13 @@ def objective_for(
         except SignalError as error:
             where = f"objective.terms.{place}"
             raise SignalError(error.what, where=where, fix=error.fix) from None
-    _one_of_a_kind([h.name for h in hidden] + [r.name for r in relations])
-    _one_of_a_kind([f"chunks {each.distance}" for each in chunks])
+    names = [each.name for each in (*hidden, *relations)] + [each.distance for each in chunks]
+    if len(set(names)) < len(names):
+        raise SignalError(
+            "two terms on intermediate layers, or on chunks, are of the same kind",
+            where="objective.terms",
+            fix="give one term all the pairs, or the sum of the weights",
+        )
     terms_inside = [term for term, _, _ in inside]
     layer_logits = tuple(
         LayerLogits(Mixture(((term, schedule),)), layers, name_among(terms_inside, term))
@@ -244,12 +249,3 @@ def stored_layers(objective: Objective, teacher_config: Any) -> tuple[int, ...]:
             fix="remove `signals`, or add a term with a teacher",
         )
     return tuple(sorted(layers))
-
-
-def _one_of_a_kind(names: list[str]) -> None:
-    if len(set(names)) < len(names):
-        raise SignalError(
-            "two terms on intermediate layers, or on chunks, are of the same kind",
-            where="objective.terms",
-            fix="give one term all the pairs, or the sum of the weights",
-        )

@@ -7,7 +7,7 @@ of it, so that checkpoints of another training are not taken for its own.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -81,15 +81,8 @@ def _record(folder: Path) -> dict[str, Any] | None:
 
 
 def _sample(batches: Batches) -> str:
-    step = max(1, len(batches) // ROWS)
-
-    def rows(add: Callable[[bytes], object]) -> None:
-        for index in range(0, len(batches), step):
-            row = batches[index]
-            for name in ARRAYS:
-                add(row[name].numpy().tobytes())
-
-    return _hash(rows)
+    rows = (batches[index] for index in range(0, len(batches), max(1, len(batches) // ROWS)))
+    return _hash(row[name].numpy().tobytes() for row in rows for name in ARRAYS)
 
 
 def _identity(teacher: Teacher | None) -> str | None:
@@ -99,16 +92,15 @@ def _identity(teacher: Teacher | None) -> str | None:
     if not isinstance(teacher, LocalTeacher):
         return teacher.described
     model: nn.Module = teacher.model
-
-    def weights(add: Callable[[bytes], object]) -> None:
-        for name, value in model.named_parameters():
-            some = value.detach().flatten()[:NUMBERS].float().cpu()
-            add(f"{name} {list(value.shape)}".encode() + some.numpy().tobytes())
-
-    return _hash(weights)
+    return _hash(
+        f"{name} {list(value.shape)}".encode()
+        + value.detach().flatten()[:NUMBERS].float().cpu().numpy().tobytes()
+        for name, value in model.named_parameters()
+    )
 
 
-def _hash(read: Callable[[Callable[[bytes], object]], None]) -> str:
+def _hash(parts: Iterable[bytes]) -> str:
     total = xxhash.xxh3_128()
-    read(total.update)
+    for part in parts:
+        total.update(part)
     return total.hexdigest()

@@ -14,7 +14,6 @@ from dataclasses import replace
 import torch
 
 from stillhouse.data.batches import Batch, join, positions_of
-from stillhouse.objectives import AttentionStates
 from stillhouse.signals import ChunkSignal, DenseSignal, FoldedSignal, Signal
 from stillhouse.signals.signal_types import moved_rows
 from stillhouse.teachers.activations import ActivationRequest
@@ -67,7 +66,7 @@ def _parts(view: TeacherView, chunk: Sequence[Batch]) -> Iterator[TeacherView]:
     signals = [_split(signal, counts) for signal in view.signals]
     layers = {layer: hidden_ND.split(counts) for layer, hidden_ND in view.layers.items()}
     attention = {
-        block: {name: each_RLW.split(sizes) for name, each_RLW in states.states.items()}
+        block: {name: each_RLW.split(sizes) for name, each_RLW in states.items()}
         for block, states in view.attention.items()
     }
     for i in range(len(chunk)):
@@ -75,7 +74,7 @@ def _parts(view: TeacherView, chunk: Sequence[Batch]) -> Iterator[TeacherView]:
             tuple(parts[i] for parts in signals),
             {layer: parts[i] for layer, parts in layers.items()},
             {
-                block: AttentionStates({name: parts[i] for name, parts in states.items()})
+                block: {name: parts[i] for name, parts in states.items()}
                 for block, states in attention.items()
             },
         )
@@ -85,9 +84,8 @@ def _parts(view: TeacherView, chunk: Sequence[Batch]) -> Iterator[TeacherView]:
 
 def _split(signal: Signal | ChunkSignal, counts: Sequence[int]) -> list[DenseSignal | FoldedSignal]:
     """The signal's rows, divided into so many."""
-    parts = [
-        replace(_dense(signal), hidden_ND=own) for own in _dense(signal).hidden_ND.split(counts)
-    ]
+    dense = _dense(signal)
+    parts = [replace(dense, hidden_ND=own) for own in dense.hidden_ND.split(counts)]
     if not isinstance(signal, FoldedSignal):
         return [*parts]
     covered, chunks = signal.covered_N.split(counts), split_chunks(signal.chunks, counts)
@@ -124,7 +122,7 @@ def _moved(view: TeacherView, device: torch.device) -> TeacherView:
     signals = tuple(moved_rows(signal, device) for signal in view.signals)
     layers = {layer: hidden_ND.to(device) for layer, hidden_ND in view.layers.items()}
     attention = {
-        block: AttentionStates({name: each.to(device) for name, each in states.states.items()})
+        block: {name: each.to(device) for name, each in states.items()}
         for block, states in view.attention.items()
     }
     return TeacherView(signals, layers, attention)
