@@ -161,7 +161,7 @@ def objective_for(
         except SignalError as error:
             where = f"objective.terms.{place}"
             raise SignalError(error.what, where=where, fix=error.fix) from None
-    names = [each.name for each in (*hidden, *relations)] + [each.distance for each in chunks]
+    names = [h.name for h in hidden] + [r.name for r in relations] + [c.distance for c in chunks]
     if len(set(names)) < len(names):
         raise SignalError(
             "two terms on intermediate layers, or on chunks, are of the same kind",
