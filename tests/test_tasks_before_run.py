@@ -184,4 +184,6 @@ def test_texts_are_cut_to_the_positions_of_an_encoder(tmp_path: Path) -> None:
     RobertaModel(config).save_pretrained(tmp_path / "encoder")
     tiny.tokenizer().save_pretrained(tmp_path / "encoder")
     raw["student"] = {"start": "pretrained", "model": str(tmp_path / "encoder")}
-    assert run(raw) is not None
+    result = run(raw)
+    assert result is not None
+    assert "at most the first 65 tokens" in (result.model / "README.md").read_text()

@@ -20,7 +20,7 @@ from transformers import (
 from stillhouse.classify import classifier as module
 from stillhouse.classify.classifier import Classifier, Facts, load_classifier
 from stillhouse.classify.classifier_students import build_classifier, planned_parameters
-from stillhouse.classify.classify_config import TruncatedClassifier
+from stillhouse.classify.classify_config import RandomClassifier, TruncatedClassifier
 from stillhouse.classify.label_prompts import LabelPrompt, cut
 from stillhouse.classify.label_scoring import score_pairs
 from stillhouse.errors import ModelError
@@ -59,6 +59,18 @@ def test_last_pooling_is_what_transformers_own_class_reads(tmp_path: Path) -> No
         with torch.inference_mode():
             expected = classifier.model(input_ids=ids_1L).logits[0].softmax(-1)
         torch.testing.assert_close(row, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_a_random_encoder_reads_as_many_tokens_as_the_recipe_says(tmp_path: Path) -> None:
+    source = resolve_model(str(tiny.save_model(tmp_path / "teacher")), base=tmp_path)
+    prompt = LabelPrompt({"pets": "pets", "food": "food"}, None, "{text}", "{label}")
+    section = RandomClassifier(start="random", hidden_size=16, heads=2)
+    build_classifier(
+        section, source, source, prompt, [], max_tokens=700, seed=0, out=tmp_path / "out"
+    )
+    classifier = load_classifier(tmp_path / "out")
+    assert len(classifier.tokens(["x" * 900])[0]) == 700
+    assert classifier.model.config.max_position_embeddings == 700
 
 
 def test_an_encoder_with_another_head_is_not_truncated(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from stillhouse.classify.classifier import Facts
 from stillhouse.classify.classify_job import TaskJob
+from stillhouse.classify.fit import MODEL
 from stillhouse.evaluation.classification_results import ClassificationEvaluation
 from stillhouse.evaluation.metrics import metrics_of
 from stillhouse.export.model_card import ModelCard, write_card
@@ -36,6 +37,7 @@ def classifier_card(
     job: TaskJob, texts: Stage, trained: Stage, found: ClassificationEvaluation
 ) -> ModelCard:
     recipe, parts = job.recipe, texts.summary
+    facts = Facts.load(trained.path / MODEL)
     made_of = {"student's start": job.student.fingerprint, "checkpoint": trained.digest}
     return ModelCard(
         name=recipe.name,
@@ -52,7 +54,7 @@ def classifier_card(
         recipe=recipe_yaml(recipe),
         hashes=card_hashes(job.teacher, texts, **made_of),
         limits=[
-            f"It reads at most the first {recipe.data.max_tokens:,} tokens of a text.",
+            f"It reads at most the first {facts.max_tokens:,} tokens of a text.",
             "It always gives a label, also for a text that fits none: use the threshold.",
         ],
     )

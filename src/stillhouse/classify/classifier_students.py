@@ -104,7 +104,7 @@ def build_classifier(
             model = _with_head(source.path, list(prompt.labels))
             _truncate(model, section.layers, source.path)
         else:
-            model = _random(section, tokenizer, list(prompt.labels), teacher)
+            model = _random(section, tokenizer, list(prompt.labels), teacher, max_tokens)
     if prior is None:
         _agree_on_padding(model, tokenizer)
     limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None)]
@@ -187,11 +187,17 @@ def _truncate(model: Any, layers: int, path: Path) -> None:
 
 
 def _random(
-    section: RandomClassifier, tokenizer: Any, labels: list[str], teacher: ModelSource | None
+    section: RandomClassifier,
+    tokenizer: Any,
+    labels: list[str],
+    teacher: ModelSource | None,
+    max_tokens: int,
 ) -> Any:
     """A ModernBERT that reads the mean of its last hidden states: with few texts, the meaning of
     words is learned long before that of their order."""
-    model = ModernBertForSequenceClassification(_random_config(section, tokenizer, labels))
+    config = _random_config(section, tokenizer, labels)
+    config.max_position_embeddings = max(config.max_position_embeddings, max_tokens)
+    model = ModernBertForSequenceClassification(config)
     if section.teacher_embeddings:
         assert teacher is not None
         words = model.get_input_embeddings().weight
