@@ -156,20 +156,23 @@ def test_the_teacher_as_a_student_predicts_what_the_teacher_predicts(tmp_path: P
     assert untrained.kl == pytest.approx(0.0, abs=1e-5)
 
 
-def test_killed_scoring_resumes_where_it_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The prompts of each call that scores labels, in chunks of 8; the third call is a kill."""
     monkeypatch.setattr(judge_module, "CHUNK", 8)
-    plain = judge_module.label_scores
-    calls = []
+    plain, found = judge_module.label_scores, list[int]()
 
-    def dies(model: Any, prompts: Any, labels: Any, *more: Any) -> Any:
-        calls.append(len(prompts))
-        if len(calls) == 3:
+    def counted(model: Any, prompts: Any, labels: Any, *more: Any) -> Any:
+        found.append(len(prompts))
+        if len(found) == 3:
             raise KeyboardInterrupt
         return plain(model, prompts, labels, *more)
 
-    monkeypatch.setattr(judge_module, "label_scores", dies)
+    monkeypatch.setattr(judge_module, "label_scores", counted)
+    return found
+
+
+def test_killed_scoring_resumes_where_it_stopped(tmp_path: Path, calls: list[int]) -> None:
     raw = toys.recipe(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         run(raw)
@@ -179,20 +182,7 @@ def test_killed_scoring_resumes_where_it_stopped(
     assert calls == [8, 8, 8, 8, 8, 8, 3, 4, 4, 4]
 
 
-def test_damaged_scores_of_a_killed_run_are_not_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(judge_module, "CHUNK", 8)
-    plain = judge_module.label_scores
-    calls = []
-
-    def counted(model: Any, prompts: Any, labels: Any, *more: Any) -> Any:
-        calls.append(len(prompts))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return plain(model, prompts, labels, *more)
-
-    monkeypatch.setattr(judge_module, "label_scores", counted)
+def test_damaged_scores_of_a_killed_run_are_not_used(tmp_path: Path, calls: list[int]) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(toys.recipe(tmp_path))
     first, second = sorted(tmp_path.rglob("*.scores"))
