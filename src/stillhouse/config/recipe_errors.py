@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from stillhouse.config.recipe_values import chosen_model, models_in, tag_key
@@ -25,6 +26,12 @@ class _Place:
     key: Key
     section: type[BaseModel] | None
     annotation: Any
+
+    @property
+    def field(self) -> FieldInfo | None:
+        return (
+            self.section.model_fields.get(str(self.key[-1])) if self.section and self.key else None
+        )
 
 
 def described(
@@ -55,7 +62,7 @@ def _describe(problem: ErrorDetails, at: _Place) -> tuple[str, str]:
     """One pydantic error as what is wrong, and what to do."""
     key, kind, given = at.key, problem["type"], problem["input"]
     name, last = dotted(key) or "recipe", dotted(key[-1:])
-    about = _description(at)
+    about = at.field.description if at.field else None
     if kind == "extra_forbidden":
         valid = list(at.section.model_fields) if at.section else []
         near = difflib.get_close_matches(last, valid, n=1, cutoff=0.5)
@@ -92,7 +99,7 @@ def _sections_with(key: str, section: type[BaseModel] | None) -> list[str]:
 
 def _way_out(at: _Place, last: str, about: str | None) -> str:
     """A description of the key, and its default."""
-    field = at.section.model_fields.get(str(at.key[-1])) if at.section and at.key else None
+    field = at.field
     default = None if field is None or field.is_required() else field.get_default()
     if about:
         return f"{last}: {about}"
@@ -150,8 +157,3 @@ def _locate(problem: ErrorDetails, root: type[BaseModel]) -> _Place:
 def _origins(annotation: Any) -> set[Any]:
     origin = typing.get_origin(annotation)
     return {origin}.union(*map(_origins, typing.get_args(annotation) if origin is not dict else ()))
-
-
-def _description(at: _Place) -> str | None:
-    field = at.section.model_fields.get(str(at.key[-1])) if at.section and at.key else None
-    return field.description if field else None

@@ -91,15 +91,11 @@ def _window(windows: Windows, tokenizer: Any, row: int) -> Iterator[Text]:
         ):
             piece = _decode(tokenizer, [token for _, token in run])
             marks = (OPENS, CLOSES) if is_supervised else ("", "")
-            text.append(marks[0], MARKS).append(piece, _style(is_supervised))
+            text.append(marks[0], MARKS).append(piece, SUPERVISED if is_supervised else CONTEXT)
             text.append(marks[1], MARKS)
         yield text
     if padding.stop > padding.start:
         yield Text(f"{padding.stop - padding.start:,} × padding", style=PADDING)
-
-
-def _style(supervised: bool) -> str:
-    return SUPERVISED if supervised else CONTEXT
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:

@@ -152,33 +152,31 @@ class TemplateForm:
         arguments: Any = {_KEY: _ASSISTANT}
         if not self.reads_argument_objects and self.reads_argument_text:
             arguments = json.dumps(arguments)
-        text = self._call_rendered(arguments, "" if self.prints_none else None, bare=True)
+        text = self._call_rendered(arguments, bare=True)
         return bool(text and "zqxtool" in text and _ASSISTANT in text)
 
     @cached_property
     def prints_none(self) -> bool:
         """Whether the null content of a tool call is rejected, or written as `None`."""
-        with_none = self._call_rendered({_KEY: _ASSISTANT}, None)
+        with_none = self._call_rendered({_KEY: _ASSISTANT}, null=True)
         return with_none is None or "None" in with_none
 
     @cached_property
     def leaves_out_calls(self) -> bool:
         """Whether a tool call is not written, or not as a parser can read it."""
-        accepted = self._call_rendered({_KEY: _ASSISTANT}, "" if self.prints_none else None)
-        return accepted is not None and not (
-            self.reads_argument_objects or self.reads_argument_text
-        )
+        accepted = self._call_rendered({_KEY: _ASSISTANT}) is not None
+        return accepted and not (self.reads_argument_objects or self.reads_argument_text)
 
     @cached_property
     def reads_argument_objects(self) -> bool:
-        text = self._call_rendered({_KEY: _ASSISTANT}, "" if self.prints_none else None)
+        text = self._call_rendered({_KEY: _ASSISTANT})
         return bool(text and _KEY in text and _ASSISTANT in text and f"{{'{_KEY}'" not in text)
 
     @cached_property
     def reads_argument_text(self) -> bool:
         """Whether arguments that are JSON text are written unchanged, and not encoded again."""
         arguments = json.dumps({_KEY: _ASSISTANT})
-        text = self._call_rendered(arguments, "" if self.prints_none else None)
+        text = self._call_rendered(arguments)
         return bool(text and arguments in text)
 
     @cached_property
@@ -212,13 +210,16 @@ class TemplateForm:
         return self.render(fitted, tools=self.tools, generation_prompt=True)
 
     def _call_rendered(
-        self, arguments: Any, content: str | None, *, bare: bool = False
+        self, arguments: Any, *, null: bool = False, bare: bool = False
     ) -> str | None:
+        """A chat that ends with a tool call. null: its content is, whatever the template makes of
+        that. bare: the call's name is not inside of `function`."""
         function = {"name": "zqxtool", "arguments": arguments}
         call = {"id": "zqxcall01", "type": "function", "function": function}
         if bare:
             call = {"id": "zqxcall01", **function}
-        user = [{"type": "text", "text": _USER}] if not self.reads_strings else _USER
+        user = _USER if self.reads_strings else [{"type": "text", "text": _USER}]
+        content = None if null or not self.prints_none else ""
         chat: list[dict[str, Any]] = [
             {"role": "user", "content": user},
             {"role": "assistant", "content": content, "tool_calls": [call]},

@@ -65,10 +65,11 @@ def _find(tokenizer: Any, _template: str, eos: int | None, folder: str) -> TurnE
         found = common or [token for token, _ in written]
         if found:
             token = next((token for token in found if token in stops), found[0])
-            return TurnEnd(_id(tokenizer, token), token, True, tail, stops)
+            return TurnEnd(tokenizer.convert_tokens_to_ids(token), token, True, tail, stops)
         following = _first_token(tokenizer, more)
         if following is not None and following in stops:
-            return TurnEnd(_id(tokenizer, following), following, False, tail, stops)
+            id = tokenizer.convert_tokens_to_ids(following)
+            return TurnEnd(id, following, False, tail, stops)
     if eos is None:
         return None
     return TurnEnd(int(eos), str(tokenizer.convert_ids_to_tokens(eos)), False, tail, stops)
@@ -174,10 +175,6 @@ def _pattern_of(tokenizer: Any, _size: int) -> str:
 def _texts(tokenizer: Any, ids: Iterable[int | None]) -> tuple[str, ...]:
     known = [one for one in ids if one is not None and one < len(tokenizer)]
     return tuple(str(tokenizer.convert_ids_to_tokens(one)) for one in dict.fromkeys(known))
-
-
-def _id(tokenizer: Any, token: str) -> int:
-    return int(tokenizer.convert_tokens_to_ids(token))
 
 
 def _configured(folder: str) -> Sequence[int]:
