@@ -172,6 +172,7 @@ WRONG: dict[str, tuple[bytes, str, str, str]] = {
     "a.csv.gz": (gzip.compress(as_csv(",") * 99)[:-9], "cannot be read: Trunc", "", "damaged"),
     "a.json.zst": (b"{} or so, not compressed", "cannot be read: ZSTD", "", "format of its name"),
     "a.parquet": (b"PAR1 not at all", "cannot be read", "", "damaged"),
+    "a.parquet.xz": (b"\xfd7zXZ\0 not at all", "cannot be read", "", "damaged"),
     "a.parquet.gz": (gzip.compress(as_parquet()[:200]), "cannot be read", "", "damaged"),
 }
 

@@ -45,6 +45,8 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 _UNPACK = {"gzip": "gzip -dc", "zstd": "zstd -dc", "bz2": "bzip2 -dc", "xz": "xz -dc"}
 _COMPRESSED = 3
 """Rough size of a text relative to its compressed file."""
+READ_ERRORS = (OSError, EOFError, lzma.LZMAError)
+"""What reading a file raises, decompression included."""
 _HEAD = 4096
 """Bytes at the beginning of a file from which its content is recognized."""
 _DAMAGED = "the file is damaged or does not have the format of its name: write it again"
@@ -217,7 +219,7 @@ def open_text(
             yield lines
     except UnicodeDecodeError as error:
         raise _undecodable(path, encoding) from error
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except READ_ERRORS as error:
         raise unreadable(path, error) from error
 
 

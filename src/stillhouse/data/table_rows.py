@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stillhouse.data.data_files import (
+    READ_ERRORS,
     check_content,
     is_compressed,
     open_bytes,
@@ -201,7 +202,7 @@ def parquet_rows(path: Path, columns: Collection[str] | None) -> Rows:
                 number += 1
     except DataError:
         raise
-    except (pa.ArrowException, OSError, EOFError, ValueError, OverflowError) as error:
+    except (pa.ArrowException, *READ_ERRORS, ValueError, OverflowError) as error:
         raise unreadable(path, error) from error
 
 
