@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, MambaConfig
 
 from stillhouse.errors import ModelError
 from stillhouse.evaluation import speed
@@ -90,6 +90,17 @@ def test_decoding_feeds_one_token_a_step_to_a_growing_cache(
 
 
 @pytest.mark.run
+def test_decoding_with_a_cache_of_another_name() -> None:
+    config = MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4)
+    model = AutoModelForCausalLM.from_config(config)
+    seen: list[Any] = []
+    model.register_forward_pre_hook(
+        lambda _, args, inputs: seen.append(inputs.get("cache_params")), with_kwargs=True
+    )
+    speed.prefill_and_decode(model, torch.zeros(1, 6, dtype=torch.long), 2)
+    assert [cache is not None for cache in seen] == [False, True, True]
+
+
 def test_peak_memory_grows_with_the_model(tmp_path: Path) -> None:
     small = save_toy(tmp_path / "small", toy_model())
     large = save_toy(tmp_path / "large", toy_model(vocabulary=2_000_000))

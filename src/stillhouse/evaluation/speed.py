@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.errors import ModelError, process_failure
+from stillhouse.generation.kv_cache import caches_of
 from stillhouse.hardware import synchronize
 from stillhouse.teachers.model_source import AnyModel, source_of
 
@@ -85,7 +86,7 @@ def prefill_and_decode(
     prefilled = clock()
     for _ in range(decode_tokens):
         next_R1 = output.logits[:, -1:].argmax(-1)
-        output = step(input_ids=next_R1, past_key_values=output.past_key_values, use_cache=True)
+        output = step(input_ids=next_R1, use_cache=True, **caches_of(output))
     synchronize(device)
     return prefilled - started, clock() - prefilled
 

@@ -245,7 +245,7 @@ def _speeds(steps: dict[str, Step], ids_L: torch.Tensor) -> dict[str, float]:
 
 def stepping(model: Any) -> Step:
     """The step function of a transformers model, with its key-value cache."""
-    cache: list[Any] = []
+    cache: dict[str, Any] = {}  # by its argument's name, another one for Mamba and RWKV
 
     @torch.inference_mode()
     def step(ids: list[int]) -> int:
@@ -253,9 +253,10 @@ def stepping(model: Any) -> Step:
             cache.clear()
             return 0
         ids_1L = torch.tensor([ids], device=model.device)
-        before = cache.pop() if cache else None
-        output = model(input_ids=ids_1L, past_key_values=before, use_cache=True)
-        cache.append(output.past_key_values)
+        output = model(input_ids=ids_1L, use_cache=True, **cache)
+        for name in ("past_key_values", "cache_params", "state"):
+            if getattr(output, name, None) is not None:
+                cache[name] = output[name]
         return int(output.logits[0, -1].argmax())  # waits for a GPU
 
     return step

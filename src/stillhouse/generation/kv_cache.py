@@ -143,6 +143,14 @@ class SlotCache(Cache):
             layer.move(source, target, length)
 
 
+def caches_of(output: Any) -> dict[str, Any]:
+    """The cache that a model has returned, as an argument of its next pass; empty if it returns
+    none. Most models have keys and values, Mamba and RWKV a state under another name."""
+    names = ("past_key_values", "cache_params", "state")
+    found = {name: getattr(output, name, None) for name in names}
+    return {name: cache for name, cache in found.items() if cache is not None}
+
+
 def fits_slots(model: Any) -> bool:
     """Whether every layer attends to all tokens before it: no window, no recurrent state."""
     config = model.config

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from stillhouse.data.turn_end import end_of_answers
 from stillhouse.generation.generator import Continuation, TextGenerator, TokenPrompt
-from stillhouse.generation.kv_cache import SlotCache, fits_padding, fits_slots
+from stillhouse.generation.kv_cache import SlotCache, caches_of, fits_padding, fits_slots
 from stillhouse.generation.packed_linear import (
     has_room_to_pack,
     is_faster_packed,
@@ -41,8 +41,6 @@ _AHEAD = 8
 _PASSES_WORTH_PACKING = 32
 """Packing the weights takes about as long as it saves in 16 to 25 passes."""
 
-_CACHES = ("past_key_values", "cache_params", "state")
-"""What models call their cache: most, Mamba and RWKV."""
 
 OnToken = Callable[[Sequence[int]], object]
 
@@ -170,8 +168,7 @@ class LocalGenerator:
                     "logits_to_keep": 1,
                 }
             output = self.model(input_ids=new_BL, use_cache=True, **caches, **more)
-            caches = {name: output[name] for name in _CACHES if output.get(name) is not None}
-            seen += 1
+            caches, seen = caches_of(output), seen + 1
             rows = [row for row, writing in enumerate(writings) if writing in going]
             _add_tokens(going, output.logits[rows, -1])
             last_B1 = new_BL.new_tensor([writing.tokens[-1:] for writing in writings])

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from stillhouse.errors import ModelError
 from stillhouse.evaluation.speed import measure_peak_memory
+from stillhouse.generation.kv_cache import caches_of
 from stillhouse.hardware import synchronize
 from stillhouse.pruning.axes import axes_of, part
 from stillhouse.pruning.shapes import Counter
@@ -165,9 +166,7 @@ def _decode(
     for step in range(WARMUP_TOKENS + DECODE_TOKENS):
         next_R1 = output.logits[:, -1:].argmax(-1)
         with _timed(groups, device) as spent:
-            output = model(
-                input_ids=next_R1, past_key_values=output.past_key_values, use_cache=True
-            )
+            output = model(input_ids=next_R1, use_cache=True, **caches_of(output))
         if step >= WARMUP_TOKENS:
             yield spent
 
