@@ -24,6 +24,7 @@ from transformers import (
 
 from stillhouse.data.batches import collate
 from stillhouse.pruning import offload
+from stillhouse.quantize.moments import input_moments
 from stillhouse.students.student import Student
 from stillhouse.teachers import document_rows
 from stillhouse.teachers.activations import ActivationRequest, run_backbone
@@ -126,6 +127,23 @@ def test_layers_and_attention_are_as_alone() -> None:
         )
     wanted_RLW[0, 9] = 0
     torch.testing.assert_close(found.attention[2]["key"], wanted_RLW)
+
+
+def test_moments_count_each_token_once() -> None:
+    model = made("opt")
+    packed = [
+        {"input_ids": ids, "labels": ids, "position_ids": positions}
+        for ids, positions in zip(IDS, POSITIONS, strict=True)
+    ]
+    apart = [
+        {"input_ids": part, "labels": part, "position_ids": torch.arange(len(part))}
+        for row, lengths in zip(IDS, LENGTHS, strict=True)
+        for part in row.split(lengths)
+    ]
+    found, wanted = input_moments(model, packed), input_moments(model, apart)
+    assert found.keys() == wanted.keys()
+    for name, moments_I in found.items():
+        torch.testing.assert_close(moments_I, wanted[name])
 
 
 def test_a_sharded_model_runs_all_documents_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

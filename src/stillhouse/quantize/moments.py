@@ -9,15 +9,18 @@ Shapes: R windows, L tokens, I inputs of a layer.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stillhouse.data.batches import document_bounds
 from stillhouse.data.shift import text_end
 from stillhouse.data.windows import WindowSet
 from stillhouse.progress import bar
 from stillhouse.teachers.backbone import hidden_states
+from stillhouse.teachers.document_rows import separates_documents
 
 Moments = dict[str, Tensor]
 
@@ -53,15 +56,27 @@ def input_moments(model: Any, windows: WindowSet) -> Moments:
                 end = text_end(window["labels"])
                 ids_1L = window["input_ids"][None, :end].to(device)
                 positions_1L = window["position_ids"][None, :end].to(device)
-                hidden_1LD = hidden_states(model, ids_1L, positions_1L)
-                if head is not None:
-                    add(head, hidden_1LD)
+                for ids, positions in _alike(model, ids_1L, positions_1L):
+                    hidden_1LD = hidden_states(model, ids, positions)
+                    if head is not None:
+                        add(head, hidden_1LD)
                 tokens += end
                 advance(1)
     finally:
         for handle in handles:
             handle.remove()
     return {name: (sum_I / tokens).cpu() for name, sum_I in sums.items()}
+
+
+def _alike(
+    model: Any, ids_1L: Tensor, positions_1L: Tensor
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """What a model reads at once without padding: the window, or each of its documents."""
+    if separates_documents(model):
+        yield ids_1L, positions_1L
+        return
+    lengths = document_bounds(positions_1L).diff().tolist()
+    yield from ((document_1L, None) for document_1L in ids_1L.split(lengths, dim=1))
 
 
 def head_name(model: Any) -> str | None:
