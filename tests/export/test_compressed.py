@@ -119,7 +119,6 @@ def test_its_failure_message_is_reported(trained: Path, tmp_path: Path, python: 
     broken.write_text("raise RuntimeError('no kernel for this model')")
     with pytest.raises(ModelError, match="no kernel for this model"):
         export(trained, tmp_path / "out", python, "gptq")
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_package_is_named(

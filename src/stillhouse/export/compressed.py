@@ -16,7 +16,7 @@ from stillhouse.data.shift import text_end
 from stillhouse.errors import ModelError
 from stillhouse.export.export_formats import COMPRESSED
 from stillhouse.export.fresh_process import run_script
-from stillhouse.export.gate import Gate, ReplayResult, fill
+from stillhouse.export.gate import Gate, ReplayResult
 from stillhouse.export.widths import nearest, row_widths
 from stillhouse.progress import note
 from stillhouse.teachers.load_model import load_config, load_tokenizer
@@ -31,25 +31,23 @@ def export_compressed(
     method: a key of `COMPRESSED`. python: an interpreter that has llm-compressor. windows: training
     text, on which GPTQ, AWQ and NVFP4 measure the inputs of layers. Raises ModelError if a package
     is missing, llm-compressor fails, or the export does not load or differs by more than is
-    allowed. RunError for no space, no permission, or an `out` that already has files.
+    allowed.
     """
     interpreter = require_llm_compressor(python)
 
-    def work(folder: Path) -> ReplayResult:
-        note(f"llm-compressor: {method}")
-        _compress(gate, folder, method, interpreter, windows)
-        write_older_names(folder)
-        save_tokenizer(load_tokenizer(gate.source), folder)
-        return gate.pass_or_raise(
-            folder,
-            list(folder.glob("*.safetensors")),
-            format=f"compressed-{method}",
-            dtype=method,
-            limit=COMPRESSED[method].kl_limit,
-            advice="use compressed-fp8, or train it rounded and ship gguf-q4_0 (quantize.qat)",
-        )
-
-    return fill(out, work)
+    out.mkdir(parents=True, exist_ok=True)
+    note(f"llm-compressor: {method}")
+    _compress(gate, out, method, interpreter, windows)
+    write_older_names(out)
+    save_tokenizer(load_tokenizer(gate.source), out)
+    return gate.pass_or_raise(
+        out,
+        list(out.glob("*.safetensors")),
+        format=f"compressed-{method}",
+        dtype=method,
+        limit=COMPRESSED[method].kl_limit,
+        advice="use compressed-fp8, or train it rounded and ship gguf-q4_0 (quantize.qat)",
+    )
 
 
 def require_llm_compressor(python: str | None) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,11 +15,9 @@ from torch import Tensor
 
 from stillhouse.data.draw_windows import draw_windows
 from stillhouse.data.windows import ARRAYS, WindowSet
-from stillhouse.disk_errors import disk_errors
-from stillhouse.errors import ModelError, RunError
+from stillhouse.errors import ModelError
 from stillhouse.export import replay
 from stillhouse.export.fresh_process import offline, run_script
-from stillhouse.file_locks import locked_while_writing
 from stillhouse.hardware import default_device, free_memory
 from stillhouse.progress import note
 from stillhouse.scratch import temporary_folder
@@ -236,35 +233,6 @@ def against_teacher(
         save_file(logits, file)
         del logits
         yield replace(gate, teacher_logits=file)
-
-
-def fill(out: Path, work: Callable[[Path], ReplayResult]) -> ReplayResult:
-    """Run `work` in a temporary folder that is renamed to `out` once it is complete and has passed.
-
-    Raises RunError for no space, no permission, an `out` that already has files, or one that
-    another process is writing.
-    """
-    partial = out.with_name(f".{out.name}.partial")
-    with disk_errors(out), locked_while_writing(partial, "export"):
-        try:
-            for left in partial.iterdir():
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-            _check_free(out)
-            result = work(partial)
-            partial.rename(out)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    return result
-
-
-def _check_free(out: Path) -> None:
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise RunError(
-            "the export's folder is not empty",
-            where=out,
-            fix="use another folder, or remove this one first",
-        )
 
 
 def drawn_windows(gate: Gate) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 
 from stillhouse.errors import ModelError
 from stillhouse.export.export_formats import K_QUANTS
-from stillhouse.export.gate import Gate, Readers, ReplayResult, fill
+from stillhouse.export.gate import Gate, Readers, ReplayResult
 from stillhouse.export.gguf_blocks import (
     BITS,
     fitting_kind,
@@ -59,52 +59,43 @@ def export_gguf(
     the source's, if it is on a grid: a format that holds the grid then stores its numbers exactly,
     and parts that are not quantized as 16-bit floats. moments: of every matrix's inputs: rounding
     errors are weighted by them in k-quants, and in q4_0 and q8_0 for numbers that are not on their
-    grid. Before the folder gets its final name, transformers' GGUF loader reads the file in a fresh
-    process, and so does llama.cpp if it is installed; both are compared with the source like every
-    export.
+    grid. Then transformers' GGUF loader reads the file in a fresh process, and so does llama.cpp if
+    it is installed; both are compared with the source like every export.
 
     Raises ModelError for an architecture or tokenizer that GGUF cannot hold, or an export that does
-    not load or differs by more than is allowed. RunError for no space, no permission, or a
-    non-empty folder.
+    not load or differs by more than is allowed.
     """
-    file_name = f"{name}-{kind}.gguf"
-
-    def work(folder: Path) -> ReplayResult:
-        file = folder / file_name
-        config = load_config(gate.source).get_text_config()
-        if kind not in FORMATS:
-            require_llama_cpp()
-        misread = misread_by_transformers(config)
-        _require_reader(misread)
-        written = write_form(
-            gate.source,
-            file,
-            kind=kind,
-            name=name,
-            quantization=quantization,
-            moments=moments,
-        )
-        text = modelfile(gate.source, file_name)
-        (folder / "Modelfile").write_text(text, encoding="utf-8")
-        tokenizer = load_tokenizer(gate.source)
-        held = tokenizer_in_gguf(tokenizer)
-        otherwise = read_otherwise_by_transformers(held, family(config))
-        reader = otherwise if misread is None else _for_llama_cpp(misread)
-        chats = read_otherwise_by_llama_cpp(held, tokenizer)
-        notes = [*written.notes, *(text for text in (reader, chats) if text is not None)]
-        return gate.pass_or_raise(
-            file,
-            [file],
-            format=f"gguf-{kind}",
-            dtype=kind,
-            limit=written.kl_limit,
-            advice="use a format with more bits (gguf-q8_0), or quantization-aware distillation "
-            "(quantize.qat)",
-            readers=Readers(otherwise is None, has_llama_cpp(), misread is None, chats is None),
-            notes=notes,
-        )
-
-    return fill(out, work)
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / f"{name}-{kind}.gguf"
+    config = load_config(gate.source).get_text_config()
+    misread = misread_by_transformers(config)
+    _require_reader(misread)
+    written = write_form(
+        gate.source,
+        file,
+        kind=kind,
+        name=name,
+        quantization=quantization,
+        moments=moments,
+    )
+    (out / "Modelfile").write_text(modelfile(gate.source, file.name), encoding="utf-8")
+    tokenizer = load_tokenizer(gate.source)
+    held = tokenizer_in_gguf(tokenizer)
+    otherwise = read_otherwise_by_transformers(held, family(config))
+    reader = otherwise if misread is None else _for_llama_cpp(misread)
+    chats = read_otherwise_by_llama_cpp(held, tokenizer)
+    notes = [*written.notes, *(text for text in (reader, chats) if text is not None)]
+    return gate.pass_or_raise(
+        file,
+        [file],
+        format=f"gguf-{kind}",
+        dtype=kind,
+        limit=written.kl_limit,
+        advice="use a format with more bits (gguf-q8_0), or quantization-aware distillation "
+        "(quantize.qat)",
+        readers=Readers(otherwise is None, has_llama_cpp(), misread is None, chats is None),
+        notes=notes,
+    )
 
 
 def announce_gguf(

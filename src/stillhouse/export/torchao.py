@@ -19,7 +19,7 @@ from torch import Tensor
 from stillhouse.data.turn_end import stop_at_turn_end
 from stillhouse.errors import ModelError, first_line
 from stillhouse.export.export_formats import FLOATS
-from stillhouse.export.gate import Gate, ReplayResult, fill
+from stillhouse.export.gate import Gate, ReplayResult
 from stillhouse.hardware import default_device
 from stillhouse.quantize.grid import Grid, to_codes
 from stillhouse.quantize.quantization import Quantization
@@ -40,30 +40,27 @@ def export_torchao(
 
     gate: its source is the float32 checkpoint on the grid. dtype: of everything else. Raises
     ModelError if torchao is missing, this machine lacks float8 products, or the export does not
-    load or differs by more than is allowed. RunError: no space, no permission, `out` has files
-    already.
+    load or differs by more than is allowed.
     """
     require_torchao(quantization.grid, quantization.dynamic, dtype)
 
-    def work(folder: Path) -> ReplayResult:
-        floats = save_torchao(gate.source, folder, quantization, getattr(torch, dtype))
-        notes = [
-            f"{name} is stored in {dtype}: if it is quantized, transformers does not set the scale "
-            "that its layer multiplies it by."
-            for name in floats
-        ]
-        limit = FLOATS[dtype] + (DYNAMIC_KL if quantization.dynamic else 0.0)
-        return gate.pass_or_raise(
-            folder,
-            list(folder.glob("*.safetensors")),
-            format="safetensors",
-            dtype=f"torchao {quantization.grid.name}, {dtype}",
-            limit=limit,
-            advice="export float32 (export.dtype: float32), or quantize weights only",
-            notes=notes,
-        )
-
-    return fill(out, work)
+    out.mkdir(parents=True, exist_ok=True)
+    floats = save_torchao(gate.source, out, quantization, getattr(torch, dtype))
+    notes = [
+        f"{name} is stored in {dtype}: if it is quantized, transformers does not set the scale "
+        "that its layer multiplies it by."
+        for name in floats
+    ]
+    limit = FLOATS[dtype] + (DYNAMIC_KL if quantization.dynamic else 0.0)
+    return gate.pass_or_raise(
+        out,
+        list(out.glob("*.safetensors")),
+        format="safetensors",
+        dtype=f"torchao {quantization.grid.name}, {dtype}",
+        limit=limit,
+        advice="export float32 (export.dtype: float32), or quantize weights only",
+        notes=notes,
+    )
 
 
 def require_torchao(grid: Grid, dynamic: bool, dtype: str) -> None:
