@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from stillhouse.errors import (
 )
 from stillhouse.file_locks import locked_while_writing
 from stillhouse.signals.encodings import Threshold
+from stillhouse.training import checkpoints
 from tests import tiny
 
 
@@ -231,6 +233,18 @@ def test_checkpoints_may_be_as_often_as_they_should_after_a_kill(
     found = sorted(path.name for path in (tmp_path / "killed" / "checkpoints").iterdir())
     assert found == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
     assert [row["loss"] for row in resumed.metrics] == [row["loss"] for row in whole.metrics]
+
+
+def test_a_full_disk_is_one_message(
+    data: sh.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "seal", full)
+    with pytest.raises(RunError, match="the disk is full") as caught:
+        sh.distill(tiny.llama(), tiny.llama(1), data, max_steps=1, batch_size=4, folder=tmp_path)
+    assert "free some space" in str(caught.value.fix)
 
 
 def test_two_processes_cannot_use_one_folder(teacher: Any, data: sh.Data, tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from stillhouse.data.batches import Batches, NoText
 from stillhouse.data.data import Data
+from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import DataError, ModelError, RecipeError
 from stillhouse.evaluation.evaluate import evaluate_models
 from stillhouse.evaluation.results import Evaluation
@@ -327,11 +328,19 @@ def search_sizes(
     return found.sizes
 
 
-def _alone_in(folder: str | Path | None, what: str) -> AbstractContextManager[None]:
-    """Lock the folder, if there is one, for this process, or the main process of a torchrun."""
+@contextmanager
+def _alone_in(folder: str | Path | None, what: str) -> Iterator[None]:
+    """Lock the folder, if there is one, for this process, or the main process of a torchrun. Raises
+    RunError for errors of the disk in the block, too."""
     if folder is None or not leads():
-        return nullcontext()
-    return locked_while_writing(Path(folder), what)
+        yield
+        return
+    fix = "free some space and call the same function again: what is complete is kept"
+    with (
+        locked_while_writing(Path(folder), what),
+        disk_errors(Path(folder), fix=fix, elsewhere="use another folder"),
+    ):
+        yield
 
 
 def _student(given: Student | Any) -> Student:
