@@ -102,6 +102,15 @@ def _begin(
         atexit._run_exitfuncs()  # which multiprocessing leaves out
 
 
+def patch(owner: object, name: str, value: object) -> None:
+    """Set an attribute for as long as the process lives: a fork has no `monkeypatch`.
+
+    Raises AttributeError if it does not exist.
+    """
+    getattr(owner, name)
+    setattr(owner, name, value)
+
+
 def stillhouse(*arguments: str, **options: Any) -> Fork:
     """As `python -m stillhouse ...`, whose exports are replayed in the same process."""
     return Fork(_stillhouse, *arguments, **options)
@@ -112,7 +121,7 @@ def _stillhouse(*arguments: str) -> None:
     from stillhouse.export import fresh_process as script
     from tests import replays
 
-    script.subprocess = replays.IN_THIS_PROCESS  # type: ignore[assignment, attr-defined]
+    patch(script, "subprocess", replays.IN_THIS_PROCESS)
     sys.argv = ["stillhouse", *arguments]
     main()
 

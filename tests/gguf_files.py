@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def letters() -> PreTrainedTokenizerFast:
 def edited(
     file: Path,
     keys: dict[str, Any] | None = None,
-    tensors: dict[str, np.ndarray[Any, Any] | None] | None = None,
+    tensors: Mapping[str, np.ndarray[Any, Any] | None] | None = None,
 ) -> Path:
     """A copy of a float32 file with other keys and tensors; None leaves one out."""
     keys, tensors = keys or {}, tensors or {}
@@ -79,7 +80,7 @@ def edited(
         if value is not None and name != "general.architecture":
             writer.add_key_value(name, value, gguf.GGUFValueType.get_type(value))
     found = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
-    for name, data in (found | tensors).items():
+    for name, data in {**found, **tensors}.items():
         if data is not None:
             writer.add_tensor(name, np.asarray(data, dtype=np.float32))
     writer.write_header_to_file()

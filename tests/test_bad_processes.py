@@ -29,7 +29,7 @@ from stillhouse.pipeline.engine import locked_folder
 from stillhouse.pipeline.stage_plan import doing
 from stillhouse.processes import open_group, shard, sharding_mesh, shards_in_node
 from stillhouse.training.train import require_windows
-from tests import tiny
+from tests import forks, tiny
 from tests.forks import ranks
 
 GPUS = ("NVIDIA A100-SXM4-80GB with 79 GiB", "NVIDIA GeForce RTX 4090 with 24 GiB")
@@ -38,7 +38,7 @@ GPUS = ("NVIDIA A100-SXM4-80GB with 79 GiB", "NVIDIA GeForce RTX 4090 with 24 Gi
 def open_with(out: Path, kinds: tuple[str, str]) -> None:
     """Each process has another GPU, if `kinds` are different. Its message is written to `out`."""
     rank = os.environ["RANK"]
-    processes.device_kind = lambda device: kinds[int(rank)]  # type: ignore[attr-defined]
+    forks.patch(processes, "device_kind", lambda device: kinds[int(rank)])
     try:
         open_group()
     except DeviceError as error:
@@ -85,7 +85,7 @@ def test_nodes_with_different_numbers_of_processes(monkeypatch: pytest.MonkeyPat
 
 
 def planned(folder: Path, **train: object) -> RunModels:
-    return run_models(find_models(parse_recipe(tiny.recipe(folder, train=train)), folder))
+    return run_models(find_models(tiny.parsed(tiny.recipe(folder, train=train)), folder))
 
 
 def test_processes_are_checked_before_anything_is_computed(
@@ -114,7 +114,7 @@ def few_tokens(folder: Path, monkeypatch: pytest.MonkeyPatch, **data: object) ->
     monkeypatch.setenv("WORLD_SIZE", "4")
     raw = tiny.recipe(folder, data={"train_tokens": 64, **data})
     try:
-        require_processes(run_models(find_models(parse_recipe(raw), folder)))
+        require_processes(run_models(find_models(tiny.parsed(raw), folder)))
     except RecipeError as error:
         return str(error)
     return ""
@@ -138,7 +138,7 @@ def test_too_few_windows_stop_a_run_before_its_student(
 ) -> None:
     """Also where the recipe does not set the number of tokens."""
     raw = tiny.recipe(tmp_path, data={"train_tokens": text, "context": 32}, folder=str(tmp_path))
-    job = find_models(parse_recipe(raw), tmp_path)
+    job = find_models(tiny.parsed(raw), tmp_path)
     with locked_folder(job.recipe) as folder:
         stages = {"data": doing(folder)(plan_data(job))}
     windows = len(open_data(stages["data"])[0])

@@ -147,7 +147,10 @@ def test_only_the_last_member_is_quantized_and_exported_as_gguf(tmp_path: Path) 
 
 
 def test_a_run_folder_that_is_moved_is_done(tmp_path: Path) -> None:
-    hops = [{"name": "wide", "ffn_size": 48}, {"name": "found", "target": {"params": "85%"}}]
+    hops: list[dict[str, Any]] = [
+        {"name": "wide", "ffn_size": 48},
+        {"name": "found", "target": {"params": "85%"}},
+    ]
     raw = recipe(tmp_path, hops, from_scratch={"tokens": 3000}, teacher="both")
     raw["student"] = {**STUDENT, "search": SEARCH}
     del raw["signals"]
@@ -242,7 +245,10 @@ SEARCH = {
 
 
 def test_hops_with_targets_are_searched_and_shrink(tmp_path: Path) -> None:
-    hops = [{"name": "first", "target": {"params": "85%"}}, {"name": "second", "layers": 2}]
+    hops: list[dict[str, Any]] = [
+        {"name": "first", "target": {"params": "85%"}},
+        {"name": "second", "layers": 2},
+    ]
     raw = recipe(tmp_path, hops)
     raw["student"] = {**STUDENT, "search": SEARCH}
     result = done(raw)
@@ -259,14 +265,17 @@ def test_hops_with_targets_are_searched_and_shrink(tmp_path: Path) -> None:
 
 
 def planned(raw: dict[str, Any]) -> list[Any]:
-    loaded = parse_recipe(raw)
+    loaded = tiny.parsed(raw)
     return [c for _, c in planned_members(loaded, find_models(first_member(loaded), Path()))]
 
 
 def test_a_hop_after_a_searched_one_is_rejected_only_if_no_shape_of_that_allows_it(
     tmp_path: Path,
 ) -> None:
-    hops = [{"name": "first", "target": {"params": "85%"}}, {"name": "second", "ffn_size": 60}]
+    hops: list[dict[str, Any]] = [
+        {"name": "first", "target": {"params": "85%"}},
+        {"name": "second", "ffn_size": 60},
+    ]
     raw = recipe(tmp_path, hops)
     raw["student"] = {**STUDENT, "search": SEARCH}
     first, second = planned(raw)
@@ -323,7 +332,10 @@ def test_hops_with_impossible_targets_are_rejected(
 
 
 def test_shared_sizes_together_with_a_target_are_rejected(tmp_path: Path) -> None:
-    hops = [{"name": "wide", "ffn_size": 48}, {"name": "found", "target": {"params": "85%"}}]
+    hops: list[dict[str, Any]] = [
+        {"name": "wide", "ffn_size": 48},
+        {"name": "found", "target": {"params": "85%"}},
+    ]
     raw = recipe(tmp_path, hops)
     raw["student"] = {**STUDENT, "layers": 2}
     with pytest.raises(RecipeError, match=r"student.layers would apply .*\(found\)"):

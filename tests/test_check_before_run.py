@@ -12,7 +12,6 @@ import pytest
 
 from stillhouse.check import check_recipe
 from stillhouse.commands import agree_to_spend, run
-from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.errors import StillhouseError
 from stillhouse.language_model import run_check
 from stillhouse.language_model.job import find_models
@@ -121,7 +120,7 @@ def test_text_of_unknown_size_counts_as_the_recipe_says(
 ) -> None:
     hub = {"kind": "hub", "dataset": "org/name"}
     raw = tiny.recipe(tmp_path, data={"sources": [hub], "train_tokens": 10**9})
-    job = find_models(parse_recipe(raw), tmp_path)
+    job = find_models(tiny.parsed(raw), tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
     (found,) = require_disk(job)
     assert found.level == "error"

@@ -24,7 +24,7 @@ from stillhouse.cli.exits import open_standard_streams
 from stillhouse.errors import DataError, StillhouseError
 from stillhouse.finding import Finding
 from stillhouse.progress import note
-from tests import tiny
+from tests import forks, tiny
 from tests.classify import toys
 from tests.forks import Fork
 
@@ -287,7 +287,7 @@ def _in_a_deleted_folder(folder: Path) -> None:
     folder.mkdir()
     os.chdir(folder)
     folder.rmdir()
-    cli.app = Path.cwd  # type: ignore[assignment]
+    forks.patch(cli, "app", Path.cwd)
     cli.main()
 
 
@@ -439,7 +439,8 @@ def _stopped_while_reporting() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         sys.stderr.write(text)
 
-    cli.app, exits.say = fail, say  # type: ignore[assignment]
+    forks.patch(cli, "app", fail)
+    forks.patch(exits, "say", say)
     cli.main()
 
 
@@ -454,7 +455,7 @@ def test_a_signal_does_not_interrupt_an_errors_message() -> None:
 
 def _hang_up(ignored: bool) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
-    cli.app = lambda: os.kill(os.getpid(), signal.SIGHUP)  # type: ignore[assignment]
+    forks.patch(cli, "app", lambda: os.kill(os.getpid(), signal.SIGHUP))
     cli.main()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from stillhouse import cpu_products
@@ -35,14 +36,25 @@ def views_of(rows: int, columns: int) -> dict[str, torch.Tensor]:
     }
 
 
+def recorded_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, ...]]:
+    """The arguments of every call of oneDNN's product from here on."""
+    calls: list[tuple[Tensor, ...]] = []
+    plain = cpu_products._onednn
+
+    def record(*arguments: Tensor) -> Tensor:
+        calls.append(arguments)
+        return plain(*arguments)
+
+    monkeypatch.setattr(cpu_products, "_onednn", record)
+    return calls
+
+
 @needs_onednn
 @pytest.mark.parametrize("a", views_of(4, 4))
 @pytest.mark.parametrize("b", views_of(4, 4))
 def test_products_of_any_layout(a: str, b: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN gets only layouts that it has fast code for."""
-    given = []
-    plain = cpu_products._onednn
-    monkeypatch.setattr(cpu_products, "_onednn", lambda *a: given.append(a) or plain(*a))
+    given = recorded_calls(monkeypatch)
     a_NK, b_MK = views_of(131, 260)[a], views_of(127, 260)[b]
     assert is_fast(a_NK, b_MK)
     product(a_NK, b_MK)
@@ -84,9 +96,7 @@ def test_a_linear_layer_and_its_gradients(
 
     out = layer(x)
     expected = gradients()
-    calls = []
-    plain = cpu_products._onednn
-    monkeypatch.setattr(cpu_products, "_onednn", lambda *a: calls.append(1) or plain(*a))
+    calls = recorded_calls(monkeypatch)
     with fast_linear(CPU):
         out = layer(x)
     for mine, theirs in zip(gradients(), expected, strict=True):
@@ -105,9 +115,7 @@ def test_batched_products_and_their_gradients(
     b_BMK = b.mT if transposed else b
     upstream = torch.randn(3, 256, 130)
     expected = [a @ b_BMK.mT, *torch.autograd.grad(a @ b_BMK.mT, [a, b], upstream)]
-    calls = []
-    plain = cpu_products._onednn
-    monkeypatch.setattr(cpu_products, "_onednn", lambda *a: calls.append(1) or plain(*a))
+    calls = recorded_calls(monkeypatch)
     grad_a, grad_b = batched_gradients(upstream, a.detach(), b_BMK.detach())
     out = batched_product(a.detach(), b_BMK.detach())
     found = [out, grad_a, grad_b.mT if transposed else grad_b]
@@ -167,9 +175,7 @@ def test_a_models_hidden_states_and_gradients(
 
     plain_RLD = model.base_model(ids_RL, position_ids=place_RL, use_cache=False)[0]
     expected = gradients(plain_RLD)
-    calls = []
-    plain = cpu_products._onednn
-    monkeypatch.setattr(cpu_products, "_onednn", lambda *a: calls.append(1) or plain(*a))
+    calls = recorded_calls(monkeypatch)
     found_RLD = hidden_states(model, ids_RL, place_RL)
     found = gradients(found_RLD)
     assert bool(calls) is not checkpointing

@@ -97,7 +97,9 @@ def model_of(words: Any) -> LocalTeacher:
 
 
 @pytest.mark.parametrize("bytes_first", [True, False])
-def test_merged_distributions_are_those_at_a_chunks_first_token_times_the_rest(bytes_first) -> None:
+def test_merged_distributions_are_those_at_a_chunks_first_token_times_the_rest(
+    bytes_first: bool,
+) -> None:
     words = [tiny.tokenizer(), byte_level(300)]
     student, teacher, _ = chunks_of(*map(model_of, words if bytes_first else words[::-1]))
     assert int((student if bytes_first else teacher).count_G.max()) > 1

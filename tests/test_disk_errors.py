@@ -12,7 +12,6 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from stillhouse import scratch
 from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import RunError
 from stillhouse.pipeline import engine
@@ -46,7 +45,7 @@ def test_the_error_names_the_disk_that_is_full(
 
     folder = RunFolder(run)
     with folder.locked():
-        monkeypatch.setattr(scratch.shutil, "disk_usage", usage)
+        monkeypatch.setattr(shutil, "disk_usage", usage)
         with pytest.raises(RunError) as caught:
             folder.stage(StagePlan("export", {}, work))
     where = Path(str(caught.value.where))

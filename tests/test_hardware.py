@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from stillhouse import hardware
+from stillhouse import cpu_products, hardware
 from tests.clocks import Clock
 
 
@@ -200,7 +203,7 @@ def test_the_heap_is_trimmed_once_memory_has_grown_by_a_quarter(
     taken = iter([1000, 1200, 1320, 900, 1100, 1200])  # MiB
     monkeypatch.setattr(hardware, "_has_glibc", lambda: True)
     monkeypatch.setattr(hardware, "_anonymous_bytes", lambda: next(taken) << 20)
-    monkeypatch.setattr(hardware.ctypes, "CDLL", lambda name: Library)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Library)
     heap = hardware.HeapLimit()
     found = []
     for _ in range(6):
@@ -214,11 +217,11 @@ def test_one_process_that_works_for_all_has_the_cores_of_its_machine(
 ) -> None:
     """torchrun gives each process one thread."""
     threads = [1]
-    monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda _: range(16), raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16), raising=False)
     monkeypatch.setattr(hardware, "OWN_CGROUPS", Path("missing"))
-    monkeypatch.setattr(hardware.psutil, "cpu_count", lambda *, logical: 8)
-    monkeypatch.setattr(hardware.torch, "get_num_threads", lambda: threads[-1])
-    monkeypatch.setattr(hardware.torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(psutil, "cpu_count", lambda *, logical: 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     for processes in (1, 4):
         with hardware.cores_of(processes):
@@ -233,7 +236,7 @@ def test_one_process_that_works_for_all_has_the_cores_of_its_machine(
 
 
 def test_the_allocator_is_unchanged_without_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware.platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     reason = hardware.tune_allocator()
     assert reason is not None
     assert "glibc" in reason
@@ -241,7 +244,7 @@ def test_the_allocator_is_unchanged_without_glibc(monkeypatch: pytest.MonkeyPatc
 
 def test_matmul_rate_is_the_speed_of_a_real_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """A product takes as many seconds as it has operations, and the rate is one of them."""
-    clock, product = Clock(), hardware.product
+    clock, product = Clock(), cpu_products.product
 
     def timed(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         clock.now += 2 * left.shape[0] * left.shape[1] * right.shape[0] / 1e9
@@ -321,7 +324,7 @@ def test_memory_of_a_container_ends_at_its_limit(
     monkeypatch.setattr(hardware, "OWN_CGROUPS", tmp_path / "own")
     monkeypatch.setattr(hardware, "CGROUPS", tmp_path)
     whole = psutil.virtual_memory()._replace(available=10_000)
-    monkeypatch.setattr(hardware.psutil, "virtual_memory", lambda: whole)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: whole)
     assert hardware.free_memory_bytes("cpu") == 10_000
     names, total = ("memory.max", "memory.current"), ""
     if version == 1:
@@ -345,12 +348,12 @@ def test_threads_are_no_more_than_the_cores_of_a_container(
     (tmp_path / "own").write_text("0::/docker\n" if version == 2 else "3:cpu,cpuacct:/docker\n")
     monkeypatch.setattr(hardware, "OWN_CGROUPS", tmp_path / "own")
     monkeypatch.setattr(hardware, "CGROUPS", tmp_path)
-    monkeypatch.setattr(hardware.psutil, "cpu_count", lambda *, logical: 64)
-    monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda _: range(128), raising=False)
+    monkeypatch.setattr(psutil, "cpu_count", lambda *, logical: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(128), raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     threads = [64]
-    monkeypatch.setattr(hardware.torch, "get_num_threads", lambda: threads[-1])
-    monkeypatch.setattr(hardware.torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
 
     def limit(cores: float | None) -> None:
         quota = None if cores is None else round(cores * 100_000)
@@ -367,5 +370,5 @@ def test_threads_are_no_more_than_the_cores_of_a_container(
             assert threads[-1] == expected
         assert threads[-1] == 64
     limit(None)
-    monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda _: {3, 4})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 4})
     assert hardware.usable_cores() == 2

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from stillhouse.check import check_recipe
+from stillhouse.classify.classify_config import ClassifyRecipe
 from stillhouse.cli import app
 from stillhouse.config.load_recipe import load_recipe
 from stillhouse.errors import DataError, RecipeError, StillhouseError
@@ -58,11 +59,19 @@ def test_a_recipe_to_distill(folder: Path) -> None:
     assert (recipe.student.layers, recipe.student.ffn_size) == (None, 24)
 
 
+def labels_of(folder: Path) -> list[str]:
+    """The labels of the recipe of a classifier that `init` wrote."""
+    recipe = load_recipe(folder / "made here" / "recipe.yaml")
+    assert isinstance(recipe, ClassifyRecipe)
+    assert recipe.task.labels is not None
+    return list(recipe.task.labels)
+
+
 def test_characters_that_yaml_does_not_allow_are_escaped(folder: Path) -> None:
     """U+0092 is what an apostrophe of Windows becomes if its text is read as ISO-8859-1."""
     labels = ["don\x92t", "a\x85b", "c\u2028d", "caf\u00e9 \U0001f600"]
     init(folder, *flags(folder, "classify", "text.txt"), "--labels", ",".join(labels))
-    assert list(load_recipe(folder / "made here" / "recipe.yaml").task.labels) == labels
+    assert labels_of(folder) == labels
 
 
 def test_paths_are_resolved_relative_to_the_recipe(
@@ -142,7 +151,7 @@ def test_missing_flags_are_prompted_for(folder: Path) -> None:
     typed = f"classify\n{folder / 'teacher'}\n{folder / 'text.txt'}\nsmall\ncats, dogs\n"
     shown = init(folder, typed=typed)
     assert shown.count("?") >= 5
-    assert list(load_recipe(folder / "made here" / "recipe.yaml").task.labels) == ["cats", "dogs"]
+    assert labels_of(folder) == ["cats", "dogs"]
 
 
 def test_without_anyone_to_answer_the_flags_are_named(folder: Path) -> None:
@@ -193,7 +202,7 @@ def log(folder: Path, answers: Sequence[Any], *, stored: bool = False) -> Path:
             {"role": "user", "content": f"question {number}"},
         ]
         said = {"role": "assistant", "content": answer}
-        row = {"messages": [*asked, said]}
+        row: dict[str, Any] = {"messages": [*asked, said]}
         if stored:
             row = {"request": {"messages": asked}, "response": {"choices": [{"message": said}]}}
         rows.append(json.dumps(row) + "\n")
@@ -206,7 +215,7 @@ def test_logs_with_few_short_answers_are_a_classifiers(folder: Path, stored: boo
     path = log(folder, [LABELS[n % 3 == 0] for n in range(30)], stored=stored)
     init(folder, "--from", str(path), "--teacher", str(folder / "teacher"), "--size", "small")
     recipe = load_recipe(folder / "made here" / "recipe.yaml")
-    assert list(recipe.task.labels) == ["pets", "food"]
+    assert labels_of(folder) == ["pets", "food"]
     assert recipe.task.system == "Be brief."
     assert (folder / "made here" / "recipe-texts.jsonl").read_text().count("\n") == 30
 
@@ -216,7 +225,7 @@ def test_spellings_of_one_label_are_one_label(folder: Path) -> None:
         folder, [["Spam", "Spam", "spam.", "not_spam", "Not spam"][n % 5] for n in range(30)]
     )
     init(folder, "--from", str(path), "--teacher", str(folder / "teacher"), "--size", "small")
-    assert list(load_recipe(folder / "made here" / "recipe.yaml").task.labels) == [
+    assert labels_of(folder) == [
         "Spam",
         "not_spam",
     ]

@@ -36,7 +36,7 @@ def test_start_and_other_teachers_are_origins_and_check_warns_of_them(tmp_path: 
         "out": str(tmp_path / "made.jsonl"),
         "budget": {"max_tokens": 1000},
     }
-    found = origins_of(find_models(parse_recipe(raw), tmp_path))
+    found = origins_of(find_models(tiny.parsed(raw), tmp_path))
     assert [(one.part, one.license.id) for one in found] == [
         ("The teacher", "apache-2.0"),
         ("The student's start", "gemma"),

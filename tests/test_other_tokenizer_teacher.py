@@ -347,7 +347,7 @@ def test_a_row_without_a_shared_boundary_is_named(folder: Path) -> None:
     ids = np.array(whole, dtype=np.int32)
     inside = TokenRow(ids, np.arange(len(ids)) == len(ids) - 1, splittable=True)
     row = TokenRow(ids, np.ones(len(ids), dtype=bool), splittable=True)
-    job = find_models(parse_recipe(recipe(folder)), folder)
+    job = find_models(tiny.parsed(recipe(folder)), folder)
     found = list(check_alignment(job, [("rows.jsonl:1", row), ("rows.jsonl:2", inside)]))
     assert found[1].level == "warning"
     assert "1 of 2 rows, such as rows.jsonl:2" in found[1].text

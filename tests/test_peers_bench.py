@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +17,13 @@ from bench.peer_trainers import collate
 from bench.peers import bars
 
 from stillhouse.data.windows import ARRAYS
+from stillhouse.pruning.axes import axes_of
 from tests import tiny
 
 
-def norms_of(model: torch.nn.Module, layer: int) -> torch.Tensor:
+def norms_of(model: Any, layer: int) -> torch.Tensor:
     """The squared norm of each neuron's weights, one neuron at a time, [F]."""
-    ffn = model.model.layers[layer].mlp  # type: ignore[union-attr, index]
+    ffn = model.model.layers[layer].mlp
     found = []
     for neuron in range(len(ffn.gate_proj.weight)):
         parts = ffn.gate_proj.weight[neuron], ffn.up_proj.weight[neuron]
@@ -46,9 +48,7 @@ def test_taylor_ranks_by_weight_times_gradient() -> None:
     windows = Chunks(np.arange(64).reshape(4, 16))
     peer_pruning.add_gradients(model, windows)
     layer = model.model.layers[1]
-    scores = peer_pruning.neuron_scores(
-        layer, peer_pruning.axes_of(model.config), peer_pruning.first_order
-    )
+    scores = peer_pruning.neuron_scores(layer, axes_of(model.config), peer_pruning.first_order)
     ffn, neuron = layer.mlp, 5
     by_hand = sum(
         float((weight.detach()[index] * weight.grad[index]).abs().sum())

@@ -166,7 +166,7 @@ def test_a_model_larger_than_a_gpu_is_pruned_there_by_layer(tmp_path: Path) -> N
 
 
 def test_a_search_needs_the_memory_to_train_a_candidate(tmp_path: Path) -> None:
-    student = {"start": "pruned", "ffn_size": None, "target": {"params": "60%"}}
+    student: dict[str, Any] = {"start": "pruned", "ffn_size": None, "target": {"params": "60%"}}
     found = {}
     for trained in (0, 4):
         student["search"] = {"trained": trained}

@@ -37,6 +37,11 @@ def teacher() -> Any:
     return sh.Teacher.from_model(tiny.llama(intermediate_size=512), tiny.tokenizer())
 
 
+def wrong(value: object) -> Any:
+    """A value of a type that the type checker rejects."""
+    return value
+
+
 def own() -> sh.Student:
     return sh.Student(tiny.llama(), tiny.tokenizer())
 
@@ -126,14 +131,14 @@ def test_the_found_sizes_meet_the_target(teacher: Any, data: sh.Data) -> None:
             "max_new_tokens",
             "",
         ),
-        (lambda d: sh.evaluate(own(), tiny.llama(), d, prompts=[1]), "prompts", ""),
+        (lambda d: sh.evaluate(own(), tiny.llama(), d, prompts=wrong([1])), "prompts", ""),
         (lambda d: sh.Teacher.served("http://h:99999", "m", None), "base_url must be", ""),
         (lambda d: sh.Teacher.served("http://h", "m", None, k=0), "k: .*greater than 0", ""),
         (lambda d: sh.Teacher.served("http://h", "m", None, concurrency=10**9), "4096", ""),
         (lambda d: sh.record(None, d, "x", temperature=float("nan")), "temperature", ""),
         (lambda d: sh.search_sizes(None, d, seed=10**5000), "seed: .*80 digits", ""),
         (lambda d: sh.Student.random(None, seed=True), "seed", ""),
-        (lambda d: sh.Data.build(["a"], None, seed=1.5), "seed", ""),
+        (lambda d: sh.Data.build(["a"], None, seed=wrong(1.5)), "seed", ""),
     ],
 )
 def test_a_wrong_option_is_one_clear_error(
@@ -152,7 +157,10 @@ def test_a_wrong_option_is_one_clear_error(
         (lambda d: sh.distill(tiny.llama(), [3], d), "the teacher is a int .*Teacher.load"),
         (lambda d: sh.record("folder", d, "x"), "the teacher is a str .*Teacher.load"),
         (lambda d: sh.search_sizes("folder", d), "the teacher is a str .*Teacher.load"),
-        (lambda d: sh.distill(tiny.llama(), None, "text.txt"), "data are a str .*Data.build"),
+        (
+            lambda d: sh.distill(tiny.llama(), None, wrong("text.txt")),
+            "data are a str .*Data.build",
+        ),
         (lambda d: sh.evaluate(tiny.llama(), tiny.llama(), d), "a tokenizer.*Teacher.from_model"),
     ],
 )

@@ -128,8 +128,13 @@ def test_a_changed_input_is_an_error() -> None:
 
 
 def test_other_hooks_are_used_again_after_the_block() -> None:
-    seen = []
-    with saved_tensors_hooks(lambda kept: seen.append(1) or kept, lambda kept: kept):
+    seen: list[Tensor] = []
+
+    def keep(kept: Tensor) -> Tensor:
+        seen.append(kept)
+        return kept
+
+    with saved_tensors_hooks(keep, lambda kept: kept):
         with recomputed():
             torch.ones(3, requires_grad=True).square()
         assert not seen

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from stillhouse.errors import ModelError, RunError, StoreError
 from stillhouse.runfolder import Outcome, RunFolder, StagePlan
 
 
-def writes(text: str, calls: list[str]):  # type: ignore[no-untyped-def]
+def writes(text: str, calls: list[str]) -> Callable[[Path], Outcome]:
     def work(out: Path) -> Outcome:
         calls.append(text)
         (out / "result.txt").write_text(text)
@@ -31,7 +32,8 @@ def no_work(out: Path) -> Outcome:
 
 
 def test_a_finished_stage_is_not_done_again(tmp_path: Path) -> None:
-    folder, calls = RunFolder(tmp_path), []
+    folder = RunFolder(tmp_path)
+    calls: list[str] = []
     first = folder.stage(StagePlan("data", {"a": 1}, writes("x", calls)))
     second = folder.stage(StagePlan("data", {"a": 1}, writes("x", calls)))
     assert calls == ["x"]
@@ -40,7 +42,8 @@ def test_a_finished_stage_is_not_done_again(tmp_path: Path) -> None:
 
 
 def test_another_input_is_another_stage_and_the_old_one_is_kept(tmp_path: Path) -> None:
-    folder, calls = RunFolder(tmp_path), []
+    folder = RunFolder(tmp_path)
+    calls: list[str] = []
     folder.stage(StagePlan("data", {"a": 1}, writes("x", calls)))
     folder.stage(StagePlan("data", {"a": 2}, writes("y", calls)))
     folder.stage(StagePlan("data", {"a": 1}, writes("x", calls)))
@@ -77,7 +80,7 @@ def test_only_a_resumable_stage_sees_what_a_killed_one_left(tmp_path: Path) -> N
         (folder.partial(StagePlan(name, {}, no_work)) / "left.txt").write_text("left")
     seen = {}
 
-    def look(name: str):  # type: ignore[no-untyped-def]
+    def look(name: str) -> Callable[[Path], Outcome]:
         def work(out: Path) -> Outcome:
             seen[name] = (out / "left.txt").exists()
             return Outcome()
@@ -147,7 +150,8 @@ def test_a_stage_without_its_product_is_not_finished_and_keeps_its_scratch(tmp_p
 
 @pytest.mark.parametrize("damage", ["truncate", "delete", "flip", "manifest", "digest", "list"])
 def test_a_damaged_stage_is_done_again(tmp_path: Path, damage: str) -> None:
-    folder, calls = RunFolder(tmp_path), []
+    folder = RunFolder(tmp_path)
+    calls: list[str] = []
     path = folder.stage(StagePlan("data", {}, writes("hello", calls))).path
     if damage == "truncate":
         (path / "result.txt").write_text("he")
@@ -168,8 +172,9 @@ def test_a_damaged_stage_is_done_again(tmp_path: Path, damage: str) -> None:
 
 def test_a_file_that_its_reader_compares_is_set_aside_when_it_is_read(tmp_path: Path) -> None:
     """Only its size is compared before the stage is used."""
-    folder, calls = RunFolder(tmp_path), []
-    options = {"compared_when_read": ("*.txt",)}
+    folder = RunFolder(tmp_path)
+    calls: list[str] = []
+    options: dict[str, Any] = {"compared_when_read": ("*.txt",)}
     path = folder.stage(StagePlan("signals", {}, writes("hello", calls), **options)).path
     (path / "result.txt").write_text("hellO")
 

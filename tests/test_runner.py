@@ -484,7 +484,7 @@ def test_a_moved_run_with_rebuilt_data_does_not_train_again(tmp_path: Path) -> N
 def test_several_teachers_give_the_mean_of_their_losses(tmp_path: Path) -> None:
     tiny.save_model(tmp_path / "other", seed=5)
     names = ["teacher", str(tmp_path / "other")]
-    first = {}
+    first: dict[str, float] = {}
     for teachers in (names, names[:1], names[1:]):
         folder = str(tmp_path / str(len(first)))
         raw = tiny.recipe(tmp_path, train={"teachers": teachers, "max_steps": 1}, folder=folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 import yaml
 
 from stillhouse.check import check_recipe
-from stillhouse.export import compressed, gguf_model, llama_quantizer
+from stillhouse.export import llama_quantizer
 from stillhouse.export import torchao as torchao_export
 from stillhouse.finding import Finding
+from stillhouse.teachers import gguf_families
 from tests import tiny
 
 pytestmark = pytest.mark.run
@@ -44,7 +46,7 @@ def refusal(folder: Path, **sections: Any) -> Finding:
 def test_an_architecture_that_gguf_does_not_know(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(gguf_model.ARCHITECTURES, "llama")
+    monkeypatch.delitem(gguf_families.ARCHITECTURES, "llama")
     found = refusal(folder, export={"formats": ["gguf-q8_0"]})
     assert "the architecture llama" in found.text
     assert "export safetensors" in str(found.fix)
@@ -118,14 +120,14 @@ def test_float8_products_that_the_machine_lacks(
 def test_llm_compressor_that_is_not_installed(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compressed.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     found = refusal(folder, export={"formats": ["compressed-fp8"]})
     assert "separate environment" in found.text
     assert "pip install llmcompressor" in str(found.fix)
 
 
 def test_llm_compressor_next_to_the_recipe(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compressed.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     python = folder / "llmc" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text("#!/bin/sh\necho 1\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -48,5 +49,7 @@ def without_end(problem: TokenizerProblem) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     ("mutant", "check"), [(one_off, "rows that predict"), (without_end, "the end of a text")]
 )
-def test_a_mutant_differs(mutant, check: str) -> None:
+def test_a_mutant_differs(
+    mutant: Callable[[TokenizerProblem], tuple[Tensor, Tensor]], check: str
+) -> None:
     assert conform(Contender(mutant, forward_kl))[check]

@@ -10,6 +10,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from stillhouse.config.load_recipe import parse_recipe
+from stillhouse.language_model.recipe import Recipe
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -104,3 +107,10 @@ def recipe(folder: Path, /, **sections: Any) -> dict[str, Any]:
     for name, section in sections.items():
         raw[name] = {**raw.get(name, {}), **section} if isinstance(section, dict) else section
     return raw
+
+
+def parsed(raw: dict[str, Any]) -> Recipe:
+    """The raw recipe, parsed; it must be one of a language model, or of a family of them."""
+    found = parse_recipe(raw)
+    assert isinstance(found, Recipe)
+    return found

@@ -280,11 +280,14 @@ def test_spending_without_a_budget_needs_consent(tmp_path: Path) -> None:
     raw["teacher"]["api"] |= {"price": {"input": 1.0, "output": 2.0}}
     recipe = parse_recipe(toys.clean(raw))
     asked: list[str] = []
+
+    def decline(question: str) -> bool:
+        asked.append(question)
+        return False
+
     with pytest.raises(RecipeError, match="0 of 20 requests are answered; the rest takes at most"):
         agree_to_spend(recipe, base=tmp_path)
-    assert not agree_to_spend(
-        recipe, base=tmp_path, confirm=lambda question: bool(asked.append(question))
-    )
+    assert not agree_to_spend(recipe, base=tmp_path, confirm=decline)
     assert asked[0].endswith("There is no budget. Send the requests?")
     assert "0 of 20 requests are answered; the rest takes at most" in asked[0]
     raw["teacher"]["budget"] = {"max_usd": 1.0}

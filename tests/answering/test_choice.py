@@ -35,7 +35,7 @@ def judge(number: int, payload: dict[str, Any]) -> Reply:
 
 def kept(raw: dict[str, Any], folder: Path) -> list[str]:
     """What the stage of answers leaves to learn from."""
-    job = find_answering(parse_recipe(toys.clean(raw)), folder)
+    job = find_answering(toys.parsed(toys.clean(raw)), folder)
     do = doing(RunFolder(folder / "run"))
     stage = do(plan_answers(job, do(plan_answer_texts(job))))
     rows = (stage.path / TRAIN).read_text().splitlines()

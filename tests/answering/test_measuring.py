@@ -16,7 +16,6 @@ from stillhouse.answering.answering_evaluation import (
     request_for,
 )
 from stillhouse.answering.answering_job import find_answering
-from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.generation.request import Answer, Failure
 from stillhouse.synthesis.filters import json_schema
 from stillhouse.tasks.labeled_texts import LabeledText
@@ -74,9 +73,7 @@ def test_another_scorer_or_judge_in_the_same_place_evaluates_again(
     monkeypatch.setenv("HOME", str(tmp_path))
     scorer = tmp_path / "score.py"
     section = {"scorer": "~/score.py:f", "judge": {"model": str(tmp_path / "judge")}}
-    job = find_answering(
-        parse_recipe(toys.recipe(tmp_path, "generate", evaluate=section)), tmp_path
-    )
+    job = find_answering(toys.parsed(toys.recipe(tmp_path, "generate", evaluate=section)), tmp_path)
     stage: Any = SimpleNamespace(digest="0")
     found = []
     for seed, source in enumerate(("f = len", "f = max", "f = max")):

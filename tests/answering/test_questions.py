@@ -10,7 +10,6 @@ import pytest
 from stillhouse.answering.answering_config import AnsweringRecipe
 from stillhouse.answering.answering_job import find_answering, training_recipe
 from stillhouse.check import check_recipe
-from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.errors import RecipeError
 from stillhouse.generation.generation_config import VllmTeacher
 from stillhouse.generation.text_teacher import LocalText
@@ -21,7 +20,7 @@ EXAMPLES = {"examples": [{"text": "Ann is 3.", "answer": "Ann"}]}
 
 
 def parsed(folder: Path, **sections: Any) -> AnsweringRecipe:
-    return parse_recipe(toys.clean(toys.recipe(folder, "generate", **sections)))
+    return toys.parsed(toys.clean(toys.recipe(folder, "generate", **sections)))
 
 
 @pytest.mark.parametrize(

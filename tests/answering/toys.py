@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from stillhouse.answering.answering_config import AnsweringRecipe
+from stillhouse.config.load_recipe import parse_recipe
 from tests import tiny
 
 NAMES = ["Anna", "Bo", "Cleo", "Dan", "Eve", "Finn"]
@@ -85,3 +87,10 @@ def clean(raw: dict[str, Any]) -> dict[str, Any]:
         else section
         for name, section in raw.items()
     }
+
+
+def parsed(raw: dict[str, Any]) -> AnsweringRecipe:
+    """The raw recipe, parsed; it must be one of a student that answers texts."""
+    found = parse_recipe(raw)
+    assert isinstance(found, AnsweringRecipe)
+    return found

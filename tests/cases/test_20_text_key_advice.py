@@ -78,7 +78,7 @@ def test_a_request_without_an_answer_is_not_trained_on() -> None:
 
 
 def test_a_key_is_suggested_only_if_it_holds_all_text() -> None:
-    row = {"id": 7, "body": "All that this row says."}
+    row: dict[str, Any] = {"id": 7, "body": "All that this row says."}
     with pytest.raises(DataError) as caught:
         document_from_row(row, "text", "row")
     advised = re.search(r"text_key: (\w+)", str(caught.value.fix))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from stillhouse.errors import DataError
 from .test_11_label_column import golds, prepared
 
 
-def write(path: Path, rows: list[tuple[str, str | None]]) -> Path:
+def write(path: Path, rows: Sequence[tuple[str, str | None]]) -> Path:
     lines = (json.dumps({"text": text, "label": label}) + "\n" for text, label in rows)
     path.write_text("".join(lines))
     return path

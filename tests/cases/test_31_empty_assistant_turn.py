@@ -41,6 +41,6 @@ def test_an_empty_turn_with_tool_calls_is_not_empty() -> None:
 
 
 def test_an_empty_turn_of_weight_0_is_context() -> None:
-    messages: list[dict[str, Any]] = chat("a", "", "b", "c")  # type: ignore[assignment]
+    messages: list[dict[str, Any]] = chat("a", "", "b", "c")
     messages[1]["weight"] = 0
     assert learned({"messages": messages}, byte_level()) == ["c<|im_end|>"]

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from stillhouse.classify.label_prompts import LabelPrompt
 from stillhouse.teachers.model_source import resolve_model
 from stillhouse.training.checkpoints import CHECKPOINTS
 from stillhouse.training.resuming import Housekeeping
-from tests import tiny
+from tests import forks, tiny
 
 TEXTS = [f"text number {number}" for number in range(24)]
 SECTION = FitRecipe(
@@ -47,12 +48,12 @@ def train_until_killed(start: Path, out: Path, step: int) -> None:
     """Dies at a step as by `kill -9`: nothing is flushed, nothing is said."""
     housekeeping = Housekeeping.on_step_end
 
-    def dies(self: object, args: object, state: object, control: object, **more: object) -> None:
-        housekeeping(self, args, state, control, **more)  # type: ignore[arg-type]
-        if state.global_step == step:  # type: ignore[attr-defined]
+    def dies(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
+        housekeeping(self, args, state, control, **more)
+        if state.global_step == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Housekeeping.on_step_end = dies  # type: ignore[method-assign, assignment]
+    forks.patch(Housekeeping, "on_step_end", dies)
     train(start, out)
 
 

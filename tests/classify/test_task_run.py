@@ -21,6 +21,7 @@ from stillhouse.classify.classifier import load_classifier
 from stillhouse.classify.classifier_students import build_classifier
 from stillhouse.classify.classify_job import find_task
 from stillhouse.classify.label_judgment import Judgment
+from stillhouse.classify.label_scoring import label_scores
 from stillhouse.classify.task_texts import Texts, prepare_texts
 from stillhouse.cli import app
 from stillhouse.commands import predict
@@ -160,13 +161,13 @@ def test_the_teacher_as_a_student_predicts_what_the_teacher_predicts(tmp_path: P
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The prompts of each call that scores labels, in chunks of 8; the third call is a kill."""
     monkeypatch.setattr(judge_module, "CHUNK", 8)
-    plain, found = judge_module.label_scores, list[int]()
+    found: list[int] = []
 
     def counted(model: Any, prompts: Any, labels: Any, *more: Any) -> Any:
         found.append(len(prompts))
         if len(found) == 3:
             raise KeyboardInterrupt
-        return plain(model, prompts, labels, *more)
+        return label_scores(model, prompts, labels, *more)
 
     monkeypatch.setattr(judge_module, "label_scores", counted)
     return found
@@ -397,7 +398,7 @@ def test_top_logprobs_make_a_distribution(tmp_path: Path) -> None:
     ]
     logprobs = [{"token": "Pe", "logprob": math.log(0.6), "top_logprobs": top}]
     with Stub(lambda number, payload: Reply(text="pets", logprobs=logprobs)) as stub:
-        recipe = parse_recipe(api_recipe(tmp_path, stub.url, top_logprobs=3))
+        recipe = toys.parsed(api_recipe(tmp_path, stub.url, top_logprobs=3))
         result = run_task(recipe)
     stage = next(stage for stage in result.stages if stage.name == "judgment")
     shares = Judgment.load(stage.path).distribution("train", recipe)[0]
@@ -554,7 +555,7 @@ def test_a_student_too_large_for_an_onnx_file_is_rejected_early(
     if "model" in student:
         student = {**student, "model": str(tmp_path / "teacher")}
     raw = toys.recipe(tmp_path, student=student, export={"formats": ["onnx"]})
-    job = find_task(parse_recipe(raw), tmp_path)
+    job = find_task(toys.parsed(raw), tmp_path)
     texts = prepare_texts(job.recipe, tmp_path)
     made = build_classifier(
         job.recipe.student,

@@ -18,7 +18,7 @@ from stillhouse.tasks.labeled_texts import LabeledText, divide_texts, read_texts
 from stillhouse.tasks.task_texts_config import TextFile
 
 
-def rows_of(path: Path, **more: int) -> list[str]:
+def rows_of(path: Path, **more: Any) -> list[str]:
     return [row.text for row in read_texts(TextFile(path=path.name, **more), path.parent)]
 
 

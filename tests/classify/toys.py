@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from stillhouse.classify.classify_config import ClassifyRecipe
+from stillhouse.config.load_recipe import parse_recipe
 from tests import tiny
 
 WORDS = {"pets": ["cat", "dog", "bird"], "food": ["soup", "cake", "bread"]}
@@ -54,3 +56,10 @@ GOLD: dict[str, Any] = {"label": "label"}
 
 def with_gold(folder: Path) -> dict[str, Any]:
     return {"texts": [{"path": str(folder / "gold.jsonl"), **GOLD}]}
+
+
+def parsed(raw: dict[str, Any]) -> ClassifyRecipe:
+    """The raw recipe, parsed; it must be one of a classifier."""
+    found = parse_recipe(raw)
+    assert isinstance(found, ClassifyRecipe)
+    return found

@@ -173,7 +173,10 @@ def test_a_chat_as_long_as_the_context_fits(tmp_path: Path) -> None:
     rows = [{"messages": chat("what is it", "x " * n)} for n in range(1, 21)]
     write_jsonl(tmp_path / "c.jsonl", rows)
     longest = TOKENIZER.apply_chat_template(rows[-1]["messages"], return_dict=True)
-    values = {"sources": [{"kind": "jsonl", "path": "c.jsonl"}], "heldout_tokens": 100}
+    values: dict[str, Any] = {
+        "sources": [{"kind": "jsonl", "path": "c.jsonl"}],
+        "heldout_tokens": 100,
+    }
     context = len(longest["input_ids"])
     assert build_in(tmp_path, **values, context=context)[2].train.rows_truncated == 0
     with pytest.raises(DataError, match=f"has {context} tokens"):
@@ -251,7 +254,8 @@ def test_windows_feed_a_data_loader(tmp_path: Path) -> None:
     assert train.supervised_tokens == json.loads(
         (tmp_path / "out" / "train" / "windows.json").read_text()
     )["supervised_tokens"]  # fmt: skip
-    loader = torch.utils.data.DataLoader(train, batch_size=3, collate_fn=collate)
+    rows: Any = train  # no torch Dataset, but has what a loader needs of one
+    loader = torch.utils.data.DataLoader(rows, batch_size=3, collate_fn=collate)
     batch = next(iter(loader))
     for name in ("input_ids", "labels", "position_ids"):
         assert batch[name].dtype == torch.int64
@@ -352,7 +356,7 @@ def test_a_limited_source_of_held_out_text(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.txt", lines(50))
     write_lines(tmp_path / "b.txt", [text.replace("fox", "owl") for text in lines(200)])
     held = [{"kind": "text", "path": "b.txt", "documents": "line", "tokens": 300}]
-    section = {"heldout_sources": held, "heldout_tokens": 5000, "packing": "none"}
+    section: dict[str, Any] = {"heldout_sources": held, "heldout_tokens": 5000, "packing": "none"}
     _, heldout, summary = build_in(tmp_path, **section)
     assert 300 <= summary.heldout.tokens < 350
     assert all("owl" in text for text in documents(heldout)[:-1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from stillhouse.data.chat_frames import chat_frames
@@ -24,7 +26,9 @@ CHATS = [
 
 @pytest.mark.parametrize("messages", CHATS)
 @pytest.mark.parametrize("template", [CHATML, WITH_DEFAULT, LLAMA])
-def test_the_parts_of_a_chat_are_its_contents_between_frames(template, messages) -> None:
+def test_the_parts_of_a_chat_are_its_contents_between_frames(
+    template: str, messages: list[dict[str, Any]]
+) -> None:
     words = chat_toys.tokenizer(template)
     text = words.apply_chat_template(messages, tokenize=False)
     parts = chat_frames(words).parse(text)
@@ -34,9 +38,10 @@ def test_the_parts_of_a_chat_are_its_contents_between_frames(template, messages)
 
 
 @pytest.mark.parametrize("messages", CHATS)
-def test_a_chat_is_written_as_the_other_template_renders_it(messages) -> None:
+def test_a_chat_is_written_as_the_other_template_renders_it(messages: list[dict[str, Any]]) -> None:
     one, other = chat_toys.tokenizer(CHATML), chat_toys.tokenizer(LLAMA)
     parts = chat_frames(one).parse(one.apply_chat_template(messages, tokenize=False))
+    assert parts is not None
     written = chat_frames(other).write(parts)
     assert "".join(part.text for part in written) == other.apply_chat_template(
         messages, tokenize=False

@@ -52,7 +52,9 @@ def learned(row: TokenRow, tokenizer: Any) -> list[str]:
 def chatml_mask(ids: list[int], tokenizer: Any) -> list[bool]:
     """The slow reference: reads ChatML one token at a time, without the template."""
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-    mask, header, inside = [], None, False
+    mask: list[bool] = []
+    header: list[int] | None = None
+    inside = False
     for token in ids:
         mask.append(inside)
         if token == start:

@@ -103,7 +103,7 @@ def reference(texts: list[AnyDocument], seed: int) -> dict[str, list[tuple[list[
         if room > 0 and row.splittable:
             row = TokenRow(row.ids[:room], row.supervised[:room], True)
         sides["heldout" if room > 0 else "train"].append(row)
-    windows = {}
+    windows: dict[str, list[tuple[list[int], ...]]] = {}
     for side, some in sides.items():
         plan = plan_isolated([len(r.ids) for r in some], [r.splittable for r in some], CONTEXT)
 

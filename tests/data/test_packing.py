@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stillhouse.data.packing import (
-    IGNORED,
     Plan,
     Segment,
     fill_windows,
@@ -23,6 +22,7 @@ from stillhouse.data.packing import (
     plan_single,
     smallest_part,
 )
+from stillhouse.data.shift import IGNORED
 
 CONTEXT = 24
 row_lists = st.lists(

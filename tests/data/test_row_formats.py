@@ -14,10 +14,10 @@ from stillhouse.errors import DataError
 from .learned import call, learned, shown, tool
 from .toys import TOOLS, byte_level, chat
 
-SYSTEM = {"role": "system", "content": "Be brief."}
+SYSTEM: dict[str, Any] = {"role": "system", "content": "Be brief."}
 HI = chat("Hi", "Hello")
-CALL = {"name": "weather", "arguments": {"city": "Oslo"}}
-CALLED = [
+CALL: dict[str, Any] = {"name": "weather", "arguments": {"city": "Oslo"}}
+CALLED: list[dict[str, Any]] = [
     {"role": "user", "content": "Rain?"},
     {"role": "assistant", "content": "", "tool_calls": [call(**CALL)]},
     {"role": "tool", "content": "none"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from stillhouse.data.turn_end import turn_end
@@ -137,7 +139,7 @@ def test_several_turns_share_a_row_though_the_last_one_is_followed_by_more() -> 
 def test_an_end_that_only_tool_calls_have_is_written_once() -> None:
     words = tokenizer(HUNYUAN, eos="<eos>", special=("<|user|>", "<|assistant|>", "<|tool|>"))
     call = {"type": "function", "function": {"name": "rain", "arguments": {}}}
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "user", "content": "Rain?"},
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": "no"},
@@ -180,7 +182,7 @@ def test_vllm_gets_an_end_token_that_the_model_does_not_list(
     class Engine:
         window = 64
 
-        def generate(self, rows: list[dict[str, object]]) -> list[dict[str, object]]:
+        def generate(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             asked.extend(rows)
             return [{"text": "", "ids": [2], "stop": "stop", "logprobs": None} for _ in rows]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from logging import Handler
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from .toys import VOCABULARY, toy_model, toy_tokenizer
 PROMPTS = ["the cat", "a dog saw the mat and the cat", "run"]
 
 
-def endless_model(seed: int = 0) -> torch.nn.Module:
+def endless_model(seed: int = 0) -> Any:
     """A toy that never picks a special token, so that answers have their full length."""
     model = toy_model(seed)
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(VOCABULARY))

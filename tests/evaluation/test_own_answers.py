@@ -82,7 +82,9 @@ def test_three_answers_are_kept_token_by_token(found: Evaluation) -> None:
             lengths = {len(v) for v in vars(answer).values()}
             assert len(lengths) == 1
             assert 1 <= lengths.pop() <= 20
-            assert (max(answer.reverse_kl) > 0) == (role == "student")
+            reverse_kl = [kl for kl in answer.reverse_kl if kl is not None]
+            assert len(reverse_kl) == len(answer.reverse_kl)
+            assert (max(reverse_kl) > 0) == (role == "student")
 
 
 def test_the_table_and_the_notes_have_them(found: Evaluation) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from stillhouse.errors import ModelError
-from stillhouse.export import checkpoint, replay
+from stillhouse.export import checkpoint, replay, replay_tokenizers, replay_weights
 from stillhouse.export import fresh_process as script
 from stillhouse.export.checkpoint import export_checkpoint
 from stillhouse.export.export_formats import FLOATS
@@ -57,7 +57,7 @@ class _WhatRuns(ast.NodeTransformer):
         return node.orelse if ast.unparse(node.test) == "TYPE_CHECKING" else node
 
 
-@pytest.mark.parametrize("module", [replay, replay.tokenization, replay.weights])
+@pytest.mark.parametrize("module", [replay, replay_tokenizers, replay_weights])
 def test_the_replay_does_not_import_stillhouse(module: ModuleType) -> None:
     script = _WhatRuns().visit(ast.parse(Path(module.__file__ or "").read_text(encoding="utf-8")))
     imported = {node.module for node in ast.walk(script) if isinstance(node, ast.ImportFrom)}
@@ -154,7 +154,7 @@ def test_comparison_agrees_with_one_token_at_a_time(trained: Path) -> None:
     other = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32)
     with torch.no_grad():
         other.model.layers[0].mlp.down_proj.weight.mul_(0.5)
-    runtimes = {
+    runtimes: dict[str, replay.Answers] = {
         "source": partial(replay.logits_of, source),
         "exported": partial(replay.logits_of, other),
     }

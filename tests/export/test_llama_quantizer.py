@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import shutil
 import sys
 from pathlib import Path
@@ -84,7 +85,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_k_quants_need_llama_cpp(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llama_quantizer.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match="not installed") as caught:
         export_gguf(gate(source), tmp_path / "out", kind="q4_k_m", name="toy")
     assert "gguf-q4_0" in str(caught.value.fix)

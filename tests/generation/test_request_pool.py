@@ -52,6 +52,7 @@ def test_an_answer_has_all_fields_of_the_reply(journal: Journal) -> None:
     assert answer is not None
     assert (answer.text, answer.finish_reason, answer.reasoning) == ("4", "length", "2 + 2")
     assert (answer.prompt_tokens, answer.completion_tokens) == (11, 7)
+    assert answer.cost is not None
     assert answer.cost == pytest.approx((11 * 1 + 7 * 10) / 1e6)
     assert answer.seconds >= 0.03
     assert answer.logprobs == logprobs

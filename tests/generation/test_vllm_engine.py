@@ -9,6 +9,7 @@ import fcntl
 import importlib
 import json
 import os
+import select
 import signal
 import sys
 import time
@@ -24,7 +25,6 @@ from stillhouse.check import check_recipe
 from stillhouse.commands import synthesize_text
 from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.errors import ModelError, RecipeError
-from stillhouse.generation import vllm_process
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.vllm_process import VllmProcess
 from stillhouse.synthesis.synthesize import Synthesis
@@ -177,7 +177,7 @@ def told(stub: Path, name: str) -> list[Any]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def answers(result: Synthesis) -> list[str]:
+def answers(result: Synthesis | None) -> list[str]:
     rows = [json.loads(line)["messages"] for line in result.out.read_text().splitlines()]
     return [row[-1]["content"] for row in rows]
 
@@ -429,7 +429,7 @@ def test_vllm_dies_when_it_is_interrupted(tmp_path: Path, monkeypatch: pytest.Mo
         raise KeyboardInterrupt
 
     engine = VllmProcess(str(tmp_path / "env/bin/python"), {"model": "m", "max_model_len": None})
-    monkeypatch.setattr(vllm_process.select, "select", interrupted)
+    monkeypatch.setattr(select, "select", interrupted)
     with pytest.raises(KeyboardInterrupt):
         engine.generate([{"prompt": [1], "sampling": {}}])
     engine.close()

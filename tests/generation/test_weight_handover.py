@@ -110,7 +110,9 @@ def test_an_engine_without_log_probabilities_is_rejected(tmp_path: Path) -> None
         hand_over(engine, model, tmp_path, tolerance=1.0)
 
 
-def test_an_engine_that_fails_is_one_message(tmp_path: Path) -> None:
+def test_an_engine_that_fails_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny.llama()
     save_weights(model, tmp_path)
     engine = FakeEngine(tmp_path)
@@ -118,7 +120,7 @@ def test_an_engine_that_fails_is_one_message(tmp_path: Path) -> None:
     def fail(_: Path) -> None:
         raise RuntimeError("CUDA out of memory")
 
-    engine.load_weights = fail  # type: ignore[method-assign]
+    monkeypatch.setattr(engine, "load_weights", fail)
     with pytest.raises(ModelError, match=r"cannot load the student's .*CUDA out of memory"):
         hand_over(engine, model, tmp_path, tolerance=1.0)
 

@@ -13,6 +13,7 @@ from stillhouse.language_model import expected_time
 from stillhouse.language_model.expected_time import LIBRARIES_SECONDS, expected_seconds
 from stillhouse.language_model.job import Job
 from stillhouse.language_model.language_model import LANGUAGE_MODEL
+from stillhouse.language_model.run_models import run_models
 from stillhouse.planning.machine import Machine
 from stillhouse.planning.model_size import config_size
 from stillhouse.runfolder import Cost, Stage
@@ -56,7 +57,7 @@ def test_training_takes_its_flops(tmp_path: Path, slow_machine: None) -> None:
     assert list(found) == NAMES
     windows = -(-6400 // one.recipe.data.context)
     steps = 3 * -(-windows // 2)
-    models = expected_time.run_models(one)
+    models = run_models(one)
     student, teacher = (config_size(each).active for each in (models.student, models.teacher))
     flops = (6 * student + 2 * teacher) * steps * 2 * one.recipe.data.context
     assert found["train"] == pytest.approx(flops / RATE)
@@ -106,7 +107,7 @@ def test_what_the_teacher_is_still_to_write_takes_time(tmp_path: Path, slow_mach
     data = {**tiny.recipe(tmp_path)["data"], "sources": [out], "train_tokens": 500}
     one = job(tmp_path, data=data, synthesize=section)
     found = expected_seconds(one, ["synthesis", *NAMES], [])
-    teacher = config_size(expected_time.run_models(one).teacher)
+    teacher = config_size(run_models(one).teacher)
     computed = 2 * teacher.active * 3 * 10 / RATE
     weights = 2 * 10 * 4 * teacher.active / expected_time.BYTES_PER_SECOND
     assert found["synthesis"] == pytest.approx(computed + weights, rel=0.01)

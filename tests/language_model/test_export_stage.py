@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.export.gate import Gate
 from stillhouse.language_model import export_stage
 from stillhouse.language_model.job import find_models
@@ -24,7 +23,7 @@ def test_a_teacher_that_does_not_fit_alone_is_left_out(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(export_stage, "free_memory_bytes", lambda device: free)
-    job = find_models(parse_recipe(tiny.recipe(tmp_path)), tmp_path)
+    job = find_models(tiny.parsed(tiny.recipe(tmp_path)), tmp_path)
     gate = Gate(job.teacher.path, ToyWindows(), [], seed=0)
     with export_stage._with_teacher(job, gate, torch.float32) as asked:
         assert (asked.teacher_logits is not None) == compared

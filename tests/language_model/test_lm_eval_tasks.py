@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.evaluation.evaluate_config import LmEvalRecipe
 from stillhouse.language_model import package_check
 from stillhouse.language_model.evaluate_stage import evaluation_arguments, plan_teacher
@@ -28,7 +27,7 @@ def job(tmp_path: Path) -> Job:
     (tmp_path / "tasks" / "other.yaml").write_text("task: other")
     named = {"tasks": ["mine.yaml", "other", "arc_easy"], "include_path": "tasks"}
     raw = tiny.recipe(tmp_path, evaluate={"lm_eval": named})
-    return find_models(parse_recipe(raw), tmp_path)
+    return find_models(tiny.parsed(raw), tmp_path)
 
 
 def test_paths_start_from_the_recipes_folder_in_checks_and_in_the_evaluation(

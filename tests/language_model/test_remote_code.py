@@ -9,7 +9,6 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from stillhouse.commands import run
-from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.language_model.job import find_models
 from tests import tiny
 
@@ -49,7 +48,7 @@ def test_a_pretrained_student_has_its_own_key(tmp_path: Path) -> None:
     raw = tiny.recipe(tmp_path)
     student = tiny.save_model(tmp_path / "student", seed=1)
     raw["student"] = {"start": "pretrained", "model": str(student), "trust_remote_code": True}
-    job = find_models(parse_recipe(raw), tmp_path)
+    job = find_models(tiny.parsed(raw), tmp_path)
     assert not job.teacher.trusted
     assert job.start.trusted
     assert job.start.derived(tmp_path / "trained").trusted

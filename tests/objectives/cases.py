@@ -82,6 +82,12 @@ def placed(value: Any, device: str) -> Any:
     return value
 
 
+def grad_of(leaf: Tensor) -> Tensor:
+    """The leaf's gradient, which must be there."""
+    assert leaf.grad is not None
+    return leaf.grad
+
+
 def relative_error(found: Tensor, expected: Tensor) -> float:
     found, expected = found.detach(), expected.detach()
     return float((found.to(expected.dtype) - expected).norm() / expected.norm())
@@ -93,7 +99,9 @@ def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
     assert gap <= tolerance * float(expected.detach().norm()) + 1e-13
 
 
-def assert_same_as_reference(case: Case, terms: list[Term], tolerance: float = 1e-10, **kwargs):
+def assert_same_as_reference(
+    case: Case, terms: list[Term], tolerance: float = 1e-10, **kwargs: Any
+) -> None:
     row_weights_N = kwargs.get("row_weights_N")
     expected = reference.loss(
         case.hidden_ND,
@@ -114,7 +122,9 @@ def assert_same_as_reference(case: Case, terms: list[Term], tolerance: float = 1
         assert_near(found_grad, expected_grad, tolerance)
 
 
-def with_signal(case: Case, kind: str, temperature: float = 1.0, k: int = 4, draws: int = 20):
+def with_signal(
+    case: Case, kind: str, temperature: float = 1.0, k: int = 4, draws: int = 20
+) -> Case:
     """The same case with the teacher's answer given in another way."""
     assert isinstance(case.signal, DenseSignal)
     head = case.signal.head

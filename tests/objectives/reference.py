@@ -70,7 +70,8 @@ def alpha_beta(a: float, b: float, log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def adaptive_kl(mu: float, log_p: Tensor, log_q: Tensor) -> Tensor:
     p, q = log_p.exp(), log_q.exp().detach()
-    mass, head = 0.0, []
+    mass = 0.0
+    head: list[int] = []
     for token in p.argsort(descending=True).tolist():
         if mass >= mu and head:
             break

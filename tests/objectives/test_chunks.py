@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stillhouse.errors import SignalError
-from stillhouse.objectives import chunk_loss
+from stillhouse.objectives import Term, chunk_loss
 from stillhouse.objectives.objective_names import ChunkDistance
 from stillhouse.signals import ChunkSignal
 from tests.objectives import reference
@@ -55,7 +55,7 @@ def chunks_of(rows: int, count: int, seed: int = 0) -> ChunkSignal:
     seed=st.integers(0, 1000),
 )
 def test_values_and_gradients_agree_with_the_reference(
-    distance, rows, count, softcap, bias, seed
+    distance: ChunkDistance, rows: int, count: int, softcap: float | None, bias: bool, seed: int
 ) -> None:
     case = make_case(rows, softcap=softcap, bias=bias, seed=seed)
     signal = chunks_of(rows, count, seed)
@@ -94,7 +94,7 @@ def test_equal_likelihoods_have_no_loss_and_no_gradient(distance: ChunkDistance)
     log_q = -torch.stack(
         [
             reference.token_value(
-                reference.Term("cross_entropy"),
+                Term("cross_entropy"),
                 reference.logits(case.hidden_ND[n], case.head, len(case.head.weight_VD)),
                 None,
                 n,
@@ -150,7 +150,7 @@ def test_without_gradients_only_the_value_is_computed() -> None:
         ({"log_probs_C": torch.full((2,), torch.nan)}, "log_probs_C is not finite"),
     ],
 )
-def test_parts_that_do_not_fit_are_one_message(change, message: str) -> None:
+def test_parts_that_do_not_fit_are_one_message(change: dict[str, Tensor], message: str) -> None:
     case, signal = make_case(rows=5), chunks_of(5, 2)
     with pytest.raises(SignalError, match=message):
         chunk_loss(case.hidden_ND, case.head, replace(signal, **change), case.targets_N)

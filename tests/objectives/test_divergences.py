@@ -12,7 +12,7 @@ from stillhouse.objectives import Term, fused_loss
 from stillhouse.objectives.objective_names import PARAMETERS
 from stillhouse.signals import LogitsSignal, SampledSignal, SparseSignal
 from tests.objectives import reference
-from tests.objectives.cases import assert_same_as_reference, make_case, with_signal
+from tests.objectives.cases import assert_same_as_reference, grad_of, make_case, with_signal
 
 VARIANTS = [
     Term("forward_kl"),
@@ -75,7 +75,16 @@ def test_value_and_gradients(term: Term, kind: str, temperature: float) -> None:
     seed=st.integers(0, 1000),
 )
 def test_any_mixture_on_any_signal(
-    chosen, kind, temperature, weights, rows, vocab, k, softcap, weighted, seed
+    chosen: list[Term],
+    kind: str,
+    temperature: float,
+    weights: list[float],
+    rows: int,
+    vocab: int,
+    k: int,
+    softcap: float | None,
+    weighted: bool,
+    seed: int,
 ) -> None:
     terms = [
         at(term, 1.0 if term.divergence == "cross_entropy" else temperature, weight=weight)
@@ -183,7 +192,7 @@ def test_underflowing_probabilities_do_not_become_nan(
     )
     loss.total.backward()
     assert torch.isfinite(loss.total)
-    assert all(torch.isfinite(leaf.grad).all() for leaf in case.leaves)
+    assert all(torch.isfinite(grad_of(leaf)).all() for leaf in case.leaves)
 
 
 @pytest.mark.parametrize(

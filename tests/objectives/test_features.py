@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -41,7 +43,7 @@ def hidden_rows(of: LlamaForCausalLM, ids_RL: torch.Tensor) -> list[torch.Tensor
         ((3, 6, [(0, 0), (3, 6)]), ((0, 0), (3, 6))),
     ],
 )
-def test_maps(arguments: tuple, expected: tuple) -> None:
+def test_maps(arguments: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
     assert map_layers(*arguments) == expected
 
 
@@ -74,7 +76,7 @@ def test_a_uniform_map_ends_at_the_last_layers_and_never_reaches_the_embeddings(
         ([(1, 1), (1, 1)], "a pair twice"),
     ],
 )
-def test_impossible_maps_are_rejected(how: list, message: str) -> None:
+def test_impossible_maps_are_rejected(how: list[Any], message: str) -> None:
     with pytest.raises(SignalError, match=message):
         map_layers(3, 6, how)
 
@@ -85,7 +87,7 @@ def test_more_pairs_than_blocks_are_rejected() -> None:
 
 
 @pytest.mark.parametrize("kind", ["mse", "cosine"])
-def test_models_of_another_depth_and_width(kind: str) -> None:
+def test_models_of_another_depth_and_width(kind: Literal["mse", "cosine"]) -> None:
     """The last pair really is the last hidden state, and every pair counts."""
     student, teacher = model(2, 16), model(4, 24)
     ids_RL = torch.randint(0, 31, (2, 5))
@@ -141,7 +143,9 @@ def test_row_weights_and_partitions_add_up() -> None:
         ([torch.zeros(1, 3, 4)] * 3, [torch.zeros(3, 4)] * 3, r"shape \(1, 3, 4\)"),
     ],
 )
-def test_states_that_do_not_fit_are_named(student: list, teacher: list, message: str) -> None:
+def test_states_that_do_not_fit_are_named(
+    student: list[Any], teacher: list[Any], message: str
+) -> None:
     with pytest.raises(SignalError, match=message):
         HiddenStateLoss(map_layers(2, 2), 4, 4)(student, teacher)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -95,7 +96,15 @@ def test_terms_at_several_temperatures_and_cross_entropy_agree_with_the_referenc
     padding=st.integers(0, 3),
     seed=st.integers(0, 1000),
 )
-def test_agrees_for_any_vocabularies(rows, roots, more, chunk_rows, bias, padding, seed) -> None:
+def test_agrees_for_any_vocabularies(
+    rows: int,
+    roots: int,
+    more: tuple[int, int],
+    chunk_rows: int,
+    bias: bool,
+    padding: int,
+    seed: int,
+) -> None:
     case = make_case(rows, roots + more[0], bias=bias, padding=padding, seed=seed)
     case = folded(case, roots, roots + more[1], seed)
     assert_same_as_reference(
@@ -245,8 +254,11 @@ def wrong_rows(signal: FoldedSignal) -> FoldedSignal:
         (wrong_rows, "covered_N has 5 rows"),
     ],
 )
-def test_parts_that_do_not_fit_are_one_message(wrong, message: str) -> None:
+def test_parts_that_do_not_fit_are_one_message(
+    wrong: Callable[[FoldedSignal], FoldedSignal], message: str
+) -> None:
     case = folded(make_case())
+    assert isinstance(case.signal, FoldedSignal)
     with pytest.raises(SignalError, match=message):
         fused_loss(
             case.hidden_ND,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -30,7 +32,7 @@ def moved(case: Case, dtype: torch.dtype) -> Case:
     )
 
 
-def results(case: Case, term: Term, **settings: object) -> list[Tensor]:
+def results(case: Case, term: Term, **settings: Any) -> list[Tensor]:
     loss = fused_loss(
         case.hidden_ND,
         case.head,

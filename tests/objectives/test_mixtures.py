@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from stillhouse.errors import SignalError
 from stillhouse.objectives import Mixture, Schedule, Tally, Term, fused_loss
+from stillhouse.signals import DenseSignal
 from tests.objectives.cases import make_case
 
 
@@ -32,7 +35,7 @@ def test_schedules(schedule: Schedule, expected: list[float]) -> None:
         ({"start": 1.0, "end": 0.0, "shape": "square"}, "shape 'square'"),
     ],
 )
-def test_invalid_schedules(arguments: dict, message: str) -> None:
+def test_invalid_schedules(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(SignalError, match=message):
         Schedule(**arguments)
 
@@ -48,7 +51,7 @@ def test_a_mixture_scales_each_weight_and_keeps_terms_of_weight_zero() -> None:
 
 def test_a_term_of_weight_zero_is_measured_and_has_no_gradient() -> None:
     case = make_case()
-    arguments = {"signal": case.signal, "targets_N": case.targets_N}
+    arguments: dict[str, Any] = {"signal": case.signal, "targets_N": case.targets_N}
     for other in ("forward_kl", "jsd"):
         terms = [Term(other, 0.0), Term("cross_entropy")]
         both = fused_loss(case.hidden_ND, case.head, terms, **arguments)
@@ -62,9 +65,10 @@ def test_a_term_of_weight_zero_is_measured_and_has_no_gradient() -> None:
 
 def test_a_tally_gives_token_means_over_steps_of_any_size_then_starts_again() -> None:
     whole, tally = make_case(rows=7), Tally()
+    assert isinstance(whole.signal, DenseSignal)
     assert tally.read() == {}
     for rows in (slice(0, 1), slice(1, 7)):
-        part = type(whole.signal)(whole.signal.hidden_ND[rows], whole.signal.head)
+        part = DenseSignal(whole.signal.hidden_ND[rows], whole.signal.head)
         tally.add(fused_loss(whole.hidden_ND[rows], whole.head, [Term("jsd")], signal=part))
     expected = fused_loss(whole.hidden_ND, whole.head, [Term("jsd")], signal=whole.signal)
     assert tally.read()["jsd"] == pytest.approx(expected.terms["jsd"].item() / 7)

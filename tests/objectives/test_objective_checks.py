@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,76 +17,76 @@ from tests.objectives.cases import make_case
 MIXTURE = [Term("forward_kl"), Term("cross_entropy", 0.5)]
 
 
-def wrong_hidden_rank(a: dict) -> None:
+def wrong_hidden_rank(a: dict[str, Any]) -> None:
     a["hidden_ND"] = a["hidden_ND"][None]
 
 
-def wrong_width(a: dict) -> None:
+def wrong_width(a: dict[str, Any]) -> None:
     a["hidden_ND"] = a["hidden_ND"][:, :-1]
 
 
-def wrong_teacher_rows(a: dict) -> None:
+def wrong_teacher_rows(a: dict[str, Any]) -> None:
     a["signal"] = DenseSignal(a["signal"].hidden_ND[1:], a["signal"].head)
 
 
-def wrong_teacher_width(a: dict) -> None:
+def wrong_teacher_width(a: dict[str, Any]) -> None:
     a["signal"] = DenseSignal(a["hidden_ND"], a["signal"].head)
 
 
-def no_teacher(a: dict) -> None:
+def no_teacher(a: dict[str, Any]) -> None:
     a["signal"] = None
 
 
-def no_targets(a: dict) -> None:
+def no_targets(a: dict[str, Any]) -> None:
     a["targets_N"] = None
 
 
-def too_few_targets(a: dict) -> None:
+def too_few_targets(a: dict[str, Any]) -> None:
     a["targets_N"] = a["targets_N"][:-1]
 
 
-def ignored_target(a: dict) -> None:
+def ignored_target(a: dict[str, Any]) -> None:
     a["targets_N"][2] = -100
 
 
-def target_beyond_vocabulary(a: dict) -> None:
+def target_beyond_vocabulary(a: dict[str, Any]) -> None:
     a["targets_N"][3] = 13
 
 
-def float_targets(a: dict) -> None:
+def float_targets(a: dict[str, Any]) -> None:
     a["targets_N"] = a["targets_N"].double()
 
 
-def nan_hidden(a: dict) -> None:
+def nan_hidden(a: dict[str, Any]) -> None:
     a["hidden_ND"] = a["hidden_ND"].detach().clone()
     a["hidden_ND"][4, 1] = float("nan")
 
 
-def infinite_teacher(a: dict) -> None:
+def infinite_teacher(a: dict[str, Any]) -> None:
     a["signal"].hidden_ND[5, 0] = float("inf")
 
 
-def negative_row_weight(a: dict) -> None:
+def negative_row_weight(a: dict[str, Any]) -> None:
     a["row_weights_N"] = torch.tensor([1.0, 1.0, 1.0, -2.0, 1.0, 1.0])
 
 
-def too_many_row_weights(a: dict) -> None:
+def too_many_row_weights(a: dict[str, Any]) -> None:
     a["row_weights_N"] = torch.ones(7)
 
 
-def vocabulary_larger_than_heads(a: dict) -> None:
+def vocabulary_larger_than_heads(a: dict[str, Any]) -> None:
     a["vocab_size"] = 14
 
 
-def no_terms(a: dict) -> None:
+def no_terms(a: dict[str, Any]) -> None:
     a["terms"] = []
 
 
-def repeated_term(a: dict) -> None:
+def repeated_term(a: dict[str, Any]) -> None:
     a["terms"] = [Term("forward_kl"), Term("forward_kl")]
 
 
-def misshapen_bias(a: dict) -> None:
+def misshapen_bias(a: dict[str, Any]) -> None:
     a["head"] = dataclasses.replace(a["head"], bias_V=torch.zeros(12))
 
 
@@ -112,9 +113,9 @@ def misshapen_bias(a: dict) -> None:
         (misshapen_bias, "the bias of hidden_ND's head"),
     ],
 )
-def test_bad_input_is_named(spoil: Callable[[dict], None], message: str) -> None:
+def test_bad_input_is_named(spoil: Callable[[dict[str, Any]], None], message: str) -> None:
     case = make_case()
-    arguments = {
+    arguments: dict[str, Any] = {
         "hidden_ND": case.hidden_ND,
         "head": case.head,
         "terms": MIXTURE,
@@ -140,7 +141,7 @@ def test_bad_input_is_named(spoil: Callable[[dict], None], message: str) -> None
         ({"divergence": "alpha_beta", "alpha": 0.0, "beta": 0.0}, "both 0"),
     ],
 )
-def test_an_invalid_term_is_rejected(arguments: dict, message: str) -> None:
+def test_an_invalid_term_is_rejected(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(SignalError, match=message):
         Term(**arguments)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from stillhouse.objectives.fused import fused_loss
 from stillhouse.objectives.terms import Term
 from stillhouse.signals.signal_types import DenseSignal, LMHead
 from tests.forks import two_ranks
+from tests.objectives.cases import grad_of
 
 pytestmark = pytest.mark.run
 
@@ -36,7 +38,9 @@ class Student(nn.Module):
         self.head = nn.Linear(WIDTH, VOCAB, bias=False)
         self.head.weight = self.embedding.weight
 
-    def forward(self, ids_N: Tensor, teacher_ND: Tensor, teacher_VD: Tensor, scale: float):
+    def forward(
+        self, ids_N: Tensor, teacher_ND: Tensor, teacher_VD: Tensor, scale: float
+    ) -> Tensor:
         hidden_ND = self.layer(self.embedding(ids_N))
         return fused_loss(
             hidden_ND,
@@ -61,7 +65,7 @@ def gradients_of_one_process() -> dict[str, Tensor]:
     student = Student()
     ids_N, teacher_ND, teacher_VD = problem()
     student(ids_N, teacher_ND, teacher_VD, 1 / ROWS).backward()
-    return {name: p.grad for name, p in student.named_parameters()}
+    return {name: grad_of(p) for name, p in student.named_parameters()}
 
 
 def work(folder: Path, wrap: str, cut: int) -> None:
@@ -69,6 +73,7 @@ def work(folder: Path, wrap: str, cut: int) -> None:
     rank = dist.get_rank()
     torch.set_num_threads(1)
     student = Student()
+    wrapped: Any  # FSDPModule is not typed as a module
     if wrap == "ddp":
         wrapped = nn.parallel.DistributedDataParallel(student)
     else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -22,14 +24,18 @@ def states(width: int, windows: int = 2, length: int = 5, seed: int = 0) -> Atte
     )
 
 
-def slow_relation(x_LW: torch.Tensor, heads: int, head: int, i: int, allowed: list[int]):
+def slow_relation(
+    x_LW: torch.Tensor, heads: int, head: int, i: int, allowed: list[int]
+) -> torch.Tensor:
     size = x_LW.shape[1] // heads
     part = x_LW[:, head * size : (head + 1) * size]
     scores = torch.stack([part[i] @ part[j] / math.sqrt(size) for j in allowed])
     return torch.log_softmax(scores, 0)
 
 
-def slow_loss(student, teacher, heads: int, mask_RLL: torch.Tensor) -> torch.Tensor:
+def slow_loss(
+    student: AttentionStates, teacher: AttentionStates, heads: int, mask_RLL: torch.Tensor
+) -> torch.Tensor:
     total = torch.zeros(())
     for name in ("query", "key", "value"):
         for r, mask_LL in enumerate(mask_RLL):
@@ -93,7 +99,9 @@ def test_a_model_has_no_distance_from_itself() -> None:
         ),
     ],
 )
-def test_states_that_do_not_fit_are_named(spoil, message: str) -> None:
+def test_states_that_do_not_fit_are_named(
+    spoil: Callable[[AttentionStates], Any], message: str
+) -> None:
     student = states(8)
     spoil(student)
     with pytest.raises(SignalError, match=message):

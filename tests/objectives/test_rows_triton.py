@@ -8,6 +8,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +30,7 @@ pytestmark = [pytest.mark.cuda] if DEVICE == "cuda" else []
 TERMS = [term for term in VARIANTS if term.divergence in KINDS]
 KL = Term("forward_kl")
 STORED = ["sparse", "sampled", "frozen head"]
+Kernels = Callable[[], list[str]]  # switches the kernels on; returns their launches
 LAUNCHERS = {
     "dense_rows": triton_kernel,
     "sparse_rows": triton_entries,
@@ -34,9 +38,7 @@ LAUNCHERS = {
 }
 
 
-def results(
-    case: Case, terms: list[Term], *, grad: bool = True, **more: object
-) -> list[torch.Tensor]:
+def results(case: Case, terms: list[Term], *, grad: bool = True, **more: Any) -> list[torch.Tensor]:
     case, more = placed(case, DEVICE), {key: placed(value, DEVICE) for key, value in more.items()}
     with torch.set_grad_enabled(grad):
         loss = fused_loss(
@@ -56,15 +58,15 @@ def assert_agree(found: list[torch.Tensor], expected: list[torch.Tensor]) -> Non
 
 
 @pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch):
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernels:
     """Switches the kernels on, which are off before, and records their launches."""
     launches: list[str] = []
     monkeypatch.setattr(chunk_loop, "runs_kernels", lambda device: False)
 
-    def recorded(module, launcher):
+    def recorded(module: ModuleType, launcher: str) -> None:
         run = getattr(module, launcher)
 
-        def record(*args, **kwargs):
+        def record(*args: Any, **kwargs: Any) -> Any:
             launches.append(launcher)
             return run(*args, **kwargs)
 
@@ -80,7 +82,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch):
     return switch_on
 
 
-def compare(kernel, case: Case, terms: list[Term], **more: object) -> list[str]:
+def compare(kernel: Kernels, case: Case, terms: list[Term], **more: Any) -> list[str]:
     expected = results(case, terms, **more)
     launches = kernel()
     assert_agree(results(case, terms, **more), expected)
@@ -92,27 +94,27 @@ def compare(kernel, case: Case, terms: list[Term], **more: object) -> list[str]:
 
 @pytest.mark.parametrize("data", [False, True], ids=["alone", "with the data"])
 @pytest.mark.parametrize("term", TERMS, ids=name)
-def test_values_and_gradients(term: Term, data: bool, kernel) -> None:
+def test_values_and_gradients(term: Term, data: bool, kernel: Kernels) -> None:
     case = make_case(rows=7, vocab=45, scale=1.5, dtype=torch.float32)
     terms = [at(term, 1.0, weight=0.7), *([Term("cross_entropy", weight=0.3)] if data else [])]
     assert compare(kernel, case, terms) == ["dense_rows"]
 
 
 @pytest.mark.parametrize("term", TERMS, ids=name)
-def test_a_temperature_and_no_gradients(term: Term, kernel) -> None:
+def test_a_temperature_and_no_gradients(term: Term, kernel: Kernels) -> None:
     case = make_case(rows=3, vocab=45, dtype=torch.float32)
     assert compare(kernel, case, [at(term, 2.0)], grad=False) == ["dense_rows"]
 
 
 @pytest.mark.parametrize("term", [Term("forward_kl"), Term("jsd")], ids=name)
-def test_data_at_temperature_1_beside_a_divergence_at_2(term: Term, kernel) -> None:
+def test_data_at_temperature_1_beside_a_divergence_at_2(term: Term, kernel: Kernels) -> None:
     case = make_case(rows=5, vocab=45, scale=1.5, dtype=torch.float32)
     terms = [at(term, 2.0), Term("cross_entropy", 0.1)]
     assert compare(kernel, case, terms) == ["dense_rows"]
 
 
 @pytest.mark.parametrize("divergence", ["jsd", "reverse_kl"])
-def test_impossible_tokens_of_a_teacher(divergence: str, kernel) -> None:
+def test_impossible_tokens_of_a_teacher(divergence: str, kernel: Kernels) -> None:
     """−∞ in a teacher's logits is probability 0."""
     case = make_case(rows=4, vocab=45, dtype=torch.float32)
     logits_NV = torch.randn(45, 4).T  # columns are not contiguous
@@ -121,7 +123,7 @@ def test_impossible_tokens_of_a_teacher(divergence: str, kernel) -> None:
     assert compare(kernel, case, [Term(divergence)]) == ["dense_rows"]
 
 
-def test_several_chunks_take_one_launch_each(kernel) -> None:
+def test_several_chunks_take_one_launch_each(kernel: Kernels) -> None:
     case = make_case(rows=10, vocab=45, dtype=torch.float32)
     assert compare(kernel, case, [Term("jsd")], chunk_rows=4) == ["dense_rows"] * 3
 
@@ -137,7 +139,9 @@ def test_several_chunks_take_one_launch_each(kernel) -> None:
     [(kind, term) for kind in STORED for term in TERMS if kind == "sparse" or term == KL],
     ids=lambda value: value if isinstance(value, str) else name(value),
 )
-def test_stored_signals(term: Term, kind: str, temperature: float, data: bool, kernel) -> None:
+def test_stored_signals(
+    term: Term, kind: str, temperature: float, data: bool, kernel: Kernels
+) -> None:
     case = with_signal(make_case(7, 45, scale=1.5, dtype=torch.float32), kind, temperature, k=5)
     terms = [at(term, temperature, weight=0.7)]
     terms += [Term("cross_entropy", weight=0.3)] if data else []
@@ -146,21 +150,21 @@ def test_stored_signals(term: Term, kind: str, temperature: float, data: bool, k
 
 
 @pytest.mark.parametrize("kind", STORED)
-def test_stored_signals_without_gradients(kind: str, kernel) -> None:
+def test_stored_signals_without_gradients(kind: str, kernel: Kernels) -> None:
     case = with_signal(make_case(7, 45, dtype=torch.float32), kind, 1.0, k=5)
     terms = [Term("forward_kl"), Term("cross_entropy", 0.5)]
     assert len(compare(kernel, case, terms, grad=False)) == 1
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_data_alone(grad: bool, kernel) -> None:
+def test_data_alone(grad: bool, kernel: Kernels) -> None:
     case = make_case(7, 45, scale=0.5, dtype=torch.float32)
     assert compare(kernel, case, [Term("cross_entropy", 0.3)], grad=grad) == ["counted_rows"]
 
 
 @pytest.mark.parametrize("term", [Term("cross_entropy"), Term("forward_kl"), Term("jsd")], ids=name)
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
-def test_padded_vocabulary_row_weights_and_a_scale(kind: str, term: Term, kernel) -> None:
+def test_padded_vocabulary_row_weights_and_a_scale(kind: str, term: Term, kernel: Kernels) -> None:
     """Padding rows get no probability and no gradient; 45 is no multiple of a round."""
     case = with_signal(make_case(7, 45, padding=4, dtype=torch.float32), kind, k=5)
     weights_N = torch.linspace(0.0, 2.0, 7)  # the first row is ignored
@@ -170,7 +174,7 @@ def test_padded_vocabulary_row_weights_and_a_scale(kind: str, term: Term, kernel
     assert grads[1][45:].abs().max() == 0
 
 
-def test_short_rows_and_empty_tails(kernel) -> None:
+def test_short_rows_and_empty_tails(kernel: Kernels) -> None:
     """A short row repeats its first token at −∞; a tail may be exactly 0."""
     case = with_signal(make_case(4, 45, dtype=torch.float32), "sparse", k=5)
     signal = case.signal
@@ -186,7 +190,7 @@ def test_short_rows_and_empty_tails(kernel) -> None:
     assert launches == ["sparse_rows"]
 
 
-def test_the_data_may_be_among_the_tokens_of_a_sample(kernel) -> None:
+def test_the_data_may_be_among_the_tokens_of_a_sample(kernel: Kernels) -> None:
     case = with_signal(make_case(4, 45, dtype=torch.float32), "sampled", draws=30)
     signal = case.signal
     assert isinstance(signal, SampledSignal)
@@ -196,7 +200,7 @@ def test_the_data_may_be_among_the_tokens_of_a_sample(kernel) -> None:
 
 
 @pytest.mark.parametrize("kind", ["dense", *STORED])
-def test_bfloat16_logits_are_read_and_written_as_they_are(kind: str, kernel) -> None:
+def test_bfloat16_logits_are_read_and_written_as_they_are(kind: str, kernel: Kernels) -> None:
     case = make_case(9, 45, 16, 24, dtype=torch.float32)
     for tensor in (case.hidden_ND, case.head.weight_VD):
         tensor.data.copy_(tensor.detach().bfloat16())
@@ -208,7 +212,7 @@ def test_bfloat16_logits_are_read_and_written_as_they_are(kind: str, kernel) -> 
         assert relative_error(ours, theirs) < 0.03
 
 
-def test_unsupported_cases_fall_back_to_pytorch(kernel) -> None:
+def test_unsupported_cases_fall_back_to_pytorch(kernel: Kernels) -> None:
     plain = make_case(dtype=torch.float32)
     everything = with_signal(plain, "sparse", k=13)
     long = with_signal(make_case(2, MOST_ENTRIES + 9, dtype=torch.float32), "sparse", k=1025)

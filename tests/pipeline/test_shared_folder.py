@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -43,7 +44,7 @@ def test_a_folder_of_each_node_is_an_error_in_every_process(tmp_path: Path) -> N
     for status, said in ends([tmp_path / "shared", own, tmp_path / "shared"]):
         assert status == 1
         assert said.startswith("1 of 3 processes do not see the main process's run folder")
-        assert f"process 1 on {shared_folder.platform.node()} in {own}" in said
+        assert f"process 1 on {platform.node()} in {own}" in said
         assert "a disk that all nodes share" in said
 
 

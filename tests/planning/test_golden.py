@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.language_model import run_plan
 from stillhouse.language_model.run_models import RunModels
 from stillhouse.planning.machine import Machine
 from stillhouse.planning.model_size import config_size
 from stillhouse.planning.step_memory import SHARDS, training_memory
 from stillhouse.planning.training_step import training_step
+from tests import tiny
 from tests.planning.shapes import (
     GEMMA3_4B,
     GEMMA3_27B,
@@ -86,7 +86,7 @@ def planned(pair: Pair) -> dict[str, Any]:
         checkpointing=pair.checkpointing,
         offload=pair.offload,
     )
-    found = {}
+    found: dict[str, Any] = {}
     for shard in SHARDS if pair.processes > 1 else SHARDS[:1]:
         memory = training_memory(step, shard, over=pair.processes, processes=pair.processes)
         parts = {name: round(size / 1e6) for name, size in memory.parts.items()}
@@ -108,7 +108,7 @@ def planned_on_a_cpu(pair: Pair) -> dict[str, Any]:
     teacher = copy.deepcopy(pair.teacher)
     teacher.dtype = torch.bfloat16
     models = RunModels(
-        recipe=parse_recipe(raw),
+        recipe=tiny.parsed(raw),
         student=pair.student,
         start=pair.student,
         teacher=teacher,

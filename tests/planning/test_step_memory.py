@@ -104,8 +104,13 @@ def test_the_margin_is_on_both_sides() -> None:
 
 def test_an_8b_student_fits_on_one_gpu_with_bfloat16_weights_and_8_bit_moments() -> None:
     """Two bytes a parameter for each of weights, gradients and moments, instead of 16 in all."""
-    options = {"windows": 1, "context": 4096, "accumulates": True, "checkpointing": True}
-    common = {**options, "compute": torch.bfloat16, "device": "cuda"}
+    options: dict[str, Any] = {
+        "windows": 1,
+        "context": 4096,
+        "accumulates": True,
+        "checkpointing": True,
+    }
+    common: dict[str, Any] = {**options, "compute": torch.bfloat16, "device": "cuda"}
     usual = training_step(LLAMA_8B, [], **common, gathered=torch.float32)
     small = training_step(
         LLAMA_8B,
@@ -171,7 +176,7 @@ def test_the_head_is_copied_for_products_in_another_number_type() -> None:
         for copies_head in (False, True)
     ]
     assert tiles[1] - tiles[0] == 128256 * 4096 * 2
-    common = {"windows": 1, "context": 64, "accumulates": True, "device": "cuda"}
+    common: dict[str, Any] = {"windows": 1, "context": 64, "accumulates": True, "device": "cuda"}
     sizes = [
         training_step(LLAMA_1B, [], compute=torch.bfloat16, weights=weights, **common).loss.tiles
         for weights in (torch.bfloat16, torch.float32)

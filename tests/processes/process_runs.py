@@ -19,7 +19,7 @@ from torch import Tensor
 import stillhouse
 from stillhouse import hardware
 from stillhouse.export import fresh_process
-from tests import replays, tiny
+from tests import forks, replays, tiny
 from tests.forks import Fork
 from tests.teachers.tokenizer_toys import byte_level
 
@@ -79,14 +79,14 @@ def with_other_tokenizer(inputs: Path) -> Path:
 
 def one_thread() -> None:
     """The main process of a torchrun works on all cores, which these tensors are too small for."""
-    hardware.processes_here = lambda: 1  # type: ignore[attr-defined]
+    forks.patch(hardware, "processes_here", lambda: 1)
     torch.set_num_threads(1)
 
 
 def run_all(recipes: Sequence[dict[str, Any]]) -> None:
     """The work of one process: every run in turn, whose exports it replays itself."""
     one_thread()
-    fresh_process.subprocess = replays.IN_THIS_PROCESS  # type: ignore[assignment, attr-defined]
+    forks.patch(fresh_process, "subprocess", replays.IN_THIS_PROCESS)
     for raw in recipes:
         stillhouse.run(raw)
 

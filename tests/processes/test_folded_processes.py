@@ -26,8 +26,8 @@ def test_weights_and_measurements_are_those_of_one_process(tmp_path: Path) -> No
     shards = ("none", "teacher")
     runs = [recipe(inputs, tmp_path / shard, "folded", shard=shard) for shard in shards]
     finish(forks.ranks(2, run_all, runs), SECONDS)
-    (expected,) = (tmp_path / "alone").glob("stages/evaluate-*/evaluation.json")
-    expected = Evaluation.load(expected).result("student")
+    (file,) = (tmp_path / "alone").glob("stages/evaluate-*/evaluation.json")
+    expected = Evaluation.load(file).result("student")
     for shard in shards:
         assert difference(tmp_path / shard, tmp_path / "alone") == 0
         (file,) = (tmp_path / shard).glob("stages/evaluate-*/evaluation.json")

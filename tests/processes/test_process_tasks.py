@@ -38,7 +38,7 @@ def work(raw: dict[str, Any], killed_at: str = "") -> None:
     """killed_at: the second process is killed before it writes to such a path."""
     one_thread()
     label_judgment.CHUNK = CHUNK
-    fresh_process.subprocess = replays.IN_THIS_PROCESS  # type: ignore[assignment, attr-defined]
+    forks.patch(fresh_process, "subprocess", replays.IN_THIS_PROCESS)
     if killed_at and process_index() == 1:
         before_writing(killed_at, partial(os.kill, os.getpid(), signal.SIGKILL))
     stillhouse.run(raw)

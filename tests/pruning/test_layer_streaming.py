@@ -23,6 +23,7 @@ from stillhouse.students import pruned_student
 from stillhouse.students.pruned_student import prune_to
 from stillhouse.students.student_config import PrunedStudent
 from stillhouse.teachers.activations import decoder_layers
+from tests import forks
 from tests.fake_device import FakeDevice, register
 from tests.forks import Fork
 from tests.teachers.toys import ToyWindows, tiny_model, toy_tokenizer
@@ -114,11 +115,11 @@ def test_a_layer_at_a_time_gives_the_weights_of_the_model_on_the_device(
 def place(free: int, out: Path) -> None:
     """Prune with so much free memory on the device; write where."""
     device = register()
-    pruned_student.default_device = lambda: device
-    pruned_student.free_memory_bytes = lambda _: free
+    forks.patch(pruned_student, "default_device", lambda: device)
+    forks.patch(pruned_student, "free_memory_bytes", lambda _: free)
     section = PrunedStudent(start="pruned", ffn_size=40, calibration_tokens=256)
     notes: list[str] = []
-    pruned_student.note = notes.append
+    forks.patch(pruned_student, "note", notes.append)
     with FakeDevice():
         prune_to(section, tiny_model(), toy_tokenizer(), ToyWindows())
     out.write_text("\n".join(notes))

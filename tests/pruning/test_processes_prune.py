@@ -53,8 +53,8 @@ def small_batches(
 
 
 def prune(out: Path) -> None:
-    prune_module.calibration_batches = small_batches
-    vocabulary_cut.calibration_batches = small_batches
+    forks.patch(prune_module, "calibration_batches", small_batches)
+    forks.patch(vocabulary_cut, "calibration_batches", small_batches)
     processes = all_processes()
     for name in CUTS:
         options = dict(CUTS[name])
@@ -71,7 +71,7 @@ LARGE = {name: CUTS[name] for name in ("ffn", "all", "rotation")}
 
 def prune_large(start: Path, out: Path) -> None:
     """Each cut is of the start model, whose files the processes share and nothing changes."""
-    prune_module.calibration_batches = small_batches
+    forks.patch(prune_module, "calibration_batches", small_batches)
     offload.LARGE_BYTES = 0
     processes = all_processes()
     values: dict[str, bytes] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from stillhouse.commands import prepare_data
-from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.data.windows import Windows
 from stillhouse.evaluation.fidelity import compare, heldout_answers
 from stillhouse.language_model import quantize_stage as stages
@@ -96,12 +95,14 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Windows, W
 
 @pytest.mark.parametrize("kind", ["int4", "int8_dynamic_int4"])
 def test_training_rounded_recovers_what_rounding_lost(
-    prepared: tuple[Path, Windows, Windows], tmp_path: Path, kind: str
+    prepared: tuple[Path, Windows, Windows],
+    tmp_path: Path,
+    kind: Literal["int4", "int8_dynamic_int4"],
 ) -> None:
     """The student is the teacher itself: all that is lost is the rounding's."""
     teacher, windows, heldout = prepared
     section = QuantizeRecipe(kind=kind, qat=QatRecipe(tokens=2500, learning_rate=1e-3))
-    common = {"section": section, "vocabulary": 260, "seed": 0}
+    common: dict[str, Any] = {"section": section, "vocabulary": 260, "seed": 0}
     quantize(teacher, tmp_path / "ptq", heldout=heldout, **common)
     result = train_quantized(
         Student.load(teacher),
@@ -190,10 +191,10 @@ def test_quantization_aware_training_uses_the_same_teachers(tmp_path: Path) -> N
     raw = tiny.recipe(tmp_path, quantize={"qat": {"tokens": 200}})
     teacher = tiny.save_model(tmp_path / "teacher", seed=3)
     raw["train"]["teachers"] = [str(teacher), "teacher"]
-    job = find_models(parse_recipe(raw), tmp_path)
+    job = find_models(tiny.parsed(raw), tmp_path)
     learned_from: list[str] = []
 
-    def remember(student: Student, teacher: SeveralTeachers, *_: Any, **more: Any):
+    def remember(student: Student, teacher: SeveralTeachers, *_: Any, **more: Any) -> None:
         learned_from.extend(each.described for each in teacher.teachers)
         raise KeyboardInterrupt
 

@@ -337,6 +337,7 @@ def test_float8_inputs_are_torchaos() -> None:
 def test_gradients_pass_rounded_inputs_unchanged() -> None:
     inputs_LI = torch.randn(2, 8, requires_grad=True)
     rounded_inputs(inputs_LI).sum().backward()
+    assert inputs_LI.grad is not None
     assert torch.equal(inputs_LI.grad, torch.ones(2, 8))
 
 
@@ -364,7 +365,8 @@ def test_a_dynamic_student_is_evaluated_with_its_inputs_rounded(tmp_path: Path) 
         stage = Stage("quantize", folder / "rounded", "", Cost(), {"bytes": 1}, False)
         teacher = Stage("train", folder, "", Cost(), {}, False)
         (folder / "model").symlink_to(folder / "teacher")
-        data = Stage("data", Path(windows.path).parent, "", Cost(), {}, False)
+        assert windows.path is not None
+        data = Stage("data", windows.path.parent, "", Cost(), {}, False)
         plan_evaluation(job, data, teacher, teacher, None, None, None, stage).work(folder)
         found = Evaluation.load(folder / EVALUATION).result("quantized")
         assert found is not None

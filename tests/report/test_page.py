@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import asdict, fields, replace
 from html.parser import HTMLParser
@@ -11,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from stillhouse import runfolder
 from stillhouse.errors import RunError
 from stillhouse.evaluation.results import Evaluation, Generation
 from stillhouse.report.language_model_report import language_model_report, student_facts
@@ -307,7 +307,7 @@ def test_writing_replaces_the_old_page_whole(
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runfolder.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RunError, match="disk is full"):
         write_page(replace(report, title="another"), path)
     assert path.read_text(encoding="utf-8") == first

@@ -14,7 +14,7 @@ from stillhouse.report.page import Section, render
 from stillhouse.report.sections import RunFacts
 from stillhouse.report.steps_report import steps_section
 
-PRUNED = {"pruning": {}}
+PRUNED: dict[str, Any] = {"pruning": {}}
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from stillhouse.errors import DataError
 from stillhouse.pruning.axes import axes_of
 from stillhouse.pruning.prune import prune_model
 from stillhouse.pruning.reference import mean_kl, reference_on
+from stillhouse.pruning.shapes import sizes_to_prune
 from stillhouse.pruning.sizes import sizes_of
 from stillhouse.search import search_shape as searching
 from stillhouse.search import trial_log as search_journal
@@ -23,6 +24,7 @@ from stillhouse.search.probes import Curve, curves, expected, probed
 from stillhouse.search.search_shape import CANDIDATES, WORK, Found, Setting, search_shape
 from stillhouse.search.search_text import batches_of, split_text
 from stillhouse.search.short_training import distill_shortly
+from stillhouse.search.trial_log import Journal
 from stillhouse.students.student_config import PrunedStudent
 from stillhouse.teachers.load_model import load_config, load_model
 from stillhouse.training.train_config import TrainRecipe
@@ -105,7 +107,7 @@ def test_one_shot_kl_is_that_of_pruning_the_shape_directly(found: tuple[Setting,
     for one in result.candidates:
         if one.one_shot_kl is not None and one.sizes.layers == before.layers:
             model = load_model(chosen.start, dtype=torch.float32)
-            cut: Any = searching.sizes_to_prune(before, one.sizes)
+            cut: Any = sizes_to_prune(before, one.sizes)
             prune_model(model, text.calibration, calibration_tokens=256, **cut)
             assert mean_kl(known, model, torch.float32) == pytest.approx(one.one_shot_kl, rel=1e-4)
 
@@ -116,7 +118,7 @@ def test_experts_of_a_mixture_can_be_pruned(tmp_path: Path) -> None:
     axes = ["experts", "layers"]
     chosen = setting(tmp_path, axes=axes, target="75%", tolerance=0.2, candidates=2, trained=1)
     result = search_shape(chosen)
-    measured = searching.Journal(chosen.out / WORK / searching.JOURNAL).found
+    measured = Journal(chosen.out / WORK / searching.JOURNAL).found
     assert any(name.startswith("probe experts") for name in measured)
     tried = [one for one in result.candidates if one.one_shot_kl is not None]
     fewer = next(one for one in tried if one.sizes.experts != 8)
@@ -175,7 +177,7 @@ def test_a_killed_search_resumes_and_repeats_no_work(
     did.clear()
     kill_at = 0
     again = search_shape(chosen)
-    undisturbed = len(searching.Journal(found[0].out / WORK / searching.JOURNAL).found)
+    undisturbed = len(Journal(found[0].out / WORK / searching.JOURNAL).found)
     assert again == found[1]
     # The journal also holds the start model's own KL and the order of the layers.
     assert total + len(did) == undisturbed - 2
@@ -210,10 +212,10 @@ def test_a_damaged_journal_is_started_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "journal"
-    assert searching.Journal(path).once("kl", lambda: 0.25) == 0.25
-    assert searching.Journal(path).once("kl", lambda: 1.0) == 0.25
+    assert Journal(path).once("kl", lambda: 0.25) == 0.25
+    assert Journal(path).once("kl", lambda: 1.0) == 0.25
     path.write_bytes(path.read_bytes().replace(b"0.25", b"0.75"))
-    assert searching.Journal(path).once("kl", lambda: 0.5) == 0.5
+    assert Journal(path).once("kl", lambda: 0.5) == 0.5
     assert "is damaged" in capsys.readouterr().err
 
 
@@ -263,7 +265,7 @@ def test_what_is_kept_for_all_candidates_is_measured_by_all_streams(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, kept: int
 ) -> None:
     config = tiny_model(kind).config
-    journal = searching.Journal(tmp_path / "journal.json")
+    journal = Journal(tmp_path / "journal.json")
     work = searching._Work(setting(tmp_path), journal, sizes_of(config), axes_of(config))
     bytes_a_token = 4 * kept * config.num_hidden_layers * config.hidden_size
     monkeypatch.setattr(searching, "KEPT_BYTES", 100 * bytes_a_token)
@@ -275,7 +277,7 @@ def test_widths_that_the_heads_do_not_divide_are_probed_at_the_next_smaller_one(
     tmp_path: Path,
 ) -> None:
     """As SmolLM2's nine heads, which divide 576 and 504 but not 512."""
-    sizes = {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3}
+    sizes: dict[str, Any] = {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3}
     save_model(tmp_path / "teacher", tiny_model(**sizes))
     before = sizes_of(load_model(tmp_path / "teacher", dtype=torch.float32).config)
     wanted = [replace(before, hidden_size=64, heads=8), replace(before, heads=7)]

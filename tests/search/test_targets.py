@@ -67,7 +67,8 @@ def test_amounts_are_shares_or_numbers_with_units(
     key: Any, text: str, value: float, relative: bool
 ) -> None:
     found = read_amount(key, text)
-    assert found == Amount(pytest.approx(value), relative)
+    assert found.value == pytest.approx(value)
+    assert found == Amount(found.value, relative)
     if not relative:
         assert read_amount(key, shown(key, value)).value == pytest.approx(value, rel=1e-3)
 
@@ -183,7 +184,7 @@ def test_tensor_parallel_shapes_divide_evenly() -> None:
         ({"params": "3M"}, "not below what the model has"),
     ],
 )
-def test_targets_out_of_reach_name_the_nearest_shape(target: dict[str, str], message: str) -> None:
+def test_targets_out_of_reach_name_the_nearest_shape(target: dict[str, Any], message: str) -> None:
     config = CONFIGS["llama"]()
     with pytest.raises(RecipeError, match=message) as caught:
         shapes(config, **target)
@@ -286,7 +287,12 @@ def test_the_start_model_is_timed_even_if_it_does_not_divide(
     search = SearchRecipe(multiple_of=8, tensor_parallel=2, tolerance=0.3)
 
     def timed(config: Any, sizes: Sizes, *_: Any) -> Timing:
-        parts = {"attention": sizes.heads, "ffn": sizes.ffn_size, "rest": 0.0, "ends": 0.0}
+        parts: dict[str, Any] = {
+            "attention": sizes.heads,
+            "ffn": sizes.ffn_size,
+            "rest": 0.0,
+            "ends": 0.0,
+        }
         named = {key: getattr(sizes, key) for key in ("hidden_size", "heads", "kv_heads")}
         return Timing(**named, ffn_size=sizes.ffn_size, layers=1, **parts)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from stillhouse.errors import SignalError
 from stillhouse.signals.encode import Encoder, frozen_head_rows
 from stillhouse.signals.encodings import (
     UNITS,
+    EntryEncoding,
     Sampled,
     Stratified,
     Threshold,
@@ -40,7 +42,7 @@ def random_logits(rows: int, vocabulary: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, vocabulary, generator=g) * scale
 
 
-def uniforms_for(encoding, rows: int, seed: int = 1) -> torch.Tensor:
+def uniforms_for(encoding: EntryEncoding, rows: int, seed: int = 1) -> torch.Tensor:
     g = torch.Generator().manual_seed(seed)
     return torch.rand(rows, encoding.draws_per_row, generator=g, dtype=torch.float64)
 
@@ -49,7 +51,7 @@ def uniforms_for(encoding, rows: int, seed: int = 1) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("vocabulary", [7, 128, 300, 1000, 4096, 70_001])
-def test_selection_agrees_with_looking_at_every_token(vocabulary):
+def test_selection_agrees_with_looking_at_every_token(vocabulary: int) -> None:
     logits_nV = random_logits(9, vocabulary)
     blocks = probabilities(logits_nV, 1.0)
     p_nV = blocks.p_nV[:, :vocabulary].clone()
@@ -75,7 +77,7 @@ def test_selection_agrees_with_looking_at_every_token(vocabulary):
         assert float(left_nV[row, token]) > 0
 
 
-def test_probabilities_of_zero_are_never_found():
+def test_probabilities_of_zero_are_never_found() -> None:
     logits_nV = torch.full((2, 1000), -torch.inf)
     logits_nV[:, 998] = 0.0
     blocks = probabilities(logits_nV, 1.0)
@@ -85,7 +87,7 @@ def test_probabilities_of_zero_are_never_found():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_broken_logits_are_rejected(bad):
+def test_broken_logits_are_rejected(bad: float) -> None:
     logits_nV = random_logits(4, 300)
     logits_nV[2, 7] = bad
     with pytest.raises(SignalError, match="row 2"):
@@ -95,7 +97,9 @@ def test_broken_logits_are_rejected(bad):
 # --- what is kept --------------------------------------------------------------------------
 
 
-def systematic_by_hand(p_V: list[float], tau: float, units: int, u: list[float]):
+def systematic_by_hand(
+    p_V: list[float], tau: float, units: int, u: list[float]
+) -> tuple[list[int], list[int]]:
     """Threshold sampling of one row, token by token."""
     exact = [token for token, p in enumerate(p_V) if p >= tau]
     whole, upto, before, values = math.fsum(p_V), 0.0, 0, []
@@ -115,7 +119,7 @@ def systematic_by_hand(p_V: list[float], tau: float, units: int, u: list[float])
 
 
 @pytest.mark.parametrize("probability_bytes", [1, 2])
-def test_threshold_agrees_with_one_token_at_a_time(probability_bytes):
+def test_threshold_agrees_with_one_token_at_a_time(probability_bytes: Literal[1, 2]) -> None:
     logits_nV = random_logits(60, 300)
     encoding = Threshold(0.03, probability_bytes)
     u_nU = uniforms_for(encoding, 60)
@@ -133,7 +137,7 @@ def test_threshold_agrees_with_one_token_at_a_time(probability_bytes):
         assert [next(values) for _ in range(valued)] == values_wanted
 
 
-def test_top_k_keeps_the_most_likely_and_the_rest():
+def test_top_k_keeps_the_most_likely_and_the_rest() -> None:
     logits_nV = random_logits(8, 300)
     rows, statistics = Encoder(TopK(6), 300)(logits_nV, torch.empty(8, 0))
     signal = decode(TopK(6), rows)
@@ -145,7 +149,7 @@ def test_top_k_keeps_the_most_likely_and_the_rest():
     assert statistics.mass == pytest.approx(float(wanted.values.exp().sum()), rel=1e-5)
 
 
-def test_top_p_stops_when_the_mass_is_reached():
+def test_top_p_stops_when_the_mass_is_reached() -> None:
     logits_nV = random_logits(8, 300)
     rows, _ = Encoder(TopP(0.7, most=30), 300)(logits_nV, torch.empty(8, 0))
     for count, p_V in zip(rows.counts_N.tolist(), logits_nV.softmax(1), strict=True):
@@ -153,7 +157,7 @@ def test_top_p_stops_when_the_mass_is_reached():
         assert count == min(30, int((upto_V < 0.7).sum()) + 1)
 
 
-def test_short_rows_repeat_their_first_token():
+def test_short_rows_repeat_their_first_token() -> None:
     rows, _ = Encoder(TopP(0.7, most=30), 300)(random_logits(8, 300), torch.empty(8, 0))
     signal = decode(TopP(0.7, most=30), rows)
     past_NK = torch.arange(signal.ids_NK.shape[1]) >= torch.from_numpy(rows.counts_N)[:, None]
@@ -163,7 +167,7 @@ def test_short_rows_repeat_their_first_token():
 
 
 @pytest.mark.parametrize("encoding", UNBIASED, ids=repr)
-def test_the_estimate_is_right_on_average_and_varies_as_stated(encoding):
+def test_the_estimate_is_right_on_average_and_varies_as_stated(encoding: EntryEncoding) -> None:
     """4,000 encodings of one row: their mean is p, their variance the closed form's."""
     repeats = 4000
     for logits_V in random_logits(4, 130, seed=5):
@@ -179,7 +183,7 @@ def test_the_estimate_is_right_on_average_and_varies_as_stated(encoding):
         assert variance == pytest.approx(statistics.variance / repeats, rel=0.15, abs=1e-7)
 
 
-def test_top_k_renormalized_has_the_stated_bias():
+def test_top_k_renormalized_has_the_stated_bias() -> None:
     logits_nV = random_logits(20, 300)
     encoding = TopK(6, tail=False)
     rows, statistics = Encoder(encoding, 300)(logits_nV, torch.empty(20, 0))
@@ -187,7 +191,7 @@ def test_top_k_renormalized_has_the_stated_bias():
     assert float(error_nV.square().sum()) == pytest.approx(statistics.squared_bias, rel=0.01)
 
 
-def test_importance_weights_correct_for_the_proposal():
+def test_importance_weights_correct_for_the_proposal() -> None:
     """With many draws, the ratio estimate comes near p, and the raw counts near q."""
     encoding = Sampled(250, exponent=0.6)
     logits_V = random_logits(3, 40)[1]
@@ -197,14 +201,14 @@ def test_importance_weights_correct_for_the_proposal():
     assert float(error_V.abs().max()) < 0.003
 
 
-def test_the_temperature_is_that_of_the_softmax():
+def test_the_temperature_is_that_of_the_softmax() -> None:
     logits_nV = random_logits(8, 300)
     rows, _ = Encoder(TopK(6), 300, temperature=2.0)(logits_nV, torch.empty(8, 0))
     wanted, _ = Encoder(TopK(6), 300)(logits_nV / 2.0, torch.empty(8, 0))
     assert np.array_equal(rows.values_X, wanted.values_X)
 
 
-def test_chunks_do_not_matter():
+def test_chunks_do_not_matter() -> None:
     logits_nV, encoding = random_logits(50, 300), Threshold(0.04)
     u_nU = uniforms_for(encoding, 50)
     whole, _ = Encoder(encoding, 300)(logits_nV, u_nU)
@@ -214,7 +218,7 @@ def test_chunks_do_not_matter():
     assert np.array_equal(np.concatenate([part.values_X for part in parts]), whole.values_X)
 
 
-def test_the_frozen_head_vector_determines_the_forward_kl():
+def test_the_frozen_head_vector_determines_the_forward_kl() -> None:
     g = torch.Generator().manual_seed(0)
     logits_nV, weight_VD = random_logits(10, 60), torch.randn(60, 8, generator=g)
     hidden_nD = torch.randn(10, 8, generator=g)
@@ -232,7 +236,7 @@ def test_the_frozen_head_vector_determines_the_forward_kl():
 
 
 @pytest.mark.parametrize("encoding", toys.ENTRY_ENCODINGS, ids=repr)
-def test_json_restores_the_encoding(encoding):
+def test_json_restores_the_encoding(encoding: EntryEncoding) -> None:
     assert encoding_from_json(encoding_to_json(encoding)) == encoding
 
 
@@ -245,13 +249,13 @@ def test_json_restores_the_encoding(encoding):
         ({"kind": "threshold", "tau": 0.0}, "threshold.tau"),
     ],
 )
-def test_wrong_settings_are_rejected(raw, said):
+def test_wrong_settings_are_rejected(raw: dict[str, Any], said: str) -> None:
     with pytest.raises(SignalError, match=said):
         encoding_from_json(raw)
 
 
 @pytest.mark.parametrize("wanted", [{"entries": 12.0}, {"size": 30.0}])
-def test_tuning_finds_the_tau_of_a_size(wanted):
+def test_tuning_finds_the_tau_of_a_size(wanted: dict[str, Any]) -> None:
     logits_nV = random_logits(400, 2000)
     tuned = tune_threshold(top_probabilities(logits_nV), 2000, **wanted)
     found = tuned.entries_per_row if "entries" in wanted else tuned.bytes_per_row
@@ -260,7 +264,7 @@ def test_tuning_finds_the_tau_of_a_size(wanted):
     assert float(rows.counts_N.mean()) == pytest.approx(tuned.entries_per_row, rel=0.02)
 
 
-def test_one_tau_for_all_rows_beats_one_budget_for_each():
+def test_one_tau_for_all_rows_beats_one_budget_for_each() -> None:
     """The reason for `threshold`: at equal total size, its total variance is the least."""
     logits_nV = random_logits(300, 2000)
     tuned = tune_threshold(top_probabilities(logits_nV), 2000, entries=12.0)
@@ -271,7 +275,7 @@ def test_one_tau_for_all_rows_beats_one_budget_for_each():
         assert ours.variance < theirs.variance
 
 
-def test_a_size_out_of_reach_is_rejected():
+def test_a_size_out_of_reach_is_rejected() -> None:
     sample_nK = top_probabilities(random_logits(50, 300))
     with pytest.raises(SignalError, match="not possible"):
         tune_threshold(sample_nK, 300, entries=1000.0)

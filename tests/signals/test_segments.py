@@ -22,7 +22,7 @@ def key_by_hand(tokens: list[int], supervised: list[bool]) -> bytes:
     return hashlib.blake2b(message, digest_size=16, person=b"stillhouse-seg-1").digest()
 
 
-def test_keys_are_those_of_the_documentation():
+def test_keys_are_those_of_the_documentation() -> None:
     data = toys.batch()
     wanted = []
     for ids, labels, positions in zip(
@@ -39,19 +39,19 @@ def test_keys_are_those_of_the_documentation():
     assert list(zip(data.segments.keys, data.segments.rows_S.tolist(), strict=True)) == wanted
 
 
-def test_rows_are_those_of_the_shift():
+def test_rows_are_those_of_the_shift() -> None:
     data = toys.batch()
     assert data.segments.rows == len(supervised_targets(data.labels_RL))
 
 
-def test_keys_do_not_depend_on_the_window():
+def test_keys_do_not_depend_on_the_window() -> None:
     data = toys.batch(windows=2)
     cut = int((data.position_ids_RL[0] == 0).nonzero()[1])
     alone = find_segments(data.input_ids_RL[:1, :cut], data.labels_RL[:1, :cut])
     assert alone.keys == data.segments.keys[:1]
 
 
-def test_another_mask_is_another_segment():
+def test_another_mask_is_another_segment() -> None:
     data = toys.batch(windows=1)
     labels_RL = data.labels_RL.clone()
     labels_RL[0, 1] = -100
@@ -60,7 +60,7 @@ def test_another_mask_is_another_segment():
     assert other.keys[1:] == data.segments.keys[1:]
 
 
-def test_a_label_that_nothing_predicts_is_rejected():
+def test_a_label_that_nothing_predicts_is_rejected() -> None:
     data = toys.batch(windows=1)
     start = int((data.position_ids_RL[0] == 0).nonzero()[1])
     data.labels_RL[0, start] = 1
@@ -68,6 +68,6 @@ def test_a_label_that_nothing_predicts_is_rejected():
         find_segments(data.input_ids_RL, data.labels_RL, data.position_ids_RL)
 
 
-def test_without_labels_there_are_no_figures():
+def test_without_labels_there_are_no_figures() -> None:
     ids_RL = torch.zeros(2, 9, dtype=torch.long)
     assert len(find_segments(ids_RL, torch.full_like(ids_RL, -100))) == 0

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,18 +14,35 @@ import torch
 
 from stillhouse.errors import SignalError, StoreError
 from stillhouse.objectives import Term, fused_loss
-from stillhouse.signals import FrozenHeadSignal, HiddenSignal, LMHead, LogitsSignal, SparseSignal
-from stillhouse.signals.encodings import FrozenHead, Hidden, Sampled, Threshold, TopK, TopP
+from stillhouse.signals import (
+    FrozenHeadSignal,
+    HiddenSignal,
+    LMHead,
+    LogitsSignal,
+    SampledSignal,
+    SparseSignal,
+)
+from stillhouse.signals.encodings import (
+    EntryEncoding,
+    FrozenHead,
+    Hidden,
+    Sampled,
+    Threshold,
+    TopK,
+    TopP,
+)
 from stillhouse.signals.record import Recorder
 from stillhouse.signals.segments import Segments, find_segments
-from stillhouse.signals.store import open_store
+from stillhouse.signals.store import Store, open_store
 from stillhouse.signals.verify import info, verify
 from stillhouse.signals.writer import StoreWriter
 from tests.signals import toys
 from tests.signals.decoding import decode
 
 
-def recorded(path, encoding, data, shards=3, **changes):
+def recorded(
+    path: Path, encoding: EntryEncoding, data: toys.Batch, shards: int = 3, **changes: Any
+) -> Store:
     of = toys.settings(encoding, data.logits_NV.shape[1], **changes)
     toys.record(path, of, data, shards)
     return open_store(path)
@@ -30,7 +50,9 @@ def recorded(path, encoding, data, shards=3, **changes):
 
 @pytest.mark.parametrize("vocabulary", [300, 66_000])
 @pytest.mark.parametrize("encoding", toys.ENTRY_ENCODINGS, ids=repr)
-def test_reading_returns_what_was_encoded(tmp_path, encoding, vocabulary):
+def test_reading_returns_what_was_encoded(
+    tmp_path: Path, encoding: EntryEncoding, vocabulary: int
+) -> None:
     data = toys.batch(windows=3, vocabulary=vocabulary)
     store = recorded(tmp_path, encoding, data)
     rows, _ = Recorder(store.settings).encode(data.segments, LogitsSignal(data.logits_NV))
@@ -46,16 +68,17 @@ def test_reading_returns_what_was_encoded(tmp_path, encoding, vocabulary):
 
 
 @pytest.mark.parametrize("encoding", toys.ENTRY_ENCODINGS, ids=repr)
-def test_objectives_accept_the_signals_of_a_store(tmp_path, encoding):
+def test_objectives_accept_the_signals_of_a_store(tmp_path: Path, encoding: EntryEncoding) -> None:
     data = toys.batch(windows=2)
     signal = recorded(tmp_path, encoding, data).read(data.segments)
+    assert isinstance(signal, SparseSignal | SampledSignal)
     head = LMHead(torch.randn(toys.VOCABULARY, 8))
     hidden_ND = torch.randn(data.segments.rows, 8)
     result = fused_loss(hidden_ND, head, [Term("forward_kl")], signal=signal)
     assert torch.isfinite(result.total)
 
 
-def test_rows_follow_their_segments_into_any_batch(tmp_path):
+def test_rows_follow_their_segments_into_any_batch(tmp_path: Path) -> None:
     data = toys.batch(windows=8)
     store = recorded(tmp_path, Threshold(0.05), data)
     whole_NV = toys.estimate(store.read(data.segments), toys.VOCABULARY)
@@ -69,7 +92,7 @@ def test_rows_follow_their_segments_into_any_batch(tmp_path):
         torch.testing.assert_close(found_NV, wanted_NV)
 
 
-def test_rows_follow_their_segments_into_another_packing(tmp_path):
+def test_rows_follow_their_segments_into_another_packing(tmp_path: Path) -> None:
     data = toys.batch(windows=2)
     store = recorded(tmp_path, TopK(4), data)
     first = [int((positions == 0).nonzero()[1]) for positions in data.position_ids_RL]
@@ -80,7 +103,7 @@ def test_rows_follow_their_segments_into_another_packing(tmp_path):
     ]
     segments = find_segments(*(torch.stack([swapped[i], swapped[i + 3]]) for i in range(3)))
     assert sorted(segments.keys) == sorted(data.segments.keys)
-    ids_of = {}
+    ids_of: dict[bytes, np.ndarray] = {}
     for at, signal in (
         (data.segments, store.read(data.segments)),
         (segments, store.read(segments)),
@@ -90,7 +113,7 @@ def test_rows_follow_their_segments_into_another_packing(tmp_path):
             assert np.array_equal(ids_of.setdefault(key, ids), ids)
 
 
-def test_draws_depend_only_on_the_seed_and_the_segment(tmp_path):
+def test_draws_depend_only_on_the_seed_and_the_segment(tmp_path: Path) -> None:
     data = toys.batch()
     stores = [
         recorded(tmp_path / "one", Sampled(20), data, shards=1),
@@ -102,7 +125,7 @@ def test_draws_depend_only_on_the_seed_and_the_segment(tmp_path):
     assert not torch.equal(one, seed)
 
 
-def test_dense_encodings(tmp_path):
+def test_dense_encodings(tmp_path: Path) -> None:
     data = toys.batch(windows=2)
     weight_VD = torch.randn(toys.VOCABULARY, 8)
     of = toys.settings(FrozenHead(8))
@@ -132,7 +155,7 @@ def test_dense_encodings(tmp_path):
 # --- what is not there, or is another's ------------------------------------------------------
 
 
-def test_missing_segments_are_rejected_with_their_number(tmp_path):
+def test_missing_segments_are_rejected_with_their_number(tmp_path: Path) -> None:
     data, more = toys.batch(windows=2), toys.batch(windows=4, seed=9)
     store = recorded(tmp_path, TopK(4), data)
     both = Segments(
@@ -147,7 +170,9 @@ def test_missing_segments_are_rejected_with_their_number(tmp_path):
 
 
 @pytest.mark.parametrize("encoding", toys.ENTRY_ENCODINGS, ids=repr)
-def test_missing_segments_may_be_scored_by_a_live_teacher(tmp_path, encoding):
+def test_missing_segments_may_be_scored_by_a_live_teacher(
+    tmp_path: Path, encoding: EntryEncoding
+) -> None:
     data = toys.batch(windows=4)
     held_S = np.arange(len(data.segments)) % 3 > 0
     of = toys.settings(encoding)
@@ -172,14 +197,16 @@ def test_missing_segments_may_be_scored_by_a_live_teacher(tmp_path, encoding):
         ({"vocabulary": 299}, "another vocabulary: it has 300, and this run 299"),
     ],
 )
-def test_another_runs_store_is_rejected(tmp_path, expected, said):
+def test_another_runs_store_is_rejected(
+    tmp_path: Path, expected: dict[str, Any], said: str
+) -> None:
     recorded(tmp_path, TopK(4), toys.batch(windows=1))
     with pytest.raises(SignalError, match=said):
         open_store(tmp_path, **expected)
     assert open_store(tmp_path, toys.IDENTITY, temperature=1, vocabulary=300)
 
 
-def test_a_store_is_not_continued_with_other_settings(tmp_path):
+def test_a_store_is_not_continued_with_other_settings(tmp_path: Path) -> None:
     recorded(tmp_path, TopK(4), toys.batch(windows=1))
     with pytest.raises(SignalError, match="another encoding"):
         StoreWriter(tmp_path, toys.settings(TopK(5)))
@@ -187,7 +214,7 @@ def test_a_store_is_not_continued_with_other_settings(tmp_path):
         StoreWriter(tmp_path, toys.settings(TopK(4), seed=3))
 
 
-def test_a_shard_of_another_store_is_rejected(tmp_path):
+def test_a_shard_of_another_store_is_rejected(tmp_path: Path) -> None:
     recorded(tmp_path / "a", TopK(4), toys.batch(windows=1), shards=1)
     recorded(tmp_path / "b", TopK(4), toys.batch(windows=1), shards=1, seed=1)
     (ours,), (theirs,) = ((tmp_path / n / "shards").glob("*.bin") for n in "ab")
@@ -198,7 +225,7 @@ def test_a_shard_of_another_store_is_rejected(tmp_path):
 # --- beginning, stopping, going on -----------------------------------------------------------
 
 
-def test_an_unfinished_store_is_reported(tmp_path):
+def test_an_unfinished_store_is_reported(tmp_path: Path) -> None:
     data = toys.batch(windows=2)
     of = toys.settings(TopK(4))
     with StoreWriter(tmp_path, of) as writer:
@@ -215,19 +242,21 @@ def test_an_unfinished_store_is_reported(tmp_path):
     assert dict(info(tmp_path).lines())["encoding"] == "top_k (k 4, tail True)"
 
 
-def test_of_equal_segments_one_is_recorded(tmp_path):
+def test_of_equal_segments_one_is_recorded(tmp_path: Path) -> None:
     data = toys.batch(windows=1)
     twice = Segments(data.segments.keys * 2, np.tile(data.segments.rows_S, 2))
     with StoreWriter(tmp_path, toys.settings(TopK(4))) as writer:
         assert writer.missing(twice).tolist() == [True, True, False, False]
 
 
-def test_a_full_disk_keeps_finished_work_and_the_run_resumes(tmp_path, monkeypatch):
+def test_a_full_disk_keeps_finished_work_and_the_run_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = toys.batch(windows=4)
     of = toys.settings(TopK(4))
     writes = iter([None] * 3)  # the settings and their folder, and one file of the two shards
 
-    def fsync(handle, true_fsync=os.fsync):
+    def fsync(handle: int, true_fsync: Callable[[int], None] = os.fsync) -> None:
         if next(writes, "full") == "full":
             raise OSError(errno.ENOSPC, "No space left on device")
         true_fsync(handle)
@@ -242,7 +271,7 @@ def test_a_full_disk_keeps_finished_work_and_the_run_resumes(tmp_path, monkeypat
     assert open_store(tmp_path).covers(data.segments)
 
 
-def test_shards_close_by_size(tmp_path):
+def test_shards_close_by_size(tmp_path: Path) -> None:
     data = toys.batch(windows=6)
     of, recorder = toys.settings(TopK(4)), Recorder(toys.settings(TopK(4)))
     with StoreWriter(tmp_path, of, most_bytes=500) as writer:
@@ -254,10 +283,11 @@ def test_shards_close_by_size(tmp_path):
     assert manifest.quality.captured_mass < 1
 
 
-def test_a_padded_row_has_the_loss_of_the_shorter_row(tmp_path):
+def test_a_padded_row_has_the_loss_of_the_shorter_row(tmp_path: Path) -> None:
     """top_p: loss and gradient of rows side by side are those of each row alone."""
     data = toys.batch(windows=1)
     signal = recorded(tmp_path, TopP(0.8, most=20), data).read(data.segments)
+    assert isinstance(signal, SparseSignal)
     head = LMHead(torch.randn(toys.VOCABULARY, 8, requires_grad=True))
     for name in ("forward_kl", "reverse_kl", "jsd"):
         hidden_ND = torch.randn(data.segments.rows, 8, requires_grad=True)
@@ -274,6 +304,8 @@ def test_a_padded_row_has_the_loss_of_the_shorter_row(tmp_path):
             h_1D = hidden_ND.detach()[n : n + 1].requires_grad_()
             loss = fused_loss(h_1D, head, [Term(name)], signal=row).total
             loss.backward()
+            assert hidden_ND.grad is not None
+            assert h_1D.grad is not None
             torch.testing.assert_close(hidden_ND.grad[n], h_1D.grad[0], atol=1e-4, rtol=1e-4)
             alone += loss.item()
         assert together.total.item() == pytest.approx(alone, rel=1e-4)

@@ -8,6 +8,7 @@ import random
 import resource
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,23 +16,31 @@ import pytest
 
 from stillhouse.errors import StillhouseError
 from stillhouse.signals import store as store_module
-from stillhouse.signals.encodings import Hidden, Threshold, TopP
+from stillhouse.signals.encodings import Encoding, Hidden, Threshold, TopP
 from stillhouse.signals.manifest import Settings
 from stillhouse.signals.record import Recorder
 from stillhouse.signals.shards import open_shard
 from stillhouse.signals.store import open_store
 from stillhouse.signals.verify import info, verify
 from stillhouse.signals.writer import StoreWriter, finish_store
+from tests import forks
 from tests.signals import toys
 
 KILLS, FLIPS = 30, 1200
 FORK = multiprocessing.get_context("fork")
 
 
-def write_slowly(path: Path, of: Settings, data: toys.Batch, share: int = 0, shares: int = 1):
+def write_slowly(
+    path: Path, of: Settings, data: toys.Batch, share: int = 0, shares: int = 1
+) -> None:
     """Records one segment at a time in tiny shards; every write takes a little longer."""
     true_fsync = os.fsync
-    os.fsync = lambda handle: (time.sleep(0.001), true_fsync(handle))[1]
+
+    def slow_fsync(fd: int) -> None:
+        time.sleep(0.001)
+        true_fsync(fd)
+
+    forks.patch(os, "fsync", slow_fsync)
     recorder = Recorder(of)
     with StoreWriter(path, of, most_bytes=600) as writer:
         for number in range(share, len(data.segments), shares):
@@ -44,7 +53,7 @@ def write_slowly(path: Path, of: Settings, data: toys.Batch, share: int = 0, sha
 
 
 @pytest.mark.run
-def test_killed_at_any_point_the_store_comes_out_the_same(tmp_path):
+def test_killed_at_any_point_the_store_comes_out_the_same(tmp_path: Path) -> None:
     data, chance = toys.batch(windows=16), random.Random(0)
     of = toys.settings(Threshold(0.05))
     toys.record(tmp_path / "undisturbed", of, data)
@@ -61,6 +70,7 @@ def test_killed_at_any_point_the_store_comes_out_the_same(tmp_path):
             else:
                 writer.join(timeout=60)
             if writer.is_alive():
+                assert writer.pid is not None
                 os.kill(writer.pid, signal.SIGKILL)
                 kills += 1
             writer.join()
@@ -73,7 +83,7 @@ def test_killed_at_any_point_the_store_comes_out_the_same(tmp_path):
 
 
 @pytest.mark.run
-def test_processes_write_one_store_together(tmp_path):
+def test_processes_write_one_store_together(tmp_path: Path) -> None:
     data = toys.batch(windows=12)
     of = toys.settings(Threshold(0.05))
     writers = [
@@ -92,7 +102,7 @@ def test_processes_write_one_store_together(tmp_path):
 
 @pytest.mark.run
 @pytest.mark.parametrize("encoding", [Threshold(0.1), TopP(0.5, most=9), Hidden((2,), 4)], ids=repr)
-def test_a_flipped_bit_is_found_and_never_read(tmp_path, encoding):
+def test_a_flipped_bit_is_found_and_never_read(tmp_path: Path, encoding: Encoding) -> None:
     data, chance = toys.batch(windows=2), random.Random(1)
     of = toys.settings(encoding)
     if isinstance(encoding, Hidden):
@@ -138,7 +148,7 @@ def record_hidden(path: Path, of: Settings, data: toys.Batch) -> None:
 
 
 @pytest.mark.parametrize("change", ["cut", "longer", "gone", "empty"])
-def test_an_incomplete_shard_is_named(tmp_path, change):
+def test_an_incomplete_shard_is_named(tmp_path: Path, change: str) -> None:
     data = toys.batch(windows=2)
     toys.record(tmp_path, toys.settings(Threshold(0.05)), data, shards=2)
     shard = sorted((tmp_path / "shards").iterdir())[0]
@@ -152,7 +162,7 @@ def test_an_incomplete_shard_is_named(tmp_path, change):
         open_store(tmp_path).read(data.segments)
 
 
-def test_settings_in_the_place_of_the_manifest_are_named(tmp_path):
+def test_settings_in_the_place_of_the_manifest_are_named(tmp_path: Path) -> None:
     """Their checksum is right."""
     toys.record(tmp_path, toys.settings(Threshold(0.05)), toys.batch(windows=2))
     (tmp_path / "manifest.json").write_bytes((tmp_path / "settings.json").read_bytes())
@@ -162,7 +172,7 @@ def test_settings_in_the_place_of_the_manifest_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("hashed", [True, False])
-def test_a_flipped_bit_is_found_by_either_hash(tmp_path, hashed):
+def test_a_flipped_bit_is_found_by_either_hash(tmp_path: Path, hashed: bool) -> None:
     """Readers of a finished store compare XXH3; writers that resume have the CRC-32 alone."""
     data = toys.batch(windows=2)
     toys.record(tmp_path, toys.settings(Threshold(0.05)), data)
@@ -179,7 +189,7 @@ def test_a_flipped_bit_is_found_by_either_hash(tmp_path, hashed):
 
 
 @pytest.fixture
-def few_files():
+def few_files() -> Iterator[None]:
     """Allow twelve open files more than there are, until the test is over."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     opened = {int(name) for name in os.listdir("/dev/fd")}
@@ -201,7 +211,9 @@ def many_shards(path: Path, data: toys.Batch) -> None:
 
 
 @pytest.mark.run
-def test_a_store_may_have_more_shards_than_open_files_are_allowed(tmp_path, few_files):
+def test_a_store_may_have_more_shards_than_open_files_are_allowed(
+    tmp_path: Path, few_files: None
+) -> None:
     data = toys.batch(windows=12)
     many_shards(tmp_path, data)
     assert verify(tmp_path) == []
@@ -210,16 +222,18 @@ def test_a_store_may_have_more_shards_than_open_files_are_allowed(tmp_path, few_
     assert toys.estimate(found, toys.VOCABULARY).shape[0] == data.segments.rows
 
 
-def test_a_shard_that_cannot_be_opened_is_not_called_damaged(tmp_path, few_files, monkeypatch):
+def test_a_shard_that_cannot_be_opened_is_not_called_damaged(
+    tmp_path: Path, few_files: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = toys.batch(windows=12)
     many_shards(tmp_path, data)
     monkeypatch.setattr(store_module, "allow_open_files", lambda files: None)
     with pytest.raises(StillhouseError, match="Too many open files") as caught:
         open_store(tmp_path).read(data.segments)
-    assert "ulimit -n" in caught.value.fix
+    assert "ulimit -n" in str(caught.value.fix)
 
 
-def test_a_shard_missing_from_the_manifest_is_named(tmp_path):
+def test_a_shard_missing_from_the_manifest_is_named(tmp_path: Path) -> None:
     data = toys.batch(windows=2)
     of = toys.settings(Threshold(0.05))
     toys.record(tmp_path, of, data)

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,7 +15,7 @@ import torch
 
 from stillhouse.errors import StoreError
 from stillhouse.signals import store_hub as hub
-from stillhouse.signals.encodings import Threshold, TopP
+from stillhouse.signals.encodings import EntryEncoding, Threshold, TopP
 from stillhouse.signals.parquet_export import export_parquet
 from stillhouse.signals.segments import Segments
 from stillhouse.signals.store import open_store
@@ -22,7 +23,7 @@ from tests.signals import toys
 
 
 @pytest.mark.parametrize("encoding", [Threshold(0.05), TopP(0.8, most=20)], ids=repr)
-def test_parquet_has_every_row(tmp_path, encoding):
+def test_parquet_has_every_row(tmp_path: Path, encoding: EntryEncoding) -> None:
     data = toys.batch(windows=3)
     toys.record(tmp_path / "store", toys.settings(encoding), data, shards=2)
     out = tmp_path / "signals.parquet"
@@ -31,7 +32,7 @@ def test_parquet_has_every_row(tmp_path, encoding):
     meta = json.loads(table.schema.metadata[b"stillhouse"])
     assert meta["encoding"]["kind"] == encoding.kind
 
-    by_key = {}
+    by_key: dict[str, list[dict[str, Any]]] = {}
     for row in table.to_pylist():
         by_key.setdefault(row["key"], []).append(row)
     store = open_store(tmp_path / "store")
@@ -49,7 +50,7 @@ def test_parquet_has_every_row(tmp_path, encoding):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="it stands for a full disk")
-def test_a_full_disk_of_the_parquet_file_is_one_message(tmp_path):
+def test_a_full_disk_of_the_parquet_file_is_one_message(tmp_path: Path) -> None:
     toys.record(tmp_path / "store", toys.settings(TopP(0.8, most=20)), toys.batch(windows=1))
     (tmp_path / "signals.parquet").symlink_to("/dev/full")
     with pytest.raises(StoreError, match="the disk is full") as caught:
@@ -60,21 +61,22 @@ def test_a_full_disk_of_the_parquet_file_is_one_message(tmp_path):
 class FakeHub:
     """Stores uploads in a folder, and returns them."""
 
-    def __init__(self, folder):
-        self.folder, self.asked = folder, []
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.asked: list[tuple[str, dict[str, Any]]] = []
 
-    def create_repo(self, repo_id, **options):
+    def create_repo(self, repo_id: str, **options: Any) -> None:
         self.asked.append((repo_id, options))
 
-    def upload_folder(self, *, repo_id, folder_path, **_):
+    def upload_folder(self, *, repo_id: str, folder_path: Path, **_: Any) -> SimpleNamespace:
         shutil.copytree(folder_path, self.folder / repo_id)
         return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
 
-    def snapshot_download(self, repo_id, *, local_dir, **_):
+    def snapshot_download(self, repo_id: str, *, local_dir: Path, **_: Any) -> None:
         shutil.copytree(self.folder / repo_id, local_dir)
 
 
-def test_to_the_hub_and_back(tmp_path, monkeypatch):
+def test_to_the_hub_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, fake = toys.batch(windows=2), FakeHub(tmp_path / "hub")
     monkeypatch.setattr(hub, "HfApi", lambda: fake)
     monkeypatch.setattr(hub, "snapshot_download", fake.snapshot_download)
@@ -88,7 +90,7 @@ def test_to_the_hub_and_back(tmp_path, monkeypatch):
     assert toys.same(found, open_store(tmp_path / "store").read(data.segments))
 
 
-def test_a_damaged_store_is_not_uploaded(tmp_path, monkeypatch):
+def test_a_damaged_store_is_not_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeHub(tmp_path / "hub")
     monkeypatch.setattr(hub, "HfApi", lambda: fake)
     toys.record(tmp_path / "store", toys.settings(Threshold(0.05)), toys.batch(windows=1))
@@ -100,8 +102,10 @@ def test_a_damaged_store_is_not_uploaded(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [OSError, RuntimeError])
-def test_errors_of_the_hub_are_one_message(tmp_path, monkeypatch, kind):
-    def refuse(*_, **__):
+def test_errors_of_the_hub_are_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise kind("no such repository")
 
     monkeypatch.setattr(hub, "snapshot_download", refuse)
@@ -113,7 +117,7 @@ def test_errors_of_the_hub_are_one_message(tmp_path, monkeypatch, kind):
         hub.upload_store(tmp_path / "store", "me/nothing")
 
 
-def test_a_name_that_no_repository_can_have_is_one_message(tmp_path):
+def test_a_name_that_no_repository_can_have_is_one_message(tmp_path: Path) -> None:
     toys.record(tmp_path / "store", toys.settings(Threshold(0.05)), toys.batch(windows=1))
     with pytest.raises(StoreError, match="Repo id must"):
         hub.upload_store(tmp_path / "store", "two words/and/slashes")

@@ -7,24 +7,29 @@ import json
 import math
 import struct
 import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from stillhouse.signals import SparseSignal
+from stillhouse.signals.encodings import EntryEncoding
 from stillhouse.signals.store import open_store
 from tests.signals import toys
 
+Row = tuple[dict[int, float], float | None]  # {id: probability or weight}, tail
 TYPES = {1: ("B", 1), 2: ("H", 2), 3: ("e", 2)}
 
 
-def read_by_the_book(folder):
-    """Every segment's rows, by key: ({id: probability or weight}, tail) of each row."""
+def read_by_the_book(folder: Path) -> dict[bytes, list[Row]]:
+    """Every segment's rows, by key."""
     text = (folder / "manifest.json").read_text()
     manifest = json.loads(text)
     checksum = manifest.pop("checksum")
     body = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
     assert hashlib.blake2b(body.encode(), digest_size=16).hexdigest() == checksum
-    found = {}
+    found: dict[bytes, list[Row]] = {}
     for listed in manifest["shards"]:
         data = (folder / "shards" / listed["name"]).read_bytes()
         assert len(data) == listed["bytes"]
@@ -38,12 +43,12 @@ def read_by_the_book(folder):
     return found
 
 
-def read_shard(data, kind):
+def read_shard(data: bytes, kind: str) -> dict[bytes, list[Row]]:
     segments, rows, entries, values = struct.unpack_from("<4Q", data, 32)
     id_bytes, value_type, has_valued, has_scalar = struct.unpack_from("<4B", data, 64)
     at = 128
 
-    def plane(letter, size, count):
+    def plane(letter: str, size: int, count: int) -> tuple[Any, ...]:
         nonlocal at
         numbers = struct.unpack_from("<" + letter * count, data, at)
         at += -(-size * count // 8) * 8
@@ -55,7 +60,7 @@ def read_shard(data, kind):
     plane("I", 4, segments)
     counts = plane("B", 1, rows)
     valued = plane("B", 1, rows) if has_valued else counts
-    ids = plane("H", 2, entries + 256)
+    ids: Sequence[int] = plane("H", 2, entries + 256)
     if id_bytes == 3:
         ids = [
             low + (high << 16) for low, high in zip(ids, plane("B", 1, entries + 256), strict=True)
@@ -74,7 +79,9 @@ def read_shard(data, kind):
     return {key: decoded[bounds[i] : bounds[i + 1]] for i, key in enumerate(keys)}
 
 
-def row(kind, ids, values, value_type, tail):
+def row(
+    kind: str, ids: Sequence[int], values: Sequence[float], value_type: int, tail: float | None
+) -> Row:
     if kind in ("top_k", "top_p"):
         weights = [math.exp(v) for v in values]
     elif kind == "sampled":
@@ -92,7 +99,9 @@ def row(kind, ids, values, value_type, tail):
 
 @pytest.mark.parametrize("vocabulary", [300, 66_000])
 @pytest.mark.parametrize("encoding", toys.ENTRY_ENCODINGS, ids=repr)
-def test_a_reader_by_the_book_agrees(tmp_path, encoding, vocabulary):
+def test_a_reader_by_the_book_agrees(
+    tmp_path: Path, encoding: EntryEncoding, vocabulary: int
+) -> None:
     data = toys.batch(windows=2, vocabulary=vocabulary)
     toys.record(tmp_path, toys.settings(encoding, vocabulary), data, shards=2)
     by_key = read_by_the_book(tmp_path)

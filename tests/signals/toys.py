@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from stillhouse.signals import LogitsSignal, SampledSignal, SparseSignal
+from stillhouse.signals.decode import StoredSignal
 from stillhouse.signals.encodings import (
+    Encoding,
     EntryEncoding,
     Sampled,
     Stratified,
@@ -54,7 +57,9 @@ class Batch:
         return self.segments.only(chosen_S), LogitsSignal(self.logits_NV[rows])
 
 
-def batch(windows: int = 6, context: int = 40, vocabulary: int = VOCABULARY, seed: int = 0):
+def batch(
+    windows: int = 6, context: int = 40, vocabulary: int = VOCABULARY, seed: int = 0
+) -> Batch:
     """Windows of three segments each: the first one's labels are partly masked, the last one is
     padding."""
     g = torch.Generator().manual_seed(seed)
@@ -73,13 +78,13 @@ def batch(windows: int = 6, context: int = 40, vocabulary: int = VOCABULARY, see
     return Batch(ids_RL, labels_RL, positions_RL, segments, logits_NV)
 
 
-def settings(encoding, vocabulary: int = VOCABULARY, **changes) -> Settings:
+def settings(encoding: Encoding, vocabulary: int = VOCABULARY, **changes: Any) -> Settings:
     return Settings(
         **{"encoding": encoding, "vocabulary": vocabulary, "identity": IDENTITY} | changes
     )
 
 
-def record(path: Path, of: Settings, data: Batch, shards: int = 1, **options) -> None:
+def record(path: Path, of: Settings, data: Batch, shards: int = 1, **options: Any) -> None:
     """A finished store of the batch, its segments dealt out over some shards."""
     recorder = Recorder(of)
     with StoreWriter(path, of, **options) as writer:
@@ -93,7 +98,7 @@ def record(path: Path, of: Settings, data: Batch, shards: int = 1, **options) ->
         writer.finish()
 
 
-def estimate(signal, vocabulary: int) -> Tensor:
+def estimate(signal: StoredSignal, vocabulary: int) -> Tensor:
     """The probabilities that a signal stands for, [N, V]; a sparse signal's tail is left out."""
     if isinstance(signal, SparseSignal):
         weights_NK = signal.log_probs_NK.exp()
@@ -104,9 +109,9 @@ def estimate(signal, vocabulary: int) -> Tensor:
     return p_NV.scatter_add(1, signal.ids_NK.long(), weights_NK)
 
 
-def tensors(signal) -> list[Tensor]:
+def tensors(signal: StoredSignal) -> list[Tensor]:
     return [value for value in vars(signal).values() if isinstance(value, Tensor)]
 
 
-def same(one, other) -> bool:
+def same(one: StoredSignal, other: StoredSignal) -> bool:
     return all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -113,7 +114,7 @@ def test_a_bfloat16_model_is_trained_in_float32() -> None:
     ],
 )
 def test_models_that_cannot_be_pruned_are_rejected(
-    teacher: LocalTeacher, data: Data, options: dict[str, object], message: str
+    teacher: LocalTeacher, data: Data, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         Student.prune(teacher, data, **options)

@@ -172,7 +172,9 @@ def synthesized(folder: Path, url: str, best_of: dict[str, Any], **changes: Any)
     raw = tiny.recipe(folder, folder=str(folder / "runs" / "tiny"), synthesize=section)
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(raw))
-    return synthesize_text(path)
+    found = synthesize_text(path)
+    assert found is not None
+    return found
 
 
 def answers(result: Synthesis) -> list[str]:

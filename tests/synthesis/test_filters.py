@@ -268,11 +268,11 @@ def test_dropped_rows_are_counted_by_filter_and_written_to_a_file(tmp_path: Path
     rows = [row("good"), row(" "), row("good", finish_reason="length"), row("good", sample=1)]
     assert [r.text for r in sieve.keep(rows)] == ["good"]
     assert sieve.dropped == {"empty": 1, "truncated": 1, "length": 0, "exact_duplicates": 1}
-    rows = [json.loads(line) for line in (tmp_path / "dropped.jsonl").read_text().splitlines()]
-    assert [one["filter"] for one in rows] == ["empty", "truncated", "exact_duplicates"]
-    assert rows[2]["reason"] == "an earlier row has the same prompt and answer"
-    assert rows[2]["sample"] == 1
-    assert rows[2]["messages"][-1] == {"role": "assistant", "content": "good"}
+    dropped = [json.loads(line) for line in (tmp_path / "dropped.jsonl").read_text().splitlines()]
+    assert [one["filter"] for one in dropped] == ["empty", "truncated", "exact_duplicates"]
+    assert dropped[2]["reason"] == "an earlier row has the same prompt and answer"
+    assert dropped[2]["sample"] == 1
+    assert dropped[2]["messages"][-1] == {"role": "assistant", "content": "good"}
 
 
 # --- other scripts -----------------------------------------------------------------------------

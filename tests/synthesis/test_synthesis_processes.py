@@ -20,7 +20,7 @@ from .test_synthesize import write
 
 pytestmark = pytest.mark.run
 
-SECTION = {
+SECTION: dict[str, Any] = {
     "teacher": {"local": {"batch": 2, "precision": "float32"}},
     "prompts": {"path": "prompts.txt", "samples": 3},
     "sampling": {"max_tokens": 8, "temperature": 1.0},

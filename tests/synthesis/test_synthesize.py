@@ -53,7 +53,7 @@ def write(folder: Path, url: str, *, name: str = "tiny", **changes: Any) -> Path
     return path
 
 
-def rows(result: Synthesis) -> list[list[dict[str, str]]]:
+def rows(result: Synthesis | None) -> list[list[dict[str, str]]]:
     return [json.loads(line)["messages"] for line in result.out.read_text().splitlines()]
 
 
@@ -146,7 +146,7 @@ def test_filters_drop_rows_with_a_reason(tmp_path: Path) -> None:
 
 def test_the_budget_counts_what_earlier_runs_paid(tmp_path: Path) -> None:
     with Stub(lambda number, payload: Reply(text=f"{number}", usage=(30, 20))) as stub:
-        limited = {"budget": {"max_tokens": 400}}
+        limited: dict[str, Any] = {"budget": {"max_tokens": 400}}
         first = synthesize_text(write(tmp_path, stub.url, **limited))
         paid = len(stub.payloads)
         again = synthesize_text(write(tmp_path, stub.url, **limited))
@@ -163,7 +163,7 @@ def test_a_prompt_that_is_there_ten_times_is_paid_for_once(tmp_path: Path) -> No
     with Stub(lambda n, p: Reply(text=f"{n}", usage=(30, 20))) as stub:
         recipe = write(tmp_path, stub.url, filters={"exact_duplicates": False})
         synthesize_text(recipe, ["synthesize.prompts.limit=10"])
-        loaded = parse_recipe(yaml.safe_load(recipe.read_text()))
+        loaded = tiny.parsed(yaml.safe_load(recipe.read_text()))
         assert loaded.synthesize is not None
         known = estimate_synthesis(synthesis_job(loaded, tmp_path))
         again = synthesize_text(recipe, ["synthesize.budget.max_tokens=200"])
@@ -447,7 +447,7 @@ def test_what_the_recipe_wrote_before_is_replaced(tmp_path: Path) -> None:
     with Stub(echo) as stub:
         first = synthesize_text(write(tmp_path, stub.url))
         before = first.out.read_text()
-        other = {"filters": {"forbid_pattern": "question 7$"}}
+        other: dict[str, Any] = {"filters": {"forbid_pattern": "question 7$"}}
         again = synthesize_text(write(tmp_path, stub.url, **other))
         assert again.out.read_text() != before
         synthesize_text(write(tmp_path, stub.url))

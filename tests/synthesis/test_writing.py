@@ -43,7 +43,7 @@ def write(folder: Path, url: str, prompts: dict[str, Any], **changes: Any) -> Pa
     return path
 
 
-def prompts_of(result: Synthesis) -> list[str]:
+def prompts_of(result: Synthesis | None) -> list[str]:
     lines = result.out.read_text().splitlines()
     return [json.loads(line)["messages"][0]["content"] for line in lines]
 

@@ -64,7 +64,7 @@ def test_attention_of_a_block_is_its_projections_of_the_normed_stream() -> None:
     found = run_backbone(
         model, ids_RL, None, ActivationRequest(layers=frozenset({1}), attention=frozenset({2}))
     )
-    block = decoder_layers(model)[1]
+    block: Any = decoder_layers(model)[1]
     stream_RLD = block.input_layernorm(found.layers[1])
     assert set(found.attention) == {2}
     for name, projection in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):

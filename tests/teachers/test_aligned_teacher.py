@@ -14,7 +14,12 @@ from stillhouse.data.batches import Batch, collate, positions_of, targets_of
 from stillhouse.data.shift import supervised_rows, supervised_targets
 from stillhouse.errors import SignalError
 from stillhouse.objectives import Term, fused_loss
-from stillhouse.objectives.objective_config import AttentionRelationsTerm, ChunksTerm, LogitsTerm
+from stillhouse.objectives.objective_config import (
+    AttentionRelationsTerm,
+    ChunksTerm,
+    LogitsTerm,
+    ObjectiveTerm,
+)
 from stillhouse.signals import ChunkSignal, FoldedSignal
 from stillhouse.signals.lm_head import target_log_probabilities
 from stillhouse.students.student import Student
@@ -75,7 +80,8 @@ def test_with_the_students_tokenizer_it_is_the_usual_forward_kl() -> None:
 def test_the_loss_is_that_of_a_slow_reference(kind: str) -> None:
     """One shared boundary at a time: the teacher reads the bytes before it, in its own tokens."""
     words, others = byte_level(300), KINDS[kind]()
-    aligned = AlignedTeacher(LocalTeacher(model_for(others), others), words)
+    teacher = LocalTeacher(model_for(others), others)
+    aligned = AlignedTeacher(teacher, words)
     student = model_for(words, seed=1)
     batch = batch_of(words)
     aligned.prepare(Distillation(student, teacher=aligned).objective.needs)
@@ -86,10 +92,13 @@ def test_the_loss_is_that_of_a_slow_reference(kind: str) -> None:
     expected = torch.zeros((), dtype=torch.float64)
     hidden_RLD = hidden_states(student, batch["input_ids"], batch["position_ids"])
     rows = iter(signal.covered_N.tolist())
-    places = [
-        (r, t) for r, labels in enumerate(rewritten["labels"]) for t in (labels >= 0).nonzero()
-    ]
-    places = iter([(r, int(t)) for r, t in places])
+    places = iter(
+        [
+            (r, int(t))
+            for r, labels in enumerate(rewritten["labels"])
+            for t in (labels >= 0).nonzero()
+        ]
+    )
     for r, labels_L in enumerate(batch["labels"]):
         for t in (labels_L >= 0).nonzero()[:, 0].tolist():
             if not next(rows):
@@ -98,7 +107,7 @@ def test_the_loss_is_that_of_a_slow_reference(kind: str) -> None:
             assert row == r
             start = int((rewritten["position_ids"][r, :at] == 0).nonzero()[-1])
             read = rewritten["input_ids"][r, start:at]
-            log_p_W = aligned.teacher.model(read[None]).logits[0, -1].log_softmax(-1)
+            log_p_W = teacher.model(read[None]).logits[0, -1].log_softmax(-1)
             log_q_V = (hidden_RLD[r, t - 1] @ lm_head(student).weight_VD.T).log_softmax(-1)
             roots = aligned.roots
             log_p_R, log_q_R = (
@@ -197,7 +206,8 @@ def test_terms_on_intermediate_layers_are_refused() -> None:
 def test_chunks_have_the_likelihoods_of_a_slow_reference(kind: str) -> None:
     """One chunk at a time: the teacher reads the tokens before each of its own."""
     words, others = byte_level(300), KINDS[kind]()
-    aligned = AlignedTeacher(LocalTeacher(model_for(others), others), words)
+    teacher = LocalTeacher(model_for(others), others)
+    aligned = AlignedTeacher(teacher, words)
     aligned.prepare(TeacherNeeds(chunks=True))
     batch = batch_of(words)
     (signal,) = aligned.answer(batch).signals
@@ -222,7 +232,7 @@ def test_chunks_have_the_likelihoods_of_a_slow_reference(kind: str) -> None:
             for at in range(begin, end):
                 first = int((window.positions_M[:at] == 0).nonzero()[0][-1])
                 read = torch.from_numpy(window.ids_M[first:at])
-                log_p_W = aligned.teacher.model(read[None]).logits[0, -1].log_softmax(-1)
+                log_p_W = teacher.model(read[None]).logits[0, -1].log_softmax(-1)
                 log_p += float(log_p_W[window.ids_M[at]].detach())
             expected.append(log_p)
         done += int((labels_L >= 0).sum())
@@ -244,7 +254,7 @@ def test_the_fold_is_the_same_with_and_without_chunks() -> None:
     assert isinstance(with_chunks, FoldedSignal)
     assert torch.equal(with_chunks.covered_N, without.covered_N)
     torch.testing.assert_close(with_chunks.signal.hidden_ND, without.signal.hidden_ND)
-    terms = [LogitsTerm(), ChunksTerm(kind="chunks", weight=0.5)]
+    terms: list[ObjectiveTerm] = [LogitsTerm(), ChunksTerm(kind="chunks", weight=0.5)]
     loss = Distillation(student, terms, aligned)(batch, aligned.answer(batch))
     assert set(loss.terms) == {"forward_kl", "chunks binary"}
     alone = Distillation(student, teacher=aligned)(batch, aligned.answer(batch))
@@ -292,7 +302,10 @@ def test_one_log_probability_a_token_becomes_likelihoods_of_all_chunks() -> None
     assert float(gaps_CC.abs().amin(1).max()) < 1e-4
     assert len(chunks.log_probs_C) > len(folded.chunks.log_probs_C)
     student = model_for(words, seed=1)
-    terms = [ChunksTerm(kind="chunks"), LogitsTerm(divergence="cross_entropy", weight=0.1)]
+    terms: list[ObjectiveTerm] = [
+        ChunksTerm(kind="chunks"),
+        LogitsTerm(divergence="cross_entropy", weight=0.1),
+    ]
     module = Distillation(student, terms, sparse)
     loss = module(batch, sparse.answer(batch))
     loss.total.backward()

@@ -116,9 +116,11 @@ def test_layers_and_attention_are_as_alone() -> None:
     with torch.no_grad():
         found = run_backbone(model, IDS, POSITIONS, request)
         for layer in (0, 1, 2):
-            wanted_RLD = alone(
-                model, lambda ids, at=layer: run_backbone(model, ids, None, request).layers[at]
-            )
+
+            def layer_alone(ids: Tensor, at: int = layer) -> Tensor:
+                return run_backbone(model, ids, None, request).layers[at]
+
+            wanted_RLD = alone(model, layer_alone)
             wanted_RLD[0, 9] = 0
             torch.testing.assert_close(found.layers[layer], wanted_RLD)
         wanted_RLW = alone(
@@ -174,8 +176,8 @@ def test_a_teacher_of_any_kind_of_blocks_answers_on_a_cpu(kind: str, tmp_path: P
         for ids, positions in zip(IDS, POSITIONS, strict=True)
     ]
     (signal,) = teacher.answer(collate(rows)).signals
-    assert signal.hidden_ND.shape == (38, 32)  # type: ignore[union-attr]
-    assert torch.isfinite(signal.hidden_ND).all()  # type: ignore[union-attr]
+    assert signal.hidden_ND.shape == (38, 32)
+    assert torch.isfinite(signal.hidden_ND).all()
 
 
 def test_a_large_student_of_any_kind_of_blocks_is_saved(

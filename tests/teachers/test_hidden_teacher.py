@@ -22,7 +22,7 @@ from stillhouse.errors import ModelError, RecipeError, SignalError
 from stillhouse.language_model.job import find_models
 from stillhouse.language_model.signals_stage import StoredSignals, training_teacher
 from stillhouse.objectives import Term
-from stillhouse.objectives.objective_config import LogitsTerm, ObjectiveRecipe
+from stillhouse.objectives.objective_config import LogitsTerm, ObjectiveRecipe, ObjectiveTerm
 from stillhouse.signals import DenseSignal
 from stillhouse.signals.encodings import Hidden, TopK
 from stillhouse.signals.manifest import Settings
@@ -109,7 +109,7 @@ def test_it_trains_a_student_as_the_local_teacher_does(tmp_path: Path) -> None:
         served = Teacher.served_hidden(url, "tiny", folder, dtype="float32", concurrency=2)
         for taught_by in (served, Teacher.load(folder, dtype="float32")):
             student = Student(tiny.llama(seed=1), words)
-            terms = [LogitsTerm(divergence="reverse_kl", temperature=2.0)]
+            terms: list[ObjectiveTerm] = [LogitsTerm(divergence="reverse_kl", temperature=2.0)]
             section = TrainRecipe(batch_size=4, precision="float32", max_steps=3)
             result = train(student, taught_by, data.train, ObjectiveRecipe(terms=terms), section)
             losses.append([row["loss"] for row in result.metrics if "loss" in row])

@@ -48,6 +48,12 @@ def model(tmp_path: Path) -> nn.Sequential:
     return made
 
 
+def weight(model: nn.Sequential, layer: int) -> Tensor:
+    found = model[layer].weight
+    assert isinstance(found, Tensor)
+    return found
+
+
 def mapped(model: nn.Sequential, folder: Path) -> dict[nn.Module, MappedWeights]:
     return map_weights(model, model, [folder / "model.safetensors"])
 
@@ -56,37 +62,37 @@ def test_pages_leave_memory_and_come_back(model: nn.Sequential, tmp_path: Path) 
     values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     first, second = mapped(model, tmp_path).values()
     model(torch.ones(WIDTH))
-    assert resident_pages([model[0].weight]) >= pages(model[0].weight) - 1
+    assert resident_pages([weight(model, 0)]) >= pages(weight(model, 0)) - 1
     first.release()
-    assert resident_pages([model[0].weight]) <= 1  # the one that the bias begins in
-    assert resident_pages([model[1].weight]) >= pages(model[1].weight) - 1, "not its own"
+    assert resident_pages([weight(model, 0)]) <= 1  # the one that the bias begins in
+    assert resident_pages([weight(model, 1)]) >= pages(weight(model, 1)) - 1, "not its own"
     second.release()
     assert all(torch.equal(tensor, values[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_changed_weight_keeps_its_values(model: nn.Sequential, tmp_path: Path) -> None:
     layer, _ = mapped(model, tmp_path).values()
-    model[0].weight[3, 4] = -1.0
+    weight(model, 0)[3, 4] = -1.0
     model(torch.ones(WIDTH))
     layer.release()
-    assert model[0].weight[3, 4] == -1.0
-    assert resident_pages([model[0].weight]) >= pages(model[0].weight) - 1
+    assert weight(model, 0)[3, 4] == -1.0
+    assert resident_pages([weight(model, 0)]) >= pages(weight(model, 0)) - 1
 
 
 def test_the_file_is_never_written(model: nn.Sequential, tmp_path: Path) -> None:
     before = (tmp_path / "model.safetensors").read_bytes()
     mapped(model, tmp_path)
-    model[1].weight.zero_()
+    weight(model, 1).zero_()
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
 def test_weights_that_are_not_the_files_stay(model: nn.Sequential, tmp_path: Path) -> None:
-    model[0].weight[3, 4] = -1.0
-    own = model[0].weight.data_ptr(), model[1].weight.data_ptr()
+    weight(model, 0)[3, 4] = -1.0
+    own = weight(model, 0).data_ptr(), weight(model, 1).data_ptr()
     layers = mapped(model, tmp_path)
-    assert model[0].weight.data_ptr() == own[0]
-    assert model[1].weight.data_ptr() != own[1]
+    assert weight(model, 0).data_ptr() == own[0]
+    assert weight(model, 1).data_ptr() != own[1]
     for layer in layers.values():
         layer.release()
-    assert model[0].weight[3, 4] == -1.0
+    assert weight(model, 0)[3, 4] == -1.0
     assert mapped(model.double(), tmp_path) == {}, "another type"

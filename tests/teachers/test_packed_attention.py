@@ -215,8 +215,11 @@ def test_the_reference_of_the_kernel_separates_documents() -> None:
     assert error == 0
     rows = [torch.randn(6, 2, 4) for _ in range(3)]
     bounds = torch.tensor([0, 2, 6], dtype=torch.int32)
-    options = {"scale": 0.5, "window_size": (-1, 0), "enable_gqa": False}
-    whole = masked_attention(*rows, bounds, bounds, 4, 4, **options)
+    query, key, value = rows
+    whole = masked_attention(
+        query, key, value, bounds, bounds, 4, 4,
+        scale=0.5, window_size=(-1, 0), enable_gqa=False,
+    )  # fmt: skip
     for part in (slice(0, 2), slice(2, 6)):
         query, key, value = (each[part].transpose(0, 1) for each in rows)
         alone = nn.functional.scaled_dot_product_attention(
@@ -226,9 +229,10 @@ def test_the_reference_of_the_kernel_separates_documents() -> None:
 
 
 def test_bounds_that_do_not_arrive_are_an_error(gpu: list[int]) -> None:
-    rows = [torch.randn(1, 2, 6, 4) for _ in range(3)]
+    query, key, value = (torch.randn(1, 2, 6, 4) for _ in range(3))
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
     with pytest.raises(ModelError, match="does not pass the bounds of documents"):
-        attention.packed_attention(nn.Identity(), *rows, torch.ones(1, 1, 1, 1, dtype=torch.bool))
+        attention.packed_attention(nn.Identity(), query, key, value, mask)
 
 
 def test_keys_are_repeated_for_a_kernel_without_grouped_heads() -> None:

@@ -12,7 +12,7 @@ import torch
 from stillhouse.data.batches import collate
 from stillhouse.launch import leads
 from stillhouse.signals.encodings import TopK
-from stillhouse.signals.manifest import Settings, read_manifest
+from stillhouse.signals.manifest import Manifest, Settings, read_manifest
 from stillhouse.signals.store import open_store
 from stillhouse.teachers import record_store
 from stillhouse.teachers.local_teacher import LocalTeacher, load_teacher
@@ -77,8 +77,12 @@ def test_processes_record_the_store_of_one(tmp_path: Path, processes: int, shard
 def recorded_and_moved(folder: Path, out: Path) -> None:
     """As a run does: the main process moves what the stage wrote. The others are slow."""
     if not leads():
-        real = record_store.read_manifest
-        record_store.read_manifest = lambda path: (time.sleep(1), real(path))[1]
+
+        def slow_read(path: Path) -> Manifest:
+            time.sleep(1)
+            return read_manifest(path)
+
+        forks.patch(record_store, "read_manifest", slow_read)
     recorded(folder, out)
     if leads():
         out.rename(out.with_name("finished"))

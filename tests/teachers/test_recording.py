@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from stillhouse.data.shift import supervised_positions, supervised_rows
@@ -18,7 +20,7 @@ from tests import tiny
 from tests.signals import toys
 
 
-def test_a_store_has_the_live_teachers_answers(tmp_path):
+def test_a_store_has_the_live_teachers_answers(tmp_path: Path) -> None:
     teacher = tiny.llama()
     vocabulary = teacher.config.vocab_size
     data = toys.batch(windows=4, vocabulary=vocabulary)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerFast
 
 from stillhouse.errors import ModelError
 from stillhouse.teachers import roots_file
@@ -20,13 +21,15 @@ from stillhouse.teachers.text_tokens import TextTokens
 from tests.teachers.tokenizer_toys import KINDS, byte_level, sentencepiece
 
 
-def roots_of(student, teacher) -> tuple[TextTokens, TextTokens, Roots]:
+def roots_of(
+    student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFast
+) -> tuple[TextTokens, TextTokens, Roots]:
     ours, theirs = TextTokens(student), TextTokens(teacher)
     ends = (student.eos_token_id, teacher.eos_token_id)
     return ours, theirs, make_roots(ours, theirs, [ends])
 
 
-def slow_root(value: bytes, ours: TextTokens, theirs: TextTokens) -> bytes | None:
+def slow_root(value: bytes, ours: TextTokens, theirs: TextTokens) -> bytes:
     """The definition: the first token of the other tokenizer's encoding, until both have it."""
     sides = [set(ours.strings.values()), set(theirs.strings.values())]
     while not all(value in side for side in sides):

@@ -8,9 +8,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ from stillhouse.teachers.http_link import Patience
 from stillhouse.teachers.local_teacher import LocalTeacher
 from stillhouse.teachers.record_store import record, segments_of
 from stillhouse.teachers.served_teacher import ServedTeacher
-from stillhouse.teachers.teacher import TeacherNeeds
+from stillhouse.teachers.teacher import Teacher, TeacherNeeds
 from stillhouse.training.train import train
 from stillhouse.training.train_config import TrainRecipe
 from tests import tiny
@@ -140,7 +141,9 @@ class TwoDocuments:
         return {"input_ids": ids_L, "labels": labels_L, "position_ids": positions_L}
 
 
-def test_a_server_fills_the_store_that_a_local_teacher_would(tmp_path, server):
+def test_a_server_fills_the_store_that_a_local_teacher_would(
+    tmp_path: Path, server: Server
+) -> None:
     windows = TwoDocuments()
     record(LocalTeacher(server.model), [windows], SETTINGS, tmp_path / "local")
     record(teacher(server.section), [windows], SETTINGS, tmp_path / "served")
@@ -160,7 +163,7 @@ def test_a_server_fills_the_store_that_a_local_teacher_would(tmp_path, server):
     assert masses[0] == pytest.approx(masses[1], abs=1e-5)
 
 
-def test_a_request_has_several_documents(tmp_path, server):
+def test_a_request_has_several_documents(tmp_path: Path, server: Server) -> None:
     """Up to as many tokens as a request may have, or as keep all connections busy."""
     section = server.section.model_copy(update={"concurrency": 2})
     record(teacher(section), [TwoDocuments()], SETTINGS, tmp_path)
@@ -168,8 +171,8 @@ def test_a_request_has_several_documents(tmp_path, server):
 
 
 def test_rows_recorded_before_the_server_failed_are_not_requested_again(
-    tmp_path, server, monkeypatch
-):
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     windows = TwoDocuments()
     answers = iter(range(100))
 
@@ -244,7 +247,9 @@ def twice(status: int, answer: Any) -> tuple[int, Any]:
         (of_more_than_one, "of mass"),
     ],
 )
-def test_a_server_with_wrong_replies_is_named(tmp_path, server, spoil, message):
+def test_a_server_with_wrong_replies_is_named(
+    tmp_path: Path, server: Server, spoil: Callable[[int, Any], tuple[int, Any]], message: str
+) -> None:
     server.spoil = spoil
     with pytest.raises(ModelError, match=message) as caught:
         record(teacher(server.section), [TwoDocuments()], SETTINGS, tmp_path)
@@ -252,7 +257,9 @@ def test_a_server_with_wrong_replies_is_named(tmp_path, server, spoil, message):
     assert caught.value.fix
 
 
-def test_the_key_is_read_from_the_environment_and_named_when_it_is_missing(server, monkeypatch):
+def test_the_key_is_read_from_the_environment_and_named_when_it_is_missing(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     section = server.section.model_copy(update={"key_env": "TINY_KEY"})
     monkeypatch.delenv("TINY_KEY", raising=False)
     with pytest.raises(EndpointError, match="TINY_KEY is not set") as caught:
@@ -267,7 +274,9 @@ KEY = "sk-live/Ab+9_z&Qx==7f3c"
 
 
 @pytest.mark.parametrize("status", [200, 302, 400, 401, 404, 418])
-def test_a_key_that_a_server_repeats_is_not_shown(server, monkeypatch, status):
+def test_a_key_that_a_server_repeats_is_not_shown(
+    server: Server, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
     """In a message, in a reply that is no completion, and cut off."""
     monkeypatch.setenv("TINY_KEY", KEY)
     section = server.section.model_copy(update={"key_env": "TINY_KEY"})
@@ -279,14 +288,18 @@ def test_a_key_that_a_server_repeats_is_not_shown(server, monkeypatch, status):
         assert status == 302 or "[key]" in str(caught.value)
 
 
-def test_a_huge_reply_is_not_read_to_its_end(server, monkeypatch):
+def test_a_huge_reply_is_not_read_to_its_end(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(served_teacher, "MOST_BYTES", 1 << 10)
     server.spoil = lambda status, answer: (status, {**answer, "more": " " * (1 << 20)})
     with pytest.raises(ModelError, match=r"reply has more than [0-9,]+ bytes"):
         teacher(server.section).answer(one_batch())
 
 
-def test_a_reply_that_is_cut_off_is_requested_again(server, monkeypatch):
+def test_a_reply_that_is_cut_off_is_requested_again(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(signal_server, "PATIENCE", Patience(attempts=3, backoff=0.0))
     server.cut_off = 2
     (found,) = teacher(server.section).answer(one_batch()).signals
@@ -294,7 +307,9 @@ def test_a_reply_that_is_cut_off_is_requested_again(server, monkeypatch):
     assert len(server.asked) == 2 + 2
 
 
-def test_a_server_that_cuts_off_every_reply_is_named(server, monkeypatch):
+def test_a_server_that_cuts_off_every_reply_is_named(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(signal_server, "PATIENCE", Patience(attempts=3, backoff=0.0))
     server.cut_off = 1000
     with pytest.raises(ModelError, match="its reply ended early"):
@@ -302,7 +317,7 @@ def test_a_server_that_cuts_off_every_reply_is_named(server, monkeypatch):
     assert 3 <= len(server.asked) <= 3 * 2  # the first of two requests that gives up ends both
 
 
-def test_a_notebook_has_an_event_loop_of_its_own(server):
+def test_a_notebook_has_an_event_loop_of_its_own(server: Server) -> None:
     async def cell() -> Any:
         return teacher(server.section).answer(one_batch())
 
@@ -319,7 +334,7 @@ def _ask(section: SignalServer) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_does_not_wait_for_a_server_that_hangs(server, number):
+def test_a_signal_does_not_wait_for_a_server_that_hangs(server: Server, number: int) -> None:
     free = threading.Event()
     server.spoil = lambda status, answer: (free.wait(60), (status, answer))[1]
     process = Fork(_ask, server.section)
@@ -330,7 +345,7 @@ def test_a_signal_does_not_wait_for_a_server_that_hangs(server, number):
     free.set()
 
 
-def test_a_server_teaches_live_what_its_store_would(tmp_path, server):
+def test_a_server_teaches_live_what_its_store_would(tmp_path: Path, server: Server) -> None:
     """No store is needed; its k tokens and their tail are rounded less than a store's."""
     words = tiny.tokenizer()
     lines = tiny.text(60).splitlines()
@@ -338,9 +353,11 @@ def test_a_server_teaches_live_what_its_store_would(tmp_path, server):
     served = ServedTeacher(server.section, k=200, vocabulary=260, tokenizer=words)
     section = TrainRecipe(batch_size=4, precision="float32", max_steps=3, evaluate_every=3)
     found = []
-    for taught_by in (served, record_signals(served, data, tmp_path, encoding=TopK(200)), None):
+    recorded = record_signals(served, data, tmp_path, encoding=TopK(200))
+    local = LocalTeacher(server.model, words)
+    teachers: list[Teacher] = [served, recorded, local]
+    for taught_by in teachers:
         student = Student(tiny.llama(seed=1), words)
-        taught_by = taught_by or LocalTeacher(server.model, words)
         result = train(
             student, taught_by, data.train, ObjectiveRecipe(), section, heldout=data.heldout
         )
@@ -360,13 +377,17 @@ def test_a_server_teaches_live_what_its_store_would(tmp_path, server):
         (TeacherNeeds((), ActivationRequest(frozenset({1}))), "intermediate layers"),
     ],
 )
-def test_terms_that_a_server_cannot_serve_are_rejected_before_it_is_called(server, needs, message):
+def test_terms_that_a_server_cannot_serve_are_rejected_before_it_is_called(
+    server: Server, needs: TeacherNeeds, message: str
+) -> None:
     with pytest.raises(SignalError, match=message) as caught:
         teacher(server.section).prepare(needs)
     assert caught.value.fix
     assert not server.asked
 
 
-def test_the_bias_of_its_likely_tokens_is_reported(server, capfd):
+def test_the_bias_of_its_likely_tokens_is_reported(
+    server: Server, capfd: pytest.CaptureFixture[str]
+) -> None:
     teacher(server.section).prepare(TeacherNeeds((Term("forward_kl"),)))
     assert "5 most likely tokens" in capfd.readouterr().err

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -56,7 +59,7 @@ PACKED = torch.tensor([[*range(9), *range(7), *range(4)], [*range(20)]])
 PLAIN = torch.arange(20)[None].expand(2, -1)
 
 
-def made(config: object) -> torch.nn.Module:
+def made(config: object) -> Any:
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").double()
 
@@ -86,9 +89,9 @@ def test_short_attention_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     real = attention.short_attention
 
-    def counting(*args: object, **kwargs: object) -> object:
+    def counting(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         calls.append(1)
-        return real(*args, **kwargs)  # type: ignore[arg-type]
+        return real(*args, **kwargs)
 
     monkeypatch.setattr(attention, "short_attention", counting)
     model = made(CONFIGS["llama"])
@@ -106,7 +109,7 @@ def test_long_windows_and_other_attention_are_unchanged() -> None:
     assert not use_short_attention(eager, context=20, device=CPU)
 
 
-def test_the_saved_config_does_not_name_it(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_the_saved_config_does_not_name_it(tmp_path: Path) -> None:
     model = made(CONFIGS["llama"])
     use_short_attention(model, context=20, device=CPU)
     model.save_pretrained(tmp_path)

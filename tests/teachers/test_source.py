@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.errors
 import pytest
@@ -224,7 +225,7 @@ def test_a_hub_model_is_named_by_its_commit(
 ) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     snapshot = folder.rename(tmp_path / commit)
-    asked = {}
+    asked: dict[str, Any] = {}
 
     def download(model: str, **options: object) -> str:
         asked.update(options, model=model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -26,7 +28,9 @@ def with_byte_fallback() -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("make", [tiny.tokenizer, tiny.merging_tokenizer, with_byte_fallback])
-def test_the_bytes_of_a_texts_tokens_are_the_texts(make) -> None:
+def test_the_bytes_of_a_texts_tokens_are_the_texts(
+    make: Callable[[], PreTrainedTokenizerFast],
+) -> None:
     tokenizer = make()
     known = token_bytes(tokenizer)
     ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 VOCABULARY = 96
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 64,

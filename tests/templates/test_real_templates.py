@@ -11,11 +11,11 @@ import pytest
 
 from stillhouse.data.row_formats import document_from_row
 from stillhouse.data.tokenize_rows import tokenize
+from tests.templates.real_models import MODELS
 from tests.templates.real_templates import (
     CHATS,
     FOLDER,
     GOLDEN,
-    MODELS,
     RAIN,
     facts,
     find_template,

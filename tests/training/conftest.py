@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from stillhouse.config.load_recipe import parse_recipe
+from stillhouse.data.batches import Batches
 from stillhouse.data.build_data import build
-from stillhouse.data.windows import Windows, open_windows
+from stillhouse.data.windows import open_windows
 from stillhouse.teachers.load_model import load_model
 from stillhouse.teachers.local_teacher import LocalTeacher
 from tests import tiny
@@ -18,8 +18,8 @@ class Setting:
 
     student: Path
     teacher: Path | None
-    windows: Windows
-    heldout: Windows
+    windows: Batches
+    heldout: Batches
 
     def load_teacher(self) -> LocalTeacher | None:
         if self.teacher is None:
@@ -30,7 +30,7 @@ class Setting:
 @pytest.fixture(scope="session")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     folder = tmp_path_factory.mktemp("setting")
-    recipe = parse_recipe(tiny.recipe(folder))
+    recipe = tiny.parsed(tiny.recipe(folder))
     build(recipe.data, tiny.tokenizer(), seed=0, base=folder, out=folder / "data")
     student = tiny.save_model(folder / "student", seed=1, intermediate_size=48)
     return Setting(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stillhouse.training import compact_adamw
 from stillhouse.training.compact_adamw import (
@@ -19,7 +20,7 @@ from stillhouse.training.compact_adamw import (
 )
 
 CPU = torch.device("cpu")
-OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
+OPTIONS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
 
 def steps(weight: nn.Parameter, optimizer: torch.optim.Optimizer, count: int = 5) -> None:
@@ -96,7 +97,9 @@ def test_blocks_divide_rows() -> None:
 
 @pytest.mark.parametrize("bits", [8, 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_saved_state_resumes_bit_for_bit(tmp_path: Path, bits: int, dtype: torch.dtype) -> None:
+def test_a_saved_state_resumes_bit_for_bit(
+    tmp_path: Path, bits: Literal[8, 32], dtype: torch.dtype
+) -> None:
     ours = start(6, 32, dtype=dtype)
     optimizer = CompactAdamW([ours], bits=bits, **OPTIONS)
     steps(ours, optimizer, 3)
@@ -125,7 +128,7 @@ def test_a_state_of_other_moments_is_not_loaded() -> None:
 
 @pytest.mark.parametrize("bits", [8, 32])
 def test_a_weight_is_updated_alike_in_any_chunks(
-    monkeypatch: pytest.MonkeyPatch, bits: int
+    monkeypatch: pytest.MonkeyPatch, bits: Literal[8, 32]
 ) -> None:
     whole = start(8, 48, dtype=torch.bfloat16)
     chunked = nn.Parameter(whole.detach().clone())
@@ -175,7 +178,7 @@ def test_gradients_are_clipped_as_by_torch() -> None:
     weights = [start(3, 4), start(5)]
     for number, weight in enumerate(weights):
         weight.grad = torch.full_like(weight, 2.0 + number)
-    copies: list[Tensor] = copy.deepcopy(weights)
+    copies = copy.deepcopy(weights)
     for weight, twin in zip(weights, copies, strict=True):
         twin.grad = weight.grad.clone() if weight.grad is not None else None
     norm = clip_gradients(weights, 1.0)

@@ -14,7 +14,12 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
 from stillhouse.data.batches import collate
 from stillhouse.errors import ModelError, SignalError, TrainingError
 from stillhouse.objectives import fused_loss
-from stillhouse.objectives.objective_config import HiddenStatesTerm, LogitsTerm, ObjectiveRecipe
+from stillhouse.objectives.objective_config import (
+    HiddenStatesTerm,
+    LogitsTerm,
+    ObjectiveRecipe,
+    ObjectiveTerm,
+)
 from stillhouse.signals import ChunkSignal
 from stillhouse.students.student import Student
 from stillhouse.teachers.local_teacher import LocalTeacher
@@ -129,6 +134,8 @@ def test_its_forward_is_the_fused_loss_of_the_supervised_rows(setting: Setting) 
     module = Distillation(student, terms, teacher)
     batch = collate([setting.windows[0]])
     view = teacher.answer(batch, module.request)
+    (signal,) = view.signals
+    assert not isinstance(signal, ChunkSignal)
     rows = batch["labels"][0, 1:] != -100
     plain = {name: batch[name] for name in ("input_ids", "position_ids")}
     hidden_ND = student.model(**plain, use_cache=False).last_hidden_state[0, :-1][rows]
@@ -136,7 +143,7 @@ def test_its_forward_is_the_fused_loss_of_the_supervised_rows(setting: Setting) 
         hidden_ND,
         teacher.head.__class__(student.lm_head.weight),
         module.objective.output.at(0.0),
-        signal=view.signals[0],
+        signal=signal,
         targets_N=batch["labels"][0, 1:][rows],
     )
     found = module(batch, view)
@@ -159,7 +166,7 @@ def arguments(folder: Path, **more: Any) -> TrainingArguments:
 
 def test_a_subclass_of_the_trainer_trains_plain_models(setting: Setting, tmp_path: Path) -> None:
     student, teacher = tiny.llama(seed=1, hidden_size=16), tiny.llama()
-    terms = [LogitsTerm(), HiddenStatesTerm(kind="hidden_states")]
+    terms: list[ObjectiveTerm] = [LogitsTerm(), HiddenStatesTerm(kind="hidden_states")]
     losses = []
     for kind in (DistillationTrainer, Doubling):
         trainer = kind(

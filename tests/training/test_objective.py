@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.data.batches import collate
 from stillhouse.errors import SignalError
 from stillhouse.objectives.objective_config import ObjectiveRecipe
@@ -33,12 +32,15 @@ LAYER_LOGITS = {"divergence": "jsd", "layers": [1], "weight": 0.5}
 
 
 def objective(folder: Path, *terms: Mapping[str, Any]) -> ObjectiveRecipe:
-    return parse_recipe(tiny.recipe(folder, objective={"terms": list(terms)})).objective
+    found = tiny.parsed(tiny.recipe(folder, objective={"terms": list(terms)})).objective
+    assert found is not None
+    return found
 
 
 @torch.no_grad()
 def row_means(setting: Setting, terms: ObjectiveRecipe) -> dict[str, float]:
     """Each term on all windows at the start, a window and a row at a time, in plain PyTorch."""
+    assert setting.teacher is not None
     student = load_model(setting.student, dtype=torch.float32)
     teacher = load_model(setting.teacher, dtype=torch.float32)
     made = objective_for(terms, student.config, teacher.config)
@@ -51,7 +53,7 @@ def row_means(setting: Setting, terms: ObjectiveRecipe) -> dict[str, float]:
         for t in predicting:
             rows += 1
             for hidden in made.hidden:
-                sums[hidden.name] += _distance(hidden.loss, *(s["layers"] for s in seen), t)
+                sums[hidden.name] += _distance(hidden.loss, seen[0]["layers"], seen[1]["layers"], t)
             log_p = teacher.lm_head(seen[1]["layers"][-1][t]).log_softmax(-1)
             log_q = student.lm_head(student.model.norm(seen[0]["layers"][1][t])).log_softmax(-1)
             log_m = torch.logaddexp(log_p, log_q) - torch.tensor(2.0).log()
@@ -119,7 +121,7 @@ def test_every_term_is_its_reference(narrow: Setting, tmp_path: Path) -> None:
     sizes["batch_size"] = 3 * sizes["micro_batch_size"]
     first = Setting(
         narrow.student, narrow.teacher, _First(narrow.windows, sizes["batch_size"]), narrow.heldout
-    )  # type: ignore[arg-type]
+    )
     run(first, tmp_path / "out", terms, **sizes)
     row = read_metrics(tmp_path / "out" / "metrics.jsonl")[0]
     expected = row_means(first, terms)
@@ -211,6 +213,7 @@ def test_packed_documents_are_not_related() -> None:
 def test_terms_that_two_models_cannot_serve_are_rejected_with_their_place(
     narrow: Setting, tmp_path: Path, term: dict[str, Any], message: str
 ) -> None:
+    assert narrow.teacher is not None
     configs = [
         load_model(path, dtype=torch.float32).config for path in (narrow.student, narrow.teacher)
     ]
@@ -223,7 +226,7 @@ def test_terms_that_two_models_cannot_serve_are_rejected_with_their_place(
 def test_two_temperatures_on_one_layer_have_names_of_their_own(
     setting: Setting, tmp_path: Path
 ) -> None:
-    terms = [{"layers": [1]}, {"layers": [1, 2], "temperature": 2.0}]
+    terms: list[dict[str, Any]] = [{"layers": [1]}, {"layers": [1, 2], "temperature": 2.0}]
     run(setting, tmp_path / "both", objective=objective(tmp_path, *terms), max_steps=1)
     (both,) = read_metrics(tmp_path / "both" / "metrics.jsonl")
     for number, (term, names) in enumerate(zip(terms, (["T1"], ["T2", "T2"]), strict=True)):

@@ -129,7 +129,7 @@ def killed_in(phase: str, setting: Setting, out: Path) -> None:
 
     setattr(owner, name, dying)
     if owner is draw_rollouts:
-        on_policy.write_answers = dying  # type: ignore[attr-defined]
+        forks.patch(on_policy, "write_answers", dying)
     run(setting, out, {**HALF, "window": 3}, **STEPS)
 
 

@@ -10,6 +10,7 @@ import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from tests.forks import Fork
 from tests.training.conftest import Setting
 from tests.training.test_train import run
 
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     "max_steps": 24,
     "epochs": 5,
     "checkpoint_every": 4,
@@ -83,7 +84,7 @@ def test_twelve_kills_at_random_moments(setting: Setting, tmp_path: Path) -> Non
     assert weights(killed) == weights(undisturbed)
 
 
-SHORT = {
+SHORT: dict[str, Any] = {
     "batch_size": 4,
     "max_steps": 12,
     "checkpoint_every": 4,

@@ -19,20 +19,20 @@ from stillhouse.pruning import offload
 from stillhouse.students.student import Student
 from stillhouse.teachers.write_by_layer import weights_by_layer, write_by_layer
 from stillhouse.training import distillation
+from stillhouse.training.sharded_checkpoint import gathered_weights
 from tests import forks
 from tests.teachers.toys import tiny_model
 from tests.training.conftest import Setting
 from tests.training.test_sharding import in_processes, run
 
 pytestmark = pytest.mark.run
-SHARDED = {"shard": "student", "max_steps": 2, "micro_batch_size": 2}
+SHARDED: dict[str, Any] = {"shard": "student", "max_steps": 2, "micro_batch_size": 2}
 
 
 def saved(setting: Setting, out: Path, *, killed_at: int | None = None) -> None:
     """Train and save with every model taken for a large one. killed_at: the part at which the main
     process fails."""
     offload.LARGE_BYTES = 0
-    gathered = distillation.gathered_weights
     alive = most = 0
 
     def gone(size: int) -> None:
@@ -42,7 +42,7 @@ def saved(setting: Setting, out: Path, *, killed_at: int | None = None) -> None:
     def counted(model: Any, parts: Any) -> Iterator[dict[str, Tensor]]:
         nonlocal alive, most
         left = killed_at
-        for found in gathered(model, parts):
+        for found in gathered_weights(model, parts):
             if leads() and left is not None:
                 if left == 0:
                     raise KeyboardInterrupt
@@ -54,7 +54,7 @@ def saved(setting: Setting, out: Path, *, killed_at: int | None = None) -> None:
             yield found
             del found
 
-    distillation.gathered_weights = counted
+    forks.patch(distillation, "gathered_weights", counted)
     run(setting, out, **SHARDED)
     if leads():
         (out / "most").write_text(str(most))

@@ -25,6 +25,7 @@ from stillhouse.objectives.objective_config import (
 )
 from stillhouse.students.student import Student
 from stillhouse.teachers import sharded_teacher
+from stillhouse.teachers.load_model import load_model
 from stillhouse.teachers.model_source import resolve_model
 from stillhouse.teachers.several_teachers import SeveralTeachers
 from stillhouse.teachers.sharded_teacher import load_sharded_teacher
@@ -58,13 +59,18 @@ def starting_student(setting: Setting, settings: TrainRecipe) -> Student:
     return Student.load(setting.student)
 
 
-def training_section(changes: Mapping[str, object]) -> TrainRecipe:
+def training_section(changes: Mapping[str, Any]) -> TrainRecipe:
     """The gradient's norm is not limited: its sum over parts may differ in the last bit."""
-    options = {"batch_size": 8, "precision": "float32", "max_steps": 4, "max_grad_norm": 100}
+    options: dict[str, Any] = {
+        "batch_size": 8,
+        "precision": "float32",
+        "max_steps": 4,
+        "max_grad_norm": 100,
+    }
     return TrainRecipe.model_validate({**options, **changes})
 
 
-def run(setting: Setting, out: Path, objective: ObjectiveRecipe = KL, **changes: object) -> None:
+def run(setting: Setting, out: Path, objective: ObjectiveRecipe = KL, **changes: Any) -> None:
     settings = training_section(changes)
     train(
         starting_student(setting, settings),
@@ -85,9 +91,9 @@ def in_processes(
     count: int,
     setting: Setting,
     out: Path,
-    *args: object,
+    *args: Any,
     nodes: int = 1,
-    **changes: object,
+    **changes: Any,
 ) -> None:
     for rank in forks.ranks(count, partial(run, setting, out, *args, **changes), nodes=nodes):
         assert rank.wait(timeout=300) == 0, rank.communicate()[1][-3000:]
@@ -109,7 +115,7 @@ def test_two_processes_give_the_weights_of_one_bit_for_bit(
     Under FSDP2, gradients that reach a layer from above and from a term on its output are summed
     in another order.
     """
-    options = {"evaluate_every": 2, "checkpoint_every": 3}
+    options: dict[str, Any] = {"evaluate_every": 2, "checkpoint_every": 3}
     run(narrow, tmp_path / "one", objective, micro_batch_size=4, **options)
     in_processes(2, narrow, tmp_path / "two", objective, shard=shard, **options)
     reordered = objective is HIDDEN and shard in ("student", "both")
@@ -120,21 +126,20 @@ def test_two_processes_give_the_weights_of_one_bit_for_bit(
         assert values[0] == pytest.approx(values[1], rel=1e-4), key
 
 
-def run_offloaded(setting: Setting, out: Path, **changes: object) -> None:
+def run_offloaded(setting: Setting, out: Path, **changes: Any) -> None:
     """With FSDP2's policy for a GPU, but without pinned memory, which a CPU does not have."""
-    fsdp.CPUOffloadPolicy = partial(CPUOffloadPolicy, pin_memory=False)  # type: ignore[misc]
-    sharded_teacher.default_device = lambda: torch.device("cuda")
-    loaded = sharded_teacher.load_model
+    forks.patch(fsdp, "CPUOffloadPolicy", partial(CPUOffloadPolicy, pin_memory=False))
+    forks.patch(sharded_teacher, "default_device", lambda: torch.device("cuda"))
 
     def load(*args: Any, **more: Any) -> Any:
-        model = loaded(*args, **more)
+        model = load_model(*args, **more)
         units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
         policies = [unit._get_fsdp_state()._fsdp_param_group.offload_policy for unit in units]
         assert policies
         assert all(isinstance(policy, CPUOffloadPolicy) for policy in policies)
         return model
 
-    sharded_teacher.load_model = load
+    forks.patch(sharded_teacher, "load_model", load)
     run(setting, out, offload_teacher=True, **changes)
 
 
@@ -160,7 +165,11 @@ def test_heads_are_trained_after_a_measurement_as_before(
     """Weights that a measurement left gathered would be those of the step before."""
     student = tiny.save_model(tmp_path / "student", seed=1, tie_word_embeddings=tied)
     changed = replace(setting, student=student)
-    options = {"evaluate_every": 1, "freeze_head": freeze_head, "learning_rate": 1e-2}
+    options: dict[str, Any] = {
+        "evaluate_every": 1,
+        "freeze_head": freeze_head,
+        "learning_rate": 1e-2,
+    }
     run(changed, tmp_path / "one", micro_batch_size=4, **options)
     in_processes(2, changed, tmp_path / "two", shard="both", **options)
     assert difference(tmp_path / "two", tmp_path / "one") == 0
@@ -174,7 +183,7 @@ def test_bfloat16_products_of_sharded_weights_are_those_of_whole_ones(
     assert difference(tmp_path / "two", tmp_path / "one") == 0
 
 
-def run_under_two(setting: Setting, second: Path, out: Path, **changes: object) -> None:
+def run_under_two(setting: Setting, second: Path, out: Path, **changes: Any) -> None:
     settings = training_section(changes)
     teachers = [
         teacher_for(replace(setting, teacher=each), settings) for each in (setting.teacher, second)
@@ -200,7 +209,7 @@ def test_two_sharded_teachers(narrow: Setting, tmp_path: Path) -> None:
     assert difference(tmp_path / "under one", tmp_path / "one") > 0
 
 
-ECONOMICAL = [
+ECONOMICAL: list[dict[str, Any]] = [
     {"optimizer": "adamw_8bit"},
     {"weights": "bfloat16"},
     {"weights": "bfloat16", "optimizer": "adamw_8bit"},
@@ -210,7 +219,7 @@ ECONOMICAL = [
 @pytest.mark.parametrize("options", ECONOMICAL, ids=["8 bits", "bfloat16", "both"])
 @pytest.mark.parametrize("shard", ["student", "none"])
 def test_economical_weights_and_moments_are_those_of_one_process(
-    narrow: Setting, tmp_path: Path, shard: str, options: dict[str, object]
+    narrow: Setting, tmp_path: Path, shard: str, options: dict[str, Any]
 ) -> None:
     """Blocks of moments and noise of rounding do not depend on how weights are divided."""
     options = {"precision": "auto", "learning_rate": 1e-3, **options}
@@ -221,7 +230,7 @@ def test_economical_weights_and_moments_are_those_of_one_process(
     assert difference(tmp_path / "two", tmp_path / "one") == 0
 
 
-LIMITED = {"max_grad_norm": 0.01, "gradient_checkpointing": True}
+LIMITED: dict[str, Any] = {"max_grad_norm": 0.01, "gradient_checkpointing": True}
 
 
 @pytest.mark.parametrize(
@@ -236,13 +245,13 @@ LIMITED = {"max_grad_norm": 0.01, "gradient_checkpointing": True}
     ids=["accumulated", "limited", "four", "two nodes", "four nodes"],
 )
 def test_other_partitions_differ_in_rounding_alone(
-    setting: Setting, tmp_path: Path, processes: int, nodes: int, options: dict[str, object]
+    setting: Setting, tmp_path: Path, processes: int, nodes: int, options: dict[str, Any]
 ) -> None:
     """Of AdamW's steps of 1e-4, at most a hundredth; over the end of an epoch, too.
 
     94 windows in batches of 8: in the last step of an epoch, one of four processes has nothing.
     """
-    common = {"epochs": 2, "max_steps": 14, "schedule": "constant", **options}
+    common: dict[str, Any] = {"epochs": 2, "max_steps": 14, "schedule": "constant", **options}
     run(setting, tmp_path / "one", **common)
     in_processes(processes, setting, tmp_path / "many", shard="both", nodes=nodes, **common)
     assert difference(tmp_path / "many", tmp_path / "one") < 1e-6
@@ -254,7 +263,7 @@ def test_the_teacher_scores_a_step_before_the_student_learns_from_it(
     """Two micro-batches in one pass, whose rows are then given back one by one."""
     relations = AttentionRelationsTerm(kind="attention_relations", heads=2, weight=0.1)
     objective = ObjectiveRecipe(terms=[*HIDDEN.terms, relations])
-    options = {"micro_batch_size": 1, "max_steps": 2}
+    options: dict[str, Any] = {"micro_batch_size": 1, "max_steps": 2}
     run(narrow, tmp_path / "one", objective, **options)
     in_processes(2, narrow, tmp_path / "two", objective, shard="teacher", **options)
     assert difference(tmp_path / "two", tmp_path / "one") < 1e-6
@@ -268,17 +277,17 @@ DIVIDED, PLAIN, ALONE = (2, "both"), (2, "none"), (1, "auto")
 def test_a_training_resumes_with_other_processes_and_sharding(
     narrow: Setting, tmp_path: Path, before: tuple[int, str], after: tuple[int, str]
 ) -> None:
-    options = {"checkpoint_every": 2, "keep_checkpoints": 3, "schedule": "constant"}
+    options: dict[str, Any] = {"checkpoint_every": 2, "keep_checkpoints": 3, "schedule": "constant"}
     run(narrow, tmp_path / "one", HIDDEN, max_steps=6, **options)
     for steps, (processes, shard) in ((4, before), (6, after)):
-        more = {"max_steps": steps, "shard": shard, **options}
+        more: dict[str, Any] = {"max_steps": steps, "shard": shard, **options}
         if processes == 1:
             run(narrow, tmp_path / "many", HIDDEN, **more)
         else:
             in_processes(processes, narrow, tmp_path / "many", HIDDEN, **more)
     assert difference(tmp_path / "many", tmp_path / "one") < 1e-6
-    steps = [row["step"] for row in read_metrics(tmp_path / "many" / "metrics.jsonl")]
-    assert steps == [1, 2, 3, 4, 5, 6]
+    done = [row["step"] for row in read_metrics(tmp_path / "many" / "metrics.jsonl")]
+    assert done == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("before", [DIVIDED, ALONE], ids=["sharded", "alone"])
@@ -287,12 +296,12 @@ def test_an_economical_training_resumes_anywhere_bit_for_bit(
     narrow: Setting, tmp_path: Path, before: tuple[int, str], after: tuple[int, str]
 ) -> None:
     """A step has two windows, whose gradients are added alike in one process and in two."""
-    options = {"checkpoint_every": 2, "keep_checkpoints": 3, "schedule": "constant"}
+    options: dict[str, Any] = {"checkpoint_every": 2, "keep_checkpoints": 3, "schedule": "constant"}
     options |= {"weights": "bfloat16", "precision": "auto", "optimizer": "adamw_8bit"}
     options |= {"micro_batch_size": 1, "batch_size": 2, "learning_rate": 1e-3}
     run(narrow, tmp_path / "one", max_steps=4, **options)
     for steps, (processes, shard) in ((2, before), (4, after)):
-        more = {"max_steps": steps, **options}
+        more: dict[str, Any] = {"max_steps": steps, **options}
         if processes == 1:
             run(narrow, tmp_path / "many", **more)
         else:
@@ -300,7 +309,7 @@ def test_an_economical_training_resumes_anywhere_bit_for_bit(
     assert difference(tmp_path / "many", tmp_path / "one") == 0
 
 
-SHORT = {
+SHORT: dict[str, Any] = {
     "checkpoint_every": 2,
     "keep_checkpoints": 3,
     "max_steps": 8,

@@ -15,7 +15,12 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from stillhouse.errors import RecipeError, TrainingError
-from stillhouse.objectives.objective_config import HiddenStatesTerm, LogitsTerm, ObjectiveRecipe
+from stillhouse.objectives.objective_config import (
+    HiddenStatesTerm,
+    LogitsTerm,
+    ObjectiveRecipe,
+    ObjectiveTerm,
+)
 from stillhouse.planning.machine import micro_windows
 from stillhouse.students.student import Student
 from stillhouse.teachers import short_attention
@@ -67,7 +72,7 @@ def reference_losses(setting: Setting, rows: range) -> tuple[float, float, int]:
     tokens = 0
     for row in rows:
         window = setting.windows[row]
-        batch = {k: window[k][None] for k in ("input_ids", "position_ids")}
+        batch: dict[str, Any] = {k: window[k][None] for k in ("input_ids", "position_ids")}
         # With a cache, transformers would let packed documents see each other.
         batch["use_cache"] = False
         with torch.no_grad():
@@ -86,7 +91,10 @@ def reference_losses(setting: Setting, rows: range) -> tuple[float, float, int]:
 def test_the_first_steps_loss_is_the_token_mean_of_the_reference(
     setting: Setting, tmp_path: Path
 ) -> None:
-    terms = [LogitsTerm(), LogitsTerm(divergence="cross_entropy", weight=0.5)]
+    terms: list[ObjectiveTerm] = [
+        LogitsTerm(),
+        LogitsTerm(divergence="cross_entropy", weight=0.5),
+    ]
     objective = ObjectiveRecipe(terms=terms)
     everything = len(setting.windows)
     run(

@@ -27,7 +27,7 @@ POOLING = (
     "--runner", "pooling", "--convert", "embed",
     "--pooler-config", '{"task": "token_embed", "use_activation": false}',
 )  # fmt: skip
-ALIKE = {"rtol": 2**-7, "atol": 2e-3}
+ALIKE: dict[str, Any] = {"rtol": 2**-7, "atol": 2e-3}
 """Rows are stored in bfloat16, which has 8 bits."""
 
 

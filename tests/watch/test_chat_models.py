@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,7 +145,7 @@ def test_a_model_that_would_not_fit_is_not_loaded(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = psutil.virtual_memory()._replace(available=1000)
-    monkeypatch.setattr(chat_models.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     found = events(ChatModels(), request(root))
     for role in chat_models.ROLES:
         assert "1.00\N{NO-BREAK SPACE}kB are free" in last(found, role, "error")
@@ -218,7 +220,7 @@ class ScriptChat(ChatProcess):
     async def _started(self) -> asyncio.subprocess.Process:
         if self._process is None or self._process.returncode is not None:
             self._process = await asyncio.create_subprocess_exec(
-                chat_link.sys.executable, "-c", SCRIPT,
+                sys.executable, "-c", SCRIPT,
                 stdin=-1, stdout=-1, stderr=-1,
             )  # fmt: skip
             self._keep(self._listen(self._process))
@@ -291,7 +293,7 @@ def test_the_process_has_few_threads_no_gpu_and_no_network(
 ) -> None:
     script = "import json, os; print(json.dumps(dict(os.environ)))"
     monkeypatch.setattr(chat_link, "COMMAND", ("-c", script))
-    monkeypatch.setattr(chat_link.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
 
     async def work() -> dict[str, str]:
         chat = ChatProcess()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from aiohttp import ClientSession
 from aiohttp.test_utils import TestClient, TestServer
+from aiohttp.web import Application, Request
 
 from stillhouse.pipeline.run_progress import ProgressFile
 from stillhouse.watch.chat_link import ChatBusyError, ChatProcess
@@ -36,7 +37,8 @@ class EchoChat(ChatProcess):
             yield {"role": role, "text": request["prompt"]}
 
 
-Visit = Callable[[TestClient, WatchServer], Awaitable[None]]
+Client = TestClient[Request, Application]
+Visit = Callable[[Client, WatchServer], Awaitable[None]]
 
 
 def visit(runs: Path, visitor: Visit, chat: ChatProcess | None = None) -> None:
@@ -69,7 +71,7 @@ def asks(server: WatchServer, **changes: Any) -> dict[str, Any]:
 
 
 def test_pages_load_nothing_from_elsewhere_and_run_only_the_servers_script(runs: Path) -> None:
-    async def visitor(client: TestClient, server: WatchServer) -> None:
+    async def visitor(client: Client, server: WatchServer) -> None:
         for path in ("/", "/runs/demo/"):
             reply = await client.get(path)
             text = await reply.text()
@@ -91,7 +93,7 @@ def test_pages_load_nothing_from_elsewhere_and_run_only_the_servers_script(runs:
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", ""])
 def test_requests_by_another_name_are_rejected(runs: Path, host: str) -> None:
-    async def visitor(client: TestClient, _server: WatchServer) -> None:
+    async def visitor(client: Client, _server: WatchServer) -> None:
         for path in ("/", "/live", "/runs/demo/", "/watch.js", "/runs/demo/report.html"):
             reply = await client.get(path, headers={"Host": host})
             assert reply.status == 403
@@ -104,7 +106,7 @@ def test_requests_by_another_name_are_rejected(runs: Path, host: str) -> None:
     "host", ["localhost", "localhost:9000", "127.0.0.1:1", "[::1]:80", "[::1]"]
 )
 def test_every_name_of_loopback_is_accepted(runs: Path, host: str) -> None:
-    async def visitor(client: TestClient, _server: WatchServer) -> None:
+    async def visitor(client: Client, _server: WatchServer) -> None:
         assert (await client.get("/", headers={"Host": host})).status == 200
 
     visit(runs, visitor)
@@ -126,7 +128,7 @@ def test_every_name_of_loopback_is_accepted(runs: Path, host: str) -> None:
     ],
 )
 def test_nothing_but_the_report_is_served(runs: Path, path: str) -> None:
-    async def visitor(_client: TestClient, server: WatchServer) -> None:
+    async def visitor(_client: Client, server: WatchServer) -> None:
         async with TestServer(server.application()) as test_server, ClientSession() as session:
             url = test_server.make_url("/").with_path(path, encoded=True)
             async with session.get(url) as reply:
@@ -137,7 +139,7 @@ def test_nothing_but_the_report_is_served(runs: Path, path: str) -> None:
 
 
 def test_a_report_is_served_without_scripts(runs: Path) -> None:
-    async def visitor(client: TestClient, _server: WatchServer) -> None:
+    async def visitor(client: Client, _server: WatchServer) -> None:
         reply = await client.get("/runs/demo/report.html")
         policy = reply.headers["Content-Security-Policy"]
         assert reply.status == 200
@@ -153,7 +155,7 @@ def test_a_report_that_is_a_link_out_of_its_run_is_not_served(runs: Path) -> Non
     report.unlink()
     report.symlink_to("../../secret.html")
 
-    async def visitor(client: TestClient, _server: WatchServer) -> None:
+    async def visitor(client: Client, _server: WatchServer) -> None:
         reply = await client.get("/runs/demo/report.html")
         assert reply.status == 404
 
@@ -161,7 +163,7 @@ def test_a_report_that_is_a_link_out_of_its_run_is_not_served(runs: Path) -> Non
 
 
 def test_what_has_not_changed_is_not_sent_again(runs: Path) -> None:
-    async def visitor(client: TestClient, _server: WatchServer) -> None:
+    async def visitor(client: Client, _server: WatchServer) -> None:
         for path in ("/live", "/runs/demo/live"):
             first = await client.get(path)
             tag = {"If-None-Match": first.headers["ETag"]}
@@ -175,7 +177,7 @@ def test_what_has_not_changed_is_not_sent_again(runs: Path) -> None:
 def test_a_chat_streams_lines_of_json(runs: Path) -> None:
     chat = EchoChat()
 
-    async def visitor(client: TestClient, server: WatchServer) -> None:
+    async def visitor(client: Client, server: WatchServer) -> None:
         reply = await client.post("/runs/demo/chat", **asks(server, max_tokens=7))
         lines = (await reply.text()).splitlines()
         assert [json.loads(line) for line in lines] == [
@@ -194,7 +196,7 @@ def test_a_chat_streams_lines_of_json(runs: Path) -> None:
 def test_a_chat_needs_the_pages_token(runs: Path, token: str) -> None:
     chat = EchoChat()
 
-    async def visitor(client: TestClient, _server: WatchServer) -> None:
+    async def visitor(client: Client, _server: WatchServer) -> None:
         for headers in ({"X-Stillhouse-Token": token}, {}):
             reply = await client.post("/runs/demo/chat", json={"prompt": "x"}, headers=headers)
             assert reply.status == 403
@@ -221,7 +223,7 @@ def test_a_chat_request_out_of_bounds_is_one_message(
 ) -> None:
     chat = EchoChat()
 
-    async def visitor(client: TestClient, server: WatchServer) -> None:
+    async def visitor(client: Client, server: WatchServer) -> None:
         reply = await client.post("/runs/demo/chat", **asks(server, **changes))
         assert reply.status == 400
         assert named in await reply.text()
@@ -231,7 +233,7 @@ def test_a_chat_request_out_of_bounds_is_one_message(
 
 
 def test_a_second_prompt_is_refused_while_one_is_answered(runs: Path) -> None:
-    async def visitor(client: TestClient, server: WatchServer) -> None:
+    async def visitor(client: Client, server: WatchServer) -> None:
         reply = await client.post("/runs/demo/chat", **asks(server))
         assert reply.status == 409
         assert "another prompt is being answered" in await reply.text()
@@ -240,7 +242,7 @@ def test_a_second_prompt_is_refused_while_one_is_answered(runs: Path) -> None:
 
 
 def test_a_run_can_be_deleted_while_it_is_watched(runs: Path) -> None:
-    async def visitor(client: TestClient, _server: WatchServer) -> None:
+    async def visitor(client: Client, _server: WatchServer) -> None:
         (runs / "demo").rename(runs.parent / "moved")
         assert (await client.get("/runs/demo/live")).status == 404
         assert "There is no run here yet" in await (await client.get("/live")).text()
