@@ -77,11 +77,10 @@ def test_tokens_that_only_the_total_counts_are_paid_for(journal: Journal) -> Non
 def test_an_unknown_price_stays_unknown(journal: Journal) -> None:
     with Stub() as stub:
         (asked,) = requests(stub, 1)
-        tally = run(journal, stub, [asked])
+        run(journal, stub, [asked])
     answer = journal.get(asked.key)
     assert answer is not None
     assert answer.cost is None
-    assert tally.unpriced == 1
 
 
 def test_no_answer_is_paid_for_twice_in_a_run_or_across_runs(journal: Journal) -> None:
@@ -213,9 +212,9 @@ def test_retry_after_is_obeyed(journal: Journal) -> None:
     fault = error(429, "slow down", {"retry-after": "0.5"})
     with Stub(once(fault)) as stub:
         started = time.monotonic()
-        tally = run(journal, stub, requests(stub, 1))
+        run(journal, stub, requests(stub, 1))
         assert time.monotonic() - started >= 0.5
-    assert tally.throttled == 1
+        assert len(stub.payloads) == 2
 
 
 @pytest.mark.parametrize(

@@ -68,8 +68,8 @@ def test_a_pause_requested_by_the_server_delays_all_requests(journal: Journal) -
         sent.append(asyncio.get_running_loop().time())
         return too_many(30.0) if len(sent) == 1 else Answer("an answer")
 
-    tally, _ = run(journal, ask, 3, concurrency=1)
-    assert tally.throttled == 1
+    run(journal, ask, 3, concurrency=1)
+    assert len(sent) == 4
     assert sent[0] == 0
     assert all(at >= 30 for at in sent[1:])
 
@@ -90,7 +90,6 @@ def test_a_server_with_a_limit_is_neither_flooded_nor_starved(journal: Journal) 
 
     tally, _ = run(journal, ask, 200, concurrency=64)
     assert (tally.answered, tally.failed) == (200, 0)
-    assert tally.throttled == refused
     assert 0 < refused < 100
 
 

@@ -43,16 +43,14 @@ cancellation."""
 @dataclass
 class Tally:
     """answered: new answers in the journal. reused: requests whose answer was there, or that occur
-    twice. spent: on new answers, and on failures that may have been billed. unpriced: new answers
-    of unknown cost. out_of_budget: a limit stopped the rest."""
+    twice. spent: on new answers, and on failures that may have been billed. out_of_budget: a limit
+    stopped the rest."""
 
     answered: int = 0
     reused: int = 0
     failed: int = 0
     spent: Spending = field(default_factory=Spending)
-    unpriced: int = 0
     out_of_budget: bool = False
-    throttled: int = 0
 
 
 class Pool:
@@ -182,7 +180,6 @@ class Pool:
             attempts += outcome.kind != "rate_limit"
             pause = max(outcome.wait or 0.0, self.patience.wait(tries))
             if outcome.kind == "rate_limit":
-                self.tally.throttled += 1
                 self.limit.throttled(sent, outcome.wait or 0.0)
             elif outcome.kind == "timeout":
                 self.limit.timed_out(sent)
@@ -264,7 +261,6 @@ class Pool:
         self._failures_in_a_row, self._last_answer = 0, now()
         self._answers = True
         self.tally.answered += 1
-        self.tally.unpriced += answer.cost is None
         commit = self.journal.record(request, answer)
         commit.add_done_callback(lambda _: self._sent.discard(request.key))
         self._follow(commit)
