@@ -213,10 +213,15 @@ ECONOMICAL: list[dict[str, Any]] = [
     {"optimizer": "adamw_8bit"},
     {"weights": "bfloat16"},
     {"weights": "bfloat16", "optimizer": "adamw_8bit"},
+    {"optimizer": "muon"},
+    {"weights": "bfloat16", "optimizer": "muon"},
 ]
 
 
-@pytest.mark.parametrize("options", ECONOMICAL, ids=["8 bits", "bfloat16", "both"])
+ECONOMICAL_IDS = ["8 bits", "bfloat16", "both", "Muon", "Muon, bfloat16"]
+
+
+@pytest.mark.parametrize("options", ECONOMICAL, ids=ECONOMICAL_IDS)
 @pytest.mark.parametrize("shard", ["student", "none"])
 def test_economical_weights_and_moments_are_those_of_one_process(
     narrow: Setting, tmp_path: Path, shard: str, options: dict[str, Any]

@@ -12,7 +12,7 @@ how weights are divided over processes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any, Literal
 
@@ -23,7 +23,6 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from stillhouse.processes import first_row, local_part
-from stillhouse.training.train_config import TrainRecipe
 
 BLOCK = 256
 """The most values that share a scale."""
@@ -55,7 +54,7 @@ class CompactAdamW(Optimizer):
         seed: int = 0,
     ) -> None:
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**options, "bits": bits, "seed": seed})
+        super().__init__(params, {**options, "bits": bits, "seed": seed, "matrices": False})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -63,16 +62,23 @@ class CompactAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        everything = [(group, each) for group in self.param_groups for each in group["params"]]
-        for number, (group, weight) in enumerate(everything):
-            if weight.grad is None:
-                continue
+        for number, group, weight in self.numbered(matrices=False):
             state = self.state[weight]
             if not state:
                 state.update(_first_state(weight, group["bits"]))
             state["step"] += 1
             _update(weight, state, group, number)
         return loss
+
+    def numbered(self, *, matrices: bool) -> Iterator[tuple[int, dict[str, Any], Any]]:
+        """Weights with a gradient, with their numbers and groups.
+
+        matrices: of groups whose key of that name is set, or of the others.
+        """
+        everything = [(group, each) for group in self.param_groups for each in group["params"]]
+        for number, (group, weight) in enumerate(everything):
+            if weight.grad is not None and group.get("matrices", False) == matrices:
+                yield number, group, weight
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError: the state of an optimizer with moments of another size."""
@@ -88,17 +94,6 @@ class CompactAdamW(Optimizer):
                         name: value.to("cpu" if name == "step" else weight.device)
                         for name, value in state_dict["state"][number].items()
                     }
-
-
-def compact_optimizer(
-    settings: TrainRecipe, seed: int
-) -> tuple[type[CompactAdamW], dict[str, Any]] | None:
-    """The optimizer's class and options for transformers.Trainer; None: PyTorch's AdamW."""
-    bits = 8 if settings.optimizer == "adamw_8bit" else 32
-    if bits == 32 and settings.weights == "float32":
-        return None
-    options = {"lr": settings.learning_rate, "betas": settings.betas, "bits": bits, "seed": seed}
-    return CompactAdamW, options
 
 
 def block_of(width: int, dimensions: int) -> int | None:
@@ -151,7 +146,7 @@ def _update(weight: Tensor, state: dict[str, Tensor], group: dict[str, Any], num
     moments = {name: local_part(value) for name, value in state.items() if name != "step"}
     step = int(state["step"])
     start = first_row(weight) * weight.shape[1:].numel()
-    key = _key(group["seed"], number, step)
+    key = rounding_key(group["seed"], number, step)
     block = _block(moments)
     size = CHUNK.get(own.device.type, CHUNK["cpu"]) // block * block
     for begin in range(0, own.numel(), size):
@@ -256,7 +251,7 @@ def _mixed(number_N: Tensor) -> Tensor:
     return number_N ^ (number_N >> 16)
 
 
-def _key(*parts: int) -> int:
+def rounding_key(*parts: int) -> int:
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little")
 

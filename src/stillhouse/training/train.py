@@ -29,9 +29,9 @@ from stillhouse.students.student import Student
 from stillhouse.teachers.teacher import Teacher
 from stillhouse.training import checkpoints
 from stillhouse.training.checkpoints import CHECKPOINTS, METRICS, Meter, Metrics
-from stillhouse.training.compact_adamw import compact_optimizer
 from stillhouse.training.draw_rollouts import rollout_generator
 from stillhouse.training.on_policy import OnPolicy, own_text
+from stillhouse.training.optimizer_choice import chosen_optimizer
 from stillhouse.training.own_prompts import OwnPrompts
 from stillhouse.training.resuming import Housekeeping, step_arguments, train_from_newest
 from stillhouse.training.save_trained import save_trained
@@ -203,7 +203,7 @@ def train(
             args=arguments,
             train_dataset=batches,
             eval_dataset=heldout,
-            optimizer_cls_and_kwargs=compact_optimizer(settings, seed),
+            optimizer_cls_and_kwargs=chosen_optimizer(settings, precision.dtype, seed),
         )
         trainer.remove_callback(PrinterCallback)
         advanced = partial(advance, step_tokens)

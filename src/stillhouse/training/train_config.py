@@ -93,8 +93,10 @@ class TrainRecipe(StepsRecipe):
         description="Number type of weights and gradients. bfloat16: half the memory, rounded "
         "stochastically after each step.",
     )
-    optimizer: Literal["adamw", "adamw_8bit"] = Field(
-        "adamw", description="adamw_8bit: AdamW with moments in 8 bits instead of float32."
+    optimizer: Literal["adamw", "adamw_8bit", "muon"] = Field(
+        "adamw",
+        description="adamw_8bit: AdamW with moments in 8 bits instead of float32. muon: Muon for "
+        "the matrices of layers, AdamW for the rest.",
     )
     freeze_head: bool = Field(
         False, description="Do not train the head, or embeddings that are tied to it."

@@ -1,0 +1,154 @@
+"""Muon for the matrices of a student's layers, and AdamW for everything else.
+
+Jordan et al., Muon: An optimizer for hidden layers in neural networks
+(https://kellerjordan.github.io/posts/muon/). Updates have the size of AdamW's, as in Liu et al.,
+Muon is Scalable for LLM Training (arXiv:2502.16982), so that both share a learning rate.
+
+Shapes: a matrix is [M, N], a stack of them (fused experts) [E, M, N].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from stillhouse.processes import first_row, local_part
+from stillhouse.training.compact_adamw import CompactAdamW, rounded, rounding_key
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of Jordan's polynomial: after five iterations, singular values are between about 0.7 and 1.2."""
+ITERATIONS = 5
+MOMENTUM = 0.95
+ADAMW_SIZE = 0.2
+"""Root mean square of AdamW's updates at a learning rate of 1 (arXiv:2502.16982, section 2.2)."""
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """number: of the weight among all of the optimizer's, for the noise of rounding."""
+
+    weight: Tensor
+    group: dict[str, Any]
+    state: dict[str, Tensor]
+    number: int
+
+    def update(self) -> Tensor:
+        """Nesterov's momentum, in float32, divided over processes as the weight is."""
+        momentum = self.state["momentum"]
+        gradient: Any = self.weight.grad.float()  # type: ignore[union-attr]
+        momentum.mul_(MOMENTUM).add_(gradient * (1 - MOMENTUM))
+        return gradient * (1 - MOMENTUM) + momentum * MOMENTUM
+
+    def apply(self, direction: Tensor) -> None:
+        """direction: the rows of the weight's update that this process has."""
+        rate, decay = float(self.group["lr"]), self.group["weight_decay"]
+        size = ADAMW_SIZE * max(self.weight.shape[-2:]) ** 0.5
+        own = local_part(self.weight)
+        new = own.float().mul(1 - rate * decay).sub_(direction.float(), alpha=rate * size)
+        if own.dtype == torch.bfloat16:
+            start = first_row(self.weight) * self.weight.shape[1:].numel()
+            key = rounding_key(self.group["seed"], self.number, int(self.state["step"]))
+            new = rounded(new.view(-1), start, key).view(new.shape)
+        own.copy_(new)
+
+
+class Muon(CompactAdamW):
+    """Groups of parameters with `matrices: True` are stepped by Muon, others by AdamW.
+
+    products: the number type in which matrices are orthogonalized. Several processes divide the
+    matrices, so every process must call `step`. Weights may be float32 or bfloat16.
+    """
+
+    def __init__(self, params: Any, *, products: torch.dtype, **options: Any) -> None:
+        super().__init__(params, **options)
+        self.products = products
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = super().step(closure)
+        whole = []
+        for matrix in self._matrices():
+            if matrix.weight.dim() > 2 and isinstance(matrix.weight, DTensor):
+                # Each process has complete matrices of a stack.
+                matrix.apply(orthogonalized(local_part(matrix.update()).to(self.products)))
+            else:
+                whole.append(matrix)
+        processes = dist.get_world_size() if dist.is_initialized() else 1
+        for begin in range(0, len(whole), processes):
+            self._step_together(whole[begin : begin + processes])
+        return loss
+
+    def _matrices(self) -> Iterator[_Matrix]:
+        for number, group, weight in self.numbered(matrices=True):
+            state = self.state[weight]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["momentum"] = torch.zeros_like(
+                    weight, dtype=torch.float32, memory_format=torch.contiguous_format
+                )
+            state["step"] += 1
+            yield _Matrix(weight, group, state, number)
+
+    def _step_together(self, matrices: Sequence[_Matrix]) -> None:
+        """Step at most one matrix for each process, which orthogonalizes it for all."""
+        rank, own = dist.get_rank() if dist.is_initialized() else 0, None
+        for owner, matrix in enumerate(matrices):
+            update = matrix.update().to(self.products)
+            complete = update.full_tensor() if isinstance(update, DTensor) else update
+            if owner == rank:
+                own = orthogonalized(complete).contiguous()
+        for owner, matrix in enumerate(matrices):
+            weight = matrix.weight
+            direction = own if owner == rank else None
+            if direction is None:
+                direction = torch.empty(weight.shape, dtype=self.products, device=weight.device)
+            if dist.is_initialized():
+                dist.broadcast(direction, src=owner)
+            start = first_row(weight)
+            matrix.apply(direction[start : start + len(local_part(weight))])
+
+
+def orthogonalized(matrix: Tensor) -> Tensor:
+    """Roughly the nearest matrix with orthonormal rows, or columns if it has more rows; of each
+    matrix of a stack. By Newton-Schulz iterations, in the matrix's number type."""
+    a, b, c = COEFFICIENTS
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    # Of one layout, whatever the gradient's: rounding would depend on it.
+    wide = (matrix.mT if tall else matrix).contiguous()
+    length = torch.linalg.matrix_norm(wide, dtype=torch.float32, keepdim=True)
+    wide = wide / length.clamp(min=1e-7).to(wide.dtype)
+    for _ in range(ITERATIONS):
+        square_MM = wide @ wide.mT
+        wide = a * wide + (b * square_MM + c * (square_MM @ square_MM)) @ wide
+    return wide.mT if tall else wide
+
+
+def muon_for(module: nn.Module, student: Any, **options: Any) -> Muon:
+    """The optimizer of a module's trainable parameters. student: the model inside the module.
+
+    Muon steps the matrices of the student's layers. Embeddings, the head, vectors, convolutions
+    and parameters outside of the student are AdamW's. options: of `Muon`.
+    """
+    matrices = {
+        id(weight)
+        for part in student.base_model.modules()
+        if not isinstance(part, nn.Embedding | nn.Conv1d)
+        for weight in part.parameters(recurse=False)
+        if weight.dim() > 1
+    }
+    trained = [weight for weight in module.parameters() if weight.requires_grad]
+    layers = [each for each in trained if id(each) in matrices]
+    others = [each for each in trained if id(each) not in matrices and each.dim() > 1]
+    vectors = [each for each in trained if each.dim() < 2]
+    groups: list[dict[str, Any]] = [
+        {"params": layers, "matrices": True},
+        {"params": others},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return Muon([group for group in groups if group["params"]], **options)

@@ -1,0 +1,35 @@
+"""The optimizer that a recipe chooses, as transformers.Trainer takes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from stillhouse.training.compact_adamw import CompactAdamW
+from stillhouse.training.distillation import Distillation
+from stillhouse.training.muon import Muon, muon_for
+from stillhouse.training.train_config import TrainRecipe
+
+
+def chosen_optimizer(
+    settings: TrainRecipe, products: torch.dtype, seed: int
+) -> tuple[Any, dict[str, Any]] | None:
+    """What makes the optimizer, and its options: a class, or a function that returns a function of
+    the model; None: PyTorch's AdamW. products: number type of matrix products."""
+    options: dict[str, Any] = {
+        "lr": settings.learning_rate,
+        "betas": settings.betas,
+        "seed": seed,
+    }
+    if settings.optimizer == "muon":
+        options |= {"products": products, "weight_decay": settings.weight_decay}
+        return (lambda: _muon), options
+    bits = 8 if settings.optimizer == "adamw_8bit" else 32
+    if bits == 32 and settings.weights == "float32":
+        return None
+    return CompactAdamW, {**options, "bits": bits}
+
+
+def _muon(module: Distillation, **options: Any) -> Muon:
+    return muon_for(module, module.student, **options)
