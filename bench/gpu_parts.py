@@ -32,7 +32,7 @@ from stillhouse import account
 from stillhouse.data.batches import Batch
 from stillhouse.hardware import free_memory, matmul_rate, peak_memory_bytes
 from stillhouse.objectives.objective_config import ObjectiveRecipe
-from stillhouse.planning.step_memory import MOMENTS, MOMENTS_8BIT, Memory, training_memory
+from stillhouse.planning.step_memory import Memory, training_memory
 from stillhouse.planning.training_step import training_step
 from stillhouse.students.student import Student
 from stillhouse.teachers.teacher import Teacher
@@ -243,7 +243,7 @@ def plan_for(options: argparse.Namespace, settings: TrainRecipe) -> Memory:
         gathered=weights,
         device=options.device,
         checkpointing=True,
-        moments=MOMENTS_8BIT if settings.optimizer == "adamw_8bit" else MOMENTS,
+        optimizer=settings.optimizer,
     )
     return training_memory(step, "none", over=1, processes=1)
 

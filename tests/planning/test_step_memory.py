@@ -13,7 +13,6 @@ from stillhouse.planning.model_size import config_size
 from stillhouse.planning.step_memory import (
     COMPILED_BYTES,
     HEAP_GAPS,
-    MOMENTS_8BIT,
     Memory,
     Shard,
     Step,
@@ -118,7 +117,7 @@ def test_an_8b_student_fits_on_one_gpu_with_bfloat16_weights_and_8_bit_moments()
         **common,
         weights=torch.bfloat16,
         gathered=torch.bfloat16,
-        moments=MOMENTS_8BIT,
+        optimizer="adamw_8bit",
     )
     alone = {"over": 1, "processes": 1}
     assert not training_memory(usual, "none", **alone).fits(128 * GB)
@@ -128,6 +127,16 @@ def test_an_8b_student_fits_on_one_gpu_with_bfloat16_weights_and_8_bit_moments()
     assert found["student weights"] == found["gradients"] == 2
     assert found["moments"] == pytest.approx(2, rel=0.02)
     assert "DDP buckets" not in training_memory(small, "none", **EIGHT).parts
+
+
+def test_muon_keeps_one_moment_of_matrices_and_two_of_embeddings_and_head() -> None:
+    options: dict[str, Any] = {"windows": 1, "context": 512, "accumulates": True}
+    step = training_step(
+        LLAMA_8B, [], **options, compute=torch.bfloat16, device="cuda", optimizer="muon"
+    )
+    found = training_memory(step, "none", over=1, processes=1).parts["moments"]
+    ends = 2 * 128_256 * 4096
+    assert found == pytest.approx(4 * (8_030_261_248 - ends) + 8 * ends)
 
 
 SMALL = {"vocab_size": 1000, "hidden_size": 256, "num_hidden_layers": 2}

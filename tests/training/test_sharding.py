@@ -35,6 +35,7 @@ from stillhouse.training.sharded_checkpoint import SHARDED
 from stillhouse.training.train import shards, train
 from stillhouse.training.train_config import TrainRecipe
 from tests import forks, tiny
+from tests.teachers import toys
 from tests.training.conftest import Setting
 
 pytestmark = pytest.mark.run
@@ -233,6 +234,21 @@ def test_economical_weights_and_moments_are_those_of_one_process(
     dtype = getattr(torch, str(options.get("weights", "float32")))
     assert {each.dtype for each in weights(tmp_path / "two").values()} == {dtype}
     assert difference(tmp_path / "two", tmp_path / "one") == 0
+
+
+def test_stacks_of_experts_are_stepped_by_muon_as_in_one_process(
+    narrow: Setting, tmp_path: Path
+) -> None:
+    """Each process has complete matrices of a stack, here two of three experts, and one."""
+    toys.tiny_model("qwen3_moe", num_experts=3, vocab_size=len(tiny.tokenizer())).save_pretrained(
+        tmp_path / "student"
+    )
+    tiny.tokenizer().save_pretrained(tmp_path / "student")
+    mixture = replace(narrow, student=tmp_path / "student")
+    options: dict[str, Any] = {"optimizer": "muon", "learning_rate": 1e-3, "max_steps": 2}
+    run(mixture, tmp_path / "one", micro_batch_size=4, **options)
+    in_processes(2, mixture, tmp_path / "two", shard="student", **options)
+    assert difference(tmp_path / "two", tmp_path / "one") < 1e-6
 
 
 LIMITED: dict[str, Any] = {"max_grad_norm": 0.01, "gradient_checkpointing": True}

@@ -18,8 +18,6 @@ from stillhouse.planning.machine import Machine, this_machine
 from stillhouse.planning.model_size import config_size
 from stillhouse.planning.step_memory import (
     MARGIN,
-    MOMENTS,
-    MOMENTS_8BIT,
     Memory,
     Shard,
     Step,
@@ -53,7 +51,7 @@ def planned_step(models: RunModels, machine: Machine, micro: int, *, accumulates
         device=machine.device,
         checkpointing=settings.gradient_checkpointing,
         freeze_head=settings.freeze_head,
-        moments=MOMENTS_8BIT if settings.optimizer == "adamw_8bit" else MOMENTS,
+        optimizer=settings.optimizer,
         offload=settings.offload_teacher and machine.device == "cuda",
         divergences=models.divergences,
         kept_layers=models.kept_layers,

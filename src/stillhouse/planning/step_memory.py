@@ -30,6 +30,8 @@ MOMENTS = 8.0
 """Bytes of AdamW's two moments of a parameter in float32."""
 MOMENTS_8BIT = 2 + 2 * 4 / 256
 """The same in 8 bits, with a float32 scale for each block of 256."""
+MOMENTUM = 4.0
+"""Muon's momentum of a parameter in a matrix."""
 GATHERED_BLOCKS = 2
 """A block that is computed, and the next one, which is gathered meanwhile."""
 HEAP_GAPS = 0.2
@@ -47,6 +49,14 @@ MARGIN = 0.1
 """How far a real peak may be from the sum: by the allocator, and by what libraries take."""
 
 Parts = dict[str, float]
+
+
+def moment_bytes(optimizer: str, size: ModelSize) -> float:
+    """Bytes of the state of a `train.optimizer`, of a parameter on average."""
+    if optimizer == "muon":
+        share = size.ends / size.parameters  # embeddings and head, which are AdamW's
+        return MOMENTUM + (MOMENTS - MOMENTUM) * share
+    return MOMENTS_8BIT if optimizer == "adamw_8bit" else MOMENTS
 
 
 def context_bytes(device: str) -> float:

@@ -12,11 +12,11 @@ from stillhouse.planning.activation_trace import trace_activations
 from stillhouse.planning.loss_memory import loss_sizes
 from stillhouse.planning.model_size import config_size
 from stillhouse.planning.step_memory import (
-    MOMENTS,
     LiveTeacher,
     Step,
     TrainedModel,
     context_bytes,
+    moment_bytes,
 )
 
 
@@ -33,7 +33,7 @@ def training_step(
     device: Literal["cpu", "cuda"],
     checkpointing: bool = False,
     freeze_head: bool = False,
-    moments: float = MOMENTS,
+    optimizer: str = "adamw",
     offload: bool = False,
     divergences: Sequence[str] = ("forward_kl",),
     kept_layers: int = 0,
@@ -41,7 +41,7 @@ def training_step(
     """A step of one process on `windows` windows of `context` tokens at a time.
 
     student, teachers: configurations; of the teachers that answer live. weights: the number type of
-    the student's weights. moments: bytes of the optimizer's state of a parameter. gathered: the
+    the student's weights. optimizer: as `train.optimizer`. gathered: the
     number type in which a sharded student's weights are gathered; None: that of products.
     kept_layers: of the teacher, that terms of the objective compare. Weights are neither read nor
     made.
@@ -88,7 +88,7 @@ def training_step(
         compute=compute.itemsize,
         gathered=(gathered or compute).itemsize,
         accumulates=accumulates,
-        moments=moments,
+        moments=moment_bytes(optimizer, size),
         weights=weights.itemsize,
         context=context_bytes(device),
         on_cpu=device == "cpu",
