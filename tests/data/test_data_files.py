@@ -90,7 +90,6 @@ CONTENTS: dict[str, tuple[bytes, str, str]] = {
     "o.csv": (b'[{"text": "a"}]\n', "holds JSON", ".json"),
     "p.jsonl": (b'[{"text": "a"}, {"text": "b"}]\n', "a JSON list", "name it .json"),
     "q.jsonl": (b'{\n "text": "a"\n}\n', "Invalid JSON", "each object on one line"),
-    "r.json": (ROW * 2, "Invalid JSON: Extra data", "name it .jsonl"),
     "r2.json": (b'{"text": "a"}{"text": "b"}', "Invalid JSON: Extra data", "jq -c ."),
     "r3.json": (b'{\n"text": "a"\n}\n{\n"text": "b"\n}', "Invalid JSON: Extra data", "jq -c ."),
     "s2.json": (
@@ -116,7 +115,7 @@ def test_content_of_another_kind_is_recognized(name: str, tmp_path: Path) -> Non
 
 
 def test_after_the_advice_the_file_is_read(tmp_path: Path) -> None:
-    for name, renamed in (("a.jsonl", "a.jsonl.gz"), ("e.csv", "e.parquet"), ("r.json", "r.jsonl"),
+    for name, renamed in (("a.jsonl", "a.jsonl.gz"), ("e.csv", "e.parquet"),
                           ("n.csv", "n.jsonl"), ("o.csv", "o.json"), ("p.jsonl", "p.json"),
                           ("b.jsonl", "b.jsonl.bz2"), ("s.json", "s.jsonl")):  # fmt: skip
         (tmp_path / renamed).write_bytes(CONTENTS[name][0])
@@ -126,6 +125,19 @@ def test_after_the_advice_the_file_is_read(tmp_path: Path) -> None:
         command = str(refused(tmp_path / name).fix).partition("new file: ")[2]
         subprocess.run(command, shell=True, check=True)
         assert list(read_rows(tmp_path / "once-d.jsonl.gz"))
+
+
+def test_a_json_file_may_have_an_object_per_line(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf\n" + ROW + b'\n{"text": "b"}\n')
+    where = f"{tmp_path / 'a.json'}:"
+    assert list(read_rows(tmp_path / "a.json")) == [
+        ({"text": "a"}, f"{where}2"),
+        ({"text": "b"}, f"{where}4"),
+    ]
+    (tmp_path / "a.json").write_bytes(ROW + b'{"text":')
+    error = refused(tmp_path / "a.json")
+    assert error.where == f"{where}2"
+    assert "each line" in str(error.fix)
 
 
 def test_lists_beside_the_rows_of_a_json_file_are_noted(

@@ -168,14 +168,15 @@ def _fix_of_line(line: str) -> str:
 
 
 def _json_rows(path: Path, text_key: str | None) -> Rows:
-    """Rows of a list, or of an object with one: under `data`, or the only one in it."""
+    """Rows of a list, or of an object with one: under `data`, or the only one in it; or of lines
+    with an object each, as Hugging Face datasets and Spark write them."""
+    if _has_objects_a_line(path):
+        yield from _jsonl_rows(path, text_key)
+        return
     with open_text(path, "json") as file:
         text = file.read()
-    first = text.lstrip().partition("\n")[0]
-    fix = "correct the file; a .json file is one list of objects"
-    if _is_object(first):
-        fix = "this looks like an object per line: name it .jsonl"
-    elif first.startswith("{"):
+    fix = "correct the file; a .json file is one list of objects, or has an object per line"
+    if text.lstrip().startswith("{"):
         fix = f"of several objects, make one per line: jq -c . {shlex.quote(str(path))} > NEW.jsonl"
     document = _json(text, str(path), fix)
     items = document
@@ -198,6 +199,13 @@ def _json_rows(path: Path, text_key: str | None) -> Rows:
     for number, item in enumerate(items):
         where = f"{path} row {number}"
         yield _object(item, where, text_key, suspicious), where
+
+
+def _has_objects_a_line(path: Path) -> bool:
+    """Whether the first line is a complete object, and more lines follow."""
+    with open_text(path, "json") as lines:
+        found = list(itertools.islice(filter(str.strip, lines), 2))
+    return len(found) == 2 and _is_object(found[0].removeprefix("\ufeff"))
 
 
 def _is_row(document: dict[str, Any], items: list[Any]) -> bool:
