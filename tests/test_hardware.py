@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from stillhouse import cpu_products, hardware
+from stillhouse import cgroups, cpu_products, hardware
 from tests.clocks import Clock
 
 
@@ -218,7 +218,7 @@ def test_one_process_that_works_for_all_has_the_cores_of_its_machine(
     """torchrun gives each process one thread."""
     threads = [1]
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16), raising=False)
-    monkeypatch.setattr(hardware, "OWN_CGROUPS", Path("missing"))
+    monkeypatch.setattr(cgroups, "OWN_CGROUPS", Path("missing"))
     monkeypatch.setattr(psutil, "cpu_count", lambda *, logical: 8)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
@@ -321,8 +321,8 @@ def test_memory_of_a_container_ends_at_its_limit(
     job.mkdir(parents=True)
     line = "0::/slurm/job 7" if version == 2 else "4:cpu,memory:/slurm/job 7"
     (tmp_path / "own").write_text(f"9:cpuset:/\n{line}\n")
-    monkeypatch.setattr(hardware, "OWN_CGROUPS", tmp_path / "own")
-    monkeypatch.setattr(hardware, "CGROUPS", tmp_path)
+    monkeypatch.setattr(cgroups, "OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(cgroups, "CGROUPS", tmp_path)
     whole = psutil.virtual_memory()._replace(available=10_000)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: whole)
     assert hardware.free_memory_bytes("cpu") == 10_000
@@ -346,8 +346,8 @@ def test_threads_are_no_more_than_the_cores_of_a_container(
     folder = (tmp_path if version == 2 else tmp_path / "cpu") / "docker"
     folder.mkdir(parents=True)
     (tmp_path / "own").write_text("0::/docker\n" if version == 2 else "3:cpu,cpuacct:/docker\n")
-    monkeypatch.setattr(hardware, "OWN_CGROUPS", tmp_path / "own")
-    monkeypatch.setattr(hardware, "CGROUPS", tmp_path)
+    monkeypatch.setattr(cgroups, "OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(cgroups, "CGROUPS", tmp_path)
     monkeypatch.setattr(psutil, "cpu_count", lambda *, logical: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(128), raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

@@ -150,7 +150,7 @@ def prepare_data(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Job, 
     """
     recipe, base = first_member(load_language_model_recipe(path, overrides)), Path(path).parent
     require_text(recipe, base)
-    with stages_of(run_folder(recipe)) as do:
+    with stages_of(recipe) as do:
         job, stages = run_steps(LANGUAGE_MODEL, find_job(recipe, base), do, only=DATA_STEPS)
     return job, *open_data(stages["data"])
 
@@ -173,7 +173,7 @@ def record_signals(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     only: tuple[str, ...] = (*DATA_STEPS, "signals")
     if isinstance(section.encoding, FrozenHeadSignals):
         only += ("search", "student")  # the store is for this student's head
-    with stages_of(folder) as do:
+    with stages_of(recipe) as do:
         if leads():
             folder.require_free("signals")
         job = find_job(recipe, base, weights=section.needs_weights)

@@ -21,6 +21,7 @@ from typing import Literal
 import psutil
 import torch
 
+from stillhouse import cgroups
 from stillhouse.cpu_products import product
 from stillhouse.launch import local_index, processes_here
 
@@ -30,7 +31,6 @@ CPU_INFO = Path("/proc/cpuinfo")
 PROCESS_STATUS = Path("/proc/self/status")
 PROCESS_PAGES = Path("/proc/self/statm")
 PEAK_RESET = Path("/proc/self/clear_refs")
-OWN_CGROUPS, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 ABILITIES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16")
 """Instruction sets that decide how fast a CPU multiplies matrices, by their Linux names."""
 
@@ -88,7 +88,7 @@ def cores_of(processes: int) -> Iterator[None]:
     if processes_here() > 1:
         torch.set_num_threads(max(before, usable_cores() // processes))
     elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min([before, *_cores_of_cgroups()]))
+        torch.set_num_threads(min([before, *cgroups.cores()]))
     try:
         yield
     finally:
@@ -97,7 +97,7 @@ def cores_of(processes: int) -> Iterator[None]:
 
 def usable_cores() -> int:
     """The physical cores, or as many as the affinity and the container of this process leave."""
-    found = [psutil.cpu_count(logical=False) or 1, *_cores_of_cgroups()]
+    found = [psutil.cpu_count(logical=False) or 1, *cgroups.cores()]
     if hasattr(os, "sched_getaffinity"):  # as Slurm sets it; not on macOS
         found.append(len(os.sched_getaffinity(0)))
     return min(found)
@@ -253,52 +253,9 @@ def free_memory_bytes(device: torch.device | str) -> int:
     """Memory of the device that a process could still take."""
     device = torch.device(device)
     if device.type != "cuda":
-        return max(0, min([psutil.virtual_memory().available, *_left_in_cgroups()]))
+        return max(0, min([psutil.virtual_memory().available, *cgroups.memory_left()]))
     torch.cuda.empty_cache()
     return int(torch.cuda.mem_get_info(device)[0])
-
-
-def _left_in_cgroups() -> Iterator[int]:
-    """What the memory limits around this process leave: of a container, a Slurm job, a service.
-
-    Pages of files count as free, as the kernel frees them.
-    """
-    for version, folder in _cgroups("memory"):
-        limit, used, prefix = "memory.max", "memory.current", ""
-        if version == 1:
-            limit, used, prefix = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
-        # No file, of the root or outside of a container; "max", which is no limit.
-        with contextlib.suppress(OSError, ValueError, LookupError):
-            most, taken = (int((folder / name).read_text()) for name in (limit, used))
-            rows = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
-            pages = {name: int(size) for name, size in map(str.split, rows)}
-            files = pages[f"{prefix}active_file"] + pages[f"{prefix}inactive_file"]
-            yield most - taken + files
-
-
-def _cores_of_cgroups() -> Iterator[int]:
-    """The whole cores whose time the limits around this process allow, at least one: of a container
-    with `--cpus`, for example."""
-    for version, folder in _cgroups("cpu"):
-        names = ["cpu.max"] if version == 2 else ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
-        with contextlib.suppress(OSError, ValueError):  # as above
-            quota, period = map(int, " ".join((folder / n).read_text() for n in names).split())
-            if quota > 0:  # -1 is no limit
-                yield max(1, quota // period)
-
-
-def _cgroups(controller: str) -> Iterator[tuple[Literal[1, 2], Path]]:
-    """The version and the folder of each cgroup (cgroups(7)) that this process is in, the innermost
-    first."""
-    if not OWN_CGROUPS.is_file():
-        return
-    for line in OWN_CGROUPS.read_text(encoding="utf-8").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and controller not in controllers.split(","):
-            continue
-        own = (CGROUPS / controller if controllers else CGROUPS) / path.lstrip("/")
-        for folder in (own, *own.parents):
-            yield (1 if controllers else 2), folder
 
 
 def reset_peak_memory() -> None:

@@ -48,7 +48,7 @@ from stillhouse.language_model.train_stage import (
     plan_training,
 )
 from stillhouse.language_model.vocabulary_stage import cut_job, find_job, plan_vocabulary
-from stillhouse.pipeline.engine import run_folder, run_steps, stages_of
+from stillhouse.pipeline.engine import run_steps, stages_of
 from stillhouse.pipeline.kind import Kind, Link, Step
 from stillhouse.pipeline.report_stage import REPORT, report_step
 from stillhouse.runfolder import Stage, StagePlan
@@ -201,7 +201,7 @@ def links(job: Job) -> dict[str, Link]:
 def preview_windows(recipe: Recipe, base: Path, rows: int) -> RenderableType:
     """Training windows, colored by loss mask. Runs the data stage if it is not finished."""
     require_text(recipe, base)
-    with stages_of(run_folder(recipe)) as do:
+    with stages_of(recipe) as do:
         job, stages = run_steps(LANGUAGE_MODEL, find_job(recipe, base), do, only=WINDOW_STEPS)
     windows, _ = open_data(stages["data"])
     return preview(windows, load_tokenizer(job.tokenizer), rows)

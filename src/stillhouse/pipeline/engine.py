@@ -172,16 +172,18 @@ def followed_folder(recipe: Any) -> Iterator[RunFolder]:
 
 
 @contextmanager
-def stages_of(folder: RunFolder) -> Iterator[Do]:
-    """How this process of a torchrun runs stages in a run folder, which the main process locks.
+def stages_of(recipe: RunRecipe) -> Iterator[Do]:
+    """How this process of a torchrun runs stages in the recipe's folder, which the main process
+    locks. The recipe is not written to it.
 
     Raises RunError as `followed_folder`.
     """
+    folder = run_folder(recipe)
     if leads():
         with leading(folder.root, folder.locked()):
             yield doing(folder)
     else:
-        with joining(folder.root), scratch_in(folder.root):
+        with followed_folder(recipe):
             yield following(folder)
 
 
