@@ -9,6 +9,7 @@ import resource
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,8 @@ import pytest
 from stillhouse.errors import StillhouseError
 from stillhouse.signals import store as store_module
 from stillhouse.signals.encodings import Encoding, Hidden, Threshold, TopP
-from stillhouse.signals.manifest import Settings
+from stillhouse.signals.manifest import Settings, write_manifest
 from stillhouse.signals.record import Recorder
-from stillhouse.signals.shards import open_shard
 from stillhouse.signals.store import open_store
 from stillhouse.signals.verify import info, verify
 from stillhouse.signals.writer import StoreWriter, finish_store
@@ -171,21 +171,26 @@ def test_settings_in_the_place_of_the_manifest_are_named(tmp_path: Path) -> None
         open_store(tmp_path)
 
 
-@pytest.mark.parametrize("hashed", [True, False])
-def test_a_flipped_bit_is_found_by_either_hash(tmp_path: Path, hashed: bool) -> None:
-    """Readers of a finished store compare XXH3; writers that resume have the CRC-32 alone."""
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_flipped_bit_is_found_by_either_hash(tmp_path: Path, listed: bool) -> None:
+    """Older manifests list the CRC-32 alone."""
     data = toys.batch(windows=2)
     toys.record(tmp_path, toys.settings(Threshold(0.05)), data)
-    (entry,) = open_store(tmp_path).manifest.shards
+    store = open_store(tmp_path)
+    (entry,) = store.manifest.shards
+    assert entry.xxh3 is not None
     assert len(entry.xxh3) == 32
+    older = replace(store.manifest, shards=(replace(entry, xxh3=entry.xxh3 if listed else None),))
+    assert older.digest() == store.manifest.digest()
+    write_manifest(tmp_path, older)
+    open_store(tmp_path).read(data.segments)
+    assert verify(tmp_path) == []
     shard = tmp_path / "shards" / entry.name
-    listed = entry.xxh3 if hashed else None
-    open_shard(shard, listed)
     content = bytearray(shard.read_bytes())
     content[-9] ^= 1
     shard.write_bytes(content)
     with pytest.raises(StillhouseError, match="its checksum is wrong"):
-        open_shard(shard, listed)
+        open_store(tmp_path).read(data.segments)
 
 
 @pytest.fixture

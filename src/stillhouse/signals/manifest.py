@@ -54,14 +54,14 @@ class Settings:
 @dataclass(frozen=True)
 class ShardEntry:
     """A shard as the manifest lists it. crc32: of all bytes after its header. xxh3: XXH3 of the
-    file, 128 bits in hex, which is computed faster."""
+    file, 128 bits in hex, which is computed faster; None in older manifests."""
 
     name: str
     crc32: int
     bytes: int
     segments: int
     rows: int
-    xxh3: str
+    xxh3: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,10 @@ class Manifest:
 
     def digest(self) -> str:
         """Identifies the store's content: 16 bytes in hex."""
-        text = json.dumps(self.to_json(), sort_keys=True, ensure_ascii=False)
+        content = self.to_json()
+        for shard in content["shards"]:
+            del shard["xxh3"]  # which older manifests lack
+        text = json.dumps(content, sort_keys=True, ensure_ascii=False)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
