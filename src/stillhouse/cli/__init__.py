@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,6 +19,7 @@ from stillhouse.cli.options import (
     answered,
     keep_imports,
     output_file,
+    quoted,
     say,
 )
 from stillhouse.cli.signals_commands import signals
@@ -106,14 +106,9 @@ def _next_command(result: RunResult) -> str:
     from stillhouse.kinds import KINDS
 
     if next(kind for kind in KINDS if kind.name == result.kind).predictor is not None:
-        return f"stillhouse predict {_quoted(result.folder)}   # reads texts"
-    runs = _quoted(result.folder.parent)
+        return f"stillhouse predict {quoted(result.folder)}   # reads texts"
+    runs = quoted(result.folder.parent)
     return f"stillhouse watch {runs}   # chat with the student and its teacher"
-
-
-def _quoted(path: str | Path) -> str:
-    """A path as an argument in a shell, in one line."""
-    return in_one_line(shlex.quote(str(path)))
 
 
 @app.command(hidden=True)
@@ -353,7 +348,7 @@ def init(
     answers = init_answers(given, answered, logs, repeat=sys.stdin.isatty())
     for path in write_recipe(answers, force=force):
         Terminal().write_line(f"wrote   {in_one_line(path)}")
-    Terminal().write_line(f"next    stillhouse check {_quoted(answers.out)}")
+    Terminal().write_line(f"next    stillhouse check {quoted(answers.out)}")
 
 
 @app.command()

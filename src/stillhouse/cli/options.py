@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -75,3 +76,10 @@ def say(text: str) -> None:
     from stillhouse.terminal import Terminal
 
     Terminal(stderr=True).write_line(text, style="bold red")
+
+
+def quoted(path: str | Path) -> str:
+    """A path as an argument in a shell, in one line."""
+    from stillhouse.errors import in_one_line
+
+    return in_one_line(shlex.quote(str(path)))
