@@ -4,8 +4,8 @@
 
 SmolLM2-135M-Instruct teaches two students of 108.0M parameters (FFN 1024), one pruned from it and
 one with random weights, on the first 60,000 tokens of the file, in windows of 256, seen once; text
-as in bench/quality.py. A contender is START:OPTIMIZER:RATE. Each is trained once per seed; what is
-already in --folder is not trained again.
+as in bench/quality.py. A contender is START:OPTIMIZER:RATE, or START:OPTIMIZER:RATE:EPOCHS. Each is
+trained once per seed; what is already in --folder is not trained again.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def bars(figures: list[dict[str, Any]]) -> list[Bar]:
     found = []
     for start in sorted({figure["start"] for figure in figures}):
         best: dict[str, tuple[float, float]] = {}
-        of_start = [figure for figure in figures if figure["start"] == start]
+        of_start = [each for each in figures if each["start"] == start and each["epochs"] == 1]
         for optimizer, rate in {(each["optimizer"], each["rate"]) for each in of_start}:
             its = [e for e in of_start if (e["optimizer"], e["rate"]) == (optimizer, rate)]
             kl, seconds = (sum(e[key] for e in its) / len(its) for key in ("kl", "cpu_seconds"))
@@ -74,7 +74,7 @@ def bars(figures: list[dict[str, Any]]) -> list[Bar]:
 
 
 def measure(options: argparse.Namespace, contender: str, seed: int, folder: Path) -> None:
-    start, optimizer, rate = contender.split(":")
+    start, optimizer, rate, *epochs = contender.split(":")
     teacher = sh.Teacher.load(options.teacher)
     texts = options.folder / "texts"
     build = partial(sh.Data.build, tokenizer=teacher.tokenizer, context=CONTEXT, heldout_tokens=512)
@@ -94,12 +94,14 @@ def measure(options: argparse.Namespace, contender: str, seed: int, folder: Path
         learning_rate=float(rate),
         batch_size=options.batch_size,
         max_steps=options.max_steps,
+        epochs=float(epochs[0]) if epochs else 1.0,
         seed=seed,
     )
     figure = {
         "start": start,
         "optimizer": optimizer,
         "rate": float(rate),
+        "epochs": float(epochs[0]) if epochs else 1.0,
         "seed": seed,
         "steps": result.steps,
         "tokens": result.tokens,
