@@ -372,11 +372,19 @@ def _require_model(given: Any, name: str, load: str) -> None:
         )
 
 
+def _has_windows(data: Any) -> bool:
+    """Whether the first of its items is a window."""
+    try:
+        return "input_ids" in data[0]
+    except (TypeError, LookupError):
+        return False
+
+
 def _windows(data: Data | Batches, *, heldout: bool = False) -> Batches:
     """The text of `data` to learn from, or to evaluate on. Raises DataError if it is not data."""
     if isinstance(data, Data):
         return data.heldout if heldout else data.train
-    if not hasattr(data, "supervised_tokens"):
+    if not hasattr(data, "supervised_tokens") and not _has_windows(data):
         raise DataError(
             f"the data are a {type(data).__name__} instead of windows of tokens",
             fix="build them first: Data.build(...)",

@@ -51,11 +51,13 @@ class HiddenStateLoss(nn.Module):
         self,
         student: Sequence[Tensor] | Mapping[int, Tensor],
         teacher: Sequence[Tensor] | Mapping[int, Tensor],
+        row_weights_N: Tensor | None = None,
     ) -> LossSum:
         """Sum over rows of the mean over pairs.
 
         Args:
             student, teacher: hidden rows [N, D] by layer index, supervised rows only.
+            row_weights_N: a factor for each row.
 
         Raises:
             SignalError: a missing layer, or rows and widths that do not match.
@@ -76,7 +78,10 @@ class HiddenStateLoss(nn.Module):
                     f"{of_teacher} of the teacher {teacher_ND.shape[1]}",
                     fix="build HiddenStateLoss with both models' widths",
                 )
-            value = self._distance(student_ND.float(), teacher_ND.float()).sum()
+            distance_N = self._distance(student_ND.float(), teacher_ND.float())
+            if row_weights_N is not None:
+                distance_N = distance_N * row_weights_N
+            value = distance_N.sum()
             values[f"{self.kind}@{of_student}-{of_teacher}"] = value.detach()
             total = value if total is None else total + value
         assert total is not None
