@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import groupby, pairwise
 from typing import Any
-from unittest.mock import patch
 from weakref import WeakKeyDictionary
 
 import torch
@@ -54,11 +54,14 @@ def _masks_documents(model: Any) -> bool:
     kind = type(model)
     if kind not in _masking:
         _masking[kind] = False
-        found = patch.object(
-            masking_utils, "find_packed_sequence_indices", side_effect=_MaskedError
-        )
         try:
-            with unset_fake_temporarily(), quiet(), found, torch.device("meta"), torch.no_grad():
+            with (
+                unset_fake_temporarily(),
+                quiet(),
+                _masks_raise(),
+                torch.device("meta"),
+                torch.no_grad(),
+            ):
                 small = kind(small_config(model.config))
                 ids_RL = torch.zeros(1, 4, dtype=torch.long)
                 small.base_model(input_ids=ids_RL, position_ids=ids_RL, use_cache=False)
@@ -68,6 +71,21 @@ def _masks_documents(model: Any) -> bool:
         except Exception:
             pass
     return _masking[kind]
+
+
+@contextmanager
+def _masks_raise() -> Iterator[None]:
+    """Inside the block, a mask that is made from positions raises `_MaskedError`."""
+
+    def find(*_: Any) -> None:
+        raise _MaskedError
+
+    known = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = find
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = known
 
 
 def small_config(config: Any) -> Any:
