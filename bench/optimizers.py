@@ -25,8 +25,8 @@ from stillhouse.evaluation.results import Fidelity
 CONTENDERS = [
     "pruned:adamw:1e-4",
     "pruned:muon:2e-4",
-    "random:adamw:1e-3",
-    "random:muon:2e-3",
+    "random:adamw:4e-3",
+    "random:muon:4e-3",
 ]
 CONTEXT = 256
 FFN_SIZE = 1024

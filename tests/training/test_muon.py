@@ -114,7 +114,7 @@ def test_bfloat16_weights_follow_float32_ones() -> None:
 def test_matrices_of_layers_alone_are_stepped_by_muon() -> None:
     student = tiny.llama(tie_word_embeddings=False)
     module = Distillation(student)
-    optimizer = muon_for(module, student, products=torch.float32)
+    optimizer = muon_for(module, products=torch.float32)
     names = {weight: name for name, weight in student.named_parameters()}
     chosen = [
         names[each]

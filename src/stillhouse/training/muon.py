@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from stillhouse.processes import first_row, local_part
 from stillhouse.training.compact_adamw import CompactAdamW, rounded, rounding_key
+from stillhouse.training.distillation import Distillation
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of Jordan's polynomial: after five iterations, singular values are between about 0.7 and 1.2."""
@@ -129,15 +130,15 @@ def orthogonalized(matrix: Tensor) -> Tensor:
     return wide.mT if tall else wide
 
 
-def muon_for(module: nn.Module, student: Any, **options: Any) -> Muon:
-    """The optimizer of a module's trainable parameters. student: the model inside the module.
+def muon_for(module: Distillation, **options: Any) -> Muon:
+    """The optimizer of a module's trainable parameters.
 
     Muon steps the matrices of the student's layers. Embeddings, the head, vectors, convolutions
     and parameters outside of the student are AdamW's. options: of `Muon`.
     """
     matrices = {
         id(weight)
-        for part in student.base_model.modules()
+        for part in module.student.base_model.modules()
         if not isinstance(part, nn.Embedding | nn.Conv1d)
         for weight in part.parameters(recurse=False)
         if weight.dim() > 1

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from stillhouse.training.compact_adamw import CompactAdamW
-from stillhouse.training.distillation import Distillation
-from stillhouse.training.muon import Muon, muon_for
+from stillhouse.training.muon import muon_for
 from stillhouse.training.train_config import TrainRecipe
 
 
@@ -24,12 +23,8 @@ def chosen_optimizer(
     }
     if settings.optimizer == "muon":
         options |= {"products": products, "weight_decay": settings.weight_decay}
-        return (lambda: _muon), options
+        return (lambda: muon_for), options
     bits = 8 if settings.optimizer == "adamw_8bit" else 32
     if bits == 32 and settings.weights == "float32":
         return None
     return CompactAdamW, {**options, "bits": bits}
-
-
-def _muon(module: Distillation, **options: Any) -> Muon:
-    return muon_for(module, module.student, **options)
