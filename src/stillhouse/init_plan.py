@@ -143,7 +143,7 @@ def _note_text(answers: InitAnswers, general: GeneralChats | None) -> None:
     else:
         note(
             "this is text without questions and answers: the student learns to continue such text. "
-            "To keep the teacher's ability to answer, train on chats (docs/data.md#rows)"
+            "To keep the teacher's ability to answer, train on chats (docs/data.md#row-formats)"
         )
 
 
