@@ -1,1 +1,1 @@
-"""Side-by-side measurements; each writes bench/results/NAME.json."""
+"""Benchmarks. Each writes bench/results/NAME.json."""

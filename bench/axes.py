@@ -1,10 +1,10 @@
-"""The cost of each axis before any training, at equal parameter counts.
+"""The cost of pruning each axis, without training, at equal parameter counts.
 
     make bench NAME=axes ARGS="wikitext2-valid.txt"
 
 SmolLM2-135M-Instruct is pruned to about 108.0M parameters along each axis, calibrated on 16,384 of
 the file's first 60,000 tokens in windows of 256, and measured on the 8,192 tokens after the first
-62,000, which pruning has not seen.
+62,000, which calibration has not seen.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Rows:
-    """Windows of plain text, one document each."""
+    """Windows of plain text, each a separate document."""
 
     ids_RL: Tensor
 
@@ -99,7 +99,7 @@ def main() -> None:
 
 @torch.no_grad()
 def measure(teacher: Any, student: Any, ids_RL: Tensor) -> dict[str, Any]:
-    """KL(teacher ‖ student) in nats/token, top-1 agreement, the student's perplexity."""
+    """KL(teacher ‖ student) in nats/token, top-1 agreement, and the student's perplexity."""
     kl, agree, loss, count = 0.0, 0, 0.0, 0
     for window_1L in ids_RL.split(1):
         p_LV, q_LV = (

@@ -1,11 +1,13 @@
-"""What text larger than memory takes in the data stage: `python -m bench.big_text --tokenizer DIR`.
+"""Time and memory of the data stage for text larger than memory.
 
-Documents of about 500 tokens are drawn from the sentences of CPython's language reference (or of
---text FILE), with invented words and numbers between them, and written to a JSONL file. The data
-stage makes windows of them in a process of its own, whose peak resident memory, time and CPU time
-are measured; tokens per second of CPU time do not depend on what else the machine does. A second,
-smaller text is made into windows twice: in one go, and with the process killed in the middle and
-started again.
+    python -m bench.big_text --tokenizer DIR
+
+Documents of about 500 tokens are made of random sentences from CPython's language reference (or
+from --text FILE), with invented words and numbers in between, and written to a JSONL file. The data
+stage packs them into windows in a separate process, whose peak resident memory, time, and CPU time
+are measured. Tokens per second of CPU time do not depend on other work on the machine. A second,
+smaller text is packed twice: without interruption, and with the process killed halfway and started
+again.
 """
 
 from __future__ import annotations
@@ -33,18 +35,18 @@ from stillhouse.data.sources import python_reference
 SEED = 0
 DOCUMENT_CHARACTERS = 2000
 INVENTED = 0.02
-"""The share of sentences behind which a word or a number stands that no other text has."""
+"""The share of sentences that are followed by a word and a number found in no other text."""
 CONTEXT = 1024
 STAGE = "import sys; from stillhouse.commands import prepare_data; prepare_data(sys.argv[1])"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokenizer", type=Path, required=True, help="a folder")
-    parser.add_argument("--text", type=Path, help="where the sentences are from")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="the tokenizer's folder")
+    parser.add_argument("--text", type=Path, help="file from which sentences are drawn")
     parser.add_argument("--tokens", type=float, default=250e6)
     parser.add_argument("--killed-tokens", type=float, default=20e6)
-    parser.add_argument("--folder", type=Path, help="for temporary files; must be empty")
+    parser.add_argument("--folder", type=Path, help="empty folder for temporary files")
     options = parser.parse_args()
     text = options.text.read_text("utf-8") if options.text else None
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
@@ -68,11 +70,11 @@ def main() -> None:
     )
 
 
-# --- what the stage reads -----------------------------------------------------------------------
+# --- input of the stage --------------------------------------------------------------------------
 
 
 def save_teacher(folder: Path, tokenizer: Path) -> None:
-    """The tokenizer, beside the smallest model: a recipe needs one."""
+    """Save the tokenizer with a minimal model, which a recipe requires."""
     words = AutoTokenizer.from_pretrained(tokenizer)
     words.save_pretrained(folder)
     config = LlamaConfig(
@@ -88,7 +90,7 @@ def save_teacher(folder: Path, tokenizer: Path) -> None:
 
 
 def write_text(path: Path, tokens: float, tokenizer: Path, text: str | None) -> None:
-    """About so many tokens of documents, measured on the first of them."""
+    """Write documents of about `tokens` tokens, estimated from the first 1,000 documents."""
     if text is None:
         text = "\n".join(document.text for document in python_reference())
     sentences = re.split(r"(?<=[.:])\s+", text)
@@ -127,7 +129,7 @@ def write_recipe(folder: Path, name: str, run: str) -> Path:
     return path
 
 
-# --- the stage, in a process of its own ----------------------------------------------------------
+# --- the stage, in a separate process ------------------------------------------------------------
 
 
 def start(recipe: Path) -> subprocess.Popen[bytes]:
@@ -136,7 +138,7 @@ def start(recipe: Path) -> subprocess.Popen[bytes]:
 
 
 def finish(process: subprocess.Popen[bytes]) -> tuple[float, int]:
-    """CPU seconds and peak resident bytes."""
+    """Wait for the process; return its CPU seconds and peak resident bytes."""
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode in (0, -signal.SIGKILL), process.returncode
@@ -144,7 +146,7 @@ def finish(process: subprocess.Popen[bytes]) -> tuple[float, int]:
 
 
 def run_stage(folder: Path, name: str) -> dict[str, Any]:
-    """The stage in one go."""
+    """Run the stage without interruption."""
     recipe = write_recipe(folder, name, name)
     started = time.perf_counter()
     cpu, peak = finish(start(recipe))
@@ -166,7 +168,7 @@ def run_stage(folder: Path, name: str) -> dict[str, Any]:
 
 
 def run_killed(folder: Path, whole: dict[str, Any]) -> dict[str, Any]:
-    """As `whole`, on the small text, but killed when half of it is tokenized, and started again."""
+    """Run the small text of `whole` again, kill it when half is tokenized, and restart it."""
     recipe = write_recipe(folder, "small", "killed")
     process = start(recipe)
     stages = folder / "killed" / "stages"
@@ -190,7 +192,7 @@ def run_killed(folder: Path, whole: dict[str, Any]) -> dict[str, Any]:
 
 
 def complete_tokens(log: Path) -> int:
-    """The tokens of a log that a killed process left, without those of a half-written record."""
+    """Count the tokens in the log of a killed process, excluding an incomplete last record."""
     found = 0
     with log.open("rb") as file:
         file.readline()

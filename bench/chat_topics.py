@@ -1,4 +1,4 @@
-"""Prompts by template and topic, for experiments that need chats about different things."""
+"""Prompt templates and topics, for experiments that need chats about different subjects."""
 
 from __future__ import annotations
 
@@ -30,4 +30,4 @@ TOPICS = {
         "glass", "seeds", "courts", "yawning", "islands", "auctions", "paper", "maps", "drums",
     ),
 }  # fmt: skip
-"""Topics of a first training, of a second one, and of measurements: none is in two parts."""
+"""Disjoint topics for a first training, a second training, and evaluation."""

@@ -1,10 +1,10 @@
-"""What it costs to compare files with their hashes: `python -m bench.checks`.
+"""The cost of comparing files with their hashes: `python -m bench.checks`.
 
-Every function that hashes is timed while it runs, and its processor time is set against that of the
-whole process: a ratio in one run, which other programs on the machine hardly change. The recipes of
-the demo and of a stored teacher are run on less text and calibration, with as many checkpoints as
-on all of it; what is hashed stays the same, so that the shares are upper bounds. Each recipe is run
-twice: the second run finds every stage finished, and compares every file.
+Every function that hashes is timed, and its processor time is divided by that of the whole process.
+Other programs on the machine hardly affect this ratio, since both are measured in the same run. The
+recipes demo.yaml and stored.yaml run with less text and calibration but the same number of
+checkpoints. The amount of hashed data stays the same, so the shares are upper bounds. Each recipe
+runs twice: the second run finds every stage finished and compares every file.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ SHORT = {
         "export.dtype=float32",
     ),
 }
-"""What makes each recipe shorter. So little training does not survive the rounding to bfloat16: its
+"""Settings that shorten each recipe. So little training does not survive rounding to bfloat16: the
 export would fail."""
 
 
 @dataclass
 class Time:
-    """Processor and wall-clock time, and what was hashed in it."""
+    """Processor and wall-clock time, and the hashed bytes."""
 
     cpu: float = 0.0
     wall: float = 0.0
@@ -68,7 +68,7 @@ class Time:
 
 @contextmanager
 def hashing() -> Iterator[Time]:
-    """Adds up what is spent on hashes inside the block."""
+    """Accumulate the time spent on hashing inside the block."""
     total = Time()
 
     def timed(function: Callable[..., Any], size: Callable[..., int]) -> Callable[..., Any]:
@@ -117,7 +117,7 @@ def whole() -> Iterator[Time]:
 
 
 def measure_recipe(name: str, folder: Path) -> dict[str, Any]:
-    """A recipe's first run, and its second, in which every stage is finished."""
+    """Measure a recipe's first run and its second run, which finds every stage finished."""
     found: dict[str, Any] = {}
     for run in ("first", "second"):
         checksums._intact.clear()  # as in a process of its own
@@ -133,8 +133,8 @@ def measure_recipe(name: str, folder: Path) -> dict[str, Any]:
 
 
 def measure_store(folder: Path, rounds: int) -> dict[str, Any]:
-    """An epoch of a store that a stage has recorded: what is compared when a run finds the stage
-    finished, and what is compared when the shards are opened."""
+    """Read a recorded store for one epoch, including the comparisons when a run finds the stage
+    finished and when the shards are opened."""
     windows, writing = make_windows(1024, 1024), {}
 
     def work(out: Path) -> runfolder.Outcome:
@@ -158,8 +158,8 @@ def measure_store(folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def measure_verify(folder: Path, rounds: int, size: int = 1 << 30) -> dict[str, list[float]]:
-    """Bytes per second of processor time, from the page cache: a stage's files by XXH3, an export's
-    by SHA-256."""
+    """Bytes that `verify` reads per second of processor time from the page cache: the files of a
+    stage (XXH3) and of an export (SHA-256)."""
     export, stages = folder / "export", runfolder.RunFolder(folder / "run")
     export.mkdir()
     block = torch.randint(0, 256, (1 << 20,), dtype=torch.uint8).numpy().tobytes()
@@ -193,7 +193,7 @@ def main() -> None:
     bars: list[Bar] = []
 
     def judge(name: str, value: float, op: Literal["<=", ">="], bar: float) -> None:
-        """Printed at once: the recipes take minutes."""
+        """Record a bar and print it immediately, since the recipes take minutes."""
         bars.append(Bar(name, value, op, bar))
         print(f"{'met ' if bars[-1].met else 'MISS'} {name}: {value:.4g} {op} {bar}", flush=True)
 

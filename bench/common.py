@@ -1,4 +1,4 @@
-"""The output of every benchmark: the machine, the versions, the raw figures, and the bars."""
+"""The output of every benchmark: machine, versions, raw figures, and bars."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Bar:
-    """A target and the measured number. It is recorded whether it is met or not."""
+    """A target and the measured value, recorded whether or not the target is met."""
 
     name: str
     value: float
@@ -35,7 +35,7 @@ class Bar:
 def write_results(
     name: str, figures: Any, bars: Sequence[Bar], seeds: Sequence[int] = (0,)
 ) -> None:
-    """Writes bench/results/NAME.json and prints the bars."""
+    """Write bench/results/NAME.json and print the bars."""
     RESULTS.mkdir(exist_ok=True)
     result = {
         "benchmark": name,
@@ -56,13 +56,13 @@ def write_results(
 
 
 def _module() -> str | None:
-    """The module that was started with `python -m`."""
+    """Return the name of the module that was started with `python -m`."""
     return getattr(sys.modules["__main__"].__spec__, "name", None)
 
 
 def make_piece(folder: Path, last: str, work: Callable[[], object]) -> bool:
-    """Do the work of a piece of an experiment in its folder, unless its last file is there, which
-    `work` writes. Returns whether it was done."""
+    """Run one piece of an experiment in its folder, unless the last file that `work` writes exists.
+    Return whether the work was done."""
     if (folder / last).exists():
         return False
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,12 +72,12 @@ def make_piece(folder: Path, last: str, work: Callable[[], object]) -> bool:
 
 
 _FOLDERS = re.compile(r"""(?<![^\s"'`=(\[:,])(?:file://)?/(?:[^\s/"'`:]+/)+""")
-"""Of an absolute path: all but its last name."""
+"""Matches all but the last component of an absolute path."""
 
 
 def without_paths(value: Any) -> Any:
-    """The same JSON value with absolute paths shortened to their last names: results are committed,
-    and the folders of a machine are private."""
+    """Return the JSON value with absolute paths shortened to their last component: results are
+    committed, and a machine's folders are private."""
     if isinstance(value, dict):
         return {_FOLDERS.sub("", str(key)): without_paths(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -86,14 +86,14 @@ def without_paths(value: Any) -> Any:
 
 
 def earlier(name: str) -> dict[str, Any]:
-    """The results of the last run of a benchmark; {} if there are none."""
+    """Return the results of a benchmark's last run, or {} if there are none."""
     path = RESULTS / f"{name}.json"
     found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
     return found
 
 
 def commit() -> str:
-    """The measured commit; `unknown` outside a repository."""
+    """Return the current commit, or `unknown` outside a repository."""
     done = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )

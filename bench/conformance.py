@@ -1,15 +1,15 @@
 """Checks that a distillation loss is correct: `python -m bench.conformance [MODULE:FUNCTION]`
 
-Without arguments, it checks ours, TRL's, Liger's and torch's own (those that are installed). Point
-it at any function (Problem) -> Tensor that returns the mean over supervised rows of forward KL
-(β = 0), reverse KL (β = 1) or generalized JSD, and leaves gradients to autograd: see
+Without arguments, it checks the losses of Stillhouse, TRL, Liger, and torch that are installed. It
+accepts any function (Problem) -> Tensor that returns the mean over supervised rows of forward KL
+(β = 0), reverse KL (β = 1), or generalized JSD, and leaves gradients to autograd: see
 bench/contenders.py. It prints one line for each check that differs from a token-by-token float64
-reference, and exits 1 if ours does.
+reference, and exits with status 1 if Stillhouse differs.
 
     python -m bench.conformance --tokenizers [PYTHON]
 
-checks losses under a teacher with another tokenizer (bench/tokenizer_conformance.py): ours, ULD and
-GOLD as published, and TRL's, if PYTHON is the interpreter of an environment with TRL.
+checks losses under a teacher with a different tokenizer (bench/tokenizer_conformance.py): ours, ULD
+and GOLD as published, and TRL's if PYTHON is the interpreter of an environment with TRL.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TOLERANCE = 1e-4
 
 
 def reference(problem: Problem) -> tuple[Tensor, list[Tensor]]:
-    """Mean loss and gradients: float64, token by token, on the shared vocabulary."""
+    """Mean loss and gradients, computed token by token in float64 on the shared vocabulary."""
     leaves = [leaf.detach().double().requires_grad_() for leaf in problem.leaves]
     hidden_ND, weight_VD = leaves
     shared = min(len(weight_VD), len(problem.teacher_VD))
@@ -61,7 +61,7 @@ def gap(found: Tensor, expected: Tensor) -> float:
 
 
 def compare(loss: Loss, problem: Problem, tolerance: float = TOLERANCE) -> str:
-    """A description of the difference, or an empty string."""
+    """Describe the difference from the reference; return an empty string if there is none."""
     value = run(loss, problem)
     grads = problem.grads
     expected, expected_grads = reference(problem)
@@ -78,7 +78,7 @@ def compare(loss: Loss, problem: Problem, tolerance: float = TOLERANCE) -> str:
     return ", ".join(found)
 
 
-# --- checks: each returns the difference, or an empty string ---------------------------------
+# --- checks: each describes the difference, or returns an empty string -----------------------
 
 
 def values_and_gradients(beta: float, temperature: float) -> Callable[[Loss], str]:
@@ -102,7 +102,7 @@ def no_rows(loss: Loss) -> str:
 
 
 def masked_rows_do_not_leak(loss: Loss) -> str:
-    """Masked rows with enormous hidden states change nothing."""
+    """Masked rows with huge hidden states must not change the result."""
     problem = make_problem(20, 40, 8)
     with torch.no_grad():
         problem.hidden_ND[problem.labels_N == -100] = 1e3
@@ -111,7 +111,7 @@ def masked_rows_do_not_leak(loss: Loss) -> str:
 
 
 def split_batches_add_up(loss: Loss) -> str:
-    """A mean over 4 and over 400 rows, weighted by rows, is the mean over 404."""
+    """The means over 4 and over 400 rows, weighted by rows, must add up to the mean over 404."""
     whole = make_problem(404, 40, 8, masked=0.0)
     _, expected_grads = reference(whole)
     grads = [torch.zeros_like(g) for g in expected_grads]
@@ -132,7 +132,7 @@ def split_batches_add_up(loss: Loss) -> str:
 
 
 def padded_head(side: str) -> Callable[[Loss], str]:
-    """One head has padding rows: they are not tokens and must have probability 0."""
+    """Padding rows of one head are not tokens and must have probability 0."""
 
     def check(loss: Loss) -> str:
         problem = make_problem(20, 40, 8)
@@ -149,7 +149,7 @@ def padded_head(side: str) -> Callable[[Loss], str]:
 
 
 def underflow(beta: float) -> Callable[[Loss], str]:
-    """Probabilities of e^-200 on either side, of models that agree on the likely tokens."""
+    """Probabilities of e^-200 in both models, which agree on the likely tokens."""
 
     def check(loss: Loss) -> str:
         problem = make_problem(20, 40, 8, beta=beta)
@@ -163,7 +163,7 @@ def underflow(beta: float) -> Callable[[Loss], str]:
 
 
 def saturated_jsd(loss: Loss) -> str:
-    """Models that agree on no likely token: JSD is log 2, with a gradient far below KL's."""
+    """The models agree on no likely token: JSD is log 2, with a gradient far smaller than KL's."""
     problem = make_problem(20, 40, 8)
     with torch.no_grad():
         problem.weight_VD.mul_(60)
@@ -180,7 +180,7 @@ def saturated_jsd(loss: Loss) -> str:
 
 
 def bfloat16(loss: Loss) -> str:
-    """Logits may round to 8 bits; the reductions over a vocabulary of 5000 must not."""
+    """Logits may be rounded to bfloat16; reductions over a vocabulary of 5000 must not."""
     problem = make_problem(40, 5000, 64, beta=0.0, dtype=torch.bfloat16)
     expected, _ = reference(problem)
     off = gap(run(loss, problem), expected)
@@ -188,7 +188,7 @@ def bfloat16(loss: Loss) -> str:
 
 
 def a_scaled_loss(loss: Loss) -> str:
-    """loss · 0.5 has half the gradient."""
+    """The gradient of loss · 0.5 must be half the gradient."""
     problem = make_problem(20, 40, 8)
     _, expected = reference(problem)
     for leaf in problem.leaves:
@@ -199,7 +199,7 @@ def a_scaled_loss(loss: Loss) -> str:
 
 
 def without_gradients(loss: Loss) -> str:
-    """Evaluation: the value, no graph."""
+    """Without gradients (evaluation), the value must be the same and have no graph."""
     problem = make_problem(20, 40, 8)
     expected, _ = reference(problem)
     with torch.no_grad():
@@ -229,14 +229,14 @@ CHECKS: dict[str, tuple[float, Callable[[Loss], str]]] = {
 
 
 def conform(loss: Loss, name: str = "") -> dict[str, str]:
-    """The difference by check; an empty string if there is none."""
+    """Run all checks; return each difference, or an empty string if there is none."""
     found = {}
     for title, (beta, check) in CHECKS.items():
         if not defined(name, beta):
             continue
         try:
             found[title] = check(loss)
-        except Exception as error:  # any exception of another library is a finding
+        except Exception as error:  # an exception of any library is a finding
             found[title] = f"raises {type(error).__name__}: {str(error).splitlines()[0][:70]}"
     return found
 

@@ -1,4 +1,4 @@
-"""The compared losses: ours, other libraries' (if installed), and plain PyTorch.
+"""The compared losses: Stillhouse, other libraries (if installed), and plain PyTorch.
 
 Each returns the mean over a Problem's supervised rows of generalized JSD with the mixture
 βp + (1 − β)q, where β = 0 means forward KL and β = 1 reverse KL, as TRL and Liger define it.
@@ -25,7 +25,7 @@ from stillhouse.signals import DenseSignal, LMHead
 
 @dataclass
 class Problem:
-    """Hidden rows and heads of both models; a label of −100 masks a row."""
+    """Hidden states and heads of both models. A label of −100 masks a row."""
 
     hidden_ND: Tensor
     weight_VD: Tensor
@@ -37,7 +37,7 @@ class Problem:
 
     @cached_property
     def supervised(self) -> Tensor:
-        """[S] Numbers of the supervised rows: a training has them from its collator."""
+        """[S] Indices of the supervised rows. In training, the collator provides them."""
         return (self.labels_N != -100).nonzero()[:, 0]
 
     @property
@@ -46,7 +46,7 @@ class Problem:
 
     @property
     def grads(self) -> list[Tensor]:
-        """The gradients after `run`; zeros for leaves without one."""
+        """The gradients after `run`; zeros for leaves without a gradient."""
         return [torch.zeros_like(x) if x.grad is None else x.grad for x in self.leaves]
 
 
@@ -64,7 +64,7 @@ def make_problem(
     device: str = "cpu",
     seed: int = 0,
 ) -> Problem:
-    """Random rows whose logits have a standard deviation of 2, for teacher and student."""
+    """Make random rows whose logits have a standard deviation of 2, for teacher and student."""
     g = torch.Generator(device).manual_seed(seed)
     made: dict[str, Any] = {"generator": g, "device": device}
 
@@ -102,7 +102,7 @@ def stillhouse(problem: Problem) -> Tensor:
 
 
 def divergence_of_logits(student_NV: Tensor, teacher_NV: Tensor, beta: float) -> Tensor:
-    """Per row, by torch's own kl_div and autograd."""
+    """Divergence of each row, with torch's own kl_div and autograd."""
     log_q, log_p = F.log_softmax(student_NV, -1), F.log_softmax(teacher_NV, -1)
 
     def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def divergence_of_logits(student_NV: Tensor, teacher_NV: Tensor, beta: float) ->
 
 
 def naive(problem: Problem) -> Tensor:
-    """Full logits of the supervised rows, in float32 after the head."""
+    """Computes the full logits of the supervised rows, in float32 after the head."""
     valid = problem.labels_N != -100
     student_NV = (problem.hidden_ND[valid] @ problem.weight_VD.T).float() / problem.temperature
     with torch.no_grad():
@@ -160,7 +160,7 @@ def trl_chunked(problem: Problem) -> Tensor:
 
 
 def trl_chunked_packed(problem: Problem) -> Tensor:
-    """As TRL's, on the supervised rows only (off CUDA it projects masked rows too)."""
+    """TRL's loss on the supervised rows only (except on CUDA, it also projects masked rows)."""
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
     valid = problem.labels_N != -100
@@ -217,8 +217,8 @@ def orda(problem: Problem) -> Tensor:
 
 
 def matmul_floor(problem: Problem, rows: int = 256) -> None:
-    """Only the same four products, in the same dtype, over the supervised rows, by the faster of
-    PyTorch's libraries."""
+    """Compute only the same four products over the supervised rows, in the same dtype, with the
+    faster of PyTorch's libraries."""
     with torch.no_grad():
         valid = problem.labels_N != -100
         hidden_ND, teacher_ND = problem.hidden_ND[valid], problem.teacher_ND[valid]
@@ -248,7 +248,7 @@ CONTENDERS: dict[str, Loss] = {
     "liger 1024, compiled": liger(1024, compiled=True),
     "orda": orda,
 }
-"""\"packed\" gives a peer the supervised rows only, which it does not do by itself."""
+"""\"packed\" passes only the supervised rows, which the peer does not select by itself."""
 
 MODULES = {"trl": "trl", "liger": "liger_kernel", "orda": "orda_kernel"}
 
@@ -259,12 +259,12 @@ def installed(name: str) -> bool:
 
 
 def defined(name: str, beta: float) -> bool:
-    """orda's loss with hidden rows has no JSD."""
+    """Whether the loss supports β: orda's loss on hidden states has no JSD."""
     return name != "orda" or beta == 0.0
 
 
 def run(loss: Loss, problem: Problem) -> Tensor:
-    """Forward and backward; gradients are left in the problem's leaves."""
+    """Run forward and backward. The gradients are in the problem's leaves."""
     for leaf in problem.leaves:
         leaf.grad = None
     value = loss(problem)

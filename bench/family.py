@@ -1,13 +1,15 @@
-"""Compares ways to train a family: `make bench NAME=family ARGS="wikitext2-valid.txt"`.
+"""Compare ways to train a family.
 
-Five comparisons on SmolLM2-135M-Instruct, each at equal training tokens, all students measured on
-the held-out passages of `bench.quality`:
+    make bench NAME=family ARGS="wikitext2-valid.txt"
 
-(a) a cascade of three hops against one cut to the last size; (b) members that learn from the
-original teacher, from the member before, or from both; (c) with and without least-squares
-reconstruction; (d) width, depth, or both cut to one number of parameters; (e) a pruned start
-against random weights of the same shape. All teachers run live. Finished work is not repeated
-with the same --folder.
+Five comparisons on SmolLM2-135M-Instruct, each with the same number of training tokens. All students
+are measured on the held-out passages of `bench.quality`.
+
+(a) A cascade of three hops, or one cut to the final size. (b) Members that learn from the original
+teacher, from the previous member, or from both. (c) With and without the least-squares refit.
+(d) Cutting width, depth, or both to the same number of parameters. (e) A pruned start, or random
+weights in the same shape. All teachers run live. With the same --folder, finished work is not
+repeated.
 """
 
 from __future__ import annotations
@@ -43,9 +45,9 @@ EQUAL: dict[str, dict[str, Any]] = {
     "depth": {"layers": 22},
     "mixed": {"ffn_size": 1280, "layers": 26},
 }
-"""About 108M parameters each; the report has the exact numbers."""
+"""About 108M parameters each; the results have the exact numbers."""
 ALL = 0.5
-"""Epochs of 60,000 tokens for every student, and for a chain of three hops in total."""
+"""Epochs of 60,000 tokens, for each student and for all three hops of a chain together."""
 A_HOP = ALL / 3
 CALIBRATION_TOKENS = 16384
 STUDENTS = (
@@ -63,7 +65,7 @@ Figure = dict[str, Any]
 
 
 class Bench:
-    """One seed's students: each built, trained and measured once."""
+    """The students of one seed, each built, trained, and measured once."""
 
     def __init__(self, options: argparse.Namespace, texts: Path, seed: int) -> None:
         self.raw = recipe(options.teacher, texts, 1024, seed)
@@ -79,9 +81,9 @@ class Bench:
         start: Path | None = None,
         teachers: list[str] | None = None,
     ) -> tuple[Figure, Path]:
-        """Measure a student before and after training; returns its checkpoint.
+        """Measure a student before and after training; return the figures and the checkpoint.
 
-        start: the model that is pruned; None: the teacher. teachers: as train.teachers.
+        start: the model to prune; None means the teacher. teachers: like train.teachers.
         """
         raw = {**self.raw, "student": {"start": "pruned", **section}}
         if raw["student"]["start"] == "pruned":
@@ -109,7 +111,7 @@ class Bench:
         return figure, trained.path / MODEL
 
     def chain(self, teacher: str) -> Figure:
-        """The last member of a cascade, and the KL of each member."""
+        """Measure the last member of a cascade, and the KL of each member."""
         start: Path | None = None
         on_the_way, spent = {}, {"tokens": 0, "flops": 0.0}
         for name, sizes in HOPS.items():
@@ -123,7 +125,7 @@ class Bench:
 
 
 def students(bench: Bench) -> dict[str, Callable[[], Figure]]:
-    """Functions that build and measure each student, by name in the results."""
+    """Map each student's name to the function that builds and measures it."""
     unrefitted = {**EQUAL["width"], "refit": False}
     random = {"start": "random", "overrides": {"intermediate_size": 1024}}
     return {
@@ -146,7 +148,7 @@ def measure(
     seeds: dict[int, dict[str, Figure]],
     commits: dict[int, str],
 ) -> None:
-    """Adds a seed's students to `seeds`, and writes the results with each."""
+    """Add the students of one seed to `seeds`, and write the results after each."""
     seeds[seed], commits[seed] = {}, commit()
     bench = Bench(options, texts, seed)
     with bench.folder.locked():
@@ -158,7 +160,7 @@ def measure(
 
 
 def write(seeds: dict[int, dict[str, Figure]], commits: dict[int, str]) -> None:
-    """The figures of all seeds, and of each student its KL by seed and their mean."""
+    """Write the figures of all seeds, and each student's KL by seed with the mean."""
     by_student: dict[str, dict[int, float]] = {}
     for seed, found in seeds.items():
         for name, figure in found.items():
@@ -179,7 +181,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/family-bench"))
     parser.add_argument("--students", nargs="+", choices=STUDENTS, default=STUDENTS)
     parser.add_argument(
-        "--add", action="store_true", help="keep the results of other seeds, of whatever commit"
+        "--add", action="store_true", help="keep the results of other seeds, from any commit"
     )
     options = parser.parse_args()
     tune_allocator()

@@ -1,11 +1,11 @@
-"""Which learning rate suits the recipe that `stillhouse init` writes.
+"""Learning rates for a recipe written by `stillhouse init`, compared.
 
     stillhouse init --job distill --data own.jsonl --size large --out own.yaml
     python -m bench.first_students own.yaml --rates 3e-5 5e-5 1e-4
 
-One student is cut from the teacher, and trained once with each rate. Measured on the recipe's
-held-out text, before and after each training; with the answers to the recipe's prompts. Finished
-work is not repeated with the same --folder.
+One student is pruned from the teacher and trained once with each rate. The results contain its KL
+on the recipe's held-out text before and after each training, and its answers to the recipe's
+prompts. With the same --folder, finished work is not repeated.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", default=["3e-5", "5e-5", "1e-4"])
     parser.add_argument("--folder", type=Path, default=Path("runs/first_students"))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--name", default="first_students", help="of the file of results")
+    parser.add_argument("--name", default="first_students", help="name of the results file")
     options = parser.parse_args()
     figures: dict[str, Any] = {"recipe": options.recipe.read_text(encoding="utf-8")}
     for rate in options.rates:

@@ -1,10 +1,10 @@
-"""Rates of float32 products on a CPU: MKL (`torch.mm`) and oneDNN (`stillhouse.cpu_products`).
+"""Rates of float32 matrix products on a CPU: MKL (`torch.mm`) and oneDNN (`cpu_products`).
 
     python -m bench.float32_products
 
-The products of the layers of SmolLM2-135M, forward and backward, for a micro-batch of 256 tokens;
-with all instructions of this CPU, and with AVX2 alone. Both libraries in turns, in one process for
-each; the best of the rounds counts.
+Measures the products of SmolLM2-135M's layers, forward and backward, for a micro-batch of 256
+tokens, once with all instructions of this CPU and once with AVX2 alone, each in a separate process.
+The two libraries take turns; the best round counts.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def rates(rounds: int) -> dict[str, dict[str, float]]:
-    """FLOP/s of each library, by product."""
+    """Return the FLOP/s of each library for each product."""
     found: dict[str, dict[str, float]] = {}
     torch.manual_seed(0)
     for inputs, outputs in LAYERS:
@@ -69,7 +69,9 @@ def rates(rounds: int) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--here", action="store_true", help="in this process; prints JSON")
+    parser.add_argument(
+        "--here", action="store_true", help="measure in this process and print JSON"
+    )
     options = parser.parse_args()
     if options.here:
         print(json.dumps(rates(options.rounds)))

@@ -1,13 +1,14 @@
-"""The cost of each quantized format: bytes, and KL to the student itself and to the teacher.
+"""The cost of each quantized format: size, KL to the student itself, and KL to the teacher.
 
     make bench NAME=formats
 
-The student of recipes/pruned.yaml, embeddings included, in Stillhouse's own grids (int8 and int4 in
-groups of 32, float8) and in GGUF's formats. Each is measured twice: with unweighted errors, and
-weighted by the importance of each input, which is measured on training text. KL is on
-held-out text, which neither training nor the importance has seen. Everything is computed in float32
-from the rounded weights, so that only the rounding is measured; the student in bfloat16 is included
-for comparison. k-quants are left out if llama-cpp-python is not installed.
+The student of recipes/pruned.yaml is rounded, including its embeddings, to Stillhouse's own grids
+(int8 and int4 in groups of 32, float8) and to GGUF's formats. Each format is measured twice: with
+equally weighted errors, and with errors weighted by the importance of each input, which is measured
+on training text. KL is measured on held-out text, which neither training nor the importance has
+seen. Everything is computed in float32 from the rounded weights, so that only the rounding is
+measured; the student in bfloat16 is included for comparison. k-quants are skipped if
+llama-cpp-python is not installed.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ K_QUANTS = ("q6_k", "q5_k_m", "q4_k_m", "q3_k_m")
 
 @dataclass(frozen=True)
 class Row:
-    """kl: KL(student ‖ form), nats/token; kl_to_teacher: KL(teacher ‖ form)."""
+    """Results of one form, in nats/token. kl: to the student itself. kl_to_teacher: to the teacher."""
 
     form: str
     importance: bool
@@ -58,7 +59,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Reference:
-    """The outputs that forms are compared with, on the same windows."""
+    """The outputs that each form is compared with, on the same windows."""
 
     windows: list[Any]
     student: HeldoutAnswers
@@ -77,10 +78,15 @@ class Reference:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--student", type=Path, help="one trained already; none: recipes/pruned.yaml is run"
+        "--student", type=Path, help="a trained student; by default, recipes/pruned.yaml is run"
     )
-    parser.add_argument("--tokens", type=int, default=4096, help="held-out, to measure KL on")
-    parser.add_argument("--importance-tokens", type=int, default=16384, help="of training text")
+    parser.add_argument("--tokens", type=int, default=4096, help="held-out tokens, to measure KL")
+    parser.add_argument(
+        "--importance-tokens",
+        type=int,
+        default=16384,
+        help="tokens of training text, to measure importance",
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs/formats"))
     options = parser.parse_args()
     job, training, heldout = prepare_data(RECIPE, [f"folder={options.folder / 'run'}"])
@@ -118,7 +124,7 @@ def line(row: Row) -> str:
 
 
 def plain(model: Any, student: Path, reference: Reference) -> Iterator[Row]:
-    """As it was trained, and in bfloat16."""
+    """Measure the student as trained, and in bfloat16."""
     numbers = sum(parameter.numel() for parameter in model.parameters())
     yield reference.row(model, "float32", False, 4 * numbers)
     short = load_model(student, dtype=torch.bfloat16)
@@ -139,7 +145,7 @@ def in_gguf(student: Path, reference: Reference, moments: Moments) -> Iterator[R
     if has_llama_cpp():
         kinds += K_QUANTS
     else:
-        print("k-quants: left out, llama-cpp-python is not installed", flush=True)
+        print("k-quants: skipped, because llama-cpp-python is not installed", flush=True)
     for kind, known in itertools.product(kinds, (None, moments)):
         with gguf_file(student, kind, known) as file:
             size = file.stat().st_size

@@ -1,12 +1,13 @@
-"""Everything that only a GPU can answer, in at most 8 minutes: `make bench NAME=gpu`.
+"""Everything that can be measured only on a GPU, in at most 8 minutes: `make bench NAME=gpu`.
 
-Parts: the tests that need a GPU; the fused loss compared with its roofline and with Liger, dense
-and sparse; throughput and peak memory of training steps of models with random weights, the latter
-compared with the plan; whether a second process finds the memory that a training has freed.
+Parts: the tests that need a GPU; the fused loss with dense and sparse signals, compared with its
+roofline and with Liger; training steps of models with random weights, with their throughput and
+with their peak memory compared with the plan; and how much memory a second process can use after a
+training.
 
-Each part is a process of its own with a time limit. The results file is written after every part,
-with the figures of parts that were cut short or failed, and the reason. `--device cpu` with small
-sizes tries the script itself.
+Each part is a separate process with a time limit. The results file is written after every part; for
+a part that failed or was cut short, it contains the figures so far and the reason. To try the
+script, use `--device cpu` with small sizes.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ from bench.gpu_parts import PAIRS, add_sizes
 from stillhouse.hardware import default_device
 
 LEAST_SECONDS = 5.0
-"""A part is not started with less."""
+"""A part is not started if less time is left."""
 RESERVE_SECONDS = 10.0
-"""For starting, and for writing the results."""
+"""Time kept for startup and for writing the results."""
 ROOFLINE, OF_LIGER, SPARSE, UTILIZATION, PLANNED, FREE = 0.6, 0.65, 0.8, 0.4, 0.1, 0.95
 
 
 @dataclass(frozen=True)
 class Part:
-    """arguments: of `bench.gpu_parts`. seconds: its limit."""
+    """One part. arguments: for `bench.gpu_parts`. seconds: its time limit."""
 
     name: str
     arguments: Sequence[str]
@@ -47,9 +48,11 @@ class Part:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=8.0, help="for everything")
-    parser.add_argument("--only", nargs="*", help="parts by the first word of their names")
-    parser.add_argument("--name", default="gpu", help="of the results file")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time limit for all parts")
+    parser.add_argument(
+        "--only", nargs="*", help="run only these parts, given by the first word of their names"
+    )
+    parser.add_argument("--name", default="gpu", help="name of the results file")
     add_sizes(parser)
     options = parser.parse_args()
     device = default_device().type
@@ -66,9 +69,9 @@ def main() -> None:
 
 
 def parts(options: argparse.Namespace) -> list[Part]:
-    """In the order of their worth, should the time not suffice for all.
+    """Return the parts, most important first, in case there is no time for all.
 
-    Limits are for 8 minutes, and in proportion for another time.
+    Time limits are for 8 minutes, and are scaled for other values of --minutes.
     """
     scale = options.minutes / 8
     sizes: list[str] = []
@@ -88,7 +91,7 @@ def parts(options: argparse.Namespace) -> list[Part]:
 
 
 def measured(part: Part, seconds: float) -> dict[str, Any]:
-    """The figures of a part, and `failed` with the reason if it did not finish."""
+    """Run a part; return its figures, and `failed` with the reason if it did not finish."""
     if seconds < LEAST_SECONDS:
         return {"failed": "no time was left"}
     command = [sys.executable, "-m", "bench.gpu_parts", *part.arguments]
@@ -96,7 +99,7 @@ def measured(part: Part, seconds: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         with out.open("wb") as stdout, err.open("wb") as stderr:
-            # A session of its own: at the limit, its children are ended with it.
+            # A new session, so that its children can be killed with it at the limit.
             process = subprocess.Popen(
                 command, stdout=stdout, stderr=stderr, start_new_session=True
             )
@@ -121,7 +124,7 @@ def measured(part: Part, seconds: float) -> dict[str, Any]:
 
 
 def figures_of(output: str) -> dict[str, Any]:
-    """What a part printed: lines of JSON objects, of which the last may be incomplete."""
+    """Merge the JSON lines that a part printed; the last line can be incomplete."""
     found: dict[str, Any] = {}
     for line in output.splitlines():
         if line.startswith("{"):
@@ -131,7 +134,7 @@ def figures_of(output: str) -> dict[str, Any]:
 
 
 def bars(figures: dict[str, Any], device: str) -> list[Bar]:
-    """What can be judged so far. Speed and memory of a CPU are not."""
+    """Return the bars for the figures so far. Speed and memory are not judged on a CPU."""
     found = []
     tests = figures.get("tests", {})
     if "failures" in tests:

@@ -1,6 +1,6 @@
-"""The measurements of bench/gpu.py, each in this process: `python -m bench.gpu_parts PART`.
+"""The measurements of bench/gpu.py, each run in this process: `python -m bench.gpu_parts PART`.
 
-A line of JSON is printed for every figure, as soon as it is known.
+Every figure is printed as a line of JSON as soon as it is known.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ FLOOR_ROWS = 2048
 SEED = 0
 TEST_PROCESSES = 6
 WARM_STEPS = 2
-"""Steps that compile kernels and fill the allocator's cache."""
+"""First steps, which compile kernels and fill the allocator's cache, and are not timed."""
 SMALLER: tuple[dict[str, str], ...] = (
     {},
     {"optimizer": "adamw_8bit"},
     {"optimizer": "adamw_8bit", "weights": "bfloat16"},
 )
-"""Settings of a student, of which the first that fits is measured."""
+"""Settings for training the student; the first that fits is measured."""
 MICRO_BATCHES = 4, 2, 1
-"""Windows of a micro-batch: the first number that fits. With small ones the GPU waits for Python,
-which launches some thousand kernels for each of them."""
+"""Windows per micro-batch; the first number that fits is used. With small micro-batches, the GPU
+waits for Python, which launches a few thousand kernels for each of them."""
 
 
 PAIRS: dict[str, tuple[PreTrainedConfig, PreTrainedConfig]] = {
@@ -68,20 +68,20 @@ PAIRS: dict[str, tuple[PreTrainedConfig, PreTrainedConfig]] = {
         LlamaConfig(**sizes(32, 48, 2, 4, 2, 256)),
     ),
 }
-"""Configurations of teacher and student: Qwen3's of these sizes, 1B with fewer layers and a smaller
-FFN; `tiny` is for trying the script."""
+"""Configurations of teacher and student: Qwen3 models of these sizes, of which 1B has fewer layers and
+a smaller FFN than 1.7B; `tiny` is for trying the script."""
 
 
 def add_sizes(parser: argparse.ArgumentParser) -> None:
-    """Options for the sizes of everything that is measured."""
+    """Add the options for all sizes."""
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--rows", type=int, default=8192, help="rows of the loss")
     parser.add_argument("--vocab", type=int, nargs="*", default=[128_000, 256_000])
     parser.add_argument("--width", type=int, nargs="*", default=[2048, 4096, 8192])
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each loss")
+    parser.add_argument("--rounds", type=int, default=3, help="timed runs of each loss")
     parser.add_argument("--pairs", nargs="*", default=["1.7B:1B", "8B:4B"], choices=PAIRS)
-    parser.add_argument("--context", type=int, default=4096, help="tokens of a micro-batch")
-    parser.add_argument("--steps", type=int, default=5, help="optimizer steps of a training")
+    parser.add_argument("--context", type=int, default=4096, help="tokens per window")
+    parser.add_argument("--steps", type=int, default=5, help="optimizer steps per training")
 
 
 def main() -> None:
@@ -101,7 +101,7 @@ def say(**figures: Any) -> None:
 
 
 def run_tests(options: argparse.Namespace) -> None:
-    """The tests with the mark `cuda`, from the files that name it."""
+    """Run the tests marked `cuda`, from the files that contain the mark."""
     files = [
         str(path)
         for path in sorted((ROOT / "tests").rglob("test_*.py"))
@@ -118,7 +118,7 @@ def run_tests(options: argparse.Namespace) -> None:
             "-p",
             "no:cacheprovider",
         ]
-        if importlib.util.find_spec("xdist"):  # most of the time goes to compiling kernels
+        if importlib.util.find_spec("xdist"):  # most of the time is spent compiling kernels
             command += ["-n", str(min(TEST_PROCESSES, os.cpu_count() or 1))]
         done = subprocess.run(
             [*command, f"--junitxml={report}", *files],
@@ -139,7 +139,7 @@ def run_tests(options: argparse.Namespace) -> None:
 
 
 def measure_losses(options: argparse.Namespace) -> None:
-    """Forward KL of every shape, dense, from the smallest on; then the sparse signal."""
+    """Measure forward KL with dense and sparse signals for every shape, smallest first."""
     rate = matmul_rate(torch.bfloat16, options.device)
     say(product_rate=rate)
     shapes = sorted(
@@ -191,7 +191,7 @@ def one_loss(options: argparse.Namespace, vocab: int, width: int, rate: float) -
 
 
 class RandomText:
-    """Windows of random tokens, each a document."""
+    """Windows of random tokens, each a separate document."""
 
     def __init__(self, windows: int, context: int, vocabulary: int) -> None:
         g = torch.Generator().manual_seed(SEED)
@@ -209,7 +209,7 @@ class RandomText:
 
 
 def random_weights(config: Any, dtype: torch.dtype, device: str) -> Any:
-    """A model that is made where it is used."""
+    """Make a model with random weights directly on the device."""
     torch.manual_seed(SEED)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -255,7 +255,7 @@ def available(device: str) -> int:
 
 
 def train_some(options: argparse.Namespace) -> None:
-    """Some steps of a pair, of which throughput and peak memory are printed."""
+    """Train a pair for some steps; print throughput and peak memory."""
     teacher, student = map(copy.deepcopy, PAIRS[options.pairs[0]])
     for changes, micro_batch in itertools.product(SMALLER, MICRO_BATCHES):
         settings = settings_for(changes, micro_batch, options.steps)
@@ -283,7 +283,7 @@ def train_some(options: argparse.Namespace) -> None:
         say(peak=peak_memory_bytes() - before)
     speeds = [row["tokens_per_s"] for row in result.metrics if "loss" in row]
     speed = statistics.median(speeds[WARM_STEPS:] or speeds)
-    speed *= options.context / (options.context - 1)  # supervised tokens are counted
+    speed *= options.context / (options.context - 1)  # tokens_per_s counts supervised tokens
     rate = matmul_rate(torch.bfloat16, options.device)
     flops = 6 * counts[0] + 2 * counts[1]
     say(
@@ -296,7 +296,7 @@ def train_some(options: argparse.Namespace) -> None:
 
 
 def find_memory(options: argparse.Namespace) -> None:
-    """After a training in this process, which goes on, start another one that needs a GPU."""
+    """Train in this process, keep it alive, and start a second process that needs the GPU."""
     train_some(options)
     free_memory()
     command = [sys.executable, "-m", "bench.gpu_parts", "free", "--device", options.device]
@@ -305,7 +305,7 @@ def find_memory(options: argparse.Namespace) -> None:
 
 
 def say_free(options: argparse.Namespace) -> None:
-    """The share of the device's memory that this process can have."""
+    """Print the share of the device's memory that this process can use."""
     if options.device == "cuda":
         free, total = torch.cuda.mem_get_info()
         torch.empty(int(0.9 * free), dtype=torch.uint8, device="cuda")

@@ -1,1 +1,1 @@
-"""Generators of real and damaged inputs for bench/inputs.py, each with its own oracle."""
+"""Generators of valid and damaged inputs for bench/inputs.py, each with its own oracle."""

@@ -1,4 +1,4 @@
-"""How long a trial may take on a machine that does other work, too."""
+"""Time limits of trials on a machine that also does other work."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import os
 
 
 def on_busy_cores(seconds: float) -> float:
-    """The time of work that takes `seconds` with a core for each process that wants one."""
+    """Scale `seconds`, measured with one core per process, to the current load."""
     return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
