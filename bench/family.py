@@ -2,8 +2,8 @@
 
     make bench NAME=family ARGS="wikitext2-valid.txt"
 
-Five comparisons on SmolLM2-135M-Instruct, each with the same number of training tokens. All students
-are measured on the held-out passages of `bench.quality`.
+Five comparisons on SmolLM2-135M-Instruct, each at equal training tokens. All students are measured
+on the held-out passages of `bench.quality`.
 
 (a) A cascade of three hops, or one cut to the final size. (b) Members that learn from the original
 teacher, from the previous member, or from both. (c) With and without the least-squares refit.

@@ -47,7 +47,7 @@ K_QUANTS = ("q6_k", "q5_k_m", "q4_k_m", "q3_k_m")
 
 @dataclass(frozen=True)
 class Row:
-    """Results of one form, in nats/token. kl: to the student itself. kl_to_teacher: to the teacher."""
+    """Results of one form. kl: from the student itself; kl_to_teacher: from the teacher."""
 
     form: str
     importance: bool

@@ -68,8 +68,8 @@ PAIRS: dict[str, tuple[PreTrainedConfig, PreTrainedConfig]] = {
         LlamaConfig(**sizes(32, 48, 2, 4, 2, 256)),
     ),
 }
-"""Configurations of teacher and student: Qwen3 models of these sizes, of which 1B has fewer layers and
-a smaller FFN than 1.7B; `tiny` is for trying the script."""
+"""Configurations of teacher and student: Qwen3 models of these sizes, 1B with fewer layers and a
+smaller FFN than 1.7B; `tiny` is for trying the script."""
 
 
 def add_sizes(parser: argparse.ArgumentParser) -> None:

@@ -1,11 +1,11 @@
-"""Tests real, odd and damaged inputs: nothing may fail silently.
+"""Tests with valid, unusual, and damaged inputs: nothing may fail silently.
 
     make bench NAME=inputs
     python -m bench.inputs --seed 1 --count 30
 
-Data files, labeled tables, prompts, model folders, GGUF files and recipes are made by generators
-with a seed. Each generator knows the expected result without the code under test. A trial
-that takes too long is ended. Every failure is listed with the numbers that reproduce it:
+Seeded generators make data files, labeled tables, prompts, model folders, GGUF files, and recipes.
+Each generator knows the expected result independently of the code under test. A trial that takes
+too long is stopped. Every failure is listed with the numbers that reproduce it:
 
     python -m bench.inputs --seed 1 --only data:17
 """

@@ -1,7 +1,7 @@
 """Small chat templates, each written twice: in Jinja for the code under test, in Python as oracle.
 
-A control token is written ⟦like this⟧ in expectations, so that a text that merely contains the
-token's string is told apart from the token.
+Expected texts mark a control token ⟦like this⟧, which distinguishes it from text that merely
+contains the token's string.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DATE = "⟦date⟧"
 
 @dataclass(frozen=True)
 class Turn:
-    """One message as the generator means it. weight 0: context only."""
+    """A message as the generator means it. A weight of 0 means context only."""
 
     role: str
     text: str
@@ -31,10 +31,11 @@ class Turn:
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """A chat template. render: the text of turns up to the answer, and the answer that follows.
+    """A chat template and its oracle.
 
-    refuses: what makes the template raise an error. drops: what it leaves out in silence.
-    trims: whether it strips contents. end: its end-of-turn token, "" if it has none.
+    before: renders the turns up to an answer. answer: renders the answer. end: the end-of-turn
+    token, "" if there is none. refuses: features that make the template raise an error. drops:
+    features that it silently leaves out.
     """
 
     name: str
@@ -71,7 +72,7 @@ def _chatml_before(turns: Sequence[Turn], _tools: str) -> str:
     return f"{told}{start}assistant\n"
 
 
-# --- as Llama 3 ------------------------------------------------------------------------------
+# --- Llama 3 ---------------------------------------------------------------------------------
 
 LLAMA3 = (
     "{{ '<|begin_of_text|>' }}{% for message in messages %}"
@@ -95,7 +96,7 @@ def _dated_before(turns: Sequence[Turn], tools: str) -> str:
     return _llama3_before(turns, tools, f"Today Date: {DATE}\n")
 
 
-# --- as Mistral ------------------------------------------------------------------------------
+# --- Mistral ---------------------------------------------------------------------------------
 
 MISTRAL = (
     "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] + '\n\n' %}"
@@ -123,7 +124,7 @@ def _mistral_before(turns: Sequence[Turn], _tools: str) -> str:
     return told
 
 
-# --- as Gemma --------------------------------------------------------------------------------
+# --- Gemma -----------------------------------------------------------------------------------
 
 GEMMA = (
     "{{ '<bos>' }}{% if messages[0]['role'] == 'system' %}"
@@ -145,7 +146,7 @@ def _gemma_before(turns: Sequence[Turn], _tools: str) -> str:
     return f"{told}{start}model\n"
 
 
-# --- with tools and reasoning, as Qwen -------------------------------------------------------
+# --- tools and reasoning, like Qwen ----------------------------------------------------------
 
 TOOLED = (
     "{% if tools %}<|im_start|>system\nTools:{% for tool in tools %}{{ '\n' + (tool | tojson) }}"
@@ -183,7 +184,7 @@ def _tooled_before(turns: Sequence[Turn], tools: str) -> str:
     return f"{told}{start}assistant\n"
 
 
-# --- with faults -----------------------------------------------------------------------------
+# --- defective templates ---------------------------------------------------------------------
 
 SILENT = (
     "{% for message in messages %}{% if message['role'] in ('user', 'assistant') %}"
@@ -252,7 +253,7 @@ FORMATS = (
 
 @cache
 def tokenizer(format: ChatFormat) -> Any:
-    """One token a byte, and the format's control tokens; a padding token of its own."""
+    """Make a tokenizer of bytes, with the format's control tokens and a padding token."""
     special = dict.fromkeys(["<|pad|>", *format.special, format.eos])
     tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     core = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, []))
@@ -270,14 +271,14 @@ def tokenizer(format: ChatFormat) -> Any:
 
 @cache
 def _bytes_of_characters() -> dict[str, int]:
-    """GPT-2's table of printable characters for bytes, by its definition."""
+    """Return GPT-2's mapping from printable characters to bytes, built from its definition."""
     kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in kept]
     return {chr(b): b for b in kept} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
 def spelled(ids: Sequence[int], format: ChatFormat) -> str:
-    """What token ids say, with control tokens marked."""
+    """Decode token ids, with control tokens marked."""
     words, table = tokenizer(format), _bytes_of_characters()
     told, buffer = "", bytearray()
     for token in words.convert_ids_to_tokens(list(ids)):

@@ -1,7 +1,7 @@
-"""Files of training data: sound ones in every form, and odd or damaged ones.
+"""Trials with training data files: valid ones in every form, and unusual or damaged ones.
 
-Half of the trials are sound combinations of form, chat template, file format, encoding and
-compression, which must be learned exactly. The other half go through a list of oddities.
+Half of the trials are valid combinations of form, chat template, file format, encoding, and
+compression, which must be learned exactly. The other half cycle through a list of unusual cases.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def sound(chance: random.Random, folder: Path) -> Trial:
 
 
 def _features(chance: random.Random, format: ChatFormat) -> list[str]:
-    """Features that the template writes."""
+    """Choose features that the template writes."""
     candidates = ["system", "developer", "reasoning", "calls", "weights"]
     fine = [
         f for f in candidates if f not in format.drops | format.refuses
@@ -71,7 +71,7 @@ def _features(chance: random.Random, format: ChatFormat) -> list[str]:
 
 
 def _dressed(data: bytes, kind: str, chance: random.Random) -> bytes:
-    """With a byte order mark, other line ends, blank lines or no last line end."""
+    """Add a byte order mark or blank lines, or change the line endings."""
     text = data.decode()
     if kind == "jsonl":
         text = text.replace("\n", chance.choice(["\n", "\n", "\r\n", "\n\n"]))

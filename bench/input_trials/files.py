@@ -1,4 +1,4 @@
-"""Writes rows into files of every kind."""
+"""Write rows to files in every format."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def jsonl(rows: Values, *, ascii: bool = False) -> str:
 
 
 def table(rows: Values, delimiter: str = ",") -> str:
-    """CSV as RFC 4180 has it."""
+    """Format rows as CSV according to RFC 4180."""
     out = io.StringIO()
     names = list(dict.fromkeys(name for row in rows for name in row))
     writer = csv.DictWriter(out, names, delimiter=delimiter)
@@ -59,7 +59,7 @@ def compress(data: bytes, ending: str) -> bytes:
 
 
 def content(rows: Values, kind: str, chance: random.Random | None = None) -> bytes:
-    """A sound file of a kind: jsonl, json, json object, csv, tsv or parquet."""
+    """Return the content of a valid file: jsonl, json, json object, csv, tsv, or parquet."""
     if kind == "parquet":
         return parquet(rows)
     if kind == "json":

@@ -1,6 +1,6 @@
-"""GGUF files: written here tensor by tensor, sound and with what readers forget.
+"""Trials with GGUF files, written tensor by tensor: valid files, and cases that readers often miss.
 
-The oracle is the model whose tensors were written, with the mathematics that the file's keys say.
+The oracle is the model whose tensors were written, computed as the file's keys specify.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def make(chance: random.Random, folder: Path, number: int) -> Trial:
 
 
 def _paired(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
-    """Llama's order in GGUF: the two halves of each head's rotary dimensions alternate."""
+    """Interleave the two halves of each head's rotary dimensions, as GGUF does for Llama."""
     halves = weight.reshape(heads, 2, HEAD // 2, *weight.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
 
@@ -53,7 +53,7 @@ def write(
     quantized: bool = False,
     padding: str = "<|endoftext|>",
 ) -> Path:
-    """A GGUF file of a Llama or Qwen model. change: adds keys. without: a tensor to leave out."""
+    """Write a Llama or Qwen model as GGUF. change: adds keys. without: a tensor to leave out."""
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(256)
@@ -93,13 +93,13 @@ def write(
 
 
 def _letters(count: int) -> list[str]:
-    """Tokens of one or two letters of the byte alphabet."""
+    """Return tokens of one or two letters of the byte alphabet."""
     first = [chr(0x100 + n) for n in range(33)]
     return [*first, *(a + b for a in first for b in first if a + b != "ĀĀ")][:count]
 
 
 def tensors(model: Any, architecture: str) -> dict[str, np.ndarray[Any, Any]]:
-    """Under GGUF's names, in llama.cpp's order of rows."""
+    """Return the tensors under GGUF's names, with rows in llama.cpp's order."""
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     found = {"token_embd.weight": state["model.embed_tokens.weight"],
              "output_norm.weight": state["model.norm.weight"]}  # fmt: skip
@@ -146,7 +146,7 @@ def sound(chance: random.Random, folder: Path) -> Trial:
 
 
 def scaled_rope(chance: random.Random, folder: Path) -> Trial:
-    """The keys of scaled rotary embeddings, as llama.cpp's converter writes them."""
+    """Keys for scaled rotary embeddings, as llama.cpp's converter writes them."""
     kind = chance.choice(["linear", "yarn"])
     architecture = chance.choice(["llama", "qwen2"])
     rope = {"rope_type": kind, "factor": 4.0, "rope_theta": 1e4}
@@ -165,7 +165,7 @@ def scaled_rope(chance: random.Random, folder: Path) -> Trial:
 
 
 def frequencies(chance: random.Random, folder: Path) -> Trial:
-    """Llama 3.1 stores its scaling as a tensor of frequencies' divisors."""
+    """Llama 3.1 stores its scaling as a tensor of frequency divisors."""
     rope = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5, "low_freq_factor": 1.0,
             "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
     model = _model("llama", rope_parameters=rope)
@@ -186,7 +186,7 @@ def biases(chance: random.Random, folder: Path) -> Trial:
 
 
 def unknown_key(chance: random.Random, folder: Path) -> Trial:
-    """Keys that change the mathematics in ways that a Llama does not have: refused, or noted."""
+    """Keys that change the computation in a way that Llama does not support: rejected or noted."""
     name, add = chance.choice(
         [
             ("llama.logit_scale", 0.5), ("llama.attention.clamp_kqv", 1.0),
@@ -210,7 +210,7 @@ def unknown_key(chance: random.Random, folder: Path) -> Trial:
 
 
 def harmless_key(chance: random.Random, folder: Path) -> Trial:
-    """Keys about the file, its authors or its making."""
+    """Keys about the file, its authors, or its origin."""
     name = chance.choice(["general.url", "general.author", "quantize.imatrix.file", "general.tags"])
     model = _model("llama")
 
@@ -242,7 +242,7 @@ def missing_tensor(chance: random.Random, folder: Path) -> Trial:
 
 
 def eight_bits(chance: random.Random, folder: Path) -> Trial:
-    """Quantized weights are the numbers that the file stores."""
+    """Quantized weights must equal the values stored in the file."""
     model = _model("qwen2")
     path = write(folder / "m.gguf", model, "qwen2", quantized=True)
     rounded = _rounded(model)
@@ -307,7 +307,7 @@ def wrong_numbers(chance: random.Random, folder: Path) -> Trial:
 
 
 def split_file(chance: random.Random, folder: Path) -> Trial:
-    """One part of a model in several files."""
+    """The first of several files that make up a model."""
 
     def change(writer: gguf.GGUFWriter) -> None:
         writer.add_uint16("split.no", 0)

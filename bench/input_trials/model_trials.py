@@ -1,7 +1,7 @@
-"""Model folders: sound ones of many architectures, and odd or damaged ones.
+"""Trials with model folders: valid ones of many architectures, and unusual or damaged ones.
 
-A sound folder must give the logits that plain transformers computes for it. What is damaged must be
-refused, or give the logits of the model before the damage.
+A valid folder must produce the logits that plain transformers computes for it. A damaged folder
+must be rejected, or produce the logits of the model before the damage.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def make(chance: random.Random, folder: Path, number: int) -> Trial:
 
 
 def sound(chance: random.Random, folder: Path, number: int) -> Trial:
-    """Every architecture in turn, stored in several ways."""
+    """Go through all architectures, stored in several ways."""
     architecture = list(ARCHITECTURES)[number % len(ARCHITECTURES)]
     changes: dict[str, Any] = {}
     if architecture not in ("gpt2", "cohere", "gpt_neox", "gemma2", "gemma3_text"):

@@ -1,4 +1,4 @@
-"""Tiny models of many architectures, and the ways into Stillhouse that read them."""
+"""Tiny models of many architectures, and the functions of Stillhouse that load them."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from stillhouse.signals.lm_head import head_logits
 
 WORDS = tokenizer(FORMATS[0])
 VOCABULARY = len(WORDS) + 8
-"""Some rows are padding: transformers adds a token to the tokenizers of some architectures."""
+"""Includes padding rows: transformers adds a token to the tokenizers of some architectures."""
 LENGTH = 24
 TOLERANCE = 1e-3
-"""Of the largest logit: float32 against float32 in another order of sums."""
+"""Relative to the largest logit: both sides are float32, but sum in a different order."""
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -59,7 +59,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
                   "num_experts_per_tok": 2},
 }  # fmt: skip
 ROTARY = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
-"""Architectures whose configurations look alike."""
+"""Architectures with similar configurations."""
 Quirk = Callable[[random.Random, Path], Trial]
 
 
@@ -68,7 +68,7 @@ Quirk = Callable[[random.Random, Path], Trial]
 
 @cache
 def model_of(architecture: str, changes: str = "{}") -> Any:
-    """A random model, the same one each time. changes: of the configuration, as JSON."""
+    """Make a random model, always the same one. changes: JSON of changed configuration values."""
     sizes = {**ARCHITECTURES[architecture], **json.loads(changes)}
     config = AutoConfig.for_model(architecture, **sizes)
     torch.manual_seed(7)
@@ -76,7 +76,7 @@ def model_of(architecture: str, changes: str = "{}") -> Any:
 
 
 def save(folder: Path, architecture: str, **changes: Any) -> Path:
-    """The folder of a model and its tokenizer."""
+    """Save a model and its tokenizer; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     model_of(architecture, json.dumps(changes)).save_pretrained(folder)
     WORDS.save_pretrained(folder)
@@ -99,12 +99,12 @@ def transformers_logits(folder: Path) -> torch.Tensor:
     return plain_logits(model.eval())
 
 
-# --- three doors -----------------------------------------------------------------------------
+# --- three ways to load a model ----------------------------------------------------------------
 
 
 @torch.no_grad()
 def as_teacher(folder: Path) -> torch.Tensor:
-    """Logits [L - 1, V] as a training gets them."""
+    """Logits [L - 1, V], computed as in training."""
     teacher = sh.Teacher.load(folder, dtype="float32", device="cpu")
     ids = _ids()
     positions = torch.arange(LENGTH)[None]
@@ -118,7 +118,7 @@ def as_student(folder: Path) -> torch.Tensor:
 
 
 def as_checked(folder: Path) -> None:
-    """`stillhouse check` of a recipe with this model. Raises the error that it reports."""
+    """Run `stillhouse check` on a recipe with this model; raise the error that it reports."""
     text = "".join(f"Sentence number {n} of a text.\n\n" for n in range(400))
     files.write(folder.parent, "text.txt", text)
     raw = {
@@ -147,7 +147,7 @@ def judged(
     *,
     door: str = "teacher",
 ) -> Trial:
-    """Right if the logits are the expected ones. None: there are none."""
+    """A trial that is right if the logits are the expected ones (None: no logits to compare)."""
     read = {"teacher": as_teacher, "student": as_student, "check": as_checked}[door]
 
     def wrong(logits: torch.Tensor | None) -> str | None:

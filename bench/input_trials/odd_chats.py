@@ -1,4 +1,4 @@
-"""Rows that are odd or defective as chats."""
+"""Trials with unusual or defective chats."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def left_out(chance: random.Random, folder: Path) -> Trial:
 
 
 def endless(chance: random.Random, folder: Path) -> Trial:
-    """A template that writes no end-of-turn token: EOS may be put there, or a note says it."""
+    """A template without an end-of-turn token: EOS is added, or a note reports it."""
     writer, format = Writer(chance), BY_NAME["endless"]
     rows = [chat_row(writer.chat(turns=1), format) for _ in range(4)]
     path = saved(folder, rows)
@@ -84,7 +84,7 @@ def encoded_arguments(chance: random.Random, folder: Path) -> Trial:
 
 
 def arrow_nulls(chance: random.Random, folder: Path) -> Trial:
-    """Parquet gives every call the arguments of all others, as nulls."""
+    """Parquet adds the arguments of all other calls to each call, as nulls."""
     writer, format = Writer(chance), BY_NAME["tooled"]
     chats = [
         [
@@ -119,7 +119,7 @@ def empty_answer(chance: random.Random, folder: Path) -> Trial:
 
 
 def empty_output(chance: random.Random, folder: Path) -> Trial:
-    """Alpaca has such rows."""
+    """An empty answer, as in some Alpaca rows."""
     writer, format = Writer(chance), BY_NAME["chatml"]
     form: Form = chance.choice(["alpaca", "question-answer", "prompt-completion"])
     rows = [flat_row(form, writer, format) for _ in range(4)]
@@ -143,7 +143,7 @@ def odd_weight(chance: random.Random, folder: Path) -> Trial:
 
 
 def control_text(chance: random.Random, folder: Path) -> Trial:
-    """A text that contains a control token's string is text."""
+    """The string of a control token inside a text must be read as text."""
     writer, format = Writer(chance), BY_NAME[chance.choice(SOUND)]
     rows = []
     for _ in range(4):
@@ -164,7 +164,7 @@ def control_inplain_rows(chance: random.Random, folder: Path) -> Trial:
 
 
 def odd_roles(chance: random.Random, folder: Path) -> Trial:
-    """Roles that are written otherwise: read as what they are, or refused."""
+    """Roles with unusual spellings: read as what they mean, or rejected."""
     writer, format = Writer(chance), BY_NAME[chance.choice(["chatml", "tooled", "llama3"])]
     chats = [writer.chat(turns=1) for _ in range(4)]
     rows = [chat_row(chat, format) for chat in chats]
@@ -182,7 +182,7 @@ def no_answer(chance: random.Random, folder: Path) -> Trial:
 
 
 def unanswered_end(chance: random.Random, folder: Path) -> Trial:
-    """A last question without an answer changes nothing in what is learned."""
+    """A last question without an answer must not change what is learned."""
     writer, format, rows = plain_rows(chance)
     for row in rows[:2]:
         row.value["messages"].append({"role": "user", "content": writer.text()})
@@ -212,7 +212,7 @@ def bad_messages(chance: random.Random, folder: Path) -> Trial:
 
 
 def messages_as_text(chance: random.Random, folder: Path) -> Trial:
-    """Messages as JSON text in a table's cell: read, or refused."""
+    """Messages as JSON text in a table cell: read, or rejected."""
     _, format, rows = plain_rows(chance)
     cells = [{"messages": json.dumps(row.value["messages"])} for row in rows]
     kind = chance.choice(["csv", "parquet", "jsonl"])
@@ -221,7 +221,7 @@ def messages_as_text(chance: random.Random, folder: Path) -> Trial:
 
 
 def preferences(chance: random.Random, folder: Path) -> Trial:
-    """Rows of two answers, a better and a worse one, have no single right reading."""
+    """Rows with a better and a worse answer have no unambiguous reading."""
     writer, format = Writer(chance), BY_NAME["chatml"]
     values: list[dict[str, Any]] = []
     for _ in range(4):
@@ -236,7 +236,7 @@ def preferences(chance: random.Random, folder: Path) -> Trial:
 
 
 def legacy_functions(chance: random.Random, folder: Path) -> Trial:
-    """OpenAI's older `functions` and `function_call`: read as tools, refused, or noted."""
+    """OpenAI's older `functions` and `function_call`: read as tools, rejected, or noted."""
     writer, format = Writer(chance), BY_NAME[chance.choice(["tooled", "chatml"])]
     chats = [writer.chat(["calls"], 1) for _ in range(3)]
     chats = [[c[0], Turn("assistant", "", calls=c[1].calls[:1])] for c in chats]
@@ -253,7 +253,7 @@ def legacy_functions(chance: random.Random, folder: Path) -> Trial:
 
 
 def unknown_keys(chance: random.Random, folder: Path) -> Trial:
-    """Keys beside those that are read: bookkeeping is left alone; what may matter is not lost."""
+    """Additional keys: bookkeeping is ignored, but nothing that might matter is lost."""
     writer, format, rows = plain_rows(chance)
     for row in rows:
         row.value.update(id=writer.count, source="web", score=0.5, meta={"n": [1, None]})
@@ -261,7 +261,7 @@ def unknown_keys(chance: random.Random, folder: Path) -> Trial:
 
 
 def two_forms(chance: random.Random, folder: Path) -> Trial:
-    """Rows of several forms in one file."""
+    """Rows in several forms in one file."""
     writer, format = Writer(chance), BY_NAME[chance.choice(["chatml", "llama3"])]
     forms = chance.sample(FORMS, 3)
     rows = [make_row(form, writer, format) for form in forms for _ in range(2)]
@@ -269,7 +269,7 @@ def two_forms(chance: random.Random, folder: Path) -> Trial:
 
 
 def two_forms_in_a_row(chance: random.Random, folder: Path) -> Trial:
-    """A row with messages and another form beside it that says something else."""
+    """A row with messages and a second form with a different content."""
     writer, format, rows = plain_rows(chance)
     turns = [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]
     others: list[dict[str, Any]] = [
@@ -282,7 +282,7 @@ def two_forms_in_a_row(chance: random.Random, folder: Path) -> Trial:
 
 
 def reasoning_names(chance: random.Random, folder: Path) -> Trial:
-    """Reasoning under other names: `reasoning`, `thinking`."""
+    """Reasoning under other keys: `reasoning`, `thinking`."""
     writer, format = Writer(chance), BY_NAME["tooled"]
     rows = [chat_row(writer.chat(["reasoning"], 1), format) for _ in range(4)]
     key = chance.choice(["reasoning", "thinking"])
@@ -293,7 +293,7 @@ def reasoning_names(chance: random.Random, folder: Path) -> Trial:
 
 
 def system_key(chance: random.Random, folder: Path) -> Trial:
-    """A system message in a key of its own, as ShareGPT and Alpaca files have it."""
+    """A system message under a separate key, as in ShareGPT and Alpaca files."""
     writer, format = Writer(chance), BY_NAME[chance.choice(["chatml", "llama3", "mistral"])]
     chats = [writer.chat(["system"], 1) for _ in range(4)]
     form: Form = chance.choice(["sharegpt", "messages"])
@@ -306,7 +306,7 @@ def system_key(chance: random.Random, folder: Path) -> Trial:
 
 
 def history(chance: random.Random, folder: Path) -> Trial:
-    """Alpaca with earlier turns in `history`, as LLaMA-Factory has it."""
+    """Alpaca with earlier turns in `history`, as in LLaMA-Factory."""
     writer, format = Writer(chance), BY_NAME["chatml"]
     rows = []
     for _ in range(3):
@@ -318,7 +318,7 @@ def history(chance: random.Random, folder: Path) -> Trial:
         for row in rows:
             for text in row.value["history"][0]:
                 if not any(text in each.whole for each in seen):
-                    return f"the earlier turn {text!r} stands nowhere"
+                    return f"the earlier turn {text!r} is missing"
         return None
 
     path = saved(folder, rows)

@@ -1,4 +1,4 @@
-"""Configurations, tokenizers and kinds of models that do not fit."""
+"""Trials with unsuitable configurations, tokenizers, and kinds of models."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from bench.input_trials.trial import Trial
 
 
 def other_mathematics(chance: random.Random, folder: Path) -> Trial:
-    """Keys that make another model of the same tensors: transformers knows what they mean."""
+    """Keys that change the model that the tensors define; transformers is the oracle."""
     _, path = start(chance, folder, "llama", "mistral", "qwen2")
     name, value = chance.choice(
         [
@@ -59,7 +59,7 @@ def other_mathematics(chance: random.Random, folder: Path) -> Trial:
 
 
 def broken_config(chance: random.Random, folder: Path) -> Trial:
-    """Values that fit neither the tensors nor any model."""
+    """Values that do not fit the tensors, or any model."""
     _, path = start(chance, folder)
     name, value = chance.choice(
         [
@@ -102,7 +102,7 @@ def config_text(chance: random.Random, folder: Path) -> Trial:
 
 
 def double_config_keys(chance: random.Random, folder: Path) -> Trial:
-    """Equal keys with two values: one of them is not what its writer meant."""
+    """A key given twice with two values: one of them is not what the author meant."""
     _, path = start(chance, folder)
     file = path / "config.json"
     file.write_text(file.read_text().rstrip()[:-1] + ', "rms_norm_eps": 0.5}')
@@ -110,7 +110,7 @@ def double_config_keys(chance: random.Random, folder: Path) -> Trial:
 
 
 def remote_code(chance: random.Random, folder: Path) -> Trial:
-    """Code that comes with a model must not run unless the recipe allows it."""
+    """Code included with a model must not run unless the recipe allows it."""
     _, path = start(chance, folder)
     mark = folder / "ran"
     files.write(path, "modeling_x.py", f"open({str(mark)!r}, 'w')\nclass X: ...\n")
@@ -131,7 +131,7 @@ def remote_code(chance: random.Random, folder: Path) -> Trial:
 
 
 def other_class(chance: random.Random, folder: Path) -> Trial:
-    """`architectures` names a class without a language-model head."""
+    """`architectures` names a class without an LM head."""
     _, path = start(chance, folder, "llama")
     edit(path, {"architectures": ["LlamaForSequenceClassification"]})
     expected = transformers_logits(path)
@@ -139,7 +139,7 @@ def other_class(chance: random.Random, folder: Path) -> Trial:
 
 
 def bidirectional(chance: random.Random, folder: Path) -> Trial:
-    """Attention in both directions: such a model sees the token that it predicts."""
+    """Bidirectional attention: such a model sees the token that it predicts."""
     path = save(folder / "m", "gemma3_text")
     edit(path, {"use_bidirectional_attention": True})
     return refused("attention in both directions", path, chance)
@@ -192,7 +192,7 @@ def encoder(chance: random.Random, folder: Path) -> Trial:
 
 
 def classifier(chance: random.Random, folder: Path) -> Trial:
-    """A classifier's folder has no language-model head."""
+    """A classifier's folder has no LM head."""
     path = folder / "m"
     config = AutoConfig.for_model("llama", **{**SIZES, "tie_word_embeddings": False})
     AutoModelForSequenceClassification.from_config(config).save_pretrained(path)
@@ -204,7 +204,7 @@ def classifier(chance: random.Random, folder: Path) -> Trial:
 
 
 def padded_rows(chance: random.Random, folder: Path) -> Trial:
-    """More rows than tokens: padding, which is never predicted."""
+    """More embedding rows than tokens: padding, which is never predicted."""
     path = save(folder / "m", "llama", vocab_size=VOCABULARY + chance.choice([1, 5, 64]))
     return judged("rows beyond the tokenizer", path, transformers_logits(path))
 
@@ -236,7 +236,7 @@ def broken_tokenizer(chance: random.Random, folder: Path) -> Trial:
 
 
 def tokenizer_rules(chance: random.Random, folder: Path) -> Trial:
-    """A tokenizer.json with rules that the class transformers chooses by name does not have."""
+    """A tokenizer.json with rules that the class chosen by transformers does not have."""
     path = save(folder / "m", chance.choice(["llama", "qwen2", "qwen3", "gpt2"]))
     edit(path, {"normalizer": {"type": "Lowercase"}}, "tokenizer.json")
     names = ["PreTrainedTokenizerFast", "LlamaTokenizerFast", "GPT2TokenizerFast", "Qwen2Tokenizer"]
@@ -255,7 +255,7 @@ def tokenizer_rules(chance: random.Random, folder: Path) -> Trial:
 
 
 def tokenizer_config(chance: random.Random, folder: Path) -> Trial:
-    """A damaged tokenizer_config.json; without one, transformers has defaults."""
+    """A damaged tokenizer_config.json. Without this file, transformers uses defaults."""
     _, path = start(chance, folder)
     file = path / "tokenizer_config.json"
     how, data = chance.choice(
@@ -267,7 +267,7 @@ def tokenizer_config(chance: random.Random, folder: Path) -> Trial:
 
 
 def two_models(chance: random.Random, folder: Path) -> Trial:
-    """The configuration of one model with the weights of another."""
+    """One model's configuration with another model's weights."""
     one, other = chance.sample(["llama", "gemma2", "gpt2", "phi3", "olmo2", "gpt_neox"], 2)
     path = save(folder / "m", one)
     shutil.copy(save(folder / "other", other) / "config.json", path / "config.json")

@@ -1,4 +1,4 @@
-"""Files that are odd or damaged."""
+"""Trials with unusual or damaged files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def encodings(chance: random.Random, folder: Path) -> Trial:
 
 
 def latin(chance: random.Random, folder: Path) -> Trial:
-    """In Latin-1 there is no telling what a byte means."""
+    """Latin-1 text: the bytes do not show which encoding it is."""
     value = {"messages": [
         {"role": "user", "content": "Où est le café à Zürich?"},
         {"role": "assistant", "content": "Près de l’église".replace("’", "'")},
@@ -71,7 +71,7 @@ def compression(chance: random.Random, folder: Path) -> Trial:
 
 
 def wrong_ending(chance: random.Random, folder: Path) -> Trial:
-    """The name says another format than the file has: read as what it is, or refused."""
+    """An extension that does not match the content: read as what it is, or rejected."""
     writer, format = Writer(chance), BY_NAME["chatml"]
     rows = [flat_row(chance.choice(["prompt-completion", "text"]), writer, format)]
     rows += [flat_row("prompt-completion", writer, format) for _ in range(3)]
@@ -129,7 +129,7 @@ def broken_json(chance: random.Random, folder: Path) -> Trial:
 
 
 def pretty_json(chance: random.Random, folder: Path) -> Trial:
-    """Objects over several lines, one after the other: read whole, or refused."""
+    """Consecutive objects that span several lines: read completely, or rejected."""
     _, format, rows = plain_rows(chance)
     text = "\n".join(json.dumps(row.value, indent=2) for row in rows)
     path = files.write(folder, f"r.{chance.choice(['jsonl', 'json'])}", text)
@@ -137,7 +137,7 @@ def pretty_json(chance: random.Random, folder: Path) -> Trial:
 
 
 def double_keys(chance: random.Random, folder: Path) -> Trial:
-    """Two equal keys with different values in an object."""
+    """A key that occurs twice in an object, with different values."""
     writer = Writer(chance)
     line = json.dumps({"prompt": writer.text(), "completion": writer.text()})
     double = f'{{"prompt": "{writer.count}", "completion": "one", "completion": "two"}}'
@@ -169,7 +169,7 @@ def csv_cells(chance: random.Random, folder: Path) -> Trial:
 
 
 def csv_style(chance: random.Random, folder: Path) -> Trial:
-    """Tables as Excel and its like write them."""
+    """Tables as Excel and similar programs write them."""
     writer, format = Writer(chance), BY_NAME["chatml"]
     rows = [flat_row("prompt-completion", writer, format) for _ in range(4)]
     text = files.table([row.value for row in rows])
@@ -187,7 +187,7 @@ def csv_style(chance: random.Random, folder: Path) -> Trial:
 
 
 def no_strings(chance: random.Random, folder: Path) -> Trial:
-    """Values that are no text where text has to be."""
+    """Values that are not strings where text is required."""
     writer = Writer(chance)
     value: Any = chance.choice([None, 7, 2.5, True, ["x"], {"a": 1}, float("nan")])
     bad = {"prompt": writer.text(), "completion": value}
@@ -199,7 +199,7 @@ def no_strings(chance: random.Random, folder: Path) -> Trial:
 
 
 def surrogates(chance: random.Random, folder: Path) -> Trial:
-    """Half of a surrogate pair is no character; a whole pair is one."""
+    """Half of a surrogate pair is not a character; a whole pair is one character."""
     writer, format = Writer(chance), BY_NAME["chatml"]
     if chance.random() < 0.4:
         text = f"{writer.text(0)} 😀"
@@ -232,7 +232,7 @@ def deep(chance: random.Random, folder: Path) -> Trial:
 
 
 def plain_text(chance: random.Random, folder: Path) -> Trial:
-    """Text files: paragraphs in any encoding of line ends."""
+    """Text files: paragraphs with any kind of line ending."""
     writer, format = Writer(chance), BY_NAME[chance.choice(SOUND)]
     texts = [writer.text(0.2).replace("\n", " ") for _ in range(4)]
     end = chance.choice(["\n", "\r\n", "\r"])
@@ -245,7 +245,7 @@ def plain_text(chance: random.Random, folder: Path) -> Trial:
 
 
 def names(chance: random.Random, folder: Path) -> Trial:
-    """Names of files and folders with characters that patterns use."""
+    """Names of files and folders that contain pattern characters."""
     _, format, rows = plain_rows(chance)
     inside = chance.choice(["a[1]", "b (copy)", "c?", "d*", "e{x}", "[!f]", "g h", "ü", "~x"])
     path = saved(folder / inside, rows, chance.choice(["rows.jsonl", "r[0].jsonl", "r (1).jsonl"]))
@@ -255,7 +255,7 @@ def names(chance: random.Random, folder: Path) -> Trial:
 
 
 def repeated(chance: random.Random, folder: Path) -> Trial:
-    """Equal rows count once, which is documented."""
+    """Identical rows count once, as documented."""
     _, format, rows = plain_rows(chance)
     return judged("repeated rows", saved(folder, [*rows, *rows[:2]]), rows, format)
 
@@ -275,7 +275,7 @@ def nothing_to_read(chance: random.Random, folder: Path) -> Trial:
 
 
 def arrow_types(chance: random.Random, folder: Path) -> Trial:
-    """Parquet's other types for text: large, dictionary-encoded, binary."""
+    """Parquet's other text types: large, dictionary-encoded, and binary."""
     writer, format = Writer(chance), BY_NAME["chatml"]
     texts = [writer.text() for _ in range(4)]
     kind = chance.choice(["large_string", "dictionary", "binary", "string_view"])
@@ -293,7 +293,7 @@ def arrow_types(chance: random.Random, folder: Path) -> Trial:
 
 
 def python_objects(chance: random.Random, folder: Path) -> Trial:
-    """Rows that are handed over in Python."""
+    """Rows passed as Python objects."""
     _, format, rows = plain_rows(chance)
     texts: Any = [row.value for row in rows]
     how = chance.choice(["rows", "chats", "dataset"])
@@ -305,7 +305,7 @@ def python_objects(chance: random.Random, folder: Path) -> Trial:
 
 
 def mixed_lines(chance: random.Random, folder: Path) -> Trial:
-    """One row of another shape among many."""
+    """One row with a different shape among many."""
     _, _, rows = plain_rows(chance)
     odd: Any = chance.choice(
         [{}, {"txt": "x"}, {"message": []}, {"messages_": [message(Turn("user", "x"))]},

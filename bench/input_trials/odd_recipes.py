@@ -1,4 +1,4 @@
-"""The repository's recipes with a tiny teacher, and ways to change their text."""
+"""The repository's recipes with a tiny teacher, and changes to their text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NO_NUMBERS = (
     "2021-01-01", "１２", "1,5", "12 tokens", "9" * 5000, "{a: 1}", "' '", "!!binary YQ==", "nan",
     "Infinity", "-inf", "1..5", "0x", "--1",
 )  # fmt: skip
-"""Values, as YAML text, that are no number or one that no run could use."""
+"""YAML values that are not numbers, or that no run could use."""
 PERHAPS = ("null", "~", "-1", "0", "1", "0x1F", "1_000", "'12'", "1e3", "+5", "0.5", "1e-7", "100%")
 NO_TEXTS = ("[]", "{}", "[a]", "{a: b}")
 ODD_TEXTS = (
@@ -40,8 +40,8 @@ Place = tuple[str | int, ...]
 
 
 class Changed(NamedTuple):
-    """A recipe's new text. said: a place and the text that stands there, as it is written; a reader
-    that takes it must take it as that text."""
+    """A recipe's new text. said: a place and the literal text there; a reader that accepts the value
+    must read it as that text."""
 
     name: str
     data: str | bytes
@@ -54,7 +54,7 @@ Change = Callable[[random.Random, "Text"], Changed]
 
 @dataclass(frozen=True)
 class Text:
-    """A recipe's text and what YAML makes of it."""
+    """A recipe's text and its parsed YAML."""
 
     name: str
     text: str
@@ -66,7 +66,7 @@ class Text:
 
 @cache
 def data_folder() -> Path:
-    """The data beside the recipes, and a tiny teacher, for this process."""
+    """Make a folder with the recipes' data and a tiny teacher, for this process."""
     folder = Path(tempfile.mkdtemp(prefix="inputs-recipes-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     shutil.copytree(RECIPES / "data", folder / "data")
@@ -76,7 +76,7 @@ def data_folder() -> Path:
 
 @cache
 def recipes() -> tuple[Text, ...]:
-    """The repository's recipes, with the tiny teacher and little text."""
+    """Return the repository's recipes, with the tiny teacher and little text."""
     found = []
     for path in sorted(RECIPES.glob("*.yaml")):
         text = path.read_text(encoding="utf-8")
@@ -118,7 +118,7 @@ _HOLE = "__HOLE__"
 
 
 def _with(recipe: Text, place: Place, value: str) -> str:
-    """The recipe as YAML with `value`, YAML text, at a place."""
+    """Return the recipe as YAML, with the YAML text `value` at a place."""
     raw = copy.deepcopy(recipe.raw)
     _at(raw, place[:-1])[place[-1]] = _HOLE
     return _dumped(raw).replace(_HOLE, value)
@@ -195,7 +195,7 @@ def odd_text(chance: random.Random, recipe: Text) -> Changed:
 
 
 def other_shape(chance: random.Random, recipe: Text) -> Changed:
-    """A section where a value should be, and the other way around."""
+    """A section in place of a value, or vice versa."""
     place = chance.choice([*_sections(recipe.raw)][1:])
     value = chance.choice(["7", "text", "true", "[[]]", "[{}]", "{x: 1}", "[null]"])
     return Changed(f"{_dotted(place)}: {value}", _with(recipe, place, value), "must")
@@ -214,7 +214,7 @@ def _some_key(chance: random.Random, raw: Any) -> tuple[Place, str]:
 
 
 def _named(raw: Any, place: Place) -> bool:
-    """Whether the keys of a section are the recipe's own words."""
+    """Whether the schema defines a section's keys, and not the recipe's author."""
     return bool(_at(raw, place)) and not {"values", "overrides", "labels"} & set(place)
 
 
@@ -241,7 +241,7 @@ def unknown(chance: random.Random, recipe: Text) -> Changed:
 
 
 def twice(chance: random.Random, recipe: Text) -> Changed:
-    """A key that is given twice, as it is or in quotes."""
+    """A key given twice, once possibly in quotes."""
     lines = recipe.text.splitlines()
     keyed = [
         n for n, line in enumerate(lines)
@@ -264,7 +264,7 @@ def removed(chance: random.Random, recipe: Text) -> Changed:
 
 
 def same_yaml(chance: random.Random, recipe: Text) -> Changed:
-    """The same recipe in other words."""
+    """The same recipe, written in a different YAML style."""
     text = recipe.text
     ways: list[tuple[str, Callable[[], str | bytes]]] = [
         ("CRLF", lambda: text.replace("\n", "\r\n")),
@@ -279,13 +279,13 @@ def same_yaml(chance: random.Random, recipe: Text) -> Changed:
 
 
 def _aliased(recipe: Text) -> Iterator[str]:
-    """The seed by an anchor: a value that says the same."""
+    """Give the seed by an alias for an anchor with the same value."""
     raw = {**recipe.raw, "seed": _HOLE, "name": recipe.raw["name"]}
     yield _dumped(raw).replace(_HOLE, f"&s {recipe.raw.get('seed', 0)}")
 
 
 def other_yaml(chance: random.Random, recipe: Text) -> Changed:
-    """Texts that are no recipe."""
+    """Texts that are not recipes."""
     text = recipe.text
     bomb = "a0: &a0 [x, x]\n" + "".join(
         f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40)
@@ -322,7 +322,7 @@ def other_yaml(chance: random.Random, recipe: Text) -> Changed:
 
 
 def perhaps_yaml(chance: random.Random, recipe: Text) -> Changed:
-    """What some readers take and others do not."""
+    """Texts that some YAML readers accept and others reject."""
     text = recipe.text
     kinds: list[tuple[str, str | bytes]] = [
         ("a byte order mark", b"\xef\xbb\xbf" + text.encode()),

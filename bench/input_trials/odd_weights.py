@@ -1,4 +1,4 @@
-"""Weights that are missing, surplus, damaged or of another kind."""
+"""Trials with weights that are missing, superfluous, damaged, or of another type."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def surplus_tensor(chance: random.Random, folder: Path) -> Trial:
 
 
 def old_buffers(chance: random.Random, folder: Path) -> Trial:
-    """Buffers that older versions of transformers stored beside the weights change nothing."""
+    """Buffers that older versions of transformers stored with the weights must have no effect."""
     architecture, path = start(chance, folder, "llama", "gpt2")
     expected = plain_logits(model_of(architecture))
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
@@ -80,7 +80,7 @@ def not_finite(chance: random.Random, folder: Path) -> Trial:
 
 
 def odd_types(chance: random.Random, folder: Path) -> Trial:
-    """Weights of whole numbers or truth values are no weights without their scales."""
+    """Integer or boolean tensors are not weights without their scales."""
     _, path = start(chance, folder)
     kind = chance.choice([torch.int8, torch.bool, torch.int64, torch.uint8])
 
@@ -145,7 +145,7 @@ def shards(chance: random.Random, folder: Path) -> Trial:
 
 
 def surplus_files(chance: random.Random, folder: Path) -> Trial:
-    """Files beside a whole model that nothing refers to."""
+    """Files next to a complete model that nothing refers to."""
     architecture, path = start(chance, folder)
     name = chance.choice(["old.safetensors", "optimizer.pt", "README.md", "pytorch_model.bin"])
     files.write(path, name, (path / "model.safetensors").read_bytes())
@@ -153,7 +153,7 @@ def surplus_files(chance: random.Random, folder: Path) -> Trial:
 
 
 def adapter(chance: random.Random, folder: Path) -> Trial:
-    """An adapter beside the model: whoever loads the folder wants both, or neither."""
+    """An adapter next to the model: the folder's owner expects that it is loaded too."""
     _, path = start(chance, folder)
     config = {"peft_type": "LORA", "base_model_name_or_path": "x", "r": 4, "lora_alpha": 8,
               "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}  # fmt: skip
@@ -166,7 +166,7 @@ def adapter(chance: random.Random, folder: Path) -> Trial:
 
 
 def prefixed(chance: random.Random, folder: Path) -> Trial:
-    """Names as a wrapper had them: DDP, torch.compile, PEFT."""
+    """Names with the prefix of a wrapper: DDP, torch.compile, PEFT."""
     _, path = start(chance, folder)
     prefix = chance.choice(["module.", "_orig_mod.", "base_model.model.", "language_model."])
 
@@ -179,7 +179,7 @@ def prefixed(chance: random.Random, folder: Path) -> Trial:
 
 
 def two_heads(chance: random.Random, folder: Path) -> Trial:
-    """The configuration ties the head to the embeddings, and the file has another head."""
+    """The configuration ties the head to the embeddings, but the file contains a different head."""
     path = save(folder / "m", "llama", tie_word_embeddings=True)
     same = chance.random() < 0.3
 
@@ -193,7 +193,7 @@ def two_heads(chance: random.Random, folder: Path) -> Trial:
 
 
 def twice_in_shards(chance: random.Random, folder: Path) -> Trial:
-    """A tensor that two shards hold, with two values."""
+    """A tensor that is stored in two shards, with different values."""
     _, path = start(chance, folder, "llama")
     tensors = load_file(path / "model.safetensors")
     (path / "model.safetensors").unlink()

@@ -1,4 +1,4 @@
-"""Rows in the forms of well-known public data sets and of other trainers' documentation."""
+"""Trials with rows in the forms of public data sets and of other trainers' documentation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ENDS = ("⟦<|im_end|>⟧",)
 def _rows(
     chance: random.Random, folder: Path, name: str, form: Any, refusal: Refusal = "never"
 ) -> Trial:
-    """Three rows; form: makes one, and its answer with the parts before it, of a writer."""
+    """Make a trial of three rows. form: returns a row, its answer, and the parts before it."""
     writer, format = Writer(chance), BY_NAME["chatml"]
     rows = []
     for _ in range(3):
@@ -49,7 +49,7 @@ def squad(chance: random.Random, folder: Path) -> Trial:
 
 
 def _either_order(chance: random.Random, folder: Path, name: str, form: Any) -> Trial:
-    """Whether the question or its context comes first is left open."""
+    """A trial that accepts the question and its context in either order."""
     writer, format = Writer(chance), BY_NAME["chatml"]
     made = [form(writer) for _ in range(3)]
     path = files.write(folder, "r.jsonl", files.jsonl([value for value, _, _ in made]))
@@ -75,7 +75,7 @@ def open_orca(chance: random.Random, folder: Path) -> Trial:
 
 
 def ultrachat(chance: random.Random, folder: Path) -> Trial:
-    """`prompt` repeats the first message of `messages`."""
+    """UltraChat rows: `prompt` repeats the first message of `messages`."""
 
     def form(writer: Writer) -> Any:
         ask, answer = writer.text(), writer.text()
@@ -86,7 +86,7 @@ def ultrachat(chance: random.Random, folder: Path) -> Trial:
 
 
 def choices(chance: random.Random, folder: Path) -> Trial:
-    """The answer to a question with choices means nothing without the choices."""
+    """The answer to a question with choices is meaningless without the choices."""
     writer = Writer(chance)
     rows = [
         {"question": writer.text(), "choices": [writer.text(), writer.text()], "answer": answer}
@@ -96,7 +96,7 @@ def choices(chance: random.Random, folder: Path) -> Trial:
 
 
 def slim_orca(chance: random.Random, folder: Path) -> Trial:
-    """ShareGPT with weights, some of them null or floats."""
+    """ShareGPT rows with weights, some of which are null or floats."""
     writer, format = Writer(chance), BY_NAME["chatml"]
     chats = [writer.chat(["system", "weights"], 2) for _ in range(3)]
     rows = [chat_row(chat, format, "sharegpt") for chat in chats]
@@ -108,7 +108,7 @@ def slim_orca(chance: random.Random, folder: Path) -> Trial:
 
 
 def marked_turns(chance: random.Random, folder: Path) -> Trial:
-    """Other trainers' marks for turns that are context only."""
+    """Keys that other trainers use to mark turns as context only."""
     writer, format = Writer(chance), BY_NAME["chatml"]
     key, value = chance.choice(
         [("train", False), ("trainable", False), ("loss", False), ("loss_mask", 0),
@@ -124,7 +124,7 @@ def marked_turns(chance: random.Random, folder: Path) -> Trial:
 
 
 def function_roles(chance: random.Random, folder: Path) -> Trial:
-    """LLaMA-Factory's ShareGPT: function_call, observation, and tools as JSON text."""
+    """LLaMA-Factory's ShareGPT rows: function_call, observation, and tools as JSON text."""
     writer, format = Writer(chance), BY_NAME["tooled"]
     chats = [writer.chat(["calls"], 1) for _ in range(3)]
     chats = [[c[0], Turn("assistant", "", calls=c[1].calls[:1]), *c[2:]] for c in chats]
@@ -144,7 +144,7 @@ def function_roles(chance: random.Random, folder: Path) -> Trial:
 
 
 def words_and_call(chance: random.Random, folder: Path) -> Trial:
-    """A turn that says something and calls a tool."""
+    """A turn that contains text and a tool call."""
     writer, format = Writer(chance), BY_NAME["tooled"]
     chats = [writer.chat(["calls"], 1) for _ in range(3)]
     chats = [[c[0], Turn("assistant", writer.text(), calls=c[1].calls), *c[2:]] for c in chats]
@@ -154,7 +154,7 @@ def words_and_call(chance: random.Random, folder: Path) -> Trial:
 
 
 def other_tasks(chance: random.Random, folder: Path) -> Trial:
-    """Rows of other kinds of training."""
+    """Rows for other kinds of training."""
     writer = Writer(chance)
     kinds: list[tuple[str, Callable[[], dict[str, Any]]]] = [
         ("token ids", lambda: {"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}),
@@ -170,7 +170,7 @@ def other_tasks(chance: random.Random, folder: Path) -> Trial:
 
 
 def begun_answer(chance: random.Random, folder: Path) -> Trial:
-    """TRL's prompts that end with the beginning of the answer."""
+    """TRL prompts that end with the beginning of the answer."""
     writer = Writer(chance)
     rows = [
         {
@@ -187,7 +187,7 @@ def begun_answer(chance: random.Random, folder: Path) -> Trial:
 
 
 def rendered(chance: random.Random, folder: Path) -> Trial:
-    """Chats that someone rendered with the template before: control tokens as text are no chat."""
+    """Chats already rendered with a template: control tokens as text do not make a chat."""
     writer = Writer(chance)
     texts = [
         f"<|im_start|>user\n{writer.text()}<|im_end|>\n"

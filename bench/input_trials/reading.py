@@ -1,4 +1,4 @@
-"""Reads rows as training data, and compares what is learned with what was meant."""
+"""Read rows as training data, and compare what is learned with what the generator meant."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Quirk = Callable[[random.Random, Path], Trial]
 
 
 def read(texts: Any, format: ChatFormat, **options: Any) -> list[Seen]:
-    """What Stillhouse would train on: one document in a window."""
+    """Return what Stillhouse would train on, with one document per window."""
     heldout = ["Nothing of this is trained on."]
     words = tokenizer(format)
     options = {"context": CONTEXT, "packing": "none", "heldout_tokens": 64, **options}

@@ -1,7 +1,7 @@
-"""Recipes: those of recipes/, changed in one place or written in odd YAML.
+"""Trials with the recipes of recipes/, changed in one place or written in unusual YAML.
 
-An accepted recipe has numbers that a run can use, by a table of bounds of this module's own, and
-`stillhouse check` says what it finds without a traceback.
+The numbers of an accepted recipe must be usable in a run, according to this module's own table of
+bounds, and `stillhouse check` must report its findings without a traceback.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from stillhouse.config.load_recipe import load_recipe
 from stillhouse.errors import DataError
 
 CHECKED = 4
-"""Of so many accepted recipes one is also checked."""
+"""One of this many accepted recipes is also checked with `stillhouse check`."""
 CHECK_SECONDS = 8.0
-"""More processor time for that: memory is planned from a traced step of the recipe's models."""
+"""Additional processor time: `check` estimates memory by tracing a step of the recipe's models."""
 
 BOUNDS: dict[str, tuple[float, float]] = {
     "learning_rate": (1e-12, 1e4), "epochs": (1e-6, 1e6), "weight_decay": (0, 100),
@@ -32,9 +32,9 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32 - 1), "context": (8, 1e8), "batch_size": (1, 1e8), "test_share": (1e-6, 1),
     "max_usd": (1e-9, 1e9), "timeout": (1e-3, 1e7), "max_grad_norm": (1e-12, 1e9),
 }  # fmt: skip
-"""What a run could use, by the name of the key."""
+"""Values that a run could use, by key."""
 USUAL = (1e-12, 1e15)
-"""The same for every other number that is not 0."""
+"""Bounds for all other numbers except 0."""
 
 
 def make(chance: random.Random, folder: Path, number: int) -> Trial:
@@ -48,7 +48,7 @@ def make(chance: random.Random, folder: Path, number: int) -> Trial:
     changed = change(chance, recipe)
     files.write(folder, "base.yaml", recipe.text)
     path = files.write(folder, "recipe.yaml", changed.data)
-    # The types of overrides are those of the model's configuration, which `check` reads.
+    # The model's configuration defines the types of overrides, and only `check` reads it.
     check = number % CHECKED == 0 or "student.overrides" in changed.name
     name = f"{recipe.name}: {changed.name}"
     return _trial(name, path, folder, changed.refusal, check, said=changed.said)
@@ -97,7 +97,7 @@ def _at(raw: Any, place: Place) -> Any:
 
 
 def _other(found: dict[str, Any], path: Path) -> str | None:
-    """Whether a recipe that only looks different is another one."""
+    """Compare a recipe that should only look different with the original."""
     base = path.with_name("base.yaml")
     expected = load_recipe(base).model_dump()
     return None if found == expected else "another recipe than the original"
@@ -121,7 +121,7 @@ def _unusable(value: Any, key: str = "", name: str = "") -> Iterator[str]:
 
 
 def _file(chance: random.Random, folder: Path) -> Trial:
-    """Paths that are no file that can be read to its end."""
+    """Paths that are not regular files."""
     path = folder / "recipe.yaml"
     how = chance.choice(
         ["missing", "a folder", "a pipe", "/dev/zero", "a loop", "a long name", "NUL"]
@@ -142,7 +142,7 @@ def _file(chance: random.Random, folder: Path) -> Trial:
 
 
 def _override(chance: random.Random, folder: Path, recipe: Text) -> Trial:
-    """`--set` with nonsense."""
+    """`--set` with invalid values."""
     path = files.write(folder, "recipe.yaml", recipe.text)
     given = chance.choice(
         [

@@ -1,4 +1,4 @@
-"""Rows of training data in the forms that people have them in, and what must be learned of each."""
+"""Rows of training data in common forms, and what must be learned from each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FORMS: tuple[Form, ...] = (
 FLAT: tuple[Form, ...] = (
     "alpaca", "question-answer", "prompt-response", "prompt-completion", "text",
 )  # fmt: skip
-"""Forms whose values are strings, as a table's cells are."""
+"""Forms whose values are strings, like the cells of a table."""
 
 _WORDS = [
     "river",
@@ -49,8 +49,8 @@ _BARE = ("NA", "null", "nan", "None", "true", "007", "1e5", "-", "=1+1", "#N/A",
 
 @dataclass(frozen=True)
 class Learned:
-    """One answer of a row. before: the exact text in front of it, None where a form leaves that
-    open. parts: texts that stand in front of it, in this order. ends: what may follow it."""
+    """One answer in a row. before: the exact text before it, None if the form does not define it.
+    parts: texts that must occur before it, in this order. ends: what can follow it."""
 
     answer: str
     before: str | None
@@ -60,8 +60,8 @@ class Learned:
 
 @dataclass(frozen=True)
 class Row:
-    """A row, and what must be learned of it. whole: of plain text, all of it. lost: what the chat
-    template leaves out. refused: whether the chat template raises an error."""
+    """A row and what must be learned from it. whole: the complete text of a plain-text row. lost:
+    features that the chat template leaves out. refused: whether the template raises an error."""
 
     value: dict[str, Any]
     learned: tuple[Learned, ...] = ()
@@ -71,7 +71,7 @@ class Row:
 
 
 class Writer:
-    """Makes texts and rows; every text holds a number of its own."""
+    """Makes texts and rows; every text contains a unique number."""
 
     def __init__(self, chance: random.Random) -> None:
         self.chance = chance
@@ -85,7 +85,7 @@ class Writer:
         return f"{' '.join(words)} {self.count}"
 
     def bare(self) -> str:
-        """A text that a careless reader takes for a number or for nothing."""
+        """Return a text that a careless reader would read as a number or a missing value."""
         return self.chance.choice(_BARE)
 
     def arguments(self) -> dict[str, Any]:
@@ -96,8 +96,8 @@ class Writer:
         }
 
     def chat(self, features: Sequence[str] = (), turns: int | None = None) -> list[Turn]:
-        """system, user, assistant, user, ...; features: of `system`, `developer`, `reasoning`,
-        `calls`, `weights`, `tool`."""
+        """Make a chat: system, user, assistant, user, ... features: any of `system`, `developer`,
+        `reasoning`, `calls`, `weights`, `tool`."""
         chat = [Turn(role, self.text()) for role in ("system", "developer") if role in features]
         pairs = turns or self.chance.randint(1, 3)
         for _ in range(pairs):
@@ -119,7 +119,7 @@ class Writer:
 
 
 def tools_of(chat: Sequence[Turn]) -> list[dict[str, Any]]:
-    """A declaration of every tool that a chat calls, in OpenAI's form."""
+    """Declare every tool that a chat calls, in OpenAI's format."""
     names = sorted({name for turn in chat for name, _ in turn.calls})
     return [
         {
@@ -134,11 +134,11 @@ def tools_of(chat: Sequence[Turn]) -> list[dict[str, Any]]:
     ]
 
 
-# --- what a row looks like -------------------------------------------------------------------
+# --- rows in each form -----------------------------------------------------------------------
 
 
 def message(turn: Turn, *, encoded: bool = False, parts: bool = False) -> dict[str, Any]:
-    """A message. encoded: arguments as JSON text, as OpenAI has them. parts: content as a list."""
+    """Make a message. encoded: arguments as JSON text, as OpenAI does. parts: content as a list."""
     content: Any = turn.text
     if parts:
         content = [{"type": "text", "text": turn.text}]
@@ -168,7 +168,7 @@ def message(turn: Turn, *, encoded: bool = False, parts: bool = False) -> dict[s
 def chat_row(
     chat: Sequence[Turn], format: ChatFormat, form: Form = "messages", *, parts: bool = False
 ) -> Row:
-    """A chat in one of its forms, with what the format's template makes of it."""
+    """Make a row from a chat in one form, with what the format's template renders."""
     tools = tools_of(chat)
     if form == "sharegpt":
         roles = {"user": "human", "assistant": "gpt"}
@@ -211,7 +211,7 @@ def learned_of(
 
 
 def flat_row(form: Form, writer: Writer, format: ChatFormat) -> Row:
-    """A row of strings."""
+    """Make a row of strings."""
     ask, answer = writer.text(), writer.text()
     if writer.chance.random() < 0.1:
         answer = writer.bare()
@@ -241,12 +241,12 @@ def make_row(form: Form, writer: Writer, format: ChatFormat, features: Sequence[
     return chat_row(writer.chat(features), format, form)
 
 
-# --- what was read ---------------------------------------------------------------------------
+# --- comparison with what was read -----------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A document of a window: pairs of context and supervised text, and its number of tokens."""
+    """A document in a window: pairs of context and supervised text, and the number of tokens."""
 
     whole: str
     pairs: tuple[tuple[str, str], ...]
@@ -255,7 +255,7 @@ class Seen:
 
 
 def difference(rows: Sequence[Row], seen: Sequence[Seen], format: ChatFormat) -> str | None:
-    """What was learned otherwise than the rows say; None if nothing was."""
+    """Describe what was learned differently from the rows; None if there is no difference."""
     texts = [each for each in seen if each.supervised == each.tokens - 1]
     pairs = [pair for each in seen if each not in texts for pair in each.pairs]
     for row in rows:

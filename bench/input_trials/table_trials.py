@@ -1,4 +1,4 @@
-"""Labeled texts of a classification task, and files of prompts."""
+"""Trials with labeled texts of a classification task and with files of prompts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from stillhouse.synthesis.prompts import read_prompts
 
 LABELS = ("sport", "city news", "Börse", "ciência", "खेल", "not spam", "spam", "card_arrival")
 Gold = dict[str, str | None]
-"""Each text and its label, None if it is not known."""
+"""Each text and its label, or None if the label is unknown."""
 
 
 def make(chance: random.Random, folder: Path, number: int) -> Trial:
@@ -36,7 +36,7 @@ def make(chance: random.Random, folder: Path, number: int) -> Trial:
 
 
 def _labeled(chance: random.Random, count: int = 40) -> tuple[list[str], list[str]]:
-    """Texts, and a label for each; every label occurs."""
+    """Make texts with labels, such that every label occurs."""
     writer = Writer(chance)
     names = chance.sample(LABELS, chance.randint(2, 5))
     return [writer.text() for _ in range(count)], [names[n % len(names)] for n in range(count)]
@@ -51,7 +51,7 @@ def read_labeled(path: Path, text: str = "text", label: str = "label") -> Texts:
         "student": {"start": "random"},
     }
     texts = prepare_texts(ClassifyRecipe.model_validate(raw), path.parent)
-    for text in texts.notes:  # the stage says them, and `check` warns of them
+    for text in texts.notes:  # the stage prints these notes; `check` shows them as warnings
         note(text)
     return texts
 
@@ -64,7 +64,7 @@ def judged(
     excused: tuple[str, ...] = (),
     **keys: str,
 ) -> Trial:
-    """Right if exactly these texts are read, each with its label."""
+    """A trial that is right if exactly these texts are read, each with its label."""
 
     def wrong(texts: Texts) -> str | None:
         found = {row.text: row.gold for row in texts.all}
@@ -92,7 +92,7 @@ def sound(chance: random.Random, folder: Path) -> Trial:
     gold: Gold = dict(zip(texts, labels, strict=True))
     kind = chance.choice(["csv", "tsv", "jsonl", "json", "json object", "parquet"])
     values: list[dict[str, Any]] = _values(texts, labels)
-    for row in chance.sample(values, 3):  # an empty cell is a label that is not known
+    for row in chance.sample(values, 3):  # an empty cell is an unknown label
         row["label"], gold[row["text"]] = None, None
     keys = chance.choice([("text", "label"), ("sentence", "category"), ("Текст", "étiquette")])
     values = [
@@ -107,7 +107,7 @@ def sound(chance: random.Random, folder: Path) -> Trial:
 
 
 def class_label(chance: random.Random, folder: Path) -> Trial:
-    """`datasets` stores the names of labels in the file's schema."""
+    """Label names in the file's schema, as `datasets` stores them."""
     texts, labels = _labeled(chance)
     names = sorted(set(labels))
     features = datasets.Features(
@@ -120,7 +120,7 @@ def class_label(chance: random.Random, folder: Path) -> Trial:
 
 
 def no_class(chance: random.Random, folder: Path) -> Trial:
-    """-1 in a column of named labels: a label that is not known."""
+    """-1 in a column of named labels means an unknown label."""
     texts, labels = _labeled(chance)
     names = sorted(set(labels))
     features = datasets.Features(
@@ -135,7 +135,7 @@ def no_class(chance: random.Random, folder: Path) -> Trial:
 
 
 def numbers(chance: random.Random, folder: Path) -> Trial:
-    """Numbers as labels, with gaps that turn them into floats."""
+    """Numbers as labels, with missing values that turn them into floats."""
     texts, _ = _labeled(chance)
     ids = [n % 3 for n in range(len(texts))]
     gold: Gold = {text: str(n) for text, n in zip(texts, ids, strict=True)}
@@ -173,7 +173,7 @@ def truth_values(chance: random.Random, folder: Path) -> Trial:
 
 
 def two_labels(chance: random.Random, folder: Path) -> Trial:
-    """One text with two labels."""
+    """A text that occurs with two labels."""
     texts, labels = _labeled(chance)
     other = next(label for label in labels if label != labels[0])
     again = chance.choice([texts[0], texts[0].upper(), f"  {texts[0]} "])
@@ -183,7 +183,7 @@ def two_labels(chance: random.Random, folder: Path) -> Trial:
 
 
 def spellings(chance: random.Random, folder: Path) -> Trial:
-    """Labels that differ in case, white space or Unicode form alone are one label, or refused."""
+    """Labels that differ only in case, white space, or Unicode form: one label, or rejected."""
     texts, _ = _labeled(chance)
     name, other = chance.choice(
         [
@@ -201,7 +201,7 @@ def spellings(chance: random.Random, folder: Path) -> Trial:
 
 
 def cells(chance: random.Random, folder: Path) -> Trial:
-    """Cells that do not match the header."""
+    """Rows whose cells do not match the header."""
     texts, labels = _labeled(chance)
     text = files.table(_values(texts, labels))
     name, text = chance.choice(
@@ -220,7 +220,7 @@ def cells(chance: random.Random, folder: Path) -> Trial:
 
 
 def table_files(chance: random.Random, folder: Path) -> Trial:
-    """Files that are not what their names say."""
+    """Files whose content does not match their name."""
     texts, labels = _labeled(chance)
     values = _values(texts, labels)
     gold: Gold = dict(zip(texts, labels, strict=True))
@@ -272,7 +272,7 @@ def huge_label(chance: random.Random, folder: Path) -> Trial:
 
 
 def prompts(name: str, path: Path, expected: Sequence[Any], refusal: Refusal = "never") -> Trial:
-    """Right if exactly these messages are asked, in this order."""
+    """A trial that is right if exactly these messages are sent, in this order."""
 
     def wrong(found: list[Any]) -> str | None:
         read = [[(m["role"], m.get("content")) for m in prompt.messages] for prompt in found]
@@ -300,7 +300,7 @@ def prompt_lines(chance: random.Random, folder: Path) -> Trial:
 
 
 def chat_logs(chance: random.Random, folder: Path) -> Trial:
-    """Earlier chats: all but the last answer is asked again."""
+    """Logged chats: everything before the last answer is the prompt."""
     writer = Writer(chance)
     rows, expected = [], []
     for _ in range(4):

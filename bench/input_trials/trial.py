@@ -1,6 +1,6 @@
-"""One trial: an input, the code that reads it, and what may come out.
+"""One trial: an input, the code that reads it, and the outcomes that are allowed.
 
-The expectation comes from the generator that wrote the input, never from the code that reads it.
+The expected result comes from the generator that wrote the input, never from the code under test.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ OUTCOMES: tuple[Outcome, ...] = (
 )  # fmt: skip
 MEANING = {
     "right": "read as the generator meant it",
-    "refused": "one error with a place and a way out; the input is defective or not supported",
-    "noted": "read, and a note says what was left out or changed",
-    "silent": "wrong without a word",
-    "wrongly refused": "an error for a sound input",
-    "unclear": "an error without a place or without a way out",
-    "traceback": "an exception that is no StillhouseError",
+    "refused": "one error with a place and a fix; the input is defective or not supported",
+    "noted": "read, and a note reports what was left out or changed",
+    "silent": "wrong, without a message",
+    "wrongly refused": "an error for a valid input",
+    "unclear": "an error without a place or a fix",
+    "traceback": "an exception other than StillhouseError",
     "hang": "not finished in time",
 }
 BARS: tuple[Outcome, ...] = ("silent", "wrongly refused", "unclear", "traceback", "hang")
@@ -40,13 +40,13 @@ Refusal = Literal["never", "may", "must"]
 
 @dataclass(frozen=True)
 class Trial:
-    """An input that has been written, and how to judge what is made of it.
+    """An input that has been written, and how to judge the result.
 
-    name: what is odd about the input. read: runs the code under test. wrong: what is wrong with its
-    result, None if it is right. refusal: whether an error is right too, or the only right outcome.
-    lost: words of which the notes must contain one, because the input holds something that this
-    reader leaves out; empty: nothing has to be left out. excused: words of a note that makes up for
-    a wrong result. more_seconds: of processor time, beyond those of its family.
+    name: what is unusual about the input. read: runs the code under test. wrong: describes what is
+    wrong with the result, None if it is right. refusal: whether an error is also right, or the only
+    right outcome. lost: if the reader leaves out part of the input, the notes must contain one of
+    these words. excused: a note with one of these words excuses a wrong result. more_seconds:
+    processor time in addition to the family's limit.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Result:
-    """cpu_seconds: of the trial, with all processes that it started and that have ended."""
+    """The result of a trial. cpu_seconds: includes child processes that have ended."""
 
     family: str
     number: int
@@ -71,7 +71,7 @@ class Result:
 
 
 def judge(trial: Trial) -> tuple[Outcome, str]:
-    """The outcome of a trial, and the error, note or difference that decided it."""
+    """Run a trial; return its outcome, and the error, note, or difference that decided it."""
     with captured_notes() as notes:
         try:
             result = trial.read()
@@ -102,7 +102,7 @@ def _mentions(said: str, words: tuple[str, ...]) -> bool:
 
 @contextmanager
 def captured_notes() -> Any:
-    """What `progress.note` says meanwhile; native libraries' chatter on stderr is dropped."""
+    """Capture the output of `progress.note`; drop what native libraries print to stderr."""
     notes = io.StringIO()
     progress.console.file = notes
     saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
@@ -117,6 +117,6 @@ def captured_notes() -> Any:
 
 
 def notes_so_far() -> str:
-    """Inside of `captured_notes`: what was noted until now."""
+    """Inside `captured_notes`: the notes so far."""
     file = progress.console.file
     return file.getvalue() if isinstance(file, io.StringIO) else ""

@@ -1,4 +1,4 @@
-"""Runs trials in worker processes, and kills those that hang."""
+"""Run trials in worker processes, and kill those that hang."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from bench.input_trials.busy import on_busy_cores
 from bench.input_trials.trial import Result, Trial, judge
 
 PATIENCE = 6.0
-"""A worker is ended after so many times the processor time of its trial."""
+"""A worker is killed after this multiple of its trial's processor time."""
 MEMORY = 6 << 30
-"""Bytes of address space that reading an input may take beyond what the process has."""
+"""Bytes of address space that reading an input can use, in addition to the process itself."""
 
 MakeTrial = Callable[[random.Random, Path, int], Trial]
-"""Writes one input into a folder: a random generator, the folder, the trial's number."""
+"""Writes one input to a folder. Arguments: random generator, folder, number of the trial."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """Trials of one kind. module: has `make(random, folder, number)`. cpu_seconds: the most
-    processor time that reading one input may take; building the input is not counted."""
+    """Trials of one kind. module: defines `make(random, folder, number)`. cpu_seconds: limit on the
+    processor time for reading one input; building the input is not counted."""
 
     name: str
     module: str
@@ -42,7 +42,7 @@ class Family:
 
 
 def run_one(family: Family, seed: int, number: int) -> Result:
-    """One trial, in this process. Equal arguments make equal inputs."""
+    """Run one trial in this process. The same arguments produce the same input."""
     make: MakeTrial = import_module(family.module).make
     spent = _cpu_seconds()
     chance = random.Random(f"{family.name} {seed} {number}")
@@ -59,8 +59,8 @@ def run_one(family: Family, seed: int, number: int) -> Result:
 
 
 def _cpu_seconds() -> float:
-    """Processor time of this process, of its children that have ended, and of those of the server
-    that forks processes (`tests.forks`)."""
+    """Processor time of this process, of its finished children, and of the finished children of the
+    fork server (`tests.forks`)."""
     found = sum(os.times()[:4])
     server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
     return found if server is None else found + sum(psutil.Process(server).cpu_times()[:4])
@@ -68,7 +68,7 @@ def _cpu_seconds() -> float:
 
 @dataclass
 class _Worker:
-    """ready: it has imported what trials need, which may take longer than a trial."""
+    """A worker process. ready: it has finished its imports, which can take longer than a trial."""
 
     process: Any
     pipe: Connection
@@ -78,7 +78,7 @@ class _Worker:
 
 
 def run_all(jobs: Sequence[tuple[Family, int]], seed: int, processes: int = 2) -> Iterator[Result]:
-    """The results of all jobs, as they come."""
+    """Yield the results of all jobs as they finish."""
     waiting = list(reversed(jobs))
     workers = [_started(seed) for _ in range(min(processes, max(1, len(jobs))))]
     try:
@@ -134,7 +134,7 @@ def _stopped(worker: _Worker, detail: str, outcome: Any = "hang") -> Result:
 def _started(seed: int) -> _Worker:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    # Not a daemon, which could not start the processes that a trial kills; it ends with the pipe.
+    # Not a daemon, since daemons cannot start child processes; it exits when the pipe closes.
     process = context.Process(target=_serve, args=(theirs, seed))
     process.start()
     theirs.close()
@@ -142,8 +142,7 @@ def _started(seed: int) -> _Worker:
 
 
 def _serve(pipe: Connection, seed: int) -> None:
-    """Says with None that it is ready; runs the jobs that come through the pipe, until it is
-    closed."""
+    """Send None when ready, then run the jobs that arrive through the pipe until it is closed."""
     import datasets
     import torch
     import transformers
