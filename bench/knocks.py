@@ -1,25 +1,25 @@
-"""Tests damaged files, faulty servers, and runs that are killed, stopped or started twice.
+"""Fault injection: damaged files, faulty servers, and killed, stopped, or concurrent runs.
 
     make bench NAME=knocks
     python -m bench.knocks --seed 1 --family damage --count 100
     python -m bench.knocks --seed 1 --family damage --add
 
-Every trial has a seed, and an oracle: an undisturbed run, or what was written before the damage.
-Every failure is listed with the numbers that reproduce it:
+Every trial has a seed and an oracle: an undisturbed run, or the data before the damage. Every
+failure is listed with the numbers that reproduce it:
 
     python -m bench.knocks --seed 1 --only damage:17
 
-What is killed, stopped, started twice, or runs out of disk is a process of its own, with real
-signals and real files, and so is what goes on after it. In nine of ten trials these processes are
-forked from one that has imported torch, transformers and matplotlib, for which a new one needs five
-seconds of processor time, and exports are replayed in the process that exports. In the others they
-are started as `python -m`: all that replay exports in a fresh process, all under torchrun (with
-`torchrun` itself), two of twenty that are stopped while Python starts, and the last process of 3%
-of the killed runs. An undisturbed run is done once for each kind of run in each worker, for all
-families. Damaged files and faulty servers are read in the worker itself.
+Runs that are killed, stopped, started twice, or run out of disk are separate processes with real
+signals and real files, and so are the processes that resume them. In nine of ten trials, they are
+forked from a process that has already imported torch, transformers, and matplotlib, which saves
+five seconds of processor time, and exports are replayed in the same process. The others are started
+as `python -m`: all runs that replay exports in a new process, all runs under torchrun (with
+`torchrun` itself), two of twenty runs that are stopped while Python starts, and the last process of
+3% of the killed runs. Each worker does one undisturbed run per kind of run, which all families
+share. Damaged files and faulty servers are tested in the worker itself.
 
-The processor time of each family is recorded beside the time it took: on a machine that does other
-work, half of the processor time is what two cores need without it.
+The processor time of each family is recorded next to its wall-clock time: on a busy machine, half
+of the processor time is what two idle cores would need.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ FAMILIES = {
 }
 COUNTS = {"damage": 3000, "server": 150, "kill": 300, "stop": 60, "pair": 30, "disk": 60}
 MEANING = {
-    "right": "the fault is noticed and the result is that of an undisturbed run, or it is harmless",
-    "refused": "one error with a place and a way out",
+    "right": "the fault is harmless, or detected with the result of an undisturbed run",
+    "refused": "one error with a place and a fix",
     "noted": "not used here",
-    "silent": "another result, a second purchase, a budget exceeded, a key written or a leftover",
-    "wrongly refused": "an error although nothing was wrong",
-    "unclear": "an error without a place or without a way out",
-    "traceback": "an exception that is no StillhouseError",
+    "silent": "a different result, a second purchase, an exceeded budget, a leaked key, a leftover",
+    "wrongly refused": "an error, although nothing was wrong",
+    "unclear": "an error without a place or a fix",
+    "traceback": "an exception other than StillhouseError",
     "hang": "not finished in time",
 }
 

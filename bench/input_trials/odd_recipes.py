@@ -40,8 +40,8 @@ Place = tuple[str | int, ...]
 
 
 class Changed(NamedTuple):
-    """A recipe's new text. said: a place and the literal text there; a reader that accepts the value
-    must read it as that text."""
+    """A recipe's new text. said: a place and the literal text there, as which a reader that accepts
+    the value must read it."""
 
     name: str
     data: str | bytes

@@ -1,1 +1,1 @@
-"""Trials for bench/knocks.py: damaged files, faulty servers, and runs that are disturbed."""
+"""Trials for bench/knocks.py: damaged files, faulty servers, and disturbed runs."""

@@ -1,4 +1,4 @@
-"""What must hold after a run that was disturbed: the end of an undisturbed one, and no trace."""
+"""What must hold after a disturbed run: the results of an undisturbed run, and no leftovers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stillhouse.verify_folder import verify_folder
 
 
 def differences(kind: str, root: Path) -> list[str]:
-    """Between a finished run's exports and those of an undisturbed run, and what is not sound."""
+    """List differences from an undisturbed run's exports, and problems found by `verify`."""
     expected, found = undisturbed(kind).made, made_by(root)
     names = expected.keys() | found.keys()
     differ = sorted(name for name in names if expected.get(name) != found.get(name))
@@ -27,36 +27,36 @@ def differences(kind: str, root: Path) -> list[str]:
 
 
 def leftovers(kind: str, root: Path, temporary: Path) -> list[str]:
-    """What a run may not leave in its folder, beside it, and in the folder for temporary files."""
+    """List missing files, and files left in or next to the run folder or in the temporary one."""
     files, expected = files_of(root), undisturbed(kind).files
-    for end in ("-wal", "-shm"):  # of a journal that a process had open when it was killed
+    for end in ("-wal", "-shm"):  # from a journal that was open when its process was killed
         del files[f"answers.sqlite{end}"]
     problems = [f"left: {name}" for name in [*(files - expected), *listed(temporary)]]
     return problems + [f"missing: {name}" for name in expected - files]
 
 
 def listed(temporary: Path) -> list[str]:
-    """What is in the folder, without the logs of a torchrun that was killed, which are torch's."""
+    """List the folder's content, without the logs that torch leaves when torchrun is killed."""
     names = [str(path.relative_to(temporary)) for path in temporary.rglob("*")]
     return [name for name in names if not name.startswith("torchelastic_")]
 
 
 class Books:
-    """What the server knows of each process: an oracle for what was bought twice."""
+    """The requests and responses of each process: an oracle for answers bought twice."""
 
     def __init__(self, server: Server, stub: Stub, journal: Path) -> None:
         self.server, self.stub, self.journal = server, stub, journal
         self.received: list[set[str]] = []
 
     def next_process(self) -> None:
-        """To be called before a process starts, when the one before it has ended."""
+        """Start counting for the next process. Call this after the previous process has ended."""
         known = {payload["messages"][-1]["content"] for payload in self.stub.read}
         self.received.append(known | committed(self.journal))
         if len(self.received) > 1:
             self.server.asked.append([])
 
     def forget(self) -> None:
-        """To be called when the run and its journal were deleted."""
+        """Reset the books after the run and its journal were deleted."""
         self.server.asked[:], self.received = [[]], []
         self.stub.read.clear()
 
@@ -78,7 +78,7 @@ class Books:
 
 
 def committed(journal: Path) -> set[str]:
-    """The prompts whose answers are in a journal that no process is writing."""
+    """Return the prompts answered in a journal, which no process may be writing."""
     try:
         with closing(sqlite3.connect(f"file:{journal}?mode=ro", uri=True)) as connection:
             rows = connection.execute("SELECT messages FROM answers").fetchall()
@@ -88,7 +88,7 @@ def committed(journal: Path) -> set[str]:
 
 
 def one_message(said: str, words: Sequence[str] = ("error:",)) -> str | None:
-    """What is wrong with the end of a process that had something to say."""
+    """Check that a process printed exactly one message; return what is wrong, or None."""
     if "Traceback" in said or "this is a bug" in said:
         return f"a traceback: {said[-900:]}"
     count = sum(said.count(word) for word in ("error:", "stopped."))

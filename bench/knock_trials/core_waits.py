@@ -1,7 +1,7 @@
-"""How long a process was ready to run while other processes had all cores.
+"""The time that a process was ready to run while other processes occupied all cores.
 
-Linux counts this for each thread (/proc/PID/schedstat). A time limit for a process can be judged on
-a busy machine if these seconds are deducted from its wall-clock time.
+Linux records this for each thread (/proc/PID/schedstat). Subtracting it from the wall-clock time
+makes time limits meaningful on a busy machine.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 EVERY = 0.1
-"""Seconds between two readings."""
+"""Seconds between readings."""
 
 
 class CoreWaits:
@@ -38,8 +38,8 @@ class CoreWaits:
         self._thread.join()
 
     def since(self, moment: float) -> float:
-        """Seconds that the process which waited longest has waited since `moment`, a time of
-        time.monotonic(). 0 where the system does not count them."""
+        """Seconds that the longest-waiting process has waited since `moment`, a time from
+        time.monotonic(). Returns 0 if the system does not record them."""
         before: dict[int, float] = {}
         last: dict[int, float] = {}
         for at, found in self._readings:
@@ -53,8 +53,7 @@ class CoreWaits:
 
 
 def _waited(pid: int) -> list[tuple[int, float]]:
-    """The seconds of a process and of each of its descendants; those that have ended are left
-    out."""
+    """Read the waiting time of a process and each of its descendants that is still running."""
     folder = Path(f"/proc/{pid}")
     try:
         _, waited, _ = (folder / "schedstat").read_text().split()

@@ -1,4 +1,4 @@
-"""Damage as caused by disks and incomplete copies."""
+"""Kinds of damage that disks and incomplete copies cause."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def cut(chance: random.Random, data: bytearray) -> bytearray:
 
 
 def swap(chance: random.Random, data: bytearray) -> bytearray:
-    """Two blocks of equal size change places."""
+    """Exchange two blocks of equal size."""
     size = max(1, min(PAGE, len(data) // 4))
     one, other = (chance.randrange(len(data) - size + 1) for _ in range(2))
     first, second = bytes(data[one : one + size]), bytes(data[other : other + size])
@@ -39,7 +39,7 @@ def lengthen(chance: random.Random, data: bytearray) -> bytearray:
 
 
 def repeat_line(chance: random.Random, data: bytearray) -> bytearray:
-    """A line is there twice, or gone."""
+    """Repeat or remove a line."""
     lines = bytes(data).splitlines(keepends=True)
     at = chance.randrange(len(lines))
     lines[at : at + 1] = [lines[at]] * chance.choice([0, 2])
@@ -51,7 +51,7 @@ KINDS: tuple[Damage, ...] = (flip, flip, cut, swap, zero, lengthen, repeat_line)
 
 
 def damaged(chance: random.Random, data: bytes) -> tuple[str, bytes]:
-    """The name of the damage, and other bytes than `data`."""
+    """Damage the data; return the name of the damage, and bytes that differ from `data`."""
     while True:
         kind = chance.choice(KINDS) if data else lengthen
         found = bytes(kind(chance, bytearray(data)))

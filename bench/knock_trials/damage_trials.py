@@ -1,6 +1,6 @@
-"""One file of a run, an export, a checkpoint or a journal is damaged, then used again.
+"""Trials that damage one file of a run, an export, a checkpoint, or a journal, and then use it.
 
-Right: the damage is noticed, or what is read is what was written.
+Right: the damage is detected, or the original data is read.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from stillhouse.stage_manifest import MANIFEST
 from stillhouse.training.checkpoints import METRICS
 
 WATCHED = ("recipe.yaml", PROGRESS, MANIFEST, METRICS, EVALUATION)
-"""Names of the files that the live page of a run reads."""
+"""Names of the files that a run's live page reads."""
 WHOLE_RUN = 40
-"""Of so many trials one runs the whole recipe again, which takes seconds."""
+"""One of this many trials runs the whole recipe again, which takes seconds."""
 
 
 def make(chance: random.Random, folder: Path, number: int) -> Trial:
@@ -36,15 +36,15 @@ def make(chance: random.Random, folder: Path, number: int) -> Trial:
     whole = number % WHOLE_RUN == 0 and place.kind in RERUN
     wrong = RERUN[place.kind] if whole else READ[place.kind]
     title = f"{place.kind}: {place.file}: {name}{', whole run' if whole else ''}"
-    checksums._intact.clear()  # as in another process
+    checksums._intact.clear()  # as in a new process
     return Trial(title, lambda: wrong(place, copy), lambda found: found, "may")
 
 
 def _damage(chance: random.Random, place: Place, copy: Path) -> str:
-    """Damages the file in the copy; what was done."""
+    """Damage the file in the copy; return what was done."""
     target, before = copy / place.file, (place.folder / place.file).read_bytes()
     others = [path for path in sorted(copy.rglob("*")) if path.is_file() and path != target]
-    if place.kind == "journal":  # its lock has the count by which a lost log is noticed
+    if place.kind == "journal":  # its lock file holds the count that detects a lost log
         others = []
     alike = [path for path in others if path.stat().st_size == len(before)]
     kind = chance.random()
@@ -61,14 +61,14 @@ def _damage(chance: random.Random, place: Place, copy: Path) -> str:
     name, data = damaged(chance, before)
     time = target.stat().st_mtime_ns
     target.write_bytes(data)
-    if chance.random() < 0.5:  # a disk that forgets does not tell the time of it
+    if chance.random() < 0.5:  # a failing disk does not update the modification time
         os.utime(target, ns=(time, time))
     return name
 
 
 @cache
 def places() -> list[Place]:
-    """Every file, those of rare kinds several times, in a fixed order without long runs."""
+    """Return all files in a fixed order that mixes the kinds; rare kinds occur several times."""
     run, killed = made_runs.finished_run(), made_runs.killed_run()
     store = next(run.glob("stages/signals-*/*/settings.json")).parent
     (partial,) = killed.glob("stages/.train-*.partial")

@@ -1,4 +1,4 @@
-"""What uses a damaged file, and what is wrong with the result: None where nothing is."""
+"""Uses of a damaged file. Each returns what is wrong with the result, or None."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ TEXTS = ["cat number 3", "soup number 4"]
 
 @dataclass(frozen=True)
 class Place:
-    """A file that can be damaged. folder: what is copied before it. file: in the folder."""
+    """A file that can be damaged. folder: copied before the damage. file: path in the folder."""
 
     kind: str
     folder: Path
@@ -70,12 +70,12 @@ def _stage(place: Place, copy: Path) -> str | None:
 
 
 def _is_shard(place: Place) -> bool:
-    """Shards are compared when they are read, not when a run finds their stage finished."""
+    """Whether the file is a shard, which is compared when read, not when its stage is found."""
     return Path(place.file).match("store/shards/*")
 
 
 def _verified(place: Place, copy: Path) -> str | None:
-    """An export or a store that was copied elsewhere."""
+    """Verify a copied export or store."""
     sound = not any(part.problems for part in verify_folder(copy))
     if not sound or _same_json(place, copy):
         return None
@@ -85,7 +85,7 @@ def _verified(place: Place, copy: Path) -> str | None:
 
 
 def _teacher(place: Place, copy: Path) -> str | None:
-    """An export as the model that a run starts from."""
+    """Use an export as the model that a run starts from."""
     files = [file.name for file in copy.glob("*.gguf")]
     source = copy / files[0] if files else copy
     cache = copy.parent / "cache"
@@ -111,7 +111,7 @@ def _sound_read(store: Path) -> list[Any]:
 
 
 def _read(folder: Path) -> list[Any]:
-    """Every array of every signal of the run's training text."""
+    """Read all arrays of all signals for the run's training text."""
     (data,) = made_runs.finished_run().glob("stages/data-*")
     store, found = open_store(folder), []
     for batch in in_order(open_windows(data / "train"), 256):
@@ -122,7 +122,7 @@ def _read(folder: Path) -> list[Any]:
 
 
 def _unfinished_store(place: Place, copy: Path) -> str | None:
-    """A store whose writer was killed before its manifest; shards that are gone are made again."""
+    """Finish a store whose writer was killed before the manifest; missing shards are made again."""
     (copy / "manifest.json").unlink(missing_ok=True)
     manifest, sound = finish_store(copy), open_store(place.folder).manifest
     if manifest.settings != sound.settings:
@@ -142,7 +142,7 @@ def _windows(place: Place, copy: Path) -> str | None:
 
 
 def _report(place: Place, copy: Path) -> str | None:
-    """Its page is drawn from its data alone."""
+    """Render the report's page, which depends only on its data."""
     pages = [render(read_report(folder / REPORT_DATA)) for folder in (copy, place.folder)]
     return None if pages[0] == pages[1] else "another report"
 
@@ -153,7 +153,7 @@ def _predict(place: Place, copy: Path) -> str | None:
 
 
 def _converted(place: Place, copy: Path) -> str | None:
-    """A cache with the converted model of a GGUF file, and with hashes."""
+    """Use a cache with a converted GGUF model and its hashes."""
     gguf, sound = made_runs.gguf(), place.folder
     found = resolve_model(str(gguf), base=Path(), cache=copy)
     expected = resolve_model(str(gguf), base=Path(), cache=sound)
@@ -166,11 +166,11 @@ def _converted(place: Place, copy: Path) -> str | None:
     return wrong
 
 
-# --- what is not finished, and answers ---------------------------------------------------------
+# --- unfinished stages, and answers ------------------------------------------------------------
 
 
 def _training(place: Place, copy: Path) -> str | None:
-    """What training resumes from: a checkpoint, and the metrics until then."""
+    """Load what training resumes from: a checkpoint and the metrics up to it."""
     folder = copy / "checkpoints"
     checkpoints.drop_unusable(folder)
     found = checkpoints.latest(folder)
@@ -215,7 +215,7 @@ def _journal(place: Place, copy: Path) -> str | None:
 
 
 def _roots(place: Place, copy: Path) -> str | None:
-    """A cache with the roots of two tokenizers."""
+    """Use a cache with the roots of two tokenizers."""
     sides = [cached_roots(made_runs.aligner(), cache) for cache in (copy, place.folder)]
     maps = [(roots.student_V.tolist(), roots.teacher_W.tolist(), roots.merges) for roots in sides]
     return None if maps[0] == maps[1] else "other roots"
@@ -227,7 +227,7 @@ def _rollouts(place: Place, copy: Path) -> str | None:
 
 
 def _watched(place: Place, copy: Path) -> str | None:
-    """The live page of a run leaves out what cannot be read."""
+    """Render a run's live page, which leaves out what cannot be read."""
     run_page(read_run("run", copy), "token", 1)
     index_page(copy.parent)
     return None
@@ -237,14 +237,14 @@ def _watched(place: Place, copy: Path) -> str | None:
 
 
 def _run_stage(place: Place, copy: Path) -> str | None:
-    """A whole run over the finished run with the damaged file."""
+    """Run the whole recipe again over the finished run with the damaged file."""
     root = copy.parents[1] / "run"
     try:
         return _run_again(root, made_runs.finished_run(), copy)
     except RunError:
         if not _is_shard(place):
             raise
-        return _same_run(root)  # by the same command, as the error says
+        return _same_run(root)  # rerun the same command, as the error says
 
 
 def _run_training(place: Place, copy: Path) -> str | None:
@@ -254,7 +254,7 @@ def _run_training(place: Place, copy: Path) -> str | None:
 
 
 def _run_again(root: Path, before: Path, damaged: Path) -> str | None:
-    """The recipe of a run is run again, with a damaged stage in place of its own."""
+    """Run the recipe again, with the damaged stage in place of the original."""
     shutil.copytree(before, root, symlinks=True)
     shutil.rmtree(root / "stages" / damaged.name)
     shutil.copytree(damaged, root / "stages" / damaged.name)
@@ -269,7 +269,7 @@ def _same_run(root: Path) -> str | None:
     wrong = _differing(made_runs.finished_run(), root, names)
     if wrong is not None:
         return wrong
-    # A stage that this run did not use stays as it is.
+    # A stage that this run did not use remains damaged.
     used = [part for stage in result.stages for part in verify_folder(stage.path)]
     problems = [problem for part in used for problem in part.problems]
     return f"verify after the run: {problems}" if problems else None
@@ -287,7 +287,7 @@ def _differing(sound: Path, found: Path, names: list[str]) -> str | None:
 
 
 def _same_json(place: Place, copy: Path) -> bool:
-    """Whether the damage changed nothing that is read: spaces of a JSON file."""
+    """Whether the damage changed only insignificant parts of a JSON file, such as spaces."""
     try:
         sides = [json.loads((side / place.file).read_bytes()) for side in (place.folder, copy)]
     except (OSError, ValueError):

@@ -1,8 +1,8 @@
-"""Tiny runs of every kind whose disk fills up or becomes read-only, or whose folder vanishes.
+"""Trials in which the disk fills up or becomes read-only, or the run folder disappears.
 
-Right: one message that names the place. When there is space again, or the folder is back, the same
-command makes the tensors of an undisturbed run, does no finished stage again and buys no answer
-again. Without the right to mount, a limit on the size of files stands for the full disk.
+Right: one message that names the place. Once there is space again or the folder is back, the same
+command produces the tensors of an undisturbed run, repeats no finished stage, and buys no answer
+again. If this process is not allowed to mount, a file size limit simulates the full disk.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ WORDS = {
     "full": ("disk is full", "almost full", "is larger than"),
     "full TMPDIR": ("TMPDIR",),
     "read-only": ("read-only",),
-    # The second, before the folder is locked.
+    # The second phrase occurs before the folder is locked.
     "deleted": ("deleted, moved or replaced", "was deleted or moved"),
     "moved": ("deleted, moved or replaced", "was deleted or moved"),
 }
 SIZE = 48 << 20
-"""Bytes of a disk in memory."""
+"""Size of an in-memory disk in bytes."""
 LIMIT = 1 << 14
-"""Bytes of a file, where nothing can be mounted."""
+"""File size limit in bytes, if mounting is not possible."""
 UNKNOWN = "has no record that this recipe wrote it"
-"""Said of the text that was bought, if the run folder is deleted."""
+"""Part of the message about bought text if the run folder was deleted."""
 BOUGHT = ("journal", "synthesis", "answers")
-"""Parts of a run in which answers arrive, which then have the space that they are promised."""
+"""Parts of a run in which answers arrive; the space reserved for them stays free."""
 
 
 @dataclass(frozen=True)
 class Disaster:
-    """disk: what is mounted, None if nothing can be. root: the run folder."""
+    """A fault to inject. disk: mounted file system, None if mounting fails. root: run folder."""
 
     what: What
     disk: Path | None
@@ -58,7 +58,7 @@ class Disaster:
     room: int = 0
 
     def strike(self, _moment: Moment) -> None:
-        """In the process that does the run."""
+        """Inject the fault, in the process of the run."""
         if self.what == "deleted":
             shutil.rmtree(self.root)
         elif self.what == "moved":
@@ -77,7 +77,7 @@ class Disaster:
 
     def repair(self) -> None:
         if self.what == "moved":
-            shutil.rmtree(self.root, ignore_errors=True)  # what a library made anew
+            shutil.rmtree(self.root, ignore_errors=True)  # files that a library has created again
             self.root.with_name("elsewhere").rename(self.root)
         elif self.disk is not None and self.what == "read-only":
             subprocess.run(["umount", "--lazy", str(self.root)], check=True)
@@ -86,13 +86,13 @@ class Disaster:
 
 
 def make(chance: random.Random, folder: Path, number: int) -> Trial:
-    """One of each part of a run in turn, then the same parts of other kinds."""
+    """Cycle through the parts of a run, then through the same parts of other kinds of runs."""
     what = WHATS[number % len(WHATS)]
     if what in ("full TMPDIR", "read-only") and not can_mount():
         what = "full"
     pairs = in_turn("scratch" if what == "full TMPDIR" else None)
     name, part = pairs[number % len(pairs)]
-    # In the first half, so that there is something left to write.
+    # In the first half of the writes, so that something remains to be written.
     moment = Moment(part, chance.randint(1, (undisturbed(name).writes[part] + 1) // 2))
     title = f"{name}: {what} at {moment.part} {moment.number}"
     return Trial(title, lambda: _problem(KINDS[name], what, moment, folder), lambda found: found)
@@ -100,7 +100,7 @@ def make(chance: random.Random, folder: Path, number: int) -> Trial:
 
 @cache
 def in_turn(only: str | None) -> list[tuple[str, str]]:
-    """Kinds of runs and their parts: first one of each part, then the others in a fixed order."""
+    """Return kinds of runs and parts: first each part once, then the others in a fixed order."""
     pairs = [
         (name, part)
         for name, kind in KINDS.items()
@@ -115,7 +115,7 @@ def in_turn(only: str | None) -> list[tuple[str, str]]:
 
 
 def _problem(kind: Kind, what: What, moment: Moment, folder: Path) -> str | None:
-    """What is wrong; None: nothing."""
+    """Run the trial; return what is wrong, or None."""
     with ExitStack() as stack:
         disk = folder / "disk"
         disk.mkdir()
@@ -158,7 +158,7 @@ def _wrong_end(process: Fork, status: int, what: What) -> str | None:
 
 
 def manifests(root: Path) -> dict[str, int]:
-    """Finished stages, and the file that is written last."""
+    """Return the manifests of finished stages, which are written last."""
     found = root.glob("stages/[!.]*/manifest.json")
     return {path.parent.name: path.stat().st_mtime_ns for path in found}
 
@@ -201,7 +201,7 @@ def can_mount() -> bool:
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[None]:
-    """A file system in memory. Raises CalledProcessError if this process may not mount one."""
+    """Mount an in-memory file system. Raises CalledProcessError if that is not allowed."""
     _mount("-t", "tmpfs", "-o", f"size={SIZE}", "knocks", str(folder))
     try:
         yield

@@ -1,4 +1,4 @@
-"""A tiny run that is disturbed at some moments, goes on by the same command, and is then judged."""
+"""A tiny run that is disturbed, resumed with the same command, and then judged."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ from bench.knock_trials.moments import IMPORTS, Moment
 from bench.knock_trials.tiny_runs import REQUESTS, Kind, Process, patience, served, start
 
 WrongEnd = Callable[[Kind, Process, int, Moment, CoreWaits], str | None]
-"""What is wrong with the end of a process: its exit status, the moment it was given, and when it
-had no core."""
+"""Returns what is wrong with the end of a process. Arguments: kind of run, process, exit status,
+moment of the fault, and the time without a core."""
 
 
 @dataclass(frozen=True)
 class DisturbedRun:
-    """moments: one for each process. last: how the last process is started, which nothing disturbs.
-    variable: names the folder for temporary files. slow: seconds that the server takes to answer
-    the processes that are disturbed."""
+    """A run with one disturbed process per moment, and a last process that is not disturbed.
+
+    last: how the last process is started. variable: environment variable that names the temporary
+    folder. slow: seconds that the server takes to answer the disturbed processes.
+    """
 
     kind: Kind
     last: Kind
@@ -46,7 +48,7 @@ class DisturbedRun:
         return self.folder / "tmp"
 
     def problem(self) -> str | None:
-        """What is wrong in the end; None: nothing."""
+        """Run all processes; return what is wrong in the end, or None."""
         self.temporary.mkdir()
         environment = {self.variable: str(self.temporary)}
         with served(self.kind, self.root) as (recipe, server, stub):
@@ -74,7 +76,7 @@ class DisturbedRun:
         moment: Moment,
         first: bool,
     ) -> str | None:
-        """One process. The first of a run is given a moment that comes before its end."""
+        """Run one process. The first process is repeated until its moment comes before its end."""
         for _ in range(8):
             books.next_process()
             process = start_for(self.kind, recipe, self.root, environment, moment, books)
@@ -103,8 +105,8 @@ def start_for(
     moment: Moment,
     books: Books,
 ) -> Process:
-    """A process that gets its signal by itself, or from here: by its requests, or while it is
-    started."""
+    """Start a process that sends itself the signal, or receives it from here: after a number of
+    requests, or during startup."""
     if moment.part not in (REQUESTS, IMPORTS):
         return start(kind, recipe, root, environment, moment)
     started = threading.Event()
@@ -129,7 +131,7 @@ def start_for(
 
 
 def wait_for_others(recipe: Path) -> None:
-    """Until no process works at this recipe: those of a torchrun outlive each other."""
+    """Wait until no process runs this recipe: torchrun's processes do not end together."""
     mine = os.getpid()
     others = [
         process

@@ -1,6 +1,6 @@
-"""Tiny runs of every kind that are killed, one to four times, and go on by the same command.
+"""Trials that kill a tiny run one to four times and resume it with the same command.
 
-Right: the tensors of an undisturbed run, no received answer bought again, nothing left behind.
+Right: the tensors of an undisturbed run, no received answer is bought again, nothing is left over.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from bench.knock_trials.tiny_runs import KINDS, Kind, Process, undisturbed
 FORKED = [name for name, kind in KINDS.items() if not kind.fresh]
 FRESH = [name for name, kind in KINDS.items() if kind.fresh]
 BY_TIME, LATER = 0.25, 0.4
-"""Shares of the moments that are chosen by time, and that are some milliseconds after a write."""
+"""Shares of moments that are given by time, and that come some milliseconds after a write."""
 REAL = 0.03
-"""Share of the trials whose last process is not forked."""
+"""Share of trials whose last process is not forked."""
 
 
 def kind_of(number: int) -> Kind:
-    """Of 50 trials, three have a process for each replay and two are a torchrun."""
+    """Choose the kind: of 50 trials, three replay in a separate process and two use torchrun."""
     name = {7: FRESH[0], 15: FRESH[1], 23: FRESH[0], 31: FRESH[0], 47: FRESH[1]}.get(number % 50)
     return KINDS[name or FORKED[(number - number // 8) % len(FORKED)]]
 
@@ -43,7 +43,7 @@ def make(chance: random.Random, folder: Path, number: int) -> Trial:
 
 
 def moment(chance: random.Random, kind: Kind) -> Moment:
-    """Each part of the run is as likely as another."""
+    """Draw a moment. All parts of the run are equally likely."""
     known = undisturbed(kind.name)
     victims: list[Victim] = ["it", "its group"] if kind.processes == 1 else ["it", "its sibling"]
     if chance.random() < BY_TIME:
@@ -63,7 +63,7 @@ def moment(chance: random.Random, kind: Kind) -> Moment:
 
 
 def in_order(moments: list[Moment], kind: Kind) -> list[Moment]:
-    """By the part of the run, so that a later one is reached after an earlier one."""
+    """Sort moments by part of the run, so that each can be reached after the previous one."""
     parts = [*undisturbed(kind.name).writes, TIME]
     return sorted(moments, key=lambda moment: parts.index(moment.part))
 
@@ -71,12 +71,12 @@ def in_order(moments: list[Moment], kind: Kind) -> list[Moment]:
 def wrong_end(
     kind: Kind, process: Process, status: int, moment: Moment, waits: CoreWaits
 ) -> str | None:
-    """Only a process that was not killed itself has something to say."""
+    """Check the messages of processes that were not killed themselves."""
     if status == -signal.SIGKILL:
         return None
     said = process.errors()
     if kind.processes == 1:
         return f"status {status}" if status != 1 else one_message(said)
-    # Each process of a torchrun may say one thing; torchrun itself ends with a traceback.
+    # Each torchrun process can print one message; torchrun itself ends with a traceback.
     said = said.split("torch/distributed/run.py")[0]
     return said[-900:] if "this is a bug" in said else None

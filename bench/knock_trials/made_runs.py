@@ -1,4 +1,4 @@
-"""Runs and journals for trials to damage; each is created once per process."""
+"""Runs and journals for trials to damage, each created once per process."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ from stillhouse.training.rollouts import Rollout, save_rollouts, window_folder
 
 ANSWERS, FAILURES = 60, 8
 IDENTITY = "a student"
-"""What wrote the rollouts."""
+"""Identity of the student that wrote the rollouts."""
 
 
 @cache
 def place() -> Path:
-    """A folder that is deleted with the process."""
+    """Return a folder that is deleted when the process ends."""
     folder = tempfile.TemporaryDirectory(prefix="knocks-")
-    # A fresh process for each export's replay would take most of the time.
+    # Replaying each export in a new process would take most of the time.
     fresh_process.subprocess = replays.IN_THIS_PROCESS  # type: ignore[assignment, attr-defined]
     place.__dict__["kept"] = folder
     return Path(folder.name)
 
 
 def stored_recipe(folder: Path, /, **sections: Any) -> dict[str, Any]:
-    """A run with a signal store and two exports."""
+    """Return the recipe of a run with a signal store and two exports."""
     if not (folder / "teacher").exists():
         words = tiny.merging_tokenizer()
         tiny.llama(vocab_size=len(words)).save_pretrained(folder / "teacher")
@@ -65,7 +65,7 @@ def stored_recipe(folder: Path, /, **sections: Any) -> dict[str, Any]:
 
 @cache
 def finished_run() -> Path:
-    """The folder of a finished run."""
+    """Return the folder of a finished run."""
     raw = stored_recipe(place() / "stored")
     result = stillhouse.run(raw)
     assert result is not None
@@ -74,7 +74,7 @@ def finished_run() -> Path:
 
 @cache
 def killed_run() -> Path:
-    """The folder of a run that was killed in training, with two complete checkpoints or more."""
+    """Return the folder of a run killed in training, with at least two complete checkpoints."""
     root = place() / "stored" / "killed"
     finished_run()
     recipe = write(stored_recipe(place() / "stored", folder=str(root)), place() / "killed.yaml")
@@ -89,7 +89,7 @@ def killed_run() -> Path:
 
 @cache
 def classifier_run() -> Path:
-    """The folder of a finished classifier."""
+    """Return the folder of a finished classifier run."""
     result = stillhouse.run(toys.recipe(_made(place() / "classifier")))
     assert result is not None
     return result.folder
@@ -97,7 +97,7 @@ def classifier_run() -> Path:
 
 @cache
 def quantized_run() -> Path:
-    """The folder of a finished run with an export in int8."""
+    """Return the folder of a finished run with an int8 export."""
     finished_run()
     folder = place() / "stored"
     quantize = {"kind": "int8", "calibration_tokens": None}
@@ -110,7 +110,7 @@ def quantized_run() -> Path:
 
 @cache
 def windows() -> Path:
-    """A folder that `Data.build` filled."""
+    """Return a folder written by `Data.build`."""
     finished_run()
     folder = place() / "windows"
     text = str(place() / "stored" / "text.txt")
@@ -121,7 +121,7 @@ def windows() -> Path:
 
 @cache
 def left() -> Path:
-    """What killed stages left: scores of labels, and a search's measurements."""
+    """Return a folder with what killed stages left: label scores and a search's measurements."""
     folder = _made(place() / "left")
     scores = torch.rand(64, 3, generator=torch.Generator().manual_seed(0))
     (folder / "scores").write_bytes(with_hash(save({"scores": scores})))
@@ -134,14 +134,14 @@ def left() -> Path:
 
 @cache
 def converted() -> Path:
-    """A cache with a converted GGUF file and the hashes of files."""
+    """Return a cache with a converted GGUF file and the hashes of files."""
     resolve_model(str(gguf()), base=Path(), cache=_made(place() / "cache"))
     return place() / "cache"
 
 
 @cache
 def rollouts() -> Path:
-    """What a student wrote before a step."""
+    """Return a folder with rollouts that a student wrote before a step."""
     folder = _made(place() / "own text")
     chance = random.Random(0)
     written = [
@@ -154,7 +154,7 @@ def rollouts() -> Path:
 
 @cache
 def cached_maps() -> Path:
-    """A cache with the roots of two tokenizers."""
+    """Return a cache with the roots of two tokenizers."""
     cached_roots(aligner(), _made(place() / "roots"))
     return place() / "roots"
 
@@ -164,7 +164,7 @@ def aligner() -> TokenAligner:
 
 
 def gguf() -> Path:
-    """A GGUF file that belongs to no export."""
+    """Return a GGUF file that does not belong to an export."""
     file = _made(place() / "gguf") / "tiny.gguf"
     if not file.exists():
         shutil.copy(finished_run() / "gguf-f16" / "tiny-f16.gguf", file)
@@ -178,7 +178,7 @@ def request(number: int) -> Request:
 
 @cache
 def journals() -> dict[str, Path]:
-    """Two folders, each with a journal: one closed, one as a killed process leaves it."""
+    """Return two folders with a journal each: one closed, one left by a killed process."""
     closed, killed = (_made(place() / f"journal-{name}") for name in ("closed", "killed"))
     with Journal(closed / "answers.sqlite") as journal:
         for number in range(ANSWERS):

@@ -1,7 +1,7 @@
-"""Moments of a run at which a signal is sent: before its n-th write to a part of its folders.
+"""Moments at which a signal is sent to a run: before its n-th write to a part of its folders.
 
-Python calls an audit hook before it opens, makes, renames or deletes a file. So the moment is the
-same in each repetition, and lies between any two steps that change what is on the disk.
+Python calls an audit hook before it opens, creates, renames, or deletes a file. So a moment is the
+same in every repetition, and can lie between any two changes on the disk.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ _PATH = {
     "open": 0, "os.mkdir": 0, "os.remove": 0, "os.rename": 1, "os.rmdir": 0, "os.symlink": 1,
     "shutil.rmtree": 0, "sqlite3.connect": 0,
 }  # fmt: skip
-"""Events, and which argument is the path that changes."""
+"""Maps audit events to the index of the argument that is the changed path."""
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _STAGE = re.compile(r".*/stages/\.?(?P<stage>[a-z_]+)(?:-[a-z0-9_]+)*-[0-9a-f]{12}")
 OWN_PROCESS, TIME, IMPORTS = "own process", "start", "start of Python"
-"""The parts that stand for the start of a process that replays an export, of the run, and of the
-process that does it."""
+"""Pseudo-parts: the start of a replay's process, a time after the start of the run, and the startup
+of Python itself."""
 
 
 @dataclass(frozen=True)
 class Moment:
-    """Before write `number` to `part`, and `delay` seconds later where that is not 0."""
+    """The moment before write `number` to `part`, or `delay` seconds later."""
 
     part: str
     number: int
@@ -42,7 +42,7 @@ class Moment:
     victim: Victim = "it"
     signal: int = signal.SIGKILL
     noted: str = ""
-    """A file that gets the time of the signal, by time.monotonic()."""
+    """Path of a file that receives the time of the signal, from time.monotonic()."""
 
     def __str__(self) -> str:
         later = f" + {self.delay * 1000:.0f} ms" if self.delay else ""
@@ -53,10 +53,10 @@ class Moment:
 def watch(
     folders: tuple[str, ...], moment: Moment | None, act: Callable[[Moment], None] | None = None
 ) -> Counter[str]:
-    """Counts from now on the writes to each part of these folders, and acts at the moment.
+    """Count the writes to each part of these folders from now on, and act at the moment.
 
-    act: sends the moment's signal, if nothing else is given. There is no way to stop: this is for
-    processes that do one run.
+    act: sends the moment's signal by default. Watching cannot be stopped: this is for processes
+    that do a single run.
     """
     act = act or _send
     counts: Counter[str] = Counter()
@@ -81,7 +81,7 @@ def watch(
 def _part(
     event: str, arguments: tuple[Any, ...], folders: tuple[str, ...], last: str
 ) -> str | None:
-    """The part of the folders that is written to; None: nothing is written to them."""
+    """Return the part of the folders that an event writes to, or None."""
     if event == "subprocess.Popen":
         return OWN_PROCESS if "replay" in str(arguments[1]) else None
     place = _PATH.get(event)
@@ -89,7 +89,7 @@ def _part(
         return None
     path = arguments[place]
     path = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else ""
-    if not path.startswith("/"):  # inside of a folder that is being deleted
+    if not path.startswith("/"):  # inside a folder that is being deleted
         return last or None if event in ("os.remove", "os.rmdir") else None
     folder = next((folder for folder in folders if path.startswith(folder)), None)
     if folder is None:
@@ -119,16 +119,16 @@ def _send(moment: Moment) -> None:
         "its family": f"{parent} $(pgrep -P {parent})",
     }[moment.victim]
     command = f"sleep {moment.delay:.3f}; kill -{moment.signal} {whom}"
-    # A session of its own, so that a signal to the group does not end it first.
+    # In a new session, so that a signal to the process group does not kill it first.
     line = ["setsid", "sh", "-c", command]
     os.posix_spawnp(line[0], line, dict(os.environ))
 
 
-# --- processes with a moment ---------------------------------------------------------------------
+# --- processes that are disturbed ----------------------------------------------------------------
 
 
 def run(arguments: list[str], folders: list[str], moment: Moment | None, counted: str) -> None:
-    """As `python -m stillhouse ARGUMENTS`. counted: a file that gets the number of writes."""
+    """Run `python -m stillhouse ARGUMENTS`. counted: file for the number of writes."""
     from stillhouse.cli import main
 
     counts = watch(tuple(folders), moment)
@@ -143,8 +143,8 @@ def run(arguments: list[str], folders: list[str], moment: Moment | None, counted
 def run_in_fork(
     arguments: list[str], folders: list[str], moment: Moment | None, counted: str
 ) -> None:
-    """As `run`, in a group of processes of its own, without a process for each replay, and with a
-    short measurement of the processor."""
+    """Like `run`, but in a new process group, without separate processes for replays, and with a
+    short measurement of the processor's speed."""
     from tests import replays
 
     from stillhouse import hardware
@@ -159,7 +159,7 @@ def run_in_fork(
 def command(
     arguments: list[str], folders: list[str], moment: Moment | None, counted: str
 ) -> list[str]:
-    """The arguments of `python -m` for such a process."""
+    """Return the arguments of `python -m` for such a process."""
     fields = None if moment is None else asdict(moment)
     return ["bench.knock_trials.moments", json.dumps([arguments, folders, fields, counted])]
 

@@ -1,7 +1,7 @@
-"""Two processes at once: in one run folder, on one journal, on the folder of one export.
+"""Trials with two processes at once: in one run folder, on one journal, or on one export.
 
-Right: one of them is refused or waits, both have the result of an undisturbed run in the end, and
-the server is asked nothing twice. So does a command that only looks at a run that is going on.
+Right: one of them is rejected or waits, in the end both have the results of an undisturbed run, and
+no request is sent twice. The same holds for a command that only reads a run in progress.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _two_runs(kind: Kind, folder: Path, later: float, names: list[str]) -> str |
 
 
 def _one_was_refused(processes: list[Process]) -> str | None:
-    """None: so it is, or both are done."""
+    """Check that one process was rejected, or that both finished; return what is wrong, or None."""
     statuses = [process.wait(patience()) for process in processes]
     for process, status in zip(processes, statuses, strict=True):
         if status and (problem := one_message(process.errors(), ("another process",))):
@@ -95,7 +95,7 @@ def _one_was_refused(processes: list[Process]) -> str | None:
 
 
 def _looked_at(kind: Kind, folder: Path, later: float, chance: random.Random) -> str | None:
-    """A command that looks at a run while it goes on; it may refuse, and changes nothing."""
+    """Use a command that only reads a run in progress: it may be rejected, but changes nothing."""
     root, temporary = folder / "runs" / "run", folder / "tmp"
     temporary.mkdir()
     environment = {"TMPDIR": str(temporary)}
@@ -126,7 +126,7 @@ def _looked_at(kind: Kind, folder: Path, later: float, chance: random.Random) ->
 
 
 def _in_one_export(kind: Kind, folder: Path, later: float, chance: random.Random) -> str | None:
-    """Both export the same model to the same folder."""
+    """Export the same model to the same folder in both processes."""
     source = tiny.save_model(folder / "source")
     out, alone = (folder / name / "stages" / "export" / "model" for name in ("runs", "alone"))
     cache = {"STILLHOUSE_CACHE": str(folder / "cache")}

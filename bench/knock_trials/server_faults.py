@@ -1,4 +1,4 @@
-"""Replies that a server of chat completions should not give."""
+"""Invalid replies from a server of chat completions."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ KEY = "sk-live/Ab+9_z&Qx==7f3c"
 
 @dataclass(frozen=True)
 class Fault:
-    """reply: from the text that would be right. texts: of answers that may be stored, beside the
-    right one. billed: whether the provider bills its usual tokens."""
+    """A faulty reply. reply: makes it from the right text. texts: stored answers that are allowed
+    besides the right one. billed: whether the provider bills the usual tokens."""
 
     name: str
     reply: Callable[[str], Reply]
@@ -72,7 +72,7 @@ def malformed(chance: random.Random) -> Fault:
 
 
 def empty(chance: random.Random) -> Fault:
-    """A complete answer without text, which is paid for."""
+    """A complete answer without text, which is billed."""
     content: Any = chance.choice([None, "", 7, [], {}, [{"type": "image"}], True, [7]])
     value = chance.choice([{"choices": []}, whole("", message={"content": content})])
     return Fault(f"empty {content!r}", lambda text: body(dumps(value)), texts=("",))
@@ -90,7 +90,7 @@ def deep(chance: random.Random) -> Fault:
         ]
     )  # fmt: skip
     status = chance.choice([200, 200, 400, 500])
-    # What surrounds an answer may be as deep as it likes.
+    # Depth around an answer is not limited.
     texts = (HALF, "") if status == 200 else ()
     return Fault(
         f"{depth} deep, {status}", lambda text: body(data, status), texts, billed=status == 200
@@ -218,7 +218,7 @@ def retry_after(chance: random.Random) -> Fault:
 
 
 def within(chance: random.Random) -> Fault:
-    """Status 200 around an error."""
+    """An error in a reply with status 200."""
     code: Any = chance.choice([429, "502", "rate_limit_exceeded", "server_error", 200, 0, None, "x",
                                [429], {"a": 1}, 1e300, True, "insufficient_quota"])  # fmt: skip
     value = {"error": {"message": "no", "code": code}}
@@ -226,7 +226,7 @@ def within(chance: random.Random) -> Fault:
 
 
 def echoed(chance: random.Random) -> Fault:
-    """The key, in one of many spellings, where a server may say it."""
+    """The key in one of many encodings, in any place where a server can repeat it."""
     spelled = spelling(chance, KEY[: chance.choice([12, 13, len(KEY) - 1, len(KEY), len(KEY)])])
     place = chance.choice(["error", "plain", "text", "reasoning", "finish", "invalid", "location"])
     if place == "location":
@@ -271,7 +271,7 @@ def spelling(chance: random.Random, key: str) -> str:
     return "".join((way or chance.choice(ways))(character) for character in key)
 
 
-# --- what is no HTTP ---------------------------------------------------------------------------
+# --- invalid HTTP ------------------------------------------------------------------------------
 
 
 def raw(chance: random.Random) -> Fault:
@@ -295,12 +295,12 @@ def raw(chance: random.Random) -> Fault:
             b"HTTP/1.1 100 Continue\r\n\r\n", b"\r\n" * 5000, b"HTTP/1.1 200 " + b"x" * 100_000,
         ]
     )  # fmt: skip
-    # Of another version, but whole.
+    # A different HTTP version, but a complete reply.
     return Fault(f"raw {data[:40]!r}", lambda text: Reply(raw=data), (HALF,) if data == odd else ())
 
 
 def sound(chance: random.Random) -> Fault:
-    """Odd, but right: it must become an answer."""
+    """An unusual but valid reply, which must become an answer."""
     parts = chance.choice([
         lambda text: whole(text, message={"content": [{"type": "text", "text": text}]}),
         lambda text: {**whole(text), "model": "another", "extra": [1, {"a": None}]},

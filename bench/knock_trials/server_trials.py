@@ -1,4 +1,4 @@
-"""Requests with a key and a budget to a server that misbehaves."""
+"""Trials that send requests with a key and a budget to a server that misbehaves."""
 
 from __future__ import annotations
 
@@ -38,20 +38,21 @@ PRICE = Price(input=10.0, output=30.0)
 ASKED = 6
 REDIRECTS = (301, 302, 303, 307, 308)
 FEWEST = 10
-"""Characters of the key that may not be written."""
+"""This many characters of the key must not be written."""
 AMPLE = 20.0
-"""A budget, in worst cases of a request, that lasts for all attempts of both runs."""
+"""A budget, in multiples of a request's maximum cost, that covers all attempts of both runs."""
 JOURNAL = "answers.sqlite"
 PATIENCE = Patience(attempts=2, backoff=0.01)
 TIMEOUT = 0.6
-"""Seconds for a reply."""
+"""Timeout of a reply in seconds."""
 Ask = Callable[[Path, str, float], None]
-"""Sends all requests: a folder, the server's URL, the budget in dollars."""
+"""Sends all requests. Arguments: folder, URL of the server, budget in dollars."""
 
 
 @dataclass
 class Server:
-    """What the provider has done. billed: dollars. right: the texts it gave for each question."""
+    """A provider whose replies are faulty until it is healthy. bad: numbers of the requests with a
+    faulty reply. billed: dollars."""
 
     fault: Fault
     bad: frozenset[int]
@@ -87,7 +88,7 @@ def make(chance: random.Random, folder: Path, number: int) -> Trial:
 
 
 def _redirected(chance: random.Random, folder: Path) -> Trial:
-    """To another server, which would answer."""
+    """A redirect to a different server, which would answer."""
     code = chance.choice(REDIRECTS)
 
     def read() -> str | None:
@@ -100,7 +101,7 @@ def _redirected(chance: random.Random, folder: Path) -> Trial:
 
 
 def _problem(server: Server, room: float, folder: Path, ask: Ask | None = None) -> str | None:
-    """Two runs with one budget, the second with a server in good health; what is wrong then."""
+    """Run twice with one budget, the second time with a healthy server; return what is wrong."""
     said: list[str] = []
     with Stub(server.reply, key=KEY) as stub, _impatient(), _shown_in(folder):
         limit = worst_case(requests(stub, 1)[0], PRICE).usd * room
@@ -117,7 +118,7 @@ def _problem(server: Server, room: float, folder: Path, ask: Ask | None = None) 
         return f"overspent: ${server.billed} of ${limit}"
     answered = _answered(folder / JOURNAL)
     if room == AMPLE and answered < ASKED:
-        return f"{answered} of {ASKED} requests are answered by the server in good health"
+        return f"{answered} of {ASKED} requests are answered by the healthy server"
     return _wrong_in_journal(folder / JOURNAL, server.fault) or _key_in(folder, said)
 
 
@@ -138,7 +139,7 @@ def _ask(folder: Path, url: str, limit: float) -> None:
 
 
 def _synthesize(folder: Path, url: str, limit: float) -> None:
-    """The command `stillhouse synthesize`, with what it prints."""
+    """Run `stillhouse synthesize`, including its output."""
     (folder / "prompts.txt").write_text("".join(f"question {n}\n" for n in range(ASKED)))
     api = {
         "base_url": url, "model": "teacher", "concurrency": 3, "timeout": on_busy_cores(TIMEOUT),
@@ -176,7 +177,7 @@ def _wrong_in_journal(path: Path, fault: Fault) -> str | None:
 
 
 def _key_in(folder: Path, said: list[str]) -> str | None:
-    """Where the key is: in messages, rows of the journal, or any byte of the folder."""
+    """Find the key in messages, in rows of the journal, or anywhere in the folder's files."""
     with closing(sqlite3.connect(folder / JOURNAL)) as connection:
         for table in ("answers", "failures"):
             said += [str(row) for row in connection.execute(f"SELECT * FROM {table}")]
@@ -190,7 +191,7 @@ def _key_in(folder: Path, said: list[str]) -> str | None:
 
 
 def _plain(text: str) -> list[str]:
-    """The text, and without one, two and three layers of escapes."""
+    """Return the text, and the text with one to four layers of escapes removed."""
     found = [text]
     for _ in range(4):
         text = re.sub(r"\\+u([0-9a-fA-F]{4})", lambda m: chr(int(m[1], 16)), text)
@@ -202,7 +203,7 @@ def _plain(text: str) -> list[str]:
 
 @contextmanager
 def _shown_in(folder: Path) -> Iterator[None]:
-    """What is written to the standard streams goes to files in the folder."""
+    """Redirect the standard streams to files in the folder."""
     saved = {number: os.dup(number) for number in (1, 2)}
     try:
         for number in saved:
@@ -217,7 +218,7 @@ def _shown_in(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _impatient() -> Iterator[None]:
-    """A server that says "slow down" is given up after a second."""
+    """Give up after a second on a server that asks clients to slow down."""
     with (
         mock.patch.object(request_pool, "LONGEST_WAIT", 1.0),
         mock.patch.dict("os.environ", {"KNOCKS_KEY": KEY}),

@@ -1,9 +1,9 @@
-"""Tiny runs of every kind that get SIGTERM or SIGINT, and go on by the same command.
+"""Trials that stop a tiny run with SIGTERM or SIGINT and resume it with the same command.
 
-Right: the process ends within five seconds, with the status of its signal and one message; then as
-for a killed run. Requests in flight are paid for, so the time counts from when they are answered.
-The time in which the process was ready to run, but other processes had all cores, is deducted (see
-`core_waits`): on a machine that does nothing else it is none.
+Right: the process ends within five seconds, with its signal's status and one message; then as for a
+killed run. Requests in flight are paid for, so the time starts when they are answered. The
+time in which the process was ready to run while other processes occupied all cores is subtracted
+(see `core_waits`); it is zero on an idle machine.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from bench.knock_trials.moments import IMPORTS, Moment
 from bench.knock_trials.tiny_runs import KINDS, REQUESTS, Kind, Process
 
 WITHIN = 5.0
-"""Seconds, without those in which the process was ready to run while others had all cores."""
+"""Seconds, excluding the time that the process waited for a core."""
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 ANSWERED_AFTER = 1.0
-"""Seconds until the server answers, in trials that stop a run by its requests."""
+"""Seconds until the server answers, in trials that stop a run at a request."""
 
 
 def kind_of(number: int) -> Kind:
-    """Of 20 trials, two have a process for each replay, one is a torchrun, and two are stopped
-    while Python starts."""
+    """Choose the kind: of 20 trials, two replay in separate processes, one uses torchrun, and two
+    are stopped while Python starts."""
     name = {6: FRESH[0], 11: FRESH[1], 16: FRESH[0]}.get(number % 20)
     kind = KINDS[name or FORKED[(number + number // 6) % len(FORKED)]]
     return replace(kind, fresh=True) if number % 20 in (3, 13) else kind
@@ -67,7 +67,7 @@ def wrong_end(
         said = said.split("torch/distributed/run.py")[0]
         return said[-900:] if "this is a bug" in said else None
     if status == -moment.signal and (not said.strip() or "\nreport: " in said):
-        return None  # before there is a handler, or when all is done
+        return None  # before the handler is installed, or after the run is done
     if moment.victim == "its children":
         return one_message(said)
     if status != STATUS[signal.Signals(moment.signal)]:

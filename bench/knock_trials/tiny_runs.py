@@ -1,4 +1,4 @@
-"""Tiny runs of every kind, what an undisturbed one makes, and processes that do one."""
+"""Tiny runs of every kind, the results of an undisturbed run, and the processes that run them."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from bench.knock_trials.moments import Moment
 
 PROMPTS, AT_ONCE = 24, 4
 PATIENCE = 300.0
-"""Seconds that an undisturbed run may take."""
+"""Limit in seconds for an undisturbed run."""
 REQUESTS = "requests"
-"""The part of a run that stands for the requests to its server."""
+"""Pseudo-part of a run: the requests to its server."""
 KEY = re.compile(r"-[0-9a-f]{12}(?=/|$|\.)")
-"""The end of a stage's name. The address of a server is part of what it is made of."""
+"""Matches the hash in a stage's name, which depends on the server's address."""
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """make: the recipe, from the folder of its inputs, the run folder and the server's URL.
+    """A kind of tiny run. make: returns the recipe for an input folder, run folder, and server URL.
 
-    fresh: it is started as a process of its own, whose exports are replayed in another one; others
-    are forked from a process that has imported what takes seconds. processes: of a torchrun.
+    fresh: start a new Python process that replays exports in another process; other kinds are
+    forked from a process that has already imported the libraries. processes: number for torchrun.
     """
 
     name: str
@@ -78,7 +78,7 @@ def _classify(inputs: Path, root: Path, _url: str) -> dict[str, Any]:
 
 
 def _extract(inputs: Path, root: Path, url: str) -> dict[str, Any]:
-    """By a teacher behind an API, without a price or a budget."""
+    """Extract with a teacher behind an API, without a price or a budget."""
     raw = answers.clean(answers.recipe(inputs, "extract", **answers.api(inputs, url)))
     raw["teacher"]["api"]["concurrency"] = AT_ONCE
     return {**raw, "folder": str(root)}
@@ -105,7 +105,7 @@ def _on_policy(inputs: Path, root: Path, _url: str) -> dict[str, Any]:
 
 
 def _other_tokenizer(inputs: Path, root: Path, _url: str) -> dict[str, Any]:
-    """The teacher's tokens are longer than those of the student."""
+    """Distill from a teacher whose tokens are longer than the student's."""
     if not (inputs / "student").exists():
         words = tiny.merging_tokenizer()
         tiny.llama(vocab_size=len(words)).save_pretrained(inputs / "teacher")
@@ -160,7 +160,7 @@ KINDS = {
     )
 }
 SERVED = ("extract", "synthesis")
-"""Kinds of runs that ask a server."""
+"""Kinds of runs that send requests to a server."""
 
 
 # --- their server --------------------------------------------------------------------------------
@@ -168,10 +168,10 @@ SERVED = ("extract", "synthesis")
 
 @dataclass
 class Server:
-    """Answers each prompt in its own way, and keeps the books.
+    """Answers each prompt differently and records all requests.
 
-    asked: the prompts of each process in turn. delay: seconds until an answer. at: called with the
-    number of requests that the process in turn has sent.
+    asked: prompts of each process, in order. delay: seconds until an answer. at: called with the
+    number of requests that the current process has sent.
     """
 
     asked: list[list[str]] = field(default_factory=lambda: [[]])
@@ -194,7 +194,7 @@ class Server:
 
 @contextmanager
 def served(kind: Kind, root: Path) -> Iterator[tuple[Path, Server, Stub]]:
-    """The recipe's file, and the server that it asks."""
+    """Yield the recipe's file and the server that it uses."""
     inputs, server = made_runs.place() / f"inputs of {kind.name}", Server()
     inputs.mkdir(exist_ok=True)
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -211,7 +211,7 @@ def patience() -> float:
 
 
 class Started:
-    """`python -m ARGUMENTS` with the methods of `Fork`."""
+    """A process `python -m ARGUMENTS` with the methods of `Fork`."""
 
     def __init__(self, arguments: list[str], environment: dict[str, str], folder: Path) -> None:
         self._stderr = folder / f"stderr-{time.monotonic_ns()}"
@@ -239,7 +239,7 @@ def start(
     moment: Moment | None = None,
     counted: Path | None = None,
 ) -> Process:
-    """A process that does the run. counted: a file that gets the number of writes by part."""
+    """Start a process for the run. counted: file for the number of writes to each part."""
     work = recipe.parent
     arguments = ["run", "--yes", str(recipe)]
     folders = [str(root.parent), *filter(None, environment.values())]
@@ -253,12 +253,12 @@ def start(
     return Started([*launch, *command], environment, work)
 
 
-# --- what an undisturbed run makes ---------------------------------------------------------------
+# --- results of an undisturbed run ---------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """made: see `made_by`. files: see `files_of`. writes: by part. seconds: until its end."""
+    """An undisturbed run. made: see `made_by`. files: see `files_of`. writes: number per part."""
 
     made: dict[str, list[str]]
     files: Counter[str]
@@ -268,7 +268,7 @@ class Undisturbed:
 
 @cache
 def undisturbed(name: str) -> Undisturbed:
-    """Its inputs are those of all runs of the kind."""
+    """Run a kind undisturbed, with the same inputs as its disturbed runs."""
     kind, root = KINDS[name], made_runs.place() / "undisturbed" / name / "runs" / "run"
     with served(kind, root) as (recipe, server, _):
         counted = recipe.with_name("writes.json")
@@ -283,8 +283,8 @@ def undisturbed(name: str) -> Undisturbed:
 
 
 def made_by(root: Path) -> dict[str, list[str]]:
-    """Hashes of the tensors of all exports by name (the members of a family have the same names),
-    of all GGUF files, and of the text that was bought."""
+    """Hash the tensors of all exports, all GGUF files, and the bought text. The members of a family
+    share tensor names, so each name has a list of hashes."""
     found: dict[str, list[str]] = {}
     for file in root.rglob("stages/export*/**/*.safetensors"):
         for name, tensor in load_file(file).items():
@@ -298,8 +298,8 @@ def made_by(root: Path) -> dict[str, list[str]]:
 
 
 def files_of(root: Path) -> Counter[str]:
-    """All names in and beside a run folder, without the parts of a store (a killed process leaves
-    more and smaller ones) and without what depends on the server's address."""
+    """Return all names in and next to a run folder, without a store's shards (a killed process
+    leaves more and smaller ones) and without hashes that depend on the server's address."""
     folder = root.parent
     paths = [path for path in folder.rglob("*") if not path.match("shards/*.bin")]
     return Counter(KEY.sub("", str(path.relative_to(folder))) for path in paths)
