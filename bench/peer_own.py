@@ -1,6 +1,6 @@
-"""A training by Stillhouse, for `bench.peers`: python -m bench.peer_own JOB.json.
+"""A training with Stillhouse, for `bench.peers`: python -m bench.peer_own JOB.json.
 
-The counterpart of `peer_trainers`, with the same job and the same lines on standard output.
+The counterpart of `peer_trainers`, with the same job file and the same lines on standard output.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from stillhouse.training.train_config import TrainRecipe
 
 
 class Chunks:
-    """Windows of a text, each one document; every token but the first is to be predicted."""
+    """Windows of a text, each a separate document. All tokens except the first are supervised."""
 
     def __init__(self, windows_RL: np.ndarray) -> None:
         self.windows_RL = torch.from_numpy(windows_RL.astype(np.int64))

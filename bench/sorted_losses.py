@@ -1,19 +1,19 @@
-"""ULD and GOLD, plainly: two published losses for a teacher with another tokenizer.
+"""Plain implementations of ULD and GOLD, two losses for a teacher with a different tokenizer.
 
-Both compare the distributions with which the models begin each chunk, the text between neighboring
-places where both tokenizers begin a token. Position n - 1 predicts token n, the end of a text is a
-chunk, and no chunk is left out.
+Both compare the models' distributions at the beginning of each chunk. A chunk is the text between
+neighboring places where both tokenizers begin a token. Position n - 1 predicts token n, the end of
+a text is a chunk, and no chunk is left out.
 
 ULD (Boizard et al., arXiv 2402.12030) compares sorted probabilities: Σ_i |p_(i) - q_(i)|, the
 shorter vocabulary padded with zeros.
 
 GOLD (huggingface.co/docs/trl, gold_trainer) multiplies the distribution at a chunk's first token by
-the probabilities of the chunk's other tokens. On strings that are tokens of both vocabularies it
-takes the Jensen-Shannon divergence, and on the rest ULD. Their weights are the share of the
-teacher's vocabulary that both have, and one minus it.
+the probabilities of the chunk's other tokens. It computes the Jensen-Shannon divergence on strings
+that are tokens in both vocabularies, and ULD on the rest. The weights are the shared fraction of
+the teacher's vocabulary, and one minus that fraction.
 
-Shapes: G chunks, P supervised places of a batch, V student tokens, W teacher tokens, M strings that
-are tokens of both.
+Shapes: G chunks, P supervised positions of a batch, V student tokens, W teacher tokens, M strings
+that are tokens in both vocabularies.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from stillhouse.signals.lm_head import head_logits
 from stillhouse.teachers.text_tokens import TextTokens
 
 SMALLEST = 1e-8
-"""The probability that GOLD takes for smaller ones."""
+"""GOLD clamps probabilities to at least this value."""
 
 
 @dataclass(frozen=True)
 class Side:
     """One model's view of a batch's chunks.
 
-    hidden_PD: rows that predict. targets_P: the tokens that follow. first_G: the rows that predict
-    the chunks' first tokens. count_G: tokens of each chunk, in neighboring rows.
+    hidden_PD: hidden states that predict a token. targets_P: the predicted tokens. first_G: rows
+    that predict the chunks' first tokens. count_G: tokens of each chunk, in consecutive rows.
     """
 
     hidden_PD: Tensor
@@ -48,11 +48,11 @@ class Side:
     head: LMHead
 
     def first(self, chunks: slice) -> Tensor:
-        """The distributions with which these chunks begin, [G, V]."""
+        """The distributions at the beginning of these chunks, [G, V]."""
         return head_logits(self.head, self.hidden_PD[self.first_G[chunks]]).softmax(-1)
 
     def merged(self, chunks: slice) -> Tensor:
-        """The same, times the probabilities of the other tokens in each chunk, [G, V]."""
+        """`first` times the probabilities of the other tokens in each chunk, [G, V]."""
         begin_G, count_G = self.first_G[chunks], self.count_G[chunks]
         owner = torch.arange(len(begin_G)).repeat_interleave(count_G - 1)
         within = torch.arange(len(owner)) - (count_G - 1).cumsum(0).sub(count_G - 1)[owner]
@@ -65,7 +65,7 @@ class Side:
 
 
 def uld(student: Side, teacher: Side, chunks: slice) -> Tensor:
-    """The sum over chunks of the distance between sorted probabilities."""
+    """Sum of the distances between sorted probabilities over all chunks."""
     with torch.no_grad():
         teacher_GW = teacher.first(chunks)
     return sorted_distance(student.first(chunks), teacher_GW)
@@ -82,27 +82,27 @@ def sorted_distance(student_GV: Tensor, teacher_GW: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Gold:
-    """student_M, teacher_M: ids of the strings that are tokens of both vocabularies."""
+    """GOLD. student_M, teacher_M: ids of the strings that are tokens in both vocabularies."""
 
     student_M: Tensor
     teacher_M: Tensor
 
     @classmethod
     def of(cls, student: TextTokens, teacher: TextTokens, ends: tuple[int, int]) -> Gold:
-        """ends: the tokens (student, teacher) that end a text, which correspond."""
+        """Match two vocabularies. ends: the corresponding end tokens (student, teacher)."""
         ids = {value: id for id, value in student.strings.items()}
         pairs = [(ids[value], id) for id, value in teacher.strings.items() if value in ids]
         student_M, teacher_M = torch.tensor([*pairs, ends]).T
         return cls(student_M, teacher_M)
 
     def __call__(self, student: Side, teacher: Side, chunks: slice) -> Tensor:
-        """The sum over chunks."""
+        """Sum of the distances over all chunks."""
         with torch.no_grad():
             teacher_GW = teacher.merged(chunks)
         return self.distance(student.merged(chunks), teacher_GW)
 
     def distance(self, student_GV: Tensor, teacher_GW: Tensor) -> Tensor:
-        """The distance of merged distributions."""
+        """Distance between merged distributions."""
         share = len(self.teacher_M) / teacher_GW.shape[1]
         q_GM, p_GM = student_GV[:, self.student_M], teacher_GW[:, self.teacher_M]
         alone_V, alone_W = (

@@ -1,12 +1,12 @@
-"""Training throughput of a distillation step, as a fraction of this machine's matrix product rate.
+"""Throughput of a distillation step, relative to the machine's matrix multiplication rate.
 
     make bench NAME=step
 
-Teacher forward + student forward and backward + optimizer, with the models and the batch of
-recipes/pruned.yaml, as the trainer runs it. FLOPs are counted as 6·P_s + 2·P_t per token,
-embeddings once, as the head. The product rate is measured in the same process, before and after
-the steps. Each round takes `--steps` optimizer steps, plus as many of plain fine-tuning and of
-distillation from a signal store.
+A step is the teacher's forward pass, the student's forward and backward passes, and the optimizer,
+with the models and batch size of recipes/pruned.yaml, as in the trainer. FLOPs are 6·P_s + 2·P_t
+per token, where embeddings count once, as the head. The matrix multiplication rate is measured in
+the same process before and after the steps. Each round runs `--steps` optimizer steps of
+distillation, of plain fine-tuning, and of distillation from a signal store.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "pruned.yaml"
 DISTILLATION = ObjectiveRecipe()
 KINDS = ("distillation", "fine_tuning", "cached")
 STORED_TAU = 0.02
-"""About 36 bytes per token."""
+"""About 36 bytes/token."""
 FINE_TUNING = ObjectiveRecipe(terms=[LogitsTerm(divergence="cross_entropy")])
 
 
@@ -104,7 +104,7 @@ def bound(setting: Setting) -> float:
 
 
 class Setting:
-    """The recipe's models at their sizes; the student's weights do not matter to its speed."""
+    """The recipe's models at full size. The student's weights do not affect its speed."""
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         self.recipe = recipe
@@ -156,7 +156,7 @@ class Setting:
         }
 
     def tokens_per_second(self, kind: str, number: int, steps: int) -> float:
-        """Median over the steps, without the first."""
+        """Median over all steps except the first."""
         out = self.folder / f"{kind}-{number}"
         section = self.recipe.train.model_copy(
             update={"max_steps": steps, "checkpoint_every": steps + 1, "evaluate_every": None}
@@ -177,7 +177,7 @@ class Setting:
             folder=out,
         )
         rows = [r["tokens_per_s"] for r in read_metrics(out / "metrics.jsonl") if "loss" in r]
-        # Rows count supervised tokens; all tokens of a window are computed.
+        # Metrics count supervised tokens, but all tokens of a window are computed.
         all_tokens = self.windows.context * len(self.windows) / self.windows.supervised_tokens
         return statistics.median(rows[1:]) * all_tokens
 

@@ -1,10 +1,10 @@
-"""How fast a signal store is written and read: `python -m bench.store`.
+"""The speed of writing and reading a signal store: `python -m bench.store`.
 
-Rows of about 16 entries, as `threshold` makes them, are packed and written, and then read in
-random batches of windows, as in training: keys, look-up, checksums of the shards at
-first use and decoding to tensors are all included in the time. For comparison, a reader of Parquet
-lists through Python objects, the usual way, on the same rows. Selection is timed against the head's
-matrix product and the teacher's full forward pass, if a teacher is given.
+Rows of about 16 entries, as `threshold` makes them, are packed and written, and then read in random
+batches of windows, as in training. The time includes keys, lookup, shard checksums at first use,
+and decoding to tensors. For comparison, the same rows are read from Parquet lists through Python
+objects, the usual way. If a teacher is given, selection is timed relative to its full forward pass
+with the head.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ ENTRIES = 16
 BATCH = 16
 PARQUET_ROWS = 200_000
 SHARD_BYTES = 8 << 20
-"""Small, so that a batch reads rows from several shards, as in a large store."""
+"""Small, so that a batch reads from several shards, as in a large store."""
 
 
 def make_windows(windows: int, context: int) -> tuple[torch.Tensor, ...]:
-    """Random windows of three or four segments each: input_ids, labels, position_ids."""
+    """Make random windows of three or four segments each: input_ids, labels, position_ids."""
     g = torch.Generator().manual_seed(SEED)
     ids_RL = torch.randint(0, VOCABULARY, (windows, context), generator=g)
     starts_RL = torch.rand(windows, context, generator=g) < 2.5 / context
@@ -58,7 +58,7 @@ def make_windows(windows: int, context: int) -> tuple[torch.Tensor, ...]:
 
 
 def make_rows(rows: int) -> EntryRows:
-    """Already selected rows: 1 to 8 exact entries, and as many draws as make ENTRIES on average."""
+    """Make selected rows: 1 to 8 exact entries, and draws up to ENTRIES entries on average."""
     chance = np.random.default_rng(SEED)
     valued_N = chance.integers(1, 9, rows, dtype=np.uint8)
     counts_N = valued_N + chance.integers(1, 2 * (ENTRIES - 4) - 1, rows, dtype=np.uint8)
@@ -70,7 +70,7 @@ def make_rows(rows: int) -> EntryRows:
 
 
 def cut(rows: EntryRows, bounds: np.ndarray) -> list[EntryRows]:
-    """The rows in parts, as from several passes of a teacher."""
+    """Split the rows into parts, as several passes of a teacher would produce them."""
     assert rows.valued_N is not None
     entries = np.concatenate([[0], np.cumsum(rows.counts_N, dtype=np.int64)])[bounds]
     values = np.concatenate([[0], np.cumsum(rows.valued_N, dtype=np.int64)])[bounds]
@@ -122,14 +122,14 @@ def measure_writing(path: Path, windows: tuple[torch.Tensor, ...]) -> dict[str, 
 
 
 def batches_of(windows: int, seed: int) -> tuple[torch.Tensor, ...]:
-    """All windows once, in a random order."""
+    """Make batches of all windows, in random order."""
     return torch.randperm(windows, generator=torch.Generator().manual_seed(seed)).split(BATCH)
 
 
 def read_epoch(
     path: Path, windows: tuple[torch.Tensor, ...], seed: int, workers: int
 ) -> tuple[int, float]:
-    """Rows, and seconds from opening the store to the last tensor, keys included."""
+    """Return the number of rows, and the seconds from opening the store to the last tensor."""
     started = time.perf_counter()
     store = open_store(path)
 
@@ -147,7 +147,7 @@ def read_epoch(
 def decode_epoch(
     store: Store, windows: tuple[torch.Tensor, ...], seed: int, workers: int
 ) -> tuple[int, float]:
-    """As `read_epoch`, of a store that is open, with the keys of every batch found beforehand."""
+    """Like `read_epoch`, but for an open store, with the keys of all batches computed before."""
     batches: list[Segments] = [
         find_segments(*(tensor[chosen] for tensor in windows))
         for chosen in batches_of(len(windows[0]), seed)
@@ -160,7 +160,7 @@ def decode_epoch(
 
 
 def read_parquet_lists(path: Path, rows: int) -> float:
-    """Tokens per second of Parquet lists, through Python objects, to padded tensors."""
+    """Tokens/s when reading Parquet lists through Python objects to padded tensors."""
     started = time.perf_counter()
     table = pq.read_table(path, columns=["ids", "probabilities"]).slice(0, rows)
     ids, weights = table["ids"].to_pylist(), table["probabilities"].to_pylist()
@@ -188,7 +188,7 @@ def measure_reading(path: Path, windows: tuple[torch.Tensor, ...], rounds: int) 
 
 
 def measure_selection(teacher: Path, text: Path, rounds: int) -> dict[str, Any]:
-    """Seconds per token: the teacher's forward pass with its head, and selection on its logits."""
+    """Seconds per token of the teacher's forward pass with its head, and of selection."""
     from stillhouse.teachers.backbone import hidden_states, lm_head
     from stillhouse.teachers.load_model import load_model, load_tokenizer
 
@@ -238,7 +238,9 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=1024)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--teacher", type=Path, help="a folder: times selection beside its forward")
+    parser.add_argument(
+        "--teacher", type=Path, help="model folder, to time selection and its forward pass"
+    )
     parser.add_argument("--text", type=Path, help="text for the teacher")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -251,11 +253,11 @@ def main() -> None:
     warm = max(reading["tokens_a_second_decode_2_threads"])
     parquet = max(reading["tokens_a_second_parquet_lists"])
     bars = [
-        Bar("reading: tokens a second, decoded to tensors", warm, ">=", 5e6),
-        Bar("reading with keys, opening and checksums: tokens a second", cold, ">=", 5e6),
+        Bar("reading: tokens/s, decoded to tensors", warm, ">=", 5e6),
+        Bar("reading with keys, opening, and checksums: tokens/s", cold, ">=", 5e6),
         Bar("reading: times the rate of Parquet lists", warm / parquet, ">=", 20),
-        Bar("packing and writing: tokens a second", writing["tokens_a_second"], ">=", 1e6),
-        Bar("bytes a token at 16 entries, all included", writing["bytes_a_token"], "<=", 40),
+        Bar("packing and writing: tokens/s", writing["tokens_a_second"], ">=", 1e6),
+        Bar("bytes/token at 16 entries, everything included", writing["bytes_a_token"], "<=", 40),
     ]
     figures = {"writing": writing, "reading": reading}
     if options.teacher:

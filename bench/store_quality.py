@@ -1,9 +1,9 @@
 """The effect of a stored signal on a student's quality: `python -m bench.store_quality TEXT`.
 
-The same student (108.0M parameters, of SmolLM2-135M-Instruct) is trained on the same 60,000 tokens
-in the same order, once under the live teacher and once from a store of each encoding. All stores
-are recorded in one pass of the teacher. Measured on the held-out passages of `bench.quality`. A run
-that is finished is not repeated with the same --folder.
+The same student (108.0M parameters, pruned from SmolLM2-135M-Instruct) is trained on the same
+60,000 tokens in the same order, once with the live teacher and once from a store of each encoding.
+All stores are recorded in one pass of the teacher. The students are measured on the held-out
+passages of `bench.quality`. With the same --folder, finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ MAIN: dict[str, Encoding | float] = {
     "sampled, 24 draws": Sampled(24),
     "stratified, 6 + 9": Stratified(6, 9),
 }
-"""A number is the size of a row for which the threshold is tuned."""
+"""Encodings by name. A number is the row size in bytes to which the threshold is tuned."""
 MORE: dict[str, Encoding | float] = {
     f"{ADAPTIVE}, 18 bytes": 18.0,
     "top-k renormalized, k = 32": TopK(32, tail=False),
@@ -64,7 +64,7 @@ MORE: dict[str, Encoding | float] = {
     "sampled, 50 draws": Sampled(50),
     f"{ADAPTIVE}, 72 bytes": 72.0,
 }
-"""The rest of the curve, with --more."""
+"""Further points of the curve, for --more."""
 
 
 def main() -> None:
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--ffn-size", type=int, default=1024)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--folder", type=Path, default=Path("runs/store_quality"))
-    parser.add_argument("--more", action="store_true", help="more points of the curve")
+    parser.add_argument("--more", action="store_true", help="measure more points of the curve")
     options = parser.parse_args()
     tune_allocator()
     with tempfile.TemporaryDirectory() as folder:
@@ -135,7 +135,7 @@ def record_all(
     encodings: Mapping[str, Encoding | float],
     folder: Path,
 ) -> dict[str, Path]:
-    """Record a store for each encoding; the teacher runs once for all that are missing."""
+    """Record a store for each encoding, with one pass of the teacher for all missing stores."""
     paths = {name: folder / stem(name) for name in encodings}
     todo = {n: e for n, e in encodings.items() if not (paths[n] / "manifest.json").exists()}
     if not todo:

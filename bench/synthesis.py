@@ -1,14 +1,13 @@
-"""The overhead of synthesis besides the teacher: `python -m bench.synthesis`.
+"""The overhead of synthesis in addition to the teacher: `python -m bench.synthesis`.
 
-The journal alone: rows per second, and memory over many rows. The pool with the journal behind it:
-against a stub server in a separate process that answers each request after 50 ms, with 256
-requests at once; the ideal rate is 256 / 0.05 s. The CPU time of one request is
-beside it, which other load on the machine does not change. With --teacher, local generation on
-prompts of mixed lengths: ours, `model.generate` one prompt at a time, and `generate` on fixed
-batches in the order in which the prompts come. With --labeled, a CSV whose columns `text` and
-`category` are real messages and their labels: how long a local model takes to score every label of
-some texts with their prefix shared, and by one pass for each pair of text and label, which is timed
-on a few texts and extrapolated.
+The journal alone is measured in rows per second, and its memory over many rows. The request pool
+with the journal sends 256 concurrent requests to a stub server in a separate process, which answers
+each after 50 ms; the ideal rate is 256 / 0.05 s. The CPU time per request is also recorded, since
+other load on the machine does not affect it. With --teacher, local generation is timed on prompts
+of mixed lengths: Stillhouse's generator, `model.generate` one prompt at a time, and `generate` with
+fixed batches in the given order. With --labeled, a CSV file whose columns `text` and `category` are
+messages and their labels, a local model scores all labels of some texts with a shared prefix, and
+with one pass per pair of text and label, which is timed on a few texts and extrapolated.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ def measure_journal(folder: Path, rows: int) -> dict[str, Any]:
 
 
 def measure_memory(folder: Path, rows: int) -> dict[str, Any]:
-    """Resident bytes after a tenth of the rows, which warms everything up, and after all."""
+    """Measure resident bytes after a tenth of the rows, as a warm-up, and after all rows."""
     seen: dict[int, int] = {}
     done = 0
 
@@ -99,7 +98,7 @@ def measure_endpoint(folder: Path, url: str, count: int, name: str) -> dict[str,
     async def whole() -> tuple[float, float]:
         with Journal(folder / f"{name}.sqlite") as journal:
             async with Client(url, "teacher", connections=AT_ONCE) as client:
-                # Opens the connections, and lets the limit rise to 256.
+                # Open the connections, and let the limit rise to 256.
                 await Pool(client.send, journal, Budget(), concurrency=AT_ONCE).answer_all(
                     requests(4 * AT_ONCE, "warm-up")
                 )
@@ -138,7 +137,7 @@ def measure_pool(folder: Path, count: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def mixed_requests(count: int, text: Path) -> list[Request]:
-    """Prompts of 8 to 80 words, answers of 8 to 128 tokens."""
+    """Make prompts of 8 to 80 words, with answers of 8 to 128 tokens."""
     words = text.read_text(encoding="utf-8").split()
     chance = random.Random(0)
     made = []
@@ -151,7 +150,8 @@ def mixed_requests(count: int, text: Path) -> list[Request]:
 
 
 def generate(model: Any, tokenizer: Any, batch: list[Request]) -> int:
-    """transformers' own: one padded batch, until its longest answer is done. Useful tokens."""
+    """Generate one padded batch with transformers, until its longest answer is done; return the
+    number of useful tokens."""
     from transformers import GenerationConfig
 
     chats = [[dict(message) for message in request.messages] for request in batch]
@@ -215,7 +215,7 @@ def measure_local(teacher: Path, text: Path, count: int, batch: int) -> dict[str
 
 @torch.no_grad()
 def one_pass_a_pair(model: Any, prompts: list[list[int]], labels: list[list[int]]) -> torch.Tensor:
-    """The obvious way, with logits only for the label's tokens. [N, C]."""
+    """Score one pair per pass, with logits only for the label's tokens; [N, C]."""
     scores_NC = torch.zeros(len(prompts), len(labels))
     for row, prompt in enumerate(prompts):
         for column, label in enumerate(labels):
@@ -278,13 +278,17 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--teacher", type=Path, help="a chat model's folder: times local answers")
-    parser.add_argument("--text", type=Path, help="text to cut prompts from")
+    parser.add_argument(
+        "--teacher", type=Path, help="folder of a chat model, to time local generation"
+    )
+    parser.add_argument("--text", type=Path, help="file from which prompts are cut")
     parser.add_argument("--prompts", type=int, default=96)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--labeled", type=Path, help="CSV with text and category: times labels")
+    parser.add_argument("--labeled", type=Path, help="CSV with text and category, to time labeling")
     parser.add_argument("--label-texts", type=int, default=1000)
-    parser.add_argument("--pair-texts", type=int, default=10, help="of them, scored pair by pair")
+    parser.add_argument(
+        "--pair-texts", type=int, default=10, help="number of these texts to score pair by pair"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -293,9 +297,9 @@ def main() -> None:
         pool = measure_pool(folder, options.requests, options.rounds)
     best = max(one["share_of_ideal"] for one in pool)
     bars = [
-        Bar("journal: answers a second", journal["answers_a_second"], ">=", 2000),
-        Bar("memory: bytes more after the last 90 % of rows", memory["growth_bytes"], "<=", 8e6),
-        Bar("256 at once, 50 ms: share of the ideal rate", best, ">=", 0.9),
+        Bar("journal: answers/s", journal["answers_a_second"], ">=", 2000),
+        Bar("memory: growth in bytes over the last 90% of rows", memory["growth_bytes"], "<=", 8e6),
+        Bar("256 concurrent requests, 50 ms: share of the ideal rate", best, ">=", 0.9),
     ]
     figures: dict[str, Any] = {"journal": journal, "memory": memory, "pool": pool}
     if options.teacher and options.text:
@@ -312,7 +316,7 @@ def main() -> None:
             options.teacher, options.labeled, options.label_texts, options.pair_texts
         )
         ratio = scored["pair_seconds_extrapolated"] / scored["shared_seconds"]
-        bars.append(Bar("labels: times one pass for each text and label", ratio, ">=", 5))
+        bars.append(Bar("labels: times one pass per text and label", ratio, ">=", 5))
     write_results("synthesis", figures, bars)
 
 

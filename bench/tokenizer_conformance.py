@@ -1,10 +1,12 @@
-"""Checks of losses under a teacher with another tokenizer; `python -m bench.conformance
---tokenizers` runs them.
+"""Checks for losses with a teacher that has a different tokenizer.
 
-They are what any such loss should have, whatever its divergence: with equal tokenizers it is that
-divergence; it reads the rows that predict; equal models have no loss, and others one; ids mean
-nothing and strings everything; the end of a text is learned; tokens without an equal string teach;
-and exact models of one source have no gradient.
+    python -m bench.conformance --tokenizers
+
+They are properties that any such loss should have, whatever its divergence. With equal tokenizers,
+the loss is its divergence. It reads the rows that predict each token. It is zero for equal models
+and positive for different ones. It depends on the tokens' strings, not on their ids. The end of a
+text is learned. Tokens without an equal string contribute. Exact models of the same source have no
+gradient.
 """
 
 from __future__ import annotations
@@ -26,9 +28,9 @@ WORDS = {" ab": 0.5, " ba": 0.2, " abb": 0.2, " b": 0.1}
 
 
 def equal_tokenizers(loss: Contender) -> str:
-    """The loss is its divergence, the mean over all tokens and the end; so is its gradient."""
+    """The loss is its divergence, averaged over all tokens and the end; so is its gradient."""
     if loss.divergence is None:
-        return "it is no divergence of the two distributions"
+        return "it is not a divergence of the two distributions"
     words = tokenizer(MERGES)
     given = problem(words, words, TEXT)
     value, gradient_LV = loss.run(given)
@@ -46,7 +48,7 @@ def equal_tokenizers(loss: Contender) -> str:
 
 
 def rows_that_predict(loss: Contender) -> str:
-    """The last row predicts nothing, and the first the first token."""
+    """The first row predicts the first token, and the last row predicts nothing."""
     given = problem(tokenizer(MERGES), tokenizer(OTHER_MERGES), TEXT)
     value, gradient_LV = loss.run(given)
     found = []
@@ -82,7 +84,7 @@ def equal_models(loss: Contender) -> str:
 
 
 def permuted_probabilities(loss: Contender) -> str:
-    """A student that gives every token another one's probability."""
+    """A student that permutes the probabilities of all tokens."""
     words = tokenizer(MERGES)
     given = problem(words, words, TEXT)
     value, _ = loss.run(replace(given, student=_shuffled(given.teacher)))
@@ -94,7 +96,7 @@ def _shuffled(given: Side) -> Side:
 
 
 def permuted_ids(loss: Contender) -> str:
-    """The same teacher with other ids."""
+    """The same teacher with permuted token ids."""
     student, teacher, other = tokenizer(MERGES), tokenizer(OTHER_MERGES), tokenizer(OTHER_MERGES, 5)
     given = problem(student, teacher, TEXT)
     value, _ = loss.run(given)
@@ -111,7 +113,7 @@ def permuted_ids(loss: Contender) -> str:
 
 
 def tokens_without_partner(loss: Contender) -> str:
-    """The teacher is certain of " 123", one token; the student writes " ", "1", "2", "3"."""
+    """The teacher is certain of the token " 123"; the student needs " ", "1", "2", "3"."""
     student, teacher = tokenizer(()), tokenizer(("1 2", "12 3", "Ġ 123"))
     given = problem(student, teacher, " 123")
     logits_LV = torch.zeros_like(given.teacher.logits_LV)
@@ -129,7 +131,7 @@ def tokens_without_partner(loss: Contender) -> str:
 
 
 def exact_models(loss: Contender) -> str:
-    """Both models are those of one source of words: nothing is left to learn at a word's start."""
+    """Both models describe the same word source exactly: nothing is left to learn."""
     student, teacher = tokenizer(MERGES), tokenizer(OTHER_MERGES)
     given = problem(student, teacher, " ab", seen=list(WORDS))
     sides = []
@@ -162,18 +164,18 @@ CHECKS: dict[str, Callable[[Contender], str]] = {
 
 
 def conform(loss: Contender) -> dict[str, str]:
-    """The difference by check; an empty string if there is none."""
+    """Run all checks; return each difference, or an empty string if there is none."""
     found = {}
     for title, check in CHECKS.items():
         try:
             found[title] = check(loss)
-        except Exception as error:  # any exception of another library is a finding
+        except Exception as error:  # an exception of any library is a finding
             found[title] = f"raises {type(error).__name__}: {str(error).splitlines()[0][:70]}"
     return found
 
 
 def report(python: Path | None) -> int:
-    """Print what differs; 1 if ours does. python: that of an environment with TRL."""
+    """Print the differences; return 1 if Stillhouse differs. python: interpreter with TRL."""
     trl = None if python is None else TRL(python)
     failed = False
     for name, loss in contenders(trl).items():

@@ -1,7 +1,7 @@
-"""Losses under a teacher with another tokenizer: ours, the plain ones of bench/sorted_losses.py,
-and TRL's, which runs in an environment of its own.
+"""Losses with a teacher that has a different tokenizer: Stillhouse's, those of
+bench/sorted_losses.py, and TRL's, which run in a separate environment.
 
-Each returns its value and its gradient by the student's logits.
+Each returns its value and the gradient with respect to the student's logits.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "uld_skip_teacher_eos": False,
     },
 }
-"""TRL's losses: the defaults of its configuration, and the settings with which it reads the rows
-that predict, and learns the end of a text."""
+"""TRL's losses with the defaults of its configuration, and with settings that make it read the rows
+that predict each token and learn the end of a text."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """divergence: what the loss is between equal tokenizers, (log p, log q) -> each row's value;
-    None: nothing that depends on which token is which."""
+    """A loss. divergence: its value for equal tokenizers, (log p, log q) -> value of each row; None
+    if the loss does not depend on which token is which."""
 
     run: Callable[[TokenizerProblem], tuple[Tensor, Tensor]]
     divergence: Callable[[Tensor, Tensor], Tensor] | None
@@ -62,16 +62,16 @@ def aligned(problem: TokenizerProblem) -> tuple[TokenAligner, AlignedWindow]:
     aligner = TokenAligner(problem.student.words, problem.teacher.words)
     ids_L = problem.student.ids_L.numpy()
     labels_L = np.where(np.arange(len(ids_L)) > 0, ids_L, -100)
-    # The first token ends the text before, and predicts the first one of this.
+    # The first token ends the previous text and predicts the first token of this one.
     text_L = ids_L[1:]
     (window,) = aligner.align(text_L[None], np.arange(len(text_L))[None], labels_L[1:][None])
     begins_L = np.where(window.begins_L >= 0, window.begins_L + 1, -1)
-    begins_L[0] = 1  # both begin the text
+    begins_L[0] = 1  # both models begin the text
     return aligner, AlignedWindow(window.ids_M, window.positions_M, begins_L)
 
 
 def stillhouse(problem: TokenizerProblem) -> tuple[Tensor, Tensor]:
-    """Forward KL over shared roots, the mean over shared boundaries."""
+    """Forward KL over shared roots, averaged over shared boundaries."""
     aligner, window = aligned(problem)
     ours, theirs = problem.student, problem.teacher
     seen = {
@@ -98,7 +98,7 @@ def stillhouse(problem: TokenizerProblem) -> tuple[Tensor, Tensor]:
 
 
 def sorted_loss(kind: str) -> Callable[[TokenizerProblem], tuple[Tensor, Tensor]]:
-    """ULD or GOLD as published, at the rows that predict."""
+    """ULD or GOLD as published, on the rows that predict each token."""
 
     def run(problem: TokenizerProblem) -> tuple[Tensor, Tensor]:
         aligner, window = aligned(problem)
@@ -119,8 +119,8 @@ def sorted_loss(kind: str) -> Callable[[TokenizerProblem], tuple[Tensor, Tensor]
 
 
 def _merged(logits_LV: Tensor, of: Side, edges: list[int]) -> Tensor:
-    """The first distribution of each chunk, times the probabilities of its other tokens. edges: the
-    chunks' first tokens, and the end."""
+    """The first distribution of each chunk, times the probabilities of its other tokens. edges:
+    positions of the chunks' first tokens and of the end."""
     log_LV = logits_LV.log_softmax(-1)
     rows = []
     for start, stop in pairwise(edges):
@@ -130,7 +130,7 @@ def _merged(logits_LV: Tensor, of: Side, edges: list[int]) -> Tensor:
 
 
 class TRL:
-    """TRL's losses in a process of another environment's Python."""
+    """TRL's losses, in a process of a different Python environment."""
 
     def __init__(self, python: Path) -> None:
         self.folder = tempfile.TemporaryDirectory()
@@ -159,7 +159,7 @@ class TRL:
             if line.startswith("done "):
                 break
         else:
-            raise RuntimeError("the process of TRL's environment has ended")
+            raise RuntimeError("the process with TRL has ended")
         answer = torch.load(found, weights_only=True)
         if "error" in answer:
             raise RuntimeError(answer["error"])

@@ -1,4 +1,6 @@
-"""Small problems for losses under a teacher with another tokenizer: see bench/conformance.py.
+"""Small problems for losses with a teacher that has a different tokenizer.
+
+See bench/conformance.py.
 
 Shapes: L student tokens, M teacher tokens, V student vocabulary, W teacher vocabulary.
 """
@@ -19,7 +21,7 @@ ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
 def tokenizer(merges: Sequence[str], order: int = 0) -> Any:
-    """Byte-level BPE with these merges, each as "first second". order: a seed for the ids."""
+    """Make byte-level BPE with these merges, given as "first second". order: seed of the ids."""
     pairs = [(first, second) for first, second in (merge.split() for merge in merges)]
     tokens = [END, *ALPHABET, *(first + second for first, second in pairs)]
     g = torch.Generator().manual_seed(order)
@@ -32,18 +34,18 @@ def tokenizer(merges: Sequence[str], order: int = 0) -> Any:
 
 @dataclass
 class Side:
-    """One model's tokens of a text between two END tokens, and its logits; row n predicts token
-    n + 1, and the last row nothing."""
+    """One model's tokens of a text between two END tokens, and its logits. Row n predicts token
+    n + 1; the last row predicts nothing."""
 
     words: Any
     ids_L: Tensor
     logits_LV: Tensor
 
     def offsets(self) -> Tensor:
-        """The first byte of each token in the text, and that after its last, [L, 2]."""
+        """The first byte of each token in the text, and the byte after its last, [L, 2]."""
         found, done = [(0, 0)], 0
         for id in self.ids_L[1:-1].tolist():
-            size = len(self.words.convert_ids_to_tokens(id))  # one character for each byte
+            size = len(self.words.convert_ids_to_tokens(id))  # one character per byte
             found.append((done, done + size))
             done += size
         return torch.tensor([*found, (done, done)])
@@ -51,7 +53,7 @@ class Side:
 
 @dataclass
 class TokenizerProblem:
-    """seen: text from which the roots may be merged."""
+    """Two models' views of a text. seen: text that determines which roots can be merged."""
 
     student: Side
     teacher: Side
@@ -59,7 +61,7 @@ class TokenizerProblem:
 
 
 def side(words: Any, text: str, seed: int, scale: float = 1.0) -> Side:
-    """A text with random logits."""
+    """Tokenize a text and add random logits."""
     end = words.eos_token_id
     ids_L = torch.tensor([end, *words(text, add_special_tokens=False)["input_ids"], end])
     g = torch.Generator().manual_seed(seed)

@@ -1,9 +1,9 @@
-"""Trains the classifier of refusals, and writes its weights: python -m bench.train_refusals
+"""Train the refusal classifier and write its weights: python -m bench.train_refusals
 
-Reads the examples of `bench/refusal_examples/`. An example with a prompt is there a second time
-without it, with half the weight; refusals and answers have the same total weight. Formula: the mean
-logistic loss plus L2·|w|²/2, minimized by gradient descent with momentum. Nothing is drawn at
-random, and sums are in a fixed order, so the file is the same bit for bit.
+Reads the examples in `bench/refusal_examples/`. Each example with a prompt is repeated without it,
+at half the weight; refusals and answers have the same total weight. The objective is the mean
+logistic loss plus L2·|w|²/2, minimized by gradient descent with momentum. There is no randomness
+and sums have a fixed order, so the file is reproduced bit for bit.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ EXAMPLES = Path(__file__).parent / "refusal_examples"
 WEIGHTS = Path(refusals.__file__).with_name("refusal_weights.npz")
 L2, RATE, MOMENTUM, STEPS = 3e-5, 8.0, 0.9, 250
 FEWEST, KEPT = 2, 20_000
-"""Examples that must have a feature, and the number of features with a weight."""
+"""Minimum number of examples with a feature, and number of features that are kept."""
 PROMPTLESS = 12
-"""Shorter answers are not repeated without their prompt: they depend on it."""
+"""Minimum length of answers that are repeated without their prompt; short ones depend on it."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ def examples(path: Path) -> list[Example]:
 
 
 def trained(rows: Sequence[Example]) -> refusals.Weights:
-    """The quantized weights of a classifier trained on the examples: only those of the KEPT most
-    important features, with which it is trained again."""
+    """Train a classifier, train it again with only the KEPT most important features, and return its
+    quantized weights."""
     design = _design(rows)
     w, _ = _fitted(design)
     kept = np.argsort(-np.abs(w), kind="stable")[:KEPT]
@@ -58,8 +58,8 @@ def trained(rows: Sequence[Example]) -> refusals.Weights:
 
 @dataclass(frozen=True)
 class _Design:
-    """A sparse matrix: buckets, values and row of its entries, each of shape (entries,); target and
-    weight of its rows, of shape (rows,)."""
+    """A sparse matrix. buckets, values, row: its entries, each of shape (entries,). target, weight:
+    its rows, each of shape (rows,)."""
 
     buckets: np.ndarray
     values: np.ndarray
@@ -69,7 +69,7 @@ class _Design:
 
 
 def _design(rows: Sequence[Example]) -> _Design:
-    """The features that FEWEST examples have or more."""
+    """Return the features that occur in at least FEWEST examples."""
     texts = [(row.answer, row.prompt, row.refusal, 1.0) for row in rows]
     seen = np.zeros(BUCKETS)
     found = [features(text, prompt) for text, prompt, _, _ in texts]
@@ -94,7 +94,7 @@ def _design(rows: Sequence[Example]) -> _Design:
 
 
 def _fitted(design: _Design) -> tuple[np.ndarray, float]:
-    """Weights of shape (BUCKETS,) and the bias."""
+    """Return weights of shape (BUCKETS,) and the bias."""
     known, columns = np.unique(design.buckets, return_inverse=True)
     w, bias = np.zeros(len(known)), 0.0
     speed, bias_speed = np.zeros(len(known)), 0.0

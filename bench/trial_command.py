@@ -1,4 +1,4 @@
-"""The command line of a benchmark with seeded trials, and its table and results."""
+"""The command line, table, and results of a benchmark with seeded trials."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from bench.input_trials.trial import BARS, OUTCOMES, Result
 from bench.input_trials.workers import Family, run_all, run_one
 
 Timed = tuple[int, Result, float]
-"""The seed, the result, and the seconds from the result before it to this one."""
+"""The seed, the result, and the seconds since the previous result."""
 
 
 @dataclass(frozen=True)
 class TrialBench:
-    """A benchmark `bench/NAME.py`. counts: trials of each family. meaning: of each outcome.
-    minutes: that all families may take, one after the other."""
+    """A benchmark `bench/NAME.py`. counts: trials of each family. meaning: description of each
+    outcome. minutes: time limit for all families in sequence."""
 
     name: str
     families: Mapping[str, Family]
@@ -41,10 +41,12 @@ def run_command(bench: TrialBench, description: str | None) -> None:
     """
     families = list(bench.families)
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one or several")
-    parser.add_argument("--count", type=int, help="trials of each family, instead of the default")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one or more seeds")
+    parser.add_argument("--count", type=int, help="number of trials per family")
     parser.add_argument("--family", nargs="+", choices=families, default=families)
-    parser.add_argument("--only", nargs="+", default=[], help="FAMILY:NUMBER, shown whole")
+    parser.add_argument(
+        "--only", nargs="+", default=[], help="trials to show in full: FAMILY:NUMBER"
+    )
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--add", action="store_true", help="keep the results of other families")
     options = parser.parse_args()
@@ -63,7 +65,7 @@ def run_command(bench: TrialBench, description: str | None) -> None:
         results += _run(jobs, seed, options.processes)
     _print_table(bench.name.capitalize(), results)
     if options.count or (set(options.family) != set(families) and not options.add):
-        print("a part of the trials: nothing is written")
+        print("only part of the trials ran: results are not written")
         return
     parts = _parts(results, options.processes) | (
         _others(bench, options.family) if options.add else {}
@@ -81,7 +83,7 @@ def run_command(bench: TrialBench, description: str | None) -> None:
 
 
 def _run(jobs: Sequence[tuple[Family, int]], seed: int, processes: int) -> Iterator[Timed]:
-    """The results as they come; failures are printed at once."""
+    """Yield results as they finish; print failures immediately."""
     last = time.monotonic()
     for result in run_all(jobs, seed, processes):
         if result.outcome in BARS:
@@ -117,7 +119,7 @@ def _print_table(title: str, results: Sequence[Timed]) -> None:
 
 
 def _parts(results: Sequence[Timed], processes: int) -> dict[str, Any]:
-    """By family: the commit, the counts of outcomes and the time by seed, and every failure."""
+    """Return each family's commit, outcome counts and time by seed, and failures."""
     parts: dict[str, Any] = {}
     for seed, result, seconds in results:
         empty = {
@@ -136,7 +138,7 @@ def _parts(results: Sequence[Timed], processes: int) -> dict[str, Any]:
 
 
 def time_bar(bench: TrialBench, parts: Mapping[str, Any]) -> list[Bar]:
-    """Of the slowest seed with which all families were run."""
+    """Return the bar for the slowest seed with which all families ran."""
     seeds = [set(part.get("seconds", ())) for part in parts.values()]
     shared = set.intersection(*seeds)
     if bench.minutes is None or set(parts) != set(bench.families) or not shared:
@@ -148,6 +150,6 @@ def time_bar(bench: TrialBench, parts: Mapping[str, Any]) -> list[Bar]:
 
 
 def _others(bench: TrialBench, families: Sequence[str]) -> dict[str, Any]:
-    """The saved results of other families."""
+    """Return the saved results of other families."""
     parts = earlier(bench.name).get("figures", {}).get("families", {})
     return {name: part for name, part in parts.items() if name not in families}

@@ -1,7 +1,7 @@
-"""Runs TRL's GOLD and ULD losses for bench/tokenizer_contenders.py, with the Python that has TRL.
+"""Run TRL's GOLD and ULD losses for bench/tokenizer_contenders.py, in an environment with TRL.
 
-It needs nothing of this project. Each line of its input names a file with a problem and the file to
-write its loss and gradient to.
+Imports nothing from this project. Each input line names a file with a problem, and the file to
+which the loss and gradient are written.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DEFAULTS = {
     "uld_hybrid_unmatched_weight": None,
     "beta": 0.5,
 }
-"""Those of GOLDConfig."""
+"""Defaults of GOLDConfig."""
 
 
 def tokenizer(side: dict[str, Any]) -> Any:
@@ -68,7 +68,7 @@ def main() -> None:
         answer: dict[str, Any]
         try:
             answer = run(torch.load(given, weights_only=True))
-        except Exception as error:  # any exception of another library is a finding
+        except Exception as error:  # an exception of any library is a finding
             answer = {"error": f"{type(error).__name__}: {error}"}
         torch.save(answer, found)
         print(f"done {found}", flush=True)

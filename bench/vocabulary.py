@@ -1,9 +1,10 @@
 """Savings and costs of pruning the vocabulary: `make bench NAME=vocabulary ARGS=TEXT`.
 
-Saved: a model of Gemma 3 270M's shape (262,144 tokens, hidden size 640, random weights) against
-itself with fewer tokens, each in a separate process: distillation steps of 512 tokens under a
-bfloat16 copy, their time and their peak memory, beside what FLOPs and bytes say. Costs: the
-perplexity of SmolLM2-135M-Instruct on text that lost no token, before and after.
+Savings: a model with the shape of Gemma 3 270M (262,144 tokens, hidden size 640, random weights) is
+compared with itself with fewer tokens, each in a separate process. Time and peak memory are
+measured for distillation steps of 512 tokens, with a bfloat16 copy as the teacher, and compared
+with the counted FLOPs and bytes. Costs: the perplexity of SmolLM2-135M-Instruct before and after
+the cut, on text that uses only kept tokens.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ WHOLE, KEPT = 262_144, (65_536, 16_384)
 ROWS, CONTEXT = 2, 256
 STEPS = 5
 OPTIMIZER_BYTES = 16
-"""Bytes per parameter: weight, gradient, two moments, all float32."""
+"""Bytes per parameter: weight, gradient, and two moments, all float32."""
 TEACHER_BYTES = 2
 PRUNED_TO: tuple[int | str, ...] = (40_960, 32_768, 16_384, "data")
 
@@ -67,7 +68,7 @@ def main() -> None:
             bars.append(Bar(name, measured / counted, "<=", 1.1))
     perplexities = {} if options.text is None else measured_perplexities(options)
     for share, found in perplexities.items():
-        # It falls by the probability of the lost tokens: all other logits are the same.
+        # Perplexity falls by the removed tokens' probability: all other logits are unchanged.
         rise = found["cut_perplexity"] / found["teacher_perplexity"] - 1
         bars.append(Bar(f"rise of perplexity, cut to {share}", rise, "<=", 0.0005))
     write_results("vocabulary", {"gemma_shape": sizes, "smollm2": perplexities}, bars)
@@ -82,7 +83,7 @@ def _in_a_process(kept: int) -> dict[str, Any]:
 
 
 def steps(kept: int) -> dict[str, Any]:
-    """The median step and the peak memory above that of the libraries."""
+    """Measure the median step, and the peak memory in addition to that of the libraries."""
     device = default_device()
     dtype = choose_precision("auto", device).dtype
     start = peak_memory_bytes()
