@@ -144,9 +144,9 @@ def test_without_gradients_only_the_value_is_computed() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"chunk_P": torch.zeros(2, dtype=torch.long)}, "the chunks have"),
-        ({"chunk_P": torch.full((4,), 9)}, "chunk_P holds the id 9"),
-        ({"rows_P": torch.tensor([1, 2, 3, 5])}, "rows_P holds the id 5"),
+        ({"chunk_P": torch.zeros(2, dtype=torch.long)}, "shapes do not match"),
+        ({"chunk_P": torch.full((4,), 9)}, "chunk_P contains the id 9"),
+        ({"rows_P": torch.tensor([1, 2, 3, 5])}, "rows_P contains the id 5"),
         ({"log_probs_C": torch.full((2,), torch.nan)}, "log_probs_C is not finite"),
     ],
 )

@@ -139,7 +139,7 @@ def test_row_weights_and_partitions_add_up() -> None:
     [
         ([torch.zeros(3, 4)], [torch.zeros(3, 4)] * 3, "student's layer 1 are missing"),
         ([torch.zeros(3, 4)] * 3, [torch.zeros(2, 4)] * 3, "has 2 rows"),
-        ([torch.zeros(3, 4)] * 3, [torch.zeros(3, 5)] * 3, "4 wide and layer 1"),
+        ([torch.zeros(3, 4)] * 3, [torch.zeros(3, 5)] * 3, "width 4, but layer 1"),
         ([torch.zeros(1, 3, 4)] * 3, [torch.zeros(3, 4)] * 3, r"shape \(1, 3, 4\)"),
     ],
 )

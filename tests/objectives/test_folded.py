@@ -249,8 +249,8 @@ def wrong_rows(signal: FoldedSignal) -> FoldedSignal:
     ("wrong", "message"),
     [
         (wrong_student_map, "student_V has shape"),
-        (wrong_root, "holds the id"),
-        (wrong_head, "the teacher's head 19 rows"),
+        (wrong_root, "contains the id"),
+        (wrong_head, "the teacher's head has only 19 rows"),
         (wrong_rows, "covered_N has 5 rows"),
     ],
 )

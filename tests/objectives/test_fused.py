@@ -135,7 +135,7 @@ def test_a_frozen_head_signal_is_the_dense_one(
 def test_a_frozen_head_signal_rejects_a_head_that_is_trained() -> None:
     case = make_case()
     signal = with_signal(case, "frozen head").signal
-    with pytest.raises(SignalError, match="this head is trained"):
+    with pytest.raises(SignalError, match="this head is being trained"):
         fused_loss(case.hidden_ND, case.head, [Term("forward_kl")], signal=signal)
 
 

@@ -1,6 +1,6 @@
-"""What a student is trained to match, and the distance to it.
+"""Distillation losses: what the student is trained to match, and how the distance is measured.
 
-Usable on its own with plain PyTorch: `fused_loss` takes hidden rows, an LM head and a signal.
+Usable on their own with plain PyTorch: `fused_loss` takes hidden rows, an LM head, and a signal.
 """
 
 from importlib import import_module

@@ -31,10 +31,10 @@ from stillhouse.signals import SampledSignal, SparseSignal
 
 @dataclass
 class Blocks:
-    """Computes one block of rows after another, in scratch that is allocated once.
+    """Computes one block of rows after another, reusing scratch that is allocated once.
 
-    kernels: compute every block, instead of PyTorch's operators.
-    folding: for a teacher with another vocabulary.
+    kernels: if given, they compute every block instead of PyTorch's operators.
+    folding: for a teacher with a different vocabulary.
     """
 
     groups: Sequence[Group]
@@ -59,8 +59,8 @@ class Blocks:
     ) -> None:
         """Fill the losses; with `grad`, write ∂loss/∂(raw logits) over `student_bV`.
 
-        Logits come in as raw products of hidden rows and head, and are overwritten.
-        covered_b: rows that a folded teacher covers.
+        Logits are the raw products of hidden rows and head, and are overwritten.
+        covered_b: True for rows that a folded teacher covers.
         """
         if self.kernels is not None:
             self.kernels.run(student_bV, teacher, targets_b, losses_Mb, grad=grad)
@@ -125,7 +125,7 @@ class Blocks:
 
 
 def _at_temperature(space: Workspace, name: str, z_bV: Tensor, group: Group, last: bool) -> Tensor:
-    """z / T: in place for the last group, otherwise in a buffer, since other groups still need
+    """z / T: in place for the last group, otherwise in a buffer, because later groups still need
     z."""
     if last:
         return z_bV if group.temperature == 1.0 else z_bV.div_(group.temperature)

@@ -1,9 +1,11 @@
-"""The fused loss's loop over chunks of rows, and what it accumulates.
+"""The fused loss's loop over chunks of rows, and the sums that it accumulates.
+
+A *chunk* is large enough for fast matrix products. The teacher's logits, which no product reads,
+exist for one *part* of a chunk at a time. A *block* is small enough that its float32 scratch stays
+in the processor's cache during about ten elementwise passes.
 
 Shapes: N rows, n rows of a chunk, m rows of a part, b rows of a block, M terms, D hidden width,
-V vocabulary. A *chunk* is large enough for fast matrix products; the teacher's logits, which no
-product reads, exist for a *part* of it at a time; a *block* is small enough that its float32
-scratch stays in the processor's cache while some ten elementwise passes go over it.
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -37,24 +39,24 @@ from stillhouse.signals import (
 )
 
 CHUNK_ROWS_CPU = 64, 256
-"""Minimum and maximum. More rows make faster products, up to a point."""
+"""Minimum and maximum. More rows make products faster, up to a point."""
 NARROW_CHUNK_ROWS_CPU = 64, 512
-"""In 16 bits: products are about three times as fast, so the rest weighs more."""
+"""In 16 bits, products are about three times as fast, so everything else matters more."""
 CHUNK_ROWS_CUDA = 2048
 NARROW_PARTS_CPU = 2
-"""Parts of a chunk in 16 bits, where logits are most of the memory."""
+"""Parts per chunk in 16 bits, where logits take most of the memory."""
 BLOCK_ELEMENTS_CPU = 1 << 19
 NARROW_BLOCK_ELEMENTS_CPU = 1 << 18
 LEAST_BLOCK_ROWS = 4
-"""A smaller block's operators have too few rows for several threads."""
+"""With fewer rows per block, operators cannot keep several threads busy."""
 BLOCK_ELEMENTS_CUDA = 1 << 26
 NARROW_SUM_CHUNKS = 16
-"""The most chunks whose products are added in 16 bits: the rounding errors of a sum grow with their
-number."""
+"""Products of at most this many chunks are added in 16 bits: a sum's rounding error grows with the
+number of summands."""
 
 
 def rows_per_chunk(width: int, dtype: torch.dtype, device: str) -> int:
-    """Rows of a chunk on a kind of device. width: of the hidden rows; dtype: of the products."""
+    """Rows per chunk on a device type. width: hidden width; dtype: compute dtype of products."""
     if device != "cpu":
         return CHUNK_ROWS_CUDA
     least, most = NARROW_CHUNK_ROWS_CPU if dtype.itemsize < 4 else CHUNK_ROWS_CPU
@@ -62,12 +64,12 @@ def rows_per_chunk(width: int, dtype: torch.dtype, device: str) -> int:
 
 
 def rows_per_part(chunk: int, dtype: torch.dtype, device: str) -> int:
-    """Rows of a chunk whose teacher logits exist at a time."""
+    """Rows per part: those whose teacher logits exist at the same time."""
     return -(-chunk // NARROW_PARTS_CPU) if device == "cpu" and dtype.itemsize < 4 else chunk
 
 
 def rows_per_block(part: int, vocabulary: int, dtype: torch.dtype, device: str) -> int:
-    """Rows of a part whose float32 scratch exists at a time."""
+    """Rows per block: those whose float32 scratch exists at the same time."""
     if device != "cpu":
         return min(part, max(1, BLOCK_ELEMENTS_CUDA // vocabulary))
     rows = max(1, BLOCK_ELEMENTS_CPU // vocabulary)
@@ -78,7 +80,7 @@ def rows_per_block(part: int, vocabulary: int, dtype: torch.dtype, device: str) 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is not a tensor."""
+    """All arguments of a call that are not tensors."""
 
     terms: tuple[Term, ...]
     vocab_size: int
@@ -92,17 +94,17 @@ class Plan:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def chunk(self, hidden_ND: Tensor) -> int:
-        """Rows of a chunk; on a CPU, its logits are half as large as the head's float32
-        gradient."""
+        """Rows per chunk. On a CPU, within bounds, a chunk's logits take half the memory of the
+        head's float32 gradient."""
         rows, width = hidden_ND.shape
         wanted = self.chunk_rows or rows_per_chunk(width, self.dtype, hidden_ND.device.type)
         return max(1, min(wanted, rows))
 
     def head_sum_dtype(self, hidden_ND: Tensor, weight_VD: Tensor) -> torch.dtype:
-        """Of the head's gradient while products of chunks are added to it.
+        """Dtype of the head's gradient while the chunks' products are added to it.
 
-        A gradient in 16 bits is added up in 16 bits if chunks are few: on a CPU, the product is
-        added to the sum before it is rounded. Otherwise in the dtype of reductions.
+        On a CPU, a 16-bit gradient of a few chunks is accumulated in 16 bits, since each product is
+        added to the sum before it is rounded. Otherwise, the dtype of reductions.
         """
         device = hidden_ND.device.type
         narrow = weight_VD.dtype == self.dtype and self.dtype.itemsize < 4
@@ -113,7 +115,7 @@ class Plan:
 
 
 class Work:
-    """One call: inputs in the compute dtype, results, and the loop over chunks."""
+    """One call's state: inputs in the compute dtype, results, and the loop over chunks."""
 
     def __init__(
         self,
@@ -125,7 +127,7 @@ class Work:
         plan: Plan,
         needs: list[bool],
     ) -> None:
-        """needs: whether the hidden rows, the head's weight and its bias need a gradient."""
+        """needs: whether the hidden rows, the head's weight, and its bias need a gradient."""
         self.plan = plan
         self.rows = len(hidden_ND)
         self.hidden_ND = hidden_ND.detach().to(plan.dtype)
@@ -167,7 +169,7 @@ class Work:
                 self.groups, self.head, self.teacher, self.signal, self.plan.reduce_dtype
             )
         vocab, dtype = self.plan.vocab_size, self.plan.dtype
-        most = block = chunk  # Kernels need no scratch: a chunk is one launch.
+        most = block = chunk  # Kernels need no scratch, so a chunk is one launch.
         if self.kernels is None:
             most = rows_per_part(chunk, dtype, device.type)
             block = rows_per_block(most, vocab, dtype, device.type)
@@ -203,7 +205,10 @@ class Work:
         *,
         grad: bool,
     ) -> None:
-        """The losses of rows `part`, and ∂loss/∂logits over their logits. teacher_mV: a buffer."""
+        """Compute the losses of the rows `part`; overwrite their logits with ∂loss/∂logits.
+
+        teacher_mV: a buffer for the teacher's logits.
+        """
         rows = len(student_mV)
         if self.teacher is not None and isinstance(self.signal, DenseSignal):
             assert teacher_mV is not None
@@ -224,7 +229,7 @@ class Work:
         return self.plan.vocab_size if self.folded is None else len(self.folded.fold.teacher_W)
 
     def _teacher_block(self, teacher_mV: Tensor | None, inside: slice, here: slice) -> Teacher:
-        """The signal's rows of one block: `inside` its part, `here` within all rows."""
+        """The signal for one block's rows: `inside` within its part, `here` within all rows."""
         signal = self.signal
         if isinstance(signal, LogitsSignal):
             logits_bV = signal.logits_NV[here, : self.plan.vocab_size].detach()
@@ -249,9 +254,9 @@ class Work:
         return None if teacher_mV is None else teacher_mV[inside]
 
     def _carry_back(self, dlogits_nV: Tensor, rows: slice) -> None:
-        """Carry ∂loss/∂logits to the hidden rows, the weight and the bias.
+        """Backpropagate ∂loss/∂logits to the hidden rows, the head's weight, and its bias.
 
-        A row's weight multiplies the narrow side of each product, never the logits.
+        Row weights multiply the narrow side of each product, never the logits.
         """
         if self.dhidden_ND is not None:
             self._carry_to_hidden(dlogits_nV, self.dhidden_ND[rows], rows)
@@ -269,7 +274,7 @@ class Work:
 
     def _carry_to_hidden(self, dlogits_nV: Tensor, out_nD: Tensor, rows: slice) -> None:
         if isinstance(self.signal, FrozenHeadSignal):
-            # Added before the product is rounded: in a good student the two nearly cancel.
+            # Add before the product is rounded: for a good student, the two nearly cancel.
             vector_nD = self.signal.vector_ND[rows]
             beta = -self.of_teacher / self.head.scale
             torch.addmm(vector_nD, dlogits_nV, self.head.weight_VD, beta=beta, out=out_nD)
@@ -284,11 +289,11 @@ class Work:
         return tensor_nX
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of the hidden rows, the head's weight and its bias."""
+        """Gradients of the hidden rows, the head's weight, and its bias."""
         return self.dhidden_ND, self.dweight_VD, self.dbias_V
 
     def term_sums(self) -> Tensor:
-        """[M]: each term's sum over rows, with row weights."""
+        """Each term's sum over rows, with row weights: [M]."""
         if self.weights_N is None:
             return self.losses_MN.sum(1)
         return self.losses_MN @ self.weights_N

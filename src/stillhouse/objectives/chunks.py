@@ -1,15 +1,17 @@
-"""The likelihood of chunks: text between neighboring places where two tokenizers begin a token.
+"""Loss on the likelihoods of chunks, for teachers whose tokenizer differs from the student's.
 
-A chunk's tokens differ between teacher and student, but its text has a probability under both: the
-product of those of its tokens. With P and Q the logarithms under teacher and student, and p and q
-the probabilities, a chunk's distance is
+A chunk is the text between two neighboring positions where both tokenizers begin a token. Teacher
+and student split it into different tokens, but both assign it a probability: the product of its
+tokens' probabilities. With p and q its probabilities under teacher and student, and P and Q their
+logarithms, a chunk's distance is
 
-    binary    p (P - Q) + (1 - p) (log(1 - p) - log(1 - q)), the KL divergence between "this text"
-              and "any other" under both models, which is at most that of the full distributions
+    binary    p (P - Q) + (1 - p) (log(1 - p) - log(1 - q)), the KL divergence of "this text" versus
+              "any other" between both models, which is at most that of the full distributions
     squared   (P - Q)^2
 
-and its derivative g by Q is that by the log-probability of each of its tokens. So the gradient is
-that of a cross-entropy with row weights -g: the rows go through the head twice, a few at a time.
+Its derivative g with respect to Q is also its derivative with respect to the log-probability of
+each of its tokens. So the gradient is that of a cross-entropy with row weights -g, and the rows go
+through the head twice, a few at a time.
 
 Shapes: N supervised rows, P rows inside chunks, C chunks, D hidden width, V vocabulary.
 """
@@ -28,7 +30,7 @@ from stillhouse.objectives.terms import LossSum, Term
 from stillhouse.signals import ChunkSignal, LMHead
 
 MOST_LIKELY = -1e-6
-"""The largest logarithm of a probability: 1 - q keeps some digits in float32."""
+"""Log-probabilities are at most this, so that 1 - q keeps some digits in float32."""
 
 
 def chunk_loss(
@@ -41,11 +43,18 @@ def chunk_loss(
     weight: float = 1.0,
     vocab_size: int | None = None,
 ) -> LossSum:
-    """`weight` times the sum over chunks of the distance between both models' likelihoods.
+    """Sum over chunks of the distance between both models' likelihoods, times `weight`.
 
-    hidden_ND, head, vocab_size: as in `fused_loss`. targets_N: the text's own next
-    tokens. Divide by the number of supervised rows, as for every term.
-    Raises SignalError: rows, widths or ids that do not match; NaN.
+    Divide it by the number of supervised rows, like any other term.
+
+    Args:
+        hidden_ND, head, vocab_size: as in `fused_loss`.
+        signal: the teacher's log-likelihoods of the chunks.
+        targets_N: the text's own next tokens, in the student's vocabulary.
+        distance: "binary" or "squared"; see above.
+
+    Raises:
+        SignalError: rows, widths, or ids do not match; NaN.
     """
     vocab = vocab_size or len(head.weight_VD)
     _check(hidden_ND, head, signal, targets_N, vocab)
@@ -76,12 +85,12 @@ def chunk_loss(
         -slope_P,
         plan(grad=True),
     )
-    # The gradient of `along` is the loss's; its value is not.
+    # `along` has the loss's gradient, but not its value.
     return LossSum(along + (value - along.detach()), {name: value_C.sum()}, len(hidden_ND))
 
 
 def no_chunks(device: torch.device) -> ChunkSignal:
-    """The signal of a teacher with the student's tokenizer."""
+    """An empty signal, for a teacher with the student's tokenizer."""
     none = torch.empty(0, dtype=torch.long, device=device)
     return ChunkSignal(none, none, torch.empty(0, device=device))
 
@@ -99,7 +108,7 @@ def _squared(log_p_C: Tensor, log_q_C: Tensor) -> tuple[Tensor, Tensor]:
 
 
 DISTANCES = {"binary": _binary, "squared": _squared}
-"""(log p, log q) -> the distance of each chunk, and its derivative by log q."""
+"""(log p, log q) -> each chunk's distance, and its derivative with respect to log q."""
 
 
 def _check(
@@ -110,9 +119,9 @@ def _check(
     same_rows_P = signal.rows_P.shape == signal.chunk_P.shape
     if not same_rows_P or signal.log_probs_C.ndim != 1:
         raise SignalError(
-            f"the chunks have {tuple(signal.rows_P.shape)} rows, {tuple(signal.chunk_P.shape)} "
-            f"numbers and log-probabilities of shape {tuple(signal.log_probs_C.shape)}",
-            fix="give one number for each row, and one log-probability for each chunk",
+            f"shapes do not match: signal.rows_P {tuple(signal.rows_P.shape)}, signal.chunk_P "
+            f"{tuple(signal.chunk_P.shape)}, signal.log_probs_C {tuple(signal.log_probs_C.shape)}",
+            fix="pass one chunk number per row, and one log-probability per chunk",
         )
     check_ids("signal.rows_P", signal.rows_P, len(hidden_ND))
     check_ids("signal.chunk_P", signal.chunk_P, len(signal.log_probs_C))

@@ -1,9 +1,10 @@
-"""One block of rows against a teacher's full distribution, samples of it, or data.
+"""Losses of one block of rows against a teacher's full distribution, samples of it, or the data.
 
-With q = softmax(z_s), p = softmax(z_t) and h = ∂loss/∂log q, ∂loss/∂z_s = h − q·Σh (the
+With q = softmax(z_s), p = softmax(z_t), and h = ∂loss/∂log q, ∂loss/∂z_s = h − q·Σh (the
 temperature's factor is in the coefficients). For KL(p ‖ q), h = −p; for cross-entropy with counted
-tokens, h = −share: the gradient is q minus something, and needs no logarithm of a full row, since
-KL(p ‖ q) = Σ p (z_t − z_s) − lse(z_t) + lse(z_s). That is the fast path.
+tokens, h = −share. These two are the fast path: the gradient is q minus something, and the value
+does not need the logarithm of a full row, since
+KL(p ‖ q) = Σ p (z_t − z_s) − lse(z_t) + lse(z_s).
 
 Shapes: b rows of a block, K entries of a row, M terms, V vocabulary.
 """
@@ -33,7 +34,7 @@ class ProjectedRows:
 
 
 Teacher = Tensor | SparseSignal | SampledSignal | ProjectedRows | None
-"""Raw logits [b, V], or a block of a stored signal; None: the data alone."""
+"""Raw logits [b, V], or a block of a stored signal; None: only the data."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class _Target:
 
 @dataclass(frozen=True)
 class Counted(_Target):
-    """Target tokens and their shares of each row: data (one token) or samples of a teacher."""
+    """Each row's target tokens and their shares: the data's one token, or a teacher's samples."""
 
     ids_bK: Tensor
     shares_bK: Tensor
@@ -66,7 +67,7 @@ class Counted(_Target):
 
 
 def sampled(group: Group, teacher: SampledSignal, dtype: torch.dtype) -> Counted:
-    """Samples of the teacher as the target of the group's forward KL."""
+    """The teacher's samples as the target of the group's forward KL."""
     shares_bK = teacher.counts_NK.to(dtype)
     shares_bK = shares_bK / shares_bK.sum(1, keepdim=True)
     return Counted(group.of_teacher, teacher.ids_NK, shares_bK)
@@ -74,10 +75,10 @@ def sampled(group: Group, teacher: SampledSignal, dtype: torch.dtype) -> Counted
 
 @dataclass(frozen=True)
 class Projected(_Target):
-    """A teacher's distribution p as the head W sees it: Wᵀp · h, and Σ p log p, of each row.
+    """A teacher's distribution p projected through the head W: each row's Wᵀp · h and Σ p log p.
 
-    Its part of the gradient is added directly to the hidden rows, separately from the softmax's
-    product.
+    Its part of the gradient does not go through the logits: it is added directly to the hidden
+    rows.
     """
 
     score_b: Tensor
@@ -93,13 +94,16 @@ class Projected(_Target):
             losses_Mb[member.place] = value_b * member.term.factor
 
     def subtract_from_(self, gradient_bV: Tensor) -> None:
-        """Nothing to subtract: see the class."""
+        """Do nothing: see the class."""
 
 
 @dataclass
 class GroupBlock:
-    """A block's losses of one group. zs_bV: the student's logits at the group's temperature, which
-    are overwritten. out_bV: becomes ∂loss/∂zs; None: no gradient."""
+    """One group's losses on a block.
+
+    zs_bV: the student's logits at the group's temperature; overwritten.
+    out_bV: receives ∂loss/∂zs; None: no gradient.
+    """
 
     group: Group
     zs_bV: Tensor
@@ -117,7 +121,7 @@ class GroupBlock:
 
 
 def forward_kl_and_counted(block: GroupBlock, zt_bV: Tensor | None) -> None:
-    """Forward KL and cross-entropies. Overwrite zt."""
+    """Compute forward KL and cross-entropies. Overwrites zt."""
     group, counted, zs_bV, out_bV = block.group, block.counted, block.zs_bV, block.out_bV
     scores = block.scores()
     of_teacher = 0.0
@@ -140,7 +144,7 @@ def forward_kl_and_counted(block: GroupBlock, zt_bV: Tensor | None) -> None:
     for each in counted:
         each.subtract_from_(zs_bV)
     if zt_bV is not None and of_teacher:
-        # In place: into a narrower tensor, torch.sub would go through a temporary one.
+        # In place: torch.sub into a narrower tensor would allocate a temporary one.
         same = out_bV.dtype == zs_bV.dtype
         torch.sub(zs_bV, zt_bV, alpha=of_teacher, out=out_bV if same else zs_bV)
         if not same:
@@ -150,7 +154,7 @@ def forward_kl_and_counted(block: GroupBlock, zt_bV: Tensor | None) -> None:
 
 
 def any_divergence(block: GroupBlock, zt_bV: Tensor) -> None:
-    """Every divergence, by its h. Overwrite zt."""
+    """Compute any divergences, using their h. Overwrites zt."""
     zs_bV, out_bV, space, rows = block.zs_bV, block.out_bV, block.space, len(block.zs_bV)
     scores = block.scores()
     q_bV = space.buffer("q", rows)
@@ -183,7 +187,7 @@ def any_divergence(block: GroupBlock, zt_bV: Tensor) -> None:
 
 
 def sum_divergences(block: GroupBlock, pair: Pair, h_bX: Tensor, next_h_bX: Tensor) -> None:
-    """Each divergence's value, and in `h_bX` Σ coefficient · h over the group's terms."""
+    """Write each divergence's values, and Σ coefficient · h over the group's terms into `h_bX`."""
     for number, member in enumerate(block.group.of_teacher):
         term = member.term
         target_bX = h_bX if number == 0 else next_h_bX
@@ -196,10 +200,10 @@ def sum_divergences(block: GroupBlock, pair: Pair, h_bX: Tensor, next_h_bX: Tens
 
 
 def softmax_(z_bV: Tensor, out_bV: Tensor | None = None) -> Tensor:
-    """Softmax of each row, in place or in `out_bV`; returns its logsumexp.
+    """Compute each row's softmax, in place or into `out_bV`, and return its logsumexp.
 
-    lse = max z − log max softmax(z): one exponential per element, while softmax plus logsumexp
-    takes two. A row's largest probability is at least 1/V, so its logarithm is as exact as the
+    lse = max z − log max softmax(z) takes one exponential per element, where softmax plus logsumexp
+    would take two. A row's largest probability is at least 1/V, so its logarithm is as exact as the
     softmax.
     """
     top_b = z_bV.amax(-1)

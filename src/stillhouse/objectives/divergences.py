@@ -1,8 +1,8 @@
 """Every divergence between a teacher's p and a student's q: its value and h = ∂value/∂log q.
 
-For all of them the gradient with respect to the logits is ∂value/∂z = (h − q·Σh) / T: see
-docs/objectives.md. A summand of h that is a constant times q cancels there and is left out.
-Operations are in place, since on a CPU each pass over [b, X] is a good part of the whole cost.
+For all of them the gradient with respect to the logits is ∂value/∂z = (h − q·Σh) / T; see
+docs/objectives.md. A summand of h that is a constant times q cancels there, so it is left out.
+Operations are in place because, on a CPU, each pass over [b, X] is a large share of the total cost.
 
 Shapes: b rows, X outcomes (the vocabulary, or a sparse signal's K tokens and its tail).
 """
@@ -18,15 +18,15 @@ from torch import Tensor
 from stillhouse.objectives.terms import Term
 
 NUCLEUS_GUESS = 1024
-"""Number of top tokens among which a row's nucleus is searched first, on a CPU."""
+"""On a CPU, a row's nucleus is first looked for among this many top tokens."""
 
 
 @dataclass
 class Pair:
     """Both distributions of a block of rows, and two buffers of the same shape.
 
-    log p = score_p − lse_p. Most formulas use the scores, since subtracting a row's constant from a
-    sum is cheaper than from the row.
+    log p = score_p − lse_p. Most formulas use the scores, since it is cheaper to subtract a row's
+    constant from a sum than from every element.
     """
 
     score_p_bX: Tensor
@@ -42,25 +42,25 @@ class Pair:
     def of_logs(
         cls, log_p_bX: Tensor, p_bX: Tensor, log_q_bX: Tensor, q_bX: Tensor, *buffers: Tensor
     ) -> Pair:
-        """From logarithms of probabilities, whose constants are 0. buffers: `work` and `more`."""
+        """Build from log-probabilities, whose logsumexps are 0. buffers: `work` and `more`."""
         zero_b = torch.zeros_like(log_q_bX[:, 0])
         return cls(log_p_bX, zero_b, p_bX, log_q_bX, zero_b, q_bX, *buffers)
 
     def log_p(self) -> Tensor:
-        """log p itself: the teacher's scores, in place."""
+        """log p itself: normalizes the teacher's scores in place."""
         self.score_p_bX.sub_(self.lse_p_b[:, None])
         self.lse_p_b = torch.zeros_like(self.lse_p_b)
         return self.score_p_bX
 
     def log_q(self) -> Tensor:
-        """log q itself: the student's scores, in place."""
+        """log q itself: normalizes the student's scores in place."""
         self.score_q_bX.sub_(self.lse_q_b[:, None])
         self.lse_q_b = torch.zeros_like(self.lse_q_b)
         return self.score_q_bX
 
 
 Divergence = Callable[[Pair, Term, Tensor], Tensor]
-"""(both distributions, the term, h to fill) → value of each row; h is divided by the term's
+"""(both distributions, term, buffer for h) → value of each row. h comes out divided by the term's
 `gradient_factor`."""
 
 
@@ -80,7 +80,7 @@ def reverse_kl(pair: Pair, term: Term, h_bX: Tensor) -> Tensor:
 def jsd(pair: Pair, term: Term, h_bX: Tensor) -> Tensor:
     """β KL(p ‖ M) + (1 − β) KL(q ‖ M), M = βp + (1 − β)q (Lin 1991; Agarwal et al. 2024).
 
-    It goes to 0 as β goes to 0 or 1; it does not become a KL divergence there.
+    Goes to 0 as β goes to 0 or 1; it does not become a KL divergence there.
     """
     beta = term.parameters["beta"]
     if beta in (0.0, 1.0):
@@ -160,12 +160,12 @@ def alpha_beta(pair: Pair, term: Term, h_bX: Tensor) -> Tensor:
 
 
 def adaptive_kl(pair: Pair, term: Term, h_bX: Tensor) -> Tensor:
-    """AKL (Wu et al. 2024, arXiv 2404.02657): forward KL if the head of p is off, otherwise
-    reverse.
+    """AKL (Wu et al. 2024, arXiv 2404.02657): forward KL to the extent that q is wrong on the
+    head of p, reverse KL for the rest.
 
-    The head is the smallest set of most likely tokens with a mass of at least μ. The KL divergences
-    are weighted by the shares of Σ|p − q| inside and outside the head; the weights are constants
-    for the gradient.
+    The head is the smallest set of most likely tokens with a mass of at least μ. Forward and
+    reverse KL are weighted by the shares of Σ|p − q| inside and outside the head. The gradient
+    treats these weights as constants.
     """
     threshold_b1 = _nucleus_threshold(pair.p_bX, term.parameters["mu"])
     gap_bX = torch.sub(pair.p_bX, pair.q_bX, out=pair.work_bX).abs_()
@@ -200,8 +200,8 @@ DIVERGENCES: dict[str, Divergence] = {
 def _mixture(pair: Pair, of_teacher: float) -> Tensor:
     """of_teacher · p + (1 − of_teacher) · q, never 0.
 
-    If both underflow, the smallest normal number replaces 0: it is multiplied by 0, and the
-    logarithm of 0 would make that NaN.
+    If both underflow, 0 is replaced by the smallest normal number: its logarithm is multiplied by
+    0, and log 0 would turn that into NaN.
     """
     mixture_bX = torch.lerp(pair.q_bX, pair.p_bX, of_teacher, out=pair.work_bX)
     return mixture_bX.clamp_(min=torch.finfo(mixture_bX.dtype).tiny)
@@ -210,8 +210,8 @@ def _mixture(pair: Pair, of_teacher: float) -> Tensor:
 def _both_from_mixture(pair: Pair, log_m_bX: Tensor, h_bX: Tensor) -> tuple[Tensor, Tensor]:
     """KL(p ‖ M) and KL(q ‖ M) of each row; h = q log(q / M).
 
-    From log q, not from scores: log(q / M) is bounded, while a score may be in the hundreds, and
-    its rounding error would remain in the gradient, which is a difference.
+    Uses log q, not scores: log(q / M) is bounded, while a score can be in the hundreds, and its
+    rounding error would survive in the gradient, which is a difference.
     """
     torch.sub(pair.log_q(), log_m_bX, out=h_bX)
     of_student_b = _expect(pair.q_bX, h_bX)
@@ -220,12 +220,13 @@ def _both_from_mixture(pair: Pair, log_m_bX: Tensor, h_bX: Tensor) -> tuple[Tens
 
 
 def _expect(weights_bX: Tensor, values_bX: Tensor) -> Tensor:
-    """Σ weights · values of each row; `values` is overwritten with its summands."""
+    """Σ weights · values of each row; overwrites `values` with the summands."""
     return values_bX.mul_(weights_bX).sum(-1)
 
 
 def _nucleus_threshold(p_bX: Tensor, mass: float) -> Tensor:
-    """The smallest probability in each row's smallest set of tokens that holds `mass`."""
+    """The smallest probability in each row's nucleus (its smallest set of tokens that holds
+    `mass`)."""
     sorted_bG = _top_probabilities(p_bX, mass)
     inside_bG = sorted_bG.cumsum(-1) - sorted_bG < mass
     inside_bG[:, 0] = True
@@ -234,7 +235,7 @@ def _nucleus_threshold(p_bX: Tensor, mass: float) -> Tensor:
 
 
 def _top_probabilities(p_bX: Tensor, mass: float) -> Tensor:
-    """Each row's largest probabilities, in descending order, enough to hold `mass`."""
+    """Enough of each row's largest probabilities to hold `mass`, in descending order."""
     if p_bX.device.type == "cpu" and p_bX.shape[1] > NUCLEUS_GUESS:
         top_bG = p_bX.topk(NUCLEUS_GUESS, dim=-1).values
         if bool((top_bG.sum(-1) >= mass).all()):

@@ -1,4 +1,4 @@
-"""Losses on hidden states between the embeddings and the head.
+"""Losses on intermediate hidden states.
 
 Shapes: N supervised rows, D width (Ds of the student, Dt of the teacher).
 """
@@ -21,13 +21,14 @@ from stillhouse.signals import LMHead, Signal
 
 
 class HiddenStateLoss(nn.Module):
-    """Distance between paired layers of two models, of any depths and widths.
+    """Distance between paired layers of two models, whose depths and widths can differ.
 
-    If the widths differ, each pair has a linear map from the student's to the teacher's
+    If the widths differ, each pair has a linear map from the student's width to the teacher's
     (TinyBERT, Jiao et al. 2020, arXiv 1909.10351). The maps are parameters of this module, not of
-    the student: give them to the optimizer, and the student's checkpoint never holds them.
+    the student: pass them to the optimizer; they are not part of the student's checkpoint.
 
-    kind "mse": mean over the width of the squared difference. "cosine": 1 − cosine.
+    kind: "mse" is the squared difference, averaged over the width; "cosine" is 1 − cosine
+    similarity.
     """
 
     def __init__(
@@ -53,14 +54,14 @@ class HiddenStateLoss(nn.Module):
         teacher: Sequence[Tensor] | Mapping[int, Tensor],
         row_weights_N: Tensor | None = None,
     ) -> LossSum:
-        """Sum over rows of the mean over pairs.
+        """Average the distance over pairs, and sum it over rows.
 
         Args:
             student, teacher: hidden rows [N, D] by layer index, supervised rows only.
-            row_weights_N: a factor for each row.
+            row_weights_N: a factor for each row; None: 1.
 
         Raises:
-            SignalError: a missing layer, or rows and widths that do not match.
+            SignalError: a layer is missing, or rows or widths do not match.
         """
         values: dict[str, Tensor] = {}
         total: Tensor | None = None
@@ -74,8 +75,8 @@ class HiddenStateLoss(nn.Module):
                 student_ND = self.projections[number](student_ND)
             if student_ND.shape != teacher_ND.shape:
                 raise SignalError(
-                    f"layer {of_student} of the student is {student_ND.shape[1]} wide and layer "
-                    f"{of_teacher} of the teacher {teacher_ND.shape[1]}",
+                    f"layer {of_student} of the student has width {student_ND.shape[1]}, but layer "
+                    f"{of_teacher} of the teacher has width {teacher_ND.shape[1]}",
                     fix="build HiddenStateLoss with both models' widths",
                 )
             distance_N = self._distance(student_ND.float(), teacher_ND.float())
@@ -98,14 +99,14 @@ def _layer(name: str, layers: Sequence[Tensor] | Mapping[int, Tensor], index: in
         hidden_ND = layers[index]
     except (IndexError, KeyError):
         raise SignalError(
-            f"hidden states of the {name}'s layer {index} are missing",
-            fix="run the model with output_hidden_states=True, and pass all of them",
+            f"the hidden states of the {name}'s layer {index} are missing",
+            fix="run the model with output_hidden_states=True, and pass all hidden states",
         ) from None
     if hidden_ND.ndim != 2:
         raise SignalError(
-            f"hidden states of the {name}'s layer {index} have shape {tuple(hidden_ND.shape)}; "
-            "they must be [rows, width]",
-            fix="flatten batch and position, and keep supervised rows only",
+            f"the hidden states of the {name}'s layer {index} have shape "
+            f"{tuple(hidden_ND.shape)}; expected [rows, width]",
+            fix="flatten batch and position, and keep only supervised rows",
         )
     return hidden_ND
 
@@ -120,10 +121,10 @@ def layer_logits_loss(
     targets_N: Tensor | None = None,
     vocab_size: int | None = None,
 ) -> LossSum:
-    """Loss of chosen layers of the student that predict the teacher's distribution.
+    """Compute the loss of next-token predictions made from intermediate layers of the student.
 
-    Each layer's rows pass the model's final `norm` and its head; values are named
-    "forward_kl@layer3". The total is the mean over layers; see `fused_loss` for the rest.
+    Each layer's rows go through the model's final `norm` and its head; term values are named
+    "forward_kl@layer3". The total is the mean over layers. See `fused_loss` for everything else.
     """
     if not student:
         raise SignalError("no layers were given", fix="pass hidden rows by layer index")

@@ -1,9 +1,9 @@
-"""One block of rows against a teacher with another vocabulary, over the roots that both share.
+"""Losses of one block of rows against a teacher with a different vocabulary, over shared roots.
 
-A root r has the probability Q_r = Σ q_j over the student's tokens j of that root, and P_r likewise
-under the teacher; both sum to 1. Every divergence is between P and Q. With h = ∂loss/∂log Q,
-∂loss/∂z_j = q_j (h_r / Q_r − Σh) for a token j of root r: for equal vocabularies, where Q_r = q_j,
-that is the usual h_j − q_j Σh.
+A root r has the probability Q_r = Σ q_j over the student's tokens j with that root, and P_r is
+defined likewise for the teacher; both sum to 1. Every divergence is computed between P and Q. With
+h = ∂loss/∂log Q, ∂loss/∂z_j = q_j (h_r / Q_r − Σh) for a token j with root r. If the vocabularies
+are equal, then Q_r = q_j, and this is the usual h_j − q_j Σh.
 
 Shapes: b rows of a block, V student tokens, W teacher tokens, R roots.
 """
@@ -29,10 +29,10 @@ from stillhouse.signals import Fold, SampledSignal, SparseSignal
 
 
 class Folding:
-    """Folds blocks of rows, in scratch that is allocated once."""
+    """Folds blocks of rows into roots, reusing scratch that is allocated once."""
 
     def __init__(self, fold: Fold, space: Workspace) -> None:
-        """space: the scratch for the student's vocabulary."""
+        """space: scratch with the width of the student's vocabulary."""
         rows, _ = space.shape
         self.maps, self.space = fold, space
         self.teacher_space = Workspace((rows, len(fold.teacher_W)), space.like)
@@ -41,10 +41,10 @@ class Folding:
     def run(
         self, block: GroupBlock, teacher: Tensor | SparseSignal | SampledSignal, covered_b: Tensor
     ) -> None:
-        """Every divergence over roots, and cross-entropies over the student's own tokens.
+        """Compute divergences over roots, and cross-entropies over the student's own tokens.
 
-        teacher: logits [b, W] at the group's temperature, which are overwritten; or a signal over
-        roots. Rows that are not covered get no loss and no gradient from it.
+        teacher: logits [b, W] at the group's temperature, overwritten; or a signal over roots. Rows
+        that are not covered get neither loss nor gradient from the teacher.
         """
         q_bV, out_bV, scores = block.zs_bV, block.out_bV, block.scores()
         block.write_losses(softmax_(q_bV), scores)
@@ -64,7 +64,7 @@ class Folding:
         of_data = sum(each.coefficient for each in block.counted)
         if of_data:
             factor_bR.add_(of_data)
-        # On an accelerator, looking would stall the queue.
+        # On an accelerator, reading the mask would stall the queue.
         if covered_b.device.type != "cpu" or not bool(covered_b.all()):
             factor_bR.masked_fill_(~covered_b[:, None], of_data)
         work_bV = self.space.buffer("work", len(q_bV))
@@ -75,10 +75,10 @@ class Folding:
         if out_bV is not q_bV:
             out_bV.copy_(q_bV)
 
-    # Each of these writes the losses and returns h / Q − Σh over the roots.
+    # Each of the following methods writes the losses and returns h / Q − Σh over the roots.
 
     def _forward_kl(self, block: GroupBlock, sums_bR: Tensor, teacher_bW: Tensor) -> Tensor:
-        """KL(P ‖ Q) = Σ P log(P / Q), whose h is −P: the ratio is needed alone."""
+        """KL(P ‖ Q) = Σ P log(P / Q). Its h is −P, so only the ratio P / Q is needed."""
         softmax_(teacher_bW)
         p_bR = self._sums("P", teacher_bW, self.maps.teacher_W)
         ratio_bR = torch.div(p_bR, sums_bR, out=self.root_space.buffer("h", len(p_bR)))
@@ -90,20 +90,21 @@ class Folding:
         return torch.add(constant, ratio_bR, alpha=-coefficient, out=ratio_bR)
 
     def _bucketed(self, block: GroupBlock, sums_bR: Tensor, teacher: SparseSignal) -> Tensor:
-        """log Q are logits whose softmax is Q, and their gradient sums to 0."""
+        """Any divergence from a sparse signal, with log Q as logits: their softmax is Q, and their
+        gradient sums to 0."""
         inner = self._over_roots(block, sums_bR)
         bucketed(inner, teacher)
         return self.root_space.buffer("h", len(sums_bR)).div_(sums_bR)
 
     def _sampled(self, block: GroupBlock, sums_bR: Tensor, teacher: SampledSignal) -> Tensor:
-        """Forward KL less the teacher's entropy: as `_bucketed`."""
+        """Forward KL from samples, up to the teacher's entropy; works like `_bucketed`."""
         inner = self._over_roots(block, sums_bR)
         inner.counted = [sampled(block.group, teacher, sums_bR.dtype)]
         forward_kl_and_counted(inner, None)
         return self.root_space.buffer("h", len(sums_bR)).div_(sums_bR)
 
     def _over_roots(self, block: GroupBlock, sums_bR: Tensor) -> GroupBlock:
-        """The terms that compare with the teacher, with log Q as the student's logits."""
+        """The teacher's terms of the block, with log Q as the student's logits."""
         rows = len(sums_bR)
         return replace(
             block,
@@ -129,7 +130,8 @@ class Folding:
         return h_bR.div_(sums_bR).sub_(total_b1)
 
     def _sums(self, name: str, p_bX: Tensor, roots_X: Tensor) -> Tensor:
-        """Each root's probability; the least positive number instead of 0 after an underflow."""
+        """Each root's probability, plus the smallest normal number, so that none underflows to
+        0."""
         sums_bR = self.root_space.buffer(name, len(p_bX))
         sums_bR.fill_(torch.finfo(sums_bR.dtype).tiny)
         return sums_bR.scatter_add_(1, roots_X.expand(len(p_bX), -1), p_bX)

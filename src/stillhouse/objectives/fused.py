@@ -1,8 +1,9 @@
-"""The LM head and its losses in one autograd function, with gradients in closed form.
+"""The LM head and its losses in one autograd function, with closed-form gradients.
 
-Rows are processed in chunks: logits of both models, the losses, ∂loss/∂logits (overwriting the
-student's logits), then the two products that carry it to the hidden rows and to the head. No [N, V]
-tensor exists, the head's gradient is summed in float32, and backward is one multiplication.
+Each chunk of rows goes through these steps: logits of both models, losses, ∂loss/∂logits (which
+overwrites the student's logits), and the two products that carry it back to the hidden rows and to
+the head. No [N, V] tensor ever exists, and backward is one multiplication. The head's gradient is
+summed in float32, except for a few 16-bit chunks on a CPU (`Plan.head_sum_dtype`).
 
 Shapes: N rows, M terms, D hidden width, V vocabulary.
 """
@@ -34,27 +35,28 @@ def fused_loss(
     chunk_rows: int | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> LossSum:
-    """Sum over rows of a mixture of divergences between teacher and student.
+    """Compute a weighted sum of divergences between teacher and student, summed over rows.
 
     Args:
         hidden_ND: the student's last hidden states (after the final norm), supervised rows only.
-        head: the student's LM head. A weight that needs no gradient costs no gradient product.
-        terms: what to sum; see `Term`.
-        signal: the teacher's, for the same rows; None if no term needs one.
+        head: the student's LM head. If its weight requires no gradient, that product is skipped.
+        terms: the divergences to sum; see `Term`.
+        signal: the teacher's signal for the same rows; None if no term needs one.
         targets_N: the data's own next tokens, for `cross_entropy`.
         row_weights_N: a factor for each row; None: 1.
         scale: a factor for `total` only, such as 1 / the global number of supervised rows.
-        vocab_size: rows of both heads that are real tokens; rows of padding beyond them get
-            probability 0. None: as many as both heads have.
-        chunk_rows: rows whose logits exist at a time; None: by the device and the vocabulary.
-        compute_dtype: of the matrix products; None: as `default_dtype`. Reductions are in
-            float32 (float64 if that is the compute dtype).
+        vocab_size: number of rows of both heads that are real tokens; padding rows after them get
+            probability 0. None: all rows that both heads have.
+        chunk_rows: number of rows whose logits exist at the same time; None: chosen by device,
+            hidden width, and dtype.
+        compute_dtype: dtype of the matrix products; None: see `default_dtype`. Reductions are in
+            float32, or in float64 if that is the compute dtype.
 
     Returns:
-        The sums. `total` is connected to the graph even with no rows at all.
+        The sums. `total` is connected to the graph even if there are no rows.
 
     Raises:
-        SignalError: rows, widths, ids or weights that do not match; NaN.
+        SignalError: rows, widths, ids, or weights do not match, or a value is NaN.
     """
     terms = tuple(terms)
     names = term_names(terms)
@@ -76,7 +78,7 @@ def fused_loss(
 
 
 def default_dtype(hidden_ND: Tensor) -> torch.dtype:
-    """Autocast's number type if it is enabled, otherwise the hidden rows' own."""
+    """Autocast's dtype if autocast is enabled, otherwise the hidden rows' dtype."""
     device = hidden_ND.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -103,7 +105,7 @@ class FusedLoss(torch.autograd.Function):
         ctx.save_for_backward(*work.gradients())
         ctx.dtypes = (hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
         sums_M = work.term_sums()
-        # Python numbers, one by one: copying a tensor of them would stall the GPU.
+        # Multiply by Python numbers one by one: copying a tensor of them would stall the GPU.
         weighted = (sum_ * term.weight for sum_, term in zip(sums_M, plan.terms, strict=True))
         total = sum(weighted, sums_M.new_zeros(())) * plan.factor
         ctx.mark_non_differentiable(sums_M)
@@ -111,8 +113,8 @@ class FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        # In place: the head's gradient is the largest tensor here. A second backward through
-        # the same graph is caught by autograd's version check instead of scaling twice.
+        # In place, since the head's gradient is the largest tensor here. Autograd's version check
+        # catches a second backward through the same graph, which would scale twice.
         unit = grad.device.type == "cpu" and grad.item() == 1.0
         out: list[Tensor | None] = []
         for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):

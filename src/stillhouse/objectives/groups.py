@@ -1,4 +1,4 @@
-"""Terms that share a temperature share their softmaxes; and the scratch for them."""
+"""Groups of terms that share a temperature, and so their softmaxes; and scratch buffers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stillhouse.objectives.terms import Term
 
 @dataclass(frozen=True)
 class Member:
-    """A term inside its group. place: among all terms. coefficient: of its gradient."""
+    """A term of a group. place: its index among all terms. coefficient: factor of its gradient."""
 
     place: int
     term: Term
@@ -21,7 +21,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Group:
-    """The terms of one temperature."""
+    """All terms with the same temperature."""
 
     temperature: float
     members: tuple[Member, ...]
@@ -40,11 +40,11 @@ class Group:
 
 
 def group_by_temperature(terms: Sequence[Term]) -> tuple[list[Group], float]:
-    """The groups, and the factor that was taken out of every coefficient.
+    """Return the groups, and the factor taken out of every coefficient.
 
-    A term's gradient with respect to logits carries weight · T² / T (or weight / T). Dividing all
-    of them by their sum makes the coefficient of a lone term 1, which saves a pass over the logits:
-    the sum is folded into the matrix products that follow.
+    A term's gradient with respect to logits has the factor weight · T² / T (or weight / T).
+    Dividing these factors by their sum makes the coefficient of a lone term 1, which saves a pass
+    over the logits: the sum is folded into the matrix products that follow.
     """
     raw = [term.weight * term.factor * term.gradient_factor / term.temperature for term in terms]
     common = sum(raw) or 1.0
@@ -60,22 +60,22 @@ def group_by_temperature(terms: Sequence[Term]) -> tuple[list[Group], float]:
 
 
 class Workspace:
-    """Named buffers of one shape, made on first use and reused for every block."""
+    """Named buffers of one shape, allocated on first use and reused for every block."""
 
     def __init__(self, shape: tuple[int, int], like: Tensor) -> None:
-        """shape: of the largest block. like: has the device and dtype of reductions."""
+        """shape: shape of the largest block. like: tensor on the device, in the reduction dtype."""
         self.shape = shape
         self.like = like
         self._buffers: dict[str, Tensor] = {}
 
     def buffer(self, name: str, rows: int) -> Tensor:
-        """[rows, V], with arbitrary content."""
+        """A buffer [rows, V] with arbitrary contents."""
         if name not in self._buffers:
             self._buffers[name] = self.like.new_empty(self.shape)
         return self._buffers[name][:rows]
 
     def wide(self, name: str, values_bV: Tensor) -> Tensor:
-        """The values in the dtype of reductions; no copy if they already have it."""
+        """The values in the reduction dtype, copied only if their dtype differs."""
         if values_bV.dtype == self.like.dtype:
             return values_bV
         return self.buffer(name, len(values_bV)).copy_(values_bV)

@@ -1,6 +1,6 @@
 """Checks of a loss's inputs, before any product is computed.
 
-Values are checked on the CPU only: on an accelerator that would stall the queue.
+Values are only checked on a CPU: on an accelerator, reading them would stall the queue.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from stillhouse.signals import (
 )
 
 MASS_TOLERANCE = 0.05
-"""How far a sparse row's probabilities and tail may be from summing to 1 (bfloat16 storage)."""
+"""How far the sum of a sparse row's probabilities and tail can be from 1 (bfloat16 storage)."""
 
 
 def check_inputs(
@@ -37,9 +37,9 @@ def check_inputs(
     row_weights_N: Tensor | None,
     vocab_size: int | None,
 ) -> int:
-    """Check shapes and, on a CPU, values; returns the number of shared vocabulary rows."""
+    """Check shapes and, on a CPU, values; return the number of shared vocabulary rows."""
     if not terms:
-        raise SignalError("the loss has no terms", fix="give at least one Term")
+        raise SignalError("the loss has no terms", fix="pass at least one Term")
     _reject_sharded(hidden_ND, head, signal)
     check_rows("hidden_ND", hidden_ND, head)
     rows = len(hidden_ND)
@@ -71,7 +71,7 @@ def _reject_sharded(hidden_ND: Tensor, head: LMHead, signal: Signal | None) -> N
     for name, tensor in named.items():
         if hasattr(tensor, "full_tensor"):
             raise SignalError(
-                f"{name} is sharded over processes",
+                f"{name} is sharded across processes",
                 fix="under FSDP2, compute the loss inside the wrapped module's forward, where the "
                 "head is unsharded; vocabulary-parallel heads are not supported",
             )
@@ -82,8 +82,9 @@ def _vocabulary(shared: int, requested: int | None) -> int:
         return shared
     if not 0 < requested <= shared:
         raise SignalError(
-            f"vocab_size is {requested} and the heads share {shared} rows",
-            fix="vocab_size is the number of real tokens in both vocabularies",
+            f"vocab_size is {requested}, but it must be between 1 and {shared}, the number of "
+            "rows that both heads have",
+            fix="set vocab_size to the number of real tokens in both vocabularies",
         )
     return requested
 
@@ -92,17 +93,17 @@ def _check_frozen_head(head: LMHead, signal: FrozenHeadSignal) -> None:
     """Require a frozen linear head: the stored vectors were computed for one."""
     if head.bias_V is not None or head.softcap is not None:
         raise SignalError(
-            "a frozen-head signal is for a head without bias and without a cap on its logits",
-            fix="use another kind of signal for this student",
+            "a frozen-head signal requires a head without bias and without a soft cap",
+            fix="use a different kind of signal for this student",
         )
     if torch.is_grad_enabled() and head.weight_VD.requires_grad:
         raise SignalError(
-            "the signal is for a frozen head, and this head is trained",
-            fix="head.weight.requires_grad_(False), which freezes embeddings tied to it too",
+            "the signal is for a frozen head, but this head is being trained",
+            fix="call head.weight.requires_grad_(False), which also freezes embeddings tied to it",
         )
     if signal.vector_ND.shape[-1] != head.weight_VD.shape[1]:
         raise SignalError(
-            f"signal.vector_ND is {signal.vector_ND.shape[-1]} wide, and the head "
+            f"signal.vector_ND has width {signal.vector_ND.shape[-1]}, but the head expects "
             f"{head.weight_VD.shape[1]}",
             fix="record the signal with this student's head",
         )
@@ -111,12 +112,12 @@ def _check_frozen_head(head: LMHead, signal: FrozenHeadSignal) -> None:
 def _check_targets(targets_N: Tensor | None, rows: int, vocab: int) -> None:
     if targets_N is None:
         raise SignalError(
-            "cross_entropy needs the data's own tokens", fix="pass targets_N, one id a row"
+            "cross_entropy needs the data's own tokens", fix="pass targets_N, one id per row"
         )
     if targets_N.ndim != 1 or targets_N.is_floating_point():
         raise SignalError(
-            f"targets_N is {targets_N.dtype} of shape {tuple(targets_N.shape)}; "
-            "it must hold one integer a row"
+            f"targets_N has dtype {targets_N.dtype} and shape {tuple(targets_N.shape)}; "
+            "expected one integer per row"
         )
     same_rows("targets_N", targets_N, rows)
     check_ids("targets_N", targets_N, vocab)
@@ -124,19 +125,19 @@ def _check_targets(targets_N: Tensor | None, rows: int, vocab: int) -> None:
 
 def _check_row_weights(row_weights_N: Tensor, rows: int) -> None:
     if row_weights_N.ndim != 1:
-        raise SignalError(f"row_weights_N has shape {tuple(row_weights_N.shape)}; it must be [N]")
+        raise SignalError(f"row_weights_N has shape {tuple(row_weights_N.shape)}; expected [rows]")
     same_rows("row_weights_N", row_weights_N, rows)
     check_finite("row_weights_N", row_weights_N)
     if row_weights_N.device.type == "cpu" and rows and float(row_weights_N.min()) < 0:
         row = int((row_weights_N < 0).nonzero()[0])
         raise SignalError(
             f"row_weights_N is negative in row {row}: {float(row_weights_N[row])}",
-            fix="weights of rows are zero or more",
+            fix="use row weights of zero or more",
         )
 
 
 def check_terms_fit(terms: Sequence[Term], signal: Signal | None) -> None:
-    """Raise an error if this signal cannot serve a divergence."""
+    """Raise SignalError if a term's divergence cannot be computed from this signal."""
     for term in terms:
         if not term.needs_teacher:
             continue
@@ -152,20 +153,20 @@ def check_terms_fit(terms: Sequence[Term], signal: Signal | None) -> None:
         if isinstance(signal, SampledSignal) and name != "forward_kl":
             raise SignalError(
                 f"{name} is not defined on a sampled signal: it is not linear in the teacher's "
-                "probabilities, so that unbiased samples would give a biased gradient",
+                "probabilities, so unbiased samples would lead to a biased gradient",
                 fix="use forward_kl, or a dense or sparse signal",
             )
         if isinstance(signal, FrozenHeadSignal) and name != "forward_kl":
             raise SignalError(
-                f"{name} cannot be computed from a frozen-head signal, which holds only what "
+                f"{name} cannot be computed from a frozen-head signal, which contains only what "
                 "forward_kl needs",
                 fix="use forward_kl, or a dense or sparse signal",
             )
         if isinstance(signal, SparseSignal) and name == "adaptive_kl":
             raise SignalError(
                 "adaptive_kl is not defined on a sparse signal: it sorts tokens by probability, "
-                "and the tail is many tokens in one",
-                fix="use a dense signal, or another divergence",
+                "but the tail lumps many tokens together",
+                fix="use a dense signal, or a different divergence",
             )
         if isinstance(signal, SparseSignal | SampledSignal | FrozenHeadSignal):
             _check_temperature(term, signal)
@@ -177,8 +178,8 @@ def _check_temperature(term: Term, signal: SparseSignal | SampledSignal | Frozen
     whats = {SparseSignal: "its tail", SampledSignal: "a sample", FrozenHeadSignal: "its vector"}
     what = whats[type(signal)]
     raise SignalError(
-        f"{term.divergence} has temperature {term.temperature:g}, and the signal was recorded "
-        f"at {signal.temperature:g}: {what} cannot be converted to another temperature",
+        f"{term.divergence} has temperature {term.temperature:g}, but the signal was recorded "
+        f"at {signal.temperature:g}: {what} cannot be converted to a different temperature",
         fix=f"use temperature {signal.temperature:g}, or record the signal again",
     )
 
@@ -200,21 +201,22 @@ def check_signal(signal: Signal, rows: int, vocab: int) -> None:
 
 
 def check_rows(name: str, hidden_ND: Tensor, head: LMHead) -> None:
-    """Two dimensions, the head's width, and no NaN or infinity."""
+    """Require two dimensions, the head's width, and finite values."""
     if hidden_ND.ndim != 2:
         raise SignalError(
-            f"{name} has shape {tuple(hidden_ND.shape)}; it must be [rows, width]",
-            fix="flatten batch and position, and keep supervised rows only",
+            f"{name} has shape {tuple(hidden_ND.shape)}; expected [rows, width]",
+            fix="flatten batch and position, and keep only supervised rows",
         )
     if hidden_ND.shape[1] != head.weight_VD.shape[1]:
         raise SignalError(
-            f"{name} is {hidden_ND.shape[1]} wide and its head expects {head.weight_VD.shape[1]}",
+            f"{name} has width {hidden_ND.shape[1]}, but its head expects "
+            f"{head.weight_VD.shape[1]}",
             fix="pass each model's hidden rows with that model's own head",
         )
     bias = head.bias_V
     if bias is not None and bias.shape != head.weight_VD.shape[:1]:
         raise SignalError(
-            f"the bias of {name}'s head has shape {tuple(bias.shape)} and its weight has "
+            f"the bias of {name}'s head has shape {tuple(bias.shape)}, but its weight has "
             f"{head.weight_VD.shape[0]} rows"
         )
     check_finite(name, hidden_ND)
@@ -223,8 +225,8 @@ def check_rows(name: str, hidden_ND: Tensor, head: LMHead) -> None:
 def same_rows(name: str, tensor: Tensor, rows: int) -> None:
     if tensor.shape[0] != rows:
         raise SignalError(
-            f"{name} has {tensor.shape[0]} rows and hidden_ND has {rows}",
-            fix="row n of every tensor must predict the same token",
+            f"{name} has {tensor.shape[0]} rows, but hidden_ND has {rows}",
+            fix="align the tensors so that row n of each is about the same token",
         )
 
 
@@ -238,17 +240,17 @@ def check_finite(name: str, tensor: Tensor) -> None:
         row = int(bad_rows.nonzero()[0])
         raise SignalError(
             f"{name} is not finite in row {row} ({int(bad_rows.sum())} such rows)",
-            fix="check the model that made it: an overflow in float16, or a diverged step",
+            fix="check the model that computed it for overflow in float16 or divergence",
         )
 
 
 def _check_logits(logits_NV: Tensor, rows: int) -> None:
     name = "signal.logits_NV"
     if logits_NV.ndim != 2:
-        raise SignalError(f"{name} has shape {tuple(logits_NV.shape)}; it must be [rows, tokens]")
+        raise SignalError(f"{name} has shape {tuple(logits_NV.shape)}; expected [rows, tokens]")
     same_rows(name, logits_NV, rows)
     if logits_NV.device.type == "cpu" and rows:
-        _reject(~torch.isfinite(logits_NV.amax(1)), f"{name} holds NaN, +inf, or nothing but −inf")
+        _reject(~torch.isfinite(logits_NV.amax(1)), f"{name} contains NaN, +inf, or only −inf")
 
 
 def _check_sparse(signal: SparseSignal, rows: int, vocab: int) -> None:
@@ -256,23 +258,23 @@ def _check_sparse(signal: SparseSignal, rows: int, vocab: int) -> None:
     _check_entries(ids_NK, log_probs_NK, "signal.log_probs_NK", rows, vocab)
     same_rows("signal.tail_N", tail_N, rows)
     if tail_N.ndim != 1:
-        raise SignalError(f"signal.tail_N has shape {tuple(tail_N.shape)}; it must be [rows]")
+        raise SignalError(f"signal.tail_N has shape {tuple(tail_N.shape)}; expected [rows]")
     if ids_NK.device.type != "cpu" or not rows:
         return
     ordered_NK, order_NK = ids_NK.sort(stable=True, dim=1)
-    # A short row is padded with its first token at -inf.
+    # A short row is padded with copies of its first token at -inf.
     twice_NK = (ordered_NK[:, 1:] == ordered_NK[:, :-1]) & (
         log_probs_NK.gather(1, order_NK)[:, 1:].isfinite() | (ordered_NK[:, 1:] != ids_NK[:, :1])
     )
-    _reject(twice_NK.any(1), "signal.ids_NK holds one token twice")
+    _reject(twice_NK.any(1), "signal.ids_NK contains a token twice")
     _reject((~(log_probs_NK <= 0)).any(1), "signal.log_probs_NK is positive or NaN")
     _reject(~((tail_N >= 0) & (tail_N <= 1)), "signal.tail_N is not a probability")
     mass_N = log_probs_NK.double().exp().sum(1) + tail_N.double()
     _reject(
         (mass_N - 1.0).abs() > MASS_TOLERANCE,
         "signal.log_probs_NK and signal.tail_N do not sum to 1",
-        fix="log_probs_NK are of the full softmax, not renormalized; tail_N is the mass of all "
-        "other tokens",
+        fix="pass log-probabilities of the full softmax, not renormalized, and the mass of all "
+        "other tokens as tail_N",
     )
 
 
@@ -287,17 +289,17 @@ def _check_folded(signal: FoldedSignal, rows: int, vocab: int) -> None:
     fold, inner = signal.fold, signal.signal
     if fold.student_V.shape != (vocab,):
         raise SignalError(
-            f"signal.fold.student_V has shape {tuple(fold.student_V.shape)}, and the student "
-            f"{vocab} tokens",
-            fix="give one root for each token of the student",
+            f"signal.fold.student_V has shape {tuple(fold.student_V.shape)}, but the student "
+            f"has {vocab} tokens",
+            fix="pass one root for each of the student's tokens",
         )
     check_ids("signal.fold.student_V", fold.student_V[:, None], fold.roots)
     check_ids("signal.fold.teacher_W", fold.teacher_W[:, None], fold.roots)
     if isinstance(inner, DenseSignal) and len(inner.head.weight_VD) < len(fold.teacher_W):
         raise SignalError(
-            f"signal.fold.teacher_W has {len(fold.teacher_W)} tokens, and the teacher's head "
-            f"{len(inner.head.weight_VD)} rows",
-            fix="give one root for each row of the teacher's head that is a token",
+            f"signal.fold.teacher_W has {len(fold.teacher_W)} tokens, but the teacher's head "
+            f"has only {len(inner.head.weight_VD)} rows",
+            fix="pass one root for each row of the teacher's head that is a token",
         )
     same_rows("signal.covered_N", signal.covered_N, rows)
     check_signal(inner, rows, fold.roots)
@@ -310,24 +312,29 @@ def _check_sampled(signal: SampledSignal, rows: int, vocab: int) -> None:
         return
     _reject((~(counts_NK >= 0)).any(1), "signal.counts_NK is negative or NaN")
     total_N = counts_NK.double().sum(1)
-    _reject(~((total_N > 0) & torch.isfinite(total_N)), "signal.counts_NK does not sum to a count")
+    _reject(
+        ~((total_N > 0) & torch.isfinite(total_N)),
+        "signal.counts_NK does not have a positive, finite sum",
+    )
 
 
 def _check_entries(ids_NK: Tensor, values_NK: Tensor, name: str, rows: int, vocab: int) -> None:
     if ids_NK.ndim != 2 or ids_NK.is_floating_point() or ids_NK.shape[1] == 0:
         raise SignalError(
-            f"signal.ids_NK is {ids_NK.dtype} of shape {tuple(ids_NK.shape)}; "
-            "it must hold at least one integer a row"
+            f"signal.ids_NK has dtype {ids_NK.dtype} and shape {tuple(ids_NK.shape)}; "
+            "expected at least one integer per row"
         )
     if values_NK.shape != ids_NK.shape:
         raise SignalError(
-            f"{name} has shape {tuple(values_NK.shape)} and signal.ids_NK {tuple(ids_NK.shape)}",
-            fix="one value belongs to each id",
+            f"{name} has shape {tuple(values_NK.shape)}, but signal.ids_NK has "
+            f"{tuple(ids_NK.shape)}",
+            fix="pass one value for each id",
         )
     same_rows("signal.ids_NK", ids_NK, rows)
     if ids_NK.shape[1] > vocab and name == "signal.log_probs_NK":
         raise SignalError(
-            f"signal.ids_NK has {ids_NK.shape[1]} tokens a row; the vocabulary has {vocab}"
+            f"signal.ids_NK has {ids_NK.shape[1]} tokens per row, but the vocabulary has only "
+            f"{vocab}"
         )
     check_ids("signal.ids_NK", ids_NK, vocab)
 
@@ -340,7 +347,7 @@ def _reject(wrong_N: Tensor, what: str, fix: str | None = None) -> None:
 
 
 def check_ids(name: str, ids: Tensor, vocab: int) -> None:
-    """Every id in [0, vocab); checked on a CPU only."""
+    """Require every id to be in [0, vocab); only checked on a CPU."""
     if ids.device.type != "cpu" or ids.numel() == 0:
         return
     low, high = torch.aminmax(ids)
@@ -350,6 +357,6 @@ def check_ids(name: str, ids: Tensor, vocab: int) -> None:
     row = int(wrong.any(1).nonzero()[0])
     value = int(ids.reshape(ids.shape[0], -1)[row][wrong[row]][0])
     raise SignalError(
-        f"{name} holds the id {value} in row {row}; the vocabulary has {vocab} tokens",
-        fix="keep supervised rows only (no -100), and use one tokenizer for both models",
+        f"{name} contains the id {value} in row {row}, but ids must be between 0 and {vocab - 1}",
+        fix="keep only supervised rows (no -100), and use the same tokenizer for both models",
     )

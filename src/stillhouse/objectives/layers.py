@@ -1,7 +1,7 @@
-"""Which layer of the student is compared with which layer of the teacher.
+"""Layer maps: which layer of the student is compared with which layer of the teacher.
 
-A layer's index is that of its output in transformers' `hidden_states`: 0 is the embeddings, i the
-output of block i, and the number of blocks the last hidden state (after the final norm).
+Layers are indexed like `hidden_states` in transformers: 0 is the embeddings, i is the output of
+block i, and the last index is the last hidden state (after the final norm).
 """
 
 from __future__ import annotations
@@ -23,20 +23,24 @@ def map_layers(
     count: int | None = None,
     embeddings: bool = False,
 ) -> LayerMap:
-    """Pairs of layers to compare.
+    """Pair the layers to compare.
 
     Args:
-        student_layers, teacher_layers: blocks of each model.
-        how: "uniform" spreads the student's blocks over the teacher's depth, the last on the last;
-            "last" pairs the last `count` blocks of both, in order; or a list of pairs.
-        count: how many blocks to pair, counted from the end; None: all of the student's.
-        embeddings: also pair the embeddings of both.
+        student_layers, teacher_layers: number of blocks of each model.
+        how: "uniform" spreads the student's blocks over the teacher's depth, pairing the last with
+            the last; "last" pairs the last `count` blocks of both, in order; or a list of pairs.
+        count: how many blocks to pair, counted from the end; None: all of the student's ("last":
+            as many as both models have).
+        embeddings: also pair both models' embeddings. Ignored for a list of pairs.
 
     Raises:
-        SignalError: a layer that a model does not have, or more pairs than it has blocks.
+        SignalError: a model does not have a layer, or has fewer blocks than pairs.
     """
     if student_layers < 1 or teacher_layers < 1:
-        raise SignalError(f"a layer map needs blocks, not {student_layers} and {teacher_layers}")
+        raise SignalError(
+            f"a layer map needs models with at least one block, not {student_layers} and "
+            f"{teacher_layers}"
+        )
     if not isinstance(how, str):
         return _explicit(how, student_layers, teacher_layers)
     number = student_layers if count is None else count
@@ -47,11 +51,11 @@ def map_layers(
         raise SignalError(
             f"a {how} layer map of {number} pairs does not fit {student_layers} student and "
             f"{teacher_layers} teacher blocks",
-            fix=f"use 1 to {most} pairs",
+            fix=f"pair between 1 and {most} blocks",
         )
     chosen = range(student_layers - number + 1, student_layers + 1)
     if how == "uniform":
-        # Half-integers round up, so that equal steps always round in the same direction.
+        # Round half-integers up, so that equal steps always round in the same direction.
         pairs = [(s, (2 * s * teacher_layers + student_layers) // (2 * student_layers))
                  for s in chosen]  # fmt: skip
     else:
@@ -63,7 +67,7 @@ def _explicit(
     pairs: Sequence[tuple[int, int]], student_layers: int, teacher_layers: int
 ) -> LayerMap:
     if not pairs:
-        raise SignalError("the layer map is empty", fix="give (student layer, teacher layer) pairs")
+        raise SignalError("the layer map is empty", fix="pass (student layer, teacher layer) pairs")
     for student, teacher in pairs:
         for name, layer, last in (
             ("student", student, student_layers),
@@ -72,8 +76,8 @@ def _explicit(
             if not 0 <= layer <= last:
                 raise SignalError(
                     f"the {name} has no layer {layer}",
-                    fix=f"0 is the embeddings, 1 to {last} are the outputs of its blocks",
+                    fix=f"use 0 for the embeddings, or 1 to {last} for the outputs of its blocks",
                 )
     if len(set(pairs)) < len(pairs):
-        raise SignalError("the layer map holds a pair twice")
+        raise SignalError("the layer map contains a pair twice", fix="remove the duplicate")
     return tuple((student, teacher) for student, teacher in pairs)

@@ -1,4 +1,4 @@
-"""Mixtures of terms with scheduled weights, and their values for the log."""
+"""Mixtures of terms with scheduled weights, and running sums of their values for logging."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from stillhouse.objectives.terms import LossSum, Term
 
 @dataclass(frozen=True)
 class Schedule:
-    """A factor that goes from `start` to `end` over a part of the training's progress.
+    """A factor that moves from `start` to `end` during part of the training.
 
-    It is `start` before `begin` and `end` after `finish`; both are fractions of all steps.
+    It is `start` before `begin` and `end` after `finish`, which are fractions of all steps.
     """
 
     start: float
@@ -32,18 +32,18 @@ class Schedule:
         if min(self.start, self.end) < 0:
             raise SignalError(
                 f"a schedule from {self.start} to {self.end} makes a weight negative",
-                fix="weights are zero or more",
+                fix="use a start and an end of zero or more",
             )
         if not 0 <= self.begin < self.finish <= 1:
             raise SignalError(
-                f"a schedule runs from {self.begin} to {self.finish} of the steps",
-                fix="0 <= begin < finish <= 1",
+                f"a schedule cannot run from {self.begin} to {self.finish} of all steps",
+                fix="use 0 <= begin < finish <= 1",
             )
         if self.shape not in get_args(ScheduleShape):
             raise SignalError(f"unknown schedule shape {self.shape!r}", fix="use linear or cosine")
 
     def at(self, progress: float) -> float:
-        """The factor when the fraction `progress` in [0, 1] of all steps is done."""
+        """The factor after the fraction `progress` in [0, 1] of all steps."""
         share = min(1.0, max(0.0, (progress - self.begin) / (self.finish - self.begin)))
         if self.shape == "cosine":
             share = (1.0 - math.cos(math.pi * share)) / 2.0
@@ -52,7 +52,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Terms, each with a schedule for its weight or None. All of them share one pass."""
+    """Terms, each with an optional schedule for its weight. All terms share one pass."""
 
     terms: tuple[tuple[Term, Schedule | None], ...]
 
@@ -62,9 +62,9 @@ class Mixture:
         return cls(tuple((term, None) for term in terms))
 
     def at(self, progress: float) -> tuple[Term, ...]:
-        """The terms with their weights when the fraction `progress` in [0, 1] of all steps is done.
+        """The terms with their weights after the fraction `progress` in [0, 1] of all steps.
 
-        A term of weight 0 is kept: its value is still measured.
+        A term with weight 0 is kept, so that its value is still measured.
         """
         return tuple(
             term if schedule is None else replace(term, weight=term.weight * schedule.at(progress))
@@ -73,14 +73,14 @@ class Mixture:
 
 
 class Tally:
-    """Sums of terms over steps, kept on the device; only `read` synchronizes."""
+    """Running sums of terms over steps, kept on the device; only `read` synchronizes."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._rows = 0
 
     def add(self, losses: LossSum | Sequence[LossSum]) -> None:
-        """One step's losses; several of one step share its rows."""
+        """Add one step's losses. If there are several, they are over the same rows."""
         of_step = [losses] if isinstance(losses, LossSum) else list(losses)
         for loss in of_step:
             for name, value in loss.terms.items():
@@ -90,16 +90,17 @@ class Tally:
         self._rows += max((loss.rows for loss in of_step), default=0)
 
     def take(self) -> tuple[list[str], Tensor]:
-        """Names and sums over rows since the last reading, still on the device; resets the sums."""
+        """Return names and sums over rows since the last reading, on the device; reset the sums."""
         names = list(self._sums)
         sums = torch.stack(list(self._sums.values())) if names else torch.empty(0)
         self._sums, self._rows = {}, 0
         return names, sums
 
     def means(self, rows: int, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Each term's mean over so many rows since the last reading; nothing if there are none.
+        """Return each term's mean over `rows` rows since the last reading; reset the sums.
 
-        reduce: sums over processes, which must all call this.
+        reduce: sums a tensor over all processes, each of which must call this method. The result
+        is empty if there are no rows or no terms.
         """
         names, sums = self.take()
         if not names:
@@ -108,7 +109,7 @@ class Tally:
         return dict(zip(names, means, strict=True)) if rows else {}
 
     def read(self) -> dict[str, float]:
-        """Each term's mean per row since the last reading; resets the sums."""
+        """Return each term's mean per row since the last reading; reset the sums."""
         rows = self._rows
         names, sums = self.take()
         return dict(zip(names, (sums / rows).tolist(), strict=True)) if rows else {}

@@ -1,4 +1,4 @@
-"""What a student matches: the terms of the loss."""
+"""Recipe sections of the objective: the terms of the loss."""
 
 from __future__ import annotations
 
@@ -27,12 +27,16 @@ from stillhouse.section import OneOf, Section
 
 
 class ScheduleRecipe(Section):
-    """A factor of a term's weight that changes during training."""
+    """A factor on a term's weight that changes during training."""
 
-    start: Weight = Field(description="The factor up to `begin`.")
+    start: Weight = Field(description="The factor until `begin`.")
     end: Weight = Field(description="The factor from `finish` on.")
-    begin: ShareOrZero = Field(0.0, description="Share of all steps.")
-    finish: ShareOrZero = Field(1.0, description="Share of all steps.")
+    begin: ShareOrZero = Field(
+        0.0, description="When the change starts, as a fraction of all steps."
+    )
+    finish: ShareOrZero = Field(
+        1.0, description="When the change ends, as a fraction of all steps."
+    )
     shape: ScheduleShape = "linear"
 
     @model_validator(mode="after")
@@ -44,7 +48,9 @@ class ScheduleRecipe(Section):
 
 class Weighted(Section):
     weight: Weight = 1.0
-    schedule: ScheduleRecipe | None = Field(None, description="Moves the weight; null: it stays.")
+    schedule: ScheduleRecipe | None = Field(
+        None, description="Changes the weight during training; null: constant."
+    )
 
     @property
     def largest_weight(self) -> float:
@@ -54,18 +60,18 @@ class Weighted(Section):
 
 
 class LayerTerm(Weighted):
-    """Which blocks of the student are compared with which of the teacher; 1 is the first."""
+    """Which student block is compared with which teacher block, counted from 1."""
 
     layers: LayerMapping = Field(
         "uniform",
-        description="uniform: the student's blocks spread over the teacher's depth; "
-        "last: the last `count` blocks of both.",
+        description="uniform: spread the student's blocks over the teacher's depth; "
+        "last: pair the last `count` blocks of both models.",
     )
     count: SmallCount | None = Field(
-        None, description="Blocks to pair; null: all of the student's."
+        None, description="Number of blocks to pair; null: all of the student's."
     )
     pairs: list[Annotated[tuple[CountOrZero, CountOrZero], Field(strict=False)]] | None = Field(
-        None, min_length=1, description="[student block, teacher block] pairs, instead of layers."
+        None, min_length=1, description="[student block, teacher block] pairs; replaces `layers`."
     )
 
 
@@ -75,19 +81,23 @@ class LogitsTerm(Weighted):
     kind: Literal["logits"] = "logits"
     divergence: Annotated[str, OneOf(PARAMETERS)] = "forward_kl"
     temperature: Temperature = Field(
-        1.0, description="Divides both models' logits; cross-entropy keeps 1."
+        1.0, description="Divides both models' logits; always 1 for cross_entropy."
     )
     t_squared: bool = Field(
         True, description="Multiply by the temperature squared, so that gradients keep their size."
     )
-    alpha: Parameter | None = Field(None, description="skew_*, alpha_beta.")
-    beta: Parameter | None = Field(None, description="jsd, alpha_beta.")
-    mu: Parameter | None = Field(None, description="adaptive_kl.")
+    alpha: Parameter | None = Field(
+        None, description="Parameter of skew_forward_kl, skew_reverse_kl, and alpha_beta."
+    )
+    beta: Parameter | None = Field(
+        None, description="Parameter of jsd, normalized_jsd, and alpha_beta."
+    )
+    mu: Parameter | None = Field(None, description="Parameter of adaptive_kl.")
     layers: list[SmallCount] | None = Field(
         None,
         min_length=1,
-        description="Student blocks whose output goes through the final norm and the head, 1 the "
-        "first; null: the model's own output.",
+        description="Student blocks, counted from 1, whose output goes through the final norm and "
+        "the LM head; null: the model's own output.",
     )
 
     @model_validator(mode="after")
@@ -108,46 +118,54 @@ class LogitsTerm(Weighted):
         name, parameters = self.divergence, self.parameters
         for key in ("alpha", "beta", "mu"):
             if getattr(self, key) is not None and key not in parameters:
-                takes = ", ".join(parameters) or "no parameters"
-                raise ValueError(f"{name} has no {key}: it takes {takes}")
+                accepted = ", ".join(parameters) or "no parameters"
+                raise ValueError(f"{name} has no {key}: it accepts {accepted}")
         if name == "alpha_beta":
             if not any(parameters.values()):
-                raise ValueError("alpha_beta is not defined if alpha and beta are both 0")
+                raise ValueError("alpha_beta is not defined when alpha and beta are both 0")
             return self
         for key, value in parameters.items():
             if value > 1 or 1 - 1e-6 < value < 1:
-                raise ValueError(f"{key} of {name} is {value}: it must be from 0 to 0.999999, or 1")
+                raise ValueError(
+                    f"{key} of {name} is {value}: it must be between 0 and 0.999999, or 1"
+                )
             if (value == 1 and name.startswith("skew")) or (value in (0, 1) and name == "jsd"):
-                raise ValueError(f"{name} is 0 at {key} {value:g}, regardless of the student")
+                raise ValueError(f"{name} with {key} {value:g} is 0 for every student")
         return self
 
 
 class HiddenStatesTerm(LayerTerm):
-    """Distance between blocks' outputs, through a learned map if the widths differ."""
+    """Distance between hidden states after paired blocks, through a learned projection if the
+    widths differ."""
 
     kind: Literal["hidden_states"]
     distance: Distance = "mse"
-    embeddings: bool = Field(False, description="Pair the embeddings of both models too.")
+    embeddings: bool = Field(False, description="Also pair both models' embeddings.")
 
 
 class AttentionRelationsTerm(LayerTerm):
-    """KL between attention relations Q-Q, K-K and V-V (MiniLMv2)."""
+    """KL between attention relations Q-Q, K-K, and V-V (MiniLMv2)."""
 
     kind: Literal["attention_relations"]
-    heads: SmallCount = Field(description="Relation heads; divides both models' q, k, v widths.")
+    heads: SmallCount = Field(
+        description="Number of relation heads; must divide both models' q, k, and v widths."
+    )
     relations: list[Relation] = Field(default=["query", "key", "value"], min_length=1)
     layers: LayerMapping = "last"
-    count: SmallCount | None = Field(1, description="Blocks to pair; null: all of the student's.")
+    count: SmallCount | None = Field(
+        1, description="Number of blocks to pair; null: all of the student's."
+    )
 
 
 class ChunksTerm(Weighted):
-    """Distance between the likelihoods of texts that teacher and student divide into different
-    tokens; for teachers with another tokenizer."""
+    """Distance between the teacher's and the student's likelihoods of pieces of text that they
+    tokenize differently; for teachers with a different tokenizer."""
 
     kind: Literal["chunks"]
     distance: ChunkDistance = Field(
         "binary",
-        description="binary: KL between the text and any other; squared: of log-likelihoods.",
+        description="binary: KL of `this text` versus `any other`; "
+        "squared: squared difference of log-likelihoods.",
     )
 
 
@@ -164,7 +182,7 @@ ObjectiveTerm = Annotated[
 
 
 def require_different(terms: Sequence[ObjectiveTerm]) -> None:
-    """Raise ValueError for two terms on the same logits that differ at most in their weight."""
+    """Raise ValueError if two terms on the same logits differ in nothing but their weights."""
     seen = set()
     for term in terms:
         if isinstance(term, LogitsTerm):
@@ -173,19 +191,22 @@ def require_different(terms: Sequence[ObjectiveTerm]) -> None:
                 key = (term.divergence, term.temperature, parameters, layer)
                 if key in seen:
                     raise ValueError(
-                        f"two {term.divergence} terms are the same: add their weights into one"
+                        f"two {term.divergence} terms are the same: merge them and add their "
+                        "weights"
                     )
                 seen.add(key)
 
 
 class ObjectiveRecipe(Section):
     terms: Annotated[list[ObjectiveTerm], BeforeValidator(_logits_by_default)] = Field(
-        default=[LogitsTerm()], min_length=1, description="Their weighted sum is the loss."
+        default=[LogitsTerm()], min_length=1, description="The loss is their weighted sum."
     )
 
     @model_validator(mode="after")
     def _something_is_learned(self) -> ObjectiveRecipe:
         require_different(self.terms)
         if not any(term.largest_weight for term in self.terms):
-            raise ValueError("every term has weight 0, so nothing would be learned: raise one")
+            raise ValueError(
+                "every term has weight 0, so nothing would be learned: raise at least one weight"
+            )
         return self

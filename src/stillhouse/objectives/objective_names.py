@@ -1,4 +1,4 @@
-"""The names that a recipe's objective may use, without torch: recipes are read before it loads."""
+"""Names that a recipe's objective can use. Does not import torch, so that recipes load quickly."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ PARAMETERS: dict[str, dict[str, float]] = {
 }
 """Every divergence, with its parameters and their defaults; see `divergences` for the formulas.
 
-A parameter lies in [0, 1]; those of `alpha_beta` may be larger.
+Parameters lie in [0, 1], except those of `alpha_beta`, which can be larger.
 """
 
 ChunkDistance = Literal["binary", "squared"]
-"""Distances between two likelihoods of one text; see `chunks` for the formulas."""
+"""Distances between two models' likelihoods of the same text; see `chunks` for the formulas."""
 Distance = Literal["mse", "cosine"]
 """Distances between hidden states."""
 LayerMapping = Literal["uniform", "last"]

@@ -1,4 +1,4 @@
-"""Products with the LM head: its logits, and its gradient summed in a wider dtype.
+"""Matrix products with the LM head: its logits, and its gradient, summed in a wider dtype.
 
 Shapes: n rows of a chunk, D hidden width, V vocabulary.
 """
@@ -15,16 +15,16 @@ from stillhouse.cpu_products import is_fast, product
 from stillhouse.signals import LMHead
 
 HEAD_BLOCK_ROWS = 4096
-"""Vocabulary rows of one low-precision product on a CPU: its result stays in the cache."""
+"""Vocabulary rows per low-precision product on a CPU, so that its result stays in the cache."""
 HEAD_BLOCK_ROWS_CUDA = 1 << 15
-"""The same on a GPU: it bounds memory where torch cannot add a product to a wider sum."""
+"""The same on a GPU, to bound memory where torch cannot add a product to a wider sum."""
 TILE_ELEMENTS = 1 << 18
-"""Logits that oneDNN computes at a time; they are still in the cache when they are copied."""
+"""Logits that oneDNN computes at a time, few enough to be in the cache when they are copied."""
 
 
 @dataclass(frozen=True)
 class ComputeHead:
-    """An LM head, trimmed to V rows and cast once to the dtype of the matrix products."""
+    """An LM head, trimmed to V rows and cast once to the compute dtype."""
 
     weight_VD: Tensor
     bias_V: Tensor | None
@@ -42,11 +42,11 @@ class ComputeHead:
         )
 
     def raw_logits(self, hidden_nD: Tensor, out_nV: Tensor) -> None:
-        """h Wᵀ in the compute dtype; `finish_` applies bias, scale and cap."""
+        """Write h Wᵀ in the compute dtype; `finish_` applies bias, scale, and soft cap."""
         product_(out_nV, hidden_nD, self.weight_VD)
 
     def finish_(self, logits_nV: Tensor) -> None:
-        """Turn raw logits into the model's logits, in place, in the dtype of reductions."""
+        """Turn raw logits into the model's logits, in place, in the reduction dtype."""
         if self.bias_V is not None:
             logits_nV.add_(self.bias_V)
         if self.scale != 1.0:
@@ -56,7 +56,7 @@ class ComputeHead:
 
 
 def product_(out_nX: Tensor, a_nK: Tensor, b_XK: Tensor) -> None:
-    """out = a bᵀ. b: the head's rows, or its columns as a transposed view."""
+    """Write a bᵀ into `out`. b: the head's rows, or its columns as a transposed view."""
     if not is_fast(a_nK, b_XK):
         torch.mm(a_nK, b_XK.T, out=out_nX)
         return
@@ -70,11 +70,11 @@ def product_(out_nX: Tensor, a_nK: Tensor, b_XK: Tensor) -> None:
 def accumulate_outer_(
     total_VD: Tensor, dlogits_nV: Tensor, hidden_nD: Tensor, factor: float, *, first: bool
 ) -> None:
-    """total += factor · dlogitsᵀ hidden; with `first`, total is overwritten.
+    """Add factor · dlogitsᵀ hidden to `total`; with `first`, overwrite it.
 
-    By MKL, and in a wider `total` on a GPU, the product is added to `total` inside the matrix
-    multiplication. By oneDNN, products come out in their own dtype: if it is narrow, each is
-    rounded once, and the sum over chunks is in the dtype of `total`.
+    MKL, and a GPU that adds to a wider `total`, do the addition inside the matrix multiplication.
+    oneDNN returns products in their own dtype: if it is narrow, each product is rounded once, and
+    the sum over chunks is in the dtype of `total`.
     """
     same = total_VD.dtype == dlogits_nV.dtype
     fast = same and is_fast(dlogits_nV, hidden_nD)
@@ -107,15 +107,15 @@ def accumulate_outer_(
 
 
 def adds_products_wide(device: str) -> bool:
-    """Whether `torch.addmm` adds products of 16-bit matrices to a float32 matrix: on GPUs, from
-    torch 2.10 on (https://github.com/pytorch/pytorch/pull/167931)."""
+    """Whether `torch.addmm` can add products of 16-bit matrices to a float32 matrix: on GPUs since
+    torch 2.10 (https://github.com/pytorch/pytorch/pull/167931)."""
     return device == "cuda" and torch.__version__ >= "2.10"
 
 
 def accumulate_columns_(
     total_V: Tensor, dlogits_nV: Tensor, weights_n1: Tensor, factor: float
 ) -> None:
-    """total += factor · Σ_n weight · dlogits, in the dtype of `total`."""
+    """Add factor · Σ_n weight · dlogits to `total`, computed in the dtype of `total`."""
     for start in range(0, len(total_V), HEAD_BLOCK_ROWS):
         part = slice(start, start + HEAD_BLOCK_ROWS)
         columns_nP = dlogits_nV[:, part].to(total_V.dtype)

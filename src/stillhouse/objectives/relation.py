@@ -1,8 +1,8 @@
-"""Self-attention relation transfer (MiniLMv2, Wang et al. 2021, arXiv 2012.15828).
+"""Self-attention relation distillation (MiniLMv2, Wang et al. 2021, arXiv 2012.15828).
 
-A relation is softmax(X Xᵀ / √d) over positions, for X the queries, keys or values of one layer,
-split into relation heads of width d. It has the shape of an attention map for any width and number
-of heads, so student and teacher may differ in both.
+A relation is softmax(X Xᵀ / √d) over positions, where X is one layer's queries, keys, or values,
+split into relation heads of width d. Its shape depends on neither the width nor the number of
+attention heads, so student and teacher can differ in both.
 
 Shapes: R windows, L positions, A relation heads, W width of a projection's output.
 """
@@ -25,16 +25,16 @@ PROJECTIONS = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
 
 
 AttentionStates = dict[str, Tensor]
-"""Outputs [R, L, W] of one layer's projections, heads side by side, before any rotation, by the
-names of `RELATIONS`."""
+"""Outputs [R, L, W] of one layer's projections, before rotary embeddings, with heads concatenated.
+Keys: see `RELATIONS`."""
 
 
 @contextmanager
 def capture(attention: nn.Module) -> Iterator[AttentionStates]:
-    """Keep the outputs of an attention layer's q_proj, k_proj and v_proj inside the block.
+    """Capture the outputs of an attention layer's q_proj, k_proj, and v_proj within the context.
 
     Raises:
-        SignalError: a layer without these projections.
+        SignalError: the layer does not have these projections.
     """
     caught: AttentionStates = {}
 
@@ -43,7 +43,8 @@ def capture(attention: nn.Module) -> Iterator[AttentionStates]:
         if not isinstance(projection, nn.Module):
             raise SignalError(
                 f"{type(attention).__name__} has no {PROJECTIONS[name]}",
-                fix="relation transfer works on attention with separate q, k and v projections",
+                fix="use attention relations only with models that have separate q, k, and v "
+                "projections",
             )
 
         def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
@@ -68,17 +69,18 @@ def relation_loss(
     positions_N: Tensor | None = None,
     relations: Sequence[str] = RELATIONS,
 ) -> LossSum:
-    """Sum over positions of KL(teacher's relation ‖ student's), averaged over heads and relations.
+    """Sum KL(teacher's relation ‖ student's) over positions, averaged over heads and relations.
 
     Args:
-        heads: relation heads A; every projection's width must be a multiple of it.
-        mask_RLL: True where position i may be related to position j. None: causal. Mask other
-            documents of a packed window and padding with it.
-        positions_N: the positions that count, numbered over all windows. None: all.
-        relations: some of "query", "key", "value".
+        student, teacher: one layer's states from `capture`.
+        heads: number of relation heads A; must divide the width of every projection.
+        mask_RLL: True where position i can be related to position j; None: causal. Use it to mask
+            padding and, in packed windows, other documents.
+        positions_N: indices of the positions to include, in the flattened [R, L]; None: all.
+        relations: any of "query", "key", and "value".
 
     Raises:
-        SignalError: widths that cannot be split into heads, or states that do not match.
+        SignalError: widths cannot be split into heads, or states do not match.
     """
     first = _states("student", student, relations[0])
     windows, length = first.shape[:2]
@@ -92,15 +94,17 @@ def relation_loss(
         teacher_RLW = _states("teacher", teacher, relation).detach()
         if teacher_RLW.shape[:2] != student_RLW.shape[:2]:
             raise SignalError(
-                f"the {relation} states are of {tuple(student_RLW.shape[:2])} positions in the "
-                f"student and {tuple(teacher_RLW.shape[:2])} in the teacher"
+                f"the student's {relation} states have shape [windows, positions] "
+                f"{tuple(student_RLW.shape[:2])}, but the teacher's have "
+                f"{tuple(teacher_RLW.shape[:2])}",
+                fix="run both models on the same windows",
             )
         log_q_RALL = _log_relation(student_RLW, heads, mask_RLL, f"student's {relation}")
         log_p_RALL = _log_relation(teacher_RLW, heads, mask_RLL, f"teacher's {relation}")
         allowed = mask_RLL[:, None]
         gap_RALL = (log_p_RALL - log_q_RALL).masked_fill(~allowed, 0.0)
         kl_RAL = (log_p_RALL.exp() * gap_RALL).sum(-1)
-        kl_RL = kl_RAL.mean(1)  # 0 where no position may be related
+        kl_RL = kl_RAL.mean(1)  # 0 where every position is masked
         value = (kl_RL if positions_N is None else kl_RL.flatten()[positions_N]).sum()
         values[f"{relation} relation"] = value.detach()
         total = total + value / len(relations)
@@ -110,7 +114,7 @@ def relation_loss(
 def _states(name: str, states: AttentionStates, relation: str) -> Tensor:
     if relation not in RELATIONS:
         raise SignalError(
-            f"unknown relation {relation!r}", fix=f"use some of {', '.join(RELATIONS)}"
+            f"unknown relation {relation!r}", fix=f"use any of {', '.join(RELATIONS)}"
         )
     if relation not in states:
         raise SignalError(
@@ -124,11 +128,12 @@ def _log_relation(states_RLW: Tensor, heads: int, mask_RLL: Tensor, name: str) -
     windows, length, width = states_RLW.shape
     if width % heads:
         raise SignalError(
-            f"the {name} states are {width} wide: that cannot be split into {heads} relation heads",
+            f"the {name} states have width {width}, which is not a multiple of {heads} relation "
+            "heads",
             fix="choose a number of heads that divides the widths of both models",
         )
     x_RALd = states_RLW.float().reshape(windows, length, heads, width // heads).transpose(1, 2)
     scores_RALL = x_RALd @ x_RALd.transpose(-1, -2) / (width // heads) ** 0.5
-    # A finite floor: a fully masked position gets a uniform row, not NaN.
+    # The floor is finite, so that a fully masked position gets a uniform row, not NaN.
     floor = torch.finfo(scores_RALL.dtype).min
     return torch.log_softmax(scores_RALL.masked_fill(~mask_RLL[:, None], floor), -1)

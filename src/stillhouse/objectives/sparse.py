@@ -1,9 +1,10 @@
-"""One block of rows against a teacher's top K tokens and the mass of all others.
+"""Losses of one block of rows against a teacher's top K tokens and the mass of all others.
 
-The outcomes are B = K + 1 buckets: each of the K tokens, and the tail. Every divergence is between
-the two distributions over buckets. With r = softmax of z_s over the tail's tokens alone (so that
-q_j = q_tail · r_j there) and g = h − q·Σh over buckets, ∂loss/∂z_j is g_j for a token among the K
-and r_j · g_tail in the tail: one softmax of the row, and no difference from 1.
+The outcomes are B = K + 1 buckets: each of the K tokens, and the tail. Every divergence is computed
+between the two distributions over buckets. With r the softmax of z_s over only the tail's tokens
+(so that q_j = q_tail · r_j there) and g = h − q·Σh over buckets, ∂loss/∂z_j is g_j for a token
+among the K and r_j · g_tail in the tail. This takes one softmax per row, and never computes the
+tail as 1 minus the rest, which would lose precision.
 
 Shapes: b rows of a block, K entries of a row, B = K + 1 buckets, M terms, V vocabulary.
 """
@@ -18,14 +19,14 @@ from stillhouse.objectives.divergences import Pair
 from stillhouse.signals import SparseSignal
 
 LOG_FLOOR = -100.0
-"""Used as the logarithm of a probability of 0, so that 0 · log 0 is 0 and not NaN."""
+"""Stands in for log 0, so that 0 · log 0 is 0 and not NaN."""
 
 
 def bucketed(block: GroupBlock, teacher: SparseSignal) -> None:
-    """Every divergence over buckets."""
+    """Compute any divergences over buckets."""
     zs_bV, out_bV, counted = block.zs_bV, block.out_bV, block.counted
     scores = block.scores()
-    filling_bK = teacher.ids_NK == teacher.ids_NK[:, :1]  # short rows repeat their first token
+    filling_bK = teacher.ids_NK == teacher.ids_NK[:, :1]  # Short rows repeat their first token.
     filling_bK[:, 0] = False
     z_bK = zs_bV.gather(1, teacher.ids_NK).masked_fill_(filling_bK, -torch.inf)
     lse_tail_b = _softmax_of_the_rest_(zs_bV, teacher.ids_NK)
@@ -54,7 +55,7 @@ def bucketed(block: GroupBlock, teacher: SparseSignal) -> None:
 
 
 def _softmax_of_the_rest_(z_bV: Tensor, ids_bK: Tensor) -> Tensor:
-    """Softmax over the tokens that are not among ids, in place; returns their logsumexp."""
+    """Compute, in place, the softmax over the tokens not in `ids`; return their logsumexp."""
     if ids_bK.shape[1] == z_bV.shape[1]:
         z_bV.zero_()
         return z_bV.new_full((len(z_bV),), -torch.inf)

@@ -1,4 +1,4 @@
-"""The terms of a loss, and its value."""
+"""Terms of a loss, and the loss's value."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Term:
 
     The temperature T divides both models' logits. With `t_squared` (Hinton et al. 2015,
     arXiv 1503.02531, section 2.1) the divergence is multiplied by T², so that its gradient
-    keeps its size as T grows. Cross-entropy with the data's own tokens is always at T = 1.
-    A parameter that is None takes its default from `PARAMETERS`.
+    keeps its size as T grows. Cross-entropy with the data's own tokens always uses T = 1.
+    A parameter that is None has its default from `PARAMETERS`.
 
     Raises:
-        SignalError: an unknown divergence, a negative weight, a temperature that is not positive
-            or overflows, a parameter that the divergence does not have or that is out of range.
+        SignalError: unknown divergence, negative weight, temperature outside [0.001, 1000], or a
+            parameter that the divergence does not have or that is out of range.
     """
 
     divergence: str
@@ -42,16 +42,17 @@ class Term:
             )
         if not 0 <= self.weight < math.inf:
             raise SignalError(
-                f"the weight of {self.divergence} is {self.weight}: it must be zero or more"
+                f"the weight of {self.divergence} is {self.weight}: it must be finite and not "
+                "negative"
             )
         if not 1e-3 <= self.temperature <= 1e3:
             raise SignalError(
-                f"the temperature of {self.divergence} is {self.temperature}: it must be positive, "
-                "from 0.001 to 1000"
+                f"the temperature of {self.divergence} is {self.temperature}: it must be between "
+                "0.001 and 1000"
             )
         if self.divergence == "cross_entropy" and self.temperature != 1.0:
             raise SignalError(
-                "cross_entropy is defined at temperature 1 only",
+                "cross_entropy is only defined at temperature 1",
                 fix="leave its temperature at 1",
             )
         self._check_parameters()
@@ -65,7 +66,8 @@ class Term:
             if name not in known:
                 raise SignalError(
                     f"{self.divergence} has no {name}",
-                    fix=f"it takes {', '.join(known) or 'no parameters'}",
+                    fix=f"remove it; {self.divergence} accepts "
+                    f"{', '.join(known) or 'no parameters'}",
                 )
             top = math.inf if self.divergence == "alpha_beta" else 1.0
             if not 0 <= value <= top or math.isinf(value):
@@ -73,7 +75,7 @@ class Term:
                     f"{name} of {self.divergence} is {value}: it must lie in [0, {top:g}]"
                 )
         if self.divergence == "alpha_beta" and not any(self.parameters.values()):
-            raise SignalError("alpha_beta is not defined if alpha and beta are both 0")
+            raise SignalError("alpha_beta is not defined when alpha and beta are both 0")
 
     @property
     def parameters(self) -> dict[str, float]:
@@ -89,12 +91,12 @@ class Term:
 
     @property
     def factor(self) -> float:
-        """The factor of the divergence before its weight: T², or 1."""
+        """What the divergence is multiplied by besides its weight: T², or 1."""
         return self.temperature**2 if self.t_squared else 1.0
 
     @property
     def gradient_factor(self) -> float:
-        """A constant that is taken out of the divergence's h, to save a pass."""
+        """A constant factored out of the divergence's h, which saves a pass."""
         beta = self.parameters.get("beta", 0.0)
         if self.divergence == "jsd":
             return 1.0 - beta
@@ -105,13 +107,13 @@ class Term:
 
 @dataclass(frozen=True)
 class LossSum:
-    """A loss summed over rows; divide once, by the global number of supervised rows.
+    """A loss summed over rows; divide it once, by the global number of supervised rows.
 
     total: differentiable scalar, `scale · Σ_terms weight · term`.
-    terms: each term's own sum over rows (with row weights and T², without its weight and
-        without `scale`), detached, still on the device. Terms that share a divergence are named
-        with what differs: "forward_kl@T2", "jsd@beta0.1".
-    rows: supervised rows summed.
+    terms: each term's own sum over rows (including row weights and T², but neither its weight nor
+        `scale`), detached, still on the device. Terms that share a divergence are named after
+        what differs: "forward_kl@T2", "jsd@beta0.1".
+    rows: number of supervised rows in the sum.
     """
 
     total: Tensor
@@ -124,13 +126,13 @@ def term_names(terms: Sequence[Term]) -> list[str]:
     names = [name_among(terms, term) for term in terms]
     if len(set(names)) < len(names):
         raise SignalError(
-            f"two terms are the same: {', '.join(names)}", fix="add their weights into one term"
+            f"two terms are the same: {', '.join(names)}", fix="merge them and add their weights"
         )
     return names
 
 
 def name_among(terms: Sequence[Term], term: Term) -> str:
-    """A term's divergence, plus what distinguishes it from others of its kind."""
+    """A term's divergence, plus whatever distinguishes it from others of the same divergence."""
     like = [other for other in terms if other.divergence == term.divergence]
     name = term.divergence
     if len({other.temperature for other in like}) > 1:

@@ -1,4 +1,4 @@
-"""Whether a Triton kernel can compute a block, and with which arguments."""
+"""Dispatch of blocks to Triton kernels: when a kernel can be used, and with which arguments."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ KINDS = (
 )
 """Divergences that the kernels compute; each has at most one parameter."""
 MOST_ENTRIES = 1024
-"""Tokens of a stored row that a kernel's program holds in registers."""
+"""The most tokens of a stored row that a kernel's program can keep in registers."""
 
 
 @dataclass(frozen=True)
 class RowKernels:
-    """At most one divergence and cross-entropy: one launch per block, and no scratch.
+    """At most one divergence plus cross-entropy, in one launch per block, without scratch.
 
-    divergence, data: the two terms, of which one may be missing. scale, data_scale: of the
-    student's logits for each of them. teacher_scale, teacher_floor: of the teacher's logits, and
-    their minimum before they are scaled.
+    divergence, data: the two terms; one can be missing.
+    scale, data_scale: factors of the student's logits for these two terms.
+    teacher_scale: factor of the teacher's logits.
+    teacher_floor: lower bound of the teacher's logits before they are scaled.
     """
 
     divergence: Member | None
@@ -54,7 +55,7 @@ class RowKernels:
         *,
         grad: bool,
     ) -> None:
-        """As `Blocks.run`."""
+        """See `Blocks.run`."""
         from stillhouse.objectives import triton_entries, triton_kernel
 
         of_divergence = 0.0 if self.divergence is None else self.divergence.coefficient
@@ -108,7 +109,7 @@ class RowKernels:
 
 
 def runs_as_kernels(divergences: Iterable[str]) -> bool:
-    """Whether the kernels compute a mixture of these terms, if head and rows allow it."""
+    """Whether the kernels support a mixture of these terms; see `row_kernels` for other limits."""
     of_teacher = set(divergences) - {"cross_entropy"}
     return len(of_teacher) <= 1 and of_teacher <= set(KINDS)
 
@@ -124,9 +125,11 @@ def row_kernels(
     signal: Signal | None,
     reduce_dtype: torch.dtype,
 ) -> RowKernels | None:
-    """The kernels for these terms; None if only PyTorch's operators can compute them: in float64,
-    with a bias or a soft-cap, for several divergences, for adaptive_kl (it sorts) and alpha_beta,
-    and for stored rows with more than MOST_ENTRIES tokens or all of them.
+    """The kernels for these terms, or None if only PyTorch's operators can compute them.
+
+    Kernels do not support float64, a head with a bias or a soft cap, several divergences,
+    adaptive_kl (which sorts), alpha_beta, or stored rows that have more than MOST_ENTRIES tokens or
+    the whole vocabulary.
 
     teacher: the head of a dense signal.
     """
@@ -157,9 +160,9 @@ def row_kernels(
 
 
 def reduced(term: Term) -> tuple[str, float, float]:
-    """The kernel's kind and parameter, and the divisor of its value.
+    """The kernel's kind, its parameter, and the divisor of its value.
 
-    At its limits a parametrized divergence is a simpler one: see `divergences`.
+    At its limits, a parametrized divergence reduces to a simpler one; see `divergences`.
     """
     parameter = next(iter(term.parameters.values()), 0.0)
     match term.divergence:

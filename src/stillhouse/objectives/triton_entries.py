@@ -1,8 +1,8 @@
-"""A block's losses and ∂loss/∂logits against stored signals or data alone, in Triton kernels.
+"""Triton kernels for a block's losses and ∂loss/∂logits against stored signals, or only the data.
 
-As in `triton_kernel`, a program processes one row. It reads the row's logits twice and writes them
-once; the K tokens of a stored row stay in registers. The formulas are those of `sparse`, and of
-`dense` for counted tokens.
+As in `triton_kernel`, one program processes one row. It reads the row's logits twice and writes
+them once; the K tokens of a stored row stay in registers. For the formulas see `sparse` and, for
+counted tokens, `dense`.
 
 Shapes: b rows of a block, K entries of a row, V vocabulary.
 """
@@ -26,7 +26,7 @@ from stillhouse.objectives.triton_kernel import (
 
 LOG_P_FLOOR = tl.constexpr(-100.0)
 LOG_Q_FLOOR = tl.constexpr(-1000.0)
-"""As in `sparse`: the logarithms of a probability of 0."""
+"""Stand-ins for log 0, as in `sparse`."""
 
 
 def sparse_rows(
@@ -41,8 +41,8 @@ def sparse_rows(
     *,
     grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """As `dense_rows`, over the K tokens and their tail. K < V. `student_bV` is overwritten even
-    without `grad`."""
+    """Same as `dense_rows`, over K < V tokens and their tail. Overwrites `student_bV` even without
+    `grad`."""
     entries = ids_bK.shape[1]
     assert entries < student_bV.shape[1]
     values_b, cross_b, common = outputs(student_bV, targets_b, scales, grad=grad)
@@ -70,8 +70,9 @@ def counted_rows(
 ) -> tuple[Tensor, Tensor]:
     """Each row's −Σ share · log q over counted tokens, and its cross-entropy with `targets_b`.
 
-    share: a count divided by the row's sum. Without ids, the first is the logsumexp of the row and
-    its gradient the softmax, to which the rest of a loss that is linear in logits can be added.
+    A share is a count divided by the row's sum. Without ids, the first value is the row's
+    logsumexp, and its gradient is the softmax; the caller adds the part that is linear in the
+    logits.
     """
     values_b, cross_b, common = outputs(student_bV, targets_b, scales, grad=grad)
     entries = 0 if ids_bK is None else ids_bK.shape[1]
@@ -172,7 +173,7 @@ def _sparse_row(
             if APART:
                 gradient_k += of_data * tl.exp(scaled(raw_k, data_scale) - lse_d)
             gradient_k -= tl.where(token == target, of_data, 0.0)
-        tl.debug_barrier()  # the K tokens' gradients replace what the pass wrote there
+        tl.debug_barrier()  # The K tokens' gradients replace what the pass wrote there.
         tl.store(student + token, gradient_k.to(student.dtype.element_ty), mask=of_token)
 
 
@@ -219,7 +220,7 @@ def _counted_row(
         raw_target = tl.load(student + target).to(tl.float32)
         tl.store(cross + row, lse_d - raw_target * data_scale)
     if GRAD:
-        tl.debug_barrier()  # every thread has read what the pass overwrites
+        tl.debug_barrier()  # Every thread has read what the pass overwrites.
         for start in range(0, vocabulary, COLUMNS):
             at = start + lanes
             raw = raw_logits(student, at, vocabulary)
@@ -231,7 +232,7 @@ def _counted_row(
                 gradient += of_data * (q - tl.where(at == target, 1.0, 0.0))
             tl.store(student + at, gradient.to(student.dtype.element_ty), mask=at < vocabulary)
         if PLACES > 0:
-            # A token may be drawn several times: each of its places holds the sum of its counts.
+            # A token can be drawn several times: each of its places gets the sum of its counts.
             merged = tl.zeros([PLACES], tl.float32)
             for place in range(entries):
                 same = token == tl.load(ids + place)
@@ -242,5 +243,5 @@ def _counted_row(
                 if APART:
                     q_k = tl.exp(raw_k * data_scale - lse_d)
                 gradient_k += of_data * (q_k - tl.where(token == target, 1.0, 0.0))
-            tl.debug_barrier()  # these replace what the pass wrote there
+            tl.debug_barrier()  # These replace what the pass wrote there.
             tl.store(student + token, gradient_k.to(student.dtype.element_ty), mask=inside)

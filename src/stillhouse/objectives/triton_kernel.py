@@ -1,9 +1,9 @@
-"""A block's losses and ∂loss/∂logits against a teacher's logits, in one Triton kernel.
+"""Triton kernel for a block's losses and ∂loss/∂logits against a teacher's logits.
 
-PyTorch's operators pass over a block's logits a dozen times, which on a GPU takes longer than the
-matrix products. Here a program processes one row: logits are read two or three times in their own
-dtype, and written once; no copy of them in float32 exists. The formulas are those of `divergences`.
-`triton_entries` has the rows of stored signals, and of data alone.
+PyTorch's operators make about a dozen passes over a block's logits, which on a GPU takes longer
+than the matrix products. Here, one program processes one row: it reads the logits two or three
+times in their own dtype and writes them once, without a float32 copy. For the formulas see
+`divergences`; for stored signals and rows with only data, see `triton_entries`.
 
 Shapes: b rows of a block, V vocabulary.
 """
@@ -19,20 +19,21 @@ import triton.language as tl
 from torch import Tensor
 
 COLUMNS = 4096
-"""Logits of a row that are processed at a time."""
+"""Number of a row's logits that are processed at a time."""
 WARPS = 8
 DONE = tl.constexpr(-1e30)
-"""A logit of probability 0 that is finite, so that 0 · log 0 is 0 and not NaN."""
+"""A finite logit whose probability is 0, so that 0 · log 0 is 0 and not NaN."""
 TINY = tl.constexpr(1.1754943508222875e-38)
-"""The smallest normal float32: see `divergences._mixture`."""
+"""The smallest normal float32; see `divergences._mixture`."""
 
 
 @dataclass(frozen=True)
 class Scales:
-    """Factors of a kernel's call.
+    """Factors of one kernel call.
 
-    student: of the student's logits, 1/T included; data: the same at T = 1, for cross-entropy.
-    coefficient, of_data: of the two gradients.
+    student: factor of the student's logits, including 1/T.
+    data: the same at T = 1, for cross-entropy.
+    coefficient, of_data: factors of the divergence's and the cross-entropy's gradient.
     """
 
     student: float
@@ -44,8 +45,8 @@ class Scales:
 def outputs(
     student_bV: Tensor, targets_b: Tensor | None, scales: Scales, *, grad: bool
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Each row's divergence and cross-entropy, to be filled, and the arguments that all kernels
-    have. targets_b: None if there is no cross-entropy, which is then 0."""
+    """Allocate each row's divergence and cross-entropy, and build the arguments common to all
+    kernels. targets_b: None if there is no cross-entropy, which is then 0."""
     assert student_bV.stride(1) == 1
     rows, vocabulary = student_bV.shape
     values_b = student_bV.new_empty(rows, dtype=torch.float32)
@@ -87,10 +88,13 @@ def dense_rows(
 ) -> tuple[Tensor, Tensor]:
     """Each row's divergence and its cross-entropy with `targets_b` (None: 0), in float32.
 
-    With `grad`, coefficient · ∂divergence/∂z (divided by the divergence's `gradient_factor`) +
-    of_data · ∂cross-entropy/∂z is written over `student_bV`, where z is a logit times its scale.
-    kind: one of `triton_dispatch.KINDS`; parameter: its α or β. teacher_floor: the teacher's
-    logits are at least this, before they are scaled.
+    With `grad`, overwrite `student_bV` with coefficient · ∂divergence/∂z (divided by the
+    divergence's `gradient_factor`) + of_data · ∂cross-entropy/∂z, where z is a logit times its
+    scale.
+
+    kind: one of `triton_dispatch.KINDS`.
+    parameter: the divergence's α or β.
+    teacher_floor: lower bound of the teacher's logits before they are scaled.
     """
     if teacher_bV.stride(1) != 1:
         teacher_bV = teacher_bV.contiguous()
@@ -109,7 +113,7 @@ def dense_rows(
 
 @triton.jit
 def divergence(log_p, log_q, parameter, KIND: tl.constexpr):
-    """The summands of the value and h = ∂value/∂log q, at some tokens."""
+    """Each token's summand of the value, and its h = ∂value/∂log q."""
     p, q = tl.exp(log_p), tl.exp(log_q)
     if KIND == "forward_kl":
         value = p * (log_p - log_q)
@@ -138,7 +142,7 @@ def divergence(log_p, log_q, parameter, KIND: tl.constexpr):
 
 @triton.jit
 def raw_logits(row, at, vocabulary):
-    """Logits as they are stored, in float32; −inf beyond the vocabulary."""
+    """Stored logits, converted to float32; −inf beyond the vocabulary."""
     return tl.load(row + at, mask=at < vocabulary, other=float("-inf")).to(tl.float32)
 
 
@@ -149,7 +153,7 @@ def scaled(logits, scale):
 
 @triton.jit
 def add_scores(top, total, scores):
-    """The running maximum and Σ exp(score − maximum), lane by lane."""
+    """Update the running maximum and Σ exp(score − maximum), lane by lane."""
     higher = tl.maximum(top, scores)
     return higher, total * tl.exp(top - higher) + tl.exp(scores - higher)
 
@@ -164,7 +168,7 @@ def logsumexp(top, total):
 def student_logsumexps(
     student, vocabulary, scale, data_scale, APART: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """The logsumexp of a row at two scales, from one pass; without APART, the first one twice."""
+    """A row's logsumexp at two scales, from one pass; without APART, the first one twice."""
     lanes = tl.arange(0, COLUMNS)
     top = tl.full([COLUMNS], DONE, tl.float32)
     top_d = tl.full([COLUMNS], DONE, tl.float32)
@@ -232,7 +236,7 @@ def _dense_row(
         z_target = tl.load(student + target).to(tl.float32) * data_scale
         tl.store(cross + row, lse_d - z_target)
 
-    # Σh is −1 for forward KL; for the others, and without gradients, it needs a pass.
+    # For forward KL with gradients, Σh is known to be −1; everything else needs an extra pass.
     value_sum = tl.zeros([COLUMNS], tl.float32)
     h_sum = tl.zeros([COLUMNS], tl.float32)
     if (KIND != "forward_kl") or (not GRAD):
@@ -248,7 +252,7 @@ def _dense_row(
         h_total = -1.0
     if GRAD:
         if DATA:
-            tl.debug_barrier()  # every thread has read the target's logit
+            tl.debug_barrier()  # Every thread has read the target's logit.
         for start in range(0, vocabulary, COLUMNS):
             at = start + lanes
             raw = raw_logits(student, at, vocabulary)
