@@ -316,8 +316,8 @@ def test_names_of_the_run_folder_are_known(family: tuple[Path, FamilyResult]) ->
 @pytest.mark.parametrize(
     ("hops", "message"),
     [
-        ([{"name": "small", "target": {"params": "2%"}}], "below what the axes"),
-        ([{"name": "large", "target": {"params": "120%"}}], "not below what the model has"),
+        ([{"name": "small", "target": {"params": "2%"}}], "smaller than the axes"),
+        ([{"name": "large", "target": {"params": "120%"}}], "not smaller than the model"),
         ([{"name": "both", "target": {"params": "60%"}, "layers": 2}], "a target or sizes"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Calibration text of another domain is noticed, with what it costs."""
+"""Calibration text from a different domain is noticed, along with what it costs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_only_a_large_difference_is_foreign() -> None:
         told = Domain(first, second, 0.123).warning()
         assert told is not None
         assert "KL 0.123" in told
-        assert f"{first:.1f} on it and {second:.1f} there" in told
+        assert f"{second:.1f} on held-out text and {first:.1f} on calibration text" in told
 
 
 def test_a_cut_that_costs_much_more_on_the_heldout_text_is_foreign() -> None:
@@ -112,7 +112,7 @@ def test_a_student_pruned_on_foreign_text_has_a_note(tmp_path: Path) -> None:
             base=tmp_path,
             out=tmp_path / name,
         )
-        notes[name] = [text for text in summary["notes"] if "another domain" in text]
+        notes[name] = [text for text in summary["notes"] if "a different domain" in text]
         assert summary["domain"]["heldout_kl"] > 0
     assert len(notes["foreign"]) == 1
     assert not notes["same"]

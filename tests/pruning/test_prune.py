@@ -99,8 +99,8 @@ def test_dropped_layers_without_compensation_are_noted(kind: str) -> None:
         for layers in (2, 3)
     }
     expected = kind != "llama"
-    assert any("made up for in part" in note for note in told[2]) == expected
-    assert not any("made up for in part" in note for note in told[3])
+    assert any("compensates for dropped layers" in note for note in told[2]) == expected
+    assert not any("compensates for dropped layers" in note for note in told[3])
 
 
 def test_mlp_biases_are_cut_too(tmp_path: Path) -> None:

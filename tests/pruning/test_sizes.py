@@ -25,7 +25,7 @@ from tests.teachers.toys import ToyWindows, tiny_model
 def test_models_that_also_read_images_are_rejected_with_a_fix(config: Any, inside: str) -> None:
     with pytest.raises(ModelError, match="have inputs other than text") as caught:
         check_sizes(config, {"ffn_size": 16})
-    assert f"the text model inside ({inside})" in str(caught.value.fix)
+    assert f"its text model ({inside})" in str(caught.value.fix)
 
 
 GROUPED = {"num_attention_heads": 12, "num_key_value_heads": 3, "hidden_size": 96, "head_dim": 8}
@@ -34,9 +34,9 @@ GROUPED = {"num_attention_heads": 12, "num_key_value_heads": 3, "hidden_size": 9
 @pytest.mark.parametrize(
     ("kind", "sizes", "message", "nearest"),
     [
-        ("qwen3", {"heads": 7}, "heads: 7 is not possible with 3 key-value groups", "heads: 6"),
+        ("qwen3", {"heads": 7}, "heads: 7 is not possible with 3 key-value heads", "heads: 6"),
         ("qwen3", {"heads": 8}, "heads: 8 is not possible", "heads: 9"),
-        ("qwen3", {"heads": 12, "kv_heads": 2}, "with 2 key-value groups", "heads: 8"),
+        ("qwen3", {"heads": 12, "kv_heads": 2}, "with 2 key-value heads", "heads: 8"),
         ("qwen3", {"heads": 13}, "the teacher has 12", "1 to 12"),
         ("qwen3", {"kv_heads": 4}, "kv_heads: 4 is not possible: the teacher has 3", "1 to 3"),
         ("qwen3", {"hidden_size": 97}, "the teacher has 96", "1 to 96"),
@@ -53,7 +53,7 @@ GROUPED = {"num_attention_heads": 12, "num_key_value_heads": 3, "hidden_size": 9
         (
             "gemma2",
             {"hidden_size": 72, "hidden_method": "rotation"},
-            "gemma2 cannot be rotated: a norm behind each block",
+            "gemma2 cannot be rotated: the norm after each block",
             "hidden_method: channels",
         ),
         (
@@ -95,7 +95,7 @@ def test_sizes_that_cost_something_elsewhere_are_noted() -> None:
     report = prune_model(model, ToyWindows(), calibration_tokens=64, hidden_size=48)
     assert "hidden_size: 48 is not a multiple of 32" in report.notes[0]
     assert "nearest: 32 or 64" in report.notes[0]
-    assert "head_dim is 16, no longer hidden_size / heads" in report.notes[1]
+    assert "head_dim is 16, which no longer equals hidden_size / heads" in report.notes[1]
     aligned = tiny_model("llama", hidden_size=64)
     assert prune_model(aligned, ToyWindows(), calibration_tokens=64, hidden_size=32).notes == ()
 

@@ -1,2 +1,2 @@
-"""Makes a model smaller: fewer layers, narrower layers, fewer tokens; all layers have equal
+"""Structured pruning: fewer layers, narrower layers, fewer tokens. All layers have the same
 sizes."""

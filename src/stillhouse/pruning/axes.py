@@ -1,4 +1,4 @@
-"""Tables of the modules and configuration keys that pruning cuts, by architecture."""
+"""The modules and configuration keys that pruning cuts, for each architecture."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from stillhouse.errors import ModelError
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts instead of an FFN, its weights stacked over the experts.
+    """Names inside a mixture of experts, whose weights are stacked over the experts.
 
-    router, experts: submodules of the FFN. gate_up [E, 2F, D] and down [E, D, F]: parameters of
-    `experts`. count, chosen: configuration keys (all experts; experts per token). exceptions:
-    configuration values under which some layers have a plain FFN instead.
+    router, experts: submodules of the FFN.
+    gate_up, down: parameters [E, 2F, D] and [E, D, F] of `experts`.
+    count, chosen: configuration keys of the number of experts, in total and per token.
+    exceptions: configuration keys, each with the value for which no layer has a plain FFN instead.
     """
 
     router: str = "gate"
@@ -28,19 +29,23 @@ class Experts:
 
 @dataclass(frozen=True)
 class Axes:
-    """Names inside one decoder layer, and what its architecture requires.
+    """Names inside a decoder layer, and the architecture's requirements.
 
         mid = stream + norm?(output(attention(norm(stream))))
         out = mid + norm?(down(act(gate(x)) · up(x))),  x = norm(mid)
 
-    The norms marked `?` are attention_output_norm and ffn_output_norm, if the architecture has
-    them (Gemma 2 and 3). A norm multiplies by norm_offset + its weight. head_norms have head_dim
-    values and are never cut. ffn_size: the configuration key of the FFN width. scaled_embeddings:
-    embeddings are multiplied by √hidden_size. always_tied: llama.cpp supports the architecture with
-    a tied head only. hidden_over_heads: the configuration requires that
-    hidden_size is a multiple of the number of query heads, whatever head_dim is. head_dim_key:
-    the configuration declares a head_dim; otherwise it is an extra key, which transformers
-    also reads. Biases are cut if a projection has one.
+    The norms marked `?` are attention_output_norm and ffn_output_norm, which only some
+    architectures have (Gemma 2 and 3). If a projection has a bias, it is cut too.
+
+    head_norms: norms with head_dim values, which are never cut.
+    ffn_size: the configuration key of the FFN width.
+    norm_offset: norms multiply by norm_offset + their weight.
+    scaled_embeddings: whether embeddings are multiplied by √hidden_size.
+    always_tied: whether llama.cpp supports the architecture only with a tied head.
+    hidden_over_heads: whether hidden_size must be a multiple of the number of query heads, whatever
+        head_dim is.
+    head_dim_key: whether the configuration declares head_dim. If not, it is an extra key, which
+        transformers reads as well.
     """
 
     attention: str = "self_attn"
@@ -71,7 +76,7 @@ class Axes:
         return tuple(name for name in names if name is not None)
 
     def parameters(self) -> set[str]:
-        """Every parameter that a layer may have, biases included, by its dotted name."""
+        """The dotted names of all parameters that a layer can have, including biases."""
         attention = [self.query, self.key, self.value, self.output, *self.head_norms]
         names = [f"{self.attention}.{name}" for name in attention]
         names += [self.attention_input_norm, self.ffn_input_norm, *self.output_norms()]
@@ -114,40 +119,44 @@ ARCHITECTURES: dict[str, Axes] = {
     ),
     "smollm3": replace(_PLAIN, head_dim_key=False),
 }
-"""By config.model_type: decoder-only models with attention and a gated FFN in sequence."""
+"""By config.model_type: decoder-only models with attention followed by a gated FFN."""
 
 PER_LAYER_LISTS = ("layer_types", "no_rope_layers", "mlp_layer_types", "sliding_window_pattern")
-"""Config values with one entry per layer. If unchanged, or left out (and so derived from the
-new layer numbers), they would silently change which layers use RoPE or a window."""
+"""Configuration keys with one entry per layer. If they stayed unchanged, or were removed (and so
+derived from the new layer numbers), the remaining layers' use of RoPE or a sliding window would
+silently change."""
 
 
 def axes_of(config: Any) -> Axes:
-    """The axes of a model's configuration. Raises ModelError, with the prunable architectures."""
+    """The axes for a model's configuration.
+
+    Raises ModelError, naming the supported architectures, if the model cannot be pruned.
+    """
     axes = ARCHITECTURES.get(config.model_type)
     if axes is None and getattr(config, "text_config", None) is not None:
         raise ModelError(
             f"models of type {config.model_type!r} have inputs other than text, and cannot be "
-            "pruned as one model",
+            "pruned as a whole",
             where="student.start",
-            fix=f"save the text model inside ({config.text_config.model_type}) as a checkpoint of "
-            "its own and name that one: load this one with transformers and copy the weights of "
-            "its language model into AutoModelForCausalLM.from_config(config.text_config)",
+            fix=f"save its text model ({config.text_config.model_type}) as a separate checkpoint, "
+            "and use that: load this model with transformers, and copy the weights of its language "
+            "model into AutoModelForCausalLM.from_config(config.text_config)",
         )
     if axes is None:
         raise ModelError(
             f"models of type {config.model_type!r} cannot be pruned",
             where="student.start",
-            fix=f"prunable types: {', '.join(sorted(ARCHITECTURES))}; for others use "
-            "start: pretrained or start: random",
+            fix="use start: pretrained or start: random, or a model of a supported type: "
+            f"{', '.join(sorted(ARCHITECTURES))}",
         )
     if axes.experts is not None:
         for key, plain in axes.experts.exceptions:
             value = getattr(config, key, plain)
             if value != plain:
                 raise ModelError(
-                    f"{config.model_type} models with plain FFNs between those with experts "
-                    f"({key}: {value}) cannot be pruned: which layers have which depends on "
-                    "their numbers",
+                    f"{config.model_type} models that have plain FFNs in some layers "
+                    f"({key}: {value}) cannot be pruned: which layers have experts depends on the "
+                    "layers' numbers",
                     where="student.start",
                     fix="use start: pretrained or start: random",
                 )

@@ -1,6 +1,6 @@
-"""Run calibration windows through a model one layer at a time.
+"""Run calibration windows through a model, one layer at a time.
 
-The residual stream and all statistics are float32; the products may be bfloat16 (see `products`).
+The residual stream and all statistics are float32; products can be bfloat16 (see `products`).
 
 Shapes: R windows of a batch, L tokens, N rows of all batches, D hidden width, F FFN width, A
 attention width (heads × head_dim).
@@ -25,12 +25,12 @@ from stillhouse.shared_work import ALONE, Empty, Processes
 from stillhouse.teachers.activations import decoder_layers
 
 BATCH_TOKENS = 2048
-"""Tokens that go through a layer at once: enough for fast products, small in memory."""
+"""Tokens that go through a layer at once: enough for fast products, few enough for memory."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """input_ids_RL, position_ids_RL; counted_RL is false on the padding at a window's end."""
+    """A batch of windows. counted_RL is False on the padding at the end of a window."""
 
     input_ids_RL: Tensor
     position_ids_RL: Tensor
@@ -39,7 +39,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class OwnBatches(Sequence[Batch]):
-    """The batches of this process, of `total` that the processes divide."""
+    """This process's share of `total` batches."""
 
     own: Sequence[Batch]
     total: int
@@ -57,22 +57,22 @@ class OwnBatches(Sequence[Batch]):
 
     @property
     def numbers(self) -> range:
-        """The numbers of these batches among all."""
+        """These batches' indices among all batches."""
         return self.processes.part(self.total)
 
     def sum(self, terms: Iterable[Sequence[Tensor]], empty: Empty) -> list[Tensor]:
-        """The sum of one term for each batch of all processes, see `Processes.sum`."""
+        """Sum one term per batch over the batches of all processes; see `Processes.sum`."""
         return self.processes.sum(terms, self.total, empty)
 
     def sum_values(self, terms: Iterable[tuple[float, ...]], count: int) -> list[float]:
-        """As `sum`, of `count` numbers for each batch."""
+        """Same as `sum`, for `count` numbers per batch."""
         tensors = ([torch.tensor(term, dtype=torch.float64)] for term in terms)
         (total,) = self.sum(tensors, lambda: [torch.zeros(count, dtype=torch.float64)])
         found: list[float] = total.tolist()
         return found
 
     def tokens(self) -> tuple[int, int]:
-        """The tokens of all batches, and how many of them count."""
+        """The number of tokens in all batches, and how many of them are counted."""
         own = [(one.counted_RL.numel(), int(one.counted_RL.sum())) for one in self.own]
         every, counted = self.sum_values(own, 2)
         return int(every), int(counted)
@@ -80,8 +80,8 @@ class OwnBatches(Sequence[Batch]):
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What the model passes to its layers for one batch: the embedded tokens and each layer's
-    extras."""
+    """What the model passes to its layers for one batch: embedded tokens, and each layer's keyword
+    arguments (`extras`)."""
 
     hidden_RLD: Tensor
     extras: list[dict[str, Any]]
@@ -95,14 +95,17 @@ def calibration_batches(
     together: int = BATCH_TOKENS,
     processes: Processes = ALONE,
 ) -> OwnBatches:
-    """About `tokens` tokens of `windows` (all if there are fewer), drawn by `seed`; about
-    `together` of them in a batch. The batches are divided among the processes.
+    """Draw windows with about `tokens` tokens in total, or all windows if there are fewer.
 
-    Raises DataError when there are no windows.
+    seed: determines which windows are drawn.
+    together: approximate number of tokens per batch.
+    processes: share the batches among themselves.
+
+    Raises DataError if there are no windows.
     """
     if len(windows) == 0:
         raise DataError(
-            "there is no training text for calibration",
+            "there is no training text to calibrate on",
             where="data",
             fix="add sources, or lower heldout_tokens",
         )
@@ -118,7 +121,7 @@ def calibration_batches(
 
 
 def unseen(windows: WindowSet, tokens: int, seed: int) -> ChosenWindows:
-    """The windows that are in no calibration batch of so many tokens."""
+    """The windows that `calibration_batches` with these arguments does not draw."""
     length = len(windows[0]["input_ids"])
     return ChosenWindows(windows, _order(windows, seed)[-(-tokens // length) :])
 
@@ -138,7 +141,7 @@ def _batch(rows: Sequence[dict[str, Tensor]], device: torch.device | str) -> Bat
 
 
 def products(model: Any, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """Inside the block, matrix products are computed in `dtype`, sums in float32."""
+    """Within the context, compute matrix products in `dtype` and sums in float32."""
     return torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32)
 
 
@@ -169,7 +172,7 @@ def run_layer(layer: nn.Module, hidden_RLD: Tensor, extras: dict[str, Any]) -> T
 def after_attention(
     layer: nn.Module, axes: Axes, hidden_RLD: Tensor, extras: dict[str, Any]
 ) -> Tensor:
-    """The residual stream between a layer's attention and its FFN, which is not run."""
+    """The residual stream between a layer's attention and its FFN; the FFN is not run."""
     norms = [axes.ffn_input_norm, *([axes.ffn_output_norm] if axes.ffn_output_norm else [])]
     with (
         _forward_replaced([part(layer, axes.ffn)], lambda x: torch.zeros_like(x)),
@@ -179,7 +182,7 @@ def after_attention(
 
 
 def ffn_activations(layer: nn.Module, axes: Axes, mid_RLD: Tensor) -> Tensor:
-    """act(gate(x)) · up(x) for x = norm(mid): what the down projection reads, [R, L, F]."""
+    """The down projection's input, act(gate(x)) · up(x) with x = norm(mid), [R, L, F]."""
     ffn = part(layer, axes.ffn)
     x_RLD = part(layer, axes.ffn_input_norm)(mid_RLD)
     gated: Tensor = part(ffn, axes.activation)(part(ffn, axes.gate)(x_RLD))
@@ -187,19 +190,20 @@ def ffn_activations(layer: nn.Module, axes: Axes, mid_RLD: Tensor) -> Tensor:
 
 
 def add_ffn(layer: nn.Module, axes: Axes, mid_RLD: Tensor, activations_RLF: Tensor) -> Tensor:
-    """The layer's output, from the stream after attention and the FFN's activations."""
+    """The layer's output, given the stream after attention and the FFN's activations."""
     output_RLD = part(layer, f"{axes.ffn}.{axes.down}")(activations_RLF)
     return _added(layer, axes.ffn_output_norm, mid_RLD, output_RLD)
 
 
 def run_ffn(layer: nn.Module, axes: Axes, mid_RLD: Tensor) -> Tensor:
-    """The layer's output from the stream after attention, for any kind of FFN."""
+    """The layer's output, given the stream after attention; works for any kind of FFN."""
     output_RLD = part(layer, axes.ffn)(part(layer, axes.ffn_input_norm)(mid_RLD))
     return _added(layer, axes.ffn_output_norm, mid_RLD, output_RLD)
 
 
 def add_attention(layer: nn.Module, axes: Axes, hidden_RLD: Tensor, heads_RLA: Tensor) -> Tensor:
-    """The stream after attention, from that before it and the heads' outputs side by side."""
+    """The stream after attention, given the stream before it and the heads' concatenated
+    outputs."""
     output_RLD = part(layer, f"{axes.attention}.{axes.output}")(heads_RLA)
     return _added(layer, axes.attention_output_norm, hidden_RLD, output_RLD)
 
@@ -210,7 +214,7 @@ def _added(layer: nn.Module, norm: str | None, stream_RLD: Tensor, output_RLD: T
 
 @contextmanager
 def inputs_of(module: nn.Module | None) -> Iterator[list[Tensor]]:
-    """Record a module's input at every call inside the block; None records nothing."""
+    """Record a module's input at every call within the context; None records nothing."""
     seen: list[Tensor] = []
 
     def note_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -237,13 +241,12 @@ def _forward_replaced(modules: Any, forward: Any) -> Iterator[None]:
 
 
 Stream = list[Tensor]
-"""The residual stream [R, L, D] of every batch, at one point in the model."""
+"""The residual stream [R, L, D] for every batch, at one point in the model."""
 
 
 @dataclass(frozen=True)
 class Streams:
-    """The calibration rows inside one model: batches, the layers' arguments, and how to run
-    them."""
+    """Runs the calibration batches through one model's layers."""
 
     model: Any
     axes: Axes
@@ -262,7 +265,7 @@ class Streams:
         return sum(batch.input_ids_RL.numel() for batch in self.batches)
 
     def after_attention(self, layer: nn.Module, index: int, stream: Stream) -> Stream:
-        """The stream of every batch between a layer's attention and its FFN."""
+        """The stream between a layer's attention and its FFN, for every batch."""
         with products(self.model, self.dtype):
             return [
                 after_attention(layer, self.axes, hidden_RLD, one.extras[index])
@@ -270,7 +273,7 @@ class Streams:
             ]
 
     def after_ffn(self, layer: nn.Module, mids: Stream) -> Stream:
-        """The stream after the layer, from that between its attention and its FFN."""
+        """The stream after the layer, given the stream between its attention and its FFN."""
         axes = self.axes
         with products(self.model, self.dtype):
             if axes.experts is not None:
@@ -288,21 +291,22 @@ class Streams:
             ]
 
     def rows(self, stream: Stream) -> list[Tensor]:
-        """The counted rows of every batch, [N, D] each, float32."""
+        """Every batch's counted rows, [N, D] each, in float32."""
         return [
             values[batch.counted_RL].float()
             for values, batch in zip(stream, self.batches, strict=True)
         ]
 
     def row_weights(self, stream: Stream) -> list[Tensor]:
-        """`row_weight` of every batch."""
+        """Every batch's `row_weight`."""
         return [row_weight(x, batch) for x, batch in zip(stream, self.batches, strict=True)]
 
 
 def row_weight(stream_RLD: Tensor, batch: Batch) -> Tensor:
-    """1 / rms of the counted rows [N]: the next norm divides by it, so that only relative errors
+    """1 / rms of the counted rows, [N]. The next norm divides by the rms, so only relative errors
     matter.
 
-    It also keeps a few tokens of huge norm (attention sinks) from dominating the refit.
+    These weights also keep a few tokens with a huge norm (attention sinks) from dominating the
+    refit.
     """
     return stream_RLD[batch.counted_RL].square().mean(-1).clamp_min(1e-12).rsqrt()

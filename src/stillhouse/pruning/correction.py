@@ -1,28 +1,28 @@
-"""How much of the stream's error a projection or a gain corrects, confirmed on rows held out.
+"""Correct the stream's error by changing a projection or gains, as far as held-out rows confirm it.
 
 With the activations a (N × F) that a projection W reads, and the error E (N × D) of the stream
-behind it,
+after it, the change of W
 
     Δ = Eᵀ a (aᵀ a + λI)⁻¹        (ridge least squares; λ in units of the mean energy of a)
 
-corrects what a change of W can correct on these rows. On other rows it corrects less, or does harm:
-there are almost as many unknowns as some thousand rows can determine. So some of the rows are held
-out. On them the squared error of W + μΔ is a parabola of μ, with its minimum at
+corrects as much as possible on these rows. On other rows, it corrects less or even does harm, since
+there are almost as many unknowns as a few thousand rows can determine. So some of the rows are held
+out. On them, the squared error of W + μΔ is a parabola in μ, with its minimum at
 
     μ = ⟨aΔᵀ, E⟩ / ‖aΔᵀ‖²
 
-which is used for the Δ of all rows, up to one half: later layers respond too, and not all of the
-squared error that it removes matters for their outputs. λ is chosen on them too.
+This μ, but at most one half, is applied to the Δ of all rows: later layers respond too, and not all
+of the removed squared error matters for their outputs. λ is also chosen on the held-out rows.
 
-A norm behind a block, or the router's weights before its experts, hide the block's projections from
-a refit to the stream, but not the gain of its output, channel by channel: with y (N × D) what a
-block adds to the stream, and E what the stream lacks after it,
+If there is a norm after a block, or a router weights its experts, the block's projections cannot be
+refit to the stream, but the gain of each channel of its output can. With y (N × D) the block's
+contribution to the stream, and E the stream's error after it,
 
     g_d = 1 + μ ⟨y_d, E_d⟩ / ‖y_d‖²
 
-is least squares with one unknown per channel. SmolLM2-135M with 26 of its 30 layers, projections
-refit only to their own output on 16,384 tokens, costs KL 0.607; with gains 0.539, with up to all of
-them 0.583.
+is least squares with one unknown per channel. SmolLM2-135M with 26 of its 30 layers, and
+projections refit only to their own output on 16,384 tokens, has a KL of 0.607; with gains, 0.539;
+with gains and μ up to 1, 0.583.
 """
 
 from __future__ import annotations
@@ -40,30 +40,33 @@ from stillhouse.pruning.ffn import Moments, inverse_moments
 from stillhouse.pruning.surgery import set_parameter
 
 NOISES = (0.3, 3.0)
-"""λ = noise · F / N, best if the error that activations explain is 1/noise of the rest. The
-second is for a cut FFN: of 10⁻⁴ to 3, in SmolLM2's (F = 1,536) λ = 0.3 corrected most on rows
-held out of 16,000, and 0.1 of 48,000. The first is for errors that activations explain better."""
+"""Values of `noise` to try in λ = noise · F / N, which is best if the error that activations
+explain is 1/noise of the rest. The second is for a cut FFN: of λ from 10⁻⁴ to 3 in SmolLM2 (F =
+1,536), 0.3 corrected most on rows held out of 16,000, and 0.1 on rows held out of 48,000. The first
+is for errors that activations explain better."""
 
 LARGEST_SHARE = 0.5
-"""The largest share of Δ. SmolLM2-135M before any training, up to one half against up to all:
-6 of 9 heads and FFN 1,152, KL 0.475 against 0.517 with 16,384 tokens, 0.415 against 0.751 with
-49,152; FFN 1,024 with as many, 0.339 against 0.340."""
+"""The maximum of μ. KL of SmolLM2-135M before any training with at most 0.5 versus 1: with 6 of 9
+heads and FFN 1,152, 0.475 versus 0.517 on 16,384 tokens, and 0.415 versus 0.751 on 49,152 tokens;
+with FFN 1,024, 0.339 versus 0.340 on 49,152 tokens."""
 
 HELD_OUT_ONE_IN = 8
-"""One in this many rows is held out: the last ones of every batch, which are complete windows."""
+"""One in this many rows is held out: each batch's last rows."""
 
 Part = Callable[[int], slice]
-"""Some of a batch's rows, by the batch's place among those of this process."""
+"""Selects some of a batch's rows, given the batch's index among those of this process."""
 
 
 @dataclass(frozen=True)
 class ProjectionRows:
     """The rows that a projection reads in each batch of this process.
 
-    They are computed at each use: those of all batches would take more memory than the layer.
-    weights: [N] of each batch. read(place, part): activations [n, F] of a part of a batch.
-    error(place, part, activations): the error [n, D] of the stream behind the projection; None if
-    a change of the projection cannot correct it.
+    Rows are computed on each use, since those of all batches would take more memory than the layer.
+
+    weights: each batch's row weights [N].
+    read(place, part): activations [n, F] of part of a batch.
+    error(place, part, activations): error [n, D] of the stream after the projection; None if a
+        change of the projection cannot correct it.
     """
 
     weights: Sequence[Tensor]
@@ -95,8 +98,8 @@ class ProjectionRows:
 def fit_projection(
     batches: OwnBatches, rows: ProjectionRows, moments: Moments, weight_DF: Tensor
 ) -> Tensor:
-    """The projection with the change that the held-out rows confirm, [D, F]. moments: those of all
-    rows are added."""
+    """The projection [D, F] with the change that the held-out rows confirm. Adds the moments of all
+    rows to `moments`."""
     width, B_DF = len(moments.C_FF), torch.zeros_like(weight_DF)
     add_rows(moments, B_DF, batches, rows, rows.fitted)
     held = [rows.held_out(place) for place in range(len(batches))]
@@ -121,10 +124,10 @@ def fit_projection(
 def add_rows(
     moments: Moments, B_DF: Tensor, batches: OwnBatches, rows: ProjectionRows, part: Part
 ) -> None:
-    """Add a part of each batch of all processes to the moments, and to B = Eᵀ a.
+    """Add part of each batch, over all processes, to the moments and to B = Eᵀ a.
 
-    C is summed one block of its rows after the other: a sum keeps several terms in memory (see
-    `Processes.sum`), and for a wide FFN each complete one would have a layer's size.
+    C is summed one block of rows at a time, because a sum keeps several terms in memory (see
+    `Processes.sum`), and for a wide FFN each full term would be as large as a layer.
     """
     places = range(len(batches))
     if rows.error is not None:
@@ -153,8 +156,10 @@ def _zeros_like(tensor: Tensor) -> list[Tensor]:
 def confirmed_share(
     batches: OwnBatches, rows: Iterable[tuple[Tensor, Tensor]]
 ) -> tuple[float, float]:
-    """μ, and by how much it lowers the squared error, from each batch's rows [n, D] of what a
-    change corrects and of the error."""
+    """Return μ, and by how much it lowers the squared error.
+
+    rows: for each batch, the correction by the full change and the error, [n, D] each.
+    """
     terms = (
         (float((undone_ND * error_ND).sum()), float(undone_ND.square().sum()))
         for undone_ND, error_ND in rows
@@ -165,17 +170,17 @@ def confirmed_share(
 
 
 def least_squares_change(moments: Moments, B_DF: Tensor, ridge: float) -> Tensor:
-    """Δ [D, F], with B = Eᵀ a; ridge: λ."""
+    """Δ [D, F], given B = Eᵀ a. ridge: λ."""
     return (B_DF / moments.unit) @ inverse_moments(moments, ridge)
 
 
 Written = tuple[Tensor, Tensor]
-"""A block's output and the error of the stream after it, [N, D] each, rows already weighted."""
+"""A block's output and the stream's error after it, [N, D] each, with weighted rows."""
 
 
 def channel_gains(batches: OwnBatches, rows: Sequence[Written], zeros_D: Tensor) -> Tensor:
-    """g [D]; 1 for channels where the held-out rows do not confirm it. rows: of each of the
-    batches."""
+    """The gains g [D]; all are 1 if the held-out rows do not confirm them. rows: one entry per
+    batch."""
     fitted, kept = [], []
     for wrote_ND, lacking_ND in rows:
         border = len(wrote_ND) - len(wrote_ND) // HELD_OUT_ONE_IN
@@ -193,12 +198,12 @@ def _best_change(batches: OwnBatches, rows: Sequence[Written], zeros_D: Tensor) 
         [(wrote_ND * lacking_ND).sum(0), wrote_ND.square().sum(0)] for wrote_ND, lacking_ND in rows
     )
     dots_D, energy_D = batches.sum(terms, lambda: [zeros_D.clone(), zeros_D.clone()])
-    # A channel that the block does not write to has no gain.
+    # The gain of a channel that the block does not write to stays 1.
     return torch.where(energy_D > 0, dots_D / energy_D, 0.0)
 
 
 def scale_ffn_output(layer: nn.Module, axes: Axes, gain_D: Tensor) -> None:
-    """Multiply what an FFN adds to the stream: in the norm behind it, or in its experts."""
+    """Scale the channels of an FFN's output, in the norm after it or in its experts."""
     if axes.ffn_output_norm is not None:
         norm, offset = part(layer, axes.ffn_output_norm), axes.norm_offset
         set_parameter(norm, "weight", (norm.weight + offset) * gain_D - offset)

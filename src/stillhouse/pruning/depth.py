@@ -22,15 +22,17 @@ from stillhouse.teachers.activations import decoder_layers
 from stillhouse.teachers.backbone import lm_head
 
 SHORTLIST = 8
-"""Layers tried again in each round after the first: those with the lowest cost so far."""
+"""How many layers each round after the first tries again: those with the lowest KL so far."""
 
 
 @dataclass(frozen=True)
 class DepthChoice:
-    """kept: layer numbers, ascending. dropped: in order of removal, with the KL after each.
+    """Which layers to keep.
 
-    single_kl: KL(full ‖ without that layer alone) in nats/token, by layer; empty if the order
-    came from scores.
+    kept: layer numbers, ascending.
+    dropped: layer numbers in order of removal, each with the KL after removing it.
+    single_kl: for each layer, KL(full ‖ without only that layer) in nats/token; empty if the order
+        came from scores.
     """
 
     kept: tuple[int, ...]
@@ -48,14 +50,15 @@ def choose_layers(
     most_kl: float = math.inf,
     processes: Processes = ALONE,
 ) -> DepthChoice:
-    """Drop one layer at a time, each time the one whose removal adds the least KL to the full
+    """Drop one layer at a time, always the one whose removal leads to the lowest KL to the full
     model.
 
-    processes: all of them call this with the same batches, and divide the trials.
+    The first round tries every layer; later rounds try the SHORTLIST layers with the lowest KL in
+    their last trial. Stops early once the KL exceeds most_kl.
 
-    The first round tries every layer; later ones the SHORTLIST cheapest by their last trial.
-    scores: the importance of each layer (see `layer_scores`): the least important is removed first,
-    and only these removals are tried. Stops early once the KL is above most_kl.
+    scores: each layer's importance (see `layer_scores`). If given, the least important layer is
+        removed first, and no other removals are tried.
+    processes: all of them call this with the same batches, and share the trials.
     """
     total = len(decoder_layers(model))
     scorer = _Scorer(model, batches, processes)
@@ -81,7 +84,7 @@ def choose_layers(
 
 
 def _block_influence(x_ND: Tensor, y_ND: Tensor) -> Tensor:
-    """1 - cos(in, out) (Men et al. 2024, ShortGPT, arXiv 2403.03853)."""
+    """1 - cos(in, out) (ShortGPT, Men et al. 2024, arXiv 2403.03853)."""
     return 1 - torch.cosine_similarity(x_ND, y_ND, dim=-1)
 
 
@@ -94,13 +97,13 @@ SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "block_influence": _block_influence,
     "norm_ratio": _norm_ratio,
 }
-"""Importance of a layer by the stream [N, D] before and after it."""
+"""A layer's importance, given the stream [N, D] before and after it."""
 
 
 @torch.no_grad()
 def layer_scores(model: Any, batches: Sequence[Batch], by: str) -> list[float]:
-    """How much each layer changes the stream, by `SCORES[by]`, averaged over the counted rows; low
-    means redundant."""
+    """How much each layer changes the stream, measured by `SCORES[by]` and averaged over the
+    counted rows. A low score means that the layer is redundant."""
     layers = decoder_layers(model)
     sums = [0.0] * len(layers)
     rows = 0
@@ -118,7 +121,7 @@ def layer_scores(model: Any, batches: Sequence[Batch], by: str) -> list[float]:
 
 
 class _Scorer:
-    """Holds the calibration rows, and the full model's output on them."""
+    """Measures the KL without some layers, on the calibration rows."""
 
     def __init__(self, model: Any, batches: Sequence[Batch], processes: Processes) -> None:
         self.processes = processes
@@ -138,10 +141,11 @@ class _Scorer:
     def without_each(
         self, alive: Sequence[int], candidates: Sequence[int], advance: Any
     ) -> dict[int, float]:
-        """KL(full ‖ the layers `alive` less one), for each candidate, each tried by one process.
+        """For each candidate, KL(full ‖ the layers `alive` without that candidate). The processes
+        share the candidates.
 
-        The stream before a candidate is computed only once. All trials run through a layer before
-        the next one, so that its weights are read once.
+        The stream before a candidate is computed only once. All trials run through one layer before
+        the next, so that its weights are read only once.
         """
         own = self.processes.in_turn(candidates)
         sums = dict.fromkeys(own, 0.0)

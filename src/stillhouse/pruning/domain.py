@@ -1,7 +1,7 @@
-"""Whether the calibration text is from the domain that the student will be evaluated on.
+"""Check that the calibration text is from the domain that the student will be evaluated on.
 
-A model that is pruned on one kind of text keeps what that text needs. The full model's perplexity
-distinguishes the two kinds, and so does the pruned model's KL, on unseen text of either.
+Pruning on one kind of text keeps the parts that this text needs. A different domain shows in the
+full model's perplexity on the two texts, and in the pruned model's KL on unseen text of each kind.
 
 Shapes: R windows of a batch, L tokens, N counted rows, D hidden width.
 """
@@ -24,15 +24,15 @@ from stillhouse.teachers.backbone import hidden_states, lm_head
 
 TOKENS = 2048
 FOREIGN = 2.0
-"""Ratio of the full model's perplexities on both texts, or of the pruned model's KL on the held-out
-text to that on text like the calibration text, above which the domains count as different."""
+"""The domains count as different from this ratio on: of the full model's perplexities on both
+texts, or of the pruned model's KL on held-out text to its KL on text like the calibration text."""
 LEAST_KL = 0.01
-"""Nats/token below which a cut costs too little for the ratio to be meaningful."""
+"""In nats/token: below this, a cut costs too little for the ratio of KLs to be meaningful."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the full model computes on some text, and its perplexity there."""
+    """The full model's outputs and its perplexity on some text."""
 
     reference: Reference
     perplexity: float
@@ -40,8 +40,11 @@ class Reading:
 
 @dataclass(frozen=True)
 class Domain:
-    """The full model's perplexities; heldout_kl: KL(full ‖ pruned) in nats/token, or None;
-    unseen_kl: on training text that was not calibrated on, None if there is none."""
+    """The full model's perplexities on calibration and held-out text, and the pruned model's KL.
+
+    heldout_kl: KL(full ‖ pruned) on the held-out text in nats/token; None if not measured.
+    unseen_kl: the same on training text that was not used for calibration; None if there is none.
+    """
 
     calibration_perplexity: float
     heldout_perplexity: float
@@ -56,21 +59,21 @@ class Domain:
             if kl is None or own is None or kl < max(FOREIGN * own, LEAST_KL):
                 return None
             return (
-                f"the cut costs KL {own:.3f} on text like the calibration text, and {kl:.3f} on "
-                "the held-out text, which seems to be of another domain. Add training text of that "
-                "domain"
+                f"the cut costs KL {own:.3f} on text like the calibration text, but {kl:.3f} on "
+                "the held-out text, which seems to be from a different domain. Add training text "
+                "from that domain"
             )
-        cost = "" if kl is None else f"; on the latter the cut costs KL {kl:.3f}"
+        cost = "" if kl is None else f". On held-out text, the cut costs KL {kl:.3f}"
         return (
-            "the calibration text is of another domain than the held-out text: the teacher's "
-            f"perplexity is {both[0]:.1f} on it and {both[1]:.1f} there{cost}. Add training text "
-            "of that domain"
+            "the held-out text seems to be from a different domain than the calibration text: the "
+            f"teacher's perplexity is {both[1]:.1f} on held-out text and {both[0]:.1f} on "
+            f"calibration text{cost}. Add training text from the held-out text's domain"
         )
 
 
 @torch.no_grad()
 def read_text(model: Any, windows: WindowSet, seed: int, dtype: torch.dtype) -> Reading:
-    """Run the model over about TOKENS tokens."""
+    """Run the model on about TOKENS tokens."""
     batches = calibration_batches(windows, TOKENS, seed, model.device)
     head, rows, loss, count = lm_head(model), [], 0.0, 0
     with products(model, dtype):

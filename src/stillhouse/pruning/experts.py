@@ -1,6 +1,6 @@
-"""Mixtures of experts: choose the experts to keep, and narrow them.
+"""Mixtures of experts: choose which experts to keep, and narrow them.
 
-Shapes: N rows of the stream, E experts, D hidden width, F width of an expert, K kept.
+Shapes: N rows of the stream, E experts, D hidden width, F FFN width of an expert, K kept neurons.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from stillhouse.pruning.surgery import set_parameter
 
 @dataclass(frozen=True)
 class RoutedRows:
-    """Rows of the stream [N, D] of each of the batches, and a weight for each row [N]."""
+    """The stream's rows [N, D] for each batch, and each row's weight [N]."""
 
     batches: OwnBatches
     mids: Sequence[Tensor]
@@ -32,7 +32,7 @@ class RoutedRows:
 
 
 class _Mixture:
-    """The parts of one layer's mixture."""
+    """The parts of one layer's mixture of experts."""
 
     def __init__(self, layer: nn.Module, axes: Axes) -> None:
         assert axes.experts is not None
@@ -44,8 +44,7 @@ class _Mixture:
         self.down_EDF: Tensor = getattr(self.experts, self.names.down)
 
     def routed(self, mid_ND: Tensor, expert: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The rows that are routed to one expert: their numbers, activations [n, F], router
-        weights."""
+        """The rows routed to one expert: their indices, activations [n, F], and router weights."""
         x_ND = self.norm(mid_ND)
         _, share_NT, chosen_NT = self.router(x_ND)
         rows_n, place_n = (chosen_NT == expert).nonzero(as_tuple=True)
@@ -54,10 +53,11 @@ class _Mixture:
 
 
 def best_experts(layer: nn.Module, axes: Axes, rows: RoutedRows, keep: int) -> Tensor:
-    """The `keep` experts that add most to the stream, ascending: Σ of router weight × ‖output‖.
+    """The `keep` experts that add most to the stream, by Σ router weight × ‖output‖, in ascending
+    order.
 
-    (Lasby et al. 2025, REAP, arXiv 2510.13999, averages over the rows of an expert instead; the sum
-    also counts how often it is chosen.)
+    REAP (Lasby et al. 2025, arXiv 2510.13999) averages over an expert's rows instead; the sum also
+    reflects how often the expert is chosen.
     """
     mixture = _Mixture(layer, axes)
     zeros_E = torch.zeros(len(mixture.down_EDF), device=mixture.down_EDF.device)
@@ -83,9 +83,10 @@ def narrow_experts(
     reconstruct: bool,
     ranking: Ranking,
 ) -> None:
-    """Cut every expert to `keep` neurons by the rows routed to it, each refit to its own output.
+    """Cut every expert to `keep` neurons, based on the rows routed to it.
 
-    As for a plain FFN (see ffn.py), with rows also weighted by the router; not by gradients.
+    Works like a plain FFN (see ffn.py), with rows also weighted by the router. With `reconstruct`,
+    each expert is refit to its own output. Does not support ranking by gradients.
     """
     mean = ranking.aggregation == "mean"
     mixture = _Mixture(layer, axes)

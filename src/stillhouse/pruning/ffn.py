@@ -1,12 +1,13 @@
-"""Remove FFN neurons, and refit the down projection so that the others compensate for them.
+"""Remove FFN neurons, and refit the down projection so that the remaining ones compensate.
 
-With activations a (N × F, fed by streams that are cut already) and down projection W (D × F):
+With activations a (N × F, computed from the stream of the partly cut model) and down projection W
+(D × F):
 
     C = aᵀ a + λ·mean(diag(aᵀ a))·I
 
-Neurons are removed in groups. Losing the set Q from W costs at least, with the best refit of the
-rest, ‖w_q‖² / [C⁻¹]_qq for one neuron (optimal brain surgeon: Hassibi and Stork 1993; per column of
-a layer: Frantar and Alistarh 2023, arXiv 2301.00774), and the refit and the new inverse are
+Removing a neuron q and optimally refitting the rest costs ‖w_q‖² / [C⁻¹]_qq (optimal brain surgeon:
+Hassibi and Stork 1993; per column of a layer: Frantar and Alistarh 2023, arXiv 2301.00774). Neurons
+are removed in groups; after removing the set Q, the refit and the new inverse are
 
     W ← W - W_Q (C⁻¹_QQ)⁻¹ C⁻¹_Q,:          C⁻¹ ← C⁻¹ - C⁻¹_:,Q (C⁻¹_QQ)⁻¹ C⁻¹_Q,:
 
@@ -25,20 +26,23 @@ from stillhouse.pruning.gradients import Fisher
 from stillhouse.pruning.pruning_config import Aggregation, Importance
 
 RIDGE = 1e-3
-"""λ: share of the mean activation energy that is added to the diagonal."""
+"""λ, as a fraction of the mean activation energy; added to the diagonal."""
 
 GROUPS_PER_WIDTH = 48
-"""Neurons are removed in groups of 1/48 of the width between two refits: 32 of 1536. Larger groups
-are faster, and lose pairs of neurons that could have compensated for each other."""
+"""Each refit removes 1/48 of the neurons, such as 32 of 1536. Larger groups are faster, but lose
+pairs of neurons that could have compensated for each other."""
 
 SYMMETRIC_BLOCKS = 4
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """by: refit (the cost of the loss after the best refit of the rest), activations, gradients.
+    """How the parts to keep are ranked.
 
-    aggregation: of activations over rows, for `activations`. fisher: for `gradients`.
+    by: "refit" (the error that remains after optimally refitting the rest), "activations", or
+        "gradients".
+    aggregation: how activations are aggregated over rows, for "activations".
+    fisher: the Fisher information, for "gradients".
     """
 
     by: Importance = "refit"
@@ -48,12 +52,12 @@ class Ranking:
 
 @dataclass
 class Moments:
-    """Weighted second moments of the activations that a projection reads: C = aᵀ a (its upper
-    triangle)."""
+    """Weighted second moments C = aᵀ a of the activations that a projection reads. Only the upper
+    triangle is filled."""
 
     C_FF: Tensor
     absolute_F: Tensor | None = None
-    """Σ |a|, if it is needed."""
+    """Σ |a|; None if not needed."""
 
     @classmethod
     def zeros(
@@ -65,7 +69,7 @@ class Moments:
         )
 
     def add(self, activations_NF: Tensor, weight_N: Tensor) -> None:
-        """Add rows; each counts weight² times."""
+        """Add rows, each of which counts weight² times."""
         weighted_NF = activations_NF * weight_N[:, None]
         for block in self.blocks():
             read_Nb, read_Nf = weighted_NF[:, block], weighted_NF[:, block.start :]
@@ -74,23 +78,23 @@ class Moments:
             self.absolute_F += weighted_NF.abs().sum(0)
 
     def blocks(self) -> list[slice]:
-        """Rows of C whose sums are taken together, from their first column on: C is symmetric, and
-        with blocks on and above the diagonal there is 5/8 of the work."""
+        """Blocks of C's rows, each summed from its own first column on. Since C is symmetric, the
+        blocks on and above the diagonal suffice, which is 5/8 of the work."""
         width = -(-len(self.C_FF) // SYMMETRIC_BLOCKS)
         return [slice(start, start + width) for start in range(0, len(self.C_FF), width)]
 
     def tensors(self) -> list[Tensor]:
-        """What `Moments(*tensors)` is made of; sums of them are moments of all rows."""
+        """The arguments of `Moments(*tensors)`; their sums are the moments of all rows."""
         return [self.C_FF, *([] if self.absolute_F is None else [self.absolute_F])]
 
     @property
     def unit(self) -> Tensor:
-        """The mean activation energy; 1 where nothing was active."""
+        """The mean activation energy; 1 if nothing was active."""
         energy = self.C_FF.diagonal().mean()
         return torch.where(energy > 0, energy, 1.0)
 
     def symmetric(self) -> Tensor:
-        """The full matrix C. (Sums are accumulated on and above the diagonal.)"""
+        """The full matrix C, mirrored from the sums on and above the diagonal."""
         full_FF = self.C_FF.triu()
         for block in self.blocks():
             after = slice(block.stop, None)
@@ -101,19 +105,19 @@ class Moments:
 
 
 def activation_scores(moments: Moments, down_DF: Tensor) -> Tensor:
-    """Squared activation norm × squared column norm, [F]: l2, or (Σ|a|)² if that was summed."""
+    """Squared activation norm × squared column norm, [F]; (Σ|a|)² replaces Σa² if it was summed."""
     l2_F, absolute_F = moments.C_FF.diagonal(), moments.absolute_F
     size_F = l2_F if absolute_F is None else absolute_F.square()
     return size_F * down_DF.square().sum(0)
 
 
 def best(score_F: Tensor, keep: int) -> Tensor:
-    """The `keep` parts with the highest scores, ascending, [K]."""
+    """The indices of the `keep` highest scores, ascending, [K]."""
     return score_F.topk(keep).indices.sort().values
 
 
 def refit_to(down_DF: Tensor, moments: Moments, kept_K: Tensor, *, ridge: float = RIDGE) -> Tensor:
-    """The down projection [D, K] of these neurons, refit to the output of all of them."""
+    """The down projection [D, K] of the kept neurons, refit to the output of all neurons."""
     stays = torch.zeros(down_DF.shape[1], dtype=torch.bool, device=down_DF.device)
     stays[kept_K] = True
     if stays.all():
@@ -130,7 +134,8 @@ def refit_and_remove(
     ridge: float = RIDGE,
     group: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The kept neurons [K], ascending, and their down projection [D, K]."""
+    """Remove neurons down to `keep`. Return the kept ones [K], ascending, and their refit down
+    projection [D, K]."""
     group = max(1, down_DF.shape[1] // GROUPS_PER_WIDTH) if group is None else group
     weight, inverse = down_DF, inverse_moments(moments, ridge)
     alive = torch.arange(down_DF.shape[1], device=down_DF.device)
@@ -153,8 +158,8 @@ def choose_and_refit(
     reconstruct: bool,
     score_F: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The neurons that `ranking` keeps [K], ascending, and their down projection [D, K], refit with
-    `reconstruct`. score_F: used instead of the activations' scores."""
+    """Return the neurons that `ranking` keeps [K], ascending, and their down projection [D, K],
+    refit if `reconstruct`. score_F: replaces the activations' scores."""
     if reconstruct and ranking.by == "refit":
         return refit_and_remove(down_DF, moments, keep)
     kept_K = best(activation_scores(moments, down_DF) if score_F is None else score_F, keep)
@@ -162,16 +167,17 @@ def choose_and_refit(
 
 
 def inverse_moments(moments: Moments, ridge: float) -> Tensor:
-    """C⁻¹ [F, F] in units of the mean activation energy, so that nothing depends on its scale."""
+    """C⁻¹ [F, F] in units of the mean activation energy, so that the scale does not matter."""
     return regularized_inverse(moments.symmetric().div_(moments.unit), ridge)
 
 
 def without_columns(
     weight: Tensor, inverse: Tensor, removed: Tensor, stays: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """W and C⁻¹ after removing the columns `removed` and refitting the columns `stays` (a mask).
+    """Return W and C⁻¹ after removing the columns `removed` and refitting the columns `stays` (a
+    mask).
 
-    The given inverse is overwritten: for a wide FFN each such matrix has a layer's size.
+    Overwrites the given inverse, because for a wide FFN each such matrix is as large as a layer.
     """
     rows_QF = inverse[removed]
     solved_QF = torch.linalg.solve(rows_QF[:, removed], rows_QF)
@@ -184,8 +190,8 @@ def without_columns(
 
 
 def regularized_inverse(C_FF: Tensor, ridge: float) -> Tensor:
-    """(C + ridge·I)⁻¹, in the memory of C. The ridge grows until rounding no longer makes the sum
-    indefinite."""
+    """(C + ridge·I)⁻¹, computed in C's memory. The ridge grows until the sum is positive definite
+    despite rounding."""
     added = 0.0
     while True:
         C_FF.diagonal().add_(ridge - added)
@@ -195,6 +201,7 @@ def regularized_inverse(C_FF: Tensor, ridge: float) -> Tensor:
         added, ridge = ridge, max(10 * ridge, 1e-6)
         if ridge >= 1e3:
             raise ModelError(
-                "the activations of the model that is pruned are not finite",
-                fix="its weights hold NaN or infinity: download or copy the model again",
+                "the activations of the model to prune are not finite: its weights probably "
+                "contain NaN or infinity",
+                fix="download or copy the model again",
             )

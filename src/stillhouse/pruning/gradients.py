@@ -1,15 +1,15 @@
-"""The importance of each part of a model by gradients: the Fisher information of masks.
+"""Gradient-based importance of a model's parts: the Fisher information of masks.
 
-Every part (a neuron, a head, a channel of the stream, a layer) is multiplied by a mask that is 1.
-Moving masks z away from 1 changes the output by
+Every part (a neuron, a head, a channel of the stream, or a layer) is multiplied by a mask, which is
+1. Moving the masks z away from 1 changes the output by
 
     KL(p ‖ p_z) ≈ ½ Σ_ij (z_i - 1) F_ij (z_j - 1),     F = E_y [∂log p(y)/∂z · ∂log p(y)/∂zᵀ],
 
-with y drawn from the model itself: at the model, the KL's own gradient is zero, and its curvature
-is F. The diagonal ranks parts (Molchanov et al. 2019, arXiv 1906.10771, with the data's labels;
-Kwon et al. 2022, arXiv 2204.09656, for masks). Labels of different positions are drawn
-independently, so the square of a window's summed gradient has the positions' summed squares as its
-expectation, and one backward pass per batch suffices.
+with y drawn from the model itself: at z = 1, the KL's gradient is zero, and its curvature is F. The
+diagonal of F ranks parts (Molchanov et al. 2019, arXiv 1906.10771, with the data's labels; Kwon et
+al. 2022, arXiv 2204.09656, for masks). Since labels at different positions are drawn independently,
+the expected square of a window's summed gradient is the sum of the positions' expected squares, so
+one backward pass per batch suffices.
 
 Shapes: R windows, L tokens, N rows, F FFN width, H heads, D hidden width, V vocabulary.
 """
@@ -37,16 +37,16 @@ Part = Literal["neurons", "heads", "channels", "layers"]
 CHUNK = 512
 """Rows of logits that are in memory at a time."""
 BATCH_TOKENS = 1024
-"""Tokens of one backward pass, which stores the activations of all layers."""
+"""Tokens per backward pass, which stores the activations of all layers."""
 
 
 @dataclass(frozen=True)
 class Fisher:
-    """Diagonal Fisher information of masks per token: half of it approximates the KL of losing the
+    """Diagonal Fisher information of masks, per token; half of it approximates the KL of losing a
     part.
 
-    neurons: [F] per layer; heads: [H] per layer; channels: [D]; layers: [number of layers]. Empty
-    for other kinds than those requested.
+    neurons: [F] for each layer; heads: [H] for each layer; channels: [D]; layers: [number of
+    layers]. Kinds that were not requested are empty.
     """
 
     neurons: tuple[Tensor, ...]
@@ -64,10 +64,10 @@ def mask_fisher(
     seed: int,
     dtype: torch.dtype,
 ) -> Fisher:
-    """Fisher information of the masks of these kinds, over the counted rows of the batches.
+    """Measure the Fisher information of these kinds of masks over the batches' counted rows.
 
-    The model's weights do not change. Neurons are those of plain FFNs. Each batch has a seed of
-    its own, so that it does not matter which process draws its labels.
+    Does not change the model's weights. Supports neurons of plain FFNs only. Each batch has its own
+    seed, so that it does not matter which process draws its labels.
     """
     tokens, rows = batches.tokens()
 
@@ -101,7 +101,7 @@ def mask_fisher(
 def log_loss_of_draws(
     model: Any, rows_ND: Tensor, generator: torch.Generator, dtype: torch.dtype
 ) -> Tensor:
-    """-Σ log p(y), y drawn from the model's own distribution at every row."""
+    """-Σ log p(y), where y is drawn from the model's own distribution in each row."""
     head = lm_head(model)
     with torch.no_grad():
         chunks = (head_logits(head, rows_nD.float()) for rows_nD in rows_ND.split(CHUNK))
@@ -129,7 +129,7 @@ def _ones(model: Any, windows: int, kinds: Sequence[Part]) -> dict[str, list[Ten
 
 @contextmanager
 def _masked(model: Any, axes: Axes, masks: dict[str, list[Tensor]]) -> Iterator[None]:
-    """Multiply every part by its mask inside the block."""
+    """Within the context, multiply every part by its mask."""
     with ExitStack() as stack:
 
         def hook(module: nn.Module, change: Callable[..., Any], *, before: bool) -> None:
@@ -150,15 +150,15 @@ def _masked(model: Any, axes: Axes, masks: dict[str, list[Tensor]]) -> Iterator[
                 for name in (attention, axes.ffn_output_norm or axes.ffn):
                     hook(part(layer, name), _times_output(masks["channels"][0]), before=False)
         if "channels" in masks:
-            # Each writer's share of the stream is masked once, and so is their sum.
+            # Masking whatever each writer adds to the stream also masks their sum exactly once.
             embedding = model.get_input_embeddings()
             hook(embedding, _times_output(masks["channels"][0]), before=False)
         yield
 
 
 def _times_input(mask_R1P: Tensor) -> Callable[..., Any]:
-    """Multiply the input's last dimension, split into as many equal parts as the mask has
-    values."""
+    """Multiply the input by the mask, whose values each cover an equal part of the last
+    dimension."""
 
     def change(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         each = args[0].shape[-1] // mask_R1P.shape[-1]
@@ -177,7 +177,7 @@ def _times_output(mask_R1D: Tensor) -> Callable[..., Any]:
 
 
 def _times_added(mask_R11: Tensor) -> Callable[..., Any]:
-    """Multiply what a layer adds to the stream."""
+    """Multiply the layer's contribution to the stream by the mask."""
 
     def change(_: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
         after = output[0] if isinstance(output, tuple) else output

@@ -1,13 +1,14 @@
-"""Remove query heads and key-value groups, and refit the output projection to what is left.
+"""Remove query heads and key-value groups, and refit the output projection to the rest.
 
-The output projection W (D × A, A = heads × head_dim) reads the heads side by side, so a head is a
-block of head_dim columns, and a group a block of heads. As for FFN neurons (see ffn.py), with C =
-aᵀa + λI, losing the block Q costs, with the best refit of the rest,
+The output projection W (D × A, A = heads × head_dim) reads the concatenated heads, so a head is a
+block of head_dim columns, and a group (the query heads that share a key-value head) is a block of
+heads. As with FFN neurons (see ffn.py), with C = aᵀa + λI, removing the block Q and optimally
+refitting the rest costs
 
     tr(W_Q (C⁻¹_QQ)⁻¹ W_Qᵀ)
 
-Complete groups are removed first, then the cheapest heads one by one, down to each group's new
-size.
+Whole groups are removed first. Then the cheapest heads are removed one by one, until each group has
+its new size.
 
 Shapes: A attention width, D hidden width, Q columns of a block.
 """
@@ -47,7 +48,7 @@ def refit_and_remove_heads(
     *,
     ridge: float = RIDGE,
 ) -> tuple[tuple[int, ...], Tensor]:
-    """The kept heads, ascending, and the output projection that reads them [D, heads·head_dim]."""
+    """Return the kept heads, ascending, and their refit output projection [D, heads·head_dim]."""
     weight, inverse = output_DA, inverse_moments(moments, ridge)
     alive = list(range(before.groups * before.share))
 
@@ -71,7 +72,7 @@ def refit_and_remove_heads(
 
 
 def heads_by_score(score_H: Tensor, before: Grouping, groups: int, share: int) -> tuple[int, ...]:
-    """The heads with the highest scores, ascending; a group's score is its heads' sum."""
+    """The heads to keep by score, ascending; a group's score is the sum of its heads' scores."""
 
     def cost(heads: Sequence[int]) -> float:
         return score_H[list(heads)].sum().item()
@@ -81,7 +82,7 @@ def heads_by_score(score_H: Tensor, before: Grouping, groups: int, share: int) -
 
 
 def _order(before: Grouping, groups: int, share: int, cost: Cost) -> Iterator[list[int]]:
-    """Yield the next block of heads to remove; costs are computed again after each."""
+    """Yield blocks of heads to remove, one after another; costs are recomputed after each."""
     members = {
         group: list(range(group * before.share, (group + 1) * before.share))
         for group in range(before.groups)

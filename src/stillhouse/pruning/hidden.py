@@ -1,17 +1,17 @@
 """Narrow the residual stream: which channels or directions to keep, and how layers read them.
 
-The stream x (D) becomes Mᵀx (H). M holds H columns of the identity (channels), or the H leading
-eigenvectors of the stream's second moments (rotation: Ashkboos et al. 2024, SliceGPT, arXiv
-2401.15024, with one M for the entire model, so that skip connections need no matrix).
+The stream x (D) becomes Mᵀx (H). The columns of M are H columns of the identity (channels), or the
+H leading eigenvectors of the stream's second moments (rotation; SliceGPT, Ashkboos et al. 2024,
+arXiv 2401.15024, but with one M for the whole model, so that skip connections need no matrix).
 
-A reader W of the stream sees y = x / rms(x) through a norm's gain g. In the narrow model it sees z
-= Mᵀx / rms(Mᵀx), so its best estimate of y is by least squares, y ≈ A z:
+A weight W that reads the stream sees y = x / rms(x), multiplied by a norm's gain g. In the narrow
+model it sees z = Mᵀx / rms(Mᵀx) instead, and the least-squares estimate of y is A z:
 
     A = c M + R,     R = (Y - Z cMᵀ)ᵀ Z (ZᵀZ + λ·mean(diag ZᵀZ)·I)⁻¹,     W' = W diag(g) A / g'
 
-c, one number per norm, corrects for the rms over fewer channels. The new gain g' is c·g of the kept
-channels, or 1 after a rotation, which cannot apply a gain by channel. If M is square, nothing is
-cut, c = 1 and R = 0: the rotated model is equivalent to the original.
+c, one number per norm, corrects for the rms over fewer channels. The new gain g' is c·g for the
+kept channels, or 1 after a rotation, where gains cannot be applied per channel. If M is square,
+nothing is cut, c = 1, and R = 0: the rotated model is equivalent to the original.
 
 Shapes: N rows, D hidden width, H narrow hidden width, O outputs of a reader.
 """
@@ -34,12 +34,12 @@ from stillhouse.pruning.surgery import set_parameter, set_weight
 from stillhouse.shared_work import Processes
 
 BLOCK = 4096
-"""Rows of a weight that are processed at once: a large vocabulary's head is as wide as a layer."""
+"""Rows of a weight that are processed at a time, since the head of a large vocabulary is large."""
 
 
 @dataclass(frozen=True)
 class Basis:
-    """M [D, H], orthonormal columns. kept_H: the channels, ascending; None for a rotation."""
+    """M [D, H], with orthonormal columns. kept_H: the kept channels, ascending; None: rotation."""
 
     matrix_DH: Tensor
     kept_H: Tensor | None = None
@@ -49,7 +49,7 @@ class Basis:
         return self.matrix_DH.shape[0] == self.matrix_DH.shape[1]
 
     def project(self, x: Tensor) -> Tensor:
-        """x M over the last dimension."""
+        """x M, along the last dimension."""
         return x @ self.matrix_DH if self.kept_H is None else x[..., self.kept_H]
 
 
@@ -59,15 +59,19 @@ def channels(kept_H: Tensor, hidden: int) -> Basis:
 
 @dataclass
 class StreamMoments:
-    """Of all norms' inputs, each row divided by its rms: C = Σ yᵀy. G = Σ of the readers' WᵀW,
-    gains folded in, each divided by the energy of its output."""
+    """Second moments of the stream, and of the weights that read it.
+
+    C_DD: C = Σ yᵀy over all norms' inputs, with each row divided by its rms.
+    G_DD: G = Σ WᵀW over all readers, with the norms' gains folded in and each reader divided by its
+        output's energy.
+    """
 
     C_DD: Tensor
     G_DD: Tensor
 
     def add(self, batches: OwnBatches, rows: Sequence[Tensor], grams: Sequence[Tensor]) -> None:
-        """Rows y [N, D] of one norm in each of the batches, and WᵀW [D, D] of its readers, with
-        the gain folded in."""
+        """Add one norm: its rows y [N, D] in each batch, and its readers' WᵀW [D, D] with the gain
+        folded in."""
         terms = ([y_ND.T @ y_ND] for y_ND in rows)
         (C_DD,) = batches.sum(terms, lambda: [torch.zeros_like(self.C_DD)])
         self.C_DD += C_DD
@@ -76,7 +80,7 @@ class StreamMoments:
 
 
 def gram(weight_OD: Tensor, less_D: Tensor | float = 0.0) -> Tensor:
-    """WᵀW [D, D] of the rows of a weight, each less `less_D`."""
+    """WᵀW [D, D] of a weight whose rows have `less_D` subtracted."""
     hidden = weight_OD.shape[1]
     G_DD = torch.zeros(hidden, hidden, device=weight_OD.device)
     for rows_OD in weight_OD.split(BLOCK):
@@ -86,19 +90,20 @@ def gram(weight_OD: Tensor, less_D: Tensor | float = 0.0) -> Tensor:
 
 
 def head_gram(weight_VD: Tensor) -> Tensor:
-    """WᵀW of the head's weight less its mean row, which the softmax ignores."""
+    """WᵀW of the head's weight minus its mean row, which the softmax ignores."""
     return gram(weight_VD, weight_VD.mean(0))
 
 
 def best_channels(
     moments: StreamMoments, keep: int, reconstruct: bool, score_D: Tensor | None = None
 ) -> Basis:
-    """The channels to keep: losing the others costs the readers least, with or without an estimate.
+    """The channels to keep, so that losing the others costs the readers least.
 
-    score_D: importance of each channel, instead.
+    reconstruct: whether readers will estimate the lost channels from the kept ones.
+    score_D: each channel's importance, if channels are to be ranked by that instead.
     """
     if score_D is None and reconstruct:
-        # Only WᵀW of all readers matters, so a square root of G replaces their rows.
+        # Only the sum G of the readers' WᵀW matters, so a square root of G can replace their rows.
         values_D, vectors_DD = torch.linalg.eigh(moments.G_DD)
         root_DD = values_D.clamp_min(0).sqrt()[:, None] * vectors_DD.T
         kept_H, _ = refit_and_remove(root_DD, Moments(moments.C_DD.triu()), keep)
@@ -110,13 +115,14 @@ def best_channels(
 
 
 def leading_directions(moments: StreamMoments, keep: int) -> Basis:
-    """The eigenvectors of the largest eigenvalues of C: they keep most of the stream's energy."""
+    """The eigenvectors of C with the largest eigenvalues, which keep most of the stream's
+    energy."""
     _, vectors_DD = torch.linalg.eigh(moments.C_DD.double())
     return Basis(vectors_DD.flip(1)[:, :keep].float().contiguous())
 
 
 def agreed_basis(basis: Basis, processes: Processes) -> Basis:
-    """The main process's basis, in all processes."""
+    """Broadcast the main process's basis to all processes."""
     tensors = [basis.matrix_DH, *([] if basis.kept_H is None else [basis.kept_H])]
     return Basis(*processes.from_owner(0, lambda: tensors, lambda: tensors))
 
@@ -133,7 +139,7 @@ def gain(norm: Any, axes: Axes) -> Tensor:
 
 
 def attention_readers(layer: nn.Module, axes: Axes) -> list[tuple[Any, str]]:
-    """Modules and parameters that read the stream for attention."""
+    """The modules and parameters through which attention reads the stream."""
     return [
         (part(layer, f"{axes.attention}.{name}"), "weight")
         for name in (axes.query, axes.key, axes.value)
@@ -149,8 +155,8 @@ def ffn_readers(layer: nn.Module, axes: Axes) -> list[tuple[Any, str]]:
 
 
 def measure_stream(streams: Streams, kept_layers: Sequence[int], head_DD: Tensor) -> StreamMoments:
-    """Moments of the full model's stream at every norm of the kept layers, and at the last
-    one.
+    """Measure the moments of the full model's stream at every input norm of the kept layers and at
+    the final norm.
 
     head_DD: see `head_gram`.
     """
@@ -193,7 +199,7 @@ def _scaled(G_DD: Tensor, norm: Any, axes: Axes) -> Tensor:
 
 @dataclass(frozen=True)
 class StreamFit:
-    """y ≈ A z at one norm: scale is c; A_DH is None if nothing was cut or there is no refit."""
+    """The fit y ≈ A z at one norm. scale: c. A_DH: None if nothing was cut, or without a refit."""
 
     scale: float
     A_DH: Tensor | None
@@ -204,7 +210,8 @@ class StreamFit:
 def fit_full_stream(
     streams: Streams, norm: Any, basis: Basis, full: Stream, cut: Stream, reconstruct: bool
 ) -> StreamFit:
-    """Least squares of `norm`'s output of the full stream on that of the narrow one."""
+    """Fit `norm`'s output on the full stream, by least squares, from its output on the narrow
+    stream."""
     D, H = basis.matrix_DH.shape
     ZZ_HH = torch.zeros(H, H, device=basis.matrix_DH.device)
     YZ_DH = torch.zeros(D, H, device=basis.matrix_DH.device)
@@ -230,7 +237,7 @@ def fit_full_stream(
 def narrow_reader(
     axes: Axes, norm: Any, readers: Sequence[tuple[Any, str]], basis: Basis, fit: StreamFit
 ) -> None:
-    """Cut a norm's gain and the input side of the weights that read it."""
+    """Cut a norm's gain, and the input side of the weights that read its output."""
     old_D = gain(norm, axes)
     if basis.kept_H is None:
         new_H = torch.ones(basis.matrix_DH.shape[1], device=old_D.device)
@@ -245,7 +252,7 @@ def narrow_reader(
             narrow = weight.new_empty(*weight.shape[:-1], len(new_H))
             for rows, into in zip(weight.split(BLOCK), narrow.split(BLOCK), strict=True):
                 read = (rows * old_D) @ A_DH
-                # A gain of zero passes nothing on, whatever the next weight is.
+                # With a gain of zero, nothing passes, whatever the weight is.
                 into.copy_(torch.where(new_H == 0, 0.0, read / new_H))
         set_parameter(module, name, narrow)
         if isinstance(module, nn.Linear):
@@ -272,8 +279,8 @@ def narrow_ffn_writer(layer: nn.Module, axes: Axes, basis: Basis) -> None:
 
 
 def narrow_output_norm(streams: Streams, norm: Any, basis: Basis, wrote: Stream) -> None:
-    """Cut a norm of a block's output; its gain corrects for the rms over fewer channels."""
-    assert basis.kept_H is not None, "a rotation cannot pass a norm of a block's output"
+    """Cut the norm of a block's output; its gain corrects for the rms over fewer channels."""
+    assert basis.kept_H is not None, "models with output norms cannot be rotated"
     kept_H = basis.kept_H
 
     def terms() -> Iterator[tuple[float, float]]:
@@ -288,10 +295,11 @@ def narrow_output_norm(streams: Streams, norm: Any, basis: Basis, wrote: Stream)
 
 
 def narrow_ends(model: Any, axes: Axes, basis: Basis, fit: StreamFit, head_DD: Tensor) -> None:
-    """Cut the embeddings, the last norm and the head. A rotation unties the head.
+    """Cut the embeddings, the final norm, and the head. A rotation unties the head.
 
-    A tied head cannot be refit alone, so the last norm's gain is refit: the d that brings the
-    logits (less their mean) closest, (Gₖₖ ∘ ZᵀZ) d = diag(Gₖ diag(g) YᵀZ), with G of `head_gram`.
+    A tied head cannot be refit separately, so the final norm's gain is refit instead. The gain d
+    that brings the logits (minus their mean) closest solves
+    (Gₖₖ ∘ ZᵀZ) d = diag(Gₖ diag(g) YᵀZ), with G from `head_gram`.
     """
     embedding, head, norm = (
         model.get_input_embeddings(),
@@ -334,13 +342,13 @@ def _best_gain(
 
 
 def untie(model: Any) -> None:
-    """Untie the head: its weights become a copy, saved separately."""
+    """Untie the head, so that its weights are saved separately."""
     model.config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}
 
 
 def note_hidden_size(model: Any, size: int) -> None:
-    """Set the hidden size that modules store as an attribute."""
+    """Update the hidden size that modules store as an attribute."""
     for module in model.modules():
         for name in ("hidden_size", "hidden_dim"):
             if isinstance(getattr(module, name, None), int):

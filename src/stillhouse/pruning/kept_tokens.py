@@ -1,12 +1,12 @@
-"""Rewrite a tokenizer for fewer tokens, so that it can still encode and decode any text.
+"""Shrink a tokenizer's vocabulary so that it can still encode and decode any text.
 
-This works for BPE only: if every character of a token, or every byte, is in the vocabulary, text
-whose token was removed is split into smaller ones. A merge (a, b) → ab works while all three are
-kept.
+This only works for BPE: as long as every character of a token, or every byte, is in the vocabulary,
+text whose token was removed is split into smaller tokens. A merge (a, b) → ab works as long as all
+three tokens are kept.
 
-BPE builds a token in one way, whatever surrounds it: no merge ever crosses its boundaries.
-So if the tokens of a text and the tokens on the way to them are kept, it is tokenized as before,
-with other ids.
+BPE always builds a token in the same way, whatever surrounds it, since no merge crosses the token's
+boundaries. So if a text's tokens and all intermediate tokens on the way to them are kept, the text
+is tokenized as before, with new ids.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from stillhouse.scratch import temporary_folder
 from stillhouse.teachers.load_model import load_tokenizer
 
 WORD_START = "▁"
-"""How BPE with byte fallback writes a space: bytes would not decode to a space."""
+"""How BPE with byte fallback writes a space; always kept, since bytes would not decode to it."""
 
 
 class Merges:
-    """The tokens of a BPE tokenizer, and their merges.
+    """A BPE tokenizer's tokens and merges.
 
-    Raises RecipeError for other tokenizers, and for one that cannot encode every text.
+    Raises RecipeError if the tokenizer is not BPE, or marks the inside or end of words.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -41,9 +41,15 @@ class Merges:
         self.model = self.content.get("model", {})
         kind = self.model.get("type", type(tokenizer).__name__)
         if kind != "BPE":
-            raise _uncuttable(f"a tokenizer of type {kind} cannot be cut: only BPE can")
+            raise _uncuttable(
+                f"the vocabulary of a tokenizer of type {kind} cannot be pruned: only BPE is "
+                "supported"
+            )
         if self.model.get("continuing_subword_prefix") or self.model.get("end_of_word_suffix"):
-            raise _uncuttable("a BPE tokenizer that marks the inside or end of words is unknown")
+            raise _uncuttable(
+                "the vocabulary cannot be pruned: BPE tokenizers that mark the inside or end of "
+                "words are not supported"
+            )
         self.ids: dict[str, int] = self.model["vocab"]
         self.pairs: list[tuple[str, str]] = [tuple(pair) for pair in self.model["merges"]]
         self.added: dict[int, str] = {
@@ -58,10 +64,11 @@ class Merges:
         return {pair: rank for rank, pair in reversed(list(enumerate(self.pairs)))}
 
     def alphabet(self) -> set[int]:
-        """The ids without which some text could not be written: one for every byte.
+        """The ids that are needed to encode any text: one for every byte.
 
-        Some tokenizers lack bytes themselves (13 never occur in UTF-8); what they cannot encode,
-        the cut one cannot either. Raises RecipeError if the tokenizer is not byte-based at all.
+        Some tokenizers lack bytes to begin with (13 never occur in UTF-8); what they cannot encode,
+        the pruned tokenizer cannot encode either. Raises RecipeError if the tokenizer is not
+        byte-based.
         """
         if self.model.get("byte_fallback"):
             needed = [*(f"<0x{byte:02X}>" for byte in range(256)), WORD_START]
@@ -69,15 +76,15 @@ class Merges:
             needed = pre_tokenizers.ByteLevel.alphabet()
         else:
             raise _uncuttable(
-                "this tokenizer has no tokens for single bytes: without the tokens that go, it "
-                "could not read every text"
+                "the vocabulary cannot be pruned: this tokenizer has no tokens for single bytes, "
+                "so without the removed tokens it could not encode every text"
             )
         found = {self.ids[token] for token in needed if token in self.ids}
         unknown = self.model.get("unk_token")
         return found | ({self.ids[unknown]} if unknown in self.ids else set())
 
     def parts(self, id: int) -> set[int]:
-        """A token, and the tokens on the way to it from its characters, if merges lead to it."""
+        """A token, plus all intermediate tokens if merges build it from its characters."""
         token = self.tokens[id]
         if id in self.added or token not in self.ids:
             return {id}
@@ -95,7 +102,8 @@ class Merges:
         return found | {id}
 
     def cut(self, kept_ids: Sequence[int]) -> dict[str, Any]:
-        """The content of tokenizer.json with the tokens `kept_ids`, renumbered in that order."""
+        """The contents of tokenizer.json with only the tokens `kept_ids`, renumbered in that
+        order."""
         new_ids = {old: new for new, old in enumerate(kept_ids)}
         content = copy.deepcopy(self.content)
         vocabulary = {token: new_ids[old] for token, old in self.ids.items() if old in new_ids}
@@ -116,7 +124,7 @@ class Merges:
 
 
 def _renumber(processor: Any, new_ids: dict[int, int]) -> None:
-    """Renumber token ids inside a post-processor, which may be a sequence of post-processors."""
+    """Renumber token ids inside a post-processor, which can be a sequence of post-processors."""
     if not isinstance(processor, dict):
         return
     for inner in processor.get("processors", []):
@@ -132,27 +140,28 @@ def _renumber(processor: Any, new_ids: dict[int, int]) -> None:
 
 
 def prune_tokenizer(tokenizer: Any, kept_ids: Sequence[int]) -> Any:
-    """The tokenizer with only the tokens `kept_ids`, old ids by new id; the chat template is
-    unchanged.
+    """Return a tokenizer with only the tokens `kept_ids`; the chat template stays the same.
 
-    Ids beyond the tokenizer's (padding rows of the model) have no token. Raises
-    RecipeError when added or special tokens, or tokens for single bytes, are not kept, when a token
-    comes twice, and for tokenizers that are not BPE.
+    kept_ids: kept_ids[new id] = old id. Ids beyond the tokenizer's (the model's padding rows) have
+    no token.
+
+    Raises RecipeError if an added token, a special token, or a token for a single byte is not kept,
+    if a token is listed twice, or if the tokenizer is not BPE.
     """
     merges = Merges(tokenizer)
     kept = set(kept_ids)
     if len(kept) != len(kept_ids):
-        raise _wrong("a token comes twice", "name every token id once")
+        raise _wrong("a token is listed twice", "list every token id once")
     for what, needed in (
         ("special or added tokens", merges.added.keys()),
-        ("tokens for single bytes, without which some text cannot be written", merges.alphabet()),
+        ("tokens for single bytes, which are needed to encode any text", merges.alphabet()),
     ):
         lost = sorted(needed - kept)
         if lost:
             examples = ", ".join(f"{merges.tokens[id]!r} ({id})" for id in lost[:3])
             raise _wrong(
                 f"the vocabulary would lose {len(lost)} {what}: {examples}",
-                f"add them: {len(kept) + len(lost)} tokens (`kept_token_ids` does)",
+                f"keep them too, {len(kept) + len(lost)} tokens in total (`kept_token_ids` does)",
             )
     with temporary_folder("stillhouse-") as place:
         folder = Path(place)
@@ -164,7 +173,7 @@ def prune_tokenizer(tokenizer: Any, kept_ids: Sequence[int]) -> Any:
 
 
 def _renumber_config(file: Path, kept_ids: Sequence[int]) -> None:
-    """Older tokenizer_config.json files repeat the added tokens by their ids."""
+    """Renumber the added tokens in tokenizer_config.json, which older files list by id."""
     config = json.loads(file.read_text(encoding="utf-8"))
     new_ids = {old: new for new, old in enumerate(kept_ids)}
     added = config.get("added_tokens_decoder")
@@ -179,7 +188,7 @@ def _uncuttable(what: str) -> RecipeError:
     return RecipeError(
         what,
         where="student.vocabulary",
-        fix="leave student.vocabulary out: every other axis can be pruned",
+        fix="remove student.vocabulary; every other axis can be pruned",
     )
 
 

@@ -1,7 +1,7 @@
-"""Prune a model that does not fit on a GPU there: its layers are copied to it one at a time.
+"""Stream layers to a GPU one at a time, to prune a model that does not fit there.
 
-Embeddings, last norm and head are on the GPU throughout. A layer's weights stay in the host's
-memory, or on disk (see offload.py), and are on the GPU while the layer runs or is cut.
+The embeddings, the last norm, and the head stay on the GPU. A layer's weights stay in host memory,
+or on disk (see offload.py), and are only on the GPU while the layer runs or is cut.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from stillhouse.pruning.offload import is_offloaded, offload
 from stillhouse.teachers.activations import decoder_layers
 
 Owner = tuple[nn.Module, str]
-"""A module and the name of one of its own parameters or buffers."""
+"""A module, and the name of a parameter or buffer that is directly in it."""
 
 
 @contextmanager
 def streamed(model: Any, device: torch.device) -> Iterator[None]:
-    """`stream_layers` for the block; after it, all of the model is on the host, or on disk if it
-    was."""
+    """`stream_layers` as a context manager. Afterwards, the whole model is back on the host, or on
+    disk if it was there."""
     stop = stream_layers(model, device)
     try:
         yield
@@ -32,10 +32,10 @@ def streamed(model: Any, device: torch.device) -> Iterator[None]:
 
 
 def stream_layers(model: Any, device: torch.device) -> Callable[[], None]:
-    """Use a model on the device from now on, with its layers on the host.
+    """Run a model on the device from now on, while its layers' weights stay on the host.
 
-    A layer that is called is copied to the device for the call, unless its forward is replaced;
-    work on its parts takes place inside `on_device`. Returns a function that ends this.
+    When a layer is called, its weights are copied to the device for the call, unless its forward is
+    replaced. To work on parts of a layer, use `on_device`. Returns a function that ends streaming.
     """
     layers = list(decoder_layers(model))
     inside = {id(module) for layer in layers for module in layer.modules()}
@@ -69,9 +69,9 @@ def stream_layers(model: Any, device: torch.device) -> Callable[[], None]:
 def on_device(
     layer: nn.Module, device: torch.device | str, *, changed: bool = False
 ) -> Iterator[None]:
-    """Inside the block, the layer's weights are on the device.
+    """Within the context, keep the layer's weights on the device.
 
-    changed: the block changes or replaces them; afterwards the host has the new ones.
+    changed: the weights are changed or replaced there, so the new ones are copied back to the host.
     """
     homes = {owner: value for owner, value in _own(layer.modules()) if value.device != device}
     _set({owner: _on(value, device) for owner, value in homes.items()})
@@ -85,7 +85,7 @@ def on_device(
 
 
 def _returned(new: Tensor, home: Tensor | None) -> Tensor:
-    """The values in the host's tensor that they came from, if it has their shape."""
+    """Copy the values back into the host's tensor if the shape is unchanged, else to a new one."""
     if home is None or home.shape != new.shape:
         return _on(new, "cpu")
     home.data.copy_(new.detach())
@@ -93,7 +93,7 @@ def _returned(new: Tensor, home: Tensor | None) -> Tensor:
 
 
 def _move(modules: Iterable[nn.Module], device: torch.device | str) -> None:
-    """Move the modules' own tensors; tied ones stay tied."""
+    """Move the tensors that are directly in the modules; tied tensors stay tied."""
     moved: dict[int, Tensor] = {}
     own = dict(_own(modules))
     for value in own.values():

@@ -1,9 +1,9 @@
-"""Block-wise local distillation: a pruned layer is trained on the output of the original one.
+"""Block-wise local distillation: train a pruned layer on the original layer's output.
 
-The layer reads the stream of the partly cut model, and learns the full model's stream after it,
-each row divided by its rms, as the next norm does. No gradient leaves the layer, so this needs
-the memory of one layer, and none of the head. One batch is held out: if training does not bring
-the layer closer to the full model on it, the layer's old weights are restored.
+The layer reads the partly cut model's stream and learns to return the full model's stream, with
+each row divided by its rms, as the next norm does. No gradient leaves the layer, so training needs
+the memory of a single layer, and nothing for the head. One batch is held out; if training does not
+bring the layer closer to the full model on it, the layer's old weights are restored.
 
 Shapes: L tokens, N rows, D hidden width.
 """
@@ -21,25 +21,26 @@ from stillhouse.pruning.calibrate import Stream, Streams, products, run_layer
 from stillhouse.shared_work import Empty
 
 LEARNING_RATE = 1e-4
-"""AdamW's learning rate, with cosine decay: see docs/pruning.md."""
+"""AdamW's learning rate, with cosine decay; see docs/pruning.md."""
 
 
 def distill_block(
     streams: Streams, index: int, before: Stream, target: Stream, tokens: int
 ) -> float:
-    """Train one layer in place on about `tokens` tokens; returns the fraction of its error that
-    is gone.
+    """Train one layer in place on about `tokens` tokens; return the fraction of its error that
+    training removed.
 
-    before, target: the stream that the layer reads, and the one that it should return. The error
-    is measured on the held-out batch (on all rows if there is only one batch). Returns 0, with the
-    layer unchanged, if it did not fall. Each step's gradient is computed by the process that has
-    the batch, and all processes take the step.
+    The error is measured on the held-out batch, or, if there is only one batch, on that batch. If
+    it did not fall, the layer stays unchanged, and the result is 0. The process that has a batch
+    computes the gradient of its step, and all processes apply it.
+
+    before, target: the stream that the layer reads, and the stream that it should return.
     """
     layer: nn.Module = streams.layers[index]
     batches, weights = streams.batches, list(layer.parameters())
 
     def loss(number: int) -> Tensor:
-        """Mean squared difference of the counted rows, each divided by the rms of its target."""
+        """Mean squared error over the counted rows, each divided by its target's rms."""
         place = batches.numbers.index(number)
         counted_RL = streams.batches[place].counted_RL
         with products(streams.model, streams.dtype):

@@ -1,14 +1,15 @@
-"""Offload weights to disk: a large model is pruned without ever being completely in memory.
+"""Offload weights to disk, so that a large model can be pruned without ever being completely in
+memory.
 
-Each parameter of an offloaded module is a memory-mapped scratch file, mapped shared: it is read
-and written like any other tensor, and writes go to the file. Its pages are in memory from their
-first use on. To release them, the file is mapped again, and PyTorch unmaps the old pages with the
-last tensor that uses them; so no live tensor ever loses its values. A file lasts as long as its
-parameter.
+Each parameter of an offloaded module is a memory-mapped scratch file. Since the mapping is shared,
+it is read and written like any other tensor, and writes go to the file. A page is in memory from
+its first use on. To release the pages, the file is mapped again, and PyTorch unmaps the old pages
+along with the last tensor that uses them, so a live tensor never loses its values. A file lasts as
+long as its parameter.
 
-At any time, memory holds a layer or two, or the embeddings and head, and the calibration rows.
-Models below LARGE_BYTES stay in memory. Processes of a torchrun that prune the same model share the
-files of its layers, each until it cuts the layer (`shared_layers`).
+At any time, memory holds the calibration rows and either one or two layers, or the embeddings and
+the head. Models smaller than LARGE_BYTES stay in memory. When processes under torchrun prune the
+same model, they share a file for each layer until they cut that layer (`shared_layers`).
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from stillhouse.teachers.model_source import AnyModel, source_of
 from stillhouse.teachers.write_by_layer import weights_by_layer, write_by_layer
 
 LARGE_BYTES = 2 << 30
-"""Models whose float32 weights are at least this large are offloaded."""
+"""Models whose float32 weights have at least this many bytes are offloaded."""
 BLOCK = 1 << 20
-"""Values that are converted at once while a parameter is written."""
+"""Number of values converted at a time while a parameter is written."""
 
 
 def is_large(model: Any) -> bool:
@@ -49,10 +50,12 @@ def has_large_weights(model: Any) -> bool:
 
 
 def load_offloaded(checkpoint: AnyModel) -> Any:
-    """Load the model in float32. A large one is offloaded, which needs its float32 size in the
-    temporary folder; inside `shared_layers`, its layers are mapped from the files that are there.
+    """Load the model in float32, offloaded if it is large.
 
-    Raises ModelError as `load_model` does.
+    Offloading needs as much space in the temporary folder as the model's float32 weights. Within
+    `shared_layers`, layers are mapped from the shared files instead.
+
+    Raises ModelError like `load_model`.
     """
     model, path = _load(checkpoint), source_of(checkpoint).path
     if is_large(model):
@@ -64,21 +67,21 @@ def load_offloaded(checkpoint: AnyModel) -> Any:
 
 
 def _load(checkpoint: AnyModel) -> Any:
-    """In the number type of its files, which are mapped."""
+    """Load the model in the dtype of its files, so that they can be memory-mapped."""
     stored = getattr(load_config(checkpoint), "dtype", None) or torch.float32
     return load_model(checkpoint, dtype=stored)
 
 
 _shared: dict[Path, list[str]] = {}
-"""Of a model's folder, the files of its layers' weights, which other processes have mapped too."""
+"""For each model folder, the files with its layers' weights, which other processes map too."""
 
 
 @contextmanager
 def shared_layers(checkpoint: AnyModel, processes: Processes) -> Iterator[None]:
-    """Inside the block, the processes of a machine have one file of each weight of a large model's
-    layers, however often they load it. Before a layer is changed, `take_own` must be called.
+    """Within the context, all processes on a machine share one file per layer weight of a large
+    model, however often they load it. Call `take_own` before changing a layer.
 
-    Every process must call this. Raises ModelError as `load_model` does.
+    Every process must call this. Raises ModelError like `load_model`.
     """
     if processes.count == 1:
         yield
@@ -104,8 +107,8 @@ def _layer_weights(model: Any) -> list[nn.Parameter]:
 
 
 def take_own(module: nn.Module) -> None:
-    """Copy a module's weights to memory if other processes share their files: until then, whatever
-    is written to them is written for all."""
+    """Copy a module's weights to memory if other processes share their files. Before that, writing
+    to them would change them for all processes."""
     shared = {file for files in _shared.values() for file in files}
     for parameter in module.parameters():
         if _file_of(parameter) in shared:
@@ -113,10 +116,9 @@ def take_own(module: nn.Module) -> None:
 
 
 def offload(module: nn.Module) -> None:
-    """Move a module's parameters on the CPU to disk, in float32, and release those that are already
-    there.
+    """Move a module's CPU parameters to disk, in float32, and release those that are already there.
 
-    From then on the allocator returns freed memory to the system.
+    From then on, the allocator returns freed memory to the system.
     """
     for parameter in module.parameters():
         if parameter.device.type == "cpu":
@@ -130,7 +132,7 @@ def is_offloaded(module: nn.Module) -> bool:
 
 
 def release(module: nn.Module) -> None:
-    """Release a module's offloaded parameters from memory; the next use reads them from disk."""
+    """Release a module's offloaded parameters from memory; their next use reads them from disk."""
     for parameter in module.parameters():
         file = _file_of(parameter)
         if file is not None:
@@ -145,8 +147,8 @@ def release_ends(model: Any) -> None:
 
 @contextmanager
 def released_after_use(model: Any) -> Iterator[None]:
-    """Inside the block, each layer of an offloaded model is released as soon as it has run; the
-    embeddings and head are released after the block."""
+    """Within the context, release each layer of an offloaded model as soon as it has run; release
+    the embeddings and the head at the end."""
     if not is_offloaded(model):
         yield
         return
@@ -164,10 +166,10 @@ def released_after_use(model: Any) -> Iterator[None]:
 
 
 def save_model(model: Any, folder: Path) -> None:
-    """Write a checkpoint as `save_pretrained` does; a large model is written a layer at a time, one
-    file per layer and one for the rest, so that at most one layer is in memory."""
-    # `save_pretrained` writes nothing in processes of a torchrun other than the main one, which may
-    # have models of their own.
+    """Write a checkpoint like `save_pretrained`. A large model is written layer by layer, one file
+    per layer and one for the rest, so that at most one layer is in memory."""
+    # Under torchrun, `save_pretrained` only writes in the main process, but other processes can
+    # have a different model to save.
     model.should_save_on_this_rank = lambda is_main_process: True
     try:
         if is_large(model):
@@ -179,26 +181,26 @@ def save_model(model: Any, folder: Path) -> None:
 
 
 def _layer_after_layer(model: Any) -> Iterator[dict[str, Tensor]]:
-    """The weights of each part of the model, which is released when the next one is needed."""
+    """Yield the weights of each part of the model; release a part when the next one is needed."""
     for part, names in weights_by_layer(model):
         yield {name: value for name, value in model.state_dict().items() if name in names}
         release(part)
 
 
 def _file_of(tensor: Tensor) -> str | None:
-    """The file that a tensor is mapped from; None if it is in memory or on another device."""
+    """The file that a tensor is mapped from; None if it is in memory or on an accelerator."""
     return tensor.untyped_storage().filename if tensor.device.type == "cpu" else None
 
 
 def _written(parameter: Tensor) -> str:
-    """A file with the parameter's values in float32, which is deleted with the parameter."""
+    """Write the parameter's values, in float32, to a file that is deleted with the parameter."""
     file = _file_with(parameter)
     weakref.finalize(parameter, _remove, file)
     return file
 
 
 def _file_with(parameter: Tensor) -> str:
-    """A new file with the parameter's values in float32."""
+    """Write the parameter's values, in float32, to a new file."""
     place = scratch_place()
     with temporary_disk(place):
         handle, file = tempfile.mkstemp(prefix="stillhouse-weights-", dir=place)
@@ -209,12 +211,12 @@ def _file_with(parameter: Tensor) -> str:
 
 
 def _map(parameter: Tensor, file: str) -> None:
-    # A deleted file would be created again, all zeros: keep the old mapping then.
+    # If the file was deleted, mapping it would create it anew, all zeros: keep the old mapping.
     if os.path.exists(file):
         values = torch.from_file(file, shared=True, size=parameter.numel(), dtype=torch.float32)
         parameter.data = values.view(parameter.shape)
 
 
 def _remove(file: str) -> None:
-    with suppress(OSError):  # Windows cannot delete a file that is still mapped
+    with suppress(OSError):  # Windows cannot delete a file that is still mapped.
         os.remove(file)

@@ -39,22 +39,26 @@ from stillhouse.pruning.width import Passage, cut_width
 from stillhouse.shared_work import ALONE, Processes
 
 DEPTH_TOKENS = 2048
-"""Tokens on which layers are tried: each trial runs half the model, so few must suffice."""
+"""Tokens on which layers are tried: few, because each trial runs half the model on average."""
 GRADIENT_CALIBRATION_TOKENS = 8192
-"""Maximum number of tokens for gradients: they cost a backward pass, and rankings settle early."""
+"""Maximum number of tokens for gradients: they need a backward pass, and rankings settle early."""
 METHOD = PruningMethod()
 
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What was removed, and what it costs before any training.
+    """What was removed, and what that costs before any training.
 
-    changed: sizes before and after, for every axis that was cut. dropped_layers: the teacher's
-    layer numbers in order of removal, and the KL to the teacher after each, in nats/token.
-    single_layer_kl: the KL without that layer alone, by layer; empty when depth was not cut.
+    changed: sizes before and after, for every axis that was cut.
+    dropped_layers: the teacher's layer numbers in order of removal, each with the KL to the teacher
+        after removing it, in nats/token.
+    single_layer_kl: for each layer, the KL without only that layer; empty if depth was not cut, or
+        layers were ranked by scores.
+    calibration_tokens: number of tokens that the cut was calibrated on, without padding.
     calibration_kl: KL(teacher ‖ pruned) on some of the calibration rows (so it is optimistic),
-    before the vocabulary is cut; None when nothing else was. local_gains: by layer, the fraction of
-    its error that local distillation removed, on rows that it was not trained on.
+        before the vocabulary is cut; None if nothing else was cut.
+    local_gains: for each layer, the fraction of its error that local distillation removed, on rows
+        that the layer was not trained on.
     """
 
     ffn_size: tuple[int, int]
@@ -72,18 +76,18 @@ class PruneReport:
 
 @dataclass
 class Calibration:
-    """Results shared by several prunes of one start model, text and seed, so that they are computed
-    once.
+    """Results that several prunes with the same start model, text, and seed share, so that they are
+    computed only once.
 
-    passages: the start model's stream on the calibration rows; None: not kept. depth: the order
-    in which its layers are removed.
+    passages: the start model's stream on the calibration rows; None: not kept.
+    depth: the order in which its layers are removed.
     """
 
     passages: list[Passage] | None = field(default_factory=list)
     depth: DepthChoice | None = None
 
     def choose_layers(self, keep: int, total: int) -> DepthChoice | None:
-        """The layers to keep, if the order is known that far."""
+        """The layers to keep; None if the order of removal is not known that far."""
         gone = total - keep
         if self.depth is None or len(self.depth.dropped) < gone:
             return None
@@ -109,24 +113,33 @@ def prune_model(
     processes: Processes = ALONE,
     **sizes: int | None,
 ) -> PruneReport:
-    """Prune a float32 causal language model in place, calibrated on training windows.
+    """Prune a float32 causal language model in place, on its device, calibrated on training
+    windows.
 
-    sizes: the sizes to prune to, by their names in `sizes.AXES`; a size that is missing or None
-    is not changed. hidden_size with hidden_method: "rotation" unties the head, and rotates even if
-    the size does not change. kept_ids: the tokens to keep, old ids by new id (see
-    `kept_token_ids`).
+    Depth is cut first, so that refitting the width also compensates for dropped layers. Hidden
+    size, heads, experts, and FFN follow, layer by layer, and the vocabulary comes last. All layers
+    end up with the same sizes.
 
-    The windows run through the model with matrix products in `dtype`; weights, statistics and
-    refits stay float32. Runs on the model's device. shared: results of earlier prunes of the same
-    start model on the same windows, tokens and seed, to which this one's are added. method: what
-    decides which parts are kept. local_tokens: of block-wise distillation, per layer. processes:
-    all of them call this with a copy of the model, and divide the windows and the trials of layers;
-    each copy is pruned to the same weights as by one process.
+    Args:
+        hidden_method: how hidden_size is cut. "rotation" unties the head, and rotates even if the
+            size does not change.
+        kept_ids: the tokens to keep, kept_ids[new id] = old id (see `kept_token_ids`).
+        reconstruct: refit the remaining weights to compensate for the removed ones.
+        dtype: of the matrix products that run the windows through the model; weights, statistics,
+            and refits are always float32.
+        shared: results of earlier prunes of the same start model with the same windows, tokens, and
+            seed; this prune's results are added.
+        method: how the parts to keep are chosen.
+        local_tokens: tokens of block-wise distillation per layer.
+        processes: each of them calls this with a copy of the model, and they share the windows and
+            the trials of layers. Each copy ends up with the same weights as with one process.
+        sizes: the sizes to prune to, by their names in `sizes.AXES`; a size that is missing or None
+            does not change.
 
-    Depth is cut first, so that the refit of the width compensates for dropped layers too; then,
-    layer by layer, hidden size, heads, experts and FFN; the vocabulary last. All layers end up with
-    the same sizes. Raises RecipeError for sizes that the model cannot have, ModelError for an
-    architecture that cannot be pruned, DataError when there are no windows.
+    Raises:
+        RecipeError: the model cannot have these sizes.
+        ModelError: the architecture cannot be pruned.
+        DataError: there are no windows.
     """
     axes = axes_of(model.config)
     vocabulary = None if kept_ids is None else len(kept_ids)
@@ -149,8 +162,8 @@ def prune_model(
     elif 2 * seen < calibration_tokens:
         notes.insert(
             0,
-            f"calibrated on {seen:,} training tokens, not {calibration_tokens:,}: the rest of "
-            "their windows is padding, or not trained on (data.packing: isolated fills windows)",
+            f"calibrated on {seen:,} training tokens, not {calibration_tokens:,}: the rest of the "
+            "windows is padding or not trained on (data.packing: isolated fills windows)",
         )
     shared = Calibration(passages=None) if shared is None else shared
     choice = DepthChoice(tuple(range(before.layers)), (), ())
@@ -164,8 +177,8 @@ def prune_model(
         choice = known
         if reconstruct and (axes.ffn_output_norm is not None or axes.experts is not None):
             notes.append(
-                f"{model.config.model_type}: dropped layers are made up for in part, by the gain "
-                "of the FFN's output before them, not by its projections; local_distillation does "
+                f"{model.config.model_type}: only the gain of the preceding FFN's output, not its "
+                "projections, compensates for dropped layers; local_distillation compensates for "
                 "more"
             )
     kl = choice.dropped[-1][1] if choice.dropped else None
@@ -198,7 +211,7 @@ def prune_model(
     if kept_ids is not None:
         keep_tokens(model, torch.tensor(kept_ids, device=model.device))
     if is_offloaded(model):
-        offload(model)  # embeddings and head too
+        offload(model)  # Includes the embeddings and the head.
     return PruneReport(
         ffn_size=(before.ffn_size, after.ffn_size),
         layers=(before.layers, after.layers),
@@ -226,8 +239,7 @@ def rank_layers(
     most_kl: float = math.inf,
     processes: Processes = ALONE,
 ) -> DepthChoice:
-    """The order in which layers are removed, by `method.depth_importance`, and the KL after
-    each."""
+    """Rank layers by `method.depth_importance`: the order of removal, and the KL after each."""
     few = calibration_batches(windows, tokens, seed, model.device)
     by, scores = method.depth_importance, None
     with released_after_use(model):
@@ -242,18 +254,18 @@ def rank_layers(
 
 
 def check_importance(method: PruningMethod, before: Sizes, after: Sizes) -> None:
-    """Raise RecipeError if `method` cannot rank what is cut."""
+    """Raise RecipeError if `method` cannot rank the parts that are cut."""
     if method.importance != "gradients" or before.experts is None:
         return
     if after.experts != before.experts:
         raise RecipeError(
-            "gradients do not rank experts",
+            "gradients cannot rank experts",
             where="student.importance",
-            fix="leave importance out: experts are ranked by what they add to the stream",
+            fix="remove importance: experts are ranked by how much they add to the stream",
         )
     if after.ffn_size < before.ffn_size:
         raise RecipeError(
-            "gradients do not rank the neurons of experts",
+            "gradients cannot rank the neurons of experts",
             where="student.importance",
             fix="use importance: refit or activations",
         )
@@ -287,7 +299,7 @@ def _notes(config: Any, before: Sizes, after: Sizes, rotated: bool) -> list[str]
     if rotated and config.tie_word_embeddings:
         extra = after.vocabulary * after.hidden_size
         notes.append(
-            f"the rotation unties the head from the embeddings: {extra / 1e6:,.1f}M parameters "
-            "more than hidden_method: channels"
+            f"the rotation unties the head from the embeddings, which adds {extra / 1e6:,.1f}M "
+            "parameters compared with hidden_method: channels"
         )
     return notes

@@ -44,14 +44,17 @@ AmountText = int | float | str
 
 @dataclass(frozen=True)
 class Amount:
-    """value: in parameters, bytes or seconds; relative: a fraction of the start model's."""
+    """A target amount.
+
+    value: number of parameters, bytes, or seconds; if relative, a fraction of the start model's.
+    """
 
     value: float
     relative: bool
 
 
 def read_amount(key: str, text: int | float | str) -> Amount:
-    """Parse 60%, 108M, 250MB or 20ms. Raises ValueError, with the accepted forms."""
+    """Parse an amount such as 60%, 108M, 250MB, or 20ms. Raises ValueError if it is not valid."""
     written = shown(text)
     found = _AMOUNT.fullmatch(written)
     number, unit = found.groups() if found else ("0", "")
@@ -61,35 +64,42 @@ def read_amount(key: str, text: int | float | str) -> Amount:
     if factor is None or not 0 < float(number) * factor <= _MOST:
         units = ", ".join(unit for unit in UNITS[key] if unit)
         raise ValueError(
-            f"{written} is not a valid amount: write a percentage of the pruned model, such "
-            f"as 60%, or a positive number, alone or with one of {units}"
+            f"{written} is not a valid amount: write a percentage of the model to prune, such as "
+            f"60%, or a positive number, optionally followed by one of {units}"
         )
     return Amount(float(number) * factor, relative=False)
 
 
 class TargetRecipe(Section):
-    """How large the student may be; exactly one key. Percentages are of the model that is
-    pruned."""
+    """Maximum size or cost of the student; set exactly one key. Percentages are relative to the
+    model that is pruned."""
 
-    params: AmountText | None = Field(None, description="All parameters: 60% or 108M.")
+    params: AmountText | None = Field(
+        None, description="Number of parameters, such as 60% or 108M."
+    )
     non_embedding_params: AmountText | None = Field(
-        None, description="Without the embeddings and an untied head: 60% or 80M."
+        None,
+        description="Number of parameters without the embeddings and an untied head, such as 60% "
+        "or 80M.",
     )
     bytes: AmountText | None = Field(
-        None, description="Size of the weights in export.dtype: 60% or 250MB."
+        None, description="Size of the weights in export.dtype, such as 60% or 250MB."
     )
     decode_latency: AmountText | None = Field(
-        None, description="Seconds a token on this machine, one sequence: 60% or 20ms."
+        None,
+        description="Time per token when decoding one sequence on this machine, such as 60% or "
+        "20ms.",
     )
     memory: AmountText | None = Field(
-        None, description="Peak memory of loading and decoding on this machine: 60% or 1.5GB."
+        None,
+        description="Peak memory while loading and decoding on this machine, such as 60% or 1.5GB.",
     )
 
     @model_validator(mode="after")
     def _one_key(self) -> TargetRecipe:
         given = [key for key in UNITS if getattr(self, key) is not None]
         if len(given) != 1:
-            raise ValueError(f"a target has exactly one of {', '.join(UNITS)}")
+            raise ValueError(f"a target must have exactly one of {', '.join(UNITS)}")
         return self
 
     @field_validator(*UNITS)
@@ -122,75 +132,85 @@ class VocabularyFile(Section):
     """The tokens to keep, listed in a file."""
 
     path: PathText = Field(
-        description="The tokens to keep: one a line, as the tokenizer writes them (Ġhouse), or in "
-        "a .json file a list of tokens or ids."
+        description="File with one token per line, in the tokenizer's notation (Ġhouse), or a "
+        ".json file with a list of tokens or ids."
     )
 
 
 class PruningMethod(Section):
-    """How the parts of the model to keep are chosen."""
+    """How to choose the parts of the model to keep."""
 
     importance: Importance = Field(
         "refit",
-        description="For neurons, heads and channels. refit: the error that remains after the "
-        "others were refit (activations, with refit: false); activations: norm of activations x "
-        "norm of the weights that read them; gradients: Fisher information of the KL.",
+        description="How neurons, heads, and channels are ranked. refit: by the error that remains "
+        "after refitting the others (like activations if refit: false); activations: by the norm "
+        "of activations times the norm of the weights that read them; gradients: by the Fisher "
+        "information of the KL.",
     )
     aggregation: Aggregation = Field(
-        "l2", description="How importance: activations aggregates over calibration rows."
+        "l2",
+        description="How `importance: activations` aggregates activations over calibration rows.",
     )
     depth_importance: DepthImportance = Field(
         "kl",
-        description="For layers. kl: the KL of the output without each layer, one at a time; "
-        "block_influence: 1 - cosine of the residual stream before and after; norm_ratio: norm "
-        "after / norm before; gradients: Fisher information.",
+        description="How layers are ranked. kl: by the output's KL without the layer; "
+        "block_influence: by 1 - cosine similarity of the residual stream before and after the "
+        "layer; norm_ratio: by the ratio of the stream's norm after to before; gradients: by "
+        "Fisher information.",
     )
 
     @model_validator(mode="after")
     def _aggregation_needs_activations(self) -> Self:
         if self.aggregation != "l2" and self.importance != "activations":
-            raise ValueError("aggregation does nothing without importance: activations")
+            raise ValueError("aggregation has no effect without importance: activations")
         return self
 
 
 class SearchRecipe(Section):
-    """How the shape that meets a target is found."""
+    """How to find the best shape that meets a target."""
 
     axes: list[Annotated[str, OneOf(AXES)]] = Field(
         default=list(AXES),
         min_length=1,
-        description="Dimensions that may be pruned, if the architecture has them.",
+        description="Dimensions that can be pruned, if the architecture has them.",
     )
-    tolerance: PartialShare = Field(0.03, description="How far under the target a shape may be.")
+    tolerance: PartialShare = Field(
+        0.03, description="How far below the target a shape can be, as a fraction of the target."
+    )
     multiple_of: Width | None = Field(
         None,
-        description="FFN and hidden sizes are multiples of this; null: 256 if it fits, else 128, "
-        "64 or 32.",
+        description="FFN and hidden sizes are multiples of this; null: 256 if possible, else 128, "
+        "64, or 32.",
     )
     tensor_parallel: Count = Field(
-        1, description="GPUs among which heads and FFN must divide evenly."
+        1, description="Number of GPUs among which heads and FFN must divide evenly."
     )
     candidates: SmallCount = Field(
-        6, description="Shapes that are pruned, refit and measured; the best by each axis."
+        6,
+        description="Number of shapes to prune, refit, and measure: those whose cuts cost least "
+        "when measured axis by axis.",
     )
     calibration_tokens: Tokens = Field(
-        16384, description="Tokens each of them is refit on; the student's own are more."
+        16384,
+        description="Number of tokens to refit each candidate on; the chosen shape is refit again "
+        "on student.calibration_tokens.",
     )
     heldout_tokens: Tokens = Field(
-        4096, description="Training tokens that are held out to measure candidates."
+        4096, description="Number of training tokens held out to measure candidates."
     )
     trained: CountOrZero = Field(
-        4, description="Best of them that are distilled for a short while; 0 or 1: none."
+        4,
+        description="Number of best candidates to distill briefly and compare again; 0 or 1: none.",
     )
     steps: Steps = Field(
         8,
-        description="Optimizer steps of the first round; half of the shapes go on to the next, "
-        "which has twice as many.",
+        description="Optimizer steps of the first round of training; the better half of the "
+        "shapes goes on to the next round, which has twice as many.",
     )
 
     @property
     def winner_steps(self) -> int:
-        """Optimizer steps of the shape that is found, over all rounds."""
+        """Optimizer steps of the shape that is chosen, over all rounds."""
         alive, steps, total = self.trained, self.steps, 0
         while alive > 1:
             total, steps, alive = total + steps, 2 * steps, alive // 2

@@ -1,4 +1,4 @@
-"""A model's outputs on some text, and the KL of other models to it.
+"""Reference outputs of a model on calibration text, and other models' KL to them.
 
 Shapes: N counted rows of a batch, D hidden width.
 """
@@ -20,9 +20,9 @@ from stillhouse.teachers.backbone import hidden_states, lm_head, trim_head
 
 @dataclass(frozen=True)
 class Reference:
-    """A model's last hidden rows [N, D] of every batch, and its head.
+    """A model's last hidden rows [N, D] for every batch, and its head.
 
-    vocabulary: rows of the heads that are tokens of both models; None: all.
+    vocabulary: number of head rows that are tokens of both models; None: all.
     """
 
     batches: Sequence[Batch]
@@ -32,7 +32,7 @@ class Reference:
 
 
 def rows_of(model: Any, batch: Batch) -> Tensor:
-    """The last hidden states of the counted positions, [N, D]."""
+    """The last hidden states at the counted positions, [N, D]."""
     return hidden_states(model, batch.input_ids_RL, batch.position_ids_RL)[batch.counted_RL]
 
 

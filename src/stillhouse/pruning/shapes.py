@@ -1,8 +1,8 @@
-"""The shapes a model can be pruned to: what each costs, and which of them meet a target.
+"""The shapes that a model can be pruned to, what each one costs, and which of them meet a target.
 
-A shape is one `Sizes`, the same for every layer. The possible combinations follow from the start
-model: fewer layers, key-value groups, query heads per group, experts, and a narrower stream; for
-each, the widest aligned FFN that still meets the target.
+A shape is a `Sizes`, the same for every layer. The start model determines the possible
+combinations: fewer layers, key-value heads, query heads per key-value head, and experts, and a
+narrower stream, each with the widest aligned FFN that still meets the target.
 """
 
 from __future__ import annotations
@@ -27,26 +27,27 @@ from stillhouse.pruning.pruning_config import (
 from stillhouse.pruning.sizes import AXES, Sizes, resized_config, sizes_of
 
 ALIGNMENTS = (256, 128, 64, 32)
-"""Multiples that kernels and GGUF's block formats need, best first."""
+"""Multiples that kernels and GGUF's block formats require, best first."""
 LEAST_SHARE = 0.5
-"""Minimum fraction of layers, heads, experts and hidden size that a search keeps: training does not
-recover from larger cuts in one step (docs/pruning.md)."""
+"""Minimum fraction of layers, heads, experts, and hidden size that a search keeps: training does
+not recover from larger cuts in one step (docs/pruning.md)."""
 LEAST_FFN_SHARE = 0.25
 HIDDEN_SIZES = 5
-"""Maximum number of hidden sizes that are tried."""
+"""Maximum number of hidden sizes to try."""
 EXPERT_STEPS = 16
-"""Experts go in sixteenths of all: whole numbers of them on 2, 4 or 8 GPUs, if all are."""
-MORE_AXES = "choose more axes in student.search.axes"
+"""Experts are removed in sixteenths, so that they still divide evenly among 2, 4, or 8 GPUs if they
+did before."""
+MORE_AXES = "add axes to student.search.axes"
 
 Cost = Callable[[Sizes], float]
 
 
 class Counter:
-    """Exact parameter counts of every shape of one model, from a few models on the meta device.
+    """Exact parameter counts for all shapes of a model, from a few models on the meta device.
 
-    Parameters are linear in the numbers of layers and experts and in the FFN width, so a few models
-    of one or two layers and experts determine those of all shapes with the same heads and hidden
-    size.
+    Parameter counts are linear in the number of layers, the number of experts, and the FFN width,
+    so a few models with one or two layers and experts determine the counts of all shapes with the
+    same heads and hidden size.
     """
 
     def __init__(self, config: Any) -> None:
@@ -68,8 +69,9 @@ class Counter:
         )
 
     def _measure(self, one: Sizes) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Parameters of embeddings and head, a layer without its FFN, an expert without its neurons
-        (0 for a plain FFN), and a neuron: all parameters, and non-embedding ones."""
+        """Parameter counts of the embeddings and head, a layer without its FFN, an expert without
+        its neurons (0 for a plain FFN), and a neuron: first all parameters, then only non-embedding
+        parameters."""
         layers = min(2, self.start.layers)
         shapes = [
             one,
@@ -94,7 +96,7 @@ class Counter:
 
 @dataclass(frozen=True)
 class Limit:
-    """The most and the least that a shape may cost, and the start model's cost, in the target's
+    """The most and the least that a shape can cost, and the start model's cost, in the target's
     unit."""
 
     key: str
@@ -103,7 +105,7 @@ class Limit:
     unpruned: float
 
     def __str__(self) -> str:
-        return f"{shown(self.key, self.most)} ({self.most / self.unpruned:.0%} of the model's)"
+        return f"{shown(self.key, self.most)} ({self.most / self.unpruned:.0%} of the model)"
 
     def nearest(self, before: Sizes, shape: Sizes, cost: float) -> str:
         share = f"{cost / self.unpruned:.0%}"
@@ -129,7 +131,7 @@ def limit_of(target: TargetRecipe, unpruned: float, tolerance: float) -> Limit:
 
 
 def sizes_to_prune(before: Sizes, after: Sizes) -> dict[str, Any]:
-    """The axes that differ, as keyword arguments of `prune_model`."""
+    """The sizes that differ, as keyword arguments of `prune_model`."""
     found = {key: getattr(after, key) for key in AXES}
     if found["heads"] == before.heads and found["kv_heads"] == before.kv_heads:
         found = {key: value for key, value in found.items() if "heads" not in key}
@@ -141,10 +143,11 @@ def sizes_to_prune(before: Sizes, after: Sizes) -> dict[str, Any]:
 
 
 def feasible_shapes(config: Any, search: SearchRecipe, cost: Cost, limit: Limit) -> list[Sizes]:
-    """Every shape between limit.least and limit.most, those with the fewest cuts first.
+    """All shapes that cost between limit.least and limit.most, those with the fewest cuts first.
 
-    Raises RecipeError, with the nearest possible shape, if the target is not below the model's
-    own, below what the axes allow, or between two aligned shapes; and as `possible_shapes`.
+    Raises RecipeError, naming the nearest possible shape, if the target is not smaller than the
+    model, too small for the axes, or between two aligned shapes. Also raises the errors of
+    `possible_shapes`.
     """
     before = sizes_of(config)
     possible = possible_shapes(config, search)
@@ -168,12 +171,17 @@ def feasible_shapes(config: Any, search: SearchRecipe, cost: Cost, limit: Limit)
 def planned_shape(
     config: Any, search: SearchRecipe, target: TargetRecipe, *, width: int, certain: bool = True
 ) -> Sizes:
-    """The student's approximate size before a search: the shape with the fewest cuts.
+    """The student's approximate sizes before a search: the shape with the fewest cuts.
 
-    Costs that must be measured on this machine are assumed to be proportional to the parameters. If
-    that meets no target, or the amount is absolute, the model's own sizes are returned. width:
-    bytes per parameter. certain: False if the search will prune another model. Raises RecipeError
-    as `feasible_shapes`, if nothing has to be measured and everything is certain.
+    Costs that must be measured on this machine are assumed to be proportional to the number of
+    parameters. If the target is then out of reach, or is an absolute amount, the model's own sizes
+    are returned.
+
+    width: bytes per parameter.
+    certain: False if the search will prune a different model.
+
+    Raises the errors of `feasible_shapes`, unless the cost has to be measured or the model is
+    uncertain.
     """
     counter = Counter(config)
     cost = counted(counter, target.key, width)
@@ -190,7 +198,7 @@ def planned_shape(
 
 
 def counted(counter: Counter, key: str, width: int) -> Cost:
-    """The cost of a shape without measuring; `width`: bytes per parameter."""
+    """A shape's cost, computed instead of measured. width: bytes per parameter."""
     if key == "non_embedding_params":
         return counter.non_embedding
     factor = width if key in ("bytes", "memory") else 1
@@ -198,7 +206,7 @@ def counted(counter: Counter, key: str, width: int) -> Cost:
 
 
 def possible_shapes(config: Any, search: SearchRecipe) -> list[Sizes]:
-    """Every combination of the other axes for which there is a possible FFN width.
+    """All combinations of the axes except FFN width for which some FFN width is possible.
 
     Raises RecipeError if no shape divides evenly among `search.tensor_parallel` GPUs.
     """
@@ -216,23 +224,23 @@ def possible_shapes(config: Any, search: SearchRecipe) -> list[Sizes]:
         largest = next((s for s in narrower if next(having_a_width(s), None) is not None), None)
         most = None if largest is None else largest.tensor_parallel
         raise RecipeError(
-            f"no shape of the axes {', '.join(search.axes)} has heads and FFN that divide evenly "
-            f"among {among} GPUs",
+            f"with the axes {', '.join(search.axes)}, no shape's heads and FFN divide evenly among "
+            f"{among} GPUs",
             where="student.search.tensor_parallel",
-            fix=(f"tensor_parallel: {most} at most; or " if most else "") + MORE_AXES,
+            fix=(f"use at most tensor_parallel: {most}, or " if most else "") + MORE_AXES,
         )
     return found
 
 
 def combinations(config: Any, search: SearchRecipe) -> Iterator[Sizes]:
-    """Every combination of all axes except the FFN width, which is not changed."""
+    """All combinations of the axes except FFN width, which stays the same."""
     before, rules = sizes_of(config), axes_of(config)
     share = before.heads // before.kv_heads
 
     def down(axis: str, size: int) -> list[int]:
         return list(range(size, -(-size // 2) - 1, -1)) if axis in search.axes else [size]
 
-    # Without groups (share 1), a head is removed with its keys and values.
+    # Without grouped-query attention (share 1), a head is removed with its keys and values.
     groups = down("heads" if share == 1 and "heads" in search.axes else "kv_heads", before.kv_heads)
     shares = down("heads", share)
     hidden = _hidden_sizes(before.hidden_size, search)
@@ -267,7 +275,7 @@ def _expert_counts(config: Any, search: SearchRecipe) -> list[int | None]:
 
 
 def _widths(shape: Sizes, search: SearchRecipe, step: int) -> Iterator[Sizes]:
-    """The shape with every aligned FFN width, widest first, including its current one."""
+    """The shape with its current FFN width and with every smaller aligned one, widest first."""
     if shape.ffn_size % search.tensor_parallel == 0:
         yield shape
     if "ffn_size" in search.axes:
@@ -295,7 +303,7 @@ def _too_large(
     nearest = max((s for s in smaller if cost(s) < limit.unpruned), key=cost, default=None)
     own = shown(limit.key, limit.unpruned)
     return RecipeError(
-        f"the target {limit} is not below what the model has, {own}",
+        f"the target {limit} is not smaller than the model, {own}",
         where=f"student.target.{limit.key}",
         fix=MORE_AXES if nearest is None else limit.nearest(before, nearest, cost(nearest)),
     )
@@ -314,23 +322,23 @@ def _out_of_reach(
         nearest = max(below, key=cost)
         gap = 1 - cost(nearest) / limit.most
         return RecipeError(
-            f"no aligned shape is within {search.tolerance:.2%} under the target {limit}",
+            f"no aligned shape is at most {search.tolerance:.2%} below the target {limit}",
             where=where,
-            fix=f"nearest: {shown(limit.key, cost(nearest))} with {described(before, nearest)}: "
-            f"set student.search.tolerance to {gap + 0.01:.2f}, or multiple_of lower",
+            fix=f"set student.search.tolerance to {gap + 0.01:.2f}, or lower multiple_of; nearest: "
+            f"{shown(limit.key, cost(nearest))} with {described(before, nearest)}",
         )
     smallest = min((s for shape in possible for s in _all_widths(shape, search)), key=cost)
     if smallest == before:
         return RecipeError(
-            f"the axes {', '.join(search.axes)} allow no smaller shape, and the target is {limit}",
+            f"the axes {', '.join(search.axes)} allow no smaller shape, but the target is {limit}",
             where="student.search.axes",
-            fix=f"{MORE_AXES}, or another student.search.multiple_of",
+            fix=f"{MORE_AXES}, or change student.search.multiple_of",
         )
     return RecipeError(
-        f"the target {limit} is below what the axes {', '.join(search.axes)} allow in one step",
+        f"the target {limit} is smaller than the axes {', '.join(search.axes)} allow in one step",
         where=where,
-        fix=f"{limit.nearest(before, smallest, cost(smallest))}; for less, prune in several hops "
-        "(docs/cascade.md)",
+        fix=f"{limit.nearest(before, smallest, cost(smallest))}; to get smaller, prune in several "
+        "hops (docs/cascade.md)",
     )
 
 

@@ -1,4 +1,5 @@
-"""The sizes that pruning changes: which are possible, and how a configuration stores them."""
+"""The sizes that pruning changes, which of them are possible, and how a configuration stores
+them."""
 
 from __future__ import annotations
 
@@ -14,14 +15,18 @@ from stillhouse.pruning.axes import PER_LAYER_LISTS, Axes, axes_of
 HiddenMethod = Literal["channels", "rotation"]
 
 ALIGNMENT = 32
-"""GGUF's block formats need rows in multiples of 32 (k-quants: 256); others fall back to f16."""
+"""GGUF's block formats need row lengths that are multiples of 32 (k-quants: 256); other rows fall
+back to f16."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """One number per axis. heads: query heads; kv_heads: the groups that share keys and values.
+    """A model's size along every axis.
 
-    ffn_size is one expert's if there are experts; experts is None if there are none.
+    heads: number of query heads.
+    kv_heads: number of key-value heads, and so of groups of query heads that share one.
+    ffn_size: FFN width; if there are experts, of one expert.
+    experts: number of experts per layer; None if there are none.
     """
 
     layers: int
@@ -35,7 +40,7 @@ class Sizes:
 
 
 AXES = tuple(one.name for one in fields(Sizes) if one.name not in ("head_dim", "vocabulary"))
-"""The names of the sizes that a recipe sets or a search chooses."""
+"""Names of the sizes that a recipe sets or a search chooses."""
 
 
 def sizes_of(config: Any) -> Sizes:
@@ -60,12 +65,14 @@ def check_sizes(
     text_decides: bool = False,
     owner: str = "the teacher",
 ) -> Sizes:
-    """The sizes of a student pruned to `sizes` (of AXES, and vocabulary); None leaves an axis
-    unchanged.
+    """Check the sizes to prune to, and return all sizes of the resulting student.
 
+    sizes: new sizes, by the names in AXES and "vocabulary"; None leaves an axis unchanged.
     text_decides: the vocabulary will be cut to the text's tokens, so no other size is required.
-    owner: the pruned model's name in error messages. Raises RecipeError, with the nearest
-    possible size; ModelError for an architecture that cannot be pruned.
+    owner: what error messages call the model that is pruned.
+
+    Raises RecipeError, naming the nearest possible size, and ModelError if the architecture cannot
+    be pruned.
     """
     axes = axes_of(config)
     before = sizes_of(config)
@@ -74,14 +81,14 @@ def check_sizes(
         raise RecipeError(
             "a pruned student needs a size to prune to",
             where="student",
-            fix=f"set ffn_size (1 to {before.ffn_size}), layers (1 to {before.layers}), heads, "
-            "kv_heads, hidden_size, vocabulary or experts, or several",
+            fix=f"set one or more of ffn_size (1 to {before.ffn_size}), layers (1 to "
+            f"{before.layers}), heads, kv_heads, hidden_size, vocabulary, and experts",
         )
     if "experts" in given and axes.experts is None:
         raise RecipeError(
             f"{config.model_type} models have no experts to prune",
             where="student.experts",
-            fix="remove the key; ffn_size narrows their FFN",
+            fix="remove the key; use ffn_size to narrow the FFN",
         )
     for key, value in given.items():
         _check_range(config, axes, key, value, getattr(before, key), owner)
@@ -96,9 +103,11 @@ def check_sizes(
 
 def _check_rotation(config: Any, axes: Axes) -> None:
     if axes.output_norms():
-        reason = "a norm behind each block weighs single channels, and a rotation would mix them"
+        reason = "the norm after each block scales channels, which a rotation would mix"
     elif axes.always_tied:
-        reason = "that unties the head, and llama.cpp supports it only with a tied head"
+        reason = (
+            "that unties the head, but llama.cpp only supports this architecture with tied ones"
+        )
     else:
         return
     raise RecipeError(
@@ -122,7 +131,7 @@ def _check_range(config: Any, axes: Axes, key: str, value: int, largest: int, ow
 
 
 def _with_heads(before: Sizes, after: Sizes, heads: int | None, kv_heads: int | None) -> Sizes:
-    """Every group loses the same number of query heads, or is removed completely."""
+    """Remove the same number of query heads from every remaining group."""
     share = before.heads // before.kv_heads
     if heads is None:
         kept = before.kv_heads if kv_heads is None else kv_heads
@@ -133,8 +142,8 @@ def _with_heads(before: Sizes, after: Sizes, heads: int | None, kv_heads: int | 
         possible = [kv_heads * each for each in range(1, share + 1)]
         each = f"1 to {share}" if share > 1 else "exactly 1"
         raise RecipeError(
-            f"heads: {heads} is not possible with {kv_heads} key-value groups: every group keeps "
-            f"the same number of query heads, {each}",
+            f"heads: {heads} is not possible with {kv_heads} key-value heads: each must keep the "
+            f"same number of query heads, {each}",
             where="student.heads",
             fix=f"nearest: heads: {_nearest(possible, heads)}"
             + ("" if len(possible) == 1 else "; or change kv_heads"),
@@ -172,7 +181,7 @@ def _nearest(possible: Sequence[int], target: int) -> int:
 
 
 def size_notes(config: Any, before: Sizes, after: Sizes) -> list[str]:
-    """Notes on what the sizes mean for the exported files."""
+    """Notes on the new sizes' consequences for exported files."""
     notes = []
     axes = axes_of(config)
     for key in ("hidden_size", "ffn_size"):
@@ -181,23 +190,24 @@ def size_notes(config: Any, before: Sizes, after: Sizes) -> list[str]:
             below = value // ALIGNMENT * ALIGNMENT
             nearest = " or ".join(str(each) for each in (below, below + ALIGNMENT) if each)
             notes.append(
-                f"{key}: {value} is not a multiple of {ALIGNMENT}: GGUF's quantized formats need "
-                f"that; nearest: {nearest}"
+                f"{key}: {value} is not a multiple of {ALIGNMENT}, which GGUF's quantized formats "
+                f"require; nearest: {nearest}"
             )
     derived = after.hidden_size // after.heads == after.head_dim
     if not axes.head_dim_key and not derived and before != after:
         notes.append(
-            f"head_dim is {after.head_dim}, no longer hidden_size / heads: transformers and "
-            f"llama.cpp read it from config.json, other loaders of {config.model_type} may not"
+            f"head_dim is {after.head_dim}, which no longer equals hidden_size / heads: "
+            "transformers and llama.cpp read it from config.json, but other loaders of "
+            f"{config.model_type} models might not"
         )
     return notes
 
 
 def resized_config(config: Any, after: Sizes, *, rotated: bool = False) -> Any:
-    """A configuration with the sizes `after` and the first layers, since the kept layers are not
-    yet known.
+    """A copy of the configuration with the sizes `after`. Per-layer lists keep the first layers'
+    entries, since the kept layers are not known yet.
 
-    rotated: the hidden channels are rotated, which unties the head from the embeddings.
+    rotated: the hidden channels will be rotated, which unties the head from the embeddings.
     """
     config = copy.deepcopy(config)
     if after.layers != config.num_hidden_layers:
@@ -209,7 +219,7 @@ def resized_config(config: Any, after: Sizes, *, rotated: bool = False) -> Any:
 
 
 def set_sizes(config: Any, after: Sizes) -> None:
-    """Write all sizes but the number of layers (see `keep_config_layers`)."""
+    """Write all sizes except the number of layers (see `keep_config_layers`)."""
     axes = axes_of(config)
     if after.head_dim != getattr(config, "head_dim", None) and (
         axes.head_dim_key or after.hidden_size // after.heads != after.head_dim
@@ -234,6 +244,6 @@ def keep_config_layers(config: Any, kept: Sequence[int]) -> None:
 
 
 def changed(before: Sizes, after: Sizes) -> dict[str, tuple[int, int]]:
-    """The axes that were cut, with both sizes."""
+    """The axes that were cut, each with its size before and after."""
     old, new = vars(before), vars(after)
     return {name: (old[name], new[name]) for name in old if old[name] != new[name]}

@@ -1,4 +1,4 @@
-"""Cut a model in place, update its configuration, and check what was saved.
+"""Cut a model in place, update its configuration, and check the saved checkpoint.
 
 Shapes: D hidden width, A attention width, E experts, F FFN width, K kept neurons, V tokens.
 """
@@ -26,7 +26,7 @@ from stillhouse.teachers.quiet import quiet
 
 
 def check_parameters(model: Any, axes: Axes) -> None:
-    """Raise ModelError if a layer has a parameter that no axis declares: it would not be cut."""
+    """Raise ModelError if a layer has a parameter that no axis declares, as it would not be cut."""
     declared = axes.parameters()
     for number, layer in enumerate(decoder_layers(model)):
         unknown = sorted({name for name, _ in layer.named_parameters()} - declared)
@@ -35,12 +35,12 @@ def check_parameters(model: Any, axes: Axes) -> None:
                 f"layer {number} has parameters that pruning does not support: "
                 f"{', '.join(unknown[:3])}",
                 where=model.config.name_or_path or "student.start",
-                fix="merge adapters first; a variant of an architecture cannot be pruned",
+                fix="merge adapters first; variants of an architecture cannot be pruned",
             )
 
 
 def keep_neurons(layer: nn.Module, axes: Axes, kept_K: Tensor, down_DK: Tensor) -> None:
-    """Keep the FFN neurons `kept_K` of one layer, with `down_DK` as the new down projection."""
+    """Keep one layer's FFN neurons `kept_K`, with `down_DK` as the new down projection."""
     ffn = part(layer, axes.ffn)
     for name in (axes.gate, axes.up):
         keep_rows(part(ffn, name), kept_K)
@@ -52,7 +52,8 @@ def keep_neurons(layer: nn.Module, axes: Axes, kept_K: Tensor, down_DK: Tensor) 
 def keep_heads(
     layer: nn.Module, axes: Axes, before: Grouping, heads: Sequence[int], output_DA: Tensor
 ) -> None:
-    """Keep the query heads `heads` and their groups, with `output_DA` as output projection."""
+    """Keep the query heads `heads` and their key-value heads, with `output_DA` as the new output
+    projection."""
     attention = part(layer, axes.attention)
     groups = sorted({head // before.share for head in heads})
     keep_rows(part(attention, axes.query), torch.tensor(before.columns(heads)))
@@ -63,7 +64,7 @@ def keep_heads(
 
 
 def keep_experts(layer: nn.Module, axes: Axes, kept_E: Tensor) -> None:
-    """Keep the experts `kept_E` of one layer, and the router's rows for them."""
+    """Keep one layer's experts `kept_E` and the router's rows for them."""
     names = axes.experts
     assert names is not None
     router = part(layer, f"{axes.ffn}.{names.router}")
@@ -74,9 +75,9 @@ def keep_experts(layer: nn.Module, axes: Axes, kept_E: Tensor) -> None:
 
 
 def keep_tokens(model: Any, kept_V: Tensor) -> None:
-    """Keep the embeddings and the head's rows of the tokens `kept_V`, in that order.
+    """Keep the embedding and head rows of the tokens `kept_V`, in that order.
 
-    Token ids in the configurations (end of sequence and so on) follow (see `check_tokens`).
+    Token ids in the configurations (end of sequence, etc.) are renumbered; see `check_tokens`.
     """
     _keep_rows_of_ends(model, kept_V)
     new_ids = {old: new for new, old in enumerate(kept_V.tolist())}
@@ -92,8 +93,8 @@ def keep_tokens(model: Any, kept_V: Tensor) -> None:
 
 
 def cut_rows_without_tokens(model: Any, tokens: int) -> bool:
-    """Keep the first `tokens` rows of the embedding and the head, and rows whose ids a
-    configuration names. Returns False if there were no others."""
+    """Cut the embedding and head rows after the first `tokens`, and after any id that a
+    configuration names. Return whether there were any."""
     rows = model.get_output_embeddings().weight.shape[0]
     named = [*named_ids(model.config), *named_ids(model.generation_config)]
     count = max([tokens, *(token + 1 for token, _ in named if token < rows)])
@@ -119,13 +120,14 @@ def _keep_rows_of_ends(model: Any, kept_V: Tensor) -> None:
 
 
 def check_tokens(model: Any, kept: Collection[int]) -> None:
-    """Raise RecipeError if a token is not in the model, or one that its configuration names is
-    lost."""
+    """Raise RecipeError if `kept` has a token that the model does not have, or lacks one that its
+    configurations name."""
     rows = model.config.vocab_size
     beyond = [token for token in kept if not 0 <= token < rows]
     if beyond:
         raise RecipeError(
-            f"the vocabulary names token {beyond[0]}, and the teacher has {rows} embedding rows",
+            f"the vocabulary contains token {beyond[0]}, but the teacher has only {rows} embedding "
+            "rows",
             where="student.vocabulary",
             fix=f"use ids from 0 to {rows - 1}",
         )
@@ -140,7 +142,8 @@ def check_tokens(model: Any, kept: Collection[int]) -> None:
 
 
 def special_ids(config: Any) -> dict[str, int | list[int]]:
-    """The token ids that a (generation) configuration names; negative ids mean none."""
+    """The token ids that a (generation) configuration names; negative ids mean none and are left
+    out."""
     found: dict[str, int | list[int]] = {}
     for name, value in config.to_dict().items():
         if name.endswith(("_token_id", "_token_ids")) or name == "suppress_tokens":
@@ -157,18 +160,18 @@ def named_ids(config: Any) -> list[tuple[int, str]]:
 
 
 def keep_layers(model: Any, kept: Sequence[int]) -> None:
-    """Keep the layers `kept`, renumber them for the key-value cache, and update the config."""
+    """Keep the layers `kept`, renumber them for the KV cache, and update the configuration."""
     old = list(decoder_layers(model))
     model.base_model.layers = nn.ModuleList(old[index] for index in kept)
     for number, layer in enumerate(decoder_layers(model)):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
-                setattr(module, "layer_idx", number)  # noqa: B010 (a plain int beside tensors)
+                setattr(module, "layer_idx", number)  # noqa: B010 (a plain int among tensors)
     keep_config_layers(model.config, kept)
 
 
 def own_config(model: Any) -> None:
-    """Copy the model's configuration before it is changed, in case other objects share it."""
+    """Give the model its own copy of its configuration, in case other objects share it."""
     config = copy.deepcopy(model.config)
     for module in model.modules():
         if hasattr(module, "config"):
@@ -177,9 +180,9 @@ def own_config(model: Any) -> None:
 
 @torch.no_grad()
 def check_saved(model: Any, folder: Path, input_ids_RL: Tensor) -> None:
-    """Load `folder` again and compare its logits with the model in memory.
+    """Reload `folder` and compare its logits with those of the model in memory.
 
-    Raises ModelError when a weight is missing or left over, or the logits differ.
+    Raises ModelError if a weight is missing or unexpected, or if the logits differ.
     """
     with quiet():
         with released_after_use(model):
@@ -195,20 +198,21 @@ def check_saved(model: Any, folder: Path, input_ids_RL: Tensor) -> None:
     error = (found - expected).abs().max().item() / max(expected.abs().max().item(), 1e-6)
     if not error <= 1e-5:
         raise ModelError(
-            f"the saved checkpoint does not load as the same model: logits differ by {error:.2g}",
+            "the saved checkpoint does not load as the same model: its logits differ by "
+            f"{error:.2g}",
             where=folder,
-            fix="this is a defect of Stillhouse for this architecture: please report it",
+            fix="please report this as a bug in Stillhouse's support for this architecture",
         )
 
 
 def _checked_and_dropped(folder: Path, layer: nn.Module, *_: object) -> None:
-    """A hook: a layer that is used once need not stay in memory."""
+    """A forward hook: the layer is used only once, so it does not have to stay in memory."""
     check_finite(layer, folder)
     layer.to("meta")
 
 
 def keep_rows(linear: Any, kept: Tensor) -> None:
-    """Keep some outputs of a linear layer, with its bias."""
+    """Keep the outputs `kept` of a linear layer, including their biases."""
     set_weight(linear, linear.weight[kept])
     if linear.bias is not None:
         set_parameter(linear, "bias", linear.bias[kept])
@@ -220,7 +224,7 @@ def set_weight(linear: Any, weight: Tensor) -> None:
 
 
 def set_parameter(module: nn.Module, name: str, values: Tensor) -> None:
-    """Replace a parameter by one with another shape and the same dtype."""
+    """Replace a parameter with one that can have a different shape; its dtype stays the same."""
     old = getattr(module, name)
     values = values.detach().to(old.dtype).clone(memory_format=torch.contiguous_format)
     setattr(module, name, nn.Parameter(values, requires_grad=old.requires_grad))

@@ -1,7 +1,7 @@
-"""Which tokens a student keeps: those its text needs, and those any text needs.
+"""Choose which tokens a student keeps: those that its text needs, and those that any text needs.
 
-A student with fewer tokens renumbers them. `kept_ids[new] = old` maps its ids to the teacher's: the
-teacher's distribution over the kept tokens is the softmax of its head's rows `kept_ids`.
+A student with fewer tokens renumbers them. `kept_ids[new] = old` maps its ids to the teacher's. The
+teacher's distribution over the kept tokens is the softmax over its head's rows `kept_ids`.
 
 Shapes: N counted positions, D hidden width, V rows of the teacher's head.
 """
@@ -31,10 +31,10 @@ from stillhouse.signals.lm_head import head_logits, row_chunks
 from stillhouse.teachers.backbone import hidden_states, lm_head
 
 KEPT_IDS = "kept_ids.json"
-"""File in the folder of a student with fewer tokens than its teacher: {"kept_ids": [...]}."""
+"""File in a student's folder if it has fewer tokens than its teacher: {"kept_ids": [...]}."""
 
 MULTIPLE = 64
-"""With `vocabulary: data` the vocabulary is padded to a multiple of this, for fast products."""
+"""With `vocabulary: data`, tokens are added up to a multiple of this, for fast products."""
 
 
 def kept_token_ids(
@@ -45,22 +45,28 @@ def kept_token_ids(
     configs: Sequence[Any] = (),
     expect: Callable[[], Tensor] | None = None,
 ) -> tuple[int, ...]:
-    """The tokens to keep, ascending: kept_ids[new id] = old id.
+    """Choose the tokens to keep, ascending: kept_ids[new id] = old id.
 
-    Always: added and special tokens, those that `configs` (configurations of the model and of its
-    generation) name, and one token for every byte. "data": every token of the windows as well, up
-    to a multiple of 64. A number: that many in total. The rest are the tokens with the largest sum
-    of three shares: in the windows; in what the teacher expects, if `expect` is given (see
-    `expected_tokens`), since the probability of a removed token goes to the others; and in
-    text in general, by Zipf's law on the order in which the tokenizer learned them, since the
-    windows may be from a narrow domain. `expect` is called last, after all checks, since it runs
-    the teacher. A file: the tokens it names, which must include those that always stay. Every token
-    comes with those that BPE makes it from. The model's padding rows, beyond the tokenizer's ids,
-    are removed.
+    Some tokens are always kept: added and special tokens, those that `configs` name, and one token
+    for every byte. Every kept token brings along the tokens that BPE builds it from. The model's
+    padding rows, beyond the tokenizer's ids, are removed.
 
-    Raises RecipeError for a number that is too small or larger than the tokenizer, for a file that
-    cannot be read or lacks a token that is needed, and for tokenizers that cannot be cut (all but
-    BPE).
+    Remaining places go to the tokens with the largest sum of up to three shares: in the windows; in
+    the text that the teacher expects, since a removed token's probability goes to the others; and
+    in general text, since the windows can be from a narrow domain. The last is estimated by Zipf's
+    law from the order in which the tokenizer learned its tokens.
+
+    Args:
+        vocabulary: "data" keeps every token of the windows, and more up to a multiple of 64; a
+            number keeps that many tokens in total; a file lists the tokens to keep, which must
+            include those that are always kept.
+        configs: configuration and generation configuration of the model.
+        expect: returns each token's share of the text that the teacher expects (see
+            `expected_tokens`). It runs the teacher, so it is called last, after all checks.
+
+    Raises:
+        RecipeError: the number is too small or larger than the tokenizer, the file cannot be read
+            or lacks a token that is always kept, or the tokenizer is not BPE.
     """
     merges = Merges(tokenizer)
     named = {id for config in configs for id, _ in named_ids(config)}
@@ -82,8 +88,8 @@ def kept_token_ids(
         size = vocabulary
         if not len(kept) <= size <= total:
             raise RecipeError(
-                f"vocabulary: {size} is not possible: special tokens and single bytes need "
-                f"{len(kept)}, and the teacher has {total}",
+                f"vocabulary: {size} is not possible: special tokens and single bytes take up "
+                f"{len(kept)} tokens, and the teacher has {total}",
                 where="student.vocabulary",
                 fix=f"nearest: {len(kept) if size < len(kept) else total}; or vocabulary: data",
             )
@@ -106,9 +112,11 @@ def expected_tokens(
     dtype: torch.dtype,
     processes: Processes = ALONE,
 ) -> Tensor:
-    """Each token's share of text as the model expects it, [V]: the mean of its probabilities over
-    the positions of about `tokens` tokens of the windows, which the processes divide. Raises
-    DataError when there are no windows."""
+    """Each token's share of the text that the model expects, [V].
+
+    This is its mean probability over about `tokens` positions of the windows, which the processes
+    share. Raises DataError if there are no windows.
+    """
     batches = calibration_batches(windows, tokens, seed, model.device, processes=processes)
     head = lm_head(model)
 
@@ -119,7 +127,7 @@ def expected_tokens(
         with (
             products(model, dtype),
             released_after_use(model),
-            bar("Tokens that the teacher expects", tokens) as advance,
+            bar("Predicting token frequencies with the teacher", tokens) as advance,
         ):
             for batch in batches:
                 (sum_V,) = zeros()
@@ -136,8 +144,8 @@ def expected_tokens(
 
 
 def _listed(file: Path, merges: Merges, named: Collection[int]) -> set[int]:
-    """The ids of the tokens listed in a file, which may be among those that a configuration
-    names."""
+    """The ids of the tokens listed in a file. Ids in `named` (named by a configuration, but not in
+    the tokenizer) are skipped."""
     regular_if_there(file)
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -145,25 +153,26 @@ def _listed(file: Path, merges: Merges, named: Collection[int]) -> set[int]:
         if isinstance(listed, dict):
             listed = listed["kept_ids"]
         if not isinstance(listed, list):
-            raise ValueError("it holds no list")
+            raise ValueError("it does not contain a list")
     except (OSError, ValueError, KeyError, RecursionError) as error:
         raise RecipeError(
-            f"the tokens to keep cannot be read: {error}",
+            f"the list of tokens to keep cannot be read: {error}",
             where=file,
-            fix="write one token a line, as the tokenizer writes them, or a list in a .json file",
+            fix="write one token per line, in the tokenizer's notation, or a list in a .json file",
         ) from error
     ids, unknown = set[int](), []
     for one in listed:
         id = merges.every_id.get(one, -1) if isinstance(one, str) else one
         if isinstance(id, int) and id in merges.tokens:
             ids.add(id)
-        elif one != "" and not (isinstance(id, int) and id in named):  # an empty line is no token
+        elif one != "" and not (isinstance(id, int) and id in named):  # Empty lines are skipped.
             unknown.append(str(one))
     if unknown:
         raise RecipeError(
-            f"{len(unknown):,} tokens to keep are not the teacher's: {_few(unknown)}",
+            f"the list contains tokens that the teacher does not have ({len(unknown):,}): "
+            f"{_few(unknown)}",
             where=file,
-            fix="write tokens as the tokenizer writes them: Ġhouse, not ' house'",
+            fix="write tokens in the tokenizer's notation: Ġhouse, not ' house'",
         )
     return ids
 
@@ -176,9 +185,9 @@ def _check_nothing_lost(file: Path, merges: Merges, lost: set[int]) -> None:
     if lost:
         names = [merges.tokens[id] for id in sorted(lost)]
         raise RecipeError(
-            f"the tokens to keep lack {len(lost):,} that every text may need: {_few(names)}",
+            f"the list lacks required tokens ({len(lost):,}): {_few(names)}",
             where=file,
-            fix="add them: special tokens, and one for each byte; or use vocabulary: data",
+            fix="add them (all special tokens, and one for each byte), or use vocabulary: data",
         )
 
 
@@ -188,9 +197,9 @@ def save_kept_ids(kept_ids: Sequence[int], folder: Path) -> None:
 
 
 def load_kept_ids(folder: Path) -> tuple[int, ...] | None:
-    """The teacher's id for every id of the student in `folder`; None if they are the same.
+    """The teacher's id for each id of the student in `folder`; None if they are the same.
 
-    Raises ModelError when the file is damaged.
+    Raises ModelError if the file is damaged.
     """
     file = folder / KEPT_IDS
     if not file.exists():
@@ -199,15 +208,15 @@ def load_kept_ids(folder: Path) -> tuple[int, ...] | None:
         return tuple(int(id) for id in json.loads(file.read_text(encoding="utf-8"))["kept_ids"])
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"the map to the teacher's tokens cannot be read ({error})",
+            f"the map from the student's to the teacher's token ids cannot be read: {error}",
             where=file,
             fix="prune the student again",
         ) from error
 
 
 def _counts(windows: WindowSet) -> Counter[int]:
-    """How often the windows' text has each token (`text_end`); 0 for those that are only after
-    it."""
+    """How often each token occurs in the windows' text (see `text_end`); 0 for tokens that only
+    occur after its end."""
     counts: Counter[int] = Counter()
     for index in range(len(windows)):
         window = windows[index]
@@ -219,7 +228,7 @@ def _counts(windows: WindowSet) -> Counter[int]:
 
 
 def _by_share(merges: Merges, counts: Counter[int], expected_V: Tensor | None) -> list[int]:
-    """All tokens, ordered by the sum of their shares, largest first."""
+    """All tokens, sorted by the sum of their shares, largest first."""
     learned: dict[int, int] = {}
     for first, second in merges.pairs:
         id = merges.ids.get(first + second)

@@ -1,10 +1,10 @@
-"""Cut every layer to the same sizes, from the first to the last.
+"""Cut every layer to the same sizes, from the first layer to the last.
 
-Two streams run side by side: the full model's, and the partly cut model's. Each layer's
-down projection is refit so that the cut stream moves back toward the full one: a layer also
-compensates for the layers before it, and for dropped layers right after it.
+Two streams run in parallel: the full model's, and the partly cut model's. Each layer's down
+projection is refit so that the cut stream moves back toward the full one, which also compensates
+for errors of the layers before it and for dropped layers right after it.
 
-In a layer the hidden size is cut first, then heads, then experts, then the FFN.
+Within a layer, the hidden size is cut first, then heads, then experts, and then the FFN.
 
 Shapes: R windows of a batch, L tokens, N rows, D hidden width, A attention width, F FFN width,
 K kept neurons.
@@ -59,13 +59,14 @@ from stillhouse.signals.lm_head import summed_kl
 from stillhouse.teachers.backbone import lm_head
 
 KL_BATCHES = 2
-"""Calibration batches on which the cut model's KL is measured."""
+"""Number of calibration batches on which the cut model's KL is measured."""
 
 
 @dataclass(frozen=True)
 class Damage:
-    """kl: KL(full ‖ cut) in nats/token on the first calibration rows, which the cut has seen.
+    """How far the cut model is from the full one.
 
+    kl: KL(full ‖ cut) in nats/token on the first calibration rows, which the cut was fit to.
     local_gains: for each kept layer, the fraction of its error that local distillation removed.
     """
 
@@ -75,7 +76,8 @@ class Damage:
 
 @dataclass(frozen=True)
 class Passage:
-    """The full model's stream around one layer, and the inputs of its blocks' output norms."""
+    """The full model's stream before, inside, and after one layer, and the inputs of its output
+    norms."""
 
     before: Stream
     mid: Stream
@@ -100,11 +102,13 @@ def cut_width(
     local_tokens: int = 0,
     passages: list[Passage] | None = None,
 ) -> Damage:
-    """Cut `kept_layers`, the embeddings and the head in place; layers to be dropped are not cut.
+    """Cut `kept_layers`, the embeddings, and the head in place. Layers to be dropped are not cut.
 
-    hidden_method: None leaves the hidden size alone. ranking: how parts are ranked; `refit` needs
-    `reconstruct`. local_tokens: tokens of local distillation per layer, 0 for none. passages: the
-    same model's on the same rows, layer by layer, if they are known; an empty list is filled.
+    hidden_method: None leaves the hidden size alone.
+    ranking: how parts are ranked; ranking by `refit` needs `reconstruct`.
+    local_tokens: tokens of local distillation per layer; 0: none.
+    passages: the model's passages on these rows, layer by layer, if they are already known; those
+        that are missing are appended.
     """
     ranking = Ranking() if ranking is None else ranking
     inputs = [layer_inputs(model, batch) for batch in batches]
@@ -140,7 +144,7 @@ def cut_width(
 
 @dataclass(frozen=True)
 class _Cutter:
-    """Cuts layers one after the other. basis: None if the hidden size is left alone."""
+    """Cuts one layer after another. basis: None if the hidden size is left alone."""
 
     streams: Streams
     kept_layers: Sequence[int]
@@ -156,7 +160,8 @@ class _Cutter:
         return self.before.hidden_size if self.basis is None else self.basis.matrix_DH.shape[1]
 
     def cut_layers(self, passages: list[Passage] | None) -> tuple[Stream, Stream, list[float]]:
-        """Cut all layers; returns the full and the cut stream after the last one, and the gains."""
+        """Cut all layers. Return the full and the cut stream after the last layer, and the gains
+        of local distillation."""
         gains: list[float] = []
         streams = self.streams
         offloaded = is_offloaded(streams.model)
@@ -191,7 +196,7 @@ class _Cutter:
         return full, narrow, gains
 
     def _target(self, index: int, passage: Passage) -> Stream:
-        """The full stream after a layer and the dropped ones that follow it, projected."""
+        """The full stream after a layer and any dropped layers that follow it, projected."""
         streams, layers, target = self.streams, self.streams.layers, passage.after
         following = [kept for kept in self.kept_layers if kept > index]
         for dropped in range(index + 1, min(following, default=len(layers))):
@@ -216,7 +221,7 @@ class _Cutter:
         return Passage(before, mid, after, attention_wrote, ffn_wrote)
 
     def _cut_layer(self, index: int, passage: Passage, narrow: Stream, target: Stream) -> Stream:
-        """Cut one complete layer; returns the cut stream after it. target: already projected."""
+        """Cut one whole layer; return the cut stream after it. target: already projected."""
         axes, layer = self.streams.axes, self.streams.layers[index]
         if self.basis is not None:
             norms = axes.attention_input_norm, axes.attention_output_norm
@@ -245,7 +250,8 @@ class _Cutter:
         narrow: Stream,
         wrote: Stream,
     ) -> None:
-        """Cut what reads the stream for one block, and the norm of the block's output."""
+        """Cut the input norm and the weights that read the stream for one block, and its output
+        norm."""
         assert self.basis is not None
         streams, norm = self.streams, part(layer, norms[0])
         fit = hidden.fit_full_stream(streams, norm, self.basis, full, narrow, self.reconstruct)
@@ -254,7 +260,7 @@ class _Cutter:
             hidden.narrow_output_norm(streams, part(layer, norms[1]), self.basis, wrote)
 
     def _cut_heads(self, index: int, narrow: Stream, full_mid: Stream) -> Stream:
-        """Cut one layer's heads; returns the cut stream between its attention and its FFN."""
+        """Cut one layer's heads; return the cut stream between its attention and its FFN."""
         streams, axes, layer = self.streams, self.streams.axes, self.streams.layers[index]
         output = part(layer, f"{axes.attention}.{axes.output}")
         before, after, ranking = self.before, self.after, self.ranking
@@ -270,7 +276,7 @@ class _Cutter:
                 streams.batches, heads, self._projected(full_mid), strict=True
             ):
                 moments = zeros()
-                # No error: the down projection after it corrects what there is (docs/pruning.md).
+                # No error term: the following down projection corrects it (docs/pruning.md).
                 read_NA = heads_RLA[batch.counted_RL].float()
                 moments.add(read_NA, row_weight(target_RLD, batch))
                 yield moments.tensors()
@@ -294,7 +300,7 @@ class _Cutter:
 
         moments = Moments(*streams.batches.sum(terms(), lambda: zeros().tensors()))
         width = after.heads * before.head_dim
-        # What is kept must be the same in all processes: one of them decides.
+        # All processes must keep the same heads, so one of them decides.
         kept_H, output_DA = streams.batches.processes.from_owner(
             0,
             cut,
@@ -313,7 +319,7 @@ class _Cutter:
             ]
 
     def _cut_mixture(self, layer: nn.Module, mids: Stream, target: Stream) -> Stream:
-        """Cut one layer's experts; returns the cut stream after it."""
+        """Cut one layer's experts; return the cut stream after the layer."""
         streams, axes, after = self.streams, self.streams.axes, self.after
         rows = RoutedRows(streams.batches, streams.rows(mids), streams.row_weights(target))
         if after.experts != self.before.experts:
@@ -325,7 +331,7 @@ class _Cutter:
         return self._with_gains(layer, mids, streams.after_ffn(layer, mids), target)
 
     def _cut_ffn(self, index: int, mids: Stream, target: Stream) -> Stream:
-        """Cut one layer's FFN; returns the cut stream after it."""
+        """Cut one layer's FFN; return the cut stream after the layer."""
         streams, axes, layer = self.streams, self.streams.axes, self.streams.layers[index]
         ranking, keep = self.ranking, self.after.ffn_size
         down = part(layer, f"{axes.ffn}.{axes.down}")
@@ -341,7 +347,7 @@ class _Cutter:
             missing_nD = missing_RLD[streams.batches[place].counted_RL][part]
             return missing_nD - nn.functional.linear(read_nF, down.weight, down.bias)
 
-        # A norm after the FFN is not linear, so each layer is then refit to its own output.
+        # A norm after the FFN is not linear, so the layer is then refit to its own output instead.
         refit = self.reconstruct and axes.ffn_output_norm is None
         rows = ProjectionRows(streams.row_weights(target), read, error if refit else None)
         mean = ranking.aggregation == "mean"
@@ -373,8 +379,8 @@ class _Cutter:
         return self._with_gains(layer, mids, after, target)
 
     def _with_gains(self, layer: nn.Module, mids: Stream, after: Stream, target: Stream) -> Stream:
-        """The stream after a layer, with its FFN's output brought closer to the target by a
-        gain."""
+        """Scale the channels of an FFN's output to bring the stream closer to the target; return
+        the stream after the layer."""
         if not self.reconstruct:
             return after
         rows = []
