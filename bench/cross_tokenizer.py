@@ -25,8 +25,9 @@ Settings of `cut`: `cut_teacher` (the teacher without the removed tokens) and `f
 Held-out text is measured in bits per byte, and `other` in KL to SmolLM2, also on questions if there
 are any; `tokens` and `cut` in KL of the whole SmolLM2 over shared roots, on held-out text and on
 the questions.
-WikiText has spaces around punctuation, and <unk> for rare words: with --sentences, its tokenization
-is undone, and sentences with <unk> are left out (60,000 tokens of the validation text remain).
+WikiText has spaces around punctuation, and <unk> for rare words. With --sentences, its tokenization
+is undone, sentences with <unk> are left out (65,000 tokens of the validation text remain), and a
+document is an article, so that held-out text comes from articles that no training text is from.
 
 Each setting is a folder in --folder: finished ones are not repeated, and a killed training resumes.
 The results are those of all settings that are there, and name those that are missing.

@@ -49,7 +49,7 @@ class Experiment:
         self.device = default_device()
         self.dtype = choose_precision("auto", self.device).dtype
         text = options.text.read_text(encoding="utf-8")
-        self.text = wikitext_sentences(text) if options.sentences else text
+        self.documents = wikitext_articles(text) if options.sentences else list(passages(text))
 
     @cached_property
     def own(self) -> LocalTeacher:
@@ -61,7 +61,7 @@ class Experiment:
 
     def data(self, tokenizer: Any, tokens: int, seed: int) -> sh.Data:
         return sh.Data.build(
-            list(passages(self.text)),
+            self.documents,
             tokenizer,
             context=self.options.context,
             train_tokens=tokens,
@@ -144,7 +144,7 @@ def start_other(shared: Experiment, folder: Path, seed: int) -> Start:
 
 def start_random(shared: Experiment, folder: Path, seed: int) -> Start:
     options = shared.options
-    words = learned_tokenizer(shared.text, options.random_vocabulary)
+    words = learned_tokenizer("\n\n".join(shared.documents), options.random_vocabulary)
 
     def make() -> None:
         config = LlamaConfig(
@@ -256,10 +256,18 @@ def passages(text: str) -> Iterator[str]:
         yield "\n\n".join(found)
 
 
-def wikitext_sentences(text: str) -> str:
-    """WikiText's sentences as Wikipedia writes them: without spaces around punctuation, and without
-    headings and the sentences in which a word is replaced with <unk>."""
-    lines = (line.strip() for line in text.splitlines() if not line.startswith(" ="))
+def wikitext_articles(text: str) -> list[str]:
+    """The sentences of each article as Wikipedia writes them: without spaces around punctuation,
+    and without headings and the sentences in which a word is replaced with <unk>.
+
+    Articles are the documents, so that held-out text is about what no training text is about.
+    """
+    articles = re.split(r"(?m)^ = [^=].* = $", text)
+    return [found for each in articles if (found := sentences_of(each))]
+
+
+def sentences_of(article: str) -> str:
+    lines = (line.strip() for line in article.splitlines() if not line.startswith(" ="))
     found = []
     for line in lines:
         sentences = re.split(r"(?<= [.!?]) (?=\S)", line)

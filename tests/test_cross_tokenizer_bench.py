@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from bench import common, cross_tokenizer
-from bench.cross_tokenizer_starts import wikitext_sentences
+from bench.cross_tokenizer_starts import wikitext_articles
 from bench.cross_tokenizer_training import sides
 from bench.sorted_losses import Gold, Side, sorted_distance, uld
 
@@ -71,16 +71,19 @@ def test_pieces_with_other_options_are_refused(tmp_path: Path) -> None:
         cross_tokenizer.require_same_options(cross_tokenizer.parsed([*given, "--tokens", "2000"]))
 
 
-def test_wikitexts_tokenization_is_undone() -> None:
+def test_articles_of_wikitext_are_documents_as_wikipedia_writes_them() -> None:
     text = (
         " = Lobster = \n \n"
         ' It weighs 1 @.@ 5 kg ( 3 lb ) , and is called " red " , or " blue " . A <unk> one . \n'
+        " = = Habitat = = \n \n"
         " It isn 't well @-@ known ; the cook 's pot is : big . \n"
+        " = <unk> Bay = \n \n It is a bay . \n"
     )
-    assert wikitext_sentences(text) == (
+    lobster = (
         'It weighs 1.5 kg (3 lb), and is called "red", or "blue".\n\n'
         "It isn't well-known; the cook's pot is: big."
     )
+    assert wikitext_articles(text) == [lobster, "It is a bay."]
 
 
 @torch.no_grad()
