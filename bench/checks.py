@@ -120,7 +120,7 @@ def measure_recipe(name: str, folder: Path) -> dict[str, Any]:
     """Measure a recipe's first run and its second run, which finds every stage finished."""
     found: dict[str, Any] = {}
     for run in ("first", "second"):
-        checksums._intact.clear()  # as in a process of its own
+        checksums._intact.clear()  # as in a new process
         with hashing() as hashed, whole() as took:
             overrides = [f"folder={folder / name}", *SHORT[name]]
             stillhouse.run(RECIPES / f"{name}.yaml", overrides=overrides)
@@ -146,7 +146,7 @@ def measure_store(folder: Path, rounds: int) -> dict[str, Any]:
     path = stages.stage(plan).path
     shares: dict[str, list[float]] = {"stage": [], "shards": []}
     for seed in range(rounds + 1):  # the first one warms up
-        checksums._intact.clear()  # as in a process of its own
+        checksums._intact.clear()  # as in a new process
         with hashing() as compared:
             assert stages.finished(plan) is not None
         with hashing() as sums, whole() as reading:

@@ -64,7 +64,7 @@ def main() -> None:
                 sizes[kept][f"{how} {what}"] / sizes[WHOLE][f"{how} {what}"]
                 for how in ("measured", "counted")
             )
-            name = f"{what} of a step with {kept:,} tokens of {WHOLE:,}, over what is counted"
+            name = f"{what} of a step with {kept:,} tokens of {WHOLE:,}, relative to the count"
             bars.append(Bar(name, measured / counted, "<=", 1.1))
     perplexities = {} if options.text is None else measured_perplexities(options)
     for share, found in perplexities.items():

@@ -231,7 +231,7 @@ def surplus_tensor(chance: random.Random, folder: Path) -> Trial:
         writer.add_tensor(name, np.ones(32, dtype=np.float32))
 
     path = write(folder / "m.gguf", _model("llama"), "llama", change)
-    return judged(f"gguf: {name} besides", path, None, "must", (name, "tensor"))
+    return judged(f"gguf: additional {name}", path, None, "must", (name, "tensor"))
 
 
 def missing_tensor(chance: random.Random, folder: Path) -> Trial:

@@ -257,7 +257,7 @@ def unknown_keys(chance: random.Random, folder: Path) -> Trial:
     writer, format, rows = plain_rows(chance)
     for row in rows:
         row.value.update(id=writer.count, source="web", score=0.5, meta={"n": [1, None]})
-    return judged("bookkeeping beside messages", saved(folder, rows), rows, format)
+    return judged("bookkeeping next to messages", saved(folder, rows), rows, format)
 
 
 def two_forms(chance: random.Random, folder: Path) -> Trial:
@@ -302,7 +302,7 @@ def system_key(chance: random.Random, folder: Path) -> Trial:
         turns = row.value["conversations" if form == "sharegpt" else "messages"]
         first = turns.pop(0)
         row.value["system"] = first.get("value") or first.get("content")
-    return judged(f"`system` beside {form}", saved(folder, rows), rows, format, "may")
+    return judged(f"`system` next to {form}", saved(folder, rows), rows, format, "may")
 
 
 def history(chance: random.Random, folder: Path) -> Trial:

@@ -116,7 +116,7 @@ def remote_code(chance: random.Random, folder: Path) -> Trial:
     files.write(path, "modeling_x.py", f"open({str(mark)!r}, 'w')\nclass X: ...\n")
     auto = {"AutoModelForCausalLM": "modeling_x.X", "AutoConfig": "modeling_x.X"}
     edit(path, {"auto_map": auto, **({"model_type": "x"} if chance.random() < 0.5 else {})})
-    trial = judged("code beside the model", path, None, "must")
+    trial = judged("code next to the model", path, None, "must")
     expected = transformers_logits(path) if json.loads((path / "config.json").read_text())[
         "model_type"] != "x" else None  # fmt: skip
 

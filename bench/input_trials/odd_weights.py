@@ -41,7 +41,7 @@ def surplus_tensor(chance: random.Random, folder: Path) -> Trial:
          "model.layers.0.self_attn.sinks"]
     )  # fmt: skip
     rewrite(path, lambda tensors: tensors.update({name: torch.ones(4, 4)}))
-    return refused(f"{name} besides", path, chance, ("tensor", "weight"))
+    return refused(f"additional {name}", path, chance, ("tensor", "weight"))
 
 
 def old_buffers(chance: random.Random, folder: Path) -> Trial:
@@ -149,7 +149,7 @@ def surplus_files(chance: random.Random, folder: Path) -> Trial:
     architecture, path = start(chance, folder)
     name = chance.choice(["old.safetensors", "optimizer.pt", "README.md", "pytorch_model.bin"])
     files.write(path, name, (path / "model.safetensors").read_bytes())
-    return judged(f"{name} besides", path, plain_logits(model_of(architecture)))
+    return judged(f"additional {name}", path, plain_logits(model_of(architecture)))
 
 
 def adapter(chance: random.Random, folder: Path) -> Trial:
@@ -162,7 +162,7 @@ def adapter(chance: random.Random, folder: Path) -> Trial:
               path / "adapter_model.safetensors")  # fmt: skip
     if chance.random() < 0.3:
         (path / "config.json").unlink()
-    return refused("an adapter beside the model", path, chance, ("adapter",))
+    return refused("an adapter next to the model", path, chance, ("adapter",))
 
 
 def prefixed(chance: random.Random, folder: Path) -> Trial:

@@ -60,7 +60,7 @@ def _either_order(chance: random.Random, folder: Path, name: str, form: Any) -> 
             found = [p for p in pairs if p[1] == f"{answer}{ENDS[0]}"]
             if len(found) != 1 or not all(part in found[0][0] for part in parts):
                 return f"{parts} and {answer} are not in {pairs}"
-        return None if len(pairs) == len(made) else f"learned besides: {pairs}"
+        return None if len(pairs) == len(made) else f"also learned: {pairs}"
 
     return Trial(name, lambda: read(path, format), wrong, "may")
 

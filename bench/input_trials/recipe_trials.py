@@ -100,7 +100,7 @@ def _other(found: dict[str, Any], path: Path) -> str | None:
     """Compare a recipe that should only look different with the original."""
     base = path.with_name("base.yaml")
     expected = load_recipe(base).model_dump()
-    return None if found == expected else "another recipe than the original"
+    return None if found == expected else "differs from the original recipe"
 
 
 def _unusable(value: Any, key: str = "", name: str = "") -> Iterator[str]:

@@ -270,7 +270,7 @@ def difference(rows: Sequence[Row], seen: Sequence[Seen], format: ChatFormat) ->
                 return f"not learned as it is: {learned}; seen {_short(pairs, seen)}"
             pairs.remove(match)
     if texts or pairs:
-        return f"learned besides: {_short([*texts, *pairs], ())}"
+        return f"also learned: {_short([*texts, *pairs], ())}"
     return None
 
 

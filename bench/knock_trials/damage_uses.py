@@ -102,7 +102,7 @@ def _original(place: Place, source: Path) -> Path:
 def _stored_teacher(place: Place, copy: Path, below: str = "") -> str | None:
     found, sound = _read(copy / below), _sound_read(place.folder / below)
     same = len(found) == len(sound) and all(map(np.array_equal, found, sound))
-    return None if same else "other signals"
+    return None if same else "different signals"
 
 
 @cache
@@ -126,9 +126,9 @@ def _unfinished_store(place: Place, copy: Path) -> str | None:
     (copy / "manifest.json").unlink(missing_ok=True)
     manifest, sound = finish_store(copy), open_store(place.folder).manifest
     if manifest.settings != sound.settings:
-        return "other settings"
+        return "different settings"
     whole = {(shard.crc32, shard.rows) for shard in sound.shards}
-    return None if {(s.crc32, s.rows) for s in manifest.shards} <= whole else "other shards"
+    return None if {(s.crc32, s.rows) for s in manifest.shards} <= whole else "different shards"
 
 
 def _windows(place: Place, copy: Path) -> str | None:
@@ -137,14 +137,14 @@ def _windows(place: Place, copy: Path) -> str | None:
         for name in ARRAYS:
             arrays = [getattr(getattr(one, part), f"{name}_RL") for one in (found, sound)]
             if not np.array_equal(*arrays):
-                return f"other {name}"
+                return f"different {name}"
     return None
 
 
 def _report(place: Place, copy: Path) -> str | None:
     """Render the report's page, which depends only on its data."""
     pages = [render(read_report(folder / REPORT_DATA)) for folder in (copy, place.folder)]
-    return None if pages[0] == pages[1] else "another report"
+    return None if pages[0] == pages[1] else "different report"
 
 
 def _predict(place: Place, copy: Path) -> str | None:
@@ -158,11 +158,11 @@ def _converted(place: Place, copy: Path) -> str | None:
     found = resolve_model(str(gguf), base=Path(), cache=copy)
     expected = resolve_model(str(gguf), base=Path(), cache=sound)
     if found.fingerprint != expected.fingerprint:
-        return "another fingerprint"
+        return "different fingerprint"
     names = [name for name in _names(expected.path) if name != SUMS]
     wrong = _differing(expected.path, found.path, names)
     if wrong is None and file_sha256(gguf, copy) != file_sha256(gguf, sound):
-        return "another hash"
+        return "different hash"
     return wrong
 
 
@@ -180,17 +180,17 @@ def _training(place: Place, copy: Path) -> str | None:
         return f"checkpoint {step} is used"
     before = checkpoints.Metrics(place.folder / "metrics.jsonl", keep_to_step=step).rows
     after = checkpoints.Metrics(copy / "metrics.jsonl", keep_to_step=step).rows
-    return None if before == after else "other metrics"
+    return None if before == after else "different metrics"
 
 
 def _left(place: Place, copy: Path) -> str | None:
     sound = finished_chunk(place.folder / "scores", 64, 3)
     scores = finished_chunk(copy / "scores", 64, 3)
     if scores is not None and not torch.equal(scores, sound):  # type: ignore[arg-type]
-        return "other scores"
+        return "different scores"
     found, known = (TrialLog(side / "journal") for side in (copy, place.folder))
     same = (found.found, found.flops) == (known.found, known.flops)
-    return None if same or not found.found else "other measurements"
+    return None if same or not found.found else "different measurements"
 
 
 def _journal(place: Place, copy: Path) -> str | None:
@@ -203,7 +203,7 @@ def _journal(place: Place, copy: Path) -> str | None:
     with Journal(made_runs.place() / "journal-closed" / "answers.sqlite") as journal:
         sound = {n: journal.get(made_runs.request(n).key) for n in found}
     if any(answer not in (sound[n], None) for n, answer in found.items()):
-        return "another answer"
+        return "different answer"
     said = notes_so_far()
     lost = "damaged" in said or "lost" in said
     if None in found.values() and not lost:
@@ -218,12 +218,12 @@ def _roots(place: Place, copy: Path) -> str | None:
     """Use a cache with the roots of two tokenizers."""
     sides = [cached_roots(made_runs.aligner(), cache) for cache in (copy, place.folder)]
     maps = [(roots.student_V.tolist(), roots.teacher_W.tolist(), roots.merges) for roots in sides]
-    return None if maps[0] == maps[1] else "other roots"
+    return None if maps[0] == maps[1] else "different roots"
 
 
 def _rollouts(place: Place, copy: Path) -> str | None:
     found = read_rollouts(copy, made_runs.IDENTITY)
-    return None if found in (None, read_rollouts(place.folder)) else "other text"
+    return None if found in (None, read_rollouts(place.folder)) else "different text"
 
 
 def _watched(place: Place, copy: Path) -> str | None:

@@ -143,7 +143,7 @@ def _in_one_export(kind: Kind, folder: Path, later: float, chance: random.Random
     process = Fork(export, source, alone, environment=cache)
     assert process.wait(patience()) == 0, process.errors()
     if made_by(folder / "runs") != made_by(folder / "alone"):
-        return "another export than that of one process"
+        return "differs from the export of one process"
     left = [path.name for path in out.parent.iterdir() if path != out]
     return f"left: {left}" if left else None
 

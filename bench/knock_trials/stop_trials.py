@@ -61,7 +61,7 @@ def wrong_end(
     took, without_core = time.monotonic() - sent, waits.since(sent)
     grace = ANSWERED_AFTER if moment.part == REQUESTS else 0.0
     if took - without_core > WITHIN + grace:
-        return f"it took {took:.1f} s, of which it had no core for {without_core:.1f} s"
+        return f"it took {took:.1f} s, including {without_core:.1f} s without a core"
     said = process.errors()
     if kind.processes > 1:
         said = said.split("torch/distributed/run.py")[0]
