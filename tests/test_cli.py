@@ -109,7 +109,7 @@ def test_check_rejects_a_tokenizer_that_gguf_cannot_hold(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("quantize", "message"),
     [
-        ({"group_size": 64}, "groups of 64 do not divide"),
+        ({"group_size": 64}, "not a multiple of group_size 64"),
         ({"keep": ["layers.7"]}, r"no part named 'layers\.7'"),
         ({"max_bytes": 1000}, "more than 1,000"),
     ],

@@ -157,4 +157,4 @@ def test_the_exported_member_is_the_one_that_is_checked(folder: Path) -> None:
     [warning] = [finding for finding in found if finding.topic == "export" and finding.fix]
     assert warning.text.startswith("narrow: gguf-q8_0: intermediate_size 24")
     rounded = refusal(folder, **sections, quantize={"group_size": 32})
-    assert "groups of 32 do not divide" in rounded.text
+    assert "not a multiple of group_size 32" in rounded.text

@@ -142,7 +142,7 @@ def test_the_parts_of_the_text_share_no_window() -> None:
     parts = [set(part.numbers) for part in (text.calibration, text.training, text.heldout)]
     assert [len(part) for part in parts] == [34, 10, 4]
     assert set.union(*parts) == set(range(48))
-    with pytest.raises(DataError, match="too few to search"):
+    with pytest.raises(DataError, match="needs at least 4 training windows, not 3"):
         split_text(ToyWindows(count=3), 128, 10, 0)
 
 

@@ -1,1 +1,1 @@
-"""Quantization of the student: after training (PTQ) or during it (QAT)."""
+"""Quantization of the student, after training (PTQ) or during training (QAT)."""

@@ -1,4 +1,4 @@
-"""Rounds inputs of linear layers to 8 bits, each token by its own range, as torchao does.
+"""Dynamic quantization of linear layers' inputs to 8 bits, per token, like torchao.
 
 Shapes: ... tokens, I inputs of a layer.
 """
@@ -19,10 +19,13 @@ LOWEST, HIGHEST = -128, 127
 
 
 def rounded_inputs(inputs_I: Tensor, *, floating: bool = False) -> Tensor:
-    """Inputs on a grid of 256 steps from the token's minimum to its maximum, including 0.
+    """Round inputs to 256 evenly spaced numbers between each token's minimum and maximum, always
+    including 0.
 
-    floating: as float8, the token's largest number being float8's largest. Gradients pass as if
-    nothing was rounded (straight-through estimator, arXiv 1308.3432).
+    floating: round to float8 instead, scaled so that each token's largest number is float8's
+        largest number.
+
+    Gradients pass as if nothing was rounded (straight-through estimator, arXiv 1308.3432).
     """
     with torch.no_grad():
         on_grid_I = _in_float8(inputs_I) if floating else _in_int8(inputs_I)
@@ -42,14 +45,14 @@ def _in_int8(inputs_I: Tensor) -> Tensor:
 def _in_float8(inputs_I: Tensor) -> Tensor:
     largest = torch.finfo(FLOAT8).max
     scale_1 = (inputs_I.abs().amax(-1, keepdim=True) / largest).float()
-    scale_1 = scale_1.clamp(min=torch.finfo(torch.float32).tiny)  # a token of zeros
+    scale_1 = scale_1.clamp(min=torch.finfo(torch.float32).tiny)  # For tokens that are all zeros.
     codes_I = (inputs_I.float() / scale_1).clamp(-largest, largest).to(FLOAT8)
     return (codes_I.float() * scale_1).to(inputs_I.dtype)
 
 
 def round_inputs_of(model: nn.Module, weights: Iterable[str], grid: Grid) -> list[RemovableHandle]:
-    """Round the inputs of these linear layers like that grid's weights. Call `remove()` on each
-    handle to stop."""
+    """Round these linear layers' inputs, to float8 if the grid's weights are float8. Call
+    `remove()` on each handle to stop."""
     modules = dict(model.named_modules())
 
     def before(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -60,7 +63,7 @@ def round_inputs_of(model: nn.Module, weights: Iterable[str], grid: Grid) -> lis
 
 
 def round_inputs(quantization: Quantization, model: Any) -> list[RemovableHandle]:
-    """As `round_inputs_of`, for the layers whose inputs are rounded in the export; none if the
+    """`round_inputs_of` for the layers whose inputs are rounded in the export; none if the
     quantization is not dynamic."""
     if not quantization.dynamic:
         return []

@@ -1,8 +1,8 @@
-"""The importance of each input of a matrix: its mean square over text.
+"""The importance of a matrix's inputs: the mean square of each input over text.
 
-A rounding error e of a row changes its output by e·x, so that E[(e·x)²] is Σ e_i² E[x_i²] if the
-inputs are uncorrelated: a weight's error counts in proportion to its input's mean square. This is
-also llama.cpp's importance matrix.
+A row's rounding errors e change its output by e·x, and E[(e·x)²] = Σ e_i² E[x_i²] if the inputs are
+uncorrelated. So a weight's error counts in proportion to its input's mean square, as in llama.cpp's
+importance matrix.
 
 Shapes: R windows, L tokens, I inputs of a layer.
 """
@@ -27,11 +27,10 @@ Moments = dict[str, Tensor]
 
 @torch.no_grad()
 def input_moments(model: Any, windows: WindowSet) -> Moments:
-    """E[x²] of every linear layer's inputs [I], by the name of its weight, float32 on the CPU, over
-    the windows' text without padding (`text_end`).
+    """Measure E[x²] of every linear layer's inputs [I] over the windows' text, without padding.
 
-    The head's inputs are the final hidden states; a head tied to the embeddings has their
-    name.
+    Returns float32 tensors on the CPU, by the name of the layer's weight. The head's inputs are the
+    final hidden states; a head tied to the embeddings is listed under their name.
     """
     sums: Moments = {}
     tokens = 0
@@ -50,7 +49,7 @@ def input_moments(model: Any, windows: WindowSet) -> Moments:
     head = head_name(model)
     device = next(model.parameters()).device
     try:
-        with bar("Inputs of each layer", len(windows), unit="windows") as advance:
+        with bar("Measuring layer inputs", len(windows), unit="windows") as advance:
             for index in range(len(windows)):
                 window = windows[index]
                 end = text_end(window["labels"])
@@ -71,7 +70,8 @@ def input_moments(model: Any, windows: WindowSet) -> Moments:
 def _alike(
     model: Any, ids_1L: Tensor, positions_1L: Tensor
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """What a model reads at once without padding: the window, or each of its documents."""
+    """Split a window into what the model can read at once without padding: the whole window, or
+    each document."""
     if separates_documents(model):
         yield ids_1L, positions_1L
         return
@@ -80,7 +80,7 @@ def _alike(
 
 
 def head_name(model: Any) -> str | None:
-    """The first name of the head's weight in the model; None if it has no head."""
+    """The first name of the head's weight in the model; None if the model has no head."""
     head = model.get_output_embeddings()
     if head is None:
         return None

@@ -1,10 +1,10 @@
-"""Training with rounded weights: every step computes on the grid, and updates the latent weights.
+"""Quantization-aware training: compute with rounded weights, and update the latent weights.
 
-The gradient at the rounded weights is applied to the unrounded ones (straight-through estimator,
-Bengio et al. 2013, arXiv 1308.3432). No layer is replaced: before a step's forward passes the
-weights are put on the grid; before the optimizer updates them they are restored. So the model stays
-a plain transformers model, a tied head is rounded with its embedding, and a checkpoint holds the
-latent weights, from which training resumes exactly.
+The gradient with respect to the rounded weights is applied to the latent ones (straight-through
+estimator, Bengio et al. 2013, arXiv 1308.3432). No layer is replaced: weights are rounded before a
+step's forward passes, and restored before the optimizer updates them. So the model stays a plain
+transformers model, a tied head is rounded with its embedding, and a checkpoint contains the latent
+weights, from which training resumes exactly.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from stillhouse.quantize.quantization import Quantization
 
 
 class RoundedWeights(TrainerCallback):
-    """Rounds weights with fixed scales: training changes what each number is rounded to."""
+    """Rounds weights with fixed scales; training only changes which grid point each weight rounds
+    to."""
 
     def __init__(self, quantization: Quantization) -> None:
         self.quantization = quantization
@@ -48,8 +49,8 @@ class RoundedWeights(TrainerCallback):
 
     @contextmanager
     def as_shipped(self, model: Any) -> Iterator[None]:
-        """In the block, the weights are on the grid: what the student writes during training is
-        what it would write after it."""
+        """Within the context, round the weights, so that the student generates text during training
+        as it would once quantized."""
         self._round(model)
         try:
             yield
@@ -71,6 +72,6 @@ class RoundedWeights(TrainerCallback):
             hook.remove()
 
     def _weights(self, model: Any) -> list[tuple[str, Tensor]]:
-        """What this process has of each: whole rows, so that each has its own scales."""
+        """This process's part of each weight: whole rows, so that each row has its scales."""
         weights = dict(model.student.named_parameters())
         return [(name, local_part(weights[name].detach())) for name in self.quantization.scales]

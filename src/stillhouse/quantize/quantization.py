@@ -1,4 +1,4 @@
-"""How a student is quantized: saved next to the checkpoint whose weights are on the grid."""
+"""A student's quantization, saved next to its checkpoint, whose weights are already rounded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ FILE = "quantization.safetensors"
 
 @dataclass(frozen=True)
 class Quantization:
-    """scales: [O, G] of each quantized matrix, by its name. dynamic: inputs are also rounded."""
+    """How a student is quantized.
+
+    dynamic: whether inputs are rounded too.
+    scales: the scales [O, G] of each quantized matrix, by its name.
+    """
 
     grid: Grid
     dynamic: bool
@@ -27,14 +31,15 @@ class Quantization:
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> None:
-        """Put the model's matrices on the grid, in place."""
+        """Round the model's matrices to the grid, in place."""
         weights = dict(model.named_parameters())
         for name, scales_OG in self.scales.items():
             scales_OG = scales_OG.to(weights[name].device)
             weights[name].data.copy_(on_grid(weights[name], scales_OG, self.grid))
 
     def linear_layers(self, model: Any) -> list[str]:
-        """The quantized matrices whose inputs are also rounded: linear layers, but not the head."""
+        """Names of the quantized matrices whose inputs can be rounded: linear layers other than the
+        head."""
         head = model.get_output_embeddings()
         shared = None if head is None else head.weight
         modules = dict(model.named_modules())

@@ -1,5 +1,5 @@
-"""Quantizes a trained student: which parts to keep, the rounding, and quantization-aware
-training."""
+"""Quantize a trained student: choose which parts to leave alone, round the others, and run
+quantization-aware training."""
 
 from __future__ import annotations
 
@@ -58,17 +58,21 @@ from stillhouse.training.train_config import TrainRecipe
 TRAINING = "training"
 DEFAULT_GROUP = 32
 FLOAT8_WIDTH = 16
-"""torch's products of two float8 matrices need widths that are multiples of this."""
+"""torch can only multiply float8 matrices whose widths are multiples of this."""
 
 
 @dataclass(frozen=True)
 class QuantizeResult:
-    """kept: units that are not quantized. sensitivity: of every unit if it was measured, largest KL
-    first.
+    """What was quantized, and its effect.
 
-    group_size: None is a row. kl: KL(student ‖ quantized), nats/token, on `tokens` held-out tokens.
-    bytes: of the model, with packed codes, scales in two bytes, and parameters that are not
-    quantized in two bytes; plain_bytes: with nothing quantized. notes: for the user.
+    group_size: None: the whole row.
+    kept: units that are not quantized.
+    sensitivity: of every unit, largest KL first; empty if not measured.
+    kl: KL(student ‖ quantized) in nats/token, on `tokens` held-out tokens.
+    bytes: size of the model, with packed codes, two bytes per scale, and two bytes per parameter
+        that is not quantized.
+    plain_bytes: size of the model if nothing was quantized.
+    notes: for the user.
     """
 
     kind: str
@@ -92,12 +96,16 @@ def quantize(
     seed: int,
     windows: WindowSet | None = None,
 ) -> QuantizeResult:
-    """Round the trained student: `out/model`, float32 with its matrices on the grid, and scales.
+    """Round the trained student's matrices, and write it to `out/model` (in float32) with its
+    scales next to it.
 
-    windows: training text, on which the importance of inputs is measured (`calibration_tokens`);
-    None: all weights count equally. Sensitivity is measured if a budget needs it. Raises
-    RecipeError for a group size that does not divide a matrix, a part that the model does not have,
-    a budget that cannot be met.
+    The parts' sensitivity is measured if `max_kl` or `max_bytes` is set.
+
+    windows: training text on which the importance of inputs is measured (`calibration_tokens`);
+        None: all weights count equally.
+
+    Raises RecipeError if the group size does not divide a matrix, the model does not have a part
+    in `keep`, or `max_bytes` cannot be met.
     """
     model = load_model(student, dtype=torch.float32).to(default_device())
     grid = grid_of(section)
@@ -136,38 +144,38 @@ def quantize(
     for text in result.notes:
         note(text)
     note(
-        f"{section.kind}: {result.bytes / 1e6:,.1f} MB of {result.plain_bytes / 1e6:,.1f} MB, "
-        f"KL to the unquantized student {kl:.4f}; left alone: {', '.join(kept) or 'nothing'}"
+        f"{section.kind}: {result.bytes / 1e6:,.1f} MB instead of "
+        f"{result.plain_bytes / 1e6:,.1f} MB, KL to the unquantized student {kl:.4f}; not "
+        f"quantized: {', '.join(kept) or 'nothing'}"
     )
     _save(model, quantization, student, out)
     return result
 
 
 def quantization_notes(model: Any, kl: float, max_kl: float | None) -> list[str]:
-    """Notes on parts that are not quantized, and on a KL limit that only the sum of the parts
-    meets."""
+    """Notes on parts that cannot be quantized, and on a KL limit that the parts' sum meets but the
+    quantized model does not."""
     notes = []
     left = left_over_text(model)
     if left is not None:
         notes.append(f"Quantization: {left}.")
     if max_kl is not None and kl > max_kl:
         notes.append(
-            f"Quantization: the KL of the parts, measured one by one, adds up to at most "
-            f"{max_kl:g} (quantize.max_kl), but that of the quantized model is {kl:.3g} nats/token."
+            f"Quantization: the parts' KLs, measured one at a time, add up to at most {max_kl:g} "
+            f"(quantize.max_kl), but the quantized model's KL is {kl:.3g} nats/token."
         )
     return notes
 
 
 def grid_of(section: QuantizeRecipe) -> Grid:
-    """The recipe's grid. Default group size: 32 for integers, the complete row for float8."""
+    """The recipe's grid. The default group is 32 numbers for integers, and the row for float8."""
     if section.floating:
         return Grid(8, None, floating=True)
     return Grid(section.bits, section.group_size or DEFAULT_GROUP)
 
 
 def _units(model: Any, section: QuantizeRecipe) -> list[Unit]:
-    """As `find_units`. Also raises RecipeError if float8 kernels could not multiply the
-    matrices."""
+    """`find_units`, but also raise RecipeError if float8 kernels cannot multiply the matrices."""
     units = find_units(model, grid_of(section))
     if section.floating and section.dynamic:
         shapes = {name: weight.shape for name, weight in matrices(model)}
@@ -175,11 +183,11 @@ def _units(model: Any, section: QuantizeRecipe) -> list[Unit]:
         for name in itertools.chain(*layers):
             if any(width % FLOAT8_WIDTH for width in shapes[name]):
                 raise RecipeError(
-                    f"{name} is {' by '.join(map(str, shapes[name]))}: float8 kernels multiply "
-                    f"what {FLOAT8_WIDTH} divides",
+                    f"{name} is {' by '.join(map(str, shapes[name]))}, but float8 kernels need "
+                    f"multiples of {FLOAT8_WIDTH}",
                     where="quantize.kind",
-                    fix="kind: float8, which rounds weights alone, or int8_dynamic_int8; or make "
-                    f"the student's widths multiples of {FLOAT8_WIDTH}",
+                    fix="use kind: float8, which only rounds weights, or int8_dynamic_int8; or "
+                    f"make the student's widths multiples of {FLOAT8_WIDTH}",
                 )
     return units
 
@@ -191,7 +199,7 @@ def _total_kl(
     reference: HeldoutAnswers,
     vocabulary: int,
 ) -> float:
-    """KL(model ‖ quantized model), with rounded inputs if the export rounds them."""
+    """KL(model ‖ quantized model) in nats/token, with inputs rounded if the export rounds them."""
     hooks = round_inputs(quantization, model)
     kl = kl_of(model, quantization.scales, quantization.grid, windows, reference, vocabulary)
     for hook in hooks:
@@ -200,9 +208,10 @@ def _total_kl(
 
 
 def planned_bytes(model: Any, section: QuantizeRecipe) -> tuple[int, int]:
-    """Bytes of a model, original and quantized. Only shapes are used: it may be on the meta device.
+    """Bytes of a model, unquantized and quantized. Only uses shapes, so the model can be on the
+    meta device.
 
-    Raises RecipeError as `quantize` does, also for a budget that cannot be met.
+    Raises the same RecipeErrors as `quantize`.
     """
     grid = grid_of(section)
     units = _units(model, section)
@@ -229,9 +238,11 @@ def train_quantized(
 ) -> TrainingResult:
     """Continue distilling the unquantized student, with its weights rounded at every step.
 
-    quantized: the folder that `quantize` filled, with its choice of matrices and their scales; the
-    same files are written to `folder`. settings: of the previous training; the rest is as in
-    `train`.
+    quantized: the folder that `quantize` wrote, which determines the matrices and their scales.
+    settings: of the previous training.
+    folder: where the same files are written for the trained student.
+
+    See `train` for the other arguments.
     """
     quantization = Quantization.load(quantized / FILE)
     result = train(
@@ -248,7 +259,7 @@ def train_quantized(
         base=base,
     )
     if leads():
-        # From its file: a process may have only a part of it in memory.
+        # Load it from its file, because a process might only have part of it in memory.
         trained = Student.load(student.checkpoint(folder / TRAINING / MODEL))
         quantization.apply(trained.model)
         trained.save(folder / MODEL)
@@ -260,7 +271,8 @@ def train_quantized(
 def qat_section(
     section: QuantizeRecipe, recipe: TrainRecipe, context: int, windows: int
 ) -> TrainRecipe:
-    """The training recipe for `qat.tokens` tokens at `qat.learning_rate`, on so many windows."""
+    """The training recipe for `qat.tokens` tokens at `qat.learning_rate`. windows: how many there
+    are."""
     assert section.qat is not None
     steps = math.ceil(section.qat.tokens / (recipe.batch_size * context))
     return recipe.model_copy(
@@ -268,7 +280,7 @@ def qat_section(
             "learning_rate": section.qat.learning_rate,
             "max_steps": steps,
             "epochs": float(math.ceil(steps * recipe.batch_size / windows)),
-            # Between steps the weights are not rounded: the measurement would be of another model.
+            # Weights are not rounded between steps, so an evaluation would measure another model.
             "evaluate_every": None,
             "early_stop": None,
         }
@@ -280,9 +292,9 @@ def _without_named(units: list[Unit], keep: list[str]) -> list[Unit]:
     unknown = [name for name in keep if name not in names]
     if unknown:
         raise RecipeError(
-            f"this student has no part named {unknown[0]!r} to leave alone",
+            f"this student has no part named {unknown[0]!r}",
             where="quantize.keep",
-            fix=f"its parts: {', '.join(names)}",
+            fix=f"use any of {', '.join(names)}",
         )
     return [unit for unit in units if unit.name not in keep]
 

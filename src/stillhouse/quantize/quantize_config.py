@@ -1,4 +1,4 @@
-"""The recipe section `quantize`, with quantization-aware training."""
+"""The recipe section `quantize`, including quantization-aware training."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from stillhouse.section import Section
 
 
 class QatRecipe(Section):
-    """Quantization-aware distillation: the student learns with its weights rounded."""
+    """Quantization-aware distillation: train the student with its weights rounded."""
 
-    tokens: Tokens = Field(30000, description="Training tokens, about.")
+    tokens: Tokens = Field(30000, description="Approximate number of training tokens.")
     learning_rate: LearningRate = Field(
         2e-4,
-        description="Higher than in full precision: a weight must cross to another place.",
+        description="Learning rate; higher than in full precision, since weights must move far "
+        "enough to round differently.",
     )
 
 
 class QuantizeRecipe(Section):
-    """Quantization of the trained student's matrices; the parts to keep are chosen by
+    """Quantization of the trained student's matrices. Parts to leave alone can be chosen by
     measurement."""
 
     kind: Literal[
@@ -33,34 +34,38 @@ class QuantizeRecipe(Section):
         "float8_dynamic_float8",
     ] = Field(
         "int4",
-        description="Type of the weights; *_dynamic_*: the inputs of layers are also rounded to 8 "
+        description="Type of the weights. With *_dynamic_*, layer inputs are also rounded to 8 "
         "bits, per token, at inference. float8 is exported as safetensors (torchao).",
     )
     group_size: Width | None = Field(
         None,
-        description="Neighbors in a row that share a scale; null: 32. float8: one scale per row.",
+        description="How many neighbors in a row share a scale; null: 32. float8 has one scale per "
+        "row.",
     )
     keep: list[str] = Field(
-        default=[], description="Parts to leave alone: embeddings, head, layers.N (0 the first)."
+        default=[],
+        description="Parts to leave unquantized: embeddings, head, layers.N (counted from 0).",
     )
     max_kl: Divergence | None = Field(
         None,
-        description="Leave the most sensitive parts alone until the others cost at most this, in "
-        "nats a token.",
+        description="Leave the most sensitive parts unquantized, until the KL of quantizing the "
+        "others is at most this, in nats/token.",
     )
     max_bytes: Tokens | None = Field(
-        None, description="Leave the most sensitive parts alone while the model fits."
+        None,
+        description="Maximum size of the model in bytes; the most sensitive parts stay unquantized "
+        "as long as it fits.",
     )
     calibration_tokens: Tokens | None = Field(
         8192,
-        description="Training tokens on which the importance of each input is measured, which "
-        "chooses the scales; null: all inputs count alike.",
+        description="Training tokens to measure the importance of inputs on, which weights the "
+        "rounding error when scales are chosen; null: all inputs count equally.",
     )
     sensitivity_tokens: Tokens = Field(
-        1024, description="Held-out tokens on which sensitivity is measured."
+        1024, description="Held-out tokens to measure sensitivity on."
     )
     qat: QatRecipe | None = Field(
-        None, description="Train with rounded weights; null: only round the trained ones."
+        None, description="Train with rounded weights; null: only round the trained weights."
     )
 
     @property
@@ -80,10 +85,10 @@ class QuantizeRecipe(Section):
         if self.group_size is None:
             return self
         if self.floating:
-            raise ValueError(f"{self.kind} has one scale a row: leave group_size out")
-        if self.bits + 16 / self.group_size >= 16:  # bits of a number, with its part of a scale
+            raise ValueError(f"{self.kind} has one scale per row: remove group_size")
+        if self.bits + 16 / self.group_size >= 16:  # Bits per number, with its part of a scale.
             raise ValueError(
-                f"with group_size: {self.group_size} and its scales, {self.kind} is not smaller "
-                "than 16 bits: use 32"
+                f"with group_size: {self.group_size}, {self.kind} and its scales take at least 16 "
+                "bits per number: use group_size: 32"
             )
         return self

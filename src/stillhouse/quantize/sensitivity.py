@@ -1,4 +1,4 @@
-"""The measured cost of quantizing each part of a model, and which parts not to quantize."""
+"""Measure the cost of quantizing each part of a model, and choose which parts not to quantize."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ Scales = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """kl: nats/token between the model and itself with only this unit quantized. saved: bytes."""
+    """The effect of quantizing only one unit.
+
+    kl: KL(model ‖ model with only this unit quantized), in nats/token.
+    saved: bytes.
+    """
 
     unit: str
     kl: float
@@ -32,7 +36,7 @@ class Sensitivity:
 def scales_of(
     model: nn.Module, units: list[Unit], grid: Grid, moments: Moments | None = None
 ) -> Scales:
-    """The scales of every matrix of the units, by the matrix's name."""
+    """The scales of every matrix in the units, by the matrix's name."""
     weights, known = dict(model.named_parameters()), moments or {}
     return {
         name: choose_scales(weights[name], grid, known.get(name))
@@ -43,7 +47,7 @@ def scales_of(
 
 @contextmanager
 def quantized(model: nn.Module, scales: Scales, grid: Grid) -> Iterator[None]:
-    """Inside the block, the named weights are rounded to the grid."""
+    """Within the context, round the weights named in `scales` to the grid."""
     weights = dict(model.named_parameters())
     before = {name: weights[name].detach().clone() for name in scales}
     try:
@@ -56,7 +60,7 @@ def quantized(model: nn.Module, scales: Scales, grid: Grid) -> Iterator[None]:
 
 
 def reference_answers(model: Any, windows: WindowSet) -> HeldoutAnswers:
-    """The model's outputs, with a copy of its head that later quantization does not change."""
+    """The model's outputs, with a copy of its head, so that quantization does not change it."""
     answers = heldout_answers(model, windows)
     head = answers.signal.head
     own = replace(head, weight_VD=head.weight_VD.detach().clone())
@@ -71,7 +75,7 @@ def kl_of(
     reference: HeldoutAnswers,
     vocabulary: int,
 ) -> float:
-    """KL(model ‖ model with these matrices quantized), nats/token."""
+    """KL(model ‖ model with these matrices quantized), in nats/token."""
     with quantized(model, scales, grid):
         return compare(heldout_answers(model, windows), reference, vocabulary).kl
 
@@ -85,8 +89,8 @@ def measure(
     reference: HeldoutAnswers,
     vocabulary: int,
 ) -> list[Sensitivity]:
-    """Measure each unit quantized alone, on the same windows. reference: the model's
-    `reference_answers` to them."""
+    """Quantize each unit alone, and measure its cost on `windows`. reference: the model's
+    `reference_answers` on the same windows."""
     found = []
     with bar("Sensitivity", len(units), unit="units") as advance:
         for unit in units:
@@ -104,16 +108,21 @@ def choose_kept(
     max_kl: float | None = None,
     max_bytes: int | None = None,
 ) -> list[str]:
-    """The units not to quantize: those that add the most KL for each byte they save.
+    """Choose the units not to quantize: those that add the most KL per byte that they save.
 
-    KL is assumed to be additive over units, which is nearly true while it is small. max_kl: units
-    are kept until the others' KL is at most this; None with max_bytes: as many as fit. max_bytes:
-    of the entire model; smallest: its bytes with every unit quantized. Raises RecipeError if even
-    the smallest model is larger.
+    KL is assumed to add up over units, which is nearly true as long as it is small.
+
+    smallest: the model's size in bytes with every unit quantized.
+    max_kl: keep units unquantized until the KL of the others is at most this; None, with max_bytes:
+        as many as fit.
+    max_bytes: maximum size of the whole model.
+
+    Raises RecipeError if the model does not fit max_bytes even with every unit quantized.
     """
     if max_bytes is not None and smallest > max_bytes:
         raise RecipeError(
-            f"with everything quantized the model has {smallest:,} bytes, more than {max_bytes:,}",
+            f"even with everything quantized, the model has {smallest:,} bytes, more than "
+            f"{max_bytes:,}",
             where="quantize.max_bytes",
             fix="raise it, use int4 or a larger group_size, or make the student smaller",
         )

@@ -1,4 +1,4 @@
-"""The matrices of a model that can be quantized, in units that are kept or quantized together."""
+"""A model's quantizable matrices, in units that are quantized or left alone together."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ KEPT_BYTES = 2
 
 @dataclass(frozen=True)
 class Unit:
-    """name: `embeddings`, `head`, or `layers.N`. weights: names of its matrices in the model.
-    numbers, rows: totals over all of them.
+    """Matrices that are quantized or left alone together.
 
-    A head that is tied to the embeddings is part of them and counts once.
+    A head that is tied to the embeddings is part of them, and counts once.
+
+    name: `embeddings`, `head`, or `layers.N`; for other matrices, the matrix's name.
+    weights: names of the unit's matrices in the model.
+    numbers, rows: totals over these matrices.
     """
 
     name: str
@@ -32,14 +35,14 @@ class Unit:
     rows: int
 
     def bytes(self, grid: Grid | None) -> int:
-        """Bytes on that grid; None: not quantized."""
+        """Size in bytes on the grid; None: not quantized."""
         return self.numbers * KEPT_BYTES if grid is None else grid.bytes(self.numbers, self.rows)
 
 
 def find_units(model: Any, grid: Grid) -> list[Unit]:
-    """The model's units in its own order.
+    """The model's units, in the model's order.
 
-    Raises RecipeError if the group size does not divide the rows of a matrix.
+    Raises RecipeError if the group size does not divide a matrix's row length.
     """
     weights, found = dict(matrices(model)), dict[str, list[str]]()
     for name, weight in weights.items():
@@ -54,7 +57,7 @@ def find_units(model: Any, grid: Grid) -> list[Unit]:
 
 
 def matrices(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """The weights of linear layers and of the embedding; tied weights once, by their first name."""
+    """The weights of linear layers and embeddings; tied weights only once, by their first name."""
     seen: set[int] = set()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding) and id(module.weight) not in seen:
@@ -63,9 +66,8 @@ def matrices(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def left_over(model: Any) -> dict[str, int]:
-    """Parameters of two dimensions or more that are neither a linear layer's nor an embedding's, by
-    name, with their counts: fused experts, transposed or convolved matrices, routers. No unit has
-    them."""
+    """Parameters that no unit contains although they have two or more dimensions, with their sizes:
+    fused experts, transposed or convolved matrices, routers."""
     in_units = {id(weight) for _, weight in matrices(model)}
     return {
         name: weight.numel()
@@ -75,7 +77,7 @@ def left_over(model: Any) -> dict[str, int]:
 
 
 def left_over_text(model: Any) -> str | None:
-    """Describe the parts of a model that no quantization changes; None if there are none."""
+    """Describe the parts of a model that cannot be quantized; None if there are none."""
     left = left_over(model)
     if not left:
         return None
@@ -83,12 +85,13 @@ def left_over_text(model: Any) -> str | None:
     largest = max(left, key=lambda name: left[name])
     return (
         f"{len(left):,} tensors with {share:.0%} of the parameters, such as {largest}, are not "
-        f"weights of linear layers: they are not quantized, and are stored in {8 * KEPT_BYTES} bits"
+        f"weights of linear layers, so they are stored unquantized, in {8 * KEPT_BYTES} bits"
     )
 
 
 def model_bytes(model: Any, units: list[Unit], kept: set[str], grid: Grid) -> int:
-    """Bytes of all parameters, each counted once: matrices on the grid, the rest in 16 bits."""
+    """Bytes of all parameters, each counted once: quantized units on the grid, the rest in 16
+    bits."""
     total = sum(parameter.numel() for parameter in model.parameters())
     rest = total - sum(unit.numbers for unit in units)
     shipped = sum(unit.bytes(None if unit.name in kept else grid) for unit in units)
@@ -108,10 +111,10 @@ def _unit_name(model: Any, name: str, weight: Tensor) -> str:
 def _uneven(name: str, width: int, grid: Grid) -> RecipeError:
     fits = [size for size in (256, 128, 64, 32, 16) if width % size == 0]
     return RecipeError(
-        f"rows of {name} have {width} numbers, which groups of {grid.group} do not divide",
+        f"{name} has {width} numbers per row, which is not a multiple of group_size {grid.group}",
         where="quantize.group_size",
-        fix=f"use group_size {fits[0]}"
+        fix=f"use group_size: {fits[0]}"
         if fits
-        else f"make it {max(32, width // 32 * 32)} or {(width // 32 + 1) * 32} wide (student), "
-        "which groups of 32 divide",
+        else f"change the student's width to {max(32, width // 32 * 32)} or "
+        f"{(width // 32 + 1) * 32}, a multiple of 32",
     )

@@ -1,1 +1,1 @@
-"""Finds the shape of a pruned student that meets a target and keeps most of its teacher."""
+"""Search for the shape of a pruned student that meets a target and stays closest to its teacher."""

@@ -1,9 +1,9 @@
-"""The cost of a shape on this machine: seconds/token from timed blocks, and peak memory.
+"""Measure what shapes cost on this machine: seconds/token from timed blocks, and peak memory.
 
-Models with random weights decode a few tokens with a key-value cache, while their attention blocks,
-FFN blocks, layers and complete steps are timed. Each block's time depends on few sizes: attention
-on the heads and the hidden size, the FFN on its width and the hidden size. So a handful of models
-predicts the time of every shape:
+Models with random weights decode a few tokens with a KV cache, while their attention blocks, FFN
+blocks, layers, and whole steps are timed. A block's time only depends on a few sizes: attention on
+the heads and the hidden size, and the FFN on its width and the hidden size. So a handful of models
+is enough to predict every shape's time:
 
     seconds/token = ends + layers · (attention + FFN + the rest of a layer)
 """
@@ -38,17 +38,18 @@ from stillhouse.teachers.quiet import quiet
 
 PROMPT_TOKENS, DECODE_TOKENS, WARMUP_TOKENS = 128, 16, 3
 TIMED_BYTES = 256 << 20
-"""Minimum size of a timed model's weights, if the real one has as much: less would stay in the
-processor's caches from one token to the next, and be read faster than a full model's."""
+"""Minimum size of a timed model's weights, if the full model is that large. Smaller weights would
+stay in the processor's caches from one token to the next, and be read faster than in practice."""
 FFN_WIDTHS = 4
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Median seconds of one decoded token in one timed model of `layers` layers.
+    """Median seconds per decoded token in a timed model with `layers` layers.
 
-    attention, ffn: of one block. rest: the rest of a layer (norms, sums). ends: the rest of a
-    step (embeddings, last norm, head).
+    attention, ffn: one block.
+    rest: the rest of a layer (norms, sums).
+    ends: the rest of a step (embeddings, final norm, head).
     """
 
     hidden_size: int
@@ -89,7 +90,7 @@ class LatencyTable:
 
 
 def shapes_to_time(combinations: Sequence[Sizes], widths: Sequence[int]) -> list[Sizes]:
-    """A few shapes in which every hidden size occurs with every choice of heads and every FFN
+    """A few shapes that pair every hidden size with every choice of heads and with every FFN
     width."""
     found = []
     for hidden in sorted({shape.hidden_size for shape in combinations}, reverse=True):
@@ -104,7 +105,7 @@ def shapes_to_time(combinations: Sequence[Sizes], widths: Sequence[int]) -> list
 
 
 def timed_widths(ffn_size: int, least: int) -> list[int]:
-    """FFN widths from the original down to `least`, evenly spaced."""
+    """Evenly spaced FFN widths, from the original down to `least`."""
     if least >= ffn_size:
         return [ffn_size]
     cuts = {round((ffn_size - least) * i / (FFN_WIDTHS - 1)) for i in range(FFN_WIDTHS)}
@@ -114,7 +115,8 @@ def timed_widths(ffn_size: int, least: int) -> list[int]:
 def time_shape(
     config: Any, sizes: Sizes, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Timing:
-    """Time decoding with random weights of these sizes, with enough layers to exceed the caches."""
+    """Time decoding by a model of these sizes with random weights, and with enough layers to exceed
+    the processor's caches."""
     layers = _enough_layers(config, sizes, dtype.itemsize)
     model = random_like(config, replace(sizes, layers=layers), dtype).to(device)
     axes = axes_of(config)
@@ -159,7 +161,7 @@ def random_like(config: Any, sizes: Sizes, dtype: torch.dtype) -> Any:
 def _decode(
     model: Any, groups: dict[str, list[nn.Module]], device: torch.device
 ) -> Iterator[dict[str, float]]:
-    """Yield, for every decoded token after the first few, each group's total seconds."""
+    """Yield each group's total seconds for every decoded token, except the first few."""
     vocabulary = model.config.vocab_size
     prompt_RL = torch.arange(PROMPT_TOKENS, device=device)[None] % vocabulary
     output = model(input_ids=prompt_RL, use_cache=True, logits_to_keep=1)
@@ -199,7 +201,7 @@ def _enough_layers(config: Any, sizes: Sizes, width: int) -> int:
 
 
 def _between(places: Sequence[int], values: Sequence[float], place: int) -> float:
-    """Linear interpolation; extrapolates the outermost segments."""
+    """Interpolate linearly; extrapolate the outermost segments."""
     if len(places) == 1:
         return values[0]
     pairs = list(itertools.pairwise(zip(places, values, strict=True)))
@@ -209,7 +211,7 @@ def _between(places: Sequence[int], values: Sequence[float], place: int) -> floa
 
 @dataclass(frozen=True)
 class MemoryLine:
-    """Peak bytes of loading and decoding, as a straight line in the weights' bytes."""
+    """Peak memory of loading and decoding, as a linear function of the weights' bytes."""
 
     base: float
     factor: float
@@ -219,9 +221,10 @@ class MemoryLine:
 
 
 def measure_memory(config: Any, dtype: torch.dtype, device: torch.device | str) -> MemoryLine:
-    """Measure two models with random weights, all layers and half of them, each in its own process.
+    """Measure two models with random weights, one with all layers and one with half of them, each
+    in its own process.
 
-    Raises ModelError if a process fails.
+    Raises ModelError if a process fails, or if peak memory does not grow with the model.
     """
     start = sizes_of(config)
     counter = Counter(config)
@@ -240,8 +243,9 @@ def measure_memory(config: Any, dtype: torch.dtype, device: torch.device | str) 
     factor = (high - low) / (large - small)
     if factor <= 0:
         raise ModelError(
-            "peak memory does not grow with the model here, so no shape can be chosen by it",
+            "peak memory does not grow with the model on this machine, so it cannot determine a "
+            "shape",
             where="student.target.memory",
-            fix="give the target in bytes",
+            fix="set student.target.bytes instead",
         )
     return MemoryLine(low - factor * small, factor)

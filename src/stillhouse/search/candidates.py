@@ -1,4 +1,4 @@
-"""The candidates of a search as a table for the terminal."""
+"""Terminal table of a search's candidates."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from stillhouse.search.shape_costs import Costs
 if TYPE_CHECKING:
     from stillhouse.search.search_shape import Candidate
 
-HEADS = {"ffn_size": "FFN", "kv_heads": "groups", "hidden_size": "hidden"}
-"""Column heads of axes with long names."""
+HEADS = {"ffn_size": "FFN", "kv_heads": "KV heads", "hidden_size": "hidden"}
+"""Column headings of axes with long names."""
 ROWS = 12
-"""Number of shapes shown; candidates.json has all."""
+"""Number of shapes shown; candidates.json lists all of them."""
 
 
 def candidates_table(
     before: Sizes, found: Sequence[Candidate], chosen: Candidate, costs: Costs
 ) -> Table:
-    """The chosen shape, then those that got furthest, each with its measurements."""
+    """Tabulate the chosen shape and then those that got furthest, with their measurements."""
     rounds = max((len(one.trained_kl) for one in found), default=0)
     table = Table(title="Shapes", show_edge=False)
     axes = [axis for axis in AXES if getattr(before, axis) is not None]
@@ -54,7 +54,7 @@ def _order(one: Candidate, chosen: Candidate) -> tuple[float, ...]:
 
 
 def _size(before: Sizes, sizes: Sizes, axis: str) -> Text:
-    """Sizes that are cut are highlighted; the others are dim."""
+    """A size, dimmed if it is not cut."""
     value = getattr(sizes, axis)
     return Text(str(value), "dim" if value == getattr(before, axis) else "")
 

@@ -1,8 +1,8 @@
-"""The cost of cutting one axis alone, and an estimate for shapes that cut several.
+"""Measure the cost of cutting each axis alone, and estimate the cost of shapes that cut several.
 
 A shape's expected cost is the sum of its axes' separate costs. Each axis is pruned and measured at
-a few sizes; between them the cost is interpolated. That ranks hundreds of shapes for the price of a
-handful, and leaves interactions between axes to the measurements of the best.
+a few sizes, and the cost is interpolated in between. This ranks hundreds of shapes for the price of
+a handful. Interactions between axes only show when the best candidates are measured.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ from dataclasses import dataclass, replace
 from stillhouse.pruning.sizes import Sizes
 
 MOST = {"ffn_size": 3, "attention": 4, "hidden_size": 2, "experts": 2}
-"""Number of sizes measured per probed axis. `choose_layers` tries layers one by one."""
+"""Maximum number of sizes to measure per axis. Depth is missing here: see `choose_layers`."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Nats/token by the remaining share of an axis, ascending; 0 for the original."""
+    """Cost in nats/token as a function of an axis's remaining share.
+
+    points: (share, cost) pairs, by ascending share; the cost of share 1 is 0.
+    """
 
     points: tuple[tuple[float, float], ...]
 
     def at(self, share: float) -> float:
-        """Linear interpolation between the points, and extrapolation beyond the last one."""
+        """Interpolate linearly between the points, and extrapolate below the smallest share."""
         points = self.points
         if share >= 1 or len(points) < 2:
             return 0.0 if share >= 1 or not points else points[0][1]
@@ -33,7 +36,7 @@ class Curve:
 
 
 def share(before: Sizes, shape: Sizes, axis: str) -> float:
-    """The remaining share of an axis in a shape. Attention counts query heads and groups
+    """The remaining share of an axis in a shape. Attention counts query heads and key-value heads
     equally."""
     if axis == "attention":
         return (shape.heads + shape.kv_heads) / (before.heads + before.kv_heads)
@@ -44,7 +47,7 @@ def share(before: Sizes, shape: Sizes, axis: str) -> float:
 
 
 def only(before: Sizes, shape: Sizes, axis: str) -> Sizes:
-    """The start model's sizes with only one axis cut as in `shape`."""
+    """The start model's sizes, with only one axis cut as in `shape`."""
     if axis == "attention":
         return replace(before, heads=shape.heads, kv_heads=shape.kv_heads)
     return replace(before, **{axis: getattr(shape, axis)})
@@ -53,12 +56,12 @@ def only(before: Sizes, shape: Sizes, axis: str) -> Sizes:
 def probed(
     before: Sizes, shapes: Sequence[Sizes], possible: Callable[[Sizes], bool]
 ) -> dict[str, list[Sizes]]:
-    """The shapes to measure for each axis: the smallest and the largest cut that occur, and some
-    between.
+    """The shapes to measure for each axis: the smallest and the largest cut that occur in `shapes`,
+    and some in between.
 
-    possible: whether the architecture allows a shape. A hidden size that is not allowed with all
-    heads is replaced by the next smaller one that is; head counts that are not allowed are covered
-    by their neighbors.
+    possible: returns whether the architecture allows a shape. A hidden size that is not allowed
+        with all heads is replaced by the next smaller one that is. Head counts that are not allowed
+        are left out, and interpolated from their neighbors.
     """
     found = {}
     for axis, limit in MOST.items():
@@ -74,7 +77,7 @@ def probed(
 
 
 def _narrower(shape: Sizes, possible: Callable[[Sizes], bool]) -> Sizes:
-    """The widest possible stream of at most this width."""
+    """The shape with the widest possible hidden size up to its own."""
     sizes = range(shape.hidden_size, 0, -1)
     narrower = (replace(shape, hidden_size=size) for size in sizes)
     return next(filter(possible, narrower), shape)
@@ -83,7 +86,7 @@ def _narrower(shape: Sizes, possible: Callable[[Sizes], bool]) -> Sizes:
 def curves(
     before: Sizes, probes: Mapping[str, Sequence[Sizes]], measure: Callable[[Sizes], float]
 ) -> dict[str, Curve]:
-    """measure: returns the KL of a shape in nats/token."""
+    """Measure each axis's probes. measure: returns a shape's cost in nats/token."""
     found = {}
     for axis, shapes in probes.items():
         points = [(share(before, shape, axis), measure(shape)) for shape in shapes]
@@ -94,10 +97,13 @@ def curves(
 def expected(
     before: Sizes, shape: Sizes, known: Mapping[str, Curve], depth: Mapping[int, float]
 ) -> float:
-    """The sum of the separate costs of a shape's cuts; infinite for a depth that was given up.
+    """The sum of the separate costs of a shape's cuts, in nats/token; infinite if its depth was not
+    measured because shallower cuts already cost too much.
 
-    depth: by the number of remaining layers. An axis that could not be probed costs as much as
-    the most expensive of the others, cut equally far.
+    depth: cost by number of remaining layers.
+
+    An axis that could not be probed is assumed to cost as much as the most expensive of the others
+    when cut equally far.
     """
     layers = 0.0 if shape.layers == before.layers else depth.get(shape.layers, float("inf"))
     return layers + sum(_alone(known, axis, share(before, shape, axis)) for axis in known)

@@ -1,9 +1,10 @@
-"""The search: count, probe, prune, and train shapes; each step passes its best to the next.
+"""Search for a shape in four stages, each of which passes its best shapes to the next.
 
-1. All aligned shapes that meet the target are listed (pruning.shapes). 2. If there are many,
-each axis is probed alone, and they are ranked by the sum (probes). 3. The best `candidates` are
-pruned and refit, and measured on held-out text. 4. The best `trained` of them are distilled for a
-few steps; half continue, for twice as many.
+1. List all aligned shapes that meet the target (pruning.shapes).
+2. If there are many, probe each axis alone, and rank the shapes by the sum (probes).
+3. Prune and refit the best `candidates`, and measure them on held-out text.
+4. Distill the best `trained` of them for a few steps. The better half continues for twice as many,
+   and so on.
 """
 
 from __future__ import annotations
@@ -46,24 +47,27 @@ from stillhouse.training.train_config import TrainRecipe
 
 CANDIDATES = "candidates.json"
 WORK = "work"
-"""Contains pruned candidates and the journal until the search is finished."""
+"""Folder for pruned candidates and the journal until the search is finished."""
 JOURNAL = "journal"
 PROBE_ROWS = 8
-"""Calibration tokens of a probe per refit column. With fewer the refit fits noise:
-SmolLM2's FFN (1,536 neurons) cut to 1,024 costs KL 1.00 refit on 2,048 tokens, 0.41 on 16,384."""
+"""A probe's calibration tokens per refit column. With fewer, the refit fits noise: SmolLM2's FFN
+(1,536 neurons), cut to 1,024, has a KL of 1.00 if refit on 2,048 tokens, and 0.41 on 16,384."""
 DEPTH_TOKENS = 1024
 WORTH = 2.0
-"""Cutting depth is given up if it costs this many times as much as the best shape of full depth."""
+"""Stop removing layers when that costs this many times as much as the best shape of full depth."""
 KEPT_BYTES = 4 << 30
-"""The start model's stream on the calibration rows is kept for all candidates up to this size."""
+"""The start model's stream on the calibration rows is kept for all candidates if it is at most this
+large."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The inputs of a search. dtype: of matrix products; served: of the exported weights.
+    """The inputs of a search.
 
-    vocabulary: token ids below it are those of both models. processes: those that search
-    together, in one folder, and divide the candidates.
+    vocabulary: number of token ids that both models have.
+    dtype: of matrix products.
+    served: dtype of the exported weights.
+    processes: search together in the same folder, sharing the candidates.
     """
 
     section: PrunedStudent
@@ -82,9 +86,12 @@ class Setting:
 
 @dataclass
 class Candidate:
-    """One shape. cost: in the target's unit. expected: nats/token by each axis alone.
+    """A shape, and its measurements.
 
-    one_shot_kl: to the teacher, pruned and refit. trained_kl: after each round of steps.
+    cost: in the target's unit.
+    expected: sum of the separate costs of its cuts, in nats/token.
+    one_shot_kl: KL to the teacher after pruning and refitting, in nats/token.
+    trained_kl: KL to the teacher after each round of training, in nats/token.
     """
 
     sizes: Sizes
@@ -97,8 +104,13 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Found:
-    """sizes: keyword arguments of `prune_model`. tokens: trained on in short distillations. flops,
-    seconds: of all measurements, in every process that took part."""
+    """The result of a search.
+
+    sizes: keyword arguments of `prune_model`.
+    tokens: number of tokens that candidates were trained on.
+    flops: of all measurements, in all processes.
+    seconds: spent by this process, over all starts.
+    """
 
     sizes: dict[str, int]
     candidates: list[Candidate]
@@ -109,10 +121,12 @@ class Found:
 
 
 def search_shape(setting: Setting) -> Found:
-    """Find the shape, print a table of all measured shapes, and write CANDIDATES.
+    """Find the best shape, print a table of measured shapes, and write CANDIDATES.
 
-    Resumes where a killed search with the same setting stopped. Raises RecipeError if no shape
-    meets the target, with the nearest one; DataError if the text is too short.
+    If a search with the same setting was killed, resumes where it stopped.
+
+    Raises RecipeError, naming the nearest shape, if none meets the target, and DataError if the
+    text is too short.
     """
     (setting.out / WORK).mkdir(parents=True, exist_ok=True)
     journal = Journal(setting.out / WORK / JOURNAL, setting.processes)
@@ -128,8 +142,8 @@ def search_shape(setting: Setting) -> Found:
     left_out = len(found) - len(best)
     if setting.processes.leads:
         note(
-            f"{len(found)} shapes are within {search.tolerance:.0%} under {costs.limit}"
-            + (f"; {left_out} are left out by what each axis costs alone" if left_out else "")
+            f"{len(found)} shapes are at most {search.tolerance:.0%} below {costs.limit}"
+            + (f"; {left_out} ruled out by the cost of each axis alone" if left_out else "")
         )
     if len(best) > 1:
         best = work.by_pruning(best)
@@ -155,7 +169,7 @@ def _plain(found: Found, costs: Costs) -> dict[str, Any]:
 
 
 class _Work:
-    """State shared by the candidates of one search."""
+    """The state that the candidates of a search share."""
 
     def __init__(self, setting: Setting, journal: Journal, before: Sizes, rules: Axes) -> None:
         self.setting = setting
@@ -172,14 +186,15 @@ class _Work:
         return min(self.search.calibration_tokens, self.setting.section.calibration_tokens)
 
     def _fits(self, tokens: int) -> bool:
-        # Between attention and FFN, after the layer, and the inputs of norms after the blocks.
+        # Streams after attention and after the layer, and the inputs of output norms.
         kept = 2 + len(self.rules.output_norms())
         return kept * 4 * tokens * self.before.layers * self.before.hidden_size <= KEPT_BYTES
 
     def _share(self, tokens: int) -> Calibration:
-        """State shared by all prunes on this many tokens. All drop layers in the same order."""
+        """The state that all prunes on this many tokens share. All drop layers in the same
+        order."""
         if tokens not in self.shared:
-            # One at a time: it may be as large as the model.
+            # Keep only one, because it can be as large as the model.
             self.shared = {tokens: Calibration(passages=[] if self._fits(tokens) else None)}
         self.shared[tokens].depth = self.depth
         return self.shared[tokens]
@@ -192,7 +207,7 @@ class _Work:
 
     @cached_property
     def known(self) -> tuple[Reference, Reference]:
-        """The teacher's outputs on the held-out text, and on that of short distillations."""
+        """The teacher's outputs on the held-out text, and on the text of short distillations."""
         setting = self.setting
         teacher = self._load(setting.teacher)
         parts = [(self.text.heldout, 8), (self.text.training, setting.train.batch_size)]
@@ -245,7 +260,8 @@ class _Work:
         return not self.rules.hidden_over_heads or shape.hidden_size % shape.heads == 0
 
     def _probe(self, shape: Sizes) -> float:
-        """Probe on as many tokens as the widest refit matrix needs, if available."""
+        """Prune to the shape and measure it, calibrating on as many tokens as the widest refit
+        needs, if available."""
         note(f"probing {described(self.before, shape)}")
         before = self.before
         width = before.hidden_size
@@ -272,7 +288,8 @@ class _Work:
         return model
 
     def _depth(self, keep: int, most_kl: float) -> dict[int, float]:
-        """Nats/token by remaining layers, as far down as worthwhile; also kept for all prunes."""
+        """Cost in nats/token by number of remaining layers, as far down as worthwhile. All later
+        prunes remove layers in the same order."""
         total = self.before.layers
         if keep == total:
             return {}
@@ -298,11 +315,11 @@ class _Work:
         return {total - place: kl for place, (_, kl) in enumerate(dropped, 1)}
 
     def by_pruning(self, best: list[Candidate]) -> list[Candidate]:
-        """Measure each candidate, and keep the best `trained` of them on disk."""
+        """Prune and measure each candidate; keep the best `trained` of them on disk."""
         names = {self._named("one-shot", one.sizes): one for one in best}
 
         def measured() -> list[Candidate]:
-            """Those that are measured so far, the best first; the folders of losers are deleted."""
+            """Sort the candidates measured so far, best first, and delete the losers' folders."""
             known = self.journal.found
             for name, one in names.items():
                 one.one_shot_kl = known.get(name)
@@ -328,7 +345,7 @@ class _Work:
         return self._measure(model)
 
     def by_training(self, best: list[Candidate]) -> list[Candidate]:
-        """Successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943); the winner first."""
+        """Rank candidates by successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943)."""
         alive, round_, first = best[: self.search.trained], 1, 0
         if len(alive) < 2:
             return best
@@ -353,11 +370,11 @@ class _Work:
         setting, known = self.setting, self.known[1]
         before = self._folder(one, round_ - 1)
         if not before.is_dir():
-            # Only the pruned start can be missing: a round is saved before it is logged.
+            # Only the pruned model can be missing, since a round is saved before it is logged.
             assert round_ == 1
             self._one_shot(one)
         note(f"training {described(self.before, one.sizes)} for {steps} steps")
-        # In memory, whatever its size: training changes all weights at every step.
+        # Load it into memory, whatever its size: training changes all weights at every step.
         saved = source_of(setting.start).derived(before)
         model = load_model(saved, dtype=torch.float32)
         model.to(setting.device)
@@ -378,7 +395,7 @@ class _Work:
         return self.setting.out / WORK / f"{name}_round-{round_}"
 
     def _save(self, model: Any, folder: Path) -> None:
-        """Save atomically: a killed search must not resume with half a candidate."""
+        """Save atomically, so that a killed search does not resume with half a candidate."""
         partial = folder.with_name(f".{folder.name}")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()

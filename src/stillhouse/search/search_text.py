@@ -1,7 +1,7 @@
-"""The text of a search, from the training windows.
+"""Split the training windows for a search.
 
-Some windows are held out to measure candidates, some are for short distillations, and the rest
-are for calibration; no window is used twice. The evaluation's held-out text is not used.
+Some windows are held out to measure candidates, some are for short distillations, and the rest are
+for calibration. No window is used twice, and the evaluation's held-out text is not used.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ class SearchText:
 
 
 def split_text(windows: WindowSet, heldout_tokens: int, training: int, seed: int) -> SearchText:
-    """training: windows for short distillations; fewer are used if the text is short.
+    """Split the windows. training: number of windows for short distillations; fewer are used if the
+    text is short.
 
     Raises DataError if there are not enough windows for a search.
     """
     if len(windows) < 4:
         raise DataError(
-            f"{len(windows)} training windows are too few to search a shape on",
+            f"a search for a shape needs at least 4 training windows, not {len(windows)}",
             where="data",
-            fix="add sources, lower data.context, or give explicit sizes instead of a target",
+            fix="add sources, lower data.context, or set sizes instead of a target",
         )
     length = len(windows[0]["input_ids"])
     order = drawn_order(windows, f"search {seed}")
-    # At most a quarter to measure on, and half of the rest to train on.
+    # At most a quarter is held out, and at most half of the rest is for training.
     first = min(-(-heldout_tokens // length), len(windows) // 4)
     second = first + min(training, (len(windows) - first) // 2)
     parts = (order[second:], order[first:second], order[:first])
@@ -45,7 +46,7 @@ def split_text(windows: WindowSet, heldout_tokens: int, training: int, seed: int
 
 
 def batches_of(windows: ChosenWindows, together: int, device: torch.device | str) -> list[Batch]:
-    """Batches of `together` windows, in order; the last one may be smaller."""
+    """Batches of `together` windows, in order; the last one can be smaller."""
     found: list[Batch] = []
     for start in range(0, len(windows), together):
         part = ChosenWindows(windows, range(start, min(start + together, len(windows))))

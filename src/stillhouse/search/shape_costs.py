@@ -1,4 +1,4 @@
-"""The cost of each shape in the target's unit, counted or measured on this machine."""
+"""The costs of shapes in the target's unit, counted or measured on this machine."""
 
 from __future__ import annotations
 
@@ -32,7 +32,11 @@ from stillhouse.search.trial_log import Journal
 
 @dataclass(frozen=True)
 class Costs:
-    """of: returns a shape's cost. measured: the measurements behind it, as plain data."""
+    """The costs of shapes.
+
+    of: returns a shape's cost.
+    measured: the measurements that costs are computed from, as plain data.
+    """
 
     of: Cost
     limit: Limit
@@ -48,7 +52,8 @@ def costs_of(
     device: torch.device,
     journal: Journal,
 ) -> Costs:
-    """served: the dtype of the exported weights."""
+    """The costs of shapes, measured if the target requires it. served: dtype of the exported
+    weights."""
     measured: Any = None
     if target.key == "decode_latency":
         table = _latency_table(config, counter, search, served, device, journal)
@@ -56,7 +61,7 @@ def costs_of(
         measured = table.to_json()
     elif target.key == "memory":
         if "memory" not in journal and journal.processes.leads:
-            note("measuring the peak memory of this architecture in two sizes")
+            note("measuring peak memory for two sizes of this architecture")
         raw = journal.once("memory", lambda: asdict(measure_memory(config, served, device)))
         line = MemoryLine(**raw)
         measured = raw
@@ -76,7 +81,7 @@ def _latency_table(
     device: torch.device,
     journal: Journal,
 ) -> LatencyTable:
-    # Shares are of the start's own time, even if it does not divide among the GPUs.
+    # Percentages are relative to the start model's time, even if it does not divide among the GPUs.
     start = counter.start
     least = int(start.ffn_size * LEAST_FFN_SHARE) if "ffn_size" in search.axes else start.ffn_size
     shapes = shapes_to_time(

@@ -1,4 +1,4 @@
-"""A short distillation in memory: how well a candidate learns in a few steps.
+"""Short distillation in memory, to see how well a candidate learns in a few steps.
 
 Shapes: N counted rows, D hidden width.
 """
@@ -19,7 +19,7 @@ from stillhouse.teachers.backbone import lm_head
 from stillhouse.training.train_config import TrainRecipe
 
 WARMUP = 0.1
-"""Share of the steps for learning-rate warmup; then cosine decay."""
+"""Fraction of the steps for learning-rate warmup; cosine decay follows."""
 
 
 def distill_shortly(
@@ -31,11 +31,12 @@ def distill_shortly(
     section: TrainRecipe,
     dtype: torch.dtype,
 ) -> None:
-    """Train in place by forward KL to the teacher's outputs, a batch of them per step.
+    """Train in place with forward KL to the teacher's outputs, one batch per step.
 
-    first: the batch to begin with; batches wrap around. The optimizer state is reset,
-    so a round depends only on the weights before it. Learning rate, betas, weight decay and
-    gradient norm are the recipe's.
+    The optimizer starts afresh, so that a round depends only on the weights before it. Learning
+    rate, betas, weight decay, and maximum gradient norm come from the recipe.
+
+    first: index of the first batch; batches wrap around.
     """
     model.requires_grad_(True)
     optimizer = torch.optim.AdamW(

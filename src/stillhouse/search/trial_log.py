@@ -1,4 +1,4 @@
-"""The results of a search so far, saved after every step, so that a killed search resumes."""
+"""Journal of a search: results are saved as they are found, so that a killed search can resume."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ Find = Callable[[], Any]
 
 @dataclass
 class Results:
-    """found, flops: by name; the FLOPs of timed work are not counted. seconds: spent."""
+    """Results so far.
+
+    found: by name.
+    flops: by name; not counted for timed work.
+    seconds: spent so far.
+    """
 
     found: dict[str, Any] = field(default_factory=dict)
     flops: dict[str, int] = field(default_factory=dict)
@@ -32,11 +37,11 @@ class Results:
 
 
 class Journal:
-    """A name and a value for everything that took time to compute; JSON with a hash.
+    """Everything that took time to compute, by name, in a JSON file with a hash.
 
-    path: the file of the main process; each other one writes what it has found to a file beside
-    it. If a file is damaged, its values are computed again, with a note. All processes call the
-    same methods in the same order. seconds: spent in all starts, up to the last entry.
+    path is the main process's file; each of the other processes writes its results to a file next
+    to it. If a file is damaged, its results are computed again, with a note. All processes must
+    call the same methods in the same order.
     """
 
     def __init__(self, path: Path, processes: Processes = ALONE) -> None:
@@ -65,8 +70,8 @@ class Journal:
         return self._own.seconds + time.monotonic() - self._began
 
     def once(self, name: str, find: Find) -> Any:
-        """The value saved under `name`, or the result of `find` in the main process, which is
-        saved first. FLOPs are not counted, so that `find` may time something."""
+        """Return the value saved under `name`; if there is none, run `find` in the main process and
+        save its result. FLOPs are not counted, so that `find` can measure time."""
         if name not in self.found:
             found = Results({name: find()}) if self.processes.leads else Results()
             self._save(found)
@@ -74,7 +79,7 @@ class Journal:
         return self.found[name]
 
     def once_together(self, name: str, find: Find) -> Any:
-        """As `once`, but every process runs `find`, and its FLOPs are counted."""
+        """Same as `once`, but every process runs `find`, and its FLOPs are counted."""
         if name not in self.found:
             found = _counted(name, find)
             found.flops[name] = sum(self.processes.collect(found.flops[name]))
@@ -85,9 +90,10 @@ class Journal:
     def divide(
         self, finds: Mapping[str, Find], after: Callable[[], object] = lambda: None
     ) -> list[Any]:
-        """The values saved under the names, or the results of `finds`, each in one process.
+        """Return the values saved under the names; run the missing ones of `finds`, each in one of
+        the processes, and save their results.
 
-        after: called after each in the process that has found it.
+        after: called after each result, in the process that found it.
         """
         own = Results()
         for name in self.processes.in_turn([name for name in finds if name not in self.found]):
@@ -101,7 +107,7 @@ class Journal:
         return [self.found[name] for name in finds]
 
     def _save(self, new: Results) -> None:
-        """Add to this process's file."""
+        """Add results to this process's file."""
         if not new.found:
             return
         self._own.add(new)
@@ -121,5 +127,5 @@ def _read(file: Path) -> Results:
     try:
         return Results(**json.loads(without_hash(file.read_bytes())))
     except (OSError, ValueError, TypeError) as error:
-        note(f"{file} is damaged ({error}): what it holds is searched again")
+        note(f"{file} is damaged ({error}): its results will be computed again")
         return Results()
