@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,27 @@ def test_paths_that_cannot_be_read_are_one_message(
     assert error.startswith("error: ")
     assert arguments[-1] in error
     assert "Traceback" not in error
+
+
+def test_predict_answers_a_line_before_the_next_one_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reading, writing = os.pipe()
+
+    def predictor(texts: Iterable[str]) -> Iterator[dict[str, Any]]:
+        for text in list(texts):
+            yield {"text": text}
+            if text == "one":
+                assert capsys.readouterr().out == '{"text": "one"}\n'
+                os.write(writing, b"two\n")
+                os.close(writing)
+
+    monkeypatch.setattr("stillhouse.commands.find_predictor", lambda folder: predictor)
+    os.write(writing, b"one\n")
+    with open(reading, encoding="utf-8") as stream:
+        monkeypatch.setattr(sys, "stdin", stream)
+        cli.predict(tmp_path, "-", "text")
+    assert capsys.readouterr().out == '{"text": "two"}\n'
 
 
 @pytest.mark.parametrize("number", ["-1", "1e5", "nan", "true", f"1{'0' * 30}"])

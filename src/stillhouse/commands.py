@@ -81,7 +81,12 @@ def preview_recipe(
 
 
 def predict(folder: Path, texts: Iterable[str]) -> Rows:
-    """The predictions of a task's model for texts, in order.
+    """The predictions of a task's model for texts, in order; see `find_predictor`."""
+    return find_predictor(folder)(texts)
+
+
+def find_predictor(folder: Path) -> Callable[[Iterable[str]], Rows]:
+    """A function from texts to the predictions of a task's model, in order.
 
     folder: a run folder, or a model in it. Raises ModelError if there is no such model.
     """
@@ -90,7 +95,7 @@ def predict(folder: Path, texts: Iterable[str]) -> Rows:
         for kind in KINDS:
             predictor = kind.predictor and kind.predictor(candidate)
             if predictor is not None:
-                return predictor(texts)
+                return predictor
     raise ModelError(
         "this folder holds no model of a task",
         where=folder,

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,13 @@ from stillhouse.data.sources import read_sources
 from stillhouse.errors import DataError
 from stillhouse.generation.chat_frame import text_of
 from stillhouse.synthesis.prompts import read_prompts
-from stillhouse.tasks.labeled_texts import file_texts, first_rows, read_texts, stream_texts
+from stillhouse.tasks.labeled_texts import (
+    arriving_texts,
+    file_texts,
+    first_rows,
+    read_texts,
+    stream_texts,
+)
 from stillhouse.tasks.task_texts_config import TextFile
 
 ROWS = [{"text": "one, é", "label": "a"}, {"text": "two\nlines", "label": "b"}]
@@ -155,6 +162,29 @@ def test_a_stream_is_read_like_a_file() -> None:
             list(stream_texts(io.StringIO(f"plain\n{wrong}\n"), "text"))
         assert caught.value.where == "standard input:2"
     assert list(read_lines(["[1]\n"], "here", "text")) == [({"text": "[1]"}, "here:1")]
+
+
+def test_lines_of_a_pipe_are_read_as_soon_as_they_arrive() -> None:
+    reading, writing = os.pipe()
+    with open(reading, encoding="utf-8") as stream:
+        texts = arriving_texts(stream, "text")
+        os.write(writing, "one\n\ntwö\nth".encode())
+        assert list(next(texts)) == ["one", "twö"]
+        os.write(writing, b"ree\r\n")
+        assert list(next(texts)) == ["three"]
+        os.write(writing, b'{"words": 1}\nlast')
+        with pytest.raises(DataError) as caught:
+            list(next(texts))
+        assert caught.value.where == "standard input:5"
+        os.close(writing)
+        assert [list(group) for group in texts] == [["last"]]
+
+
+@pytest.mark.parametrize("rest", [b"\xe9\n", b"\xc3"])
+def test_a_pipe_that_is_not_utf8_is_rejected(rest: bytes) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(b"caf" + rest), "utf-8")
+    with pytest.raises(DataError, match="not UTF-8"):
+        list(arriving_texts(stream, "text"))
 
 
 # --- what is refused -------------------------------------------------------------------------

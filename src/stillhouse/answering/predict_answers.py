@@ -14,7 +14,8 @@ from stillhouse.answering.answering_evaluation import (
     request_for,
 )
 from stillhouse.answering.answering_export import FACTS, AnsweringFacts
-from stillhouse.generation.local_generator import open_local
+from stillhouse.generation.generator import TextGenerator
+from stillhouse.generation.local_generator import LocalGenerator, open_local
 from stillhouse.pipeline.kind import Rows
 from stillhouse.synthesis.filters import json_schema
 
@@ -22,16 +23,19 @@ TOGETHER = 64
 
 
 def answers_predictor(folder: Path) -> Callable[[Iterable[str]], Rows] | None:
-    """A function that answers texts with the student in the folder; None if there is none."""
-    return partial(predicted_answers, folder) if (folder / FACTS).is_file() else None
+    """A function that answers texts with the student in the folder; None if there is none.
+    Raises ModelError."""
+    if not (folder / FACTS).is_file():
+        return None
+    return partial(predicted_answers, open_local(folder), AnsweringFacts.load(folder))
 
 
-def predicted_answers(folder: Path, texts: Iterable[str]) -> Iterator[dict[str, Any]]:
+def predicted_answers(
+    generator: TextGenerator[LocalGenerator], facts: AnsweringFacts, texts: Iterable[str]
+) -> Iterator[dict[str, Any]]:
     """In the order of the texts: text and answer; for an extraction also valid, and value, None
     if the answer is not valid. Raises ModelError."""
-    facts = AnsweringFacts.load(folder)
     validity = None if facts.json_schema is None else json_schema(facts.json_schema)
-    generator = open_local(folder)
     texts = iter(texts)
     while some := list(itertools.islice(texts, TOGETHER)):
         requests = [request_for(facts.messages(t), "student", facts.max_tokens) for t in some]

@@ -305,13 +305,15 @@ def predict(
 
     Example: `echo "my card never came" | stillhouse predict runs/classify`
     """
-    from stillhouse.commands import predict as predict_texts
-    from stillhouse.tasks.labeled_texts import file_texts, stream_texts
+    from stillhouse.commands import find_predictor
+    from stillhouse.tasks.labeled_texts import arriving_texts, file_texts
     from stillhouse.terminal import json_line, write_output
 
-    source = stream_texts(sys.stdin, text_key) if texts == "-" else None
-    for row in predict_texts(folder, source or file_texts(Path(texts), text_key)):
-        write_output(json_line(row))
+    predictor = find_predictor(folder)
+    file = None if texts == "-" else file_texts(Path(texts), text_key)
+    for group in arriving_texts(sys.stdin, text_key) if file is None else [file]:
+        for row in predictor(group):
+            write_output(json_line(row))
 
 
 @app.command()

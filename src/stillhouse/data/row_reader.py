@@ -6,13 +6,15 @@ or `file row number`); anything that cannot be read raises a DataError with that
 
 from __future__ import annotations
 
+import codecs
+import io
 import itertools
 import json
 import re
 import shlex
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from stillhouse.data.clear_json import check_value, is_suspicious, parse_json
 from stillhouse.data.data_files import FileFormat, format_of, known_format, open_text
@@ -26,6 +28,10 @@ _ROW_TEXTS = (
     "query", "response",
 )  # fmt: skip
 """Keys of the texts of a row in its most common formats."""
+
+_MOST_BYTES = 1 << 20
+"""Read at once from standard input; a pipe holds less."""
+_STREAM = "standard input"
 
 T = TypeVar("T")
 
@@ -56,11 +62,31 @@ def read_rows(
             return csv_rows(path, "tsv" if "tsv" in (kind, known_format(path)) else "csv")
 
 
-def read_lines(lines: Iterable[str], name: str, text_key: str) -> Rows:
+def arriving_lines(stream: TextIO) -> Iterator[list[str]]:
+    """The lines of standard input, in groups that arrive together: a pipe or a terminal is not
+    read ahead. Raises DataError for bytes that are not of its encoding."""
+    decoder = codecs.getincrementaldecoder(stream.encoding)(stream.errors or "strict")
+    newlines = io.IncrementalNewlineDecoder(decoder, translate=True)
+    rest, ended = "", False
+    while not ended:
+        arrived: bytes = stream.buffer.read1(_MOST_BYTES)  # type: ignore[attr-defined]
+        ended = not arrived
+        try:
+            rest += newlines.decode(arrived, final=ended)
+        except UnicodeDecodeError as error:
+            raise _not_utf8_stream(_STREAM) from error
+        *lines, rest = rest.split("\n")
+        if ended and rest:
+            lines.append(rest)
+        if lines:
+            yield lines
+
+
+def read_lines(lines: Iterable[str], name: str, text_key: str, first: int = 1) -> Rows:
     """Rows of a stream: a line that begins with `{` is a JSON object, any other line is plain
-    text."""
+    text. first: the number of the first line."""
     try:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(lines, first):
             where = f"{name}:{number}"
             line = line.removeprefix("\ufeff").strip()
             if re.search("[\0\ud800-\udfff]", line):

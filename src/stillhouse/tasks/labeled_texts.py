@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -16,7 +16,13 @@ from typing import Any, TextIO
 
 from stillhouse.data.data_files import FileFormat, known_format
 from stillhouse.data.file_search import find_files
-from stillhouse.data.row_reader import header_hint, not_empty, read_lines, read_rows
+from stillhouse.data.row_reader import (
+    arriving_lines,
+    header_hint,
+    not_empty,
+    read_lines,
+    read_rows,
+)
 from stillhouse.data.words import collapsed, normalized
 from stillhouse.errors import DataError
 from stillhouse.runfolder import sha
@@ -76,11 +82,21 @@ def file_texts(path: Path, key: str) -> Iterator[str]:
     return (row.text for row in read_texts(file, Path.cwd()))
 
 
-def stream_texts(lines: TextIO, key: str) -> Iterator[str]:
-    """One text per line, or one object per line with the text under `key`. Raises DataError."""
+def stream_texts(lines: Iterable[str], key: str, first: int = 1) -> Iterator[str]:
+    """One text per line, or one object per line with the text under `key`. Raises DataError.
+
+    first: the number of the first line."""
     file = TextFile(path="-", text=key)
-    for row, where in read_lines(lines, "standard input", key):
+    for row, where in read_lines(lines, "standard input", key, first):
         yield labeled_text(row, file, where).text
+
+
+def arriving_texts(stream: TextIO, key: str) -> Iterator[Iterator[str]]:
+    """The texts of standard input, in groups that arrive together; see `stream_texts`."""
+    first = 1
+    for lines in arriving_lines(stream):
+        yield stream_texts(lines, key, first)
+        first += len(lines)
 
 
 def first_rows(
