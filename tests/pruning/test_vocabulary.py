@@ -19,7 +19,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from stillhouse.errors import ModelError, RecipeError
 from stillhouse.pruning.kept_tokens import Merges, prune_tokenizer
 from stillhouse.pruning.prune import prune_model
-from stillhouse.pruning.surgery import check_saved
+from stillhouse.pruning.surgery import check_saved, cut_rows_without_tokens
 from stillhouse.pruning.vocabulary_cut import (
     KEPT_IDS,
     expected_tokens,
@@ -383,6 +383,34 @@ def test_the_models_rows_follow(tied: bool) -> None:
         prune_model(teacher(), ToyWindows(), kept_ids=[1, 2, 7])
     with pytest.raises(RecipeError, match="token 96, but the teacher has only 96"):
         prune_model(teacher(), ToyWindows(), kept_ids=[1, 2, 5, 96])
+
+
+def test_lists_of_tokens_for_generation_follow() -> None:
+    model = tiny_model(eos_token_id=[2, 5], pad_token_id=2)
+    model.generation_config.update(
+        forced_bos_token_id=90,
+        suppress_tokens=[7, 40],
+        begin_suppress_tokens=[3, 40],
+        bad_words_ids=[[40], [40, 3], [7, 90]],
+        force_words_ids=[[[3], [7]], [[3]], [[40], [2, 5]]],
+        sequence_bias={(3,): -1.0, (90, 40): 2.0},
+    )
+    prune_model(model, ToyWindows(), kept_ids=[1, 2, 5, 90, 40, 7])
+    config = model.generation_config
+    assert config.forced_bos_token_id == 3
+    assert config.suppress_tokens == [5, 4]
+    assert config.begin_suppress_tokens == [4]
+    assert config.bad_words_ids == [[4], [5, 3]]
+    assert config.force_words_ids == [[[5]], [[4], [1, 2]]]
+    assert config.sequence_bias == [[[3, 4], 2.0]]
+
+
+def test_lists_of_tokens_for_generation_lose_rows_without_tokens() -> None:
+    model = tiny_model()
+    model.generation_config.update(bad_words_ids=[[40], [90]], sequence_bias=[[[90], -1]])
+    assert cut_rows_without_tokens(model, 64)
+    assert model.generation_config.bad_words_ids == [[40]]
+    assert model.generation_config.sequence_bias is None
 
 
 def test_a_student_with_fewer_tokens_has_its_tokenizer_and_the_map(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ Shapes: D hidden width, A attention width, E experts, F FFN width, K kept neuron
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def keep_tokens(model: Any, kept_V: Tensor) -> None:
     Token ids in the configurations (end of sequence, etc.) are renumbered; see `check_tokens`.
     """
     _keep_rows_of_ends(model, kept_V)
-    new_ids = {old: new for new, old in enumerate(kept_V.tolist())}
+    new_ids = _new_ids(kept_V)
     for config in (model.config, model.generation_config):
         for name, value in special_ids(config).items():
             found = [new_ids[old] for old in value] if isinstance(value, list) else new_ids[value]
@@ -104,6 +104,12 @@ def cut_rows_without_tokens(model: Any, tokens: int) -> bool:
 
 
 def _keep_rows_of_ends(model: Any, kept_V: Tensor) -> None:
+    """Also renumbers the lists of tokens that generation forbids, forces or weights: these tokens
+    need not be kept."""
+    for config in (model.config, model.generation_config):
+        for name in ("begin_suppress_tokens", "bad_words_ids", "force_words_ids", "sequence_bias"):
+            if listed := getattr(config, name, None):
+                setattr(config, name, _renumbered(listed, _new_ids(kept_V)) or None)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head.weight is embedding.weight
     set_parameter(embedding, "weight", embedding.weight[kept_V])
@@ -117,6 +123,28 @@ def _keep_rows_of_ends(model: Any, kept_V: Tensor) -> None:
     model.vocab_size = len(kept_V)
     if hasattr(model.base_model, "vocab_size"):
         model.base_model.vocab_size = len(kept_V)
+
+
+def _new_ids(kept_V: Tensor) -> dict[int, int]:
+    return {old: new for new, old in enumerate(kept_V.tolist())}
+
+
+def _renumbered(listed: Any, new_ids: Mapping[int, int]) -> list[Any]:
+    """A list of token ids, of sequences of them, with a bias each or not, or of lists of sequences.
+    Tokens that are not in `new_ids`, and sequences with one, are left out."""
+    if isinstance(listed, Mapping):  # from a sequence to its bias
+        listed = [[list(ids), bias] for ids, bias in listed.items()]
+    found: list[Any] = []
+    for one in listed:
+        if isinstance(one, int):
+            found += [new_ids[one]] if one in new_ids else []
+        elif isinstance(one[0], int):
+            found += [[new_ids[id] for id in one]] if new_ids.keys() >= set(one) else []
+        elif isinstance(one[-1], int | float):
+            found += [[ids, one[-1]] for ids in _renumbered(one[:1], new_ids)]
+        else:
+            found += [kept] if (kept := _renumbered(one, new_ids)) else []
+    return found
 
 
 def check_tokens(model: Any, kept: Collection[int]) -> None:
