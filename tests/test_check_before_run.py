@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from stillhouse.check import check_recipe
 from stillhouse.commands import agree_to_spend, run
@@ -55,6 +56,26 @@ def test_a_tracker_that_is_not_installed_or_not_known(tmp_path: Path) -> None:
     assert text == "extras: comet_ml is not installed"
     text = both(tiny.recipe(tmp_path, train={"report_to": ["weights"]}), tmp_path)
     assert "weights is not a tracker" in text
+
+
+@pytest.mark.parametrize(
+    ("term", "expected"),
+    [
+        ({"kind": "attention_relations", "heads": 2}, "the attention of GPTNeoXLayer"),
+        ({"divergence": "forward_kl", "layers": [1]}, "the final norm of GPTNeoXForCausalLM"),
+    ],
+    ids=["attention", "logits"],
+)
+def test_parts_that_a_term_does_not_find(
+    tmp_path: Path, term: dict[str, Any], expected: str
+) -> None:
+    raw = tiny.recipe(tmp_path, objective={"terms": [{"divergence": "forward_kl"}, term]})
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    tokens = {"vocab_size": len(tiny.tokenizer()), "bos_token_id": None, "eos_token_id": None}
+    config = GPTNeoXConfig(num_attention_heads=4, max_position_embeddings=128, **sizes, **tokens)
+    GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "teacher")
+    raw["student"] = {"start": "random"}
+    assert expected in both(raw, tmp_path)
 
 
 def test_another_template_of_the_teacher_is_one_warning(

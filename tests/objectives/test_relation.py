@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Phi3Config, Phi3ForCausalLM
 
 from stillhouse.errors import SignalError
 from stillhouse.objectives import AttentionStates, capture, relation_loss
@@ -81,6 +82,20 @@ def test_real_models_of_another_width_depth_and_head_count() -> None:
     assert student.model.layers[1].self_attn.q_proj.weight.grad is not None
     assert student.model.layers[0].mlp.up_proj.weight.grad is not None
     assert not student.model.layers[1].self_attn.q_proj._forward_hooks
+
+
+def test_a_fused_projection_has_the_states_of_three() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 31}
+    config = Phi3Config(num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, **sizes)
+    phi3 = Phi3ForCausalLM(config).eval()
+    attention = phi3.model.layers[0].self_attn
+    inputs = []
+    attention.qkv_proj.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    with capture(attention) as found:
+        phi3(torch.randint(0, 31, (2, 6)))
+    weights = attention.qkv_proj.weight.split([16, 8, 8])
+    for name, weight in zip(("query", "key", "value"), weights, strict=True):
+        torch.testing.assert_close(found[name], inputs[0] @ weight.T)
 
 
 def test_a_model_has_no_distance_from_itself() -> None:

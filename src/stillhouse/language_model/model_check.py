@@ -11,11 +11,12 @@ from stillhouse.evaluation.speed import DECODE_TOKENS, PROMPT_TOKENS
 from stillhouse.finding import Finding
 from stillhouse.generation.chat_frame import user_turn
 from stillhouse.generation.source_check import rendered_prompt, require_template
-from stillhouse.language_model.job import Job, configs, full_job
+from stillhouse.language_model.job import Job, configs, full_job, planned_objective
 from stillhouse.language_model.package_check import require_options
 from stillhouse.objectives.objective_config import ChunksTerm
 from stillhouse.students.student_config import RandomStudent
-from stillhouse.teachers.load_model import load_tokenizer
+from stillhouse.teachers.activations import final_norm, require_parts
+from stillhouse.teachers.load_model import load_config, load_tokenizer
 from stillhouse.teachers.model_source import ModelSource
 from stillhouse.teachers.planned_model import (
     check_model_folder,
@@ -34,6 +35,7 @@ def require_models(job: Job) -> Iterator[Finding]:
     """
     _require_chunks(job)
     job = full_job(job)
+    _require_parts(job)
     for source in dict.fromkeys([job.teacher, *job.teachers]):
         check_model_folder(source)
     start = _start(job)
@@ -67,6 +69,19 @@ def _require_chunks(job: Job) -> None:
             fix="remove the term, or "
             + ("signals" if stored else "add a teacher with another tokenizer to train.teachers"),
         )
+
+
+def _require_parts(job: Job) -> None:
+    """Raise ModelError or SignalError if a model lacks parts that the terms inside of it need."""
+    objective, teacher = planned_objective(job), job.teachers[0]
+    if objective.needs.activations:
+        model = planned_model(load_config(teacher), trusted=teacher.trusted)
+        require_parts(model, objective.needs.activations)
+    if objective.student_request:
+        student = planned_model(configs(job)[0], trusted=job.start.trusted)
+        require_parts(student, objective.student_request)
+        if objective.layer_logits:
+            final_norm(student)
 
 
 def _start(job: Job) -> ModelSource | None:

@@ -9,7 +9,7 @@ Shapes: R windows, L positions, A relation heads, W width of a projection's outp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import get_args
 
@@ -22,6 +22,8 @@ from stillhouse.objectives.terms import LossSum
 
 RELATIONS: tuple[Relation, ...] = get_args(Relation)
 PROJECTIONS = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
+FUSED = "qkv_proj"
+"""All three in one projection (Phi-3)."""
 
 
 AttentionStates = dict[str, Tensor]
@@ -31,33 +33,52 @@ Keys: see `RELATIONS`."""
 
 @contextmanager
 def capture(attention: nn.Module) -> Iterator[AttentionStates]:
-    """Capture the outputs of an attention layer's q_proj, k_proj, and v_proj within the context.
+    """Capture the outputs of an attention layer's q, k, and v projections within the context.
 
-    Raises:
-        SignalError: the layer does not have these projections.
+    Raises SignalError if the layer does not have these projections.
     """
+    require_projections(attention)
     caught: AttentionStates = {}
 
-    def keep(name: str) -> object:
-        projection = getattr(attention, PROJECTIONS[name], None)
-        if not isinstance(projection, nn.Module):
-            raise SignalError(
-                f"{type(attention).__name__} has no {PROJECTIONS[name]}",
-                fix="use attention relations only with models that have separate q, k, and v "
-                "projections",
-            )
-
+    def keep(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
             caught[name] = output
 
-        return projection.register_forward_hook(hook)
+        return hook
 
-    handles = [keep(name) for name in RELATIONS]
+    def divide(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+        query = attention.get_submodule("o_proj").in_features
+        key = (output.shape[-1] - query) // 2
+        caught.update(zip(RELATIONS, output.split([query, key, key], -1), strict=True))
+
+    if isinstance(fused := getattr(attention, FUSED, None), nn.Module):
+        handles = [fused.register_forward_hook(divide)]
+    else:
+        handles = [
+            attention.get_submodule(PROJECTIONS[name]).register_forward_hook(keep(name))
+            for name in RELATIONS
+        ]
     try:
         yield caught
     finally:
         for handle in handles:
-            handle.remove()  # type: ignore[attr-defined]
+            handle.remove()
+
+
+def require_projections(attention: nn.Module) -> None:
+    """Raise SignalError unless the attention layer has q_proj, k_proj, and v_proj, or a fused
+    qkv_proj that concatenates their outputs (Phi-3)."""
+    fused = [getattr(attention, name, None) for name in (FUSED, "o_proj")]
+    if all(isinstance(projection, nn.Module) for projection in fused):
+        return
+    for projection in PROJECTIONS.values():
+        if not isinstance(getattr(attention, projection, None), nn.Module):
+            raise SignalError(
+                f"{type(attention).__name__} has no {projection}",
+                where="objective.terms",
+                fix="use attention relations only with models that have q_proj, k_proj, and "
+                "v_proj, or a fused qkv_proj",
+            )
 
 
 def relation_loss(

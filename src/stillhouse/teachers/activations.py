@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stillhouse.errors import ModelError
 from stillhouse.objectives import AttentionStates, capture
-from stillhouse.objectives.relation import RELATIONS
+from stillhouse.objectives.relation import RELATIONS, require_projections
 from stillhouse.teachers.backbone import hidden_states
 from stillhouse.teachers.document_rows import run_documents, separates_documents
 
@@ -50,7 +50,8 @@ def run_backbone(
     request: ActivationRequest,
     documents: Tensor | None = None,
 ) -> Activations:
-    """Run the backbone as `hidden_states` does. Raises ModelError if it lacks these parts."""
+    """Run the backbone as `hidden_states` does. Raises ModelError or SignalError if it lacks these
+    parts."""
     if not request:
         return Activations(hidden_states(model, input_ids_RL, position_ids_RL, documents))
     if position_ids_RL is None or separates_documents(model):
@@ -89,6 +90,14 @@ def _run_hooked(
     if len(blocks) in request.layers:
         layers[len(blocks)] = last_RLD
     return Activations(last_RLD, layers, attention)
+
+
+def require_parts(model: Any, request: ActivationRequest) -> None:
+    """Raise ModelError or SignalError if the model lacks parts that `run_backbone` needs."""
+    if request:
+        blocks = decoder_layers(model)
+        for number in sorted(request.attention):
+            require_projections(_attention(blocks[number - 1]))
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
