@@ -13,7 +13,15 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Client, Connection, Listener
+from itertools import islice
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import (
+    Client,
+    Connection,
+    Listener,
+    answer_challenge,
+    deliver_challenge,
+)
 from typing import Any
 
 from stillhouse.errors import LostProcessError
@@ -90,13 +98,26 @@ def helpers_of(processes: Processes) -> Iterator[Helpers]:
         yield Helpers([])
         return
     key = secrets.token_bytes(32)
-    with Listener(("", 0), authkey=key, backlog=processes.count) as listener:
+    with Listener(("", 0), backlog=processes.count) as listener:
         processes.from_main((listener.address[1], key))
-        helpers = Helpers([listener.accept() for _ in range(processes.count - 1)])
+        helpers = Helpers(list(islice(_known(listener, key), processes.count - 1)))
     try:
         yield helpers
     finally:
         helpers.close()
+
+
+def _known(listener: Listener, key: bytes) -> Iterator[Connection]:
+    """Connections from processes that know the key; others, as of a port scanner, are ignored."""
+    while True:
+        connection = listener.accept()
+        try:
+            deliver_challenge(connection, key)
+            answer_challenge(connection, key)
+        except (AuthenticationError, EOFError, OSError):
+            connection.close()
+        else:
+            yield connection
 
 
 def help_main_process(processes: Processes, answers: Answers) -> None:
