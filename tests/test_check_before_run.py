@@ -14,9 +14,11 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from stillhouse.check import check_recipe
 from stillhouse.commands import agree_to_spend, run
 from stillhouse.errors import StillhouseError
+from stillhouse.family.members import first_member, planned_models
 from stillhouse.language_model import run_check
-from stillhouse.language_model.job import find_models
+from stillhouse.language_model.job import find_models, planned_size
 from stillhouse.language_model.package_check import require_disk
+from stillhouse.language_model.run_check import one_student
 from stillhouse.planning.machine import Machine
 from tests import tiny
 from tests.data.toys import write_jsonl
@@ -101,6 +103,28 @@ def test_too_little_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert both(raw, tmp_path).startswith("disk: about")
 
 
+def test_all_members_of_a_family_need_disk_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hops = [{"name": "wide", "ffn_size": 48}, {"name": "narrow", "ffn_size": 40}]
+    raw = {**tiny.recipe(tmp_path, cascade={"hops": hops}), "student": {"start": "pruned"}}
+    recipe = tiny.parsed(raw)
+    job = find_models(first_member(recipe), tmp_path)
+    monkeypatch.setattr("stillhouse.language_model.package_check.size", "{:.0f} bytes".format)
+    students = planned_models(recipe, job)
+
+    def needed(*numbers: int) -> int:
+        (found,) = require_disk(job, [students[number] for number in numbers])
+        return int(found.text.split()[1])
+
+    # Checkpoints are deleted after a training; before it, after it and exported, a student is kept.
+    wide, narrow = (planned_size(models.student).total for models in students)
+    checkpoints = 12 * (recipe.train.keep_checkpoints + 1)
+    text = needed(0) - (12 + checkpoints) * wide
+    assert needed(0, 1) == text + 12 * wide + (12 + checkpoints) * narrow
+    assert needed(1) < needed(0) < needed(0, 1)
+
+
 def test_windows_of_a_large_text_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = tiny.recipe(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000_000))
@@ -143,7 +167,7 @@ def test_text_of_unknown_size_counts_as_the_recipe_says(
     raw = tiny.recipe(tmp_path, data={"sources": [hub], "train_tokens": 10**9})
     job = find_models(tiny.parsed(raw), tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
-    (found,) = require_disk(job)
+    (found,) = require_disk(job, one_student(job))
     assert found.level == "error"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,8 +19,8 @@ from stillhouse.evaluation.lm_eval import require_tasks
 from stillhouse.finding import Finding, finding_of
 from stillhouse.generation.vllm_engine import lacks
 from stillhouse.language_model.data_stage import expected_tokens
-from stillhouse.language_model.job import Job, configs, full_job, planned_size
-from stillhouse.language_model.run_models import row_bytes
+from stillhouse.language_model.job import Job, full_job, planned_size
+from stillhouse.language_model.run_models import RunModels, row_bytes
 from stillhouse.language_model.signals_stage import records_signals
 from stillhouse.number_format import size
 from stillhouse.pipeline.engine import has_finished, run_folder
@@ -63,19 +63,22 @@ def _require_scorer(section: SignalsRecipe, base: Path) -> Iterator[Finding]:
             yield Finding(level, "vLLM", text, fix)
 
 
-def require_disk(job: Job) -> Iterator[Finding]:
+def require_disk(job: Job, students: Sequence[RunModels]) -> Iterator[Finding]:
     """Compare what a run writes until it has trained with the free space of its folder.
 
-    Each checkpoint holds weights and two moments in float32; in addition there are the student
-    before and after training, its exports, windows of tokens, and a store of signals.
+    students: those still to train, in order. Each checkpoint contains weights and two moments in
+    float32, and is deleted after the training; each student is kept before and after training and
+    in its exports. In addition there are windows of tokens, and a store of signals.
     """
     job = full_job(job)
     recipe = job.recipe
-    if has_finished(recipe, "train"):
+    if not students:
         return
-    student = planned_size(configs(job)[0]).total
-    models = 12 * (recipe.train.keep_checkpoints + 1) + 4 + 4 + 4 * len(recipe.export.formats)
-    need = float(student * models)
+    need = kept = 0.0
+    for models in students:
+        size_of = planned_size(models.student).total
+        kept += size_of * (4 + 4 + 4 * len(models.recipe.export.formats))
+        need = max(need, kept + size_of * 12 * (models.recipe.train.keep_checkpoints + 1))
     parts = ["checkpoints", "models"]
     tokens = 0
     with suppress(DataError):  # text that the run synthesizes does not exist yet

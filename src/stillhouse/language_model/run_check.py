@@ -138,8 +138,8 @@ def require_resources(job: Job, find: FindModels = one_student) -> Iterator[Find
     Raises StillhouseError as `plan_stages`, `require_processes` and `require_on_policy` do.
     """
     yield from require_on_policy(job)
-    yield from require_disk(job)
     planned = [one for one in find(job) if not has_finished(one.recipe, "train")]
+    yield from require_disk(job, planned)
     for models in planned:
         require_processes(models)
     if job.family is not None:
