@@ -58,6 +58,24 @@ def test_a_full_disk_of_the_parquet_file_is_one_message(tmp_path: Path) -> None:
     assert "free some space" in str(caught.value.fix)
 
 
+@pytest.mark.parametrize("earlier", [None, b"an earlier export"], ids=["new", "again"])
+def test_an_export_that_fails_leaves_no_part_of_a_file(
+    tmp_path: Path, earlier: bytes | None
+) -> None:
+    data = toys.batch(windows=3)
+    toys.record(tmp_path / "store", toys.settings(TopP(0.8, most=20)), data, shards=2)
+    out = tmp_path / "out" / "signals.parquet"
+    out.parent.mkdir()
+    if earlier is not None:
+        out.write_bytes(earlier)
+    last = open_store(tmp_path / "store").manifest.shards[-1]
+    damaged = tmp_path / "store" / "shards" / last.name
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(StoreError, match="its header states"):
+        export_parquet(tmp_path / "store", out)
+    assert [path.read_bytes() for path in out.parent.iterdir()] == ([earlier] if earlier else [])
+
+
 class FakeHub:
     """Stores uploads in a folder, and returns them."""
 

@@ -6,7 +6,8 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def write_durably(path: Path, pieces: Iterable[bytes]) -> None:
     Raises StoreError if the disk is full or the folder cannot be written. The temporary file is
     then removed, and any previous file is unchanged.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    temporary = _temporary(path)
     try:
         with temporary.open("wb") as file:
             for piece in pieces:
@@ -43,6 +44,28 @@ def write_durably(path: Path, pieces: Iterable[bytes]) -> None:
             where=path,
             fix="check that the folder exists and is writable",
         ) from error
+
+
+@contextmanager
+def complete_or_absent(path: Path) -> Iterator[Path]:
+    """A temporary path to write to, renamed to `path` after the block. If the block raises, the
+    temporary file is removed, and any previous file is unchanged. A device or a pipe is written
+    directly."""
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    temporary = _temporary(path)
+    try:
+        yield temporary
+        if temporary.exists():
+            temporary.replace(path)
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
 
 
 def _remove(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from stillhouse.disk_errors import disk_error
 from stillhouse.errors import StoreError
+from stillhouse.signals.atomic_files import complete_or_absent
 from stillhouse.signals.decode import StoredSignal
 from stillhouse.signals.manifest import SHARDS
 from stillhouse.signals.segments import Segments
@@ -45,17 +47,15 @@ def export_parquet(path: Path, out: Path) -> int:
     metadata = {"stillhouse": json.dumps(store.manifest.to_json(), ensure_ascii=False)}
     rows, writer = 0, None
     try:
-        for segments in _in_parts(store):
-            columns = _segment_columns(segments) | _signal_columns(
-                store.read(segments), segments.rows
-            )
-            table = pa.table(columns)
-            if writer is None:
-                writer = pq.ParquetWriter(out, table.schema.with_metadata(metadata))
-            writer.write_table(table.replace_schema_metadata(metadata))
-            rows += segments.rows
-        if writer is not None:
-            writer.close()
+        with complete_or_absent(out) as file, ExitStack() as opened:
+            for segments in _in_parts(store):
+                signal = _signal_columns(store.read(segments), segments.rows)
+                table = pa.table(_segment_columns(segments) | signal)
+                if writer is None:
+                    schema = table.schema.with_metadata(metadata)
+                    writer = opened.enter_context(pq.ParquetWriter(file, schema))
+                writer.write_table(table.replace_schema_metadata(metadata))
+                rows += segments.rows
     except OSError as error:
         problem = disk_error(error, out, fix="free some space and run the same command again")
         raise StoreError(
