@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import yaml
 
+from stillhouse import cgroups
 from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.data.chat_prompt import chat_ids
 from stillhouse.evaluation.generate import generate
@@ -144,8 +144,7 @@ def test_a_teacher_that_is_not_here_is_one_message(root: Path) -> None:
 def test_a_model_that_would_not_fit_is_not_loaded(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memory = psutil.virtual_memory()._replace(available=1000)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(cgroups, "memory_left", lambda: [2000, 1000])
     found = events(ChatModels(), request(root))
     for role in chat_models.ROLES:
         assert "1.00\N{NO-BREAK SPACE}kB are free" in last(found, role, "error")
@@ -293,7 +292,8 @@ def test_the_process_has_few_threads_no_gpu_and_no_network(
 ) -> None:
     script = "import json, os; print(json.dumps(dict(os.environ)))"
     monkeypatch.setattr(chat_link, "COMMAND", ("-c", script))
-    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(cgroups, "cores", lambda: [16])
 
     async def work() -> dict[str, str]:
         chat = ChatProcess()

@@ -16,6 +16,7 @@ from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import suppress
 from typing import Any
 
+from stillhouse import cgroups
 from stillhouse.errors import StillhouseError
 
 IDLE_SECONDS = 600.0
@@ -25,9 +26,9 @@ _LINE_BYTES = 4 << 20
 
 
 def chat_threads() -> int:
-    """Threads of the chat's models: a quarter of the cores, so that a training keeps most of
-    them."""
-    return max(1, (os.cpu_count() or 1) // 4)
+    """Threads of the chat's models: a quarter of the cores that this process may use, so that a
+    training keeps most of them."""
+    return max(1, min([os.cpu_count() or 1, *cgroups.cores()]) // 4)
 
 
 class ChatBusyError(StillhouseError):

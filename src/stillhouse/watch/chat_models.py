@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
 import torch
 
 from stillhouse import number_format as text
@@ -31,7 +30,7 @@ from stillhouse.errors import ModelError, StillhouseError
 from stillhouse.generation.chat_frame import MARK_TOKENS
 from stillhouse.generation.generator import TokenPrompt
 from stillhouse.generation.local_generator import LocalGenerator
-from stillhouse.hardware import choose_precision, default_device, free_memory
+from stillhouse.hardware import choose_precision, default_device, free_memory, free_memory_bytes
 from stillhouse.pipeline.engine import RECIPE
 from stillhouse.runfolder import answers_path
 from stillhouse.students.student_config import PretrainedStudent
@@ -152,7 +151,7 @@ def _loaded(source: ModelSource) -> tuple[Any, Any]:
     device = default_device()
     dtype = choose_precision("auto", device).dtype
     need = count_parameters(model_without_weights(source)).total * dtype.itemsize
-    free = psutil.virtual_memory().available
+    free = free_memory_bytes("cpu")
     if need > free:
         raise ModelError(
             f"this model needs {text.size(need)} of memory, and {text.size(free)} are free",
