@@ -17,6 +17,7 @@ from stillhouse.cli import app
 from stillhouse.commands import agree_to_spend
 from stillhouse.commands import run as run_answering
 from stillhouse.config.load_recipe import parse_recipe
+from stillhouse.data.row_reader import read_rows
 from stillhouse.errors import DataError, RecipeError, RunError, StillhouseError
 from stillhouse.generation.answer_requests import Answers
 from stillhouse.generation.budget import Spending
@@ -199,6 +200,21 @@ def test_check_and_preview_show_the_requests(tmp_path: Path) -> None:
     assert shown.exit_code == 0
     assert "Be exact." in shown.stdout
     assert "About: Hi" in shown.stdout
+
+
+def test_check_reads_the_texts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+
+    def counted(path: Path, **options: Any) -> Any:
+        read.append(path.name)
+        return read_rows(path, **options)
+
+    monkeypatch.setattr("stillhouse.tasks.labeled_texts.read_rows", counted)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(toys.recipe(tmp_path, "extract")))
+    assert not [one for one in check_recipe(path) if one.level == "error"]
+    assert read
+    assert len(read) == len(set(read))
 
 
 def test_calls_made_by_check_are_not_repeated_by_the_run(tmp_path: Path) -> None:

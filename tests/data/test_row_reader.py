@@ -7,7 +7,8 @@ import gzip
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import pytest
 
 from stillhouse.classify.classify_config import ClassifyTask
 from stillhouse.classify.task_texts import task_labels
+from stillhouse.data import row_reader
 from stillhouse.data.data_config import FileSource, Source
-from stillhouse.data.data_files import text_size
+from stillhouse.data.data_files import open_text, text_size
 from stillhouse.data.documents import Document
 from stillhouse.data.file_search import find_files
 from stillhouse.data.row_reader import read_lines, read_rows
@@ -152,6 +154,28 @@ def test_a_json_list_may_hold_texts(tmp_path: Path) -> None:
     assert [row.text for row in read_texts(TextFile(path="a.json"), tmp_path)] == ["one", "two"]
     (tmp_path / "b.json").write_text('{"version": 1, "rows": [{"text": "one"}]}')
     assert [row["text"] for row, _ in read_rows(tmp_path / "b.json")] == ["one"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['[{"text": "one"}, {"text": "two"}]', '\n{"data": [{"text": "one"},\n{"text": "two"}]}\n\n'],
+    ids=["a line", "lines"],
+)
+def test_a_json_document_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    path, read = tmp_path / "a.json", []
+
+    @contextmanager
+    def counted(*arguments: Any) -> Iterator[Any]:
+        with open_text(*arguments) as lines:
+            read.append(arguments)
+            yield lines
+
+    monkeypatch.setattr(row_reader, "open_text", counted)
+    path.write_text(text)
+    assert [row["text"] for row, _ in read_rows(path)] == ["one", "two"]
+    assert len(read) == 1
 
 
 def test_a_stream_is_read_like_a_file() -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stillhouse.answering.answering_config import AnsweringRecipe, ExtractTask
+from stillhouse.answering.answer_texts import TEXTS, AnswerTexts, prepare_answer_texts
+from stillhouse.answering.answering_config import ExtractTask
 from stillhouse.answering.answering_job import GOLD, HELDOUT, TRAIN, AnsweringJob
 from stillhouse.errors import DataError, RunError
 from stillhouse.generation.answer_logprobs import mean_log_probability
@@ -21,62 +22,13 @@ from stillhouse.generation.request import Answer
 from stillhouse.generation.text_teacher import answers_of, any_runs_here
 from stillhouse.pipeline.stage_plan import unanswered
 from stillhouse.progress import note
-from stillhouse.runfolder import Outcome, Stage, StagePlan, write_atomically
+from stillhouse.runfolder import Outcome, Stage, StagePlan
 from stillhouse.shared_work import ALONE, all_processes
-from stillhouse.synthesis.filters import DROPPED, Filter, Filters, Row, Sieve, unfenced
+from stillhouse.synthesis.filters import DROPPED, Filters, Row, Sieve, unfenced
 from stillhouse.synthesis.synthesize import chosen_filters
-from stillhouse.tasks.labeled_texts import (
-    LabeledText,
-    answer_of,
-    divide_texts,
-    read_files,
-    require_enough,
-)
 from stillhouse.tasks.task_facts import texts_key
 
-TEXTS, ANSWERS = "texts.json", "answers.jsonl"
-
-
-@dataclass(frozen=True)
-class AnswerTexts:
-    """gold: a row's reference answer. repeated: texts left out as duplicates."""
-
-    train: list[LabeledText]
-    test: list[LabeledText]
-    repeated: int = 0
-
-    def save(self, path: Path) -> None:
-        write_atomically(path, json.dumps(asdict(self), ensure_ascii=False))
-
-    @classmethod
-    def load(cls, path: Path) -> AnswerTexts:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        train, test = ([LabeledText(**row) for row in raw[part]] for part in ("train", "test"))
-        return cls(train, test, raw["repeated"])
-
-
-def prepare_answer_texts(
-    recipe: AnsweringRecipe, base: Path, validity: Filter | None
-) -> AnswerTexts:
-    """Read and split the texts. Raises DataError for unreadable files, too few texts, or a
-    reference answer that the schema does not allow."""
-    section = recipe.data
-    given = read_files(section.texts, base, answer_of)
-    tests = read_files(section.test, base, answer_of)
-    for row in (*given, *tests):
-        problem = None
-        if validity is not None and row.gold is not None:
-            problem = validity(Row((), row.gold, None, row.where))
-        if problem is not None:
-            raise DataError(
-                f"the true answer does not fit the schema: {problem}",
-                where=row.where,
-                fix="correct the row, or task.json_schema",
-            )
-    examples = [example.text for example in recipe.task.examples]
-    texts = AnswerTexts(*divide_texts(given, tests, section.test_share, recipe.seed, examples))
-    require_enough({"train": texts.train, "test": texts.test})
-    return texts
+ANSWERS = "answers.jsonl"
 
 
 def plan_answer_texts(job: AnsweringJob) -> StagePlan:

@@ -9,7 +9,6 @@ from rich.console import Group, RenderableType
 from rich.rule import Rule
 from rich.text import Text
 
-from stillhouse.answering.answer_stages import prepare_answer_texts
 from stillhouse.answering.answering_config import AnsweringRecipe
 from stillhouse.answering.answering_evaluation import load_scorer
 from stillhouse.answering.answering_job import (
@@ -87,7 +86,7 @@ _VERDICT = [(user_turn("Which is better?"), "the judge's question")]
 def check_answer_texts(check: Check) -> Iterator[Finding]:
     job: AnsweringJob = check.job
     recipe, base = job.recipe, job.base
-    texts = prepare_answer_texts(recipe, base, job.validity)
+    texts = job.texts
     parts = f"{len(texts.train):,} to learn from, {len(texts.test):,} to measure on"
     repeated = f"; {texts.repeated:,} repeated ones are left out" if texts.repeated else ""
     yield Finding("ok", "texts", parts + repeated)
@@ -150,7 +149,7 @@ def comparison_spending(job: AnsweringJob) -> Iterator[str]:
 
 
 def _estimate(job: AnsweringJob, calls: int = 0) -> Estimate:
-    texts = prepare_answer_texts(job.recipe, job.base, job.validity)
+    texts = job.texts
     source = job.source()
     requests = job.requests(source, [*texts.train, *texts.test])
     return estimate_cost(source, requests, job.journal, calls)
@@ -159,7 +158,7 @@ def _estimate(job: AnsweringJob, calls: int = 0) -> Estimate:
 def preview_answers(recipe: AnsweringRecipe, base: Path, rows: int) -> RenderableType:
     """The teacher's prompts for the first texts; messages that the student does not see are dim."""
     job = find_answering(recipe, base)
-    texts = prepare_answer_texts(recipe, base, job.validity)
+    texts = job.texts
     parts: list[RenderableType] = []
     for row in texts.train[:rows]:
         parts.append(Rule(row.where, style="dim", align="left"))

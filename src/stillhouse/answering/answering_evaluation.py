@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from stillhouse import account
-from stillhouse.answering.answer_stages import TEXTS, AnswerTexts, read_answers
+from stillhouse.answering.answer_stages import read_answers
+from stillhouse.answering.answer_texts import TEXTS, AnswerTexts
 from stillhouse.answering.answering_job import AnsweringJob
 from stillhouse.answering.comparison_judge import compare_answers, comparison_source
 from stillhouse.data.chat_prompt import text_ids

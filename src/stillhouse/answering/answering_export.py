@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from stillhouse.answering.answer_stages import TEXTS, AnswerTexts
+from stillhouse.answering.answer_texts import TEXTS, AnswerTexts
 from stillhouse.answering.answering_job import AnsweringJob
 from stillhouse.errors import ModelError
 from stillhouse.evaluation.answers import AnswersEvaluation

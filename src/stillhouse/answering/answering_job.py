@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from stillhouse.answering.answer_texts import AnswerTexts, prepare_answer_texts
 from stillhouse.answering.answering_config import AnsweringRecipe, ExtractTask
 from stillhouse.data.data_config import DataRecipe, FileSource
 from stillhouse.evaluation.evaluate_config import EvaluateRecipe
@@ -83,6 +85,12 @@ class AnsweringJob:
         about the schema."""
         schema = self.schema
         return None if schema is None else json_schema(schema)
+
+    @cached_property
+    def texts(self) -> AnswerTexts:
+        """The recipe's texts, for checks before the stage `texts` has saved them. Raises DataError,
+        RecipeError."""
+        return prepare_answer_texts(self.recipe, self.base, self.validity)
 
     def question(self, text: str) -> str:
         return filled(self.recipe.task.prompt, text)

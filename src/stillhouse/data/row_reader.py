@@ -196,11 +196,14 @@ def _fix_of_line(line: str) -> str:
 def _json_rows(path: Path, text_key: str | None) -> Rows:
     """Rows of a list, or of an object with one: under `data`, or the only one in it; or of lines
     with an object each, as Hugging Face datasets and Spark write them."""
-    if _has_objects_a_line(path):
+    with open_text(path, "json") as file:
+        first = _to_next_text(file)
+        second = _to_next_text(file) if first.lstrip().startswith("{") else ""
+        a_line_each = second.strip() and _is_object(first.strip())
+        text = "" if a_line_each else first + second + file.read()
+    if a_line_each:
         yield from _jsonl_rows(path, text_key)
         return
-    with open_text(path, "json") as file:
-        text = file.read()
     fix = "correct the file; a .json file is one list of objects, or has an object per line"
     if text.lstrip().startswith("{"):
         fix = f"of several objects, make one per line: jq -c . {shlex.quote(str(path))} > NEW.jsonl"
@@ -227,11 +230,14 @@ def _json_rows(path: Path, text_key: str | None) -> Rows:
         yield _object(item, where, text_key, suspicious), where
 
 
-def _has_objects_a_line(path: Path) -> bool:
-    """Whether the first line is a complete object, and more lines follow."""
-    with open_text(path, "json") as lines:
-        found = list(itertools.islice(filter(str.strip, lines), 2))
-    return len(found) == 2 and _is_object(found[0].removeprefix("\ufeff"))
+def _to_next_text(lines: Iterable[str]) -> str:
+    """The next lines, to the first one that is not blank."""
+    found = ""
+    for line in lines:
+        found += line
+        if line.strip():
+            break
+    return found
 
 
 def _is_row(document: dict[str, Any], items: list[Any]) -> bool:
