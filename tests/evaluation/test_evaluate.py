@@ -144,8 +144,8 @@ def test_models_of_equal_shape_share_a_measurement(
     assert student is not None
     assert other is not None
     assert other.speed == student.speed != teacher.speed
-    assert any("equal shape" in note for note in found.notes)
-    assert not any("equal shape" in note for note in run.evaluation.notes)
+    assert any("same shape" in note for note in found.notes)
+    assert not any("same shape" in note for note in run.evaluation.notes)
 
 
 def test_a_training_that_did_harm_is_shown_at_once_and_noted_first(
@@ -223,7 +223,7 @@ def test_size_can_be_given_for_the_type_that_ships(run: Run) -> None:
 
 
 def test_evaluation_without_a_teacher_is_an_error(run: Run) -> None:
-    with pytest.raises(ModelError, match="needs the teacher"):
+    with pytest.raises(ModelError, match="needs a teacher"):
         evaluate(
             {"student": run.paths["student"]},
             section=EvaluateRecipe(),

@@ -90,7 +90,7 @@ def test_three_answers_are_kept_token_by_token(found: Evaluation) -> None:
 def test_the_table_and_the_notes_have_them(found: Evaluation) -> None:
     text = repr(found)
     assert "KL on own text, model ‖ teacher" in text
-    assert "answers to 5 prompts of the held-out text, at most 20 tokens" in text
+    assert "answers to 5 prompts from the held-out text, at most 20 tokens" in text
 
 
 def test_the_results_survive_their_file(found: Evaluation, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_prompts_that_fill_the_context_are_named(tmp_path: Path) -> None:
     section = OwnTextRecipe(prompts=["the cat", "dog " * 300], max_tokens=4)
     (note,) = (one for one in measured(tmp_path, section).notes if "Own text" in one)
     assert "answers to 1 prompt, at most 4 tokens each, greedy" in note
-    assert note.endswith("since they fill the context: 1 more.")
+    assert note.endswith(" 1 more left out because they fill the context.")
 
 
 @pytest.mark.parametrize("section", [None, OwnTextRecipe(answers=0)])

@@ -113,6 +113,6 @@ def test_peak_memory_grows_with_the_model(tmp_path: Path) -> None:
 
 @pytest.mark.run
 def test_an_error_explains_why_a_model_cannot_be_loaded_alone(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="loads the model alone failed") as raised:
+    with pytest.raises(ModelError, match="measures the model's memory failed") as raised:
         measure_peak_memory(tmp_path / "nothing", torch.float32)
     assert raised.value.fix

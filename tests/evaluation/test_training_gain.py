@@ -14,7 +14,7 @@ def models(**kl: float) -> list[ModelResult]:
 def test_a_training_that_raises_kl_is_named_with_both_figures() -> None:
     (sentence,) = farther_after_training(models(teacher=0.0, untrained=0.156, student=0.163))
     assert "no closer to the teacher after training" in sentence
-    assert "is 0.163 nats/token, and 0.156 before" in sentence
+    assert "is 0.163 nats/token, compared with 0.156 before" in sentence
     assert "train.learning_rate" in sentence
     assert "data.train_tokens" in sentence
 

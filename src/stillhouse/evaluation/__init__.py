@@ -1,1 +1,2 @@
-"""Measurements of a run's models against the teacher: fidelity, speed, memory, text, tasks."""
+"""Evaluation of a run's models against the teacher: fidelity, speed, memory, generated text, and
+benchmark tasks."""

@@ -1,4 +1,4 @@
-"""Quality of answers: JSON by its schema and fields, free text by equality and comparison."""
+"""Quality of answers: JSON by its fields, free text by equality and by comparison."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ from stillhouse.evaluation.assignment import largest_total
 from stillhouse.evaluation.results import Saved
 
 Facts = Counter[tuple[str, str]]
-"""The facts of a JSON value: (path, scalar) of everything in it, with counts."""
+"""A JSON value's facts: the (path, scalar) pairs of everything in it, with counts."""
 
 
 @dataclass(frozen=True)
 class AnswersResult:
-    """One model on the test texts. figures: metrics by name. fields: F1 of each top-level field,
-    against the reference answers or, if there are none, the teacher's."""
+    """One model's results on the test texts.
+
+    figures: metrics by name.
+    fields: F1 of each top-level field, against the reference answers or, if there are none, the
+        teacher's answers.
+    """
 
     role: str
     figures: dict[str, float]
@@ -30,7 +34,8 @@ class AnswersResult:
 
 @dataclass(frozen=True)
 class AnsweredText:
-    """Every model's answer, by role. gold: the reference answer, None if there is none."""
+    """A test text with every model's answer, by role. gold: the reference answer, if there is
+    one."""
 
     text: str
     gold: str | None
@@ -50,8 +55,8 @@ class AnswersEvaluation(Saved):
 
 
 def facts_of(value: Any, path: str = "") -> Facts:
-    """(path, scalar) of everything in a JSON value; null is not a fact. Text is compared without
-    case and repeated spaces, numbers by value."""
+    """The (path, scalar) pairs of everything in a JSON value; null is not a fact. Text is compared
+    regardless of case and repeated spaces, and numbers by value."""
     if isinstance(value, Mapping):
         inside = (
             facts_of(part, f"{path}.{collapsed(str(key))}" if path else collapsed(str(key)))
@@ -64,22 +69,22 @@ def facts_of(value: Any, path: str = "") -> Facts:
 
 
 def _scalar(value: Any, text: Callable[[str], str]) -> str:
-    """Equal for equal values. true is not 1, and "1" is not 1, but 1.0 is."""
+    """A string that is equal for equal values. true is not 1, and "1" is not 1, but 1.0 is."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
         return f'"{text(value)}"'
     if isinstance(value, int | float) and abs(value) > 2**53 and abs(value) != math.inf:
-        return str(int(value))  # as floats, different integers could be equal
+        return str(int(value))  # As floats, different integers could be equal.
     return repr(value + 0.0) if isinstance(value, int | float) else str(value)
 
 
 def shared_facts(one: Any, other: Any) -> int:
     """The number of facts that two JSON values have in common.
 
-    The order of a list does not matter, but each of its items is compared with at most one of the
-    other list, so that facts of different items are not combined: the pairs with the most facts in
-    common count.
+    The order of a list does not matter. Each item is paired with at most one item of the other
+    list, so that facts of different items are not combined; the pairing with the most facts in
+    common counts.
     """
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         ours, theirs = _by_name(one), _by_name(other)
@@ -95,16 +100,17 @@ def shared_facts(one: Any, other: Any) -> int:
 
 
 def _by_name(value: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The object with its keys as `collapsed` leaves them, unless two of them are the same then."""
+    """The object with `collapsed` keys, unless that makes two of them the same."""
     named = {collapsed(str(key)): item for key, item in value.items()}
     return named if len(named) == len(value) else value
 
 
 def field_f1(answers: Sequence[Any | None], gold: Sequence[Any]) -> tuple[float, dict[str, float]]:
-    """F1 over all facts, and of each top-level field's: 2 × shared facts ÷ facts of both sides.
+    """F1 over all facts, and F1 of each top-level field: 2 × shared facts / facts of both sides.
 
-    answers: None for one that is not valid JSON, and so has no facts. If neither side has any, the
-    fraction of valid answers.
+    If neither side has any facts, F1 over all facts is the fraction of valid answers instead.
+
+    answers: None for an answer that is not valid JSON, and so has no facts.
     """
     right: Counter[str] = Counter()
     total: Counter[str] = Counter()
@@ -124,9 +130,9 @@ def _fields(value: Any) -> Mapping[str, Any]:
 
 
 def same_json(one: Any, other: Any) -> bool:
-    """The same value: the same fields, lists in the same order, numbers equal by value, and text
-    and names of fields equal up to whitespace and Unicode form. Case matters, and null is not a
-    missing field."""
+    """Whether two JSON values are the same: the same fields, lists in the same order, numbers equal
+    by value, and text and field names equal up to whitespace and Unicode normalization. Case
+    matters, and null is different from a missing field."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         one, other = _by_name(one), _by_name(other)
         return one.keys() == other.keys() and all(same_json(one[key], other[key]) for key in one)
@@ -138,15 +144,20 @@ def same_json(one: Any, other: Any) -> bool:
 
 
 def same_text(one: str, other: str) -> bool:
-    """Equal up to whitespace and Unicode form."""
+    """Whether two texts are equal up to whitespace and Unicode normalization."""
     return collapsed(one) == collapsed(other)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Answers compared with others, each pair in both orders. An answer wins if it is preferred
-    in both; a verdict that depends on the order is a tie. unread: pairs without two readable
-    verdicts."""
+    """Pairwise comparison of our answers with others, each pair in both orders.
+
+    An answer wins if it is preferred in both orders. If the verdict depends on the order, the pair
+    is a tie.
+
+    consistent: pairs with the same verdict in both orders.
+    unread: pairs without two readable verdicts.
+    """
 
     wins: int
     ties: int
@@ -156,13 +167,16 @@ class Comparison:
 
     @property
     def preferred(self) -> float:
-        """Wins, plus half of the ties, as a fraction of the pairs with readable verdicts."""
+        """Wins plus half of the ties, as a fraction of the pairs with readable verdicts."""
         return (self.wins + self.ties / 2) / max(1, self.wins + self.ties + self.losses)
 
 
 def compare(verdicts: Sequence[tuple[str | None, str | None]]) -> Comparison:
-    """verdicts: A, B or tie, None if unreadable; of each pair with our answer as A,
-    then with our answer as B."""
+    """Count wins, ties, and losses.
+
+    verdicts: for each pair, the verdict with our answer as A, and then with our answer as B: "A",
+        "B", or "tie"; None if unreadable.
+    """
     points = {"A": 1, "tie": 0, "B": -1}
     counts: Counter[str] = Counter()
     for first, second in verdicts:

@@ -1,4 +1,5 @@
-"""Pairs the items of two lists so that the sum of their scores is largest."""
+"""Assignment problem: pair the items of two lists so that the sum of scores is as large as
+possible."""
 
 from __future__ import annotations
 
@@ -7,17 +8,18 @@ from numpy.typing import NDArray
 
 
 def largest_total(scores_MN: NDArray[np.int64]) -> int:
-    """The largest sum of scores of pairs (m, n) in which no m and no n occurs twice.
+    """The largest sum of scores over pairs (m, n) in which no m and no n occurs twice.
 
-    The Hungarian method (Kuhn, 1955) with shortest augmenting paths: O(min(M, N)² max(M, N)).
-    scores_MN: not negative, so that more pairs are never worse.
+    Uses the Hungarian method (Kuhn 1955) with shortest augmenting paths: O(min(M, N)² max(M, N)).
+
+    scores_MN: must not be negative, so that more pairs are never worse.
     """
     if scores_MN.shape[0] > scores_MN.shape[1]:
         scores_MN = scores_MN.T
     rows, columns = scores_MN.shape
     if not rows:
         return 0
-    # Column 0 stands for the row that is being added; potentials keep reduced costs >= 0.
+    # Column 0 is a placeholder for the row being added. Potentials keep reduced costs >= 0.
     cost_MN = -scores_MN
     of_row, of_column = np.zeros(rows + 1, np.int64), np.zeros(columns + 1, np.int64)
     row_of = np.zeros(columns + 1, np.int64)

@@ -1,4 +1,4 @@
-"""Quality of a classifier: against the true labels, and against its teacher.
+"""Quality of a classifier, compared with the true labels and with its teacher.
 
 Shapes: N texts, C labels.
 """
@@ -15,12 +15,14 @@ from stillhouse.evaluation.classification_results import BINS, ClassifierResult
 
 
 def measure(role: str, p_NC: Tensor, teacher_NC: Tensor, gold_N: Tensor | None) -> ClassifierResult:
-    """p_NC, teacher_NC: probabilities; rows of NaN if a model named no label. gold_N: indices of
-    the true labels, negative if unknown.
+    """Compute all metrics of one model.
 
-    Agreement, KL and `ece_teacher` cover the texts with a teacher's label. Accuracy and macro-F1
-    cover all texts with a true label: a text for which the model named no label is wrong.
-    Calibration and Brier score cover those that it labeled.
+    p_NC, teacher_NC: probabilities; a row is NaN if the model did not name a label.
+    gold_N: indices of the true labels, negative if unknown.
+
+    Agreement, KL, and `ece_teacher` cover the texts that both models labeled. Accuracy and
+    macro-F1 cover all texts with a true label; a text that the model did not label counts as wrong.
+    Calibration error and Brier score cover those that it labeled.
     """
     answered_N, labeled_N = ~p_NC.isnan().any(-1), ~teacher_NC.isnan().any(-1)
     both_N = answered_N & labeled_N
@@ -52,22 +54,25 @@ def measure(role: str, p_NC: Tensor, teacher_NC: Tensor, gold_N: Tensor | None) 
 
 
 def confusion(true_N: Tensor, predicted_N: Tensor, labels: int) -> Tensor:
-    """Counts [C, C]: row the true label, column the predicted one."""
+    """Confusion matrix [C, C] of counts: true labels in rows, predicted labels in columns."""
     return torch.bincount(true_N * labels + predicted_N, minlength=labels * labels).reshape(
         labels, -1
     )
 
 
 def macro_f1(confusion_CC: Tensor, missed_C: Tensor | int = 0) -> float:
-    """The mean F1 over the labels that are true or predicted at least once. missed_C: texts with
-    each true label for which none was predicted."""
+    """The mean F1 over labels that occur, as true or predicted labels.
+
+    missed_C: for each true label, the number of texts for which no label was predicted.
+    """
     right_C = confusion_CC.diagonal().double()
     total_C = confusion_CC.sum(0) + confusion_CC.sum(1) + missed_C
     return float((2 * right_C / total_C)[total_C > 0].mean())
 
 
 def calibration_error(p_NC: Tensor, true_N: Tensor) -> float:
-    """Mean over texts of |confidence - accuracy| of their bin."""
+    """Expected calibration error: |confidence - accuracy| of each text's bin, averaged over
+    texts."""
     confidence_N, predicted_N = p_NC.max(-1)
     right_N = (predicted_N == true_N).double()
     bins_N = (confidence_N * BINS).long().clamp_max(BINS - 1)
@@ -80,7 +85,8 @@ def calibration_error(p_NC: Tensor, true_N: Tensor) -> float:
 
 
 def coverage_curve(p_NC: Tensor, true_N: Tensor) -> list[tuple[float, float]]:
-    """(coverage, accuracy on the answered texts), most confident first."""
+    """(coverage, accuracy on the answered texts) pairs, as more and more texts are answered, the
+    most confident first."""
     confidence_N, predicted_N = p_NC.max(-1)
     order_N = confidence_N.argsort(descending=True, stable=True)
     right_N = (predicted_N == true_N)[order_N].double()
@@ -90,16 +96,15 @@ def coverage_curve(p_NC: Tensor, true_N: Tensor) -> list[tuple[float, float]]:
 
 
 SHARES = 10
-"""Thresholds that are tried: those at which 1/10, 2/10, ... of the texts are answered."""
+"""Number of thresholds to try: those at which 1/10, 2/10, ... of the texts are answered."""
 
 
 def choose_threshold(p_NC: Tensor, true_N: Tensor, target: float, level: float) -> float | None:
     """The lowest of `SHARES` thresholds above which the fraction of correct answers is at least
-    `target`; None if no threshold passes.
+    `target`; None if there is no such threshold.
 
-    A threshold passes if the lower Clopper-Pearson bound of that fraction reaches `target`. Because
-    several thresholds are tried, each bound is computed at the confidence level
-    1 - (1 - level) / SHARES (Bonferroni).
+    The lower Clopper-Pearson bound of the fraction must reach `target`. Since several thresholds
+    are tried, each bound is computed at the confidence level 1 - (1 - level) / SHARES (Bonferroni).
     """
     confidence_N, predicted_N = p_NC.max(-1)
     wrong_N = predicted_N != true_N
@@ -114,8 +119,11 @@ def choose_threshold(p_NC: Tensor, true_N: Tensor, target: float, level: float) 
 
 
 def _chance_of_so_few(wrong: int, total: int, rate: float) -> float:
-    """P(at most `wrong` errors in `total`), if each is an error with probability `rate`. The lower
-    Clopper-Pearson bound of the accuracy, at level s, is 1 - rate for which this is 1 - s."""
+    """P(at most `wrong` errors in `total`) if each is an error with probability `rate`.
+
+    The lower Clopper-Pearson bound of the accuracy at confidence level s is 1 - rate, with the
+    rate for which this probability is 1 - s.
+    """
     n = torch.tensor(float(total), dtype=torch.float64)
     i = torch.arange(wrong + 1, dtype=torch.float64)
     ways = (n + 1).lgamma() - (i + 1).lgamma() - (n - i + 1).lgamma()
@@ -124,7 +132,7 @@ def _chance_of_so_few(wrong: int, total: int, rate: float) -> float:
 
 
 def answered(p_NC: Tensor, true_N: Tensor, threshold: float | None) -> tuple[float, float | None]:
-    """The fraction of texts at or above the threshold, and the accuracy on them."""
+    """The fraction of texts at or above the threshold, and the accuracy on these texts."""
     if threshold is None:
         return 0.0, None
     confidence_N, predicted_N = p_NC.max(-1)

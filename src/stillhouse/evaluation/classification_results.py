@@ -1,4 +1,4 @@
-"""The results of a classifier's evaluation, as plain data that is saved as JSON."""
+"""Results of a classifier's evaluation, as plain data that is saved as JSON."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ BINS = 15
 
 @dataclass(frozen=True)
 class ClassifierResult:
-    """One model on the test texts. Figures against true labels are None if there are none.
+    """One model's results on the test texts. Metrics that need true labels are None without them.
 
-    kl: KL(teacher ‖ model) in nats. ece: expected calibration error of the top-1 label, in `BINS`
-    equal bins (Guo et al. 2017, arXiv 1706.04599); ece_teacher uses the teacher's label as the true
-    one. brier: squared distance to the true label, 0 to 2. confusion: [true][predicted], or
-    [teacher's][predicted] if no true labels are known.
+    kl: KL(teacher ‖ model) in nats.
+    ece: expected calibration error of the top-1 label, with `BINS` bins of equal width (Guo et al.
+        2017, arXiv 1706.04599).
+    ece_teacher: the same with the teacher's labels as true labels.
+    brier: squared distance to the true label, from 0 to 2.
+    confusion: counts by [true][predicted], or by [teacher's][predicted] without true labels.
     """
 
     role: str
@@ -35,11 +37,14 @@ class ClassifierResult:
 
 @dataclass(frozen=True)
 class Abstention:
-    """threshold: the lowest confidence at which the student answers; None if none is high enough.
-    sureness: the confidence level at which the calibration texts show that it reaches `wanted`.
+    """The confidence threshold below which the student abstains.
 
-    coverage: the fraction of the calibration texts that it answers, and `reached` the metric on
-    them; test_*: the same on the test texts, which were not used to choose it.
+    wanted: the value that `measure` should reach on the answered texts.
+    sureness: the confidence level at which the calibration texts show that it does.
+    threshold: the lowest confidence at which the student answers; None if none is high enough.
+    coverage: the fraction of the calibration texts that the student answers.
+    reached: the measure on these texts.
+    test_coverage, test_reached: the same on the test texts, which the threshold was not chosen on.
     """
 
     measure: str

@@ -1,4 +1,4 @@
-"""All measurements of a run's models, teacher first."""
+"""Evaluate a run's models, the teacher first."""
 
 from __future__ import annotations
 
@@ -65,32 +65,41 @@ def evaluate(
 ) -> Evaluation:
     """Measure models by role (teacher, untrained, student, fine_tuned, quantized).
 
-    Under torchrun, every process calls this with its share of the windows and of the own answers,
-    and the main process alone measures the rest.
-    Fidelity and generations use one model at a time, so memory holds one model, the teacher's
-    head, and the teacher's hidden states of the held-out text; with own text, also every model's
-    head and hidden states of its answers. The speed measurement holds all models at once.
-    Everything computes in `precision` on the default device.
+    Everything is computed in `precision` on the default device. Under torchrun, every process calls
+    this; they share the windows and the own-text prompts, and the main process measures the rest.
 
-    vocabulary: tokens of the shared vocabulary; rows past it are padding.
-    export_dtype: sizes are reported as if the weights were stored in this type; None: their own
-    type. sizes: bytes of the roles that are stored in another form, such as quantized ones. Their
-    speed and memory are not measured: the checkpoint is a floating-point equivalent.
-    load_sharded: the teacher, sharded over the processes of a torchrun. Its answers to the prompts,
-    its speed and its memory are then not measured.
-    alignment: for a teacher with another tokenizer than the windows; KL and top-1 agreement are
-    then of shared roots.
-    kept: the teacher's measurements, see `keep_teacher`; it is then loaded only for its speed.
-    prepare: called with the roles' models once they are loaded, to add what a checkpoint does not
-    hold, such as rounded inputs. `lm_eval` loads them without.
+    Fidelity and generations use one model at a time. Memory then holds that model, the teacher's
+    head, and the teacher's hidden states on the held-out text, and, if own text is measured, every
+    model's head and its hidden states on its answers. To measure speed, all models are in memory.
+
+    Args:
+        checkpoints: models by role, which must include the teacher.
+        windows: the held-out text; under torchrun, all of it.
+        vocabulary: number of tokens of the shared vocabulary; head rows after them are padding.
+        export_dtype: report sizes as if weights were stored in this dtype; None: as they are.
+        sizes: bytes of the roles that are stored in a different form, such as quantized ones. Their
+            speed and memory are not measured, since their checkpoints are floating-point
+            equivalents.
+        prepare: by role, called with the loaded model to add what a checkpoint does not contain,
+            such as rounding of inputs. Not used for `lm_eval`.
+        load_sharded: loads the teacher sharded across processes. Its answers to the prompts, its
+            speed, and its memory are then not measured.
+        kept: the teacher's measurements (see `keep_teacher`). The teacher is then only loaded to
+            measure its speed.
+        alignment: for a teacher whose tokenizer differs from the windows'. KL and top-1 agreement
+            are then over shared roots.
 
     Raises:
-        ModelError: no teacher, or a model that cannot be loaded or does not fit.
-        DataError: held-out text that cannot be measured on.
+        ModelError: there is no teacher, or a model cannot be loaded or does not fit.
+        DataError: the held-out text cannot be used to measure.
     """
     if TEACHER not in checkpoints:
         names = ", ".join(checkpoints)
-        raise ModelError("an evaluation needs the teacher to compare with", where=names)
+        raise ModelError(
+            "an evaluation needs a teacher to compare with",
+            where=names,
+            fix=f"pass the teacher as {TEACHER!r}",
+        )
     teacher = source_of(checkpoints[TEACHER])
     sources = {TEACHER: teacher, **{role: source_of(one) for role, one in checkpoints.items()}}
     processes = all_processes()
@@ -116,14 +125,14 @@ def evaluate(
             prepare[role](model)
         measuring.add(role, model, weight_bytes(source.path, model, export_dtype), sharded)
         del model, sharded
-        free_memory()  # models have reference cycles: without this, two would be in memory
+        free_memory()  # Models have reference cycles, so two would stay in memory without this.
     measuring.score_own_text(load_teacher)
     results = measuring.results
     farther = farther_after_training(list(results.values()))
     notes = [
         *farther,
-        f"Fidelity: {measuring.tokens:,} tokens in {len(windows):,} held-out windows. Matrix "
-        f"products: {precision.reason}.",
+        f"Fidelity: measured on {measuring.tokens:,} tokens in {len(windows):,} held-out windows. "
+        f"Matrix products: {precision.reason}.",
         *measuring.folded_notes(),
         *measuring.own_text_notes(),
     ]
@@ -134,7 +143,7 @@ def evaluate(
     for sentence in farther:
         note(f"warning: {sentence}")
     if load_sharded is not None:
-        notes.append("The teacher is sharded: its answers, speed and memory are not measured.")
+        notes.append("The teacher is sharded, so its answers, speed, and memory are not measured.")
         sources.pop(TEACHER)
     if section.speed:
         timed = {role: source for role, source in sources.items() if role not in sizes}
@@ -144,16 +153,16 @@ def evaluate(
         )
         for role in timed.keys() - set(fitting):
             notes.append(
-                f"{role_name(role)}: speed and memory are not measured, since its weights do not "
-                f"fit on {setup.device} beside those of smaller models."
+                f"{role_name(role)}: speed and memory are not measured, because its weights do not "
+                f"fit on {setup.device} together with smaller models."
             )
         timed = {role: timed[role] for role in timed if role in fitting}
         results |= _with_speed({role: results[role] for role in timed}, timed, setup)
         if len(_same_shapes(timed)) < len(timed):
-            notes.append("Models of equal shape share one measurement of speed and memory.")
+            notes.append("Models with the same shape share one measurement of speed and memory.")
         notes.append(
-            f"Speed: one sequence, {PROMPT_TOKENS} prompt tokens and {DECODE_TOKENS} new ones, "
-            f"median of {ROUNDS} rounds in alternation on {setup.device}, "
+            f"Speed: one sequence with {PROMPT_TOKENS} prompt tokens and {DECODE_TOKENS} generated "
+            f"tokens, median of {ROUNDS} alternating rounds on {setup.device}, "
             f"{torch.get_num_threads()} threads."
         )
     if kept is not None:
@@ -167,7 +176,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Setup:
-    """vocabulary: token ids below it are known to every model."""
+    """How models are loaded and run. vocabulary: every model knows the token ids below it."""
 
     device: torch.device
     dtype: torch.dtype
@@ -180,7 +189,7 @@ class _Setup:
     def tasks(
         self, section: EvaluateRecipe, source: ModelSource, tokenizer: ModelSource
     ) -> dict[str, float]:
-        """Scores of lm-eval tasks, if the recipe has any."""
+        """The scores of lm-eval tasks; empty if the recipe has none."""
         if section.lm_eval is None:
             return {}
         return run_tasks(
@@ -206,8 +215,11 @@ def keep_teacher(
     load_sharded: Callable[[], ShardedTeacher] | None = None,
     alignment: Alignment | None = None,
 ) -> ModelResult:
-    """Measure a teacher once for the evaluations of several students, and write what they need to
-    the folder `out`: see `KeptTeacher`. Parameters, processes and errors as in `evaluate`."""
+    """Measure a teacher once for the evaluations of several students.
+
+    Everything that they need is written to the folder `out`; see `KeptTeacher`. Arguments and
+    errors are those of `evaluate`, and every process must call this.
+    """
     source, processes = source_of(checkpoint), all_processes()
     setup = _Setup(default_device(), precision.dtype, vocabulary, seed)
     tokenizer = _windows_tokenizer(source, alignment)
@@ -232,8 +244,8 @@ def _windows_tokenizer(teacher: ModelSource, alignment: Alignment | None) -> Any
 
 
 def fitting_together(sizes: Mapping[str, int], available: int) -> list[str]:
-    """The roles, from the smallest model on, whose weights fit together into so many bytes, with a
-    tenth of it for everything else; at least one."""
+    """The roles, from the smallest model up, whose weights fit together in `available` bytes, a
+    tenth of which is reserved for everything else; at least one role."""
     found: list[str] = []
     left = 0.9 * available
     for role in sorted(sizes, key=lambda role: sizes[role]):
@@ -255,11 +267,17 @@ def evaluate_models(
     seed: int = 0,
     alignment: Alignment | None = None,
 ) -> Evaluation:
-    """Fidelity and generations of models in memory, by role, each in its own dtype.
+    """Measure fidelity and generations of models in memory, each in its own dtype.
 
-    models: the teacher first, all on one device. tokenizer: for the prompts. own_text: prompts of
-    the held-out text whose answers by each model are scored. alignment: as in `evaluate`.
-    Raises DataError: held-out text that cannot be measured on.
+    Args:
+        models: by role, the teacher first, all on one device.
+        tokenizer: for the prompts.
+        own_text: how many prompts from the held-out text every model answers, for the teacher to
+            score; 0: own text is not measured.
+        alignment: see `evaluate`.
+
+    Raises:
+        DataError: the held-out text cannot be used to measure.
     """
     options = {"prompts": list(prompts), "max_new_tokens": max_new_tokens, "speed": False}
     options |= {"own_text": {"answers": own_text}}
@@ -273,7 +291,7 @@ def evaluate_models(
         measuring.add(role, model, weights)
     measuring.score_own_text(lambda: (models[TEACHER], None))
     notes = [
-        f"{len(windows):,} held-out windows; each model computes in its own number type.",
+        f"{len(windows):,} held-out windows; each model computes in its own dtype.",
         *measuring.folded_notes(),
         *measuring.own_text_notes(),
     ]
@@ -282,7 +300,7 @@ def evaluate_models(
 
 
 def _same_shapes(sources: Mapping[str, ModelSource]) -> dict[str, list[str]]:
-    """The roles whose models have equal configurations, by the first of them."""
+    """Groups of roles whose models have the same shape, by each group's first role."""
     shapes: dict[str, list[str]] = {}
     for role, source in sources.items():
         shapes.setdefault(shape_key(load_config(source)), []).append(role)
@@ -292,7 +310,7 @@ def _same_shapes(sources: Mapping[str, ModelSource]) -> dict[str, list[str]]:
 def _with_speed(
     results: dict[str, ModelResult], sources: dict[str, ModelSource], setup: _Setup
 ) -> dict[str, ModelResult]:
-    """The results with speed and memory, which models of equal shape share."""
+    """Add speed and memory to the results; models with the same shape share one measurement."""
     peaks, shapes = {}, _same_shapes(sources)
     sources = {role: sources[role] for role in shapes}
     with bar("Memory and speed", len(sources) + ROUNDS + 1, unit="measurements") as advance:
@@ -311,8 +329,8 @@ def _with_speed(
 
 @contextmanager
 def _stored_as_used(source: ModelSource, setup: _Setup) -> Iterator[ModelSource]:
-    """The checkpoint in the dtype that it is used in: a temporary copy if its files have
-    another one, since their mapped pages count as memory too."""
+    """The checkpoint in the dtype that it is used in. If its files have a different dtype, this is
+    a temporary copy, because their mapped pages would count as memory too."""
     name = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}.get(setup.dtype)
     if setup.device.type != "cpu" or stored_dtypes(source.path) == {name}:
         yield source
@@ -327,7 +345,8 @@ def _stored_as_used(source: ModelSource, setup: _Setup) -> Iterator[ModelSource]
 
 
 def weight_bytes(path: Path, model: Any, dtype: torch.dtype | None) -> int:
-    """Bytes of the model's safetensors files; with `dtype`, of the model's weights in it."""
+    """Size of the model's safetensors files in bytes; with `dtype`, of its weights in that
+    dtype."""
     if dtype is not None:
         return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     return sum(file.stat().st_size for file in weight_files(path))

@@ -1,4 +1,4 @@
-"""The recipe section `evaluate`: what is measured besides fidelity."""
+"""The recipe section `evaluate`: what to measure besides fidelity."""
 
 from __future__ import annotations
 
@@ -12,21 +12,24 @@ from stillhouse.section import Section
 
 class LmEvalRecipe(Section):
     tasks: list[PathText] = Field(
-        min_length=1, description="Task names of lm-eval, or paths of tasks."
+        min_length=1, description="Names of lm-eval tasks, or paths of task files."
     )
     include_path: PathText | None = Field(None, description="Folder with your own task files.")
-    limit: Tokens | None = Field(None, description="Examples a task.")
-    num_fewshot: CountOrZero | None = None
+    limit: Tokens | None = Field(
+        None, description="Maximum number of examples per task; null: all."
+    )
+    num_fewshot: CountOrZero | None = Field(
+        None, description="Number of few-shot examples; null: each task's default."
+    )
 
     def located(self, base: Path) -> LmEvalRecipe:
-        """The section with complete paths, which start at `base`; names of tasks are kept."""
+        """The section with paths resolved relative to `base`; task names stay the same."""
         tasks = [str(base / task) if (base / task).is_file() else task for task in self.tasks]
         folder = None if self.include_path is None else str(base / self.include_path)
         return self.model_copy(update={"tasks": tasks, "include_path": folder})
 
     def task_files(self) -> list[Path]:
-        """Of a section with complete paths: the files that define its tasks; lm-eval's own are
-        left out."""
+        """The files that define tasks, except lm-eval's own. Paths must already be resolved."""
         files = {Path(task) for task in self.tasks if Path(task).is_file()}
         if self.include_path is not None:
             found = Path(self.include_path).rglob("*")
@@ -35,31 +38,44 @@ class LmEvalRecipe(Section):
 
 
 class OwnTextRecipe(Section):
-    """Every model answers the same prompts, and the teacher scores each token of its answers."""
+    """Measurement on own text: every model answers the same prompts, and the teacher scores each
+    token of the answers."""
 
     prompts: list[str] = Field(
-        default=[], description="Prompts, as evaluate.prompts; none: those of the held-out text."
+        default=[],
+        description="Prompts in the form of evaluate.prompts; empty: prompts from the held-out "
+        "text.",
     )
     answers: CountOrZero = Field(
-        32, description="Prompts of the held-out text to answer; 0: own text is not measured."
+        32,
+        description="Number of prompts from the held-out text to answer; 0: do not measure own "
+        "text.",
     )
-    max_tokens: AnswerTokens = Field(128, description="Limit for one answer.")
-    temperature: SamplingTemperature = Field(0.0, description="Of the answers; 0: greedy.")
+    max_tokens: AnswerTokens = Field(128, description="Maximum number of tokens per answer.")
+    temperature: SamplingTemperature = Field(
+        0.0, description="Sampling temperature of the answers; 0: greedy."
+    )
 
 
 class EvaluateRecipe(Section):
     fine_tuning_baseline: bool = Field(
-        False, description="Also train the same student by plain next-token loss, to compare."
+        False, description="For comparison, also train the same student with next-token loss."
     )
     cut_baseline: bool = Field(
-        False, description="Also measure the pruned student without its refit, to compare."
+        False, description="For comparison, also measure the pruned student without its refit."
     )
     prompts: list[str] = Field(default=[], description="Prompts for side-by-side generations.")
-    max_new_tokens: AnswerTokens = 64
-    temperature: SamplingTemperature = Field(0.0, description="0 is greedy.")
-    speed: bool = Field(True, description="Measure prefill and decode tokens/s.")
+    max_new_tokens: AnswerTokens = Field(64, description="Maximum number of tokens per generation.")
+    temperature: SamplingTemperature = Field(
+        0.0, description="Sampling temperature of the generations; 0: greedy."
+    )
+    speed: bool = Field(
+        True, description="Measure prefill and decoding speed in tokens/s, and peak memory."
+    )
     own_text: OwnTextRecipe | None = Field(
         None,
-        description="Measure the models on their own answers; null: only with train.on_policy.",
+        description="Measure models on their own answers; null: only with train.on_policy.",
     )
-    lm_eval: LmEvalRecipe | None = None
+    lm_eval: LmEvalRecipe | None = Field(
+        None, description="Run benchmark tasks from EleutherAI's lm-eval."
+    )

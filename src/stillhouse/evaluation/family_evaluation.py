@@ -1,4 +1,4 @@
-"""The evaluation of a family of students, as plain data that is written to JSON."""
+"""Results of a family's evaluation, as plain data that is saved as JSON."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from itertools import pairwise
 from stillhouse.evaluation.results import Generation, ModelResult, Saved
 
 FAMILY_FILE = "family.json"
-"""The evaluation of a family, in its run folder."""
+"""File with a family's evaluation, in its run folder."""
 
 
 @dataclass(frozen=True)
 class Member:
     """One student of a family.
 
-    untrained: as pruned. shape: sizes before and after, for the axes that were cut. report: its
-    page. tokens, flops, seconds: of the work only for this member. decoding: its speed as a
-    multiple of the teacher's in the same run, if it was measured. quantized: the exported model, if
-    it is quantized.
+    untrained: the student after pruning.
+    shape: sizes before and after, for the axes that were cut.
+    report: path of its report.
+    tokens, flops, seconds: of the work for this member alone.
+    decoding: decoding speed as a multiple of the teacher's in the same run; None if not measured.
+    quantized: the exported model, if it is quantized.
     """
 
     name: str
@@ -35,15 +37,17 @@ class Member:
 
     @property
     def recovered(self) -> float:
-        """The fraction of the pruning's KL that training recovered."""
+        """The fraction of the KL after pruning that training removed."""
         before, after = self.untrained.fidelity.kl, self.student.fidelity.kl
         return 1.0 - after / before if before > 0 else 0.0
 
 
 @dataclass(frozen=True)
 class CutTeacher:
-    """A teacher whose vocabulary was cut: before and after. perplexity: on training text without
-    any of the removed tokens; None if there was no such text."""
+    """A teacher whose vocabulary was cut; each pair is before and after.
+
+    perplexity: on training text without any of the removed tokens; None if there is no such text.
+    """
 
     tokens: tuple[int, int]
     parameters: tuple[int, int]
@@ -52,10 +56,10 @@ class CutTeacher:
 
 @dataclass(frozen=True)
 class ScratchTraining:
-    """The largest member's shape, trained from random weights under the same teacher.
+    """A model with the largest member's shape, distilled from random weights by the same teacher.
 
-    points: measured (training tokens, held-out KL), tokens ascending. flops, seconds: of that
-    training.
+    points: (training tokens, held-out KL) pairs, by ascending tokens.
+    flops, seconds: of this training.
     """
 
     points: list[tuple[int, float]]
@@ -63,7 +67,7 @@ class ScratchTraining:
     seconds: float
 
     def kl_at(self, tokens: int) -> float | None:
-        """KL after a number of tokens, by linear interpolation; None outside the measurements."""
+        """KL after this many tokens, interpolated linearly; None outside the measured range."""
         for (before, kl_before), (after, kl_after) in pairwise(self.points):
             if before <= tokens <= after:
                 return kl_before + (kl_after - kl_before) * (tokens - before) / (after - before)
@@ -72,9 +76,15 @@ class ScratchTraining:
 
 @dataclass(frozen=True)
 class FamilyEvaluation(Saved):
-    """members: the largest first. chained: each was pruned from the one before it. learned_from:
-    as cascade.teacher. watts: assumed power of the machine, for the energy. cut: set if the
-    teacher, whose measurements are given, had its vocabulary cut itself."""
+    """The evaluation of a family.
+
+    teacher: the teacher's measurements; if its vocabulary was cut, after the cut.
+    members: the largest first.
+    chained: whether each member was pruned from the one before it.
+    learned_from: the value of cascade.teacher.
+    watts: the machine's assumed power, to estimate energy.
+    cut: set if the teacher's vocabulary was cut.
+    """
 
     teacher: ModelResult
     members: Sequence[Member]

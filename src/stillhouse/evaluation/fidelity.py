@@ -33,16 +33,18 @@ T = TypeVar("T", bound="_Agreement")
 BINS = 15
 TOKENS_PER_FORWARD = 2048
 ROWS_PER_CHUNK = 128
-"""Rows whose logits are in memory at a time: a few buffers of this many times the vocabulary."""
+"""Rows whose logits are in memory at a time, in a few buffers of this many rows."""
 
 
 @dataclass(frozen=True)
 class HeldoutAnswers:
-    """One model's output at every supervised position of the held-out text.
+    """A model's outputs at all supervised positions of the held-out text.
 
     signal: its last hidden states, on the CPU, and its head, so that N·D numbers represent N·V
-    logits. targets_N: the text's own next tokens. batches: the rows of each batch; of several
-    processes, each has every n-th batch.
+        logits.
+    targets_N: the text's own next tokens.
+    batches: number of rows in each batch.
+    processes: if there are n of them, each has every n-th batch.
     """
 
     signal: DenseSignal
@@ -51,11 +53,11 @@ class HeldoutAnswers:
     processes: Processes = ALONE
 
     def apart(self) -> HeldoutAnswers:
-        """What stays when the model is deleted."""
+        """The answers with a head that stays valid when the model is deleted."""
         return replace(self, signal=replace(self.signal, head=self.signal.head.apart()))
 
     def slices(self) -> Iterator[slice]:
-        """The rows of each batch."""
+        """Yield the rows of each batch."""
         start = 0
         for rows in self.batches:
             yield slice(start, start + rows)
@@ -74,11 +76,15 @@ def heldout_answers(
 ) -> HeldoutAnswers:
     """Run `model` once over all windows, in evaluation mode.
 
-    Windows may differ in length; neighbors of equal length share a forward pass. `advance` is
-    called with the tokens of each pass. head: the model's, if its own tensors are sharded. Memory:
-    one hidden vector per supervised token, and no logits. processes: all of them call this, and
-    divide the passes. batches: this process's `heldout_batches` in the model's own tokens, if these
-    are others.
+    Windows can differ in length; neighbors of equal length share a forward pass. This takes memory
+    for one hidden vector per supervised token, and none for logits.
+
+    Args:
+        advance: called with the number of tokens of each pass.
+        head: the model's head, if the model's own tensors are sharded.
+        processes: all of them call this, and share the passes.
+        batches: this process's `heldout_batches` in the model's tokens, if its tokenizer differs
+            from the windows'.
 
     Raises:
         DataError: no position of any window is supervised.
@@ -101,14 +107,14 @@ def heldout_answers(
 
 @torch.no_grad()
 def compare(model: HeldoutAnswers, teacher: HeldoutAnswers, vocabulary: int) -> Fidelity:
-    """Measure `model` against `teacher` on the same windows.
+    """Compare `model` with `teacher` on the same windows.
 
-    Answers of several processes: all of them call this, and the result is for all windows, with
-    the same bits as by one process.
+    Distributions are over the first `vocabulary` tokens, so that heads with different padding are
+    comparable. Logits are computed for a few rows at a time. All softmaxes and sums are in float32
+    or wider, whatever dtype the models compute in.
 
-    Distributions are over the first `vocabulary` tokens, so heads with different padding are
-    comparable. Logits are computed for a few rows at a time, and every softmax and sum is in
-    float32 or wider, whatever dtype the models compute in.
+    If the answers come from several processes, all of them must call this. The result is for all
+    windows, and identical bit for bit to that of a single process.
 
     Raises:
         ModelError: a head has fewer tokens than `vocabulary`, or logits are not finite.
@@ -138,11 +144,15 @@ def compare_folded(
     texts: Sequence[AlignedBatch],
     fold: Fold,
 ) -> Fidelity:
-    """Measure `model` against a teacher with another tokenizer, on the same text.
+    """Compare `model` with a teacher that has a different tokenizer, on the same text.
 
-    teacher: its answers to the batches of `texts`. fold: the roots that both share. KL and top-1
-    agreement are of the roots, where both begin a token; the rest is of the model's own tokens.
-    Processes and errors as in `compare`.
+    KL and top-1 agreement are over shared roots, at positions where both tokenizers begin a token.
+    All other metrics use the model's own tokens.
+
+    teacher: its answers to the batches of `texts`.
+    fold: the roots that both tokenizers share.
+
+    See `compare` for processes and errors.
     """
     own = compare(model, model, len(fold.student_V))
     teacher_head = float32_head(teacher.signal.head, len(fold.teacher_W))
@@ -169,8 +179,8 @@ def compare_folded(
     found = _total(model.processes, tallies, _Agreement())
     if not found.rows:
         raise DataError(
-            "the held-out text has no place where both tokenizers begin a token",
-            fix="hold out more text, or text that both models can read",
+            "the held-out text has no position where both tokenizers begin a token",
+            fix="hold out more text, or text that both tokenizers can encode",
         )
     return replace(
         own,
@@ -212,7 +222,7 @@ class _Tally(_Agreement):
     correct_B: Tensor = field(default_factory=_NO_ROWS)
 
     def add_rows(self, model_NV: Tensor, teacher_NV: Tensor, targets_N: Tensor) -> None:
-        """As `add`. targets_N: the text's own tokens."""
+        """`add`, plus likelihood and calibration. targets_N: the text's own tokens."""
         self.add(model_NV, teacher_NV)
         targets_N = targets_N.to(model_NV.device)
         confidence_N, choice_N = model_NV.max(-1)
@@ -222,7 +232,7 @@ class _Tally(_Agreement):
         self._calibrate(confidence_N.exp().cpu().double(), (choice_N == targets_N).cpu().double())
 
     def _calibrate(self, confidence_N: Tensor, correct_N: Tensor) -> None:
-        bin_N = (confidence_N * BINS).ceil().long().clamp(1, BINS) - 1  # bin b is (b/B, (b+1)/B]
+        bin_N = (confidence_N * BINS).ceil().long().clamp(1, BINS) - 1  # Bin b is (b/B, (b+1)/B].
         self.rows_B.index_add_(0, bin_N, torch.ones_like(confidence_N))
         self.confidence_B.index_add_(0, bin_N, confidence_N)
         self.correct_B.index_add_(0, bin_N, correct_N)
@@ -234,7 +244,7 @@ class _Tally(_Agreement):
         if not (torch.isfinite(mean_nll) and torch.isfinite(torch.tensor(self.kl))):
             raise ModelError(
                 "a model's logits on the held-out text are not finite",
-                fix="evaluate in float32; if it persists, the checkpoint's weights are damaged",
+                fix="evaluate in float32; if that does not help, check the checkpoint's weights",
             )
         gaps_B = (self.confidence_B - self.correct_B).abs()
         return Fidelity(
@@ -247,7 +257,7 @@ class _Tally(_Agreement):
 
 
 def _total(processes: Processes, tallies: list[T], start: T) -> T:
-    """The sum of all processes' tallies, one for each batch, in the order of the batches."""
+    """The sum of all processes' tallies (one per batch), in the order of the batches."""
     of_processes = processes.collect(tallies)
     return sum((tally for together in zip(*of_processes, strict=True) for tally in together), start)
 
@@ -268,7 +278,7 @@ def _check_vocabulary(model: HeldoutAnswers, teacher: HeldoutAnswers, vocabulary
     if narrow < vocabulary:
         raise ModelError(
             f"a model predicts {narrow:,} tokens, but the vocabulary has {vocabulary:,}",
-            fix="teacher and student need the same token ids: use the teacher's tokenizer",
+            fix="use the teacher's tokenizer, so that teacher and student have the same token ids",
         )
     largest = max(model.targets_N.tolist(), default=0)
     if largest >= vocabulary:
@@ -279,12 +289,12 @@ def _check_vocabulary(model: HeldoutAnswers, teacher: HeldoutAnswers, vocabulary
 
 
 def heldout_batches(windows: WindowSet, processes: Processes = ALONE) -> Iterator[Batch]:
-    """The batches of this process, one a forward pass."""
+    """This process's batches, one per forward pass."""
     return map(collate, own_share(_batches(windows), processes.own, processes.count))
 
 
 def _batches(windows: WindowSet) -> Iterator[list[Batch]]:
-    """Neighboring windows of equal length, up to TOKENS_PER_FORWARD tokens."""
+    """Group neighboring windows of equal length, up to TOKENS_PER_FORWARD tokens."""
     batch: list[Batch] = []
     for window in (windows[index] for index in range(len(windows))):
         length = len(window["input_ids"])

@@ -1,7 +1,8 @@
-"""A teacher's measurements and its rows of the held-out text, kept for several evaluations.
+"""A teacher's measurements and hidden states on the held-out text, kept for several evaluations.
 
-The rows are stored in the number type that the teacher computes in, so that a student's figures are
-those of an evaluation that runs the teacher: the encoding `hidden` of a signal store is bfloat16.
+Hidden states are stored in the dtype that the teacher computes in, so that a student's results are
+the same as in an evaluation that runs the teacher. (The encoding `hidden` of signal stores is
+always bfloat16.)
 
 Shapes: N supervised rows of a batch, D hidden width.
 """
@@ -31,8 +32,12 @@ FILE = "teacher.json"
 
 @dataclass(frozen=True)
 class KeptTeacher:
-    """folder: of the rows. texts: answers to the prompts; None if they were not measured. dtype: in
-    which the teacher computed."""
+    """A teacher's measurements, saved in a folder.
+
+    folder: contains the hidden states.
+    texts: answers to the prompts; None if not measured.
+    dtype: the dtype that the teacher computed in.
+    """
 
     folder: Path
     result: ModelResult
@@ -46,7 +51,10 @@ class KeptTeacher:
         return cls(folder, result, raw["texts"], raw["dtype"])
 
     def save(self, answers: HeldoutAnswers) -> None:
-        """Every process calls this with its share of the rows. Raises RunError."""
+        """Save everything. Every process must call this with its share of the rows.
+
+        Raises RunError if the files cannot be written.
+        """
         processes = answers.processes
         tensors: dict[str, Tensor] = {}
         for place, rows in enumerate(answers.slices()):
@@ -62,7 +70,7 @@ class KeptTeacher:
         wait_for_all()
 
     def answers(self, head: LMHead, processes: Processes) -> HeldoutAnswers:
-        """This process's share of the rows, however many processes wrote them."""
+        """Load this process's share of the rows, however many processes saved them."""
         files: dict[str, Path] = {}
         for path in sorted(self.folder.glob("rows-*.safetensors")):
             with safe_open(path, "pt") as opened:

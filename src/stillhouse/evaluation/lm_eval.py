@@ -1,4 +1,4 @@
-"""Benchmark tasks from EleutherAI's lm-eval, an extra: `pip install stillhouse[eval]`."""
+"""Benchmark tasks from EleutherAI's lm-eval, which `pip install stillhouse[eval]` installs."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ def run_tasks(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> dict[str, float]:
-    """Scores by `task/metric`, or `task/metric/filter` if a task filters the answers.
+    """Run tasks, and return scores by `task/metric`, or `task/metric/filter` if a task filters the
+    answers.
 
-    Tasks are lm-eval's names, names from `section.include_path`, or paths of task files. Prompts
-    are plain text: no chat template is applied. Standard errors are left out.
+    Tasks are names of lm-eval's tasks, names from `section.include_path`, or paths of task files.
+    Prompts are plain text, without a chat template. Standard errors are left out.
 
     Raises:
         StillhouseError: lm-eval is not installed.
-        RecipeError: a task is not known, its data cannot be read, or include_path is not a folder.
+        RecipeError: a task is unknown, its data cannot be read, or include_path is not a folder.
     """
     manager = _task_manager(section)
     from lm_eval import simple_evaluate
@@ -58,9 +59,9 @@ def run_tasks(
         )
     except (OSError, ValueError, KeyError) as error:
         raise RecipeError(
-            f"lm-eval could not run these tasks ({type(error).__name__}: {error})",
+            f"lm-eval could not run these tasks: {type(error).__name__}: {error}",
             where=", ".join(section.tasks),
-            fix="check the tasks' data files, or that this machine reaches the Hugging Face Hub",
+            fix="check the tasks' data files and the connection to the Hugging Face Hub",
         ) from error
     return _scores(report["results"])
 
@@ -70,20 +71,20 @@ def _task_manager(section: LmEvalRecipe) -> Any:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise StillhouseError(
-            f"evaluate.lm_eval needs lm-eval, which cannot be imported ({error})",
-            fix="pip install stillhouse[eval], or remove evaluate.lm_eval from the recipe",
+            f"evaluate.lm_eval needs lm-eval, which cannot be imported: {error}",
+            fix="run pip install stillhouse[eval], or remove evaluate.lm_eval from the recipe",
         ) from error
     if section.include_path is not None and not Path(section.include_path).is_dir():
         raise RecipeError(
             "evaluate.lm_eval.include_path is not a folder",
             where=section.include_path,
-            fix="name the folder that holds your task files (.yaml)",
+            fix="set it to the folder with your task files (.yaml)",
         )
     return TaskManager(include_path=section.include_path)
 
 
 def require_tasks(section: LmEvalRecipe) -> None:
-    """Raise an error, as `run_tasks` does, for unknown tasks and a missing extra."""
+    """Raise the errors of `run_tasks` for unknown tasks and a missing installation."""
     _check_names(_task_manager(section), section)
 
 
@@ -95,13 +96,13 @@ def _check_names(manager: Any, section: LmEvalRecipe) -> None:
         raise RecipeError(
             f"lm-eval has no task {', '.join(unknown)}",
             where="evaluate.lm_eval.tasks",
-            fix="list the names with `lm-eval ls tasks`; for your own, set include_path "
-            "or give the path of a task file",
+            fix="list available tasks with `lm-eval ls tasks`; for your own tasks, set "
+            "include_path, or use the path of a task file",
         )
 
 
 def _scores(results: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """lm-eval's `acc,none` becomes `TASK/acc`, its `acc,FILTER` becomes `TASK/acc/FILTER`."""
+    """Rename lm-eval's `acc,none` to `TASK/acc`, and `acc,FILTER` to `TASK/acc/FILTER`."""
     scores = {}
     for task, metrics in results.items():
         for key, value in metrics.items():

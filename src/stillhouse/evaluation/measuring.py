@@ -1,4 +1,4 @@
-"""Measures models one after the other, the teacher first."""
+"""Measure models one after another, the teacher first."""
 
 from __future__ import annotations
 
@@ -38,11 +38,12 @@ TEACHER = "teacher"
 
 @dataclass
 class Measuring:
-    """Measures one model at a time, teacher first: its outputs for the windows and the prompts,
-    and its size.
+    """Measures one model at a time, the teacher first: outputs on the windows, answers to the
+    prompts, and size.
 
-    tokenizer, vocabulary: the students', and the teacher's if there is no `alignment`.
-    processes: those that divide the windows. alignment: for a teacher with another tokenizer.
+    tokenizer, vocabulary: the students', which are also the teacher's if there is no `alignment`.
+    processes: share the windows.
+    alignment: for a teacher with a different tokenizer.
     """
 
     section: EvaluateRecipe
@@ -64,7 +65,8 @@ class Measuring:
 
     @cached_property
     def _aligned(self) -> list[AlignedBatch]:
-        """This process's share of the windows in the teacher's tokens; none if it has the same."""
+        """This process's share of the windows in the teacher's tokens; empty if its tokens are the
+        same."""
         if self.alignment is None:
             return []
         aligner, batches = self.alignment.aligner, heldout_batches(self.windows, self.processes)
@@ -94,7 +96,7 @@ class Measuring:
         return self._teacher
 
     def add_kept(self, kept: KeptTeacher, head: LMHead) -> None:
-        """The teacher as it was measured before."""
+        """Add the teacher's earlier measurements."""
         self._teacher = kept.answers(head, self.processes)
         self.results[TEACHER] = kept.result
         if kept.texts is not None:
@@ -139,7 +141,7 @@ class Measuring:
         )
 
     def score_own_text(self, load_teacher: Callable[[], tuple[Any, ShardedTeacher | None]]) -> None:
-        """Once all models have answered: the teacher scores the answers."""
+        """Score the answers with the teacher, once all models have answered."""
         if self.own_answers is None or not self.own_answers.answers:
             return
         with lost_process(world_size()):
@@ -156,20 +158,21 @@ class Measuring:
 
     @property
     def tokens(self) -> int:
-        """Supervised tokens of the windows, in the students' tokens."""
+        """Number of supervised tokens in the windows, in the students' tokenization."""
         of_students = [found for role, found in self.results.items() if role != TEACHER]
         return (of_students or list(self.results.values()))[0].fidelity.tokens
 
     def folded_notes(self) -> list[str]:
-        """How models of other tokenizers are compared."""
+        """A note on how models with different tokenizers are compared."""
         compared = [one.fidelity.compared for one in self.results.values() if one.fidelity.compared]
         if self.alignment is None or not compared:
             return []
         shared = self.alignment.roots.shared
         return [
-            f"The teacher has another tokenizer: KL and top-1 agreement are of {shared:,} shared "
-            f"strings, at the {compared[0]:,} positions where both begin a token. Perplexity, "
-            "calibration and speed are of each model's own tokens; bits per byte compares models."
+            f"The teacher has a different tokenizer: KL and top-1 agreement are over {shared:,} "
+            f"shared strings, at the {compared[0]:,} positions where both tokenizers begin a "
+            "token. Perplexity, calibration error, and speed are for each model's own tokens; use "
+            "bits per byte to compare models."
         ]
 
     def own_text_notes(self) -> list[str]:
@@ -187,8 +190,8 @@ class Measuring:
 
 
 def supervised_bytes(tokenizer: Any, windows: WindowSet) -> int | None:
-    """Bytes of the tokens that are predicted, without special tokens; None if the tokenizer does
-    not define the bytes of its tokens."""
+    """Number of bytes in the supervised tokens, without special tokens; None if the tokenizer does
+    not define its tokens' bytes."""
     try:
         lengths_V = TextTokens(tokenizer).lengths_V
     except ModelError:
@@ -201,6 +204,6 @@ def supervised_bytes(tokenizer: Any, windows: WindowSet) -> int | None:
 
 
 def bits_per_byte(fidelity: Fidelity, size: int | None) -> float | None:
-    """Negative log-likelihood of the text in bits, ends of documents and turns included, divided by
-    its bytes."""
+    """The text's negative log-likelihood in bits, including ends of documents and turns, divided by
+    its number of bytes."""
     return math.log2(fidelity.perplexity) * fidelity.tokens / size if size else None

@@ -1,6 +1,6 @@
-"""Prints one model's peak memory as JSON.
+"""Print a model's peak memory as JSON.
 
-`python -m stillhouse.evaluation.memory PATH DTYPE DEVICE [trust_remote_code]`, in a separate
+`python -m stillhouse.evaluation.memory PATH DTYPE DEVICE [trust_remote_code]` runs in a separate
 process because a process's peak never decreases.
 """
 

@@ -1,4 +1,4 @@
-"""The table of metrics of each kind of evaluation, built once and shown everywhere."""
+"""The metrics table of each kind of evaluation, which the terminal, report, and model card show."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stillhouse.evaluation.results import Evaluation, ModelResult, role_name, ro
 
 
 class Metric(NamedTuple):
-    """A row of a table. path: attributes or keys that lead from a column's data to its value."""
+    """A row of a table. path: attributes or keys that lead from a column's data to the value."""
 
     name: str
     path: Sequence[str]
@@ -28,8 +28,8 @@ Remark = Callable[[Metric, Any], str]
 
 @singledispatch
 def metrics_of(evaluation: Any) -> MetricsTable:
-    """The table of an Evaluation, ClassificationEvaluation, AnswersEvaluation or FamilyEvaluation:
-    a column for each model, a row for each metric that was measured."""
+    """The table of an Evaluation, ClassificationEvaluation, AnswersEvaluation, or FamilyEvaluation:
+    one column per model, and one row per metric that was measured."""
     raise TypeError(f"{type(evaluation).__name__} is not an evaluation")
 
 
@@ -40,7 +40,7 @@ def _table(
     notes: list[str],
     remark: Remark = lambda metric, model: "",
 ) -> MetricsTable:
-    """The table of results that have a role, in the order of `ROLE_NAMES`."""
+    """The table of results by role, in the order of `ROLE_NAMES`."""
     ordered = sorted(results, key=lambda result: role_order(result.role))
     columns = [Column(role_name(result.role), result.role) for result in ordered]
     return MetricsTable(title, columns, _rows(metrics, ordered, remark), notes)
@@ -51,7 +51,8 @@ def _rows(
     columns: Sequence[Any],
     remark: Remark = lambda metric, model: "",
 ) -> list[Row]:
-    """A dash for a model that was not measured; no row if none was."""
+    """The metrics' rows, with a dash for models that were not measured. A metric that was not
+    measured for any model has no row."""
     rows = []
     for metric in metrics:
         values = [_value(column, metric.path) for column in columns]
@@ -67,7 +68,7 @@ def _rows(
 
 
 def _value(data: Any, path: Sequence[str]) -> Any:
-    """None if a part of the path is missing or None."""
+    """The value at the path; None if any part of the path is missing or None."""
     for key in path:
         data = data.get(key) if isinstance(data, Mapping) else getattr(data, key, None)
     return data
@@ -86,11 +87,13 @@ def _perplexity(value: float) -> str:
 _TOP1 = (
     "Top-1 agreement: share of held-out positions where the model's top-1 token is the teacher's."
 )
-_KL = "KL to the teacher: mean KL(teacher ‖ model) of the next-token distributions; 0 is a copy."
-_DISK = "Bytes of the weights; in a run, every model is counted in the export's number type."
+_KL = "KL to the teacher: mean KL(teacher ‖ model) of next-token distributions; 0 means identical."
+_DISK = (
+    "Size on disk: bytes of the weights; in a run, all models are counted in the export's dtype."
+)
 _SPEED = (
-    "One sequence at a time, all models in one run, alternating; medians. Peak memory: of each "
-    "model alone."
+    "Speed: one sequence at a time, alternating between all models in one run; medians. Peak "
+    "memory: of each model alone."
 )
 _KL_PATH, _PERPLEXITY_PATH = ("fidelity", "kl"), ("fidelity", "perplexity")
 _FIDELITY = (
@@ -99,49 +102,49 @@ _FIDELITY = (
         "KL to the teacher (nats/token)",
         _KL_PATH,
         text.tiny,
-        f"{_KL} Gap closed: 1 − KL ÷ KL of the untrained student.",
+        f"{_KL} Gap closed: 1 − KL / the untrained student's KL.",
     ),
     Metric(
         "Perplexity, held-out text",
         _PERPLEXITY_PATH,
         _perplexity,
         "Perplexity: exp of the mean negative log-likelihood of the text's own tokens; lower is "
-        "better. Percent: the teacher's perplexity ÷ the model's.",
+        "better. Percentage: the teacher's perplexity / the model's.",
     ),
     Metric(
         "Bits per byte, held-out text",
         ("fidelity", "bits_per_byte"),
         _perplexity,
-        "Bits per byte: the negative log-likelihood of the text in bits ÷ its bytes, comparable "
-        "across tokenizers; lower is better.",
+        "Bits per byte: the text's negative log-likelihood in bits / its bytes, comparable across "
+        "tokenizers; lower is better.",
     ),
     Metric(
         "Calibration error",
         ("fidelity", "calibration_error"),
         _percent,
-        "Calibration error: mean distance between the top-1 probability and its accuracy, in 15 "
+        "Calibration error: mean difference between the top-1 probability and its accuracy, in 15 "
         "bins of equal width; lower is better.",
     ),
 )
 _ROOTS = (
-    "Shared roots: the teacher has another tokenizer, so distributions are compared over the "
-    "strings that are tokens of both, where both begin a token."
+    "Shared roots: the teacher has a different tokenizer, so distributions are compared over the "
+    "strings that are tokens of both, at positions where both begin a token."
 )
 _TOP1_ROOTS = "Top-1 agreement: share of positions where the most likely root is the teacher's."
 _OWN_PERPLEXITY = (
-    "Perplexity: exp of the mean negative log-likelihood of the text, by the model's own tokens; "
-    "bits per byte compares models of different tokenizers."
+    "Perplexity: exp of the mean negative log-likelihood of the model's own tokens; use bits per "
+    "byte to compare models with different tokenizers."
 )
 _OVER_ROOTS = {
     "top1_agreement": ("Top-1 agreement, shared roots", f"{_TOP1_ROOTS} {_ROOTS}"),
     "kl": ("KL to the teacher, shared roots (nats/token)", f"{_FIDELITY[1].definition} {_ROOTS}"),
     "perplexity": ("Perplexity of own tokens, held-out text", _OWN_PERPLEXITY),
 }
-"""Names and definitions of measures of fidelity to a teacher with another tokenizer."""
+"""Names and definitions of fidelity metrics for a teacher with a different tokenizer."""
 
 
 def _named(metrics: Iterable[Metric], teacher: ModelResult | None) -> list[Metric]:
-    """The metrics, named for a comparison over shared roots if that is what was measured."""
+    """The metrics, renamed if models were compared over shared roots."""
     if teacher is None or not _is_folded(teacher):
         return list(metrics)
     found = []
@@ -170,12 +173,13 @@ _COST = (
 
 _OWN_KL = (
     "KL on own text: mean over the tokens of the model's own answers, in nats/token. Teacher ‖ "
-    "model: as on held-out text; model ‖ teacher: where the model is likely to go and the teacher "
-    "is not. Log-probability by the teacher: of the answers' tokens; higher is better."
+    "model: as on held-out text; model ‖ teacher: high where the model is likely to go, but the "
+    "teacher is not. Log-probability by the teacher: mean over the answers' tokens; higher is "
+    "better."
 )
 _OWN_FORM = (
     "Repetition: share of 4-grams that occur earlier in the same answer. Cut off: share of answers "
-    "that reached the limit of tokens."
+    "that reached the token limit."
 )
 _OWN_TEXT = (
     Metric("KL on own text, teacher ‖ model", ("own_text", "forward_kl"), text.tiny, _OWN_KL),
@@ -192,14 +196,14 @@ _WITHOUT_REMARK = {metric.path for metric in (_FIDELITY[0], *_FIDELITY[3:], *_OW
 
 @metrics_of.register
 def _(found: Evaluation) -> MetricsTable:
-    score = "Score of an evaluation task, as lm-eval reports it."
+    score = "Task scores: as reported by lm-eval."
     names = dict.fromkeys(name for model in found.models for name in model.tasks)
     tasks = [Metric(name, ("tasks", name), text.digits, score) for name in names]
 
     def remark(metric: Metric, model: ModelResult) -> str:
         return _beside_the_others(metric, model, found)
 
-    # The teacher is first; with another tokenizer, it has another number of tokens.
+    # Not the first model, the teacher: its tokenizer, and so its number of tokens, can differ.
     positions = found.models[-1].fidelity.tokens if found.models else 0
     title = f"Measured on {positions:,} positions of held-out text"
     metrics = _named([*_FIDELITY, *_OWN_TEXT, *tasks, *_COST], found.result("teacher"))
@@ -207,8 +211,8 @@ def _(found: Evaluation) -> MetricsTable:
 
 
 def _beside_the_others(metric: Metric, model: ModelResult, found: Evaluation) -> str:
-    """The value as a percentage of the teacher's, KL as the part of the gap that training closed;
-    empty if there is nothing to compare with, or a percentage would be misleading."""
+    """The value as a percentage of the teacher's, or for KL the part of the gap that training
+    closed. Empty if there is nothing to compare with, or a percentage would be misleading."""
     teacher, untrained = found.result("teacher"), found.result("untrained")
     if metric.path == _KL_PATH:
         if untrained is None or model.role in ("teacher", "untrained") or not untrained.fidelity.kl:
@@ -237,14 +241,14 @@ _CLASSIFIER = (
         "Calibration error",
         ("ece",),
         "{:.3f}".format,
-        "Calibration error: distance between confidence and accuracy, in 15 bins (ECE).",
+        "Calibration error (ECE): mean difference between confidence and accuracy, in 15 bins.",
     ),
     Metric("Calibration error, teacher's labels", ("ece_teacher",), "{:.3f}".format),
     Metric(
         "Brier score",
         ("brier",),
         "{:.3f}".format,
-        "Brier score: squared distance to the true label, 0 to 2.",
+        "Brier score: squared distance to the true label, from 0 to 2.",
     ),
     Metric("Parameters", ("parameters",), text.count),
     Metric("Size on disk", ("bytes_on_disk",), text.size),
@@ -252,8 +256,8 @@ _CLASSIFIER = (
         "Texts/s",
         ("texts_per_s",),
         text.digits,
-        "Texts/s: the same texts, one model after the other; the teacher scores all labels of a "
-        "text in one pass and reads its prompt prefix once.",
+        "Texts/s: on the same texts, one model after another; the teacher scores all labels of a "
+        "text in one pass, and reads the prompt's prefix only once.",
     ),
 )
 
@@ -266,20 +270,24 @@ def _(found: ClassificationEvaluation) -> MetricsTable:
 
 
 def abstention_sentence(chosen: Abstention) -> str:
-    """What the threshold promises, and what it reaches on the test texts."""
+    """Describe the threshold's goal, and what it reaches on the test texts."""
     reference = "the teacher" if chosen.measure == "agreement" else "the true label"
     goal = f"{text.percent(chosen.wanted)} {chosen.measure} with {reference}"
     confidence = text.percent(chosen.sureness)
     if chosen.threshold is None:
         return (
-            f"No threshold to abstain below: on the calibration texts no confidence threshold "
-            f"reaches {goal} at a confidence level of {confidence}."
+            f"No threshold for abstaining: on the calibration texts, no threshold reaches {goal} "
+            f"at a confidence level of {confidence}."
         )
-    reached = "none" if chosen.test_reached is None else text.percent(chosen.test_reached, 1)
+    reached = (
+        ""
+        if chosen.test_reached is None
+        else f" and reaches {text.percent(chosen.test_reached, 1)}"
+    )
     return (
         f"Goal: {goal}, at a confidence level of {confidence}. With a threshold of "
         f"{chosen.threshold:.2f}, the student answers {text.percent(chosen.test_coverage)} of the "
-        f"test texts and reaches {reached}."
+        f"test texts{reached}."
     )
 
 
@@ -323,25 +331,25 @@ _FAMILY = (
     Metric("Cut here", ("shape",), _changes),
     Metric("Parameters", ("student", "parameters"), text.count),
     Metric("Size on disk", ("student", "bytes_on_disk"), text.size,
-           "Bytes of the weights in the export's number type."),
+           "Size on disk: bytes of the weights in the export's dtype."),
     Metric("Top-1 agreement", ("student", "fidelity", "top1_agreement"), _percent, _TOP1),
     Metric("KL to the teacher (nats/token)", ("student", "fidelity", "kl"), text.tiny, _KL),
     Metric("KL as pruned (nats/token)", ("untrained", "fidelity", "kl"), text.digits,
            "KL as pruned: before training."),
     Metric("Recovered", ("recovered",), text.percent,
-           "Recovered: the share of the pruning's KL that training took back."),
+           "Recovered: the share of the KL as pruned that training removed."),
     Metric("Perplexity, held-out text", ("student", "fidelity", "perplexity"), _perplexity),
     Metric("Bits per byte, held-out text", ("student", "fidelity", "bits_per_byte"), _perplexity),
     Metric("Decoding, relative to the teacher", ("decoding",),
            lambda value: f"{value:.2f}{text.NBSP}×"),
     Metric("Peak memory", ("student", "speed", "peak_memory_bytes"), text.size),
-    Metric("Time", ("seconds",), text.seconds, "Time: of the work only for this member."),
+    Metric("Time", ("seconds",), text.seconds, "Time: of the work for this member alone."),
 )  # fmt: skip
 
 
 @metrics_of.register
 def _(found: FamilyEvaluation) -> MetricsTable:
-    """A column for the teacher, each member, and each member's quantized model."""
+    """One column for the teacher, each member, and each member's quantized model."""
     columns = [Column("Teacher, cut" if found.cut else "Teacher", "teacher")]
     models: list[Any] = [{"student": found.teacher, "decoding": found.teacher.speed and 1.0}]
     for member in found.members:

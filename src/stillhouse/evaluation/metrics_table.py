@@ -1,4 +1,4 @@
-"""One table for the terminal, the report and the model card.
+"""A table for the terminal, the report, and the model card.
 
 The report's template renders it as HTML; the other two renderers are here.
 """
@@ -19,7 +19,7 @@ from stillhouse.number_format import NBSP
 
 @dataclass(frozen=True)
 class Column:
-    """role: the role of the column's model; empty for any other column."""
+    """A column's heading. role: the role of the column's model; empty for other columns."""
 
     name: str
     role: str = ""
@@ -27,7 +27,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """remark: relates the value to another, such as "80% of teacher"."""
+    """A value. remark: relates it to a different value, such as "80% of teacher"."""
 
     value: str
     remark: str = ""
@@ -35,7 +35,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """definition: how the row is measured. strong: the row stands out, such as a sum."""
+    """A row. definition: how it is measured. strong: whether it stands out, such as a total."""
 
     name: str
     cells: list[Cell]
@@ -45,8 +45,12 @@ class Row:
 
 @dataclass(frozen=True)
 class MetricsTable:
-    """title: the text or data of the measurement. notes: caveats for the figures. corner: the
-    heading of the row names."""
+    """A table.
+
+    title: the text or data that was measured on.
+    notes: caveats about the values.
+    corner: the heading of the row names.
+    """
 
     title: str
     columns: list[Column]
@@ -58,8 +62,8 @@ class MetricsTable:
     def of_text(
         cls, heads: Sequence[str], rows: Iterable[Sequence[str]], total: Sequence[str] = ()
     ) -> MetricsTable:
-        """A table of plain cells; the first head is the corner, each row starts with its name.
-        total: a last row that stands out."""
+        """Build a table of plain cells. The first of `heads` is the corner, and each row starts
+        with its name. total: a last row that stands out."""
         corner, *columns = heads
         found = [Row(name, [Cell(value) for value in values]) for name, *values in rows]
         if total:
@@ -68,12 +72,12 @@ class MetricsTable:
 
     @property
     def definitions(self) -> list[str]:
-        """Each definition once, in row order."""
+        """All definitions without repetition, in row order."""
         return list(dict.fromkeys(row.definition for row in self.rows if row.definition))
 
 
 def to_rich(table: MetricsTable) -> RenderableType:
-    """For the terminal: remarks on a second line, notes below the table."""
+    """Render for the terminal, with remarks on a second line and notes below the table."""
     drawn = Table(title=table.title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     drawn.add_column(table.corner, overflow="fold")
     for column in table.columns:
@@ -88,7 +92,7 @@ def to_rich(table: MetricsTable) -> RenderableType:
 
 
 def to_markdown(table: MetricsTable) -> str:
-    """For a model card: title, table, definitions, notes."""
+    """Render for a model card: title, table, definitions, and notes."""
     heads = [table.corner, *(column.name for column in table.columns)]
     rows = [[row.name, *map(_in_one, row.cells)] for row in table.rows]
     lines = ["| " + " | ".join(map(_escaped, line)) + " |" for line in (heads, *rows)]

@@ -1,7 +1,7 @@
-"""Measures models on their own answers: each model answers the same prompts, and at the end the
-teacher scores all answers.
+"""Measure models on their own answers: each model answers the same prompts, and the teacher scores
+all answers at the end.
 
-Under torchrun each process has a share of the prompts, and the figures are for all of them.
+Under torchrun, the processes share the prompts, and the results are for all of them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from stillhouse.signals import DenseSignal, LMHead
 from stillhouse.teachers.aligned_text import AlignedBatch, Alignment, rewritten
 
 EXAMPLES = 3
-"""Prompts whose answers are kept token by token."""
+"""Number of prompts whose answers are kept token by token."""
 
 ScoreTeacher = Callable[[Callable[[Any, LMHead | None], DenseSignal]], DenseSignal]
 
@@ -52,8 +52,9 @@ ScoreTeacher = Callable[[Callable[[Any, LMHead | None], DenseSignal]], DenseSign
 class OwnAnswers:
     """The models' answers to `prompts` (token ids), scored once all models have answered.
 
-    Until then, each model's hidden states and head are kept on the CPU. alignment: for a teacher
-    with another tokenizer, which scores the answers of the others.
+    Until then, each model's hidden states and head are kept on the CPU.
+
+    alignment: for a teacher with a different tokenizer, which only scores the others' answers.
     """
 
     section: OwnTextRecipe
@@ -73,7 +74,7 @@ class OwnAnswers:
         seed: int,
         alignment: Alignment | None = None,
     ) -> OwnAnswers | None:
-        """With the prompts of the section, or of held-out windows; None if there is nothing to
+        """Take the prompts from the section or from held-out windows; None if there is nothing to
         measure."""
         if section is None or not section.answers:
             return None
@@ -101,9 +102,10 @@ class OwnAnswers:
     def scored(
         self, run_teacher: ScoreTeacher, vocabulary: int
     ) -> tuple[dict[str, OwnText], list[ScoredAnswers]]:
-        """The figures of every role, and the examples of this process.
+        """Score all answers. Return the results of every role, and this process's examples.
 
-        run_teacher: calls its argument with the teacher, and with the head of a sharded one.
+        run_teacher: calls its argument with the teacher and, if it is sharded, its head (else
+            None).
         """
         passes = -(-len(self.prompts) // (world_size() * ANSWERS_PER_FORWARD))
         figures, scores = {}, {}
@@ -131,7 +133,7 @@ class OwnAnswers:
         return figures, self._examples(scores)
 
     def _aligned(self, answers: Sequence[OwnAnswer]) -> list[AlignedBatch] | None:
-        """The answers in the tokens of a teacher with another tokenizer."""
+        """The answers in the teacher's tokens, if it has a different tokenizer."""
         if self.alignment is None:
             return None
         aligner = self.alignment.aligner
@@ -139,7 +141,7 @@ class OwnAnswers:
         return [rewritten(aligner, batch, skip_unreadable=True) for batch in batches]
 
     def _examples(self, scores: dict[str, TokenScores]) -> list[ScoredAnswers]:
-        """The first prompts that every model has answered: one with a shorter context may have
+        """The first prompts that every model has answered. A model with a shorter context can have
         left some out."""
         by_prompt: dict[tuple[int, ...], dict[str, ScoredAnswer]] = {}
         for role, answers in self.answers.items():
@@ -156,15 +158,18 @@ class OwnAnswers:
         ]
 
     def note(self, answered: int) -> str:
-        """How it was measured. answered: of the prompts; the others fill the context."""
-        asked = "" if self.section.prompts else " of the held-out text"
+        """A note on how own text was measured. answered: number of prompts that were answered; the
+        others fill the context."""
+        asked = "" if self.section.prompts else " from the held-out text"
         temperature = self.section.temperature
         decoding = f"temperature {temperature:g}" if temperature else "greedy"
         left = len(self.prompts) - answered
-        skipped = f" Left out, since they fill the context: {left:,} more." if left else ""
+        skipped = f" {left:,} more left out because they fill the context." if left else ""
         apart = ""
         if self.alignment is not None:
-            apart = " The teacher, which has another tokenizer, scores the answers of the others."
+            apart = (
+                " The teacher, which has a different tokenizer, only scores the others' answers."
+            )
         prompts = f"{answered:,} prompt{'' if answered == 1 else 's'}{asked}"
         return (
             f"Own text: every model's answers to {prompts}, at most "
@@ -187,14 +192,15 @@ def _scored_answer(
 
 
 def far_on_own_text(on_data: float, found: OwnText) -> list[str]:
-    """A note if a student is much farther from its teacher on its own text than on data.
+    """A note if the student is much farther from its teacher on its own text than on data.
 
     on_data: KL(teacher ‖ student) on held-out text, in nats/token.
     """
     if not 0 < FAR * on_data < found.forward_kl:
         return []
     return [
-        f"On its own answers the student's KL to the teacher is {found.forward_kl:.3g} nats/token, "
-        f"{found.forward_kl / on_data:.1f} times that on held-out text ({on_data:.3g}). Train "
-        "longer on data, and then on its own text (train.on_policy)."
+        "On its own answers, the student's KL to the teacher is "
+        f"{found.forward_kl:.3g} nats/token, {found.forward_kl / on_data:.1f} times its KL on "
+        f"held-out text ({on_data:.3g}). Train longer on data, and then on its own text "
+        "(train.on_policy)."
     ]

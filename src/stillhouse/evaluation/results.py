@@ -1,4 +1,4 @@
-"""The results of an evaluation, as plain data that is saved as JSON and shown in the report."""
+"""Results of an evaluation, as plain data that is saved as JSON and shown in the report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stillhouse.errors import RunError
 from stillhouse.generation.own_text_figures import OwnText
 
 EVALUATION = "evaluation.json"
-"""The file in the folder of an `evaluate` stage."""
+"""File in the folder of an `evaluate` stage."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Saved:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False)
 
     def save(self, path: Path) -> None:
-        """Raises RunError where the file cannot be written."""
+        """Write the file. Raises RunError if it cannot be written."""
         with disk_errors(path):
             path.write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Raises RunError if the file is missing or damaged."""
+        """Read the file. Raises RunError if it is missing or damaged."""
         try:
             return TypeAdapter(cls).validate_json(path.read_bytes())
         except (OSError, ValueError) as error:
@@ -45,18 +45,19 @@ class Saved:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Distance of a model's next-token distribution from the teacher's, on held-out text.
+    """How close a model's next-token distribution is to the teacher's, on held-out text.
 
     perplexity: exp of the mean negative log-likelihood of the text's own next tokens.
     kl: mean KL(teacher ‖ model) in nats/token; 0 for the teacher itself.
     top1_agreement: fraction of positions where both models have the same top-1 token.
-    calibration_error: expected calibration error of the top-1 probability, 15 equal-width bins.
-    tokens: supervised positions measured.
-    bits_per_byte: the same likelihood in bits, per byte of text, comparable across tokenizers; None
-    if the tokenizer does not define the bytes of its tokens.
-    compared: for a teacher with another tokenizer, the positions where both begin a token: `kl` and
-    `top1_agreement` are means over these, of distributions over shared roots, and all else is of
-    the model's own tokens. None: the teacher has the same tokens.
+    calibration_error: expected calibration error of the top-1 probability, with 15 bins of equal
+        width.
+    tokens: number of supervised positions.
+    bits_per_byte: negative log-likelihood in bits per byte of text, comparable across tokenizers;
+        None if the tokenizer does not define its tokens' bytes.
+    compared: for a teacher with a different tokenizer, the number of positions where both begin a
+        token. `kl` and `top1_agreement` are then means over these positions, of distributions over
+        shared roots; everything else is for the model's own tokens. None: same tokenizer.
     """
 
     perplexity: float
@@ -70,7 +71,7 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class Speed:
-    """Measured in one run, alternating with the other models: tokens/s and bytes."""
+    """Speed in tokens/s, measured in one run alternating with the other models, and memory."""
 
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
@@ -79,7 +80,12 @@ class Speed:
 
 @dataclass(frozen=True)
 class ModelResult:
-    """The measurements of one model. role: a key of `ROLE_NAMES`. own_text: of its own answers."""
+    """One model's measurements.
+
+    role: a key of `ROLE_NAMES`.
+    tasks: scores of lm-eval tasks.
+    own_text: measurements on the model's own answers.
+    """
 
     role: str
     parameters: int
@@ -91,7 +97,7 @@ class ModelResult:
     own_text: OwnText | None = None
 
     def decoding_speedup(self, over: ModelResult | None) -> float | None:
-        """Decoding speed as a multiple of another model's; None if one was not measured."""
+        """Decoding speed as a multiple of that of `over`; None if either was not measured."""
         if over is None or self.speed is None or over.speed is None:
             return None
         theirs = over.speed.decode_tokens_per_s
@@ -100,7 +106,7 @@ class ModelResult:
 
 @dataclass(frozen=True)
 class Generation:
-    """The answers of every model to one prompt, by role."""
+    """Every model's answer to one prompt, by role."""
 
     prompt: str
     answers: dict[str, str]
@@ -108,8 +114,12 @@ class Generation:
 
 @dataclass(frozen=True)
 class ScoredAnswer:
-    """A model's own answer, token by token. texts: what each token adds to the text, special tokens
-    included. The others are as in `TokenScores`; None for NaN."""
+    """A model's own answer, token by token.
+
+    texts: the text that each token adds, including special tokens.
+
+    See `TokenScores` for the other fields, where NaN is None here.
+    """
 
     texts: list[str]
     forward_kl: list[float | None]
@@ -119,7 +129,7 @@ class ScoredAnswer:
 
 @dataclass(frozen=True)
 class ScoredAnswers:
-    """The scored answers of every model to one prompt, by role."""
+    """Every model's scored answer to one prompt, by role."""
 
     prompt: str
     answers: dict[str, ScoredAnswer]
@@ -127,7 +137,7 @@ class ScoredAnswers:
 
 @dataclass(frozen=True, repr=False)
 class Evaluation(Saved):
-    """All models of a run and their teacher; `str` is the table of metrics."""
+    """The evaluation of a run's models and their teacher; printing it shows the metrics table."""
 
     models: list[ModelResult]
     generations: list[Generation]
@@ -159,10 +169,10 @@ ROLE_NAMES = {
 
 
 def role_name(role: str) -> str:
-    """The role's display name; any other name, such as a family member's, is unchanged."""
+    """The role's display name; other names, such as a family member's, are returned as they are."""
     return ROLE_NAMES.get(role, role)
 
 
 def role_order(role: str) -> int:
-    """Position of a role among the columns; unknown roles come last."""
+    """A role's position among the columns; unknown roles come last."""
     return list(ROLE_NAMES).index(role) if role in ROLE_NAMES else len(ROLE_NAMES)

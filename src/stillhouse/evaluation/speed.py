@@ -1,4 +1,4 @@
-"""Prefill and decode speed of several models in one run, and the memory each needs alone."""
+"""Measure the prefill and decoding speed of several models in one run, and each model's memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Rates:
-    """Tokens/s for one sequence: reading a prompt, and writing one token after another."""
+    """Tokens/s for one sequence: reading the prompt, and decoding one token after another."""
 
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
@@ -44,12 +44,14 @@ def measure_rates(
     advance: Callable[[int], object] = lambda rounds: None,
     clock: Clock = time.perf_counter,
 ) -> dict[str, Rates]:
-    """Time all models on the same prompt, alternating between them, and return each one's median.
+    """Time all models on the same prompt, alternating between them, and return each model's median.
 
-    In every round each model runs once, and the order shifts by one from round to round, so that a
-    machine that slows down, or is shared, affects all equally. A first round, with caches and
-    compilation, is not counted. All models must be in memory, with the same dtype and kind of
-    device. `advance` is called after each round. `clock` returns seconds.
+    Each model runs once per round. The order shifts by one from round to round, so that slowdowns
+    of the machine affect all models equally. A first round, for caches and compilation, is not
+    counted. All models must be in memory, with the same dtype and on the same kind of device.
+
+    advance: called after each round.
+    clock: returns seconds.
     """
     generator = torch.Generator().manual_seed(seed)
     prompt_RL = torch.randint(0, vocabulary, (1, prompt_tokens), generator=generator)
@@ -71,10 +73,11 @@ def measure_rates(
 def prefill_and_decode(
     model: nn.Module, prompt_RL: Tensor, decode_tokens: int, clock: Clock = time.perf_counter
 ) -> tuple[float, float]:
-    """Read the prompt, then write `decode_tokens` tokens greedily with the KV cache.
+    """Read the prompt, then decode `decode_tokens` tokens greedily with the KV cache. Return the
+    seconds of both parts.
 
-    Returns the seconds of both parts. Prefill computes only the logits of the last position, as a
-    server does. Every decode step is a forward pass of one token per sequence.
+    Prefill only computes the logits of the last position, like a server. Every decoding step is a
+    forward pass with one token per sequence.
     """
     device = next(model.parameters()).device
     prompt_RL = prompt_RL.to(device)
@@ -94,15 +97,15 @@ def prefill_and_decode(
 def measure_peak_memory(
     model: AnyModel, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> int:
-    """Peak bytes of loading the model in `dtype` and using it, in a separate process.
+    """Peak memory in bytes of loading the model in `dtype` and using it, in a separate process.
 
-    On a CPU this is the resident memory of the whole process: Python, the libraries (some 300 MB),
-    the model, and the checkpoint's pages while they are mapped; pages that are never read, such as
-    the embeddings of absent words, need none. On a GPU it is the device memory that torch
+    On a CPU, this is the resident memory of the whole process: Python, libraries (about 300 MB),
+    the model, and the checkpoint's pages while they are mapped. Pages that are never read, such as
+    the embeddings of unused tokens, take none. On a GPU, it is the device memory that torch
     allocated.
 
     Raises:
-        ModelError: the process failed; the message has `process_failure`.
+        ModelError: the process failed.
     """
     source = source_of(model)
     path, name = source.path, str(dtype).removeprefix("torch.")
@@ -112,7 +115,7 @@ def measure_peak_memory(
     if finished.returncode != 0:
         why = process_failure(finished.returncode, finished.stderr)
         raise ModelError(
-            f"a process that loads the model alone failed: {why}",
+            f"the process that measures the model's memory failed: {why}",
             where=path,
             fix="free some memory, or set evaluate.speed: false",
         )

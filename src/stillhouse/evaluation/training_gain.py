@@ -1,4 +1,4 @@
-"""Whether each training of a run brought the student closer to its teacher."""
+"""Check whether each training of a run brought the student closer to its teacher."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ _TRAININGS = (
         "quantize.qat.tokens",
     ),
 )
-"""Roles before and after a training, its name, and the keys to change if it does harm."""
+"""For each training: the roles before and after it, its name, and the keys to change if it does
+harm."""
 
 
 def farther_after_training(models: Sequence[ModelResult]) -> list[str]:
@@ -25,8 +26,8 @@ def farther_after_training(models: Sequence[ModelResult]) -> list[str]:
     kl = {model.role: model.fidelity.kl for model in models}
     return [
         f"The student is no closer to the teacher after {name}: KL on held-out text is "
-        f"{text.tiny(kl[after])} nats/token, and {text.tiny(kl[before])} before. Lower {rate}, or "
-        f"train on more text ({amount})."
+        f"{text.tiny(kl[after])} nats/token, compared with {text.tiny(kl[before])} before. Lower "
+        f"{rate}, or train on more text ({amount})."
         for before, after, name, rate, amount in _TRAININGS
         if before in kl and after in kl and kl[after] >= kl[before]
     ]
