@@ -330,6 +330,14 @@ def _without_streams(file: Path) -> None:
         os.write(2, b"a warning of a library")
 
 
+def test_a_closed_standard_input_is_an_empty_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python leaves no stream there: `stillhouse predict model <&-`."""
+    monkeypatch.setattr(sys, "stdin", None)
+    open_standard_streams()
+    assert sys.stdin is not None
+    assert not sys.stdin.isatty()
+
+
 @pytest.mark.run
 def test_what_a_library_prints_is_not_written_into_a_file(tmp_path: Path) -> None:
     """Where standard streams are closed, the next file would get the number of one."""

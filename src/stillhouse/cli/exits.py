@@ -28,6 +28,8 @@ def open_standard_streams() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    if sys.stdin is None:  # it was closed; the others are not needed
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115 (for the rest of the process)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # of any encoding
             stream.reconfigure(errors="backslashreplace")
