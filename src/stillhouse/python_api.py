@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import TrainerCallback
 
 from stillhouse.data.batches import Batches, NoText
@@ -27,13 +26,12 @@ from stillhouse.objectives.objective_config import (
     ChunksTerm,
     HiddenStatesTerm,
     LogitsTerm,
-    ObjectiveRecipe,
     ObjectiveTerm,
 )
 from stillhouse.pruning.pruning_config import UNITS
 from stillhouse.scratch import temporary_folder
 from stillhouse.search.search_shape import Setting, search_shape
-from stillhouse.section import checked, made
+from stillhouse.section import checked, made, require_type
 from stillhouse.signals.encodings import Encoding, Hidden, TopK
 from stillhouse.signals.manifest import Settings
 from stillhouse.students.student import Student
@@ -46,6 +44,7 @@ from stillhouse.teachers.older_names import save_tokenizer
 from stillhouse.teachers.several_teachers import combined
 from stillhouse.teachers.stored_teacher import StoredTeacher
 from stillhouse.teachers.teacher import Teacher, TeacherNeeds
+from stillhouse.training.objective import terms_of
 from stillhouse.training.on_policy_config import OnPolicyRecipe
 from stillhouse.training.own_prompts import OwnPrompts, made_prompts
 from stillhouse.training.same_training import require_same_training
@@ -159,12 +158,14 @@ def distill(
     text = None if data is None else _windows(data)
     prompts = None
     if batches is not None:
+        fits = isinstance(batches, Rollouts)
+        fix = "give Rollouts(prompts, share=...); the text of a dataset is `data`"
+        require_type(fits, batches, "value of batches", "Rollouts", fix, RecipeError)
         settings = {**settings, "on_policy": batches.settings}
         prompts = batches.for_student(own)
     if text is None:
         text = _own_text_alone(batches, settings)
-    terms = {"terms": list(objective)} if objective else {}
-    recipe = made(ObjectiveRecipe, terms, "distill")
+    recipe = terms_of(objective)
     training = made(TrainRecipe, settings, "distill")
     taught_by = _teacher(teacher)
     place = None if folder is None else Path(folder)
@@ -273,6 +274,8 @@ def record(
     if isinstance(teacher, AlignedTeacher):
         teacher.prepare(TeacherNeeds(), text)  # which merges its roots
     kept = encoding or TopK(32)
+    fix = "make one with stillhouse.signals.encodings, such as TopK(32)"
+    require_type(isinstance(kept, Encoding), kept, "encoding", "an encoding", fix, RecipeError)
     events, identity = record_store.events_of(teacher), record_store.identity_of(teacher)
     settings = Settings(kept, events, identity, temperature, seed)
     with _alone_in(folder, "store"):
@@ -300,6 +303,9 @@ def search_sizes(
     """
     seed = checked(Seed, seed, "seed")
     start, settings, text = local(_teacher(teacher)), settings or TrainRecipe(), _windows(data)
+    fix = "make one: TrainRecipe(learning_rate=...)"
+    fits = isinstance(settings, TrainRecipe)
+    require_type(fits, settings, "value of settings", "TrainRecipe", fix, RecipeError)
     target = {key: options.pop(key) for key in UNITS if key in options}
     section = made(PrunedStudent, {"start": "pruned", "target": target, **options}, "search_sizes")
     with _alone_in(folder, "search"), temporary_folder("stillhouse-") as scratch:
@@ -346,7 +352,6 @@ def _alone_in(folder: str | Path | None, what: str) -> Iterator[None]:
 def _student(given: Student | Any) -> Student:
     if isinstance(given, Student):
         return given
-    _require_model(given, "student", "Student.pretrained")
     return Student(given)
 
 
@@ -360,16 +365,7 @@ def _teacher(given: Teacher | Any | Sequence[Teacher] | None) -> Teacher | None:
 def _given_teacher(given: Teacher | Any) -> Teacher:
     if isinstance(given, Teacher):
         return given
-    _require_model(given, "teacher", "Teacher.load")
     return Teacher.from_model(given)
-
-
-def _require_model(given: Any, name: str, load: str) -> None:
-    if not isinstance(given, nn.Module):
-        raise ModelError(
-            f"the {name} is a {type(given).__name__} instead of a model",
-            fix=f"load it first: {load}(...)",
-        )
 
 
 def _has_windows(data: Any) -> bool:

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 from pydantic_core import ErrorDetails, core_schema
 
-from stillhouse.errors import RecipeError, shown_value
+from stillhouse.errors import ModelError, RecipeError, StillhouseError, shown_value
 from stillhouse.progress import note
 
 
@@ -74,6 +74,30 @@ def checked(kind: Any, value: Any, name: str) -> Any:
         return TypeAdapter(kind, config=ConfigDict(strict=True)).validate_python(value)
     except ValidationError as error:
         raise RecipeError(_invalid_value(name, error.errors()[0])) from None
+
+
+def require_type(
+    fits: bool,
+    given: object,
+    name: str,
+    expected: str,
+    fix: str,
+    error: type[StillhouseError] = ModelError,
+) -> None:
+    """Raise `error`, naming the argument and its type, unless a function's argument fits."""
+    if not fits:
+        raise error(f"the {name} is a {type(given).__name__} instead of {expected}", fix=fix)
+
+
+def require_tokenizer(given: Any) -> None:
+    """Raise ModelError if a function's argument is not a tokenizer."""
+    require_type(
+        hasattr(given, "get_vocab"),
+        given,
+        "tokenizer",
+        "a tokenizer of transformers",
+        "give that of a model, such as teacher.tokenizer, or AutoTokenizer.from_pretrained(...)",
+    )
 
 
 def _invalid_value(name: str, problem: ErrorDetails) -> str:

@@ -25,6 +25,7 @@ from stillhouse.config.recipe_yaml import (
 )
 from stillhouse.errors import RecipeError, shown, shown_value
 from stillhouse.language_model.recipe import Recipe
+from stillhouse.section import require_type
 
 AnyRecipe = Recipe | ClassifyRecipe | AnsweringRecipe
 TASKS: dict[str, type[ClassifyRecipe | AnsweringRecipe]] = {
@@ -61,6 +62,14 @@ def read_recipe(
         return load_recipe(recipe, overrides), base or Path(recipe).parent
     if isinstance(recipe, Mapping):
         recipe = parse_recipe(recipe, overrides=overrides)
+    require_type(
+        isinstance(recipe, AnyRecipe),
+        recipe,
+        "recipe",
+        "a path, a dictionary or a recipe",
+        "give the path of a recipe, such as recipes/demo.yaml",
+        RecipeError,
+    )
     return recipe, base or Path.cwd()
 
 

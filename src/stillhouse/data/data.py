@@ -21,7 +21,7 @@ from stillhouse.data.sources import file_documents
 from stillhouse.data.windows import open_windows
 from stillhouse.errors import DataError
 from stillhouse.field_types import Seed
-from stillhouse.section import checked, made
+from stillhouse.section import checked, made, require_tokenizer
 
 _PARTS = ("train", "heldout")
 
@@ -60,9 +60,12 @@ class Data:
         `Data.open`; None: in memory.
         options: train_tokens, heldout_tokens, packing, long_rows and control_tokens, as in a
         recipe's `data`.
-        Raises DataError for any text that cannot be used, RecipeError for an unknown option.
+        Raises DataError for any text that cannot be used, RecipeError for an unknown option,
+        ModelError for what is not a tokenizer.
         """
         seed = checked(Seed, seed, "seed")
+        checked(Boundary, documents, "documents")
+        require_tokenizer(tokenizer)
         section = made(WindowsRecipe, {"context": context, **options}, "Data.build")
         train = _texts(texts, text_key, documents)
         held = None if heldout is None else _texts(heldout, text_key, documents)

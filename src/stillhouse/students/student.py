@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from transformers import PreTrainedConfig
 
 from stillhouse.account import described
 from stillhouse.data.data import Data
 from stillhouse.data.turn_end import stop_at_turn_end
 from stillhouse.disk_errors import disk_errors
-from stillhouse.errors import RecipeError
+from stillhouse.errors import DataError, RecipeError
 from stillhouse.field_types import Seed
 from stillhouse.pruning.offload import load_offloaded, save_model
 from stillhouse.pruning.pruning_config import UNITS
 from stillhouse.pruning.surgery import cut_rows_without_tokens
-from stillhouse.section import checked, made
+from stillhouse.section import checked, made, require_tokenizer, require_type
 from stillhouse.signals import LMHead
 from stillhouse.students.pruned_student import prune_to, target_sizes
 from stillhouse.students.random_student import (
@@ -29,7 +30,7 @@ from stillhouse.students.random_student import (
     random_model,
 )
 from stillhouse.students.student_config import PrunedStudent
-from stillhouse.teachers.backbone import lm_head
+from stillhouse.teachers.backbone import lm_head, require_model
 from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.local_teacher import LocalTeacher, local
 from stillhouse.teachers.model_source import AnyModel, ModelSource, resolve_model, source_of
@@ -37,7 +38,7 @@ from stillhouse.teachers.older_names import save_tokenizer, write_older_names
 from stillhouse.teachers.planned_model import model_without_weights
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.shared_vocabulary import check_rows, token_count
-from stillhouse.teachers.teacher import Teacher
+from stillhouse.teachers.teacher import Teacher, require_name
 
 
 class Student:
@@ -46,7 +47,8 @@ class Student:
     tokenizer: None if only token ids are known; the vocabulary is then all rows of the head.
     source: the checkpoint that it was loaded from. summary: for a pruned student: what was cut, and
     at what cost.
-    Raises ModelError: the tokenizer has ids for which the model has no row.
+    Raises ModelError: the tokenizer has ids for which the model has no row, or an argument is not
+    a model or not a tokenizer.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Student:
         source: ModelSource | None = None,
         summary: Mapping[str, Any] | None = None,
     ) -> None:
+        require_model(model, "student", "Student.pretrained")
         self.model = model
         self.summary = dict(summary or {})
         self.tokenizer = tokenizer
@@ -76,6 +79,7 @@ class Student:
 
         Raises ModelError as `resolve_model` and `load_model`.
         """
+        require_name(model, "Student(model, tokenizer)")
         return cls.load(
             resolve_model(str(model), revision=revision, base=Path.cwd(), trusted=trust_remote_code)
         )
@@ -96,6 +100,15 @@ class Student:
         own = None
         if isinstance(like, Teacher):
             like, own = local(like).config, like.tokenizer
+        require_type(
+            isinstance(like, PreTrainedConfig),
+            like,
+            "start",
+            "a teacher or a configuration",
+            "load it first: Teacher.load(...), or AutoConfig.from_pretrained(...)",
+        )
+        if tokenizer is not None:
+            require_tokenizer(tokenizer)
         if tokenizer is None:
             tokenizer = own
         elif own is None or tokenizer.get_vocab() != own.get_vocab():
@@ -116,6 +129,14 @@ class Student:
         """
         seed = checked(Seed, seed, "seed")
         start = local(teacher)
+        require_type(
+            isinstance(data, Data),
+            data,
+            "text",
+            "Data",
+            "build it first: Data.build(...)",
+            DataError,
+        )
         target = {key: options.pop(key) for key in UNITS if key in options}
         values = {"start": "pruned", "target": target or None, **options}
         section = made(PrunedStudent, values, "Student.prune")

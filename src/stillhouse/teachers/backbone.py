@@ -11,15 +11,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from stillhouse.cpu_products import fast_linear
 from stillhouse.errors import ModelError
+from stillhouse.section import require_type
 from stillhouse.signals import LMHead
 from stillhouse.signals.lm_head import head_logits
 from stillhouse.teachers.document_rows import run_documents, separates_documents
 from stillhouse.teachers.packed_attention import document_arguments
+
+
+def require_model(given: Any, name: str, load: str) -> None:
+    """Raise ModelError if a function's argument is not a model. load: what loads one."""
+    fits = isinstance(given, nn.Module)
+    require_type(fits, given, name, "a model", f"load it first: {load}(...)")
 
 
 def lm_head(model: Any) -> LMHead:

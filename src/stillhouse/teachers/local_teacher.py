@@ -21,7 +21,7 @@ from stillhouse.teachers.mapped_weights import MappedWeights, map_weights
 from stillhouse.teachers.model_source import AnyModel, ModelSource, source_of
 from stillhouse.teachers.packed_attention import use_attention
 from stillhouse.teachers.shared_vocabulary import check_rows
-from stillhouse.teachers.teacher import OUTPUT_ONLY, Teacher, TeacherView
+from stillhouse.teachers.teacher import OUTPUT_ONLY, Teacher, TeacherView, require_teacher
 from stillhouse.teachers.weights import weight_files
 
 
@@ -107,5 +107,7 @@ def local(teacher: Teacher | None) -> LocalTeacher:
     """The teacher, if it is a model on this machine. Raises ModelError otherwise."""
     if isinstance(teacher, LocalTeacher):
         return teacher
+    if teacher is not None:
+        require_teacher(teacher)
     what = "there is no teacher" if teacher is None else f"{teacher.described} is not loaded here"
     raise ModelError(what, where="teacher", fix="load a model with Teacher.load")

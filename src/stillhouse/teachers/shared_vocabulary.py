@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stillhouse.errors import ModelError
+from stillhouse.section import require_tokenizer
 
 ROLES = ("bos_token", "eos_token")
 
@@ -46,7 +47,9 @@ def check_same_vocabulary(
 
 
 def token_count(tokenizer: Any) -> int:
-    """The number of ids that the tokenizer can return: they are below it."""
+    """The number of ids that the tokenizer can return: they are below it. Raises ModelError if it
+    is not a tokenizer."""
+    require_tokenizer(tokenizer)
     return int(max(tokenizer.get_vocab().values())) + 1
 
 

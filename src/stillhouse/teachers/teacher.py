@@ -18,7 +18,7 @@ from stillhouse.data.batches import Batch, Batches
 from stillhouse.errors import SignalError
 from stillhouse.hardware import Requested, choose_precision, default_device
 from stillhouse.objectives import AttentionStates, Term
-from stillhouse.section import made
+from stillhouse.section import made, require_tokenizer, require_type
 from stillhouse.signals import ChunkSignal, LMHead, Signal
 from stillhouse.teachers.activations import ActivationRequest
 from stillhouse.teachers.shared_vocabulary import check_same_ids, token_count
@@ -156,6 +156,7 @@ class Teacher(ABC):
         """
         from stillhouse.teachers.aligned_teacher import AlignedTeacher
 
+        require_tokenizer(tokenizer)
         if self.tokenizer is None or self.tokenizer.get_vocab() == tokenizer.get_vocab():
             return self
         return AlignedTeacher(self, tokenizer, roots)
@@ -179,6 +180,7 @@ class Teacher(ABC):
         from stillhouse.teachers.local_teacher import load_teacher
         from stillhouse.teachers.model_source import resolve_model
 
+        require_name(model, "Teacher.from_model(model, tokenizer)")
         source = resolve_model(
             str(model), revision=revision, base=Path.cwd(), trusted=trust_remote_code
         )
@@ -190,10 +192,12 @@ class Teacher(ABC):
 
     @staticmethod
     def from_model(model: Any, tokenizer: Any = None) -> LocalTeacher:
-        """A causal language model in memory. Raises ModelError if its head is not supported."""
-        from stillhouse.teachers.backbone import check_head
+        """A causal language model in memory. Raises ModelError if it is not a model, or its head is
+        not supported."""
+        from stillhouse.teachers.backbone import check_head, require_model
         from stillhouse.teachers.local_teacher import LocalTeacher
 
+        require_model(model, "teacher", "Teacher.load")
         check_head(model)
         return LocalTeacher(model, tokenizer)
 
@@ -279,6 +283,23 @@ class Teacher(ABC):
             tokenizer=tokenizer,
             head=head,
         )
+
+
+def require_name(given: Any, otherwise: str) -> None:
+    """Raise ModelError if an argument does not name a model. otherwise: what takes a model."""
+    fits = isinstance(given, str | Path)
+    require_type(fits, given, "model", "a path or a name", f"for a model in memory: {otherwise}")
+
+
+def require_teacher(given: Any) -> None:
+    """Raise ModelError if a function's argument is not a teacher."""
+    require_type(
+        isinstance(given, Teacher),
+        given,
+        "teacher",
+        "a Teacher",
+        "load it first: Teacher.load(...), or Teacher.from_model(model, tokenizer)",
+    )
 
 
 def _server(

@@ -43,7 +43,7 @@ from stillhouse.teachers.activations import (
 )
 from stillhouse.teachers.backbone import checkpoints_layers, lm_head
 from stillhouse.teachers.model_source import AnyModel
-from stillhouse.teachers.teacher import Teacher, TeacherView
+from stillhouse.teachers.teacher import Teacher, TeacherView, require_teacher
 from stillhouse.teachers.write_by_layer import weights_by_layer, write_by_layer
 from stillhouse.training.objective import Objective, objective_for
 from stillhouse.training.own_measures import measure_rows
@@ -76,6 +76,8 @@ class Distillation(nn.Module):
         super().__init__()
         given = student if isinstance(student, Student) else Student(student)
         self.student = given.model
+        if teacher is not None:
+            require_teacher(teacher)
         config = None if teacher is None else teacher.config
         self.objective = objective_for(objective, self.student.config, config, seed=seed)
         self.vocabulary = min(each.vocabulary for each in (given, teacher) if each is not None)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from stillhouse.attention_heads import head_size, key_value_heads
-from stillhouse.errors import SignalError
+from stillhouse.errors import RecipeError, SignalError
 from stillhouse.objectives import (
     HiddenStateLoss,
     LayerMap,
@@ -31,6 +31,7 @@ from stillhouse.objectives.objective_config import (
 )
 from stillhouse.objectives.objective_names import ChunkDistance
 from stillhouse.objectives.terms import name_among
+from stillhouse.section import made, require_type
 from stillhouse.teachers.activations import ActivationRequest
 from stillhouse.teachers.teacher import TeacherNeeds
 
@@ -134,7 +135,7 @@ def objective_for(
     if isinstance(objective, Objective):
         return objective
     if not isinstance(objective, ObjectiveRecipe):
-        objective = ObjectiveRecipe(terms=list(objective)) if objective else ObjectiveRecipe()
+        objective = terms_of(objective)
     student = student_config.get_text_config()
     teacher = (teacher_config or student_config).get_text_config()
     output: list[tuple[Term, Schedule | None]] = []
@@ -175,6 +176,16 @@ def objective_for(
     )
     mixture = Mixture(tuple(output))
     return Objective(mixture, layer_logits, tuple(hidden), tuple(relations), tuple(chunks))
+
+
+def terms_of(objective: Sequence[ObjectiveTerm] | None) -> ObjectiveRecipe:
+    """The section of these terms; of none, KL alone. Raises RecipeError for what is not a term."""
+    if not objective:
+        return ObjectiveRecipe()
+    fits = isinstance(objective, Sequence) and not isinstance(objective, str)
+    fix = "give a list: objective=[KL()]"
+    require_type(fits, objective, "objective", "a list of terms", fix, RecipeError)
+    return made(ObjectiveRecipe, {"terms": list(objective)}, "objective")
 
 
 def _schedule(section: ScheduleRecipe | None) -> Schedule | None:
