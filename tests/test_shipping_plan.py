@@ -70,7 +70,7 @@ def test_the_check_has_the_number_of_layers_before_the_cut(
 def test_a_grid_that_the_format_does_not_hold(folder: Path) -> None:
     found = check(folder, quantize={"group_size": 16}, export={"formats": ["gguf-q4_0"]})
     [warning] = [finding for finding in found if finding.topic == "export" and finding.fix]
-    assert "does not hold int4 in groups of 16" in warning.text
+    assert "cannot store int4 in groups of 16" in warning.text
     assert "group_size: 32" in str(warning.fix)
     found = check(folder, quantize={"group_size": 32}, export={"formats": ["gguf-q4_0"]})
     assert [finding for finding in found if finding.topic == "export" and finding.fix] == []
@@ -112,7 +112,7 @@ def test_float8_products_that_the_machine_lacks(
     found = refusal(folder, **sections, quantize={"kind": "float8_dynamic_float8"})
     assert "float8 products in bfloat16 do not run on this" in found.text
     assert "compute capability >= 8.9" in found.text
-    assert "kind: float8 rounds only weights" in str(found.fix)
+    assert "kind: float8, which rounds only weights" in str(found.fix)
     weights_alone = check(folder, **sections, quantize={"kind": "float8"})
     assert "error" not in {finding.level for finding in weights_alone}
 

@@ -110,7 +110,7 @@ def test_an_unknown_key_inside_a_list_item_names_its_index(tmp_path: Path) -> No
                 "name: small",
                 "name: small\nexport: {formats: [compressed-awq], importance_tokens: null}",
             ),
-            "compressed-awq calibrates on text: give importance_tokens a number",
+            "compressed-awq calibrates on text: set importance_tokens to a number",
         ),
     ],
 )

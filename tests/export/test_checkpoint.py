@@ -249,7 +249,7 @@ def test_rounding_that_costs_much_is_a_note_unless_the_recipe_has_a_limit(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda weights: weights.update({"projection.weight": torch.ones(2)}), "not part of it"),
+        (lambda weights: weights.update({"projection.weight": torch.ones(2)}), "unexpected"),
         (lambda weights: weights.pop("model.norm.weight"), "missing: model.norm.weight"),
     ],
 )

@@ -175,7 +175,7 @@ def test_rows_of_the_attentions_output_are_announced_too() -> None:
     config = MistralConfig(num_key_value_heads=1, sliding_window=None, **shape)
     [(text, fix)] = announce_gguf("q8_0", config, tiny.merging_tokenizer())
     assert "num_attention_heads × head_dim 48 does not divide into blocks of 32" in text
-    assert "32 or 64 avoids it" in fix
+    assert "32 or 64" in fix
 
 
 def test_packed_blocks_are_written_unchanged(source: Path, tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_architectures_unknown_to_the_writer_are_rejected(
 def test_a_tokenizer_that_is_not_a_byte_level_bpe_is_rejected(
     trained: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ModelError, match="a WordLevel one") as caught:
+    with pytest.raises(ModelError, match="tokenizers of type WordLevel") as caught:
         export_gguf(gate(trained), tmp_path / "out", kind="f16", name="toy")
     assert "safetensors" in str(caught.value.fix)
 
@@ -258,7 +258,7 @@ def test_rules_for_splitting_text_are_distinguished(pattern: str) -> None:
     words.backend_tokenizer.model.ignore_merges = False
     other = pre_tokenizers.Split(Regex("x+"), "isolated")
     words.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([other, plain])
-    with pytest.raises(ModelError, match="rules of its own"):
+    with pytest.raises(ModelError, match="split text by custom .* rules"):
         rules_of(words)
 
 

@@ -204,10 +204,10 @@ def test_llama_cpp_reads_chats_as_such_a_tokenizer_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (tokenizer(*RULES["gemma"][1:], every_pair=False), "never merges"),
-        (tokenizer(None, None), "does not write a space as"),
+        (tokenizer(*RULES["gemma"][1:], every_pair=False), "never merge"),
+        (tokenizer(None, None), "do not write a space as"),
         (tokenizer(normalizers.NFKC(), None), "the normalizer NFKC"),
-        (tokenizer(None, pre_tokenizers.Metaspace(split=True)), "splits text by Metaspace"),
+        (tokenizer(None, pre_tokenizers.Metaspace(split=True)), "split text by Metaspace"),
     ],
 )
 def test_tokenizers_that_llama_cpp_would_read_differently_are_rejected(

@@ -113,7 +113,7 @@ def test_a_system_message_that_a_modelfile_cannot_hold_is_left_out(folder: Path)
     written = modelfile(folder, "toy.gguf")
     assert "SYSTEM" not in written
     assert ("stop", "e") not in read_by_ollama(written)
-    assert "# A Modelfile cannot hold the system message" in written
+    assert "# A Modelfile cannot contain the system message" in written
 
 
 def test_a_tokenizer_without_a_template_has_no_format() -> None:

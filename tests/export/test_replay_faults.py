@@ -194,7 +194,7 @@ def test_a_special_token_in_the_place_of_another_fails(
     monkeypatch.setattr(
         gguf.GGUFWriter, f"add_{role}_token_id", lambda self, index: write(self, index + 2)
     )
-    with pytest.raises(ModelError, match=f"another {role} token: 2 in place of 0"):
+    with pytest.raises(ModelError, match=f"a different {role} token: 2 instead of 0"):
         ship(rounded, tmp_path / "out")
 
 
@@ -209,7 +209,7 @@ def test_a_bos_token_in_the_place_of_another_fails(
     assert ship(source, tmp_path / "right").kl < 0.001
     write = gguf.GGUFWriter.add_bos_token_id
     monkeypatch.setattr(gguf.GGUFWriter, "add_bos_token_id", lambda self, _: write(self, 1))
-    with pytest.raises(ModelError, match="another bos token: 1 in place of 2"):
+    with pytest.raises(ModelError, match="a different bos token: 1 instead of 2"):
         ship(source, tmp_path / "wrong")
 
 
@@ -220,7 +220,7 @@ def test_another_chat_template_fails(
     monkeypatch.setattr(
         gguf.GGUFWriter, "add_chat_template", lambda self, text: write(self, f"{text}\n")
     )
-    with pytest.raises(ModelError, match="another chat template"):
+    with pytest.raises(ModelError, match="a different chat template"):
         ship(rounded, tmp_path / "out")
 
 
@@ -228,8 +228,8 @@ def test_another_chat_template_fails(
     ("fault", "message"),
     [
         ({"template": tiny.CHAT_TEMPLATE + "\n\n"}, "in llama.cpp, rendered differently"),
-        ({"eos": 2}, "in llama.cpp, another eos token: 2 in place of 0"),
-        ({"noise": 0.5}, "in llama.cpp differs from itself in transformers"),
+        ({"eos": 2}, "in llama.cpp, a different eos token: 2 instead of 0"),
+        ({"noise": 0.5}, "in llama.cpp differs from the same file in transformers"),
     ],
 )
 def test_a_difference_in_llama_cpp_fails_the_replay(
@@ -331,7 +331,7 @@ def test_a_different_answer_fails_if_the_weights_are_the_sources() -> None:
     check_replay(answer, 0.001, 0.02, Path("source"), "more bits")
     answer["texts"][0]["exported"] = "yes, he was"
     check_replay(answer, 0.02, 0.02, Path("source"), "more bits")
-    with pytest.raises(ModelError, match="answers 'p' with 'yes, he was', its source with"):
+    with pytest.raises(ModelError, match="answers 'p' with 'yes, he was', but its source with"):
         check_replay(answer, 0.001, 0.02, Path("source"), "more bits")
 
 

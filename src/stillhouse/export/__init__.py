@@ -1,1 +1,1 @@
-"""Exports a model in several formats, and checks each by loading it as its users would."""
+"""Export a model in several formats, and check each export by loading it as a user would."""

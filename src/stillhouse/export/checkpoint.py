@@ -1,4 +1,4 @@
-"""Exports the checkpoint: cast, saved, and replayed in a process without Stillhouse."""
+"""Export the checkpoint: cast it, save it, and replay it in a process without Stillhouse."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ def export_checkpoint(
 ) -> ReplayResult:
     """Cast the gate's source to `dtype` and write a plain Hugging Face folder `out`.
 
-    The folder contains safetensors, config, generation config, tokenizer and chat template: all
-    that `AutoModelForCausalLM` and `AutoTokenizer` need, and nothing else. It is then loaded in a
-    fresh process by transformers alone, must have exactly the model's weights, and is compared with
-    its source on held-out windows and, greedily, on prompts. A device without bfloat16 arithmetic
-    multiplies the cast weights in float32, and a note says so.
+    The folder contains safetensors, config, generation config, tokenizer, and chat template, which
+    is all that `AutoModelForCausalLM` and `AutoTokenizer` need. It is then loaded in a fresh
+    process with transformers but without Stillhouse. It must have exactly the model's weights, and
+    is compared with its source on held-out windows and on greedily decoded prompts. On a device
+    without bfloat16 arithmetic, the cast weights are multiplied in float32, which a note mentions.
 
-    bfloat16 is also compared with the source rounded in the same way, which shows a fault however
-    much the rounding costs. Without a limit in the recipe, a cost above `FLOATS` is a note.
+    bfloat16 is also compared with the source rounded in the same way, which reveals a fault however
+    much rounding costs. If the recipe has no limit, a cost above `FLOATS` leads to a note.
 
-    Raises ModelError for a damaged source, or an export that does not load or differs from the
+    Raises ModelError if the source is damaged, or if the export does not load or differs from the
     source by more than is allowed.
     """
     advice = (
-        "export.dtype: float32 keeps the checkpoint's numbers"
+        "use export.dtype: float32, which keeps the checkpoint's numbers"
         if dtype == "bfloat16"
-        else "the saved weights are not the source's: check the disk and the model's code"
+        else "check the disk and the model's code: the saved weights are not the source's"
     )
 
     precision = choose_precision("auto")

@@ -1,4 +1,4 @@
-"""Replays a classifier's folder in a process without Stillhouse."""
+"""Replay an exported classifier in a process without Stillhouse."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from stillhouse.export.fresh_process import offline, run_script
 class ClassifierRows:
     """The inputs of a classifier's replay.
 
-    rows: token ids of each text, or, for a language model, its complete prompt. texts: of rows that
-    are only a text, to be tokenized again. mean_pooling: the head reads the mean of the last
-    states. labels, prior: for a language model, each label's tokens, and the values subtracted from
-    their log-probabilities.
+    rows: each text's token ids; for a language model, of the complete prompt.
+    texts: the texts of rows that consist of only a text, to tokenize them again; None for others.
+    mean_pooling: whether the head reads the mean of the last hidden states.
+    labels: for a language model, each label's tokens.
+    prior: for a language model, the values subtracted from the labels' log-probabilities.
     """
 
     rows: Sequence[Sequence[int]]
@@ -30,7 +31,8 @@ class ClassifierRows:
 
 
 def replay_classifier(exported: Path, inputs: ClassifierRows) -> Tensor:
-    """Probabilities [N, C] of the labels, using only transformers, in float32, one text at a time.
+    """Compute the labels' probabilities [N, C] with only transformers, in float32, one text at a
+    time.
 
     Raises ModelError if the folder does not load, its weights are not the model's, or its tokenizer
     tokenizes a text differently.
@@ -41,13 +43,13 @@ def replay_classifier(exported: Path, inputs: ClassifierRows) -> Tensor:
         env=offline(),
         what="the exported classifier cannot be loaded and run again",
         where=exported,
-        fix="check that transformers alone can load this model",
+        fix="check that transformers can load this model without Stillhouse",
     )
     if found["problems"]:
         raise ModelError(
-            f"the exported folder is not the classifier: {'; '.join(found['problems'])}",
+            f"the exported folder does not match the classifier: {'; '.join(found['problems'])}",
             where=exported,
-            fix="the disk may be damaged: run the same command again",
+            fix="run the same command again; if that does not help, check the disk",
         )
     logits_NC: Tensor = found["logits"]
     return logits_NC.float().softmax(-1)

@@ -1,7 +1,7 @@
-"""Exports a student quantized by llm-compressor as compressed-tensors, for vLLM and transformers.
+"""Export a student quantized by llm-compressor as compressed-tensors, for vLLM and transformers.
 
-llm-compressor pins an older transformers than Stillhouse does, so it needs a separate environment,
-whose Python the recipe names and which runs `llm_compressor.py`.
+llm-compressor requires an older version of transformers than Stillhouse, so it needs a separate
+environment. The recipe names its Python, which runs `llm_compressor.py`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ def export_compressed(
 ) -> ReplayResult:
     """Write a Hugging Face folder with all linear layers except the head quantized by `method`.
 
-    method: a key of `COMPRESSED`. python: an interpreter that has llm-compressor. windows: training
-    text, on which GPTQ, AWQ and NVFP4 measure the inputs of layers. Raises ModelError if a package
-    is missing, llm-compressor fails, or the export does not load or differs by more than is
-    allowed.
+    method: a key of `COMPRESSED`.
+    python: a Python interpreter with llm-compressor.
+    windows: training text on which GPTQ, AWQ, and NVFP4 measure layer inputs.
+
+    Raises ModelError if a package is missing, llm-compressor fails, or the export does not load or
+    differs by more than is allowed.
     """
     interpreter = require_llm_compressor(python)
 
@@ -46,25 +48,25 @@ def export_compressed(
         format=f"compressed-{method}",
         dtype=method,
         limit=COMPRESSED[method].kl_limit,
-        advice="use compressed-fp8, or train it rounded and ship gguf-q4_0 (quantize.qat)",
+        advice="use compressed-fp8, or quantization-aware training and gguf-q4_0 (quantize.qat)",
     )
 
 
 def require_llm_compressor(python: str | None) -> str:
-    """The interpreter. Raises ModelError if none is named, it lacks llm-compressor, or this Python
-    lacks the packages to read its files."""
+    """Return the interpreter. Raises ModelError if none is named, if it lacks llm-compressor, or if
+    this Python lacks the package that reads its files."""
     where = "export.llm_compressor"
     if importlib.util.find_spec("compressed_tensors") is None:
         raise ModelError(
-            "compressed-tensors, which reads these files again, is not installed",
+            "compressed-tensors, which is needed to replay these files, is not installed",
             where="export.formats",
-            fix="pip install 'stillhouse[llm-compressor]', or export safetensors or gguf-*",
+            fix="run pip install 'stillhouse[llm-compressor]', or export safetensors or gguf-*",
         )
     if python is None:
         raise ModelError(
-            "llm-compressor needs a separate environment, and none is named",
+            "llm-compressor needs a separate environment, but the recipe names none",
             where=where,
-            fix="python -m venv llmc && llmc/bin/pip install llmcompressor, then set "
+            fix="run python -m venv llmc && llmc/bin/pip install llmcompressor, and set "
             "export.llm_compressor: llmc/bin/python",
         )
     try:
@@ -79,9 +81,9 @@ def require_llm_compressor(python: str | None) -> str:
         found = False
     if not found:
         raise ModelError(
-            f"{python} is not a Python that has llm-compressor",
+            f"{python} is not a Python interpreter with llm-compressor",
             where=where,
-            fix="install it there: pip install llmcompressor",
+            fix="install it in that environment: pip install llmcompressor",
         )
     return python
 
@@ -100,15 +102,15 @@ def _compress(gate: Gate, out: Path, method: str, python: str, windows: Sequence
             for place, window in enumerate(windows)
         },
         python=python,
-        what=f"llm-compressor could not quantize this model by {method}",
+        what=f"llm-compressor could not quantize this model with {method}",
         where=gate.folder,
-        fix="check that its environment supports this architecture; safetensors and gguf-* do not "
-        "need llm-compressor",
+        fix="check that its environment supports this architecture, or export safetensors or "
+        "gguf-*, which do not need llm-compressor",
     )
 
 
 def fitting_group(method: str, config: Any) -> int | None:
-    """The largest group size of the method that divides the model's widths; None if it has no
+    """The method's largest group size that divides the model's widths; None if the method has no
     groups, or none fits (see `announce_compressed`)."""
     widths = row_widths(config).values()
     fitting = [g for g in COMPRESSED[method].groups if not any(width % g for width in widths)]
@@ -116,12 +118,12 @@ def fitting_group(method: str, config: Any) -> int | None:
 
 
 def announce_compressed(method: str, config: Any) -> tuple[str, str] | None:
-    """Raise an error, with how to avoid it, if this method cannot hold a planned student."""
+    """An error, and how to avoid it, if this method cannot store a planned student; else None."""
     if not COMPRESSED[method].groups or fitting_group(method, config) is not None:
         return None
     group = COMPRESSED[method].groups[-1]
     key, width = next((key, width) for key, width in row_widths(config).items() if width % group)
     return (
         f"compressed-{method}: {key} {width:,} does not divide into groups of {group}",
-        f"{key} {nearest(width, group)}, or compressed-fp8, which has none",
+        f"use {key} {nearest(width, group)}, or compressed-fp8, which has no groups",
     )

@@ -1,4 +1,4 @@
-"""Recipe sections for exports: formats of a language model and a classifier, and the Hub."""
+"""Recipe sections for exports: formats of language models and classifiers, and the Hub."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from stillhouse.section import OneOf, Section
 
 
 class PushRecipe(Section):
-    """Upload the exports to a Hugging Face Hub repository, after all of them have passed."""
+    """Upload the exports to a Hugging Face Hub repository, once all of them have passed."""
 
     repo: str = Field(
         pattern=r"^[\w.-]+/[\w.-]+$", description="OWNER/NAME; created if it does not exist."
     )
-    private: bool = Field(True, description="Whether a created repository is private.")
+    private: bool = Field(True, description="Make the repository private if it is created.")
     token_env: str = Field(
-        "HF_TOKEN", description="The environment variable that holds a token with write access."
+        "HF_TOKEN", description="Name of the environment variable with a token for write access."
     )
 
 
@@ -35,15 +35,17 @@ class ClassifierExportRecipe(Section):
     ] = Field(
         default=["safetensors"],
         min_length=1,
-        description="safetensors, which is always made; onnx, onnx-int8: for onnxruntime "
-        "(stillhouse[onnx]).",
+        description="safetensors: always exported; onnx and onnx-int8: for onnxruntime, need "
+        "stillhouse[onnx].",
     )
     kl_limit: Divergence | None = Field(
         None,
-        description="Nats a text that an ONNX file may differ from the checkpoint; null: as the "
-        "format needs.",
+        description="Maximum KL between the checkpoint and an ONNX file, in nats/text; null: the "
+        "format's default.",
     )
-    push_to_hub: PushRecipe | None = Field(None, description="null: nothing is uploaded.")
+    push_to_hub: PushRecipe | None = Field(
+        None, description="Upload the exports to the Hugging Face Hub; null: do not upload."
+    )
 
 
 class ExportRecipe(Section):
@@ -51,28 +53,30 @@ class ExportRecipe(Section):
         default=["safetensors"],
         min_length=1,
         description="safetensors: for transformers and vLLM. gguf-*: for llama.cpp and Ollama; "
-        "those ending in _k, _s or _m need llama-cpp-python. compressed-*: for vLLM, by "
-        "llm-compressor.",
+        "formats ending in _k, _s, or _m need llama-cpp-python. compressed-*: for vLLM, quantized "
+        "by llm-compressor.",
     )
     llm_compressor: PathText | None = Field(
         None,
-        description="The Python of an environment that has llm-compressor, for compressed-*; a "
-        "path starts from the recipe's folder, or from the working directory.",
+        description="For compressed-*: Python interpreter of an environment with llm-compressor. A "
+        "relative path starts from the recipe's folder or the working directory.",
     )
     dtype: Literal["bfloat16", "float32"] = Field(
-        "bfloat16", description="Number type of the safetensors export."
+        "bfloat16", description="Dtype of the safetensors export."
     )
     kl_limit: Divergence | None = Field(
         None,
-        description="Nats/token that an export may differ from the checkpoint; null: as the "
-        "format needs (docs/evaluation.md).",
+        description="Maximum KL between the checkpoint and an export, in nats/token; null: the "
+        "format's default (docs/evaluation.md).",
     )
     importance_tokens: Tokens | None = Field(
         16384,
-        description="Training tokens on which the importance of each input of a matrix is measured "
-        "(gguf-*_k*, gguf-q4_0), and on which llm-compressor calibrates; null: all alike.",
+        description="Training tokens to measure the importance of matrix inputs on (gguf-*_k*, "
+        "gguf-q4_0), and for llm-compressor to calibrate on; null: all inputs count equally.",
     )
-    push_to_hub: PushRecipe | None = Field(None, description="null: nothing is uploaded.")
+    push_to_hub: PushRecipe | None = Field(
+        None, description="Upload the exports to the Hugging Face Hub; null: do not upload."
+    )
 
     @model_validator(mode="after")
     def _text_to_calibrate_on(self) -> ExportRecipe:
@@ -80,7 +84,7 @@ class ExportRecipe(Section):
         found &= {*self.formats}
         if found and self.importance_tokens is None:
             raise ValueError(
-                f"{min(found)} calibrates on text: give importance_tokens a number, or use "
+                f"{min(found)} calibrates on text: set importance_tokens to a number, or use "
                 "compressed-fp8"
             )
         return self

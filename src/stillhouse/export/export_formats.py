@@ -1,9 +1,8 @@
-"""The formats that a model can be exported in, and how much their rounding may cost.
+"""Formats that a model can be exported in, and how much their rounding can cost.
 
-Limits are mean KL in nats/token (nats/text for a classifier) between the checkpoint and its export:
-the maximum plausible cost of a format's rounding. A layer or a head that is not the
-checkpoint's costs several nats. Recipes use these names, so this module imports no
-library.
+Limits are the mean KL between the checkpoint and its export, in nats/token (nats/text for a
+classifier). They are the maximum plausible cost of a format's rounding; a wrong layer or head costs
+several nats. Recipes use these names, so this module does not import any library.
 """
 
 from __future__ import annotations
@@ -11,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FLOATS = {"float32": 1e-6, "bfloat16": 0.01}
-"""Dtypes of a safetensors export. float32 holds the same weights; rounding SmolLM2-135M's
-weights and products to bfloat16 costs 0.0009 on English prose."""
+"""Dtypes of a safetensors export. float32 keeps the weights as they are; rounding SmolLM2-135M's
+weights and products to bfloat16 costs 0.0009 nats/token on English prose."""
 
 GGUF = {
     "f32": 1e-6,
@@ -27,7 +26,8 @@ GGUF = {
     "tq2_0": 1.0,
     "tq1_0": 1.0,
 }
-"""Written by the gguf package's own quantizers. The ternary ones fit models trained for them."""
+"""GGUF formats written by the gguf package's quantizers. Ternary formats (tq*) are for models that
+were trained for them."""
 
 K_QUANTS = {
     "q2_k": 3.0,
@@ -37,14 +37,17 @@ K_QUANTS = {
     "q5_k_m": 0.3,
     "q6_k": 0.1,
 }
-"""GGUF formats of llama.cpp's own quantizer."""
+"""GGUF formats written by llama.cpp's quantizer."""
 
 
 @dataclass(frozen=True)
 class CompressedMethod:
-    """A method of llm-compressor. groups: how many inputs may share a scale; the first
-    that divides the rows of every matrix is used; () if there are no groups. Methods with groups
-    choose their numbers by the layers' inputs, and so need text."""
+    """A quantization method of llm-compressor.
+
+    groups: possible group sizes (numbers that share a scale); the first that divides the rows of
+        every matrix is used. Empty if there are no groups. Methods with groups choose their numbers
+        by the layers' inputs, so they need text.
+    """
 
     kl_limit: float
     groups: tuple[int, ...] = ()
@@ -58,7 +61,7 @@ COMPRESSED = {
 }
 
 ONNX = {"onnx": 1e-5, "onnx-int8": 0.1}
-"""The same float32 numbers, or weights and inputs of products rounded to 8 bits."""
+"""onnx keeps float32 numbers; onnx-int8 rounds the weights and inputs of products to 8 bits."""
 
 FORMATS = (
     "safetensors",

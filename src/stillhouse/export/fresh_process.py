@@ -1,4 +1,4 @@
-"""Runs a script in this folder by its path, in a process that imports nothing from Stillhouse."""
+"""Run a script in this folder by its path, in a process that imports nothing from Stillhouse."""
 
 from __future__ import annotations
 
@@ -30,18 +30,22 @@ def run_script(
     python: str = sys.executable,
     env: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The script's answer to a request: its answer.json, and the tensors of logits.safetensors.
+    """Run a script, and return its answer: answer.json, and the tensors of logits.safetensors.
 
     The script's argument is a temporary folder with request.json and, if there are windows,
-    windows.safetensors. env: None is this process's environment. Raises ModelError with `what` and
-    `process_failure`, and RunError if a disk is full.
+    windows.safetensors.
+
+    what, where, fix: of the error if the script fails.
+    env: the script's environment; None: this process's environment.
+
+    Raises ModelError if the script fails, and RunError if a disk is full.
     """
     with temporary_folder(f"stillhouse-{Path(script).stem}-") as name:
         folder = Path(name)
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
         if windows is not None:
             save_file(dict(windows), folder / "windows.safetensors")
-        # -P: the script's folder must not be searched for modules.
+        # -P: do not search the script's folder for modules.
         done = subprocess.run(
             [python, "-P", str(Path(__file__).with_name(script)), name],
             env=env,
@@ -60,6 +64,6 @@ def run_script(
 
 
 def offline() -> dict[str, str]:
-    """This process's environment, in which transformers does not contact the Hub and shows errors
-    only."""
+    """This process's environment, with settings that keep transformers from contacting the Hub and
+    from logging anything but errors."""
     return {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}

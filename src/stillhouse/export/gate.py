@@ -1,4 +1,4 @@
-"""The replay gate: loads an export as its users would, and compares it with its source."""
+"""The replay gate: load an export as a user would, and compare it with its source."""
 
 from __future__ import annotations
 
@@ -28,23 +28,25 @@ REPLAY_TOKENS = 1024
 REPLAY_PROMPTS = 3
 REPLAY_NEW_TOKENS = 24
 LLAMA_CPP_KL = 0.02
-"""Nats/token between a file's numbers in float32 and in llama.cpp, which rounds the inputs of
-products to int8 and has a float16 cache."""
+"""Maximum KL in nats/token between a file in float32 and in llama.cpp, which rounds the inputs of
+products to int8 and has a float16 KV cache."""
 NEAR_EXACT = 0.001
-"""The limit, in nats/token, for exports that hold the source's numbers exactly or nearly."""
+"""Maximum KL in nats/token for exports that have the source's numbers, exactly or nearly."""
 MOVED = ((NEAR_EXACT, 0.02), (0.02, 0.05), (0.3, 0.2), (1.0, 0.5))
-"""The fraction of the source's sure tokens at which an export may have another top-1 token, up to
-each KL limit. With one nat between the best two, which hold nearly all of the probability, another
-top-1 token costs 0.11 nats there, so a mean of 0.001 allows at most 1%. An export at its limit
-changes the difference of two logits by about √(2 KL) nats: 0.2, 0.8 and 1.4 for the other three. If
-every lead were exactly one nat, 0.00003%, 10% and 24% would flip."""
+"""(KL limit, fraction) pairs: up to this limit, an export can have a different top-1 token at this
+fraction of the positions where the source is sure. If the best two tokens are one nat apart and
+hold nearly all of the probability, a different top-1 token costs 0.11 nats, so a mean of 0.001
+allows at most 1%. An export at its limit changes the difference between two logits by about
+√(2 KL) nats: 0.2, 0.8, and 1.4 for the other three limits. If every lead were exactly one nat,
+0.00003%, 10%, and 24% of the top-1 tokens would flip."""
 MOVED_OF = 100
-"""With fewer sure tokens, the fraction is not meaningful."""
+"""With fewer positions where the source is sure, the fraction is not meaningful."""
 
 
 @dataclass(frozen=True)
 class Likeness:
-    """Distance of one model from another on the same tokens: nats/token, and equal top-1 tokens."""
+    """How close two models are on the same tokens: KL in nats/token, and the fraction of positions
+    with the same top-1 token."""
 
     kl: float
     top1_agreement: float
@@ -52,7 +54,7 @@ class Likeness:
 
 @dataclass(frozen=True)
 class ReplayText:
-    """The greedy continuations of one prompt by both models."""
+    """Both models' greedy continuations of a prompt."""
 
     prompt: str
     source: str
@@ -63,13 +65,18 @@ class ReplayText:
 class ReplayResult:
     """How an exported model compares with its float32 source on held-out text.
 
-    format: as the recipe names it. kl: mean KL(source ‖ exported), nats/token; kl_limit: the
-    maximum allowed. top1_agreement: fraction of positions with the same top-1 token. tokens:
-    positions compared. bytes: of the weights' files. notes: for the user. teacher, source_teacher:
-    KL(teacher ‖ exported) and KL(teacher ‖ source) on the same tokens. decode_tokens_per_s: in the
-    format's own runtime, None if that is not installed, and for the float32 source in
-    transformers. llama_cpp: the file in llama.cpp, None if that is not installed or does not
-    read the format.
+    format: the format's name in the recipe.
+    kl: mean KL(source ‖ exported) in nats/token.
+    kl_limit: the maximum allowed.
+    top1_agreement: fraction of positions with the same top-1 token.
+    tokens: number of positions compared.
+    bytes: size of the weight files.
+    notes: for the user.
+    teacher, source_teacher: teacher ‖ exported and teacher ‖ source, on the same tokens.
+    decode_tokens_per_s: decoding speed in the format's own runtime; None if that is not installed.
+    source_decode_tokens_per_s: decoding speed of the float32 source in transformers.
+    llama_cpp: source ‖ the file in llama.cpp; None if llama.cpp is not installed or does not read
+        the format.
     """
 
     format: str
@@ -92,11 +99,13 @@ class ReplayResult:
 class Readers:
     """What reads an export in its replay, and what must match.
 
-    same_tokens: its tokenizer must tokenize the prompts like the source's. llama_cpp: llama.cpp
-    reads the file too; alone, without transformers. plain_prompts: llama.cpp must tokenize the
-    prompts equally without the chat template too. float32: transformers multiplies the
-    checkpoint's numbers in float32, whatever type they are stored in. rounds_to: the export must
-    also be what the source becomes when its weights are rounded to this type ("bfloat16").
+    same_tokens: the export's tokenizer must tokenize the prompts like the source's.
+    llama_cpp: llama.cpp reads the file.
+    transformers: transformers reads the file.
+    plain_prompts: llama.cpp must tokenize the prompts alike without the chat template, too.
+    float32: transformers multiplies in float32, whatever dtype the numbers are stored in.
+    rounds_to: the export must also match the source with its weights rounded to this dtype
+        ("bfloat16").
     """
 
     same_tokens: bool = True
@@ -117,11 +126,13 @@ READERS = Readers()
 
 @dataclass(frozen=True)
 class Gate:
-    """The text, prompts and limits for comparing exports with one source.
+    """The text, prompts, and limits for comparing exports with one source.
 
-    windows: held-out text, drawn by `seed`. prompts: continued greedily through the chat template.
-    kl_limit: allowed nats/token; None: each format's default. teacher_logits: a file of the
-    teacher's logits on the same text (`against_teacher`).
+    windows: held-out text, from which windows are drawn.
+    prompts: continued greedily, through the chat template.
+    seed: for drawing the windows.
+    kl_limit: maximum KL in nats/token; None: each format's default.
+    teacher_logits: a file with the teacher's logits on the same text (see `against_teacher`).
     """
 
     source: AnyModel
@@ -133,12 +144,11 @@ class Gate:
 
     @property
     def folder(self) -> Path:
-        """The source's."""
+        """The source's folder."""
         return source_of(self.source).path
 
     def replay(self, exported: Path, readers: Readers = READERS) -> dict[str, Any]:
-        """Run `replay.py` by its path, so that it imports nothing from Stillhouse; returns its
-        answer.
+        """Run `replay.py`, which imports nothing from Stillhouse, and return its answer.
 
         exported: a folder, or a GGUF file.
         """
@@ -158,8 +168,8 @@ class Gate:
             env=offline(),
             what="the exported checkpoint cannot be loaded and run again",
             where=self.folder,
-            fix="check that transformers alone can load this model, and that it fits into memory "
-            "twice",
+            fix="check that transformers can load this model without Stillhouse, and that two "
+            "copies of it fit into memory",
         )
 
     def pass_or_raise(
@@ -176,9 +186,12 @@ class Gate:
     ) -> ReplayResult:
         """Replay an export whose weights are in `files`.
 
-        limit: the format's default; if the rounding itself can be repeated (`readers.rounds_to`),
-        more than that is a note. advice: what helps if the rounding costs more. Raises ModelError
-        if it does not load, is not the model, or differs by more than is allowed.
+        limit: the format's default. If the rounding itself can be repeated (`readers.rounds_to`),
+            exceeding the default only leads to a note.
+        advice: what to do if rounding costs more.
+
+        Raises ModelError if the export does not load, does not match the model, or differs by more
+        than is allowed.
         """
         limit = limit if self.kl_limit is None else self.kl_limit
         if not readers.transformers:
@@ -193,7 +206,10 @@ class Gate:
         }
         own, speed = pairs["source ‖ exported"], found["decode_tokens_per_s"]
         if own.kl > limit:
-            notes = [*notes, f"Rounding costs {own.kl:.2g} nats/token, more than usual: {advice}."]
+            notes = [
+                *notes,
+                f"Rounding costs {own.kl:.2g} nats/token, which is more than usual: {advice}.",
+            ]
         return ReplayResult(
             format=format,
             dtype=dtype,
@@ -216,10 +232,10 @@ class Gate:
 def against_teacher(
     gate: Gate, teacher: AnyModel, *, vocabulary: int, dtype: torch.dtype
 ) -> Iterator[Gate]:
-    """A gate whose replays also compare every export with the teacher.
+    """Yield a gate whose replays also compare every export with the teacher.
 
-    The teacher's logits of the first `vocabulary` tokens, computed once in `dtype`, are in a file
-    inside the block.
+    Within the context, the teacher's logits for the first `vocabulary` tokens are in a file; they
+    are computed once, in `dtype`.
     """
     with temporary_folder("stillhouse-teacher-") as name:
         file = Path(name) / "logits.safetensors"
@@ -229,14 +245,14 @@ def against_teacher(
             found_NV = replay.logits_of(model, place, window, replay.rows_of(window["labels"]))
             logits[place] = found_NV[:, :vocabulary].cpu().contiguous()
         del model
-        free_memory()  # models have reference cycles
+        free_memory()  # Models have reference cycles.
         save_file(logits, file)
         del logits
         yield replace(gate, teacher_logits=file)
 
 
 def drawn_windows(gate: Gate) -> dict[str, Tensor]:
-    """The windows from `draw_windows`, as PLACE.ARRAY."""
+    """The windows from `draw_windows`, as tensors named PLACE.ARRAY."""
     drawn, _ = draw_windows(gate.windows, REPLAY_TOKENS, gate.seed)
     tensors = {
         f"{place}.{key}": window[key].clone()
@@ -245,8 +261,8 @@ def drawn_windows(gate: Gate) -> dict[str, Tensor]:
     }
     if not tensors:
         raise ModelError(
-            "there are no held-out tokens for comparing the export with its source",
-            fix="hold out some text: data.heldout_tokens, or data.heldout_sources",
+            "there are no held-out tokens to compare the export with its source on",
+            fix="hold out some text with data.heldout_tokens or data.heldout_sources",
         )
     return tensors
 
@@ -256,36 +272,38 @@ def check_replay(
 ) -> None:
     """Raise ModelError if the replay's answer does not match the source.
 
-    limit: nats/token between source and export; runtime_limit: between the export and the same file
-    in llama.cpp. The rounded source, if it was compared, must be nearly the export.
+    If the rounded source was compared, it must nearly equal the export.
+
+    limit: maximum KL in nats/token between source and export.
+    runtime_limit: maximum KL between the export and the same file in llama.cpp.
     """
+    report = "report this as a bug in the export, with the model's config.json"
     if found["problems"]:
         raise ModelError(
-            f"the exported checkpoint is not the model: {'; '.join(found['problems'])}",
+            f"the exported checkpoint does not match the model: {'; '.join(found['problems'])}",
             where=source,
-            fix="this is a fault of the export: report it with the model's config.json",
+            fix=report,
         )
     what = "the exported checkpoint differs from its source"
     _check_pair(found, "source ‖ exported", limit, what, source, advice)
     rounded = "rounded source ‖ exported"
     if rounded in found["pairs"]:
         what = "the exported checkpoint differs from its source, rounded to the same numbers,"
-        fix = "this is a fault of the export: report it with the model's config.json"
-        _check_pair(found, rounded, NEAR_EXACT, what, source, fix)
+        _check_pair(found, rounded, NEAR_EXACT, what, source, report)
     if "exported ‖ llama.cpp" in found["pairs"]:
-        what = "the exported file in llama.cpp differs from itself in transformers"
-        fix = "update llama-cpp-python, or allow more (export.kl_limit)"
+        what = "the exported file in llama.cpp differs from the same file in transformers"
+        fix = "update llama-cpp-python, or raise export.kl_limit"
         _check_pair(found, "exported ‖ llama.cpp", runtime_limit, what, source, fix)
     if limit > NEAR_EXACT:
         return
     for text in found["texts"]:
-        # Only while the source is sure: the text after a near tie is arbitrary.
+        # Compare only while the source is sure, since the text after a near tie is arbitrary.
         if not text["exported"].lstrip().startswith(text["sure"].lstrip()):
             raise ModelError(
                 f"the exported checkpoint answers {text['prompt'][:40]!r} with "
-                f"{text['exported'][:40]!r}, its source with {text['sure'][:40]!r}",
+                f"{text['exported'][:40]!r}, but its source with {text['sure'][:40]!r}",
                 where=source,
-                fix="this is a fault of the export: report it with the model's config.json",
+                fix=report,
             )
 
 
@@ -293,7 +311,7 @@ def _check_pair(
     found: dict[str, Any], name: str, limit: float, what: str, source: Path, fix: str
 ) -> None:
     pair, tokens = found["pairs"][name], found["tokens"]
-    if not pair["kl"] <= limit:  # NaN fails too
+    if not pair["kl"] <= limit:  # NaN also fails.
         raise ModelError(
             f"{what} by {pair['kl']:.3g} nats/token on {tokens} held-out tokens; at most "
             f"{limit:g} is allowed",

@@ -1,9 +1,10 @@
-"""GGUF blocks from Stillhouse's own grid: a quantized student's numbers, exact or rounded here.
+"""GGUF blocks from Stillhouse's own grid: a quantized student's exact numbers, or numbers rounded
+here.
 
-Shapes: O rows, I columns, G groups in a row, K blocks in a row, b numbers of a block (32).
+q4_0 and q8_0 store d·q, where d is float16 and q is a 4-bit or 8-bit integer, just like
+`stillhouse.quantize.grid`. q4_0 stores q + 8, with a block's second half in the high four bits.
 
-q4_0 and q8_0 hold d·q with d in float16 and q an integer of 4 or 8 bits, exactly what
-`stillhouse.quantize.grid` makes. q4_0 stores q + 8, a block's second half in the high four bits.
+Shapes: O rows, I columns, G groups in a row, K blocks in a row, b numbers in a block (32).
 """
 
 from __future__ import annotations
@@ -28,34 +29,34 @@ FLOATS = (Kind.F32, Kind.F16, Kind.BF16)
 
 
 def fitting_kind(grid: Grid, form: GGUFFormat) -> Kind | None:
-    """The block type of this format that holds the grid exactly; None if there is none."""
+    """This format's block type if it can store the grid exactly, else None."""
     bits = BITS.get(form.kind)
     fits = not grid.floating and grid.group is not None and grid.group % BLOCK == 0
     return form.kind if fits and bits is not None and grid.bits <= bits else None
 
 
 def second_rounding(grid: Grid, kind: str) -> tuple[str, str] | None:
-    """A warning, with how to avoid it, if `kind` has a different grid than this one."""
+    """A warning, and how to avoid it, if `kind` cannot store this grid exactly; else None."""
     form = FORMATS.get(kind)  # None: a k-quant
     if form is not None and (form.kind in FLOATS or fitting_kind(grid, form) is not None):
         return None
     holding = [f"gguf-{name}" for name, form in FORMATS.items() if fitting_kind(grid, form)]
-    fix = f"{' or '.join(holding)} holds them as they are"
+    fix = f"use {' or '.join(holding)} to store them exactly"
     if grid.floating:
-        fix = "export safetensors, which holds them, or use quantize.kind: int8 with gguf-q8_0"
+        fix = "export safetensors to store them exactly, or use quantize.kind: int8 with gguf-q8_0"
     elif not holding:
         fix = f"use quantize.group_size: {BLOCK} with gguf-q{grid.bits}_0, or export safetensors"
     width = "" if grid.group is None else f" in groups of {grid.group}"
-    text = f"gguf-{kind} does not hold {grid.name}{width}: the numbers are rounded a second time"
+    text = f"gguf-{kind} cannot store {grid.name}{width}, so the weights are rounded a second time"
     return text, fix
 
 
 def for_kept(
     weights: Mapping[str, Tensor], packed: Mapping[str, Packed], form: GGUFFormat
 ) -> GGUFFormat:
-    """The format for parts that are not quantized: 16-bit floats, as in the size estimates.
+    """The format with 16-bit floats for parts that are not quantized, as in size estimates.
 
-    float16 has three more bits of mantissa than bfloat16, whose range is float32's.
+    This is float16, which has three more bits of mantissa, or bfloat16 if a weight needs its range.
     """
     largest = max(
         (float(w.abs().max()) for name, w in weights.items() if w.ndim > 1 and name not in packed),
@@ -66,7 +67,7 @@ def for_kept(
 
 
 def packed_blocks(weight_OI: Tensor, scales_OG: Tensor, grid: Grid, kind: Kind) -> Packed:
-    """The blocks of a matrix, uint8 [O, bytes of a row]; exact if it is on the grid."""
+    """A matrix's blocks, uint8 [O, bytes per row]; exact if the matrix is on the grid."""
     codes_OKb = to_codes(weight_OI, scales_OG, grid).unflatten(-1, (-1, BLOCK))
     scales_OK = scales_OG.repeat_interleave(codes_OKb.shape[-2] // scales_OG.shape[-1], dim=-1)
     d = scales_OK.half()[..., None].contiguous().view(torch.uint8)
@@ -82,7 +83,7 @@ def packed_blocks(weight_OI: Tensor, scales_OG: Tensor, grid: Grid, kind: Kind) 
 def pack(
     weights: dict[str, Tensor], quantization: Quantization, form: GGUFFormat
 ) -> dict[str, Packed]:
-    """The blocks of every quantized matrix, if the format holds the grid."""
+    """The blocks of every quantized matrix; empty if the format cannot store the grid."""
     kind = fitting_kind(quantization.grid, form)
     if kind is None:
         return {}
@@ -100,8 +101,10 @@ def pack_weighted(
 ) -> dict[str, Packed]:
     """The blocks of every matrix that the format stores as d·q, with weighted rounding errors.
 
-    moments: E[x²] of its inputs; names: of each matrix in GGUF. Others are rounded by the gguf
-    package, with unweighted errors.
+    The gguf package rounds all other matrices, with unweighted errors.
+
+    moments: E[x²] of each matrix's inputs.
+    names: each matrix's name in GGUF.
     """
     packed = {}
     for name, moment_I in moments.items():

@@ -34,11 +34,11 @@ PLAIN_KEYS = (
     "attn_logit_softcapping",
     "final_logit_softcapping",
 )
-"""Configuration values that affect a forward pass, besides the shapes in every file."""
+"""Configuration values that affect a forward pass, in addition to the shapes in every file."""
 
 
 def add_configuration(writer: gguf.GGUFWriter, config: Any) -> None:
-    """The shapes and constants that a runtime needs to build the model."""
+    """Write the shapes and constants that a runtime needs to build the model."""
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -106,10 +106,10 @@ def _add_windows(writer: gguf.GGUFWriter, config: Any) -> None:
 
 
 def misread_by_transformers(config: Any) -> str | None:
-    """What transformers' GGUF loader would misread in a file of this model.
+    """What transformers' GGUF loader would misread in this model's file; None: nothing.
 
-    The configuration is written, read back by the installed transformers, and compared. None: the
-    loader builds the same model. Raises ModelError as `family`.
+    The configuration is written, read back by the installed version of transformers, and compared.
+    Raises ModelError like `family`.
     """
     with temporary_folder("stillhouse-gguf-") as folder:
         file = Path(folder) / "header.gguf"

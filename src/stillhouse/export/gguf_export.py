@@ -1,4 +1,4 @@
-"""GGUF files for llama.cpp and Ollama, with a Modelfile, each replayed before it is kept."""
+"""Export GGUF files for llama.cpp and Ollama, with a Modelfile; each file is replayed first."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ from stillhouse.teachers.load_model import load_config, load_model, load_tokeniz
 from stillhouse.teachers.model_source import AnyModel
 
 WEIGHTED = frozenset({*K_QUANTS, "q4_0"})
-"""Formats with so few bits that weighting their errors justifies measuring each input's
-importance."""
+"""Formats with so few bits that it is worthwhile to measure each input's importance and weight
+rounding errors by it."""
 
 
 def export_gguf(
@@ -55,14 +55,16 @@ def export_gguf(
 ) -> ReplayResult:
     """Write `out`/NAME-KIND.gguf and a Modelfile from the gate's source, a float32 folder.
 
-    kind: a key of `FORMATS`, or of `K_QUANTS` if llama-cpp-python is installed. quantization:
-    the source's, if it is on a grid: a format that holds the grid then stores its numbers exactly,
-    and parts that are not quantized as 16-bit floats. moments: of every matrix's inputs: rounding
-    errors are weighted by them in k-quants, and in q4_0 and q8_0 for numbers that are not on their
-    grid. Then transformers' GGUF loader reads the file in a fresh process, and so does llama.cpp if
-    it is installed; both are compared with the source like every export.
+    Then transformers' GGUF loader reads the file in a fresh process, and so does llama.cpp if it is
+    installed. Both are compared with the source, like every export.
 
-    Raises ModelError for an architecture or tokenizer that GGUF cannot hold, or an export that does
+    kind: a key of `FORMATS`, or of `K_QUANTS` if llama-cpp-python is installed.
+    quantization: the source's quantization, if its weights are on a grid. A format that can store
+        the grid then stores its numbers exactly, and other parts as 16-bit floats.
+    moments: moments of every matrix's inputs. They weight rounding errors in k-quants, and in q4_0
+        and q8_0 for numbers that are not on the format's grid.
+
+    Raises ModelError if GGUF cannot store the architecture or the tokenizer, or if the export does
     not load or differs by more than is allowed.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -91,7 +93,7 @@ def export_gguf(
         format=f"gguf-{kind}",
         dtype=kind,
         limit=written.kl_limit,
-        advice="use a format with more bits (gguf-q8_0), or quantization-aware distillation "
+        advice="use a format with more bits (gguf-q8_0), or quantization-aware training "
         "(quantize.qat)",
         readers=Readers(otherwise is None, has_llama_cpp(), misread is None, chats is None),
         notes=notes,
@@ -106,19 +108,21 @@ def announce_gguf(
     *,
     layers_before: int | None = None,
 ) -> Iterator[tuple[str, str]]:
-    """A warning, with how to avoid it, if this format cannot hold a planned student exactly.
+    """Yield warnings, and how to avoid them, if this format cannot store a planned student exactly.
 
-    grid: what the student is quantized to. layers_before: of the model that it is cut from, since
-    the kept layers are not known yet. Raises ModelError if the format cannot hold the student at
-    all: see `export_gguf`.
+    grid: what the student is quantized to.
+    layers_before: number of layers of the model that it is cut from. Which of them are kept is not
+        known yet.
+
+    Raises ModelError if the format cannot store the student at all; see `export_gguf`.
     """
     config = config.get_text_config()
     there = family(config)
     cut = layers_before not in (None, config.num_hidden_layers)
     if cut and there.rope_period:
         raise unsupported(
-            f"a {config.model_type} with fewer layers: llama.cpp gives every "
-            f"{there.rope_period}th layer no rotary embedding, whichever layers were kept"
+            f"a {config.model_type} with fewer layers: llama.cpp omits the rotary embedding in "
+            f"every {there.rope_period}th layer, whichever layers were kept"
         )
     tokenizer_in_gguf(tokenizer)
     if kind not in FORMATS:
@@ -128,7 +132,7 @@ def announce_gguf(
         misread = misread or "which layers have a window"
     _require_reader(misread)
     if misread is not None:
-        yield f"gguf-{kind}: {_for_llama_cpp(misread)}", "safetensors is read by transformers"
+        yield f"gguf-{kind}: {_for_llama_cpp(misread)}", "export safetensors for transformers"
     again = None if grid is None else second_rounding(grid, kind)
     if again is not None:
         yield again
@@ -136,16 +140,16 @@ def announce_gguf(
     for key, width in row_widths(config).items():
         if width % block:
             yield (
-                f"gguf-{kind}: {key} {width:,} does not divide into blocks of {block}: matrices "
-                "with rows of that length stay larger",
-                f"{key} {nearest(width, block)} avoids it",
+                f"gguf-{kind}: {key} {width:,} does not divide into blocks of {block}, so matrices "
+                "with rows of that length are stored in a larger format",
+                f"use {key} {nearest(width, block)}",
             )
 
 
 def _for_llama_cpp(misread: str) -> str:
     return (
-        "the file is for llama.cpp and what is built on it: transformers' own GGUF loader would "
-        f"misread {misread}"
+        "the file is only for llama.cpp and software that is built on it: transformers' GGUF "
+        f"loader would misread {misread}"
     )
 
 
@@ -153,17 +157,21 @@ def _require_reader(misread: str | None) -> None:
     """Raise ModelError if no installed library can replay the file."""
     if misread is not None and not has_llama_cpp():
         raise ModelError(
-            f"{_for_llama_cpp(misread)}, and llama.cpp, which could replay it, is not installed",
+            f"{_for_llama_cpp(misread)}, and llama.cpp is not installed to replay it",
             where="export.formats",
-            fix="pip install 'stillhouse[llama-cpp]' (it is compiled, which takes minutes), or "
-            "export safetensors",
+            fix="run pip install 'stillhouse[llama-cpp]' (compiling it takes minutes), or export "
+            "safetensors",
         )
 
 
 @dataclass(frozen=True)
 class Written:
-    """kl_limit: the most nats/token that the file's rounding should cost; that of 16-bit
-    floats if every number is on the source's grid or is not quantized. notes: for the user."""
+    """A written file.
+
+    kl_limit: maximum KL in nats/token that the file's rounding should cost; the limit of 16-bit
+        floats if the source's numbers are stored exactly or not quantized.
+    notes: for the user.
+    """
 
     kl_limit: float
     notes: list[str]
@@ -178,7 +186,7 @@ def write_form(
     quantization: Quantization | None = None,
     moments: Moments | None = None,
 ) -> Written:
-    """Write `file` as `export_gguf` does, without replaying it. Raises ModelError as that does."""
+    """Write `file` like `export_gguf`, without replaying it. Raises the same ModelErrors."""
     again = None if quantization is None else second_rounding(quantization.grid, kind)
     notes = [] if again is None else [again[0]]
     if kind not in FORMATS:
@@ -198,7 +206,7 @@ def write_form(
     fallen = write_gguf(source, file, form, name=name, packed=packed)
     if fallen:
         notes.append(
-            f"{len(fallen)} matrices, such as {fallen[0]}, are float16 in {file.name}: their rows "
-            f"do not divide into blocks of {form.block}"
+            f"{len(fallen)} matrices, such as {fallen[0]}, are stored as float16 in {file.name}, "
+            f"because their rows do not divide into blocks of {form.block}"
         )
     return Written(form.kl_limit, notes)

@@ -1,4 +1,4 @@
-"""Write one GGUF file from a Hugging Face folder, a tensor at a time."""
+"""Write a GGUF file from a Hugging Face folder, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ from stillhouse.teachers.model_source import AnyModel, source_of
 EMBEDDINGS = ("token_embd.weight", "output.weight")
 ROUTER = "ffn_gate_inp.weight"
 FALLBACK = Kind.F16
-"""Fallback for rows that do not divide into the format's blocks, as in llama.cpp's converter."""
+"""Type of matrices whose rows do not divide into the format's blocks, as in llama.cpp's
+converter."""
 
 
 @dataclass(frozen=True)
 class GGUFFormat:
-    """kind: for matrices. embeddings: for the embedding and the head, which are more sensitive."""
+    """A GGUF format. kind: type of matrices. embeddings: type of the embeddings and the head, which
+    are more sensitive."""
 
     kind: Kind
     file_type: gguf.LlamaFileType
@@ -48,7 +50,7 @@ def _format(name: str, kl_limit: float) -> GGUFFormat:
         kind, f"MOSTLY_{name.upper()}"
     )
     block, size = gguf.GGML_QUANT_SIZES[kind]
-    embeddings = kind if size >= block else Kind.Q8_0  # at least 8 bits a number
+    embeddings = kind if size >= block else Kind.Q8_0  # At least 8 bits per number.
     return GGUFFormat(kind, gguf.LlamaFileType[file_type], kl_limit, embeddings)
 
 
@@ -65,10 +67,12 @@ def write_gguf(
     name: str,
     packed: Mapping[str, Packed] | None = None,
 ) -> list[str]:
-    """Write `file`; vectors stay float32. Returns the names of tensors that fell back to float16.
+    """Write `file`; vectors stay float32. Return the names of tensors that fell back to float16.
 
-    packed: tensors (by their Hugging Face names) whose blocks are ready, rows in the model's order.
-    Raises ModelError for an architecture or a tokenizer that the writer does not support.
+    packed: tensors whose blocks are ready, by their Hugging Face names, with rows in the model's
+        order.
+
+    Raises ModelError if the writer does not support the architecture or the tokenizer.
     """
     config, tokenizer = load_config(source).get_text_config(), load_tokenizer(source)
     architecture = family(config)
@@ -103,8 +107,8 @@ def write_gguf(
 
 
 def kind_of(there: str, shape: list[int], form: GGUFFormat) -> Kind:
-    """A tensor's type: float32 for vectors and routers, which are small and decide over
-    entire experts; float16 if rows do not divide into blocks."""
+    """A tensor's type: float32 for vectors and routers, which are small and decide between experts;
+    float16 if rows do not divide into blocks."""
     if len(shape) == 1 or there.endswith(ROUTER):
         return Kind.F32
     kind = form.embeddings if there in EMBEDDINGS else form.kind
@@ -116,6 +120,6 @@ def _declare(writer: gguf.GGUFWriter, there: str, shape: list[int], kind: Kind) 
     count = int(np.prod(shape))
     plain = {Kind.F32: np.float32, Kind.F16: np.float16}.get(kind)
     dtype = np.dtype(plain or np.uint8)
-    if plain is None:  # blocks are declared by their size in bytes
+    if plain is None:  # Blocks are declared by their size in bytes.
         shape = [*shape[:-1], shape[-1] // block * size]
     writer.add_tensor_info(there, shape, dtype, count // block * size, kind)

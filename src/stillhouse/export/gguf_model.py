@@ -26,10 +26,11 @@ from stillhouse.teachers.gguf_families import (
 
 
 def family(config: Any) -> Family:
-    """The file's architecture. A Qwen 2 whose heads do not fill its width is written as a Llama
-    with biases, since llama.cpp's Qwen 2 has no other head size, and the rest is the same.
+    """The file's architecture. A Qwen 2 model whose heads do not add up to its hidden size is
+    written as a Llama model with biases, which is equivalent, since llama.cpp's Qwen 2 does not
+    support other head sizes.
 
-    Raises ModelError for an architecture, or a feature of one, that llama.cpp or the writer lacks.
+    Raises ModelError if llama.cpp or the writer does not support the architecture or a feature.
     """
     found = ARCHITECTURES.get(config.model_type)
     if found is None:
@@ -58,42 +59,42 @@ def _lacks(config: Any, found: Family) -> Iterator[str]:
         yield f"a bias of {extra[0]} in a {config.model_type}"
     yield from _lacks_of_layers(config, found)
     if config.model_type == "olmo2" and config.tie_word_embeddings:
-        yield "an olmo2 whose head is its embedding"
+        yield "an olmo2 whose head is tied to its embeddings"
     if getattr(config, "num_experts", 0):
         if not config.norm_topk_prob:
             yield "experts whose weights do not add up to 1 (norm_topk_prob: false)"
         if config.mlp_only_layers or config.decoder_sparse_step != 1:
-            yield "layers without experts between layers that have them"
+            yield "layers without experts among layers with experts"
 
 
 def _lacks_of_rope(rope: dict[str, Any], config: Any, found: Family) -> Iterator[str]:
     kind, tuned = rope["rope_type"], found.arch is gguf.MODEL_ARCH.MISTRAL3
     if rope.get("partial_rotary_factor", 1.0) != 1.0 and not found.partly_rotated:
-        yield f"a {config.model_type} that rotates a part of each head"
+        yield f"a {config.model_type} that rotates only part of each head"
     varies = rope.get("short_factor") != rope.get("long_factor") or not rope.get("long_factor")
     if kind == "longrope":
         if not found.partly_rotated and (varies or rope.get("attention_factor") != 1):
             yield f"rotary embeddings of a {config.model_type} scaled by longrope"
     elif not rope.get("truncate", True) or rope.get("attention_factor") is not None:
-        yield "rotary embeddings with an attention_factor of their own"
+        yield "rotary embeddings with a custom attention_factor"
     if rope.get("mscale", 1) not in (0, 1):
         yield f"rotary embeddings with mscale {rope['mscale']}"
     if kind != "yarn" or tuned:
         return
     if (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1) != (32, 1):
-        yield f"a {config.model_type} with beta_fast or beta_slow of its own"
+        yield f"a {config.model_type} with a custom beta_fast or beta_slow"
     if rope.get("mscale_all_dim") and rope.get("mscale"):
         yield f"a {config.model_type} with mscale_all_dim"
 
 
 def _lacks_of_layers(config: Any, found: Family) -> Iterator[str]:
-    """Check what llama.cpp derives from the number of layers, or from a layer's position."""
+    """Check features that llama.cpp derives from the number of layers or a layer's position."""
     if found.rope_period and list(config.no_rope_layers) != all_but_last(
         found.rope_period, config.num_hidden_layers
     ):
         yield (
             f"a {config.model_type} in which other layers than every {found.rope_period}th have no "
-            "rotary embedding (as after a cut in depth): llama.cpp has that pattern built in"
+            "rotary embedding (as after a cut in depth): llama.cpp hard-codes that pattern"
         )
     if not found.window_period:
         return
@@ -118,23 +119,23 @@ def unsupported(what: str) -> ModelError:
     return ModelError(
         f"the GGUF writer does not support {what}",
         where="export.formats",
-        fix=f"it supports {', '.join(ARCHITECTURES)} (docs/quantize.md lists their features); "
-        "otherwise, export safetensors and try llama.cpp's convert_hf_to_gguf.py",
+        fix="export safetensors, and try llama.cpp's convert_hf_to_gguf.py; the writer supports "
+        f"{', '.join(ARCHITECTURES)} (see docs/quantize.md for their features)",
     )
 
 
 def unknown_tokenizer(kind: str) -> ModelError:
     return ModelError(
-        f"the GGUF writer does not support this tokenizer: it is {kind}",
+        f"the GGUF writer does not support tokenizers {kind}",
         where="export.formats",
-        fix="byte-level BPE as in GPT-2, SmolLM, Llama 3 and Qwen can be written, and BPE with "
-        "byte fallback as in Llama 2, Mistral and Gemma; for others export safetensors, and "
-        "convert that folder with llama.cpp's convert_hf_to_gguf.py",
+        fix="export safetensors, and convert that folder with llama.cpp's convert_hf_to_gguf.py; "
+        "the writer supports byte-level BPE as in GPT-2, SmolLM, Llama 3, and Qwen, and BPE with "
+        "byte fallback as in Llama 2, Mistral, and Gemma",
     )
 
 
 def ropes(config: Any) -> dict[str, dict[str, Any]]:
-    """Rotary embeddings by kind of layer; most architectures have one kind, full_attention."""
+    """Rotary embeddings by layer type; most architectures have only one type, full_attention."""
     found = config.rope_parameters or {}
     by_layers = {kind: rope for kind, rope in found.items() if isinstance(rope, dict)}
     default = {"rope_type": "default", "rope_theta": 10000.0}
@@ -142,7 +143,7 @@ def ropes(config: Any) -> dict[str, dict[str, Any]]:
 
 
 def windows(config: Any) -> list[int]:
-    """The number of tokens each layer attends to; 0: the full context."""
+    """Each layer's sliding-window size; 0: the layer attends to the full context."""
     size = getattr(config, "sliding_window", None) or 0
     if size >= config.max_position_embeddings or not getattr(config, "use_sliding_window", True):
         size = 0
@@ -152,7 +153,7 @@ def windows(config: Any) -> list[int]:
 
 
 def window_pattern(config: Any) -> list[bool]:
-    """Which layers have a window, whether or not the context is longer."""
+    """Which layers have a sliding window, whether or not the context is longer."""
     return [kind == "sliding_attention" for kind in config.layer_types]
 
 
@@ -164,8 +165,8 @@ def biased_parts(config: Any) -> frozenset[str]:
 
 
 def rope_factors(config: Any) -> Array | None:
-    """The divisor of each rotary frequency, [head size / 2]; None if all are 1, or if they
-    depend on the length of the text (`long_factors`)."""
+    """The divisor of each rotary frequency, [head size / 2]; None if all are 1, or if they depend
+    on the text's length (see `long_factors`)."""
     rope = ropes(config)["full_attention"]
     if rope["rope_type"] == "longrope" and rope["short_factor"] == rope["long_factor"]:
         return np.asarray(rope["long_factor"], dtype=np.float32)
@@ -175,7 +176,8 @@ def rope_factors(config: Any) -> Array | None:
 
 
 def long_factors(config: Any) -> dict[str, Array]:
-    """The divisors for texts longer than the original context, and for others, by tensor."""
+    """The divisors of rotary frequencies for texts longer than the original context, and for other
+    texts, by tensor name."""
     rope = ropes(config)["full_attention"]
     if rope["rope_type"] != "longrope" or rope_factors(config) is not None:
         return {}
@@ -186,12 +188,12 @@ def long_factors(config: Any) -> dict[str, Array]:
 
 
 def rotated_size(config: Any) -> int:
-    """The number of dimensions of each head that are rotated."""
+    """How many dimensions of each head are rotated."""
     return int(head_size(config) * ropes(config)["full_attention"].get("partial_rotary_factor", 1))
 
 
 def gguf_names(names: Iterable[str], config: Any) -> dict[str, str]:
-    """Each tensor's name in the file. Raises ModelError if the architecture has no such tensor."""
+    """Each tensor's name in GGUF. Raises ModelError if the architecture has no such tensor."""
     known = gguf.get_tensor_name_map(family(config).arch, config.num_hidden_layers)
     found = {name: known.get_name(name, try_suffixes=(".weight", ".bias")) for name in names}
     unknown = sorted(name for name, there in found.items() if there is None)

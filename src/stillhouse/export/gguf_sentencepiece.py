@@ -1,9 +1,9 @@
-"""SentencePiece-like BPE, on characters with tokens for single bytes, as GGUF metadata.
+"""SentencePiece-like BPE (on characters, with tokens for single bytes) as GGUF metadata.
 
-llama.cpp has no merges for it. It joins any two neighbors whose text is a token, highest score
-first, and puts a space before the text if the file says so. So a token's score is lower the
-later its merge comes, and a tokenizer is rejected if its merges omit a pair that llama.cpp would
-join.
+For these tokenizers, llama.cpp does not use merges. It joins any two neighbors whose text is a
+token, highest score first, and adds a space before the text if the file says so. So the later a
+token's merge, the lower its score, and a tokenizer is rejected if its merges omit a pair that
+llama.cpp would join.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
 @dataclass(frozen=True)
 class Pieces:
-    """ids: of each token that is not added. ranks: of the first merge that creates a token.
+    """A SentencePiece-like tokenizer.
 
-    prefix: what puts a space before a text: "Prepend" before each segment of text between special
-    tokens; "always" and "first" (of Metaspace) if there is none yet, the latter only before the
-    first segment; None: nothing.
+    ids: each token's id, without added tokens.
+    ranks: rank of the first merge that creates each token.
+    prefix: which rule adds a space before text. "Prepend": before each segment between special
+        tokens; "always" (Metaspace): the same, unless there is one already; "first" (Metaspace):
+        only before the first segment, unless there is one already; None: no rule.
     """
 
     ids: dict[str, int]
@@ -36,8 +38,10 @@ class Pieces:
 
 
 def pieces_of(state: dict[str, Any]) -> Pieces:
-    """state: the content of tokenizer.json. Raises ModelError for a tokenizer that llama.cpp would
-    tokenize differently."""
+    """Read the tokenizer. state: the contents of tokenizer.json.
+
+    Raises ModelError if llama.cpp would tokenize differently.
+    """
     model = state["model"]
     pairs = [tuple(pair) for pair in model["merges"]]
     added = {token["content"] for token in state["added_tokens"]}
@@ -46,21 +50,22 @@ def pieces_of(state: dict[str, Any]) -> Pieces:
         ranks.setdefault("".join(pair), rank)
     pieces = Pieces(model["vocab"], ranks, _prefix(state))
     if model.get("ignore_merges"):
-        raise unknown_tokenizer("one with byte fallback that ignores merges")
+        raise unknown_tokenizer("with byte fallback that ignore merges")
     lacking = [token for token in BYTES if token not in pieces.ids]
     if lacking:
-        raise unknown_tokenizer(f"one with byte fallback and without the token {lacking[0]}")
+        raise unknown_tokenizer(f"with byte fallback but without the token {lacking[0]}")
     missing = next(_missing_pairs(pieces, set(pairs), added), None)
     if missing is not None:
         raise unknown_tokenizer(
-            f"one with byte fallback that never merges {missing[0]!r} and {missing[1]!r}, which "
-            "llama.cpp would"
+            f"with byte fallback that never merge {missing[0]!r} and {missing[1]!r}, which "
+            "llama.cpp would merge"
         )
     return pieces
 
 
 def _prefix(state: dict[str, Any]) -> str | None:
-    """What puts a space before a text. Raises ModelError for rules that llama.cpp does not have."""
+    """Which rule adds a space before text. Raises ModelError for rules that llama.cpp does not
+    have."""
     steps = _steps(state["normalizer"], "normalizers")
     parts = _steps(state["pre_tokenizer"], "pretokenizers")
     prefix, spaces = None, False
@@ -70,16 +75,16 @@ def _prefix(state: dict[str, Any]) -> str | None:
         elif step == {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}:
             spaces = True
         else:
-            raise unknown_tokenizer(f"one with byte fallback and the normalizer {step['type']}")
+            raise unknown_tokenizer(f"with byte fallback and the normalizer {step['type']}")
     for part in parts:
         if part["type"] == "Metaspace" and part["replacement"] == SPACE and not part["split"]:
             scheme, spaces = part["prepend_scheme"], True
             prefix = prefix if scheme == "never" else scheme
         elif not (part["type"] == "Split" and part["pattern"] == {"String": " "} and spaces):
-            # Splitting at spaces changes nothing if none are left.
-            raise unknown_tokenizer(f"one with byte fallback that splits text by {part['type']}")
+            # Splitting at spaces has no effect if there are none left.
+            raise unknown_tokenizer(f"with byte fallback that split text by {part['type']}")
     if not spaces:
-        raise unknown_tokenizer(f"one with byte fallback that does not write a space as {SPACE}")
+        raise unknown_tokenizer(f"with byte fallback that do not write a space as {SPACE}")
     return prefix
 
 
@@ -92,9 +97,9 @@ def _steps(part: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
 def _missing_pairs(
     pieces: Pieces, pairs: set[tuple[str, ...]], added: set[str]
 ) -> Iterator[tuple[str, str]]:
-    """Pairs of neighbors that are never merged although together they are a token.
+    """Yield pairs of neighbors that are never merged although they form a token.
 
-    A neighbor is a single character, with or without a token, or the result of a merge.
+    A neighbor is a single character, whether or not it is a token, or the result of a merge.
     """
     for token in pieces.ids:
         if token in added or token in BYTES:
@@ -106,7 +111,7 @@ def _missing_pairs(
 
 
 def add_pieces(writer: gguf.GGUFWriter, pieces: Pieces, tokenizer: Any, rows: int) -> None:
-    """Write the tokens; `rows` as in `add_tokenizer`."""
+    """Write the tokens. rows: see `add_tokenizer`."""
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
     tokens, scores, kinds = [], [], []
@@ -114,7 +119,7 @@ def add_pieces(writer: gguf.GGUFWriter, pieces: Pieces, tokenizer: Any, rows: in
         token = by_id.get(index, f"[PAD{index}]")
         kind = _kind(index, token, tokenizer, index in by_id, added.get(index))
         if kind == gguf.TokenType.USER_DEFINED and added[index].normalized:
-            token = token.replace(SPACE, " ")  # it is matched in the original text
+            token = token.replace(SPACE, " ")  # It is matched in the original text.
         tokens.append(token)
         scores.append(-float(pieces.ranks.get(token, len(pieces.ranks))))
         kinds.append(kind)
@@ -127,22 +132,23 @@ def add_pieces(writer: gguf.GGUFWriter, pieces: Pieces, tokenizer: Any, rows: in
 
 
 def _for_chats(pieces: Pieces, tokenizer: Any) -> bool:
-    """llama.cpp puts a space before every segment of text between special tokens, or before none.
+    """Whether to write the file for chats, without spaces before text.
 
-    A tokenizer that puts one only before the first segment adds none to a chat, which begins with
-    a special token; without a chat template, texts are not changed.
+    llama.cpp adds a space before every segment between special tokens, or before none. A tokenizer
+    that only adds one before the first segment adds none to a chat, which begins with a special
+    token.
     """
     return pieces.prefix == "first" and bool(tokenizer.chat_template)
 
 
 def read_otherwise_by_llama_cpp(held: object, tokenizer: Any) -> str | None:
-    """The texts that llama.cpp tokenizes differently; None if there are none. held: see
+    """A note on texts that llama.cpp tokenizes differently; None if there are none. held: see
     `tokenizer_in_gguf`."""
     if not (isinstance(held, Pieces) and _for_chats(held, tokenizer)):
         return None
     return (
-        "llama.cpp puts a space before every stretch of text or before none: the file is written "
-        "for chats, and a prompt without the chat template lacks the space before it"
+        "llama.cpp adds a space before every segment of text or before none: the file is written "
+        "for chats, so prompts without the chat template lack the space before them"
     )
 
 
@@ -157,16 +163,16 @@ def _kind(index: int, token: str, tokenizer: Any, known: bool, added: Any) -> gg
         return gguf.TokenType.NORMAL
     if added.special:
         return gguf.TokenType.CONTROL
-    # Spelled with ▁, and matched in text that has none yet, it can only result from merges.
+    # A token with ▁ that is matched in text without ▁ can only result from merges.
     spelled = SPACE in token and not added.normalized
     return gguf.TokenType.NORMAL if spelled else gguf.TokenType.USER_DEFINED
 
 
 def pieces_otherwise_by_transformers(pieces: Pieces, family: Family) -> str | None:
-    """The texts that transformers' GGUF loader tokenizes differently; None if there are none.
+    """A note on texts that transformers' GGUF loader tokenizes differently; None if there are none.
 
-    It reads the tokenizer of a Gemma file as Gemma's, any other as Llama's, with a space before the
-    first text.
+    The loader reads the tokenizer of a Gemma file as Gemma's, and any other as Llama's, with a
+    space before the first text.
     """
     if family.norm_offset:
         expected: tuple[str | None, ...] = (None,)
@@ -176,7 +182,7 @@ def pieces_otherwise_by_transformers(pieces: Pieces, family: Family) -> str | No
         return None
     puts = "no space" if family.norm_offset else "a space"
     return (
-        f"transformers' GGUF loader puts {puts} before a text, unlike the tokenizer: use the file "
+        f"transformers' GGUF loader adds {puts} before a text, unlike the tokenizer: use the file "
         "in llama.cpp, or with the checkpoint's own tokenizer; the prompts' tokens were not "
         "compared in transformers"
     )

@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face folder as GGUF groups them, each read on demand."""
+"""A Hugging Face folder's tensors, grouped like in GGUF and read on demand."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Source:
 
 
 def open_tensors(source: Path, config: Any, stack: ExitStack) -> dict[str, Source]:
-    """The tensors by name; the files stay open as long as the stack."""
+    """Open the tensors, by name. The files stay open as long as the stack."""
     opened: dict[str, Source] = {}
     for file in weight_files(source):
         tensors = stack.enter_context(safe_open(file, framework="pt"))
@@ -48,7 +48,8 @@ def open_tensors(source: Path, config: Any, stack: ExitStack) -> dict[str, Sourc
 
 
 def _stack_experts(opened: dict[str, Source]) -> dict[str, Source]:
-    """Stack one matrix of every expert into a tensor [E, rows, columns], in the experts' order."""
+    """Stack each matrix over all experts into a tensor [E, rows, columns], in the experts'
+    order."""
     found: dict[str, Source] = {}
     parts: dict[str, dict[int, Source]] = {}
     for name, tensor in opened.items():

@@ -1,8 +1,8 @@
-"""The tokenizer of a Hugging Face folder as GGUF metadata: BPE on bytes, or on characters.
+"""A Hugging Face folder's tokenizer as GGUF metadata: BPE on bytes or on characters.
 
 llama.cpp does not read a tokenizer's rules from the file. It implements named sets of rules, so the
-name that is written must match the tokenizer's actual rules. BPE on characters, with tokens for the
-bytes of others, is SentencePiece's (`gguf_sentencepiece`).
+name in the file must match the tokenizer's actual rules. For SentencePiece-like BPE, on characters
+with tokens for single bytes, see `gguf_sentencepiece`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from stillhouse.export.gguf_sentencepiece import (
 from stillhouse.teachers.gguf_families import Family
 
 Names = tuple[str | None, str | None]
-"""llama.cpp's names for rules: as they are, and if a word that is a token is kept whatever the
-merges (`ignore_merges` in tokenizer.json); None where it has none."""
+"""llama.cpp's names for a set of rules: without `ignore_merges` in tokenizer.json, and with it (a
+word that is a token is then kept, whatever the merges). None if llama.cpp has no name for it."""
 
 SPLITS: dict[str, Names] = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": ("qwen2", None),
-    # GPT-4's, as in OLMo 2, and Llama 3's
+    # GPT-4's, as in OLMo 2; with ignore_merges, Llama 3's.
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": ("dbrx", "llama-bpe"),
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
@@ -40,37 +40,37 @@ SPLITS: dict[str, Names] = {
 """Regular expressions that split a text before merging."""
 
 KNOWN_TO_TRANSFORMERS = ("gpt-2", "qwen2", "llama-bpe", "dbrx", "tekken")
-"""Names from which transformers' GGUF loader restores the same rules; others become GPT-2's."""
+"""Names whose rules transformers' GGUF loader restores; for others, it uses GPT-2's rules."""
 
 
 @dataclass(frozen=True)
 class ByteLevel:
-    """BPE on bytes. rules: llama.cpp's name for how a text is split before merging."""
+    """BPE on bytes. rules: llama.cpp's name for how text is split before merging."""
 
     rules: str
     merges: list[list[str]]
 
 
 def tokenizer_in_gguf(tokenizer: Any) -> ByteLevel | Pieces:
-    """What a file holds of this tokenizer. Raises ModelError if GGUF cannot hold it."""
+    """The tokenizer's contents for a GGUF file. Raises ModelError if GGUF cannot store them."""
     core = getattr(tokenizer, "backend_tokenizer", None)
     state: dict[str, Any] = {} if core is None else json.loads(core.to_str())
     model = state.get("model", {})
     if model.get("byte_fallback"):
         return pieces_of(state)
     if model.get("type") != "BPE":
-        raise unknown_tokenizer(f"a {model.get('type', type(tokenizer).__name__)} one")
+        raise unknown_tokenizer(f"of type {model.get('type', type(tokenizer).__name__)}")
     if not model["merges"]:
-        raise unknown_tokenizer("one without merges")
+        raise unknown_tokenizer("without merges")
     normalizer = state["normalizer"]
     if normalizer is not None and normalizer["type"] != "NFC":
-        raise unknown_tokenizer(f"one that normalizes text ({normalizer['type']})")
+        raise unknown_tokenizer(f"with the normalizer {normalizer['type']}")
     names = _names(state["pre_tokenizer"] or {"type": "none"})
     keeps_words = bool(model.get("ignore_merges"))
     name = names[keeps_words]
     if name is None:
         raise unknown_tokenizer(
-            f"one that splits text as {names[not keeps_words]} does, with ignore_merges: "
+            f"that split text like {names[not keeps_words]}, but have ignore_merges: "
             f"{str(keeps_words).lower()}, unlike llama.cpp"
         )
     return ByteLevel(name, model["merges"])
@@ -89,14 +89,16 @@ def _names(rules: dict[str, Any]) -> Names:
             names = SPLITS.get(parts[0]["pattern"].get("Regex"))
             if names and parts[0]["behavior"] == "Isolated" and not parts[0]["invert"]:
                 return names
-    raise unknown_tokenizer(f"one that splits text by {', '.join(kinds)} rules of its own")
+    raise unknown_tokenizer(f"that split text by custom {', '.join(kinds)} rules")
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, rows: int) -> None:
-    """Write vocabulary, merges, special tokens and chat templates.
+    """Write vocabulary, merges, special tokens, and chat templates.
 
-    rows: of the model's embedding; ids that the tokenizer does not have become unused tokens.
-    Raises ModelError as `tokenizer_in_gguf`.
+    rows: number of the model's embedding rows; ids that the tokenizer does not have become unused
+        tokens.
+
+    Raises ModelError like `tokenizer_in_gguf`.
     """
     held = tokenizer_in_gguf(tokenizer)
     if isinstance(held, Pieces):
@@ -113,14 +115,15 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, rows: int) -> None:
 
 
 def read_otherwise_by_transformers(held: ByteLevel | Pieces, family: Family) -> str | None:
-    """The texts that transformers' GGUF loader tokenizes differently; None if there are none."""
+    """A note on texts that transformers' GGUF loader tokenizes differently; None if there are
+    none."""
     if isinstance(held, Pieces):
         return pieces_otherwise_by_transformers(held, family)
     if held.rules in KNOWN_TO_TRANSFORMERS:
         return None
     return (
         f"transformers' GGUF loader splits text by GPT-2's rules, not by {held.rules}'s (several "
-        "digits may become one token): use the file in llama.cpp, or with the checkpoint's own "
+        "digits can become one token): use the file in llama.cpp, or with the checkpoint's own "
         "tokenizer; the prompts' tokens were not compared in transformers"
     )
 
@@ -153,7 +156,7 @@ def _add_special_tokens(writer: gguf.GGUFWriter, tokenizer: Any, rows: int) -> N
         ("pad", writer.add_pad_token_id),
     ):
         index = getattr(tokenizer, f"{role}_token_id")
-        # transformers adds some by itself, such as Qwen's padding, which the model may not have.
+        # transformers adds some itself, such as Qwen's padding, which the model might not have.
         if index is not None and index < rows:
             add(index)
     end = turn_end(tokenizer)

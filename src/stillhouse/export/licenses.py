@@ -1,4 +1,4 @@
-"""Licenses of the models that a student was made with, and their terms for students."""
+"""Licenses of the models that a student was made from, and their terms for students."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from stillhouse.teachers.model_source import ModelSource
 CARD = "README.md"
 UNKNOWN = "unknown"
 OTHER = "other"
-"""The Hub's name for a license that it does not know; the card adds the license's own name."""
+"""The Hub's name for licenses that it does not know; the card adds the license's own name."""
 API_TERMS = "the provider's terms"
 TEACHER = "The teacher"
 HUB_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
-"""The form of the Hub's names of licenses."""
+"""The form of license names on the Hub."""
 
 FREE = re.compile(
     r"apache-?2(\.0)?|mit(-0)?|0?bsd(-.*)?|isc|zlib|cc0(-1\.0)?|cc-by-[1-4]\.0|unlicense|wtfpl|bsl-1\.0"
@@ -30,49 +30,52 @@ FREE = re.compile(
 """Licenses, by their Hub names, that require only a notice and attribution."""
 
 NEW_LLAMA = (
-    "Meta's license requires that a student's name begins with “Llama”, and that “Built with "
-    "Llama” is shown where it is used; with that, a student of any kind is allowed."
+    "Meta's license allows students of any kind, but requires a student's name to begin with "
+    "“Llama”, and “Built with Llama” to be displayed where it is used."
 )
 OLD_LLAMA = (
     "Meta's license forbids using the model or its answers to improve any large language model "
     "that is not based on Llama; Llama 3's also requires a name that begins with “Llama 3”, "
-    "and “Built with Meta Llama 3” to be shown."
+    "and “Built with Meta Llama 3” to be displayed."
 )
 SOME_LLAMA = (
-    "the version of Meta's license is not known: those before 3.1 forbid using the model or its "
-    "answers to improve a large language model that is not Llama itself, later ones require the "
-    "name to begin with “Llama”, and “Built with Llama” to be shown."
+    "the version of Meta's license is unknown: versions before 3.1 forbid using the model or its "
+    "answers to improve a large language model that is not Llama; later versions require the name "
+    "to begin with “Llama”, and “Built with Llama” to be displayed."
 )
 
 RESTRICTIONS = {
     r"llama\D*(3\.[1-9]|[4-9])": NEW_LLAMA,
     r"llama\D*[123]": OLD_LLAMA,
     r"llama": SOME_LLAMA,
-    r"gemma": "Google's terms count a student as a model derivative: they hold for it too, and "
+    r"gemma": "Google's terms treat a student as a model derivative: they apply to it too, and "
     "their use restrictions must be passed on with it.",
-    r"non-?commercial|(?<![a-z])nc(?![a-z])": "this license allows no commercial use, nor of what "
-    "is derived from the model.",
-    r"research|amlr|mrl|mnpl": "this license is for research: read what else it allows of a "
-    "student before you share or use one.",
+    r"non-?commercial|(?<![a-z])nc(?![a-z])": "this license does not allow commercial use of the "
+    "model or of models derived from it.",
+    r"research|amlr|mrl|mnpl": "this license is for research: check what else it allows before "
+    "you share or use a student.",
     r"tongyi|qianwen|qwen": "its first version forbids using the model or its answers to improve "
-    "other large language models, later ones require “Built with Qwen” to be shown: read the "
-    "model's own.",
-    r"(?<![a-z])nd(?![a-z])": "this license allows no changed version to be shared, and a student "
-    "may be one.",
-    r"rail": "its use restrictions hold for what is derived from the model: they must be passed "
-    "on with a student.",
-    r"gpl|(?<![a-z])(sa|mpl|osl|eupl)(?![a-z])": "what is derived from the model is shared under "
-    "the same license, if it is: read whether that is meant of a student.",
-    r"^other$": "the model has its own license: read whether it allows distillation before "
-    "you share a student.",
+    "other large language models; later versions require “Built with Qwen” to be displayed: check "
+    "which version the model has.",
+    r"(?<![a-z])nd(?![a-z])": "this license does not allow sharing modified versions, and a "
+    "student might be one.",
+    r"rail": "its use restrictions also apply to derived models: they must be passed on with a "
+    "student.",
+    r"gpl|(?<![a-z])(sa|mpl|osl|eupl)(?![a-z])": "derived models can only be shared under the "
+    "same license: check whether that applies to a student.",
+    r"^other$": "the model has its own license: check whether it allows distillation before you "
+    "share a student.",
 }
-"""A license's terms for students, by a pattern of its name: the first match."""
+"""A license's terms for students, by a pattern in its name; the first match counts."""
 
 
 @dataclass(frozen=True)
 class License:
-    """id: as the Hub names it, or as stated in a recipe. name, link: for one that the Hub does not
-    know, whose id is `other`."""
+    """A license.
+
+    id: its name on the Hub, or as stated in a recipe.
+    name, link: for licenses that the Hub does not know, whose id is `other`.
+    """
 
     id: str
     name: str | None = None
@@ -91,7 +94,7 @@ class License:
         plain = _plain(self.id)
         if FREE.fullmatch(plain):
             named["license"] = plain
-        elif not HUB_ID.fullmatch(self.id):  # the Hub would reject the card
+        elif not HUB_ID.fullmatch(self.id):  # The Hub would reject the card.
             name = re.sub(r"[^a-z0-9.]+", "-", plain).strip("-")
             named = {"license": OTHER, "license_name": name}
         return {key: " ".join(value.split()) for key, value in named.items() if value}
@@ -99,7 +102,7 @@ class License:
 
 @dataclass(frozen=True)
 class Origin:
-    """A model that a student was made with. part: its role. model: the resolved source."""
+    """A model that a student was made from. part: its role. model: the resolved source."""
 
     part: str
     model: str
@@ -107,7 +110,7 @@ class Origin:
 
     @property
     def warning(self) -> str | None:
-        """Its license's terms for students; None if it allows them freely."""
+        """The license's terms for students; None if it allows them freely."""
         warning = license_warning(self.license.shown)
         if self.license.id == UNKNOWN and self.part == TEACHER:
             return f"{warning}, and state it in the recipe (teacher.license)"
@@ -115,7 +118,7 @@ class Origin:
 
     @property
     def repository(self) -> str | None:
-        """Its name on the Hub, if it came from there."""
+        """The model's name on the Hub, if it came from there."""
         name = self.model.split(" ")[0]
         found = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and "(commit " in self.model
         return name if found else None
@@ -130,14 +133,14 @@ def api_origin(part: str, described: str, stated: str | None = None) -> Origin:
 
 
 def teacher_origin(source: ModelSource | None, described: str, stated: str | None) -> Origin:
-    """The teacher's; source: None for an API. stated: its license in the recipe."""
+    """The teacher's origin. source: None for an API. stated: its license in the recipe."""
     if source is None:
         return api_origin(TEACHER, described, stated)
     return origin(TEACHER, source, stated)
 
 
 def distinct(origins: Sequence[Origin]) -> list[Origin]:
-    """Each model once, with its first role."""
+    """The origins without repeated models; each model has its first role."""
     first: dict[str, Origin] = {}
     for one in origins:
         first.setdefault(one.model, one)
@@ -145,7 +148,7 @@ def distinct(origins: Sequence[Origin]) -> list[Origin]:
 
 
 def find_license(stated: str | None, folder: Path) -> License:
-    """The license that the recipe states, or the one in the model's own card, or `unknown`."""
+    """The license stated in the recipe, else the license in the model's card, else `unknown`."""
     if stated:
         return License(stated)
     head = _card_head(folder / CARD)
@@ -170,14 +173,14 @@ def _card_head(card: Path) -> dict[str, Any]:
 def license_warning(license_: str) -> str | None:
     """A license's terms for students; None if it allows them freely.
 
-    license_: as the Hub names it, or in free text.
+    license_: the license's name on the Hub, or free text.
     """
     if license_ == UNKNOWN:
-        return "the license is not known: look it up before you publish a student"
+        return "the license is unknown: look it up before you publish a student"
     if license_ == API_TERMS:
         return (
-            "terms of an API often forbid that another model is trained on its answers: read them "
-            "before you share a student"
+            "an API's terms often forbid training other models on its answers: check them before "
+            "you share a student"
         )
     plain = _plain(license_)
     if FREE.fullmatch(plain):
@@ -185,7 +188,7 @@ def license_warning(license_: str) -> str | None:
     for pattern, warning in RESTRICTIONS.items():
         if re.search(pattern, plain):
             return warning
-    return "it is not known to allow students freely: read it before you share one."
+    return "this license is not known to allow students freely: check it before you share one."
 
 
 def _plain(license_: str) -> str:
@@ -195,14 +198,14 @@ def _plain(license_: str) -> str:
 
 
 def license_lines(origins: Sequence[Origin]) -> Iterator[Finding]:
-    """A check's warnings: origins whose license restricts students."""
+    """Yield a warning for each origin whose license restricts students."""
     for one in origins:
         if one.warning is not None:
             yield Finding("warning", "license", f"{one.part}, {one.model}: {one.warning}")
 
 
 def licenses_section(origins: Sequence[Origin]) -> str:
-    """Each model's license and its warning, one paragraph each; the teacher's is the first."""
+    """A paragraph for each model with its license and warning, the teacher's first."""
     return "\n\n".join(_of(one) for one in origins)
 
 
@@ -213,8 +216,8 @@ def _of(one: Origin) -> str:
 
 
 def origins_head(origins: Sequence[Origin]) -> dict[str, Any]:
-    """A card's `license` and `base_model`: the one license that restricts students, if any,
-    otherwise the teacher's; if several do, no single one covers them all."""
+    """A card's `license` and `base_model`. The license is the one that restricts students or, if
+    there is none, the teacher's; if several do, no single license covers them all."""
     binding = list(dict.fromkeys(one.license for one in origins if one.warning is not None))
     if len(binding) > 1:
         head: dict[str, Any] = {"license": OTHER, "license_name": "several-see-below"}

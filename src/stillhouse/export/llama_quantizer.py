@@ -1,4 +1,4 @@
-"""llama.cpp's own quantizer, through llama-cpp-python: k-quants, with an importance matrix.
+"""llama.cpp's quantizer, through llama-cpp-python: k-quants with an importance matrix.
 
 Shapes: I inputs of a matrix.
 """
@@ -25,7 +25,7 @@ from stillhouse.teachers.model_source import AnyModel, source_of
 
 K_BLOCK = 256
 ERROR, CONTINUED = 3, 5
-"""ggml's log levels: errors, and continuations of the line before."""
+"""ggml's log levels for errors and for continuations of the previous line."""
 
 
 def k_quantize(
@@ -33,8 +33,10 @@ def k_quantize(
 ) -> None:
     """Write `file` in a format of `K_QUANTS`.
 
-    moments: E[x²] of each matrix's inputs, by its Hugging Face name: a weight's rounding error is
-    then weighted by its input. Raises ModelError if llama.cpp is missing, or rejects the model.
+    moments: E[x²] of each matrix's inputs, by the matrix's Hugging Face name, to weight rounding
+        errors by.
+
+    Raises ModelError if llama.cpp is missing or rejects the model.
     """
     require_llama_cpp()
     import llama_cpp
@@ -55,14 +57,14 @@ def k_quantize(
     if failed:
         reason = " ".join(errors).strip() or f"code {failed}"
         raise ModelError(
-            f"llama.cpp could not quantize this model to {kind} ({reason})",
+            f"llama.cpp could not quantize this model to {kind}: {reason}",
             where=source_of(source).path,
-            fix="gguf-q4_0 and gguf-q8_0 need no llama.cpp",
+            fix="use gguf-q4_0 or gguf-q8_0, which do not need llama.cpp",
         )
 
 
 def importance_matrix(llama_cpp: Any, moments: Moments, names: Mapping[str, str]) -> Any:
-    """The moments in llama.cpp's format: an array of structures that ends with an empty one."""
+    """The moments in llama.cpp's format: an array of structs that ends with an empty one."""
     entry = llama_cpp.llama_model_imatrix_data
     rows = (entry * (len(moments) + 1))()
     for place, (name, moment_I) in enumerate(moments.items()):
@@ -72,14 +74,14 @@ def importance_matrix(llama_cpp: Any, moments: Moments, names: Mapping[str, str]
 
 
 def _positive(moment_I: Tensor) -> Tensor:
-    """Give inputs that were never active a small weight: with all weights 0, no rounding error
+    """Give inputs that were never active a small weight. If all weights were 0, no rounding error
     would count, and blocks would be arbitrary."""
     return moment_I.float().clamp(min=1e-6 * float(moment_I.max()) + 1e-12)
 
 
 @contextmanager
 def _only_errors(llama_cpp: Any) -> Iterator[list[str]]:
-    """Inside the block, keep and yield only llama.cpp's errors; it logs a line per tensor."""
+    """Within the context, silence llama.cpp, which logs a line per tensor; yield its errors."""
     errors: list[str] = []
     level = 0
 
@@ -91,7 +93,7 @@ def _only_errors(llama_cpp: Any) -> Iterator[list[str]]:
 
     before, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
     llama_cpp.llama_log_get(ctypes.byref(before), ctypes.byref(data))
-    callback = llama_cpp.llama_log_callback(keep)  # must stay referenced while it may be called
+    callback = llama_cpp.llama_log_callback(keep)  # Must stay referenced while it can be called.
     llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
     try:
         yield errors
@@ -112,18 +114,18 @@ def llama_cpp_fault() -> str | None:
         importlib.import_module("llama_cpp")
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         # A library for another machine or C library, or one that lacks a function.
-        return f"is installed and does not load ({first_line(error)})"
+        return f"is installed but does not load ({first_line(error)})"
     return None
 
 
 def require_llama_cpp() -> None:
-    """Raise ModelError if llama-cpp-python is not installed, or does not load."""
+    """Raise ModelError if llama-cpp-python is not installed or does not load."""
     fault = llama_cpp_fault()
     if fault is not None:
         raise ModelError(
             f"k-quants are written by llama.cpp, which {fault}",
             where="export.formats",
-            fix="pip install 'stillhouse[llama-cpp]' (it is compiled, which takes minutes; a build "
-            "that does not load is made again by pip install --force-reinstall --no-deps "
-            "--no-cache-dir llama-cpp-python), or use gguf-q4_0 or gguf-q8_0, which need nothing",
+            fix="run pip install 'stillhouse[llama-cpp]' (compiling it takes minutes; to rebuild "
+            "one that does not load, run pip install --force-reinstall --no-deps --no-cache-dir "
+            "llama-cpp-python), or use gguf-q4_0 or gguf-q8_0, which do not need it",
         )

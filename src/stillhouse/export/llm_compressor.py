@@ -1,8 +1,8 @@
-"""Script for a Python with llm-compressor: converts one checkpoint to compressed-tensors.
+"""Script for an environment with llm-compressor that converts a checkpoint to compressed-tensors.
 
 `python -P llm_compressor.py FOLDER` reads FOLDER/request.json and FOLDER/windows.safetensors, and
-writes the compressed checkpoint. It imports nothing from Stillhouse, since llm-compressor needs
-another transformers, and so a separate environment.
+writes the compressed checkpoint. It imports nothing from Stillhouse, since llm-compressor needs a
+different version of transformers, and therefore a separate environment.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 SCHEMES = {"gptq": "W4A16", "awq": "W4A16", "fp8": "FP8_DYNAMIC", "nvfp4": "NVFP4"}
-"""llm-compressor's names: 4 bits in groups, FP8 with a scale per output and token, NVFP4 with two
-scales."""
+"""llm-compressor's names for 4 bits in groups, FP8 with one scale per output and per token, and
+NVFP4 with two levels of scales."""
 
 
 def main(folder: Path) -> None:
@@ -44,7 +44,7 @@ def main(folder: Path) -> None:
     if method == "awq":
         recipe.insert(0, AWQModifier())
         if not torch.accelerator.is_available():
-            # Pinned memory is for copies to an accelerator; without one, torch cannot pin.
+            # Pinned memory is for copies to an accelerator; without one, torch cannot pin memory.
             IntermediatesCache.pin_memory = lambda *_, **__: None
     tokenizer = request["source"]
     oneshot(model=model, tokenizer=tokenizer, recipe=recipe, **_calibration(method, folder))
@@ -52,7 +52,7 @@ def main(folder: Path) -> None:
 
 
 def _calibration(method: str, folder: Path) -> dict[str, Any]:
-    """Windows of tokens, for methods that choose numbers by the inputs of layers."""
+    """Options for calibration on token windows, for methods that need layer inputs."""
     if method == "fp8":
         return {}
     rows = [ids_L.tolist() for ids_L in load_file(folder / "windows.safetensors").values()]

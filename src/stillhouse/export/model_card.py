@@ -1,4 +1,4 @@
-"""The model card: what a student is, how good it is, and where it comes from."""
+"""Model cards: what a student is, how good it is, and where it comes from."""
 
 from __future__ import annotations
 
@@ -20,19 +20,24 @@ from stillhouse.runfolder import sha, write_atomically
 TAGS = ["distillation", "stillhouse"]
 WEIGHTS = ("*.safetensors", "*.gguf", "*.onnx", "*.onnx.data")
 LIMITS = (
-    "It inherits the teacher's errors and adds its own. On text unlike the text that it was "
-    "distilled on, expect it to differ more from the teacher than the table shows. Nothing else "
-    "was measured: not safety, not other languages, not longer text."
+    "The student inherits the teacher's errors and adds its own. On text that differs from the "
+    "text it was distilled on, expect larger differences from the teacher than the table shows. "
+    "Nothing else was measured, such as safety, other languages, or longer text."
 )
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """The content of a student's model cards, common to all formats.
+    """The content of a student's model cards that is common to all formats, as plain text, not
+    Markdown.
 
-    pipeline: the Hub's pipeline tag. origins: the teacher, then other models used. about:
-    one paragraph each. limits: in addition to those of every student. recipe: resolved YAML.
-    hashes: of the run's inputs, by name. All are plain text, not Markdown.
+    pipeline: the Hub's pipeline tag.
+    origins: the teacher, followed by other models used.
+    about: paragraphs about the student.
+    data: describes the training data.
+    recipe: the resolved recipe as YAML.
+    hashes: hashes of the run's inputs, by name.
+    limits: in addition to the limits of every student.
     """
 
     name: str
@@ -55,11 +60,13 @@ def write_card(
     use: str = "",
     limits: Sequence[str] = (),
 ) -> None:
-    """Write the card as README.md next to the exported files, which it lists with their SHA-256,
-    and then SHA256SUMS.
+    """Write the card as README.md next to the exported files, and then SHA256SUMS. The card lists
+    the SHA-256 of the weight files.
 
-    library: the Hub's name of the library that loads the folder. replay: the result when the files
-    were loaded again. use: how to use this format. limits: of this format.
+    library: the library that loads the folder, by its name on the Hub.
+    replay: describes the result of replaying the files.
+    use: how to use this format.
+    limits: of this format.
     """
     head: dict[str, Any] = {
         **origins_head(card.origins),
@@ -93,17 +100,17 @@ def write_card(
 def write_language_model_card(
     folder: Path, card: ModelCard, replay: ReplayResult, use: str = ""
 ) -> None:
-    """Write the card of a checkpoint or a GGUF file that has passed its replay."""
+    """Write the card of a checkpoint or GGUF file that has passed its replay."""
     library = "gguf" if replay.format.startswith("gguf") else "transformers"
     sentence = (
-        f"This export ({replay.format}, {replay.dtype}, {text.size(replay.bytes)}) differs from "
-        f"the checkpoint that was evaluated by {text.tiny(replay.kl)} nats/token and has the same "
-        f"top-1 token at {text.percent(replay.top1_agreement, 1)} of {replay.tokens:,} positions."
+        f"This export ({replay.format}, {replay.dtype}, {text.size(replay.bytes)}) has a KL of "
+        f"{text.tiny(replay.kl)} nats/token to the evaluated checkpoint, and the same top-1 token "
+        f"at {text.percent(replay.top1_agreement, 1)} of {replay.tokens:,} positions."
     )
     write_card(folder, card, library=library, replay=sentence, use=use, limits=replay.notes)
 
 
 def _weight_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of the weight files, by their names."""
+    """The weight files' SHA-256, by file name."""
     weights = [file for kind in WEIGHTS for file in sorted(folder.glob(kind))]
     return {file.name: sha(file) for file in weights}

@@ -1,4 +1,4 @@
-"""An Ollama Modelfile: the file, the chat format, stop tokens, and sampling settings."""
+"""Ollama Modelfiles, with the chat format, stop tokens, and sampling settings."""
 
 from __future__ import annotations
 
@@ -25,21 +25,22 @@ SAMPLING = {
     "top_k": "top_k",
     "repetition_penalty": "repeat_penalty",
 }
-"""transformers' names of sampling settings, and Ollama's."""
+"""Sampling settings: their names in transformers and in Ollama."""
 CONTEXT = 8192
-"""Maximum context: Ollama reserves memory for all of it, and the 40,960 tokens of Qwen 3 0.6B are
-4.7 GB of keys and values."""
+"""Maximum context, because Ollama reserves memory for all of it: for the 40,960 tokens of Qwen 3
+0.6B, the KV cache takes 4.7 GB."""
 
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """Every message is `before`, its content, `after`; {role} is replaced by the role."""
+    """A chat format in which a message is `before`, its content, and `after`. {role} is replaced by
+    the message's role."""
 
     before: str
     after: str
 
     def render(self, messages: list[dict[str, str]]) -> str:
-        """The messages, and the text before the answer."""
+        """The messages, followed by the text before the answer."""
         parts = [self.opening(one["role"]) + one["content"] + self.after for one in messages]
         return "".join(parts) + self.opening("assistant")
 
@@ -47,7 +48,7 @@ class ChatFormat:
         return self.before.replace("{role}", role)
 
     def template(self) -> str:
-        """The same as a Go template over Ollama's messages."""
+        """The format as a Go template over Ollama's messages."""
         message = f"{self.opening('{{ .Role }}')}{{{{ .Content }}}}{self.after}"
         return f"{{{{ range .Messages }}}}{message}{{{{ end }}}}{self.opening('assistant')}"
 
@@ -61,7 +62,8 @@ FORMATS = {
 
 
 def chat_format(tokenizer: Any) -> ChatFormat | None:
-    """The known format that writes a conversation exactly as the tokenizer's template does."""
+    """The known format that renders a conversation exactly like the tokenizer's template; None if
+    there is none."""
     for form in FORMATS.values():
         if _rendered(tokenizer, PROBE) == form.render(PROBE):
             return form
@@ -69,7 +71,7 @@ def chat_format(tokenizer: Any) -> ChatFormat | None:
 
 
 def default_system(tokenizer: Any, form: ChatFormat) -> str | None:
-    """The system message that the template adds if a chat has none."""
+    """The system message that the template adds to a chat without one; None if it adds none."""
     user = [{"role": "user", "content": "beta"}]
     written, plain = _rendered(tokenizer, user), form.render(user)
     if written is None or written == plain or not written.endswith(plain):
@@ -82,24 +84,25 @@ def default_system(tokenizer: Any, form: ChatFormat) -> str | None:
 
 
 def _rendered(tokenizer: Any, messages: list[dict[str, str]]) -> str | None:
-    """Render with the tokenizer's template, less the first token, which the runtime adds itself."""
+    """Render with the tokenizer's template, without the BOS token, which the runtime adds itself.
+    None if the tokenizer has no template, or it rejects the messages."""
     if not tokenizer.chat_template:
         return None
     try:
         written = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
         )
-    except (TemplateError, ValueError):  # a template may reject a role
+    except (TemplateError, ValueError):  # A template can reject a role.
         return None
     adds_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     return str(written).removeprefix(tokenizer.bos_token if adds_bos else "")
 
 
 def modelfile(model: AnyModel, gguf_name: str) -> str:
-    """The Modelfile's text for a GGUF file next to it; `model`: the folder it was made from.
+    """The text of a Modelfile for a GGUF file next to it. model: the folder it was exported from.
 
-    If the chat template is unknown, a comment states it and TEMPLATE is omitted: Ollama
-    then guesses it from the template in the GGUF file.
+    If the chat template is not a known one, TEMPLATE is replaced by a comment that says so, and
+    Ollama guesses the format from the template in the GGUF file.
     """
     tokenizer = load_tokenizer(model)
     config = load_config(model).get_text_config()
@@ -114,13 +117,15 @@ def modelfile(model: AnyModel, gguf_name: str) -> str:
     stops += [end.text] if end is not None else []
     form = chat_format(tokenizer)
     if form is None:
-        lines.append("# The chat template is not a known one: Ollama reads it from the file.")
+        lines.append("# The chat template is not a known one, so Ollama reads it from the file.")
     else:
         lines.append(f'TEMPLATE """{form.template()}"""')
         stops.append(form.after.strip())
         system = default_system(tokenizer, form)
         if system and _ends_early(system):
-            lines.append("# A Modelfile cannot hold the system message of this model's template.")
+            lines.append(
+                "# A Modelfile cannot contain the system message of this model's template."
+            )
         elif system:
             lines.append(f'SYSTEM """{system}"""')
     lines += [
@@ -140,12 +145,12 @@ def _quoted(text: str) -> str:
 
 
 def _ends_early(text: str) -> bool:
-    """Whether a line of the text ends like the quoted text itself: Ollama has no escapes."""
+    """Whether a line of the text would end its quotation early, since Ollama has no escapes."""
     return any(line.rstrip().endswith('"""') for line in text.splitlines()[:-1])
 
 
 def _generation_config(model: Path) -> dict[str, Any]:
-    """Values of the generation config that differ from transformers' defaults."""
+    """Values of the generation configuration that differ from transformers' defaults."""
     if not (model / "generation_config.json").is_file():
         return {}
     return dict(GenerationConfig.from_pretrained(model, local_files_only=True).to_diff_dict())

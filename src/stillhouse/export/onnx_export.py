@@ -1,6 +1,6 @@
-"""Exports a classifier as an ONNX file, replayed in onnxruntime before it is kept.
+"""Export a classifier as an ONNX file, which is replayed in onnxruntime.
 
-Shapes: B texts of a batch, L tokens, N texts, C labels.
+Shapes: B texts in a batch, L tokens, N texts, C labels.
 """
 
 from __future__ import annotations
@@ -28,16 +28,19 @@ FILE = "model.onnx"
 MODULES = ("onnx", "onnxscript", "onnxruntime")
 INPUTS = ("input_ids", "attention_mask")
 LARGEST = 2**31
-"""Maximum bytes of an ONNX file, one protobuf message; its numbers are float32 before rounding."""
+"""Maximum bytes of an ONNX file, which is one protobuf message. Before rounding, its numbers are
+float32."""
 
 
 @dataclass(frozen=True)
 class OnnxReplay:
-    """Comparison of an ONNX file in onnxruntime with its float32 checkpoint on texts.
+    """How an ONNX file in onnxruntime compares with its float32 checkpoint.
 
-    kl: mean KL(checkpoint ‖ file), nats/text; kl_limit: the maximum allowed. top1_agreement:
-    fraction of texts with the same top-1 label. texts_per_s: on a CPU, in the batches of the
-    comparison.
+    kl: mean KL(checkpoint ‖ file) in nats/text.
+    kl_limit: the maximum allowed.
+    top1_agreement: fraction of texts with the same top-1 label.
+    texts: number of texts.
+    texts_per_s: on a CPU, in the batches of the comparison.
     """
 
     format: str
@@ -50,11 +53,11 @@ class OnnxReplay:
 
 
 Read = Callable[[Any, Tensor, Tensor], Tensor]
-"""A model's logits [B, C] from token ids and attention mask [B, L]."""
+"""Computes a model's logits [B, C] from token ids and attention mask, [B, L] each."""
 
 
 def plain_logits(model: Any, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-    """The logits as transformers' classifiers return them."""
+    """The logits that transformers' classifiers return."""
     logits_BC: Tensor = model(input_ids=ids_BL, attention_mask=mask_BL).logits
     return logits_BC.float()
 
@@ -71,14 +74,23 @@ def export_onnx(
     read: Read = plain_logits,
     kl_limit: float | None = None,
 ) -> OnnxReplay:
-    """Write `out`/model.onnx: token ids and attention mask [B, L] to logits [B, C], float32.
+    """Write `out`/model.onnx, which maps token ids and attention mask [B, L] to logits [B, C], and
+    replay it.
 
-    model: a transformers classifier, float32, on the CPU. batches: token ids of texts, on which the
-    file is compared with `expected_NC`, the checkpoint's probabilities in their order; rows of a
-    batch are padded with `pad`. form: onnx, or onnx-int8: weights of products in 8 bits, their
-    inputs rounded at run time. source: the checkpoint's folder, for errors. read: computes its
-    logits. Raises ModelError for a missing package, a model that cannot be exported, or a file that
-    does not run or differs by more than is allowed.
+    Args:
+        model: a transformers classifier, in float32, on the CPU.
+        batches: token ids of the texts to compare on.
+        pad: token id that pads the rows of a batch.
+        expected_NC: the checkpoint's probabilities for these texts, in order.
+        form: "onnx", or "onnx-int8", with weights of products in 8 bits, and their inputs rounded
+            at run time.
+        source: the checkpoint's folder, for error messages.
+        read: computes the model's logits.
+        kl_limit: maximum KL in nats/text; None: the format's default.
+
+    Raises:
+        ModelError: a package is missing, the model cannot be exported, or the file does not run or
+            differs by more than is allowed.
     """
     require_onnx(sum(parameter.numel() for parameter in model.parameters()))
     out.mkdir(parents=True, exist_ok=True)
@@ -92,20 +104,20 @@ def export_onnx(
 
 
 def require_onnx(parameters: int) -> None:
-    """Raise ModelError if a required package is not installed, or if a model with so many
-    parameters is too large for the file."""
+    """Raise ModelError if a required package is not installed, or a model with this many parameters
+    is too large for an ONNX file."""
     missing = [name for name in MODULES if importlib.util.find_spec(name) is None]
     if missing:
         raise ModelError(
             f"an ONNX export needs {', '.join(missing)}, which is not installed",
             where="export.formats",
-            fix="pip install 'stillhouse[onnx]', or export only safetensors",
+            fix="run pip install 'stillhouse[onnx]', or export only safetensors",
         )
     if parameters * 4 > LARGEST:
         raise ModelError(
-            f"{parameters:,} parameters in float32 are more than the 2 GiB of an ONNX file",
+            f"{parameters:,} parameters in float32 exceed the 2 GiB limit of ONNX files",
             where="export.formats",
-            fix=f"use a student of at most {LARGEST // 4:,} parameters (student), or export only "
+            fix=f"use a student with at most {LARGEST // 4:,} parameters, or export only "
             "safetensors",
         )
 
@@ -120,7 +132,7 @@ class _Logits(nn.Module):
 
 
 def _write(model: Any, read: Read, file: Path, source: Path) -> None:
-    # Three texts of seven tokens as an example: sizes of 1 would become constants.
+    # The example has three texts with seven tokens, because sizes of 1 would become constants.
     ids_BL = torch.ones(3, 7, dtype=torch.long)
     sizes = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens")}
     try:
@@ -138,15 +150,15 @@ def _write(model: Any, read: Read, file: Path, source: Path) -> None:
             )
     except (torch.onnx.OnnxExporterError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(
-            f"torch cannot export {type(model).__name__} to ONNX ({first_line(error)})",
+            f"torch cannot export {type(model).__name__} to ONNX: {first_line(error)}",
             where=source,
             fix="export only safetensors, or use a student that torch.onnx supports, such as BERT, "
-            "ModernBERT or Llama",
+            "ModernBERT, or Llama",
         ) from error
 
 
 def _round(file: Path) -> None:
-    """Round the weights of matrix products to 8 bits, with a scale for each output."""
+    """Round the weights of matrix products to 8 bits, with one scale per output."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -165,7 +177,8 @@ def _round(file: Path) -> None:
 
 @contextmanager
 def _silenced() -> Iterator[None]:
-    """Silence exporters' warnings about packages and rewrites, which do not concern users."""
+    """Within the context, silence exporters' warnings about packages and rewrites, which do not
+    concern users."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -179,7 +192,7 @@ def _silenced() -> Iterator[None]:
 def _replay(
     file: Path, batches: Sequence[Sequence[Sequence[int]]], pad: int, source: Path
 ) -> tuple[Tensor, float]:
-    """Logits [N, C] and seconds, by a process with onnxruntime alone."""
+    """Compute logits [N, C] in a process with only onnxruntime; return them and the seconds."""
     found = run_script(
         "replay_onnx.py",
         {
@@ -205,13 +218,13 @@ def _compare(
     source: Path,
 ) -> OnnxReplay:
     p_NC = expected_NC.double()
-    p_NC = p_NC / p_NC.sum(-1, keepdim=True)  # exactly 1: float32 numbers only sum to nearly 1
+    p_NC = p_NC / p_NC.sum(-1, keepdim=True)  # In float32, the sum was only nearly 1.
     log_q_NC = logits_NC.double().log_softmax(-1)
     kl = float(torch.xlogy(p_NC, p_NC).sub(p_NC * log_q_NC).sum(-1).mean())
     limit = ONNX[form] if kl_limit is None else kl_limit
-    if not kl <= limit:  # NaN fails too
+    if not kl <= limit:  # NaN also fails.
         raise ModelError(
-            f"the {form} file differs from its checkpoint by {kl:.3g} nats a text on "
+            f"the {form} file differs from its checkpoint by {kl:.3g} nats/text on "
             f"{len(p_NC)} texts; at most {limit:g} is allowed",
             where=source,
             fix="export onnx without int8, or raise export.kl_limit",

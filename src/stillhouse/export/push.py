@@ -1,4 +1,4 @@
-"""Uploads exports to one Hugging Face Hub repository: the first at its root, others in folders."""
+"""Upload exports to a Hugging Face Hub repository: the first to its root, others to folders."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ from stillhouse.progress import note
 from stillhouse.teachers.redact import redacted
 
 LONGEST = 500
-"""Characters of an error of the Hub that are shown."""
+"""Maximum number of characters of a Hub error that are shown."""
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """commits: URLs, by format."""
+    """The result of an upload. commits: URLs, by format."""
 
     repo: str
     commits: dict[str, str]
 
 
 def push(section: PushRecipe, folders: Mapping[str, Path], name: str) -> Pushed:
-    """Upload each export's folder, with its card; the repository is created if needed.
+    """Upload each export's folder, including its card. Creates the repository if needed.
 
-    folders: by format, the one for the repository's root first. name: of the run, for the commits.
-    Raises RunError if there is no token or network, or the upload fails.
+    folders: by format; the first goes to the repository's root.
+    name: the run's name, for commit messages.
+
+    Raises RunError if there is no token, or the upload fails.
     """
     token = require_token(section)
     api = HfApi(token=token)
@@ -45,20 +47,20 @@ def push(section: PushRecipe, folders: Mapping[str, Path], name: str) -> Pushed:
                 commit_message=f"{name}: {form}",
             )
             commits[form] = str(done.commit_url)
-    except Exception as error:  # its HTTP and Xet clients have errors without a common base
+    except Exception as error:  # The HTTP and Xet clients' errors have no common base class.
         words = redacted(str(error), token).split() or [type(error).__name__]
         raise RunError(
-            f"the upload to the Hub failed ({' '.join(words)[:LONGEST]})",
+            f"the upload to the Hub failed: {' '.join(words)[:LONGEST]}",
             where=f"export.push_to_hub.repo: {section.repo}",
-            fix="check that the token may write there and that the network works, then run again: "
-            "finished uploads are kept",
+            fix="check the network and that the token has write access, and run again; finished "
+            "uploads are kept",
         ) from error
     note(f"Uploaded to {section.repo}: {', '.join(commits)}")
     return Pushed(section.repo, commits)
 
 
 def require_token(section: PushRecipe) -> str:
-    """Raise RunError if the environment has no token."""
+    """Return the token from the environment. Raises RunError if there is none."""
     token = os.environ.get(section.token_env, "").strip()
     if not token:
         raise RunError(

@@ -1,10 +1,10 @@
-"""The export's replay, run as a script: transformers, torch, safetensors, and llama.cpp if
-installed.
+"""Script that replays an export with transformers, torch, safetensors, and, if installed,
+llama.cpp.
 
 `python -P replay.py FOLDER` reads FOLDER/request.json and FOLDER/windows.safetensors, and writes
-FOLDER/answer.json. It acts as a user without Stillhouse, so it imports nothing from it.
+FOLDER/answer.json. It acts as a user without Stillhouse, so it imports nothing from Stillhouse.
 
-Shapes: L tokens of a window, N supervised rows of a window, V vocabulary.
+Shapes: L tokens in a window, N supervised rows in a window, V vocabulary.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 else:
 
     def _beside(name: str) -> ModuleType:
-        """Under `python -P` this file's folder is not searched: its modules would hide packages."""
+        """Load a module next to this file. `python -P` does not search this folder, because its
+        modules would hide packages."""
         spec = spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
         module = module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -42,19 +43,19 @@ else:
     tokenization, weights = _beside("replay_tokenizers"), _beside("replay_weights")
 
 ROWS = 512
-"""Maximum supervised rows compared per window: bounds the logits in memory."""
+"""Maximum number of supervised rows to compare per window, which bounds the memory for logits."""
 SURE = 1.0
-"""A model is sure of its top-1 token if it is ahead of every other by this many nats."""
+"""A model is sure of its top-1 token if its logit exceeds all others by this many nats."""
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
 GREEDY |= dict.fromkeys(("temperature", "top_p", "top_k"))
 SPEED_PROMPT, SPEED_TOKENS, SPEED_ROUNDS = 8, 12, 3
-"""Tokens read, tokens written and timed, and rounds; runtimes alternate."""
+"""Numbers of prompt tokens, of timed generated tokens, and of rounds; runtimes alternate."""
 
 Window = dict[str, torch.Tensor]
 Answers = Callable[[str, Window, torch.Tensor], torch.Tensor]
-"""A runtime's logits [N, V] for the rows of a named window."""
+"""Returns a runtime's logits [N, V] for rows of a named window."""
 Step = Callable[[list[int]], int]
-"""Reads tokens after those read so far, and returns the most likely next one; [] resets."""
+"""Reads more tokens, and returns the most likely next token; [] resets."""
 
 
 def main(folder: Path) -> None:
@@ -95,7 +96,7 @@ def main(folder: Path) -> None:
         steps["exported"], write = llama.step, llama.greedy
         problems += llama.problems(source_tokenizer, prompts, plain=request["plain_prompts"])
     elif not exported.is_file():
-        # A GGUF file's speed is not that of its numbers as float32 in transformers.
+        # A GGUF file's speed is not measured in transformers, where its numbers are float32.
         steps["exported"] = stepping(model)
     if request["teacher_logits"]:
         stored = safe_open(request["teacher_logits"], framework="pt")
@@ -107,12 +108,12 @@ def main(folder: Path) -> None:
         answer["texts"] = []
         for prompt in prompts:
             text, sure = _greedy(source_model, source_tokenizer, prompt, new)
-            # If the tokenizer is known to differ, there is no text to compare.
+            # If the tokenizer is known to differ, texts cannot be compared.
             sure = sure if same or request["llama_cpp"] else ""
             texts = {"prompt": prompt, "source": text, "exported": write(prompt, new)[0]}
             answer["texts"].append({**texts, "sure": sure})
         if request["rounds_to"]:
-            # Last: it changes the source.
+            # This must come last, because it changes the source.
             _round(source_model, getattr(torch, request["rounds_to"]), model)
             runtimes = {name: runtimes[name] for name in ("source", "exported")}
             found = _compare(runtimes, windows)[1]["source ‖ exported"]
@@ -123,8 +124,8 @@ def main(folder: Path) -> None:
 def _load(
     exported: Path, options: dict[str, Any], *, float32: bool
 ) -> tuple[Any, dict[str, Any], Any]:
-    """Model, loading info and tokenizer: of a folder in its own number type or in float32, of a
-    GGUF file in float32."""
+    """Load the model, loading info, and tokenizer. A folder is loaded in its own dtype or in
+    float32, and a GGUF file in float32."""
     where: dict[str, Any] = {"pretrained_model_name_or_path": exported}
     if exported.is_file():
         where = {"pretrained_model_name_or_path": exported.parent, "gguf_file": exported.name}
@@ -137,16 +138,16 @@ def _load(
 
 @torch.no_grad()
 def _round(source: Any, dtype: torch.dtype, exported: Any) -> None:
-    """Round the source's parameters to `dtype`; each is then multiplied in the export's type.
+    """Round the source's parameters to `dtype`, and convert them to the export's dtype.
 
-    Buffers stay: those that are not in a checkpoint are in float32 in every loaded model.
+    Buffers stay as they are: those that are not in a checkpoint are float32 in every loaded model.
     """
     for parameter, other in zip(source.parameters(), exported.parameters(), strict=True):
         parameter.data = parameter.data.to(dtype).to(other.dtype)
 
 
 def by_place(tensors: dict[str, torch.Tensor]) -> dict[str, Window]:
-    """The windows from tensors named PLACE.PART, in order."""
+    """Group tensors named PLACE.PART into windows, in order."""
     windows: dict[str, Window] = {}
     for name, tensor in tensors.items():
         place, key = name.split(".")
@@ -156,9 +157,13 @@ def by_place(tensors: dict[str, torch.Tensor]) -> dict[str, Window]:
 
 @dataclass
 class Pair:
-    """kl: sum of KL(first ‖ second) in nats. same: positions with the same top-1 token. sure:
-    positions where the first is sure; moved: those of them where the second has another top-1
-    token."""
+    """Sums over positions of a comparison of two models.
+
+    kl: KL(first ‖ second) in nats.
+    same: positions with the same top-1 token.
+    sure: positions where the first model is sure.
+    moved: positions where the first model is sure, but the second has a different top-1 token.
+    """
 
     kl: float = 0.0
     same: int = 0
@@ -166,7 +171,7 @@ class Pair:
     moved: int = 0
 
     def add(self, p_NV: torch.Tensor, q_NV: torch.Tensor) -> None:
-        # A teacher's rows beyond the shared vocabulary are padding.
+        # Logits beyond the shared vocabulary are padding.
         shared = min(p_NV.shape[1], q_NV.shape[1])
         p_NV, q_NV = p_NV[:, :shared].cpu(), q_NV[:, :shared].cpu()
         same_N = p_NV.argmax(-1) == q_NV.argmax(-1)
@@ -188,10 +193,10 @@ class Pair:
 def _compare(
     runtimes: dict[str, Answers], windows: dict[str, Window]
 ) -> tuple[int, dict[str, dict[str, float]]]:
-    """Supervised tokens, and the means of each pair "first ‖ second".
+    """Return the number of supervised tokens, and each pair's means, by "first ‖ second".
 
-    The source against its exports, the export against llama.cpp, which reads the same file, and the
-    teacher, if there is one, against source and export.
+    Pairs are the source with its exports, the export with the same file in llama.cpp, and the
+    teacher, if there is one, with source and export.
     """
     others = [name for name in runtimes if name not in ("source", "teacher")]
     pairs = {("source", name): Pair() for name in others}
@@ -210,13 +215,13 @@ def _compare(
 
 
 def rows_of(labels_L: torch.Tensor) -> torch.Tensor:
-    """The rows to compare: the logits at t-1 predict the label at t."""
+    """The rows to compare; the logits at t-1 predict the label at t."""
     return (labels_L[1:] != -100).nonzero().flatten()[:ROWS]
 
 
 @torch.inference_mode()
 def logits_of(model: Any, _name: str, window: Window, rows_N: torch.Tensor) -> torch.Tensor:
-    """Logits [N, V] of those rows. There is no mask: restarting positions separate the
+    """The logits [N, V] of these rows. No mask is needed, because restarting positions separate the
     documents."""
     end = int(rows_N[-1]) + 1
     logits_1NV: torch.Tensor = model(
@@ -229,7 +234,7 @@ def logits_of(model: Any, _name: str, window: Window, rows_N: torch.Tensor) -> t
 
 
 def _speeds(steps: dict[str, Step], ids_L: torch.Tensor) -> dict[str, float]:
-    """Decoding tokens/s of each runtime, by the median step of all rounds."""
+    """Each runtime's decoding speed in tokens/s, from the median step of all rounds."""
     prompt = ids_L[:SPEED_PROMPT].tolist()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(SPEED_ROUNDS):
@@ -244,8 +249,8 @@ def _speeds(steps: dict[str, Step], ids_L: torch.Tensor) -> dict[str, float]:
 
 
 def stepping(model: Any) -> Step:
-    """The step function of a transformers model, with its key-value cache."""
-    cache: dict[str, Any] = {}  # by its argument's name, another one for Mamba and RWKV
+    """The step function of a transformers model with its cache."""
+    cache: dict[str, Any] = {}  # By argument name, which is different for Mamba and RWKV.
 
     @torch.inference_mode()
     def step(ids: list[int]) -> int:
@@ -257,16 +262,16 @@ def stepping(model: Any) -> Step:
         for name in ("past_key_values", "cache_params", "state"):
             if getattr(output, name, None) is not None:
                 cache[name] = output[name]
-        return int(output.logits[0, -1].argmax())  # waits for a GPU
+        return int(output.logits[0, -1].argmax())  # Waits for a GPU.
 
     return step
 
 
 @torch.inference_mode()
 def _greedy(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> tuple[str, str]:
-    """The greedy text, and the part before the first token that the model is not sure of.
+    """The greedy text, and its part before the first token that the model is not sure of.
 
-    The model's own sampling settings, which not every format stores, are not used.
+    Ignores the model's own sampling settings, which not every format stores.
     """
     ids_1L = torch.tensor([tokenization.prompt_ids(tokenizer, prompt)], device=model.device)
     output = model.generate(
@@ -283,18 +288,18 @@ def _greedy(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> tup
     for index, logits_1V in zip(ids, output.logits, strict=True):
         others_V = logits_1V[0].clone()
         others_V[index] = -torch.inf
-        # The runtime decides where a text ends: it may know more stop tokens.
+        # The runtime decides where a text ends, because it can know more stop tokens.
         if logits_1V[0, index] - others_V.max() < SURE or index in tokenizer.added_tokens_decoder:
             break
         sure += 1
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     full_text, part = tokenizer.decode(ids, **options), tokenizer.decode(ids[:sure], **options)
-    return str(full_text), str(part).rstrip("\N{REPLACEMENT CHARACTER}")  # an incomplete character
+    return str(full_text), str(part).rstrip("\N{REPLACEMENT CHARACTER}")  # Incomplete characters.
 
 
 @dataclass
 class LlamaCpp:
-    """A GGUF file in llama.cpp, with the interface of the others."""
+    """A GGUF file in llama.cpp, with the same interface as other runtimes."""
 
     llama: Any
 
@@ -312,7 +317,7 @@ class LlamaCpp:
         return cls(llama)
 
     def logits_of(self, _name: str, window: Window, rows_N: torch.Tensor) -> torch.Tensor:
-        """Run each document of the window separately: its positions start from 0."""
+        """Run each document of the window separately, since its positions start from 0."""
         end = int(rows_N[-1]) + 1
         ids, positions = window["input_ids"][:end].tolist(), window["position_ids"][:end]
         starts = [*(positions == 0).nonzero().flatten().tolist(), end]
@@ -331,11 +336,11 @@ class LlamaCpp:
         return int(self.llama.scores[self.llama.n_tokens - 1].argmax())
 
     def tokens(self, text: str) -> list[int]:
-        """The runtime's tokens for a prompt, with special tokens."""
+        """llama.cpp's tokens for a text, including special tokens."""
         return list(self.llama.tokenize(text.encode(), special=True))
 
     def chat_tokens(self, prompt: str) -> list[int]:
-        """A prompt's tokens through the chat template in the file, if it has one."""
+        """A prompt's tokens, through the file's chat template if it has one."""
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
         known = self.llama.metadata
@@ -351,8 +356,8 @@ class LlamaCpp:
         return list(self.llama.tokenize(written.encode(), add_bos=False, special=True))
 
     def problems(self, source: Any, prompts: list[str], *, plain: bool) -> list[str]:
-        """Prompts that it tokenizes differently from the source's tokenizer; plain: without the
-        chat template too."""
+        """Describe special tokens and prompts that llama.cpp treats differently from the source's
+        tokenizer. plain: also compare prompts without the chat template."""
         found = tokenization.other_roles(
             source, {"eos": self.llama.token_eos(), "bos": self.llama.token_bos()}
         )
@@ -361,7 +366,7 @@ class LlamaCpp:
         return [f"in llama.cpp, {problem}" for problem in found]
 
     def greedy(self, prompt: str, max_new_tokens: int) -> tuple[str, str]:
-        """As `_greedy`, without the sure part; through the chat template in the file, if any."""
+        """Like `_greedy`, without the sure part; through the file's chat template if it has one."""
         options = {"temperature": 0.0, "repeat_penalty": 1.0, "max_tokens": max_new_tokens}
         if "tokenizer.chat_template" in self.llama.metadata:
             chat = [{"role": "user", "content": prompt}]

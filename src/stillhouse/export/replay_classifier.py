@@ -1,8 +1,8 @@
-"""A classifier's replay, run as a script: transformers, torch and safetensors only.
+"""Script that replays a classifier with only transformers, torch, and safetensors.
 
 `python -P replay_classifier.py FOLDER` reads FOLDER/request.json, and writes
 FOLDER/logits.safetensors and FOLDER/answer.json. It acts as a user without Stillhouse, so it
-imports nothing from it, and runs one text per pass, or one text with one label.
+imports nothing from Stillhouse. Each pass runs one text, or one text with one label.
 
 Shapes: L tokens, D hidden width, N texts, C labels.
 """
@@ -43,14 +43,14 @@ def main(folder: Path) -> None:
 def _problems(info: dict[str, Any]) -> list[str]:
     found = {
         "missing": {*info["missing_keys"]},
-        "not part of it": {*info["unexpected_keys"]},
-        "of another shape": {str(key[0]) for key in info["mismatched_keys"]},
+        "unexpected": {*info["unexpected_keys"]},
+        "of a different shape": {str(key[0]) for key in info["mismatched_keys"]},
     }
     return [f"{what}: {', '.join(sorted(names)[:4])}" for what, names in found.items() if names]
 
 
 def _tokenized_otherwise(tokenizer: Any, texts: list[str], rows: list[list[int]]) -> list[str]:
-    """Texts that are short enough not to be truncated, and have different tokens."""
+    """Describe texts with different tokens. Texts that were truncated are not compared."""
     return [
         f"tokenized differently: {text[:40]!r}"
         for text, row in zip(texts, rows, strict=True)
@@ -59,7 +59,7 @@ def _tokenized_otherwise(tokenizer: Any, texts: list[str], rows: list[list[int]]
 
 
 def _logits(model: Any, row: Sequence[int], request: dict[str, Any]) -> Tensor:
-    """The labels' logits, [C]."""
+    """The labels' logits [C] for one text."""
     if request["labels"] is not None:
         scores_C = torch.stack([_log_probability(model, row, ids) for ids in request["labels"]])
         return scores_C - torch.tensor(request["prior"], device=scores_C.device)

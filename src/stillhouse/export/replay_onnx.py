@@ -1,4 +1,4 @@
-"""An ONNX file's replay, run as a script: onnxruntime, numpy and safetensors only.
+"""Script that replays an ONNX file with only onnxruntime, numpy, and safetensors.
 
 `python -P replay_onnx.py FOLDER` reads FOLDER/request.json, and writes FOLDER/logits.safetensors
 and FOLDER/answer.json. It acts as a user without Stillhouse.
@@ -25,7 +25,7 @@ def main(folder: Path) -> None:
         request["file"], options, providers=["CPUExecutionProvider"]
     )
     batches = [_padded(rows, request["pad"]) for rows in request["batches"]]
-    session.run(None, batches[0])  # the first pass allocates memory
+    session.run(None, batches[0])  # The first pass allocates memory.
     began = time.perf_counter()
     logits = [session.run(["logits"], batch)[0] for batch in batches]
     seconds = time.perf_counter() - began

@@ -1,5 +1,5 @@
-"""Whether an export tokenizes as its source does: a part of `replay.py`, which loads this file by
-its path, so it imports nothing from Stillhouse."""
+"""Check that an export tokenizes like its source. `replay.py` loads this file by its path, so it
+imports nothing from Stillhouse."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Cut = Callable[[str], list[int]]
 
 
 def as_stored(tokenizer: Any, folder: Path, prompts: list[str]) -> Any:
-    """The tokenizer exactly as in tokenizer.json, which is what a GGUF file has: the class that
-    transformers chooses by architecture may add tokens, or split text by other rules."""
+    """The tokenizer exactly as in tokenizer.json, like in a GGUF file. The class that transformers
+    chooses by architecture can add tokens, or split text by different rules."""
     known = type(tokenizer).__module__.startswith("transformers.")
     if not known or not (folder / "tokenizer.json").is_file():
         return tokenizer
@@ -29,35 +29,37 @@ def as_stored(tokenizer: Any, folder: Path, prompts: list[str]) -> Any:
 
 
 def tokenizer_problems(source: Any, exported: Any, prompts: list[str]) -> list[str]:
-    """Tokens with other ids, other special tokens, and prompts that are tokenized differently."""
+    """Describe tokens with different ids, different special tokens, and prompts that are tokenized
+    differently."""
     theirs = exported.get_vocab()
     moved = [token for token, index in source.get_vocab().items() if theirs.get(token) != index]
-    problems = [f"tokens with other ids: {', '.join(sorted(moved)[:4])}"] if moved else []
+    problems = [f"tokens with different ids: {', '.join(sorted(moved)[:4])}"] if moved else []
     if _template(source) != _template(exported):
-        problems.append("another chat template")
+        problems.append("a different chat template")
     problems += other_roles(source, {role: getattr(exported, f"{role}_token_id") for role in ROLES})
     read = partial(prompt_ids, exported)
     return problems + tokenized_otherwise(source, lambda t: exported(t)["input_ids"], read, prompts)
 
 
 def _template(tokenizer: Any) -> str | None:
-    """The chat template; if there are several, the default one."""
+    """The chat template; if there are several, the default template."""
     template = tokenizer.chat_template
     return template.get("default") if isinstance(template, dict) else template
 
 
 def other_roles(source: Any, found: dict[str, int | None]) -> list[str]:
-    """Roles whose tokens differ: loaders have defaults for roles that the source does not set."""
+    """Describe roles whose tokens differ. Roles that the source does not set are not compared,
+    because loaders have defaults for them."""
     ids = {role: getattr(source, f"{role}_token_id") for role in found}
     return [
-        f"another {role} token: {found[role]} in place of {index}"
+        f"a different {role} token: {found[role]} instead of {index}"
         for role, index in ids.items()
         if index is not None and found[role] != index
     ]
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """A prompt's token ids: through the chat template, if there is one."""
+    """A prompt's token ids, through the chat template if there is one."""
     if not _template(tokenizer):
         return list(tokenizer(prompt)["input_ids"])
     chat = [{"role": "user", "content": prompt}]
@@ -66,12 +68,16 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def tokenized_otherwise(source: Any, plain: Cut, read: Cut, prompts: list[str]) -> list[str]:
-    """plain, read: the export's ids of a text alone, and as `prompt_ids` returns them."""
+    """Describe prompts that are tokenized differently.
+
+    plain: returns the export's token ids of a text.
+    read: returns the export's token ids of a prompt, like `prompt_ids`.
+    """
     problems = []
     for prompt in prompts:
         if source(prompt)["input_ids"] != plain(prompt):
             problems.append(f"tokenized differently: {prompt[:40]!r}")
-        # Twice: a template may write the time, and a second may pass in between.
+        # Try twice: a template can write the time, and a second can pass in between.
         elif all(prompt_ids(source, prompt) != read(prompt) for _ in range(2)):
             problems.append(f"rendered differently through the chat template: {prompt[:40]!r}")
     return problems

@@ -1,6 +1,6 @@
-"""Whether the weights of an export are those of the model that transformers loads from it.
+"""Check that an export has exactly the weights of the model that transformers loads from it.
 
-A part of `replay.py`, which loads it by its path: it imports nothing from Stillhouse.
+`replay.py` loads this file by its path, so it imports nothing from Stillhouse.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from transformers import core_model_loading
 
 
 def weight_problems(model: Any, info: dict[str, Any], exported: Path) -> list[str]:
-    """Weights that the export lacks or has in excess."""
+    """Describe missing and unexpected weights, and weights with a different shape."""
     stored: set[str] = set()
     for file in exported.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
@@ -22,15 +22,15 @@ def weight_problems(model: Any, info: dict[str, Any], exported: Path) -> list[st
     extra = {*info["unexpected_keys"], *(stored - _saved_names(model))}
     found = {
         "missing": {*info["missing_keys"]},
-        "not part of it": extra,
-        "of another shape": {str(key[0]) for key in info["mismatched_keys"]},
+        "unexpected": extra,
+        "of a different shape": {str(key[0]) for key in info["mismatched_keys"]},
     }
     return [f"{what}: {', '.join(sorted(names)[:4])}" for what, names in found.items() if names]
 
 
 def _saved_names(model: Any) -> set[str]:
-    """The names under which transformers saves the model's tensors. Version 5 stores some under
-    names of version 4, such as those of single experts, which it keeps in one tensor."""
+    """The names under which transformers saves the model's tensors. Version 5 stores some of them
+    under version 4's names, such as those of single experts, which it keeps in one tensor."""
     tensors = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
     if getattr(model, "hf_quantizer", None) is not None:
         return set(tensors)
@@ -38,6 +38,6 @@ def _saved_names(model: Any) -> set[str]:
 
 
 def _parameter(stored: str) -> str:
-    """The parameter that a stored tensor belongs to: torchao stores x.weight as x._weight_scale and
-    others."""
+    """The parameter that a stored tensor belongs to: torchao stores x.weight as several tensors,
+    such as x._weight_scale."""
     return re.sub(r"\._weight_(qdata|scale|zero_point)$", ".weight", stored)

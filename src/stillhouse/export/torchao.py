@@ -1,8 +1,8 @@
-"""Exports a quantized student as torchao tensors in safetensors, for transformers with torchao.
+"""Export a quantized student as torchao tensors in safetensors, for transformers with torchao.
 
-torchao's int4 kernels need a GPU; the tensors that also run on a CPU hold one number per byte and
-multiply in floating point. So this format is for transformers and for PyTorch's own exporters; the
-smallest file is GGUF's. Newer GPUs multiply float8 with rounded inputs directly.
+torchao's int4 kernels need a GPU; its tensors that also run on a CPU store one number per byte and
+multiply in floating point. So this format is for transformers and for PyTorch's exporters; GGUF
+files are smaller. Newer GPUs multiply float8 weights with rounded inputs directly.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from stillhouse.teachers.older_names import save_tokenizer, write_older_names
 from stillhouse.teachers.quiet import quiet
 
 DYNAMIC_KL = 0.05
-"""Additional nats/token if inputs are also rounded, which the checkpoint does not store."""
+"""Added to the limit, in nats/token, if inputs are also rounded, which the source does not do."""
 
 
 def export_torchao(
@@ -38,17 +38,19 @@ def export_torchao(
 ) -> ReplayResult:
     """Write a Hugging Face folder whose quantized matrices are torchao tensors.
 
-    gate: its source is the float32 checkpoint on the grid. dtype: of everything else. Raises
-    ModelError if torchao is missing, this machine lacks float8 products, or the export does not
-    load or differs by more than is allowed.
+    gate: its source is the float32 checkpoint, with weights on the grid.
+    dtype: dtype of everything else.
+
+    Raises ModelError if torchao is missing, if this machine does not support float8 products, or if
+    the export does not load or differs by more than is allowed.
     """
     require_torchao(quantization.grid, quantization.dynamic, dtype)
 
     out.mkdir(parents=True, exist_ok=True)
     floats = save_torchao(gate.source, out, quantization, getattr(torch, dtype))
     notes = [
-        f"{name} is stored in {dtype}: if it is quantized, transformers does not set the scale "
-        "that its layer multiplies it by."
+        f"{name} is stored in {dtype}, because for quantized weights, transformers does not set "
+        "the scale that this layer multiplies its outputs by."
         for name in floats
     ]
     limit = FLOATS[dtype] + (DYNAMIC_KL if quantization.dynamic else 0.0)
@@ -65,14 +67,14 @@ def export_torchao(
 
 def require_torchao(grid: Grid, dynamic: bool, dtype: str) -> None:
     """Raise ModelError if torchao is not installed, or its tensors do not work here."""
-    instead = "or export gguf-q4_0 or gguf-q8_0 alone, which do not need torchao"
+    instead = "or export only gguf-q4_0 or gguf-q8_0, which do not need torchao"
     if grid.floating:
-        instead = "or use quantize.kind int8 or int4 and export gguf-q8_0 or gguf-q4_0 alone"
+        instead = "or use quantize.kind int8 or int4, and export only gguf-q8_0 or gguf-q4_0"
     if importlib.util.find_spec("torchao") is None:
         raise ModelError(
             "a quantized student is written as safetensors by torchao, which is not installed",
             where="export.formats",
-            fix=f"pip install 'stillhouse[quantize]', {instead}",
+            fix=f"run pip install 'stillhouse[quantize]', {instead}",
         )
     try:
         _multiply(grid, dynamic, getattr(torch, dtype))
@@ -82,20 +84,20 @@ def require_torchao(grid: Grid, dynamic: bool, dtype: str) -> None:
                 f"float8 products in {dtype} do not run on this {_device_name()} "
                 f"({first_line(error)})",
                 where="quantize.kind",
-                fix="kind: float8 rounds only weights and int8_dynamic_int8 inputs too, on any "
-                "machine; products of float8 need a GPU of NVIDIA's Ada or Hopper generation or "
-                "newer (compute capability 8.9), or AMD's MI300, and export.dtype: bfloat16",
+                fix="use kind: float8, which rounds only weights, or int8_dynamic_int8, which also "
+                "rounds inputs, on any machine; float8 products need export.dtype: bfloat16 and an "
+                "NVIDIA Ada, Hopper, or newer GPU (compute capability 8.9), or an AMD MI300",
             ) from error
         raise ModelError(
-            f"torchao is installed and does not work with this torch ({first_line(error)})",
+            f"torchao is installed but does not work with this torch ({first_line(error)})",
             where="export.formats",
-            fix=f"install a torchao made for torch {torch.__version__}, {instead}",
+            fix=f"install a torchao version for torch {torch.__version__}, {instead}",
         ) from error
 
 
 def _multiply(grid: Grid, dynamic: bool, dtype: torch.dtype) -> None:
-    """Multiply with a quantized matrix on the default device, and flatten it as for a file: all
-    that an export needs."""
+    """Try everything that an export needs: multiply with a quantized matrix on the default device,
+    and flatten it for a file."""
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
     width, device = grid.group or FLOAT8_WIDTH, default_device()
@@ -117,9 +119,9 @@ def save_torchao(
 ) -> list[str]:
     """Write the folder from a float32 checkpoint on the grid, without replaying it.
 
-    Returns the matrices on the grid that are stored as floats. When transformers loads a quantized
-    matrix, it takes the matrix's whole module for initialized, so that buffers that are not in the
-    checkpoint stay uninitialized memory: the scale of Gemma 3's embeddings.
+    Returns the names of quantized matrices that are stored as floats. When transformers loads a
+    quantized matrix, it considers the matrix's whole module initialized, so buffers that are not in
+    the checkpoint, such as the scale of Gemma 3's embeddings, stay uninitialized.
     """
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
@@ -155,20 +157,20 @@ def save_torchao(
 
 
 def _has_other_buffers(model: torch.nn.Module, name: str) -> bool:
-    """Whether the module of a weight has buffers that checkpoints do not hold."""
+    """Whether a weight's module has buffers that checkpoints do not contain."""
     module = model.get_submodule(name.rpartition(".")[0])
     return bool(module._non_persistent_buffers_set)
 
 
 def _sort_metadata(file: Path) -> None:
-    """Sort the metadata: safetensors' order varies by process, but equal models must be equal
-    files."""
+    """Sort the metadata, whose order in safetensors varies by process, so that equal models lead to
+    equal files."""
     with file.open("r+b") as opened:
         length = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(length))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         written = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(written) <= length:  # another escaping could make it longer
+        if len(written) <= length:  # Different escaping could make it longer.
             opened.seek(8)
             opened.write(written.ljust(length))
 
@@ -195,7 +197,7 @@ def _tensor(
 def _float8_tensor(
     weight_OI: Tensor, scales_O1: Tensor, grid: Grid, dtype: Any, dynamic: bool
 ) -> Tensor:
-    """float8 kernels need float32 scales."""
+    """A float8 tensor with float32 scales, which its kernels need."""
     from torchao.float8.inference import Float8MMConfig
     from torchao.quantization import Float8Tensor, PerRow
     from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
@@ -214,7 +216,7 @@ def _float8_tensor(
 
 
 def _config(quantization: Quantization, kept: list[str]) -> Any:
-    """kept: modules whose weights are not quantized."""
+    """The quantization configuration. kept: modules whose weights are not quantized."""
     from torchao import quantization as torchao
     from transformers import TorchAoConfig
 

@@ -1,4 +1,4 @@
-"""Row lengths of a model's matrices, which must be divisible by blocks and groups."""
+"""Row lengths of a model's matrices, which must be divisible by block and group sizes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from stillhouse.attention_heads import head_size
 
 
 def row_widths(config: Any) -> dict[str, int]:
-    """The input widths of linear layers, by their names in the configuration."""
+    """Input widths of linear layers, by their configuration keys."""
     text = config.get_text_config()
     ffn = "moe_intermediate_size" if getattr(text, "num_experts", 0) else "intermediate_size"
     widths = {"hidden_size": int(text.hidden_size), ffn: int(getattr(text, ffn))}
@@ -19,6 +19,6 @@ def row_widths(config: Any) -> dict[str, int]:
 
 
 def nearest(width: int, block: int) -> str:
-    """The multiples of `block` on both sides, as text."""
+    """The nearest multiples of `block` below and above, as text."""
     below = width // block * block
     return " or ".join(f"{size:,}" for size in (below, below + block) if size)
