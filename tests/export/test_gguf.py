@@ -258,7 +258,7 @@ def test_rules_for_splitting_text_are_distinguished(pattern: str) -> None:
     words.backend_tokenizer.model.ignore_merges = False
     other = pre_tokenizers.Split(Regex("x+"), "isolated")
     words.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([other, plain])
-    with pytest.raises(ModelError, match="split text by custom .* rules"):
+    with pytest.raises(ModelError, match=r"split text by custom .* rules"):
         rules_of(words)
 
 
