@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,8 @@ def capture(attention: nn.Module) -> Iterator[AttentionStates]:
         return hook
 
     def divide(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-        query = attention.get_submodule("o_proj").in_features
+        output_projection: Any = attention.get_submodule("o_proj")
+        query = output_projection.in_features
         key = (output.shape[-1] - query) // 2
         caught.update(zip(RELATIONS, output.split([query, key, key], -1), strict=True))
 
