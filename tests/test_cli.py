@@ -193,7 +193,7 @@ def test_a_users_error_is_one_message_without_a_traceback(
         cli.main()
     assert exit_.value.code == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: the recipe file is missing")
+    assert error.startswith("error: the recipe file does not exist")
     assert "Traceback" not in error
 
 
@@ -404,9 +404,9 @@ def test_a_chat_row_that_is_too_long_is_found(tmp_path: Path) -> None:
     ("sections", "text"),
     [
         ({}, "a second student or epoch trains"),
-        ({"train": {"epochs": 3}}, "the teacher reads the same text 3 times"),
-        ({"signals": {}}, "it pays from a second student or epoch on"),
-        ({"signals": {}, "train": {"epochs": 3}}, "3 epochs save about"),
+        ({"train": {"epochs": 3}}, "the teacher scores the same text 3 times"),
+        ({"signals": {}}, "this pays off from the second student or epoch on"),
+        ({"signals": {}, "train": {"epochs": 3}}, "over 3 epochs"),
     ],
 )
 def test_check_reports_when_a_store_saves_time(tmp_path: Path, sections: Any, text: str) -> None:
@@ -422,7 +422,7 @@ def test_check_opens_the_store_that_a_recipe_names(tmp_path: Path) -> None:
     store = str(tmp_path / "run" / "signals")
     named = write(tmp_path, signals={"store": store}, folder=str(tmp_path / "other"))
     found = {finding.topic: finding.text for finding in check_recipe(named)}
-    assert "of kind top_k, recorded before" in found["signals"]
+    assert "of kind top_k, recorded earlier" in found["signals"]
     damaged = Path(store).resolve() / "manifest.json"
     damaged.write_text(damaged.read_text().replace('"rows"', '"cows"', 1))
     assert "error" in {finding.level for finding in check_recipe(named)}

@@ -75,7 +75,7 @@ def test_the_ffn_is_cut_first_and_the_depth_when_a_third_is_left(
 def test_a_model_that_cannot_be_pruned_has_no_smaller_sizes(config: Any) -> None:
     with pytest.raises(ModelError, match="cannot be pruned") as found:
         pruned_sizes(config, 0.5)
-    assert "name a model for the student to start from" in str(found.value.fix)
+    assert "pass a model for the student to start from" in str(found.value.fix)
 
 
 def test_a_mixture_of_experts_loses_layers() -> None:

@@ -50,12 +50,12 @@ def test_the_text_column_is_chosen_from_many_rows(
     assert training_sources("a.csv", False) == [
         {"kind": "file", "text_key": "issue", "path": "a.csv"}
     ]
-    assert "from the column 'issue', not from 'title'" in capsys.readouterr().err
+    assert "from column 'issue', not from 'title'" in capsys.readouterr().err
 
 
 def test_numbers_and_dates_are_no_text() -> None:
     row = {"id": "123456789012345", "day": "2024-01-01T10:00:00", "note": "short"}
-    with pytest.raises(DataError, match="no column has text: the columns are id, day"):
+    with pytest.raises(DataError, match="no column contains text: the columns are id, day"):
         text_column([{key: row[key] for key in ("id", "day")}], "a.csv")
 
 

@@ -1,7 +1,7 @@
 """Distill language models: a small student learns to reproduce a large teacher's behavior.
 
     import stillhouse as sh
-    sh.run("recipes/demo.yaml")                      # a recipe, or in memory:
+    sh.run("recipes/demo.yaml")                      # a recipe; or step by step:
     teacher = sh.Teacher.load("Qwen/Qwen3-8B")
     data = sh.Data.build("texts.jsonl", teacher.tokenizer)
     student = sh.Student.prune(teacher, data, params="60%")
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from stillhouse.training.train import TrainingResult
     from stillhouse.training.trainer import DistillationTrainer
 
-# transformers imports torchao if it is installed, which warns about each GPU kernel it lacks.
+# transformers imports torchao if it is installed, and torchao warns about each GPU kernel it lacks.
 for _name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 

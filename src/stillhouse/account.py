@@ -1,11 +1,11 @@
-"""The compute cost of a run in floating-point operations, by the usual counting rules.
+"""A run's compute in FLOPs, by the usual counting rules.
 
-A training token costs 6 FLOPs per parameter (2 forward, 4 backward) and a forward-only token 2,
-with embeddings counted once, as the head (Kaplan et al. 2020, arXiv 2001.08361, section 2.1), and
-of a mixture of experts those that a token goes through.
-Attention's own products are left out: they are small at the context lengths used here.
+A training token costs 6 FLOPs per parameter (2 forward, 4 backward); a forward-only token costs 2
+(Kaplan et al. 2020, arXiv 2001.08361, section 2.1). Embeddings count once, as the LM head; of a
+mixture of experts, only the experts that process a token count. The products of attention scores
+and values are left out: they are small at the context lengths used here.
 
-Pruning has no such rule, so its FLOPs are counted as they are executed (`CountedFlops`).
+No such rule exists for pruning, so its FLOPs are counted as they are executed (`CountedFlops`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ from stillhouse.number_format import count
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """total: each stored parameter once. active: those that a token is multiplied with: without an
-    untied input embedding, and without the experts that it does not go through."""
+    """Parameter counts of a model.
+
+    total: each stored parameter once. active: the parameters that take part in a token's matrix
+    products, so not an untied input embedding, and not the experts that the token skips.
+    """
 
     total: int
     non_embedding: int
@@ -45,12 +48,12 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 
 def expert_parameters(model: nn.Module) -> int:
-    """Of all routed experts of a mixture."""
+    """Count the parameters of all routed experts of a mixture."""
     return sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
 
 
 def _idle_parameters(model: nn.Module) -> int:
-    """Of the experts that a token does not go through."""
+    """Count the parameters of the experts that a token skips."""
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     experts = next((getattr(config, name) for name in names if getattr(config, name, None)), 0)
@@ -61,13 +64,13 @@ def _idle_parameters(model: nn.Module) -> int:
 
 
 def described(model: Any) -> str:
-    """A short description of a model: 134.5M parameters in bfloat16 on cuda:0."""
+    """Describe a model briefly: 134.5M parameters in bfloat16 on cuda:0."""
     dtype = str(model.dtype).removeprefix("torch.")
     return f"{count(count_parameters(model).total)} parameters in {dtype} on {model.device}"
 
 
 def training_flops(student: int, tokens: int) -> int:
-    """FLOPs of `tokens` training tokens without a teacher; parameters counted as `active`."""
+    """FLOPs of training a student of `student` active parameters, without the teacher's."""
     return 6 * student * tokens
 
 
@@ -76,15 +79,15 @@ def forward_flops(parameters: int, tokens: int) -> int:
 
 
 class CountedFlops(TorchDispatchMode):
-    """Counts torch's operations inside its block, on this thread and in its backward passes.
+    """Counts the FLOPs of torch operations inside its block, on this thread and in its backward
+    passes.
 
-    Every operation takes some microseconds longer: do not use it for timed code.
-    flops: of the matrix products, factorizations and solves so far.
+    flops: the FLOPs of the matrix products, factorizations, and solves so far. A product counts
+    2·m·n·k, in a forward pass or for Gram matrices; an inverse by Cholesky factors n³ in total, a
+    solve with k right-hand sides 2·n³/3 + 2·n²·k, and eigenvectors 9·n³ (Golub and Van Loan,
+    Matrix Computations). Elementwise operations and fused attention are left out.
 
-    2·m·n·k for a product, in a forward pass or for Gram matrices; n³ in total for an inverse by
-    Cholesky factors, 2·n³/3 + 2·n²·k for a solve with k right-hand sides, 9·n³ for eigenvectors
-    (Golub and Van Loan, Matrix Computations). Elementwise operations are left out, and so
-    are attention's products if they are one fused operation.
+    Adds some microseconds to every operation: do not use it in timed code.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Sizes of attention heads, read from the configuration of a text model without torch."""
+"""Sizes of attention heads, read from a text model's configuration without importing torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The limits of memory and processor time around this process: cgroups(7), versions 1 and 2."""
+"""Limits on this process's memory and CPU time: cgroups(7), versions 1 and 2."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ OWN_CGROUPS, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def memory_left() -> Iterator[int]:
-    """What the memory limits around this process leave: of a container, a Slurm job, a service.
+    """Yield the bytes that each memory limit around this process (of a container, a Slurm job, or
+    a service) leaves.
 
-    Pages of files count as free, as the kernel frees them.
+    File pages count as free, because the kernel frees them on demand.
     """
     for version, folder in _cgroups("memory"):
         limit, used, prefix = "memory.max", "memory.current", ""
         if version == 1:
             limit, used, prefix = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
-        # No file, of the root or outside of a container; "max", which is no limit.
+        # The root cgroup and systems without containers have no such file; "max" is no limit.
         with suppress(OSError, ValueError, LookupError):
             most, taken = (int((folder / name).read_text()) for name in (limit, used))
             rows = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
@@ -29,8 +30,8 @@ def memory_left() -> Iterator[int]:
 
 
 def cores() -> Iterator[int]:
-    """The whole cores whose time the limits around this process allow, at least one: of a container
-    with `--cpus`, for example."""
+    """Yield the whole cores, at least one, that each CPU limit around this process allows: that of
+    a container started with `--cpus`, for example."""
     for version, folder in _cgroups("cpu"):
         names = ["cpu.max"] if version == 2 else ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
         with suppress(OSError, ValueError):  # as above
@@ -40,8 +41,7 @@ def cores() -> Iterator[int]:
 
 
 def _cgroups(controller: str) -> Iterator[tuple[Literal[1, 2], Path]]:
-    """The version and the folder of each cgroup (cgroups(7)) that this process is in, the innermost
-    first."""
+    """Yield the version and folder of each cgroup that this process is in, innermost first."""
     if not OWN_CGROUPS.is_file():
         return
     for line in OWN_CGROUPS.read_text(encoding="utf-8").splitlines():

@@ -1,4 +1,4 @@
-"""Checks a recipe before anything is spent: what would fail, and what the run will cost."""
+"""Checks a recipe before anything is spent: finds what would fail and estimates the cost."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def check_recipe(
     base: Path | None = None,
     calls: int = 0,
 ) -> list[Finding]:
-    """All findings, in the order of the run; an error skips the checks that depend on it.
+    """Return all findings in the run's order; an error skips the checks that depend on it.
 
-    calls: requests to send to a text teacher, to estimate the cost of the others.
-    Weights are not loaded (except a local text teacher's, for calls) and nothing is trained. For a
-    Hub model only the configuration and tokenizer are downloaded; a GGUF file is converted, since
-    its configuration and tokenizer do not exist before.
+    calls: the number of requests to send to a text teacher, to estimate the cost of the rest.
+    No weights are loaded (except a local text teacher's, for `calls`) and nothing is trained. For
+    a Hub model, only the configuration and tokenizer are downloaded; a GGUF file is converted,
+    because its configuration and tokenizer do not exist until then.
     """
     tune_allocator()
     findings: list[Finding] = []
@@ -77,5 +77,6 @@ def _findings(
 def _folder(folder: Path) -> Finding:
     existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        return Finding("error", "run folder", f"{folder} cannot be written", "--set folder=PATH")
+        fix = "use another folder: --set folder=PATH"
+        return Finding("error", "run folder", f"{folder} is not writable", fix)
     return Finding("ok", "run folder", str(folder))

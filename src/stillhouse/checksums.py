@@ -1,4 +1,4 @@
-"""Hashes of files: SHA-256 identifies content, XXH3 detects damage at reading speed."""
+"""File hashes: SHA-256 identifies content; XXH3 detects damage as fast as files are read."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import ModelError
 
 SUMS = "SHA256SUMS"
-"""The file in an export with the hashes of the others."""
+"""The file in an export that lists the hashes of the other files."""
 _LINE = re.compile("([0-9a-f]{64}) [ *](.+)")
 _CHUNK = 1 << 20
 _SEAL = "xxh3_of_the_rest"
 _intact: set[tuple[str, int, int, int, str]] = set()
-"""Files that were read and found intact: path, inode, size, modification time, hash."""
+"""Files that were read and found intact: path, inode, size, modification time, and hash."""
 
 Facts = Mapping[str, Any]
 
 
 def file_facts(path: Path) -> dict[str, Any]:
-    """Size and both hashes of a file, read once."""
+    """Return the size and both hashes of a file, reading it once."""
     slow, fast = hashlib.sha256(), xxhash.xxh3_128()
     _read(path, slow.update, fast.update)
     return {
@@ -37,24 +37,24 @@ def file_facts(path: Path) -> dict[str, Any]:
 
 
 def fast_facts(path: Path) -> dict[str, Any]:
-    """Size and XXH3 of a file."""
+    """Return the size and XXH3 of a file."""
     fast = xxhash.xxh3_128()
     _read(path, fast.update)
     return {"bytes": path.stat().st_size, "xxh3": fast.hexdigest()}
 
 
 def damaged_files(folder: Path, files: Mapping[str, Facts], *, reread: bool = False) -> list[str]:
-    """Names of the files in `folder` that are missing, or differ from what `files` recorded.
+    """Return the names of files in `folder` that are missing or differ from the facts in `files`.
 
-    A file without an XXH3 is compared by SHA-256. Unless `reread`, a file that this process found
-    intact before, and that was not written since, is not read again, and one with
-    `compared_when_read` is compared by size: its reader compares the hash.
+    A file without an XXH3 is compared by SHA-256. Unless `reread`, a file that this process has
+    found intact and that has not been written since is not read again, and a file with
+    `compared_when_read` is compared by size only, because its reader compares the hash.
     """
     return [name for name, facts in files.items() if not _is_intact(folder / name, facts, reread)]
 
 
 def write_sums(folder: Path) -> None:
-    """Write SHA256SUMS with the hash of every other file below the folder, for `sha256sum -c`."""
+    """Write SHA256SUMS with the hash of every other file under the folder, for `sha256sum -c`."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SUMS]
     lines = [f"{file_facts(p)['sha256']}  {p.relative_to(folder).as_posix()}\n" for p in files]
     with disk_errors(folder):
@@ -62,17 +62,17 @@ def write_sums(folder: Path) -> None:
 
 
 def read_sums(folder: Path) -> dict[str, Facts]:
-    """The files that SHA256SUMS lists, for `damaged_files`. Raises OSError, ValueError."""
+    """Return the files that SHA256SUMS lists, for `damaged_files`. Raises OSError, ValueError."""
     lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
     found = [_LINE.fullmatch(line) for line in lines]
     if not all(found):
-        raise ValueError("a line is not a hash and a name")
+        raise ValueError("a line is not a hash and a file name")
     return {line[2]: {"sha256": line[1]} for line in found if line}
 
 
 def wrong_in_export(folder: Path) -> list[str]:
-    """What is not as SHA256SUMS recorded it, and files that it does not list; hidden files and
-    folders do not count: git and huggingface_hub write some into a copy."""
+    """Describe the files that differ from SHA256SUMS or that it does not list. Hidden files and
+    folders are ignored: git and huggingface_hub add some to a copy."""
     try:
         files = read_sums(folder)
         damaged = damaged_files(folder, files, reread=True)
@@ -81,7 +81,8 @@ def wrong_in_export(folder: Path) -> list[str]:
         return [f"{SUMS}: {error}"]
     problems = [f"{name} is missing or has changed" for name in damaged]
     names = [path.as_posix() for path in found if not any(part[0] == "." for part in path.parts)]
-    return problems + [f"{SUMS} lacks {name}" for name in names if name not in {SUMS, *files}]
+    unlisted = [name for name in names if name not in {SUMS, *files}]
+    return problems + [f"{SUMS} does not list {name}" for name in unlisted]
 
 
 def require_sound_export(folder: Path) -> None:
@@ -92,22 +93,22 @@ def require_sound_export(folder: Path) -> None:
 
 
 def damaged_export(folder: Path, problem: str) -> ModelError:
-    """The error about a folder that is not what its SHA256SUMS lists."""
+    """Build the error about a folder that differs from its SHA256SUMS."""
     return ModelError(
         f"the model is damaged: {problem}",
         where=folder,
-        fix="copy the folder again, or run `stillhouse run` again with its recipe; if you changed "
-        f"the file yourself, delete {SUMS} there",
+        fix="copy the folder again, or rerun `stillhouse run` with its recipe; if you changed the "
+        f"file yourself, delete {SUMS} there",
     )
 
 
 def with_hash(content: bytes) -> bytes:
-    """The content after a line with its XXH3, for a file that only Stillhouse reads."""
+    """Prepend a line with the content's XXH3, for a file that only Stillhouse reads."""
     return xxhash.xxh3_128_hexdigest(content).encode() + b"\n" + content
 
 
 def without_hash(data: bytes) -> bytes:
-    """The content of what `with_hash` returned. Raises ValueError where that has changed."""
+    """Return the content passed to `with_hash`. Raises ValueError if the data has changed."""
     recorded, _, content = data.partition(b"\n")
     if recorded.decode("ascii", "replace") != xxhash.xxh3_128_hexdigest(content):
         raise ValueError("it is not what was written")
@@ -115,14 +116,14 @@ def without_hash(data: bytes) -> bytes:
 
 
 def sealed(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts with a hash of themselves, for a JSON file whose own damage must be noticed."""
+    """Add a hash of the facts to themselves, so that damage to their JSON file is noticed."""
     written = json.loads(json.dumps(facts))  # keys become strings, tuples lists
     written.pop(_SEAL, None)
     return {**written, _SEAL: _hash_of(written)}
 
 
 def seal_broken(facts: Mapping[str, Any]) -> bool:
-    """Whether facts that `sealed` returned have changed."""
+    """Whether facts have changed since `sealed` returned them."""
     rest = {name: value for name, value in facts.items() if name != _SEAL}
     return bool(facts.get(_SEAL) != _hash_of(rest))
 

@@ -1,5 +1,4 @@
-"""The implementation of the commands: each reads a recipe, and walks the steps of its kind of
-run."""
+"""The commands' implementations: each reads a recipe and walks through its kind of run's steps."""
 
 from __future__ import annotations
 
@@ -61,11 +60,12 @@ def run(
     overrides: Sequence[str] = (),
     base: Path | None = None,
 ) -> RunResult | None:
-    """Run every unfinished stage of a recipe of any kind: a path, a dictionary, or a recipe.
+    """Run every unfinished stage of a recipe of any kind.
 
-    base: the folder that relative paths in the recipe refer to; by default the recipe file's
-    folder, or the working directory. Under torchrun every process calls this; the main process
-    gets the result, the others get None.
+    recipe: a path, a dictionary, or a recipe object. base: the folder that relative paths in the
+    recipe refer to; by default, the recipe file's folder, or the working directory.
+
+    Under torchrun, every process calls this; the main process gets the result, the others None.
     Raises StillhouseError; finished stages are kept.
     """
     recipe, base = read_recipe(recipe, overrides, base)
@@ -75,20 +75,20 @@ def run(
 def preview_recipe(
     path: str | Path, overrides: Sequence[str] = (), *, rows: int = 3
 ) -> RenderableType:
-    """The first rows of a recipe's text, as the student or the teacher reads them."""
+    """Render the first rows of a recipe's text as the student or the teacher reads them."""
     recipe, base = load_recipe(path, overrides), Path(path).parent
     return kind_of(recipe).preview(recipe, base, rows)
 
 
 def predict(folder: Path, texts: Iterable[str]) -> Rows:
-    """The predictions of a task's model for texts, in order; see `find_predictor`."""
+    """Return a task model's predictions for texts, in order; see `find_predictor`."""
     return find_predictor(folder)(texts)
 
 
 def find_predictor(folder: Path) -> Callable[[Iterable[str]], Rows]:
-    """A function from texts to the predictions of a task's model, in order.
+    """Return a function from texts to a task model's predictions, in order.
 
-    folder: a run folder, or a model in it. Raises ModelError if there is no such model.
+    folder: a run folder or a model in it. Raises ModelError if there is no such model.
     """
     for candidate in (folder, folder / MODEL):
         require_sound_export(candidate)
@@ -97,9 +97,9 @@ def find_predictor(folder: Path) -> Callable[[Iterable[str]], Rows]:
             if predictor is not None:
                 return predictor
     raise ModelError(
-        "this folder holds no model of a task",
+        "this folder contains no task model",
         where=folder,
-        fix="give the run folder of a recipe with `task`, after `stillhouse run`",
+        fix="pass the run folder of a recipe with `task`, after `stillhouse run`",
     )
 
 
@@ -116,8 +116,9 @@ def agree_to_spend(
 ) -> bool:
     """Ask for confirmation before spending without a budget; True if the command may continue.
 
-    synthesize: the command is `stillhouse synthesize`, not `run`. confirm: shows a question and
-    returns the answer; None if there is no terminal: RecipeError is raised instead.
+    synthesize: whether the command is `stillhouse synthesize` rather than `run`. confirm: shows a
+    question and returns the answer; None if there is no terminal, in which case RecipeError is
+    raised instead of asking.
     """
     recipe, base = read_recipe(recipe, overrides, base)
     if synthesize and not isinstance(recipe, Recipe):
@@ -136,9 +137,9 @@ def _agreed(unlimited: list[str], confirm: Confirm | None) -> bool:
     lines = "; ".join(unlimited)
     if confirm is None:
         raise RecipeError(
-            f"this would pay an API without a limit: {lines}",
+            f"this would spend on an API without a limit: {lines}",
             where="budget",
-            fix="set max_usd or max_tokens in the budget of the teacher and of the judge, or pass "
+            fix="set max_usd or max_tokens in the budgets of the teacher and the judge, or pass "
             "--yes to spend without a limit",
         )
     return confirm(f"{lines}. There is no budget. Send the requests?")
@@ -148,10 +149,10 @@ def _agreed(unlimited: list[str], confirm: Confirm | None) -> bool:
 
 
 def prepare_data(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Job, Windows, Windows]:
-    """Run a recipe's data stage unless it is finished; returns the job, training and held-out
-    windows. Under torchrun, every process calls this.
+    """Run a recipe's data stage unless it is finished; return the job, the training windows, and
+    the held-out windows. Under torchrun, every process calls this.
 
-    Raises DataError if its text is not synthesized yet, which may cost money.
+    Raises DataError if the text has yet to be synthesized, because that can cost money.
     """
     recipe, base = first_member(load_language_model_recipe(path, overrides)), Path(path).parent
     require_text(recipe, base)
@@ -161,7 +162,7 @@ def prepare_data(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Job, 
 
 
 def record_signals(path: str | Path, overrides: Sequence[str] = ()) -> Path:
-    """Run a recipe's signals stage unless it is finished; returns the folder of the store.
+    """Run a recipe's signals stage unless it is finished; return the store's folder.
 
     Raises RecipeError if the recipe has no `signals`.
     """
@@ -171,13 +172,12 @@ def record_signals(path: str | Path, overrides: Sequence[str] = ()) -> Path:
         raise RecipeError(
             "this recipe records no signals",
             where=path,
-            fix="add `signals: {}` to it, without a store, or "
-            "--set signals.encoding.kind=threshold",
+            fix="add `signals: {}` without a store, or pass --set signals.encoding.kind=threshold",
         )
     folder = run_folder(recipe)
     only: tuple[str, ...] = (*DATA_STEPS, "signals")
     if isinstance(section.encoding, FrozenHeadSignals):
-        only += ("search", "student")  # the store is for this student's head
+        only += ("search", "student")  # the store is made for this student's head
     with stages_of(recipe) as do:
         if leads():
             folder.require_free("signals")
@@ -189,8 +189,8 @@ def record_signals(path: str | Path, overrides: Sequence[str] = ()) -> Path:
 
 
 def synthesize_text(path: str | Path, overrides: Sequence[str] = ()) -> Synthesis | None:
-    """Run a recipe's `synthesize` section; answered requests are not sent again. Under torchrun,
-    every process calls this; the main process gets the result, the others get None.
+    """Run a recipe's `synthesize` section without repeating answered requests. Under torchrun,
+    every process calls this; the main process gets the result, the others None.
 
     Raises RecipeError if the recipe has no such section.
     """
@@ -199,7 +199,7 @@ def synthesize_text(path: str | Path, overrides: Sequence[str] = ()) -> Synthesi
         raise RecipeError(
             "this recipe synthesizes nothing",
             where=path,
-            fix="add the section `synthesize`, see docs/synthesis.md",
+            fix="add a `synthesize` section (docs/synthesis.md)",
         )
     base = Path(path).parent
     if not leads():
@@ -215,7 +215,7 @@ def evaluate_model(
     path: str | Path, overrides: Sequence[str] = (), model: str | None = None
 ) -> Evaluation:
     """Evaluate a model, by default the run's own, against the recipe's teacher. Under torchrun,
-    every process calls this, and the main process's result is the complete one.
+    every process calls this; only the main process's result is complete.
 
     Raises ModelError if the model is missing or its vocabulary differs from the teacher's.
     """
@@ -226,7 +226,7 @@ def evaluate_model(
         raise ModelError(
             "this recipe has no finished model yet",
             where=own,
-            fix=f"pass one with --model, or run `stillhouse run {path}` first",
+            fix=f"pass a model with --model, or run `stillhouse run {path}` first",
         )
     source = resolve_model(
         str(own) if model is None else model, base=Path.cwd(), trusted=job.start.trusted

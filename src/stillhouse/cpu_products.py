@@ -1,6 +1,6 @@
-"""Float32 matrix products on x86 CPUs, by oneDNN instead of MKL.
+"""Float32 matrix products on x86 CPUs with oneDNN instead of MKL.
 
-PyTorch calls MKL for them, which reached half of oneDNN's speed on an AMD CPU with AVX-512
+PyTorch calls MKL, which reached half of oneDNN's speed on an AMD CPU with AVX-512
 (docs/experiments.md). The operator is the one that PyTorch's compiler generates for a linear layer.
 
 Shapes: N rows, K columns that are summed over, M columns of the result.
@@ -21,15 +21,15 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 LEAST_WORK = 1 << 22
-"""Multiplications below which a call's overhead outweighs what is gained."""
+"""Number of multiplications below which the call's overhead outweighs the gain."""
 
 
 def product(a_NK: Tensor, b_MK: Tensor) -> Tensor:
-    """a bᵀ, [N, M]. Both may be transposed views."""
+    """Compute a bᵀ, [N, M]. Both operands may be transposed views."""
     if not is_fast(a_NK, b_MK):
         return a_NK @ b_MK.T
-    columns = a_NK.stride(0) == 1 and a_NK.stride(1) >= len(a_NK)  # gaps between them are no harm
-    # For other layouts oneDNN has only a reference implementation, a hundred times slower.
+    columns = a_NK.stride(0) == 1 and a_NK.stride(1) >= len(a_NK)  # gaps between columns are fine
+    # For other layouts, oneDNN has only a reference implementation, which is 100 times slower.
     return _onednn(a_NK if columns else _dense(a_NK), _dense(b_MK))
 
 
@@ -46,14 +46,14 @@ def is_fast(a_NK: Tensor, b_MK: Tensor) -> bool:
 
 
 def batched_product(a_BNK: Tensor, b_BMK: Tensor) -> Tensor:
-    """a bᵀ of each pair, [B, N, M], whose gradients are `batched_gradients`."""
+    """Compute a bᵀ for each pair, [B, N, M]. Its gradients are `batched_gradients`."""
     if len(a_BNK) and is_fast(a_BNK[0], b_BMK[0]):
         return _each(a_BNK, b_BMK)
     return a_BNK @ b_BMK.mT
 
 
 def batched_gradients(grad_BNM: Tensor, a_BNK: Tensor, b_BMK: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of the inputs of `batched_product`."""
+    """Compute the gradients of the inputs to `batched_product`."""
     if len(a_BNK) and is_fast(a_BNK[0], b_BMK[0]):
         return _each(grad_BNM, b_BMK.mT), _each(grad_BNM.mT, a_BNK.mT)
     return grad_BNM @ b_BMK, (a_BNK.mT @ grad_BNM).mT
@@ -61,9 +61,9 @@ def batched_gradients(grad_BNM: Tensor, a_BNK: Tensor, b_BMK: Tensor) -> tuple[T
 
 @contextmanager
 def fast_linear(device: torch.device) -> Iterator[None]:
-    """Inside the block, `torch.nn.functional.linear` uses these products, forward and backward.
+    """Make `torch.nn.functional.linear` use these products, forward and backward, in the block.
 
-    Not for layers with activation checkpointing, which are computed again outside of the block.
+    Not for layers with activation checkpointing, which are recomputed outside the block.
     """
     if device.type != "cpu" or torch.is_autocast_enabled("cpu") or not works():
         yield
@@ -129,7 +129,7 @@ def _each(a_BNK: Tensor, b_BMK: Tensor) -> Tensor:
 
 
 def _dense(b_MK: Tensor) -> Tensor:
-    """The same matrix without gaps, by rows or by columns."""
+    """Make a matrix contiguous, by rows or by columns."""
     return b_MK if b_MK.is_contiguous() or b_MK.T.is_contiguous() else b_MK.contiguous()
 
 
@@ -140,14 +140,15 @@ def _onednn(a_NK: Tensor, b_MK: Tensor) -> Tensor:
 
 @cache
 def works() -> bool:
-    """Whether this build of PyTorch has the operator, on an x86 CPU, and it is right."""
+    """Whether this is an x86 CPU and this build of PyTorch has the operator and computes it
+    correctly."""
     if not torch.backends.mkldnn.is_available():
         return False
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
-    # Small integers: every product and sum is exact.
+    # With small integers, every product and sum is exact.
     a = torch.arange(12.0).view(3, 4)
     b = torch.arange(20.0).view(5, 4)
     try:

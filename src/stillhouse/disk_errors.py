@@ -1,4 +1,4 @@
-"""A full disk, a missing permission or a path in the way as one message, in any library's words."""
+"""Turns any library's error about a full disk, a permission, or a blocked path into one message."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FULL = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "a file is larger than the disk or `ulimit -f` allows",
 }
-_OWNER, _MOVE = "check its owner and permissions, or ", "move it away, or "
+_OWNER, _MOVE = "check its owner and permissions, or ", "move it out of the way, or "
 _UNUSABLE = {
     errno.EACCES: ("permission denied", _OWNER),
     errno.EPERM: ("permission denied", _OWNER),
@@ -39,9 +39,9 @@ _BROKEN = {
     errno.ENODEV: "the disk is no longer connected",
     errno.ENXIO: "the disk is no longer connected",
 }
-_REPAIR = "check the disk (`dmesg` shows its errors), and run the same command again"
+_REPAIR = "check the disk (`dmesg` shows its errors) and run the same command again"
 _OS_ERROR = re.compile(r"(?:\(os error |\[Errno )(\d+)[\])]")
-"""How libraries in Rust, and Python where it copies many files, report a system's error."""
+"""How Rust libraries, and Python when it copies many files, report a system error."""
 _NO_SPACE = re.compile(
     "No space left|disk is full|PytorchStreamWriter failed writing|unexpected pos \\d+ vs"
 )
@@ -49,10 +49,10 @@ _NO_SPACE = re.compile(
 
 @contextmanager
 def disk_errors(where: Path, fix: str = KEPT, elsewhere: str = ELSEWHERE) -> Iterator[None]:
-    """Turn an error of the disk into a RunError; other errors pass.
+    """Turn disk errors into a RunError; other errors pass through.
 
-    where: what is written inside the block. fix: what to do about a full disk. elsewhere: what to
-    do about a path that cannot be used.
+    where: the path that the block writes to. fix: what to do about a full disk. elsewhere: what to
+    do about an unusable path.
     """
     try:
         yield
@@ -71,12 +71,12 @@ def disk_error(
     fix: str = KEPT,
     elsewhere: str = ELSEWHERE,
 ) -> RunError | None:
-    """The error that `disk_errors` raises; None if the disk is not the reason.
+    """Return the error that `disk_errors` raises; None if the disk is not the cause.
 
     where: None if it is not known.
     """
     code = _code(error)
-    # Of a rename, the second path is the one in the way.
+    # In a rename, the second path is the one in the way.
     named = getattr(error, "filename2", None) or getattr(error, "filename", None)
     path = Path(os.fsdecode(named)) if isinstance(named, str | bytes) else where
     place = path or "not known"
@@ -90,39 +90,39 @@ def disk_error(
             what = f"cannot write here: {what}"
         return RunError(what, where=place, fix=first + elsewhere)
     if code == errno.ENOENT and path and where and where in path.parents and not where.is_dir():
-        what = "the folder does not exist, or was deleted or moved"
+        what = "the folder does not exist: it may have been deleted or moved"
         return RunError(what, where=where, fix=elsewhere)
     return None
 
 
 def download_errors() -> AbstractContextManager[None]:
-    """As `disk_errors`, for what huggingface_hub and datasets keep of downloads."""
+    """Like `disk_errors`, for the download caches of huggingface_hub and datasets."""
     return disk_errors(
         Path(os.environ.get("HF_HOME", "~/.cache/huggingface")),
         fix="free some space there, or set HF_HOME to a folder on a larger disk",
-        elsewhere="set HF_HOME to a folder that can be written",
+        elsewhere="set HF_HOME to a writable folder",
     )
 
 
 def made_folder(folder: Path) -> None:
-    """Create the folder and its parents, if they do not exist. Raises OSError."""
+    """Create the folder and its parents unless they exist. Raises OSError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileNotFoundError as error:
-        if not folder.parent.is_dir():  # it was deleted or moved meanwhile
+        if not folder.parent.is_dir():  # it was deleted or moved in the meantime
             raise
-        # Nothing can be made in it.
+        # The parent exists but does not allow new entries.
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder)) from error
 
 
 def full_disk(error: BaseException) -> bool:
-    """Whether a full disk is the reason of the error."""
+    """Whether a full disk caused the error."""
     return _code(error) in _FULL
 
 
 def _code(error: BaseException) -> int | None:
-    """The number of the system's error. Libraries report some as errors of their own, so their
-    text is searched."""
+    """The system error's number. Some libraries raise their own error types, so their text is
+    searched for it."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     text = str(error)

@@ -1,4 +1,4 @@
-"""Describes this installation and its capabilities, for users and bug reports."""
+"""Describes this installation and its capabilities for users and bug reports."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ EXTRAS = {
     "llama-cpp": ("llama_cpp",),
     "vllm": ("vllm",),
 }
-"""Modules that an extra installs."""
+"""The modules that each extra installs."""
 
 
 def examination() -> Table:
-    """One table: versions, processor, speed, memory, disk, cache, extras."""
+    """Build a table of versions, processor, speed, memory, disk, cache, and extras."""
     table = Table(show_header=False, box=None, padding=(0, 2))
     table.add_column(style="bold")
     table.add_column()

@@ -1,11 +1,11 @@
-"""Errors that a user can cause. Each is one message: what is wrong, where, and what to do."""
+"""Errors that a user can cause. Each prints one message: what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
 import signal
 
 SHOWN = 80
-"""Maximum characters of a value in a message."""
+"""The maximum number of characters shown of a value in a message."""
 
 
 class StillhouseError(Exception):
@@ -32,7 +32,7 @@ class DataError(StillhouseError, ValueError):
 
 
 class ModelError(StillhouseError, ValueError):
-    """A model or tokenizer is missing, damaged, or incompatible with another one."""
+    """A model or tokenizer is missing, damaged, or incompatible with another."""
 
 
 class SignalError(StillhouseError, ValueError):
@@ -40,7 +40,8 @@ class SignalError(StillhouseError, ValueError):
 
 
 class StoreError(StillhouseError, RuntimeError):
-    """A signal store cannot be read or written: damaged, not finished, or the disk is full."""
+    """A signal store cannot be read or written: it is damaged or unfinished, or the disk is
+    full."""
 
 
 class RunError(StillhouseError, RuntimeError):
@@ -48,23 +49,23 @@ class RunError(StillhouseError, RuntimeError):
 
 
 class TrainingError(StillhouseError, RuntimeError):
-    """Training cannot continue: a loss that is not finite, or no supervised tokens."""
+    """Training cannot continue: the loss is not finite, or there are no supervised tokens."""
 
 
 class LostProcessError(TrainingError):
-    """Another process of a torchrun has ended."""
+    """Another process of the same torchrun has ended."""
 
 
 class DeviceError(StillhouseError, RuntimeError):
-    """The processes of a torchrun have devices that differ."""
+    """The processes of a torchrun have different devices."""
 
 
 class EndpointError(StillhouseError, RuntimeError):
-    """A teacher's API does not answer: a wrong key or model, no server, no credit."""
+    """A teacher's API does not answer: wrong key or model, no server, or no credit."""
 
 
 def in_one_line(text: object) -> str:
-    """The text with its line breaks as symbols: a path with one looks like no other line."""
+    """Replace line breaks with symbols, so that a path containing one cannot fake another line."""
     return "␊".join(str(text).splitlines())
 
 
@@ -74,8 +75,8 @@ def first_line(error: BaseException) -> str:
 
 
 def process_failure(status: int, output: str) -> str:
-    """Why a process has failed, in one line: the signal that ended it, or the last line of its
-    error output, or its exit status."""
+    """Why a process failed, on one line: the signal that ended it, the last line of its error
+    output, or its exit status."""
     if status < 0:
         name = signal.Signals(-status).name
         cause = ", most likely because memory ran out" if name == "SIGKILL" else ""
@@ -84,7 +85,7 @@ def process_failure(status: int, output: str) -> str:
 
 
 def shown(text: object) -> str:
-    """A key or a scalar for a message: printable, and shortened if it is long."""
+    """Format a key or scalar for a message: printable, and shortened if it is long."""
     if isinstance(text, int) and abs(text) >= 10**SHOWN:
         return f"an integer of more than {SHOWN} digits"
     written = str(text)
@@ -94,5 +95,5 @@ def shown(text: object) -> str:
 
 
 def shown_value(value: object) -> str:
-    """As `shown`, with quotes around text."""
+    """Like `shown`, but with quotes around text."""
     return repr(value) if isinstance(value, str) and len(value) <= SHOWN else shown(value)

@@ -1,4 +1,4 @@
-"""Runs coroutines from plain functions, so that a signal or a notebook does no harm."""
+"""Runs coroutines from plain functions, safely under signals and in notebooks."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ T = TypeVar("T")
 def run_stoppable(
     work: Coroutine[Any, Any, T], on_first_signal: Callable[[], None] = lambda: None
 ) -> T:
-    """The result of `work`. Ctrl-C, SIGTERM or SIGHUP cancels it, and takes effect when it has
-    ended; a second one cancels it again, if it has not ended yet.
+    """Run `work` and return its result.
 
-    An exception from a signal handler could be lost inside the event loop. In a notebook, whose own
-    event loop is running in this thread, `work` runs in another thread.
+    Ctrl-C, SIGTERM, or SIGHUP cancels the work and takes effect once the work has ended; a second
+    signal cancels it again if it is still running. (A signal handler's exception could get lost
+    inside the event loop.) In a notebook, whose event loop already runs in this thread, `work` runs
+    in a separate thread.
     """
     try:
         asyncio.get_running_loop()
@@ -53,7 +54,7 @@ def _run_here(work: Coroutine[Any, Any, T], on_first_signal: Callable[[], None])
     before = {
         n: handler for n, handler in handlers.items() if handler not in (None, signal.SIG_IGN)
     }
-    woken = signal.set_wakeup_fd(-1) if main else -1  # the loop has one of its own
+    woken = signal.set_wakeup_fd(-1) if main else -1  # the loop sets its own
     try:
         return asyncio.run(run())
     finally:
@@ -66,7 +67,7 @@ def _run_here(work: Coroutine[Any, Any, T], on_first_signal: Callable[[], None])
 
 
 def _run_in_thread(work: Coroutine[Any, Any, T]) -> T:
-    """An exception in this thread, of Ctrl-C perhaps, cancels the work."""
+    """Run the work in a thread; an exception in this thread, such as Ctrl-C's, cancels it."""
     results: list[T] = []
     errors: list[BaseException] = []
     cancel: list[Callable[[], object]] = []
@@ -90,10 +91,10 @@ def _run_in_thread(work: Coroutine[Any, Any, T]) -> T:
     thread = threading.Thread(target=target, daemon=True)
     try:
         thread.start()
-        ended.wait()  # Python's `join`, interrupted once, does not wait again
+        ended.wait()  # `Thread.join` does not wait again once it has been interrupted
     except BaseException:
         if started.wait(timeout=10.0):  # otherwise the thread was not started
-            with suppress(RuntimeError):  # the loop is closed: it has ended
+            with suppress(RuntimeError):  # the loop is closed: the work has ended
                 for each in cancel:
                     each()
             ended.wait()

@@ -1,4 +1,4 @@
-"""Locks on files and folders: they end with the process that holds them, however it ends."""
+"""Locks on files and folders, released when the process that holds them ends, however it ends."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from stillhouse.errors import RunError
 from stillhouse.progress import note
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
-"""Errors of disks without locks; the last, of NFS, which cannot lock folders."""
+"""Errors from disks without locks; EBADF comes from NFS, which cannot lock folders."""
 
 
 def try_lock(file: IO[Any] | int, *, shared: bool = False) -> bool:
-    """Lock an open file or folder for this process; False if another process has locked it.
+    """Lock an open file or folder for this process; return False if another process holds it.
 
-    On a disk without locks, a warning is shown once, and the result is True.
+    On a disk without locks, warn once and return True.
     """
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -40,16 +40,16 @@ def try_lock(file: IO[Any] | int, *, shared: bool = False) -> bool:
 @cache
 def _warn_once() -> None:
     note(
-        "warning: this disk has no file locks, so two processes that use the same folder or "
-        "journal are not noticed"
+        "warning: this disk does not support file locks: make sure that no other process uses the "
+        "same folder or journal"
     )
 
 
 @contextmanager
 def locked_while_writing(folder: Path, what: str) -> Iterator[None]:
-    """Create the folder, if there is none, and lock it for this process inside the block.
+    """Create the folder unless it exists, and lock it for this process inside the block.
 
-    Raises RunError if another process has locked it, or it cannot be created.
+    Raises RunError if another process has locked it or it cannot be created.
     """
     with disk_errors(folder, elsewhere="use another folder"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,13 +58,13 @@ def locked_while_writing(folder: Path, what: str) -> Iterator[None]:
             raise RunError(
                 f"another process is writing this {what}",
                 where=folder,
-                fix="wait for it, or use another folder",
+                fix="wait for it, or use a different folder",
             )
         yield
 
 
 def is_same(path: Path, known: os.stat_result) -> bool:
-    """Whether the path still leads to a known file or folder."""
+    """Whether the path still refers to a known file or folder."""
     try:
         return os.path.samestat(known, path.stat())
     except OSError:
@@ -73,9 +73,9 @@ def is_same(path: Path, known: os.stat_result) -> bool:
 
 @contextmanager
 def building_folder(path: Path) -> Iterator[Path]:
-    """An empty folder beside `path`, which is deleted after the block unless it was renamed.
+    """Create an empty folder next to `path`, and delete it after the block unless it was renamed.
 
-    Those that killed processes left beside it are deleted first. Raises OSError.
+    Folders left behind by killed processes are deleted first. Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _delete_abandoned(path)
@@ -84,7 +84,7 @@ def building_folder(path: Path) -> Iterator[Path]:
         building.mkdir()
         with ExitStack() as stack:
             if not _held(building, stack):
-                continue  # another process took it for one that was left
+                continue  # another process mistook it for an abandoned folder
             try:
                 yield building
             finally:
@@ -93,8 +93,8 @@ def building_folder(path: Path) -> Iterator[Path]:
 
 
 def _held(folder: Path, stack: ExitStack) -> bool:
-    """Lock the folder until the stack is closed. False if another process has locked it, or has
-    just renamed or deleted it."""
+    """Lock the folder until the stack is closed. Return False if another process has locked it, or
+    has just renamed or deleted it."""
     try:
         opened = os.open(folder, os.O_RDONLY)
         stack.callback(os.close, opened)
@@ -106,7 +106,7 @@ def _held(folder: Path, stack: ExitStack) -> bool:
 def _delete_abandoned(path: Path) -> None:
     """Delete the building folders of `path` that no process has locked."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 32}"):
-        with suppress(OSError):  # a disk without locks: they stay
+        with suppress(OSError):  # on a disk without locks, they stay
             opened = os.open(left, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)

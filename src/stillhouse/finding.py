@@ -1,4 +1,4 @@
-"""A finding of `check` about a recipe, before anything is spent."""
+"""What `check` finds out about a recipe before anything is spent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Level = Literal["ok", "estimate", "warning", "error"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of a check. fix: what to do about a warning or an error."""
+    """One line of a check's output. fix: what to do about a warning or an error."""
 
     level: Level
     topic: str
@@ -21,7 +21,7 @@ class Finding:
 
 
 def finding_of(error: StillhouseError) -> Finding:
-    """Convert an error to a line of a check."""
+    """Convert an error to a finding."""
     where = f" ({error.where})" if error.where else ""
     topic = type(error).__name__.removesuffix("Error").lower()
     return Finding("error", topic, f"{error.what}{where}", error.fix)

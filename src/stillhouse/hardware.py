@@ -1,4 +1,4 @@
-"""The capabilities of this machine, measured or read from it; only its power is assumed."""
+"""This machine's capabilities, all measured or read from it except its power draw."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ PROCESS_STATUS = Path("/proc/self/status")
 PROCESS_PAGES = Path("/proc/self/statm")
 PEAK_RESET = Path("/proc/self/clear_refs")
 ABILITIES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16")
-"""Instruction sets that decide how fast a CPU multiplies matrices, by their Linux names."""
+"""Instruction sets that determine how fast a CPU multiplies matrices, by their Linux names."""
 
 WATTS_A_CORE = 10.0
 
 HEAP_GROWTH, HEAP_SLACK = 1.25, 64 << 20
-"""What `HeapLimit` allows: times the memory after the first step, and bytes more."""
+"""`HeapLimit` allows HEAP_GROWTH times the memory after the first step, plus HEAP_SLACK bytes."""
 
 ONEDNN_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
-"""Environment variables that limit the instruction sets that oneDNN uses."""
+"""Environment variables that restrict which instruction sets oneDNN uses."""
 WITHOUT_BFLOAT16 = frozenset(
     ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 )
@@ -48,28 +48,28 @@ WITHOUT_BFLOAT16 = frozenset(
 
 _TORCH_NAMES = {"avx512f": "avx512_f"}
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # <malloc.h> of glibc
-_MAPPINGS = 1 << 16  # immediate, as glibc returns it
+_MAPPINGS = 1 << 16  # glibc's default
 _MATMUL_SECONDS = 0.6
 
 
 @dataclass(frozen=True)
 class Precision:
-    """The dtype of the matrix products, and the reason for it, as text for the user."""
+    """The dtype of matrix products, and the reason for choosing it, as text for the user."""
 
     dtype: torch.dtype
     reason: str
 
 
 def default_device() -> torch.device:
-    """The first CUDA GPU, or this process's own under torchrun; the CPU if there is none."""
+    """This process's CUDA GPU (the first GPU without torchrun), or the CPU if there is none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", local_index())
 
 
 def device_kind(device: torch.device) -> str:
-    """What must be equal in all processes of a torchrun: the GPU and its memory; of a CPU, the
-    precision that `choose_precision` chooses."""
+    """Describe what must be the same in all processes of a torchrun: the GPU and its memory, or a
+    CPU's default precision."""
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
         return f"{torch.cuda.get_device_name(device)} with {memory / 2**30:.0f} GiB"
@@ -79,10 +79,11 @@ def device_kind(device: torch.device) -> str:
 
 @contextmanager
 def cores_of(processes: int) -> Iterator[None]:
-    """Inside the block, each of so many processes of a torchrun works on its share of the cores.
+    """Use this process's share of the cores inside the block, with so many torchrun processes.
 
-    torchrun gives each process one thread; more, if the user asked for them, stay. One process has
-    the threads that torch chose, but no more than the cores of its container.
+    torchrun gives each process one thread; if the user asked for more threads than the share, they
+    are kept. A single process uses the number of threads that torch chose, up to the number of
+    cores of its container.
     """
     before = torch.get_num_threads()
     if processes_here() > 1:
@@ -96,9 +97,10 @@ def cores_of(processes: int) -> Iterator[None]:
 
 
 def usable_cores() -> int:
-    """The physical cores, or as many as the affinity and the container of this process leave."""
+    """The number of physical cores, or fewer if this process's affinity or container allows
+    fewer."""
     found = [psutil.cpu_count(logical=False) or 1, *cgroups.cores()]
-    if hasattr(os, "sched_getaffinity"):  # as Slurm sets it; not on macOS
+    if hasattr(os, "sched_getaffinity"):  # Slurm sets the affinity; macOS has none
         found.append(len(os.sched_getaffinity(0)))
     return min(found)
 
@@ -116,11 +118,11 @@ def cpu_abilities() -> frozenset[str]:
 
 
 def choose_precision(requested: Requested, device: torch.device | str | None = None) -> Precision:
-    """bfloat16 if the device multiplies it natively, otherwise float32; an explicit request is
-    obeyed. device: None is the default device.
+    """Choose bfloat16 if the device multiplies it natively, otherwise float32; an explicit request
+    is obeyed. device: None means the default device.
 
-    On a CPU that means AVX512-BF16 or AMX, reached through oneDNN: without them bfloat16 products
-    are emulated and slower than float32.
+    On a CPU, native bfloat16 means AVX512-BF16 or AMX, used through oneDNN. Without them, bfloat16
+    products are emulated and slower than float32.
     """
     device = default_device() if device is None else torch.device(device)
     native, why = _native_bfloat16(device)
@@ -137,17 +139,17 @@ def choose_precision(requested: Requested, device: torch.device | str | None = N
 def tune_allocator() -> str | None:
     """Let glibc keep freed memory instead of returning it to the kernel after each tensor.
 
-    A training step allocates and frees the same large blocks again and again; by default each is a
-    new mapping whose pages the kernel must zero. Call it before the first big allocation.
+    A training step allocates and frees the same large blocks again and again; by default, each is a
+    new mapping whose pages the kernel must zero. Call this before the first large allocation.
 
-    Returns None on success, otherwise the reason why the allocator was not changed.
+    Returns None on success; otherwise, the reason the allocator was not changed.
     """
     return _set_malloc(mapped_from=1 << 30, trimmed_from=2**31 - 1)
 
 
 def free_memory() -> None:
-    """Free what nothing refers to, reference cycles too, and return the GPU's cache and free parts
-    of the heap, so that other processes find the memory."""
+    """Collect garbage, including reference cycles, and return the free parts of the heap and the
+    GPU cache, so that other processes can use the memory."""
     gc.collect()
     return_gaps()
     if torch.cuda.is_initialized():
@@ -156,17 +158,17 @@ def free_memory() -> None:
 
 def return_gaps() -> None:
     """Return the free parts of the heap to the kernel, for example before a phase whose tensors
-    have other sizes, and do not fit into them. It takes some milliseconds."""
+    have different sizes and would not fit into them. Takes some milliseconds."""
     if _has_glibc():
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def hand_back_freed_memory() -> str | None:
-    """The opposite of `tune_allocator`, for work that should use little memory.
+    """Undo `tune_allocator`, for work that should use little memory.
 
     From then on, blocks of 1 MiB or more are separate mappings. On the heap, a block in use would
-    retain everything freed below it, which adds up to more than all memory in use. Free memory
-    among smaller blocks is returned once, at each call.
+    retain everything freed below it, which can add up to more than all memory in use. Free memory
+    between smaller blocks is returned once per call.
 
     Returns the same as `tune_allocator`.
     """
@@ -177,18 +179,18 @@ def hand_back_freed_memory() -> str | None:
 
 
 class HeapLimit:
-    """Limits how much memory a loop's tensors of varying sizes waste.
+    """Limits how much memory a loop wastes whose tensors vary in size.
 
-    They leave gaps on the heap that later tensors do not fit into. `tune_allocator` retains the
-    gaps, so that a process grows with every step although it has no more memory in use.
+    Such tensors leave gaps on the heap that later tensors do not fit into. `tune_allocator` keeps
+    the gaps, so the process grows with every step although it uses no more memory.
     """
 
     def __init__(self) -> None:
         self._trims, self._usual = _has_glibc(), 0
 
     def check(self) -> None:
-        """Return the gaps to the kernel once memory has grown by a quarter. Call it between
-        steps, when the tensors of a step have been freed; it takes some microseconds."""
+        """Return the gaps to the kernel once memory has grown by a quarter. Call this between
+        steps, after a step's tensors have been freed; it takes some microseconds."""
         if not self._trims:
             return
         taken = _anonymous_bytes()
@@ -200,7 +202,7 @@ class HeapLimit:
 
 
 def _anonymous_bytes() -> int:
-    """Resident memory of this process that is no file's."""
+    """This process's resident memory that is not backed by files."""
     resident, shared = map(int, PROCESS_PAGES.read_text(encoding="ascii").split()[1:3])
     return (resident - shared) * mmap.PAGESIZE
 
@@ -210,24 +212,25 @@ def _has_glibc() -> bool:
 
 
 def _set_malloc(*, mapped_from: int, trimmed_from: int) -> str | None:
-    """Set glibc's thresholds for allocating a mapping, and for returning free memory."""
+    """Set glibc's thresholds for allocating a mapping and for returning free memory."""
     if not _has_glibc():
-        return f"the allocator is not changed: no glibc on this {platform.system()} system"
+        return f"the allocator was not changed: this {platform.system()} system has no glibc"
     libc = ctypes.CDLL(None)
     libc.mallopt.argtypes, libc.mallopt.restype = [ctypes.c_int, ctypes.c_int], ctypes.c_int
     libc.mallopt(_M_MMAP_MAX, _MAPPINGS)
     # Some versions of glibc cap the threshold; allowing no mappings has the same effect.
     threshold = libc.mallopt(_M_MMAP_THRESHOLD, mapped_from) or libc.mallopt(_M_MMAP_MAX, 0)
     if not (threshold and libc.mallopt(_M_TRIM_THRESHOLD, trimmed_from)):
-        return "the allocator is not changed: mallopt failed"
+        return "the allocator was not changed: mallopt failed"
     return None
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
-    """FLOP/s of a large square product in `dtype`: the median of several, in under a second.
+    """Measure the FLOP/s of a large square product in `dtype`: the median of several, in under a
+    second.
 
-    A product of two [n, n] matrices counts 2n³ FLOPs. It is the practical ceiling that training
-    throughput is compared with, on as many threads as torch uses.
+    A product of two [n, n] matrices counts 2n³ FLOPs. The result, for as many threads as torch
+    uses, is the practical ceiling that training throughput is compared with.
     """
     device = torch.device(device)
     side = 8192 if device.type == "cuda" else 512
@@ -250,7 +253,7 @@ def synchronize(device: torch.device | str) -> None:
 
 
 def free_memory_bytes(device: torch.device | str) -> int:
-    """Memory of the device that a process could still take."""
+    """The device's memory, in bytes, that this process could still allocate."""
     device = torch.device(device)
     if device.type != "cuda":
         return max(0, min([psutil.virtual_memory().available, *cgroups.memory_left()]))
@@ -259,21 +262,20 @@ def free_memory_bytes(device: torch.device | str) -> int:
 
 
 def reset_peak_memory() -> None:
-    """Let the peak begin at the memory of now, where the system can do that (Linux).
+    """Reset the peak to the current memory if the system can do that (Linux).
 
-    For benchmarks: tools that measure a process from outside lose its earlier peak, too.
+    For benchmarks only: tools that measure the process from outside lose its earlier peak, too.
     """
     with contextlib.suppress(OSError):
         PEAK_RESET.write_text("5", encoding="ascii")  # proc(5), clear_refs
 
 
 def peak_memory_bytes() -> int:
-    """The peak resident memory of this process in bytes since `reset_peak_memory`, without GPU
-    memory.
+    """This process's peak resident memory in bytes since `reset_peak_memory`, without GPU memory.
 
-    Mapped pages of files, such as a checkpoint's, count while they are resident. On Linux it is
-    VmHWM in /proc/self/status: getrusage's ru_maxrss would start at the peak of the process that
-    started this one. macOS has only the latter, in bytes.
+    Mapped pages of files, such as a checkpoint's, count while they are resident. On Linux, this is
+    VmHWM in /proc/self/status, because getrusage's ru_maxrss starts at the peak of the process that
+    started this one. macOS has only ru_maxrss, in bytes.
     """
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
@@ -288,7 +290,7 @@ def peak_memory_bytes() -> int:
 
 
 def assumed_watts() -> float:
-    """Power of this machine under load, for an estimate: each GPU's limit, or 10 W per CPU core."""
+    """Estimate this machine's power under load: the GPUs' power limits, or 10 W per CPU core."""
     if torch.cuda.is_available():
         command = ["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader,nounits"]
         with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
@@ -298,7 +300,8 @@ def assumed_watts() -> float:
 
 
 def machine() -> dict[str, object]:
-    """A description for manifests and benchmark results, as plain JSON values; memory in bytes."""
+    """Describe this machine for manifests and benchmark results, as JSON values; memory in
+    bytes."""
     return {
         "cpu": _cpu_model(),
         "architecture": platform.machine(),
@@ -318,21 +321,21 @@ def _native_bfloat16(device: torch.device) -> tuple[bool, str]:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return True, f"{name} has it"
-        return False, f"{name} has no bfloat16 arithmetic"
+            return True, f"{name} supports it natively"
+        return False, f"{name} does not support it natively"
     if device.type != "cpu":
-        return False, f"bfloat16 is not checked on a {device.type} device"
+        return False, f"support for bfloat16 is not checked on a {device.type} device"
     has = cpu_abilities()
     found = [name for name in ("amx_bf16", "avx512_bf16") if name in has]
     if not found:
         return False, "this CPU has neither AVX512-BF16 nor AMX"
     if not torch.backends.mkldnn.is_available():
-        return False, "this build of torch has no oneDNN, which the bfloat16 products need"
+        return False, "this build of torch has no oneDNN, which bfloat16 products need"
     for name in ONEDNN_LIMITS:
         limit = os.environ.get(name, "")
         if limit.upper() in WITHOUT_BFLOAT16:
             return False, f"{name}={limit} limits oneDNN to instructions without bfloat16"
-    return True, f"this CPU has {found[0]}"
+    return True, f"this CPU supports {found[0]}"
 
 
 def _timed_product(matrix: torch.Tensor) -> float:

@@ -1,5 +1,5 @@
-"""How small a student `stillhouse init` makes, and on how much text, for a first result in about a
-quarter of an hour."""
+"""Chooses the student size and the amount of text for `stillhouse init`, so that a first result
+takes about a quarter of an hour."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from stillhouse.pruning.axes import axes_of
 from stillhouse.students.student_config import PrunedStudent
 
 TRAINING_SECONDS, CALIBRATION_SECONDS = 390.0, 240.0
-"""Up to `calibration_tokens`' default, a minute of calibration gains more than one of training
-(docs/experiments.md#choices-inside-the-refit)."""
+"""Up to the default of `calibration_tokens`, a minute of calibration gains more than a minute of
+training (docs/experiments.md#choices-inside-the-refit)."""
 MOST_TRAINED, LEAST_TRAINED, TRAINED_STEP = 1_000_000, 8192, 8192
-"""Tokens that are trained on: at most, at least, and in multiples of."""
+"""The maximum and minimum number of training tokens, and what it is a multiple of."""
 CALIBRATED_STEP = 4096
 SHORT = 300_000
-"""Tokens of a text below which one pass in large batches has too few optimizer steps."""
+"""Text length in tokens below which one pass in large batches takes too few optimizer steps."""
 MOST_EPOCHS = 3
 SENSIBLE_TOKENS = 1_000_000
-"""Trained tokens below which a student of half of the teacher's blocks is taken to write broken
-sentences, which SmolLM2-135M's does after 21,000 (docs/experiments.md#first-students); how many
-suffice was not measured."""
+"""Training tokens below which a student with half of the teacher's blocks is assumed to write
+broken sentences. SmolLM2-135M's does after 21,000 tokens (docs/experiments.md#first-students); how
+many are enough was not measured."""
 NEAR_RATE, FAR_RATE = "5.0e-5", "1.0e-4"
 LEARNING_RATES = {"small": FAR_RATE, "medium": FAR_RATE, "large": NEAR_RATE}
-"""Of Adam, in steps of about a thousand tokens. A student that starts close to its teacher is moved
-away from it by the first steps of a higher rate, which a short training does not win back
+"""Adam's learning rates, for steps of about a thousand tokens. At a higher rate, the first steps
+move a student that starts close to its teacher away from it, and a short training does not recover
 (docs/experiments.md#first-students)."""
 NARROWEST = 1 / 3
-"""Share of the FFN that is kept before layers are dropped: the FFN is what costs the least quality
-(docs/experiments.md#what-each-axis-costs)."""
+"""The smallest fraction of the FFN to keep before dropping layers: cutting the FFN costs the least
+quality (docs/experiments.md#what-each-axis-costs)."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """How much of a number is kept."""
+    """How many of something a student keeps."""
 
     kept: int
     all: int
@@ -49,8 +49,10 @@ class Kept:
 
 @dataclass(frozen=True)
 class PrunedSizes:
-    """Of a student that is cut from a model. ffn_size: None if layers have several FFNs. active:
-    the parameters that one token is multiplied with."""
+    """The sizes of a student that is cut from a model.
+
+    ffn_size: None if layers have several FFNs. active: the student's active parameters.
+    """
 
     layers: Kept
     ffn_size: Kept | None
@@ -59,8 +61,11 @@ class PrunedSizes:
 
 @dataclass(frozen=True)
 class Amounts:
-    """Of text. train_tokens: None for all. limited: whether they are what this machine does
-    in the time. calibration_tokens: None for the usual number."""
+    """Amounts of text for a recipe.
+
+    train_tokens: None for all. limited: whether this machine's speed limits train_tokens.
+    calibration_tokens: None for the default.
+    """
 
     train_tokens: int | None
     epochs: int
@@ -70,15 +75,16 @@ class Amounts:
 
 
 def pruned_sizes(config: Any, share: float) -> PrunedSizes:
-    """Sizes with about this share of the blocks' parameters: of the FFN first, then of the depth.
+    """Choose sizes that keep about this share of the blocks' parameters, cutting the FFN first and
+    then the depth.
 
-    config: of the model that is cut. Raises ModelError as `config_size`, and for a model that
-    cannot be pruned.
+    config: the configuration of the model to cut. Raises ModelError like `config_size`, and if the
+    model cannot be pruned.
     """
     try:
         axes = axes_of(config)
     except ModelError as error:
-        fix = "name a model for the student to start from: its folder, a Hub id or pypi:PACKAGE"
+        fix = "pass a model for the student to start from: its folder, a Hub id, or pypi:PACKAGE"
         raise ModelError(error.what, where="--size", fix=fix) from error
     depth, width = config.num_hidden_layers, getattr(config, axes.ffn_size)
     size = config_size(config)
@@ -101,7 +107,7 @@ def _with_width(config: Any, width: int) -> ModelSize:
 
 
 def unlimited(tokens: float) -> Amounts:
-    """What suits a text of so many tokens, where nothing is known about the teacher."""
+    """Choose amounts for a text of so many tokens when nothing is known about the teacher."""
     short = tokens < SHORT
     most = None if tokens < MOST_TRAINED else MOST_TRAINED
     return Amounts(most, MOST_EPOCHS if short else 1, 2 if short else 8)
@@ -110,10 +116,10 @@ def unlimited(tokens: float) -> Amounts:
 def amounts(
     tokens: float, teacher: ModelSize, student: float, machine: Machine, *, neurons: int = 0
 ) -> Amounts:
-    """How much of a text is trained on, and how often.
+    """Choose how much of a text to train on, and for how many epochs.
 
-    tokens: of the text. student: its active parameters. machine: its rate is known. neurons: of
-    each layer that are refit to calibration text.
+    tokens: the text's length. student: the student's active parameters. machine: one whose rate is
+    known. neurons: the number per layer that are refit on the calibration text.
     """
     rate = (machine.rate or 0.0) * machine.processes
     taught = account.forward_flops(teacher.active, 1)
@@ -132,19 +138,19 @@ def amounts(
 
 
 def trained_tokens(found: Amounts, tokens: float) -> float:
-    """Tokens of all epochs, of a text of so many."""
+    """The number of training tokens over all epochs, for a text of `tokens` tokens."""
     return found.epochs * min(tokens, found.train_tokens or tokens)
 
 
 def training_seconds(
     trained: float, teacher: ModelSize, student: float, machine: Machine
 ) -> float | None:
-    """Of training on so many tokens; None if the machine's rate is not known."""
+    """Estimate the seconds of training on so many tokens; None if the machine's rate is unknown."""
     rate = (machine.rate or 0.0) * machine.processes
     return trained * _flops(teacher, student) / rate if rate else None
 
 
 def _flops(teacher: ModelSize, student: float) -> float:
-    """Of training on a token with a live teacher."""
+    """The FLOPs of training on one token with a live teacher."""
     taught = account.forward_flops(teacher.active, 1)
     return account.training_flops(round(student), 1) + taught

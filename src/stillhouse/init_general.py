@@ -1,7 +1,7 @@
-"""General chats that the teacher writes, beside the user's own text.
+"""General chats that the teacher writes, added to the user's own text.
 
-What is cut from a teacher, and how the rest is refit, follows from the calibration text. A student
-of one kind of text alone is close to its teacher there, and answers other questions with broken
+The calibration text decides what is cut from a teacher and how the rest is refit. A student that
+sees only one kind of text is close to its teacher there, but answers other questions with broken
 sentences (docs/experiments.md#first-students).
 """
 
@@ -14,11 +14,11 @@ from typing import Any
 from stillhouse.data.reasoning import CHANNEL, SPOKEN
 
 SHARE = 0.25
-"""Of the tokens that are used."""
+"""The fraction of all tokens that come from general chats."""
 ANSWER_TOKENS = 96
-"""At most, of an answer."""
+"""The maximum number of tokens in an answer."""
 CHAT_TOKENS = 112
-"""Of a question and its answer, in SmolLM2's chat template: the mean of 114."""
+"""Tokens of a question and its answer in SmolLM2's chat template: the mean over 114 chats."""
 TEMPLATES = (
     "What is {topic}?",
     "Explain in two sentences why {topic} matters.",
@@ -39,8 +39,11 @@ MOST_PROMPTS = len(TEMPLATES) * len(TOPICS)
 
 @dataclass(frozen=True)
 class GeneralChats:
-    """prompts: how many the teacher answers. own: how many tokens of each source of own text are
-    used; None for all. templates, topics: what the prompts are combined from."""
+    """The general chats of a recipe, and how much of the user's own text to use with them.
+
+    prompts: how many prompts the teacher answers. own: how many tokens of each source of the user's
+    text to use; None for all. templates, topics: the parts that prompts are combined from.
+    """
 
     prompts: int
     own: Sequence[int | None]
@@ -50,23 +53,23 @@ class GeneralChats:
 
 
 def answers_briefly(tokenizer: Any) -> bool:
-    """Whether a model with this tokenizer has a chat template, and does not reason first, which
-    takes far more tokens than there are for an answer."""
+    """Whether a model with this tokenizer has a chat template and answers without reasoning first,
+    which would take far more tokens than an answer may have."""
     template = str(tokenizer.chat_template or "")
     return bool(template) and not SPOKEN.search(template) and CHANNEL not in template
 
 
 def chats_beside(own: float) -> int:
-    """The number of tokens of general chats beside so many tokens of own text."""
+    """The number of tokens of general chats to add to so many tokens of the user's own text."""
     most = MOST_PROMPTS * CHAT_TOKENS
     return int(min(most, own * SHARE / (1 - SHARE)))
 
 
 def general_chats(own: Sequence[float], used: float) -> GeneralChats:
-    """How much of both is used.
+    """Decide how much of the general chats and of the user's own text to use.
 
-    own: tokens of each source of own text. used: tokens of training and held-out text together, at
-    most.
+    own: the number of tokens in each source of the user's text. used: the maximum number of
+    training and held-out tokens together.
     """
     beside, total = chats_beside(sum(own)), sum(own) or 1.0
     if total + beside <= used:

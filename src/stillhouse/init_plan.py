@@ -1,4 +1,4 @@
-"""The student of a recipe that `stillhouse init` writes, and the text that it learns from."""
+"""Plans the student and the training text of the recipes that `stillhouse init` writes."""
 
 from __future__ import annotations
 
@@ -36,15 +36,16 @@ from stillhouse.teachers.model_source import resolve_model
 
 _CLASSIFIER_LAYERS = {"small": 4, "medium": 6, "large": 10}
 _MOST_HELDOUT, _HELDOUT_SHARE, _HELDOUT_STEP = 8192, 0.1, 256
-"""Held-out tokens of a training text: at most, as a share of the text, and in multiples of."""
+"""The maximum number of held-out tokens, their share of the text, and what they are a multiple
+of."""
 _CORPUS_TOKENS = 110_000
-"""Of the text that is included."""
+"""The size of the bundled text."""
 
 
 def planned(answers: InitAnswers) -> dict[str, Any]:
-    """What the templates write of the student and its text: start, layers, ffn_size, amounts,
-    learning_rate, heldout_tokens, general (`GeneralChats`, or None) and own, the tokens that are
-    used of each source."""
+    """Return the template variables about the student and its text: start, layers, ffn_size,
+    amounts, learning_rate, heldout_tokens, general (`GeneralChats` or None), and own (the number of
+    tokens to use from each source)."""
     start = None if answers.size in SIZES else answers.size
     found: dict[str, Any] = {"start": start, "layers": None, "ffn_size": None, "amounts": None}
     if answers.job == "distill":
@@ -60,7 +61,8 @@ def planned(answers: InitAnswers) -> dict[str, Any]:
 
 
 def _distilled(answers: InitAnswers, start: str | None) -> dict[str, Any]:
-    """start: the model that the student starts from; None: it is cut from the teacher."""
+    """Plan a distillation. start: the model that the student starts from; None if the student is
+    cut from the teacher."""
     sizes = _source_tokens(answers)
     own = sum(sizes)
     found: dict[str, Any] = {"general": None, "own": [None] * len(sizes)}
@@ -72,9 +74,10 @@ def _distilled(answers: InitAnswers, start: str | None) -> dict[str, Any]:
         if start is None:
             raise
         held = found["heldout_tokens"] = _heldout(own)
-        return found | {"amounts": unlimited(max(1.0, own - held))}  # `check` says what is wrong
+        # `check` reports what is wrong with the teacher.
+        return found | {"amounts": unlimited(max(1.0, own - held))}
     teacher = config_size(config)
-    student: float = teacher.active  # of another model, at most
+    student: float = teacher.active  # an upper bound for a student that starts from another model
     beside = neurons = 0
     if start is None:
         shape = pruned_sizes(config, SIZES[answers.size])
@@ -103,47 +106,49 @@ def _heldout(tokens: float) -> int:
 
 
 def _source_tokens(answers: InitAnswers) -> list[float]:
-    """Of each source of the training text, estimated."""
+    """Estimate the number of tokens in each source of the training text."""
     if answers.data == CORPUS:
         return [_CORPUS_TOKENS]
     return [size / CHARACTERS_PER_TOKEN for size in source_sizes(answers.sources)]
 
 
-# --- what the terminal says ----------------------------------------------------------------------
+# --- messages ------------------------------------------------------------------------------------
 
 
 def _note_training(trained: float, time: float | None) -> None:
-    """trained: tokens, of all epochs. time: seconds; None if it is not known."""
+    """Print how much is trained on. trained: tokens over all epochs. time: seconds, or None if
+    unknown."""
     shown = "" if time is None else f" takes about {seconds(time)} on this machine"
     if trained < LEAST_TRAINED:
-        note(f"training on only {trained:,.0f} tokens: the text is too short to learn much from")
+        note(f"training on only {trained:,.0f} tokens: the text is too short to learn much from it")
     else:
         note(f"training on {trained:,.0f} tokens{shown}; more tokens make a better student")
 
 
 def _note_text(answers: InitAnswers, general: GeneralChats | None) -> None:
-    """What the student learns from its text, and what it does not."""
+    """Print what the student learns from its text, and what it does not."""
     chats = has_chats(answers.sources)
     if general is not None:
         without = (
-            "answers only questions like those in your chats"
+            "would only answer questions like those in your chats"
             if chats
-            else "can only continue such text"
+            else "could only continue such text"
         )
         note(
-            f"{general.prompts} general questions, which the teacher answers first, are added to "
-            f"your text: without them, the student {without}. To leave them out, remove "
-            "`synthesize` and its source from the recipe"
+            f"adding {general.prompts} general questions, answered by the teacher, to your text: "
+            f"without them, the student {without}. To leave them out, remove `synthesize` and its "
+            "source from the recipe"
         )
     elif chats:
         note(
-            "the student learns to answer questions like those in your chats, and answers others "
-            "worse than the teacher: to keep other topics, add chats about them"
+            "the student learns to answer questions like those in your chats, and will answer "
+            "other questions worse than the teacher: to keep other topics, add chats about them"
         )
     else:
         note(
-            "this is text without questions and answers: the student learns to continue such text. "
-            "To keep the teacher's ability to answer, train on chats (docs/data.md#row-formats)"
+            "your text has no questions and answers, so the student only learns to continue it. To "
+            "keep the teacher's ability to answer questions, train on chats "
+            "(docs/data.md#row-formats)"
         )
 
 
@@ -151,5 +156,5 @@ def _note_size(answers: InitAnswers, trained: float) -> None:
     if SIZES.get(answers.size, 1.0) < SIZES["large"] and trained < SENSIBLE_TOKENS:
         note(
             f"a {answers.size} student needs far more text to write well: expect broken sentences. "
-            "Use the size large for a first result, or raise data.train_tokens in the recipe"
+            "Use size large for a first result, or raise data.train_tokens in the recipe"
         )

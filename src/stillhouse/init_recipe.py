@@ -1,4 +1,5 @@
-"""`stillhouse init`: writes a commented recipe from a template, and the files that it reads."""
+"""`stillhouse init`: writes a commented recipe from a template, and the files that the recipe
+reads."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ _PROMPTS = (
     "Explain in two sentences why the sky is blue.",
 )
 _QUESTIONS = 2
-"""Questions of the user's own chats that are answered in the report."""
+"""How many questions from the user's own chats are answered in the report."""
 _KEYS = {
     "api.openai.com": "OPENAI_API_KEY",
     "openrouter.ai": "OPENROUTER_API_KEY",
@@ -36,15 +37,14 @@ _KEYS = {
     "api.fireworks.ai": "FIREWORKS_API_KEY",
     "generativelanguage.googleapis.com": "GEMINI_API_KEY",
 }
-"""The environment variables that hold the keys of APIs, by host, as their documentation names
-them."""
+"""The environment variables for API keys, by host, as named in each API's documentation."""
 
 
 def write_recipe(answers: InitAnswers, *, force: bool = False) -> list[Path]:
     """Write the recipe and the files that it reads; return their paths.
 
-    Raises RunError if a file already exists (unless forced), ModelError about the teacher,
-    RecipeError and DataError about invalid answers; nothing is written in these cases.
+    Raises RunError if a file already exists (unless forced), ModelError if the teacher cannot be
+    used, and RecipeError or DataError if an answer is invalid. Nothing is written in these cases.
     """
     _check(answers)
     files = _files(answers)
@@ -54,7 +54,7 @@ def write_recipe(answers: InitAnswers, *, force: bool = False) -> list[Path]:
     for path in contents:
         if path.exists() and not force:
             raise RunError(
-                "the file exists already", where=path, fix="pass another --out or --force"
+                "the file already exists", where=path, fix="pass a different --out, or --force"
             )
     for path, content in contents.items():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,19 +67,19 @@ def _check(answers: InitAnswers) -> None:
         raise RecipeError(
             "an API does not return distributions over all tokens",
             where="--teacher",
-            fix="give a model, or use --job generate, which trains on the API's text",
+            fix="pass a model, or use --job generate, which trains on the API's text",
         )
     if answers.is_api and answers.size in SIZES:
         raise RecipeError(
             "an API's model cannot be made smaller",
             where="--size",
-            fix="name a model for the student to start from, such as a small instruct model",
+            fix="pass a model for the student to start from, such as a small instruct model",
         )
     if answers.job != "distill" and answers.data == CORPUS:
         raise RecipeError(
             f"{CORPUS} is text to distill on, not a list of texts for a task",
             where="--data",
-            fix="give a file with one text per row",
+            fix="pass a file with one text per row",
         )
     if answers.job == "classify" and not answers.labels and answers.label_key is None:
         raise RecipeError(
@@ -88,7 +88,7 @@ def _check(answers: InitAnswers) -> None:
 
 
 def _files(answers: InitAnswers) -> dict[str, tuple[Path, str]]:
-    """The files next to the recipe, by purpose: path and content."""
+    """The path and content of each file next to the recipe, by purpose."""
     files = {}
     if answers.logs is not None and answers.job != "distill":
         path = answers.out.with_name(f"{answers.name}-texts.jsonl")
@@ -101,7 +101,7 @@ def _files(answers: InitAnswers) -> dict[str, tuple[Path, str]]:
 
 def _rendered(answers: InitAnswers, files: Mapping[str, tuple[Path, str]]) -> str:
     def path(value: str | Path) -> str:
-        """A file or folder relative to the recipe's folder; other names are unchanged."""
+        """Make a file or folder relative to the recipe's folder; leave other names unchanged."""
         file = Path(value).expanduser()
         named = [answers.data, *(source.get("path") for source in answers.sources)]
         known = isinstance(value, Path) or file.exists() or value in named
@@ -140,7 +140,8 @@ def _rendered(answers: InitAnswers, files: Mapping[str, tuple[Path, str]]) -> st
 
 
 def _json(value: Any) -> str:
-    """JSON that is also YAML, in which some characters must be escaped, or are line breaks."""
+    """Serialize a value as JSON that is also YAML, where more characters must be escaped or count
+    as line breaks."""
     text = json.dumps(value, ensure_ascii=False)
     return re.sub("[\x7f-\x9f\u2028\u2029\ufffe\uffff]", lambda c: f"\\u{ord(c[0]):04x}", text)
 
@@ -150,7 +151,7 @@ def _prompt(answers: InitAnswers) -> str:
         return "{text}"
     return {
         "classify": "Message: {text}\n\nWhat is the topic of this message?",
-        "extract": f"Text: {{text}}\n\nWrite {', '.join(answers.fields)} of this text as JSON.",
+        "extract": f"Text: {{text}}\n\nExtract {', '.join(answers.fields)} as JSON.",
     }.get(answers.job, "{text}")
 
 

@@ -1,5 +1,5 @@
-"""How `stillhouse init` reads the user's data: the sources of a training text, and the columns of a
-table."""
+"""Inspects the user's data for `stillhouse init`: the sources of a training text, and the columns
+of a table."""
 
 from __future__ import annotations
 
@@ -31,20 +31,22 @@ from stillhouse.tasks.labeled_texts import first_rows
 
 CORPUS = "python-reference"
 _MANY_FILES = 10
-"""Text files, each of which may be a document."""
+"""With at least so many text files, each file is one document."""
 _LABEL_KEYS = ("label", "category", "class", "topic", "intent", "answer")
 SAMPLED_ROWS = 50
-"""Rows from which the text column of a table is chosen."""
+"""The number of rows that are read to choose a table's text column."""
 _EXPORTED = "conversations*.json"
-"""The chats in a folder of ChatGPT's data export; its other files are about them."""
+"""The chats in the folder of a ChatGPT data export; its other files are metadata."""
 _QUESTION_CHARACTERS = 400
 _WORD = re.compile(r"[^\W\d_]{2}")
 
 
 def training_sources(data: str, logs: bool) -> list[dict[str, str]]:
-    """How the training text is read: a folder's Markdown files need a pattern of their own.
+    """Return the sources to read the training text from. A folder's files of unusual types, such as
+    Markdown, need a separate pattern.
 
-    logs: files of unknown formats are read as JSONL. Raises DataError if the text cannot be read.
+    logs: whether to read files of unknown formats as JSONL. Raises DataError if the text cannot be
+    read.
     """
     if data == CORPUS:
         return [{"kind": "corpus"}]
@@ -69,7 +71,7 @@ def training_sources(data: str, logs: bool) -> list[dict[str, str]]:
 
 
 def source_sizes(sources: Sequence[Mapping[str, str]]) -> list[int]:
-    """Characters of each source, estimated; a file that several sources have counts once."""
+    """Estimate the characters in each source; a file that several sources contain counts once."""
     sizes, known = [], set[Path]()
     for source in sources:
         files = set(find_files(source["path"], Path.cwd())) - known
@@ -79,7 +81,7 @@ def source_sizes(sources: Sequence[Mapping[str, str]]) -> list[int]:
 
 
 def require_files(data: str) -> None:
-    """Raises DataError if a path, folder or pattern has nothing that is read."""
+    """Raise DataError if a path, folder, or pattern contains nothing that can be read."""
     folder = Path(data).expanduser()
     if not folder.is_dir() or not other_texts(folder):
         find_files(data, Path.cwd())
@@ -88,17 +90,17 @@ def require_files(data: str) -> None:
 def _note_unread(folder: Path) -> None:
     unread = unread_files(folder)
     if unread:
-        note(f"{folder}: not read: {unread_summary(unread)}; what is read: docs/data.md#files")
+        note(f"{folder}: not read: {unread_summary(unread)} (supported files: docs/data.md#files)")
 
 
 def _source(data: str, logs: bool) -> dict[str, str]:
-    """The keys of a path's source besides the path."""
+    """The keys of a path's source, except the path."""
     files = find_files(data, Path.cwd())
     formats = {file: logs_format(file) if logs else _format(file, data) for file in files}
     if set(formats.values()) == {"text"}:
         return {"kind": "text", "documents": _documents(files)}
     first = next(file for file in files if formats[file] != "text")
-    # A log of another extension is JSONL.
+    # A log with any other extension is JSONL.
     kind = "file" if formats[first] == known_format(first) else formats[first]
     rows = first_rows(str(first), Path.cwd(), formats[first], SAMPLED_ROWS)
     try:
@@ -112,13 +114,13 @@ def _source(data: str, logs: bool) -> dict[str, str]:
 
 
 def _format(file: Path, named: str) -> FileFormat:
-    """Files of an unknown extension, such as source code, are read as text if they are text and
-    named by a pattern."""
+    """Return a file's format. A file with an unknown extension, such as source code, is read as
+    text if it is text and a pattern named it."""
     return "text" if glob.has_magic(named) and is_text(file) else format_of(file)
 
 
 def _documents(files: Sequence[Path]) -> str:
-    """How plain text files are split into documents: there must be several to hold some out."""
+    """Choose how to split plain text into documents: several are needed to hold some out."""
     if len(files) >= _MANY_FILES:
         return "file"
     blank = itertools.islice((line for line in text_lines(files[0]) if not line.strip()), 2)
@@ -128,9 +130,10 @@ def _documents(files: Sequence[Path]) -> str:
 def text_column(
     rows: Sequence[Mapping[str, Any]], file: str | Path, label_key: str | None = None
 ) -> str:
-    """`text` or the column with the longest texts, which is noted if others have text too.
+    """Choose the column `text`, or else the one with the longest texts; print a note if other
+    columns contain text too.
 
-    Raises DataError if no column has text.
+    Raises DataError if no column contains text.
     """
     if any(isinstance(row.get("text"), str) for row in rows):
         return "text"
@@ -138,26 +141,27 @@ def text_column(
     texts = sorted((key for key in lengths if lengths[key]), key=lambda key: -lengths[key])
     if not texts:
         raise DataError(
-            f"no column has text: the columns are {', '.join(map(str, lengths))}"[:300],
+            f"no column contains text: the columns are {', '.join(map(str, lengths))}"[:300],
             where=file,
-            fix="give a file with a column of texts; the name `text` is found first",
+            fix="pass a file with a column of texts, ideally named `text`",
         )
     if len(texts) > 1:
         note(
-            f"{file}: the text is read from the column {texts[0]!r}, not from "
-            f"{', '.join(map(repr, texts[1:]))}; to use another, change it in the recipe"
+            f"{file}: reading the text from column {texts[0]!r}, not from "
+            f"{', '.join(map(repr, texts[1:]))}; to use a different column, edit the recipe"
         )
     return texts[0]
 
 
 def _length(rows: Sequence[Mapping[str, Any]], key: str) -> int:
-    """Characters of the column's texts; strings without a word (numbers, dates) are not texts."""
+    """Count the characters of a column's texts; strings without a word (numbers, dates) are
+    skipped."""
     values = (row.get(key) for row in rows)
     return sum(len(one) for one in values if isinstance(one, str) and _WORD.search(one))
 
 
 def label_column(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """The usual name of a column that has labels; not every row has one."""
+    """The first column with a usual name for labels, in which some rows may have none."""
     return next(
         (key for key in _LABEL_KEYS if any(row.get(key) not in (None, "") for row in rows)), None
     )
@@ -170,7 +174,7 @@ def has_chats(sources: Sequence[Mapping[str, str]]) -> bool:
 
 
 def first_questions(sources: Sequence[Mapping[str, str]], most: int) -> list[str]:
-    """The first short questions of users in the chats of the first source, at most so many."""
+    """The first short user questions, at most so many, from the first source's chats."""
     questions = map(_question, _first_documents(sources, SAMPLED_ROWS))
     return list(dict.fromkeys(filter(None, questions)))[:most]
 
@@ -178,8 +182,8 @@ def first_questions(sources: Sequence[Mapping[str, str]], most: int) -> list[str
 def _first_documents(
     sources: Sequence[Mapping[str, str]], rows: int
 ) -> Iterator[AnyDocument | None]:
-    """Of the first rows of the first source, unless it is plain text. `check` reports rows that
-    cannot be read."""
+    """Yield the documents in the first rows of the first source, unless it is plain text. Skips
+    unreadable rows, which `check` reports."""
     source = sources[0] if sources else {"kind": "text"}
     if source["kind"] in ("corpus", "text") or "text_key" in source:
         return

@@ -1,4 +1,4 @@
-"""Which process of a torchrun this is, from the environment that torchrun sets."""
+"""This process's place in a torchrun, from the environment variables that torchrun sets."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ _PR_SET_PDEATHSIG = 1
 
 
 def world_size() -> int:
-    """Processes of a torchrun; 1 without one."""
+    """The number of processes of a torchrun; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def processes_here() -> int:
-    """Those of them on this machine."""
+    """The number of a torchrun's processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
 def process_index() -> int:
-    """The number of this process among all; 0 without a torchrun."""
+    """This process's rank; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))
 
 
 def local_index() -> int:
-    """The number of this process among those on this machine."""
+    """This process's rank among the processes on this machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def leads() -> bool:
-    """Whether this is the first process of a torchrun, or the only one."""
+    """Whether this is the main process (rank 0) of a torchrun, or the only process."""
     return process_index() == 0
 
 
@@ -42,19 +42,22 @@ def on_main_machine() -> bool:
 
 
 def speaks_for_machine() -> bool:
-    """Whether this is the first process on its machine beside the main process."""
+    """Whether this is the first process on its machine, not counting the main process."""
     return local_index() == (1 if on_main_machine() else 0)
 
 
 def is_on_this_machine(index: int) -> bool:
-    """Whether the process with this number is on this machine."""
+    """Whether the process with this rank is on this machine."""
     first = process_index() - local_index()
     return first <= index < first + processes_here()
 
 
 def may_report() -> bool:
-    """Whether this process prints why the run ends. Of the processes of a torchrun, the first one
-    on this machine that calls this does, and once: most errors are found by every process."""
+    """Whether this process should print why the run ends.
+
+    Most errors are found by every process of a torchrun, so only the first process on this machine
+    that calls this reports, and only once.
+    """
     global _has_reported
     if world_size() == 1:
         return True
@@ -63,7 +66,7 @@ def may_report() -> bool:
     if not first or not file:
         return first
     try:
-        # torchrun makes a folder for each process in one of its own for this machine's.
+        # torchrun creates a folder per machine, with a subfolder for each process.
         (Path(file).parent.parent / "stillhouse-has-reported").touch(exist_ok=False)
     except FileExistsError:
         return False
@@ -76,7 +79,7 @@ _has_reported = False
 
 
 def leave_others() -> None:
-    """From now on, this process works alone: no other one of its torchrun takes part."""
+    """Make this process work alone from now on, without the other processes of its torchrun."""
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)
 
@@ -84,7 +87,8 @@ def leave_others() -> None:
 def end_with_torchrun() -> None:
     """Have the system end this process if torchrun is killed (Linux).
 
-    It would wait for torchrun's store for half an hour or more, and keep the run folder locked.
+    Otherwise it would wait for torchrun's store for half an hour or more, and keep the run folder
+    locked.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -16,7 +16,7 @@ _PROPER = {"ffn": "FFN", "kl": "KL", "cpu": "CPU", "gpu": "GPU", "gpus": "GPUs"}
 
 
 def digits(value: float, significant: int = 3) -> str:
-    """`value` to `significant` digits, without an exponent, with thousands separators."""
+    """Format to `significant` digits, with thousands separators and without an exponent."""
     if not math.isfinite(value):
         return "not finite"
     if value == 0:
@@ -27,14 +27,14 @@ def digits(value: float, significant: int = 3) -> str:
 
 
 def tiny(value: float) -> str:
-    """As `digits`, but as a power of ten below 0.0001."""
+    """Like `digits`, but use a power of ten below 0.0001."""
     if value != 0 and math.isfinite(value) and abs(value) < 1e-4:
         return power_of_ten(value)
     return digits(value)
 
 
 def power_of_ten(value: float) -> str:
-    """1.23 × 10⁴."""
+    """Format as a power of ten: 1.23 × 10⁴."""
     if value == 0 or not math.isfinite(value):
         return digits(value)
     mantissa, exponent = f"{value:.2e}".split("e")
@@ -46,7 +46,7 @@ def superscript(number: int) -> str:
 
 
 def count(value: float) -> str:
-    """Parameters or tokens: 134.5M, 60,416."""
+    """Format a number of parameters or tokens: 134.5M, 60,416."""
     for size, unit in _COUNTS:
         if value >= size:
             return f"{digits(value / size, 4)}{unit}"
@@ -54,7 +54,7 @@ def count(value: float) -> str:
 
 
 def size(value: float) -> str:
-    """Bytes in decimal units."""
+    """Format bytes in decimal units: 1.23 GB."""
     for step, unit in _BYTES:
         if value >= step:
             return f"{digits(value / step)}{NBSP}{unit}"
@@ -62,7 +62,7 @@ def size(value: float) -> str:
 
 
 def percent(share: float, places: int = 0) -> str:
-    """0.8 as 80%."""
+    """Format a fraction as a percentage: 0.8 becomes 80%."""
     return f"{100 * share:,.{places}f}%" if math.isfinite(share) else "not finite"
 
 
@@ -71,7 +71,7 @@ def times(value: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """4.2 s, 6 min 12 s, 3 h 05 min."""
+    """Format a duration: 4.2 s, 6 min 12 s, 3 h 05 min."""
     if value < 59.5:
         return f"{digits(value, 2) if value < 10 else format(value, '.0f')}{NBSP}s"
     minutes, rest = divmod(round(value), 60)
@@ -86,14 +86,14 @@ def flops(value: float) -> str:
 
 
 def label(key: str) -> str:
-    """A dictionary's key as a label: ffn_size becomes FFN size."""
+    """Turn a dictionary key into a label: ffn_size becomes FFN size."""
     words = key.replace("_", " ").replace("heldout", "held-out").strip()
     words = words[:1].upper() + words[1:]
     return " ".join(_PROPER.get(word.lower(), word) for word in words.split(" "))
 
 
 def describe(value: Any) -> str:
-    """Any JSON value on one line; consecutive integers become ranges."""
+    """Format any JSON value on one line; consecutive integers become ranges."""
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -112,7 +112,7 @@ def describe(value: Any) -> str:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] as 0–2, 5; runs of two are not joined."""
+    """Format [0, 1, 2, 5] as 0–2, 5; two consecutive integers are not joined."""
     breaks = [at for at, (a, b) in enumerate(pairwise(numbers), 1) if b != a + 1]
     runs = [numbers[start:end] for start, end in pairwise([0, *breaks, len(numbers)])]
     return ", ".join(

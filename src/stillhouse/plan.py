@@ -1,4 +1,5 @@
-"""What a run would take on machines that need not be there, from configurations alone."""
+"""Estimates what a run would take on hardware that need not be present, from configurations
+alone."""
 
 from __future__ import annotations
 
@@ -30,7 +31,10 @@ from stillhouse.pruning.pruning_config import read_amount
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run takes. tokens: of the training text. models: described, a line each."""
+    """A run's estimated requirements.
+
+    tokens: the number of training tokens. models: a one-line description of each model.
+    """
 
     machine: Machine
     tokens: int
@@ -43,7 +47,7 @@ class RunPlan:
 
     @property
     def seconds(self) -> float | None:
-        """Of all stages whose work is known; None where the rate of a GPU is not."""
+        """The time of all stages with known work; None if the GPU's rate is unknown."""
         known = [stage.seconds(self.machine) for stage in self.stages]
         found = [each for each in known if each is not None]
         return sum(found) if found else None
@@ -57,7 +61,7 @@ class RunPlan:
 
     @property
     def disk(self) -> float:
-        """At the most, if nothing is deleted."""
+        """The peak disk usage in bytes if nothing is deleted."""
         left = 0.0
         most = 0.0
         for stage in self.stages:
@@ -67,7 +71,7 @@ class RunPlan:
 
     @property
     def host(self) -> float:
-        """Memory of a node beside its GPUs', at the most."""
+        """The peak host memory per node in bytes."""
         per_node = self.machine.per_node
         return max(
             min(stage.processes, per_node) * sum(stage.memory.host.values())
@@ -75,7 +79,7 @@ class RunPlan:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON: bytes, seconds, dollars."""
+        """Return plain data for JSON, in bytes, seconds, and dollars."""
         machine = self.machine
         stages = [
             {
@@ -100,11 +104,11 @@ class RunPlan:
 
 
 def plan_recipe(path: str | Path, machine: Machine, overrides: Sequence[str] = ()) -> RunPlan:
-    """Plan a recipe of a language model or a family of them.
+    """Plan a language model's or a family's recipe.
 
-    Of its models, only config.json is read, which is fetched for a Hub id. Raises StillhouseError:
-    a recipe of a task, a model without a configuration or of an unknown architecture, training text
-    of unknown length, more processes than windows.
+    Only reads the models' config.json, which is downloaded for a Hub id. Raises StillhouseError if
+    the recipe has a task, a model has no configuration or an unknown architecture, the length of
+    the training text is unknown, or there are more processes than windows.
     """
     recipe, base = load_language_model_recipe(path, overrides), Path(path).parent
     tokens = _training_tokens(recipe, base)
@@ -114,11 +118,12 @@ def plan_recipe(path: str | Path, machine: Machine, overrides: Sequence[str] = (
 
 
 def _training_tokens(recipe: Recipe, base: Path) -> int:
-    """Raises RecipeError where neither the recipe nor the size of its text tells."""
+    """Estimate the number of training tokens. Raises RecipeError if neither the recipe nor the size
+    of its text determines it."""
     tokens = expected_tokens(recipe.data, base)
     if tokens is None:
         raise RecipeError(
-            "how many tokens are trained on is not known: the text is a dataset, not there, or "
+            "the number of training tokens is unknown: the text is a dataset, is missing, or is "
             "very short",
             where="data.train_tokens",
             fix="set data.train_tokens, in the recipe or with --set data.train_tokens=1000000000",
@@ -129,9 +134,10 @@ def _training_tokens(recipe: Recipe, base: Path) -> int:
 def described_machine(
     gpus: int, memory: str, nodes: int, rate: float | None, price: float | None
 ) -> Machine:
-    """From what a user writes: memory such as 80GB, TFLOP/s and dollars an hour of a GPU.
+    """Build a machine from a user's options: memory such as 80GB, TFLOP/s per GPU, and dollars per
+    GPU-hour.
 
-    Raises RecipeError: an amount of memory without a unit.
+    Raises RecipeError if `memory` is not an amount with a unit.
     """
     try:
         amount = read_amount("memory", memory)
@@ -152,10 +158,13 @@ def described_machine(
 
 
 def plan_table(plan: RunPlan) -> RenderableType:
-    """Models, a line for each stage, the sums, and what to change where something does not fit."""
+    """Render the models, a row per stage, the totals, and a fix for each stage that does not
+    fit."""
     lines = [Text(line) for line in plan.models]
     machine = plan.machine
-    lines.append(Text(f"{machine.processes} GPUs of {size(machine.memory)}{_in_nodes(machine)}"))
+    lines.append(
+        Text(f"{machine.processes} GPUs with {size(machine.memory)} each{_in_nodes(machine)}")
+    )
     table = Table(box=None, padding=(0, 1))
     for title in ("stage", "memory/GPU", "fits", "tokens/s", "time", "cost", "disk"):
         table.add_column(title, justify="left" if title == "stage" else "right")
@@ -197,7 +206,7 @@ def _row(stage: StageEstimate, machine: Machine) -> list[str | Text]:
 
 
 def _about(stage: StageEstimate) -> str:
-    """What takes the memory, and what else there is to know."""
+    """Describe what takes up a stage's memory, followed by its note."""
     memory = stage.memory
     lines = [str(memory)] if memory.parts else []
     if memory.host:
@@ -211,23 +220,23 @@ def _sums(plan: RunPlan) -> list[Text]:
     machine = plan.machine
     network = sum(stage.network for stage in plan.stages)
     crossing = sum(stage.between_nodes for stage in plan.stages)
-    lines = [f"disk: {size(plan.disk)} at the most; memory of a node's host: {size(plan.host)}"]
+    lines = [f"disk: {size(plan.disk)} at most; host memory per node: {size(plan.host)}"]
     if network:
         text = f"network: each process sends {size(network)}"
         lines.append(text + (f", {size(crossing)} of it to other nodes" if crossing else ""))
     if plan.seconds is None:
-        lines.append("time: set --rate, the TFLOP/s that a GPU reaches in training")
+        lines.append("time: pass --rate, the TFLOP/s per GPU in training, to estimate it")
     else:
         price = "" if plan.dollars is None else f", ${plan.dollars:,.0f}"
         lines.append(
-            f"time: {seconds(plan.seconds)} of computing on {machine.processes} GPUs{price}; "
-            "pruning, quantization and waiting for the network are not in it"
+            f"time: {seconds(plan.seconds)} of computing on {machine.processes} GPUs{price}, not "
+            "counting pruning, quantization, and waiting for the network"
         )
     return [Text(line) for line in lines]
 
 
 def _in_nodes(machine: Machine) -> str:
-    return f" in {machine.nodes} nodes" if machine.nodes > 1 else ""
+    return f" on {machine.nodes} nodes" if machine.nodes > 1 else ""
 
 
 def _described(planned: Sequence[RunModels]) -> tuple[str, ...]:

@@ -1,9 +1,9 @@
-"""Notices that another process of a torchrun has ended, whatever this one is doing.
+"""Notices when another process of a torchrun ends, whatever this process is doing.
 
-torchrun stops the processes of its own machine, and collectives fail at once where a process is
-missing. A process that works alone, or waits for a file, on another machine would never find out.
-So the main process keeps a connection to each other process. The system closes a connection when
-either process ends, also when it is killed; TCP keepalive finds a machine that was lost.
+torchrun stops the processes on its own machine, and collectives fail at once if a process is gone.
+But a process on a different machine that works alone or waits for a file would never find out. So
+the main process keeps a connection to every other process. The system closes a connection when
+either process ends, even if it is killed; TCP keepalive detects a lost machine.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from stillhouse.launch import (
 )
 
 DONE, FAILED, KILLED, STOPPED, LOST = b"d", b"f", b"k", b"s", b"l"
-"""How a process ends: it has finished, reports an error of its own, closes its connections without
-a word, got a signal, or has lost another one and does not know which."""
+"""How a process ends: it finished, reports an error itself, closed its connections without a
+message, received a signal, or has lost another process and does not know which."""
 GRACE_SECONDS = 3.0
-"""For a process to end by itself after another one has, before it gets a signal."""
+"""How long a process may take to end by itself after another has, before it gets a signal."""
 NOTICE_SECONDS = 1.0
-"""By which news of an ended process may come later than an error of a collective, or than news of
-another one that ended because of it."""
+"""How much later the news of an ended process may arrive than a collective's error, or than the
+news of a process that ended because of it."""
 CONNECT_SECONDS = 10.0
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
-"""A machine that does not answer for 30 seconds is lost."""
+"""A machine that does not answer for 30 seconds is considered lost."""
 INDEX_BYTES = 4
 AGAIN = "run the same command again: it resumes from the last checkpoint"
 REASONS = {
@@ -50,24 +50,24 @@ REASONS = {
     STOPPED: "it was stopped by a signal",
     LOST: "because another process has ended",
 }
-"""From what ends a torchrun to what may follow from it: torchrun stops the processes that are
-left."""
+"""Ordered from what ends a torchrun to what may follow from it: torchrun stops the remaining
+processes."""
 
 _ended: dict[int, bytes] = {}
-"""Processes that have ended before their work was finished, and how."""
+"""Processes that ended before their work was finished, and how they ended."""
 _cause_known = threading.Event()
-"""Whether one of them failed or was killed."""
+"""Set once one of the ended processes is known to have failed or been killed."""
 _finished: set[int] = set()
-"""Processes that this one watches and that have finished their work."""
+"""Processes that this process watches and that have finished their work."""
 
 
 @contextmanager
 def watched_processes() -> Iterator[None]:
-    """Inside the block, this process gets SIGTERM a few seconds after another process of the
-    torchrun has ended without finishing its block, unless it has ended by itself until then.
+    """Send this process SIGTERM a few seconds after another process of the torchrun has ended
+    without finishing its block, unless this process ends by itself first.
 
-    A process that fails says so before it reports its error, and prints that itself. Every process
-    must enter the block together, with an open process group.
+    A failing process tells the others before it prints its own error. All processes must enter the
+    block together, with an open process group.
     """
     if world_size() == 1:
         yield
@@ -89,21 +89,21 @@ def watched_processes() -> Iterator[None]:
     except Exception:
         end = (own, FAILED)
         raise
-    except BaseException:  # a signal: of the user, or because another process has ended
+    except BaseException:  # a signal, from the user or because another process has ended
         end = _cause() or (own, STOPPED)
         raise
     finally:
-        # The connections stay open until this process has ended, and has said what it has to.
+        # The connections stay open until this process has reported its error and ended.
         for link in links:
             with suppress(OSError):
                 link.sendall(_message(*end))
 
 
 def lost_process_found(wait: float = 0.0) -> LostProcessError | None:
-    """The error about the process that has ended too early, of several the one that ended the
-    others as far as is known; None if none has.
+    """Return the error about a process that ended too early; None if none did. Of several, prefer
+    the process that made the others end, as far as is known.
 
-    wait: for at most so many seconds, until one is known that failed or was killed.
+    wait: seconds to wait, at most, for news of a process that failed or was killed.
     """
     _cause_known.wait(wait)
     cause = _cause()
@@ -111,15 +111,15 @@ def lost_process_found(wait: float = 0.0) -> LostProcessError | None:
 
 
 def main_process_finished() -> bool | None:
-    """Whether the main process has finished its block, for the other processes; None: not yet."""
+    """True if the main process has finished its block, None if not yet; for the other processes."""
     return 0 in _finished or None
 
 
 def reports_lost_process() -> bool:
-    """Whether this process is the one on its machine that reports that another one has ended; no
-    process is if that one was on this machine, and reports its own error.
+    """Whether this process is the one on its machine that reports another process's end. No process
+    does if the ended process was on this machine and reports its own error.
 
-    True once: a signal may come while an error of a collective is being reported.
+    True only once: a signal may arrive while a collective's error is being reported.
     """
     _cause_known.wait(NOTICE_SECONDS)
     if any(how == FAILED and is_on_this_machine(index) for index, how in _ended.items()):
@@ -129,14 +129,15 @@ def reports_lost_process() -> bool:
 
 
 def was_lost() -> bool:
-    """Whether another process has ended too early, and did not get the same signal as this one."""
+    """Whether another process ended too early, and not because of the signal that this process
+    got."""
     if world_size() > 1:
         _cause_known.wait(NOTICE_SECONDS)
     return any(how != STOPPED or not on_main_machine() for how in _ended.values())
 
 
 def _cause() -> tuple[int, bytes] | None:
-    """The process that ended the others, as far as is known, and how it has ended."""
+    """The process that made the others end, as far as is known, and how it ended."""
     order = list(REASONS)
     return min(_ended.items(), key=lambda each: order.index(each[1]), default=None)
 
@@ -151,8 +152,8 @@ def _error(index: int, how: bytes) -> LostProcessError:
 
 
 def _connect() -> Mapping[socket.socket, int]:
-    """Connections to other processes, and their indices: of the main process, to all; of the
-    others, to the main process. Those that cannot be made are left out."""
+    """Connect the main process with all others, and return this process's connections with the
+    other ends' ranks. Connections that fail are left out."""
     import torch.distributed as dist  # heavy, and the command line imports this module
 
     links: dict[socket.socket, int] = {}
@@ -160,7 +161,7 @@ def _connect() -> Mapping[socket.socket, int]:
         with _listening() as server:
             key = secrets.token_bytes(16)
             dist.broadcast_object_list([server.getsockname()[1], key])
-            dist.barrier()  # by now each other process has connected, or has given up
+            dist.barrier()  # by now, every other process has connected or given up
             server.settimeout(0)
             with suppress(OSError):
                 while True:
@@ -199,7 +200,7 @@ def _listening() -> socket.socket:
 
 
 def _greeted(link: socket.socket, key: bytes) -> int | None:
-    """The index of the process at the other end; None if it is not one of this torchrun."""
+    """The rank of the process at the other end; None if it is not part of this torchrun."""
     link.settimeout(NOTICE_SECONDS)
     with suppress(OSError):
         said = link.recv(len(key) + INDEX_BYTES, socket.MSG_WAITALL)
@@ -234,12 +235,12 @@ def _watch(links: Mapping[socket.socket, int]) -> None:
 
 
 def _message(index: int, how: bytes) -> bytes:
-    """The last one of a process, about the process that ends it: itself or another one."""
+    """A process's last message, about the process that makes it end: itself or another."""
     return how + index.to_bytes(INDEX_BYTES)
 
 
 def _received(link: socket.socket) -> tuple[int, bytes] | None:
-    """The next message; None when the connection has ended."""
+    """Receive the next message; None once the connection is closed."""
     try:
         message = link.recv(1 + INDEX_BYTES, socket.MSG_WAITALL)
     except OSError:  # reset, or not alive

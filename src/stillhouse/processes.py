@@ -1,4 +1,4 @@
-"""The processes of a torchrun: their group, and models that are sharded over it."""
+"""The processes of a torchrun: their process group, and models that are sharded over it."""
 
 from __future__ import annotations
 
@@ -27,36 +27,37 @@ from stillhouse.process_watch import AGAIN, NOTICE_SECONDS, lost_process_found
 T = TypeVar("T")
 
 _LOST = re.compile("gloo|Connection (reset|closed) by peer|ProcessGroup|NCCL", re.IGNORECASE)
-"""In errors of gloo, which are plain RuntimeErrors."""
+"""Matches errors from gloo, which are plain RuntimeErrors."""
 
 
 PATIENCE = timedelta(days=30)
-"""For processes that wait while another one works; a killed one is noticed at once."""
+"""The timeout of processes that wait while another works; a killed process is noticed at once."""
 _patient_group: list[Any] = []
 
 
 def open_group() -> None:
-    """Open the process group of a torchrun, if it is not open. Every process must call this.
+    """Open a torchrun's process group unless it is open. Every process must call this.
 
-    Raises DeviceError in every process: they have different devices.
+    Raises DeviceError in every process if their devices differ.
     """
     if world_size() == 1 or dist.is_initialized():
         return
     device = default_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # gloo beside NCCL: checkpoints exchange plans between CPUs.
+    # gloo as well as NCCL, because checkpointing exchanges plans between CPUs.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     atexit.register(leave_group)
     _require_equal_devices(device_kind(device))
 
 
 _node_sizes: set[int] = set()
-"""How many processes the nodes have, once the group is open."""
+"""The different numbers of processes per node, once the group is open."""
 
 
 def _require_equal_devices(own: str) -> None:
-    """Precision, kernels and what fits are decided by each process for itself."""
+    """Raise DeviceError unless all devices are alike: each process chooses precision, kernels, and
+    batch sizes for itself."""
     found: list[tuple[str, int]] = [("", 0)] * world_size()
     dist.all_gather_object(found, (own, processes_here()))
     kinds = [kind for kind, _ in found]
@@ -66,22 +67,22 @@ def _require_equal_devices(own: str) -> None:
         raise DeviceError(
             f"process 0 has {kinds[0]}, and process {other} has {kinds[other]}",
             where="the processes of this torchrun",
-            fix="use equal devices in all of them: choose GPUs of a node with "
-            "CUDA_VISIBLE_DEVICES, or start it on other nodes",
+            fix="use the same kind of device in all processes: select GPUs with "
+            "CUDA_VISIBLE_DEVICES, or use different nodes",
         )
 
 
 def leave_group() -> None:
-    """Close the group, if it is open: gloo's threads may abort a process that exits without."""
+    """Close the group if it is open: gloo's threads can abort a process that exits without this."""
     gc.collect()  # a trainer is part of a reference cycle, and its DDP wrapper must go first
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def patient_group() -> Any:
-    """A group of all processes for objects on the CPU, in which waiting has no time limit.
+    """Return a CPU group of all processes in which waiting practically never times out.
 
-    Every process must call this. In other groups one waits at most half an hour.
+    Every process must call this. Other groups time out after half an hour at most.
     """
     if not _patient_group:
         _patient_group.append(dist.new_group(backend="gloo", timeout=PATIENCE))
@@ -89,13 +90,13 @@ def patient_group() -> Any:
 
 
 def wait_for_all() -> None:
-    """Return once every process has come here."""
+    """Wait until every process has called this."""
     if dist.is_initialized():
         dist.barrier(group=patient_group())
 
 
 def sum_over_processes(own: Tensor) -> Tensor:
-    """The sum of every process's tensor on the CPU; `own`, if there is one process."""
+    """Sum a CPU tensor over all processes, in place; with one process, return `own` unchanged."""
     if dist.is_initialized():
         dist.all_reduce(own)
     return own
@@ -103,7 +104,8 @@ def sum_over_processes(own: Tensor) -> Tensor:
 
 @contextmanager
 def lost_process(processes: int) -> Iterator[None]:
-    """Raise LostProcessError if another process has ended and this one cannot continue."""
+    """Raise LostProcessError if another process has ended and this one therefore cannot
+    continue."""
     try:
         yield
     except StillhouseError:
@@ -112,16 +114,16 @@ def lost_process(processes: int) -> Iterator[None]:
         if processes == 1 or not (isinstance(error, DistError) or _LOST.search(str(error))):
             raise
         raise lost_process_found(NOTICE_SECONDS) or LostProcessError(
-            f"another of the {processes} processes has ended, or cannot be reached",
+            f"another of the {processes} processes has ended or cannot be reached",
             where=str(error).splitlines()[0],
-            fix=f"its own message says why (none: it was killed); {AGAIN}",
+            fix=f"see its own message (if there is none, it was killed), and {AGAIN}",
         ) from error
 
 
 def shards_in_node(within_node: bool) -> int:
-    """Over how many processes a model is sharded: those of a node, or all.
+    """Return the number of processes to shard a model over: those of a node, or all.
 
-    Raises RecipeError: nodes with different numbers of processes.
+    Raises RecipeError if the nodes have different numbers of processes.
     """
     processes, (here, *others) = world_size(), sorted(_node_sizes or {processes_here()})
     if not within_node or here == processes:
@@ -129,7 +131,8 @@ def shards_in_node(within_node: bool) -> int:
     if others:
         sizes = " and ".join(f"{size:,}" for size in (here, *others))
         raise RecipeError(
-            f"there are nodes with {sizes} processes, and a model cannot be sharded inside each",
+            f"nodes have different numbers of processes ({sizes}), so a model cannot be sharded "
+            "within each node",
             where="train.shard_within",
             fix="start the same number of processes on every node, or use shard_within: all",
         )
@@ -137,7 +140,7 @@ def shards_in_node(within_node: bool) -> int:
 
 
 def sharding_mesh(shards: int) -> DeviceMesh:
-    """[replicas, shards], or [shards] if every process has a shard of its own."""
+    """Create a mesh of shape [replicas, shards], or [shards] if every process has its own shard."""
     open_group()
     device, processes = default_device().type, world_size()
     if shards == processes:
@@ -147,11 +150,11 @@ def sharding_mesh(shards: int) -> DeviceMesh:
 
 
 def shard(root: nn.Module, model: Any, mesh: DeviceMesh) -> None:
-    """Shard a module in place with FSDP2: each block of `model` and the rest are units.
+    """Shard a module in place with FSDP2: each block of `model` is a unit, and so is the rest.
 
-    root: the module whose forward is called; `model`, or a module around it.
-    Gradients are reduced in float32, and averaged over all processes.
-    Raises RecipeError as `require_blocks`.
+    root: the module whose forward is called: `model` or a module around it.
+    Gradients are reduced in float32 and averaged over all processes.
+    Raises RecipeError like `require_blocks`.
     """
     blocks = require_blocks(model)
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -161,7 +164,7 @@ def shard(root: nn.Module, model: Any, mesh: DeviceMesh) -> None:
 
 
 def require_blocks(model: Any) -> list[nn.Module]:
-    """The blocks of a model. Raises RecipeError if they are not known."""
+    """Return a model's decoder blocks. Raises RecipeError if they are not known."""
     kinds = set(getattr(model, "_no_split_modules", None) or ())
     blocks = [module for module in model.modules() if type(module).__name__ in kinds]
     if not blocks:
@@ -174,17 +177,18 @@ def require_blocks(model: Any) -> list[nn.Module]:
 
 
 def release_gathered(root: nn.Module) -> None:
-    """Free weights that a forward without a backward left gathered; they would become stale."""
+    """Free weights that a forward pass without a backward pass left gathered, because they would
+    become stale."""
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def with_gathered(root: nn.Module, work: Callable[[], T]) -> T:
-    """Run work while every process has all weights of a sharded module. Every process must call
-    this; the work itself need not be alike.
+    """Run `work` while every process has all the weights of a sharded module. Every process must
+    call this, but each can pass different work.
 
-    root: the module whose forward FSDP2 gathers for, which is replaced for the call.
+    root: the module whose forward makes FSDP2 gather; its forward is replaced during the call.
     """
     blocks = [one for one in root.modules() if isinstance(one, FSDPModule) and one is not root]
 
@@ -207,12 +211,12 @@ def with_gathered(root: nn.Module, work: Callable[[], T]) -> T:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor that may be sharded."""
+    """Return this process's part of a tensor that may be sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def first_row(tensor: Tensor) -> int:
-    """The row of the complete tensor with which this process's part begins."""
+    """Return the row of the full tensor at which this process's part starts."""
     if not isinstance(tensor, DTensor):
         return 0
     _, offset = compute_local_shape_and_global_offset(
@@ -222,7 +226,7 @@ def first_row(tensor: Tensor) -> int:
 
 
 def part_like(tensor: Tensor, sharded: Tensor) -> Tensor:
-    """This process's part of a complete tensor, divided along its rows as `sharded` is."""
+    """Return this process's part of a full tensor that is divided by rows the way `sharded` is."""
     if not isinstance(sharded, DTensor):
         return tensor
     return distribute_tensor(tensor, sharded.device_mesh, sharded.placements).to_local()

@@ -15,14 +15,14 @@ from stillhouse.terminal import Terminal
 
 console = Terminal(stderr=True)
 PLAIN_SECONDS = 15.0
-"""Seconds between lines if there is no terminal."""
+"""Seconds between progress lines without a terminal."""
 
 Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Work:
-    """How far a bar is: `done` of `total` units, after so many seconds."""
+    """The state of a progress bar: `done` of `total` units after `seconds`."""
 
     name: str
     done: int
@@ -36,7 +36,7 @@ _observers: list[Callable[[Work], None]] = []
 
 @contextmanager
 def observed(observer: Callable[[Work], None]) -> Iterator[None]:
-    """Inside the block, `observer` is called whenever a bar begins or advances."""
+    """Call `observer` whenever a bar starts or advances inside the block."""
     _observers.append(observer)
     try:
         yield
@@ -60,7 +60,7 @@ def _digits(rate: float) -> str:
 
 @contextmanager
 def bar(description: str, total: int, unit: str = "tokens") -> Iterator[Advance]:
-    """Shows progress toward `total` units; the caller calls `advance(units)` as work is done."""
+    """Show progress toward `total` units; call the yielded `advance(units)` as work is done."""
     with _shown(description, total, unit) as advance:
         began, done = time.monotonic(), 0
 

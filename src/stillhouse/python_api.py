@@ -1,4 +1,4 @@
-"""The functions of the Python API that combine the packages; `stillhouse` exports them."""
+"""The Python API's top-level functions, which `stillhouse` exports."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ from stillhouse.training.train_config import TrainRecipe
 
 
 def divergence(name: str, **options: Any) -> LogitsTerm:
-    """A term on the next-token distributions, by the divergence's name.
+    """Create a loss term on the next-token distributions from a divergence's name.
 
     options: weight, temperature, t_squared, schedule, layers, and the divergence's parameters, as
     in a recipe's `objective.terms`. Raises RecipeError for an unknown name or option.
@@ -68,26 +68,26 @@ KL = partial(divergence, "forward_kl")
 ReverseKL = partial(divergence, "reverse_kl")
 """KL(student ‖ teacher)."""
 JSD = partial(divergence, "jsd")
-"""Jensen-Shannon divergence; beta: the teacher's share of the mixture."""
+"""Jensen-Shannon divergence. beta: the teacher's weight in the mixture."""
 CrossEntropy = partial(divergence, "cross_entropy")
-"""Cross-entropy with the text's own next tokens: needs no teacher."""
+"""Cross-entropy with the text's next tokens, which needs no teacher."""
 
 
 def HiddenStates(**options: Any) -> HiddenStatesTerm:  # noqa: N802
-    """A term on the outputs of blocks; options as in a recipe's `objective.terms`."""
+    """Create a loss term on the blocks' outputs. options: as in a recipe's `objective.terms`."""
     return made(HiddenStatesTerm, {"kind": "hidden_states", **options}, "HiddenStates")
 
 
 def AttentionRelations(**options: Any) -> AttentionRelationsTerm:  # noqa: N802
-    """A term on relations of queries, keys and values; options as in a recipe's
+    """Create a loss term on relations between queries, keys, and values. options: as in a recipe's
     `objective.terms`."""
     values = {"kind": "attention_relations", **options}
     return made(AttentionRelationsTerm, values, "AttentionRelations")
 
 
 def Chunks(**options: Any) -> ChunksTerm:  # noqa: N802
-    """Likelihoods of text that a teacher with another tokenizer divides into other tokens; options
-    as in a recipe's `objective.terms`."""
+    """Create a loss term on the likelihoods of text chunks, for a teacher with a different
+    tokenizer. options: as in a recipe's `objective.terms`."""
     return made(ChunksTerm, {"kind": "chunks", **options}, "Chunks")
 
 
@@ -95,12 +95,13 @@ def Chunks(**options: Any) -> ChunksTerm:  # noqa: N802
 
 
 class Rollouts:
-    """Answers that the student writes during training, for `distill(..., batches=...)`.
+    """Answers that the student generates during training, for `distill(..., batches=...)`.
 
-    prompts: a path (text, JSONL, JSON, CSV, TSV, Parquet), or a list or data set of strings, chats,
-    rows or lists of token ids; None: the chats of the data, without their last answer.
-    context: tokens of a window, if there are no data. options: share, window, samples, temperature,
-    top_p, max_tokens, terms, cold_start_tokens, ... as in a recipe's `train.on_policy`.
+    prompts: a path (text, JSONL, JSON, CSV, TSV, or Parquet), or a list or dataset of strings,
+    chats, rows, or lists of token ids. None uses the data's chats without their last answer.
+    context: the number of tokens in a window if there is no data. options: share, window, samples,
+    temperature, top_p, max_tokens, terms, cold_start_tokens, and so on, as in a recipe's
+    `train.on_policy`.
     Raises RecipeError for an unknown or invalid option.
     """
 
@@ -112,7 +113,7 @@ class Rollouts:
         self.settings = made(OnPolicyRecipe, options, "Rollouts")
 
     def for_student(self, student: Student) -> OwnPrompts | None:
-        """The prompts as token ids. Raises DataError, ModelError as `made_prompts`."""
+        """Return the prompts as token ids. Raises DataError or ModelError like `made_prompts`."""
         if self.prompts is None:
             return None
         return made_prompts(self.prompts, student.tokenizer, key=self.key)
@@ -139,18 +140,20 @@ def distill(
 ) -> TrainingResult:
     """Train the student in place to match the teacher.
 
-    student: a Student, or a transformers model. teacher: a Teacher, a transformers model, several
-    of them (the loss is the mean of the losses under each), or None if no term needs one.
-    data: its held-out part is evaluated if `evaluate_every` is given; None: the student writes all
-    text. objective: terms whose weighted sum is the loss; by default only KL. batches: text that
-    the student writes during training, as a share of each step's rows.
-    folder: stores checkpoints, metrics and the model, so that a run that was killed resumes when it
-    is called again with equal arguments; None: nothing is written.
-    callbacks: of transformers; their `model` is a Distillation, and `model.student` can generate.
-    settings: learning_rate, batch_size, epochs, max_steps, evaluate_every, ... as in a recipe's
-    `train`.
-    Raises StillhouseError if parts do not fit together, the loss is not finite, or the folder is
-    used by another process or has checkpoints of another training.
+    student: a Student or a transformers model. teacher: a Teacher, a transformers model, several of
+    them (the loss is the mean of the losses under each), or None if no term needs one.
+    data: the training text; its held-out part is evaluated if `evaluate_every` is given. None if
+    the student generates all the text. objective: terms whose weighted sum is the loss; by default,
+    only KL. batches: text that the student generates during training, as a share of each step's
+    rows.
+    folder: where to store checkpoints, metrics, and the model, so that calling this again with the
+    same arguments resumes a killed run. None writes nothing.
+    callbacks: transformers callbacks; their `model` is a Distillation, and `model.student` can
+    generate.
+    settings: learning_rate, batch_size, epochs, max_steps, evaluate_every, and so on, as in a
+    recipe's `train`.
+    Raises StillhouseError if the parts do not fit together, the loss is not finite, or the folder
+    is in use by another process or contains a different training's checkpoints.
     """
     seed = checked(Seed, seed, "seed")
     own = _student(student)
@@ -187,20 +190,21 @@ def distill(
 
 
 def _own_text_alone(rollouts: Rollouts | None, settings: Mapping[str, Any]) -> NoText:
-    """Raise RecipeError if a training needs data."""
+    """Return an empty data source for training on rollouts alone. Raises RecipeError if this
+    training needs data."""
     if rollouts is None or rollouts.settings.share < 1 or rollouts.settings.cold_start_tokens:
         raise RecipeError(
-            "there are no data, and the student does not write all of the text",
+            "there is no data, but the student does not generate all of the text",
             where="distill",
-            fix="give data, or batches=Rollouts(prompts, share=1.0) without a cold start",
+            fix="pass data, or batches=Rollouts(prompts, share=1.0) without a cold start",
         )
     if rollouts.prompts is None:
-        raise RecipeError("there are no prompts", where="Rollouts", fix="give prompts, or data")
+        raise RecipeError("there are no prompts", where="Rollouts", fix="pass prompts or data")
     if settings.get("max_steps") is None:
         raise RecipeError(
-            "without data there is no epoch that ends the training",
+            "without data, no epoch ends the training",
             where="distill",
-            fix="give max_steps",
+            fix="pass max_steps",
         )
     return NoText(rollouts.context)
 
@@ -215,13 +219,15 @@ def evaluate(
     own_text: int = 0,
     seed: int = 0,
 ) -> Evaluation:
-    """Evaluate the student against its teacher on held-out text: KL, agreement, perplexity, size.
+    """Evaluate the student against its teacher on held-out text: KL, agreement, perplexity, and
+    size.
 
-    data: its held-out part is used; or batches. prompts: both models answer each. own_text: both
-    models also answer this many prompts of the held-out text, and the teacher scores each token.
-    teacher: on this machine; with another tokenizer, `aligned` to the student's: KL and top-1
-    agreement are then of shared roots.
-    Raises ModelError if the teacher is not a model on this machine, or has another vocabulary.
+    teacher: a model on this machine. With a different tokenizer, it must be `aligned` to the
+    student's; KL and top-1 agreement are then over shared roots.
+    data: data whose held-out part is used, or batches. prompts: prompts for both models to answer.
+    own_text: the number of held-out prompts that both models also answer, with the teacher scoring
+    each token.
+    Raises ModelError if the teacher is not a model on this machine or has a different vocabulary.
     """
     seed = checked(Seed, seed, "seed")
     own, taught_by, alignment = _student(student), _teacher(teacher), None
@@ -260,19 +266,19 @@ def record(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> StoredTeacher:
-    """Store the teacher's signals for the training text, and return the store as a teacher.
+    """Cache the teacher's signals for the training text, and return the store as a teacher.
 
-    An unfinished store is resumed. encoding: how each distribution is stored (`signals.encodings`);
-    None: the 32 most likely tokens and the mass of all others.
-    Raises SignalError if the store was begun with other settings, StoreError if it is damaged,
-    RunError if another process is writing it.
+    Resumes an unfinished store. encoding: how to store each distribution (`signals.encodings`);
+    None stores the 32 most likely tokens and the total probability of all others.
+    Raises SignalError if the store was started with different settings, StoreError if it is
+    damaged, and RunError if another process is writing it.
     """
     seed = checked(Seed, seed, "seed")
     temperature = checked(Temperature, temperature, "temperature")
     text = _windows(data)
     teacher = _given_teacher(teacher)
     if isinstance(teacher, AlignedTeacher):
-        teacher.prepare(TeacherNeeds(), text)  # which merges its roots
+        teacher.prepare(TeacherNeeds(), text)  # merges its roots
     kept = encoding or TopK(32)
     fix = "make one with stillhouse.signals.encodings, such as TopK(32)"
     require_type(isinstance(kept, Encoding), kept, "encoding", "an encoding", fix, RecipeError)
@@ -293,13 +299,15 @@ def search_sizes(
     settings: TrainRecipe | None = None,
     **options: Any,
 ) -> dict[str, int]:
-    """Search the sizes for `Student.prune` that keep the most of a teacher within one target.
+    """Search for the sizes for `Student.prune` that preserve a teacher best within one target.
 
-    Shapes are pruned and measured, and the best of them are distilled for a few steps.
-    folder: stores the measurements, so that a search that was killed resumes. settings: of the
-    short distillations. options: a target (params="60%", bytes, decode_latency="20ms", memory),
-    and others such as search and calibration_tokens, as in a recipe's `student`.
-    Raises RecipeError if no shape meets the target, RunError if another process uses the folder.
+    Prunes and measures shapes, and distills the best ones for a few steps.
+    folder: where to store the measurements, so that a killed search resumes. settings: the training
+    settings of the short distillations. options: a target (params="60%", bytes,
+    decode_latency="20ms", or memory), and others such as search and calibration_tokens, as in a
+    recipe's `student`.
+    Raises RecipeError if no shape meets the target, and RunError if another process uses the
+    folder.
     """
     seed = checked(Seed, seed, "seed")
     start, settings, text = local(_teacher(teacher)), settings or TrainRecipe(), _windows(data)
@@ -336,15 +344,15 @@ def search_sizes(
 
 @contextmanager
 def _alone_in(folder: str | Path | None, what: str) -> Iterator[None]:
-    """Lock the folder, if there is one, for this process, or the main process of a torchrun. Raises
-    RunError for errors of the disk in the block, too."""
+    """Lock the folder, if there is one, for this process, or for a torchrun's main process. Also
+    turns disk errors in the block into RunError."""
     if folder is None or not leads():
         yield
         return
-    fix = "free some space and call the same function again: what is complete is kept"
+    fix = "free some space and call the same function again: finished work is kept"
     with (
         locked_while_writing(Path(folder), what),
-        disk_errors(Path(folder), fix=fix, elsewhere="use another folder"),
+        disk_errors(Path(folder), fix=fix, elsewhere="use a different folder"),
     ):
         yield
 
@@ -356,7 +364,7 @@ def _student(given: Student | Any) -> Student:
 
 
 def _teacher(given: Teacher | Any | Sequence[Teacher] | None) -> Teacher | None:
-    """Several become one, an empty list None."""
+    """Combine several teachers into one; an empty list becomes None."""
     if isinstance(given, list | tuple):
         return combined([_given_teacher(each) for each in given])
     return None if given is None else _given_teacher(given)
@@ -369,7 +377,7 @@ def _given_teacher(given: Teacher | Any) -> Teacher:
 
 
 def _has_windows(data: Any) -> bool:
-    """Whether the first of its items is a window."""
+    """Whether the first item is a window."""
     try:
         return "input_ids" in data[0]
     except (TypeError, LookupError):
@@ -377,12 +385,12 @@ def _has_windows(data: Any) -> bool:
 
 
 def _windows(data: Data | Batches, *, heldout: bool = False) -> Batches:
-    """The text of `data` to learn from, or to evaluate on. Raises DataError if it is not data."""
+    """Return the training or held-out windows of `data`. Raises DataError if it is not data."""
     if isinstance(data, Data):
         return data.heldout if heldout else data.train
     if not hasattr(data, "supervised_tokens") and not _has_windows(data):
         raise DataError(
-            f"the data are a {type(data).__name__} instead of windows of tokens",
+            f"the data is a {type(data).__name__}, not windows of tokens",
             fix="build them first: Data.build(...)",
         )
     return data

@@ -1,9 +1,9 @@
-"""Results of cheap operations that backward computes again instead of keeping them.
+"""Recomputes the results of cheap operations in the backward pass instead of keeping them.
 
-Autograd keeps every tensor that a gradient needs. In the layers of a language model, half of these
-are products or activation functions of tensors that it keeps anyway: the two products of a norm,
-and in a gated FFN the activation function of the gate and its product. Computing these again takes
-hardly any time; the results are the same, bit for bit.
+Autograd keeps every tensor that a gradient needs. In a language model's layers, half of these are
+products or activations of tensors that it keeps anyway: the two products of a norm, and in a gated
+FFN the gate's activation and its product. Recomputing them takes hardly any time, and the results
+are identical bit for bit.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.autograd.graph import Node, saved_tensors_hooks
 
 LEAST_NUMBERS = 1 << 10
-"""Smaller tensors are kept."""
+"""Tensors with fewer elements are kept."""
 
 
 @dataclass(frozen=True)
 class _Result:
-    """A function's result, without its numbers. versions: of the tensors among the inputs."""
+    """A function's result, without its values. versions: those of the tensors among the inputs."""
 
     function: Callable[..., Tensor]
     inputs: tuple[Tensor | _Result, ...]
@@ -34,7 +34,7 @@ class _Result:
     def tensor(self) -> Tensor:
         kept = [each for each in self.inputs if isinstance(each, Tensor)]
         if self.versions != tuple(each._version for each in kept):
-            raise RuntimeError("a tensor that backward needs was changed in place")
+            raise RuntimeError("a tensor that the backward pass needs was changed in place")
         return self.function(
             *(each if isinstance(each, Tensor) else each.tensor() for each in self.inputs)
         )
@@ -44,7 +44,7 @@ class _Result:
 
 
 def _is_reshaped(tensor: Tensor, base: Tensor) -> bool:
-    """Whether a view has all numbers of its base, in the same order."""
+    """Whether a view contains all elements of its base, in the same order."""
     return (
         tensor.numel() == base.numel()
         and tensor.dtype == base.dtype
@@ -61,12 +61,12 @@ _FUNCTIONS: dict[str, tuple[Callable[[Any], Callable[..., Tensor]], tuple[str, .
         ("_saved_self",),
     ),
 }
-"""By the name of an operation's node in autograd's graph: the function, and the node's attributes
-that are its inputs."""
+"""The function and the attributes with its inputs, by the name of the operation's node in
+autograd's graph."""
 
 
 class Hooks:
-    """What autograd calls when it keeps a tensor, and when it needs it."""
+    """The hooks that autograd calls when it saves a tensor and when it needs it again."""
 
     def __init__(self) -> None:
         self._looks_up, self._found = False, None
@@ -76,7 +76,7 @@ class Hooks:
         node, base = tensor.grad_fn, tensor._base
         if node is None or tensor.numel() < LEAST_NUMBERS:
             return tensor
-        if tensor._version:  # changed in place: not what the operation returned
+        if tensor._version:  # changed in place, so no longer the operation's result
             return tensor
         if base is not None and _is_reshaped(tensor, base):
             whole = self.pack(base)
@@ -85,7 +85,7 @@ class Hooks:
             return tensor
         make, names = _FUNCTIONS[node.name()]
         inputs = tuple(self._kept(node, name) for name in names)
-        if any(each is None for each in inputs):  # such as the number that a tensor is scaled by
+        if any(each is None for each in inputs):  # for example, a tensor scaled by a number
             return tensor
         versions = tuple(each._version for each in inputs if isinstance(each, Tensor))
         return _Result(make(node), inputs, versions)  # type: ignore[arg-type]
@@ -97,7 +97,7 @@ class Hooks:
         return kept if isinstance(kept, Tensor) else kept.tensor()
 
     def _kept(self, node: Node, name: str) -> Tensor | _Result | None:
-        """What `pack` returned for a tensor that this node needs; None if it needs none."""
+        """Return what `pack` returned for a tensor that this node saved; None if it saved none."""
         self._looks_up, self._found = True, None
         try:
             getattr(node, name)  # calls `unpack`
@@ -109,9 +109,9 @@ class Hooks:
 
 @contextmanager
 def recomputed() -> Iterator[None]:
-    """Inside the block, results of cheap operations are not kept for backward.
+    """Do not keep the results of cheap operations for the backward pass inside the block.
 
-    Not around layers with activation checkpointing, which keep nothing.
+    Do not use it around layers with activation checkpointing, which keep nothing anyway.
     """
     hooks = Hooks()
     with saved_tensors_hooks(hooks.pack, hooks.unpack):

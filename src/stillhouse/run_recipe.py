@@ -1,4 +1,4 @@
-"""What recipes of every kind have."""
+"""The keys that every kind of recipe has."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from stillhouse.section import Section
 
 
 class RunRecipe(Section):
-    """The name of a run, its folder, and the seed of all that is drawn."""
+    """The run's name, its folder, and the random seed."""
 
     name: RunName
-    folder: PathText | None = Field(None, description="The run folder; null: runs/NAME.")
+    folder: PathText | None = Field(None, description="The run folder; null means runs/NAME.")
     seed: Seed = 0

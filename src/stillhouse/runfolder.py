@@ -1,8 +1,8 @@
-"""The run folder: its stages are either complete or absent, and it has one owner at a time.
+"""The run folder: every stage is either complete or absent, and one process at a time owns it.
 
-A stage writes into `stages/.NAME-KEY.partial`. When it is done, its manifest is written, every file
-is flushed to disk, and the folder gets its final name `stages/NAME-KEY` by one rename. So a folder
-with a final name is complete, whenever the process is killed.
+A stage writes into `stages/.NAME-KEY.partial`. Once its work is done, its manifest is written,
+every file is flushed to disk, and a single rename gives the folder its final name,
+`stages/NAME-KEY`. So a folder with a final name is complete, no matter when the process is killed.
 
 KEY is a hash of everything the stage depends on: its part of the recipe and the *content* of its
 inputs. If a recipe is changed and changed back, its old stages are found again.
@@ -37,7 +37,7 @@ LOCK = ".lock"
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a stage. `tokens` are those a model processed; `flops` follow
+    """A stage's cost. tokens: the tokens that a model processed. flops: counted as in
     `stillhouse.account`."""
 
     seconds: float = 0.0
@@ -48,28 +48,29 @@ class Cost:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a stage's work: its cost, without the seconds, and a summary for the report."""
+    """The result of a stage's work: its cost and a summary for the report."""
 
     tokens: int = 0
     flops: int = 0
     peak_memory_bytes: int = 0
     summary: dict[str, Any] = field(default_factory=dict)
     seconds: float | None = None
-    """Set if work was resumed, so that this process's clock covers only part of it."""
+    """Set if the work was resumed, because this process's clock covers only part of it."""
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A stage that is ready to run: `work` fills its folder.
+    """A stage that is ready to run.
 
-    inputs: everything that the result depends on; `version` is increased when the code changes what
-    it writes. together: all processes of torchrun take part. resumable: a partly written folder is
-    continued, rather than emptied, but without the files and folders whose names begin with a dot:
-    they are temporary, except in `scratch`. scratch: names inside the folder that are deleted
-    before it is finished. missing: how many results a finished stage still lacks; it runs again
-    while there are any. check: raises StillhouseError if the filled folder lacks its product: the
-    stage then remains unfinished, with its scratch files. compared_when_read: patterns of large
-    files whose readers compare their hashes; before the stage is used, only their sizes are.
+    inputs: everything that the result depends on. work: fills the stage's folder. version:
+    increased when the code changes what it writes. resumable: whether to continue a partly written
+    folder rather than empty it; files and folders whose names start with a dot are temporary and
+    deleted anyway, except in `scratch`. together: whether all processes of a torchrun take part.
+    scratch: names inside the folder to delete before the stage is finished. missing: returns how
+    many results a finished stage still lacks; the stage runs again while any are missing. check:
+    raises StillhouseError if the filled folder lacks its product; the stage then remains
+    unfinished, with its scratch files. compared_when_read: patterns of large files whose readers
+    compare their hashes; before the stage is used, only their sizes are compared.
     """
 
     name: str
@@ -100,7 +101,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Stage:
-    """A finished stage. `digest` is a hash of the content of its files."""
+    """A finished stage. digest: a hash of its files' contents."""
 
     name: str
     path: Path
@@ -111,7 +112,8 @@ class Stage:
 
 
 class RunFolder:
-    """root: contains the stages. links: contains the links to the products; `root` by default."""
+    """A run folder. root: contains the stages. links: contains the links to the products; by
+    default, `root`."""
 
     def __init__(self, root: Path, links: Path | None = None) -> None:
         self.root = root
@@ -122,14 +124,14 @@ class RunFolder:
         self._finished: set[Path] = set()
 
     def linked_from(self, links: Path) -> RunFolder:
-        """The same folder, whose products are pointed to in `links`."""
+        """Return the same run folder with links to its products in `links`."""
         other = RunFolder(self.root, links)
         other._lock, other._place, other._finished = self._lock, self._place, self._finished
         return other
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Lock the folder for this process, with its temporary files (`scratch`).
+        """Lock the folder for this process and put temporary files there (`scratch`).
 
         Raises RunError if another process has locked it.
         """
@@ -141,12 +143,12 @@ class RunFolder:
                 lock.seek(0)
                 owner = lock.read().strip() or "unknown"
                 raise RunError(
-                    f"another process is working in this run folder ({owner})",
+                    f"another process is using this run folder ({owner})",
                     where=self.root,
-                    fix="wait for it or stop it; or give this run another folder: "
+                    fix="wait for it, stop it, or use a different folder for this run: "
                     "--set folder=runs/OTHER",
                 )
-            with disk_errors(self.root):  # not buffered: it would be written again on closing
+            with disk_errors(self.root):  # unbuffered, or closing would write it again
                 lock.truncate(0)
                 os.write(lock.fileno(), f"process {os.getpid()} on {platform.node()}".encode())
                 self._place = os.open(self.root, os.O_RDONLY)  # keeps its inode number
@@ -162,9 +164,12 @@ class RunFolder:
                 self._lock = None
 
     def _require_there(self, *folders: Path) -> None:
-        """Raise RunError if the run folder is not the one that this process locked, or if one of
-        `folders` or of the finished stages is missing: they were deleted or moved, and libraries
-        create the folders that they write to. In a new run folder, `folders` are deleted."""
+        """Raise RunError if the run folder is not the one that this process locked, or if any of
+        `folders` or the finished stages is missing.
+
+        They may have been deleted or moved, and libraries recreate folders that they write to. If
+        the run folder was recreated that way, `folders` are deleted from it.
+        """
         if self._lock is None:
             return
         own = is_same(self.root / LOCK, os.fstat(self._lock.fileno()))
@@ -174,14 +179,14 @@ class RunFolder:
                 shutil.rmtree(path, ignore_errors=True)
         if gone or not own:
             raise RunError(
-                "this folder was deleted, moved or replaced while the run was using it",
+                "this folder was deleted, moved, or replaced while the run was using it",
                 where=gone[0] if own else self.root,
-                fix="put it back if you moved it, and run the same command again",
+                fix="move it back if you moved it, and run the same command again",
             )
 
     def _set_damage_aside(self) -> bool:
-        """Rename the files of finished stages that are damaged, so that the next run notices.
-        Returns whether there were any, and all were renamed."""
+        """Rename damaged files in finished stages, so that the next run notices the damage. Return
+        whether there were any and all were renamed."""
         found = False
         try:
             for path in self._finished:
@@ -197,7 +202,8 @@ class RunFolder:
         return self.stages / f".{plan.folder}.partial"
 
     def finished(self, plan: StagePlan) -> Stage | None:
-        """The finished stage of the plan, or None. Damage is reported."""
+        """Return the plan's finished stage, or None if there is none or it is damaged, which is
+        printed."""
         path = self.stages / plan.folder
         self._finished.discard(path)
         if not path.is_dir():
@@ -211,13 +217,14 @@ class RunFolder:
             damaged = [f"{MANIFEST} ({error})"]
         if damaged:
             shown = ", ".join(damaged[:3])
-            note(f"{path} is damaged ({shown}): the {plan.name} stage is done again")
+            note(f"{path} is damaged ({shown}): rerunning the {plan.name} stage")
             return None
         self._finished.add(path)
         return stage
 
     def stage(self, plan: StagePlan) -> Stage:
-        """Return the finished stage, or do its work and finish it. Raises RunError."""
+        """Return the finished stage, running and finishing it first if necessary. Raises
+        RunError."""
         done = self.finished(plan)
         if done is not None:
             return done
@@ -240,7 +247,7 @@ class RunFolder:
                     raise RunError(
                         error.what,
                         where=error.where,
-                        fix="run the same command again: the stage with this file is done again",
+                        fix="run the same command again to redo the stage with this file",
                     ) from error
                 raise
             self._require_there(partial)
@@ -263,7 +270,7 @@ class RunFolder:
             }
             write_atomically(partial / MANIFEST, json.dumps(sealed(manifest), indent=2))
             flush_tree(partial)
-            for leftover in plan.scratch:  # last: a kill while the files are hashed costs nothing
+            for leftover in plan.scratch:  # last, so that a kill while hashing loses no work
                 shutil.rmtree(partial / leftover, ignore_errors=True)
             if final.exists():
                 shutil.rmtree(final)
@@ -273,13 +280,13 @@ class RunFolder:
         return Stage(plan.name, final, digest, cost, outcome.summary, False)
 
     def require_own(self, name: str) -> None:
-        """Raise RunError if there is a file that the run would write, and did not write: it has
-        not finished a stage."""
+        """Raise RunError if a file is in the way that this run would write but cannot have written,
+        because it has not finished a stage."""
         if (self.root / name).exists() and not any(self.stages.glob("[!.]*")):
             raise _not_ours(self.root / name)
 
     def require_free(self, name: str) -> Path:
-        """The path of a link to a product. Raises RunError if something else is there."""
+        """Return the path of the link to a product. Raises RunError if something else is there."""
         link = self.links / name
         if link.exists() and not link.is_symlink():
             raise _not_ours(link)
@@ -298,16 +305,17 @@ class RunFolder:
 
 def _not_ours(path: Path) -> RunError:
     return RunError(
-        f"there is a file or folder of yours where {path.name} of this run is to be",
+        f"a file or folder that this run did not write is in the way of its {path.name}",
         where=path,
-        fix="move it away, or give the run another folder: --set folder=PATH",
+        fix="move it out of the way, or use a different run folder: --set folder=PATH",
     )
 
 
 def _drop_temporary(folder: Path, scratch: tuple[str, ...]) -> None:
-    """Deletes what a killed process was writing: it would become a part of the stage.
+    """Delete what a killed process was writing, which would otherwise become part of the stage.
 
-    What is in `scratch` does not, and has such names for good: `.metadata` of a sharded checkpoint.
+    Files in `scratch` do not become part of it and can legitimately have such names, such as a
+    sharded checkpoint's `.metadata`.
     """
     for path in list(folder.rglob(".*")):
         if path.relative_to(folder).parts[0] in scratch:
@@ -323,17 +331,17 @@ def _check_product(name: str, folder: Path, check: Callable[[Path], None]) -> No
         check(folder)
     except StillhouseError as error:
         raise RunError(
-            f"the {name} stage has not written what it should: {error.what}",
+            f"the {name} stage did not write a usable result: {error.what}",
             where=error.where or folder,
-            fix="the stage is not finished, and its checkpoints are kept: give the same command "
-            "again",
+            fix="run the same command again: the stage is unfinished, and its checkpoints are kept",
         ) from error
 
 
 def record_again(file: Path) -> None:
-    """Records a file in the manifest of its finished stage after it was written again.
+    """Record a rewritten file in its finished stage's manifest.
 
-    Nothing depends on its content. A file of no stage, or of a damaged one, is left as it is.
+    Nothing may depend on the file's content. Does nothing if the file is in no stage, or in a
+    damaged one.
     """
     try:
         manifest = read_manifest(file.parent)
@@ -358,7 +366,7 @@ def flush(path: Path) -> None:
 
 
 def flush_tree(folder: Path) -> None:
-    """Flush every file below the folder, then the folders, to disk."""
+    """Flush every file under the folder, and then the folders, to disk."""
     paths = [path for path in folder.rglob("*") if not path.is_symlink()]
     for path in sorted(paths, key=lambda p: (p.is_dir(), str(p))):
         flush(path)
@@ -366,7 +374,8 @@ def flush_tree(folder: Path) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file atomically: it never has a part of the new content. Raises RunError."""
+    """Replace a file atomically, so that it never contains part of the new content. Raises
+    RunError."""
     temporary = path.with_name(f".{path.name}.tmp")
     with disk_errors(path):
         try:
@@ -376,7 +385,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         except FileNotFoundError as error:
             if not path.parent.is_dir():
                 raise
-            # Nothing can be made there, as in /proc.
+            # The folder does not allow new files, as in /proc.
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path)) from error
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -392,5 +401,5 @@ def run_root(recipe: RunRecipe) -> Path:
 
 
 def answers_path(recipe: RunRecipe) -> Path:
-    """The journal of paid answers, shared by all runs in the same parent folder."""
+    """The path of the journal of paid answers, which all runs in the same parent folder share."""
     return run_root(recipe).parent / "answers.sqlite"

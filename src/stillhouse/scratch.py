@@ -1,4 +1,4 @@
-"""Temporary files of a run, in its run folder: the next run deletes those left by a killed one."""
+"""A run's temporary files, in its run folder; the next run deletes what a killed one left."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stillhouse.errors import StillhouseError
 from stillhouse.launch import leads, process_index
 
 _LARGER = (
-    "free some space there, or set TMPDIR to a folder on a larger disk; then give the same command "
+    "free some space there, or set TMPDIR to a folder on a larger disk, and run the same command "
     "again: finished stages are kept"
 )
 _place: Path | None = None
@@ -24,12 +24,12 @@ _root: Path | None = None
 
 @contextmanager
 def scratch_in(root: Path) -> Iterator[None]:
-    """Inside the block, temporary files are in `root/.scratch`, or in a folder of TMPDIR if that is
-    set; each process of a torchrun has its own.
+    """Put temporary files in `root/.scratch` inside the block, or in a subfolder of TMPDIR if that
+    is set. Each process of a torchrun has its own folder.
 
-    root: a run folder that no other run uses. The folder is deleted before and after; the main
-    process, which comes first, also deletes those that an earlier run's other processes left.
-    Raises RunError if nothing can be written to TMPDIR.
+    root: a run folder that no other run uses. The folder is deleted before and after the block; the
+    main process, which enters first, also deletes the folders that an earlier run's processes left.
+    Raises RunError if TMPDIR is not writable.
     """
     global _place, _root
     before = (_place, _root)
@@ -39,7 +39,7 @@ def scratch_in(root: Path) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
     try:
         if os.environ.get("TMPDIR"):
-            scratch_place()  # an error before the first stage, not after the training
+            scratch_place()  # fail before the first stage, not after training
         yield
     finally:
         shutil.rmtree(_place, ignore_errors=True)
@@ -56,7 +56,7 @@ def _of(root: Path) -> Path:
 
 
 def scratch_place() -> Path:
-    """The folder for temporary files; created if it does not exist. Raises RunError."""
+    """Return the folder for temporary files, creating it if necessary. Raises RunError."""
     if _place is None:
         return Path(tempfile.gettempdir())
     with temporary_disk(_place):
@@ -65,15 +65,15 @@ def scratch_place() -> Path:
 
 
 def temporary_disk(place: Path) -> AbstractContextManager[None]:
-    """As `disk_errors`, for what is written to the folder for temporary files."""
-    return disk_errors(place, fix=_LARGER, elsewhere="set TMPDIR to a folder that can be written")
+    """Like `disk_errors`, for writing to the folder for temporary files."""
+    return disk_errors(place, fix=_LARGER, elsewhere="set TMPDIR to a writable folder")
 
 
 @contextmanager
 def temporary_folder(prefix: str) -> Iterator[str]:
-    """A folder that is deleted after the `with` block.
+    """Create a folder that is deleted after the `with` block.
 
-    Raises RunError if its disk is full; a full disk of the run folder is another error.
+    Raises RunError if its disk is full. A full disk under the run folder raises a different error.
     """
     place = scratch_place()
     with temporary_disk(place):
@@ -91,7 +91,8 @@ def temporary_folder(prefix: str) -> Iterator[str]:
 
 
 def _is_fuller(place: Path, error: Exception) -> bool:
-    """Whether there is less space than on the disk of the run folder."""
+    """Whether this folder's disk has less free space than the run folder's, or the error names a
+    file in it."""
     if isinstance(error, OSError) and isinstance(error.filename, str):
         return place in Path(error.filename).parents
     return _root is None or shutil.disk_usage(place).free < shutil.disk_usage(_root).free

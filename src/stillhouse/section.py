@@ -1,4 +1,4 @@
-"""The base of every section of a recipe: strict, frozen, without unknown keys."""
+"""The base class of a recipe's sections: strict, frozen, and without unknown keys."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stillhouse.progress import note
 class Section(BaseModel):
     """A section of a recipe.
 
-    renamed: maps old key names to new ones. The old ones work for one version, with a warning.
+    renamed: maps old key names to new ones. Old names work for one version, with a warning.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -38,8 +38,8 @@ class Section(BaseModel):
 
 
 class OneOf:
-    """`Annotated[str, OneOf(NAMES)]`: one of the names in a registry, checked and described in the
-    JSON schema like a `Literal` of them."""
+    """Restricts a string to the names in a registry: `Annotated[str, OneOf(NAMES)]` is validated
+    and appears in the JSON schema like a `Literal` of the names."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.names = tuple(names)
@@ -52,9 +52,10 @@ S = TypeVar("S", bound=BaseModel)
 
 
 def made(section: type[S], values: Mapping[str, Any], where: str) -> S:
-    """Build a section from keyword arguments of `where`, a function or class.
+    """Build a section from keyword arguments.
 
-    Raises RecipeError for an unknown argument, or an invalid value.
+    where: the name of the function or class that accepts them. Raises RecipeError for an unknown
+    argument or an invalid value.
     """
     try:
         return section.model_validate(dict(values))
@@ -62,14 +63,16 @@ def made(section: type[S], values: Mapping[str, Any], where: str) -> S:
         problem = error.errors()[0]
         key = ".".join(map(str, problem["loc"])) or where
         near = difflib.get_close_matches(key, section.model_fields, 1)
-        known = f"did you mean {near[0]}?" if near else f"known: {', '.join(section.model_fields)}"
+        valid = f"use one of: {', '.join(section.model_fields)}"
+        known = f"did you mean {near[0]}?" if near else valid
         unknown = problem["type"] == "extra_forbidden"
         what = f"there is no option {key}" if unknown else _invalid_value(key, problem)
         raise RecipeError(what, where=where, fix=known if unknown else None) from None
 
 
 def checked(kind: Any, value: Any, name: str) -> Any:
-    """Validate a function's argument by a type from `field_types`. Raises RecipeError naming it."""
+    """Validate a function's argument against a type from `field_types`. Raises RecipeError that
+    names the argument."""
     try:
         return TypeAdapter(kind, config=ConfigDict(strict=True)).validate_python(value)
     except ValidationError as error:
@@ -108,6 +111,6 @@ def _invalid_value(name: str, problem: ErrorDetails) -> str:
 
 
 def recipe_yaml(recipe: BaseModel) -> str:
-    """The resolved recipe as YAML, with all defaults."""
+    """Return the resolved recipe as YAML, with all defaults."""
     raw = json.loads(recipe.model_dump_json())
     return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)

@@ -1,4 +1,4 @@
-"""Work that the processes of a torchrun divide, with results that do not depend on their number."""
+"""Work that a torchrun's processes divide, with results that do not depend on their number."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Empty = Callable[[], Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that divide some work: every one of them calls the same methods in the same
+    """The processes that divide some work. All of them must call the same methods in the same
     order.
 
-    own: the number of this one. count: of all.
+    own: this process's rank. count: the number of processes.
     """
 
     own: int = 0
@@ -32,27 +32,27 @@ class Processes:
         return self.own == 0
 
     def part(self, items: int) -> range:
-        """This process's part of a number of items in order: neighbors, as many as the others
-        have, or one more or less."""
+        """Return this process's contiguous part of so many items; all parts have the same size or
+        differ by one."""
         return range(items * self.own // self.count, items * (self.own + 1) // self.count)
 
     def owner(self, item: int, items: int) -> int:
-        """The process whose part has an item."""
+        """Return the rank of the process whose part contains an item."""
         return ((item + 1) * self.count - 1) // items
 
     def in_turn(self, items: Sequence[T]) -> Sequence[T]:
-        """Every n-th item, for n processes."""
+        """Return every n-th item, for n processes, starting at this process's rank."""
         return items[self.own :: self.count]
 
     def collect(self, value: T) -> list[T]:
-        """Every process's value, by its number."""
+        """Gather every process's value, in order of rank."""
         found: list[T] = [value] * self.count
         if self.count > 1:
             dist.all_gather_object(found, value, group=patient_group())
         return found
 
     def from_main(self, value: T) -> T:
-        """The main process's value."""
+        """Broadcast the main process's value."""
         found = [value]
         if self.count > 1:
             dist.broadcast_object_list(found, src=0, group=patient_group())
@@ -61,9 +61,9 @@ class Processes:
     def from_owner(
         self, owner: int, work: Callable[[], Sequence[Tensor]], empty: Empty
     ) -> list[Tensor]:
-        """The tensors that `work` returns in the process `owner`, which alone runs it.
+        """Run `work` in the process `owner` only, and broadcast the tensors that it returns.
 
-        empty: returns tensors of the same shapes, types and device, to receive them in.
+        empty: returns tensors of the same shapes, dtypes, and device to receive them in.
         """
         own = self.own == owner
         found = [tensor.contiguous() for tensor in (work() if own else empty())]
@@ -73,12 +73,12 @@ class Processes:
         return found
 
     def sum(self, terms: Iterable[Sequence[Tensor]], items: int, empty: Empty) -> list[Tensor]:
-        """The sum of one term for each item; the same bits for any number of processes.
+        """Sum one term per item; the result is bitwise identical for any number of processes.
 
-        Neighboring terms are added in pairs, then the sums of pairs, and so on, so that the order
-        of the additions depends on `items` alone. About log2(items) terms are in memory at once.
-        terms: those of this process's part, in order, computed when they are needed; the tensors
-        are overwritten. empty: as in `from_owner`, for a term.
+        Adjacent terms are added in pairs, then the sums of pairs, and so on, so the order of the
+        additions depends only on `items`. About log2(items) terms are in memory at once.
+        terms: the terms of this process's part, in order, computed lazily; their tensors are
+        overwritten. empty: as in `from_owner`, for one term.
         """
         size = 1
         while size < items:
@@ -89,7 +89,8 @@ class Processes:
     def _node(
         self, first: int, size: int, own: Iterator[Sequence[Tensor]], items: int, empty: Empty
     ) -> list[Tensor] | None:
-        """The sum of `size` items in the process that has the first of them; None in others."""
+        """Return the sum of `size` items in the process that owns the first of them; None in the
+        others."""
         owner = self.owner(first, items)
         if size == 1:
             return list(next(own)) if owner == self.own else None
@@ -114,7 +115,8 @@ class Processes:
 
 
 def _group_for(tensor: Tensor) -> Any:
-    """On a CPU, another process may take long to solve for a large layer's weights."""
+    """Choose a group for a tensor. On a CPU, another process may take long to solve for a large
+    layer's weights, so waiting must not time out."""
     return patient_group() if tensor.device.type == "cpu" else None
 
 
@@ -122,6 +124,6 @@ ALONE = Processes()
 
 
 def all_processes() -> Processes:
-    """All processes of this torchrun; every one of them must call this."""
+    """Return all processes of this torchrun. Every process must call this."""
     open_group()
     return Processes(process_index(), world_size())

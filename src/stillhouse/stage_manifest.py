@@ -1,4 +1,4 @@
-"""The manifest of a finished stage: its files with their hashes."""
+"""A finished stage's manifest, which lists its files and their hashes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MANIFEST = "manifest.json"
 
 
 def read_manifest(stage: Path) -> dict[str, Any]:
-    """The manifest of a finished stage. Raises OSError; ValueError if it is damaged."""
+    """Read a finished stage's manifest. Raises OSError, or ValueError if it is damaged."""
     manifest = json.loads((stage / MANIFEST).read_text(encoding="utf-8"))
     if not isinstance(manifest, dict) or seal_broken(manifest):
         raise ValueError("it is not what was written")
@@ -27,9 +27,9 @@ def read_manifest(stage: Path) -> dict[str, Any]:
 def facts_of_files(
     folder: Path, scratch: tuple[str, ...], compared_when_read: tuple[str, ...]
 ) -> dict[str, dict[str, Any]]:
-    """Sizes and hashes of all files below the folder, for `damaged_files`.
+    """Return the sizes and hashes of all files under the folder, for `damaged_files`.
 
-    scratch: names inside the folder that are left out. compared_when_read: patterns of files whose
+    scratch: names inside the folder to leave out. compared_when_read: patterns of files whose
     readers compare their hashes.
     """
     found = {}
@@ -44,13 +44,14 @@ def facts_of_files(
 
 @cache
 def versions() -> dict[str, str]:
-    """Of Python, Stillhouse and the libraries that decide what a stage computes."""
+    """Return the versions of Python, Stillhouse, and the libraries that determine a stage's
+    result."""
     names = ("stillhouse", "torch", "transformers", "accelerate", "tokenizers", "safetensors")
     found = {name: metadata.version(name) for name in names}
     return {"python": platform.python_version(), **found}
 
 
 def digest_of(files: Mapping[str, Mapping[str, Any]]) -> str:
-    """A hash of the content of a stage's files."""
+    """Hash the contents of a stage's files."""
     hashes = {name: facts["sha256"] for name, facts in files.items()}
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Terminal output: text from models, servers and files cannot control the terminal."""
+"""Terminal output in which text from models, servers, and files cannot control the terminal."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-# All control characters but tab and newline, and those that change the direction of text.
+# All control characters except tab and newline, and those that change the text's direction.
 _CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def visible(text: str) -> str:
-    """The text with control characters as symbols or escapes: ESC becomes ␛."""
+    """Replace control characters with symbols or escapes: ESC becomes ␛."""
     return _CONTROL.sub(_shown, text)
 
 
 def json_line(value: Any) -> str:
-    """JSON in one line, with control characters, and those that standard output may lack, as JSON
-    escapes."""
+    """Serialize a value as JSON on one line. Control characters, and characters that standard
+    output's encoding may lack, become JSON escapes."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     written = json.dumps(value, ensure_ascii=encoding.lower() != "utf-8")
     return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", written)
@@ -37,7 +37,7 @@ def _shown(found: re.Match[str]) -> str:
 
 
 def write_output(line: str) -> None:
-    """Write a line to standard output as it is, at once. Raises OSError that names it."""
+    """Write a line to standard output unchanged, and flush. Raises an OSError that names it."""
     if sys.stdout is None:  # it is closed
         return
     try:
@@ -54,14 +54,14 @@ def _of_output(error: OSError) -> OSError:
 
 
 class Terminal(Console):
-    """A rich console that makes control characters visible, and does not interpret markup in
-    strings."""
+    """A rich console that makes control characters visible and does not interpret markup."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **options)
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """As rich's. A full disk under the log that standard error goes to does not end a run."""
+        """Print like rich's console, but do not let a full disk under the log that receives
+        standard error end a run."""
         try:
             super().print(*objects, **options)
         except BrokenPipeError:

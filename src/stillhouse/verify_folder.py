@@ -1,4 +1,5 @@
-"""Verifies that files are unchanged: of run folders, checkpoints, stores, exports, journals."""
+"""Verifies that the files of run folders, checkpoints, stores, exports, and journals are
+unchanged."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ JOURNAL = "answers.sqlite"
 
 @dataclass(frozen=True)
 class Verified:
-    """One thing that was read completely. problems: empty if it is intact."""
+    """A folder or file that was read completely. problems: empty if it is intact."""
 
     path: Path
     kind: str
@@ -31,11 +32,11 @@ class Verified:
 
 
 def verify_folder(path: Path) -> Iterator[Verified]:
-    """Read every file of a run folder, a stage, a store, an export or a journal.
+    """Read every file of a run folder, stage, store, export, checkpoint, or journal.
 
-    Of unfinished stages, and of a training's folder, checkpoints and rollouts are read.
-    path: may also be a link to a stage's product. Nothing is changed. Raises RunError if it is none
-    of these.
+    In unfinished stages and training folders, checkpoints and rollouts are read.
+    path: can also be a link to a stage's product. Changes nothing. Raises RunError if the path is
+    none of these.
     """
     if path.is_file() and path.suffix == ".sqlite":
         yield _journal(path)
@@ -67,7 +68,7 @@ def _run_folder(path: Path) -> Iterator[Verified]:
             yield from _training(unfinished)
     for link in sorted(path.rglob("*")):
         if link.is_symlink() and not link.exists():
-            yield Verified(link, "link", ["it leads to nothing: give `stillhouse run` again"])
+            yield Verified(link, "link", ["its target is missing: run `stillhouse run` again"])
     journal = path.parent / JOURNAL
     if journal.is_file() and not being_written(journal):
         yield _journal(journal)
@@ -82,7 +83,7 @@ def _is_running(path: Path) -> bool:
 
 
 def _training(path: Path) -> Iterator[Verified]:
-    """What a training needs to resume: its checkpoints, and what the student wrote."""
+    """Read what training needs to resume: its checkpoints and rollouts."""
     for folder in sorted({p.parent for n in (CHECKPOINTS, ROLLOUTS) for p in path.rglob(n)}):
         for checkpoint in reversed(checkpoints_in(folder / CHECKPOINTS)):
             yield Verified(checkpoint, "checkpoint", wrong_in(checkpoint))
@@ -92,7 +93,7 @@ def _training(path: Path) -> Iterator[Verified]:
 
 
 def _stage(path: Path, below: Path | None = None) -> Verified:
-    """below: the part of the stage that is read; None for all of it."""
+    """Read a stage. below: the part to read; None for all of it."""
     try:
         files = read_manifest(path)["files"]
         if below is not None:
@@ -123,8 +124,8 @@ def _part_of_stage(path: Path) -> Verified:
         if (parent / MANIFEST).is_file() and parent.parent.name == "stages":
             return _stage(parent, resolved)
     raise RunError(
-        "there is nothing here that can be verified",
+        "there is nothing here to verify",
         where=path,
-        fix="give a run folder, a stage, a store, an export with SHA256SUMS, a checkpoint, or a "
+        fix="pass a run folder, a stage, a store, an export with SHA256SUMS, a checkpoint, or a "
         "journal",
     )

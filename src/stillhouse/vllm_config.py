@@ -1,4 +1,4 @@
-"""How vLLM runs a model: the section that text, hidden states and rollouts share."""
+"""The recipe section that configures vLLM, for generated text, hidden states, and rollouts."""
 
 from __future__ import annotations
 
@@ -12,35 +12,36 @@ from stillhouse.section import Section
 
 
 class VllmEngine(Section):
-    """How vLLM runs a model: on the GPUs of this machine or, with Ray, of several."""
+    """How vLLM runs a model, on this machine's GPUs or, with Ray, on several machines' GPUs."""
 
     python: PathText | None = Field(
         None,
-        description="The Python of an environment that has vLLM, 3.11 or newer; vLLM runs in a "
-        "process of it. A path starts from the recipe's folder, or from the working directory. "
-        "null: the Python of this run.",
+        description="The Python interpreter, 3.11 or newer, of an environment with vLLM, which "
+        "runs in a separate process. A path is relative to the recipe's folder or the working "
+        "directory. null means this run's Python.",
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="Of the weights; auto: as the model's configuration says."
+        "auto", description="The weights' dtype; auto follows the model's configuration."
     )
     tensor_parallel: Count = Field(1, description="GPUs that share each layer.")
     pipeline_parallel: Count = Field(
         1,
-        description="Groups of such GPUs, each with some of the layers; with ray, mostly one a "
+        description="Groups of such GPUs, each with some of the layers; with ray, usually one per "
         "machine.",
     )
     executor: Literal["auto", "mp", "ray"] = Field(
         "auto",
-        description="ray: on a Ray cluster, which may span machines; mp: processes of this "
-        "machine; auto: vLLM's choice.",
+        description="ray uses a Ray cluster, which can span machines; mp uses processes on this "
+        "machine; auto leaves the choice to vLLM.",
     )
     context: AnswerTokens | None = Field(
-        None, description="Tokens of a prompt with its answer; null: all the model can."
+        None,
+        description="Maximum tokens in a prompt and its answer; null means the model's maximum.",
     )
-    gpu_memory: Share = Field(0.9, description="Share of each GPU's memory that vLLM may use.")
-    batch: Count = Field(1024, description="Requests handed over at once, and committed together.")
+    gpu_memory: Share = Field(0.9, description="Fraction of each GPU's memory for vLLM to use.")
+    batch: Count = Field(1024, description="Requests to submit at once and commit together.")
     options: JsonValues = Field(
-        default={}, description="More arguments of vllm.LLM, e.g. {quantization: fp8}."
+        default={}, description="More arguments for vllm.LLM, such as {quantization: fp8}."
     )
 
     @field_validator("options")
@@ -48,11 +49,12 @@ class VllmEngine(Section):
     def _has_no_key_of_ours(cls, options: dict[str, Any]) -> dict[str, Any]:
         ours = VLLM_ARGUMENTS & set(options)
         if ours:
-            raise ValueError(f"{', '.join(sorted(ours))} cannot be set here: it has its own key")
+            names = ", ".join(sorted(ours))
+            raise ValueError(f"{names} cannot be set in options: use the section's other keys")
         return options
 
     def interpreter(self, base: Path) -> str | None:
-        """`python`, as it can be run. base: the recipe's folder."""
+        """Return `python` as a command to run. base: the recipe's folder."""
         if self.python is None:
             return None
         beside = base / self.python

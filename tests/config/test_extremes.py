@@ -210,7 +210,7 @@ def test_limits_of_a_divergence_can_be_compared() -> None:
 
 @pytest.mark.parametrize("encoding", [TopK(101), TopP(0.9, 101), Stratified(101, 1)])
 def test_more_tokens_than_the_vocabulary_has_are_rejected_before_a_run(encoding: Any) -> None:
-    with pytest.raises(SignalError, match="101 tokens of each position") as caught:
+    with pytest.raises(SignalError, match="cannot store 101 tokens per position") as caught:
         within_vocabulary(encoding, 100)
     assert caught.value.fix == "store 100 or fewer"
     assert within_vocabulary(encoding, 101) is encoding

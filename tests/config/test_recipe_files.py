@@ -44,7 +44,7 @@ def refused(path: Path | str, overrides: list[str] | None = None) -> str:
 WRONG = {
     "an alias that holds itself": ("x: &a [*a]", "refers to itself", AT_LINE_5),
     "a mapping that holds itself": ("x: &a {b: *a}", "refers to itself", AT_LINE_5),
-    "an alias of nothing": ("x: *a", "there is no &a", AT_LINE_5),
+    "an alias of nothing": ("x: *a", "the anchor &a is not defined", AT_LINE_5),
     "900 brackets": (f"x: {'[' * 900}{']' * 900}", "nested more than", AT_LINE_5),
     "100,000 brackets": (f"x: {'[' * 100_000}", "nested more than", AT_LINE_5),
     "100,000 braces": (f"x: {'{' * 100_000}", "nested more than", AT_LINE_5),
@@ -74,7 +74,7 @@ WRONG = {
     "a long text for a number": (f"seed: {'x' * 500_000}", "`seed`", AT_LINE_5),
     "a long key": (f"{'k' * 900}: 1", "unknown key", AT_LINE_5),
     "keys that would color a terminal": ('"\\e[31m": 1', r"unknown key `\x1b[31m`", AT_LINE_5),
-    "a path with NUL": ('folder: "a\\0b"', "cannot hold the character NUL", AT_LINE_5),
+    "a path with NUL": ('folder: "a\\0b"', "cannot contain the character NUL", AT_LINE_5),
     "a long path": (f"folder: {'a' * 300}", "the path is too long", AT_LINE_5),
     "a deep path": (f"folder: {'a/' * 3000}", "the path is too long", AT_LINE_5),
     "nobody's home": ("folder: ~nobody-here/x", "no home folder ~nobody-here", AT_LINE_5),

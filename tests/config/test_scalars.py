@@ -62,7 +62,7 @@ NOT_NUMBERS = {
     ".inf": "write a finite number",
     "-.INF": "write a finite number",
     ".NaN": "write a finite number",
-    "1e999": "write a smaller one",
+    "1e999": "write a smaller number",
 }
 
 

@@ -66,7 +66,7 @@ def only_main_process(
         ),
     ] = False,
 ) -> None:
-    """Leave commands that one process does alone to the main process of a torchrun."""
+    """Under torchrun, run single-process commands in the main process only."""
     if context.invoked_subcommand in FOR_ALL_PROCESSES:
         return
     if not leads():
@@ -76,7 +76,7 @@ def only_main_process(
 
 @app.command()
 def run(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = False) -> None:
-    """Run every unfinished stage of a recipe, and print a table and the report's path.
+    """Run every unfinished stage of a recipe; print a metrics table and the report's path.
 
     Example: `stillhouse run recipes/demo.yaml --set train.learning_rate=1e-4`
 
@@ -102,7 +102,7 @@ def run(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = False) 
 
 
 def _next_command(result: RunResult) -> str:
-    """What to do with the model of a run."""
+    """The command to try next with a run's model."""
     from stillhouse.kinds import KINDS
 
     if next(kind for kind in KINDS if kind.name == result.kind).predictor is not None:
@@ -119,9 +119,9 @@ def cascade(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = Fal
 
 @app.command()
 def synthesize(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = False) -> None:
-    """Generate a teacher's answers to the recipe's prompts, as a chat JSONL that `data` reads.
+    """Generate a teacher's answers to the recipe's prompts, as chat JSONL that `data` reads.
 
-    Requests that any run has sent before are not sent again. `stillhouse run` does this too.
+    Never repeats a request that an earlier run sent. `stillhouse run` includes this step.
 
     Example: `stillhouse synthesize recipe.yaml --set synthesize.prompts.limit=20`
     """
@@ -148,13 +148,15 @@ def check(
     calls: Annotated[
         int,
         typer.Option(
-            help="Requests to send to a text teacher, to estimate the cost.", min=0, max=10_000
+            help="Send this many requests to a text teacher to estimate the cost.",
+            min=0,
+            max=10_000,
         ),
     ] = 0,
 ) -> None:
-    """Check a recipe before anything is spent; estimate memory, tokens, time and cost.
+    """Check a recipe before spending anything; estimate memory, tokens, time, and cost.
 
-    Exits with status 1 if something would fail.
+    Exits with status 1 if anything would fail.
 
     Example: `stillhouse check recipes/demo.yaml`
     """
@@ -170,22 +172,22 @@ def check(
 @app.command()
 def plan(
     recipe: RecipeArgument,
-    gpu_memory: Annotated[str, typer.Option(help="Memory of a GPU, such as 80GB.")],
-    gpus: Annotated[int, typer.Option(help="GPUs of a node.", min=1, max=1024)] = 1,
-    nodes: Annotated[int, typer.Option(help="Nodes.", min=1, max=10_000)] = 1,
+    gpu_memory: Annotated[str, typer.Option(help="Memory per GPU, such as 80GB.")],
+    gpus: Annotated[int, typer.Option(help="GPUs per node.", min=1, max=1024)] = 1,
+    nodes: Annotated[int, typer.Option(help="Number of nodes.", min=1, max=10_000)] = 1,
     rate: Annotated[
         float | None,
-        typer.Option(help="TFLOP/s that a GPU reaches in training, for the time.", min=1e-3),
+        typer.Option(help="TFLOP/s per GPU in training, to estimate the time.", min=1e-3),
     ] = None,
     price_per_hour: Annotated[
-        float | None, typer.Option(help="Dollars an hour of a GPU, for the cost.", min=0)
+        float | None, typer.Option(help="Dollars per GPU-hour, to estimate the cost.", min=0)
     ] = None,
     json_: JsonOption = None,
     set_: SetOption = None,
 ) -> None:
-    """Plan a run on GPUs that you do not need to have: memory, time, cost, disk, network.
+    """Plan a run on hardware you need not have: memory, time, cost, disk, and network.
 
-    Reads only the configurations of models. Exit status 1 when something does not fit.
+    Reads only the models' configurations. Exits with status 1 if anything does not fit.
 
     Example: `stillhouse plan recipe.yaml --gpus 8 --gpu-memory 80GB --rate 400`
     """
@@ -204,7 +206,7 @@ def plan(
 @app.command()
 def preview(
     recipe: RecipeArgument,
-    rows: Annotated[int, typer.Option(help="Windows to show.", min=1, max=10_000)] = 3,
+    rows: Annotated[int, typer.Option(help="Number of windows to show.", min=1, max=10_000)] = 3,
     set_: SetOption = None,
 ) -> None:
     """Show training windows colored by loss mask; for a task, the teacher's prompts.
@@ -221,7 +223,7 @@ def preview(
 def evaluate(
     recipe: RecipeArgument,
     model: Annotated[
-        str | None, typer.Option(help="A model to measure; by default the run's own.")
+        str | None, typer.Option(help="The model to measure; by default, the run's own.")
     ] = None,
     json_: JsonOption = None,
     set_: SetOption = None,
@@ -251,10 +253,10 @@ def report(
     folder: Annotated[Path, typer.Argument(help="A run folder.")],
     out: Annotated[
         Path | None,
-        typer.Option(help="Output file; by default, the run's own.", callback=output_file),
+        typer.Option(help="Output file; by default, the run's report.", callback=output_file),
     ] = None,
 ) -> None:
-    """Render a finished run's report again, from its stored data.
+    """Render a finished run's report again from its stored data.
 
     Example: `stillhouse report runs/demo --out report.html`
     """
@@ -273,7 +275,7 @@ def verify(
         Path, typer.Argument(help="A run folder, stage, store, export or journal.", exists=True)
     ],
 ) -> None:
-    """Read every file of a folder and list damaged ones. Exits with status 1 if there are any.
+    """Read every file in a folder and list damaged ones. Exits with status 1 if there are any.
 
     Example: `stillhouse verify runs/demo`
     """
@@ -293,15 +295,15 @@ def verify(
 
 @app.command()
 def predict(
-    folder: Annotated[Path, typer.Argument(help="The run folder of a task, or its model.")],
+    folder: Annotated[Path, typer.Argument(help="A task's run folder, or its model.")],
     texts: Annotated[
-        str, typer.Argument(help="A file with a text in each row; - is standard input.")
+        str, typer.Argument(help="A file with one text per row; - reads standard input.")
     ] = "-",
     text_key: Annotated[
         str, typer.Option("--text", help="The column or key that holds the text.")
     ] = "text",
 ) -> None:
-    """Label or answer texts with a task's student; print a JSON line for each, in order.
+    """Label or answer texts with a task's student; print one JSON line per text, in order.
 
     Example: `echo "my card never came" | stillhouse predict runs/classify`
     """
@@ -318,26 +320,32 @@ def predict(
 
 @app.command()
 def init(
-    job: Annotated[str | None, typer.Option(help="distill, classify, extract or generate.")] = None,
+    job: Annotated[
+        str | None, typer.Option(help="distill, classify, extract, or generate.")
+    ] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="A model, as teacher.model, or the URL of an API.")
+        str | None, typer.Option(help="A model, as in teacher.model, or an API's URL.")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="A file with a text in each row.")] = None,
+    data: Annotated[str | None, typer.Option(help="A file with one text per row.")] = None,
     size: Annotated[
-        str | None, typer.Option(help="small, medium, large; or a model to start from.")
+        str | None, typer.Option(help="small, medium, or large; or a model to start from.")
     ] = None,
-    out: Annotated[str | None, typer.Option(help="Output file: the recipe.")] = None,
+    out: Annotated[str | None, typer.Option(help="Where to write the recipe.")] = None,
     logs: Annotated[
-        Path | None, typer.Option("--from", help="Logs of chat completions, JSONL.")
+        Path | None, typer.Option("--from", help="Chat-completion logs to start from, JSONL.")
     ] = None,
-    labels: Annotated[str | None, typer.Option(help="classify: separated by commas.")] = None,
-    fields: Annotated[str | None, typer.Option(help="extract: separated by commas.")] = None,
-    api_model: Annotated[str | None, typer.Option(help="The model's name in the API.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Labels, separated by commas (classify).")
+    ] = None,
+    fields: Annotated[
+        str | None, typer.Option(help="Fields, separated by commas (extract).")
+    ] = None,
+    api_model: Annotated[str | None, typer.Option(help="The model's name at the API.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
-    """Write a recipe from five answers, or from logs of the job.
+    """Write a recipe from five answers, or from chat-completion logs.
 
-    Prompts for every answer that is not given by a flag.
+    Asks for every answer that no flag provides.
 
     Example: `stillhouse init --from logs.jsonl --out recipe.yaml`
     """
@@ -355,7 +363,7 @@ def init(
 
 @app.command()
 def schema() -> None:
-    """Print the recipe's JSON Schema, for completion and checks in an editor.
+    """Print the recipe's JSON Schema, for completion and validation in an editor.
 
     Example: `stillhouse schema > recipes/recipe.schema.json`
     """
@@ -369,7 +377,7 @@ def schema() -> None:
 
 @app.command()
 def doctor() -> None:
-    """Show versions, what this CPU and GPU can do, and what is missing for which extra.
+    """Show versions, what this CPU and GPU can do, and which extras are missing.
 
     Example: `stillhouse doctor`
     """
@@ -380,7 +388,8 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Entry point: a user's error is one message, Ctrl-C stops cleanly; other errors are bugs."""
+    """Run the command line: user errors print one message, Ctrl-C stops cleanly, and anything
+    else is a bug."""
     open_standard_streams()
     raise_on_signals()
     try:
@@ -390,7 +399,7 @@ def main() -> None:
         end_stopped(stopped.number)
     except Exception as error:
         hold_further_signals()
-        # Inside a library, a signal's exception may be replaced by another one.
+        # A library may have replaced the signal's exception with one of its own.
         if (number := received()) is not None:
             end_stopped(number)
         end_with(error)

@@ -1,4 +1,4 @@
-"""How the command line ends: its messages and exit statuses."""
+"""The command line's final messages and exit statuses."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from stillhouse.process_watch import lost_process_found, reports_lost_process, w
 
 
 def open_standard_streams() -> None:
-    """Open /dev/null in place of standard streams that are closed: the next file would get the
-    number of one, and what a library prints would be written into it.
+    """Open /dev/null in place of closed standard streams. Otherwise the next file that is opened
+    would get a closed stream's number, and whatever a library prints would end up in it.
 
     Characters that a stream's encoding lacks are written as escapes.
     """
@@ -27,8 +27,8 @@ def open_standard_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
-    if sys.stdin is None:  # it was closed; the others are not needed
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+    if sys.stdin is None:  # it was closed
         sys.stdin = open(0, closefd=False)  # noqa: SIM115 (for the rest of the process)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # of any encoding
@@ -36,7 +36,8 @@ def open_standard_streams() -> None:
 
 
 def end_stopped(number: int) -> NoReturn:
-    # torchrun, or this process itself, sends SIGTERM when another process has ended.
+    """Report that a signal stopped the command, and exit with the signal's status."""
+    # torchrun or this process itself sends SIGTERM when another process has died.
     if number == signal.SIGTERM and was_lost():
         if reports_lost_process():
             say(f"error: {lost_process_found()}")
@@ -46,7 +47,7 @@ def end_stopped(number: int) -> NoReturn:
 
 
 def end_with(error: Exception) -> NoReturn:
-    """Report what went wrong, unless another process on this machine has, and exit."""
+    """Report what went wrong, unless another process on this machine already has, and exit."""
     match error:
         case BrokenPipeError():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -73,7 +74,7 @@ def _deleted_current_folder() -> RunError | None:
     except FileNotFoundError:
         return RunError(
             "the current folder was deleted",
-            fix="change to another one (`cd`), and run the same command again",
+            fix="change to another folder (`cd`) and run the same command again",
         )
     return None
 
@@ -81,7 +82,7 @@ def _deleted_current_folder() -> RunError | None:
 def _say_bug() -> NoReturn:
     traceback.print_exc()
     say(
-        "error: this is a bug in Stillhouse, not in your recipe. What is finished is kept.\n"
-        "  fix:   please report the lines above together with `stillhouse doctor`"
+        "error: this is a bug in Stillhouse, not in your recipe. Finished work is kept.\n"
+        "  fix:   report the lines above together with the output of `stillhouse doctor`"
     )
     sys.exit(2)

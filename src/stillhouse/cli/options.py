@@ -1,4 +1,4 @@
-"""Shared by several commands: arguments, a question, a message."""
+"""Arguments, prompts, and messages that several commands share."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import typer
 
 
 def output_file(path: Path | None) -> Path | None:
-    """An option's output file. Raises BadParameter, before any work, if it cannot be written."""
+    """Validate an option's output file. Raises BadParameter, before any work, if the path is a
+    folder or its parent does not exist."""
     if path is not None and path.is_dir():
         raise typer.BadParameter(f"{path} is a folder: name a file in it")
     if path is not None and not path.absolute().parent.is_dir():
-        raise typer.BadParameter(f"there is no folder {path.parent}: create it first")
+        raise typer.BadParameter(f"the folder {path.parent} does not exist: create it first")
     return path
 
 
@@ -30,14 +31,15 @@ JsonOption = Annotated[
     typer.Option("--json", help="Also write the figures to this file.", callback=output_file),
 ]
 YesOption = Annotated[
-    bool, typer.Option("--yes", help="Do not ask before an API without a budget is paid.")
+    bool,
+    typer.Option("--yes", help="Skip the confirmation before paying for an API without a budget."),
 ]
 
 
 def agree(
     recipe: Path, overrides: list[str] | None, yes: bool, *, synthesize: bool = False
 ) -> None:
-    """Ask before spending money without a budget; raise an error without a terminal."""
+    """Ask before spending money without a budget. Raises RecipeError if there is no terminal."""
     from stillhouse.commands import agree_to_spend
     from stillhouse.launch import leads
 
@@ -50,13 +52,13 @@ def agree(
 
 
 def keep_imports() -> None:
-    """Exempt imported modules from garbage collection. A run collects at each stage, which would
-    take 0.3 s with the objects of torch and transformers."""
+    """Exempt imported modules from garbage collection. A run collects garbage at each stage, and
+    scanning the objects of torch and transformers would take 0.3 s each time."""
     gc.freeze()
 
 
 def answered(question: str, default: str) -> str:
-    """Ask for a line of text. Raises RecipeError if standard input ends before there is one."""
+    """Ask for a line of text. Raises RecipeError if standard input ends before a line arrives."""
     from stillhouse.errors import RecipeError
 
     try:
@@ -65,7 +67,7 @@ def answered(question: str, default: str) -> str:
         if sys.stdin.isatty():  # Ctrl-C
             raise
         raise RecipeError(
-            f"there is no answer to: {question}",
+            f"no answer to the question: {question}",
             where="stillhouse init",
             fix="pass the answers as flags: --job, --teacher, --data, --size, --out "
             "(stillhouse init --help)",
@@ -79,7 +81,7 @@ def say(text: str) -> None:
 
 
 def quoted(path: str | Path) -> str:
-    """A path as an argument in a shell, in one line."""
+    """Quote a path as a shell argument on one line."""
     from stillhouse.errors import in_one_line
 
     return in_one_line(shlex.quote(str(path)))

@@ -60,7 +60,7 @@ def record(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = Fals
 
 @signals.command()
 def verify(store: StoreArgument) -> None:
-    """Read a complete store and report damage. Exits with status 1 if there is any.
+    """Read an entire store and report damage. Exits with status 1 if there is any.
 
     Example: `stillhouse signals verify runs/stored/signals`
     """
@@ -77,7 +77,7 @@ def verify(store: StoreArgument) -> None:
 
 @signals.command()
 def info(store: StoreArgument) -> None:
-    """Show what a store holds, what it lost, and which divergences it serves.
+    """Show what a store contains, what it left out, and which divergences it supports.
 
     Example: `stillhouse signals info runs/stored/signals`
     """
@@ -110,8 +110,8 @@ def export(
 @signals.command()
 def push(
     store: StoreArgument,
-    repository: Annotated[str, typer.Argument(help="A data set of the Hub: org/name.")],
-    public: Annotated[bool, typer.Option("--public", help="Make the data set public.")] = False,
+    repository: Annotated[str, typer.Argument(help="A dataset on the Hub: org/name.")],
+    public: Annotated[bool, typer.Option("--public", help="Make the dataset public.")] = False,
 ) -> None:
     """Upload a finished store to the Hugging Face Hub, private by default.
 
@@ -125,9 +125,9 @@ def push(
 
 @signals.command()
 def pull(
-    repository: Annotated[str, typer.Argument(help="A data set of the Hub: org/name.")],
+    repository: Annotated[str, typer.Argument(help="A dataset on the Hub: org/name.")],
     store: Annotated[Path, typer.Argument(help="The folder to write.")],
-    revision: Annotated[str | None, typer.Option(help="A branch, tag or commit.")] = None,
+    revision: Annotated[str | None, typer.Option(help="A branch, tag, or commit.")] = None,
 ) -> None:
     """Download a store from the Hugging Face Hub and verify it.
 

@@ -1,4 +1,4 @@
-"""Signals that stop a run, as an exception: neither lost in `__del__` nor held up by torch."""
+"""Signals that stop a run, raised as an exception that neither `__del__` nor torch can swallow."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from stillhouse.launch import world_size
 from stillhouse.process_watch import lost_process_found, reports_lost_process, was_lost
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""The last when a terminal is closed."""
+"""SIGHUP is sent when a terminal is closed."""
 WAITING_SECONDS = 4.0
 
 
 class Stopped(BaseException):
-    """One of NUMBERS. Not a KeyboardInterrupt, which typer turns into a silent exit."""
+    """One of NUMBERS was received. Not a KeyboardInterrupt: typer turns that into a silent exit."""
 
     def __init__(self, number: int) -> None:
         self.number = number
 
 
 def raise_on_signals() -> None:
-    """From now on these signals raise Stopped in the main thread; SIGHUP not under nohup."""
+    """Make these signals raise Stopped in the main thread, except SIGHUP under nohup."""
     for number in NUMBERS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _stop)
@@ -35,21 +35,21 @@ def raise_on_signals() -> None:
 
 
 def hold_further_signals() -> None:
-    """From now on a signal does not interrupt: what the process ends with is being reported."""
+    """Only record further signals, so that they cannot interrupt the final message."""
     for number in NUMBERS:
         if signal.getsignal(number) == _stop:
             signal.signal(number, _hold)
 
 
 def ignore_further_signals() -> None:
-    """From now on a signal ends the process silently: its message is printed."""
+    """Let further signals end the process silently: its final message has been printed."""
     for number in NUMBERS:
         if signal.getsignal(number) in (_stop, _hold):
             signal.signal(number, signal.SIG_DFL)
 
 
 def received() -> int | None:
-    """The signal that has come, if one has."""
+    """The first signal received, if any."""
     return next(iter(_received), None)
 
 
@@ -66,7 +66,7 @@ def _hold(number: int, frame: Any) -> None:
 
 
 def _not_raised(unraisable: Any) -> None:
-    """Python drops exceptions raised inside `__del__`: send the signal again."""
+    """Send the signal again if its exception was raised inside `__del__`, where Python drops it."""
     if not isinstance(unraisable.exc_value, Stopped):
         return sys.__unraisablehook__(unraisable)
     main_thread = threading.main_thread().ident
@@ -77,8 +77,8 @@ def _not_raised(unraisable: Any) -> None:
 
 
 def _end_while_waiting() -> None:
-    """End the process if a signal has no effect: torch waits for other processes in C++, where
-    Python cannot raise. Requests in flight have their own handler, and time to finish."""
+    """End the process if a signal has no effect: while torch waits for other processes in C++,
+    Python cannot raise. Requests in flight have their own handler and time to finish."""
     signals, written = os.pipe()
     os.set_blocking(written, False)
     signal.set_wakeup_fd(written, warn_on_full_buffer=False)

@@ -1,4 +1,4 @@
-"""The command `watch`."""
+"""The `watch` command."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def watch(
         int, typer.Option(help="Port on localhost; 0 lets the system choose.", min=0, max=65535)
     ] = 8000,
     device: Annotated[
-        Device, typer.Option(help="Device of the chat's models; cpu leaves a GPU to the training.")
+        Device, typer.Option(help="Device for the chat's models; cpu leaves the GPU to training.")
     ] = Device.cpu,
 ) -> None:
     """Serve a live page of runs on localhost: steps, curves, metrics, and a chat with the models.
 
-    Reads run folders, writes nothing to them, and ends with Ctrl-C.
+    Only reads run folders. Press Ctrl-C to stop.
 
     Example: `stillhouse watch runs`
     """

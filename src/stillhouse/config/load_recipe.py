@@ -1,4 +1,4 @@
-"""Reads a recipe: YAML text, overrides from the command line, strict types, one clear error."""
+"""Reads recipes: YAML text, command-line overrides, strict types, and one clear error."""
 
 from __future__ import annotations
 
@@ -36,15 +36,17 @@ TASKS: dict[str, type[ClassifyRecipe | AnsweringRecipe]] = {
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
-    """Read the YAML file and apply overrides of the form `a.b=c` (c is YAML).
+    """Read a recipe's YAML file and apply overrides of the form `a.b=c`, where c is YAML.
 
-    Raises RecipeError with the file, the line, the key, the closest valid key and what to do.
+    Raises RecipeError with the file, the line, the key, the closest valid key, and a fix.
     """
     path = Path(path)
     try:
         text = read_file(path)
     except FileNotFoundError:
-        raise RecipeError("the recipe file is missing", where=path, fix=_other_yaml(path)) from None
+        raise RecipeError(
+            "the recipe file does not exist", where=path, fix=_other_yaml(path)
+        ) from None
     return recipe_from_text(text, path, overrides)
 
 
@@ -53,10 +55,10 @@ def read_recipe(
     overrides: Sequence[str] = (),
     base: Path | None = None,
 ) -> tuple[AnyRecipe, Path]:
-    """A recipe from a path, a dictionary or a recipe, and the folder that its paths are relative
-    to.
+    """Return the recipe for a path, dictionary, or recipe object, and the folder that its paths are
+    relative to.
 
-    base: by default the recipe file's folder, or the working directory. Raises RecipeError.
+    base: by default, the recipe file's folder, or the working directory. Raises RecipeError.
     """
     if isinstance(recipe, str | Path):
         return load_recipe(recipe, overrides), base or Path(recipe).parent
@@ -74,19 +76,19 @@ def read_recipe(
 
 
 def load_language_model_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """As `load_recipe`. Raises RecipeError if it is the recipe of a task."""
+    """Like `load_recipe`. Raises RecipeError if the recipe has a task."""
     recipe = load_recipe(path, overrides)
     if not isinstance(recipe, Recipe):
         raise RecipeError(
-            "this recipe has a task, and the command is for language models without one",
+            "this recipe has a task, but this command only supports language models without one",
             where=path,
-            fix="use run, check, preview, report or predict with a recipe that has `task`",
+            fix="use run, check, preview, report, or predict with a recipe that has `task`",
         )
     return recipe
 
 
 def recipe_from_text(text: str, path: Path, overrides: Sequence[str] = ()) -> AnyRecipe:
-    """As `load_recipe`, from the file's current or future text."""
+    """Like `load_recipe`, but from the file's current or future text."""
     raw, lines = read_document(text, str(path))
     return _validate(raw, lines, str(path), overrides)
 
@@ -98,12 +100,12 @@ def _root(raw: Mapping[str, Any], lines: Lines, source: str) -> type[AnyRecipe]:
     kind = task.get("kind") if isinstance(task, dict) else None
     if not isinstance(kind, str) or kind not in TASKS:
         problem = (
-            "`task` needs the key `kind`" if not kind else f"unknown kind of task {shown(kind)}"
+            "`task` needs the key `kind`" if not kind else f"unknown kind of task: {shown(kind)}"
         )
         raise RecipeError(
             problem,
             where=place(("task", "kind"), lines, source),
-            fix=f"kind is one of {', '.join(TASKS)}",
+            fix=f"set kind to one of: {', '.join(TASKS)}",
         )
     return TASKS[kind]
 
@@ -111,12 +113,12 @@ def _root(raw: Mapping[str, Any], lines: Lines, source: str) -> type[AnyRecipe]:
 def parse_recipe(
     raw: Mapping[str, Any], source: str = "recipe", overrides: Sequence[str] = ()
 ) -> AnyRecipe:
-    """As `load_recipe`, from a dictionary. Raises RecipeError."""
+    """Like `load_recipe`, but from a dictionary. Raises RecipeError."""
     return _validate(_copied(raw, source), {}, source, overrides)
 
 
 def recipe_json_schema() -> dict[str, Any]:
-    """JSON Schema of a recipe, for editors (YAML language server, VS Code)."""
+    """Return the JSON Schema of recipes, for editors (YAML language server, VS Code)."""
     schema: dict[str, Any] = TypeAdapter(AnyRecipe).json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "Stillhouse recipe"
@@ -133,7 +135,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> Key:
         raise RecipeError(
             f"--set {shown_value(override)} is not of the form a.b=c",
             where="--set",
-            fix="for example --set train.learning_rate=1e-4",
+            fix="write, for example, --set train.learning_rate=1e-4",
         )
     value = read_scalar(text, f"--set {shown(name.strip())}")
     here: Any = raw
@@ -145,7 +147,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> Key:
                 raise RecipeError(
                     f"`{dotted(tuple(key))}` is a list of {len(here)} items",
                     where=f"--set {shown(name)}",
-                    fix=f"use an index from 0 to {len(here) - 1}, or set the complete list",
+                    fix=f"use an index from 0 to {len(here) - 1}, or set the entire list",
                 )
             key.append(index)
         else:
@@ -181,10 +183,12 @@ def _validate(
 
 
 def _copied(value: Any, source: str, depth: int = 0) -> Any:
-    """A copy of its mappings and lists, which overrides change."""
+    """Copy mappings and lists, because overrides change them."""
     if depth > DEEPEST:
         raise RecipeError(
-            f"values are nested more than {DEEPEST} deep", where=source, fix="remove levels"
+            f"values are nested more than {DEEPEST} levels deep",
+            where=source,
+            fix="remove levels",
         )
     if isinstance(value, Mapping):
         return {name: _copied(inner, source, depth + 1) for name, inner in value.items()}
@@ -199,4 +203,4 @@ def _other_yaml(path: Path) -> str:
     near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
     if near:
         return f"did you mean {folder / near[0]}?"
-    return "check the path, or write a recipe: stillhouse init"
+    return "check the path, or write a recipe with `stillhouse init`"

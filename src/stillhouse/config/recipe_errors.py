@@ -1,4 +1,4 @@
-"""Turns pydantic's validation errors into one error with the line, the key and a fix."""
+"""Turns pydantic's validation errors into one error with the line, the key, and a fix."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ SHOWN = 4
 
 @dataclass(frozen=True)
 class _Place:
-    """key: in the file. section: contains its last part. annotation: of the value."""
+    """The place of an error. key: the key in the file. section: the section that contains the key's
+    last part. annotation: the value's type."""
 
     key: Key
     section: type[BaseModel] | None
@@ -37,11 +38,12 @@ class _Place:
 def described(
     error: ValidationError, lines: Lines, source: str, root: type[BaseModel]
 ) -> RecipeError:
-    """lines: of the keys; 0 for a key set by an override."""
+    """Build one RecipeError from pydantic's errors. lines: the lines of keys; 0 for a key that an
+    override set."""
     found: dict[Key, tuple[str, str]] = {}
     for problem in error.errors(include_url=False)[: 2 * SHOWN]:
         at = _locate(problem, root)
-        found.setdefault(at.key, _describe(problem, at))  # each type of a union has its own
+        found.setdefault(at.key, _describe(problem, at))  # each type in a union reports an error
     first, (what, fix) = next(iter(found.items()))
     if len(found) > 1:
         what += "\n  also:  " + "; ".join(text for text, _ in list(found.values())[1:SHOWN])
@@ -49,7 +51,7 @@ def described(
 
 
 def place(key: Key, lines: Lines, source: str) -> str:
-    """The location of a key, or of the nearest one around it."""
+    """The location of a key, or of the nearest key around it."""
     near = key
     while near and near not in lines:
         near = near[:-1]
@@ -59,7 +61,7 @@ def place(key: Key, lines: Lines, source: str) -> str:
 
 
 def _describe(problem: ErrorDetails, at: _Place) -> tuple[str, str]:
-    """One pydantic error as what is wrong, and what to do."""
+    """Describe one pydantic error: what is wrong, and what to do."""
     key, kind, given = at.key, problem["type"], problem["input"]
     name, last = dotted(key) or "recipe", dotted(key[-1:])
     about = at.field.description if at.field else None
@@ -70,7 +72,7 @@ def _describe(problem: ErrorDetails, at: _Place) -> tuple[str, str]:
         inside = _sections_with(last, at.section)
         fix = f"did you mean `{near[0]}`? " if near else "remove it. "
         if inside and not near:
-            fix = f"it is a key of {' and of '.join(inside)}: move it there. "
+            fix = f"it is a key of {' and '.join(inside)}: move it there. "
         return f"unknown key `{name}`", f"{fix}Valid keys of {section}: {', '.join(valid)}"
     if kind == "missing":
         return f"the key `{name}` is missing", f"add `{last}:`" + (f"  # {about}" if about else "")
@@ -88,7 +90,7 @@ def _describe(problem: ErrorDetails, at: _Place) -> tuple[str, str]:
 
 
 def _sections_with(key: str, section: type[BaseModel] | None) -> list[str]:
-    """The sections inside of a section that have a key."""
+    """The subsections of a section that have this key."""
     fields = section.model_fields if section else {}
     return [
         f"`{name}`"
@@ -98,18 +100,18 @@ def _sections_with(key: str, section: type[BaseModel] | None) -> list[str]:
 
 
 def _way_out(at: _Place, last: str, about: str | None) -> str:
-    """A description of the key, and its default."""
+    """Suggest a fix from the key's description and its default."""
     field = at.field
     default = None if field is None or field.is_required() else field.get_default()
     if about:
         return f"{last}: {about}"
     if default is None or isinstance(default, BaseModel | list | dict):
         return "change it" if field is None or field.is_required() else "change it, or remove it"
-    return f"change it, or remove it for the default: {shown_value(default)}"
+    return f"change it, or remove it to use the default: {shown_value(default)}"
 
 
 def _variant(problem: ErrorDetails, at: _Place, name: str) -> tuple[str, str]:
-    """The problem and fix for a section of several kinds that does not name a known one."""
+    """Describe an error about a section that has several kinds and does not name a known one."""
     given, context = problem["input"], problem.get("ctx", {})
     tag = str(context.get("discriminator", "")).strip("'")
     kind = given.get(tag) if isinstance(given, dict) else None
@@ -120,14 +122,14 @@ def _variant(problem: ErrorDetails, at: _Place, name: str) -> tuple[str, str]:
     ]
     near = difflib.get_close_matches(shown(kind), tags, n=1)
     fix = f"did you mean `{tag}: {near[0]}`? " if near else ""
-    fix += f"{tag} is one of {', '.join(map(repr, tags))}"
+    fix += f"Set {tag} to one of: {', '.join(map(repr, tags))}"
     if kind is None:
         return f"`{name}` needs the key `{tag}`", fix
     return f"unknown {tag} {shown_value(kind)} in `{name}`", fix
 
 
 def _locate(problem: ErrorDetails, root: type[BaseModel]) -> _Place:
-    """The place of an error, from pydantic's location, which also names the variants of unions."""
+    """Find the place of an error from pydantic's location, which also names union variants."""
     key: list[str | int] = []
     section: type[BaseModel] | None = root
     annotation: Any = root

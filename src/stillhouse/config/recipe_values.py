@@ -1,4 +1,4 @@
-"""The meaning of a scalar in a recipe, by the type of its key."""
+"""Converts a recipe's scalars according to the type that their key expects."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stillhouse.config.recipe_yaml import Key, Plain, has_surrogate
 from stillhouse.errors import shown
 
 Reject = Callable[[Key, str, str], NoReturn]
-"""Raises RecipeError with the key, what is wrong with its value, and what to do."""
+"""Raises RecipeError from the key, what is wrong with its value, and what to do."""
 
 _WHOLE = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _DECIMAL = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
@@ -30,9 +30,9 @@ _WORDS = {
     for word, value in {"yes": True, "on": True, "no": False, "off": False}.items()
     for form in (word, word.title(), word.upper())
 }
-"""Booleans to YAML 1.1, and text to YAML 1.2."""
+"""Words that are booleans in YAML 1.1, but text in YAML 1.2."""
 _OTHER_NUMBERS: Sequence[tuple[re.Pattern[str], str, Callable[[str], Sequence[object]]]] = (
-    (re.compile("0[0-7]+"), "is octal to YAML 1.1", lambda text: (int(text, 8), int(text))),
+    (re.compile("0[0-7]+"), "is octal in YAML 1.1", lambda text: (int(text, 8), int(text))),
     (re.compile("0[0-9]+"), "begins with 0", lambda text: (int(text),)),
     (
         re.compile("0[xX][0-9a-fA-F]+|0[oO][0-7]+|0[bB][01]+"),
@@ -41,7 +41,7 @@ _OTHER_NUMBERS: Sequence[tuple[re.Pattern[str], str, Callable[[str], Sequence[ob
     ),
     (
         re.compile("[0-9]+(:[0-5]?[0-9])+"),
-        "is a number of base 60 to YAML 1.1",
+        "is a base-60 number in YAML 1.1",
         lambda text: (_base_60(text),),
     ),
     (
@@ -51,13 +51,13 @@ _OTHER_NUMBERS: Sequence[tuple[re.Pattern[str], str, Callable[[str], Sequence[ob
     ),
     (re.compile(r"\.(inf|Inf|INF|nan|NaN|NAN)"), "is not finite", lambda text: ()),
 )
-"""Text that YAML 1.1 reads as a number but most people would not, or as another one; without a
-sign: what is wrong, and how it could be written."""
+"""Unsigned text that YAML 1.1 reads as a number and most people would read differently, with what
+is wrong and the ways to write it."""
 
 
 def read_values(raw: Any, annotation: Any, reject: Reject, key: Key = ()) -> Any:
-    """Values of a recipe for pydantic: `Plain` scalars converted by the key's type,
-    and `3e-4` in quotes as a number if only a number fits."""
+    """Convert a recipe's values for pydantic: `Plain` scalars by the key's type, and a quoted
+    `3e-4` to a number if the key accepts floats."""
     if isinstance(raw, Mapping):
         return _mapping(raw, annotation, reject, key)
     if isinstance(raw, list):
@@ -70,7 +70,8 @@ def read_values(raw: Any, annotation: Any, reject: Reject, key: Key = ()) -> Any
         return _scalar(raw, allowed, reject, key)
     if has_surrogate(raw):
         reject(key, "the text contains half of a surrogate pair", "write the complete character")
-    # PyYAML reads 1e6 as text; other quoted numbers are text if text fits.
+    # A dictionary that PyYAML has read contains 1e6 as text. Other quoted numbers stay text if
+    # the key accepts text.
     spelled = _DECIMAL.fullmatch(raw) and ("e" in raw.lower() or str not in allowed)
     return float(raw) if float in allowed and spelled else raw
 
@@ -103,7 +104,7 @@ def _scalar(text: Plain, allowed: set[Any], reject: Reject, key: Key) -> Any:
             meant = str(_WORDS[text]).lower()
             reject(
                 key,
-                f"{text} is {meant} in YAML 1.1, and text in YAML 1.2",
+                f"{text} is {meant} in YAML 1.1, but text in YAML 1.2",
                 f'write {meant}, or "{text}" in quotes',
             )
         return _WORDS[text]
@@ -113,10 +114,10 @@ def _scalar(text: Plain, allowed: set[Any], reject: Reject, key: Key) -> Any:
 
 
 def _number(text: Plain, allowed: set[Any], reject: Reject, key: Key) -> Any:
-    """A decimal number; otherwise text, which pydantic rejects if a number is needed."""
+    """Convert a decimal number; leave other text, which pydantic rejects if it needs a number."""
     name, sign = shown(text), text[:1] if text[:1] in ("-", "+") else ""
     if len(text) > 400 and _DECIMAL.fullmatch(text):
-        reject(key, f"the number has {len(text):,} digits", "write a smaller one")
+        reject(key, f"the number has {len(text):,} digits", "write a smaller number")
     if _WHOLE.fullmatch(text):
         return int(text)
     for pattern, problem, meant in _OTHER_NUMBERS:
@@ -131,7 +132,7 @@ def _number(text: Plain, allowed: set[Any], reject: Reject, key: Key) -> Any:
     if _DECIMAL.fullmatch(text):
         value = float(text)
         if math.isinf(value):
-            reject(key, f"{name} is too large for a number", "write a smaller one")
+            reject(key, f"{name} is too large", "write a smaller number")
         if int in allowed and float not in allowed and value.is_integer() and value < 1e15:
             reject(key, f"{name} is not an integer in YAML", f"write {int(value)}")
         return value
@@ -148,7 +149,8 @@ def _base_60(text: str) -> int:
 
 
 def leaf_types(annotation: Any) -> set[Any]:
-    """The types of the values in it, through unions, lists and mappings; of a literal, its own."""
+    """The types of the values in an annotation, through unions, lists, and mappings; a literal
+    contributes the types of its values."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return {type(value) for value in arguments}
@@ -170,7 +172,7 @@ def _of_items(annotation: Any) -> Any:
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The sections in it, through unions and lists."""
+    """The sections in an annotation, through unions and lists."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return [annotation] if issubclass(annotation, BaseModel) else []
     return [m for argument in typing.get_args(annotation) for m in models_in(argument)]
@@ -184,7 +186,7 @@ def tag_key(models: list[type[BaseModel]]) -> str | None:
 
 
 def chosen_model(models: list[type[BaseModel]], raw: Mapping[Any, Any]) -> type[BaseModel] | None:
-    """The variant of a union that the values select; None if they do not."""
+    """The variant of a union that the values select; None if they select none."""
     key = tag_key(models)
     if key is None:
         return models[0]

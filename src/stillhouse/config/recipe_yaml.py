@@ -1,8 +1,8 @@
-"""A recipe's YAML: mappings, lists and unconverted scalars, each with its line.
+"""Parses a recipe's YAML into mappings, lists, and unconverted scalars, each with its line.
 
-The meaning of a scalar without quotes depends on its key: YAML 1.1, which PyYAML
-implements, reads `no` as false, `1:30` as 90 and `017` as 15 everywhere. So it stays
-`Plain` here, and `recipe_values` decides.
+YAML 1.1, which PyYAML implements, reads `no` as false, `1:30` as 90, and `017` as 15 everywhere.
+In a recipe, the meaning of an unquoted scalar depends on its key instead, so it stays `Plain` here
+and `recipe_values` converts it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ Key = tuple[str | int, ...]
 Lines = dict[Key, int]
 
 LARGEST_FILE = 1_000_000
-"""Maximum bytes of a recipe; texts belong in files that the recipe names."""
+"""Maximum size of a recipe in bytes; long texts belong in files that the recipe names."""
 MOST_VALUES = 50_000
-"""Maximum number of values in a recipe with its aliases expanded."""
+"""Maximum number of values in a recipe, with aliases expanded."""
 DEEPEST = 64
 """Maximum nesting depth of mappings and lists."""
 
@@ -35,13 +35,13 @@ _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class Plain(str):
-    """A scalar without quotes, unconverted."""
+    """An unquoted, unconverted scalar."""
 
 
 @dataclass(slots=True)
 class _Node:
-    """value: a scalar, a list of nodes, or the nodes of a mapping by key. size: values in it, those
-    of aliases included."""
+    """A YAML node. value: a scalar, a list of nodes, or a mapping's nodes by key. size: the number
+    of values in it, including those of aliases."""
 
     line: int
     value: str | list[_Node] | dict[str, _Node]
@@ -49,7 +49,8 @@ class _Node:
 
 
 def read_file(path: Path) -> str:
-    """The text of a recipe's file. Raises RecipeError if it is not a text file, or is too large.
+    """Return the text of a recipe file. Raises RecipeError if it is not a text file or is too
+    large.
 
     Only regular files are read: a pipe or a device might never end.
     """
@@ -57,7 +58,7 @@ def read_file(path: Path) -> str:
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
             raise RecipeError(
-                "the recipe is a folder", where=path, fix="name the YAML file: folder/recipe.yaml"
+                "the recipe is a folder", where=path, fix="pass the YAML file: folder/recipe.yaml"
             )
         if not stat.S_ISREG(status.st_mode):
             raise RecipeError(
@@ -65,10 +66,10 @@ def read_file(path: Path) -> str:
             )
         if status.st_size > LARGEST_FILE:
             raise RecipeError(
-                f"the recipe has {status.st_size:,} bytes, and a recipe has at most "
+                f"the recipe has {status.st_size:,} bytes, more than the maximum of "
                 f"{LARGEST_FILE:,}",
                 where=path,
-                fix="name the recipe itself; long texts belong into files that it names",
+                fix="pass the recipe itself, and move long texts to files that it names",
             )
         raw = path.read_bytes()
     except (OSError, ValueError) as error:
@@ -87,15 +88,15 @@ def read_file(path: Path) -> str:
         raise RecipeError(
             f"the recipe is not UTF-8 text: byte {raw[error.start]:#04x} cannot be read",
             where=f"{path}, line {line}",
-            fix="name a YAML file, and save it as UTF-8",
+            fix="pass a YAML file that is saved as UTF-8",
         ) from None
 
 
 def read_document(text: str, source: str) -> tuple[dict[str, Any], Lines]:
-    """Mappings, lists and scalars (`Plain` if they have no quotes), and each key's line.
+    """Parse YAML into mappings, lists, and scalars (`Plain` if unquoted), and each key's line.
 
-    Raises RecipeError for invalid YAML, no mapping, several documents, a repeated key, a tag, or an
-    alias that contains itself or expands to too much.
+    Raises RecipeError for invalid YAML, a document that is not a mapping, several documents, a
+    repeated key, a tag, or an alias that contains itself or expands to too many values.
     """
     node = _compose(text, source)
     if node is None or not isinstance(node.value, dict):
@@ -109,13 +110,13 @@ def read_document(text: str, source: str) -> tuple[dict[str, Any], Lines]:
 
 
 def read_scalar(text: str, source: str) -> Any:
-    """The value of an override, with the types of `read_document`."""
+    """Parse the value of an override into the types that `read_document` returns."""
     node = _compose(text, source)
     return Plain("") if node is None else _values(node, (), {})
 
 
 def dotted(key: Key) -> str:
-    """The key as a.b.0, printable and not too long."""
+    """Format a key as a.b.0, printable and not too long."""
     return ".".join(shown(part) for part in key)
 
 
@@ -127,7 +128,7 @@ def _compose(text: str, source: str) -> _Node | None:
         raise RecipeError(
             f"the character U+{ord(found[0]):04X} is not allowed in YAML",
             where=_at(source, text.count("\n", 0, found.start()) + 1),
-            fix="name a YAML file, saved as UTF-8; in double quotes, write \\x.. or \\u....",
+            fix="pass a YAML file saved as UTF-8; in double quotes, write \\x.. or \\u....",
         )
     try:
         return _Composer(text, source).document()
@@ -137,8 +138,8 @@ def _compose(text: str, source: str) -> _Node | None:
         raise RecipeError(
             f"the recipe is not valid YAML: {problem}",
             where=_at(source, mark.line + 1) if mark else source,
-            fix="check the indentation, which has no tabs, and quote values that hold ': ' or "
-            "start with a symbol",
+            fix="check the indentation (use spaces, not tabs), and quote values that contain ': ' "
+            "or start with a symbol",
         ) from None
 
 
@@ -148,8 +149,8 @@ def _at(source: str, line: int) -> str:
 
 @dataclass
 class _Composer:
-    """Composes nodes from PyYAML's events: its own composer has no limits, and overflows the
-    stack."""
+    """Composes nodes from PyYAML's events, because PyYAML's composer has no limits and can overflow
+    the stack."""
 
     text: str
     source: str
@@ -162,7 +163,9 @@ class _Composer:
         for event in self.events:
             if isinstance(event, yaml.DocumentStartEvent):
                 if root is not None:
-                    self.reject(event, "a second document begins", "keep one, without `---`")
+                    self.reject(
+                        event, "a second document begins", "keep one document, without `---`"
+                    )
                 root = self.node(next(self.events), 0)
         return root
 
@@ -171,11 +174,12 @@ class _Composer:
 
     def node(self, event: Any, depth: int) -> _Node:
         if depth > DEEPEST:
-            self.reject(event, f"values are nested more than {DEEPEST} deep", "remove brackets")
+            problem = f"values are nested more than {DEEPEST} levels deep"
+            self.reject(event, problem, "remove levels")
         if isinstance(event, yaml.AliasEvent):
             return self.alias(event)
         if event.tag not in (None, "!", _STR):
-            self.reject(event, f"the tag {shown(event.tag)} has no meaning here", "remove it")
+            self.reject(event, f"the tag {shown(event.tag)} is not supported", "remove it")
         if event.anchor is not None:
             self.anchors[event.anchor] = None
         node = self.untagged(event, depth)
@@ -184,7 +188,7 @@ class _Composer:
             self.reject(
                 event,
                 f"the recipe has more than {MOST_VALUES:,} values",
-                "use fewer aliases (*), and put texts into files that the recipe names",
+                "use fewer aliases (*), and move texts to files that the recipe names",
             )
         if event.anchor is not None:
             self.anchors[event.anchor] = node
@@ -192,7 +196,8 @@ class _Composer:
 
     def alias(self, event: Any) -> _Node:
         if event.anchor not in self.anchors:
-            self.reject(event, f"there is no &{shown(event.anchor)}", "define it above")
+            problem = f"the anchor &{shown(event.anchor)} is not defined"
+            self.reject(event, problem, "define it above")
         node = self.anchors[event.anchor]
         if node is None:
             self.reject(event, f"*{shown(event.anchor)} refers to itself", "write it out")
@@ -219,7 +224,7 @@ class _Composer:
         return self.mapping(line, depth)
 
     def mapping(self, line: int, depth: int) -> _Node:
-        """Merged keys (`<<`) come after the mapping's own keys, and do not replace them."""
+        """Compose a mapping. Merged keys (`<<`) do not replace the mapping's own keys."""
         values: dict[str, _Node] = {}
         merged: list[_Node] = []
         places: dict[str, int] = {}
@@ -251,12 +256,12 @@ class _Composer:
 
 
 def has_surrogate(text: str) -> bool:
-    """Whether it contains half of a character, which no UTF-8 file can."""
+    """Whether the text contains half of a surrogate pair, which UTF-8 cannot encode."""
     return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _values(node: _Node, key: Key, lines: Lines) -> Any:
-    """Values without aliases: nothing is shared, so an override changes only one place."""
+    """Convert nodes to values. No value is shared, so that an override changes only one place."""
     if isinstance(node.value, dict):
         for name, child in node.value.items():
             lines[(*key, name)] = child.line
