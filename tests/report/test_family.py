@@ -59,7 +59,7 @@ def test_a_teacher_with_a_cut_vocabulary_is_distinguished_from_the_original(
     assert f"down to {text.percent(70_000_000 / 148_670_784)} of the teacher’s parameters" in page
     assert "the cut teacher’s top-1 token" in page
     assert "24,576 of its 49,152 tokens" in page
-    assert "its perplexity is 18.1, and that of the original teacher 18.5" in page
+    assert "its perplexity is 18.1, and the original teacher’s is 18.5" in page
     assert "perplexity is" not in page_of(replace(family, cut=replace(cut, perplexity=None)))
     assert "cut teacher" not in page_of(family)
 
@@ -91,7 +91,7 @@ def test_training_from_random_weights_is_compared_with_the_member_at_equal_token
     assert "1 h 00 min" in page.replace(text.NBSP, " ")
     short = ScratchTraining([(10_000, 6.0), (20_000, 5.0)], flops=10**12, seconds=60.0)
     page = page_of(replace(family, scratch=short))
-    assert "After 20,000 tokens, its last measurement, it has a KL of 5.00 nats/token" in page
+    assert "At its last measurement, after 20,000 tokens, it has a KL of 5.00 nats/token" in page
     assert "108m has 0.351 after 60,000" in page
     assert "random weights" not in page_of(family)
 

@@ -92,8 +92,8 @@ def test_the_data_file_has_the_tokens(
 
 def test_curves_that_belong_together_are_on_one_chart() -> None:
     charts = {chart.title: chart for chart in own_text_charts(HISTORY)}
-    assert list(charts) == ["Divergence on own text", "Repetition and answers cut off"]
-    shares = charts["Repetition and answers cut off"]
+    assert list(charts) == ["Divergence on own text", "Repetition and truncated answers"]
+    shares = charts["Repetition and truncated answers"]
     assert shares.x_label == "training tokens (thousands)"
     assert [line.label for line in shares.lines if line.label] == [
         "4-grams seen before",

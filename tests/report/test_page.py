@@ -108,7 +108,7 @@ def test_the_headline_shows_what_was_measured(report: Report) -> None:
         "The student keeps 66% of the teacher’s top-1 choices at 80% of its parameters and "
         "1.25 times its decoding speed, after 61,320 tokens of distillation." in text
     )
-    assert "Before training it kept 31%; plain fine-tuning on the same tokens keeps 61%." in text
+    assert "Before training, it kept 31%; plain fine-tuning on the same tokens keeps 61%." in text
 
 
 def test_retention_is_reported_as_a_percentage_of_the_teacher(report: Report) -> None:

@@ -251,7 +251,7 @@ def test_a_process_that_ended_is_one_message_and_the_next_request_starts_another
     async def work() -> None:
         chat = ScriptChat()
         (event,) = await collected(chat, "die")
-        assert event["error"].startswith("the chat's process has ended with status 3")
+        assert event["error"].startswith("the chat's process ended with exit status 3")
         assert await collected(chat, "x") == [{"role": "student", "text": "a"}]
         await chat.close()
 

@@ -68,7 +68,7 @@ def test_a_port_in_use_is_one_message(watch: Watch) -> None:
     command = [sys.executable, "-m", "stillhouse", "watch", "--port", port]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.startswith(f"error: port {port} of this machine cannot be used")
+    assert done.stderr.startswith(f"error: port {port} on this machine cannot be used")
 
 
 @needs_browser
@@ -79,7 +79,7 @@ def test_a_run_that_grows_and_a_chat(watch: Watch, runs: Path, tmp_path: Path) -
     async def work() -> None:
         async with asyncio.timeout(LIMIT), browser(tmp_path / "profile") as page:
             await page.open(watch.address)
-            assert "There is no run here yet" in await page.value("document.body.innerText")
+            assert "There are no runs here yet" in await page.value("document.body.innerText")
 
             raw = tiny.recipe(tmp_path)
             run_folders.begun(root)

@@ -245,7 +245,7 @@ def test_a_run_can_be_deleted_while_it_is_watched(runs: Path) -> None:
     async def visitor(client: Client, _server: WatchServer) -> None:
         (runs / "demo").rename(runs.parent / "moved")
         assert (await client.get("/runs/demo/live")).status == 404
-        assert "There is no run here yet" in await (await client.get("/live")).text()
+        assert "There are no runs here yet" in await (await client.get("/live")).text()
 
     visit(runs, visitor)
 

@@ -31,7 +31,7 @@ def training_run(root: Path) -> ProgressFile:
 def test_a_folder_that_appears_later_is_found(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     assert find_runs(runs) == {}
-    assert "There is no run here yet" in index_part(runs)
+    assert "There are no runs here yet" in index_part(runs)
     run_folders.begun(runs / "demo")
     (runs / "notes").mkdir()
     assert list(find_runs(runs)) == ["demo"]
@@ -100,7 +100,7 @@ def test_a_run_whose_process_ended_without_a_word_is_killed(tmp_path: Path) -> N
     file.write()
     run = read(tmp_path / "demo")
     assert (run.state, run.work) == ("killed", None)
-    assert "The same command resumes it." in run_part(run)
+    assert "Run the same command again to resume it." in run_part(run)
 
 
 def test_a_run_without_a_record_is_shown_by_its_manifests(tmp_path: Path) -> None:

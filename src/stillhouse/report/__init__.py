@@ -1,1 +1,1 @@
-"""The report of a run: one offline HTML page with numbers, charts and texts."""
+"""A run's report: one offline HTML page with numbers, charts, and texts."""

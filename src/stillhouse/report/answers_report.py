@@ -1,4 +1,4 @@
-"""The report on an answering student: the quality of its answers, and examples."""
+"""The report on an answering student: the quality of its answers, with examples."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def answers_report(
     answers: Mapping[str, Any],
     history: Rows = (),
 ) -> Report:
-    """parts: texts in each. answers: the summary of the teacher's answers. history: of training."""
+    """Build the report. parts: the number of texts in each split. answers: the summary of the
+    teacher's answers. history: the training rows of metrics.jsonl."""
     examples = [_side_by_side(example) for example in evaluation.examples]
     data = f"Texts: {parts['train']:,} for training, {parts['test']:,} for testing."
     return assemble(
@@ -56,7 +57,7 @@ def _side_by_side(example: AnsweredText) -> SideBySide:
 
 
 def _headline(found: AnswersEvaluation) -> str:
-    """The first metric of the student, compared with its teacher's and the initial student's."""
+    """The student's first metric, compared with its teacher's and the initial student's."""
     student = found.of("student")
     assert student is not None
     key = next(key for key in _HEADLINE if key in student.figures)
@@ -73,6 +74,6 @@ def _answers_sentence(answers: Mapping[str, Any]) -> str:
     dropped = ", ".join(f"{name} {count:,}" for name, count in answers["dropped"].items())
     return (
         f"The teacher answered {answers['answered']:,} of {answers['asked']:,} requests; "
-        f"{answers['kept']:,} answers were kept for training. Dropped by filters: "
+        f"{answers['kept']:,} answers were kept for training. Answers dropped by filters: "
         f"{dropped or 'none'}. Cost: {cost_line(answers)}."
     )

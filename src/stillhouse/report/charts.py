@@ -1,4 +1,4 @@
-"""Charts as plain data, which draw_charts.py draws, and the colors of charts and page."""
+"""Charts as plain data, which draw_charts.py renders, and the colors of charts and the page."""
 
 from __future__ import annotations
 
@@ -32,15 +32,18 @@ def role_color(role: str) -> str:
 
 
 HEIGHT = 282 / 72
-"""Inches, of a chart of lines."""
+"""The height of a line chart in inches."""
 
 Limits = tuple[float | None, float | None]
 
 
 @dataclass(frozen=True)
 class Line:
-    """Points, joined or separate. label: in the legend. names: of the points, written next to them.
-    may_be_cut: drawn at the upper edge if it is far above the other lines."""
+    """A series of points, joined or separate.
+
+    label: its name in the legend. names: labels written next to the points. may_be_cut: whether to
+    draw the series at the upper edge if it is far above the others.
+    """
 
     x: list[float]
     y: list[float]
@@ -53,7 +56,8 @@ class Line:
 
 @dataclass(frozen=True)
 class LineChart:
-    """log: the y axis is logarithmic if values span more than a factor of six, otherwise from 0."""
+    """A line or scatter chart. log: whether to use a logarithmic y axis if values span more than a
+    factor of six; otherwise it starts at 0."""
 
     title: str
     x_label: str
@@ -80,7 +84,7 @@ class LineChart:
 
 @dataclass(frozen=True)
 class Bar:
-    """text: the value as written next to the bar."""
+    """One bar. text: the value as written next to the bar."""
 
     name: str
     value: float
@@ -90,7 +94,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class BarChart:
-    """Horizontal bars, first on top."""
+    """A chart of horizontal bars, the first at the top."""
 
     title: str
     x_label: str
@@ -108,7 +112,7 @@ class BarChart:
 
 @dataclass(frozen=True)
 class MatrixChart:
-    """counts: [row][column]. A square's color is its share of the row."""
+    """A matrix of counts, [row][column]. A cell's color is its share of the row."""
 
     title: str
     x_label: str
@@ -125,12 +129,12 @@ class MatrixChart:
     def alt(self) -> str:
         right = sum(line[place] for place, line in enumerate(self.counts))
         errors = "".join(
-            f" {row} taken for {column}: {count}." for row, column, count in self.errors()[:15]
+            f" {row} mistaken for {column}: {count}." for row, column, count in self.errors()[:15]
         )
         return f"{self.title}: {right} of {sum(map(sum, self.counts))} on the diagonal.{errors}"
 
     def errors(self) -> list[tuple[str, str, int]]:
-        """(row, column, count) off the diagonal, most frequent first."""
+        """Return the off-diagonal (row, column, count) triples, most frequent first."""
         found = [
             (self.labels[row], self.labels[column], count)
             for row, line in enumerate(self.counts)
@@ -144,12 +148,12 @@ Chart = LineChart | BarChart | MatrixChart
 
 
 def dot(name: str, x: float, y: float, color: str, *, may_be_cut: bool = False) -> Line:
-    """One named point."""
+    """Make a series with one named point."""
     return Line([x], [y], color, style="dots", names=[name], may_be_cut=may_be_cut)
 
 
 def in_units(values: Sequence[float], name: str) -> tuple[list[float], str]:
-    """The values in thousands, millions or billions if they are large, and the axis label."""
+    """Convert large values to thousands, millions, or billions; also return the axis label."""
     for scale, unit in ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands")):
         if max(values) >= 2 * scale:
             return [value / scale for value in values], f"{name} ({unit})"
@@ -157,7 +161,7 @@ def in_units(values: Sequence[float], name: str) -> tuple[list[float], str]:
 
 
 def in_powers(values: Sequence[float], name: str) -> tuple[list[float], str]:
-    """The values divided by the power of ten of the largest, and the axis label."""
+    """Divide the values by the largest value's power of ten; also return the axis label."""
     exponent = math.floor(math.log10(max(values)))
     label = f"{name} (×{text.NBSP}10{text.superscript(exponent)})"
     return [value / 10**exponent for value in values], label

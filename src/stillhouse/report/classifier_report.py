@@ -1,4 +1,4 @@
-"""The report on a classifier: its quality, its errors, and when it abstains."""
+"""The report on a classifier: its quality, its errors, and its abstentions."""
 
 from __future__ import annotations
 
@@ -47,8 +47,12 @@ def classifier_report(
     history: Rows = (),
     replays: Replays = (),
 ) -> Report:
-    """parts: texts in each. judgment: the summary of the teacher's. history: of training, rows with
-    step and loss. replays: of the ONNX files, as dictionaries."""
+    """Build the report.
+
+    parts: the number of texts in each split. judgment: the summary of the teacher's labels.
+    history: training rows with `step` and `loss`. replays: the ONNX files' replays, as
+    dictionaries.
+    """
     data = (
         f"Texts: {parts['train']:,} for training, {parts['calibration']:,} to choose the "
         f"threshold, {parts['test']:,} for testing."
@@ -68,8 +72,8 @@ def classifier_report(
 
 
 def _cost_sentence(judgment: Mapping[str, Any]) -> list[str]:
-    """Of an API's judgment."""
-    return [f"Cost of the teacher's answers: {cost_line(judgment)}."] if "usd" in judgment else []
+    """A sentence on the cost of the labels if they came from an API."""
+    return [f"Cost of the teacher’s answers: {cost_line(judgment)}."] if "usd" in judgment else []
 
 
 def _headline(found: ClassificationEvaluation) -> str:
@@ -78,8 +82,8 @@ def _headline(found: ClassificationEvaluation) -> str:
     assert teacher is not None
     if student.accuracy is not None and teacher.accuracy is not None:
         sentence = (
-            f"The student is right on {text.percent(student.accuracy, 1)} of the test texts, "
-            f"the teacher on {text.percent(teacher.accuracy, 1)}"
+            f"The student classifies {text.percent(student.accuracy, 1)} of the test texts "
+            f"correctly, the teacher {text.percent(teacher.accuracy, 1)}"
         )
     else:
         sentence = (
@@ -88,12 +92,12 @@ def _headline(found: ClassificationEvaluation) -> str:
         )
     if student.texts_per_s and teacher.texts_per_s:
         faster = text.digits(student.texts_per_s / teacher.texts_per_s, 2)
-        sentence += f", at {faster} times its speed"
+        sentence += f", at {faster} times the teacher’s speed"
     return sentence + "."
 
 
 def _charts(found: ClassificationEvaluation) -> list[Chart]:
-    """The student's quality on the texts that it is most confident about, and speed."""
+    """Charts of the student's quality on the texts it is most confident about, and of speed."""
     chosen = found.abstention
     shares = [100 * share for share, _ in found.curve]
     right = [100 * good for _, good in found.curve]
@@ -108,8 +112,8 @@ def _charts(found: ClassificationEvaluation) -> list[Chart]:
     charts: list[Chart] = [
         LineChart(
             "Quality against coverage",
-            "test texts answered, the most confident first (%)",
-            f"{chosen.measure} on them (%)",
+            "test texts answered, most confident first (%)",
+            f"{chosen.measure} on these texts (%)",
             lines,
             x_limits=(0, 100),
             y_limits=(min(60.0, min(right) - 4), 101.5),
@@ -123,7 +127,7 @@ def _charts(found: ClassificationEvaluation) -> list[Chart]:
 
 
 def _confusion_section(found: ClassificationEvaluation) -> Section:
-    """A matrix, or the most confused pairs if there are many labels."""
+    """A confusion matrix, or the most confused pairs if there are many labels."""
     student = found.of("student")
     assert student is not None
     reference = "true label" if found.has_gold else "teacher’s label"
@@ -140,8 +144,8 @@ def _export_section(replays: Replays) -> Section:
     heads = ["Format", "Size", "KL (nats/text)", "KL limit", "Top-1 agreement", "Texts/s",
              "Relative to the checkpoint"]  # fmt: skip
     lead = (
-        "Each ONNX file in onnxruntime, in a fresh process, beside the checkpoint in float32 on "
-        "the same CPU, on the calibration texts."
+        "Each ONNX file, run by onnxruntime in a fresh process and compared with the float32 "
+        "checkpoint on the same CPU and the calibration texts."
     )
     rows = [_export_row(replay) for replay in replays]
     table = MetricsTable.of_text(heads, rows) if rows else None

@@ -1,7 +1,7 @@
-"""Draws charts as SVG: equal data result in equal bytes.
+"""Draws charts as SVG. Equal data produces equal bytes.
 
-Each chart is 430 points wide, so that its 12-point text is still legible at the width of a
-phone; the page puts two side by side if there is room.
+Each chart is 430 points wide, so that its 12-point text is legible on a phone; the page puts two
+side by side if there is room.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from stillhouse.report.charts import (
 
 WIDTH = 430 / 72
 LABEL_GAP = 17.0
-"""Points of the page between two names."""
+"""The vertical distance between two names, in points of the page."""
 _INSIDE = 0.84 * WIDTH * 72, 0.72 * HEIGHT * 72
-"""About the width and height of a chart's axes, in points of the page."""
+"""The approximate width and height of a chart's axes, in points of the page."""
 OFF_SCALE = 2.5
-"""A line that may be cut and is this many times higher than the others is drawn at the edge."""
+"""A series that may be cut is drawn at the edge if it is this many times higher than the others."""
 
 _FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', sans-serif"
 _STYLE = {
@@ -83,7 +83,7 @@ _LINE_STYLES: dict[str, dict[str, Any]] = {
 
 
 def draw(chart: Chart, key: str) -> str:
-    """The chart as one <svg> element, with its text escaped. key: unique on the page."""
+    """Render a chart as one <svg> element, with its text escaped. key: unique on the page."""
     with rc_context({**_STYLE, "svg.hashsalt": f"stillhouse-{key}"}):
         figure = Figure(figsize=(WIDTH, chart.height))
         FigureCanvasSVG(figure)
@@ -159,7 +159,7 @@ def _draw_matrix(chart: MatrixChart, ax: Axes) -> None:
 
 
 class _Named(NamedTuple):
-    """drop: points by which the name is moved down from its place, away from a line."""
+    """A point with a name. drop: how far to move the name down, away from a line, in points."""
 
     x: float
     y: float
@@ -196,7 +196,7 @@ def _name_points(ax: Axes, points: Sequence[_Named]) -> None:
 
 
 def _plain_log(ax: Axes, values: Sequence[float]) -> None:
-    """A logarithmic axis with plain numbers, if values span more than a factor of six."""
+    """Use a logarithmic axis with plain numbers if values span more than a factor of six."""
     if min(values) <= 0 or max(values) / min(values) < 6:
         ax.set_ylim(bottom=0)
         return
@@ -212,7 +212,8 @@ def _plain_log(ax: Axes, values: Sequence[float]) -> None:
 
 
 def _inline(svg: str, key: str, alt: str) -> str:
-    """A file's SVG as an element of a page: unique ids, system fonts, a name for screen readers."""
+    """Turn an SVG file into an element of a page, with unique ids, system fonts, and a name for
+    screen readers."""
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{key}-\1"', svg)
     svg = re.sub(r'href="#([^"]+)"', rf'href="#{key}-\1"', svg)

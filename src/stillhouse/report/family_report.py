@@ -1,4 +1,4 @@
-"""The report on a family: quality against size for every member, and the cost of each hop."""
+"""The report on a family: every member's quality against its size, and the family's cost."""
 
 from __future__ import annotations
 
@@ -24,13 +24,17 @@ from stillhouse.report.sections import (
 
 _LEARNED_FROM = {
     "original": "the original teacher",
-    "previous": "the trained member before it, the first one the teacher",
+    "previous": "the trained member before it (the first from the teacher)",
     "both": "the original teacher and the trained member before it",
 }
 
 
 def family_report(run: RunFacts, family: FamilyEvaluation) -> Report:
-    chain = "starts from the trained member before it" if family.chained else "is pruned from it"
+    chain = (
+        "starts from the trained member before it"
+        if family.chained
+        else "is pruned from the teacher"
+    )
     remarks = [f"Every member learns from {_LEARNED_FROM[family.learned_from]}, and {chain}."]
     if family.cut is not None:
         remarks.append(_cut_sentence(family.cut))
@@ -55,8 +59,8 @@ def _headline(family: FamilyEvaluation) -> str:
     share = last.student.parameters / original
     names = f"{len(family.members)} students" if len(family.members) > 1 else "One student"
     return (
-        f"{names}, down to {text.percent(share)} of the teacher’s parameters; the smallest has "
-        f"the {cut}teacher’s top-1 token at "
+        f"{names}, down to {text.percent(share)} of the teacher’s parameters; the smallest agrees "
+        f"with the {cut}teacher’s top-1 token at "
         f"{text.percent(last.student.fidelity.top1_agreement, 1)} of positions."
     )
 
@@ -64,14 +68,14 @@ def _headline(family: FamilyEvaluation) -> str:
 def _cut_sentence(cut: CutTeacher) -> str:
     (tokens, left), (original, parameters) = cut.tokens, cut.parameters
     sentence = (
-        f"The teacher here has {left:,} of its {tokens:,} tokens, and {text.count(parameters)} of "
-        f"{text.count(original)} parameters; all metrics are relative to it."
+        f"The teacher was cut to {left:,} of its {tokens:,} tokens, and {text.count(parameters)} "
+        f"of its {text.count(original)} parameters; all metrics are relative to the cut teacher."
     )
     if cut.perplexity is not None:
         before, after = map(text.digits, cut.perplexity)
         sentence += (
-            f" On training text without the removed tokens, its perplexity is {after}, and that of "
-            f"the original teacher {before}; other text takes more tokens than before."
+            f" On training text without the removed tokens, its perplexity is {after}, and the "
+            f"original teacher’s is {before}; other text takes more tokens than before."
         )
     return sentence
 
@@ -91,25 +95,26 @@ def _totals(family: FamilyEvaluation) -> list[tuple[str, str]]:
 
 
 def _scratch_part(member: Member, scratch: ScratchTraining | None) -> Section:
-    """The largest member compared with its shape trained from random weights."""
+    """Compare the largest member with the same shape trained from random weights."""
     title = "Training from random weights"
     if scratch is None:
         return Section(title)
     kl, (last, last_kl) = member.student.fidelity.kl, scratch.points[-1]
     same = scratch.kl_at(member.tokens)
     lead = (
-        f"The shape of {member.name}, trained from random weights under the same teacher, with "
-        "its held-out KL measured on the way. "
+        f"A model with the shape of {member.name}, trained from random weights with the same "
+        "teacher; its held-out KL was measured along the way. "
     )
     if same is not None:
         lead += (
             f"After {member.tokens:,} tokens it has a KL of {text.digits(same)} nats/token; "
-            f"{member.name} has {text.digits(kl)} after as many."
+            f"{member.name} has {text.digits(kl)} after the same number."
         )
     else:
         lead += (
-            f"After {last:,} tokens, its last measurement, it has a KL of {text.digits(last_kl)} "
-            f"nats/token; {member.name} has {text.digits(kl)} after {member.tokens:,}."
+            f"At its last measurement, after {last:,} tokens, it has a KL of "
+            f"{text.digits(last_kl)} nats/token; {member.name} has {text.digits(kl)} after "
+            f"{member.tokens:,}."
         )
     tokens, label = in_units([*(x for x, _ in scratch.points), member.tokens], "training tokens")
     kls = [kl for _, kl in scratch.points]
@@ -129,7 +134,7 @@ def _scratch_part(member: Member, scratch: ScratchTraining | None) -> Section:
 
 
 def _size_chart(family: FamilyEvaluation) -> Chart:
-    """KL against parameters: the members as a line, as pruned and as trained."""
+    """Chart KL against parameters, with one line for the pruned and one for the trained members."""
     members = family.members
     sizes = [family.teacher.parameters, *(member.student.parameters for member in members)]
     (teacher_size, *x), label = in_units(sizes, "parameters")
@@ -144,7 +149,7 @@ def _size_chart(family: FamilyEvaluation) -> Chart:
 
 
 def _speed_charts(family: FamilyEvaluation) -> list[Chart]:
-    """KL against decoding speed, if every member's was measured."""
+    """Chart KL against decoding speed, if it was measured for every member."""
     members = family.members
     x = [member.decoding for member in members if member.decoding is not None]
     if len(x) < len(members):
@@ -154,12 +159,12 @@ def _speed_charts(family: FamilyEvaluation) -> list[Chart]:
         Line(x, _kls(members), role_color("student"), style="joined", names=names),
         Line([1.0], [0.0], role_color("teacher"), style="diamond", names=["teacher"]),
     ]
-    label = "decoding speed (1: the teacher in the same run)"
+    label = "decoding speed (1 = the teacher in the same run)"
     return [LineChart("Quality against speed", label, KL_LABEL, lines)]
 
 
 def _agreement_chart(family: FamilyEvaluation) -> Chart:
-    """Top-1 agreement of every member."""
+    """Chart every member's top-1 agreement."""
     shares = [(member.name, member.student.fidelity.top1_agreement) for member in family.members]
     bars = [Bar(name, 100 * share, text.percent(share, 1)) for name, share in shares]
     return BarChart("Agreement", "top-1 agreement with the teacher (%)", bars)

@@ -1,4 +1,5 @@
-"""Every form of the model, including teacher and checkpoint: quality against bytes and speed."""
+"""Compares all forms of the model, including the teacher and the checkpoint: quality against bytes
+and speed."""
 
 from __future__ import annotations
 
@@ -18,12 +19,12 @@ KL_LABEL = "KL to the teacher (nats/token)"
 
 @dataclass(frozen=True)
 class Form:
-    """kl, top1_agreement: with the teacher, on the replay's tokens; for the full-precision student
-    next to a quantized one, on all held-out tokens.
+    """One form of the model.
 
-    speedup: decoding speed as a multiple of the float32 checkpoint's, each pair measured
-    alternately in one process; None if it was not measured. tokens_per_s: if the replay
-    measured it.
+    kl, top1_agreement: compared with the teacher on the replay's tokens, except that a
+    full-precision student shown with a quantized one is compared on all held-out tokens. speedup:
+    decoding speed as a multiple of the float32 checkpoint's, each pair measured alternately in one
+    process; None if not measured. tokens_per_s: None if the replay did not measure it.
     """
 
     name: str
@@ -36,9 +37,10 @@ class Form:
 
 
 def forms(models: Mapping[str, ModelResult], replays: Replays) -> list[Form]:
-    """Teacher, exported model, and exports; empty if replays have no teacher to compare with.
+    """Return the teacher, the exported model, and the exports; empty if the replays have no teacher
+    to compare with.
 
-    The teacher's speed is the evaluation's multiple of the student's, both with the same dtype.
+    The teacher's speed is its multiple of the student's in the evaluation, at the same dtype.
     """
     known = [replay for replay in replays if replay.get("teacher")]
     if not known:
@@ -67,11 +69,11 @@ def forms(models: Mapping[str, ModelResult], replays: Replays) -> list[Form]:
 def _sources(
     student: ModelResult, rounded: ModelResult | None, replay: Mapping[str, Any]
 ) -> list[Form]:
-    """The exported model: the float32 checkpoint; for a quantized student, the one on the grid,
-    with the bytes of its codes and scales, and before it the student in full precision.
+    """Return the exported model: the float32 checkpoint, or for a quantized student the
+    full-precision student followed by the one on the grid, with the bytes of its codes and scales.
 
-    The latter is not in the replay: its quality is the evaluation's, and its speed the
-    checkpoint's, since both have the same shapes.
+    The full-precision student is not in the replay: its quality comes from the evaluation, and its
+    speed equals the checkpoint's, since both have the same shapes.
     """
     source = replay["source_teacher"]
     found = []
@@ -88,11 +90,11 @@ def _sources(
 
 
 def forms_section(found: Sequence[Form]) -> Section:
-    """Quality against bytes and speed, as a table and as charts."""
+    """Build the section on quality against bytes and speed, with a table and charts."""
     lead = (
-        "To the teacher, on the replay's tokens (a full-precision student beside a quantized one: "
-        "on all held-out tokens). Speed is that of the format's own runtime relative to the "
-        "float32 checkpoint, in alternation; a dash: not measured here."
+        "Quality is relative to the teacher, on the replay’s tokens (on all held-out tokens for a "
+        "full-precision student shown with a quantized one). Speed is measured in the format’s own "
+        "runtime, alternating with the float32 checkpoint; a dash means not measured."
     )
     title = "Quality against bytes and speed"
     if not found:
@@ -118,12 +120,12 @@ def form_table(found: Sequence[Form]) -> MetricsTable:
 
 
 def form_charts(found: Sequence[Form]) -> list[Chart]:
-    """KL to the teacher against bytes, and against speed; lower is better."""
+    """Chart KL to the teacher, where lower is better, against bytes and against speed."""
     sizes, label = in_units([form.bytes for form in found], "bytes")
     charts: list[Chart] = [_chart("Quality against bytes", label, found, sizes)]
     timed = [form for form in found if form.speedup is not None]
     if len(timed) > 1:
-        label = "decoding speed (1: the float32 checkpoint)"
+        label = "decoding speed (1 = the float32 checkpoint)"
         speeds = [form.speedup or 0.0 for form in timed]
         charts.append(_chart("Quality against decoding speed", label, timed, speeds))
     return charts

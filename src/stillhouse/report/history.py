@@ -1,4 +1,4 @@
-"""Curves from the rows of metrics.jsonl."""
+"""Training curves from the rows of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def training_charts(rows: Rows, unit: str, temperature: float = 1.0) -> list[LineChart]:
-    """KL to the teacher, or the loss if the objective has no KL, and the gradient norm.
+    """Chart KL to the teacher, or the loss if the objective has no KL, and the gradient norm.
 
-    Against tokens, or optimizer steps if tokens are not counted; none with fewer than two rows.
-    unit: what the loss is averaged over. temperature: of the objective's KL; held-out KL is always
-    at 1.
+    The x axis is tokens, or optimizer steps if tokens are not counted. No charts with fewer than
+    two rows. unit: what the loss is averaged over. temperature: the temperature of the objective's
+    KL; held-out KL is always at temperature 1.
     """
     axis, axis_name = ("tokens", "training tokens")
     if not any(_finite(row, axis) for row in rows):
@@ -56,7 +56,7 @@ def _chart(title: str, y_label: str, x_label: str, lines: list[Line]) -> LineCha
 
 
 def series(rows: Rows, key: str, axis: str = "tokens") -> tuple[list[float], list[float]]:
-    """Finite values of `axis` and `key`, over the training rows that have both."""
+    """Return the finite values of `axis` and `key` from the rows that have both."""
     found = [row for row in rows if _finite(row, key) and _finite(row, axis)]
     return [float(row[axis]) for row in found], [float(row[key]) for row in found]
 
@@ -64,8 +64,8 @@ def series(rows: Rows, key: str, axis: str = "tokens") -> tuple[list[float], lis
 def series_of_windows(
     rows: Rows, key: str, axis: str = "tokens"
 ) -> tuple[list[float], list[float]]:
-    """As `series`, also for rows without tokens, such as those of a window of own text: they are at
-    the tokens of their step."""
+    """Like `series`, but include rows without tokens, such as those of a window of own text, placed
+    at the tokens of their step."""
     found = [row for row in rows if _finite(row, key) and _finite(row, "step")]
     x = [
         float(row[axis]) if _finite(row, axis) else _at_step(rows, float(row["step"]), axis)
@@ -80,10 +80,11 @@ def median(rows: Rows, key: str) -> float | None:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Centered mean over a twelfth of the run; at the start only as wide as both sides allow.
+    """Compute a centered mean over a twelfth of the run.
 
-    The start stays narrow because the measure falls fastest there; the last values are means over
-    the available half window, so that the noise of one step is not mistaken for the result.
+    At the start, the window is only as wide as fits on both sides, because values change fastest
+    there. At the end, it shrinks to the available half, so that one step's noise is not mistaken
+    for the result.
     """
     reach = max(1, len(values) // 24)
     means = []
@@ -95,7 +96,7 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def _at_step(rows: Rows, step: float, axis: str) -> float:
-    """Training tokens after `step` steps, by linear interpolation between the rows that have
+    """Interpolate the training tokens after `step` steps linearly between the rows that have
     both."""
     both = [row for row in rows if _finite(row, "step") and _finite(row, axis)]
     known = sorted([(0.0, 0.0), *((float(row["step"]), float(row[axis])) for row in both)])
@@ -122,7 +123,7 @@ def kl_temperature(recipe: Mapping[str, Any]) -> float:
 
 
 def training_section(history: Rows, temperature: float = 1.0) -> Section:
-    """The curves of a training on tokens."""
+    """Build the section with the curves of training on tokens."""
     charts = training_charts(history, "token", temperature)
     facts = _training_facts(history) if charts else []
     return Section("Training", "training", charts=[*charts], facts=facts)
@@ -133,8 +134,8 @@ def _training_facts(history: Rows) -> list[tuple[str, str]]:
     facts = [("Steps", text.count(max(steps))), ("Training tokens", text.count(max(tokens)))]
     rate = median(history, "tokens_per_s")
     if rate is not None:
-        facts.append(("Throughput, median", f"{text.digits(rate)}{text.NBSP}tokens/s"))
+        facts.append(("Median throughput", f"{text.digits(rate)}{text.NBSP}tokens/s"))
     _, learning_rates = series(history, "learning_rate")
     if learning_rates:
-        facts.append(("Highest learning rate", text.power_of_ten(max(learning_rates))))
+        facts.append(("Peak learning rate", text.power_of_ten(max(learning_rates))))
     return facts

@@ -1,4 +1,4 @@
-"""The report on a language model: quality, training and cost of the student."""
+"""The report on a language model: the student's quality, training, and cost."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from stillhouse.report.sections import (
 from stillhouse.report.steps_report import steps_section
 
 OPTIMAL_TOKENS = 20
-"""Training tokens per parameter above which more parameters are the better use of FLOPs
+"""Training tokens per parameter above which more parameters use FLOPs better than more tokens do
 (Hoffmann et al. 2022, arXiv 2203.15556)."""
 
 
@@ -40,12 +40,12 @@ def language_model_report(
     replays: Replays,
     notes: Sequence[str] = (),
 ) -> Report:
-    """A section whose data is empty is hidden.
+    """Build the report; sections without data are hidden.
 
-    evaluation: of a teacher, a student and any other roles. history: rows of metrics.jsonl,
-    training rows with `step`, `tokens` and `loss`, held-out rows with `step` and `heldout_kl`.
-    student: how it was built (`stillhouse.students.build_student`); its `notes` are added to the
-    page's. replays: each export's comparison with its source
+    evaluation: of a teacher, a student, and any other roles. history: the rows of metrics.jsonl:
+    training rows with `step`, `tokens`, and `loss`, and held-out rows with `step` and `heldout_kl`.
+    student: how the student was built (`stillhouse.students.build_student`); its `notes` are added
+    to the page's. replays: each export's comparison with its source
     (`stillhouse.export.gate.ReplayResult` as a dictionary).
     """
     kind = str((run.recipe.get("quantize") or {}).get("kind", ""))
@@ -98,7 +98,7 @@ def _remarks(models: Mapping[str, ModelResult], kind: str) -> list[str]:
     rounded = models.get("quantized_trained") or models.get("quantized")
     parts = []
     if untrained:
-        parts.append(f"before training it kept {text.percent(untrained.fidelity.top1_agreement)}")
+        parts.append(f"before training, it kept {text.percent(untrained.fidelity.top1_agreement)}")
     if tuned:
         parts.append(
             "plain fine-tuning on the same tokens keeps "
@@ -106,8 +106,8 @@ def _remarks(models: Mapping[str, ModelResult], kind: str) -> list[str]:
         )
     if rounded:
         parts.append(
-            f"in {kind} it keeps {text.percent(rounded.fidelity.top1_agreement)} in "
-            f"{text.size(float(rounded.bytes_on_disk))} of the teacher’s "
+            f"in {kind}, it keeps {text.percent(rounded.fidelity.top1_agreement)} at "
+            f"{text.size(float(rounded.bytes_on_disk))}, compared with the teacher’s "
             f"{text.size(float(models['teacher'].bytes_on_disk))}"
         )
     line = "; ".join(parts)
@@ -123,7 +123,7 @@ _FIGURES: tuple[tuple[str, str, Callable[[ModelResult], str]], ...] = (
     ("decoding, tokens/s", "teacher",
      lambda m: text.digits(m.speed.decode_tokens_per_s) if m.speed else ""),
 )  # fmt: skip
-"""Name of a figure, the model to compare the student with, and the values shown for both."""
+"""A figure's name, the model to compare the student with, and how to show either's value."""
 _FOLDED_FIGURES: tuple[tuple[str, str, Callable[[ModelResult], str]], ...] = (
     ("top-1 agreement, shared roots", *_FIGURES[0][1:]),
     ("KL to the teacher, shared roots, nats/token", *_FIGURES[1][1:]),
@@ -131,7 +131,7 @@ _FOLDED_FIGURES: tuple[tuple[str, str, Callable[[ModelResult], str]], ...] = (
      lambda m: text.digits(m.fidelity.bits_per_byte) if m.fidelity.bits_per_byte else ""),
     *_FIGURES[3:],
 )  # fmt: skip
-"""With a teacher of another tokenizer."""
+"""The figures for a teacher with a different tokenizer."""
 
 
 def _figures(run: RunFacts, models: Mapping[str, ModelResult]) -> Iterator[Figure]:
@@ -150,14 +150,14 @@ def _figures(run: RunFacts, models: Mapping[str, ModelResult]) -> Iterator[Figur
 
 
 def kept_section(evaluation: Evaluation) -> Section:
-    """The metrics of every model, and quality against size and speed."""
+    """Build the section with every model's metrics, and quality against size and speed."""
     table, models = metrics_of(evaluation), evaluation.models
     charts = [size_chart(models), *speed_charts(models)]
     return Section("What the student kept", "kept", table=table, charts=charts)
 
 
 def size_chart(models: Sequence[ModelResult]) -> Chart:
-    """KL to the teacher against parameters; closer to the bottom left is better."""
+    """Chart KL to the teacher against parameters; closer to the bottom left is better."""
     sizes, label = in_units([model.parameters for model in models], "parameters")
     dots = [
         dot(role_name(m.role), x, m.fidelity.kl, role_color(m.role),
@@ -168,7 +168,7 @@ def size_chart(models: Sequence[ModelResult]) -> Chart:
 
 
 def speed_charts(models: Sequence[ModelResult]) -> list[Chart]:
-    """Top-1 agreement against decoding speed; closer to the top right is better."""
+    """Chart top-1 agreement against decoding speed; closer to the top right is better."""
     dots = [
         dot(role_name(m.role), m.speed.decode_tokens_per_s, 100 * m.fidelity.top1_agreement,
             role_color(m.role))
@@ -185,7 +185,7 @@ def speed_charts(models: Sequence[ModelResult]) -> list[Chart]:
 
 
 def _scratch_part(run: RunFacts, student: Mapping[str, Any]) -> Section:
-    """This run compared with training the student from scratch, by the rules of
+    """Compare this run with training the student from scratch, by the counting rules of
     `stillhouse.account`."""
     title = "Compared with training the student from scratch"
     trained, made = run.cost("train"), run.cost("student")
@@ -207,15 +207,15 @@ def _scratch_part(run: RunFacts, student: Mapping[str, Any]) -> Section:
     )
     small = (
         "Counted, not measured: 6 FLOPs per parameter and training token, 2 per parameter and "
-        "token that only passes forward. Training from scratch on the same tokens saves the "
-        "teacher’s share; the quality it would reach was not measured. 20 tokens/parameter is the "
-        "compute-optimal rule of thumb (Hoffmann et al. 2022, arXiv 2203.15556)."
+        "forward-only token. Training from scratch on the same tokens saves the teacher’s share; "
+        "the quality it would reach was not measured. 20 tokens/parameter is the compute-optimal "
+        "rule of thumb (Hoffmann et al. 2022, arXiv 2203.15556)."
     )
     return Section(title, table=table, small=small)
 
 
 def student_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The facts of the summary and of its parts (pruning); empty ones are left out."""
+    """Return the facts in the summary and its parts (such as pruning); empty ones are left out."""
     facts = []
     for key, value in summary.items():
         if key == "notes" or value in (None, [], {}, ()):
@@ -232,14 +232,14 @@ def student_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _student_notes(summary: Mapping[str, Any]) -> list[str]:
-    """The notes of the summary and of its parts."""
+    """Return the notes in the summary and its parts."""
     parts = [summary, *(part for part in summary.values() if isinstance(part, dict))]
     return [str(note) for part in parts for note in part.get("notes", [])]
 
 
 def _export_section(models: Mapping[str, ModelResult], replays: Replays) -> Section:
-    """Each export compared with the checkpoint, every form of the model, and the replayed
-    prompts."""
+    """Build the section that compares each export with the checkpoint, with all forms of the model
+    and the replayed prompts."""
     heads = ["Format", "Number type", "Size", "Top-1 agreement", "KL (nats/token)", "KL limit",
              "KL in llama.cpp"]  # fmt: skip
     lead = (
@@ -273,7 +273,7 @@ def _export_row(replay: Mapping[str, Any]) -> list[str]:
 
 
 def _replayed_texts(replays: Replays) -> Iterator[SideBySide]:
-    """Each prompt, with the continuations by the checkpoint and every export."""
+    """Yield each prompt with the continuations by the checkpoint and every export."""
     for texts in zip(*(replay["texts"] for replay in replays), strict=True):
         answers = [Answer("Trained checkpoint", texts[0]["source"], MUTED)]
         for replay, answer in zip(replays, texts, strict=True):

@@ -1,4 +1,4 @@
-"""The report's section on the models' own answers: curves of the training, and tokens by color."""
+"""The report's section on the models' own answers: training curves, and tokens colored by KL."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from stillhouse.report.history import Rows, series_of_windows, smooth
 from stillhouse.report.page import Answer, Section, SideBySide, Token
 
 LEVELS = (0.1, 0.3, 1.0, 3.0)
-"""KL in nats at which the next color begins."""
+"""KL in nats at which each next color starts."""
 
 _LEAD = (
-    "Each model answers the same prompts. A token's color is KL(model ‖ teacher) where the model "
-    "wrote it: dark where the model is likely to write what its teacher would not. Whatever "
-    "follows is scored as a continuation of the model's own text. The teacher's answer has no "
-    "color. Point at a token for its figures."
+    "Each model answers the same prompts. A token’s color shows KL(model ‖ teacher) at that token: "
+    "it is dark where the model is likely to write what its teacher would not. Every token is "
+    "scored as a continuation of the model’s own text. The teacher’s answer has no color. Hover "
+    "over a token to see its figures."
 )
 _CURVES = (
     (("own_forward_kl", "own_reverse_kl", "own_jsd"), "Divergence on own text",
      "nats/token"),
     (("own_entropy",), "Entropy on own text", "nats/token"),
-    (("own_teacher_logprob",), "Own text: log-probability by the teacher", "nats/token"),
-    (("own_repetition", "own_cut_off"), "Repetition and answers cut off", "share"),
+    (("own_teacher_logprob",), "Teacher’s log-probability of own text", "nats/token"),
+    (("own_repetition", "own_cut_off"), "Repetition and truncated answers", "share"),
     (("own_length",), "Length of own answers", "tokens"),
 )  # fmt: skip
-"""Keys of metrics.jsonl on one chart, its title, and the unit."""
+"""The keys of metrics.jsonl on each chart, the chart's title, and the unit."""
 _LABELS = {
     "own_forward_kl": "KL(teacher ‖ student)",
     "own_reverse_kl": "KL(student ‖ teacher)",
     "own_jsd": "JSD",
     "own_repetition": "4-grams seen before",
-    "own_cut_off": "answers cut off",
+    "own_cut_off": "truncated answers",
 }
 _COLORS = (ACCENT, SECOND, *map(role_color, ("quantized", "teacher")))
 
 
 def own_text_section(answers: Iterable[ScoredAnswers], history: Rows) -> Section:
-    """Empty if neither answers nor curves were measured."""
+    """Build the section, which is empty if neither answers nor curves were measured."""
     texts = [
         SideBySide(
             one.prompt,
@@ -66,11 +66,11 @@ def _tokens(answer: ScoredAnswer) -> list[Token]:
     tokens = []
     for written, forward, reverse, logprob in zip(*columns, strict=True):
         if forward is None or reverse is None or logprob is None:
-            tokens.append(Token(written, 0, "begins inside a token of the teacher"))
+            tokens.append(Token(written, 0, "starts inside one of the teacher’s tokens"))
             continue
         about = (
             f"KL(model ‖ teacher) {reverse:.2f}, KL(teacher ‖ model) {forward:.2f}, "
-            f"log-probability by the teacher {logprob:.2f}"
+            f"teacher’s log-probability {logprob:.2f}"
         )
         tokens.append(Token(written, _level(reverse), about))
     return tokens
@@ -84,12 +84,13 @@ def _legend() -> list[Token]:
     limits = [f"{limit:g}" for limit in LEVELS]
     names = [f"below {limits[0]}"]
     names += [f"{low}–{high}" for low, high in pairwise(limits)]
-    names += [f"{limits[-1]} nats and more"]
+    names += [f"{limits[-1]} nats or more"]
     return [Token(name, level) for level, name in enumerate(names)]
 
 
 def own_text_charts(history: Rows) -> list[LineChart]:
-    """The curves of the student's own text during training; none with fewer than two points."""
+    """Chart the metrics of the student's own text during training; no chart with fewer than two
+    points."""
     charts = []
     for keys, title, unit in _CURVES:
         found = {key: series_of_windows(history, key) for key in keys}

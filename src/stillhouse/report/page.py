@@ -1,4 +1,4 @@
-"""The report: sections as plain data in one JSON file, and the HTML page built from them."""
+"""The report: sections as plain data in a JSON file, and the HTML page rendered from them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from stillhouse.report.charts import Chart, role_color
 from stillhouse.runfolder import record_again, write_atomically
 
 REPORT, FAMILY_REPORT, REPORT_DATA = "report.html", "family.html", "report.json"
-"""The page of a run, the page of a family, and the data file next to either."""
+"""A run's page, a family's page, and the data file next to either."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One key figure: a number, what it is, and a line that relates it to others."""
+    """A key figure: a number, its name, and a remark that compares it."""
 
     value: str
     name: str
@@ -34,7 +34,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Token:
-    """A part of a text. level: of its background, from 0 (none) to 4. title: shown on pointing."""
+    """A part of a text. level: its background, from 0 (none) to 4. title: shown on hovering."""
 
     text: str
     level: int
@@ -43,7 +43,8 @@ class Token:
 
 @dataclass(frozen=True)
 class Answer:
-    """color: of the line above the text. tokens: the text in parts; empty: `text`."""
+    """One model's answer. color: the color of the line above the text. tokens: the text in parts;
+    if empty, `text` is shown."""
 
     name: str
     text: str
@@ -70,11 +71,11 @@ class Folded:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page; empty fields are not shown. The page has the fields in this order.
+    """A section of the page, which shows the nonempty fields in this order.
 
-    id: anchor, unique on the page; empty for a part of another section. lead, table, small: text
-    above the table, the table, small print below it. facts: (name, value). legend: of the levels
-    of tokens in `texts`. links: (name, address).
+    id: an anchor that is unique on the page; empty for a part of another section. lead, table,
+    small: text above the table, the table, and small print below it. facts: (name, value) pairs.
+    legend: explains the levels of tokens in `texts`. links: (name, address) pairs.
     """
 
     title: str
@@ -99,8 +100,8 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """kind: distillation, classifier, answers or family. title: the run's name. created: date and
-    time as text. remarks: lines below the headline."""
+    """A report. kind: distillation, classifier, answers, or family. title: the run's name. created:
+    date and time as text. remarks: lines below the headline."""
 
     kind: str
     title: str
@@ -118,7 +119,7 @@ class Report:
 def write_report(report: Report, page: Path) -> None:
     """Write the page, and its data next to it as `report.json`.
 
-    Raises RunError if the folder cannot be written or the disk is full.
+    Raises RunError if the folder is not writable or the disk is full.
     """
     write_page(report, page)
     data = json.dumps(sealed(asdict(report)), indent=1, ensure_ascii=False)
@@ -127,17 +128,19 @@ def write_report(report: Report, page: Path) -> None:
 
 
 def write_page(report: Report, path: Path) -> None:
-    """Write only the page; `path` has either the complete old page or the complete new one."""
+    """Write only the page; `path` always contains either the entire old page or the entire new
+    page."""
     if path.exists() and not path.is_file():
         kind = "a folder" if path.is_dir() else "a device"
-        raise RunError(f"the report's path is {kind}", where=path, fix="give a file's path")
+        raise RunError(f"the report's path is {kind}", where=path, fix="pass the path of a file")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, render(report))
 
 
 def read_report(path: Path) -> Report:
-    """Raises RunError if the `report.json` is missing, damaged or from an older version."""
+    """Read a report's data. Raises RunError if `report.json` is missing, damaged, or from an older
+    version."""
     try:
         data = path.read_bytes()
         report = TypeAdapter(Report).validate_json(data)
@@ -145,34 +148,34 @@ def read_report(path: Path) -> Report:
         raise RunError(
             f"the report's data cannot be read: {error.strerror}",
             where=path,
-            fix="check the path and its permissions, or repeat `stillhouse run`",
+            fix="check the path and its permissions, or rerun `stillhouse run`",
         ) from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "its text"
         raise RunError(
-            f"this is not report data of this version: {place}: {first['msg']}",
+            f"this is not report data from this version: {place}: {first['msg']}",
             where=path,
-            fix="repeat `stillhouse run`: it writes a new report",
+            fix="rerun `stillhouse run` to write a new report",
         ) from error
     if seal_broken(json.loads(data)):
         raise RunError(
-            "the report's data are damaged: they are not what was written",
+            "the report's data is damaged: it has changed since it was written",
             where=path,
-            fix="repeat `stillhouse run`: it writes a new report",
+            fix="rerun `stillhouse run` to write a new report",
         )
     return report
 
 
 def steps_table(page: Path) -> MetricsTable | None:
-    """What each step of a run changed, from the data of its page; None for a run whose report has
-    no such section. Raises RunError as `read_report`."""
+    """Return the table of what each step of a run changed, from its report's data; None if the
+    report has no such section. Raises RunError like `read_report`."""
     section = read_report(page.resolve().with_name(REPORT_DATA)).section("steps")
     return None if section is None else section.table
 
 
 def redraw_report(folder: Path, out: Path | None = None) -> Path:
-    """Write the page of a run folder again from its data. out: by default the run's own page.
+    """Render a run folder's page again from its data. out: by default, the run's own page.
 
     Returns the page's path. Raises RunError.
     """
@@ -186,12 +189,12 @@ def redraw_report(folder: Path, out: Path | None = None) -> Path:
 
 
 def render(report: Report) -> str:
-    """The page as text; every string of the report is escaped."""
+    """Render the page, escaping every string in the report."""
     return environment("report").get_template("page.html.j2").render(report=report)
 
 
 def svg(chart: Chart, key: str) -> Markup:
-    """The chart as an element of the page. key: unique on it."""
+    """Render a chart as an element of the page. key: unique on the page."""
     from stillhouse.report.draw_charts import draw  # matplotlib takes a second to import
 
     return Markup(draw(chart, key))
@@ -199,8 +202,8 @@ def svg(chart: Chart, key: str) -> Markup:
 
 @cache
 def environment(folder: str) -> Environment:
-    """Templates of a folder of this package, and of the report, whose `section.html.j2` renders
-    sections."""
+    """Return the templates in one of this package's folders, and the report's, whose
+    `section.html.j2` renders sections."""
     found = Environment(
         loader=ChoiceLoader([PackageLoader("stillhouse", name) for name in (folder, "report")]),
         autoescape=True,

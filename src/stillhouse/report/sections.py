@@ -1,4 +1,4 @@
-"""The parts of a report that every kind of run has, and the facts that they are built from."""
+"""The report sections that all kinds of runs share, and the facts that they are built from."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from stillhouse.runfolder import Cost, Stage
 from stillhouse.stage_manifest import versions
 
 _REUSED = (
-    "Reused: found complete from an earlier start of this run; the figures are those of the work "
-    "itself."
+    "Reused: the stage was already complete from an earlier start of this run; its figures are "
+    "from when it ran."
 )
 
 
@@ -30,8 +30,8 @@ _REUSED = (
 class RunFacts:
     """The facts about a run of any kind.
 
-    title: the run's name. created: date and time as text. recipe: resolved, as plain data. teacher:
-    one line of text. stages: all finished stages.
+    title: the run's name. created: date and time as text. recipe: the resolved recipe as plain
+    data. teacher: a one-line description. stages: all finished stages.
     """
 
     title: str
@@ -43,12 +43,12 @@ class RunFacts:
     versions: Mapping[str, str]
 
     def cost(self, stage: str) -> Cost | None:
-        """The cost of the (last) stage with that name."""
+        """The cost of the last stage with this name."""
         return {one.name: one.cost for one in self.stages}.get(stage)
 
     @classmethod
     def gather(cls, recipe: BaseModel, teacher: str, finished: Iterable[Stage]) -> RunFacts:
-        """The facts about a run on this machine that ends now."""
+        """Gather the facts about a run on this machine that ends now."""
         data = recipe.model_dump(mode="json")
         return cls(
             title=data["name"],
@@ -62,7 +62,7 @@ class RunFacts:
 
 
 def cost_section(stages: Sequence[Stage], *parts: Section) -> Section:
-    """Tokens, FLOPs, time and peak memory of each stage."""
+    """Build the section with each stage's tokens, FLOPs, time, and peak memory."""
     return Section(
         "Cost",
         "cost",
@@ -77,7 +77,7 @@ def _stage_table(stages: Sequence[Stage]) -> MetricsTable:
     rows = [_cost_row(_stage_name(stage), stage.cost) for stage in stages]
     peaks = [stage.cost.peak_memory_bytes for stage in stages]
     for row, peak, before in zip(rows, peaks, [0, *accumulate(peaks, max)], strict=False):
-        if peak and peak == before:  # that of the process, which an earlier stage has set
+        if peak and peak == before:  # the process's peak, which an earlier stage reached
             row[-1] = f"≤ {row[-1]}"
     total = Cost(
         sum(stage.cost.seconds for stage in stages),
@@ -94,7 +94,7 @@ def _stage_name(stage: Stage) -> str:
 
 
 def _cost_row(name: str, cost: Cost) -> list[str]:
-    """A dash for values that were not measured, or do not apply."""
+    """Format a row, with a dash for values that were not measured or do not apply."""
     tokens, memory = cost.tokens, cost.peak_memory_bytes
     return [
         name,
@@ -106,7 +106,7 @@ def _cost_row(name: str, cost: Cost) -> list[str]:
 
 
 def stage_charts(stages: Sequence[Stage]) -> list[Chart]:
-    """Bars for each stage: seconds, and FLOPs if any stage has some."""
+    """Chart each stage's seconds, and its FLOPs if any stage has some."""
     seconds = [stage.cost.seconds for stage in stages]
     flops = [stage.cost.flops for stage in stages]
     shown = map(text.seconds, seconds)
@@ -133,7 +133,7 @@ def _stage_bars(
 
 
 def generations_section(generations: Iterable[Generation]) -> Section:
-    """The same prompts answered by every model, by role or by a member's name."""
+    """Build the section with every model's answers to the same prompts, by role or member name."""
     texts = [
         SideBySide(
             one.prompt,
@@ -144,29 +144,29 @@ def generations_section(generations: Iterable[Generation]) -> Section:
         )
         for one in generations
     ]
-    lead = "The same prompts and decoding settings for every model, unedited."
+    lead = "Every model’s unedited answers to the same prompts, with the same decoding settings."
     return Section("Side by side", "generations", lead=lead, texts=texts)
 
 
 def notes_section(*notes: Iterable[str]) -> Section:
-    """Each note once."""
+    """Build the section of notes, listing each once."""
     items = list(dict.fromkeys(note for some in notes for note in some))
     return Section("Notes", "notes", items=items)
 
 
 def _reproduction_section(run: RunFacts) -> Section:
-    """The resolved recipe, the machine and the versions."""
+    """Build the section with the resolved recipe, the machine, and the versions."""
     recipe = yaml.safe_dump(dict(run.recipe), sort_keys=False, allow_unicode=True, width=88)
     folded = [
-        Folded("The recipe, with every default resolved", recipe),
+        Folded("Recipe with all defaults", recipe),
         Folded("Machine", facts=plain_facts(run.machine)),
         Folded("Versions", facts=[*run.versions.items()]),
     ]
-    return Section("To reproduce it", "again", folded=folded)
+    return Section("Reproduce this run", "again", folded=folded)
 
 
 def plain_facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Labels and values as text; a key that ends in `_bytes` is a size."""
+    """Format labels and values as text; a key that ends in `_bytes` is a size."""
     facts = []
     for key, value in values.items():
         if key.endswith("_bytes") and isinstance(value, int):
@@ -177,7 +177,7 @@ def plain_facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def filled(*sections: Section) -> list[Section]:
-    """The sections that have something to show."""
+    """Keep the sections that have something to show."""
     return [section for section in sections if not section.is_empty]
 
 
@@ -189,7 +189,7 @@ def assemble(
     remarks: Sequence[str] = (),
     figures: Iterable[Figure] = (),
 ) -> Report:
-    """The report of a run, with the last section of every kind: how to reproduce it."""
+    """Assemble a run's report, adding the last section of every kind: how to reproduce it."""
     return Report(
         kind=kind,
         title=run.title,

@@ -1,4 +1,5 @@
-"""What each step of a run changed: cut, refit, distilled, quantized, trained quantized."""
+"""The report section on what each step changed: cutting, refitting, distilling, quantizing, and
+quantization-aware training."""
 
 from __future__ import annotations
 
@@ -17,22 +18,22 @@ Named = list[tuple[str, ModelResult]]
 
 _LEAD = (
     "Each row is the model after one more step, measured on the same {tokens} positions of "
-    "held-out text. Percentages: the change of KL since the row above."
+    "held-out text. Percentages are the change in KL from the row above."
 )
 _UNTIMED = (
-    "Decoding: one sequence at a time. Steps that do not change the shape do not change the speed. "
-    "A quantized model has the speed of its export's runtime: that of a GGUF file is measured if "
-    "llama-cpp-python is installed (stillhouse[llama-cpp])."
+    "Decoding processes one sequence at a time. Steps that keep the shape keep the speed. A "
+    "quantized model runs at the speed of its export’s runtime, which is measured for a GGUF file "
+    "if llama-cpp-python is installed (stillhouse[llama-cpp])."
 )
 
 
 def steps_section(
     evaluation: Evaluation, student: Mapping[str, Any], kind: str, replays: Replays
 ) -> Section:
-    """Every step's KL, agreement, size and speed; empty unless the student is cut without a refit
-    too, or quantized.
+    """Build the section with each step's KL, agreement, size, and speed; empty unless the student
+    was also measured without the refit, or quantized.
 
-    student: how it was built (`build_student`). kind: as `quantize.kind`.
+    student: how the student was built (`build_student`). kind: the recipe's `quantize.kind`.
     """
     title = "What each step changed"
     steps = named_steps(evaluation, student, kind)
@@ -49,7 +50,7 @@ def steps_section(
 
 
 def named_steps(evaluation: Evaluation, student: Mapping[str, Any], kind: str) -> Named:
-    """The models of the run in the order in which they are made, teacher first."""
+    """Return the run's models in the order in which they are made, teacher first."""
     cut = evaluation.result("cut") is not None
     pruned = "Cut, and refit" if cut else "Cut" if "pruning" in student else "Before training"
     names = {
@@ -95,7 +96,7 @@ def _change(kl: float, before: float) -> str:
 
 
 def step_charts(steps: Named) -> list[Chart]:
-    """KL after every step, and against bytes."""
+    """Chart KL after every step, and KL against bytes."""
     made = steps[1:]  # the teacher's KL is 0
     bars = [
         Bar(name, model.fidelity.kl, text.tiny(model.fidelity.kl), role_color(model.role))

@@ -1,7 +1,7 @@
-"""The process that loads the chat's models, as seen by the server: one request at a time.
+"""The server's link to the process that runs the chat's models, for one request at a time.
 
-It is a process of its own, so that the server stays small, a lack of memory ends only the chat, and
-unloading the models gives their memory back.
+A separate process keeps the server small, limits the effect of running out of memory to the chat,
+and returns all of the models' memory when it ends.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from stillhouse import cgroups
 from stillhouse.errors import StillhouseError
 
 IDLE_SECONDS = 600.0
-"""After which the models of an unused chat are unloaded."""
+"""How long the chat can be unused before its models are unloaded."""
 COMMAND = ("-m", "stillhouse.watch.chat_process")
 _LINE_BYTES = 4 << 20
 
 
 def chat_threads() -> int:
-    """Threads of the chat's models: a quarter of the cores that this process may use, so that a
-    training keeps most of them."""
+    """Return the number of threads for the chat's models: a quarter of the cores that this process
+    may use, which leaves most of them to training."""
     return max(1, min([os.cpu_count() or 1, *cgroups.cores()]) // 4)
 
 
@@ -36,7 +36,7 @@ class ChatBusyError(StillhouseError):
 
 
 class ChatProcess:
-    """device: cpu or cuda."""
+    """The chat's process, which is started on the first request. device: cpu or cuda."""
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = device
@@ -54,7 +54,7 @@ class ChatProcess:
         """
         if self._lock.locked():
             raise ChatBusyError(
-                "another prompt is being answered", fix="wait for its end, or stop it"
+                "another prompt is being answered", fix="wait until it finishes, or stop it"
             )
         await self._lock.acquire()
         if self._idle is not None:
@@ -106,19 +106,19 @@ class ChatProcess:
             stderr=asyncio.subprocess.PIPE,
             env=environment,
             limit=_LINE_BYTES,
-            start_new_session=True,  # Ctrl-C is for the server, which ends it
+            start_new_session=True,  # Ctrl-C goes to the server, which ends this process
         )
         self._keep(self._listen(process))
         return process
 
     def _keep(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run beside the requests; the event loop itself does not keep its tasks alive."""
+        """Run a task in the background. The event loop itself keeps no reference to its tasks."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _listen(self, process: asyncio.subprocess.Process) -> None:
-        """Keep the last lines that libraries print."""
+        """Keep the last lines that the process prints to standard error."""
         assert process.stderr is not None
         with suppress(ValueError):  # a line that is too long
             async for line in process.stderr:
@@ -126,29 +126,29 @@ class ChatProcess:
 
     async def _send(self, process: asyncio.subprocess.Process, message: Mapping[str, Any]) -> None:
         assert process.stdin is not None
-        with suppress(ConnectionError):  # it has ended: the next read says so
+        with suppress(ConnectionError):  # the process has ended, which the next read notices
             process.stdin.write((json.dumps(message) + "\n").encode())
             await process.stdin.drain()
 
     async def _read(self, process: asyncio.subprocess.Process) -> dict[str, Any] | None:
-        """The next event; None if the process has ended."""
+        """Read the next event; None if the process has ended."""
         assert process.stdout is not None
         line = await process.stdout.readline()
         return json.loads(line) if line.endswith(b"\n") else None
 
     async def _why(self, process: asyncio.subprocess.Process) -> str:
-        """A message for a process that has ended by itself."""
+        """Explain why the process has ended by itself."""
         code = await process.wait()
         if code == -signal.SIGKILL:
             return (
                 "the chat's process was killed, most likely because memory ran out: close other "
-                "programs, or wait for the end of the training"
+                "programs, or wait until training finishes"
             )
         said = next((line for line in reversed(self._said) if line), "no message")
-        return f"the chat's process has ended with status {code}: {said}"
+        return f"the chat's process ended with exit status {code}: {said}"
 
     async def _stop(self, process: asyncio.subprocess.Process, number: int) -> None:
-        """Stop a generation whose reader has gone, and wait for its end."""
+        """Stop a generation that nobody reads anymore, and wait until it ends."""
         try:
             await self._send(process, {"stop": number})
             while (event := await self._read(process)) is not None and "end" not in event:

@@ -1,7 +1,7 @@
 """The chat's models, loaded once, and their answers.
 
-Answers come from the code that generates text everywhere else: the model's own chat template, the
-same tokens that end an answer, strings of control tokens as text.
+Answers come from the same code that generates text everywhere else: with the model's chat template
+and the same end-of-answer tokens, and with the strings of control tokens as plain text.
 """
 
 from __future__ import annotations
@@ -40,35 +40,35 @@ from stillhouse.teachers.planned_model import model_without_weights
 from stillhouse.training.train import MODEL
 
 ROLES = ("student", "teacher")
-"""In the order in which they answer: the faster one first."""
+"""The roles in the order in which they answer, faster model first."""
 SHOWN_LABELS = 5
 _TRAINED = ("qat", "quantize", "train")
-"""Steps whose `model` is the student; the first of these that is finished."""
+"""Steps whose `model` is the student; the first finished one is used."""
 
 Say = Callable[[dict[str, Any]], None]
 Show = Callable[[str], None]
 
 
 class StoppedError(Exception):
-    """The user does not want the rest of the answer."""
+    """The user stopped the answer."""
 
 
 class Speaker(Protocol):
     def answer(self, request: Mapping[str, Any], role: str, show: Show) -> str:
-        """Show the text as it grows; returns a note on it. Raises ModelError."""
+        """Show the text as it grows, and return a note about it. Raises ModelError."""
         ...
 
 
 class ChatModels:
-    """The models of the last run that was used."""
+    """The models of the most recently used run."""
 
     def __init__(self) -> None:
         self._of: tuple[str, ...] = ()
         self._speakers: dict[str, Speaker] = {}
 
     def answer(self, request: Mapping[str, Any], say: Say, stopped: Callable[[], bool]) -> None:
-        """Answer with both models, one after the other. An error is an event of its model, and the
-        other one answers anyway."""
+        """Answer with both models, one after the other. If one fails, its error becomes an event,
+        and the other still answers."""
         folders: Mapping[str, str] = request["folders"]
         of = request["root"], *(folders.get(name, "") for name in _TRAINED)
         if of != self._of:
@@ -86,8 +86,8 @@ class ChatModels:
             except (MemoryError, torch.OutOfMemoryError):
                 self._speakers.clear()
                 free_memory()
-                say({"role": role, "error": "memory ran out: both models are unloaded"})
-            # Of a model's own code, or a template: a program that fails in any way.
+                say({"role": role, "error": "memory ran out: both models were unloaded"})
+            # A model's own code or a template is a program that can fail in any way.
             except Exception as error:
                 say({"role": role, "error": f"{type(error).__name__}: {error}"})
 
@@ -97,7 +97,7 @@ class ChatModels:
         if role not in self._speakers:
             say({"state": f"loading the {role}"})
             self._speakers[role] = load_speaker(request, role)
-        say({"state": f"the {role} answers"})
+        say({"state": f"the {role} is answering"})
 
         def show(answer: str) -> None:
             say({"role": role, "text": answer})
@@ -109,7 +109,8 @@ class ChatModels:
 
 
 def load_speaker(request: Mapping[str, Any], role: str) -> Speaker:
-    """Raises ModelError if the model is not here, or not yet; RecipeError."""
+    """Load the model for a role. Raises ModelError if the model is not on this machine or not
+    trained yet, and RecipeError."""
     root = Path(request["root"])
     recipe = load_recipe(root / RECIPE)
     base = Path(request["base"] or Path.cwd())
@@ -125,21 +126,21 @@ def load_speaker(request: Mapping[str, Any], role: str) -> Speaker:
 
 
 def _student(recipe: AnyRecipe, folders: Mapping[str, Path]) -> ModelSource:
-    """The trained student. Raises ModelError if it is not trained yet."""
+    """Locate the trained student. Raises ModelError if it is not trained yet."""
     found = next((folders[name] / MODEL for name in _TRAINED if name in folders), None)
     if found is None:
-        raise ModelError("the student is not trained yet", fix="wait for the step `train`")
+        raise ModelError("the student is not trained yet", fix="wait for the `train` step")
     student = recipe.student
     section = student if isinstance(student, PretrainedStudent) else recipe.teacher
     return resolve_model(str(found), base=Path.cwd(), trusted=section.trust_remote_code)
 
 
 def _teacher(recipe: AnyRecipe, base: Path) -> ModelSource:
-    """The local teacher. Raises ModelError if it is not on this machine."""
+    """Locate the local teacher. Raises ModelError if it is not on this machine."""
     section = recipe.teacher
     if not section.model:
         raise ModelError(
-            "the teacher is served by an API", fix="the chat has only models of this machine"
+            "the teacher is served by an API", fix="chat with models on this machine only"
         )
     return resolve_model(
         section.model, revision=section.revision, base=base, trusted=section.trust_remote_code
@@ -147,23 +148,24 @@ def _teacher(recipe: AnyRecipe, base: Path) -> ModelSource:
 
 
 def _loaded(source: ModelSource) -> tuple[Any, Any]:
-    """A model on its device, and its tokenizer. Raises ModelError if it would not fit."""
+    """Load a model onto its device, and its tokenizer. Raises ModelError if it would not fit."""
     device = default_device()
     dtype = choose_precision("auto", device).dtype
     need = count_parameters(model_without_weights(source)).total * dtype.itemsize
     free = free_memory_bytes("cpu")
     if need > free:
         raise ModelError(
-            f"this model needs {text.size(need)} of memory, and {text.size(free)} are free",
+            f"this model needs {text.size(need)} of memory, but only {text.size(free)} are free",
             where=source.path,
-            fix="close other programs, or wait for the end of the training",
+            fix="close other programs, or wait until training finishes",
         )
     return load_model(source, dtype=dtype).to(device), load_tokenizer(source)
 
 
 @dataclass
 class LanguageModelSpeaker:
-    """messages: the prompt of a task around a text; None for a conversation."""
+    """Answers with a language model. messages: wraps a text in the task's prompt; None for a
+    conversation."""
 
     model: Any
     tokenizer: Any
@@ -175,7 +177,7 @@ class LanguageModelSpeaker:
 
         def show_tokens(tokens: Sequence[int]) -> None:
             answer = opened + decode_with_marks(self.tokenizer, tokens)
-            show(answer.rstrip("\N{REPLACEMENT CHARACTER}"))  # part of a character
+            show(answer.rstrip("\N{REPLACEMENT CHARACTER}"))  # an incomplete character
 
         ends = end_of_answers(self.tokenizer, self.model.generation_config)
         generator = LocalGenerator(self.model, ends, batch=1, on_token=show_tokens)
@@ -184,19 +186,19 @@ class LanguageModelSpeaker:
             most = min(most, generator.window - len(ids))
         if most < 1:
             raise ModelError(
-                f"the conversation has {len(ids):,} tokens, and the model reads "
+                f"the conversation has {len(ids):,} tokens, but the model's context is "
                 f"{generator.window:,}",
-                fix="begin a new chat",
+                fix="start a new chat",
             )
         temperature, seed = float(request["temperature"]), int(request["id"])
         prompt = TokenPrompt(ids, most, temperature, seed=seed)
         ((_, written),) = generator.generate([prompt])
         rate = len(written.ids) / max(written.seconds, 1e-9)
-        end = "" if written.stop == "stop" else ", cut off"
+        end = "" if written.stop == "stop" else ", truncated"
         return f"{len(written.ids):,} tokens{end}, {text.digits(rate)} tokens/s"
 
     def _prompt(self, request: Mapping[str, Any], role: str) -> list[int]:
-        """Without a chat template, the prompt is text to continue."""
+        """Tokenize the conversation; without a chat template, the prompt is text to continue."""
         prompt: str = request["prompt"]
         if self.messages is not None:
             return chat_ids(self.tokenizer, self.messages(prompt))
@@ -217,7 +219,7 @@ class LanguageModelSpeaker:
 
 @dataclass
 class LabelSpeaker:
-    """probabilities: of each label for a text."""
+    """Answers with labels. probabilities: returns each label's probability for a text."""
 
     probabilities: Callable[[str], Mapping[str, float]]
 
@@ -234,7 +236,7 @@ def _classifying_speaker(
     recipe: ClassifyRecipe, role: str, root: Path, base: Path, folders: Mapping[str, Path]
 ) -> LabelSpeaker:
     if "export" not in folders:
-        raise ModelError("the student is not exported yet", fix="wait for the step `export`")
+        raise ModelError("the student is not exported yet", fix="wait for the `export` step")
     labels = Facts.load(root / MODEL).labels
     if role == "student":
         student = load_classifier(root / MODEL, dtype=choose_precision("auto").dtype)

@@ -1,7 +1,7 @@
 """The chat's process: `python -m stillhouse.watch.chat_process THREADS`.
 
-Reads requests as lines of JSON from standard input, and writes their events as lines of JSON to
-standard output. Ends when standard input does, so that it never outlives the server.
+Reads requests as JSON lines from standard input, and writes their events as JSON lines to standard
+output. Exits when standard input closes, so that it never outlives the server.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import IO, Any
 
 
 def be_modest(threads: int) -> None:
-    """Run after everything else: lowest priority, few threads, and first to go if memory ends."""
+    """Yield to everything else: lowest priority, few threads, and the first process to be killed if
+    memory runs out."""
     os.nice(19)
     with suppress(OSError):  # on Linux only
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
@@ -40,7 +41,7 @@ def read_requests(
 
 def main(threads: int) -> None:
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print is not an event
+    os.dup2(2, 1)  # keep what libraries print apart from events
     requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     stopped: set[int] = set()
     arguments = (sys.stdin, requests, stopped)

@@ -1,6 +1,6 @@
-"""The live pages as HTML: the list of runs, and a run with its steps, curves and metrics.
+"""The live pages as HTML: the list of runs, and a run with its steps, curves, and metrics.
 
-Curves and tables are sections of the report, rendered by the report's own template.
+Curves and tables are report sections, rendered with the report's template.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from stillhouse.training.checkpoints import read_metrics
 from stillhouse.watch.watched_runs import Training, WatchedPart, WatchedRun, find_runs, read_run
 
 CHATS = {
-    "language model": "Teacher and student answer the same prompt.",
+    "language model": "The teacher and the student answer the same prompt.",
     "family": "The teacher and a member of the family answer the same prompt.",
-    "extract": "Give a text: teacher and student answer it with the recipe's prompt.",
-    "generate": "Give a text: teacher and student answer it with the recipe's prompt.",
-    "classify": "Give a text: teacher and student label it.",
+    "extract": "Enter a text; the teacher and the student answer it with the recipe's prompt.",
+    "generate": "Enter a text; the teacher and the student answer it with the recipe's prompt.",
+    "classify": "Enter a text; the teacher and the student label it.",
 }
 MARKS = {"waiting": "○", "working": "◐", "done": "●", "reused": "●", "failed": "✕"}
 _EVALUATIONS: dict[str, type[Saved]] = {
@@ -50,7 +50,7 @@ def index_page(folder: Path) -> str:
 
 
 def index_part(folder: Path) -> str:
-    """The part of the list of runs that changes."""
+    """Render the changing part of the list of runs."""
     runs = [read_run(name, path) for name, path in find_runs(folder).items()]
     runs.sort(key=lambda run: (run.state != "running", -run.changed))
     return _render("runs.html.j2", runs=runs, step=current_step, share=share, ago=_when)
@@ -71,7 +71,7 @@ def run_page(run: WatchedRun, token: str, threads: int) -> str:
 
 
 def run_part(run: WatchedRun) -> str:
-    """The part of a run's page that changes."""
+    """Render the changing part of a run's page."""
     return _render(
         "live.html.j2",
         run=run,
@@ -93,7 +93,7 @@ def _render(template: str, **values: object) -> str:
 
 
 def current_step(run: WatchedRun) -> str:
-    """The step that works or failed, with its member; otherwise how many are finished."""
+    """Name the working or failed step and its member; otherwise, the number of finished steps."""
     for part in reversed(run.parts):
         for step in part.steps:
             if step.state in ("working", "failed"):
@@ -103,12 +103,12 @@ def current_step(run: WatchedRun) -> str:
 
 
 def share(work: Work) -> float:
-    """Of the work that is done, from 0 to 1."""
+    """The fraction of the work that is done, from 0 to 1."""
     return min(1.0, max(0.0, work.done / work.total)) if work.total > 0 else 0.0
 
 
 def remaining(work: Work) -> str:
-    """How much is done, at which rate, and the time left at that rate."""
+    """Describe how much is done, the rate, and the time left at that rate."""
     line = f"{text.percent(share(work))}: {work.done:,} of {work.total:,} {work.unit}"
     if work.done <= 0 or work.seconds <= 0:
         return line
@@ -119,7 +119,7 @@ def remaining(work: Work) -> str:
 
 def _step_detail(step: StepProgress) -> str:
     if step.state == "reused":
-        return f"reused, {text.seconds(step.seconds)} of earlier work"
+        return f"reused (took {text.seconds(step.seconds)})"
     return text.seconds(step.seconds) if step.state in ("done", "failed") else step.state
 
 
@@ -131,10 +131,10 @@ def _when(seconds: float) -> str:
 
 
 def _sections(part: WatchedPart, kind: str) -> Iterator[Markup]:
-    """The curves of each training, and the metrics."""
+    """Yield the curves of each training, and the metrics."""
     prefix = f"{part.name}-" if part.name else ""
     for number, training in enumerate(part.trainings):
-        with suppress(OSError):  # its folder was renamed just now
+        with suppress(OSError):  # its folder has just been renamed
             facts = training.metrics.stat()
             anchor = f"{prefix}training-{number}"
             yield _training_html(training, anchor, facts.st_mtime_ns, facts.st_size)
@@ -144,7 +144,7 @@ def _sections(part: WatchedPart, kind: str) -> Iterator[Markup]:
 
 @lru_cache(maxsize=64)
 def _training_html(training: Training, anchor: str, _changed: int, _size: int) -> Markup:
-    """Drawn once for each version of the file."""
+    """Render a training's section once per version of its file."""
     rows = read_metrics(training.metrics)
     if training.unit == "text":
         section = Section(training.title, charts=[*training_charts(rows, training.unit)])
@@ -154,7 +154,7 @@ def _training_html(training: Training, anchor: str, _changed: int, _size: int) -
 
 
 def _section_html(section: Section, anchor: str) -> Markup:
-    """Nothing for a section without data."""
+    """Render a section; empty for a section without data."""
     if section.is_empty:
         return Markup("")
     return Markup(_render("one_section.html.j2", section=section, anchor=anchor))
@@ -169,7 +169,7 @@ def _evaluation_section(kind: str, path: Path) -> Section:
 
 
 def _members(path: Path) -> Markup:
-    """The metrics of a family's members."""
+    """Render the metrics of a family's members."""
     try:
         found = FamilyEvaluation.load(path)
     except StillhouseError:

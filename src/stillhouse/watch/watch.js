@@ -1,5 +1,5 @@
 "use strict";
-// Replaces the live part of the page while runs write, and shows the answers of the chat.
+// Updates the live part of the page while runs write, and shows the chat's answers.
 
 const SECONDS = 5;
 
@@ -29,7 +29,7 @@ function live() {
       state.textContent = `updated every ${SECONDS} seconds`;
     } catch (error) {
       state.textContent =
-        error instanceof TypeError ? "not updated: stillhouse watch has ended" : error.message;
+        error instanceof TypeError ? "not updating: stillhouse watch has stopped" : error.message;
     }
   }
 
@@ -132,7 +132,7 @@ function chat() {
       state.textContent = "";
     } catch (error) {
       if (error.name === "AbortError") state.textContent = "stopped";
-      else if (error instanceof TypeError) state.textContent = "stillhouse watch has ended";
+      else if (error instanceof TypeError) state.textContent = "stillhouse watch has stopped";
       else state.textContent = error.message;
     }
     send.disabled = clear.disabled = false;

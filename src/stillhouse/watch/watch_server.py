@@ -1,8 +1,8 @@
-"""The server of `stillhouse watch`: on loopback only, and read-only except for the chat.
+"""The server of `stillhouse watch`, on loopback only, and read-only except for the chat.
 
-Pages of other sites must not reach it: the Host header has to name this machine's loopback, against
-DNS rebinding; a chat needs a token that only the server's own page has; and the content security
-policy allows no scripts but the server's own file.
+Other sites' pages must not reach it. Against DNS rebinding, the Host header must name this
+machine's loopback; chat requests need a token that only the server's own page has; and the content
+security policy allows only the server's own script.
 """
 
 from __future__ import annotations
@@ -49,14 +49,15 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Turn(Section):
-    """answers: by role; a role without one is left out of its conversation."""
+    """One turn of a conversation. answers: by role; a turn that a role did not answer is left out
+    of that role's conversation."""
 
     prompt: Annotated[str, Field(max_length=PROMPT_CHARACTERS)]
     answers: dict[str, Annotated[str, Field(max_length=8 * PROMPT_CHARACTERS)]]
 
 
 class ChatRequest(Section):
-    """member: of a family. turns: earlier ones of the conversation."""
+    """A chat request. member: a family's member. turns: the conversation's earlier turns."""
 
     prompt: Annotated[str, Field(min_length=1, max_length=PROMPT_CHARACTERS)]
     turns: list[Turn] = Field([], max_length=TURNS)
@@ -66,7 +67,7 @@ class ChatRequest(Section):
 
 
 class WatchServer:
-    """Serves the runs of a folder. token: that a chat request has to carry."""
+    """Serves the runs in a folder. token: required in every chat request."""
 
     def __init__(self, folder: Path, chat: ChatProcess) -> None:
         self.folder, self.chat = folder, chat
@@ -114,7 +115,7 @@ class WatchServer:
         return web.Response(text=_own_file("watch.js"), content_type="text/javascript")
 
     async def report(self, request: web.Request) -> web.Response:
-        """A finished report, as it is on the disk; without scripts, whatever is in it."""
+        """Serve a finished report as it is on disk, with a policy that blocks any scripts in it."""
         run = self._found(request)
         pages = {run.report, *(part.report for part in run.parts)}
         name = "/".join(
@@ -131,26 +132,26 @@ class WatchServer:
         return _html(text, _REPORT_POLICY)
 
     def _found(self, request: web.Request) -> WatchedRun:
-        """The run of the address: one of those that are in the folder, whatever is asked for."""
+        """Find the run that the address names, only among the runs in the folder."""
         name = request.match_info["run"]
         root = find_runs(self.folder).get(name)
         if root is None:
-            raise web.HTTPNotFound(text="there is no such run in this folder")
+            raise web.HTTPNotFound(text="this folder does not contain that run")
         return read_run(name, root)
 
     async def _drawn(self, page: Callable[[], str]) -> str:
-        """Drawn in another thread, one at a time: matplotlib's settings are global."""
+        """Render pages in a thread, one at a time, because matplotlib's settings are global."""
         async with self._drawing:
             return await asyncio.to_thread(page)
 
     # --- chat ------------------------------------------------------------------------------------
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
-        """The answers of teacher and student as lines of JSON, while they are generated."""
+        """Stream the teacher's and the student's answers as JSON lines while they are generated."""
         run = self._found(request)
         given = request.headers.get("X-Stillhouse-Token", "")
         if not secrets.compare_digest(given.encode(), self.token.encode()):
-            raise web.HTTPForbidden(text="this page is of an earlier start: reload it")
+            raise web.HTTPForbidden(text="the server has restarted since: reload this page")
         try:
             asked = ChatRequest.model_validate_json(await request.text())
         except (ValidationError, UnicodeError) as error:
@@ -186,10 +187,10 @@ def _what_is_wrong(error: Exception) -> str:
 
 @web.middleware
 async def _guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Reject requests that come by another name, and errors as plain text."""
+    """Reject requests with any other host name, and return errors as plain text."""
     if _host(request.headers.get("Host", "")) not in LOOPBACK:
         raise web.HTTPForbidden(
-            text="this server answers only as localhost; from another machine, forward its port: "
+            text="this server only answers as localhost; from another machine, forward its port: "
             "ssh -L 8000:localhost:8000 HOST"
         )
     try:
@@ -203,7 +204,7 @@ async def _add_headers(_request: web.Request, response: web.StreamResponse) -> N
 
 
 def _host(header: str) -> str:
-    """The name of a Host header, without its port."""
+    """The host name in a Host header, without the port."""
     name = header.rpartition(":")[0] if header.rpartition(":")[2].isdigit() else header
     return name.strip("[]").lower()
 
@@ -214,7 +215,7 @@ def _html(text: str, policy: str = _PAGE_POLICY) -> web.Response:
 
 
 def _if_changed(request: web.Request, text: str) -> web.Response:
-    """The text, unless the browser has it already."""
+    """Respond with the text unless the browser already has it."""
     tag = f'"{hashlib.sha256(text.encode()).hexdigest()[:20]}"'
     if request.headers.get("If-None-Match") == tag:
         return web.Response(status=304, headers={"ETag": tag})
@@ -229,7 +230,7 @@ def _own_file(name: str) -> str:
 
 
 def _style() -> str:
-    """The report's style, and what the live page adds to it."""
+    """Return the report's style sheet with the live page's additions."""
     report = Path(__file__).parents[1] / "report" / "report.css"
     return report.read_text(encoding="utf-8") + _own_file("watch.css")
 
@@ -238,7 +239,7 @@ def _style() -> str:
 
 
 def serve(folder: Path, port: int, device: str, announce: Callable[[str], Any]) -> None:
-    """Serve until a signal. announce: is called with the address once it can be opened.
+    """Serve until a signal arrives. announce: called with the address once it can be opened.
 
     Raises RunError if the port is in use.
     """
@@ -272,8 +273,8 @@ def _listening(port: int) -> socket.socket:
     except OSError as error:
         listening.close()
         raise RunError(
-            f"port {port} of this machine cannot be used: {error.strerror}",
+            f"port {port} on this machine cannot be used: {error.strerror}",
             where="--port",
-            fix="choose another one; with --port 0 the system chooses",
+            fix="choose a different port, or pass --port 0 to let the system choose",
         ) from error
     return listening

@@ -1,6 +1,6 @@
-"""What is in the run folders of a folder, while runs write to them. Nothing is locked or written.
+"""Reads run folders while runs write to them, without locking or writing anything.
 
-A file that is missing, half written or from another version is as one that is not there yet.
+A file that is missing, half-written, or from a different version is treated as not there yet.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ _TRAININGS = {
 
 @dataclass(frozen=True)
 class Training:
-    """metrics: the file. unit: what the loss is averaged over. temperature: of the training KL."""
+    """A training. metrics: the file with its metrics. unit: what the loss is averaged over.
+    temperature: the temperature of the training KL."""
 
     title: str
     metrics: Path
@@ -51,8 +52,8 @@ class Training:
 
 @dataclass(frozen=True)
 class WatchedPart:
-    """A run, or a member of a family. name: of the member, otherwise empty. evaluation, report:
-    None until they are there. folders: of the finished steps, by the step's name."""
+    """A run, or a family's member. name: the member's name; empty for a run. evaluation, report:
+    None until they exist. folders: the finished steps' folders, by step name."""
 
     name: str
     steps: list[StepProgress]
@@ -68,9 +69,13 @@ class WatchedPart:
 
 @dataclass(frozen=True)
 class WatchedRun:
-    """kind: as `Kind.name`. state: running, finished, failed, stopped, killed, or unknown for a
-    folder without a record of its progress. evaluation, report: of a family. changed: when it was
-    last written to, in seconds since the epoch. base: the folder of the recipe's relative paths."""
+    """A run.
+
+    kind: as `Kind.name`. state: running, finished, failed, stopped, killed, or unknown for a folder
+    without recorded progress. evaluation, report: for a family only. changed: when the folder was
+    last written to, in seconds since the epoch. base: the folder that the recipe's relative paths
+    refer to.
+    """
 
     name: str
     root: Path
@@ -90,7 +95,7 @@ class WatchedRun:
 
 
 def find_runs(folder: Path) -> dict[str, Path]:
-    """The run folders in a folder, and the folder itself if it is one, by name."""
+    """Find the run folders in a folder, and the folder itself if it is one, by name."""
     found = {}
     with suppress(OSError):
         for path in [folder, *sorted(folder.iterdir())]:
@@ -147,7 +152,7 @@ def _part(root: Path, part: Part, recipe: Mapping[str, Any], kind: str) -> Watch
 
 
 def _stage_folder(root: Path, step: StepProgress) -> Path | None:
-    """The folder of a step that has begun: finished, or still written."""
+    """Find the folder of a step that has started, whether finished or still being written."""
     stages = root / "stages"
     places = (stages / step.folder, stages / f".{step.folder}.partial")
     return next((path for path in places if step.folder and path.is_dir()), None)
@@ -161,8 +166,9 @@ def _metrics(folder: Path) -> Path | None:
 
 
 def _without_record(root: Path) -> Part:
-    """The stage folders in the order in which they began, of each name the last one, if there is
-    no record of progress: other commands than `run`, such as `signals`, fill stages too."""
+    """Reconstruct the steps from stage folders if no progress was recorded, because commands other
+    than `run`, such as `signals`, fill stages too. Steps are in starting order, with the last stage
+    of each name."""
     steps: dict[str, StepProgress] = {}
     began: list[tuple[str, StepProgress]] = []
     with suppress(OSError):
@@ -187,7 +193,7 @@ def _recipe(root: Path) -> Mapping[str, Any]:
 
 @lru_cache(maxsize=1024)
 def _parsed(recipe: Path, _changed: int, _size: int) -> Mapping[str, Any]:
-    """Parsed once for each version of the file."""
+    """Parse a recipe once per version of its file."""
     with suppress(OSError, ValueError, yaml.YAMLError):
         found = yaml.safe_load(recipe.read_text(encoding="utf-8"))
         if isinstance(found, dict):
