@@ -89,7 +89,7 @@ def test_a_preview_leaves_the_recipe_of_the_family(family: tuple[Path, FamilyRes
 @pytest.mark.parametrize("teacher", ["previous", "both"])
 def test_a_member_learns_from_the_one_before_or_from_both(tmp_path: Path, teacher: str) -> None:
     raw = recipe(tmp_path, teacher=teacher)
-    with pytest.raises(RecipeError, match="signals are the original teacher's"):
+    with pytest.raises(RecipeError, match="signals come from the original teacher only"):
         run_cascade(raw)
     del raw["signals"]
     result = done(raw)

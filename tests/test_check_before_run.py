@@ -275,5 +275,5 @@ def test_a_training_that_cannot_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     small = Machine("cpu", memory=1e8, rate=1e9)
     monkeypatch.setattr(run_check, "this_machine", lambda *_, **__: small)
     text = both(tiny.recipe(tmp_path), tmp_path)
-    assert text.startswith("memory: student takes about")
-    assert "too little by more than the margin of 10%" in text
+    assert text.startswith("memory: student needs about")
+    assert "too little even with a margin of 10%" in text

@@ -65,7 +65,7 @@ def test_a_run_folder_that_vanishes_is_one_message(
         return Outcome()
 
     folder = RunFolder(tmp_path / "run")
-    with folder.locked(), pytest.raises(RunError, match="deleted, moved or replaced"):
+    with folder.locked(), pytest.raises(RunError, match="deleted, moved, or replaced"):
         folder.stage(StagePlan("student", {}, work))
     assert not list((tmp_path / "run").glob("stages/student-*"))
     assert not list((tmp_path / "run").rglob(".*.partial"))
@@ -78,7 +78,7 @@ def test_a_lock_that_is_deleted_costs_no_checkpoints(tmp_path: Path) -> None:
         return Outcome()
 
     folder = RunFolder(tmp_path / "run")
-    with folder.locked(), pytest.raises(RunError, match="deleted, moved or replaced"):
+    with folder.locked(), pytest.raises(RunError, match="deleted, moved, or replaced"):
         folder.stage(StagePlan("train", {}, work, resumable=True))
     assert list((tmp_path / "run").glob("stages/.train-*.partial/checkpoint"))
 
@@ -145,7 +145,7 @@ def test_a_finished_stage_that_vanishes_is_one_message(tmp_path: Path) -> None:
             shutil.rmtree(first.path)
             raise ValueError("in the words of a library")
 
-        with pytest.raises(RunError, match="deleted, moved or replaced") as caught:
+        with pytest.raises(RunError, match="deleted, moved, or replaced") as caught:
             folder.stage(StagePlan("train", {}, work))
     assert caught.value.where == str(first.path)
 

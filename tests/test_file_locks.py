@@ -71,7 +71,7 @@ def test_a_disk_without_locks_is_a_warning(
     with (tmp_path / "file").open("w") as file:
         assert try_lock(file)
         assert try_lock(file)
-    assert capsys.readouterr().err.count("this disk has no file locks") == 1
+    assert capsys.readouterr().err.count("this disk does not support file locks") == 1
     left = tmp_path / f".model.{'0' * 32}"
     left.mkdir()
     with building_folder(tmp_path / "model"):

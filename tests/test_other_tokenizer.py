@@ -50,7 +50,7 @@ def test_check_reports_what_the_tokenizers_share(folder: Path) -> None:
     found = [one for one in check_recipe(recipe(folder)) if one.topic == "tokenizer"]
     assert [one.level for one in found] == ["ok"]
     assert "300 strings are tokens of both" in found[0].text
-    assert "of the supervised tokens begin where one of its tokens does" in found[0].text
+    assert "of the supervised tokens start where one of its tokens does" in found[0].text
 
 
 def test_a_cut_vocabulary_leaves_a_teacher_of_another_tokenizer_whole(folder: Path) -> None:

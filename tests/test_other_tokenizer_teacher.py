@@ -124,8 +124,8 @@ def test_check_reports_how_they_are_compared(folder: Path) -> None:
     found = check_recipe(recipe(folder))
     assert not [one for one in found if one.level == "error"]
     texts = {one.topic: one.text for one in found}
-    assert "the teacher has another tokenizer" in texts["vocabulary"]
-    assert "the teacher answers live; with `signals: {}`" in texts["signals"]
+    assert "the teacher has a different tokenizer" in texts["vocabulary"]
+    assert "the teacher scores live; with `signals: {}`" in texts["signals"]
     assert "strings are tokens of both" in texts["tokenizer"]
 
 
@@ -194,7 +194,7 @@ def test_the_default_signals_are_recorded_and_read_again(folder: Path) -> None:
     """For the same text, and for text that the store lacks, which the teacher scores live."""
     raw = recipe(folder, signals={}, train={"evaluate_every": 2})
     texts = [one.text for one in check_recipe(raw) if one.topic == "signals"]
-    assert "the teacher reads the text once" in texts[0]
+    assert "the teacher scores the text once" in texts[0]
     result = run(raw)
     (signals,) = [stage for stage in result.stages if stage.name == "signals"]
     assert signals.summary["bytes"] == pytest.approx(36, rel=0.5)

@@ -97,7 +97,7 @@ def test_time_and_cost_follow_from_the_rate_and_the_price(tmp_path: Path) -> Non
 
 def test_without_a_rate_there_is_no_time(tmp_path: Path) -> None:
     result = call(str(written(tmp_path)), *GPUS)
-    assert "time: set --rate" in result.output
+    assert "time: pass --rate" in result.output
 
 
 def test_stored_signals_leave_the_teacher_out_of_training(tmp_path: Path) -> None:

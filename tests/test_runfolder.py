@@ -140,7 +140,7 @@ def test_a_stage_without_its_product_is_not_finished_and_keeps_its_scratch(tmp_p
         raise ModelError("weights are missing", where=out / "model")
 
     options: dict[str, Any] = {"resumable": True, "scratch": ("checkpoints",)}
-    with pytest.raises(RunError, match="has not written what it should: weights are"):
+    with pytest.raises(RunError, match="did not write a usable result: weights are"):
         folder.stage(StagePlan("train", {}, work, check=lacks_weights, **options))
     assert folder.finished(StagePlan("train", {}, no_work)) is None
     assert (folder.partial(StagePlan("train", {}, no_work)) / "checkpoints" / "state.bin").exists()
@@ -251,7 +251,7 @@ def test_the_second_process_stops_with_a_clear_error(tmp_path: Path) -> None:
             [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True
         )
     assert second.returncode != 0
-    assert f"another process is working in this run folder (process {os.getpid()}" in second.stderr
+    assert f"another process is using this run folder (process {os.getpid()}" in second.stderr
     with RunFolder(tmp_path).locked():
         pass
 
@@ -294,7 +294,7 @@ def test_a_file_of_the_user_is_not_replaced_by_a_link(tmp_path: Path, kind: str)
     stage = folder.stage(StagePlan("data", {}, writes("x", [])))
     mine = tmp_path / "model"
     mine.mkdir() if kind == "folder" else mine.write_text("mine")
-    with pytest.raises(RunError, match="a file or folder of yours where model"):
+    with pytest.raises(RunError, match="that this run did not write is in the way of its model"):
         folder.point("model", stage.path)
     assert mine.is_dir() if kind == "folder" else mine.read_text() == "mine"
 

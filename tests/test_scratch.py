@@ -43,7 +43,7 @@ def test_a_folder_that_cannot_be_used_is_an_error_before_the_first_stage(
     (tmp_path / "file").touch()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "file"))
     with (
-        pytest.raises(RunError, match="set TMPDIR to a folder that can be written"),
+        pytest.raises(RunError, match="set TMPDIR to a writable folder"),
         RunFolder(tmp_path / "run").locked(),
     ):
         pass

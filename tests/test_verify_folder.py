@@ -145,7 +145,7 @@ def test_a_damaged_journal_is_named_and_not_changed(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_other_content_is_rejected(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="nothing here that can be verified"):
+    with pytest.raises(RunError, match="nothing here to verify"):
         list(verify_folder(tmp_path))
 
 

@@ -35,8 +35,8 @@ WORDS = {
     "full TMPDIR": ("TMPDIR",),
     "read-only": ("read-only",),
     # The second phrase occurs before the folder is locked.
-    "deleted": ("deleted, moved or replaced", "was deleted or moved"),
-    "moved": ("deleted, moved or replaced", "was deleted or moved"),
+    "deleted": ("deleted, moved, or replaced", "may have been deleted or moved"),
+    "moved": ("deleted, moved, or replaced", "may have been deleted or moved"),
 }
 SIZE = 48 << 20
 """Size of an in-memory disk in bytes."""

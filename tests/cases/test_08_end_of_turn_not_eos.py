@@ -100,9 +100,9 @@ def test_check_reports_the_end_of_turn_token_of_both_models(tmp_path: Path) -> N
         found = [one for one in check_recipe(raw) if one.topic == "chat template"]
         return [(one.level, one.text) for one in found]
 
-    ends = "an assistant's turn ends with <|im_end|>, which is learned and ends answers"
+    ends = "<|im_end|> ends each assistant turn and is learned, so that it ends answers"
     alike = ("ok", f"loss on assistant turns; {ends}; see `stillhouse preview`")
-    other = "the teacher's turns end with <end_of_turn>, and the student's with <|im_end|>"
+    other = "the teacher's turns end with <end_of_turn>, but the student's with <|im_end|>"
     assert said(CHATML) == [alike]
     assert said(GEMMA) == [alike, ("warning", other)]
 

@@ -66,5 +66,5 @@ def test_check_reports_that_a_token_is_added(tmp_path: Path) -> None:
     found = check_recipe(tiny.recipe(tmp_path, data={"sources": sources, "context": 128}))
     warnings = [one.text for one in found if (one.level, one.topic) == ("warning", "chat template")]
     assert warnings == [
-        "it writes no token after an assistant's turn: <|endoftext|> is added to each"
+        "it writes no token after an assistant turn, so <|endoftext|> is added to each"
     ]

@@ -76,4 +76,4 @@ def test_a_store_of_another_day_serves_the_same_chats(tmp_path: Path) -> None:
 def test_check_reports_the_fixed_date(tmp_path: Path) -> None:
     found = check_recipe(recipe(tmp_path, "checked"), base=tmp_path)
     said = [one.text for one in found if one.topic == "chat template"]
-    assert "it writes the date: 26 July 2024 in every run, so that text never changes" in said
+    assert "it writes the date, which is set to 26 July 2024 in every run" in said

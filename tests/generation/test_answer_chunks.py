@@ -220,7 +220,7 @@ def test_a_student_learns_the_likelihoods_of_an_apis_chunks(tmp_path: Path) -> N
         ({"objective": {"terms": [*CHUNKS, {"divergence": "forward_kl"}]}}, "forward_kl compares"),
         (
             {"objective": {"terms": CHUNKS}, "signals": {"answers": {}, "missing": "live"}},
-            "cannot answer for text that signals.answers lack",
+            "cannot score the text that signals.answers lacks",
         ),
     ],
 )
@@ -245,5 +245,5 @@ def test_answers_of_other_text_than_their_tokens_are_counted_and_rejected(tmp_pa
 
     with Stub(script) as stub:
         raw = soft(tmp_path, stub.url, objective={"terms": CHUNKS})
-        with pytest.raises(SignalError, match="40 of 80 answers have no log-probabilities of"):
+        with pytest.raises(SignalError, match="40 of 80 answers have no log-probabilities for"):
             run(tmp_path, raw)

@@ -336,7 +336,7 @@ def test_a_ray_cluster_is_selected_by_name(
 
 def test_an_option_with_a_key_of_its_own_is_rejected(tmp_path: Path) -> None:
     section = {"teacher": {"vllm": {"options": {"seed": 3}}}, "prompts": {"path": "p.txt"}}
-    with pytest.raises(RecipeError, match="it has its own key"):
+    with pytest.raises(RecipeError, match="seed cannot be set in options"):
         parse_recipe(tiny.recipe(tmp_path, synthesize=section))
 
 

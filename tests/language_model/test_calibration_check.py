@@ -28,7 +28,7 @@ def test_a_refit_needs_some_tokens_for_each_neuron(tmp_path: Path) -> None:
     few = {"ffn_size": KEPT, "calibration_tokens": ENOUGH - 1}
     (found,) = warnings(tmp_path, few)
     assert found.level == "warning"
-    assert found.text.startswith(f"{ENOUGH - 1} tokens of calibration are too few")
+    assert found.text.startswith(f"{ENOUGH - 1} calibration tokens are too few")
     assert f"raise student.calibration_tokens to at least {ENOUGH}" in str(found.fix)
     assert not warnings(tmp_path, {**few, "calibration_tokens": ENOUGH})
 

@@ -27,4 +27,4 @@ def test_a_teacher_that_does_not_fit_alone_is_left_out(
     gate = Gate(job.teacher.path, ToyWindows(), [], seed=0)
     with export_stage._with_teacher(job, gate, torch.float32) as asked:
         assert (asked.teacher_logits is not None) == compared
-    assert ("The teacher does not fit on cpu" in capsys.readouterr().err) != compared
+    assert ("the teacher does not fit on cpu" in capsys.readouterr().err) != compared

@@ -41,7 +41,7 @@ def test_it_estimates_what_the_student_writes(tmp_path: Path) -> None:
     # that two of them fit into 32 with their answers of 8.
     assert "the student writes 96 answers, at most 768 tokens" in text
     # 2 kinds x 3 layers x 2 heads x 8 wide x 128 places x 3 answers x 4 bytes
-    assert f"key-value cache takes {size(2 * 3 * 2 * 8 * 128 * 3 * 4)}" in text
+    assert f"KV cache takes {size(2 * 3 * 2 * 8 * 128 * 3 * 4)}" in text
 
 
 def test_a_folder_for_weights_that_holds_another_model_is_an_error(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_prompts_that_fill_the_context_are_an_error(tmp_path: Path) -> None:
 def test_prompts_that_leave_little_room_are_a_warning(tmp_path: Path) -> None:
     prompts = write_prompts(tmp_path, "hi", "x" * 20)
     found = of(findings(tmp_path, {"prompts": prompts, "max_tokens": 16}), "on-policy")
-    assert found[0].startswith("warning: 1 of 2 prompts leave less than max_tokens (16)")
+    assert found[0].startswith("warning: 1 of 2 prompts leave fewer than max_tokens (16)")
 
 
 def test_missing_prompts_end_a_run_before_its_first_stage_whatever_their_share(

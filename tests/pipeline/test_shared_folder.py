@@ -58,5 +58,9 @@ def test_a_main_process_that_cannot_start_is_an_error_in_every_process(
     with RunFolder(tmp_path).locked() if locked else nullcontext():
         for status, said in ends([tmp_path] * 2):
             assert status == 1
-            expected = "another process is working" if locked else "a file where a folder should be"
+            expected = (
+                "another process is using this run folder"
+                if locked
+                else "a file where a folder should be"
+            )
             assert expected in said

@@ -86,5 +86,5 @@ def test_other_architectures(settings: dict[str, Any]) -> None:
 
 def test_an_architecture_that_cannot_be_traced_is_one_message() -> None:
     config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=3)
-    with pytest.raises(ModelError, match="a model of type llama cannot be planned"):
+    with pytest.raises(ModelError, match="a llama model cannot be estimated"):
         trace_activations(config, **FLOAT32)

@@ -72,7 +72,7 @@ CASES = {
     "nodes of different sizes": (
         uneven_nodes,
         (1, 2),
-        "there are nodes with 1 and 2 processes",
+        "nodes have different numbers of processes (1 and 2)",
         "start the same number of processes on every node",
     ),
     "a teacher without a plan": (

@@ -175,7 +175,7 @@ def test_a_run_that_reads_other_text_synthesizes_nothing(tmp_path: Path) -> None
         found = check_recipe(write(tmp_path, raw))
     warnings = [finding.text for finding in found if finding.level == "warning"]
     assert (
-        "no source of data names synthetic.jsonl: `stillhouse run` synthesizes nothing" in warnings
+        "no data source names synthetic.jsonl, so `stillhouse run` synthesizes nothing" in warnings
     )
 
 
@@ -268,7 +268,7 @@ def test_without_a_budget_an_api_is_paid_only_when_that_is_agreed_to(
     budget = ["synthesize.budget.max_tokens=100"]
     assert agree_to_spend(path, budget)
     if asks:
-        with pytest.raises(RecipeError, match="pay an API without a limit") as caught:
+        with pytest.raises(RecipeError, match="spend on an API without a limit") as caught:
             agree_to_spend(path)
         assert "--yes" in str(caught.value.fix)
 

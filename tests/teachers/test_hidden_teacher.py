@@ -335,7 +335,7 @@ def test_a_server_for_intermediate_layers_is_rejected_by_check(tmp_path: Path) -
     signals = {"encoding": {"kind": "hidden"}, "server": server}
     found = check_recipe(write(tmp_path, objective=TERMS, signals=signals))
     (error,) = (one for one in found if one.level == "error")
-    assert "a server returns the last hidden states, and a term uses layer 1, 2" in error.text
+    assert "a server returns only the last hidden states, but a term uses layer 1, 2" in error.text
     assert "signals.vllm" in (error.fix or "")
 
 

@@ -1,1 +1,2 @@
-"""A family of students: pruned and distilled in turn, each from the previous, larger one."""
+"""Families of students that are pruned and distilled in turn, each from the previous, larger
+one."""

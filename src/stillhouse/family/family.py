@@ -1,8 +1,7 @@
-"""A run that builds a family: prune and distill in turn, each student from the previous one.
+"""The kind of run that builds a family: prunes and distills in turn, each student from the last.
 
-Every member is a language-model run. All members share one folder of stages, so that the data are
-built once, the teacher's signals are recorded once, and a finished hop does not run again when
-another one is added.
+Every member is a language-model run. All members share one folder of stages, so the data is built
+once, the teacher's signals are recorded once, and finished hops do not rerun when a hop is added.
 """
 
 from __future__ import annotations
@@ -54,11 +53,11 @@ PRODUCING = (
     "quantize",
     "qat",
 )
-"""Stages that build a member; the others evaluate and export it."""
+"""The stages that build a member; the others evaluate and export it."""
 
 
 def _find(recipe: Recipe, base: Path) -> Job:
-    """The first member's job. Raises RecipeError for a later member that cannot be cut as
+    """Return the first member's job. Raises RecipeError if a later member cannot be cut as
     requested."""
     assert recipe.cascade is not None
     first = find_models(first_member(recipe), base)
@@ -74,7 +73,7 @@ def _lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
     assert recipe.cascade is not None
     for name in (FAMILY_FILE, FAMILY_REPORT, REPORT_DATA):
         folder.require_own(name)
-    # A later hop that is not possible is rejected before the first one is computed.
+    # Reject an impossible later hop before computing the first.
     first = _find(recipe, base)
     require_all(FAMILY, replace(first, family=recipe))
     members = _members(recipe, base, folder, tuple(origins_of(first)))
@@ -99,7 +98,7 @@ def _lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
 
 
 def _follow(recipe: Recipe, base: Path, folder: RunFolder) -> None:
-    """The work of the other processes under torchrun."""
+    """Do the work of a torchrun's other processes."""
     assert recipe.cascade is not None
     do, models = following(folder), list[Path]()
     ancestors = tuple(origins_of(_find(recipe, base)))
@@ -131,7 +130,7 @@ def _members(
 
 
 def _require_members(job: Job) -> Iterator[Finding]:
-    """Check the exports and the size of every member."""
+    """Check every member's exports, and estimate its size."""
     recipe = job.family
     assert recipe is not None
     assert recipe.cascade is not None
@@ -193,13 +192,14 @@ def _cut_teacher(result: RunResult) -> CutTeacher | None:
 
 
 def _cutting(result: RunResult) -> Stage | None:
-    """The stage that cut the teacher's vocabulary; if several models were cut, the first stage."""
+    """Return the stage that cut the teacher's vocabulary, which is the first if several models were
+    cut."""
     return next((stage for stage in result.stages if stage.name == "vocabulary"), None)
 
 
 def _cut_here(result: RunResult, *, first: bool) -> dict[str, tuple[int, int]]:
-    """Sizes before and after. first: the member is cut from the teacher with its full
-    vocabulary."""
+    """Return the sizes before and after cutting. first: whether the member is cut from the teacher
+    with its full vocabulary."""
     shape = dict(result.stage("student").summary["pruning"]["changed"])
     cut = _cutting(result)
     if first and cut is not None:
@@ -208,12 +208,12 @@ def _cut_here(result: RunResult, *, first: bool) -> dict[str, tuple[int, int]]:
 
 
 def _generations(members: Mapping[str, RunResult]) -> list[Generation]:
-    """Each prompt's answers: the teacher's, and every member's by name."""
+    """Collect each prompt's answers: the teacher's, and every member's by name."""
     answers: dict[str, dict[str, str]] = {}
     for name, result in members.items():
         for generation in result.evaluation.generations:
             found = answers.setdefault(generation.prompt, {})
-            if "teacher" in generation.answers:  # not asked if it is sharded
+            if "teacher" in generation.answers:  # a sharded teacher does not answer
                 found.setdefault("teacher", generation.answers["teacher"])
             found[name] = generation.answers["student"]
     return [Generation(prompt, found) for prompt, found in answers.items()]
@@ -226,7 +226,7 @@ def _result(evaluation: Evaluation, role: str) -> ModelResult:
 
 
 def _planned(job: Job) -> list[RunModels]:
-    """Of every member that is not made yet."""
+    """Return the planned models of every member before any is built."""
     assert job.family is not None
     return planned_models(job.family, job)
 

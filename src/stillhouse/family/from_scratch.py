@@ -1,4 +1,4 @@
-"""Training of the largest member's shape from random weights, to compare with that member."""
+"""Trains the largest member's shape from random weights, for comparison with that member."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ MEASUREMENTS = 12
 
 
 def train_from_scratch(recipe: Recipe, job: Job, do: Do, largest: Path) -> ScratchTraining:
-    """Train on `cascade.from_scratch.tokens` tokens from random weights, unless it is finished.
+    """Train on `cascade.from_scratch.tokens` tokens from random weights, unless this is finished.
 
-    job: the first member's, once its data exist. largest: the checkpoint of the largest member,
-    whose shape is used. The text is all of the recipe's, beyond `data.train_tokens`, and again from
-    the start when it ends.
+    job: the first member's job, once its data exists. largest: the checkpoint of the largest
+    member, whose shape is used. Training uses all of the recipe's text, even beyond
+    `data.train_tokens`, and starts over when the text ends.
     """
     assert recipe.cascade is not None
     section = recipe.cascade.from_scratch
@@ -49,7 +49,7 @@ def train_from_scratch(recipe: Recipe, job: Job, do: Do, largest: Path) -> Scrat
     )
     changed = {"data": data, "student": random, "train": train, "signals": None, "quantize": None}
     first = first_member(recipe).model_copy(update=changed)
-    # The family's teacher, whose vocabulary may be cut, or its whole one, and its text.
+    # Use the family's teacher, whose vocabulary may have been cut, and its text.
     found = find_models(first, job.base, teacher=job.teacher)
     job = with_shard(replace(found, teachers=job.teachers, text=job.text, roots=job.roots))
     text = do(plan_data(job))
@@ -59,7 +59,7 @@ def train_from_scratch(recipe: Recipe, job: Job, do: Do, largest: Path) -> Scrat
 
 
 def _points(trained: Stage) -> list[tuple[int, float]]:
-    """Each held-out KL with the tokens of the training row before it."""
+    """Return each held-out KL with the tokens of the training row before it."""
     points = []
     tokens = 0.0
     for row in read_metrics(trained.path / METRICS):

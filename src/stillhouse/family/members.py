@@ -20,10 +20,10 @@ from stillhouse.training.train_config import ORIGINAL
 
 
 def member_recipe(recipe: Recipe, hop: HopRecipe, parent: Path | None = None) -> Recipe:
-    """The recipe of one member, whose teacher is the recipe's.
+    """Return one member's recipe, with the cascade's teacher.
 
-    parent: the trained member before it; None for the first. A size that the hop leaves out is
-    that of `student`. Members that are not shipped (`cascade.ship`) are not quantized.
+    parent: the trained member before it; None for the first. A size that the hop leaves out comes
+    from `student`. Members that are not shipped (`cascade.ship`) are not quantized.
     """
     cascade, student = recipe.cascade, recipe.student
     assert cascade is not None
@@ -43,7 +43,7 @@ def member_recipe(recipe: Recipe, hop: HopRecipe, parent: Path | None = None) ->
             teachers.insert(0, ORIGINAL)
         train = train.model_copy(update={"teachers": teachers})
     last = hop.name == cascade.hops[-1].name
-    # One repository holds one model: the smallest.
+    # A repository contains a single model: the smallest.
     export = recipe.export if last else recipe.export.model_copy(update={"push_to_hub": None})
     quantize = recipe.quantize
     if cascade.ship == "last" and not last:
@@ -63,16 +63,17 @@ def member_recipe(recipe: Recipe, hop: HopRecipe, parent: Path | None = None) ->
 
 
 def first_member(recipe: Recipe) -> Recipe:
-    """The recipe itself, or its first member's, whose data and signals are shared by all."""
+    """Return the recipe itself, or its first member's, whose data and signals all members share."""
     if recipe.cascade is None:
         return recipe
     return member_recipe(recipe, recipe.cascade.hops[0])
 
 
 def planned_members(recipe: Recipe, first: Job) -> list[tuple[str, Any]]:
-    """Name and configuration of every member of a cascade; `first` is the first one's job.
+    """Return the name and configuration of every member of a cascade. first: the first member's
+    job.
 
-    Raises RecipeError for a member that cannot be cut as requested.
+    Raises RecipeError if a member cannot be cut as requested.
     """
     assert recipe.cascade is not None
     start = start_config(first)
@@ -87,8 +88,8 @@ def planned_members(recipe: Recipe, first: Job) -> list[tuple[str, Any]]:
             try:
                 planned = plan(start)
             except RecipeError:
-                # Only an estimate of a searched member's shape is known: whatever the largest
-                # possible shape allows is accepted.
+                # A searched member's shape is only estimated, so accept anything that the
+                # largest possible shape allows.
                 planned = plan(largest)
         except RecipeError as error:
             where = f"cascade.hops, {hop.name}"
@@ -102,7 +103,8 @@ def planned_members(recipe: Recipe, first: Job) -> list[tuple[str, Any]]:
 
 
 def planned_models(recipe: Recipe, first: Job) -> list[RunModels]:
-    """Of every student that the recipe makes. first: the job of the first one."""
+    """Return the planned models of every student that the recipe makes. first: the first one's
+    job."""
     models = run_models(first)
     if recipe.cascade is None:
         return [models]

@@ -1,4 +1,4 @@
-"""Checks of teachers with another tokenizer than the student, on a sample of the text."""
+"""Checks teachers whose tokenizer differs from the student's on a sample of the text."""
 
 from __future__ import annotations
 
@@ -22,14 +22,18 @@ from stillhouse.teachers.roots_file import cached_roots, token_text
 
 TOPIC = "tokenizer"
 FEW = 0.5
-"""The share of supervised tokens at a shared boundary below which a warning is given."""
+"""The fraction of supervised tokens at a shared boundary below which a warning is given."""
 EXAMPLES = 3
 
 
 @dataclass
 class _Counts:
-    """supervised: tokens. pairs: tokens (student, teacher) that begin at the same place. alone: the
-    places of rows without any. changed: of rows that the teacher's tokenizer changes."""
+    """Counts over the sample.
+
+    supervised: the number of supervised tokens. pairs: (student, teacher) tokens that start at the
+    same place. alone: the places of rows without any pairs. changed: the places of rows whose text
+    the teacher's tokenizer changes.
+    """
 
     supervised: int = 0
     pairs: Counter[tuple[int, int]] = field(default_factory=Counter)
@@ -38,7 +42,8 @@ class _Counts:
 
 
 def check_alignment(job: Job, rows: Sequence[tuple[str, TokenRow]]) -> Iterator[Finding]:
-    """Report how much of the sample each of these teachers can teach. rows: with their places."""
+    """Report how much of the sample each teacher with a different tokenizer can teach. rows: pairs
+    of a row's place and its tokens."""
     for source in job.other_teachers:
         aligner = aligner_of(job, source)
         try:
@@ -50,7 +55,8 @@ def check_alignment(job: Job, rows: Sequence[tuple[str, TokenRow]]) -> Iterator[
 
 
 def _counts(aligner: TokenAligner, rows: Iterable[tuple[str, TokenRow]]) -> _Counts:
-    """Raises DataError, with the row's place, for a row that the teacher cannot read."""
+    """Count pairs of tokens. Raises DataError, with the row's place, if the teacher cannot read a
+    row."""
     found = _Counts()
     for where, row in rows:
         ids_L = row.ids.astype(np.int64)
@@ -76,7 +82,7 @@ def _findings(
 ) -> Iterator[Finding]:
     covered = counts.pairs.total()
     if not covered:
-        text = f"{source.described}: no supervised token begins where one of its tokens does"
+        text = f"{source.described}: no supervised token starts where one of its tokens does"
         yield Finding("error", TOPIC, text, "choose a teacher that can read this text")
         return
     before = cached_roots(aligner)
@@ -89,33 +95,34 @@ def _findings(
     share = covered / max(1, counts.supervised)
     tokens, events = _entropies(roots, counts.pairs)
     text = (
-        f"{source.described} has another tokenizer: {roots.shared:,} strings are tokens of both, "
-        f"and {share:.1%} of the supervised tokens begin where one of its tokens does; these keep "
-        f"{events:.3f} of their {tokens:.3f} nats of entropy. {sum(other.values()) / covered:.2%} "
-        f"of them have another root than the teacher's token there, and both roots are merged"
+        f"{source.described} has a different tokenizer: {roots.shared:,} strings are tokens of "
+        f"both, and {share:.1%} of the supervised tokens start where one of its tokens does; these "
+        f"keep {events:.3f} of their {tokens:.3f} nats of entropy. "
+        f"{sum(other.values()) / covered:.2%} of them have a different root than the teacher's "
+        "token there; such roots are merged"
     )
     if other:
         some = sorted(other, key=lambda pair: (-other[pair], pair))[:EXAMPLES]
         text += f": {', '.join(_shown(pair, aligner) for pair in some)} (student, teacher)"
-    fix = "the other tokens learn nothing from it" if share < FEW else None
+    fix = "the other tokens learn nothing from this teacher" if share < FEW else None
     yield Finding("ok" if fix is None else "warning", TOPIC, text, fix)
     if counts.changed:
         text = (
             f"the tokenizer of {source.described} changes {len(counts.changed):,} of {rows:,} "
             f"rows, such as {counts.changed[0]}: it teaches nothing there"
         )
-        fix = "normalize the text first (NFC), remove these rows, or train on cross-entropy too"
+        fix = "normalize the text first (NFC), remove these rows, or also train on cross-entropy"
         yield Finding("warning", TOPIC, text, fix)
     if counts.alone:
         text = (
             f"{len(counts.alone):,} of {rows:,} rows, such as {counts.alone[0]}, have no token "
-            f"that begins where one of {source.described} does: it teaches nothing there"
+            f"that starts where one of {source.described} does: it teaches nothing there"
         )
-        yield Finding("warning", TOPIC, text, "remove these rows, or train on cross-entropy too")
+        yield Finding("warning", TOPIC, text, "remove these rows, or also train on cross-entropy")
 
 
 def _entropies(roots: Roots, pairs: Counter[tuple[int, int]]) -> tuple[float, float]:
-    """Of the student's tokens where they are taught, and of their roots, in nats."""
+    """Return the entropy, in nats, of the taught student tokens, and of their roots."""
     tokens: Counter[int] = Counter()
     for (ours, _), count in pairs.items():
         tokens[ours] += count

@@ -1,4 +1,4 @@
-"""The stage that builds a signal store from the log-probabilities of an API's answers."""
+"""The stage that builds a signal store from the log-probabilities in an API's answers."""
 
 from __future__ import annotations
 
@@ -44,9 +44,12 @@ BIAS = (
 
 @dataclass
 class Counted:
-    """answers: rows of the text. mismatched: those whose tokens differ from the student's; as
-    chunks, those whose text has none. tokens: supervised. reported: of them, those whose
-    log-probabilities the API returned."""
+    """Counts over the answers.
+
+    answers: rows of the text. mismatched: answers whose tokens differ from the student's, or, for
+    chunks, whose text has no log-probabilities. tokens: supervised tokens. reported: supervised
+    tokens whose log-probabilities the API returned.
+    """
 
     answers: int = 0
     mismatched: int = 0
@@ -55,10 +58,10 @@ class Counted:
 
 
 def plan_api_signals(job: Job) -> StagePlan:
-    """The store of the run's synthesized text.
+    """Plan the store for the run's synthesized text.
 
-    Raises SignalError if `data` reads no synthesized text, or a term requires another temperature.
-    The work raises it if too many answers are tokenized differently.
+    Raises SignalError if `data` does not read the synthesized text or a term needs a different
+    temperature. The work raises it if too many answers are tokenized differently.
     """
     recipe = job.recipe
     section, synthesis, text = recipe.signals, recipe.synthesize, job.text
@@ -67,7 +70,7 @@ def plan_api_signals(job: Job) -> StagePlan:
     assert synthesis is not None
     if text is None:
         raise SignalError(
-            "no source of data is synthesize.out, the text that signals.answers belong to",
+            "signals.answers needs the synthesized text, but no data source reads synthesize.out",
             where="data.sources",
             fix=f"add {{kind: jsonl, path: {synthesis.out}}}",
         )
@@ -105,7 +108,7 @@ def plan_api_signals(job: Job) -> StagePlan:
                     writer.add(segments, *_encoded(aligned, job.vocabulary))
             manifest = writer.finish()
         shown = f"{counted.reported:,} of {counted.tokens:,} tokens"
-        note(f"the API returned log-probabilities of {shown}")
+        note(f"the API returned log-probabilities for {shown}")
         facts = {**asdict(manifest.quality), "store_bytes": manifest.bytes, **asdict(counted)}
         return Outcome(summary=facts)
 
@@ -143,7 +146,7 @@ def _check(counted: Counted, most: float, chunks: bool) -> None:
     if not counted.mismatched:
         return
     if chunks:
-        problem = "have no log-probabilities of their text"
+        problem = "have no log-probabilities for their text"
         better = "use an API that returns the bytes of its tokens"
     else:
         problem = (
@@ -151,7 +154,7 @@ def _check(counted: Counted, most: float, chunks: bool) -> None:
             "log-probabilities"
         )
         better = (
-            "use a student whose tokenizer is the API model's; or, with another tokenizer, the "
+            "use a student with the API model's tokenizer; or, with a different tokenizer, use the "
             "terms {kind: chunks} and cross_entropy"
         )
     mismatch = f"{counted.mismatched:,} of {counted.answers:,} answers {problem}"
@@ -159,14 +162,14 @@ def _check(counted: Counted, most: float, chunks: bool) -> None:
         raise SignalError(
             mismatch,
             where="signals.answers",
-            fix=f"{better}; or raise signals.answers.mismatched to learn those only from their "
+            fix=f"{better}; or raise signals.answers.mismatched to learn these only from their "
             "text; or remove `signals`",
         )
-    note(f"{mismatch}: these are learned only from their text")
+    note(f"{mismatch}: the student learns these only from their text")
 
 
 def _rows(job: Job, file: Path, what: str, chunks: bool) -> Iterator[tuple[TokenRow, _Found]]:
-    """Every row of tokens that training may read, with its signal."""
+    """Yield every row of tokens that training can read, with its signal."""
     section = job.recipe.synthesize
     assert section is not None
     k = section.sampling.top_logprobs
@@ -199,7 +202,7 @@ def _rows(job: Job, file: Path, what: str, chunks: bool) -> Iterator[tuple[Token
                 for row in rows:
                     if row is rows[-1]:
                         aligned = found(row, content, logprobs)
-                    else:  # an earlier turn, if the template rewrites turns
+                    else:  # an earlier turn, if the template rewrites earlier turns
                         aligned = replace(found(row, "", None), matched=True)
                     cut = _cut(row, aligned, job)
                     if cut is not None:
@@ -208,7 +211,7 @@ def _rows(job: Job, file: Path, what: str, chunks: bool) -> Iterator[tuple[Token
 
 
 def _cut(row: TokenRow, aligned: _Found, job: Job) -> tuple[TokenRow, _Found] | None:
-    """Fit a row to the context as the data stage does; None if it is dropped."""
+    """Fit a row to the context the way the data stage does; None if it is dropped."""
     context = job.recipe.data.context
     if len(row.ids) <= context:
         return row, aligned

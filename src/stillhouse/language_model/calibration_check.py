@@ -1,4 +1,4 @@
-"""Whether the calibration text can determine a refit."""
+"""Checks whether there is enough calibration text for a refit."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from stillhouse.pruning.sizes import sizes_of
 from stillhouse.students.student_config import PrunedStudent
 
 ROWS_PER_NEURON = 4
-"""Calibration tokens for each of a layer's remaining neurons, which a refit has as many unknowns as
-for each output. With one or two, the refit fits noise, and is worse than none
-(docs/experiments.md#choices-inside-the-refit)."""
+"""Minimum calibration tokens per remaining neuron of a layer. A refit solves for as many unknowns
+per output as there are neurons; with one or two tokens per neuron, it fits noise and is worse than
+no refit (docs/experiments.md#choices-inside-the-refit)."""
 
 
 def check_calibration(models: RunModels, tokens: int) -> Iterator[Finding]:
-    """A warning if the FFN is refit to too few tokens. tokens: of the training text."""
+    """Warn if the FFN is refit on too few tokens. tokens: the number of training tokens."""
     section = models.recipe.student
     if not isinstance(section, PrunedStudent) or not section.refit:
         return
@@ -25,8 +25,8 @@ def check_calibration(models: RunModels, tokens: int) -> Iterator[Finding]:
     if kept == all_of_them or read >= needed:
         return
     text = (
-        f"{read:,} tokens of calibration are too few to refit {kept:,} neurons in each layer: the "
-        "refit may be worse than none"
+        f"{read:,} calibration tokens are too few to refit {kept:,} neurons in each layer: the "
+        "refit may be worse than no refit"
     )
     fix = f"raise student.calibration_tokens to at least {needed:,}"
     if tokens < needed:

@@ -1,4 +1,4 @@
-"""Checks of a recipe's training text before all of it is tokenized."""
+"""Checks a recipe's training text before all of it is tokenized."""
 
 from __future__ import annotations
 
@@ -32,32 +32,32 @@ TOPIC = "chat template"
 
 
 def check_turns(job: Job) -> Iterator[Finding]:
-    """Check the template of training text with chats."""
+    """Check the chat template for training text that contains chats."""
     student = load_tokenizer(job.tokenizer)
     teacher = load_tokenizer(job.teacher)
     end, other = turn_end(student), turn_end(teacher)
     if end is not None:
-        learned = f"an assistant's turn ends with {end.text}, which is learned and ends answers"
+        learned = f"{end.text} ends each assistant turn and is learned, so that it ends answers"
         yield Finding("ok", TOPIC, f"loss on assistant turns; {learned}; see `stillhouse preview`")
         if not end.written:
-            text = f"it writes no token after an assistant's turn: {end.text} is added to each"
-            fix = "a template that writes one makes longer rows: several turns share their context"
+            text = f"it writes no token after an assistant turn, so {end.text} is added to each"
+            fix = "use a template that writes one, so that several turns can share a row"
             yield Finding("warning", TOPIC, text, fix)
     differ = end is not None and other is not None and other.text != end.text
     if end is not None and job.folded:
         text = (
-            "each model's own template renders the chats, unless both have the same tokens for it"
+            "each model's own template renders the chats, unless both tokenize a chat identically"
         )
         yield Finding("ok", TOPIC, text)
     elif differ and end is not None and other is not None:
-        text = f"the teacher's turns end with {other.text}, and the student's with {end.text}"
+        text = f"the teacher's turns end with {other.text}, but the student's with {end.text}"
         fix = (
             "the student's template is used for both, so its end-of-turn token may be new to the "
             "teacher: copy the teacher's chat_template.jinja into the student's folder"
         )
         yield Finding("warning", TOPIC, text, fix)
     if writes_date(student):
-        text = f"it writes the date: {DATE:%d %B %Y} in every run, so that text never changes"
+        text = f"it writes the date, which is set to {DATE:%d %B %Y} in every run"
         yield Finding("ok", TOPIC, text)
 
 
@@ -68,20 +68,20 @@ TOKENS = "tokens"
 
 
 def check_data(check: Check) -> Iterator[Finding]:
-    """Check a sample of the text."""
+    """Check a sample of the training text."""
     job: Job = check.job
     yield Finding("ok", "teacher", job.teacher.described)
     same = (
-        "the student's; the teacher has another tokenizer"
+        "the student's (the teacher has a different tokenizer)"
         if job.folded
-        else "the same in both models"
+        else "shared by both models"
     )
     yield Finding("ok", "vocabulary", f"{job.vocabulary:,} tokens, {same}")
     yield from license_lines(origins_of(job)[1:])
     planned = planned_text(job.recipe, job.base, SAMPLE_DOCUMENTS)
     if planned is not None and not planned.documents and not planned.other_sources:
         fix = f"run `stillhouse check {check.path} --calls 5` to generate some of it"
-        text = "none of the synthesized text exists yet: its training cannot be estimated"
+        text = "none of the synthesized text exists yet, so training cannot be estimated"
         yield Finding("warning", "data", text, fix)
         return
     sample = _sample(job, planned)
@@ -95,9 +95,9 @@ def check_data(check: Check) -> Iterator[Finding]:
 class Sample:
     """The first documents, tokenized.
 
-    tokens: an estimate for all sources. complete: the sample is the entire text. at_least: there
-    may be any number more, in a dataset. notes: how many rows have something that is not learned or
-    not read, by kind. rows: the documents' places and tokens.
+    tokens: an estimate for all sources. complete: whether the sample is the entire text. at_least:
+    whether a dataset may contain any number of further tokens. notes: the number of rows with
+    something that is not learned or not read, by kind. rows: the documents' places and tokens.
     """
 
     documents: int
@@ -140,7 +140,7 @@ def _sample(job: Job, planned: PlannedText | None) -> Sample:
     if all(source.tokens is None for source in sources):
         expected = tokens if complete else max(tokens, expected)
     unknown = not complete and has_unknown_size(sources)
-    if unknown:  # what the recipe uses of it, at most
+    if unknown:  # at most as many as the recipe uses
         expected = max(expected, data.heldout_tokens + (data.train_tokens or 0))
     return Sample(
         documents=len(documents),
@@ -156,7 +156,7 @@ def _sample(job: Job, planned: PlannedText | None) -> Sample:
 
 
 def _not_read(job: Job, sources: Sequence[Source]) -> Iterator[Finding]:
-    """Files in the sources' folders that are not read, or only if they are named."""
+    """Warn about files in the sources' folders that are not read, or only if they are named."""
     named = [one for one in sources if isinstance(one, TextSource | FileSource)]
     read = {file for source in named for file in source_files(source, job.base)}
     for source in named:
@@ -167,13 +167,14 @@ def _not_read(job: Job, sources: Sequence[Source]) -> Iterator[Finding]:
             yield Finding(
                 "warning",
                 "data",
-                f"{count:,} {ending} file{'s' * (count > 1)} in {source.path} not read",
+                f"{count:,} {ending} file{'s' * (count > 1)} in {source.path} "
+                f"{'are' if count > 1 else 'is'} not read",
                 f"add a source: {{kind: text, path: {source.path.rstrip('/')}/**/*{ending}}}",
             )
         unread = unread_files(folder) if folder.is_dir() else {}
         if unread:
             first = max(unread.values(), key=len)[0]
-            fix = conversion(first) or "make them one of the formats in docs/data.md#files"
+            fix = conversion(first) or "convert them to one of the formats in docs/data.md#files"
             what = f"not read in {source.path}: {unread_summary(unread)}"
             yield Finding("warning", "data", what, f"if they belong to the text, {fix}")
 
@@ -194,7 +195,7 @@ def _findings(sample: Sample, job: Job) -> Iterator[Finding]:
         yield Finding("ok", "data", f"{count:,} of the rows: {text}")
     if sample.longest > section.context:
         text = f"a row has {sample.longest:,} tokens; the context is {section.context:,}"
-        fix = f"data.context={sample.longest}, or data.long_rows: truncate or drop"
+        fix = f"set data.context to {sample.longest}, or data.long_rows to truncate or drop"
         level: Level = "error" if section.long_rows == "error" else "warning"
         yield Finding(level, "data", text, fix)
     held = 0 if section.heldout_sources else section.heldout_tokens
@@ -202,6 +203,6 @@ def _findings(sample: Sample, job: Job) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "data",
-            f"{sample.tokens:,} tokens are fewer than train_tokens + heldout_tokens",
-            "all of them will be used",
+            f"the text has only {sample.tokens:,} tokens, fewer than train_tokens + heldout_tokens",
+            "all of it will be used",
         )

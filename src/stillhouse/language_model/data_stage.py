@@ -1,4 +1,4 @@
-"""The stage that builds windows of tokens from the recipe's sources."""
+"""The stage that builds token windows from the recipe's sources."""
 
 from __future__ import annotations
 
@@ -46,8 +46,9 @@ def plan_data(job: Job) -> StagePlan:
 
 
 def expected_tokens(section: DataRecipe, base: Path) -> int | None:
-    """Tokens of training text before it is read; None where neither the recipe nor the size of its
-    text tells. Raises DataError for text that is not there, if the recipe does not tell."""
+    """Estimate the number of training tokens before reading the text; None if neither the recipe
+    nor the size of its text determines it. Raises DataError if the text is missing and the recipe
+    does not set a number."""
     most, found = section.train_tokens, 0.0
     try:
         if not has_unknown_size(section.sources):
@@ -62,8 +63,8 @@ def expected_tokens(section: DataRecipe, base: Path) -> int | None:
 
 
 def take_over_tokens(out: Path) -> None:
-    """What was tokenized before the recipe or its files changed is continued: a document that had
-    to be corrected does not cost the tokens of the others. out: the stage's half-written folder."""
+    """Continue with what was tokenized before the recipe or its files changed, so that correcting
+    one document does not mean tokenizing the others again. out: the stage's half-written folder."""
     earlier = out.parent.glob(f".data-*.partial/{TOKENIZED}")
     found = sorted(earlier, key=lambda folder: folder.stat().st_mtime)
     if found and not (out / TOKENIZED).exists():
@@ -71,5 +72,5 @@ def take_over_tokens(out: Path) -> None:
 
 
 def open_data(data: Stage) -> tuple[Windows, Windows]:
-    """Training and held-out windows of a finished data stage."""
+    """Open the training and held-out windows of a finished data stage."""
     return open_windows(data.path / "train"), open_windows(data.path / "heldout")

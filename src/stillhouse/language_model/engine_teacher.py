@@ -1,4 +1,4 @@
-"""The teacher whose signals are recorded, if vLLM runs it: on a server or on this machine."""
+"""Teachers whose signals are recorded with vLLM, on a server or on this machine."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from stillhouse.teachers.teacher import Teacher
 
 @contextmanager
 def engine_teacher(job: Job, encoding: Encoding) -> Iterator[Teacher]:
-    """The teacher of `signals.server` or `signals.vllm`, until the end of the block.
+    """Open the teacher of `signals.server` or `signals.vllm` for the block.
 
-    For encodings other than top_k (on a server) and hidden, the teacher's head is loaded, on the
+    For encodings other than top_k (on a server) and hidden, loads the teacher's LM head, onto the
     first GPU if there is one. Raises ModelError, EndpointError.
     """
     section = job.recipe.signals
@@ -48,9 +48,11 @@ def engine_teacher(job: Job, encoding: Encoding) -> Iterator[Teacher]:
 
 
 def server_teacher(job: Job, encoding: Encoding, *, with_head: bool = True) -> Teacher:
-    """The teacher of `signals.server`: of top tokens for top_k, otherwise of hidden states.
+    """Return the teacher of `signals.server`, which returns top tokens for top_k and otherwise
+    hidden states.
 
-    with_head: load its head, for full distributions. Raises ModelError, EndpointError.
+    with_head: whether to load its LM head, for full distributions. Raises ModelError,
+    EndpointError.
     """
     section = job.recipe.signals
     assert section is not None

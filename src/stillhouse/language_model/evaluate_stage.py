@@ -1,4 +1,4 @@
-"""The stage that evaluates the students against their teacher."""
+"""The stages that evaluate the teacher, and the students against it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from stillhouse.teachers.sharded_teacher import ShardedTeacher
 from stillhouse.training.train import shards
 
 MEASURED_ALONE = ("prompts", "max_new_tokens", "temperature", "lm_eval")
-"""The keys of the recipe's `evaluate` that a teacher's own measurements depend on."""
+"""The keys of the recipe's `evaluate` section that the teacher's own measurements depend on."""
 
 
 def in_family(job: Job) -> bool:
@@ -34,7 +34,7 @@ def in_family(job: Job) -> bool:
 
 
 def plan_teacher(job: Job, data: Stage) -> StagePlan:
-    """Measure the teacher once for all members of a family."""
+    """Plan measuring the teacher once for all members of a family."""
 
     def work(out: Path) -> Outcome:
         _, heldout = open_data(data)
@@ -115,7 +115,7 @@ def plan_evaluation(
 
 
 def evaluation_arguments(job: Job, section: EvaluateRecipe, heldout: WindowSet) -> dict[str, Any]:
-    """Arguments of `evaluate` and `keep_teacher` that are the same for all of a job's models."""
+    """Return the arguments of `evaluate` and `keep_teacher` that all of a job's models share."""
     return {
         "section": section.model_copy(update={"lm_eval": _tasks(job)}),
         "windows": heldout,
@@ -146,7 +146,7 @@ def _inputs(job: Job, data: Stage) -> dict[str, Any]:
 
 
 def _sharded_teacher(job: Job) -> Callable[[], ShardedTeacher] | None:
-    """A function that loads the teacher, if it is sharded."""
+    """Return a function that loads the teacher if it is sharded."""
     train = job.recipe.train
     over = shards(train, "teacher")
     if over == 1:

@@ -1,4 +1,4 @@
-"""The expected time of every stage of a language-model run on this machine."""
+"""Estimates the time of every stage of a language-model run on this machine."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from stillhouse.synthesis.synthesize_config import JudgeChoice
 from stillhouse.training.train import plan_batches
 
 PRUNING_PASSES = 3.0
-"""Forward passes of the whole model that one calibration token costs, with the refit."""
+"""The cost of one calibration token, including the refit, in full-model forward passes."""
 ROUNDING_SECONDS = 1e-7
-"""Of choosing the scale of a weight, on one process."""
+"""Seconds to choose one weight's scale, on one process."""
 BYTES_PER_SECOND = 1e10
-"""Of weights that are read to generate a token on a CPU."""
+"""Speed of reading weights to generate a token on a CPU."""
 REPLAY_TOKENS = 1500
-"""Tokens of a replay, as many as are compared and generated, for each of two models."""
+"""Tokens that a replay compares and generates, for each of two models."""
 LIBRARIES_SECONDS = 5.0
-"""Of starting a process that imports torch and transformers."""
+"""Seconds to start a process that imports torch and transformers."""
 UNKNOWN = frozenset(("synthesis", "search", "push"))
-"""Steps that depend on what is measured on the way, on an API or on a network."""
+"""Steps whose time depends on measurements along the way, an API, or a network."""
 
 
 def expected_seconds(job: Job, names: Sequence[str], finished: Sequence[Stage]) -> Expected:
-    """Seconds of the named stages, in order; empty while they are not known.
+    """Estimate the seconds of the named stages, in order; empty while they are unknown.
 
-    They are not before the training text is, while a step of `UNKNOWN` is ahead, and for models
-    that are too small to estimate.
+    They are unknown until the length of the training text is known, while a step in `UNKNOWN` is
+    still ahead, and for models that are too small to estimate.
     """
     done = {stage.name: stage for stage in finished}
     unknown = set(UNKNOWN)
@@ -69,7 +69,7 @@ def expected_seconds(job: Job, names: Sequence[str], finished: Sequence[Stage]) 
 
 
 def _writes_here(recipe: Recipe) -> bool:
-    """Whether the teacher itself writes the answers to prompts that are known."""
+    """Whether the recipe's own teacher generates the answers, and the prompts are known."""
     section = recipe.synthesize
     if section is None or section.teacher.local is None or section.prompts.write is not None:
         return False
@@ -79,7 +79,7 @@ def _writes_here(recipe: Recipe) -> bool:
 
 
 def _synthesis(job: Job, models: RunModels, machine: Machine) -> float:
-    """Of the missing answers, if all are as long as they may be."""
+    """Estimate the seconds of generating the missing answers, all at maximum length."""
     section, teacher = job.recipe.synthesize, config_size(models.teacher)
     assert section is not None
     assert section.teacher.local is not None
@@ -92,7 +92,7 @@ def _synthesis(job: Job, models: RunModels, machine: Machine) -> float:
 
 
 def _read_again(active: float, models: RunModels, machine: Machine) -> float:
-    """Seconds of reading so many parameters from memory, for one token of each answer."""
+    """Seconds to read so many parameters from memory, once per generated token."""
     speed = BYTES_PER_SECOND if machine.device == "cpu" else math.inf
     return machine.compute(models.recipe.train.precision).itemsize * active / speed
 
@@ -131,14 +131,15 @@ def _seconds(name: str, models: RunModels, machine: Machine, tokens: int) -> flo
 
 
 def _training(models: RunModels, windows: int) -> int:
-    """FLOPs."""
+    """Estimate the FLOPs of training."""
     settings = models.recipe.train
     steps = plan_batches(settings, windows, 1).steps
     return models.training_flops(steps * settings.batch_size * models.recipe.data.context)
 
 
 def _evaluation(models: RunModels, machine: Machine, rate: float) -> float:
-    """Held-out text and answers of every model; speed and memory, in a process for each shape."""
+    """Estimate the seconds of evaluating every model on held-out text and prompts, and of measuring
+    speed and memory in a separate process for each shape."""
     section, active = models.recipe.evaluate, models.measured_active
     written = len(section.prompts) * section.max_new_tokens
     answers = written * _read_again(active, models, machine)

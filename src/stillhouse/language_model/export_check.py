@@ -1,4 +1,4 @@
-"""Checks of the export before anything is spent: models that a format does not support."""
+"""Checks the exports before anything is spent: whether the formats support the models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from stillhouse.teachers.planned_model import planned_model
 
 
 def require_exports(job: Job) -> Iterator[Finding]:
-    """Raise StillhouseError for a student that cannot be exported."""
+    """Check that the student can be exported. Raises StillhouseError if it cannot."""
     job = full_job(job)
     yield from export_findings(job.recipe, job, [("", configs(job)[0])])
 
@@ -30,7 +30,8 @@ def require_exports(job: Job) -> Iterator[Finding]:
 def export_findings(
     recipe: Recipe, job: Job, students: Sequence[tuple[str, Any]]
 ) -> Iterator[Finding]:
-    """students: name (empty for a single one) and configuration of each that is exported."""
+    """Check the exports of students. students: the name (empty for a single student) and the
+    configuration of each exported student."""
     recipe = recipe.with_programs(job.base)
     tokenizer = load_tokenizer(job.tokenizer)
     section = recipe.export
@@ -39,7 +40,7 @@ def export_findings(
         of = f"{name}: " if name else ""
         if recipe.quantize is not None:
             plain, rounded = planned_bytes(planned_model(student), recipe.quantize)
-            text = f"{rounded / 1e6:,.1f} MB with every part quantized, {plain / 1e6:,.1f} without"
+            text = f"{rounded / 1e6:,.1f} MB quantized, {plain / 1e6:,.1f} MB without quantization"
             yield Finding("estimate", "quantize", of + text)
             if left := left_over_text(planned_model(student)):
                 yield Finding("warning", "quantize", of + left)
@@ -60,7 +61,8 @@ def export_findings(
 
 
 def _layers_before(recipe: Recipe, job: Job) -> int | None:
-    """Layers of the model that the student is pruned from; None if it is not pruned."""
+    """Return the number of layers of the model that the student is pruned from; None if it is not
+    pruned."""
     if recipe.cascade is None and not isinstance(recipe.student, PrunedStudent):
         return None
     source = job.pruned or job.teacher

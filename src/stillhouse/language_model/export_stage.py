@@ -1,4 +1,4 @@
-"""The last stages of a run: exports, uploads, and the report."""
+"""The last stages of a run: the exports, their upload, and the report."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from stillhouse.training.train import MODEL
 def plan_export(
     job: Job, data: Stage, evaluated: Stage, trained: Stage, *quantized: Stage | None
 ) -> StagePlan:
-    """Export the run's last model, trained or quantized."""
+    """Plan exporting the run's last model, trained or quantized."""
     shipped = [stage for stage in (trained, *quantized) if stage is not None][-1]
     recipe, section = job.recipe.with_programs(job.base), job.recipe.export
     origins = distinct([*origins_of(job), *job.ancestors])
@@ -96,14 +96,14 @@ def plan_export(
 
 
 def _with_teacher(job: Job, gate: Gate, dtype: torch.dtype) -> AbstractContextManager[Gate]:
-    """A gate that also compares exports with the teacher, if it has the same tokens and fits on the
-    device alone."""
+    """Make the gate also compare exports with the teacher, if the teacher has the same tokens and
+    fits on the device by itself."""
     if job.folded:
         return nullcontext(gate)
     config = load_config(job.teacher)
     device = default_device()
     if planned_size(config).total * dtype.itemsize > free_memory_bytes(device):
-        note(f"The teacher does not fit on {device}: exports are compared with the student alone")
+        note(f"the teacher does not fit on {device}: comparing exports with the student only")
         return nullcontext(gate)
     return against_teacher(gate, job.teacher, vocabulary=job.vocabulary, dtype=dtype)
 
@@ -141,7 +141,7 @@ def _export(
 
 
 def _calibration(job: Job, data: Stage) -> list[Any]:
-    """Training windows, for the formats that need the layers' inputs."""
+    """Draw training windows for the formats that need the layers' inputs."""
     section = job.recipe.export
     if section.importance_tokens is None:
         return []
@@ -151,7 +151,7 @@ def _calibration(job: Job, data: Stage) -> list[Any]:
 
 
 def _moments(job: Job, shipped: Stage, calibration: list[Any]) -> Moments | None:
-    """The inputs' moments, if a format uses them."""
+    """Compute the moments of the layers' inputs if a format uses them."""
     forms = job.recipe.export.formats
     if not calibration or not any(form.removeprefix("gguf-") in WEIGHTED for form in forms):
         return None
@@ -164,9 +164,10 @@ def pushes(job: Any) -> bool:
 
 
 def plan_push(job: Any, exported: Stage) -> StagePlan:
-    """Upload the exports that passed their replay: a failed export ends the run before this stage.
+    """Plan uploading the exports. All of them passed their replay, because a failed export ends the
+    run before this stage.
 
-    job: of any kind of run with an `export` section.
+    job: the job of any kind of run with an `export` section.
     """
     section, forms, name = job.recipe.export.push_to_hub, job.recipe.export.formats, job.recipe.name
 
@@ -178,8 +179,8 @@ def plan_push(job: Any, exported: Stage) -> StagePlan:
     return StagePlan("push", inputs, work)
 
 
-EXPORT_PURPOSE = "write the files, then load each in a fresh process and compare it"
-"""Of the step that exports, in every kind of run."""
+EXPORT_PURPOSE = "write the files, then load and compare each in a fresh process"
+"""The purpose of the export step in every kind of run."""
 PUSH = Step(
     "push",
     plan_push,
@@ -191,7 +192,7 @@ PUSH = Step(
 
 
 def shipped_folder(form: str) -> str:
-    """A format's folder in the stage, and the link to it in the run folder."""
+    """The name of a format's folder in the stage, and of the link to it in the run folder."""
     return MODEL if form == "safetensors" else form
 
 

@@ -1,4 +1,4 @@
-"""A language-model recipe with its resolved models: the input of every stage of its run."""
+"""A language-model recipe with its models located: the input to every stage of its run."""
 
 from __future__ import annotations
 
@@ -62,18 +62,18 @@ from stillhouse.training.train_config import ORIGINAL
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe with its resolved models, checked to fit together.
+    """A recipe with its models located and checked to fit together.
 
-    base: the folder of relative paths. pruned: the model that is pruned, if that is not the
-    teacher. vocabulary: token ids below it are the student's, and the teacher's unless `folded`;
-    rows of a head beyond it are padding. teachers: the models that the student learns from: the
-    teacher, or others. own_tokenizer: whose tokenizer the student has, if that is neither the
-    pretrained model's nor the teacher's. folded: whether the teacher has another tokenizer than the
-    student, so that they are compared over shared roots. roots: the stage with the roots of other
-    tokenizers. text: the run's synthesized text. ancestors: for a member of a family, the models
-    that the first member was made with. after_cut: before the vocabulary is cut, the recipe that
-    continues afterwards; this job's own recipe then contains only the cut. cut: whether it was cut.
-    family: for a first member, the recipe of the entire family.
+    base: the folder that relative paths refer to. pruned: the model to prune, if it is not the
+    teacher. vocabulary: the number of token ids that the student uses, and the teacher unless
+    `folded`; further rows of an LM head are padding. teachers: the models that the student learns
+    from: the teacher or others. own_tokenizer: the source of the student's tokenizer, if it is
+    neither the pretrained model's nor the teacher's. folded: whether the teacher's tokenizer
+    differs from the student's, so that they are compared over shared roots. roots: the stage with
+    the roots of other tokenizers. text: the run's synthesized text. ancestors: for a family's
+    member, the models that the first member was made from. after_cut: before the vocabulary is cut,
+    the recipe to continue with afterward; this job's own recipe then contains only the cut. cut:
+    whether the vocabulary was cut. family: for a first member, the entire family's recipe.
     """
 
     recipe: Recipe
@@ -94,24 +94,24 @@ class Job:
 
     @property
     def tokenizer(self) -> ModelSource:
-        """The model, or folder, whose tokenizer and chat template the student has."""
+        """The model or folder with the student's tokenizer and chat template."""
         return self.own_tokenizer or self.pretrained or self.teacher
 
     @property
     def other_teachers(self) -> tuple[ModelSource, ...]:
-        """The models with another tokenizer than the student: of those that it learns from, and the
-        teacher that it is compared with."""
+        """The models whose tokenizer differs from the student's, among those that it learns from
+        and the teacher that it is compared with."""
         every = dict.fromkeys([*self.teachers, self.teacher])
         return tuple(each for each in every if other_tokenizer(self.tokenizer, each))
 
     @property
     def precision(self) -> Precision:
-        """Of the products of models that are not trained."""
+        """The precision of products in models that are not trained."""
         return choose_precision(self.recipe.train.precision)
 
     @property
     def served(self) -> torch.dtype:
-        """The number type of exported weights."""
+        """The dtype of exported weights."""
         dtype: torch.dtype = getattr(torch, self.recipe.export.dtype)
         return dtype
 
@@ -121,17 +121,18 @@ class Job:
         return self.pretrained or self.pruned or self.teacher
 
     def model(self, stage: Stage) -> ModelSource:
-        """The student that a stage of this run wrote."""
+        """Return the student that a stage of this run wrote."""
         return self.start.derived(stage.path / MODEL)
 
 
 def find_models(
     recipe: Recipe, base: Path, *, weights: bool = True, teacher: ModelSource | None = None
 ) -> Job:
-    """Find and check the models on disk, or download them (weights=False: all but their weights).
+    """Locate the models on disk or download them, and check them.
 
-    teacher: used instead of the recipe's, for example one with a cut vocabulary (see `beginning`).
-    Raises ModelError; RecipeError for a student that cannot be trained on the teacher's token ids.
+    weights: False to skip the weights when downloading. teacher: a teacher to use instead of the
+    recipe's, for example one with a cut vocabulary.
+    Raises ModelError, or RecipeError if the student cannot be trained on the teacher's token ids.
     """
     section = recipe.teacher
     find = partial(resolve_model, base=base, weights=weights, trusted=section.trust_remote_code)
@@ -164,7 +165,7 @@ def find_models(
     job = Job(recipe, base, teacher, pretrained, rows, pruned, own_tokenizer=own, folded=folded)
     job = replace(job, teachers=_teachers(job, weights=weights))
     require_decoder(configs(job)[0], recipe.student.start)
-    # Reject early what these models, or a store of the teacher's signals, cannot serve.
+    # Reject early what these models, or a store of the teacher's signals, cannot provide.
     objective = planned_objective(job)
     if recipe.signals is not None:
         recorded_temperature(signals_encoding(job, objective), objective.needs)
@@ -172,15 +173,15 @@ def find_models(
 
 
 def find_configurations(recipe: Recipe, base: Path) -> Job:
-    """The job as far as configurations tell: neither weights nor tokenizers need be there.
+    """Return the job as far as configurations determine it, without weights or tokenizers.
 
-    The vocabulary is that of the smaller head. Raises ModelError, RecipeError and SignalError as
-    `find_models`.
+    The vocabulary is that of the smaller LM head. Raises ModelError, RecipeError, and SignalError
+    like `find_models`.
     """
     section, student = recipe.teacher, recipe.student
 
     def found(name: str, of: TeacherRecipe | PretrainedStudent | None = None) -> ModelSource:
-        """of: the section that names the model, if it is one with a revision of its own."""
+        """Locate a model. of: the section that names it, if the section has its own revision."""
         revision = None if of is None else of.revision
         folder = resolve_config(name, revision=revision, base=base)
         trusted = (of or section).trust_remote_code
@@ -202,9 +203,10 @@ def find_configurations(recipe: Recipe, base: Path) -> Job:
 
 
 def _is_folded(recipe: Recipe, teacher: ModelSource, own: ModelSource) -> bool:
-    """Whether the teacher has another tokenizer than the student. own: has the student's.
+    """Whether the teacher's tokenizer differs from the student's. own: the source of the student's
+    tokenizer.
 
-    Raises ModelError if the recipe does not allow it.
+    Raises ModelError if the recipe does not allow a difference.
     """
     if recipe.teacher.tokenizer == "same":
         check_same_ids(load_tokenizer(teacher), load_tokenizer(own))
@@ -230,8 +232,8 @@ def _require_output_terms(recipe: Recipe, other: ModelSource) -> None:
     terms = recipe.objective.terms
     if any(not isinstance(term, LogitsTerm | ChunksTerm) for term in terms):
         raise SignalError(
-            f"{other.described} has another tokenizer, so its positions are not the student's, and "
-            "terms on hidden states or attention compare positions",
+            f"terms on hidden states or attention compare positions, but {other.described} has a "
+            "different tokenizer, so its positions are not the student's",
             where="objective.terms",
             fix="use divergences at the output, terms on chunks, or teachers with the student's "
             "tokenizer",
@@ -239,9 +241,9 @@ def _require_output_terms(recipe: Recipe, other: ModelSource) -> None:
 
 
 def signals_encoding(job: Job, objective: Objective) -> Encoding:
-    """The encoding of the teacher's signals.
+    """Return the encoding of the teacher's signals.
 
-    Raises SignalError, StoreError for a given store that cannot serve this recipe.
+    Raises SignalError or StoreError if an existing store cannot be used for this recipe.
     """
     section = job.recipe.signals
     assert section is not None
@@ -277,39 +279,44 @@ def signals_encoding(job: Job, objective: Objective) -> Encoding:
 
 
 def _check_answers(job: Job, objective: Objective) -> None:
-    """Raise SignalError if the recipe's teacher is to answer for what an API's answers lack, and
-    cannot."""
+    """Raise SignalError if the recipe's teacher should score the text that an API's answers lack,
+    but cannot."""
     section = job.recipe.signals
     if section is None or section.missing != "live" or not (job.folded or objective.chunks):
         return
     raise SignalError(
-        f"{job.teacher.described} cannot answer for text that signals.answers lack: "
-        + ("it has another tokenizer" if job.folded else "terms on chunks are for the API alone"),
+        f"{job.teacher.described} cannot score the text that signals.answers lacks: "
+        + (
+            "it has a different tokenizer"
+            if job.folded
+            else "terms on chunks only work with the API's answers"
+        ),
         where="signals.missing",
-        fix="remove it, and train only on the text that the API wrote",
+        fix="remove it, and train only on the text that the API generated",
     )
 
 
 def _check_foldable(section: SignalsRecipe, teacher: ModelSource) -> None:
-    """Raise SignalError for signals that cannot be stored over the roots of two vocabularies."""
+    """Raise SignalError if the signals cannot be stored over the roots of two vocabularies."""
     kind = section.encoding.kind
     if isinstance(section.encoding, HiddenSignals | FrozenHeadSignals) or section.top_tokens:
         what = f"signals of kind {kind}" + (" from a server" if section.top_tokens else "")
         raise SignalError(
-            f"{teacher.described} has another tokenizer, and {what} cannot be stored for the "
+            f"{teacher.described} has a different tokenizer, and {what} cannot be stored for the "
             "student's tokens",
             where="signals.encoding",
-            fix="use threshold, the default, or another encoding of complete distributions (of a "
-            "local teacher top_k, too); or remove signals",
+            fix="use the default encoding, threshold, or another encoding of complete "
+            "distributions (for a local teacher, top_k works too); or remove `signals`",
         )
 
 
 def _check_last_only(layers: tuple[int, ...], last: int) -> None:
-    """Raise SignalError if a server, which returns the last hidden states, lacks a layer."""
+    """Raise SignalError if a layer other than the last is needed, because a server returns only the
+    last hidden states."""
     lacking = [layer for layer in layers if layer != last]
     if lacking:
         raise SignalError(
-            f"a server returns the last hidden states, and a term uses layer "
+            f"a server returns only the last hidden states, but a term uses layer "
             f"{', '.join(map(str, lacking))}",
             where="signals.server",
             fix="run vLLM on this machine instead (signals.vllm), use a local teacher, or use only "
@@ -318,7 +325,8 @@ def _check_last_only(layers: tuple[int, ...], last: int) -> None:
 
 
 def within_vocabulary(encoding: Encoding, vocabulary: int) -> Encoding:
-    """Raise SignalError if more tokens per position are stored than there are in the vocabulary."""
+    """Return the encoding. Raises SignalError if it stores more tokens per position than the
+    vocabulary has."""
     most = 0
     if isinstance(encoding, TopK | Stratified):
         most = encoding.k
@@ -326,7 +334,7 @@ def within_vocabulary(encoding: Encoding, vocabulary: int) -> Encoding:
         most = encoding.most
     if most > vocabulary:
         raise SignalError(
-            f"{most} tokens of each position are more than the {vocabulary} of the vocabulary",
+            f"cannot store {most} tokens per position: the vocabulary has only {vocabulary}",
             where="signals.encoding",
             fix=f"store {vocabulary} or fewer",
         )
@@ -339,14 +347,14 @@ def _check_head_stays(recipe: Recipe, where: str | Path) -> None:
         raise SignalError(
             "quantize.qat rounds the head, but signals of kind frozen_head need the original head",
             where=where,
-            fix="remove quantize.qat, or use signals of another kind",
+            fix="remove quantize.qat, or use a different kind of signals",
         )
 
 
 def planned_objective(job: Job) -> Objective:
-    """The objective before there is a student: its learned maps are on the meta device.
+    """Build the objective before there is a student, with its learned maps on the meta device.
 
-    Raises SignalError for terms that these models cannot serve.
+    Raises SignalError if these models do not support a term.
     """
     student, teacher = configs(job)[0], job.teachers[0]
     shape = load_config(teacher)
@@ -358,7 +366,7 @@ def planned_objective(job: Job) -> Objective:
 
 
 def configs(job: Job) -> tuple[Any, Any]:
-    """The student's planned configuration, and the teacher's."""
+    """Return the student's planned configuration and the teacher's configuration."""
     teacher, section = load_config(job.teacher), job.recipe.student
     if isinstance(section, PrunedStudent | RandomStudent):
         start = start_config(job)
@@ -371,16 +379,16 @@ def configs(job: Job) -> tuple[Any, Any]:
 
 
 def full_job(job: Job) -> Job:
-    """The job of the full recipe, if this job covers only the steps before the vocabulary is
-    cut."""
+    """Return the job of the full recipe, if this job covers only the steps before the vocabulary is
+    cut; otherwise, this job."""
     return job if job.after_cut is None else replace(job, recipe=job.after_cut, after_cut=None)
 
 
 def start_config(job: Job) -> Any:
-    """The configuration of the model that is pruned."""
+    """Load the configuration of the model to prune."""
     return load_config(job.pruned or job.teacher)
 
 
 def planned_size(config: Any) -> account.ParameterCount:
-    """The planned size of a model."""
+    """Count the parameters of a planned model."""
     return account.count_parameters(planned_model(config))

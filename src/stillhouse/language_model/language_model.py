@@ -1,4 +1,4 @@
-"""A run that trains one language model: its stages, in order."""
+"""The kind of run that trains one language model: its steps, in order."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ from stillhouse.training.train import MODEL
 
 
 def _plan_store(job: Job, data: Stage, student: Stage) -> StagePlan:
-    """The store is filled by the teacher, or from the log-probabilities of an API's answers."""
+    """Plan a store that is filled by the teacher or from log-probabilities in an API's answers."""
     section = job.recipe.signals
     if section is not None and section.answers is not None:
         return plan_api_signals(job)
@@ -73,7 +73,7 @@ STEPS = (
         require=require_synthesis,
         check=check_synthesis,
         spending=synthesis_spending,
-        purpose="let the teacher write text to train on",
+        purpose="generate training text with the teacher",
     ),
     Step(
         "data",
@@ -81,7 +81,7 @@ STEPS = (
         then=ready_to_train,
         require=require_models,
         check=check_data,
-        purpose="cut the text into windows of tokens, and hold some of it out to measure on",
+        purpose="split the text into token windows, and hold some out for evaluation",
     ),
     Step(
         "vocabulary",
@@ -89,7 +89,7 @@ STEPS = (
         ("data",),
         applies=lambda job: job.after_cut is not None,
         then=cut_job,
-        purpose="remove the tokens that the text does not need from the teacher",
+        purpose="remove the tokens from the teacher that the text does not need",
     ),
     Step(
         "data",
@@ -111,7 +111,7 @@ STEPS = (
         ("data",),
         applies=has_target,
         then=with_sizes,
-        purpose="prune and briefly train several shapes, to find the best for the target",
+        purpose="prune and briefly train several shapes to find the best one for the target",
     ),
     Step(
         "student",
@@ -124,14 +124,14 @@ STEPS = (
         plan_cut,
         ("data",),
         applies=lambda job: job.recipe.evaluate.cut_baseline,
-        purpose="build the same student without its refit, to measure what the refit gains",
+        purpose="build the same student without its refit to measure what the refit gains",
     ),
     Step(
         "signals",
         _plan_store,
         ("data", "student"),
         applies=records_signals,
-        purpose="store the teacher's outputs, so that they are computed only once",
+        purpose="cache the teacher's outputs so that they are computed only once",
     ),
     Step(
         "train",
@@ -146,28 +146,28 @@ STEPS = (
         plan_baseline,
         ("data", "student"),
         applies=lambda job: job.recipe.evaluate.fine_tuning_baseline,
-        purpose="train the same student without the teacher, to measure what distillation gains",
+        purpose="train the same student without the teacher to measure what distillation gains",
     ),
     Step(
         "quantize",
         plan_quantization,
         ("data", "train"),
         applies=lambda job: job.recipe.quantize is not None,
-        purpose="round the trained weights, with scales that fit the inputs of each layer",
+        purpose="round the trained weights with scales that fit each layer's inputs",
     ),
     Step(
         "qat",
         plan_quantized_training,
         ("data", "train", "quantize", "signals"),
         applies=lambda job: job.recipe.quantize is not None and job.recipe.quantize.qat is not None,
-        purpose="distill with rounded weights, to win back what the rounding cost",
+        purpose="distill with rounded weights to recover what rounding cost",
     ),
     Step(
         "teacher",
         plan_teacher,
         ("data",),
         applies=in_family,
-        purpose="measure the teacher once for all members",
+        purpose="evaluate the teacher once for all members",
     ),
     Step(
         "evaluate",
@@ -188,7 +188,7 @@ STEPS = (
 )
 WINDOW_STEPS = ("synthesis", "data", "vocabulary")
 DATA_STEPS = (*WINDOW_STEPS, "roots")
-"""The steps up to the windows, and the teacher with their vocabulary or roots."""
+"""The steps up to the windows, the teacher with their vocabulary, and the roots."""
 
 
 def links(job: Job) -> dict[str, Link]:
@@ -199,7 +199,7 @@ def links(job: Job) -> dict[str, Link]:
 
 
 def preview_windows(recipe: Recipe, base: Path, rows: int) -> RenderableType:
-    """Training windows, colored by loss mask. Runs the data stage if it is not finished."""
+    """Render training windows, colored by loss mask, running the data stage first if necessary."""
     require_text(recipe, base)
     with stages_of(recipe) as do:
         job, stages = run_steps(LANGUAGE_MODEL, find_job(recipe, base), do, only=WINDOW_STEPS)

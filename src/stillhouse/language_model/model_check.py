@@ -28,10 +28,10 @@ from stillhouse.teachers.source_tokenizers import shared_vocabulary
 
 
 def require_models(job: Job) -> Iterator[Finding]:
-    """Check the folders of all models, their positions, their tokenizers, and the templates that
-    `evaluate.prompts` need.
+    """Check all models' folders, positions, and tokenizers, and the templates that
+    `evaluate.prompts` needs.
 
-    Raises StillhouseError for what cannot work; yields warnings.
+    Raises StillhouseError if something cannot work; yields warnings.
     """
     _require_chunks(job)
     job = full_job(job)
@@ -51,7 +51,7 @@ def require_models(job: Job) -> Iterator[Finding]:
 
 
 def _require_chunks(job: Job) -> None:
-    """Raise SignalError if a term on chunks has no teacher that gives their likelihoods."""
+    """Raise SignalError if a term on chunks has no teacher that provides their likelihoods."""
     recipe = full_job(job).recipe
     folds = job.after_cut is not None  # or other teachers, found later
     if not any(isinstance(term, ChunksTerm) for term in recipe.objective.terms):
@@ -63,11 +63,19 @@ def _require_chunks(job: Job) -> None:
     if not found:
         stored = recipe.signals is not None
         raise SignalError(
-            "a term on chunks compares text that two tokenizers divide differently, and "
-            + ("stored signals have no chunks" if stored else "every teacher has the student's"),
+            "a term on chunks compares text that two tokenizers split differently, but "
+            + (
+                "stored signals have no chunks"
+                if stored
+                else "every teacher has the student's tokenizer"
+            ),
             where="objective.terms",
             fix="remove the term, or "
-            + ("signals" if stored else "add a teacher with another tokenizer to train.teachers"),
+            + (
+                "`signals`"
+                if stored
+                else "add a teacher with a different tokenizer to train.teachers"
+            ),
         )
 
 
@@ -96,13 +104,14 @@ def _require_trainable(config: Any, source: ModelSource) -> None:
         raise ModelError(
             "the student starts from quantized weights, which cannot be trained",
             where=source.path,
-            fix="start from the model that is not quantized, or from a .gguf file, whose weights "
-            "become floats; `quantize` rounds the student after training",
+            fix="start from the unquantized model, or from a .gguf file, whose weights are "
+            "converted to floats; `quantize` rounds the student after training",
         )
 
 
 def _positions(name: str, config: Any, job: Job) -> Iterator[Finding]:
-    """Raise RecipeError for texts that are longer than a table of positions."""
+    """Check text lengths against the model's positions. Raises RecipeError if a text is longer than
+    a learned position table."""
     context, evaluate = job.recipe.data.context, job.recipe.evaluate
     most = learned_positions(planned_model(config))
     lengths = {f"data.context: {context}": context}
@@ -115,14 +124,14 @@ def _positions(name: str, config: Any, job: Job) -> Iterator[Finding]:
         for key, length in lengths.items():
             if length > most:
                 raise RecipeError(
-                    f"{length:,} tokens do not fit the {name}, which has {most:,} positions",
+                    f"{length:,} tokens do not fit into the {name}, which has {most:,} positions",
                     where=key,
                     fix=_shorter(key, context, length, most),
                 )
         if evaluate.speed and most < PROMPT_TOKENS + DECODE_TOKENS:
             raise RecipeError(
-                f"speed is measured on {PROMPT_TOKENS + DECODE_TOKENS} tokens, and the {name} has "
-                f"{most:,} positions",
+                f"speed is measured on {PROMPT_TOKENS + DECODE_TOKENS} tokens, but the {name} has "
+                f"only {most:,} positions",
                 where="evaluate.speed",
                 fix="set evaluate.speed: false",
             )
@@ -132,19 +141,19 @@ def _positions(name: str, config: Any, job: Job) -> Iterator[Finding]:
         return
     for key, length in lengths.items():
         if length > trained:
-            text = f"{length:,} tokens ({key}) are more than the {trained:,} that the {name} is for"
-            text += " (max_position_embeddings)"
+            text = f"{length:,} tokens ({key}) are more than the {trained:,} that the {name} was "
+            text += "trained for (max_position_embeddings)"
             yield Finding("warning", "context", text, _shorter(key, context, length, trained))
 
 
 def _shorter(key: str, context: int, length: int, most: int) -> str:
     if key.startswith("data."):
-        return f"set data.context to {most} at most"
+        return f"set data.context to at most {most}"
     return f"lower evaluate.max_new_tokens by {length - most}, or shorten evaluate.prompts"
 
 
 def _require_templates(job: Job) -> None:
-    """Check the templates: evaluation prompts are chats if a model has one."""
+    """Check the chat templates that models with one use for the evaluation prompts."""
     chats = [(user_turn(prompt), "evaluate.prompts") for prompt in job.recipe.evaluate.prompts]
     for whose, source in (("the teacher", job.teacher), ("the student", job.tokenizer)):
         tokenizer = load_tokenizer(source)
@@ -154,6 +163,6 @@ def _require_templates(job: Job) -> None:
                 chats,
                 whose=whose,
                 where=source.path,
-                fix="remove evaluate.prompts, each of which is one user turn; or correct the "
+                fix="remove evaluate.prompts, each of which is a single user turn; or fix the "
                 "chat_template in that folder",
             )

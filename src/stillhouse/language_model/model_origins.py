@@ -1,4 +1,4 @@
-"""The models that a run's student is made with: their licenses apply to it."""
+"""The models that a run's student is made from, whose licenses apply to it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from stillhouse.teachers.model_source import ModelSource, resolve_model
 
 
 def origins_of(job: Job) -> list[Origin]:
-    """The teacher first, then the student's start and the other teachers.
+    """Return the origins: the teacher first, then the student's start and the other teachers.
 
-    A model built by the run itself, such as the previous student of a cascade, is left out: its
-    origins are among those of the first student.
+    A model built by the run itself, such as a cascade's previous student, is left out: its origins
+    are among the first student's.
     """
     started = [("The student's start", one) for one in (job.pretrained, job.pruned) if one]
     teachers = [("Another teacher", teacher) for teacher in job.teachers]
@@ -36,7 +36,7 @@ def _made_here(source: ModelSource, recipe: Recipe) -> bool:
 
 
 def _of_text(recipe: Recipe, base: Path) -> list[Origin]:
-    """The model that writes the text, if it is not the teacher."""
+    """Return the model that generates the text, if it is not the teacher."""
     if not makes_text(recipe, base):
         return []
     assert recipe.synthesize is not None

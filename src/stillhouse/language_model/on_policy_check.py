@@ -1,4 +1,4 @@
-"""Checks of `train.on_policy` before the run: stops, templates, prompts, and what it takes."""
+"""Checks `train.on_policy` before the run: stop tokens, templates, prompts, and resources."""
 
 from __future__ import annotations
 
@@ -26,19 +26,21 @@ from stillhouse.training.turn_agreement import differing_template, require_same_
 
 TOPIC = "on-policy"
 DECODING = 3.0
-"""An assumption: how many times as long a generated token takes as its operations in a training
-step. Generation reads all weights for each batch of tokens."""
+"""Assumed cost of a generated token, as a multiple of the time that its FLOPs would take in a
+training step: generation reads all weights for each batch of tokens."""
 
 
 def require_on_policy(job: Job) -> Iterator[Finding]:
-    """Raises ModelError, DataError and SignalError for models, prompts and signals with which the
-    student cannot write, RunError for a folder for weights that holds another model; yields
-    warnings."""
+    """Check on-policy training; yields warnings.
+
+    Raises ModelError, DataError, or SignalError if the student cannot generate with these models,
+    prompts, or signals, and RunError if the folder for weights contains a different model.
+    """
     section = job.recipe.train.on_policy
     if section is None:
         return
     student = load_tokenizer(job.tokenizer)
-    prompts = own_prompts(job, student)  # read whatever the share
+    prompts = own_prompts(job, student)  # reads and checks them whatever the share
     if section.share == 0:
         return
     if isinstance(section.generator, VllmRollouts):
@@ -49,10 +51,10 @@ def require_on_policy(job: Job) -> Iterator[Finding]:
     signals = job.recipe.signals
     if signals is not None and signals.store is not None and signals.missing != "live":
         raise SignalError(
-            "a store of signals cannot score text that the student writes during training",
+            "a signal store cannot score text that the student generates during training",
             where=job.base / signals.store,
-            fix="set signals.missing: live, so that the teacher itself scores it; or remove "
-            "`signals`, or train.on_policy",
+            fix="set signals.missing: live, so that the teacher scores that text; or remove "
+            "`signals` or train.on_policy",
         )
     for source in job.teachers:
         teacher = load_tokenizer(source)
@@ -70,15 +72,16 @@ def require_on_policy(job: Job) -> Iterator[Finding]:
     short = int((prompts.lengths > context - section.max_tokens).sum())
     if short:
         text = (
-            f"{short:,} of {len(prompts):,} prompts leave less than max_tokens "
-            f"({section.max_tokens}) of the context of {context:,}: their answers end earlier"
+            f"{short:,} of {len(prompts):,} prompts leave fewer than max_tokens "
+            f"({section.max_tokens}) of the {context:,} tokens of context: their answers end early"
         )
         yield Finding("warning", TOPIC, text, "raise data.context, or lower max_tokens")
 
 
 @dataclass(frozen=True)
 class OwnTextEstimate:
-    """answers: of the training. tokens: that the student writes, at most. read: of prompts."""
+    """What the student generates during training. answers: the number of answers. tokens: the
+    maximum number of generated tokens. read: the number of prompt tokens."""
 
     answers: int
     tokens: int
@@ -88,10 +91,10 @@ class OwnTextEstimate:
 def estimate_own_text(
     models: RunModels, machine: Machine, windows: int, prompts: OwnPrompts | None
 ) -> OwnTextEstimate | None:
-    """What the student writes in its training, at most; None if nothing.
+    """Estimate the most that the student generates during training; None if it generates nothing.
 
-    windows: of data. prompts: None if not known; they are then taken to be as long as half of
-    what an answer leaves of the context, and at most as an answer.
+    windows: the number of windows of data. prompts: None if unknown; each prompt is then assumed to
+    fill half of the context that an answer leaves, and to be at most as long as an answer.
     """
     settings, context = models.recipe.train, models.recipe.data.context
     section = settings.on_policy
@@ -112,7 +115,7 @@ def estimate_own_text(
 def own_text_findings(
     models: RunModels, machine: Machine, windows: int, prompts: OwnPrompts | None
 ) -> Iterator[Finding]:
-    """Tokens, time and memory of what the student writes."""
+    """Report the tokens, time, and memory of what the student generates."""
     section = models.recipe.train.on_policy
     found = estimate_own_text(models, machine, windows, prompts)
     if section is None or found is None:
@@ -120,17 +123,18 @@ def own_text_findings(
     active = config_size(models.student).active
     flops = DECODING * forward_flops(active, found.tokens) + forward_flops(active, found.read)
     text = (
-        f"the student writes {count(found.answers)} answers, at most {count(found.tokens)} tokens"
+        f"the student generates {count(found.answers)} answers, at most "
+        f"{count(found.tokens)} tokens"
     )
     if machine.rate is not None:
         text += f", about {seconds(flops / (machine.rate * machine.processes))}"
     cache = kv_cache_bytes(models, machine, prompts)
-    text += f"; its key-value cache takes {size(cache)} in each process"
+    text += f"; its KV cache takes {size(cache)} per process"
     yield Finding("estimate", TOPIC, text)
 
 
 def kv_cache_bytes(models: RunModels, machine: Machine, prompts: OwnPrompts | None) -> float:
-    """Bytes of the keys and values while the student writes, at most."""
+    """The maximum size of the KV cache in bytes while the student generates."""
     section, longest = models.recipe.train.on_policy, models.recipe.data.context
     assert section is not None
     if prompts is not None:

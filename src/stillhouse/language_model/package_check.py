@@ -1,4 +1,4 @@
-"""Checks the packages, keys and disk space that the options of a recipe need."""
+"""Checks the packages, keys, and disk space that a recipe's options need."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ from stillhouse.teachers.api_keys import api_key
 
 
 def require_options(job: Job) -> Iterator[Finding]:
-    """Check trackers, lm-eval's tasks, and the key or the vLLM that signals need. Raises
-    StillhouseError."""
+    """Check trackers, lm-eval's tasks, and the key or the vLLM installation that signals need.
+    Raises StillhouseError."""
     recipe = job.recipe
     here = get_available_reporting_integrations() if recipe.train.report_to else []
     for name in recipe.train.report_to:
         if name not in INTEGRATION_TO_CALLBACK:
             known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
             text = f"{name} is not a tracker that transformers supports"
-            yield Finding("error", "extras", text, f"set train.report_to to one or more of {known}")
+            fix = f"set train.report_to to one or more of: {known}"
+            yield Finding("error", "extras", text, fix)
         elif name not in here:
             yield Finding("error", "extras", f"{name} is not installed", f"pip install {name}")
     if recipe.evaluate.lm_eval is not None:
@@ -51,7 +52,7 @@ def require_options(job: Job) -> Iterator[Finding]:
 
 
 def _require_scorer(section: SignalsRecipe, base: Path) -> Iterator[Finding]:
-    """A missing key of a server; what vLLM lacks on this machine."""
+    """Report a missing API key for a server, or what vLLM lacks on this machine."""
     server = section.server
     if server is not None:
         try:
@@ -64,11 +65,11 @@ def _require_scorer(section: SignalsRecipe, base: Path) -> Iterator[Finding]:
 
 
 def require_disk(job: Job, students: Sequence[RunModels]) -> Iterator[Finding]:
-    """Compare what a run writes until it has trained with the free space of its folder.
+    """Compare the disk space that a run needs with the free space in its folder.
 
     students: those still to train, in order. Each checkpoint contains weights and two moments in
-    float32, and is deleted after the training; each student is kept before and after training and
-    in its exports. In addition there are windows of tokens, and a store of signals.
+    float32 and is deleted after training; each student is kept before and after training and in
+    its exports. In addition, there are the token windows and a signal store.
     """
     job = full_job(job)
     recipe = job.recipe
@@ -95,7 +96,8 @@ def require_disk(job: Job, students: Sequence[RunModels]) -> Iterator[Finding]:
     text = f"about {size(need)} of {names} at the peak; {size(free)} are free"
     if need > free:
         fix = (
-            "free some space, lower train.keep_checkpoints, or use another disk: --set folder=PATH"
+            "free some space, lower train.keep_checkpoints, or use a different disk: "
+            "--set folder=PATH"
         )
         yield Finding("error", "disk", f"{text} in {root}", fix)
     else:

@@ -1,4 +1,4 @@
-"""The memory of pruning a student, and of searching its shape."""
+"""The memory of pruning a student and of searching for its shape."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from stillhouse.students.pruned_student import STREAMS, layers_on_device, moment
 from stillhouse.students.student_config import PrunedStudent
 
 KL_BUFFERS = 5
-"""Of a chunk's logits in `summed_kl`."""
+"""The number of logit-sized buffers per chunk in `summed_kl`."""
 
 
 def pruning_estimate(models: RunModels, section: PrunedStudent, machine: Machine) -> StageEstimate:
-    """Of the stage `student`: the processes divide the calibration rows."""
+    """Estimate the `student` stage, in which the processes divide the calibration rows."""
     own = -(-section.calibration_tokens // machine.processes)
     memory, note = _pruning(models, section, machine, own)
     return StageEstimate(
@@ -42,7 +42,8 @@ def pruning_estimate(models: RunModels, section: PrunedStudent, machine: Machine
 
 
 def _scratch(models: RunModels, machine: Machine) -> float:
-    """Of offloaded models. The processes of a node share the layers, until each cuts them."""
+    """Estimate the disk space of offloaded models. A node's processes share the layers until each
+    cuts them."""
     start, student = config_size(models.start), config_size(models.student)
     if WIDE * start.parameters < LARGE_BYTES:
         return 0.0
@@ -53,8 +54,8 @@ def _scratch(models: RunModels, machine: Machine) -> float:
 
 
 def search_estimate(models: RunModels, section: PrunedStudent, machine: Machine) -> StageEstimate:
-    """Of the stage `search`: each process prunes candidates of its own on all calibration rows, and
-    trains the best of them for a few steps, completely in memory."""
+    """Estimate the `search` stage, in which each process prunes its own candidates on all
+    calibration rows and trains the best for a few steps, entirely in memory."""
     search, settings = section.search, models.recipe.train
     student, teacher = config_size(models.student), config_size(models.teacher)
     calibration = min(search.calibration_tokens, section.calibration_tokens)
@@ -86,7 +87,7 @@ def search_estimate(models: RunModels, section: PrunedStudent, machine: Machine)
 def _pruning(
     models: RunModels, section: PrunedStudent, machine: Machine, tokens: int
 ) -> tuple[Memory, str]:
-    """What a process needs to prune on so many calibration tokens, and where it does."""
+    """Estimate the memory of pruning on so many calibration tokens, and note where it happens."""
     start, size = config_size(models.start), config_size(models.student)
     weights = float(WIDE * start.parameters)
     logits = min(CHUNK_LOGITS, start.hidden // 2 * start.vocabulary)
@@ -99,7 +100,7 @@ def _pruning(
     if weights >= LARGE_BYTES:
         parts["weights"] = float(WIDE * (2 * start.layer + start.ends))
     else:
-        # Pages of both checkpoints stay until the end, and so do gaps between the cut weights.
+        # The pages of both checkpoints and the gaps between the cut weights stay until the end.
         ends_stay = (size.hidden, size.vocabulary) == (start.hidden, start.vocabulary)
         cut = size.parameters - (size.ends if ends_stay else 0)
         parts |= {"cut weights": float(WIDE * cut), "saved student": float(WIDE * size.parameters)}

@@ -1,4 +1,4 @@
-"""The stages that quantize the trained student, and train it quantized."""
+"""The stages that quantize the trained student and continue to train it quantized."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from stillhouse.runfolder import Outcome, Stage, StagePlan
 
 
 def plan_quantization(job: Job, data: Stage, trained: Stage) -> StagePlan:
-    """Round the trained student's matrices to a grid; measurements choose those that are not
-    quantized."""
+    """Plan rounding the trained student's matrices to a grid, except those that measurements
+    exclude."""
     section = job.recipe.quantize
     assert section is not None
 
@@ -52,7 +52,7 @@ def plan_quantization(job: Job, data: Stage, trained: Stage) -> StagePlan:
 def plan_quantized_training(
     job: Job, data: Stage, student: Stage, rounded: Stage, signals: Stage | None
 ) -> StagePlan:
-    """Continue to distill the student with rounded weights: quantization-aware distillation."""
+    """Plan quantization-aware distillation, which continues with rounded weights."""
     section = job.recipe.quantize
     stored = stored_signals(job, signals)
     assert section is not None

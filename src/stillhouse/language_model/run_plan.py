@@ -1,4 +1,5 @@
-"""What every stage of a language-model run takes, from configurations and a number of tokens."""
+"""Estimates what every stage of a language-model run takes, from configurations and the number of
+training tokens."""
 
 from __future__ import annotations
 
@@ -44,10 +45,10 @@ from stillhouse.training.train import plan_batches, require_windows
 
 
 def plan_stages(models: RunModels, machine: Machine, tokens: int) -> list[StageEstimate]:
-    """In the order of the run, those that take memory or time.
+    """Estimate the stages that take memory or time, in the order of the run.
 
-    tokens: of the training text. Raises RecipeError: more processes than windows, or a batch that
-    they cannot share.
+    tokens: the number of training tokens. Raises RecipeError if there are more processes than
+    windows or they cannot divide the batch.
     """
     return list(_stages(models, machine, tokens))
 
@@ -81,7 +82,7 @@ def _windows(section: DataRecipe, tokens: int, machine: Machine) -> int:
     windows = max(1, -(-tokens // section.context))
     if section.packing == "isolated":
         require_windows(windows, machine.processes)
-    return max(windows, machine.processes)  # with a document in each, there are more
+    return max(windows, machine.processes)  # one document per window makes more windows
 
 
 # --- training --------------------------------------------------------------------------------
@@ -127,14 +128,15 @@ def _training(name: str, models: RunModels, machine: Machine, windows: int) -> S
 
 
 def _loaded(step: Step, shard: Shard, *, over: int, here: int) -> dict[str, float]:
-    """What a process with a GPU has in the machine's memory: its own copy of the student at first,
-    and of teachers that are not sharded. Of a sharded student it reads its part of a weight at a
-    time; of the `here` processes of the first node, one gathers the trained weights to save them,
-    those of a large model a layer at a time.
+    """Estimate what a GPU's process keeps in host memory.
+
+    At first, it has its own copies of the student and of the teachers that are not sharded. It
+    reads its part of a sharded student weight by weight. One of the first node's `here` processes
+    gathers the trained weights to save them, layer by layer for a large model.
     """
     size = step.student.size
     host = {"student": float(WIDE * size.parameters), "libraries": LIBRARIES_BYTES}
-    frozen = step.student.trained < size.parameters  # its head is read by every process
+    frozen = step.student.trained < size.parameters  # every process reads a frozen LM head
     if shard in ("student", "both") and not frozen:
         large = WIDE * size.parameters >= LARGE_BYTES
         gathered = max(size.layer, size.ends) if large else size.parameters
@@ -185,7 +187,7 @@ def _signals(models: RunModels, machine: Machine, tokens: int) -> StageEstimate:
 
 
 def _measured_teacher(models: RunModels, machine: Machine) -> StageEstimate:
-    """The teacher alone, for all members of a family."""
+    """Estimate measuring the teacher alone, once for all members of a family."""
     recipe = models.recipe
     teacher, heldout = config_size(models.teacher), recipe.data.heldout_tokens
     windows = max(1, TOKENS_PER_FORWARD // recipe.data.context)
@@ -206,10 +208,11 @@ def _measured_teacher(models: RunModels, machine: Machine) -> StageEstimate:
 def _heads_and_logits(
     teacher: ModelSize, student: ModelSize | None, models: RunModels, machine: Machine
 ) -> float:
-    """Of a comparison with the teacher; student: None while the teacher itself is measured.
+    """Estimate the bytes of the LM heads and logits in a comparison with the teacher. student: None
+    while the teacher itself is measured.
 
-    Of other weights, float32 copies of both heads are made. On a CPU, the teacher's is copied
-    before, since its model is deleted.
+    Unless weights are float32, float32 copies of both heads are made. On a CPU, the teacher's head
+    is copied first, because its model is deleted.
     """
     compute = machine.compute(models.recipe.train.precision).itemsize
     heads = teacher.head + (0 if student is None else student.head)
@@ -220,9 +223,10 @@ def _heads_and_logits(
 
 
 def _evaluation(models: RunModels, machine: Machine) -> StageEstimate:
-    """The teacher alone, then each student alone; for speed, those at once that fit.
+    """Estimate the evaluation: first the teacher alone, then each student alone; speed is measured
+    on all models together if they fit.
 
-    In a family, the teacher was measured before.
+    In a family, the teacher was measured earlier.
     """
     recipe = models.recipe
     compute = machine.compute(recipe.train.precision).itemsize
@@ -270,17 +274,17 @@ def _evaluation(models: RunModels, machine: Machine) -> StageEstimate:
 
 
 def _stored_bytes(config: Any) -> int:
-    """Of a weight in a model's files."""
+    """The bytes per weight in a model's files."""
     dtype = str(getattr(config, "dtype", None) or torch.float32)
     return int(getattr(torch, dtype.removeprefix("torch.")).itemsize)
 
 
 def _loading(size: ModelSize, stored: int, compute: int) -> Memory:
-    """Of a model while the pages of its files are in memory. stored, compute: bytes of a weight in
-    the files and in products.
+    """Estimate the memory of loading a model while the pages of its files are in memory. stored,
+    compute: bytes per weight in the files and in products.
 
-    Files with weights that stay as they are, are the weights. Files have the matrices of experts
-    one by one: transformers reads them all in the type of products, and joins those of each layer.
+    If both are the same, the files' pages are the weights. Files contain each expert's matrices
+    separately; transformers reads them all in the compute dtype and joins each layer's.
     """
     parts = {"weights": float(compute * size.parameters), "libraries": LIBRARIES_BYTES}
     if stored != compute:
@@ -300,10 +304,10 @@ def _quantization(models: RunModels, machine: Machine) -> StageEstimate:
 
 
 def _export(models: RunModels, machine: Machine) -> StageEstimate:
-    """First the teacher alone answers the text of the replays, if it fits; then the student's
-    weights are cast and written."""
+    """Estimate the export: first the teacher alone scores the replays' text, if it fits; then the
+    student's weights are cast and written."""
     size, teacher = config_size(models.student), config_size(models.teacher)
-    # In float32, in the exported type, and as the bytes of the file.
+    # The weights in float32, in the exported dtype, and as the file's bytes.
     saving = {"weights": 2.0 * WIDE * size.parameters, "libraries": LIBRARIES_BYTES}
     compute = machine.compute(models.recipe.train.precision).itemsize
     alone = {
@@ -327,7 +331,7 @@ def _export(models: RunModels, machine: Machine) -> StageEstimate:
 
 
 def _teacher_alone(windows: int, models: RunModels, machine: Machine) -> dict[str, float]:
-    """The teacher that answers, sharded if it is in training."""
+    """Estimate running the teacher alone, sharded if it is sharded in training."""
     parts = _alone(models.teacher, windows, models, machine)
     if run_shard(models, machine) in ("teacher", "both"):
         size = config_size(models.teacher)
@@ -339,7 +343,7 @@ def _teacher_alone(windows: int, models: RunModels, machine: Machine) -> dict[st
 
 
 def _alone(config: Any, windows: int, models: RunModels, machine: Machine) -> dict[str, float]:
-    """A model that only answers."""
+    """Estimate running a model for inference only."""
     compute = machine.compute(models.recipe.train.precision)
     found = trace_activations(
         config,

@@ -1,4 +1,4 @@
-"""The stage that finds a pruned student's shape, if the recipe has a target instead of sizes."""
+"""The stage that searches for a pruned student's shape if the recipe has a target, not sizes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def plan_search(job: Job, data: Stage) -> StagePlan:
             section=section,
             train=job.recipe.train,
             start=start,
-            # Of another tokenizer, it does not measure what pruning costs.
+            # A teacher with a different tokenizer does not measure what pruning costs.
             teacher=start if job.folded else job.teacher,
             windows=windows,
             vocabulary=job.vocabulary,
@@ -94,7 +94,7 @@ def _inputs(job: Job, data: Stage, section: PrunedStudent) -> dict[str, Any]:
 
 
 def with_sizes(job: Job, stages: Mapping[str, Stage], _do: Do) -> Job:
-    """The job with the sizes that the search found, instead of the target."""
+    """Return the job with the sizes that the search found instead of the target."""
     section = job.recipe.student
     student = section.model_copy(update={**stages["search"].summary["sizes"], "target": None})
     return replace(job, recipe=job.recipe.model_copy(update={"student": student}))

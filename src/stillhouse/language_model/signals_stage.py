@@ -59,16 +59,17 @@ SHARD_FILES = f"{STORE}/{SHARDS}/*"
 
 @dataclass(frozen=True)
 class StoredSignals:
-    """A finished store. key: identifies its content."""
+    """A finished signal store. key: identifies its content."""
 
     path: Path
     key: str
 
 
 def plan_signals(job: Job, data: Stage, student: Stage | None) -> StagePlan:
-    """The teacher scores every training window once; students then read its signals.
+    """Plan scoring every training window once with the teacher; students then read its signals.
 
-    student: the student whose head the signals are for, if they are for one (`for_one_head`).
+    student: the student whose LM head the signals are for, if they are for a single head
+    (`for_one_head`).
     """
     section = job.recipe.signals
     assert section is not None
@@ -77,7 +78,7 @@ def plan_signals(job: Job, data: Stage, student: Stage | None) -> StagePlan:
     temperature = recorded_temperature(encoding, objective.needs)
     if section.top_tokens and temperature != 1.0:
         raise SignalError(
-            f"a server answers at temperature 1, and a term has {temperature:g}",
+            f"a server scores at temperature 1, but a term has {temperature:g}",
             where="objective.terms",
             fix="use temperature 1, or signals.encoding.kind: hidden",
         )
@@ -87,7 +88,7 @@ def plan_signals(job: Job, data: Stage, student: Stage | None) -> StagePlan:
         student_head = _head(job, student)
     identity = signal_identity(job, student_head)
     events, kind = _events(job), "roots" if job.folded else "tokens"
-    # Measurements during training can then use the teacher too.
+    # Record held-out text, too, for measurements during training.
     with_heldout = job.recipe.train.evaluate_every is not None
 
     def settings(encoding: Encoding, source: str) -> Settings:
@@ -117,7 +118,7 @@ def plan_signals(job: Job, data: Stage, student: Stage | None) -> StagePlan:
         quality = manifest.quality
         kept = f": {quality.entries:.1f} {kind} of {events:,}" if quality.entries else ""
         if leads():
-            note(f"{quality.bytes:,.1f} bytes a token{kept}")
+            note(f"{quality.bytes:,.1f} bytes/token{kept}")
         tokens = sum(each.supervised_tokens for each in texts)
         return Outcome(
             tokens=tokens,
@@ -136,7 +137,7 @@ def plan_signals(job: Job, data: Stage, student: Stage | None) -> StagePlan:
         "heldout": with_heldout,
         **identity,
     }
-    together = section.vllm is None  # which uses all GPUs by itself
+    together = section.vllm is None  # vLLM uses all GPUs by itself
     return StagePlan(
         "signals", inputs, work, version=2, resumable=True, together=together,
         compared_when_read=(SHARD_FILES,),
@@ -144,14 +145,14 @@ def plan_signals(job: Job, data: Stage, student: Stage | None) -> StagePlan:
 
 
 def records_signals(job: Job) -> bool:
-    """Whether the run builds a store, rather than reading one or none."""
+    """Whether the run builds a signal store rather than reading an existing one or none."""
     section = full_job(job).recipe.signals
     return section is not None and section.store is None
 
 
 @contextmanager
 def _recorded_teacher(job: Job, encoding: Encoding) -> Iterator[Teacher]:
-    """The teacher whose signals are recorded."""
+    """Open the teacher whose signals are recorded."""
     section, own = job.recipe.signals, _students_tokens(job)
     if section is not None and (section.server is not None or section.vllm is not None):
         with engine_teacher(job, encoding) as found:
@@ -168,7 +169,7 @@ def _recorded_teacher(job: Job, encoding: Encoding) -> Iterator[Teacher]:
 
 
 def _students_tokens(job: Job) -> Callable[[Teacher], Teacher]:
-    """A function that makes the recipe's teacher answer for the student's tokens."""
+    """Return a function that makes the recipe's teacher score the student's tokens."""
     if not job.folded:
         return lambda teacher: teacher
     tokenizer = load_tokenizer(job.tokenizer)
@@ -176,21 +177,22 @@ def _students_tokens(job: Job) -> Callable[[Teacher], Teacher]:
 
 
 def _events(job: Job) -> int:
-    """The vocabulary of the run's store."""
+    """The vocabulary size of the run's store."""
     roots = run_roots(job, job.teacher) if job.folded else None
     return job.vocabulary if roots is None else stored_events(roots)
 
 
 def for_one_head(job: Job) -> bool:
-    """Whether signals are recorded for one student's head, so that it must exist first."""
+    """Whether signals are recorded for one student's LM head, so that it must exist first."""
     return isinstance(signals_encoding(job, planned_objective(job)), FrozenHead)
 
 
 def signal_identity(job: Job, student_head: LMHead | None) -> dict[str, str]:
-    """What a store must have been recorded with to be usable by this run. Not the data: rows are
-    found by their content, so a store with more text, or with only some of it, also works.
+    """Return what a store must have been recorded with to be usable by this run. The data is not
+    part of it: rows are found by their content, so a store with more text, or with only some of it,
+    also works.
 
-    student_head: for a store that is only for this head.
+    student_head: the LM head, for a store that is only for this head.
     """
     tokenizer = load_tokenizer(job.tokenizer)
     teacher, section = job.teacher.fingerprint, job.recipe.signals
@@ -212,12 +214,12 @@ def _head(job: Job, student: Stage) -> LMHead:
 
 
 def stored_signals(job: Job, recorded: Stage | None) -> StoredSignals | None:
-    """The store that training reads: the run's own, or the one that the recipe names."""
+    """Return the store that training reads: the run's own, or the one that the recipe names."""
     section = job.recipe.signals
     if section is None:
         return None
     if recorded is not None:
-        # The stage's key, not its digest: after a resume, different shards hold the same rows.
+        # The stage's key, not its digest: after a resume, the same rows can be in other shards.
         return StoredSignals(recorded.path / STORE, recorded.path.name)
     assert section.store is not None
     path = job.base / section.store
@@ -227,8 +229,8 @@ def stored_signals(job: Job, recorded: Stage | None) -> StoredSignals | None:
 def training_teacher(
     job: Job, sources: Sequence[ModelSource], stored: StoredSignals | None, student: Student
 ) -> Teacher | None:
-    """What the student learns from: the models of `sources`, or the store and, if the recipe
-    allows it, the first of them for missing rows."""
+    """Return the teacher that the student learns from: the models of `sources`, or the store and,
+    if the recipe allows it, the first source for missing rows."""
     dtype = job.precision.dtype
     over = shards(job.recipe.train, "teacher")
     loads = [_loader(job, one, dtype, over) for one in sources]
@@ -245,7 +247,7 @@ def training_teacher(
     section = job.recipe.signals
     assert section is not None
     to_students = _students_tokens(job)
-    # A store of this run lacks no row of the data, but all that the student will write.
+    # This run's store contains all rows of the data, but nothing that the student will generate.
     own = job.recipe.train.on_policy is not None and section.store is None
     live = own or section.missing == "live"
     load: Callable[[], Teacher] = loads[0]
@@ -258,7 +260,7 @@ def training_teacher(
 def _loader(
     job: Job, source: ModelSource, dtype: torch.dtype, over: int
 ) -> Callable[[], LocalTeacher]:
-    """Loads the teacher, sharded over so many processes."""
+    """Return a function that loads the teacher, sharded over so many processes."""
     if over == 1:
         return partial(load_teacher, source, dtype=dtype)
     return sharded_loader(job, source, dtype, over)
@@ -267,7 +269,7 @@ def _loader(
 def sharded_loader(
     job: Job, source: ModelSource, dtype: torch.dtype, over: int
 ) -> Callable[[], ShardedTeacher]:
-    """A function that loads the teacher, sharded over this many processes."""
+    """Return a function that loads the teacher, sharded over this many processes."""
     return partial(
         load_sharded_teacher,
         source,
@@ -278,14 +280,14 @@ def sharded_loader(
 
 
 def _open(job: Job, stored: StoredSignals, student: Student) -> Store:
-    """Raises SignalError if the store is for another teacher, tokenizer, template, temperature or
-    head."""
+    """Open a store. Raises SignalError if it is for a different teacher, tokenizer, template,
+    temperature, or LM head."""
     objective = planned_objective(job)
     encoding = signals_encoding(job, objective)
     head = lm_head(student.model) if isinstance(encoding, FrozenHead) else None
     identity, events = signal_identity(job, head), None
     if ROOTS in identity:
-        # A store has its own roots: other text may have merged others, or none.
+        # A store has its own roots: different text may have merged different roots, or none.
         del identity[ROOTS]
     else:
         events = job.vocabulary

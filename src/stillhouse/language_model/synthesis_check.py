@@ -1,4 +1,4 @@
-"""Checks a recipe's synthesis and estimates its cost, before requests are sent."""
+"""Checks a recipe's synthesis and estimates its cost before any requests are sent."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ from stillhouse.teachers.load_model import load_tokenizer
 
 
 def require_text_teacher(recipe: Recipe, base: Path) -> Iterator[Finding]:
-    """Check the teacher before any request: its key or packages, the filters, and a template that
-    accepts the prompts. Raises StillhouseError."""
+    """Check the teacher before any request: its key or packages, the filters, and whether its
+    template accepts the prompts. Raises StillhouseError."""
     section = recipe.synthesize
     if section is None or _is_complete(recipe, base):
         return
@@ -98,8 +98,8 @@ def require_synthesis(job: Job) -> Iterator[Finding]:
         whose="the student",
         where=job.tokenizer.path,
         keys=_keys(section),
-        fix="set synthesize.reasoning: keep if the template opens the reasoning itself; else "
-        "use messages that it expects, or a model with another template",
+        fix="set synthesize.reasoning to keep if the template opens the reasoning itself; "
+        "otherwise, use messages that it accepts, or a model with a different template",
     )
 
 
@@ -109,15 +109,15 @@ def _keys(section: SynthesizeRecipe) -> FrameKeys:
 
 
 def _is_complete(recipe: Recipe, base: Path) -> bool:
-    """Whether the stage is finished and no request lacks its answer."""
+    """Whether the stage is finished and every request has an answer."""
     finished = finished_text(recipe, base)
     return finished is not None and not missing_answers(finished)
 
 
 def _require_other_text(job: Job, out: Path) -> None:
-    """Raise DataError for other training text that cannot be read or learned: the data stage reads
-    it only after the teacher has answered. Of large sources and of the Hub's, only the first rows
-    are checked."""
+    """Raise DataError if other training text cannot be read or learned, because the data stage
+    reads it only after the teacher has answered. Large sources and Hub sources are only checked in
+    their first rows."""
     data = job.recipe.data
     tokenizer = load_tokenizer(job.tokenizer)
     for source in (*data.sources, *data.heldout_sources):
@@ -131,7 +131,7 @@ def _require_other_text(job: Job, out: Path) -> None:
 
 FIRST_ROWS = 100
 MOST_CHARACTERS = 50_000_000
-"""Of a source of which every row is checked: about a minute."""
+"""The maximum size of a source whose rows are all checked, which takes about a minute."""
 
 
 def _require_out(recipe: Recipe, section: SynthesizeRecipe, base: Path) -> None:
@@ -148,27 +148,27 @@ def _require_out(recipe: Recipe, section: SynthesizeRecipe, base: Path) -> None:
             raise RecipeError(
                 f"the result would replace the file of {key}",
                 where=f"synthesize.out: {section.out}",
-                fix="give synthesize.out another name",
+                fix="set synthesize.out to a different name",
             )
     if not may_replace(out, recipe):
         raise RecipeError(
-            f"the result would replace {out}, and the run folder has no record that this recipe "
+            f"the result would replace {out}, but the run folder has no record that this recipe "
             "wrote it",
             where=f"synthesize.out: {section.out}",
-            fix="move the file away, or give synthesize.out another name",
+            fix="move the file out of the way, or set synthesize.out to a different name",
         )
     folder = next(parent for parent in out.parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise RunError(
             "the synthesized text cannot be written here",
             where=out,
-            fix="give synthesize.out the path of a file in a folder that you may write to",
+            fix="set synthesize.out to the path of a file in a writable folder",
         )
 
 
 def check_synthesis(check: Check) -> Iterator[Finding]:
-    """How much is answered, and what the rest costs: estimated from the answers so far, and at
-    most."""
+    """Report how much has been answered and what the rest costs: an estimate from the answers so
+    far, and an upper bound."""
     recipe, base = check.job.recipe, check.job.base
     section = recipe.synthesize
     if section is None:
@@ -180,14 +180,14 @@ def check_synthesis(check: Check) -> Iterator[Finding]:
     if verdicts := most_requests(choice, estimate.requests, samples):
         yield Finding("estimate", "judge", f"at most {verdicts:,} requests to the judge")
     if not makes_text(recipe, base):
-        text = f"no source of data names {section.out}: `stillhouse run` synthesizes nothing"
+        text = f"no data source names {section.out}, so `stillhouse run` synthesizes nothing"
         fix = f"add {{kind: jsonl, path: {section.out}}} to data.sources to train on it"
         yield Finding("warning", "synthesis", text, fix)
 
 
 def synthesis_spending(job: Job, *, complete: bool = False) -> Iterator[str]:
-    """What would be spent without a budget. complete: also for answers that a finished stage lacks,
-    which `stillhouse synthesize` requests again."""
+    """Describe what would be spent without a budget. complete: whether to include answers that a
+    finished stage lacks, which `stillhouse synthesize` requests again."""
     recipe, base = job.recipe, job.base
     section = recipe.synthesize
     if section is None or not (complete or makes_text(recipe, base)):
@@ -213,9 +213,9 @@ def synthesis_spending(job: Job, *, complete: bool = False) -> Iterator[str]:
 class PlannedText:
     """Synthesized text that training will read.
 
-    documents: some of its rows, from the answers so far. times: how many times as much there
-    will be, before filters. other_sources: the sources of `data` that read something else. tokens:
-    the most that there can be, of answers alone, while there is no document.
+    documents: some of its rows, from the answers so far. times: how many times as much text there
+    will be, before filters. other_sources: the data sources that read something else. tokens: the
+    maximum number of answer tokens, set while there are no documents.
     """
 
     documents: list[Conversation]
@@ -225,7 +225,8 @@ class PlannedText:
 
 
 def planned_text(recipe: Recipe, base: Path, most: int) -> PlannedText | None:
-    """None if `data` reads no synthesized text. most: maximum number of documents."""
+    """Return the planned text; None if `data` does not read synthesized text. most: the maximum
+    number of documents."""
     section = recipe.synthesize
     if section is None or not makes_text(recipe, base):
         return None

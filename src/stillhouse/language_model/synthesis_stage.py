@@ -1,8 +1,8 @@
 """The stage that generates a run's text: a teacher answers prompts, and `data` reads the answers.
 
-Its key covers what determines the text: the fields of the requests, the contents of the files that
-are read, and the section's filters. The answers are in the journal, which all runs share, so that
-a stage that was killed, or runs again with another filter, never pays twice.
+Its key covers everything that determines the text: the requests' fields, the contents of the files
+that are read, and the section's filters. The answers are in the journal, which all runs share, so a
+stage that was killed or reruns with a different filter never pays twice.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ from stillhouse.synthesis.synthesized_text import SynthesizedText, reads
 from stillhouse.teachers.load_model import load_config
 
 NAME = "synthesis"
-"""The stage, and the link to it in the run folder."""
+"""The name of the stage and of the link to it in the run folder."""
 PUBLISHED = ".published"
-"""In the run folder: the SHA-256 of every text that was copied to `synthesize.out`, one per
-line."""
+"""A file in the run folder with the SHA-256 of every text that was copied to `synthesize.out`, one
+per line."""
 
 
 def synthesis_job(recipe: Recipe, base: Path) -> SynthesisJob:
@@ -66,42 +66,43 @@ def synthesis_job(recipe: Recipe, base: Path) -> SynthesisJob:
 
 
 def out_path(section: SynthesizeRecipe, base: Path) -> Path:
-    """Where the text is copied to. Raises RunError if something else than a file is there."""
+    """Return the path that the text is copied to. Raises RunError if something other than a file is
+    there."""
     path = (base / section.out).absolute()
     if path.exists() and not path.is_file():
         raise RunError(
             "the synthesized text cannot be written here: there is a folder or a device",
             where=path,
-            fix="move it away, or give synthesize.out the path of a file",
+            fix="move it out of the way, or set synthesize.out to the path of a file",
         )
     parent = next(folder for folder in path.parents if folder.exists())
     if not parent.is_dir():
         raise RunError(
             "the synthesized text cannot be written here: there is a file where a folder should be",
             where=parent,
-            fix="move it away, or give synthesize.out another path",
+            fix="move it out of the way, or set synthesize.out to a different path",
         )
     return regular_if_there(path)
 
 
 def makes_text(recipe: Recipe, base: Path) -> bool:
-    """Whether a run synthesizes its text: a source of `data` names `synthesize.out`."""
+    """Whether a run synthesizes its text, because a data source names `synthesize.out`."""
     section = recipe.synthesize
     return section is not None and reads(recipe.data, out_path(section, base), base)
 
 
 def require_text(recipe: Recipe, base: Path) -> None:
-    """Raise DataError if the run's text is not synthesized yet, which may cost money."""
+    """Raise DataError if the run's text is not synthesized yet, because that can cost money."""
     if makes_text(recipe, base) and finished_text(recipe, base) is None:
         raise DataError(
-            "the text of this recipe is not synthesized yet",
+            "this recipe's text is not synthesized yet",
             where=out_path(recipe.synthesize, base) if recipe.synthesize else None,
             fix="run `stillhouse synthesize RECIPE` first",
         )
 
 
 def finished_text(recipe: Recipe, base: Path) -> Stage | None:
-    """The finished stage in the recipe's run folder."""
+    """Return the finished synthesis stage in the recipe's run folder."""
     return RunFolder(run_root(recipe)).finished(synthesis_plan(recipe, base))
 
 
@@ -110,7 +111,7 @@ def plan_synthesis(job: Job) -> StagePlan:
 
 
 def synthesis_plan(recipe: Recipe, base: Path) -> StagePlan:
-    """Raises DataError if a file that the section names is missing."""
+    """Plan the synthesis stage. Raises DataError if a file that the section names is missing."""
     job = synthesis_job(recipe, base)
     section, teacher, judge = job.section, job.teacher(), job.judge()
     sources = [source for source in (teacher, judge and judge.teacher) if source]
@@ -144,25 +145,25 @@ def synthesis_plan(recipe: Recipe, base: Path) -> StagePlan:
 
 
 def with_text(job: Job, stages: Mapping[str, Stage], _do: Do) -> Job:
-    """The job that reads this run's text."""
+    """Return the job that reads this run's text."""
     assert job.recipe.synthesize is not None
     stage, out = stages[NAME], out_path(job.recipe.synthesize, job.base)
     if leads():
         publish(stage.path / TEXT, out, job.recipe)
         missing = missing_answers(stage)
         if missing and stage.reused:
-            note(f"{missing:,} requests have no answer: `stillhouse synthesize` sends them again")
+            note(f"{missing:,} requests have no answer: resend them with `stillhouse synthesize`")
     return replace(job, text=SynthesizedText(out, stage.path / TEXT, stage.summary["sha256"]))
 
 
 def missing_answers(stage: Stage) -> int:
-    """Requests to the teacher or the judge that have no answer."""
+    """The number of requests to the teacher or the judge that have no answer."""
     facts = stage.summary
     return facts["requests"] - facts["answered"] + facts["unjudged"]
 
 
 def complete_text(recipe: Recipe, base: Path, folder: RunFolder, do: Do) -> Synthesis:
-    """`stillhouse synthesize`: run the stage, again if requests have no answer."""
+    """Run the stage for `stillhouse synthesize`, again if some requests have no answer."""
     section = recipe.synthesize
     assert section is not None
     out = out_path(section, base)
@@ -178,29 +179,29 @@ def complete_text(recipe: Recipe, base: Path, folder: RunFolder, do: Do) -> Synt
 
 
 def follow_text(recipe: Recipe, base: Path, do: Do) -> None:
-    """The work of the other processes of a torchrun in `stillhouse synthesize`."""
+    """Do the work of a torchrun's other processes in `stillhouse synthesize`."""
     do(replace(synthesis_plan(recipe, base), missing=missing_answers))
 
 
 def publish(text: Path, out: Path, recipe: Recipe) -> Path:
-    """Copy the text to the recipe's `out`, atomically: a failed copy leaves the old file.
+    """Copy the text to the recipe's `out` atomically, so that a failed copy leaves the old file.
 
     A file that this recipe did not write is also kept, with a note. Returns the path of the text,
-    `out` if it was copied. Raises RunError (disk).
+    which is `out` if it was copied. Raises RunError for disk errors.
     """
     if out.is_file() and sha(out) == sha(text):
         return out
     if not may_replace(out, recipe):
         note(
-            f"{out} was not written by this recipe and is not replaced; the run reads its own "
-            f"{text}; to train on a file that you edited, give it another name"
+            f"{out} was not written by this recipe, so it is not replaced, and the run reads "
+            f"{text} instead; to train on a file that you edited, give it a different name"
         )
         return text
     record = run_root(recipe) / PUBLISHED
     known = _published(record)
     write_atomically(record, f"{known}{sha(text)}\n")
     temporary = out.with_name(f".{out.name}.tmp")
-    with disk_errors(out, elsewhere="give synthesize.out the path of a file that can be written"):
+    with disk_errors(out, elsewhere="set synthesize.out to a writable path"):
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
             shutil.copyfile(text, temporary)
@@ -213,14 +214,14 @@ def publish(text: Path, out: Path, recipe: Recipe) -> Path:
 
 
 def may_replace(out: Path, recipe: Recipe) -> bool:
-    """Whether the file is missing, or was written by this recipe."""
+    """Whether the file is missing or was written by this recipe."""
     if not out.exists():
         return True
     return out.is_file() and sha(out) in _published(run_root(recipe) / PUBLISHED).split()
 
 
 def _published(record: Path) -> str:
-    """The hashes of what a recipe wrote to its `out`, one a line."""
+    """The hashes of what a recipe wrote to its `out`, one per line."""
     return record.read_text(encoding="utf-8", errors="replace") if record.is_file() else ""
 
 
@@ -245,5 +246,5 @@ def _content(base: Path, key: str, path: str) -> str:
         raise DataError(
             f"the file of synthesize.{key} {kind}",
             where=file,
-            fix="check the path; a relative one starts at the recipe's folder",
+            fix="check the path, which is relative to the recipe's folder",
         ) from None

@@ -55,8 +55,8 @@ def plan_student(job: Job, data: Stage) -> StagePlan:
         return Outcome(flops=flops, peak_memory_bytes=peak_memory_bytes(), summary=summary)
 
     inputs = {
-        # Once a shape is found, the search settings do not matter, nor where the models are:
-        # their content is identified below, and that of the teachers in the training.
+        # Once a shape is found, neither the search settings nor the models' locations matter. The
+        # models' content is identified below, and the teachers' in the training.
         "recipe": section.model_dump(mode="json", exclude=NOT_OF_STUDENTS),
         "config": config_sha256(section, job.base) if isinstance(section, RandomStudent) else None,
         "seed": job.recipe.seed,
@@ -71,14 +71,14 @@ def plan_student(job: Job, data: Stage) -> StagePlan:
 
 
 def plan_cut(job: Job, data: Stage) -> StagePlan:
-    """The same student, cut without a refit, as a baseline."""
+    """Plan the same student without its refit, as a baseline."""
     cut = job.recipe.student.model_copy(update={"refit": False, "local_distillation": None})
     job = replace(job, recipe=job.recipe.model_copy(update={"student": cut}))
     return replace(plan_student(job, data), name="cut")
 
 
 def plan_training(job: Job, data: Stage, student: Stage, signals: Stage | None) -> StagePlan:
-    """signals: the stage of this run that recorded the teacher's signals."""
+    """Plan the distillation. signals: this run's stage that recorded the teacher's signals."""
     stored = stored_signals(job, signals)
     inputs: dict[str, Any] = {"objective": job.recipe.objective.model_dump(mode="json")}
     if stored is not None:
@@ -88,7 +88,8 @@ def plan_training(job: Job, data: Stage, student: Stage, signals: Stage | None) 
 
 
 def plan_baseline(job: Job, data: Stage, student: Stage) -> StagePlan:
-    """Train the same student on the same data with plain next-token loss, as a baseline."""
+    """Plan training the same student on the same data with a plain next-token loss, as a
+    baseline."""
     settings = job.recipe.train.model_copy(update={"on_policy": None})
     job = replace(job, recipe=job.recipe.model_copy(update={"train": settings}))
     return _training("baseline", {}, job, data, student, BASELINE, ())
@@ -121,7 +122,7 @@ def _training(
 
 
 def training_inputs(job: Job, data: Stage, teachers: Sequence[ModelSource]) -> dict[str, Any]:
-    """What every training depends on, besides its student and its objective."""
+    """Return what every training depends on besides its student and its objective."""
     return {
         **_own_prompts_key(job),
         "recipe": training_key(job.recipe.train),
@@ -143,7 +144,8 @@ def run_training(
     *,
     run: Callable[..., TrainingResult] = train,
 ) -> TrainingResult:
-    """Train a stage's student on the job's data. run: `train`, or what has its arguments."""
+    """Train a stage's student on the job's data. run: `train`, or a function with the same
+    arguments."""
     windows, heldout = open_data(data)
     start = starting_student(job, student)
     return run(
@@ -161,8 +163,8 @@ def run_training(
 
 
 def own_prompts(job: Job, tokenizer: Any) -> OwnPrompts | None:
-    """The prompts that the recipe names; None: they are chats of the data. tokenizer: the
-    student's. Raises DataError."""
+    """Read the prompts that the recipe names; None if the data's chats are the prompts. tokenizer:
+    the student's. Raises DataError."""
     section = job.recipe.train.on_policy
     if section is None or section.prompts is None:
         return None
@@ -170,7 +172,7 @@ def own_prompts(job: Job, tokenizer: Any) -> OwnPrompts | None:
 
 
 def _own_prompts_key(job: Job) -> dict[str, str]:
-    """What identifies the file that has the prompts of `train.on_policy`."""
+    """Return the key that identifies the file with the prompts of `train.on_policy`."""
     section = job.recipe.train.on_policy
     if section is None or section.prompts is None or section.prompts.path is None:
         return {}
@@ -178,8 +180,11 @@ def _own_prompts_key(job: Job) -> dict[str, str]:
 
 
 def starting_student(job: Job, stage: Stage) -> Student:
-    """The student to train. job: where `train.shard` is not `auto`. If it will be sharded, each
-    process reads only its part of the weights; all read a head that is not trained."""
+    """Load the student to train. If it will be sharded, each process later reads only its part of
+    the weights, unless the LM head is frozen, which every process needs whole.
+
+    job: one whose `train.shard` is no longer `auto`.
+    """
     settings = job.recipe.train
     if shards(settings, "student") > 1 and not settings.freeze_head:
         return Student.without_weights(job.model(stage))
@@ -187,7 +192,7 @@ def starting_student(job: Job, stage: Stage) -> Student:
 
 
 def training_outcome(result: TrainingResult, summary: dict[str, Any]) -> Outcome:
-    """The cost of a training, for its stage's manifest."""
+    """Return a training's cost for its stage's manifest."""
     return Outcome(
         tokens=result.tokens,
         flops=result.flops,

@@ -35,7 +35,7 @@ MOST_PROCESSES = 1024
 
 
 def planned_step(models: RunModels, machine: Machine, micro: int, *, accumulates: bool) -> Step:
-    """A step of the recipe's training. micro: windows of a micro-batch."""
+    """Describe a step of the recipe's training. micro: the number of windows in a micro-batch."""
     recipe = models.recipe
     settings = recipe.train
     weights = getattr(torch, settings.weights)
@@ -47,7 +47,7 @@ def planned_step(models: RunModels, machine: Machine, micro: int, *, accumulates
         accumulates=accumulates,
         compute=machine.compute(settings.products),
         weights=weights,
-        gathered=weights,  # products are under autocast, sharded or not
+        gathered=weights,  # products run under autocast, sharded or not
         device=machine.device,
         checkpointing=settings.gradient_checkpointing,
         freeze_head=settings.freeze_head,
@@ -59,13 +59,13 @@ def planned_step(models: RunModels, machine: Machine, micro: int, *, accumulates
 
 
 def sharing(settings: TrainRecipe, machine: Machine) -> int:
-    """Processes that share what is sharded."""
+    """The number of processes that a model is sharded over."""
     return machine.per_node if settings.shard_within == "node" else machine.processes
 
 
 def planned_shard(models: RunModels, step: Step, machine: Machine) -> Shard:
-    """What the recipe shards; for `auto`, the fastest that fits, also in the stages in which the
-    teacher is alone."""
+    """Return what the recipe shards. For `auto`, that is the fastest choice that also fits in the
+    stages that run the teacher alone."""
     over = sharing(models.recipe.train, machine)
     if (given := _given_shard(models.recipe.train, machine)) is not None:
         return given
@@ -79,7 +79,7 @@ def planned_shard(models: RunModels, step: Step, machine: Machine) -> Shard:
 
 
 def run_shard(models: RunModels, machine: Machine) -> Shard:
-    """As `planned_shard`, for the recipe's own batches. Raises as `planned_memory`."""
+    """Like `planned_shard`, for the recipe's own batches. Raises the errors of `planned_memory`."""
     settings = models.recipe.train
     if (given := _given_shard(settings, machine)) is not None:
         return given
@@ -96,16 +96,16 @@ def _plan(models: RunModels, machine: Machine, windows: int) -> Batching:
 
 
 def _given_shard(settings: TrainRecipe, machine: Machine) -> Shard | None:
-    """What is known without a plan."""
+    """Return the sharding if it is known without a plan."""
     if sharing(settings, machine) == 1:
         return "none"
     return None if settings.shard == "auto" else settings.shard
 
 
 def planned_memory(models: RunModels, machine: Machine, windows: int) -> Memory:
-    """What each process needs to train on so many windows.
+    """Return the memory that each process needs to train on so many windows.
 
-    Raises RecipeError as `plan_batches`; ModelError as `training_step`.
+    Raises RecipeError like `plan_batches`, and ModelError like `training_step`.
     """
     settings = models.recipe.train
     batching = _plan(models, machine, windows)
@@ -116,12 +116,12 @@ def planned_memory(models: RunModels, machine: Machine, windows: int) -> Memory:
 
 
 def cheapest_change(models: RunModels, machine: Machine, windows: int) -> str:
-    """What to change in the recipe so that its training fits; the fastest that does."""
+    """Find the recipe change with which training fits and stays fastest."""
     for changes in _changes(models, machine):
         changed = _changed(models, changes)
         try:
             memory = planned_memory(changed, machine, windows)
-        except RecipeError:  # a batch that cannot be divided so
+        except RecipeError:  # the batch cannot be divided this way
             continue
         if memory.fits(machine.memory):
             return f"set {_written(changes)}"
@@ -129,7 +129,7 @@ def cheapest_change(models: RunModels, machine: Machine, windows: int) -> str:
 
 
 def _changes(models: RunModels, machine: Machine) -> Iterator[dict[str, Any]]:
-    """Changes from the one that costs the least time on; at last, all together."""
+    """Yield changes, starting with the one that costs the least time, and finally all together."""
     settings = models.recipe.train
     micro = _plan(models, machine, 1).micro
     smaller = [{"train.micro_batch_size": micro >> n} for n in range(1, micro.bit_length())]
@@ -164,7 +164,7 @@ def _changed(models: RunModels, changes: Mapping[str, Any]) -> RunModels:
 
 
 def _more_processes(models: RunModels, machine: Machine, windows: int) -> str:
-    """How many GPUs of this size would do, with all changes."""
+    """Find how many GPUs of this size would be enough, with all changes."""
     *_, together = [{}, *_changes(models, machine)]
     changed = _changed(models, together)
     larger = machine
@@ -185,7 +185,7 @@ def _written(changes: Mapping[str, Any]) -> str:
 
 
 def is_small(models: RunModels, machine: Machine) -> bool:
-    """Whether a generous bound fits many times, so that nothing needs to be traced."""
+    """Whether a generous bound fits many times over, so that nothing needs to be traced."""
     recipe = models.recipe
     tokens = recipe.data.context * (recipe.train.micro_batch_size or recipe.train.batch_size)
     sizes = [config_size(each) for each in (models.student, models.teacher, *models.teachers)]
@@ -195,9 +195,9 @@ def is_small(models: RunModels, machine: Machine) -> bool:
 
 
 def with_shard(job: Job, *_: object) -> Job:
-    """Replace `train.shard: auto` by the fastest choice that fits here.
+    """Replace `train.shard: auto` with the fastest choice that fits here.
 
-    Every process of a torchrun must call this: the main process chooses for all.
+    Every process of a torchrun must call this; the main process chooses for all.
     """
     train = job.recipe.train
     if world_size() == 1 or train.shard != "auto":
@@ -216,5 +216,5 @@ def _chosen_shard(job: Job) -> Shard:
         return "none"
     chosen = run_shard(models, machine)
     if chosen != "none":
-        note(f"train.shard: {chosen}, since not everything fits into each process")
+        note(f"train.shard: using {chosen}, because the models do not fit into every process")
     return chosen

@@ -1,11 +1,10 @@
 """The stage that cuts the teacher's vocabulary.
 
-A student with fewer tokens is trained under a teacher without the same rows of its embeddings
-and head: its distribution over the remaining tokens is the teacher's own, renormalized.
-Other models that the recipe prunes or learns from lose the same rows. So from then on there is
-one vocabulary, as in every run. With `removed_tokens: fold`, teachers are left whole and teach as
-teachers with another tokenizer do; the cut teacher is what the student starts from and is measured
-against.
+A student with fewer tokens learns from a teacher whose embeddings and LM head lack the same rows,
+so the teacher's distribution over the remaining tokens is renormalized. Other models that the
+recipe prunes or learns from lose the same rows, so that there is a single vocabulary, as in every
+run. With `removed_tokens: fold`, teachers are left whole and teach like teachers with a different
+tokenizer; the student starts from the cut teacher and is measured against it.
 """
 
 from __future__ import annotations
@@ -45,11 +44,11 @@ from stillhouse.training.train import MODEL
 from stillhouse.training.train_config import ORIGINAL
 
 MEASURED_TOKENS = 8192
-"""Tokens of training text on which the cut teacher is compared with the original."""
+"""The number of training tokens on which the cut teacher is compared with the original."""
 
 
 def find_job(recipe: Recipe, base: Path, *, weights: bool = True) -> Job:
-    """The job that a run starts with. weights, errors: as in `find_models`."""
+    """Return the job that a run starts with. Arguments and errors: as for `find_models`."""
     section = recipe.student
     if not isinstance(section, PrunedStudent) or section.vocabulary is None:
         return find_models(recipe, base, weights=weights)
@@ -68,8 +67,8 @@ def find_job(recipe: Recipe, base: Path, *, weights: bool = True) -> Job:
 
 
 def _require_fold(recipe: Recipe, job: Job) -> None:
-    """Raise RecipeError for what is not possible with whole teachers. ModelError: their tokens
-    cannot be aligned."""
+    """Raise RecipeError if the recipe uses something that does not work with whole teachers, and
+    ModelError if their tokens cannot be aligned."""
     tokenizer = load_tokenizer(job.teacher)
     require_alignable(tokenizer, tokenizer)
     own = recipe.train.on_policy
@@ -79,7 +78,7 @@ def _require_fold(recipe: Recipe, job: Job) -> None:
         "needs more tokens": any(
             not isinstance(term, LogitsTerm | ChunksTerm) for term in recipe.objective.terms
         ),
-        "train.on_policy.teacher_tokens are written by a teacher with the student's tokens": (
+        "train.on_policy.teacher_tokens needs a teacher with the student's tokens": (
             own is not None and own.teacher_tokens > 0
         ),
     }
@@ -93,7 +92,8 @@ def _require_fold(recipe: Recipe, job: Job) -> None:
 
 
 def cut_job(job: Job, finished: Mapping[str, Stage], do: Do) -> Job:
-    """The job after its teacher's vocabulary is cut; cuts the other models in the same way."""
+    """Return the job after its teacher's vocabulary is cut, cutting the other models the same
+    way."""
     assert job.after_cut is not None
     cut, data = finished["vocabulary"], finished["data"]
     kept = cut.summary["vocabulary"][1]
@@ -118,10 +118,10 @@ def cut_job(job: Job, finished: Mapping[str, Stage], do: Do) -> Job:
 
 
 def _other_models(recipe: Recipe, full_job: Job) -> dict[str, ModelSource]:
-    """The models other than the teacher that have all of its tokens, by name.
+    """Return the models other than the teacher that have all of its tokens, by name.
 
-    A member of a family, whose vocabulary is already cut, is not included, nor is a teacher of the
-    student with another tokenizer. Raises ModelError for a student's start with other tokens.
+    Leaves out a family's members, whose vocabulary is already cut, and teachers with a different
+    tokenizer. Raises RecipeError if the student's start has different tokens.
     """
     assert isinstance(recipe.student, PrunedStudent)
     names = [recipe.student.model, *([] if _folds(recipe) else recipe.train.teachers)]
@@ -135,10 +135,10 @@ def _other_models(recipe: Recipe, full_job: Job) -> dict[str, ModelSource]:
         other = not own < all_tokens and other_tokenizer(full_job.teacher, source)
         if other and name == recipe.student.model:
             raise RecipeError(
-                "student.vocabulary removes tokens of the teacher, and the model that is pruned "
-                "has another tokenizer",
+                "student.vocabulary removes tokens from the teacher, but the model to prune has a "
+                "different tokenizer",
                 where="student.model",
-                fix="name the model that is pruned as the teacher, and the other in train.teachers",
+                fix="set the teacher to the model to prune, and name the other in train.teachers",
             )
         if not other and not own < all_tokens:
             shared_vocabulary(full_job.teacher, source)
@@ -152,7 +152,7 @@ def _folds(recipe: Recipe) -> bool:
 
 
 def _alike(full_job: Job, other: ModelSource, cut: Stage) -> Job:
-    """The job that cuts another model to the tokens that the teacher has kept."""
+    """Return the job that cuts another model to the tokens that the teacher has kept."""
     kept = VocabularyFile(path=str((cut.path / MODEL / KEPT_IDS).absolute()))
     section = PrunedStudent(start="pruned", vocabulary=kept)
     return replace(
@@ -161,9 +161,10 @@ def _alike(full_job: Job, other: ModelSource, cut: Stage) -> Job:
 
 
 def _left(recipe: Recipe, cut: Mapping[str, str], teacher: ModelSource) -> Recipe:
-    """The recipe after its models are cut; cut: their folders, by name.
+    """Return the recipe that remains after its models are cut. cut: the cut models' folders, by
+    name.
 
-    If nothing else was to be cut, the student is its start model, with as many layers.
+    If nothing else is to be cut, the student is its start model with all layers.
     """
     section = recipe.student
     assert isinstance(section, PrunedStudent)
@@ -186,7 +187,7 @@ def _left(recipe: Recipe, cut: Mapping[str, str], teacher: ModelSource) -> Recip
 
 
 def plan_vocabulary(job: Job, data: Stage) -> StagePlan:
-    """Cut the job's teacher to the tokens that the recipe keeps, with a tokenizer for them."""
+    """Plan cutting the job's teacher, and its tokenizer, to the tokens that the recipe keeps."""
     section = job.recipe.student
     assert isinstance(section, PrunedStudent)
 
@@ -230,7 +231,7 @@ def plan_vocabulary(job: Job, data: Stage) -> StagePlan:
 
 
 def _named_tokens(section: PrunedStudent, base: Path) -> int | str | None:
-    """The tokens that the recipe keeps; for a file, its content."""
+    """Return the tokens that the recipe keeps; for a file, the hash of its content."""
     if not isinstance(section.vocabulary, VocabularyFile):
         return section.vocabulary
     file = base / section.vocabulary.path
@@ -239,7 +240,8 @@ def _named_tokens(section: PrunedStudent, base: Path) -> int | str | None:
 
 
 def _perplexities(job: Job, cut: Path, windows: WindowSet) -> dict[str, Any]:
-    """Perplexities of the original and the cut teacher, on training text with kept tokens only."""
+    """Measure the perplexities of the original and the cut teacher on training text that has only
+    kept tokens."""
     kept_ids = load_kept_ids(cut)
     assert kept_ids is not None
     new_V = torch.full((max(job.vocabulary, max(kept_ids) + 1),), -1)

@@ -1,4 +1,4 @@
-"""Runs the steps of a kind of run, each stage once, on all processes of torchrun."""
+"""Runs the steps of a kind of run, each stage once, on all processes of a torchrun."""
 
 from __future__ import annotations
 
@@ -35,10 +35,11 @@ from stillhouse.section import recipe_yaml
 
 RECIPE = "recipe.yaml"
 RESOLVED = "# The resolved recipe of this run; every start writes it again.\n"
+"""The first line of `RECIPE`; it must not change, because it identifies files that runs wrote."""
 
 
 def run_kind(kind: Kind, recipe: Any, base: Path) -> RunResult | None:
-    """Run a recipe of this kind. Only the main process gets a result; the others get None.
+    """Run a recipe of this kind. The main process gets the result; the others get None.
 
     Raises StillhouseError; finished stages are kept.
     """
@@ -64,8 +65,8 @@ def _run(kind: Kind, recipe: Any, base: Path) -> RunResult | None:
 
 
 def lead(kind: Kind, recipe: Any, base: Path, folder: RunFolder, job: Any = None) -> RunResult:
-    """Run every step, in a locked folder. job: the recipe's job, after all requirements of
-    its steps are checked."""
+    """Run every step in a locked folder. job: the recipe's job, if its steps' requirements have
+    been checked already."""
     if kind.lead is not None:
         return kind.lead(recipe, base, folder)
     finished: list[Stage] = []
@@ -96,9 +97,9 @@ def lead(kind: Kind, recipe: Any, base: Path, folder: RunFolder, job: Any = None
 def run_steps(
     kind: Kind, job: Any, do: Do, *, only: Container[str] | None = None
 ) -> tuple[Any, dict[str, Stage]]:
-    """Run the steps in order; returns the job after the last one, and the finished stages by step.
+    """Run the steps in order; return the job after the last step, and the finished stages by step.
 
-    only: names of the steps to run; None for all.
+    only: the names of the steps to run; None for all.
     """
     stages: dict[str, Stage] = {}
     for step in kind.steps:
@@ -121,7 +122,7 @@ def require_all(kind: Kind, job: Any) -> None:
 
 
 def require(findings: Iterable[Finding]) -> None:
-    """Raise the first error, and print the warnings before it."""
+    """Print warnings, and raise the first error."""
     for finding in findings:
         if finding.level == "error":
             raise RecipeError(finding.text, where=finding.topic, fix=finding.fix)
@@ -140,14 +141,14 @@ def run_folder(recipe: RunRecipe) -> RunFolder:
 
 
 def has_finished(recipe: RunRecipe, stage: str) -> bool:
-    """Whether the recipe's run folder has a stage with this name, for any inputs: what it
-    paid for or sent is not needed again."""
+    """Whether the recipe's run folder contains a stage with this name, for any inputs, so that its
+    requests need not be sent or paid for again."""
     return any(run_folder(recipe).stages.glob(f"{stage}-*"))
 
 
 @contextmanager
 def locked_folder(recipe: Any) -> Iterator[RunFolder]:
-    """The recipe's run folder, locked by this process, with the resolved recipe in it.
+    """Lock the recipe's run folder for this process, and write the resolved recipe to it.
 
     Raises RunError if another process has locked it.
     """
@@ -162,9 +163,9 @@ def locked_folder(recipe: Any) -> Iterator[RunFolder]:
 
 @contextmanager
 def followed_folder(recipe: Any) -> Iterator[RunFolder]:
-    """The run folder of the main process, for the other processes of its torchrun.
+    """Join the main process's run folder, in the other processes of its torchrun.
 
-    Raises RunError if a process does not see it, or the main process cannot lock it.
+    Raises RunError if a process does not see the folder or the main process cannot lock it.
     """
     folder = run_folder(recipe)
     with joining(folder.root), scratch_in(folder.root):
@@ -173,10 +174,10 @@ def followed_folder(recipe: Any) -> Iterator[RunFolder]:
 
 @contextmanager
 def stages_of(recipe: RunRecipe) -> Iterator[Do]:
-    """How this process of a torchrun runs stages in the recipe's folder, which the main process
-    locks. The recipe is not written to it.
+    """Yield the function with which this process runs stages in the recipe's folder, which the main
+    process locks. Does not write the recipe to the folder.
 
-    Raises RunError as `followed_folder`.
+    Raises RunError like `followed_folder`.
     """
     folder = run_folder(recipe)
     if leads():
@@ -188,8 +189,8 @@ def stages_of(recipe: RunRecipe) -> Iterator[Do]:
 
 
 def reporting(folder: RunFolder, finished: list[Stage], kind: Kind, job: Any) -> Do:
-    """As `doing`, but prints what each stage does, the time left and how long it took, and adds it
-    to `finished`."""
+    """Like `doing`, but also print what each stage does, the time left, and how long the stage
+    took, and append the stage to `finished`."""
     run_stage = doing(folder)
     purposes = {step.name: step.purpose for step in kind.steps if step.purpose}
     names = list(dict.fromkeys(step.name for step in kind.steps if step.applies(job)))
@@ -215,7 +216,8 @@ def reporting(folder: RunFolder, finished: list[Stage], kind: Kind, job: Any) ->
 
 
 def following(folder: RunFolder) -> Do:
-    """How the other processes of a torchrun run a stage: take part in it, or wait for it."""
+    """Return the function with which a torchrun's other processes run a stage: they take part in
+    it or wait for it."""
 
     def do(plan: StagePlan) -> Stage:
         found = folder.finished(plan)

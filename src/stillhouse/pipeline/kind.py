@@ -1,4 +1,4 @@
-"""A kind of run: its recipe's type, its stages in order, and what the commands need from it."""
+"""Kinds of runs: their steps in order, and everything that the commands need from them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from stillhouse.runfolder import RunFolder, Stage, StagePlan
 
 Rows = Iterator[dict[str, Any]]
 ALL = ("*",)
-"""In `Step.reads`: all finished stages, as one dictionary by name."""
+"""In `Step.reads`: all finished stages, as one dictionary keyed by name."""
 Link = tuple[str, str]
-"""A step, and a path in its stage."""
+"""A step and a path in its stage."""
 
 
 @dataclass
 class Check:
     """The check of a recipe before anything is spent.
 
-    job: the recipe's resolved models. calls: requests that may be sent to estimate what the others
-    cost. found: values that the check of one step passes to later ones.
+    job: the recipe with its models located. calls: the number of requests to send to estimate the
+    cost of the rest. found: values that one step's check passes to later checks.
     """
 
     path: Path
@@ -42,13 +42,13 @@ def _always(_job: Any) -> bool:
 class Step:
     """One stage of a kind of run.
 
-    plan: built from the job and the stages named in `reads`; None for a stage that did not run.
-    applies: whether this job has the step. then: from the job, the finished stages and
-    a way to run others, the job that later steps see. main_process: other
-    processes of a torchrun neither take part nor wait. require: what must hold before any step
-    starts; it is cheap, raises StillhouseError, and yields warnings. check: further findings
-    before the run. spending: what it would spend without a limit, as text. purpose: what it does
-    and why, in a few words: shown when it starts.
+    plan: builds the stage's plan from the job and the stages named in `reads` (None for a stage
+    that did not run). applies: whether this job includes the step. then: returns the job that later
+    steps see, from the job, the finished stages, and a function that runs more stages.
+    main_process: whether a torchrun's other processes neither take part nor wait. require: checks
+    what must hold before any step starts; it is cheap, raises StillhouseError, and yields warnings.
+    check: yields further findings before the run. spending: describes what the step would spend
+    without a limit. purpose: a few words on what the step does, shown when it starts.
     """
 
     name: str
@@ -67,14 +67,14 @@ class Step:
 class Kind:
     """A kind of run.
 
-    find: resolves and checks the models of a recipe, and returns the job. find_to_check: the same
-    before anything is spent, without the weights of Hub models. links: names in the run folder, and
-    the steps and paths in their stages that they point to. load_evaluation: reads what the step
-    `evaluate` wrote. preview: the first rows, before a run. predictor: returns a function from
-    texts to the predictions of the model in a folder; None if there is no such model. lead, follow:
-    how the main process and the others run it, if not as steps in order. expected_seconds: of a
-    job's stages, by the names of those that apply and the finished ones; empty while they are not
-    known.
+    find: locates and checks a recipe's models, and returns the job. find_to_check: does the same
+    before anything is spent, without Hub models' weights. links: maps names in the run folder to
+    the steps, and the paths in their stages, that they link to. load_evaluation: reads what the
+    `evaluate` step wrote. preview: renders the first rows before a run. predictor: returns a
+    function from texts to the predictions of the model in a folder, or None if there is no such
+    model. lead, follow: run the recipe in the main process and in the others, if not as steps in
+    order. expected_seconds: estimates the time of a job's stages from the names of those that apply
+    and from the finished stages; empty while it is unknown.
     """
 
     name: str
@@ -96,8 +96,8 @@ class Kind:
 class RunResult:
     """The products of a run.
 
-    model: the folder of the first format that is exported; of a family, the smallest member's.
-    evaluation: of the type of its kind of run. members: of a family, by name, largest first.
+    model: the folder of the first exported format; for a family, the smallest member's. evaluation:
+    its type depends on the kind of run. members: a family's members by name, largest first.
     """
 
     kind: str

@@ -1,4 +1,4 @@
-"""The stage that writes the report, for any kind of run."""
+"""The stage that writes the report of any kind of run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stillhouse.runfolder import Outcome, Stage, StagePlan
 def plan_report(
     recipe: BaseModel, stages: Mapping[str, Stage], collect: Callable[[], Report], version: int = 1
 ) -> StagePlan:
-    """Write the report that `collect` builds: the page, and its data as JSON.
+    """Plan the stage that writes the report built by `collect`: the page, and its data as JSON.
 
     stages: all finished stages, by name.
     """
@@ -33,7 +33,7 @@ def plan_report(
 
 
 def report_step(plan: Callable[..., StagePlan]) -> Step:
-    """The last step of a run, which reads all others."""
+    """The last step of a run, which reads all other stages."""
     return Step(
         "report",
         plan,

@@ -1,7 +1,7 @@
-"""The file in a run folder that tells which steps are done, and how far the current one is.
+"""The file in a run folder that records which steps are done and how far the current one is.
 
-The main process of a run writes it for `stillhouse watch`. Nothing depends on it: a run whose disk
-is full or whose folder cannot be written fails elsewhere, with a message.
+The main process writes it for `stillhouse watch`. Nothing depends on it: if the disk is full or the
+folder is not writable, the run fails elsewhere, with a message.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from stillhouse.runfolder import RunFolder, Stage
 
 PROGRESS = ".progress.json"
 WRITE_SECONDS = 1.0
-"""Shortest time between two writes while a step is working."""
+"""The minimum time between two writes while a step is working."""
 
 StepState = Literal["waiting", "working", "done", "reused", "failed"]
 RunState = Literal["running", "finished", "failed", "stopped"]
@@ -34,8 +34,11 @@ RunState = Literal["running", "finished", "failed", "stopped"]
 
 @dataclass
 class StepProgress:
-    """folder: of the stage, in `stages`. began: seconds since the epoch. seconds: of a finished
-    step; of a reused one, those of the original work."""
+    """The progress of one step.
+
+    folder: the stage's folder in `stages`. began: seconds since the epoch. seconds: how long a
+    finished step took; for a reused step, how long the original work took.
+    """
 
     name: str
     state: StepState = "waiting"
@@ -46,8 +49,8 @@ class StepProgress:
 
 @dataclass
 class Part:
-    """Steps that have their own products. folder: of the products, in the run folder; empty except
-    for a member of a family."""
+    """Steps with their own products. folder: the products' folder in the run folder; empty except
+    for a family's members."""
 
     folder: str = ""
     steps: list[StepProgress] = field(default_factory=list)
@@ -55,8 +58,11 @@ class Part:
 
 @dataclass
 class RunProgress:
-    """base: the folder that relative paths of the recipe refer to. pid, process_began, host:
-    the main process. work: the bar of the current step. error: what ended the run."""
+    """The progress of a run.
+
+    base: the folder that relative paths in the recipe refer to. pid, process_began, host: identify
+    the main process. work: the current step's progress bar. error: what ended the run.
+    """
 
     base: str
     pid: int = 0
@@ -69,18 +75,18 @@ class RunProgress:
     work: Work | None = None
 
     def is_running(self) -> bool:
-        """Whether its main process is alive; True for a process of another host, which cannot be
-        seen from here."""
+        """Whether the main process is alive; assumed True on a different host, whose processes
+        cannot be seen from here."""
         if self.state != "running" or self.host != platform.node():
             return self.state == "running"
         try:
             return abs(psutil.Process(self.pid).create_time() - self.process_began) < 1.0
-        except (psutil.Error, ValueError):  # a number that no process can have
+        except (psutil.Error, ValueError):  # ValueError: a pid that no process can have
             return False
 
 
 def read_progress(root: Path) -> RunProgress | None:
-    """The progress of a run folder; None if there is none that can be read."""
+    """Read a run folder's progress; None if there is no readable file."""
     try:
         return TypeAdapter(RunProgress).validate_json((root / PROGRESS).read_bytes())
     except (OSError, ValueError):
@@ -88,7 +94,7 @@ def read_progress(root: Path) -> RunProgress | None:
 
 
 class ProgressFile:
-    """Writes a run's progress. clock: seconds since the epoch."""
+    """Writes a run's progress. clock: returns seconds since the epoch."""
 
     def __init__(self, root: Path, base: Path, clock: Callable[[], float] = time.time) -> None:
         process = psutil.Process()
@@ -103,15 +109,15 @@ class ProgressFile:
         self.write()
 
     def expect(self, links: Path, steps: Iterable[str]) -> None:
-        """The steps of a part, in order, before any has begun. links: the folder of its
+        """Record a part's steps, in order, before any has started. links: the folder of its
         products."""
         part = self._part(links)
         part.steps = [StepProgress(name) for name in steps]
         self.write()
 
     def begin(self, links: Path, name: str, folder: str) -> StepProgress:
-        """The first step of that name that has not begun; a step that was not expected is put
-        before the first one that has not begun."""
+        """Start the first waiting step with this name. A step that was not expected is inserted
+        before the first waiting step."""
         steps = self._part(links).steps
         waiting = [number for number, step in enumerate(steps) if step.state == "waiting"]
         step = next((steps[n] for n in waiting if steps[n].name == name), None)
@@ -124,7 +130,7 @@ class ProgressFile:
         return step
 
     def end(self, step: StepProgress, stage: Stage | None) -> None:
-        """stage: None if the step failed."""
+        """Record that a step has ended. stage: None if the step failed."""
         step.seconds = self.clock() - step.began
         step.state = "failed"
         if stage is not None:
@@ -143,7 +149,8 @@ class ProgressFile:
         self.write()
 
     def write(self) -> None:
-        """Not flushed to disk: after a power failure the run does not continue either."""
+        """Write the file without flushing it to disk: after a power failure, the run has ended
+        anyway."""
         with self._lock, suppress(OSError):
             self.now.written = self.clock()
             temporary = self.root / f"{PROGRESS}.tmp"
@@ -164,7 +171,7 @@ _file: ProgressFile | None = None
 
 @contextmanager
 def recorded(folder: RunFolder, base: Path) -> Iterator[None]:
-    """Inside the block, the steps of this process are recorded in the run folder."""
+    """Record this process's steps in the run folder inside the block."""
     global _file
     _file = file = ProgressFile(folder.root, base)
     try:
@@ -183,14 +190,15 @@ def recorded(folder: RunFolder, base: Path) -> Iterator[None]:
 
 
 def expect_steps(folder: RunFolder, steps: Iterable[str]) -> None:
-    """If this process records: the steps that are going to run."""
+    """Record the steps that are going to run, if this process records its steps."""
     if _file is not None:
         _file.expect(folder.links, steps)
 
 
 @contextmanager
 def recorded_step(folder: RunFolder, name: str, stage: str) -> Iterator[list[Stage]]:
-    """The block adds its finished stage to the list. stage: the name of the stage's folder."""
+    """Record a step; the block appends its finished stage to the yielded list. stage: the name of
+    the stage's folder."""
     finished: list[Stage] = []
     if _file is None:
         yield finished

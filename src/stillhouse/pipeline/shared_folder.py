@@ -1,5 +1,5 @@
-"""How the processes of a torchrun share a run folder: all of them see it, and those beside the main
-process wait there for the work that it does alone."""
+"""Shares a run folder among a torchrun's processes: all of them must see it, and the others wait
+there for the work that the main process does alone."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from stillhouse.progress import note
 from stillhouse.runfolder import write_atomically
 
 ANNOUNCEMENT = ".torchrun"
-"""A file that names the torchrun whose main process works in the folder."""
+"""A file that names the torchrun whose main process is using the folder."""
 PATIENCE_SECONDS = 30.0
-"""For a file of the main process to become visible on another machine."""
+"""How long to wait for the main process's file to become visible on another machine."""
 POLL_SECONDS = 0.5
 SILENT_SECONDS = 60.0
-"""After which one process of each machine reports what it is waiting for."""
+"""After this time, one process per machine reports what it is waiting for."""
 SHOWN = 4
 """Maximum number of processes that an error lists."""
 
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 @contextmanager
 def leading(root: Path, lock: AbstractContextManager[T]) -> Iterator[T]:
-    """The work of the main process inside its locked run folder; returns what `lock` does.
+    """Wrap the main process's work in its locked run folder; yield what `lock` yields.
 
     Raises RunError if another process does not see the folder.
     """
@@ -60,11 +60,11 @@ def leading(root: Path, lock: AbstractContextManager[T]) -> Iterator[T]:
 
 @contextmanager
 def joining(root: Path) -> Iterator[None]:
-    """The work of another process, in the same run folder. It ends with that of the main process:
-    what a torchrun returns on any node is what has become of the run.
+    """Wrap another process's work in the same run folder. It ends together with the main process's
+    work, so that torchrun's exit status on any node tells how the run ended.
 
-    Raises RunError if the main process cannot start, or another process does not see its folder;
-    LostProcessError.
+    Raises RunError if the main process cannot start or another process does not see its folder,
+    and LostProcessError if another process ends.
     """
     open_group()
     news = _broadcast(None)
@@ -77,9 +77,9 @@ def joining(root: Path) -> Iterator[None]:
 
 
 def wait_for_main_process(find: Callable[[], T | None], what: str) -> T:
-    """Call `find` until it returns something, which is returned. what: the main process's work.
+    """Call `find` until it returns something, and return that. what: what the main process does.
 
-    Raises LostProcessError if another process ends before.
+    Raises LostProcessError if another process ends first.
     """
     began, said = time.monotonic(), not speaks_for_machine()
     while (found := find()) is None:
@@ -93,7 +93,7 @@ def wait_for_main_process(find: Callable[[], T | None], what: str) -> T:
 
 
 def _broadcast(news: str | StillhouseError | None) -> str | StillhouseError | None:
-    """What the main process has given."""
+    """Broadcast the main process's value."""
     shared = [news]
     with lost_process(world_size()):
         dist.broadcast_object_list(shared)
@@ -101,7 +101,7 @@ def _broadcast(news: str | StillhouseError | None) -> str | StillhouseError | No
 
 
 def _appears(file: Path, content: str) -> bool:
-    """Whether the file is there, with this content, within PATIENCE_SECONDS."""
+    """Whether the file appears with this content within PATIENCE_SECONDS."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not _has(file, content):
         if time.monotonic() > deadline:
@@ -118,7 +118,7 @@ def _has(file: Path, content: str) -> bool:
 
 
 def _require_shared(root: Path, *, seen: bool) -> None:
-    """Raise RunError in every process if one of them does not see the main process's folder."""
+    """Raise RunError in every process if any process does not see the main process's folder."""
     mine = None if seen else f"process {process_index()} on {platform.node()} in {root.absolute()}"
     all_of_them: list[str | None] = [None] * world_size()
     with lost_process(world_size()):

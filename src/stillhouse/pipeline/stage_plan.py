@@ -1,4 +1,4 @@
-"""The dependencies of a stage, and the work that fills its folder."""
+"""Runs stages in the main process, and provides checks that stage plans share."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Do = Callable[[StagePlan], Stage]
 
 
 def doing(folder: RunFolder) -> Do:
-    """How the main process runs a stage."""
+    """Return the function with which the main process runs a stage."""
 
     def do(plan: StagePlan) -> Stage:
-        tune_allocator()  # the previous stage may have needed all memory
+        tune_allocator()  # the previous stage may have undone it to save memory
         free_memory()
         if plan.missing is not None:
             found = folder.finished(plan)
@@ -43,10 +43,10 @@ def doing(folder: RunFolder) -> Do:
 
 
 def unanswered(stage: Stage) -> int:
-    """Requests of the stage without an answer that may succeed when they are sent again."""
+    """The number of the stage's unanswered requests that may succeed if they are sent again."""
     return int(stage.summary.get("unanswered", 0))
 
 
 def model_check(start: ModelSource) -> Callable[[Path], None]:
-    """The check of a stage that writes a causal language model, made from `start`."""
+    """Return the check for a stage that writes a causal language model derived from `start`."""
     return lambda out: check_loadable(start.derived(out / MODEL))

@@ -1,5 +1,5 @@
-"""The time that a run still takes: what each stage is expected to take, corrected by the pace of
-those that are finished."""
+"""Estimates a run's remaining time: each stage's expected time, corrected by the pace of the
+finished stages."""
 
 from __future__ import annotations
 
@@ -9,23 +9,27 @@ from dataclasses import dataclass
 from stillhouse.runfolder import Stage
 
 Expected = Mapping[str, float]
-"""Seconds of each stage of a run, in its order; empty if they are not known."""
+"""Expected seconds of a run's stages, in order; empty if they are not known."""
 
 ENOUGH = 20.0
-"""Expected seconds of finished stages from which on their pace counts: small ones tell little."""
+"""Expected seconds of finished stages from which their pace counts: short stages say little."""
 SLOWEST, FASTEST = 10.0, 0.1
-"""Limits of the pace: one measured stage may not be like the others."""
+"""Limits on the pace, because one measured stage may not be typical of the others."""
 
 
 @dataclass(frozen=True)
 class TimeLeft:
-    """expect: from the finished stages, the seconds of all. finished: grows as the run goes on."""
+    """The remaining time of a run.
+
+    expect: returns the expected seconds of all stages, given the finished ones. finished: grows
+    during the run.
+    """
 
     expect: Callable[[Sequence[Stage]], Expected]
     finished: Sequence[Stage]
 
     def seconds(self, stage: str) -> float | None:
-        """Expected from the start of a stage to the end of the run; None: not known."""
+        """Expected seconds from the start of a stage to the end of the run; None if unknown."""
         expected = self.expect(self.finished)
         if stage not in expected:
             return None
@@ -33,7 +37,7 @@ class TimeLeft:
         return self._pace(expected) * sum(expected[name] for name in names[names.index(stage) :])
 
     def text(self, stage: str) -> str:
-        """For the line that announces a stage; empty if the time is not known."""
+        """Text for the line that announces a stage; empty if the time is unknown."""
         seconds = self.seconds(stage)
         if seconds is None:
             return ""
@@ -42,7 +46,7 @@ class TimeLeft:
         return f" ({shown} left)"
 
     def _pace(self, expected: Expected) -> float:
-        """Seconds taken for each expected one."""
+        """Actual seconds per expected second."""
         known = [one for one in self.finished if not one.reused and one.name in expected]
         planned = sum(expected[one.name] for one in known)
         if planned < ENOUGH:

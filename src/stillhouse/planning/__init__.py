@@ -1,1 +1,1 @@
-"""What a run takes before it starts: memory, time and disk, from configurations alone."""
+"""Estimates a run's memory, time, and disk usage before it starts, from configurations alone."""

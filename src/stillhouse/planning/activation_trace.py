@@ -1,8 +1,8 @@
-"""The memory of a model's activations, found by running it on tensors that have no memory.
+"""Measures the memory of a model's activations by running the model on fake tensors.
 
-A forward and a backward pass run on PyTorch's fake tensors, which know shapes and number types
-alone; what is alive at each operation is added up. So the figures follow the architecture's own
-code, whichever it is.
+A forward and a backward pass run on PyTorch's fake tensors, which have shapes and dtypes but no
+data, and the sizes of the tensors alive at each operation are added up. So the figures follow any
+architecture's own code.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from stillhouse.teachers.short_attention import use_short_attention
 
 @dataclass(frozen=True)
 class ActivationSizes:
-    """Bytes beside the weights and their gradients.
+    """Sizes in bytes, not counting the weights and their gradients.
 
-    kept: what the forward pass keeps for the backward pass. forward, backward: alive at the peak of
-    each, copies of weights left out. casts, backward_casts: copies of weights in the compute type,
-    in the forward pass and in the backward pass: they do not grow with the batch. course: of the
-    backward pass, what is alive beside gradients, and the gradients that are made by then.
+    kept: what the forward pass keeps for the backward pass. forward, backward: what is alive at the
+    peak of each pass, without copies of weights. casts, backward_casts: copies of weights in the
+    compute dtype in the forward and the backward pass, which do not grow with the batch. course:
+    over the backward pass, pairs of what is alive besides gradients and the gradients computed so
+    far.
     """
 
     kept: int
@@ -48,11 +49,11 @@ class ActivationSizes:
 
     @property
     def with_gradients(self) -> int:
-        """At the peak of a backward pass that begins without gradients."""
+        """Bytes at the peak of a backward pass that starts without gradients, including those."""
         return max((alive + made for alive, made in self.course), default=0)
 
     def times(self, windows: int) -> ActivationSizes:
-        """Of so many windows at once."""
+        """Return the sizes for so many windows at once."""
         return ActivationSizes(
             kept=windows * self.kept,
             forward=windows * self.forward,
@@ -74,12 +75,13 @@ def trace_activations(
     inference: bool = False,
     keep_casts: bool = True,
 ) -> ActivationSizes:
-    """Of a backbone, from the tokens to the last hidden states, for one window of packed documents.
+    """Trace a backbone, from the tokens to the last hidden states, on one window of packed
+    documents.
 
-    weights: their number type; where it is not `compute`, products run under autocast. inference:
-    a forward pass that keeps nothing; its peak is `forward`. keep_casts: autocast keeps its copies
-    of weights until the end of the forward pass.
-    Raises ModelError for an architecture that cannot be traced.
+    weights: the weights' dtype; if it is not `compute`, products run under autocast. inference:
+    whether to run only a forward pass that keeps nothing, whose peak is `forward`. keep_casts:
+    whether autocast keeps its copies of weights until the end of the forward pass.
+    Raises ModelError if the architecture cannot be traced.
     """
     key = (
         shape_key(config),
@@ -95,13 +97,13 @@ def trace_activations(
         try:
             with quiet(), FakeTensorMode():
                 _TRACED[key] = _trace(config, *key[1:])
-        # Code of an architecture may look at values, which fake tensors have none of.
+        # An architecture's code may look at values, which fake tensors do not have.
         except Exception as error:
             problem = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             raise ModelError(
-                f"the memory of a model of type {config.model_type} cannot be planned ({problem})",
+                f"the memory of a {config.model_type} model cannot be estimated ({problem})",
                 where=getattr(config, "name_or_path", None) or None,
-                fix="run a few steps (train.max_steps) and look at the memory that they take",
+                fix="run a few steps (train.max_steps) and see how much memory they use",
             ) from error
     return _TRACED[key]
 
@@ -134,7 +136,7 @@ def _trace(
         enabled = weights != compute
         with torch.autocast("cpu", compute, enabled=enabled, cache_enabled=keep_casts):
             last_RLD = hidden_states(model, ids_RL, positions_RL)
-            casts = alive.cast_bytes  # the loss is computed while they are kept
+            casts = alive.cast_bytes  # still alive while the loss is computed
         kept, forward = alive.bytes, alive.peak
         alive.restart()
         if not inference:
@@ -150,10 +152,11 @@ def _trace(
 
 
 class _Alive(TorchDispatchMode):
-    """Adds up the storages that are alive, without those of the model itself.
+    """Adds up the storages that are alive, except the model's own.
 
-    bytes, peak: of activations. cast_bytes, cast_peak: of copies of weights in another number type.
-    course: the peak by the gradients that are complete; a weight's counts as one from then on.
+    bytes, peak: the activations' current and peak bytes. cast_bytes, cast_peak: the same for copies
+    of weights in a different dtype. course: the peak by the bytes of completed gradients; a
+    completed gradient no longer counts as an activation.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -169,7 +172,7 @@ class _Alive(TorchDispatchMode):
             parameter.register_post_accumulate_grad_hook(self._take_gradient)
 
     def restart(self) -> None:
-        """The peaks start from what is alive now."""
+        """Reset the peaks to what is alive now."""
         self.peak, self.cast_peak = self.bytes, self.cast_bytes
         self.course: dict[int, int] = {}
 
@@ -212,7 +215,8 @@ class _Alive(TorchDispatchMode):
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
-    """The operation. Grouped products of float32 have no fake implementation: as in bfloat16."""
+    """Run an operation. Grouped float32 products have no fake implementation, so run them in
+    bfloat16."""
     grouped = "_grouped_mm" in func.__name__
     if not grouped or args[0].dtype == torch.bfloat16:
         return func(*args, **kwargs)

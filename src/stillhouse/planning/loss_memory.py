@@ -1,4 +1,5 @@
-"""The memory of the fused loss (objectives/fused.py): tiles of logits, and the head's gradient."""
+"""The memory of the fused loss (objectives/fused.py): logit tiles, hidden states, and the LM head's
+gradient."""
 
 from __future__ import annotations
 
@@ -12,9 +13,12 @@ from stillhouse.objectives.products import HEAD_BLOCK_ROWS_CUDA, adds_products_w
 
 @dataclass(frozen=True)
 class LossSizes:
-    """Bytes. tiles: logits and their like, and the head as products need it, freed when the loss is
-    known. rows: hidden rows of both models and their gradient. head_gradient: float32, until it is
-    the head's."""
+    """Sizes in bytes.
+
+    tiles: tiles of logits, buffers of the same shape, and a copy of the LM head in the compute
+    dtype; freed once the loss is known. rows: both models' hidden states and their gradient.
+    head_gradient: the LM head's float32 gradient until it becomes the parameter's.
+    """
 
     tiles: float
     rows: float
@@ -34,12 +38,12 @@ def loss_sizes(
     trained_head: bool,
     copies_head: bool,
 ) -> LossSizes:
-    """Of a micro-batch.
+    """Compute the sizes for a micro-batch.
 
-    rows: supervised tokens. teachers: hidden widths of those that answer live; empty where signals
-    are stored, or there are none. kernels: whether Triton's kernels run, which need no float32
-    tiles. only_kl: whether forward KL and cross-entropy are the only terms. copies_head: whether
-    the student's head has another number type than products.
+    rows: the number of supervised tokens. teachers: the hidden sizes of live teachers; empty if
+    signals are cached or there is no teacher. kernels: whether the Triton kernels run, which need
+    no float32 tiles. only_kl: whether forward KL and cross-entropy are the only terms. copies_head:
+    whether the student's LM head has a different dtype than its products.
     """
     width, cuda = compute.itemsize, device == "cuda"
     chunk = min(rows, rows_per_chunk(hidden, compute, device))
@@ -55,7 +59,8 @@ def loss_sizes(
         tiles += min(vocabulary, HEAD_BLOCK_ROWS_CUDA) * hidden * 4
     if copies_head:
         tiles += vocabulary * hidden * width
-    own = rows * hidden * (4 + 2 * width)  # as they come, in the compute type, and the gradient
+    # The hidden states in float32 and in the compute dtype, and their gradient.
+    own = rows * hidden * (4 + 2 * width)
     return LossSizes(
         tiles=tiles,
         rows=own + rows * sum(teachers) * width,
@@ -64,7 +69,7 @@ def loss_sizes(
 
 
 def _scratch(dense: bool, only_kl: bool) -> int:
-    """Float32 buffers of a block beside the logits (objectives/dense.py)."""
+    """The number of a block's float32 buffers besides the logits (objectives/dense.py)."""
     if not dense:
         return 0
     return 1 if only_kl else 5

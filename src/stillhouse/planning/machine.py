@@ -1,4 +1,4 @@
-"""The machine that a run is planned for: this one, or one that is described."""
+"""The machine that a run is planned for: this one, or a described one."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ from stillhouse.hardware import (
 from stillhouse.launch import processes_here, world_size
 
 EFFICIENCY = 0.55
-"""Share of the measured matrix product rate that a training step reaches (bench/step)."""
+"""The fraction of the measured matrix-product rate that a training step reaches (bench/step)."""
 
 
 MICRO_TOKENS = {torch.float32: 256, torch.bfloat16: 1024}
-"""Tokens of a CPU's micro-batch by the number type of its products. More of them take more memory
-and are not faster; in bfloat16, float32 weights are rounded once for each micro-batch."""
+"""Tokens in a CPU's micro-batch by the dtype of its products. More tokens use more memory without
+being faster. In bfloat16, float32 weights are rounded once per micro-batch, so it is larger."""
 
 
 def micro_windows(device: str, context: int, dtype: torch.dtype) -> int | None:
-    """The most windows of a default micro-batch; None: no limit. dtype: of the products."""
+    """Return the maximum windows in a default micro-batch; None for no limit. dtype: the products'
+    dtype."""
     return max(1, MICRO_TOKENS[dtype] // context) if device == "cpu" else None
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a run's processes are: one for each GPU, or so many of a torchrun on CPUs.
+    """The hardware of a run's processes: one per GPU, or a torchrun's processes on CPUs.
 
-    memory: bytes that each may take. rate: FLOP/s that each reaches in training; None: not known.
-    price: dollars an hour of each; None: not known.
+    memory: bytes available to each process. rate: FLOP/s that each process reaches in training;
+    None if unknown. price: dollars per hour for each process; None if unknown.
     """
 
     device: Literal["cpu", "cuda"]
@@ -50,11 +51,11 @@ class Machine:
         return self.per_node * self.nodes
 
     def micro_windows(self, context: int, precision: Requested) -> int | None:
-        """The function of this name, for this machine."""
+        """Like the function `micro_windows`, for this machine."""
         return micro_windows(self.device, context, self.compute(precision))
 
     def compute(self, precision: Requested) -> torch.dtype:
-        """The number type of products: for a GPU that is not here, bfloat16 unless requested."""
+        """Return the products' dtype; for a GPU that is not present, bfloat16 by default."""
         if precision != "auto":
             return torch.float32 if precision == "float32" else torch.bfloat16
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -63,8 +64,8 @@ class Machine:
 
 
 def this_machine(precision: Requested, *, timed: bool) -> Machine:
-    """The processes of this torchrun, or the one there is. timed: measure how fast it multiplies,
-    which takes a second."""
+    """Describe the machine of this torchrun's processes, or of this process. timed: measure the
+    matrix-product rate, which takes about a second."""
     device, processes, here = default_device(), world_size(), processes_here()
     if device.type == "cuda":
         memory = float(torch.cuda.get_device_properties(device).total_memory)

@@ -1,4 +1,4 @@
-"""The sizes of a model that decide what it takes, from its shapes alone."""
+"""The sizes of a model that determine its memory and compute, from its shapes alone."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from stillhouse.teachers.planned_model import planned_model, shape_key
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Counts of parameters, each stored one once, and the two widths of the head.
+    """Parameter counts, with each stored parameter counted once, and the shape of the LM head.
 
-    layer: of the largest decoder block. ends: of embeddings and head. active: as
-    `account` counts them. experts: of all routed experts.
+    parameters: all. active: counted as in `account`. layer: in the largest decoder block. ends: in
+    the embeddings and the LM head. experts: in all routed experts.
     """
 
     parameters: int
@@ -35,7 +35,8 @@ class ModelSize:
 
 
 def config_size(config: Any) -> ModelSize:
-    """Of a model that does not exist yet. Raises ModelError as `planned_model`."""
+    """Compute the sizes of a model from its configuration. Raises ModelError like
+    `planned_model`."""
     key = shape_key(config)
     if key not in _KNOWN:
         _KNOWN[key] = model_size(planned_model(config))
@@ -46,7 +47,7 @@ _KNOWN: dict[str, ModelSize] = {}
 
 
 def model_size(model: Any) -> ModelSize:
-    """Of a causal language model, which may be on the meta device."""
+    """Compute the sizes of a causal language model, which can be on the meta device."""
     found = count_parameters(model)
     blocks = _blocks(model)
     ends = found.total - found.non_embedding
@@ -66,7 +67,7 @@ def model_size(model: Any) -> ModelSize:
 
 
 def _blocks(model: nn.Module) -> nn.ModuleList:
-    """The decoder's blocks: the list of modules that holds the most."""
+    """Return the decoder blocks: the module list with the most parameters."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return max(lists, key=_count)
 

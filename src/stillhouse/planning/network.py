@@ -1,7 +1,7 @@
-"""What each process sends to the others in an optimizer step.
+"""The network traffic of each process in an optimizer step.
 
-Rings are counted: to gather or to reduce and scatter S bytes over n processes, each sends
-S·(n − 1)/n; to reduce them everywhere, twice that.
+Collectives are counted as rings: an all-gather or reduce-scatter of S bytes over n processes makes
+each of them send S·(n − 1)/n, and an all-reduce twice that.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from stillhouse.planning.step_memory import WIDE, Shard, Step
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes. between_nodes: the part that goes to another node, of the process that sends most."""
+    """Bytes that a process sends. between_nodes: the part that goes to another node, for the
+    process that sends the most."""
 
     all: float
     between_nodes: float
@@ -23,9 +24,12 @@ class Traffic:
 def step_traffic(
     step: Step, shard: Shard, *, over: int, machine: Machine, micro_batches: int
 ) -> Traffic:
-    """Of an optimizer step. over: processes that share what is sharded. micro_batches: of each
-    process; sharded weights are gathered for each one's forward and backward pass, and gradients
-    are reduced after each; copies of a model are reduced once."""
+    """Compute an optimizer step's traffic.
+
+    over: the number of processes that a model is sharded over. micro_batches: the number per
+    process. Sharded weights are gathered for every micro-batch's forward and backward pass, and
+    their gradients are reduced after each; the gradients of replicas are reduced once.
+    """
     processes, size = machine.processes, step.student.size.parameters
     trained = WIDE * step.student.trained
     shared = copied = 0.0

@@ -1,4 +1,4 @@
-"""What one stage of a run is expected to take."""
+"""The expected requirements of one stage."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from stillhouse.planning.step_memory import Memory
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """memory: of each process that works. processes: how many do. tokens: that it computes. flops:
-    of all processes; None: not known. disk: bytes that it leaves. scratch: bytes on disk while it
-    runs, in addition. network: bytes that each process sends to others. between_nodes: the part of
-    it that leaves the node. note: what else there is to know. fix: the cheapest change of the
-    recipe with which it fits, where it does not.
+    """What a stage is expected to take.
+
+    memory: per working process. processes: the number that work. tokens: the number processed.
+    flops: over all processes; None if unknown. disk: bytes left on disk. scratch: additional bytes
+    on disk while it runs. network: bytes that each process sends to others. between_nodes: the part
+    of `network` that leaves the node. note: anything else to know. fix: if the stage does not fit,
+    the cheapest change to the recipe that makes it fit.
     """
 
     name: str
@@ -30,13 +32,13 @@ class StageEstimate:
     fix: str | None = None
 
     def seconds(self, machine: Machine) -> float | None:
-        """Of computing alone; None where that is not known."""
+        """Seconds of computing alone; None if unknown."""
         if self.flops is None or machine.rate is None:
             return None
         return self.flops / (machine.rate * self.processes)
 
     def dollars(self, machine: Machine) -> float | None:
-        """All processes are paid for while some work."""
+        """The stage's cost. All processes are paid for, even if only some of them work."""
         seconds = self.seconds(machine)
         if seconds is None or machine.price is None:
             return None

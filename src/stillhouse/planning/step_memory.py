@@ -1,12 +1,12 @@
-"""The memory of one process in a training step: sums over sizes, in bytes.
+"""Estimates the memory of one process in a training step, in bytes.
 
-The phases of a step need different things: the teacher's forward pass, the loss, the backward
-pass, the optimizer. The largest of them counts; `Memory.parts` are those of that phase.
+A step has phases with different needs: the teacher's forward pass, the student's, the loss, the
+backward pass, and the optimizer. The largest phase counts, and `Memory.parts` belong to that phase.
 
-Weights and their gradients have `Step.weights` bytes, AdamW's moments are float32 or in 8 bits;
-products are computed in `Step.compute`. Gradients are reduced in float32. Sharded weights are
-gathered a block at a time, the next block while one is computed; embeddings and head stay gathered
-during a pass.
+Weights and their gradients have `Step.weights` bytes each, AdamW's moments are in float32 or 8
+bits, products are computed in `Step.compute`, and gradients are reduced in float32. Sharded weights
+are gathered block by block, the next block while the current one is computed; embeddings and the LM
+head stay gathered during a pass.
 """
 
 from __future__ import annotations
@@ -22,50 +22,53 @@ from stillhouse.planning.model_size import ModelSize
 
 Shard = Literal["none", "student", "teacher", "both"]
 SHARDS: tuple[Shard, ...] = ("none", "teacher", "student", "both")
-"""From the fastest to the one that takes the least memory."""
+"""Ordered from the fastest to the one that uses the least memory."""
 
 WIDE = 4
-"""Bytes of float32."""
+"""Bytes of a float32 number."""
 MOMENTS = 8.0
-"""Bytes of AdamW's two moments of a parameter in float32."""
+"""Bytes per parameter of AdamW's two moments in float32."""
 MOMENTS_8BIT = 2 + 2 * 4 / 256
-"""The same in 8 bits, with a float32 scale for each block of 256."""
+"""Bytes per parameter of AdamW's two moments in 8 bits, with a float32 scale per block of 256."""
 MOMENTUM = 4.0
-"""Muon's momentum of a parameter in a matrix."""
+"""Bytes per matrix parameter of Muon's momentum."""
 GATHERED_BLOCKS = 2
-"""A block that is computed, and the next one, which is gathered meanwhile."""
+"""The block that is being computed, and the next one, which is gathered in the meantime."""
 HEAP_GAPS = 0.2
-"""On a CPU, gaps between blocks of the C library's heap, by the bytes of all that is in memory.
-Where tensors of a step find room among those that stay is chance: `HeapLimit` returns the gaps once
-memory has grown by a quarter, and measured ones were 0.11 to 0.31 (docs/experiments.md)."""
+"""On a CPU, the gaps between blocks on the C library's heap, as a fraction of all allocated bytes.
+Where a step's tensors find room among those that stay is a matter of chance. `HeapLimit` returns
+the gaps once memory has grown by a quarter, and measured gaps were 0.11 to 0.31
+(docs/experiments.md)."""
 COMPILED_BYTES = 1024 * 258_376
-"""On a CPU, of a mixture of experts: oneDNN keeps its last 1,024 products, which it compiles for
-their shapes, and the tokens of an expert vary. Each is in a block of so many bytes."""
+"""On a CPU, for a mixture of experts: oneDNN caches the last 1,024 products that it compiled for
+specific shapes, and the number of tokens per expert varies. Each takes a block of this many
+bytes."""
 CONTEXT_BYTES = 1.5e9
-"""CUDA's context, the workspaces of cuBLAS and the buffers of NCCL."""
+"""Bytes of the CUDA context, cuBLAS workspaces, and NCCL buffers."""
 LIBRARIES_BYTES = 0.6e9
-"""Of a process on a CPU: Python, PyTorch and the other libraries."""
+"""Bytes of a CPU process for Python, PyTorch, and other libraries."""
 MARGIN = 0.1
-"""How far a real peak may be from the sum: by the allocator, and by what libraries take."""
+"""How far a real peak can be from the sum, because of the allocator and of libraries."""
 
 Parts = dict[str, float]
 
 
 def moment_bytes(optimizer: str, size: ModelSize) -> float:
-    """Bytes of the state of a `train.optimizer`, of a parameter on average."""
+    """Return the mean bytes per parameter of the optimizer's state. optimizer: as in
+    `train.optimizer`."""
     if optimizer == "muon":
-        share = size.ends / size.parameters  # embeddings and head, which are AdamW's
+        share = size.ends / size.parameters  # AdamW trains the embeddings and the LM head
         return MOMENTUM + (MOMENTS - MOMENTUM) * share
     return MOMENTS_8BIT if optimizer == "adamw_8bit" else MOMENTS
 
 
 def context_bytes(device: str) -> float:
-    """What a process takes on its device before there is a model."""
+    """Return the bytes that a process uses on its device before it loads a model."""
     return CONTEXT_BYTES if device == "cuda" else LIBRARIES_BYTES
 
 
 def described(parts: Mapping[str, float]) -> str:
-    """The largest first; those below 1% of all are left out."""
+    """Describe the parts, largest first, leaving out those below 1% of the total."""
     whole = sum(parts.values())
     shown = sorted(parts.items(), key=lambda item: -item[1])
     return ", ".join(f"{name} {size(part)}" for name, part in shown if part >= whole / 100)
@@ -73,9 +76,9 @@ def described(parts: Mapping[str, float]) -> str:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a process needs in the phase that needs the most, in bytes.
+    """The bytes that a process needs in one phase.
 
-    parts: by what it is for. host: what a process with a GPU has in the machine's memory instead.
+    parts: bytes by purpose. host: what a GPU's process keeps in host memory instead.
     """
 
     phase: str
@@ -93,18 +96,18 @@ class Memory:
         return replace(self, parts={**self.parts, part: size})
 
     def fits(self, available: float) -> bool:
-        """Whether it fits for sure: with the margin."""
+        """Whether it certainly fits, even if the sum is too small by the margin."""
         return self.total * (1 + MARGIN) <= available
 
     def cannot_fit(self, available: float) -> bool:
-        """Whether it does not fit, even where the sum is too large by the margin."""
+        """Whether it certainly does not fit, even if the sum is too large by the margin."""
         return self.total * (1 - MARGIN) > available
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A student. trained: parameters that are trained. replicated: activations of a micro-batch
-    with its own weights under autocast; sharded: with gathered weights."""
+    """A student. trained: the number of trained parameters. replicated: a micro-batch's activations
+    with local weights under autocast. sharded: the same with gathered weights."""
 
     size: ModelSize
     trained: int
@@ -114,9 +117,12 @@ class TrainedModel:
 
 @dataclass(frozen=True)
 class LiveTeacher:
-    """A model that answers during training. activations: at the peak of its forward pass. kept:
-    hidden rows of intermediate layers that terms of the objective compare. mapped: its weights are
-    mapped from their files, and a layer is in memory only while it runs."""
+    """A teacher that scores text during training.
+
+    activations: bytes at the peak of its forward pass. kept: bytes of the intermediate hidden
+    states that the objective's terms compare. mapped: whether its weights are memory-mapped from
+    their files, so that a layer is in memory only while it runs.
+    """
 
     size: ModelSize
     activations: int
@@ -126,15 +132,15 @@ class LiveTeacher:
 
 @dataclass(frozen=True)
 class Step:
-    """An optimizer step of one process, as far as its memory depends on it.
+    """Everything about one process's optimizer step that its memory depends on.
 
-    teachers: none where signals are stored. compute: bytes of a number in products. gathered: of
-    a number of the student's weights, where they are sharded and gathered. accumulates:
-    whether gradients of several micro-batches are added up. moments: bytes of the optimizer's state
-    of a parameter. weights: bytes of a weight, and of its gradient. context: bytes that a process
-    takes before there is a model. on_cpu: whether the allocator is the C library's, which leaves
-    gaps, and products are oneDNN's. offload: the teachers' weights are in the machine's memory, and
-    gathered on the device.
+    teachers: the live teachers; empty if signals are cached. compute: bytes per number in products.
+    gathered: bytes per gathered weight of a sharded student. accumulates: whether the gradients of
+    several micro-batches are accumulated. moments: bytes of optimizer state per parameter. weights:
+    bytes per weight, and per element of its gradient. context: bytes that a process uses before it
+    loads a model. on_cpu: whether the C library allocates, which leaves gaps, and oneDNN computes
+    the products. offload: whether the teachers' weights are in host memory and gathered on the
+    device.
     """
 
     student: TrainedModel
@@ -151,14 +157,14 @@ class Step:
 
 
 def training_memory(step: Step, shard: Shard, *, over: int, processes: int) -> Memory:
-    """In the phase of a step that needs the most; arguments as for `training_phases`."""
+    """Return the memory of the step's largest phase. Arguments: as for `training_phases`."""
     phases = training_phases(step, shard, over=over, processes=processes)
     return max(phases, key=lambda memory: memory.total)
 
 
 def training_phases(step: Step, shard: Shard, *, over: int, processes: int) -> list[Memory]:
-    """Each phase of a step. over: processes that share what is sharded, all of them or those of a
-    node. processes: all."""
+    """Return the memory of each phase of a step. over: the number of processes that a model is
+    sharded over: all of them, or those of a node. processes: the number of all processes."""
     student = over if shard in ("student", "both") else 1
     teacher = over if shard in ("teacher", "both") else 1
     host = {}
@@ -176,8 +182,8 @@ def training_phases(step: Step, shard: Shard, *, over: int, processes: int) -> l
 
 
 def fitting_shard(step: Step, available: float, *, over: int, processes: int) -> Shard | None:
-    """The fastest way to share the models that fits into `available` bytes a process, with the
-    margin; None where none does. over, processes: as for `training_memory`."""
+    """Return the fastest sharding that fits into `available` bytes per process, with the margin;
+    None if none fits. over, processes: as for `training_memory`."""
     for shard in SHARDS:
         if shard in ("teacher", "both") and not step.teachers:
             continue
@@ -189,9 +195,10 @@ def fitting_shard(step: Step, available: float, *, over: int, processes: int) ->
 
 
 def _phases(step: Step, student: int, teacher: int, processes: int) -> dict[str, Parts]:
-    """What each phase of a step needs. student, teacher: processes that share each model."""
+    """Return what each phase of a step needs. student, teacher: the number of processes that each
+    model is sharded over."""
     shape, trained = step.student.size, step.student.trained
-    # FSDP2 also keeps copies of bfloat16 weights alike, since DDP reduces in their type.
+    # FSDP2 also replicates bfloat16 weights, because DDP would reduce their gradients in bfloat16.
     wrapped = student > 1 or (processes > 1 and step.weights < WIDE)
     found = step.student.sharded if wrapped else step.student.replicated
     gradients = step.weights * trained / student
@@ -247,12 +254,12 @@ def _phases(step: Step, student: int, teacher: int, processes: int) -> dict[str,
             **base,
             "gradients": gradients,
             "gathered teacher": heads,
-            "gathered student": 2 * ends,  # and their gradients, before they are reduced
+            "gathered student": 2 * ends,  # including their gradients before they are reduced
             "reduce buffers": WIDE * shape.ends if wrapped else 0,
         },
     }
     if not wrapped and not step.accumulates:
-        # Gradients are made while activations go, and never all of both are there.
+        # Activations are freed as gradients are computed, so the two are never complete together.
         backward = found.with_gradients + step.loss.head_gradient
         phases["backward"]["activations"] = max(0, backward - gradients)
     return phases
@@ -268,7 +275,8 @@ def _parameters(teachers: Sequence[LiveTeacher]) -> int:
 
 
 def _resident(teachers: Sequence[LiveTeacher], shared_by: int) -> float:
-    """Parameters of the teachers that are in a process's memory all the time, and of one layer."""
+    """Return the number of teacher parameters in a process's memory. Of a memory-mapped teacher,
+    only the embeddings, the LM head, and one layer count."""
     return sum(
         each.size.ends + each.size.layer
         if each.mapped and shared_by == 1

@@ -1,4 +1,4 @@
-"""What a training step is, for its memory, from the configurations of its models."""
+"""Builds the description of a training step's memory from its models' configurations."""
 
 from __future__ import annotations
 
@@ -38,14 +38,13 @@ def training_step(
     divergences: Sequence[str] = ("forward_kl",),
     kept_layers: int = 0,
 ) -> Step:
-    """A step of one process on `windows` windows of `context` tokens at a time.
+    """Describe one process's step on micro-batches of `windows` windows of `context` tokens.
 
-    student, teachers: configurations; of the teachers that answer live. weights: the number type of
-    the student's weights. optimizer: as `train.optimizer`. gathered: the
-    number type in which a sharded student's weights are gathered; None: that of products.
-    kept_layers: of the teacher, that terms of the objective compare. Weights are neither read nor
-    made.
-    Raises ModelError as `planned_model` and `trace_activations`.
+    student, teachers: the configurations of the student and the live teachers. weights: the dtype
+    of the student's weights. gathered: the dtype in which a sharded student's weights are gathered;
+    None means the products' dtype. optimizer: as in `train.optimizer`. kept_layers: how many of
+    the teacher's layers the objective's terms compare. Neither reads nor allocates weights.
+    Raises ModelError like `planned_model` and `trace_activations`.
     """
     shared: dict[str, Any] = {"compute": compute, "device": device}
     size = config_size(student)
