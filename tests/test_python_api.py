@@ -176,11 +176,11 @@ def test_a_wrong_option_is_one_clear_error(
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda d: sh.distill("folder", None, d), "the student is a str, .*Student.pretrained"),
-        (lambda d: sh.distill(tiny.llama(), "folder", d), "the teacher is a str, .*Teacher.load"),
+        (lambda d: sh.distill("folder", None, d), "the student is a str .*Student.pretrained"),
+        (lambda d: sh.distill(tiny.llama(), "folder", d), "the teacher is a str .*Teacher.load"),
         (lambda d: sh.distill(tiny.llama(), [3], d), "the teacher is a int .*Teacher.load"),
-        (lambda d: sh.record("folder", d, "x"), "the teacher is a str, .*Teacher.load"),
-        (lambda d: sh.search_sizes("folder", d), "the teacher is a str, .*Teacher.load"),
+        (lambda d: sh.record("folder", d, "x"), "the teacher is a str .*Teacher.load"),
+        (lambda d: sh.search_sizes("folder", d), "the teacher is a str .*Teacher.load"),
         (
             lambda d: sh.distill(tiny.llama(), None, wrong("text.txt")),
             "data is a str, .*Data.build",
