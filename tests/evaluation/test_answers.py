@@ -1,4 +1,4 @@
-"""Measures of answers, worked out by hand."""
+"""Metrics of answers agree with values worked out by hand."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_facts_of_different_items_are_not_combined() -> None:
 
 
 def test_the_order_of_items_does_not_change_f1() -> None:
-    """Items of which each has a fact in common with several of the other list."""
+    """Each item has a fact in common with several items of the other list."""
     ours = [{"a": 1, "b": 1}, {"a": 1}]
     theirs = [{"a": 1}, {"b": 1}]
     for one in permutations(ours):
@@ -138,7 +138,7 @@ def test_names_of_fields_are_the_same_in_every_unicode_form() -> None:
 
 @pytest.mark.parametrize("shape", [(0, 0), (0, 3), (1, 1), (2, 5), (5, 2), (4, 4), (6, 5)])
 def test_the_largest_total_of_pairs(shape: tuple[int, int]) -> None:
-    """Compared with all ways to pair the rows with columns."""
+    """Agrees with trying all ways to pair rows with columns."""
     random = np.random.default_rng(0)
     for most in (1, 2, 9) * 5:
         scores_MN = random.integers(0, most + 1, shape)

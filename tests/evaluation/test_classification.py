@@ -1,4 +1,4 @@
-"""Each measure against its definition, worked out by hand."""
+"""Each metric agrees with its definition, worked out by hand."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_text_without_a_label_from_the_teacher_is_wrong_and_excluded_from_agre
 
 
 def calibration(wrong: list[int]) -> tuple[Tensor, Tensor]:
-    """Texts of falling confidence; those at the given places are labeled wrongly."""
+    """Texts with falling confidence; those at the given places have wrong labels."""
     confidence_N = torch.linspace(0.99, 0.6, 60)
     true_N = torch.zeros(60, dtype=torch.long)
     true_N[wrong] = 1

@@ -1,4 +1,4 @@
-"""The complete evaluation of a tiny run."""
+"""A complete evaluation of a tiny run."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_the_student_is_compared_with_the_teacher(run: Run) -> None:
 
 
 def test_a_model_is_measured_as_it_was_prepared(run: Run) -> None:
-    """With its last norm doubled, it is another one than that of the checkpoint."""
+    """With its last norm doubled, the model differs from its checkpoint."""
 
     def double(model: Any) -> None:
         with torch.no_grad():
@@ -167,7 +167,7 @@ def test_a_training_that_did_harm_is_shown_at_once_and_noted_first(
 def test_memory_is_that_of_weights_stored_as_they_are_used(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file of other numbers than the model computes in would be in memory next to the model."""
+    """A file in a different dtype would be in memory in addition to the model."""
     measured: list[Path] = []
 
     def peak(model: ModelSource, *_: Any, **__: Any) -> int:

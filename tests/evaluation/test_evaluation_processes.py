@@ -1,4 +1,4 @@
-"""The same evaluation from any number of processes, and from a teacher that was measured before."""
+"""The evaluation is the same with any number of processes, and with a teacher measured earlier."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def in_processes(count: int, work: Any) -> None:
 
 
 def test_processes_measure_what_one_does(tmp_path: Path) -> None:
-    """Also with a teacher that another number of processes has measured, whose layers are gone."""
+    """Also with a teacher that a different number of processes measured, whose layers are gone."""
     models(tmp_path)
     for count in (1, 2, 4):
         in_processes(count, partial(measure, tmp_path, f"{count}.json"))

@@ -1,4 +1,4 @@
-"""The fast measures agree with a reference of one token at a time in float64."""
+"""Fast metrics agree with a reference that computes one token at a time in float64."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_scale_bias_and_soft_cap_of_a_head_are_applied() -> None:
 
 
 def test_bfloat16_models_are_compared_in_float32() -> None:
-    """A model whose hidden states are bfloat16 must not get bfloat16 logits: those make ties."""
+    """A model with bfloat16 hidden states must not get bfloat16 logits, which would be tied."""
     generator = torch.Generator().manual_seed(0)
     hidden_ND = torch.randn(64, 16, generator=generator).bfloat16()
     weight_VD = torch.randn(100, 16, generator=generator).bfloat16()
@@ -180,7 +180,7 @@ def test_answers_are_hidden_rows_not_logits() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads which files are mapped")
 def test_answers_apart_keep_no_mapped_checkpoint(tmp_path: Path) -> None:
-    """The file's pages would be in memory as long as the head."""
+    """The file's pages would otherwise stay in memory as long as the head."""
     toy_model(0).save_pretrained(tmp_path)
     model = load_model(tmp_path, dtype=torch.float32)
     answers = heldout_answers(model, mixed_windows())

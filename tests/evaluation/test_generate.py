@@ -27,7 +27,7 @@ def endless_model(seed: int = 0) -> Any:
 
 @torch.no_grad()
 def slow_greedy(model: torch.nn.Module, ids: list[int], steps: int) -> list[int]:
-    """No cache, no padding: the complete prefix again for every token."""
+    """No cache and no padding: every token runs the whole prefix again."""
     for _ in range(steps):
         logits: Tensor = model(torch.tensor([ids])).logits
         ids = [*ids, int(logits[0, -1].argmax())]

@@ -18,7 +18,7 @@ from .toys import VOCABULARY, save_toy, toy_model
 
 
 class Sleeper(torch.nn.Module):
-    """Takes a second of its clock for a thousand tokens read, or for a hundred written."""
+    """Takes a second of its clock to read a thousand tokens, or to generate a hundred."""
 
     def __init__(self, name: str, log: list[str], clock: Clock, slowdown: float = 1.0) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The terminal's table: every figure and its percentage of the teacher's, in 100 columns."""
+"""The terminal table: every value and its percentage of the teacher's, in 100 columns."""
 
 from __future__ import annotations
 

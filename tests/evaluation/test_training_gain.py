@@ -1,4 +1,4 @@
-"""A training that does not bring the student closer to its teacher is named, with what to do."""
+"""A training that does not bring the student closer to its teacher leads to a warning."""
 
 from __future__ import annotations
 

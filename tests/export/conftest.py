@@ -1,4 +1,4 @@
-"""A tiny Llama with a chat template, saved as the trainer saves it, and windows of tokens."""
+"""A tiny Llama with a chat template, saved like by the trainer, and windows of tokens."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def test_float32_export_is_the_source_bit_for_bit(
 
 
 def test_comparison_agrees_with_one_token_at_a_time(trained: Path) -> None:
-    """Against a reference that runs each document's prefix alone, without packing or chunks."""
+    """Agrees with a reference that runs each document's prefix alone, without packing or chunks."""
     windows = ToyWindows()
     source = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32)
     other = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32)

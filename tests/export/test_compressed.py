@@ -1,4 +1,4 @@
-"""How llm-compressor is called in another Python; a stub package changes nothing."""
+"""How llm-compressor is called in a different Python; a stub package changes nothing."""
 
 from __future__ import annotations
 

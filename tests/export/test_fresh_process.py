@@ -1,4 +1,4 @@
-"""A script in a separate process: its end, and what it says when it fails."""
+"""A script in a separate process, and the errors if it fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a replay reports besides passing: distance to the teacher, and speed."""
+"""A replay also reports the distance to the teacher, and speed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A GGUF file is the source's numbers under other names, and a damaged one does not pass."""
+"""A GGUF file has the source's numbers under different names, and a damaged file does not pass."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_other_architectures_in_float32_are_the_source(
 
 
 def test_rows_of_query_and_key_are_reordered_as_llama_cpp_turns_pairs() -> None:
-    """Against the definition: pair i of a head is its rows i and i + half, side by side."""
+    """By definition, pair i of a head is its rows i and i + half, next to each other."""
     config = LlamaConfig(num_attention_heads=2, num_key_value_heads=1)
     rows = np.arange(8, dtype=np.float32)[:, None] * np.ones((1, 3), np.float32)
     turned = to_file(family(config), "model.layers.0.self_attn.q_proj.weight", rows, config)

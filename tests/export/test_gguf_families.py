@@ -104,11 +104,11 @@ LLAMA_CPP: dict[str, tuple[str, dict[str, Any], str]] = {
         "the base of rotary embeddings",
     ),
 }
-"""What it takes for another model, and the first thing that it misreads."""
+"""Which model the loader would take it for, and the first value that it would misread."""
 
 
 def write(folder: Path, kind: str, changes: dict[str, Any]) -> tuple[Path, Any]:
-    """The file of a tiny model whose gains and biases are not those of initialization."""
+    """The file of a tiny model whose gains and biases differ from their initial values."""
     if kind == "ministral3":
         beta = {"llama_4_scaling_beta": 0.0}
         changes = {**changes, "rope_parameters": beta | changes["rope_parameters"]}
@@ -218,7 +218,7 @@ def test_check_rejects_a_file_that_transformers_misreads_without_llama_cpp(
 
 
 def test_check_reports_a_cut_in_depth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which layers stay is not known at check: the first ones stand for them."""
+    """`check` does not know yet which layers stay, so it assumes the first ones."""
     words = tiny.merging_tokenizer()
     monkeypatch.setattr(gguf_export, "has_llama_cpp", lambda: True)
     config = CONFIGS["smollm3"](no_rope_layers=[1, 1, 1])

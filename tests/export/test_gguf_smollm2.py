@@ -1,4 +1,4 @@
-"""Our GGUF of a real model compared with that of llama.cpp's own converter: `make test-slow`."""
+"""Our GGUF file of a real model compared with llama.cpp's own converter (`make test-slow`)."""
 
 from __future__ import annotations
 

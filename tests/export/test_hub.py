@@ -1,4 +1,4 @@
-"""What is uploaded, where to, with whose token; the Hub itself is played by a recorder."""
+"""What is uploaded, where, and with which token; a recorder stands in for the Hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How llama.cpp's quantizer is called; the last tests call the real one, if it is installed."""
+"""How llama.cpp's quantizer is called; the last tests call the real one if it is installed."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_moments_are_passed_under_the_names_of_gguf(
 
 
 def test_moments_are_those_of_each_layers_inputs() -> None:
-    """Against inputs caught one window at a time, for a layer, and for the head."""
+    """Agrees with inputs captured one window at a time, for a layer and for the head."""
     model = tiny.llama(vocab_size=64)
     windows = ToyWindows()
     found = input_moments(model, windows)

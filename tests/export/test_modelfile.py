@@ -1,4 +1,4 @@
-"""A Modelfile writes a chat as the model's own template does, or does not pretend to."""
+"""A Modelfile renders a chat like the model's own template, or omits the template."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_known_template_is_written_for_ollama(folder: Path) -> None:
 
 
 def test_every_token_that_ends_an_answer_is_a_stop(folder: Path) -> None:
-    """As in Llama 3, whose chats end with another token than its texts."""
+    """As in Llama 3, whose chats end with a different token than its texts."""
     words = tiny.tokenizer()
     ends = [words.eos_token_id, words.convert_tokens_to_ids("<|user|>")]
     GenerationConfig(eos_token_id=ends).save_pretrained(folder)

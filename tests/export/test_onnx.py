@@ -1,4 +1,4 @@
-"""A classifier as ONNX: in onnxruntime it says what the checkpoint says, padded or not."""
+"""An ONNX classifier in onnxruntime agrees with its checkpoint, with and without padding."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def model(kind: str) -> Any:
 
 @torch.no_grad()
 def alone(classifier: nn.Module) -> Tensor:
-    """Every text by itself, so that nothing is padded."""
+    """Every text alone, so that nothing is padded."""
     rows = [row for batch in BATCHES for row in batch]
     return torch.cat([classifier(input_ids=torch.tensor([row])).logits for row in rows])
 
@@ -123,7 +123,7 @@ def test_a_file_with_other_content_is_rejected(
 
 
 class Odd(nn.Module):
-    """What it does hangs on the numbers that it is given, which no graph can hold."""
+    """Its control flow depends on its inputs' values, which a graph cannot represent."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         if int(input_ids.sum()) % 2:

@@ -295,7 +295,7 @@ def test_formats_that_do_not_hold_the_grid(grid: Grid, form: str) -> None:
 def test_gguf_ships_the_trained_numbers(
     rounded: dict[str, Path], tmp_path: Path, kind: str, form: str
 ) -> None:
-    """On the grid as they are, and the layer that was left alone in 16 bits."""
+    """Numbers on the grid are exact, and the layer that was left alone has 16 bits."""
     folder = rounded[kind]
     quantization = Quantization.load(folder / FILE)
     out = tmp_path / "out"
@@ -375,7 +375,7 @@ def test_a_grid_that_a_format_holds_is_not_mentioned(grid: Grid, form: str) -> N
 
 
 def test_a_second_rounding_weights_errors_too(rounded: dict[str, Path], tmp_path: Path) -> None:
-    """The very blocks of the same numbers on no grid at all."""
+    """The blocks equal those of the same numbers without a grid."""
     model = rounded["int8"] / "model"
     quantization = Quantization.load(rounded["int8"] / FILE)
     generator = torch.Generator().manual_seed(0)

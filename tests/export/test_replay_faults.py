@@ -1,4 +1,4 @@
-"""Every fault that an export can have fails its replay, in llama.cpp as well.
+"""Every fault that an export can have fails its replay, including in llama.cpp.
 
 llama.cpp is played by transformers' reading of the same file, which then errs as told.
 """
@@ -36,7 +36,7 @@ PROMPT = "the cat sees 42 trees"
 
 @pytest.fixture
 def without_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It rounds inputs to 8 bits, which a model of such large weights does not bear."""
+    """llama.cpp rounds inputs to 8 bits, too coarse for a model with such large weights."""
     monkeypatch.setattr(gguf_export, "has_llama_cpp", lambda: False)
 
 
@@ -67,7 +67,7 @@ def ship(rounded: Path, out: Path, **changes: Any) -> ReplayResult:
 
 
 class Llama:
-    """What the replay asks of `llama_cpp.Llama`. noise: nats, of every logit. template: its own."""
+    """The parts of `llama_cpp.Llama` that the replay uses. noise: of every logit, in nats."""
 
     noise = 0.0
     template: str | None = None
@@ -145,7 +145,7 @@ class Jinja2ChatFormatter:
 
 @pytest.fixture
 def llama(monkeypatch: pytest.MonkeyPatch) -> type[Llama]:
-    """The class, to be told how it errs."""
+    """The class, whose attributes set its faults."""
     package, formats = ModuleType("llama_cpp"), ModuleType("llama_cpp.llama_chat_format")
     acting = type("Acting", (Llama,), {})
     package.Llama = acting  # type: ignore[attr-defined]
@@ -293,7 +293,7 @@ def test_the_text_that_a_model_is_sure_of_against_a_token_at_a_time(rounded: Pat
 
 
 def found(**changes: Any) -> dict[str, Any]:
-    """The replay's answer of an export without fault, with these changes of its pair."""
+    """The replay's answer for an export without faults, with these changes to its pair."""
     pair = {"kl": 1e-6, "top1_agreement": 1.0, "sure": 900, "moved": 0, **changes}
     texts = [{"prompt": "p", "source": "yes, it is", "exported": "yes, it was", "sure": "yes, it"}]
     return {"problems": [], "tokens": 1024, "pairs": {"source ‖ exported": pair}, "texts": texts}
@@ -346,11 +346,11 @@ def test_clear_tokens_are_counted_one_by_one() -> None:
 def test_safetensors_are_held_to_the_same(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A checkpoint in float32 whose text begins otherwise, though every number is the source's."""
+    """A float32 checkpoint whose text begins differently although every number is the source's."""
     write, calls = replay._greedy, iter(range(100))
 
     def greedy(*arguments: Any) -> tuple[str, str]:
-        """The source's text, then the export's, which begins differently."""
+        """The source's text, followed by the export's, which begins differently."""
         text, sure = write(*arguments)
         return (f"no {text}" if next(calls) % 2 else text), sure
 

@@ -73,7 +73,7 @@ def make_case(
 
 
 def placed(value: Any, device: str) -> Any:
-    """A copy on a device: of a tensor, or of all tensors of a case, head or signal."""
+    """A copy on a device of a tensor, or of all tensors in a case, head, or signal."""
     if isinstance(value, Tensor):
         return value.detach().to(device).requires_grad_(value.requires_grad)
     if is_dataclass(value) and not isinstance(value, type):
@@ -125,7 +125,7 @@ def assert_same_as_reference(
 def with_signal(
     case: Case, kind: str, temperature: float = 1.0, k: int = 4, draws: int = 20
 ) -> Case:
-    """The same case with the teacher's answer given in another way."""
+    """The same case with the teacher's answer as a different kind of signal."""
     assert isinstance(case.signal, DenseSignal)
     head = case.signal.head
     vocab = len(head.weight_VD)

@@ -1,4 +1,4 @@
-"""The slow, obvious loss: one token at a time, in the dtype given, differentiated by autograd.
+"""A slow, obvious loss: one token at a time, in the given dtype, differentiated by autograd.
 
 Formulas are written from their definitions, not from the gradients that the fast code uses.
 """
@@ -117,7 +117,7 @@ def log_of_roots(log_p_X: Tensor, roots_X: Tensor, roots: int) -> Tensor:
 def token_value(
     term: Term, zs_V: Tensor, signal: Signal | None, n: int, target: int, vocab: int
 ) -> Tensor:
-    """One token's value, with T² where the term asks for it."""
+    """One token's value, multiplied by T² if the term requires it."""
     if term.divergence == "cross_entropy":
         return -torch.log_softmax(zs_V, 0)[target]
     factor = term.temperature**2 if term.t_squared else 1.0

@@ -1,4 +1,4 @@
-"""Likelihoods of texts that two tokenizers divide into different tokens."""
+"""Losses on likelihoods of text that two tokenizers split into different tokens."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def slow(case: Case, signal: ChunkSignal, distance: str) -> Tensor:
 
 
 def chunks_of(rows: int, count: int, seed: int = 0) -> ChunkSignal:
-    """Random rows in random chunks; the first row is in none."""
+    """Random rows in random chunks; the first row is in no chunk."""
     g = torch.Generator().manual_seed(seed)
     rows_P = torch.arange(1, rows)
     chunk_P = torch.randint(0, count, (rows - 1,), generator=g).sort().values

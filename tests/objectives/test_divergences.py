@@ -201,7 +201,7 @@ def test_underflowing_probabilities_do_not_become_nan(
     ids=name,
 )
 def test_a_divergence_that_saturates_has_no_gradient(term: Term) -> None:
-    """Logits in the hundreds: the rounding of a score must not come back as a gradient."""
+    """With logits in the hundreds, a score's rounding error must not turn into a gradient."""
     case = make_case(rows=40, dtype=torch.float32)
     with torch.no_grad():
         case.head.weight_VD.mul_(100)
@@ -320,7 +320,7 @@ def test_samples_give_the_gradient_of_forward_kl_without_bias() -> None:
 
 
 def test_adaptive_kl_is_refined_from_a_long_flat_distribution() -> None:
-    """Its nucleus may hold more tokens than are looked at first."""
+    """Its nucleus can contain more tokens than are looked at first."""
     case = make_case(rows=2, vocab=3000)
     with torch.no_grad():
         case.signal.head.weight_VD.mul_(0.01)

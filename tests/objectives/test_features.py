@@ -1,4 +1,4 @@
-"""Layer maps, hidden-state losses and logits on intermediate layers."""
+"""Layer maps, hidden-state losses, and losses on logits of intermediate layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A teacher with another vocabulary is compared over the roots that both vocabularies share."""
+"""A teacher with a different vocabulary is compared over the roots that both vocabularies share."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def roots_of(tokens: int, roots: int, g: torch.Generator) -> Tensor:
 
 
 def folded(case: Case, roots: int = ROOTS, teacher_tokens: int = 19, seed: int = 0) -> Case:
-    """The case with a teacher of another vocabulary, which covers two rows of three."""
+    """The case with a teacher that has a different vocabulary and covers two of three rows."""
     g = torch.Generator().manual_seed(seed)
     assert isinstance(case.signal, DenseSignal)
     dense = case.signal

@@ -317,7 +317,7 @@ def test_a_second_backward_through_one_graph_raises() -> None:
 
 
 def test_padded_rows_of_either_head_have_no_probability() -> None:
-    """Qwen2.5's heads differ by padding: phantom tokens must not take probability."""
+    """Qwen2.5's heads differ in padding: phantom tokens must not get any probability."""
     case = make_case(vocab=10, padding=4)
     with torch.no_grad():
         case.head.weight_VD[10:] = 50.0
@@ -369,7 +369,7 @@ def test_bfloat16_is_within_its_rounding(rows: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_head_gradient_of_many_chunks_is_summed_in_float32(dtype: torch.dtype) -> None:
-    """Many small contributions after a large one: a bfloat16 sum would lose all of them."""
+    """A bfloat16 sum would lose many small contributions after a large one."""
     rows = 1025
     hidden_ND = torch.full((rows, 1), 2.0**-9, dtype=torch.bfloat16)
     hidden_ND[0] = 1.0

@@ -1,4 +1,4 @@
-"""The same loss on a GPU: the CPU's values and gradients, and no waiting for the device."""
+"""The loss on a GPU has the CPU's values and gradients, and does not wait for the device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights that move with training, and values that are read once."""
+"""Weights that change during training, and values that are read once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inputs that do not fit together get one error that names the tensor and the row."""
+"""Inputs that do not match lead to one error that names the tensor and the row."""
 
 from __future__ import annotations
 

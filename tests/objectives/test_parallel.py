@@ -1,4 +1,4 @@
-"""Two processes give the gradients of one, under DDP and FSDP2, with unequal and empty ranks."""
+"""Two processes compute one process's gradients with DDP and FSDP2, even with empty ranks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TERMS = [Term("jsd"), Term("cross_entropy", 0.5)]
 
 
 class Student(nn.Module):
-    """Embedding tied to the head, one layer between, and the loss inside of forward."""
+    """A tied embedding and head, one layer in between, and the loss inside forward."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Self-attention relations against a loop over windows, heads and positions."""
+"""Attention relations agree with a loop over windows, heads, and positions."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def assert_agree(found: list[torch.Tensor], expected: list[torch.Tensor]) -> Non
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernels:
-    """Switches the kernels on, which are off before, and records their launches."""
+    """Enables the kernels, and records their launches."""
     launches: list[str] = []
     monkeypatch.setattr(chunk_loop, "runs_kernels", lambda device: False)
 
@@ -165,7 +165,7 @@ def test_data_alone(grad: bool, kernel: Kernels) -> None:
 @pytest.mark.parametrize("term", [Term("cross_entropy"), Term("forward_kl"), Term("jsd")], ids=name)
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 def test_padded_vocabulary_row_weights_and_a_scale(kind: str, term: Term, kernel: Kernels) -> None:
-    """Padding rows get no probability and no gradient; 45 is no multiple of a round."""
+    """Padding rows get neither probability nor gradient; 45 is not a multiple of COLUMNS."""
     case = with_signal(make_case(7, 45, padding=4, dtype=torch.float32), kind, k=5)
     weights_N = torch.linspace(0.0, 2.0, 7)  # the first row is ignored
     compare(kernel, case, [term], row_weights_N=weights_N, scale=0.1, vocab_size=45)

@@ -1,4 +1,4 @@
-"""A projection undoes as much of the stream's error as rows kept aside confirm."""
+"""A projection corrects as much of the stream's error as held-out rows confirm."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _double() -> object:
 
 
 def rows(count: int, noise: float, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Activations, an error that they explain but for the noise, and the rows' weights."""
+    """Activations, an error that they explain except for noise, and row weights."""
     torch.manual_seed(7)
     explains, mixing = torch.randn(HIDDEN, WIDTH), torch.randn(WIDTH, WIDTH) + 3 * torch.eye(WIDTH)
     torch.manual_seed(seed)
@@ -118,7 +118,7 @@ def test_too_few_rows_to_hold_any_out_change_nothing() -> None:
 
 
 class Alive(TorchDispatchMode):
-    """Adds up the bytes of tensors that are made inside the block and alive."""
+    """Counts the bytes of live tensors that were created within the context."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -86,7 +86,7 @@ def test_a_student_records_what_its_cut_costs_on_unseen_text(
 
 
 class Familiar(ToyWindows):
-    """What the tiny model itself would say, its most likely token each time."""
+    """The tiny model's own text: always its most likely token."""
 
     def __init__(self) -> None:
         super().__init__(count=8)

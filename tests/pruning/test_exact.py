@@ -1,4 +1,4 @@
-"""A cut of unused parts loses nothing; any other equals the full model with zeros."""
+"""Cutting unused parts loses nothing; any other cut equals the full model with zeros."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Removing neurons: the group-wise surgeon agrees with plain least squares."""
+"""Removing neurons group by group agrees with plain least squares."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def rows(count: int, ffn: int, hidden: int) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def corrected(down: Tensor, activations: Tensor, error: Tensor, weight: Tensor) -> Tensor:
-    """The projection that undoes all of the error on these rows."""
+    """The projection that corrects the whole error on these rows."""
     B = (error * weight[:, None]).T @ (activations * weight[:, None])
     return down + least_squares_change(moments_of(activations, weight), B, ridge=1e-12)
 

@@ -1,4 +1,4 @@
-"""Where no projection can be refit, the gain of the FFN's output is."""
+"""If no projection can be refit, the gain of the FFN's output is refit."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_dropped_layer_is_partly_compensated(kind: str, monkeypatch: pytest.Mo
 
 
 def repeating(kind: str) -> Any:
-    """Every layer writes much the same, and so more of it where layers are gone."""
+    """Every layer writes nearly the same, so a gain can compensate for missing layers."""
     model = family(kind)
     first, *others = model.base_model.layers
     first.self_attn.o_proj.weight.zero_()

@@ -87,7 +87,7 @@ CASES = [
 
 
 def family(kind: str, changes: dict[str, Any] | None = None) -> Any:
-    """A tiny model whose norms' gains and biases are not the ones of initialization."""
+    """A tiny model whose norm gains and biases differ from their initial values."""
     model = tiny_model(kind, **{**FAMILIES[kind], **(changes or {})})
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
@@ -148,7 +148,7 @@ def test_gate_2_a_rotation_alone_gives_the_same_logits(kind: str) -> None:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every case pruned and saved, with the logits that it had in memory."""
+    """Every case, pruned and saved, with its logits in memory."""
     folder = tmp_path_factory.mktemp("pruned")
     for kind, axis in CASES:
         model = cut(kind, axis)

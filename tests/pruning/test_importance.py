@@ -1,4 +1,4 @@
-"""What decides which parts stay: gradients against finite differences, layers against papers."""
+"""Importance scores: gradients agree with finite differences, and layer scores with the papers."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_every_choice_prunes_each_axis_alone(method: PruningMethod, sizes: dict[
 
 @pytest.mark.parametrize("method", METHODS, ids=["l2", "mean", "gradients"])
 def test_useless_parts_are_removed_first(method: PruningMethod) -> None:
-    """Neurons that write nothing are the ones to lose, whoever decides."""
+    """Neurons that write nothing are removed first, whatever the ranking."""
     model = tiny_model()
     for layer in model.base_model.layers:
         layer.mlp.down_proj.weight[:, ::2] = 0

@@ -1,4 +1,4 @@
-"""A model that is larger than a GPU is pruned there, a layer at a time: to the same weights.
+"""A model that is larger than a GPU is pruned there one layer at a time, to the same weights.
 
 The GPU is a device that does not exist (tests/fake_device.py); its tensors cannot be mixed up with
 those of the CPU.
@@ -74,7 +74,7 @@ class Copies:
 
 
 def compare(name: str, *, offloaded: bool) -> None:
-    """In a process of its own, since the device changes it."""
+    """Runs in a separate process, since the device changes the process."""
     device = register()
     cut = CUTS[name]
     expected, model = made(cut), made(cut)
@@ -113,7 +113,7 @@ def test_a_layer_at_a_time_gives_the_weights_of_the_model_on_the_device(
 
 
 def place(free: int, out: Path) -> None:
-    """Prune with so much free memory on the device; write where."""
+    """Prune with this much free memory on the device; write where each tensor was."""
     device = register()
     forks.patch(pruned_student, "default_device", lambda: device)
     forks.patch(pruned_student, "free_memory_bytes", lambda _: free)

@@ -22,7 +22,7 @@ def kl(full: Any, other: Any, windows: ToyWindows) -> float:
 
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several batches of the toy text, so that one can be kept aside."""
+    """Several batches of the toy text, so that one can be held out."""
     monkeypatch.setattr("stillhouse.pruning.calibrate.BATCH_TOKENS", 256)
     monkeypatch.setattr("stillhouse.pruning.prune.calibration_batches", several)
 

@@ -1,4 +1,4 @@
-"""A large model is calibrated and cut in little more memory than it has on disk."""
+"""Calibrating and cutting a large model takes little more memory than the model on disk."""
 
 from __future__ import annotations
 

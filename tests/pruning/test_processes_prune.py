@@ -1,4 +1,4 @@
-"""Pruned by several processes: the weights of one, bit for bit."""
+"""Several processes prune to the same weights as one, bit for bit."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def logits(model: Any, ids: Tensor = IDS) -> Tensor:
 
 
 def kl(full: Any, other: Any, ids: Tensor, positions: Tensor) -> float:
-    """The obvious way: all logits at once. (A cache would switch packing off in transformers.)"""
+    """The obvious way: all logits at once. (A cache would disable packing in transformers.)"""
     inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
     p, q = (model(**inputs).logits.double().log_softmax(-1) for model in (full, other))
     return (p.exp() * (p - q)).sum(-1).mean().item()

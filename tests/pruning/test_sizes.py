@@ -1,4 +1,4 @@
-"""Which sizes are possible, and the errors for those that are not."""
+"""Possible sizes, and errors for impossible ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fewer tokens: any text still round-trips, and kept text is tokenized as before."""
+"""With fewer tokens, any text still round-trips, and kept text is tokenized as before."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def test_a_number_keeps_the_most_frequent_tokens(kind: str) -> None:
 
 
 def test_tokens_that_the_teacher_expects_are_kept_before_others() -> None:
-    """Though the text has none of them: what it has not, other text may have."""
+    """The text has none of them, but other text can."""
     tokenizer = KINDS["byte-level"]
     merges = Merges(tokenizer)
     windows = TextWindows(tokenizer, "the cat")
@@ -231,7 +231,7 @@ def test_tokens_that_the_teacher_expects_are_kept_before_others() -> None:
 
 
 def test_padding_is_no_part_of_the_text() -> None:
-    """Its share would lower that of every token of the text."""
+    """Its share would lower the shares of the text's tokens."""
     tokenizer = KINDS["byte-level"]
     size = len(kept_for_text("byte-level")) + 10
     windows = [TextWindows(tokenizer, KEPT_TEXT, padding) for padding in (0, 50_000)]

@@ -1,4 +1,4 @@
-"""Rounding to the grid agrees with a reference of one number at a time."""
+"""Rounding to the grid agrees with a reference that rounds one number at a time."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_scales_are_the_best_of_those_tried(grid: Grid) -> None:
 
 
 def test_errors_on_inputs_that_matter_are_avoided() -> None:
-    """Against the definition: the scale is the best of those tried for the weighed error."""
+    """By definition: the scale has the least weighted error of those tried."""
     grid, moment_I = Grid(4, 8), torch.ones(32)
     moment_I[::8] = 1e-4
     weight_OI = matrix()
@@ -79,7 +79,7 @@ def test_no_weight_on_the_grid_is_closer(grid: Grid) -> None:
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_codes_and_scales_are_the_weights_exactly(grid: Grid) -> None:
-    """What is on the grid stays there, bit for bit, however often it is rounded."""
+    """Numbers on the grid stay the same, bit for bit, however often they are rounded."""
     scales_OG = choose_scales(matrix(), grid)
     assert torch.equal(scales_OG, scales_OG.half().float()), "float16 holds every scale"
     once_OI = on_grid(matrix(), scales_OG, grid)
@@ -105,7 +105,7 @@ def test_bytes_are_codes_and_scales() -> None:
 
 
 def test_what_is_past_float8_is_its_largest_number() -> None:
-    """float8 would make NaN of it."""
+    """A cast to float8 would turn it into NaN."""
     grid = Grid(8, None, floating=True)
     codes_OI = to_codes(torch.tensor([[1e6, -1e6, 1.0]]), torch.ones(1, 1), grid)
     assert codes_OI.float().tolist() == [[448, -448, 1]]

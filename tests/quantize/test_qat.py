@@ -1,4 +1,4 @@
-"""Training with rounded weights, against the same steps written out."""
+"""Training with rounded weights agrees with the same steps written out."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_training_rounded_recovers_what_rounding_lost(
     tmp_path: Path,
     kind: Literal["int4", "int8_dynamic_int4"],
 ) -> None:
-    """The student is the teacher itself: all that is lost is the rounding's."""
+    """The student is the teacher itself, so rounding is the only loss."""
     teacher, windows, heldout = prepared
     section = QuantizeRecipe(kind=kind, qat=QatRecipe(tokens=2500, learning_rate=1e-3))
     common: dict[str, Any] = {"section": section, "vocabulary": 260, "seed": 0}
@@ -133,7 +133,7 @@ def test_training_rounded_recovers_what_rounding_lost(
 def test_an_interrupted_and_resumed_training_has_the_same_weights(
     prepared: tuple[Path, Windows, Windows], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A checkpoint holds the unrounded weights: bit for bit those of an undisturbed run."""
+    """A checkpoint has the unrounded weights of an undisturbed run, bit for bit."""
     teacher, windows, heldout = prepared
     section = QuantizeRecipe(qat=QatRecipe(tokens=1000, learning_rate=1e-3))
     quantize(teacher, tmp_path / "ptq", section=section, heldout=heldout, vocabulary=260, seed=0)
@@ -232,7 +232,7 @@ def test_a_tokenizer_with_custom_code_is_loaded_like_the_model(
 def test_the_rounded_student_writes(
     prepared: tuple[Path, Windows, Windows], tmp_path: Path
 ) -> None:
-    """What it writes during training is what the quantized model writes after it."""
+    """It generates the same text during training as the quantized model does afterwards."""
     folder, windows, _ = prepared
     grid = Grid(4, 32)
     model = tiny.llama(seed=5)

@@ -1,4 +1,4 @@
-"""A student rounded: what is counted, what is measured, what is left alone, what is rejected."""
+"""Quantizing a student: counted bytes, measured KL, parts left alone, and rejected settings."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def call(student: Path, out: Path, **section: Any) -> Any:
 
 
 class Padded(ToyWindows):
-    """The last 16 of 24 tokens are padding, if they are not left out."""
+    """Windows whose last 16 of 24 tokens are padding, unless padding is left out."""
 
     def __init__(self, length: int = 24) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ def test_rows_that_the_group_size_does_not_divide(student: Path, tmp_path: Path)
 
 
 def test_widths_that_float8_kernels_do_not_multiply(tmp_path: Path) -> None:
-    """Weights alone may be float8 nevertheless; the embeddings are looked up, not multiplied."""
+    """Weights alone can still be float8, and embeddings are looked up, not multiplied."""
     student = tiny.save_model(tmp_path / "student", intermediate_size=72)
     with pytest.raises(
         RecipeError, match="72 by 32, but float8 kernels need multiples of 16"
@@ -327,7 +327,7 @@ def test_rounded_inputs_are_torchaos() -> None:
 
 
 def test_float8_inputs_are_torchaos() -> None:
-    """A token of zeros stays zeros, where torchao divides by its scale of 0."""
+    """A token of zeros stays zeros, although torchao divides by its scale of 0."""
     torchao = pytest.importorskip("torchao.quantization")
     inputs_LI = torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
     expected_LI = torchao.Float8Tensor.from_hp(inputs_LI, torch.float8_e4m3fn, torchao.PerRow())

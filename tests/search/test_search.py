@@ -1,4 +1,4 @@
-"""The search on a tiny model: what it measures, what it remembers, what it chooses."""
+"""The search on a tiny model: its measurements, its journal, and its choice."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ WINDOWS = ToyWindows(count=48)
 
 
 def setting(folder: Path, out: str = "out", target: str = "65%", **search: Any) -> Setting:
-    """Four shapes of many are pruned, and two rounds of two steps choose among them."""
+    """Four of many shapes are pruned, and two rounds of training choose between them."""
     if not (folder / "teacher").exists():
         save_model(folder / "teacher")
     choices = {
@@ -69,7 +69,7 @@ def setting(folder: Path, out: str = "out", target: str = "65%", **search: Any) 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Setting, Found]:
-    """By a clock on which every reading is a second later than the one before."""
+    """Uses a clock on which every reading is a second later than the previous one."""
     chosen = setting(tmp_path_factory.mktemp("search"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search_journal, "time", Clock(tick=1.0))
@@ -97,7 +97,7 @@ def test_training_helps_every_candidate(found: tuple[Setting, Found]) -> None:
 
 
 def test_one_shot_kl_is_that_of_pruning_the_shape_directly(found: tuple[Setting, Found]) -> None:
-    """Nothing that candidates share changes what any of them is."""
+    """State that candidates share does not change any of them."""
     chosen, result = found
     text = split_text(WINDOWS, 128, 2 * 6, 0)
     teacher = load_model(chosen.teacher, dtype=torch.float32)
@@ -113,7 +113,7 @@ def test_one_shot_kl_is_that_of_pruning_the_shape_directly(found: tuple[Setting,
 
 
 def test_experts_of_a_mixture_can_be_pruned(tmp_path: Path) -> None:
-    """They are probed, pruned and measured as any other cut."""
+    """They are probed, pruned, and measured like any other cut."""
     save_model(tmp_path / "teacher", tiny_model("qwen3_moe", num_experts=8))
     axes = ["experts", "layers"]
     chosen = setting(tmp_path, axes=axes, target="75%", tolerance=0.2, candidates=2, trained=1)

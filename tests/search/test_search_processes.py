@@ -1,4 +1,4 @@
-"""A search whose candidates several processes divide: the shape and the figures of one."""
+"""Several processes that share candidates find the same shape and numbers as one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Targets as a recipe writes them, and the shapes that meet them."""
+"""Targets in recipe syntax, and the shapes that meet them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Timed blocks add up to a model's step, and memory is a line in the weights' size."""
+"""Timed blocks add up to a model's step, and memory is linear in the weights' size."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_every_size_is_timed() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen3_moe"])
 def test_the_predicted_step_is_the_measured_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock on which every reading is a second later than the one before."""
+    """Uses a clock on which every reading is a second later than the previous one."""
     monkeypatch.setattr(timing, "time", Clock(tick=1.0))
     config = CONFIGS[kind](num_hidden_layers=4)
     start = sizes_of(config)
