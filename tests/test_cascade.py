@@ -120,7 +120,7 @@ def test_training_from_random_weights_is_measured_and_reported(tmp_path: Path) -
     assert tokens[-1] == pytest.approx(12_000, rel=0.15)
     assert scratch["flops"] > 0
     page = result.report.read_text()
-    assert "The shape of wide, trained from random weights under the same teacher" in page
+    assert "with the shape of wide, trained from random weights with the same teacher" in page
     assert "kWh, at an assumed" in page
     again = done(recipe(tmp_path, from_scratch={"tokens": 12_000, "learning_rate": 3e-3}))
     assert json.loads((again.folder / "family.json").read_text())["scratch"] == scratch

@@ -157,7 +157,7 @@ def test_a_family_is_compared_with_training_from_scratch(folder: Path) -> None:
         for member in result.members.values()
     }
     assert sizes == {320}
-    assert "trained from random weights under the same teacher" in result.report.read_text()
+    assert "trained from random weights with the same teacher" in result.report.read_text()
     again = run_cascade(family)
     assert again is not None
     assert all(s.reused for member in again.members.values() for s in member.stages)

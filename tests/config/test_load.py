@@ -84,7 +84,7 @@ def test_a_key_that_belongs_one_section_deeper_is_not_to_be_removed(tmp_path: Pa
     section = "synthesize:\n  prompts: {path: p.txt}\n  teacher: {model: some/model}\n"
     text = " ".join(message(write(tmp_path, SMALLEST + section)).split())
     assert "unknown key `synthesize.teacher.model`" in text
-    assert "it is a key of `api` and of `local` and of `vllm`: move it there" in text
+    assert "it is a key of `api` and `local` and `vllm`: move it there" in text
     moved = section.replace("{model: some/model}", "{local: {model: some/model}}")
     assert load_language_model_recipe(write(tmp_path, SMALLEST + moved)).synthesize is not None
 

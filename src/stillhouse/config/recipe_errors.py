@@ -122,7 +122,7 @@ def _variant(problem: ErrorDetails, at: _Place, name: str) -> tuple[str, str]:
     ]
     near = difflib.get_close_matches(shown(kind), tags, n=1)
     fix = f"did you mean `{tag}: {near[0]}`? " if near else ""
-    fix += f"Set {tag} to one of: {', '.join(map(repr, tags))}"
+    fix += f"set {tag} to one of: {', '.join(map(repr, tags))}"
     if kind is None:
         return f"`{name}` needs the key `{tag}`", fix
     return f"unknown {tag} {shown_value(kind)} in `{name}`", fix
