@@ -574,7 +574,7 @@ def test_a_student_too_large_for_an_onnx_file_is_rejected_early(
     monkeypatch.setattr(onnx, "LARGEST", 4 * made["parameters"] - 1)
     last = check_recipe(path)[-1]
     assert last.level == "error"
-    assert f"{made['parameters']:,} parameters in float32 are more than" in last.text
+    assert f"{made['parameters']:,} parameters in float32 exceed" in last.text
 
 
 def test_a_language_model_that_scores_words_cannot_be_exported_to_onnx(tmp_path: Path) -> None:
