@@ -79,7 +79,7 @@ def test_nodes_with_different_numbers_of_processes(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     monkeypatch.setattr(processes, "_node_sizes", {3, 4})
     assert shards_in_node(within_node=False) == 7
-    with pytest.raises(RecipeError, match="nodes with 3 and 4 processes") as caught:
+    with pytest.raises(RecipeError, match="numbers of processes \\(3 and 4\\)") as caught:
         shards_in_node(within_node=True)
     assert "same number of processes on every node" in str(caught.value.fix)
 
@@ -105,7 +105,7 @@ def test_processes_are_checked_before_anything_is_computed(
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr(processes, "_node_sizes", {1, 3})
     require_processes(planned(tmp_path, shard="both"))
-    with pytest.raises(RecipeError, match="nodes with 1 and 3 processes"):
+    with pytest.raises(RecipeError, match="numbers of processes \\(1 and 3\\)"):
         require_processes(planned(tmp_path, shard="both", shard_within="node"))
 
 

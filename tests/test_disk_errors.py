@@ -101,8 +101,16 @@ def test_a_message_is_not_mistaken_for_another(tmp_path: Path) -> None:
         (OSError(errno.EIO, "Input/output error"), "reports an error", "check the disk"),
         (OSError(errno.ESTALE, "Stale file handle"), "no longer connected", "check the disk"),
         (OSError(errno.EROFS, "Read-only file system"), "read-only", "use another path"),
-        (IsADirectoryError(errno.EISDIR, "Is a directory", "x"), "a folder where", "move it away"),
-        (FileExistsError(errno.EEXIST, "File exists", "x"), "a file where", "move it away"),
+        (
+            IsADirectoryError(errno.EISDIR, "Is a directory", "x"),
+            "a folder where",
+            "move it out of the way",
+        ),
+        (
+            FileExistsError(errno.EEXIST, "File exists", "x"),
+            "a file where",
+            "move it out of the way",
+        ),
     ],
 )
 def test_every_error_of_a_disk_is_one_message(
@@ -214,7 +222,7 @@ def test_a_file_in_the_place_of_a_product_is_found_before_the_run(tmp_path: Path
     recipe.write_text(yaml.safe_dump(tiny.recipe(tmp_path)))
     process = forks.stillhouse("run", str(recipe))
     assert process.wait(timeout=120) == 1
-    assert "model of this run" in process.errors()
+    assert "in the way of its model" in process.errors()
     assert not os.listdir(tmp_path / "run" / "stages")
 
 

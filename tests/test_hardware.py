@@ -47,8 +47,8 @@ def test_torch_is_queried_if_there_is_no_cpuinfo(
 @pytest.mark.parametrize(
     ("flags", "dtype", "reason"),
     [
-        ("avx2 avx512f avx512_bf16", torch.bfloat16, "this CPU has avx512_bf16"),
-        ("avx2 amx_tile amx_bf16", torch.bfloat16, "this CPU has amx_bf16"),
+        ("avx2 avx512f avx512_bf16", torch.bfloat16, "this CPU supports avx512_bf16"),
+        ("avx2 amx_tile amx_bf16", torch.bfloat16, "this CPU supports amx_bf16"),
         ("avx2 avx512f", torch.float32, "neither AVX512-BF16 nor AMX"),
     ],
 )

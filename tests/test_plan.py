@@ -71,7 +71,7 @@ def test_the_command_shows_every_stage_and_writes_the_figures(tmp_path: Path) ->
     result = call(str(path), *GPUS, *prices)
     assert result.exit_code == 0, result.output
     shown = result.output.replace("\u00a0", " ")
-    for text in ("8 GPUs of 80.0 GB", "train", "evaluate", "context 1.50 GB", "network: each"):
+    for text in ("8 GPUs with 80.0 GB", "train", "evaluate", "context 1.50 GB", "network: each"):
         assert text in shown
     figures = json.loads(out.read_text())
     assert [stage["name"] for stage in figures["stages"]] == [

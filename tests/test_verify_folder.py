@@ -155,7 +155,7 @@ def test_a_file_that_the_sums_do_not_list_is_named(tmp_path: Path) -> None:
     (tmp_path / ".DS_Store").write_bytes(b"")
     assert not problems(tmp_path)
     (tmp_path / "adapter.safetensors").write_bytes(b"more")
-    assert problems(tmp_path)[0].problems == ["SHA256SUMS lacks adapter.safetensors"]
+    assert problems(tmp_path)[0].problems == ["SHA256SUMS does not list adapter.safetensors"]
     (tmp_path / SUMS).write_text("")
     assert len(problems(tmp_path)[0].problems) == 2
 

@@ -95,5 +95,5 @@ def test_names_are_shown_literally(name: str) -> None:
 def test_a_confusion_matrix_counts_true_and_predicted_labels() -> None:
     matrix = MatrixChart("Errors", "student", "true", ["cat", "dog"], [[3, 1], [2, 4]])
     assert matrix.errors() == [("dog", "cat", 2), ("cat", "dog", 1)]
-    assert matrix.alt.startswith("Errors: 7 of 10 on the diagonal. dog taken for cat: 2.")
+    assert matrix.alt.startswith("Errors: 7 of 10 on the diagonal. dog mistaken for cat: 2.")
     assert {"cat", "dog", "3", "4", "student", "true"} <= set(words(matrix))

@@ -86,7 +86,8 @@ def test_training_from_random_weights_is_compared_with_the_member_at_equal_token
     assert scratch.kl_at(80_001) is None
     page = page_of(replace(family, scratch=scratch))
     assert (
-        "After 60,000 tokens it has a KL of 3.50 nats/token; 108m has 0.351 after as many" in page
+        "After 60,000 tokens it has a KL of 3.50 nats/token; 108m has 0.351 after the same number"
+        in page
     )
     assert "1 h 00 min" in page.replace(text.NBSP, " ")
     short = ScratchTraining([(10_000, 6.0), (20_000, 5.0)], flops=10**12, seconds=60.0)

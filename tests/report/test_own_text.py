@@ -63,7 +63,7 @@ def test_a_token_has_the_level_of_its_kl() -> None:
     assert [token.level for token in student] == [0, 3, 1]
     assert [token.level for token in untrained] == [1, 4]
     assert "KL(model ‖ teacher) 4.00" in untrained[1].title
-    assert "log-probability by the teacher -1.00" in untrained[1].title
+    assert "teacher’s log-probability -1.00" in untrained[1].title
 
 
 def test_the_legend_has_every_level() -> None:
@@ -97,7 +97,7 @@ def test_curves_that_belong_together_are_on_one_chart() -> None:
     assert shares.x_label == "training tokens (thousands)"
     assert [line.label for line in shares.lines if line.label] == [
         "4-grams seen before",
-        "answers cut off",
+        "truncated answers",
     ]
     assert shares.lines[0].x == [1.0, 2.0, 3.0, 4.0]
     assert shares.lines[0].y == [0.1 / step for step in range(1, 5)]

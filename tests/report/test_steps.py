@@ -94,7 +94,7 @@ def test_the_page_starts_with_the_steps_and_the_answers(
     run = replace(facts, recipe={**facts.recipe, "quantize": {"kind": "int4"}})
     report = language_model_report(run, **{**parts, "evaluation": quantized})
     assert [section.id for section in report.sections[:3]] == ["steps", "generations", "kept"]
-    assert "in int4 it keeps 60% in 60.0\u00a0MB" in report.remarks[0]
+    assert "in int4, it keeps 60% at 60.0\u00a0MB" in report.remarks[0]
     assert "What each step changed" in render(report)
 
 

@@ -82,7 +82,7 @@ def test_answers_are_those_of_an_evaluation(root: Path) -> None:
         (expected,) = generate(tiny.llama(seed), tiny.tokenizer(), ["the cat"], max_new_tokens=6)
         shown = last(found, role, "text")
         assert shown == expected.rstrip("\N{REPLACEMENT CHARACTER}")
-        assert last(found, role, "note").startswith("6 tokens, cut off")
+        assert last(found, role, "note").startswith("6 tokens, truncated")
     texts = [event["text"] for event in found if event.get("role") == "student" and "text" in event]
     assert len(texts) == 6  # as it grows, token by token
 

@@ -98,7 +98,7 @@ def require_synthesis(job: Job) -> Iterator[Finding]:
         whose="the student",
         where=job.tokenizer.path,
         keys=_keys(section),
-        fix="set synthesize.reasoning to keep if the template opens the reasoning itself; "
+        fix="set synthesize.reasoning: keep if the template opens the reasoning itself; "
         "otherwise, use messages that it accepts, or a model with a different template",
     )
 
