@@ -47,7 +47,7 @@ def test_an_answering_teacher_that_rejects_system_prompts(tmp_path: Path) -> Non
     raw = answering.recipe(tmp_path, "generate", task={"system": "Be brief."})
     retemplated(tmp_path / "teacher", REFUSES_SYSTEM)
     text = both(raw, tmp_path)
-    assert "remove task.system, or put its text into the prompt" in text
+    assert "remove task.system, or move its text to the prompt" in text
 
 
 def test_an_answering_student_that_rejects_system_prompts(tmp_path: Path) -> None:

@@ -224,7 +224,7 @@ def test_calls_made_by_check_are_not_repeated_by_the_run(tmp_path: Path) -> None
         path.write_text(yaml.safe_dump(toys.clean(raw)))
         found = {one.topic: one.text for one in check_recipe(path, calls=3)}
         assert found["answers"].startswith(
-            "3 of 20 questions are answered; the rest takes about 255 tokens, a price unknown"
+            "3 of 20 questions are answered; the rest takes about 255 tokens, price unknown"
         )
         assert len(stub.payloads) == 3
         run(raw)

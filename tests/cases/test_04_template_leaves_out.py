@@ -77,9 +77,7 @@ def test_reasoning_that_a_template_strips_by_design_is_noted_and_learned_in_a_se
 ):
     row = {"messages": chat("one", "<think>so</think>first", "two", "<think>hm</think>second")}
     rows = rows_of(row, byte_level(FORGETS_REASONING))
-    assert rows[0].notes == (
-        "the reasoning of earlier turns is left out, as the chat template has it",
-    )
+    assert rows[0].notes == ("the chat template leaves out the reasoning of earlier turns",)
     assert learned(row, byte_level(FORGETS_REASONING)) == [
         "<think>so</think>first<|im_end|>",
         "<think>hm</think>second<|im_end|>",

@@ -58,7 +58,7 @@ def test_init_writes_a_source_that_reads_the_file_as_what_it_is(name: str, tmp_p
 )
 def test_a_file_of_rows_is_not_plain_text(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(ROWS)
-    with pytest.raises(DataError, match="is to be read as plain text") as caught:
+    with pytest.raises(DataError, match="the recipe reads it as plain text") as caught:
         list(read_sources([TextSource(kind="text", path=name)], tmp_path))
     assert "kind: file" in str(caught.value.fix)
     # The other way out: its characters, under a name of plain text.
@@ -76,7 +76,7 @@ def test_a_file_of_rows_is_not_plain_text(name: str, tmp_path: Path) -> None:
         ("rows.zip", "unzip"),
         ("rows.tar.gz", "tar -xf"),
         ("rows.jsnl", ".jsonl"),
-        ("rows", ".txt, .jsonl, .json, .csv, .tsv or .parquet"),
+        ("rows", ".txt, .jsonl, .json, .csv, .tsv, or .parquet"),
         ("rows.gz", ".txt, .jsonl"),
     ],
 )

@@ -98,7 +98,7 @@ def test_an_id_without_a_name_is_rejected(tmp_path: Path) -> None:
     table = pq.read_table(path)
     ids = pa.array([0, 7] + [0] * 38, table.schema.field("label").type)
     pq.write_table(table.set_column(1, "label", ids), path)
-    with pytest.raises(DataError, match="names the classes 0 to 1") as caught:
+    with pytest.raises(DataError, match="defines only classes 0 to 1") as caught:
         prepared(path)
     assert caught.value.where == f"{path} row 1"
 

@@ -120,7 +120,7 @@ def test_two_reasonings_are_rejected() -> None:
     assert shown(chat("2+2?", "4"), tokenizer(template))[0].endswith(
         "assistant\n[[<think></think>4<|im_end|>]]\n"
     )
-    with pytest.raises(DataError, match="reasoning of its own before"):
+    with pytest.raises(DataError, match="writes a reasoning block before"):
         shown(chat("2+2?", "<think>\nTwo.\n</think>\n\n4"), tokenizer(template))
 
 

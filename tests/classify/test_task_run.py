@@ -453,7 +453,7 @@ def test_several_samples_are_drawn(
 @pytest.mark.parametrize(
     ("teacher", "said"),
     [
-        ({"samples": 3, "sampling": {"temperature": 0.0}}, "all samples are the same"),
+        ({"samples": 3, "sampling": {"temperature": 0.0}}, "all samples are identical"),
         ({"sampling": {"top_logprobs": 3}}, "give teacher.top_logprobs"),
         ({"api": None, "model": "m", "sampling": {"max_tokens": 9}}, "sampling is for api"),
     ],

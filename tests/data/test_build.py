@@ -200,13 +200,13 @@ def test_nothing_left(tmp_path: Path) -> None:
         build_in(tmp_path, sources=[{"kind": "jsonl", "path": "c.jsonl"}], long_rows="drop")
     write_lines(tmp_path / "a.txt", lines(20))
     same = [{"kind": "text", "path": "a.txt", "documents": "line"}]
-    with pytest.raises(DataError, match="20 documents are also in heldout_sources"):
+    with pytest.raises(DataError, match="20 documents are also in the held-out text"):
         build_in(tmp_path, heldout_sources=same)
 
 
 def test_one_file_as_one_document(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.txt", lines(100))
-    with pytest.raises(DataError, match="one document is") as error:
+    with pytest.raises(DataError, match="one document has") as error:
         build_in(tmp_path, sources=[{"kind": "text", "path": "a.txt"}])
     assert "documents: blank-line" in str(error.value.fix)
 

@@ -218,13 +218,13 @@ def test_tools_reach_the_template() -> None:
             STRICT,
             [{"role": "system", "content": "a"}, *chat("b", "c")],
             "rejects the row: user first (roles: system, user, assistant)",
-            "order and fields",
+            "in the order and with the fields",
         ),
         (
             CHATML.replace("m['content']", "m['content'] + 1"),
             chat("b", "c"),
             "rejects the row: can only concatenate str",
-            "order and fields",
+            "in the order and with the fields",
         ),
     ],
 )

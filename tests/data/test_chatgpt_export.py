@@ -114,17 +114,17 @@ def test_a_chat_without_an_answer_is_blank() -> None:
 
 
 def test_a_tree_that_is_not_whole_is_rejected() -> None:
-    with pytest.raises(DataError, match="not whole"):
+    with pytest.raises(DataError, match="tree is broken"):
         read(export(*START, ASKED, ANSWERED, last="gone"))
     loop = [{**ASKED, "parent": "answered"}, {**ANSWERED, "parent": "asked"}]
-    with pytest.raises(DataError, match="not whole"):
+    with pytest.raises(DataError, match="tree is broken"):
         read(export(*loop))
 
 
 def test_values_of_other_types_are_as_none() -> None:
     odd = export(*START, ASKED, ANSWERED)
     odd["mapping"]["asked"]["parent"] = ["hello"]
-    with pytest.raises(DataError, match="not whole"):
+    with pytest.raises(DataError, match="tree is broken"):
         read(odd)
     content = {"content_type": "text", "parts": 5}
     assert (

@@ -86,9 +86,9 @@ CONTENTS: dict[str, tuple[bytes, str, str]] = {
     "k.json": (b"\n<!DOCTYPE html>\n<title>404</title>", "a web page", "download"),
     "l.csv": (b'<?xml version="1.0"?><Error/>', "a web page or XML", "download"),
     "m.parquet": (b"<html><body>Not found", "a web page", "download"),
-    "n.csv": (b'{"text": "a"}\n{"text": "b"}\n', "holds JSON", ".jsonl"),
-    "o.csv": (b'[{"text": "a"}]\n', "holds JSON", ".json"),
-    "p.jsonl": (b'[{"text": "a"}, {"text": "b"}]\n', "a JSON list", "name it .json"),
+    "n.csv": (b'{"text": "a"}\n{"text": "b"}\n', "contains JSON", ".jsonl"),
+    "o.csv": (b'[{"text": "a"}]\n', "contains JSON", ".json"),
+    "p.jsonl": (b'[{"text": "a"}, {"text": "b"}]\n', "a JSON list", "rename it to .json"),
     "q.jsonl": (b'{\n "text": "a"\n}\n', "Invalid JSON", "each object on one line"),
     "r2.json": (b'{"text": "a"}{"text": "b"}', "Invalid JSON: Extra data", "jq -c ."),
     "r3.json": (b'{\n"text": "a"\n}\n{\n"text": "b"\n}', "Invalid JSON: Extra data", "jq -c ."),
@@ -98,9 +98,9 @@ CONTENTS: dict[str, tuple[bytes, str, str]] = {
         ".jsonl",
     ),
     "s.json": (b'{"messages": [{"role": "user", "content": "a"}]}', "neither a list", ".jsonl"),
-    "t.txt": (b"a text\0\0\0\0", "zero bytes", "damaged"),
+    "t.txt": (b"a text\0\0\0\0", "null bytes", "damaged"),
     "u.jsonl.xz": (lzma.compress(ROW)[:-8], "ended before", "damaged"),
-    "v.jsonl.bz2": (ROW, "Invalid data stream", "format of its name"),
+    "v.jsonl.bz2": (ROW, "Invalid data stream", "match its extension"),
 }
 
 
@@ -161,8 +161,8 @@ def test_files_that_might_never_end_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "folder.jsonl").mkdir()
     for name in ("pipe.jsonl", "zero.jsonl"):
         error = refused(tmp_path / name)
-        assert "a pipe or a device" in error.what
-        with pytest.raises(DataError, match="a pipe or a device"):
+        assert "a pipe, or a device" in error.what
+        with pytest.raises(DataError, match="a pipe, or a device"):
             _content(tmp_path, "prompts.path", name)
     with pytest.raises(DataError, match="a folder"):
         list(read_rows(tmp_path / "folder.jsonl"))

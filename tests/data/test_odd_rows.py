@@ -154,14 +154,14 @@ def test_roles_of_langchain_and_openassistant_are_known(role: str) -> None:
 def test_flags_of_other_names_are_rejected(flag: dict[str, Any], rejected: bool) -> None:
     row = {"messages": [HI[0], {**HI[1], **flag}]}
     if rejected:
-        assert "seems to change what is learned" in error_of(row).what
+        assert "seems to change what is trained on" in error_of(row).what
     else:
         assert learned(row, byte_level()) == ["Hello<|im_end|>"]
 
 
 def test_the_advice_about_a_null_prompt_names_both_keys() -> None:
     assert (
-        error_of({"prompt": None, "completion": "b"}).fix == "give both `prompt` and `completion`"
+        error_of({"prompt": None, "completion": "b"}).fix == "write both `prompt` and `completion`"
     )
 
 

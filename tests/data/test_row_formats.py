@@ -176,35 +176,35 @@ def test_a_row_whose_turns_all_have_weight_0_is_rejected() -> None:
 # --- what is refused by name -----------------------------------------------------------------
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "TRL preference": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "row of preferences"),
-    "preference in messages": ({"chosen": HI, "rejected": HI}, "row of preferences"),
+    "TRL preference": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "row of preference data"),
+    "preference in messages": ({"chosen": HI, "rejected": HI}, "row of preference data"),
     "OpenAI preference": (
         {"input": {"messages": HI[:1]}, "preferred_output": HI[1:], "non_preferred_output": HI[1:]},
-        "row of preferences"),
+        "row of preference data"),
     "KTO": ({"prompt": "a", "completion": "b", "label": False}, "rated answers"),
     "steps": ({"prompt": "a", "completions": ["b", "c"], "labels": [True, False]}, "completions"),
     "tokenized": ({"input_ids": [1, 2], "labels": [1, 2]}, "already tokenized"),
     "Axolotl's segments": ({"segments": [{"label": True, "text": "a"}]}, "already tokenized"),
     "OpenAI batch input": (
         {"custom_id": "1", "url": "/v1/chat/completions", "body": {"messages": HI[:1]}},
-        "a request to an API"),
-    "images": ({"messages": HI, "images": ["a.png"]}, "only text can be learned"),
+        "an API request"),
+    "images": ({"messages": HI, "images": ["a.png"]}, "only text is supported"),
     "LLaMA-Factory's preference": (
         {"conversations": sharegpt(("human", "a"), ("gpt", "b"), ("human", "c")),
          "chosen": {"from": "gpt", "value": "d"}, "rejected": {"from": "gpt", "value": "e"}},
-        "row of preferences"),
+        "row of preference data"),
     "KTO in messages": ({"messages": HI, "label": False}, "rated answers"),
     "LLaMA-Factory's KTO": ({"messages": HI, "kto_tag": True}, "`kto_tag` states whether"),
     "OpenAI's older preference": (
         {"input": HI[:1], "preferred_completion": HI[1:], "non_preferred_completion": HI[1:]},
-        "row of preferences"),
+        "row of preference data"),
     "Argilla's preference": (
         {"instruction": "a", "chosen_response": "b", "rejected_response": "c"},
-        "row of preferences"),
+        "row of preference data"),
     "ms-swift's preference": (
-        {"query": "a", "response": "b", "rejected_response": "c"}, "row of preferences"),
+        {"query": "a", "response": "b", "rejected_response": "c"}, "row of preference data"),
     "torchtune's preference": (
-        {"chosen_conversations": HI, "rejected_conversations": HI}, "row of preferences"),
+        {"chosen_conversations": HI, "rejected_conversations": HI}, "row of preference data"),
     "Axolotl's reflection": (
         {"instruction": "a", "input": "", "output": "b", "reflection": "c", "corrected": "d"},
         "`reflection` and `corrected`"),
@@ -215,11 +215,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"system": "x", "prompt": "a", "completion": "b"}, "`system` belongs to a chat"),
     "tools beside strings": (
         {"tools": [tool("f")], "prompt": "a", "completion": "b"}, "`tools` belongs to a chat"),
-    "MMLU": ({"question": "a", "A": "b", "B": "c", "answer": "B"}, "not clear what is learned"),
+    "MMLU": ({"question": "a", "A": "b", "B": "c", "answer": "B"}, "not clear whether to train on"),
     "a fraction as weight": ({"messages": [HI[0], {**HI[1], "weight": 0.5}]}, "must be 0 or 1"),
     "weight as text": ({"messages": [HI[0], {**HI[1], "weight": "0"}]}, "must be 0 or 1"),
     "contradicting flags": (
-        {"messages": [HI[0], {**HI[1], "weight": 1, "train": False}]}, "contradictory flags"),
+        {"messages": [HI[0], {**HI[1], "weight": 1, "train": False}]}, "contradictory loss flags"),
     "a user's turn to learn": ({"messages": [{**HI[0], "weight": 1}, HI[1]]}, "only assistant"),
     "Axolotl's train_detail": (
         {"messages": [HI[0], {**HI[1], "train_detail": [{"begin_offset": 0, "end_offset": 1,
@@ -233,7 +233,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a masked turn as a boolean": ({"messages": [HI[0], {**HI[1], "mask": True}]}, "`mask`"),
     "a masked row": ({"messages": HI, "mask": 1}, "`mask`"),
     "a weight of the row": ({"messages": HI, "weight": 0.3}, "`weight`"),
-    "two systems": ({"system": "x", "messages": [SYSTEM, *HI]}, "system prompt of its own"),
+    "two systems": ({"system": "x", "messages": [SYSTEM, *HI]}, "has a system prompt, and"),
     "unknown from": ({"conversations": sharegpt(("human", "a"), ("alien", "b"))}, "unknown role"),
     "a call that is none": (
         {"conversations": sharegpt(("human", "a"), ("function_call", "rain"))}, "a JSON object"),
@@ -241,7 +241,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"messages": [HI[0], {"role": "assistant", "content": None, "refusal": "No."}]},
         "has its text in `refusal`"),
     "multiple choice": (
-        {"question": "a", "choices": ["b", "c"], "answer": "b"}, "not clear what is learned"),
+        {"question": "a", "choices": ["b", "c"], "answer": "b"}, "not clear whether to train on"),
     "solution and answer": (
         {"problem": "a", "solution": "so b", "answer": "b"}, "`answer` and `solution`"),
     "a chain of thought": (
@@ -250,7 +250,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an index as answer": ({"question": "a", "answer": 2}, "but it is int"),
     "an answer that the prompt begins": (
         {"prompt": [*HI[:1], {"role": "assistant", "content": "Sure,"}],
-         "completion": [{"role": "assistant", "content": " here."}]}, "whether they are one turn"),
+         "completion": [{"role": "assistant", "content": " here."}]}, "they are a single turn"),
     "two questions": ({"instruction": "a", "question": "b", "answer": "c"}, "`instruction` and"),
     "a message of OpenAssistant": (
         {"message_id": "1", "parent_id": None, "text": "Hi", "role": "prompter"}, "single message"),
@@ -348,7 +348,7 @@ def test_messages_after_the_last_turn_that_is_learned_are_noted() -> None:
     from .learned import rows_of
 
     (row,) = rows_of({"messages": [*HI, {"role": "user", "content": "Bye"}]}, byte_level())
-    assert row.notes == ("messages after the last turn that is learned are left out",)
+    assert row.notes == ("messages after the last supervised turn are left out",)
     (row,) = rows_of({"messages": [{"role": "assistant", "content": "Yes?"}, *HI]}, byte_level())
     assert row.notes == ("an assistant turn that begins a chat is context only",)
 
@@ -359,11 +359,11 @@ def test_a_key_that_no_template_reads_is_noted() -> None:
     messages = [{**HI[0], "name": "Bo", "mood": "good"}, HI[1]]
     (row,) = rows_of({"messages": messages}, byte_level())
     assert set(row.notes) == {
-        "`mood` of a message is not read by the chat template",
-        "the `name` of a message (user) is left out by the chat template",
+        "the chat template does not read `mood` of a message",
+        "the chat template leaves out the `name` of a message (user)",
     }
     (row,) = rows_of({"messages": [HI[0], {**HI[1], "audio": {"id": "a1"}}]}, byte_level())
-    assert row.notes == ("`audio` of a message is not read by the chat template",)
+    assert row.notes == ("the chat template does not read `audio` of a message",)
 
 
 def test_a_role_that_is_not_known_is_noted() -> None:
@@ -395,7 +395,7 @@ def test_spaces_around_a_role_are_ignored() -> None:
 )
 @pytest.mark.parametrize("key", ["weight", "train", "loss_mask"])
 def test_a_row_that_is_not_to_be_learned_is_rejected(row: dict[str, Any], key: str) -> None:
-    with pytest.raises(DataError, match=f"has a key `{key}`"):
+    with pytest.raises(DataError, match=f"has an unknown key `{key}`"):
         learned({**row, key: 0}, byte_level())
     assert learned({**row, key: 1}, byte_level()) == learned(row, byte_level())
 

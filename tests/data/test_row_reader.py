@@ -217,14 +217,19 @@ def test_a_pipe_that_is_not_utf8_is_rejected(rest: bytes) -> None:
 WRONG: dict[str, tuple[bytes, str, str, str]] = {
     "a.json": (b'[{"text": "a"},\n 5]', "JSON int, not an object", " row 1", "as an object"),
     "b.json": (b'[{"text": "a"},\n {', "Invalid JSON: .* line 2, column", "", "correct"),
-    "c.json": (b'{"a": [], "b": []}', "neither a list nor an object with one", "", ".jsonl"),
+    "c.json": (
+        b'{"a": [], "b": []}',
+        "neither a list nor an object with a",
+        "",
+        ".jsonl",
+    ),
     "a.csv": (b"text,label\na,b\na,b,c\n", "more cells than the 2 columns", ":3", "double quotes"),
     "b.csv": (b'text\n"never closed\n', "not valid CSV", ":2", "close its quotes"),
     "a.jsonl": (b'{"text": "a"}\n{"text": "caf\xe9"}\n', "byte 0xe9 in line 2", "", "iconv"),
     "c.csv": (b"text\na\nb\ncaf\xe9\n", "byte 0xe9 in line 4", "", "iconv"),
     "a.txt.gz": (gzip.compress(b"caf\xe9"), "byte 0xe9 in line 1", "", "iconv"),
     "a.csv.gz": (gzip.compress(as_csv(",") * 99)[:-9], "cannot be read: Trunc", "", "damaged"),
-    "a.json.zst": (b"{} or so, not compressed", "cannot be read: ZSTD", "", "format of its name"),
+    "a.json.zst": (b"{} or so, not compressed", "cannot be read: ZSTD", "", "match its extension"),
     "a.parquet": (b"PAR1 not at all", "cannot be read", "", "damaged"),
     "a.parquet.xz": (b"\xfd7zXZ\0 not at all", "cannot be read", "", "damaged"),
     "a.parquet.gz": (gzip.compress(as_parquet()[:200]), "cannot be read", "", "damaged"),
@@ -258,7 +263,7 @@ def test_an_empty_or_missing_file_is_named(tmp_path: Path) -> None:
         lambda: list(read_prompts(tmp_path / "empty.csv")),
         lambda: first_rows("empty.csv", tmp_path),
     ):
-        with pytest.raises(DataError, match="has no text: it is empty"):
+        with pytest.raises(DataError, match="contains no text"):
             read()
     for name in ("empt.csv", "empt.csv.gz"):
         with pytest.raises(DataError, match="does not exist") as caught:
@@ -319,7 +324,7 @@ def test_plain_text_whose_lines_are_objects_is_noted(
 ) -> None:
     (tmp_path / "a.txt").write_text('{"text": "a"}\n')
     assert [row["text"] for row, _ in read_rows(tmp_path / "a.txt")] == ['{"text": "a"}']
-    assert "name it .jsonl if they are rows" in " ".join(capsys.readouterr().err.split())
+    assert "rename it to .jsonl if they are rows" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_key_that_is_named_and_not_there_is_an_error(tmp_path: Path) -> None:

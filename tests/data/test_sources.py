@@ -195,7 +195,7 @@ BAD_JSONL = {
     "misspelt key": ('{"txt": "a", "id": 1}\n', "its keys are txt, id", ":1", "text_key: txt"),
     "other key": ('{"id": "1", "body": "long"}\n', "no `text`", ":1", "text_key: body"),
     "no keys": ("{}\n", "it is empty", ":1", "remove the row"),
-    "half a pair": ('{"prompt": "a"}\n', "no `prompt` with `completion`", ":1", "give both"),
+    "half a pair": ('{"prompt": "a"}\n', "no `prompt` with `completion`", ":1", "write both"),
     "null": (
         '{"text": "a"}\n{"text": null}\n',
         "`text` must be a string, but it is null",
@@ -223,8 +223,8 @@ BAD_JSONL = {
         ":1",
         "JSON list",
     ),
-    "blank texts": ('{"text": " "}\n', "has no text", "", "check that the path"),
-    "empty file": ("", "has no text", "", "check that the path"),
+    "blank texts": ('{"text": " "}\n', "contains no text", "", "check the path"),
+    "empty file": ("", "contains no text", "", "check the path"),
 }
 
 
@@ -286,7 +286,7 @@ def test_empty_text_file(tmp_path: Path) -> None:
         source = TextSource.model_validate(
             {"kind": "text", "path": "a.txt", "documents": documents}
         )
-        assert "has no text" in refused(source, tmp_path).what
+        assert "contains no text" in refused(source, tmp_path).what
 
 
 def test_damaged_parquet(tmp_path: Path) -> None:

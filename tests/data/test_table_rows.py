@@ -64,9 +64,9 @@ REFUSED: dict[str, tuple[str, int]] = {
     "text,label,text\na,b,c\n": ("Several columns have the name 'text'", 1),
     "text, text \na,b\n": ("Several columns have the name 'text'", 1),
     ",\na,b\n": ("The header has no names", 1),
-    "text,,label\na,b,c\n": ("Cell 2 of the row has content, and its column has no name", 2),
-    "text,label\na,b\ntext,label\nc,d\n": ("The header occurs here again", 3),
-    "text,label\na,b\n\ufefftext,label\nc,d\n": ("The header occurs here again", 3),
+    "text,,label\na,b,c\n": ("Cell 2 of the row is not empty, but its column has no name", 2),
+    "text,label\na,b\ntext,label\nc,d\n": ("The header is repeated here", 3),
+    "text,label\na,b\n\ufefftext,label\nc,d\n": ("The header is repeated here", 3),
     "text;label|more\na;b|c\n": ("semicolons and bars", 1),
     'text,label\n"a,b\nc,d\n': ("not valid CSV", 2),
     'text,label\n"say \\"hi\\"",b\n': ("not valid CSV", 2),
@@ -100,7 +100,7 @@ def test_a_first_row_in_place_of_the_header_is_pointed_out(tmp_path: Path) -> No
     path.write_text("I have lost my card and do not know what to do,card\nhello,greeting\n")
     with pytest.raises(DataError, match="no text under 'text'") as caught:
         list(read_texts(TextFile(path="a.csv"), tmp_path))
-    assert "write the columns' names above it" in str(caught.value.fix)
+    assert "add a header line with column names" in str(caught.value.fix)
     with pytest.raises(DataError, match="seems to have no header"):
         first_rows("a.csv", tmp_path)  # what `init` reads
     path.write_text(f"text,label\n{path.read_text()}")
@@ -151,7 +151,7 @@ def test_metadata_that_is_not_from_datasets_is_ignored(tmp_path: Path) -> None:
 def test_csv_of_a_local_folder_is_not_left_to_datasets(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.csv").write_text("text,label\nNA,a\n")
-    with pytest.raises(DataError, match="guesses at CSV") as caught:
+    with pytest.raises(DataError, match="does not read CSV reliably") as caught:
         list(read_sources([HubSource(kind="hub", dataset="set")], tmp_path))
     assert "set/train.csv" in str(caught.value.fix)
     instead = FileSource(kind="file", path="set/train.csv")

@@ -233,7 +233,7 @@ def test_other_text_or_none_does_not_match(text: str) -> None:
 
 
 def test_invalid_probabilities_are_rejected() -> None:
-    with pytest.raises(SignalError, match=r"have a mass of 1\.15"):
+    with pytest.raises(SignalError, match=r"sum to 1\.15"):
         align(row("q", "a"), "a", positions("a", p=0.9), 5, WORDS)
 
 

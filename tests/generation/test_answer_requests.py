@@ -30,8 +30,8 @@ def test_a_lost_answer_may_be_billed_and_an_equal_request_is_paid_for_once(tmp_p
     assert found.usd == pytest.approx(3 * one.cost)
     assert found.lost == again.lost == worst_case(asked[0], Price(10.0, 30.0))
     assert cost_line(again.cost()) == (
-        f"${3 * one.cost:,.4f}; at most ${found.lost.usd:,.4f}, {found.lost.tokens:,} tokens more "
-        "were billed for answers that were lost"
+        f"${3 * one.cost:,.4f}; at most ${found.lost.usd:,.4f}, {found.lost.tokens:,} tokens "
+        "were also billed for lost answers"
     )
 
 

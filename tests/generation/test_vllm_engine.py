@@ -292,7 +292,7 @@ def test_vllm_errors_are_reported(tmp_path: Path, anywhere: Path) -> None:
     ("vllm", "gpus", "level", "said"),
     [
         ({}, 0, "warning", "no GPU is here"),
-        ({"tensor_parallel": 4}, 2, "error", "4 GPUs are requested, and this machine has 2"),
+        ({"tensor_parallel": 4}, 2, "error", "4 GPUs are requested, but this machine has 2"),
         ({"tensor_parallel": 4, "executor": "ray"}, 2, "error", "Ray is not installed"),
         ({"tensor_parallel": 2}, 2, None, None),
     ],
@@ -351,7 +351,7 @@ def test_check_reports_what_the_other_environment_lacks(tmp_path: Path) -> None:
     assert [(one.level, one.text) for one in found] == [
         ("error", f"vLLM is not installed for {python}"),
         ("error", f"Ray is not installed for {python}"),
-        ("warning", "no GPU is here, and vLLM's usual build needs one"),
+        ("warning", "this machine has no GPU, which vLLM's usual build needs"),
     ]
     assert f"{python} -m pip install vllm" in (found[0].fix or "")
     with pytest.raises(RecipeError, match="vLLM is not installed for"):
@@ -366,7 +366,7 @@ def test_check_reports_nothing_missing_in_the_other_environment(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("python", "said"),
-    [("nowhere/python", "cannot be run: No such file"), ("/bin/false", "is no Python")],
+    [("nowhere/python", "cannot be run: No such file"), ("/bin/false", "is not Python")],
 )
 def test_a_path_that_is_not_a_python_is_reported(tmp_path: Path, python: str, said: str) -> None:
     path = write(tmp_path, vllm={"python": python})

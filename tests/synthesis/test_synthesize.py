@@ -251,12 +251,12 @@ def test_a_mistake_is_found_before_anything_is_paid(
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"teacher": {}}, "one of api, local and vllm"),
+        ({"teacher": {}}, "one of api, local, and vllm"),
         ({"budget": {"max_usd": 1}}, "max_usd needs teacher.api.price"),
         ({"sampling": {"extra": {"n": 4}}}, "n cannot be set"),
         (
             {"prompts": {"path": "p.txt", "samples": 4}, "sampling": {"temperature": 0}},
-            "all samples are the same",
+            "all samples are identical",
         ),
         (
             {"teacher": {"local": {}}, "sampling": {"temperature": None}},

@@ -29,18 +29,20 @@ from stillhouse.stage_manifest import versions
 
 _BATCH_DOCUMENTS = 512
 _BATCH_CHARACTERS = 1_000_000
-"""Documents are tokenized together up to either limit: tokenizers use all cores for a batch."""
+"""Limits of a batch of documents: fast tokenizers use all cores only for a batch."""
 
 _MOST_NOTES = 12
 
 TOKENIZED = "tokenized"
-"""The folder, beside those of the windows, of what is tokenized before all of it is."""
+"""Folder of the tokens written so far; it is next to the folders of windows."""
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Documents to read once. characters: their approximate number, for a progress bar. tokens:
-    about so many are used; None: all."""
+    """Documents to read once.
+
+    characters: approximate total, for a progress bar. tokens: use about this many; None: all.
+    """
 
     documents: Iterable[AnyDocument]
     characters: int = 0
@@ -48,7 +50,7 @@ class Texts:
 
 
 def texts_of(sources: Sequence[Source], base: Path) -> list[Texts]:
-    """One for each source that limits its tokens, and then one for all others."""
+    """Texts of each source with a `tokens` limit, then the texts of all other sources together."""
     limited = [[source] for source in sources if source.tokens is not None]
     others = [source for source in sources if source.tokens is None]
     return [
@@ -66,10 +68,10 @@ def build(
     out: Path,
     resume: str | None = None,
 ) -> tuple[Windows, Windows]:
-    """Training and held-out windows of a recipe's sources, in out/train and out/heldout.
+    """Build training and held-out windows from a recipe's sources, in out/train and out/heldout.
 
-    base: the folder that relative paths start from. resume: as for `make_windows`, which raises
-    the same errors.
+    base: the folder that relative paths start from. resume: see `make_windows`, which also
+    documents the errors.
     """
     heldout = texts_of(section.heldout_sources, base) if section.heldout_sources else None
     texts = texts_of(section.sources, base)
@@ -86,13 +88,13 @@ def make_windows(
     out: Path | None = None,
     resume: str | None = None,
 ) -> tuple[Windows, Windows]:
-    """Tokenize, divide and pack text: training and held-out windows.
+    """Tokenize, split, and pack text into training and held-out windows.
 
-    heldout: text of its own; None: documents of `texts` are split off. out: a folder for both; None
-    keeps them in memory. resume: identifies the tokenizer. What is tokenized stays in
-    out/tokenized, where another call continues it; the caller deletes the folder. None: it is
-    temporary. The result depends on the seed and on the documents' content, not on their order.
-    Raises DataError for any text that cannot be used.
+    heldout: separate held-out text; None: split documents off `texts`. out: folder for both sets of
+    windows; None: keep them in memory. resume: a string that identifies the tokenizer. Tokens are
+    then kept in out/tokenized, so that a later call can continue; the caller deletes that folder.
+    None: tokens go to a temporary file. The result depends on the seed and on the documents'
+    content, not on their order. Raises DataError for any text that cannot be used.
     """
     with ExitStack() as opened:
 
@@ -131,7 +133,7 @@ def make_windows(
 
 
 def _token_file(out: Path | None, name: str | None) -> BinaryIO:
-    """name: of a file that stays; None: it is gone when it is closed."""
+    """Open the file of tokens. name: of a file to keep; None: delete it when it is closed."""
     if out is None:
         return BytesIO()
     out.mkdir(parents=True, exist_ok=True)
@@ -168,7 +170,7 @@ def _gather_one(
     log: TokenLog,
     kind: str,
 ) -> None:
-    """Tokenize the documents that the pool admits, unless the log has their tokens."""
+    """Tokenize the documents that the pool admits, unless their tokens are in the log."""
     size = texts.characters
     with progress.bar(f"Tokenizing {kind}text", size, "characters") as advance:
         for batch in _batches(texts.documents):
@@ -214,7 +216,7 @@ def _batches(documents: Iterable[AnyDocument]) -> Iterator[list[AnyDocument]]:
 def _fit(
     row: LoggedRow, document: AnyDocument, section: WindowsRecipe, pool: Pool, log: TokenLog
 ) -> LoggedRow | None:
-    """The row, made to fit the context by the recipe's `long_rows`; None if it is dropped."""
+    """Fit the row into the context as `long_rows` says; None if it is dropped."""
     context = section.context
     if row.splittable or row.tokens <= context:
         return row
@@ -231,7 +233,7 @@ def _reject_empty(taken: Records, pool: Pool, section: WindowsRecipe) -> None:
     if len(taken):
         return
     reasons = {
-        f"{pool.overlap_removed:,} documents are also in heldout_sources": pool.overlap_removed,
+        f"{pool.overlap_removed:,} documents are also in the held-out text": pool.overlap_removed,
         f"{pool.rows_dropped:,} rows are longer than the context of {section.context:,}": (
             pool.rows_dropped
         ),
@@ -240,7 +242,7 @@ def _reject_empty(taken: Records, pool: Pool, section: WindowsRecipe) -> None:
     raise DataError(
         f"No text is left to use: {why or 'the sources are empty'}",
         where="data",
-        fix="give other sources, or raise data.context",
+        fix="use different sources, or raise data.context",
     )
 
 
@@ -253,7 +255,7 @@ def _write(
     seed: int,
     out: Path | None,
 ) -> Windows:
-    """Packs the rows taken; the order of windows is shuffled, because packing sorts by length."""
+    """Pack the rows taken. The windows are shuffled, because packing sorts by length."""
     rows = pool.candidates[taken["index"]]
     starts = rows["start"]
     lengths = np.ascontiguousarray(taken["tokens"]).data
@@ -286,6 +288,6 @@ def _write(
         raise DataError(
             f"None of the {windows.info.tokens:,} tokens is supervised",
             where=out,
-            fix="raise data.train_tokens and data.heldout_tokens, or give longer text",
+            fix="raise data.train_tokens and data.heldout_tokens, or use longer text",
         )
     return windows

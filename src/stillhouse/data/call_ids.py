@@ -1,8 +1,8 @@
-"""Ids of tool calls as a chat template accepts them, the same in a call and its result.
+"""Rewrites ids of tool calls to the form that a chat template accepts.
 
-OpenAI's ids are `call_` and 24 characters, and the rows of ShareGPT and ms-swift have none. The
-templates of Mistral accept only 9 letters or digits; that of Kimi K2 writes the name of the
-function and the number of the call.
+An OpenAI id is `call_` followed by 24 characters; ShareGPT and ms-swift rows have no ids. Mistral's
+templates accept only ids of 9 letters or digits, and Kimi K2's template writes the function's name
+and the number of the call.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 IdForm = Literal["any", "short", "numbered"]
-"""short: 9 letters or digits. numbered: `functions.NAME:N`, the N-th call of its message."""
+"""short: 9 letters or digits. numbered: `functions.NAME:N` for the N-th call of a message."""
 SHORT = 9
-"""Length of the ids that Mistral's templates accept, and of those that are added."""
+"""Length of the ids that Mistral's templates accept, and of the ids added here."""
 _ALPHABET = string.digits + string.ascii_letters
 
 IDS_CHANGED = (
-    "ids of tool calls are missing, or not of the form that the chat template has: they are "
+    "tool call ids are missing, or in a form that the chat template does not accept; they are "
     "replaced"
 )
 
@@ -36,11 +36,11 @@ class _Call:
 def with_call_ids(
     messages: Sequence[dict[str, Any]], *, form: IdForm, names: bool
 ) -> list[dict[str, Any]]:
-    """The messages with an id in every tool call, and the same one in its result.
+    """Give every tool call an id, and its result the same id.
 
-    form: ids of another form are replaced. names: results get the name of the
-    function that was called, if they have none. A result without an id belongs to the first call
-    of its name, or else to the first call, that has no result yet.
+    form: replace ids in any other form. names: add the called function's name to results that
+    have none. A result without an id belongs to the first call with its name that has no result
+    yet, or else to the first call without a result.
     """
     open_calls: list[_Call] = []
     fitted = []
@@ -67,7 +67,7 @@ def with_call_ids(
 def _answered(
     message: dict[str, Any], open_calls: list[_Call], form: IdForm, names: bool
 ) -> dict[str, Any]:
-    """The result with the id of its call, which is removed from those without a result."""
+    """Give a result the id of its call, and remove that call from `open_calls`."""
     given, name = message.get("tool_call_id"), message.get("name")
     if given is None or given == "":
         fitting = [call for call in open_calls if call.name == name] or open_calls
@@ -84,7 +84,7 @@ def _answered(
 
 
 def written_ids(messages: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
-    """The id of each call and each result; None if it has none."""
+    """Yield the id of each call and each result; None for one without an id."""
     for message in messages:
         yield from (call.get("id") for call in message.get("tool_calls") or ())
         if message["role"] == "tool":
@@ -96,7 +96,7 @@ def _is_short(value: Any) -> bool:
 
 
 def _short_id(source: Any) -> str:
-    """9 letters and digits that depend only on the source."""
+    """An id of 9 letters and digits that depends only on the source."""
     text = json.dumps(source, sort_keys=True, default=str)
     number = int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8])
     made = ""

@@ -1,13 +1,13 @@
-"""The loss mask of a conversation, found by rendering prefixes with the chat template.
+"""Finds the loss mask of a conversation by rendering prefixes with the chat template.
 
 A chat template is a program: it does not report which characters belong to which turn. But
-`render(messages[:i], add_generation_prompt=True)` is the model's input before it writes turn i, and
-`render(messages[:i+1])` is the text after it. If both are prefixes of the full rendering, the
-characters between them are exactly what the model has to write.
+`render(messages[:i], add_generation_prompt=True)` is the model's input before it generates turn i,
+and `render(messages[:i+1])` is the text after it. If both are prefixes of the full rendering, the
+characters between them are exactly what the model has to generate.
 
-Templates that rewrite earlier turns (most of those that strip earlier reasoning) break the second
-condition for all but the last turns. Such a turn becomes a row of its own, rendered as the model
-would see it at that moment, so that each turn is trained on once and in its true context.
+Templates that rewrite earlier turns (for example, to strip earlier reasoning) break the second
+condition for all but the last turns. Such a turn becomes a separate row, rendered as the model
+would see it at that point, so each turn is trained on once and in its true context.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from stillhouse.errors import DataError
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """rows: each as pieces of text. notes: what is omitted from the chat on purpose."""
+    """A rendered chat. rows: the pieces of text of each row. notes: parts omitted on purpose."""
 
     rows: list[list[Piece]]
     notes: tuple[str, ...] = ()
@@ -38,18 +38,19 @@ class RenderedChat:
 def render_conversation(
     conversation: Conversation, tokenizer: Any, *, control_tokens: bool = False
 ) -> RenderedChat:
-    """The rows of one conversation. control_tokens: their strings in messages become tokens.
+    """Render the rows of one conversation.
 
-    Usually one row; more if the template rewrites earlier turns. A leading assistant turn has no
-    input before it: it is context only. Raises DataError if the tokenizer has no template, the
-    template rejects the messages or leaves out a part of them, or no token would be supervised.
+    control_tokens: read strings of control tokens in messages as tokens. There is usually one row,
+    and more if the template rewrites earlier turns. An assistant turn that begins the chat has no
+    input, so it is context only. Raises DataError if the tokenizer has no template, the template
+    rejects the messages or leaves out a part of them, or no token would be supervised.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
             "The tokenizer has no chat template, so messages cannot be rendered",
             where=conversation.where,
             fix="use an instruction-tuned model, put a chat_template.jinja next to its "
-            "tokenizer.json, or give `prompt` and `completion` as strings",
+            "tokenizer.json, or write `prompt` and `completion` as strings",
         )
     form = template_form(tokenizer, tools=bool(conversation.tools))
     learned = _learned(conversation)
@@ -89,7 +90,7 @@ def render_conversation(
 
 
 def _learned(conversation: Conversation) -> list[int]:
-    """The indices of the turns to learn. Raises DataError if there is none, or if one is empty."""
+    """Indices of the supervised turns. Raises DataError if there are none or one is empty."""
     first = max(1, conversation.supervised_from)
     turns = [
         index
@@ -105,15 +106,14 @@ def _learned(conversation: Conversation) -> list[int]:
             where=conversation.where,
             fix="remove the row, or check its roles: `assistant` turns after the first message "
             "are supervised, unless their weight is 0"
-            + ("" if answered else "; prompts for a teacher are read by synthesize.prompts"),
+            + ("" if answered else "; list prompts for a teacher in synthesize.prompts"),
         )
     for index in turns:
         message = conversation.messages[index]
         empty = is_blank(joined_text(message.get("content")))
         if empty and not message.get("tool_calls") and not reasoning_of(message):
             raise DataError(
-                f"`messages[{index}]` is an empty assistant turn: there is nothing to train on "
-                "in it",
+                f"`messages[{index}]` is an empty assistant turn: it has nothing to train on",
                 where=conversation.where,
                 fix="remove the row, or fill the turn",
             )
@@ -121,7 +121,7 @@ def _learned(conversation: Conversation) -> list[int]:
 
 
 def _hide(chat: Conversation, control: ControlTokens) -> Conversation:
-    """The chat without strings of control tokens; the same object if it has none."""
+    """Replace strings of control tokens by placeholders; the same object if there are none."""
     messages = control.hide_messages(chat.messages)
     if messages is None and not control.found(chat.tools):
         return chat
@@ -132,7 +132,7 @@ def _hide(chat: Conversation, control: ControlTokens) -> Conversation:
 def _ids_changed(
     given: Sequence[Mapping[str, Any]], fitted: Sequence[Mapping[str, Any]], rendering: str
 ) -> bool:
-    """Whether the rendering contains an id of a tool call that the row does not have."""
+    """Whether the rendering contains a tool call id that the row does not have."""
     pairs = zip(written_ids(given), written_ids(fitted), strict=True)
     return any(new != old and str(new) in rendering for old, new in pairs)
 
@@ -140,14 +140,14 @@ def _ids_changed(
 def _notes(conversation: Conversation, learned: Sequence[int], hidden: bool) -> list[str]:
     notes = [CONTROL_TEXT] if hidden else []
     if learned[-1] + 1 < len(conversation.messages):
-        notes.append("messages after the last turn that is learned are left out")
+        notes.append("messages after the last supervised turn are left out")
     if conversation.messages[0]["role"] == "assistant" and not conversation.supervised_from:
         notes.append("an assistant turn that begins a chat is context only")
     return notes
 
 
 def _pieces(turns: Sequence[Turn]) -> list[Piece]:
-    """Context and supervised text alternately, up to the end of the last supervised text."""
+    """Alternate context and supervised text, up to the end of the rendering."""
     pieces: list[Piece] = []
     rendering, done = turns[-1].after, 0
     for turn in turns:

@@ -1,7 +1,7 @@
-"""Reads a chat in any of the forms that chats are written in, as messages with role and content.
+"""Reads a chat in any common format as messages with `role` and `content`.
 
-OpenAI's fine-tuning form, with its older function calls; Hugging Face's; ShareGPT's, with `from`
-and `value`; and the keys by which other tools say that a turn is not learned.
+The formats are OpenAI's fine-tuning format, including its older function calls; Hugging Face's; and
+ShareGPT's, with `from` and `value`. The keys that other trainers use to mask turns are read too.
 """
 
 from __future__ import annotations
@@ -46,36 +46,36 @@ _ROLES = {
     "function-response": "tool",
 }
 _CALLS = ("function_call", "function-call", "tool_call")
-"""Roles of ShareGPT's turns that are calls written as JSON."""
+"""Roles of ShareGPT turns that are tool calls written as JSON."""
 _KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 _WRITE_PART = 'remove the row, or write every part as {"type": "text", "text": "..."}'
 _FIX_OF_PART = {
     "tool_use": "write it as a call in the message's `tool_calls`: "
     '{"id": "...", "type": "function", "function": {"name": "...", "arguments": {...}}}',
-    "tool_result": "write it as a message of its own: "
+    "tool_result": "write it as a separate message: "
     '{"role": "tool", "tool_call_id": "...", "content": "..."}',
     "thinking": "write it as the message's `reasoning_content`",
 }
-"""How parts of Anthropic's messages are written here."""
+"""What to do with the parts of Anthropic's messages."""
 TEXT_PARTS = ("text", "input_text", "output_text")
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 _WRITE = 'write it as [{"role": "user", "content": "..."}, ...]'
 _WRITE_MESSAGE = 'write each message as {"role": "user", "content": "..."}'
 _RENDERING = ("documents", "chat_template_kwargs")
-"""Keys of a row with which other trainers call the chat template."""
+"""Keys of a row that other trainers pass to the chat template."""
 _NO_NULLS = "null fields of tool calls and tools are left out (Arrow fills them in)"
 
 
 def read_chat(
     row: Mapping[str, Any], key: str, where: str, *, completion: str | None = None
 ) -> Conversation:
-    """The chat under `key` of a row, with `system` and `tools` if the row has them.
+    """Read the chat under `key` of a row, with `system` and `tools` if the row has them.
 
-    completion: the key of the messages that follow and are learned; None: all assistant turns of
-    the chat are. Raises DataError for what is no chat, and for turns that cannot be learned as
-    its keys say.
+    completion: the key of the messages that follow, whose turns alone are supervised; None: all
+    assistant turns are. Raises DataError if the value is not a chat, or if its keys ask for
+    supervision that is not possible.
     """
     reject_media(row, where)
     reject_weighted_row(row, where)
@@ -87,8 +87,8 @@ def read_chat(
         found += _messages(row[completion], completion, where)
         if found[before - 1]["role"] == found[before]["role"] == "assistant":
             raise DataError(
-                f"`{key}` ends with an assistant message, and `{completion}` begins with another: "
-                "it is not clear whether they are one turn",
+                f"`{key}` ends with an assistant message and `{completion}` begins with one: it is "
+                "not clear whether they are a single turn",
                 where=where,
                 fix=f"write the complete answer as one message of `{completion}`; or, if they are "
                 f"two turns, use `messages` with `weight`: 0 in the first",
@@ -121,9 +121,9 @@ def _reject_rendering(row: Mapping[str, Any], where: str) -> None:
         value = from_json(row.get(key), where)
         if isinstance(value, (list, Mapping)) and value:
             raise DataError(
-                f"The row has `{key}`, which changes what a chat template renders and is not read",
+                f"The row has `{key}`, which would change the rendered chat but is not supported",
                 where=where,
-                fix=f"write what it says into the messages, and remove `{key}`",
+                fix=f"move its content into the messages, and remove `{key}`",
             )
 
 
@@ -131,9 +131,9 @@ def reject_media(row: Mapping[str, Any], where: str) -> None:
     for key in _MEDIA:
         if row.get(key):
             raise DataError(
-                f"The row has `{key}`, and only text can be learned",
+                f"The row has `{key}`, but only text is supported",
                 where=where,
-                fix="remove the row, or its key if the text makes sense without it",
+                fix=f"remove the row, or remove `{key}` if the text makes sense without it",
             )
 
 
@@ -151,13 +151,15 @@ def system_prompt(row: Mapping[str, Any], where: str) -> str:
 
 
 def add_system(messages: list[dict[str, Any]], row: Mapping[str, Any], where: str) -> bool:
-    """Put the row's own system prompt before its messages, if they have none; return whether it
-    did. Raises DataError if they have another one."""
+    """Put the row's system prompt before its messages if they have none; return whether it did.
+
+    Raises DataError if the messages have a different system prompt.
+    """
     system = system_prompt(row, where)
     own = [message.get("content") for message in messages if message["role"] == "system"]
     if system and own and own != [system]:
         raise DataError(
-            "The row has a system prompt of its own and another one among its messages",
+            "The row has a system prompt, and its messages have a different one",
             where=where,
             fix="keep one of them",
         )
@@ -168,7 +170,7 @@ def add_system(messages: list[dict[str, Any]], row: Mapping[str, Any], where: st
 
 
 def require_text(value: Any, key: str, where: str, fix: str) -> str:
-    """The value of a key. Raises DataError if it is not text."""
+    """Return the value. Raises DataError if it is not a string."""
     if isinstance(value, str):
         return value
     found = f"of type {type(value).__name__}"
@@ -178,7 +180,7 @@ def require_text(value: Any, key: str, where: str, fix: str) -> str:
 
 
 def require_answer(text: str, key: str, where: str) -> str:
-    """The text to learn under a key. Raises DataError if it is blank."""
+    """Return the text to train on. Raises DataError if it is blank."""
     if is_blank(text):
         raise DataError(
             f"`{key}` is empty: there is nothing to train on in this row",
@@ -202,7 +204,7 @@ def _nullable(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def chat_or_text(value: Any, where: str) -> Any:
-    """As `as_messages`, but JSON text that is no list of messages remains text."""
+    """Like `as_messages`, but JSON text that is not a list of messages stays text."""
     if not isinstance(value, str):
         return as_messages(value, where)
     if not re.match(r'[\s"]*[\[{].*\b(role|from)\b', value, re.DOTALL):
@@ -216,9 +218,9 @@ def chat_or_text(value: Any, where: str) -> Any:
 
 
 def as_messages(value: Any, where: str) -> Any:
-    """A list of messages that is written as JSON text, or as Hugging Face's `Sequence` of a
-    dictionary: one list for each key. Anything else is returned as it is. Raises DataError for
-    JSON without a clear meaning."""
+    """Decode a list of messages from JSON text, or from Hugging Face's `Sequence` of a dictionary
+    (one list per key). Anything else is returned unchanged. Raises DataError for ambiguous JSON.
+    """
     value = from_json(value, where)
     if not isinstance(value, Mapping) or not all(isinstance(v, list) for v in value.values()):
         return value
@@ -233,7 +235,7 @@ def _messages(value: Any, key: str, where: str) -> list[dict[str, Any]]:
         found = "an empty list" if value == [] else type(value).__name__
         if isinstance(value, str) and re.match(r"\s*\[\s*\{\s*'", value):
             raise DataError(
-                f"`{key}` is a list as Python prints it, and must be JSON",
+                f"`{key}` is a list printed by Python, but it must be JSON",
                 where=where,
                 fix="write it with json.dumps",
             )
@@ -245,8 +247,11 @@ def _messages(value: Any, key: str, where: str) -> list[dict[str, Any]]:
 
 
 def _with_calls_joined(written: list[Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """ms-swift writes each call of a turn as a message of its own, with the role `tool_call`: calls
-    belong to the assistant's message before them, unless only one of the two is learned."""
+    """Join tool calls that are separate messages with the assistant message before them.
+
+    ms-swift writes each call of a turn as a message with the role `tool_call`. Messages with
+    different loss flags are not joined.
+    """
     joined: list[dict[str, Any]] = []
     for one, made in zip(written, messages, strict=True):
         last = joined[-1] if joined else {}
@@ -272,7 +277,7 @@ def _message(message: Any, name: str, where: str) -> dict[str, Any]:
 
 
 def with_known_role(message: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
-    """A message with role and content, without nulls; its role as templates know it."""
+    """Return the message with `role` and `content`, without nulls, and with a standard role."""
     # `content` may be null with tool calls, and is an error otherwise: keep it.
     made = {k: v for k, v in message.items() if v is not None or k == "content"}
     if "content" not in made and isinstance(made.get("value"), str) and "role" in made:
@@ -302,7 +307,7 @@ def with_known_role(message: Mapping[str, Any], name: str, where: str) -> dict[s
 
 
 def _from_sharegpt(message: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
-    """`from` and `value` as role and content; a call in JSON as a tool call."""
+    """Convert `from` and `value` to role and content, and a call in JSON to a tool call."""
     sender = str(message["from"]).strip().lower()
     role = _ROLES.get(sender, sender)
     rest = {key: item for key, item in message.items() if key not in ("from", "value")}
@@ -311,8 +316,8 @@ def _from_sharegpt(message: Mapping[str, Any], name: str, where: str) -> dict[st
         calls = calls_in(value, where)
         if calls is None:
             raise DataError(
-                f"`{name}` is from {sender}, but its value is not a JSON object with name and "
-                "arguments",
+                f"`{name}` is from {sender}, but its value is not a JSON object with `name` and "
+                "`arguments`",
                 where=where,
                 fix='write the value as {"name": "...", "arguments": {...}}, or a list of these',
             )
@@ -352,7 +357,7 @@ def _check_content(
 
 
 def text_parts(parts: list[Any], owner: str, where: str) -> list[str]:
-    """The texts of a content that is a list of parts."""
+    """Return the text of each part of a content. Raises DataError for a part that is not text."""
     texts = []
     for part in parts:
         kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__

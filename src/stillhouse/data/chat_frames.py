@@ -1,7 +1,6 @@
-"""What a chat template writes around the contents of plain chats, found by rendering made-up ones.
+"""Finds the text that a chat template writes around messages, by rendering made-up chats.
 
-With the frames of two templates, a chat that one has rendered is taken apart and written as the
-other renders it.
+The frames of two templates turn a chat rendered by one into the rendering of the other.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ _SYSTEM, _USER, _ANSWER, _AGAIN, _LAST = "zqxsystem", "zqxuser", "zqxanswer", "z
 
 
 class Part(NamedTuple):
-    """A part of a rendered chat. role: of the message whose content it is; None: a frame."""
+    """A part of a rendered chat. role: of the message that it is the content of; None: a frame."""
 
     text: str
     role: str | None
@@ -25,11 +24,12 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class ChatFrames:
-    """The frames of chats of an optional system message, and users and assistants in turn.
+    """The frames of chats that have an optional system message, then alternating user and
+    assistant turns.
 
-    start: before the first user's content. system: before and after that of a system message, None
-    if the template accepts none. answer: between a user's content and the answer. user: between an
-    answer and the next user's content. end: after the last answer.
+    start: before the first user content. system: before and after a system message's content; None
+    if the template does not accept one. answer: between a user content and the answer. user:
+    between an answer and the next user content. end: after the last answer.
     """
 
     tokenizer: Any
@@ -40,9 +40,9 @@ class ChatFrames:
     end: str
 
     def parse(self, text: str) -> list[Part] | None:
-        """The parts of a rendered chat, which may be cut off inside its last content.
+        """Split a rendered chat, which may be cut off inside its last content, into parts.
 
-        None if the template does not render the parts' contents as this text.
+        Returns None if the template does not render the parts' contents as this text.
         """
         parts: list[Part] = []
         if text.startswith(self.start):
@@ -73,7 +73,7 @@ class ChatFrames:
         return parts if self._renders(parts, text) else None
 
     def write(self, parts: Sequence[Part]) -> list[Part] | None:
-        """The same contents as this template renders them; None if it does not."""
+        """Render the same contents with this template; None if it cannot."""
         contents = [part for part in parts if part.role is not None]
         found: list[Part] = []
         if contents[0].role == "system":
@@ -95,7 +95,7 @@ class ChatFrames:
         return found if self._renders(found, "".join(part.text for part in found)) else None
 
     def _renders(self, parts: Sequence[Part], text: str) -> bool:
-        """Whether the template renders these contents as the text, or as a text that begins so."""
+        """Whether the template's rendering of these contents begins with the text."""
         messages = [
             {"role": part.role, "content": part.text} for part in parts if part.role is not None
         ]
@@ -107,8 +107,11 @@ class ChatFrames:
 
 
 def chat_frames(tokenizer: Any) -> ChatFrames | None:
-    """The frames of the tokenizer's chat template; None if there is none, or it has no such frames:
-    if it does not write the contents in order, or writes turns differently later in a chat."""
+    """The frames of the tokenizer's chat template.
+
+    None if there is no template, if it does not write the contents in order, or if it writes turns
+    differently later in a chat.
+    """
     if not getattr(tokenizer, "chat_template", None):
         return None
     return _frames(tokenizer, str(tokenizer.chat_template))
@@ -129,7 +132,7 @@ def _frames(tokenizer: Any, _template: str) -> ChatFrames | None:
 
 
 def _between(tokenizer: Any, turns: Sequence[tuple[str, str]]) -> list[str] | None:
-    """What the template writes before, between and after these contents."""
+    """The text that the template writes before, between, and after these contents."""
     form = template_form(tokenizer)
     messages = [{"role": role, "content": content} for role, content in turns]
     text = form.render(form.fit(messages)) or ""

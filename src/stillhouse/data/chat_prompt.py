@@ -1,4 +1,4 @@
-"""The tokens of a prompt, in which the strings of control tokens are text, as in training text."""
+"""Tokenizes prompts. Strings of control tokens in them are read as text, as in training text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stillhouse.data.tokenize_rows import encode_pieces, leading_tokens
 
 
 def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    """The tokens that a model continues with its answer. Raises as `render_chat`."""
+    """Tokenize a chat up to where the model answers. Raises the errors of `render_chat`."""
     form = template_form(tokenizer)
     fitted = form.fit(messages)
     hidden = form.control_tokens.hide_messages(fitted)
@@ -23,7 +23,7 @@ def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]
 
 
 def text_ids(tokenizer: Any, text: str, *, start: bool = False) -> list[int]:
-    """The tokens of a text. start: with what the tokenizer writes before every text."""
+    """Tokenize a text. start: add the tokens that the tokenizer puts before every text."""
     control = template_form(tokenizer).control_tokens
     found = control.found(text)
     pieces = list(control.plain(text, False)) if found else [Piece(text, False)]

@@ -1,10 +1,11 @@
-"""Checks that the content of a chat is complete in its rendering.
+"""Checks that a rendered chat contains the chat's complete content.
 
-A chat template is a program, and omits what it does not support: tool calls, `tools`, reasoning,
-a developer's message. The text of a learned turn must therefore be in its supervised part, and
-that of the other messages in the complete rendering. Texts are compared without whitespace, because
-templates trim them, and also as JSON strings. A short text may occur in a rendering by chance; so
-the chat is also rendered with a made-up word in the place of each text, which must appear.
+A chat template is a program, and silently omits what it does not support: tool calls, `tools`,
+reasoning, or a developer message. So the text of a supervised turn must be in the turn's supervised
+part, and the text of every other message in the complete rendering. Texts are compared without
+whitespace, because templates trim them, and also as JSON strings. A short text can occur in a
+rendering by chance, so the chat is also rendered with each text replaced by a made-up word, which
+must appear.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from stillhouse.data.template_form import TemplateForm
 from stillhouse.errors import DataError
 
 _SURELY = 24
-"""Length of a text that does not occur in a rendering by chance."""
+"""Length from which a text does not occur in a rendering by chance."""
 _KNOWN_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "id", *KEYS}
 
-REASONING_LEFT_OUT = "the reasoning of earlier turns is left out, as the chat template has it"
+REASONING_LEFT_OUT = "the chat template leaves out the reasoning of earlier turns"
 TEXT_CHANGED = "the chat template changes the text of a message ({role})"
-LEFT_OUT_LATER = "a message ({role}) is left out before later turns, as the chat template has it"
-NAME_LEFT_OUT = "the `name` of a message ({role}) is left out by the chat template"
-TOOLS_SHORTENED = "parts of the schemas in `tools` are left out by the chat template"
-KEY_LEFT_OUT = "`{key}` of a message is not read by the chat template"
+LEFT_OUT_LATER = "the chat template leaves out a message ({role}) before later turns"
+NAME_LEFT_OUT = "the chat template leaves out the `name` of a message ({role})"
+TOOLS_SHORTENED = "the chat template leaves out parts of the schemas in `tools`"
+KEY_LEFT_OUT = "the chat template does not read `{key}` of a message"
 
 
 class Rendering:
-    """A rendered text in which others are searched."""
+    """A rendered text to search in."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -55,14 +56,14 @@ class Rendering:
 def prove_turn(
     message: Mapping[str, Any], index: int, written: str, form: TemplateForm, where: str
 ) -> None:
-    """Raises DataError if part of an assistant's turn is not learned.
+    """Raise DataError if part of an assistant turn is not supervised.
 
-    written: what is learned of the turn.
+    written: the supervised text of the turn.
     """
     found = Rendering(written)
     name = f"messages[{index}]"
     content = joined_text(message.get("content"))
-    # The template may write the marks of reasoning itself, and the prompt may end with one.
+    # The template may write the reasoning tags itself, and the prompt may end with one.
     parts = MARKS.split(content)
     if not found.shows(content) and not all(map(found.shows, (parts.reasoning, parts.answer))):
         raise _left_out(f"`{name}.content` (assistant)", where, _fix_of_content(content))
@@ -72,7 +73,7 @@ def prove_turn(
                 f"`{name}.{key}`",
                 where,
                 f"write the reasoning into the content, as <think>...</think> before the answer; "
-                f"use a template that reads `{key}`; or remove the key to learn only the answer",
+                f"use a template that reads `{key}`; or remove the key to train only on the answer",
             )
     _prove_calls(message, name, found, form, where)
 
@@ -85,12 +86,12 @@ def prove_context(
     where: str,
     prompts: Mapping[int, str],
 ) -> list[str]:
-    """Notes about what the template omits from earlier turns by design.
+    """List what the template omits from earlier turns by design.
 
-    messages: those of the rendering `rendered`; the last one is a turn that `prove_turn` has seen.
-    prompts: those of the learned turns, by their indices: a message may be only in one of these
-    (Mistral's system prompt, after the results of tools). Raises DataError if another message or a
-    tool is omitted.
+    messages: the messages in `rendered`; the last one is a turn that `prove_turn` has checked.
+    prompts: the prompts of the supervised turns, by index. A message may appear only in one of them
+    (for example, Mistral's system prompt after tool results). Raises DataError if any other message
+    or a tool is omitted.
     """
     found = Rendering(rendered)
     notes = dict.fromkeys(_keys_left_out(messages[-1], found, form))
@@ -123,8 +124,8 @@ def prove_context(
             raise _left_out(
                 f"`messages[{index}]` ({role})",
                 where,
-                "use a template that reads this role, give the message a role that it reads (for "
-                "`developer`: system), or remove the message",
+                "use a template that reads this role, change it to a role that the template reads "
+                "(for `developer`: system), or remove the message",
             )
     notes |= dict.fromkeys(_prove_tools(tools, found, stand_in, where))
     return list(notes)
@@ -138,7 +139,7 @@ def _is_in(
     tools: Sequence[Any] | None,
     form: TemplateForm,
 ) -> bool:
-    """Whether a message is part of the prompt of a turn, which is the last of the messages."""
+    """Whether message `index` is part of the prompt of the last message."""
     stand_in = _stand_in(messages, tools, form)
     return stand_in is not None and _word(index) in stand_in and Rendering(prompt).shows(content)
 
@@ -167,7 +168,7 @@ def _prove_calls(
                 f"`{name}.tool_calls[{number}]` ({(missing or leaves)[0][:60]!r})",
                 where,
                 "use a template that writes tool calls, write the call into the content as the "
-                "model is to write it, or remove the row",
+                "model should generate it, or remove the row",
             )
 
 
@@ -198,7 +199,7 @@ def _fix_of_content(content: str) -> str:
     if MARKS.split(content).reasoning:
         return (
             "use a template that keeps the reasoning of the last turn, or remove the reasoning to "
-            "learn only the answer"
+            "train only on the answer"
         )
     return "use a template that renders the complete content, or remove the row"
 
@@ -209,8 +210,10 @@ def _fix_of_content(content: str) -> str:
 def _stand_in(
     messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, form: TemplateForm
 ) -> str | None:
-    """The prompt of the last turn with a word of its own in the place of each text and each tool's
-    name; None if the template does not accept that. It depends only on the messages' form."""
+    """Render the prompt of the last turn with each text and tool name replaced by a unique word.
+
+    None if the template does not accept that. It depends only on the messages' form.
+    """
     shape = tuple(
         (m["role"], type(m.get("content")).__name__, is_blank(joined_text(m.get("content"))),
          len(m.get("tool_calls") or []))
@@ -255,19 +258,19 @@ def _renamed(tool: Any, word: str) -> Any:
 
 
 def _surely(content: str, messages: Sequence[Mapping[str, Any]], found: Rendering) -> bool:
-    """Whether a text is too long, and occurs too often, to belong to another message."""
+    """Whether a text is so long, and occurs so often, that it cannot be from another message."""
     bare = _compact(content)
     expected = sum(_compact(joined_text(m.get("content"))).count(bare) for m in messages)
     return len(bare) >= _SURELY and found.count(content) >= expected
 
 
 def _described(function: Mapping[str, Any]) -> list[str]:
-    """The words that describe a tool to a model: descriptions, and the names of parameters."""
+    """The texts that describe a tool to a model: descriptions and parameter names."""
     words = [function["description"]] if isinstance(function.get("description"), str) else []
     for key, value in function.items():
         if isinstance(value, Mapping):
             flat = key == "parameters" and all(isinstance(v, Mapping) for v in value.values())
-            if key == "properties" or flat:  # some write the parameters without a schema around
+            if key == "properties" or flat:  # some rows give the parameters without a schema
                 words += [str(name) for name in value]
                 for item in value.values():
                     words += _described(item) if isinstance(item, Mapping) else []
@@ -277,7 +280,7 @@ def _described(function: Mapping[str, Any]) -> list[str]:
 
 
 def _leaves(value: Any) -> list[str]:
-    """The keys and values of the arguments of a call, each as JSON text."""
+    """The keys and values in the arguments of a call, as text."""
     if isinstance(value, Mapping):
         return [leaf for key, item in value.items() for leaf in (str(key), *_leaves(item))]
     if isinstance(value, (list, tuple)):

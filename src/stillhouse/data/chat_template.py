@@ -1,8 +1,7 @@
-"""Renders chats with a tokenizer's chat template, with the same text every day.
+"""Renders chats with a tokenizer's chat template, independently of the current date.
 
 Some templates write the current date (Llama 3.2, Mistral Small, gpt-oss). Training text, stored
-signals, and a teacher's answers must not depend on the day on which they were made, so all of them
-are rendered with one date.
+signals, and a teacher's answers must not depend on the day they were made, so a fixed date is used.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ DATE = datetime.datetime(2024, 7, 26)
 _LETTERS = "aAbBcCdDeFfgGhHIjkmMpPrRSTuUVwWxXyYzZ"
 _DIRECTIVES = [f"%{sign}{letter}" for sign in ("-", "") for letter in _LETTERS] + ["%%"]
 _REPLACED = "".join(f"|replace({one!r}, {DATE.strftime(one)!r})" for one in _DIRECTIVES)
-# It hides the function of that name that transformers passes to templates. The empty expression
-# keeps the newline that a template may begin with.
+# The macro shadows the function of that name that transformers passes to templates. The empty
+# expression keeps a newline at the beginning of the template.
 _FIXED_DATE = "{% macro strftime_now(format) %}{{ format" + _REPLACED + " }}{% endmacro %}{{ '' }}"
 
 
@@ -32,7 +31,7 @@ def render_chat(
     tools: Sequence[Any] | None = None,
     generation_prompt: bool = False,
 ) -> str:
-    """The chat as text. Raises whatever the template raises: see `TEMPLATE_ERRORS`."""
+    """Render the chat as text. Raises whatever the template raises: see `template_errors`."""
     options = {}
     if writes_date(tokenizer):
         options["chat_template"] = _FIXED_DATE + tokenizer.get_chat_template(tools=tools)
@@ -52,8 +51,8 @@ def writes_date(tokenizer: Any) -> bool:
 
 
 def reasoning_key(tokenizer: Any) -> str | None:
-    """The key of a message in which the chat template expects reasoning, if it takes reasoning in
-    <think> for a part of the answer (gpt-oss, Kimi K2). None: the content may hold it."""
+    """The message key in which the chat template expects reasoning, if it treats <think> in the
+    content as part of the answer (gpt-oss, Kimi K2). None: the content may contain reasoning."""
     return _reasoning_key(tokenizer, repr(getattr(tokenizer, "chat_template", None)))
 
 
@@ -77,14 +76,14 @@ def _reasoning_key(tokenizer: Any, template: str) -> str | None:
 
 
 def template_errors() -> tuple[type[Exception], ...]:
-    """What a template raises for messages that it does not accept."""
+    """The exceptions that a template can raise for messages that it does not accept."""
     import jinja2
 
     return (jinja2.TemplateError, AttributeError, LookupError, TypeError, ValueError)
 
 
 def is_damaged(error: Exception) -> bool:
-    """Whether an error of a chat template is about the template alone."""
+    """Whether a chat template's error is in the template itself, not in the messages."""
     import jinja2
 
     return isinstance(error, jinja2.TemplateSyntaxError)

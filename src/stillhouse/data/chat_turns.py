@@ -1,8 +1,8 @@
-"""Separates an assistant turn, as the model writes it, from its context.
+"""Separates an assistant turn, as the model generates it, from its context.
 
-A template may open the reasoning in its generation prompt, and leave reasoning out of turns that
-are over (DeepSeek-R1's). What the model writes is then the turn's own reasoning and answer. Others
-(Mistral's) write the system prompt into the last user turn, and only while that is the last.
+A template may open the reasoning in its generation prompt and strip reasoning from finished turns
+(DeepSeek-R1's). The model then generates the turn's reasoning and answer. Other templates
+(Mistral's) write the system prompt into the last user turn, and only while that turn is the last.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from stillhouse.errors import DataError
 
 @dataclass(frozen=True)
 class Turn:
-    """An assistant turn: the rendering before it, with its header; with what the model writes, the
-    end of the turn included; and with what the template puts after that."""
+    """Three renderings of an assistant turn, each a prefix of the next.
+
+    before: the context and the turn's header. written: also what the model generates, up to the
+    end of the turn. after: also what the template puts after that.
+    """
 
     before: str
     written: str
@@ -29,7 +32,7 @@ class Turn:
 
 
 def render_turn(conversation: Conversation, index: int, tokenizer: Any) -> Turn:
-    """The turn at `index`. Raises DataError if its beginning cannot be determined."""
+    """Render the turn at `index`. Raises DataError if its beginning cannot be determined."""
     before = _render(conversation, index, True, tokenizer)
     after = _render(conversation, index + 1, False, tokenizer)
     marks, end = Marks.of(tokenizer), turn_end(tokenizer)
@@ -58,11 +61,11 @@ def render_turn(conversation: Conversation, index: int, tokenizer: Any) -> Turn:
 def _as_written(
     messages: Sequence[Message], before: str, after: str, marks: Marks, tail: str
 ) -> str:
-    """What the model writes if the rendered turn does not continue its own prompt; or nothing.
+    """What the model generates if the rendered turn does not continue its own prompt; or "".
 
-    The prompt may open the reasoning, which the template leaves out of turns that are over
-    (DeepSeek-R1), or end with empty reasoning (Gemma 4). Or it has the system prompt, which stands
-    in the last question alone, so that it is gone from a chat that ends with an answer (Mistral).
+    The prompt may open the reasoning, which the template strips from finished turns (DeepSeek-R1),
+    or end with empty reasoning (Gemma 4). Or the template puts the system prompt only into the last
+    question, so it is missing from a chat that ends with an answer (Mistral).
     tail: what the template writes after an answer.
     """
     message, opened = messages[-1], marks.opened(before)
@@ -97,17 +100,17 @@ def _reject_two_reasonings(conversation: Conversation, index: int, written: str)
         return
     if written.count(closing) > content.count(closing):
         raise DataError(
-            f"The chat template writes reasoning of its own before that of message {index} "
+            f"The chat template writes a reasoning block before the reasoning of message {index} "
             f"(...{written[:60]!r})",
             where=conversation.where,
-            fix=f"remove the reasoning from the row's content, or give it under a key that the "
+            fix=f"remove the reasoning from the message's content, or move it to a key that the "
             f"template reads ({', '.join(KEYS)})",
         )
 
 
 def _without_system(conversation: Conversation, index: int, after: str, tokenizer: Any) -> str:
-    """What the model writes if a turn is a tool call, and its template omits the system prompt
-    from finished turns; or nothing."""
+    """What the model generates if the turn is a tool call and the template omits the system prompt
+    from finished turns; or ""."""
     if index < 2 or conversation.messages[0]["role"] != "system":
         return ""
     rest = replace(conversation, messages=conversation.messages[1:])
@@ -121,7 +124,7 @@ def _without_system(conversation: Conversation, index: int, after: str, tokenize
 
 
 def _next_token(conversation: Conversation, index: int, after: str, tokenizer: Any) -> str:
-    """The token that ends a turn after which the template writes none."""
+    """The token that ends a turn if the template does not write one after it."""
     end = turn_end(tokenizer)
     assert end is not None
     if end.stops and index + 1 < len(conversation.messages):
@@ -140,8 +143,8 @@ def _no_border(
             f"The chat template leaves out message {index} (assistant): the rendered chat ends "
             f"...{after[-60:]!r}",
             where=conversation.where,
-            fix="use a template that renders all assistant turns, tool calls included; write the "
-            "turn into `content` as the model is to write it; or remove the row",
+            fix="use a template that renders all assistant turns, including tool calls; write the "
+            "turn into `content` as the model should generate it; or remove the row",
         )
     pairs = enumerate(zip(before, after, strict=False))
     same = next((at for at, (one, other) in pairs if one != other), len(before))
@@ -151,24 +154,24 @@ def _no_border(
         f"...{_around(before, same)!r} where the complete turn has ...{_around(after, same)!r})"
     )
     fix = (
-        "use a template whose add_generation_prompt is the header of an assistant turn, or "
-        "give `prompt` and `completion` as strings"
+        "use a template whose add_generation_prompt writes the header of an assistant turn, or "
+        "write `prompt` and `completion` as strings"
     )
     opened = marks.opened(before)
     if conversation.messages[index - 1]["role"] == "assistant" and not opened:
         what = (
             f"Message {index} is an assistant turn right after another one, and the chat template "
-            "writes the two as no model would generate them"
+            "renders the two in a way that no model would generate"
         )
         fix = (
-            "join the two into one message; of a tool call, write its result (role `tool`) between "
-            "them"
+            "join the two into one message; if the first is a tool call, write its result (role "
+            "`tool`) between them"
         )
     elif opened:
         mark = opened.rstrip()
         fix = (
-            f"begin the turn with its reasoning ({mark}...{marks.closing(opened)}; of synthesized "
-            f"text, synthesize.reasoning: keep), or use a template whose add_generation_prompt "
+            f"begin the turn with its reasoning ({mark}...{marks.closing(opened)}; for synthesized "
+            f"text, set synthesize.reasoning: keep), or use a template whose add_generation_prompt "
             f"does not open {mark}"
         )
     return DataError(what, where=conversation.where, fix=fix)
@@ -198,13 +201,13 @@ def _render(conversation: Conversation, end: int, generate: bool, tokenizer: Any
         raise DataError(
             f"The chat template rejects the row: {error} (roles: {roles})",
             where=conversation.where,
-            fix="use the order and fields of messages that the template expects",
+            fix="write the messages in the order and with the fields that the template expects",
         ) from error
 
 
 def _with_own_marks(message: Message, key: str | None, marks: Pair | None) -> Message:
-    """Reasoning in <think> as the template expects it: under a key (see `reasoning_key`), or
-    between other marks."""
+    """Move reasoning in <think> to where the template expects it: under a key (see
+    `reasoning_key`), or between different tags."""
     content = message.get("content")
     if message["role"] != "assistant" or not isinstance(content, str) or not (key or marks):
         return message

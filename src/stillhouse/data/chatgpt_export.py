@@ -1,5 +1,7 @@
-"""Reads a chat of ChatGPT's data export (`conversations.json`): a tree of messages, of which the
-branch that ends in `current_node` is the chat as it was last shown."""
+"""Reads a chat from ChatGPT's data export (`conversations.json`).
+
+Each chat is a tree of messages; the branch that ends in `current_node` is the one last shown.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ _TEXT = "text"
 _HIDDEN = ("metadata", "is_visually_hidden_from_conversation")
 _REASONING = ("thoughts", "reasoning_recap")
 _BRANCHES = "only the branch of a chat that was shown last is read"
-_LEFT_OUT = "reasoning, hidden messages and custom instructions are left out"
-_CUT = "a chat is read up to its first turn with tools, files, images or speech"
+_LEFT_OUT = "reasoning, hidden messages, and custom instructions are left out"
+_CUT = "a chat is read up to its first turn with tools, files, images, or speech"
 
 Message = dict[str, str]
 
@@ -26,10 +28,9 @@ def is_chatgpt_export(row: Mapping[str, Any]) -> bool:
 
 
 def chatgpt_messages(row: Mapping[str, Any], where: str) -> tuple[list[Message], tuple[str, ...]]:
-    """The messages up to the last answer, and notes about what is left out; no messages if nothing
-    was answered in text.
+    """Return the messages up to the last answer, and notes about what is left out.
 
-    Raises DataError for a tree that is not whole.
+    There are no messages if nothing was answered in text. Raises DataError for a broken tree.
     """
     messages: list[Message] = []
     branch = _branch(row["mapping"], row["current_node"], where)
@@ -66,7 +67,7 @@ def _branch(mapping: Mapping[str, Any], last: str, where: str) -> list[Mapping[s
         node = mapping.get(name) if isinstance(name, str) else None
         if not isinstance(node, Mapping) or name in seen:
             raise DataError(
-                f"The chat's tree is not whole: there is no way from {last!r} to its first message",
+                f"The chat's tree is broken: no path leads from {last!r} to its first message",
                 where=where,
                 fix="export the data again, or remove the chat",
             )

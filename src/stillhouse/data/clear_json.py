@@ -1,5 +1,5 @@
-"""Rejects JSON that has no clear meaning: a key twice in an object, half of a surrogate pair, and
-values nested so deeply that templates and hashes, which recurse, would stop."""
+"""Rejects ambiguous or unusable JSON: duplicate keys in an object, lone surrogates, and values
+nested so deeply that templates and hashes, which recurse, would fail."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 from stillhouse.errors import DataError
 
 _DEEPEST = 100
-"""Nested lists and objects of a row."""
+"""Maximum nesting depth of a row."""
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
-"""How JSON escapes begin that stand for half of a surrogate pair, or for one of two halves."""
+"""The beginning of a JSON escape for a surrogate, alone or in a pair."""
 
 
 class DoubleKeyError(ValueError):
@@ -21,7 +21,7 @@ class DoubleKeyError(ValueError):
 
 
 def parse_json(text: str, **options: Any) -> Any:
-    """As `json.loads`, but raises DoubleKeyError, a ValueError, for a key that occurs twice."""
+    """Like `json.loads`, but raises DoubleKeyError, a ValueError, for a duplicate key."""
     return json.loads(text, object_pairs_hook=_distinct, **options)
 
 
@@ -42,12 +42,12 @@ def value_at(value: Any, place: Sequence[str]) -> Any:
 
 
 def is_suspicious(text: str) -> bool:
-    """Whether JSON may hold half of a surrogate pair, or something nested too deeply."""
+    """Whether JSON text might contain a lone surrogate or be nested too deeply."""
     return bool(_HALF_PAIR.search(text)) or text.count("[") + text.count("{") > _DEEPEST
 
 
 def check_value(value: Any, where: str) -> None:
-    """Raises DataError for half of a surrogate pair, and for a value that is nested too deeply."""
+    """Raise DataError for a lone surrogate, and for a value that is nested too deeply."""
     left = [(value, 1)]
     while left:
         part, depth = left.pop()
@@ -61,7 +61,7 @@ def check_value(value: Any, where: str) -> None:
             half = re.search("[\ud800-\udfff]", part)
             if half:
                 raise DataError(
-                    f"The text holds {half[0]!r}, half of a surrogate pair: "
+                    f"The text contains {half[0]!r}, half of a surrogate pair: "
                     "it is not valid Unicode",
                     where=where,
                     fix="write the file again as valid UTF-8, or remove the row",

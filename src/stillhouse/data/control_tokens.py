@@ -1,9 +1,9 @@
-"""Keeps text that holds the string of a control token, such as `<|im_end|>`, from becoming one.
+"""Keeps strings of control tokens in text, such as `<|im_end|>`, from being read as tokens.
 
-A tokenizer finds the strings of its special tokens anywhere, so a user's text could end
-its own turn. Such strings are hidden while a chat is rendered (each is replaced by one character of
-Unicode's private use area). Afterwards the text around them is encoded as plain text, and what the
-chat template wrote itself stays a token.
+A tokenizer matches the strings of its special tokens anywhere, so a user's text could end its own
+turn. Such strings are hidden while a chat is rendered: each is replaced by one character of
+Unicode's private use area. Afterwards the text around them is encoded as plain text, while the
+control tokens that the chat template wrote stay tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from stillhouse.data.reasoning import SPOKEN
 
 _HIDDEN_END = 0x10FFFE
-"""Behind the last of the characters that replace control tokens while a chat is rendered."""
+"""End (exclusive) of the characters that replace control tokens while a chat is rendered."""
 
 CONTROL_TEXT = "strings of control tokens are read as text (data.control_tokens)"
 REASONING_MARK = re.compile(rf"</?thinking>|{SPOKEN.pattern}")
@@ -26,7 +26,7 @@ REASONING_MARK = re.compile(rf"</?thinking>|{SPOKEN.pattern}")
 class Piece:
     """Consecutive characters of a row, either all supervised or none.
 
-    plain: the strings of special tokens in it are text.
+    plain: strings of special tokens in it are text.
     """
 
     text: str
@@ -35,11 +35,11 @@ class Piece:
 
 
 class ControlTokens:
-    """The tokens of a tokenizer that text must not become.
+    """The tokens of a tokenizer that strings in text must not become.
 
-    These are its special tokens, and the other added tokens with which the chat template writes
-    turns, as `<｜User｜>` of DeepSeek; but no mark of reasoning that is an ordinary token.
-    framing: a chat as the template renders it, without tools or reasoning.
+    These are its special tokens, and the other added tokens that the chat template uses to write
+    turns, such as DeepSeek's `<｜User｜>`; but not reasoning tags that are ordinary tokens.
+    framing: a rendered chat without tools or reasoning.
     """
 
     def __init__(self, tokenizer: Any, framing: str = "") -> None:
@@ -59,7 +59,7 @@ class ControlTokens:
         self._hidden = _HIDDEN_END - max(1, len(self.strings))
         """The first placeholder."""
         self._placeholders = re.compile(f"[{chr(self._hidden)}-{chr(_HIDDEN_END - 1)}]")
-        # A token may include adjacent whitespace, so a piece ends after that.
+        # A token may absorb adjacent whitespace, so a piece ends after the whitespace.
         self._tokens = re.compile(
             "|".join(
                 (r"\s*" if added[text].lstrip else "")
@@ -71,7 +71,7 @@ class ControlTokens:
         )
 
     def found(self, value: Any, *, spoken: bool = False) -> str | None:
-        """The first control token's string in a text, or in the texts of a value; see `hide`."""
+        """Return the first string of a control token in a text or nested value; see `hide`."""
         if isinstance(value, str):
             match = (self._spoken if spoken else self._pattern).search(value)
             return match[0] if match else None
@@ -81,14 +81,14 @@ class ControlTokens:
         return next(filter(None, (self.found(item, spoken=spoken) for item in items)), None)
 
     def at_an_end(self, text: str) -> str | None:
-        """The control token's string that a text begins or ends with, as a rendered chat does."""
+        """Return the control token that a text begins or ends with, as a rendered chat would."""
         bare = text.strip()
         return next((s for s in self._edges if bare.startswith(s) or bare.endswith(s)), None)
 
     def hide(self, value: Any, *, spoken: bool = False) -> Any:
-        """The value with placeholders for control tokens in all of its strings.
+        """Replace control tokens by placeholders in all strings of a value.
 
-        spoken: an assistant's message, whose marks of reasoning stay tokens.
+        spoken: the value is an assistant message, whose reasoning tags stay tokens.
         """
         if isinstance(value, str):
             pattern = self._spoken if spoken else self._pattern
@@ -101,7 +101,7 @@ class ControlTokens:
         return value
 
     def hide_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
-        """The messages with placeholders; None if they have no control token's string."""
+        """Replace control tokens by placeholders; None if the messages contain none."""
         spoken = [message["role"] == "assistant" for message in messages]
         pairs = list(zip(messages, spoken, strict=True))
         if not any(self.found(message, spoken=by) for message, by in pairs):
@@ -112,8 +112,11 @@ class ControlTokens:
         return self._placeholders.sub(lambda m: self.strings[ord(m[0]) - self._hidden], text)
 
     def divide(self, piece: Piece) -> Iterator[Piece]:
-        """The piece without placeholders: plain pieces hold their strings as text, and reach as far
-        as the nearest tokens of the template, so that they are encoded as one text is."""
+        """Split a piece so that its placeholders are in plain pieces, revealed as text.
+
+        A plain piece extends to the nearest tokens of the template, so that it is encoded as one
+        continuous text.
+        """
         done = 0
         for start, end in _between(self._tokens, piece.text):
             if self._placeholders.search(piece.text, start, end):
@@ -125,8 +128,8 @@ class ControlTokens:
             yield Piece(piece.text[done:], piece.supervised)
 
     def plain(self, text: str, supervised: bool) -> Iterator[Piece]:
-        """A text whose control tokens are text. `split_special_tokens` splits special tokens alone,
-        so a text is divided inside the string of any other."""
+        """Yield a text as plain pieces. `split_special_tokens` splits only special tokens, so the
+        text is cut inside the string of any other control token."""
         done = 0
         for match in _any_of(self.unspecial).finditer(text):
             yield Piece(text[done : match.start() + 1], supervised, True)
@@ -139,7 +142,7 @@ def _any_of(strings: list[str]) -> re.Pattern[str]:
 
 
 def _between(pattern: re.Pattern[str], text: str) -> Iterator[tuple[int, int]]:
-    """The ends of the parts of a text between the matches of a pattern."""
+    """Yield the bounds of each part of a text between the matches of a pattern."""
     start = 0
     for match in pattern.finditer(text):
         yield start, match.start()

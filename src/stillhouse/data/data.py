@@ -1,4 +1,4 @@
-"""Text to train on and to evaluate on, from files, datasets or lists."""
+"""Text to train and evaluate on, from files, datasets, or lists."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Boundary = Literal["file", "blank-line", "line"]
 
 @dataclass(frozen=True, repr=False)
 class Data:
-    """train: to learn from. heldout: to evaluate on; no document is in both."""
+    """Training and held-out text; no document is in both."""
 
     train: Batches
     heldout: Batches
@@ -49,19 +49,20 @@ class Data:
         folder: str | Path | None = None,
         **options: Any,
     ) -> Data:
-        """Tokenize, divide and pack text.
+        """Tokenize, split, and pack text.
 
-        texts: a path (a file, a folder or a glob pattern of text, JSONL, JSON, CSV, TSV or
-        Parquet), a `datasets.Dataset`, or a list of strings, of chats (lists of messages), or of
-        rows in any format that docs/data.md lists. heldout: text to measure on, in
-        any of these forms; None: documents of `texts` are split off.
-        context: tokens in a window. text_key: of a row, where its plain text is. documents: what
-        separates two documents inside a plain text file. folder: keeps the windows there, for
-        `Data.open`; None: in memory.
-        options: train_tokens, heldout_tokens, packing, long_rows and control_tokens, as in a
+        texts: a path (a file, a folder, or a glob pattern of text, JSONL, JSON, CSV, TSV, or
+        Parquet), a `datasets.Dataset`, or a list of strings, chats (lists of messages), or rows in
+        any format listed in docs/data.md.
+        heldout: text to evaluate on, in any of these forms; None: split documents off `texts`.
+        context: tokens in a window.
+        text_key: the key of a row that contains plain text.
+        documents: what separates the documents in a plain text file.
+        folder: where to keep the windows, for `Data.open`; None: keep them in memory.
+        options: train_tokens, heldout_tokens, packing, long_rows, and control_tokens, as in a
         recipe's `data`.
-        Raises DataError for any text that cannot be used, RecipeError for an unknown option,
-        ModelError for what is not a tokenizer.
+        Raises DataError for any text that cannot be used, RecipeError for an unknown option, and
+        ModelError for an object that is not a tokenizer.
         """
         seed = checked(Seed, seed, "seed")
         checked(Boundary, documents, "documents")
@@ -81,14 +82,14 @@ class Data:
 
     @classmethod
     def open(cls, folder: str | Path) -> Data:
-        """Loads what `build` wrote to a folder. Raises DataError if it is incomplete or damaged."""
+        """Load a folder written by `build`. Raises DataError if it is incomplete or damaged."""
         for part in _PARTS:
             _check_sums(Path(folder) / part)
         return cls(*(open_windows(Path(folder) / part) for part in _PARTS))
 
 
 def _check_sums(folder: Path) -> None:
-    """Raise DataError if a file has changed. A folder without sums, as of a run, passes."""
+    """Raise DataError if a file has changed. A folder without checksums (a run's) passes."""
     if not (folder / SUMS).is_file():
         return
     try:
@@ -97,9 +98,9 @@ def _check_sums(folder: Path) -> None:
         damaged = [f"{SUMS} ({error})"]
     if damaged:
         raise DataError(
-            f"the windows are damaged: {damaged[0]} is missing or has changed",
+            f"The windows are damaged: {damaged[0]} is missing or has changed",
             where=folder,
-            fix="copy the folder again, or build it again with Data.build",
+            fix="copy the folder again, or rebuild it with Data.build",
         )
 
 
@@ -113,18 +114,18 @@ def _texts(texts: Any, text_key: str, boundary: Boundary) -> list[Texts]:
         raise DataError(
             f"{type(texts).__name__} is not a source of text",
             where="Data.build",
-            fix="give a path, a list of strings, chats or rows, or one split of a dataset",
+            fix="pass a path, a list of strings, chats, or rows, or one split of a dataset",
         )
     if hasattr(texts, "columns") or hasattr(texts, "readline"):
-        # They would give the names of columns, or lines whatever the format is.
+        # Iterating would yield column names, or lines regardless of the file's format.
         rows = hasattr(texts, "columns")
         raise DataError(
-            f"a {type(texts).__name__} is not a list of texts",
+            f"A {type(texts).__name__} is not a list of texts",
             where="Data.build",
-            fix='give its rows: frame.to_dict("records")' if rows else "give the file's path",
+            fix='pass its rows: frame.to_dict("records")' if rows else "pass the file's path",
         )
     if hasattr(texts, "with_format"):
-        texts = texts.with_format(None)  # a dataset may be set to give tensors
+        texts = texts.with_format(None)  # a dataset may be set to return tensors
     return [Texts(_documents(texts, text_key))]
 
 
@@ -135,9 +136,9 @@ def _documents(items: Iterable[Any], text_key: str) -> Iterator[AnyDocument]:
         row = {"messages": row} if isinstance(row, list) else row
         if not isinstance(row, Mapping):
             raise DataError(
-                f"a {type(item).__name__} is not a document",
+                f"A {type(item).__name__} is not a document",
                 where=where,
-                fix="give strings, chats (lists of messages) or rows",
+                fix="pass strings, chats (lists of messages), or rows",
             )
         document = document_from_row(row, "text" if isinstance(item, str) else text_key, where)
         if document is not None:

@@ -1,4 +1,4 @@
-"""The section `data`: sources of training text, and the windows that they become."""
+"""The section `data`: sources of training text, and how they become windows."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from stillhouse.section import Section
 
 class _Source(Section):
     limit: Tokens | None = Field(
-        None, description="Use at most this many documents, or rows: the first ones."
+        None, description="Use only the first documents (or rows), at most this many."
     )
     tokens: Tokens | None = Field(
         None,
-        description="Use about this many tokens of this source, of documents that the seed draws; "
-        "null: all.",
+        description="Use about this many tokens of this source, from documents sampled with the "
+        "seed; null: all.",
     )
 
 
 class CorpusSource(_Source):
-    """Text that every Python installation includes: no download."""
+    """Text that every Python installation includes; nothing is downloaded."""
 
     kind: Literal["corpus"]
     name: Literal["python-reference"] = "python-reference"
@@ -39,18 +39,18 @@ class TextSource(_Source):
 
 
 class FileSource(_Source):
-    """Rows with `text`, or `messages`, or `prompt` and `completion`."""
+    """Rows with `text`, with `messages`, or with `prompt` and `completion`."""
 
     kind: Literal["file", "jsonl", "json", "csv", "tsv", "parquet"] = Field(
-        description="The files' format; file: by the extension, and a plain text file is one "
+        description="The files' format. file: decide by the extension; a plain text file is one "
         "document."
     )
-    path: PathText = Field(description="A file, a folder or a glob; compressed ones are read too.")
+    path: PathText = Field(description="A file, a folder, or a glob; files may be compressed.")
     text_key: str = Field("text", description="The key or column that holds plain text.")
 
 
 class HubSource(_Source):
-    """A dataset of the Hugging Face Hub, or a local folder that `datasets` can load."""
+    """A dataset on the Hugging Face Hub, or a local folder that `datasets` can load."""
 
     kind: Literal["hub"]
     dataset: PathText
@@ -74,25 +74,26 @@ class WindowsRecipe(Section):
     context: Context = Field(1024, description="Tokens in one training window.")
     packing: Literal["isolated", "none"] = Field(
         "isolated",
-        description="isolated: documents share a window and never see each other; "
+        description="isolated: documents share a window but cannot attend to each other; "
         "none: one document per window, padded.",
     )
     train_tokens: Tokens | None = Field(
-        None, description="Stop after about this many training tokens; null: all."
+        None, description="Use about this many training tokens; null: all."
     )
-    heldout_tokens: Tokens = Field(8192, description="About how many tokens to hold out.")
+    heldout_tokens: Tokens = Field(8192, description="Hold out about this many tokens.")
     long_rows: Literal["error", "truncate", "drop"] = Field(
         "error", description="What to do with a chat row that is longer than the context."
     )
     control_tokens: ControlText | None = Field(
         None,
-        description="Whether strings of control tokens in a text, such as <|im_end|>, are text or "
-        "tokens; null: text, and a plain text that begins or ends with one is an error.",
+        description="How to read strings of control tokens in a text, such as <|im_end|>; null: as "
+        "text, but reject plain text that begins or ends with one.",
     )
 
 
 class DataRecipe(WindowsRecipe):
     sources: list[Source] = Field(min_length=1, description="Sources of the training text.")
     heldout_sources: list[Source] = Field(
-        default=[], description="Text for evaluation; without it, documents are split off."
+        default=[],
+        description="Sources of the held-out text; if empty, documents are split off `sources`.",
     )

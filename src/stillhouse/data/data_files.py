@@ -1,7 +1,7 @@
-"""Finds and opens data files: names, patterns, formats, compressions and encodings.
+"""Opens data files: formats, compression, and encodings.
 
-A format is known by the file's extension, and the file's first bytes must not contradict it.
-Anything that cannot be opened as what it is called raises a DataError.
+The extension determines the format, and the file's first bytes must not contradict it. A file that
+cannot be opened in the format of its name raises a DataError.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ FORMATS: dict[str, FileFormat] = {
     ".parquet": "parquet",
 }
 ALSO_TEXT = (".text", ".md", ".markdown", ".rst")
-"""Read as text if the file itself is named; in a folder, such files describe the data."""
+"""Read as text only if the file itself is named: in a folder, such files describe the data."""
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 _UNPACK = {"gzip": "gzip -dc", "zstd": "zstd -dc", "bz2": "bzip2 -dc", "xz": "xz -dc"}
 _COMPRESSED = 3
-"""Rough size of a text relative to its compressed file."""
+"""Approximate ratio of a text's size to the size of its compressed file."""
 READ_ERRORS = (OSError, EOFError, lzma.LZMAError)
-"""What reading a file raises, decompression included."""
+"""Exceptions that reading or decompressing a file can raise."""
 _HEAD = 4096
-"""Bytes at the beginning of a file from which its content is recognized."""
-_DAMAGED = "the file is damaged or does not have the format of its name: write it again"
-_ANY_FORMAT = "name it by what it holds: .txt, .jsonl, .json, .csv, .tsv or .parquet"
+"""Number of leading bytes that are used to recognize a file's content."""
+_DAMAGED = "write the file again: it is damaged, or its content does not match its extension"
+_ANY_FORMAT = "give it the extension of its format: .txt, .jsonl, .json, .csv, .tsv, or .parquet"
 
 _CONVERT = {
     **dict.fromkeys(
-        (".zip", ".jar"), "unpack it, and give the path of what was in it: unzip {0} -d {folder}"
+        (".zip", ".jar"), "unpack it, and use the path of its content: unzip {0} -d {folder}"
     ),
     **dict.fromkeys((".tar", ".tgz", ".tbz", ".tbz2", ".txz"), "unpack it: tar -xf {}"),
     ".7z": "unpack it: 7z x {}",
@@ -85,17 +85,17 @@ _CONTENTS = (
     (rb"\xfd7zXZ\0", "xz-compressed", "add .xz to its name"),
     (rb"PAR1[^\n]{0,9}[\0-\x08\x0e-\x1f]", _PARQUET, "name it .parquet"),
     (rb"PK\x03\x04.{26}(\[Content_Types\]|_rels/|word/|xl/|docProps/|mimetype)", "an office "
-     "document", "save it as plain text (.txt) or, of a sheet, as CSV"),
+     "document", "save it as plain text (.txt) or, if it is a spreadsheet, as CSV"),
     (rb"PK\x03\x04", "a ZIP archive", "unpack it: unzip {}"),
     (rb"7z\xbc\xaf\x27\x1c", "a 7-Zip archive", "unpack it: 7z x {}"),
-    (rb"\xd0\xcf\x11\xe0", "an office document", "save it as plain text (.txt), or as CSV"),
+    (rb"\xd0\xcf\x11\xe0", "an office document", "save it as plain text (.txt) or as CSV"),
     (rb"%PDF-", "a PDF", "extract its text: pdftotext {}"),
     (rb"ARROW1\0\0", "an Arrow file", "save its rows as Parquet or JSONL"),
     (rb"SQLite format 3\0", "an SQLite database", "export the table as CSV"),
     (rb".{257}ustar", "a tar archive", "unpack it: tar -xf {}"),
     (rb"\{\\rtf", "rich text (RTF)", "save it as plain text, .txt"),
 )  # fmt: skip
-"""Beginnings of files, what such a file is, and what to do with it."""
+"""How a file can begin, what kind of file that is, and what to do with it."""
 _PAGE = re.compile(rb"\s*(<!doctype\s+html|<html|<\?xml)", re.IGNORECASE)
 
 
@@ -103,7 +103,7 @@ _PAGE = re.compile(rb"\s*(<!doctype\s+html|<html|<\?xml)", re.IGNORECASE)
 
 
 def format_of(path: Path) -> FileFormat:
-    """The format by the extension, compression aside. Raises DataError for an unknown one."""
+    """The format by the extension, ignoring compression. Raises DataError if it is unknown."""
     found = known_format(path)
     if found is not None:
         return found
@@ -118,14 +118,14 @@ def format_of(path: Path) -> FileFormat:
 
 
 def conversion(path: Path) -> str | None:
-    """What to do with a file that is not read; None if that is not known."""
+    """How to convert a file of an unsupported format; None if unknown."""
     fix = _CONVERT.get(extension_of(path))
     folder = shlex.quote(str(path.with_suffix("")))
     return None if fix is None else fix.format(shlex.quote(str(path)), folder=folder)
 
 
 def known_format(path: Path) -> FileFormat | None:
-    """As `format_of`, but None for an unknown extension."""
+    """Like `format_of`, but None for an unknown extension."""
     extension = extension_of(path)
     return "text" if extension in ALSO_TEXT else FORMATS.get(extension)
 
@@ -143,7 +143,7 @@ def is_text(path: Path) -> bool:
 
 
 def text_size(path: Path) -> int:
-    """The number of characters in a file, approximately."""
+    """The approximate number of characters in a file."""
     return path.stat().st_size * (_COMPRESSED if is_compressed(path) else 1)
 
 
@@ -152,7 +152,7 @@ def is_compressed(path: Path) -> bool:
 
 
 def extension_of(path: Path) -> str:
-    """In lower case, with the point; that of the compressed file's content."""
+    """The extension in lower case, with the dot; of a compressed file, that of its content."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix in COMPRESSIONS else suffix
 
@@ -163,35 +163,35 @@ def missing(path: Path) -> DataError:
         return DataError(
             f"The file is a link to {target}, which does not exist",
             where=path,
-            fix="restore what it links to, or name another file",
+            fix="restore the target, or use a different file",
         )
     try:
         names = [file.name for file in path.parent.iterdir()]
     except OSError:
         names = []
     near = difflib.get_close_matches(path.name, names, 1)
-    fix = "check the path; in a recipe, a relative one starts at the recipe's folder"
+    fix = "check the path; in a recipe, a relative path starts at the recipe's folder"
     return DataError(
         "The file does not exist", where=path, fix=f"did you mean {near[0]}?" if near else fix
     )
 
 
 def regular(path: Path) -> Path:
-    """Return the path. Raises DataError if it is a pipe or a device, which might never end, or if
-    its name is not UTF-8, so that no message or file can hold it."""
+    """Return the path. Raises DataError if it is not a regular file (a pipe might never end), or if
+    its name is not UTF-8, since no message or file can contain it."""
     if not str(path).isascii() and re.search("[\ud800-\udfff]", str(path)):
         raise DataError("The file's name is not UTF-8", where=path, fix="rename the file")
     if not stat.S_ISREG(path.stat().st_mode):
         raise DataError(
-            "The path is a folder, a pipe or a device, not a file",
+            "The path is a folder, a pipe, or a device, not a file",
             where=path,
-            fix="write what it gives into a file first, and name that",
+            fix="save its content to a file, and use that file",
         )
     return path
 
 
 def regular_if_there(path: Path) -> Path:
-    """As `regular`, but a missing file is left to the reader."""
+    """Like `regular`, but does not reject a missing file: the reader reports it."""
     return regular(path) if path.exists() else path
 
 
@@ -202,9 +202,9 @@ def regular_if_there(path: Path) -> Path:
 def open_text(
     path: Path, format: FileFormat = "text", newline: str | None = None
 ) -> Iterator[IO[str]]:
-    """A text file, decompressed: UTF-8, or UTF-16 or UTF-32 with a byte order mark.
+    """Open a text file, decompressed: UTF-8, or UTF-16 or UTF-32 with a byte order mark.
 
-    format: what the file should hold. newline: as for `open`. Raises DataError, while reading too.
+    format: the expected format. newline: as for `open`. Raises DataError, also while reading.
     """
     encoding = "utf-8-sig"
     try:
@@ -224,7 +224,7 @@ def open_text(
 
 
 def open_bytes(path: Path) -> Any:
-    """The file's bytes, decompressed."""
+    """Open a file to read its decompressed bytes."""
     regular(path)
     match COMPRESSIONS.get(path.suffix.lower()):
         case None:
@@ -240,7 +240,7 @@ def open_bytes(path: Path) -> Any:
 
 
 def check_content(path: Path, head: bytes, format: FileFormat) -> None:
-    """Raise DataError if a file's first bytes are not those of text (or Parquet)."""
+    """Raise DataError if a file's first bytes do not fit its format."""
     head = head.removeprefix(codecs.BOM_UTF8)
     for beginning, what, fix in _CONTENTS:
         expected = format == "parquet" and what == _PARQUET
@@ -251,14 +251,14 @@ def check_content(path: Path, head: bytes, format: FileFormat) -> None:
             raise DataError(f"The file is {what}", where=path, fix=fix.format(where))
     if format != "text" and _PAGE.match(head):
         raise DataError(
-            "The file is a web page or XML: perhaps an error was downloaded in its place",
+            "The file is a web page or XML: perhaps an error page was downloaded instead of data",
             where=path,
-            fix="look into it, and download the data again",
+            fix="open it to see the reason, and download the data again",
         )
     if b"\0" in head and format != "parquet" and marked_encoding(head) == "utf-8-sig":
         encoding = unmarked_utf16(head)
         if encoding is None:
-            raise DataError("The file has zero bytes: it is not text", where=path, fix=_DAMAGED)
+            raise DataError("The file is not text: it has null bytes", where=path, fix=_DAMAGED)
         raise DataError(
             f"The file is {encoding} without a byte order mark",
             where=path,
@@ -267,14 +267,14 @@ def check_content(path: Path, head: bytes, format: FileFormat) -> None:
 
 
 def _unpack_once(path: Path, inner: str) -> str:
-    """inner: the extension of the compression that is inside of another."""
+    """How to unpack a file that is compressed twice. inner: the inner compression's extension."""
     new = path.with_name(f"once-{path.with_suffix('').name}{inner}")
     unpack = _UNPACK[COMPRESSIONS[path.suffix.lower()]]
-    return f"unpack it once, and name the new file: {unpack} {{}} > {shlex.quote(str(new))}"
+    return f"unpack it once, and use the new file: {unpack} {{}} > {shlex.quote(str(new))}"
 
 
 def _undecodable(path: Path, encoding: str) -> DataError:
-    """Names the first byte that is not UTF-8 and its line, and how the file can be converted."""
+    """The error for a file that is not UTF-8: its first bad byte, and how to convert it."""
     if encoding != "utf-8-sig":
         return DataError(f"The file is not valid {encoding.upper()}", where=path, fix=_DAMAGED)
     first, at, other = b"", 0, False
@@ -292,18 +292,18 @@ def _undecodable(path: Path, encoding: str) -> DataError:
                     other = True
                 elif sum(map(len, wrong)) < 1 << 16:
                     wrong.append(line[: 1 << 16])
-    what = f"The file is not UTF-8: byte {first[0]:#04x} in line {at} cannot be read"
+    what = f"The file is not UTF-8: byte {first[0]:#04x} in line {at} cannot be decoded"
     guess = guessed_encoding(b"".join(wrong)) if wrong else None
     if other:
         shown = "" if guess is None else f" (as {iconv_name(guess)}: {_shown(wrong[0], guess)})"
         return DataError(
-            f"{what}, but the text around it can",
+            f"{what}, but the text around it can: it mixes encodings, or is truncated or damaged",
             where=path,
-            fix=f"the file mixes encodings, or is cut off or damaged: write line {at} again{shown}",
+            fix=f"write line {at} again{shown}",
         )
     if guess is None:
         return DataError(what, where=path, fix=_iconv(path, "ITS-ENCODING"))
-    fix = f"{_iconv(path, iconv_name(guess))}, if line {at} should be {_shown(wrong[0], guess)}"
+    fix = f"{_iconv(path, iconv_name(guess))}, if line {at} should read {_shown(wrong[0], guess)}"
     return DataError(what, where=path, fix=fix)
 
 
@@ -314,15 +314,15 @@ def _shown(line: bytes, encoding: str) -> str:
 
 
 def _iconv(path: Path, encoding: str) -> str:
-    """How to convert a file; the new file is next to it."""
+    """How to convert a file to UTF-8, as a new file next to it."""
     compression = COMPRESSIONS.get(path.suffix.lower())
     plain = path.with_suffix("") if compression else path
     new = shlex.quote(str(plain.with_name(f"utf8-{plain.name}")))
     old = shlex.quote(str(path))
     if compression is None:
-        return f"convert it, and name the new file: iconv -f {encoding} -t UTF-8 {old} > {new}"
+        return f"convert it, and use the new file: iconv -f {encoding} -t UTF-8 {old} > {new}"
     return (
-        f"convert it, and name the new file: {_UNPACK[compression]} {old} | iconv -f {encoding} "
+        f"convert it, and use the new file: {_UNPACK[compression]} {old} | iconv -f {encoding} "
         f"-t UTF-8 > {new}"
     )
 
@@ -334,7 +334,7 @@ def unreadable(path: Path, error: Exception) -> DataError:
         return DataError(
             "The file cannot be opened: permission denied",
             where=path,
-            fix=f"allow reading it: chmod u+r {shlex.quote(str(path))}",
+            fix=f"grant read permission: chmod u+r {shlex.quote(str(path))}",
         )
     reason = (str(error) or type(error).__name__).splitlines()[0]
     return DataError(f"The file cannot be read: {reason}", where=path, fix=_DAMAGED)

@@ -1,7 +1,7 @@
 """The three kinds of documents, and the hashes that identify their content.
 
 `where` (file:line, or corpus:topic) is for error messages only: documents with the same content are
-equal wherever they were read.
+equal regardless of where they were read.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class About:
-    """What the reader of a row found. format: the name of its format. notes: the parts that are not
-    learned or not read, one sentence each."""
+    """How a row was read. format: the name of its format. notes: the parts that are not supervised
+    or not read, one sentence each."""
 
     format: str
     notes: tuple[str, ...] = ()
@@ -55,7 +55,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A chat: assistant turns in `messages[supervised_from:]` are supervised, except those whose
+    """A chat. Assistant turns in `messages[supervised_from:]` are supervised, except those whose
     indices are in `context_only` (weight 0)."""
 
     messages: tuple[Message, ...]
@@ -75,17 +75,17 @@ AnyDocument = Document | Completion | Conversation
 
 
 def row_size(document: AnyDocument) -> int:
-    """Characters of the row that it was read from, approximately."""
+    """Approximate number of characters in the row that the document was read from."""
     return len(document.text) if isinstance(document, Document) else len(str(document))
 
 
 def content_hash(document: AnyDocument) -> bytes:
-    """sha256 of the canonical JSON: equal if and only if the contents are equal."""
+    """SHA-256 of the canonical JSON: equal if and only if the contents are equal."""
     return _digest(document.content(), document.where)
 
 
 def group_hash(document: AnyDocument) -> bytes:
-    """As `content_hash`, but of texts as `words.collapsed` leaves them.
+    """Like `content_hash`, but of texts normalized by `words.collapsed`.
 
     Documents of one group are never split between training and held-out text.
     """
@@ -110,7 +110,7 @@ def _digest(content: Any, where: str) -> bytes:
         encoded = canonical.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
-            f"The text holds {canonical[error.start]!r}, half of a surrogate pair: "
+            f"The text contains {canonical[error.start]!r}, half of a surrogate pair: "
             "it is not valid Unicode",
             where=where,
             fix="write the file again as valid UTF-8, or remove the row",

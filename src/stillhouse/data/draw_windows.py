@@ -1,4 +1,4 @@
-"""Windows in an order drawn by a seed."""
+"""Windows in a random order determined by a seed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stillhouse.data.windows import WindowSet
 
 @dataclass(frozen=True)
 class ChosenWindows:
-    """Some windows of a set, by their numbers."""
+    """A subset of windows, selected by number."""
 
     windows: WindowSet
     numbers: Sequence[int]
@@ -27,14 +27,17 @@ class ChosenWindows:
 
 
 def drawn_order(windows: WindowSet, seed: int | str) -> list[int]:
-    """The numbers of all windows. A purpose with its own text in the seed has its own order; none
-    of them is torch's with the same seed, in which training meets the windows."""
+    """The numbers of all windows in random order.
+
+    Include a text in the seed to get a separate order for each purpose. The order always differs
+    from the order of training, which torch draws.
+    """
     return random.Random(seed).sample(range(len(windows)), len(windows))
 
 
 def draw_windows(windows: WindowSet, tokens: int, seed: int) -> tuple[list[dict[str, Tensor]], int]:
-    """Windows with supervised tokens in drawn order, until there are `tokens` of them; and how many
-    there are."""
+    """Draw windows until they have `tokens` supervised tokens; return them and their number of
+    supervised tokens. Windows without supervised tokens are skipped."""
     drawn, found = [], 0
     for number in drawn_order(windows, seed):
         window = windows[number]

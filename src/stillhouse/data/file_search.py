@@ -1,4 +1,4 @@
-"""Finds the files that the path of a recipe names: a file, a folder, or a glob pattern."""
+"""Finds the files that a recipe's path refers to: a file, a folder, or a glob pattern."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _ABOUT = re.compile(r"readme|licen[cs]e|changelog|contributing|copying", re.IGNO
 
 
 def find_files(name: str, base: Path, format: FileFormat | None = None) -> list[Path]:
-    """The files of a path, folder or glob pattern, sorted; hidden ones only if they are named.
+    """The files of a path, folder, or glob pattern, sorted; hidden files only if they are named.
 
-    base: the folder that relative paths start from; brackets and stars in it mean themselves, as
-    they do in the names of files and folders that exist. format: of the files to take from a
-    folder; None: every known one. Raises DataError if there is no file.
+    base: the folder that relative paths start from. Brackets and stars are literal in `base` and in
+    the names of existing files and folders. format: which files to use from a folder; None: every
+    known format. Raises DataError if there is no file.
     """
     if _URL.match(name):
         raise DataError(
-            "The path is a URL, and files are read from a disk",
+            "The path is a URL, but only local files are supported",
             where=name,
-            fix="download the file and give its path; for a dataset of the Hugging Face Hub, use "
+            fix="download the file and use its path; for a dataset on the Hugging Face Hub, use "
             "{kind: hub, dataset: ID}",
         )
     try:
@@ -59,7 +59,7 @@ def find_files(name: str, base: Path, format: FileFormat | None = None) -> list[
 
 
 def _literal_start(path: Path) -> Path:
-    """The part of a pattern that exists as it is written."""
+    """The longest leading part of a pattern that exists literally."""
     start = Path(path.anchor)
     for part in path.parts[1:]:
         if not (start / part).is_dir():
@@ -69,24 +69,24 @@ def _literal_start(path: Path) -> Path:
 
 
 def _unexpanded(name: str, path: Path) -> DataError | None:
-    """The error for a path that a shell would have expanded."""
+    """The error for a path with variables or braces that a shell would have expanded."""
     fix = ""
     if "$" in name:
         fix = "write the path without variables: they are not expanded"
     elif re.search(r"\{[^}]*,[^}]*\}", name):
-        fix = "give each file as a source of its own, or use * and [..]: braces are not expanded"
+        fix = "list each file as a separate source, or use * and [..]: braces are not expanded"
     return DataError("The file does not exist", where=path, fix=fix) if fix else None
 
 
 def _is_file(path: Path) -> bool:
-    """Raises DataError for a link to nothing: what it stood for would be left out."""
+    """Whether the path is a file. Raises DataError for a dangling link instead of skipping it."""
     if path.is_symlink() and not path.exists():
         raise missing(path)
     return path.is_file()
 
 
 def _matches(start: Path, parts: tuple[str, ...]) -> Iterator[Path]:
-    """What matches the parts of a pattern, in and below a folder."""
+    """The paths in and below a folder that match the parts of a pattern."""
     if "**" not in parts:
         yield from (start / match for match in glob.glob("/".join(parts), root_dir=start))
         return
@@ -98,10 +98,10 @@ def _matches(start: Path, parts: tuple[str, ...]) -> Iterator[Path]:
 
 
 def _folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
-    """The folder and all below it, each with the names of its files; without hidden ones, and
-    without folders that may not be read or vanish meanwhile.
+    """The folder and all folders below it, each with the names of its files.
 
-    Links to folders are followed last, and no folder is read twice: links may lead in a circle.
+    Hidden files and folders, and folders that are unreadable or vanish meanwhile, are skipped.
+    Links to folders are followed last, and no folder is read twice, because links can form cycles.
     """
     seen: set[str] = set()
     tops = [str(top)]
@@ -118,10 +118,10 @@ def _folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
 
 
 def files_with(folder: Path, endings: Sequence[str]) -> Iterator[Path]:
-    """Files in and below a folder that have one of the endings, compression aside."""
+    """Files in and below a folder that have one of the endings, ignoring compression."""
     ends = tuple(end + packed for end in endings for packed in ("", *COMPRESSIONS))
     for inside, names in _folders(folder):
-        for name in names:  # Paths are made of few: a folder may have a million files
+        for name in names:  # make few Path objects: a folder may have a million files
             if name.lower().endswith(ends):
                 yield inside / name
 
@@ -138,13 +138,13 @@ def _files_in(folder: Path, name: str, format: FileFormat | None) -> list[Path]:
     what = f"The folder has no {'known' if format is None else endings[0]} file"
     unread = unread_files(folder)
     if not unread:
-        fix = "give a folder with files of a format in docs/data.md#files, or name the files "
-        fix += f"themselves: path: {name.rstrip('/')}/*.EXT"
+        fix = "use a folder with files of a format in docs/data.md#files, or select the files by a "
+        fix += f"pattern: path: {name.rstrip('/')}/*.EXT"
         raise DataError(what, where=folder, fix=fix)
     first = max(unread.values(), key=len)[0]
     pattern = f"{name.rstrip('/')}/**/*{extension_of(first)}"
     convert = conversion(first)
-    fix = f"if they are plain text, name them by a pattern (kind: text): {pattern}"
+    fix = f"if they are plain text, select them by a pattern (kind: text): {pattern}"
     raise DataError(
         f"{what}, but {unread_summary(unread)}",
         where=folder,
@@ -153,8 +153,10 @@ def _files_in(folder: Path, name: str, format: FileFormat | None) -> list[Path]:
 
 
 def unread_files(folder: Path) -> dict[str, list[Path]]:
-    """Files in a folder that are not read, by extension: those of known formats, Markdown and the
-    like, and those without an extension are left out. Sorted."""
+    """Files in a folder that are not read, sorted, by extension.
+
+    Excludes files of known formats, Markdown and similar files, and files without an extension.
+    """
     found: dict[str, list[Path]] = {}
     for file in sorted(files_with(folder, ("",))):
         ending = extension_of(file)
@@ -168,8 +170,8 @@ def unread_summary(unread: Mapping[str, Sequence[Path]]) -> str:
 
 
 def other_texts(folder: Path) -> list[Path]:
-    """Files in a folder that are read as text only if they are named: Markdown and the like,
-    without those that describe a folder (README, LICENSE). Sorted."""
+    """Files in a folder that are read as text only if they are named, sorted: Markdown and similar
+    files, except those that describe the folder (README, LICENSE)."""
     return sorted(
         file
         for file in files_with(folder, ALSO_TEXT)

@@ -1,4 +1,4 @@
-"""Reads the keys of messages and rows that say which turns are learned."""
+"""Reads the keys of messages and rows that select which turns are supervised."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from stillhouse.errors import DataError
 
 LEARNED = ("weight", "train", "training", "loss", "trainable")
-"""Keys that say with 1 or true that a turn is learned: those of OpenAI, Axolotl (two), ms-swift
-and Fireworks."""
+"""Keys whose value 1 or true means that a turn is supervised: those of OpenAI, Axolotl (two),
+ms-swift, and Fireworks."""
 MASKED = ("masked",)
 """Keys with the opposite meaning: torchtune's."""
 OF_MESSAGE = re.compile(
@@ -23,8 +23,10 @@ _OF_ROW = re.compile(r"(^|_)(weights?|loss|mask|masks|train|trainable)(_|$)")
 def reject_suspects(
     keys: Mapping[str, Any], pattern: re.Pattern[str], owner: str, where: str
 ) -> None:
-    """Raise DataError for an unknown key that seems to change what is learned: 1 does not, unless
-    it may say that something is masked, and 0 does not if the key says that it is skipped."""
+    """Raise DataError for an unknown key that seems to change what is supervised.
+
+    The value 1 is harmless unless the key may mean "masked"; 0 is harmless if it means "skipped".
+    """
     for key, value in keys.items():
         harmless: tuple[Any, ...] = (None, [], 1)
         if re.search("skip|ignore", str(key)):
@@ -33,23 +35,25 @@ def reject_suspects(
             harmless = (None, [])
         if pattern.search(str(key)) and value not in harmless:
             raise DataError(
-                f"{owner} has a key `{key}`, which seems to change what is learned and is not "
-                f"known (known for a message: {', '.join(f'`{k}`' for k in LEARNED + MASKED)})",
+                f"{owner} has an unknown key `{key}`, which seems to change what is trained on "
+                f"(keys known in a message: {', '.join(f'`{k}`' for k in LEARNED + MASKED)})",
                 where=where,
-                fix="write `weight`: 0 in each assistant message that is not to be learned, and "
+                fix="write `weight`: 0 in each assistant message that must not be trained on, and "
                 f"remove or rename `{key}`",
             )
 
 
 def reject_weighted_row(row: Mapping[str, Any], where: str) -> None:
-    """Raises DataError if a key of the row, such as `weight` or `train`, seems to say whether it is
-    learned. Text under such a key (`train: test`) is the name of something else."""
+    """Raise DataError if a key of the row, such as `weight` or `train`, seems to be a loss flag.
+
+    A string under such a key (`train: test`) has a different meaning and is accepted.
+    """
     suspects = {k: v for k, v in row.items() if not isinstance(v, str)}
     reject_suspects(suspects, _OF_ROW, "The row", where)
 
 
 def take_weights(messages: list[dict[str, Any]], key: str, where: str) -> frozenset[int]:
-    """Removes the keys for the loss; returns the indices of assistant turns that are context."""
+    """Remove the loss flags; return the indices of assistant turns that are context only."""
     context_only = set()
     for index, message in enumerate(messages):
         flags = {name: message.pop(name) for name in (*LEARNED, *MASKED) if name in message}
@@ -59,12 +63,12 @@ def take_weights(messages: list[dict[str, Any]], key: str, where: str) -> frozen
                 raise DataError(
                     f"`{key}[{index}].{name}` must be 0 or 1, but it is {value!r}",
                     where=where,
-                    fix="use 1 for a turn that is learned, and 0 for one that is context only",
+                    fix="use 1 for a turn to train on, and 0 for a turn that is context only",
                 )
         learned = {bool(value) == (name in LEARNED) for name, value in flags.items()}
         if len(learned) > 1:
             raise DataError(
-                f"`{key}[{index}]` has contradictory flags for the loss: {flags}",
+                f"`{key}[{index}]` has contradictory loss flags: {flags}",
                 where=where,
                 fix="keep only one of these keys",
             )
@@ -72,8 +76,8 @@ def take_weights(messages: list[dict[str, Any]], key: str, where: str) -> frozen
             context_only.add(index)
         elif message["role"] != "assistant" and learned == {True}:
             raise DataError(
-                f"`{key}[{index}]` is marked as learned, but its role is {message['role']}: only "
-                "assistant turns can be learned",
+                f"`{key}[{index}]` is marked for training, but its role is {message['role']}: only "
+                "assistant turns can be trained on",
                 where=where,
                 fix=f"remove `{next(iter(flags))}` from this message",
             )

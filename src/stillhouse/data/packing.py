@@ -1,15 +1,13 @@
 """Places rows in windows of a fixed length.
 
-Shapes: R windows, L tokens in a window (the context). labels_RL[r, t] is the token at t where it
-is to be predicted, otherwise -100; the shift is made in `data.shift`. position_ids_RL restart at 0
-with every segment, which is how transformers (without an attention mask) keeps segments from
-attending to each other: see `find_packed_sequence_indices` in its masking_utils. Padding is its own
-segment.
+Shapes: R windows, L tokens in a window (the context). labels_RL[r, t] is the token at t if it is
+supervised, otherwise -100; `data.shift` shifts the labels. position_ids_RL restart at 0 with every
+segment: this is how transformers, without an attention mask, keeps segments from attending to each
+other (see `find_packed_sequence_indices` in its masking_utils). Padding is a separate segment.
 
-The plan is greedy: a window takes the longest unsplittable row that fits, again and again
-(first-fit decreasing, at most 11/9 of the fewest windows + 1); what is left of it takes the
-longest piece of text that fits, and finally a part of one. Documents are not split if possible, and
-windows are full nevertheless.
+The plan is greedy. A window first takes the longest unsplittable rows that fit (first-fit
+decreasing, which needs at most 11/9 of the optimal number of windows + 1), then the longest pieces
+of text that fit, and finally a part of a piece. Windows are full, and few documents are split.
 """
 
 from __future__ import annotations
@@ -27,16 +25,17 @@ from stillhouse.data.shift import IGNORED
 
 
 def smallest_part(context: int) -> int:
-    """A text is not cut to fill fewer tokens: they would be trained on almost without context."""
+    """The fewest tokens that a text is cut to fill: shorter parts would have almost no context."""
     return max(2, min(16, context // 16))
 
 
 def most_windows(tokens: int, context: int, *, packed: bool, splittable: bool) -> int:
-    """The most windows that so many tokens can fill. splittable: every row is.
+    """Upper bound on the number of windows that this many tokens fill.
 
-    A window that is not the last lacks fewer than `smallest_part` tokens if rows can be cut. If
-    they cannot, any two windows have more than `context` tokens together, since nothing of the
-    later one fitted the earlier one; and the last row may exceed `tokens`.
+    splittable: every row is splittable. Then every window but the last has fewer than
+    `smallest_part` tokens of padding. Otherwise, any two windows together have more than `context`
+    tokens, since no row of the later window fits into the earlier one; and the last row may exceed
+    `tokens`.
     """
     if not packed:
         return tokens
@@ -54,8 +53,8 @@ class Segment(NamedTuple):
 
 
 class Plan:
-    """The segments of every window, in columns: 20 bytes for each, because there may be hundreds of
-    millions."""
+    """The segments of every window, stored in columns of 20 bytes per segment, because there can be
+    hundreds of millions."""
 
     def __init__(self) -> None:
         self._rows, self._starts, self._lengths = array("q"), array("q"), array("i")
@@ -111,9 +110,9 @@ class _ByLength:
 
 
 def plan_isolated(lengths: Sequence[int], splittable: Sequence[bool], context: int) -> Plan:
-    """Windows that documents share. Every token of every row is placed exactly once.
+    """Plan windows that documents share. Every token of every row is placed exactly once.
 
-    Rows that are not splittable must be at most `context` long.
+    Rows that are not splittable must have at most `context` tokens.
     """
     whole, text = _ByLength(), _ByLength()
     for row in reversed(range(len(lengths))):  # pop() removes the last: rows stay in order
@@ -144,7 +143,7 @@ def _fill(whole: _ByLength, text: _ByLength, room: int, smallest: int) -> list[S
 
 
 def plan_single(lengths: Sequence[int], splittable: Sequence[bool], context: int) -> Plan:
-    """One row, or one piece of a long text, per window."""
+    """Plan windows with one row, or one piece of a long text, each."""
     assert all(n <= context or cut for n, cut in zip(lengths, splittable, strict=True))
     plan = Plan()
     for row, length in enumerate(lengths):
@@ -160,7 +159,7 @@ def _chunks(row: int, length: int, context: int) -> Iterator[Segment]:
 
 @dataclass(frozen=True)
 class Window:
-    """One window, [L] each."""
+    """The arrays of one window, [L] each."""
 
     input_ids_L: NDArray[np.int32]
     labels_L: NDArray[np.int32]
@@ -173,8 +172,7 @@ def fill_windows(
     context: int,
     pad_id: int,
 ) -> Iterator[Window]:
-    """The windows of a plan, one at a time. read: the ids of a segment, and which of them are
-    supervised."""
+    """Yield the windows of a plan. read: returns the token ids of a segment and its loss mask."""
     for segments in plan:
         input_ids_L = np.full(context, pad_id, dtype=np.int32)
         labels_L = np.full(context, IGNORED, dtype=np.int32)

@@ -1,7 +1,7 @@
-"""Windows for inspection: supervised tokens, context, and the ends of documents.
+"""Shows windows for inspection: supervised tokens, context, and document boundaries.
 
-Every part of a row is in its tokens, or the row is rejected; so the tokens show all of a row and
-which parts are learned. Learned text is also between marks, for a terminal without colors.
+A row is rejected unless its tokens contain all of it, so the tokens show the complete row and which
+parts are supervised. Supervised text is also bracketed, for terminals without colors.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ OPENS, CLOSES = "⟦", "⟧"
 
 
 def preview(windows: Windows, tokenizer: Any, rows: int) -> RenderableType:
-    """A rich renderable of the first `rows` windows, colored by loss mask.
+    """Render the first `rows` windows with rich, colored by loss mask.
 
-    The first token of a document is context: nothing precedes it. Windows are stored in random
-    order, so the first ones are a sample.
+    The first token of a document is context, because nothing precedes it. Windows are stored in
+    random order, so the first ones are a sample.
     """
     legend = Text.assemble(
         (OPENS, MARKS),
@@ -48,7 +48,7 @@ def preview(windows: Windows, tokenizer: Any, rows: int) -> RenderableType:
 
 
 def _rows_read(windows: Windows) -> Iterator[Text]:
-    """The formats of the rows that were read, and which parts are not learned."""
+    """The formats of the rows that were read, and the parts that are not supervised."""
     if windows.info.formats:
         formats = (f"{count:,} {name}" for name, count in windows.info.formats.items())
         yield Text(f"rows read: {', '.join(formats)}")
@@ -57,7 +57,7 @@ def _rows_read(windows: Windows) -> Iterator[Text]:
 
 
 def segments(windows: Windows, row: int) -> tuple[list[slice], slice]:
-    """The documents (or parts of documents) of a window, and its padding."""
+    """The slices of the documents (or parts of documents) in a window, and of its padding."""
     position_ids_L = windows.position_ids_RL[row]
     starts = [*np.flatnonzero(position_ids_L == 0).tolist(), windows.context]
     parts = [slice(start, end) for start, end in pairwise(starts)]

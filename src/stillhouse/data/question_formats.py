@@ -1,7 +1,8 @@
-"""Reads a question with its answer, in the flat forms of instruction data, as a chat.
+"""Reads a question and its answer, in the flat formats of instruction data, as a chat.
 
-Alpaca (`instruction`, `input`, `output`, and LLaMA-Factory's `system` and `history`), Dolly
-(`instruction`, `context`, `response`), question and answer, prompt and response, and similar.
+The formats are Alpaca's (`instruction`, `input`, `output`, and LLaMA-Factory's `system` and
+`history`), Dolly's (`instruction`, `context`, `response`), question and answer, prompt and
+response, and similar ones.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from stillhouse.errors import DataError
 _QUESTIONS = ("instruction", "prompt", "question", "query", "problem")
 _CONTEXTS = ("context", "passage", "article", "document")
 _MORE = ("input", *_CONTEXTS)
-"""Text that belongs to the question: after an instruction, but a context before its question."""
+"""Text that belongs to the question. It follows an instruction, but a context precedes its
+question."""
 _ANSWERS = ("output", "response", "answer", "answers", "completion", "solution")
 _BESIDE = ("system", "system_prompt", "history", "tools", "functions")
-"""Keys that belong to the chat that is made of the question and its answer."""
+"""Keys that belong to the chat made from the question and its answer."""
 _UNCLEAR = re.compile(
     r"[a-e]|(option|choice)s?_?\w?|(\w+_)?(cot|rationales?|explanations?|thoughts?|chain_of_thought"
     r"|(reasoning|thinking)_\w+|\w+_(reasoning|thinking)|trajectory"
     r"|corrected|reflections?|critiques?|revisions?|revised|distractors?_?\d*)"
 )
-"""Keys of choices, and of reasoning and corrections that may or may not be part of what is to be
-learned."""
-_WRITE = "write the row as `messages`: the question from user, the answer from assistant"
+"""Keys of choices, reasoning, and corrections, which may or may not be part of the target."""
+_WRITE = "write the row as `messages`, with the question from user and the answer from assistant"
 
 
 def is_pair(row: Mapping[str, Any]) -> bool:
@@ -42,7 +43,7 @@ def is_pair(row: Mapping[str, Any]) -> bool:
 
 
 def pair_texts(row: Mapping[str, Any]) -> dict[str, str]:
-    """The first question and answer of a row, by their keys; none if they are not two texts."""
+    """The first question and answer of a row, by key; empty unless both are strings."""
     keys = _lower(row)
     question = next(key for key in (*_QUESTIONS, "input") if key in keys)
     answer = next(key for key in _ANSWERS if key in keys)
@@ -51,14 +52,14 @@ def pair_texts(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def is_question(row: Mapping[str, Any]) -> bool:
-    """Whether a row has a question in two parts, such as `instruction` and `input`, with its
-    answer or without."""
+    """Whether a row has a question in two parts, such as `instruction` and `input`, with or without
+    an answer."""
     keys = _lower(row)
     return any(key in keys for key in _QUESTIONS) and any(key in keys for key in _MORE)
 
 
 def unread_keys(row: Mapping[str, Any], key: str) -> list[str]:
-    """The keys of text that belongs to the question under `key`, if that is one."""
+    """The keys of further text that belongs to the question under `key`, if it is a question."""
     keys = _lower(row)
     if key.lower() not in _QUESTIONS or not isinstance(row.get(key), str):
         return []
@@ -67,7 +68,7 @@ def unread_keys(row: Mapping[str, Any], key: str) -> list[str]:
 
 
 def read_pair(row: Mapping[str, Any], where: str) -> tuple[Conversation, list[str]]:
-    """The chat, and the keys that were read. Raises DataError for a row that is not clear."""
+    """Return the chat and the keys that were read. Raises DataError for an ambiguous row."""
     keys = _lower(row)
     named = {key: row[keys[key]] for key in _BESIDE if key in keys}
     row = {**row, **named}
@@ -98,8 +99,8 @@ def read_pair(row: Mapping[str, Any], where: str) -> tuple[Conversation, list[st
 
 
 def read_question(row: Mapping[str, Any], where: str) -> tuple[str, list[str]]:
-    """The question with all that belongs to it, and the keys that were read, the question's first.
-    Raises DataError for a row that is not clear."""
+    """Return the question with all text that belongs to it, and the keys that were read, the
+    question's first. Raises DataError for an ambiguous row."""
     keys = _lower(row)
     questions = [key for key in _QUESTIONS if key in keys]
     more = [key for key in _MORE if key in keys]
@@ -115,7 +116,7 @@ def read_question(row: Mapping[str, Any], where: str) -> tuple[str, list[str]]:
     ]  # fmt: skip
     if unclear:
         raise DataError(
-            f"It is not clear what is learned of {_named(unclear, keys)}", where=where, fix=_WRITE
+            f"It is not clear whether to train on {_named(unclear, keys)}", where=where, fix=_WRITE
         )
     question = questions[0]
     text = _string(row, keys[question], where)
@@ -129,7 +130,7 @@ def read_question(row: Mapping[str, Any], where: str) -> tuple[str, list[str]]:
 
 def _not_clear(several: list[str], keys: Mapping[str, str], where: str) -> DataError:
     return DataError(
-        f"It is not clear what is learned: the row has {_named(several, keys)}",
+        f"It is not clear what to train on: the row has {_named(several, keys)}",
         where=where,
         fix=f"{_WRITE}; or keep one of these keys",
     )
@@ -146,7 +147,7 @@ def _answer(row: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
         raise DataError(
             f"`{key}` must be one string, but it is {found}",
             where=where,
-            fix=f"write the one answer that is to be learned as a string in `{key}`",
+            fix=f"write the answer to train on as a string in `{key}`",
         )
     require_answer(value, key, where)
     calls = calls_in(value, where) if row.get("tools") else None
@@ -154,7 +155,7 @@ def _answer(row: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
 
 
 def _history(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
-    """Earlier turns: pairs of a user's and an assistant's text."""
+    """Earlier turns, from pairs of a user and an assistant text."""
     turns = []
     history = from_json(row.get("history"), where) or []
     for pair in history if isinstance(history, list) else [history]:
@@ -178,7 +179,7 @@ def _string(row: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def _lower(row: Mapping[str, Any]) -> dict[str, str]:
-    """Keys by their lower case: some data sets write Question and Answer."""
+    """Map lower-case names to keys, because some datasets write Question and Answer."""
     return {str(key).lower(): key for key in row}
 
 

@@ -1,9 +1,9 @@
-"""Separates reasoning and answer in a model's text.
+"""Separates the reasoning and the answer in a model's output.
 
 Models write their reasoning between model-specific marks: `<think>` and `</think>`, `[THINK]` and
-`[/THINK]`, gpt-oss's channels. A mark is text or a special token; the chat template may write the
-first one in its generation prompt; and the token limit may come before the last one. What stands
-between the marks is reasoning, and everything else is the answer.
+`[/THINK]`, or gpt-oss's channels. A mark is text or a special token. The chat template may write
+the opening mark in its generation prompt, and the token limit may cut off the closing mark. The
+text between the marks is the reasoning, and everything else is the answer.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ANSWER: tuple[Pair, ...] = (
     ("<|START_TEXT|>", "<|END_TEXT|>"),
     ("[BEGIN FINAL RESPONSE]", "[END FINAL RESPONSE]"),
 )
-# A prompt may request these words: they are marks only if the chat template has them.
+# A prompt may ask for these words, so they are marks only if the chat template contains them.
 _REASONING_OF_TEMPLATES: tuple[Pair, ...] = (
     ("<thought>", "</thought>"),
     ("<|think|>", "<|content|>"),
@@ -48,10 +48,10 @@ _CHANNEL = re.compile(
 CHANNEL = "<|channel|>"
 _HARMONY = (CHANNEL, "<|message|>", "<|start|>", "<|end|>", "<|return|>", "<|call|>")
 _CHANNEL_NAMES = re.compile(r"analysis(.*?)assistantfinal(.*)", re.DOTALL)
-"""The same from a server that removed the special tokens."""
+"""The same, from a server that removed the special tokens."""
 
 SPOKEN = re.compile("|".join(re.escape(mark) for pair in _REASONING for mark in pair))
-"""Marks that an assistant's text may hold, and mean."""
+"""Marks that are read as reasoning marks in an assistant message."""
 
 KEYS = ("reasoning_content", "reasoning", "thinking")
 """Message keys that contain reasoning."""
@@ -59,7 +59,7 @@ KEYS = ("reasoning_content", "reasoning", "thinking")
 
 @dataclass(frozen=True)
 class SplitTurn:
-    """answer: empty if the reasoning was cut off, since then there is none."""
+    """A turn split into reasoning and answer. answer: empty if the reasoning was cut off."""
 
     reasoning: str
     answer: str
@@ -67,14 +67,14 @@ class SplitTurn:
 
 @dataclass(frozen=True)
 class Marks:
-    """reasoning: pairs of marks around reasoning. answer: pairs around the answer."""
+    """Pairs of marks around the reasoning and around the answer."""
 
     reasoning: tuple[Pair, ...] = _REASONING
     answer: tuple[Pair, ...] = _ANSWER
 
     @classmethod
     def of(cls, tokenizer: Any) -> Marks:
-        """Those of a model with this tokenizer."""
+        """The marks of a model with this tokenizer."""
         return _marks_of(str(getattr(tokenizer, "chat_template", None) or ""))
 
     @classmethod
@@ -86,10 +86,10 @@ class Marks:
         return next(iter(_written(_REASONING, template)), None)
 
     def split(self, text: str, *, cut_off: bool = False) -> SplitTurn:
-        """cut_off: the text ends at the token limit.
+        """Split a text into reasoning and answer. cut_off: the text ends at the token limit.
 
-        An opening mark inside an answer that is never closed is a part of the answer, unless the
-        text is cut off there.
+        An opening mark inside an answer that is never closed is part of the answer, unless the text
+        is cut off.
         """
         if channels := _CHANNEL.findall(text):
             final = [body for name, _, body in channels if name == "final"]
@@ -103,18 +103,18 @@ class Marks:
         return SplitTurn(parts.reasoning, self._unwrapped(parts.answer))
 
     def opened(self, prompt: str) -> str:
-        """The opening mark that the prompt ends with, and whitespace after it; or nothing."""
+        """The opening mark that the prompt ends with, and the whitespace after it; or ""."""
         for opening, _ in self.reasoning:
             if prompt.rstrip().endswith(opening):
                 return prompt[prompt.rindex(opening) :]
         return ""
 
     def closing(self, opened: str) -> str:
-        """The mark that ends what `opened` began."""
+        """The closing mark that belongs to the opening mark `opened`."""
         return dict(self.reasoning)[opened.rstrip()]
 
     def closes(self, opened: str, text: str) -> bool:
-        """Whether the text continues the reasoning that `opened` began, up to its end."""
+        """Whether the text continues the reasoning that `opened` begins, and closes it."""
         mark = opened.rstrip()
         return self.closing(opened) in text and not text.lstrip().startswith(mark)
 
@@ -147,7 +147,7 @@ class Marks:
             elif here in opens:
                 answer.append(piece)
                 inside = here
-            else:  # opened by the prompt, or closed twice: it was all reasoning until here
+            else:  # opened by the prompt, or closed twice: all text so far was reasoning
                 reasoning += [*answer, piece]
                 answer = []
             at = mark.end()
@@ -181,7 +181,7 @@ def _written(pairs: Iterable[Pair], template: str) -> tuple[Pair, ...]:
 
 
 def _quoted(text: str, mark: re.Match[str]) -> bool:
-    """Whether the answer speaks of the mark, in quotation marks or backquotes."""
+    """Whether the answer only mentions the mark, in quotation marks or backquotes."""
     before, after = text[: mark.start()][-1:], text[mark.end() :][:1]
     return bool(before and after) and before in "`'\"“‘" and after in "`'\"”’"
 
@@ -191,13 +191,13 @@ MARKS = Marks()
 
 
 def decode_with_marks(tokenizer: Any, ids: Iterable[int]) -> str:
-    """The text of tokens without special tokens, except those that mark reasoning."""
+    """Decode tokens without special tokens, except those that mark reasoning."""
     added = tokenizer.added_tokens_decoder
     marks = Marks.of(tokenizer)
     kept = {mark for pair in (*marks.reasoning, *marks.answer) for mark in pair}
     if {CHANNEL, "<|message|>"} <= tokenizer.added_tokens_encoder.keys():
         kept.update(_HARMONY)
-    # A mark may be a token and some letters: <|channel> and "thought".
+    # A mark may be a token followed by letters: <|channel> and "thought".
     shown = [
         one
         for one in map(int, ids)
@@ -209,6 +209,6 @@ def decode_with_marks(tokenizer: Any, ids: Iterable[int]) -> str:
 
 
 def reasoning_of(message: Mapping[str, Any]) -> str:
-    """What a message holds as its reasoning apart from its content."""
+    """The reasoning that a message has under a separate key; "" if none."""
     found = (message.get(key) for key in KEYS)
     return next((text for text in found if isinstance(text, str) and text.strip()), "")

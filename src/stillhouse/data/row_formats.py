@@ -1,4 +1,4 @@
-"""Makes a document of a row of a file or dataset, or rejects it."""
+"""Turns a row of a file or dataset into a document, or rejects it."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ from stillhouse.data.words import MISSING
 from stillhouse.errors import DataError
 
 _CHATS = ("messages", "conversations", "conversation")
-"""Keys of a chat."""
+"""Keys that contain a chat."""
 _NAMES = ("messages", "conversations", "prompt", "completion")
 """Keys whose misspellings are reported."""
 _CHAT_KEYS = ("system", "system_prompt", "tools", "functions", "parallel_tool_calls")
-"""Keys that are read in addition to a chat. Parallel calls do not affect the text."""
+"""Keys that are read together with a chat. `parallel_tool_calls` does not affect the text."""
 _PREFERENCES = {
-    r"(chosen|preferred)(_\w+)?": "an answer that is preferred to another",
-    r"(rejected|non_preferred|dispreferred)(_\w+)?": "an answer that another is preferred to",
+    r"(chosen|preferred)(_\w+)?": "a preferred answer",
+    r"(rejected|non_preferred|dispreferred)(_\w+)?": "a rejected answer",
 }
-"""Keys of preference data, and what they hold."""
+"""Keys of preference data, and their meaning."""
 _ASKS = ("user", "human", "system", "tool", "observation")
 _OF_TREES = ("message_id", "parent_id", "message_tree_id")
-"""Keys with which a row names the message before it: OpenAssistant's."""
+"""Keys that link a row to the previous message, as in OpenAssistant's data."""
 _MISSING = re.compile(rf"{MISSING}|nan|none", re.I)
-"""What programs write for a missing value into a text or a cell."""
-MISSING_AS_TEXT = "a text that is only `NaN`, `null`, `None` or the like is read as that word"
+"""How programs write a missing value as text."""
+MISSING_AS_TEXT = "a text that is only `NaN`, `null`, `None`, or similar is read as that word"
 _TOKENIZED = ("input_ids", "segments")
 
 
 def document_from_row(row: Mapping[str, Any], text_key: str, where: str) -> AnyDocument | None:
     """The document in `row`, or None if its text is blank.
 
-    Looks for a chat (also ChatGPT's export), then `prompt` with `completion`, then a question with
-    its answer in one of their many forms, then `text_key`; a `text_key` other than "text" was set
-    by the user, so it comes first. Raises DataError if there is none of them, or if it is not clear
-    what is learned.
+    Looks for a chat (including ChatGPT's export), then `prompt` with `completion`, then a question
+    with its answer in any known format, then `text_key`. A `text_key` other than "text" was set by
+    the user, so it comes first. Raises DataError if none is found, or if it is ambiguous what to
+    train on.
     """
     given = {key: value for key, value in row.items() if value is not None}
     if text_key != "text":
@@ -84,8 +84,10 @@ def document_from_row(row: Mapping[str, Any], text_key: str, where: str) -> AnyD
 
 
 def _is_rendered(given: Mapping[str, Any], text_key: str, where: str) -> bool:
-    """Whether the text of a row is its question and answer once more, as in Alpaca's files on the
-    Hub. Raises DataError if it is another text than these."""
+    """Whether the text of a row repeats its question and answer, as in Alpaca's files on the Hub.
+
+    Raises DataError if it is a different text.
+    """
     pair, text = pair_texts(given), given[text_key]
     if not pair or not isinstance(text, str) or is_blank(text):
         return bool(pair)
@@ -93,14 +95,15 @@ def _is_rendered(given: Mapping[str, Any], text_key: str, where: str) -> bool:
         return True
     names = " and ".join(f"`{key}`" for key in pair)
     raise DataError(
-        f"It is not clear what is learned: the row has `{text_key}`, and also {names}",
+        f"It is not clear what to train on: the row has `{text_key}`, and also {names}",
         where=where,
-        fix=f"remove `{text_key}` to learn the answer; or remove {names} to learn the whole text",
+        fix=f"remove `{text_key}` to train on the answer, or remove {names} to train on the whole "
+        "text",
     )
 
 
 def _exported(given: Mapping[str, Any], where: str) -> Conversation | None:
-    """A chat of ChatGPT's export; None if it has no answer in text."""
+    """Read a chat from ChatGPT's export; None if no answer in it is text."""
     messages, notes = chatgpt_messages(given, where)
     if not messages:
         return None
@@ -109,8 +112,7 @@ def _exported(given: Mapping[str, Any], where: str) -> Conversation | None:
 
 
 def _noted(document: AnyDocument, given: Mapping[str, Any], used: Collection[str]) -> AnyDocument:
-    """The document with notes about keys of its row that are not read, and about texts that seem
-    to stand for a missing value."""
+    """Add notes about keys that are not read, and about texts that seem to be missing values."""
     notes = list(document.about.notes)
     unread = sorted(str(key) for key in given if key not in used)
     if unread:
@@ -147,7 +149,7 @@ def _plain(row: Mapping[str, Any], key: str, where: str) -> AnyDocument | None:
 def _completion(row: Mapping[str, Any], where: str) -> AnyDocument:
     prompt, completion = (chat_or_text(row[key], where) for key in ("prompt", "completion"))
     if isinstance(prompt, str):
-        completion = row["completion"]  # JSON that answers a text, if it is text
+        completion = row["completion"]  # the answer to a text prompt may be JSON: keep it as text
     if isinstance(prompt, list) and isinstance(completion, list):
         chat = read_chat(row, "prompt", where, completion="completion")
         return replace(chat, about=About("prompt and completion", chat.about.notes))
@@ -160,9 +162,9 @@ def _completion(row: Mapping[str, Any], where: str) -> AnyDocument:
     for key in ("system", "system_prompt", "tools", "functions"):
         if row.get(key):
             raise DataError(
-                f"`{key}` belongs to a chat, and `prompt` and `completion` are strings",
+                f"`{key}` belongs to a chat, but `prompt` and `completion` are strings",
                 where=where,
-                fix="write the row as `messages`, or write all of its prompt into `prompt`",
+                fix="write the row as `messages`, or write the complete prompt into `prompt`",
             )
     reject_weighted_row(row, where)
     prompt = _text(prompt, "prompt", where)
@@ -171,7 +173,7 @@ def _completion(row: Mapping[str, Any], where: str) -> AnyDocument:
 
 
 def _text(value: Any, key: str, where: str) -> str:
-    fix = f"remove the row, write its `{key}` as a string, or name another column in text_key"
+    fix = f"remove the row, write its `{key}` as a string, or set text_key to a different column"
     return require_text(value, key, where, fix)
 
 
@@ -179,7 +181,7 @@ def _text(value: Any, key: str, where: str) -> str:
 
 
 def _reject_judged(given: Mapping[str, Any], messages: Any, where: str) -> None:
-    """Raise DataError for a chat whose answer is under another key, or is rated."""
+    """Raise DataError for a chat whose answer is under a different key or is rated."""
     last = messages[-1] if isinstance(messages, list) and messages else None
     answer = isinstance(last, Mapping) and (last.get("role", last.get("from")) not in _ASKS)
     if "kto_tag" in given or _is_rating(given.get("label")) or not answer:
@@ -187,20 +189,20 @@ def _reject_judged(given: Mapping[str, Any], messages: Any, where: str) -> None:
 
 
 def _is_rating(label: Any) -> bool:
-    """Whether a label says yes or no, also as a number or as text (CSV)."""
+    """Whether a label is a boolean, also as a number or as text (CSV)."""
     return str(label).strip().lower() in ("true", "false", "0", "1", "0.0", "1.0")
 
 
 def _reject_others(given: Mapping[str, Any], where: str) -> None:
-    """Raise DataError for well-known rows that do not define what to write."""
+    """Raise DataError for rows of well-known formats that do not define one text to train on."""
     for pattern, meaning in _PREFERENCES.items():
         for key in given:
             if re.fullmatch(pattern, str(key)):
                 raise DataError(
-                    f"This is a row of preferences: `{key}` is {meaning}, and only what is to be "
-                    "written can be learned",
+                    f"This is a row of preference data: `{key}` is {meaning}, and preferences "
+                    "cannot be trained on",
                     where=where,
-                    fix="keep the preferred answer: write the chat with it as `messages`",
+                    fix="keep only the preferred answer: write the chat with it as `messages`",
                 )
     chat = is_pair(given) or any(key in given for key in ("completion", *_CHATS))
     if "kto_tag" in given:
@@ -208,20 +210,20 @@ def _reject_others(given: Mapping[str, Any], where: str) -> None:
             "This is a row of rated answers (KTO): `kto_tag` states whether the answer is "
             "preferred",
             where=where,
-            fix="keep the rows whose kto_tag is true, and remove the key `kto_tag`",
+            fix="keep only the rows whose `kto_tag` is true, and remove that key",
         )
     if chat and _is_rating(given.get("label")):
         raise DataError(
             f"This seems to be a row of rated answers (KTO): `label` is {given['label']!r}",
             where=where,
-            fix="if it states whether the answer is good, keep the rows in which it is true, "
-            "without the key; if it states something else, rename the key",
+            fix="if it states whether the answer is good, keep only the rows in which it is true, "
+            "and remove the key; otherwise, rename the key",
         )
     if "prompt" in given and "completions" in given:
         raise DataError(
-            "The row has several `completions`, which are steps or rivals",
+            "The row has several `completions`, which are steps or alternatives",
             where=where,
-            fix="write one `completion` for each row",
+            fix="write one `completion` per row",
         )
     if "role" in given and any(key in given for key in _OF_TREES):
         raise DataError(
@@ -233,19 +235,19 @@ def _reject_others(given: Mapping[str, Any], where: str) -> None:
     for key in _TOKENIZED:
         if isinstance(given.get(key), list):
             raise DataError(
-                f"The row is already tokenized or divided (`{key}`)",
+                f"The row is already tokenized or split into segments (`{key}`)",
                 where=where,
-                fix="give the text itself: `messages`, or `prompt` with `completion`",
+                fix="write the text itself: `messages`, or `prompt` with `completion`",
             )
     for key in ("body", "request"):
         inside = given.get(key)
         inside = inside.get("body", inside) if isinstance(inside, Mapping) else None
         if isinstance(inside, Mapping) and "messages" in inside:
             raise DataError(
-                f"This is a request to an API (`{key}`), whose messages have no answer yet",
+                f"This is an API request (`{key}`), whose messages have no answer yet",
                 where=where,
-                fix="to have a teacher answer it, name the file in synthesize.prompts; with the "
-                "answers, write each chat as `messages`",
+                fix="to have a teacher answer it, list the file in synthesize.prompts; if you have "
+                "the answers, write each chat as `messages`",
             )
 
 
@@ -255,8 +257,8 @@ def _missing_key(row: Mapping[str, Any], text_key: str, where: str) -> DataError
     return DataError(
         f"The row has no `{text_key}`; {has}"
         if text_key != "text"
-        else "The row has no `text`, no `messages` and no `prompt` with `completion`, and is in no "
-        f"other known format; {has}",
+        else "The row has no `text`, no `messages`, and no `prompt` with `completion`, and is not "
+        f"in any other known format; {has}",
         where=where,
         fix=header_hint(keys) + _advice(row, text_key, keys),
     )
@@ -279,14 +281,14 @@ def _advice(row: Mapping[str, Any], text_key: str, keys: list[str]) -> str:
         has, lacks = given[0], "completion" if given[0] == "prompt" else "prompt"
         others = [key for key in texts if key != has]
         rename = f"rename `{others[0]}` to `{lacks}`" if len(others) == 1 else ""
-        return rename or "give both `prompt` and `completion`"
+        return rename or "write both `prompt` and `completion`"
     parts = [key for key in keys if isinstance(row.get(key), (list, Mapping)) and row[key]]
     if not texts or parts:
         return "write the row as `text`, as `messages`, or as `prompt` with `completion`"
     longest = max(texts, key=lambda key: len(row[key]))
     if len(texts) == 1:
-        return f"set text_key to the key of the text: text_key: {longest}"
+        return f"set text_key to the key that contains the text: text_key: {longest}"
     return (
         "write the training text as `messages`, or as `prompt` with `completion`; if one key "
-        f"contains the complete text, set e.g. text_key: {longest}"
+        f"contains the complete text, set text_key to it, e.g. text_key: {longest}"
     )

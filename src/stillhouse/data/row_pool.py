@@ -1,8 +1,8 @@
-"""The rows that may still be used.
+"""The pool of rows that may still be used.
 
-If the recipe limits its tokens, only the front of the hash order is reachable. Once enough rows are
-known, rows behind them are released, and later documents behind the last kept one are never
-tokenized: a limited run finds the same rows as with all of them.
+If the recipe limits its tokens, only the first rows in hash order can be used. Once enough rows are
+known, later rows in that order are released, and documents that come after the last kept row are
+not tokenized. The rows used are the same as if all had been kept.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from stillhouse.data.split import CANDIDATE, HASH, Records, divide, in_order, or
 from stillhouse.data.token_log import LoggedRow
 
 _PLACES = 1 << 8 * HASH
-"""Of groups in the order."""
+"""Number of possible places of a group in the order."""
 
 _CANDIDATE = struct.Struct(f"={2 * HASH}sqi?")
-"""How a record of CANDIDATE is written."""
+"""The binary layout of a CANDIDATE record."""
 
 
 class HashSet:
-    """A set of hashes in about 20 bytes each: most of them in a sorted array, and the newest in a
-    Python set, where each takes 100 bytes."""
+    """A set of hashes that takes about 20 bytes per hash: most are in a sorted array, and only the
+    newest are in a Python set, where each takes 100 bytes."""
 
     def __init__(self, newest: int = 1 << 16) -> None:
         self._newest = newest
@@ -42,7 +42,7 @@ class HashSet:
         return bool((self._sorted[place : place + 1] == short).any())
 
     def add(self, hash: bytes) -> bool:
-        """Whether the hash is new."""
+        """Add the hash; return whether it is new."""
         if hash in self:
             return False
         self._new.add(hash[:HASH])
@@ -55,18 +55,18 @@ class HashSet:
 
 
 def _halves(key: bytes) -> tuple[bytes, bytes]:
-    """The hashes of a key's group and content; NumPy leaves out zeros at its end."""
+    """The hashes of a key's group and content; NumPy strips trailing zeros from the key."""
     complete = key.ljust(2 * HASH, b"\0")
     return complete[:HASH], complete[HASH:]
 
 
 @dataclass
 class Pool:
-    """The place and the size of each row, not its tokens.
+    """The place and size of each row, without its tokens.
 
-    heldout_tokens and train_tokens: as for `split.divide`; train_tokens None keeps everything.
-    closed_groups: group hashes that are held out and must not be used. groups: where the group
-    hashes of all documents are collected, if they are needed.
+    heldout_tokens, train_tokens: as for `split.divide`; train_tokens None keeps every row.
+    closed_groups: hashes of held-out groups, which must not be used. groups: collects the group
+    hashes of all documents, if given.
     """
 
     seed: int
@@ -79,14 +79,14 @@ class Pool:
     rows_truncated: int = 0
     rows_dropped: int = 0
     formats: Counter[str] = field(default_factory=Counter)
-    """How many documents that were read have each format."""
+    """Number of documents read, by format."""
     notes: Counter[str] = field(default_factory=Counter)
-    """How many of them have something that is not learned or not read, by what it is."""
+    """Number of documents with a part that is not supervised or not read, by note."""
     _records: bytearray = field(default_factory=bytearray)
     _tokens: int = 0
     _seen: HashSet = field(default_factory=HashSet)
     _elsewhere: HashSet = field(default_factory=HashSet)
-    """The groups of what is used of other sources, if those have a limit of their own."""
+    """The groups used from other sources that have a `tokens` limit."""
     _last: bytes | None = None
     _prune_at: int | None = None
 
@@ -96,7 +96,7 @@ class Pool:
         return np.frombuffer(self._records, dtype=CANDIDATE)
 
     def admit(self, group: bytes, exact: bytes) -> bytes | None:
-        """The place of a new document in the order; None if it is not needed."""
+        """Return the place of a new document in the order; None if it is not needed."""
         if not self._seen.add(exact):
             self.duplicates_dropped += 1
             return None
@@ -117,7 +117,7 @@ class Pool:
             self._tokens += row.tokens
 
     def of_source(self, tokens: int) -> Pool:
-        """A pool for a source of which about so many tokens are used; then `take` it."""
+        """A pool for a source that is limited to about this many tokens; then `take` it."""
         return Pool(
             self.seed,
             0,
@@ -130,11 +130,11 @@ class Pool:
         )
 
     def take(self, source: Pool) -> None:
-        """Add what a source's pool has within its limit.
+        """Add the rows within the limit of a source's pool.
 
-        That is the front of the source's order. It is spread over the complete order, so that
-        held-out and training text have equal shares of the source. A group is therefore used from
-        one source only.
+        These are the first rows in the source's order. They are spread over the complete order, so
+        that held-out and training text have equal shares of the source. Because this changes their
+        places, a group is used from one source only.
         """
         taken = divide(source.candidates, 0, source.train_tokens).train
         rows = source.candidates[taken["index"]]
@@ -153,7 +153,7 @@ class Pool:
         self.rows_dropped += source.rows_dropped
 
     def prune(self) -> None:
-        """Releases rows behind the last one that the limits can reach."""
+        """Release rows after the last one that the limits can reach."""
         if self.train_tokens is None:
             return
         if self._prune_at is None:

@@ -1,7 +1,7 @@
-"""Reads rows from files: text, JSONL, JSON, CSV, TSV and Parquet, each also compressed.
+"""Reads rows from text, JSONL, JSON, CSV, TSV, and Parquet files, optionally compressed.
 
-Training data, prompts and task texts are all read here. Every row comes with its place (`file:line`
-or `file row number`); anything that cannot be read raises a DataError with that place.
+Training data, prompts, and task texts are all read here. Every row comes with its place
+(`file:line` or `file row number`); anything that cannot be read raises a DataError with that place.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ROW_TEXTS = (
     "text", "prompt", "completion", "instruction", "input", "output", "question", "answer",
     "query", "response",
 )  # fmt: skip
-"""Keys of the texts of a row in its most common formats."""
+"""Keys of a row's texts in the most common formats."""
 
 _MOST_BYTES = 1 << 20
 """Read at once from standard input; a pipe holds less."""
@@ -43,11 +43,11 @@ def read_rows(
     text_key: str | None = None,
     columns: Collection[str] | None = None,
 ) -> Rows:
-    """The rows of a file, one at a time, in order, without blank lines.
+    """Yield the rows of a file in order, skipping blank lines.
 
-    format: None: by the extension. text_key: the key for a line of plain text, or for a string in
-    JSON; None: a string is an error. columns: those to read of a Parquet file; all if it has none.
-    Raises DataError.
+    format: None: decide by the extension. text_key: the key for a line of plain text, or for a
+    string in JSON; None: a string in JSON is an error. columns: the columns to read from a Parquet
+    file; if it has none of them, all are read. Raises DataError.
     """
     match format or format_of(path):
         case "text":
@@ -63,8 +63,8 @@ def read_rows(
 
 
 def arriving_lines(stream: TextIO) -> Iterator[list[str]]:
-    """The lines of standard input, in groups that arrive together: a pipe or a terminal is not
-    read ahead. Raises DataError for bytes that are not of its encoding."""
+    """Yield the lines of standard input in groups that arrive together, so that a pipe or a
+    terminal is not read ahead. Raises DataError for bytes that cannot be decoded."""
     decoder = codecs.getincrementaldecoder(stream.encoding)(stream.errors or "strict")
     newlines = io.IncrementalNewlineDecoder(decoder, translate=True)
     rest, ended = "", False
@@ -83,8 +83,8 @@ def arriving_lines(stream: TextIO) -> Iterator[list[str]]:
 
 
 def read_lines(lines: Iterable[str], name: str, text_key: str, first: int = 1) -> Rows:
-    """Rows of a stream: a line that begins with `{` is a JSON object, any other line is plain
-    text. first: the number of the first line."""
+    """Yield the rows of a stream. A line that begins with `{` is a JSON object; any other line is
+    plain text. first: the number of the first line."""
     try:
         for number, line in enumerate(lines, first):
             where = f"{name}:{number}"
@@ -104,50 +104,50 @@ def _not_utf8_stream(where: str) -> DataError:
     return DataError(
         "The input is not UTF-8",
         where=where,
-        fix="convert it on the way: iconv -f ITS-ENCODING -t UTF-8 FILE | stillhouse predict ...",
+        fix="convert it in a pipe: iconv -f ITS-ENCODING -t UTF-8 FILE | stillhouse predict ...",
     )
 
 
 def not_empty(items: Iterable[T], what: str, where: object) -> Iterator[T]:
-    """The items. Raises DataError if there is none. what: the thing that contains them."""
+    """Yield the items. Raises DataError if there are none. what: the container's name."""
     found = False
     for item in items:
         found = True
         yield item
     if not found:
         raise DataError(
-            f"{what} has no text: it is empty",
+            f"{what} contains no text",
             where=where,
-            fix="check that the path is the one you meant, or remove it",
+            fix="check the path, or remove it",
         )
 
 
 def header_hint(keys: Iterable[str]) -> str:
-    """The beginning of a fix if a table seems to have a data row instead of a header."""
+    """The beginning of a `fix` if a table seems to have a data row instead of a header."""
     if not any(len(key) > 60 or key.count(" ") > 5 or not key for key in keys):
         return ""
-    return "if the first line is a row, write the columns' names above it; else "
+    return "if the first line is a row, add a header line with column names; otherwise, "
 
 
 # --- text ------------------------------------------------------------------------------------
 
 
 def text_lines(path: Path) -> Iterator[str]:
-    """The lines of a plain text file, with their ends; byte order marks of joined files are left
-    out. Raises DataError if the file's name is of another format."""
+    """Yield the lines of a plain text file with their line ends, without the byte order marks that
+    joined files contain. Raises DataError if the file's extension is of a different format."""
     known = known_format(path)
     if known not in (None, "text"):
         raise DataError(
-            f"The file is named as {known}, and is to be read as plain text",
+            f"The file has the extension of {known}, but the recipe reads it as plain text",
             where=path,
-            fix="read its rows (`kind: file`, or `format: auto` of prompts); to use its characters "
-            "as they are, copy it to a name that ends in .txt",
+            fix="read its rows (`kind: file`, or `format: auto` for prompts); to use its raw text, "
+            "copy it to a name that ends in .txt",
         )
     with open_text(path) as lines:
         first = next(lines, "")
         if _is_object(first):
             note(
-                f"{path} is read as plain text, and its lines look like JSON objects: name it "
+                f"{path} is read as plain text, but its lines look like JSON objects: rename it to "
                 ".jsonl if they are rows"
             )
         for line in itertools.chain([first], lines):
@@ -187,15 +187,15 @@ def _jsonl_rows(path: Path, text_key: str | None) -> Rows:
 def _fix_of_line(line: str) -> str:
     """The fix for a first line that is not an object."""
     if line.lstrip().startswith("["):
-        return "this looks like one JSON list: name it .json, or write one object per line"
+        return "if the file is one JSON list, rename it to .json, or write one object per line"
     if line.strip() == "{":
         return "write each object on one line: jq -c . FILE > NEW.jsonl"
     return _CORRECT
 
 
 def _json_rows(path: Path, text_key: str | None) -> Rows:
-    """Rows of a list, or of an object with one: under `data`, or the only one in it; or of lines
-    with an object each, as Hugging Face datasets and Spark write them."""
+    """Yield the rows of a JSON list, of an object with a list (`data`, or its only one), or of
+    lines with one object each, as Hugging Face datasets and Spark write them."""
     with open_text(path, "json") as file:
         first = _to_next_text(file)
         second = _to_next_text(file) if first.lstrip().startswith("{") else ""
@@ -204,9 +204,9 @@ def _json_rows(path: Path, text_key: str | None) -> Rows:
     if a_line_each:
         yield from _jsonl_rows(path, text_key)
         return
-    fix = "correct the file; a .json file is one list of objects, or has an object per line"
+    fix = "correct the file: a .json file must be one list of objects, or have one object per line"
     if text.lstrip().startswith("{"):
-        fix = f"of several objects, make one per line: jq -c . {shlex.quote(str(path))} > NEW.jsonl"
+        fix = f"write one object per line: jq -c . {shlex.quote(str(path))} > NEW.jsonl"
     document = _json(text, str(path), fix)
     items = document
     if isinstance(document, dict):
@@ -216,13 +216,13 @@ def _json_rows(path: Path, text_key: str | None) -> Rows:
             items = None
         others = [key for key, value in lists.items() if value is not items and _has_objects(value)]
         if items is not None and others:
-            note(f"{path}: the rows are those of `data`; not read: {', '.join(map(repr, others))}")
+            note(f"{path}: rows are read from `data`; not read: {', '.join(map(repr, others))}")
     if not isinstance(items, list):
         raise DataError(
-            "The JSON file is neither a list nor an object with one list (or with `data`)",
+            "The JSON file is neither a list nor an object with a single list (or with `data`)",
             where=path,
-            fix="write one object per line, as .jsonl; or, if this file is not data, name the "
-            "others in the path: *.jsonl",
+            fix="write one object per line, as .jsonl; or, if this file is not data, exclude it "
+            "with a pattern in the path: *.jsonl",
         )
     suspicious = is_suspicious(text)
     for number, item in enumerate(items):
@@ -241,8 +241,8 @@ def _to_next_text(lines: Iterable[str]) -> str:
 
 
 def _is_row(document: dict[str, Any], items: list[Any]) -> bool:
-    """Whether an object with one list is a row: the list is the messages of a chat, or the object
-    has a row's texts beside it."""
+    """Whether an object with a single list is itself a row: the list is a chat's messages, or the
+    object also has a row's texts."""
     first = items[0] if items else None
     chat = isinstance(first, dict) and bool({"role", "from"} & first.keys())
     return chat or any(
@@ -255,7 +255,7 @@ def _has_objects(items: list[Any]) -> bool:
 
 
 def _json(text: str, where: str, fix: str = _CORRECT) -> Any:
-    """Raises DataError; also if a key occurs twice in an object."""
+    """Parse JSON. Raises DataError if it is invalid or an object has a duplicate key."""
     try:
         return parse_json(text)
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""The only place where labels are shifted: position t-1 predicts the label at t.
+"""Shifts labels: position t-1 predicts the label at t. No other module shifts them.
 
 Shapes: R windows, L tokens, N supervised rows, D hidden width.
 """
@@ -12,8 +12,10 @@ IGNORED = -100
 
 
 def text_end(labels_L: Tensor) -> int:
-    """The number of a window's tokens up to its last supervised one: what follows is padding, or
-    text that is not trained on."""
+    """The number of tokens in a window up to and including the last supervised one.
+
+    The rest is padding, or text that is not trained on.
+    """
     supervised = (labels_L != IGNORED).nonzero()
     return int(supervised[-1]) + 1 if len(supervised) else 0
 
@@ -24,20 +26,20 @@ def predicting(labels_RL: Tensor) -> Tensor:
 
 
 def supervised_positions(labels_RL: Tensor) -> Tensor:
-    """The positions that predict a supervised token, counted over all windows in order: shape [N].
+    """Flat indices of the positions that predict a supervised token, in order: shape [N].
 
-    Their number depends on values, so on an accelerator this waits for the device: `collate`
-    computes them on the host.
+    The shape depends on values, so this synchronizes with an accelerator; `collate` avoids that by
+    computing the positions on the host.
     """
     return predicting(labels_RL).flatten().nonzero()[:, 0]
 
 
 def supervised_targets(labels_RL: Tensor) -> Tensor:
-    """The tokens that those positions predict: shape [N]. It waits for the device too."""
+    """The tokens that `supervised_positions` predict: shape [N]. Also synchronizes."""
     shifted = labels_RL[:, 1:]
     return shifted[shifted != IGNORED]
 
 
 def supervised_rows(hidden_RLD: Tensor, positions_N: Tensor) -> Tensor:
-    """The hidden rows at the positions, in order: shape [N, D]."""
+    """The hidden states at the positions, in order: shape [N, D]."""
     return hidden_RLD.flatten(0, 1).index_select(0, positions_N)

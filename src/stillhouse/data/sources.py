@@ -24,13 +24,13 @@ from stillhouse.errors import DataError, StillhouseError
 
 HEADING = re.compile(r"^(?=[^\n]*\S[^\n]*\n([*=~^-])\1{2,}\n)", re.MULTILINE)
 SHORTEST = 400
-"""Characters; a shorter section is joined with the next one."""
+"""Minimum length in characters; a shorter section is joined with the next one."""
 
 
 def python_reference() -> Iterator[Document]:
-    """One document per section, topic by topic; about 465 kB of English prose and code.
+    """Yield one document per section, topic by topic; about 465 kB of English prose and code.
 
-    Topics quote each other's sections. As separate documents these are recognized as duplicates,
+    Topics repeat each other's sections. As separate documents, these are recognized as duplicates,
     and held-out text comes from many places rather than from two long topics.
     """
     from pydoc_data.topics import topics
@@ -53,19 +53,20 @@ def _sections(text: str) -> Iterator[str]:
 
 
 CHARACTERS_PER_TOKEN = 4.5
-"""Of text that is not tokenized yet. Rather too many: a run that fits must not be refused."""
+"""An estimate for text that is not tokenized yet. It is on the high side, because a run that fits
+must not be refused."""
 _CORPUS_CHARACTERS = 465_000
 _SAMPLED = 100
-"""Documents from which the size of a source with a limit is estimated."""
+"""Number of documents that are read to estimate the size of a source with a limit."""
 _STREAMED_FROM = 2 << 30
-"""Bytes in the files of a split of a data set, compressed or not."""
+"""Size in bytes, compressed or not, from which a split of a dataset is streamed."""
 
 
 def read_sources(sources: Sequence[Source], base: Path) -> Iterator[AnyDocument]:
-    """All documents of all sources, in order, one at a time, without blank texts.
+    """Yield the documents of all sources in order, skipping blank texts.
 
-    `base`: the folder that relative paths start from (the recipe's own). Raises DataError for
-    anything that cannot be read, and for a source without text.
+    base: the folder that relative paths start from (the recipe's). Raises DataError for anything
+    that cannot be read, and for a source without text.
     """
     for source in sources:
         documents = itertools.islice(_read(source, base), source.limit)
@@ -73,9 +74,9 @@ def read_sources(sources: Sequence[Source], base: Path) -> Iterator[AnyDocument]
 
 
 def size_estimate(sources: Sequence[Source], base: Path) -> int:
-    """The number of characters that are read of the sources, approximately; 0 if unknown.
+    """Estimate the number of characters that are read from the sources; 0 if unknown.
 
-    Of a source with a limit, some documents are read. Raises DataError if they cannot be.
+    For a source with a limit, some documents are read. Raises DataError if they cannot be read.
     """
     return sum(_size(source, base) for source in sources)
 
@@ -96,8 +97,10 @@ def _size(source: Source, base: Path) -> int:
 def estimated_tokens(
     sources: Sequence[Source], base: Path, rate: float = 1 / CHARACTERS_PER_TOKEN
 ) -> float:
-    """The number of tokens that are used of the sources, without those of `has_unknown_size`.
-    rate: tokens of a character."""
+    """Estimate the number of tokens used from the sources, excluding sources of unknown size.
+
+    rate: tokens per character.
+    """
     total = 0.0
     for source in sources:
         tokens = size_estimate([source], base) * rate
@@ -106,13 +109,12 @@ def estimated_tokens(
 
 
 def has_unknown_size(sources: Sequence[Source]) -> bool:
-    """Whether the size of a source is not known before it is read: a dataset's, without a limit
-    on its tokens."""
+    """Whether any source's size is unknown until it is read: a dataset without a `tokens` limit."""
     return any(isinstance(source, HubSource) and source.tokens is None for source in sources)
 
 
 def source_files(source: TextSource | FileSource, base: Path) -> list[Path]:
-    """Sorted. Raises DataError if there is none."""
+    """The source's files, sorted. Raises DataError if there are none."""
     return find_files(source.path, base, _format(source))
 
 
@@ -153,11 +155,14 @@ def _documents(rows: Rows, text_key: str) -> Iterator[AnyDocument]:
 def file_documents(
     path: Path, format: FileFormat | None = None, *, text_key: str, divided_by: str = "file"
 ) -> Iterator[AnyDocument]:
-    """format: None: by the extension. divided_by: what separates the documents of plain text."""
+    """Yield the documents of a file.
+
+    format: None: decide by the extension. divided_by: what separates documents in plain text.
+    """
     format = format or format_of(path)
     if format == "text":
         return _text_documents(path, divided_by)
-    # All columns: those that are not read are listed in a note.
+    # Read all columns, because a note lists the unused ones.
     return _documents(read_rows(path, format=format), text_key)
 
 
@@ -176,7 +181,7 @@ def _text_documents(path: Path, divided_by: str) -> Iterator[Document]:
 
 
 def _paragraphs(lines: Iterator[str], path: Path) -> Iterator[Document]:
-    """Documents between blank lines; a line of nothing but whitespace is blank."""
+    """Yield the documents between blank lines; a line of only whitespace is blank."""
     block: list[str] = []
     for number, line in enumerate(itertools.chain(lines, [""]), 1):
         if line.strip():
@@ -190,22 +195,22 @@ def _paragraphs(lines: Iterator[str], path: Path) -> Iterator[Document]:
 
 
 def hub_rows(source: HubSource, base: Path) -> Rows:
-    """The rows of a dataset. Raises DataError, in the middle of a stream too."""
+    """Yield the rows of a dataset. Raises DataError, also in the middle of a stream."""
     with _hub_errors(source):
         for number, row in enumerate(_load_dataset(source, base)):
             yield row, f"{source.dataset} [{source.split}] row {number}"
 
 
 def _load_dataset(source: HubSource, base: Path) -> Any:
-    """Streams if there is a limit, or if the split is large: neither is downloaded first, or copied
-    to the cache of `datasets`, which anything else is read from."""
+    """Load a split; stream it if it is large or has a limit. Otherwise, `datasets` first downloads
+    it completely and copies it to its cache."""
     import datasets
 
     local = (base / source.dataset).absolute()
     if (local / "state.json").exists() or (local / "dataset_dict.json").exists():
         loaded = datasets.load_from_disk(str(local))
         split = loaded[source.split] if isinstance(loaded, dict) else loaded
-        return split.with_format(None)  # it may have been saved as one that gives tensors
+        return split.with_format(None)  # the saved format may return tensors
     if local.is_dir() and glob.has_magic(str(local)):
         raise DataError(
             "`datasets` would read the brackets or stars in the folder's name as a pattern",
@@ -216,8 +221,8 @@ def _load_dataset(source: HubSource, base: Path) -> Any:
     if guessed is not None:
         csv = guessed.relative_to(local)
         raise DataError(
-            "`datasets` guesses at CSV: NA is empty to it, and a surplus cell moves the others "
-            f"({csv})",
+            "`datasets` does not read CSV reliably: it reads NA as an empty cell, and extra cells "
+            f"shift the others ({csv})",
             where=local,
             fix=f"use `kind: file` with the files of the split, e.g. {source.dataset}/{csv}",
         )
@@ -227,8 +232,8 @@ def _load_dataset(source: HubSource, base: Path) -> Any:
 
 
 def _is_large(name: str, source: HubSource) -> bool:
-    """Whether a split is streamed for its size: the files have at least `_STREAMED_FROM` bytes, and
-    they are not in the cache yet."""
+    """Whether a split is large enough to stream: its files have at least `_STREAMED_FROM` bytes and
+    are not in the cache yet."""
     import datasets
     import fsspec
 
@@ -245,7 +250,7 @@ def _is_large(name: str, source: HubSource) -> bool:
 
 @contextmanager
 def _hub_errors(source: HubSource) -> Iterator[None]:
-    """Turns errors of `datasets` into DataErrors."""
+    """Convert errors of `datasets` to DataErrors."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -258,21 +263,21 @@ def _hub_errors(source: HubSource) -> Iterator[None]:
         raise DataError(
             f"The dataset cannot be reached: {_reason(error)}",
             where=source.dataset,
-            fix="check the network and HF_HUB_OFFLINE, or give a local folder in `dataset`",
+            fix="check the network and HF_HUB_OFFLINE, or use a local folder in `dataset`",
         ) from error
-    # RuntimeError: a dataset that is a script. TypeError: files that have different columns.
+    # RuntimeError: the dataset is a script. TypeError: its files have different columns.
     except (DatasetsError, OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise DataError(
             f"The dataset cannot be loaded: {_reason(error)}",
             where=f"{source.dataset}, config {source.config}, split {source.split}",
             fix="check the id, config and split on huggingface.co/datasets, or the local folder; "
-            "a private dataset needs HF_TOKEN in the environment; files that `datasets` cannot "
-            "read together may be read with `kind: file`",
+            "a private dataset needs HF_TOKEN in the environment; if `datasets` cannot read the "
+            "files together, use `kind: file`",
         ) from error
 
 
 def _reason(error: BaseException) -> str:
-    """In one line; of "An error occurred while generating the dataset", the error itself."""
+    """The error on one line; the cause of "An error occurred while generating the dataset"."""
     from datasets.exceptions import DatasetGenerationError
 
     if isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
@@ -284,10 +289,11 @@ def _reason(error: BaseException) -> str:
 
 
 def sources_fingerprint(sources: Sequence[Source], base: Path) -> list[str]:
-    """One line per file: its name, size and modification time; the Python version for a corpus.
+    """One line per file with its name, size, and modification time; for a corpus, one line with the
+    Python version.
 
-    A Hub dataset counts by its name: it is read again only if the recipe changes. Raises DataError
-    if files are missing.
+    A Hub dataset is identified by its name, so it is read again only if the recipe changes. Raises
+    DataError if files are missing.
     """
     lines = []
     for source in sources:

@@ -1,11 +1,10 @@
 """Splits text into training and held-out text that cannot overlap.
 
-Documents are ordered by a hash of the seed and their content, so that the order of files and rows
-does not matter. Held-out text is taken from the front of that order, training text after it.
-Documents that differ only in whitespace or Unicode form share a hash, form a group, and are never
-split.
+Documents are ordered by a hash of the seed and their content, so the order of files and rows does
+not matter. Held-out text comes first in that order, then training text. Documents that differ only
+in whitespace or Unicode form share a hash and form a group, which is never split.
 
-Rows are kept as records of 45 bytes in one array, because there may be hundreds of millions.
+Rows are kept as records of 45 bytes in one array, because there can be hundreds of millions.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from numpy.typing import NDArray
 from stillhouse.errors import DataError
 
 HASH = 16
-"""Bytes of a SHA-256 hash that are kept: two of 10^12 documents share them with a chance of
-10^-15."""
+"""Bytes of a SHA-256 hash that are kept: the probability of a collision among 10^12 documents is
+about 10^-15."""
 
 Records = NDArray[Any]
 
@@ -33,9 +32,9 @@ CANDIDATE = np.dtype(
         "itemsize": 2 * HASH + 13,
     }
 )
-"""A row that may be used: its document's place in the order (the group's hash, with which the key
-begins, then that of the exact content), where its tokens are, how many they are, and whether they
-may be cut. The rows of a document follow each other."""
+"""A row that may be used. key: its document's place in the order, which is the hash of the group
+(also readable as `group`) and then the hash of the exact content. start: where its tokens are.
+tokens: their number. splittable: whether they may be cut. The rows of a document are adjacent."""
 
 TAKEN = np.dtype([("index", "i8"), ("tokens", "i8")])
 """The first `tokens` tokens of candidate number `index`."""
@@ -43,8 +42,11 @@ TAKEN = np.dtype([("index", "i8"), ("tokens", "i8")])
 
 @dataclass(frozen=True)
 class Split:
-    """What each side uses, in order (records of TAKEN). reached: the number of candidates, in
-    order, that were used. withheld: all tokens of the documents with held-out text."""
+    """The held-out and training rows, in order (records of TAKEN).
+
+    reached: the number of candidates, in order, that were used. withheld: the total number of
+    tokens in documents with held-out text.
+    """
 
     heldout: Records
     train: Records
@@ -53,22 +55,22 @@ class Split:
 
 
 def order_key(seed: int, group: bytes, exact: bytes) -> bytes:
-    """The place of a document, from the hashes of its group and of its exact content."""
+    """A document's place in the order, from the hashes of its group and of its exact content."""
     return hashlib.sha256(b"%d:" % seed + group).digest()[:HASH] + exact[:HASH]
 
 
 def in_order(candidates: Records) -> NDArray[np.int64]:
-    """Indices of the candidates by their keys; rows of a document stay in their order."""
+    """Indices that sort the candidates by key; rows of a document keep their order."""
     order: NDArray[np.int64] = np.ascontiguousarray(candidates["key"]).argsort(kind="stable")
     return order
 
 
 def divide(candidates: Records, heldout_tokens: int, train_tokens: int | None) -> Split:
-    """Divides the candidates; each side's last text is cut so that its token count is exact.
+    """Divide the candidates; each side's last text is cut so that its token count is exact.
 
-    A chat row is never cut, so with chats a side may exceed its count by less than one row. A group
-    with held-out text is not trained on, not even the part that was cut off. heldout_tokens 0:
-    everything may be trained on.
+    A chat row is never cut, so with chats a side can exceed its count by less than one row. A group
+    with held-out text is not trained on, not even the part that was cut off. heldout_tokens 0: hold
+    nothing out.
     """
     order = in_order(candidates)
     groups, tokens = candidates["group"][order], candidates["tokens"][order]
@@ -100,21 +102,21 @@ def _take(candidates: Records, order: NDArray[np.int64], limit: int | None) -> R
 def check_split(
     candidates: Records, split: Split, heldout_tokens: int, train_tokens: int | None
 ) -> None:
-    """Raises DataError if held-out documents use up most of the text."""
+    """Raise DataError if held-out documents use up most of the text."""
     held, train = split.withheld, int(split.train["tokens"].sum())
     if train and train >= min(held, train_tokens or held):
         return
     total = int(candidates["tokens"].sum(dtype=np.int64))
     longest = int(candidates["tokens"].max(initial=0))
     if longest > total / 2:
-        what = f"one document is {longest:,} of the {total:,} tokens, and a document is never split"
+        what = f"one document has {longest:,} of the {total:,} tokens, and no document is split"
     else:
         what = f"{heldout_tokens:,} held-out tokens would use {held:,} of the {total:,} tokens"
     raise DataError(
-        f"The text cannot be divided into training and held-out documents: {what} between them"
+        f"The text cannot be divided into training and held-out documents: {what}"
         if longest > total / 2
         else f"The text is too small to divide into training and held-out documents: {what}",
         where="data.heldout_tokens",
-        fix="give data.heldout_sources, or lower data.heldout_tokens; if a text file contains many "
+        fix="set data.heldout_sources, or lower data.heldout_tokens; if a text file contains many "
         "documents, set documents: blank-line (or line) on its source",
     )

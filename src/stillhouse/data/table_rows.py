@@ -1,4 +1,4 @@
-"""Rows of tables: CSV, TSV and Parquet."""
+"""Reads rows of tables: CSV, TSV, and Parquet."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from stillhouse.data.data_files import (
 from stillhouse.errors import DataError
 
 Rows = Iterator[tuple[dict[str, Any], str]]
-"""Rows, each with its place."""
+"""Rows, each with its place for error messages."""
 
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _PARQUET_BATCH = 256
-"""Rows decoded at a time: memory stays flat however large a row group is."""
+"""Rows decoded at a time, so that memory use does not depend on the size of a row group."""
 _LONGEST_CELL = 1 << 27
 
 
@@ -34,8 +34,8 @@ _LONGEST_CELL = 1 << 27
 
 
 def csv_rows(path: Path, format: Literal["csv", "tsv"]) -> Rows:
-    """Rows by the names in the header. A column without a name is left out: the first one, such as
-    pandas' row numbers, or empty ones."""
+    """Yield rows as dicts keyed by the header. A column without a name is skipped if it is the
+    first one (such as pandas' row numbers) or empty."""
     csv.field_size_limit(_LONGEST_CELL)
     with open_text(path, format, newline="") as lines:
         skipped, head = _first_line(lines)
@@ -47,7 +47,7 @@ def csv_rows(path: Path, format: Literal["csv", "tsv"]) -> Rows:
             skipped += 1 + more
         else:
             delimiter = _delimiter(head, delimiter, f"{path}:{skipped + 1}")
-        # Strict: otherwise an unclosed quote makes one cell of the rest of the file.
+        # Strict, because otherwise an unclosed quote would turn the rest of the file into one cell.
         record: list[str] = []
         kept = _kept(itertools.chain([head], lines), record)
         reader = csv.reader(kept, delimiter=delimiter, strict=True)
@@ -68,21 +68,20 @@ def csv_rows(path: Path, format: Literal["csv", "tsv"]) -> Rows:
             raise DataError(
                 f"The row that begins here is not valid CSV: {error}",
                 where=f"{path}:{start}",
-                fix="close its quotes; a quote inside a quoted cell is written twice",
+                fix="close its quotes, and double any quote inside a quoted cell",
             ) from error
 
 
 def _kept(lines: Iterable[str], record: list[str]) -> Iterator[str]:
-    """The lines, of which `record` also gets each one."""
+    """Yield the lines, and append each to `record`."""
     for line in lines:
         record.append(line)
         yield line
 
 
 def _reject_spaces(cells: Sequence[str], record: list[str], delimiter: str, where: str) -> None:
-    """Raise DataError for spaces before the quotes of a cell: CSV makes the quotes part of the
-    text, and divides the cell where it has a delimiter. record: the row's lines, which are then
-    removed from it."""
+    """Raise DataError for spaces before a cell's quotes: CSV would make the quotes part of the text
+    and split the cell at its delimiters. record: the row's lines; it is emptied."""
     lines = record.copy()
     record.clear()
     if not any(cell[:1] == " " and cell.lstrip(" ")[:1] == '"' for cell in cells):
@@ -93,14 +92,14 @@ def _reject_spaces(cells: Sequence[str], record: list[str], delimiter: str, wher
         return  # the quotes enclose only a part of the cell
     if [cell.lstrip(" ") for cell in meant] != [cell.lstrip(" ") for cell in cells]:
         raise DataError(
-            "A cell has spaces before its quotes, so that the quotes would be part of the text",
+            "A cell has spaces before its quotes, so the quotes would be part of the text",
             where=where,
             fix=f"remove the spaces between {delimiter!r} and the quotes",
         )
 
 
 def _first_line(lines: Iterator[str]) -> tuple[int, str]:
-    """How many blank lines come first, and the line after them."""
+    """The number of leading blank lines, and the line after them."""
     for skipped, line in enumerate(lines):
         if line.strip("\ufeff \t\r\n"):
             return skipped, line.lstrip("\ufeff")
@@ -108,12 +107,12 @@ def _first_line(lines: Iterator[str]) -> tuple[int, str]:
 
 
 def _delimiter(head: str, usual: str, where: str) -> str:
-    """What separates the names in the header: the usual delimiter, or the only other one there."""
+    """The delimiter in the header: the usual one, or the only other one found."""
     if re.match(r"\s*(\{\s*\"|\[\s*[\[{\"])", head):
         raise DataError(
-            "The file holds JSON, not a table",
+            "The file contains JSON, not a table",
             where=where,
-            fix="name it .jsonl (an object a line) or .json (one list)",
+            fix="rename it to .jsonl (one object per line) or .json (one list)",
         )
     names = re.sub(r'"(?:[^"]|"")*"', "", head)
     found = [delimiter for delimiter in _DELIMITERS if delimiter in names]
@@ -122,9 +121,10 @@ def _delimiter(head: str, usual: str, where: str) -> str:
     if len(found) > 1:
         kinds = " and ".join(_DELIMITERS[delimiter] for delimiter in found)
         raise DataError(
-            f"The header has {kinds}, so it is not clear what separates the cells",
+            f"The header contains {kinds}, so the delimiter is ambiguous",
             where=where,
-            fix="separate cells with commas, and put names that contain others in double quotes",
+            fix="separate cells with commas, and put names that contain other delimiters in double "
+            "quotes",
         )
     return found[0]
 
@@ -133,7 +133,7 @@ def _header(cells: Sequence[str], where: str) -> list[str]:
     names = [name.strip() for name in cells]
     _check_different([name for name in names if name], where)
     if cells and not any(names):
-        raise DataError("The header has no names", where=where, fix="name the columns in it")
+        raise DataError("The header has no names", where=where, fix="add column names to it")
     return names
 
 
@@ -153,22 +153,22 @@ def _row(cells: Sequence[str], header: Sequence[str], delimiter: str, where: str
             f"The row has {'fewer' if few else 'more'} cells than the {columns} of the header: "
             f"{len(cells)}",
             where=where,
-            fix="write all cells, the empty ones too; a cell with line breaks needs double quotes"
+            fix="write all cells, including empty ones; put cells with line breaks in double quotes"
             if few
-            else f"put cells that contain {delimiter!r} into double quotes",
+            else f"put cells that contain {delimiter!r} in double quotes",
         )
     if len(cells) > 1 and [cell.strip("\ufeff \t") for cell in cells] == list(header):
         raise DataError(
-            "The header occurs here again, as if files had been concatenated",
+            "The header is repeated here, as if files had been concatenated",
             where=where,
             fix="remove the line, and check the rows after it",
         )
     for number, (name, cell) in enumerate(zip(header, cells, strict=True)):
         if not name and number and cell.strip():
             raise DataError(
-                f"Cell {number + 1} of the row has content, and its column has no name",
+                f"Cell {number + 1} of the row is not empty, but its column has no name",
                 where=where,
-                fix=f"name the column in the header; or put cells that contain {delimiter!r} into "
+                fix=f"name the column in the header; or put cells that contain {delimiter!r} in "
                 "double quotes",
             )
     return {name: cell for name, cell in zip(header, cells, strict=True) if name}
@@ -178,8 +178,10 @@ def _row(cells: Sequence[str], header: Sequence[str], delimiter: str, where: str
 
 
 def parquet_rows(path: Path, columns: Collection[str] | None) -> Rows:
-    """Rows with the requested columns, or with all if the file has none of them. The ids of a
-    Hugging Face ClassLabel become its names; -1 (no label) becomes None."""
+    """Yield rows with the requested columns, or with all columns if the file has none of them.
+
+    The ids of a Hugging Face ClassLabel become its names; -1 (no label) becomes None.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -207,7 +209,7 @@ def parquet_rows(path: Path, columns: Collection[str] | None) -> Rows:
 
 
 def _class_names(metadata: bytes | None) -> dict[str, list[str]]:
-    """The names of each ClassLabel column, from what `datasets` writes into a Parquet schema."""
+    """The class names of each ClassLabel column, from the metadata that `datasets` writes."""
     try:
         features = json.loads(metadata or b"{}")["info"]["features"]
     except (ValueError, LookupError, TypeError):
@@ -225,7 +227,7 @@ def _class_name(id: Any, names: Sequence[str], key: str, where: str) -> Any:
     if id == -1:
         return None
     raise DataError(
-        f"`{key}` is {id}, and the file names the classes 0 to {len(names) - 1}",
+        f"`{key}` is {id}, but the file defines only classes 0 to {len(names) - 1}",
         where=where,
         fix="correct the row, or write the class's name",
     )

@@ -1,8 +1,8 @@
-"""The form in which a chat template reads messages, found by rendering made-up chats.
+"""Finds the form of messages that a chat template accepts, by rendering made-up chats.
 
-Templates differ in what they accept: content as a string or as a list of parts, the arguments of a
-tool call as an object or as JSON text, reasoning under one key or another. A chat is put into the
-form that its template reads before it is rendered.
+Templates differ in what they accept: content as a string or a list of parts, arguments of a tool
+call as an object or JSON text, and reasoning under various keys. Before a chat is rendered, it is
+converted to the form that its template accepts.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _TOOL = {
 
 
 def template_form(tokenizer: Any, *, tools: bool = False) -> TemplateForm:
-    """That of the tokenizer's chat template. tools: for chats with tools, for which a tokenizer may
-    have a template of its own."""
+    """The form of the tokenizer's chat template. tools: the template for chats with tools, which a
+    tokenizer may define separately."""
     return _form(tokenizer, str(getattr(tokenizer, "chat_template", None)), tools)
 
 
@@ -45,25 +45,25 @@ class TemplateForm:
         self.template = template
         self.tools = [_TOOL] if tools else None
         self.stand_ins: dict[Any, str | None] = {}
-        """Renderings of `chat_proof`, kept because most rows have one of a few forms."""
+        """Renderings cached by `chat_proof`, because most rows have one of a few forms."""
 
     def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str | None:
-        """None if the template does not accept the messages."""
+        """Render the messages; None if the template does not accept them."""
         try:
             return render_chat(self.tokenizer, messages, **options)
         except template_errors():
             return None
 
     def fit(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """The messages as the template reads them."""
+        """Convert the messages to the form that the template accepts."""
         fitted = [self._fit(dict(message)) for message in messages]
         if not self.names_ids or not any(map(_has_call, fitted)):
             return fitted
         return with_call_ids(fitted, form=self.id_form, names=self.writes_result_names)
 
     def fit_tools(self, tools: Sequence[Any] | None) -> tuple[Any, ...] | None:
-        """The tools as the template reads them: those that are a function alone, without
-        `{"type": "function", "function": ...}`, get that where the template needs it."""
+        """Convert the tools to the form that the template accepts: wrap bare functions in
+        `{"type": "function", "function": ...}` if the template needs it."""
         if tools is None or all("function" in tool for tool in tools) or self.reads_bare_tools:
             return tools if tools is None else tuple(tools)
         return tuple(t if "function" in t else {"type": "function", "function": t} for t in tools)
@@ -104,7 +104,7 @@ class TemplateForm:
         return {**call, "function": fitted} if "function" in call else fitted
 
     def _reasoning(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Under the key that the template reads, if there is one."""
+        """Move reasoning to the key that the template reads, if there is one."""
         given = {key: message[key] for key in KEYS if isinstance(message.get(key), str)}
         if not given or any(map(self.names, given)) or len({*given.values()}) > 1:
             return message
@@ -115,7 +115,7 @@ class TemplateForm:
         return {**rest, key: next(iter(given.values()))}
 
     def names(self, key: str) -> bool:
-        """Whether the template's source names a key of messages."""
+        """Whether the template's source mentions a message key."""
         return bool(re.search(rf"[.'\"]{re.escape(key)}(?!\w)", self.template))
 
     @cached_property
@@ -124,7 +124,7 @@ class TemplateForm:
 
     @cached_property
     def reads_parts(self) -> bool:
-        """Whether lists of text parts are read, and not printed as a list."""
+        """Whether lists of text parts are read rather than printed as a list."""
         user, assistant = ([{"type": "text", "text": t}] for t in (_USER, _ASSISTANT))
         return self._shows(user, assistant)
 
@@ -141,14 +141,14 @@ class TemplateForm:
 
     @cached_property
     def reads_bare_tools(self) -> bool:
-        """Whether a tool's name is written that is not inside of `function`."""
+        """Whether the template writes the name of a tool that is not wrapped in `function`."""
         user = self._fit({"role": "user", "content": _USER})
         text = self.render([user], tools=[_TOOL["function"]], generation_prompt=True)
         return text is not None and "zqxtool" in text
 
     @cached_property
     def reads_bare_calls(self) -> bool:
-        """Whether a tool call is written whose name is not inside of `function`."""
+        """Whether the template writes a tool call that is not wrapped in `function`."""
         arguments: Any = {_KEY: _ASSISTANT}
         if not self.reads_argument_objects and self.reads_argument_text:
             arguments = json.dumps(arguments)
@@ -157,13 +157,13 @@ class TemplateForm:
 
     @cached_property
     def prints_none(self) -> bool:
-        """Whether the null content of a tool call is rejected, or written as `None`."""
+        """Whether a tool call's null content is rejected or written as `None`."""
         with_none = self._call_rendered({_KEY: _ASSISTANT}, null=True)
         return with_none is None or "None" in with_none
 
     @cached_property
     def leaves_out_calls(self) -> bool:
-        """Whether a tool call is not written, or not as a parser can read it."""
+        """Whether a tool call is accepted but omitted, or written so that it cannot be parsed."""
         accepted = self._call_rendered({_KEY: _ASSISTANT}) is not None
         return accepted and not (self.reads_argument_objects or self.reads_argument_text)
 
@@ -174,19 +174,19 @@ class TemplateForm:
 
     @cached_property
     def reads_argument_text(self) -> bool:
-        """Whether arguments that are JSON text are written unchanged, and not encoded again."""
+        """Whether arguments in JSON text are written unchanged, not encoded a second time."""
         arguments = json.dumps({_KEY: _ASSISTANT})
         text = self._call_rendered(arguments)
         return bool(text and arguments in text)
 
     @cached_property
     def names_ids(self) -> bool:
-        """Whether the template's source names the ids of calls or results."""
+        """Whether the template's source mentions the ids of calls or results."""
         return self.names("id") or self.names("tool_call_id")
 
     @cached_property
     def id_form(self) -> IdForm:
-        """The form of the ids of calls that is accepted, or that the template writes itself."""
+        """The form of call ids that the template accepts or writes itself."""
         text = self._result_rendered("zqxcall01")
         if text is not None and self._result_rendered("call_zqx0123456789") is None:
             return "short"
@@ -194,7 +194,7 @@ class TemplateForm:
 
     @cached_property
     def writes_result_names(self) -> bool:
-        """Whether the name of a tool result is written."""
+        """Whether the template writes the name of a tool result."""
         return "zqxresult" in (self._result_rendered("zqxcall01") or "")
 
     def _result_rendered(self, call_id: str) -> str | None:
@@ -212,8 +212,8 @@ class TemplateForm:
     def _call_rendered(
         self, arguments: Any, *, null: bool = False, bare: bool = False
     ) -> str | None:
-        """A chat that ends with a tool call. null: its content is, whatever the template makes of
-        that. bare: the call's name is not inside of `function`."""
+        """Render a chat that ends with a tool call. null: its content is null, even if the template
+        does not handle that. bare: the call is not wrapped in `function`."""
         function = {"name": "zqxtool", "arguments": arguments}
         call = {"id": "zqxcall01", "type": "function", "function": function}
         if bare:

@@ -1,7 +1,7 @@
 """Detects the encoding of a text file that is not UTF-8.
 
-Only a byte order mark makes another encoding certain, and only then is it read. Otherwise the
-encoding is guessed from the text, for a message with the command that converts the file.
+Only a byte order mark makes a different encoding certain, so only then is the file read. Otherwise,
+the encoding is guessed from the text, for an error message with the command to convert the file.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _LATIN = {
     "mac_roman": _WESTERN,
     "cp850": _WESTERN,
 }
-"""Encodings of Latin scripts, with the letters beyond ASCII of the languages that use them."""
+"""Encodings of Latin scripts, with the non-ASCII letters of the languages that use them."""
 _PUNCTUATION = "“”„‘’‚«»‹›–—…•€£°§·¿¡™©®\u00a0"
 _OTHERS = [
     "cp932", "euc_jp", "gb18030", "big5", "cp949", "cp1251", "koi8_r", "cp1253", "cp1255",
@@ -51,27 +51,30 @@ _NAMES = {
     "euc_jp": "EUC-JP",
     "koi8_r": "KOI8-R",
 }
-"""Python's names of encodings to iconv's, where they are not the same in capitals."""
+"""Python's names of encodings to iconv's, where these differ by more than case."""
 _NOT_LATIN = regex.compile(r"(?<=\p{Ll})\p{Lu}|(?<!\p{L})[\p{L}--\p{ASCII}]{3,}(?!\p{L})", regex.V1)
-"""A capital after a small letter; a word without any ASCII letter."""
+"""A capital after a lower-case letter, or a word without any ASCII letter."""
 _LEAST = 0.9
-"""Share of the characters beyond ASCII that must be letters of one Latin language."""
+"""Minimum share of the non-ASCII characters that must be letters of one Latin language."""
 _SAMPLE = 4096
-"""Bytes from which the guess is reliable: a shorter text is repeated."""
+"""Minimum number of bytes for a reliable guess; a shorter text is repeated."""
 
 
 def marked_encoding(head: bytes) -> str:
-    """The encoding by the byte order mark, if there is one; else UTF-8."""
+    """The encoding that the byte order mark declares; UTF-8 if there is none."""
     return next((name for mark, name in _MARKS if head.startswith(mark)), "utf-8-sig")
 
 
 def unmarked_utf16(head: bytes) -> str | None:
-    """UTF-16 or UTF-32 without a byte order mark, by where the zero bytes are: iconv's name."""
+    """Detect UTF-16 or UTF-32 without a byte order mark, by the positions of null bytes.
+
+    Returns iconv's name of the encoding, or None.
+    """
     zeros = [head[at::4].count(0) for at in range(4)]
     full = len(head) // 4
     if sum(zeros) < len(head) / 4 and _is_utf8(head):
         return None
-    # Of a character in UTF-32, the highest byte is always 0 and the next one nearly always.
+    # In UTF-32, the highest byte of a character is always 0, and the next one nearly always.
     if zeros[2] + zeros[3] >= 1.9 * full:
         return "UTF-32LE"
     if zeros[0] + zeros[1] >= 1.9 * full:
@@ -85,7 +88,7 @@ def unmarked_utf16(head: bytes) -> str | None:
 
 
 def guessed_encoding(text: bytes) -> str | None:
-    """The most probable encoding of lines that are not UTF-8, as Python names it."""
+    """The most probable encoding of lines that are not UTF-8, under Python's name."""
     shares = {name: _letters(text, name) for name in _LATIN}
     best = max(shares, key=shares.__getitem__)
     if shares[best] >= _LEAST:
@@ -102,7 +105,7 @@ def iconv_name(encoding: str) -> str:
 
 
 def _letters(text: bytes, encoding: str) -> float:
-    """The share of the characters beyond ASCII that are plausible in a Latin language."""
+    """The share of the non-ASCII characters that are plausible in one Latin language."""
     try:
         decoded = text.decode(encoding)
     except UnicodeDecodeError:

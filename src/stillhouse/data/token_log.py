@@ -1,9 +1,9 @@
-"""Tokenized documents in a file: they need no memory, and a killed process can continue them.
+"""Keeps tokenized documents in a file, which saves memory and lets a killed run resume.
 
-The file begins with a line that says what the tokens depend on. After it, every batch of documents
-is one record: a line of JSON, the tokens as int32, and a hash of both. Tokens that are not
-supervised are written as their bitwise complement, which is negative. A record is used again only
-if it is complete and of the same documents.
+The file begins with a line that identifies what the tokens depend on. After it, every batch of
+documents is one record: a line of JSON, the tokens as int32, and a hash of both. Tokens that are
+not supervised are written as their bitwise complement, which is negative. A record is reused only
+if it is complete and was made from the same documents.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from stillhouse.data.tokenize_rows import Ids, Mask, TokenRow
 
 _TOKEN = np.dtype("<i4")
 _LONGEST_LINE = 1 << 26
-"""Bytes: after a crash of the machine, the end of a file may be zeros without a line end."""
+"""In bytes. After a machine crash, a file can end in zeros without a newline."""
 
 
 class LoggedRow(NamedTuple):
-    """A `TokenRow` in a log. start: the place of its first token in the file."""
+    """A `TokenRow` in a log. start: byte offset of its first token in the file."""
 
     start: int
     tokens: int
@@ -32,8 +32,11 @@ class LoggedRow(NamedTuple):
 
 
 class TokenLog:
-    """file: open for reading and writing. written_with: what the tokens depend on besides the
-    documents; a file that was written with anything else is emptied."""
+    """A file of tokenized documents.
+
+    file: open for reading and writing. written_with: identifies what the tokens depend on besides
+    the documents; a file with a different value is emptied.
+    """
 
     def __init__(self, file: BinaryIO, written_with: str = "") -> None:
         self._file = file
@@ -47,9 +50,10 @@ class TokenLog:
             file.write(head)
 
     def find(self, documents: str) -> list[list[LoggedRow]] | None:
-        """The rows of the next batch, if an earlier process wrote it. documents: a hash of them.
+        """Return the rows of the next batch if an earlier process wrote it.
 
-        None, and nothing behind it is used, if the record is of other documents or incomplete.
+        documents: a hash of the batch's documents. If the record is incomplete or was made from
+        different documents, returns None and discards the rest of the file.
         """
         if not self._continues:
             return None
@@ -70,7 +74,7 @@ class TokenLog:
         return None
 
     def append(self, documents: str, rows: Sequence[Sequence[TokenRow]]) -> list[list[LoggedRow]]:
-        """Writes the rows of a batch, those of each of its documents together."""
+        """Write the rows of a batch, grouped by document."""
         described = [
             (each[0].splittable, [len(row.ids) for row in each], each[0].notes) for each in rows
         ]
@@ -83,7 +87,7 @@ class TokenLog:
         return self._placed(described, len(line))
 
     def _placed(self, described: Sequence[Any], line: int) -> list[list[LoggedRow]]:
-        """The rows of the record that begins at the end of the log, which then ends behind it."""
+        """Locate the rows of the record that begins at the end of the log, and move the end."""
         place, rows = self._end + line, []
         for splittable, lengths, notes in described:
             found: list[LoggedRow] = []
@@ -95,7 +99,7 @@ class TokenLog:
         return rows
 
     def read(self, start: int, first: int, count: int) -> tuple[Ids, Mask]:
-        """`count` tokens, and which are supervised, from the `first` of the row at `start`."""
+        """Read `count` tokens and their loss mask, from token `first` of the row at `start`."""
         self._file.seek(start + first * _TOKEN.itemsize)
         written = np.frombuffer(self._file.read(count * _TOKEN.itemsize), dtype=_TOKEN)
         return np.where(written < 0, ~written, written), written >= 0

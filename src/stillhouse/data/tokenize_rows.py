@@ -1,4 +1,4 @@
-"""Tokenizes documents, with a loss mask."""
+"""Tokenizes documents and computes their loss masks."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class TokenRow:
-    """One row: token ids, which of them are supervised, and whether it may be cut into parts.
+    """One row: token ids, their loss mask, and whether the row may be cut into parts.
 
-    notes: what of its document is not learned; in the first of a document's rows.
+    notes: parts of the document that are not supervised; only in the document's first row.
     """
 
     ids: Ids
@@ -39,12 +39,13 @@ def tokenize(
     tokenizer: Any,
     control_tokens: ControlText | None = None,
 ) -> list[list[TokenRow]]:
-    """The rows of each document (several only for a chat whose template rewrites turns).
+    """Tokenize documents: one row each, or several for a chat whose template rewrites turns.
 
-    Text: the tokenizer's prefix, the text, EOS, all supervised but the former.
-    Prompt and completion: the same start, prompt, then supervised completion and EOS. Chat: as the
-    template renders it, with no token added. The first token of a row has no context; packing does
-    not supervise it. control_tokens: as in a recipe's `data`.
+    Text becomes the tokenizer's prefix, then the text and EOS, which are supervised. A prompt with
+    a completion becomes the prefix and the prompt, then the completion and EOS, which are
+    supervised. A chat is tokenized as its template renders it, with no token added. The first token
+    of a row has no context, so packing does not supervise it. control_tokens: as in a recipe's
+    `data`.
     """
     eos = end_of_text(tokenizer)
     start = leading_tokens(tokenizer)
@@ -77,11 +78,11 @@ def tokenize(
 def _framed(
     ids: Ids, mask: Mask, start: Ids, eos: int, text: bool, given: bool
 ) -> tuple[Ids, Mask]:
-    """With the tokens before a text and EOS. given: the text may have them itself."""
+    """Add the tokenizer's prefix and EOS. given: the text may already contain them."""
     begins = given and np.array_equal(ids[: len(start)], start)
     before = start[:0] if begins else start
     after = [] if given and len(ids) and ids[-1] == eos else [eos]
-    # The first token of a row is never a label, so its mask only distinguishes text from a prompt.
+    # The first token of a row is never a label: its mask only tells text from a prompt.
     learned = (np.arange(len(before)) == 0) & text
     ids = np.concatenate([before, ids, after]).astype(np.int32)
     return ids, np.concatenate([learned, mask, np.ones(len(after), dtype=bool)])
@@ -99,11 +100,11 @@ def end_of_text(tokenizer: Any) -> int:
 
 
 def encode_pieces(rows: Sequence[Sequence[Piece]], tokenizer: Any) -> list[tuple[Ids, Mask]]:
-    """Ids and mask of each row; token boundaries respect the ends of the pieces.
+    """Return the ids and loss mask of each row; token boundaries respect the ends of the pieces.
 
     Pieces are tokenized separately, as at inference, where the prompt is tokenized before the first
     token is generated. A tokenizer that adds a space before every text would add one before every
-    piece: in that case, complete rows are tokenized.
+    piece, so in that case complete rows are tokenized.
     """
     if adds_prefix_space(tokenizer):
         return [_encode_whole(pieces, tokenizer) for pieces in rows]
@@ -119,7 +120,7 @@ def encode_pieces(rows: Sequence[Sequence[Piece]], tokenizer: Any) -> list[tuple
 
 
 def _encode_whole(pieces: Sequence[Piece], tokenizer: Any) -> tuple[Ids, Mask]:
-    """A token in two pieces counts as part of the first, where it begins."""
+    """Tokenize a complete row. A token that spans two pieces belongs to the first."""
     if not tokenizer.is_fast or any(piece.plain for piece in pieces):
         return _encode_apart(pieces, tokenizer)
     encoded = tokenizer(
@@ -137,8 +138,10 @@ def _encode_whole(pieces: Sequence[Piece], tokenizer: Any) -> tuple[Ids, Mask]:
 
 
 def _encode_apart(pieces: Sequence[Piece], tokenizer: Any) -> tuple[Ids, Mask]:
-    """Pieces one by one, each but the first without the space that the tokenizer puts before a
-    text: it is encoded behind a newline, whose tokens are then removed."""
+    """Tokenize pieces one by one, without the space that the tokenizer adds before each text.
+
+    To avoid it, every piece but the first is encoded after a newline, whose tokens are removed.
+    """
     anchor = encode_texts(["\n"], tokenizer)[0]
     parts = []
     for number, piece in enumerate(pieces):
@@ -156,8 +159,10 @@ def adds_prefix_space(tokenizer: Any) -> bool:
 
 
 def encode_texts(texts: Sequence[str], tokenizer: Any, plain: bool = False) -> list[list[int]]:
-    """Each text's token ids, without the tokens before and after a text. plain: strings of special
-    tokens are text."""
+    """Return each text's token ids, without the special tokens that the tokenizer adds.
+
+    plain: read strings of special tokens as text.
+    """
     if not texts:
         return []
     return tokenizer(
@@ -170,8 +175,8 @@ def encode_texts(texts: Sequence[str], tokenizer: Any, plain: bool = False) -> l
 
 
 def leading_tokens(tokenizer: Any) -> Ids:
-    """What the tokenizer writes before every text: usually BOS or nothing, and [gMASK]<sop> for
-    GLM's. Raises DataError if they cannot be separated from the text."""
+    """The tokens that the tokenizer adds before every text: usually BOS or none; [gMASK]<sop> for
+    GLM. Raises DataError if they cannot be separated from the text."""
     full, bare = tokenizer("x")["input_ids"], encode_texts(["x"], tokenizer)[0]
     for start in range(len(full) - len(bare) + 1):
         if full[start : start + len(bare)] == bare:
@@ -186,7 +191,7 @@ def leading_tokens(tokenizer: Any) -> Ids:
 def render_document(
     document: AnyDocument, tokenizer: Any, control_tokens: ControlText | None
 ) -> RenderedChat:
-    """The text of a document's rows, divided where the supervision changes. Raises DataError."""
+    """Render a document's rows as pieces, split where the supervision changes. Raises DataError."""
     if isinstance(document, Conversation):
         return render_conversation(document, tokenizer, control_tokens=control_tokens == "tokens")
     if isinstance(document, Completion):
@@ -204,16 +209,16 @@ def render_document(
 
 
 def _reject_rendered(pieces: Sequence[Piece], control: ControlTokens, where: str) -> None:
-    """Raise DataError for text that seems to be the output of a chat template."""
+    """Raise DataError for text that seems to be rendered by a chat template."""
     for piece in pieces:
         token = control.at_an_end(piece.text)
         if token is not None:
             raise DataError(
-                f"The text begins or ends with {token!r}: it seems to be rendered with a chat "
-                "template, and control tokens in a text are read as plain text",
+                f"The text begins or ends with {token!r}: it seems to be rendered by a chat "
+                "template, but control tokens in a text are read as plain text",
                 where=where,
-                fix="set data.control_tokens: tokens to read them as tokens, or text to keep them "
-                "as text; better still, give the chat as `messages`",
+                fix="write the chat as `messages`; or set data.control_tokens: tokens to read them "
+                "as tokens, or data.control_tokens: text to read them as text",
             )
 
 
@@ -226,7 +231,7 @@ _BATCH = 256
 def require_rows(documents: Iterable[AnyDocument], tokenizer: Any, section: WindowsRecipe) -> None:
     """Raise DataError for the first document that the data stage would reject.
 
-    Plain text is not tokenized, because it may be divided anywhere.
+    Plain text is not tokenized, because it can be split anywhere.
     """
     left = iter(documents)
     while batch := list(itertools.islice(left, _BATCH)):
@@ -243,7 +248,7 @@ def require_rows(documents: Iterable[AnyDocument], tokenizer: Any, section: Wind
 
 
 def too_long(tokens: int, where: str, context: int) -> DataError:
-    """The error about a row with more tokens than the context."""
+    """The error for a row with more tokens than the context."""
     return DataError(
         f"The row has {tokens:,} tokens, more than the context of {context:,}",
         where=where,

@@ -1,4 +1,4 @@
-"""Reads tools and tool calls in the forms that they are written in; JSON text is decoded."""
+"""Reads tools and tool calls in their various formats, and decodes JSON text in them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _WRITE_CALL = 'write it as {"type": "function", "function": {"name": "...", "arg
 
 
 def read_tools(row: Mapping[str, Any], where: str) -> list[Any]:
-    """The row's `tools`, or its `functions` in OpenAI's older form; JSON text is decoded."""
+    """Read the row's `tools`, or its `functions` (OpenAI's older form); JSON text is decoded."""
     tools = from_json(row.get("tools"), where)
     functions = from_json(row.get("functions"), where)
     if not tools and functions and isinstance(functions, list):
@@ -39,7 +39,10 @@ def read_tools(row: Mapping[str, Any], where: str) -> list[Any]:
 
 
 def calls_in(text: Any, where: str) -> list[dict[str, Any]] | None:
-    """The tool calls that JSON text consists of: objects with name and arguments."""
+    """Parse JSON text that consists of tool calls (objects with `name` and `arguments`).
+
+    None if it is anything else.
+    """
     value = from_json(text, where)
     calls = value if isinstance(value, list) else [value]
     if not calls or not all(
@@ -59,7 +62,7 @@ def calls_in(text: Any, where: str) -> list[dict[str, Any]] | None:
 
 
 def decode_calls(message: dict[str, Any], name: str, where: str) -> None:
-    """`tool_calls` as a list of objects; OpenAI's older `function_call` becomes one."""
+    """Convert `tool_calls`, or OpenAI's older `function_call`, to a list of objects, in place."""
     if message.get("function_call"):
         call = from_json(message.pop("function_call"), where)
         message.setdefault("tool_calls", [{"type": "function", "function": call}])
@@ -83,7 +86,7 @@ def decode_calls(message: dict[str, Any], name: str, where: str) -> None:
 
 
 def _with_arguments(call: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
-    """The call with arguments: those that are missing or empty are no arguments."""
+    """Normalize the arguments of a call; missing or empty ones become {}."""
     inner = call.get("function", call)
     arguments = inner.get("arguments", inner.get("parameters"))
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
@@ -102,20 +105,20 @@ def _with_arguments(call: Mapping[str, Any], name: str, where: str) -> dict[str,
 
 
 def _reject_other_types(value: Any, owner: str, where: str) -> None:
-    """Raise DataError for a value that JSON does not have: Parquet's dates, decimals and bytes."""
+    """Raise DataError for a type that JSON lacks, such as Parquet's dates, decimals, and bytes."""
     if isinstance(value, (Mapping, list, tuple)):
         for item in value.values() if isinstance(value, Mapping) else value:
             _reject_other_types(item, owner, where)
     elif value is not None and not isinstance(value, (str, bool, int, float)):
         raise DataError(
-            f"A value in {owner} is of type {type(value).__name__}, which JSON does not have",
+            f"A value in {owner} is of type {type(value).__name__}, which JSON does not support",
             where=where,
             fix="write the value as a string or a number",
         )
 
 
 def without_nulls(value: Any) -> tuple[Any, int]:
-    """The value without the null fields of its objects, and how many there were."""
+    """Return the value without the null fields of its objects, and their number."""
     if isinstance(value, Mapping):
         kept, count = {}, 0
         for key, item in value.items():
@@ -132,8 +135,10 @@ def without_nulls(value: Any) -> tuple[Any, int]:
 
 
 def from_json(value: Any, where: str) -> Any:
-    """The value of JSON text of a list or an object, however often it is encoded; anything else
-    as it is. Raises DataError for JSON without a clear meaning: see `clear_json`."""
+    """Decode JSON text of a list or an object, even if it is encoded several times.
+
+    Anything else is returned unchanged. Raises DataError for ambiguous JSON: see `clear_json`.
+    """
     value = _bare_json(value)
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
         return value
@@ -141,7 +146,7 @@ def from_json(value: Any, where: str) -> Any:
         decoded = parse_json(value)
     except DoubleKeyError as error:
         raise DataError(
-            f"The row has JSON text in which {error}: {shown(value)}",
+            f"The row contains JSON text in which {error}: {shown(value)}",
             where=where,
             fix="keep one of the two values",
         ) from error
@@ -153,7 +158,7 @@ def from_json(value: Any, where: str) -> Any:
 
 
 def _bare_json(value: Any) -> Any:
-    """JSON text that is encoded as a JSON string, once or more, without that; else the value."""
+    """Undo the encoding of JSON text as a JSON string, once or more; else return the value."""
     while isinstance(value, str) and value.lstrip().startswith('"'):
         try:
             value = json.loads(value)

@@ -1,9 +1,9 @@
-"""The token that ends an assistant's turn.
+"""Finds the token that ends an assistant turn.
 
-It is learned, generation stops at it, and an exported model lists it among the tokens that end an
-answer. Chat templates do not declare it, and it is often not the tokenizer's EOS: Gemma ends turns
-with `<end_of_turn>`, Phi-3 with `<|end|>`, and a Qwen base model with `<|im_end|>`. So a made-up
-chat is rendered, and what the template writes after the answer is read.
+It is supervised, generation stops at it, and an exported model lists it among its EOS tokens. Chat
+templates do not declare it, and it is often not the tokenizer's EOS: Gemma ends turns with
+`<end_of_turn>`, Phi-3 with `<|end|>`, and a Qwen base model with `<|im_end|>`. So it is read from
+what the template writes after the answer in a made-up chat.
 """
 
 from __future__ import annotations
@@ -30,10 +30,13 @@ _SYSTEM = {"role": "system", "content": "beta"}
 
 @dataclass(frozen=True)
 class TurnEnd:
-    """id, text: the token. written: whether the chat template writes it after every answer. If
-    not, it is the first token of the next turn if the model stops there, otherwise EOS; both are
-    added to what is learned. tail: all that the template writes after the last answer of a chat.
-    stops: other tokens at which the model stops."""
+    """The token (id and text) that ends a turn.
+
+    written: whether the chat template writes it after every answer. If not, it is the first token
+    of the next turn if the model stops there, otherwise EOS, and it is added to the training text.
+    tail: everything that the template writes after the last answer of a chat. stops: the tokens at
+    which the model stops.
+    """
 
     id: int
     text: str
@@ -43,9 +46,9 @@ class TurnEnd:
 
 
 def turn_end(tokenizer: Any) -> TurnEnd | None:
-    """The end of an assistant's turn; None if the tokenizer has neither such a token nor EOS.
+    """The end of an assistant turn; None if the tokenizer has neither such a token nor EOS.
 
-    Without a chat template, or with one that accepts no simple chat, it is EOS.
+    It is EOS without a chat template, or with one that does not accept a simple chat.
     """
     template = repr(getattr(tokenizer, "chat_template", None))
     return _find(tokenizer, template, tokenizer.eos_token_id, str(tokenizer.name_or_path))
@@ -59,8 +62,8 @@ def _find(tokenizer: Any, _template: str, eos: int | None, folder: str) -> TurnE
     if tails is not None:
         tail, more = tails
         written = _tokens(tokenizer, tail)
-        # The last answer of a chat may be followed by more than the others (Phi-3's by EOS), or
-        # end with another token (gpt-oss's with <|return|>, at which the model stops).
+        # The last answer of a chat may be followed by more than earlier ones (Phi-3: EOS), or end
+        # with a different token (gpt-oss: <|return|>, at which the model stops).
         common = [token for token, end in written if more[:end] == tail[:end]]
         found = common or [token for token, _ in written]
         if found:
@@ -76,9 +79,9 @@ def _find(tokenizer: Any, _template: str, eos: int | None, folder: str) -> TurnE
 
 
 def end_of_answers(tokenizer: Any, generation_config: Any = None) -> frozenset[int]:
-    """The ids at which an answer ends: of the generation config, EOS, and the end of a turn.
+    """The ids that end an answer: those in the generation config, EOS, and the end of a turn.
 
-    generation_config: the model's; None: the one beside the tokenizer's files, if any.
+    generation_config: the model's; None: the one next to the tokenizer's files, if any.
     """
     if generation_config is None:
         ids = _configured(str(tokenizer.name_or_path))
@@ -90,9 +93,9 @@ def end_of_answers(tokenizer: Any, generation_config: Any = None) -> frozenset[i
 
 
 def stop_at_turn_end(model: Any, tokenizer: Any) -> None:
-    """Adds the end of a turn and EOS to the model's `generation_config.eos_token_id`.
+    """Add the end of a turn and EOS to the model's `generation_config.eos_token_id`.
 
-    It is unchanged if it already has the end of a turn.
+    Does nothing if the end of a turn is already in it.
     """
     end, config = turn_end(tokenizer), getattr(model, "generation_config", None)
     if end is None or config is None:
@@ -107,19 +110,19 @@ def stop_at_turn_end(model: Any, tokenizer: Any) -> None:
 
 
 def keep_other_values(generation_config: Any) -> None:
-    """Let transformers save a generation config of which token ids were changed.
+    """Let transformers save a generation config whose token ids were changed.
 
-    It saves an unchanged one as it is, but rejects a changed one with values that have no effect,
-    which many published models have: a temperature without do_sample.
+    transformers saves an unchanged config as is, but rejects a changed one with values that have no
+    effect, such as a temperature without do_sample, which many published models have.
     """
     generation_config._original_object_hash = hash(generation_config)
 
 
 def text_until_end(text: str, tokenizer: Any) -> int:
-    """Characters of an assistant's turn, as rendered, up to and with the token that ends it.
+    """Number of characters of a rendered assistant turn, including the token that ends it.
 
-    Templates put whitespace after that token, and some a second token, when generation has already
-    stopped. A turn that ends with another token (of a tool call) ends there.
+    Templates put whitespace after that token, and some a second token, but generation has already
+    stopped there. A turn that ends with a different token (a tool call's) ends there.
     """
     end = turn_end(tokenizer)
     if end is not None and end.written and text.endswith(end.tail):
@@ -134,8 +137,8 @@ def text_until_end(text: str, tokenizer: Any) -> int:
 
 
 def _tails(tokenizer: Any) -> tuple[str, str] | None:
-    """What the template writes after an answer: the last one of a chat, and one that a user's turn
-    follows. None if it accepts no simple chat."""
+    """The text that the template writes after the last answer of a chat, and after an answer that a
+    user turn follows. None if the template does not accept a simple chat."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     for start in ((), (_SYSTEM,)):
@@ -151,7 +154,7 @@ def _tails(tokenizer: Any) -> tuple[str, str] | None:
 
 
 def _tokens(tokenizer: Any, text: str) -> list[tuple[str, int]]:
-    """The added tokens in a text, each with its end."""
+    """The added tokens in a text, each with its end position."""
     found = re.finditer(_pattern(tokenizer), text)
     return [(match.group(), match.end()) for match in found]
 
@@ -162,7 +165,7 @@ def _first_token(tokenizer: Any, text: str) -> str | None:
 
 
 def _pattern(tokenizer: Any) -> str:
-    """Matches the tokenizer's added tokens, the longest first."""
+    """A pattern that matches the tokenizer's added tokens, the longest first."""
     return _pattern_of(tokenizer, len(tokenizer))
 
 
@@ -178,7 +181,7 @@ def _texts(tokenizer: Any, ids: Iterable[int | None]) -> tuple[str, ...]:
 
 
 def _configured(folder: str) -> Sequence[int]:
-    """eos_token_id of the generation_config.json beside the tokenizer; empty if it has none."""
+    """eos_token_id in the generation_config.json next to the tokenizer; empty if it has none."""
     file = Path(folder) / "generation_config.json"
     if not folder or not file.is_file():
         return []

@@ -1,4 +1,4 @@
-"""Prompts from windows of tokens: chats without their last answer, or the beginnings of texts."""
+"""Makes prompts from windows: chats without their last answer, or the beginnings of texts."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from stillhouse.data.shift import IGNORED
 from stillhouse.data.windows import WindowSet
 
 BEGINNING = 32
-"""Tokens of a text that are a prompt; at most its first half."""
+"""Number of tokens at the beginning of a text that become a prompt; at most its first half."""
 _SHORTEST = 4
 
 
 def window_prompts(windows: WindowSet, count: int) -> list[list[int]]:
-    """At most `count` different prompts, evenly spaced over all documents of the windows.
+    """Return at most `count` distinct prompts, evenly spaced over all documents of the windows.
 
-    A chat's prompt ends where its last supervised answer begins, so that it is what a model reads
-    before it answers. A text, whose tokens are all supervised but for the tokenizer's prefix, is
-    cut after its beginning.
+    A chat's prompt ends where its last supervised answer begins: it is the model's input for that
+    answer. A text, whose tokens are all supervised except the tokenizer's prefix, is cut after its
+    beginning.
     """
     found = list(dict.fromkeys(map(tuple, all_prompts(windows))))
     count = min(count, len(found))
@@ -28,7 +28,7 @@ def window_prompts(windows: WindowSet, count: int) -> list[list[int]]:
 
 
 def all_prompts(windows: WindowSet) -> Iterator[list[int]]:
-    """The prompt of every document of the windows that has one, in order."""
+    """Yield the prompt of every document in the windows that has one, in order."""
     for window in (windows[index] for index in range(len(windows))):
         starts = (window["position_ids"] == 0).nonzero()[:, 0].tolist()
         for start, end in zip(starts, [*starts[1:], len(window["input_ids"])], strict=True):
@@ -38,7 +38,7 @@ def all_prompts(windows: WindowSet) -> Iterator[list[int]]:
 
 
 def _prompt_length(labels_L: Tensor) -> int:
-    """0 if no token of the document is supervised, as in padding."""
+    """The length of a document's prompt; 0 if no token is supervised, as in padding."""
     supervised_L = labels_L != IGNORED
     if not supervised_L.any():
         return 0

@@ -1,7 +1,7 @@
 """Windows of tokens: three arrays, memory-mapped if they are in a folder, and a description.
 
-R windows, L tokens in a window. `input_ids.npy`, `labels.npy` and `position_ids.npy` are int32
-[R, L]; `windows.json` is written last, so a folder that has it is complete.
+R windows, L tokens in a window. `input_ids.npy`, `labels.npy`, and `position_ids.npy` are int32
+[R, L]; `windows.json` is written last, so a folder that contains it is complete.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from stillhouse.errors import DataError
 ARRAYS = ("input_ids", "labels", "position_ids")
 DESCRIPTION = "windows.json"
 WINDOW_BYTES = 4 * (len(ARRAYS) + 1)
-"""For each token: its place in the arrays, and while they are written the token itself."""
+"""Bytes per token: its entries in the arrays, and the token itself while they are written."""
 _AGAIN = "delete the folder and run the data stage again"
 
 
 class WindowSet(Protocol):
-    """Windows, in memory or on disk: each has long tensors input_ids, labels, position_ids of [L].
+    """Windows, in memory or on disk. Each has int64 tensors input_ids, labels, position_ids: [L].
 
     labels[t] is the token at position t if it is predicted (from position t-1), otherwise -100.
     position_ids restart at 0 with each document in a window.
@@ -44,14 +44,14 @@ class WindowSet(Protocol):
 
 @dataclass(frozen=True)
 class WindowsInfo:
-    """What is in a folder of windows.
+    """The description of a set of windows.
 
-    tokens: all but padding. supervised_tokens: labels that are predicted. fill: tokens as a share
-    of rows × context. duplicates_dropped: documents with the same content as an earlier one.
-    overlap_removed: training documents that are also in heldout_sources. rows_truncated and
+    tokens: all tokens except padding. supervised_tokens: labels that are predicted. fill: tokens as
+    a share of rows × context. duplicates_dropped: documents with the same content as an earlier
+    one. overlap_removed: training documents that are also in heldout_sources. rows_truncated,
     rows_dropped: chat rows longer than the context. pad_token_id: fills incomplete windows.
-    formats: how many documents that were read have each format. notes: how many of them have
-    something that is not learned or not read.
+    formats: number of documents read, by format. notes: number of documents with a part that is not
+    supervised or not read, by note.
     """
 
     context: int
@@ -74,7 +74,7 @@ class WindowsInfo:
 class Windows:
     """A map-style dataset: `len(windows)` rows, each a dict of int64 tensors of length L.
 
-    path: the folder that they are in; None if they are in memory.
+    path: the folder of the windows; None if they are in memory.
     """
 
     path: Path | None
@@ -110,13 +110,13 @@ def write_windows(
 ) -> Windows:
     """Write `rows` windows to a folder, or keep them in memory if there is none.
 
-    about: the fields of WindowsInfo that are not counted here.
+    about: the fields of WindowsInfo that are not computed here.
     """
     if path is not None:
         path.mkdir(parents=True, exist_ok=True)
         (path / DESCRIPTION).unlink(missing_ok=True)
     with ExitStack() as opened:
-        # From start to end: a memory map that is written to holds all of its pages in memory.
+        # Write sequentially: a memory map keeps all pages that are written in memory.
         buffers = [BytesIO() for _ in ARRAYS] if path is None else []
         files: Sequence[BinaryIO] = buffers
         if path is not None:
@@ -145,7 +145,7 @@ def write_windows(
 
 
 def open_windows(path: Path) -> Windows:
-    """Opens a folder that `write_windows` wrote. Raises DataError if it is incomplete."""
+    """Open a folder written by `write_windows`. Raises DataError if it is incomplete."""
     info = _read_info(path)
     return Windows(path, info, *(_open_array(path, name, info) for name in ARRAYS))
 
@@ -169,7 +169,7 @@ def _open_array(path: Path, name: str, info: WindowsInfo) -> NDArray[np.int32]:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(
-            f"The array of tokens is missing or truncated: {error}", where=file, fix=_AGAIN
+            f"An array of the windows is missing or truncated: {error}", where=file, fix=_AGAIN
         ) from error
     if array.shape != (info.rows, info.context) or array.dtype != np.int32:
         raise DataError(

@@ -1,9 +1,9 @@
-"""The log-probabilities of an API's answers as likelihoods of chunks, for a model with another
-tokenizer than the student.
+"""Turns the log-probabilities of an API's answers into likelihoods of chunks, for an API whose
+tokenizer differs from the student's.
 
-A chunk is the text between neighboring places where a token of the API and one of the student
-begin. Its log-likelihood is the sum over the API's tokens. Tokens of an answer without known
-log-probabilities are in no chunk, and neither is the end of a turn.
+A chunk is the text between two neighboring places where both a token of the API and a token of the
+student begin. Its log-likelihood is the sum over the API's tokens. Tokens without a known
+log-probability belong to no chunk, and neither does the end of a turn.
 
 Shapes: N supervised tokens of a row.
 """
@@ -30,13 +30,17 @@ from stillhouse.signals.encode import Statistics
 from stillhouse.signals.encoded_rows import EntryRows, split_ids
 
 UNKNOWN = -9999.0
-"""What OpenAI's API returns for a token that is not among the most probable ones."""
+"""The value that OpenAI's API returns for a token that is not among the most probable ones."""
 
 
 @dataclass(frozen=True)
 class ChunkedAnswer:
-    """ids: the supervised tokens of a row. log_probs: of the chunk that begins at each token; None
-    where none begins. reported: whether each token is in a chunk. matched: whether any is."""
+    """The chunks of one row.
+
+    ids: the row's supervised tokens. log_probs: log-likelihood of the chunk that begins at each
+    token; None where no chunk begins. reported: whether each token is in a chunk. matched: whether
+    any token is.
+    """
 
     ids: list[int]
     log_probs: list[float | None]
@@ -44,7 +48,7 @@ class ChunkedAnswer:
     matched: bool
 
     def first(self, kept: int) -> ChunkedAnswer:
-        """Of the first tokens only. A chunk that continues after them is left out."""
+        """Keep only the first tokens, and drop a chunk that continues after them."""
         log_probs, reported = self.log_probs[:kept], self.reported[:kept]
         if kept < len(self.ids) and self.reported[kept] and self.log_probs[kept] is None:
             start = max(n for n in range(kept) if log_probs[n] is not None)
@@ -56,8 +60,10 @@ class ChunkedAnswer:
 def align_chunks(
     row: TokenRow, text: str, logprobs: Sequence[Any] | None, vocabulary: ByteVocabulary
 ) -> ChunkedAnswer:
-    """The chunks of a row whose last turn is `text`. logprobs: as the API gave them for the
-    complete answer, of which `text` is the last part."""
+    """Find the chunks of a row whose last turn is `text`.
+
+    logprobs: as returned by the API for the complete answer, which ends with `text`.
+    """
     supervised = np.flatnonzero(row.supervised)
     supervised = supervised[supervised > 0]
     ids = row.ids[supervised].tolist()
@@ -77,7 +83,7 @@ def align_chunks(
 
 
 def _log_p(position: Mapping[str, Any]) -> float:
-    """-inf if it is not known."""
+    """The log-probability of a position; -inf if it is unknown."""
     found = position.get("logprob")
     return -math.inf if found is None or not is_logprob(found) else float(found)
 
@@ -88,10 +94,11 @@ def _shown_bytes(position: Mapping[str, Any]) -> bytes:
 
 
 def _boundaries(tokens: Sequence[bytes], text: str, *, last: bool) -> dict[int, tuple[int, int]]:
-    """Where tokens begin or end in the text, in bytes: the first and the last token that begin
-    there, which differ where a token has no bytes. Empty if the tokens do not contain the text.
+    """Map each byte offset of the text at which a token begins or ends to the first and the last
+    token that begin there (they differ if a token has no bytes).
 
-    last: at its last occurrence, otherwise at its first.
+    Empty if the tokens do not contain the text. last: use the last occurrence of the text instead
+    of the first.
     """
     content, whole = text.encode(), b"".join(tokens)
     begin = whole.rfind(content) if last else whole.find(content)
@@ -105,7 +112,7 @@ def _boundaries(tokens: Sequence[bytes], text: str, *, last: bool) -> dict[int, 
 
 
 def chunk_rows(answer: ChunkedAnswer, vocabulary: int) -> tuple[EntryRows, Statistics]:
-    """Encoded as `AnswerChunks` describes. vocabulary: the student's."""
+    """Encode an answer as described in `AnswerChunks`. vocabulary: the student's size."""
     begins, values = [], []
     for n, (log_p, reported) in enumerate(zip(answer.log_probs, answer.reported, strict=True)):
         after_chunk = n == 0 or answer.reported[n - 1]

@@ -1,10 +1,10 @@
-"""The log-probabilities of an API's answers, as a signal for the student's tokens.
+"""Turns the log-probabilities of an API's answers into a signal for the student's tokens.
 
 An answer's tokens match the student's if both have the same bytes and the same boundaries. Each
-token then has the distribution that the API returned: the k most probable tokens, and a tail with
-the mass of all others. Tokens without one (mostly the end of the turn, which few servers report,
-and turns in the prompt) are trained on as they are: all mass is on the token that is there. For a
-token that the teacher sampled at temperature 1, this is right on average.
+token then gets the distribution that the API returned: the k most probable tokens, and a tail with
+the mass of all others. For tokens without one (mostly the end of the turn, which few servers
+report, and turns in the prompt), all mass is on the actual token. If the teacher sampled that token
+at temperature 1, this is an unbiased estimate.
 
 Shapes: N supervised tokens of a row, E entries of all of them.
 """
@@ -28,17 +28,20 @@ from stillhouse.teachers.text_tokens import token_bytes
 
 LEAST = float(np.finfo(np.float16).min)
 OVER_ONE = 1e-3
-"""How much the probabilities of a token may exceed 1, because they are rounded."""
+"""How much a token's probabilities may exceed 1 in total because of rounding."""
 
 Entries = dict[int, float]
-"""Log-probabilities by token id, of one position."""
+"""Log-probabilities at one position, by token id."""
 
 
 @dataclass(frozen=True)
 class ByteVocabulary:
-    """A tokenizer's tokens as bytes. id_of: by all their bytes. shown_id_of: by the text that is
-    left if a server drops bytes that are not a complete character. Tokens that share a key are
-    ambiguous: they have no id there, and stay in the tail."""
+    """A tokenizer's tokens as bytes.
+
+    id_of: ids by complete bytes. shown_id_of: ids by the text that remains if a server drops bytes
+    that are not a complete character. Tokens that share a key are ambiguous, so they are left out
+    of these mappings and stay in the tail.
+    """
 
     bytes_of: Mapping[int, bytes]
     id_of: Mapping[bytes, int]
@@ -70,24 +73,30 @@ def _shown(token: bytes) -> str:
 
 @dataclass(frozen=True)
 class Aligned:
-    """entries: one for each supervised token of the row, the most probable first. reported: whether
-    the API returned them. matched: whether the answer's tokens are the student's."""
+    """The signal of one row.
+
+    entries: the distribution at each supervised token, most probable first. reported: whether it
+    was returned by the API. matched: whether the answer's tokens match the student's.
+    """
 
     entries: list[Entries]
     reported: list[bool]
     matched: bool
 
     def first(self, kept: int) -> Aligned:
-        """Of the first tokens only."""
+        """Keep only the first tokens."""
         return Aligned(self.entries[:kept], self.reported[:kept], self.matched)
 
 
 def align(
     row: TokenRow, text: str, logprobs: Sequence[Any] | None, k: int, vocabulary: ByteVocabulary
 ) -> Aligned:
-    """The signal of a row whose last turn is `text`. logprobs: as the API gave them for the
-    complete answer, of which `text` is the last part; malformed ones, which an older journal may
-    have, count as not reported. Raises SignalError: probabilities of more than 1."""
+    """Find the signal of a row whose last turn is `text`.
+
+    logprobs: as returned by the API for the complete answer, which ends with `text`. Malformed
+    ones, which an older journal may contain, count as not reported. Raises SignalError if
+    probabilities sum to more than 1.
+    """
     supervised = np.flatnonzero(row.supervised)
     supervised = supervised[supervised > 0]
     ids = row.ids[supervised].tolist()
@@ -105,7 +114,7 @@ def align(
 
 
 def sound_position(position: Any) -> Mapping[str, Any]:
-    """The position; for a malformed one only its token's text."""
+    """Return the position; if it is malformed, only its token's text."""
     if are_logprobs([position]):
         return position
     return {"token": position.get("token") if isinstance(position, dict) else None}
@@ -114,7 +123,7 @@ def sound_position(position: Any) -> Mapping[str, Any]:
 def _places(
     row: TokenRow, supervised: Any, text: str, logprobs: Sequence[Any], vocabulary: ByteVocabulary
 ) -> list[tuple[int, Any]]:
-    """The supervised tokens that the API's positions are about; empty if they do not match."""
+    """Pair supervised tokens, by index, with the API's positions; empty if they do not match."""
     turn = last_turn(supervised)
     ours = [vocabulary.bytes_of.get(i, b"") for i in row.ids[supervised[turn:]].tolist()]
     at, end = _span(ours, text.encode())
@@ -123,14 +132,16 @@ def _places(
         if all(map(_is_token, logprobs[first:last], ours[at:end])):
             places = [(turn + at + n, logprobs[first + n]) for n in range(end - at)]
             if end < len(ours) and last < len(logprobs) and _is_token(logprobs[last], ours[end]):
-                places.append((turn + end, logprobs[last]))  # the end of the turn too
+                places.append((turn + end, logprobs[last]))  # also the end of the turn
             return places
     return []
 
 
 def last_turn(supervised: Any) -> int:
-    """The first of the supervised tokens that follow one another to the end. supervised: their
-    places in the row."""
+    """Index of the first token in the last run of consecutive supervised tokens.
+
+    supervised: positions of the supervised tokens in the row.
+    """
     turn = len(supervised) - 1
     while turn > 0 and supervised[turn - 1] == supervised[turn] - 1:
         turn -= 1
@@ -138,7 +149,7 @@ def last_turn(supervised: Any) -> int:
 
 
 def _span(tokens: Sequence[bytes], text: bytes) -> tuple[int, int]:
-    """The tokens that are exactly this text; (0, 0) if there are none."""
+    """The range of tokens that spell exactly this text; (0, 0) if there is none."""
     start = b"".join(tokens).find(text)
     offsets = [0, *accumulate(map(len, tokens))]
     if not text or start not in offsets or start + len(text) not in offsets:
@@ -147,8 +158,11 @@ def _span(tokens: Sequence[bytes], text: bytes) -> tuple[int, int]:
 
 
 def _is_token(position: Any, token: bytes) -> bool:
-    """Whether a position is about these bytes. A server that returns only text cannot show bytes
-    that are not a complete character: then the rest of the token is compared."""
+    """Whether a position is for a token with these bytes.
+
+    A server that returns only text cannot represent bytes that are not a complete character, so
+    only the rest of the token is compared then.
+    """
     known = given_bytes(position)
     if known is not None:
         return known == token
@@ -156,15 +170,15 @@ def _is_token(position: Any, token: bytes) -> bool:
 
 
 def given_bytes(position: Any) -> bytes | None:
-    """The bytes that the server returns for a position's or an alternative's token."""
+    """The bytes that the server returned for the token of a position or an alternative, if any."""
     given = position.get("bytes")
     return bytes(given) if isinstance(given, list) and given else None
 
 
 def _entries(position: Any, own: int, k: int, vocabulary: ByteVocabulary) -> Entries:
-    """The k most probable tokens of the position that the tokenizer has.
+    """The k most probable tokens at a position, without those that the tokenizer lacks.
 
-    own: the token that was written there.
+    own: the token that was generated there. Raises SignalError.
     """
     ranked = sorted(position.get("top_logprobs") or [], key=lambda one: -float(one["logprob"]))
     found: Entries = {}
@@ -177,10 +191,10 @@ def _entries(position: Any, own: int, k: int, vocabulary: ByteVocabulary) -> Ent
     mass = sum(map(math.exp, found.values()))
     if not mass <= 1.0 + OVER_ONE:
         raise SignalError(
-            f"the API's log-probabilities of the token {position.get('token')!r} have a mass of "
-            f"{mass:.4f}",
+            f"the API's probabilities at the token {position.get('token')!r} sum to {mass:.4f}, "
+            "which is more than 1",
             where="signals.answers",
-            fix="the server must return log-probabilities from before sampling; or remove "
+            fix="configure the server to return log-probabilities from before sampling, or remove "
             "signals.answers",
         )
     return found
@@ -194,7 +208,7 @@ def _token_id(alternative: Any, vocabulary: ByteVocabulary) -> int | None:
 
 
 def entry_rows(entries: Sequence[Entries], vocabulary: int) -> tuple[EntryRows, Statistics]:
-    """Encoded as `TopP` does."""
+    """Encode entries as `TopP` does."""
     ids_E = np.array([i for row in entries for i in row], dtype=np.int64)
     log_p_E = np.array([p for row in entries for p in row.values()], dtype=np.float64)
     counts_N = np.array([len(row) for row in entries], dtype=np.uint8)
@@ -212,7 +226,7 @@ def entry_rows(entries: Sequence[Entries], vocabulary: int) -> tuple[EntryRows, 
 
 
 def mean_log_probability(answer: Answer) -> float | None:
-    """Mean over the answer's tokens with a log-probability; None if there are none."""
+    """Mean log-probability of the answer's tokens; None if no token has one."""
     entries = [one for one in answer.logprobs or [] if isinstance(one, dict)]
     values = [float(one["logprob"]) for one in entries if is_logprob(one.get("logprob"))]
     return sum(values) / len(values) if values else None

@@ -1,4 +1,4 @@
-"""Gets requests answered by a text teacher, through the journal; and estimates what that costs."""
+"""Sends requests to a text teacher through the journal, and estimates the cost."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ from stillhouse.generation.text_teacher import Sent, TextSource
 
 @dataclass(frozen=True)
 class Answers:
-    """found: in the order of the requests; None without an answer. unanswered: how many of those
-    without an answer are worth sending again: all but the refused ones. usd: the cost of all
-    answers, from every run; None if a price is unknown. lost: the most that may have been billed
-    beside that, for answers that did not arrive."""
+    """The answers to a list of requests.
+
+    found: in the order of the requests; None where there is no answer. unanswered: number of
+    requests without an answer that are worth sending again, i.e. that were not refused. usd: the
+    cost of all answers, from every run; None if a price is unknown. lost: the most that may also
+    have been billed for answers that did not arrive.
+    """
 
     found: list[Answer | None]
     unanswered: int
@@ -31,27 +34,27 @@ class Answers:
     lost: Spending
 
     def cost(self) -> dict[str, Any]:
-        """For a stage's summary, see `cost_line`."""
+        """The costs in a stage's summary, for `cost_line`."""
         return {"usd": self.usd, "lost_usd": self.lost.usd, "lost_tokens": self.lost.tokens}
 
 
 def cost_line(summary: Mapping[str, Any]) -> str:
-    """What a stage's answers cost, and what may have been billed for those that were lost."""
+    """One line: what a stage's answers cost, and what may have been billed for lost answers."""
     usd, lost = summary["usd"], summary.get("lost_tokens", 0)
     text = "unknown" if usd is None else f"${usd:,.4f}"
     if lost:
         most = f"${summary['lost_usd']:,.4f}, " if summary["lost_usd"] else ""
-        text += f"; at most {most}{lost:,} tokens more were billed for answers that were lost"
+        text += f"; at most {most}{lost:,} tokens were also billed for lost answers"
     return text
 
 
 def send_missing(
     source: TextSource, requests: Requests, journal: Journal, spent: Spending | None = None
 ) -> tuple[Estimate, Sent]:
-    """Sends the requests without an answer in the journal; what it had before, and what arrived.
+    """Send the requests that have no answer in the journal.
 
-    spent: of the budget until now; None: on these requests.
-    Raises EndpointError, ModelError, RunError.
+    spent: the part of the budget that is used; None: what these requests have cost so far. Returns
+    the estimate from before sending, and what was sent. Raises EndpointError, ModelError, RunError.
     """
     estimate = estimate_requests(requests(), journal, source.price)
     if not estimate.missing:
@@ -62,10 +65,10 @@ def send_missing(
 
 
 def answer_all(source: TextSource, requests: Requests, path: Path, budget: str) -> Answers:
-    """The answers to all requests, by the journal at `path`.
+    """Answer all requests, using the journal at `path`.
 
-    budget: its key in the recipe. Raises EndpointError, ModelError; RunError if the budget does not
-    last: answers that arrived are kept.
+    budget: the budget's key in the recipe. Raises EndpointError or ModelError, and RunError if the
+    budget does not suffice. Answers that arrived are kept.
     """
     with Journal(path) as journal:
         estimate, sent = send_missing(source, requests, journal)
@@ -74,7 +77,7 @@ def answer_all(source: TextSource, requests: Requests, path: Path, budget: str) 
                 f"the budget is used up: {estimate.answered + sent.new:,} of {estimate.requests:,} "
                 "requests are answered",
                 where=path,
-                fix=f"raise {budget}, or give fewer texts; no request is paid for twice",
+                fix=f"raise {budget}, or use fewer texts; no request is paid for twice",
             )
         keys = [request.key for request in requests()]
         found = [journal.get(key) for key in keys]
@@ -97,7 +100,7 @@ def answer_all(source: TextSource, requests: Requests, path: Path, budget: str) 
 
 
 def estimate_cost(source: TextSource, requests: Requests, path: Path, calls: int = 0) -> Estimate:
-    """What the journal at `path` has of the requests, and what the rest costs.
+    """Count the requests that are answered in the journal at `path`, and estimate the others' cost.
 
     calls: the number of missing requests to send first (see `send_some`).
     """
@@ -115,8 +118,11 @@ def send_some(
     calls: int,
     spent: Spending,
 ) -> None:
-    """Sends `calls` of the missing requests, spread evenly over them. spent: of the same budget, on
-    other requests. The answers go to the journal, so that nothing is paid for twice."""
+    """Send `calls` of the missing requests, spread evenly over them.
+
+    spent: what other requests have used of the same budget. The answers go to the journal, so
+    nothing is paid for twice.
+    """
     numbered = enumerate(requests())
     missing = [number for number, request in numbered if not journal.known([request.key])]
     count = min(calls, len(missing))
@@ -133,18 +139,21 @@ def send_some(
 def findings(
     estimate: Estimate, path: Path, topic: str, things: str = "requests"
 ) -> Iterator[Finding]:
-    """The lines of `check` about what is answered and what the rest costs. path: the journal."""
+    """Report for `check` how many requests are answered and what the others cost.
+
+    path: the journal. things: the word for requests.
+    """
     fix = None
     if estimate.missing and estimate.between is None:
-        fix = "--calls 5 sends a few requests, which count, to estimate the rest"
+        fix = "send a few requests with --calls 5 to estimate the cost of the others"
     yield Finding("estimate" if estimate.missing else "ok", topic, estimate.described(things), fix)
     if being_written(path):
-        text = "a run has the journal open: what it holds is not counted, and no request is sent"
+        text = "a run has the journal open, so its answers are not counted and no request is sent"
         yield Finding("warning", topic, text, "repeat the command after the run")
 
 
 def being_written(path: Path) -> bool:
-    """Whether a process has the journal open, so that others cannot read it."""
+    """Whether another process has the journal open, so that it cannot be read."""
     lock = path.with_name(f"{path.name}.lock")
     if not lock.exists():
         return False
@@ -154,7 +163,7 @@ def being_written(path: Path) -> bool:
 
 @contextmanager
 def opened_journal(path: Path) -> Iterator[Journal | None]:
-    """The journal; None if there is none yet, or another process has it open."""
+    """Open the journal; None if there is none yet or another process has it open."""
     if not path.exists() or being_written(path):
         yield None
         return

@@ -1,9 +1,9 @@
-"""The budget. The worst case of a request is reserved before it is sent.
+"""Keeps spending within a budget: the worst case of a request is reserved before it is sent.
 
 The sum of what was billed and what is reserved never exceeds a limit, so no request in flight can
-exceed it. A prompt has at most as many tokens as bytes, and some more for the chat template around
-each message; an answer has at most its token limit. Parameters that are not numbers (tools, a
-schema) count as part of the prompt, because servers put them there.
+exceed it. A prompt has at most as many tokens as bytes, plus some for the chat template around each
+message; an answer has at most its token limit. Parameters that are not numbers (tools, a schema)
+count as part of the prompt, because servers put them there.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from stillhouse.generation.request import Answer, Request
 
 _TEMPLATE_TOKENS = 16
-"""Tokens that a chat template may add around a message, and around all of them."""
+"""Maximum tokens that a chat template adds around each message, and around the whole chat."""
 
 TOKEN_LIMITS = ("max_completion_tokens", "max_tokens")
-"""Parameters that limit an answer's tokens."""
+"""Parameters that limit the number of tokens in an answer."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ FREE = Price(0.0, 0.0)
 
 @dataclass(frozen=True)
 class Spending:
-    """Tokens, and US dollars if the price is known (else 0)."""
+    """Tokens, and US dollars if the price is known (otherwise 0)."""
 
     tokens: int = 0
     usd: float = 0.0
@@ -48,7 +48,7 @@ class Spending:
 
 
 def worst_case(request: Request, price: Price | None) -> Spending:
-    """The most that one request can cost; it has a token limit."""
+    """The most that a request, which has a token limit, can cost."""
     shown = [value for value in request.parameters.values() if not isinstance(value, int | float)]
     prompt = _TEMPLATE_TOKENS + sum(
         _TEMPLATE_TOKENS + len(str(part).encode("utf-8", "replace"))
@@ -59,7 +59,7 @@ def worst_case(request: Request, price: Price | None) -> Spending:
 
 
 def spent_on(answer: Answer, worst: Spending) -> Spending:
-    """What an answer cost: the worst case for whatever the server did not report."""
+    """What an answer cost, assuming the worst case for anything that the server did not report."""
     if answer.prompt_tokens is None or answer.completion_tokens is None:
         return worst
     tokens = answer.prompt_tokens + answer.completion_tokens
@@ -67,7 +67,10 @@ def spent_on(answer: Answer, worst: Spending) -> Spending:
 
 
 class Budget:
-    """spent: what was billed, or may have been. reserved: the worst case of requests in flight."""
+    """Limits on dollars and tokens.
+
+    spent: what was or may have been billed. reserved: the worst case of requests in flight.
+    """
 
     def __init__(self, max_usd: float | None = None, max_tokens: int | None = None) -> None:
         self.max_usd, self.max_tokens = max_usd, max_tokens
@@ -78,7 +81,7 @@ class Budget:
         return self.max_usd is not None or self.max_tokens is not None
 
     def reserve(self, worst: Spending) -> bool:
-        """Reserves `worst`; False if that could exceed a limit."""
+        """Reserve `worst`; return False if that could exceed a limit."""
         after = self.spent + self.reserved + worst
         if self.max_usd is not None and after.usd > self.max_usd:
             return False
@@ -88,7 +91,7 @@ class Budget:
         return True
 
     def settle(self, worst: Spending, spent: Spending) -> None:
-        """Replaces a reservation by what was spent."""
+        """Replace a reservation with what was spent."""
         self.reserved -= worst
         self.spent += spent
         if self.reserved.tokens == 0:  # no rounding errors remain

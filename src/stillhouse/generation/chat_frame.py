@@ -1,4 +1,4 @@
-"""System prompt and few-shot examples around a prompt; the text of messages and answers."""
+"""Adds a system prompt and few-shot examples to prompts, and extracts the text of answers."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from stillhouse.generation.request import Answer, Message
 SYSTEM = ("system", "developer")
 """Roles of a system prompt."""
 MARK_TOKENS = 32
-"""Tokens at the end of a prompt that hold a mark of reasoning, however it is tokenized."""
+"""Number of tokens at the end of a prompt that is enough for any reasoning mark."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """The frame around every prompt. examples: pairs of a prompt and its answer.
+    """The frame around every prompt.
 
-    The system prompt is for prompts without one. student: what the student sees of the frame; the
-    effect of few-shot examples that only the teacher sees is distilled.
+    system: the system prompt for prompts that have none. examples: pairs of a prompt and its
+    answer. student: the part of the frame that the student sees; the effect of few-shot examples
+    that only the teacher sees is distilled.
     """
 
     system: str | None = None
@@ -67,7 +68,7 @@ def text_of(messages: Sequence[Message], roles: Sequence[str] = ("user",)) -> st
 
 
 def content_text(content: Any) -> str:
-    """The text of a message's content: a string, or a list of parts of which some are text."""
+    """The text of a message's content, which is a string or a list of parts."""
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else []
@@ -75,9 +76,9 @@ def content_text(content: Any) -> str:
 
 
 def answer_text(answer: Answer, *, keep_reasoning: bool = False) -> str:
-    """The answer as the student should write it, with its reasoning in <think> or without.
+    """The answer as the student should generate it, with its reasoning in <think> or without it.
 
-    Reasoning that was cut off leaves no answer: the text is empty.
+    The text is empty if the reasoning was cut off, because then there is no answer.
     """
     said = MARKS.split(answer.text, cut_off=answer.finish_reason == "length")
     reasoning = said.reasoning or (answer.reasoning or "").strip()
@@ -93,8 +94,11 @@ def has_reasoning(answer: Answer) -> bool:
 
 
 def answer_prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """The tokens before an answer without reasoning: if the template's generation prompt opens
-    the reasoning, it is closed again. Raises what the template raises."""
+    """Tokenize a chat up to an answer without reasoning.
+
+    If the template's generation prompt opens the reasoning, it is closed again. Raises whatever the
+    template raises.
+    """
     ids, marks = chat_ids(tokenizer, messages), Marks.of(tokenizer)
     opened = marks.opened(str(tokenizer.decode(ids[-MARK_TOKENS:])))
     if not opened:

@@ -1,6 +1,6 @@
-"""One request to an OpenAI-compatible endpoint, sent once: an answer, or why there is none.
+"""Sends one request to an OpenAI-compatible endpoint and returns the answer or the failure.
 
-Nothing is retried here: `request_pool` decides about that.
+Nothing is retried here: `request_pool` decides about retries.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _ENDS = {
     "content_filter": ("safety",),
     "refusal": (),
 }
-"""Finish reasons of a complete answer, or of one that the token limit or a filter ended, with other
-terms for them."""
+"""Finish reasons of an answer that is complete or was ended by the token limit or a filter, each
+with the terms that other servers use for it."""
 _MOST_TOKENS = 10**9
 """Maximum tokens in one prompt or answer; a larger count from a server is wrong."""
 
@@ -45,8 +45,8 @@ _MOST_TOKENS = 10**9
 class FailedAttempt:
     """Why one attempt got no answer.
 
-    retry: another attempt may help. wait: seconds that the server requests before it. billed:
-    the provider may have billed an answer that did not arrive completely.
+    retry: whether another attempt may help. wait: seconds to wait before it, as requested by the
+    server. billed: whether the provider may have billed an answer that did not arrive completely.
     """
 
     kind: FailureKind
@@ -57,12 +57,11 @@ class FailedAttempt:
 
 
 class Client:
-    """An endpoint's model. Use it as an async context manager, inside one event loop.
+    """A model of an endpoint. Use it as an async context manager, inside one event loop.
 
-    key_env: the environment variable that holds the key; None for servers without keys. The key
-    is read here and goes into the request's header, nowhere else.
-    timeout: seconds from sending to the last byte of the answer.
-    Raises EndpointError: the variable is not set, or the URL is invalid.
+    key_env: the environment variable that contains the key; None for servers without keys. The key
+    is read here and goes only into the request's header. timeout: seconds from sending to the last
+    byte of the answer. Raises EndpointError if the variable is not set or the URL is invalid.
     """
 
     def __init__(
@@ -122,7 +121,7 @@ class Client:
         answer = self._without_key(answer)
         if answer.finish_reason is None or answer.finish_reason in _ENDS:
             return answer
-        # An incomplete answer, or a tool call that is never run: no text to train on.
+        # An incomplete answer, or a tool call that is never run, is not text to train on.
         reason = f"the server ended the answer with {answer.finish_reason[:_EXCERPT]!r}"
         again = "tool" not in answer.finish_reason and "function" not in answer.finish_reason
         return FailedAttempt("server" if again else "invalid", reason, retry=again, billed=True)
@@ -145,10 +144,10 @@ class Client:
     def _redirected(self, reply: Reply) -> EndpointError:
         target = self._excerpt(reply.headers.get("location", "another address"))
         return EndpointError(
-            f"the endpoint redirects to {target} (HTTP {reply.status}); prompts and the key are "
-            "sent to no other address than the recipe's",
+            f"the endpoint redirects to {target} (HTTP {reply.status}), but prompts and the key "
+            "are sent only to the recipe's address",
             where=self.endpoint,
-            fix="set api.base_url to that address, if you trust it",
+            fix="set api.base_url to that address if you trust it",
         )
 
     def _fatal(self, status: int, message: str) -> EndpointError:
@@ -157,14 +156,15 @@ class Client:
             401: ("the endpoint rejects the key", f"check {variable}"),
             403: (f"the key may not use the model {self.model!r}", f"check {variable}, and the "
                   "account's permissions"),
-            404: (f"the endpoint has no model {self.model!r}, or is no chat-completions endpoint",
+            404: (f"the endpoint has no model {self.model!r} or does not serve chat completions",
                   "check api.model and api.base_url, which usually ends in /v1"),
         }.get(status, ("the account has no credit left", "add credit, then repeat the same "
                        "command: answers that arrived are kept"))  # fmt: skip
         return EndpointError(f"{what} (HTTP {status}: {message})", where=self.endpoint, fix=fix)
 
     def _without_key(self, answer: Answer) -> Answer:
-        """The answer without the key, if it repeats it; the tokens would spell the key too."""
+        """Remove the key from an answer that repeats it, together with the log-probabilities, whose
+        tokens would also spell the key."""
         parts = (answer.text, answer.reasoning or "", answer.finish_reason or "")
         if not any(holds_key(text, self._key) for text in parts):
             return answer
@@ -178,7 +178,7 @@ class Client:
         )
 
     def _excerpt(self, text: str) -> str:
-        """The beginning of a server's message, in one line: it could look like our own."""
+        """The beginning of a server's message on one line, so that it cannot imitate our output."""
         return " ".join(self._redacted(text)[:_EXCERPT].split())
 
     def _redacted(self, text: str) -> str:
@@ -186,19 +186,19 @@ class Client:
 
 
 def _checked(base_url: str) -> str:
-    """The URL. Raises EndpointError if it is not an http(s) URL."""
+    """Return the URL. Raises EndpointError if it is not an http(s) URL."""
     parts = urlsplit(base_url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise EndpointError(
             "the endpoint's base_url is not an http(s) URL",
             where=endpoint_of(base_url),
-            fix="write all of it, e.g. http://127.0.0.1:8080/v1",
+            fix="write the complete URL, e.g. http://127.0.0.1:8080/v1",
         )
     return base_url
 
 
 def _status_within(document: Any) -> int | None:
-    """The status of an error that a gateway sends with status 200, if there is one."""
+    """The HTTP status of an error that a gateway sends with status 200, if there is one."""
     error = _object(_object(document).get("error"))
     code = str(error.get("code"))
     named = {"insufficient_quota": 402, "rate_limit_exceeded": 429, "server_error": 500}
@@ -206,8 +206,11 @@ def _status_within(document: Any) -> int | None:
 
 
 def _parse(document: Any, price: Price | None, seconds: float) -> Answer:
-    """Every reply that was paid for is an answer, even an empty one; a field of the wrong type is
-    ignored. Raises KeyError and the like if this is not a chat completion."""
+    """Parse a chat completion.
+
+    Every reply that was paid for is an answer, even an empty one; a field of the wrong type is
+    ignored. Raises KeyError and similar errors if it is not a chat completion.
+    """
     choices = document["choices"]
     if not isinstance(choices, list):
         raise TypeError("its choices are no list")
@@ -225,7 +228,7 @@ def _parse(document: Any, price: Price | None, seconds: float) -> Answer:
     if prompt is None or completion is None:
         prompt = completion = None
     else:
-        # Some providers bill the tokens of the reasoning and count them in the total alone.
+        # Some providers bill reasoning tokens but count them only in the total.
         completion = max(completion, (total or 0) - prompt)
         cost = None if price is None else price.of(prompt, completion)
     logprobs = _object(choice.get("logprobs")).get("content")
@@ -244,7 +247,7 @@ def _parse(document: Any, price: Price | None, seconds: float) -> Answer:
 
 
 def _finish_reason(choice: Mapping[str, Any]) -> str | None:
-    """The finish reason in OpenAI's terms, if another term for it is known."""
+    """The finish reason, converted to OpenAI's term if a different one is known."""
     reason = _string(choice.get("finish_reason"))
     plain = (reason or "").lower()
     return next((ours for ours, theirs in _ENDS.items() if plain in (ours, *theirs)), reason)

@@ -1,4 +1,4 @@
-"""The number of requests to send at once, adapted to how the endpoint answers (AIMD)."""
+"""Adapts the number of concurrent requests to how the endpoint answers (AIMD)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import math
 from collections import deque
 
 FIRST_LIMIT = 16.0
-"""Requests at once at the start; doubled with every round of answers until a 429."""
+"""Concurrent requests at the start; doubled with every round of answers until a 429."""
 _LAST = 64
-"""Outcomes among which timeouts are counted."""
+"""Number of recent outcomes among which timeouts are counted."""
 
 
 def now() -> float:
@@ -18,12 +18,13 @@ def now() -> float:
 
 
 class AdaptiveLimit:
-    """The number of requests that may be in flight: more with each answer, half after a 429.
+    """A limit on the requests in flight that grows with answers and is halved after a 429.
 
-    Until the first 429 each answer adds one, which doubles the limit in each round; after it, a
-    whole round of answers adds one. A burst of 429 halves the limit once: requests that were sent
-    before the last halving are ignored. Retry-After pauses all requests. Timeouts count as 429 if
-    they are more than a third of the last outcomes: requests then wait in a slow server's queue.
+    Until the first 429, each answer adds one, which doubles the limit in each round; after it, a
+    whole round of answers adds one. A burst of 429s halves the limit once: requests that were sent
+    before the last halving are ignored. Retry-After pauses all requests. If timeouts are more than
+    a third of the recent outcomes, they count as 429s, because requests are then waiting in a slow
+    server's queue.
     """
 
     def __init__(self, most: int) -> None:
@@ -35,7 +36,7 @@ class AdaptiveLimit:
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     async def acquire(self) -> float:
-        """Waits for a place; returns the time at which it was given."""
+        """Wait until a request may be sent; return the current time."""
         while True:
             pause = self._closed_until - now()
             if pause > 0:
@@ -62,7 +63,7 @@ class AdaptiveLimit:
         self.limit = min(self.most, self.limit + (1.0 if self._growing_fast else 1.0 / self.limit))
 
     def throttled(self, sent: float, pause: float) -> None:
-        """A request sent at the time `sent` was answered 429: waits `pause` seconds at least."""
+        """Record a 429 for a request sent at `sent`, and wait at least `pause` seconds."""
         self._growing_fast = False
         self._closed_until = max(self._closed_until, now() + pause)
         if sent > self._halved:
@@ -70,7 +71,7 @@ class AdaptiveLimit:
             self._late.clear()
 
     def timed_out(self, sent: float) -> None:
-        """A request sent at the time `sent` was not answered in time."""
+        """Record a timeout of a request sent at `sent`."""
         if sent > self._halved:
             self._late.append(True)
             if 3 * sum(self._late) > len(self._late):

@@ -1,4 +1,5 @@
-"""What is answered already, and what the rest will cost: at most, and by the answers so far."""
+"""Estimates the cost of unanswered requests: the most they can cost, and the likely cost judging
+by the answers so far."""
 
 from __future__ import annotations
 
@@ -13,12 +14,13 @@ from stillhouse.generation.request import Request
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the journal has of some requests.
+    """The state of a list of requests in the journal.
 
-    spent: on answers, and on lost ones that may have been billed. worst: the most that the missing
-    ones can cost. squares: the sums of squares of the answered requests' spending. again: how many
-    of the answered requests, and of the missing, repeat an earlier one; these cost nothing. price:
-    None if unknown.
+    requests, missing: number of all requests, and of those without an answer. spent: the cost of
+    answers, and of lost answers that may have been billed. worst: the most that the missing
+    requests can cost. squares: sums of squares of the answered requests' spending (tokens, USD).
+    again: number of answered and of missing requests that repeat an earlier one and so cost
+    nothing. price: None if unknown.
     """
 
     requests: int
@@ -35,12 +37,12 @@ class Estimate:
 
     @property
     def paid(self) -> tuple[int, int]:
-        """Requests that were paid for, and those that will be."""
+        """Number of requests that were paid for, and number that will be."""
         return self.answered - self.again[0], self.missing - self.again[1]
 
     @property
     def likely(self) -> Spending | None:
-        """What the missing ones cost if they are like the answered ones; None without any."""
+        """What the missing requests cost if they are like the answered ones; None without any."""
         answered, missing = self.paid
         if answered == 0:
             return None
@@ -49,10 +51,10 @@ class Estimate:
 
     @property
     def between(self) -> tuple[Spending, Spending] | None:
-        """The prediction interval of 95% around `likely`; None with fewer than two answers.
+        """The 95% prediction interval around `likely`; None with fewer than two answers.
 
-        For m new requests and the mean of n with standard deviation s: m · mean ± t · s ·
-        √(m + m²/n), t of Student's distribution with n − 1 degrees of freedom.
+        For m new requests and n answered ones with standard deviation s: m · mean ± t · s ·
+        √(m + m²/n), with t from Student's distribution with n − 1 degrees of freedom.
         """
         likely, (n, m) = self.likely, self.paid
         if likely is None or n < 2:
@@ -67,10 +69,13 @@ class Estimate:
         return _least(low, self.worst), _least(high, self.worst)
 
     def described(self, things: str = "requests") -> str:
-        """One line: what is answered, and what the rest costs. things: the word for requests."""
+        """One line: how many requests are answered, and what the others cost.
+
+        things: the word for requests.
+        """
 
         def amount(spending: Spending) -> str:
-            cost = ", a price unknown" if self.price is None else f", ${spending.usd:,.2f}"
+            cost = ", price unknown" if self.price is None else f", ${spending.usd:,.2f}"
             return f"{spending.tokens:,} tokens" + ("" if self.price == FREE else cost)
 
         text = f"{self.answered:,} of {self.requests:,} {things} are answered"
@@ -91,7 +96,7 @@ class Estimate:
 def estimate_requests(
     requests: Iterable[Request], journal: Journal | None, price: Price | None
 ) -> Estimate:
-    """Reads all requests once, which also finds an invalid prompt before anything is paid."""
+    """Read all requests once. This also finds an invalid prompt before anything is paid for."""
     number = missing = 0
     squares, again = [0.0, 0.0], [0, 0]
     spent = unspent = Spending()
@@ -123,8 +128,8 @@ def estimate_requests(
 
 
 def student_t(degrees: int) -> float:
-    """The 97.5% quantile of Student's t: exact for 1 and 2 degrees of freedom, else by the
-    expansion of Cornish and Fisher (Abramowitz and Stegun 26.7.5), which is 0.2% off at 3."""
+    """The 97.5% quantile of Student's t: exact for 1 and 2 degrees of freedom, otherwise by the
+    Cornish-Fisher expansion (Abramowitz and Stegun 26.7.5), which is 0.2% off at 3."""
     if degrees == 1:
         return 12.7062
     if degrees == 2:

@@ -1,7 +1,7 @@
-"""Generators: token ids in; token ids, log-probabilities and a stop reason out.
+"""Generators: token ids in; token ids, log-probabilities, and a stop reason out.
 
-`LocalGenerator` runs a model on this device, `VllmGenerator` an engine that batches by itself.
-`TextGenerator` puts text around either.
+`LocalGenerator` runs a model in this process, and `VllmGenerator` runs an engine that does its own
+batching. `TextGenerator` wraps either to answer requests with text.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from stillhouse.generation.request import Answer, Failure, Outcome, Request
 
 @dataclass(frozen=True)
 class TokenPrompt:
-    """Tokens to continue, and how.
+    """Tokens to continue, and sampling settings.
 
-    max_tokens: of the continuation. temperature: 0 is greedy. top_p: nucleus sampling. seed: of the
-    draws; equal prompts with equal seeds have equal continuations. logprobs: whether they are
-    returned.
+    max_tokens: maximum length of the continuation. temperature: 0 is greedy. top_p: nucleus
+    sampling. seed: equal prompts with equal seeds get equal continuations. logprobs: whether to
+    return log-probabilities.
     """
 
     ids: Sequence[int]
@@ -38,10 +38,10 @@ class TokenPrompt:
 class Continuation:
     """The generated tokens.
 
-    ids: the new tokens, the one that ends the sequence included. stop: `stop` (an end token was
-    written), `length` (max_tokens are), or another reason of the engine's. logprobs: of the new
-    tokens under the model, at temperature 1; None where not requested. seconds: from reading the
-    prompt to the last token. text: the tokens as the engine decoded them; None if it did not.
+    ids: the new tokens, including the one that ends the sequence. stop: `stop` (an end token was
+    generated), `length` (max_tokens was reached), or an engine-specific reason. logprobs: the new
+    tokens' log-probabilities at temperature 1; None if not requested. seconds: from reading the
+    prompt to the last token. text: the tokens as decoded by the engine; None if it did not.
     """
 
     ids: Sequence[int]
@@ -52,15 +52,15 @@ class Continuation:
 
 
 class Generator(Protocol):
-    """window: maximum tokens of prompt and continuation; 0 if unknown."""
+    """Continues prompts. window: maximum tokens of prompt and continuation; 0 if unknown."""
 
     @property
     def window(self) -> int: ...
 
     def generate(self, prompts: Iterable[TokenPrompt]) -> Iterator[tuple[int, Continuation]]:
-        """Yield each prompt's number (from 0) with its continuation, as they finish.
+        """Yield each prompt's index with its continuation, as they finish.
 
-        `prompts` are read lazily, some batches ahead. Raises ModelError if the engine fails.
+        `prompts` is read lazily, some batches ahead. Raises ModelError if the engine fails.
         """
         ...
 
@@ -70,9 +70,9 @@ G = TypeVar("G", bound=Generator)
 
 @dataclass(frozen=True)
 class TextGenerator(Generic[G]):
-    """Answers requests. tokenizer: the model's own, with a chat template.
+    """Answers requests. tokenizer: the model's, with a chat template.
 
-    Known parameters of a request: temperature (0 is greedy), top_p, max_tokens, seed, logprobs. A
+    Supported request parameters: temperature (0 is greedy), top_p, max_tokens, seed, logprobs. A
     sampled answer depends only on its request, up to rounding. Raises ModelError if there is no
     chat template.
     """
@@ -84,8 +84,10 @@ class TextGenerator(Generic[G]):
         require_chat_template(self.tokenizer)
 
     def answers(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Outcome]]:
-        """Each request with its answer, or with the reason why there is none, as they finish.
-        `requests` are read lazily, some batches ahead."""
+        """Yield each request with its answer or failure, as they finish.
+
+        `requests` is read lazily, some batches ahead.
+        """
         sent: dict[int, tuple[Request, TokenPrompt]] = {}
         refused: list[tuple[Request, Failure]] = []
 
@@ -111,7 +113,7 @@ class TextGenerator(Generic[G]):
         parameters, window = request.parameters, self.generator.window
         try:
             ids = chat_ids(self.tokenizer, request.messages)
-        # A template is a program that comes with the model, and fails in any way.
+        # A template is a program that comes with the model and can raise any exception.
         except Exception as error:
             return Failure("refused", f"the chat template rejects the messages: {error}")
         most = int(parameters["max_tokens"])
@@ -148,9 +150,9 @@ class TextGenerator(Generic[G]):
         )
 
     def _text(self, prompt: TokenPrompt, written: Continuation) -> str:
-        """The text with its reasoning marks, including the one that the prompt ends with."""
+        """Decode the text with its reasoning marks, including one at the end of the prompt."""
         text = decode_with_marks(self.tokenizer, written.ids)
-        # An engine's own text lacks special tokens: use it if none of them is a mark.
+        # The engine's text lacks special tokens, so use it only if none of them is a mark.
         if written.text is not None and text == self._without_marks(written):
             text = written.text
         end = self.tokenizer.decode(prompt.ids[-MARK_TOKENS:])

@@ -1,8 +1,9 @@
-"""The other processes of a torchrun answer requests of the main process, which has the journal.
+"""Lets the other processes of a torchrun answer requests for the main process, which owns the
+journal.
 
-Each of them holds a model of its own. It takes a request when it has room for one, and sends its
-answer back at once, so that a kill loses the answers that are being written, as with one process.
-The messages are those of multiprocessing.connection, with a key that only these processes have.
+Each process loads its own copy of the model. It requests work when it has room, and sends each
+answer back immediately, so a kill loses only the answers being generated, as with one process. They
+communicate by multiprocessing.connection, with a key that only these processes know.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from stillhouse.shared_work import Processes
 Next = Callable[[], Request | None]
 Arrived = Callable[[Request, Outcome], object]
 Answers = Callable[[Any, Iterator[Request]], Iterator[tuple[Request, Outcome]]]
-"""From a description of a model and requests to their answers."""
+"""(description of a model, requests) → each request with its outcome."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,10 @@ class Helpers:
 
     @contextmanager
     def answering(self, model: Any, next_request: Next, arrived: Arrived) -> Iterator[None]:
-        """Inside the block, the others answer requests with the described model; at its end, all
-        of their answers have arrived.
+        """Inside the block, let the other processes answer requests with the described model.
 
-        next_request: returns None if there is no more. Both functions are called in other threads.
-        Raises LostProcessError.
+        When the block ends, all their answers have arrived. next_request: returns None when there
+        are no more requests. Both functions are called in other threads. Raises LostProcessError.
         """
         lost: list[BaseException] = []
 
@@ -59,7 +59,7 @@ class Helpers:
                         connection.send(next_request())
                     else:
                         arrived(*message)
-            except BaseException as error:  # it is raised in the main thread
+            except BaseException as error:  # raised again in the main thread
                 lost.append(error)
 
         threads = [
@@ -79,9 +79,9 @@ class Helpers:
             if not isinstance(error, EOFError | OSError):
                 raise error
             raise lost_process_found(NOTICE_SECONDS) or LostProcessError(
-                "another process that answers requests has ended",
-                fix="its own message says why; run the same command again: answers that arrived "
-                "are in the journal",
+                "another process that was answering requests has ended",
+                fix="see its own error message, then repeat the command: answers that arrived are "
+                "in the journal",
             ) from error
 
     def close(self) -> None:
@@ -93,7 +93,7 @@ class Helpers:
 
 @contextmanager
 def helpers_of(processes: Processes) -> Iterator[Helpers]:
-    """In the main process: connections to the others, which call `help_main_process`."""
+    """In the main process, connect to the others, which call `help_main_process`."""
     if processes.count == 1:
         yield Helpers([])
         return
@@ -121,7 +121,7 @@ def _known(listener: Listener, key: bytes) -> Iterator[Connection]:
 
 
 def help_main_process(processes: Processes, answers: Answers) -> None:
-    """In another process: answer requests until the main process has no more, or has ended."""
+    """In the other processes, answer requests until the main process has no more, or has ended."""
     port, key = processes.from_main((0, b""))
     with (
         suppress(EOFError, ConnectionError),

@@ -1,10 +1,10 @@
-"""All answers that were paid for, in one SQLite file, each committed when it arrives.
+"""Keeps all answers that were paid for in one SQLite file, each committed when it arrives.
 
-One thread writes. It commits everything that arrived since its last commit as one transaction, so
-that thousands of answers per second share a few disk flushes. The journal is in WAL mode with full
-synchronization: committed answers survive a killed process and a power failure.
+A single thread writes. It commits everything that arrived since its last commit in one transaction,
+so that thousands of answers per second share a few disk flushes. The journal is in WAL mode with
+full synchronization, so committed answers survive a killed process and a power failure.
 
-Only one process can open a journal at a time: two could pay for the same answer twice.
+Only one process can open a journal at a time, because two could pay for the same answer twice.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from stillhouse.generation.request import Answer, Failure, Request
 
 _MOST_IN_A_COMMIT = 1024
 _MOST_WAITING = 8192
-"""Rows that may wait for the writer; `record` blocks beyond that. Bounds memory."""
+"""Maximum rows that wait for the writer, which bounds memory; `record` blocks beyond that."""
 
 _RELEASE = "DELETE FROM reservations WHERE key = ?"
 _ANSWER = (
@@ -49,7 +49,7 @@ _COUNTS = "SELECT count(*) FROM answers UNION ALL SELECT count(*) FROM failures"
 
 @dataclass(frozen=True)
 class _Row:
-    """values: of the statement, the request's key first."""
+    """A row to write. values: of the statement, starting with the request's key."""
 
     statement: str
     values: tuple[Any, ...]
@@ -57,14 +57,14 @@ class _Row:
 
 
 class Journal:
-    """Opens or creates the journal at `path`. Use it as a context manager.
+    """The journal at `path`, opened or created. Use it as a context manager.
 
-    Raises RunError: another process has it open, it is damaged, or it cannot be written.
+    Raises RunError if another process has it open, or it cannot be used or written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.largest_row = 0  # characters, of those that were recorded since it was opened
+        self.largest_row = 0  # in characters, among the rows recorded since it was opened
         self._reading = threading.Lock()
         self._lock_file = lock_journal(path)
         try:
@@ -84,15 +84,14 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """Commits everything that was recorded, then closes the file."""
+        """Commit everything that was recorded, then close the file."""
         self._arrived.put(None)
         self._thread.join()
         self._reader.close()
         self._lock_file.close()
 
     def record(self, request: Request, answer: Answer) -> Future[None]:
-        """Commits an answer; the future is done when it is on disk, and raises RunError if that
-        fails."""
+        """Commit an answer. The future is done when it is on disk; it may raise RunError."""
         logprobs: Any = None if answer.logprobs is None else _json(answer.logprobs)
         values = (
             request.key,
@@ -101,35 +100,39 @@ class Journal:
             _json(list(request.messages)),
             _json(dict(request.parameters)),
             request.sample,
-            *vars(replace(answer, logprobs=logprobs)).values(),  # the table has their order
+            *vars(replace(answer, logprobs=logprobs)).values(),  # in the order of the table
             time.time(),
         )
         return self._add(ADD_ANSWER, values)
 
     def record_failure(self, request: Request, failure: Failure) -> Future[None]:
-        """Commits why a request has no answer, as `record` does. Later runs send it again.
+        """Commit why a request has no answer, like `record`. Later runs send it again.
 
-        An answer and a failure both release what was reserved for the request.
+        Both an answer and a failure release what was reserved for the request.
         """
         messages = _json(list(request.messages))
         values = (request.key, request.model, messages, *vars(failure).values(), time.time())
         return self._add(ADD_FAILURE, values)
 
     def reserve(self, request: Request, cost: float | None, tokens: int) -> Future[None]:
-        """Commits the most that a request may cost, before it is sent.
+        """Commit the most that a request can cost, before it is sent.
 
-        If the process ends before the request is recorded or released, this much counts as billed.
+        If the process ends before the request is recorded or released, this amount counts as
+        billed.
         """
         values = (request.key, request.model, _json(list(request.messages)), cost, tokens)
         return self._add(ADD_RESERVATION, (*values, time.time()))
 
     def release(self, request: Request) -> Future[None]:
-        """Deletes the reservation of a request that was not sent."""
+        """Delete the reservation of a request that was not sent."""
         return self._hand_over(_RELEASE, (request.key,))
 
     def get(self, key: str, *, logprobs: bool = True) -> Answer | None:
-        """The committed answer to the request with this key. logprobs: False leaves them out: with
-        alternatives they are a thousand times as long as the text."""
+        """The committed answer to the request with this key; None if there is none.
+
+        logprobs: False leaves them out: with alternatives, they are a thousand times as long as the
+        text.
+        """
         row = next(iter(self._rows(_ANSWER.format(", logprobs" if logprobs else ""), key)), None)
         if row is None:
             return None
@@ -137,11 +140,11 @@ class Journal:
         return replace(answer, logprobs=_logprobs(row[-1])) if logprobs else answer
 
     def known(self, keys: Sequence[str]) -> set[str]:
-        """Those of the keys (a few hundred) that have a committed answer."""
+        """The subset of the keys (a few hundred) that have a committed answer."""
         return self._among(keys, "answers")
 
     def refused(self, keys: Sequence[str]) -> set[str]:
-        """Those of the keys (a few hundred) that an endpoint has refused to answer."""
+        """The subset of the keys (a few hundred) that an endpoint has refused to answer."""
         return self._among(keys, "failures", "AND kind = 'refused'")
 
     def _among(self, keys: Sequence[str], table: str, condition: str = "") -> set[str]:
@@ -155,12 +158,12 @@ class Journal:
         return cost or 0.0, tokens or 0
 
     def counts(self) -> tuple[int, int]:
-        """How many answers and how many failures are committed."""
+        """Number of committed answers and of committed failures."""
         ((answers,), (failures,)) = self._rows(_COUNTS)
         return answers, failures
 
     def failures(self) -> list[tuple[str, str, str]]:
-        """Key, kind and reason of every failure, oldest first."""
+        """Key, kind, and reason of every failure, oldest first."""
         return self._rows("SELECT key, kind, reason FROM failures ORDER BY number")
 
     def _rows(self, statement: str, *values: str) -> list[Any]:
@@ -173,7 +176,7 @@ class Journal:
     # --- the writer's thread -----------------------------------------------------------------
 
     def _add(self, statement: str, values: tuple[Any, ...]) -> Future[None]:
-        """Inserts a row with its hash."""
+        """Insert a row with its hash."""
         stored = _storable(*values)
         return self._hand_over(statement, (*stored, row_hash(stored)))
 
@@ -196,7 +199,7 @@ class Journal:
                     self._commit(connection, rows)
 
     def _commit(self, connection: sqlite3.Connection, rows: Sequence[_Row]) -> None:
-        """Commits the rows in one transaction, counts them, and resolves their futures.
+        """Commit the rows in one transaction, count them, and resolve their futures.
 
         A row with values that the database rejects fails alone.
         """
@@ -210,7 +213,7 @@ class Journal:
                     if row.statement is not ADD_RESERVATION:
                         connection.execute(_RELEASE, row.values[:1])
                 connection.execute(COUNT_COMMIT)
-        # Every exception: if this thread ended, callers would wait forever.
+        # Catch everything: if this thread ended, callers would wait forever.
         except Exception as error:
             if len(rows) > 1 and not isinstance(error, sqlite3.OperationalError):
                 for row in rows:
@@ -226,7 +229,7 @@ class Journal:
             row.done.set_result(None)
 
     def _take(self) -> list[_Row | None]:
-        """Waits for a row; takes all that have arrived."""
+        """Wait for a row; return all rows that have arrived."""
         taken = [self._arrived.get()]
         while len(taken) < _MOST_IN_A_COMMIT:
             try:
@@ -237,7 +240,8 @@ class Journal:
 
 
 def _logprobs(stored: str | None) -> list[Any] | None:
-    """None if there are none, or if a journal without hashes holds something else."""
+    """Decode stored log-probabilities; None if there are none or, in an old journal without hashes,
+    if they are something else."""
     try:
         found = json.loads(stored or "null")
     except (ValueError, RecursionError):
@@ -249,7 +253,7 @@ _json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def _storable(*values: Any) -> tuple[Any, ...]:
-    """Replaces halves of surrogate pairs, which JSON allows and SQLite does not."""
+    """Replace halves of surrogate pairs, which JSON allows and SQLite does not."""
     return tuple(
         value.encode("utf-8", "replace").decode()
         if isinstance(value, str) and not value.isascii()

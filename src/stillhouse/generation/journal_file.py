@@ -1,8 +1,8 @@
-"""The file of a journal: opened, checked, and recovered if it is damaged.
+"""Opens and checks the file of a journal, and recovers it if it is damaged.
 
-SQLite notices damaged pages, but not a changed letter inside an answer: each row has a hash of its
-values. The lock file next to the journal holds the numbers of answers and of commits, because
-SQLite drops a damaged write-ahead log silently.
+SQLite notices damaged pages, but not a changed letter inside an answer, so each row has a hash of
+its values. The lock file next to the journal contains the numbers of answers and commits, because
+SQLite silently drops a damaged write-ahead log.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from stillhouse.progress import note
 
 VERSION = 3
 TABLES = {"answers": "an answer", "failures": "a failed request", "reservations": "a reservation"}
-"""What a row of each table is."""
+"""What a row of each table is called in messages."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (
@@ -77,22 +77,23 @@ ADD_FAILURE = f"INSERT INTO failures VALUES (NULL, {', '.join('?' * 10)})"
 ADD_RESERVATION = f"INSERT OR REPLACE INTO reservations VALUES ({', '.join('?' * 7)})"
 COUNT_COMMIT = "UPDATE commits SET number = number + 1"
 _ANOTHER = (
-    "set synthesize.journal to another file or, in a task's recipe, `folder` to another place"
+    "set synthesize.journal to a different file or, in a task's recipe, `folder` to a different "
+    "folder"
 )
 _ENDED = ("connection", "the process ended while it was in flight", 1)
-"""Kind, reason and attempts of a request that was in flight when a process ended."""
+"""Kind, reason, and attempts of a request that was in flight when a process ended."""
 
 
 @dataclass
 class Counts:
-    """What has been committed to a journal: answers, and transactions of any kind."""
+    """Number of answers and of transactions committed to a journal."""
 
     answers: int
     commits: int
 
 
 def row_hash(values: tuple[Any, ...]) -> str:
-    """Of a row: all columns before the hash, without the number of a failure."""
+    """The hash of a row: of all columns before the hash, except the number of a failure."""
     # SQLite stores a whole number in a REAL column as a float.
     same = [float(value) if isinstance(value, int) else value for value in values]
     return xxhash.xxh3_64_hexdigest(json.dumps(same, default=repr).encode())
@@ -101,7 +102,7 @@ def row_hash(values: tuple[Any, ...]) -> str:
 def open_journal_file(
     path: Path, lock: IO[str]
 ) -> tuple[sqlite3.Connection, sqlite3.Connection, Counts]:
-    """Two connections to the journal, one to read and one to write; creates it if there is none.
+    """Open two connections to the journal, one to read and one to write; create it if missing.
 
     A damaged journal is set aside, and what can be read of it is copied to a new one, with a note.
     lock: the locked file next to it. Raises RunError.
@@ -123,7 +124,10 @@ def open_journal_file(
 
 
 def journal_damage(path: Path) -> str | None:
-    """The first thing that is wrong with a journal that no process is writing; changes nothing."""
+    """The first problem in a journal that no process is writing; None if it is sound.
+
+    Changes nothing.
+    """
     try:
         with closing(_read_only(path)) as connection:
             return _damage(connection)
@@ -137,7 +141,7 @@ def lock_journal(path: Path) -> IO[str]:
         file = path.with_name(f"{path.name}{end}")
         if file.exists() and not file.is_file():
             raise RunError(
-                "there is a folder or a device where a file of the journal should be",
+                "a file of the journal should be here, but there is a folder or a device",
                 where=file,
                 fix=f"move it away, or {_ANOTHER}",
             )
@@ -162,7 +166,7 @@ def lock_journal(path: Path) -> IO[str]:
 
 
 def _require_journal(path: Path) -> None:
-    """Raise RunError for a file that no journal ever was; nothing is written to it."""
+    """Raise RunError for a database that is not a journal, before anything is written to it."""
     if not path.is_file() or not path.stat().st_size:
         return
     tables: dict[str, set[str]] = {}
@@ -186,13 +190,13 @@ def unusable(path: Path, error: Exception) -> RunError:
     if "full" in str(error):
         fix = "free some disk space and repeat the command: committed answers are kept"
     else:
-        fix = f"{_ANOTHER}; keep this one if it was a journal: its answers were paid for"
+        fix = f"{_ANOTHER}; keep this file if it was a journal, since its answers were paid for"
     return RunError(f"the journal cannot be used: {error}", where=path, fix=fix)
 
 
 def write_counts(lock: IO[str], counts: Counts) -> None:
-    """Records beside the journal what it has. A loss of this is harmless."""
-    with suppress(OSError):  # in one piece, over what was there: a kill leaves the one or the other
+    """Record the counts next to the journal. Losing them is harmless."""
+    with suppress(OSError):  # one write, so that a kill leaves either the old counts or the new
         os.pwrite(lock.fileno(), f"{counts.answers:<20}{counts.commits:<20}".encode(), 0)
 
 
@@ -204,11 +208,12 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _check_version(connection: sqlite3.Connection, path: Path) -> None:
-    """Raises RunError for a journal of a later format; brings an older one to this format."""
+    """Upgrade a journal of an older format. Raises RunError for a newer format."""
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if version not in range(VERSION + 1):
         raise RunError(
-            f"this journal has format {version}; this Stillhouse writes format {VERSION}",
+            f"the journal has format {version}, but this version of Stillhouse supports only "
+            f"formats up to {VERSION}",
             where=path,
             fix=f"use a newer Stillhouse, or {_ANOTHER}",
         )
@@ -222,7 +227,7 @@ def _check_version(connection: sqlite3.Connection, path: Path) -> None:
 
 
 def _add_hashes(connection: sqlite3.Connection, table: str) -> None:
-    """To the rows of a table from before they had one."""
+    """Add hashes to the rows of a table from a journal without them."""
     columns = [column[1] for column in connection.execute(f"PRAGMA table_info({table})")]
     if "xxh3" not in columns:
         connection.execute(f"ALTER TABLE {table} ADD COLUMN xxh3 TEXT")
@@ -232,13 +237,13 @@ def _add_hashes(connection: sqlite3.Connection, table: str) -> None:
 
 
 def _damage(connection: sqlite3.Connection) -> str | None:
-    """The first thing that is wrong with the pages or rows of a journal."""
+    """The first problem in the pages or rows of a journal; None if it is sound."""
     try:
         found = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
         if found != "ok":
             return str(found)
         if connection.execute("PRAGMA user_version").fetchone()[0] != VERSION:
-            return None  # it is brought to this format, with hashes, when it is opened
+            return None  # an older format without hashes, which is upgraded when opened
         for table, what in TABLES.items():
             for row in connection.execute(f"SELECT * FROM {table}"):
                 if not _sound(table, row):
@@ -258,7 +263,7 @@ def _hashed(table: str, row: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _settle_reservations(writer: sqlite3.Connection) -> None:
-    """Counts the requests that a killed process had sent as failures that may have been billed."""
+    """Record requests that a killed process had sent as failures that may have been billed."""
     columns = "key, model, messages, cost, tokens, happened"
     rows = writer.execute(f"SELECT {columns} FROM reservations").fetchall()
     if not rows:
@@ -272,7 +277,7 @@ def _settle_reservations(writer: sqlite3.Connection) -> None:
     costs = [row[3] for row in rows if row[3] is not None]
     usd = f"${sum(costs):,.2f}, " if costs else ""
     note(
-        f"{len(rows):,} requests were in flight when a process ended: what they may have cost "
+        f"{len(rows):,} requests were in flight when a process ended: the most they can have cost "
         f"counts as spent ({usd}at most {sum(row[4] for row in rows):,} tokens)"
     )
 
@@ -280,9 +285,9 @@ def _settle_reservations(writer: sqlite3.Connection) -> None:
 def _note_missing(
     reader: sqlite3.Connection, lock: IO[str], path: Path, *, recovered: bool
 ) -> Counts:
-    """What the journal has; notes what is gone that was committed before.
+    """Count what is in the journal, and report anything that was committed but is now missing.
 
-    recovered: its commits are counted anew.
+    recovered: the journal was recovered, so its commits are counted anew.
     """
     ((answers,), (commits,)) = reader.execute(
         "SELECT count(*) FROM answers UNION ALL SELECT number FROM commits"
@@ -295,8 +300,8 @@ def _note_missing(
         note(f"{path} has lost {lost:,} of {before.answers:,} answers: they are requested again")
     elif before.commits > commits and not recovered:
         note(
-            f"{path} has lost its last {before.commits - commits:,} writes: what failed requests "
-            "among them may have cost does not count in the budget"
+            f"{path} has lost its last {before.commits - commits:,} writes: the possible cost of "
+            "failed requests among them does not count in the budget"
         )
     counts = Counts(answers, commits)
     write_counts(lock, counts)
@@ -307,7 +312,7 @@ def _note_missing(
 
 
 def _recover(path: Path, problem: str) -> None:
-    """Sets a damaged journal aside, and copies every sound row to a new one."""
+    """Set a damaged journal aside, and copy every sound row to a new one."""
     number = 1
     while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
         number += 1
@@ -330,19 +335,20 @@ def _recover(path: Path, problem: str) -> None:
     note(f"{path} was damaged ({problem}): {kept:,} answers are kept; the damaged file is {aside}")
     if lost > 0:
         note(
-            f"{lost:,} failed requests in it are lost: what they may have cost does not count in "
-            "the budget"
+            f"{lost:,} failed requests in it are lost: their possible cost does not count in the "
+            "budget"
         )
 
 
 def _last_failure(old: sqlite3.Connection) -> int:
-    """The number of the last one; 0 where that cannot be read."""
+    """The number of the last failure; 0 if it cannot be read."""
     rows = list(_readable(old, "SELECT max(number) FROM failures"))
     return (rows[0][0] or 0) if rows else 0
 
 
 def _readable_answers(old: sqlite3.Connection) -> Iterator[tuple[Any, ...]]:
-    """By ranges of their keys, which are hexadecimal: a damaged page costs the rows near it."""
+    """Read answers by ranges of their hexadecimal keys, so that a damaged page loses only the rows
+    near it."""
     for prefix in (f"{number:03x}" for number in range(4096)):
         after = f"{int(prefix, 16) + 1:03x}" if prefix != "fff" else "g"
         where = f"key >= '{prefix}' AND key < '{after}'"
@@ -350,6 +356,6 @@ def _readable_answers(old: sqlite3.Connection) -> Iterator[tuple[Any, ...]]:
 
 
 def _readable(old: sqlite3.Connection, statement: str) -> Iterator[tuple[Any, ...]]:
-    """The rows up to the first that cannot be read."""
+    """Yield the rows up to the first that cannot be read."""
     with suppress(sqlite3.DatabaseError, UnicodeDecodeError):
         yield from old.execute(statement)

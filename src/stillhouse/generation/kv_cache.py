@@ -1,9 +1,9 @@
-"""A key-value cache whose rows are slots: each holds a sequence of its own length.
+"""A KV cache whose rows are slots, each with a sequence of a different length.
 
-transformers' own caches give every row the same length. Here a row takes a new sequence as soon as
-its old one has ended, and attends to its own tokens only, by a mask.
+In transformers' caches, every row has the same length. Here a slot gets a new sequence as soon as
+its old one has ended, and a mask restricts attention to the slot's own tokens.
 
-Shapes: B slots in use, C all slots, T token places, H key-value heads, D width of a head.
+Shapes: B slots in use, C all slots, T token positions, H key-value heads, D head dimension.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers.cache_utils import (
 )
 
 GROWTH = 128
-"""Token places are added in multiples of it."""
+"""The cache grows in multiples of this number of token positions."""
 
 
 def _none() -> Tensor:
@@ -31,10 +31,10 @@ def _none() -> Tensor:
 
 @dataclass
 class _Slots:
-    """What the layers share: the sizes of all, and the state of the current pass.
+    """State shared by the layers: their sizes, and the state of the current pass.
 
-    Without a reference to the layers: in a cycle, keys and values would stay in memory until
-    Python's garbage collector finds it.
+    It has no reference to the layers, because a reference cycle would keep keys and values in
+    memory until Python's garbage collector runs.
     """
 
     capacity: int
@@ -98,7 +98,7 @@ class _SlotLayer(CacheLayerMixin):
         return query_length, 0
 
     def get_seq_length(self) -> int:
-        """Only used when slots are filled: a new sequence has nothing before it."""
+        """The length before the current pass; used only to fill slots, when it is 0."""
         return 0
 
     def get_max_length(self) -> int:
@@ -106,26 +106,31 @@ class _SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """Slots 0 to B-1 are in use. Call `fill` or `step` before each pass of the model."""
+    """A cache of `capacity` slots, of which 0 to B-1 are in use.
+
+    Call `fill` or `step` before each pass of the model.
+    """
 
     def __init__(self, layers: int, capacity: int) -> None:
         self.slots = _Slots(capacity)
         super().__init__(layers=[_SlotLayer(self.slots) for _ in range(layers)])
 
     def reserve(self, places: int) -> None:
-        """Makes room for sequences of that many tokens."""
+        """Make room for sequences of this many tokens."""
         if places > self.slots.places:
             self.slots.places = -(-places // GROWTH) * GROWTH
             for layer in self.layers:
                 layer.grow(self.slots.places)
 
     def fill(self, first: int, last: int) -> None:
-        """The next pass reads whole prompts, from position 0, into slots first to last - 1. They
-        may be padded on the right: no token attends to the right, and answers overwrite it."""
+        """Prepare a pass that reads prompts from position 0 into slots first to last - 1.
+
+        Prompts may be padded on the right: no token attends to padding, and answers overwrite it.
+        """
         self.slots.filling = (first, last)
 
     def step(self, lengths_B: Tensor) -> Tensor:
-        """The next pass adds one token to each slot in use, after the `lengths_B` tokens there.
+        """Prepare a pass that adds one token to each slot in use, after its `lengths_B` tokens.
 
         Returns the attention mask [B, 1, 1, T]: True where a slot has a token.
         """
@@ -138,14 +143,16 @@ class SlotCache(Cache):
         return (places_T <= lengths_B[:, None])[:, None, None]
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Copies a slot's first `length` tokens to another slot."""
+        """Copy a slot's first `length` tokens to a different slot."""
         for layer in self.layers:
             layer.move(source, target, length)
 
 
 def caches_of(output: Any) -> dict[str, Any]:
-    """The cache that a model has returned, as an argument of its next pass; empty if it returns
-    none. Most models have keys and values, Mamba and RWKV a state under another name."""
+    """The cache in a model's output, as keyword arguments of the next pass; empty if there is none.
+
+    Most models return keys and values; Mamba and RWKV return a state under a different name.
+    """
     names = ("past_key_values", "cache_params", "state")
     found = {name: getattr(output, name, None) for name in names}
     return {name: cache for name, cache in found.items() if cache is not None}
@@ -154,14 +161,14 @@ def caches_of(output: Any) -> dict[str, Any]:
 def fits_slots(model: Any) -> bool:
     """Whether every layer attends to all tokens before it: no window, no recurrent state."""
     config = model.config
-    if getattr(config, "alibi", False):  # Falcon makes its biases from a mask of two dimensions
+    if getattr(config, "alibi", False):  # Falcon computes its biases from a 2D mask
         return False
     return config._attn_implementation == "sdpa" and _layers_are(model, DynamicLayer)
 
 
 def fits_padding(model: Any) -> bool:
-    """Whether rows of a batch may be padded on the left: layers attend to the tokens before them,
-    all or those in a window. A recurrent state or a chunk would take the padding in."""
+    """Whether rows of a batch may be padded on the left: layers use full or sliding-window
+    attention. A recurrent state or chunked attention would not ignore the padding."""
     config = model.config.get_text_config()
     chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
     return not chunked and _layers_are(model, DynamicLayer, DynamicSlidingWindowLayer)

@@ -1,12 +1,11 @@
-"""Continuations from a model in this process, many at a time (continuous batching).
+"""Generates continuations with a model in this process, using continuous batching.
 
-Each pass of the model adds a token to each of up to `batch` sequences. When a sequence ends,
-its slot goes to the next prompt, so that no pass is wasted on finished sequences, and prompts of
-any length share it. Prompts are read several at a time, sorted by length. A model whose layers
-attend to a window of tokens has no such slots: its continuations are written in batches of prompts
-of a like length.
+Each pass of the model adds a token to each of up to `batch` sequences. When a sequence ends, its
+slot goes to the next prompt, so no pass is wasted on finished sequences, and prompts of any length
+share a batch. Prompts are read several at a time, sorted by length. A model with sliding-window
+attention cannot use slots: it generates in batches of prompts of similar length.
 
-Shapes: B sequences being written, N prompts being read, L tokens, V vocabulary.
+Shapes: B sequences being generated, N prompts being read, L tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ from stillhouse.teachers.model_source import AnyModel
 
 BATCH = 32
 _AHEAD = 8
-"""Batches of prompts that are sorted by length together."""
+"""Number of batches of prompts that are sorted by length together."""
 _PASSES_WORTH_PACKING = 32
-"""Packing the weights takes about as long as it saves in 16 to 25 passes."""
+"""Packing the weights takes about as much time as it saves in 16 to 25 passes."""
 
 
 OnToken = Callable[[Sequence[int]], object]
@@ -47,7 +46,7 @@ OnToken = Callable[[Sequence[int]], object]
 
 @dataclass
 class _Writing:
-    """One continuation as it grows. length: tokens whose keys and values are in its slot."""
+    """A continuation in progress. length: number of tokens whose keys and values are cached."""
 
     number: int
     prompt: TokenPrompt
@@ -64,7 +63,7 @@ class _Writing:
             self.on_token(self.tokens)
 
     def uniform(self) -> float:
-        """The random number of the next token, in [0, 1); 0 if it is not drawn."""
+        """A random number in [0, 1) for sampling the next token; 0 if decoding is greedy."""
         if self.prompt.temperature <= 0:
             return 0.0
         return float(torch.rand((), generator=self.chance, dtype=torch.float64))
@@ -82,14 +81,15 @@ class _Writing:
 
 
 class LocalGenerator:
-    """model: a causal language model in eval mode. ends: token ids that end a sequence. on_token:
-    called after each token with its continuation so far; an exception in it ends the generation.
-    pack: on CPUs, multiply by copies of the weights that are faster (`packed_linear`), if there is
-    memory for them.
+    """Generates continuations with a model in this process.
 
-    Greedy continuations are those of `model.generate`, token by token, as far as a batch's sums
-    round equally. A sampled one depends only on its prompt, up to rounding, and not on its
-    neighbours.
+    model: a causal language model in eval mode. ends: token ids that end a sequence. on_token:
+    called after each token with the continuation so far; an exception in it stops generation.
+    pack: on CPUs, multiply by packed copies of the weights, which is faster (`packed_linear`), if
+    memory suffices.
+
+    Greedy continuations equal those of `model.generate`, except where batching changes rounding. A
+    sampled continuation depends only on its prompt, up to rounding, and not on its neighbors.
     """
 
     def __init__(
@@ -106,7 +106,10 @@ class LocalGenerator:
         self.window = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0))
         self.slots = fits_slots(model)
         if batch > 1 and not self.slots and not fits_padding(model):
-            note(f"{type(model).__name__} has states or chunks: prompts are answered one by one")
+            note(
+                f"{type(model).__name__} has recurrent states or chunked attention, so prompts are "
+                "answered one at a time"
+            )
             self.batch = 1
 
     @torch.inference_mode()
@@ -131,7 +134,7 @@ class LocalGenerator:
                 if self._is_worth_packing(waiting):
                     packed.enter_context(packed_linear(self.model))  # once
                 if self.slots:
-                    # The first prompts are all that there are if they are fewer than the slots.
+                    # If there are fewer prompts than slots here, there are no more.
                     batch = batch or _Batch(self, min(self.batch, len(waiting)))
                     yield from batch.run(waiting)
                     continue
@@ -148,9 +151,11 @@ class LocalGenerator:
         return faster and has_room_to_pack(self.model)
 
     def _together(self, writings: list[_Writing]) -> Iterator[tuple[int, Continuation]]:
-        """For models whose cache has no slots: transformers' cache, prompts padded on the left,
-        until the last sequence has ended. A model without a cache reads the whole text again for
-        each token."""
+        """Generate a batch without slots, until the last sequence has ended.
+
+        Uses transformers' cache, with prompts padded on the left. A model without a cache reads the
+        complete text again for each token.
+        """
         longest = max(len(w.prompt.ids) for w in writings)
         pads = [longest - len(w.prompt.ids) for w in writings]
         padded = [[0] * pad + [*w.prompt.ids] for pad, w in zip(pads, writings, strict=True)]
@@ -160,7 +165,7 @@ class LocalGenerator:
         while going:
             places_L = torch.arange(seen, device=new_BL.device)
             more: dict[str, Any] = {}
-            if len(writings) > 1:  # for one row; not every model accepts more
+            if len(writings) > 1:  # one row needs none of these, which some models do not accept
                 positions_BL = (places_L - pads_B[:, None]).clamp_min(0)
                 more = {
                     "attention_mask": (places_L >= pads_B[:, None]).long(),
@@ -179,7 +184,7 @@ class LocalGenerator:
 
 
 class _Batch:
-    """The sequences being written: the one at place i of `now` is in slot i."""
+    """The sequences being generated: `now[i]` is in slot i."""
 
     def __init__(self, generator: LocalGenerator, capacity: int) -> None:
         self.generator, self.model, self.capacity = generator, generator.model, capacity
@@ -191,16 +196,16 @@ class _Batch:
     def run(
         self, waiting: list[_Writing], *, to_the_end: bool = False
     ) -> Iterator[tuple[int, Continuation]]:
-        """Generate until all waiting prompts have a slot; to_end: until all are finished."""
+        """Generate until all waiting prompts have a slot. to_the_end: until all are finished."""
         enough = max(1, self.generator.batch // 4)
-        # At once: a cache that grows exists twice meanwhile.
+        # Reserve everything at once: while a cache grows, it exists twice.
         self.cache.reserve(
             max((len(w.prompt.ids) + w.prompt.max_tokens for w in waiting), default=0)
         )
         while waiting or (to_the_end and self.now):
             free = self.capacity - len(self.now)
-            # Some prompts are read in one pass, since each pass reads all the weights; not all of
-            # them, since those of a like length have little padding between them.
+            # Read several prompts in one pass, since each pass reads all the weights; but not all
+            # of them, since prompts of similar length need little padding.
             some = min(enough, len(waiting))
             if waiting and free >= some:
                 self._read([waiting.pop() for _ in range(some)])
@@ -210,7 +215,7 @@ class _Batch:
             yield from self._take_finished()
 
     def _read(self, chosen: list[_Writing]) -> None:
-        """Prompts into slots after those in use, and the first token of each continuation."""
+        """Read prompts into the next free slots, and generate each continuation's first token."""
         first = len(self.now)
         self.cache.fill(first, first + len(chosen))
         longest = max(len(w.prompt.ids) for w in chosen)
@@ -229,7 +234,7 @@ class _Batch:
         self.now += chosen
 
     def _step(self) -> None:
-        """One more token for every sequence."""
+        """Generate one more token for every sequence."""
         device = self.model.device
         lengths_B = torch.tensor([w.length for w in self.now], device=device)
         mask_B11T = self.cache.step(lengths_B)
@@ -245,7 +250,7 @@ class _Batch:
         _add_tokens(self.now, logits_BV)
 
     def _take_finished(self) -> Iterator[tuple[int, Continuation]]:
-        """Finished sequences leave; the last ones move into their slots."""
+        """Remove finished sequences, and move the last ones into their slots."""
         for row in reversed(range(len(self.now))):
             writing = self.now[row]
             if not writing.ended(self.generator.ends):
@@ -258,8 +263,8 @@ class _Batch:
 
 
 def _add_tokens(writings: Sequence[_Writing], logits_BV: Tensor) -> None:
-    """The next token of each. The model's own log-probability is that at temperature 1, whatever
-    the sampling."""
+    """Add the next token to each sequence. Log-probabilities are those at temperature 1, regardless
+    of the sampling settings."""
     prompts = [writing.prompt for writing in writings]
     tokens = next_tokens(
         logits_BV,
@@ -280,14 +285,14 @@ def _add_tokens(writings: Sequence[_Writing], logits_BV: Tensor) -> None:
 def open_local(
     model: AnyModel, precision: Requested = "auto", *, batch: int = BATCH
 ) -> TextGenerator[LocalGenerator]:
-    """As `local_text`, for a model that is loaded. Raises ModelError."""
+    """Load a model, then do the same as `local_text`. Raises ModelError."""
     dtype, device = choose_precision(precision).dtype, default_device()
     loaded = load_model(model, dtype=dtype).to(device)
     return local_text(loaded, load_tokenizer(model), batch=batch)
 
 
 def local_text(model: Any, tokenizer: Any, *, batch: int = BATCH) -> TextGenerator[LocalGenerator]:
-    """Answers to chats from a model on this device. Raises ModelError without a chat template."""
+    """Answer chats with a loaded model. Raises ModelError if there is no chat template."""
     ends = end_of_answers(tokenizer, model.generation_config)
     local = LocalGenerator(model, ends, batch=batch)
     return TextGenerator(local, tokenizer)

@@ -1,7 +1,7 @@
-"""A model's own text: its answers to prompts, and how a teacher differs from it there.
+"""Measures a model on its own text: it answers prompts, and a teacher scores the answers.
 
-A student that was trained on given text has never seen its own mistakes in a prefix, so it may be
-close to its teacher on data and far from it on what it writes itself.
+A student that was trained on fixed text has never seen its own mistakes in a prefix, so it can be
+close to its teacher on data but far from it on text that it generates.
 
 Shapes: N tokens of answers, R answers in a forward pass, L tokens, D hidden width, V vocabulary.
 """
@@ -30,17 +30,17 @@ from stillhouse.signals.lm_head import (
 from stillhouse.teachers.backbone import float32_head, hidden_states, lm_head
 
 NGRAM = 4
-"""Tokens of the n-grams whose repetition is counted."""
+"""Length of the n-grams whose repetition is counted."""
 FAR = 3.0
-"""How many times the KL on data the KL on own text may be before a user should know."""
+"""Ratio of the KL on own text to the KL on data from which the user is told."""
 ANSWERS_PER_FORWARD = 8
 
 
 @dataclass(frozen=True)
 class OwnAnswer:
-    """An answer as token ids; text that is decoded and tokenized again may be another sequence.
+    """An answer as token ids, because decoding and tokenizing it again can change the sequence.
 
-    ids: of the answer, with the token that ends it. ended: False if it was cut off.
+    ids: the answer, including the token that ends it. ended: False if it was cut off.
     """
 
     prompt: Sequence[int]
@@ -50,13 +50,13 @@ class OwnAnswer:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Each token of the answers, in nats; the distributions are those before the token, at
+    """Scores of each token of the answers, in nats, for the next-token distributions at
     temperature 1.
 
-    forward_kl_N: KL(teacher ‖ model). reverse_kl_N: KL(model ‖ teacher). entropy_N: of the model.
-    teacher_logprob_N: the token's log-probability under the teacher.
-    With a teacher of another tokenizer, all but the entropy are of shared roots, and NaN at tokens
-    that do not begin where one of the teacher's does.
+    forward_kl_N: KL(teacher ‖ model). reverse_kl_N: KL(model ‖ teacher). entropy_N: the model's
+    entropy. teacher_logprob_N: the token's log-probability under the teacher.
+    If the teacher has a different tokenizer, all scores except the entropy are over shared roots,
+    and NaN at tokens that do not begin where a token of the teacher does.
     """
 
     forward_kl_N: Tensor
@@ -66,7 +66,7 @@ class TokenScores:
 
     @property
     def columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The fields in their order."""
+        """The fields, in order."""
         return (self.forward_kl_N, self.reverse_kl_N, self.entropy_N, self.teacher_logprob_N)
 
 
@@ -80,11 +80,11 @@ def write_answers(
     seeds: Sequence[int] = (),
     advance: Callable[[int], object] = lambda answers: None,
 ) -> list[OwnAnswer]:
-    """Answers to prompts (token ids), in their order.
+    """Generate answers to prompts (token ids), in order.
 
-    An answer has at most `max_tokens`, or fewer if prompt and answer would exceed the model's
-    window; prompts that leave no room are skipped. seeds: one for each prompt; its number by
-    default. `advance` is called after each answer.
+    An answer has at most `max_tokens` tokens, or fewer if prompt and answer would exceed the
+    model's window; prompts that leave no room are skipped. seeds: one per prompt; by default, its
+    index. advance: called after each answer.
     """
     room = [
         min(max_tokens, generator.window - len(prompt)) if generator.window else max_tokens
@@ -112,12 +112,12 @@ def answer_states(
     passes: int | None = None,
     batches: Sequence[Batch] | None = None,
 ) -> DenseSignal:
-    """The hidden states that predict each token of the answers, in their order, on the CPU.
+    """Compute the hidden states that predict each token of the answers, in order, on the CPU.
 
-    model: in eval mode. head: the model's, if its own tensors are sharded. passes: forward passes
-    of the model, for a sharded model, which every process must run equally often; by default, as
-    many as the answers need. batches: the `answer_batches` in the model's own tokens, if these are
-    others. No logits exist.
+    model: in eval mode. head: the model's LM head, if the model is sharded. passes: number of
+    forward passes, for a sharded model, which every process must run equally often; by default, as
+    many as the answers need. batches: the `answer_batches` in the model's tokens, if its tokenizer
+    is different. No logits are computed.
     """
     device = next(model.parameters()).device
     head = head or lm_head(model)
@@ -133,8 +133,10 @@ def answer_states(
 
 
 def answer_batches(answers: Sequence[OwnAnswer]) -> Iterator[Batch]:
-    """Prompts with their answers, padded on the right, where no other token attends to it. The
-    tokens of the answers are the labels."""
+    """Yield batches of prompts with their answers, whose tokens are the labels.
+
+    Rows are padded on the right, where no other token attends to the padding.
+    """
     for start in range(0, len(answers), ANSWERS_PER_FORWARD):
         some = answers[start : start + ANSWERS_PER_FORWARD]
         longest = max(len(one.prompt) + len(one.ids) for one in some)
@@ -149,7 +151,7 @@ def answer_batches(answers: Sequence[OwnAnswer]) -> Iterator[Batch]:
 
 
 def without_padding(batch: Batch) -> Batch:
-    """The batch with each token after a row's answer as a document of its own."""
+    """Make each token after a row's answer a separate document."""
     labels_RL, positions_RL = batch["labels"], batch["position_ids"].clone()
     later_RL = (labels_RL != IGNORED).flip(1).cumsum(1).flip(1)
     positions_RL[later_RL == 0] = 0
@@ -170,8 +172,8 @@ def score_tokens(
 ) -> TokenScores:
     """Compare both models at every token of the answers.
 
-    model, teacher: `answer_states` of the same answers. vocabulary: distributions are over these
-    first tokens. Logits of both models exist for a few rows at a time, in float32.
+    model, teacher: `answer_states` of the same answers. vocabulary: distributions are over this
+    many first tokens. Logits are computed for a few rows at a time, in float32.
     """
     targets_N = torch.tensor([token for one in answers for token in one.ids], dtype=torch.long)
     assert len(targets_N) == len(model.hidden_ND) == len(teacher.hidden_ND), "other answers"
@@ -195,9 +197,9 @@ def score_folded_tokens(
     covered_N: Tensor,
     fold: Fold,
 ) -> TokenScores:
-    """As `score_tokens`, for a teacher with another tokenizer.
+    """Like `score_tokens`, for a teacher with a different tokenizer.
 
-    teacher: has a row for each token in `covered_N`, where both tokenizers begin a token.
+    teacher: has a row for each token where `covered_N` is True, i.e. both tokenizers begin a token.
     """
     targets_N = torch.tensor([token for one in answers for token in one.ids], dtype=torch.long)
     assert len(targets_N) == len(model.hidden_ND) == len(covered_N), "other answers"
@@ -227,7 +229,7 @@ def score_folded_tokens(
 
 
 def score_rows(own_NV: Tensor, theirs_NV: Tensor, targets_N: Tensor) -> TokenScores:
-    """From log-probabilities of the model and of its teacher before each token."""
+    """Compute scores from the model's and the teacher's log-probabilities before each token."""
     targets_N = targets_N.to(theirs_NV.device)
     return TokenScores(
         forward_kl_N=kl_of_rows(theirs_NV, own_NV),
@@ -238,7 +240,7 @@ def score_rows(own_NV: Tensor, theirs_NV: Tensor, targets_N: Tensor) -> TokenSco
 
 
 def entropy_of_rows(log_p_NV: Tensor) -> Tensor:
-    """In nats, [N]."""
+    """The entropy of each row, in nats: [N]."""
     return -(log_p_NV.exp() * log_p_NV).sum(-1)
 
 
@@ -247,7 +249,7 @@ def _log_probabilities(states: DenseSignal, head: LMHead, rows: slice | Tensor) 
 
 
 def own_text_sums(answers: Sequence[OwnAnswer], scores: TokenScores) -> Tensor:
-    """What `own_text` divides, as float64 sums, which may be added over processes."""
+    """The float64 sums that `own_text` turns into means; they can be added over processes."""
     sums = [float(column_N.double().nansum()) for column_N in scores.columns]
     ngrams = [repeated_ngrams(one.ids) for one in answers]
     counts = [
@@ -262,7 +264,7 @@ def own_text_sums(answers: Sequence[OwnAnswer], scores: TokenScores) -> Tensor:
 
 
 def own_text(sums: Tensor) -> OwnText | None:
-    """The means of `own_text_sums`; None if there is no answer."""
+    """Compute the means from `own_text_sums`; None if there is nothing to compare."""
     *totals, compared, tokens, answers, cut_off, repeated, grams = sums.tolist()
     if not compared:
         return None
@@ -282,7 +284,7 @@ def own_text(sums: Tensor) -> OwnText | None:
 
 
 def repeated_ngrams(ids: Sequence[int]) -> tuple[int, int]:
-    """The 4-grams of an answer that occur earlier in it, and all of them."""
+    """The number of 4-grams that occur earlier in the same answer, and of all its 4-grams."""
     grams = list(zip(*(ids[start:] for start in range(NGRAM)), strict=False))
     return len(grams) - len(set(grams)), len(grams)
 
@@ -291,12 +293,12 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The text that each token adds; together they are the decoded text, special tokens included.
+    """The text that each token adds; joined, they are the decoded text with special tokens.
 
-    A character of several tokens belongs to the last of them, and the others are empty.
+    A character that several tokens encode belongs to the last of them; the others are empty.
     """
     texts: list[str] = []
-    start = shown = 0  # tokens from `start` are decoded together, those up to `shown` are in texts
+    start = shown = 0  # decode from `start`; the tokens before `shown` are already in `texts`
     for end in range(1, len(ids) + 1):
         before, now = (_decode(tokenizer, ids[start:stop]) for stop in (shown, end))
         if now.endswith(_INCOMPLETE) and end < len(ids):

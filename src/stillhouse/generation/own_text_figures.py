@@ -1,4 +1,4 @@
-"""Measurements of a model's own text, as plain data that is saved as JSON."""
+"""Measurements of a model's own text, as plain data to save as JSON."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ class OwnText:
     """Measurements of a model's own answers: means over all their tokens, or over all answers.
 
     forward_kl: KL(teacher ‖ model), and reverse_kl: KL(model ‖ teacher), in nats/token; both are 0
-    for the teacher itself. entropy: of the model, in nats/token. teacher_logprob: the mean
-    log-probability of the answers' tokens under the teacher. length: tokens per answer, with the
-    token that ends it. cut_off: share of answers that the limit ended. repetition: share of 4-grams
-    that occur earlier in the same answer. compared: tokens that a teacher with another tokenizer is
-    compared at, over shared roots; None: all.
+    for the teacher itself. entropy: the model's, in nats/token. teacher_logprob: mean
+    log-probability of the answers' tokens under the teacher. length: tokens per answer, including
+    the token that ends it. cut_off: share of answers that reached the token limit. repetition:
+    share of 4-grams that occur earlier in the same answer. compared: number of tokens at which the
+    models are compared, over shared roots, if the teacher has a different tokenizer; None: all.
     """
 
     forward_kl: float

@@ -1,9 +1,9 @@
-"""Linear layers on x86 CPUs that multiply by weights in oneDNN's own layout.
+"""Linear layers on x86 CPUs that multiply by weights packed in oneDNN's layout.
 
-A pass that adds a token to each sequence multiplies few rows by each weight, and much of the time
-oneDNN rearranges the weight for that: here it is done once, for many passes. In float32 PyTorch
-would call MKL (see `cpu_products`). The operators are those that PyTorch's compiler generates for a
-frozen model. They are not public: they are tried once, and if they fail, layers stay as they are.
+A decoding pass multiplies few rows by each weight, and oneDNN spends much of the time on reordering
+the weight. Here it is reordered once, for many passes. In float32, PyTorch would call MKL (see
+`cpu_products`). The operators are those that PyTorch's compiler generates for a frozen model. They
+are not public, so they are tried once, and if they fail, layers stay unchanged.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from stillhouse.hardware import choose_precision, free_memory_bytes
 from stillhouse.launch import processes_here
 
 SHARE = 0.25
-"""Of the free memory: the most that copies of a model's weights may take."""
+"""Maximum share of the free memory that copies of a model's weights may take."""
 
 Multiply = Callable[[Tensor], Tensor]
 
 
 @contextmanager
 def packed_linear(model: Any, dtype: torch.dtype | None = None) -> Iterator[frozenset[Tensor]]:
-    """In the block, linear layers multiply by copies of their weights in `dtype`, or in the type
-    that each has; changes of the weights have no effect.
+    """Inside the block, make linear layers multiply by packed copies of their weights.
 
-    Yields the weights that nothing else reads. Layers stay as they are on other devices, with
-    sharded or quantized weights, with a forward of their own, or under autocast.
+    dtype: of the copies; None: the same as each weight's. Changes to the weights have no effect
+    inside the block. Yields the weights that nothing else reads. Layers stay unchanged on other
+    devices, with sharded or quantized weights, with a custom forward, or under autocast.
     """
     layers = _layers(model, dtype)
     try:
@@ -46,20 +46,20 @@ def packed_linear(model: Any, dtype: torch.dtype | None = None) -> Iterator[froz
 
 
 def has_room_to_pack(model: Any) -> bool:
-    """Whether the copies of a model's weights take a small part of the free memory."""
+    """Whether copies of a model's weights take only a small part of the free memory."""
     need = sum(layer.weight.nbytes for layer in _layers(model, None))
     return need * processes_here() <= SHARE * free_memory_bytes("cpu")
 
 
 def is_faster_packed(rows: int, dtype: torch.dtype) -> bool:
-    """Whether packed weights multiply that many rows faster: for one row in float32, MKL is faster
-    than oneDNN without AVX-512 (docs/experiments.md#packed-weights)."""
+    """Whether packed weights are faster for this many rows. For one row in float32 without
+    AVX-512, MKL is faster than oneDNN (docs/experiments.md#packed-weights)."""
     wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     return rows > 1 or dtype != torch.float32 or wide
 
 
 def _layers(model: Any, dtype: torch.dtype | None) -> list[nn.Linear]:
-    # Recurrent layers read the weights of their linear layers themselves.
+    # Recurrent layers read the weights of their linear layers directly.
     if torch.is_autocast_enabled("cpu") or not fits_padding(model):
         return []
     return [layer for layer in model.modules() if _is_packable(layer, dtype)]
@@ -87,8 +87,8 @@ def _multiply(layer: nn.Linear, dtype: torch.dtype) -> Multiply:
 
 
 def _only_theirs(model: Any, layers: list[nn.Linear]) -> frozenset[Tensor]:
-    """Weights of the layers that no other module has, as an embedding has that of a tied head. Code
-    that comes with a model may read any of them."""
+    """The layers' weights that no other module uses, unlike a tied head's. Empty for a model with
+    custom code, which might read any of them."""
     if not type(model).__module__.startswith("transformers."):
         return frozenset()
     packed = set(layers)
@@ -98,7 +98,7 @@ def _only_theirs(model: Any, layers: list[nn.Linear]) -> frozenset[Tensor]:
 
 
 def _packed(weight_MK: Tensor) -> Any:
-    """An opaque tensor. It fits any number of rows."""
+    """Pack a weight into an opaque tensor, for any number of rows."""
     return torch.ops.mkldnn._reorder_linear_weight(weight_MK.contiguous(), None)
 
 
@@ -109,12 +109,12 @@ def _product(inputs: Tensor, packed: Any, bias_M: Tensor | None) -> Tensor:
 
 @cache
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this build of PyTorch has the operators, on an x86 CPU that computes natively in that
-    type, and they are right."""
+    """Whether this build of PyTorch has the operators, they are correct, and the x86 CPU computes
+    natively in this dtype."""
     native = (torch.float32, choose_precision("auto", "cpu").dtype)
     if dtype not in native or not cpu_products.works():
         return False
-    # Small integers: every product and sum is exact in 8 bits.
+    # With small integers, every product and sum is exact in 8 bits.
     inputs_NK = (torch.arange(40 * 3) % 5).view(40, 3).to(dtype)
     weight_MK, bias_M = (torch.arange(7 * 3) % 4).view(7, 3).to(dtype), torch.ones(7).to(dtype)
     expected_NM = nn.functional.linear(inputs_NK, weight_MK, bias_M)

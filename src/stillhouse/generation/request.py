@@ -1,8 +1,8 @@
 """Requests to a text teacher, its answers, and the key that identifies a request.
 
-A request is identified by exactly what determines its answer: the endpoint, the
-model, the messages, the sampling parameters, and the number of the sample. API keys and the user
-name and password of a URL are not part of it, so they cannot end up in a file.
+A request is identified by exactly what determines its answer: the endpoint, the model, the
+messages, the sampling parameters, and the sample number. API keys and the user name and password in
+a URL are not part of it, so they cannot end up in a file.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _LARGEST = sys.float_info.max
 
 @dataclass(frozen=True)
 class Request:
-    """One chat completion. sample: 0, 1, ... if a prompt is answered several times.
+    """A request for one chat completion.
 
-    endpoint: as returned by `endpoint_of`, or `local`, or `vllm`. model: the endpoint's name of the
-    model, or the fingerprint of one in this process. parameters: sent in addition to the messages,
-    e.g. temperature.
+    endpoint: as returned by `endpoint_of`, or `local` or `vllm`. model: the endpoint's name for the
+    model, or the fingerprint of a local model. parameters: sent in addition to the messages, e.g.
+    temperature. sample: 0, 1, ... if a prompt is answered several times.
     """
 
     endpoint: str
@@ -42,7 +42,7 @@ class Request:
 
     @cached_property
     def key(self) -> str:
-        """SHA-256 of the canonical JSON of all five fields, in hexadecimal."""
+        """SHA-256 of the canonical JSON of all five fields, as a hexadecimal string."""
         return hashlib.sha256(_canonical(self).encode()).hexdigest()
 
 
@@ -50,9 +50,9 @@ class Request:
 class Answer:
     """A reply. Fields are None if the server did not return them.
 
-    reasoning: returned by the server separately from the text. cost: US dollars, None if the price
-    is unknown. seconds: from sending to the last byte, retries not counted. logprobs: a JSON
-    list with an entry for each token, as the server returned it.
+    reasoning: if the server returned it separately from the text. cost: in US dollars; None if the
+    price is unknown. seconds: from sending to the last byte, not counting retries. logprobs: a JSON
+    list with one entry per token, as returned by the server.
     """
 
     text: str
@@ -66,8 +66,8 @@ class Answer:
 
 
 def are_logprobs(content: Sequence[Any]) -> bool:
-    """Whether these are log-probabilities as OpenAI's API returns them: for each token its text,
-    a number of at most 0 (or a rounding error above), its bytes or none, and alternatives."""
+    """Whether these are log-probabilities in the format of OpenAI's API: for each token, its text,
+    its log-probability, optionally its bytes, and alternatives."""
     return all(
         _is_token(entry) and all(map(_is_token, entry.get("top_logprobs") or []))
         for entry in content
@@ -75,7 +75,7 @@ def are_logprobs(content: Sequence[Any]) -> bool:
 
 
 def is_logprob(value: Any) -> bool:
-    """Whether it is a number of at most 0, or a rounding error above."""
+    """Whether the value is a number that is at most 0, up to rounding."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     return value == -math.inf or -_LARGEST <= value <= 1e-2
@@ -99,10 +99,11 @@ FailureKind = Literal["rate_limit", "server", "timeout", "connection", "refused"
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a request has no answer. attempts: how often it was sent.
+    """Why a request has no answer.
 
-    refused: a 4xx for this request alone. invalid: a reply that is not a chat completion.
-    cost, tokens: the most that may have been billed for attempts without an answer.
+    kind: `refused` is a 4xx for this request only, and `invalid` a reply that is not a chat
+    completion. attempts: how often it was sent. cost, tokens: the most that may have been billed
+    for attempts without an answer.
     """
 
     kind: FailureKind
@@ -115,11 +116,11 @@ class Failure:
 Outcome = Answer | Failure
 
 Requests = Callable[[], Iterator[Request]]
-"""Returns the same requests on each call: they are read lazily, and more than once."""
+"""Returns the same requests on each call, because they are read lazily and more than once."""
 
 
 def endpoint_of(base_url: str) -> str:
-    """The URL without user, password, query and closing slash: safe to write to a file."""
+    """The URL without user, password, query, and trailing slash: safe to write to a file."""
     parts = urlsplit(base_url)
     host = parts.hostname or ""
     port = f":{parts.port}" if parts.port else ""
@@ -127,12 +128,12 @@ def endpoint_of(base_url: str) -> str:
 
 
 def api_described(api: ApiTeacher) -> str:
-    """An API's model, as manifests and reports name it."""
+    """An API's model, as named in manifests and reports."""
     return f"{api.model} at {endpoint_of(api.base_url)}"
 
 
 def teacher_described(api: ApiTeacher | None, model: ModelSource | None) -> str:
-    """A task's teacher, which is one of the two."""
+    """A task's teacher, which is either an API or a model, as named in manifests and reports."""
     if api is not None:
         return api_described(api)
     assert model is not None

@@ -1,7 +1,7 @@
-"""Sends many requests at once, as many as the endpoint accepts, each until it is answered or fails.
+"""Sends as many requests at once as the endpoint accepts, each until it is answered or fails.
 
-Answers go to the journal immediately. A request that is in the journal, or in flight, is not sent
-again. The budget is reserved before a request is sent (`budget`).
+Answers go to the journal immediately. A request that is in the journal or in flight is not sent
+again. The worst-case cost is reserved before a request is sent (`budget`).
 """
 
 from __future__ import annotations
@@ -26,25 +26,29 @@ from stillhouse.teachers.http_link import PATIENCE, Patience
 Send = Callable[[Request], Awaitable[Answer | FailedAttempt]]
 
 MOST_FAILURES = 50
-"""Failed requests in a row, with no answer between them, after which nothing more is sent."""
+"""Number of consecutive failed requests, with no answer in between, after which sending stops."""
 LONGEST_WAIT = 600.0
-"""Seconds. Requests fail if the server requests a longer pause, or answers nothing for longer."""
+"""In seconds. Requests fail if the server requests a longer pause, or is silent for longer."""
 SPACE, SPACE_PER_REQUEST = 1 << 20, 1 << 16
-"""Bytes of the journal's disk that must be free for a request to be sent: an answer that cannot be
-stored would be paid for again."""
+"""Bytes that must be free on the journal's disk before a request is sent, because an answer that
+cannot be stored would be paid for again."""
 _LOOKED_UP = 256
 _COLLECT_AFTER = 100_000
-"""New objects after which Python looks for cycles while requests are sent; usually 700."""
+"""Number of new objects after which Python looks for cycles while requests are sent; the default is
+700."""
 GRACE = 15.0
-"""Seconds that requests in flight have to finish, after an error that stops everything or the first
-cancellation."""
+"""Seconds that requests in flight have to finish after the first cancellation, or an error that
+stops everything."""
 
 
 @dataclass
 class Tally:
-    """answered: new answers in the journal. reused: requests whose answer was there, or that occur
-    twice. spent: on new answers, and on failures that may have been billed. out_of_budget: a limit
-    stopped the rest."""
+    """The outcome of a pool's requests.
+
+    answered: number of new answers in the journal. reused: number of requests that were already
+    answered or occur twice. spent: the cost of new answers, and of failures that may have been
+    billed. out_of_budget: whether the budget stopped the rest.
+    """
 
     answered: int = 0
     reused: int = 0
@@ -77,16 +81,16 @@ class Pool:
         self._stopped: BaseException | None = None
         self._failures_in_a_row = 0
         self._last_answer = 0.0
-        self._answers = False  # whether the endpoint answered any of these requests
+        self._answers = False  # whether the endpoint has answered any of these requests
         self._settled = asyncio.Event()
 
     async def answer_all(self, requests: Iterable[Request]) -> Tally:
-        """Sends every request whose answer is not in the journal; `requests` is read lazily.
+        """Send every request whose answer is not in the journal; `requests` is read lazily.
 
-        Returns when all are answered or have failed, or the budget allows no more.
-        Raises EndpointError if no request can succeed, RunError if the journal cannot be
-        written; answers that arrived are kept. The first cancellation stops new requests and waits
-        for those in flight; the second does not wait.
+        Returns when all have been answered or have failed, or the budget is used up. Raises
+        EndpointError if no request can succeed, and RunError if the journal cannot be written;
+        answers that arrived are kept. The first cancellation stops new requests and waits for those
+        in flight; the second does not wait.
         """
         with _seldom_collected():
             return await self._answer_all(iter(requests))
@@ -115,14 +119,17 @@ class Pool:
         await asyncio.wait(workers, timeout=GRACE)
 
     def _unanswered(self, requests: Iterator[Request]) -> Iterator[Request]:
-        """Looks up many in the journal at a time, which costs little more than one. Those that were
-        rejected in an earlier run come last: many in a row would look like a server that rejects
-        everything."""
+        """Yield the requests that have no answer.
+
+        Many are looked up in the journal at a time, which costs little more than one. Requests that
+        were refused in an earlier run come last, because many in a row would look like a server
+        that rejects everything.
+        """
         refused_before = []
         while chunk := list(itertools.islice(requests, _LOOKED_UP)):
             keys = [request.key for request in chunk]
             # A request in flight may be answered before its duplicate in this chunk is reached.
-            # In this order: a key leaves `_sent` only when the journal has its answer.
+            # The order matters: a key leaves `_sent` only when its answer is in the journal.
             known = set(self._sent)
             answered = self.journal.known(keys)
             self._answers = self._answers or bool(answered)
@@ -195,13 +202,13 @@ class Pool:
 
     def _require_space(self, worst: Spending) -> None:
         """Raise RunError if the answers in flight may not fit on the disk."""
-        # A row is in the write-ahead log and in the file, in up to two bytes for a character.
+        # A row is in the write-ahead log and in the file, with up to two bytes per character.
         each = max(SPACE_PER_REQUEST, 4 * self.journal.largest_row)
         if self._disk_free() >= SPACE + each * self.concurrency:
             return
         self.budget.settle(worst, Spending())
         raise RunError(
-            "the disk is almost full, and no further request is sent",
+            "the disk is almost full, so no more requests are sent",
             where=self.journal.path,
             fix="free some space and repeat the command: answers that arrived are kept",
         )
@@ -211,7 +218,7 @@ class Pool:
         return found.f_bavail * found.f_frsize
 
     async def _send(self, request: Request) -> Answer | FailedAttempt:
-        """Sends once; a request that is cancelled in flight may have been billed."""
+        """Send a request once; one that is canceled in flight may have been billed."""
         await self._write_reservation(request)
         task = asyncio.current_task()
         self._sending.add(task)
@@ -226,7 +233,7 @@ class Pool:
             self._sending.discard(task)
 
     async def _write_reservation(self, request: Request) -> None:
-        """Commit what a paid request may cost, so that it is known after the process is killed."""
+        """Commit the most that a paid request can cost, so that it is known after a kill."""
         if self.price is None and not self.budget.limited:
             return
         worst = worst_case(request, self.price)
@@ -238,7 +245,8 @@ class Pool:
             raise
 
     async def _reserve(self, worst: Spending) -> bool:
-        """False if the budget has no room and no request in flight can free any."""
+        """Reserve budget for a request; False if there is none, and no request in flight can free
+        any."""
         while not self.budget.reserve(worst):
             if self.budget.reserved.tokens == 0:
                 self.tally.out_of_budget = True
@@ -255,8 +263,8 @@ class Pool:
         self._settled.set()
 
     async def _keep(self, request: Request, answer: Answer) -> None:
-        """Return once the answer is in the journal, so that a kill loses no more answers than were
-        in flight."""
+        """Record an answer. Returns once it is in the journal, so that a kill loses only answers
+        that were in flight."""
         self.limit.answered()
         self._failures_in_a_row, self._last_answer = 0, now()
         self._answers = True
@@ -274,15 +282,15 @@ class Pool:
         self._sent.discard(request.key)
         self.tally.failed += 1
         self.advance(1)
-        # If the server answers others, it rejects these for their content.
+        # If the server answers other requests, it refuses these because of their content.
         self._failures_in_a_row += failed.kind != "refused" or not self._answers
         if (failed.wait or 0.0) >= LONGEST_WAIT:
             raise EndpointError(
                 f"the server requests a pause of {failed.wait:,.0f} s before the next request: "
                 f"{failed.reason}",
                 where=request.endpoint,
-                fix="repeat the command then, or raise the account's limit: answers that arrived "
-                "are kept",
+                fix="repeat the command after that time, or raise the account's limit: answers "
+                "that arrived are kept",
             )
         if self._failures_in_a_row >= MOST_FAILURES:
             raise EndpointError(
@@ -300,20 +308,23 @@ class Pool:
         self._follow(self.journal.record_failure(request, failure))
 
     def _follow(self, commit: Future[None]) -> None:
-        """Keeps a commit until it is done; one that fails stops everything."""
+        """Keep track of a commit until it is done; if it fails, everything stops."""
         self._commits.add(commit)
         commit.add_done_callback(self._committed)
 
     def _committed(self, commit: Future[None]) -> None:
-        """In the journal's thread."""
+        """Handle a commit that is done. Called in the journal's thread."""
         self._commits.discard(commit)
         self._stopped = self._stopped or commit.exception()
 
 
 @contextmanager
 def _seldom_collected() -> Iterator[None]:
-    """Thousands of requests per second make garbage without cycles, for which Python would look for
-    cycles in the objects of every library, all the time: 200 of 500 microseconds per request."""
+    """Run Python's garbage collector less often inside the block.
+
+    Thousands of requests per second create garbage without cycles, and the search for cycles in the
+    objects of every library would take 200 of 500 microseconds per request.
+    """
     usual = gc.get_threshold()
     gc.set_threshold(_COLLECT_AFTER, *usual[1:])
     try:

@@ -1,4 +1,4 @@
-"""Engines that write a student's text during its training: a section of `train.on_policy`."""
+"""Sections for engines that generate a student's text during training (`train.on_policy`)."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from stillhouse.vllm_config import VllmEngine
 
 TOLERANCE: float = Field(
     0.05,
-    description="Nats per token by which the engine's log-probabilities may differ from the "
-    "student's, on average over a row, after its weights were handed over; more stop the run.",
+    description="Largest mean difference, in nats/token, between the engine's and the student's "
+    "log-probabilities of a row after the weights were transferred; a larger one stops the run.",
 )
 
 
 class LocalRollouts(Section):
-    """The student writes in this process, with the weights that are trained."""
+    """The student generates in this process, with the weights being trained."""
 
     kind: Literal["local"] = "local"
 
 
 class VllmRollouts(VllmEngine):
-    """vLLM on this machine: it sleeps while the student is trained."""
+    """vLLM on this machine; it sleeps while the student is trained."""
 
     kind: Literal["vllm"]
     gpu_memory: Share = Field(
-        0.3, description="Share of each GPU's memory that vLLM may use while it writes."
+        0.3, description="Share of each GPU's memory that vLLM may use while it generates."
     )
     tolerance: Divergence = TOLERANCE
 
@@ -40,13 +40,13 @@ class VllmServerRollouts(SignalServer):
 
     kind: Literal["vllm_server"]
     weights: PathText = Field(
-        description="A folder that this machine and the server have under the same path; the "
-        "weights are handed over in it, best in memory."
+        description="A folder through which the weights are transferred. This machine and the "
+        "server must see it under the same path; a folder in memory is best."
     )
     tolerance: Divergence = TOLERANCE
 
     def folder(self, base: Path) -> Path:
-        """Of the weights. base: the recipe's folder, where a relative path starts."""
+        """The folder of the weights. base: the recipe's folder, where a relative path starts."""
         return (base / self.weights).absolute()
 
 

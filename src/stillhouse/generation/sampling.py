@@ -1,8 +1,8 @@
-"""The next token of each sequence: the most probable one, or a drawn one.
+"""Chooses the next token of each sequence, by greedy decoding or sampling.
 
-A row's token depends on that row alone.
+A row's token depends only on that row.
 
-Shapes: B sequences, V vocabulary, C blocks of W tokens, K entries that one is drawn from.
+Shapes: B sequences, V vocabulary, C blocks of W tokens, K candidates.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _BLOCK = 256
-"""Tokens of a block. Few passes over the vocabulary find the block, and a short one the token."""
+"""Tokens per block. A few passes over the vocabulary find the block, and a short one the token."""
 _NUCLEI = (64, 512)
-"""The most probable tokens that top_p considers before it sorts the full vocabulary."""
+"""Numbers of most probable tokens that top_p tries before it sorts the full vocabulary."""
 
 
 def next_tokens(
@@ -25,10 +25,11 @@ def next_tokens(
     top_ps: Sequence[float],
     uniforms: Sequence[float],
 ) -> list[int]:
-    """A token for each row: the most probable at temperature 0, otherwise drawn by inverse
-    transform sampling, below a top_p of 1 among the fewest most probable tokens that hold it.
+    """Choose a token for each row.
 
-    uniforms: in [0, 1); not used at temperature 0.
+    At temperature 0, it is the most probable token. Otherwise, it is drawn by inverse transform
+    sampling; with top_p < 1, from the smallest set of most probable tokens whose mass is at least
+    top_p. uniforms: random numbers in [0, 1); not used at temperature 0.
     """
     count = len(logits_BV)
     greedy = [row for row in range(count) if temperatures[row] <= 0]
@@ -58,7 +59,7 @@ def next_tokens(
 
 
 def most_probable(logits_BV: Tensor) -> Tensor:
-    """As `logits_BV.argmax(-1)`, which takes many times as long on a CPU; [B]."""
+    """Same as `logits_BV.argmax(-1)`, but many times faster on a CPU: [B]."""
     blocks_BCW = _blocks(logits_BV, -torch.inf)
     block_B = blocks_BCW.amax(-1).argmax(-1)
     return block_B * _BLOCK + _block(blocks_BCW, block_B).argmax(-1)
@@ -69,7 +70,7 @@ def _rows(values_BV: Tensor, rows: list[int]) -> Tensor:
 
 
 def _draw(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """[B]."""
+    """Draw a token from each row: [B]."""
     blocks_BCW = _blocks(probabilities_BV, 0.0)
     block_B, rest_B = _find(blocks_BCW.sum(-1), uniform_B)
     place_B, _ = _find(_block(blocks_BCW, block_B), rest_B)
@@ -77,7 +78,7 @@ def _draw(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 
 def _draw_nucleus(probabilities_BV: Tensor, top_p_B: Tensor, uniform_B: Tensor) -> Tensor:
-    """[B]. Equally probable tokens are in the order that torch's topk gives them."""
+    """Draw a token from each row's nucleus: [B]. Ties are ordered as by torch's topk."""
     vocabulary = probabilities_BV.shape[1]
     tokens_B = torch.zeros_like(uniform_B, dtype=torch.long)
     rows_B = torch.arange(len(tokens_B), device=tokens_B.device)
@@ -97,8 +98,11 @@ def _draw_nucleus(probabilities_BV: Tensor, top_p_B: Tensor, uniform_B: Tensor) 
 
 
 def _find(weights_BK: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
-    """The entry of each row at a share `uniform` of the row's sum, and the share of the entry's own
-    weight that is below; [B] each. An entry without weight is not found."""
+    """Find the entry in each row where the cumulative sum reaches a share `uniform` of the total.
+
+    Returns the entries and the share of each entry's weight below that point, [B] each. An entry
+    with zero weight is never returned.
+    """
     weights_BK = weights_BK.double()
     sums_BK = weights_BK.cumsum(-1)
     goal_B1 = uniform_B[:, None] * sums_BK[:, -1:]
@@ -112,7 +116,7 @@ def _find(weights_BK: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _blocks(values_BV: Tensor, padding: float) -> Tensor:
-    """[B, C, W]."""
+    """Split the vocabulary into blocks: [B, C, W]."""
     short = -values_BV.shape[1] % _BLOCK
     padded = F.pad(values_BV, (0, short), value=padding) if short else values_BV
     return padded.unflatten(1, (-1, _BLOCK))

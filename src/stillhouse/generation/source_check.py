@@ -1,4 +1,4 @@
-"""What a text teacher needs before any request is sent: a key, packages, a template that fits."""
+"""Checks a text teacher before any request is sent: its key, packages, and chat template."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from stillhouse.teachers.load_model import load_tokenizer
 from stillhouse.teachers.planned_model import check_model_folder
 
 Render = Callable[[Sequence[Message]], str]
-"""Raises whatever a chat template raises: jinja2 passes all exceptions through."""
+"""Renders a chat. Raises whatever a chat template raises: jinja2 passes all exceptions through."""
 
 
 @dataclass(frozen=True)
 class FrameKeys:
-    """The keys of a recipe that put a system prompt and few-shot examples into every chat."""
+    """The recipe keys that add a system prompt and few-shot examples to every chat."""
 
     system: str | None = None
     examples: str | None = None
 
     @classmethod
     def of(cls, section: str, system: str | None, examples: Sequence[Any]) -> FrameKeys:
-        """section: contains the two keys. None for a key that the recipe does not set."""
+        """The keys in a section; None for a key that the recipe does not set."""
         return cls(
             None if system is None else f"{section}.system",
             f"{section}.examples" if examples else None,
@@ -46,7 +46,7 @@ NOTHING = FrameKeys()
 
 
 def rendered_prompt(tokenizer: Any) -> Render:
-    """How a model reads a chat before it answers."""
+    """Render a chat as the model's input, up to its answer."""
 
     def render(messages: Sequence[Message]) -> str:
         return render_chat(tokenizer, messages, generation_prompt=True)
@@ -55,7 +55,10 @@ def rendered_prompt(tokenizer: Any) -> Render:
 
 
 def rendered_training(tokenizer: Any, *, reasoning: bool = False) -> Render:
-    """How a student is trained on a chat with an answer to it. reasoning: before the answer."""
+    """Render a chat and an answer as a student's training text.
+
+    reasoning: put reasoning before the answer.
+    """
     answer = f"{THINK[0]}\nAlpha.\n{THINK[1]}\n\nYes." if reasoning else "Yes."
 
     def render(messages: Sequence[Message]) -> str:
@@ -75,15 +78,15 @@ def require_template(
     whose: str,
     where: object = None,
     keys: FrameKeys = NOTHING,
-    fix: str = "use the order and fields of messages that the template expects, or a model with "
-    "another template",
+    fix: str = "write the messages in the order and with the fields that the template expects, or "
+    "use a model with a different template",
 ) -> None:
-    """Render the first chat of each form, and raise ModelError for one that is not accepted.
+    """Render the first chat of each form, and raise ModelError if one is not accepted.
 
-    A form is the roles and the kinds of content, which determine what a template rejects; a system
-    prompt that is left out silently is also an error. chats: each with the place that it is from.
-    whose: the model, in words. where: its folder. keys: those of the recipe that put something
-    around the prompts. fix: what to do about anything else.
+    A form consists of the roles and the types of content, which determine what a template rejects.
+    A system prompt that is silently omitted is also an error. chats: each with its place. whose:
+    the model, in words. where: its folder. keys: the recipe keys that add messages around the
+    prompts. fix: what to do about any other problem.
     """
     seen: set[Any] = set()
     for messages, place in chats:
@@ -98,15 +101,15 @@ def require_template(
         alone = without[-1:]
         if len(without) < len(messages) and _problem(render, without) is None:
             what = f"{whose}'s chat template does not accept a system prompt"
-            fix = "remove the system messages from the prompts, or put their text into the user's"
+            fix = "remove the system messages from the prompts, or move their text to user messages"
             if keys.system is not None:
-                fix = f"remove {keys.system}, or put its text into the prompt"
+                fix = f"remove {keys.system}, or move its text to the prompt"
         elif len(alone) < len(without) and _problem(render, alone) is None and keys.examples:
             what, fix = f"{whose}'s chat template does not accept the examples", "remove "
-            fix += f"{keys.examples}, or put them into the prompt"
+            fix += f"{keys.examples}, or move them to the prompt"
         else:
             roles = ", ".join(message["role"] for message in messages)
-            what = f"{whose}'s chat template rejects a chat of {roles} ({place})"
+            what = f"{whose}'s chat template rejects a chat with the roles {roles} ({place})"
         raise ModelError(f"{what}: {problem}", where=where, fix=fix)
 
 
@@ -123,18 +126,18 @@ def _problem(render: Render, messages: Sequence[Message]) -> str | None:
         text = render(messages)
     except DataError as error:
         return error.what
-    # A template is a program that comes with the model, and fails in any way.
+    # A template is a program that comes with the model and can raise any exception.
     except Exception as error:
         return str(error).strip() or type(error).__name__
     for message in messages:
         content = message.get("content")
         if message["role"] in SYSTEM and isinstance(content, str) and content.strip() not in text:
-            return "it leaves the system prompt out"
+            return "it leaves out the system prompt"
     return None
 
 
 def require_key(api: ApiTeacher, key: str) -> Iterator[Finding]:
-    """An error if the API's key is missing. key: the recipe's key of the source."""
+    """Yield an error if the API's key is missing. key: the source's key in the recipe."""
     try:
         api_key(api.key_env, where=endpoint_of(api.base_url), setting=f"{key}.api.key_env")
     except EndpointError as error:
@@ -149,16 +152,17 @@ def require_source(
     key: str,
     keys: FrameKeys = NOTHING,
 ) -> Iterator[Finding]:
-    """chats: as they will be sent, each with its place. whose: the model, in words. key: the
-    recipe's key of the source. keys: as in `require_template`.
+    """Check that a text teacher can answer the chats.
 
-    Raises StillhouseError if no request can succeed; yields a missing key and what vLLM lacks.
+    chats: as they will be sent, each with its place. whose: the model, in words. key: the source's
+    key in the recipe. keys: see `require_template`. Yields a missing API key and what vLLM lacks;
+    raises StillhouseError if no request can succeed.
     """
     if not isinstance(source, LocalText):
         yield from require_key(source.api, key)
         return
     if isinstance(source.own, VllmTeacher):
-        # vLLM loads models that transformers may not, so the folder itself is not checked.
+        # vLLM can load models that transformers cannot, so the folder itself is not checked.
         for level, text, fix in lacks(source.own, source.default.base):
             yield Finding(level, "vLLM", text, fix)
     else:

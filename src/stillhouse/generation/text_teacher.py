@@ -41,10 +41,10 @@ WAITING = "waiting for requests in flight; press Ctrl-C again to abandon them"
 
 @dataclass(frozen=True)
 class DefaultModel:
-    """The recipe's own teacher: the model of a text teacher that names none.
+    """The recipe's teacher, which a text teacher uses if it names no model.
 
-    base: the recipe's folder, where relative paths start. helpers: other processes that answer
-    too, with local models.
+    base: the recipe's folder, where relative paths start. helpers: other processes that also answer
+    requests, if the model is local.
     """
 
     base: Path
@@ -55,8 +55,11 @@ class DefaultModel:
 
 
 class Sent(NamedTuple):
-    """new: answers that arrived. failed: requests that failed. out_of_budget: whether the budget
-    stopped the rest."""
+    """The outcome of sending requests.
+
+    new: number of answers that arrived. failed: number of requests that failed. out_of_budget:
+    whether the budget stopped the rest.
+    """
 
     new: int
     failed: int
@@ -72,8 +75,10 @@ def text_source(
     *,
     logprobs: bool = False,
 ) -> TextSource:
-    """The teacher of a section. logprobs: request those of the answers' tokens. Raises
-    ModelError."""
+    """The text teacher of a section. logprobs: request the answers' log-probabilities.
+
+    Raises ModelError.
+    """
     if section.api is not None:
         api = section.api
         return ApiText(api, _parameters(sampling, api.token_limit, logprobs), budget)
@@ -110,12 +115,15 @@ class ApiText:
     def send(
         self, requests: Requests, journal: Journal, estimate: Estimate, spent: Spending
     ) -> Sent:
-        """Sends the requests without an answer in the journal. estimate: of these. spent: of
-        the budget until now. Raises EndpointError if no request can succeed."""
+        """Send the requests that have no answer in the journal.
+
+        estimate: of `requests`. spent: the part of the budget that is used. Raises EndpointError if
+        no request can succeed.
+        """
         budget = Budget(self.budget.max_usd, self.budget.max_tokens)
         budget.spent = spent
         if self.price is None:
-            note("the price is unknown, and so is the cost: set api.price")
+            note("the cost is unknown, because api.price is not set")
         with bar(f"requests to {self.api.model}", estimate.requests, "requests") as advance:
             work = self._answer_all(requests, journal, budget, advance)
             tally = run_stoppable(work, partial(note, WAITING)).tally
@@ -124,7 +132,7 @@ class ApiText:
             raise EndpointError(
                 f"no request was answered; the last failure: {kind}: {reason}",
                 where=self.endpoint,
-                fix="fix the cause, then repeat the command",
+                fix="remove the cause, then repeat the command",
             )
         return Sent(tally.answered, tally.failed, tally.out_of_budget)
 
@@ -155,7 +163,8 @@ class ApiText:
 class LocalText:
     """A model on this machine, run in this process or by vLLM; it costs only time.
 
-    source: of a Hub model, only the files that identify it are fetched before it answers.
+    source: the model; for a Hub model, only the files that identify it are downloaded before it
+    answers.
     """
 
     price = FREE
@@ -183,7 +192,7 @@ class LocalText:
 
     @property
     def runs_here(self) -> bool:
-        """Whether the model runs in this process, rather than in vLLM, which has all GPUs."""
+        """Whether the model runs in this process, rather than in vLLM, which uses all GPUs."""
         return isinstance(self.own, LocalTeacher)
 
     def request(self, messages: tuple[Message, ...], sample: int = 0) -> Request:
@@ -193,21 +202,21 @@ class LocalText:
     def send(
         self, requests: Requests, journal: Journal, estimate: Estimate, spent: Spending
     ) -> Sent:
-        """As `ApiText.send`; there is no budget. Raises ModelError."""
+        """Like `ApiText.send`, but without a budget. Raises ModelError."""
         counts: Counter[str] = Counter()
         on_its_way: set[str] = set()
         handed_over: deque[tuple[str, Future[None]]] = deque()
         one_at_a_time = threading.Lock()
 
         def settle() -> None:
-            """Waits until all answers so far are on disk."""
+            """Wait until all answers so far are on disk."""
             while handed_over:
                 key, saved = handed_over.popleft()
                 saved.result()
                 on_its_way.discard(key)
 
         def unanswered() -> Iterator[Request]:
-            # A generator reads a batch before it starts it: the previous one is on disk by then.
+            # A generator reads a batch before it starts on it; by then, the last one is on disk.
             for request in requests():
                 settle()
                 if request.key not in on_its_way and not journal.known([request.key]):
@@ -242,7 +251,7 @@ class LocalText:
         return Sent(counts["Answer"], counts["Failure"], False)
 
     def answers(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Outcome]]:
-        """Each request with its answer, as they finish."""
+        """Yield each request with its outcome, as they finish."""
         with self._generator() as generator:
             yield from generator.answers(requests)
 
@@ -263,18 +272,18 @@ TextSource = ApiText | LocalText
 
 
 def any_runs_here(*sources: TextSource | None) -> bool:
-    """Whether the model of a source runs in this process, so that other processes can help it."""
+    """Whether any source's model runs in this process, so that other processes can help."""
     return any(isinstance(source, LocalText) and source.runs_here for source in sources)
 
 
 def answers_of(model: Any, requests: Iterable[Request]) -> Iterator[tuple[Request, Outcome]]:
-    """In a helper: the answers of the model that `LocalText.send` describes."""
+    """In another process, answer requests with the model that `LocalText.send` describes."""
     own, default, seed = model
     return LocalText(own, {}, default, seed).answers(requests)
 
 
 def _numerics(own: LocalTeacher | VllmTeacher) -> dict[str, Any]:
-    """The dtype in which a local model computes: part of a request."""
+    """The dtype of a local model's computation, which is part of a request."""
     if isinstance(own, VllmTeacher):
         return {"dtype": own.dtype, **({"options": own.options} if own.options else {})}
     precision = choose_precision(own.precision)

@@ -1,7 +1,7 @@
-"""Continuations from vLLM: for many thousands of prompts, and models of several GPUs.
+"""Generates continuations with vLLM, for many thousands of prompts or for models on several GPUs.
 
-vLLM batches its input by itself and reuses the keys and values of common prefixes. It runs in a
-process of its own: of this Python or, with `python`, of another one.
+vLLM does its own batching and reuses the keys and values of common prefixes. It runs in a separate
+process, with this Python or, if `python` is set, with a different one.
 """
 
 from __future__ import annotations
@@ -31,16 +31,18 @@ from stillhouse.teachers.model_source import AnyModel, ModelSource, source_of
 from stillhouse.vllm_config import VllmEngine
 
 Lack = tuple[Literal["warning", "error"], str, str]
-"""The level of a finding, what is missing, and what to do."""
+"""The level of a finding, what is missing, and how to fix it."""
 
 TEACHER = "teacher.vllm"
 SIGNALS = "signals.vllm"
 ROLLOUTS = "train.on_policy.generator"
-"""Keys of sections: where text is generated, hidden states are recorded, the student writes."""
+"""Keys of the sections in which vLLM generates text, records hidden states, or runs the student."""
 WITHOUT = {
-    TEACHER: "what the journal holds needs no vLLM; `local` and `api` (`vllm serve`) go without it",
-    ROLLOUTS: "without train.on_policy.generator the student writes in this process",
-    SIGNALS: "without signals.vllm the teacher is loaded here; signals.server is a vLLM elsewhere",
+    TEACHER: "or use `local` or `api` (e.g. with `vllm serve`) instead; answers in the journal do "
+    "not need vLLM",
+    ROLLOUTS: "or remove train.on_policy.generator to generate in this process",
+    SIGNALS: "or remove signals.vllm to load the teacher in this process, or set signals.server to "
+    "use a vLLM server",
 }
 """How to do without vLLM, by the section's key."""
 OWN_ENVIRONMENT = (
@@ -50,8 +52,10 @@ OWN_ENVIRONMENT = (
 
 
 def lacks(section: VllmEngine, base: Path, *, key: str = TEACHER) -> list[Lack]:
-    """Requirements of the section that this machine, or its `python`, lacks. Imports neither vLLM
-    nor Ray. base: where a relative `python` starts. key: of the section."""
+    """Requirements of the section that this machine or its `python` lacks.
+
+    Imports neither vLLM nor Ray. base: where a relative `python` starts. key: the section's key.
+    """
     python = section.interpreter(base)
     if python is None:
         has, install = probe(), "pip install 'stillhouse[{}]'"
@@ -74,30 +78,33 @@ def lacks(section: VllmEngine, base: Path, *, key: str = TEACHER) -> list[Lack]:
         found.append(("error", f"Ray is not installed{there}", fix))
     gpus = has["gpus"]
     if gpus == 0:
-        fix = f"use a machine with one, or vLLM's build for CPUs; {WITHOUT[key]}"
-        found.append(("warning", "no GPU is here, and vLLM's usual build needs one", fix))
+        fix = f"use a machine with a GPU, or vLLM's build for CPUs; {WITHOUT[key]}"
+        found.append(("warning", "this machine has no GPU, which vLLM's usual build needs", fix))
     elif section.executor != "ray" and section.gpus > gpus:
-        text = f"{section.gpus} GPUs are requested, and this machine has {gpus}"
+        text = f"{section.gpus} GPUs are requested, but this machine has {gpus}"
         fix = "lower tensor_parallel or pipeline_parallel, or set executor: ray on a Ray cluster"
         found.append(("error", text, fix))
     return found
 
 
 class Writer(Protocol):
-    """window: tokens that it can read and write. Its methods raise what vLLM raises, or
-    RuntimeError."""
+    """A vLLM engine. window: maximum tokens of prompt and continuation. Its methods raise whatever
+    vLLM raises, or RuntimeError."""
 
     window: int
 
     def generate(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """As `vllm_worker.generate`."""
+        """See `vllm_worker.generate`."""
         ...
 
 
 @dataclass
 class VllmGenerator:
-    """batch: prompts that the engine is given at once. stops: ids that end an answer, besides those
-    of the model's generation config. where: the recipe's key, for messages."""
+    """Generates continuations with a vLLM engine.
+
+    batch: number of prompts passed to the engine at once. stops: ids that end an answer, in
+    addition to those in the model's generation config. where: the recipe's key, for messages.
+    """
 
     engine: Writer
     batch: int
@@ -109,7 +116,7 @@ class VllmGenerator:
         return self.engine.window
 
     def generate(self, prompts: Iterable[TokenPrompt]) -> Iterator[tuple[int, Continuation]]:
-        """See `Generator`. The seconds of a continuation are those of its batch."""
+        """See `Generator`. A continuation's `seconds` are those of its batch."""
         numbered = enumerate(prompts)
         while batch := list(itertools.islice(numbered, self.batch)):
             rows = [{"prompt": list(p.ids), "sampling": self._sampling(p)} for _, p in batch]
@@ -127,7 +134,7 @@ class VllmGenerator:
             "top_p": prompt.top_p,
             "max_tokens": prompt.max_tokens,
             "seed": prompt.seed if prompt.temperature > 0 else None,
-            # 0: only of the generated token.
+            # 0: only the generated token's.
             "logprobs": 0 if prompt.logprobs else None,
             **({"stop_token_ids": list(self.stops)} if self.stops else {}),
         }
@@ -137,9 +144,10 @@ class VllmGenerator:
 def opened(
     section: VllmEngine, source: ModelSource, *, base: Path, seed: int
 ) -> Iterator[TextGenerator[VllmGenerator]]:
-    """The model in a folder, run by vLLM, which releases its memory at the end.
+    """Run a model in vLLM, which releases its memory at the end of the block.
 
-    Raises ModelError: something is not installed, too few GPUs, or vLLM cannot load the model.
+    Raises ModelError if a package is not installed, there are too few GPUs, or vLLM cannot load the
+    model.
     """
     tokenizer = load_tokenizer(source)
     require_chat_template(tokenizer)  # before the weights are loaded
@@ -160,8 +168,11 @@ def running_engine(
     where: str = TEACHER,
     **options: Any,
 ) -> Iterator[VllmProcess]:
-    """A process of vLLM with a model, until the end of the block. layers: as in `VllmProcess`.
-    where: the section's key. options: more arguments of vllm.LLM. Raises ModelError as `opened`."""
+    """Run a model in a vLLM process until the end of the block.
+
+    layers: see `VllmProcess`. where: the section's key. options: more arguments of vllm.LLM. Raises
+    the errors of `opened`.
+    """
     require_vllm(section, base, where=where)
     arguments = {**engine_options(section, model, seed=seed), **options}
     engine = start_engine(section, arguments, base, layers, where=where)
@@ -172,7 +183,10 @@ def running_engine(
 
 
 def require_vllm(section: VllmEngine, base: Path, *, where: str = TEACHER) -> None:
-    """Raise ModelError for what `lacks` finds; its warnings are notes. where: the section's key."""
+    """Raise ModelError for an error found by `lacks`; print its warnings as notes.
+
+    where: the section's key.
+    """
     for level, text, fix in lacks(section, base, key=where):
         if level == "error":
             raise ModelError(text, where=where, fix=fix)
@@ -180,7 +194,7 @@ def require_vllm(section: VllmEngine, base: Path, *, where: str = TEACHER) -> No
 
 
 def engine_options(section: VllmEngine, model: AnyModel, *, seed: int) -> dict[str, Any]:
-    """Arguments of vllm.LLM for the model in a folder."""
+    """Arguments of vllm.LLM for a model."""
     source = source_of(model)
     return {
         "model": str(source.path),
@@ -205,8 +219,10 @@ def start_engine(
     where: str = TEACHER,
     gpu: int | None = None,
 ) -> VllmProcess:
-    """A process of vLLM with a model, of `section.python` or of this Python. gpu: as in
-    `VllmProcess`. Raises ModelError."""
+    """Start a vLLM process with a model, using `section.python` or this Python.
+
+    layers, gpu: see `VllmProcess`. Raises ModelError.
+    """
     python = section.interpreter(base) or sys.executable
     with vllm_errors(f"vLLM cannot load {options['model']}", where):
         return VllmProcess(python, options, layers, gpu=gpu)
@@ -214,8 +230,10 @@ def start_engine(
 
 @contextmanager
 def vllm_errors(what: str, where: str) -> Iterator[None]:
-    """Makes a ModelError of what vLLM raises: errors of many types, including GPU errors. what:
-    the failure, in words. where: the recipe's key."""
+    """Convert any exception from vLLM, including GPU errors, to a ModelError.
+
+    what: the failure, in words. where: the recipe's key.
+    """
     try:
         yield
     except ModelError:
@@ -225,6 +243,6 @@ def vllm_errors(what: str, where: str) -> Iterator[None]:
         raise ModelError(
             f"{what} ({cause})",
             where=where,
-            fix="lower context, gpu_memory or batch if memory runs out; what arrived is kept, so "
-            "that the same command resumes",
+            fix="if memory ran out, lower context, gpu_memory, or batch; then repeat the command, "
+            "which resumes",
         ) from error

@@ -1,4 +1,4 @@
-"""Hidden states from vLLM on this machine.
+"""Reads hidden states from vLLM on this machine.
 
 Shapes: L tokens of a prompt, D hidden width.
 """
@@ -22,8 +22,11 @@ from stillhouse.vllm_config import VllmEngine
 
 @dataclass
 class VllmHiddenStates:
-    """kept: layers before the last one, in the order in which the engine returns them. last: number
-    of the last layer."""
+    """A source of hidden states in vLLM.
+
+    kept: layers before the last one, in the order in which the engine returns them. last: number of
+    the last layer.
+    """
 
     engine: VllmProcess
     described: str
@@ -41,7 +44,7 @@ class VllmHiddenStates:
         longest = max(map(len, prompts), default=0)
         if longest > self.engine.window:
             raise ModelError(
-                f"a document has {longest:,} tokens, and vLLM reads {self.engine.window:,}",
+                f"a document has {longest:,} tokens, but vLLM reads at most {self.engine.window:,}",
                 where=SIGNALS,
                 fix=f"set signals.vllm.context to at least {longest}, or lower data.context",
             )
@@ -68,10 +71,10 @@ def opened_hidden_states(
     last: int,
     seed: int,
 ) -> Iterator[VllmHiddenStates]:
-    """The model in a folder, run by vLLM, which releases its memory at the end.
+    """Run a model in vLLM, which releases its memory at the end of the block.
 
-    layers: those that are read. last: number of the last one. Raises ModelError: something is not
-    installed, too few GPUs, or vLLM cannot load the model.
+    layers: layers to read. last: number of the model's last layer. Raises ModelError if a package
+    is not installed, there are too few GPUs, or vLLM cannot load the model.
     """
     kept = tuple(sorted(set(layers) - {last}))
     eager = {"enforce_eager": True} if kept else {}  # hooks do not run in a compiled model

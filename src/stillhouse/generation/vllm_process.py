@@ -1,4 +1,4 @@
-"""vLLM in a process of its own: of this Python, or of one in a separate environment."""
+"""Runs vLLM in a separate process, with this Python or one in a separate environment."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _TO_STOP = 30.0
 
 
 class EngineError(Exception):
-    """An error in the other process, in one line."""
+    """An error in the vLLM process, on one line."""
 
 
 def probe_python(python: str) -> dict[str, Any]:
-    """`vllm_worker.probe` of another interpreter. Raises ModelError if it cannot be run."""
+    """Run `vllm_worker.probe` in a different interpreter. Raises ModelError if that fails."""
     try:
         done = subprocess.run(
             [python, *_SCRIPT, "probe"], capture_output=True, text=True, check=False
@@ -40,16 +40,16 @@ def probe_python(python: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     except (ValueError, IndexError):
         why = process_failure(done.returncode, done.stderr)
-        raise ModelError(f"{python} is no Python of version 3.11 or newer ({why})") from None
+        raise ModelError(f"{python} is not Python 3.11 or newer ({why})") from None
     return found
 
 
 class VllmProcess:
     """A process of `python` that runs vllm_worker.py, leading its own process group.
 
-    options: arguments of vllm.LLM. layers: as in `vllm_worker.open_llm`. gpu: the only one of this
-    process's GPUs that it may use; None: all. Raises EngineError: vLLM raised an error, or its
-    process ended.
+    options: arguments of vllm.LLM. layers: see `vllm_worker.open_llm`. gpu: index of the only GPU
+    that it may use; None: all of this process's GPUs. Raises EngineError if vLLM raises an error or
+    its process ends.
     """
 
     def __init__(
@@ -76,26 +76,26 @@ class VllmProcess:
             raise
 
     def generate(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """As `vllm_worker.generate`."""
+        """See `vllm_worker.generate`."""
         answers: list[dict[str, Any]] = self._ask({"generate": rows})["answers"]
         return answers
 
     def hidden_states(self, prompts: list[list[int]]) -> list[Tensor]:
-        """As `vllm_worker.hidden_states`."""
+        """See `vllm_worker.hidden_states`."""
         reply, content = self._ask_bytes({"hidden": prompts})
         rows = torch.frombuffer(content, dtype=getattr(torch, reply["dtype"]))
         return list(rows.view(-1, reply["width"]).split([len(prompt) for prompt in prompts]))
 
     def load_weights(self, folder: Path) -> None:
-        """As `vllm_worker.load_weights`."""
+        """See `vllm_worker.load_weights`."""
         self._ask({"weights": str(folder)})
 
     def sleep(self) -> None:
-        """As `vllm_worker.sleep`."""
+        """See `vllm_worker.sleep`."""
         self._ask({"sleep": True})
 
     def close(self) -> None:
-        """Ends vLLM. If it is still busy, its processes are killed."""
+        """Stop vLLM, killing its processes if it is busy."""
         try:
             if self._idle:
                 with suppress(EngineError, subprocess.TimeoutExpired):
@@ -121,7 +121,7 @@ class VllmProcess:
         return reply
 
     def _ask_bytes(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytearray]:
-        """As `_ask`, for a reply that is followed by as many bytes as it says."""
+        """Like `_ask`, for a reply that is followed by the number of bytes that it declares."""
         reply = self._ask(request)
         while len(self._received) < reply["bytes"]:
             self._receive()
@@ -135,7 +135,7 @@ class VllmProcess:
     def _receive(self) -> None:
         replies = self._process.stdout
         assert replies is not None
-        # vLLM's other processes may hold the pipe open after the one that writes to it has died.
+        # vLLM's other processes may keep the pipe open after the process that writes to it died.
         while not select.select([replies], [], [], 1.0)[0]:
             if self._process.poll() is not None:
                 raise self._ended()
@@ -157,7 +157,8 @@ class VllmProcess:
 
 
 def _environment(gpu: int | None) -> dict[str, str]:
-    """This process's, without what torchrun sets: vLLM's processes are a group of their own."""
+    """This process's environment without torchrun's variables, because vLLM's processes form a
+    separate group. gpu: index of the only GPU to make visible; None: all."""
     names = set(os.environ)
     if "TORCHELASTIC_RUN_ID" in names:
         ours = ("OMP_NUM_THREADS", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")

@@ -1,4 +1,5 @@
-"""vLLM writes the text of a student in training: new weights before each window of steps."""
+"""Generates a student's text in vLLM during training, with new weights before each window of
+steps."""
 
 from __future__ import annotations
 
@@ -31,25 +32,26 @@ from stillhouse.processes import wait_for_all
 from stillhouse.teachers.model_source import AnyModel, source_of
 
 OpenGenerator = Callable[[Any, frozenset[int]], AbstractContextManager[Generator]]
-"""(the student, tokens that end an answer) → a generator with its weights as they are."""
+"""(the student, tokens that end an answer) → a generator with the student's current weights."""
 
 
 @contextmanager
 def vllm_rollouts(
     section: VllmRollouts, checkpoint: AnyModel, *, base: Path, seed: int
 ) -> Iterator[OpenGenerator]:
-    """vLLM on this machine, for a training: started when the student first writes, asleep between
-    windows where it runs on GPUs, closed at the end of the block.
+    """Use vLLM on this machine during training.
 
-    checkpoint: a folder for the weights; each process needs its own. Raises ModelError: something
-    is not installed, too few GPUs, vLLM fails, or has other weights than the student.
+    It is started when the student first generates, sleeps between windows if it runs on GPUs, and
+    is closed at the end of the block. checkpoint: a folder for the weights; each process needs a
+    separate one. Raises ModelError if a package is not installed, there are too few GPUs, vLLM
+    fails, or its weights differ from the student's.
     """
     require_vllm(section, base, where=ROLLOUTS)
     dtype = None if section.dtype == "auto" else getattr(torch, section.dtype)
     options, folder = engine_options(section, checkpoint, seed=seed), source_of(checkpoint).path
     # Prompts and answers are token ids.
     options |= {"skip_tokenizer_init": True, "enable_sleep_mode": torch.cuda.is_available()}
-    # On a CPU, vLLM packs the head, and does not pack it again with new weights if it is tied.
+    # On a CPU, vLLM packs the head, but does not repack a tied head when weights are reloaded.
     untied = not torch.cuda.is_available()
     if untied:
         options["hf_overrides"] = {"tie_word_embeddings": False}
@@ -92,9 +94,12 @@ def vllm_rollouts(
 
 @contextmanager
 def server_rollouts(section: VllmServerRollouts, *, base: Path) -> Iterator[OpenGenerator]:
-    """A vLLM server, for a training. Under torchrun, the main process hands the weights over, and
-    all processes use the server. base: where a relative `weights` starts. Raises ModelError as
-    `vllm_rollouts`, EndpointError for a key, RunError as `claim_folder`."""
+    """Use a vLLM server during training.
+
+    Under torchrun, the main process transfers the weights, and all processes use the server. base:
+    where a relative `weights` starts. Raises ModelError as `vllm_rollouts`, EndpointError if the
+    key is missing, and RunError as `claim_folder`.
+    """
     server, folder = VllmServer(section), section.folder(base)
     if leads():
         claim_folder(folder)

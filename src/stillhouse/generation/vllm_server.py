@@ -1,7 +1,7 @@
-"""Text from a vLLM server as token ids, and new weights for its model.
+"""Generates token ids on a vLLM server, and replaces the weights of its model.
 
-Weights are replaced by vLLM's `reload_weights`, which reads a checkpoint from the server's disk.
-The endpoint for it exists only in a server that was started with VLLM_SERVER_DEV_MODE=1.
+Weights are replaced with vLLM's `reload_weights`, which reads a checkpoint from the server's disk.
+Its endpoint exists only if the server was started with VLLM_SERVER_DEV_MODE=1.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from stillhouse.teachers.signal_server import Post, SignalLink
 
 COMMAND = "VLLM_SERVER_DEV_MODE=1 vllm serve STUDENT"
 MOST_BYTES, MOST_BYTES_PER_TOKEN = 1 << 20, 1 << 10
-"""Of a reply: in all, and additionally for each token."""
+"""Maximum size of a reply: a constant, plus an amount per token."""
 
 
 class VllmServer:
-    """A `Writer`, whose weights can be replaced. Raises EndpointError: the key's variable is not
-    set."""
+    """A `WeightEngine` on a server. Raises EndpointError if the key's variable is not set."""
 
     window = 0
 
@@ -36,16 +35,20 @@ class VllmServer:
         )
 
     def generate(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """As `vllm_worker.generate`; `concurrency` requests are under way at a time. Raises
-        ModelError."""
+        """See `vllm_worker.generate`. Up to `concurrency` requests are in flight at a time.
+
+        Raises ModelError.
+        """
         return self._link.each(rows, self._write)
 
     def load_weights(self, folder: Path) -> None:
-        """Replace the model's weights by those of a checkpoint in a folder that the server sees.
-        Raises ModelError."""
+        """Load the weights of a checkpoint in a folder that the server can read.
+
+        Raises ModelError.
+        """
         arguments = {"weights_path": str(folder)}
         self._call("collective_rpc", {"method": "reload_weights", "kwargs": arguments})
-        self._call("reset_prefix_cache", {})  # it holds what the old weights computed
+        self._call("reset_prefix_cache", {})  # it was computed with the old weights
 
     async def _write(self, post: Post, row: dict[str, Any]) -> dict[str, Any]:
         sampling = {name: value for name, value in row["sampling"].items() if value is not None}
@@ -65,7 +68,7 @@ class VllmServer:
         except (LookupError, TypeError, ValueError, RecursionError) as error:
             raise self._link.error(
                 f"the server's answer has no token ids ({type(error).__name__}: {error})",
-                "use vLLM 0.29 or newer: its completions have return_token_ids",
+                "use vLLM 0.29 or newer, which supports return_token_ids in completions",
             ) from error
 
     def _call(self, endpoint: str, body: Mapping[str, Any]) -> None:

@@ -1,9 +1,9 @@
-"""A vLLM engine with plain requests and replies, in a process of its own.
+"""Runs a vLLM engine in a separate process that exchanges requests and replies as JSON.
 
 `python -P vllm_worker.py` reads requests from standard input and writes replies to standard output,
-one JSON object per line; one with `bytes` is followed by that many bytes. It imports nothing from
-Stillhouse, so that vLLM can be in a separate environment, with another transformers.
-`python -P vllm_worker.py probe` prints what that environment has.
+one JSON object per line; a reply with `bytes` is followed by that many bytes. It imports nothing
+from Stillhouse, so vLLM can be in a separate environment with a different transformers.
+`python -P vllm_worker.py probe` prints what is installed in that environment.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ POOLING: dict[str, Any] = {
 }
 """Arguments of vllm.LLM for a language model that returns hidden states."""
 SAME_NORM = 0.02
-"""How far two computations of the final norm may differ, relative to the largest number; bfloat16
-has eight bits."""
+"""Maximum difference between two computations of the final norm, relative to the largest value;
+bfloat16 has eight bits."""
 
 
 def probe() -> dict[str, Any]:
-    """Which packages this Python has, and how many GPUs its torch sees; imports only torch."""
+    """Report the packages of this Python and the GPUs that its torch sees; imports only torch."""
     packages = {name: importlib.util.find_spec(name) is not None for name in ("vllm", "ray")}
     try:
         import torch
@@ -41,9 +41,9 @@ def probe() -> dict[str, Any]:
 
 
 def open_llm(options: dict[str, Any], layers: Sequence[int] = ()) -> tuple[Any, int]:
-    """A vllm.LLM, and the number of tokens that it can read and write.
+    """Open a vllm.LLM; return it with its maximum number of tokens in prompt and answer.
 
-    layers: those whose hidden states `hidden_states` returns, before the last ones. Raises
+    layers: layers whose hidden states `hidden_states` returns in addition to the last ones. Raises
     ValueError if the architecture's layers cannot be read.
     """
     from vllm import LLM
@@ -58,13 +58,16 @@ def open_llm(options: dict[str, Any], layers: Sequence[int] = ()) -> tuple[Any, 
 
 
 def hidden_states(llm: Any, prompts: list[list[int]]) -> list[Any]:
-    """The last hidden states of each prompt after the final norm, [L, D], for a model that was
-    opened with `POOLING`; those of kept layers stand before them: [L, D · (layers + 1)]."""
+    """The last hidden states of each prompt, after the final norm: [L, D].
+
+    The model must have been opened with `POOLING`. Hidden states of `keep_layers` are concatenated
+    before them: [L, D · (layers + 1)].
+    """
     from vllm import PoolingParams
 
     outputs = llm.encode(
         [{"prompt_token_ids": prompt} for prompt in prompts],
-        pooling_params=PoolingParams(use_activation=False),  # which would normalize
+        pooling_params=PoolingParams(use_activation=False),  # the activation would normalize
         pooling_task=POOLING["pooler_config"]["task"],
         use_tqdm=False,
     )
@@ -72,11 +75,11 @@ def hidden_states(llm: Any, prompts: list[list[int]]) -> list[Any]:
 
 
 def keep_layers(llm: Any, layers: Sequence[int]) -> None:
-    """Makes a model return hidden states after these layers beside its last ones.
+    """Make a model also return the hidden states after these layers.
 
-    Layer 0 is the embeddings, layer i the output of block i. Needs `enforce_eager`: a compiled
-    model runs no hooks. Raises ValueError if the final norm of the last block's output is not what
-    the model returns: its blocks would then mean something else.
+    Layer 0 is the embeddings, and layer i is the output of block i. Requires `enforce_eager`,
+    because a compiled model runs no hooks. Raises ValueError if the final norm of the last block's
+    output differs from the model's output, because the blocks would then mean something else.
     """
 
     # These functions are sent by value to vLLM's processes.
@@ -97,7 +100,10 @@ def keep_layers(llm: Any, layers: Sequence[int]) -> None:
 
 
 def _record_blocks(model: Any, layers: Sequence[int]) -> None:
-    """Runs where vLLM runs the model. Blocks return their output, or the two parts of its sum."""
+    """Install the hooks, in the process where vLLM runs the model.
+
+    A block returns its output, or two parts whose sum is its output.
+    """
     import inspect
 
     import torch
@@ -143,7 +149,10 @@ def _record_blocks(model: Any, layers: Sequence[int]) -> None:
 
 
 def generate(llm: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """rows: "prompt" with token ids, and "sampling" with arguments of vllm.SamplingParams."""
+    """Generate a continuation for each row.
+
+    rows: "prompt" with token ids, and "sampling" with arguments of vllm.SamplingParams.
+    """
     from vllm import SamplingParams
 
     outputs = llm.generate(
@@ -155,17 +164,17 @@ def generate(llm: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def load_weights(llm: Any, folder: str) -> None:
-    """Replace the model's weights by those of a checkpoint; sleeping memory is woken first."""
+    """Load the weights of a checkpoint; wake up the memory first if it is asleep."""
     if llm.llm_engine.model_config.enable_sleep_mode:
         llm.wake_up(tags=["weights"])
     llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
     if llm.llm_engine.model_config.enable_sleep_mode:
         llm.wake_up(tags=["kv_cache"])
-    llm.reset_prefix_cache()  # it holds what the old weights computed
+    llm.reset_prefix_cache()  # it was computed with the old weights
 
 
 def sleep(llm: Any) -> None:
-    """Give the GPU's memory back until `load_weights`; nothing without `enable_sleep_mode`."""
+    """Release GPU memory until `load_weights`; does nothing without `enable_sleep_mode`."""
     if llm.llm_engine.model_config.enable_sleep_mode:
         llm.sleep(level=2)  # weights are discarded
 
@@ -184,19 +193,19 @@ def _answer(output: Any) -> dict[str, Any]:
 
 
 def reason(error: BaseException) -> str:
-    """The error in one line."""
+    """The error on one line."""
     lines = str(error).strip().splitlines() or ["no reason given"]
     return f"{type(error).__name__}: {lines[-1]}"
 
 
 def serve() -> None:
-    """Answers {"open": options, "layers": [...]}, {"generate": rows}, {"hidden": prompts},
-    {"weights": folder} and {"sleep": true} until {"stop": true} arrives.
+    """Answer {"open": options, "layers": [...]}, {"generate": rows}, {"hidden": prompts},
+    {"weights": folder}, and {"sleep": true} until {"stop": true} arrives.
 
-    Must lead its own process group: the entire group, including vLLM's other processes, is
-    killed as soon as standard input is closed, i.e. when the parent process has died.
+    Must lead its own process group: the entire group, including vLLM's other processes, is killed
+    as soon as standard input is closed, i.e. when the parent process has died.
     """
-    # What vLLM and its other processes print or read must not touch the two pipes.
+    # vLLM and its other processes must not print to or read from the two pipes.
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     lines = os.fdopen(os.dup(0), "rb")
@@ -230,7 +239,7 @@ def serve() -> None:
 
 
 def _as_bytes(tensors: list[Any]) -> tuple[dict[str, Any], bytes]:
-    """All rows one after another, as this machine orders the bytes of a number."""
+    """Concatenate all rows as bytes in this machine's byte order."""
     import torch
 
     rows = torch.cat(tensors).contiguous()

@@ -1,4 +1,4 @@
-"""Weights from a training to an engine, and the proof that they arrived.
+"""Transfers weights from training to an engine, and verifies that they arrived.
 
 Shapes: R = 1 row, L tokens, V vocabulary.
 """
@@ -17,10 +17,10 @@ from stillhouse.errors import ModelError, RunError
 from stillhouse.generation.vllm_engine import ROLLOUTS, Writer, vllm_errors
 
 PROMPT_TOKENS, ROW_TOKENS = 8, 32
-"""Of the row that is compared."""
+"""Lengths of the prompt and the row that are compared."""
 HEAD = "lm_head.weight"
 MARK = "written_by_stillhouse"
-"""A file in a folder that weights for a server are written to, and overwritten in."""
+"""A file that marks a folder in which weights for a server may be overwritten."""
 
 
 class WeightEngine(Writer, Protocol):
@@ -30,21 +30,23 @@ class WeightEngine(Writer, Protocol):
 
 
 def require_no_other_model(folder: Path) -> None:
-    """Raise RunError if the folder holds a model that was not handed over in it."""
+    """Raise RunError if the folder contains a model that was not written for a server."""
     model = (folder / "config.json").exists() or any(folder.glob("*.safetensors*"))
     if model and not (folder / MARK).exists():
         raise RunError(
-            "this folder holds a model, which the handed-over weights would overwrite",
+            "this folder contains a model, which the transferred weights would overwrite",
             where=folder,
-            fix=f"set {ROLLOUTS}.weights to a new folder that the server sees too",
+            fix=f"set {ROLLOUTS}.weights to a new folder that the server can also read",
         )
 
 
 def claim_folder(folder: Path) -> None:
-    """Mark a folder as one for weights that are handed over, before any are written to it. Raises
-    RunError as `require_no_other_model`, or if it cannot be written."""
+    """Mark a folder as one for weights, before any are written to it.
+
+    Raises RunError as `require_no_other_model`, or if it cannot be written.
+    """
     require_no_other_model(folder)
-    with disk_errors(folder, elsewhere="give the weights another folder"):
+    with disk_errors(folder, elsewhere="use a different folder for the weights"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MARK).touch()
 
@@ -53,32 +55,32 @@ def claim_folder(folder: Path) -> None:
 def save_weights(
     model: Any, folder: Path, dtype: torch.dtype | None = None, *, head_too: bool = False
 ) -> None:
-    """Write a model as a checkpoint, over the one before.
+    """Write a model as a checkpoint, replacing the previous one.
 
-    dtype: of the weights; None: as they are. head_too: also write a head that is tied to the
-    embeddings, for an engine that holds both. Raises RunError if the disk is full, ModelError for a
-    sharded model.
+    dtype: dtype to write; None: unchanged. head_too: also write a head that is tied to the
+    embeddings, for an engine that keeps both. Raises RunError if the disk is full, and ModelError
+    for a sharded model.
     """
     state = model.state_dict()
     if any(isinstance(tensor, DTensor) for tensor in state.values()):
         raise ModelError(
-            "the weights of a sharded student cannot be handed over",
+            "the weights of a sharded student cannot be transferred to vLLM",
             where=ROLLOUTS,
             fix="use generator.kind: local, or train.shard: none or teacher",
         )
     if dtype is not None:
-        # Tied weights stay one tensor, which is written once.
+        # Tied weights stay a single tensor, which is written once.
         cast = {
             tensor.data_ptr(): tensor.to(dtype)
             for tensor in state.values()
             if tensor.is_floating_point()
         }
         state = {name: cast.get(tensor.data_ptr(), tensor) for name, tensor in state.items()}
-    with disk_errors(folder, elsewhere="give the weights a folder on a larger disk"):
+    with disk_errors(folder, elsewhere="use a folder on a larger disk for the weights"):
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("*.safetensors*"):
             old.unlink()
-        # In one file: vLLM reads every *.safetensors of a folder without an index.
+        # Write one file, because vLLM reads every *.safetensors in a folder without an index.
         model.save_pretrained(folder, state_dict=state, max_shard_size="100TB")
         if head_too and model.config.get_text_config().tie_word_embeddings:
             weight_VD = model.get_output_embeddings().weight
@@ -95,10 +97,10 @@ def hand_over(
     dtype: torch.dtype | None = None,
     head_too: bool = False,
 ) -> float:
-    """Give the engine the model's weights, through a checkpoint in `folder`, and compare.
+    """Transfer the model's weights to the engine, through a checkpoint in `folder`, and compare.
 
-    dtype, head_too: as in `save_weights`. Returns the difference that `require_same_weights` finds.
-    Raises ModelError as it does, or if the engine cannot load them.
+    dtype, head_too: see `save_weights`. Returns the difference that `require_same_weights` finds.
+    Raises ModelError as it does, or if the engine cannot load the weights.
     """
     save_weights(model, folder, dtype, head_too=head_too)
     with vllm_errors("vLLM cannot load the student's weights", ROLLOUTS):
@@ -107,10 +109,10 @@ def hand_over(
 
 
 def require_same_weights(engine: Writer, model: Any, *, tolerance: float) -> float:
-    """Compare the log-probabilities of one row, engine against model.
+    """Compare the engine's and the model's log-probabilities of one row.
 
-    The engine writes the row, at temperature 1. Returns the mean absolute difference in nats per
-    token; raises ModelError if it is above `tolerance`, or not a number.
+    The engine generates the row at temperature 1. Returns the mean absolute difference in
+    nats/token; raises ModelError if it is above `tolerance` or not a number.
     """
     chance = torch.Generator().manual_seed(0)
     vocabulary = int(model.config.get_text_config().vocab_size)
@@ -129,19 +131,19 @@ def require_same_weights(engine: Writer, model: Any, *, tolerance: float) -> flo
     apart = float((theirs_L - ours_L).abs().mean())
     if not apart <= tolerance:
         raise ModelError(
-            f"after the weights were handed over, the engine's log-probabilities differ from the "
-            f"student's by {apart:.3g} nats/token, and {tolerance:g} are allowed: it has other "
-            "weights, or computes in another precision",
+            "after the weights were transferred, the engine's log-probabilities differ from the "
+            f"student's by {apart:.3g} nats/token, but only {tolerance:g} are allowed: it has "
+            "different weights, or computes in a different precision",
             where=ROLLOUTS,
             fix="set dtype: float32, or raise tolerance if the engine's precision is the cause; "
-            "otherwise start the engine with this student",
+            "otherwise, start the engine with this student",
         )
     return apart
 
 
 @torch.no_grad()
 def log_probabilities(model: Any, prompt: list[int], ids: list[int]) -> torch.Tensor:
-    """The model's log-probability of each token of `ids` after `prompt`, at temperature 1: [L] in
+    """The model's log-probability of each token in `ids` after `prompt`, at temperature 1: [L],
     float64."""
     ids_RL = torch.tensor([[*prompt, *ids]], device=model.device)
     logits_LV = model(input_ids=ids_RL, use_cache=False).logits[0, len(prompt) - 1 : -1]
