@@ -66,7 +66,7 @@ def test_check_reports_that_the_template_rejects_system_prompts(
 ) -> None:
     text, fix = error_of(recipe(tmp_path, template, system="Be brief."))
     assert "does not accept a system prompt" in text
-    assert "remove synthesize.prompts.system, or put its text into the prompt" in fix
+    assert "remove synthesize.prompts.system, or move its text to the prompt" in fix
 
 
 def test_run_reports_it_before_any_request(tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def test_text_that_looks_like_a_number_stays_text(tmp_path: Path) -> None:
         (
             "synthesize={teacher: {api: {base_url: http://h, model: m}}, prompts: {path: p}, "
             "filters: {min_characters: 9, max_characters: 8}}",
-            "min_characters (9) is above max_characters (8)",
+            "min_characters (9) is greater than max_characters (8)",
         ),
     ],
 )

@@ -291,7 +291,7 @@ def test_vllm_errors_are_reported(tmp_path: Path, anywhere: Path) -> None:
 @pytest.mark.parametrize(
     ("vllm", "gpus", "level", "said"),
     [
-        ({}, 0, "warning", "no GPU is here"),
+        ({}, 0, "warning", "this machine has no GPU"),
         ({"tensor_parallel": 4}, 2, "error", "4 GPUs are requested, but this machine has 2"),
         ({"tensor_parallel": 4, "executor": "ray"}, 2, "error", "Ray is not installed"),
         ({"tensor_parallel": 2}, 2, None, None),

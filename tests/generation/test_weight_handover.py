@@ -95,7 +95,7 @@ def test_an_engine_that_keeps_its_old_weights_stops_the_run(tmp_path: Path) -> N
     engine.deaf = True
     hand_over(engine, model, tmp_path, tolerance=1e-4)
     trained(model, 0.02)
-    with pytest.raises(ModelError, match="it has other weights") as caught:
+    with pytest.raises(ModelError, match="it has different weights") as caught:
         hand_over(engine, model, tmp_path, tolerance=0.05)
     assert caught.value.where == "train.on_policy.generator"
 
@@ -175,7 +175,7 @@ def test_every_window_is_written_with_the_weights_as_they_are(
             assert started[0].asleep
         started[0].deaf = True
         trained(model, 0.05)
-        with pytest.raises(ModelError, match="it has other weights"), opened(model, ENDS):
+        with pytest.raises(ModelError, match="it has different weights"), opened(model, ENDS):
             pass
     assert started[0].closed
     assert len(started) == 1
@@ -274,7 +274,7 @@ def test_a_server_that_keeps_its_old_weights_stops_the_run(
     rollouts = server_rollouts(section(server, "weights"), base=tmp_path)
     with (
         rollouts as opened,
-        pytest.raises(ModelError, match="it has other weights"),
+        pytest.raises(ModelError, match="it has different weights"),
         opened(student, ENDS),
     ):
         pass
@@ -298,7 +298,7 @@ def test_a_folder_with_another_model_is_not_overwritten(
 ) -> None:
     before = {file: file.read_bytes() for file in (tmp_path / "start").iterdir()}
     with (
-        pytest.raises(RunError, match="holds a model") as caught,
+        pytest.raises(RunError, match="contains a model") as caught,
         server_rollouts(section(server, "start"), base=tmp_path),
     ):
         pass

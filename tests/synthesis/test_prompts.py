@@ -108,7 +108,7 @@ def test_a_chat_of_several_turns_is_cut_after_the_users_last(tmp_path: Path) -> 
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', "Invalid JSON"),
         ("p.jsonl", '{"question": "a"}\n', "no `prompt` and no `messages`"),
         ("p.jsonl", '{"prompt": " "}\n', "the prompt is empty"),
-        ("p.jsonl", '{"messages": [{"role": "assistant", "content": "a"}]}', "no turn of the user"),
+        ("p.jsonl", '{"messages": [{"role": "assistant", "content": "a"}]}', "no user turn"),
         ("p.jsonl", '{"messages": [{"text": "a"}]}', "a message has no role"),
         ("p.jsonl", "3\n", "is a JSON int, not an object"),
         ("p.json", '{"prompt": "a"}', "neither a list"),
@@ -171,7 +171,7 @@ def test_an_instruction_keeps_its_input(tmp_path: Path) -> None:
         ({"request": {"messages": [USER], "tools": [{"type": "function"}]}}, "`tools`"),
         ({"messages": [USER], "images": ["a.png"]}, "only text"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "not text"),
-        ({"system": "Be long.", "messages": list(BRIEF)}, "another one among"),
+        ({"system": "Be long.", "messages": list(BRIEF)}, "its messages have a different one"),
     ],
 )
 def test_content_that_would_not_be_sent_or_learned_is_rejected(
@@ -198,7 +198,7 @@ def test_a_turn_that_is_not_to_be_learned_is_rejected(tmp_path: Path, flag: dict
     ]
     path = tmp_path / "chats.jsonl"
     path.write_text(json.dumps({"messages": turns}) + "\n")
-    with pytest.raises(DataError, match="message 1 is an assistant turn that is not to be"):
+    with pytest.raises(DataError, match="message 1 is an assistant turn that must not be"):
         list(read_prompts(path))
     path.write_text(json.dumps({"messages": turns[2:]}) + "\n")
     assert len(list(read_prompts(path))) == 1

@@ -212,7 +212,7 @@ def test_the_last_failure_is_the_error_if_nothing_is_answered(tmp_path: Path) ->
 def test_when_no_row_is_left_the_file_of_dropped_rows_is_named(tmp_path: Path) -> None:
     with (
         Stub(lambda n, p: Reply(text="I cannot help with that.")) as stub,
-        pytest.raises(DataError, match="12 answers, and the filters dropped them all") as caught,
+        pytest.raises(DataError, match="the filters dropped all 12 answers") as caught,
     ):
         synthesize_text(write(tmp_path, stub.url))
     assert str(caught.value.where).endswith("dropped.jsonl")
@@ -224,7 +224,7 @@ def test_when_all_answers_are_cut_off_the_limit_is_named(tmp_path: Path) -> None
     reply = Reply(text="<think>so", finish_reason="length")
     with (
         Stub(lambda n, p: reply) as stub,
-        pytest.raises(DataError, match="dropped them all") as caught,
+        pytest.raises(DataError, match="filters dropped all") as caught,
     ):
         synthesize_text(write(tmp_path, stub.url))
     assert str(caught.value.fix).startswith("raise synthesize.sampling.max_tokens: 12 answers")
@@ -268,7 +268,7 @@ def test_a_mistake_is_found_before_anything_is_paid(
         ),
         (
             {"teacher": {"api": {"base_url": "http://me:pw@x/v1", "model": "m"}}},
-            "may hold no user",
+            "must not contain a user",
         ),
     ],
 )
@@ -327,7 +327,7 @@ def test_the_summary_has_what_lost_answers_may_have_cost(tmp_path: Path) -> None
     assert whole.lost_usd > 20 * 10 / 1e6
     lost = dict(whole.lines())["lost"]
     assert lost == (
-        f"at most ${whole.lost_usd:.4f}, {whole.lost_tokens} tokens, billed and not received"
+        f"at most ${whole.lost_usd:.4f}, {whole.lost_tokens} tokens, billed but not received"
     )
     assert again.lost_usd == whole.lost_usd
 

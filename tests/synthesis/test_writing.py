@@ -208,10 +208,10 @@ def test_check_estimates_prompts_that_are_not_generated_yet(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("prompts", "expected"),
     [
-        ({}, "either path or combine"),
-        ({"path": "p.txt", "combine": COMBINE}, "either path or combine"),
+        ({}, "exactly one of path and combine"),
+        ({"path": "p.txt", "combine": COMBINE}, "exactly one of path and combine"),
         ({"path": "p.txt", "write": {"count": 3}}, "write needs combine"),
-        ({"combine": {"templates": ["about {topic}"]}}, "has {topic} and no values"),
+        ({"combine": {"templates": ["about {topic}"]}}, "uses {topic}, which has no values"),
         ({"combine": {"templates": ["about {"]}}, "cannot be read"),
         ({"combine": {"templates": ["{n:d}"], "values": {"n": ["1"]}}}, "cannot be read"),
         ({"combine": {"templates": ["{n:{m}}"], "values": {"n": ["1"]}}}, "cannot be read"),

@@ -56,7 +56,7 @@ def test_an_engine_that_loses_the_weights_stops_the_run_which_then_resumes(
     run(setting, tmp_path / "whole", own, **changes)
     with monkeypatch.context() as broken:
         broken.setattr(FakeEngine, "load_weights", lambda self, _: setattr(self, "asleep", False))
-        with pytest.raises(ModelError, match="it has other weights"):
+        with pytest.raises(ModelError, match="it has different weights"):
             run(setting, tmp_path / "stopped", own, **changes)
     assert (tmp_path / "stopped" / ROLLOUTS).exists()
     assert engines[-1].closed

@@ -129,5 +129,5 @@ def assert_handed_over(opened: OpenGenerator, student: Any) -> None:
 
 def assert_noticed(opened: OpenGenerator, student: Any) -> None:
     trained(student, 0.05)
-    with pytest.raises(ModelError, match="it has other weights"), opened(student, ENDS):
+    with pytest.raises(ModelError, match="it has different weights"), opened(student, ENDS):
         pass

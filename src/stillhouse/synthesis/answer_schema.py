@@ -1,4 +1,4 @@
-"""A JSON schema of answers: read in the forms in which it is sent to models, and checked."""
+"""Reads and checks the JSON schema of answers, with or without an API's wrapper around it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KEYWORDS = frozenset((
     "const", "anyOf", "oneOf", "allOf", "not", "if", "pattern", "minimum", "maximum",
     "minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties",
 ))  # fmt: skip
-"""Keys that a schema has, but none of its wrappers."""
+"""Keys that occur in a schema but not in its wrappers."""
 _PLACES = (
     ("schema",),  # OpenAI's response_format: name, strict, schema
     ("json_schema", "schema"),
@@ -42,14 +42,14 @@ _PLACES = (
     ("responseSchema",),
     ("guided_json",),
 )
-"""Where a schema is inside a request to a model."""
+"""Where requests to models contain a schema."""
 _ANYTHING: tuple[Any, ...] = ({}, {"x": 1}, [], "hello", 0, 1.5, True, None)
 
 
 def read_schema(path: Path) -> dict[str, Any]:
-    """A JSON schema from a file, without its wrapper, if any.
+    """Read a JSON schema from a file, without its wrapper, if any.
 
-    Raises DataError if it cannot be read, or allows any answer.
+    Raises DataError if it cannot be read or allows any answer.
     """
     regular_if_there(path)
     try:
@@ -63,14 +63,14 @@ def read_schema(path: Path) -> dict[str, Any]:
     schema = opened_schema(raw)
     if not isinstance(schema, dict):
         raise DataError(
-            f"the JSON schema is {json.dumps(schema)[:60]}, and not an object",
+            f"the JSON schema is {json.dumps(schema)[:60]}, not an object",
             where=path,
             fix='write it as an object, such as {"type": "object", "properties": {...}, '
             '"required": [...]}',
         )
     if _allows_anything(schema):
         raise DataError(
-            'the JSON schema allows any answer, {"x": 1}, [] and "hello" among them',
+            'the JSON schema allows any answer, including {"x": 1}, [], and "hello"',
             where=path,
             fix=_how_to_restrict(schema),
         )
@@ -78,7 +78,7 @@ def read_schema(path: Path) -> dict[str, Any]:
 
 
 def opened_schema(raw: Any) -> Any:
-    """The schema inside a request's `response_format` or a tool; anything else unchanged."""
+    """Unwrap the schema in a request's `response_format` or a tool; return anything else as is."""
     if not isinstance(raw, Mapping) or _is_schema(raw):
         return raw
     for place in _PLACES:
@@ -96,7 +96,7 @@ def _is_schema(raw: Mapping[str, Any]) -> bool:
 
 
 def _allows_anything(schema: dict[str, Any]) -> bool:
-    """False for an invalid schema, which raises another error."""
+    """Whether the schema allows any answer; False if it is invalid, which is reported elsewhere."""
     try:
         validator = schema_validator(schema)
         return all(validator.is_valid(value) for value in _ANYTHING)
@@ -109,18 +109,19 @@ def _how_to_restrict(schema: dict[str, Any]) -> str:
         return 'add "type": "object", and "required" with the keys that an answer must have'
     for key in ("$defs", "definitions"):
         if schema.get(key):
-            return f'add "$ref": "#/{key}/{next(iter(schema[key]))}", the definition that is meant'
+            first = next(iter(schema[key]))
+            return f'add a reference to the right definition, e.g. "$ref": "#/{key}/{first}"'
     return (
         'write {"type": "object", "properties": {"NAME": {"type": "string"}}, "required": '
-        '["NAME"]} with the names and types of the values'
+        '["NAME"]}, with the names and types of your values'
     )
 
 
 def schema_validator(schema: dict[str, Any]) -> Any:
-    """A jsonschema validator for the schema, including `format`, whose patterns cannot hang.
+    """A jsonschema validator that also checks `format`, and whose patterns cannot hang.
 
-    Raises RecipeError if the schema is not valid, refers to something outside it, or to itself
-    without an end.
+    Raises RecipeError if the schema is invalid, refers to anything outside it, or recurses
+    infinitely.
     """
     kind = jsonschema.validators.validator_for(schema)
     try:
@@ -140,7 +141,7 @@ def schema_validator(schema: dict[str, Any]) -> Any:
         for value in _ANYTHING:
             validator.is_valid(value)
     except RecursionError:
-        what = "the JSON schema refers to itself without an end"
+        what = "the JSON schema refers to itself infinitely"
         raise unusable_schema(what) from None
     return validator
 
@@ -167,8 +168,8 @@ def _pattern_properties(
 
 
 def check_references(schema: dict[str, Any]) -> None:
-    """Raise referencing.exceptions.Unresolvable for a `$ref` that is neither in the schema nor in
-    a specification of JSON schema: nothing is fetched. Compiles every `pattern`."""
+    """Raise referencing.exceptions.Unresolvable for a `$ref` that is neither in the schema nor in a
+    JSON Schema specification, since nothing is downloaded. Also compiles every `pattern`."""
     resource: Resource[Any] = Resource.from_contents(schema, default_specification=DRAFT202012)
     registry: Any = REGISTRY.with_resource(resource.id() or "", resource)
     todo = [(resource, registry.resolver_with_root(resource))]
@@ -194,5 +195,5 @@ def unusable_schema(what: str) -> RecipeError:
 
 def unresolved(error: Unresolvable) -> RecipeError:
     return unusable_schema(
-        f"the JSON schema refers to {error.ref!r}, which is not in it (nothing is fetched)"
+        f"the JSON schema refers to {error.ref!r}, which is not in it (nothing is downloaded)"
     )

@@ -1,4 +1,4 @@
-"""The best of several answers to one prompt: by majority, or by likelihood under the teacher."""
+"""Chooses the best of several answers to a prompt, by majority or by likelihood under the teacher."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from stillhouse.synthesis.filters import Chooser, Row, answer_only
 from stillhouse.synthesis.patterns import Pattern, compiled_pattern
 
 _AROUND = " \t\n.,;:!?\"'`*_()[]{}<>$"
-"""Characters at the ends of an answer that are ignored; not a minus or % sign."""
+"""Characters that are ignored at the ends of an answer; a minus or % sign is not."""
 _MOST_DIGITS = 10_000
-"""Of a number that is compared as one; with an exponent, a few characters can have millions."""
+"""Maximum digits of a text that is compared as a number: with an exponent, a few characters can
+stand for millions of digits."""
 
 
 def majority(
     pattern: str | None, where: str, *, least: float = 0.0, keep_all: bool = False
 ) -> Chooser:
-    """Keeps the answers that agree with the majority: the first of them, or all.
+    """Keep the answers that agree with the majority: the first of them, or all.
 
-    What is compared is the last match of the pattern, or its first group, normalized. Ties go to
-    the value that came first. where: the recipe's key. least: the share of the answers that must
-    agree. Raises RecipeError for an invalid regular expression.
+    The last match of the pattern, or its first group, is normalized and compared. Ties go to the
+    value that came first. where: the recipe's key. least: the share of the answers that must agree.
+    Raises RecipeError for an invalid regular expression.
     """
     compiled = None if pattern is None else compiled_pattern(pattern, where)
 
@@ -56,7 +57,7 @@ def majority(
 
 
 def compared_value(text: str, pattern: Pattern | None) -> str | None:
-    """The part of an answer that is compared, normalized; None if nothing matches."""
+    """Return the part of an answer to compare, normalized; None if nothing matches."""
     if pattern is None:
         return normalized(text)
     found = None
@@ -66,7 +67,7 @@ def compared_value(text: str, pattern: Pattern | None) -> str | None:
 
 
 def normalized(text: str) -> str:
-    """As `words.normalized`, without punctuation at the ends; 1,000.0 is 1000."""
+    """Like `words.normalized`, but without punctuation at the ends, and 1,000.0 becomes 1000."""
     plain = words.normalized(text).strip(_AROUND)
     number = re.sub(r"(?<=\d),(?=\d{3}(?:\D|$))", "", plain)
     try:
@@ -80,7 +81,7 @@ def normalized(text: str) -> str:
 
 
 def likelihood() -> Chooser:
-    """Keeps the answer whose tokens have the highest mean log-probability; the first of equals."""
+    """Keep the answer with the highest mean log-probability per token; ties go to the first."""
     return lambda rows: keep_best(
         [row.likelihood for row in rows],
         "the teacher gave no log-probabilities",
@@ -89,9 +90,9 @@ def likelihood() -> Chooser:
 
 
 def keep_best(points: Sequence[float | None], without: str, fewer: str) -> list[str | None]:
-    """The reasons to drop all answers but the one with the most points, the first of equals.
+    """Reasons to drop all answers but the one with the highest score; ties go to the first.
 
-    without: the reason if there are no points. fewer: the reason for fewer points than the best.
+    without: the reason if there is no score. fewer: the reason if the score is below the best.
     """
     best = max((one for one in points if one is not None), default=None)
     kept = None if best is None else points.index(best)

@@ -24,7 +24,7 @@ from stillhouse.progress import note
 from stillhouse.synthesis.prompts import prompt_messages
 
 FEWEST = 8
-"""Minimum number of rows to detect a task."""
+"""Minimum number of rows from which a task is detected."""
 _LABEL_CHARACTERS = 60
 _MOST_LABELS = 200
 _CHATS: tuple[tuple[str, ...], ...] = (
@@ -54,14 +54,16 @@ _JSON_TYPES: dict[type, str] = {
 
 @dataclass(frozen=True)
 class Logs:
-    """pairs: the user's last turn and the answer to it. system: the most frequent system prompt."""
+    """Logs of chats. pairs: the last user turn and its answer. system: the most frequent system
+    prompt."""
 
     pairs: Sequence[tuple[str, str]]
     system: str | None
 
     @property
     def job(self) -> str:
-        """classify: few short answers that repeat; extract: JSON objects; otherwise generate."""
+        """The task: `extract` for JSON objects, `classify` for a few short answers that repeat,
+        otherwise `generate`."""
         values = [json_object(answer) for _, answer in self.pairs]
         if sum(value is not None for value in values) >= _JSON_SHARE * len(values):
             return "extract"
@@ -90,7 +92,7 @@ class Logs:
 
     @property
     def schema(self) -> dict[str, Any]:
-        """A schema that allows all JSON objects among the answers."""
+        """A JSON schema that allows all JSON objects among the answers."""
         objects = [value for _, answer in self.pairs if (value := json_object(answer)) is not None]
         kinds: dict[str, set[str]] = {}
         for value in objects:
@@ -109,8 +111,8 @@ class Logs:
         }
 
     def rows(self, job: str) -> str:
-        """JSON lines of text and answer; for extraction only those with JSON answers, for a
-        classifier with the label's spelling in `labels`."""
+        """JSON lines of text and answer: for extraction, only those with JSON answers; for a
+        classifier, with the spelling in `labels`."""
         pairs = [
             (text, self._spelled(answer) if job == "classify" else answer)
             for text, answer in self.pairs
@@ -121,10 +123,10 @@ class Logs:
 
 
 def read_logs(path: Path) -> Logs:
-    """Reads chats: messages with their answer, or a request with its response. Only the last turn
-    of a longer chat is used, which is reported. A file without a known extension is JSONL.
+    """Read logs of chats: messages with an answer, or a request with its response.
 
-    Raises DataError: nothing readable, or too few rows with an answer.
+    Only the last turn of a longer chat is used, which is reported. A file without a known extension
+    is read as JSONL. Raises DataError if the file cannot be read, or too few rows have an answer.
     """
     pairs: list[tuple[str, str]] = []
     systems: Counter[str] = Counter()
@@ -140,14 +142,15 @@ def read_logs(path: Path) -> Logs:
         systems[text_of(messages, SYSTEM)] += 1
     if len(pairs) < FEWEST:
         raise DataError(
-            f"{len(pairs)} of {rows} rows have a text and an answer, and {FEWEST} are the fewest",
+            f"{len(pairs)} of {rows} rows have a text and an answer, but at least {FEWEST} are "
+            "needed",
             where=path,
-            fix='write each line as {"messages": [...]}, the answer last',
+            fix='write each line as {"messages": [...]}, ending with the answer',
         )
     if longer:
         note(
-            f"{longer:,} of {len(pairs):,} chats have several turns: only the user's last and the "
-            "answer to it are used"
+            f"{longer:,} of {len(pairs):,} chats have several turns: only the last user turn and "
+            "its answer are used"
         )
     system = systems.most_common(1)[0][0]
     return Logs(pairs, system or None)
@@ -159,7 +162,7 @@ def logs_format(path: Path) -> FileFormat:
 
 
 def _answer(row: Mapping[str, Any], where: str) -> str | None:
-    """The last assistant turn, wherever logs store it; None if it is not to be learned."""
+    """The last assistant turn, wherever the log stores it; None if it is marked as not to learn."""
     for place in _CHATS:
         messages = as_messages(value_at(row, place), where)
         if isinstance(messages, list) and messages and isinstance(messages[-1], Mapping):
@@ -181,7 +184,7 @@ def _said(message: Any) -> str | None:
 
 
 def _plain(answer: str) -> str:
-    """A label without case, underscores and punctuation at the ends."""
+    """A label without case, underscores, and punctuation at the ends."""
     return bare(answer.replace("_", " "))
 
 

@@ -1,7 +1,7 @@
-"""Filters the teacher's answers. Dropped rows are counted by filter, and saved in a file.
+"""Filters the teacher's answers. Dropped rows are counted by filter and saved to a file.
 
 A filter is a function that returns the reason to drop a row, or None. Filters run in a fixed order,
-the cheapest first; a row is dropped by the first that gives a reason.
+the cheapest first; the first one that returns a reason drops the row.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL | re.IGN
 
 @dataclass(frozen=True)
 class Row:
-    """One answered prompt. messages: those before the answer in the training text.
+    """One answered prompt.
 
-    likelihood: the mean log-probability of the answer's tokens, if the teacher returned them. key:
-    the request's.
+    messages: the messages before the answer in the training text. text: the answer. likelihood:
+    mean log-probability of the answer's tokens, if the teacher returned it. key: the request's key.
     """
 
     messages: tuple[Message, ...]
@@ -65,7 +65,7 @@ def truncated(row: Row) -> str | None:
 
 
 def refusal(row: Row) -> str | None:
-    """Refusals by their words and the prompt, and those that the server reports."""
+    """Drop refusals, recognized by the answer and the prompt, or reported by the server."""
     if row.finish_reason in ("refusal", "content_filter"):
         return f"the server reports {row.finish_reason}"
     asked = [content_text(m.get("content")) for m in row.messages if m["role"] == "user"]
@@ -78,9 +78,12 @@ LEAST_SURE = 0.5
 
 
 def languages(allowed: Sequence[str], where: str) -> Filter:
-    """Keeps answers (without reasoning) in one of the languages, and those of uncertain language:
-    numbers, names, code. where: the recipe's key. Raises RecipeError: an unknown code, or
-    py3langid is not installed."""
+    """Keep answers in one of the languages, and answers of uncertain language (numbers, names,
+    code). Reasoning is ignored.
+
+    where: the recipe's key. Raises RecipeError for an unknown code, or if py3langid is not
+    installed.
+    """
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError:
@@ -108,7 +111,7 @@ def languages(allowed: Sequence[str], where: str) -> Filter:
 
 
 def length(least: int | None, most: int | None) -> Filter:
-    """Keeps answers of `least` to `most` characters, without reasoning."""
+    """Keep answers of `least` to `most` characters, not counting reasoning."""
 
     def judge(row: Row) -> str | None:
         size = len(answer_only(row))
@@ -122,9 +125,10 @@ def length(least: int | None, most: int | None) -> Filter:
 
 
 def pattern(expression: str, where: str, *, must_match: bool = True) -> Filter:
-    """Keeps answers that, without reasoning, match the expression; or that do not match it.
+    """Keep answers that match the expression, or (must_match False) those that do not.
 
-    where: the recipe's key. Raises RecipeError for an invalid regular expression.
+    Reasoning is ignored. where: the recipe's key. Raises RecipeError for an invalid regular
+    expression.
     """
     compiled = compiled_pattern(expression, where)
 
@@ -138,9 +142,11 @@ def pattern(expression: str, where: str, *, must_match: bool = True) -> Filter:
 
 
 def json_schema(schema: dict[str, Any]) -> Filter:
-    """Keeps answers that are JSON allowed by the schema, including `format`; reasoning and a code
-    fence around the answer are ignored. Raises RecipeError for an invalid schema, or one with
-    references to something outside it."""
+    """Keep answers that are JSON and match the schema, including `format`.
+
+    Reasoning, and a code fence around the answer, are ignored. Raises RecipeError for a schema that
+    is invalid or refers to anything outside it.
+    """
     validator = schema_validator(schema)
 
     def judge(row: Row) -> str | None:
@@ -159,14 +165,17 @@ def json_schema(schema: dict[str, Any]) -> Filter:
 
 
 def unfenced(text: str) -> str:
-    """Without the Markdown code fence (``` or ```json) around the complete text."""
+    """Strip a Markdown code fence (``` or ```json) around the complete text."""
     found = _FENCE.fullmatch(text.strip())
     return text if found is None or "```" in found[1] else found[1].strip()
 
 
 def json_value(text: str) -> Any:
-    """The value of JSON, which may be in a code fence. Raises ValueError, RecursionError; also for
-    NaN and Infinity, which JSON does not have, and for a key that an object has twice."""
+    """Parse JSON, which may be in a code fence.
+
+    Raises ValueError or RecursionError, also for NaN and Infinity, which are not JSON, and for
+    duplicate keys in an object.
+    """
 
     def reject(name: str) -> None:
         raise ValueError(f"{name} is not a JSON value")
@@ -175,12 +184,12 @@ def json_value(text: str) -> Any:
 
 
 def exact_duplicates() -> Filter:
-    """Drops rows whose prompt and answer are an earlier row's, but for case, spacing and the
+    """Drop rows whose prompt and answer equal an earlier row's, ignoring case, spacing, and the
     punctuation around them."""
     seen: set[int] = set()
 
     def judge(row: Row) -> str | None:
-        # 64 bits: among a million rows, two different ones collide once in 40,000 runs.
+        # With 64 bits, two of a million different rows collide in one of 40,000 runs.
         both = hash((bare(text_of(row.messages)), bare(row.text)))
         if both in seen:
             return "an earlier row has the same prompt and answer"
@@ -191,7 +200,7 @@ def exact_duplicates() -> Filter:
 
 
 def near_duplicates(threshold: float) -> Filter:
-    """Drops rows whose prompt and answer are similar to an earlier row's."""
+    """Drop rows whose prompt and answer are similar to an earlier row's."""
     seen = NearDuplicates(threshold)
 
     def judge(row: Row) -> str | None:
@@ -202,15 +211,15 @@ def near_duplicates(threshold: float) -> Filter:
 
 
 SHORTEST_GRAM = 5
-"""Shorter evaluation texts would match unrelated rows: they are compared with complete prompts
-only."""
+"""Minimum words of an evaluation text to search for. Shorter texts would match unrelated rows, so
+they are compared only with complete prompts."""
 
 
 def decontaminate(evaluation: Iterable[Prompt], ngram: int) -> Filter:
-    """Drops rows whose prompt or answer contains `ngram` consecutive words of an evaluation prompt.
+    """Drop rows whose prompt or answer contains `ngram` consecutive words of an evaluation prompt.
 
-    A shorter evaluation prompt is compared completely, and one of fewer than SHORTEST_GRAM words
-    only if it is the row's complete prompt.
+    A shorter evaluation prompt must be contained completely, and one of fewer than SHORTEST_GRAM
+    words must be the row's complete prompt.
     """
     grams: dict[int, set[str]] = {}
     short_prompts: set[str] = set()
@@ -241,7 +250,7 @@ def _grams(found: list[str], size: int) -> Iterable[str]:
 
 
 def answer_only(row: Row) -> str:
-    """Without reasoning."""
+    """The row's answer without reasoning."""
     return MARKS.split(row.text, cut_off=row.finish_reason == "length").answer.strip()
 
 
@@ -254,8 +263,11 @@ BEST_OF = "best_of"
 
 @dataclass(frozen=True)
 class Filters:
-    """Filters by name, in order. before: see one answer at a time. chooser: sees all remaining
-    answers to a prompt. after: compare with earlier rows."""
+    """Filters by name, in order.
+
+    before: filters that see one answer at a time. chooser: sees all remaining answers to a prompt.
+    after: filters that compare with earlier rows.
+    """
 
     before: dict[str, Filter]
     chooser: Chooser | None = None
@@ -266,7 +278,7 @@ class Filters:
         return [*self.before, *([BEST_OF] if self.chooser else []), *self.after]
 
     def groups(self, rows: Iterable[Row]) -> Iterator[list[Row]]:
-        """The answers that pass `before`, prompt by prompt."""
+        """Yield the answers that pass `before`, grouped by prompt."""
         left = (row for row in rows if _objection(self.before, row) is None)
         for _, group in itertools.groupby(left, key=lambda row: row.where):
             yield list(group)
@@ -274,10 +286,10 @@ class Filters:
 
 @dataclass
 class Sieve:
-    """Applies filters in their order. dropped: the number of rows by filter, zeros included.
-    cut_off: how many of them reached the token limit.
+    """Applies filters in order.
 
-    file: JSONL with every dropped row, the filter and the reason.
+    file: JSONL with every dropped row, its filter, and the reason. dropped: number of dropped rows
+    by filter, including zeros. cut_off: number of dropped rows that reached the token limit.
     """
 
     filters: Filters
@@ -286,7 +298,7 @@ class Sieve:
     cut_off: int = 0
 
     def keep(self, rows: Iterable[Row]) -> Iterable[Row]:
-        """The rows that no filter drops, in their order. Overwrites `file`."""
+        """Yield the rows that no filter drops, in order. Overwrites `file`."""
         self.dropped, self.cut_off = Counter(dict.fromkeys(self.filters.names, 0)), 0
         with self.file.open("w", encoding="utf-8", errors="replace") as lines:
             for _, answers in itertools.groupby(rows, key=lambda row: row.where):
@@ -299,16 +311,19 @@ class Sieve:
                         lines.write(_dropped_line(row, *objection))
 
     def way_out(self, limit: str, otherwise: str) -> str:
-        """What to do if all rows are dropped. limit: the recipe's key of the token limit."""
+        """How to fix a run in which all rows were dropped.
+
+        limit: the token limit's key in the recipe. otherwise: the fix if that is not the cause.
+        """
         if 2 * self.cut_off <= self.dropped.total():
             return otherwise
         return (
-            f"raise {limit}: {self.cut_off:,} answers were cut off there (reasoning can take "
-            f"thousands of tokens); {otherwise}"
+            f"raise {limit}, which cut off {self.cut_off:,} answers (reasoning can take thousands "
+            f"of tokens); {otherwise}"
         )
 
     def _judged(self, answers: list[Row]) -> Iterator[tuple[Row, tuple[str, str] | None]]:
-        """All answers to one prompt, each with the filter that drops it and the reason."""
+        """Yield all answers to one prompt, each with the filter that drops it and the reason."""
         found = [_objection(self.filters.before, row) for row in answers]
         if self.filters.chooser is not None:
             left = [number for number, objection in enumerate(found) if objection is None]

@@ -1,7 +1,7 @@
-"""A model that judges several answers to one prompt; its verdicts are journaled.
+"""Lets a model judge several answers to a prompt; its verdicts are kept in the journal.
 
-Scores: one request for each answer. Pairs: each pair twice, in either order, so that a preference
-for what comes first (or last) cancels.
+With scores, there is one request per answer. With pairs, each pair is compared in both orders, so
+that a preference for the first (or last) position cancels out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from stillhouse.synthesis.filters import Chooser, Row, answer_only
 from stillhouse.synthesis.synthesize_config import Choice, JudgeChoice
 
 _LETTER = re.compile(r"\b(?:(?:[Aa] )?(?:tie|Tie|TIE)|A|B)\b")
-"""In capitals: `a` is mostly the article."""
+"""Upper case only, because `a` is mostly the article."""
 _SCALE = re.compile(
     r"(?:/|\bout of|\bof) *10\b|(?:\bfrom|\bof|\bscale:?|\() *1 *(?:to|-|–) *10\b", re.IGNORECASE
 )
@@ -30,13 +30,13 @@ _NUMBER = re.compile(r"(?<![\d.,-])\d+(?:\.\d+)?(?![\d%])")
 
 
 def read_verdict(text: str) -> str | None:
-    """A, B or tie; None if the reply is not exactly one of them."""
+    """Parse a verdict: `A`, `B`, or `tie`; None if the reply does not name exactly one of them."""
     found = {word if word in "AB" else "tie" for word in _LETTER.findall(text)}
     return found.pop() if len(found) == 1 else None
 
 
 def read_score(text: str) -> float | None:
-    """The one number from 1 to 10 in the reply, besides the scale that it may repeat."""
+    """Parse the only number from 1 to 10 in the reply, ignoring a repeated scale ("out of 10")."""
     found = {float(number) for number in _NUMBER.findall(_SCALE.sub(" ", text))}
     score = found.pop() if len(found) == 1 else 0.0
     return score if 1 <= score <= 10 else None
@@ -80,7 +80,7 @@ class Judge:
     teacher: TextSource
 
     def requests(self, groups: Iterable[Sequence[Row]]) -> Iterator[Request]:
-        """The requests about the answers to each prompt; none about a single answer."""
+        """Yield the requests about the answers to each prompt; a single answer needs none."""
         for rows in groups:
             if len(rows) < 2:
                 continue
@@ -93,15 +93,20 @@ class Judge:
     def judge(
         self, groups: Callable[[], Iterable[Sequence[Row]]], journal: Journal
     ) -> tuple[Estimate, bool]:
-        """Requests the verdicts that are not in the journal. Returns what it has then, and whether
-        the budget stopped the rest. groups: returns the answers to each prompt."""
+        """Request the verdicts that are not in the journal.
+
+        groups: returns the answers to each prompt. Returns the state of the journal afterwards, and
+        whether the budget stopped the rest.
+        """
         _, sent = send_missing(self.teacher, lambda: self.requests(groups()), journal)
         estimate = estimate_requests(self.requests(groups()), journal, self.teacher.price)
         return estimate, sent.out_of_budget
 
     def chooser(self, journal: Journal) -> Chooser:
-        """Keeps the answer with the most points by the verdicts in the journal; ties go to the
-        first. An answer without a verdict is never kept."""
+        """Keep the answer with the highest score according to the journal's verdicts.
+
+        Ties go to the first. An answer without a verdict is never kept.
+        """
 
         def choose(rows: Sequence[Row]) -> list[str | None]:
             if len(rows) < 2:
@@ -119,8 +124,11 @@ class Judge:
         return points
 
     def _wins(self, rows: Sequence[Row], journal: Journal) -> list[float | None]:
-        """Half a point for each of a pair's two comparisons that the answer wins. A pair without
-        both verdicts is left out, because one alone may only prefer the first place."""
+        """Give each answer half a point for each comparison that it wins.
+
+        A pair without both verdicts is skipped, because a single one may reflect only a preference
+        for the first position.
+        """
         points: list[float | None] = [None for _ in rows]
         for one, other in itertools.combinations(range(len(rows)), 2):
             orders = ((one, other), (other, one))
@@ -134,7 +142,7 @@ class Judge:
         return points
 
     def _reply(self, request: Request, journal: Journal) -> str:
-        """Empty without an answer."""
+        """The judge's reply to a request; empty if there is none."""
         answer = journal.get(request.key)
         return "" if answer is None else answer_text(answer)
 
@@ -153,7 +161,7 @@ class Judge:
 
 
 def open_judge(choice: Choice | None, default: DefaultModel, seed: int) -> Judge | None:
-    """The judge that a recipe chooses with, if any. Raises ModelError."""
+    """Open the recipe's judge, if any. Raises ModelError."""
     if not isinstance(choice, JudgeChoice):
         return None
     source = text_source(choice.teacher, choice.sampling, choice.budget, default, seed)
@@ -161,7 +169,7 @@ def open_judge(choice: Choice | None, default: DefaultModel, seed: int) -> Judge
 
 
 def most_requests(choice: Choice | None, answers: int, samples: int) -> int:
-    """The most requests to the judge, about `answers` answers, `samples` to each prompt."""
+    """Upper bound on requests to the judge about `answers` answers, `samples` per prompt."""
     if not isinstance(choice, JudgeChoice):
         return 0
     return answers * (samples - 1 if choice.compare == "pairs" else 1)

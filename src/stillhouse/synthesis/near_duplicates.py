@@ -1,10 +1,10 @@
-"""Near duplicates by MinHash, without comparing every text with every other.
+"""Finds near duplicates by MinHash, without comparing every pair of texts.
 
-The share of equal entries of two signatures estimates the Jaccard similarity of the two texts'
-sets of word triples (Broder, 1997). A signature is split into bands; only texts that agree on a
-whole band are compared (locality-sensitive hashing; Leskovec et al., Mining of Massive
-Datasets, ch. 3). The hash functions are multiply-shift (Dietzfelbinger et al., 1997), whose top
-32 bits are kept.
+The share of equal entries in two signatures estimates the Jaccard similarity of the two texts' sets
+of word triples (Broder, 1997). A signature is split into bands, and only texts that agree on a
+whole band are compared (locality-sensitive hashing; Leskovec et al., Mining of Massive Datasets,
+ch. 3). The hash functions are multiply-shift (Dietzfelbinger et al., 1997), of which the top 32
+bits are kept.
 
 Shapes: S shingles of a text, P entries of a signature.
 """
@@ -18,21 +18,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 SIGNATURE = 120
-"""Entries of a signature: the estimate's standard error is at most 0.046."""
+"""Entries in a signature; the estimate's standard error is then at most 0.046."""
 SHINGLE = 3
-"""Words of a shingle."""
+"""Words in a shingle."""
 _MISSED = 0.01
-"""Share of pairs at the threshold that the bands may miss."""
+"""Maximum share of pairs at the threshold that the bands may miss."""
 
 
 def shingles(words: Sequence[str]) -> set[str]:
-    """All runs of SHINGLE consecutive words; a shorter text is one run."""
+    """All sequences of SHINGLE consecutive words; a shorter text is a single shingle."""
     last = max(0, len(words) - SHINGLE)
     return {" ".join(words[at : at + SHINGLE]) for at in range(last + 1)}
 
 
 def band_rows(threshold: float) -> int:
-    """The largest band with which few pairs at the threshold are missed."""
+    """The largest band size that misses few pairs at the threshold."""
     for rows in (12, 10, 8, 6, 5, 4, 3, 2):
         if (1 - threshold**rows) ** (SIGNATURE // rows) <= _MISSED:
             return rows
@@ -40,9 +40,9 @@ def band_rows(threshold: float) -> int:
 
 
 class NearDuplicates:
-    """Texts seen so far. threshold: Jaccard similarity at which two count as the same.
+    """The texts seen so far. threshold: Jaccard similarity from which two count as duplicates.
 
-    Memory: a signature of 480 bytes for each text, and an entry for each of its bands.
+    Uses 480 bytes of memory per text for its signature, and an entry per band.
     """
 
     def __init__(self, threshold: float) -> None:
@@ -71,8 +71,8 @@ class NearDuplicates:
         return lowest_P
 
     def add(self, words: Sequence[str]) -> float | None:
-        """None if the text is new, and remembers it; else its estimated similarity with an earlier
-        text."""
+        """Add a text and return None if it is new; otherwise, return its estimated similarity to an
+        earlier text."""
         signature_P = self.signature(words)
         bands = [
             at.to_bytes(1, "big") + signature_P[at : at + self._rows].tobytes()

@@ -1,6 +1,7 @@
-"""Regular expressions in a recipe: a search that takes too long is an error, never a hang.
+"""Runs a recipe's regular expressions with a time limit, so that a slow search is an error, not a
+hang.
 
-Python's own `re` cannot be stopped; `regex` reads the same expressions and has a time limit.
+Python's `re` cannot be stopped; `regex` accepts the same expressions and has a time limit.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ import regex
 from stillhouse.errors import RecipeError
 
 SECONDS = 1.0
-"""Processor time for one text, in which any expression without runaway repetition is done."""
+"""Time limit per text, which is enough for any expression without catastrophic backtracking."""
 _PROBE_SECONDS = 0.2
 _REPEATED = 64
-"""Characters of a probe: an expression that doubles its work with each needs 2^64 steps."""
+"""Characters in a probe. An expression whose work doubles with each character takes 2^64 steps."""
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """where: the recipe's key. Searching raises RecipeError if it takes more than SECONDS."""
+    """A compiled expression. where: the recipe's key.
+
+    Searching raises RecipeError if it takes more than SECONDS.
+    """
 
     compiled: Any
     where: str
@@ -40,14 +44,17 @@ class Pattern:
                 f"the regular expression {self.compiled.pattern!r} takes more than {seconds:g} s "
                 f"for a text of {len(text):,} characters",
                 where=self.where,
-                fix="write it without a repetition inside a repetition, such as (a+)+ or (a|a)*; "
-                "answers that arrived are kept",
+                fix="rewrite it without nested repetition, such as (a+)+ or (a|a)*; answers that "
+                "arrived are kept",
             ) from None
 
 
 def compiled_pattern(expression: str, where: str) -> Pattern:
-    """Raises RecipeError for an invalid regular expression, and for one that takes too long on a
-    short text of a character that occurs in it."""
+    """Compile a regular expression.
+
+    Raises RecipeError if it is invalid, or takes too long on a short text that repeats one of its
+    characters.
+    """
     try:
         re.compile(expression)
         found = Pattern(regex.compile(expression), where)
@@ -55,7 +62,7 @@ def compiled_pattern(expression: str, where: str) -> Pattern:
         raise RecipeError(
             f"{expression!r} is not a regular expression: {error}",
             where=where,
-            fix="correct it; a backslash makes the next character literal: \\( \\[ \\.",
+            fix="correct it; escape literal special characters with a backslash: \\( \\[ \\.",
         ) from None
     for character in dict.fromkeys([*"a0 ", *expression][:_REPEATED]):
         found.search(character * _REPEATED + "\0", seconds=_PROBE_SECONDS)

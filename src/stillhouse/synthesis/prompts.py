@@ -1,7 +1,7 @@
-"""Prompts from a file.
+"""Reads prompts from a file.
 
-Rows can be logs of earlier chats, which end with an answer: everything after the user's last turn
-is dropped, because the teacher generates it again.
+Rows can be logs of earlier chats that end with an answer. Everything after the last user turn is
+dropped, because the teacher generates it again.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ _LOG_PLACES = (
     ("input_messages",),
     ("input",),
 )
-"""Where logs keep the messages that were sent to a model."""
+"""Where logs store the messages that were sent to a model."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """messages: up to the user's last turn. where: file and line."""
+    """A prompt. messages: up to the last user turn. where: file and line."""
 
     messages: tuple[Message, ...]
     where: str
@@ -56,13 +56,12 @@ class Prompt:
 def read_prompts(
     path: Path, *, format: PromptFormat = "auto", key: str = "prompt", limit: int | None = None
 ) -> Iterator[Prompt]:
-    """The prompts of a file, one at a time.
+    """Yield the prompts of a file.
 
-    A row has a string or messages under `key`; if that is `prompt`, it may also be a chat, its
-    log (see `_LOG_PLACES`), a question
-    with its answer, or one in two parts. Each line of plain text is a prompt. auto: by the file's
-    extension. Raises DataError with the line for a row that is not a prompt, and for one with tools
-    or media, which are not sent.
+    A row has a string or messages under `key`. If `key` is `prompt`, a row may also be a chat, its
+    log (see `_LOG_PLACES`), a question with its answer, or a question in two parts. In plain text,
+    each line is a prompt. format: auto decides by the file's extension. Raises DataError with the
+    line for a row that is not a prompt or has tools or media, which are not sent.
     """
     rows = read_rows(path, format=None if format == "auto" else format, text_key=key)
     for row, where in not_empty(itertools.islice(rows, limit), "The file of prompts", path):
@@ -75,7 +74,7 @@ FIRST_ROWS = 100
 
 
 def unread_notes(path: Path, *, format: PromptFormat = "auto", key: str = "prompt") -> list[str]:
-    """A note if the first rows have more text of the question than `key` holds."""
+    """A note if, in the first rows, a part of the question is not under `key`."""
     rows = read_rows(path, format=None if format == "auto" else format, text_key=key)
     for row, where in itertools.islice(rows, FIRST_ROWS):
         unread = unread_keys(row, key)
@@ -91,7 +90,7 @@ def unread_notes(path: Path, *, format: PromptFormat = "auto", key: str = "promp
 
 
 def prompt_messages(row: Mapping[str, Any], key: str, where: str) -> tuple[Message, ...]:
-    """The chat in a row, up to the user's last turn. Raises DataError."""
+    """Read the chat in a row, up to the last user turn. Raises DataError."""
     found, holder = chat_or_text(row.get(key), where), row
     if found is None and key == "prompt":
         found, holder = _logged(row, where)
@@ -107,15 +106,15 @@ def prompt_messages(row: Mapping[str, Any], key: str, where: str) -> tuple[Messa
         raise DataError(
             f"the row has no `{key}`{also}; its keys are {', '.join(map(str, row))}",
             where=where,
-            fix=f"{header_hint(row)}write the question as `prompt`, or as `messages`; where one "
-            "key holds all of it, synthesize.prompts.key may name it",
+            fix=f"{header_hint(row)}write the question as `prompt` or `messages`; or, if a "
+            "different key contains all of it, set synthesize.prompts.key to that key",
         )
     add_system(messages, holder, where)
     return tuple(messages)
 
 
 def _logged(row: Mapping[str, Any], where: str) -> tuple[Any, Mapping[str, Any]]:
-    """The messages of a chat or its log, and the object that holds them."""
+    """The messages of a chat or its log, and the object that contains them."""
     for place in _LOG_PLACES:
         value = as_messages(value_at(row, place), where)
         if isinstance(value, list):
@@ -124,7 +123,7 @@ def _logged(row: Mapping[str, Any], where: str) -> tuple[Any, Mapping[str, Any]]
 
 
 def _reject_unsent(row: Mapping[str, Any], messages: Iterable[Message], where: str) -> None:
-    """Raise DataError for parts of a prompt that would not be sent, or not be learned."""
+    """Raise DataError for parts of a prompt that would not be sent."""
     for place in ((), ("request",), ("request", "body"), ("body",)):
         holder = value_at(row, place)
         if not isinstance(holder, Mapping):
@@ -148,7 +147,7 @@ def _user(text: str, where: str) -> tuple[Message, ...]:
 
 
 def _chat(messages: list[Any], where: str) -> list[dict[str, Any]]:
-    """The known keys of each message, up to the last turn of the user (or a tool)."""
+    """Keep the known keys of each message, up to the last turn of the user or a tool."""
     kept: list[dict[str, Any]] = []
     not_learned: list[bool] = []
     for message in messages:
@@ -171,11 +170,11 @@ def _chat(messages: list[Any], where: str) -> list[dict[str, Any]]:
         kept.pop()
     if any(not_learned[: len(kept)]):
         raise DataError(
-            f"message {not_learned.index(True)} is an assistant turn that is not to be learned "
-            "(`weight`: 0), and every assistant turn of a synthesized chat is",
+            f"message {not_learned.index(True)} is an assistant turn that must not be trained on "
+            "(`weight`: 0), but training uses every assistant turn of a synthesized chat",
             where=where,
-            fix="remove the key to learn the turn too, or give the question without it",
+            fix="remove the key to train on the turn too, or remove the turn from the prompt",
         )
     if not any(message["role"] == "user" for message in kept):
-        raise DataError("the chat has no turn of the user", where=where, fix="remove the row")
+        raise DataError("the chat has no user turn", where=where, fix="remove the row")
     return kept

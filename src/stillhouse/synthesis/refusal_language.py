@@ -1,9 +1,9 @@
-"""Classes of words with which a language refuses or answers, from `refusal_languages/*.toml`.
+"""Classes of words that a language uses to refuse or to answer, from `refusal_languages/*.toml`.
 
-A class is a list of patterns or of words. It is matched with one clause: lowercase words, a space
-before and after each, no punctuation. A word of a list stands for all words that begin with it, and
-with `$` at its end only for itself. `<name>` in a pattern is the pattern of that name in the table
-`parts`.
+A class is a list of patterns or of words. It is matched against one clause, which consists of
+lowercase words with a space before and after each, without punctuation. A word in a list matches
+all words that begin with it or, if it ends with `$`, only itself. `<name>` in a pattern stands for
+the pattern of that name in the table `parts`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ NAMES = (
     "english", "german", "french", "spanish", "portuguese", "italian", "russian", "japanese",
     "chinese",
 )  # fmt: skip
-"""Japanese comes before Chinese, whose characters it uses."""
+"""Languages with a file. Japanese comes before Chinese, whose characters it uses."""
 CLAUSES = 8
-"""How many clauses of a text are used."""
+"""Number of clauses of a text that are used."""
 
 _NEVER = re.compile(r"(?!)")
 _CLAUSE_END = re.compile(
@@ -35,8 +35,12 @@ _WORD_GAP = re.compile(r"[^\w'\n]+")
 
 @dataclass(frozen=True)
 class Language:
-    """classes: patterns by name. script: its characters, if no other language has them. frequent:
-    words that tell it from the others. adverbs: left out."""
+    """How a language refuses and answers.
+
+    classes: patterns by name. script: matches characters that only this language uses. frequent:
+    words that distinguish it from the other languages. contractions: with their written-out form.
+    adverbs: words to leave out.
+    """
 
     classes: tuple[tuple[str, re.Pattern[str]], ...]
     script: re.Pattern[str]
@@ -53,7 +57,7 @@ def languages() -> tuple[Language, ...]:
 
 
 def language_of(text: str, prompt: str) -> Language:
-    """The language whose script or frequent words a text has; English if none is clear."""
+    """The language of a text, by its script or frequent words; English if none is clear."""
     for language in languages() if not text.isascii() else ():
         if language.script.search(text, 0, 300):
             return language
@@ -69,7 +73,7 @@ def _words(text: str) -> set[str]:
 
 
 def clauses(text: str) -> list[str]:
-    """The first CLAUSES clauses that have letters or digits."""
+    """The first CLAUSES clauses that contain letters or digits."""
     ends = [found.end() for found in _CLAUSE_END.finditer(text)]
     cuts = itertools.pairwise([0, *ends, len(text)])
     found = (text[start:end].strip() for start, end in cuts)
@@ -78,7 +82,8 @@ def clauses(text: str) -> list[str]:
 
 
 def spaced(text: str, language: Language) -> str:
-    """Lowercase words, each between spaces; contractions written out, adverbs left out."""
+    """Convert a text to lowercase words between spaces, with contractions written out and adverbs
+    left out."""
     text = f" {_WORD_GAP.sub(' ', text.lower()).strip()} "
     for contraction, meant in language.contractions:
         text = text.replace(contraction, meant)
@@ -110,7 +115,7 @@ def _language(read: dict[str, Any]) -> Language:
 
 
 def _either(patterns: list[str], parts: dict[str, str]) -> str:
-    """One pattern for all. If all begin with a space, it does, which makes the search fast."""
+    """Join patterns into one. If all begin with a space, it does too, which makes searches fast."""
     found = []
     for pattern in patterns:
         while (filled := re.sub(r"<(\w+)>", lambda part: parts[part[1]], pattern)) != pattern:

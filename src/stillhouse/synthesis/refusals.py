@@ -1,9 +1,8 @@
-"""Recognizes answers that refuse to answer: a logistic regression over features of the answer and
-the prompt.
+"""Recognizes refusals by logistic regression on features of the answer and the prompt.
 
-The weights are in `refusal_weights.npz`, which `python -m bench.train_refusals` makes from the
-examples of `bench/refusal_examples/`. Formula: an answer refuses if w·x + b > 0, where x are its
-features, w = scale·q with whole numbers q, and b is the bias.
+The weights are in `refusal_weights.npz`; `python -m bench.train_refusals` trains them on the
+examples in `bench/refusal_examples/`. An answer is a refusal if w·x + b > 0, where x are its
+features, w = scale·q with integers q, and b is the bias.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from stillhouse.synthesis.refusal_language import Language, clauses, language_of
 
 BUCKETS = 1 << 20
 HEAD, TAIL, PROMPT = 500, 200, 300
-"""Characters of the answer's beginning and end, and of the prompt's beginning, that are used."""
+"""Number of characters used from the start and end of the answer, and the start of the prompt."""
 CHARACTERS, PROMPT_WORDS = 300, 40
-"""Characters of the answer's beginning for character n-grams, and words of the prompt."""
+"""Number of characters of the answer used for character n-grams, and of words of the prompt."""
 GROUPS = {
     "first": 1.0, "head": 1.0, "end": 0.6, "first characters": 0.7, "head characters": 0.7,
     "classes": 1.0, "prompt": 0.5, "form": 1.0,
@@ -34,7 +33,8 @@ GROUPS = {
 """The norm of each group of features."""
 
 _GAP = re.compile(r"(\s{100})\s+")
-"""Other patterns begin with any amount of white space, and take quadratic time for it."""
+"""Other patterns begin with any amount of whitespace, and take quadratic time on long runs of it.
+"""
 _CODE = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 _OBJECT = re.compile(r"(?:```(?:json)?\s*)?(\{.*\})\s*(?:```)?", re.DOTALL)
 _MARKUP = re.compile(r"[*_`#]+|^\s*>\s?", re.MULTILINE)
@@ -52,8 +52,10 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n+")
 
 @dataclass(frozen=True)
 class _Answer:
-    """text: without markup, quotations as `""`, lowercase. asked: beginnings of the prompt's
-    words."""
+    """An answer, prepared for feature extraction.
+
+    text: lowercase, without markup, with quotations as `""`. asked: prefixes of the prompt's words.
+    """
 
     whole: str
     text: str
@@ -64,7 +66,7 @@ class _Answer:
 
 
 def features(text: str, prompt: str) -> tuple[np.ndarray, np.ndarray]:
-    """Buckets and values, both of shape (number of features,). A bucket may be there twice."""
+    """Hashed features: buckets and values, both of shape (number of features,). Buckets can repeat."""
     buckets: list[int] = []
     values: list[float] = []
     for group, names in _groups(_read(text, prompt)):
@@ -94,7 +96,7 @@ def _plain(text: str) -> str:
 
 
 def _json_texts(text: str) -> str | None:
-    """The texts in a JSON object, in a code fence or not; None for other texts."""
+    """The strings in a JSON object, which may be in a code fence; None if it is anything else."""
     found = _OBJECT.fullmatch(text)
     try:
         value = json.loads(found[1]) if found else None
@@ -106,7 +108,7 @@ def _json_texts(text: str) -> str | None:
 
 
 def _words(text: str) -> list[str]:
-    """Lowercase words, numbers as `0`, punctuation, and single characters of scripts without
+    """Split into words, numbers as `0`, punctuation, and single characters of scripts without
     spaces."""
     found: list[str] = []
     for word in _WORD.findall(text):
@@ -134,8 +136,8 @@ def _groups(answer: _Answer) -> Iterator[tuple[str, Sequence[str]]]:
 
 
 def _ngrams(words: Sequence[str], asked: frozenset[str]) -> list[str]:
-    """One to three words, pairs with one or two words between, and those with words of the
-    prompt as `@`."""
+    """N-grams of one to three words, pairs with one or two words in between, and trigrams with
+    words of the prompt masked as `@`."""
     words = ["^", *words, "$"]
     masked = ["@" if word[:5] in asked else word for word in words]
     found = []
@@ -156,7 +158,7 @@ def _character_ngrams(text: str) -> list[str]:
 
 
 def _classes(answer: _Answer) -> Iterator[str]:
-    """Classes of the first clauses and of the prompt: single ones, and pairs in one clause."""
+    """Classes of the first clauses and of the prompt: single classes, and pairs in one clause."""
     opening = answer.text[:HEAD]
     language = language_of(opening, answer.prompt)
     asked = _matching(spaced(answer.prompt.replace("\n", " "), language), language)
@@ -209,12 +211,12 @@ def _form(answer: _Answer, sentences: Sequence[str]) -> Iterator[str]:
 
 
 SHOWN = 100
-"""The most characters of the words by which an answer refuses."""
+"""Maximum characters of a refusing clause to show."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """quantized: int8, shape (BUCKETS,). A weight is scale times its whole number."""
+    """Quantized weights. quantized: int8, shape (BUCKETS,); a weight is scale times its integer."""
 
     quantized: np.ndarray
     scale: float
@@ -229,10 +231,10 @@ def weights() -> Weights:
 
 
 def refusing_words(text: str, prompt: str = "") -> str | None:
-    """The clause by which an answer (without its reasoning) refuses, or None.
+    """The clause in which an answer (without reasoning) refuses; None if it does not.
 
-    prompt: the user's message, if it is known; more refusals are recognized with it. The clause is
-    the one with the highest score by itself, of those at the beginning.
+    prompt: the user's message, if known, with which more refusals are recognized. The clause is the
+    one among the first clauses with the highest score by itself.
     """
     if not text.strip() or score(text, prompt) <= 0:
         return None
@@ -241,7 +243,7 @@ def refusing_words(text: str, prompt: str = "") -> str | None:
 
 
 def score(text: str, prompt: str = "") -> float:
-    """The log odds that an answer refuses."""
+    """The log odds that an answer is a refusal."""
     buckets, values = features(text, prompt)
     known = weights()
     return float(known.scale * (values @ known.quantized[buckets]) + known.bias)

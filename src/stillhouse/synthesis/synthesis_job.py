@@ -1,4 +1,4 @@
-"""A recipe's section `synthesize` with its models, and the requests that it makes."""
+"""The section `synthesize` with its models located, and the requests that it sends."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from stillhouse.synthesis.write_prompts import Writer, combined, spent_on_writin
 
 @dataclass(frozen=True)
 class SynthesisJob:
-    """default: the recipe's own teacher. journal: of all answers."""
+    """A synthesis. default: the recipe's teacher. journal: path of the journal of all answers."""
 
     section: SynthesizeRecipe
     default: DefaultModel
@@ -30,21 +30,24 @@ class SynthesisJob:
 
     @property
     def base(self) -> Path:
-        """The folder of relative paths."""
+        """The folder that relative paths start from."""
         return self.default.base
 
     def teacher(self) -> TextSource:
-        """Raises ModelError."""
+        """Open the teacher. Raises ModelError."""
         logprobs = isinstance(self.section.filters.best_of, LikelihoodChoice)
         return self._source(self.section.sampling, logprobs)
 
     def judge(self) -> Judge | None:
-        """Raises ModelError."""
+        """Open the judge, if any. Raises ModelError."""
         choice = self.section.filters.best_of
         return open_judge(choice, self.default, self.seed)
 
     def writer(self) -> Writer | None:
-        """None if no prompts are written. Raises ModelError; DataError about the examples."""
+        """The writer of prompts; None if the teacher writes none.
+
+        Raises ModelError, and DataError for invalid examples.
+        """
         section = self.section.prompts
         if section.write is None:
             return None
@@ -52,13 +55,13 @@ class SynthesisJob:
         sampling = SamplingRecipe(
             temperature=section.write.temperature, max_tokens=section.write.max_tokens
         )
-        # A prompt is shown as one line.
+        # Each example is shown on one line.
         examples = [" ".join(text_of(p.messages).split()) for p in self._prompts_of_file(None)]
         source = self._source(sampling, False)
         return Writer(section.write, section.combine, source, tuple(examples), self.seed)
 
     def prompts(self, writer: Writer | None, journal: Journal | None) -> Iterator[Prompt]:
-        """From the file, combined, or written by the teacher (in the journal's answers)."""
+        """The prompts: from a file, combined, or written by the teacher (read from the journal)."""
         section = self.section.prompts
         if writer is not None:
             found = writer.prompts(journal)
@@ -69,10 +72,10 @@ class SynthesisJob:
         return itertools.islice(found, section.limit)
 
     def chats(self, *, student: bool = False) -> Iterator[tuple[tuple[Message, ...], str]]:
-        """The chat that the teacher, or the student, reads for each prompt, and where the prompt is
-        from.
+        """Yield the chat that the teacher (or the student) sees for each prompt, and the prompt's
+        place.
 
-        Prompts that the teacher is yet to write are represented by one.
+        If the teacher writes the prompts, a single placeholder stands for them.
         """
         section, frame = self.section.prompts, self.frame
         prompts = iter([Prompt(user_turn("Write."), "the prompts")])
@@ -110,7 +113,7 @@ class SynthesisJob:
 class SynthesisRequests:
     """The job's requests: each prompt, `samples` times. Call it to iterate over them.
 
-    journal: has the prompts that the teacher wrote; None: there are none yet.
+    journal: contains the prompts that the teacher wrote; None: there are none yet.
     """
 
     def __init__(self, job: SynthesisJob, journal: Journal | None) -> None:

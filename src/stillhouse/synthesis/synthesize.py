@@ -1,4 +1,4 @@
-"""Runs the section `synthesize`: prompts are answered, filtered, and written as chats."""
+"""Runs the section `synthesize`: has prompts answered, filters the answers, and writes chats."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ _PATHS = ("out", "dropped_rows", "journal")
 
 @dataclass(frozen=True)
 class Synthesis:
-    """The result. requests: prompts times samples. answered: of them, now in the journal.
+    """The result of a synthesis.
 
-    new: answered in this run. failed: in this run. kept: rows in `out`. dropped: rows by
-    the filter that dropped them. tokens, usd: of all answers, whichever run paid, and of the
-    requests that wrote the prompts. unpriced: answers of unknown cost, which `usd` leaves out.
-    lost_tokens, lost_usd: the most that may have been billed beside that, for answers that did not
-    arrive.
-    judged, unjudged: verdicts of a judge, and missing ones; judge_*: their cost, judge_usd None if
-    the price is unknown.
+    requests: number of prompts times samples. answered: requests with an answer in the journal.
+    new, failed: requests answered in this run, and requests that failed in it. kept: rows in `out`.
+    dropped: dropped rows by filter. tokens, usd: the cost of all answers, in any run, and of the
+    requests that wrote the prompts. unpriced: answers of unknown cost, which `usd` does not
+    include. lost_tokens, lost_usd: the most that may also have been billed for answers that did not
+    arrive. judged, unjudged: a judge's verdicts, and missing ones. judge_tokens, judge_usd: their
+    cost; judge_usd is None if the price is unknown.
     """
 
     out: Path
@@ -79,7 +79,7 @@ class Synthesis:
         return "unknown" + (f" (${self.usd:,.4f} of it known)" if self.usd else "")
 
     def facts(self) -> dict[str, Any]:
-        """All but the paths."""
+        """All fields except the paths."""
         return {name: value for name, value in asdict(self).items() if name not in _PATHS}
 
     def lines(self) -> list[tuple[str, str]]:
@@ -103,7 +103,7 @@ class Synthesis:
         if not self.lost_tokens:
             return []
         cost = f"${self.lost_usd:,.4f}, " if self.lost_usd else ""
-        return [("lost", f"at most {cost}{self.lost_tokens:,} tokens, billed and not received")]
+        return [("lost", f"at most {cost}{self.lost_tokens:,} tokens, billed but not received")]
 
     def _judge_line(self) -> list[tuple[str, str]]:
         if not self.judged + self.unjudged:
@@ -115,15 +115,14 @@ class Synthesis:
 
 
 def synthesize(job: SynthesisJob, folder: Path) -> Synthesis:
-    """Sends the requests without an answer in the journal, and writes the rows that pass the
-    filters.
+    """Send the requests without an answer in the journal, and write the rows that pass the filters.
 
-    Writes TEXT to the folder, with the rows in the order of the prompts, {"messages": [...]}, the
-    answer last; also REQUESTS, DROPPED and SUMMARY. A used-up budget stops the requests, not the
-    rest. Raises DataError (prompts, or no row is left), EndpointError, ModelError, RunError
-    (journal, disk).
+    Writes TEXT to the folder, with rows {"messages": [...]} in the order of the prompts, each
+    ending with the answer; also REQUESTS, DROPPED, and SUMMARY. If the budget is used up, no more
+    requests are sent, but the rest continues. Raises DataError for invalid prompts, or if no row is
+    left; EndpointError; ModelError; and RunError for the journal or the disk.
     """
-    # An invalid filter is found before anything is paid.
+    # An invalid filter must be found before anything is paid for.
     chosen, judge = chosen_filters(job.section.filters, job.base, FILTERS), job.judge()
     folder.mkdir(parents=True, exist_ok=True)
     judged: dict[str, Any] = {}
@@ -173,11 +172,11 @@ def synthesize(job: SynthesisJob, folder: Path) -> Synthesis:
         note("the budget is used up: raise synthesize.budget to continue")
     if kept == 0:
         raise DataError(
-            f"no row is left: {rows.answered} answers, and the filters dropped them all",
+            f"no row is left: the filters dropped all {rows.answered} answers",
             where=result.dropped_rows,
             fix=sieve.way_out(
                 "synthesize.sampling.max_tokens",
-                f"read which rows were dropped and why, then loosen {FILTERS}",
+                f"see which rows were dropped and why, then loosen {FILTERS}",
             ),
         )
     return result
@@ -187,7 +186,7 @@ def synthesize(job: SynthesisJob, folder: Path) -> Synthesis:
 
 
 class Rows:
-    """The answered prompts as rows, in order; counts them."""
+    """Iterates over the answered prompts as rows, in order, and counts them and their cost."""
 
     def __init__(self, requests: SynthesisRequests, journal: Journal) -> None:
         self.requests, self.journal = requests, journal
@@ -243,7 +242,7 @@ def _write(folder: Path, rows: Iterable[Row]) -> int:
 def chosen_filters(section: FiltersRecipe, base: Path, key: str) -> Filters:
     """The recipe's filters by name, the cheapest first; a judge is added later.
 
-    key: of the section in the recipe. Raises RecipeError, DataError.
+    key: the section's key in the recipe. Raises RecipeError, DataError.
     """
     chosen: dict[str, Filter] = {"empty": filters.empty}
     if section.truncated:
@@ -292,10 +291,10 @@ def _chooser(section: FiltersRecipe, key: str) -> Chooser | None:
 
 
 def estimate_synthesis(job: SynthesisJob, calls: int = 0) -> Estimate:
-    """What the journal has of the requests of `synthesize`, and what the rest costs.
+    """Count the requests of `synthesize` that are answered, and estimate the cost of the others.
 
     calls: the number of missing requests to send first. Prompts that are not written yet count with
-    their greatest length. Raises as `synthesize`.
+    their maximum length. Raises the errors of `synthesize`.
     """
     if calls and not being_written(job.journal):
         with Journal(job.journal) as journal:
@@ -307,7 +306,7 @@ def estimate_synthesis(job: SynthesisJob, calls: int = 0) -> Estimate:
 
 
 def answered_rows(job: SynthesisJob, most: int) -> list[Row]:
-    """Up to `most` rows from the answers in the journal, before any filter."""
+    """Up to `most` rows from the answers in the journal, unfiltered."""
     with opened_journal(job.journal) as journal:
         if journal is None:
             return []
@@ -316,7 +315,7 @@ def answered_rows(job: SynthesisJob, most: int) -> list[Row]:
 
 
 def _send_some(requests: SynthesisRequests, journal: Journal, calls: int) -> None:
-    """If no prompts are written yet, first sends a request for some."""
+    """Send some missing requests; if no prompts are written yet, first request some prompts."""
     writer = requests.writer
     if writer is not None and next(writer.prompts(journal), None) is None:
         send_part(writer, 0, 1, journal, Spending())
@@ -324,7 +323,7 @@ def _send_some(requests: SynthesisRequests, journal: Journal, calls: int) -> Non
 
 
 def _with_unwritten(estimate: Estimate, requests: SynthesisRequests) -> Estimate:
-    """Adds the answers to prompts that are not written yet, and the requests that write them."""
+    """Add the answers to prompts that are not written yet, and the requests to write them."""
     section, writer, teacher = requests.job.section.prompts, requests.writer, requests.teacher
     assert writer is not None
     needed = min(writer.section.count, section.limit or writer.section.count)

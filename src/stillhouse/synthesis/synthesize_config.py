@@ -1,4 +1,4 @@
-"""The section `synthesize`: prompts, the teacher that answers them, and filters of its answers."""
+"""The section `synthesize`: prompts, the teacher that answers them, and filters for its answers."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from stillhouse.section import Section
 
 PromptFormat = FileFormat | Literal["auto"]
 MOST_COMBINATIONS = 10**6
-"""They are shuffled in memory."""
+"""A limit, because combinations are shuffled in memory."""
 
 
 def names_in(template: str) -> list[str]:
-    """The different {names} of a template, in order. Raises ValueError if it is malformed."""
+    """The distinct {names} in a template, in order. Raises ValueError if it is malformed."""
     found = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
     return list(dict.fromkeys(found))
 
@@ -47,11 +47,15 @@ class ExampleRecipe(Section):
 
 
 class CombineRecipe(Section):
-    """Every template with every combination of the values of its {names}."""
+    """Every template with every combination of values for its {names}."""
 
-    templates: list[str] = Field(min_length=1, description='E.g. "Explain {topic} to {persona}."')
+    templates: list[str] = Field(
+        min_length=1, description='Templates, e.g. "Explain {topic} to {persona}."'
+    )
     values: dict[str, list[str]] = Field(
-        default={}, description="E.g. topic: [tides, rainbows]; persona: [a child, an engineer]."
+        default={},
+        description="Values for the {names}, e.g. topic: [tides, rainbows]; persona: [a child, an "
+        "engineer].",
     )
 
     @model_validator(mode="after")
@@ -65,66 +69,73 @@ class CombineRecipe(Section):
                     template.format(**{name: self.values[name][0] for name in names})
             except (ValueError, LookupError, AttributeError) as error:
                 raise ValueError(
-                    f"the template {template!r} cannot be read: {error}; write {{name}} for a "
-                    "value, and {{ and }} for braces"
+                    f"the template {template!r} cannot be parsed: {error}; write {{name}} for a "
+                    "value, and {{ and }} for literal braces"
                 ) from None
             if lacking:
-                raise ValueError(f"the template {template!r} has {{{lacking[0]}}} and no values")
+                raise ValueError(
+                    f"the template {template!r} uses {{{lacking[0]}}}, which has no values"
+                )
             total += math.prod(len(self.values[name]) for name in names)
         if total > MOST_COMBINATIONS:
             raise ValueError(
-                f"the templates have {total:,} combinations, and {MOST_COMBINATIONS:,} are the "
-                "most: give fewer values, or templates with fewer names"
+                f"the templates have {total:,} combinations, but at most {MOST_COMBINATIONS:,} are "
+                "possible: use fewer values, or templates with fewer names"
             )
         return self
 
 
 class WriteRecipe(Section):
-    """The teacher writes the prompts; each request for some of them uses one combination."""
+    """Let the teacher write the prompts; each request for prompts uses one combination."""
 
     renamed: ClassVar[Mapping[str, str]] = {"each": "per_request", "similar": "max_similarity"}
 
-    count: Annotated[int, Field(gt=0, le=10**8)] = Field(description="Number of different prompts.")
-    per_request: SmallCount = Field(10, description="Prompts per request.")
+    count: Annotated[int, Field(gt=0, le=10**8)] = Field(description="Number of distinct prompts.")
+    per_request: SmallCount = Field(10, description="Number of prompts per request.")
     examples: CountOrZero = Field(
-        3, description="Examples from `path` in a request, different ones each time."
+        3, description="Number of examples from `path` per request, sampled anew for each."
     )
     max_similarity: Similarity = Field(
         0.6,
-        description="Drop prompts this similar (Jaccard) to an earlier one, or to one in `path`.",
+        description="Drop prompts that are at least this similar (Jaccard) to an earlier one or to "
+        "one in `path`.",
     )
     temperature: SamplingTemperature = 1.0
-    max_tokens: AnswerTokens = Field(1024, description="Limit for all prompts of one request.")
+    max_tokens: AnswerTokens = Field(
+        1024, description="Maximum number of tokens in all prompts of one request."
+    )
 
 
 class PromptsRecipe(Section):
-    """From a file, or combined from templates, or written by the teacher."""
+    """Prompts from a file, combined from templates, or written by the teacher."""
 
     path: PathText | None = Field(
         None,
-        description="Text, JSONL, JSON, CSV, TSV or Parquet, also compressed; logs of chat "
-        "completions too. With `write`: examples of the prompts to write.",
+        description="A text, JSONL, JSON, CSV, TSV, or Parquet file, optionally compressed, with "
+        "prompts or logs of chat completions. With `write`: examples of the prompts to write.",
     )
     combine: CombineRecipe | None = None
     write: WriteRecipe | None = None
-    format: PromptFormat = Field("auto", description="auto: by the file's extension.")
-    key: str = Field("prompt", description="The column or key of the prompt.")
+    format: PromptFormat = Field(
+        "auto", description="The file's format. auto: decide by the extension."
+    )
+    key: str = Field("prompt", description="The column or key that contains the prompt.")
     limit: Tokens | None = Field(None, description="Use at most this many prompts.")
-    samples: SmallCount = Field(1, description="Answers to each prompt.")
-    system: str | None = Field(None, description="For prompts without a system prompt.")
+    samples: SmallCount = Field(1, description="Number of answers to each prompt.")
+    system: str | None = Field(None, description="System prompt for prompts that do not have one.")
     examples: list[ExampleRecipe] = Field(
         default=[], description="Few-shot examples before every prompt."
     )
     student_sees: Literal["prompt", "system", "all"] = Field(
         "system",
-        description="What the student sees besides the prompt: nothing, the system prompt, or "
-        "the examples too.",
+        description="What the student sees in addition to the prompt: nothing (prompt), the system "
+        "prompt (system), or the system prompt and the examples (all).",
     )
 
     @model_validator(mode="after")
     def _come_from_one_place(self) -> PromptsRecipe:
         if self.write is None and (self.path is None) == (self.combine is None):
-            raise ValueError("give either path or combine")
+            raise ValueError("set exactly one of path and combine")
         if self.write is not None and self.combine is None:
             raise ValueError("write needs combine, which describes the prompts to write")
         return self
@@ -135,17 +146,18 @@ class PromptsRecipe(Section):
 
 class EvaluationTexts(Section):
     path: PathText = Field(
-        description="Prompts that must not be in the training text; see prompts.path."
+        description="A file of prompts that must not be in the training text; see prompts.path."
     )
     format: PromptFormat = "auto"
     key: str = "prompt"
     ngram: Annotated[int, Field(ge=2, le=1000)] = Field(
-        13, description="Drop rows that share this many consecutive words with one."
+        13,
+        description="Drop rows that share this many consecutive words with an evaluation prompt.",
     )
 
 
 class MajorityChoice(Section):
-    """The answers to a prompt that agree with the majority (self-consistency)."""
+    """Keep the answers to a prompt that agree with the majority (self-consistency)."""
 
     renamed: ClassVar[Mapping[str, str]] = {"least": "min_agreement"}
 
@@ -153,36 +165,38 @@ class MajorityChoice(Section):
     pattern: str | None = Field(
         None,
         description="A regular expression; its last match in an answer, or that match's first "
-        "group, is compared. null: the complete answer.",
+        "group, is compared. null: compare the complete answer.",
     )
-    min_agreement: ShareOrZero = Field(0.0, description="Share of the answers that must agree.")
+    min_agreement: ShareOrZero = Field(
+        0.0, description="Minimum share of the answers that must agree."
+    )
     keep: Literal["one", "all"] = Field(
-        "one", description="Which of the answers that agree: the first, or all."
+        "one", description="Keep the first of the answers that agree, or all of them."
     )
 
 
 class LikelihoodChoice(Section):
-    """The answer with the highest mean log-probability of its tokens under the teacher."""
+    """Keep the answer with the highest mean log-probability per token under the teacher."""
 
     kind: Literal["likelihood"]
 
 
 class JudgeChoice(Section):
-    """The answer that a model prefers."""
+    """Keep the answer that a model prefers."""
 
     kind: Literal["judge"]
-    teacher: TextTeacher = Field(description="The judge, as synthesize.teacher.")
+    teacher: TextTeacher = Field(description="The judge; same keys as synthesize.teacher.")
     criteria: str = Field(
         "It is correct and complete, does what was asked, and is clearly written.",
-        description="What a good answer is.",
+        description="Criteria for a good answer, which the judge is given.",
     )
     compare: Literal["scores", "pairs"] = Field(
         "scores",
-        description="scores: each answer gets 1 to 10; pairs: each pair is compared twice, in "
-        "both orders, n(n - 1) requests for n answers.",
+        description="scores: score each answer from 1 to 10; pairs: compare each pair in both "
+        "orders, with n(n - 1) requests for n answers.",
     )
     sampling: VerdictSampling = VerdictSampling()
-    budget: BudgetRecipe = Field(BudgetRecipe(), description="For the judge only.")
+    budget: BudgetRecipe = Field(BudgetRecipe(), description="A budget for the judge only.")
 
     @model_validator(mode="after")
     def _keys_fit_the_judge(self) -> JudgeChoice:
@@ -197,31 +211,38 @@ Choice = Annotated[
 
 
 class FiltersRecipe(Section):
-    """Empty answers are always dropped. dropped.jsonl has every dropped row and the reason."""
+    """Filters for answers. Empty answers are always dropped. dropped.jsonl lists every dropped row
+    and the reason."""
 
-    truncated: bool = Field(True, description="Drop answers that were cut off.")
+    truncated: bool = Field(True, description="Drop answers that the token limit cut off.")
     min_characters: TokensOrZero | None = None
     max_characters: Tokens | None = None
     refusals: bool = Field(True, description="Drop answers that refuse to answer.")
-    require_pattern: str | None = Field(None, description="A regular expression that must match.")
+    require_pattern: str | None = Field(
+        None, description="Drop answers that do not match this regular expression."
+    )
     forbid_pattern: str | None = Field(
-        None, description="A regular expression that must not match."
+        None, description="Drop answers that match this regular expression."
     )
     json_schema: PathText | None = Field(
-        None, description="A file; answers must be JSON that matches this schema."
+        None, description="Drop answers that are not JSON matching the schema in this file."
     )
     languages: list[str] | None = Field(
         None,
         min_length=1,
-        description="ISO 639-1 codes, e.g. [en, de]; drop answers that are clearly in none of "
-        "them. Needs stillhouse[language].",
+        description="Drop answers that are clearly in none of these languages (ISO 639-1 codes, "
+        "e.g. [en, de]). Needs stillhouse[language].",
     )
     best_of: Choice | None = Field(
         None, description="Keep the best of several answers to a prompt (prompts.samples)."
     )
-    exact_duplicates: bool = Field(True, description="Drop repeated pairs of prompt and answer.")
+    exact_duplicates: bool = Field(
+        True, description="Drop rows whose prompt and answer repeat an earlier row's."
+    )
     near_duplicates: Similarity | None = Field(
-        None, description="Drop pairs this similar (Jaccard), e.g. 0.8."
+        None,
+        description="Drop rows that are at least this similar (Jaccard) to an earlier one, e.g. "
+        "0.8.",
     )
     decontaminate: EvaluationTexts | None = None
 
@@ -229,29 +250,32 @@ class FiltersRecipe(Section):
     def _some_length_is_kept(self) -> FiltersRecipe:
         least, most = self.min_characters or 0, self.max_characters
         if most is not None and least > most:
-            raise ValueError(f"min_characters ({least:,}) is above max_characters ({most:,})")
+            raise ValueError(
+                f"min_characters ({least:,}) is greater than max_characters ({most:,})"
+            )
         return self
 
 
 class SynthesizeRecipe(Section):
-    """Training text from a teacher: chats as JSONL, which `data` reads."""
+    """Training text generated by a teacher: chats as JSONL, which `data` reads."""
 
     teacher: TextTeacher
     prompts: PromptsRecipe
     sampling: SamplingRecipe = SamplingRecipe()
     reasoning: Literal["strip", "keep"] = Field(
-        "strip", description="The teacher's reasoning in <think> before its answer."
+        "strip",
+        description="Remove the teacher's reasoning, or keep it in <think> before the answer.",
     )
     filters: FiltersRecipe = FiltersRecipe()
     budget: BudgetRecipe = BudgetRecipe()
     journal: PathText | None = Field(
         None,
-        description="SQLite file with every answer that was paid for; null: answers.sqlite beside "
+        description="SQLite file with every answer that was paid for; null: answers.sqlite next to "
         "the run folder, shared by all runs there.",
     )
     out: PathText = Field(
         "synthetic.jsonl",
-        description="The result; a relative path starts from the recipe's folder.",
+        description="File for the result; a relative path starts from the recipe's folder.",
     )
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Synthesized text as training data: sources of `data` that name it read it."""
+"""Uses synthesized text as training data, for sources of `data` that name its file."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from stillhouse.data.data_config import DataRecipe, FileSource, Source
 
 @dataclass(frozen=True)
 class SynthesizedText:
-    """out: the absolute path under which a recipe names the text. file: where this run has it.
-    sha256: of its content."""
+    """Synthesized text.
+
+    out: the absolute path by which a recipe names the text. file: this run's copy. sha256: the
+    hash of its content.
+    """
 
     out: Path
     file: Path
     sha256: str
 
     def others(self, section: DataRecipe, base: Path) -> list[Source]:
-        """The sources that read something else."""
+        """The sources that read other text."""
         sources = [*section.sources, *section.heldout_sources]
         return [source for source in sources if not names(source, self.out, base)]
 
     def put_into(self, section: DataRecipe, base: Path) -> DataRecipe:
-        """The section with this run's file instead of `out`, which another run may change."""
+        """Replace `out`, which a different run could change, with this run's file."""
 
         def own(sources: list[Source]) -> list[Source]:
             change = {"path": str(self.file.absolute())}
@@ -41,7 +44,7 @@ class SynthesizedText:
 
 
 def names(source: Source, out: Path, base: Path) -> bool:
-    """Whether the source is exactly this file, and not a folder or pattern that contains it."""
+    """Whether the source is exactly this file, not a folder or pattern that includes it."""
     if not isinstance(source, FileSource):
         return False
     return (base / source.path).resolve() == out.resolve()

@@ -1,7 +1,7 @@
-"""Prompts without a file: combined from templates and values, or written by the teacher.
+"""Makes prompts without a file: combined from templates and values, or written by the teacher.
 
-Written prompts come from a fixed sequence of requests, each of which shows other examples. The
-answers in the journal decide the prompts, so that a stopped run continues with the same ones.
+Written prompts come from a fixed sequence of requests, each of which shows different examples. The
+answers in the journal determine the prompts, so a stopped run continues with the same ones.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from stillhouse.synthesis.prompts import Prompt
 from stillhouse.synthesis.synthesize_config import CombineRecipe, WriteRecipe, names_in
 
 MOST_TIMES = 3
-"""The most requests, as a multiple of the number that is enough if all prompts are different."""
+"""Maximum number of requests, as a multiple of the number needed if all prompts are different."""
 _ASK = """\
 Write {each} different prompts that people could send to an assistant.
 
@@ -36,12 +36,12 @@ What they are to be: {what}
 {examples}
 Write one prompt a line, without numbers, and no answers."""
 _MARK = re.compile(r"^\s*(?:[-*•]\s+|\(?\d{1,4}[.):、．]\s*)")
-"""A list mark before a line."""
+"""A list marker at the beginning of a line."""
 _MOST_CHARACTERS = 4000
 
 
 def combinations(section: CombineRecipe) -> list[str]:
-    """Every template with every combination of its values, in order."""
+    """Fill every template with every combination of its values, in order."""
     texts = []
     for template in section.templates:
         names = names_in(template)
@@ -51,7 +51,7 @@ def combinations(section: CombineRecipe) -> list[str]:
 
 
 def combined(section: CombineRecipe, seed: int) -> Iterator[Prompt]:
-    """The combinations as prompts, shuffled, so that the first ones are a random sample."""
+    """Yield the combinations as prompts, shuffled so that the first ones are a random sample."""
     texts = combinations(section)
     random.Random(seed).shuffle(texts)
     for number, text in enumerate(texts):
@@ -60,7 +60,7 @@ def combined(section: CombineRecipe, seed: int) -> Iterator[Prompt]:
 
 @dataclass(frozen=True)
 class Writer:
-    """Requests for new prompts, and the prompts in their answers."""
+    """Makes requests for new prompts, and reads the prompts from their answers."""
 
     section: WriteRecipe
     combine: CombineRecipe
@@ -70,11 +70,11 @@ class Writer:
 
     @property
     def fewest(self) -> int:
-        """The number of requests that is enough if all prompts are different."""
+        """Number of requests needed if all prompts are different."""
         return -(-self.section.count // self.section.per_request)
 
     def requests(self, first: int = 0, last: int | None = None) -> Iterator[Request]:
-        """Requests number first to last - 1; by default all that may be sent."""
+        """Yield requests number first to last - 1; by default, all that may be sent."""
         texts = combinations(self.combine)
         random.Random(self.seed).shuffle(texts)
         for number in range(first, self.fewest * MOST_TIMES if last is None else last):
@@ -89,7 +89,7 @@ class Writer:
         return _ASK.format(each=self.section.per_request, what=what, examples=examples)
 
     def prompts(self, journal: Journal | None) -> Iterator[Prompt]:
-        """The different prompts in the journal's answers, up to `count`."""
+        """Yield the distinct prompts in the journal's answers, up to `count`."""
         seen = NearDuplicates(self.section.max_similarity)
         for text in self.examples:
             seen.add(words(text))
@@ -109,8 +109,10 @@ class Writer:
 
 
 def prompt_lines(text: str, *, complete: bool) -> Iterator[str]:
-    """The prompts in an answer, one per line, without list marks. complete: include the last
-    line."""
+    """Yield the prompts in an answer, one per line, without list markers.
+
+    complete: include the last line.
+    """
     lines = [_MARK.sub("", line).strip().strip('"') for line in text.splitlines()]
     lines = [line for line in lines if line]
     for line in lines if complete else lines[:-1]:
@@ -121,9 +123,12 @@ def prompt_lines(text: str, *, complete: bool) -> Iterator[str]:
 
 
 def write_prompts(writer: Writer, journal: Journal, answers: Spending) -> Spending:
-    """Sends requests until there are enough different prompts, or MOST_TIMES as many requests as
-    needed were sent; returns the cost of all. answers: the cost of answers to earlier prompts,
-    under the same budget. Raises EndpointError, or DataError if there are no prompts."""
+    """Send requests until there are enough distinct prompts, or MOST_TIMES as many requests as
+    needed were sent; return the cost of all requests.
+
+    answers: the cost of answers to earlier prompts, under the same budget. Raises EndpointError,
+    and DataError if there are no prompts.
+    """
     most, last = writer.fewest * MOST_TIMES, 0
     stopped = False
     while (found := sum(1 for _ in writer.prompts(journal))) < writer.section.count:
@@ -134,17 +139,17 @@ def write_prompts(writer: Writer, journal: Journal, answers: Spending) -> Spendi
         stopped = send_part(writer, first, last, journal, answers)
     if found == 0:
         raise DataError(
-            "the teacher wrote no usable prompt",
+            "the teacher wrote no usable prompts",
             where=journal.path,
-            fix="read its answers there, then improve synthesize.prompts.combine",
+            fix="read its answers in the journal, then improve synthesize.prompts.combine",
         )
     if found < writer.section.count:
-        note(f"{found:,} of {writer.section.count:,} different prompts were written")
+        note(f"only {found:,} of {writer.section.count:,} distinct prompts were written")
     return spent_on_writing(writer, journal)
 
 
 def send_part(writer: Writer, first: int, last: int, journal: Journal, answers: Spending) -> bool:
-    """Sends the writer's requests first to last - 1; returns whether the budget stopped some."""
+    """Send the writer's requests first to last - 1; return whether the budget stopped any."""
     spent = spent_on_writing(writer, journal) + answers
     part = partial(writer.requests, first, last)
     return send_missing(writer.teacher, part, journal, spent)[1].out_of_budget

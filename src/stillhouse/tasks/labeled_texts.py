@@ -1,4 +1,4 @@
-"""Reads texts and their reference labels or answers from files, and divides them into parts."""
+"""Reads texts with reference labels or answers from files, and divides them into parts."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from stillhouse.section import made
 from stillhouse.tasks.task_texts_config import TextFile
 
 Reference = Callable[[Any, str], str | None]
-"""Called with a value of the label column and the row's place."""
+"""Converts a value of the label column; also called with the row's place."""
 
 _LIST = re.compile(r"\s*[\[{(]\s*['\"].*['\"]\s*,?\s*[\]})]\s*", re.DOTALL)
-"""A list as text, in JSON or as Python prints it."""
+"""A list as text, in JSON or as printed by Python."""
 _VALUE = re.compile(r"\d{4}-\d\d-\d\d|https?://|[^@\s]+@[^@\s]+\.\w")
 _NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?")
 _YEAR = re.compile(r"(19|20)\d\d")
 
 FEWEST = 4
-"""Minimum number of texts in a part to train or measure on."""
+"""Minimum number of texts in a part that is trained or evaluated on."""
 
 
 @dataclass(frozen=True)
 class LabeledText:
-    """gold: the reference label or answer, None if unknown. where: file and row."""
+    """A text. gold: its reference label or answer; None if unknown. where: file and row."""
 
     text: str
     gold: str | None = None
@@ -58,34 +58,35 @@ def files_sha256(files: Sequence[TextFile], base: Path) -> list[str]:
 def read_files(
     files: Sequence[TextFile], base: Path, reference: Reference | None = None
 ) -> list[LabeledText]:
-    """The rows of all files. Raises DataError."""
+    """Read the texts of all files. Raises DataError."""
     return [row for file in files for row in read_texts(file, base, reference)]
 
 
 def read_texts(
     file: TextFile, base: Path, reference: Reference | None = None
 ) -> Iterator[LabeledText]:
-    """The rows of a file, or of all files of a folder or glob. Raises DataError.
+    """Yield the texts of a file, or of all files in a folder or glob. Raises DataError.
 
-    reference: `label_of` (the default) or `answer_of`: how to read the label column.
+    reference: how to read the label column: `label_of` (the default) or `answer_of`.
     """
     found = itertools.islice(_read_all(file, base, reference or label_of), file.limit)
     if file.sample is None:
         return found
-    # By content, so that adding a row does not move others.
+    # Sample by content, so that adding a row does not affect others.
     return iter(heapq.nsmallest(file.sample, found, key=lambda row: content_place(row, "draw")))
 
 
 def file_texts(path: Path, key: str) -> Iterator[str]:
-    """The texts of a file; see `read_rows`. Raises DataError."""
+    """Yield the texts of a file; see `read_rows`. Raises DataError."""
     file = made(TextFile, {"path": str(path), "text": key}, "predict")
     return (row.text for row in read_texts(file, Path.cwd()))
 
 
 def stream_texts(lines: Iterable[str], key: str, first: int = 1) -> Iterator[str]:
-    """One text per line, or one object per line with the text under `key`. Raises DataError.
+    """Yield texts from lines: each is a text, or an object with a text under `key`.
 
-    first: the number of the first line."""
+    first: the number of the first line. Raises DataError.
+    """
     file = TextFile(path="-", text=key)
     for row, where in read_lines(lines, "standard input", key, first):
         yield labeled_text(row, file, where).text
@@ -102,8 +103,10 @@ def arriving_texts(stream: TextIO, key: str) -> Iterator[Iterator[str]]:
 def first_rows(
     path: str, base: Path, format: FileFormat | None = None, count: int = 1
 ) -> list[Mapping[str, Any]]:
-    """All columns of the first rows of the first file, at least one and at most so many; for plain
-    text, each line under `text`. Raises DataError."""
+    """Read all columns of up to `count` rows from the beginning of the first file.
+
+    Lines of plain text are under `text`. Raises DataError, also if there is no row.
+    """
     file = find_files(path, base)[0]
     rows = read_rows(file, format=format, text_key="text")
     found = list(itertools.islice(not_empty(rows, "The file", file), count))
@@ -113,14 +116,14 @@ def first_rows(
         raise DataError(
             f"The file seems to have no header: its columns would be {', '.join(first)[:80]}",
             where=where,
-            fix="write the names of the columns into a line before the first row",
+            fix="add a header line with column names before the first row",
         )
     return [row for row, _ in found]
 
 
 def _are_values(names: Sequence[str]) -> bool:
-    """Whether a name of a column is rather a value: a date, an address or a number, except years,
-    and numbers in a row, as pandas names columns."""
+    """Whether a column name looks like a value: a date, an address, or a number; but not years, or
+    consecutive numbers, as pandas names columns."""
     if any(_VALUE.match(name.strip()) for name in names):
         return True
     numbers = [name.strip() for name in names if _NUMBER.fullmatch(name.strip())]
@@ -134,15 +137,16 @@ def _are_values(names: Sequence[str]) -> bool:
 def labeled_text(
     row: Mapping[str, Any], file: TextFile, where: str, reference: Reference | None = None
 ) -> LabeledText:
-    """The row's text and label, under the keys named by `file`. Raises DataError."""
+    """Read the row's text and label from the keys named by `file`. Raises DataError."""
     text = row.get(file.text)
     if file.text not in row or not isinstance(text, str):
         is_it = f"; its value is of type {type(text).__name__}" if file.text in row else ""
         raise DataError(
-            f"the row has no text under {file.text!r}{is_it}; it has {', '.join(map(str, row))}",
+            f"the row has no text under {file.text!r}{is_it}; its keys are "
+            f"{', '.join(map(str, row))}",
             where=where,
-            fix=f"{header_hint(row)}name the column or key of the text: text: NAME (--text NAME of "
-            "`predict`)",
+            fix=f"{header_hint(row)}set the column or key of the text: text: NAME in the recipe, "
+            "or --text NAME of `predict`",
         )
     if not text.strip():
         raise DataError("the text is empty", where=where, fix="remove the row")
@@ -150,17 +154,17 @@ def labeled_text(
         return LabeledText(text, None, where)
     if file.label not in row:
         raise DataError(
-            f"the row has no label under {file.label!r}; it has {', '.join(map(str, row))}",
+            f"the row has no label under {file.label!r}; its keys are {', '.join(map(str, row))}",
             where=where,
-            fix="name the label's column or key, or leave `label` out",
+            fix="set `label` to the label's column or key, or remove it",
         )
     return LabeledText(text, (reference or label_of)(row[file.label], where), where)
 
 
 def label_of(value: Any, where: str) -> str | None:
-    """A label as text in NFC; None for an empty cell or NaN. 1.0 becomes 1.
+    """Convert a label to text in NFC; None for an empty cell or NaN. 1.0 becomes 1.
 
-    Raises DataError for a value that is not a label: a list, an object, a score.
+    Raises DataError for a value that is not a label, such as a list, an object, or a score.
     """
     if isinstance(value, float | Decimal) and not math.isnan(value):
         whole = math.isfinite(value) and value == int(value)
@@ -173,16 +177,16 @@ def label_of(value: Any, where: str) -> str | None:
     if listed:
         what, fix = "a list", "write one label; several labels per text are a different task"
     elif isinstance(value, float | Decimal):
-        what, fix = f"the number {value}", "name the column that holds the classes"
+        what, fix = f"the number {value}", "set `label` to the column of the classes"
     else:
         what, fix = f"of type {type(value).__name__}", "write the label as a string"
     raise DataError(f"the label is {what}, not a name", where=where, fix=fix)
 
 
 def answer_of(value: Any, where: str) -> str | None:
-    """A reference answer as text; None for an empty cell. Other values become JSON.
+    """Convert a reference answer to text; None for an empty cell. Non-strings become JSON.
 
-    Raises DataError for what JSON does not have: dates, bytes, NaN.
+    Raises DataError for values that JSON does not support, such as dates, bytes, and NaN.
     """
     if _is_empty(value):
         return None
@@ -199,14 +203,14 @@ def answer_of(value: Any, where: str) -> str | None:
 
 
 def _is_empty(value: Any) -> bool:
-    """pandas writes an empty cell as NaN."""
+    """Whether a cell is empty; pandas writes an empty cell as NaN."""
     if isinstance(value, str):
         return value.strip() in ("", "nan", "NaN")
     return value is None or (isinstance(value, float | Decimal) and math.isnan(value))
 
 
 def content_place(row: LabeledText, purpose: str) -> bytes:
-    """The text's place in an order that depends on nothing else but the purpose."""
+    """The text's place in a random order that depends only on the text and the purpose."""
     return hashlib.sha256(f"{purpose} {row.text}".encode("utf-8", "replace")).digest()
 
 
@@ -227,12 +231,12 @@ def divide_texts(
     seed: int,
     examples: Sequence[str] = (),
 ) -> tuple[list[LabeledText], list[LabeledText], int]:
-    """Training texts in random order, and test texts, without duplicates; and the number of
-    duplicates.
+    """Divide texts into training texts, in random order, and test texts, without duplicates.
 
-    The content of a text and the seed decide its part, so the order of the files and other
-    texts hardly matter. test_share: of `given`, if there are no test texts. examples: texts in the
-    teacher's prompt, with their answers; they are excluded from the test texts.
+    A text's part depends on its content and the seed, and hardly on other texts or the order of the
+    files. test_share: share of `given` to split off if there are no test texts. examples: texts
+    that the teacher's prompt contains with their answers; they are excluded from the test texts.
+    Returns the training texts, the test texts, and the number of duplicates.
     """
     seen: set[str] = set()
     known = set(map(normalized, examples))
@@ -252,14 +256,14 @@ def require_enough(parts: Mapping[str, Sequence[LabeledText]]) -> None:
     for name, rows in parts.items():
         if len(rows) < FEWEST:
             raise DataError(
-                f"the {name} part has {len(rows)} texts, and {FEWEST} are the fewest",
+                f"the {name} part has {len(rows)} texts, but needs at least {FEWEST}",
                 where="data",
-                fix="give more texts, or change the shares of the parts in `data`",
+                fix="add texts, or change the shares of the parts in `data`",
             )
 
 
 def _unrepeated(rows: Sequence[LabeledText], seen: set[str]) -> Iterator[LabeledText]:
-    """Rows without duplicate texts, ignoring case, whitespace and Unicode form."""
+    """Yield the rows without duplicate texts, ignoring case, whitespace, and Unicode form."""
     for row in rows:
         key = normalized(row.text)
         if key not in seen:

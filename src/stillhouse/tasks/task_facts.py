@@ -1,4 +1,4 @@
-"""A task's teacher and texts, as its stages, its keys and its model card name them."""
+"""A task's teacher and texts, as its stages, keys, and model card identify them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stillhouse.teachers.model_source import ModelSource, resolve_model
 
 
 def task_teacher(section: TaskTeacher, base: Path) -> ModelSource | None:
-    """The model that answers here; None for an API. Raises ModelError."""
+    """The local model that answers; None for an API. Raises ModelError."""
     if section.model is None:
         return None
     return resolve_model(
@@ -24,8 +24,11 @@ def task_teacher(section: TaskTeacher, base: Path) -> ModelSource | None:
 def texts_key(
     section: TaskTextsRecipe, base: Path, *, seed: int, examples: list[str], unread: str
 ) -> dict[str, Any]:
-    """What the stage `texts` depends on in every task. examples: texts in the teacher's prompt.
-    unread: the key of `data` that it does not depend on."""
+    """The key of the stage `texts`, in every task.
+
+    examples: texts in the teacher's prompt. unread: the key of `data` that the stage does not
+    depend on.
+    """
     key: dict[str, Any] = {
         "recipe": section.model_dump(mode="json", exclude={unread}),
         "files": files_sha256([*section.texts, *section.test], base),
@@ -39,6 +42,6 @@ def text_files(section: TaskTextsRecipe) -> str:
 
 
 def card_hashes(teacher: ModelSource | None, texts: Stage, **others: str) -> dict[str, str]:
-    """What a model card identifies the student's origins by."""
+    """The hashes by which a model card identifies the student's origins."""
     known = {} if teacher is None else {"teacher": teacher.fingerprint}
     return {**known, "texts": texts.digest, **others}

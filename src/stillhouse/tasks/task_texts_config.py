@@ -1,4 +1,4 @@
-"""Recipe sections of tasks of any kind: texts, and the prompt about each."""
+"""Recipe sections that all tasks share: the texts, and the prompt for each text."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from stillhouse.section import Section
 
 def _with_a_place(prompt: str) -> str:
     if "{text}" not in prompt:
-        raise ValueError("it has no {text}, so the teacher would not see the text")
+        raise ValueError("the prompt has no {text}, so the teacher would not see the text")
     return prompt
 
 
 TextPrompt = Annotated[str, AfterValidator(_with_a_place)]
-"""The user turn about a text."""
+"""The user turn with a text, in place of {text}."""
 
 
 class TextFile(Section):
     """Texts, one per row."""
 
     path: PathText = Field(
-        description="Text (one per line), JSONL, JSON, CSV, TSV or Parquet, also compressed; a "
-        "file, a folder or a glob."
+        description="A file, a folder, or a glob of text (one per line), JSONL, JSON, CSV, TSV, or "
+        "Parquet; files may be compressed."
     )
-    text: str = Field("text", description="The column or key of the text.")
+    text: str = Field("text", description="The column or key that contains the text.")
     label: str | None = Field(
-        None, description="The column or key of the true label, if there is one."
+        None, description="The column or key that contains the reference label, if any."
     )
-    limit: Tokens | None = Field(None, description="Use at most the first rows, this many.")
+    limit: Tokens | None = Field(None, description="Use only the first rows, at most this many.")
     sample: Tokens | None = Field(
         None, description="Use a random sample of at most this many rows (for sorted files)."
     )
@@ -39,7 +39,9 @@ class TextFile(Section):
     @model_validator(mode="after")
     def _one_of_both(self) -> TextFile:
         if self.limit is not None and self.sample is not None:
-            raise ValueError("limit selects the first rows and sample random ones: set one of them")
+            raise ValueError(
+                "limit uses the first rows and sample uses random rows: set only one of them"
+            )
         return self
 
 
@@ -48,10 +50,12 @@ class TaskTextsRecipe(Section):
 
     texts: list[TextFile] = Field(
         min_length=1,
-        description="Training texts. True labels or reference answers, if any (`label`: for an "
+        description="Training texts. Reference labels or answers, if any (`label`; for an "
         "extraction, a column of text or JSON), are used only to train the fine-tuned baseline.",
     )
     test: list[TextFile] = Field(
-        default=[], description="Test texts; by default, a share of `texts` is split off."
+        default=[], description="Test texts; if empty, a share of `texts` is split off."
     )
-    test_share: PartialShare = Field(0.2, description="Share of `texts`, if `test` is not set.")
+    test_share: PartialShare = Field(
+        0.2, description="Share of `texts` to split off for testing if `test` is empty."
+    )
