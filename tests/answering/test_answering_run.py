@@ -167,7 +167,7 @@ def test_reasoning_that_is_cut_off_needs_a_higher_limit(tmp_path: Path) -> None:
         raw = toys.recipe(tmp_path, "extract", **toys.api(tmp_path, stub.url))
         with pytest.raises(DataError, match="no answer is left") as error:
             run(raw)
-    assert str(error.value.fix).startswith("raise teacher.sampling.max_tokens, which cut off 16 answers")
+    assert str(error.value.fix).startswith("raise teacher.sampling.max_tokens, which cut off 16")
 
 
 @pytest.mark.parametrize("alone", [False, True], ids=["distributions", "text alone"])

@@ -431,7 +431,7 @@ def test_reasoning_that_is_cut_off_needs_a_higher_limit(tmp_path: Path) -> None:
         pytest.raises(DataError, match="are none of them") as error,
     ):
         run(api_recipe(tmp_path, stub.url))
-    assert str(error.value.fix).startswith("raise teacher.sampling.max_tokens, which cut off 40 answers")
+    assert str(error.value.fix).startswith("raise teacher.sampling.max_tokens, which cut off 40")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Chooses the best of several answers to a prompt, by majority or by likelihood under the teacher."""
+"""Chooses the best of several answers, by majority or by likelihood under the teacher."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class _Answer:
 
 
 def features(text: str, prompt: str) -> tuple[np.ndarray, np.ndarray]:
-    """Hashed features: buckets and values, both of shape (number of features,). Buckets can repeat."""
+    """Hashed features: buckets (which can repeat) and values, both of shape (features,)."""
     buckets: list[int] = []
     values: list[float] = []
     for group, names in _groups(_read(text, prompt)):
