@@ -86,7 +86,7 @@ def test_prompts_longer_than_a_classifiers_teacher(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("student", "what"),
     [
-        ({"start": "truncated", "layers": 9}, "the model has 3 layers, and 9 are to be kept"),
+        ({"start": "truncated", "layers": 9}, "the model has 3 layers, but student.layers is 9"),
         ({"start": "truncated", "layers": 1, "model": "gpt2"}, "has no list of layers to cut"),
         ({"start": "pretrained", "model": "gpt2", "head": "words"}, "the student 64 positions"),
     ],
@@ -104,7 +104,7 @@ def test_a_classifier_that_cannot_be_built(
 def test_a_student_that_cannot_start_costs_no_judgment(tmp_path: Path) -> None:
     raw = classify.recipe(tmp_path)
     raw["student"]["hidden_size"] = 64  # the teacher's embeddings have 32
-    with pytest.raises(StillhouseError, match="choose a smaller hidden_size"):
+    with pytest.raises(StillhouseError, match="use a smaller hidden_size"):
         run(raw)
     assert not [*(tmp_path / "run" / "stages").glob("*judgment*")]
 

@@ -320,7 +320,7 @@ def test_spending_without_a_budget_needs_consent(tmp_path: Path) -> None:
         (
             {"teacher": {"model": None, "api": {"base_url": "http://x/v1", "model": "x"}}},
             RecipeError,
-            "a model of its own",
+            "needs a model to start from",
         ),
         ({"student": {"vocabulary": "data"}}, RecipeError, "student.vocabulary"),
     ],
@@ -338,7 +338,7 @@ def test_a_reference_answer_that_the_schema_forbids_is_named(tmp_path: Path) -> 
     raw = toys.recipe(tmp_path, "extract", data={"texts": gold})
     with (tmp_path / "texts.jsonl").open("a") as file:
         file.write('{"text": "Gus is 9.", "gold": {"name": "Gus"}}\n')
-    with pytest.raises(DataError, match="does not fit the schema") as caught:
+    with pytest.raises(DataError, match="does not match the schema") as caught:
         run(raw)
     assert caught.value.where is not None
     assert caught.value.where.endswith("texts.jsonl:21")

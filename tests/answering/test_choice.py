@@ -97,7 +97,7 @@ def test_check_counts_the_verdicts_and_a_paid_judge_is_agreed_to(tmp_path: Path)
     ("changes", "said"),
     [
         ({"samples": 1}, "several answers"),
-        ({}, "name the judge's model"),
+        ({}, "the judge has no model"),
     ],
     ids=["one answer", "no judge"],
 )

@@ -89,7 +89,7 @@ def test_true_labels_of_some_texts_measure_and_train_the_baseline(tmp_path: Path
     assert sum(map(sum, student.confusion)) == measured < len(texts.test)
     assert 0 <= student.accuracy <= 1
     said = " ".join(result.evaluation.notes)
-    assert f"{measured} of {len(texts.test)} test texts have true labels" in said
+    assert f"{measured} of {len(texts.test)} test texts have reference labels" in said
     assert f"of {len(texts.train)} training texts" in said
 
 
@@ -213,7 +213,7 @@ def test_check_and_preview_know_a_task(tmp_path: Path) -> None:
     found = {(one.level, one.topic): one.text for one in check_recipe(path)}
     assert found[("ok", "texts")].startswith("27 to learn from, 5 for the threshold, 8 to")
     assert "pairs of text and label" in found[("estimate", "judgment")]
-    assert "no true labels" in found[("warning", "texts")]
+    assert "no reference labels" in found[("warning", "texts")]
     shown = CliRunner().invoke(app, ["preview", str(path), "--rows", "1"])
     assert shown.exit_code == 0
     assert "What is the topic" in shown.stdout
@@ -331,7 +331,7 @@ def test_answers_outside_the_list_are_counted_and_left_out(tmp_path: Path) -> No
 
     with Stub(script) as stub:
         result = run(api_recipe(tmp_path, stub.url))
-    assert "10 answers were none of them" in result.evaluation.notes[0]
+    assert "10 answers were not a label" in result.evaluation.notes[0]
     stage = next(stage for stage in result.stages if stage.name == "judgment")
     judged = Judgment.load(stage.path)
     rows = torch.cat([judged.train, judged.calibration, judged.test])
@@ -454,8 +454,8 @@ def test_several_samples_are_drawn(
     ("teacher", "said"),
     [
         ({"samples": 3, "sampling": {"temperature": 0.0}}, "all samples are identical"),
-        ({"sampling": {"top_logprobs": 3}}, "give teacher.top_logprobs"),
-        ({"api": None, "model": "m", "sampling": {"max_tokens": 9}}, "sampling is for api"),
+        ({"sampling": {"top_logprobs": 3}}, "set teacher.top_logprobs"),
+        ({"api": None, "model": "m", "sampling": {"max_tokens": 9}}, "sampling is only for an API"),
     ],
 )
 def test_invalid_sampling(tmp_path: Path, teacher: dict[str, Any], said: str) -> None:

@@ -1,4 +1,4 @@
-"""The first stages: split the texts, and collect the teacher's answers through the journal."""
+"""The first stages of a run: split the texts, and collect the teacher's answers in the journal."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def plan_answer_texts(job: AnsweringJob) -> StagePlan:
 
 
 def plan_answers(job: AnsweringJob, texts: Stage) -> StagePlan:
-    """The teacher answers every text; answers that pass the filters become training chats."""
+    """Let the teacher answer every text; answers that pass the filters become training chats."""
     recipe, teacher = job.recipe, job.recipe.teacher
     judge = job.judge()
     runs_here = any_runs_here(job.source(), judge.teacher if judge else None)
@@ -91,7 +91,7 @@ def plan_answers(job: AnsweringJob, texts: Stage) -> StagePlan:
 
 def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str, Any]:
     rows = [*found.train, *found.test]
-    # Errors in filters are found before any request is paid for.
+    # Errors in filters must be found before any request is paid for.
     filters = chosen_filters(job.recipe.filters, job.base, "filters")
     if job.validity is not None:
         filters.before["json_schema"] = job.validity
@@ -142,34 +142,34 @@ def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str
 
 
 def _note_reasoning(job: AnsweringJob, answers: Sequence[Answer | None]) -> None:
-    """Notes that the teacher reasons, and that its distributions without reasoning are learned."""
+    """Note that the teacher reasons, but that its distributions without reasoning are learned."""
     reasoned = sum(answer is not None and has_reasoning(answer) for answer in answers)
     if reasoned and not job.recipe.learns_text_alone:
         note(
-            f"the teacher reasons before {reasoned:,} of {len(answers):,} answers, and the student "
-            "learns its distributions over the answers alone, as if it had not. To learn the text "
-            "alone: objective: {terms: [{divergence: cross_entropy}]}"
+            f"the teacher reasons before {reasoned:,} of {len(answers):,} answers, but the student "
+            "learns its distributions over the answers without reasoning. To learn only the text, "
+            "set objective: {terms: [{divergence: cross_entropy}]}"
         )
 
 
 def _keep(
     job: AnsweringJob, filters: Filters, rows: list[Row], out: Path
 ) -> tuple[int, Mapping[str, int]]:
-    """Write the chats that pass the filters; returns their number, and dropped rows by filter.
+    """Write the chats that pass the filters; return their number, and dropped rows by filter.
 
-    Raises DataError if none is left, RunError if a judge's budget is used up before its verdicts.
+    Raises DataError if none is left, and RunError if a judge's budget is used up.
     """
     with _judged(job, filters, rows) as chosen:
         sieve = Sieve(chosen, out / DROPPED)
         kept = _write_chats(out / TRAIN, ((row.messages, row.text) for row in sieve.keep(rows)))
     if kept == 0:
         raise DataError(
-            f"no answer is left: {len(rows):,} came, and the filters dropped them all",
+            f"no answer is left: the filters dropped all {len(rows):,} answers",
             where=job.journal,
             fix=sieve.way_out(
                 "teacher.sampling.max_tokens",
-                f"dropped by filter: {dict(sieve.dropped)}; read the answers in the journal, then "
-                "improve task.prompt or give examples",
+                "read the answers in the journal, then improve task.prompt or add examples "
+                f"(dropped by filter: {dict(sieve.dropped)})",
             ),
         )
     return kept, sieve.dropped
@@ -177,7 +177,7 @@ def _keep(
 
 @contextmanager
 def _judged(job: AnsweringJob, filters: Filters, rows: list[Row]) -> Iterator[Filters]:
-    """The filters, with the verdicts of a judge if the recipe uses one."""
+    """Add a judge's verdicts to the filters, if the recipe uses a judge."""
     judge = job.judge()
     if judge is None:
         yield filters
@@ -194,7 +194,7 @@ def _judged(job: AnsweringJob, filters: Filters, rows: list[Row]) -> Iterator[Fi
 
 
 def _words(job: AnsweringJob, answer: Answer) -> str:
-    """The text the student should write: no reasoning, and JSON without a code fence."""
+    """The text that the student should generate: without reasoning, and JSON without a code fence."""
     text = answer_text(answer)
     return unfenced(text) if isinstance(job.recipe.task, ExtractTask) else text
 
@@ -210,6 +210,6 @@ def _write_chats(path: Path, chats: Iterable[tuple[Any, str]]) -> int:
 
 
 def read_answers(answered: Stage) -> list[str | None]:
-    """The teacher's answers to the test texts, None for those without one."""
+    """Read the teacher's answers to the test texts; None for texts without an answer."""
     lines = (answered.path / ANSWERS).read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines if line]

@@ -23,7 +23,8 @@ TEXTS = "texts.json"
 
 @dataclass(frozen=True)
 class AnswerTexts:
-    """gold: a row's reference answer. repeated: texts left out as duplicates."""
+    """Training and test texts; `gold` of a row is its reference answer. repeated: number of
+    duplicates that were left out."""
 
     train: list[LabeledText]
     test: list[LabeledText]
@@ -42,8 +43,11 @@ class AnswerTexts:
 def prepare_answer_texts(
     recipe: AnsweringRecipe, base: Path, validity: Filter | None
 ) -> AnswerTexts:
-    """Read and split the texts. Raises DataError for unreadable files, too few texts, or a
-    reference answer that the schema does not allow."""
+    """Read and split the texts.
+
+    Raises DataError for unreadable files, too few texts, or a reference answer that does not match
+    the schema.
+    """
     section = recipe.data
     given = read_files(section.texts, base, answer_of)
     tests = read_files(section.test, base, answer_of)
@@ -53,7 +57,7 @@ def prepare_answer_texts(
             problem = validity(Row((), row.gold, None, row.where))
         if problem is not None:
             raise DataError(
-                f"the true answer does not fit the schema: {problem}",
+                f"the reference answer does not match the schema: {problem}",
                 where=row.where,
                 fix="correct the row, or task.json_schema",
             )

@@ -44,12 +44,12 @@ from stillhouse.teachers.load_model import load_tokenizer
 from stillhouse.training.train import plan_batches
 
 FEW = 50
-"""With fewer training texts, `check` warns."""
+"""Number of training texts below which `check` warns."""
 
 
 def require_answering(job: AnsweringJob) -> Iterator[Finding]:
-    """Check what the teacher needs before any request: its key or packages, filters and scorer,
-    judges, and templates that accept the prompts. Raises StillhouseError."""
+    """Check all requirements before any request is sent: keys or packages, filters, the scorer,
+    judges, and chat templates that accept the prompts. Raises StillhouseError."""
     recipe, base = job.recipe, job.base
     plan_batches(recipe.train, recipe.train.batch_size, world_size())
     chosen_filters(recipe.filters, base, "filters")
@@ -88,11 +88,11 @@ def check_answer_texts(check: Check) -> Iterator[Finding]:
     recipe, base = job.recipe, job.base
     texts = job.texts
     parts = f"{len(texts.train):,} to learn from, {len(texts.test):,} to measure on"
-    repeated = f"; {texts.repeated:,} repeated ones are left out" if texts.repeated else ""
+    repeated = f"; {texts.repeated:,} duplicates are left out" if texts.repeated else ""
     yield Finding("ok", "texts", parts + repeated)
     if len(texts.train) < FEW:
-        few = f"{len(texts.train):,} training texts are few"
-        yield Finding("warning", "texts", few, "give more texts: they need no answers")
+        few = f"there are only {len(texts.train):,} training texts"
+        yield Finding("warning", "texts", few, "add more texts: they need no answers")
     if recipe.evaluate.scorer is not None:
         load_scorer(recipe.evaluate.scorer, base)
         yield Finding("ok", "scorer", recipe.evaluate.scorer)
@@ -100,7 +100,7 @@ def check_answer_texts(check: Check) -> Iterator[Finding]:
 
 
 def check_answer_student(check: Check) -> Iterator[Finding]:
-    """The student's size, and the licenses of the models it is made with."""
+    """Report the student's size, and the licenses of the models that it is made from."""
     job: AnsweringJob = check.job
     recipe = job.recipe
     ordinary = find_models(training_recipe(recipe, run_root(recipe)), job.base)
@@ -114,7 +114,7 @@ def check_answer_student(check: Check) -> Iterator[Finding]:
 
 
 def check_answers(check: Check) -> Iterator[Finding]:
-    """The cost of the answers, and warnings about them."""
+    """Report the cost of the answers, and warnings about them."""
     job: AnsweringJob = check.job
     recipe = job.recipe
     estimate = _estimate(job, check.calls)
@@ -126,12 +126,12 @@ def check_answers(check: Check) -> Iterator[Finding]:
         text = (
             "the student learns the teacher's distributions without its examples or system prompt"
         )
-        fix = "remove objective, so that it learns the answers' text, or set task.student_sees: all"
+        fix = "remove objective to learn only the answers' text, or set task.student_sees: all"
         yield Finding("warning", "objective", text, fix)
 
 
 def answers_spending(job: AnsweringJob) -> Iterator[str]:
-    """What the answers would cost without a budget, including a judge."""
+    """Describe what the answers, including a judge, would cost without a budget."""
     teacher, choice = job.recipe.teacher, job.recipe.filters.best_of
     if may_cost(teacher.api, teacher.budget):
         estimate = _estimate(job)
@@ -142,7 +142,7 @@ def answers_spending(job: AnsweringJob) -> Iterator[str]:
 
 
 def comparison_spending(job: AnsweringJob) -> Iterator[str]:
-    """What comparing the answers would cost without a budget."""
+    """Describe what comparing the answers would cost without a budget."""
     judge = job.recipe.evaluate.judge
     if judge is not None and may_cost(judge.api, judge.budget):
         yield "the judge compares the answers to all test texts"
@@ -156,7 +156,7 @@ def _estimate(job: AnsweringJob, calls: int = 0) -> Estimate:
 
 
 def preview_answers(recipe: AnsweringRecipe, base: Path, rows: int) -> RenderableType:
-    """The teacher's prompts for the first texts; messages that the student does not see are dim."""
+    """Show the teacher's prompts for the first texts, with messages hidden from the student dimmed."""
     job = find_answering(recipe, base)
     texts = job.texts
     parts: list[RenderableType] = []

@@ -1,5 +1,5 @@
-"""The recipe of a task of kind extract or generate: a small language model learns a teacher's
-answers to texts."""
+"""The recipe of an extract or generate task: a small language model learns a teacher's answers to
+texts."""
 
 from __future__ import annotations
 
@@ -41,14 +41,16 @@ class AnsweringTask(Section):
     """The prompt for each text."""
 
     system: str | None = Field(None, description="System prompt.")
-    prompt: TextPrompt = Field("{text}", description="The user turn; {text} is the text.")
+    prompt: TextPrompt = Field(
+        "{text}", description="The user turn; {text} is replaced by the text."
+    )
     examples: list[AnsweredExample] = Field(
-        default=[], description="Texts with answers, placed before every prompt."
+        default=[], description="Few-shot examples, placed before every prompt."
     )
     student_sees: Literal["prompt", "system", "all"] = Field(
         "system",
-        description="The student's prompt: only the user turn, with the system prompt, or with "
-        "the examples too. It learns to answer without the rest.",
+        description="The student's prompt: only the user turn (prompt), also the system prompt "
+        "(system), or also the examples (all). The student learns to answer without the rest.",
     )
 
 
@@ -57,27 +59,29 @@ class ExtractTask(AnsweringTask):
 
     kind: Literal["extract"]
     json_schema: PathText = Field(
-        description="A file with the JSON schema of an answer. Only answers that it allows are "
-        "learned from."
+        description="A file with the JSON schema of an answer. Answers that do not match it are "
+        "not used for training."
     )
 
 
 class GenerateTask(AnsweringTask):
-    """Free text."""
+    """Answer a text with free text."""
 
     kind: Literal["generate"]
 
 
 class AnswerTeacher(TaskTeacher):
-    """A model that is loaded here, or an API."""
+    """A local model or an API."""
 
-    batch: Count = Field(32, description="model: answers written at once.")
+    batch: Count = Field(32, description="(model only) Number of answers generated together.")
     vllm: VllmEngine | None = Field(
-        None, description="model: generate its answers with vLLM. Needs stillhouse[vllm]."
+        None, description="(model only) Generate answers with vLLM. Needs stillhouse[vllm]."
     )
     sampling: SamplingRecipe = SamplingRecipe(temperature=0.0, max_tokens=256)
     samples: SmallCount = Field(
-        1, description="Answers to each training text, sampled if the temperature is not 0."
+        1,
+        description="Number of answers to each training text; more than 1 needs a temperature "
+        "above 0.",
     )
 
     @model_validator(mode="after")
@@ -89,27 +93,25 @@ class AnswerTeacher(TaskTeacher):
 
 
 class AnswerTextsRecipe(TaskTextsRecipe):
-    context: Context = Field(
-        1024, description="Tokens in one training window; longer rows are dropped."
-    )
+    context: Context = Field(1024, description="Tokens in one training window; drop longer rows.")
 
 
 class ComparisonSampling(VerdictSampling):
-    """The judge's sampling settings; a reasoning judge needs more tokens."""
+    """The judge's sampling settings; a judge that reasons needs more tokens."""
 
     max_tokens: AnswerTokens = Field(
-        8, description="Limit for one verdict, including its reasoning."
+        8, description="Maximum number of tokens in a verdict, including its reasoning."
     )
 
 
 class ComparisonRecipe(Section):
     """A judge that compares two answers, in both orders."""
 
-    model: PathText | None = Field(None, description="As teacher.model.")
+    model: PathText | None = Field(None, description="A model, as in teacher.model.")
     api: ApiTeacher | None = None
     question: str = Field(
         "Which answer is better: more correct, more helpful, and as long as it needs to be?",
-        description="The question about the two answers.",
+        description="The question that the judge answers about the two answers.",
     )
     sampling: ComparisonSampling = ComparisonSampling()
     budget: BudgetRecipe = BudgetRecipe()
@@ -117,34 +119,38 @@ class ComparisonRecipe(Section):
     @model_validator(mode="after")
     def _is_one(self) -> ComparisonRecipe:
         if (self.model is None) == (self.api is None):
-            raise ValueError("give either model or api")
+            raise ValueError("set exactly one of model and api")
         check_text_teacher(self.api, self.sampling, self.budget)
         return self
 
 
 class AnswerMeasureRecipe(Section):
     fine_tuning_baseline: bool = Field(
-        True, description="Also train the same student on reference answers, if there are any."
+        True, description="Also train the same student on the reference answers, if any."
     )
     likelihood: bool = Field(
-        True, description="generate: how likely a local teacher finds each model's answers."
+        True,
+        description="(generate only) Measure the likelihood of each model's answers under a local "
+        "teacher.",
     )
     scorer: PathText | None = Field(
         None,
-        description="path.py:function, called with the text, an answer and the true answer (or "
-        "None); it returns a number, the more the better.",
+        description="A function to score answers, as path.py:function. It is called with the text, "
+        "an answer, and the reference answer (or None), and must return a number; higher is "
+        "better.",
     )
     judge: ComparisonRecipe | None = Field(
-        None, description="generate: compares the students' answers with the teacher's."
+        None,
+        description="(generate only) Let a judge compare the students' answers with the teacher's.",
     )
-    speed_texts: Count = Field(16, description="Texts on which speed is measured.")
+    speed_texts: Count = Field(16, description="Number of texts on which to measure speed.")
 
     @field_validator("scorer")
     @classmethod
     def _scorer_names_a_function(cls, scorer: str | None) -> str | None:
         path, colon, name = (scorer or "a.py:f").rpartition(":")
         if not colon or not path.endswith(".py") or not name.isidentifier():
-            raise ValueError("it is not of the form path.py:function")
+            raise ValueError("write the scorer as path.py:function")
         return scorer
 
 
@@ -159,14 +165,14 @@ class AnsweringRecipe(RunRecipe):
     teacher: AnswerTeacher
     data: AnswerTextsRecipe
     filters: FiltersRecipe = Field(
-        FiltersRecipe(), description="Which of the teacher's answers are dropped before training."
+        FiltersRecipe(), description="Filters that drop some of the teacher's answers."
     )
     student: StudentRecipe
     objective: ObjectiveRecipe | None = Field(
         None,
-        description="What the student matches on the teacher's answers; null: a local teacher's "
-        "distributions (forward KL), or only the text if the teacher is an API or has a longer "
-        "prompt than the student (task.student_sees).",
+        description="What the student learns from the teacher's answers; null: a local teacher's "
+        "distributions (forward KL), or only the text if the teacher is an API or its prompt has "
+        "parts that the student does not see (task.student_sees).",
     )
     train: TrainRecipe = TrainRecipe()
     evaluate: AnswerMeasureRecipe = AnswerMeasureRecipe()
@@ -174,7 +180,7 @@ class AnsweringRecipe(RunRecipe):
 
     @property
     def teacher_sees_more(self) -> bool:
-        """Whether the teacher's prompt has parts that the student's does not have."""
+        """Whether the teacher's prompt has parts that the student does not see."""
         task = self.task
         examples = bool(task.examples) and task.student_sees != "all"
         return examples or (task.system is not None and task.student_sees == "prompt")
@@ -183,8 +189,8 @@ class AnsweringRecipe(RunRecipe):
     def learns_text_alone(self) -> bool:
         """Whether only the teacher's text is learned, not its distributions.
 
-        This is the default if the teacher's prompt has more than the student's: with the student's
-        prompt, which training uses, the teacher would not give these answers.
+        This is the default if the teacher's prompt has parts that the student does not see: given
+        the student's prompt, which training uses, the teacher would not give these answers.
         """
         if self.objective is None:
             return self.teacher.api is not None or self.teacher_sees_more
@@ -197,28 +203,27 @@ class AnsweringRecipe(RunRecipe):
     def _words_or_distributions(self) -> AnsweringRecipe:
         if self.teacher.api is not None and not self.learns_text_alone:
             raise ValueError(
-                "an api's answers are text: remove objective, or use divergence: cross_entropy"
+                "an API only returns text: remove objective, or use divergence: cross_entropy"
             )
         student = self.student
         if self.teacher.api is not None and not (
             isinstance(student, PretrainedStudent | PrunedStudent) and student.model is not None
         ):
             raise ValueError(
-                "an api's student starts from a model of its own: set student.start to pretrained "
-                "or pruned, and student.model"
+                "with an API as teacher, the student needs a model to start from: set "
+                "student.start to pretrained or pruned, and student.model"
             )
         if isinstance(student, PrunedStudent) and student.vocabulary is not None:
             raise ValueError(
-                "student.vocabulary cuts the tokens of a language-model run: remove it, and set "
-                "other sizes"
+                "student.vocabulary is only for language-model runs: remove it, and set other sizes"
             )
         if self.train.teachers:
-            raise ValueError("the teacher is `teacher`: remove train.teachers")
+            raise ValueError("train.teachers is not supported here: remove it, and use `teacher`")
         if self.train.on_policy is not None and self.learns_text_alone:
             raise ValueError(
-                "train.on_policy needs a local teacher whose distributions are learned, and here "
-                "only its text is: remove on_policy; or use teacher.model, and task.student_sees: "
-                "all if the teacher's prompt has more"
+                "train.on_policy needs a local teacher's distributions, but this recipe learns "
+                "only the teacher's text: remove on_policy; or use teacher.model, and "
+                "task.student_sees: all if the teacher has a system prompt or examples"
             )
         return self
 
@@ -229,14 +234,16 @@ class AnsweringRecipe(RunRecipe):
             raise ValueError("filters.best_of chooses among several answers: set teacher.samples")
         here = choice.teacher.here if isinstance(choice, JudgeChoice) else None
         if here is not None and here.model is None and self.teacher.model is None:
-            raise ValueError("teacher is an api: name the judge's model, filters.best_of.teacher")
+            raise ValueError(
+                "the judge has no model, and the teacher is an API: set filters.best_of.teacher"
+            )
         return self
 
     @model_validator(mode="after")
     def _measures_fit_the_task(self) -> AnsweringRecipe:
         if isinstance(self.task, ExtractTask):
             if self.evaluate.judge is not None:
-                raise ValueError("evaluate.judge is for kind: generate")
+                raise ValueError("evaluate.judge is only for kind: generate")
             if self.filters.json_schema is not None:
-                raise ValueError("the schema is task.json_schema: remove filters.json_schema")
+                raise ValueError("task.json_schema is the schema: remove filters.json_schema")
         return self

@@ -53,9 +53,11 @@ def mean_surprise(
     answers: Sequence[str],
     window: int = 0,
 ) -> float:
-    """Mean of -log p(answer | prompt) under the model, in nats/token over all answers. The end-of-
-    turn token is included, so that an empty answer is not free. window: tokens that the model
-    reads, 0 if unknown; the rest of an answer does not count."""
+    """Mean of -log p(answer | prompt) under the model, in nats/token over all answers.
+
+    The end-of-turn token is included, so that an empty answer is not free. window: maximum number
+    of tokens that the model reads, 0 if unknown; the rest of an answer is ignored.
+    """
     total, tokens = 0.0, 0
     device = next(model.parameters()).device
     last = turn_end(tokenizer)
@@ -76,7 +78,7 @@ def mean_surprise(
 
 
 EXAMPLES = 12
-"""Test texts whose answers the report shows."""
+"""Number of test texts whose answers the report shows."""
 
 Scorer = Callable[[str, str, str | None], float]
 
@@ -132,7 +134,7 @@ def _evaluate(
     teacher_answers: list[str | None],
     of_students: dict[str, tuple[list[str], dict[str, float]]],
 ) -> AnswersEvaluation:
-    """of_students: by role, their answers and figures."""
+    """Evaluate all models' answers. of_students: answers and figures by role."""
     section = job.recipe.evaluate
     scorer = None if section.scorer is None else load_scorer(section.scorer, job.base)
     answered = {"teacher": [text or "" for text in teacher_answers]}
@@ -164,7 +166,7 @@ def _notes(job: AnsweringJob, teacher_answers: list[str | None]) -> list[str]:
     sampling = job.recipe.teacher.sampling
     notes = [f"Every model answers greedily, with at most {sampling.max_tokens:,} tokens."]
     if sampling.temperature != 0:
-        at = "its endpoint's own temperature"
+        at = "its endpoint's default temperature"
         if sampling.temperature is not None:
             at = f"temperature {sampling.temperature:g}"
         drawn = f"The teacher's answers are sampled at {at}."
@@ -172,7 +174,7 @@ def _notes(job: AnsweringJob, teacher_answers: list[str | None]) -> list[str]:
     missing = sum(not text for text in teacher_answers)
     if missing:
         notes.append(
-            f"The teacher did not answer {missing:,} test texts: they are excluded from metrics "
+            f"The teacher did not answer {missing:,} test texts. They are excluded from metrics "
             "against its answers, and count as wrong against reference answers."
         )
     if job.validity is not None:
@@ -180,8 +182,8 @@ def _notes(job: AnsweringJob, teacher_answers: list[str | None]) -> list[str]:
         invalid = sum(not read_json(text, job.validity)[0] for text in written)
         if invalid:
             notes.append(
-                f"{invalid:,} of the teacher's answers are not valid: F1 with its answers excludes "
-                "these texts."
+                f"{invalid:,} of the teacher's answers are not valid. F1 against its answers "
+                "excludes these texts."
             )
     return notes
 
@@ -211,8 +213,8 @@ def answers_in_order(
 def _answers_of(
     job: AnsweringJob, role: str, model: ModelSource, rows: list[LabeledText], processes: Processes
 ) -> tuple[list[str], dict[str, float]]:
-    """A model's answers to all texts, of which each process writes its share; and its figures,
-    measured by the main process."""
+    """A model's answers to all texts, of which each process generates a share, and its figures,
+    which the main process measures."""
     recipe = job.recipe
     generator = open_local(model, recipe.train.precision, batch=recipe.teacher.batch)
     most = recipe.teacher.sampling.max_tokens
@@ -222,7 +224,7 @@ def _answers_of(
     }
     if role == "student":
         timed = requests[: recipe.evaluate.speed_texts]
-        # The others wait: their work would slow it down.
+        # The other processes wait, because their work would slow this one down.
         rate = processes.from_main(_rate(generator, timed) if processes.leads else 0.0)
         figures["answers_per_s"] = rate
     shares = processes.collect(answers_in_order(generator, processes.in_turn(requests)))
@@ -262,8 +264,8 @@ def answer_figures(
     answers: list[str],
     teacher_answers: list[str | None],
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Metrics by name, and F1 by field. Agreement is measured on texts that the teacher answered:
-    two empty answers do not agree."""
+    """Metrics by name, and F1 by field. Agreement is measured on texts that the teacher answered,
+    so two empty answers do not agree."""
     if validity is not None:
         return _json_figures(validity, rows, answers, teacher_answers)
     pairs = [(one, other) for one, other in zip(answers, teacher_answers, strict=True) if other]
@@ -300,7 +302,7 @@ def _json_figures(
 
 
 def read_json(text: str, validity: Filter) -> tuple[bool, Any]:
-    """Whether the text matches the schema, and its value (None if it does not match)."""
+    """Return whether the text matches the schema, and its value (None if it does not match)."""
     row = Row((), text, None, "")
     valid = validity(row) is None
     return valid, json_value(answer_only(row)) if valid else None
@@ -326,12 +328,14 @@ def _surprises(
 
 
 def load_scorer(name: str, base: Path) -> Scorer:
-    """The function of `path.py:function`. Raises RecipeError."""
+    """Load the function named by `path.py:function`. Raises RecipeError."""
     file, _, function = name.rpartition(":")
     path = (base / file).absolute()
     where = "evaluate.scorer"
     if not path.is_file():
-        raise RecipeError(f"the scorer's file {path} does not exist", where=where, fix="check it")
+        raise RecipeError(
+            f"the scorer's file {path} does not exist", where=where, fix="check the path"
+        )
     spec = importlib.util.spec_from_file_location(f"scorer_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
@@ -347,7 +351,9 @@ def load_scorer(name: str, base: Path) -> Scorer:
         ) from error
     scorer = getattr(module, function, None)
     if not callable(scorer):
-        raise RecipeError(f"{path.name} has no function {function!r}", where=where, fix="check it")
+        raise RecipeError(
+            f"{path.name} has no function {function!r}", where=where, fix="check its name"
+        )
     return scorer
 
 
@@ -360,7 +366,7 @@ def _score(scorer: Scorer, name: str, rows: list[LabeledText], answers: list[str
             raise DataError(
                 f"the scorer {name} failed: {type(error).__name__}: {error}",
                 where=row.where,
-                fix="it is called with the text, an answer and the reference answer or None, and "
-                "must return a number",
+                fix="correct it: it is called with the text, an answer, and the reference answer "
+                "(or None), and must return a number",
             ) from error
     return _mean(scores)

@@ -40,8 +40,11 @@ _USE = (
 
 @dataclass(frozen=True)
 class AnsweringFacts:
-    """Everything needed to prompt the student. examples: pairs of a user message and its answer.
-    json_schema: of a valid answer, None for free text."""
+    """Everything needed to prompt the student.
+
+    examples: pairs of a user message and its answer. json_schema: the schema of a valid answer;
+    None for free text.
+    """
 
     kind: str
     prompt: str
@@ -71,22 +74,22 @@ class AnsweringFacts:
 
     @classmethod
     def load(cls, folder: Path) -> AnsweringFacts:
-        """Raises ModelError."""
+        """Load the facts from a model's folder. Raises ModelError."""
         try:
             return cls(**json.loads((folder / FACTS).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise ModelError(
-                f"this folder holds no student that answers ({error})",
+                f"this folder does not contain a student of an extract or generate task ({error})",
                 where=folder / FACTS,
-                fix="give a run folder of a recipe with `task`, or its model",
+                fix="use the run folder of a recipe with `task`, or its model",
             ) from None
 
 
 def plan_answers_export(
     job: AnsweringJob, texts: Stage, data: Stage, trained: Stage, evaluated: Stage
 ) -> StagePlan:
-    """Export a plain checkpoint, loaded by transformers alone and compared with its source; its
-    prompt and card are next to the weights."""
+    """Export a plain checkpoint with its prompt and card, load it with transformers alone, and
+    compare it with its source."""
     recipe = job.recipe
 
     def work(out: Path) -> Outcome:

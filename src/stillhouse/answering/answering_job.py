@@ -33,16 +33,16 @@ from stillhouse.tasks.task_facts import task_teacher
 from stillhouse.teachers.model_source import ModelSource, resolve_model
 
 TRAIN, HELDOUT, GOLD = "train.jsonl", "heldout.jsonl", "gold.jsonl"
-"""Chats that end with the teacher's answers, for training and test texts; and with reference
-answers."""
+"""Files of chats: training texts with the teacher's answers, test texts with the teacher's answers,
+and training texts with reference answers."""
 
 
 @dataclass(frozen=True)
 class AnsweringJob:
-    """base: the folder of relative paths. teacher: None for an API. journal: of all answers.
+    """An answering recipe with its models.
 
-    helpers: other processes that answer too, with local models.
-
+    base: the folder that relative paths start from. teacher: None for an API. journal: path of the
+    journal of all answers. helpers: other processes that also answer requests, with local models.
     training, gold: the language-model jobs that train the student on the teacher's answers and on
     the reference answers; set once the answers exist. gold is None if there are no reference
     answers.
@@ -73,7 +73,7 @@ class AnsweringJob:
 
     @property
     def schema(self) -> dict[str, Any] | None:
-        """Raises DataError if it cannot be read."""
+        """The schema of an answer; None for free text. Raises DataError if it cannot be read."""
         task = self.recipe.task
         if not isinstance(task, ExtractTask):
             return None
@@ -81,8 +81,10 @@ class AnsweringJob:
 
     @property
     def validity(self) -> Filter | None:
-        """A function that returns why an answer is not valid JSON. Raises DataError, RecipeError
-        about the schema."""
+        """A filter that returns why an answer does not match the schema; None for free text.
+
+        Raises DataError or RecipeError if the schema cannot be used.
+        """
         schema = self.schema
         return None if schema is None else json_schema(schema)
 
@@ -162,8 +164,8 @@ WORDS_ALONE = ObjectiveRecipe(terms=[LogitsTerm(divergence="cross_entropy")])
 def training_recipe(recipe: AnsweringRecipe, chats: Path, rows: str = TRAIN) -> Recipe:
     """The language-model recipe that trains the student on the chats in a folder.
 
-    If only the text is learned and the student starts from another model, that model is the
-    `teacher`: only its vocabulary is used.
+    If only the text is learned and the student starts from a different model, that model is the
+    recipe's `teacher`, of which only the vocabulary is used.
     """
     teacher = TeacherRecipe(
         model=recipe.teacher.model or "",

@@ -49,13 +49,13 @@ Then = Callable[[AnsweringJob, Mapping[str, Stage], Do], AnsweringJob]
 
 
 def _find(recipe: AnsweringRecipe, base: Path) -> AnsweringJob:
-    # Problems with the student's model are found before requests are sent.
+    # Problems with the student's model must be found before requests are sent.
     find_models(training_recipe(recipe, run_root(recipe)), base)
     return find_answering(recipe, base)
 
 
 def _with_chats(job: AnsweringJob, stages: Mapping[str, Stage], _do: Do) -> AnsweringJob:
-    """The job with the chats that the student is trained on."""
+    """Add the language-model jobs, now that the chats to train on exist."""
     answers = stages["answers"]
     training = find_models(training_recipe(job.recipe, answers.path), job.base)
     gold = None
@@ -65,7 +65,7 @@ def _with_chats(job: AnsweringJob, stages: Mapping[str, Stage], _do: Do) -> Answ
 
 
 def _training_then(then: Callable[[Job, Mapping[str, Stage], Do], Job]) -> Then:
-    """`Step.then` of a stage of the language-model job."""
+    """Adapt `Step.then` of a stage of the language-model job."""
 
     def of_answers(job: AnsweringJob, stages: Mapping[str, Stage], do: Do) -> AnsweringJob:
         assert job.training is not None
@@ -75,17 +75,17 @@ def _training_then(then: Callable[[Job, Mapping[str, Stage], Do], Job]) -> Then:
 
 
 def _on_answers(plan: Callable[..., StagePlan]) -> Callable[..., StagePlan]:
-    """A stage of the language-model job that trains on the teacher's answers."""
+    """Adapt a stage of the language-model job that trains on the teacher's answers."""
     return lambda job, *stages: plan(job.training, *stages)
 
 
 def _on_gold(plan: Callable[..., StagePlan]) -> Callable[..., StagePlan]:
-    """A stage of the language-model job that trains on the reference answers."""
+    """Adapt a stage of the language-model job that trains on the reference answers."""
     return lambda job, *stages: plan(job.gold, *stages)
 
 
 def _with_text_for_all(step: str) -> Then:
-    """After a step that makes windows: raise RecipeError if there are more processes."""
+    """After a step that makes windows, raise RecipeError if there are fewer than processes."""
 
     def then(job: AnsweringJob, stages: Mapping[str, Stage], _do: Do) -> AnsweringJob:
         require_text_for_all(job.recipe, job.recipe.train, stages[step])
@@ -102,7 +102,7 @@ def _plan_training(job: AnsweringJob, data: Stage, student: Stage) -> StagePlan:
 
 
 def _has_roots(job: AnsweringJob) -> bool:
-    """Whether the teacher has another tokenizer, and more than its text is learned."""
+    """Whether the teacher has a different tokenizer, and more than its text is learned."""
     found = job.training
     return found is not None and not job.recipe.learns_text_alone and has_other_tokenizers(found)
 
@@ -176,7 +176,7 @@ STEPS = (
         _on_gold(plan_baseline),
         ("gold_data", "student"),
         applies=lambda job: job.gold is not None,
-        purpose="train the same student on the reference answers, to compare",
+        purpose="train the same student on the reference answers, for comparison",
     ),
     Step(
         "evaluate",

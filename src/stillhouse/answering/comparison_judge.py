@@ -1,4 +1,4 @@
-"""A judge compares the students' answers with the teacher's, each pair in both orders."""
+"""Lets a judge compare the students' answers with the teacher's, each pair in both orders."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from stillhouse.tasks.labeled_texts import LabeledText
 def compare_answers(
     job: AnsweringJob, rows: list[LabeledText], answers: dict[str, list[str]]
 ) -> dict[str, dict[str, float]]:
-    """By role, except the teacher: `preferred`, wins plus half of the ties among all pairs; and
-    `consistent`, the share of pairs whose verdict does not depend on the order. Texts that
-    the teacher did not answer are left out."""
+    """Compare each student's answers with the teacher's; return figures by role.
+
+    `preferred` is the share of pairs that are wins, counting ties as half; `consistent` is the
+    share of pairs whose verdict does not depend on the order; `judge_read` is the share of pairs
+    with readable verdicts. Texts that the teacher did not answer are left out.
+    """
     source, judge = comparison_source(job), job.recipe.evaluate.judge
     assert source is not None
     assert judge is not None
@@ -49,7 +52,7 @@ def compare_answers(
 
 
 def comparison_source(job: AnsweringJob) -> TextSource | None:
-    """The judge that compares answers, if any. Raises ModelError."""
+    """Open the judge that compares answers, if any. Raises ModelError."""
     judge = job.recipe.evaluate.judge
     if judge is None:
         return None

@@ -1,4 +1,4 @@
-"""Answers to new texts, from a finished student."""
+"""Answers new texts with a finished student."""
 
 from __future__ import annotations
 
@@ -33,8 +33,10 @@ def answers_predictor(folder: Path) -> Callable[[Iterable[str]], Rows] | None:
 def predicted_answers(
     generator: TextGenerator[LocalGenerator], facts: AnsweringFacts, texts: Iterable[str]
 ) -> Iterator[dict[str, Any]]:
-    """In the order of the texts: text and answer; for an extraction also valid, and value, None
-    if the answer is not valid. Raises ModelError."""
+    """Yield a row for each text, in order, with `text` and `answer`.
+
+    For an extraction, a row also has `valid` and `value` (None if not valid). Raises ModelError.
+    """
     validity = None if facts.json_schema is None else json_schema(facts.json_schema)
     texts = iter(texts)
     while some := list(itertools.islice(texts, TOGETHER)):

@@ -38,10 +38,13 @@ FACTS = "classifier.json"
 
 @dataclass(frozen=True)
 class Facts:
-    """labels: each with its phrase. prompt: for a language model, None for a classification head.
-    prior: subtracted from a language model's log-probabilities. threshold: the confidence below
-    which it abstains, None if not chosen. mean_pooling: the head `score` reads the mean
-    of the last hidden states, while the model's own class would read the last one."""
+    """Everything needed to use a classifier's weights.
+
+    labels: each label with its phrase. prompt: a language model's prompt; None for a classification
+    head. prior: subtracted from a language model's log-probabilities. threshold: the confidence
+    below which the classifier abstains; None if not chosen. mean_pooling: whether the head `score`
+    reads the mean of the last hidden states, instead of the last one as in transformers.
+    """
 
     labels: dict[str, str]
     max_tokens: int
@@ -59,9 +62,9 @@ class Facts:
             return cls(**json.loads((folder / FACTS).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise ModelError(
-                f"this folder holds no classifier of Stillhouse ({error})",
+                f"this folder does not contain a Stillhouse classifier ({error})",
                 where=folder / FACTS,
-                fix="give a run folder of a recipe with `task`, or its model",
+                fix="use the run folder of a recipe with `task`, or its model",
             ) from None
 
 
@@ -90,7 +93,7 @@ class Classifier:
         return [list(ids) or blank for ids in encoded]
 
     def logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """[B, C]: the logit of each label."""
+        """The logit of each label: [B, C]."""
         device = next(self.model.parameters()).device
         if self.words is not None and self.tree is not None:
             longest = max(map(len, rows)) + max(map(len, self.words.labels))
@@ -116,9 +119,10 @@ class Classifier:
 
     @torch.inference_mode()
     def probabilities(self, texts: Sequence[str], processes: Processes = ALONE) -> Tensor:
-        """[N, C] in float32, on the CPU. Texts of similar length share a batch.
+        """The probability of each label: [N, C] in float32, on the CPU.
 
-        processes: those that divide the batches; all of them call this with the same texts.
+        Texts of similar length share a batch. processes: the processes that share the batches; all
+        of them must call this with the same texts.
         """
         rows = self.tokens(texts)
         own_NC = torch.zeros(len(rows), len(self.labels))
@@ -137,7 +141,7 @@ def _read_mean(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
 
 
 def check_classifier(folder: Path) -> None:
-    """Raise ModelError if `load_classifier` would; only the headers of the weights are read."""
+    """Raise ModelError if `load_classifier` would, reading only the headers of the weights."""
     language_model = Facts.load(folder).prompt is not None
     load_tokenizer(folder)
     check_loadable(
@@ -146,7 +150,7 @@ def check_classifier(folder: Path) -> None:
 
 
 def load_classifier(folder: Path, *, dtype: torch.dtype = torch.float32) -> Classifier:
-    """Raises ModelError if there is no classifier, it is damaged, or weights are missing."""
+    """Load a classifier. Raises ModelError if there is none, it is damaged, or weights are missing."""
     facts = Facts.load(folder)
     tokenizer = load_tokenizer(folder)
     if facts.prompt is not None:
@@ -165,6 +169,6 @@ def load_classifier(folder: Path, *, dtype: torch.dtype = torch.float32) -> Clas
             raise ModelError(
                 f"weights are missing: {sorted(info['missing_keys'])[0]}",
                 where=folder,
-                fix="copy the folder again, or make it again with `stillhouse run`",
+                fix="copy the folder again, or recreate it with `stillhouse run`",
             )
     return Classifier(model.to(default_device()).eval(), tokenizer, facts)

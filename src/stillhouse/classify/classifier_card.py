@@ -18,11 +18,11 @@ from stillhouse.section import recipe_yaml
 from stillhouse.tasks.task_facts import card_hashes, text_files
 
 _USE = (
-    "`stillhouse predict FOLDER texts.jsonl` writes a label, probabilities and whether to abstain "
+    "`stillhouse predict FOLDER texts.jsonl` writes a label, probabilities, and whether to abstain "
     "for each text."
 )
 _POOLED = (
-    "The head reads the mean of the last hidden states. The `forward` of transformers' own class "
+    "The head reads the mean of the last hidden states, but the `forward` of transformers' class "
     "reads only the last token: use Stillhouse, or call `model.score(mean)` yourself."
 )
 _ONNX = (
@@ -55,13 +55,14 @@ def classifier_card(
         hashes=card_hashes(job.teacher, texts, **made_of),
         limits=[
             f"It reads at most the first {facts.max_tokens:,} tokens of a text.",
-            "It always gives a label, also for a text that fits none: use the threshold.",
+            "It always returns a label, even if none fits the text: use the threshold.",
         ],
     )
 
 
 def write_checkpoint_card(folder: Path, card: ModelCard, difference: float) -> None:
-    """difference: the maximum difference of a probability from the trained checkpoint's."""
+    """Write a checkpoint's card. difference: maximum difference between a probability and the
+    trained checkpoint's."""
     use = f"{_USE}\n\n{_POOLED}" if Facts.load(folder).mean_pooling else _USE
     replay = (
         "Loaded by a process that imports only transformers, its probabilities differ from the "
@@ -71,12 +72,12 @@ def write_checkpoint_card(folder: Path, card: ModelCard, difference: float) -> N
 
 
 def write_onnx_card(folder: Path, card: ModelCard, replay: Mapping[str, Any]) -> None:
-    """replay: what `ship_onnx` returns for this format."""
+    """Write an ONNX file's card. replay: the result of `ship_onnx` for this format."""
     use = f"{_ONNX} {_INT8}" if replay["format"] == "onnx-int8" else _ONNX
     sentence = (
         f"The table is the checkpoint's. In onnxruntime this file ({replay['format']}, "
         f"{size(replay['bytes'])}) differs from it by {tiny(max(0.0, replay['kl']))} nats/text "
-        f"and gives the same top-1 label for {percent(replay['top1_agreement'], 1)} of "
+        f"and returns the same top-1 label for {percent(replay['top1_agreement'], 1)} of "
         f"{replay['texts']:,} texts."
     )
     write_card(folder, card, library="onnx", use=use, replay=sentence)

@@ -1,4 +1,4 @@
-"""The stage that compares a classifier with its teacher, and chooses when it abstains."""
+"""The stage that compares a classifier with its teacher and chooses when it abstains."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ class _Labeled:
 def _label(
     folder: Path, found: Texts, recipe: ClassifyRecipe, processes: Processes, *, abstains: bool
 ) -> _Labeled:
-    """Each process labels its share of the texts. abstains: also those that its threshold is
-    chosen on."""
+    """Label the texts, of which each process does a share. abstains: also label the texts on which
+    the threshold is chosen."""
     classifier = _loaded(folder, recipe)
     parts: tuple[Part, ...] = ("test", "calibration") if abstains else ("test",)
     p = {
@@ -140,8 +140,10 @@ def _facts_of(classifier: Classifier, folder: Path) -> dict[str, Any]:
 def _rates(
     job: TaskJob, found: Texts, student: Classifier, sample: list[str]
 ) -> tuple[float | None, float]:
-    """Texts per second of the teacher (None for an API) and the student: the best of several
-    alternating rounds, so that other load on the machine affects both."""
+    """Texts per second of the teacher (None for an API) and the student.
+
+    Each is the best of several alternating rounds, so that other load on the machine affects both.
+    """
     loaded = None if job.teacher is None else job.load_teacher(job.prompt(found))
     teacher, ours = [], []
     for round_ in range(_ROUNDS):
@@ -166,29 +168,30 @@ def _time_student(classifier: Classifier, sample: list[str]) -> float:
 def _notes(job: TaskJob, found: Texts, judged: Stage, unknown: int) -> list[str]:
     notes = []
     if found.repeated:
-        notes.append(f"{found.repeated:,} texts stood more than once and were used once.")
+        notes.append(f"{found.repeated:,} duplicate texts were left out.")
     if job.teacher is None:
         answers = judged.summary["answers"]
         notes.append(
-            f"The teacher gave {answers.get('label', 0):,} labels; {answers.get('outside', 0):,} "
-            f"answers were none of them, and {answers.get('none', 0):,} requests had no answer. "
-            f"For {unknown:,} of the test texts it has no label: they are left out of what is "
-            "measured against the teacher, and count as wrong in its accuracy."
+            f"The teacher returned {answers.get('label', 0):,} labels; "
+            f"{answers.get('outside', 0):,} answers were not a label, and "
+            f"{answers.get('none', 0):,} requests had no answer. {unknown:,} test texts have no "
+            "label from the teacher: they are excluded from metrics against the teacher, and count "
+            "as wrong in its accuracy."
         )
         if job.recipe.teacher.top_logprobs is not None:
             notes.append(
-                f"The teacher's distribution is that of its first tokens: labels below the "
-                f"{job.recipe.teacher.top_logprobs} most likely got nothing."
+                "The teacher's distribution is over first tokens: labels that are not among the "
+                f"{job.recipe.teacher.top_logprobs} most likely have probability 0."
             )
     return notes
 
 
 def _gold_notes(test: list[LabeledText], tuned_on: list[LabeledText]) -> list[str]:
-    """How many texts have true labels, if not all of them do."""
+    """Notes on how many texts have reference labels, if only some do."""
     notes = []
     for rows, use in (
-        (test, "test texts have true labels: metrics against true labels use only these."),
-        (tuned_on, "training texts have true labels: the fine-tuned student uses only these."),
+        (test, "test texts have reference labels: metrics against labels use only these."),
+        (tuned_on, "training texts have reference labels: the fine-tuned student uses only these."),
     ):
         known = sum(row.gold is not None for row in rows)
         if 0 < known < len(rows):
@@ -206,7 +209,7 @@ def _abstention(
     section = recipe.evaluate.abstain
     measured: str = section.measure
     if measured == "accuracy" and (gold["calibration"] is None or gold["test"] is None):
-        notes.append("The true labels are not known: the threshold is for agreement.")
+        notes.append("There are no reference labels, so the threshold is chosen for agreement.")
         measured = "agreement"
     on: dict[Part, tuple[Tensor, Tensor]] = {}
     for part, q_NC in teacher.items():

@@ -1,5 +1,5 @@
-"""The final stages of a classifier's run: its folder, verified by a process that uses only
-transformers, and its report."""
+"""The final stages of a classifier's run: export its folder, verify it in a process that uses only
+transformers, and write the report."""
 
 from __future__ import annotations
 
@@ -44,11 +44,10 @@ KEPT = ("*.json", "*.jinja", "*.txt")
 def ship_onnx(
     section: ClassifierExportRecipe, model: Path, texts: list[str], out: Path
 ) -> list[dict[str, Any]]:
-    """Export each ONNX format of the recipe to `out`/FORMAT, and replay it on `texts`; returns the
-    replays.
+    """Export each ONNX format of the recipe to `out`/FORMAT, and replay it on `texts`.
 
-    model: the folder of the checkpoint. The checkpoint's texts per second, in the same batches on
-    the same CPU, are reported next to the file's. Raises ModelError if an export fails.
+    model: the checkpoint's folder. Returns the replays, with the file's speed and the checkpoint's
+    in the same batches on the same CPU. Raises ModelError if an export fails.
     """
     forms = [form for form in section.formats if form != "safetensors"]
     if not forms:
@@ -84,17 +83,17 @@ def ship_onnx(
 
 
 REPLAY_LIMIT = 1e-4
-"""Maximum difference of a probability after a checkpoint is saved and loaded by transformers
-alone."""
+"""Maximum difference in a probability after a checkpoint is saved and loaded by transformers alone.
+"""
 REPLAY_PASSES = 128
-"""Passes of a replay: texts, or for a language model texts times labels."""
+"""Number of passes in a replay: texts, or, for a language model, texts times labels."""
 
 
 def plan_classifier_export(
     job: TaskJob, texts: Stage, trained: Stage, evaluated: Stage
 ) -> StagePlan:
-    """The trained folder with its threshold, and ONNX files, each with its card; reloaded, they
-    must give the same results."""
+    """Export the trained folder with its threshold, and ONNX files, each with its card. Reloaded,
+    they must produce the same results."""
 
     def work(out: Path) -> Outcome:
         found = ClassificationEvaluation.load(evaluated.path / EVALUATION)
@@ -125,8 +124,8 @@ def plan_classifier_export(
 
 
 def _replay(source: Classifier, exported: Path, texts: list[str]) -> float:
-    """The maximum difference of a probability from the source's on some of the texts when only
-    transformers loads the folder. Raises ModelError if it fails, or the difference is too large."""
+    """Load the folder with transformers alone, and return the maximum difference between a
+    probability and the source's on some texts. Raises ModelError if it fails or is too large."""
     labels = None if source.words is None else source.words.labels
     texts = texts[: max(1, REPLAY_PASSES // len(labels or [0]))]
     rows, facts, most = source.tokens(texts), source.facts, source.facts.max_tokens
@@ -142,7 +141,7 @@ def _replay(source: Classifier, exported: Path, texts: list[str]) -> float:
         raise ModelError(
             f"the exported classifier's probabilities differ by {difference:.2g}",
             where=exported,
-            fix="the disk may be damaged: run the same command again",
+            fix="run the same command again; if it fails again, check the disk",
         )
     return difference
 

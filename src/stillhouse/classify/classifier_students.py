@@ -1,4 +1,4 @@
-"""A student before training: where its weights come from, and its untrained head."""
+"""Builds a classifier before training: its initial weights, and its untrained head."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def student_source(
 
 
 def planned_parameters(section: ClassifierStudent, source: ModelSource, labels: list[str]) -> int:
-    """Parameters of the student with its classification head, from its configuration alone.
+    """Number of the student's parameters with a classification head, from its configuration alone.
 
-    Raises ModelError if the architecture has no such head or cannot be truncated; RecipeError
-    if it has fewer layers.
+    Raises ModelError if the architecture has no such head or cannot be truncated, and RecipeError
+    if it has too few layers.
     """
     if isinstance(section, RandomClassifier):
         config = _random_config(section, load_tokenizer(source), labels)
@@ -84,10 +84,10 @@ def build_classifier(
     seed: int,
     out: Path,
 ) -> dict[str, Any]:
-    """Write the untrained student to `out`, in float32; returns a summary for the report.
+    """Write the untrained student to `out`, in float32; return a summary for the report.
 
-    texts: of the training part; a language model's prior is its mean answer to some of them.
-    Raises ModelError, RecipeError if the student cannot be built.
+    texts: training texts; a language model's prior is its mean answer to some of them. Raises
+    ModelError or RecipeError if the student cannot be built.
     """
     tokenizer = load_tokenizer(source)
     prior = None
@@ -132,7 +132,7 @@ def _names(labels: list[str]) -> dict[str, Any]:
 
 
 def _with_head(path: Path, labels: list[str]) -> Any:
-    """The checkpoint with a new classification head; all other weights must be present."""
+    """Load a checkpoint with a new classification head; all other weights must be present."""
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             path,
@@ -153,21 +153,21 @@ def _with_head(path: Path, labels: list[str]) -> Any:
         raise ModelError(
             f"{len(lost)} weights are missing, such as {lost[0]}",
             where=path,
-            fix="config.json and the weights are of two models: copy the model again",
+            fix="copy the model again: config.json and the weights do not belong together",
         )
     return model
 
 
 def _headless(path: Path, error: Exception) -> ModelError:
     return ModelError(
-        f"no classification head can be put on this model ({error})",
+        f"this model does not support a classification head ({error})",
         where=path,
-        fix="use a model whose architecture transformers has for sequence classification",
+        fix="use a model whose architecture has a sequence-classification class in transformers",
     )
 
 
 def _truncate(model: Any, layers: int, path: Path) -> None:
-    """Keep the first layers. path: of the model."""
+    """Keep only the first layers. path: the model's folder, for messages."""
     stack = getattr(model.base_model, "layers", None)
     if stack is None or not hasattr(model, "score"):
         lacks = "list of layers to cut" if stack is None else "head that is one linear layer"
@@ -178,9 +178,9 @@ def _truncate(model: Any, layers: int, path: Path) -> None:
         )
     if layers > len(stack):
         raise RecipeError(
-            f"the model has {len(stack)} layers, and {layers} are to be kept",
+            f"the model has {len(stack)} layers, but student.layers is {layers}",
             where="student.layers",
-            fix=f"keep {len(stack)} at the most",
+            fix=f"set it to at most {len(stack)}",
         )
     model.base_model.layers = stack[:layers]
     keep_config_layers(model.config, list(range(layers)))
@@ -193,8 +193,8 @@ def _random(
     teacher: ModelSource | None,
     max_tokens: int,
 ) -> Any:
-    """A ModernBERT that reads the mean of its last hidden states: with few texts, the meaning of
-    words is learned long before that of their order."""
+    """A ModernBERT with mean pooling: from few texts, it learns the meaning of words long before
+    the meaning of their order."""
     config = _random_config(section, tokenizer, labels)
     config.max_position_embeddings = max(config.max_position_embeddings, max_tokens)
     model = ModernBertForSequenceClassification(config)
@@ -228,19 +228,18 @@ def _random_config(
 
 
 def _principal(teacher: ModelSource, rows: int, width: int, scale: Any) -> Any:
-    """The teacher's token embeddings less their mean, scaled; if the student is narrower, along
-    their first principal directions."""
+    """The teacher's token embeddings, centered and scaled; if the student is narrower, projected
+    onto their first principal directions."""
     loaded = AutoModel.from_pretrained(
         teacher.path, dtype=torch.float32, local_files_only=True, use_safetensors=True
     )
     table_VD = loaded.get_input_embeddings().weight.detach()
     if rows > len(table_VD) or width > table_VD.shape[1]:
         raise RecipeError(
-            f"the teacher's embeddings are {len(table_VD):,} x {table_VD.shape[1]}, and the "
+            f"the teacher's embeddings are {len(table_VD):,} x {table_VD.shape[1]}, but the "
             f"student needs {rows:,} x {width}",
             where="student.hidden_size",
-            fix="choose a smaller hidden_size, the teacher's tokenizer, or "
-            "teacher_embeddings: false",
+            fix="use a smaller hidden_size, the teacher's tokenizer, or teacher_embeddings: false",
         )
     centered_VD = table_VD[:rows] - table_VD[:rows].mean(0)
     if width < table_VD.shape[1]:
@@ -250,13 +249,14 @@ def _principal(teacher: ModelSource, rows: int, width: int, scale: Any) -> Any:
 
 
 def _agree_on_padding(model: Any, tokenizer: Any) -> None:
-    """Set one padding token: a decoder's head looks for the last token that is not padding."""
+    """Give model and tokenizer the same padding token, because a decoder's head reads the last
+    token that is not padding."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     if tokenizer.pad_token_id is None:
         raise ModelError(
-            "the tokenizer has neither a padding token nor one that ends a text",
+            "the tokenizer has neither a padding token nor an end-of-text token",
             where=getattr(tokenizer, "name_or_path", None) or None,
-            fix="name one in its tokenizer_config.json: pad_token",
+            fix="set pad_token in its tokenizer_config.json",
         )

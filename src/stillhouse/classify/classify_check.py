@@ -46,14 +46,14 @@ from stillhouse.teachers.planned_model import (
 )
 
 EFFICIENCY = 0.35
-"""Fraction of the measured matrix product rate that scoring reaches: its batches are small."""
+"""Fraction of the measured matrix product rate that scoring, with its small batches, reaches."""
 FEW = 20
-"""With fewer training texts per label, `check` warns."""
+"""Number of training texts per label below which `check` warns."""
 
 
 def require_task(job: TaskJob) -> Iterator[Finding]:
-    """Check the teacher before any request: an API's key, or a model whose template accepts the
-    task's prompt and whose context is long enough for it. Raises StillhouseError."""
+    """Check the teacher before any request: an API's key, or a model's chat template and context
+    length for the task's prompt. Raises StillhouseError."""
     section, task = job.recipe.teacher, job.recipe.task
     texts_each(job.recipe.train, world_size())
     texts = job.texts
@@ -89,23 +89,23 @@ def require_student(job: TaskJob) -> Iterator[Finding]:
 
 
 LONGEST = 64
-"""Number of longest texts in bytes, assumed to include the longest by tokens."""
+"""Number of texts, the longest in bytes, that are assumed to include the longest in tokens."""
 
 
 def _positions(name: str, config: Any, words: PromptTokens, texts: Texts) -> Iterator[Finding]:
-    """Raise RecipeError for a prompt with its answer that is longer than a table of positions."""
+    """Raise RecipeError if a prompt and its answer are longer than the model's table of positions."""
     longest = sorted((row.text for row in texts.all), key=lambda text: len(text.encode()))
     length = max(map(len, words.of(longest[-LONGEST:]))) + max(map(len, words.labels))
     most, trained = learned_positions(planned_model(config)), trained_positions(config)
     fix = "lower data.max_tokens, to which texts are cut, or shorten task.prompt and its examples"
     if most is not None and length > most:
         raise RecipeError(
-            f"a prompt with its answer has {length:,} tokens, and the {name} {most:,} positions",
+            f"a prompt with its answer has {length:,} tokens, but the {name} {most:,} positions",
             where="task.prompt",
             fix=fix,
         )
     if most is None and trained is not None and length > trained:
-        text = f"a prompt with its answer has {length:,} tokens, and the {name} is for "
+        text = f"a prompt with its answer has {length:,} tokens, but the {name} was trained with "
         yield Finding("warning", "context", text + f"{trained:,} (max_position_embeddings)", fix)
 
 
@@ -115,17 +115,17 @@ def check_texts(check: Check) -> Iterator[Finding]:
     yield Finding("ok", "labels", f"{len(texts.labels)}: {', '.join(list(texts.labels)[:12])}")
     parts = f"{len(texts.train):,} to learn from, {len(texts.calibration):,} for the threshold, "
     parts += f"{len(texts.test):,} to measure on"
-    repeated = f"; {texts.repeated:,} repeated ones are left out" if texts.repeated else ""
+    repeated = f"; {texts.repeated:,} duplicates are left out" if texts.repeated else ""
     yield Finding("ok", "texts", parts + repeated)
     yield from (Finding("warning", "labels", note) for note in texts.notes)
     if len(texts.train) < FEW * len(texts.labels):
-        few = f"{len(texts.train):,} training texts are few for {len(texts.labels)} labels"
-        yield Finding("warning", "texts", few, "give more texts: they need no labels")
+        few = f"there are only {len(texts.train):,} training texts for {len(texts.labels)} labels"
+        yield Finding("warning", "texts", few, "add more texts: they need no labels")
     yield from _gold(job, texts)
 
 
 def check_judgment(check: Check) -> Iterator[Finding]:
-    """The time of scoring on this machine, or the cost of an API's requests."""
+    """Report the time that scoring takes on this machine, or the cost of an API's requests."""
     job: TaskJob = check.job
     prompt = job.prompt(job.texts)
     yield Finding("ok", "teacher", job.described)
@@ -156,20 +156,20 @@ def require_classifier_export(job: TaskJob) -> Iterator[Finding]:
 
 
 def _gold(job: TaskJob, texts: Texts) -> Iterator[Finding]:
-    """A note on how many true labels are known, if not all or too few to train on."""
+    """Report how many texts have reference labels, if only some do."""
     known, learned = (sum(row.gold is not None for row in p) for p in (texts.test, texts.train))
     if known < FEWEST:
-        few = f"{known:,} of the {len(texts.test):,} test texts have true labels"
-        unknown = few if known else "the test texts have no true labels"
-        unknown += ": the student is compared with the teacher"
+        few = f"only {known:,} of the {len(texts.test):,} test texts have reference labels"
+        unknown = few if known else "the test texts have no reference labels"
+        unknown += ", so the student is compared only with the teacher"
         part = "test" if job.recipe.data.test else "texts"
-        fix = f"name the column of their labels: data.{part}.0.label"
+        fix = f"set data.{part}.0.label to the column of their labels"
         yield Finding("warning", "texts", unknown, fix)
     elif known < len(texts.test):
-        some = f"{known:,} of the {len(texts.test):,} test texts have true labels to measure on"
+        some = f"{known:,} of the {len(texts.test):,} test texts have reference labels"
         yield Finding("ok", "texts", some)
     if FEWEST <= learned < len(texts.train):
-        text = f"the fine-tuned student learns from {learned:,} texts with true labels"
+        text = f"the fine-tuned student learns from {learned:,} texts with reference labels"
         yield Finding("ok", "texts", text)
 
 
@@ -195,7 +195,7 @@ def _local_cost(job: TaskJob, prompt: LabelPrompt, texts: Texts) -> Finding:
 
 
 def judgment_spending(job: TaskJob) -> Iterator[str]:
-    """What the judgment would spend without a budget."""
+    """Describe what the judgment would cost without a budget."""
     teacher = job.recipe.teacher
     if may_cost(teacher.api, teacher.budget):
         texts = job.texts
@@ -205,7 +205,7 @@ def judgment_spending(job: TaskJob) -> Iterator[str]:
 
 
 def preview_task(recipe: ClassifyRecipe, base: Path, rows: int) -> RenderableType:
-    """The teacher's prompts for the first texts, and its possible answers."""
+    """Show the teacher's prompts for the first texts, and its possible answers."""
     texts = prepare_texts(recipe, base)
     prompt = LabelPrompt.of(recipe.task, texts.labels)
     parts: list[RenderableType] = []

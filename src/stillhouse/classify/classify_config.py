@@ -1,5 +1,4 @@
-"""The recipe of `task: {kind: classify}`: a teacher judges texts, and a small student learns from
-it."""
+"""The recipe of a classify task: a teacher labels texts, and a small student learns from it."""
 
 from __future__ import annotations
 
@@ -40,7 +39,7 @@ from stillhouse.training.train_config import StepsRecipe
 
 
 def phrase_of(label: str) -> str:
-    """The phrase for a label without one: card arrival for card_arrival."""
+    """The default phrase of a label: "card arrival" for card_arrival."""
     return label.replace("_", " ").strip()
 
 
@@ -49,7 +48,7 @@ def _text(label: Any) -> str:
         return label
     if isinstance(label, bool):
         raise ValueError(
-            f"a label is {str(label).lower()}, which YAML makes of yes, no, on and off: "
+            f"a label is {str(label).lower()}: YAML reads yes, no, on, and off as booleans; "
             'write it in quotes, such as "yes"'
         )
     if not isinstance(label, int):
@@ -66,7 +65,7 @@ def _with_phrases(labels: Any) -> Any:
     names = [_text(label) for label in labels]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
-        raise ValueError(f"a label is given twice: {', '.join(sorted(twice))}")
+        raise ValueError(f"a label is listed twice: {', '.join(sorted(twice))}")
     return {name: phrase_of(name) for name in names}
 
 
@@ -98,34 +97,40 @@ class ClassifyTask(Section):
     kind: Literal["classify"]
     labels: Labels | None = Field(
         None,
-        description="The labels, or a mapping of each to the phrase that the teacher scores; "
-        "null: the labels in labels_path, or all in the texts' label column.",
+        description="The labels, or a mapping from each label to the phrase that the teacher "
+        "scores; null: use the labels in labels_path, or all labels in the texts' label column.",
     )
     labels_path: PathText | None = Field(None, description="A text file with one label per line.")
     system: str | None = Field(None, description="System prompt.")
     prompt: TextPrompt = Field(
         "Message: {text}\n\nWhat is the topic of this message?",
-        description="The user turn; {text} is the text, {labels} is the list of phrases.",
+        description="The user turn; {text} is replaced by the text, and {labels} by the list of "
+        "phrases.",
     )
-    answer: str = Field("{label}", description="The assistant turn for a label.")
+    answer: str = Field(
+        "{label}", description="The assistant turn; {label} is replaced by the label's phrase."
+    )
     examples: list[LabeledExample] = Field(
-        default=[], description="Texts with their labels, placed before every prompt."
+        default=[], description="Few-shot examples, placed before every prompt."
     )
     chat: bool = Field(
-        True, description="Use the teacher's chat template; false: prompt and answer as plain text."
+        True,
+        description="Use the teacher's chat template; false: write prompt and answer as plain "
+        "text.",
     )
     prior: Prior = Field(
         "texts",
-        description="The teacher's preference for labels regardless of the text, which its "
-        "probabilities are divided by: estimated from texts without content; from the training "
-        "texts; from these until all labels are equally frequent; or none.",
+        description="How to estimate the teacher's preference for labels regardless of the text, "
+        "by which its probabilities are divided. content_free: from texts without content; texts: "
+        "from the training texts; balanced: from the training texts, so that all labels become "
+        "equally frequent; none: do not correct.",
     )
 
     @field_validator("answer")
     @classmethod
     def _answer_has_a_place(cls, answer: str) -> str:
         if "{label}" not in answer:
-            raise ValueError("it has no {label}, so all answers would be the same")
+            raise ValueError("the answer has no {label}, so all answers would be the same")
         return answer
 
     @model_validator(mode="after")
@@ -134,18 +139,18 @@ class ClassifyTask(Section):
         if labels is None:
             return self
         if self.labels_path is not None:
-            raise ValueError("give labels or labels_path, not both")
+            raise ValueError("set only one of labels and labels_path")
         check_labels(labels)
         for example in self.examples:
             if example.label not in labels:
-                raise ValueError(f"an example has the label {example.label!r}, not in labels")
+                raise ValueError(f"the label {example.label!r} of an example is not in labels")
         return self
 
 
 def check_labels(labels: dict[str, str]) -> None:
     """Raise ValueError if a teacher could not tell the labels apart."""
     if len(labels) < 2:
-        raise ValueError(f"a choice needs two labels or more, and there are {len(labels)}")
+        raise ValueError(f"a classifier needs at least two labels, but there are {len(labels)}")
     seen: dict[str, str] = {}
     for label, phrase in labels.items():
         if not label.strip() or not phrase.strip():
@@ -156,16 +161,16 @@ def check_labels(labels: dict[str, str]) -> None:
 
 
 class LabelSampling(SamplingRecipe):
-    """Sampling settings for an API's labels; a reasoning model needs more tokens. `extra` may
+    """Sampling settings for an API's labels; a model that reasons needs more tokens. Use `extra` to
     constrain the answer if the endpoint supports it: {response_format: ...}, {guided_choice:
     [...]}."""
 
     temperature: SamplingTemperature | None = Field(
         0.0,
-        description="0 (greedy) by default, 1 with several samples. null: not sent.",
+        description="0: greedy (the default; 1 with several samples); null: do not send it.",
     )
     max_tokens: AnswerTokens = Field(
-        32, description="Limit for one answer, including its reasoning."
+        32, description="Maximum number of tokens in an answer, including its reasoning."
     )
 
 
@@ -173,11 +178,16 @@ class LabelTeacher(TaskTeacher):
     """A local model that scores every label, or an API that answers with one."""
 
     samples: SmallCount = Field(
-        1, description="api: answers for each text, sampled at temperature 1 if several."
+        1,
+        description="(api only) Number of answers for each text; several are sampled at "
+        "temperature 1.",
     )
-    sampling: LabelSampling = Field(LabelSampling(), description="api: how it answers.")
+    sampling: LabelSampling = Field(LabelSampling(), description="(api only) Sampling settings.")
     top_logprobs: int | None = Field(
-        None, gt=0, le=20, description="api: use the probabilities of the most likely first tokens."
+        None,
+        gt=0,
+        le=20,
+        description="(api only) Use the probabilities of this many most likely first tokens.",
     )
 
     @model_validator(mode="before")
@@ -193,23 +203,25 @@ class LabelTeacher(TaskTeacher):
     def _keys_fit_the_teacher(self) -> LabelTeacher:
         if self.api is None and (self.samples > 1 or self.top_logprobs is not None):
             raise ValueError(
-                "samples and top_logprobs are for api: a local model scores all labels"
+                "samples and top_logprobs are only for an API: a local model scores all labels"
             )
         if self.samples > 1 and self.top_logprobs is not None:
-            raise ValueError("samples and top_logprobs both make a distribution: choose one")
+            raise ValueError("samples and top_logprobs both define a distribution: set only one")
         if self.api is None and self.sampling != LabelSampling():
-            raise ValueError("sampling is for api: a local model scores every label")
+            raise ValueError("sampling is only for an API: a local model scores every label")
         if self.sampling.top_logprobs is not None:
-            raise ValueError("give teacher.top_logprobs instead of sampling.top_logprobs")
+            raise ValueError("set teacher.top_logprobs instead of sampling.top_logprobs")
         check_text_teacher(self.api, self.sampling, self.budget, self.samples)
         return self
 
 
 class TextsRecipe(TaskTextsRecipe):
     calibration_share: PartialShare = Field(
-        0.15, description="Share of the remaining texts that is used only for the threshold."
+        0.15, description="Share of the remaining texts to use only for choosing the threshold."
     )
-    max_tokens: AnswerTokens = Field(256, description="Longer texts are truncated.")
+    max_tokens: AnswerTokens = Field(
+        256, description="Maximum number of tokens in a text; truncate longer texts."
+    )
 
 
 class PretrainedClassifier(Section):
@@ -229,8 +241,10 @@ class TruncatedClassifier(Section):
     """The first layers of a language model, with a classification head."""
 
     start: Literal["truncated"]
-    model: PathText | None = Field(None, description="As teacher.model; null: the teacher.")
-    layers: SmallCount = Field(4, description="Layers to keep.")
+    model: PathText | None = Field(
+        None, description="A model, as in teacher.model; null: the teacher."
+    )
+    layers: SmallCount = Field(4, description="Number of layers to keep.")
     pooling: Literal["mean", "last"] = Field(
         "mean",
         description="Input of the head: the mean of the last hidden states, or the last token's, "
@@ -260,7 +274,7 @@ class RandomClassifier(Section):
             raise ValueError(f"hidden_size must be a multiple of heads ({self.heads})")
         if self.hidden_size // self.heads % 2:
             raise ValueError(
-                "hidden_size / heads must be even: rotary embeddings turn pairs of numbers"
+                "hidden_size / heads must be even: rotary embeddings rotate pairs of dimensions"
             )
         return self
 
@@ -274,13 +288,13 @@ class FitRecipe(StepsRecipe):
     """The student's training: cross-entropy with the teacher's distributions."""
 
     epochs: Epochs = 10.0
-    batch_size: Count = Field(16, description="Texts in one optimizer step.")
+    batch_size: Count = Field(16, description="Number of texts in an optimizer step.")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: PartialShareOrZero = Field(0.1, description="Share of all steps.")
+    warmup: PartialShareOrZero = Field(0.1, description="Share of all steps used for warmup.")
     weight_decay: WeightDecay = 0.01
     freeze_embeddings: bool = Field(
         False,
-        description="Do not train the token embeddings: a few texts would move only a few of them.",
+        description="Do not train the token embeddings; a small dataset would update only a few.",
     )
 
 
@@ -296,16 +310,18 @@ class AbstainRecipe(Section):
         "thresholds that are tried.",
     )
     measure: Literal["agreement", "accuracy"] = Field(
-        "agreement", description="Agreement with the teacher, or accuracy on the true labels."
+        "agreement",
+        description="The target's metric: agreement with the teacher, or accuracy against the "
+        "reference labels.",
     )
 
 
 class MeasureRecipe(Section):
     fine_tuning_baseline: bool = Field(
-        True, description="Also train the same student on true labels, if there are any."
+        True, description="Also train the same student on the reference labels, if any."
     )
     abstain: AbstainRecipe = AbstainRecipe()
-    speed_texts: Count = Field(64, description="Texts on which speed is measured.")
+    speed_texts: Count = Field(64, description="Number of texts on which to measure speed.")
 
 
 class ClassifyRecipe(RunRecipe):
@@ -335,12 +351,12 @@ class ClassifyRecipe(RunRecipe):
         if self.teacher.api is None:
             return self
         if isinstance(student, TruncatedClassifier) and student.model is None:
-            raise ValueError("an api's model cannot be cut: set student.model")
+            raise ValueError("an API's model cannot be truncated: set student.model")
         if isinstance(student, RandomClassifier):
             if student.tokenizer is None:
-                raise ValueError("an api has no tokenizer to share: set student.tokenizer")
+                raise ValueError("an API does not provide a tokenizer: set student.tokenizer")
             if student.teacher_embeddings:
                 raise ValueError(
-                    "an api has no embeddings to share: set student.teacher_embeddings to false"
+                    "an API does not provide embeddings: set student.teacher_embeddings to false"
                 )
         return self

@@ -22,8 +22,12 @@ from stillhouse.teachers.model_source import ModelSource
 
 @dataclass(frozen=True)
 class TaskJob:
-    """base: folder of relative paths. teacher: None for an API. journal: of an API's answers.
-    has_gold: whether enough training texts have true labels to train on them."""
+    """A classifier's recipe with its models.
+
+    base: the folder that relative paths start from. teacher: None for an API. journal: path of the
+    journal of an API's answers. has_gold: whether enough training texts have reference labels to
+    train on.
+    """
 
     recipe: ClassifyRecipe
     base: Path

@@ -38,7 +38,7 @@ STEPS = (
         check=check_texts,
         purpose="read the texts, and set some aside for calibration and for tests",
     ),
-    # Before the judgment: a student that cannot be built costs nothing.
+    # Before the judgment, so that nothing is spent if the student cannot be built.
     Step(
         "student",
         plan_classifier,
@@ -66,7 +66,7 @@ STEPS = (
         plan_gold_training,
         ("texts", "student"),
         applies=lambda job: job.has_gold and job.recipe.evaluate.fine_tuning_baseline,
-        purpose="train the same classifier on the true labels, to compare",
+        purpose="train the same classifier on the reference labels, for comparison",
     ),
     Step(
         "evaluate",

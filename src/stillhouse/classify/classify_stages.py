@@ -1,6 +1,6 @@
-"""The stages of a classifier's run: what each depends on, and the work that fills its folder.
+"""The stages of a classifier's run: their dependencies, and the work that fills their folders.
 
-`classifier_evaluation` has the stage that evaluates it, `classifier_export` those of its exports.
+`classifier_evaluation` has the evaluation stage, and `classifier_export` the export stages.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def plan_texts(job: TaskJob) -> StagePlan:
 
 
 def plan_judgment(job: TaskJob, texts: Stage) -> StagePlan:
-    """The teacher scores every text once. The prior is applied later, so that changing it does not
-    score the texts again."""
+    """Let the teacher score every text once. The prior is applied later, so that changing it does
+    not require scoring the texts again."""
     recipe = job.recipe
     api = recipe.teacher.api
 
@@ -171,13 +171,13 @@ def plan_classifier_training(
 
 
 def with_gold(job: TaskJob, stages: Mapping[str, Stage], _do: Do) -> TaskJob:
-    """The job with `has_gold` set: whether there are enough true labels to train on."""
+    """Set `has_gold`: whether there are enough reference labels to train on."""
     found = Texts.load(stages["texts"].path)
     return replace(job, has_gold=gold_ids(found.train, list(found.labels)) is not None)
 
 
 def plan_gold_training(job: TaskJob, texts: Stage, student: Stage) -> StagePlan:
-    """The same student, trained on those of the same texts that have true labels."""
+    """Train the same student on the same texts, as far as they have reference labels."""
     found = Texts.load(texts.path)
     gold = gold_ids(found.train, list(found.labels))
     assert gold is not None

@@ -44,7 +44,8 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True)
 class FitResult:
-    """loss: mean cross-entropy with the targets over the last tenth of the steps, in nats."""
+    """The result of a training. loss: mean cross-entropy with the targets over the last tenth of
+    the steps, in nats."""
 
     steps: int
     texts: int
@@ -56,7 +57,7 @@ class FitResult:
 
 
 def texts_each(section: FitRecipe, processes: int) -> int:
-    """How many texts of a step each of so many processes reads. Raises RecipeError."""
+    """Number of texts that each process reads per step. Raises RecipeError if it is not an integer."""
     if section.batch_size % processes:
         raise RecipeError(
             f"train.batch_size {section.batch_size} is not a multiple of {processes} processes",
@@ -81,8 +82,8 @@ def fit(
 ) -> FitResult:
     """Train the classifier in `student` and write `out/model` (float32) and `out/metrics.jsonl`.
 
-    The loss is -sum_c q(c) log p(c), its mean over texts, which differs from KL(q || p) by the
-    targets' own entropy. Resumes from the newest checkpoint in `out/checkpoints` that loads.
+    The loss is the mean over texts of -sum_c q(c) log p(c), which differs from KL(q || p) by the
+    entropy of the targets. Resumes from the newest checkpoint in `out/checkpoints` that loads.
     Under torchrun, every process calls this with the same arguments.
     """
     processes = all_processes()
@@ -152,8 +153,8 @@ def fit(
 
 
 class _Loss(nn.Module):
-    """The module that is trained: its forward is the loss, since some classifiers run parts of
-    their model directly, and DDP expects that gradients come from its module's forward."""
+    """The module that is trained. Its forward is the loss, because some classifiers call parts of
+    their model directly, but DDP expects gradients to come from its module's forward."""
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
@@ -162,13 +163,13 @@ class _Loss(nn.Module):
         self.config = classifier.model.config
 
     def forward(self, ids: list[list[int]], target_BC: Tensor) -> Tensor:
-        """The sum over the texts."""
+        """The loss, summed over the texts."""
         logits_BC = self.logits(ids)
         return -(target_BC.to(logits_BC.device) * logits_BC.float().log_softmax(-1)).sum()
 
 
 class _Fitter(ResumingTrainer):
-    """seconds: of earlier processes."""
+    """Trains a classifier. seconds: training time of earlier processes."""
 
     loss_is_scaled_for_ga = True
 
@@ -193,17 +194,17 @@ class _Fitter(ResumingTrainer):
     def compute_loss(
         self, model: Any, inputs: Batch, num_items_in_batch: Any = None, **_: Any
     ) -> Tensor:
-        # DDP averages gradients over processes; the texts are counted over all of them.
+        # DDP averages gradients over processes, but the number of texts is summed over them.
         total: Tensor = model(inputs["ids"], inputs["target"])
         return total * (self.accelerator.num_processes / num_items_in_batch)
 
     def _get_num_items_in_batch(self, batches: list[Batch], device: torch.device) -> Any:
-        """The texts of an optimizer step, over all processes."""
+        """Number of texts in an optimizer step, over all processes."""
         own = torch.tensor(sum(batch["texts"] for batch in batches), device=device)
         return self.accelerator.reduce(own)
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
-        """Every text once an epoch, for whatever number of processes."""
+        """Yield every text once per epoch, for any number of processes."""
         examples = self.train_dataset
         nothing = {**examples[0], "target": torch.zeros_like(examples[0]["target"])}
         return row_loader(self.process_batches(), [*examples, nothing], self.args, _collate)
@@ -217,7 +218,7 @@ class _Fitter(ResumingTrainer):
 
 
 def _collate(examples: list[dict[str, Any]]) -> Batch:
-    """texts: with something to learn."""
+    """Collate examples. texts: number of examples whose target is not all zeros."""
     targets = torch.stack([example["target"] for example in examples])
     ids = [example["ids"] for example in examples]
     return {"ids": ids, "target": targets, "texts": int(targets.any(-1).sum())}
