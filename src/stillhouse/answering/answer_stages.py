@@ -194,7 +194,7 @@ def _judged(job: AnsweringJob, filters: Filters, rows: list[Row]) -> Iterator[Fi
 
 
 def _words(job: AnsweringJob, answer: Answer) -> str:
-    """The text that the student should generate: without reasoning, and JSON without a code fence."""
+    """The text that the student should generate: no reasoning, and JSON without a code fence."""
     text = answer_text(answer)
     return unfenced(text) if isinstance(job.recipe.task, ExtractTask) else text
 

@@ -156,7 +156,7 @@ def _estimate(job: AnsweringJob, calls: int = 0) -> Estimate:
 
 
 def preview_answers(recipe: AnsweringRecipe, base: Path, rows: int) -> RenderableType:
-    """Show the teacher's prompts for the first texts, with messages hidden from the student dimmed."""
+    """Show the teacher's prompts for the first texts; what the student does not see is dimmed."""
     job = find_answering(recipe, base)
     texts = job.texts
     parts: list[RenderableType] = []

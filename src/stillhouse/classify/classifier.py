@@ -150,7 +150,7 @@ def check_classifier(folder: Path) -> None:
 
 
 def load_classifier(folder: Path, *, dtype: torch.dtype = torch.float32) -> Classifier:
-    """Load a classifier. Raises ModelError if there is none, it is damaged, or weights are missing."""
+    """Load a classifier. Raises ModelError if there is none or it is damaged or incomplete."""
     facts = Facts.load(folder)
     tokenizer = load_tokenizer(folder)
     if facts.prompt is not None:

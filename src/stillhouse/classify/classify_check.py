@@ -93,7 +93,7 @@ LONGEST = 64
 
 
 def _positions(name: str, config: Any, words: PromptTokens, texts: Texts) -> Iterator[Finding]:
-    """Raise RecipeError if a prompt and its answer are longer than the model's table of positions."""
+    """Raise RecipeError if a prompt and its answer exceed the model's table of positions."""
     longest = sorted((row.text for row in texts.all), key=lambda text: len(text.encode()))
     length = max(map(len, words.of(longest[-LONGEST:]))) + max(map(len, words.labels))
     most, trained = learned_positions(planned_model(config)), trained_positions(config)

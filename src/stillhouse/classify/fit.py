@@ -57,7 +57,7 @@ class FitResult:
 
 
 def texts_each(section: FitRecipe, processes: int) -> int:
-    """Number of texts that each process reads per step. Raises RecipeError if it is not an integer."""
+    """Number of texts that each process reads per step. Raises RecipeError if not an integer."""
     if section.batch_size % processes:
         raise RecipeError(
             f"train.batch_size {section.batch_size} is not a multiple of {processes} processes",
