@@ -261,7 +261,7 @@ def test_a_folder_is_used_again_only_for_the_same_training(data: sh.Data, tmp_pa
         ({"teacher": tiny.llama(seed=6)}, "teacher"),
         ({"objective": [sh.ReverseKL()]}, "objective"),
     ):
-        with pytest.raises(TrainingError, match=f"other values of {named}\n"):
+        with pytest.raises(TrainingError, match=f"different values of {named}\n"):
             train(checkpoint_every=1, **changed)
     again = train(checkpoint_every=2, micro_batch_size=2)
     assert again.steps == 2, "where it runs may change"

@@ -196,14 +196,14 @@ def test_a_store_for_one_head_is_rejected_for_another(tmp_path: Path) -> None:
     narrower = {"hidden_size": 16}
     with pytest.raises(SignalError, match="head"):
         run(tiny.recipe(tmp_path, signals=read, train=frozen, student=narrower))
-    with pytest.raises(SignalError, match="a student whose head is not trained"):
+    with pytest.raises(SignalError, match="the student's head is not trained"):
         run(tiny.recipe(tmp_path, signals=read))
 
 
 def test_a_store_of_fewer_layers_than_the_terms_need_is_rejected(tmp_path: Path) -> None:
     first = run(recipe(tmp_path, {"kind": "hidden"}))
     read = {"store": str(stages(first)["signals"].path / STORE)}
-    with pytest.raises(SignalError, match=r"layers \[3\], and the objective needs \[0, 1\] too"):
+    with pytest.raises(SignalError, match=r"layers \[3\], but the objective also needs \[0, 1\]"):
         run(tiny.recipe(tmp_path, signals=read, objective=EVERYTHING))
 
 
@@ -243,8 +243,8 @@ def test_a_threshold_is_tuned_to_the_requested_size(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("terms", "encoding", "message"),
     [
-        ([{"divergence": "jsd"}], {"kind": "threshold"}, "jsd cannot be taken from signals"),
-        ([{"divergence": "adaptive_kl"}], {"kind": "top_k"}, "adaptive_kl cannot be taken"),
+        ([{"divergence": "jsd"}], {"kind": "threshold"}, "jsd cannot be computed from signals"),
+        ([{"divergence": "adaptive_kl"}], {"kind": "top_k"}, "adaptive_kl cannot be computed"),
         ([{"kind": "hidden_states"}], {"kind": "top_k"}, "intermediate layers"),
         ([{}, {"divergence": "jsd", "temperature": 2}], {"kind": "top_k"}, "temperatures 1, 2"),
     ],
@@ -312,8 +312,8 @@ def test_missing_text_is_scored_live_with_the_same_result(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"objective": {"terms": [{"temperature": 2}]}}, "another temperature: it has 1"),
-        ({"teacher": {"model": "other"}}, "another teacher"),
+        ({"objective": {"terms": [{"temperature": 2}]}}, "a different temperature: it has 1"),
+        ({"teacher": {"model": "other"}}, "a different teacher"),
         ({"objective": {"terms": [{"divergence": "adaptive_kl"}]}}, "adaptive_kl cannot"),
     ],
 )
@@ -333,7 +333,7 @@ def test_a_store_of_another_run_is_rejected_with_both_values(
 def test_a_store_of_another_template_is_rejected(part: tuple[Path, Path]) -> None:
     _, store = part
     expected = {"template": "0" * 64}
-    with pytest.raises(SignalError, match=r"another template: it has .* this run 0000"):
+    with pytest.raises(SignalError, match=r"a different template: it has .* this run has 0000"):
         open_store(store, expected)
 
 

@@ -181,7 +181,10 @@ def test_text_that_looks_like_a_number_stays_text(tmp_path: Path) -> None:
             "evaluate.cut_baseline=true",
             "set student.start to pruned and student.refit to true, or remove it",
         ),
-        ("signals={encoding: {kind: stratified, k: 200, draws: 100}}", "k + draws is 300"),
+        (
+            "signals={encoding: {kind: stratified, k: 200, draws: 100}}",
+            "k + draws must be at most 254, and is 300",
+        ),
         (
             "synthesize={teacher: {api: {base_url: http://h, model: m}}, prompts: {path: p}, "
             "filters: {min_characters: 9, max_characters: 8}}",

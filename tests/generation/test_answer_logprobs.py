@@ -242,7 +242,7 @@ def test_invalid_probabilities_are_rejected() -> None:
     [
         ({"synthesize": {"sampling": {}}}, "top_logprobs to 1 to 20"),
         ({"signals": {"answers": {}, "encoding": {"kind": "top_k"}}}, "remove encoding"),
-        ({"signals": {"answers": {}, "store": "x"}}, "remove encoding, server, vllm and store"),
+        ({"signals": {"answers": {}, "store": "x"}}, "remove encoding, server, vllm, and store"),
     ],
 )
 def test_keys_that_do_not_go_together(

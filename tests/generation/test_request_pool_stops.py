@@ -162,7 +162,7 @@ def test_a_missing_key_is_reported_before_anything_is_sent(
 @pytest.mark.parametrize("key", ["sk-123…", "sk-1\nx-other: header"])
 def test_a_key_that_cannot_be_valid_is_not_sent(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEACHER_KEY", key)
-    with pytest.raises(EndpointError, match="characters that no key has") as caught:
+    with pytest.raises(EndpointError, match="characters that an API key cannot have") as caught:
         Client("http://127.0.0.1:1/v1", "teacher", key_env="TEACHER_KEY")
     assert key not in str(caught.value)
 

@@ -146,7 +146,7 @@ def test_a_student_learns_from_it_and_another_one_is_refused(data: sh.Data, tmp_
     sh.distill(Student(model, WORDS), stored, data, max_steps=2, batch_size=4)
     other = byte_level(300, seed=7)
     wrong = Student(tiny.llama(1, vocab_size=len(other)), other)
-    with pytest.raises(SignalError, match="recorded with another tokenizer"):
+    with pytest.raises(SignalError, match="recorded with a different tokenizer"):
         sh.distill(wrong, stored, data, max_steps=2, batch_size=4)
 
 
@@ -158,7 +158,7 @@ def test_its_identity_names_both_tokenizers_and_the_roots(data: sh.Data, tmp_pat
     again = AlignedTeacher(
         live.teacher, WORDS, replace(live.roots, student_V=live.roots.student_V[::-1].copy())
     )
-    with pytest.raises(SignalError, match="another roots"):
+    with pytest.raises(SignalError, match="a different roots"):
         sh.record(again, data, tmp_path / "store", encoding=TopK(16))
 
 

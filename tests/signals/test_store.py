@@ -191,10 +191,13 @@ def test_missing_segments_may_be_scored_by_a_live_teacher(
 @pytest.mark.parametrize(
     ("expected", "said"),
     [
-        ({"expect": {"teacher": "cccc"}}, "another teacher: it has aaaa, and this run cccc"),
-        ({"expect": {"template": "dddd"}}, "another template: it has None, and this run dddd"),
-        ({"temperature": 2.0}, "another temperature: it has 1.0, and this run 2.0"),
-        ({"vocabulary": 299}, "another vocabulary: it has 300, and this run 299"),
+        ({"expect": {"teacher": "cccc"}}, "different teacher: it has aaaa, and this run has cccc"),
+        (
+            {"expect": {"template": "dddd"}},
+            "different template: it has None, and this run has dddd",
+        ),
+        ({"temperature": 2.0}, "different temperature: it has 1.0, and this run has 2.0"),
+        ({"vocabulary": 299}, "different vocabulary: it has 300, and this run has 299"),
     ],
 )
 def test_another_runs_store_is_rejected(
@@ -208,9 +211,9 @@ def test_another_runs_store_is_rejected(
 
 def test_a_store_is_not_continued_with_other_settings(tmp_path: Path) -> None:
     recorded(tmp_path, TopK(4), toys.batch(windows=1))
-    with pytest.raises(SignalError, match="another encoding"):
+    with pytest.raises(SignalError, match="a different encoding"):
         StoreWriter(tmp_path, toys.settings(TopK(5)))
-    with pytest.raises(SignalError, match="another seed"):
+    with pytest.raises(SignalError, match="a different seed"):
         StoreWriter(tmp_path, toys.settings(TopK(4), seed=3))
 
 
@@ -219,7 +222,7 @@ def test_a_shard_of_another_store_is_rejected(tmp_path: Path) -> None:
     recorded(tmp_path / "b", TopK(4), toys.batch(windows=1), shards=1, seed=1)
     (ours,), (theirs,) = ((tmp_path / n / "shards").glob("*.bin") for n in "ab")
     theirs.replace(ours)
-    assert "belongs to another store" in str(verify(tmp_path / "a")[0])
+    assert "belongs to a different store" in str(verify(tmp_path / "a")[0])
 
 
 # --- beginning, stopping, going on -----------------------------------------------------------

@@ -189,7 +189,7 @@ def test_a_flipped_bit_is_found_by_either_hash(tmp_path: Path, listed: bool) -> 
     content = bytearray(shard.read_bytes())
     content[-9] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(StillhouseError, match="its checksum is wrong"):
+    with pytest.raises(StillhouseError, match="its checksum does not match"):
         open_store(tmp_path).read(data.segments)
 
 

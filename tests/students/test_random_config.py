@@ -51,12 +51,12 @@ def test_per_layer_lists_follow_the_number_of_layers() -> None:
         ({"hidden_size": True}, "must be of type int"),
         ({"rms_norm_eps": "small"}, "must be of type float"),
         ({"model_type": "qwen2"}, "cannot be changed"),
-        ({"rope_parameters": "none"}, "overrides are single values"),
+        ({"rope_parameters": "none"}, "overrides must be single values"),
         ({"hidden_size": 30}, "not a multiple of the number of attention heads"),
         ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be positive"),
         ({"hidden_size": -32}, "hidden_size must be positive"),
-        ({"hidden_act": "no-such-act"}, "not possible"),
+        ({"hidden_act": "no-such-act"}, "is invalid"),
     ],
 )
 def test_impossible_overrides(overrides: dict[str, Any], message: str) -> None:

@@ -108,8 +108,8 @@ def test_a_bfloat16_model_is_trained_in_float32() -> None:
         ({"layer": 2}, "no option layer"),
         ({"layers": 2, "params": "60%"}, "a target or sizes, not both"),
         ({"params": "many"}, "many is not a valid amount"),
-        ({"decode_latency": "60%"}, "known only by measuring"),
-        ({"vocabulary": 100}, "for recipes"),
+        ({"decode_latency": "60%"}, "only be checked by measuring"),
+        ({"vocabulary": 100}, "only in recipes"),
         ({"layers": 9}, "the teacher has 3"),
     ],
 )

@@ -172,14 +172,14 @@ def test_a_truncated_file_is_rejected(toy: Path, tmp_path: Path, share: float) -
     path = tmp_path / "cut.gguf"
     contents = toy.read_bytes()
     path.write_bytes(contents[: max(4, int(len(contents) * share))])
-    with pytest.raises(ModelError, match="damaged or cut short"):
+    with pytest.raises(ModelError, match="damaged or truncated"):
         resolve(path, tmp_path)
 
 
 def test_an_unknown_architecture_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "strange.gguf"
     write_gguf(path, tiny_model(), architecture="whatever")
-    with pytest.raises(ModelError, match="cannot read this GGUF file"):
+    with pytest.raises(ModelError, match="cannot convert this GGUF file"):
         resolve(path, tmp_path)
 
 

@@ -81,7 +81,7 @@ def test_a_damaged_gguf_export_is_rejected_as_a_teacher(llama: Path, tmp_path: P
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(content)
-    with pytest.raises(ModelError, match=r"model\.gguf is not as SHA256SUMS lists it"):
+    with pytest.raises(ModelError, match=r"model\.gguf does not match SHA256SUMS"):
         resolve_model(str(file), base=tmp_path, cache=tmp_path / "cache")
 
 
@@ -125,15 +125,15 @@ def test_a_key_that_would_be_left_out_is_named(llama: Path, key: str, value: Any
         ({"llama.rope.dimension_count": 4}, "partial rotary embeddings"),
         ({"llama.rope.scaling.type": "su"}, "rope.scaling.type = su"),
         ({"llama.rope.scaling.type": "longrope"}, "longrope without rope_factors_long.weight"),
-        ({"llama.feed_forward_length": [64, 64, 32]}, "layers of different sizes"),
+        ({"llama.feed_forward_length": [64, 64, 32]}, "layers have different sizes"),
         ({"llama.attention.head_count": None}, "the key llama.attention.head_count is missing"),
-        ({"llama.block_count": 2}, "such a model does not have: blk.2."),
-        ({"llama.block_count": 4}, "lacks 9 tensors of the model: model.layers.3."),
-        ({f"llama.{key}": 16 for key in HEAD_SIZES}, r"of shape \[32, 32\], not \[64, 32\]"),
+        ({"llama.block_count": 2}, "not part of the model: blk.2."),
+        ({"llama.block_count": 4}, r"9 of \d+ tensors are missing: model\.layers\.3\."),
+        ({f"llama.{key}": 16 for key in HEAD_SIZES}, r"has shape \[32, 32\], not \[64, 32\]"),
         ({"general.architecture": "falcon"}, "the architecture falcon"),
-        ({"general.type": "adapter"}, "no model: general.type = adapter"),
+        ({"general.type": "adapter"}, "not contain a model: general.type = adapter"),
         ({"split.count": 2}, "one of several parts"),
-        ({"tokenizer.ggml.pre": "kimi-k2"}, "rules named kimi-k2"),
+        ({"tokenizer.ggml.pre": "kimi-k2"}, r"unknown rules \(kimi-k2\)"),
     ],
 )
 def test_tensors_without_a_place_in_the_model_are_rejected(
@@ -159,7 +159,7 @@ def test_tensors_without_a_place_in_the_model_are_rejected(
     ],
 )
 def test_nonsense_is_one_error(llama: Path, key: str, value: Any) -> None:
-    with pytest.raises(ModelError, match="cannot read this GGUF file"):
+    with pytest.raises(ModelError, match="cannot convert this GGUF file"):
         converted(edited(llama, {f"llama.{key}": value}))
 
 
@@ -217,22 +217,22 @@ def test_a_window_of_gemma_3_is_read(tmp_path: Path) -> None:
     ],
 )
 def test_a_surplus_tensor_is_named(llama: Path, name: str, shape: int) -> None:
-    with pytest.raises(ModelError, match=f"such a model does not have: {name}"):
+    with pytest.raises(ModelError, match=f"not part of the model: {name}"):
         converted(edited(llama, tensors={name: np.ones(shape)}))
 
 
 def test_biases_of_only_some_layers_are_rejected(llama: Path) -> None:
-    with pytest.raises(ModelError, match=r"does not have: blk\.1\.attn_q\.bias"):
+    with pytest.raises(ModelError, match=r"not part of the model: blk\.1\.attn_q\.bias"):
         converted(edited(llama, tensors={"blk.1.attn_q.bias": np.ones(32)}))
 
 
 def test_a_missing_tensor_is_named(llama: Path) -> None:
-    with pytest.raises(ModelError, match=r"lacks 1 tensors of the model: model\.norm\.weight"):
+    with pytest.raises(ModelError, match=r"1 of \d+ tensors are missing: model\.norm\.weight"):
         converted(edited(llama, tensors={"output_norm.weight": None}))
 
 
 def test_nan_and_infinity_are_rejected(llama: Path) -> None:
-    with pytest.raises(ModelError, match=r"output_norm\.weight, which holds NaN"):
+    with pytest.raises(ModelError, match=r"output_norm\.weight contains NaN"):
         converted(edited(llama, tensors={"output_norm.weight": np.full(32, np.nan)}))
 
 

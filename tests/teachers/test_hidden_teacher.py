@@ -164,8 +164,8 @@ def normalized(status: int, content: bytes) -> tuple[int, bytes]:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda status, content: (status, content[:-4]), "bytes for .* tokens of width 32"),
-        (lambda status, content: (status, content * 2), "bytes for .* tokens of width 32"),
+        (lambda status, content: (status, content[:-4]), "bytes .* for .* tokens of width 32"),
+        (lambda status, content: (status, content * 2), "bytes .* for .* tokens of width 32"),
         (lambda status, content: (status, content * 2000), "more than .* bytes"),
         (lambda status, content: (status, b"\xff" * len(content)), "not finite"),
         (normalized, "normalized to length 1"),
@@ -343,7 +343,10 @@ def test_a_server_for_intermediate_layers_is_rejected_by_check(tmp_path: Path) -
     ("signals", "message"),
     [
         ({"vllm": {}, "store": "x"}, "a finished store is only read"),
-        ({"vllm": {}, "server": {"base_url": "http://x/v1", "model": "m"}}, "remove server or vll"),
+        (
+            {"vllm": {}, "server": {"base_url": "http://x/v1", "model": "m"}},
+            "one of server and vll",
+        ),
     ],
 )
 def test_contradicting_sources_are_rejected(

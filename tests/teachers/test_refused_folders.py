@@ -101,7 +101,7 @@ def test_weights_in_one_file_and_in_shards(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     load_model(folder, dtype=torch.float32)  # an index alone is a remnant
     (folder / name).write_bytes((folder / "model.safetensors").read_bytes())
-    assert "the weights of a model twice" in refusal(folder)
+    assert "a model's weights twice" in refusal(folder)
     (folder / "model.safetensors").unlink()
     assert "no metadata" in refusal(folder)
     edit(folder, "model.safetensors.index.json", metadata={})
@@ -132,13 +132,13 @@ def test_shards_named_from_the_folder(folder: Path) -> None:
 
 def test_an_adapter_next_to_the_model(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
-    assert "an adapter besides the model" in refusal(folder)
+    assert "an adapter in addition to the model" in refusal(folder)
 
 
 @pytest.mark.parametrize("method", ["nonsense", "exl2", 7])
 def test_an_unknown_quantization(folder: Path, method: object) -> None:
     edit(folder, "config.json", quantization_config={"quant_method": method, "bits": 4})
-    assert f"quantized by {method}" in refusal(folder)
+    assert f"quantized with {method}" in refusal(folder)
 
 
 @pytest.mark.parametrize("end", [10**6, -5, [10**6, -5], 1.5])

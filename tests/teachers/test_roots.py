@@ -175,7 +175,7 @@ def test_damage_that_could_be_other_roots_is_noticed(
     else:
         facts["shared"] -= 1
     save_file(maps, file, metadata={"roots": json.dumps(facts)})
-    with pytest.raises(ModelError, match="not what was written"):
+    with pytest.raises(ModelError, match="does not match its checksum"):
         load_roots(file.parent, aligner)
     assert (cached_roots(aligner, tmp_path).student_V == made.student_V).all()
     load_roots(file.parent, aligner)
@@ -202,7 +202,7 @@ def test_a_cache_that_cannot_be_written_costs_time_only(
 def test_a_damaged_file_of_a_run_is_an_error(aligner: TokenAligner, tmp_path: Path) -> None:
     roots = aligner.roots()
     save_roots(replace(roots, count=roots.count + 1), tmp_path, aligner)
-    with pytest.raises(ModelError, match="does not have the tokens"):
+    with pytest.raises(ModelError, match="does not match the tokens"):
         load_roots(tmp_path, aligner)
 
 

@@ -103,7 +103,7 @@ def test_sums_that_leave_files_out_are_compared_too(folder: Path, tmp_path: Path
     (folder / SUMS).write_text(f"{hashed} *model.safetensors\n")
     resolve(folder, tmp_path)
     damage(folder / "model.safetensors")
-    assert "model.safetensors is not as SHA256SUMS lists it" in refusal(folder, tmp_path)
+    assert "model.safetensors does not match SHA256SUMS" in refusal(folder, tmp_path)
 
 
 def damage(file: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_folder_without_config(folder: Path, tmp_path: Path) -> None:
 def test_a_folder_with_only_a_gguf_file(tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "a.gguf").touch()
-    assert "name the file itself" in refusal("models", tmp_path)
+    assert "give the file itself" in refusal("models", tmp_path)
 
 
 def test_an_adapter(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_no_weights(folder: Path, tmp_path: Path) -> None:
 def test_truncated_weights(folder: Path, tmp_path: Path, size: int) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:size])
-    assert "damaged or cut short" in refusal(folder, tmp_path)
+    assert "damaged or truncated" in refusal(folder, tmp_path)
 
 
 def test_an_lfs_pointer(folder: Path, tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_missing_shard(tmp_path: Path) -> None:
     shards[1].unlink()
     assert shards[1].name in refusal(folder, tmp_path)
     shards[1].write_bytes(shards[0].read_bytes())
-    assert "tensors that are not there" in refusal(folder, tmp_path)
+    assert "tensors that are not in the files" in refusal(folder, tmp_path)
     shards[1].write_bytes(contents)
     assert resolve(folder, tmp_path).fingerprint
 
@@ -191,11 +191,11 @@ def test_a_package_is_found_and_never_imported(
     (package / "data").mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    assert "holds 0 models" in refusal("pypi:toy-packaged-model", tmp_path)
+    assert "contains 0: none" in refusal("pypi:toy-packaged-model", tmp_path)
     (package / "data" / "toy.gguf").write_bytes(b"none")
     assert "not a GGUF file" in refusal("pypi:toy-packaged-model", tmp_path)
     (package / "other.gguf").touch()
-    assert "holds 2 models" in refusal("pypi:toy-packaged-model", tmp_path)
+    assert "contains 2: other.gguf, toy.gguf" in refusal("pypi:toy-packaged-model", tmp_path)
     assert "toy_packaged_model" not in sys.modules
 
 
@@ -260,7 +260,7 @@ def test_a_hub_model_that_cannot_be_downloaded(
 
 
 def test_a_revision_belongs_to_the_hub(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="revision belongs to a Hub id"):
+    with pytest.raises(ModelError, match="revision applies only to a Hub id"):
         resolve_model("teacher", revision="main", base=tmp_path, cache=tmp_path)
 
 

@@ -50,7 +50,7 @@ def test_rules_that_transformers_would_replace(
     assert tokenizer(TEXT)["input_ids"] == expected
     assert len(tokenizer) == right.get_vocab_size()
     assert (tokenizer.eos_token, tokenizer.chat_template) == ("<|end|>", tiny.CHAT_TEMPLATE)
-    assert "loaded as tokenizer.json defines it" in capsys.readouterr().err
+    assert "exactly as tokenizer.json defines it" in capsys.readouterr().err
 
 
 def test_a_tokenizer_that_transformers_loads_unchanged_keeps_its_class(

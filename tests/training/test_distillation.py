@@ -224,7 +224,7 @@ def test_models_of_other_tokens_are_rejected(setting: Setting) -> None:
 def test_terms_on_layers_of_several_teachers_are_rejected(setting: Setting) -> None:
     both = SeveralTeachers([LocalTeacher(tiny.llama(seed=seed)) for seed in (2, 3)])
     terms = ObjectiveRecipe(terms=[HiddenStatesTerm(kind="hidden_states")])
-    with pytest.raises(SignalError, match="for one teacher"):
+    with pytest.raises(SignalError, match="support only one teacher"):
         train(Student(tiny.llama()), both, setting.windows, terms, SECTION)
 
 

@@ -65,7 +65,7 @@ def test_an_engine_that_loses_the_weights_stops_the_run_which_then_resumes(
 
 
 def test_a_sharded_student_is_rejected() -> None:
-    with pytest.raises(ValueError, match="are not handed over to vLLM"):
+    with pytest.raises(ValueError, match="cannot be handed over to vLLM"):
         settings(IN_VLLM, shard="student")
 
 

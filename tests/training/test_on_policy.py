@@ -358,5 +358,5 @@ def test_a_student_far_from_its_teacher_on_its_own_text_is_a_warning(
     capfd.readouterr()
     monkeypatch.setattr(on_policy, "FAR", far)
     run(setting, tmp_path / "other", HALF, max_steps=2)
-    assert ("times that on the data" in capfd.readouterr().err) is (far == 0.0)
+    assert ("times the KL on the data" in capfd.readouterr().err) is (far == 0.0)
     assert difference(tmp_path / "other", tmp_path / "plain") == 0

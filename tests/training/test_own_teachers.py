@@ -105,7 +105,7 @@ def test_what_a_server_cannot_serve_is_refused(term: dict[str, Any]) -> None:
 
 
 def test_a_server_does_not_write_the_beginning_of_answers() -> None:
-    with pytest.raises(SignalError, match="cannot write the beginning of answers"):
+    with pytest.raises(SignalError, match="cannot generate the beginning of answers"):
         own(teacher_tokens=2).prepare(student(), served())
 
 
@@ -118,7 +118,7 @@ def test_a_teacher_that_stops_elsewhere_is_refused() -> None:
     words = tiny.tokenizer()
     words.chat_template = tiny.CHAT_TEMPLATE.replace("<|end|>", "<|system|>")
     words.eos_token = "<|system|>"
-    with pytest.raises(ModelError, match="grow without end"):
+    with pytest.raises(ModelError, match="never learn to end its answers"):
         own().prepare(student(), LocalTeacher(tiny.llama(), words))
 
 

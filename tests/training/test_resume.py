@@ -161,7 +161,7 @@ def test_training_starts_over_if_no_checkpoint_loads(
     for step in (4, 8, 12):
         fill_with_garbage(out / "checkpoints" / f"checkpoint-{step}" / "optimizer.pt")
     go_on(setting, out)
-    assert "training starts again" in capfd.readouterr().err
+    assert "training starts over" in capfd.readouterr().err
     assert weights(out) == weights(trained)
 
 

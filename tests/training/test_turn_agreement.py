@@ -20,7 +20,7 @@ def test_models_that_stop_at_different_tokens_are_refused() -> None:
     other.eos_token = "<|system|>"
     with pytest.raises(ModelError, match=r"<\|end\|>, and the teacher with <\|system\|>"):
         require_same_end(tiny.tokenizer(), other)
-    with pytest.raises(ModelError, match="grow without end"):
+    with pytest.raises(ModelError, match="never learn to end its answers"):
         require_same_end(other, tiny.tokenizer())
     require_same_end(None, other)
 

@@ -1,6 +1,6 @@
-"""What a student learns to match: the teacher's distribution for given tokens.
+"""Signals: a teacher's distributions for given tokens, which a student learns to match.
 
-An objective never learns where a signal came from: a model in memory, a server, or a store.
+Objectives do not depend on where a signal comes from: a model in memory, a server, or a store.
 """
 
 from importlib import import_module
@@ -37,7 +37,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Import lazily: reading a recipe must not wait for torch.
+    # Import lazily, since reading a recipe must not wait for torch.
     if name in __all__:
         return getattr(import_module(f"{__name__}.signal_types"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -37,7 +37,7 @@ def write_durably(path: Path, pieces: Iterable[bytes]) -> None:
             raise StoreError(
                 "the disk is full; every shard before this one is kept",
                 where=path.parent,
-                fix="free some space and run the same command again: it resumes there",
+                fix="free some space and run the same command again to resume",
             ) from error
         raise StoreError(
             f"the store cannot be written ({error.strerror})",
@@ -71,7 +71,7 @@ def _temporary(path: Path) -> Path:
 def _remove(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
-    except OSError:  # a .partial file is left behind; nothing reads it
+    except OSError:  # leave the .partial file behind; nothing reads it
         return
 
 
@@ -84,12 +84,12 @@ def _flush_folder(folder: Path) -> None:
 
 
 def checked_json(content: dict[str, Any]) -> bytes:
-    """The content as JSON, with a checksum of the rest as its last key."""
+    """The content as JSON, with a checksum as its last key."""
     return _text({**content, "checksum": _checksum(content)})
 
 
 def read_checked_json(path: Path, what: str) -> dict[str, Any]:
-    """Read what `checked_json` wrote. Raises StoreError if any byte has changed."""
+    """Read a file that `checked_json` wrote. Raises StoreError if any byte has changed."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -102,9 +102,9 @@ def read_checked_json(path: Path, what: str) -> dict[str, Any]:
         intact = False
     if not intact:
         raise StoreError(
-            f"{what} is damaged: its checksum is wrong",
+            f"{what} is damaged: its checksum does not match",
             where=path,
-            fix="restore it from a copy; or delete it, and finish the store again",
+            fix="restore it from a copy, or delete it and record the store again",
         )
     return content
 

@@ -1,7 +1,7 @@
-"""Converts rows of a store to a signal, without a loop over rows.
+"""Decoding of a store's rows to a signal, without a loop over rows.
 
 Shapes: S segments, n rows of a source, N rows of a batch, K entries of the longest row, G runs of
-rows that are one chunk or none, C chunks, P rows of chunks.
+rows (a chunk, or text between chunks), C chunks, P rows in chunks.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ StoredSignal = SparseSignal | SampledSignal | ChunkSignal | FrozenHeadSignal | H
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Segments of a batch that are in one shard, or in memory.
+    """The segments of a batch that are in one shard, or in memory.
 
-    rows: all of the source; the planes of ragged rows end in GUARD more elements. rows_S,
-    first_row_S, first_entry_S and first_value_S: where each segment is in it. place_n: which rows
-    of the batch they are, in order.
+    rows: all rows of the source; planes of ragged rows have GUARD more elements at the end.
+    rows_S, first_row_S, first_entry_S, first_value_S: where each segment is in the source. place_n:
+    the rows' places in the batch, in order.
     """
 
     rows: EntryRows | DenseRows
@@ -60,7 +60,7 @@ class Source:
         return ranges(self.first_row_S, self.rows_S)
 
     def place(self) -> slice | NDArray[np.int64]:
-        """`place_n` as an index: a slice where the rows are contiguous, which is faster."""
+        """`place_n` as an index: a slice if the rows are contiguous, which is faster."""
         first, last = int(self.place_n[0]), int(self.place_n[-1])
         together = last - first + 1 == len(self.place_n)
         return slice(first, last + 1) if together else self.place_n
@@ -74,8 +74,10 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Padded:
-    """Padded rows of a batch. Values past counts_N (valued_N) in a row are arbitrary, but the ids
-    are valid."""
+    """Padded rows of a batch.
+
+    Ids past counts_N in a row are arbitrary but valid; values past valued_N are arbitrary.
+    """
 
     counts_N: NDArray[np.uint8]
     valued_N: NDArray[np.uint8]
@@ -85,13 +87,13 @@ class Padded:
 
 
 def ranges(first_S: NDArray[np.int64], lengths_S: NDArray[np.int64]) -> NDArray[np.int64]:
-    """first, first + 1, ... of each of S runs, one run after the other."""
+    """The concatenated runs first, first + 1, ..., of the given lengths."""
     before_S = np.cumsum(lengths_S) - lengths_S
     return np.arange(int(lengths_S.sum())) + np.repeat(first_S - before_S, lengths_S)
 
 
 def pad(sources: Sequence[Source], rows: int) -> Padded:
-    """The rows of a batch, gathered from their sources; all of them hold entries."""
+    """Gather and pad the rows of a batch from their sources, which must all be EntryRows."""
     counts_N, valued_N = np.empty(rows, np.uint8), np.empty(rows, np.uint8)
     found = []
     for source in sources:
@@ -132,7 +134,7 @@ def _windows(plane: NDArray[Any], width: int) -> NDArray[Any]:
 
 
 def entries_signal(encoding: EntryEncoding, rows: Padded, temperature: float) -> StoredSignal:
-    """The signal of padded rows: a SparseSignal of top_k and top_p, else a SampledSignal."""
+    """The signal of padded rows: a SparseSignal for top_k and top_p, otherwise a SampledSignal."""
     ids_NK = torch.from_numpy(rows.ids_NK)
     if isinstance(encoding, Stratified | Threshold):
         weights_NK = _shared_weights(rows, UNITS[encoding.probability_bytes])
@@ -155,12 +157,12 @@ def entries_signal(encoding: EntryEncoding, rows: Padded, temperature: float) ->
 
 
 def _shared_weights(rows: Padded, units: int) -> NDArray[np.float32]:
-    """Exact probabilities, then draws that share the remaining mass: [N, K]."""
+    """Weights [N, K] of exact entries, followed by draws that share the remaining mass."""
     wide = rows.values_NK.shape[1]
     column_K = np.arange(rows.ids_NK.shape[1], dtype=np.uint8)
     valued_NX = column_K[:wide] < rows.valued_N[:, None]
     exact_NX = (rows.values_NK * valued_NX).astype(np.float32)
-    rest_N = units - exact_NX @ np.ones(wide, np.float32)  # whole numbers, so exactly
+    rest_N = units - exact_NX @ np.ones(wide, np.float32)  # exact, since these are whole numbers
     draws_N = rows.counts_N - rows.valued_N
     share_N = rest_N / (np.maximum(draws_N, 1) * np.float32(units))
     drawn_NK = column_K < rows.counts_N[:, None]
@@ -171,9 +173,9 @@ def _shared_weights(rows: Padded, units: int) -> NDArray[np.float32]:
 
 
 def chunk_signal(rows: Padded) -> ChunkSignal:
-    """The signal of the rows of answers' chunks."""
+    """The signal of rows with chunks of answers."""
     begins_N = rows.counts_N > 0
-    run_N = np.cumsum(begins_N) - 1  # each segment's first row begins a run
+    run_N = np.cumsum(begins_N) - 1  # a segment's first row always begins a run
     known_G = rows.valued_N[begins_N] > 0
     chunk_G = np.cumsum(known_G) - 1
     rows_P = np.flatnonzero(known_G[run_N])
@@ -208,7 +210,7 @@ def dense_signal(
 
 
 def empty_signal(encoding: Encoding, temperature: float) -> StoredSignal:
-    """The signal of no rows."""
+    """The signal of an empty batch."""
     none_N1, ids_N1 = torch.zeros(0, 1), torch.zeros(0, 1, dtype=torch.int32)
     if isinstance(encoding, FrozenHead):
         rows_ND = torch.zeros(0, encoding.width, dtype=torch.bfloat16)

@@ -1,7 +1,7 @@
-"""Converts rows of a teacher's logits to the rows of a store.
+"""Encoding of a teacher's logits as the rows of a store.
 
 Shapes: n rows of a chunk, V vocabulary, U uniform numbers per row, k top tokens, X entries with a
-value, D draws. A few rows of a chunk are processed at a time, so that they stay in the cache.
+value, D draws. Only a few rows are processed at a time, so that they stay in the CPU's cache.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from stillhouse.signals.selection import (
 from stillhouse.signals.signal_types import SparseSignal
 
 CACHED_NUMBERS = 1 << 22
-"""Logits that are processed at a time on a CPU; 64 times as many on an accelerator."""
+"""Number of logits processed at a time on a CPU; 64 times as many on an accelerator."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Sums over rows of an encoding's mass and error; the means are in the manifest.
+    """Sums over rows of an encoding's mass and error. The manifest contains their means.
 
-    mass: the teacher's probability of the stored tokens. variance: of the estimate, Σ_i Var(p̂_i),
+    mass: the teacher's probability of the stored tokens. variance: Σ_i Var(p̂_i) of the estimate,
     in closed form from the true p. squared_bias: Σ_i (E p̂_i − p_i)², if the encoding's p̂ is a
     full distribution.
     """
@@ -62,10 +62,10 @@ class Statistics:
 
 @dataclass
 class Encoder:
-    """Encodes chunks of logits in a buffer that is reused.
+    """Encodes chunks of logits, in a buffer that it reuses.
 
-    `uniforms_nU` of a call are `encoding.draws_per_row` numbers in [0, 1) for each row: the only
-    source of randomness, so equal numbers produce equal rows.
+    Each call gets `uniforms_nU`, `encoding.draws_per_row` numbers in [0, 1) for each row. They are
+    the only source of randomness, so equal numbers produce equal rows.
     """
 
     encoding: EntryEncoding
@@ -74,13 +74,14 @@ class Encoder:
     _buffer: Tensor | None = None
 
     def __call__(self, logits_nV: Tensor, uniforms_nU: Tensor) -> tuple[EntryRows, Statistics]:
-        """Rows and their statistics, for float32 logits [n, V] of at least one row.
+        """Encode float32 logits [n, V] of at least one row; returns rows and their statistics.
 
-        Raises SignalError if logits are not finite, from another vocabulary, or too few.
+        Raises SignalError: the logits are not finite, have the wrong vocabulary, or have fewer
+        tokens than the encoding stores.
         """
         if logits_nV.ndim != 2 or logits_nV.shape[1] != self.vocabulary:
             raise SignalError(
-                f"the logits have shape {tuple(logits_nV.shape)}; the store's vocabulary has "
+                f"the logits have shape {tuple(logits_nV.shape)}, but the store's vocabulary has "
                 f"{self.vocabulary} tokens",
                 fix="cut the logits to the vocabulary that teacher and student share",
             )
@@ -108,7 +109,7 @@ class Encoder:
 def frozen_head_rows(
     logits_NV: Tensor, weight_VD: Tensor, temperature: float = 1.0
 ) -> tuple[DenseRows, Statistics]:
-    """Wᵀp and Σ p log p for the student's frozen head W: see `FrozenHeadSignal`."""
+    """Compute Wᵀp and Σ p log p for the student's frozen head W (see `FrozenHeadSignal`)."""
     log_p_NV = (logits_NV.float() / temperature).log_softmax(1)
     p_NV = log_p_NV.exp()
     negative_entropy_N = torch.where(p_NV > 0, p_NV * log_p_NV, 0.0).sum(1)
@@ -117,7 +118,7 @@ def frozen_head_rows(
 
 
 def top_k_rows(signal: SparseSignal, vocabulary: int) -> tuple[EntryRows, Statistics]:
-    """The rows of a signal of top tokens, as `TopK` stores them."""
+    """Encode a signal of top tokens as `TopK` stores it."""
     ids_NK, log_p_NK = signal.ids_NK, signal.log_probs_NK.cpu().double().numpy()
     counts_N, values_X = torch.full((len(ids_NK),), ids_NK.shape[1]), log_p_NK.ravel().astype("<f2")
     rows = EntryRows.of(vocabulary, counts_N, ids_NK.flatten(), values_X, tail_N=signal.tail_N)
@@ -125,7 +126,7 @@ def top_k_rows(signal: SparseSignal, vocabulary: int) -> tuple[EntryRows, Statis
 
 
 def hidden_rows(hidden_ND: Mapping[int, Tensor]) -> tuple[DenseRows, Statistics]:
-    """Hidden rows by layer, side by side in the mapping's order."""
+    """Encode hidden states by layer, concatenated in the mapping's order."""
     rows = DenseRows(_bf16_bits(torch.cat([h.float() for h in hidden_ND.values()], 1)), None)
     return rows, Statistics(mass=float(len(rows)))
 
@@ -164,8 +165,8 @@ def _checked_k(k: int, blocks: Blocks) -> int:
     if k <= blocks.vocabulary:
         return k
     raise SignalError(
-        f"{k} tokens per row are more than the {blocks.vocabulary} of the vocabulary",
-        fix="store fewer",
+        f"the encoding stores {k} tokens per row, but the vocabulary has only {blocks.vocabulary}",
+        fix="store fewer tokens per row",
     )
 
 
@@ -195,7 +196,7 @@ def _sampled(
         values_E = counts_E.to(torch.uint8)
     else:
         weights_E = counts_E * p_E / proposal.p_nV.view(-1)[flat_E]
-        # A row's scale is free, since it is divided by its sum: its largest weight becomes 1.
+        # A row's scale is arbitrary, since it is normalized when read; make the largest weight 1.
         largest_n = torch.zeros_like(squares_n).scatter_reduce(0, rows_E, weights_E, "amax")
         values_E = (weights_E / largest_n[rows_E]).half()
     counts_n = torch.bincount(rows_E, minlength=blocks.rows)
@@ -218,7 +219,7 @@ def _stratified(
     take_out_(blocks, exact)
     tail_n = blocks.sums_nB.sum(1, dtype=torch.float64)
     draws_n = torch.where(tail_n > 0, encoding.draws, 0)
-    # A token that is more likely than one draw's weight w comes ⌊p/w⌋ times or once more.
+    # A token that is more likely than one draw's weight w is drawn ⌊p/w⌋ or ⌊p/w⌋ + 1 times.
     weight_n1 = (tail_n / encoding.draws).clamp(min=1e-30).float()[:, None]
     part_nV = (blocks.p_nV / weight_n1).frac_()
     drawn_n = (part_nV.sum(1) - sum_of_squares(part_nV)) * weight_n1[:, 0].double().square()
@@ -246,13 +247,13 @@ def _exact_and_drawn(
     units: int,
     drawn_variance_n: Tensor,
 ) -> tuple[EntryRows, Statistics]:
-    """Exact entries as multiples of 1/units, and `draws_n` systematic draws from the rest in
+    """Encode exact entries as multiples of 1/units, and `draws_n` systematic draws from the rest in
     `blocks`.
 
-    drawn_variance_n: of the draws, if the exact entries were not rounded. Rounding is systematic as
-    well: the running sum of a row is shifted by one uniform number and rounded down. Every
-    value is p · units on average and less than 1 off, and so is the sum, which therefore never
-    exceeds `units`.
+    drawn_variance_n: the draws' variance if the exact entries were not rounded. Rounding is also
+    systematic: a row's running sum is shifted by one uniform number and rounded down. Every value
+    is p · units on average and off by less than 1, and so is the sum, which therefore never exceeds
+    `units`.
     """
     n, rows_X = blocks.rows, exact.rows_X
     tail_n = blocks.sums_nB.sum(1, dtype=torch.float64)
@@ -265,7 +266,7 @@ def _exact_and_drawn(
     before_n = torch.cat([upto_X.new_zeros(1), upto_X])[(last_n + 1 - valued_n)]
     upto_X = upto_X - before_n[rows_X]
     has_n = valued_n > 0
-    # Without a tail there are only exact entries: their sum is `units`, however they are rounded.
+    # Without a tail there are only exact entries, whose sum is `units` however they are rounded.
     upto_X[last_n[has_n]] = (mass_n / whole_n * units)[has_n]
     steps_X = (upto_X + uniforms_nU[rows_X, 0]).floor()
     first_X = place_in_row(rows_X, valued_n) == 0

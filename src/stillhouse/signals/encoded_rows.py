@@ -1,6 +1,6 @@
-"""Encoded rows in memory: the output of encoders, content of shards and input of decoders.
+"""Encoded rows in memory: the output of encoders, content of shards, and input of decoders.
 
-Shapes: N rows, E entries of all rows, X stored values of all rows, W numbers of a dense row.
+Shapes: N rows, E entries of all rows, X stored values of all rows, W numbers in a dense row.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 GUARD = 256
-"""Zero elements after each ragged plane: a reader may read 255 entries from anywhere in it."""
+"""Zero elements after each ragged plane, so that 255 entries can be read from anywhere in it."""
 
 
 @dataclass(frozen=True, eq=False)
 class EntryRows:
-    """Rows of token ids, some or all of them with a value.
+    """Rows of token ids, of which some or all have a value.
 
-    counts_N: ids of each row. valued_N: how many of them, the first ones, have a value (None: all);
-    the others are draws that share the remaining mass. low_E, high_E: the lowest 16 bits of
-    the ids and, if the vocabulary needs them, the next 8. values_X: probabilities or counts (u8,
-    u16), log-probabilities or weights (f16). tail_N: the mass of all tokens without an entry (None:
-    not stored).
+    counts_N: number of ids in each row. valued_N: number of ids at the start of each row that have
+    a value (None: all); the others are draws that share the remaining mass. low_E, high_E: the
+    lowest 16 bits of the ids and, if the vocabulary needs them, the next 8. values_X: probabilities
+    or counts (u8, u16), log-probabilities or weights (f16). tail_N: the mass of all tokens without
+    an entry (None: not stored).
     """
 
     counts_N: NDArray[np.uint8]
@@ -69,7 +69,7 @@ class EntryRows:
 
 @dataclass(frozen=True, eq=False)
 class DenseRows:
-    """Rows of W numbers, bfloat16 as its 16 bits. scalar_N: one more number per row, or None."""
+    """Rows of W bfloat16 numbers, as their 16 bits. scalar_N: one more number per row, or None."""
 
     bits_NW: NDArray[np.uint16]
     scalar_N: NDArray[np.float32] | None
@@ -83,7 +83,7 @@ RowsT = TypeVar("RowsT", EntryRows, DenseRows, Rows)
 
 
 def concatenate(parts: Sequence[RowsT]) -> RowsT:
-    """The rows of all parts, which must have the same type."""
+    """Concatenate parts, which must all have the same type."""
     first = parts[0]
     if len(parts) == 1:
         return first
@@ -97,7 +97,7 @@ def concatenate(parts: Sequence[RowsT]) -> RowsT:
 
 
 def split_ids(ids_E: NDArray[Any], vocabulary: int) -> tuple[NDArray[Any], NDArray[Any] | None]:
-    """The lowest 16 bits of the ids, and the next 8 if the vocabulary needs them."""
+    """Split ids into their lowest 16 bits and, if the vocabulary needs them, the next 8."""
     low_E = (ids_E & 0xFFFF).astype("<u2")
     return low_E, (ids_E >> 16).astype(np.uint8) if id_bytes(vocabulary) == 3 else None
 

@@ -1,9 +1,9 @@
-"""What of a teacher's distribution a store keeps: one frozen dataclass per encoding.
+"""Encodings of a teacher's distribution in a store, one frozen dataclass each.
 
-Each says what it keeps per row, which signal that is read back as (`signal`), which divergences the
-signal serves, and whether the teacher's probabilities are estimated without bias. These texts are
-part of a manifest and of its digest, so they must not change. Sizes are for ids of `id_bytes`
-bytes: 2 where the vocabulary has at most 65,536 tokens, else 3.
+Each defines what it keeps per row, the signal that it is read back as (`signal`), the divergences
+that this signal supports (`serves`), and whether it estimates the teacher's probabilities without
+bias (`bias`). These texts are part of a manifest and its digest, so they must not change. Ids take
+`id_bytes` bytes: 2 if the vocabulary has at most 65,536 tokens, otherwise 3.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, get_args
 from stillhouse.errors import SignalError
 
 MOST_ENTRIES = 254
-"""A row's entries are counted in one byte."""
+"""Maximum number of entries in a row, whose count is stored in one byte."""
 BUCKETED = "every divergence except adaptive_kl"
 FORWARD_ONLY = "forward_kl"
 UNITS = {1: 255, 2: 65535}
@@ -26,8 +26,8 @@ UNITS = {1: 255, 2: 65535}
 class TopK:
     """The k most likely tokens: id and log-probability (float16), and the mass of all others.
 
-    With `tail: false` the k probabilities are normalized to sum to 1 when they are read. That is
-    the usual baseline; its error does not average out.
+    With `tail: false`, the k probabilities are normalized to sum to 1 when they are read. This is
+    the usual baseline, whose error does not average out.
     """
 
     k: int
@@ -56,7 +56,8 @@ class TopK:
 
 @dataclass(frozen=True)
 class TopP:
-    """The fewest tokens whose mass reaches p, at most `most`, stored as in `TopK`."""
+    """The smallest set of most likely tokens whose mass reaches p, but at most `most` tokens,
+    stored as in `TopK`."""
 
     p: float
     most: int = 64
@@ -74,11 +75,11 @@ class TopP:
 
 @dataclass(frozen=True)
 class Sampled:
-    """`draws` tokens drawn with replacement from q ∝ p^exponent: the different ids and counts.
+    """The distinct ids and counts of `draws` tokens drawn with replacement from q ∝ p^exponent.
 
-    Sparse Logit Sampling (Anshumann et al. 2025, arXiv 2503.16870). At an exponent of 1 a count is
-    one byte. Otherwise each id carries count · p/q as a float16, and since rows are normalized when
-    they are read, the estimate is a ratio: consistent, with a bias of order 1/draws.
+    Sparse Logit Sampling (Anshumann et al. 2025, arXiv 2503.16870). With an exponent of 1, a count
+    is one byte. Otherwise each id has count · p/q as a float16. Rows are normalized when they are
+    read, so the estimate is a ratio: consistent, with a bias of order 1/draws.
     """
 
     draws: int
@@ -105,8 +106,8 @@ class Sampled:
 class Stratified:
     """The k most likely tokens with their probabilities, and systematic draws from the rest.
 
-    Each draw weighs the rest's mass / draws. That mass is 1 less the stored probabilities, so a
-    draw is only an id.
+    Each draw has a weight of (mass of the rest) / draws. That mass is 1 minus the stored
+    probabilities, so only a draw's id is stored.
     """
 
     k: int
@@ -127,12 +128,12 @@ class Stratified:
 
 @dataclass(frozen=True)
 class Threshold:
-    """Every token of probability ≥ tau exactly, and the rest by systematic draws of ≥ tau each.
+    """Every token of probability ≥ tau exactly, and systematic draws from the rest.
 
-    The rest's mass T gets max(1, ⌊T/tau⌋) draws, each weighing T / draws: a position with a heavy
-    tail gets more of them, and no token comes twice. One tau for the whole store gives the least
-    total variance for the total number of entries: see docs/signal-store.md. `tune_threshold` finds
-    the tau of a size.
+    The rest, of mass T, gets max(1, ⌊T/tau⌋) draws of weight T / draws, so a position with a heavy
+    tail gets more draws, and no token is drawn twice. A single tau for the whole store minimizes
+    the total variance for a given number of entries (see docs/signal-store.md). `tune_threshold`
+    finds the tau for a size.
     """
 
     tau: float
@@ -151,10 +152,10 @@ class Threshold:
 
 @dataclass(frozen=True)
 class AnswerChunks:
-    """Log-likelihoods of an answer's chunks (float16), from an API with another tokenizer.
+    """Log-likelihoods of an answer's chunks (float16), from an API with a different tokenizer.
 
-    A row with an entry begins a chunk, if the entry has a value, or text that is in no chunk; rows
-    without entries continue it. The entry's id is that of the student's token.
+    A row with an entry begins a chunk if the entry has a value, and text outside of chunks if it
+    has none. Rows without entries continue it. The entry's id is the student's token.
     """
 
     kind: ClassVar[str] = "chunks"
@@ -166,9 +167,9 @@ class AnswerChunks:
 
 @dataclass(frozen=True)
 class FrozenHead:
-    """Wᵀp in bfloat16 for a student's head W [V, width] that is not trained, and Σ p log p.
+    """Wᵀp in bfloat16 for a student's frozen head W [V, width], and Σ p log p.
 
-    Forward KL from it is exact up to rounding: 2 · width + 4 bytes per row.
+    These determine the forward KL exactly, up to rounding. A row takes 2 · width + 4 bytes.
     """
 
     width: int
@@ -210,7 +211,7 @@ ENCODINGS: Mapping[str, type[Encoding]] = {each.kind: each for each in get_args(
 
 
 def encoding_to_json(encoding: Encoding) -> dict[str, Any]:
-    """The encoding's kind and parameters, as JSON has them."""
+    """The encoding's kind and parameters, in JSON types."""
     values = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(encoding).items()}
     return {"kind": encoding.kind, **values}
 
@@ -233,9 +234,9 @@ def encoding_from_json(raw: Mapping[str, Any]) -> Encoding:
 
 def _within(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
-        raise SignalError(f"{name} is {value:g}; it must be from {low:g} to {high:g}")
+        raise SignalError(f"{name} must be from {low:g} to {high:g}, and is {value:g}")
 
 
 def _probability_bytes(value: int) -> None:
     if value not in UNITS:
-        raise SignalError(f"probability_bytes is {value}; it must be 1 or 2")
+        raise SignalError(f"probability_bytes must be 1 or 2, and is {value}")

@@ -1,8 +1,9 @@
-"""Signals of a teacher with another tokenizer in a store: distributions over roots.
+"""Stored signals of a teacher with a different tokenizer, which are distributions over roots.
 
-A row has one more event than there are roots, which is certain where no token of the teacher begins
-with the student's. So rows of every encoding take as many bytes as those of any other teacher. FOLD
-in the store's folder has the root of each of the student's tokens.
+A row is a distribution over the roots and one more event, "not covered", which has probability 1
+where no token of the teacher begins with the student's. Rows of every encoding thus take as many
+bytes as those of any other teacher. FOLD in the store's folder contains the root of each of the
+student's tokens.
 
 Shapes: N rows, n rows of a chunk, K entries of a row, R roots, V student tokens.
 """
@@ -33,27 +34,28 @@ from stillhouse.signals.signal_types import (
 
 FOLD = "fold.safetensors"
 ROOTS = "roots"
-"""The name of the fold's hash in a store's identity."""
+"""The fold's key in a store's identity."""
 IMPOSSIBLE = -1e4
 
 
 def fold_sha256(fold: Fold) -> str:
-    """Identifies the roots of the student's tokens."""
+    """SHA-256 of the roots of the student's tokens."""
     content = fold.student_V.to(torch.int32).cpu().numpy().astype("<i4").tobytes()
     return hashlib.sha256(content + fold.roots.to_bytes(4, "little")).hexdigest()
 
 
 def write_fold(fold: Fold, path: Path) -> None:
-    """Write FOLD into a store's folder. Raises RunError if it cannot be written."""
+    """Write FOLD to a store's folder. Raises RunError if it cannot be written."""
     content = {"student": fold.student_V.to(torch.int32).cpu().contiguous()}
     with disk_errors(path):
         save_file(content, path / FOLD, metadata={"roots": str(fold.roots)})
 
 
 def read_fold(path: Path, settings: Settings) -> Fold | None:
-    """The fold of a store; None if its rows are over tokens.
+    """Read the fold of a store; None if its rows are distributions over tokens.
 
-    The teacher's side is empty. Raises StoreError if the file is missing, damaged or another one.
+    The teacher's side of the fold is empty. Raises StoreError if the file is missing, damaged, or
+    from a different store.
     """
     if ROOTS not in settings.identity:
         return None
@@ -69,7 +71,7 @@ def read_fold(path: Path, settings: Settings) -> Fold | None:
         ) from error
     if fold_sha256(fold) != settings.identity[ROOTS]:
         raise StoreError(
-            "the roots of the student's tokens are not those of this store",
+            "the roots of the student's tokens belong to a different store",
             where=path / FOLD,
             fix="copy the store again, or record it again",
         )
@@ -77,8 +79,8 @@ def read_fold(path: Path, settings: Settings) -> Fold | None:
 
 
 def event_logits(signal: FoldedSignal, rows: slice, temperature: float) -> Tensor:
-    """Logits of some rows whose softmax at the temperature is the teacher's distribution over roots
-    and "not covered", float32 [n, R + 1]."""
+    """Logits, float32 [n, R + 1], whose softmax at the temperature is the teacher's distribution
+    over the roots and "not covered"."""
     dense, fold = signal.signal, signal.fold
     if not isinstance(dense, DenseSignal):
         raise SignalError(
@@ -98,7 +100,7 @@ def event_logits(signal: FoldedSignal, rows: slice, temperature: float) -> Tenso
 
 
 def unfolded_rows(signal: SparseSignal | SampledSignal, fold: Fold) -> FoldedSignal:
-    """The stored rows over roots and "not covered", as a signal."""
+    """Convert stored rows over the roots and "not covered" to a signal."""
     ids_NK = signal.ids_NK.long()
     uncovered_NK = ids_NK == fold.roots
     covered_N = ~uncovered_NK[:, 0]
@@ -109,10 +111,10 @@ def unfolded_rows(signal: SparseSignal | SampledSignal, fold: Fold) -> FoldedSig
         ids_NK = ids_NK.masked_fill(uncovered_NK, 0)
         inner = replace(signal, ids_NK=ids_NK, counts_NK=counts_NK)
     else:
-        # The event cannot be a likely one of a covered row: it pads the row, as its first id does.
+        # In a covered row, "not covered" can only be padding: replace it with the row's first id.
         ids_NK = torch.where(uncovered_NK, ids_NK[:, :1], ids_NK)
         log_p_NK = signal.log_probs_NK.masked_fill(uncovered_NK, -torch.inf)
-        ids_NK[~covered_N] = 0  # any distribution: these rows have no loss
+        ids_NK[~covered_N] = 0  # an arbitrary distribution, since these rows have no loss
         log_p_NK[~covered_N] = -torch.inf
         log_p_NK[~covered_N, 0] = math.log(0.5)
         tail_N = signal.tail_N.masked_fill(~covered_N, 0.5)

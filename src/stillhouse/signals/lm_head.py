@@ -1,4 +1,4 @@
-"""Logits, log-probabilities, and the KL between two heads' rows, from hidden rows.
+"""Logits, log-probabilities, and KL divergences from hidden states and a head.
 
 Shapes: N rows, n rows of a chunk, D hidden width, V vocabulary, R roots.
 """
@@ -14,14 +14,13 @@ from stillhouse.cpu_products import fast_linear
 from stillhouse.signals.signal_types import LMHead
 
 CHUNK_LOGITS = 1 << 23
-"""Logits of one model in memory at a time: at most 32 MiB, whatever the vocabulary."""
+"""Logits of one model in memory at a time: at most 32 MiB, regardless of the vocabulary."""
 
 
 def head_logits(head: LMHead, hidden_ND: Tensor) -> Tensor:
-    """softcap(scale · (h Wᵀ + b)) as [N, V], in float32 or wider; not chunked, so only for a few
-    rows.
+    """Compute softcap(scale · (h Wᵀ + b)), [N, V], in float32 or wider.
 
-    The product is computed in the head's dtype.
+    The product is computed in the head's dtype. It is not chunked, so use it for a few rows only.
     """
     hidden_ND = hidden_ND.to(head.weight_VD.dtype)
     with fast_linear(hidden_ND.device):
@@ -40,7 +39,7 @@ def log_probabilities(head: LMHead, hidden_ND: Tensor) -> Tensor:
 
 
 def target_log_probabilities(head: LMHead, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
-    """log p of one token of each row, float32 [N], a few rows at a time."""
+    """Log-probability of each row's target, float32 [N], computed a few rows at a time."""
     found = [
         log_probabilities(head, hidden_ND[rows]).gather(1, targets_N[rows, None])[:, 0]
         for rows in row_chunks(head, len(hidden_ND))
@@ -49,16 +48,16 @@ def target_log_probabilities(head: LMHead, hidden_ND: Tensor, targets_N: Tensor)
 
 
 def row_chunks(head: LMHead, rows: int) -> list[slice]:
-    """Yield chunks of rows with at most CHUNK_LOGITS logits, or logits half as large as the
-    head."""
+    """Slices of rows that have at most CHUNK_LOGITS logits, and at most half as many as the head
+    has weights."""
     vocabulary, hidden = head.weight_VD.shape
     size = max(1, min(CHUNK_LOGITS // vocabulary, hidden // 2))
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 
 def folded_log_probabilities(log_p_NV: Tensor, roots_V: Tensor, roots: int) -> Tensor:
-    """The log-probability of each root, float32 [N, R]: of the sum over its tokens. Tokens beyond
-    those of `roots_V` are padding."""
+    """The log-probability of each root, float32 [N, R], summed over its tokens. Tokens beyond
+    `roots_V` are padding."""
     probabilities_NV = log_p_NV[:, : len(roots_V)].exp()
     tiny = torch.finfo(probabilities_NV.dtype).tiny
     sums_NR = probabilities_NV.new_full((len(log_p_NV), roots), tiny)
@@ -74,11 +73,12 @@ def kl_of_rows(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
 def summed_kl(
     head: LMHead, full_ND: Tensor, others: Sequence[Tensor], other_head: LMHead | None = None
 ) -> list[float]:
-    """Σ KL(softmax of full ‖ softmax of other) over rows, in nats, for each of `others` [N, D].
+    """The sum over rows of KL(softmax of full ‖ softmax of other), in nats, for each of `others`.
 
-    A few rows at a time; the full model's distribution is computed once for all. other_head: of the
-    others, if it is not the full model's. Pruning and searches decide by these sums, so the order
-    of summation is fixed: over a complete chunk in float32, not row by row as in `kl_of_rows`.
+    others: hidden states [N, D]. other_head: theirs, if it is not the full model's. A few rows are
+    computed at a time, and the full model's distribution only once. Pruning and searches depend on
+    these sums, so the order of summation is fixed: over a complete chunk in float32, not row by row
+    as in `kl_of_rows`.
     """
     other_head = head if other_head is None else other_head
     totals = [0.0] * len(others)

@@ -19,11 +19,11 @@ SETTINGS, MANIFEST, SHARDS = "settings.json", "manifest.json", "shards"
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that determines the rows of a store, and where they come from.
+    """Everything that determines the rows of a store, and their provenance.
 
-    identity: what must be the same when the store is read, by name: hashes of the teacher, the
-    tokenizer, the chat template. vocabulary: tokens of the distribution. provenance: for
-    information: hashes of the data and the code.
+    identity: hashes (of the teacher, the tokenizer, the chat template) by name, which must match
+    when the store is read. vocabulary: number of tokens in the distributions. provenance: hashes of
+    the data and the code, for information only.
     """
 
     encoding: Encoding
@@ -46,15 +46,18 @@ class Settings:
         }
 
     def fingerprint(self) -> bytes:
-        """16 bytes in every shard, so that a shard of another store is never used by mistake."""
+        """16 bytes that every shard contains, so that no other store's shard is used by mistake."""
         text = json.dumps(self._decisive(), sort_keys=True, ensure_ascii=False)
         return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """A shard as the manifest lists it. crc32: of all bytes after its header. xxh3: XXH3 of the
-    file, 128 bits in hex, which is computed faster; None in older manifests."""
+    """A shard in the manifest.
+
+    crc32: of all bytes after its header. xxh3: XXH3 of the file (128 bits, in hex), which is faster
+    to compute; None in older manifests.
+    """
 
     name: str
     crc32: int
@@ -69,8 +72,8 @@ class Quality:
     """Means over the rows of a store.
 
     captured_mass: the teacher's probability of the stored tokens. variance: Σ_i Var(p̂_i) of the
-    estimate. squared_bias: Σ_i (E p̂_i − p_i)². entries: stored tokens. bytes: of all files,
-    including keys, offsets and checksums.
+    estimate. squared_bias: Σ_i (E p̂_i − p_i)². entries: stored tokens. bytes: size of all files,
+    including keys, offsets, and checksums.
     """
 
     captured_mass: float
@@ -82,7 +85,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A finished store. `rows` are supervised tokens."""
+    """The manifest of a finished store. `rows` counts supervised tokens."""
 
     settings: Settings
     quality: Quality
@@ -108,7 +111,7 @@ class Manifest:
         }
 
     def digest(self) -> str:
-        """Identifies the store's content: 16 bytes in hex."""
+        """A hash of the store's content, 16 bytes in hex."""
         content = self.to_json()
         for shard in content["shards"]:
             del shard["xxh3"]  # which older manifests lack
@@ -121,7 +124,7 @@ def write_settings(path: Path, settings: Settings) -> None:
 
 
 def read_settings(path: Path) -> Settings:
-    """The settings of a store. Raises StoreError if there is none, or they are damaged."""
+    """Read a store's settings. Raises StoreError if there is no store or they are damaged."""
     if not (path / SETTINGS).exists():
         raise StoreError("there is no signal store here", where=path, fix="record one first")
     return _settings(read_checked_json(path / SETTINGS, "the store's settings"), path / SETTINGS)
@@ -132,9 +135,10 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of a finished store.
+    """Read the manifest of a finished store.
 
-    Raises StoreError if there is no store, or it is unfinished, damaged, or has another format.
+    Raises StoreError if there is no store, or if it is unfinished, damaged, or has a different
+    format.
     """
     file = path / MANIFEST
     if not file.exists():
@@ -142,7 +146,7 @@ def read_manifest(path: Path) -> Manifest:
         raise StoreError(
             f"the store ({settings.encoding.kind}) is not finished: it has no manifest",
             where=path,
-            fix="repeat the command that recorded it, which resumes",
+            fix="run the command that recorded it again, which resumes",
         )
     raw = read_checked_json(file, "the manifest")
     settings = _settings(raw, file)
@@ -157,16 +161,16 @@ def read_manifest(path: Path) -> Manifest:
         )
     except (LookupError, TypeError) as error:
         raise StoreError(
-            f"this is not a manifest of this version ({error})",
+            f"this is not a manifest in this version's format ({error})",
             where=file,
-            fix="restore it from a copy; or delete it, and finish the store again",
+            fix="restore it from a copy, or delete it and record the store again",
         ) from error
 
 
 def _settings(raw: Mapping[str, Any], file: Path) -> Settings:
     if raw.get("format") != FORMAT:
         raise StoreError(
-            f"the store is of format {raw.get('format')}, and this Stillhouse reads {FORMAT}",
+            f"the store has format {raw.get('format')}, but this Stillhouse reads format {FORMAT}",
             where=file,
             fix="use the Stillhouse that wrote the store, or record it again",
         )
@@ -181,7 +185,7 @@ def _settings(raw: Mapping[str, Any], file: Path) -> Settings:
 
 
 def check_same(stored: Settings, expected: Settings, path: Path) -> None:
-    """Raise SignalError if the store was begun with other settings."""
+    """Raise SignalError if the store was begun with different settings."""
     theirs, ours = _flat(stored), _flat(expected)
     _check({name: ours.get(name) for name in [*ours, *theirs]}, theirs, path)
 
@@ -193,7 +197,7 @@ def check_expected(
     temperature: float | None,
     vocabulary: int | None,
 ) -> None:
-    """Raise SignalError for the first expected value that the store does not have."""
+    """Raise SignalError for the first value that differs from the store's."""
     expected: dict[str, Any] = dict(identity)
     if temperature is not None:
         expected["temperature"] = float(temperature)
@@ -217,8 +221,8 @@ def _check(expected: Mapping[str, Any], theirs: Mapping[str, Any], path: Path) -
         found = theirs.get(name)
         if found != value:
             raise SignalError(
-                f"the signal store was recorded with another {name}: it has {found}, and this run "
-                f"{value}",
+                f"the signal store was recorded with a different {name}: it has {found}, and this "
+                f"run has {value}",
                 where=path,
-                fix=f"use the {name} that the store was recorded with, or record another store",
+                fix=f"use the {name} that the store was recorded with, or record a new store",
             )

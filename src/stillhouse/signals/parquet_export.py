@@ -1,4 +1,4 @@
-"""A store as one Parquet file, for exchange: one row per supervised token."""
+"""Export of a store to one Parquet file, with one row per supervised token."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ ROWS_AT_A_TIME = 16384
 
 
 def export_parquet(path: Path, out: Path) -> int:
-    """Write a finished store to the file `out`; returns the number of rows.
+    """Write a finished store to the file `out`, and return the number of rows.
 
-    Columns: `key` (the segment's, in hex), `position` (0 for the segment's first supervised token),
-    and `ids` with `probabilities` and, if it is stored, `tail`. Sampled encodings have
-    probabilities that sum to 1. Chunks have `in_chunk` and, where a chunk begins,
-    `chunk_log_probability`; other rows have NaN. Dense encodings have `vector` and
-    `negative_entropy`, or `layer_N`. The manifest is in the file's metadata under `stillhouse`.
-    Raises StoreError if the store is damaged, or `out` cannot be written.
+    The columns are `key` (the segment's, in hex), `position` (0 for the segment's first supervised
+    token), and `ids` with `probabilities` and, if it is stored, `tail`. The probabilities of
+    sampled encodings sum to 1. Chunks have `in_chunk` and `chunk_log_probability` (NaN except where
+    a chunk begins). Dense encodings have `vector` and `negative_entropy`, or `layer_N`. The
+    manifest is in the file's metadata under `stillhouse`.
+    Raises StoreError if the store is damaged or `out` cannot be written.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -109,7 +109,7 @@ def _chunk_columns(signal: ChunkSignal, rows: int) -> dict[str, Any]:
 
 
 def _lists(ids_NK: Tensor, p_NK: Tensor) -> dict[str, Any]:
-    """Ragged lists of the entries with non-zero weight."""
+    """Ragged lists of the entries with nonzero weight."""
     import pyarrow as pa
 
     kept_NK = p_NK > 0

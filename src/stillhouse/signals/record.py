@@ -1,4 +1,4 @@
-"""Encodes a teacher's outputs, from hidden rows and a head to the rows of a store."""
+"""Encoding of a teacher's outputs as the rows of a store."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from stillhouse.signals.signal_types import (
 from stillhouse.signals.writer import uniforms
 
 CHUNK_LOGITS = 1 << 24
-"""Logits that are computed at a time; 16 times as many on an accelerator."""
+"""Number of logits computed at a time on a CPU; 16 times as many on an accelerator."""
 
 
 def _rows(answer: DenseSignal | LogitsSignal | FoldedSignal) -> Tensor:
-    """One row for each supervised token."""
+    """The answer's tensor with one row for each supervised token."""
     if isinstance(answer, FoldedSignal):
         return answer.covered_N
     return answer.logits_NV if isinstance(answer, LogitsSignal) else answer.hidden_ND
@@ -65,13 +65,16 @@ class Recorder:
 
     @torch.no_grad()
     def encode(self, segments: Segments, answer: Signal | HiddenSignal) -> tuple[Rows, Statistics]:
-        """Encode the rows of these segments; row n of `answer` is for their n-th supervised
-        token. Raises SignalError if the answer does not fit the settings, or is not finite."""
+        """Encode the rows of these segments. Row n of `answer` belongs to their n-th supervised
+        token.
+
+        Raises SignalError if the answer does not match the settings or is not finite.
+        """
         encoding = self.settings.encoding
         if isinstance(answer, HiddenSignal):
             if not isinstance(encoding, Hidden) or tuple(answer.hidden_ND) != encoding.layers:
                 raise SignalError(
-                    f"hidden states of layers {tuple(answer.hidden_ND)} do not fit {encoding}"
+                    f"hidden states of layers {tuple(answer.hidden_ND)} do not match {encoding}"
                 )
             return hidden_rows(answer.hidden_ND)
         if isinstance(answer, SparseSignal):
@@ -86,8 +89,8 @@ class Recorder:
         rows_N = _rows(answer)
         if len(rows_N) != segments.rows or not len(rows_N):
             raise SignalError(
-                f"the answer has {len(rows_N)} rows, and the segments {segments.rows} supervised "
-                "tokens"
+                f"the teacher's answer has {len(rows_N)} rows, but the segments have "
+                f"{segments.rows} supervised tokens"
             )
         uniform_NU = uniforms(segments, self.settings)
         step = CHUNK_LOGITS * (1 if rows_N.device.type == "cpu" else 16)
@@ -120,6 +123,6 @@ class Recorder:
         if self._encoder is not None:
             return self._encoder(logits_nV.float(), uniforms_nU)
         if self.student_head is None:
-            raise SignalError("the encoding hidden takes a HiddenSignal, not logits")
+            raise SignalError("the encoding hidden requires a HiddenSignal, not logits")
         head_VD = self.student_head.to(logits_nV.device)
         return frozen_head_rows(logits_nV, head_VD, self.settings.temperature)

@@ -1,8 +1,8 @@
-"""Divide a batch of windows into segments and name each by a hash of its content.
+"""Division of a batch of windows into segments, each identified by a hash of its content.
 
-A segment is a run of tokens whose position_ids increase from a restart. The teacher's
-output inside it depends only on its own tokens, so a stored row can be found by the segment's
-content, in any window, batch or process.
+A segment is a run of tokens from one restart of position_ids to the next. The teacher's output
+inside it depends only on its own tokens, so stored rows can be found by the segment's content, in
+any window, batch, or process.
 
 Shapes: R windows, L tokens in a window, S segments with a supervised token, N supervised tokens.
 """
@@ -21,7 +21,7 @@ from stillhouse.errors import SignalError
 
 KEY_BYTES = 16
 KEY_VERSION = b"stillhouse-seg-1"
-"""BLAKE2b's `person`: change it if the rule of segmenting or hashing changes."""
+"""BLAKE2b's `person`: change it whenever the rules for segmenting or hashing change."""
 IGNORED = -100
 """The label of a token that is not supervised."""
 
@@ -30,9 +30,10 @@ IGNORED = -100
 class Segments:
     """The segments of a batch that have a supervised token, in the batch's row-major order.
 
-    keys: KEY_BYTES bytes each. rows_S: supervised tokens of each. Row n of the batch, the n-th
-    supervised token in row-major order, belongs to segment `segment_of_rows()[n]`. spans: first
-    token and the one after the last, counted over the whole batch; () for segments of no batch.
+    keys: KEY_BYTES bytes each. rows_S: number of supervised tokens in each. Row n of the batch (its
+    n-th supervised token in row-major order) belongs to segment `segment_of_rows()[n]`. spans: the
+    first token and the one after the last, counted over the whole batch; () for segments that do
+    not come from a batch.
     """
 
     keys: tuple[bytes, ...]
@@ -65,21 +66,21 @@ class Segments:
 def find_segments(
     input_ids_RL: Tensor, labels_RL: Tensor, position_ids_RL: Tensor | None = None
 ) -> Segments:
-    """The segments of a batch. Without `position_ids_RL`, each window is one segment.
+    """Find the segments of a batch. Without `position_ids_RL`, each window is one segment.
 
-    labels_RL[r, t] is the token at t if it is supervised, otherwise -100; a label in the first
-    column is ignored. The key of n tokens is BLAKE2b with a digest of 16 bytes and the
-    personalization `stillhouse-seg-1`, over the ids as little-endian 32-bit integers and then,
-    eight to a byte with the first in the highest bit, whether each is supervised.
+    labels_RL[r, t] is the token at t if it is supervised, otherwise -100; labels in the first
+    column are ignored. A segment's key is a BLAKE2b digest of 16 bytes with the personalization
+    `stillhouse-seg-1`, over the ids as little-endian 32-bit integers, followed by one bit per token
+    for whether it is supervised, eight to a byte with the first in the highest bit.
 
-    Raises SignalError for another shape, or a label on the first token of a segment inside a
-    window, which nothing in the segment predicts.
+    Raises SignalError: a wrong shape, or a label on the first token of a segment inside a window,
+    which nothing in the segment predicts.
     """
     ids_RL = np.ascontiguousarray(_numpy(input_ids_RL), dtype="<u4")
     supervised_RL = _numpy(labels_RL) != IGNORED
     if ids_RL.ndim != 2 or supervised_RL.shape != ids_RL.shape:
         raise SignalError(
-            f"input_ids has shape {ids_RL.shape} and labels {supervised_RL.shape}",
+            f"input_ids has shape {ids_RL.shape}, and labels has shape {supervised_RL.shape}",
             fix="pass both as [windows, tokens]",
         )
     starts_RL = np.zeros(ids_RL.shape, dtype=np.bool_)
@@ -89,7 +90,7 @@ def find_segments(
     if (starts_RL & supervised_RL).any():
         window, at = np.argwhere(starts_RL & supervised_RL)[0]
         raise SignalError(
-            "the first token of a segment is supervised, and nothing of the segment predicts it",
+            "the first token of a segment is supervised, but nothing in the segment predicts it",
             where=f"window {window}, token {at}",
             fix="set the label of each segment's first token to -100",
         )

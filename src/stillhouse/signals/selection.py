@@ -1,5 +1,7 @@
-"""Finds top tokens and draws tokens in rows of probabilities, without sorting rows or summing them
-twice: a row is divided into blocks, and only blocks that matter are searched.
+"""Top tokens of rows of probabilities, and draws from them.
+
+Rows are divided into blocks, of which only those that matter are searched, so no row is sorted or
+summed twice.
 
 Shapes: n rows, V vocabulary padded to whole blocks, B blocks of a row, C tokens of a block, X
 chosen entries of all rows, D draws of all rows.
@@ -18,12 +20,12 @@ from stillhouse.errors import SignalError
 BLOCK = 128
 SMALLEST_BLOCK = 64
 BELOW_ONE, BELOW_ONE_32 = 1.0 - 1e-9, 1.0 - 2.0**-23
-"""Draws stay this far below a mass, since two summations may round it differently."""
+"""Fractions of a mass that draws stay below, since two summations can round it differently."""
 
 
 @dataclass(frozen=True)
 class Entries:
-    """Chosen tokens, ordered by row: rows_X, ids_X and their probabilities p_X (float64)."""
+    """Chosen tokens, ordered by row: rows_X, ids_X, and their probabilities p_X (float64)."""
 
     rows_X: Tensor
     ids_X: Tensor
@@ -53,9 +55,9 @@ class Blocks:
 
 
 def probabilities(logits_nV: Tensor, temperature: float, out: Tensor | None = None) -> Blocks:
-    """softmax(logits / temperature) in blocks, written to `out` if its shape fits.
+    """Compute softmax(logits / temperature) in blocks, written to `out` if its shape fits.
 
-    Raises SignalError for a row with NaN, +inf, or only -inf.
+    Raises SignalError for a row with NaN or +inf, or with only -inf.
     """
     vocabulary = logits_nV.shape[1]
     block = math.gcd(vocabulary, BLOCK)
@@ -72,8 +74,8 @@ def probabilities(logits_nV: Tensor, temperature: float, out: Tensor | None = No
     if not bool(torch.isfinite(sums_nB.sum())):
         row = int((~torch.isfinite(sums_nB.sum(1))).nonzero()[0])
         raise SignalError(
-            f"the teacher's logits hold NaN, +inf, or nothing but -inf in row {row}",
-            fix="check the model that made them: an overflow in float16, or a damaged file",
+            f"the teacher's logits contain NaN or +inf, or nothing but -inf, in row {row}",
+            fix="check the teacher for an overflow in float16 or a damaged file",
         )
     return Blocks(p_nV, sums_nB, vocabulary)
 
@@ -89,9 +91,9 @@ def at_least(blocks: Blocks, tau: float) -> Entries:
 
 
 def top_tokens(blocks: Blocks, k: int) -> tuple[Tensor, Tensor]:
-    """The k most likely tokens of each row, in order: probabilities and ids, [n, k].
+    """The probabilities and ids [n, k] of each row's k most likely tokens, in descending order.
 
-    They are all in the k blocks with the largest maxima.
+    All of them are in the k blocks with the largest maxima.
     """
     if 2 * k * blocks.block <= blocks.p_nV.shape[1]:
         most_nB = blocks.p_nV.unflatten(1, (-1, blocks.block)).amax(2)
@@ -104,23 +106,23 @@ def top_tokens(blocks: Blocks, k: int) -> tuple[Tensor, Tensor]:
         ids_nk = first_nk + top.indices % blocks.block
         if bool((ids_nk < blocks.vocabulary).all()):
             return top.values, ids_nk
-    # Also if so many probabilities are 0 that a padding token is among the k.
+    # Also needed if so many probabilities are 0 that a padding token is among the k.
     top = blocks.p_nV[:, : blocks.vocabulary].topk(k, 1)
     return top.values, top.indices
 
 
 def take_out_(blocks: Blocks, entries: Entries) -> None:
-    """Set the entries' probabilities to 0, in the rows and in the sums of their blocks."""
+    """Set the entries' probabilities to 0, and update the sums of their blocks."""
     blocks.p_nV.view(-1)[entries.rows_X * blocks.p_nV.shape[1] + entries.ids_X] = 0.0
     flat_X = entries.rows_X * blocks.sums_nB.shape[1] + entries.ids_X // blocks.block
     blocks.sums_nB.view(-1)[flat_X] = blocks.p_blocks.index_select(0, flat_X).sum(1)
 
 
 def locate(blocks: Blocks, rows_D: Tensor, shares_D: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens at which a row's running sum exceeds the given fractions of its mass.
+    """Find the tokens at which a row's running sum exceeds the given fractions of its mass.
 
-    shares_D: in [0, 1), of the row in rows_D. Returns ids_D and their probabilities. The first
-    search is among the running sums of blocks, the second within one block each.
+    shares_D: fractions in [0, 1) of the mass of the rows in rows_D. Returns ids_D and their
+    probabilities. This first searches the running sums of blocks, then within one block each.
     """
     sums_nB = blocks.sums_nB.double()
     upto_nB = sums_nB.cumsum(1)
@@ -143,11 +145,11 @@ def locate(blocks: Blocks, rows_D: Tensor, shares_D: Tensor) -> tuple[Tensor, Te
 
 
 def sum_of_squares(p_nV: Tensor) -> Tensor:
-    """Σ p² of each row, in float64: shape [n]."""
+    """Σ p² of each row, [n], in float64."""
     return torch.linalg.vector_norm(p_nV, dim=1).double().square()
 
 
 def place_in_row(rows_X: Tensor, counts_n: Tensor) -> Tensor:
-    """0, 1, 2 ... within each row, for entries that are ordered by row."""
+    """The index of each entry within its row, for entries that are ordered by row."""
     first_n = counts_n.cumsum(0) - counts_n
     return torch.arange(len(rows_X), device=rows_X.device) - first_n[rows_X]

@@ -1,7 +1,9 @@
-"""One shard: a file of encoded rows, read by memory map. docs/signal-store.md specifies the format.
+"""Shards: memory-mapped files of encoded rows. docs/signal-store.md specifies the format.
 
-A header of 128 bytes, then planes: arrays that each start at a multiple of 8 bytes. Everything is
-little-endian. Shapes: S segments, N rows, E entries, X values, W numbers of a dense row.
+A shard is a header of 128 bytes, followed by planes: arrays that each start at a multiple of 8
+bytes. Everything is little-endian.
+
+Shapes: S segments, N rows, E entries, X values, W numbers in a dense row.
 """
 
 from __future__ import annotations
@@ -33,15 +35,16 @@ HEADER_BYTES = 128
 _HEADER = struct.Struct("<8sII16sQQQQ4B3I3d")
 _CHECKS = struct.Struct("<II")
 VALUES = {"u1": 1, "u2": 2, "f2": 3}
-"""The header's codes for value types: unsigned 8 bits, unsigned 16 bits, float16."""
+"""The header's codes for value types: unsigned 8-bit, unsigned 16-bit, float16."""
 _DAMAGED = "delete this file and record its segments again, or restore it from a copy"
 
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """A shard's first 128 bytes. `width` is 0 for entries; `value_kind` 0 for dense rows.
+    """The contents of a shard's first 128 bytes.
 
-    store: the fingerprint of the settings of its rows.
+    store: the fingerprint of the store's settings. width: 0 for entries. value_kind: 0 for dense
+    rows.
     """
 
     store: bytes
@@ -65,7 +68,7 @@ class ShardHeader:
         return packed + _CHECKS.pack(payload_crc, zlib.crc32(packed))
 
     def planes(self) -> Iterator[tuple[str, str, int, int]]:
-        """Name, type, elements and trailing zero elements, in file order."""
+        """Yield each plane's name, type, elements, and trailing zero elements, in file order."""
         yield "keys", "u1", KEY_BYTES * self.segments, 0
         yield "segment_rows", "<u4", self.segments, 0
         if self.width:
@@ -96,8 +99,9 @@ class ShardHeader:
 class Shard:
     """An open shard: its header, and its rows as views of the file.
 
-    keys_S: KEY_BYTES bytes each. rows_S, entries_S, values_S: how many elements of a plane belong
-    to each segment. The planes of ragged rows keep their GUARD elements. content: the whole file.
+    keys_S: KEY_BYTES bytes each. rows_S, entries_S, values_S: number of elements of a plane that
+    belong to each segment. The planes of ragged rows keep their GUARD elements. content: the whole
+    file.
     """
 
     path: Path
@@ -115,7 +119,7 @@ class Shard:
         return np.cumsum(self.rows_S) - self.rows_S
 
     def summary(self) -> tuple[ShardHeader, ShardEntry]:
-        """What a manifest needs of this shard: its header, and the entry in the list."""
+        """The header, and the manifest's entry for this shard."""
         numbers = (self.crc32, len(self.content), self.header.segments, self.header.rows)
         xxh3 = xxhash.xxh3_128_hexdigest(self.content)
         return self.header, ShardEntry(self.path.name, *numbers, xxh3)
@@ -129,7 +133,7 @@ def shard_bytes(
     rows: Rows,
     statistics: Statistics,
 ) -> list[bytes]:
-    """The header and the planes of one shard, to be written one after the other."""
+    """Encode a shard as its header and planes, to be written one after another."""
     planes, header = _planes(rows_S, rows)
     planes |= {"keys": np.frombuffer(b"".join(keys), np.uint8), "segment_rows": rows_S}
     head = ShardHeader(
@@ -150,7 +154,7 @@ def shard_bytes(
 
 
 def _planes(rows_S: NDArray[np.int64], rows: Rows) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Planes and header fields of rows."""
+    """The planes and header fields of encoded rows."""
     if isinstance(rows, DenseRows):
         numbers = ("entries", "stored_values", "id_bytes", "value_kind", "has_valued", "most")
         header = dict.fromkeys(numbers, 0)
@@ -181,12 +185,12 @@ def _planes(rows_S: NDArray[np.int64], rows: Rows) -> tuple[dict[str, Any], dict
 
 
 def open_shard(path: Path, xxh3: str | None = None) -> Shard:
-    """Map a shard and check its checksum, lengths and counts.
+    """Map a shard, and check its checksum, lengths, and counts.
 
-    xxh3: as a manifest lists it, to be compared in place of the CRC-32, which takes longer.
+    xxh3: the XXH3 in the manifest, to check instead of the CRC-32, which is slower.
 
-    Raises StoreError, with the file's path, if it is missing, truncated, damaged or of another
-    version.
+    Raises StoreError, with the file's path, if it is missing, truncated, damaged, or from a
+    different version.
     """
     try:
         with path.open("rb") as file:
@@ -197,7 +201,7 @@ def open_shard(path: Path, xxh3: str | None = None) -> Shard:
     header, crc32 = _read_header(mapped, path)
     if size != HEADER_BYTES + header.payload_bytes:
         raise StoreError(
-            f"the shard has {size} bytes, but its header states "
+            f"the shard has {size} bytes, but its header says "
             f"{HEADER_BYTES + header.payload_bytes}",
             where=path,
             fix=_DAMAGED,
@@ -208,7 +212,9 @@ def open_shard(path: Path, xxh3: str | None = None) -> Shard:
     else:
         whole = zlib.crc32(content[HEADER_BYTES:]) == crc32
     if not whole:
-        raise StoreError("the shard is damaged: its checksum is wrong", where=path, fix=_DAMAGED)
+        raise StoreError(
+            "the shard is damaged: its checksum does not match", where=path, fix=_DAMAGED
+        )
     planes = _map_planes(mapped, header)
     if header.width:
         bits_NW = planes["bits"].reshape(-1, header.width)
@@ -242,7 +248,7 @@ def open_shard(path: Path, xxh3: str | None = None) -> Shard:
 
 
 def _map(descriptor: int) -> mmap.mmap:
-    """The whole file, all of whose pages are read next: one call instead of a fault for each."""
+    """Map the whole file. All pages are read next, so fault them in with one call."""
     if hasattr(mmap, "MAP_POPULATE"):  # Linux
         flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
         return mmap.mmap(descriptor, 0, flags=flags, prot=mmap.PROT_READ)
@@ -250,10 +256,10 @@ def _map(descriptor: int) -> mmap.mmap:
 
 
 def allow_open_files(files: int) -> None:
-    """Raise this process's limit of open files by so many, as far as the system allows.
+    """Raise this process's limit of open files by `files`, as far as the system allows.
 
-    A mapped file counts as an open one, and large stores have more shards than the usual limits:
-    1,024 files on Linux, 256 on macOS.
+    A mapped file counts as open, and large stores have more shards than the usual limits (1,024
+    files on Linux, 256 on macOS).
     """
     try:
         import resource
@@ -263,14 +269,15 @@ def allow_open_files(files: int) -> None:
     if soft == resource.RLIM_INFINITY:
         return
     wanted = soft + files if hard == resource.RLIM_INFINITY else min(soft + files, hard)
-    with suppress(ValueError, OSError):  # macOS has a limit below the one that it reports
+    with suppress(ValueError, OSError):  # macOS's actual limit is below the one that it reports
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def read_keys(path: Path) -> tuple[bytes, ...]:
-    """The keys of a shard's segments. Only its header is checked; the rest is not read.
+    """Read the keys of a shard's segments, and check only its header.
 
-    A damaged key matches no segment; `open_shard` rejects the file when one of its rows is read.
+    A damaged key matches no segment, and `open_shard` rejects the file once one of its rows is
+    read.
     """
     try:
         with path.open("rb") as file:
@@ -279,7 +286,7 @@ def read_keys(path: Path) -> tuple[bytes, ...]:
     except OSError as error:
         raise _unreadable(path, error) from error
     if len(keys) != KEY_BYTES * header.segments:
-        raise StoreError("the shard is cut short", where=path, fix=_DAMAGED)
+        raise StoreError("the shard is truncated", where=path, fix=_DAMAGED)
     return _cut_keys(keys)
 
 
@@ -289,11 +296,11 @@ def _cut_keys(keys: bytes) -> tuple[bytes, ...]:
 
 def _unreadable(path: Path, error: OSError) -> StoreError:
     if error.errno in (errno.EMFILE, errno.ENFILE):
-        fix = "allow more open files: `ulimit -n` shows and sets their number"
+        fix = "allow more open files with `ulimit -n`"
     elif error.errno == errno.ENOENT:
         fix = "restore it from a copy, or record its segments again"
     else:
-        fix = "check its permissions and the disk, and run the same command again"
+        fix = "check its permissions and the disk, then run the same command again"
     return StoreError(f"the shard cannot be read ({error.strerror})", where=path, fix=fix)
 
 
@@ -308,7 +315,7 @@ def _read_header(mapped: mmap.mmap | bytes, path: Path) -> tuple[ShardHeader, in
     _, version, size, *values = _HEADER.unpack(described[: _HEADER.size])
     if (version, size) != (VERSION, HEADER_BYTES):
         raise StoreError(
-            f"the shard is of format {version}, and this Stillhouse reads format {VERSION}",
+            f"the shard has format {version}, but this Stillhouse reads format {VERSION}",
             where=path,
             fix="use the Stillhouse that wrote the store, or record it again",
         )
@@ -317,7 +324,7 @@ def _read_header(mapped: mmap.mmap | bytes, path: Path) -> tuple[ShardHeader, in
 
 
 def _check_counts(shard: Shard) -> None:
-    """Check that the counts a reader relies on add up, whatever wrote the file."""
+    """Check that the counts that readers rely on add up, regardless of what wrote the file."""
     head, rows = shard.header, shard.rows
     fits = int(shard.rows_S.sum()) == head.rows and bool((shard.rows_S > 0).all())
     if isinstance(rows, EntryRows) and fits and head.rows:

@@ -1,6 +1,6 @@
-"""Signal types.
+"""Types of signals from a teacher.
 
-Shapes: N supervised rows, P of them inside chunks, C chunks, K entries of a row, D hidden width,
+Shapes: N supervised rows, P of these inside chunks, C chunks, K entries of a row, D hidden width,
 V vocabulary.
 """
 
@@ -16,9 +16,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LMHead:
-    """The last linear map of a language model: logits = softcap(scale · (h Wᵀ + b)).
+    """The head of a language model: logits = softcap(scale · (h Wᵀ + b)).
 
-    `softcap` c maps z to c·tanh(z / c) (Gemma 2); `scale` multiplies first (Cohere, Granite).
+    A `softcap` of c maps z to c·tanh(z / c) (Gemma 2), after `scale` is applied (Cohere, Granite).
     """
 
     weight_VD: Tensor
@@ -31,8 +31,8 @@ class LMHead:
         return LMHead(self.weight_VD.to(device), bias_V, self.scale, self.softcap)
 
     def apart(self) -> LMHead:
-        """On the CPU, with memory of its own: weights of a mapped checkpoint keep all of its pages
-        in memory."""
+        """Copy a head on the CPU, since views of a mapped checkpoint keep all of its pages in
+        memory."""
         if self.weight_VD.device.type != "cpu":
             return self
         bias_V = None if self.bias_V is None else self.bias_V.detach().clone()
@@ -41,9 +41,9 @@ class LMHead:
 
 @dataclass(frozen=True)
 class DenseSignal:
-    """The teacher's full distribution, as hidden rows and the head that maps them to logits.
+    """The teacher's full distribution, as hidden states and the head that maps them to logits.
 
-    Row n predicts the same token as row n of the student. The logits of all rows are never in
+    Row n predicts the same token as the student's row n. The logits of all rows are never in
     memory at once.
     """
 
@@ -55,8 +55,8 @@ class DenseSignal:
 class LogitsSignal:
     """The teacher's full distribution, as logits before any temperature.
 
-    −inf marks an impossible token. Columns beyond the student's vocabulary are left out of
-    the softmax.
+    −inf marks an impossible token. Columns beyond the student's vocabulary are left out of the
+    softmax.
     """
 
     logits_NV: Tensor
@@ -66,11 +66,11 @@ class LogitsSignal:
 class SparseSignal:
     """The teacher's top tokens, and the probability of all others together.
 
-    ids_NK: K different tokens per row. A shorter row is padded with its first id at a
+    ids_NK: K distinct tokens per row. A shorter row is padded with its first id and a
         log-probability of -inf.
-    log_probs_NK: their log-probabilities in the full distribution: not renormalized over K.
+    log_probs_NK: their log-probabilities in the full distribution, not renormalized over K.
     tail_N: the mass of all other tokens, in [0, 1].
-    temperature: of the softmax; a tail cannot be converted to another temperature.
+    temperature: of the softmax. A tail cannot be converted to a different temperature.
     """
 
     ids_NK: Tensor
@@ -81,11 +81,11 @@ class SparseSignal:
 
 @dataclass(frozen=True)
 class SampledSignal:
-    """Tokens drawn from the teacher's distribution with replacement, and how often.
+    """Tokens drawn from the teacher's distribution with replacement, and their counts.
 
-    ids_NK: the drawn tokens. A shorter row is padded with any id at a count of 0.
-    counts_NK: how often each was drawn, or any non-negative importance weight; a row's counts
-        divided by their sum estimate the teacher's probabilities without bias.
+    ids_NK: the drawn tokens. A shorter row is padded with any id and a count of 0.
+    counts_NK: how often each was drawn, or any nonnegative importance weight. A row's counts
+        divided by their sum estimate the teacher's probabilities.
     temperature: of the softmax that they were drawn from.
     """
 
@@ -98,10 +98,10 @@ class SampledSignal:
 class FrozenHeadSignal:
     """All that forward KL needs from the teacher if the student's head W [V, D] is frozen.
 
-    KL(p ‖ softmax(W h / T)) = Σ p log p − (Wᵀp)·h / T + logsumexp(W h / T), W scaled by the head's
-    scale.
+    KL(p ‖ softmax(W h / T)) = Σ p log p − (Wᵀp)·h / T + logsumexp(W h / T), where W includes the
+    head's scale.
 
-    vector_ND: Wᵀp. negative_entropy_N: Σ p log p, in nats. temperature: of the softmax p.
+    vector_ND: Wᵀp. negative_entropy_N: Σ p log p, in nats. temperature: T, of the softmax p.
     """
 
     vector_ND: Tensor
@@ -111,7 +111,7 @@ class FrozenHeadSignal:
 
 @dataclass(frozen=True)
 class HiddenSignal:
-    """The teacher's hidden states after chosen layers: hidden rows [N, D] by layer index."""
+    """The teacher's hidden states [N, D] after chosen layers, by layer index."""
 
     hidden_ND: Mapping[int, Tensor]
 
@@ -121,8 +121,8 @@ class Fold:
     """The events that two vocabularies share, called roots, and the root of each token.
 
     A root's probability under a model is the sum over the tokens that map to it, so both models'
-    probabilities over roots sum to 1. Every root has tokens of both vocabularies: an event that one
-    model cannot produce would have an infinite divergence.
+    probabilities of the roots sum to 1. Every root has tokens of both vocabularies, since an event
+    that one model cannot produce would have an infinite divergence.
 
     student_V, teacher_W: the root of each token id, int64, in [0, roots).
     """
@@ -137,12 +137,14 @@ class Fold:
 
 @dataclass(frozen=True)
 class ChunkSignal:
-    """A teacher's log-likelihoods of chunks: of the text between neighboring places where its
-    tokenizer and the student's both begin a token.
+    """A teacher's log-likelihoods of chunks.
 
-    rows_P: the student's supervised rows that predict the chunks' tokens; chunk_P: the chunk of
-        each, in [0, C).
-    log_probs_C: log p of each chunk's text, given the text before it: the sum over the teacher's
+    A chunk is the text between neighboring places where the teacher's and the student's tokenizers
+    both begin a token.
+
+    rows_P: the student's supervised rows that predict the chunks' tokens.
+    chunk_P: the chunk that each of these rows belongs to, in [0, C).
+    log_probs_C: log p of each chunk's text, given the text before it, summed over the teacher's
         tokens.
     """
 
@@ -153,13 +155,13 @@ class ChunkSignal:
 
 @dataclass(frozen=True)
 class FoldedSignal:
-    """The distribution of a teacher with another tokenizer, compared over shared roots.
+    """The distribution of a teacher with a different tokenizer, compared over shared roots.
 
-    signal: dense, over the teacher's own vocabulary; or sparse or sampled, whose ids are roots. Its
-        rows are those of the student.
+    signal: dense, over the teacher's own vocabulary, or sparse or sampled, with roots as ids. Its
+        rows correspond to the student's.
     covered_N: rows where the teacher's text has a token boundary too. The others get no loss from
-        the teacher, whatever their rows of `signal` hold (which must be finite).
-    chunks: for `chunk_loss`; None: not known.
+        the teacher, regardless of their values in `signal` (which must be finite).
+    chunks: for `chunk_loss`; None if unknown.
     """
 
     signal: DenseSignal | SparseSignal | SampledSignal
@@ -175,7 +177,7 @@ S = TypeVar("S", bound="Signal | ChunkSignal")
 
 
 def moved_rows(signal: S, device: torch.device, *, non_blocking: bool = False) -> S:
-    """The signal with its rows on the device; heads and folds stay where they are."""
+    """Move the signal's rows to the device. Heads and folds stay where they are."""
     moved: dict[str, Any] = {}
     for name, value in ((each.name, getattr(signal, each.name)) for each in fields(signal)):
         if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""The recipe's section about storing the teacher's distributions."""
+"""The recipe's section for storing the teacher's signals."""
 
 from __future__ import annotations
 
@@ -22,25 +22,26 @@ from stillhouse.vllm_config import VllmEngine
 
 
 class ThresholdSignals(Section):
-    """Likely tokens exactly, the others by unbiased draws; harder positions get more of both."""
+    """Likely tokens exactly, and the others by unbiased draws. Harder positions get more of
+    both."""
 
     kind: Literal["threshold"]
     bytes: Annotated[float, Field(ge=1, le=1024, allow_inf_nan=False)] = Field(
-        36.0, description="Average size of a token."
+        36.0, description="Average bytes per token."
     )
 
     def encoding(self) -> EntryEncoding:
-        """The encoding with a first guess of tau, which recording tunes to `bytes`."""
+        """The encoding with an initial tau, which recording tunes to `bytes`."""
         return Threshold(0.02)
 
     @property
     def row_bytes(self) -> float:
-        """Approximate bytes per stored token: docs/signal-store.md lists the encodings' sizes."""
+        """Approximate bytes per stored token (docs/signal-store.md lists the encodings' sizes)."""
         return self.bytes
 
 
 class TopKSignals(Section):
-    """The k most likely tokens and the mass of all others; serves nearly every divergence."""
+    """The k most likely tokens and the mass of all others, for nearly every divergence."""
 
     kind: Literal["top_k"]
     k: int = Field(32, gt=0, le=MOST_ENTRIES)
@@ -54,13 +55,15 @@ class TopKSignals(Section):
 
 
 class TopPSignals(Section):
-    """The fewest tokens that hold the mass p, and the mass of all others."""
+    """The smallest set of most likely tokens with mass p, and the mass of all others."""
 
     renamed: ClassVar[Mapping[str, str]] = {"most": "max_tokens"}
 
     kind: Literal["top_p"]
     p: Share = 0.98
-    max_tokens: int = Field(64, gt=0, le=MOST_ENTRIES, description="Most tokens stored.")
+    max_tokens: int = Field(
+        64, gt=0, le=MOST_ENTRIES, description="Maximum number of tokens per position."
+    )
 
     def encoding(self) -> EntryEncoding:
         return TopP(self.p, self.max_tokens)
@@ -101,12 +104,14 @@ class StratifiedSignals(Section):
     @model_validator(mode="after")
     def _entries_fit(self) -> StratifiedSignals:
         if self.k + self.draws > MOST_ENTRIES:
-            raise ValueError(f"k + draws is {self.k + self.draws}, above {MOST_ENTRIES}")
+            raise ValueError(
+                f"k + draws must be at most {MOST_ENTRIES}, and is {self.k + self.draws}"
+            )
         return self
 
 
 class FrozenHeadSignals(Section):
-    """All that forward KL needs if the student's head is not trained (train.freeze_head)."""
+    """All that forward KL needs if the student's head is frozen (train.freeze_head)."""
 
     kind: Literal["frozen_head"]
 
@@ -114,7 +119,7 @@ class FrozenHeadSignals(Section):
 class HiddenSignals(Section):
     """The teacher's hidden states after the layers that the objective's terms use.
 
-    With the last hidden states and the head, every divergence is exact at any temperature.
+    With the last hidden states and the head, every divergence is exact, at any temperature.
     """
 
     kind: Literal["hidden"]
@@ -128,23 +133,26 @@ SignalEncoding = Annotated[
 
 
 class SignalServer(Section):
-    """A vLLM server for the teacher: one that returns log-probabilities of prompts for the encoding
-    top_k, and a pooling model, which returns hidden states, for the others."""
+    """A vLLM server for the teacher. With the encoding top_k, it must return log-probabilities of
+    prompts; with the others, it must run a pooling model that returns hidden states."""
 
     base_url: str = Field(
-        description="Of an OpenAI-compatible API, such as http://localhost:8000/v1"
+        description="Base URL of an OpenAI-compatible API, such as http://localhost:8000/v1."
     )
     model: str = Field(description="The teacher's name on the server.")
     key_env: str | None = Field(
-        None, description="Environment variable that holds the server's key; null: it needs none."
+        None,
+        description="Environment variable with the server's API key; null: no key.",
     )
-    concurrency: int = Field(16, gt=0, le=4096, description="Requests under way at a time.")
+    concurrency: int = Field(16, gt=0, le=4096, description="Maximum concurrent requests.")
 
     @model_validator(mode="after")
     def _holds_no_secret(self) -> SignalServer:
         check_url(self.base_url)
         if "@" in self.base_url:
-            raise ValueError("base_url holds a user's name or key: name a variable in key_env")
+            raise ValueError(
+                "base_url contains a user name or key: set key_env to an environment variable"
+            )
         return self
 
 
@@ -153,34 +161,35 @@ class AnswerSignals(Section):
 
     mismatched: ShareOrZero = Field(
         0.02,
-        description="Share of the answers that may be other tokens to the API than to the "
-        "student's tokenizer; they are learned only from their text. More stop the run.",
+        description="Maximum share of answers that the API and the student's tokenizer tokenize "
+        "differently; these are learned only from their text. More than this stops the run.",
     )
 
 
 class SignalsRecipe(Section):
-    """The teacher scores the text once and its signals are stored; training reads them."""
+    """Stored signals: the teacher scores the text once, and training reads the stored signals."""
 
     encoding: SignalEncoding = ThresholdSignals(kind="threshold")
     server: SignalServer | None = Field(
         None,
-        description="Score on this server: log-probabilities of prompts for the encoding top_k, "
-        "hidden states for the others.",
+        description="Score the text on this server, which returns log-probabilities of prompts for "
+        "the encoding top_k and hidden states for the others.",
     )
     vllm: VllmEngine | None = Field(
-        None, description="Let vLLM on this machine read the text, and record its hidden states."
+        None, description="Score the text with vLLM on this machine, which returns hidden states."
     )
     answers: AnswerSignals | None = Field(
         None,
-        description="Use the log-probabilities that the API of `synthesize` returned, as they are.",
+        description="Use the log-probabilities that the API returned in `synthesize`.",
     )
     store: PathText | None = Field(
-        None, description="A finished store to read, e.g. another run's; nothing is recorded."
+        None,
+        description="Finished store to read, e.g. from an earlier run; nothing is recorded.",
     )
     missing: Literal["error", "live"] = Field(
         "error",
-        description="What to do about training text that `store` or `answers` lack: stop before "
-        "training, or score it live, each time it is trained on.",
+        description="What to do about training text that `store` or `answers` lack. error: stop "
+        "before training; live: score it each time it is trained on.",
     )
 
     @model_validator(mode="after")
@@ -189,16 +198,19 @@ class SignalsRecipe(Section):
         given = scored or self.encoding != ThresholdSignals(kind="threshold")
         if self.store is not None and given:
             raise ValueError(
-                "a finished store is only read: remove encoding, server and vllm, or store"
+                "a finished store is only read: remove encoding, server, and vllm, or store"
             )
         if self.answers is not None and (given or self.store is not None):
             raise ValueError(
-                "answers have their own encoding: remove encoding, server, vllm and store"
+                "answers have their own encoding: remove encoding, server, vllm, and store"
             )
         if self.server is not None and self.vllm is not None:
-            raise ValueError("one of them scores the text: remove server or vllm")
+            raise ValueError("only one of server and vllm can score the text: remove one of them")
         if self.store is None and self.answers is None and self.missing == "live":
-            raise ValueError("missing applies only to a given store: set store, or remove the key")
+            raise ValueError(
+                "missing applies only to an existing store or to answers: set store, or remove "
+                "missing"
+            )
         return self
 
     @property
@@ -208,8 +220,8 @@ class SignalsRecipe(Section):
 
     @property
     def needs_weights(self) -> bool:
-        """Whether recording reads the teacher's weights; otherwise its configuration and tokenizer
-        are enough."""
+        """Whether recording reads the teacher's weights, and not only its configuration and
+        tokenizer."""
         if self.server is not None:
             return not isinstance(self.encoding, TopKSignals | HiddenSignals)
         return self.answers is None

@@ -1,4 +1,4 @@
-"""Reads a finished store: the teacher's signal for the segments of a batch."""
+"""Reading of the teacher's signals for the segments of a batch from a finished store."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from stillhouse.signals.shards import Shard, allow_open_files, open_shard, read_
 from stillhouse.signals.writer import check_belongs
 
 _OpenShard = tuple[Shard, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
-"""A shard, and the first row, entry and value of each of its segments."""
+"""A shard, and the first row, entry, and value of each of its segments."""
 
 
 @dataclass(eq=False)
 class Store:
-    """An open store, returned by `open_store`; forked processes may continue to use it.
+    """An open store, as returned by `open_store`. Forked processes can continue to use it.
 
     A shard is mapped, and its checksum verified, when one of its rows is first read.
     """
@@ -57,10 +57,10 @@ class Store:
         return all(key in self._numbers for key in segments.keys)
 
     def read(self, segments: Segments, live: Rows | None = None) -> StoredSignal:
-        """The teacher's signal for a batch: row n is for its n-th supervised token.
+        """Read the teacher's signal for a batch. Row n belongs to its n-th supervised token.
 
         live: encoded rows of the segments that are `missing`, in their order, from a live teacher.
-        Raises SignalError if segments are missing and `live` is None, StoreError if a shard is
+        Raises SignalError if segments are missing and `live` is None. StoreError if a shard is
         damaged.
         """
         lacking_S = self.missing(segments)
@@ -96,7 +96,7 @@ class Store:
             shard, row_S, entry_S, value_S = self._shard(index)
             within_S = number_S[chosen_S] - self._first_S[index]
             if not np.array_equal(shard.rows_S[within_S], rows_S):
-                raise StoreError("segments have other lengths than their keys", where=shard.path)
+                raise StoreError("segments' lengths do not match their keys", where=shard.path)
             at = (row_S[within_S], entry_S[within_S], value_S[within_S])
             sources.append(Source(shard.rows, rows_S, *at, place_n))
         return sources
@@ -108,9 +108,9 @@ class Store:
             check_belongs(shard, self.settings)
             if shard.crc32 != listed.crc32:
                 raise StoreError(
-                    "the shard is not the one that the manifest lists",
+                    "the shard is not the one listed in the manifest",
                     where=shard.path,
-                    fix="restore it from a copy, or finish the store again",
+                    fix="restore it from a copy, or record the store again",
                 )
             entry_S = np.cumsum(shard.entries_S) - shard.entries_S
             value_S = np.cumsum(shard.values_S) - shard.values_S
@@ -121,8 +121,8 @@ class Store:
         return SignalError(
             f"the store lacks {count} of {len(segments)} segments of this batch",
             where=self.path,
-            fix="record this data set (recorded segments are kept), or score the missing ones with "
-            "a live teacher",
+            fix="record this dataset (recorded segments are kept), or score the missing segments "
+            "with a live teacher",
         )
 
 
@@ -133,11 +133,11 @@ def open_store(
     temperature: float | None = None,
     vocabulary: int | None = None,
 ) -> Store:
-    """Open a finished store and check that it is the expected one.
+    """Open a finished store, and check that it is the expected one.
 
-    expect: fields of the identity it was recorded with, e.g. {"teacher": "sha256..."}. Raises
-    SignalError if one of them, the temperature or the vocabulary differs; the message has both
-    values. StoreError if it is unfinished or damaged, or a shard is missing.
+    expect: expected fields of its identity, e.g. {"teacher": "sha256..."}. Raises SignalError, with
+    both values, if one of them, the temperature, or the vocabulary differs. StoreError if the store
+    is unfinished or damaged, or if a shard is missing.
     """
     manifest = read_manifest(path)
     check_expected(manifest.settings, path, expect or {}, temperature, vocabulary)

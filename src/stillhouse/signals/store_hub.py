@@ -1,4 +1,4 @@
-"""Stores on the Hugging Face Hub, as dataset repositories."""
+"""Signal stores in dataset repositories on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from stillhouse.signals.folded_store import FOLD
 from stillhouse.signals.verify import verify
 
 FILES = ["*.json", "shards/*.bin", FOLD]
-"""Of a store: patterns."""
+"""Patterns of a store's files."""
 
 
 def upload_store(path: Path, repository: str, *, private: bool = True) -> str:
-    """Upload a valid, finished store to a dataset repository; returns the commit's URL.
+    """Upload a finished store to a dataset repository, and return the commit's URL.
 
-    The Hub's token comes from the environment. Raises StoreError if the store is damaged, or the
+    The Hub token comes from the environment. Raises StoreError if the store is damaged or the
     upload fails.
     """
     _reject_damaged(path)
@@ -32,13 +32,13 @@ def upload_store(path: Path, repository: str, *, private: bool = True) -> str:
             allow_patterns=FILES,
             commit_message="A store of a teacher's signals",
         )
-    except Exception as error:  # its HTTP and Xet clients have errors without a common base
+    except Exception as error:  # the HTTP and Xet clients' errors have no common base class
         raise _hub_error("upload", repository, error) from error
     return str(commit.commit_url)
 
 
 def download_store(repository: str, path: Path, *, revision: str | None = None) -> Path:
-    """Download a store into the folder `path` and verify it. Raises StoreError."""
+    """Download a store to the folder `path` and verify it. Raises StoreError if either fails."""
     try:
         with disk_errors(path, fix="free some space and run the same command again"):
             snapshot_download(
@@ -68,5 +68,5 @@ def _hub_error(what: str, repository: str, error: Exception) -> StoreError:
     return StoreError(
         f"the {what} failed ({first_line(error)})",
         where=repository,
-        fix="check the network, the repository's name and the permissions of HF_TOKEN",
+        fix="check the network, the repository's name, and the permissions of HF_TOKEN",
     )

@@ -1,4 +1,4 @@
-"""Finds the tau of `Threshold` for a given size, from a sample of the teacher's rows.
+"""Tuning of `Threshold`'s tau for a given size, on a sample of the teacher's rows.
 
 Shapes: n rows of the sample, V vocabulary, K top tokens.
 """
@@ -16,13 +16,13 @@ from stillhouse.signals.encodings import MOST_ENTRIES, UNITS, Threshold
 from stillhouse.signals.selection import probabilities, top_tokens
 
 ROW_BYTES = 2
-"""Two counts per row. Keys and offsets, 28 bytes per segment, are not part of the tuned size."""
+"""Bytes of a row's two counts. The tuned size excludes keys and offsets (28 bytes per segment)."""
 STEPS = 40
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """A tuned encoding, and what it is expected to store per row."""
+    """A tuned encoding, and the entries and bytes per row that it is expected to store."""
 
     encoding: Threshold
     entries_per_row: float
@@ -30,7 +30,7 @@ class Tuned:
 
 
 def top_probabilities(logits_nV: Tensor, temperature: float = 1.0) -> Tensor:
-    """The sample for `tune_threshold`: the largest probabilities of each row, in order."""
+    """Compute the sample for `tune_threshold`: each row's largest probabilities, in order."""
     k = min(MOST_ENTRIES, logits_nV.shape[1])
     return top_tokens(probabilities(logits_nV.float(), temperature), k)[0]
 
@@ -43,10 +43,10 @@ def tune_threshold(
     size: float | None = None,
     probability_bytes: Literal[1, 2] = 1,
 ) -> Tuned:
-    """The tau at which rows have `entries` entries, or `size` bytes, on average.
+    """Find the tau at which rows have `entries` entries, or `size` bytes, on average.
 
-    p_nK: from `top_probabilities`. Bisects the closed forms, which decrease as tau grows. Raises
-    SignalError if no tau fits, or if not exactly one of `entries` and `size` is given.
+    p_nK: from `top_probabilities`. This bisects closed forms, which decrease as tau grows. Raises
+    SignalError if no tau fits, or unless exactly one of `entries` and `size` is given.
     """
     target = entries if entries is not None else size
     if target is None or (entries is not None and size is not None):
@@ -63,7 +63,7 @@ def tune_threshold(
     if not least <= target <= most:
         name = "entries" if entries is not None else "bytes"
         raise SignalError(
-            f"{target:g} {name} per row are not possible: from {least:.1f} to {most:.1f} are"
+            f"{target:g} {name} per row are not possible; the range is {least:.1f} to {most:.1f}"
         )
     for _ in range(STEPS):
         middle = (low * high) ** 0.5
@@ -72,13 +72,14 @@ def tune_threshold(
 
 
 def expected(p_nK: Tensor, encoding: Threshold, vocabulary: int) -> Tuned:
-    """What `encoding` stores per row on average, for a sample of `top_probabilities`."""
+    """The average entries and bytes that `encoding` stores per row, for a sample from
+    `top_probabilities`."""
     p_nK = p_nK.double()
     exact_nK = p_nK >= encoding.tau
     exact_n = exact_nK.sum(1)
     tail_n = (1.0 - (p_nK * exact_nK).sum(1)).clamp(min=0.0)
     draws_n = (tail_n / encoding.tau).floor().clamp(min=1.0)
-    # A tail of less than one unit is rounded to zero, with its draw, in proportion to its size.
+    # A tail of less than one unit is rounded to 0 or 1 at random, and has a draw only if it is 1.
     draws_n *= (tail_n * UNITS[encoding.probability_bytes]).clamp(max=1.0)
     entries, exact = float((exact_n + draws_n).mean()), float(exact_n.double().mean())
     size = ROW_BYTES + id_bytes(vocabulary) * entries + encoding.probability_bytes * exact

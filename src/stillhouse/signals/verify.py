@@ -1,4 +1,4 @@
-"""Reads a complete store and reports damage, or a summary of its content."""
+"""Verification of a complete store, and a summary of its content."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _AGAIN = "delete this file, record its segments again, and finish the store"
 
 
 def verify(path: Path) -> list[StillhouseError]:
-    """List everything that is wrong with a finished store; empty if nothing is.
+    """List all errors in a finished store.
 
-    Checksums cover every byte of every file. Also checked: that counts add up, ids are in the
-    vocabulary, no shard repeats a key, the manifest lists all shards, and its figures match
-    the shards.
+    Checksums cover every byte of every file. This also checks that counts add up, ids are in the
+    vocabulary, no shard repeats a key, the manifest lists all shards, and its figures match the
+    shards.
     """
     try:
         settings = read_settings(path)
@@ -53,7 +53,7 @@ def verify(path: Path) -> list[StillhouseError]:
         StoreError(
             "the manifest does not list this file",
             where=file,
-            fix="finish the store again, or delete the file",
+            fix="record the store again to finish it, or delete the file",
         )
         for file in sorted((path / SHARDS).glob("*"))
         if file.name not in names
@@ -61,9 +61,9 @@ def verify(path: Path) -> list[StillhouseError]:
     if not wrong and describe(settings, found) != manifest:
         wrong.append(
             StoreError(
-                "the manifest's figures are not those of the shards",
+                "the manifest's figures do not match the shards",
                 where=path / MANIFEST,
-                fix="finish the store again",
+                fix="delete the manifest, and record the store again to finish it",
             )
         )
     return wrong
@@ -72,12 +72,12 @@ def verify(path: Path) -> list[StillhouseError]:
 def _sound_shard(
     file: Path, listed: ShardEntry, settings: Settings
 ) -> tuple[ShardHeader, ShardEntry]:
-    """The shard's summary. Raises StoreError if the file is not as it should be."""
+    """Check a shard and return its summary. Raises StoreError if anything is wrong with it."""
     shard = open_shard(file)
     check_belongs(shard, settings)
     header, entry = shard.summary()
     if entry != listed:
-        message = f"the manifest lists {listed}, and the file is {entry}"
+        message = f"the manifest lists {listed}, but the file has {entry}"
         raise StoreError(message, where=file, fix=_AGAIN)
     if len(set(shard.keys_S)) != len(shard.keys_S):
         raise StoreError("a segment is in the shard twice", where=file, fix=_AGAIN)
@@ -88,7 +88,7 @@ def _sound_shard(
             ids_E |= rows.high_E[: header.entries].astype("u4") << 16
         if int(ids_E.max()) >= settings.vocabulary:
             raise StoreError(
-                f"the shard holds the id {int(ids_E.max())}, and the vocabulary has "
+                f"the shard contains the id {int(ids_E.max())}, but the vocabulary has "
                 f"{settings.vocabulary} tokens",
                 where=file,
                 fix=_AGAIN,
@@ -98,30 +98,30 @@ def _sound_shard(
 
 @dataclass(frozen=True)
 class Info:
-    """Summary of a store. `finished`: it has a manifest and can be read."""
+    """Summary of a store. finished: whether it has a manifest and can be read."""
 
     finished: bool
     manifest: Manifest
 
     def lines(self) -> list[tuple[str, str]]:
-        """Names and values, for a table."""
+        """Rows (name, value) of a table."""
         raw, quality = self.manifest.to_json(), self.manifest.quality
         encoding = dict(raw["encoding"])
         parameters = ", ".join(f"{name} {value}" for name, value in list(encoding.items())[1:])
         return [
             ("encoding", f"{encoding['kind']} ({parameters})"),
-            ("gives", raw["signal"]),
+            ("read as", raw["signal"]),
             ("serves", raw["serves"]),
             ("bias", raw["bias"]),
             ("supervised tokens", f"{self.manifest.rows:,}"),
             ("segments", f"{self.manifest.segments:,}"),
             ("shards", f"{len(self.manifest.shards):,}"),
             ("bytes", f"{self.manifest.bytes:,}"),
-            ("bytes a token", f"{quality.bytes:.1f}"),
-            ("entries a token", f"{quality.entries:.1f}"),
+            ("bytes per token", f"{quality.bytes:.1f}"),
+            ("entries per token", f"{quality.entries:.1f}"),
             ("captured mass", f"{quality.captured_mass:.4f}"),
-            ("variance a token", f"{quality.variance:.3g}"),
-            ("squared bias a token", f"{quality.squared_bias:.3g}"),
+            ("variance per token", f"{quality.variance:.3g}"),
+            ("squared bias per token", f"{quality.squared_bias:.3g}"),
             ("temperature", f"{raw['temperature']:g}"),
             ("vocabulary", f"{raw['vocabulary']:,}"),
             ("seed", str(raw["seed"])),
@@ -132,7 +132,7 @@ class Info:
 
 
 def info(path: Path) -> Info:
-    """Summarize a store, finished or not. Raises StoreError if there is none, or it is damaged."""
+    """Summarize a store, finished or not. Raises StoreError if there is none or it is damaged."""
     if (path / MANIFEST).exists():
         return Info(True, read_manifest(path))
     settings = read_settings(path)

@@ -1,4 +1,4 @@
-"""Writes a store: shards, complete once they have their final name, and the manifest at the end."""
+"""Writing of a store's shards, which are complete under their final names, and its manifest."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class StoreWriter:
     """Adds segments to a new or an unfinished store.
 
     Rows are buffered until they fill `most_bytes` or are `most_seconds` old, and then become a
-    shard: a killed process loses no more than that. Any number of processes may write to one store,
-    each with its own writer; once all are closed, `finish_store` writes the manifest.
+    shard, so a killed process loses at most one shard. Any number of processes can write to one
+    store, each with its own writer. Once all are closed, `finish_store` writes the manifest.
 
-    Raises SignalError if the store was begun with other settings, StoreError if it is damaged,
-    cannot be written, or the disk is full.
+    Raises SignalError if the store was begun with different settings. StoreError if it is damaged
+    or cannot be written, or if the disk is full.
     """
 
     def __init__(
@@ -72,7 +72,8 @@ class StoreWriter:
         self._bytes, self._since = 0, time.monotonic()
 
     def missing(self, segments: Segments) -> NDArray[np.bool_]:
-        """Which segments the store lacks, [S]; of equal ones, only the first."""
+        """Which segments the store lacks, [S]. Only the first of equal segments counts as
+        missing."""
         seen: set[bytes] = set()
         is_new = []
         for key in segments.keys:
@@ -96,7 +97,7 @@ class StoreWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write the rows added since the last shard as a shard."""
+        """Write the rows added since the last shard as a new shard."""
         if self._keys:
             pieces = shard_bytes(
                 self._fingerprint,
@@ -110,7 +111,7 @@ class StoreWriter:
         self._forget_pending()
 
     def finish(self) -> Manifest:
-        """Flush and write the manifest; call it in the only writing process, or the last one."""
+        """Flush and write the manifest. Only the last writing process can call this."""
         self.flush()
         return finish_store(self.path)
 
@@ -123,13 +124,14 @@ class StoreWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # Added rows are valid even if later work failed; but a full disk stays full.
+        # Added rows are valid even if later work failed, but a full disk stays full.
         if not isinstance(error, StoreError):
             self.flush()
 
 
 def uniforms(segments: Segments, settings: Settings) -> Tensor:
-    """Numbers in [0, 1) that depend only on the seed and each segment's key, [N, U] float64."""
+    """Random numbers in [0, 1), float64 [N, U], that depend only on the seed and each segment's
+    key."""
     draws = settings.encoding.draws_per_row
     if not draws or not len(segments):
         return torch.empty(segments.rows, draws, dtype=torch.float64)
@@ -143,7 +145,7 @@ def uniforms(segments: Segments, settings: Settings) -> Tensor:
 
 
 def finish_store(path: Path) -> Manifest:
-    """Check every shard, remove what killed writers left behind, and write the manifest.
+    """Check every shard, remove partial files of killed writers, and write the manifest.
 
     Call it once no process is writing. Raises StoreError if a shard is damaged.
     """
@@ -183,17 +185,18 @@ def _begin(path: Path, settings: Settings) -> None:
         (path / SHARDS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreError(
-            f"the store's folder cannot be made ({error.strerror})", where=path
+            f"the store's folder cannot be created ({error.strerror})", where=path
         ) from error
     if not (path / SETTINGS).exists():
         if (path / MANIFEST).exists():
-            raise StoreError("the store has a manifest and no settings.json", where=path)
-        write_settings(path, settings)  # two at once write the same, or one of them raises an error
+            raise StoreError("the store has a manifest but no settings.json", where=path)
+        # Two processes that do this at once write the same settings, or one raises an error below.
+        write_settings(path, settings)
     check_same(read_settings(path), settings, path)
 
 
 def open_shards(path: Path, settings: Settings) -> Iterator[Shard]:
-    """All shards of a store in the order of their names, each one checked when it is its turn."""
+    """Open and check the shards of a store one after another, in the order of their names."""
     for file in sorted((path / SHARDS).glob("*.bin")):
         shard = open_shard(file)
         check_belongs(shard, settings)
@@ -201,12 +204,12 @@ def open_shards(path: Path, settings: Settings) -> Iterator[Shard]:
 
 
 def check_belongs(shard: Shard, settings: Settings) -> None:
-    """Raise StoreError for a shard that was written with other settings."""
+    """Raise StoreError for a shard that was written with different settings."""
     if shard.header.store != settings.fingerprint():
         raise StoreError(
-            "the shard belongs to another store",
+            "the shard belongs to a different store",
             where=shard.path,
-            fix="move it away: its rows were recorded with other settings",
+            fix="move it elsewhere, since its rows were recorded with different settings",
         )
 
 

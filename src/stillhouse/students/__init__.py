@@ -1,1 +1,1 @@
-"""Initial students: pretrained, random, or pruned from the teacher."""
+"""Initial students: pretrained, randomly initialized, or pruned from the teacher."""

@@ -1,4 +1,4 @@
-"""Writes the initial student: a float32 checkpoint with a tokenizer, before any training."""
+"""Building of the initial student: a float32 checkpoint with a tokenizer, before any training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from stillhouse.teachers.shared_vocabulary import token_count
 from stillhouse.teachers.source_tokenizers import shared_vocabulary
 
 CHECKED_TOKENS = 64
-"""Tokens on which the saved student must reproduce the logits of the one in memory."""
+"""Number of tokens on which the saved student must reproduce the logits of the one in memory."""
 
 
 def build_student(
@@ -47,16 +47,16 @@ def build_student(
 ) -> Summary:
     """Build the student that `section` describes, save it in `out`, and return a summary.
 
-    `windows` is the training text (only a pruned student uses it). `heldout`, if it is
-    given, is only compared with it: a note warns if the domains differ, with the measured KL.
-    `base` is the folder that paths in the recipe are relative to. `processes`: those that
-    prune together; only the main process writes. `same_tokens`: a pretrained student must have the
-    teacher's tokens.
-    The summary is plain data for JSON: start, parameters (total, non_embedding, active), the
-    teacher's parameters, notes, and for a pruned student `pruning` (see pruning.PruneReport) and
-    its `flops`. A student with fewer tokens than its teacher gets a new
-    tokenizer, and a file with the map to the teacher's ids (see pruning.kept_token_ids).
-    Raises ModelError, RecipeError, DataError as its parts do; RunError when `out` is not writable.
+    windows: the training text, which only a pruned student uses. heldout: compared only with the
+    training text; a note warns if the domains differ, with the measured KL. base: the folder that
+    paths in the recipe are relative to. processes: processes that prune together; only the main
+    process writes. same_tokens: whether a pretrained student must have the teacher's tokens.
+
+    The summary is plain data for JSON: start, parameters (total, non_embedding, active), notes, and
+    for a pruned student `pruning` (see pruning.PruneReport), the teacher's parameters, and `flops`.
+    A student with fewer tokens than its teacher gets a new tokenizer, and a file with the map to
+    the teacher's ids (see pruning.kept_token_ids).
+    Raises ModelError, RecipeError, DataError as its parts do. RunError if `out` is not writable.
     """
     kept_ids: tuple[int, ...] | None = None
     match section:
@@ -119,14 +119,15 @@ def _random(
 
 
 def start_config(section: RandomStudent, teacher_config: Any, base: Path) -> Any:
-    """The configuration that a student's differs from: the named one, or the teacher's."""
+    """The configuration that a random student's overrides start from: `section.config`, or the
+    teacher's."""
     if section.config is None:
         return teacher_config
     return load_config(resolve_config(section.config, base=base))
 
 
 def config_sha256(section: RandomStudent, base: Path) -> str | None:
-    """The hash of `section.config`; None if the teacher's configuration is used."""
+    """The SHA-256 of `section.config`; None if the teacher's configuration is used."""
     if section.config is None:
         return None
     file = resolve_config(section.config, base=base) / "config.json"

@@ -1,4 +1,4 @@
-"""The student's configuration before it exists: for estimates, and to reject sizes early."""
+"""The planned student's configuration, for estimates and to reject impossible sizes early."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ def planned_config(
     owner: str | None = None,
     tokenizer: ModelSource | None = None,
 ) -> Any:
-    """A configuration of the student's size. Which layers a pruned student keeps is not known yet,
-    nor how many tokens `vocabulary: data` means: all are counted.
+    """A configuration with the student's sizes.
 
-    served: the number type of the exported weights, for a target in bytes. owner: the pruned
-    model's name in error messages; None: as in the section. tokenizer: of a random student, if it
-    is not the teacher's.
-    Raises RecipeError if the sizes are not possible; for a target, if that is certain.
+    It is not known yet which layers a pruned student keeps, nor how many tokens `vocabulary: data`
+    keeps; all tokens are counted.
+    served: the dtype of the exported weights, for a target in bytes. owner: the pruned model's name
+    in error messages; None: as in the section. tokenizer: a random student's, if it is not the
+    teacher's.
+    Raises RecipeError if the sizes are impossible; for a target, only if that is certain.
     """
     if isinstance(section, RandomStudent):
         config = start_config(section, teacher_config, base)
@@ -50,11 +51,11 @@ def planned_config(
 
 
 def _searched_sizes(section: PrunedStudent, config: Any, served: torch.dtype) -> Sizes:
-    """Sizes of the shape with the fewest cuts that meets the target; a search finds the best
-    one."""
+    """Sizes of the shape that meets the target with the fewest cuts. The search finds the best
+    shape."""
     assert section.target is not None
     before, axes = sizes_of(config), section.search.axes
-    # Everything that the search may cut must be ranked, whichever shape it will choose.
+    # Everything that the search can cut must be ranked, whichever shape it will choose.
     cut = {key: 0 for key in ("ffn_size", "experts") if key in axes}
     check_importance(section, before, replace(before, **cut))
     vocabulary = section.vocabulary

@@ -1,4 +1,4 @@
-"""A student cut out of a larger model: the training text decides which parts are removed."""
+"""A student pruned from a larger model. The training text decides which parts are removed."""
 
 from __future__ import annotations
 
@@ -34,30 +34,33 @@ from stillhouse.teachers.backbone import lm_head
 Summary = dict[str, Any]
 
 STREAMS = 16
-"""Copies of the residual stream on the calibration rows that must fit while a layer is cut: two
-streams in a few places, and the activations of the FFN."""
+"""Memory that cutting a layer needs, in copies of the calibration rows' residual stream: two
+streams in a few places, and the FFN's activations."""
 
 MOMENTS = 4
-"""Matrices as large as an FFN's second moments that are in memory at once: the sum and the terms
-that are added to it, or the sum, its inverse and what both are computed from."""
+"""Number of matrices as large as an FFN's second moments that are in memory at once: the sum and
+the terms added to it, or the sum, its inverse, and the matrices that both are computed from."""
 
 CUT_LAYER = 2
-"""A layer's weights, and those that it is cut to."""
+"""Copies of a layer's weights while it is cut: the original and the cut ones."""
 
 TRAINED_LAYER = 4
-"""What training a layer takes beside its weights: gradients, two moments, and the old weights."""
+"""Further copies while a layer is trained: gradients, two moments, and the old weights."""
 
 WIDE = 4
-"""Bytes of float32."""
+"""Bytes per parameter in float32."""
 
 SERVED_BYTES = 2
-"""Bytes per parameter for a target in bytes: bfloat16."""
+"""Bytes per parameter (bfloat16), for a target in bytes."""
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """summary: plain data for JSON: `pruning` (see PruneReport), notes, the original parameters,
-    and FLOPs. kept_ids: of tokens, by their original ids; None if all are kept."""
+    """A pruned model.
+
+    summary: plain data for JSON with `pruning` (see PruneReport), notes, the original parameters,
+    and FLOPs. kept_ids: original ids of the kept tokens; None if all are kept.
+    """
 
     model: Any
     tokenizer: Any
@@ -76,19 +79,19 @@ def prune_to(
     base: Path = Path(),
     processes: Processes = ALONE,
 ) -> Pruned:
-    """Prune a float32 model in place to the sizes of `section`, calibrated on training windows.
+    """Prune a float32 model in place to the sizes in `section`, calibrated on training windows.
 
     heldout: compared with the training text; a note warns if the domains differ, with the measured
-    KL. base: the folder that relative paths of the section start from. processes: as in
-    `prune_model`; the summary is the main process's.
+    KL. base: the folder that paths in the section are relative to. processes: as in `prune_model`;
+    the summary is the main process's.
     Raises RecipeError: sizes that the model cannot have, or a target instead of sizes.
     """
     before = count_parameters(model)
     if section.target is not None:
         raise RecipeError(
-            "a student is made from sizes, and this one has a target",
+            "pruning needs sizes, and this student has a target instead",
             where="student.target",
-            fix="search first (search.search_shape), as `stillhouse run` does",
+            fix="search for the sizes first (search.search_shape), as `stillhouse run` does",
         )
     explicit_sizes(section, model.config)
     own_tokens = -(-section.calibration_tokens // processes.count)
@@ -96,7 +99,7 @@ def prune_to(
     precision = choose_precision("auto", device)
     if processes.leads:
         where = f"{device}, a layer at a time," if by_layer else f"{device}"
-        note(f"Pruning on {where} with products in {precision.reason}")
+        note(f"Pruning on {where} with matrix products in {precision.reason}")
     dtype, calibration = precision.dtype, section.calibration_tokens
     with CountedFlops() as counted, (streamed if by_layer else _moved)(model, device):
         kept_ids, named = None, section.vocabulary
@@ -125,7 +128,8 @@ def _cut(
     dtype: torch.dtype,
     processes: Processes,
 ) -> Summary:
-    """Prune in place; the main process compares the calibration text with the held-out text."""
+    """Prune in place. The main process also compares the calibration text with the held-out
+    text."""
     if not processes.leads:
         heldout = None
     rest = unseen(windows, section.calibration_tokens, seed) if len(windows) else windows
@@ -134,7 +138,7 @@ def _cut(
             None if text is None else read_text(model, text, seed, dtype)
             for text in (None if heldout is None else rest if len(rest) else windows, heldout)
         ]
-    # The head that was read keeps its pages in memory: the references get the released one.
+    # The head that was used keeps its pages in memory, so the references get the released one.
     head = lm_head(model)
     read = [
         None if one is None else replace(one, reference=replace(one.reference, head=head))
@@ -174,13 +178,13 @@ def _cut(
 
 
 def moment_bytes(config: Any) -> int:
-    """Of the second moments of an FFN's activations."""
+    """The memory for the second moments of an FFN's activations."""
     return int(WIDE * MOMENTS * sizes_of(config).ffn_size ** 2)
 
 
 def layers_on_device(section: PrunedStudent) -> int | None:
-    """How many times a layer's weights are on a GPU at once while it is cut there, if the others
-    are not; None if all layers must be there."""
+    """How many copies of a layer's weights are on a GPU while only this layer is there and is cut;
+    None if all layers must be there."""
     if "gradients" in (section.importance, section.depth_importance):
         return None  # a backward pass reads the weights of all layers
     return CUT_LAYER if section.local_distillation is None else CUT_LAYER + TRAINED_LAYER
@@ -189,10 +193,10 @@ def layers_on_device(section: PrunedStudent) -> int | None:
 def placement(
     section: PrunedStudent, model: Any, tokens: int, processes: Processes = ALONE
 ) -> tuple[torch.device, bool]:
-    """Where a model is pruned, and whether its layers are copied there one at a time: GPUs, if
-    what must be there fits into the free memory of all, otherwise the CPU.
+    """Choose where to prune a model, and whether to copy its layers there one at a time.
 
-    tokens: of calibration, of each process.
+    GPUs are used if the required memory is free on all of them, otherwise the CPU.
+    tokens: calibration tokens per process.
     """
     device = default_device()
     if device.type == "cpu":
@@ -208,13 +212,13 @@ def placement(
         needed = WIDE * (total - sum(layers) + copies * max(layers)) + work
         if needed <= free:
             return device, True
-    note(f"{free / 2**30:.1f} GiB are free on {device}, and pruning needs {needed / 2**30:.1f}")
+    note(f"{free / 2**30:.1f} GiB are free on {device}, but pruning needs {needed / 2**30:.1f} GiB")
     return torch.device("cpu"), False
 
 
 def placed(model: Any, section: PrunedStudent, device: torch.device) -> Any:
-    """A model that is searched, on the device; its layers stay on the host if they do not all fit
-    there."""
+    """Place a model for the search on the device. Its layers stay on the host if they do not all
+    fit there."""
     tokens = min(section.search.calibration_tokens, section.calibration_tokens)
     if placement(section, model, tokens)[1]:
         stream_layers(model, device)
@@ -230,28 +234,30 @@ def _moved(model: Any, device: torch.device) -> Iterator[None]:
 
 
 def target_sizes(section: PrunedStudent, config: Any) -> dict[str, int]:
-    """Sizes of the shape with the fewest cuts that meets the section's target. config: of the model
-    that is pruned.
+    """Sizes of the shape that meets the section's target with the fewest cuts.
 
-    Raises RecipeError: a target that is only known by measuring shapes, or that no shape meets.
+    config: of the model that is pruned.
+    Raises RecipeError: a target that can only be checked by measuring shapes, or that no shape
+    meets.
     """
     assert section.target is not None
     if section.target.measured:
         raise RecipeError(
-            f"{section.target.key} is known only by measuring shapes",
+            f"{section.target.key} can only be checked by measuring shapes",
             where=f"target.{section.target.key}",
-            fix="search for the shape: stillhouse.search_sizes, or a recipe's student.target",
+            fix="search for the shape with stillhouse.search_sizes, or with student.target in a "
+            "recipe",
         )
     planned = planned_shape(config, section.search, section.target, width=SERVED_BYTES)
     return sizes_to_prune(sizes_of(config), planned)
 
 
 def explicit_sizes(section: PrunedStudent, config: Any, *, owner: str | None = None) -> Sizes:
-    """The sizes of the student without a target, all tokens counted if the text or a file
-    decides. config: of the pruned model. owner: its name in error messages; None: as in the
-    section.
+    """The sizes of a student without a target.
 
-    Raises RecipeError if they are not possible.
+    All tokens are counted if the text or a file decides which are kept. config: of the pruned
+    model. owner: its name in error messages; None: as in the section.
+    Raises RecipeError if the sizes are impossible.
     """
     # Known without the text; the number of tokens is not.
     vocabulary = section.vocabulary if isinstance(section.vocabulary, int) else None

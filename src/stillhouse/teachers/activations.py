@@ -1,4 +1,4 @@
-"""One pass over a model that keeps activations between its embeddings and its head.
+"""A forward pass that keeps intermediate activations, from the embeddings to the final norm.
 
 Shapes: R windows, L tokens, D hidden width. Layer 0 is the embeddings, layer i the output of block
 i; the last layer is the last hidden state, after the final norm.
@@ -22,9 +22,9 @@ from stillhouse.teachers.document_rows import run_documents, separates_documents
 
 @dataclass(frozen=True)
 class ActivationRequest:
-    """What to keep of a pass: outputs of layers, and projections of blocks' attention.
+    """The activations to keep: outputs of `layers`, and attention projections of blocks.
 
-    Layer 0 is the embeddings; block 1 is the first.
+    Layer 0 is the embeddings; blocks are numbered from 1.
     """
 
     layers: frozenset[int] = frozenset()
@@ -36,7 +36,7 @@ class ActivationRequest:
 
 @dataclass(frozen=True)
 class Activations:
-    """layers: [R, L, D] by layer. attention: by block."""
+    """The activations of one pass: [R, L, D] for each layer, attention states for each block."""
 
     last_RLD: Tensor
     layers: dict[int, Tensor] = field(default_factory=dict)
@@ -50,8 +50,10 @@ def run_backbone(
     request: ActivationRequest,
     documents: Tensor | None = None,
 ) -> Activations:
-    """Run the backbone as `hidden_states` does. Raises ModelError or SignalError if it lacks these
-    parts."""
+    """Run the backbone as `hidden_states` does, and keep the requested activations.
+
+    Raises ModelError or SignalError if the model lacks a requested part.
+    """
     if not request:
         return Activations(hidden_states(model, input_ids_RL, position_ids_RL, documents))
     if position_ids_RL is None or separates_documents(model):
@@ -101,8 +103,8 @@ def require_parts(model: Any, request: ActivationRequest) -> None:
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
-    """The decoder blocks, from the first to the last: `layers` of the backbone, or its first list
-    of as many modules as the configuration has layers (GPT-2's `h`, OPT's `decoder.layers`)."""
+    """The decoder blocks in order: the backbone's `layers`, or else its first ModuleList whose
+    length is the configuration's number of layers (GPT-2's `h`, OPT's `decoder.layers`)."""
     found = getattr(model.base_model, "layers", None)
     if isinstance(found, nn.ModuleList):
         return found
@@ -130,9 +132,9 @@ def _attention(block: nn.Module) -> nn.Module:
 
 def _unknown(module: nn.Module, what: str) -> ModelError:
     return ModelError(
-        f"Stillhouse cannot find the {what} of {type(module).__name__}",
+        f"Stillhouse cannot find the {what} in {type(module).__name__}",
         where="objective.terms",
-        fix="use only terms on the output: they need no part of a model by name",
+        fix="use only terms on the output, which work for any architecture",
     )
 
 

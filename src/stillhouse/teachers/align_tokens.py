@@ -1,4 +1,4 @@
-"""Two tokenizations of the same bytes: where a token of both begins.
+"""Alignment of two tokenizations of the same bytes: the places where both begin a token.
 
 Shapes: L tokens of a student's window, M tokens of the teacher's, C chunks.
 """
@@ -33,9 +33,10 @@ class AlignedWindow:
     """A student's window in the teacher's tokens.
 
     ids_M, positions_M: the teacher's tokens; positions restart at 0 with every document.
-    begins_L: the teacher's token that begins where the student's does, and whose prediction is
-    comparable; NOWHERE if there is none. changed: how many texts the teacher's tokenizer changes,
-    so that nothing in them is comparable: one that composes accents (NFC), for example.
+    begins_L: for each of the student's tokens, the index of the teacher's token that begins at the
+    same byte and whose prediction is comparable; NOWHERE if there is none.
+    changed: number of texts that the teacher's tokenizer alters (by NFC normalization, for
+    example), so that nothing in them can be compared.
     """
 
     ids_M: Ids
@@ -46,24 +47,24 @@ class AlignedWindow:
 
 @dataclass(frozen=True)
 class Chunks:
-    """The text between neighboring shared boundaries of a window, all of it supervised.
+    """Spans of a window between neighboring shared boundaries, all of whose tokens are supervised.
 
-    student_C2, teacher_C2: the place of each chunk's first token, and that after its last, in the
-    student's window and in the teacher's.
+    student_C2, teacher_C2: the first token of each chunk and the one after its last, as indices
+    into the student's and the teacher's window.
     """
 
     student_C2: Ids
     teacher_C2: Ids
 
     def of_several_tokens(self) -> Chunks:
-        """Those that have more than one token of student or teacher."""
+        """The chunks in which the student or the teacher has more than one token."""
         ours, theirs = self.student_C2, self.teacher_C2
         several_C = (np.diff(ours) > 1)[:, 0] | (np.diff(theirs) > 1)[:, 0]
         return Chunks(ours[several_C], theirs[several_C])
 
 
 def places_in(chunks_C2: Ids) -> tuple[Ids, Ids]:
-    """All places of one side's chunks, and the chunk of each."""
+    """The indices of all tokens in one side's chunks, and the chunk that each belongs to."""
     start_C, count_C = chunks_C2[:, 0], np.diff(chunks_C2)[:, 0]
     chunk_P = np.repeat(np.arange(len(count_C)), count_C)
     before_C = np.cumsum(count_C) - count_C
@@ -72,9 +73,11 @@ def places_in(chunks_C2: Ids) -> tuple[Ids, Ids]:
 
 @dataclass(frozen=True)
 class _Text:
-    """A text that the teacher's tokenizer encodes alone. ids: the student's tokens of it, which
-    start at this place of the window; empty if none is to be matched. skipped: bytes of them before
-    the first complete character."""
+    """A text that the teacher's tokenizer encodes separately.
+
+    start: the index of its first token in the student's window. ids: the student's tokens; empty if
+    none are to be matched. skipped: bytes before the first complete character.
+    """
 
     start: int
     ids: Ids
@@ -84,8 +87,11 @@ class _Text:
 
 @dataclass(frozen=True)
 class _Given:
-    """Tokens of the teacher. place: the student's token that begins there, NOWHERE if there is
-    none. first: they begin a document."""
+    """Tokens of the teacher that are not encoded from text.
+
+    place: the student's token that begins there; NOWHERE if there is none. first: whether they
+    begin a document.
+    """
 
     ids: Ids
     place: int = NOWHERE
@@ -100,13 +106,12 @@ class TokenAligner:
 
     The text between special tokens is decoded to bytes and encoded by the teacher's tokenizer.
     Every document begins as the teacher's tokenizer begins a text, and ends with its EOS. A special
-    token becomes the one of the same name, or the one of the same meaning (EOS, end of a turn). A
-    chat with other special tokens than the teacher's is rendered with the teacher's chat template,
-    and the answers are matched.
+    token is replaced by the teacher's token with the same name or the same meaning (EOS, end of
+    turn). A chat whose special tokens the teacher lacks is rendered with the teacher's chat
+    template, and the answers are matched.
 
-    Raises ModelError: a tokenizer that does not define the bytes of its tokens, or that changes
-    text. DataError: a row with special tokens that the teacher does not have, and that is not a
-    plain chat.
+    Raises ModelError: a tokenizer that does not define the bytes of its tokens, or that alters
+    text. DataError: a row that has special tokens the teacher lacks and is not a plain chat.
     """
 
     def __init__(self, student: Any, teacher: Any) -> None:
@@ -132,9 +137,9 @@ class TokenAligner:
     def align(
         self, ids_RL: Ids, positions_RL: Ids, labels_RL: Ids, *, skip_unreadable: bool = False
     ) -> list[AlignedWindow]:
-        """Documents without a label to predict are left out of the teacher's windows.
+        """Rewrite windows in the teacher's tokens, without documents that have no labels.
 
-        skip_unreadable: so are documents that would otherwise raise DataError.
+        skip_unreadable: leave out documents that would otherwise raise DataError.
         """
         rows = zip(ids_RL, positions_RL, labels_RL, strict=True)
         windows = [self._parts(*row, skip_unreadable=skip_unreadable) for row in rows]
@@ -154,10 +159,10 @@ class TokenAligner:
     def chunks(
         self, window: AlignedWindow, ids_L: Ids, positions_L: Ids, supervised_L: NDArray[np.bool_]
     ) -> Chunks:
-        """The chunks of a student's window, which `align` rewrote as `window`.
+        """The chunks of a student's window that `align` rewrote as `window`.
 
-        A special token is a chunk. Text that is cut off by the window's end before a shared
-        boundary is in none.
+        Each special token is a chunk. Text that the window's end cuts off before a shared boundary
+        is in no chunk.
         """
         start_C = np.flatnonzero(window.begins_L >= 0)
         begin_C = window.begins_L[start_C]
@@ -247,7 +252,7 @@ class TokenAligner:
         parsed: Sequence[Part],
         written: Sequence[Part],
     ) -> Iterator[_Part]:
-        """The teacher's parts; answers, and the tokens that end them, are matched."""
+        """The teacher's parts of a chat. Answers, and the tokens that end them, are matched."""
         done, places = 0, []
         for part in parsed:
             size = len(part.text.encode())
@@ -273,7 +278,7 @@ class TokenAligner:
             ended = start + int(last) if last < len(ids_L) else NOWHERE
 
     def _text(self, start: int, ids: Ids) -> _Text:
-        """A window may begin or end inside a character."""
+        """Decode the tokens of a text. A window can begin or end inside a character."""
         data = self.student.decode(ids)
         skipped = 0
         while skipped < min(3, len(data)) and 0x80 <= data[skipped] < 0xC0:
@@ -281,7 +286,7 @@ class TokenAligner:
         try:
             text = data[skipped:].decode()
         except UnicodeDecodeError as error:
-            # The bytes after a cut character, if it is the last, are left out.
+            # Leave out the bytes from an incomplete last character on.
             text = data[skipped : skipped + error.start].decode()
         return _Text(start, ids, text, skipped)
 
@@ -312,9 +317,9 @@ class TokenAligner:
         return AlignedWindow(ids_M, positions_M, begins_L, changed)
 
     def _match(self, part: _Text, ids: Ids, begins_L: Ids, done: int) -> bool:
-        """Fill in where the text's tokens of both tokenizers begin at the same byte.
+        """Fill in `begins_L` where tokens of both tokenizers begin at the same byte of the text.
 
-        Returns False, and fills in nothing, if the teacher's tokens do not have the text's bytes.
+        Returns False, and fills in nothing, if the teacher's tokens do not decode to the text.
         """
         text, strings = part.text.encode(), self.teacher.strings
         written = b"".join([strings.get(id, b"") for id in ids.tolist()])
@@ -324,7 +329,7 @@ class TokenAligner:
         ours_L = _starts(self.student.lengths_V[part.ids])
         theirs_M = _starts(self.teacher.lengths_V[ids]) + part.skipped - space
         if space:
-            theirs_M = theirs_M[1:]  # the first token holds a space that is not in the text
+            theirs_M = theirs_M[1:]  # the first token contains a space that is not in the text
         at_L = np.searchsorted(theirs_M, ours_L).clip(max=max(0, len(theirs_M) - 1))
         if not len(theirs_M):
             return True
@@ -348,13 +353,13 @@ def _starts(lengths_L: NDArray[np.int64]) -> Ids:
 
 
 def _with_special_tokens(tokenizer: Any, text: str) -> Ids:
-    """The tokens of what a chat template writes."""
+    """The tokens of a chat template's output."""
     return np.asarray(encode_texts([text], tokenizer)[0], dtype=np.int64)
 
 
 def _partners(student: TextTokens, teacher: TextTokens) -> tuple[tuple[int, int], ...]:
-    """Special tokens (student, teacher) that mean the same, EOS first: those of one name, both EOS,
-    and the ends of a turn. A token may be in several pairs."""
+    """Pairs (student, teacher) of special tokens that mean the same: EOS first, then tokens with
+    the same name, then the end of a turn. A token can be in several pairs."""
     names = {name: id for id, name in teacher.special.items()}
     same = {id: names[name] for id, name in student.special.items() if name in names}
     tokenizers = student.tokenizer, teacher.tokenizer
@@ -367,15 +372,15 @@ def _partners(student: TextTokens, teacher: TextTokens) -> tuple[tuple[int, int]
 
 
 def _check_bytes(tokens: TextTokens) -> None:
-    """Raise ModelError if the tokenizer changes text: its tokens do not hold the text's bytes."""
+    """Raise ModelError if the tokenizer alters text: its tokens do not decode to the same bytes."""
     text = "A résumé; don't, 12 345\n\n\tnaïve  Ünïcode 漢字 🙂"
     (ids,) = tokens.encode([text])
     unknown = any(int(id) not in tokens.strings for id in ids)
     if unknown or tokens.decode(ids).removeprefix(b" ") != text.encode():
         raise ModelError(
             "the tokenizer changes text before it encodes it, so its tokens cannot be aligned with "
-            "those of another tokenizer",
+            "another tokenizer's",
             where=f"the tokenizer of {tokens.name}",
             fix="choose models with byte-level tokenizers, or with byte fallback and no "
-            "normalization; or train the student on text that the teacher wrote",
+            "normalization; or train the student on text that the teacher generated",
         )

@@ -1,6 +1,7 @@
-"""A teacher with another tokenizer, seen through the student's tokens.
+"""A teacher whose tokenizer differs from the student's.
 
-Shapes: N supervised rows, T rows of the teacher, Q of them inside chunks, C chunks, D hidden width.
+Shapes: N supervised rows, T rows of the teacher, Q of these inside chunks, C chunks, D hidden
+width.
 """
 
 from __future__ import annotations
@@ -34,18 +35,18 @@ from stillhouse.teachers.teacher import OUTPUT_ONLY, Teacher, TeacherNeeds, Teac
 
 
 class AlignedTeacher(Teacher):
-    """Answers for the student's tokens by its own tokens of the same text.
+    """Runs a teacher on the same text in its own tokens, and maps the result to the student's.
 
     Where both tokenizers begin a token, the teacher's distribution is compared with the student's
-    over shared roots (`FoldedSignal`); other rows get nothing from the teacher.
+    over shared roots (`FoldedSignal`). Other rows get no signal.
 
-    Objectives with terms on chunks also get the likelihoods of chunks of several tokens; from a
-    teacher that returns only log-probabilities of the text's tokens, as a server does, those of all
-    chunks, and nothing else.
+    Objectives with terms on chunks also get the likelihoods of chunks of several tokens. A teacher
+    that returns only log-probabilities of the text's tokens, such as a server, provides the
+    likelihoods of all chunks and nothing else.
 
-    teacher: has a tokenizer and returns dense signals, or log-probabilities. tokenizer: the
-    student's. roots: None: made from both tokenizers and, in `prepare`, merged by training text.
-    Raises ModelError as `TokenAligner`.
+    teacher: must have a tokenizer, and return dense signals or log-probabilities. tokenizer: the
+    student's. roots: if None, derived from both tokenizers, then merged by training text in
+    `prepare`. Raises ModelError as `TokenAligner` does.
     """
 
     gives_chunks = True
@@ -67,29 +68,33 @@ class AlignedTeacher(Teacher):
 
     @property
     def alignment(self) -> Alignment:
-        """What comparing a student with this teacher needs."""
+        """The aligner and roots that are needed to compare a student with this teacher."""
         return Alignment(self.aligner, self.roots)
 
     def prepare(self, needs: TeacherNeeds, text: Batches | None = None) -> None:
-        """Raises SignalError: terms on intermediate layers, whose rows are other tokens."""
+        """Check the objective's needs, and merge roots that occur at the same places in `text`.
+
+        Raises SignalError: terms on intermediate layers, or divergences from a teacher that returns
+        no complete distributions.
+        """
         super().prepare(needs, text)
         if needs.activations != OUTPUT_ONLY:
             raise SignalError(
-                "terms on hidden states or attention compare positions, and the teacher "
-                f"{self.teacher.described} has other tokens than the student",
+                "terms on hidden states or attention compare positions, but "
+                f"{self.teacher.described} has a different tokenizer than the student",
                 where="objective",
                 fix="use divergences at the output",
             )
         full = self.teacher.full_distributions
         if not full and any(term.needs_teacher for term in needs.terms):
             raise SignalError(
-                f"{self.teacher.described} has another tokenizer than the student and returns no "
-                "complete distributions, so divergences cannot be computed",
+                f"{self.teacher.described} has a different tokenizer than the student and returns "
+                "no complete distributions, so divergences cannot be computed",
                 where="objective",
                 fix="use the terms {kind: chunks} and cross_entropy, or a local teacher",
             )
         if needs.chunks:
-            # Beside a fold, only those of several tokens: for others it compares more than this.
+            # A fold already compares more than the likelihood of a chunk of one token.
             self._chunks = "several tokens" if full else "all"
         if text is not None and not self._merged:
             self.roots = merged(self.roots, observed(self.aligner, text, MERGED_FROM_TOKENS))
@@ -110,7 +115,7 @@ class AlignedTeacher(Teacher):
         if not isinstance(signal, DenseSignal):
             raise SignalError(
                 f"{self.teacher.described} returns a {type(signal).__name__}, which cannot be "
-                "folded to another vocabulary",
+                "mapped to another vocabulary",
                 fix="use a local teacher",
             )
         device, covered_N = signal.hidden_ND.device, aligned.covered_N
@@ -134,7 +139,7 @@ class AlignedTeacher(Teacher):
         if aligned.chunks is None:
             raise SignalError(
                 f"{self.teacher.described} returns log-probabilities of the text's tokens, which "
-                "cannot be folded to another vocabulary",
+                "cannot be mapped to another vocabulary",
                 where="objective",
                 fix="use the terms {kind: chunks} and cross_entropy, or a local teacher",
             )
@@ -151,7 +156,7 @@ class AlignedTeacher(Teacher):
         return rewritten(self.aligner, batch, skip_unreadable=self._skips, chunks=self._chunks)
 
     def for_own_text(self) -> Teacher:
-        """Teaches nothing in what a student writes and the teacher's template cannot render."""
+        """A copy that gives no signal for a student's text that its chat template cannot render."""
         other = copy.copy(self)
         other.teacher, other._skips = self.teacher.for_own_text(), True
         return other

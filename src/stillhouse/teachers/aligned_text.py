@@ -1,7 +1,8 @@
-"""Text in the tokens of a student and of a teacher with another tokenizer, without the models.
+"""The same text in a student's tokens and in those of a teacher with a different tokenizer.
 
-Shapes: R windows, L tokens of the student, M tokens of the teacher, N supervised rows, T rows of
-the teacher, P the student's rows inside chunks, Q the teacher's, C chunks.
+Nothing here needs the models. Shapes: R windows, L tokens of the student, M tokens of the teacher,
+N supervised rows of the student, T of the teacher, P the student's rows inside chunks, Q the
+teacher's, C chunks.
 """
 
 from __future__ import annotations
@@ -24,26 +25,26 @@ from stillhouse.teachers.roots import Roots
 from stillhouse.teachers.text_tokens import Ids
 
 MERGED_FROM_TOKENS = 200_000
-"""Tokens of training text that show which roots are one event."""
+"""Number of training tokens that decide which roots are merged."""
 TOGETHER = 16
-"""Windows that are aligned at a time."""
+"""Number of windows that are aligned at a time."""
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """A student's tokenizer and that of a teacher: their text side by side, and their roots."""
+    """A student's and a teacher's tokenizers: their aligner and their shared roots."""
 
     aligner: TokenAligner
     roots: Roots
 
 
 Chosen = Literal["none", "several tokens", "all"]
-"""Chunks whose likelihoods are needed: those of more than one token of either, or all."""
+"""Which chunks' likelihoods are needed; "several tokens" means of the student or the teacher."""
 
 
 @dataclass(frozen=True)
 class ChunkRows:
-    """Which rows predict a batch's chunks, and the chunk of each.
+    """The rows that predict a batch's chunks, and the chunk of each row.
 
     rows_P, chunk_P: among the student's supervised rows. rows_Q, chunk_Q: among the teacher's.
     """
@@ -59,8 +60,9 @@ class ChunkRows:
 class AlignedBatch:
     """A student's batch in the teacher's tokens, with labels where a prediction is needed.
 
-    covered_N: the student's supervised rows that begin where a token of the teacher does. begins_T:
-    the teacher's rows for them, in order. windows: one a row. chunks: None if none are needed.
+    covered_N: mask of the student's supervised rows whose token begins where one of the teacher's
+    does. begins_T: the teacher's rows for these, in order. windows: one per row of the batch.
+    chunks: None if none are needed.
     """
 
     batch: Batch
@@ -77,9 +79,9 @@ def rewritten(
     skip_unreadable: bool = False,
     chunks: Chosen = "none",
 ) -> AlignedBatch:
-    """The batch in the teacher's tokens. Raises DataError as `TokenAligner`.
+    """The batch in the teacher's tokens. Raises DataError as `TokenAligner` does.
 
-    skip_unreadable: documents that would raise it are covered nowhere.
+    skip_unreadable: cover no row of documents that would raise it.
     """
     ids_RL, positions_RL, labels_RL = _arrays(batch)
     windows = aligner.align(ids_RL, positions_RL, labels_RL, skip_unreadable=skip_unreadable)
@@ -97,9 +99,11 @@ def rewritten(
 
 
 def whole_text(aligner: TokenAligner, batch: Batch) -> AlignedBatch:
-    """The batch in the teacher's tokens, with labels at all tokens of the chunks: of text between
-    shared boundaries, which both models are measured on. The student's rows that begin a chunk are
-    covered. Raises DataError as `TokenAligner`."""
+    """The batch in the teacher's tokens, with labels at all tokens of the chunks.
+
+    Chunks are the text between shared boundaries, on which both models can be evaluated. The
+    student's rows that begin a chunk are covered. Raises DataError as `TokenAligner` does.
+    """
     ids_RL, positions_RL, labels_RL = _arrays(batch)
     windows = aligner.align(ids_RL, positions_RL, labels_RL)
     supervised_RL = _supervised(labels_RL)
@@ -119,7 +123,7 @@ def _aligned(
     labels: Sequence[Ids],
     chunks: Sequence[Chunks] = (),
 ) -> AlignedBatch:
-    """labels: the tokens of each window that get one."""
+    """labels: indices of the tokens that get a label, for each window."""
     batch = _batch(windows, labels)
     row_RL, row_RM = _numbers(supervised_RL), _numbers(batch["labels"].numpy() != IGNORED)
     rows = zip(windows, covered_RL, row_RM, strict=True)
@@ -134,12 +138,12 @@ def _aligned(
 
 
 def _numbers(chosen_RX: NDArray[np.bool_]) -> Ids:
-    """The number of each chosen token in the batch."""
+    """The index of each chosen token among all chosen tokens of the batch."""
     return np.cumsum(chosen_RX).reshape(chosen_RX.shape) - 1
 
 
 def _chunk_rows(chunks: Sequence[Chunks], row_RL: Ids, row_RM: Ids) -> ChunkRows:
-    """row_RL, row_RM: the number of each supervised token, of student and teacher."""
+    """row_RL, row_RM: the row of each supervised token, for the student and the teacher."""
     before = np.cumsum([0, *(len(each.student_C2) for each in chunks)])
 
     def rows(sides: Sequence[Ids], row_RX: Ids) -> tuple[Tensor, Tensor]:
@@ -154,7 +158,7 @@ def _chunk_rows(chunks: Sequence[Chunks], row_RL: Ids, row_RM: Ids) -> ChunkRows
 
 
 def observed(aligner: TokenAligner, text: WindowSet, tokens: int) -> Counter[tuple[int, int]]:
-    """Tokens (student, teacher) that begin at the same place, with their counts, in about so many
+    """Counts of pairs (student, teacher) of tokens that begin at the same place, in about `tokens`
     tokens of text."""
     found: Counter[tuple[int, int]] = Counter()
     for batch in _batches(text, tokens):
@@ -166,13 +170,13 @@ def observed(aligner: TokenAligner, text: WindowSet, tokens: int) -> Counter[tup
 
 
 def require_readable(aligner: TokenAligner, text: WindowSet) -> None:
-    """Raise DataError if the teacher's template cannot render a chat of the text."""
+    """Raise DataError if the teacher's template cannot render one of the text's chats."""
     for batch in _batches(text):
         aligner.require_readable(*_arrays(batch))
 
 
 def _batches(text: WindowSet, tokens: int | None = None) -> Iterator[Batch]:
-    """The windows in order, up to about so many tokens."""
+    """Batches of the windows in order, up to about `tokens` tokens."""
     read = 0
     for start in range(0, len(text), TOGETHER):
         rows = [text[i] for i in range(start, min(start + TOGETHER, len(text)))]
@@ -190,15 +194,16 @@ def _arrays(batch: Batch) -> tuple[Ids, Ids, Ids]:
 
 
 def _supervised(labels_RL: Ids) -> NDArray[np.bool_]:
-    """The first token of a window is not predicted."""
     supervised_RL = labels_RL != IGNORED
-    supervised_RL[:, 0] = False
+    supervised_RL[:, 0] = False  # nothing predicts a window's first token
     return supervised_RL
 
 
 def _batch(windows: Sequence[AlignedWindow], chosen: Sequence[Ids]) -> Batch:
-    """The teacher's windows, padded on the right by segments of one token. chosen: the tokens of
-    each that are labels."""
+    """The teacher's windows, padded on the right with segments of one token.
+
+    chosen: indices of the tokens that are labels, for each window.
+    """
     longest = max(2, *(len(window.ids_M) for window in windows))
     shape = (len(windows), longest)
     ids_RM, positions_RM = torch.zeros(shape, dtype=torch.long), torch.zeros(shape).long()

@@ -1,4 +1,4 @@
-"""The key of an API: read from the environment, in one place."""
+"""API keys, which are read from the environment."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from stillhouse.errors import EndpointError
 
 
 def api_key(key_env: str | None, *, where: str, setting: str) -> str | None:
-    """The key in the environment variable `key_env`; None if the server needs none.
+    """Read an API key from the environment variable `key_env`; None if the server needs none.
 
     where: the endpoint. setting: the recipe key that names the variable. Raises EndpointError:
     the variable is not set, or its value cannot be a key.
@@ -18,14 +18,14 @@ def api_key(key_env: str | None, *, where: str, setting: str) -> str | None:
     key = os.environ.get(key_env, "").strip()
     if not key:
         raise EndpointError(
-            f"the environment variable {key_env} is not set, and holds the endpoint's key",
+            f"the environment variable {key_env} is not set; it should contain the endpoint's key",
             where=where,
             fix=f"export {key_env}=..., or remove {setting} if the server needs no key",
         )
     if not (key.isascii() and key.isprintable()):
         raise EndpointError(
-            f"the environment variable {key_env} holds characters that no key has",
+            f"the environment variable {key_env} contains characters that an API key cannot have",
             where=where,
-            fix="copy the key again: quotes, dots or line breaks may have come along",
+            fix="copy the key again, without typographic quotes, ellipses, or line breaks",
         )
     return key

@@ -1,4 +1,4 @@
-"""Whether fast attention gives, on this device, what PyTorch's SDPA gives with a mask.
+"""Checks that a fast attention kernel matches PyTorch's SDPA with a mask on this device.
 
 Shapes: T tokens of a batch, H query heads, G key-value heads, E head width.
 """
@@ -16,9 +16,9 @@ from transformers import MistralConfig, MistralModel
 
 FLEX, SDPA = "flex_attention", "sdpa"
 TOLERANCE = 0.03
-"""Of outputs and gradients in 16 bits, relative."""
+"""Largest relative error of outputs and gradients in 16 bits."""
 WINDOWS = None, 5
-"""Lengths of a sliding window; None: no window."""
+"""Sliding-window lengths to check; None: no window."""
 LONGER_WINDOWS = None, 150
 """For flex attention, which divides the tokens into blocks of 128."""
 Kernel = Callable[..., Tensor]
@@ -26,7 +26,7 @@ Kernel = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Heads:
-    """The heads of an attention, and where they are computed. groups: of keys and values."""
+    """Shape, dtype, and device of an attention layer's heads. groups: key-value heads."""
 
     device: torch.device
     dtype: torch.dtype
@@ -36,13 +36,13 @@ class Heads:
 
 
 def problem_of_kernel(kernel: Kernel, heads: Heads) -> str | None:
-    """Why the kernel cannot be used for such heads; None if it can: with and without a sliding
-    window, forward and backward, it gives what SDPA gives."""
+    """Why the kernel cannot be used for these heads; None if it matches SDPA forward and backward,
+    with and without a sliding window."""
     return _problem(kernel_error(kernel, heads, window) for window in WINDOWS)
 
 
 def problem_of_flex(heads: Heads) -> str | None:
-    """As `problem_of_kernel`, of transformers' flex attention with its own masks."""
+    """Like `problem_of_kernel`, for transformers' flex attention with its own masks."""
     return _problem(model_error(FLEX, heads, window) for window in LONGER_WINDOWS)
 
 
@@ -81,8 +81,8 @@ def kernel_error(kernel: Kernel, heads: Heads, window: int | None) -> float:
 
 
 def model_error(attention: str, heads: Heads, window: int | None) -> float:
-    """As `kernel_error`, of one of transformers' kinds of attention, in a model with one random
-    layer. Two of the documents are longer than a block of flex attention."""
+    """Like `kernel_error`, for one of transformers' attention implementations, in a random model
+    with one layer. Two of the documents are longer than a block of flex attention."""
     config = MistralConfig(
         vocab_size=16,
         hidden_size=32,
@@ -112,7 +112,7 @@ def model_error(attention: str, heads: Heads, window: int | None) -> float:
 
 
 def _largest_gap(found: list[Tensor], wanted: list[Tensor]) -> float:
-    """The largest relative difference of two tensors, by their norms."""
+    """The largest relative difference between corresponding tensors, by their norms."""
     gaps = [
         ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
         for ours, theirs in zip(found, wanted, strict=True)
@@ -133,7 +133,7 @@ def masked_attention(
     window_size: tuple[int, int],
     enable_gqa: bool,
 ) -> Tensor:
-    """What the kernel computes, by a mask over all pairs of the T tokens."""
+    """Reference for the kernel: SDPA with a mask over all pairs of the T tokens."""
     place_T = torch.arange(len(query_THE), device=query_THE.device)
     document_T = torch.bucketize(place_T, bounds.long(), right=True)
     back_TT = place_T[:, None] - place_T

@@ -67,10 +67,10 @@ def hidden_states(
 ) -> Tensor:
     """The last hidden states after the final norm, [R, L, D]: the head's input.
 
-    Documents on both sides of a place where `position_ids_RL` restarts do not see each other:
-    transformers masks them, or they are run apart (`document_rows`). No key-value cache. `model`
-    must be unwrapped (no DDP, no FSDP module around it). documents: their bounds, as in `Batch`;
-    None: they are computed if the model's attention needs them.
+    A document begins wherever `position_ids_RL` restarts, and documents do not attend to each
+    other: transformers masks them, or they are run separately (`document_rows`). No KV cache is
+    used. `model` must be unwrapped (no DDP or FSDP module around it). documents: their bounds, as
+    in `Batch`; if None, computed when the model's attention needs them.
     """
     if position_ids_RL is not None and not separates_documents(model):
         (last_RLD,) = run_documents(
@@ -92,7 +92,7 @@ def hidden_states(
 
 
 def checkpoints_layers(model: Any) -> bool:
-    """Whether backward computes layers of the model again."""
+    """Whether the backward pass recomputes layers of the model (gradient checkpointing)."""
     return model.training and any(
         getattr(module, "gradient_checkpointing", False) for module in model.modules()
     )
@@ -107,8 +107,8 @@ def trim_head(head: LMHead, vocabulary: int | None) -> LMHead:
 
 
 def float32_head(head: LMHead, vocabulary: int | None = None) -> LMHead:
-    """The head in float32, cut to its first `vocabulary` rows: logits that are rounded to bfloat16
-    have ties that are not the model's."""
+    """The head in float32, cut to its first `vocabulary` rows. Logits rounded to bfloat16 would
+    have ties that the model does not have."""
     head = trim_head(head, vocabulary)
     bias_V = None if head.bias_V is None else head.bias_V.float()
     return replace(head, weight_VD=head.weight_VD.float(), bias_V=bias_V)
@@ -116,18 +116,18 @@ def float32_head(head: LMHead, vocabulary: int | None = None) -> LMHead:
 
 @torch.no_grad()
 def check_head(model: Any) -> None:
-    """Compare the model's own logits of three hidden states with `head_logits`.
+    """Check that `head_logits` computes the model's own logits, on three hidden states.
 
-    An architecture with another step between hidden states and logits would otherwise be
-    distilled incorrectly without an error. The backbone is not run, so that its weights may be on
-    the meta device or stay on disk, unless the model bypasses `base_model`'s forward.
-    Raises ModelError when the logits differ.
+    An architecture with an additional step between hidden states and logits would otherwise be
+    distilled incorrectly without an error. The backbone is not run unless the model bypasses
+    `base_model`'s forward, so its weights can be on the meta device or stay on disk.
+    Raises ModelError: the logits differ.
     """
     if model.base_model is model:
-        raise _unknown_head(model, "it has no backbone apart from the head")
+        raise _unknown_head(model, "its backbone is not separate from the head")
     head = lm_head(model)
     D = head.weight_VD.shape[1]
-    # Larger than the hidden states of a trained model, so that a cap on logits is noticed.
+    # Larger than a trained model's hidden states, so that a cap on logits shows.
     waves_ND = 4 * torch.arange(1, 3 * D + 1, dtype=torch.float32).sin().view(3, D)
     hidden_ND = waves_ND.to(head.weight_VD.device, head.weight_VD.dtype)
     ids_RL = torch.zeros(1, 3, dtype=torch.long, device=head.weight_VD.device)
@@ -157,7 +157,7 @@ def _unknown_head(model: Any, found: str) -> ModelError:
 
 @dataclass
 class _BackboneOutput(ModelOutput):
-    """Only the last hidden states: every other field that a model reads is None."""
+    """An output with only the last hidden states; every other field that a model reads is None."""
 
     last_hidden_state: Tensor
 
@@ -167,7 +167,7 @@ class _BackboneOutput(ModelOutput):
 
 @contextmanager
 def _replaced_backbone(model: Any, hidden_ND: Tensor) -> Iterator[list[Any]]:
-    """Inside the block, the backbone returns `hidden_ND` for any input; yields its calls."""
+    """Make the backbone return `hidden_ND` for any input inside the block. Yields its calls."""
     backbone, calls = model.base_model, []
 
     def forward(*args: Any, **kwargs: Any) -> ModelOutput:

@@ -1,8 +1,8 @@
-"""Documents that share a window, for models that do not keep them apart.
+"""Packed documents in models that do not separate them.
 
-Where `position_ids` restart, most models of transformers mask the documents from each other. A
-recurrent layer or a convolution carries its state on all the same, and some models (OPT, GPT-OSS)
-make their mask without the positions. Such models run each document as a row of its own.
+Most transformers models mask documents from each other where `position_ids` restart. A recurrent
+layer or a convolution still carries its state across that boundary, and some models (OPT, GPT-OSS)
+build their mask without the positions. For such models, each document is run as a separate row.
 
 Shapes: R windows, L tokens, S documents, N their tokens.
 """
@@ -31,26 +31,27 @@ _masking: dict[type, bool] = {}
 
 
 def separates_documents(model: Any) -> bool:
-    """Whether the model keeps documents apart by itself where positions restart in a window."""
+    """Whether the model itself separates documents where positions restart in a window."""
     if model not in _separating:
         _separating[model] = not _carries_state(model) and _masks_documents(model)
     return _separating[model]
 
 
 def _carries_state(model: Any) -> bool:
-    """Whether a layer has a state that passes from token to token, whatever the mask."""
+    """Whether a layer passes a state from token to token, regardless of the mask."""
     layers = DynamicCache(config=model.config).layers
     stateful = getattr(model, "_is_stateful", False)
     return stateful or not all(isinstance(layer, DynamicLayer) for layer in layers)
 
 
 class _MaskedError(Exception):
-    """The positions have reached the function that finds documents for a mask."""
+    """Signals that the model passed its positions to the function that finds documents for a
+    mask."""
 
 
 def _masks_documents(model: Any) -> bool:
-    """Whether the model makes its mask from the positions: a small one of its kind, without
-    weights, is run until it does."""
+    """Whether the model builds its mask from the positions: a small model of the same class,
+    without weights, is run until it does."""
     kind = type(model)
     if kind not in _masking:
         _masking[kind] = False
@@ -67,7 +68,8 @@ def _masks_documents(model: Any) -> bool:
                 small.base_model(input_ids=ids_RL, position_ids=ids_RL, use_cache=False)
         except _MaskedError:
             _masking[kind] = True
-        # Without weights, or with arguments that its code does not have, a model raises anything.
+        # Without weights, or with arguments that its code does not accept, a model can raise
+        # anything.
         except Exception:
             pass
     return _masking[kind]
@@ -75,7 +77,7 @@ def _masks_documents(model: Any) -> bool:
 
 @contextmanager
 def _masks_raise() -> Iterator[None]:
-    """Inside the block, a mask that is made from positions raises `_MaskedError`."""
+    """Raise `_MaskedError` when a mask is built from positions inside the block."""
 
     def find(*_: Any) -> None:
         raise _MaskedError
@@ -89,7 +91,7 @@ def _masks_raise() -> Iterator[None]:
 
 
 def small_config(config: Any) -> Any:
-    """A copy of a configuration with one layer, few tokens and no special ones."""
+    """A copy of a configuration with one layer, a small vocabulary, and no special tokens."""
     small = copy.deepcopy(config)
     text = small.get_text_config()
     text.vocab_size, text.num_hidden_layers = 64, 1
@@ -101,10 +103,10 @@ def small_config(config: Any) -> Any:
 def run_documents(
     model: Any, run: Callable[[Tensor], list[Tensor]], input_ids_RL: Tensor, position_ids_RL: Tensor
 ) -> list[Tensor]:
-    """The outputs of `run`, computed for each document as a row of its own, in their places.
+    """Apply `run` to each document as a separate row, and put the outputs back in their places.
 
     run: (token ids [S, L] with padding on the right) → tensors [S, L, ...]. Returns them as
-    [R, L, ...]. A document of one token predicts nothing: zeros.
+    [R, L, ...], with zeros for documents of one token, which predict nothing.
     """
     ids_N, device = input_ids_RL.flatten(), input_ids_RL.device
     places, outputs = [], list[list[Tensor]]()
@@ -126,9 +128,9 @@ def run_documents(
 
 
 def _batches(bounds: list[int], *, sharded: bool) -> Iterator[list[tuple[int, int]]]:
-    """The first token of each document and the one after its last, in batches in which none is
-    more than twice as long as another; in one batch for a sharded model, which every process runs
-    equally often."""
+    """Batches of documents (first token, one after the last) whose lengths differ by at most a
+    factor of two. A sharded model gets a single batch, since all processes must run it equally
+    often."""
     spans = [(start, stop) for start, stop in pairwise(bounds) if stop - start > 1] or [(0, 1)]
     if sharded:
         yield spans

@@ -1,8 +1,9 @@
-"""What llama.cpp computes for the GGUF architectures that can be read and written.
+"""How llama.cpp computes the GGUF architectures that can be read and written.
 
-For some architectures llama.cpp rotates neighboring pairs where transformers rotates a head's first
-half against its second: there the rows of the query and key products are in another order. It adds
-nothing to a norm's gain, so if an architecture multiplies by 1 + gain, the file has 1 + gain.
+For some architectures, llama.cpp rotates neighboring pairs where transformers rotates a head's
+first half against its second, so the rows of the query and key projections are in a different
+order. llama.cpp adds nothing to a norm's gain: if an architecture multiplies by 1 + gain, the file
+stores 1 + gain.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ FFN = frozenset({"gate_proj", "up_proj", "down_proj"})
 
 @dataclass(frozen=True)
 class Family:
-    """What llama.cpp computes for a GGUF architecture.
+    """How llama.cpp computes a GGUF architecture.
 
-    paired: rotary embeddings of neighboring pairs. activation: of the FFN. norm_offset: is added to
-    norms' gains. ropes: supported rotary scalings. biases: parts that may have one.
-    window_period: in every so many layers, all but the last attend to a window (0: all attend to
-    everything); a list in the file overrides it. width_scaled_layers: with this many layers,
-    attention is scaled by hidden_size / heads instead of the head's size (0: never). rope_period:
-    every so many layers, one has no rotary embedding, and nothing in the file can change that.
-    partly_rotated: a share of each head may stay unrotated.
+    paired: rotary embeddings rotate neighboring pairs. activation: of the FFN. norm_offset: added
+    to the norms' gains. ropes: supported rotary scalings. biases: projections that can have a bias.
+    window_period: all but the last of every `window_period` layers use sliding-window attention (0:
+    none do); a list in the file overrides it. width_scaled_layers: a model with this many layers
+    scales attention by hidden_size / heads instead of the head size (0: none does). rope_period:
+    the last of every `rope_period` layers has no rotary embedding, which no key in the file can
+    change. partly_rotated: part of each head can stay unrotated.
     """
 
     arch: gguf.MODEL_ARCH
@@ -51,7 +52,7 @@ class Family:
 
     @property
     def name(self) -> str:
-        """In the file."""
+        """The architecture's name in the file."""
         return str(gguf.MODEL_ARCH_NAMES[self.arch])
 
 
@@ -87,29 +88,29 @@ ARCHITECTURES = {
         width_scaled_layers=62,
     ),
 }
-"""By transformers' model type: the equivalent GGUF architecture in llama.cpp."""
+"""The equivalent GGUF architecture in llama.cpp, by transformers' model type."""
 
 NAMES = tuple(dict.fromkeys(there.name for there in ARCHITECTURES.values()))
-"""The architectures as files name them."""
+"""The architectures' names in files."""
 
 
 def model_type(architecture: str) -> str | None:
-    """Transformers' name of a file's architecture; None if there is no equivalent."""
+    """The transformers model type of a file's architecture; None if there is no equivalent."""
     same = (kind for kind, there in ARCHITECTURES.items() if there.name == architecture)
     return next(same, None)
 
 
 def all_but_last(period: int, layers: int) -> list[bool]:
-    """Of each layer, whether it is not the last one of a period."""
+    """For each layer, whether it is not the last of its period."""
     return [(layer + 1) % period != 0 for layer in range(layers)]
 
 
 def llama3_divisors(rope: Mapping[str, Any], size: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The divisor of each rotary frequency of a Llama 3, [size / 2].
+    """The divisor of each rotary frequency of Llama 3, [size / 2].
 
-    Long waves are slowed by `factor`, short ones not at all, and between the two bounds the share
-    of each grows with the number of waves in the original context. rope: its `rope_parameters`.
-    size: of a head.
+    Low frequencies are divided by `factor` and high ones not at all. Between the two bounds, the
+    scaling is interpolated by the number of waves in the original context. rope: the model's
+    `rope_parameters`. size: head size.
     """
     frequencies = rope["rope_theta"] ** -(np.arange(0, size, 2, dtype=np.float64) / size)
     waves = rope["original_max_position_embeddings"] * frequencies / (2 * np.pi)
@@ -120,7 +121,7 @@ def llama3_divisors(rope: Mapping[str, Any], size: int) -> np.ndarray[Any, np.dt
 
 
 def to_file(there: Family, name: str, tensor: Array, config: Any) -> Array:
-    """The tensor as llama.cpp reads it. Only complete rows are moved, never columns."""
+    """The tensor as llama.cpp expects it. Moves only whole rows, never columns."""
     if there.norm_offset and name.endswith("norm.weight"):
         return tensor + np.float32(there.norm_offset)
     heads = _turned_heads(there, name, config)
@@ -131,7 +132,7 @@ def to_file(there: Family, name: str, tensor: Array, config: Any) -> Array:
 
 
 def from_file(there: Family, name: str, tensor: Array, config: Any) -> Array:
-    """The tensor as transformers reads it: the inverse of `to_file`."""
+    """The tensor as transformers expects it: the inverse of `to_file`."""
     if there.norm_offset and name.endswith("norm.weight"):
         return tensor - np.float32(there.norm_offset)
     heads = _turned_heads(there, name, config)
@@ -142,7 +143,7 @@ def from_file(there: Family, name: str, tensor: Array, config: Any) -> Array:
 
 
 def _turned_heads(there: Family, name: str, config: Any) -> int | None:
-    """The heads of a query or key product whose rows are in another order; None if it is no such
-    product."""
+    """The number of heads of a query or key projection whose rows must be reordered; None for any
+    other tensor."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     return heads.get(name.split(".")[-2]) if there.paired else None

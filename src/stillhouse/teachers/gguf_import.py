@@ -1,7 +1,7 @@
 """Converts a GGUF file once into a plain Hugging Face folder, in float32.
 
-Float32, because block-quantized weights are d·q + m with 16-bit d and m: such a product needs up
-to 11 + 8 bits of mantissa, which float32 holds and bfloat16 (8 bits) would round a second time.
+Block-quantized weights are d·q + m with 16-bit d and m. Such a product needs up to 11 + 8 bits of
+mantissa, which fit in float32; bfloat16 (8 bits) would round it a second time.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ class ConvertedModel:
 
 
 def convert_gguf(path: Path, cache: Path) -> ConvertedModel:
-    """The safetensors folder of a GGUF file: weights, config, tokenizer and its chat template.
+    """Convert a GGUF file to a folder with weights, config, tokenizer, and chat template.
 
-    Created under a temporary name and renamed, so that a folder with its final name is complete,
-    and two processes that convert at once both end up with the same folder.
-    Raises ModelError: not a GGUF file, cut short, or an architecture that is not supported.
+    The folder is created under a temporary name and then renamed, so a folder with the final name
+    is complete, and two processes that convert at once end up with the same folder.
+    Raises ModelError: not a GGUF file, truncated, damaged, or an unsupported architecture.
     """
     _check_magic(path)
     if changed_files(path.parent, [path.name], cache):
-        raise damaged_export(path.parent, f"{path.name} is not as {SUMS} lists it")
+        raise damaged_export(path.parent, f"{path.name} does not match {SUMS}")
     fingerprint = f"gguf-{file_sha256(path, cache)}-{CONVERTER_VERSION}"
     final = cache / "models" / fingerprint
     if final.is_dir():
@@ -59,7 +59,7 @@ def convert_gguf(path: Path, cache: Path) -> ConvertedModel:
         if damaged is None:
             return ConvertedModel(final, fingerprint)
         note(f"{final} is damaged ({damaged})")
-        with building_folder(final) as discarded:  # at once: a kill leaves no part of it in place
+        with building_folder(final) as discarded:  # a kill must not leave part of it in place
             final.rename(discarded)
     reader = _read(path)
     note(f"Converting {path.name} to safetensors, once, in {final}")
@@ -80,7 +80,7 @@ def convert_gguf(path: Path, cache: Path) -> ConvertedModel:
 
 
 def _damaged(folder: Path, cache: Path) -> str | None:
-    """The first file of a converted model that is not as it was written."""
+    """The first file of a converted model that has changed or is missing; None if there is none."""
     try:
         names = [*read_sums(folder)]
     except (OSError, ValueError):
@@ -110,18 +110,18 @@ def _check_magic(path: Path) -> None:
 
 
 def _read(path: Path) -> GGUFReader:
-    """A reader of the file, in which every tensor lies."""
+    """Open the file, and check that it contains every tensor completely."""
     damaged: Exception | None = None
     try:
         reader = GGUFReader(path)
         size = path.stat().st_size
         if all(t.data_offset + t.n_bytes <= size for t in reader.tensors):
             return reader
-    # The reader has no error type: a truncated or foreign file raises any of these.
+    # The reader has no error type of its own: a truncated or foreign file can raise any of these.
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
         damaged = error
     raise ModelError(
-        "this GGUF file is damaged or cut short", where=path, fix="download or copy it again"
+        "this GGUF file is damaged or truncated", where=path, fix="download or copy it again"
     ) from damaged
 
 
@@ -135,8 +135,8 @@ def _readable(path: Path, what: str) -> Iterator[None]:
         raise
     except UnreadableGGUFError as error:
         raise _unreadable(path, str(error)) from error
-    # Metadata may have any number where a size is expected, and text where a number is; and
-    # transformers and tokenizers raise anything, up to plain Exception, on what they cannot read.
+    # Metadata can have any number for a size and text for a number, and transformers and tokenizers
+    # raise anything up to plain Exception for input that they cannot read.
     except Exception as error:
         raise _unreadable(path, f"{what} ({error})") from error
 
@@ -163,7 +163,7 @@ def _convert(path: Path, reader: GGUFReader, folder: Path) -> None:
 
 
 def _ends(reader: GGUFReader) -> list[int]:
-    """The tokens at which llama.cpp stops: end of text, of turn and of message."""
+    """The tokens at which llama.cpp stops: end of text, end of turn, and end of message."""
     keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
     found = (reader.fields[key].contents() for key in keys if key in reader.fields)
     return list(dict.fromkeys(map(int, found)))
@@ -171,14 +171,14 @@ def _ends(reader: GGUFReader) -> list[int]:
 
 def _unreadable(path: Path, what: str) -> ModelError:
     return ModelError(
-        f"cannot read this GGUF file as the model that it is: {what}",
+        f"Stillhouse cannot convert this GGUF file: {what}",
         where=path,
         fix="use the original model's Hugging Face folder or Hub id",
     )
 
 
 def _write_license(reader: GGUFReader, folder: Path) -> None:
-    """Write the license into the metadata of a model card, as Hub models do."""
+    """Write the license into a model card's metadata, as models on the Hub do."""
     fields = reader.fields
     names = {"license": "general.license"}
     names |= {f"license_{part}": f"general.license.{part}" for part in ("name", "link")}

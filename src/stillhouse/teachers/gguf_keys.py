@@ -1,7 +1,7 @@
 """A GGUF file's metadata as a transformers configuration.
 
-Every key of the file's architecture is read, or is known to have no effect, or the file is rejected
-with the key in the message: ignoring a key could turn the same weights into a different model.
+Every key of the file's architecture must be read here or known to have no effect. Otherwise the
+file is rejected with the key in the message, since ignoring it could silently change the model.
 """
 
 from __future__ import annotations
@@ -54,21 +54,20 @@ NEUTRAL: dict[str, Any] = {
     "rope.scaling.yarn_attn_factor": 1.0,
     "rope.scaling.yarn_ext_factor": 1.0,
 }
-"""Keys that have no effect with this value, and change the model with any other."""
+"""Keys that have no effect with this value and change the model with any other."""
 
 LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-"""The scaling of every Llama 3; a file holds the frequency divisors computed from it."""
+"""The scaling of every Llama 3. A file stores only the frequency divisors computed from it."""
 
 
 class UnreadableGGUFError(Exception):
-    """Part of the file has no equivalent in a transformers model."""
+    """Part of the file has no equivalent in transformers."""
 
 
 def read_config(reader: gguf.GGUFReader) -> Any:
-    """The configuration of the file's model.
+    """Read the configuration of the file's model.
 
-    Raises UnreadableGGUFError: an architecture, a key or a value that is not known, or one that is
-    missing.
+    Raises UnreadableGGUFError: an unknown architecture, key, or value, or a missing key.
     """
     fields = reader.fields
     _check_kind(fields)
@@ -76,7 +75,8 @@ def read_config(reader: gguf.GGUFReader) -> Any:
     kind = model_type(architecture)
     if kind is None:
         raise UnreadableGGUFError(
-            f"the architecture {architecture} (known are {', '.join(sorted(NAMES))})"
+            f"the architecture {architecture} is not supported (supported: "
+            f"{', '.join(sorted(NAMES))})"
         )
     prefix = f"{architecture}."
     keys = {
@@ -94,17 +94,17 @@ def read_config(reader: gguf.GGUFReader) -> Any:
     unknown = {k: v for k, v in keys.items() if k not in NO_EFFECT and NEUTRAL.get(k) != v}
     if unknown:
         listed = ", ".join(f"{prefix}{key} = {value}" for key, value in list(unknown.items())[:3])
-        raise UnreadableGGUFError(f"{listed} in a model of this architecture")
+        raise UnreadableGGUFError(f"{listed} is not supported for this architecture")
     try:
         return AutoConfig.for_model(**values)
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
-        raise UnreadableGGUFError(f"these sizes ({error})") from error
+        raise UnreadableGGUFError(f"its configuration is invalid ({error})") from error
 
 
 def _check_kind(fields: Mapping[str, Any]) -> None:
     kind = _text(fields, "general.type") if "general.type" in fields else "model"
     if kind != "model":
-        raise UnreadableGGUFError(f"it holds no model: general.type = {kind}")
+        raise UnreadableGGUFError(f"it does not contain a model: general.type = {kind}")
     if "split.count" in fields and fields["split.count"].contents() > 1:
         raise UnreadableGGUFError(
             "it is one of several parts: join them with llama-gguf-split --merge"
@@ -122,7 +122,7 @@ def _values(
     hidden = _one(keys, "embedding_length")
     size = keys.pop("attention.key_length", hidden // heads)
     if keys.pop("attention.value_length", size) != size:
-        raise UnreadableGGUFError(f"values of another size than the keys' {size} (value_length)")
+        raise UnreadableGGUFError(f"attention.value_length differs from the key heads' size {size}")
     values: dict[str, Any] = {
         "model_type": kind,
         "vocab_size": shapes.get("token_embd.weight", [0])[0],
@@ -136,7 +136,7 @@ def _values(
             "attention.layer_norm_rms_epsilon", keys.pop("attention.layer_norm_rms_epsilon")
         ),
         "tie_word_embeddings": "output.weight" not in shapes,
-        # The tokenizer defines them; the architecture's defaults may be beyond the file's rows.
+        # The tokenizer defines these; the architecture's defaults can be beyond the file's rows.
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
     }
     known = AutoConfig.for_model(kind)
@@ -146,7 +146,8 @@ def _values(
     rope = values["rope_parameters"]
     if rope.get("partial_rotary_factor", 1) != 1 and not ARCHITECTURES[kind].partly_rotated:
         raise UnreadableGGUFError(
-            f"heads of size {size} with partial rotary embeddings (rope.dimension_count)"
+            f"heads of size {size} with partial rotary embeddings (rope.dimension_count) are not "
+            "supported"
         )
     values |= _biases(shapes, kind)
     more = MORE.get(kind)
@@ -154,11 +155,11 @@ def _values(
 
 
 def _one(keys: Keys, key: str, default: Any = None) -> int:
-    """A number that may be written once for each layer, if it is the same in all of them."""
+    """A number that can be given once per layer, and must then be the same for all layers."""
     found = keys.pop(key) if default is None else keys.pop(key, default)
     each = set(found) if isinstance(found, list) else {found}
     if len(each) != 1:
-        raise UnreadableGGUFError(f"layers of different sizes ({key} = {found})")
+        raise UnreadableGGUFError(f"its layers have different sizes ({key} = {found})")
     return int(each.pop())
 
 
@@ -175,14 +176,14 @@ def _positive(key: str, value: float) -> float:
 
 
 def _biases(shapes: Mapping[str, list[int]], kind: str) -> dict[str, Any]:
-    """Biases: transformers' configurations have a key for them, files do not."""
+    """The configuration's keys for biases, which a file shows only by its tensors."""
     found = {
         part
         for part in ("attn_q", "attn_output", "ffn_up")
         if kind != "qwen2" and f"blk.0.{part}.bias" in shapes
     }
     if found == {"attn_q"} and kind == "llama":
-        return {"model_type": "qwen2"}  # a llama with biases only for queries, keys and values
+        return {"model_type": "qwen2"}  # a llama with biases only for queries, keys, and values
     biases = {"attention_bias": "attn_q" in found, "mlp_bias": "ffn_up" in found}
     return {key: True for key, present in biases.items() if present}
 
@@ -269,7 +270,8 @@ def _long(
 
 
 def _divided(divisors: list[float], base: float, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Frequency divisors: Llama 3's scaling if they match it, otherwise one per frequency."""
+    """The scaling of given frequency divisors: Llama 3's if they match, or else one per
+    frequency."""
     rope = {"rope_type": "llama3", "factor": max(divisors), **LLAMA_3}
     for original in (2**power for power in range(4, 21)):
         rope["original_max_position_embeddings"] = original
@@ -285,7 +287,7 @@ def _divided(divisors: list[float], base: float, values: Mapping[str, Any]) -> d
     }
 
 
-# --- keys of particular architectures--------------------------------------------------------------
+# --- keys of specific architectures ---------------------------------------------------------------
 
 
 def _experts(keys: Keys, values: Mapping[str, Any], there: Family) -> dict[str, Any]:
@@ -302,7 +304,7 @@ def _experts(keys: Keys, values: Mapping[str, Any], there: Family) -> dict[str, 
 def _granite(keys: Keys, values: Mapping[str, Any], there: Family) -> dict[str, Any]:
     if keys.get("rope.scaling.finetuned", True) is False:
         raise UnreadableGGUFError(
-            "a granite without rotary embeddings (rope.scaling.finetuned = False)"
+            "Granite without rotary embeddings (rope.scaling.finetuned = False) is not supported"
         )
     size = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
     return {
@@ -382,4 +384,4 @@ MORE: dict[str, Callable[[Keys, Mapping[str, Any], Family], dict[str, Any]]] = {
     "gemma2": _gemma2,
     "gemma3_text": _gemma3,
 }
-"""By model type: the reader of keys that only this architecture has."""
+"""Readers of architecture-specific keys, by model type."""

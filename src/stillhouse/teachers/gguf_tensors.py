@@ -1,4 +1,4 @@
-"""A GGUF file's tensors under the names of a transformers checkpoint: exactly those it needs."""
+"""A GGUF file's tensors under the names of a transformers checkpoint."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
 
 
 def read_tensors(reader: gguf.GGUFReader, config: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the model in float32, with its name in a checkpoint, one after another.
+    """Yield each tensor of the model in float32, with its name in a checkpoint.
 
-    Raises UnreadableGGUFError: a tensor that the model does not have, one that is missing or of
-    another shape, or one with numbers that are not finite.
+    Raises UnreadableGGUFError: a tensor that the model does not have, or one that is missing, has
+    the wrong shape, or contains values that are not finite.
     """
     there = ARCHITECTURES[config.model_type]
     if reader.fields["general.architecture"].contents() == LLAMA.name:
@@ -44,18 +44,20 @@ def read_tensors(reader: gguf.GGUFReader, config: Any) -> Iterator[tuple[str, Te
     }
     surplus = sorted(left.keys() - IN_THE_CONFIGURATION)
     if surplus:
-        raise UnreadableGGUFError(f"tensors that such a model does not have: {_few(surplus)}")
+        raise UnreadableGGUFError(f"it has tensors that are not part of the model: {_few(surplus)}")
     missing = [name for name, stored in found.items() if stored is None]
     if missing:
-        raise UnreadableGGUFError(f"it lacks {len(missing)} tensors of the model: {_few(missing)}")
+        raise UnreadableGGUFError(
+            f"{len(missing)} of {len(shapes)} tensors are missing: {_few(missing)}"
+        )
     for name, stored in found.items():
         data = from_file(there, name, _numbers(stored), config)
         if list(data.shape) != shapes[name]:
             raise UnreadableGGUFError(
-                f"the tensor {stored.name} is of shape {list(data.shape)}, not {shapes[name]}"
+                f"the tensor {stored.name} has shape {list(data.shape)}, not {shapes[name]}"
             )
         if not np.isfinite(data).all():
-            raise UnreadableGGUFError(f"the tensor {stored.name}, which holds NaN or infinity")
+            raise UnreadableGGUFError(f"the tensor {stored.name} contains NaN or infinity")
         yield from _apart(name, torch.from_numpy(np.array(data, dtype=np.float32))).items()
 
 
@@ -65,7 +67,7 @@ def _few(names: list[str]) -> str:
 
 
 def _shapes(config: Any) -> dict[str, list[int]]:
-    """Shapes of the checkpoint's tensors, with a layer's experts in one tensor, as in the file."""
+    """Shapes of the checkpoint's tensors, but with a layer's experts stacked, as in the file."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     found: dict[str, list[int]] = {}
@@ -88,11 +90,13 @@ def _numbers(stored: Any) -> Any:
         return gguf.dequantize(stored.data, stored.tensor_type)
     except NotImplementedError as error:
         kind = gguf.GGMLQuantizationType(stored.tensor_type).name
-        raise UnreadableGGUFError(f"the number type {kind} of {stored.name}") from error
+        raise UnreadableGGUFError(
+            f"the tensor {stored.name} has the unsupported type {kind}"
+        ) from error
 
 
 def _apart(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Split experts into one tensor each, as in checkpoints."""
+    """Split stacked experts into one tensor each, as in checkpoints."""
     prefix, _, part = name.rpartition(".experts.")
     if not prefix:
         return {name: tensor}

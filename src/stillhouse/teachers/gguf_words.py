@@ -1,7 +1,8 @@
-"""A GGUF file's tokenizer: as transformers reads it, with the splitting rules that the file names.
+"""A GGUF file's tokenizer as transformers reads it, with the pre-tokenizer that the file names.
 
-A file holds only the name of the rules for splitting text (`tokenizer.ggml.pre`). transformers
-knows some names and uses GPT-2's rules for all others, which may silently split text differently.
+A file stores only the name of its rules for splitting text (`tokenizer.ggml.pre`). transformers
+knows some of these names and uses GPT-2's rules for all others, which can silently split text
+differently.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ SPLITS = {
         r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     ],
 }
-"""Regular expressions that split a text one after another, by llama.cpp's name for the rules."""
+"""Regular expressions that split text one after another, by llama.cpp's name for the rules."""
 
 WHOLE_WORDS = frozenset(
     {
@@ -59,13 +60,13 @@ WHOLE_WORDS = frozenset(
         *("tekken", "glm4"),
     }
 )
-"""Rules under which a word that is a token stays one token, whatever the merges."""
+"""Rules under which a word that is a token stays one token, regardless of the merges."""
 
 
 def read_tokenizer(path: Path, reader: gguf.GGUFReader) -> Any:
     """Read the file's tokenizer, with exactly the file's tokens.
 
-    Raises UnreadableGGUFError: rules for splitting text that are not known.
+    Raises UnreadableGGUFError: unknown rules for splitting text.
     """
     base = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
     state = json.loads(base.backend_tokenizer.to_str())
@@ -103,7 +104,7 @@ def _id(reader: gguf.GGUFReader, role: str) -> int | None:
 def _set_rules(state: dict[str, Any], name: str | None, path: Path) -> None:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     if name in (None, "default"):
-        note(f"{path.name} does not define how its tokenizer splits text: GPT-2's rules are used")
+        note(f"{path.name} does not define how its tokenizer splits text; using GPT-2's rules")
     elif name in DIGITS_APART:
         digits = {"type": "Digits", "individual_digits": True}
         parts = [digits, {**byte_level, "use_regex": True}]
@@ -114,7 +115,7 @@ def _set_rules(state: dict[str, Any], name: str | None, path: Path) -> None:
         parts.append({**byte_level, "use_regex": False})
         state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
     elif name not in GPT_2 | READ_BY_TRANSFORMERS:
-        raise UnreadableGGUFError(f"a tokenizer that splits text by rules named {name}")
+        raise UnreadableGGUFError(f"its tokenizer splits text by unknown rules ({name})")
     if name in WHOLE_WORDS:
         state["model"]["ignore_merges"] = True
 
@@ -131,7 +132,7 @@ def _no_space_first(state: dict[str, Any]) -> None:
 
 
 def _forget_rows_without_tokens(state: dict[str, Any], tokens: list[str]) -> None:
-    """Remove the rows that pad a file's embedding, and tokens that transformers adds itself."""
+    """Remove the rows that pad a file's embedding, and the tokens that transformers adds to it."""
     count = len(tokens)
     while count and tokens[count - 1] == f"[PAD{count - 1}]":
         count -= 1

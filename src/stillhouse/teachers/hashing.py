@@ -1,4 +1,4 @@
-"""SHA-256 of files, cached by path, size and modification time; and of code."""
+"""SHA-256 of code, and of files (cached by path, size, and modification time)."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def cache_folder(cache: Path | None = None) -> Path:
 
 
 def file_sha256(path: Path, cache: Path, *, reread: bool = False) -> str:
-    """The file's SHA-256 in hex; a file with unchanged size and time is not read again.
+    """The file's SHA-256 in hex. A file with unchanged size and time is not read again.
 
-    reread: it is, with XXH3, which is ten times as fast and finds damage on the disk.
+    reread: check it with XXH3 anyway, which is ten times as fast, to find damage on the disk.
     """
     stat = path.stat()
     key = f"{path.resolve()}\n{stat.st_size}\n{stat.st_mtime_ns}"
@@ -46,8 +46,10 @@ def file_sha256(path: Path, cache: Path, *, reread: bool = False) -> str:
 
 
 def changed_files(folder: Path, names: Iterable[str], cache: Path) -> list[str]:
-    """Those of a model's files that are not as SHA256SUMS in its folder lists them. Of other
-    authors' lists, which may leave files out, too; none where there is no list."""
+    """The files that do not match SHA256SUMS in a model's folder; none if there is no SHA256SUMS.
+
+    The list can also be another author's. Files that it leaves out are not checked.
+    """
     if not (folder / SUMS).is_file():
         return []
     try:
@@ -62,7 +64,7 @@ def changed_files(folder: Path, names: Iterable[str], cache: Path) -> list[str]:
 
 
 def code_sha256(*packages: ModuleType) -> str:
-    """SHA-256 over the names and source of the packages' modules."""
+    """SHA-256 of the names and source code of the packages' modules."""
     total = hashlib.sha256()
     for package in packages:
         for folder in package.__path__:
@@ -81,7 +83,7 @@ def _remembered(path: Path) -> dict[str, Any] | None:
 
 
 def _remember(path: Path, facts: Mapping[str, Any]) -> None:
-    """A cache that cannot be written costs time, not correctness, so it is not an error."""
+    # A cache that cannot be written costs time, not correctness, so it is not an error.
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")

@@ -1,7 +1,7 @@
 """Hidden states from a vLLM server that runs the teacher as a pooling model.
 
-`POST /pooling` with the task token_embed returns the last hidden states, after the final norm, of
-each token of each prompt: the bytes of all rows one after another.
+`POST /pooling` with the task token_embed returns the last hidden states, after the final norm, for
+every token of every prompt, as the concatenated bytes of all rows.
 
 Shapes: L tokens of a prompt, D hidden width.
 """
@@ -17,9 +17,10 @@ from stillhouse.signals.signals_config import SignalServer
 from stillhouse.teachers.signal_server import Post, SignalLink, divide
 
 EXTRA_BYTES = 1 << 20
-"""Of a reply beyond twice what is expected: a server of another model gets a message about it."""
+"""Bytes that a reply can have beyond twice the expected size, so that a server with a wrong model
+is reported as such."""
 REQUEST_BYTES = 1 << 26
-"""Size of a reply, at most, unless a single prompt needs more."""
+"""Maximum size of a reply, unless a single prompt needs more."""
 COMMAND = (
     "vllm serve MODEL --runner pooling --convert embed --pooler-config "
     '\'{"task": "token_embed", "use_activation": false}\''
@@ -27,10 +28,10 @@ COMMAND = (
 
 
 class HiddenStateServer:
-    """The last hidden states, in `dtype` (float32 or bfloat16).
+    """Reads the last hidden states from a server, in `dtype` (float32 or bfloat16).
 
-    last: number of the last layer. width: of a hidden state. Raises EndpointError: the key's
-    variable is not set.
+    last: number of the last layer. width: of a hidden state. Raises EndpointError: the API key's
+    environment variable is not set.
     """
 
     layers: frozenset[int] = frozenset()
@@ -57,7 +58,7 @@ class HiddenStateServer:
             "model": self.server.model,
             "task": "token_embed",
             "input": prompts,
-            "use_activation": False,  # which would normalize
+            "use_activation": False,  # True would normalize
             "encoding_format": "bytes_only",
             "embed_dtype": str(self.dtype).removeprefix("torch."),
             "endianness": "little",
@@ -67,8 +68,8 @@ class HiddenStateServer:
         content = await post(f"{self._link.root}/pooling", payload, 2 * expected + EXTRA_BYTES)
         if len(content) != expected:
             raise self._link.error(
-                f"the server returns {len(content)} bytes for {sum(lengths)} tokens of width "
-                f"{self.width} ({expected} bytes)",
+                f"the server returned {len(content)} bytes instead of {expected} for "
+                f"{sum(lengths)} tokens of width {self.width}",
                 f"check that it runs the recipe's teacher: {COMMAND}",
             )
         rows_LD = torch.frombuffer(bytearray(content), dtype=self.dtype).view(-1, self.width)

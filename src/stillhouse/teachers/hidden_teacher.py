@@ -1,7 +1,7 @@
-"""A teacher whose hidden states an engine computes: only its head is loaded here.
+"""A teacher whose hidden states are computed by an inference engine; only its head is loaded here.
 
-The last hidden states, after the final norm, and the head determine the teacher's full
-distributions: every divergence is exact, as with a local teacher.
+The head and the last hidden states, after the final norm, determine the teacher's full
+distributions, so every divergence is exact, as with a local teacher.
 
 Shapes: L tokens of a prompt, N supervised rows, D hidden width.
 """
@@ -24,12 +24,14 @@ from stillhouse.teachers.record_store import segments_of
 from stillhouse.teachers.teacher import OUTPUT_ONLY, Teacher, TeacherNeeds, TeacherView
 
 NORMALIZED = 1e-3
-"""How far the length of a row may be from 1 if an engine has normalized it."""
+"""How close to 1 the norm of every row must be to conclude that an engine has normalized them."""
 
 
 class HiddenStateSource(Protocol):
-    """An engine that reads prompts. described: one line for messages. layers: those that it returns
-    besides the last one."""
+    """An engine that computes hidden states of prompts.
+
+    described: one line for messages. layers: the layers that it can return besides the last one.
+    """
 
     @property
     def described(self) -> str: ...
@@ -40,16 +42,17 @@ class HiddenStateSource(Protocol):
     def read(
         self, prompts: Sequence[list[int]], layers: Sequence[int]
     ) -> list[Mapping[int, Tensor]]:
-        """The hidden states [L, D] of each prompt, by layer. Raises ModelError."""
+        """Compute the hidden states [L, D] of each prompt, by layer. Raises ModelError."""
         ...
 
 
 class HiddenStateTeacher(Teacher):
-    """source: the engine. config: of its model. vocabulary: ids that the student has too.
+    """A teacher whose hidden states come from an engine.
 
-    head: of the model, for full distributions, on the device where they are wanted; None: only
-    hidden states, for a store of these. parameters: of the model, a tied head counted once, for the
-    account (0: not counted).
+    source: the engine. config: the model's configuration. vocabulary: number of ids that the
+    student has too. head: the model's head, on the device where full distributions are needed;
+    None: hidden states only, to be stored. parameters: the model's size, a tied head counted once,
+    for the FLOPs in the report (0: not counted).
     """
 
     tokens_together = 1 << 14
@@ -72,8 +75,11 @@ class HiddenStateTeacher(Teacher):
         self._parameters = parameters
 
     def answer(self, batch: Batch, request: ActivationRequest = OUTPUT_ONLY) -> TeacherView:
-        """Raises ModelError if the engine fails or returns something other than hidden states of
-        these tokens, SignalError if it cannot return a layer."""
+        """See `Teacher.answer`.
+
+        Raises ModelError if the engine fails or returns something other than hidden states of these
+        tokens. SignalError if it cannot return a requested layer.
+        """
         self._check(request)
         last = self._last_layer
         wanted = sorted(request.layers | (frozenset() if self._head is None else {last}))
@@ -121,7 +127,7 @@ class HiddenStateTeacher(Teacher):
     def _check(self, request: ActivationRequest) -> None:
         if request.attention:
             raise SignalError(
-                f"{self.described} returns hidden states, and a term compares attention",
+                f"a term compares attention, and {self.described} returns only hidden states",
                 where="objective.terms",
                 fix="use a local teacher, or terms on the output and on hidden states",
             )
@@ -154,8 +160,8 @@ def check_layers(source: HiddenStateSource, layers: frozenset[int]) -> None:
     lacking = sorted(layers - source.layers)
     if lacking:
         raise SignalError(
-            f"{source.described} returns the last hidden states, and a term uses layer "
-            f"{', '.join(map(str, lacking))}",
+            f"a term uses layer {', '.join(map(str, lacking))}, and {source.described} returns "
+            "only the last hidden states",
             where="objective.terms",
             fix="run vLLM in the process instead (signals.vllm), use a local teacher, or use only "
             "terms on the output",
@@ -169,8 +175,8 @@ def _are_normalized(hidden_LD: Tensor) -> bool:
 
 def _wrong(source: HiddenStateSource, what: str) -> ModelError:
     return ModelError(
-        f"the engine returns {what}",
+        f"the engine returned {what}",
         where=source.described,
-        fix="run the recipe's teacher in vLLM as a pooling model: docs/signal-store.md has the "
+        fix="run the recipe's teacher in vLLM as a pooling model; see docs/signal-store.md for the "
         "command",
     )

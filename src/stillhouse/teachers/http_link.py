@@ -1,7 +1,7 @@
-"""HTTP: one request to a server, the reply, and how long to wait before the next attempt.
+"""HTTP requests to a server, their replies, and how long to wait before the next attempt.
 
-aiohttp, since local servers (vLLM, llama.cpp) answer thousands of short requests per second, which
-other clients take several times as long for as such a server does.
+This uses aiohttp because local servers (vLLM, llama.cpp) answer thousands of short requests per
+second, and other clients take several times as long per request as such a server does.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import certifi
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MOST_BYTES = 32 << 20
-"""Maximum bytes of a decompressed reply, if a caller sets no other. A longer one is no answer."""
+"""Default limit on the bytes of a decompressed reply. A longer one is rejected."""
 LONGEST_BACKOFF = 30.0
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
 @dataclass(frozen=True)
 class Reply:
-    """headers: names in lower case."""
+    """A server's reply. The headers' names are in lower case."""
 
     status: int
     headers: Mapping[str, str]
@@ -35,7 +35,7 @@ class Reply:
 
 
 class LinkError(Exception):
-    """No complete reply. sent: whether the server may have received the request."""
+    """No complete reply arrived. sent: whether the server may have received the request."""
 
     def __init__(self, reason: str, *, sent: bool) -> None:
         super().__init__(reason)
@@ -43,14 +43,14 @@ class LinkError(Exception):
 
 
 class LongReplyError(LinkError):
-    """The reply has more bytes than allowed, and is not read to its end."""
+    """The reply has more bytes than allowed and is not read to its end."""
 
 
 class HttpLink:
     """A connection pool to one server.
 
-    A proxy is used as the environment says (https_proxy, http_proxy, no_proxy), and never for this
-    machine. Certificates are checked against those of the system, or of SSL_CERT_FILE, and certifi.
+    Proxies follow the environment (https_proxy, http_proxy, no_proxy) and are never used for this
+    machine. Certificates are checked against certifi's and the system's (or SSL_CERT_FILE).
     """
 
     def __init__(self, base_url: str, key: str | None, timeout: float, connections: int) -> None:
@@ -64,7 +64,7 @@ class HttpLink:
         self._base_url = base_url.rstrip("/")
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=connections, ssl=trusted),
-            # The caller's limit is the one that counts; a second timer a request takes time too.
+            # The caller limits the time; a second timer for each request would only cost time.
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=timeout),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers=headers,
@@ -72,10 +72,10 @@ class HttpLink:
         )
 
     async def post(self, path: str, payload: Mapping[str, Any], most: int | None = None) -> Reply:
-        """Send JSON to a path below the base URL, or to a complete URL of the same server.
+        """Send JSON to a path below the base URL, or to a complete URL on the same server.
 
-        most: bytes of the reply; None: MOST_BYTES. Redirects are not followed. Raises LinkError and
-        TimeoutError; a caller sets the time limit, and may cancel.
+        most: maximum bytes of the reply; None: MOST_BYTES. Redirects are not followed. Raises
+        LinkError or TimeoutError. The caller limits the time, and can cancel.
         """
         import aiohttp
 
@@ -89,7 +89,7 @@ class HttpLink:
         except (aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError) as error:
             raise LinkError(f"cannot connect: {error}", sent=False) from error
         except (aiohttp.ClientError, ValueError) as error:
-            reason = f"no complete answer: {type(error).__name__}: {error}"
+            reason = f"no complete reply: {type(error).__name__}: {error}"
             raise LinkError(reason, sent=True) from error
 
     async def close(self) -> None:
@@ -118,8 +118,11 @@ async def _limited(chunks: AsyncIterator[bytes], most: int) -> bytes:
 
 @dataclass(frozen=True)
 class Patience:
-    """attempts: per request, 429 not counted. backoff: seconds before the second attempt, doubled
-    with each; jitter spreads the requests out."""
+    """How often a request is tried, and how long to wait in between.
+
+    attempts: per request, not counting replies with status 429. backoff: seconds before the second
+    attempt, doubled for each further one; jitter spreads the requests out.
+    """
 
     attempts: int = 6
     backoff: float = 0.5
@@ -133,7 +136,7 @@ PATIENCE = Patience()
 
 
 def server_message(body: bytes) -> tuple[str, str | None]:
-    """A server's error message and code, in the forms that servers use."""
+    """Extract the message and code from a server's error reply, in any of the common formats."""
     text = body.decode("utf-8", "replace").strip()
     try:
         document = json.loads(text)

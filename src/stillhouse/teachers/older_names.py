@@ -1,8 +1,8 @@
-"""Write model folders that transformers 4 reads as transformers 5 does.
+"""Model folders that transformers 4 reads in the same way as transformers 5.
 
-Transformers 5 keeps all of a rotary embedding in `rope_parameters`, for example. Version 4, and
-servers and converters based on it, look for older names and silently use a base of 10,000
-if there are none. Version 5 also reads the older names.
+For example, version 5 keeps all settings of a rotary embedding in `rope_parameters`. Version 4, and
+servers and converters based on it, look for the older names and silently use a base of 10,000
+without them. Version 5 also reads the older names.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ FULL_BASE = {
     "gpt_neox_japanese": "rotary_emb_base",
 }
 ROTATED_SHARE = {"gpt_neox": "rotary_pct", "gpt_neox_japanese": "rotary_pct"}
-"""Names specific to a model type, by model type."""
+"""Names that differ for some model types, by model type."""
 SCALED_BY_LAYER = ("gemma3_text", "gemma3n_text", "olmo3")
-"""Model types with an embedding for each kind of layer whose `rope_scaling` is that of layers
-without a window. For all others, version 5 would read it as the embedding of every layer."""
+"""Model types with a rotary embedding for each kind of layer whose `rope_scaling` applies only to
+layers without a window. For other types, version 5 would apply it to every layer."""
 FRAMED_BY_CLASS = {f"{name}Tokenizer" for name in ("Llama", "CodeLlama", "Gemma", "Cohere")}
 """Classes that in version 4 prepend a token to every text unless the configuration disables it,
 regardless of tokenizer.json."""
 
 
 def write_older_names(folder: Path) -> None:
-    """Add the older names to the folder's config.json, beside the newer ones."""
+    """Add the older names to the folder's config.json, alongside the newer ones."""
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     text = json.dumps(with_older_names(config), indent=2, sort_keys=True, ensure_ascii=False)
@@ -37,10 +37,10 @@ def write_older_names(folder: Path) -> None:
 
 
 def with_older_names(config: dict[str, Any]) -> dict[str, Any]:
-    """`config` with rope_theta, rope_scaling and so on next to every `rope_parameters`.
+    """`config` with rope_theta, rope_scaling, and so on alongside every `rope_parameters`.
 
     If layers with a window have a separate rotary embedding, `rope_theta` and `rope_scaling`
-    are those of the other layers, as in version 4.
+    apply to the other layers, as in version 4.
     """
     found = dict(config)
     if isinstance(config.get("text_config"), dict):
@@ -76,7 +76,7 @@ def _scaling(rope: dict[str, Any], kind: str) -> dict[str, Any]:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Save it under names that every version reads, without the settings it was loaded with."""
+    """Save a tokenizer with names that every version reads, and without its loading options."""
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))

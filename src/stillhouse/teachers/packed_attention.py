@@ -1,12 +1,12 @@
-"""Attention inside each document of packed windows, on GPUs.
+"""Attention within each document of packed windows, on GPUs.
 
 Shapes: R windows, L tokens, T = R·L tokens of a batch, S documents, H query heads, G key-value
 heads, E head width.
 
-For packed windows, PyTorch's SDPA gets a dense mask [R, 1, L, L]: it multiplies all L² pairs and
-cannot use its flash attention. PyTorch's flash attention for sequences of different lengths gets
-the bounds of the T tokens' documents instead, and multiplies only the pairs inside a document.
-Where this torch lacks it, flex attention skips the blocks of the mask that are empty.
+With packed windows, PyTorch's SDPA gets a dense mask [R, 1, L, L], so it computes all L² pairs and
+cannot use flash attention. PyTorch's variable-length flash attention gets the documents' bounds
+instead, and computes only the pairs within a document. If the installed torch lacks it, flex
+attention skips the empty blocks of the mask.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ LEAST_CAPABILITY = 8, 0
 
 
 def use_attention(model: Any, context: int, device: torch.device, dtype: torch.dtype) -> str:
-    """Choose a model's attention for windows of `context` tokens; returns its name.
+    """Choose a model's attention for windows of `context` tokens, and return its name.
 
-    On a CPU: see `use_short_attention`. On an NVIDIA GPU, in 16 bits: `packed_attention`, or flex
-    attention. Otherwise PyTorch's SDPA. Attention that is none of these is not changed.
-    device: where the model will run. dtype: of its products.
+    On a CPU: see `use_short_attention`. On an NVIDIA GPU, in 16 bits: `packed_attention` or flex
+    attention. Otherwise PyTorch's SDPA. Any other attention of the model is left unchanged.
+    device: where the model will run. dtype: of its matrix products.
     """
     if model.config._attn_implementation in (NAME, FLEX):
         model.set_attn_implementation("sdpa")
@@ -62,10 +62,10 @@ def use_attention(model: Any, context: int, device: torch.device, dtype: torch.d
 def document_arguments(
     model: Any, input_ids_RL: Tensor, position_ids_RL: Tensor | None, bounds: Tensor | None
 ) -> dict[str, Any]:
-    """Arguments with which the model's backbone passes document bounds to `packed_attention`; none
-    if its attention is another.
+    """Arguments with which the backbone passes document bounds to `packed_attention`; empty if the
+    model uses a different attention.
 
-    bounds: `document_bounds`; None: they are computed here, which waits for the device.
+    bounds: `document_bounds`; if None, computed here, which waits for the device.
     """
     if model.config._attn_implementation != NAME:
         return {}
@@ -75,7 +75,7 @@ def document_arguments(
     elif bounds is None:
         bounds = document_bounds(position_ids_RL)
     return {
-        # transformers takes a mask of four dimensions as it is, and makes none of its own.
+        # transformers uses a 4-D mask as it is, and does not build one.
         "attention_mask": input_ids_RL.new_ones(1, 1, 1, 1, dtype=torch.bool),
         "cu_seq_lens_q": bounds,
         "cu_seq_lens_k": bounds,
@@ -96,14 +96,14 @@ def packed_attention(
     cu_seq_lens_q: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Causal attention inside documents, as [R, L, H, E]; without their bounds, as in generation,
-    PyTorch's SDPA."""
+    """Causal attention within documents, [R, L, H, E]; PyTorch's SDPA if there are no bounds, as in
+    generation."""
     R, H, L, E = query_RHLE.shape
     if cu_seq_lens_q is None:
         if attention_mask is not None and attention_mask.shape[-1] < key_RGLE.shape[2]:
             raise ModelError(
                 f"{type(module).__name__} does not pass the bounds of documents to its attention",
-                fix="report this model: Stillhouse must not choose packed attention for it",
+                fix="report this model, for which Stillhouse must not choose packed attention",
             )
         return sdpa_attention_forward(
             module,
@@ -119,7 +119,7 @@ def packed_attention(
     kernel = varlen_kernel()
     assert kernel is not None
     query_THE, key_TGE, value_TGE = (
-        # Under autocast, rotation may leave queries and keys in float32.
+        # Under autocast, rotary embeddings can leave queries and keys in float32.
         each.to(value_RGLE.dtype).transpose(1, 2).reshape(R * L, -1, each.shape[-1])
         for each in (query_RHLE, key_RGLE, value_RGLE)
     )
@@ -139,7 +139,7 @@ def packed_attention(
 
 
 def varlen_kernel() -> Kernel | None:
-    """`torch.nn.attention.varlen.varlen_attn`, from torch 2.11 on; None if this torch has none."""
+    """`torch.nn.attention.varlen.varlen_attn`; None before torch 2.11."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -152,8 +152,8 @@ def varlen_kernel() -> Kernel | None:
 
 
 def with_repeated_heads(kernel: Kernel) -> Kernel:
-    """A kernel without `enable_gqa`, which torch 2.12 added: each group's keys and values are
-    repeated for its query heads."""
+    """Add `enable_gqa` to a kernel from before torch 2.12 by repeating each group's keys and values
+    for its query heads."""
 
     def attend(
         query_THE: Tensor,
@@ -173,7 +173,7 @@ def with_repeated_heads(kernel: Kernel) -> Kernel:
 
 def _instead_of_sdpa(model: Any, device: torch.device, dtype: torch.dtype) -> str:
     config = model.config.get_text_config()
-    # Dropout, or DeepSeek's values of another width than the keys.
+    # Dropout, or DeepSeek's values, whose width differs from that of the keys.
     needs_sdpa = any(getattr(config, name, None) for name in ("attention_dropout", "v_head_dim"))
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or needs_sdpa:
         return "sdpa"
@@ -186,10 +186,10 @@ def _instead_of_sdpa(model: Any, device: torch.device, dtype: torch.dtype) -> st
 
 @cache
 def working_attention(heads: Heads, *, flash: bool, flex: bool) -> str:
-    """The first of packed attention, flex attention and SDPA that works on the device for such
-    heads. A note says why another one is not used.
+    """The first of packed attention, flex attention, and SDPA that works on the device for these
+    heads. Prints a note about those that do not work.
 
-    flash, flex: whether the model supports packed attention, and flex attention.
+    flash, flex: whether the model supports packed attention and flex attention.
     """
     kernel, problems, chosen = varlen_kernel(), list[str](), "sdpa"
     if flash and kernel is not None and _is_new_enough(heads.device):
@@ -216,7 +216,8 @@ def _is_new_enough(device: torch.device) -> bool:
 
 
 def _passes_bounds(model: Any) -> bool:
-    """Whether the model passes what flash attention needs to its attention, and needs no more."""
+    """Whether the model passes document bounds on to its attention, and flash attention does all
+    that it needs."""
     config = model.config.get_text_config()
     if not getattr(model, "_supports_flash_attn", False):
         return False

@@ -1,4 +1,4 @@
-"""A causal language model before it is loaded: what its configuration determines."""
+"""Facts about a causal language model that follow from its configuration, before it is loaded."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.weights import INDEX, SINGLE, read_json
 
 _OF_CHECKPOINTS = ("_name_or_path", "dtype", "transformers_version", "use_cache")
-"""Keys of a configuration that say nothing of the model's shape."""
+"""Keys of a configuration that do not affect the model's shape."""
 
 
 def shape_key(config: Any) -> str:
-    """Equal for models of equal shape, in whatever folder and number type they are stored."""
+    """A key that is equal for models of equal shape, regardless of their folder and dtype."""
     shape = {name: value for name, value in config.to_dict().items() if name not in _OF_CHECKPOINTS}
     return json.dumps(shape, sort_keys=True, default=str)
 
 
 def planned_model(config: Any, where: object = None, *, trusted: bool = False) -> Any:
-    """A model on the meta device: shapes without memory.
+    """Build a model on the meta device, without memory for its weights.
 
-    where: its folder. trusted: code that comes with the model may run. Raises ModelError if no
-    causal language model has this configuration.
+    where: its folder. trusted: whether code that comes with the model may run. Raises ModelError if
+    no causal language model can have this configuration.
     """
     require_layers(config, where)
     with _building(config, where), torch.device("meta"):
@@ -49,10 +49,9 @@ def planned_model(config: Any, where: object = None, *, trusted: bool = False) -
 
 
 def model_without_weights(checkpoint: AnyModel) -> Any:
-    """The model of a folder in float32 and in eval mode: its weights are on the meta device, and
-    its buffers have their values.
+    """Build a folder's model in float32 and eval mode, with its weights on the meta device.
 
-    Raises ModelError as `load_config` and `planned_model`.
+    Buffers have their values. Raises ModelError as `load_config` and `planned_model` do.
     """
     source = source_of(checkpoint)
     folder, config = source.path, load_config(source)
@@ -63,7 +62,7 @@ def model_without_weights(checkpoint: AnyModel) -> Any:
             attn_implementation=attention_for(config),
             trust_remote_code=source.trusted,
         )
-    model.tie_weights()  # each weight has become a new one
+    model.tie_weights()  # init_empty_weights has replaced each weight
     if (folder / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
@@ -71,25 +70,26 @@ def model_without_weights(checkpoint: AnyModel) -> Any:
 
 @contextmanager
 def _building(config: Any, where: object) -> Iterator[None]:
-    """Raise ModelError where the block cannot build a model of this configuration."""
+    """Raise ModelError if the block cannot build a model with this configuration."""
     try:
         with quiet():
             yield
-    # A value that an architecture does not expect fails anywhere in its constructor.
+    # A value that an architecture does not expect can fail anywhere in its constructor.
     except Exception as error:
         problem = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
         raise ModelError(
-            f"transformers builds no causal language model from this configuration ({problem})",
+            f"transformers cannot build a causal language model with this config ({problem})",
             where=where or getattr(config, "name_or_path", None) or None,
-            fix="check model_type, hidden_act, rope_parameters and the sizes in its config.json, "
+            fix="check model_type, hidden_act, rope_parameters, and the sizes in its config.json, "
             "or copy the model's own config.json again",
         ) from error
 
 
 def check_model_folder(checkpoint: AnyModel) -> Any:
-    """Check everything about a model folder that needs no weights; returns its configuration.
+    """Check all of a model folder that can be checked without loading weights.
 
-    Names and shapes of weights are compared if the weights are on this disk. Raises ModelError.
+    Names and shapes of weights are compared if their files are here. Returns the configuration.
+    Raises ModelError.
     """
     source = source_of(checkpoint)
     path, config = source.path, load_config(source)
@@ -109,8 +109,9 @@ def check_model_folder(checkpoint: AnyModel) -> Any:
 
 
 def check_planned_head(config: Any) -> Any:
-    """Do `check_head` for a model that is too large to be loaded for it, and return a small model
-    of its kind, without weights except those of a random head. Raises ModelError.
+    """Run `check_head` without loading the model, on a small one with a similar configuration.
+
+    Returns the small model, which has no weights except a random head. Raises ModelError.
     """
     model = planned_model(small_config(config))
     head = model.get_output_embeddings()
@@ -123,9 +124,9 @@ def check_planned_head(config: Any) -> Any:
 
 
 def learned_positions(model: Any) -> int | None:
-    """The size of a model's table of positions; None if it has no table.
+    """The number of position embeddings of a model; None if it has no table of positions.
 
-    GPT-2, OPT and similar models look up each position; one beyond the table is an error.
+    GPT-2, OPT, and similar models look up each position and fail for one beyond the table.
     """
     tables = []
     for name, module in model.named_modules():
@@ -149,9 +150,9 @@ def _is_table(name: str) -> bool:
 
 
 def trained_positions(config: Any) -> int | None:
-    """The longest text of a model with rotary embeddings; None if it sets none.
+    """The longest context that a model with rotary embeddings supports; None if it sets no limit.
 
-    `max_position_embeddings`, times the factor of a scaling that it does not include yet.
+    This is `max_position_embeddings`, times the factor of a scaling that it does not include yet.
     """
     text = config.get_text_config()
     most = getattr(text, "max_position_embeddings", None)

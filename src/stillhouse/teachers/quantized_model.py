@@ -1,4 +1,4 @@
-"""A quantized model that transformers has loaded, as a model that computes with floats."""
+"""Conversion of a quantized model that transformers has loaded to one with float weights."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from stillhouse.teachers.quiet import quiet
 
 @torch.no_grad()
 def set_buffers(model: Any) -> None:
-    """Set all buffers of a loaded model that its checkpoint does not hold.
+    """Set all buffers of a loaded model that its checkpoint does not contain.
 
-    When transformers loads a quantized weight, it takes the weight's whole module for initialized,
-    so that the module's other buffers stay uninitialized memory: the scale of Gemma 3's embeddings.
+    When transformers loads a quantized weight, it considers the weight's whole module initialized,
+    so the module's other buffers (the scale of Gemma 3's embeddings) stay uninitialized memory.
     """
     with init_empty_weights(include_buffers=False), quiet():
         fresh = type(model)(copy.deepcopy(model.config))
@@ -30,9 +30,11 @@ def set_buffers(model: Any) -> None:
 
 
 def dequantize(model: Any, dtype: torch.dtype) -> None:
-    """Replace torchao's tensors by the numbers that they stand for: they lack most operations, and
-    on a CPU they are converted in every product anyway. Those that also round a layer's inputs
-    stay."""
+    """Replace torchao's tensors with plain ones of the same values.
+
+    torchao's lack most operations, and on a CPU they are dequantized in every product anyway.
+    Tensors that also quantize a layer's inputs are kept.
+    """
     floats: dict[int, torch.nn.Parameter] = {}  # a tied weight stays one parameter
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
@@ -49,6 +51,6 @@ def _rounds_inputs(weight: Any) -> bool:
 
 
 def float_values(weight: Tensor) -> Tensor:
-    """The numbers of a weight that is one of torchao's tensors, or stored in 8-bit floats."""
+    """The values of a weight, which can be one of torchao's tensors or stored in 8-bit floats."""
     values: Tensor = weight.dequantize() if hasattr(weight, "qdata") else weight
     return values.float() if values.element_size() == 1 else values

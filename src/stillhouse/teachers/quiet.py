@@ -1,4 +1,4 @@
-"""Silences the progress bars and notices of libraries."""
+"""Silencing of libraries' progress bars and notices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.utils import logging as hf_logging
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Inside the block, show no tqdm bars, warnings or notices of transformers."""
+    """Hide warnings and transformers' progress bars and notices inside the block."""
     verbosity = hf_logging.get_verbosity()
     bars = hf_logging.is_progress_bar_enabled()
     _set_verbosity(logging.ERROR)
@@ -28,6 +28,6 @@ def quiet() -> Iterator[None]:
 
 
 def _set_verbosity(level: int) -> None:
-    """Setting a level, even the same, makes all loggers of the process forget what they cached."""
+    # Setting a level, even to the same value, clears the caches of all loggers of the process.
     if hf_logging.get_verbosity() != level:
         hf_logging.set_verbosity(level)

@@ -1,4 +1,4 @@
-"""Records a teacher's signals for text in a signal store.
+"""Recording of a teacher's signals for a text in a signal store.
 
 Shapes: R windows, L tokens, N supervised rows, S segments.
 """
@@ -61,8 +61,8 @@ def chosen_encoding(
     temperature: float,
     out: Path,
 ) -> Encoding:
-    """The encoding that a recipe describes; a threshold is tuned, or read from a store that was
-    already begun."""
+    """The encoding that a recipe describes. A store that was already begun keeps its encoding;
+    otherwise a threshold is tuned."""
     if (out / SETTINGS).exists():
         return read_settings(out).encoding
     if isinstance(section.encoding, ThresholdSignals):
@@ -71,8 +71,8 @@ def chosen_encoding(
 
 
 def identity_of(teacher: Teacher) -> dict[str, str]:
-    """What a store of this teacher's signals is for: the teacher, the student's tokenizer, and with
-    another one of the teacher, that and the roots of both."""
+    """What a store of this teacher's signals belongs to: the teacher, the student's tokenizer, and,
+    if the teacher has a different tokenizer, that tokenizer and the shared roots."""
     found = {"teacher": teacher.fingerprint or teacher.described}
     if teacher.tokenizer is not None:
         found |= tokenizer_identity(teacher.tokenizer)
@@ -82,20 +82,21 @@ def identity_of(teacher: Teacher) -> dict[str, str]:
 
 
 def folded_identity(teacher_tokenizer: Any, roots: Roots) -> dict[str, str]:
-    """What else a store of a teacher with another tokenizer is for."""
+    """What else the store of a teacher with a different tokenizer belongs to."""
     own = tokenizer_identity(teacher_tokenizer)
     return {"teacher_tokenizer": own["tokenizer"], ROOTS: fold_sha256(roots.fold)}
 
 
 def events_of(teacher: Teacher) -> int:
-    """The vocabulary of a store of this teacher's signals: tokens, or roots and "not covered"."""
+    """The number of events in a store of this teacher's signals: its tokens, or the roots and "not
+    covered"."""
     if isinstance(teacher, AlignedTeacher):
         return stored_events(teacher.roots)
     return teacher.vocabulary
 
 
 def stored_events(roots: Roots) -> int:
-    """Roots, and "not covered"."""
+    """The number of roots, plus one for "not covered"."""
     return roots.count + 1
 
 
@@ -112,8 +113,8 @@ def record(
 
     Under torchrun, every process calls this and scores its share of the batches; with `alone`, one
     process scores all of them. student_head: for the encoding frozen_head only.
-    Raises SignalError if `out` was begun with other settings, StoreError if it is damaged or
-    the disk is full; what was recorded is kept.
+    Raises SignalError if `out` was begun with different settings. StoreError if it is damaged or
+    the disk is full; signals recorded so far are kept.
     """
     recorder = recorder_of(settings, student_head)
     fold = teacher.roots.fold if isinstance(teacher, AlignedTeacher) else None
@@ -178,7 +179,7 @@ def encoded_answer(
     segments: Segments,
     chosen_S: NDArray[np.bool_],
 ) -> tuple[Rows, Statistics]:
-    """The teacher's signal for some of a batch's segments, encoded as the recorder does."""
+    """The teacher's signal for the chosen segments of a batch, encoded by the recorder."""
     labels_RL = batch["labels"].clone()
     learned_RL = labels_RL[:, 1:] != IGNORED  # in the order of the segments' rows
     unchosen_N = torch.from_numpy(~segments.chosen_rows(chosen_S)).to(labels_RL.device)
@@ -200,14 +201,14 @@ def only_signal(view: TeacherView, teacher: Teacher) -> Signal:
     """The view's signal. Raises SignalError if there are several, or only likelihoods of chunks."""
     if len(view.signals) != 1:
         raise SignalError(
-            f"{teacher.described} gives {len(view.signals)} signals, and a store holds one",
+            f"{teacher.described} returns {len(view.signals)} signals, and a store has only one",
             fix="record a store for each teacher",
         )
     (signal,) = view.signals
     if isinstance(signal, ChunkSignal):
         raise SignalError(
-            f"{teacher.described} gives only likelihoods of chunks, which a store cannot hold",
-            fix="train with this teacher live",
+            f"{teacher.described} returns only likelihoods of chunks, which a store cannot contain",
+            fix="train with this teacher without a store",
         )
     return signal
 
@@ -220,9 +221,9 @@ def segments_of(batch: Batch) -> Segments:
 def tuned_threshold(
     teacher: Teacher, text: WindowSet, *, temperature: float, size: float
 ) -> Threshold:
-    """The threshold at which a row takes `size` bytes on average, from some of the text.
+    """Tune the threshold on a sample of the text, so that a row takes `size` bytes on average.
 
-    Raises SignalError if no threshold does, or the teacher has no full distributions.
+    Raises SignalError if no threshold does, or if the teacher has no full distributions.
     """
     step = max(1, len(text) // TUNING_WINDOWS)
     sample = []

@@ -1,4 +1,4 @@
-"""Removes an API key from a server's text, in any spelling."""
+"""Removal of an API key, in any spelling, from text that a server returned."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from html import escape
 from urllib.parse import quote
 
 SHORTEST = 8
-"""Characters. Servers without keys get words such as `none` and `EMPTY`, which answers may
-contain."""
+"""Length from which a key is removed in all spellings. Shorter ones are placeholders such as `none`
+and `EMPTY`, which answers can contain."""
 _PREFIX = 12
-"""Characters of a key from which on its beginning is removed too: servers cut their messages."""
+"""Length from which the beginning of a key is removed too, since servers truncate messages."""
 SHOWN = "[key]"
 _ESCAPES = "\\%&"
-"""The characters with which every spelling but the plain one begins."""
+"""The characters with which every spelling except the plain one begins."""
 
 
 def redacted(text: str, key: str | None) -> str:
-    """The text with `[key]` instead of the key or its beginning, even if it is escaped for
-    JSON, a URL or HTML. A key of less than SHORTEST characters is removed as it is."""
+    """Replace the key or its beginning with `[key]`, even where it is escaped for JSON, a URL, or
+    HTML. A key of fewer than SHORTEST characters is replaced only in its plain spelling."""
     if not key:
         return text
     if len(key) < SHORTEST:
         return text.replace(key, SHOWN)
     if key[:_PREFIX] not in text and not any(sign in text for sign in _ESCAPES):
-        return text  # as nearly every answer: only escapes spell a character in another way
+        return text  # the usual case: without escapes, there is only the plain spelling
     start, following = _patterns(key)
     parts, done = [], 0
     for found in start.finditer(text):

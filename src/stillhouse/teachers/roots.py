@@ -1,13 +1,13 @@
-"""Roots: the events that two vocabularies share, for a student and a teacher of other tokenizers.
+"""Roots: the events that a student's and a teacher's different vocabularies share.
 
-A string of bytes that both vocabularies have is a root. Any other token of one belongs to the root
-of the first token with which the other tokenizer encodes its bytes: a teacher's "123" belongs to
-"1" if the student writes digits one by one. Every token has a root, so the probabilities of roots
+A byte string that is a token of both vocabularies is a root. Any other token belongs to the root of
+the first token with which the other tokenizer encodes its bytes: a teacher's "123" belongs to "1"
+if the student's tokenizer splits digits. Every token has a root, so the probabilities of the roots
 sum to 1 under both models and nothing is renormalized.
 
 Where both tokenizers begin a token at the same byte of a text, their two tokens are one event. If
-their roots differ, as those of "\n" and "\n\n" may, training text shows it and the roots are
-merged (`merged`): otherwise the student would learn tokens that its tokenizer never writes there.
+training text shows that their roots differ, as those of "\n" and "\n\n" can, the roots are merged
+(`merged`). Otherwise the student would learn tokens that its tokenizer never produces there.
 
 Shapes: V student tokens, W teacher tokens.
 """
@@ -27,10 +27,11 @@ from stillhouse.teachers.text_tokens import Ids, TextTokens
 
 @dataclass(frozen=True)
 class Roots:
-    """student_V, teacher_W: the root of each token id, in [0, count).
+    """The root of each token of two vocabularies.
 
-    count: their number. shared: strings that both vocabularies have.
-    merges: pairs of tokens (student, teacher) whose roots were merged, with their counts in text.
+    student_V, teacher_W: the root of each token id, in [0, count). count: number of roots. shared:
+    number of strings that both vocabularies have. merges: (student's token, teacher's token, count
+    in the text) of each pair whose roots were merged.
     """
 
     student_V: Ids
@@ -49,11 +50,11 @@ def make_roots(
 ) -> Roots:
     """The roots before any text is seen.
 
-    partners: special tokens (student, teacher) that mean the same, the end of a text first. A token
-    may be in several pairs.
-    Every root has tokens of both vocabularies: special tokens and unused ids without a partner
-    share a root, or, where only one vocabulary has any, belong to the end of a text.
-    Raises ModelError if there is none.
+    partners: pairs (student, teacher) of special tokens that mean the same, the end of text first.
+    A token can be in several pairs.
+    Every root has tokens of both vocabularies. Special tokens and unused ids without a partner
+    share a root or, if only one vocabulary has any, belong to the end of text.
+    Raises ModelError if that is needed and there are no partners.
     """
     root_of: dict[bytes, int] = {}
     for value in student.strings.values():
@@ -87,7 +88,7 @@ def make_roots(
         return Roots(student_V, teacher_W, other + 1, len(shared))
     if any(alone) and not partners:
         raise ModelError(
-            "one tokenizer has special tokens and the other none",
+            "one tokenizer has special tokens and the other has none",
             where=f"the tokenizers of {student.name} and {teacher.name}",
             fix="use models whose tokenizers have an end-of-text token",
         )
@@ -97,7 +98,7 @@ def make_roots(
 
 
 def _together(pairs: Sequence[tuple[int, int]]) -> dict[tuple[int, int], int]:
-    """Number the pairs from 0; those that have a token in common have one number."""
+    """Number the pairs from 0, with the same number for pairs that have a token in common."""
     parent = list(range(len(pairs)))
     for number, (ours, theirs) in enumerate(pairs):
         for before, (left, right) in enumerate(pairs[:number]):
@@ -112,8 +113,8 @@ def _together(pairs: Sequence[tuple[int, int]]) -> dict[tuple[int, int], int]:
 def _first_tokens(values: Iterable[bytes], tokens: TextTokens) -> dict[bytes, bytes]:
     """The first token with which a tokenizer encodes each string, as bytes.
 
-    Strings that are not UTF-8, or that are encoded with something in front (as a space), are given
-    the longest token that they begin with. A string of which no token is a prefix is left out.
+    Strings that are not UTF-8, or that the tokenizer prefixes (with a space, for example), get the
+    longest token that they begin with. A string that begins with no token is left out.
     """
     known, longest = set(tokens.strings.values()), int(tokens.lengths_V.max(initial=0))
     texts: dict[bytes, str] = {}
@@ -133,7 +134,10 @@ def _first_tokens(values: Iterable[bytes], tokens: TextTokens) -> dict[bytes, by
 
 
 def merged(roots: Roots, observed: Mapping[tuple[int, int], int]) -> Roots:
-    """Merge the roots of tokens (student, teacher) observed at the same place, with counts."""
+    """Merge the roots of pairs (student, teacher) of tokens that were observed at the same place.
+
+    observed: the pairs with their counts.
+    """
     parent = np.arange(roots.count)
 
     def find(root: int) -> int:

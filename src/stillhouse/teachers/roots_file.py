@@ -1,6 +1,6 @@
-"""Files with the roots of two tokenizers: one a pair in the user's cache, and those of a run.
+"""Files with the roots of two tokenizers, in the user's cache and in run folders.
 
-A folder has ROOTS, which is read again, and SUMMARY, which is for people.
+A folder contains ROOTS, which is loaded again, and SUMMARY, which is for people.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from stillhouse.teachers.text_tokens import Ids, TextTokens
 
 ROOTS, SUMMARY = "roots.safetensors", "roots.json"
 VERSION = 1
-"""Part of the cache key: increase it whenever other roots are made of the same tokenizers."""
+"""Part of the cache key: increase it whenever the same tokenizers would get different roots."""
 EXAMPLES = 20
 
 
 @lru_cache(maxsize=4)
 def pair_identity(aligner: TokenAligner) -> str:
-    """SHA-256 of both tokenizers, and of the special tokens that correspond."""
+    """SHA-256 of both tokenizers and their corresponding special tokens."""
     found = hashlib.sha256()
     for tokens in (aligner.student, aligner.teacher):
         found.update(tokens.tokenizer.backend_tokenizer.to_str().encode())
@@ -46,9 +46,9 @@ def pair_identity(aligner: TokenAligner) -> str:
 
 
 def cached_roots(aligner: TokenAligner, cache: Path | None = None) -> Roots:
-    """The roots of two tokenizers before any text is seen, made once for each pair.
+    """The roots of two tokenizers before any text is seen, computed once for each pair.
 
-    A damaged file in the cache is replaced; a cache that cannot be written costs time only.
+    A damaged file in the cache is replaced. A cache that cannot be written costs only time.
     """
     identity = pair_identity(aligner)
     folder = cache_folder(cache) / "roots" / identity
@@ -71,7 +71,7 @@ def cached_roots(aligner: TokenAligner, cache: Path | None = None) -> Roots:
 
 
 def save_roots(roots: Roots, folder: Path, aligner: TokenAligner, identity: str = "") -> None:
-    """Write ROOTS and SUMMARY into a folder. identity: of the pair, if it is known.
+    """Write ROOTS and SUMMARY to a folder. identity: the pair's, if it is known.
 
     Raises RunError if the folder cannot be written.
     """
@@ -99,9 +99,9 @@ def _write(roots: Roots, folder: Path, aligner: TokenAligner, identity: str) -> 
 
 
 def load_roots(folder: Path, aligner: TokenAligner, identity: str = "") -> Roots:
-    """What `save_roots` wrote for these tokenizers.
+    """Load roots that `save_roots` wrote for these tokenizers.
 
-    Raises ModelError if the file is damaged, or for other tokenizers.
+    Raises ModelError if the file is damaged or belongs to different tokenizers.
     """
     path = folder / ROOTS
     try:
@@ -109,19 +109,19 @@ def load_roots(folder: Path, aligner: TokenAligner, identity: str = "") -> Roots
             facts = json.loads(file.metadata()["roots"])
             maps = [file.get_tensor(name) for name in ("student", "teacher")]
         if seal_broken(facts) or facts["maps"] != _hash_of(*maps):
-            raise ValueError("it is not what was written")
+            raise ValueError("its content does not match its checksum")
         student_V, teacher_W = (map_X.numpy().astype(np.int64) for map_X in maps)
         merges = tuple((int(s), int(t), int(n)) for s, t, n in facts["merges"])
         roots = Roots(student_V, teacher_W, int(facts["count"]), int(facts["shared"]), merges)
         tokenizers = facts["tokenizers"]
     except (OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError) as error:
-        raise _unusable(path, f"it cannot be read ({error})") from error
+        raise _unusable(path, f"the file cannot be read ({error})") from error
     if tokenizers != (identity or pair_identity(aligner)):
-        raise _unusable(path, "it is for other tokenizers")
+        raise _unusable(path, "the file belongs to different tokenizers")
     sides = (student_V, aligner.student), (teacher_W, aligner.teacher)
     for roots_X, tokens in sides:
         if len(roots_X) != tokens.size or set(np.unique(roots_X)) != set(range(roots.count)):
-            raise _unusable(path, f"it does not have the tokens of {tokens.name}")
+            raise _unusable(path, f"the file does not match the tokens of {tokens.name}")
     return roots
 
 
@@ -136,12 +136,12 @@ def _unusable(path: Path, why: str) -> ModelError:
     return ModelError(
         f"the roots of two tokenizers cannot be used: {why}",
         where=path,
-        fix="delete its folder; the next run makes it again",
+        fix="delete its folder, which the next run creates again",
     )
 
 
 def summary(roots: Roots, aligner: TokenAligner) -> dict[str, Any]:
-    """What the roots were made of, as plain data. Tokens are shown as text."""
+    """A summary of the roots and how they came about, as plain data with tokens as text."""
     student, teacher = aligner.student, aligner.teacher
     names = _root_names(roots, aligner)
     sides = ("student", student, roots.student_V), ("teacher", teacher, roots.teacher_W)
@@ -165,7 +165,7 @@ def summary(roots: Roots, aligner: TokenAligner) -> dict[str, Any]:
 
 
 def _vocabulary(tokens: TextTokens, roots_X: Ids, names: Mapping[int, bytes]) -> dict[str, Any]:
-    """A tokenizer, and its tokens that belong to the root of another string."""
+    """Facts about one tokenizer, with examples of tokens that belong to another string's root."""
     found = {id: names.get(int(roots_X[id])) for id in tokens.strings}
     other = {id: name for id, name in found.items() if name not in (None, tokens.strings[id])}
     return {
@@ -180,7 +180,7 @@ def _vocabulary(tokens: TextTokens, roots_X: Ids, names: Mapping[int, bytes]) ->
 
 
 def _root_names(roots: Roots, aligner: TokenAligner) -> dict[int, bytes]:
-    """The shortest string of each root that is a token of both."""
+    """For each root, the shortest string that is a token of both vocabularies."""
     shared = set(aligner.teacher.strings.values())
     names: dict[int, bytes] = {}
     for id, value in aligner.student.strings.items():

@@ -1,7 +1,7 @@
 """Requirements on the keys of config.json that define rotary embeddings.
 
-transformers 5 reads `rope_parameters`, and older names beside it only in part: of two different
-values, programs differ in which one they use.
+transformers 5 reads `rope_parameters`, and older names alongside it only in part. If the two have
+different values, programs differ in which one they use.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _POSITIVE = (
 
 
 def require_rope(keys: Mapping[str, Any], where: object = None) -> None:
-    """Raise ModelError for keys of config.json that contradict each other, for a scaling without
-    its type, and for numbers that are not positive. keys: those of the text model."""
+    """Raise ModelError for keys of config.json that contradict each other, a scaling without a
+    type, or numbers that are not positive. keys: the text model's."""
     rope = keys.get("rope_parameters")
     if isinstance(rope, dict) and rope:
         _require_one_value(keys, where)
@@ -35,7 +35,7 @@ def require_rope(keys: Mapping[str, Any], where: object = None) -> None:
         if kind in (None, "default") and found.get("factor") not in (None, 1):
             raise ModelError(
                 f"config.json scales rotary embeddings by a factor ({found['factor']}) without a "
-                "rope_type, so that transformers ignores the factor",
+                "rope_type, so transformers ignores the factor",
                 where=where,
                 fix="add the rope_type (linear, dynamic, yarn, ...), or remove the factor",
             )
@@ -43,7 +43,7 @@ def require_rope(keys: Mapping[str, Any], where: object = None) -> None:
         for key in found.keys() & set(_POSITIVE):
             if not _is_positive(found[key]):
                 raise ModelError(
-                    f"{key} is {found[key]!r}, and must be a positive number",
+                    f"{key} must be a positive number, and is {found[key]!r}",
                     where=where,
                     fix="correct it, or copy the model's own config.json again",
                 )
@@ -67,18 +67,18 @@ def _require_one_value(keys: Mapping[str, Any], where: object) -> None:
 
 
 def _agree(one: Any, other: Any) -> bool:
-    """Whether two values, or two scalings in their common keys, are equal."""
+    """Whether two values are equal, or two scalings in all keys that they share."""
     if not isinstance(one, Mapping) or not isinstance(other, Mapping):
         return bool(one == other)
     kinds = [found.get("rope_type", found.get("type", "default")) for found in (one, other)]
     common = (one.keys() & other.keys()) - {"type", "rope_type"}
     same = all(one[key] == other[key] for key in common)
-    # Qwen2-VL's `mrope` is a default rotation of several positions.
+    # Qwen2-VL's `mrope` is the default rotation, applied to several positions.
     return same and (kinds[0] == kinds[1] or set(kinds) == {"default", "mrope"})
 
 
 def _ropes(keys: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The rotary embeddings, which may be separate for each kind of layer."""
+    """The rotary embeddings, which can be separate for each kind of layer."""
     for key in ("rope_parameters", "rope_scaling"):
         found = keys.get(key)
         if isinstance(found, dict):
@@ -87,7 +87,7 @@ def _ropes(keys: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _is_positive(value: Any) -> bool:
-    """Whether a value, or each of a list, is a positive number; None is no value."""
+    """Whether a value, or each value of a list, is a positive number or None."""
     if isinstance(value, list):
         return all(map(_is_positive, value))
     if value is None:

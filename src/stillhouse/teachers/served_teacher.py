@@ -1,8 +1,8 @@
 """A teacher behind an OpenAI-compatible server that returns log-probabilities of prompts.
 
-vLLM's completions accept token ids as prompts, several in a request, and, with
-`prompt_logprobs: k`, return for each token the k most likely tokens of that position, by id, and
-the token itself.
+vLLM's completions endpoint accepts several prompts of token ids in a request. With
+`prompt_logprobs: k`, it returns, for each token of a prompt, the k most likely tokens at that
+position by id, and the token itself.
 
 Shapes: L tokens of a segment, N supervised tokens, K most likely tokens.
 """
@@ -31,25 +31,26 @@ from stillhouse.teachers.stored_teacher import recorded_temperature
 from stillhouse.teachers.teacher import OUTPUT_ONLY, Teacher, TeacherNeeds, TeacherView
 
 OVER_ONE = 1e-3
-"""How far the sum of a row's probabilities may exceed 1 from rounding."""
+"""How far the sum of a row's probabilities can exceed 1 due to rounding."""
 LEAST = float(np.finfo(np.float16).min)
 MOST_BYTES, MOST_BYTES_PER_TOKEN = 1 << 20, 1 << 10
-"""Of a reply: in all, and additionally for each of the k tokens of each position."""
+"""Maximum size of a reply: a constant, plus this for each of the k tokens at each position."""
 REQUEST_TOKENS = 4096
-"""Tokens in a request, roughly, unless a single document has more."""
+"""Approximate tokens in a request, unless a single document has more."""
 
 
 class ServedTeacher(Teacher):
-    """The k most likely tokens of each position and the mass of all others, at temperature 1.
+    """Returns the k most likely tokens at each position and the mass of all others, at temperature
+    1.
 
-    Divergences are computed between distributions over these k tokens and one bucket for the rest:
-    never larger than the full one, and blind to how the student orders the tail.
-    vocabulary, tokenizer: of the served model; parameters: its size, a tied head counted
-    once, for the account (0: not counted).
-    Raises EndpointError: the key's variable is not set.
+    Divergences are computed over these k tokens and one bucket for the rest. Such a divergence is
+    never larger than the full one, and ignores how the student orders the tail.
+    vocabulary, tokenizer: the served model's. parameters: its size, a tied head counted once, for
+    the FLOPs in the report (0: not counted).
+    Raises EndpointError: the API key's environment variable is not set.
     """
 
-    # In one round of requests: a killed process loses the answers of one round.
+    # One round of requests, whose answers a killed process loses.
     tokens_together = 1 << 16
     full_distributions = False
 
@@ -64,7 +65,7 @@ class ServedTeacher(Teacher):
         fingerprint: str = "",
     ) -> None:
         self.server, self.k, self.vocabulary = server, k, vocabulary
-        fix = f"a k of more than 20 needs vLLM started with --max-logprobs {k}"
+        fix = f"for a k of more than 20, start vLLM with --max-logprobs {k}"
         self._link = SignalLink(server, missing="completions", rejected=fix)
         self.described = self._link.described
         self.fingerprint = fingerprint or self.described
@@ -72,8 +73,11 @@ class ServedTeacher(Teacher):
         self._noted = False
 
     def answer(self, batch: Batch, request: ActivationRequest = OUTPUT_ONLY) -> TeacherView:
-        """Raises ModelError if the server rejects a request, cannot be reached, or returns
-        something other than the log-probabilities of these tokens."""
+        """See `Teacher.answer`.
+
+        Raises ModelError if the server rejects a request, cannot be reached, or returns something
+        other than the log-probabilities of these tokens.
+        """
         ids = batch["input_ids"].flatten().tolist()
         supervised = (batch["labels"].flatten() != IGNORED).tolist()
         spans = segments_of(batch).spans
@@ -102,7 +106,7 @@ class ServedTeacher(Teacher):
         if not self._noted:
             self._noted = True
             note(
-                f"{self.described} gives the {self.k} most likely tokens of each position; bias: "
+                f"{self.described} returns the {self.k} most likely tokens at each position; bias: "
                 f"{TopK(self.k).bias}"
             )
 
@@ -113,8 +117,8 @@ class ServedTeacher(Teacher):
         return f"Teacher({self.described}: {self.k} most likely of {self.vocabulary:,} tokens)"
 
     def _answers(self, prompts: Sequence[list[int]]) -> list[list[Any]]:
-        """Of each prompt, for each token, its position's {token id: {"logprob": ...}}; None for the
-        first."""
+        """For each token of each prompt, {token id: {"logprob": ...}} of the tokens at its
+        position; None for the first."""
         lengths = [len(prompt) for prompt in prompts]
         requests = divide(prompts, lengths, REQUEST_TOKENS, self.server.concurrency)
         answers = self._link.each(requests, self._prompt_log_probabilities)
@@ -138,34 +142,36 @@ class ServedTeacher(Teacher):
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             start = body[:EXCERPT].decode("utf-8", "replace")
             raise self._link.error(
-                f"the server returns no prompt_logprobs ({type(error).__name__}: {error}): {start}",
-                "use a server that has them for prompts of token ids (vLLM); base_url usually ends "
-                "in /v1",
+                f"the server returned no prompt_logprobs ({type(error).__name__}: {error}): "
+                f"{start}",
+                "use a server that returns them for prompts of token ids (vLLM); base_url usually "
+                "ends in /v1",
             ) from error
         answers: list[Any] = [found.get(index) for index in range(len(prompts))]
         for answer, ids_L in zip(answers, prompts, strict=True):
             if not isinstance(answer, list) or len(answer) != len(ids_L):
                 length = len(answer) if isinstance(answer, list) else "no"
                 raise self._link.error(
-                    f"the server returns {length} prompt_logprobs for a prompt of {len(ids_L)} "
+                    f"the server returned {length} prompt_logprobs for a prompt of {len(ids_L)} "
                     "tokens",
-                    "use a server that has prompt_logprobs for prompts of token ids (vLLM)",
+                    "use a server that returns prompt_logprobs for prompts of token ids (vLLM)",
                 )
         return answers
 
     def _row(self, position: Any, token: int) -> tuple[list[int], list[float]]:
-        """The k most likely tokens of a position, and their log-probabilities."""
+        """The k most likely tokens at a position, and their log-probabilities."""
         if not isinstance(position, Mapping) or str(token) not in position:
             raise self._link.error(
-                f"the answer about token {token} does not have that token",
-                "the server must have the teacher's own tokenizer, and return token ids",
+                f"the server's log-probabilities for token {token} do not contain that token",
+                "use a server that has the teacher's own tokenizer and returns token ids",
             )
         try:
             pairs = [(float(v["logprob"]), int(i)) for i, v in position.items()]
         except (LookupError, TypeError, ValueError, OverflowError) as error:
             raise self._link.error(
-                f"the answer about token {token} is malformed ({type(error).__name__}: {error})",
-                "use a server that has prompt_logprobs by token id (vLLM)",
+                f"the server's log-probabilities for token {token} are malformed "
+                f"({type(error).__name__}: {error})",
+                "use a server that returns prompt_logprobs by token id (vLLM)",
             ) from error
         found = sorted(pairs, reverse=True)[: self.k]
         log_probs, ids = [max(p, LEAST) for p, _ in found], [i for _, i in found]
@@ -173,9 +179,10 @@ class ServedTeacher(Teacher):
         known = len(set(ids)) == self.k and all(0 <= i < self.vocabulary for i in ids)
         if not known or not total <= 1.0 + OVER_ONE:
             raise self._link.error(
-                f"the answer has {len(set(ids))} tokens up to id {max(ids, default=0)} of mass "
-                f"{total:.4f}; requested were {self.k} of a vocabulary of {self.vocabulary:,}",
-                "check that the server has the teacher of the recipe, at temperature 1",
+                f"the server returned {len(set(ids))} tokens with ids up to {max(ids, default=0)} "
+                f"and a total probability of {total:.4f}, instead of {self.k} from a vocabulary of "
+                f"{self.vocabulary:,}",
+                "check that the server runs the recipe's teacher, at temperature 1",
             )
         return ids, log_probs
 

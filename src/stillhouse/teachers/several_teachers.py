@@ -1,4 +1,5 @@
-"""Several teachers with one vocabulary: the loss is the mean of the losses under each."""
+"""Several teachers with the same vocabulary. The loss is the mean of the losses for each
+teacher."""
 
 from __future__ import annotations
 
@@ -13,7 +14,10 @@ from stillhouse.teachers.teacher import OUTPUT_ONLY, Teacher, TeacherNeeds, Teac
 
 
 class SeveralTeachers(Teacher):
-    """Returns the signals of all. Raises ModelError if there are none, or vocabularies differ."""
+    """Returns the signals of all teachers.
+
+    Raises ModelError if there are no teachers or their vocabularies differ in size.
+    """
 
     def __init__(self, teachers: Sequence[Teacher]) -> None:
         self.teachers = tuple(teachers)
@@ -21,7 +25,7 @@ class SeveralTeachers(Teacher):
         if len(sizes) != 1:
             raise ModelError(
                 f"{len(self.teachers)} teachers have vocabularies of {sizes} tokens",
-                fix="choose teachers of one vocabulary",
+                fix="choose teachers with the same vocabulary",
             )
         self.vocabulary = sizes[0]
         self.tokenizer, self.config = self.teachers[0].tokenizer, self.teachers[0].config
@@ -60,7 +64,7 @@ class SeveralTeachers(Teacher):
 
 
 def combined(teachers: Sequence[Teacher]) -> Teacher | None:
-    """One teacher for all of these; None if there are none."""
+    """Combine the teachers into one; None if there are none."""
     return SeveralTeachers(teachers) if len(teachers) > 1 else next(iter(teachers), None)
 
 
@@ -68,7 +72,7 @@ def check_one_teacher(request: ActivationRequest) -> None:
     """Raise SignalError if activations of several teachers are requested."""
     if request:
         raise SignalError(
-            "terms on intermediate layers are for one teacher, and there are several",
+            "terms on intermediate layers support only one teacher, and there are several",
             where="objective.terms",
             fix="use only terms on the output, or one teacher",
         )

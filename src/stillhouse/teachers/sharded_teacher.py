@@ -31,10 +31,10 @@ T = TypeVar("T")
 
 
 class ShardedTeacher(LocalTeacher):
-    """As a local teacher, of which each process holds a part; all must call `answer` together.
+    """A local teacher of which each process has a shard. All must call `answer` together.
 
-    Layers are gathered one after the other, and the head is kept. model: its forward is replaced,
-    since FSDP2 gathers weights only around the forward of the root module.
+    Layers are gathered one after another, and the gathered head is kept. model: its forward is
+    replaced, since FSDP2 gathers weights only around the root module's forward.
     """
 
     collective = True
@@ -48,7 +48,7 @@ class ShardedTeacher(LocalTeacher):
     def head(self) -> LMHead:
         model = self.model
         kept = model.get_output_embeddings()
-        if not isinstance(kept, FSDPModule):  # tied: FSDP2 has the weight of the embeddings alone
+        if not isinstance(kept, FSDPModule):  # tied: FSDP2 manages the weight with the embeddings
             kept = model.get_input_embeddings()
         kept.unshard()
         return replace(lm_head(model), weight_VD=kept.weight)
@@ -58,13 +58,13 @@ class ShardedTeacher(LocalTeacher):
         return self.gathered(lambda head: super(ShardedTeacher, self).answer(batch, request))
 
     def gathered(self, work: Callable[[LMHead], T]) -> T:
-        """Run work that uses the model's backbone; its argument is the head. Every process must
-        call this, and run the backbone equally often."""
+        """Call `work(head)`, which can use the model's backbone. Every process must call this, and
+        run the backbone equally often."""
         found: T = self.model(lambda: work(self.head))
         return found
 
     def place(self, device: torch.device, context: int) -> None:
-        """Its parts are where they belong; only attention is chosen."""
+        """Choose the attention. The shards already are where they belong."""
         use_attention(self.model, context, device, self.model.dtype)
 
 
@@ -75,11 +75,11 @@ def _call(work: Callable[[], T]) -> T:
 def load_sharded_teacher(
     source: ModelSource, *, dtype: torch.dtype, shards: int, offload: bool = False
 ) -> ShardedTeacher:
-    """The model of a folder as a teacher, of which each process reads its own part.
+    """Load a model folder as a sharded teacher, of which each process reads its own shard.
 
-    shards: over how many processes; groups of so many have a copy each. offload: keep the weights
-    on the host, and only what is gathered on the GPU; without a GPU it changes nothing.
-    Raises ModelError as `load_model`.
+    shards: number of processes that share a copy of the model. offload: keep the shards in host
+    memory, and only gathered weights on the GPU; without a GPU, this has no effect.
+    Raises ModelError as `load_model` does.
     """
     open_group()
     offload = offload and default_device().type != "cpu"
@@ -94,15 +94,15 @@ def load_sharded_teacher(
 
 
 def _to_host(model: Any) -> None:
-    """Move the shards to the host, where FSDP2 expects what it offloads; transformers loads them to
-    the device. Buffers stay."""
+    """Move the shards to the host, where FSDP2 expects offloaded weights; transformers loads them
+    to the device. Buffers stay there."""
     model._apply(lambda each: each.cpu() if isinstance(each, DTensor) else each)
 
 
 def require_plan(config: Any, where: object) -> None:
     """Raise ModelError if transformers cannot shard the model, or its head cannot be checked.
 
-    where: what the error names.
+    where: for the error message.
     """
     try:
         small = check_planned_head(config)

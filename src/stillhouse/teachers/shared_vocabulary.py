@@ -1,4 +1,4 @@
-"""Whether two models have the same tokens, id by id."""
+"""Checks that two models have the same tokens with the same ids."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ ROLES = ("bos_token", "eos_token")
 
 @dataclass(frozen=True)
 class VocabularyMatch:
-    """rows: ids 0 to rows - 1 mean the same in both models. The rest is padding, never predicted.
+    """The ids that two models share.
 
-    teacher_padding, student_padding: rows of each head beyond those.
+    rows: ids 0 to rows - 1 mean the same in both models; the rest is padding, never predicted.
+    teacher_padding, student_padding: number of padding rows in each head.
     warnings: differences that do not prevent distillation.
     """
 
@@ -30,9 +31,9 @@ class VocabularyMatch:
 def check_same_vocabulary(
     teacher_tokenizer: Any, student_tokenizer: Any, *, teacher_rows: int, student_rows: int
 ) -> VocabularyMatch:
-    """Compare token → id maps, special tokens included; equal sizes alone prove nothing.
+    """Compare two tokenizers' token → id maps, including special tokens.
 
-    `teacher_rows`, `student_rows`: rows of each model's head, often padded beyond the map.
+    teacher_rows, student_rows: rows of each model's head, which is often padded beyond the map.
     Raises ModelError: the maps differ, or a model has fewer rows than its tokenizer has ids.
     """
     check_same_ids(teacher_tokenizer, student_tokenizer)
@@ -47,21 +48,21 @@ def check_same_vocabulary(
 
 
 def token_count(tokenizer: Any) -> int:
-    """The number of ids that the tokenizer can return: they are below it. Raises ModelError if it
-    is not a tokenizer."""
+    """The tokenizer's largest id, plus 1. Raises ModelError if it is not a tokenizer."""
     require_tokenizer(tokenizer)
     return int(max(tokenizer.get_vocab().values())) + 1
 
 
 def check_rows(tokenizer: Any, rows: int, role: str) -> int:
-    """`token_count`. Raises ModelError if the model has fewer rows."""
+    """Return `token_count`. Raises ModelError if the model has fewer rows."""
     needed = token_count(tokenizer)
     if rows < needed:
         raise ModelError(
-            f"the {role} has {rows:,} embedding rows, and its tokenizer gives ids up to "
+            f"the {role} has {rows:,} embedding rows, but its tokenizer's ids go up to "
             f"{needed - 1:,}",
             where=f"{role}'s tokenizer",
-            fix="resize_token_embeddings and train the new rows, or use the matching tokenizer",
+            fix="use the matching tokenizer, or call resize_token_embeddings and train the added "
+            "rows",
         )
     return needed
 
@@ -86,7 +87,7 @@ def check_same_ids(teacher: Any, student: Any) -> None:
     ]
     if not differing:
         return
-    # Tokens that both have under different ids are more informative than those that one lacks.
+    # Tokens with different ids are more informative than tokens that one vocabulary lacks.
     shared_first = sorted(differing, key=lambda t: not (t in teacher_ids and t in student_ids))
     examples = ", ".join(
         f"{token!r} ({teacher_ids.get(token, 'absent')} / {student_ids.get(token, 'absent')})"
@@ -96,8 +97,8 @@ def check_same_ids(teacher: Any, student: Any) -> None:
         f"teacher and student have different vocabularies: {len(differing):,} tokens differ, "
         f"e.g. {examples} (id in teacher / student)",
         where="the tokenizers' token → id maps",
-        fix="choose a student of the teacher's family, prune the teacher, or let it teach through "
-        "the tokens that both share (teacher.tokenizer: auto; in Python, Teacher.aligned)",
+        fix="choose a student from the teacher's family, prune the teacher, or distill through the "
+        "tokens that both share (teacher.tokenizer: auto; in Python, Teacher.aligned)",
     )
 
 
@@ -105,7 +106,7 @@ def _warnings(teacher: Any, student: Any) -> list[str]:
     found = []
     if (teacher.chat_template or "") != (student.chat_template or ""):
         found.append(
-            "teacher and student have different chat templates: the student's is used for chat "
+            "teacher and student have different chat templates; the student's is used for chat "
             "rows, and the teacher may never have seen that format"
         )
     for role in ROLES:

@@ -1,11 +1,11 @@
-"""Attention for short training windows on a CPU: plain matrix products.
+"""Attention for short training windows on a CPU, by plain matrix products.
 
 Shapes: R windows, H query heads, G key-value heads, J = H / G, B = R·G, M = J·L, L tokens, E width
-of queries and keys, W of values (the same, except in DeepSeek's latent attention).
+of queries and keys, W width of values (equal to E, except in DeepSeek's latent attention).
 
-PyTorch's fused attention for CPUs is designed for long sequences. At 256 tokens its forward and
-backward take 2.2 times as long as three products, which is a tenth of a whole training step.
-The products need [R, H, L, L] probabilities, so long windows use PyTorch's.
+PyTorch's fused attention for CPUs is designed for long sequences. At 256 tokens, its forward and
+backward passes take 2.2 times as long as plain products, a difference of a tenth of the training
+step. The products need [R, H, L, L] probabilities, so long windows use PyTorch's attention.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ from stillhouse.cpu_products import batched_gradients, batched_product
 
 NAME = "stillhouse_short"
 LONGEST = 512
-"""Tokens in a window. Above this, the memory for probabilities outweighs the time saved."""
+"""Longest window in tokens. Beyond it, the memory for probabilities outweighs the time saved."""
 
 
 def use_short_attention(model: Any, context: int, device: torch.device) -> bool:
-    """Choose a model's attention: `short_attention` for short windows on a CPU, otherwise
-    PyTorch's.
+    """Choose `short_attention` for short windows on a CPU, or else PyTorch's attention.
 
-    device: where the model will run, which is not where it is before a wrapper has placed it.
-    Returns whether it is `short_attention`; attention of any other kind is not changed.
+    device: where the model will run; a wrapper may not have moved it there yet.
+    Returns whether `short_attention` is used. Any other attention of the model is left unchanged.
     """
     current = model.config._attn_implementation
     if current not in ("sdpa", NAME):
@@ -55,8 +54,7 @@ def short_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """softmax(scale · Q Kᵀ + mask) V, as [R, L, H, W]; the query heads of a group are computed
-    together."""
+    """softmax(scale · Q Kᵀ + mask) V, [R, L, H, W], with one product for a group's query heads."""
     R, H, L, E = query_RHLE.shape
     G = key_RGLE.shape[1]
     if attention_mask is None or dropout or key_RGLE.shape[2] != L:
@@ -71,10 +69,10 @@ def short_attention(
             **kwargs,
         )
     scale = E**-0.5 if scaling is None else scaling
-    # Under autocast the rotation leaves queries and keys in float32; values have the right dtype.
+    # Under autocast, rotary embeddings leave queries and keys in float32; values have the dtype.
     dtype = value_RGLW.dtype
     with torch.autocast(query_RHLE.device.type, enabled=False):
-        # Query heads of a group are neighbors: [R, H, L, E] is [R·G, J·L, E].
+        # A group's query heads are neighbors, so [R, H, L, E] is [R·G, J·L, E].
         query_BME = (query_RHLE * scale).to(dtype).reshape(R * G, -1, E)
         key_BLE = key_RGLE.to(dtype).reshape(R * G, L, E)
         value_BLW = value_RGLW.reshape(R * G, L, -1)
@@ -83,7 +81,7 @@ def short_attention(
 
 
 class _Attention(torch.autograd.Function):
-    """softmax(Q Kᵀ + mask) V. Backward computes the probabilities again."""
+    """softmax(Q Kᵀ + mask) V. The backward pass recomputes the probabilities."""
 
     @staticmethod
     def forward(

@@ -1,5 +1,5 @@
-"""The connection to a server that scores prompts: several documents in a request, bounded replies,
-and one message for each failure."""
+"""A connection to a server that scores prompts, with batched requests, bounded replies, and clear
+errors."""
 
 from __future__ import annotations
 
@@ -24,20 +24,24 @@ from stillhouse.teachers.http_link import (
 from stillhouse.teachers.redact import redacted
 
 LONGEST_WAIT = 60.0
-"""Seconds that a server may request before the next attempt."""
+"""Longest pause in seconds that a server can request before the next attempt."""
 TIMEOUT_SECONDS = 600.0
 EXCERPT = 300
-"""Characters of a server's words that are shown."""
-RESUMED = "what is recorded is kept: run the same command to resume"
+"""Number of characters of a server's message that are shown."""
+RESUMED = "recorded signals are kept: run the same command again to resume"
 
 T = TypeVar("T")
 Post = Callable[[str, Mapping[str, Any], int], Coroutine[Any, Any, bytes]]
-"""(path or URL, JSON, most bytes of the reply) → the complete reply."""
+"""(path or URL, JSON, maximum bytes of the reply) → the complete reply."""
 
 
 class SignalLink:
-    """missing: what a server with status 404 lacks. rejected: what to do if it rejects a request.
-    section: the recipe's key. Raises EndpointError: the key's variable is not set."""
+    """Sends requests to a server.
+
+    missing: what a server that returns status 404 lacks. rejected: the fix if it rejects a request.
+    section: the server's key in the recipe. Raises EndpointError: the environment variable with the
+    API key is not set.
+    """
 
     def __init__(
         self,
@@ -55,11 +59,12 @@ class SignalLink:
     def each(
         self, items: Sequence[T], send: Callable[[Post, T], Coroutine[Any, Any, Any]]
     ) -> list[Any]:
-        """The results for all items; `concurrency` requests are under way at a time."""
+        """Call `send` for all items, with `concurrency` requests at a time, and return the
+        results."""
         return run_stoppable(self._each(items, send))
 
     def error(self, what: str, fix: str) -> ModelError:
-        """The key may be in a server's words, which may be of any length and in several lines."""
+        """An error with a server's message, on one line, shortened, and without the API key."""
         what = " ".join(redacted(what, self._key).split())
         if len(what) > 2 * EXCERPT:
             what = f"{what[: 2 * EXCERPT]}..."
@@ -81,7 +86,7 @@ class SignalLink:
             await link.close()
 
     async def _post(self, link: HttpLink, path: str, body: Mapping[str, Any], most: int) -> bytes:
-        """A complete reply, after as many attempts as `PATIENCE` has."""
+        """Return a complete reply, after at most PATIENCE.attempts attempts."""
         for tries in itertools.count(1):
             wait = 0.0
             try:
@@ -94,7 +99,7 @@ class SignalLink:
                 if tries == PATIENCE.attempts:
                     reason = str(error) or f"no complete reply in {TIMEOUT_SECONDS:g} s"
                     what = f"the server cannot be reached, or its reply ended early ({reason})"
-                    raise self.error(what, "start it, or see its log") from error
+                    raise self.error(what, "start the server, or check its log") from error
             else:
                 if reply.status == 200:
                     return reply.body
@@ -110,9 +115,9 @@ class SignalLink:
         if 300 <= status < 400:
             target = reply.headers.get("location", "another address")
             return self.error(
-                f"the server redirects to {target}; prompts and the key are sent to no other "
-                "address than the recipe's",
-                f"set {self._section}.base_url to that address, if you trust it",
+                f"the server redirects to {target}, but prompts and the key are sent only to the "
+                "recipe's address",
+                f"set {self._section}.base_url to that address if you trust it",
             )
         if status in (401, 403):
             return self.error(
@@ -121,8 +126,9 @@ class SignalLink:
             )
         if status == 404:
             return self.error(
-                f"the server has no such model or no {self._missing}: {message}",
-                f"compare {self._section} with what GET base_url/models lists; {self._rejected}",
+                f"the server has no such model, or no {self._missing}: {message}",
+                f"compare {self._section} with the models that GET base_url/models lists; "
+                f"{self._rejected}",
             )
         return self.error(f"the server rejects the request ({status}): {message}", self._rejected)
 
@@ -133,8 +139,11 @@ def server_name(server: SignalServer) -> str:
 
 
 def divide(prompts: Sequence[T], lengths: Sequence[int], tokens: int, least: int) -> list[list[T]]:
-    """The prompts, in order, in parts of about equally many tokens: at most `tokens`, roughly, and
-    in at least `least` parts, if there are so many prompts."""
+    """Divide the prompts, in order, into parts of about equal numbers of tokens.
+
+    Each part has at most about `tokens` tokens, and there are at least `least` parts if there are
+    that many prompts.
+    """
     if not prompts:
         return []
     size = sum(lengths) / max(least, -(-sum(lengths) // tokens))

@@ -1,4 +1,4 @@
-"""The tokenizers of models that are on this disk, compared before a model is loaded."""
+"""Comparison of models' tokenizers before the models are loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stillhouse.teachers.shared_vocabulary import VocabularyMatch, check_same_vo
 
 @lru_cache(maxsize=64)
 def other_tokenizer(own: ModelSource, other: ModelSource) -> bool:
-    """Whether two models have other tokens, so that one teaches the other through shared roots.
+    """Whether two models have different tokens, so that distillation must use shared roots.
 
     Raises ModelError if their tokens cannot be aligned.
     """
@@ -26,7 +26,7 @@ def other_tokenizer(own: ModelSource, other: ModelSource) -> bool:
 
 
 def shared_vocabulary(teacher: ModelSource, student: ModelSource) -> VocabularyMatch:
-    """Raises ModelError if the two models' tokens differ."""
+    """Compare the two models' tokens. Raises ModelError if they differ."""
     return check_same_vocabulary(
         load_tokenizer(teacher),
         load_tokenizer(student),
@@ -36,5 +36,5 @@ def shared_vocabulary(teacher: ModelSource, student: ModelSource) -> VocabularyM
 
 
 def head_rows(source: ModelSource) -> int:
-    """Rows of a model's head."""
+    """The number of rows in a model's head."""
     return int(load_config(source).get_text_config().vocab_size)

@@ -20,10 +20,10 @@ from stillhouse.teachers.weights import read_tensors, weight_files
 
 
 def load_head(checkpoint: AnyModel, *, dtype: torch.dtype) -> LMHead:
-    """The head of the model in a folder, on the CPU. Raises ModelError as `load_model`.
+    """Load the head of a model folder, on the CPU. Raises ModelError as `load_model` does.
 
-    Its other weights are read only if the model's logits do not come from `base_model`'s output
-    alone, or its files store the head quantized or under another name.
+    Other weights are read only if the model's logits do not come from `base_model`'s output
+    alone, or if its files store the head quantized or under a different name.
     """
     source = source_of(checkpoint)
     path = source.path
@@ -47,18 +47,18 @@ def load_head(checkpoint: AnyModel, *, dtype: torch.dtype) -> LMHead:
 
 
 def linear_map(head: LMHead, vocabulary: int) -> Tensor:
-    """W [V, D] with logits = W h, in float32: the head's first rows with its scale."""
+    """The matrix W [V, D] of logits = W h, in float32: the head's first rows times its scale."""
     return trim_head(head, vocabulary).weight_VD.detach().float() * head.scale
 
 
 def head_sha256(head: LMHead) -> str:
-    """Hash of the linear map: heads that are equal in float32 have the same hash."""
+    """SHA-256 of the head's weight and scale, equal for heads that are equal in float32."""
     values = head.weight_VD.detach().float().contiguous().cpu().numpy()
     return hashlib.sha256(f"{values.shape} {head.scale} ".encode() + values.tobytes()).hexdigest()
 
 
 def _names(model: Any, tensor: Tensor) -> list[str]:
-    """Every name of a parameter, including that of the embeddings if they are the head."""
+    """All names of a parameter, including the embeddings' name if they are tied to the head."""
     named = model.named_parameters(remove_duplicate=False)
     names = [name for name, parameter in named if parameter is tensor]
     if model.config.get_text_config().tie_word_embeddings:
@@ -68,7 +68,7 @@ def _names(model: Any, tensor: Tensor) -> list[str]:
 
 
 def _stored(path: Path, names: list[str]) -> Tensor | None:
-    """The first of these tensors that is stored; None if it is quantized, or there is none."""
+    """The first of these tensors that is stored; None if it is quantized or none is stored."""
     found = read_tensors(weight_files(path), names)
     stored = next((found[name] for name in names if name in found), None)
     quantized = stored is not None and (stored.element_size() < 2 or not stored.is_floating_point())

@@ -1,4 +1,4 @@
-"""A teacher whose signals were recorded, with a fallback for rows that were not."""
+"""A teacher whose signals were recorded in a store, with a fallback for missing rows."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ from stillhouse.teachers.teacher import OUTPUT_ONLY, Teacher, TeacherNeeds, Teac
 class StoredTeacher(Teacher):
     """Reads a batch's signals from a store.
 
-    config, head: of the model that was recorded, for a store of hidden states: the last layer's
-    are full distributions through the head. load_missing: loads the teacher that answers for
-    rows missing from the store; called at most once, if there are any. None: they are an error.
+    config, head: of the recorded model, for a store of hidden states; the head turns those of the
+    last layer into full distributions. load_missing: loads the teacher that scores rows missing
+    from the store; called at most once, if there are any. None: missing rows are an error.
     """
 
     def __init__(
@@ -118,13 +118,13 @@ class StoredTeacher(Teacher):
         return self._missing
 
     def _check_roots(self, teacher: AlignedTeacher) -> None:
-        """The fold of a store has no roots of the teacher's tokens."""
+        """Raise SignalError if the teacher's roots differ from the store's."""
         if fold_sha256(teacher.roots.fold) != self.store.settings.identity[ROOTS]:
             raise SignalError(
-                "the store has other roots than this text, so the teacher cannot answer for rows "
+                "the store's roots differ from this text's, so the teacher cannot score rows "
                 "that the store lacks",
                 where=self.store.path,
-                fix="record a store of this text (no signals.store)",
+                fix="record a store of this text, by removing signals.store",
             )
 
     def prepare(self, needs: TeacherNeeds, text: Batches | None = None) -> None:
@@ -138,11 +138,11 @@ class StoredTeacher(Teacher):
             raise SignalError(
                 what,
                 where=self.store.path,
-                fix="the store was recorded on other text, or on chats as another template writes "
-                "them: record a store of this data, or set signals.missing: live to ask the "
-                "teacher about them",
+                fix="record a store of this data, since this one was recorded on different text or "
+                "with a different chat template; or set signals.missing: live to let the teacher "
+                "score the missing tokens",
             )
-        note(f"{what}: the teacher answers them live")
+        note(f"{what}; the teacher scores them live")
         teacher.prepare(needs, text)
         self._missing_share = lacking / text.supervised_tokens
 
@@ -185,10 +185,10 @@ class StoredTeacher(Teacher):
         teacher = self._teacher_of_missing()
         if teacher is None:
             raise SignalError(
-                "a store of signals cannot score text that the student writes during training",
+                "a store of signals cannot score text that the student generates during training",
                 where=self.store.path,
-                fix="set signals.missing: live, so that the teacher itself scores it; or remove "
-                "`signals`, or train.on_policy",
+                fix="set signals.missing: live to let the teacher itself score it, or remove "
+                "`signals` or train.on_policy",
             )
         return teacher.for_own_text()
 
@@ -203,45 +203,45 @@ class StoredTeacher(Teacher):
 
 
 def recorded_temperature(encoding: Encoding, needs: TeacherNeeds) -> float:
-    """The one temperature at which a store of this encoding must be recorded.
+    """The temperature at which a store with this encoding must be recorded.
 
-    Raises SignalError: a term that the encoding cannot serve, or terms at several temperatures.
+    Raises SignalError: a term that the encoding does not support, or terms at several temperatures.
     """
     where, activations = "objective.terms", needs.activations
     if activations.attention or (activations.layers and not isinstance(encoding, Hidden)):
         raise SignalError(
-            f"a term needs the teacher's intermediate layers, and signals of kind "
-            f"{encoding.kind} serve {encoding.serves}",
+            f"a term needs the teacher's intermediate layers, but signals of kind "
+            f"{encoding.kind} support only {encoding.serves}",
             where=where,
-            fix="use signals of kind hidden (they serve all but attention relations), or a live "
-            "teacher (no `signals`)",
+            fix="use signals of kind hidden (which support all terms except attention relations), "
+            "or a live teacher (no `signals`)",
         )
     if isinstance(encoding, Hidden):
-        return 1.0  # of the softmax: there is none yet
+        return 1.0  # no softmax was applied yet
     of_teacher = [term for term in needs.terms if term.needs_teacher]
     if of_teacher and isinstance(encoding, AnswerChunks):
         raise SignalError(
-            f"{of_teacher[0].divergence} compares distributions, and a term on chunks makes "
-            "signals.answers likelihoods of chunks",
+            f"{of_teacher[0].divergence} compares distributions, but with a term on chunks, "
+            "signals.answers provides only likelihoods of chunks",
             where=where,
-            fix="use only terms on chunks and cross_entropy, for an API with another tokenizer; or "
-            "no term on chunks",
+            fix="use only terms on chunks and cross_entropy (for an API with a different "
+            "tokenizer), or remove the term on chunks",
         )
     for term in of_teacher:
         name = term.divergence
         only_forward = encoding.signal in ("SampledSignal", "FrozenHeadSignal")
         if (only_forward and name != "forward_kl") or name == "adaptive_kl":
             raise SignalError(
-                f"{name} cannot be taken from signals of kind {encoding.kind}: they serve "
-                f"{encoding.serves}",
+                f"{name} cannot be computed from signals of kind {encoding.kind}, which support "
+                f"only {encoding.serves}",
                 where=where,
                 fix="use signals of kind top_k or hidden, or forward_kl, or a live teacher",
             )
     temperatures = sorted({term.temperature for term in of_teacher}) or [1.0]
     if len(temperatures) > 1:
         raise SignalError(
-            f"terms have temperatures {', '.join(f'{t:g}' for t in temperatures)}: a store is "
-            "recorded at one",
+            f"the terms have temperatures {', '.join(f'{t:g}' for t in temperatures)}, but a store "
+            "is recorded at a single one",
             where=where,
             fix="use one temperature, or a live teacher (no `signals`)",
         )
@@ -253,25 +253,25 @@ def check_layers(encoding: Hidden, needed: Iterable[int], where: Path) -> None:
     lacking = sorted(set(needed) - set(encoding.layers))
     if lacking:
         raise SignalError(
-            f"the store has the teacher's layers {list(encoding.layers)}, and the objective needs "
-            f"{lacking} too",
+            f"the store has the teacher's layers {list(encoding.layers)}, but the objective also "
+            f"needs {lacking}",
             where=where,
-            fix="use terms on the layers that it has, or record a store for these terms",
+            fix="use terms on the stored layers, or record a store for these terms",
         )
 
 
 def check_head_frozen(frozen: bool, where: str | Path) -> None:
-    """Raise SignalError if signals for a frozen head would train the head too."""
+    """Raise SignalError if signals for a frozen head are used while the head is trained."""
     if not frozen:
         raise SignalError(
-            "signals of kind frozen_head are for a student whose head is not trained",
+            "signals of kind frozen_head require that the student's head is not trained",
             where=where,
-            fix="set train.freeze_head: true, or use signals of another kind",
+            fix="set train.freeze_head: true, or use signals of a different kind",
         )
 
 
 def lacking_tokens(store: Store, text: WindowSet) -> int:
-    """The number of supervised tokens in the text for which the store has no row."""
+    """The number of supervised tokens of the text that have no row in the store."""
     lacking = 0
     for batch in in_order(text, Teacher.tokens_together):
         segments = segments_of(batch)

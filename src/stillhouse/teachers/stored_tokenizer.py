@@ -1,8 +1,8 @@
-"""Loads exactly tokenizer.json if transformers' tokenizer class would change it.
+"""Loading of tokenizer.json exactly, where transformers' tokenizer class would change it.
 
-transformers 5 rebuilds many tokenizers from their vocabulary and merges, with the rules of the
-class that it chooses by name or architecture, ignoring the normalization and splitting in
-tokenizer.json. The same text then has different tokens than those the model was trained on.
+transformers 5 rebuilds many tokenizers from their vocabulary and merges, with the rules of a class
+that it chooses by name or architecture. It ignores the normalization and pre-tokenization in
+tokenizer.json, so text can get different tokens than those the model was trained on.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ PROBES = (
     "🙂👩‍👩‍👧‍👦 ... !!! -- a_b.c/d\\e <b>&amp;</b> \u00a0\u3000\u200b",
 )
 _faithful: dict[tuple[Path, int], bool] = {}
-"""Whether transformers loads a file (with its modification time) unchanged."""
+"""Whether transformers loads a file (by path and modification time) unchanged."""
 
 
 def as_stored(tokenizer: Any, folder: Path) -> Any:
-    """The tokenizer, or the one that the folder's tokenizer.json defines if their tokens differ."""
+    """Return the tokenizer, or the one in the folder's tokenizer.json if their tokens differ."""
     file = folder / "tokenizer.json"
     if not file.is_file() or type(tokenizer).__name__ in _PLAIN or not _of_transformers(tokenizer):
         return tokenizer
@@ -42,7 +42,7 @@ def as_stored(tokenizer: Any, folder: Path) -> Any:
     same = len(stored) == len(tokenizer) and _tokens(stored) == _tokens(tokenizer)
     if not same and known not in _faithful:
         note(
-            f"{folder}: the tokenizer is loaded as tokenizer.json defines it; transformers' "
+            f"{folder}: loading the tokenizer exactly as tokenizer.json defines it; transformers' "
             f"{type(tokenizer).__name__} would tokenize text differently"
         )
     _faithful[known] = same
@@ -50,14 +50,14 @@ def as_stored(tokenizer: Any, folder: Path) -> Any:
 
 
 def require_stored_tokens(tokenizer: Any, folder: Path) -> None:
-    """Raise ModelError for an end token that the folder's tokenizer.json does not have, to which
-    transformers gives a new id, and for tokens that are chosen at random."""
+    """Raise ModelError for an end token that is missing from the folder's tokenizer.json, so that
+    transformers adds it with a new id, and for merges that are dropped at random."""
     file = folder / "tokenizer.json"
     if not file.is_file() or not _of_transformers(tokenizer):
         return
     if getattr(tokenizer.backend_tokenizer.model, "dropout", None):
         raise ModelError(
-            "the tokenizer drops merges at random (dropout): a text has other tokens each time",
+            "the tokenizer drops merges at random (dropout), so a text's tokens change every time",
             where=file,
             fix='set "dropout" of its "model" to null',
         )
@@ -72,21 +72,21 @@ def require_stored_tokens(tokenizer: Any, folder: Path) -> None:
     if end in str(others) or (more.is_file() and end in read_json(more)):
         return
     raise ModelError(
-        f"the end token {end!r} is not in tokenizer.json: transformers would give it a new id, "
-        "which the model has never generated",
+        f"the end token {end!r} is not in tokenizer.json, so transformers would give it a new id "
+        "that the model has never generated",
         where=folder,
-        fix="set eos_token in tokenizer_config.json to a token of tokenizer.json",
+        fix="set eos_token in tokenizer_config.json to a token in tokenizer.json",
     )
 
 
 _MOST_NEW = 16
-"""Ids at the end among which are those of new special tokens."""
+"""Number of ids at the end of the vocabulary that can belong to newly added special tokens."""
 _PLAIN = ("TokenizersBackend", "PreTrainedTokenizerFast")
 """Classes that load tokenizer.json without changes."""
 
 
 def _of_transformers(tokenizer: Any) -> bool:
-    """Whether it is a fast tokenizer of transformers; a model's own tokenizer code is not
+    """Whether this is one of transformers' fast tokenizers. A model's own tokenizer code is never
     replaced."""
     return type(tokenizer).__module__.startswith("transformers.") and tokenizer.is_fast
 

@@ -1,4 +1,4 @@
-"""What a student learns from: a teacher returns distributions for batches of tokens.
+"""Teachers, which return next-token distributions for batches of tokens.
 
 Shapes: N supervised rows of a batch, D hidden width.
 """
@@ -36,11 +36,12 @@ OUTPUT_ONLY = ActivationRequest()
 
 @dataclass(frozen=True)
 class TeacherView:
-    """What a student can learn about one batch. Row n is for its n-th supervised token.
+    """A teacher's outputs for one batch. Row n belongs to its n-th supervised token.
 
-    signals: next-token distributions, or likelihoods of chunks, one for each teacher; empty if none
-    is known. layers: hidden rows [N, D] by layer. attention: by block.
-    log_probs_N: of the text's own tokens, from a teacher whose distributions are not complete.
+    signals: next-token distributions or likelihoods of chunks, one for each teacher; empty if there
+    are none. layers: hidden states [N, D] by layer. attention: attention states by block.
+    log_probs_N: log-probabilities of the text's tokens, from a teacher whose distributions are not
+    complete.
     """
 
     signals: tuple[Signal | ChunkSignal, ...] = ()
@@ -51,11 +52,11 @@ class TeacherView:
 
 @dataclass(frozen=True)
 class TeacherNeeds:
-    """What a training needs of its teacher.
+    """What an objective needs from its teacher.
 
-    terms: divergences from its distributions. activations: of its layers. tokenizer: the student's,
-    if it is known. frozen_head: the student's head, if it is not trained. chunks: likelihoods of
-    chunks, from teachers with another tokenizer.
+    terms: divergences from the teacher's distributions. activations: activations of its layers.
+    tokenizer: the student's, if it is known. frozen_head: the student's head, if it is not trained.
+    chunks: whether likelihoods of chunks are needed, from teachers with a different tokenizer.
     """
 
     terms: tuple[Term, ...] = ()
@@ -72,28 +73,27 @@ class TeacherNeeds:
 
 
 def require_chunks(teacher: Teacher, needs: TeacherNeeds) -> None:
-    """Raise SignalError if likelihoods of chunks are needed and no teacher can give any."""
+    """Raise SignalError if likelihoods of chunks are needed and no teacher provides them."""
     if needs.chunks and not teacher.gives_chunks:
         raise SignalError(
-            "a term on chunks compares text that two tokenizers divide differently, and "
-            f"{teacher.described} gives no likelihoods of chunks: it has the student's tokenizer, "
-            "or is a store of distributions",
+            "a term on chunks compares text that two tokenizers divide differently, but "
+            f"{teacher.described} has the student's tokenizer, or is a store of distributions",
             where="objective.terms",
-            fix="remove the term, or add a teacher with another tokenizer to train.teachers",
+            fix="remove the term, or add a teacher with a different tokenizer to train.teachers",
         )
 
 
 class Teacher(ABC):
     """A model, a store of signals, a server, or several of these.
 
-    vocabulary: token ids below it are those of the student; rows of a head beyond it are padding.
-    described: one line for messages. fingerprint: identifies the content.
-    tokenizer: whose ids `answer` reads; None where only the ids are known. config: of the model,
-    which terms on intermediate layers need; None: unknown.
-    collective: every process must call `answer` equally often, as sharded models need.
-    tokens_together: tokens in one call of `answer`, when a complete text is scored.
-    full_distributions: its signals are complete, and not a few tokens of each position.
-    gives_chunks: can give likelihoods of chunks, if they are needed.
+    vocabulary: number of token ids that it shares with the student; further rows of a head are
+    padding. described: one line for messages. fingerprint: identifies the content.
+    tokenizer: defines the ids that `answer` reads; None if only the ids are known. config: the
+    model's, which terms on intermediate layers need; None: unknown.
+    collective: every process must call `answer` equally often, as sharded models require.
+    tokens_together: tokens per call of `answer` when a complete text is scored.
+    full_distributions: the signals are complete distributions, not a few tokens at each position.
+    gives_chunks: can provide likelihoods of chunks.
     """
 
     vocabulary: int
@@ -109,49 +109,48 @@ class Teacher(ABC):
 
     @abstractmethod
     def answer(self, batch: Batch, request: ActivationRequest = OUTPUT_ONLY) -> TeacherView:
-        """The teacher's outputs for the batch, without gradients, on the device of `place`.
+        """Score the batch without gradients, and return the outputs on the device of `place`.
 
         batch: on the host, so that text can be looked up without waiting for a device.
-        request: activations that the view must have, in addition to the signals.
-        Raises SignalError if it cannot answer for this batch.
+        request: activations that the view must contain, in addition to the signals.
+        Raises SignalError if the teacher cannot score this batch.
         """
 
     def prepare(self, needs: TeacherNeeds, text: Batches | None = None) -> None:
-        """Prepare for teaching a student, on `text` if it is known.
+        """Prepare for training a student, on `text` if it is known.
 
-        Raises SignalError: terms or text that this teacher cannot serve. ModelError: the student
-        has another vocabulary.
+        Raises SignalError: terms or text that this teacher does not support. ModelError: the
+        student has a different vocabulary.
         """
         check_tokenizers(self, needs.tokenizer)
 
     def place(self, device: torch.device, context: int) -> None:
-        """Move to a device, for a training on windows of `context` tokens.
+        """Move to a device, for training on windows of `context` tokens.
 
-        From then on, weights that are mapped from files leave memory when they are not used.
+        From then on, weights that are mapped from files are released from memory between uses.
         """
         self._device = device
 
     def for_heldout(self, batches: Sequence[Batch]) -> Teacher | None:
-        """The teacher that can evaluate a student on all of these batches; None if there is
-        none."""
+        """Return a teacher that can score all of these held-out batches; None if there is none."""
         return self
 
     def for_own_text(self) -> Teacher:
-        """The teacher that can score text which the student writes during training.
+        """Return a teacher that can score text which the student generates during training.
 
         Raises SignalError if there is none.
         """
         return self
 
     def flops(self, tokens: int) -> int:
-        """Floating-point operations on this machine for a number of tokens."""
+        """The floating-point operations on this machine for this number of tokens."""
         return 0
 
     def aligned(self, tokenizer: Any, roots: Roots | None = None) -> Teacher:
-        """This teacher for a student with another tokenizer; itself if all ids are the same.
+        """Adapt this teacher to a student's tokenizer; returns itself if all ids are the same.
 
-        roots: of both tokenizers; None: made, and merged by the training text.
-        Raises ModelError: a tokenizer that does not define the bytes of its tokens, or that changes
+        roots: of both tokenizers; if None, derived from them and merged by the training text.
+        Raises ModelError: a tokenizer that does not define the bytes of its tokens, or that alters
         text.
         """
         from stillhouse.teachers.aligned_teacher import AlignedTeacher
@@ -172,10 +171,10 @@ class Teacher(ABC):
         device: str | torch.device | None = None,
         trust_remote_code: bool = False,
     ) -> LocalTeacher:
-        """A folder, a Hub id, a .gguf file or pypi:PACKAGE, on this machine.
+        """Load a model from a folder, a Hub id, a .gguf file, or pypi:PACKAGE, on this machine.
 
-        dtype: auto is bfloat16 if the device supports it natively. device: None is the first
-        GPU, or the CPU. Raises ModelError as `resolve_model` and `load_model`.
+        dtype: auto is bfloat16 if the device supports it natively, otherwise float32. device: None
+        is the first GPU, or else the CPU. Raises ModelError as `resolve_model` and `load_model` do.
         """
         from stillhouse.teachers.local_teacher import load_teacher
         from stillhouse.teachers.model_source import resolve_model
@@ -192,8 +191,10 @@ class Teacher(ABC):
 
     @staticmethod
     def from_model(model: Any, tokenizer: Any = None) -> LocalTeacher:
-        """A causal language model in memory. Raises ModelError if it is not a model, or its head is
-        not supported."""
+        """Use a causal language model that is already in memory.
+
+        Raises ModelError if it is not a model, or its head is not supported.
+        """
         from stillhouse.teachers.backbone import check_head, require_model
         from stillhouse.teachers.local_teacher import LocalTeacher
 
@@ -205,11 +206,11 @@ class Teacher(ABC):
     def stored(
         folder: str | Path, *, recorded: LocalTeacher | None = None, missing: Teacher | None = None
     ) -> StoredTeacher:
-        """A signal store in a folder.
+        """Open a signal store.
 
-        recorded: the model whose hidden states were stored, for such a store: its configuration
-        and head are used. missing: answers for rows missing from the store; None: they are an
-        error. Raises StoreError if the store is unfinished or damaged.
+        recorded: for a store of hidden states, the model that was recorded, whose configuration
+        and head are used. missing: a teacher that scores rows missing from the store; None: missing
+        rows are an error. Raises StoreError if the store is unfinished or damaged.
         """
         from stillhouse.signals.store import open_store
         from stillhouse.teachers.stored_teacher import StoredTeacher
@@ -228,10 +229,11 @@ class Teacher(ABC):
         key_env: str | None = None,
         concurrency: int = 16,
     ) -> ServedTeacher:
-        """A server that returns log-probabilities of prompts, as vLLM does: k tokens per position.
+        """Connect to a server that returns log-probabilities of a prompt's tokens, such as vLLM.
 
-        base_url: of the OpenAI-compatible API. model: the name there. tokenizer: of that model.
-        key_env: the environment variable with the server's key. concurrency: requests at a time.
+        base_url: of the OpenAI-compatible API. model: its name on the server. tokenizer: of that
+        model. k: most likely tokens to request at each position. key_env: the environment variable
+        with the server's API key. concurrency: requests at a time.
         """
         from stillhouse.signals.signals_config import TopKSignals
         from stillhouse.teachers.served_teacher import ServedTeacher
@@ -253,12 +255,13 @@ class Teacher(ABC):
         dtype: Requested = "auto",
         trust_remote_code: bool = False,
     ) -> HiddenStateTeacher:
-        """A vLLM server that runs a pooling model: exact distributions, for every divergence.
+        """Connect to a vLLM server that runs a pooling model and returns its hidden states.
 
+        The distributions are complete, so every divergence is exact.
         base_url, model, key_env, concurrency: as in `served`. checkpoint: the same model as a
-        folder or Hub id, whose configuration, tokenizer and head are loaded. dtype: of hidden
-        states and head; auto is bfloat16 if this device supports it natively.
-        Raises ModelError as `resolve_model`, EndpointError: the key's variable is not set.
+        folder or Hub id, whose configuration, tokenizer, and head are loaded. dtype: of hidden
+        states and head; auto is bfloat16 if this device supports it natively, otherwise float32.
+        Raises ModelError as `resolve_model` does. EndpointError: the variable `key_env` is not set.
         """
         from stillhouse.teachers.hidden_server import HiddenStateServer
         from stillhouse.teachers.hidden_teacher import HiddenStateTeacher

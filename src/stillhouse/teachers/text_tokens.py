@@ -1,4 +1,4 @@
-"""A tokenizer as a code for bytes: which tokens are text, and how a text is encoded.
+"""A tokenizer as a code for bytes: the bytes of its tokens, and how it encodes text.
 
 Shapes: V token ids.
 """
@@ -22,10 +22,10 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class TextTokens:
-    """The tokens of a fast tokenizer that stand for bytes of a text; special tokens do not.
+    """A fast tokenizer's tokens that stand for bytes of text; special tokens do not.
 
-    size: ids are below it. strings: the bytes of each token that is text, by id. lengths_V: their
-    numbers, 0 for other ids. special: the names of special tokens, by id.
+    size: the largest id, plus 1. strings: the bytes of each text token, by id. lengths_V: the
+    number of bytes of each token, 0 for other ids. special: the names of special tokens, by id.
     Raises ModelError: the tokenizer is not fast, or does not define the bytes of its tokens.
     """
 
@@ -35,7 +35,7 @@ class TextTokens:
                 f"{type(tokenizer).__name__} is not a fast tokenizer, so the bytes of its tokens "
                 "are unknown",
                 where=getattr(tokenizer, "name_or_path", None) or None,
-                fix="save it as tokenizer.json, with a fast tokenizer of transformers",
+                fix="save it as tokenizer.json with one of transformers' fast tokenizers",
             )
         self.tokenizer = tokenizer
         self.name = str(tokenizer.name_or_path or type(tokenizer).__name__)
@@ -43,13 +43,13 @@ class TextTokens:
         self.special = {int(id): str(token) for id, token in added.items() if token.special}
         self.size = token_count(tokenizer)
         known = token_bytes(tokenizer)
-        # In the order of ids: that of a vocabulary's dict changes from process to process.
+        # Sorted by id, since the order of a vocabulary's dict differs between processes.
         self.strings = {id: known[id] for id in sorted(known) if id not in self.special}
         self.lengths_V = np.zeros(self.size, dtype=np.int64)
         self.lengths_V[list(self.strings)] = [len(value) for value in self.strings.values()]
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
-        """The tokens of each text, alone; strings of special tokens are text."""
+        """Encode each text separately. Names of special tokens in it are encoded as text."""
         rows = encode_texts(texts, self.tokenizer, plain=True)
         return [np.asarray(row, dtype=np.int64) for row in rows]
 
@@ -59,10 +59,10 @@ class TextTokens:
 
 
 def token_bytes(tokenizer: Any) -> dict[int, bytes]:
-    """The bytes of every token by its id; of an added token, those of its name.
+    """The bytes of every token, by id. For an added token, these are the bytes of its name.
 
-    Supports byte-level tokenizers (as GPT-2's), and those that write a space as ▁ and a
-    byte they have no token for as <0xNN>. Raises ModelError for others.
+    Supports byte-level tokenizers (such as GPT-2's), and those that write a space as ▁ and a byte
+    that has no other token as <0xNN>. Raises ModelError for others.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content: dict[str, Any] = {} if backend is None else json.loads(backend.to_str())
@@ -84,8 +84,11 @@ def token_bytes(tokenizer: Any) -> dict[int, bytes]:
 
 
 def byte_of_character() -> dict[str, int]:
-    """Byte-level tokenizers write each byte as one visible character: a printable one of Latin-1 as
-    itself, the n-th of the others as the character 256 + n."""
+    """The byte that each character in a byte-level tokenizer's vocabulary stands for.
+
+    Each byte is written as one visible character: a printable Latin-1 character as itself, and the
+    n-th of the others as the character 256 + n.
+    """
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in visible]
     characters = {chr(byte): byte for byte in visible}

@@ -1,4 +1,4 @@
-"""Checks a Hugging Face model folder before anything is loaded from it."""
+"""Checks of a Hugging Face model folder before anything is loaded from it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from stillhouse.errors import ModelError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 WHOLE_NUMBERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
-"""Tensor dtypes that are not usable as weights without scales."""
+"""Dtypes of tensors that cannot be used as weights without scales."""
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, each with a valid header and the size it declares.
+    """The safetensors files of a model folder, after checking their headers and sizes.
 
-    Raises ModelError: no config.json, no safetensors weights, a missing shard, a damaged file.
+    Raises ModelError: no config.json, no safetensors weights, a missing shard, or a damaged file.
     """
     check_config(folder)
     if (folder / SINGLE).is_file():
@@ -33,15 +33,15 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _reject_other_weights(folder: Path) -> None:
-    """Raise ModelError for shards beside a file with all weights: programs differ in which they
-    read."""
+    """Raise ModelError for shards alongside a file with all weights, since programs differ in which
+    of them they read."""
     index = folder / INDEX
     found = read_json(index).get("weight_map") if index.is_file() else None
     names = set(map(str, found.values())) if isinstance(found, dict) else set()
     others = sorted(name for name in names - {SINGLE} if (folder / name).is_file())
     if others:
         raise ModelError(
-            f"the folder has the weights of a model twice: in {SINGLE}, and in {len(others)} "
+            f"the folder contains a model's weights twice: in {SINGLE}, and in {len(others)} "
             f"shards ({others[0]}, ...) with an index",
             where=folder,
             fix=f"move either {SINGLE}, or the shards and {INDEX}, to another folder",
@@ -49,7 +49,8 @@ def _reject_other_weights(folder: Path) -> None:
 
 
 def tensor_names(file: Path) -> set[str]:
-    """Names in a safetensors file. Reads the header only, and checks the file's size against it."""
+    """The tensors' names in a safetensors file. Reads only the header, and checks the file's size
+    against it."""
     with file.open("rb") as opened:
         if opened.read(20).startswith(b"version https://git-"):
             raise ModelError(
@@ -62,19 +63,19 @@ def tensor_names(file: Path) -> set[str]:
             return set(opened_tensors.keys())
     except SafetensorError as error:
         raise ModelError(
-            f"this safetensors file is damaged or cut short ({error})",
+            f"this safetensors file is damaged or truncated ({error})",
             where=file,
             fix="download or copy it again",
         ) from error
 
 
 def stored_dtypes(folder: Path) -> set[str]:
-    """The dtypes of a checkpoint's tensors. Raises ModelError as `weight_files`."""
+    """The dtypes of a checkpoint's tensors. Raises ModelError as `weight_files` does."""
     return set(stored_types(weight_files(folder)).values())
 
 
 def stored_types(files: Iterable[Path]) -> dict[str, str]:
-    """The dtype of each tensor as safetensors names it (F32, BF16), from the headers."""
+    """The dtype of each tensor, by its name in safetensors headers (F32, BF16)."""
     found = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
@@ -84,7 +85,7 @@ def stored_types(files: Iterable[Path]) -> dict[str, str]:
 
 
 def read_tensors(files: Iterable[Path], names: Collection[str]) -> dict[str, Any]:
-    """The named tensors, if the files contain them."""
+    """Read those of the named tensors that the files contain."""
     found = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
@@ -104,29 +105,29 @@ def read_json(file: Path) -> dict[str, object]:
             fix="download or copy the model again",
         ) from error
     if not isinstance(value, dict):
-        raise ModelError("this file holds no JSON object", where=file, fix="copy the model again")
+        raise ModelError("this file is not a JSON object", where=file, fix="copy the model again")
     return value
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object. Raises ValueError for a repeated key with different values."""
+    """Build a JSON object. Raises ValueError for a repeated key with different values."""
     found: dict[str, object] = {}
     for key, value in pairs:
         first = found.setdefault(key, value)
         if first is not value and first != value:  # NaN differs from itself
-            raise ValueError(f"the key {key!r} is given twice, with two values")
+            raise ValueError(f"the key {key!r} is given twice, with different values")
     return found
 
 
 def check_config(folder: Path) -> None:
-    """Raises ModelError where a folder has no readable config.json, or holds an adapter."""
+    """Raise ModelError if a folder has no readable config.json, or contains an adapter."""
     adapter = (folder / "adapter_config.json").is_file()
     if (folder / "config.json").is_file():
         read_json(folder / "config.json")
         if adapter:
             raise ModelError(
-                "this folder contains an adapter besides the model, and it is not clear whether it "
-                "is merged into the weights",
+                "this folder contains an adapter in addition to the model, and it is not clear "
+                "whether it is merged into the weights",
                 where=folder,
                 fix="merge it into the model (peft: merge_and_unload, then save_pretrained); or, "
                 "if it is already merged or not needed, move adapter_config.json elsewhere",
@@ -134,17 +135,17 @@ def check_config(folder: Path) -> None:
         return
     if adapter:
         raise ModelError(
-            "this folder holds an adapter, not a model",
+            "this folder contains an adapter, not a model",
             where=folder,
             fix="merge it into its base model (peft: merge_and_unload, then save_pretrained), and "
-            "copy the tokenizer's files beside it",
+            "copy the tokenizer's files to the same folder",
         )
     ggufs = sorted(folder.glob("*.gguf"))
     if ggufs:
         raise ModelError(
             "this folder has no config.json, only GGUF files",
             where=folder,
-            fix=f"name the file itself: {ggufs[0]}",
+            fix=f"give the file itself: {ggufs[0]}",
         )
     raise ModelError(
         "this folder is not a Hugging Face model: it has no config.json",
@@ -157,10 +158,10 @@ def _shards(index: Path) -> list[Path]:
     content = read_json(index)
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError("this index has no weight_map", where=index, fix="copy the model again")
+        raise ModelError("the index has no weight_map", where=index, fix="copy the model again")
     if not isinstance(content.get("metadata"), dict):
         raise ModelError(
-            "this index has no metadata, which transformers needs",
+            "the index has no metadata, which transformers needs",
             where=index,
             fix='copy the model again, or add "metadata": {} to the index',
         )
@@ -176,9 +177,10 @@ def _shards(index: Path) -> list[Path]:
     lacking = [name for name, place in weight_map.items() if name not in held[str(place)]]
     if lacking:
         raise ModelError(
-            f"the index promises {len(lacking)} tensors that are not there, such as {lacking[0]}",
+            f"the index lists {len(lacking)} tensors that are not in the files, such as "
+            f"{lacking[0]}",
             where=index.parent / str(weight_map[lacking[0]]),
-            fix="download or copy the model again: its files are of two versions",
+            fix="download or copy the model again: its files are from different versions",
         )
     for place, names in held.items():
         for name in sorted(names & set(weight_map)):
@@ -186,7 +188,7 @@ def _shards(index: Path) -> list[Path]:
                 raise ModelError(
                     f"the tensor {name} is in two files: {place} and {weight_map[name]}",
                     where=index.parent,
-                    fix="download or copy the model again: its files are of two versions",
+                    fix="download or copy the model again: its files are from different versions",
                 )
     return [index.parent / place for place in places]
 
@@ -197,12 +199,12 @@ def _no_weights(folder: Path) -> ModelError:
         return ModelError(
             f"the weights are pickled ({pickled[0].name}), and a pickle can run any code",
             where=folder,
-            fix="if you trust them, convert them once: AutoModelForCausalLM.from_pretrained"
-            "(folder).save_pretrained(new_folder) writes safetensors; copy the tokenizer's files "
+            fix="if you trust them, convert them to safetensors with AutoModelForCausalLM"
+            ".from_pretrained(folder).save_pretrained(new_folder), and copy the tokenizer's files "
             "there too",
         )
     return ModelError(
         "this folder has a config.json but no safetensors weights",
         where=folder,
-        fix=f"expected {SINGLE}, or {INDEX} and its shards",
+        fix=f"copy {SINGLE}, or {INDEX} and its shards, to the folder",
     )

@@ -1,4 +1,4 @@
-"""Write a model's checkpoint part by part, so that it is never completely in memory."""
+"""Writing of a model's checkpoint part by part, so that it is never completely in memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHARD_BYTES = 2 << 30
 
 
 def weights_by_layer(model: Any) -> list[tuple[nn.Module, set[str]]]:
-    """Each layer with the names of its weights, and at last the model with all others."""
+    """Each layer with the names of its weights, then the model with the names of all others."""
     names = set(model.state_dict().keys())
     layers = {id(layer): layer for layer in decoder_layers(model)}
     places = {name: layers[id(m)] for name, m in model.named_modules() if id(m) in layers}
@@ -33,16 +33,16 @@ def weights_by_layer(model: Any) -> list[tuple[nn.Module, set[str]]]:
 def write_by_layer(model: Any, folder: Path, weights: Iterable[dict[str, Tensor]]) -> None:
     """Write the files that `save_pretrained` writes, with one weight file for each part.
 
-    weights: those of each part of `weights_by_layer`, in its order; one part is in memory at a
-    time. Weights that the folder had before, of an attempt that was killed or of another model,
-    are replaced.
+    weights: the weights of each part of `weights_by_layer`, in the same order. One part is in
+    memory at a time. Weights already in the folder, from a killed attempt or a different model, are
+    replaced.
     """
     index: dict[str, str] = {}
     number, total, count = 0, 0, len(weights_by_layer(model))
     with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as part_folder:
-        for part in weights:  # enumerate would keep it while the next one is made
+        for part in weights:  # enumerate would keep a part while the next one is built
             number += 1
-            # It resolves tied weights, and the names and shapes that weights have in a file.
+            # save_pretrained resolves tied weights, and their names and shapes in a file.
             model.save_pretrained(part_folder, state_dict=part, max_shard_size="1TB")
             del part
             part_file = Path(part_folder) / SAFE_WEIGHTS_NAME
@@ -61,15 +61,17 @@ def write_by_layer(model: Any, folder: Path, weights: Iterable[dict[str, Tensor]
 
 
 def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
-    """Write named tensors in one file, or in several with an index, of about SHARD_BYTES each; one
-    file's tensors are in memory at a time."""
+    """Write named tensors to one file, or to several files of about SHARD_BYTES with an index.
+
+    Only one file's tensors are in memory at a time.
+    """
     shards: list[list[str]] = []
     total, left = 0, iter(tensors)
     while shard := dict(_up_to_bytes(left, SHARD_BYTES)):
         total += sum(tensor.nbytes for tensor in shard.values())
         save_file(shard, folder / f"part-{len(shards)}", metadata={"format": "pt"})
         shards.append(list(shard))
-        shard.clear()  # before the next one is made
+        shard.clear()  # before the next one is built
     index: dict[str, str] = {}
     for number, names in enumerate(shards):
         name = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"

@@ -1,7 +1,8 @@
-"""Trainer checkpoints that are complete or absent, and the metrics that belong to them.
+"""Trainer checkpoints that are either complete or absent, and the metrics that belong to them.
 
-transformers writes a checkpoint file by file under its final name. A kill in the middle leaves one
-that looks complete, so a checkpoint is valid only once it contains `complete.json`, written last.
+transformers writes a checkpoint file by file under its final name. If it is killed in between, the
+checkpoint looks complete, so a checkpoint is valid only if it contains `complete.json`, which is
+written last.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from stillhouse.runfolder import flush_tree, write_atomically
 
 COMPLETE = "complete.json"
 CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
-"""The folder of a training that has them."""
+"""The names of a training run's folder of checkpoints and file of metrics."""
 _NAME = re.compile("checkpoint-[0-9]+")
 
 
@@ -30,8 +31,8 @@ _NAME = re.compile("checkpoint-[0-9]+")
 class Meter:
     """Training progress at a checkpoint: steps, supervised tokens, and seconds of work.
 
-    own_tokens: those of the supervised tokens that the student wrote. processed_tokens: read and
-    written by the student for its rollouts.
+    own_tokens: supervised tokens that the student generated. processed_tokens: tokens that the
+    student read and generated for its rollouts.
     """
 
     step: int = 0
@@ -46,16 +47,16 @@ def step_of(checkpoint: Path) -> int:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The newest first. A copy that a user made, `checkpoint-8.old`, is none of them."""
+    """The checkpoints in a folder, newest first. Copies such as `checkpoint-8.old` are ignored."""
     found = (path for path in folder.glob("checkpoint-*") if path.is_dir())
     named = [path for path in found if _NAME.fullmatch(path.name)]
     return sorted(named, key=step_of, reverse=True)
 
 
 def seal(checkpoint: Path, meter: Meter, metrics: Metrics | None = None) -> None:
-    """Flush the checkpoint to disk and mark it complete. All processes must have written it.
+    """Flush the checkpoint to disk and mark it complete. All processes must have written it before.
 
-    metrics: the metrics so far; a copy becomes part of the checkpoint.
+    metrics: the metrics so far, a copy of which becomes part of the checkpoint.
     """
     if metrics is not None and metrics.path is not None:
         (checkpoint / metrics.path.name).write_text(_lines(metrics.rows), encoding="utf-8")
@@ -68,7 +69,7 @@ def seal(checkpoint: Path, meter: Meter, metrics: Metrics | None = None) -> None
 
 
 def latest(folder: Path) -> tuple[Path, Meter] | None:
-    """The newest checkpoint that is complete and unchanged."""
+    """The newest checkpoint that is complete and unchanged; None if there is none."""
     for checkpoint in checkpoints_in(folder):
         facts = _facts(checkpoint)
         if facts is not None and not damaged_files(checkpoint, facts["files"]):
@@ -77,8 +78,8 @@ def latest(folder: Path) -> tuple[Path, Meter] | None:
 
 
 def wrong_in(checkpoint: Path) -> list[str]:
-    """What has changed in a checkpoint since it was complete; nothing in one that was cut off,
-    which is not used."""
+    """List changes to a checkpoint since it was complete; empty for an incomplete checkpoint, which
+    is not used."""
     if not (checkpoint / COMPLETE).exists():
         return []
     facts = _facts(checkpoint)
@@ -89,25 +90,25 @@ def wrong_in(checkpoint: Path) -> list[str]:
 
 
 def drop_unusable(folder: Path) -> None:
-    """Delete checkpoints that were only partly written, and set damaged ones aside."""
+    """Delete checkpoints that were only partly written, and rename damaged ones."""
     for checkpoint in checkpoints_in(folder):
         facts = _facts(checkpoint)
         damaged = [] if facts is None else damaged_files(checkpoint, facts["files"])
         if facts is None:
-            note(f"{checkpoint.name} was cut off while it was written: ignored")
+            note(f"ignoring {checkpoint.name}, which was only partly written")
             shutil.rmtree(checkpoint)
         elif damaged:
             set_aside(checkpoint, f"{damaged[0]} is damaged")
 
 
 def set_aside(checkpoint: Path, why: str) -> None:
-    """Rename a checkpoint that cannot be loaded, so that it is neither used nor overwritten."""
+    """Rename a checkpoint that cannot be loaded, so that it is neither loaded nor overwritten."""
     aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
     shutil.rmtree(aside, ignore_errors=True)
     checkpoint.rename(aside)
     before = latest(checkpoint.parent)
-    instead = "training starts again" if before is None else f"going back to {before[0].name}"
-    note(f"{checkpoint.name} cannot be loaded ({why}), and is now {aside.name}: {instead}")
+    instead = "training starts over" if before is None else f"going back to {before[0].name}"
+    note(f"{checkpoint.name} cannot be loaded ({why}); renamed it to {aside.name}: {instead}")
 
 
 def keep_newest(folder: Path, count: int) -> None:
@@ -121,8 +122,8 @@ def oldest_step(folder: Path) -> int:
 
 
 def _facts(checkpoint: Path) -> dict[str, Any] | None:
-    """What the seal recorded: meter, and files with their sizes and hashes. None if there is no
-    valid seal: the checkpoint is not complete."""
+    """The content of COMPLETE: the meter, and files with their sizes and hashes. None if it is not
+    valid, since the checkpoint is then incomplete."""
     try:
         facts = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
         Meter(**facts["meter"]), facts["files"].items()
@@ -132,12 +133,14 @@ def _facts(checkpoint: Path) -> dict[str, Any] | None:
 
 
 class Metrics:
-    """The rows that training logs, each with its optimizer step; one per line of metrics.jsonl."""
+    """Logged metrics: one row per line of metrics.jsonl, each with its optimizer step."""
 
     def __init__(self, path: Path | None = None, *, keep_to_step: int = 0) -> None:
-        """path: None keeps them only in memory. keep_to_step: of the checkpoint to resume from in
-        the folder `checkpoints` next to the file, 0 to begin. Its rows are kept; what a killed
-        process wrote after that is discarded."""
+        """Start with the rows of a checkpoint, and discard rows that a killed process wrote later.
+
+        path: None keeps the rows only in memory. keep_to_step: the step of the checkpoint to resume
+        from, in the folder `checkpoints` next to the file; 0 to start from the beginning.
+        """
         self.path = path
         self.rows: list[dict[str, float]] = []
         if path is not None:
@@ -154,8 +157,8 @@ class Metrics:
 
 
 def check_finite(logs: Mapping[str, float], step: int) -> None:
-    """Raise TrainingError if a logged loss or its gradient's norm is not finite: no checkpoint may
-    be written after it."""
+    """Raise TrainingError if a logged loss or gradient norm is not finite, since no checkpoint must
+    be written after that."""
     if all(math.isfinite(logs.get(name, 0.0)) for name in ("loss", "grad_norm")):
         return
     raise TrainingError(
@@ -172,7 +175,7 @@ def _lines(rows: Iterable[Mapping[str, float]]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl, up to the first line that was cut off by a kill or damaged."""
+    """Read the rows of a metrics.jsonl, up to the first line that is truncated or damaged."""
     rows: list[dict[str, float]] = []
     if not path.exists():
         return rows

@@ -1,12 +1,13 @@
-"""AdamW with moments in 8 bits, or for weights in bfloat16.
+"""AdamW with 8-bit moments, or for bfloat16 weights.
 
-Loshchilov and Hutter, Decoupled Weight Decay Regularization (arXiv:1711.05101); moments in 8 bits
-as Dettmers et al., 8-bit Optimizers via Block-wise Quantization (arXiv:2110.02861), with the codes
-of torchao.optim.AdamW8bit: of the dynamic map for each value, with a float32 scale for each block.
+AdamW is by Loshchilov and Hutter, Decoupled Weight Decay Regularization (arXiv:1711.05101). 8-bit
+moments follow Dettmers et al., 8-bit Optimizers via Block-wise Quantization (arXiv:2110.02861),
+with the codes of torchao.optim.AdamW8bit: a code of the dynamic map for each value, and a float32
+scale for each block.
 
 Every update is computed in float32. A block never crosses a row of a weight, and the noise of
-stochastic rounding depends on the position in the complete weight: the result does not depend on
-how weights are divided over processes.
+stochastic rounding depends on the position in the complete weight, so the result does not depend on
+how weights are sharded.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ from torch.optim import Optimizer
 from stillhouse.processes import first_row, local_part
 
 BLOCK = 256
-"""The most values that share a scale."""
+"""Maximum number of values that share a scale."""
 SMALLEST_BLOCK = 16
-"""Weights whose rows cannot be divided into blocks of so many have float32 moments."""
+"""Weights whose rows cannot be divided into blocks of at least this size have float32 moments."""
 CHUNK = {"cpu": 1 << 18, "cuda": 1 << 23}
-"""Values that are updated at once, so that float32 copies of a whole weight are not needed."""
+"""Number of values that are updated at once, to avoid float32 copies of a whole weight."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALE = "_scale"
 _32_BITS = 0xFFFFFFFF
 
 
 class CompactAdamW(Optimizer):
-    """AdamW whose moments have `bits` bits, for weights in float32 or bfloat16.
+    """AdamW with moments of `bits` bits, for float32 or bfloat16 weights.
 
-    Weights in bfloat16 are rounded stochastically: the expected value of a weight is that of the
-    float32 update, which rounding to nearest would often lose. seed: of that rounding.
+    bfloat16 weights are rounded stochastically: a weight's expected value is the result of the
+    float32 update, which rounding to nearest would often lose. seed: for stochastic rounding.
     """
 
     def __init__(
@@ -71,9 +72,9 @@ class CompactAdamW(Optimizer):
         return loss
 
     def numbered(self, *, matrices: bool) -> Iterator[tuple[int, dict[str, Any], Any]]:
-        """Weights with a gradient, with their numbers and groups.
+        """Yield the number, group, and weight of each weight with a gradient.
 
-        matrices: of groups whose key of that name is set, or of the others.
+        matrices: whether to yield weights of groups whose key `matrices` is set, or the others.
         """
         everything = [(group, each) for group in self.param_groups for each in group["params"]]
         for number, (group, weight) in enumerate(everything):
@@ -81,15 +82,15 @@ class CompactAdamW(Optimizer):
                 yield number, group, weight
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises ValueError: the state of an optimizer with moments of another size."""
+        """Load a state. Raises ValueError if its moments have a different number of bits."""
         saved = state_dict["param_groups"]
         if any(group.get("bits") != self.defaults["bits"] for group in saved):
-            raise ValueError(f"not the state of moments with {self.defaults['bits']} bits")
-        # torch would convert every tensor, the codes too, to the type of its weight.
+            raise ValueError(f"the state's moments do not have {self.defaults['bits']} bits")
+        # torch would convert every tensor, including the codes, to its weight's dtype.
         super().load_state_dict({**state_dict, "state": {}})
         for group, old in zip(self.param_groups, saved, strict=True):
             for weight, number in zip(group["params"], old["params"], strict=True):
-                if number in state_dict["state"]:  # an entry without a state would pass for one
+                if number in state_dict["state"]:  # an empty entry would count as a state
                     self.state[weight] = {
                         name: value.to("cpu" if name == "step" else weight.device)
                         for name, value in state_dict["state"][number].items()
@@ -97,9 +98,10 @@ class CompactAdamW(Optimizer):
 
 
 def block_of(width: int, dimensions: int) -> int | None:
-    """How many values of a row share a scale: the largest divisor of its width up to `BLOCK`.
+    """The number of a row's values that share a scale: the largest divisor of its width up to
+    BLOCK.
 
-    None: a vector, or a width without such a divisor; its moments are float32.
+    None, for float32 moments, if the weight is a vector or the divisor is below SMALLEST_BLOCK.
     """
     if dimensions < 2:
         return None
@@ -115,14 +117,14 @@ def _first_state(weight: Tensor, bits: int) -> dict[str, Tensor]:
         if block is None:
             state[name] = torch.zeros_like(weight, dtype=torch.float32, **like)
             continue
-        state[name] = torch.zeros_like(weight, dtype=torch.uint8, **like)  # of a scale of 0
+        state[name] = torch.zeros_like(weight, dtype=torch.uint8, **like)  # the scale is 0
         scales = (*weight.shape[:-1], weight.shape[-1] // block)
         state[name + SCALE] = _zeros_divided_alike(scales, weight)
     return state
 
 
 def _zeros_divided_alike(shape: tuple[int, ...], weight: Tensor) -> Tensor:
-    """Float32 zeros of a shape, whose rows are on the processes that have the weight's rows."""
+    """Float32 zeros of a shape, with rows sharded like the weight's."""
     if not isinstance(weight, DTensor):
         return torch.zeros(shape, device=weight.device)
     local = weight.to_local()
@@ -139,7 +141,7 @@ def _zeros_divided_alike(shape: tuple[int, ...], weight: Tensor) -> Tensor:
 
 
 def _update(weight: Tensor, state: dict[str, Tensor], group: dict[str, Any], number: int) -> None:
-    """One step of a weight, in place."""
+    """Update a weight in place."""
     stored = local_part(weight)
     own = stored.contiguous()
     gradient = local_part(weight.grad).contiguous()  # type: ignore[arg-type]
@@ -179,9 +181,10 @@ def _step(
     group: dict[str, Any],
     step: int,
 ) -> Tensor:
-    """The weights after a step; moments are updated in place.
+    """Return the weights after a step, and update the moments in place.
 
-    Products and sums are separate operations: fused, their rounding would depend on the position.
+    Products and sums are separate operations, since the rounding of fused ones would depend on the
+    position.
     """
     (beta1, beta2), rate = group["betas"], float(group["lr"])
     mean_N = _read(moments, MOMENTS[0]).mul_(beta1).add_(gradient_N * (1 - beta1))
@@ -194,7 +197,7 @@ def _step(
 
 
 def _read(moments: dict[str, Tensor], name: str) -> Tensor:
-    """A moment in float32, as a copy."""
+    """A float32 copy of a moment."""
     if name + SCALE not in moments:
         return moments[name].clone()
     values = _map(name == MOMENTS[0], moments[name].device)[moments[name].int()]
@@ -216,7 +219,7 @@ def _write(moments: dict[str, Tensor], name: str, value_N: Tensor) -> None:
 
 @cache
 def _map(signed: bool, device: torch.device) -> Tensor:
-    """The 256 values of the dynamic map: fewer digits, the smaller the power of ten."""
+    """The 256 values of the dynamic map, which has fewer digits for smaller powers of ten."""
     values = [torch.tensor([0.0, 1.0])]
     for power in range(7):
         edges = torch.linspace(0.1, 1, 2 ** (power if signed else power + 1) + 1)
@@ -227,16 +230,16 @@ def _map(signed: bool, device: torch.device) -> Tensor:
 
 @cache
 def _borders(signed: bool, device: torch.device) -> Tensor:
-    """Between two neighbors of the map, where the nearer one changes."""
+    """The midpoints between neighboring values of the map."""
     values = _map(signed, device)
     return (values[1:] + values[:-1]) / 2
 
 
 def rounded(values_N: Tensor, start: int, key: int) -> Tensor:
-    """Float32 values in bfloat16, rounded stochastically.
+    """Round float32 values to bfloat16 stochastically.
 
-    The next value away from zero is taken with the probability of the fraction that bfloat16 has
-    no digits for. start: position of the first value in the whole weight. key: of this rounding.
+    The probability of rounding away from zero is the fraction for which bfloat16 has no digits.
+    start: position of the first value in the whole weight. key: determines the noise.
     """
     noise_N = torch.arange(start, start + len(values_N), device=values_N.device) ^ key
     noise_N = _mixed(noise_N & _32_BITS) & 0xFFFF
@@ -245,7 +248,7 @@ def rounded(values_N: Tensor, start: int, key: int) -> Tensor:
 
 
 def _mixed(number_N: Tensor) -> Tensor:
-    """A hash of 32-bit integers: lowbias32 (https://nullprogram.com/blog/2018/07/31/)."""
+    """Hash 32-bit integers with lowbias32 (https://nullprogram.com/blog/2018/07/31/)."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         number_N = ((number_N ^ (number_N >> shift)) * factor) & _32_BITS
     return number_N ^ (number_N >> 16)
@@ -258,9 +261,9 @@ def rounding_key(*parts: int) -> int:
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:
-    """Scale the gradients so that their common norm is at most `limit`; returns the norm before.
+    """Clip the gradients' total norm to `limit`, and return the norm before clipping.
 
-    As torch.nn.utils.clip_grad_norm_, with sums in float32 also where gradients are bfloat16.
+    Like torch.nn.utils.clip_grad_norm_, but with float32 sums even for bfloat16 gradients.
     """
     gradients = [each.grad for each in parameters if each.grad is not None]
     parts = [local_part(each) for each in gradients]

@@ -1,10 +1,10 @@
-"""The trained module: a student and its objective; its forward returns the loss.
+"""The module that is trained: a student with its objective, whose forward returns the loss.
 
 Shapes: R windows, L tokens, N supervised rows, D hidden width.
 
-The student inside stays a plain transformers model with its own forward, so it can generate
-during training. DDP and FSDP wrap the module around it, so their hooks fire around
-everything that uses its parameters, the head included.
+The student inside stays a plain transformers model with its own forward, so it can generate during
+training. DDP and FSDP wrap the module around it, so their hooks fire around everything that uses
+its parameters, including the head.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ NO_TEACHER = TeacherView()
 class Distillation(nn.Module):
     """A student, its objective, and the objective's learned projections.
 
-    student: a Student, or a transformers model; the attribute is the model. objective: an
-    `Objective`, or what `objective_for` accepts. teacher: defines the shapes of terms on
-    intermediate layers, and the shared vocabulary; rows of heads beyond it are padding.
+    student: a Student or a transformers model; the attribute `student` is the model. objective:
+    anything that `objective_for` accepts. teacher: defines the shapes of terms on intermediate
+    layers, and the shared vocabulary; rows of heads beyond it are padding.
     seed: for the projections.
-    Raises SignalError: terms that these two models cannot have.
+    Raises SignalError: terms that these two models do not support.
     """
 
     def __init__(
@@ -81,10 +81,10 @@ class Distillation(nn.Module):
         config = None if teacher is None else teacher.config
         self.objective = objective_for(objective, self.student.config, config, seed=seed)
         self.vocabulary = min(each.vocabulary for each in (given, teacher) if each is not None)
-        # Parameters of this module: optimizer, wrappers and checkpoints all see them.
-        # All have one number type, since FSDP2 shards weights of one type together.
+        # Parameters of this module, so that optimizer, wrappers, and checkpoints all see them.
+        # They have the student's dtype, since FSDP2 shards weights of the same dtype together.
         self.projections = self.objective.projections().to(next(self.student.parameters()).dtype)
-        # Attributes that FSDP and transformers.Trainer expect of a loaded model.
+        # Attributes that FSDP and transformers.Trainer expect from a loaded model.
         self._no_split_modules = getattr(self.student, "_no_split_modules", None)
         self._keys_to_ignore_on_save = getattr(self.student, "_keys_to_ignore_on_save", None)
 
@@ -106,17 +106,17 @@ class Distillation(nn.Module):
         objective: Objective | None = None,
         measure: bool = False,
     ) -> LossSum:
-        """The weighted sum of the terms over the batch's supervised rows.
+        """Compute the weighted sum of the terms over the batch's supervised rows.
 
         view: the teacher's outputs, with the activations of `request`; None if no term needs
-        a teacher. Of several signals, the loss is the mean of the losses under each.
+        a teacher. With several signals, the loss is the mean of the losses for each.
         progress: fraction of all steps that are done. objective: used instead of the module's own.
-        measure: the terms have what `measure_rows` measures, too, if all signals are full
+        measure: add the values of `measure_rows` to the terms, if all signals are full
         distributions.
         """
         objective, view = objective or self.objective, view or NO_TEACHER
         ids_RL = batch["input_ids"]
-        # On a GPU, the calls would take longer than the operations.
+        # On a GPU, the extra calls would take longer than the operations.
         little = ids_RL.device.type == "cpu" and not checkpoints_layers(self.student)
         with recomputed() if little else nullcontext():
             found = run_backbone(
@@ -148,8 +148,8 @@ class Distillation(nn.Module):
         batch: Batch,
         progress: float,
     ) -> Iterator[LossSum]:
-        """Divergences at the output and at intermediate layers, and distances between likelihoods
-        of chunks under a teacher that gives them; all share the signal and the head."""
+        """Yield the losses that use this signal and the head: divergences at the output and at
+        intermediate layers, and distances between likelihoods of chunks."""
         positions_N, targets_N = positions_of(batch), targets_of(batch)
         head, vocabulary = lm_head(self.student), self.vocabulary
         common: dict[str, Any] = {
@@ -187,7 +187,7 @@ class Distillation(nn.Module):
     def _measures(
         self, found: Activations, signal: Signal | ChunkSignal | None, batch: Batch
     ) -> Iterator[LossSum]:
-        """Before the divergences, whose exact sums take the place of these."""
+        """Yield estimated measures. They come first, so that exact sums of terms replace them."""
         hidden_ND = supervised_rows(found.last_RLD, positions_of(batch))
         targets_N, head = targets_of(batch), lm_head(self.student)
         if isinstance(signal, DenseSignal | FoldedSignal):
@@ -213,15 +213,15 @@ class Distillation(nn.Module):
     def save_student(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Write the student as a plain Hugging Face folder.
 
-        state: all parameters by their names in this module; None: this process's parameters.
+        state: all parameters, by their names in this module; None: this process's parameters.
         """
         if state is not None:
             state = {n.removeprefix(STUDENT): v for n, v in state.items() if n.startswith(STUDENT)}
         self.student.save_pretrained(folder, state_dict=state)
 
     def save_sharded_student(self, folder: Path) -> None:
-        """As `save_student`, of sharded weights; those of a large model are gathered and written a
-        layer at a time. Every process must call this; the main process writes."""
+        """Like `save_student`, for sharded weights, which are gathered and written a layer at a
+        time if the model is large. Every process must call this; the main process writes."""
         student = self.student
         parts = [names for _, names in weights_by_layer(student)]
         large = has_large_weights(student)
@@ -236,8 +236,10 @@ class Distillation(nn.Module):
             student.save_pretrained(folder, state_dict=next(weights))
 
     def read_student(self, checkpoint: AnyModel) -> None:
-        """Set the student's weights, which are sharded, from a model folder. Every process must
-        call this. Raises ModelError as `read_weights`."""
+        """Set the sharded student's weights from a model folder. Every process must call this.
+
+        Raises ModelError as `read_weights` does.
+        """
         read_weights(self, self.student, checkpoint)
 
     def save_projections(self, folder: Path) -> None:
@@ -246,37 +248,37 @@ class Distillation(nn.Module):
             save_file(self.projections.state_dict(), folder / PROJECTIONS)
 
     def load_projections(self, folder: Path) -> None:
-        """Load what `save_projections` wrote."""
+        """Load the projections that `save_projections` wrote, if there are any."""
         if len(self.projections):
             self.projections.load_state_dict(load_file(folder / PROJECTIONS))
 
     def read_projections(self, folder: Path) -> dict[str, Tensor]:
-        """What `save_projections` wrote, by the names of this module's parameters."""
+        """Read the projections that `save_projections` wrote, by this module's parameter names."""
         if not len(self.projections):
             return {}
         return {f"projections.{n}": value for n, value in load_file(folder / PROJECTIONS).items()}
 
 
 def _is_full(signal: Signal | ChunkSignal | None) -> bool:
-    """Whether it has the teacher's complete distributions."""
+    """Whether the signal contains the teacher's complete distributions."""
     inner = signal.signal if isinstance(signal, FoldedSignal) else signal
     return isinstance(inner, DenseSignal)
 
 
 def _sum(parts: Sequence[LossSum], signal: Signal | ChunkSignal | None) -> LossSum:
-    """Add up the parts of one batch's loss under one signal."""
+    """Add up the parts of one batch's loss for one signal."""
     values = {name: value for part in parts for name, value in part.terms.items()}
     if isinstance(signal.signal if isinstance(signal, FoldedSignal) else signal, SampledSignal):
-        # Samples lack the teacher's entropy: the result is not a divergence.
+        # Samples lack the teacher's entropy, so the result is not a divergence.
         values = {n.replace("forward_kl", "teacher_cross_entropy"): v for n, v in values.items()}
     total = torch.stack([part.total.float() for part in parts]).sum()
     return LossSum(total, values, parts[0].rows)
 
 
 def _mean(losses: Sequence[LossSum]) -> LossSum:
-    """The mean of one batch's losses under several signals.
+    """Average one batch's losses for several signals.
 
-    A term that only some of them have, such as the cross-entropy of samples, is the mean of those.
+    A term that only some losses have, such as the cross-entropy of samples, is averaged over these.
     """
     if len(losses) == 1:
         return losses[0]
@@ -292,7 +294,7 @@ def _mean(losses: Sequence[LossSum]) -> LossSum:
 def _activation_losses(
     objective: Objective, student: Activations, teacher: TeacherView, batch: Batch, progress: float
 ) -> Iterator[LossSum]:
-    """The terms on hidden states and on attention relations, each with its weight."""
+    """Yield the weighted losses of terms on hidden states and on attention relations."""
     positions_N = positions_of(batch)
     count = len(positions_N)
     for hidden in objective.hidden:
@@ -323,7 +325,7 @@ def _weighted(name: str, weight: float, total: Tensor, rows: int) -> LossSum:
 
 
 def same_document(position_ids_RL: Tensor) -> Tensor:
-    """[R, L, L], True where position i may attend to j: not after it, and in the same document."""
+    """Causal mask within documents, [R, L, L]: True where position i can attend to position j."""
     document_RL = (position_ids_RL == 0).cumsum(-1)
     same_RLL = document_RL[:, :, None] == document_RL[:, None, :]
     return same_RLL.tril()

@@ -1,4 +1,4 @@
-"""The student writes: generation with a model that is being trained, as it is."""
+"""Generation of rollouts with the student, in the middle of its training."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from stillhouse.training.step_rows import Slot
 
 @contextmanager
 def able_to_generate(model: Any) -> Iterator[None]:
-    """In the block, the model is in eval mode and its attention can use a key-value cache; then all
-    is as it was."""
+    """Inside the block, put the model in eval mode with attention that can use a KV cache.
+    Everything is restored afterwards."""
     training = [module for module in model.modules() if module.training]
     attention = model.config._attn_implementation
     model.eval()
@@ -48,11 +48,11 @@ def able_to_generate(model: Any) -> Iterator[None]:
 def narrowed(
     model: Any, dtype: torch.dtype, *, besides: frozenset[Tensor] = frozenset()
 ) -> Iterator[None]:
-    """In the block, the parameters are in a narrower type, as training's matrix products read them.
+    """Inside the block, convert the parameters to the narrower dtype of training's matrix products.
 
-    Generation reads all weights for each token, so that it takes as long as they are large. The
-    copy is smaller than the gradients, which do not exist between two steps. besides: parameters
-    that stay as they are.
+    Generation reads all weights for each token, so its time is proportional to their size. The copy
+    is smaller than the gradients, which do not exist between two steps. besides: parameters that
+    are left unchanged.
     """
     narrow = [parameter for parameter in model.parameters() if parameter not in besides]
     wide = [(parameter, parameter.data) for parameter in narrow]
@@ -66,14 +66,14 @@ def narrowed(
 
 
 def local_generator(batch: int, dtype: torch.dtype) -> OpenGenerator:
-    """Generation in this process, with the weights that are trained. dtype: of the products."""
+    """Generate in this process, with the weights that are trained. dtype: of matrix products."""
 
     @contextmanager
     def opened(model: Any, ends: frozenset[int]) -> Iterator[Generator]:
         sharded = any(isinstance(module, FSDPModule) for module in model.modules())
         with ExitStack() as ready:
-            # Gradients and activations leave gaps that keys and values do not fit into, and the
-            # other way round.
+            # Gradients and activations leave gaps in memory into which a KV cache does not fit, and
+            # vice versa.
             return_gaps()
             ready.callback(return_gaps)
             ready.enter_context(able_to_generate(model))
@@ -81,7 +81,7 @@ def local_generator(batch: int, dtype: torch.dtype) -> OpenGenerator:
             if narrow and sharded:  # FSDP2 owns the tensors of gathered weights
                 ready.enter_context(torch.autocast(model.device.type, dtype))
             elif not sharded:
-                # Not left to the generator, which would copy the narrow weights once more.
+                # The generator would copy the narrow weights once more, so pack them here.
                 packed = ready.enter_context(packed_linear(model, dtype if narrow else None))
                 if narrow:
                     ready.enter_context(narrowed(model, dtype, besides=packed))
@@ -94,11 +94,11 @@ def local_generator(batch: int, dtype: torch.dtype) -> OpenGenerator:
 def rollout_generator(
     section: OnPolicyRecipe | None, dtype: torch.dtype, place: ModelSource, *, base: Path, seed: int
 ) -> Iterator[OpenGenerator]:
-    """What writes the student's text in a training, until its end.
+    """Open the generator of the student's rollouts for the duration of a training run.
 
-    dtype: of the student's products. place: a folder for checkpoints of the student that are handed
-    over. base: where relative paths of the section start. Raises as `vllm_rollouts` and
-    `server_rollouts`.
+    dtype: of the student's matrix products. place: a folder for checkpoints that are handed over to
+    an engine. base: the folder that paths in the section are relative to. Raises as `vllm_rollouts`
+    and `server_rollouts` do.
     """
     own = None if section is None else section.generator
     if isinstance(own, VllmRollouts):
@@ -113,7 +113,7 @@ def rollout_generator(
 
 
 def as_trained(engine: OpenGenerator, dtype: torch.dtype) -> OpenGenerator:
-    """An engine for a model that is being trained: it gets weights as matrix products read them."""
+    """Give an engine the weights of a model in training, in the dtype of its matrix products."""
 
     @contextmanager
     def opened(model: Any, ends: frozenset[int]) -> Iterator[Generator]:
@@ -124,8 +124,7 @@ def as_trained(engine: OpenGenerator, dtype: torch.dtype) -> OpenGenerator:
 
 
 def slot_seed(seed: int, slot: int, ids: Sequence[int]) -> int:
-    """The seed of a rollout's draws: of the run's seed, its place in the training, and its
-    prompt."""
+    """The seed for sampling a rollout, derived from the run's seed, its slot, and its prompt."""
     text = f"{seed} {slot} {','.join(map(str, ids))}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
 
@@ -139,8 +138,11 @@ def slot_request(
     given: Sequence[int] = (),
     most: int | None = None,
 ) -> TokenPrompt:
-    """The request for a slot's answer. given: its beginning. most: tokens, if not as many as the
-    slot has room for."""
+    """The request for a slot's answer.
+
+    given: tokens at the beginning of the answer. most: maximum number of tokens, if it is less than
+    the slot's room.
+    """
     room = slot.room - len(given)
     return TokenPrompt(
         [*prompt, *given],
@@ -160,10 +162,10 @@ def write_answers(
     *,
     begun: Sequence[Continuation] | None = None,
 ) -> list[Rollout]:
-    """Continue the prompts of the slots.
+    """Generate the answers to the slots' prompts.
 
-    begun: the beginning of each answer, which another model wrote. One that has ended already is
-    left out.
+    begun: the beginning of each answer, which a different model generated. Answers that have
+    already ended are left out.
     """
     requests: list[TokenPrompt] = []
     places: list[int] = []

@@ -1,4 +1,4 @@
-"""Measurements on held-out text during training, over all processes."""
+"""Evaluation on held-out text during training, over all processes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ CROSS_ENTROPY = Term("cross_entropy")
 def heldout_teacher(
     teacher: Teacher | None, batches: Sequence[Batch], accelerator: Accelerator
 ) -> Teacher | None:
-    """The teacher, if it can answer for these batches in every process: all must measure the
-    same."""
+    """Return a teacher that can score these batches, or None on all processes if it cannot on one,
+    since all must compute the same metrics."""
     if teacher is None:
         return None
     found = teacher.for_heldout(batches)
@@ -34,9 +34,9 @@ def heldout_teacher(
 def measure_heldout(
     model: nn.Module, teacher: Teacher | None, batches: Sequence[Batch], accelerator: Accelerator
 ) -> dict[str, float]:
-    """Perplexity, and with a teacher the KL to it (nats/token), which comes last.
+    """Compute the perplexity, then, with a teacher, the KL to it (nats/token).
 
-    model: a `Distillation`, or a wrapper of one. batches: of this process, on the host.
+    model: a `Distillation`, or a wrapper of one. batches: this process's, on the host.
     """
     terms = [CROSS_ENTROPY] if teacher is None else [KL, CROSS_ENTROPY]
     objective = Objective(Mixture.of(*terms))
@@ -57,6 +57,6 @@ def measure_heldout(
 
 
 def measurements_since_best(rows: Sequence[Mapping[str, float]], key: str) -> int:
-    """How many measurements followed the best one, the lowest. rows: of metrics.jsonl."""
+    """The number of measurements since the best (lowest) one. rows: of metrics.jsonl."""
     history = [row[key] for row in rows if key in row]
     return len(history) - 1 - history.index(min(history)) if history else 0

@@ -1,10 +1,10 @@
 """Muon for the matrices of a student's layers, and AdamW for everything else.
 
 Jordan et al., Muon: An optimizer for hidden layers in neural networks
-(https://kellerjordan.github.io/posts/muon/). Updates have the size of AdamW's, as in Liu et al.,
-Muon is Scalable for LLM Training (arXiv:2502.16982), so that both share a learning rate.
+(https://kellerjordan.github.io/posts/muon/). Updates are scaled to the size of AdamW's, as in Liu
+et al., Muon is Scalable for LLM Training (arXiv:2502.16982), so both can share a learning rate.
 
-Shapes: a matrix is [M, N], a stack of them (fused experts) [E, M, N].
+Shapes: [M, N] for a matrix, [E, M, N] for a stack of matrices (fused experts).
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from stillhouse.training.compact_adamw import CompactAdamW, rounded, rounding_ke
 from stillhouse.training.distillation import Distillation
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of Jordan's polynomial: after five iterations, singular values are between about 0.7 and 1.2."""
+"""Jordan's polynomial, which brings singular values to between about 0.7 and 1.2 in five
+iterations."""
 ITERATIONS = 5
 MOMENTUM = 0.95
 ADAMW_SIZE = 0.2
-"""Root mean square of AdamW's updates at a learning rate of 1 (arXiv:2502.16982, section 2.2)."""
+"""RMS of AdamW's updates at a learning rate of 1 (arXiv:2502.16982, section 2.2)."""
 
 
 @dataclass(frozen=True)
 class _Matrix:
-    """number: of the weight among all of the optimizer's, for the noise of rounding."""
+    """A weight that Muon steps. number: its index among all weights, for stochastic rounding."""
 
     weight: Tensor
     group: dict[str, Any]
@@ -40,14 +41,14 @@ class _Matrix:
     number: int
 
     def update(self) -> Tensor:
-        """Nesterov's momentum, in float32, divided over processes as the weight is."""
+        """Compute Nesterov momentum in float32, sharded like the weight."""
         momentum = self.state["momentum"]
         gradient: Any = self.weight.grad.float()  # type: ignore[union-attr]
         momentum.mul_(MOMENTUM).add_(gradient * (1 - MOMENTUM))
         return gradient * (1 - MOMENTUM) + momentum * MOMENTUM
 
     def apply(self, direction: Tensor) -> None:
-        """direction: the rows of the weight's update that this process has."""
+        """Update the weight. direction: this process's rows of the orthogonalized update."""
         rate, decay = float(self.group["lr"]), self.group["weight_decay"]
         size = ADAMW_SIZE * max(self.weight.shape[-2:]) ** 0.5
         own = local_part(self.weight)
@@ -60,10 +61,10 @@ class _Matrix:
 
 
 class Muon(CompactAdamW):
-    """Groups of parameters with `matrices: True` are stepped by Muon, others by AdamW.
+    """Muon for parameter groups with `matrices: True`, and AdamW for the others.
 
-    products: the number type in which matrices are orthogonalized. Several processes divide the
-    matrices, so every process must call `step`. Weights may be float32 or bfloat16.
+    products: the dtype in which matrices are orthogonalized. Processes divide the matrices among
+    themselves, so every process must call `step`. Weights can be float32 or bfloat16.
     """
 
     def __init__(self, params: Any, *, products: torch.dtype, **options: Any) -> None:
@@ -76,7 +77,7 @@ class Muon(CompactAdamW):
         whole = []
         for matrix in self._matrices():
             if matrix.weight.dim() > 2 and isinstance(matrix.weight, DTensor):
-                # Each process has complete matrices of a stack.
+                # Each process has complete matrices of the stack.
                 matrix.apply(orthogonalized(local_part(matrix.update()).to(self.products)))
             else:
                 whole.append(matrix)
@@ -97,7 +98,7 @@ class Muon(CompactAdamW):
             yield _Matrix(weight, group, state, number)
 
     def _step_together(self, matrices: Sequence[_Matrix]) -> None:
-        """Step at most one matrix for each process, which orthogonalizes it for all."""
+        """Step at most one matrix per process, which orthogonalizes it for all processes."""
         rank, own = dist.get_rank() if dist.is_initialized() else 0, None
         for owner, matrix in enumerate(matrices):
             update = matrix.update().to(self.products)
@@ -116,11 +117,14 @@ class Muon(CompactAdamW):
 
 
 def orthogonalized(matrix: Tensor) -> Tensor:
-    """Roughly the nearest matrix with orthonormal rows, or columns if it has more rows; of each
-    matrix of a stack. By Newton-Schulz iterations, in the matrix's number type."""
+    """Approximate the nearest matrix with orthonormal rows, or with orthonormal columns if there
+    are more rows than columns.
+
+    This runs Newton-Schulz iterations in the matrix's dtype, for each matrix of a stack.
+    """
     a, b, c = COEFFICIENTS
     tall = matrix.shape[-2] > matrix.shape[-1]
-    # Of one layout, whatever the gradient's: rounding would depend on it.
+    # Use the same layout regardless of the gradient's, since rounding would depend on it.
     wide = (matrix.mT if tall else matrix).contiguous()
     length = torch.linalg.matrix_norm(wide, dtype=torch.float32, keepdim=True)
     wide = wide / length.clamp(min=1e-7).to(wide.dtype)
@@ -131,10 +135,10 @@ def orthogonalized(matrix: Tensor) -> Tensor:
 
 
 def muon_for(module: Distillation, **options: Any) -> Muon:
-    """The optimizer of a module's trainable parameters.
+    """Create the optimizer for a module's trainable parameters.
 
-    Muon steps the matrices of the student's layers. Embeddings, the head, vectors, convolutions
-    and parameters outside of the student are AdamW's. options: of `Muon`.
+    Muon steps the matrices of the student's layers. AdamW steps embeddings, the head, vectors,
+    convolutions, and parameters outside of the student. options: for `Muon`.
     """
     matrices = {
         id(weight)

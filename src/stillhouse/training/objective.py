@@ -51,7 +51,7 @@ class Weight:
 class LayerLogits:
     """A divergence on the student's intermediate layers, through its own final norm and head.
 
-    name: unlike those of other divergences on the same layers.
+    name: distinguishes it from other divergences on intermediate layers.
     """
 
     term: Mixture
@@ -83,7 +83,7 @@ class ChunkLikelihoods:
 
 @dataclass(frozen=True)
 class Objective:
-    """Terms, ready for two models of known shapes."""
+    """The terms of an objective, built for two models of known shapes."""
 
     output: Mixture
     layer_logits: tuple[LayerLogits, ...] = ()
@@ -100,7 +100,7 @@ class Objective:
 
     @property
     def needs(self) -> TeacherNeeds:
-        """What the objective needs from the teacher."""
+        """The signals and activations that the objective needs from the teacher."""
         layers = {teacher for term in self.hidden for _, teacher in term.loss.pairs}
         attention = {teacher for term in self.relations for _, teacher in term.pairs}
         request = ActivationRequest(frozenset(layers), frozenset(attention))
@@ -108,12 +108,12 @@ class Objective:
 
     @property
     def divergences(self) -> list[Term]:
-        """Divergences at the output and at intermediate layers."""
+        """All divergences at the output and at intermediate layers."""
         mixtures = [self.output, *(logits.term for logits in self.layer_logits)]
         return [term for mixture in mixtures for term, _ in mixture.terms]
 
     def projections(self) -> nn.ModuleList:
-        """The learned projections: trained together with the student, but not part of it."""
+        """The learned projections, which are trained with the student but are not part of it."""
         return nn.ModuleList(term.loss for term in self.hidden if len(term.loss.projections))
 
 
@@ -127,10 +127,11 @@ def objective_for(
     *,
     seed: int = 0,
 ) -> Objective:
-    """Build an objective from an `Objective`, a recipe's section, terms, or None for KL alone.
+    """Build an objective from a recipe's section, a list of terms, or None (forward KL alone).
 
-    teacher_config: None if it is not known. seed: of learned projections. Raises SignalError, with
-    the term's place, for terms that these two models cannot serve.
+    An `Objective` is returned as it is. teacher_config: None if it is unknown. seed: for learned
+    projections. Raises SignalError, with the term's place, for terms that these two models do not
+    support.
     """
     if isinstance(objective, Objective):
         return objective
@@ -165,9 +166,9 @@ def objective_for(
     names = [h.name for h in hidden] + [r.name for r in relations] + [c.distance for c in chunks]
     if len(set(names)) < len(names):
         raise SignalError(
-            "two terms on intermediate layers, or on chunks, are of the same kind",
+            "two terms on intermediate layers or on chunks have the same kind",
             where="objective.terms",
-            fix="give one term all the pairs, or the sum of the weights",
+            fix="merge them into one term with all pairs, or with the sum of the weights",
         )
     terms_inside = [term for term, _, _ in inside]
     layer_logits = tuple(
@@ -201,8 +202,8 @@ def _own_layers(layers: list[int], blocks: int) -> tuple[int, ...]:
     for layer in layers:
         if not 1 <= layer < blocks:
             raise SignalError(
-                f"a term is about the logits of layer {layer}, of a student with {blocks} blocks",
-                fix=f"choose from 1 to {blocks - 1}; the last block's are those of a term "
+                f"a term compares logits of layer {layer}, but the student has {blocks} blocks",
+                fix=f"choose layers from 1 to {blocks - 1}; for the last block, use a term "
                 "without `layers`",
             )
     return tuple(sorted(set(layers)))
@@ -217,7 +218,7 @@ def _pairs(term: LayerTerm, student: Any, teacher: Any, *, embeddings: bool) -> 
         embeddings=embeddings,
     )
     if not embeddings and term.pairs is not None and any(0 in pair for pair in pairs):
-        raise SignalError("a pair names block 0", fix="1 is the first block")
+        raise SignalError("a pair contains block 0", fix="number blocks from 1")
     return pairs
 
 
@@ -238,17 +239,17 @@ def _relations(
             width = head * (config.num_attention_heads if relation == "query" else groups)
             if width % term.heads:
                 raise SignalError(
-                    f"{term.heads} relation heads do not divide the {name}'s {relation} width "
-                    f"of {width}",
+                    f"the {name}'s {relation} width of {width} is not a multiple of {term.heads} "
+                    "relation heads",
                     fix="choose a number of heads that divides the widths of both models",
                 )
     return Relations(weight, pairs, term.heads, tuple(term.relations), "attention relations")
 
 
 def stored_layers(objective: Objective, teacher_config: Any) -> tuple[int, ...]:
-    """The teacher's layers that a store of hidden states must hold for these terms.
+    """The teacher's layers that a store of hidden states must contain for these terms.
 
-    Raises SignalError: no term uses any.
+    Raises SignalError: no term needs any.
     """
     layers = set(objective.needs.activations.layers)
     if any(term.needs_teacher for term in objective.divergences):

@@ -1,8 +1,8 @@
-"""On-policy distillation: a share of each optimizer step's rows is text that the student writes.
+"""On-policy distillation: part of each optimizer step's rows is text that the student generates.
 
-The unit is a window of optimizer steps. Before its first one, the student writes its rollouts as
-it is; they are then treated as fixed text, so that a step on them is an ordinary one. A killed run
-finds them in a folder that is complete or absent.
+Rollouts are generated for a window of optimizer steps at a time, before its first step. They are
+then treated as fixed text, so a step on them is an ordinary one. A resumed run finds them in a
+folder that is either complete or absent.
 """
 
 from __future__ import annotations
@@ -65,26 +65,26 @@ from stillhouse.training.step_rows import Micro, Slot, StepRows, StepSampler
 from stillhouse.training.turn_agreement import require_same_end
 
 MOSTLY = 0.5
-"""The share of answers that are cut off above which a warning is given."""
+"""Share of truncated answers above which a warning is printed."""
 WHERE = "train.on_policy"
 
 
 @runtime_checkable
 class ShipsOtherWeights(Protocol):
-    """A callback of a training whose student is used with other weights than the trained ones, for
-    example rounded ones."""
+    """A callback for a student that is deployed with different weights than the trained ones, such
+    as quantized weights."""
 
     def as_shipped(self, model: nn.Module) -> AbstractContextManager[None]:
-        """In the block, the model has the weights with which it will be used."""
+        """Inside the block, give the model the weights with which it will be deployed."""
         ...
 
 
 class OnPolicy:
-    """The text that a student writes during one training.
+    """The text that a student generates during a training run.
 
-    plan: the rows of each step. steps: of the training. generator: opens one on the student.
-    folder: the training's; None keeps rollouts in memory.
-    Raises DataError as `require_room`.
+    plan: the rows of each step. steps: of the training run. generator: opens a generator for the
+    student. folder: the training run's; None keeps rollouts in memory.
+    Raises DataError as `require_room` does.
     """
 
     def __init__(
@@ -111,14 +111,15 @@ class OnPolicy:
         self.identity = hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
     def prepare(self, student: Student, teacher: Teacher | None) -> None:
-        """Build the objective for own text, and find the teacher that scores it.
+        """Build the objective for the student's text, and find the teacher that scores it.
 
-        Raises SignalError: a teacher that cannot score it, or not under these divergences.
-        DataError as `require_tokens`. ModelError as `Teacher.prepare` and `require_same_end`.
+        Raises SignalError: a teacher that cannot score it, or not for these divergences.
+        DataError as `require_tokens` does. ModelError as `Teacher.prepare` and `require_same_end`
+        do.
         """
         if teacher is None:
             raise SignalError(
-                "there is no teacher to score what the student writes",
+                "there is no teacher to score the text that the student generates",
                 where=WHERE,
                 fix="give a teacher, or remove on_policy",
             )
@@ -131,9 +132,9 @@ class OnPolicy:
             isinstance(self.teacher, LocalTeacher) and not self.teacher.collective
         ):
             raise SignalError(
-                f"{self.teacher.described} cannot write the beginning of answers",
+                f"{self.teacher.described} cannot generate the beginning of answers",
                 where=f"{WHERE}.teacher_tokens",
-                fix="set it to 0, or use one teacher that is a complete model on each device",
+                fix="set teacher_tokens to 0, or use one local teacher that is not sharded",
             )
         require_tokens(self.prompts, student.vocabulary)
         self.ends = ends_of(student)
@@ -145,23 +146,23 @@ class OnPolicy:
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of one process in a step."""
+        """Number of micro-batches of one process in a step."""
         return self.micro.most_batches(self.plan)
 
     def sampler(self) -> StepSampler:
         return StepSampler(self.plan, self.micro, self.steps)
 
     def place(self, step: int, batches: list[Batch]) -> int:
-        """Put this process's own text into the micro-batches of a step whose window is loaded.
+        """Put this process's rollouts into the micro-batches of a step whose window is loaded.
 
-        Returns the number of tokens to learn in it, of all processes.
+        Returns the number of supervised tokens in the rollouts of all processes.
         """
         windows = [
             [self._rollouts[slot.number] for slot in window if slot.number in self._rollouts]
             for window in self.plan.own_windows(step)
         ]
         longest = max((sum(len(one.ids) for one in window) for window in windows), default=0)
-        # The same in all processes: a sharded teacher scores micro-batches of equal size together.
+        # Equal on all processes, since they score with a sharded teacher together.
         width = min(self.plan.context, max(8, -(-longest // 8) * 8))
         drop = self.section.cut_off == "drop"
         first = self.micro.batches(self.plan.batch - len(windows))
@@ -175,17 +176,19 @@ class OnPolicy:
     # --- windows of steps ------------------------------------------------------------------------
 
     def window_start(self, step: int) -> int | None:
-        """The first step of the window that has this step; None in the cold start."""
+        """The first step of the window that contains this step; None in the cold start."""
         after = step - self.plan.cold_steps
         return None if after < 0 else step - after % self.section.window
 
     def holds(self, step: int) -> bool:
-        """Whether the rollouts of a step are in memory, if it has any."""
+        """Whether a step's rollouts are in memory, or it has none."""
         return self.window_start(step) in (None, self._window)
 
     def load(self, step: int) -> bool:
-        """Take the rollouts of a step from the folder, where a killed process left them. Returns
-        whether they are there."""
+        """Read a step's rollouts from the folder, where a killed process may have left them.
+
+        Returns whether they were there.
+        """
         start = self.window_start(step)
         if self.folder is None or start is None:
             return False
@@ -196,8 +199,8 @@ class OnPolicy:
         return True
 
     def require(self, step: int) -> None:
-        """Raise TrainingError if a training cannot resume at this step: its window has begun, and
-        the rollouts of the window are lost."""
+        """Raise TrainingError if training cannot resume at this step, since its window has already
+        begun and the window's rollouts are lost."""
         if self.window_start(step) not in (None, step) and not self.load(step):
             raise TrainingError(f"the rollouts of step {step} are missing or damaged")
 
@@ -210,10 +213,10 @@ class OnPolicy:
         *,
         sharded: bool,
     ) -> dict[str, float] | None:
-        """Let the student write the rollouts of a step's window, unless they are there. Every
-        process must call this before each step.
+        """Generate the rollouts of a step's window, unless they already exist. Every process must
+        call this before each step.
 
-        Returns the row of measurements if the window begins with this step.
+        Returns a row of metrics if the window begins with this step.
         """
         if self.holds(step):
             return None
@@ -232,9 +235,9 @@ class OnPolicy:
 
     def draw(self, step: int, student: Any) -> dict[str, float]:
         """Generate the rollouts of the window that begins at this step. Every process must call
-        this, and writes its share.
+        this, and generates its share.
 
-        student: the model, with complete weights. Returns how fast it was.
+        student: the model, with complete (not sharded) weights. Returns the speed.
         """
         began = time.monotonic()
         end = min(step + self.section.window, self.steps)
@@ -253,7 +256,7 @@ class OnPolicy:
         return {"own_tokens_per_s": sum(len(one.own) for one in found) / max(seconds, 1e-9)}
 
     def measured(self) -> dict[str, float]:
-        """What is measured on the rollouts of the window."""
+        """Compute the metrics of the window's rollouts, and warn once if most are truncated."""
         found = measure_rollouts(list(self._rollouts.values()))
         share = found["own_cut_off"]
         if share > MOSTLY and not self._warned and leads():
@@ -261,17 +264,17 @@ class OnPolicy:
             lost = ", and nothing is learned from them" if self.section.cut_off == "drop" else ""
             note(
                 f"warning: {share:.0%} of the student's answers reach {WHERE}.max_tokens "
-                f"({self.section.max_tokens}) without an end{lost}: raise it, or let the student "
-                f"learn to stop from data first ({WHERE}.cold_start_tokens)"
+                f"({self.section.max_tokens}) without an end token{lost}: raise it, or let the "
+                f"student learn to stop from data first ({WHERE}.cold_start_tokens)"
             )
         return found
 
     def compare_kinds(
         self, model: nn.Module, batches: Sequence[Batch], accelerator: Accelerator
     ) -> None:
-        """Before the first step on own text: warn if the student is much farther from its teacher
-        there than on the data. Every process must call this.
+        """Warn if the student is much farther from its teacher on its own text than on the data.
 
+        Every process must call this, before the first step on own text.
         model: a `Distillation` in eval mode, or a wrapper of one. batches: of the step.
         """
         kinds = [
@@ -288,20 +291,20 @@ class OnPolicy:
         if own > FAR * data and leads():
             note(
                 f"warning: the student's KL to the teacher is {own:.3g} nats/token on its own "
-                f"text, {own / max(data, 1e-9):.1f} times that on the data ({data:.3g}): let it "
+                f"text, {own / max(data, 1e-9):.1f} times the KL on the data ({data:.3g}): let it "
                 f"learn from data first ({WHERE}.cold_start_tokens), for example for a fifth of "
                 "the training"
             )
 
     def forget(self, before: int) -> None:
-        """Delete rollouts that no training can need that resumes at a step, or later."""
+        """Delete rollouts that are not needed to resume at this step or later."""
         start = self.window_start(before)
         if self.folder is not None and start is not None:
             forget_rollouts(self.folder, start)
 
     @property
     def processed_tokens(self) -> int:
-        """Tokens that the student has read or written for the window that is loaded."""
+        """Number of tokens that the student read and generated for the loaded window."""
         return sum(len(one.ids) for one in self._rollouts.values())
 
     def _hold(self, start: int, rollouts: Sequence[Rollout]) -> None:
@@ -311,7 +314,7 @@ class OnPolicy:
     def _begun(
         self, slots: Sequence[Slot], prompts: Sequence[Sequence[int]]
     ) -> list[Continuation] | None:
-        """What the teacher writes of each answer."""
+        """Generate the beginning of each answer with the teacher; None if it generates none."""
         most = self.section.teacher_tokens
         if not most:
             return None
@@ -340,10 +343,10 @@ def own_text(
     seed: int,
     folder: Path | None,
 ) -> OnPolicy | None:
-    """The text that the student writes in a training; None if it writes none.
+    """Plan the text that the student generates in a training run; None if it generates none.
 
-    prompts: None: the chats of `batches`. batch: rows of a step. generator: opens one on the
-    student. Raises DataError as `prompts_of_windows` and `require_room`.
+    prompts: None: the chats in `batches`. batch: rows of a step. generator: opens a generator for
+    the student. Raises DataError as `prompts_of_windows` and `require_room` do.
     """
     if section is None or section.share == 0:
         return None

@@ -1,4 +1,4 @@
-"""The optimizer that a recipe chooses, as transformers.Trainer takes it."""
+"""A recipe's optimizer, in the form that transformers.Trainer accepts."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from stillhouse.training.train_config import TrainRecipe
 def chosen_optimizer(
     settings: TrainRecipe, products: torch.dtype, seed: int
 ) -> tuple[Any, dict[str, Any]] | None:
-    """What makes the optimizer, and its options: a class, or a function that returns a function of
-    the model; None: PyTorch's AdamW. products: number type of matrix products."""
+    """Return Trainer's `optimizer_cls_and_kwargs`; None for PyTorch's AdamW.
+
+    The first is an optimizer class, or a function that returns a function of the model. products:
+    dtype of matrix products.
+    """
     options: dict[str, Any] = {
         "lr": settings.learning_rate,
         "betas": settings.betas,

@@ -1,4 +1,4 @@
-"""Measurements of own text during training, for `metrics.jsonl`; every key begins with `own_`.
+"""Metrics of the student's own text during training, for the `own_` keys of `metrics.jsonl`.
 
 Shapes: N supervised rows of a micro-batch, n measured ones, D hidden width.
 """
@@ -19,12 +19,13 @@ from stillhouse.teachers.backbone import trim_head
 from stillhouse.training.rollouts import Rollout
 
 MEASURED_ROWS = 32
-"""Rows of a micro-batch that are measured: logits of all rows would cost as much as the loss."""
+"""Rows of a micro-batch that are measured, since all rows' logits would cost as much as the
+loss."""
 
 
 def measure_rollouts(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Of the answers of one window: mean length in tokens, the share that is cut off, and the share
-    of 4-grams that occur earlier in the same answer."""
+    """For the answers of one window: their number, mean length in tokens, share that is truncated,
+    and share of 4-grams that occur earlier in the same answer."""
     count = max(1, len(rollouts))
     grams = [repeated_ngrams(one.own) for one in rollouts]
     return {
@@ -43,11 +44,11 @@ def measure_rows(
     targets_N: Tensor,
     vocabulary: int,
 ) -> LossSum:
-    """Sums over rows of own text, estimated from evenly spaced ones: both KLs, the student's
+    """Estimate sums over the rows of own text from evenly spaced rows: both KLs, the student's
     entropy, and the teacher's log-probability of the tokens (see `TokenScores`).
 
-    With a teacher of another tokenizer, these are of shared roots, and estimated from the rows of
-    `covered_N`. The loss itself is 0.
+    With a teacher that has a different tokenizer, these are over shared roots (except the entropy),
+    and estimated from the rows of `covered_N`. The loss itself is 0.
     """
     rows = len(targets_N)
     count = min(rows, MEASURED_ROWS)

@@ -1,4 +1,4 @@
-"""Prompts for text that the student writes, as token ids of its own template."""
+"""Prompts for text that the student generates, as token ids in its own chat template."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ WHERE = "train.on_policy.prompts"
 
 @dataclass(frozen=True, eq=False)
 class OwnPrompts:
-    """Different prompts, in order. ids: of all, one after the other. ends: of each in `ids`."""
+    """Distinct prompts, in order. ids: of all prompts, concatenated. ends: of each prompt in
+    `ids`."""
 
     ids: NDArray[np.int32]
     ends: NDArray[np.int64]
 
     @classmethod
     def of(cls, prompts: Iterable[Sequence[int] | NDArray[np.int32]]) -> OwnPrompts:
-        """Prompts that occur again are left out. Raises DataError if one is empty."""
+        """Create from token ids, without duplicates. Raises DataError if a prompt is empty."""
         found: dict[bytes, NDArray[np.int32]] = {}
         for number, prompt in enumerate(prompts):
             ids = np.asarray(prompt, dtype=np.int32)
@@ -67,18 +68,19 @@ class OwnPrompts:
 
 
 def require_tokens(prompts: OwnPrompts, vocabulary: int) -> None:
-    """Raise DataError for an id that is none of the student's tokens. There is a prompt."""
+    """Raise DataError for an id that is not one of the student's tokens. `prompts` must not be
+    empty."""
     for id_ in (int(prompts.ids.min()), int(prompts.ids.max())):
         if not 0 <= id_ < vocabulary:
             raise DataError(
-                f"a prompt has the token id {id_:,}, and the student {vocabulary:,} tokens",
+                f"a prompt has the token id {id_:,}, but the student has {vocabulary:,} tokens",
                 where=WHERE,
-                fix="give text, or ids of the student's own tokenizer",
+                fix="give text, or ids from the student's own tokenizer",
             )
 
 
 def require_room(prompts: OwnPrompts, context: int) -> None:
-    """Raise DataError if there are no prompts, or one leaves no token for its answer."""
+    """Raise DataError if there are no prompts, or if one leaves no room for an answer."""
     if not len(prompts):
         raise DataError("there are no prompts", where=WHERE, fix="give a file with prompts")
     long = prompts.lengths >= context
@@ -94,27 +96,27 @@ def require_room(prompts: OwnPrompts, context: int) -> None:
 
 
 def prompts_of_windows(windows: Batches) -> OwnPrompts:
-    """The prompts of the training data, exactly as training reads them: see `window_prompts`.
+    """The prompts in the training data, exactly as training reads them (see `window_prompts`).
 
     Raises DataError if there are none.
     """
     prompts = OwnPrompts.of(all_prompts(windows))
     if not len(prompts):
         raise DataError(
-            "the training data have no chat or text that the student could continue",
+            "the training data has no chat or text that the student could continue",
             where=WHERE,
-            fix="name a file of prompts in train.on_policy.prompts.path",
+            fix="set train.on_policy.prompts.path to a file with prompts",
         )
     return prompts
 
 
-# --- files, data sets, and lists -----------------------------------------------------------------
+# --- files, datasets, and lists ------------------------------------------------------------------
 
 
 def read_own_prompts(section: OnPolicyPrompts, base: Path, tokenizer: Any) -> OwnPrompts:
-    """The prompts of a file or a data set, in the student's template.
+    """Read the prompts of a file or a dataset, in the student's chat template.
 
-    Raises DataError for what is not a prompt; ModelError if there is no chat template.
+    Raises DataError if something is not a prompt. ModelError if there is no chat template.
     """
     require_chat_template(tokenizer)
     frame = Frame(section.system)
@@ -145,20 +147,20 @@ def _messages(section: OnPolicyPrompts, base: Path) -> Iterator[tuple[Sequence[M
 
 
 def made_prompts(given: Any, tokenizer: Any, *, key: str = "prompt") -> OwnPrompts:
-    """Prompts from objects: a path, or any iterable of strings, chats (lists of messages), rows, or
-    lists of token ids.
+    """Create prompts from a path, or from an iterable of strings, chats (lists of messages), rows,
+    or lists of token ids.
 
-    Raises DataError for what is not a prompt; ModelError if text needs a chat template and there is
-    none.
+    Raises DataError if something is not a prompt. ModelError if text needs a chat template and
+    there is none.
     """
     if isinstance(given, str | Path):
         section = OnPolicyPrompts(path=str(given), key=key)
         return read_own_prompts(section, Path.cwd(), tokenizer)
     if isinstance(given, Mapping) or not isinstance(given, Iterable):
         raise DataError(
-            f"{type(given).__name__} has no prompts",
+            f"prompts cannot be read from a {type(given).__name__}",
             where="Rollouts",
-            fix="give a path, or a list of strings, chats, rows or token ids",
+            fix="give a path, or a list of strings, chats, rows, or token ids",
         )
     return OwnPrompts.of(
         _made(item, f"prompts[{number}]", tokenizer, key) for number, item in enumerate(given)
@@ -178,7 +180,7 @@ def _made(item: Any, where: str, tokenizer: Any, key: str) -> Sequence[int]:
         raise DataError(
             f"a {type(item).__name__} is not a prompt",
             where=where,
-            fix="give strings, chats (lists of messages), rows or lists of token ids",
+            fix="give strings, chats (lists of messages), rows, or lists of token ids",
         )
     return _ids(tokenizer, prompt_messages(row, key, where), where)
 
@@ -186,7 +188,7 @@ def _made(item: Any, where: str, tokenizer: Any, key: str) -> Sequence[int]:
 def _ids(tokenizer: Any, messages: Sequence[Message], where: str) -> list[int]:
     try:
         return chat_ids(tokenizer, messages)
-    # A template is a program that comes with the model, and fails in any way.
+    # A template is a program that comes with the model, and can raise anything.
     except Exception as error:
         raise DataError(
             f"the student's chat template rejects the prompt: {error}",

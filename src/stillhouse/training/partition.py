@@ -1,8 +1,8 @@
-"""Which rows each process learns from: every row once an epoch, whatever the number of processes.
+"""Partition of rows over processes: every row once per epoch, for any number of processes.
 
-One optimizer step takes `micro x accumulation x processes` rows of the epoch's order: first one
-micro-batch for each process, then the next. If the rows of the last step do not suffice, its last
-micro-batches are smaller or empty; no row is repeated to fill them up.
+An optimizer step takes the next `micro x accumulation x processes` rows in the epoch's order: one
+micro-batch for each process, then the next one for each. If there are too few rows for the last
+step, its last micro-batches are smaller or empty; no row is repeated to fill them.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from stillhouse.data.batches import Batch, without_labels
 from stillhouse.data.windows import WindowSet
 
 NO_ROW = -1
-"""The index of a row without a token to learn, for micro-batches that would otherwise be empty."""
+"""Index of a row without supervised tokens, for micro-batches that would otherwise be empty."""
 
 
 class ProcessBatches(Sampler[list[int]]):
     """Row indices of each micro-batch of one process, for `DataLoader(batch_sampler=...)`.
 
-    rows: in the data. micro: rows in one micro-batch. seed: of the order, which is another one in
-    each epoch and the same in all processes.
-    Every process gets equally many micro-batches in each optimizer step, as collectives need.
+    rows: number of rows in the data. micro: rows in one micro-batch. seed: for the order, which
+    differs between epochs and is the same on all processes.
+    Every process gets the same number of micro-batches in each optimizer step, as collectives
+    require.
     """
 
     def __init__(self, rows: int, micro: int, *, process: int, processes: int, seed: int) -> None:
@@ -41,7 +42,7 @@ class ProcessBatches(Sampler[list[int]]):
         return -(-self.rows // (self.micro * self.processes))
 
     def __iter__(self) -> Iterator[list[int]]:
-        # The order that accelerate's SeedableRandomSampler gives.
+        # The same order as accelerate's SeedableRandomSampler.
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(self.rows, generator=generator).tolist()
         together = self.micro * self.processes
@@ -50,7 +51,7 @@ class ProcessBatches(Sampler[list[int]]):
 
 
 class WithEmptyRow(Dataset[Batch]):
-    """The rows of `windows`, and at `NO_ROW` one that has nothing to learn."""
+    """The rows of `windows`, and a row without supervised tokens at NO_ROW."""
 
     def __init__(self, windows: WindowSet) -> None:
         self.windows = windows
@@ -63,7 +64,7 @@ class WithEmptyRow(Dataset[Batch]):
 
 
 class _EpochLoader(DataLoader[Any]):
-    """Sets the epoch of its batch sampler, as transformers.Trainer expects of a loader."""
+    """A loader that sets the epoch of its batch sampler, as transformers.Trainer expects."""
 
     def __init__(self, rows: Any, dataset: Any, **options: Any) -> None:
         super().__init__(dataset, batch_sampler=rows, **options)
@@ -76,9 +77,9 @@ class _EpochLoader(DataLoader[Any]):
 def row_loader(
     rows: Sampler[list[int]], dataset: Any, args: TrainingArguments, collate: Any
 ) -> DataLoader[Any]:
-    """Loads the micro-batches that a sampler with epochs names.
+    """Create a loader for the micro-batches of a sampler with epochs.
 
-    dataset: rows by index, with one that has nothing to learn at NO_ROW.
+    dataset: rows by index, with a row without supervised tokens at NO_ROW.
     """
     return _EpochLoader(
         rows,

@@ -1,4 +1,4 @@
-"""Training that resumes from the newest checkpoint that can be loaded."""
+"""Training that resumes from the newest loadable checkpoint."""
 
 from __future__ import annotations
 
@@ -24,14 +24,16 @@ from stillhouse.training.train_config import SCHEDULES, StepsRecipe
 
 
 class UnreadableCheckpointError(Exception):
-    """A complete checkpoint cannot be loaded. Every process raises it if one does."""
+    """A complete checkpoint cannot be loaded. If one process raises this, all do."""
 
 
 def step_arguments(
     section: StepsRecipe, folder: Path, *, steps: int, rows: int, dtype: torch.dtype, seed: int
 ) -> dict[str, Any]:
-    """Arguments of TrainingArguments that every training has. rows: of a micro-batch. dtype: of
-    products."""
+    """The TrainingArguments that all kinds of training share.
+
+    rows: of a micro-batch. dtype: of matrix products.
+    """
     device = default_device()
     return {
         "output_dir": str(folder),
@@ -59,16 +61,16 @@ def step_arguments(
 
 
 class ResumingTrainer(Trainer):
-    """transformers.Trainer that can also resume at its last step, and distinguishes a checkpoint
-    that fails to load from other failures. A process uses one GPU."""
+    """transformers.Trainer that can also resume at its last step, and that distinguishes
+    checkpoints that fail to load from other failures. A process uses at most one GPU."""
 
     def __init__(self, *, args: TrainingArguments, **more: Any) -> None:
-        # Where a machine has several GPUs, Trainer would use torch.nn.DataParallel.
+        # On a machine with several GPUs, Trainer would use torch.nn.DataParallel.
         args._n_gpu = min(args.n_gpu, 1)
         super().__init__(args=args, **more)
 
     def process_batches(self) -> ProcessBatches:
-        """The rows of this process's batches: each row once an epoch, for whatever number of
+        """The rows of this process's batches: each row once per epoch, for any number of
         processes."""
         args = self.args
         return ProcessBatches(
@@ -93,7 +95,7 @@ class ResumingTrainer(Trainer):
 
     def _run_epoch(self, *args: Any, **more: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
-            # A checkpoint of the last step: transformers would run one more.
+            # From a checkpoint of the last step, transformers would run one more step.
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **more)
@@ -120,19 +122,20 @@ class ResumingTrainer(Trainer):
             yield
         except (MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # safetensors, torch and json raise many types on a damaged file
+        except Exception as error:  # a damaged file can raise many types
             failure = error
         failed = torch.tensor(float(failure is not None), device=self.args.device)
         if float(self.accelerator.reduce(failed)) > 0:
-            raise UnreadableCheckpointError(str(failure or "another process cannot load it"))
+            raise UnreadableCheckpointError(str(failure or "another process could not load it"))
 
 
 class Housekeeping(TrainerCallback):
     """Updates the progress bar, limits the heap, and seals each checkpoint once it is complete on
     disk.
 
-    trainer: has `meter()` and `metrics`. keep: the newest checkpoints, this many. advance: called
-    after each step. sealed: called in the main process with the folder, after each checkpoint.
+    trainer: must have `meter()` and `metrics`. keep: number of newest checkpoints to keep. advance:
+    called after each step. sealed: called with the folder after each checkpoint, in the main
+    process.
     """
 
     def __init__(
@@ -146,13 +149,13 @@ class Housekeeping(TrainerCallback):
         self.heap = HeapLimit()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        state.save_steps = args.save_steps  # a checkpoint has those of the process that wrote it
+        state.save_steps = args.save_steps  # not the value stored in the checkpoint
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.advance()
         self.heap.check()
         if control.should_save:
-            control.should_log = True  # a checkpoint is written only after a finite-loss check
+            control.should_log = True  # logging checks for a finite loss before a checkpoint
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.accelerator.wait_for_everyone()  # each process writes its own files
@@ -169,10 +172,10 @@ T = TypeVar("T", bound=ResumingTrainer)
 
 
 def train_from_newest(folder: Path, make: Callable[[Meter], T], *, steps: int) -> T:
-    """Train from the newest checkpoint in `folder` that loads, or from the start.
+    """Train from the newest checkpoint in `folder` that can be loaded, or from the start.
 
     make: builds the models and the trainer for the progress so far. It is called again if a
-    checkpoint fails to load, which is then set aside. Returns the trainer that finished.
+    checkpoint, which is then renamed, fails to load. Returns the trainer that finished.
     """
     while True:
         found = checkpoints.latest(folder)
@@ -180,7 +183,7 @@ def train_from_newest(folder: Path, make: Callable[[Meter], T], *, steps: int) -
             checkpoints.drop_unusable(folder)
         checkpoint, meter = found if found else (None, Meter())
         if checkpoint and leads():
-            note(f"going on from step {meter.step} of {steps}")
+            note(f"resuming from step {meter.step} of {steps}")
         trainer = make(meter)
         try:
             with quiet():
@@ -192,4 +195,4 @@ def train_from_newest(folder: Path, make: Callable[[Meter], T], *, steps: int) -
                 checkpoints.set_aside(checkpoint, str(error))
             trainer.accelerator.wait_for_everyone()
         del trainer
-        free_memory()  # it is in a reference cycle with its models, which are loaded again
+        free_memory()  # a reference cycle keeps its models, which are loaded again

@@ -1,6 +1,6 @@
-"""Answers that a student wrote during training: token ids, in a folder that is complete or absent.
+"""Answers that a student generated during training, in folders that are complete or absent.
 
-Text is never decoded and tokenized again: that would be another sequence of tokens.
+Answers are kept as token ids, since decoded text could be tokenized differently.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from stillhouse.disk_errors import disk_errors
 from stillhouse.runfolder import flush, flush_tree
 
 ROLLOUTS = "rollouts"
-"""The folder in a training's folder that has the rollouts, a folder `step-N` for each window."""
+"""The folder of rollouts in a training run's folder, with a folder `step-N` for each window."""
 _ROWS, _TOKENS, _STEP = "rollouts.json", "tokens.npy", "step-"
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """An answer to a prompt. slot: its number among all rollouts of the training.
+    """An answer to a prompt.
 
-    ids: the prompt, what the teacher wrote of the answer, and what the student wrote, with the
-    token that ends it. prompt: tokens of the prompt. given: tokens before the student's own.
-    stop: `stop` (an end token was written) or `length`.
+    slot: its index among all rollouts of the training run. ids: the prompt, the tokens that the
+    teacher generated, and those that the student generated, including the end token. prompt: number
+    of tokens in the prompt. given: number of tokens before the student's own. stop: `stop` (an end
+    token was generated) or `length`.
     """
 
     slot: int
@@ -43,7 +44,7 @@ class Rollout:
 
     @property
     def own(self) -> tuple[int, ...]:
-        """The tokens that the student wrote."""
+        """The tokens that the student generated."""
         return self.ids[self.given :]
 
     @property
@@ -52,15 +53,18 @@ class Rollout:
 
 
 def window_folder(folder: Path, step: int) -> Path:
-    """Where the rollouts are that were generated before optimizer step `step`, from 0. folder:
-    the training's."""
+    """The folder of the rollouts that were generated before optimizer step `step` (from 0).
+
+    folder: the training run's.
+    """
     return folder / ROLLOUTS / f"{_STEP}{step:08}"
 
 
 def save_rollouts(folder: Path, rollouts: Sequence[Rollout], identity: str) -> None:
-    """Write the rollouts; afterwards the folder is complete, and on disk.
+    """Write the rollouts durably, to a folder that is either complete or absent.
 
-    identity: of what they were generated from. Raises RunError: the disk is full, for example.
+    identity: of the settings and prompts that they were generated from. Raises RunError if the
+    folder cannot be written (for example, if the disk is full).
     """
     partial = folder.with_name(f".{folder.name}.partial")
     with disk_errors(folder):
@@ -79,7 +83,8 @@ def save_rollouts(folder: Path, rollouts: Sequence[Rollout], identity: str) -> N
 
 
 def read_rollouts(folder: Path, identity: str | None = None) -> list[Rollout] | None:
-    """What `save_rollouts` wrote; None if it is not there, damaged, or of another identity."""
+    """Read the rollouts that `save_rollouts` wrote; None if they are missing, damaged, or have a
+    different identity."""
     try:
         facts = json.loads((folder / _ROWS).read_text(encoding="utf-8"))
         if seal_broken(facts) or damaged_files(folder, facts["files"]):
@@ -98,29 +103,29 @@ def read_rollouts(folder: Path, identity: str | None = None) -> list[Rollout] | 
 
 
 def forget_rollouts(folder: Path, before: int) -> None:
-    """Delete the rollouts of windows that began before a step. folder: the training's."""
+    """Delete the rollouts of windows that began before a step. folder: the training run's."""
     for path in rollouts_in(folder):
         if int(path.name.removeprefix(_STEP)) < before:
             shutil.rmtree(path)
 
 
 def rollouts_in(folder: Path) -> list[Path]:
-    """The folders of windows in a training's folder, in order."""
+    """The windows' folders in a training run's folder, in order."""
     found = (folder / ROLLOUTS).glob(f"{_STEP}*")
     return sorted(path for path in found if path.name.removeprefix(_STEP).isdecimal())
 
 
 class OwnBatch(dict[str, torch.Tensor]):
-    """A batch of text that the student wrote."""
+    """A batch of text that the student generated."""
 
 
 def rollout_batch(
     windows: Sequence[Sequence[Rollout]], width: int, pad_id: int, *, drop_cut_off: bool = False
 ) -> OwnBatch:
-    """Windows of rollouts, [R, L]: only the student's own tokens are supervised.
+    """Pack rollouts into windows [R, L], in which only the student's own tokens are supervised.
 
-    width: L, at least the tokens of each window. Without windows, one row that has nothing to
-    learn. drop_cut_off: nothing is learned from answers without an end.
+    width: L, at least the number of tokens of each window. Without windows, the batch is one row
+    without supervised tokens. drop_cut_off: do not supervise truncated answers.
     """
     rollouts = [rollout for window in windows for rollout in window]
     plan, row = [], 0

@@ -1,7 +1,7 @@
-"""A folder of a training from Python is used again only for the same training.
+"""Check that a folder given in Python is reused only for the same training.
 
-A run's stage has a key of everything that it depends on. A folder that a caller names has a record
-of it, so that checkpoints of another training are not taken for its own.
+A stage of a run has a key for everything that it depends on. A folder given by a caller instead
+contains a record of this, so that checkpoints of a different training are not resumed from.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from stillhouse.training.train_config import TrainRecipe, training_key
 
 RECORD = "training.json"
 ROWS, NUMBERS = 256, 4096
-"""Rows of the text, and numbers of each of a teacher's tensors, that are compared."""
+"""Number of rows of the text, and of values in each of the teacher's tensors, that are compared."""
 
 
 def require_same_training(
@@ -42,9 +42,9 @@ def require_same_training(
 ) -> None:
     """Record what the training in this folder depends on, or compare it with the record.
 
-    The student is not compared: a training that was interrupted has changed it, and a checkpoint of
-    another architecture does not load.
-    Raises TrainingError if the folder's checkpoints are of another training.
+    The student is not compared, since an interrupted training has changed it, and a checkpoint of a
+    different architecture does not load.
+    Raises TrainingError if the folder's checkpoints are from a different training.
     """
     own = {
         "objective": objective.model_dump(mode="json"),
@@ -60,17 +60,17 @@ def require_same_training(
         changed = [name for name in own if own[name] != known.get(name)]
         if changed:
             raise TrainingError(
-                f"this folder has checkpoints of a training with other values of "
+                f"this folder has checkpoints of a training with different values of "
                 f"{', '.join(changed)}",
                 where=folder,
-                fix="use another folder, or delete this one",
+                fix="use a different folder, or delete this one",
             )
     write_atomically(folder / RECORD, json.dumps(sealed(own), indent=1))
 
 
 def _record(folder: Path) -> dict[str, Any] | None:
-    """The record of the training whose checkpoints are here; None if there is nothing to resume,
-    or the record is damaged: checkpoints have hashes of their own."""
+    """The record of the training whose checkpoints are here; None if there are no checkpoints, or
+    if the record is damaged (checkpoints have their own hashes)."""
     if not checkpoints_in(folder / CHECKPOINTS):
         return None
     try:
@@ -86,7 +86,7 @@ def _sample(batches: Batches) -> str:
 
 
 def _identity(teacher: Teacher | None) -> str | None:
-    """What identifies its content; of a model in memory, a sample of its weights."""
+    """A fingerprint of the teacher. For a model in memory, this hashes a sample of its weights."""
     if teacher is None or teacher.fingerprint.strip():
         return None if teacher is None else teacher.fingerprint
     if not isinstance(teacher, LocalTeacher):

@@ -1,4 +1,4 @@
-"""Save a trained student as a plain model folder that is complete or absent."""
+"""Saving of a trained student as a plain model folder that is either complete or absent."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from stillhouse.training.trainer import DistillationTrainer
 
 
 def save_trained(trainer: DistillationTrainer, student: Student, folder: Path) -> None:
-    """Every process must call this. Raises TrainingError if weights are missing."""
+    """Save the trained student. Every process must call this.
+
+    Raises TrainingError if the saved model is not complete, or `folder` is a file.
+    """
     if folder.is_file():  # transformers would only log it
         raise TrainingError(
-            "there is a file where the folder of the trained model should be",
+            "there is a file where the trained model's folder should be",
             where=folder,
-            fix="move it away, and run the same command again: the checkpoints are kept",
+            fix="move it elsewhere, and run the same command again; the checkpoints are kept",
         )
     unfinished = folder.with_name(f"unfinished-{folder.name}")
     if leads():
@@ -35,7 +38,7 @@ def save_trained(trainer: DistillationTrainer, student: Student, folder: Path) -
         raise TrainingError(
             f"the trained model was not saved: {error.what}",
             where=unfinished,
-            fix="the checkpoints are kept: run the same command again",
+            fix="run the same command again; the checkpoints are kept",
         ) from error
     if student.tokenizer is not None:
         save_tokenizer(student.tokenizer, unfinished)

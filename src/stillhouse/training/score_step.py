@@ -1,7 +1,8 @@
-"""A sharded teacher scores all micro-batches of an optimizer step before the student sees any.
+"""Scoring of all micro-batches of an optimizer step with a sharded teacher, before the student
+runs.
 
-Its layers are then gathered once for many micro-batches. Of each, only the rows that predict a
-supervised token are kept, on the host.
+The teacher's layers are then gathered only once for many micro-batches. Only the rows that predict
+a supervised token are kept, on the host.
 
 Shapes: R windows, L tokens, N supervised rows, D hidden width.
 """
@@ -26,7 +27,8 @@ HOST = torch.device("cpu")
 
 
 def scores_steps(teacher: Teacher | None) -> bool:
-    """Whether this teacher scores whole optimizer steps: it is sharded, or all of several are."""
+    """Whether this teacher scores whole optimizer steps, because it (or each of several) is
+    sharded."""
     if isinstance(teacher, SeveralTeachers):
         return all(scores_steps(each) for each in teacher.teachers)
     if isinstance(teacher, AlignedTeacher):
@@ -42,11 +44,12 @@ def score_step(
     *,
     rows: int,
 ) -> Iterator[TeacherView]:
-    """The teacher's answers to the micro-batches, in order, on the device.
+    """Yield the teacher's answers to the micro-batches, in order, on the device.
 
-    Micro-batches of up to `teacher.tokens_together` tokens are scored together, all before the
-    first answer. The processes of a torchrun must have equally many micro-batches, of equally long
-    windows. rows: in a complete micro-batch; one process may have fewer.
+    Micro-batches of up to `teacher.tokens_together` tokens in total are scored together, and all of
+    them before the first answer. The processes of a torchrun must have the same number of
+    micro-batches, with windows of the same length. rows: in a complete micro-batch; a process can
+    have fewer.
     """
     if not batches:
         return
@@ -60,7 +63,7 @@ def score_step(
 
 
 def _parts(view: TeacherView, chunk: Sequence[Batch]) -> Iterator[TeacherView]:
-    """One answer divided into those to the chunk's micro-batches, on the host."""
+    """Split an answer into the answers to the chunk's micro-batches, on the host."""
     counts = [len(positions_of(batch)) for batch in chunk]
     sizes = [len(batch["labels"]) for batch in chunk]
     signals = [_split(signal, counts) for signal in view.signals]
@@ -78,12 +81,12 @@ def _parts(view: TeacherView, chunk: Sequence[Batch]) -> Iterator[TeacherView]:
                 for block, states in attention.items()
             },
         )
-        # Of one micro-batch, nothing needs to wait on the host.
+        # The answer to a single micro-batch need not wait on the host.
         yield part if len(chunk) == 1 else _moved(part, HOST)
 
 
 def _split(signal: Signal | ChunkSignal, counts: Sequence[int]) -> list[DenseSignal | FoldedSignal]:
-    """The signal's rows, divided into so many."""
+    """Split the signal's rows into parts with these counts."""
     dense = _dense(signal)
     parts = [replace(dense, hidden_ND=own) for own in dense.hidden_ND.split(counts)]
     if not isinstance(signal, FoldedSignal):
@@ -96,7 +99,7 @@ def _split(signal: Signal | ChunkSignal, counts: Sequence[int]) -> list[DenseSig
 
 
 def split_chunks(chunks: ChunkSignal | None, counts: Sequence[int]) -> list[ChunkSignal | None]:
-    """The chunks of each part, all of whose rows are in it."""
+    """Split chunks by parts of rows. All rows of a chunk are in the same part."""
     if chunks is None:
         return [None] * len(counts)
     found: list[ChunkSignal | None] = []
@@ -111,14 +114,14 @@ def split_chunks(chunks: ChunkSignal | None, counts: Sequence[int]) -> list[Chun
 
 
 def _dense(signal: Signal | ChunkSignal) -> DenseSignal:
-    """What a sharded teacher returns, also with another tokenizer."""
+    """The dense signal that a sharded teacher returns, even with a different tokenizer."""
     inner = signal.signal if isinstance(signal, FoldedSignal) else signal
     assert isinstance(inner, DenseSignal)
     return inner
 
 
 def _moved(view: TeacherView, device: torch.device) -> TeacherView:
-    """The view with its rows on the device; the heads stay where they are."""
+    """Move the view's rows to the device. The heads stay where they are."""
     signals = tuple(moved_rows(signal, device) for signal in view.signals)
     layers = {layer: hidden_ND.to(device) for layer, hidden_ND in view.layers.items()}
     attention = {

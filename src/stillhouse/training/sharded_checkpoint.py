@@ -1,8 +1,8 @@
-"""Weights and optimizer state of a sharded training, saved and loaded by every process.
+"""Weights and optimizer state of sharded training, saved and loaded by every process.
 
-torch.distributed.checkpoint writes each process's part, and reads it back in any other partition,
-one process included. A checkpoint of an unsharded training can be loaded into a sharded one, too,
-and so can a model folder, of which each process reads its own part.
+torch.distributed.checkpoint writes each process's shard, and can read it into any other partition,
+including a single process. A checkpoint of unsharded training can be loaded into sharded training
+too, and so can a model folder, of which each process reads its own shard.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from stillhouse.teachers.model_source import AnyModel, source_of
 from stillhouse.teachers.weights import tensor_names, weight_files
 
 SHARDED = "sharded"
-"""The folder in a checkpoint that has the parts."""
+"""The folder in a checkpoint that contains the shards."""
 
 
 def is_sharded(checkpoint: Path) -> bool:
@@ -45,7 +45,7 @@ def is_sharded(checkpoint: Path) -> bool:
 
 
 def save_parts(checkpoint: Path, module: nn.Module, optimizer: Optimizer) -> None:
-    """Write this process's part of the weights and of the optimizer's state."""
+    """Write this process's shard of the weights and of the optimizer state."""
     state = {
         "model": get_model_state_dict(module),
         "optimizer": get_optimizer_state_dict(module, optimizer),
@@ -55,14 +55,14 @@ def save_parts(checkpoint: Path, module: nn.Module, optimizer: Optimizer) -> Non
 
 
 def load_weights(checkpoint: Path, module: nn.Module) -> None:
-    """Read the weights that `save_parts` wrote."""
+    """Load the weights that `save_parts` wrote."""
     state = {"model": get_model_state_dict(module)}
     _load(state, checkpoint)
     set_model_state_dict(module, state["model"])
 
 
 def load_optimizer(checkpoint: Path, module: nn.Module, optimizer: Optimizer) -> None:
-    """Read the optimizer's state that `save_parts` wrote."""
+    """Load the optimizer state that `save_parts` wrote."""
     state = {"optimizer": get_optimizer_state_dict(module, optimizer)}
     _load(state, checkpoint)
     set_optimizer_state_dict(module, optimizer, state["optimizer"])
@@ -76,8 +76,8 @@ def _load(state: dict[str, Any], checkpoint: Path) -> None:
 
 @contextmanager
 def _failures_raised() -> Iterator[None]:
-    """Raise what failed first in any process, in all of them: torch's CheckpointException around it
-    is not an Exception."""
+    """Raise the first failure of any process on all processes, instead of torch's
+    CheckpointException, which is not an Exception."""
     try:
         yield
     except CheckpointException as error:
@@ -88,11 +88,11 @@ def _failures_raised() -> Iterator[None]:
 def gathered_weights(
     model: nn.Module, parts: Iterable[Collection[str]]
 ) -> Iterator[dict[str, Tensor]]:
-    """The complete weights of each part of a sharded model, by name, on the CPU of the main
-    process; empty in the others.
+    """Yield the complete weights of each part of a sharded model, by name, on the main process's
+    CPU. Other processes get empty dictionaries.
 
-    parts: names of weights; each weight is gathered when its part is needed. Of tied weights, only
-    the first name is there. Every process must use all parts.
+    parts: names of weights, which are gathered when their part is needed. Tied weights have only
+    their first name. Every process must iterate over all parts.
     """
     first = {name for name, _ in model.named_parameters()}
     again = {name for name, _ in model.named_parameters(remove_duplicate=False)} - first
@@ -108,7 +108,7 @@ def gathered_weights(
 
 
 def distribute_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Set the weights of a sharded module from complete ones, which every process has."""
+    """Set the weights of a sharded module from complete weights that every process has."""
     if not weights:
         return
     options = StateDictOptions(full_state_dict=True, strict=False)
@@ -116,15 +116,15 @@ def distribute_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def send_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Set the weights of a sharded module from complete ones, which only the main process has."""
+    """Set the weights of a sharded module from complete weights that only the main process has."""
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     set_model_state_dict(module, {**weights}, options=options)
 
 
 def distribute_optimizer(file: Path, module: nn.Module, optimizer: Optimizer) -> None:
-    """Set the state of a sharded module's optimizer from the file of an unsharded one.
+    """Set the state of a sharded module's optimizer from the file of an unsharded optimizer.
 
-    file: of `optimizer.state_dict()`, where parameters are numbered in the optimizer's order.
+    file: of `optimizer.state_dict()`, in which parameters are numbered in the optimizer's order.
     """
     stored = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     names = {parameter: name for name, parameter in module.named_parameters()}
@@ -144,12 +144,12 @@ def distribute_optimizer(file: Path, module: nn.Module, optimizer: Optimizer) ->
 
 @torch.no_grad()
 def read_weights(root: nn.Module, model: nn.Module, checkpoint: AnyModel) -> None:
-    """Set the weights of a sharded model from a model folder, in the number type of the model.
+    """Set the weights of a sharded model from a model folder, in the model's dtype.
 
-    root: the sharded module, which contains the model. Weights on the meta device get memory.
-    Each process reads its own rows. Where the folder's names are not those of the model (mixtures
-    of experts with a file entry for each expert), the main process loads everything, and sends to
-    each process its part. Every process must call this. Raises ModelError: damaged files.
+    root: the sharded module that contains the model. Weights on the meta device get memory.
+    Each process reads its own rows. If the folder's names differ from the model's (mixtures of
+    experts with a tensor for each expert), the main process loads everything and sends each process
+    its shard. Every process must call this. Raises ModelError: damaged files.
     """
     source, device = source_of(checkpoint), default_device()
     root._apply(lambda each: torch.empty_like(each, device=device) if each.is_meta else each)
@@ -173,7 +173,8 @@ def read_weights(root: nn.Module, model: nn.Module, checkpoint: AnyModel) -> Non
 
 
 def _read(weight: Tensor, stored: Any) -> None:
-    """stored: a slice of a safetensors file; rows beyond those of the weight are left out."""
+    """Read this process's rows. stored: a safetensors slice, which can have more rows than
+    needed."""
     own = local_part(weight)
     if not own.numel():
         return

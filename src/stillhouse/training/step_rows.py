@@ -1,8 +1,8 @@
-"""Which rows are in each optimizer step: rows of the data, and windows of own text.
+"""The rows of each optimizer step: rows of the data, and windows of the student's own text.
 
-All of it follows from the settings, the seed, and the lengths of prompts: a resumed run, and one on
-other processes, has the same rows. Own windows are filled with prompts before any answer is
-written, as if every answer had its maximum of tokens.
+They depend only on the settings, the seed, and the prompts' lengths, so a resumed run, or a run on
+a different number of processes, has the same rows. Own windows are filled with prompts before any
+answer is generated, as if every answer had the maximum number of tokens.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Slot:
-    """A place for one rollout. number: among all of the training. prompt: its index. room: tokens
-    that the answer may have."""
+    """A place for one rollout.
+
+    number: its index among all slots of the training run. prompt: the prompt's index. room: maximum
+    number of tokens of the answer.
+    """
 
     number: int
     prompt: int
@@ -36,9 +39,9 @@ class Slot:
 class StepRows:
     """The rows of each step, from step 0.
 
-    batch: rows of a step. share: of them, own windows, after `cold_steps` steps of data alone. If
-    share · batch is not an integer, it holds for the sum over steps. rows: of the data.
-    lengths: tokens of each prompt. samples: rollouts of each prompt, one after the other.
+    batch: rows of a step. share: share of these that are own windows, after `cold_steps` steps with
+    data alone; if share · batch is not an integer, the share is met over several steps. rows: of
+    the data. lengths: tokens of each prompt. samples: consecutive rollouts of each prompt.
     max_tokens: of an answer. context: tokens of a window.
     """
 
@@ -57,29 +60,28 @@ class StepRows:
 
     @property
     def millionths(self) -> int:
-        """The share, exactly."""
+        """The share in millionths, as an exact integer."""
         return round(self.share * MILLION)
 
     def own_before(self, step: int) -> int:
-        """Own windows in all steps before this one."""
+        """Number of own windows in all steps before this one."""
         return max(0, step - self.cold_steps) * self.batch * self.millionths // MILLION
 
     def data_rows(self, step: int) -> list[int]:
-        """The rows of the data in a step, in the order in which a training without own text meets
-        them."""
+        """The rows of the data in a step, in the same order as in training without own text."""
         first = step * self.batch - self.own_before(step)
         end = (step + 1) * self.batch - self.own_before(step + 1)
         return [self._data_row(number) for number in range(first, end)]
 
     def own_windows(self, step: int) -> list[list[Slot]]:
-        """The own windows of a step, each with the rollouts that it has."""
+        """The own windows of a step, each with its slots."""
         return [
             self._filled(window)
             for window in range(self.own_before(step), self.own_before(step + 1))
         ]
 
     def slots(self, first_step: int, end_step: int) -> list[Slot]:
-        """All slots of the steps from the first up to the end, in order."""
+        """All slots of steps `first_step` to `end_step - 1`, in order."""
         steps = range(first_step, end_step)
         return [slot for step in steps for window in self.own_windows(step) for slot in window]
 
@@ -98,7 +100,7 @@ class StepRows:
         return list(self._fill(self._windows[window]))
 
     def _fill(self, number: int) -> Iterator[Slot]:
-        """The slots of a window whose first one has this number."""
+        """Yield the slots of a window whose first slot has this number."""
         left, first = self.context, number
         while True:
             prompt = self._prompt(number)
@@ -111,7 +113,7 @@ class StepRows:
             number += 1
 
     def _prompt(self, slot: int) -> int:
-        """Every prompt once before any is there again, in an order drawn by the seed."""
+        """The prompt of a slot. Each epoch has every prompt once, in an order drawn by the seed."""
         epoch, place = divmod(slot // self.samples, len(self.lengths))
         if epoch not in self._prompt_orders:
             count = len(self.lengths)
@@ -122,24 +124,25 @@ class StepRows:
 
 @dataclass(frozen=True)
 class Micro:
-    """How rows of a step are divided: one micro-batch of `size` rows for each process, then the
-    next."""
+    """The division of a step's rows: one micro-batch of `size` rows for each process, then the next
+    one for each."""
 
     size: int
     process: int
     processes: int
 
     def batches(self, rows: int) -> int:
-        """Micro-batches of each process for a number of rows."""
+        """The number of micro-batches of each process for this many rows."""
         return -(-rows // (self.size * self.processes))
 
     def part(self, rows: Sequence[T], number: int) -> Sequence[T]:
-        """This process's rows of its micro-batch of that number; there may be none."""
+        """This process's rows in micro-batch `number`; possibly none."""
         start = (number * self.processes + self.process) * self.size
         return rows[start : start + self.size]
 
     def most_batches(self, plan: StepRows) -> int:
-        """The most micro-batches of any step: rows of data and own windows are in separate ones."""
+        """The maximum number of micro-batches in a step. Rows of data and own windows are in
+        separate micro-batches."""
         least, more = divmod(plan.batch * plan.millionths, MILLION)
         counts = {least, least + 1} if more else {least}
         most = max(self.batches(plan.batch - own) + self.batches(own) for own in counts)
@@ -147,15 +150,15 @@ class Micro:
 
 
 class StepSampler(Sampler[list[int]]):
-    """The data rows of each micro-batch of one process, for all steps; where a step's micro-batch
-    has own text, `NO_ROW`."""
+    """The data rows of each micro-batch of one process, for all steps. Micro-batches for own text
+    have NO_ROW."""
 
     def __init__(self, plan: StepRows, micro: Micro, steps: int) -> None:
         self.plan, self.micro, self.steps = plan, micro, steps
         self.each = micro.most_batches(plan)
 
     def set_epoch(self, epoch: int) -> None:
-        """All steps are in one epoch."""
+        """Do nothing, since all steps are in one epoch."""
 
     def __len__(self) -> int:
         return self.steps * self.each

@@ -1,4 +1,4 @@
-"""Trains a student under a teacher; resumable at any time if a folder is given."""
+"""Training of a student with a teacher, resumable at any time if a folder is given."""
 
 from __future__ import annotations
 
@@ -44,11 +44,12 @@ MODEL = "model"
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """The result of a training.
+    """The result of a training run.
 
-    tokens: supervised positions. own_tokens: of them, those that the student wrote. seconds:
-    without held-out measurements. metrics: the logged rows, one per step; the keys are the
-    objective's terms, `heldout_` measurements, and `own_` for what the student wrote.
+    tokens: number of supervised tokens. own_tokens: how many of these the student generated.
+    seconds: without held-out evaluation. metrics: the logged rows, one per logged step. Their keys
+    are the objective's terms, `heldout_` metrics, and `own_` metrics of text that the student
+    generated.
     """
 
     steps: int
@@ -62,7 +63,7 @@ class TrainingResult:
     own_tokens: int = 0
 
     def summary(self) -> dict[str, Any]:
-        """All but the metrics, as plain values for JSON."""
+        """All fields except the metrics, as plain values for JSON."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "metrics"}
 
     def __repr__(self) -> str:
@@ -79,7 +80,7 @@ class TrainingResult:
 
 @dataclass(frozen=True)
 class Batching:
-    """How one optimizer step's windows are split. batch = micro x accumulation x processes."""
+    """The division of an optimizer step's windows. batch = micro x accumulation x processes."""
 
     micro: int
     accumulation: int
@@ -88,7 +89,7 @@ class Batching:
 
 
 def shards(settings: TrainRecipe, model: Literal["student", "teacher"]) -> int:
-    """Over how many processes of a torchrun this model is sharded; 1: each has a copy."""
+    """The number of processes that this model is sharded over; 1: each has a copy."""
     if settings.shard not in (model, "both"):
         return 1
     return shards_in_node(settings.shard_within == "node")
@@ -97,10 +98,10 @@ def shards(settings: TrainRecipe, model: Literal["student", "teacher"]) -> int:
 def plan_batches(
     section: TrainRecipe, windows: int, processes: int, *, most_windows: int | None = None
 ) -> Batching:
-    """How the steps on so many windows are divided.
+    """Plan the steps and micro-batches for this number of windows.
 
-    most_windows: of the default micro-batch, see `micro_windows`; None: the process's share.
-    Raises RecipeError if the batch cannot be split evenly.
+    most_windows: maximum size of the default micro-batch (see `micro_windows`); None: the process's
+    share of the batch. Raises RecipeError if the batch cannot be split evenly.
     """
     micro = section.micro_batch_size or max(1, section.batch_size // processes)
     if section.micro_batch_size is None and most_windows is not None:
@@ -135,19 +136,19 @@ def train(
     prompts: OwnPrompts | None = None,
     base: Path = Path(),
 ) -> TrainingResult:
-    """Train the student in place; its weights become those of `settings.weights`.
+    """Train the student in place. Its weights get the dtype `settings.weights`.
 
-    teacher: None if no term needs one. heldout: measured every `settings.evaluate_every` steps.
-    callbacks: additional transformers callbacks; their `model` is a `Distillation`.
-    prompts: for `settings.on_policy`; None: the chats of `batches`, without their last answer.
-    base: where relative paths of `settings.on_policy` start.
-    folder: receives `model` (a plain Hugging Face folder), `metrics.jsonl`, and `checkpoints`; a
-    run that was killed resumes from the newest checkpoint that loads, and ends with the same
-    weights as an uninterrupted run. None: nothing is written.
+    teacher: None if no term needs one. heldout: evaluated every `settings.evaluate_every` steps.
+    callbacks: additional transformers callbacks, whose `model` is a `Distillation`.
+    prompts: for `settings.on_policy`; None: the chats in `batches`, without their last answer.
+    base: the folder that paths in `settings.on_policy` are relative to.
+    folder: for `model` (a plain Hugging Face folder), `metrics.jsonl`, and `checkpoints`. A killed
+    run resumes from the newest checkpoint that can be loaded, and ends with the same weights as an
+    uninterrupted run. None: nothing is written.
     Under torchrun or accelerate launch, every process must call this.
-    Raises RecipeError, SignalError, ModelError: parts that do not fit together. TrainingError:
-    nothing to learn or to measure on, a loss that is not finite, weights that were not saved.
-    DeviceError: processes with different devices.
+    Raises RecipeError, SignalError, ModelError: settings and models that do not fit together.
+    TrainingError: no text to train or evaluate on, a loss that is not finite, or weights that were
+    not saved. DeviceError: processes with different devices.
     """
     device = default_device()
     precision = choose_precision(settings.products, device)
@@ -161,7 +162,7 @@ def train(
     _check_text(batches, heldout, settings)
     if leads():
         note(f"precision: {precision.reason}")
-    # Only the main process writes: other files would become part of the stage.
+    # Only the main process writes, since other processes' files would become part of the stage.
     file = folder / METRICS if folder is not None and leads() else None
     step_tokens = settings.batch_size * batches.context
     shown = 0
@@ -172,7 +173,7 @@ def train(
         if begin_again is not None:
             begin_again()
         elif meter.step:
-            begin_again = student.remember()  # a checkpoint that does not load may change it
+            begin_again = student.remember()  # a checkpoint that fails to load can change weights
         student.trainable(freeze_head=settings.freeze_head, dtype=getattr(torch, settings.weights))
         own = own_text(
             settings.on_policy,
@@ -224,7 +225,7 @@ def train(
             seed=seed,
         ) as generator,
     ):
-        with _as_it_came(student):  # until it is saved: the configuration is a part of it
+        with _as_it_came(student):  # restore the configuration before it is saved
             trainer = train_from_newest(written, make, steps=plan.steps)
         done = trainer.meter()
         student.changed = True
@@ -252,13 +253,14 @@ def train(
 
 
 def _forget(own: OnPolicy | None, folder: Path) -> None:
-    """Delete the student's text that no checkpoint needs."""
+    """Delete rollouts that no checkpoint needs."""
     if own is not None:
         own.forget(before=checkpoints.oldest_step(folder))
 
 
 def require_windows(windows: int, processes: int, *, at_most: bool = False) -> None:
-    """Raise RecipeError if there are more processes than windows. at_most: there may be fewer."""
+    """Raise RecipeError if there are more processes than windows. at_most: `windows` is an upper
+    bound."""
     if windows < processes:
         raise RecipeError(
             f"{processes} processes cannot share {'at most ' if at_most else ''}{windows:,} "
@@ -276,7 +278,7 @@ def _check_text(batches: Batches, heldout: Batches | None, settings: TrainRecipe
         )
     if heldout is None and settings.evaluate_every is not None:
         raise TrainingError(
-            "there is no held-out text for evaluation",
+            "there is no held-out text to evaluate on",
             where="train.evaluate_every",
             fix="add held-out text, or remove evaluate_every",
         )
@@ -319,7 +321,7 @@ def _arguments(
     )
     scheduler_kwargs: dict[str, Any] = {}
     if section.schedule == "wsd":
-        # Rounded, warmup and decay may be a step more than there are.
+        # Rounding can make warmup and decay one step too long in total.
         most = plan.steps - common["warmup_steps"]
         scheduler_kwargs["num_decay_steps"] = max(1, min(round(section.decay * plan.steps), most))
     every = section.evaluate_every
@@ -343,7 +345,8 @@ def _arguments(
 
 
 def checkpointing_key(arguments: Any = TrainingArguments) -> str:
-    """The name of the option for activation checkpointing, which transformers 5.23 renamed."""
+    """The name of the option for activation checkpointing, which was renamed in transformers
+    5.23."""
     known = {field.name for field in fields(arguments)}
     new = "activation_checkpointing"
     return new if new in known else "gradient_checkpointing"

@@ -28,7 +28,7 @@ SCHEDULES = {
     "wsd": "warmup_stable_decay",
     "constant": "constant_with_warmup",
 }
-"""Learning-rate schedules, with transformers' names for them."""
+"""Learning-rate schedules, by name, with transformers' names."""
 
 ORIGINAL = "teacher"
 """The entry of `train.teachers` for the recipe's own teacher."""
@@ -45,12 +45,12 @@ HARMLESS = frozenset(
         "report_to",
     )
 )
-"""Keys that decide how a training is computed and stored, and not what comes out. They may change
-in between a kill and its resume."""
+"""Keys that affect how training is computed and stored, but not its result. They can be changed
+before resuming."""
 
 
 def training_key(settings: TrainRecipe) -> dict[str, Any]:
-    """What identifies the result of a training, of its settings."""
+    """The settings that affect the result of training."""
     found = settings.model_dump(mode="json", exclude={"teachers", *HARMLESS})
     own = found.pop("on_policy")
     if own is not None:
@@ -60,13 +60,13 @@ def training_key(settings: TrainRecipe) -> dict[str, Any]:
 
 
 class StepsRecipe(Section):
-    """How a training of any kind steps."""
+    """Settings of the optimizer steps, for any kind of training."""
 
     epochs: Epochs = 1.0
-    batch_size: Count = Field(8, description="Windows in one optimizer step, all processes.")
+    batch_size: Count = Field(8, description="Windows per optimizer step, over all processes.")
     learning_rate: LearningRate = 1e-4
     schedule: Annotated[str, OneOf(SCHEDULES)] = "cosine"
-    warmup: PartialShareOrZero = Field(0.05, description="Share of all steps.")
+    warmup: PartialShareOrZero = Field(0.05, description="Share of all steps used for warmup.")
     weight_decay: WeightDecay = 0.0
     max_grad_norm: GradientNorm = 1.0
     precision: Precision = Field("auto", description="Precision of matrix products.")
@@ -76,54 +76,54 @@ class StepsRecipe(Section):
 class TrainRecipe(StepsRecipe):
     teachers: list[PathText] = Field(
         default=[],
-        description="Models to learn from in place of the teacher, which stays the measure; as "
-        "teacher.model, or `teacher` itself. The loss is the mean of theirs. They may have other "
-        "tokenizers.",
+        description="Models to learn from instead of the teacher, which is still used for "
+        "evaluation; in the same forms as teacher.model, or `teacher` for the teacher itself. The "
+        "loss is the mean over these models. Their tokenizers can differ from the student's.",
     )
     max_steps: Steps | None = Field(None, description="Stop after this many optimizer steps.")
     micro_batch_size: Count | None = Field(
         None,
-        description="Windows in one forward pass of one process; null: on a GPU, its share of "
-        "batch_size; on a CPU, up to 256 tokens of that, or 1024 if products are in bfloat16.",
+        description="Windows per forward pass of one process; null: on a GPU, the process's share "
+        "of batch_size; on a CPU, at most 256 tokens, or 1024 with bfloat16 matrix products.",
     )
-    decay: Share = Field(0.2, description="wsd: share that decays.")
+    decay: Share = Field(0.2, description="With schedule: wsd, share of all steps used for decay.")
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False)
     weights: Literal["float32", "bfloat16"] = Field(
         "float32",
-        description="Number type of weights and gradients. bfloat16: half the memory, rounded "
-        "stochastically after each step.",
+        description="Dtype of weights and gradients. bfloat16 halves their memory; weights are "
+        "rounded stochastically after each step.",
     )
     optimizer: Literal["adamw", "adamw_8bit", "muon"] = Field(
         "adamw",
-        description="adamw_8bit: AdamW with moments in 8 bits instead of float32. muon: Muon for "
-        "the matrices of layers, AdamW for the rest.",
+        description="adamw_8bit: AdamW with 8-bit instead of float32 moments; muon: Muon for the "
+        "layers' matrices, and AdamW for the rest.",
     )
     freeze_head: bool = Field(
-        False, description="Do not train the head, or embeddings that are tied to it."
+        False, description="Do not train the head, nor embeddings that are tied to it."
     )
     gradient_checkpointing: bool = False
     shard: Literal["none", "student", "teacher", "both", "auto"] = Field(
         "auto",
-        description="Models whose weights are sharded over the processes of a torchrun (FSDP2). "
-        "auto: what does not fit on one GPU.",
+        description="Models to shard over the processes of a torchrun (FSDP2). auto: those that do "
+        "not fit on one GPU.",
     )
     shard_within: Literal["all", "node"] = Field(
-        "all", description="node: shard inside each node, and keep a copy in every node."
+        "all", description="node: shard within each node, and keep a copy on every node."
     )
     offload_teacher: bool = Field(
-        False, description="Keep a sharded teacher's weights in the host's memory."
+        False, description="Keep a sharded teacher's weights in host memory."
     )
     keep_checkpoints: Count = 2
     evaluate_every: Steps | None = Field(
-        None, description="Optimizer steps between held-out measurements; null: never."
+        None, description="Optimizer steps between held-out evaluations; null: never."
     )
     early_stop: Count | None = Field(
-        None, description="Stop after this many measurements without a better one."
+        None, description="Stop after this many evaluations without an improvement."
     )
     on_policy: OnPolicyRecipe | None = Field(
         None,
-        description="The student writes a share of the text it learns from; null: it learns from "
-        "data alone.",
+        description="Let the student generate a share of the text that it learns from; null: learn "
+        "from data alone.",
     )
     report_to: list[str] = Field(
         default=[], description="Trackers of transformers.Trainer: tensorboard, wandb, trackio."
@@ -133,7 +133,7 @@ class TrainRecipe(StepsRecipe):
     def _narrow_weights_need_narrow_products(self) -> TrainRecipe:
         if self.weights == "bfloat16" and self.precision == "float32":
             raise ValueError(
-                "weights in bfloat16 are multiplied in bfloat16: leave precision out, or set "
+                "weights: bfloat16 requires matrix products in bfloat16: remove precision, or set "
                 "weights: float32"
             )
         return self
@@ -142,8 +142,8 @@ class TrainRecipe(StepsRecipe):
     def _phases_fit(self) -> TrainRecipe:
         if self.schedule == "wsd" and self.warmup + self.decay > 1 + 1e-6:
             raise ValueError(
-                f"warmup ({self.warmup:g}) and decay ({self.decay:g}) are more than all steps: "
-                "lower one"
+                f"warmup ({self.warmup:g}) and decay ({self.decay:g}) add up to more than all "
+                "steps: lower one of them"
             )
         return self
 
@@ -159,17 +159,17 @@ class TrainRecipe(StepsRecipe):
         engine = own is not None and own.generator.kind != "local"
         if engine and self.shard in ("student", "both"):
             raise ValueError(
-                "the weights of a sharded student are not handed over to vLLM: set shard to none "
-                "or teacher, or on_policy.generator.kind to local"
+                "a sharded student's weights cannot be handed over to vLLM: set shard to none or "
+                "teacher, or on_policy.generator.kind to local"
             )
         return self
 
     @property
     def only_own_text(self) -> bool:
-        """Whether the student writes all text that it learns from."""
+        """Whether the student generates all text that it learns from."""
         return self.on_policy is not None and self.on_policy.share == 1
 
     @property
     def products(self) -> Literal["auto", "float32", "bfloat16"]:
-        """The precision of matrix products, which weights in bfloat16 decide."""
+        """The precision of matrix products, which is bfloat16 if the weights are."""
         return "bfloat16" if self.weights == "bfloat16" else self.precision

@@ -1,6 +1,6 @@
-"""transformers.Trainer for distillation: it trains a `Distillation` and queries a teacher.
+"""transformers.Trainer for distillation, which trains a `Distillation` and queries a teacher.
 
-Shapes: R windows, L tokens a window, N supervised rows.
+Shapes: R windows, L tokens per window, N supervised rows.
 """
 
 from __future__ import annotations
@@ -47,18 +47,19 @@ from stillhouse.training.score_step import score_step, scores_steps
 
 
 class DistillationTrainer(ResumingTrainer):
-    """Trains a student to match a teacher; subclass it as you would transformers.Trainer.
+    """Trains a student to match a teacher. Subclass it as you would transformers.Trainer.
 
-    Losses are sums over rows, divided once by the batch's supervised tokens on all ranks. The
-    model that it trains and passes to callbacks is a `Distillation`: its `student` is the plain
-    transformers model, which can generate at any time. Checkpoints are plain model folders.
+    Losses are sums over rows, divided once by the batch's supervised tokens on all ranks. The model
+    that is trained and passed to callbacks is a `Distillation`, whose `student` is the plain
+    transformers model and can generate at any time. Checkpoints are plain model folders.
 
     student: its weights are trained in place. teacher: None if no term needs one. objective:
     terms, a recipe's section, or an `Objective`. metrics, meter: of a resumed run. early_stop:
-    stop after this many held-out measurements without an improvement. shards: the number of
-    processes that the student is sharded over (FSDP2); 1: each has a copy. own: the text that the
-    student writes in this training.
-    Raises ModelError: vocabularies that differ. SignalError: terms that the teacher cannot serve.
+    stop after this many held-out evaluations without an improvement. shards: number of processes
+    that the student is sharded over (FSDP2); 1: each has a copy. own: the text that the student
+    generates in this training run.
+    Raises ModelError: vocabularies that differ. SignalError: terms that the teacher does not
+    support.
     """
 
     loss_is_scaled_for_ga = True
@@ -91,7 +92,7 @@ class DistillationTrainer(ResumingTrainer):
         self.own = own
         if own is not None:
             own.prepare(self.student, teacher)
-        # DDP would add up gradients of bfloat16 weights in bfloat16.
+        # DDP would sum the gradients of bfloat16 weights in bfloat16.
         self._sharded = shards > 1 or (model.is_narrow and world_size() > 1)
         if self._sharded:
             shard(model, model.student, sharding_mesh(shards))
@@ -103,9 +104,9 @@ class DistillationTrainer(ResumingTrainer):
             raise RecipeError(
                 "accelerate is configured for FSDP or DeepSpeed, which Stillhouse does not use",
                 where="accelerate's configuration",
-                fix="start with torchrun, and choose with train.shard what is sharded",
+                fix="start with torchrun, and use train.shard to shard models",
             )
-        # It is sharded already, and reduces its own gradients: accelerate must not wrap it.
+        # A sharded module reduces its own gradients, so accelerate must not wrap it.
         self.is_distributed_loading_by_transformers = self._sharded
         if self._sharded:
             # Autocast would keep a copy of every gathered weight until the end of the forward pass.
@@ -137,13 +138,13 @@ class DistillationTrainer(ResumingTrainer):
             self.teacher.prepare(needs, text if hasattr(text, "supervised_tokens") else None)
         elif needs.teacher:
             raise SignalError(
-                "a term compares the student with a teacher, and there is none",
+                "a term compares the student with a teacher, but there is none",
                 where="objective.terms",
-                fix="give a teacher, or only cross_entropy",
+                fix="give a teacher, or use only cross_entropy",
             )
 
     def _place_models(self) -> None:
-        """Trainer has moved the student; choose attention by its current device."""
+        """Place the teacher, and choose the student's attention now that Trainer has moved it."""
         text = self.train_dataset if self.train_dataset is not None else self.eval_dataset
         context = len(text[0]["input_ids"])
         dtype = torch.bfloat16 if self.args.bf16 else self.student.model.dtype
@@ -168,7 +169,7 @@ class DistillationTrainer(ResumingTrainer):
         (self._tally if own is None else self._own_tally).add(outputs)
         count = outputs.rows if num_items_in_batch is None else num_items_in_batch
         rows = count.clamp(min=1) if isinstance(count, Tensor) else max(1, count)
-        # DDP and FSDP average gradients over ranks; the rows are already counted over all of them.
+        # DDP and FSDP average gradients over ranks, but `rows` already counts all ranks.
         loss = outputs.total * (self.accelerator.num_processes / rows)
         return (loss, outputs) if return_outputs else loss
 
@@ -190,7 +191,7 @@ class DistillationTrainer(ResumingTrainer):
         return super()._prepare_input(data)
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
-        """Every window once an epoch, for whatever number of processes."""
+        """Return a loader with every window once per epoch, for any number of processes."""
         rows = self.process_batches() if self.own is None else self.own.sampler()
         dataset = WithEmptyRow(self.train_dataset)
         return row_loader(rows, dataset, self.args, self.data_collator)
@@ -203,8 +204,8 @@ class DistillationTrainer(ResumingTrainer):
             self._place_own_text(self.own, given)
             epoch_iterator = iter(given)
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._tokens = self._tokens + items  # a tensor on a GPU: read only when it is logged
-        # Teachers read the batches on the host: some look up their text in a store.
+        self._tokens = self._tokens + items  # on a GPU, a tensor that is read only for logging
+        # Teachers get the batches on the host, since some look up the text in a store.
         if self.teacher is not None and scores_steps(self.teacher):
             own = [batch for batch in batches if isinstance(batch, OwnBatch)]
             data = batches[: len(batches) - len(own)]
@@ -218,7 +219,7 @@ class DistillationTrainer(ResumingTrainer):
         return batches, items
 
     def _get_num_items_in_batch(self, batches: list[Batch], device: torch.device) -> Tensor | int:
-        """Supervised tokens of an optimizer step over all processes: what losses are divided by."""
+        """The supervised tokens of an optimizer step over all processes, which divide the loss."""
         own = sum(len(positions_of(batch)) for batch in batches)
         if self.args.world_size == 1:
             return own
@@ -226,7 +227,7 @@ class DistillationTrainer(ResumingTrainer):
         return every.sum()
 
     def _place_own_text(self, own: OnPolicy, batches: list[Batch]) -> None:
-        """Put the student's own text into a step's micro-batches; it is written if need be."""
+        """Put the student's own text into a step's micro-batches, after generating it if needed."""
         step, module = self.state.global_step, self._distillation
         callbacks = self.callback_handler.callbacks
         row = own.begin(step, module, callbacks, self.accelerator, sharded=self._sharded)
@@ -243,7 +244,8 @@ class DistillationTrainer(ResumingTrainer):
     # --- checkpoints ---------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the student as a plain folder; a sharded one's checkpoints have parts instead."""
+        """Write the student as a plain folder, except in checkpoints of a sharded student, which
+        contain shards."""
         folder = Path(output_dir or self.args.output_dir)
         if not self._sharded:
             super().save_model(str(folder), _internal_call)
@@ -307,8 +309,8 @@ class DistillationTrainer(ResumingTrainer):
 
     @contextmanager
     def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
-        """Before an optimizer step's last micro-batch: gradients are summed inside a group that
-        shares the weights, since complete ones would not fit, and not yet between such groups."""
+        """Before an optimizer step's last micro-batch, reduce gradients only within a group that
+        shards the weights, not between such groups. Unreduced gradients would not fit in memory."""
         self.model.set_requires_all_reduce(False)
         try:
             yield
@@ -316,7 +318,7 @@ class DistillationTrainer(ResumingTrainer):
             self.model.set_requires_all_reduce(True)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        if not self._sharded:  # else each part is where it belongs
+        if not self._sharded:  # shards are already where they belong
             super()._move_model_to_device(model, device)
 
     @property
@@ -344,7 +346,7 @@ class DistillationTrainer(ResumingTrainer):
         now = time.monotonic()
         total, own = int(self._tokens), self._own_tokens
         tokens, of_own = total - self._logged_tokens, own - self._logged_own_tokens
-        # Every rank holds its own sums and the count of all ranks; one reduction for all terms.
+        # Every rank has its own sums and the count of all ranks, so one reduction is enough.
         metrics = self._tally.means(tokens - of_own, self.accelerator.reduce)
         of_own_text = self._own_tally.means(of_own, self.accelerator.reduce)
         metrics |= {f"own_{name}": mean for name, mean in of_own_text.items()}
@@ -358,8 +360,12 @@ class DistillationTrainer(ResumingTrainer):
     # --- held-out measurement ------------------------------------------------------------------
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Held-out KL to the teacher (nats/token; the mean over several) and perplexity, over all
-        ranks. From a store of samples, the teacher's cross-entropy: the KL and a constant."""
+        """Compute the held-out KL to the teacher (nats/token; the mean over several teachers) and
+        the perplexity, over all ranks.
+
+        With a store of samples, the KL is replaced by the teacher's cross-entropy, which differs
+        from it by a constant.
+        """
         step = self.state.global_step
         if self._measured is not None and self._measured[0] == step:
             return self._measured[1]  # transformers evaluates again after the last step
@@ -387,6 +393,6 @@ class DistillationTrainer(ResumingTrainer):
             return
         waited = measurements_since_best(self.metrics.rows, key)
         stop = torch.tensor(float(waited >= self.early_stop), device=self.args.device)
-        # In a resumed run, only rank 0 has the history; all must stop at the same step.
+        # In a resumed run, only rank 0 has the history, but all must stop at the same step.
         if float(self.accelerator.reduce(stop)) > 0:
             self.control.should_training_stop = True

@@ -1,5 +1,4 @@
-"""Whether a teacher reads a student's answers as the student means them: their ends, and their
-template."""
+"""Checks that a teacher and a student agree on the end of an answer and on the chat template."""
 
 from __future__ import annotations
 
@@ -20,9 +19,8 @@ _CHATS = (
 def require_same_end(student: Any, teacher: Any) -> None:
     """Raise ModelError if one model ends its answers with a token at which the other does not stop.
 
-    The student would never learn to end its answers: where it should, the teacher expects another
-    token. student, teacher: tokenizers; nothing is checked if one is not known, or their ids
-    differ.
+    The student would never learn to end its answers, since the teacher expects a different token
+    there. student, teacher: tokenizers. Nothing is checked if one is unknown or their ids differ.
     """
     if student is None or teacher is None:
         return
@@ -32,12 +30,12 @@ def require_same_end(student: Any, teacher: Any) -> None:
         if end is None or end.id in end_of_answers(other):
             continue
         if other.convert_tokens_to_ids(end.text) != end.id:
-            continue  # another tokenizer, whose ends are aligned with the student's
+            continue  # a different tokenizer, whose end tokens are aligned with the student's
         other_end, other_name = turn_end(other), "teacher" if name == "student" else "student"
         stops = "no token" if other_end is None else other_end.text
         raise ModelError(
-            f"the {name} ends its answers with {end.text}, and the {other_name} with {stops}: "
-            "answers that the student writes would grow without end",
+            f"the {name} ends its answers with {end.text}, but the {other_name} with {stops}, so "
+            "the student would never learn to end its answers",
             where="train.on_policy",
             fix="copy the teacher's chat_template.jinja, tokenizer_config.json and "
             "generation_config.json into the student's folder; or remove on_policy",
@@ -45,14 +43,14 @@ def require_same_end(student: Any, teacher: Any) -> None:
 
 
 def differing_template(student: Any, teacher: Any) -> str | None:
-    """How the teacher's own rendering of chats differs from the student's, which both models read;
-    None if it does not."""
+    """Describe how the teacher's rendering of chats differs from the student's, which both models
+    read; None if it does not."""
     if not getattr(teacher, "chat_template", None):
         return "the teacher has no chat template"
     for chat in _CHATS:
         try:
             own = chat_ids(student, chat)
-        except Exception:  # a template is a program that fails in any way
+        except Exception:  # a template is a program that can raise anything
             continue
         try:
             other = chat_ids(teacher, chat)
