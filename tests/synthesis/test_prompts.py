@@ -113,7 +113,7 @@ def test_a_chat_of_several_turns_is_cut_after_the_users_last(tmp_path: Path) -> 
         ("p.jsonl", "3\n", "is a JSON int, not an object"),
         ("p.json", '{"prompt": "a"}', "neither a list"),
         ("p.csv", "question\nwhy?\n", "its keys are question"),
-        ("p.txt", "\n\n", "is empty"),
+        ("p.txt", "\n\n", "contains no text"),
     ],
 )
 def test_rows_that_are_not_prompts_are_named_with_their_place(

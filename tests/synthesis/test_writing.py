@@ -212,10 +212,10 @@ def test_check_estimates_prompts_that_are_not_generated_yet(tmp_path: Path) -> N
         ({"path": "p.txt", "combine": COMBINE}, "exactly one of path and combine"),
         ({"path": "p.txt", "write": {"count": 3}}, "write needs combine"),
         ({"combine": {"templates": ["about {topic}"]}}, "uses {topic}, which has no values"),
-        ({"combine": {"templates": ["about {"]}}, "cannot be read"),
-        ({"combine": {"templates": ["{n:d}"], "values": {"n": ["1"]}}}, "cannot be read"),
-        ({"combine": {"templates": ["{n:{m}}"], "values": {"n": ["1"]}}}, "cannot be read"),
-        ({"combine": {"templates": ["{n.m}"], "values": {"n.m": ["1"]}}}, "cannot be read"),
+        ({"combine": {"templates": ["about {"]}}, "cannot be parsed"),
+        ({"combine": {"templates": ["{n:d}"], "values": {"n": ["1"]}}}, "cannot be parsed"),
+        ({"combine": {"templates": ["{n:{m}}"], "values": {"n": ["1"]}}}, "cannot be parsed"),
+        ({"combine": {"templates": ["{n.m}"], "values": {"n.m": ["1"]}}}, "cannot be parsed"),
         (
             {
                 "combine": {
