@@ -227,7 +227,7 @@ def test_when_all_answers_are_cut_off_the_limit_is_named(tmp_path: Path) -> None
         pytest.raises(DataError, match="filters dropped all") as caught,
     ):
         synthesize_text(write(tmp_path, stub.url))
-    assert str(caught.value.fix).startswith("raise synthesize.sampling.max_tokens: 12 answers")
+    assert str(caught.value.fix).startswith("raise synthesize.sampling.max_tokens, which cut off 12")
 
 
 @pytest.mark.parametrize(
