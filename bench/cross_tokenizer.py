@@ -189,7 +189,7 @@ def write(options: argparse.Namespace) -> None:
     missing = sorted(set(wanted) - found.keys())
     figures = {**made_with(options), "missing": missing, "models": found}
     seeds = sorted({int(run.partition("-")[2]) for run in runs})
-    name = "cross_tokenizer_sentences" if options.sentences else "cross_tokenizer"
+    name = "cross_tokenizer_articles" if options.sentences else "cross_tokenizer"
     write_results(name, figures, list(bars_of(found)), seeds)
 
 
