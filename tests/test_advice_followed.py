@@ -71,8 +71,8 @@ def convert(raw: dict[str, Any], folder: Path, fix: str) -> None:
 
 
 def set_key(raw: dict[str, Any], folder: Path, fix: str) -> None:
-    """The first `section.key: value` (or =) of the advice."""
-    path, value = re.findall(r"([a-z_]+(?:\.[a-z_]+)+)(?:: |=)(\w+)", fix)[0]
+    """The first `section.key: value` (or =, or to) of the advice."""
+    path, value = re.findall(r"([a-z_]+(?:\.[a-z_]+)+)(?:: |=| to )(\w+)", fix)[0]
     put(raw, path, json.loads(value) if value.isdigit() or value == "false" else value)
 
 

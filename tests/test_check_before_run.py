@@ -63,8 +63,8 @@ def test_a_tracker_that_is_not_installed_or_not_known(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("term", "expected"),
     [
-        ({"kind": "attention_relations", "heads": 2}, "the attention of GPTNeoXLayer"),
-        ({"divergence": "forward_kl", "layers": [1]}, "the final norm of GPTNeoXForCausalLM"),
+        ({"kind": "attention_relations", "heads": 2}, "the attention in GPTNeoXLayer"),
+        ({"divergence": "forward_kl", "layers": [1]}, "the final norm in GPTNeoXForCausalLM"),
     ],
     ids=["attention", "logits"],
 )

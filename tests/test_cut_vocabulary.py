@@ -202,7 +202,7 @@ def test_a_start_model_and_its_teacher_lose_the_same_tokens(folder: Path) -> Non
 def test_a_start_model_with_another_vocabulary_is_rejected_early(folder: Path) -> None:
     tiny.save_model(folder / "start")
     raw = tiny.recipe(folder, student={"vocabulary": 320, "model": str(folder / "start")})
-    with pytest.raises(RecipeError, match="has another tokenizer"):
+    with pytest.raises(RecipeError, match="has a different tokenizer"):
         run(raw)
     assert not list(folder.glob("run/stages/*"))
 

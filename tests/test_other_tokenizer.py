@@ -62,7 +62,7 @@ def test_a_cut_vocabulary_leaves_a_teacher_of_another_tokenizer_whole(folder: Pa
 
 def test_terms_on_hidden_states_are_refused_before_anything_is_done(folder: Path) -> None:
     terms = [{"kind": "logits"}, {"kind": "hidden_states"}]
-    with pytest.raises(SignalError, match="another tokenizer"):
+    with pytest.raises(SignalError, match="a different tokenizer"):
         run(recipe(folder, objective={"terms": terms}))
     assert not list(folder.glob("run/stages/*"))
 

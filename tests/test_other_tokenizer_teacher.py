@@ -166,7 +166,7 @@ def test_a_random_student_has_a_tokenizer_of_its_own(folder: Path) -> None:
 def test_a_cut_vocabulary_is_refused(folder: Path) -> None:
     raw = recipe(folder)
     raw["student"] = {"start": "pruned", "model": str(folder / "student"), "vocabulary": 280}
-    with pytest.raises(RecipeError, match="has another tokenizer"):
+    with pytest.raises(RecipeError, match="has a different tokenizer"):
         run(raw)
 
 
@@ -214,7 +214,7 @@ def test_a_term_on_chunks_without_a_teacher_for_it_is_refused_before_anything_is
     chunks = {"terms": [{"divergence": "forward_kl"}, {"kind": "chunks"}]}
     same = {**recipe(folder, objective=chunks), "student": {"start": "random"}}
     for raw in (recipe(folder, objective=chunks, signals={}), same):
-        with pytest.raises(SignalError, match="two tokenizers divide differently"):
+        with pytest.raises(SignalError, match="two tokenizers split differently"):
             run(raw)
         assert not list((folder / "run").glob("stages/*"))
     assert run(recipe(folder, objective=chunks)).evaluation.result("student").fidelity.compared

@@ -246,7 +246,7 @@ def test_more_processes_than_windows(tmp_path: Path) -> None:
 
 
 def test_text_of_unknown_length(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="how many tokens") as found:
+    with pytest.raises(RecipeError, match="number of training tokens is unknown") as found:
         planned(tmp_path, data={"train_tokens": None})
     assert "train_tokens" in str(found.value)
 
@@ -255,7 +255,7 @@ def test_a_dataset_beside_a_file_is_not_taken_for_nothing(tmp_path: Path) -> Non
     (tmp_path / "text.txt").write_text("some words " * 10_000)
     sources = [{"kind": "text", "path": "text.txt"}, {"kind": "hub", "dataset": "org/text"}]
     assert planned(tmp_path, data={"sources": sources}).tokens == 1_000_000
-    with pytest.raises(RecipeError, match="how many tokens"):
+    with pytest.raises(RecipeError, match="number of training tokens is unknown"):
         planned(tmp_path, data={"sources": sources, "train_tokens": None})
     limited = [sources[0], {**sources[1], "tokens": 50_000}]
     found = planned(tmp_path, data={"sources": limited, "train_tokens": None})

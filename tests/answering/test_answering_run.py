@@ -68,7 +68,7 @@ def test_json_of_an_api_is_checked_learned_and_compared_with_every_baseline(
     assert {"Field F1: name", "Field F1: age"} <= set(re.findall("Field F1: [a-z]+", page))
     card = (result.model / "README.md").read_text()
     assert "Field F1, reference answers" in card
-    assert "**the provider's terms**. Warning: terms of an API" in card
+    assert "**the provider's terms**. Warning: an API's terms" in card
     for part in ("| model.safetensors | ", "This export (", "## Limits", "training texts"):
         assert part in card
     path = tmp_path / "recipe.yaml"

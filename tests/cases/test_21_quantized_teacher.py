@@ -53,7 +53,7 @@ def test_check_names_the_package_and_what_works_instead(tmp_path: Path, package:
     assert last.level == "error"
     assert method in last.text
     assert package in last.text
-    for way_out in ("not quantized", ".gguf", "signals.server"):
+    for way_out in ("the unquantized model", ".gguf", "signals.server"):
         assert way_out in (last.fix or "")
 
 

@@ -59,7 +59,7 @@ def test_a_context_beyond_learned_positions_is_rejected(tmp_path: Path, kind: st
     last = check_recipe(recipe(tmp_path, LEARNED[kind], 65))[-1]
     assert last.level == "error"
     assert "64 positions" in last.text
-    assert last.fix == "set data.context to 64 at most"
+    assert last.fix == "set data.context to at most 64"
 
 
 @pytest.mark.parametrize("kind", LEARNED)

@@ -428,7 +428,7 @@ def test_reasoning_that_is_cut_off_needs_a_higher_limit(tmp_path: Path) -> None:
     reply = Reply(text="<think>pets or food?", finish_reason="length")
     with (
         Stub(lambda number, payload: reply) as stub,
-        pytest.raises(DataError, match="are none of them") as error,
+        pytest.raises(DataError, match="are not, and 0 requests") as error,
     ):
         run(api_recipe(tmp_path, stub.url))
     assert str(error.value.fix).startswith("raise teacher.sampling.max_tokens, which cut off 40")

@@ -346,8 +346,8 @@ def test_a_model_with_no_quantized_part_stays_in_16_bits(
     [
         (Grid(4, 16), "q4_0", "group_size: 32 with gguf-q4_0"),
         (Grid(8, 16), "q8_0", "group_size: 32 with gguf-q8_0"),
-        (Grid(8, 32), "q4_0", "gguf-q8_0 holds"),
-        (Grid(4, 32), "q4_k_m", "gguf-q8_0 or gguf-q4_0 holds"),
+        (Grid(8, 32), "q4_0", "use gguf-q8_0 to store"),
+        (Grid(4, 32), "q4_k_m", "gguf-q8_0 or gguf-q4_0 to store"),
         (Grid(8, None, floating=True), "q8_0", "safetensors"),
     ],
 )

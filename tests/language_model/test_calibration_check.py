@@ -36,7 +36,7 @@ def test_a_refit_needs_some_tokens_for_each_neuron(tmp_path: Path) -> None:
 def test_the_text_may_be_shorter_than_the_calibration(tmp_path: Path) -> None:
     student = {"ffn_size": KEPT, "calibration_tokens": 10 * ENOUGH}
     (found,) = warnings(tmp_path, student, train_tokens=ENOUGH - 28)
-    assert found.text.startswith(f"{ENOUGH - 28} tokens")
+    assert found.text.startswith(f"{ENOUGH - 28} calibration tokens")
     assert f"train on at least {ENOUGH} tokens" in str(found.fix)
 
 

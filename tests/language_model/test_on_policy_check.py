@@ -39,7 +39,7 @@ def test_it_estimates_what_the_student_writes(tmp_path: Path) -> None:
     (text,) = of(found, "on-policy")
     # 94 windows in batches of 4 are 24 steps, each with 2 own windows; a prompt has 4 tokens, so
     # that two of them fit into 32 with their answers of 8.
-    assert "the student writes 96 answers, at most 768 tokens" in text
+    assert "the student generates 96 answers, at most 768 tokens" in text
     # 2 kinds x 3 layers x 2 heads x 8 wide x 128 places x 3 answers x 4 bytes
     assert f"KV cache takes {size(2 * 3 * 2 * 8 * 128 * 3 * 4)}" in text
 

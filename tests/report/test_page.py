@@ -271,7 +271,7 @@ def test_a_changed_figure_is_a_clear_error(report: Report, tmp_path: Path) -> No
     changes = ({"headline": "twice as good"}, {"titel": whole["title"]})
     for changed in (*({**whole, **change} for change in changes), without_seal):
         file.write_text(json.dumps(changed), encoding="utf-8")
-        with pytest.raises(RunError, match="are damaged"):
+        with pytest.raises(RunError, match="is damaged"):
             read_report(file)
 
 

@@ -71,7 +71,7 @@ def test_an_export_that_fails_leaves_no_part_of_a_file(
     last = open_store(tmp_path / "store").manifest.shards[-1]
     damaged = tmp_path / "store" / "shards" / last.name
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    with pytest.raises(StoreError, match="its header states"):
+    with pytest.raises(StoreError, match="its header says"):
         export_parquet(tmp_path / "store", out)
     assert [path.read_bytes() for path in out.parent.iterdir()] == ([earlier] if earlier else [])
 

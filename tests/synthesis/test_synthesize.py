@@ -227,7 +227,9 @@ def test_when_all_answers_are_cut_off_the_limit_is_named(tmp_path: Path) -> None
         pytest.raises(DataError, match="filters dropped all") as caught,
     ):
         synthesize_text(write(tmp_path, stub.url))
-    assert str(caught.value.fix).startswith("raise synthesize.sampling.max_tokens, which cut off 12")
+    assert str(caught.value.fix).startswith(
+        "raise synthesize.sampling.max_tokens, which cut off 12"
+    )
 
 
 @pytest.mark.parametrize(
@@ -404,7 +406,7 @@ def test_a_file_of_the_user_is_not_overwritten(tmp_path: Path) -> None:
         path = write(tmp_path, stub.url, out="mine.jsonl")
         (tmp_path / "mine.jsonl").write_text("my own rows\n")
         (error,) = [one for one in check_recipe(path) if one.level == "error"]
-        assert "mine.jsonl, and the run folder has no record" in error.text
+        assert "mine.jsonl, but the run folder has no record" in error.text
         done = synthesize_text(path)
     assert (tmp_path / "mine.jsonl").read_text() == "my own rows\n"
     assert len(rows(done)) == done.kept

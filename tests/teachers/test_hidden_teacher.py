@@ -149,7 +149,7 @@ def test_rows_recorded_before_the_server_failed_are_not_read_again(
     with pytest.raises(ModelError, match=r"rejects the request \(400\).*gone") as caught:
         # One request at a time: another one could reach the server after the error was raised.
         record(teacher(server, concurrency=1), [windows], HIDDEN, tmp_path)
-    assert "run the same command to resume" in str(caught.value.fix)
+    assert "run the same command again to resume" in str(caught.value.fix)
     server.spoil = lambda status, content: (status, content)
     server.asked.clear()
     record(teacher(server), [windows], HIDDEN, tmp_path)

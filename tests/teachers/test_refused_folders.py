@@ -189,9 +189,18 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ({"rope_parameters": {**ROPE, **YARN}, "rope_scaling": {**YARN, "factor": 8.0}}, "two"),
         ({"rope_parameters": {**ROPE, "factor": 4.0}}, "without a rope_type"),
         ({"rope_parameters": None, "rope_scaling": {"factor": 4.0}}, "without a rope_type"),
-        ({"rope_parameters": {**ROPE, "rope_theta": 0}}, "rope_theta is 0, and must be a positive"),
-        ({"rope_parameters": None, "rope_theta": float("nan")}, "rope_theta is nan"),
-        ({"rope_parameters": {**ROPE, **YARN, "factor": -4.0}}, "factor is -4.0"),
+        (
+            {"rope_parameters": {**ROPE, "rope_theta": 0}},
+            "rope_theta must be a positive number, but is 0",
+        ),
+        (
+            {"rope_parameters": None, "rope_theta": float("nan")},
+            "rope_theta must be a positive number, but is nan",
+        ),
+        (
+            {"rope_parameters": {**ROPE, **YARN, "factor": -4.0}},
+            "factor must be a positive number, but is -4.0",
+        ),
         ({"layer_types": ["sliding_attention"] * 3}, "sliding_window is not set"),
     ],
 )

@@ -128,7 +128,7 @@ def test_the_summary_shows_what_was_merged(aligner: TokenAligner, tmp_path: Path
 def test_roots_of_other_tokenizers_are_refused(aligner: TokenAligner, tmp_path: Path) -> None:
     save_roots(aligner.roots(), tmp_path, aligner)
     other = TokenAligner(byte_level(310), sentencepiece(120))
-    with pytest.raises(ModelError, match="for other tokenizers"):
+    with pytest.raises(ModelError, match="belongs to different tokenizers"):
         load_roots(tmp_path, other)
 
 

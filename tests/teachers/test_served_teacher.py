@@ -228,11 +228,11 @@ def twice(status: int, answer: Any) -> tuple[int, Any]:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (malformed(logprob=None), "is malformed"),
-        (malformed(logprob="x"), "is malformed"),
-        (malformed(rank=1), "is malformed"),
+        (malformed(logprob=None), "are malformed"),
+        (malformed(logprob="x"), "are malformed"),
+        (malformed(rank=1), "are malformed"),
         (malformed(logprob=float("nan")), "total probability of"),
-        (malformed(logprob=10**400), "is malformed"),
+        (malformed(logprob=10**400), "are malformed"),
         (twice, "4 tokens"),
         (lambda *_: (200, {"choices": None}), "no prompt_logprobs"),
         (lambda *_: (200, None), "no prompt_logprobs"),

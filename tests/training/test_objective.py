@@ -206,8 +206,8 @@ def test_packed_documents_are_not_related() -> None:
         ({"kind": "hidden_states", "pairs": [[1, 9]]}, "the teacher has no layer 9"),
         ({"kind": "hidden_states", "layers": "last", "count": 3}, "3 pairs does not fit 2"),
         ({"kind": "hidden_states", "pairs": [[0, 0]]}, "block 0"),
-        ({"kind": "attention_relations", "heads": 5}, "do not divide the student's query width"),
-        ({"divergence": "jsd", "layers": [2]}, "a student with 2 blocks"),
+        ({"kind": "attention_relations", "heads": 5}, "query width of 24 is not a multiple of 5"),
+        ({"divergence": "jsd", "layers": [2]}, "the student has 2 blocks"),
     ],
 )
 def test_terms_that_two_models_cannot_serve_are_rejected_with_their_place(

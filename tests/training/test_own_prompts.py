@@ -74,7 +74,7 @@ def test_prompts_that_fill_the_context_are_one_message() -> None:
 
 @pytest.mark.parametrize("id_", [-1, 30])
 def test_ids_of_another_tokenizer_are_one_message(id_: int) -> None:
-    with pytest.raises(DataError, match=f"the token id {id_}, and the student 30 tokens"):
+    with pytest.raises(DataError, match=f"the token id {id_}, but the student has 30 tokens"):
         require_tokens(OwnPrompts.of([[1], [2, id_, 3]]), 30)
     require_tokens(OwnPrompts.of([[0, 29]]), 30)
 

@@ -66,7 +66,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_store_cannot_score_own_text(store: Path) -> None:
-    with pytest.raises(SignalError, match="cannot score text that the student writes") as error:
+    with pytest.raises(SignalError, match="cannot score text that the student generates") as error:
         own().prepare(student(), Teacher.stored(store))
     assert error.value.fix is not None
     assert "signals.missing: live" in error.value.fix

@@ -18,7 +18,7 @@ def test_models_that_stop_at_different_tokens_are_refused() -> None:
     other = tiny.tokenizer()
     other.chat_template = tiny.CHAT_TEMPLATE.replace("<|end|>", "<|system|>")
     other.eos_token = "<|system|>"
-    with pytest.raises(ModelError, match=r"<\|end\|>, and the teacher with <\|system\|>"):
+    with pytest.raises(ModelError, match=r"<\|end\|>, but the teacher with <\|system\|>"):
         require_same_end(tiny.tokenizer(), other)
     with pytest.raises(ModelError, match="never learn to end its answers"):
         require_same_end(other, tiny.tokenizer())

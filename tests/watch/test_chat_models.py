@@ -92,12 +92,15 @@ def test_models_are_loaded_once(root: Path) -> None:
     states = [event.get("state") for event in events(models, request(root))]
     assert [state for state in states if state] == [
         "loading the student",
-        "the student answers",
+        "the student is answering",
         "loading the teacher",
-        "the teacher answers",
+        "the teacher is answering",
     ]
     again = [event.get("state") for event in events(models, request(root))]
-    assert [state for state in again if state] == ["the student answers", "the teacher answers"]
+    assert [state for state in again if state] == [
+        "the student is answering",
+        "the teacher is answering",
+    ]
 
 
 def test_each_model_continues_its_own_conversation(
@@ -167,7 +170,7 @@ def test_memory_that_runs_out_unloads_the_models(
 
 def test_a_prompt_beyond_the_models_window_is_one_message(root: Path) -> None:
     found = events(ChatModels(), request(root, prompt="x" * 300))
-    assert "the model reads 256" in last(found, "student", "error")
+    assert "the model's context is 256" in last(found, "student", "error")
 
 
 def test_a_template_that_fails_is_one_message(root: Path) -> None:

@@ -241,13 +241,13 @@ def _check_labeled(
     without a label that reached the token limit."""
     if known < FEWEST:
         raise_limit = (
-            f"raise teacher.sampling.max_tokens: {cut_off:,} answers were cut off there (reasoning "
-            f"can take thousands of tokens); or "
+            f"raise teacher.sampling.max_tokens, which cut off {cut_off:,} answers (reasoning can "
+            f"take thousands of tokens); or "
         )
         raise DataError(
-            f"{known} texts of the {part} part have a label of the teacher's, and {FEWEST} are the "
-            f"fewest; of all answers, {counts['label']:,} are labels, {counts['outside']:,} are "
-            f"none of them, and {counts['none']:,} requests have no answer",
+            f"{known} texts of the {part} part have a label from the teacher, and at least "
+            f"{FEWEST} are needed; {counts['label']:,} answers are labels, {counts['outside']:,} "
+            f"are not, and {counts['none']:,} requests have no answer",
             where=journal,
             fix=f"{raise_limit if 2 * cut_off > counts['outside'] else ''}read the answers in the "
             "journal, then change task.prompt or task.answer; the same command sends the missing "

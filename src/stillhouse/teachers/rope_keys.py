@@ -43,7 +43,7 @@ def require_rope(keys: Mapping[str, Any], where: object = None) -> None:
         for key in found.keys() & set(_POSITIVE):
             if not _is_positive(found[key]):
                 raise ModelError(
-                    f"{key} must be a positive number, and is {found[key]!r}",
+                    f"{key} must be a positive number, but is {found[key]!r}",
                     where=where,
                     fix="correct it, or copy the model's own config.json again",
                 )
