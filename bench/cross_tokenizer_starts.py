@@ -1,5 +1,5 @@
-"""What the settings of an experiment in bench/cross_tokenizer.py share: the student before
-training, the text, the teachers and the measurements.
+"""What all settings of an experiment in bench/cross_tokenizer.py share: the student before
+training, the text, the teachers, and the measurements.
 
 Shapes: R windows, L tokens, N supervised rows, D hidden width.
 """
@@ -37,12 +37,12 @@ from stillhouse.teachers.local_teacher import LocalTeacher
 from stillhouse.teachers.teacher import Teacher
 
 BATCH = 4
-"""Windows of a step."""
+"""Windows per step."""
 PASSAGE = 4000
 
 
 class Experiment:
-    """What the settings of all experiments share."""
+    """What all experiments share."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -70,7 +70,7 @@ class Experiment:
         )
 
     def other_bits(self, tokenizer: Any, rows: Sequence[Batch]) -> float | None:
-        """Bits per byte of the teacher with another tokenizer. rows: in this tokenizer's tokens."""
+        """Bits per byte of the teacher. rows: in the tokens of `tokenizer`."""
         aligned = AlignedTeacher(self.other, tokenizer)
         windows = []
         for row in rows:
@@ -91,10 +91,10 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Start:
-    """What the settings of an experiment and a seed share.
+    """What all settings of an experiment share with one seed.
 
-    folder: of the student before training. teachers: of the settings that have one. measure: the
-    figures of a student. teachers_figures: those of its teachers, for comparison.
+    folder: the student before training. teachers: by setting, if it has one. measure: returns a
+    student's figures. teachers_figures: returns the teachers' figures, for comparison.
     """
 
     folder: Path
@@ -177,8 +177,8 @@ def start_random(shared: Experiment, folder: Path, seed: int) -> Start:
 
 
 def start_cut(shared: Experiment, folder: Path, seed: int, *, pruned: bool = True) -> Start:
-    """The vocabulary is cut first, as in a run: the student is pruned from the cut teacher, or is
-    this teacher itself."""
+    """As in a run, the vocabulary is cut first. The student is pruned from the cut teacher, or is
+    the cut teacher itself."""
     own, options = shared.own, shared.options
     cut = folder.parent / "cut"
 
@@ -235,7 +235,7 @@ def questions(options: argparse.Namespace, tokenizer: Any, seed: int) -> Batches
 
 
 def once(folder: Path, work: Callable[[], object]) -> None:
-    """Do the work that fills a folder unless it is finished."""
+    """Do the work that fills a folder, unless it was finished before."""
     finished = folder.with_name(f"{folder.name}.finished")
     if not finished.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -244,7 +244,7 @@ def once(folder: Path, work: Callable[[], object]) -> None:
 
 
 def passages(text: str) -> Iterator[str]:
-    """Neighboring paragraphs together, at least PASSAGE characters: the documents."""
+    """Documents of neighboring paragraphs, with at least PASSAGE characters each."""
     found, size = [], 0
     for paragraph in re.split(r"\n\s*\n", text):
         found.append(paragraph)
@@ -257,10 +257,11 @@ def passages(text: str) -> Iterator[str]:
 
 
 def wikitext_articles(text: str) -> list[str]:
-    """The sentences of each article as Wikipedia writes them: without spaces around punctuation,
-    and without headings and the sentences in which a word is replaced with <unk>.
+    """The sentences of each article as in Wikipedia, without spaces around punctuation. Headings,
+    and sentences in which a word is replaced with <unk>, are left out.
 
-    Articles are the documents, so that held-out text is about what no training text is about.
+    Each article is a document, so the held-out text comes from other articles than the training
+    text.
     """
     articles = re.split(r"(?m)^ = [^=].* = $", text)
     return [found for each in articles if (found := sentences_of(each))]
@@ -284,7 +285,7 @@ UNTOKENIZED = (
     (r" ([,.;:!?%)\]])", r"\1"),
     (r" ([/]) ", r"\1"),
 )
-"""What WikiText's tokenization did, as patterns and what they are replaced with."""
+"""Patterns that WikiText's tokenization produced, and their replacements."""
 
 
 def untokenized(text: str) -> str:
