@@ -52,5 +52,5 @@ def test_a_full_disk_is_one_message_and_nothing_is_lost(
     assert "larger than the disk" in said or "the disk is full" in said
     assert "Traceback" not in said
     again = ended(forks.ranks(2, work, path, shard, None))
-    assert "going on from step 2 of 6" in again[0]
+    assert "resuming from step 2 of 6" in again[0]
     assert difference(tmp_path / "full", tmp_path / "undisturbed") == 0
