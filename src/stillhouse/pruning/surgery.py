@@ -104,12 +104,13 @@ def cut_rows_without_tokens(model: Any, tokens: int) -> bool:
 
 
 def _keep_rows_of_ends(model: Any, kept_V: Tensor) -> None:
-    """Also renumbers the lists of tokens that generation forbids, forces or weights: these tokens
-    need not be kept."""
+    """Keep these rows of the embeddings and the head. Renumber the lists of tokens that generation
+    forbids, forces, or weights; entries with removed tokens are dropped."""
+    new_ids = _new_ids(kept_V)
     for config in (model.config, model.generation_config):
         for name in ("begin_suppress_tokens", "bad_words_ids", "force_words_ids", "sequence_bias"):
             if listed := getattr(config, name, None):
-                setattr(config, name, _renumbered(listed, _new_ids(kept_V)) or None)
+                setattr(config, name, _renumbered(listed, new_ids) or None)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head.weight is embedding.weight
     set_parameter(embedding, "weight", embedding.weight[kept_V])
@@ -130,8 +131,8 @@ def _new_ids(kept_V: Tensor) -> dict[int, int]:
 
 
 def _renumbered(listed: Any, new_ids: Mapping[int, int]) -> list[Any]:
-    """A list of token ids, of sequences of them, with a bias each or not, or of lists of sequences.
-    Tokens that are not in `new_ids`, and sequences with one, are left out."""
+    """Renumber a list of token ids, of sequences (with or without a bias each), or of lists of
+    sequences. Tokens that are not in `new_ids`, and sequences that contain one, are dropped."""
     if isinstance(listed, Mapping):  # from a sequence to its bias
         listed = [[list(ids), bias] for ids, bias in listed.items()]
     found: list[Any] = []
