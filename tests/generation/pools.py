@@ -1,9 +1,10 @@
-"""Requests to a stub, and a pool that has them answered."""
+"""Requests to a stub server, and a pool that sends them."""
 
 from __future__ import annotations
 
 import asyncio
 import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ KEY = "sk-very-secret-1234567890"
 
 
 def requests(stub: Stub | str, count: int, **changes: Any) -> list[Request]:
-    """stub: or its URL."""
+    """`count` different requests. stub: the server or its URL."""
     url = stub if isinstance(stub, str) else stub.url
     first = Request(url, "teacher", (), {"max_tokens": 20, "temperature": 0.5})
     return [
@@ -59,14 +60,14 @@ def run(
 
 
 def committed(journal: Path) -> int:
-    """The answers in a journal, counted while another process writes it."""
+    """The number of answers in a journal, which another process may be writing; 0 without one."""
     try:
-        with sqlite3.connect(f"file:{journal}?mode=ro", uri=True) as connection:
+        with closing(sqlite3.connect(f"file:{journal}?mode=ro", uri=True)) as connection:
             return int(connection.execute("SELECT count(*) FROM answers").fetchone()[0])
     except sqlite3.OperationalError:
         return 0
 
 
 def once(fault: Reply) -> Script:
-    """The first request meets the fault, all others are answered."""
+    """The first request is answered with `fault`, and all others normally."""
     return lambda number, payload: fault if number == 0 else Reply()

@@ -1,4 +1,4 @@
-"""The best of several answers to a prompt: by majority, the teacher's likelihood, or a judge."""
+"""Choosing among several answers to a prompt by majority, the teacher's likelihood, or a judge."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def row(text: str, sample: int = 0, **changes: Any) -> Row:
         (f"{2**100}.0", f"{2**100:,}"),
     ],
 )
-def test_what_is_the_same_answer(one: str, other: str) -> None:
+def test_equivalent_answers_are_normalized_to_the_same_text(one: str, other: str) -> None:
     assert normalized(one) == normalized(other)
 
 
@@ -58,7 +58,7 @@ def test_what_is_the_same_answer(one: str, other: str) -> None:
         ("1e99999999999", "1e99999999998"),
     ],
 )
-def test_what_is_another_answer(one: str, other: str) -> None:
+def test_different_answers_are_normalized_to_different_texts(one: str, other: str) -> None:
     assert normalized(one) != normalized(other)
 
 
@@ -70,7 +70,7 @@ TEXTS = [
 ]
 
 
-def test_the_majority_answer_is_kept_once_or_as_often_as_it_came() -> None:
+def test_majority_keeps_the_first_answer_that_agrees_or_all_of_them() -> None:
     rows = [row(text, number) for number, text in enumerate(TEXTS)]
     once = majority(r"\d+", "filters")(rows)
     assert [reason is None for reason in once] == [False, True, False, False]
@@ -82,7 +82,7 @@ def test_the_majority_answer_is_kept_once_or_as_often_as_it_came() -> None:
     assert [reason is None for reason in every] == [False, True, True, False]
 
 
-def test_without_enough_agreement_all_answers_go() -> None:
+def test_majority_drops_all_answers_if_too_few_agree() -> None:
     rows = [row(text) for text in ("1", "2", "2", "3")]
     assert [reason is None for reason in majority(None, "filters")(rows)] == [
         False,
@@ -93,7 +93,7 @@ def test_without_enough_agreement_all_answers_go() -> None:
     assert None not in majority(None, "filters", least=0.6)(rows)
     assert None in majority(None, "filters", least=0.5)(rows)
     first = majority(None, "filters")([row("1"), row("2")])
-    assert first[0] is None, "of two that are said equally often, the one that came first"
+    assert first[0] is None, "ties go to the answer that came first"
 
 
 def test_the_most_likely_answer_is_kept() -> None:
@@ -104,8 +104,11 @@ def test_the_most_likely_answer_is_kept() -> None:
     assert likelihood()([]) == []
 
 
-def test_the_choice_is_among_what_the_filters_before_it_leave(tmp_path: Path) -> None:
-    """And what comes after it sees the chosen ones alone. Each prompt has a vote of its own."""
+def test_best_of_runs_after_the_single_answer_filters_and_before_the_duplicate_filters(
+    tmp_path: Path,
+) -> None:
+    """It chooses among the answers to each prompt that earlier filters kept; later filters see only
+    the chosen answers."""
     rows = [
         row("bad", 0),
         row("bad", 1),
@@ -128,7 +131,8 @@ def test_the_choice_is_among_what_the_filters_before_it_leave(tmp_path: Path) ->
 
 
 def test_a_local_model_returns_the_log_probability_of_its_tokens() -> None:
-    """Those of one whole pass over prompt and answer, at temperature 1 whatever the sampling."""
+    """Greedy answers are compared with forward passes over the complete sequence; of sampled ones,
+    only the number of log-probabilities is checked."""
     model, tokenizer = tiny.llama(), tiny.tokenizer()
     asked = [
         Request(
@@ -145,19 +149,19 @@ def test_a_local_model_returns_the_log_probability_of_its_tokens() -> None:
         prompt = tokenizer.apply_chat_template(
             [dict(m) for m in request.messages], add_generation_prompt=True, return_dict=True
         )["input_ids"]
-        told = [entry["logprob"] for entry in answer.logprobs]
-        assert len(told) == answer.completion_tokens
-        # The text may not give back the tokens, so the most likely continuation is followed.
+        log_probs = [entry["logprob"] for entry in answer.logprobs]
+        assert len(log_probs) == answer.completion_tokens
+        # Tokenizing the text may not restore the tokens, so decode greedily again.
         if request.parameters["temperature"] == 0:
             ids = list(prompt)
-            for value in told:
+            for value in log_probs:
                 logits_V = model(torch.tensor([ids])).logits[0, -1].detach()
                 best = logits_V.log_softmax(-1).max(-1)
                 assert value == pytest.approx(float(best.values), abs=1e-4)
                 ids.append(int(best.indices))
 
 
-# --- whole ---------------------------------------------------------------------------------------
+# --- complete synthesis --------------------------------------------------------------------------
 
 
 def synthesized(folder: Path, url: str, best_of: dict[str, Any], **changes: Any) -> Synthesis:
@@ -183,7 +187,7 @@ def answers(result: Synthesis) -> list[str]:
 
 
 def numbered(number: int, payload: dict[str, Any]) -> Reply:
-    """The nth answer to a prompt says n, and is the likelier the larger n."""
+    """The nth answer to a prompt is `answer n`; later answers are more likely."""
     asked = payload["messages"][-1]["content"]
     nth = SAMPLES.setdefault(asked, [])
     nth.append(number)
@@ -194,7 +198,7 @@ def numbered(number: int, payload: dict[str, Any]) -> Reply:
 SAMPLES: dict[str, list[int]] = {}
 
 
-def test_the_answer_that_an_api_found_most_likely(tmp_path: Path) -> None:
+def test_the_most_likely_answer_of_an_api_is_kept(tmp_path: Path) -> None:
     SAMPLES.clear()
     with Stub(numbered) as stub:
         result = synthesized(tmp_path, stub.url, {"kind": "likelihood"})
@@ -211,14 +215,14 @@ def test_the_answer_that_an_api_found_most_likely(tmp_path: Path) -> None:
         (None, None),
     ],
 )
-def test_tokens_without_a_log_probability_are_left_out(
+def test_the_mean_log_probability_skips_tokens_without_one(
     logprobs: list[Any] | None, expected: float | None
 ) -> None:
     assert mean_log_probability(Answer("x", logprobs=logprobs)) == expected
 
 
 def judged(number: int, payload: dict[str, Any]) -> Reply:
-    """A teacher, and a judge that likes the answer 2, and otherwise what it reads first."""
+    """A teacher, and a judge that prefers `answer 2`, or else the answer that it reads first."""
     if payload["model"] == "teacher":
         return numbered(number, payload)
     question = payload["messages"][-1]["content"]
@@ -232,7 +236,9 @@ def judged(number: int, payload: dict[str, Any]) -> Reply:
 @pytest.mark.parametrize(
     ("compare", "verdicts"), [("scores", 3 * 3), ("pairs", 3 * 6)], ids=["scores", "pairs"]
 )
-def test_the_answer_that_a_judge_prefers(tmp_path: Path, compare: str, verdicts: int) -> None:
+def test_the_answer_that_a_judge_prefers_is_kept(
+    tmp_path: Path, compare: str, verdicts: int
+) -> None:
     SAMPLES.clear()
     with Stub(judged, models=("teacher", "judge")) as stub:
         price = {"input": 1.0, "output": 1.0}
@@ -244,7 +250,7 @@ def test_the_answer_that_a_judge_prefers(tmp_path: Path, compare: str, verdicts:
         assert all("It is even." in q and "user" not in q.split("[")[0] for q in questions)
         asked = len(stub.payloads)
         assert synthesized(tmp_path, stub.url, best_of).kept == 3
-        assert len(stub.payloads) == asked, "verdicts are in the journal too"
+        assert len(stub.payloads) == asked, "the journal contains the verdicts too"
     assert answers(result) == ["answer 2"] * 3
     assert (result.judged, result.unjudged, result.judge_tokens) == (verdicts, 0, 15 * verdicts)
     assert result.judge_usd == pytest.approx(15 * verdicts / 1e6)
@@ -253,7 +259,7 @@ def test_the_answer_that_a_judge_prefers(tmp_path: Path, compare: str, verdicts:
     assert row["reason"] == f"the judge gives {points}"
 
 
-def test_a_judge_is_sampled_as_its_endpoint_wants(tmp_path: Path) -> None:
+def test_the_sampling_of_a_judge_can_be_set(tmp_path: Path) -> None:
     SAMPLES.clear()
     with Stub(judged, models=("teacher", "judge")) as stub:
         best_of = {"kind": "judge", "teacher": {"api": {"base_url": stub.url, "model": "judge"}}}
@@ -266,7 +272,7 @@ def test_a_judge_is_sampled_as_its_endpoint_wants(tmp_path: Path) -> None:
     assert "temperature" not in sent[-1]
 
 
-def test_an_answer_without_a_verdict_is_dropped_and_judged_again(tmp_path: Path) -> None:
+def test_an_answer_without_a_verdict_is_dropped_and_judged_in_the_next_run(tmp_path: Path) -> None:
     SAMPLES.clear()
     broken = True
 
@@ -301,7 +307,7 @@ def test_an_answer_without_a_verdict_is_dropped_and_judged_again(tmp_path: Path)
         ),
     ],
 )
-def test_invalid_choices(
+def test_an_invalid_best_of_section_is_rejected(
     tmp_path: Path, best_of: dict[str, Any], samples: int, expected: str
 ) -> None:
     section = {

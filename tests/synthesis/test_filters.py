@@ -1,4 +1,4 @@
-"""Which rows each filter drops and keeps, counted, with the dropped rows in a file."""
+"""Which rows each filter drops, and how dropped rows are counted and written to a file."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def kept(judge: Filter, texts: list[str]) -> list[str]:
     return [text for text in texts if judge(row(text)) is None]
 
 
-def test_answers_cut_off_at_the_token_limit() -> None:
+def test_answers_cut_off_at_the_token_limit_are_dropped() -> None:
     assert filters.truncated(row("half an ans", finish_reason="length")) is not None
     assert filters.truncated(row("whole.")) is None
 
 
-def test_length_counts_characters_without_the_reasoning() -> None:
+def test_the_length_of_an_answer_does_not_include_reasoning() -> None:
     judge = filters.length(3, 5)
     assert kept(judge, ["ab", "abc", "abcde", "abcdef"]) == ["abc", "abcde"]
     assert judge(row("<think>\na long thought\n</think>\n\nabcd")) is None
@@ -49,7 +49,7 @@ def test_length_counts_characters_without_the_reasoning() -> None:
         "<think>\nhm\n</think>\n\nI'm not able to answer that.",
     ],
 )
-def test_refusals_are_recognized_by_how_they_begin(text: str) -> None:
+def test_refusals_are_dropped(text: str) -> None:
     assert filters.refusal(row(text)) is not None
 
 
@@ -62,15 +62,15 @@ def test_refusals_are_recognized_by_how_they_begin(text: str) -> None:
         "Sorry to hear that! Try again.",
     ],
 )
-def test_answers_that_only_sound_like_one_stay(text: str) -> None:
+def test_answers_that_resemble_refusals_are_kept(text: str) -> None:
     assert filters.refusal(row(text)) is None
 
 
-def test_a_refusal_field_of_the_server_is_a_refusal() -> None:
+def test_answers_that_the_server_reports_as_filtered_are_dropped() -> None:
     assert filters.refusal(row("", finish_reason="content_filter")) is not None
 
 
-def test_patterns_are_wanted_or_unwanted() -> None:
+def test_a_pattern_can_be_required_or_forbidden() -> None:
     texts = ["label: a", "no", "<think>label: b</think>no"]
     assert kept(filters.pattern(r"^label: \w$", "filters"), texts) == ["label: a"]
     assert kept(filters.pattern("label", "filters", must_match=False), texts) == texts[1:]
@@ -78,7 +78,7 @@ def test_patterns_are_wanted_or_unwanted() -> None:
         filters.pattern("(", "filters")
 
 
-def test_json_by_its_schema() -> None:
+def test_answers_that_do_not_match_the_json_schema_are_dropped() -> None:
     schema = {
         "type": "object",
         "properties": {"age": {"type": "integer", "minimum": 0}},
@@ -101,7 +101,9 @@ def test_json_by_its_schema() -> None:
         {"$schema": "http://json-schema.org/draft-07/schema#", "anyOf": [{"$ref": "other.json"}]},
     ],
 )
-def test_a_schema_with_a_dangling_reference_is_rejected_immediately(schema: dict[str, Any]) -> None:
+def test_a_schema_with_an_unresolvable_reference_is_rejected_immediately(
+    schema: dict[str, Any],
+) -> None:
     with pytest.raises(RecipeError, match="refers to"):
         filters.json_schema(schema)
 
@@ -119,7 +121,7 @@ def test_references_inside_a_schema_are_followed() -> None:
     assert kept(filters.json_schema(schema), texts) == texts[:1]
 
 
-def test_text_that_is_not_json_is_invalid_and_formats_are_checked() -> None:
+def test_nonstandard_json_and_invalid_formats_are_dropped() -> None:
     judge = filters.json_schema({"properties": {"day": {"type": "string", "format": "date"}}})
     texts = ['{"day": "2024-02-29"}', '{"day": "2024-02-30"}', '{"a": NaN}', '{"a": -Infinity}']
     texts.append('{"a": 1, "a": 2}')
@@ -149,7 +151,7 @@ def jaccard(one: set[str], other: set[str]) -> float:
 
 
 def made_texts(count: int, seed: int) -> list[list[str]]:
-    """Texts of 60 words; every second one is the one before with a few words changed."""
+    """Texts of 60 words; every second one is a copy of the previous one with some words changed."""
     chance = random.Random(seed)
     texts: list[list[str]] = []
     for number in range(count):
@@ -163,7 +165,7 @@ def made_texts(count: int, seed: int) -> list[list[str]]:
     return texts
 
 
-def test_minhash_agrees_with_the_similarity_of_all_pairs() -> None:
+def test_near_duplicates_agree_with_comparing_all_pairs() -> None:
     texts = made_texts(300, seed=1)
     sets = [shingles(text) for text in texts]
     near = NearDuplicates(0.7)
@@ -177,7 +179,7 @@ def test_minhash_agrees_with_the_similarity_of_all_pairs() -> None:
     assert len(found) > 25
 
 
-def test_the_estimate_is_close_to_the_true_similarity() -> None:
+def test_the_estimated_similarity_is_close_to_the_true_one() -> None:
     near = NearDuplicates(0.5)
     errors = []
     texts = made_texts(200, seed=2)
@@ -188,7 +190,7 @@ def test_the_estimate_is_close_to_the_true_similarity() -> None:
     assert max(errors) < 0.16
 
 
-def test_texts_shorter_than_a_shingle_and_empty_ones() -> None:
+def test_very_short_and_empty_texts_have_near_duplicates() -> None:
     near = NearDuplicates(0.8)
     assert near.add(words("Yes.")) is None
     assert near.add(words("yes")) == 1.0
@@ -200,7 +202,7 @@ def test_texts_shorter_than_a_shingle_and_empty_ones() -> None:
 # --- decontamination ---------------------------------------------------------------------------
 
 
-def test_rows_that_share_a_run_of_words_with_the_evaluation_set_go() -> None:
+def test_rows_that_share_consecutive_words_with_the_evaluation_set_are_dropped() -> None:
     evaluation = [
         Prompt(({"role": "user", "content": "one two three four five six seven eight"},), "e:1"),
         Prompt(({"role": "user", "content": "a short, whole evaluation question"},), "e:2"),
@@ -229,7 +231,7 @@ def test_an_evaluation_question_in_chinese_is_found_in_a_longer_text() -> None:
     assert judge(row("x", prompt="请回答：法国的首都在哪里？")) is None
 
 
-def test_texts_in_japanese_that_are_nearly_the_same_are_found() -> None:
+def test_near_duplicates_in_japanese_are_dropped() -> None:
     judge = filters.near_duplicates(0.7)
     text = "私のカードはまだ届いていません。いつ届くのか教えてください。"
     assert judge(row(text)) is None
@@ -237,7 +239,7 @@ def test_texts_in_japanese_that_are_nearly_the_same_are_found() -> None:
 
 
 @pytest.mark.run
-def test_only_text_that_is_surely_in_another_language_is_dropped() -> None:
+def test_only_text_that_is_clearly_in_another_language_is_dropped() -> None:
     judge = filters.languages(["en", "de"], "filters")
     dropped = ["Bonjour tout le monde, comment allez-vous ?", "これは日本語の文章です。"]
     left = [
@@ -254,7 +256,7 @@ def test_only_text_that_is_surely_in_another_language_is_dropped() -> None:
         filters.languages(["english"], "filters")
 
 
-# --- all of them -------------------------------------------------------------------------------
+# --- all filters -------------------------------------------------------------------------------
 
 
 def test_dropped_rows_are_counted_by_filter_and_written_to_a_file(tmp_path: Path) -> None:
@@ -263,8 +265,8 @@ def test_dropped_rows_are_counted_by_filter_and_written_to_a_file(tmp_path: Path
         "truncated": filters.truncated,
         "length": filters.length(None, 100),
     }
-    remembering = {"exact_duplicates": filters.exact_duplicates()}
-    sieve = Sieve(Filters(before, None, remembering), tmp_path / "dropped.jsonl")
+    after = {"exact_duplicates": filters.exact_duplicates()}
+    sieve = Sieve(Filters(before, None, after), tmp_path / "dropped.jsonl")
     rows = [row("good"), row(" "), row("good", finish_reason="length"), row("good", sample=1)]
     assert [r.text for r in sieve.keep(rows)] == ["good"]
     assert sieve.dropped == {"empty": 1, "truncated": 1, "length": 0, "exact_duplicates": 1}
@@ -298,12 +300,14 @@ OTHER_ANSWERS = [
 
 
 @pytest.mark.parametrize(("one", "other"), SAME_ANSWERS)
-def test_one_answer_in_two_spellings_is_a_duplicate(one: str, other: str) -> None:
+def test_answers_that_differ_in_case_punctuation_or_encoding_are_duplicates(
+    one: str, other: str
+) -> None:
     assert kept(filters.exact_duplicates(), [one, other]) == [one]
 
 
 @pytest.mark.parametrize(("one", "other"), OTHER_ANSWERS)
-def test_answers_that_are_not_refusals_are_kept(one: str, other: str) -> None:
+def test_answers_that_differ_in_meaning_are_not_duplicates(one: str, other: str) -> None:
     assert kept(filters.exact_duplicates(), [one, other]) == [one, other]
 
 
@@ -320,7 +324,7 @@ def test_answers_that_are_not_refusals_are_kept(one: str, other: str) -> None:
     ],
     ids=["Thai", "Khmer", "full width", "NFD", "Hindi"],
 )  # fmt: skip
-def test_an_evaluation_question_is_found_in_every_script(
+def test_an_evaluation_question_is_found_in_any_script(
     question: str, inside: str, other: str
 ) -> None:
     judge = filters.decontaminate([Prompt(({"role": "user", "content": question},), "e")], 13)

@@ -32,7 +32,7 @@ OUT = {"kind": "jsonl", "path": "synthetic.jsonl"}
 
 
 def recipe(folder: Path, teacher: dict[str, Any], /, **changes: Any) -> dict[str, Any]:
-    """A tiny run whose only text is what a teacher answers to 80 prompts."""
+    """The recipe of a tiny run whose only text is a teacher's answers to 80 prompts."""
     if not (folder / "prompts.txt").exists():
         (folder / "prompts.txt").write_text("".join(f"question {n}\n" for n in range(80)))
     section = {
@@ -69,19 +69,19 @@ def echo(number: int, payload: dict[str, Any]) -> Reply:
     return Reply(text=f"answer to {payload['messages'][-1]['content']}")
 
 
-def done(result: RunResult) -> dict[str, bool]:
-    """Which stages were found done."""
+def reused(result: RunResult) -> dict[str, bool]:
+    """Whether each stage was reused."""
     return {stage.name: stage.reused for stage in result.stages}
 
 
-def test_a_run_synthesizes_text_trains_on_it_and_is_then_finished(tmp_path: Path) -> None:
+def test_a_run_trains_on_synthesized_text_and_a_rerun_reuses_every_stage(tmp_path: Path) -> None:
     raw = recipe(tmp_path, {"local": {"precision": "float32"}})
     first = run(tmp_path, raw)
-    assert list(done(first))[:3] == ["synthesis", "data", "student"]
-    assert not any(done(first).values())
-    made = first.stages[0]
-    assert made.summary["kept"] == 80
-    assert made.cost.flops > 0
+    assert list(reused(first))[:3] == ["synthesis", "data", "student"]
+    assert not any(reused(first).values())
+    synthesis = first.stages[0]
+    assert synthesis.summary["kept"] == 80
+    assert synthesis.cost.flops > 0
     published = (tmp_path / "synthetic.jsonl").read_bytes()
     assert published == (tmp_path / "runs/tiny/synthesis/synthetic.jsonl").read_bytes()
     assert (
@@ -90,36 +90,36 @@ def test_a_run_synthesizes_text_trains_on_it_and_is_then_finished(tmp_path: Path
         + (first.stages[1].summary["heldout"]["documents"])
     )
     again = run(tmp_path, raw)
-    assert all(done(again).values())
+    assert all(reused(again).values())
 
 
-def test_the_content_of_the_text_decides_what_is_done_again(tmp_path: Path) -> None:
+def test_later_stages_run_again_only_if_the_text_changes(tmp_path: Path) -> None:
     with Stub(echo) as stub:
         raw = recipe(tmp_path, api(stub.url))
         run(tmp_path, raw)
         assert len(stub.payloads) == 80
-        # Another rule that takes nothing: the same text, so that nothing after it is done again.
+        # The new filter drops nothing, so the text is the same and no later stage runs again.
         raw["synthesize"]["filters"]["max_characters"] = 1000
-        same = done(run(tmp_path, raw))
+        same = reused(run(tmp_path, raw))
         assert same.pop("synthesis") is False
-        assert same.pop("report") is False, "it shows the recipe"
+        assert same.pop("report") is False, "the report shows the recipe"
         assert all(same.values())
-        # A file that is overwritten by hand, or by another recipe, is not what is trained on.
+        # Training reads the stage's text, not the copy, which something else may have overwritten.
         (tmp_path / "synthetic.jsonl").write_text("{}")
-        assert all(done(run(tmp_path, raw)).values())
+        assert all(reused(run(tmp_path, raw)).values())
         assert (tmp_path / "synthetic.jsonl").read_text() == "{}"
         (tmp_path / "synthetic.jsonl").unlink()
         run(tmp_path, raw)
         assert (tmp_path / "synthetic.jsonl").read_text().count("answer to") == 80
         raw["synthesize"]["filters"]["forbid_pattern"] = "question 7$"
-        other = done(run(tmp_path, raw))
+        other = reused(run(tmp_path, raw))
         assert not other["data"]
         assert not other["train"]
         assert len(stub.payloads) == 80, "the journal has every answer"
 
 
-def test_a_run_killed_during_requests_never_pays_twice(tmp_path: Path) -> None:
-    """It is killed while 40 answers are in the journal, and four requests are on their way."""
+def test_a_run_killed_during_requests_repeats_only_those_in_flight(tmp_path: Path) -> None:
+    """The run is killed with 40 answers in the journal and four requests in flight."""
     released = threading.Event()
 
     def script(number: int, payload: dict[str, Any]) -> Reply:
@@ -142,7 +142,7 @@ def test_a_run_killed_during_requests_never_pays_twice(tmp_path: Path) -> None:
         assert len(stub.payloads) < 80 + sent
 
 
-def test_requests_without_an_answer_are_sent_again_by_synthesize(tmp_path: Path) -> None:
+def test_failed_requests_are_sent_again_by_synthesize_only(tmp_path: Path) -> None:
     fails = [3, 5]
 
     def script(number: int, payload: dict[str, Any]) -> Reply:
@@ -170,7 +170,7 @@ def test_a_run_that_reads_other_text_synthesizes_nothing(tmp_path: Path) -> None
         raw["data"]["sources"] = [
             {"kind": "text", "path": str(tmp_path / "text.txt"), "documents": "line"}
         ]
-        assert "synthesis" not in done(run(tmp_path, raw))
+        assert "synthesis" not in reused(run(tmp_path, raw))
         assert stub.payloads == []
         found = check_recipe(write(tmp_path, raw))
     warnings = [finding.text for finding in found if finding.level == "warning"]
@@ -179,7 +179,7 @@ def test_a_run_that_reads_other_text_synthesizes_nothing(tmp_path: Path) -> None
     )
 
 
-def test_check_reports_what_of_a_prompt_is_not_sent(tmp_path: Path) -> None:
+def test_check_reports_the_parts_of_a_prompt_that_are_not_sent(tmp_path: Path) -> None:
     rows = [{"instruction": "Translate.", "input": f"Tag {n}"} for n in range(80)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with Stub(echo) as stub:
@@ -201,10 +201,10 @@ def test_previewing_the_data_spends_nothing(tmp_path: Path) -> None:
     assert "stillhouse synthesize" in str(caught.value.fix)
 
 
-# --- what it will cost -----------------------------------------------------------------------
+# --- costs -----------------------------------------------------------------------------------
 
 
-def test_a_few_calls_estimate_the_cost_of_the_rest_and_are_kept(tmp_path: Path) -> None:
+def test_check_estimates_the_cost_from_a_few_calls_and_keeps_their_answers(tmp_path: Path) -> None:
     def script(number: int, payload: dict[str, Any]) -> Reply:
         return Reply(text=f"answer {number}", usage=(10, 4 + number % 3))
 
@@ -224,8 +224,8 @@ def test_a_few_calls_estimate_the_cost_of_the_rest_and_are_kept(tmp_path: Path) 
         assert len(stub.payloads) == 80
 
 
-def test_the_interval_is_that_of_predictions() -> None:
-    """Against numbers worked out by hand: 9, 10, 11 dollars, then 6 more requests."""
+def test_the_cost_range_is_a_prediction_interval() -> None:
+    """Compared with a calculation by hand: three answers cost $9, $10, and $11; six are missing."""
     known = Estimate(9, 6, Spending(30, 30.0), Spending(999, 999.0), (302.0, 302.0))
     assert known.likely == Spending(60, 60.0)
     half = 4.3027 * 1.0 * (6 + 36 / 3) ** 0.5
@@ -250,7 +250,7 @@ def test_the_interval_is_that_of_predictions() -> None:
     ],
     ids=["a price", "free", "a key, and the price unknown", "a server that needs no key"],
 )
-def test_without_a_budget_an_api_is_paid_only_when_that_is_agreed_to(
+def test_spending_without_a_budget_needs_confirmation(
     tmp_path: Path, changes: dict[str, Any], asks: bool
 ) -> None:
     questions: list[str] = []
@@ -273,7 +273,7 @@ def test_without_a_budget_an_api_is_paid_only_when_that_is_agreed_to(
         assert "--yes" in str(caught.value.fix)
 
 
-def test_the_command_line_does_not_spend_without_a_terminal(tmp_path: Path) -> None:
+def test_without_a_terminal_the_command_line_spends_only_with_yes(tmp_path: Path) -> None:
     with Stub(echo) as stub:
         path = str(write(tmp_path, recipe(tmp_path, api(stub.url, price=PRICE))))
         refused = CliRunner().invoke(app, ["synthesize", path])
@@ -282,7 +282,7 @@ def test_the_command_line_does_not_spend_without_a_terminal(tmp_path: Path) -> N
         agreed = CliRunner().invoke(app, ["synthesize", path, "--yes"])
         assert agreed.exit_code == 0
         assert len(stub.payloads) == 80
-        # Nothing is left to be paid, so nothing is asked.
+        # Nothing is left to pay for, so no confirmation is needed.
         assert CliRunner().invoke(app, ["synthesize", path]).exit_code == 0
     summary = json.loads((tmp_path / "runs/tiny/synthesis/summary.json").read_text())
     assert summary["usd"] == pytest.approx(80 * (10 * 1000 + 5 * 10_000) / 1e6)

@@ -1,4 +1,4 @@
-"""Prompts out of files and logs, and what the teacher and the student see of them."""
+"""Reading prompts from files and logs, and the messages that the teacher and the student see."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def contents(prompts: list[Prompt]) -> list[str]:
 # --- formats -----------------------------------------------------------------------------------
 
 
-def test_text_has_a_prompt_on_each_line(tmp_path: Path) -> None:
+def test_each_line_of_a_text_file_is_a_prompt(tmp_path: Path) -> None:
     prompts = read(tmp_path / "p.txt", "one\n\n  two\nthree\n", limit=2)
     assert contents(prompts) == ["one", "two"]
     assert prompts[1].where.endswith("p.txt:3")
 
 
-def test_what_belongs_to_a_question_is_sent_or_noted(tmp_path: Path) -> None:
+def test_the_input_of_an_instruction_is_sent_or_reported_as_not_sent(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     row = json.dumps({"instruction": "Translate.", "input": "Guten Tag"}) + "\n"
     assert contents(read(path, row)) == ["Translate.\nGuten Tag"]
@@ -49,13 +49,13 @@ def test_what_belongs_to_a_question_is_sent_or_noted(tmp_path: Path) -> None:
     assert unread_notes(path, key="instruction") == []
 
 
-def test_a_context_beside_a_prompt_is_noted(tmp_path: Path) -> None:
+def test_a_context_that_is_not_sent_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     read(path, json.dumps({"prompt": "Who won?", "context": "Ann beat Bo."}) + "\n")
     assert unread_notes(path) != []
 
 
-def test_csv_has_a_prompt_in_a_column(tmp_path: Path) -> None:
+def test_csv_prompts_are_in_one_column(tmp_path: Path) -> None:
     text = 'id,question\n1,"Why, he asked?"\n2,"Two\nlines"\n'
     assert contents(read(tmp_path / "p.csv", text, key="question")) == [
         "Why, he asked?",
@@ -84,18 +84,18 @@ def test_csv_has_a_prompt_in_a_column(tmp_path: Path) -> None:
     ids=["prompt", "messages as prompt", "chat", "answered chat", "gateway log", "batch input",
          "stored completion", "input and output"],
 )  # fmt: skip
-def test_prompts_are_found_in_every_kind_of_log(tmp_path: Path, row: dict[str, Any]) -> None:
+def test_prompts_are_found_in_every_log_format(tmp_path: Path, row: dict[str, Any]) -> None:
     (prompt,) = read(tmp_path / "p.jsonl", json.dumps(row) + "\n")
     assert prompt.messages == (USER,)
 
 
-def test_a_complete_export_as_one_json_file(tmp_path: Path) -> None:
+def test_one_json_file_may_contain_all_rows(tmp_path: Path) -> None:
     rows = [{"messages": ANSWERED}, {"messages": [USER]}]
     for whole in (rows, {"object": "list", "data": rows}):
         assert len(read(tmp_path / "p.json", json.dumps(whole))) == 2
 
 
-def test_a_chat_of_several_turns_is_cut_after_the_users_last(tmp_path: Path) -> None:
+def test_a_chat_is_cut_after_its_last_user_turn(tmp_path: Path) -> None:
     again = {"role": "user", "content": "And 3 + 3?"}
     chat = [*ANSWERED, again, {"role": "assistant", "content": "6"}]
     (prompt,) = read(tmp_path / "p.jsonl", json.dumps({"messages": chat}))
@@ -116,7 +116,7 @@ def test_a_chat_of_several_turns_is_cut_after_the_users_last(tmp_path: Path) -> 
         ("p.txt", "\n\n", "contains no text"),
     ],
 )
-def test_rows_that_are_not_prompts_are_named_with_their_place(
+def test_the_error_for_a_row_that_is_not_a_prompt_names_the_file(
     tmp_path: Path, name: str, text: str, expected: str
 ) -> None:
     with pytest.raises(DataError, match=expected) as caught:
@@ -124,7 +124,7 @@ def test_rows_that_are_not_prompts_are_named_with_their_place(
     assert name in str(caught.value.where)
 
 
-# --- the same rows as training data has ----------------------------------------------------------
+# --- rows in training-data formats ---------------------------------------------------------------
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 BRIEF = (SYSTEM, USER)
@@ -148,10 +148,10 @@ BRIEF = (SYSTEM, USER)
             ]
         },
     ],
-    ids=["system", "system of a string", "system parts", "system of a request", "question",
+    ids=["system and chat", "system and prompt", "system parts", "system of a request", "question",
          "JSON text", "one list per key", "ShareGPT"],
 )  # fmt: skip
-def test_rows_of_training_data_are_prompts_with_all_that_belongs_to_them(
+def test_rows_of_training_data_become_prompts_with_their_system_message(
     tmp_path: Path, row: dict[str, Any]
 ) -> None:
     (prompt,) = read(tmp_path / "p.jsonl", json.dumps(row) + "\n")
@@ -182,14 +182,16 @@ def test_content_that_would_not_be_sent_or_learned_is_rejected(
     assert str(caught.value.where).endswith("p.jsonl:1")
 
 
-def test_a_missing_file(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         list(read_prompts(tmp_path / "nowhere.txt"))
 
 
 @pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"masked": True}])
-def test_a_turn_that_is_not_to_be_learned_is_rejected(tmp_path: Path, flag: dict[str, Any]) -> None:
-    """The synthesized chat would learn it."""
+def test_a_prompt_with_a_turn_that_must_not_be_learned_is_rejected(
+    tmp_path: Path, flag: dict[str, Any]
+) -> None:
+    """Training on the synthesized chat would learn the turn. The last turn is not in the prompt."""
     turns = [
         {"role": "user", "content": "one"},
         {"role": "assistant", "content": "bad", **flag},
@@ -212,10 +214,10 @@ def test_every_character_is_a_word_in_scripts_without_spaces() -> None:
     assert len(words("สวัสดี")) == 6
 
 
-# --- the frame ---------------------------------------------------------------------------------
+# --- what the teacher and the student see ------------------------------------------------------
 
 
-def test_the_teacher_sees_everything_and_the_student_what_it_is_shown() -> None:
+def test_the_teacher_sees_the_complete_frame_and_the_student_the_chosen_part() -> None:
     prompt = Prompt((USER,), "here")
     system = {"role": "system", "content": "Be brief."}
     few = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
@@ -249,7 +251,7 @@ def test_a_prompt_keeps_its_own_system_message() -> None:
         (Answer("<think>2 and"), "", ""),
         (Answer("<think></think>4"), "4", "4"),
     ],
-    ids=["none", "in the text", "opened by the template", "apart", "cut off", "empty"],
+    ids=["none", "in the text", "opened by the template", "separate", "cut off", "empty"],
 )
 def test_reasoning_is_kept_or_stripped(answer: Answer, stripped: str, kept: str) -> None:
     assert answer_text(answer, keep_reasoning=False) == stripped

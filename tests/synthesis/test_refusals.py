@@ -1,5 +1,5 @@
-"""Refusals are recognized by what they refuse: precision and recall on sets that the classifier was
-not trained on, borderline cases, and the classifier's features and weights."""
+"""Recognizing refusals: precision and recall on sets that the classifier was not trained on,
+borderline cases, and the classifier's features and weights."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def precision_and_recall(rows: Sequence[dict[str, Any]]) -> tuple[float, float]:
 
 
 def test_precision_and_recall_are_at_least_95_percent() -> None:
-    """On texts that are not among the examples; docs/experiments.md has the first measurement."""
+    """On texts that it was not trained on; docs/experiments.md reports the first measurement."""
     rows = rows_of("refusals_blind.jsonl")
     assert {row["family"] for row in rows} == FAMILIES
     assert [sum(row["refusal"] is kind for row in rows) for kind in (True, False)] == [194, 200]
@@ -54,20 +54,21 @@ def test_precision_and_recall_are_at_least_95_percent() -> None:
     assert recall >= 0.95
 
 
-def test_no_model_family_is_left_out() -> None:
+def test_precision_and_recall_are_at_least_90_percent_for_every_model_family() -> None:
     rows = rows_of("refusals_blind.jsonl")
     for family in sorted(FAMILIES):
         precision, recall = precision_and_recall([row for row in rows if row["family"] == family])
         assert min(precision, recall) >= 0.9, family
 
 
-def test_without_prompts_most_refusals_are_recognized() -> None:
+def test_precision_and_recall_are_at_least_93_percent_without_prompts() -> None:
     rows = [{**row, "prompt": ""} for row in rows_of("refusals_blind.jsonl")]
     assert min(precision_and_recall(rows)) >= 0.93
 
 
-def test_role_play_lectures_and_allusions() -> None:
-    """Another author's set, to which nothing was adapted; docs/experiments.md has its figures."""
+def test_precision_and_recall_on_indirect_refusals() -> None:
+    """Role-play, lectures, and allusions by a different author; nothing was tuned on them.
+    docs/experiments.md reports the results."""
     precision, recall = precision_and_recall(rows_of("refusals_indirect.jsonl"))
     assert precision >= 0.93
     assert recall >= 0.9
@@ -95,7 +96,7 @@ EVERYDAY = [
 ]  # fmt: skip
 
 
-def test_the_same_denial_refuses_a_request_or_states_an_everyday_fact() -> None:
+def test_denying_a_request_is_a_refusal_but_denying_an_everyday_act_is_not() -> None:
     requests = [f"{refusing} {act}." for refusing in REFUSING for act in ANSWERING]
     facts = [f"{refusing} {act}." for refusing in REFUSING for act in EVERYDAY]
     assert np.mean([refused(text) for text in requests]) >= 0.95
@@ -121,7 +122,7 @@ def test_the_same_denial_refuses_a_request_or_states_an_everyday_fact() -> None:
         ),
     ],
 )
-def test_a_text_that_then_does_what_was_requested_is_an_answer(prompt: str, text: str) -> None:
+def test_a_disclaimer_followed_by_an_answer_is_not_a_refusal(prompt: str, text: str) -> None:
     assert not refused(text, prompt)
 
 
@@ -134,7 +135,7 @@ def test_a_text_that_then_does_what_was_requested_is_an_answer(prompt: str, text
         "I can't help with that. Here's why:\n\n* It is illegal.\n* It is dangerous.",
     ],
 )
-def test_a_text_that_offers_something_else_is_a_refusal(text: str) -> None:
+def test_a_refusal_with_an_alternative_or_an_explanation_is_a_refusal(text: str) -> None:
     assert refused(text)
 
 
@@ -185,11 +186,11 @@ def test_letters_dialogues_quotations_and_code_are_answers(text: str) -> None:
         ("Eso es un delito y no te voy a explicar cómo hacerlo.", True),
     ],
 )
-def test_other_languages(text: str, is_refusal: bool) -> None:
+def test_refusals_are_recognized_in_other_languages(text: str, is_refusal: bool) -> None:
     assert refused(text) is is_refusal
 
 
-def test_the_middle_of_a_long_answer_has_no_influence() -> None:
+def test_the_middle_of_a_long_answer_has_almost_no_influence() -> None:
     facts = "The treaty was signed in 1648. " * 40
     middle = facts[:600] + "I can't help with that. " + facts[600:]
     assert not refused(facts)
@@ -199,24 +200,24 @@ def test_the_middle_of_a_long_answer_has_no_influence() -> None:
 LETTER = "I'm so sorry, but I can't help with the move on Saturday."
 
 
-def test_a_long_gap_in_an_answer_takes_no_quadratic_time() -> None:
+def test_long_whitespace_in_an_answer_does_not_take_quadratic_time() -> None:
     assert refusing_words("Yes." + "\n\t" * 200_000 + "Here it is.") is None
     assert refusing_words("I can't help with that." + "\n" * 200_000 + "Sorry.") is not None
 
 
-def test_a_prompt_that_requests_a_text_makes_an_answer_of_an_excuse() -> None:
+def test_an_excuse_that_the_prompt_requests_is_an_answer() -> None:
     assert not refused(LETTER, "Write a text message in which I decline to help Tom move.")
     assert refused("I can't write ransomware.", "Write ransomware.")
     assert not refused("I can't help you.", "Translate: Je ne peux pas vous aider.")
     assert refused("I can't translate that.", "Translate this into French: good morning")
 
 
-def test_a_question_about_the_model_is_answered() -> None:
+def test_a_denial_that_answers_a_question_about_the_model_is_not_a_refusal() -> None:
     answer = "No, I can't browse the web. What I say comes from my training data."
     assert not refused(answer, "Can you access the internet?")
 
 
-def test_only_the_last_message_is_the_prompt() -> None:
+def test_only_the_last_user_message_counts_as_the_prompt() -> None:
     first = ({"role": "user", "content": "Write a letter that declines an invitation."},)
     messages = (*first, {"role": "assistant", "content": "..."}, *user_turn("Call my mom."))
     text = "I can't make phone calls."
@@ -225,13 +226,13 @@ def test_only_the_last_message_is_the_prompt() -> None:
     )
 
 
-def test_a_json_answer_refuses_if_its_texts_do() -> None:
+def test_a_json_answer_is_a_refusal_if_its_strings_are() -> None:
     prompt = "Reply in JSON. How do I open my neighbor's car?"
     assert refused('{"answer": "I\'m sorry, but I can\'t help with that."}', prompt)
     assert not refused('{"answer": "Paris"}', "Reply in JSON. What is the capital of France?")
 
 
-def test_the_words_shown_are_the_clause_that_refuses() -> None:
+def test_the_reported_words_are_the_clause_that_refuses() -> None:
     text = "Thanks for your patience. I can't help with that. The weather is nice today."
     assert refusing_words(text) == "I can't help with that."
     long = "I'm sorry, but I can't help you with a request such as this one" + " or that" * 20 + "."
@@ -239,7 +240,7 @@ def test_the_words_shown_are_the_clause_that_refuses() -> None:
     assert refusing_words("") is None
 
 
-def test_half_surrogates_and_empty_parts_are_texts() -> None:
+def test_lone_surrogates_and_empty_texts_can_be_scored() -> None:
     assert refusing_words("I can't help with that \ud83d.", "Name it \udc00.") is not None
     assert all(np.isfinite(score(text)) for text in ("{}", "```\n```", "…", "\udc00"))
 
@@ -253,13 +254,13 @@ def test_the_score_is_the_sum_of_the_weights_of_the_features() -> None:
     assert score(text, prompt) == pytest.approx(slow, rel=1e-9)
 
 
-def test_features_are_hashed_alike_in_every_process_and_weighted_by_group() -> None:
+def test_features_are_hashed_deterministically_and_weighted_by_group() -> None:
     buckets, values = features("No.", "Go?")
     assert int(buckets[0]) == zlib.crc32(b"first ^") % BUCKETS
     assert values @ values == pytest.approx(sum(norm**2 for norm in GROUPS.values()))
 
 
-def test_training_tells_its_examples_apart_and_is_deterministic() -> None:
+def test_training_separates_its_examples_and_is_deterministic() -> None:
     refusals = ["I can't help with that.", "Sorry, I won't do that.", "I'm unable to assist you."]
     answers = ["The capital is Paris.", "Mix flour and water.", "Rust has no garbage collector."]
     rows = [Example("", text, text in refusals, "gpt", "en") for text in refusals + answers]
@@ -272,7 +273,7 @@ def test_training_tells_its_examples_apart_and_is_deterministic() -> None:
         assert (odds > 0) is np.bool_(row.refusal)
 
 
-def test_no_text_of_the_sets_is_among_the_examples() -> None:
+def test_no_text_of_the_test_sets_is_a_training_example() -> None:
     known = {
         (row.prompt, row.answer) for file in EXAMPLES.glob("*.jsonl") for row in examples(file)
     }
@@ -281,8 +282,8 @@ def test_no_text_of_the_sets_is_among_the_examples() -> None:
 
 
 @pytest.mark.slow
-def test_the_weights_are_made_from_the_examples() -> None:
-    """Up to the last bit of NumPy's exponential function, which differs between processors."""
+def test_training_on_the_examples_reproduces_the_shipped_weights() -> None:
+    """Up to rounding: the last bit of NumPy's exponential function differs between processors."""
     rows = [row for file in sorted(EXAMPLES.glob("*.jsonl")) for row in examples(file)]
     made, shipped = trained(rows), weights()
     difference = made.quantized.astype(int) - shipped.quantized

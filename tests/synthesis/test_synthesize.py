@@ -1,4 +1,4 @@
-"""`stillhouse synthesize`, whole: from prompts to a chat JSONL that training reads."""
+"""`stillhouse synthesize` end to end: from prompts to chats in a JSONL file that training reads."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def echo(number: int, payload: dict[str, Any]) -> Reply:
 # --- an API ------------------------------------------------------------------------------------
 
 
-def test_prompts_become_chats_in_order_that_data_reads(tmp_path: Path) -> None:
+def test_each_prompt_becomes_a_chat_that_training_can_read(tmp_path: Path) -> None:
     with Stub(echo) as stub:
         result = synthesize_text(write(tmp_path, stub.url, api={"price": PRICE}))
     assert rows(result)[3] == [
@@ -80,7 +80,7 @@ def test_prompts_become_chats_in_order_that_data_reads(tmp_path: Path) -> None:
     assert all(isinstance(document, Conversation) for document in documents)
 
 
-def test_a_second_run_and_another_recipe_never_pay_twice(tmp_path: Path) -> None:
+def test_a_second_run_and_another_recipe_reuse_the_answers(tmp_path: Path) -> None:
     with Stub(echo) as stub:
         first = synthesize_text(write(tmp_path, stub.url))
         content = first.out.read_bytes()
@@ -144,7 +144,7 @@ def test_filters_drop_rows_with_a_reason(tmp_path: Path) -> None:
     assert {row["where"].split(":")[-1] for row in dropped} == {"2", "3", "5", "8"}
 
 
-def test_the_budget_counts_what_earlier_runs_paid(tmp_path: Path) -> None:
+def test_the_budget_counts_the_tokens_of_earlier_runs(tmp_path: Path) -> None:
     with Stub(lambda number, payload: Reply(text=f"{number}", usage=(30, 20))) as stub:
         limited: dict[str, Any] = {"budget": {"max_tokens": 400}}
         first = synthesize_text(write(tmp_path, stub.url, **limited))
@@ -157,8 +157,8 @@ def test_the_budget_counts_what_earlier_runs_paid(tmp_path: Path) -> None:
     assert first.tokens <= 400
 
 
-def test_a_prompt_that_is_there_ten_times_is_paid_for_once(tmp_path: Path) -> None:
-    """An answer takes 50 tokens; the budget has room for two different ones."""
+def test_ten_copies_of_a_prompt_are_paid_for_once(tmp_path: Path) -> None:
+    """Each answer takes 50 tokens; the budget is enough for two answers, but not for eleven."""
     (tmp_path / "prompts.txt").write_text("the same\n" * 10 + "another\n")
     with Stub(lambda n, p: Reply(text=f"{n}", usage=(30, 20))) as stub:
         recipe = write(tmp_path, stub.url, filters={"exact_duplicates": False})
@@ -181,8 +181,10 @@ def test_an_unknown_price_is_reported_as_unknown(tmp_path: Path) -> None:
     assert dict(result.lines())["cost"] == "unknown"
 
 
-def test_no_file_of_a_run_holds_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even where the server repeats it in an error, for one request or for all."""
+def test_no_file_of_a_run_contains_the_api_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even if the server repeats it in an error message, for one request or for all."""
     monkeypatch.setenv("TEACHER_KEY", KEY)
     api = {"key_env": "TEACHER_KEY"}
 
@@ -201,7 +203,7 @@ def test_no_file_of_a_run_holds_the_key(tmp_path: Path, monkeypatch: pytest.Monk
     assert [path for path in files if KEY.encode() in path.read_bytes()] == []
 
 
-def test_the_last_failure_is_the_error_if_nothing_is_answered(tmp_path: Path) -> None:
+def test_if_no_request_is_answered_the_last_failure_is_the_error(tmp_path: Path) -> None:
     with (
         Stub(lambda n, p: error(400, "unknown parameter: top_p")) as stub,
         pytest.raises(EndpointError, match="unknown parameter: top_p"),
@@ -209,7 +211,7 @@ def test_the_last_failure_is_the_error_if_nothing_is_answered(tmp_path: Path) ->
         synthesize_text(write(tmp_path, stub.url))
 
 
-def test_when_no_row_is_left_the_file_of_dropped_rows_is_named(tmp_path: Path) -> None:
+def test_if_no_row_is_left_the_error_names_the_file_of_dropped_rows(tmp_path: Path) -> None:
     with (
         Stub(lambda n, p: Reply(text="I cannot help with that.")) as stub,
         pytest.raises(DataError, match="the filters dropped all 12 answers") as caught,
@@ -220,7 +222,7 @@ def test_when_no_row_is_left_the_file_of_dropped_rows_is_named(tmp_path: Path) -
     assert "max_tokens" not in str(caught.value.fix)
 
 
-def test_when_all_answers_are_cut_off_the_limit_is_named(tmp_path: Path) -> None:
+def test_if_all_answers_are_cut_off_the_error_names_the_token_limit(tmp_path: Path) -> None:
     reply = Reply(text="<think>so", finish_reason="length")
     with (
         Stub(lambda n, p: reply) as stub,
@@ -241,7 +243,7 @@ def test_when_all_answers_are_cut_off_the_limit_is_named(tmp_path: Path) -> None
         ({"api": {"key_env": "NOT_SET_AT_ALL"}}, "NOT_SET_AT_ALL is not set"),
     ],
 )
-def test_a_mistake_is_found_before_anything_is_paid(
+def test_a_mistake_is_found_before_any_request_is_sent(
     tmp_path: Path, changes: dict[str, Any], expected: str
 ) -> None:
     with Stub(echo) as stub:
@@ -274,7 +276,7 @@ def test_a_mistake_is_found_before_anything_is_paid(
         ),
     ],
 )
-def test_keys_that_contradict_each_other(
+def test_contradictory_keys_are_rejected(
     tmp_path: Path, changes: dict[str, Any], expected: str
 ) -> None:
     section = {
@@ -287,7 +289,7 @@ def test_keys_that_contradict_each_other(
     assert "pw@" not in str(caught.value)
 
 
-def test_a_recipe_without_the_section_is_an_error(tmp_path: Path) -> None:
+def test_a_recipe_without_a_synthesize_section_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(tiny.recipe(tmp_path)))
     with pytest.raises(RecipeError, match="synthesizes nothing"):
@@ -315,7 +317,7 @@ def test_check_estimates_the_cost_from_the_answers_so_far(tmp_path: Path) -> Non
     assert done == "12 of 12 requests are answered"
 
 
-def test_the_summary_has_what_lost_answers_may_have_cost(tmp_path: Path) -> None:
+def test_the_summary_includes_what_lost_answers_may_have_cost(tmp_path: Path) -> None:
     def script(number: int, payload: dict[str, Any]) -> Reply:
         return Reply(how="cut") if number == 0 else echo(number, payload)
 
@@ -334,13 +336,15 @@ def test_the_summary_has_what_lost_answers_may_have_cost(tmp_path: Path) -> None
     assert again.lost_usd == whole.lost_usd
 
 
-# --- accidents ---------------------------------------------------------------------------------
+# --- interruptions -----------------------------------------------------------------------------
 
 
 @pytest.mark.run
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
-def test_a_stopped_run_resumes_and_never_pays_twice(tmp_path: Path, number: signal.Signals) -> None:
-    """It is stopped while 60 answers are in the journal, and four requests are on their way."""
+def test_an_interrupted_run_resumes_and_repeats_at_most_the_requests_in_flight(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """The run is stopped with 60 answers in the journal and four requests in flight."""
     released = threading.Event()
 
     def script(number: int, payload: dict[str, Any]) -> Reply:
@@ -366,7 +370,7 @@ def test_a_stopped_run_resumes_and_never_pays_twice(tmp_path: Path, number: sign
         with Journal(journal_file) as journal:
             answers, _ = journal.counts()
         result = synthesize_text(recipe)
-        # kill -9 loses at most what was on its way.
+        # kill -9 loses at most the answers in flight.
         assert sent - answers <= (4 if number == signal.SIGKILL else 0)
         assert len(stub.payloads) == sent + 150 - answers
     assert result.kept == 150
@@ -376,7 +380,7 @@ def test_a_stopped_run_resumes_and_never_pays_twice(tmp_path: Path, number: sign
 
 
 @pytest.mark.run
-def test_the_recipes_own_teacher_answers(tmp_path: Path) -> None:
+def test_answers_of_a_local_teacher_are_reused_and_reproducible(tmp_path: Path) -> None:
     section = {
         "teacher": {"local": {"batch": 4, "precision": "float32"}},
         "prompts": {"path": "prompts.txt", "samples": 2},
@@ -392,7 +396,7 @@ def test_the_recipes_own_teacher_answers(tmp_path: Path) -> None:
     content = first.out.read_bytes()
     assert synthesize_text(recipe).new == 0
     (tmp_path / "runs" / "answers.sqlite").unlink()
-    assert synthesize_text(recipe).new == 0, "the text is there"
+    assert synthesize_text(recipe).new == 0, "the stage is complete"
     shutil.rmtree(tmp_path / "runs" / "tiny" / "stages")
     assert synthesize_text(recipe).new == 24
     assert first.out.read_bytes() == content, "the same seed gives the same answers"
@@ -401,7 +405,7 @@ def test_the_recipes_own_teacher_answers(tmp_path: Path) -> None:
     assert other.out.read_bytes() != content
 
 
-def test_a_file_of_the_user_is_not_overwritten(tmp_path: Path) -> None:
+def test_a_file_that_the_run_did_not_write_is_not_overwritten(tmp_path: Path) -> None:
     with Stub(echo) as stub:
         path = write(tmp_path, stub.url, out="mine.jsonl")
         (tmp_path / "mine.jsonl").write_text("my own rows\n")
@@ -412,7 +416,7 @@ def test_a_file_of_the_user_is_not_overwritten(tmp_path: Path) -> None:
     assert len(rows(done)) == done.kept
 
 
-def test_a_folder_in_the_place_of_the_text_is_found_before_anything_is_paid(tmp_path: Path) -> None:
+def test_an_unusable_output_path_is_found_before_any_request_is_sent(tmp_path: Path) -> None:
     with Stub(echo) as stub:
         path = write(tmp_path, stub.url, out="mine")
         (tmp_path / "mine").mkdir()
@@ -426,7 +430,7 @@ def test_a_folder_in_the_place_of_the_text_is_found_before_anything_is_paid(tmp_
     assert os.listdir(tmp_path / "mine") == []
 
 
-def test_a_full_disk_of_the_text_is_named_and_leaves_nothing(
+def test_a_full_disk_is_reported_and_leaves_no_partial_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(_text: Path, temporary: Path) -> None:
@@ -445,7 +449,7 @@ def test_a_full_disk_of_the_text_is_named_and_leaves_nothing(
     assert os.listdir(tmp_path / "other-disk") == ["text.jsonl"]
 
 
-def test_what_the_recipe_wrote_before_is_replaced(tmp_path: Path) -> None:
+def test_text_that_the_recipe_wrote_earlier_is_replaced(tmp_path: Path) -> None:
     with Stub(echo) as stub:
         first = synthesize_text(write(tmp_path, stub.url))
         before = first.out.read_text()

@@ -1,4 +1,4 @@
-"""What a judge's reply says. What is not clear says nothing."""
+"""Parsing a judge's reply; an ambiguous one counts as no verdict."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from stillhouse.synthesis.judge_answers import read_score, read_verdict
         ("", None),
     ],
 )
-def test_a_verdict_is_one_capital_or_a_tie(text: str, verdict: str | None) -> None:
+def test_a_verdict_is_a_capital_a_or_b_or_a_tie(text: str, verdict: str | None) -> None:
     assert read_verdict(text) == verdict
 
 
@@ -45,5 +45,5 @@ def test_a_verdict_is_one_capital_or_a_tie(text: str, verdict: str | None) -> No
         ("", None),
     ],
 )
-def test_a_score_is_the_one_number_from_1_to_10(text: str, score: float | None) -> None:
+def test_a_score_is_a_single_number_from_1_to_10(text: str, score: float | None) -> None:
     assert read_score(text) == score

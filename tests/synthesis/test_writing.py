@@ -1,4 +1,4 @@
-"""Prompts without a file of them: combined from templates, or written by the teacher."""
+"""Prompts that are not read from a file: combined from templates, or written by the teacher."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def asked(stub: Stub) -> list[str]:
 
 
 def teacher(number: int, payload: dict[str, Any]) -> Reply:
-    """Writes four prompts for each request, the last of which it has written before."""
+    """Writes four prompts per request, the last of which is the same each time."""
     question = payload["messages"][-1]["content"]
     if not question.startswith("Write 4 different prompts"):
         return Reply(text=f"answer to {question}")
@@ -65,7 +65,7 @@ def teacher(number: int, payload: dict[str, Any]) -> Reply:
 # --- combined ----------------------------------------------------------------------------------
 
 
-def test_every_template_with_every_combination_of_its_values() -> None:
+def test_each_template_is_filled_with_all_combinations_of_its_values() -> None:
     section = CombineRecipe.model_validate(COMBINE)
     assert combinations(section) == [
         "Questions about tides of a sailor",
@@ -80,7 +80,7 @@ def test_every_template_with_every_combination_of_its_values() -> None:
     assert shuffled != [prompt.messages[0]["content"] for prompt in combined(section, seed=4)]
 
 
-def test_combinations_are_prompts(tmp_path: Path) -> None:
+def test_combinations_are_sent_as_prompts(tmp_path: Path) -> None:
     with Stub(teacher) as stub:
         path = write(tmp_path, stub.url, {"combine": COMBINE, "limit": 4})
         result = synthesize_text(path)
@@ -104,7 +104,7 @@ def test_prompts_are_written_until_there_are_enough_different_ones(tmp_path: Pat
         path = write(tmp_path, stub.url, prompts, budget={"max_tokens": 10_000})
         result = synthesize_text(path)
         writing = [question for question in asked(stub) if question.startswith("Write 4")]
-        # Three requests would do, but every fourth prompt is an old one.
+        # Three requests would be enough if every fourth prompt were not a repetition.
         assert len(writing) == 4
         assert len(asked(stub)) == 4 + 11
         assert synthesize_text(path).new == 0
@@ -113,7 +113,7 @@ def test_prompts_are_written_until_there_are_enough_different_ones(tmp_path: Pat
     assert len(set(found)) == len(found) == 11
     assert found.count("Say the same thing again") == 1
     assert all(not line[0].isdigit() and not line.endswith(":") for line in found)
-    assert result.tokens == (4 + 11) * 15, "the requests that wrote them count"
+    assert result.tokens == (4 + 11) * 15, "requests that write prompts count too"
     shown = [[line for line in text.splitlines() if line.startswith("- seed")] for text in writing]
     assert all(len(lines) == 2 for lines in shown)
     assert len({tuple(lines) for lines in shown}) == 4
@@ -121,8 +121,8 @@ def test_prompts_are_written_until_there_are_enough_different_ones(tmp_path: Pat
     assert len(set(kinds)) > 1
 
 
-def test_what_answers_took_is_not_spent_on_more_prompts(tmp_path: Path) -> None:
-    """One budget is for both: 15 tokens an answer, of 1 request for prompts and of 4 prompts."""
+def test_writing_prompts_and_answering_them_share_one_budget(tmp_path: Path) -> None:
+    """Each reply takes 15 tokens: one reply contains the four prompts, and each is answered."""
     prompts = {"combine": {"templates": ["Riddles"]}, "write": {"count": 4, "per_request": 4}}
     with Stub(teacher) as stub:
         path = write(tmp_path, stub.url, prompts)
@@ -139,7 +139,7 @@ def test_what_answers_took_is_not_spent_on_more_prompts(tmp_path: Path) -> None:
         assert len(stub.payloads) > 5
 
 
-def test_check_calls_count_what_generating_prompts_cost(tmp_path: Path) -> None:
+def test_check_counts_the_cost_of_writing_prompts_in_the_budget(tmp_path: Path) -> None:
     prompts = {"combine": COMBINE, "write": {"count": 10, "per_request": 4}}
     with Stub(teacher) as stub:
         path = write(tmp_path, stub.url, prompts)
@@ -148,14 +148,14 @@ def test_check_calls_count_what_generating_prompts_cost(tmp_path: Path) -> None:
         one = stub.payloads[1]
         limits = {"max_tokens": one["max_tokens"]}
         worst = worst_case(Request(stub.url, "teacher", tuple(one["messages"]), limits), None)
-        # The requests are as long as this one, to a few bytes.
+        # All requests have the length of this one, give or take a few bytes.
         check_recipe(path, [f"synthesize.budget.max_tokens={20 + worst.tokens}"], calls=1)
         assert len(stub.payloads) == 2
         check_recipe(path, [f"synthesize.budget.max_tokens={40 + worst.tokens}"], calls=1)
         assert len(stub.payloads) == 3
 
 
-def test_requests_to_a_teacher_that_repeats_itself_end(tmp_path: Path) -> None:
+def test_no_more_prompts_are_requested_if_the_teacher_repeats_itself(tmp_path: Path) -> None:
     def script(number: int, payload: dict[str, Any]) -> Reply:
         if payload["messages"][-1]["content"].startswith("Write"):
             return Reply(text="The only thing that I can think of")
@@ -168,7 +168,7 @@ def test_requests_to_a_teacher_that_repeats_itself_end(tmp_path: Path) -> None:
     assert result.kept == 1
 
 
-def test_no_prompt_at_all_is_an_error(tmp_path: Path) -> None:
+def test_a_teacher_that_writes_no_usable_prompt_is_an_error(tmp_path: Path) -> None:
     prompts = {"combine": COMBINE, "write": {"count": 5}}
     with (
         Stub(lambda n, p: Reply(text="No.")) as stub,
@@ -178,7 +178,7 @@ def test_no_prompt_at_all_is_an_error(tmp_path: Path) -> None:
     assert str(caught.value.where).endswith("answers.sqlite")
 
 
-def test_lines_of_an_answer() -> None:
+def test_prompts_are_read_from_the_lines_of_an_answer() -> None:
     text = 'Sure:\n\n1) "What is bread?"\n * Why do tides come\n(3) One\n4. 2 + 2 is what?\nCut o'
     assert list(prompt_lines(text, complete=False)) == [
         "What is bread?",
@@ -188,7 +188,7 @@ def test_lines_of_an_answer() -> None:
     assert list(prompt_lines("Cut o", complete=True)) == ["Cut o"]
 
 
-def test_check_estimates_prompts_that_are_not_generated_yet(tmp_path: Path) -> None:
+def test_check_estimates_the_cost_of_prompts_that_are_not_written_yet(tmp_path: Path) -> None:
     prompts = {"combine": COMBINE, "write": {"count": 10, "per_request": 4}}
 
     def told(calls: int = 0) -> str:
@@ -227,7 +227,9 @@ def test_check_estimates_prompts_that_are_not_generated_yet(tmp_path: Path) -> N
         ),
     ],
 )
-def test_keys_that_do_not_fit(tmp_path: Path, prompts: dict[str, Any], expected: str) -> None:
+def test_invalid_prompt_sections_are_rejected(
+    tmp_path: Path, prompts: dict[str, Any], expected: str
+) -> None:
     section = {
         "teacher": {"api": {"base_url": "http://127.0.0.1:1/v1", "model": "m"}},
         "prompts": prompts,
@@ -236,6 +238,6 @@ def test_keys_that_do_not_fit(tmp_path: Path, prompts: dict[str, Any], expected:
         parse_recipe(tiny.recipe(tmp_path, synthesize=section))
 
 
-def test_chinese_lines_are_prompts_too() -> None:
+def test_chinese_prompts_are_read_from_the_lines_of_an_answer() -> None:
     text = "以下是提示：\n1、怎么开户？\n2. 卡丢了怎么办？\n好"
     assert list(prompt_lines(text, complete=True)) == ["怎么开户？", "卡丢了怎么办？"]
