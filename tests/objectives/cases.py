@@ -23,7 +23,7 @@ from tests.objectives import reference
 
 @dataclass
 class Case:
-    """Random rows and heads in float64, of different widths."""
+    """Random hidden states of a student, its LM head, a teacher's signal, and target tokens."""
 
     hidden_ND: Tensor
     head: LMHead
@@ -73,7 +73,7 @@ def make_case(
 
 
 def placed(value: Any, device: str) -> Any:
-    """A copy on a device of a tensor, or of all tensors in a case, head, or signal."""
+    """Copies a tensor, or every tensor of a case, head, or signal, to a device."""
     if isinstance(value, Tensor):
         return value.detach().to(device).requires_grad_(value.requires_grad)
     if is_dataclass(value) and not isinstance(value, type):
@@ -83,7 +83,7 @@ def placed(value: Any, device: str) -> Any:
 
 
 def grad_of(leaf: Tensor) -> Tensor:
-    """The leaf's gradient, which must be there."""
+    """The gradient of a leaf tensor, which must have one."""
     assert leaf.grad is not None
     return leaf.grad
 
@@ -94,7 +94,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Within a relative error, or within float64's rounding of numbers around 1."""
+    """Asserts a relative error of at most `tolerance`, or float64's rounding of numbers near 1."""
     gap = float((found.detach().to(expected.dtype) - expected.detach()).norm())
     assert gap <= tolerance * float(expected.detach().norm()) + 1e-13
 
@@ -125,7 +125,7 @@ def assert_same_as_reference(
 def with_signal(
     case: Case, kind: str, temperature: float = 1.0, k: int = 4, draws: int = 20
 ) -> Case:
-    """The same case with the teacher's answer as a different kind of signal."""
+    """The same case with the teacher's outputs in a different kind of signal."""
     assert isinstance(case.signal, DenseSignal)
     head = case.signal.head
     vocab = len(head.weight_VD)

@@ -1,6 +1,6 @@
-"""A slow, obvious loss: one token at a time, in the given dtype, differentiated by autograd.
+"""A slow and obvious loss: one token at a time, in the dtype of its inputs, with autograd.
 
-Formulas are written from their definitions, not from the gradients that the fast code uses.
+Its formulas are the definitions of the divergences, not the gradients that the fast code uses.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def adaptive_kl(mu: float, log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def divergence(term: Term, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """The value between two distributions over any outcomes."""
+    """The divergence between two distributions over the same outcomes."""
     known = term.parameters
     formulas = {
         "forward_kl": lambda: kl(log_p, log_q),
@@ -100,7 +100,7 @@ def divergence(term: Term, log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def buckets(signal: SparseSignal, n: int, log_q_V: Tensor) -> tuple[Tensor, Tensor]:
-    """log p and log q over the K tokens and the tail; a mass of 0 has the logarithm −100."""
+    """log p and log q of the K tokens and of the tail; log p is at least −100."""
     ids = signal.ids_NK[n].tolist()
     others = [token for token in range(len(log_q_V)) if token not in ids]
     log_p = torch.cat([signal.log_probs_NK[n], signal.tail_N[n].log()[None]]).clamp_min(-100.0)

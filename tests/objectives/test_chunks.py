@@ -1,4 +1,4 @@
-"""Losses on likelihoods of text that two tokenizers split into different tokens."""
+"""Losses on the likelihoods of chunks of text that two tokenizers split into different tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DISTANCES: list[ChunkDistance] = ["binary", "squared"]
 
 
 def slow(case: Case, signal: ChunkSignal, distance: str) -> Tensor:
-    """One chunk at a time: the product of its tokens' probabilities."""
+    """The loss, one chunk at a time. A chunk's probability is the product of its tokens'."""
     total = case.hidden_ND.sum() * 0 + case.head.weight_VD.sum() * 0
     vocab = len(case.head.weight_VD)
     for chunk, log_p in enumerate(signal.log_probs_C):
@@ -78,7 +78,7 @@ def test_values_and_gradients_agree_with_the_reference(
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_gradcheck_in_float64(distance: ChunkDistance) -> None:
+def test_gradients_pass_gradcheck_in_float64(distance: ChunkDistance) -> None:
     case, signal = make_case(rows=5, vocab=7), chunks_of(5, 2)
 
     def loss(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
@@ -124,11 +124,12 @@ def test_the_binary_distance_is_finite_for_certain_and_for_impossible_text() -> 
         assert all(torch.isfinite(each).all() for each in (found.total, *gradients))
 
 
-def test_no_chunks_are_a_loss_of_zero_that_is_connected() -> None:
+def test_no_chunks_give_a_zero_loss_that_is_connected_to_every_parameter() -> None:
     case = make_case(rows=3)
     none = torch.empty(0, dtype=torch.long)
     signal = ChunkSignal(none, none, torch.empty(0))
     found = chunk_loss(case.hidden_ND, case.head, signal, case.targets_N)
+    assert found.total.item() == 0
     assert not any(g.any() for g in torch.autograd.grad(found.total, case.leaves))
 
 
@@ -150,7 +151,7 @@ def test_without_gradients_only_the_value_is_computed() -> None:
         ({"log_probs_C": torch.full((2,), torch.nan)}, "log_probs_C is not finite"),
     ],
 )
-def test_parts_that_do_not_fit_are_one_message(change: dict[str, Tensor], message: str) -> None:
+def test_an_inconsistent_signal_is_rejected(change: dict[str, Tensor], message: str) -> None:
     case, signal = make_case(rows=5), chunks_of(5, 2)
     with pytest.raises(SignalError, match=message):
         chunk_loss(case.hidden_ND, case.head, replace(signal, **change), case.targets_N)

@@ -54,9 +54,11 @@ def test_every_divergence_is_tested() -> None:
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("kind", SIGNALS)
 @pytest.mark.parametrize("term", VARIANTS, ids=name)
-def test_value_and_gradients(term: Term, kind: str, temperature: float) -> None:
+def test_value_and_gradients_agree_with_the_reference(
+    term: Term, kind: str, temperature: float
+) -> None:
     if not is_defined(term, kind) or (term.divergence == "cross_entropy" and temperature != 1.0):
-        pytest.skip("refused: see the tests of refusals")
+        pytest.skip("undefined; see test_an_undefined_combination_raises_with_the_reason")
     case = with_signal(make_case(bias=True), kind, temperature)
     assert_same_as_reference(case, [at(term, temperature)], chunk_rows=4)
 
@@ -100,14 +102,15 @@ def test_any_mixture_on_any_signal(
 
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 @pytest.mark.parametrize("term", VARIANTS, ids=name)
-def test_bfloat16_stays_near(term: Term, kind: str) -> None:
-    """Stated bound: 3 % on gradients and 2 % on values that are not small.
+def test_bfloat16_is_near_float64(term: Term, kind: str) -> None:
+    """Gradients differ by at most 3%, and values that are not small by at most 2%.
 
-    adaptive_kl chooses its head by comparing probabilities, and rounding moves that choice: 30 %.
+    adaptive_kl may differ by 30% and 20%: it selects its nucleus by comparing probabilities, and
+    rounding can change that selection.
     """
     bound = 0.3 if term.divergence == "adaptive_kl" else 0.03
     if not is_defined(term, kind):
-        pytest.skip("refused: see the tests of refusals")
+        pytest.skip("undefined; see test_an_undefined_combination_raises_with_the_reason")
     wide = make_case(rows=30, vocab=200, student_width=16, teacher_width=24)
     case = with_signal(make_case(30, 200, 16, 24, dtype=torch.bfloat16), "dense")
     with torch.no_grad():
@@ -132,12 +135,12 @@ def test_bfloat16_stays_near(term: Term, kind: str) -> None:
         assert (a.double() - b).norm() <= bound * b.norm() + 1e-6
 
 
-# --- edges ---------------------------------------------------------------------------------
+# --- edge cases ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("term", [t for t in VARIANTS if is_defined(t, "sparse")], ids=name)
 @pytest.mark.parametrize("k", [1, 7])
-def test_one_token_or_the_full_vocabulary_is_kept(term: Term, k: int) -> None:
+def test_a_sparse_signal_may_keep_one_token_or_the_full_vocabulary(term: Term, k: int) -> None:
     case = with_signal(make_case(vocab=7), "sparse", k=k)
     if k == 7 and term.divergence in ("reverse_kl", "total_variation", "jsd", "alpha_beta"):
         case.signal.tail_N.zero_()
@@ -164,7 +167,7 @@ def test_a_sparse_signal_with_the_full_vocabulary_equals_dense(term: Term) -> No
 
 @pytest.mark.parametrize("tail", [0.0, 1.0])
 @pytest.mark.parametrize("term", [t for t in VARIANTS if is_defined(t, "sparse")], ids=name)
-def test_a_tail_of_0_or_1(term: Term, tail: float) -> None:
+def test_a_tail_of_0_or_1_agrees_with_the_reference(term: Term, tail: float) -> None:
     case = make_case(rows=3, vocab=9)
     ids_NK = torch.tensor([[0, 1], [5, 8], [3, 2]])
     log_probs_NK = torch.full((3, 2), 0.5, dtype=torch.float64).log()
@@ -181,7 +184,7 @@ def test_underflowing_probabilities_do_not_become_nan(
     term: Term, kind: str, dtype: torch.dtype
 ) -> None:
     if not is_defined(term, kind):
-        pytest.skip("refused: see the tests of refusals")
+        pytest.skip("undefined; see test_an_undefined_combination_raises_with_the_reason")
     case = make_case(dtype=dtype)
     with torch.no_grad():
         case.head.weight_VD.mul_(300)
@@ -200,8 +203,8 @@ def test_underflowing_probabilities_do_not_become_nan(
     [Term("jsd", beta=0.3), Term("skew_forward_kl", alpha=0.2), Term("skew_reverse_kl", alpha=0.2)],
     ids=name,
 )
-def test_a_divergence_that_saturates_has_no_gradient(term: Term) -> None:
-    """With logits in the hundreds, a score's rounding error must not turn into a gradient."""
+def test_a_saturated_divergence_has_no_gradient(term: Term) -> None:
+    """With logits in the hundreds, their rounding errors must not become a gradient."""
     case = make_case(rows=40, dtype=torch.float32)
     with torch.no_grad():
         case.head.weight_VD.mul_(100)
@@ -215,8 +218,8 @@ def test_a_divergence_that_saturates_has_no_gradient(term: Term) -> None:
         assert found.norm() < 1e-7 * of_kl.norm()
 
 
-def test_tokens_that_the_teacher_does_not_have() -> None:
-    """−inf in a teacher's logits is a probability of 0, as if the token were not there."""
+def test_teacher_logits_of_minus_infinity_are_probabilities_of_0() -> None:
+    """The loss is that of a vocabulary without the token."""
     case = with_signal(make_case(vocab=9), "logits")
     case.signal.logits_NV[:, 4] = -torch.inf
     for divergence in ("forward_kl", "jsd", "skew_forward_kl", "total_variation"):
@@ -240,7 +243,7 @@ def test_teacher_logits_are_not_overwritten() -> None:
     assert torch.equal(case.signal.logits_NV, before)
 
 
-def test_wider_teacher_logits_are_trimmed_before_their_softmax() -> None:
+def test_teacher_logits_past_the_students_vocabulary_are_cut_off_before_the_softmax() -> None:
     narrow = with_signal(make_case(vocab=9), "logits")
     padded = torch.cat([narrow.signal.logits_NV, torch.full((6, 3), 40.0)], 1)
     terms = [Term("forward_kl"), Term("reverse_kl")]
@@ -249,7 +252,7 @@ def test_wider_teacher_logits_are_trimmed_before_their_softmax() -> None:
     assert torch.equal(found, expected)
 
 
-# --- what the divergences are ----------------------------------------------------------------
+# --- properties of the divergences -----------------------------------------------------------
 
 
 def value(term: Term, kind: str = "dense", **kwargs: object) -> float:
@@ -266,7 +269,7 @@ def test_generalized_jsd_vanishes_at_its_ends_and_its_normalized_form_becomes_kl
     assert value(Term("normalized_jsd", beta=1 - 1e-6)) == pytest.approx(reverse, rel=0.03)
 
 
-def test_alpha_beta_has_the_kl_divergences_as_its_corners() -> None:
+def test_alpha_beta_equals_forward_and_reverse_kl_at_its_corners() -> None:
     assert value(Term("alpha_beta", alpha=1.0, beta=0.0)) == pytest.approx(
         value(Term("forward_kl"))
     )
@@ -286,7 +289,7 @@ def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(term: Term) 
     loss = fused_loss(case.hidden_ND, case.head, [term], signal=case.signal)
     assert loss.total.item() == pytest.approx(0.0, abs=1e-10)
     if term.divergence == "total_variation":
-        return  # its gradient has no limit there
+        return  # its gradient is discontinuous there
     for grad in torch.autograd.grad(loss.total, case.leaves):
         assert grad.abs().max() < 1e-10
 
@@ -296,7 +299,7 @@ def test_merging_tokens_into_a_tail_cannot_increase_a_divergence() -> None:
         assert 0 < value(Term(divergence), "sparse") < value(Term(divergence))
 
 
-def test_samples_give_the_gradient_of_forward_kl_without_bias() -> None:
+def test_sampled_signals_estimate_the_gradient_of_forward_kl_without_bias() -> None:
     """The mean over many draws approaches the dense gradient; top-k without a tail would not."""
     torch.manual_seed(0)
     case = make_case(rows=2, vocab=8)
@@ -319,15 +322,15 @@ def test_samples_give_the_gradient_of_forward_kl_without_bias() -> None:
     assert ((stacked.mean(0) - expected).abs() < 5 * standard_error).all()
 
 
-def test_adaptive_kl_is_refined_from_a_long_flat_distribution() -> None:
-    """Its nucleus can contain more tokens than are looked at first."""
+def test_adaptive_kl_of_a_flat_distribution_agrees_with_the_reference() -> None:
+    """The nucleus of a flat distribution has more tokens than the fast search looks at."""
     case = make_case(rows=2, vocab=3000)
     with torch.no_grad():
         case.signal.head.weight_VD.mul_(0.01)
     assert_same_as_reference(case, [Term("adaptive_kl", mu=0.8)])
 
 
-# --- refusals --------------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("term", VARIANTS, ids=name)

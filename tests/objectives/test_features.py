@@ -43,11 +43,13 @@ def hidden_rows(of: LlamaForCausalLM, ids_RL: torch.Tensor) -> list[torch.Tensor
         ((3, 6, [(0, 0), (3, 6)]), ((0, 0), (3, 6))),
     ],
 )
-def test_maps(arguments: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
+def test_map_layers_pairs_the_layers_of_student_and_teacher(
+    arguments: tuple[Any, ...], expected: tuple[Any, ...]
+) -> None:
     assert map_layers(*arguments) == expected
 
 
-def test_a_map_can_be_cut_to_its_last_pairs_and_given_the_embeddings() -> None:
+def test_a_map_can_keep_only_its_last_pairs_and_include_the_embeddings() -> None:
     assert map_layers(3, 6, "last", count=2) == ((2, 5), (3, 6))
     assert map_layers(3, 6, count=1, embeddings=True) == ((0, 0), (3, 6))
 
@@ -81,14 +83,16 @@ def test_impossible_maps_are_rejected(how: list[Any], message: str) -> None:
         map_layers(3, 6, how)
 
 
-def test_more_pairs_than_blocks_are_rejected() -> None:
+def test_more_pairs_than_layers_are_rejected() -> None:
     with pytest.raises(SignalError, match="4 pairs does not fit 3 student"):
         map_layers(3, 6, count=4)
 
 
 @pytest.mark.parametrize("kind", ["mse", "cosine"])
-def test_models_of_another_depth_and_width(kind: Literal["mse", "cosine"]) -> None:
-    """The last pair really is the last hidden state, and every pair counts."""
+def test_hidden_state_loss_between_models_of_different_depths_and_widths(
+    kind: Literal["mse", "cosine"],
+) -> None:
+    """Every pair contributes equally, and the last pair compares the last hidden states."""
     student, teacher = model(2, 16), model(4, 24)
     ids_RL = torch.randint(0, 31, (2, 5))
     loss = HiddenStateLoss(map_layers(2, 4), 16, 24, kind)
@@ -112,7 +116,7 @@ def test_models_of_another_depth_and_width(kind: Literal["mse", "cosine"]) -> No
     assert teacher.model.embed_tokens.weight.grad is None
 
 
-def test_projections_are_not_part_of_the_student_and_absent_at_equal_widths() -> None:
+def test_projections_are_not_part_of_the_student_and_not_needed_at_equal_widths() -> None:
     student = model(2, 16)
     before = set(student.state_dict())
     loss = HiddenStateLoss(map_layers(2, 4), 16, 24)
@@ -121,7 +125,7 @@ def test_projections_are_not_part_of_the_student_and_absent_at_equal_widths() ->
     assert not list(HiddenStateLoss(map_layers(2, 4), 16, 16).parameters())
 
 
-def test_row_weights_and_partitions_add_up() -> None:
+def test_losses_of_parts_of_the_rows_add_up_and_row_weights_select_rows() -> None:
     torch.manual_seed(0)
     student, teacher = [torch.randn(6, 4) for _ in range(3)], [torch.randn(6, 4) for _ in range(3)]
     loss = HiddenStateLoss(map_layers(2, 2), 4, 4)
@@ -143,14 +147,14 @@ def test_row_weights_and_partitions_add_up() -> None:
         ([torch.zeros(1, 3, 4)] * 3, [torch.zeros(3, 4)] * 3, r"shape \(1, 3, 4\)"),
     ],
 )
-def test_states_that_do_not_fit_are_named(
+def test_an_error_names_hidden_states_that_do_not_match(
     student: list[Any], teacher: list[Any], message: str
 ) -> None:
     with pytest.raises(SignalError, match=message):
         HiddenStateLoss(map_layers(2, 2), 4, 4)(student, teacher)
 
 
-def test_an_intermediate_layer_predicts_through_the_head() -> None:
+def test_an_intermediate_layer_predicts_through_the_final_norm_and_lm_head() -> None:
     student, teacher = model(2, 16), model(4, 24)
     ids_RL = torch.randint(0, 31, (2, 5))
     rows, head = hidden_rows(student, ids_RL), LMHead(student.lm_head.weight)

@@ -113,7 +113,7 @@ def test_agrees_for_any_vocabularies(
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_with_equal_tokenizers_it_is_the_usual_loss(name: str) -> None:
+def test_with_equal_tokenizers_the_loss_is_that_of_a_dense_signal(name: str) -> None:
     case = make_case()
     assert isinstance(case.signal, DenseSignal)
     tokens = len(case.signal.head.weight_VD)
@@ -176,8 +176,8 @@ def test_a_coarser_fold_has_no_larger_divergence(seed: int) -> None:
     assert 0 <= values[0].item() <= values[1].item() + 1e-12
 
 
-def test_a_numeral_raises_its_first_digit() -> None:
-    """The teacher has a token 123, the student only digits: its probability goes to 1."""
+def test_a_numeral_raises_the_probability_of_its_first_digit() -> None:
+    """The teacher has a token 123, the student only digits; the token's probability goes to "1"."""
     student = {"0": 0, "1": 1, "2": 2, "3": 3}
     fold = Fold(torch.arange(4), torch.tensor([0, 1, 2, 3, student["1"]]), 4)
     hidden_ND = torch.zeros(1, 4, dtype=torch.float64)
@@ -194,7 +194,7 @@ def test_a_numeral_raises_its_first_digit() -> None:
     assert float(gradient_ND[0, student["1"]]) < -0.7
 
 
-def test_gradcheck_in_float64() -> None:
+def test_gradients_pass_gradcheck_in_float64() -> None:
     case = folded(make_case(rows=3, vocab=8), roots=5)
 
     def loss(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ def test_gradcheck_in_float64() -> None:
     assert torch.autograd.gradcheck(loss, (case.hidden_ND, case.head.weight_VD))
 
 
-def test_in_bfloat16_it_is_near_the_reference() -> None:
+def test_bfloat16_is_near_the_reference() -> None:
     case = folded(make_case(rows=16, vocab=40, student_width=8), roots=20, teacher_tokens=60)
     expected = reference.loss(
         case.hidden_ND, case.head, [Term("forward_kl")], case.signal, case.targets_N
@@ -254,7 +254,7 @@ def wrong_rows(signal: FoldedSignal) -> FoldedSignal:
         (wrong_rows, "covered_N has 5 rows"),
     ],
 )
-def test_parts_that_do_not_fit_are_one_message(
+def test_an_inconsistent_signal_is_rejected(
     wrong: Callable[[FoldedSignal], FoldedSignal], message: str
 ) -> None:
     case = folded(make_case())

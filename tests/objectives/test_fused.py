@@ -139,14 +139,14 @@ def test_a_frozen_head_signal_rejects_a_head_that_is_trained() -> None:
         fused_loss(case.hidden_ND, case.head, [Term("forward_kl")], signal=signal)
 
 
-def test_a_vocabulary_of_one_token_costs_nothing() -> None:
+def test_a_vocabulary_of_one_token_has_no_loss_and_no_gradient() -> None:
     case = make_case(vocab=1)
     found = fused_loss(case.hidden_ND, case.head, [Term("forward_kl")], signal=case.signal)
     assert abs(found.total.item()) < 1e-14
     assert torch.autograd.grad(found.total, case.hidden_ND)[0].abs().max() == 0.0
 
 
-def test_row_weights_scale_and_chosen_vocabulary() -> None:
+def test_row_weights_scale_and_vocab_size_are_applied() -> None:
     weights_N = torch.tensor([1.0, 0.0, 2.5, 0.5, 0.0, 3.0], dtype=torch.float64)
     case = make_case(vocab=13, bias=True)
     case.targets_N.clamp_(max=9)
@@ -261,7 +261,7 @@ def test_logits_are_complete_beyond_one_tile_of_the_vocabulary(
     assert relative_error(out_nV, expected_nV) < 2 * torch.finfo(dtype).eps
 
 
-def test_a_frozen_head_costs_no_head_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gradient_of_a_frozen_head_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("the head's gradient was computed")
 
@@ -316,8 +316,8 @@ def test_a_second_backward_through_one_graph_raises() -> None:
         loss.backward()
 
 
-def test_padded_rows_of_either_head_have_no_probability() -> None:
-    """Qwen2.5's heads differ in padding: phantom tokens must not get any probability."""
+def test_padding_rows_of_a_head_have_no_probability() -> None:
+    """Qwen2.5's LM heads are padded to different sizes."""
     case = make_case(vocab=10, padding=4)
     with torch.no_grad():
         case.head.weight_VD[10:] = 50.0
@@ -337,7 +337,7 @@ def test_float32_is_within_rounding_of_float64() -> None:
 
 @pytest.mark.parametrize("rows", [1, 40])
 def test_bfloat16_is_within_its_rounding(rows: int) -> None:
-    """Products round to 8 bits; sums do not. Bounds: 2 % on gradients, 0.5 % on the loss."""
+    """Products are rounded to 8 bits and sums are not: within 2% on gradients, 0.5% on the loss."""
     case = make_case(rows, vocab=300, student_width=16, teacher_width=24, dtype=torch.bfloat16)
     exact = make_case(rows, vocab=300, student_width=16, teacher_width=24)
     for wide, narrow in (
@@ -389,7 +389,7 @@ def test_the_head_gradient_of_many_chunks_is_summed_in_float32(dtype: torch.dtyp
 def test_a_bfloat16_head_gradient_of_few_chunks_needs_no_float32_sum(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of the most chunks that are summed in bfloat16: within 1% of a float32 sum."""
+    """With the most chunks that are summed in bfloat16, it is within 1% of a float32 sum."""
     rows = NARROW_SUM_CHUNKS * 4
     case = make_case(rows, vocab=300, student_width=16, teacher_width=24, dtype=torch.bfloat16)
     sums = []
@@ -417,7 +417,7 @@ def test_a_bfloat16_head_gradient_of_few_chunks_needs_no_float32_sum(
 
 
 @pytest.mark.parametrize("rows", [1, 6, 7, 20])
-def test_in_bfloat16_the_teachers_logits_exist_for_half_a_chunk(
+def test_in_bfloat16_teacher_logits_are_computed_for_half_a_chunk_at_a_time(
     rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = make_case(rows, vocab=30, dtype=torch.bfloat16)
@@ -445,7 +445,7 @@ def test_in_bfloat16_the_teachers_logits_exist_for_half_a_chunk(
 
 
 def test_logsumexp_is_computed_in_float32() -> None:
-    """In bfloat16 it is wrong by up to 0.06 nats; here only the logits round."""
+    """In bfloat16, it would be wrong by up to 0.06 nats; only the logits are rounded."""
     logits_NV = (torch.randn(8, 5000) * 3).bfloat16()
     loss = fused_loss(
         torch.eye(8, dtype=torch.bfloat16),

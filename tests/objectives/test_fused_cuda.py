@@ -1,4 +1,4 @@
-"""The loss on a GPU has the CPU's values and gradients, and does not wait for the device."""
+"""The loss on a GPU has the CPU's values and gradients, and the host never waits for the GPU."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def results(case: Case, term: Term, **settings: Any) -> list[Tensor]:
 def test_agrees_with_the_cpu(term: Term, dtype: torch.dtype) -> None:
     case = make_case(rows=40, vocab=96, student_width=16, teacher_width=24)
     for tensor in (case.hidden_ND, case.head.weight_VD, case.signal.hidden_ND):
-        tensor.data.copy_(tensor.detach().bfloat16())  # so that the narrow copy is the same problem
+        tensor.data.copy_(tensor.detach().bfloat16())  # so that rounding the copy changes nothing
     case.signal.head.weight_VD.copy_(case.signal.head.weight_VD.bfloat16())
     expected = results(case, term)
     found = results(moved(case, dtype), term, chunk_rows=16)
@@ -65,7 +65,7 @@ def test_the_head_gradient_is_complete_beyond_one_block_of_the_vocabulary() -> N
     assert relative_error(found[2].cpu(), expected[2]) < BOUNDS[torch.bfloat16]
 
 
-def test_the_head_gradient_needs_no_memory_beside_itself() -> None:
+def test_peak_memory_is_a_float32_head_gradient_and_two_chunks_of_logits() -> None:
     case = moved(make_case(rows=64, vocab=70_000, student_width=256), torch.bfloat16)
     head = case.head.weight_VD
     torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""Weights that change during training, and values that are read once."""
+"""Term weights that change during training, and the tally of their values for logging."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from tests.objectives.cases import make_case
         (Schedule(1.0, 0.0, begin=0.25, finish=0.75), [1.0, 1.0, 0.5, 0.0]),
     ],
 )
-def test_schedules(schedule: Schedule, expected: list[float]) -> None:
+def test_a_schedule_interpolates_and_is_constant_outside_its_range(
+    schedule: Schedule, expected: list[float]
+) -> None:
     assert [schedule.at(p) for p in (0.0, 0.25, 0.5, 1.0)] == pytest.approx(expected)
     assert schedule.at(-1) == schedule.at(0)
     assert schedule.at(2) == schedule.at(1)
@@ -35,7 +37,7 @@ def test_schedules(schedule: Schedule, expected: list[float]) -> None:
         ({"start": 1.0, "end": 0.0, "shape": "square"}, "shape 'square'"),
     ],
 )
-def test_invalid_schedules(arguments: dict[str, Any], message: str) -> None:
+def test_an_invalid_schedule_is_rejected(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(SignalError, match=message):
         Schedule(**arguments)
 
@@ -63,7 +65,7 @@ def test_a_term_of_weight_zero_is_measured_and_has_no_gradient() -> None:
         )
 
 
-def test_a_tally_gives_token_means_over_steps_of_any_size_then_starts_again() -> None:
+def test_a_tally_gives_token_means_over_steps_of_any_size_and_then_is_empty() -> None:
     whole, tally = make_case(rows=7), Tally()
     assert isinstance(whole.signal, DenseSignal)
     assert tally.read() == {}
@@ -75,7 +77,7 @@ def test_a_tally_gives_token_means_over_steps_of_any_size_then_starts_again() ->
     assert tally.read() == {}
 
 
-def test_losses_of_one_step_share_its_rows() -> None:
+def test_a_tally_counts_the_rows_of_a_step_once_for_several_losses() -> None:
     case, tally = make_case(rows=4), Tally()
     losses = [
         fused_loss(case.hidden_ND, case.head, [Term(kind)], signal=case.signal)

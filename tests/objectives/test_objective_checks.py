@@ -1,4 +1,4 @@
-"""Inputs that do not match lead to one error that names the tensor and the row."""
+"""Invalid inputs raise one error that names the tensor and the row."""
 
 from __future__ import annotations
 
@@ -116,7 +116,9 @@ def misshapen_bias(a: dict[str, Any]) -> None:
         (misshapen_bias, "the bias of hidden_ND's head"),
     ],
 )
-def test_bad_input_is_named(spoil: Callable[[dict[str, Any]], None], message: str) -> None:
+def test_an_error_names_the_invalid_input(
+    spoil: Callable[[dict[str, Any]], None], message: str
+) -> None:
     case = make_case()
     arguments: dict[str, Any] = {
         "hidden_ND": case.hidden_ND,
@@ -149,7 +151,7 @@ def test_an_invalid_term_is_rejected(arguments: dict[str, Any], message: str) ->
         Term(**arguments)
 
 
-def test_a_head_given_as_a_plain_weight_works_without_a_teacher() -> None:
+def test_cross_entropy_needs_no_teacher() -> None:
     case = make_case()
     loss = fused_loss(
         case.hidden_ND,

@@ -1,4 +1,4 @@
-"""Two processes compute one process's gradients with DDP and FSDP2, even with empty ranks."""
+"""With DDP and FSDP2, two processes have the gradients of one, even if one has no rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TERMS = [Term("jsd"), Term("cross_entropy", 0.5)]
 
 
 class Student(nn.Module):
-    """A tied embedding and head, one layer in between, and the loss inside forward."""
+    """An embedding, a layer, and a head tied to the embedding; `forward` returns the loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,9 +90,9 @@ def work(folder: Path, wrap: str, cut: int) -> None:
     }
     if rank == 0:
         torch.save(grads, folder / "grads.pt")
-    dist.barrier()  # a rank that leaves early may take down what the other still waits for
-    # The wrapper refers to the group: freed after it, gloo's threads and Python's lock wait for
-    # each other for ever.
+    dist.barrier()  # a rank that exits early may abort the other's communication
+    # The wrapper refers to the group. If it were freed after the group, gloo's threads and Python's
+    # lock would wait for each other forever.
     del wrapped, student, grads
     gc.collect()
     dist.destroy_process_group()

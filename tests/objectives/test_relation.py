@@ -52,10 +52,10 @@ def slow_loss(
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_agrees_with_a_loop_for_other_widths_and_masks(packed: bool) -> None:
+def test_agrees_with_a_loop_for_different_widths_and_masks(packed: bool) -> None:
     student, teacher = states(8), states(24, seed=1)
     mask_RLL = torch.ones(2, 5, 5, dtype=torch.bool).tril()
-    if packed:  # two documents in a window, and a padded end
+    if packed:  # two documents per window, and padding at the end
         document = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 2]])
         mask_RLL &= document[:, :, None] == document[:, None, :]
         mask_RLL[1, 4] = False
@@ -69,7 +69,7 @@ def test_agrees_with_a_loop_for_other_widths_and_masks(packed: bool) -> None:
     assert found.total.item() == pytest.approx(sum(v.item() for v in found.terms.values()) / 3)
 
 
-def test_real_models_of_another_width_depth_and_head_count() -> None:
+def test_attention_states_of_models_of_different_widths_and_depths() -> None:
     student, teacher = model(2, 16), model(4, 32)
     ids_RL = torch.randint(0, 31, (2, 6))
     with capture(student.model.layers[1].self_attn) as of_student:
@@ -84,7 +84,7 @@ def test_real_models_of_another_width_depth_and_head_count() -> None:
     assert not student.model.layers[1].self_attn.q_proj._forward_hooks
 
 
-def test_a_fused_projection_has_the_states_of_three() -> None:
+def test_a_fused_projection_is_split_into_query_key_and_value() -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 31}
     config = Phi3Config(num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, **sizes)
     phi3 = Phi3ForCausalLM(config).eval()
@@ -98,7 +98,7 @@ def test_a_fused_projection_has_the_states_of_three() -> None:
         torch.testing.assert_close(found[name], inputs[0] @ weight.T)
 
 
-def test_a_model_has_no_distance_from_itself() -> None:
+def test_equal_attention_states_have_no_loss() -> None:
     same = states(8)
     assert relation_loss(same, same, heads=2).total.item() == pytest.approx(0.0, abs=1e-6)
 
@@ -114,7 +114,7 @@ def test_a_model_has_no_distance_from_itself() -> None:
         ),
     ],
 )
-def test_states_that_do_not_fit_are_named(
+def test_an_error_names_attention_states_that_do_not_match(
     spoil: Callable[[AttentionStates], Any], message: str
 ) -> None:
     student = states(8)
