@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from stillhouse.export import replay
 from stillhouse.export.checkpoint import export_checkpoint
-from stillhouse.export.gate import Gate, against_teacher
+from stillhouse.export.gate import REPLAY_TOKENS, Gate, against_teacher, drawn_windows
 from tests.clocks import Clock
 from tests.export.conftest import ToyWindows
 
@@ -41,6 +41,24 @@ def test_teacher_rows_past_the_shared_vocabulary_are_ignored(trained: Path, tmp_
     assert result.kl == pytest.approx(0, abs=1e-9)
     assert result.source_teacher is not None
     assert result.source_teacher.kl == pytest.approx(0, abs=1e-9), "both over 60 tokens"
+
+
+class LongWindows:
+    """Five windows with more tokens than the replay compares in each."""
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids_L = torch.arange(replay.ROWS + 200)
+        return {"input_ids": ids_L, "labels": ids_L, "position_ids": ids_L}
+
+
+def test_long_windows_are_drawn_until_enough_of_their_tokens_are_compared(trained: Path) -> None:
+    windows = replay.by_place(drawn_windows(Gate(trained, LongWindows(), [], seed=0)))
+    compared = [len(replay.rows_of(window["labels"])) for window in windows.values()]
+    assert compared == [replay.ROWS] * 2
+    assert sum(compared) >= REPLAY_TOKENS
 
 
 def test_speed_is_measured_together_with_the_source(

@@ -35,16 +35,21 @@ def drawn_order(windows: WindowSet, seed: int | str) -> list[int]:
     return random.Random(seed).sample(range(len(windows)), len(windows))
 
 
-def draw_windows(windows: WindowSet, tokens: int, seed: int) -> tuple[list[dict[str, Tensor]], int]:
+def draw_windows(
+    windows: WindowSet, tokens: int, seed: int, *, most: int | None = None
+) -> tuple[list[dict[str, Tensor]], int]:
     """Draw windows until they have `tokens` supervised tokens; return them and their number of
-    supervised tokens. Windows without supervised tokens are skipped."""
+    supervised tokens. Windows without supervised tokens are skipped.
+
+    most: only so many tokens of a window count; None: all of them.
+    """
     drawn, found = [], 0
     for number in drawn_order(windows, seed):
         window = windows[number]
         supervised = len(supervised_targets(window["labels"][None]))
         if supervised:
             drawn.append(window)
-            found += supervised
+            found += supervised if most is None else min(supervised, most)
         if found >= tokens:
             break
     return drawn, found

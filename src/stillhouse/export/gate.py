@@ -252,8 +252,9 @@ def against_teacher(
 
 
 def drawn_windows(gate: Gate) -> dict[str, Tensor]:
-    """The windows from `draw_windows`, as tensors named PLACE.ARRAY."""
-    drawn, _ = draw_windows(gate.windows, REPLAY_TOKENS, gate.seed)
+    """Windows in which the replay compares REPLAY_TOKENS tokens or more, as tensors named
+    PLACE.ARRAY; all windows if there are fewer tokens."""
+    drawn, _ = draw_windows(gate.windows, REPLAY_TOKENS, gate.seed, most=replay.ROWS)
     tensors = {
         f"{place}.{key}": window[key].clone()
         for place, window in enumerate(drawn)
