@@ -163,6 +163,11 @@ def test_the_found_sizes_meet_the_target(teacher: Any, data: sh.Data) -> None:
             "settings is a dict instead of TrainRecipe",
             "",
         ),
+        (
+            lambda d: sh.search_sizes(tiny.llama(), d, params="60%", vocabulary=300),
+            "only in recipes",
+            "stillhouse.run",
+        ),
     ],
 )
 def test_a_wrong_option_is_one_clear_error(

@@ -34,6 +34,7 @@ from stillhouse.search.search_shape import Setting, search_shape
 from stillhouse.section import checked, made, require_type
 from stillhouse.signals.encodings import Encoding, Hidden, TopK
 from stillhouse.signals.manifest import Settings
+from stillhouse.students.pruned_student import require_no_recipe_keys
 from stillhouse.students.student import Student
 from stillhouse.students.student_config import PrunedStudent
 from stillhouse.teachers import record_store
@@ -303,11 +304,11 @@ def search_sizes(
 
     Prunes and measures shapes, and distills the best ones for a few steps.
     folder: where to store the measurements, so that a killed search resumes. settings: the training
-    settings of the short distillations. options: a target (params="60%", bytes,
-    decode_latency="20ms", or memory), and others such as search and calibration_tokens, as in a
-    recipe's `student`.
-    Raises RecipeError if no shape meets the target, and RunError if another process uses the
-    folder.
+    settings of the short distillations, a `stillhouse.training.train_config.TrainRecipe`. options:
+    a target (params="60%", non_embedding_params, bytes of bfloat16 weights, decode_latency="20ms",
+    or memory), and others such as search and calibration_tokens, as in a recipe's `student`.
+    Raises RecipeError if no shape meets the target or an option is only for recipes, DataError if
+    the text is too short, and RunError if another process uses the folder.
     """
     seed = checked(Seed, seed, "seed")
     start, settings, text = local(_teacher(teacher)), settings or TrainRecipe(), _windows(data)
@@ -316,6 +317,7 @@ def search_sizes(
     require_type(fits, settings, "value of settings", "TrainRecipe", fix, RecipeError)
     target = {key: options.pop(key) for key in UNITS if key in options}
     section = made(PrunedStudent, {"start": "pruned", "target": target, **options}, "search_sizes")
+    require_no_recipe_keys(section, "search_sizes")
     with _alone_in(folder, "search"), temporary_folder("stillhouse-") as scratch:
         source = start.source
         if source is None:

@@ -233,6 +233,17 @@ def _moved(model: Any, device: torch.device) -> Iterator[None]:
     model.to("cpu")
 
 
+def require_no_recipe_keys(section: PrunedStudent, where: str) -> None:
+    """Raise RecipeError for options that only a recipe supports. where: the function that was
+    called."""
+    if section.vocabulary is not None or section.model is not None:
+        raise RecipeError(
+            "vocabulary and model are supported only in recipes",
+            where=where,
+            fix="leave them out, or use stillhouse.run",
+        )
+
+
 def target_sizes(section: PrunedStudent, config: Any) -> dict[str, int]:
     """Sizes of the shape that meets the section's target with the fewest cuts.
 

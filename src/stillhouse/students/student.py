@@ -15,14 +15,14 @@ from stillhouse.account import described
 from stillhouse.data.data import Data
 from stillhouse.data.turn_end import stop_at_turn_end
 from stillhouse.disk_errors import disk_errors
-from stillhouse.errors import DataError, RecipeError
+from stillhouse.errors import DataError
 from stillhouse.field_types import Seed
 from stillhouse.pruning.offload import load_offloaded, save_model
 from stillhouse.pruning.pruning_config import UNITS
 from stillhouse.pruning.surgery import cut_rows_without_tokens
 from stillhouse.section import checked, made, require_tokenizer, require_type
 from stillhouse.signals import LMHead
-from stillhouse.students.pruned_student import prune_to, target_sizes
+from stillhouse.students.pruned_student import prune_to, require_no_recipe_keys, target_sizes
 from stillhouse.students.random_student import (
     Value,
     for_tokenizer,
@@ -145,12 +145,7 @@ class Student:
             sizes = target_sizes(section, start.config)
             values = {"start": "pruned", **options, **sizes}
             section = made(PrunedStudent, values, "Student.prune")
-        if section.vocabulary is not None or section.model is not None:
-            raise RecipeError(
-                "vocabulary and model are supported only in recipes",
-                where="Student.prune",
-                fix="leave them out, or use stillhouse.run",
-            )
+        require_no_recipe_keys(section, "Student.prune")
         pruned = prune_to(
             section, _copy(start), start.tokenizer, data.train, data.heldout, seed=seed
         )
