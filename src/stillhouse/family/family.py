@@ -46,6 +46,7 @@ PRODUCING = (
     "synthesis",
     "data",
     "vocabulary",
+    "roots",
     "signals",
     "search",
     "student",
