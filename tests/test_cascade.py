@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from transformers import AutoModelForCausalLM
 
 from stillhouse import account
+from stillhouse.commands import evaluate_model
 from stillhouse.commands import run as run_cascade
 from stillhouse.config.load_recipe import parse_recipe
-from stillhouse.errors import RecipeError, StillhouseError
+from stillhouse.errors import ModelError, RecipeError, StillhouseError
 from stillhouse.evaluation.family_evaluation import FAMILY_FILE
 from stillhouse.family.family import FAMILY
 from stillhouse.family.members import first_member, planned_members
@@ -76,6 +78,15 @@ def test_adding_a_hop_repeats_no_work(family: tuple[Path, FamilyResult]) -> None
     assert all(s.reused for m in ("wide", "narrow") for s in more.members[m].stages)
     stages = {stage.name: stage for stage in more.members["least"].stages}
     assert list(stages["student"].summary["pruning"]["ffn_size"]) == [32, 16]
+
+
+def test_evaluating_a_family_needs_the_name_of_a_model(family: tuple[Path, FamilyResult]) -> None:
+    folder, result = family
+    file = folder / "family.yaml"
+    file.write_text(yaml.safe_dump(recipe(folder)))
+    with pytest.raises(ModelError, match="several models") as caught:
+        evaluate_model(file)
+    assert str(result.folder / "narrow" / "checkpoint") in str(caught.value)
 
 
 def test_a_preview_leaves_the_recipe_of_the_family(family: tuple[Path, FamilyResult]) -> None:

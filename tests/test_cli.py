@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -158,8 +159,11 @@ def test_a_recipe_without_signals_is_an_error(tmp_path: Path) -> None:
 
 def test_doctor_shows_versions_and_extras() -> None:
     output = call("doctor").output
-    for word in ("torch", "transformers", "precision", "memory", "extra eval"):
+    for word in ("torch", "transformers", "precision", "memory"):
         assert word in output
+    project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for extra in set(project["optional-dependencies"]) - {"dev"}:
+        assert f"extra {extra} " in output
 
 
 def test_schema_is_json() -> None:

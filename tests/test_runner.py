@@ -450,6 +450,24 @@ def test_evaluate_compares_any_model_with_the_teacher(
     assert teacher.fidelity.kl == pytest.approx(0, abs=1e-6)
 
 
+def test_evaluate_measures_the_checkpoint_of_a_run_that_exports_no_safetensors(
+    finished: tuple[Path, RunResult], tmp_path: Path
+) -> None:
+    folder, result = finished
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    (run_folder / "stages").symlink_to(result.folder / "stages")
+    raw = yaml.safe_load((folder / "recipe.yaml").read_text()) | {"folder": str(run_folder)}
+    recipe = write(raw, tmp_path)
+    with pytest.raises(ModelError, match="no finished model yet"):
+        evaluate_model(recipe)
+    (run_folder / "checkpoint").symlink_to((result.folder / "checkpoint").resolve())
+    student = evaluate_model(recipe).result("student")
+    measured = result.evaluation.result("student")
+    assert student is not None and measured is not None  # noqa: PT018
+    assert student.fidelity.kl == pytest.approx(measured.fidelity.kl, abs=1e-6)
+
+
 def test_preparing_data_is_the_runs_own_data_stage(finished: tuple[Path, RunResult]) -> None:
     folder, _ = finished
     _, windows, heldout = prepare_data(folder / "recipe.yaml")

@@ -25,7 +25,7 @@ from stillhouse.kinds import KINDS, kind_of
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.evaluate_stage import evaluation_arguments
 from stillhouse.language_model.job import Job
-from stillhouse.language_model.language_model import DATA_STEPS, LANGUAGE_MODEL
+from stillhouse.language_model.language_model import CHECKPOINT, DATA_STEPS, LANGUAGE_MODEL
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.language_model.signals_stage import STORE
 from stillhouse.language_model.synthesis_check import require_text_teacher, synthesis_spending
@@ -214,25 +214,41 @@ def synthesize_text(path: str | Path, overrides: Sequence[str] = ()) -> Synthesi
 def evaluate_model(
     path: str | Path, overrides: Sequence[str] = (), model: str | None = None
 ) -> Evaluation:
-    """Evaluate a model, by default the run's own, against the recipe's teacher. Under torchrun,
-    every process calls this; only the main process's result is complete.
+    """Evaluate a model against the recipe's teacher. Under torchrun, every process calls this; only
+    the main process's result is complete.
 
-    Raises ModelError if the model is missing or its vocabulary differs from the teacher's.
+    model: None: the run's exported model or, if it exports none in safetensors, its trained student
+    in float32. Raises ModelError if the model is missing or its vocabulary differs from the
+    teacher's.
     """
     tune_allocator()
+    if model is None:
+        model = str(_own_model(path, overrides))
     job, _, heldout = prepare_data(path, overrides)
-    own = run_folder(job.recipe).root / MODEL
-    if model is None and not own.exists():
-        raise ModelError(
-            "this recipe has no finished model yet",
-            where=own,
-            fix=f"pass a model with --model, or run `stillhouse run {path}` first",
-        )
-    source = resolve_model(
-        str(own) if model is None else model, base=Path.cwd(), trusted=job.start.trusted
-    )
+    source = resolve_model(model, base=Path.cwd(), trusted=job.start.trusted)
     return evaluate(
         {"teacher": job.teacher, "student": source},
         vocabulary=shared_vocabulary(job.tokenizer, source).rows,
         **evaluation_arguments(job, job.recipe.measured, heldout),
     )
+
+
+def _own_model(path: str | Path, overrides: Sequence[str]) -> Path:
+    """The model in a recipe's run folder that `evaluate` measures by default. Raises ModelError."""
+    recipe = load_language_model_recipe(path, overrides)
+    root = run_folder(recipe).root
+    if recipe.cascade is not None:
+        last = root / recipe.cascade.hops[-1].name / CHECKPOINT
+        raise ModelError(
+            "a family has several models",
+            where=root,
+            fix=f"name one, for example with --model {last}",
+        )
+    found = next((root / name for name in (MODEL, CHECKPOINT) if (root / name).exists()), None)
+    if found is None:
+        raise ModelError(
+            "this recipe has no finished model yet",
+            where=root,
+            fix=f"pass a model with --model, or run `stillhouse run {path}` first",
+        )
+    return found

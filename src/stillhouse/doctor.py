@@ -29,8 +29,12 @@ REQUIRED = (
 EXTRAS = {
     "eval": ("lm_eval",),
     "quantize": ("torchao",),
+    "language": ("py3langid",),
     "llama-cpp": ("llama_cpp",),
+    "llm-compressor": ("compressed_tensors",),
     "vllm": ("vllm",),
+    "ray": ("ray",),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
 }
 """The modules that each extra installs."""
 

@@ -90,13 +90,12 @@ def plan_answers(job: AnsweringJob, texts: Stage) -> StagePlan:
 
 
 def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str, Any]:
-    rows = [*found.train, *found.test]
     # Errors in filters must be found before any request is paid for.
     filters = chosen_filters(job.recipe.filters, job.base, "filters")
     if job.validity is not None:
         filters.before["json_schema"] = job.validity
     source = job.source()
-    answers = answer_all(source, job.requests(source, rows), job.journal, "teacher.budget")
+    answers = answer_all(source, job.requests(source, found), job.journal, "teacher.budget")
     got = answers.found
     _note_reasoning(job, got)
     samples = job.recipe.teacher.samples
@@ -111,10 +110,10 @@ def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str
         )
         for number, answer in enumerate(got[: samples * len(found.train)])
         if answer is not None
-        for text in (rows[number // samples],)
+        for text in (found.train[number // samples],)
     ]
     kept, dropped = _keep(job, filters, train, out)
-    of_test = got[samples * len(found.train) :: samples]
+    of_test = got[samples * len(found.train) :]
     tested = [None if one is None else _words(job, one) for one in of_test]
     lines = "".join(json.dumps(text, ensure_ascii=False) + "\n" for text in tested)
     (out / ANSWERS).write_text(lines, encoding="utf-8")

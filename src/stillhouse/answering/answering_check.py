@@ -120,7 +120,7 @@ def check_answers(check: Check) -> Iterator[Finding]:
     estimate = _estimate(job, check.calls)
     yield from findings(estimate, job.journal, "answers", "questions")
     choice, samples = recipe.filters.best_of, recipe.teacher.samples
-    if verdicts := most_requests(choice, estimate.requests, samples):
+    if verdicts := most_requests(choice, samples * len(job.texts.train), samples):
         yield Finding("estimate", "judge", f"at most {verdicts:,} requests to the judge")
     if recipe.teacher_sees_more and not recipe.learns_text_alone:
         text = (
@@ -149,10 +149,8 @@ def comparison_spending(job: AnsweringJob) -> Iterator[str]:
 
 
 def _estimate(job: AnsweringJob, calls: int = 0) -> Estimate:
-    texts = job.texts
     source = job.source()
-    requests = job.requests(source, [*texts.train, *texts.test])
-    return estimate_cost(source, requests, job.journal, calls)
+    return estimate_cost(source, job.requests(source, job.texts), job.journal, calls)
 
 
 def preview_answers(recipe: AnsweringRecipe, base: Path, rows: int) -> RenderableType:

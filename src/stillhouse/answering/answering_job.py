@@ -3,7 +3,6 @@ student."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +27,6 @@ from stillhouse.students.student_config import PretrainedStudent, PrunedStudent
 from stillhouse.synthesis.filters import Filter, json_schema, read_schema
 from stillhouse.synthesis.judge_answers import Judge, open_judge
 from stillhouse.synthesis.synthesize_config import LikelihoodChoice
-from stillhouse.tasks.labeled_texts import LabeledText
 from stillhouse.tasks.task_facts import task_teacher
 from stillhouse.teachers.model_source import ModelSource, resolve_model
 
@@ -139,11 +137,15 @@ class AnsweringJob:
             logprobs=isinstance(self.recipe.filters.best_of, LikelihoodChoice),
         )
 
-    def requests(self, source: TextSource, texts: Sequence[LabeledText]) -> Requests:
-        """One request per text and sample."""
-        samples = range(self.recipe.teacher.samples)
+    def requests(self, source: TextSource, texts: AnswerTexts) -> Requests:
+        """`teacher.samples` requests for each training text, and then one for each test text."""
+        samples = self.recipe.teacher.samples
+        parts = ((texts.train, samples), (texts.test, 1))
         return lambda: (
-            source.request(self.teacher_messages(r.text), n) for r in texts for n in samples
+            source.request(self.teacher_messages(row.text), number)
+            for rows, count in parts
+            for row in rows
+            for number in range(count)
         )
 
     def judge(self) -> Judge | None:

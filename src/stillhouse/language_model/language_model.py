@@ -189,12 +189,14 @@ STEPS = (
 WINDOW_STEPS = ("synthesis", "data", "vocabulary")
 DATA_STEPS = (*WINDOW_STEPS, "roots")
 """The steps up to the windows, the teacher with their vocabulary, and the roots."""
+CHECKPOINT = "checkpoint"
+"""The link to the trained student, before quantization and export."""
 
 
 def links(job: Job) -> dict[str, Link]:
     exported = {name: ("export", name) for name in map(shipped_folder, job.recipe.export.formats)}
     stores = {"signals": ("signals", STORE), "synthesis": ("synthesis", ""), "roots": ("roots", "")}
-    trained = {"checkpoint": ("train", MODEL)}  # float32, not quantized
+    trained = {CHECKPOINT: ("train", MODEL)}
     return {**exported, **trained, REPORT: ("report", REPORT), **stores}
 
 
