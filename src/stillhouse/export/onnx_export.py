@@ -158,7 +158,8 @@ def _write(model: Any, read: Read, file: Path, source: Path) -> None:
 
 
 def _round(file: Path) -> None:
-    """Round the weights of matrix products to 8 bits, with one scale per output."""
+    """Round the embeddings and the weights of matrix products to 8 bits; the latter with one scale
+    per output."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
