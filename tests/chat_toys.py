@@ -1,4 +1,4 @@
-"""Chat templates in the manner of real models, each with a byte tokenizer of its special tokens."""
+"""Chat templates like those of real models, and a byte tokenizer with their special tokens."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ GLM = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
-# Headings, and no token at all.
+# Plain-text headings without any special token.
 ALPACA = (
     "{% for m in messages %}### {{ m['role'] }}:\n{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}### assistant:\n{% endif %}"
 )
-# The last turn is followed by EOS, where no answer is asked for.
+# EOS follows the last turn unless a generation prompt is requested.
 PHI = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
 )
-# The last answer ends with another token than the others.
+# The last answer ends with a different token than earlier ones.
 HARMONY = (
     "{% for m in messages %}<|start|>{{ m['role'] }}"
     "{% if m['role'] == 'assistant' %}<|channel|>final{% endif %}<|message|>{{ m['content'] }}"
     "{% if m['role'] == 'assistant' and loop.last %}<|return|>{% else %}<|end|>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
-# The generation prompt opens the reasoning, and a finished turn has lost it.
+# The generation prompt opens the reasoning; finished turns omit it.
 R1 = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{{ m['content'].split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
@@ -60,7 +60,7 @@ def tokenizer(
     eos: str = "<|im_end|>",
     special: tuple[str, ...] = ("<|im_start|>", "<|im_end|>"),
 ) -> Any:
-    """One token a byte, and one merge; EOS is token 0."""
+    """A tokenizer with one token per byte and one merge. EOS is token 0."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = list(dict.fromkeys([eos, *special, *alphabet, "th"]))
     vocabulary = {word: number for number, word in enumerate(words)}
@@ -77,7 +77,7 @@ def tokenizer(
 
 
 def save_model(folder: Path, words: Any, *, ends: list[int] | None = None, **changes: Any) -> Path:
-    """A tiny Llama with this tokenizer. ends: eos_token_id of its generation config."""
+    """Save a tiny Llama with this tokenizer. `ends`: eos_token_id of its generation config."""
     model = tiny.llama(vocab_size=len(words), **changes)
     if ends is not None:
         model.generation_config = GenerationConfig(eos_token_id=ends)

@@ -1,4 +1,4 @@
-"""Tiny parts for tests: a byte tokenizer, a random Llama, a text that has some structure."""
+"""Building blocks for tests: a byte tokenizer, a tiny random Llama, text with some structure."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPECIAL = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, so that it tokenizes any text; `<|end|>` is EOS and padding."""
+    """One token per byte, so that it tokenizes any text; `<|end|>` is EOS and padding."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
     core = Tokenizer(models.BPE(vocabulary, []))
@@ -37,7 +37,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def merging_tokenizer() -> PreTrainedTokenizerFast:
-    """As `tokenizer`, with a few merges, as every byte-level BPE of a real model has."""
+    """The same with a few merges, which the byte-level BPE of every real model has."""
     words = tokenizer()
     vocabulary = dict(sorted(words.get_vocab().items(), key=lambda item: item[1]))
     merges = [("t", "h"), ("th", "e"), ("Ġ", "t"), ("a", "t")]
@@ -73,7 +73,7 @@ def save_model(folder: Path, seed: int = 0, **changes: Any) -> Path:
 
 
 def text(sentences: int, seed: int = 0) -> str:
-    """Sentences of a few words, one a line."""
+    """Sentences of a few words, one per line."""
     chance = random.Random(seed)
     who = ["the cat", "a dog", "my friend", "the old man", "she"]
     does = ["sees", "finds", "likes", "draws", "carries"]
@@ -110,7 +110,7 @@ def recipe(folder: Path, /, **sections: Any) -> dict[str, Any]:
 
 
 def parsed(raw: dict[str, Any]) -> Recipe:
-    """The raw recipe, parsed; it must be one of a language model, or of a family of them."""
+    """Parse a recipe, which must describe a language model or a family."""
     found = parse_recipe(raw)
     assert isinstance(found, Recipe)
     return found

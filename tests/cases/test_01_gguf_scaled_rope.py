@@ -1,4 +1,4 @@
-"""A GGUF file becomes the model that it holds: scaled rotary embeddings and biases too."""
+"""Loading a GGUF file restores the model, including scaled rotary embeddings and biases."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ROPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", ROPES)
-def test_the_converted_model_is_the_one_in_the_file(tmp_path: Path, name: str) -> None:
+def test_a_model_loaded_from_gguf_computes_the_original_logits(tmp_path: Path, name: str) -> None:
     words = tiny.merging_tokenizer()
     made = tiny.llama(vocab_size=len(words), **ROPES[name])
     for key, weight in made.named_parameters():

@@ -1,4 +1,4 @@
-"""Content as a list of text parts, OpenAI's form, is joined if the template expects strings."""
+"""Content in OpenAI's form, a list of text parts, is joined if the template expects strings."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ PARTS = {
     ]
 }
 TEMPLATES = {
-    "prints what it is given (Llama 3, Gemma)": CHATML,
-    "knows strings alone (Qwen 3)": CHATML.replace(
+    "prints whatever it is given (Llama 3, Gemma)": CHATML,
+    "accepts only strings (Qwen 3)": CHATML.replace(
         "{{ m['content'] }}", "{{ m['content'] if m['content'] is string else '' }}"
     ),
-    "adds strings (Qwen 2.5, Phi 3)": CHATML.replace(
+    "concatenates strings (Qwen 2.5, Phi 3)": CHATML.replace(
         "{{ m['role'] }}\n{{ m['content'] }}", "{{ m['role'] + '\n' + m['content'] }}"
     ),
-    "knows parts alone": CHATML.replace(
+    "accepts only parts": CHATML.replace(
         "{{ m['content'] }}", "{% for p in m['content'] %}{{ p.text }}{% endfor %}"
     ),
 }
 
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
-def test_parts_are_learned_as_their_text(template: str) -> None:
+def test_text_parts_are_learned_like_a_string(template: str) -> None:
     tokenizer = byte_level(template)
     assert learned(PARTS, tokenizer) == ["Oslo.<|im_end|>"]
     assert "\nWhat is the capital of Norway?<|im_end|>" in shown(PARTS, tokenizer)

@@ -1,4 +1,4 @@
-"""The arguments of a tool call are an object or JSON text of one: the same call is learned."""
+"""A tool call's arguments may be an object or its JSON text; the same call is learned from both."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_arguments_that_are_not_objects_are_rejected(arguments: Any) -> None:
     assert "messages[1].tool_calls[0]" in error.value.what
 
 
-def test_openai_older_function_call_is_a_tool_call() -> None:
+def test_openais_older_function_call_is_read_as_a_tool_call() -> None:
     messages = [
         {"role": "user", "content": "Rain in Oslo?"},
         {"role": "assistant", "content": None,
@@ -62,7 +62,7 @@ def test_openai_older_function_call_is_a_tool_call() -> None:
 
 @pytest.mark.parametrize("tools", [None, [tool("weather", "city")]])
 def test_a_template_that_reads_both_forms_gets_the_text_unchanged(tools: Any) -> None:
-    """As Qwen 3's: `{% if arguments is string %}`."""
+    """Qwen 3's template is one: `{% if arguments is string %}`."""
     both = TOOLS.replace(
         "{{ c.function.arguments | tojson }}",
         "{{ c.function.arguments if c.function.arguments is string "

@@ -1,4 +1,4 @@
-"""What a chat template does not write is rejected by name, never lost."""
+"""A row is rejected if its chat template leaves out a part of it, and the error names the part."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ DEVELOPER = [{"role": "developer", "content": "Answer in French."}, *chat("Hi", 
             "m['content']", "m['content'][:50]"), "messages[1].content"),
     ],
 )  # fmt: skip
-def test_omitted_content_is_named(row: dict[str, Any], template: str, part: str) -> None:
+def test_omitted_content_is_rejected_and_named(
+    row: dict[str, Any], template: str, part: str
+) -> None:
     with pytest.raises(DataError, match="leaves out") as error:
         rows_of(row, byte_level(template))
     assert part in error.value.what
@@ -47,20 +49,20 @@ def test_omitted_content_is_named(row: dict[str, Any], template: str, part: str)
     assert error.value.fix
 
 
-def test_a_call_whose_words_occur_in_the_answer_by_chance_is_also_rejected() -> None:
+def test_an_omitted_call_is_rejected_even_if_its_words_occur_in_the_answer() -> None:
     messages = chat("What is 1 and 2?", "I will add a: 1 and b: 2")
     messages[1]["tool_calls"] = [call("add", {"a": 1, "b": 2})]  # type: ignore[assignment]
     with pytest.raises(DataError, match="tool_calls"):
         rows_of({"messages": messages}, byte_level(PLAIN))
 
 
-def test_a_message_whose_text_occurs_in_another_by_chance_is_also_rejected() -> None:
+def test_an_omitted_message_is_rejected_even_if_its_text_occurs_in_another() -> None:
     messages = [{"role": "developer", "content": "Hi"}, *chat("Hi", "Salut")]
     with pytest.raises(DataError, match=r"messages\[0\]` \(developer\)"):
         rows_of({"messages": messages}, byte_level(KNOWN_ROLES))
 
 
-def test_a_template_that_knows_them_learns_them() -> None:
+def test_calls_and_reasoning_are_learned_if_the_template_writes_them() -> None:
     row = {"messages": CALLS, "tools": [tool("weather", "city")]}
     assert learned(row, byte_level(TOOLS)) == [
         'CALL weather {"city": "Oslo"}<|im_end|>',
@@ -72,9 +74,7 @@ def test_a_template_that_knows_them_learns_them() -> None:
     ]
 
 
-def test_reasoning_that_a_template_strips_by_design_is_noted_and_learned_in_a_separate_row() -> (
-    None
-):
+def test_reasoning_stripped_from_earlier_turns_is_noted_and_learned_in_a_separate_row() -> None:
     row = {"messages": chat("one", "<think>so</think>first", "two", "<think>hm</think>second")}
     rows = rows_of(row, byte_level(FORGETS_REASONING))
     assert rows[0].notes == ("the chat template leaves out the reasoning of earlier turns",)

@@ -1,4 +1,4 @@
-"""Arrow fills the fields that a struct does not have with nulls: none of them is learned."""
+"""Arrow fills the missing fields of a struct with nulls, which are never learned."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stillhouse.data.documents import content_hash
 from stillhouse.data.sources import read_sources
 from stillhouse.data.tokenize_rows import tokenize
 
-from ..data.learned import call, tool
+from ..data.learned import call, learned, tool
 from ..data.toys import TOOLS, byte_level, chat, write_jsonl
 
 
@@ -61,15 +61,13 @@ def test_the_same_rows_are_learned_from_every_kind_of_file(
     assert not any("null" in text for text in rows)
 
 
-def test_nulls_that_are_left_out_are_noted(sources: dict[str, Source]) -> None:
+def test_removed_nulls_are_noted(sources: dict[str, Source]) -> None:
     notes = [one.about.notes for one in read_sources([sources["parquet"]], Path())]
     assert "null fields" in notes[0][0]
     assert notes[2] == ()
 
 
-def test_null_arguments_inside_json_text_stay() -> None:
-    from ..data.learned import learned
-
+def test_null_arguments_inside_json_text_are_kept() -> None:
     text = json.dumps({"city": None})
     messages = [*chat("Go."), {"role": "assistant", "tool_calls": [call("weather", text)]}]
     assert learned({"messages": messages}, byte_level(TOOLS)) == [

@@ -1,4 +1,4 @@
-"""A comma that is not quoted must not cut a text or move its label."""
+"""An unquoted comma in a CSV file is an error; it must not cut off a text or shift its label."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stillhouse.synthesis.prompts import read_prompts
 from stillhouse.tasks.labeled_texts import file_texts, first_rows, read_texts
 from stillhouse.tasks.task_texts_config import TextFile
 
-# file: (rows, the line that is refused, what is said)
+# case: (the file's content, the line that is rejected, a part of the error message)
 FILES = {
     "one column": ("text\nhello\nPlease write to Ann, not to Bob\n", 3, "more cells"),
     "two columns": ("text,label\nmy card is lost,card\nHello, my card is lost,card\n", 3, "more"),

@@ -1,4 +1,4 @@
-"""JSON and CSV are rows, never lines of plain text."""
+"""JSON and CSV files are read as rows, never as lines of plain text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TEXTS = ["first message", "second message, with a comma"]
 ROWS = json.dumps([{"text": text} for text in TEXTS], indent=1)
 CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
 
-# file: (content, its documents)
+# file: (its content, its documents)
 FILES: dict[str, tuple[str, list[AnyDocument]]] = {
     "rows.json": (ROWS, [Document(text) for text in TEXTS]),
     "chats.json": (json.dumps([{"messages": CHAT}]), [Conversation(tuple(CHAT))]),
@@ -34,13 +34,15 @@ FILES: dict[str, tuple[str, list[AnyDocument]]] = {
 }  # fmt: skip
 
 
-def test_a_tasks_texts_are_the_objects_of_a_json_list(tmp_path: Path) -> None:
+def test_each_object_in_a_json_list_is_a_text_of_a_task(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text(ROWS)
     assert [row.text for row in read_texts(TextFile(path="rows.json"), tmp_path)] == TEXTS
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_init_writes_a_source_that_reads_the_file_as_what_it_is(name: str, tmp_path: Path) -> None:
+def test_init_writes_a_source_that_reads_the_file_in_its_own_format(
+    name: str, tmp_path: Path
+) -> None:
     content, documents = FILES[name]
     (tmp_path / name).write_text(content)
     tiny.save_model(tmp_path / "teacher")
@@ -56,12 +58,12 @@ def test_init_writes_a_source_that_reads_the_file_as_what_it_is(name: str, tmp_p
 @pytest.mark.parametrize(
     "name", ["rows.json", "rows.csv", "rows.jsonl", "rows.tsv", "rows.jsonl.gz"]
 )
-def test_a_file_of_rows_is_not_plain_text(name: str, tmp_path: Path) -> None:
+def test_a_file_of_rows_cannot_be_read_as_plain_text(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(ROWS)
     with pytest.raises(DataError, match="the recipe reads it as plain text") as caught:
         list(read_sources([TextSource(kind="text", path=name)], tmp_path))
     assert "kind: file" in str(caught.value.fix)
-    # The other way out: its characters, under a name of plain text.
+    # The other fix: a copy whose extension says that it is plain text.
     (tmp_path / "copy.txt").write_text(ROWS)
     (document,) = read_sources([TextSource(kind="text", path="copy.txt")], tmp_path)
     assert document == Document(ROWS)
@@ -80,7 +82,7 @@ def test_a_file_of_rows_is_not_plain_text(name: str, tmp_path: Path) -> None:
         ("rows.gz", ".txt, .jsonl"),
     ],
 )
-def test_an_unknown_extension_is_not_plain_text(name: str, fix: str, tmp_path: Path) -> None:
+def test_a_file_with_an_unknown_extension_is_rejected(name: str, fix: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("one\ntwo\n")
     with pytest.raises(DataError) as caught:
         list(read_texts(TextFile(path=name), tmp_path))
@@ -93,7 +95,9 @@ def test_an_unknown_extension_is_not_plain_text(name: str, fix: str, tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["chats.log", "chats.txt", "chats", "chats.jsonl"])
-def test_a_source_of_logs_is_read_as_the_logs_were(name: str, tmp_path: Path) -> None:
+def test_init_from_logs_writes_a_source_that_reads_their_conversations(
+    name: str, tmp_path: Path
+) -> None:
     row = json.dumps({"messages": CHAT})
     (tmp_path / name).write_text(f"{row}\n" * 8)
     tiny.save_model(tmp_path / "teacher")

@@ -1,4 +1,4 @@
-"""The token that the chat template writes after an answer ends answers, though it is not EOS."""
+"""The token that the chat template writes after an answer ends answers even if it is not EOS."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from tests.chat_toys import CHATML, GEMMA, chat, save_model, shown, tokenizer, w
 
 
 def base_model(folder: Path) -> Path:
-    """As Qwen 2.5's base model: EOS is <|endoftext|>, and its template ends turns with
+    """Like Qwen 2.5's base model: its EOS is <|endoftext|>, but its template ends turns with
     <|im_end|>."""
     return save_model(folder, tokenizer(eos="<|endoftext|>"), ends=[0])
 
 
-def says(model: Any, ids: list[int]) -> Any:
-    """The model, made to write these tokens one after the other, again and again."""
+def scripted_model(model: Any, ids: list[int]) -> Any:
+    """The model, patched to write these tokens in order, over and over."""
     forward, written = model.forward, iter(ids * 20)
 
     def scripted(*args: Any, **kwargs: Any) -> Any:
@@ -51,14 +51,14 @@ def test_the_end_of_turn_token_is_learned_and_ends_answers() -> None:
     assert end_of_answers(words, GenerationConfig(eos_token_id=0)) == {0, end.id}
 
 
-def test_answers_end_at_it(tmp_path: Path) -> None:
+def test_generated_answers_end_at_the_end_of_turn_token(tmp_path: Path) -> None:
     student = Student.load(base_model(tmp_path / "base"))
     ids = student.tokenizer("ok<|im_end|>ok", add_special_tokens=False)["input_ids"]
-    model = says(student.model, ids)
+    model = scripted_model(student.model, ids)
     assert generate(model, student.tokenizer, ["Say 500"], max_new_tokens=24) == ["ok"]
 
 
-def test_every_export_ends_answers_with_it(tmp_path: Path) -> None:
+def test_every_export_ends_answers_with_the_end_of_turn_token(tmp_path: Path) -> None:
     base = base_model(tmp_path / "base")
     end = turn_end(tokenizer(eos="<|endoftext|>"))
     assert end is not None
@@ -75,7 +75,7 @@ def test_every_export_ends_answers_with_it(tmp_path: Path) -> None:
     assert 'PARAMETER stop "<|endoftext|>"' in text
 
 
-def test_a_generation_config_that_has_it_is_unchanged(tmp_path: Path) -> None:
+def test_a_generation_config_that_contains_the_token_is_unchanged(tmp_path: Path) -> None:
     words = tokenizer()
     Student.load(save_model(tmp_path / "base", words, ends=[5, 0])).save(tmp_path / "student")
     assert GenerationConfig.from_pretrained(tmp_path / "student").eos_token_id == [5, 0]
@@ -108,7 +108,7 @@ def test_check_reports_the_end_of_turn_token_of_both_models(tmp_path: Path) -> N
 
 
 @pytest.mark.run
-def test_a_run_ships_a_student_that_stops(tmp_path: Path) -> None:
+def test_the_student_of_a_run_stops_after_its_answer(tmp_path: Path) -> None:
     base_model(tmp_path / "teacher")
     rows = [{"messages": chat(f"Say {n}", "ok")} for n in range(200)]
     path = write_jsonl(tmp_path / "chat.jsonl", rows)

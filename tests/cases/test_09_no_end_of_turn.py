@@ -1,4 +1,4 @@
-"""With a template that writes no token after an answer, the student still learns to stop."""
+"""If the chat template writes no token after an answer, the student still learns to stop."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.chat_toys import (
 TURNS = chat("Hi", "Hello.", "Bye", "See you.")
 
 
-def test_the_first_token_of_the_next_turn_ends_it_if_the_model_stops_there(tmp_path: Path) -> None:
+def test_the_next_turns_first_token_ends_an_answer_if_the_model_stops_there(tmp_path: Path) -> None:
     """As in GLM 4: <|user|> and <|observation|> are among the model's eos_token_id."""
     words = tokenizer(GLM, eos="<|endoftext|>", special=GLM_SPECIAL)
     user, observation = words.convert_tokens_to_ids(["<|user|>", "<|observation|>"])
@@ -38,8 +38,8 @@ def test_the_first_token_of_the_next_turn_ends_it_if_the_model_stops_there(tmp_p
     assert end_of_answers(words) == {0, user, observation}
 
 
-def test_eos_ends_it_elsewhere_and_stays_out_of_later_turns_context() -> None:
-    """Where the template writes no EOS, a model finds none before the second question either."""
+def test_otherwise_eos_ends_an_answer_and_stays_out_of_later_turns_context() -> None:
+    """The template writes no EOS before the second question, so the model never sees one there."""
     words = tokenizer(GLM, eos="<|endoftext|>", special=GLM_SPECIAL)
     assert shown(TURNS, words) == [
         "<|user|>\nHi<|assistant|>\n[[Hello.<|endoftext|>]]",
@@ -47,7 +47,7 @@ def test_eos_ends_it_elsewhere_and_stays_out_of_later_turns_context() -> None:
     ]
 
 
-def test_headings_without_tokens_get_eos_instead_of_the_newline() -> None:
+def test_after_plain_text_headings_eos_replaces_the_newline() -> None:
     words = tokenizer(ALPACA, eos="<|endoftext|>", special=())
     end = turn_end(words)
     assert end is not None

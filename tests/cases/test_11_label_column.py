@@ -1,4 +1,4 @@
-"""What a label column holds becomes a label, an unknown label, or an error."""
+"""A value in a label column becomes a label, an unknown label, or an error."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def write(path: Path, labels: list[Any]) -> Path:
     return path
 
 
-def test_the_ids_of_a_hugging_face_class_label_are_its_names(tmp_path: Path) -> None:
+def test_the_ids_of_a_class_label_column_are_read_as_names(tmp_path: Path) -> None:
     path = tmp_path / "names.parquet"
     names = Features({"text": Value("string"), "label": ClassLabel(names=["World", "Sports"])})
     ids = [n % 2 for n in range(39)] + [-1]
@@ -52,7 +52,7 @@ def test_the_ids_of_a_hugging_face_class_label_are_its_names(tmp_path: Path) -> 
     assert [found[t] for t in (TEXTS[0], TEXTS[1], TEXTS[39])] == ["World", "Sports", None]
 
 
-def test_nan_is_an_empty_cell_and_integers_have_no_fraction(tmp_path: Path) -> None:
+def test_nan_is_an_empty_cell_and_whole_numbers_have_no_fraction(tmp_path: Path) -> None:
     labels = [float("nan") if n % 5 == 0 else float(n % 2) for n in range(40)]
     parquet = tmp_path / "nan.parquet"
     pq.write_table(pa.table({"text": TEXTS, "label": labels}), parquet)
@@ -84,7 +84,7 @@ def test_values_that_are_not_labels_are_rejected_with_their_line(
     assert caught.value.where == f"{path}:2"
 
 
-def test_labels_with_content_are_not_called_bare(tmp_path: Path) -> None:
+def test_truth_values_are_noted_but_words_are_not(tmp_path: Path) -> None:
     texts = prepared(write(tmp_path / "a.jsonl", [["red", "blue"][n % 2] for n in range(40)]))
     assert texts.notes == ()
     texts = prepared(write(tmp_path / "b.jsonl", [n % 2 == 0 for n in range(40)]))
@@ -103,7 +103,7 @@ def test_an_id_without_a_name_is_rejected(tmp_path: Path) -> None:
     assert caught.value.where == f"{path} row 1"
 
 
-def test_labels_that_may_be_none_are_noted(tmp_path: Path) -> None:
+def test_labels_that_look_missing_or_joined_are_noted(tmp_path: Path) -> None:
     names = ["red", "blue", "NA", "red; blue"]
     missing, joined = prepared(write(tmp_path / "a.jsonl", names * 10)).notes
     assert "'NA' is read as the name of a label" in missing

@@ -1,4 +1,5 @@
-"""A schema file restricts answers: the schema inside a request's wrapper is used, or rejected."""
+"""A JSON schema must restrict answers. It is found inside the wrappers that APIs use; a schema that
+restricts nothing is rejected."""
 
 from __future__ import annotations
 
@@ -52,6 +53,18 @@ def written(folder: Path, raw: Any) -> Path:
     file = folder / "contact.schema.json"
     file.write_text(raw if isinstance(raw, str) else json.dumps(raw))
     return file
+
+
+def recipe_with_filters(folder: Path, filters: dict[str, str]) -> dict[str, Any]:
+    recipe = tiny.recipe(folder)
+    (folder / "prompts.txt").write_text("Name a person.\n")
+    recipe["synthesize"] = {
+        "teacher": {"local": {}},
+        "prompts": {"path": str(folder / "prompts.txt")},
+        "filters": filters,
+        "out": str(folder / "out.jsonl"),
+    }
+    return recipe
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -112,7 +125,7 @@ def test_schemas_that_cannot_be_checked_are_rejected(tmp_path: Path, raw: Any, w
         json_schema(read_schema(written(tmp_path, raw)))
 
 
-def test_a_schemas_pattern_is_compared_as_before() -> None:
+def test_the_patterns_in_a_schema_restrict_answers() -> None:
     schema = {"type": "object", "properties": {"a": {"pattern": "^x"}}, "patternProperties": {
         "^n_": {"type": "integer"}}}  # fmt: skip
     judge = json_schema(schema)
@@ -122,15 +135,8 @@ def test_a_schemas_pattern_is_compared_as_before() -> None:
 
 
 @pytest.mark.parametrize("raw", [{"name": "string", "age": "integer"}, True])
-def test_check_rejects_it_before_anything_is_generated(tmp_path: Path, raw: Any) -> None:
-    recipe = tiny.recipe(tmp_path)
-    (tmp_path / "prompts.txt").write_text("Name a person.\n")
-    recipe["synthesize"] = {
-        "teacher": {"local": {}},
-        "prompts": {"path": str(tmp_path / "prompts.txt")},
-        "filters": {"json_schema": str(written(tmp_path, raw))},
-        "out": str(tmp_path / "out.jsonl"),
-    }
+def test_check_rejects_a_schema_that_restricts_nothing(tmp_path: Path, raw: Any) -> None:
+    recipe = recipe_with_filters(tmp_path, {"json_schema": str(written(tmp_path, raw))})
     last = check_recipe(recipe)[-1]
     assert last.level == "error"
     assert "JSON schema" in last.text
@@ -141,25 +147,17 @@ def test_check_rejects_it_before_anything_is_generated(tmp_path: Path, raw: Any)
 def test_check_rejects_patterns_that_do_not_compile_or_run_away(
     tmp_path: Path, key: str, pattern: str
 ) -> None:
-    recipe = tiny.recipe(tmp_path)
-    (tmp_path / "prompts.txt").write_text("Name a person.\n")
-    recipe["synthesize"] = {
-        "teacher": {"local": {}},
-        "prompts": {"path": str(tmp_path / "prompts.txt")},
-        "filters": {key: pattern},
-        "out": str(tmp_path / "out.jsonl"),
-    }
-    last = check_recipe(recipe)[-1]
+    last = check_recipe(recipe_with_filters(tmp_path, {key: pattern}))[-1]
     assert last.level == "error"
     assert "regular expression" in last.text
 
 
 @pytest.mark.parametrize("pattern", ["(a+)+$", "([a-z]+)*[0-9]", "^(a*)*$", "(.*a){20}$"])
-def test_patterns_that_hang_python_are_done_at_once(pattern: str) -> None:
+def test_patterns_that_hang_pythons_re_finish_at_once(pattern: str) -> None:
     assert compiled_pattern(pattern, "filters.require_pattern").search("a" * 60 + "\0") is None
 
 
-def test_a_pattern_that_runs_away_on_an_answer_alone_never_hangs() -> None:
+def test_a_pattern_that_runs_away_only_on_an_answer_is_an_error() -> None:
     found = compiled_pattern("^label: (x|xx)+y$", "filters.require_pattern")
     assert found.search("label: xxxy") is not None
     with pytest.raises(RecipeError, match="answers that arrived are kept"):

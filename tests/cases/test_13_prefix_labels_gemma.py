@@ -1,4 +1,4 @@
-"""Labels of which one begins another end with the token that the template writes after a turn."""
+"""If one label is a prefix of another, labels end with the template's end-of-turn token."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LABELS = {"card": "card", "card_arrival": "card arrival"}
         (PHI, "<|endoftext|>", ("<|user|>", "<|assistant|>", "<|end|>"), "<|end|>"),
     ],
 )
-def test_labels_end_with_the_end_of_a_turn(
+def test_labels_end_with_the_end_of_turn_token(
     template: str, eos: str, special: tuple[str, ...], end: str
 ) -> None:
     words = tokenizer(template, eos=eos, special=special)
@@ -30,13 +30,13 @@ def test_labels_end_with_the_end_of_a_turn(
     assert [words.decode(ids) for ids in made.labels] == [f"card{end}", f"card arrival{end}"]
 
 
-def test_without_a_chat_they_end_with_eos() -> None:
+def test_labels_without_a_chat_template_end_with_eos() -> None:
     words = tokenizer(GEMMA, eos="<eos>", special=("<start_of_turn>", "<end_of_turn>"))
     made = prompt_tokens(LabelPrompt(LABELS, None, "{text}", "{label}", chat=False), words, 64)
     assert [words.decode(ids) for ids in made.labels] == ["card<eos>", "card arrival<eos>"]
 
 
-def test_likelihood_ends_answers_with_it_too() -> None:
+def test_mean_surprise_counts_the_end_of_turn_token() -> None:
     words = tokenizer(GEMMA, eos="<eos>", special=("<start_of_turn>", "<end_of_turn>"))
     model = tiny.llama(vocab_size=len(words))
     text = words.apply_chat_template(chat("a", "yes"), tokenize=False).rstrip("\n")
@@ -49,7 +49,7 @@ def test_likelihood_ends_answers_with_it_too() -> None:
 
 
 def test_labels_are_scored_after_the_reasoning_that_a_template_opens() -> None:
-    """A label is no beginning of a thought."""
+    """Otherwise, a label would be scored as the beginning of the reasoning."""
     words = tokenizer(R1)
     made = prompt_tokens(LabelPrompt({"a": "a", "b": "b"}, None, "{text}", "{label}"), words, 64)
     (ids,) = made.of(["2+2?"])

@@ -17,7 +17,8 @@ from stillhouse.teachers.stored_teacher import lacking_tokens
 from tests import tiny
 from tests.chat_toys import CHATML, chat, save_model, shown, tokenizer, write_jsonl
 
-# As Llama 3.2's, Mistral Small's and gpt-oss's; microseconds stand for days.
+# Llama 3.2's, Mistral Small's, and gpt-oss's templates write the date. This one also writes
+# microseconds, so that two renderings would differ within a test if the clock were read.
 DATED = "{{ strftime_now('%Y-%m-%d %H:%M:%S.%f') }}\n" + CHATML
 LLAMA_3 = (
     "{% if not date_string is defined %}{% if strftime_now is defined %}"
@@ -38,7 +39,7 @@ LLAMA_3 = (
     ],
     ids=["Mistral Small", "Llama 3.2", "Granite", "a newline first", "in a macro"],
 )
-def test_every_chat_has_one_date(template: str, written: str) -> None:
+def test_chats_and_prompts_have_the_fixed_date(template: str, written: str) -> None:
     words = tokenizer(template)
     assert render_chat(words, chat("Hi")) == written + render_chat(tokenizer(), chat("Hi"))
     assert shown(chat("Hi", "Hello."), words)[0].startswith(written)
@@ -63,7 +64,7 @@ def recipe(folder: Path, name: str, **sections: Any) -> dict[str, Any]:
 
 
 @pytest.mark.run
-def test_a_store_of_another_day_serves_the_same_chats(tmp_path: Path) -> None:
+def test_a_signal_store_from_another_day_covers_the_same_chats(tmp_path: Path) -> None:
     encoding = {"encoding": {"kind": "top_k", "k": 4}}
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     first.write_text(yaml.safe_dump(recipe(tmp_path, "first", signals=encoding)))

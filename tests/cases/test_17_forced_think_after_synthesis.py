@@ -1,5 +1,5 @@
-"""A template that opens <think> itself: reasoning is learned from there, and check rejects the rest
-before a teacher is asked."""
+"""If the generation prompt opens <think>, reasoning is learned from there on. Answers without
+reasoning are rejected before a teacher is queried."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ LEARNED = "[[Two and two.\n</think>\n\n4<|im_end|>]]\n"
         {"content": "Two and two.\n</think>\n\n4"},
         {"content": "4", "reasoning_content": "Two and two."},
     ],
-    ids=["whole", "as the model writes it", "apart"],
+    ids=["with both tags", "as the model writes it", "in its own field"],
 )
-def test_reasoning_is_learned_after_the_mark_that_the_prompt_has(answer: dict[str, str]) -> None:
+def test_reasoning_is_learned_after_the_tag_that_the_prompt_opens(answer: dict[str, str]) -> None:
     messages = [*chat("2+2?"), {"role": "assistant", **answer}]
     assert shown(messages, tokenizer(R1)) == [GIVEN + LEARNED]
 
@@ -53,7 +53,7 @@ def test_later_turns_do_not_see_the_reasoning_of_earlier_ones() -> None:
     assert second.endswith("<think>\n[[One.</think>2<|im_end|>]]\n")
 
 
-def test_an_answer_without_reasoning_is_rejected_with_a_fix() -> None:
+def test_an_answer_without_reasoning_is_rejected_with_advice() -> None:
     with pytest.raises(DataError) as error:
         shown(chat("2+2?", "4"), tokenizer(R1))
     assert "begin the turn with its reasoning" in str(error.value.fix)
@@ -63,7 +63,7 @@ def test_an_answer_without_reasoning_is_rejected_with_a_fix() -> None:
 @pytest.mark.parametrize(
     "template",
     [
-        # As Nemotron Nano's: a finished turn opens its reasoning and does not close it.
+        # As in Nemotron Nano: a finished turn opens its reasoning and does not close it.
         R1.replace(
             "<|im_start|>{{ m['role'] }}\n{{ m['content'].split('</think>')[-1] }}",
             "<|im_start|>{{ m['role'] }}\n"
@@ -71,7 +71,7 @@ def test_an_answer_without_reasoning_is_rejected_with_a_fix() -> None:
         ),
     ],
 )
-def test_an_answer_is_never_learned_as_a_thought(template: str) -> None:
+def test_an_answer_is_never_learned_as_reasoning(template: str) -> None:
     with pytest.raises(DataError, match="own generation prompt"):
         shown(chat("2+2?", "4"), tokenizer(template))
     messages = chat("2+2?", "<think>\nTwo and two.\n</think>\n\n4")
@@ -79,13 +79,13 @@ def test_an_answer_is_never_learned_as_a_thought(template: str) -> None:
 
 
 def test_empty_reasoning_in_the_prompt_is_context() -> None:
-    """As Gemma 4's: a finished turn has lost it."""
+    """As in Gemma 4, whose template removes it from finished turns."""
     template = R1.replace("<think>\n{% endif %}", "<think>\n</think>{% endif %}")
     assert shown(chat("2+2?", "4"), tokenizer(template)) == [GIVEN + "</think>[[4<|im_end|>]]\n"]
 
 
-def test_reasoning_is_written_as_the_template_writes_it() -> None:
-    """As gpt-oss's channels: <think> inside the answer would be learned as a part of it."""
+def test_reasoning_is_passed_to_a_template_that_has_its_own_form_for_it() -> None:
+    """As in gpt-oss's channels; <think> tags would be learned as a part of the answer."""
     template = (
         "{% for m in messages %}<|start|>{{ m['role'] }}{% if m['role'] == 'assistant' %}"
         "{% if m.thinking %}<|channel|>analysis<|message|>{{ m.thinking }}<|end|>"
@@ -102,8 +102,8 @@ def test_reasoning_is_written_as_the_template_writes_it() -> None:
     ]
 
 
-def test_reasoning_gets_the_marks_that_the_template_has() -> None:
-    """As Magistral's."""
+def test_reasoning_gets_the_tags_of_the_template() -> None:
+    """As in Magistral."""
     words = tokenizer(CHATML + "{# [THINK] [/THINK] #}", special=(*IM, "[THINK]", "[/THINK]"))
     messages = chat("2+2?", "<think>\nTwo and two.\n</think>\n\n4")
     (row,) = tokenize([Conversation(tuple(messages))], words)[0]
@@ -111,8 +111,8 @@ def test_reasoning_gets_the_marks_that_the_template_has() -> None:
     assert words.convert_tokens_to_ids("[THINK]") in row.ids
 
 
-def test_two_reasonings_are_rejected() -> None:
-    """As Kimi K2's template makes them: it puts an empty one before each answer."""
+def test_an_answer_with_two_reasoning_blocks_is_rejected() -> None:
+    """As in Kimi K2, whose template puts an empty block before each answer."""
     template = CHATML.replace(
         "{{ m['content'] }}",
         "{% if m['role'] == 'assistant' %}<think></think>{% endif %}{{ m['content'] }}",
@@ -124,16 +124,16 @@ def test_two_reasonings_are_rejected() -> None:
         shown(chat("2+2?", "<think>\nTwo.\n</think>\n\n4"), tokenizer(template))
 
 
-def test_a_short_answer_is_not_mistaken_for_a_part_of_the_end() -> None:
-    """As Nemotron's <SPECIAL_12>, which holds the answer 2."""
+def test_a_short_answer_is_not_confused_with_a_part_of_the_end_of_turn_token() -> None:
+    """As in Nemotron, whose <SPECIAL_12> contains the answer 2."""
     words = tokenizer(R1.replace("<|im_end|>", "<SPECIAL_12>"), eos="<SPECIAL_12>", special=IM)
     assert shown(chat("1+1?", "<think>\nOne.\n</think>\n\n2"), words)[0].endswith(
         "<think>\n[[One.\n</think>\n\n2<SPECIAL_12>]]\n"
     )
 
 
-def test_a_system_prompt_that_moves_to_the_last_question_is_context() -> None:
-    """As Mistral Nemo's: it is gone from a chat that ends with an answer."""
+def test_a_system_prompt_that_moves_to_the_last_question_stays_in_the_context() -> None:
+    """As in Mistral Nemo, whose template omits it from a chat that ends with an answer."""
     template = (
         "{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}"
         "{% for m in messages %}{% if m['role'] == 'user' %}[INST]"
@@ -175,11 +175,11 @@ def test_check_and_run_reject_the_template_before_a_teacher_is_queried(tmp_path:
     assert not list(tmp_path.rglob("answers.sqlite"))
 
 
-def test_the_suggested_fix_works(tmp_path: Path) -> None:
+def test_check_accepts_the_suggested_fix(tmp_path: Path) -> None:
     found = check_recipe(recipe(tmp_path, reasoning="keep"), base=tmp_path)
     assert not [one for one in found if one.level == "error"]
 
 
-def test_other_templates_are_not_rejected(tmp_path: Path) -> None:
+def test_check_accepts_a_template_that_does_not_open_reasoning(tmp_path: Path) -> None:
     found = check_recipe(recipe(tmp_path, CHATML), base=tmp_path)
     assert not [one for one in found if one.level == "error"]

@@ -1,4 +1,4 @@
-"""The best known rows are read as what they are; advice about a key never drops half of a row."""
+"""Common row formats are recognized; advice to set a key never drops half of a row."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from stillhouse.data.tokenize_rows import tokenize
 from stillhouse.errors import DataError
 from tests import tiny
 
+# format: (row, parts of the prompt, the answer)
 ROWS: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "Alpaca": (
         {"instruction": "Name a fruit that is red.", "input": "", "output": "Apple"},
@@ -44,7 +45,7 @@ ROWS: dict[str, tuple[dict[str, Any], list[str], str]] = {
 
 
 def rendered(row: dict[str, Any], text_key: str = "text") -> tuple[str, str]:
-    """The complete text of a row, and what is learned of it."""
+    """The complete text of a row, and the part of it that is learned."""
     words = tiny.tokenizer()
     document = document_from_row(row, text_key, "row")
     assert document is not None
@@ -57,7 +58,7 @@ def rendered(row: dict[str, Any], text_key: str = "text") -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("form", ROWS)
-def test_rows_with_questions_and_answers_need_no_advice(form: str) -> None:
+def test_common_formats_are_recognized_and_only_their_answers_are_learned(form: str) -> None:
     row, asked, answer = ROWS[form]
     whole, learned = rendered(row)
     assert all(part in whole for part in asked)
@@ -65,7 +66,7 @@ def test_rows_with_questions_and_answers_need_no_advice(form: str) -> None:
     assert not any(part in learned for part in asked)
 
 
-def test_a_request_without_an_answer_is_not_trained_on() -> None:
+def test_a_request_without_an_answer_is_rejected() -> None:
     row = {
         "custom_id": "1",
         "url": "/v1/chat/completions",

@@ -15,6 +15,7 @@ from stillhouse.errors import ModelError
 from stillhouse.export.gguf_file import FORMATS, write_gguf
 from tests import tiny
 
+# package that the method needs: (method, settings)
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "optimum": ("gptq", {"bits": 4, "group_size": 128, "desc_act": False}),
     "gptqmodel": ("awq", {"bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}),
@@ -60,21 +61,21 @@ def test_check_names_the_package_and_what_works_instead(tmp_path: Path, package:
 @pytest.mark.parametrize(
     "settings", [{"quant_method": "exl2", "bits": 4}, {"quant_method": "modelopt"}, {"bits": 4}]
 )
-def test_an_unknown_method_is_never_ignored(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_check_rejects_an_unknown_method(tmp_path: Path, settings: dict[str, Any]) -> None:
     recipe = quantized(tmp_path, settings.get("quant_method", "nothing"), settings)
     last = check_recipe(recipe)[-1]
     assert last.level == "error"
     assert "cannot be loaded here" in last.text
 
 
-def test_run_rejects_it_before_any_stage(tmp_path: Path) -> None:
+def test_run_rejects_a_quantized_teacher_before_any_stage(tmp_path: Path) -> None:
     recipe = quantized(tmp_path, *METHODS["bitsandbytes"])
     with pytest.raises(ModelError, match="bitsandbytes"):
         run(recipe)
     assert not [*(tmp_path / "run" / "stages").iterdir()]
 
 
-def test_a_student_does_not_start_from_quantized_weights(tmp_path: Path) -> None:
+def test_check_rejects_a_student_that_starts_from_quantized_weights(tmp_path: Path) -> None:
     recipe = quantized(tmp_path, "fp8", {"weight_block_size": [128, 128]})
     last = check_recipe(recipe)[-1]
     assert last.level == "error"
@@ -83,8 +84,8 @@ def test_a_student_does_not_start_from_quantized_weights(tmp_path: Path) -> None
 
 @pytest.mark.run
 @pytest.mark.parametrize("role", ["teacher", "student"])
-def test_a_quantized_gguf_file_teaches_and_is_trained(tmp_path: Path, role: str) -> None:
-    """It is what the error about quantized weights advises: its weights become floats."""
+def test_a_quantized_gguf_file_can_be_the_teacher_or_the_student(tmp_path: Path, role: str) -> None:
+    """The error about quantized weights recommends it; its weights are loaded as floats."""
     words = tiny.merging_tokenizer()
     model = tiny.llama(vocab_size=len(words), hidden_size=64, intermediate_size=96)
     model.save_pretrained(tmp_path / "teacher")

@@ -1,4 +1,4 @@
-"""Words, duplicates and labels in scripts that write vowels as combining marks."""
+"""Words, duplicates, and labels in scripts that write vowels as combining marks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_prompt_that_differs_by_a_vowel_sign_is_not_in_the_evaluation_set() ->
     assert judge(Row(user("दिन"), "x", "stop", "")) is not None
 
 
-def test_a_word_that_begins_with_a_label_is_another_word() -> None:
+def test_a_longer_word_that_begins_with_a_label_is_not_that_label() -> None:
     prompt = LabelPrompt({"less": "कम", "more": "अधिक"}, None, "{text}", "{label}")
 
     def label(said: str) -> tuple[str, dict[int, float]]:

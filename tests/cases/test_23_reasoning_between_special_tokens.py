@@ -1,4 +1,4 @@
-"""What stands between a model's own marks of reasoning is not part of its answer."""
+"""Text between a model's own reasoning marks is not part of its answer."""
 
 from __future__ import annotations
 
@@ -156,12 +156,14 @@ def test_truncated_reasoning_has_no_answer(said: str, more: dict[str, str]) -> N
         "closed twice",
         "other marks inside",
         "between answers",
-        "spoken of",
+        "mentioned",
         "opened in the answer",
         "channels without their tokens",
         "tags that a prompt asked for",
     ],
 )
-def test_text_of_an_unknown_model(text: str, reasoning: str, rest: str | None) -> None:
+def test_reasoning_in_the_text_of_an_unknown_model(
+    text: str, reasoning: str, rest: str | None
+) -> None:
     said = MARKS.split(text)
     assert (said.reasoning, said.answer) == (reasoning, text if rest is None else rest)

@@ -1,4 +1,4 @@
-"""Templates are rendered with the very messages that will come, before anything is generated."""
+"""Before anything is generated, chat templates are rendered with the messages of the run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REFUSES_SYSTEM = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
     "{% endif %}" + tiny.CHAT_TEMPLATE
 )
-"""As Gemma 2's and Mistral's first templates."""
+"""Like Gemma 2's template and Mistral's first ones."""
 IGNORES_SYSTEM = (
     "{% for message in messages %}{% if message['role'] != 'system' %}<|{{ message['role'] }}|>"
     "{{ message['content'] }}<|end|>{% endif %}{% endfor %}"
@@ -69,14 +69,14 @@ def test_check_reports_that_the_template_rejects_system_prompts(
     assert "remove synthesize.prompts.system, or move its text to the prompt" in fix
 
 
-def test_run_reports_it_before_any_request(tmp_path: Path) -> None:
+def test_run_rejects_the_template_before_any_request(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="System role not supported"):
         run(recipe(tmp_path, REFUSES_SYSTEM, system="Be brief."))
     assert not (tmp_path / "answers.sqlite").exists()
     assert not [*(tmp_path / "run" / "stages").iterdir()]
 
 
-def test_synthesize_reports_it_before_any_request(tmp_path: Path) -> None:
+def test_synthesize_rejects_the_template_before_any_request(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(json.dumps(recipe(tmp_path, REFUSES_SYSTEM, system="Be brief.")))
     with pytest.raises(ModelError, match="System role not supported"):
@@ -84,13 +84,13 @@ def test_synthesize_reports_it_before_any_request(tmp_path: Path) -> None:
     assert not (tmp_path / "answers.sqlite").exists()
 
 
-def test_the_advice_works(tmp_path: Path) -> None:
+def test_without_the_system_prompt_check_and_run_succeed(tmp_path: Path) -> None:
     raw = recipe(tmp_path, REFUSES_SYSTEM)
     assert "error" not in {one.level for one in check_recipe(raw)}
     assert run(raw) is not None
 
 
-def test_a_system_message_of_one_prompt_is_found_too(tmp_path: Path) -> None:
+def test_check_finds_a_system_message_in_a_single_prompt(tmp_path: Path) -> None:
     chats = [{"messages": [{"role": "user", "content": f"Say {n}"}]} for n in range(30)]
     chats[20]["messages"].insert(0, {"role": "system", "content": "Be brief."})
     file = tmp_path / "prompts.jsonl"
@@ -100,14 +100,14 @@ def test_a_system_message_of_one_prompt_is_found_too(tmp_path: Path) -> None:
     assert "remove the system messages from the prompts" in fix
 
 
-def test_few_shot_examples_are_rendered_as_well(tmp_path: Path) -> None:
+def test_check_renders_few_shot_examples(tmp_path: Path) -> None:
     examples = [{"prompt": "Say 1", "answer": "1"}]
     text, fix = error_of(recipe(tmp_path, ONE_TURN, examples=examples))
     assert "does not accept the examples: one turn only" in text
     assert "remove synthesize.prompts.examples" in fix
 
 
-def test_the_students_template_gets_the_same_messages(tmp_path: Path) -> None:
+def test_check_renders_the_students_template_with_the_same_messages(tmp_path: Path) -> None:
     raw = recipe(tmp_path, tiny.CHAT_TEMPLATE, system="Be brief.")
     student = tiny.save_model(tmp_path / "student")
     words = tiny.tokenizer()
@@ -118,7 +118,7 @@ def test_the_students_template_gets_the_same_messages(tmp_path: Path) -> None:
     assert "the student's chat template does not accept a system prompt" in text
 
 
-def test_a_prompt_of_the_evaluation_is_rendered(tmp_path: Path) -> None:
+def test_check_renders_the_prompts_of_the_evaluation(tmp_path: Path) -> None:
     needs_system = (
         "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system message') }}"
         "{% endif %}" + tiny.CHAT_TEMPLATE

@@ -1,4 +1,4 @@
-"""An exported configuration says the base of rotary embeddings where older readers look for it."""
+"""An exported configuration also stores the base of rotary embeddings under its old key."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ DEFAULT = {"rope_type": "default", "rope_theta": 500000.0}
 
 
 def as_transformers_4(config: dict[str, object]) -> LlamaConfig:
-    """Reads only the old keys: the base is 10,000 if there is no rope_theta."""
+    """Reads only the old keys, as transformers 4 does: without rope_theta, the base is 10,000."""
     read = {key: value for key, value in config.items() if key != "rope_parameters"}
     read.setdefault("rope_theta", 10000.0)
     return LlamaConfig.from_dict(read)
 
 
-def test_an_older_reader_computes_the_same(tmp_path: Path) -> None:
+def test_an_older_reader_computes_the_same_logits(tmp_path: Path) -> None:
     ids = torch.tensor([tiny.tokenizer()(tiny.text(12))["input_ids"][:160]])
     for name, rope in (("default", DEFAULT), ("llama3", LLAMA_3)):
         tiny.save_model(tmp_path / name / "student", rope_parameters=rope)

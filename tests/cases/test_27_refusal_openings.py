@@ -1,4 +1,4 @@
-"""The refusal filter drops the best known refusals, and keeps letters and apologies."""
+"""The refusal filter drops well-known refusals and keeps letters and apologies."""
 
 from __future__ import annotations
 
@@ -31,5 +31,5 @@ def test_refusals_are_dropped(text: str) -> None:
         "I'm sorry that your parcel came late. Here is your refund code: 1234.",
     ],
 )
-def test_answers_are_kept(text: str) -> None:
+def test_letters_and_apologies_are_kept(text: str) -> None:
     assert refusal(Row((), text, "stop", "")) is None

@@ -1,4 +1,4 @@
-"""Only what the recipe writes is a pattern, not the folder that it starts from."""
+"""Only the path in a recipe can be a pattern; the name of the recipe's folder is literal."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def test_an_existing_file_named_like_a_pattern_is_read(tmp_path: Path) -> None:
     assert [file.name for file in find_files("a[12].txt", tmp_path)] == ["a1.txt"]
 
 
-def test_a_home_folder_with_brackets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_brackets_in_the_home_folder_are_literal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     home = tmp_path / "home [me]"
     home.mkdir()
     (home / "a.txt").write_text("x")

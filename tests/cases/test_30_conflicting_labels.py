@@ -1,4 +1,4 @@
-"""A text with several labels has no known label, or is another task."""
+"""A text with several labels counts as unlabeled; many such texts are an error."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def test_many_texts_with_several_labels_are_rejected(tmp_path: Path) -> None:
     assert f"'text 0' is 'billing' ({path}:1) and 'login' ({path}:2)" in caught.value.what
 
 
-def test_the_label_of_a_few_such_texts_is_not_known(tmp_path: Path) -> None:
+def test_a_few_texts_with_several_labels_count_as_unlabeled(tmp_path: Path) -> None:
     rows = [(f"text {n}", ["billing", "login"][n % 2]) for n in range(60)]
-    # The same text: in capitals, with other spaces.
+    # The last row repeats the first text in capitals and with an additional space.
     texts = prepared(write(tmp_path / "a.jsonl", [*rows, ("TEXT  0", "login")]))
     assert golds(texts)["text 0"] is None
     assert golds(texts)["text 1"] == "login"
@@ -37,7 +37,7 @@ def test_the_label_of_a_few_such_texts_is_not_known(tmp_path: Path) -> None:
     assert "1 of 60 texts have several labels" in texts.notes[0]
 
 
-def test_a_repeated_text_with_one_label_is_used_once_with_it(tmp_path: Path) -> None:
+def test_a_repeated_text_is_used_once_with_its_only_label(tmp_path: Path) -> None:
     rows: list[tuple[str, str | None]] = [("text 0", None)]
     rows += [(f"text {n}", ["billing", "login"][n % 2]) for n in range(60)]
     texts = prepared(write(tmp_path / "a.jsonl", rows))

@@ -1,4 +1,4 @@
-"""An empty answer is rejected by name in every format: a student would learn to say nothing."""
+"""An empty answer is rejected in every format, because a student would learn to say nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts and prompts begin with all that the tokenizer writes before a text, as context."""
+"""Texts and prompts begin with every token that the tokenizer writes before a text, as context."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..data.toys import byte_level
 
 
 def glm(single: str = "[gMASK] <sop> $A") -> Any:
-    """As GLM 4's: every text begins with two tokens, and neither is a BOS token."""
+    """A tokenizer like GLM 4's: every text begins with two tokens, neither of which is BOS."""
     tokenizer = byte_level()
     tokenizer.add_special_tokens({"additional_special_tokens": ["[gMASK]", "<sop>"]})
     tokens = ["[gMASK]", "<sop>", "<s>", "<|im_end|>"]
@@ -38,8 +38,8 @@ def test_a_text_begins_with_both_tokens_and_neither_is_learned() -> None:
     assert tokenizer.decode(labels) == "The cat sees a tree.<|im_end|>"
 
 
-def test_a_prompt_does_not_end_with_the_token_that_the_tokenizer_puts_after_texts() -> None:
-    """As fine-tuned models' that are saved with add_eos_token: an answer would follow EOS."""
+def test_a_prompt_omits_the_token_that_the_tokenizer_writes_after_texts() -> None:
+    """Tokenizers saved with add_eos_token write EOS; an answer must not follow it."""
     tokenizer = glm("[gMASK] <sop> $A <|im_end|>")
     for text in ("The cat", "The <|im_end|> cat"):
         (row,) = rows_of({"prompt": text, "completion": " sees."}, tokenizer, control_tokens="text")
@@ -68,6 +68,6 @@ def test_eos_is_written_once_whatever_the_tokenizer_writes(single: str, expected
     assert tokenizer.decode(row.ids) == expected
 
 
-def test_a_chat_has_what_its_template_writes_and_nothing_else() -> None:
+def test_a_chat_begins_with_its_template_without_the_two_tokens() -> None:
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     assert shown(row, glm()).startswith("<|im_start|>user")

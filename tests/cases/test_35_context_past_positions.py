@@ -1,4 +1,4 @@
-"""Texts longer than a model's positions are found by `check`, and by `run` before any stage."""
+"""`check`, and `run` before any stage, reject texts that are longer than a model's positions."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_context_beyond_learned_positions_is_rejected(tmp_path: Path, kind: st
 
 
 @pytest.mark.parametrize("kind", LEARNED)
-def test_the_largest_context_that_is_named_fits(kind: str) -> None:
+def test_the_reported_number_of_positions_is_the_largest_that_fits(kind: str) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LEARNED[kind])
     assert learned_positions(planned_model(LEARNED[kind])) == 64
@@ -72,7 +72,7 @@ def test_the_largest_context_that_is_named_fits(kind: str) -> None:
         model(torch.zeros(1, 65, dtype=torch.long))
 
 
-def test_run_rejects_it_before_any_stage(tmp_path: Path) -> None:
+def test_run_rejects_a_context_beyond_learned_positions_before_any_stage(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="64 positions"):
         run(recipe(tmp_path, LEARNED["gpt2"], 96))
     assert not [*(tmp_path / "run" / "stages").iterdir()]
@@ -83,7 +83,7 @@ def test_a_context_that_fits_is_not_reported(tmp_path: Path) -> None:
     assert not [one for one in found if one.level == "error" or one.topic == "context"]
 
 
-def test_answers_of_the_evaluation_count_too(tmp_path: Path) -> None:
+def test_prompts_and_answers_of_the_evaluation_must_fit(tmp_path: Path) -> None:
     raw = recipe(tmp_path, LEARNED["gpt2"], 64, prompts=["x" * 40], max_new_tokens=40)
     last = check_recipe(raw)[-1]
     assert last.level == "error"
@@ -95,7 +95,7 @@ def test_a_speed_measurement_beyond_the_context_is_rejected(tmp_path: Path) -> N
     assert last.fix == "set evaluate.speed: false"
 
 
-def test_rotary_embeddings_only_warn(tmp_path: Path) -> None:
+def test_a_context_beyond_rotary_positions_is_only_a_warning(tmp_path: Path) -> None:
     found = {one.topic: one for one in check_recipe(tiny.recipe(tmp_path, data={"context": 300}))}
     assert found["context"].level == "warning"
     assert "256" in found["context"].text
@@ -123,6 +123,8 @@ def test_rotary_embeddings_only_warn(tmp_path: Path) -> None:
         ),
     ],
 )  # fmt: skip
-def test_the_scaling_of_rotary_embeddings_counts(scaling: Any, length: int) -> None:
+def test_trained_positions_include_the_scaling_of_rotary_embeddings(
+    scaling: Any, length: int
+) -> None:
     changes = {} if scaling is None else {"rope_parameters": scaling}
     assert trained_positions(tiny.llama(**changes).config) == length

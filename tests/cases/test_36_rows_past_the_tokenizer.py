@@ -1,4 +1,4 @@
-"""A student assigns no probability to ids without a token: it has no rows for them."""
+"""A student has no embedding rows for ids beyond its tokenizer, so it gives them no probability."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests import tiny
 from tests.gguf_models import MODELS, save
 
 ROWS = 320
-"""Of the teacher, as in Qwen, whose head has 271 rows more than its tokenizer has tokens."""
+"""Rows of the teacher's embedding. As in Qwen models, they exceed the tokenizer's tokens."""
 
 WORDS = tiny.merging_tokenizer()
 
@@ -48,7 +48,7 @@ def test_an_exported_model_has_as_many_rows_as_tokens(tmp_path: Path, start: str
 
 
 @pytest.mark.parametrize("name", ["llama, untied", "qwen3_moe", "gemma2", "phi3", "granite"])
-def test_the_other_rows_are_unchanged(tmp_path: Path, name: str) -> None:
+def test_the_logits_of_the_remaining_rows_are_unchanged(tmp_path: Path, name: str) -> None:
     model = save(tmp_path / "padded", name, vocab_size=ROWS)
     student = Student.load(tmp_path / "padded")
     student.save(tmp_path / "saved")
@@ -75,8 +75,8 @@ def test_a_random_start_has_a_row_for_each_token() -> None:
     assert Student.random(config).model.config.vocab_size == ROWS
 
 
-def test_a_row_that_the_configuration_names_stays(tmp_path: Path) -> None:
-    """A padding id beyond the tokens would otherwise be no row of the embedding."""
+def test_rows_up_to_the_padding_id_are_kept(tmp_path: Path) -> None:
+    """Otherwise, a padding id beyond the tokenizer would have no row in the embedding."""
     student = Student(tiny.llama(vocab_size=ROWS, pad_token_id=300), tiny.tokenizer())
     student.save(tmp_path)
     assert load_model(tmp_path, dtype=torch.float32).config.vocab_size == 301
