@@ -1,4 +1,4 @@
-"""Models whose chat templates are compared, and the tokens that their tokenizers have."""
+"""Models whose chat templates are tested, and the special tokens of their tokenizers."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ R1_EOS = "<｜end▁of▁sentence｜>"
 
 @dataclass(frozen=True)
 class Model:
-    """source: a file with a template, or a name in test-chat-template.cpp. eos, bos, special: of
-    the model's own tokenizer. ends: eos_token_id of its generation config, besides EOS."""
+    """A model's chat template and special tokens.
+
+    source: a file with the template, or its name in test-chat-template.cpp. eos, bos, special:
+    tokens of the model's own tokenizer. ends: eos_token_id of its generation config, besides EOS.
+    """
 
     source: str
     eos: str

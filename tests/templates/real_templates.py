@@ -1,4 +1,4 @@
-"""Chat templates of real models, from a folder, and what is learned through them."""
+"""Reads the chat templates of real models from a folder and records what is learned with them."""
 
 from __future__ import annotations
 
@@ -110,8 +110,11 @@ def model_tokenizer(model: Model, file: Path) -> Any:
 
 
 def learned(conversation: Conversation, words: Any) -> list[Any] | str:
-    """Of each row, in turn: characters of context, and the text that is learned; at last, what is
-    left out on purpose. Or why the row is rejected."""
+    """What is learned from a conversation, or the error if it is rejected.
+
+    Each row is a list that alternates between the number of context characters and the text that is
+    learned. The notes about what is left out on purpose come last.
+    """
     try:
         rows = tokenize([conversation], words)[0]
     except DataError as error:

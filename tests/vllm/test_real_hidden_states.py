@@ -1,4 +1,4 @@
-"""Signals from a real vLLM are those of a local teacher."""
+"""Signals recorded with a real vLLM equal those of a local teacher."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ POOLING = (
     "--pooler-config", '{"task": "token_embed", "use_activation": false}',
 )  # fmt: skip
 ALIKE: dict[str, Any] = {"rtol": 2**-7, "atol": 2e-3}
-"""Rows are stored in bfloat16, which has 8 bits."""
+"""Rows are stored in bfloat16, whose significand has 8 bits."""
 
 
 def write(home: Path, name: str, **changes: Any) -> Path:
@@ -39,7 +39,7 @@ def write(home: Path, name: str, **changes: Any) -> Path:
 
 
 def hidden_rows(store: Path) -> dict[bytes, torch.Tensor]:
-    """The rows of each segment, by its key."""
+    """The rows of each segment, indexed by its key."""
     found: dict[bytes, torch.Tensor] = {}
     for file in (store / "shards").iterdir():
         shard = open_shard(file)
@@ -49,14 +49,14 @@ def hidden_rows(store: Path) -> dict[bytes, torch.Tensor]:
     return found
 
 
-def assert_alike(one: Path, other: Path) -> None:
+def assert_stores_close(one: Path, other: Path) -> None:
     first, second = hidden_rows(one), hidden_rows(other)
     assert first.keys() == second.keys()
     for key, rows in first.items():
         torch.testing.assert_close(rows, second[key], **ALIKE)
 
 
-def test_the_layers_of_vllm_in_another_python_are_those_of_transformers(
+def test_vllm_in_another_python_computes_the_layers_of_transformers(
     home: Path, python: str
 ) -> None:
     model = load_model(home / "teacher", dtype=torch.float32)
@@ -86,7 +86,7 @@ def test_vllm_in_another_python_records_the_layers_of_a_local_teacher(
         write(home, "layers-local", objective=TERMS, signals={"encoding": encoding})
     )
     assert open_store(store).settings.encoding == Hidden((1, 2, 3), 64)
-    assert_alike(store, local)
+    assert_stores_close(store, local)
 
 
 def test_a_pooling_server_records_the_last_hidden_states_of_a_local_teacher(
@@ -100,4 +100,4 @@ def test_a_pooling_server_records_the_last_hidden_states_of_a_local_teacher(
         store = record_signals(write(home, "last", signals=hidden))
         with pytest.raises(ModelError, match="no completions"):
             record_signals(write(home, "refused", signals={"encoding": top, "server": server}))
-    assert_alike(store, local)
+    assert_stores_close(store, local)
