@@ -1,4 +1,4 @@
-"""Runs by one process, with which those by several are compared."""
+"""Runs by one process, the reference for runs by several processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SECONDS = 900
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the teacher and of the text."""
+    """A folder with the teacher and the text."""
     return tmp_path_factory.mktemp("inputs")
 
 

@@ -1,4 +1,4 @@
-"""Complete tiny runs of several processes, and what they leave."""
+"""Complete tiny runs by several processes, and comparisons of their weights."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ FOLDED: dict[str, dict[str, Any]] = {
     "folded chunks": {"objective": {"terms": CHUNKS}},
     "folded stored": {"signals": {"encoding": {"kind": "top_k", "k": 8}}},
 }
-"""More kinds under a teacher with another tokenizer."""
+"""More runs in which the teacher has a different tokenizer."""
 
 MICRO_BATCHES = (1, 2, 4)
-"""Windows in a micro-batch of a run by one process."""
+"""Windows per micro-batch in the runs by one process."""
 OTHER_ORDERS = 4
-"""How many times as far as `orders_apart` a run may be from that of one process."""
+"""A run may differ from that of one process by this many times `orders_apart`."""
 
 
 def recipe(inputs: Path, folder: Path, kind: str, **train: object) -> dict[str, Any]:
-    """A recipe of one of KINDS or FOLDED. train: more of this section."""
+    """A recipe of one of KINDS or FOLDED. train: additional settings of that section."""
     sections = {**(KINDS | FOLDED)[kind], "train": {**TRAIN, **train}, "folder": str(folder)}
     raw = tiny.recipe(inputs, **sections)
     if kind == "cascade":
@@ -68,7 +68,7 @@ def recipe(inputs: Path, folder: Path, kind: str, **train: object) -> dict[str, 
 
 
 def with_other_tokenizer(inputs: Path) -> Path:
-    """A model with other tokens than the teacher."""
+    """A model whose tokens differ from the teacher's."""
     folder = inputs / "other"
     if not folder.exists():
         words = byte_level(300)
@@ -78,13 +78,13 @@ def with_other_tokenizer(inputs: Path) -> Path:
 
 
 def one_thread() -> None:
-    """The main process of a torchrun works on all cores, which these tensors are too small for."""
+    """Use one thread. A main process would use all cores, for which these tensors are too small."""
     forks.patch(hardware, "processes_here", lambda: 1)
     torch.set_num_threads(1)
 
 
 def run_all(recipes: Sequence[dict[str, Any]]) -> None:
-    """The work of one process: every run in turn, whose exports it replays itself."""
+    """The work of one process: all runs in turn. Exports are replayed in the same process."""
     one_thread()
     forks.patch(fresh_process, "subprocess", replays.IN_THIS_PROCESS)
     for raw in recipes:
@@ -92,7 +92,7 @@ def run_all(recipes: Sequence[dict[str, Any]]) -> None:
 
 
 def finish(processes: Sequence[Fork], seconds: float) -> None:
-    """Wait for all, and stop the others if one fails, as torchrun does."""
+    """Wait for all processes; if one fails, kill the others, as torchrun does, and raise."""
     deadline = time.monotonic() + seconds
     while any(process.poll() is None for process in processes):
         failed = [process for process in processes if process.poll()]
@@ -106,9 +106,9 @@ def finish(processes: Sequence[Fork], seconds: float) -> None:
     assert [process.poll() for process in processes] == [0] * len(processes)
 
 
-def ended(processes: Sequence[Fork]) -> list[str]:
-    """What each process has said, after all have ended. When one fails, the others get SIGTERM, as
-    from torchrun."""
+def errors_at_exit(processes: Sequence[Fork]) -> list[str]:
+    """Wait for all processes and return what each wrote to standard error. If one fails, the others
+    get SIGTERM, as under torchrun."""
     while any(process.poll() is None for process in processes):
         if any(process.poll() for process in processes):
             for process in processes:
@@ -121,13 +121,13 @@ def ended(processes: Sequence[Fork]) -> list[str]:
 
 
 _PATHS = {"open": 0, "os.mkdir": 0, "os.rename": 1}
-"""Events of Python before a file or folder is written, and which argument is its path."""
+"""Python's audit events before a file or folder is written, and which argument is its path."""
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 def before_writing(pattern: str, act: Callable[[], object]) -> None:
-    """From now on, call `act` before each file or folder is opened for writing, made, or gets its
-    name, in this process and with a path in which the pattern is found."""
+    """In this process, call `act` whenever a file is about to be opened for writing, a folder to be
+    created, or either to be renamed, if `pattern` is found in the (new) path."""
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         place = _PATHS.get(event)
@@ -141,7 +141,7 @@ def before_writing(pattern: str, act: Callable[[], object]) -> None:
 
 
 def trained(folder: Path) -> list[dict[str, Tensor]]:
-    """The weights that each training of a run has made, in order; first, those of each student."""
+    """The weights of each untrained student, then those after each training, in order."""
     found = []
     for name in ("student", "train", "qat"):
         stages = [path for path in folder.glob(f"stages/{name}-*") if path.is_dir()]
@@ -151,7 +151,7 @@ def trained(folder: Path) -> list[dict[str, Tensor]]:
 
 
 def differences(left: Path, right: Path) -> list[float]:
-    """The largest between the weights of two runs, in each of `trained`."""
+    """The largest difference between the weights of two runs, for each entry of `trained`."""
     ours, theirs = trained(left), trained(right)
     assert len(ours) == len(theirs) > 1
     found = []
@@ -162,14 +162,14 @@ def differences(left: Path, right: Path) -> list[float]:
 
 
 def orders_apart(alone: Path, kind: str) -> list[float]:
-    """How far apart orders of the same sums leave the weights, in each of `trained`: the largest
+    """How much the order of a sum changes the weights, for each entry of `trained`: the largest
     difference between runs by one process with micro-batches of one window and of more."""
     one, *others = (alone / f"{kind} {micro}" for micro in MICRO_BATCHES)
     return [max(each) for each in zip(*(differences(one, other) for other in others), strict=True)]
 
 
 def too_far(found: Sequence[float], apart: Sequence[float]) -> bool:
-    """Whether a run is further from one of one process than other orders of its sums explain."""
+    """Whether a run differs from one by one process by more than the order of sums explains."""
     return any(value > OTHER_ORDERS * most for value, most in zip(found, apart, strict=True))
 
 

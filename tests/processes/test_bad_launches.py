@@ -1,4 +1,4 @@
-"""Torchruns that cannot work: one message on each machine, which says what to do."""
+"""A torchrun that cannot work ends with one error on each machine, which says what to do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import yaml
 from transformers import BloomConfig, BloomForCausalLM
 
 from tests import tiny
-from tests.processes.torchruns import agents, words
+from tests.processes.torchruns import agents, stderr_of
 
 pytestmark = pytest.mark.processes
 
@@ -20,7 +20,7 @@ def few_windows(folder: Path) -> dict[str, Any]:
 
 
 def few_rows(folder: Path) -> dict[str, Any]:
-    """As many as there are is known once they are tokenized."""
+    """The number of windows is known only once the rows are tokenized."""
     raw = tiny.recipe(folder)
     rows = folder / "rows.jsonl"
     rows.write_text("".join(f'{{"text": "{name} sees a tree."}}\n' for name in ("she", "he", "it")))
@@ -40,16 +40,17 @@ def uneven_nodes(folder: Path) -> dict[str, Any]:
 
 def teacher_without_a_plan(folder: Path) -> dict[str, Any]:
     raw = tiny.recipe(folder, train={"shard": "teacher"})
-    words_of_it = tiny.tokenizer()
-    config = BloomConfig(vocab_size=len(words_of_it), hidden_size=32, n_layer=2, n_head=4)
+    bloom_tokenizer = tiny.tokenizer()
+    config = BloomConfig(vocab_size=len(bloom_tokenizer), hidden_size=32, n_layer=2, n_head=4)
     BloomForCausalLM(config).save_pretrained(folder / "bloom")
-    words_of_it.save_pretrained(folder / "bloom")
+    bloom_tokenizer.save_pretrained(folder / "bloom")
     raw["teacher"]["model"] = str(folder / "bloom")
     tiny.llama(num_hidden_layers=1).config.save_pretrained(folder / "small")
     raw["student"] = {"start": "random", "config": str(folder / "small")}
     return raw
 
 
+# case: (recipe, processes of each machine, the problem, the fix)
 CASES = {
     "more processes than windows": (
         few_windows,
@@ -85,15 +86,15 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_each_machine_says_once_what_to_do(tmp_path: Path, name: str) -> None:
+def test_each_machine_reports_one_error_and_its_fix(tmp_path: Path, name: str) -> None:
     recipe, each, problem, fix = CASES[name]
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe(tmp_path)))
     nodes = agents(path, [tmp_path] * len(each), each)
-    said = [words(node) for node in nodes]
+    said = [stderr_of(node) for node in nodes]
     assert [node.returncode for node in nodes] == [1] * len(each)
     assert [one.count("error: ") for one in said] == [1] * len(each), said
-    # Of several machines, only the main process's may have found it out.
+    # Of several machines, only the main process's may know the cause.
     assert problem in "".join(said)
     assert fix in "".join(said)
     assert "this is a bug" not in "".join(said)

@@ -1,4 +1,4 @@
-"""A teacher with another tokenizer, by two processes that share its weights.
+"""Runs by two processes under a teacher that has a different tokenizer and may be sharded.
 
 `make test-processes` runs it.
 """
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.processes
 SECONDS = 600
 
 
-def test_weights_and_measurements_are_those_of_one_process(tmp_path: Path) -> None:
+def test_two_processes_end_with_the_weights_and_measurements_of_one(tmp_path: Path) -> None:
     inputs = tmp_path / "inputs"
     inputs.mkdir()
     alone = recipe(inputs, tmp_path / "alone", "folded", micro_batch_size=2)
@@ -38,7 +38,9 @@ def test_weights_and_measurements_are_those_of_one_process(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("kind", ["folded chunks", "folded stored"])
-def test_chunks_and_stores_are_those_of_one_process(tmp_path: Path, kind: str) -> None:
+def test_two_processes_end_with_the_weights_of_one_for_chunks_and_stores(
+    tmp_path: Path, kind: str
+) -> None:
     inputs = tmp_path / "inputs"
     inputs.mkdir()
     alone = recipe(inputs, tmp_path / "alone", kind, micro_batch_size=2)

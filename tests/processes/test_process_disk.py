@@ -1,6 +1,6 @@
-"""A disk that is full while a process writes its part of a checkpoint.
+"""A disk fills up while a process writes its part of a checkpoint.
 
-A limit on the size of files stands for the full disk.
+A limit on the size of files stands in for the full disk.
 """
 
 from __future__ import annotations
@@ -14,12 +14,18 @@ import yaml
 
 from stillhouse.launch import process_index
 from tests import forks
-from tests.processes.process_runs import before_writing, difference, ended, one_thread, recipe
+from tests.processes.process_runs import (
+    before_writing,
+    difference,
+    errors_at_exit,
+    one_thread,
+    recipe,
+)
 
 pytestmark = pytest.mark.processes
 
 LIMIT = 1 << 12
-"""Bytes of a file, less than a process's part of the weights."""
+"""Largest file in bytes, smaller than a process's part of the weights."""
 
 
 def limit_files() -> None:
@@ -28,7 +34,7 @@ def limit_files() -> None:
 
 
 def work(path: Path, shard: str, full: int | None) -> None:
-    """A process of the run. full: the process whose disk is full at its second checkpoint."""
+    """The work of one process. full: the process whose disk is full at its second checkpoint."""
     one_thread()
     if process_index() == full:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -37,20 +43,20 @@ def work(path: Path, shard: str, full: int | None) -> None:
 
 
 @pytest.mark.parametrize(("shard", "full"), [("both", 0), ("both", 1), ("none", 0)])
-def test_a_full_disk_is_one_message_and_nothing_is_lost(
+def test_a_full_disk_is_one_error_and_the_run_resumes_without_loss(
     tmp_path: Path, shard: str, full: int
 ) -> None:
     for name in ("undisturbed", "full"):
         raw = recipe(tmp_path, tmp_path / name, "live", micro_batch_size=2)
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(raw))
-    expected = ended(forks.ranks(2, work, tmp_path / "undisturbed.yaml", shard, None))
+    expected = errors_at_exit(forks.ranks(2, work, tmp_path / "undisturbed.yaml", shard, None))
     assert not any("error: " in said for said in expected)
     path = tmp_path / "full.yaml"
-    said = "".join(ended(forks.ranks(2, work, path, shard, full)))
+    said = "".join(errors_at_exit(forks.ranks(2, work, path, shard, full)))
     assert said.count("error: ") == 1, said
-    # What torch writes itself has no error number.
+    # Errors from torch's own writer have no error number.
     assert "larger than the disk" in said or "the disk is full" in said
     assert "Traceback" not in said
-    again = ended(forks.ranks(2, work, path, shard, None))
+    again = errors_at_exit(forks.ranks(2, work, path, shard, None))
     assert "resuming from step 2 of 6" in again[0]
     assert difference(tmp_path / "full", tmp_path / "undisturbed") == 0

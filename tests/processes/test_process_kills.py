@@ -1,6 +1,6 @@
-"""Runs that are killed at named points, and go on with other processes and other models sharded.
+"""Runs that are killed and resume with other processes or sharding end as if undisturbed.
 
-They end as runs that nothing has disturbed. `make test-processes` runs them.
+`make test-processes` runs them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests import forks
 from tests.processes.process_runs import (
     before_writing,
     differences,
-    ended,
+    errors_at_exit,
     one_thread,
     orders_apart,
     recipe,
@@ -33,9 +33,10 @@ pytestmark = pytest.mark.processes
 
 @dataclass(frozen=True)
 class Start:
-    """A start of a run by some processes, with something sharded over them.
+    """How a run is started or resumed.
 
-    micro: windows of a micro-batch; None: the default. checkpointing: of activations.
+    shard: train.shard. micro: windows per micro-batch; None: the default. checkpointing: gradient
+    checkpointing.
     """
 
     processes: int
@@ -47,10 +48,11 @@ class Start:
 
 @dataclass(frozen=True)
 class Kill:
-    """A start in which a process gets a signal before its first write to a path that has `point`,
-    or to the first one after a path that has `after`.
+    """A start in which one process, `victim`, gets a signal before it first writes to a path that
+    contains `point`.
 
-    broken: a path in the run folder, whose file then loses its second half.
+    number: the signal. after: ignore `point` until a path that contains this is written. broken: a
+    file of the unfinished stage, which then loses its second half.
     """
 
     start: Start
@@ -151,7 +153,7 @@ TRIALS: dict[str, tuple[str, list[Kill], Start]] = {
         ],
         TWO["both"],
     ),
-    "a stage without its name": (
+    "a stage before it is renamed": (
         "hidden",
         [Kill(TWO["both"], RENAMED), Kill(TWO["both"], CARD)],
         ONE,
@@ -214,16 +216,16 @@ def work(path: Path, start: Start, kill: Kill | None) -> None:
 
 
 def run(path: Path, start: Start, kill: Kill | None = None) -> list[int | None]:
-    """The exit status of each process. Each says one thing that went wrong, or nothing."""
+    """The exit status of each process. Checks that none reports more than one error."""
     processes = forks.ranks(start.processes, work, path, start, kill, nodes=start.nodes)
-    for said in ended(processes):
+    for said in errors_at_exit(processes):
         assert "Traceback" not in said, said[-3000:]
         assert said.count("error: ") <= 1, said[-3000:]
     return [process.poll() for process in processes]
 
 
 @pytest.mark.parametrize("name", TRIALS)
-def test_a_killed_run_ends_as_an_undisturbed_one(
+def test_a_killed_run_ends_like_an_undisturbed_one(
     inputs: Path, alone: Path, tmp_path: Path, name: str
 ) -> None:
     kind, kills, last = TRIALS[name]

@@ -1,12 +1,12 @@
-"""Complete runs by two and four processes, and by two nodes of two, end with the weights of one.
+"""Complete runs by two processes, four, and two nodes of two end with the weights of one process.
 
-`make test-processes` runs them. All runs of one number of processes share the processes.
+`make test-processes` runs them. All runs with the same number of processes share the processes.
 
-A step has four windows. Two processes add the gradients of their micro-batches of two windows as
-one process does: bit for bit. Four gradients can be added in several orders, and each way to
-divide the windows has its own. How much that changes is measured in one process, for each
-training: with micro-batches of one window, of two, and of all four. In a cascade it grows from hop
-to hop, since a student begins where the previous one ended.
+A step has four windows. Two processes with micro-batches of two windows add the same two gradients
+as one process, so the weights are equal bit for bit. Four gradients can be added in several orders,
+and each way to divide the windows has its own. How much the order matters is measured in one
+process, for each training, with micro-batches of one window, two, and all four. In a cascade, it
+matters more from hop to hop, since a student begins where the previous one ended.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from tests.processes.process_runs import (
 pytestmark = pytest.mark.processes
 
 REORDERED = 5e-7
-"""Under FSDP2, gradients that reach a layer from above and from a term on its output are added in
-another order."""
+"""Under FSDP2, a layer's gradients from above and from a term on its output are added in a
+different order."""
 SHARDS = ("none", "student", "teacher", "both")
 SECONDS = 3000
 
@@ -64,7 +64,7 @@ def test_two_processes_end_with_the_weights_of_one(
 @pytest.mark.parametrize(
     ("nodes", "shards"), [(1, SHARDS), (2, ("student", "both"))], ids=["one node", "two nodes"]
 )
-def test_four_processes_differ_from_one_as_orders_of_sums_do(
+def test_four_processes_differ_from_one_only_by_the_order_of_sums(
     inputs: Path, alone: Path, tmp_path: Path, nodes: int, shards: tuple[str, ...]
 ) -> None:
     folders = runs(inputs, tmp_path, shards, processes=4, nodes=nodes)
@@ -80,4 +80,4 @@ def test_four_processes_differ_from_one_as_orders_of_sums_do(
         for without, shard in (("none", "teacher"), ("student", "both"))
         if without in shards
     }
-    assert {case: value for case, value in same.items() if value} == {}, "a sharded teacher"
+    assert {case: value for case, value in same.items() if value} == {}, "sharding the teacher"

@@ -1,4 +1,4 @@
-"""Runs of tasks by two processes: their texts are scored, answered and learned from as by one."""
+"""Runs of tasks by two processes have the scores, answers, and weights of runs by one."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from tests import forks, replays
 from tests.answering import toys as answering
 from tests.classify import toys as classify
 from tests.generation.stub import Reply, Stub
-from tests.processes.process_runs import before_writing, ended, finish, one_thread
+from tests.processes.process_runs import before_writing, errors_at_exit, finish, one_thread
 from tests.processes.torchruns import torchrun
 
 pytestmark = pytest.mark.processes
 
 ROUNDING = 1e-6
-"""Of weights that have moved by a tenth of a thousandth in each of some steps."""
+"""Allowed difference between weights, which move by about 1e-4 per step."""
 CHUNK = 8
-"""Texts that are scored together, so that there are several such chunks."""
+"""Texts that are scored together, few enough for several chunks."""
 SECONDS = 300
 
 
 def work(raw: dict[str, Any], killed_at: str = "") -> None:
-    """killed_at: the second process is killed before it writes to such a path."""
+    """killed_at: the second process is killed before it writes to a path that contains this."""
     one_thread()
     label_judgment.CHUNK = CHUNK
     forks.patch(fresh_process, "subprocess", replays.IN_THIS_PROCESS)
@@ -50,15 +50,15 @@ def classification(folder: Path, name: str) -> dict[str, Any]:
 
 
 def generation(folder: Path, name: str, shard: str = "none") -> dict[str, Any]:
-    """A local teacher, and a local judge that compares the answers."""
+    """A run with a local teacher and a local judge that compares the answers."""
     judge = {"model": str(folder / "teacher")}
     raw = answering.recipe(folder, "generate", evaluate={"judge": judge})
     raw["train"] = {**raw["train"], "shard": shard}
-    return {**raw, "folder": str(folder / name / "run")}  # beside it, a journal of its own
+    return {**raw, "folder": str(folder / name / "run")}  # the journal is beside it
 
 
 def extraction(folder: Path, name: str, url: str) -> dict[str, Any]:
-    """A teacher behind an API, and a student that also learns from true answers."""
+    """A run with a teacher behind an API; a baseline learns from the reference answers."""
     texts = [{"path": str(folder / "texts.jsonl"), "label": "gold"}]
     raw = answering.recipe(folder, "extract", data={"texts": texts}, **answering.api(folder, url))
     return {**answering.clean(raw), "folder": str(folder / name / "run")}
@@ -84,7 +84,7 @@ def require_equal_weights(one: Path, two: Path, names: tuple[str, ...]) -> None:
 
 
 def evaluated(folder: Path) -> Any:
-    """What was measured, without speeds."""
+    """The measurements, without speeds."""
     found = json.loads((stage(folder, "evaluate") / "evaluation.json").read_text())
     for result in found["results"]:
         for figures in (result, result.get("figures", {})):
@@ -94,7 +94,7 @@ def evaluated(folder: Path) -> Any:
 
 
 def rounded(value: Any) -> Any:
-    """With four digits of each number."""
+    """Round every number to four digits."""
     match value:
         case float():
             return float(f"{value:.4g}")
@@ -105,7 +105,7 @@ def rounded(value: Any) -> Any:
     return value
 
 
-def test_a_classifier(tmp_path: Path) -> None:
+def test_two_processes_train_the_classifier_of_one(tmp_path: Path) -> None:
     for name, processes in (("one", 1), ("two", 2)):
         finish(forks.ranks(processes, work, classification(tmp_path, name)), SECONDS)
     one, two = tmp_path / "one", tmp_path / "two"
@@ -127,28 +127,28 @@ def require_equal_runs(folder: Path, trained: tuple[str, ...], several: str = "t
     assert evaluated(one) == evaluated(two)
 
 
-def test_a_generator_with_local_models(tmp_path: Path) -> None:
+def test_two_processes_train_the_generator_of_one(tmp_path: Path) -> None:
     finish(forks.ranks(1, work, generation(tmp_path, "one")), SECONDS)
     for shard in ("none", "both"):
         finish(forks.ranks(2, work, generation(tmp_path, shard, shard)), SECONDS)
         require_equal_runs(tmp_path, ("train",), shard)
 
 
-def test_an_extractor_of_an_api(tmp_path: Path) -> None:
+def test_two_processes_train_the_extractor_of_one_with_an_api(tmp_path: Path) -> None:
     with Stub(reply) as stub:
         for name, processes in (("one", 1), ("two", 2)):
             raw = extraction(tmp_path, name, stub.url)
             finish(forks.ranks(processes, work, raw), SECONDS)
-        assert len(stub.payloads) == 40  # each run has a journal of its own
+        assert len(stub.payloads) == 40  # each run has its own journal
     require_equal_runs(tmp_path, ("train", "baseline"))
 
 
 @pytest.mark.parametrize("point", ["/chunks/", "/checkpoint-4"], ids=["scoring", "training"])
-def test_a_killed_classifier_is_finished_by_one_process(tmp_path: Path, point: str) -> None:
+def test_one_process_finishes_a_classifier_after_a_kill(tmp_path: Path, point: str) -> None:
     finish([forks.Fork(work, classification(tmp_path, "one"))], SECONDS)
     raw = classification(tmp_path, "two")
     processes = forks.ranks(2, work, raw, point)
-    ended(processes)
+    errors_at_exit(processes)
     assert processes[1].poll() == -signal.SIGKILL
     finish([forks.Fork(work, raw)], SECONDS)
     require_equal_weights(tmp_path / "one", tmp_path / "two", ("train", "baseline"))
@@ -168,7 +168,7 @@ def test_torchrun_prints_one_result(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["classify", "generate"])
-def test_a_step_that_cannot_be_divided_is_one_message(tmp_path: Path, kind: str) -> None:
+def test_a_batch_that_cannot_be_divided_is_one_error(tmp_path: Path, kind: str) -> None:
     made = classification if kind == "classify" else generation
     recipe = made(tmp_path, "run")
     recipe["train"]["batch_size"] = 7

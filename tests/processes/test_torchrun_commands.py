@@ -1,4 +1,4 @@
-"""`signals`, `synthesize` and `evaluate` under torchrun: one result, which is that of one process.
+"""Under torchrun, `signals`, `synthesize`, and `evaluate` print one result, that of one process.
 
 `make test-processes` runs them.
 """
@@ -41,7 +41,10 @@ def recipe(folder: Path, **sections: Any) -> Path:
 def by_one_and_by_two(
     tmp_path: Path, command: str, *options: str, **sections: Any
 ) -> tuple[Path, Path, str]:
-    """The folders of a command by one process and by a torchrun of two, and what that printed."""
+    """Run a command with one process and under torchrun with two.
+
+    Returns both folders and the output of torchrun.
+    """
     one, two = (recipe(tmp_path / name, **sections) for name in ("one", "two"))
     alone = forks.stillhouse(command, str(one), *options, cwd=one.parent)
     assert alone.wait(timeout=SECONDS) == 0, alone.errors()[-3000:]
@@ -51,7 +54,7 @@ def by_one_and_by_two(
     return one.parent, two.parent, done.stdout
 
 
-def test_signals(tmp_path: Path) -> None:
+def test_two_processes_record_the_signals_of_one(tmp_path: Path) -> None:
     signals = {"encoding": {"kind": "top_k", "k": 8}}
     one, two, said = by_one_and_by_two(tmp_path, "signals", signals=signals)
     assert said.count("signals ") == 1
@@ -64,7 +67,7 @@ def test_signals(tmp_path: Path) -> None:
     assert torch.equal(left.log_probs_NK, right.log_probs_NK)
 
 
-def test_synthesize(tmp_path: Path) -> None:
+def test_two_processes_synthesize_the_text_of_one(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         prompts = "".join(f"question {number}\n" for number in range(8))
@@ -74,7 +77,7 @@ def test_synthesize(tmp_path: Path) -> None:
     assert (two / "synthetic.jsonl").read_bytes() == (one / "synthetic.jsonl").read_bytes()
 
 
-def test_evaluate(tmp_path: Path) -> None:
+def test_two_processes_measure_what_one_measures(tmp_path: Path) -> None:
     tiny.save_model(tmp_path / "model", seed=7)
     options = ("--model", str(tmp_path / "model"), "--json", "found.json")
     one, two, said = by_one_and_by_two(tmp_path, "evaluate", *options)

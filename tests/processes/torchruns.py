@@ -1,4 +1,4 @@
-"""Real torchruns of this machine, as on several nodes."""
+"""Real torchruns on this machine, which stand in for several nodes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ ENDED_SECONDS = 300
 def agents(
     path: Path, folders: Sequence[Path], each: Sequence[int] = ()
 ) -> list[subprocess.Popen[str]]:
-    """A torchrun in each of the folders, all of one run of the recipe.
+    """Start a torchrun in each folder, as the nodes of one run of the recipe.
 
-    each: processes of each torchrun; by default one.
+    each: the number of processes of each torchrun; by default one.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -46,7 +46,7 @@ def agents(
 
 
 def torchrun(folder: Path, processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`torchrun -m stillhouse ...` in a folder, when it has ended."""
+    """Run `torchrun -m stillhouse ...` in a folder until it ends."""
     launch = ["--standalone", "--nproc-per-node", str(processes), "-m", "stillhouse"]
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *launch, *arguments],
@@ -57,6 +57,6 @@ def torchrun(folder: Path, processes: int, *arguments: str) -> subprocess.Comple
     )
 
 
-def words(agent: subprocess.Popen[str]) -> str:
-    """What a torchrun and its processes have said of what went wrong."""
+def stderr_of(agent: subprocess.Popen[str]) -> str:
+    """The standard error of a torchrun and its processes, once they have ended."""
     return agent.communicate(timeout=ENDED_SECONDS)[1]
