@@ -19,7 +19,7 @@ PRUNED: dict[str, Any] = {"pruning": {}}
 
 @pytest.fixture
 def quantized(evaluation: Evaluation) -> Evaluation:
-    """A run that measures the cut alone, rounds to int4 and trains in int4."""
+    """A run that also measures the student not refit, rounds to int4, and trains in int4."""
     untrained = evaluation.models[1]
     cut = replace(untrained, role="cut", fidelity=Fidelity(300.0, 6.28, 0.2, 0.1, 8123))
     rounded = replace(
@@ -45,8 +45,8 @@ def test_steps_are_in_order_with_the_change_of_kl(quantized: Evaluation) -> None
     assert section.table is not None
     assert [row.name for row in section.table.rows] == [
         "Teacher",
-        "Cut as it is",
-        "Cut, and refit",
+        "Pruned, not refit",
+        "Pruned and refit",
         "Distilled",
         "Rounded to int4",
         "Distilled in int4",

@@ -1,4 +1,4 @@
-"""The report section on what each step changed: cutting, refitting, distilling, quantizing, and
+"""The report section on what each step changed: pruning, refitting, distilling, quantizing, and
 quantization-aware training."""
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def steps_section(
 def named_steps(evaluation: Evaluation, student: Mapping[str, Any], kind: str) -> Named:
     """Return the run's models in the order in which they are made, teacher first."""
     cut = evaluation.result("cut") is not None
-    pruned = "Cut, and refit" if cut else "Cut" if "pruning" in student else "Before training"
+    pruned = "Pruned and refit" if cut else "Pruned" if "pruning" in student else "Before training"
     names = {
         "teacher": "Teacher",
-        "cut": "Cut as it is",
+        "cut": "Pruned, not refit",
         "untrained": pruned,
         "student": "Distilled",
         "quantized": f"Rounded to {kind}",
