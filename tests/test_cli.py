@@ -23,6 +23,7 @@ from stillhouse import cli
 from stillhouse.check import check_recipe
 from stillhouse.cli import exits, stop_signals
 from stillhouse.cli.exits import open_standard_streams
+from stillhouse.cli.options import output_file
 from stillhouse.errors import DataError, StillhouseError
 from stillhouse.finding import Finding
 from stillhouse.progress import note
@@ -270,6 +271,22 @@ def test_files_that_cannot_be_written_are_rejected_before_the_work(
         result = call(*arguments, str(path))
         assert result.exit_code == 2
         assert "folder" in result.output
+
+
+def test_a_folder_that_is_not_writable_is_rejected_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stillhouse.cli.options.os.access", lambda path, mode: path != tmp_path)
+    result = call("evaluate", "recipe.yaml", "--json", str(tmp_path / "figures.json"))
+    assert result.exit_code == 2
+    assert "writable" in result.output
+    assert output_file(Path(os.devnull)) == Path(os.devnull)
+
+
+def test_a_link_is_kept_when_the_file_behind_it_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "figures.json").touch()
+    (tmp_path / "latest.json").symlink_to("figures.json")
+    assert output_file(tmp_path / "latest.json") == tmp_path / "figures.json"
 
 
 def test_a_bug_is_reported_as_a_bug(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -14,8 +16,11 @@ import yaml
 
 from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import RunError
+from stillhouse.evaluation.results import Evaluation
 from stillhouse.pipeline import engine
 from stillhouse.pipeline.engine import RESOLVED, locked_folder
+from stillhouse.plan import RunPlan, save_plan
+from stillhouse.planning.machine import Machine
 from stillhouse.runfolder import Outcome, RunFolder, StagePlan, write_atomically
 from stillhouse.scratch import temporary_folder
 from tests import forks, tiny
@@ -242,3 +247,31 @@ def test_a_folder_in_which_nothing_can_be_made_is_named() -> None:
     with pytest.raises(RunError, match="cannot write here: permission denied") as caught:
         write_atomically(path, "text")
     assert caught.value.where == str(path)
+
+
+@pytest.mark.parametrize("what", ["plan", "evaluation"])
+def test_a_failed_write_of_figures_keeps_the_previous_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    path = tmp_path / "figures.json"
+    path.write_text("previous figures")
+    monkeypatch.setattr("stillhouse.runfolder.os.fsync", raise_full)
+    monkeypatch.setattr(RunPlan, "as_dict", lambda _: {})
+    plan = RunPlan(Machine("cuda", 80e9), 0, (), ())
+    save: Callable[[Path], None] = (
+        partial(save_plan, plan) if what == "plan" else Evaluation([], []).save
+    )
+    with pytest.raises(RunError, match="the disk is full"):
+        save(path)
+    assert os.listdir(tmp_path) == [path.name]
+    assert path.read_text() == "previous figures"
+
+
+def test_a_pipe_is_written_directly(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    write_atomically(path, "figures")
+    assert os.read(reader, 100) == b"figures"
+    os.close(reader)
+    assert path.is_fifo()

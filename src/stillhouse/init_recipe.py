@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from stillhouse.config.load_recipe import recipe_from_text
+from stillhouse.disk_errors import disk_errors, made_folder
 from stillhouse.errors import DataError, RecipeError, RunError
 from stillhouse.init_answers import JOBS, SIZES, InitAnswers
 from stillhouse.init_plan import planned
@@ -57,7 +58,8 @@ def write_recipe(answers: InitAnswers, *, force: bool = False) -> list[Path]:
                 "the file already exists", where=path, fix="pass a different --out, or --force"
             )
     for path, content in contents.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with disk_errors(path.parent):
+            made_folder(path.parent)
         write_atomically(path, content)
     return list(contents)
 

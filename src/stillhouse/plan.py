@@ -27,6 +27,7 @@ from stillhouse.planning.model_size import config_size
 from stillhouse.planning.stage_estimate import StageEstimate
 from stillhouse.planning.step_memory import described
 from stillhouse.pruning.pruning_config import read_amount
+from stillhouse.runfolder import write_atomically
 
 
 @dataclass(frozen=True)
@@ -249,4 +250,5 @@ def _described(planned: Sequence[RunModels]) -> tuple[str, ...]:
 
 
 def save_plan(plan: RunPlan, path: Path) -> None:
-    path.write_text(json.dumps(plan.as_dict(), indent=2) + "\n", encoding="utf-8")
+    """Write the plan as JSON. Raises RunError if the file cannot be written."""
+    write_atomically(path, json.dumps(plan.as_dict(), indent=2) + "\n")

@@ -374,12 +374,16 @@ def flush_tree(folder: Path) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file atomically, so that it never contains part of the new content. Raises
-    RunError."""
+    """Replace a file atomically, so that it never contains part of the new content. A device or a
+    pipe is written directly. Raises RunError."""
     temporary = path.with_name(f".{path.name}.tmp")
+    data = content.encode() if isinstance(content, str) else content
     with disk_errors(path):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            path.write_bytes(data)
+            return
         try:
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            temporary.write_bytes(data)
             flush(temporary)
             temporary.replace(path)
         except FileNotFoundError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -12,12 +13,24 @@ import typer
 
 
 def output_file(path: Path | None) -> Path | None:
-    """Validate an option's output file. Raises BadParameter, before any work, if the path is a
-    folder or its parent does not exist."""
-    if path is not None and path.is_dir():
+    """Validate an option's output file, before any work. Return the path; for a link to a file,
+    the path of that file.
+
+    Raises BadParameter if the path is a folder, or if its parent does not exist or is not writable.
+    """
+    if path is None:
+        return None
+    if path.is_dir():
         raise typer.BadParameter(f"{path} is a folder: name a file in it")
-    if path is not None and not path.absolute().parent.is_dir():
+    if not path.absolute().parent.is_dir():
         raise typer.BadParameter(f"the folder {path.parent} does not exist: create it first")
+    if path.is_symlink() and path.is_file():
+        path = path.resolve()
+    # A file is replaced, which takes permission for its folder; a device or a pipe is written.
+    written = path if path.exists() and not path.is_file() else path.absolute().parent
+    if not os.access(written, os.W_OK):
+        kind = "" if written == path else "the folder "
+        raise typer.BadParameter(f"{kind}{written} is not writable: check its permissions")
     return path
 
 

@@ -10,9 +10,9 @@ from typing import Self
 from pydantic import TypeAdapter
 from rich.console import Console
 
-from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import RunError
 from stillhouse.generation.own_text_figures import OwnText
+from stillhouse.runfolder import write_atomically
 
 EVALUATION = "evaluation.json"
 """File in the folder of an `evaluate` stage."""
@@ -26,9 +26,8 @@ class Saved:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False)
 
     def save(self, path: Path) -> None:
-        """Write the file. Raises RunError if it cannot be written."""
-        with disk_errors(path):
-            path.write_text(self.to_json(), encoding="utf-8")
+        """Write the file atomically. Raises RunError if it cannot be written."""
+        write_atomically(path, self.to_json())
 
     @classmethod
     def load(cls, path: Path) -> Self:
