@@ -1,12 +1,12 @@
-"""What of a row is learned, as text."""
+"""Shows which tokens of a row are supervised, as text."""
 
 from __future__ import annotations
 
-from itertools import groupby
 from typing import Any
 
 from stillhouse.data.row_formats import document_from_row
 from stillhouse.data.tokenize_rows import TokenRow, tokenize
+from tests.chat_toys import marked
 
 
 def rows_of(row: dict[str, Any], tokenizer: Any, control_tokens: Any = None) -> list[TokenRow]:
@@ -16,18 +16,13 @@ def rows_of(row: dict[str, Any], tokenizer: Any, control_tokens: Any = None) -> 
 
 
 def shown(row: dict[str, Any], tokenizer: Any, control_tokens: Any = None) -> str:
-    """The row's tokens as text; what is learned stands in [[ ]], and rows end with a line."""
-    made = []
-    for tokens in rows_of(row, tokenizer, control_tokens):
-        pairs = zip(tokens.supervised.tolist(), tokens.ids.tolist(), strict=True)
-        runs = [(on, tokenizer.decode([token for _, token in run])) for on, run in
-                groupby(pairs, key=lambda pair: pair[0])]  # fmt: skip
-        made.append("".join(f"[[{text}]]" if on else text for on, text in runs).rstrip("\n"))
-    return "\n---\n".join(made)
+    """The tokenized rows as text, separated by `---`; supervised tokens are within [[ ]]."""
+    rows = rows_of(row, tokenizer, control_tokens)
+    return "\n---\n".join(marked(tokens, tokenizer).rstrip("\n") for tokens in rows)
 
 
 def learned(row: dict[str, Any], tokenizer: Any, control_tokens: Any = None) -> list[str]:
-    """The texts that are learned, in order."""
+    """Every run of supervised tokens as text, in order."""
     text = shown(row, tokenizer, control_tokens)
     return [part.split("]]")[0] for part in text.split("[[")[1:]]
 

@@ -1,4 +1,4 @@
-"""Ids of tool calls that a template does not accept, or that a file does not have."""
+"""Ids of tool calls that a template rejects, or that a row lacks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stillhouse.errors import DataError
 from .learned import call, learned, rows_of, shown, tool
 from .toys import byte_level
 
-# As Mistral's: ids of exactly nine characters, in calls and in results.
+# Like Mistral's template: ids of exactly nine characters, in calls and in results.
 MISTRAL = (
     "{% macro nine(id) %}{% if not id is defined or id | length != 9 %}"
     "{{ raise_exception('Tool call IDs should be alphanumeric strings with length 9!') }}"
@@ -26,7 +26,7 @@ MISTRAL = (
     "{{ nine(c.id) }} {{ c.function.arguments | tojson }}]{% endfor %}{{ eos_token }}"
     "{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-# As Solar's: it writes any id, and the name of the function beside a result.
+# Like Solar's template: any id, and the name of the function with each result.
 ANY_ID = (
     "{{ tools | tojson }}\n"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -35,7 +35,7 @@ ANY_ID = (
     "{{ c.function.arguments | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# As Kimi K2's: it writes ids of its own in calls, and that of the row in results.
+# Like Kimi K2's template: it generates the ids of calls, and writes the row's ids in results.
 NUMBERED = ANY_ID.replace(
     "CALL {{ c.id }} ", "CALL functions.{{ c.function.name }}:{{ loop.index0 }} "
 )
@@ -44,7 +44,7 @@ ID = re.compile(r"\b[0-9A-Za-z]{9}\b")
 
 
 def row(*ids: Any, results: tuple[Any, ...] | None = None, **of_results: Any) -> dict[str, Any]:
-    """A chat in which the weather of two cities is looked up; None: without an id."""
+    """A chat that looks up the weather of two cities; an id of None is left out."""
 
     def with_id(key: str, value: Any) -> dict[str, Any]:
         return {} if value is None else {key: value}
@@ -86,7 +86,7 @@ def test_changed_ids_are_noted_once() -> None:
 
 
 @pytest.mark.parametrize("template", [MISTRAL, ANY_ID])
-def test_calls_without_ids_get_some(template: str) -> None:
+def test_calls_without_ids_get_generated_ones(template: str) -> None:
     """As in ShareGPT's and ms-swift's rows."""
     text = shown(row(None, None), byte_level(template))
     found = re.findall(r"CALL (?:weather )?([0-9A-Za-z]{9})", text)
@@ -96,33 +96,33 @@ def test_calls_without_ids_get_some(template: str) -> None:
     assert rows_of(row(None, None), byte_level(template))[0].notes == (IDS_CHANGED,)
 
 
-def test_ids_depend_on_nothing_but_the_row() -> None:
+def test_generated_ids_depend_only_on_the_row() -> None:
     assert mistral(row(OSLO, ROME)) == mistral(row(OSLO, ROME))
     assert mistral(row(None, None)) == mistral(row(None, None))
     assert mistral(row(OSLO, ROME)) != mistral(row(OSLO, OSLO + "x"))
 
 
-def test_results_in_another_order_keep_their_calls() -> None:
+def test_results_in_another_order_keep_the_ids_of_their_calls() -> None:
     text = mistral(row(OSLO, ROME, results=(ROME, OSLO)))
     called, told = re.findall(r"CALL weather (\w+)", text), re.findall(r"RESULT (\w+)", text)
     assert called == told[::-1]
 
 
 @pytest.mark.parametrize("ids", [("call_1", "call_2"), (1, 2), ("toolong_id", "a-b-c-d-e")])
-def test_short_ids_numbers_and_other_characters(ids: tuple[Any, Any]) -> None:
+def test_ids_of_any_length_type_and_characters_are_replaced(ids: tuple[Any, Any]) -> None:
     first, last = learned(row(*ids), byte_level(MISTRAL))
     assert len(ID.findall(first)) == 2
     assert last.startswith("Rain and sun.")
 
 
-def test_other_templates_get_the_ids_of_the_row() -> None:
+def test_templates_that_accept_any_id_get_the_ids_of_the_row() -> None:
     (made,) = rows_of(row(OSLO, ROME), byte_level(ANY_ID))
     text = shown(row(OSLO, ROME), byte_level(ANY_ID))
     assert text.count(OSLO) == text.count(ROME) == 2
     assert made.notes == ()
 
 
-def test_ids_that_a_template_makes_itself_are_those_of_the_results() -> None:
+def test_results_get_the_ids_that_the_template_generates_for_calls() -> None:
     (made,) = rows_of(row(OSLO, ROME, results=(ROME, OSLO)), byte_level(NUMBERED))
     text = shown(row(OSLO, ROME, results=(ROME, OSLO)), byte_level(NUMBERED))
     assert "weather=functions.weather:1: rain" in text
@@ -130,7 +130,7 @@ def test_ids_that_a_template_makes_itself_are_those_of_the_results() -> None:
     assert made.notes == (IDS_CHANGED,)
 
 
-def test_a_result_gets_the_name_that_a_template_writes() -> None:
+def test_a_result_without_a_name_gets_that_of_its_function() -> None:
     """OpenAI's results have no name."""
     text = shown(row(OSLO, ROME), byte_level(ANY_ID))
     assert f"weather={OSLO}: rain" in text
@@ -138,14 +138,14 @@ def test_a_result_gets_the_name_that_a_template_writes() -> None:
     assert f"forecast={OSLO}: rain" in named
 
 
-def test_a_result_without_its_call_is_rendered_as_it_is() -> None:
+def test_results_without_a_call_still_get_distinct_ids() -> None:
     alone = row(OSLO, ROME)
     del alone["messages"][1]
     text = mistral(alone)
     assert len({*re.findall(r"RESULT (\w{9})\]", text)}) == 2
 
 
-# As Mistral's: the system prompt is in the last message, if that is a user's.
+# Like Mistral's template: the system prompt is written into the last message if it is a user's.
 SYSTEM_LAST = MISTRAL.replace(
     "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]",
     "{% if m.role == 'user' %}[INST] {% if loop.last and messages[0].role == 'system' %}"
@@ -153,8 +153,8 @@ SYSTEM_LAST = MISTRAL.replace(
 )
 
 
-def test_a_system_prompt_that_is_gone_after_the_results_is_noted() -> None:
-    """Each turn is learned after the prompt that the template gives to the model at that turn."""
+def test_a_system_prompt_that_is_left_out_after_the_results_is_noted() -> None:
+    """Each turn is supervised after the prompt that the template renders for that turn."""
     chat = row("oslo00001", "rome00002")
     chat["messages"].insert(0, {"role": "system", "content": "Be kind."})
     call_row, answer_row = rows_of(chat, byte_level(SYSTEM_LAST))
@@ -165,7 +165,7 @@ def test_a_system_prompt_that_is_gone_after_the_results_is_noted() -> None:
     assert "[INST] Weather? [/INST][CALL weather oslo00001" in text
 
 
-def test_a_system_prompt_that_is_in_no_learned_row_is_rejected() -> None:
+def test_a_system_prompt_that_no_supervised_row_contains_is_rejected() -> None:
     chat = row("oslo00001", "rome00002")
     chat["messages"].insert(0, {"role": "system", "content": "Be kind."})
     chat["messages"][2]["weight"] = 0
@@ -173,7 +173,7 @@ def test_a_system_prompt_that_is_in_no_learned_row_is_rejected() -> None:
         rows_of(chat, byte_level(SYSTEM_LAST))
 
 
-def test_prompts_are_written_as_training_text() -> None:
+def test_prompts_are_rendered_like_training_text() -> None:
     chat, words = row(OSLO, ROME), byte_level(MISTRAL.replace("[TOOLS {{ tools | tojson }}]", ""))
     del chat["tools"]
     prompt = words.decode(chat_ids(words, chat["messages"][:-1]))

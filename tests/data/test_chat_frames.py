@@ -1,4 +1,4 @@
-"""A rendered chat is taken apart, and written as another template renders it."""
+"""Rendered chats are parsed into parts and written in the format of another template."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CHATS = [
 
 @pytest.mark.parametrize("messages", CHATS)
 @pytest.mark.parametrize("template", [CHATML, WITH_DEFAULT, LLAMA])
-def test_the_parts_of_a_chat_are_its_contents_between_frames(
+def test_parsing_a_rendered_chat_recovers_its_messages(
     template: str, messages: list[dict[str, Any]]
 ) -> None:
     words = chat_toys.tokenizer(template)
@@ -38,7 +38,9 @@ def test_the_parts_of_a_chat_are_its_contents_between_frames(
 
 
 @pytest.mark.parametrize("messages", CHATS)
-def test_a_chat_is_written_as_the_other_template_renders_it(messages: list[dict[str, Any]]) -> None:
+def test_a_parsed_chat_is_written_as_the_other_template_renders_it(
+    messages: list[dict[str, Any]],
+) -> None:
     one, other = chat_toys.tokenizer(CHATML), chat_toys.tokenizer(LLAMA)
     parts = chat_frames(one).parse(one.apply_chat_template(messages, tokenize=False))
     assert parts is not None
@@ -48,7 +50,7 @@ def test_a_chat_is_written_as_the_other_template_renders_it(messages: list[dict[
     )
 
 
-def test_text_that_the_template_does_not_render_has_no_parts() -> None:
+def test_text_that_the_template_did_not_render_is_not_parsed() -> None:
     frames = chat_frames(chat_toys.tokenizer(CHATML))
     assert frames.parse("the cat") is None
     assert frames.parse("<|im_start|>user\nhello") is not None  # cut off

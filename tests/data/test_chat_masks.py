@@ -1,4 +1,4 @@
-"""Which tokens of a chat are learned."""
+"""Which tokens of a chat are supervised."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def rows_of(document: Any, tokenizer: Any) -> list[TokenRow]:
 
 
 def learned(row: TokenRow, tokenizer: Any) -> list[str]:
-    """The text of every run of learned tokens."""
+    """The text of every run of supervised tokens."""
     runs: list[list[int]] = [[]]
     for token, supervised in zip(row.ids.tolist(), row.supervised.tolist(), strict=True):
         if supervised:
@@ -73,7 +73,7 @@ def chatml_mask(ids: list[int], tokenizer: Any) -> list[bool]:
     turns=st.lists(words, min_size=2, max_size=7),
 )
 @settings(max_examples=60, deadline=None)
-def test_mask_agrees_with_a_reading_of_the_tokens_one_by_one(
+def test_the_loss_mask_matches_a_token_by_token_reference(
     system: str | None, turns: list[str]
 ) -> None:
     tokenizer = byte_level()
@@ -87,14 +87,14 @@ def test_mask_agrees_with_a_reading_of_the_tokens_one_by_one(
     assert row.supervised.tolist() == chatml_mask(row.ids.tolist(), tokenizer)
 
 
-def test_the_end_of_turn_is_learned_and_the_header_is_not_if_padding_is_the_same_token() -> None:
+def test_the_end_of_turn_is_supervised_even_if_it_is_the_padding_token() -> None:
     tokenizer = byte_level()
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     (row,) = rows_of(conversation(chat("what is it", "rain", "and then", "wind")), tokenizer)
     assert learned(row, tokenizer) == ["rain<|im_end|>", "wind<|im_end|>"]
 
 
-def test_a_template_with_bos_gets_no_second_one() -> None:
+def test_bos_is_not_added_if_the_template_writes_it() -> None:
     tokenizer = byte_level(WITH_BOS, bos=True)
     (row,) = rows_of(conversation(chat("what", "rain")), tokenizer)
     assert row.ids.tolist().count(tokenizer.bos_token_id) == 1
@@ -102,7 +102,7 @@ def test_a_template_with_bos_gets_no_second_one() -> None:
 
 
 @pytest.mark.parametrize("template", [INSTRUCT, INSTRUCT.replace("%} {{", "%}{{")])
-def test_a_tokenizer_that_prefixes_a_space_is_cut_without_new_spaces(template: str) -> None:
+def test_a_tokenizer_that_prefixes_a_space_adds_none_between_turns(template: str) -> None:
     tokenizer = metaspace(template)
     messages = chat("what is it", "the fox", "and", "the dog")
     (row,) = rows_of(conversation(messages), tokenizer)
@@ -114,7 +114,7 @@ def test_a_tokenizer_that_prefixes_a_space_is_cut_without_new_spaces(template: s
     ]
 
 
-def test_a_token_across_a_border_belongs_to_the_side_that_it_begins_on() -> None:
+def test_a_token_across_a_boundary_belongs_to_the_side_where_it_begins() -> None:
     tokenizer = metaspace()
     (the,) = tokenizer("the", add_special_tokens=False)["input_ids"]
     pieces = [Piece("th", False), Piece("e fox", True), Piece(" an", False), Piece("d", True)]
@@ -126,8 +126,8 @@ def test_a_token_across_a_border_belongs_to_the_side_that_it_begins_on() -> None
     assert mask.tolist() == [False, *[True] * (len(ids) - 2), False]
 
 
-def test_a_token_across_a_border_is_context_even_if_the_tokens_before_it_differ() -> None:
-    """Alone, the context ends with the token `b_`; in the row, `_` is in the token `__`."""
+def test_a_token_across_a_boundary_is_context_even_if_the_tokens_before_it_differ() -> None:
+    """Alone, the context ends with the token `b_`; in the row, `_` is part of the token `__`."""
     vocabulary = {token: number for number, token in enumerate(["▁", "a", "b", "b▁", "▁▁"])}
     core = Tokenizer(models.BPE(vocabulary, [("▁", "▁"), ("b", "▁")]))
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
@@ -154,7 +154,7 @@ def test_the_turns_of_a_long_chat_are_tokenized_once(monkeypatch: pytest.MonkeyP
     assert len(whole) <= sum(read) < 1.5 * len(whole)
 
 
-def test_a_template_that_rewrites_earlier_turns_gives_each_turn_its_own_row() -> None:
+def test_each_answer_gets_its_own_row_if_the_template_rewrites_earlier_turns() -> None:
     tokenizer = byte_level(FORGETS_REASONING)
     messages = chat("one", "so</think>first", "two", "hm</think>second")
     rows = rows_of(conversation(messages), tokenizer)
@@ -165,7 +165,7 @@ def test_a_template_that_rewrites_earlier_turns_gives_each_turn_its_own_row() ->
     assert "so</think>" not in tokenizer.decode(rows[1].ids)
 
 
-def test_prompt_and_completion_messages_learn_the_completion_only() -> None:
+def test_only_the_completion_of_messages_is_supervised() -> None:
     tokenizer = byte_level()
     messages = chat("one", "first", "two", "second")
     (row,) = rows_of(conversation(messages, supervised_from=3), tokenizer)
@@ -173,7 +173,7 @@ def test_prompt_and_completion_messages_learn_the_completion_only() -> None:
 
 
 @pytest.mark.parametrize("bos", [False, True])
-def test_prompt_and_completion_strings_learn_the_completion_and_eos(bos: bool) -> None:
+def test_only_the_completion_of_strings_and_eos_are_supervised(bos: bool) -> None:
     tokenizer = byte_level(None, bos=bos)
     (row,) = rows_of(Completion("the quick", " brown fox"), tokenizer)
     assert tokenizer.decode(row.ids) == "<s>" * bos + "the quick brown fox<|im_end|>"
@@ -181,7 +181,7 @@ def test_prompt_and_completion_strings_learn_the_completion_and_eos(bos: bool) -
 
 
 @pytest.mark.parametrize("bos", [False, True])
-def test_all_of_a_plain_text_is_learned_and_it_ends_with_eos(bos: bool) -> None:
+def test_all_of_a_plain_text_and_its_eos_are_supervised(bos: bool) -> None:
     tokenizer = byte_level(None, bos=bos)
     (row,) = rows_of(Document("the lazy dog"), tokenizer)
     assert tokenizer.decode(row.ids) == "<s>" * bos + "the lazy dog<|im_end|>"
@@ -245,8 +245,8 @@ def test_a_tokenizer_without_eos_is_rejected() -> None:
         rows_of(Document("text"), tokenizer)
 
 
-def test_two_assistant_turns_in_a_row_are_named_as_the_cause() -> None:
-    """As Qwen 3's template, which writes empty reasoning in the last turn alone."""
+def test_the_error_names_two_consecutive_assistant_turns_as_the_cause() -> None:
+    """Qwen 3's template writes empty reasoning in the last turn only."""
     template = CHATML.replace(
         "{{ m['content'] }}",
         "{% if m['role'] == 'assistant' and loop.last %}<think></think>{% endif %}"
@@ -259,7 +259,7 @@ def test_two_assistant_turns_in_a_row_are_named_as_the_cause() -> None:
     assert rows_of(conversation(chat("a", "b", "c", "d")), byte_level(template))
 
 
-def test_a_template_that_jinja_cannot_read_is_named_as_damaged() -> None:
+def test_a_template_with_a_syntax_error_is_reported_as_damaged() -> None:
     with pytest.raises(DataError, match="chat template is damaged") as error:
         rows_of(conversation(chat("a", "b")), byte_level("{% for m in messages %}"))
     assert "chat_template.jinja" in str(error.value.fix)

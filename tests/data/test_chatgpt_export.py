@@ -1,4 +1,4 @@
-"""Chats of ChatGPT's data export: the branch that was shown last, as far as it is text."""
+"""ChatGPT's data export: each chat's current branch is read, up to a turn that is not text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stillhouse.errors import DataError
 
 
 def node(name: str, parent: str | None, role: str = "", text: str = "", **changes: Any) -> Any:
-    """A node of the export's tree; without a role, one without a message."""
+    """A node of the export's tree; it has no message if `role` is empty."""
     message = None
     if role:
         content = {"content_type": "text", "parts": [text]}
@@ -47,7 +47,7 @@ ASKED = node("asked", "hello", "user", "What is 2 + 2?")
 ANSWERED = node("answered", "asked", "assistant", "It is 4.")
 
 
-def test_the_branch_from_the_root_to_the_current_node_is_the_chat() -> None:
+def test_the_chat_is_the_branch_from_the_root_to_the_current_node() -> None:
     more = node("more", "answered", "user", "And twice that?")
     end = node("end", "more", "assistant", "8.")
     chat = [
@@ -102,18 +102,18 @@ def test_a_chat_is_read_up_to_its_first_turn_that_is_not_text(extra: dict[str, A
     assert "up to its first turn" in found[1][0]
 
 
-def test_consecutive_messages_of_a_role_are_one_turn() -> None:
+def test_consecutive_messages_of_the_same_role_become_one_turn() -> None:
     second = node("second", "answered", "assistant", "Four, that is.")
     found = read(export(*START, ASKED, ANSWERED, second))
     assert found is not None
     assert found[0][-1] == ("assistant", "It is 4.\n\nFour, that is.")
 
 
-def test_a_chat_without_an_answer_is_blank() -> None:
+def test_a_chat_without_an_answer_is_skipped() -> None:
     assert read(export(*START, ASKED)) is None
 
 
-def test_a_tree_that_is_not_whole_is_rejected() -> None:
+def test_a_broken_tree_is_rejected() -> None:
     with pytest.raises(DataError, match="tree is broken"):
         read(export(*START, ASKED, ANSWERED, last="gone"))
     loop = [{**ASKED, "parent": "answered"}, {**ANSWERED, "parent": "asked"}]
@@ -121,7 +121,7 @@ def test_a_tree_that_is_not_whole_is_rejected() -> None:
         read(export(*loop))
 
 
-def test_values_of_other_types_are_as_none() -> None:
+def test_values_of_unexpected_types_are_treated_as_missing() -> None:
     odd = export(*START, ASKED, ANSWERED)
     odd["mapping"]["asked"]["parent"] = ["hello"]
     with pytest.raises(DataError, match="tree is broken"):
@@ -133,7 +133,7 @@ def test_values_of_other_types_are_as_none() -> None:
     )
 
 
-def test_a_file_of_it_is_read_by_a_recipe(tmp_path: Path) -> None:
+def test_a_json_file_of_exported_chats_is_read(tmp_path: Path) -> None:
     from stillhouse.data.row_reader import read_rows
 
     path = tmp_path / "conversations.json"

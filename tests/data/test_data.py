@@ -1,4 +1,4 @@
-"""Data in memory, from whatever text is in: what a folder of it would hold."""
+"""`Data` from every form of text, in memory and in a folder."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_every_form_of_the_same_text_gives_the_same_windows(
     assert same(Data.build(texts, tiny.tokenizer(), **OPTIONS, **more), of_strings)
 
 
-def test_a_folder_keeps_what_memory_held(of_strings: Data, tmp_path: Path) -> None:
+def test_a_folder_contains_the_same_windows_as_memory(of_strings: Data, tmp_path: Path) -> None:
     kept = Data.build(LINES, tiny.tokenizer(), folder=tmp_path / "windows", **OPTIONS)
     assert same(kept, of_strings)
     assert same(Data.open(tmp_path / "windows"), of_strings)
@@ -74,7 +74,7 @@ def test_a_damaged_folder_is_not_opened(tmp_path: Path, file: str) -> None:
         Data.open(folder)
 
 
-def test_of_chats_only_the_answers_are_supervised() -> None:
+def test_only_the_answers_of_chats_are_supervised() -> None:
     chats = [
         [{"role": "user", "content": a}, {"role": "assistant", "content": b}]
         for a, b in zip(LINES[::2], LINES[1::2], strict=True)
@@ -83,7 +83,7 @@ def test_of_chats_only_the_answers_are_supervised() -> None:
     assert 0.2 < data.train.supervised_tokens / (len(data.train) * 96) < 0.6
 
 
-def test_held_out_text_of_its_own_is_not_trained_on(of_strings: Data) -> None:
+def test_text_given_as_held_out_is_not_trained_on(of_strings: Data) -> None:
     data = Data.build(LINES[:300], tiny.tokenizer(), heldout=LINES[250:], **OPTIONS)
     words = tiny.tokenizer()
     trained = "".join(words.decode(row) for row in ids(data.train))
@@ -115,7 +115,7 @@ def test_content_that_is_not_text_is_rejected(texts: Any, message: str) -> None:
     assert caught.value.fix
 
 
-def test_an_empty_file_of_a_folder_is_skipped(tmp_path: Path) -> None:
+def test_an_empty_file_in_a_folder_is_skipped(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n\n".join(LINES))
     (tmp_path / "b.txt").write_text("")
     found = Data.build(tmp_path, tiny.tokenizer(), **OPTIONS)
@@ -139,18 +139,18 @@ def test_the_format_of_a_dataset_has_no_effect(format: str, tmp_path: Path) -> N
     assert [row for row, _ in hub_rows(source, tmp_path)] == rows
 
 
-def test_the_rows_of_a_frame_are_read_as_advised() -> None:
+def test_the_records_of_a_data_frame_are_read() -> None:
     rows: Any = pd.DataFrame({"text": LINES}).to_dict("records")
     expected = ids(Data.build(LINES, tiny.tokenizer(), **OPTIONS).train)
     assert ids(Data.build(rows, tiny.tokenizer(), **OPTIONS).train) == expected
 
 
-def test_an_unknown_option_is_named_with_its_neighbor() -> None:
+def test_an_unknown_option_is_rejected_with_a_suggestion() -> None:
     with pytest.raises(RecipeError, match="no option heldout_token") as caught:
         Data.build(LINES, tiny.tokenizer(), heldout_token=3)
     assert "heldout_tokens" in str(caught.value)
 
 
-def test_it_reports_the_amount(of_strings: Data) -> None:
-    learned = of_strings.train.supervised_tokens
-    assert f"windows of 32 tokens, {learned:,} to predict" in repr(of_strings)
+def test_repr_shows_the_context_and_the_supervised_tokens(of_strings: Data) -> None:
+    supervised = of_strings.train.supervised_tokens
+    assert f"windows of 32 tokens, {supervised:,} to predict" in repr(of_strings)

@@ -1,4 +1,4 @@
-"""Files that are something else than their names say, and files that are none."""
+"""Files whose content does not match their name, and paths that are not regular files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROW = b'{"text": "a"}\n'
 
 
 def refused(path: Path) -> DataError:
-    """The one error of everybody who reads the file."""
+    """The error for a file, which must be the same from every reader."""
     said = []
     for read in (
         lambda: list(read_rows(path)),
@@ -68,7 +68,7 @@ def parquet() -> bytes:
     return file.getvalue().to_pybytes()
 
 
-# name: (content, what is said, what to do)
+# name: (content, message, fix)
 CONTENTS: dict[str, tuple[bytes, str, str]] = {
     "a.jsonl": (gzip.compress(ROW), "gzip-compressed", "add .gz"),
     "b.jsonl": (bz2.compress(ROW), "bzip2-compressed", "add .bz2"),
@@ -105,7 +105,7 @@ CONTENTS: dict[str, tuple[bytes, str, str]] = {
 
 
 @pytest.mark.parametrize("name", CONTENTS)
-def test_content_of_another_kind_is_recognized(name: str, tmp_path: Path) -> None:
+def test_content_that_does_not_match_the_name_is_recognized(name: str, tmp_path: Path) -> None:
     content, what, fix = CONTENTS[name]
     (tmp_path / name).write_bytes(content)
     error = refused(tmp_path / name)
@@ -114,7 +114,7 @@ def test_content_of_another_kind_is_recognized(name: str, tmp_path: Path) -> Non
     assert str(error.where).startswith(str(tmp_path / name))
 
 
-def test_after_the_advice_the_file_is_read(tmp_path: Path) -> None:
+def test_a_file_is_read_after_following_the_fix(tmp_path: Path) -> None:
     for name, renamed in (("a.jsonl", "a.jsonl.gz"), ("e.csv", "e.parquet"),
                           ("n.csv", "n.jsonl"), ("o.csv", "o.json"), ("p.jsonl", "p.json"),
                           ("b.jsonl", "b.jsonl.bz2"), ("s.json", "s.jsonl")):  # fmt: skip
@@ -140,7 +140,7 @@ def test_a_json_file_may_have_an_object_per_line(tmp_path: Path) -> None:
     assert "each line" in str(error.fix)
 
 
-def test_lists_beside_the_rows_of_a_json_file_are_noted(
+def test_a_note_names_other_lists_in_a_json_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.json").write_text('{"data": [{"text": "a"}], "more": [{"text": "b"}], "n": [1]}')
@@ -148,14 +148,14 @@ def test_lists_beside_the_rows_of_a_json_file_are_noted(
     assert "not read: 'more'" in "".join(capsys.readouterr())
 
 
-def test_text_about_formats_is_text(tmp_path: Path) -> None:
+def test_text_that_begins_like_another_format_is_read_as_text(tmp_path: Path) -> None:
     texts = ["PAR1 is a gene", "PK is a company", "BZh9 is none", "<html> begins a page", "%PDF"]
     for text in texts:
         (tmp_path / "a.txt").write_text(text)
         assert [row["text"] for row, _ in read_rows(tmp_path / "a.txt")] == [text]
 
 
-def test_files_that_might_never_end_are_rejected(tmp_path: Path) -> None:
+def test_pipes_devices_and_folders_are_rejected(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
     (tmp_path / "folder.jsonl").mkdir()
@@ -171,7 +171,7 @@ def test_files_that_might_never_end_are_rejected(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a" * 5000, "~no-such-user/a.txt", "nul\0.txt", "loop", "no/a"])
-def test_a_name_that_cannot_be_used_is_one_error(name: str, tmp_path: Path) -> None:
+def test_an_unusable_path_is_one_error(name: str, tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(StillhouseError):
         find_files(name, tmp_path)
@@ -184,7 +184,7 @@ def test_a_name_that_is_not_utf8_is_rejected(tmp_path: Path) -> None:
         list(read_texts(TextFile(path="*.jsonl"), tmp_path))
 
 
-def test_hidden_files_of_a_folder_are_not_data(tmp_path: Path) -> None:
+def test_hidden_files_in_a_folder_are_skipped(tmp_path: Path) -> None:
     for name in ("a.jsonl", "._a.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl", "b/c.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(ROW)
@@ -194,7 +194,7 @@ def test_hidden_files_of_a_folder_are_not_data(tmp_path: Path) -> None:
 
 
 def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
-    """Two links in a circle make more names for a file than a run could list."""
+    """With two links back to their own folder, a file has more paths than a run could list."""
     for name in ("data/a.jsonl", "data/b/c.jsonl", "data/.d/e.jsonl", "far/f.jsonl"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(ROW)
@@ -205,11 +205,13 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
     for pattern in ("data/**/*.jsonl", "**/data/**/*.jsonl", "data/**", "data"):
         found = [str(file.relative_to(tmp_path)) for file in find_files(pattern, tmp_path)]
         assert found == expected
-    assert len(find_files("data/*/*.jsonl", tmp_path)) == 4, "each by the name that is matched"
+    assert len(find_files("data/*/*.jsonl", tmp_path)) == 4, (
+        "a path that the pattern matches is never skipped"
+    )
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "*.jsonl", "**/*.jsonl", "."])
-def test_a_link_to_nothing_is_not_left_out(name: str, tmp_path: Path) -> None:
+def test_a_broken_link_is_an_error(name: str, tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_bytes(ROW)
     (tmp_path / "a.jsonl").symlink_to(tmp_path / "annex" / "a.jsonl")
     with pytest.raises(DataError, match=r"is a link to .*annex/a\.jsonl, which does not exist"):
@@ -225,7 +227,7 @@ def test_a_link_to_nothing_is_not_left_out(name: str, tmp_path: Path) -> None:
         ("{a,b}.jsonl", "braces are not expanded"),
     ],
 )
-def test_what_another_program_would_expand_is_rejected_with_a_fix(
+def test_urls_variables_and_braces_are_rejected_with_a_fix(
     name: str, fix: str, tmp_path: Path
 ) -> None:
     (tmp_path / "a.jsonl").write_bytes(ROW)
@@ -234,7 +236,7 @@ def test_what_another_program_would_expand_is_rejected_with_a_fix(
     assert fix in str(error.value.fix)
 
 
-def test_markdown_is_read_as_text_if_it_is_named(tmp_path: Path) -> None:
+def test_markdown_is_read_as_text_only_if_it_is_named(tmp_path: Path) -> None:
     for name in ("README.md", "a.markdown", "a.rst", "a.text", "a.md.gz"):
         assert format_of(Path(name)) == "text"
         (tmp_path / name).write_text("x")

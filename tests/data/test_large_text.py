@@ -1,4 +1,4 @@
-"""Text larger than memory: the same windows as in memory, and a killed build is continued."""
+"""Text larger than memory gives the same windows as in memory, and a killed build resumes."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def same(one: Windows, other: Windows) -> bool:
 
 @pytest.fixture
 def tokenized(monkeypatch: pytest.MonkeyPatch) -> list[AnyDocument]:
-    """Every document that is tokenized. One that holds "KILL" stops the process before it is."""
+    """Records the tokenized documents. One that contains "KILL" raises KeyboardInterrupt."""
     found: list[AnyDocument] = []
 
     def recording(texts: list[AnyDocument], *rest: Any) -> Any:
@@ -90,7 +90,7 @@ def build(out: Path | None, texts: list[AnyDocument], **options: Any) -> tuple[W
 
 
 def reference(texts: list[AnyDocument], seed: int) -> dict[str, list[tuple[list[int], ...]]]:
-    """Every window of both sides, with all tokens in memory."""
+    """All training and held-out windows, made with all tokens in memory."""
     rows: dict[bytes, TokenRow] = {}
     for document in texts:
         key = order_key(seed, group_hash(document), content_hash(document))
@@ -120,7 +120,7 @@ def reference(texts: list[AnyDocument], seed: int) -> dict[str, list[tuple[list[
 
 
 @pytest.mark.parametrize("seed", [0, 5])
-def test_windows_are_those_of_all_tokens_in_memory(seed: int, tmp_path: Path) -> None:
+def test_windows_match_those_made_in_memory(seed: int, tmp_path: Path) -> None:
     texts = documents(120)
     expected = reference(texts, seed)
     for out in (None, tmp_path):
@@ -131,7 +131,7 @@ def test_windows_are_those_of_all_tokens_in_memory(seed: int, tmp_path: Path) ->
     assert train.info.duplicates_dropped == 4
 
 
-def test_only_windows_are_left_in_a_folder_that_is_not_to_be_continued(tmp_path: Path) -> None:
+def test_a_build_that_cannot_resume_leaves_only_windows_in_its_folder(tmp_path: Path) -> None:
     texts = [f"line {n} about the fox" for n in range(100)]
     Data.build(texts, TOKENIZER, folder=tmp_path, heldout_tokens=50)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["heldout", "train"]
@@ -149,12 +149,12 @@ def test_memory_does_not_grow_with_the_tokens(tmp_path: Path) -> None:
         assert train.info.tokens > (count - 1) * 1500
         return highest
 
-    peak(20)  # whatever is made once
+    peak(20)  # what is allocated only once
     few, many = peak(30), peak(150)
     assert many - few < 120 * 1500 / 3  # less than a third of a byte for each further token
 
 
-# --- a killed build is continued -----------------------------------------------------------------
+# --- resuming a killed build ---------------------------------------------------------------------
 
 
 def test_a_killed_build_loses_at_most_a_batch(tmp_path: Path, tokenized: list[AnyDocument]) -> None:
@@ -172,7 +172,7 @@ def test_a_killed_build_loses_at_most_a_batch(tmp_path: Path, tokenized: list[An
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("damage", ["cut off", "another byte", "zeros"])
-def test_what_a_crash_did_to_the_file_changes_no_window(
+def test_damage_to_the_token_log_does_not_change_the_windows(
     share: float, damage: str, tmp_path: Path
 ) -> None:
     texts = documents(60)
@@ -189,7 +189,7 @@ def test_what_a_crash_did_to_the_file_changes_no_window(
         case "zeros":
             file.write_bytes(raw[:at] + bytes(len(raw) - at))
     assert all(map(same, build(tmp_path, texts), expected))
-    assert all(map(same, build(tmp_path, texts), expected))  # and the file is whole again
+    assert all(map(same, build(tmp_path, texts), expected))  # the file has been repaired
 
 
 def test_documents_before_a_changed_one_are_not_tokenized_again(
@@ -211,7 +211,7 @@ def test_documents_before_a_changed_one_are_not_tokenized_again(
         lambda section: (section.model_copy(update={"control_tokens": "tokens"}), "toy"),
     ],
 )
-def test_tokens_of_another_tokenizer_or_setting_are_not_used(
+def test_tokens_of_another_tokenizer_or_setting_are_not_reused(
     change: Callable[[WindowsRecipe], tuple[WindowsRecipe, str]],
     tmp_path: Path,
     tokenized: list[AnyDocument],
@@ -224,7 +224,7 @@ def test_tokens_of_another_tokenizer_or_setting_are_not_used(
     assert tokenized == without_duplicates(texts)
 
 
-def test_another_context_or_seed_uses_the_same_tokens(
+def test_another_context_or_seed_reuses_the_tokens(
     tmp_path: Path, tokenized: list[AnyDocument]
 ) -> None:
     texts = documents(50)
@@ -256,7 +256,7 @@ def test_tokens_are_read_as_they_were_written(rows: list[list[tuple[int, bool]]]
             assert supervised.tolist() == row.supervised[first:].tolist()
 
 
-def test_hashes_are_cut_to_the_length_of_the_records() -> None:
+def test_hashes_are_truncated_to_the_length_of_the_records() -> None:
     assert len(order_key(0, b"g" * 32, b"e" * 32)) == 2 * HASH
 
 
@@ -281,7 +281,7 @@ def recipe(folder: Path, **data: Any) -> Path:
     return path
 
 
-def test_a_corrected_row_costs_no_tokens_of_the_rows_before(
+def test_after_a_row_is_corrected_earlier_batches_are_not_tokenized_again(
     tmp_path: Path, tokenized: list[AnyDocument]
 ) -> None:
     rows = rows_of_a_run(tmp_path, 100)

@@ -1,4 +1,4 @@
-"""Rows as other programs write them: JSON inside of JSON, dates, texts beside answers."""
+"""Unusual rows from other programs: JSON inside JSON, dates, texts next to answers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_messages_of_prompt_and_completion_may_be_json_text() -> None:
 
 
 @pytest.mark.parametrize("text", ['{"role": "x"}', '[{"name": "x"}]', '["user"]', "[role]"])
-def test_json_that_is_no_chat_remains_text(text: str) -> None:
+def test_json_that_is_not_a_chat_remains_text(text: str) -> None:
     assert learned({"prompt": "List the roles.", "completion": text}, byte_level()) == [
         f"{text}<|im_end|>"
     ]
@@ -71,12 +71,12 @@ DEEP = f'[{{"role": "user", "content": "a", "x": {"[" * 150}{"]" * 150}}}]'
         ({"messages": DEEP}, "more than 100 levels"),
     ],
 )  # fmt: skip
-def test_json_text_has_one_meaning(row: dict[str, Any], what: str) -> None:
+def test_ambiguous_or_invalid_json_text_is_rejected(row: dict[str, Any], what: str) -> None:
     assert what in error_of(row).what
 
 
 @pytest.mark.parametrize("value", [datetime.date(2020, 1, 1), decimal.Decimal("1.5"), b"x"])
-def test_values_that_json_does_not_have_are_rejected(value: Any) -> None:
+def test_values_that_json_cannot_represent_are_rejected(value: Any) -> None:
     turn = {"role": "assistant", "content": None, "tool_calls": [call("rain", {"on": [value]})]}
     assert f"of type {type(value).__name__}" in error_of({"messages": [ASKED, turn]}).what
     tools = [{**tool("rain"), "since": value}]
@@ -88,7 +88,7 @@ def test_values_that_json_does_not_have_are_rejected(value: Any) -> None:
 # --- texts and answers -----------------------------------------------------------------------
 
 
-def test_the_rendered_text_of_an_alpaca_row_is_not_learned_twice() -> None:
+def test_the_rendered_text_of_an_alpaca_row_is_not_trained_on() -> None:
     """As in tatsu-lab/alpaca on the Hub."""
     row = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
     rendered = {**row, "text": "Below is an instruction.\n\nAdd.\n\n1 and 2\n\n### Response:\n3"}
@@ -103,8 +103,8 @@ def test_the_rendered_text_of_an_alpaca_row_is_not_learned_twice() -> None:
 
 
 @pytest.mark.parametrize("label", [True, False, "True", "false", 0, 1, "1", 1.0])
-def test_answers_with_a_yes_or_no_as_label_are_rated_answers(label: Any) -> None:
-    """KTO, also as CSV, and WikiQA."""
+def test_answers_with_a_binary_label_are_rejected_as_rated_answers(label: Any) -> None:
+    """As in KTO data (also as CSV) and WikiQA."""
     for row in (
         {"prompt": "a", "completion": "b"},
         {"question": "a", "answer": "b"},
@@ -117,7 +117,7 @@ def test_answers_with_a_yes_or_no_as_label_are_rated_answers(label: Any) -> None
     assert notes({"messages": HI, "label": "greeting"}) == ("not read: `label`",)
 
 
-def test_keys_beside_a_question_may_be_capitalized() -> None:
+def test_keys_of_a_question_may_be_capitalized() -> None:
     row = {"Instruction": "a", "Output": "b", "System": "Be brief.", "History": '[["c", "d"]]'}
     expected = {"messages": [{"role": "system", "content": "Be brief."}, *chat("c", "d", "a", "b")]}
     assert shown(row, byte_level()) == shown(expected, byte_level())
@@ -134,7 +134,7 @@ def test_empty_questions_are_noted() -> None:
 
 
 def test_a_null_chat_does_not_hide_the_text() -> None:
-    """As Arrow fills in, where other rows are chats."""
+    """Arrow fills in nulls if other rows are chats."""
     assert learned({"messages": None, "text": "abc"}, byte_level()) == ["abc<|im_end|>"]
     assert "must be a list of messages" in error_of({"messages": None}).what
 
@@ -151,7 +151,9 @@ def test_roles_of_langchain_and_openassistant_are_known(role: str) -> None:
     [({"learn": False}, True), ({"skip": True}, True), ({"ignore": 1}, True),
      ({"learn": True}, False), ({"skip": False}, False)],
 )  # fmt: skip
-def test_flags_of_other_names_are_rejected(flag: dict[str, Any], rejected: bool) -> None:
+def test_unknown_flags_that_would_change_the_loss_are_rejected(
+    flag: dict[str, Any], rejected: bool
+) -> None:
     row = {"messages": [HI[0], {**HI[1], **flag}]}
     if rejected:
         assert "seems to change what is trained on" in error_of(row).what
@@ -159,14 +161,14 @@ def test_flags_of_other_names_are_rejected(flag: dict[str, Any], rejected: bool)
         assert learned(row, byte_level()) == ["Hello<|im_end|>"]
 
 
-def test_the_advice_about_a_null_prompt_names_both_keys() -> None:
+def test_the_fix_for_a_null_prompt_names_both_keys() -> None:
     assert (
         error_of({"prompt": None, "completion": "b"}).fix == "write both `prompt` and `completion`"
     )
 
 
 @pytest.mark.parametrize("value", [datetime.date(2020, 1, 1), {"paid": float("nan")}, [b"x"]])
-def test_reference_answers_that_json_does_not_have_are_rejected(value: Any) -> None:
+def test_reference_answers_that_json_cannot_represent_are_rejected(value: Any) -> None:
     with pytest.raises(DataError, match="cannot be written as JSON") as error:
         answer_of(value, "tasks.parquet row 3")
     assert error.value.where == "tasks.parquet row 3"
@@ -174,7 +176,7 @@ def test_reference_answers_that_json_does_not_have_are_rejected(value: Any) -> N
 
 
 @pytest.mark.parametrize("template", [FORGETS_REASONING, FORCES_REASONING, CHATML])
-def test_parts_of_an_answer_are_learned_as_one_text(template: str) -> None:
+def test_parts_of_an_answer_are_supervised_as_one_text(template: str) -> None:
     parts = [{"type": "text", "text": "<think>so</think>"}, {"type": "text", "text": "Hello"}]
     row = {"messages": [HI[0], {"role": "assistant", "content": parts}]}
     expected = {"messages": chat("Hi", "<think>so</think>Hello")}

@@ -1,4 +1,4 @@
-"""Windows: no token is lost, and no document sees another."""
+"""Packing: every token is placed exactly once, and no document attends to another."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ row_lists = st.lists(
 
 
 def reader(ids: Sequence[np.ndarray], supervised: Sequence[np.ndarray]) -> Callable[..., Any]:
-    """Reads segments of rows that are in memory."""
+    """A function that reads segments from rows in memory."""
 
     def read(segment: Segment) -> tuple[np.ndarray, np.ndarray]:
         part = slice(segment.start, segment.start + segment.length)
@@ -66,7 +66,7 @@ def test_every_token_is_placed_exactly_once(
 
 @given(rows=row_lists)
 @settings(max_examples=50, deadline=None)
-def test_windows_agree_with_a_loop_over_their_tokens(rows: list[tuple[bool, int]]) -> None:
+def test_windows_match_a_loop_over_their_tokens(rows: list[tuple[bool, int]]) -> None:
     rng = np.random.default_rng(len(rows))
     ids = [rng.integers(10, 99, length).astype(np.int32) for _, length in rows]
     supervised = [rng.random(length) < 0.6 for _, length in rows]
@@ -87,7 +87,7 @@ def test_windows_agree_with_a_loop_over_their_tokens(rows: list[tuple[bool, int]
 
 @given(rows=row_lists)
 @settings(max_examples=150, deadline=None)
-def test_no_more_windows_than_the_bound(rows: list[tuple[bool, int]]) -> None:
+def test_the_number_of_windows_does_not_exceed_the_bound(rows: list[tuple[bool, int]]) -> None:
     splittable, lengths = [row[0] for row in rows], [row[1] for row in rows]
     text = all(splittable)
     # The last row, if it cannot be cut, may exceed the tokens that a recipe sets.
@@ -98,14 +98,14 @@ def test_no_more_windows_than_the_bound(rows: list[tuple[bool, int]]) -> None:
     assert len(single) <= most_windows(sum(lengths), CONTEXT, packed=False, splittable=text)
 
 
-def test_the_bound_of_text_is_reached() -> None:
+def test_the_bound_for_text_is_tight() -> None:
     full = CONTEXT - smallest_part(CONTEXT) + 1
     rows = [full] * 5
     assert len(plan_isolated(rows, [True] * 5, CONTEXT)) == 5
     assert most_windows(sum(rows), CONTEXT, packed=True, splittable=True) == 5
 
 
-def test_text_fills_what_chats_leave() -> None:
+def test_text_fills_the_space_that_chats_leave() -> None:
     plan = plan_isolated([20, 30, 100], [False, False, True], 50)
     assert [sum(s.length for s in window) for window in plan] == [50, 50, 50]
     plan = plan_isolated([30, 100], [False, True], 50)
@@ -118,14 +118,14 @@ def test_text_is_not_cut_into_very_short_pieces() -> None:
     assert [[s.length for s in window] for window in plan] == [[256 - room], [40]]
 
 
-def test_documents_are_not_split_if_possible() -> None:
+def test_documents_are_not_split_if_they_fit_whole() -> None:
     lengths = [30, 20, 25, 25, 40, 10]
     plan = plan_isolated(lengths, [True] * 6, 50)
     assert sorted(s.length for window in plan for s in window) == sorted(lengths)
     assert len(plan) == 3
 
 
-def test_chats_are_packed_within_eleven_ninths_of_the_least() -> None:
+def test_packing_chats_takes_at_most_eleven_ninths_of_the_minimum() -> None:
     rng = np.random.default_rng(0)
     lengths = rng.integers(20, 400, 500).tolist()
     plan = plan_isolated(lengths, [False] * 500, 512)
@@ -135,7 +135,7 @@ def test_chats_are_packed_within_eleven_ninths_of_the_least() -> None:
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_no_attention_across_documents(attention: str) -> None:
-    """A document's logits in a shared window are those that it has alone."""
+    """A document's logits are the same in a shared window and in a window of its own."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=97,
@@ -164,5 +164,5 @@ def test_no_attention_across_documents(attention: str) -> None:
             here = slice(end, end + segment.length)
             torch.testing.assert_close(packed_LV[here], alone_LV, rtol=1e-5, atol=1e-6)
             end += segment.length
-    # The test can fail: without restarting positions, later documents do see earlier ones.
+    # Control: if positions do not restart, later documents do attend to earlier ones.
     assert (leaking_LV[9:end] - packed_LV[9:end]).abs().max() > 1e-3

@@ -1,4 +1,4 @@
-"""Every known format of rows is read as what it is, and what is not clear is rejected by name."""
+"""Every known row format is recognized, and ambiguous rows are rejected with the reason."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stillhouse.data.documents import Conversation
 from stillhouse.data.row_formats import MISSING_AS_TEXT, document_from_row
 from stillhouse.errors import DataError
 
-from .learned import call, learned, shown, tool
+from .learned import call, learned, rows_of, shown, tool
 from .toys import TOOLS, byte_level, chat
 
 SYSTEM: dict[str, Any] = {"role": "system", "content": "Be brief."}
@@ -26,7 +26,7 @@ CALLED: list[dict[str, Any]] = [
 
 
 def turns(row: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Role and text of each message, or its calls."""
+    """The role of each message, and its tool calls or else its text."""
     document = document_from_row(row, "text", "rows.jsonl:3")
     assert isinstance(document, Conversation)
     return [
@@ -106,13 +106,13 @@ READ: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
 
 
 @pytest.mark.parametrize("name", READ)
-def test_a_known_format_is_read_as_what_it_is(name: str) -> None:
+def test_every_known_format_is_recognized(name: str) -> None:
     row, messages = READ[name]
     assert turns(row) == pairs(messages)
 
 
 @pytest.mark.parametrize("name", READ)
-def test_a_known_format_is_learned_as_the_same_messages_are(name: str) -> None:
+def test_every_known_format_is_tokenized_like_its_messages(name: str) -> None:
     row, messages = READ[name]
     tokenizer = byte_level(TOOLS)
     expected: dict[str, Any] = {"messages": messages}
@@ -122,9 +122,9 @@ def test_a_known_format_is_learned_as_the_same_messages_are(name: str) -> None:
     assert "<|im_end|>]]" in shown(row, tokenizer)
 
 
-# --- which turns are learned -----------------------------------------------------------------
+# --- which turns are supervised --------------------------------------------------------------
 
-UNLEARNED = {
+UNSUPERVISED = {
     "OpenAI, Mistral, Together": {"weight": 0},
     "as a float": {"weight": 0.0},
     "Axolotl": {"train": False},
@@ -133,7 +133,7 @@ UNLEARNED = {
     "torchtune": {"masked": True},
     "Fireworks": {"trainable": False},
 }
-LEARNED = {
+SUPERVISED = {
     "weight": {"weight": 1},
     "train": {"train": True},
     "masked": {"masked": False},
@@ -141,7 +141,7 @@ LEARNED = {
 }
 
 
-@pytest.mark.parametrize("flags", UNLEARNED.values(), ids=UNLEARNED)
+@pytest.mark.parametrize("flags", UNSUPERVISED.values(), ids=UNSUPERVISED)
 def test_a_turn_of_weight_0_is_context(flags: dict[str, Any]) -> None:
     messages = chat("a", "b", "c", "d")
     row = {"messages": [messages[0], {**messages[1], **flags}, *messages[2:]]}
@@ -160,8 +160,8 @@ def test_a_turn_of_weight_0_is_context(flags: dict[str, Any]) -> None:
     assert shown(named, byte_level()) == shown(row, byte_level())
 
 
-@pytest.mark.parametrize("flags", LEARNED.values(), ids=LEARNED)
-def test_a_turn_of_weight_1_is_learned(flags: dict[str, Any]) -> None:
+@pytest.mark.parametrize("flags", SUPERVISED.values(), ids=SUPERVISED)
+def test_a_turn_of_weight_1_is_supervised(flags: dict[str, Any]) -> None:
     messages = chat("a", "b", "c", "d")
     row = {"messages": [messages[0], {**messages[1], **flags}, *messages[2:]]}
     assert shown(row, byte_level()) == shown({"messages": messages}, byte_level())
@@ -173,7 +173,7 @@ def test_a_row_whose_turns_all_have_weight_0_is_rejected() -> None:
         learned({"messages": messages}, byte_level())
 
 
-# --- what is refused by name -----------------------------------------------------------------
+# --- rejected formats ------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "TRL preference": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "row of preference data"),
@@ -274,7 +274,7 @@ def test_ambiguous_rows_are_rejected_with_the_reason(name: str) -> None:
     assert error.value.fix
 
 
-# --- what is noted ---------------------------------------------------------------------------
+# --- notes -----------------------------------------------------------------------------------
 
 
 def notes(row: dict[str, Any], text_key: str = "text") -> tuple[str, ...]:
@@ -302,15 +302,17 @@ PARTS = {
     ("part", "instead"),
     [("tool_use", "`tool_calls`"), ("tool_result", '"role": "tool"'), ("thinking", "reasoning_c")],
 )
-def test_parts_of_other_kinds_name_the_key_that_takes_them(part: str, instead: str) -> None:
-    """As in Anthropic's messages."""
+def test_content_parts_of_other_kinds_are_rejected_with_the_key_to_use(
+    part: str, instead: str
+) -> None:
+    """Such parts occur in Anthropic's messages."""
     messages = [HI[0], {"role": "assistant", "content": [PARTS[part]]}]
     with pytest.raises(DataError, match=f"not text: {part}") as error:
         learned({"messages": messages}, byte_level())
     assert instead in str(error.value.fix)
 
 
-def test_parts_that_are_written_as_advised_are_read() -> None:
+def test_messages_written_as_the_fix_says_are_read() -> None:
     called = call("rain", {"city": "Oslo"}, id="t1")
     turn = {"role": "assistant", "content": None, "tool_calls": [called]}
     told = {"role": "tool", "tool_call_id": "t1", "content": "none"}
@@ -339,14 +341,12 @@ def test_a_loss_mask_of_one_changes_nothing() -> None:
     ]
 
 
-def test_a_text_key_that_reads_half_of_a_row_is_noted() -> None:
+def test_keys_that_the_chosen_text_key_leaves_unread_are_noted() -> None:
     row = {"instruction": "Name a fruit.", "input": "", "output": "Apple"}
     assert notes(row, "instruction") == ("not read: `input`, `output`",)
 
 
-def test_messages_after_the_last_turn_that_is_learned_are_noted() -> None:
-    from .learned import rows_of
-
+def test_turns_before_and_after_the_supervised_ones_are_noted() -> None:
     (row,) = rows_of({"messages": [*HI, {"role": "user", "content": "Bye"}]}, byte_level())
     assert row.notes == ("messages after the last supervised turn are left out",)
     (row,) = rows_of({"messages": [{"role": "assistant", "content": "Yes?"}, *HI]}, byte_level())
@@ -354,8 +354,6 @@ def test_messages_after_the_last_turn_that_is_learned_are_noted() -> None:
 
 
 def test_a_key_that_no_template_reads_is_noted() -> None:
-    from .learned import rows_of
-
     messages = [{**HI[0], "name": "Bo", "mood": "good"}, HI[1]]
     (row,) = rows_of({"messages": messages}, byte_level())
     assert set(row.notes) == {
@@ -366,7 +364,7 @@ def test_a_key_that_no_template_reads_is_noted() -> None:
     assert row.notes == ("the chat template does not read `audio` of a message",)
 
 
-def test_a_role_that_is_not_known_is_noted() -> None:
+def test_an_unknown_role_is_noted() -> None:
     said = [HI[0], {"role": "asistant", "content": "Hm."}, *HI]
     assert notes({"messages": said}) == ("turns of the role 'asistant' are context only",)
 
@@ -375,7 +373,7 @@ def test_a_role_that_is_not_known_is_noted() -> None:
 
 
 def test_a_chat_stored_as_one_list_for_each_key_is_the_same_chat() -> None:
-    """Hugging Face's `Sequence` of a dictionary, as Parquet files have it."""
+    """As Hugging Face's `Sequence` of a dictionary is stored in Parquet files."""
     columns = {key: [message[key] for message in HI] for key in HI[0]}
     for key in ("messages", "conversations"):
         assert learned({key: columns}, byte_level()) == learned({key: HI}, byte_level())
@@ -394,7 +392,7 @@ def test_spaces_around_a_role_are_ignored() -> None:
     ids=lambda row: next(iter(row)),
 )
 @pytest.mark.parametrize("key", ["weight", "train", "loss_mask"])
-def test_a_row_that_is_not_to_be_learned_is_rejected(row: dict[str, Any], key: str) -> None:
+def test_a_row_with_a_loss_weight_of_0_is_rejected(row: dict[str, Any], key: str) -> None:
     with pytest.raises(DataError, match=f"has an unknown key `{key}`"):
         learned({**row, key: 0}, byte_level())
     assert learned({**row, key: 1}, byte_level()) == learned(row, byte_level())
@@ -407,17 +405,17 @@ def test_options_that_change_the_rendering_are_rejected() -> None:
         assert learned({"messages": HI, key: None}, byte_level())
 
 
-def test_a_list_as_python_prints_it_is_rejected_with_the_correct_syntax() -> None:
+def test_a_list_in_python_syntax_is_rejected_with_a_fix() -> None:
     with pytest.raises(DataError) as error:
         learned({"messages": str(HI)}, byte_level())
     assert "json.dumps" in str(error.value.fix)
     assert learned({"messages": json.dumps(HI)}, byte_level())
 
 
-# --- advice ----------------------------------------------------------------------------------
+# --- suggested fixes -------------------------------------------------------------------------
 
 
-def test_the_other_half_of_a_pair_is_renamed() -> None:
+def test_the_fix_for_a_misnamed_completion_is_to_rename_its_key() -> None:
     row = {"prompt": "the", "generation": " end"}
     with pytest.raises(DataError) as error:
         learned(row, byte_level())
@@ -437,7 +435,7 @@ def test_the_other_half_of_a_pair_is_renamed() -> None:
     ],
     ids=lambda row: "-".join(row),
 )
-def test_a_key_that_holds_half_of_the_row_is_not_suggested(row: dict[str, Any]) -> None:
+def test_a_key_that_contains_half_of_the_row_is_not_suggested(row: dict[str, Any]) -> None:
     with pytest.raises(DataError) as error:
         learned(row, byte_level())
     fix = str(error.value.fix)

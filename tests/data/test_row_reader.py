@@ -1,4 +1,4 @@
-"""Every format with every compression, and what is said about files that cannot be read."""
+"""Reading rows in every format and compression, and the errors for files that are unreadable."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def zstd(content: bytes) -> bytes:
     return file.getvalue().to_pybytes()
 
 
-# extension: (content, where the second row is)
+# extension: (content, location of the second row)
 FILES: dict[str, tuple[bytes, str]] = {
     ".jsonl": ("\n".join(map(json.dumps, ROWS)).encode(), ":2"),
     ".json": (json.dumps({"object": "list", "data": ROWS}).encode(), " row 1"),
@@ -100,7 +100,9 @@ def test_every_reader_gets_the_same_rows_from_every_format_and_compression(
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
-def test_plain_text_is_a_row_a_line_or_one_document(compression: str, tmp_path: Path) -> None:
+def test_plain_text_is_read_as_one_row_per_line_or_as_one_document(
+    compression: str, tmp_path: Path
+) -> None:
     path = tmp_path / f"a.txt{compression}"
     path.write_bytes(COMPRESSIONS[compression]("\ufeffone\r\n\n é two \n".encode()))
     assert list(read_rows(path, text_key="prompt")) == [
@@ -112,7 +114,7 @@ def test_plain_text_is_a_row_a_line_or_one_document(compression: str, tmp_path: 
 
 
 @pytest.mark.parametrize("extension", [e for e in FILES if e != ".parquet"])
-def test_the_kind_of_a_source_names_the_format_of_a_file_without_extension(
+def test_the_kind_of_a_source_sets_the_format_of_a_file_without_extension(
     extension: str, tmp_path: Path
 ) -> None:
     (tmp_path / "rows").write_bytes(FILES[extension][0])
@@ -120,7 +122,7 @@ def test_the_kind_of_a_source_names_the_format_of_a_file_without_extension(
     assert list(read_sources([source], tmp_path)) == [Document(text) for text in TEXTS]
 
 
-def test_a_folder_holds_files_of_all_formats(tmp_path: Path) -> None:
+def test_files_of_all_formats_are_found_in_a_folder(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     for name in ("b.csv", "a.jsonl.gz", "deep/c.parquet", "notes.md", "d.txt"):
         (tmp_path / name).write_bytes(gzip.compress(b"x") if name.endswith("gz") else b"x")
@@ -133,14 +135,14 @@ def test_a_folder_holds_files_of_all_formats(tmp_path: Path) -> None:
         find_files("empty", tmp_path)
 
 
-def test_parts_that_were_compressed_one_by_one_are_one_file(tmp_path: Path) -> None:
+def test_separately_compressed_parts_are_read_as_one_file(tmp_path: Path) -> None:
     for end, compress in ((".gz", gzip.compress), (".zst", zstd)):
         path = tmp_path / f"a.jsonl{end}"
         path.write_bytes(compress(b'{"text": "a"}\n{"te') + compress(b'xt": "b"}\n'))
         assert [row["text"] for row, _ in read_rows(path)] == ["a", "b"]
 
 
-def test_the_size_of_a_compressed_text_is_about_what_it_becomes(tmp_path: Path) -> None:
+def test_the_size_of_a_compressed_text_is_estimated_as_three_times_its_file(tmp_path: Path) -> None:
     plain, small = tmp_path / "a.txt", tmp_path / "a.txt.gz"
     plain.write_text("some words of text " * 50)
     small.write_bytes(gzip.compress(plain.read_bytes()))
@@ -148,7 +150,7 @@ def test_the_size_of_a_compressed_text_is_about_what_it_becomes(tmp_path: Path) 
     assert text_size(small) == 3 * small.stat().st_size
 
 
-def test_a_json_list_may_hold_texts(tmp_path: Path) -> None:
+def test_a_json_file_may_contain_a_list_of_strings_or_a_list_under_a_key(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('["one", "two"]')
     assert [text_of(p.messages) for p in read_prompts(tmp_path / "a.json")] == ["one", "two"]
     assert [row.text for row in read_texts(TextFile(path="a.json"), tmp_path)] == ["one", "two"]
@@ -211,9 +213,9 @@ def test_a_pipe_that_is_not_utf8_is_rejected(rest: bytes) -> None:
         list(arriving_texts(stream, "text"))
 
 
-# --- what is refused -------------------------------------------------------------------------
+# --- rejected files --------------------------------------------------------------------------
 
-# name: (content, what is said, where, what to do)
+# name: (content, message, location, fix)
 WRONG: dict[str, tuple[bytes, str, str, str]] = {
     "a.json": (b'[{"text": "a"},\n 5]', "JSON int, not an object", " row 1", "as an object"),
     "b.json": (b'[{"text": "a"},\n {', "Invalid JSON: .* line 2, column", "", "correct"),
@@ -237,7 +239,7 @@ WRONG: dict[str, tuple[bytes, str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_unreadable_rows_are_named_with_their_place(name: str, tmp_path: Path) -> None:
+def test_errors_about_unreadable_rows_give_their_location(name: str, tmp_path: Path) -> None:
     content, what, where, fix = WRONG[name]
     path = tmp_path / name
     path.write_bytes(content)
@@ -255,7 +257,7 @@ def test_unreadable_rows_are_named_with_their_place(name: str, tmp_path: Path) -
         assert fix in caught.value.fix
 
 
-def test_an_empty_or_missing_file_is_named(tmp_path: Path) -> None:
+def test_an_empty_or_missing_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "empty.csv").write_text("text\n")
     source: Source = FileSource(kind="file", path="empty.csv")
     for read in (
@@ -271,7 +273,7 @@ def test_an_empty_or_missing_file_is_named(tmp_path: Path) -> None:
         assert caught.value.fix == "did you mean empty.csv?"
 
 
-# --- JSON that others read as they like --------------------------------------------------------
+# --- JSON that parsers interpret differently ---------------------------------------------------
 
 JSON_LINES = {
     '{"text": "a", "text": "b"}': "the key 'text' occurs twice",
@@ -288,7 +290,7 @@ JSON_LINES = {
 
 
 @pytest.mark.parametrize("line", JSON_LINES, ids=[line[:40] for line in JSON_LINES])
-def test_json_that_is_not_clear_is_rejected_with_its_place(line: str, tmp_path: Path) -> None:
+def test_ambiguous_or_invalid_json_is_rejected_with_its_location(line: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(f'{{"text": "fine"}}\n{line}\n')
     (tmp_path / "a.json").write_text(f'[{{"text": "fine"}}, {line}]')
     with pytest.raises(DataError, match=JSON_LINES[line]) as caught:
@@ -301,7 +303,7 @@ def test_json_that_is_not_clear_is_rejected_with_its_place(line: str, tmp_path: 
     assert caught.value.where == "standard input:1"
 
 
-def test_complete_surrogate_pairs_and_separators_are_text(tmp_path: Path) -> None:
+def test_complete_surrogate_pairs_and_separators_are_read_as_text(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "\\ud83d\\ude00 \u2028 \u0085"}\n')
     ((row, _),) = read_rows(tmp_path / "a.jsonl")
     assert row == {"text": "😀 \u2028 \u0085"}
@@ -319,7 +321,7 @@ def test_a_stream_that_is_not_utf8_is_rejected() -> None:
     assert list(stream_texts(io.StringIO("\ufeffone\n"), "text")) == ["one"]
 
 
-def test_plain_text_whose_lines_are_objects_is_noted(
+def test_a_note_says_that_lines_of_plain_text_are_json_objects(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.txt").write_text('{"text": "a"}\n')
@@ -327,7 +329,7 @@ def test_plain_text_whose_lines_are_objects_is_noted(
     assert "rename it to .jsonl if they are rows" in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_key_that_is_named_and_not_there_is_an_error(tmp_path: Path) -> None:
+def test_a_requested_key_that_a_row_lacks_is_an_error(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     row = {"messages": chat, "prompt": "a", "completion": "b"}
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
@@ -338,7 +340,7 @@ def test_a_key_that_is_named_and_not_there_is_an_error(tmp_path: Path) -> None:
         list(read_prompts(tmp_path / "a.jsonl", key="question"))
 
 
-def test_labels_of_a_file_in_any_format(tmp_path: Path) -> None:
+def test_labels_are_read_from_a_file_in_any_format(tmp_path: Path) -> None:
     files = {
         "a.txt": "\ufeffspam\nham\n",
         "b.labels": "spam\nham\n",

@@ -1,4 +1,4 @@
-"""Every way to read text, and what is said about text that cannot be read."""
+"""Reading text from every kind of source, and the errors for text that cannot be read."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def read(source: Source, base: Path = Path()) -> list[Any]:
     return list(read_sources([source], base))
 
 
-# --- what is read ----------------------------------------------------------------------------
+# --- reading ---------------------------------------------------------------------------------
 
 
-def test_python_reference_is_one_document_a_section() -> None:
+def test_the_python_reference_has_one_document_per_section() -> None:
     documents = read(CorpusSource(kind="corpus"))
     topics = [document.where.split(":")[1].split(",")[0] for document in documents]
     assert len(documents) > 150
@@ -98,7 +98,7 @@ def test_parquet_rows_are_recognized(tmp_path: Path) -> None:
     assert len(read(FileSource(kind="parquet", path="."), tmp_path)) == len(ROWS)
 
 
-def test_a_chosen_text_key_goes_before_messages(tmp_path: Path) -> None:
+def test_a_chosen_text_key_takes_precedence_over_messages(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [{"messages": chat("q", "a"), "body": "plain"}])
     source = FileSource(kind="jsonl", path="a.jsonl", text_key="body")
     assert read(source, tmp_path) == [Document("plain")]
@@ -127,7 +127,9 @@ def test_a_large_data_set_is_streamed_unless_it_is_in_the_cache(
         return load(*names, streaming=streaming, **options)
 
     monkeypatch.setattr(datasets, "load_dataset", recording)
-    monkeypatch.setattr(sources, "_STREAMED_FROM", 1200)  # three files have more, two fewer
+    monkeypatch.setattr(
+        sources, "_STREAMED_FROM", 1200
+    )  # three files have more bytes, two have fewer
     large = read(source, tmp_path)
     monkeypatch.setattr(sources, "_STREAMED_FROM", 10_000)
     assert read(source, tmp_path) == large
@@ -156,7 +158,7 @@ def test_hashes_distinguish_content_and_groups_ignore_whitespace() -> None:
     assert content_hash(Conversation((first,))) != content_hash(Conversation((first,), 1))
 
 
-def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
+def test_the_fingerprint_changes_with_the_content(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     source = TextSource(kind="text", path="a.txt")
     path.write_text("one")
@@ -167,7 +169,7 @@ def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
     assert size_estimate([source], tmp_path) == 4
 
 
-def test_the_size_of_a_source_with_a_limit(tmp_path: Path) -> None:
+def test_the_size_estimate_takes_the_limit_of_a_source_into_account(tmp_path: Path) -> None:
     rows = [{"text": f"row {n} {'x' * 100}"} for n in range(1000)]
     write_jsonl(tmp_path / "a.jsonl", rows)
     source = FileSource(kind="jsonl", path="a.jsonl")
@@ -180,9 +182,9 @@ def test_the_size_of_a_source_with_a_limit(tmp_path: Path) -> None:
     assert size_estimate([corpus], tmp_path) == sum(len(one.text) for one in read(corpus))
 
 
-# --- what is refused -------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------------
 
-# name: (file's content, what is said, where it is, what to do)
+# name: (file's content, message, location, fix)
 BAD_JSONL = {
     "broken line": (
         '{"text": "a"}\n{"text": "b"\n',
@@ -229,7 +231,7 @@ BAD_JSONL = {
 
 
 @pytest.mark.parametrize("case", BAD_JSONL)
-def test_bad_jsonl(case: str, tmp_path: Path) -> None:
+def test_bad_jsonl_is_rejected_with_location_and_fix(case: str, tmp_path: Path) -> None:
     content, what, line, fix = BAD_JSONL[case]
     path = tmp_path / "a.jsonl"
     path.write_text(content)
@@ -249,7 +251,7 @@ def refused(source: Source, base: Path) -> DataError:
     return error.value
 
 
-def test_half_a_surrogate_pair(tmp_path: Path) -> None:
+def test_half_a_surrogate_pair_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "\\ud83e"}\n')
     with pytest.raises(DataError, match="surrogate pair") as error:
         read(FileSource(kind="jsonl", path="a.jsonl"), tmp_path)
@@ -260,7 +262,7 @@ def test_half_a_surrogate_pair(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("documents", ["file", "line", "blank-line"])
-def test_text_that_is_not_utf8(documents: str, tmp_path: Path) -> None:
+def test_text_that_is_not_utf8_is_rejected(documents: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("caf\xe9 noir".encode("latin-1"))
     source = TextSource.model_validate({"kind": "text", "path": "a.txt", "documents": documents})
     error = refused(source, tmp_path)
@@ -269,7 +271,7 @@ def test_text_that_is_not_utf8(documents: str, tmp_path: Path) -> None:
     assert "iconv" in str(error.fix)
 
 
-def test_missing_files_name_the_nearest(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_file_suggests_a_similar_name(tmp_path: Path) -> None:
     (tmp_path / "corpus.txt").write_text("text")
     assert "did you mean corpus.txt?" in str(
         refused(TextSource(kind="text", path="corpsu.txt"), tmp_path).fix
@@ -280,7 +282,7 @@ def test_missing_files_name_the_nearest(tmp_path: Path) -> None:
     assert "has no .jsonl file" in folder.what
 
 
-def test_empty_text_file(tmp_path: Path) -> None:
+def test_an_empty_text_file_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(" \n\n")
     for documents in ("file", "blank-line", "line"):
         source = TextSource.model_validate(
@@ -289,7 +291,7 @@ def test_empty_text_file(tmp_path: Path) -> None:
         assert "contains no text" in refused(source, tmp_path).what
 
 
-def test_damaged_parquet(tmp_path: Path) -> None:
+def test_a_damaged_parquet_file_is_rejected(tmp_path: Path) -> None:
     source = FileSource(kind="parquet", path="a.parquet")
     path = tmp_path / "a.parquet"
     path.write_bytes(b"not parquet at all")
@@ -303,7 +305,7 @@ def test_damaged_parquet(tmp_path: Path) -> None:
     assert "cannot be read" in refused(source, tmp_path).what
 
 
-def test_parquet_rows_are_named(tmp_path: Path) -> None:
+def test_errors_about_parquet_rows_give_the_row_or_its_keys(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": ["a", None]}), path)
     error = refused(FileSource(kind="parquet", path="a.parquet"), tmp_path)
@@ -315,7 +317,7 @@ def test_parquet_rows_are_named(tmp_path: Path) -> None:
     assert "text_key: body" in str(error.fix)
 
 
-def test_a_dataset_that_is_a_script(tmp_path: Path) -> None:
+def test_a_data_set_that_is_a_script_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "set.py").write_text("")
     error = refused(HubSource(kind="hub", dataset="set"), tmp_path)
@@ -324,8 +326,10 @@ def test_a_dataset_that_is_a_script(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [None, 5])
-def test_files_of_a_dataset_that_do_not_fit_together(limit: int | None, tmp_path: Path) -> None:
-    """They are streamed if there is a limit."""
+def test_files_of_a_data_set_with_different_types_are_rejected(
+    limit: int | None, tmp_path: Path
+) -> None:
+    """With a limit, the files are streamed."""
     for name, value in (("a", 1), ("b", [1])):
         table = pa.Table.from_pylist([{"text": name, "n": value}])
         pq.write_table(table, tmp_path / f"{name}.parquet")
@@ -334,7 +338,7 @@ def test_files_of_a_dataset_that_do_not_fit_together(limit: int | None, tmp_path
     assert "kind: file" in str(error.fix)
 
 
-def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unreachable_hub_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def offline(*_: Any, **__: Any) -> None:
         raise ConnectionError("Couldn't reach 'org/data' on the Hub")
 
@@ -345,7 +349,9 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert "local folder" in str(error.fix)
 
 
-def test_hub_that_breaks_in_the_middle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_connection_that_is_lost_while_streaming_is_reported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def stream(*_: Any, **__: Any) -> Any:
         yield {"text": "one"}
         raise ConnectionError("reset by peer")
@@ -355,7 +361,7 @@ def test_hub_that_breaks_in_the_middle(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "reset by peer" in error.what
 
 
-def test_wrong_split_of_a_local_data_set(tmp_path: Path) -> None:
+def test_an_unknown_split_of_a_local_data_set_is_reported(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", [{"text": "one"}])
     error = refused(HubSource(kind="hub", dataset=str(tmp_path), split="tets"), tmp_path)
     assert "cannot be loaded" in error.what

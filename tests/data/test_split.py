@@ -1,4 +1,4 @@
-"""Training and held-out text never overlap, and the order of reading has no influence."""
+"""Training and held-out text never overlap, and the reading order does not matter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stillhouse.data.split import CANDIDATE, HASH, Records, check_split, divide
 from stillhouse.data.token_log import LoggedRow
 from stillhouse.errors import DataError
 
-# Few letters and much whitespace: many texts are equal, exactly or but for whitespace.
+# Few letters and much whitespace, so that many texts are equal or differ only in whitespace.
 texts = st.lists(st.text(alphabet="ab \n", min_size=1, max_size=6), min_size=1, max_size=40)
 
 
@@ -28,7 +28,7 @@ def pool_of(
     train: int | None = None,
     prune: bool = True,
 ) -> Pool:
-    """A pool in which every character is a token; a row starts at its place in `documents`."""
+    """A pool in which every character is a token, and a row's start is its index in `documents`."""
     pool = Pool(seed, heldout, train)
     for number, text in enumerate(documents):
         document = Document(text)
@@ -41,7 +41,7 @@ def pool_of(
 
 
 def sides(pool: Pool, documents: list[str]) -> tuple[list[str], list[str]]:
-    """The texts that are taken from the documents of `pool_of`, cut where they are."""
+    """The held-out and training texts taken from a pool's documents, truncated as in the split."""
     split = divide(pool.candidates, pool.heldout_tokens, pool.train_tokens)
     starts = pool.candidates["start"]
     heldout, train = (
@@ -69,7 +69,7 @@ def test_no_text_is_on_both_sides(documents: list[str], seed: int, heldout: int)
 
 @given(documents=texts, seed=st.integers(0, 3), train=st.none() | st.integers(1, 40))
 @settings(max_examples=100, deadline=None)
-def test_order_and_repetition_of_documents_have_no_influence(
+def test_the_order_and_repetition_of_documents_do_not_change_the_split(
     documents: list[str], seed: int, train: int | None
 ) -> None:
     shuffled = documents + documents[: len(documents) // 2]
@@ -81,13 +81,15 @@ def test_order_and_repetition_of_documents_have_no_influence(
 
 @given(documents=texts, heldout=st.integers(1, 15), train=st.integers(1, 15))
 @settings(max_examples=200, deadline=None)
-def test_releasing_rows_changes_nothing(documents: list[str], heldout: int, train: int) -> None:
+def test_pruning_the_pool_does_not_change_the_split(
+    documents: list[str], heldout: int, train: int
+) -> None:
     pruned = pool_of(documents, 0, heldout, train)
     whole = pool_of(documents, 0, heldout, train, prune=False)
     assert sides(pruned, documents) == sides(whole, documents)
 
 
-def test_a_limited_run_keeps_few_rows_in_memory() -> None:
+def test_a_pool_with_a_token_limit_keeps_few_rows() -> None:
     documents = [f"document number {n}" for n in range(5000)]
     pool = pool_of(documents, 0, 100, 400)
     assert len(pool.candidates) < 100
@@ -119,12 +121,12 @@ def test_too_little_text_is_rejected() -> None:
         check_split(pool.candidates, split, 1000, None)
 
 
-def test_a_small_limit_is_not_a_bad_split() -> None:
+def test_a_small_token_limit_is_not_rejected() -> None:
     pool = pool_of([f"text {n}" for n in range(100)], 0, 200, 10)
     check_split(pool.candidates, divide(pool.candidates, 200, 10), 200, 10)
 
 
-# --- the same as with objects, and in little memory --------------------------------------------
+# --- compact records ---------------------------------------------------------------------------
 
 rows = st.lists(
     st.tuples(st.sampled_from([b"a", b"b", b"c\0", b"c"]), st.integers(1, 9), st.booleans()),
@@ -133,7 +135,7 @@ rows = st.lists(
 
 
 def records(rows: list[tuple[bytes, int, bool]]) -> Records:
-    """Candidates, each of a document of its own."""
+    """One candidate per row, each from a different document."""
     keys = [
         group.ljust(HASH, b"\0") + bytes([number * 37 % 256]).rjust(HASH, b"\0")
         for number, (group, _, _) in enumerate(rows)
@@ -150,7 +152,7 @@ def records(rows: list[tuple[bytes, int, bool]]) -> Records:
 
 @given(rows=rows, heldout=st.integers(0, 30), train=st.none() | st.integers(1, 30))
 @settings(max_examples=300, deadline=None)
-def test_the_split_is_that_of_a_loop_over_rows(
+def test_the_split_matches_a_loop_over_rows(
     rows: list[tuple[bytes, int, bool]], heldout: int, train: int | None
 ) -> None:
     candidates = records(rows)
@@ -234,7 +236,7 @@ def test_no_text_of_a_limited_source_is_on_both_sides(
 
 
 def test_held_out_and_training_text_have_equal_shares_of_a_limited_source() -> None:
-    """A tenth of one source, and all of another with as many tokens as that tenth."""
+    """The pool takes a tenth of one source, and all of another that is as large as that tenth."""
     pool = Pool(0, 5_000, None)
     part = pool.of_source(10_000)
     for target, count, name in ((part, 10_000, "a"), (pool, 1_000, "b")):

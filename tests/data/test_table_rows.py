@@ -1,4 +1,4 @@
-"""What CSV, TSV and Parquet files hold, in every dialect, or why they are rejected."""
+"""Rows of CSV, TSV, and Parquet files in every dialect, and why some are rejected."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from stillhouse.tasks.task_texts_config import TextFile
 
 ROWS = [{"text": "hello, you", "label": "a"}, {"text": 'say "hi"', "label": "b"}]
 
-# What is different about it: (name, content)
+# dialect: (file name, content)
 DIALECTS: dict[str, tuple[str, str]] = {
     "CRLF": ("a.csv", 'text,label\r\n"hello, you",a\r\n"say ""hi""",b\r\n'),
     "CR": ("a.csv", 'text,label\r"hello, you",a\r"say ""hi""",b\r'),
@@ -42,7 +42,7 @@ DIALECTS: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("case", DIALECTS)
-def test_dialects_of_csv(case: str, tmp_path: Path) -> None:
+def test_every_dialect_of_csv_is_read(case: str, tmp_path: Path) -> None:
     name, content = DIALECTS[case]
     (tmp_path / name).write_bytes(content.encode())
     assert [row for row, _ in read_rows(tmp_path / name)] == ROWS
@@ -55,7 +55,7 @@ def test_a_line_break_in_a_cell_is_unchanged(tmp_path: Path) -> None:
     assert rows[1][1] == f"{tmp_path / 'a.csv'}:4"
 
 
-# content: (what is said, line)
+# content: (message, line)
 REFUSED: dict[str, tuple[str, int]] = {
     "text,label\na,b\nc,d,e\n": ("more cells than the 2 columns of the header: 3", 3),
     "text,label\na,b\nc\n": ("fewer cells than the 2 columns of the header: 1", 3),
@@ -89,13 +89,13 @@ def test_ambiguous_rows_are_rejected_with_their_line(content: str, tmp_path: Pat
     assert caught.value.fix
 
 
-def test_quotes_after_a_space_that_belong_to_the_text_are_text(tmp_path: Path) -> None:
+def test_quotes_after_a_space_are_text_if_they_do_not_enclose_the_cell(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('text,label\na," ""b"""\na, "b" c\na, b "c"\n')
     found = [row["label"] for row, _ in read_rows(tmp_path / "a.csv")]
     assert found == [' "b"', ' "b" c', ' b "c"']
 
 
-def test_a_first_row_in_place_of_the_header_is_pointed_out(tmp_path: Path) -> None:
+def test_a_missing_header_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("I have lost my card and do not know what to do,card\nhello,greeting\n")
     with pytest.raises(DataError, match="no text under 'text'") as caught:
@@ -115,13 +115,13 @@ def read(path: Path, table: pa.Table) -> list[dict[str, Any]]:
     return [row for row, _ in read_rows(path)]
 
 
-def test_columns_of_one_name_in_parquet_are_rejected(tmp_path: Path) -> None:
+def test_duplicate_column_names_in_parquet_are_rejected(tmp_path: Path) -> None:
     table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
     with pytest.raises(DataError, match="Several columns have the name 'text'"):
         read(tmp_path / "a.parquet", table)
 
 
-def test_labels_of_other_types_in_parquet(tmp_path: Path) -> None:
+def test_labels_of_every_type_in_parquet_become_strings(tmp_path: Path) -> None:
     labels = {
         "category": (pa.array(["x", "y"]).dictionary_encode(), ["x", "y"]),
         "decimal": (pa.array([Decimal("1.00"), None]), ["1", None]),
@@ -148,7 +148,7 @@ def test_metadata_that_is_not_from_datasets_is_ignored(tmp_path: Path) -> None:
         assert read(tmp_path / "a.parquet", table) == [{"text": "a", "label": 1}]
 
 
-def test_csv_of_a_local_folder_is_not_left_to_datasets(tmp_path: Path) -> None:
+def test_csv_in_a_local_data_set_is_rejected_with_a_fix(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.csv").write_text("text,label\nNA,a\n")
     with pytest.raises(DataError, match="does not read CSV reliably") as caught:

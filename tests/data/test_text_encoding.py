@@ -1,4 +1,4 @@
-"""Files in other encodings are read where that is certain, or the message converts them."""
+"""Files in other encodings are read if the encoding is certain, or rejected with a fix."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_command_in_the_message_converts_the_file(
         ("a.json", '[{"text": "héllo 你", "label": "a"}]'.encode),
     ],
 )
-def test_a_byte_order_mark_makes_an_encoding_certain(
+def test_a_file_with_a_byte_order_mark_is_read(
     encoding: str, name: str, made: Callable[[str], bytes], tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes(made(encoding))
@@ -77,7 +77,7 @@ def test_a_byte_order_mark_makes_an_encoding_certain(
     assert row == {"text": "héllo 你", "label": "a"}
 
 
-def test_a_file_of_two_encodings_is_not_to_be_converted(tmp_path: Path) -> None:
+def test_the_fix_for_a_file_in_two_encodings_is_not_to_convert_it(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes("été\n".encode() + "café\n".encode("latin-1"))
     error = refused(path)
@@ -88,7 +88,7 @@ def test_a_file_of_two_encodings_is_not_to_be_converted(tmp_path: Path) -> None:
     assert "truncated" in refused(path).what
 
 
-def test_byte_order_marks_of_joined_files_are_removed(tmp_path: Path) -> None:
+def test_byte_order_marks_of_concatenated_files_are_removed(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('\ufeff{"text": "a"}\n\ufeff{"text": "b"}\n')
     (tmp_path / "a.txt").write_text("\ufeffa\n\ufeffb\n")
     for name in ("a.jsonl", "a.txt"):

@@ -1,4 +1,4 @@
-"""Tools and tool calls in the forms that other trainers write them in."""
+"""Tools and tool calls in the formats of other training libraries."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .toys import CHATML, TOOLS, byte_level
 QUESTION = {"role": "user", "content": "Rain?"}
 ANSWER = {"role": "assistant", "content": "No."}
 RAIN = tool("weather", "city")
-# As gpt-oss's and Mistral's: it writes what it finds under `function`.
+# Like gpt-oss's and Mistral's templates: it reads a tool's fields under `function`.
 WRAPPED = (
     "{% for t in tools %}TOOL {{ t.function.name }} {{ t.function.description }}\n{% endfor %}"
     + CHATML
@@ -26,7 +26,7 @@ def called(city: str) -> dict[str, str]:
     }
 
 
-def test_calls_in_separate_messages_are_one_turn() -> None:
+def test_calls_in_separate_messages_become_one_turn() -> None:
     results = [{"role": "tool_response", "content": text} for text in ("none", "much")]
     says = {"role": "assistant", "content": "Let me see."}
     row = {
@@ -40,7 +40,7 @@ def test_calls_in_separate_messages_are_one_turn() -> None:
     )
 
 
-def test_a_call_that_is_not_learned_stays_a_turn_of_its_own() -> None:
+def test_an_unsupervised_call_stays_a_separate_turn() -> None:
     row = {
         "tools": [tool("weather", "city")],
         "messages": [QUESTION, called("Oslo"), {**called("Rome"), "loss": False}, ANSWER],
@@ -51,7 +51,7 @@ def test_a_call_that_is_not_learned_stays_a_turn_of_its_own() -> None:
     assert "Rome" in shown(row, byte_level(TOOLS))
 
 
-def test_bare_functions_are_wrapped_as_the_template_needs() -> None:
+def test_bare_functions_are_wrapped_if_the_template_needs_it() -> None:
     """LLaMA-Factory and xLAM write functions without `{"type": "function", "function": ...}`."""
     bare = {**tool("weather", "city")["function"], "description": "Is it wet?"}
     row = {"messages": [QUESTION, ANSWER], "tools": json.dumps([bare])}
@@ -60,8 +60,8 @@ def test_bare_functions_are_wrapped_as_the_template_needs() -> None:
     assert json.loads(as_written.removeprefix("TOOLS ")) == [bare]
 
 
-def test_calls_without_function_get_what_the_template_reads_them_from() -> None:
-    """Some write calls flat: `{"name": ..., "arguments": ...}`."""
+def test_flat_calls_are_rendered_by_templates_of_either_form() -> None:
+    """Some data sets write calls flat: `{"name": ..., "arguments": ...}`."""
     flat = {"name": "weather", "arguments": {"city": "Oslo"}}
     wrapped = {"type": "function", "function": flat}
     bare = TOOLS.replace("c.function.", "c.")
@@ -76,7 +76,7 @@ def test_calls_without_function_get_what_the_template_reads_them_from() -> None:
 
 
 def test_parameters_without_a_schema_that_a_template_leaves_out_are_noted() -> None:
-    """xLAM's parameters are a mapping of names, in which a template finds no `properties`."""
+    """xLAM's parameters map names to types directly, so that templates find no `properties`."""
     bare = {"name": "weather", "description": "Is it wet?", "parameters": {"city": {"type": "str"}}}
     row = {"messages": [QUESTION, ANSWER], "tools": [bare]}
     (shortened,) = rows_of(row, byte_level(WRAPPED))

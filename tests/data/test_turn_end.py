@@ -1,4 +1,4 @@
-"""The end of an assistant's turn, in templates in the manner of many models."""
+"""The token that ends an assistant's turn, with templates like those of many models."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LLAMA_3 = (
     "{% else %}<|eot_id|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
-# The first of Llama 3's: it asks for an answer whether it should or not.
+# The original template of Llama 3: it always adds the generation prompt.
 LLAMA_3_0 = LLAMA_3.partition("{% if add_generation_prompt %}")[0] + (
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
 )
@@ -59,7 +59,7 @@ VICUNA = (
     "{% for m in messages %}{% if m['role'] == 'user' %}USER: {{ m['content'] }} ASSISTANT:"
     "{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}"
 )
-# The end is written after a tool call alone.
+# The last turn has an end only if it is a tool call.
 HUNYUAN = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
     "{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{{ eos_token }}\n{% endif %}"
@@ -115,7 +115,7 @@ HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>
         "gpt-oss",
     ],
 )
-def test_a_turn_is_learned_up_to_its_end(
+def test_a_turn_is_supervised_up_to_and_including_its_end(
     template: str, eos: str, special: tuple[str, ...], learned: str
 ) -> None:
     words = tokenizer(template, eos=eos, special=special)
@@ -128,7 +128,7 @@ def test_a_turn_is_learned_up_to_its_end(
     assert sum(row.count("[[") for row in rows) == 2
 
 
-def test_several_turns_share_a_row_though_the_last_one_is_followed_by_more() -> None:
+def test_turns_share_a_row_even_if_the_template_writes_more_after_the_last_one() -> None:
     words = tokenizer(PHI, eos="<|endoftext|>", special=("<|user|>", "<|assistant|>", "<|end|>"))
     assert shown(chat("Hi", "Hello.", "Bye", "See you."), words) == [
         "<|user|>\nHi<|end|>\n<|assistant|>\n[[Hello.<|end|>]]\n<|user|>\nBye<|end|>\n"
@@ -136,7 +136,7 @@ def test_several_turns_share_a_row_though_the_last_one_is_followed_by_more() -> 
     ]
 
 
-def test_an_end_that_only_tool_calls_have_is_written_once() -> None:
+def test_an_end_that_the_template_leaves_out_is_added_once() -> None:
     words = tokenizer(HUNYUAN, eos="<eos>", special=("<|user|>", "<|assistant|>", "<|tool|>"))
     call = {"type": "function", "function": {"name": "rain", "arguments": {}}}
     messages: list[dict[str, Any]] = [
@@ -151,19 +151,19 @@ def test_an_end_that_only_tool_calls_have_is_written_once() -> None:
     ]
 
 
-def test_a_template_that_wants_a_system_prompt_has_an_end_too() -> None:
+def test_a_template_that_requires_a_system_prompt_has_an_end() -> None:
     end = turn_end(tokenizer(STRICT, eos="<|endoftext|>"))
     assert end is not None
     assert (end.text, end.written) == ("<|im_end|>", True)
 
 
-def test_without_a_template_it_is_eos() -> None:
+def test_without_a_template_the_end_is_eos() -> None:
     end = turn_end(tokenizer(None, eos="<|endoftext|>"))
     assert end is not None
     assert (end.text, end.written) == ("<|endoftext|>", False)
 
 
-def test_it_follows_the_template_when_that_is_replaced() -> None:
+def test_the_end_changes_when_the_template_is_replaced() -> None:
     words = tokenizer(CHATML, eos="<eos>", special=("<|im_end|>", "<end_of_turn>"))
     first = turn_end(words)
     words.chat_template = GEMMA
@@ -174,7 +174,7 @@ def test_it_follows_the_template_when_that_is_replaced() -> None:
 
 
 @pytest.mark.parametrize(("stops", "told"), [((), None), ((2,), [2])])
-def test_vllm_gets_an_end_token_that_the_model_does_not_list(
+def test_vllm_is_told_which_tokens_end_a_turn(
     stops: tuple[int, ...], told: list[int] | None
 ) -> None:
     asked = []

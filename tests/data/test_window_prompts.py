@@ -1,4 +1,4 @@
-"""Prompts from windows."""
+"""Prompts made from the documents in windows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stillhouse.data.window_prompts import window_prompts
 
 
 def window(*documents: tuple[list[int], list[bool]]) -> dict[str, Tensor]:
-    """Documents as (ids, supervised)."""
+    """A window of documents, each given as (ids, supervised)."""
     ids = [token for document, _ in documents for token in document]
     learned = [one for _, supervised in documents for one in supervised]
     return {
@@ -25,12 +25,12 @@ def chat(first: int, *, turns: int = 1) -> tuple[list[int], list[bool]]:
     return ids, ([False] * 5 + [True] * 3) * turns
 
 
-def test_a_chat_ends_before_its_last_answer() -> None:
+def test_the_prompt_of_a_chat_ends_before_its_last_answer() -> None:
     windows = [window(chat(10), chat(100, turns=2), ([0] * 4, [False] * 4))]
     assert window_prompts(windows, 9) == [list(range(10, 15)), list(range(100, 113))]
 
 
-def test_a_text_is_cut_after_its_beginning() -> None:
+def test_the_prompt_of_a_text_is_its_beginning() -> None:
     def text(first: int, length: int) -> tuple[list[int], list[bool]]:
         return list(range(first, first + length)), [False, *[True] * (length - 1)]
 
@@ -39,10 +39,10 @@ def test_a_text_is_cut_after_its_beginning() -> None:
     prefixed = list(range(100)), [False] * 3 + [True] * 97  # such as [gMASK]<sop>
     assert window_prompts([window(prefixed)], 9) == [list(range(32))]
     short = list(range(9)), [False] * 4 + [True] * 5
-    assert window_prompts([window(short)], 9) == [list(range(4))], "a chat"
+    assert window_prompts([window(short)], 9) == [list(range(4))], "treated as a chat"
 
 
-def test_the_prompts_are_different_and_spaced_over_all_windows() -> None:
+def test_prompts_are_distinct_and_spread_over_all_windows() -> None:
     windows = [window(chat(10), chat(10)), window(chat(20)), window(chat(30)), window(chat(40))]
     assert [prompt[0] for prompt in window_prompts(windows, 9)] == [10, 20, 30, 40]
     assert [prompt[0] for prompt in window_prompts(windows, 2)] == [10, 30]

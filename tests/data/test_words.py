@@ -1,4 +1,4 @@
-"""What counts as the same text, word and label, in many scripts."""
+"""Which texts, words, and labels count as the same, in many scripts."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ DIFFERENT = [
 
 
 @pytest.mark.parametrize(("one", "other"), SAME)
-def test_spellings_of_the_same_text(one: str, other: str) -> None:
+def test_spellings_of_the_same_text_are_equal(one: str, other: str) -> None:
     assert normalized(one) == normalized(other)
     assert words(one) == words(other)
     assert facts_of({"a": one}) == facts_of({"a": other})
 
 
 @pytest.mark.parametrize(("one", "other"), DIFFERENT)
-def test_texts_that_are_different(one: str, other: str) -> None:
+def test_different_texts_are_not_equal(one: str, other: str) -> None:
     assert normalized(one) != normalized(other)
     assert not same_text(one, other)
     assert bare(one) != bare(other)
@@ -76,7 +76,7 @@ def test_normalizing_is_idempotent_for_every_character() -> None:
         others = {character.upper(), character.lower(), unicodedata.normalize("NFD", character)}
         if any(normalized(other) != plain for other in (plain, *others)):
             wrong.append(character)
-    assert wrong == ["ı"]  # no language is known, so its capital is that of i
+    assert wrong == ["ı"]  # the language is unknown, so its capital is taken for that of i
 
 
 def test_words_keep_their_marks_and_lose_their_punctuation() -> None:
@@ -90,19 +90,19 @@ def test_words_keep_their_marks_and_lose_their_punctuation() -> None:
 @pytest.mark.parametrize(
     "text", ["สวัสดี", "ສະບາຍດີ", "ភាសាខ្មែរ", "မြန်မာ", "你好世界", "こんにちは", "ꦱꦸꦒꦼꦁ", "ᦟᦲᧅ"]
 )
-def test_a_script_without_spaces_has_a_word_a_character(text: str) -> None:
+def test_in_scripts_without_spaces_every_character_is_a_word(text: str) -> None:
     assert words(text) == list(text)
     assert words(f"a{text}b") == ["a", *text, "b"]
 
 
-def test_punctuation_of_every_script_around_a_label_does_not_count() -> None:
+def test_punctuation_around_a_label_is_ignored_in_every_script() -> None:
     for said in ("“spam”。", "「Spam」", "«spam»", "¡SPAM!", "spam।", "spam؟", "**spam**"):
         assert bare(said) == "spam"
     assert bare("-5%") == "-5%"
     assert bare("?!") == "?!"
 
 
-def test_a_phrase_is_found_where_words_begin_and_end() -> None:
+def test_a_phrase_is_found_only_at_word_boundaries() -> None:
     def found(phrase: str, text: str) -> bool:
         return bool(whole_words(normalized(phrase)).search(normalized(text)))
 
@@ -118,7 +118,7 @@ def test_a_phrase_is_found_where_words_begin_and_end() -> None:
     assert not found("មែ", "ខ្មែរ")  # the middle of a stack of consonants
 
 
-def test_what_is_collapsed_keeps_case_width_and_joiners() -> None:
+def test_collapsing_whitespace_keeps_case_width_and_joiners() -> None:
     assert collapsed("\ufeffa\r\n cafe\u0301") == "a café"
     assert collapsed("Ａ کتاب\u200cها") == "Ａ کتاب\u200cها"
     assert same_text("cafe\u0301\r\n", "café")
@@ -126,7 +126,7 @@ def test_what_is_collapsed_keeps_case_width_and_joiners() -> None:
     assert not same_text("Yes", "yes")
 
 
-def test_a_document_and_its_other_unicode_form_fall_on_one_side() -> None:
+def test_unicode_forms_of_a_document_have_the_same_group_hash() -> None:
     assert group_hash(Document("\ufeffcafe\u0301\r\n")) == group_hash(Document("café"))
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+from tests.chat_toys import CHATML as CHATML
+from tests.chat_toys import chat as chat
+from tests.chat_toys import write_jsonl as write_jsonl
+
 WITH_BOS = "{{ bos_token }}" + CHATML
 INSTRUCT = (
     "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
@@ -28,7 +26,7 @@ FORGETS_REASONING = (
 )
 # The generation prompt opens a <think> that a finished turn does not have.
 FORCES_REASONING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
-# Knows tools, and writes the arguments of calls as JSON.
+# Supports tools, and writes the arguments of calls as JSON.
 TOOLS = (
     "{% if tools %}TOOLS {{ tools | tojson }}\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] or '' }}"
@@ -36,14 +34,15 @@ TOOLS = (
     "{{ c.function.arguments | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Writes the arguments of calls as the text that they are, as DeepSeek's do.
+# Expects the arguments of calls as a string and writes it unchanged, like DeepSeek's template.
 TOOLS_AS_TEXT = TOOLS.replace("arguments | tojson", "arguments + ''")
-# Passes over roles that it does not know.
+# Skips messages with other roles.
 KNOWN_ROLES = (
     "{% for m in messages %}{% if m.role in ['system', 'user', 'assistant'] %}"
     "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# Rejects a chat that does not begin with a user's message.
 STRICT = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}"
 
 _CORPUS = [
@@ -72,7 +71,7 @@ def _byte_level(bos: bool) -> str:
 
 
 def byte_level(template: str | None = CHATML, *, bos: bool = False) -> Any:
-    """As SmolLM2's: byte-level BPE, no space before a text; padding is the end-of-turn token."""
+    """Like SmolLM2's: byte-level BPE without a prefix space; end of turn is the padding token."""
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_byte_level(bos)),
         bos_token="<s>",
@@ -93,7 +92,7 @@ def _metaspace() -> str:
 
 
 def metaspace(template: str | None = INSTRUCT) -> Any:
-    """As Llama 2's: a space is put before every text."""
+    """Like Llama 2's: a space is prepended to every text."""
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_metaspace()),
         bos_token="<s>",
@@ -101,14 +100,3 @@ def metaspace(template: str | None = INSTRUCT) -> Any:
         unk_token="<unk>",
         chat_template=template,
     )
-
-
-def write_jsonl(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def chat(*turns: str) -> list[dict[str, str]]:
-    """A conversation in which user and assistant take turns."""
-    roles = ["user", "assistant"]
-    return [{"role": roles[n % 2], "content": text} for n, text in enumerate(turns)]
