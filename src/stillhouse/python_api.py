@@ -42,6 +42,7 @@ from stillhouse.teachers.aligned_teacher import AlignedTeacher
 from stillhouse.teachers.local_teacher import LocalTeacher, local
 from stillhouse.teachers.model_source import ModelSource
 from stillhouse.teachers.older_names import save_tokenizer
+from stillhouse.teachers.served_teacher import ServedTeacher
 from stillhouse.teachers.several_teachers import combined
 from stillhouse.teachers.stored_teacher import StoredTeacher
 from stillhouse.teachers.teacher import Teacher, TeacherNeeds
@@ -270,7 +271,8 @@ def record(
     """Cache the teacher's signals for the training text, and return the store as a teacher.
 
     Resumes an unfinished store. encoding: how to store each distribution (`signals.encodings`);
-    None stores the 32 most likely tokens and the total probability of all others.
+    None stores the 32 most likely tokens (or those that a server returns) and the total probability
+    of all others.
     Raises SignalError if the store was started with different settings, StoreError if it is
     damaged, and RunError if another process is writing it.
     """
@@ -280,7 +282,7 @@ def record(
     teacher = _given_teacher(teacher)
     if isinstance(teacher, AlignedTeacher):
         teacher.prepare(TeacherNeeds(), text)  # merges its roots
-    kept = encoding or TopK(32)
+    kept = encoding or TopK(teacher.k if isinstance(teacher, ServedTeacher) else 32)
     fix = "make one with stillhouse.signals.encodings, such as TopK(32)"
     require_type(isinstance(kept, Encoding), kept, "encoding", "an encoding", fix, RecipeError)
     events, identity = record_store.events_of(teacher), record_store.identity_of(teacher)

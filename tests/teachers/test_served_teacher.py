@@ -353,7 +353,8 @@ def test_a_server_teaches_live_what_its_store_would(tmp_path: Path, server: Serv
     served = ServedTeacher(server.section, k=200, vocabulary=260, tokenizer=words)
     section = TrainRecipe(batch_size=4, precision="float32", max_steps=3, evaluate_every=3)
     found = []
-    recorded = record_signals(served, data, tmp_path, encoding=TopK(200))
+    recorded = record_signals(served, data, tmp_path)
+    assert recorded.store.settings.encoding == TopK(served.k)
     local = LocalTeacher(server.model, words)
     teachers: list[Teacher] = [served, recorded, local]
     for taught_by in teachers:
