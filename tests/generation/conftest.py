@@ -1,4 +1,4 @@
-"""What tests of requests to an endpoint share."""
+"""Fixtures for tests of requests to an endpoint."""
 
 from __future__ import annotations
 

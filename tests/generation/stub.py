@@ -1,7 +1,7 @@
-"""A server of chat completions that misbehaves on demand; the standard library and nothing else.
+"""A chat-completions server that misbehaves on demand, based only on the standard library.
 
-A script says how each request is answered. `Stub` runs the server in a thread of the test's own
-process; `python -m tests.generation.stub` runs it alone, for the benchmark.
+A script decides how each request is answered. `Stub` runs the server in a thread of the test's
+process; `python -m tests.generation.stub` runs it in a separate process, for the benchmark.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ HOST = "127.0.0.1"
 class Reply:
     """How one request is answered.
 
-    body: None makes a chat completion of `text`. raw: these bytes, of the head too, and then the
-    connection is closed. when: it is held back until this returns True.
-    delay: seconds before the first byte.
-    how: `hang` never answers; `cut` closes the connection in the middle of the body; `trickle`
-    sends a byte of it now and then, so that it never ends.
+    body: the response body; None: a chat completion with `text`. raw: bytes to send instead of a
+    response, including its headers; the connection is then closed. when: the reply is held back
+    until this returns True. delay: seconds before the first byte. how: `hang` never answers; `cut`
+    closes the connection in the middle of the body; `trickle` sends the body one byte at a time, so
+    slowly that it never ends.
     """
 
     text: str = "an answer"
@@ -72,10 +72,11 @@ def completion(reply: Reply, model: str) -> bytes:
 
 
 class Stub:
-    """Use as a context manager. key: the expected bearer token. models: their names.
+    """The server; use it as a context manager.
 
-    read: the payloads whose answers were certainly received: the client has sent its next request
-    by the same connection.
+    key: the expected bearer token. models: the names of the models that it serves. read: the
+    payloads whose answers have certainly been received, because the client has sent another request
+    over the same connection.
     """
 
     def __init__(

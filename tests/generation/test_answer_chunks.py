@@ -1,4 +1,4 @@
-"""The log-probabilities of an API with another tokenizer: likelihoods of chunks of its answers."""
+"""Likelihoods of chunks of answers, from the log-probabilities of an API with another tokenizer."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def row(answer: str) -> TokenRow:
 
 
 def api(*tokens: str | bytes, log_p: float = -0.5) -> list[dict[str, Any]]:
-    """An answer of these tokens. The log-probabilities are log_p, 2 log_p, 3 log_p, ..."""
+    """The API's positions for these tokens, with log-probabilities log_p, 2 log_p, 3 log_p, ..."""
     given = [one.encode() if isinstance(one, str) else one for one in tokens]
     return [
         {"token": one.decode("utf-8", "replace"), "bytes": list(one), "logprob": log_p * (n + 1)}
@@ -59,7 +59,7 @@ def api(*tokens: str | bytes, log_p: float = -0.5) -> list[dict[str, Any]]:
 
 
 def chunks(answer: str, given: list[dict[str, Any]]) -> dict[str, float]:
-    """The text of each chunk, and its log-likelihood."""
+    """The log-likelihood of each chunk, by its text."""
     found = align_chunks(row(answer), answer, given, ByteVocabulary.of(WORDS, len(WORDS)))
     parts: list[tuple[list[int], float]] = []
     for i, log_p, reported in zip(found.ids, found.log_probs, found.reported, strict=True):
@@ -76,19 +76,19 @@ def students_tokens(text: str) -> list[str]:
     return [WORDS.decode([i]) for i in ids]
 
 
-def test_chunks_lie_between_places_where_both_tokenizers_begin_a_token() -> None:
+def test_chunks_begin_where_both_tokenizers_begin_a_token() -> None:
     answer = "the cat sat"
     assert students_tokens(answer) == ["the", " cat", " ", "s", "a", "t"]
     found = chunks(answer, api("t", "he c", "at", " s", "at"))
     assert found == pytest.approx({"the cat": -0.5 - 1 - 1.5, " s": -2.0, "at": -2.5})
 
 
-def test_with_the_students_tokens_each_is_a_chunk() -> None:
+def test_each_token_is_a_chunk_if_the_tokenizers_agree() -> None:
     found = chunks("the cats", api(*students_tokens("the cats")))
     assert found == pytest.approx({"the": -0.5, " cat": -1.0, "s": -1.5})
 
 
-def test_the_text_is_found_after_reasoning_and_before_white_space() -> None:
+def test_the_text_is_found_between_reasoning_and_trailing_whitespace() -> None:
     given = api("<think>", "the cat", "</think>", "\n\n", "the", " cat", "\n")
     assert chunks("the cat", given) == pytest.approx({"the": -2.5, " cat": -3.0})
 
@@ -97,7 +97,7 @@ def test_text_that_begins_inside_a_token_has_no_chunk_before_the_next_boundary()
     assert chunks("the cat", api("\nthe", " cat")) == pytest.approx({" cat": -1.0})
 
 
-def test_characters_are_divided_between_tokens() -> None:
+def test_a_character_may_be_divided_between_tokens() -> None:
     first, second = "ä".encode()[:1], "ä".encode()[1:]
     found = chunks("the ä", api("the", b" " + first, second))
     assert found == pytest.approx({"the": -0.5, " \ufffd": -1.0, "\ufffd": -1.5})
@@ -111,7 +111,7 @@ def test_a_chunk_with_an_unknown_log_probability_is_left_out(log_p: Any) -> None
 
 
 @pytest.mark.parametrize("given", [None, [], api("the dog"), api("the"), [None, 7, {}]])
-def test_other_text_has_no_chunks(given: Any) -> None:
+def test_log_probabilities_of_different_text_yield_no_chunks(given: Any) -> None:
     assert chunks("the cat", given) == {}
 
 
@@ -121,9 +121,9 @@ def test_a_chunk_that_is_cut_off_is_left_out(kept: int, expected: list[float | N
         [1, 2, 3, 4, 5], [-1.0, None, -2.0, None, None], [True] * 4 + [False], True
     )
     found = whole.first(kept)
-    assert [one for one, reported in zip(found.log_probs, found.reported, strict=True) if reported]
-    assert found.log_probs[: len(expected)] == expected
-    assert sum(found.reported) == len(expected)
+    dropped = kept - len(expected)
+    assert found.log_probs == [*expected, *[None] * dropped]
+    assert found.reported == [True] * len(expected) + [False] * dropped
 
 
 # --- the store ---------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def test_a_store_returns_the_chunks_of_all_rows(found: list[ChunkedAnswer]) -> N
 
 @pytest.mark.run
 def test_a_student_learns_the_likelihoods_of_an_apis_chunks(tmp_path: Path) -> None:
-    """Every second answer has pairs of letters as its tokens."""
+    """The tokens of every second answer are pairs of letters."""
     with Stub(two_at_a_time) as stub:
         raw = soft(tmp_path, stub.url, objective={"terms": CHUNKS}, train={"max_steps": 2})
         stages = run(tmp_path, raw)
@@ -224,7 +224,7 @@ def test_a_student_learns_the_likelihoods_of_an_apis_chunks(tmp_path: Path) -> N
         ),
     ],
 )
-def test_what_chunks_of_answers_do_not_go_with_is_refused_before_the_api_is_called(
+def test_sections_that_conflict_with_chunks_are_rejected_before_any_request(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     def never(number: int, payload: dict[str, Any]) -> Reply:
@@ -238,7 +238,7 @@ def test_what_chunks_of_answers_do_not_go_with_is_refused_before_the_api_is_call
 
 
 @pytest.mark.run
-def test_answers_of_other_text_than_their_tokens_are_counted_and_rejected(tmp_path: Path) -> None:
+def test_answers_that_differ_from_their_tokens_are_counted_and_rejected(tmp_path: Path) -> None:
     def script(number: int, payload: dict[str, Any]) -> Reply:
         text, positions = ask_the_model(payload)
         return Reply(text=text, logprobs=positions[: -1 if number % 2 else None])

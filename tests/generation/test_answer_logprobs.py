@@ -1,4 +1,4 @@
-"""Soft labels through an API: the log-probabilities of an answer's tokens are learned."""
+"""Signals from the log-probabilities that an API returns for the tokens of its answers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ BYTES_OF = ByteVocabulary.of(TOKENIZER, 10**6).bytes_of
 
 
 def reported_at(token: int, log_probs_V: torch.Tensor) -> dict[str, Any]:
-    """A position as servers tell it: strings and bytes, and no ids."""
+    """One position of an answer as servers report it: strings and bytes, without token ids."""
     best = log_probs_V.topk(K)
 
     def one(i: int) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def reported_at(token: int, log_probs_V: torch.Tensor) -> dict[str, Any]:
 
 
 def ask_the_model(payload: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
-    """A teacher whose distribution is known: it writes the most likely letters of a tiny model."""
+    """A teacher with a known distribution: it writes a tiny model's most likely letters."""
     ids = prompt_ids(payload["messages"])
     positions = []
     for _ in range(LENGTH):
@@ -88,7 +88,7 @@ def run(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
     return {stage.name: stage for stage in result.stages}
 
 
-def test_the_store_has_the_models_own_most_likely_tokens_and_their_tail(tmp_path: Path) -> None:
+def test_the_store_contains_the_teachers_top_tokens_and_their_tail(tmp_path: Path) -> None:
     with Stub(script) as stub:
         raw = soft(tmp_path, stub.url, train={"max_steps": 2, "evaluate_every": 1})
         stages = run(tmp_path, raw)
@@ -118,7 +118,7 @@ def test_the_store_has_the_models_own_most_likely_tokens_and_their_tail(tmp_path
         torch.testing.assert_close(stored_NK[:LENGTH], best.values[:LENGTH], rtol=2e-3, atol=0)
         tail_N = 1 - best.values.sum(-1)
         torch.testing.assert_close(signal.tail_N[:LENGTH], tail_N[:LENGTH], rtol=0, atol=1e-6)
-        # The end of the turn is not reported: it is learned as it stands.
+        # The end of the turn is not reported, so it is stored with probability 1.
         assert int(signal.ids_NK[LENGTH, 0]) == TOKENIZER.eos_token_id
         assert stored_NK[LENGTH].tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]
         assert float(signal.tail_N[LENGTH]) == 0.0
@@ -130,7 +130,7 @@ def test_the_store_has_the_models_own_most_likely_tokens_and_their_tail(tmp_path
 
 
 def two_at_a_time(number: int, payload: dict[str, Any]) -> Reply:
-    """Every second answer has pairs of letters as its tokens."""
+    """The tokens of every second answer are pairs of letters."""
     text, positions = ask_the_model(payload)
     if number % 2:
         positions = [
@@ -141,7 +141,7 @@ def two_at_a_time(number: int, payload: dict[str, Any]) -> Reply:
     return Reply(text=text, logprobs=positions)
 
 
-def test_answers_with_other_tokens_are_counted_and_rejected(tmp_path: Path) -> None:
+def test_answers_that_are_tokenized_differently_are_counted_and_rejected(tmp_path: Path) -> None:
     with Stub(two_at_a_time) as stub:
         raw = soft(tmp_path, stub.url)
         with pytest.raises(
@@ -167,7 +167,7 @@ def row(prompt: str, answer: str) -> TokenRow:
 
 
 def positions(text: str, *, p: float = 0.5) -> list[dict[str, Any]]:
-    """A token a character: it has the probability p, and `z` has 0.25."""
+    """One token per character, with probability p; `z` has probability 0.25 at each position."""
 
     def one(token: str, probability: float) -> dict[str, Any]:
         return {"token": token, "bytes": None, "logprob": math.log(probability)}
@@ -179,8 +179,8 @@ def first_ids(aligned: Any) -> str:
     return TOKENIZER.decode([next(iter(entries)) for entries in aligned.entries])
 
 
-def test_the_part_of_an_answer_that_is_kept_finds_its_tokens() -> None:
-    """Reasoning before it, and the end of the turn after it, where the server tells about that."""
+def test_tokens_of_the_kept_part_of_an_answer_are_found() -> None:
+    """Reasoning before it is skipped; the end of the turn after it is used if it is reported."""
     end = {**positions("e")[0], "token": "<|end|>"}
     given = [*positions("<think>ab</think>"), *positions("ab"), end]
     aligned = align(row("q", "ab"), "ab", given, 5, WORDS)
@@ -204,7 +204,7 @@ def test_tokens_outside_the_students_vocabulary_stay_in_the_tail() -> None:
     assert statistics.mass == pytest.approx(1.75)
 
 
-def test_parts_of_a_character_that_a_server_cannot_show() -> None:
+def test_parts_of_a_character_that_a_server_cannot_show_are_matched() -> None:
     """llama-cpp-python returns only text, and drops bytes of incomplete characters."""
     given = positions("a?")[:1] + [
         {"token": "", "bytes": None, "logprob": math.log(0.5), "top_logprobs": [
@@ -218,13 +218,13 @@ def test_parts_of_a_character_that_a_server_cannot_show() -> None:
     assert aligned.matched
     first, second = TOKENIZER("ä")["input_ids"]
     b = TOKENIZER("b")["input_ids"][0]
-    # The token that was written is known; another one that shows as nothing stays in the tail.
+    # The generated token is known; another token without text stays in the tail.
     assert aligned.entries[1] == {first: math.log(0.5), b: math.log(0.25)}
     assert aligned.entries[2] == {second: math.log(0.5), b: math.log(0.25)}
 
 
 @pytest.mark.parametrize("text", ["ab", "ax", "xbc", ""])
-def test_other_text_or_none_does_not_match(text: str) -> None:
+def test_log_probabilities_of_different_text_or_none_do_not_match(text: str) -> None:
     aligned = align(row("q", "abc"), "abc", positions(text), 5, WORDS)
     assert not aligned.matched
     assert not any(aligned.reported)
@@ -245,7 +245,7 @@ def test_invalid_probabilities_are_rejected() -> None:
         ({"signals": {"answers": {}, "store": "x"}}, "remove encoding, server, vllm, and store"),
     ],
 )
-def test_keys_that_do_not_go_together(
+def test_conflicting_keys_are_rejected(
     tmp_path: Path, changes: dict[str, Any], expected: str
 ) -> None:
     raw = soft(tmp_path, "http://127.0.0.1:1/v1")

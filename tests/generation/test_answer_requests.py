@@ -15,7 +15,7 @@ from tests.generation.stub import Reply, Stub
 
 
 @pytest.mark.run
-def test_a_lost_answer_may_be_billed_and_an_equal_request_is_paid_for_once(tmp_path: Path) -> None:
+def test_the_cost_includes_lost_answers_and_counts_equal_requests_once(tmp_path: Path) -> None:
     with Stub(once(Reply(how="cut"))) as stub:
         price = {"input": 10.0, "output": 30.0}
         api = ApiTeacher.model_validate({"base_url": stub.url, "model": "teacher", "price": price})
@@ -35,6 +35,6 @@ def test_a_lost_answer_may_be_billed_and_an_equal_request_is_paid_for_once(tmp_p
     )
 
 
-def test_a_summary_without_lost_answers_is_read() -> None:
+def test_the_cost_line_of_a_summary_without_lost_answers() -> None:
     assert cost_line({"usd": 0.5}) == "$0.5000"
     assert cost_line({"usd": None}) == "unknown"

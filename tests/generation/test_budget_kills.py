@@ -1,4 +1,4 @@
-"""A budget holds however often the process is killed."""
+"""A budget is never exceeded, however often the process is killed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PRICE = Price(input=10.0, output=30.0)
 
 
 def send_within_budget(path: Path, url: str, usd: float) -> None:
-    """What a run does: what the journal has of the requests counts as spent already."""
+    """Send requests as a run does: what the journal records for them counts as spent."""
     asked = requests(url, 60)
     with Journal(path) as journal:
         budget = Budget(max_usd=usd)
@@ -32,13 +32,13 @@ def test_requests_in_flight_at_a_kill_count_as_spent(tmp_path: Path) -> None:
     with Stub(lambda number, payload: Reply(how="hang")) as stub:
         worst = worst_case(requests(stub, 1)[0], PRICE)
         arguments = (tmp_path / "j.sqlite", stub.url, worst.usd * 7.5)
-        for sent in (4, 7):  # four at once; then there is room for three
+        for sent in (4, 7):  # four in parallel; the rest of the budget allows three
             child = Fork(send_within_budget, *arguments)
             deadline = time.monotonic() + 60
             while len(stub.payloads) < sent and time.monotonic() < deadline:
                 time.sleep(0.01)
             child.send_signal(signal.SIGKILL)
             child.wait(timeout=60)
-        child = Fork(send_within_budget, *arguments)  # for none: it ends by itself
+        child = Fork(send_within_budget, *arguments)  # sends nothing and ends by itself
         assert child.wait(timeout=60) == 0, child.communicate()
         assert len(stub.payloads) == 7

@@ -1,4 +1,4 @@
-"""Generators: token ids in; token ids, log-probabilities and a stop reason out."""
+"""Generators: token ids in; token ids, log-probabilities, and a stop reason out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stillhouse.generation.request import Answer, Failure, Request
 from tests import tiny
 
 ENDS = frozenset(range(24))
-"""So many that a random model writes one now and then."""
+"""Tokens that end an answer, enough that a random model occasionally writes one."""
 
 
 def prompts(**how: float | bool) -> list[TokenPrompt]:
@@ -25,7 +25,7 @@ def prompts(**how: float | bool) -> list[TokenPrompt]:
 
 
 def written(generator: Generator, asked: list[TokenPrompt]) -> list[Continuation]:
-    """In the order of the prompts."""
+    """The continuations, in the order of the prompts."""
     found = dict(generator.generate(asked))
     return [found[number] for number in range(len(asked))]
 
@@ -50,7 +50,7 @@ def test_greedy_tokens_are_the_most_probable_and_stop_at_an_end_token(batch: int
         assert (found.ids[-1] in ENDS) == (found.stop == "stop")
         assert found.stop == "stop" or len(found.ids) == prompt.max_tokens
         stops.add(found.stop)
-    assert stops == {"stop", "length"}, "the toy must show both"
+    assert stops == {"stop", "length"}, "the toy model must produce both"
 
 
 def test_equal_seeds_generate_equal_text() -> None:
@@ -64,7 +64,7 @@ def test_equal_seeds_generate_equal_text() -> None:
 
 
 class Scripted:
-    """Writes the prompt's last token until there are enough, in an order of its own."""
+    """Repeats each prompt's last token, the last prompt first; aborts answers of 7 tokens."""
 
     window = 40
 
@@ -75,19 +75,19 @@ class Scripted:
 
 
 def test_any_generator_answers_chats() -> None:
-    """A prompt that is too long, and an answer that the engine gave up, fail alone."""
+    """A prompt that is too long, and an answer that the engine aborts, do not affect the others."""
     requests = [
         Request("local", "m", ({"role": "user", "content": text},), {"max_tokens": tokens})
         for text, tokens in (("a", 3), ("b" * 90, 3), ("c", 7), ("d", 2))
     ]
     answers = TextGenerator(Scripted(), tiny.tokenizer()).answers(requests)
     found = {request.key: outcome for request, outcome in answers}
-    first, long, given_up, last = (found[request.key] for request in requests)
+    first, long, aborted, last = (found[request.key] for request in requests)
     assert isinstance(first, Answer)
     assert isinstance(last, Answer)
     assert (first.completion_tokens, last.completion_tokens) == (3, 2)
     assert (first.finish_reason, first.cost) == ("length", 0.0)
     assert isinstance(long, Failure)
     assert "the model reads 40" in long.reason
-    assert isinstance(given_up, Failure)
-    assert given_up.reason == "the engine ended the answer: abort"
+    assert isinstance(aborted, Failure)
+    assert aborted.reason == "the engine ended the answer: abort"

@@ -16,7 +16,7 @@ KEY = b"a key"
 @pytest.mark.parametrize(
     "said", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\0\0\0\4none"], ids=["nothing", "HTTP", "a message"]
 )
-def test_connections_of_others_are_ignored(said: bytes) -> None:
+def test_connections_without_the_key_are_ignored(said: bytes) -> None:
     with Listener(("127.0.0.1", 0)) as listener:
         found: list[Connection] = []
         accepting = threading.Thread(target=lambda: found.append(next(_known(listener, KEY))))
@@ -30,7 +30,7 @@ def test_connections_of_others_are_ignored(said: bytes) -> None:
             found[0].close()
 
 
-def test_a_listener_that_fails_is_an_error() -> None:
+def test_a_closed_listener_is_an_error() -> None:
     with Listener(("127.0.0.1", 0)) as listener:
         pass
     with pytest.raises(OSError, match="closed"):

@@ -1,4 +1,4 @@
-"""What was paid for is on the disk when it arrives, is found again, and is never bought twice."""
+"""The journal commits every answer when it arrives, so that none is lost or paid for twice."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ ANSWER = Answer(
 # --- the key -----------------------------------------------------------------------------------
 
 
-def test_the_same_request_has_the_same_key_however_its_parts_are_ordered() -> None:
-    turned = Request(
+def test_the_key_of_a_request_does_not_depend_on_the_order_of_its_parts() -> None:
+    reordered = Request(
         REQUEST.endpoint,
         REQUEST.model,
         ({"content": "Say hello.", "role": "user"},),
         {"max_tokens": 32, "temperature": 0.7},
     )
-    assert turned.key == REQUEST.key
+    assert reordered.key == REQUEST.key
     assert len(REQUEST.key) == 64
 
 
@@ -62,11 +62,11 @@ def test_the_same_request_has_the_same_key_however_its_parts_are_ordered() -> No
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_whatever_shapes_the_answer_changes_the_key(change: dict[str, object]) -> None:
+def test_everything_that_affects_the_answer_changes_the_key(change: dict[str, object]) -> None:
     assert replace(REQUEST, **change).key != REQUEST.key  # type: ignore[arg-type]
 
 
-def test_an_endpoint_keeps_no_credentials() -> None:
+def test_credentials_are_removed_from_an_endpoint() -> None:
     given = "https://ann:secret@api.example.org:8443/v1/?token=secret"
     assert endpoint_of(given) == "https://api.example.org:8443/v1"
     assert endpoint_of("http://127.0.0.1:8080") == "http://127.0.0.1:8080"
@@ -84,7 +84,7 @@ def test_a_stored_answer_is_returned_complete(tmp_path: Path) -> None:
         assert journal.get(REQUEST.key) == ANSWER
 
 
-def test_the_first_answer_stays(tmp_path: Path) -> None:
+def test_the_first_answer_is_kept(tmp_path: Path) -> None:
     with Journal(tmp_path / "j.sqlite") as journal:
         journal.record(REQUEST, ANSWER).result(timeout=10)
         journal.record(REQUEST, replace(ANSWER, text="another")).result(timeout=10)
@@ -104,7 +104,7 @@ def test_failures_keep_their_reason_and_what_they_may_have_cost(tmp_path: Path) 
         assert journal.get(REQUEST.key) is None
 
 
-def test_text_that_is_not_unicode_is_stored_as_well_as_it_can_be(tmp_path: Path) -> None:
+def test_a_lone_surrogate_is_stored_as_a_question_mark(tmp_path: Path) -> None:
     with Journal(tmp_path / "j.sqlite") as journal:
         journal.record(REQUEST, replace(ANSWER, text="half \ud83d")).result(timeout=10)
         answer = journal.get(REQUEST.key)
@@ -112,7 +112,7 @@ def test_text_that_is_not_unicode_is_stored_as_well_as_it_can_be(tmp_path: Path)
         assert answer.text == "half ?"
 
 
-def test_a_row_that_cannot_be_stored_fails_alone(tmp_path: Path) -> None:
+def test_a_row_that_cannot_be_stored_does_not_affect_the_others(tmp_path: Path) -> None:
     odd = replace(ANSWER, finish_reason={"type": "stop"})  # type: ignore[arg-type]
     with Journal(tmp_path / "j.sqlite") as journal:
         with journal._reading:  # all of them wait for one commit
@@ -127,7 +127,7 @@ def test_a_row_that_cannot_be_stored_fails_alone(tmp_path: Path) -> None:
         assert journal.counts() == (19, 0)
 
 
-def test_closing_commits_what_still_waits(tmp_path: Path) -> None:
+def test_closing_commits_the_rows_that_are_waiting(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j.sqlite")
     for sample in range(3000):
         journal.record(replace(REQUEST, sample=sample), ANSWER)
@@ -136,7 +136,7 @@ def test_closing_commits_what_still_waits(tmp_path: Path) -> None:
         assert journal.counts() == (3000, 0)
 
 
-# --- accidents ---------------------------------------------------------------------------------
+# --- kills, and files that cannot be used ------------------------------------------------------
 
 _WRITER = """
 import sys
@@ -171,7 +171,7 @@ def test_kill_9_loses_no_answer_that_was_committed(tmp_path: Path) -> None:
             assert answer.text == f"answer {sample}"
 
 
-def test_a_second_process_raises(tmp_path: Path) -> None:
+def test_a_journal_can_be_opened_only_once_at_a_time(tmp_path: Path) -> None:
     with (
         Journal(tmp_path / "j.sqlite"),
         pytest.raises(RunError, match="another process is writing this journal"),
@@ -199,7 +199,7 @@ def test_a_database_of_another_program_is_unchanged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", ["", "-wal", "-shm", ".lock"])
-def test_a_folder_where_a_file_of_the_journal_should_be_is_named(tmp_path: Path, end: str) -> None:
+def test_a_folder_in_place_of_a_file_of_the_journal_is_reported(tmp_path: Path, end: str) -> None:
     path = tmp_path / f"j.sqlite{end}"
     path.mkdir()
     with pytest.raises(RunError, match="there is a folder") as caught:
@@ -207,7 +207,7 @@ def test_a_folder_where_a_file_of_the_journal_should_be_is_named(tmp_path: Path,
     assert caught.value.where == str(path)
 
 
-def test_a_journal_may_be_in_a_folder_with_any_name(tmp_path: Path) -> None:
+def test_the_name_of_a_journals_folder_may_contain_special_characters(tmp_path: Path) -> None:
     path = tmp_path / "100%20 of?#" / "j.sqlite"
     path.parent.mkdir()
     Journal(path).close()
@@ -219,7 +219,7 @@ def test_a_journal_may_be_in_a_folder_with_any_name(tmp_path: Path) -> None:
 def test_a_journal_that_cannot_be_opened_for_writing_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: int
 ) -> None:
-    """If only a later connection fails, no caller waits for what is never written."""
+    """If only a later connection fails, no caller waits for a commit that never happens."""
     plain, opened = journal_file._connect, []
 
     def connect(path: Path) -> sqlite3.Connection:
@@ -268,13 +268,13 @@ def test_a_request_that_was_in_flight_at_a_kill_counts_as_billed(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "j.sqlite"
-    with Journal(path) as journal:  # a kill: neither recorded nor released
+    with Journal(path) as journal:  # as in a killed run, neither recorded nor released
         journal.reserve(REQUEST, 0.02, 700).result(timeout=10)
         assert journal.billed_failures(REQUEST.key) == (0.0, 0)
     with Journal(path) as journal:
         assert journal.billed_failures(REQUEST.key) == (0.02, 700)
         assert "1 requests were in flight" in capfd.readouterr().err
-    with Journal(path) as journal:  # once
+    with Journal(path) as journal:  # counted only once
         assert journal.billed_failures(REQUEST.key) == (0.02, 700)
 
 
@@ -303,7 +303,7 @@ def filled(path: Path, answers: int = 400) -> None:
 
 
 def whole_answers(path: Path, answers: int = 400) -> int:
-    """How many answers there are. Every one that is there is the one that was recorded."""
+    """The number of answers in the journal, each of which must be the one that was recorded."""
     found = 0
     with Journal(path) as journal:
         for sample in range(answers):
@@ -350,13 +350,13 @@ def test_a_changed_cost_of_a_failed_request_is_reported(
     assert "1 failed requests in it are lost" in said
 
 
-def test_zeroed_pages_cost_the_answers_in_them(
+def test_zeroed_pages_lose_only_the_answers_in_them(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "j.sqlite"
     filled(path)
     content = bytearray(path.read_bytes())
-    leaf = 10  # SQLite's type of a page with rows, and not with the numbers of other pages
+    leaf = 10  # the type of an SQLite page that contains rows, not the numbers of other pages
     pages = range(len(content) // 2 // 4096 * 4096, len(content), 4096)
     middle = next(at for at in pages if content[at] == content[at + 4096] == leaf)
     content[middle : middle + 2 * 4096] = bytes(2 * 4096)
@@ -369,7 +369,7 @@ def test_zeroed_pages_cost_the_answers_in_them(
 def test_answers_lost_with_a_write_ahead_log_are_reported(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """SQLite opens such a file as if nothing was wrong."""
+    """SQLite opens such a file as if nothing were wrong."""
     path = tmp_path / "j.sqlite"
     filled(path, 10)
     before = path.read_bytes()
@@ -392,11 +392,11 @@ def test_failed_requests_lost_with_a_write_ahead_log_are_reported(
     assert whole_answers(path, 10) == 10
     assert "has lost its last 2 writes" in capfd.readouterr().err
     assert whole_answers(path, 10) == 10
-    assert "lost" not in capfd.readouterr().err, "it is said once"
+    assert "lost" not in capfd.readouterr().err, "the loss is reported once"
 
 
 def test_a_commit_is_counted_before_its_caller_is_notified(tmp_path: Path) -> None:
-    """So that its loss is said, whenever the process was killed."""
+    """So that its loss is reported, no matter when the process is killed."""
     lock = tmp_path / "j.sqlite.lock"
     with Journal(tmp_path / "j.sqlite") as journal:
         counts = []
@@ -408,7 +408,7 @@ def test_a_commit_is_counted_before_its_caller_is_notified(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("seed", range(20))
 def test_no_flipped_bit_changes_an_answer(tmp_path: Path, seed: int) -> None:
-    """It is found, or it was in space that is not used."""
+    """Each is detected, or in unused space."""
     path = tmp_path / "j.sqlite"
     filled(path, 60)
     content, chance = bytearray(path.read_bytes()), random.Random(seed)

@@ -1,4 +1,4 @@
-"""llama.cpp's own server, with the real SmolLM2: `make test-llama`."""
+"""Requests to llama.cpp's server with the real SmolLM2; `make test-llama` runs these tests."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Server:
         return f"http://{HOST}:{self.port}/v1"
 
     def start(self) -> None:
-        """Waits until it answers."""
+        """Start the server, and wait until it answers."""
         command = [sys.executable, "-m", "llama_cpp.server", "--model", str(self.model)]
         command += ["--model_alias", "smollm2", "--host", HOST, "--port", str(self.port)]
         command += ["--api_key", KEY, "--n_ctx", "1024", "--logits_all", "True"]
@@ -166,7 +166,7 @@ def test_answered_requests_are_not_sent_again(tmp_path: Path, server: Server) ->
     assert [file for file in files if KEY.encode() in file.read_bytes()] == []
 
 
-def test_a_wrong_key_is_named_at_once(
+def test_a_wrong_key_is_reported_immediately(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(VARIABLE, "sk-wrong")
@@ -175,11 +175,11 @@ def test_a_wrong_key_is_named_at_once(
     assert VARIABLE in str(caught.value)
 
 
-def test_restarting_a_killed_server_loses_nothing(
+def test_no_answer_is_lost_if_the_server_is_killed_and_restarted(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(VARIABLE, KEY)
-    # Another text than before, so that the answers take their time.
+    # Longer answers than in the other tests, so that some are missing when the server is killed.
     path = write(tmp_path, server, sampling={"max_tokens": 48})
     found: list[Synthesis | None] = []
     work = threading.Thread(target=lambda: found.append(synthesize_text(path)))
@@ -198,11 +198,11 @@ def test_restarting_a_killed_server_loses_nothing(
         assert opened.counts()[0] == len(QUESTIONS)
 
 
-def test_its_log_probabilities_match_those_of_the_same_model_here(
+def test_the_servers_log_probabilities_match_those_of_the_same_model_in_transformers(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file's weights are of few bits, and llama.cpp rounds activations to eight on the way:
-    probabilities that are close, and the same top token wherever it is so by some margin."""
+    """The file's weights have few bits, and llama.cpp rounds activations to eight, so probabilities
+    must only be close, and the top token must be the same only where it leads by some margin."""
     monkeypatch.setenv(VARIABLE, KEY)
     path = write(tmp_path, server, sampling={"top_logprobs": 5})
     store = open_store(record_signals(path).resolve())
@@ -223,7 +223,7 @@ def test_its_log_probabilities_match_those_of_the_same_model_here(
         p_NV, ids_NK = p_NV[reported_N], signal.ids_NK[reported_N].long()
         best_N2 = p_NV.topk(2)
         clear_N = best_N2.values[:, 0] - best_N2.values[:, 1] > 0.1
-        # This server cannot show parts of characters: where they are likely, the tail has them.
+        # This server cannot show parts of characters; likely ones are in the tail.
         clear_N &= signal.tail_N[reported_N] < 0.5
         same.append((ids_NK[:, 0] == best_N2.indices[:, 0])[clear_N].float())
         stored_NK = signal.log_probs_NK[reported_N].exp()

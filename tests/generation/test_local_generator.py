@@ -34,7 +34,7 @@ from tests import tiny
 pytestmark = pytest.mark.run
 
 ENDS = list(range(24))
-"""Tokens that end an answer: so many that random models write one now and then."""
+"""Tokens that end an answer, enough that random models occasionally write one."""
 
 
 def requests(count: int, seed: int = 0, **parameters: Any) -> list[Request]:
@@ -63,7 +63,7 @@ def answered(model: Any, asked: Any, batch: int = 32) -> dict[str, Answer | Fail
 
 
 def reference(model: Any, request: Request) -> tuple[str, int]:
-    """What transformers writes to the prompt alone, greedily, and how many tokens."""
+    """The greedy answer of `model.generate` to this prompt alone, and its number of tokens."""
     tokenizer = tiny.tokenizer()
     ids = tokenizer.apply_chat_template(
         [dict(message) for message in request.messages],
@@ -115,7 +115,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_greedy_answers_are_those_of_generate(name: str) -> None:
+def test_greedy_answers_equal_those_of_generate(name: str) -> None:
     model = MODELS[name]()
     model.generation_config.eos_token_id = ENDS
     asked = requests(40)
@@ -129,7 +129,7 @@ def test_greedy_answers_are_those_of_generate(name: str) -> None:
             assert isinstance(answer, Answer)
             assert (answer.text, answer.completion_tokens) == text_and_tokens, f"batch {batch}"
             endings.add(answer.finish_reason)
-        assert endings == {"stop", "length"}, "the toy must show both"
+        assert endings == {"stop", "length"}, "the toy model must produce both"
 
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3}
@@ -143,7 +143,7 @@ RECURRENT = {
 
 
 @pytest.mark.parametrize("name", RECURRENT)
-def test_models_with_other_caches_answer_like_generate(name: str) -> None:
+def test_models_with_other_caches_generate_the_same_as_without_a_cache(name: str) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(RECURRENT[name]()).eval()
     prompts = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
@@ -157,7 +157,7 @@ def test_models_with_other_caches_answer_like_generate(name: str) -> None:
         assert list(found[number].ids) == ids[0, len(prompt) :].tolist()
 
 
-def test_answers_come_while_later_prompts_are_not_yet_read() -> None:
+def test_answers_arrive_before_later_prompts_are_read() -> None:
     read = 0
 
     def many() -> Any:
@@ -187,7 +187,7 @@ def test_there_are_no_more_slots_than_prompts(prompts: int, slots: int, monkeypa
 
 
 def test_a_cache_has_room_for_all_waiting_prompts_from_the_start(monkeypatch: Any) -> None:
-    """Growing, it would exist twice for a moment, and leave gaps on the heap."""
+    """A cache that grows exists twice for a moment, and leaves gaps on the heap."""
     asked = [Request("local", "tiny", ({"role": "user", "content": "a" * size},), {"max_tokens": 9})
              for size in (1, 30, 150)]  # fmt: skip
     sizes: list[int] = []
@@ -203,8 +203,8 @@ def test_a_cache_has_room_for_all_waiting_prompts_from_the_start(monkeypatch: An
     assert set(sizes) == {256}
 
 
-def test_keys_and_values_are_freed_with_the_cache() -> None:
-    """At once: found only by the garbage collector, they would add to the peak of training."""
+def test_keys_and_values_are_freed_immediately_with_the_cache() -> None:
+    """If they waited for the garbage collector, they would add to the peak memory of training."""
     cache = SlotCache(2, 3)
     layer = weakref.ref(cache.layers[0])
     gc.disable()
@@ -215,7 +215,7 @@ def test_keys_and_values_are_freed_with_the_cache() -> None:
         gc.enable()
 
 
-def test_models_with_windows_generate_in_batches() -> None:
+def test_models_with_sliding_windows_generate_in_batches() -> None:
     model = MODELS["gemma3 with some windows"]()
     asked = requests(40)
     passes: list[int] = []
@@ -239,7 +239,7 @@ def test_a_sampled_answer_depends_only_on_its_request(name: str) -> None:
     assert len(texts) > 6
 
 
-def test_a_prompt_beyond_the_models_window_fails_with_its_reason() -> None:
+def test_a_prompt_beyond_the_models_context_is_a_failure_with_a_reason() -> None:
     long = Request("local", "tiny", ({"role": "user", "content": "a" * 300},), {"max_tokens": 4})
     found = answered(tiny.llama(), [long, *requests(2)])
     failure = found[long.key]

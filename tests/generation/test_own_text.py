@@ -1,4 +1,4 @@
-"""A model's own answers, and the teacher's view of them, against one token at a time in float64."""
+"""A model's own answers, and their scores, compared with scoring one token at a time in float64."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from stillhouse.signals import lm_head as lm_head_module
 from tests import tiny
 
 ENDS = frozenset(range(24))
-"""Tokens that end an answer: so many that random models write one now and then."""
+"""Tokens that end an answer, enough that random models occasionally write one."""
 PROMPTS = [[5, 9, 30], [77], [40, 41, 42, 43, 44, 45, 46], [100, 3]]
 VOCABULARY = len(tiny.tokenizer())
 
@@ -47,7 +47,8 @@ def log_softmax(logits: list[float]) -> list[float]:
 
 
 def reference(model: Any, teacher: Any, answers: list[OwnAnswer], vocabulary: int) -> list[Any]:
-    """Rows of both KLs, the entropy and the teacher's log-probability, each prefix alone."""
+    """For each token: both KLs, the entropy, and the teacher's log-probability, computed in a
+    separate pass for each prefix."""
     model, teacher = model.double(), teacher.double()
     rows = []
     for answer in answers:
@@ -69,7 +70,7 @@ def reference(model: Any, teacher: Any, answers: list[OwnAnswer], vocabulary: in
 def test_scores_match_the_slow_reference(
     monkeypatch: pytest.MonkeyPatch, at_once: int, cut: int
 ) -> None:
-    """For any number of answers and rows at a time, and for heads with rows of padding."""
+    """For any number of answers and rows at a time, and for an LM head with padding rows."""
     monkeypatch.setattr(module, "ANSWERS_PER_FORWARD", at_once)
     monkeypatch.setattr(lm_head_module, "CHUNK_LOGITS", at_once * VOCABULARY)
     model, teacher = tiny.llama(1), tiny.llama(2)
@@ -89,7 +90,7 @@ def test_a_student_that_equals_its_teacher_has_no_kl() -> None:
     assert found.forward_kl_N.abs().max() == found.reverse_kl_N.abs().max() == 0
 
 
-def test_answers_do_not_depend_on_their_neighbors() -> None:
+def test_scores_do_not_depend_on_the_other_answers_in_a_batch() -> None:
     """Each answer scored alone has the scores that it has in a padded batch."""
     model, teacher = tiny.llama(1), tiny.llama(2)
     answers = answers_of(model)
@@ -115,7 +116,7 @@ def test_the_means_are_over_all_tokens_and_answers() -> None:
     )
 
 
-def test_sums_of_parts_are_the_sums_of_all() -> None:
+def test_sums_over_parts_add_up_to_the_sums_over_all_answers() -> None:
     model, teacher = tiny.llama(1), tiny.llama(2)
     answers = answers_of(model)
     halves = [answers[::2], answers[1::2]]
@@ -124,19 +125,19 @@ def test_sums_of_parts_are_the_sums_of_all() -> None:
     torch.testing.assert_close(sum(parts), whole, rtol=1e-5, atol=1e-5)
 
 
-def test_no_answers_are_no_measurement() -> None:
+def test_without_answers_there_is_no_measurement() -> None:
     model = tiny.llama(1)
     assert own_text(own_text_sums([], scored(model, model, [], VOCABULARY))) is None
 
 
-def test_repetition_counts_what_was_seen_earlier_in_the_answer() -> None:
+def test_repetition_counts_ngrams_that_occurred_earlier_in_the_answer() -> None:
     assert repeated_ngrams([1, 2, 3]) == (0, 0)
     assert repeated_ngrams([1, 2, 3, 4, 5]) == (0, 2)
     assert repeated_ngrams([1] * 10) == (6, 7)
     assert repeated_ngrams([1, 2, 3, 4, 9, 1, 2, 3, 4]) == (1, 6)
 
 
-def test_answers_come_in_the_order_of_their_prompts() -> None:
+def test_answers_are_in_the_order_of_their_prompts() -> None:
     model = tiny.llama(1)
     answers = answers_of(model, temperature=0.0)
     assert [list(one.prompt) for one in answers] == PROMPTS
@@ -153,7 +154,7 @@ def test_prompts_that_fill_the_context_are_skipped() -> None:
     assert [(len(one.prompt), len(one.ids)) for one in answers] == [(12, 4), (3, 8)]
 
 
-def test_every_process_runs_the_model_equally_often() -> None:
+def test_the_number_of_forward_passes_can_be_fixed_for_sharded_models() -> None:
     model, calls = tiny.llama(1), []
     model.model.register_forward_hook(lambda *_: calls.append(1))
     answers = answers_of(tiny.llama(1))

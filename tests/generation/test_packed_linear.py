@@ -1,4 +1,4 @@
-"""Layers with packed weights compute what they computed before, and are restored."""
+"""Layers with packed weights compute the same as with plain weights, and are restored."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ needs_packing = pytest.mark.skipif(not can_pack(torch.float32), reason="no oneDN
 
 
 @pytest.fixture(autouse=True)
-def forget() -> Iterator[None]:
+def forget_what_can_be_packed() -> Iterator[None]:
     yield
     can_pack.cache_clear()
 
@@ -71,7 +71,7 @@ def written(llama: Any, **options: Any) -> list[list[int]]:
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("bias", [False, True])
-def test_logits_are_those_of_plain_weights(dtype: torch.dtype, bias: bool) -> None:
+def test_logits_equal_those_of_plain_weights(dtype: torch.dtype, bias: bool) -> None:
     """For any number of rows."""
     require(dtype)
     llama = model(bias=bias).to(dtype)
@@ -91,7 +91,7 @@ def test_logits_are_those_of_plain_weights(dtype: torch.dtype, bias: bool) -> No
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_inputs_of_any_layout(dtype: torch.dtype) -> None:
+def test_inputs_may_have_any_memory_layout(dtype: torch.dtype) -> None:
     require(dtype)
     llama = model().to(dtype)
     head = llama.lm_head
@@ -110,7 +110,9 @@ def test_inputs_of_any_layout(dtype: torch.dtype) -> None:
 
 @needs_packing
 @pytest.mark.parametrize("batch", [1, 2, 8])
-def test_generation_packs_and_restores(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generation_packs_weights_and_restores_the_layers(
+    batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     llama = model(tied=True)
     plain = written(llama, batch=batch, pack=False)
@@ -127,7 +129,7 @@ def test_generation_packs_and_restores(batch: int, monkeypatch: pytest.MonkeyPat
     assert not any(map(is_packed, linear_layers(llama)))
 
 
-def test_few_tokens_are_written_with_plain_weights() -> None:
+def test_short_answers_are_generated_with_plain_weights() -> None:
     llama = model()
     seen: list[bool] = []
     llama.register_forward_pre_hook(lambda *_: seen.append(is_packed(llama.lm_head)))
@@ -135,7 +137,7 @@ def test_few_tokens_are_written_with_plain_weights() -> None:
     assert not any(seen)
 
 
-def test_each_generation_has_the_weights_of_its_time() -> None:
+def test_each_generation_uses_the_current_weights() -> None:
     llama, other = model(), model()
     generator = LocalGenerator(llama, frozenset())
     list(generator.generate(PROMPTS))
@@ -149,7 +151,7 @@ def test_each_generation_has_the_weights_of_its_time() -> None:
 
 
 @needs_packing
-def test_copies_are_freed_at_once() -> None:
+def test_packed_copies_are_freed_immediately() -> None:
     llama = model()
     with packed_linear(llama):
         copy = weakref.ref(llama.lm_head.forward)
@@ -158,7 +160,7 @@ def test_copies_are_freed_at_once() -> None:
 
 
 @needs_packing
-def test_weights_that_others_read_are_not_yielded() -> None:
+def test_weights_that_other_modules_read_are_not_yielded() -> None:
     for tied in (True, False):
         llama = model(tied=tied)
         with packed_linear(llama) as only:
@@ -175,7 +177,7 @@ def test_weights_that_others_read_are_not_yielded() -> None:
 
 @needs_packing
 def test_hooks_of_layers_are_called() -> None:
-    """As those that round inputs in quantization-aware training."""
+    """Such as those that round inputs in quantization-aware training."""
     llama = model()
     ids_RL = torch.arange(6)[None]
     llama.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda _, given: given[0].round())
@@ -185,7 +187,7 @@ def test_hooks_of_layers_are_called() -> None:
 
 
 @needs_packing
-def test_other_layers_stay_as_they_are() -> None:
+def test_unsupported_layers_stay_unchanged() -> None:
     class Other(nn.Linear):
         pass
 
@@ -213,7 +215,9 @@ def test_other_layers_stay_as_they_are() -> None:
 
 @needs_packing
 @pytest.mark.parametrize("failure", ["operator", "numbers", "disabled", "memory"])
-def test_plain_weights_where_packing_fails(failure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_weights_are_used_if_packing_fails(
+    failure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     llama = model()
     plain = written(llama, pack=False)
     seen: list[bool] = []
@@ -237,7 +241,7 @@ def test_plain_weights_where_packing_fails(failure: str, monkeypatch: pytest.Mon
 
 @needs_packing
 @pytest.mark.parametrize("batch", [1, 2])
-def test_without_avx512_one_row_has_plain_weights(
+def test_without_avx512_a_single_row_uses_plain_weights(
     batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llama = model()
@@ -248,15 +252,15 @@ def test_without_avx512_one_row_has_plain_weights(
     assert set(seen) == {batch > 1}
 
 
-def test_bfloat16_needs_a_cpu_that_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_is_packed_only_if_the_cpu_supports_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     can_pack.cache_clear()
     assert not can_pack(torch.bfloat16)
     assert not can_pack(torch.float64)
 
 
-def test_recurrent_models_stay_as_they_are() -> None:
-    """They read the weights of their linear layers themselves."""
+def test_recurrent_models_stay_unchanged() -> None:
+    """Such models read the weights of their linear layers directly."""
     config = MambaConfig(
         vocab_size=300, hidden_size=16, state_size=4, num_hidden_layers=1, use_mambapy=False
     )

@@ -1,4 +1,4 @@
-"""A server that misbehaves: which requests are sent again, and which fail."""
+"""Requests to a server that misbehaves: which are sent again, and which fail."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.generation.stub import Reply, Stub, error
 pytestmark = pytest.mark.run
 
 
-# --- what goes well ----------------------------------------------------------------------------
+# --- successful requests -----------------------------------------------------------------------
 
 
 def test_an_answer_has_all_fields_of_the_reply(journal: Journal) -> None:
@@ -62,7 +62,7 @@ def test_an_answer_has_all_fields_of_the_reply(journal: Journal) -> None:
     assert tally.spent == Spending(18, answer.cost)
 
 
-def test_tokens_that_only_the_total_counts_are_paid_for(journal: Journal) -> None:
+def test_tokens_that_only_the_total_includes_are_counted(journal: Journal) -> None:
     usage = {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 518}
     whole = {"choices": [{"message": {"content": "4"}}], "usage": usage}
     with Stub(lambda number, payload: Reply(body=json.dumps(whole).encode())) as stub:
@@ -74,7 +74,7 @@ def test_tokens_that_only_the_total_counts_are_paid_for(journal: Journal) -> Non
     assert answer.cost == pytest.approx((11 * 1 + 507 * 10) / 1e6)
 
 
-def test_an_unknown_price_stays_unknown(journal: Journal) -> None:
+def test_the_cost_of_an_answer_is_unknown_without_a_price(journal: Journal) -> None:
     with Stub() as stub:
         (asked,) = requests(stub, 1)
         run(journal, stub, [asked])
@@ -93,15 +93,15 @@ def test_no_answer_is_paid_for_twice_in_a_run_or_across_runs(journal: Journal) -
     assert (again.answered, again.reused) == (2, 20)
 
 
-def test_several_samples_of_a_prompt_are_several_requests(journal: Journal) -> None:
+def test_samples_of_the_same_prompt_are_separate_requests(journal: Journal) -> None:
     with Stub() as stub:
         (asked,) = requests(stub, 1)
         tally = run(journal, stub, [replace(asked, sample=n) for n in range(3)])
     assert tally.answered == 3
 
 
-def test_many_requests_are_in_flight_but_no_more_than_requested(journal: Journal) -> None:
-    """Sixteen in the beginning, and one more with each answer."""
+def test_requests_in_flight_reach_but_never_exceed_the_concurrency(journal: Journal) -> None:
+    """There are 16 at first, and one more with each answer."""
     stub: Stub
 
     def script(number: int, payload: dict[str, Any]) -> Reply:
@@ -115,7 +115,7 @@ def test_many_requests_are_in_flight_but_no_more_than_requested(journal: Journal
 def test_a_kill_loses_no_more_answers_than_were_in_flight(
     journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next request waits until the answer before it is in the journal, however slow that is."""
+    """Each worker's next request waits until its last answer is committed, even if that is slow."""
     committed: list[str] = []
     not_committed: list[int] = []
     record = journal.record
@@ -140,7 +140,7 @@ def test_a_kill_loses_no_more_answers_than_were_in_flight(
     assert max(not_committed) <= 4
 
 
-# --- what is asked again -----------------------------------------------------------------------
+# --- requests that are sent again --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_a_request_is_retried_after_a_temporary_failure(
         tally = run(journal, stub, [asked])
         assert len(stub.payloads) == 2
     assert (tally.answered, tally.failed) == (1, 0)
-    # What the provider may have billed without our seeing the answer counts as spent.
+    # An answer that was not received, but that the provider may have billed, counts as spent.
     assert tally.spent.tokens == 15 + (worst_case(asked, None).tokens if billed else 0)
     assert journal.billed_failures(asked.key)[1] == tally.spent.tokens - 15
 
@@ -172,7 +172,7 @@ def test_a_request_is_retried_after_a_temporary_failure(
 def test_a_request_is_retried_if_the_answer_never_ends(
     journal: Journal, how: Literal["hang", "trickle"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first time limit ends as soon as the server has the request, the others never."""
+    """The first timeout expires as soon as the server has the request, and the others never do."""
     limits: list[float] = []
 
     @asynccontextmanager
@@ -183,14 +183,14 @@ def test_a_request_is_retried_if_the_answer_never_ends(
             return
         task = asyncio.current_task()
         assert task is not None
-        while_it_answers = asyncio.create_task(cancel_when_received(task))
+        watching = asyncio.create_task(cancel_when_received(task))
         try:
             yield
         except asyncio.CancelledError:
             task.uncancel()
             raise TimeoutError from None
         finally:
-            while_it_answers.cancel()
+            watching.cancel()
 
     async def cancel_when_received(task: asyncio.Task[Any]) -> None:
         while not stub.payloads:
@@ -227,7 +227,9 @@ def test_retry_after_is_obeyed(journal: Journal) -> None:
         ({}, None),
     ],
 )
-def test_retry_after_comes_in_three_forms(headers: dict[str, str], seconds: float | None) -> None:
+def test_retry_after_may_be_in_seconds_in_milliseconds_or_invalid(
+    headers: dict[str, str], seconds: float | None
+) -> None:
     assert retry_after(headers) == seconds
 
 
@@ -237,7 +239,7 @@ def test_retry_after_may_be_a_date(monkeypatch: pytest.MonkeyPatch) -> None:
     assert retry_after({"retry-after": soon}) == 3600.0
 
 
-def test_a_server_that_keeps_failing_is_given_up_with_the_reason(journal: Journal) -> None:
+def test_requests_to_a_server_that_keeps_failing_fail_with_its_reason(journal: Journal) -> None:
     with Stub(lambda number, payload: error(500, "out of memory")) as stub:
         tally = run(journal, stub, requests(stub, 2))
         assert len(stub.payloads) == 2 * QUICK.attempts
@@ -254,7 +256,7 @@ def test_failed_requests_are_sent_again_by_the_next_run(journal: Journal) -> Non
         assert run(journal, stub, asked).answered == 3
 
 
-# --- what is not asked again -------------------------------------------------------------------
+# --- requests that are not sent again ----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -278,7 +280,7 @@ def test_failed_requests_are_sent_again_by_the_next_run(journal: Journal) -> Non
         "a completion that is no chat",
     ],
 )
-def test_a_fault_of_one_request_fails_it_alone_and_at_once(
+def test_a_faulty_request_fails_immediately_and_alone(
     journal: Journal, fault: Reply, kind: str, reason: str
 ) -> None:
     with Stub(once(fault)) as stub:
@@ -290,7 +292,7 @@ def test_a_fault_of_one_request_fails_it_alone_and_at_once(
     assert reason in found_reason
 
 
-def test_a_refusal_in_its_own_field_is_text(journal: Journal) -> None:
+def test_a_refusal_in_a_separate_field_is_the_text_of_the_answer(journal: Journal) -> None:
     reply = Reply(message={"content": None, "refusal": "I cannot help with that."})
     with Stub(lambda number, payload: reply) as stub:
         (asked,) = requests(stub, 1)
@@ -334,7 +336,7 @@ def test_a_field_of_the_wrong_type_counts_as_missing(journal: Journal) -> None:
     ],
     ids=["null", "nothing", "no choice", "parts"],
 )
-def test_an_answer_without_a_text_is_kept_and_not_bought_again(
+def test_an_answer_without_text_is_kept_and_not_paid_for_again(
     journal: Journal, change: dict[str, Any], text: str
 ) -> None:
     whole = {"usage": {"prompt_tokens": 9, "completion_tokens": 20}, **change}
@@ -351,7 +353,7 @@ def test_an_answer_without_a_text_is_kept_and_not_bought_again(
     assert answer.reasoning == ("hm" if whole["choices"] else None)
 
 
-# --- servers that are not trusted --------------------------------------------------------------
+# --- untrusted servers -------------------------------------------------------------------------
 
 
 def body(text: str = "4", **choice: Any) -> bytes:
@@ -391,7 +393,9 @@ def test_a_malformed_reply_is_one_failure_and_not_an_answer(journal: Journal, fa
 
 
 @pytest.mark.parametrize("reason", ["error", "abort", "cancelled"])
-def test_half_an_answer_is_sent_again(journal: Journal, reason: str) -> None:
+def test_a_request_whose_answer_was_interrupted_is_sent_again(
+    journal: Journal, reason: str
+) -> None:
     with Stub(once(Reply(text="The capital of", finish_reason=reason))) as stub:
         (asked,) = requests(stub, 1)
         assert run(journal, stub, [asked]).answered == 1
@@ -410,7 +414,9 @@ def test_half_an_answer_is_sent_again(journal: Journal, reason: str) -> None:
         ("SAFETY", "content_filter"),
     ],
 )
-def test_other_words_for_the_end_of_an_answer(journal: Journal, word: str, meaning: str) -> None:
+def test_other_names_of_finish_reasons_are_translated(
+    journal: Journal, word: str, meaning: str
+) -> None:
     with Stub(lambda number, payload: Reply(finish_reason=word)) as stub:
         (asked,) = requests(stub, 1)
         run(journal, stub, [asked])
@@ -429,7 +435,7 @@ def test_a_huge_reply_is_not_read_to_its_end(
     reply = Reply(body=gzip.compress(whole) if packed else whole, headers=headers)
     with Stub(once(reply)) as stub:
         (asked,) = requests(stub, 1)
-        assert run(journal, stub, [asked]).answered == 1  # the second time
+        assert run(journal, stub, [asked]).answered == 1  # by the second attempt
         assert len(stub.payloads) == 2
     ((_, kind, reason),) = journal.failures()
     assert (kind, "more than" in reason) == ("connection", True)

@@ -23,7 +23,7 @@ from tests.generation.stub import Reply, Stub, error
 pytestmark = pytest.mark.run
 
 
-# --- what stops everything ---------------------------------------------------------------------
+# --- errors ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -39,11 +39,11 @@ pytestmark = pytest.mark.run
     ],
     ids=["401", "403", "404", "no credit", "402", "200 with 403", "200 and no credit"],
 )
-def test_a_permanent_error_stops_at_once(
+def test_a_permanent_error_stops_all_requests_immediately(
     journal: Journal, fault: Reply, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*_: object) -> float:
-        raise AssertionError("it waits for another attempt")
+        raise AssertionError("the pool waits for another attempt")
 
     monkeypatch.setattr(Patience, "wait", never)
     with Stub(lambda number, payload: fault) as stub:
@@ -56,7 +56,7 @@ def test_a_permanent_error_stops_at_once(
 
 @pytest.fixture
 def stopping(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Set when a pool sends no more requests, and waits for those on their way, however long."""
+    """Set when a pool sends no more requests and waits, without a limit, for those in flight."""
     event, last_answers = threading.Event(), Pool._last_answers
 
     async def waits(pool: Pool, workers: list[asyncio.Task[None]]) -> None:
@@ -88,7 +88,7 @@ def test_an_answer_in_flight_arrives_after_a_permanent_error(
 def test_requests_in_flight_finish_unless_cancelled_twice(
     journal: Journal, times: int, stopping: threading.Event
 ) -> None:
-    """The server answers only after the first cancellation, and never where there is a second."""
+    """The server answers after the first cancellation, or never if there is a second one."""
     released = threading.Event()
 
     async def whole(stub: Stub, asked: list[Request]) -> None:
@@ -114,7 +114,7 @@ def test_requests_in_flight_finish_unless_cancelled_twice(
     assert journal.counts() == ((4, 0) if times == 1 else (0, 4))
 
 
-def test_a_server_that_is_not_there_stops_after_a_while(journal: Journal) -> None:
+def test_an_unreachable_server_is_an_error_after_several_failures(journal: Journal) -> None:
     with Stub() as stub:
         asked = requests(stub, 200)
     with pytest.raises(EndpointError, match="in a row failed"):
@@ -122,8 +122,9 @@ def test_a_server_that_is_not_there_stops_after_a_while(journal: Journal) -> Non
     assert {kind for _, kind, _ in journal.failures()} == {"connection"}
 
 
-def test_rejected_prompts_do_not_stop_a_run_if_others_are_answered(journal: Journal) -> None:
-    """Twice as many in a row as may fail; the others come after them, or before."""
+def test_rejected_prompts_do_not_stop_a_run_once_others_are_answered(journal: Journal) -> None:
+    """Prompts that were rejected in an earlier run come last. The first two runs stop after too
+    many rejected prompts; the third one begins with the others."""
     many = 2 * MOST_FAILURES
 
     def script(number: int, payload: dict[str, Any]) -> Reply:
@@ -135,7 +136,7 @@ def test_rejected_prompts_do_not_stop_a_run_if_others_are_answered(journal: Jour
         with pytest.raises(EndpointError, match="in a row failed"):
             run(journal, stub, asked, concurrency=1)
         assert len(stub.payloads) == MOST_FAILURES
-        with pytest.raises(EndpointError):  # the other refused ones come first now
+        with pytest.raises(EndpointError):  # the other half of the rejected prompts comes first
             run(journal, stub, asked, concurrency=1)
         tally = run(journal, stub, asked, concurrency=1)
         assert (tally.answered, tally.failed) == (5, many)
@@ -172,7 +173,7 @@ def test_an_invalid_base_url_is_rejected() -> None:
         Client("127.0.0.1:8080/v1", "teacher")
 
 
-def test_the_key_is_sent_and_appears_nowhere_even_if_the_server_repeats_it(
+def test_the_key_is_sent_and_removed_from_errors_that_repeat_it(
     journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TEACHER_KEY", KEY)
@@ -187,7 +188,7 @@ def test_the_key_is_sent_and_appears_nowhere_even_if_the_server_repeats_it(
     assert "bearer [key]" in str(caught.value).lower()
 
 
-def test_a_key_across_the_end_of_what_is_kept_of_a_message_is_not_cut_into(
+def test_a_key_is_removed_from_a_message_before_the_message_is_truncated(
     journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TEACHER_KEY", KEY)
@@ -215,7 +216,7 @@ def test_an_answer_that_repeats_the_key_is_kept_without_it(
     assert answer.logprobs is None
 
 
-def test_a_placeholder_for_a_key_is_a_word_that_answers_may_hold(
+def test_a_placeholder_key_is_not_removed_from_answers(
     journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TEACHER_KEY", "EMPTY")
@@ -247,7 +248,7 @@ def test_the_worst_case_of_a_request_includes_parameters_that_extend_the_prompt(
 
 @pytest.mark.parametrize("limit", ["usd", "tokens"])
 def test_requests_in_flight_never_exceed_the_budget(journal: Journal, limit: str) -> None:
-    """Every answer takes exactly its worst case: the hardest for a budget."""
+    """Every answer costs exactly its worst case, which is hardest for a budget."""
     price = Price(input=10.0, output=30.0)
     with Stub() as stub:
         asked = requests(stub, 60)
@@ -266,7 +267,7 @@ def test_requests_in_flight_never_exceed_the_budget(journal: Journal, limit: str
 
 
 def test_answers_below_their_worst_case_leave_room_for_more(journal: Journal) -> None:
-    """The worst case of all at once does not fit; what they really take does."""
+    """The worst case of all requests exceeds the budget; their actual cost does not."""
     with Stub(lambda number, payload: Reply(usage=(10, 5), delay=0.01)) as stub:
         asked = requests(stub, 30)
         budget = Budget(max_tokens=worst_case(asked[0], None).tokens * 2 + 30 * 15)
@@ -297,7 +298,7 @@ def test_a_redirect_is_not_followed(journal: Journal, status: int) -> None:
     assert other.url in str(raised.value)
 
 
-def test_long_answers_need_more_space_on_the_disk(
+def test_longer_answers_require_more_free_disk_space(
     journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Space that is enough for short answers is not enough once a long one has arrived."""
@@ -312,7 +313,7 @@ def test_long_answers_need_more_space_on_the_disk(
 def test_requests_stop_before_the_disk_is_full(
     journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ten answers fit; what is in flight then still arrives."""
+    """Ten answers fit; those that are in flight at that point still arrive."""
     free = iter([1 << 30] * 10)
     monkeypatch.setattr(Pool, "_disk_free", lambda _: next(free, 1 << 19))
     with Stub() as stub:

@@ -1,4 +1,4 @@
-"""How long a pool waits, and how many requests it sends at once, by the event loop's own time."""
+"""How long a pool waits, and how many requests it sends at once, in simulated time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ URL = "http://127.0.0.1:1/v1"
 def run(
     journal: Journal, send: Send, count: int, *, concurrency: int = 8, patience: Patience = QUICK
 ) -> tuple[Tally, float]:
-    """What came of `count` requests, and the seconds that it took."""
+    """Send `count` requests; return the tally, and the simulated seconds that they took."""
 
     async def whole() -> Tally:
         pool = Pool(send, journal, Budget(), concurrency=concurrency, patience=patience)
@@ -33,9 +33,9 @@ def too_many(wait: float | None = None) -> FailedAttempt:
     return FailedAttempt("rate_limit", "slow down", retry=True, wait=wait)
 
 
-def test_a_slow_server_is_waited_for_while_it_answers_anyone(journal: Journal) -> None:
-    """It gives one answer every 20 s, and says when; all of them take longer than the longest
-    wait for a server that answers nobody."""
+def test_a_slow_server_is_waited_for_as_long_as_it_answers_some_requests(journal: Journal) -> None:
+    """The server gives one answer every 20 s, and says when to retry. All answers together take
+    longer than the longest wait for a server that answers none."""
     next_one = 0.0
 
     async def ask(request: Request) -> Answer | FailedAttempt:
@@ -75,7 +75,7 @@ def test_a_pause_requested_by_the_server_delays_all_requests(journal: Journal) -
 
 
 def test_a_server_with_a_limit_is_neither_flooded_nor_starved(journal: Journal) -> None:
-    """It answers 429 beyond ten at once; every request is answered in the end."""
+    """The server returns 429 beyond ten requests at once; every request is answered in the end."""
     at_once = refused = 0
 
     async def ask(request: Request) -> Answer | FailedAttempt:
@@ -122,7 +122,7 @@ def test_a_few_slow_answers_do_not_lower_the_limit() -> None:
     run_at_once(whole())
 
 
-def test_the_limit_doubles_each_round_then_halves_once_a_burst_and_then_creeps() -> None:
+def test_the_limit_doubles_each_round_then_halves_once_per_burst_and_then_grows_slowly() -> None:
     async def whole() -> None:
         limit = AdaptiveLimit(256)
         assert limit.limit == 16

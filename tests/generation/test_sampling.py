@@ -1,4 +1,4 @@
-"""Tokens of a batch are those that are chosen for each row alone."""
+"""Sampling for a batch chooses the same tokens as sampling for each row alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stillhouse.generation.sampling import most_probable, next_tokens
 
 
 def drawn(logits_V: Tensor, temperature: float, top_p: float, uniform: float) -> int:
-    """The obvious way: sort, cut, add up."""
+    """The straightforward way: sort, remove what is outside the nucleus, and accumulate."""
     probabilities_V = torch.softmax(logits_V.double() / temperature, -1)
     if top_p < 1:
         order_V = probabilities_V.argsort(descending=True)
@@ -26,8 +26,8 @@ def drawn(logits_V: Tensor, temperature: float, top_p: float, uniform: float) ->
 
 
 @pytest.mark.parametrize("vocabulary", [3, 256, 1000, 3001])
-def test_a_batch_has_the_tokens_of_its_rows(vocabulary: int) -> None:
-    """Also if settings differ by row, and if a nucleus has more than 64, or 512, tokens."""
+def test_a_batch_gets_the_same_tokens_as_its_rows_alone(vocabulary: int) -> None:
+    """Settings differ between rows, and some nuclei have more than 64 or 512 tokens."""
     torch.manual_seed(vocabulary)
     chance = random.Random(vocabulary)
     settings = [*itertools.product([0.0, 0.5, 1.0, 3.0], [1.0, 0.999, 0.9, 0.3, 1e-9])]
@@ -72,7 +72,7 @@ def test_impossible_tokens_are_not_drawn(top_p: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocabulary", [1, 255, 256, 1025])
-def test_the_most_probable_token_is_the_first_of_equal_ones(
+def test_among_equally_probable_tokens_the_first_is_chosen(
     vocabulary: int, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The text of each token."""
+"""The text that each token adds to the decoded text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests import tiny
 @pytest.mark.parametrize(
     "text", ["", "plain words", "na\u00efve \U0001f600\u4e2d\u6587", "the the"]
 )
-def test_the_texts_are_the_decoded_text(text: str) -> None:
+def test_the_texts_of_all_tokens_form_the_decoded_text(text: str) -> None:
     tokenizer = tiny.merging_tokenizer()
     ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
     texts = token_texts(tokenizer, ids)
@@ -19,7 +19,7 @@ def test_the_texts_are_the_decoded_text(text: str) -> None:
     assert "".join(texts) == f"{text}<|end|>"
 
 
-def test_a_character_of_several_tokens_belongs_to_the_last() -> None:
+def test_a_character_of_several_tokens_belongs_to_the_last_one() -> None:
     tokenizer = tiny.tokenizer()
     assert token_texts(tokenizer, tokenizer("a\u00efb")["input_ids"]) == ["a", "", "\u00ef", "b"]
 

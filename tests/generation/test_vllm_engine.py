@@ -1,6 +1,6 @@
-"""Requests to vLLM and how its answers are read; a module of two classes stands in for it.
+"""Requests to vLLM and its answers, with a stub module of two classes in its place.
 
-Where it makes no difference, it is run by this Python and by another one.
+Tests with the fixture `anywhere` run once in this Python and once in a separate environment.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def stub_in(folder: Path) -> Path:
 
 
 def use_stub(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This Python has the package, in a machine that says it has two GPUs."""
+    """Let this Python import the package, on a machine that reports two GPUs."""
     monkeypatch.syspath_prepend(str(package.parent))
     monkeypatch.setenv("PYTHONPATH", str(package.parent), prepend=os.pathsep)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -124,7 +124,7 @@ def test_vllm_gets_one_of_the_gpus_that_this_process_may_use(
 
 @pytest.fixture
 def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a package `vllm` that this Python has."""
+    """The folder of a stub package `vllm`, which this Python can import."""
     package = stub_in(tmp_path)
     use_stub(package, monkeypatch)
     return package
@@ -137,7 +137,7 @@ cuda = SimpleNamespace(device_count=lambda: {gpus})
 
 
 def environment(folder: Path, *, gpus: int = 2, vllm: bool = True) -> Path:
-    """Makes a Python in folder / env that has nothing but a stub of vLLM, and of torch."""
+    """Create an environment in folder/env that contains only stubs of vLLM and torch."""
     venv.create(folder / "env", with_pip=False, symlinks=True)
     (site,) = (folder / "env").glob("lib/python*/site-packages")
     (site / "torch.py").write_text(GPUS.format(gpus=gpus))
@@ -149,7 +149,7 @@ def environment(folder: Path, *, gpus: int = 2, vllm: bool = True) -> Path:
 
 @pytest.fixture(params=["this Python", "another Python"])
 def anywhere(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """As `stub`; or in a separate environment, which `write` then puts into the recipe."""
+    """Like `stub`, or in a separate environment, which `write` then puts into the recipe."""
     if request.param == "this Python":
         stub: Path = request.getfixturevalue("stub")
         return stub
@@ -157,7 +157,7 @@ def anywhere(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def write(folder: Path, name: str = "tiny", **changes: Any) -> Path:
-    """A recipe whose prompts are twelve words, each longer than the one before."""
+    """A recipe with twelve prompts of one word, each longer than the last."""
     (folder / "prompts.txt").write_text("".join(f"{'a' * (n + 1)}\n" for n in range(12)))
     python = {"python": "env/bin/python"} if (folder / "env").exists() else {}
     section = {
@@ -172,7 +172,7 @@ def write(folder: Path, name: str = "tiny", **changes: Any) -> Path:
     return path
 
 
-def told(stub: Path, name: str) -> list[Any]:
+def recorded(stub: Path, name: str) -> list[Any]:
     file = stub / f"{name}.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
@@ -190,28 +190,26 @@ def prompt_tokens(text: str) -> int:
     return len(encoded["input_ids"])
 
 
-def test_prompts_go_through_the_chat_template_in_batches_and_the_journal(
+def test_prompts_are_formatted_batched_and_recorded_in_the_journal(
     tmp_path: Path, anywhere: Path
 ) -> None:
     result = synthesize_text(write(tmp_path))
     expected = [f"{prompt_tokens('a' * (n + 1))} tokens" for n in range(12)]
     assert answers(result) == expected
-    assert [len(batch) for batch in told(anywhere, "asked")] == [5, 5, 2]
-    assert all(one["seed"] is None for batch in told(anywhere, "asked") for one in batch)
+    assert [len(batch) for batch in recorded(anywhere, "asked")] == [5, 5, 2]
+    assert all(one["seed"] is None for batch in recorded(anywhere, "asked") for one in batch)
     assert result.tokens == sum(prompt_tokens("a" * (n + 1)) + 2 for n in range(12))
     with Journal(result.journal) as journal:
         assert journal.counts() == (12, 0)
     again = synthesize_text(write(tmp_path, name="other"))
     assert (again.new, again.answered) == (0, 12)
-    assert len(told(anywhere, "opened")) == 1, "what the journal holds needs no vLLM"
+    assert len(recorded(anywhere, "opened")) == 1, "answers in the journal need no vLLM"
 
 
-def test_the_model_is_opened_with_the_recipes_options_and_closed_at_the_end(
-    tmp_path: Path, anywhere: Path
-) -> None:
+def test_the_model_is_opened_with_the_recipes_options(tmp_path: Path, anywhere: Path) -> None:
     own = {"tensor_parallel": 2, "dtype": "bfloat16", "context": 64, "gpu_memory": 0.5}
     synthesize_text(write(tmp_path, vllm={**own, "options": {"quantization": "fp8"}}))
-    (opened,) = told(anywhere, "opened")
+    (opened,) = recorded(anywhere, "opened")
     assert Path(opened.pop("model")) == tmp_path / "teacher"
     assert opened == {
         "trust_remote_code": False,
@@ -226,13 +224,13 @@ def test_the_model_is_opened_with_the_recipes_options_and_closed_at_the_end(
     }
 
 
-def test_vllm_has_ended_when_the_text_is_written(tmp_path: Path, anywhere: Path) -> None:
+def test_vllms_process_has_ended_when_the_text_is_written(tmp_path: Path, anywhere: Path) -> None:
     synthesize_text(write(tmp_path))
     with pytest.raises(ProcessLookupError):
         os.kill(int((anywhere / "process").read_text()), 0)
 
 
-def test_samples_have_seeds_of_their_own_that_another_run_repeats(
+def test_samples_have_different_seeds_which_another_run_repeats(
     tmp_path: Path, anywhere: Path
 ) -> None:
     changes: dict[str, Any] = {"prompts": {"samples": 2}, "sampling": {"temperature": 0.7}}
@@ -243,7 +241,7 @@ def test_samples_have_seeds_of_their_own_that_another_run_repeats(
 
 
 def test_the_most_likely_answer_is_kept(tmp_path: Path, anywhere: Path) -> None:
-    """The stub finds an answer the less likely the larger its seed is modulo 5."""
+    """In the stub, the larger an answer's seed is modulo 5, the less likely the answer is."""
     changes: dict[str, Any] = {"prompts": {"samples": 2}, "sampling": {"temperature": 0.7}}
     best_of = {"best_of": {"kind": "likelihood"}}
     result = synthesize_text(write(tmp_path, filters=best_of, **changes))
@@ -257,7 +255,9 @@ def _seed(answer: str) -> int:
     return int(answer.split()[-1])
 
 
-def test_a_prompt_without_room_fails_alone(tmp_path: Path, anywhere: Path) -> None:
+def test_a_prompt_that_leaves_no_room_for_an_answer_fails_alone(
+    tmp_path: Path, anywhere: Path
+) -> None:
     longest = prompt_tokens("a" * 12)
     result = synthesize_text(write(tmp_path, vllm={"context": longest}, filters={}))
     assert (result.answered, result.failed) == (11, 1)
@@ -272,7 +272,9 @@ def _synthesize_until_killed(path: Path, stub: Path) -> None:
 
 
 @pytest.mark.run
-def test_a_kill_loses_the_batch_in_flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_loses_only_the_batch_in_flight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, stub = write(tmp_path), stub_in(tmp_path)
     assert Fork(_synthesize_until_killed, path, stub).wait() == -signal.SIGKILL
     (stub / "kill").unlink()
@@ -313,7 +315,7 @@ def test_check_reports_what_this_machine_lacks(
     assert all(said is not None and said in one.text for one in found)
 
 
-def test_without_vllm_check_and_run_say_how_to_go_on(tmp_path: Path) -> None:
+def test_without_vllm_check_and_run_say_what_to_do(tmp_path: Path) -> None:
     path = write(tmp_path)
     (missing, _) = (one for one in check_recipe(path) if one.topic == "vLLM")
     assert (missing.level, missing.text) == ("error", "vLLM is not installed")
@@ -329,18 +331,18 @@ def test_a_ray_cluster_is_selected_by_name(
     (stub.parent / "ray" / "__init__.py").touch()
     shape = {"executor": "ray", "tensor_parallel": 8, "pipeline_parallel": 2}
     synthesize_text(write(tmp_path, vllm=shape))
-    (opened,) = told(stub, "opened")
+    (opened,) = recorded(stub, "opened")
     assert opened["distributed_executor_backend"] == "ray"
     assert (opened["tensor_parallel_size"], opened["pipeline_parallel_size"]) == (8, 2)
 
 
-def test_an_option_with_a_key_of_its_own_is_rejected(tmp_path: Path) -> None:
+def test_an_option_that_has_a_separate_key_is_rejected(tmp_path: Path) -> None:
     section = {"teacher": {"vllm": {"options": {"seed": 3}}}, "prompts": {"path": "p.txt"}}
     with pytest.raises(RecipeError, match="seed cannot be set in options"):
         parse_recipe(tiny.recipe(tmp_path, synthesize=section))
 
 
-# --- an environment of its own -------------------------------------------------------------------
+# --- a separate environment ----------------------------------------------------------------------
 
 
 def test_check_reports_what_the_other_environment_lacks(tmp_path: Path) -> None:
@@ -385,7 +387,7 @@ def test_an_error_while_the_model_is_opened_is_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.run
-def test_a_process_that_dies_loses_the_batch_in_flight(tmp_path: Path) -> None:
+def test_a_vllm_process_that_dies_loses_only_the_batch_in_flight(tmp_path: Path) -> None:
     package = environment(tmp_path)
     (package / "kill").touch()
     path = write(tmp_path)
@@ -397,15 +399,15 @@ def test_a_process_that_dies_loses_the_batch_in_flight(tmp_path: Path) -> None:
     assert synthesize_text(path).new == 7
 
 
-def dead(package: Path) -> bool:
-    """Waits until the stub, which holds a lock for as long as its process lives, is dead."""
+def has_ended(package: Path) -> bool:
+    """Wait until the stub's process ends and so releases its lock."""
     with (package / "alive").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
     return True
 
 
 @pytest.mark.run
-def test_vllm_dies_with_the_process_that_it_works_for(tmp_path: Path) -> None:
+def test_vllm_ends_when_its_parent_process_is_killed(tmp_path: Path) -> None:
     package = environment(tmp_path)
     (package / "hang").touch()
     path = write(tmp_path)
@@ -415,11 +417,13 @@ def test_vllm_dies_with_the_process_that_it_works_for(tmp_path: Path) -> None:
         time.sleep(0.05)
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    assert dead(package)
+    assert has_ended(package)
 
 
 @pytest.mark.run
-def test_vllm_dies_when_it_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_ends_when_generation_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package = environment(tmp_path)
     (package / "hang").touch()
 
@@ -433,4 +437,4 @@ def test_vllm_dies_when_it_is_interrupted(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(KeyboardInterrupt):
         engine.generate([{"prompt": [1], "sampling": {}}])
     engine.close()
-    assert dead(package)
+    assert has_ended(package)

@@ -1,4 +1,4 @@
-"""After weights are handed over, an engine that has others is found out; fakes play vLLM."""
+"""Transferring weights to fake vLLM engines, and detecting engines that have different weights."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ ENDS = frozenset({0})
 
 
 class FakeEngine:
-    """Generates with transformers. deaf: it ignores new weights. asleep: it has no weights."""
+    """Generates with transformers. ignores_weights: keeps its old weights when it gets new ones.
+    asleep: has released its weights."""
 
     window = 256
 
     def __init__(self, folder: Path) -> None:
-        self.deaf = False
+        self.ignores_weights = False
         self.asleep = self.closed = False
         self.opened: list[Path] = []
         self.read(folder)
@@ -45,7 +46,7 @@ class FakeEngine:
 
     def load_weights(self, folder: Path) -> None:
         self.asleep = False
-        if not self.deaf:
+        if not self.ignores_weights:
             self.read(folder)
 
     def sleep(self) -> None:
@@ -92,7 +93,7 @@ def test_an_engine_that_keeps_its_old_weights_stops_the_run(tmp_path: Path) -> N
     model = tiny.llama()
     save_weights(model, tmp_path)
     engine = FakeEngine(tmp_path)
-    engine.deaf = True
+    engine.ignores_weights = True
     hand_over(engine, model, tmp_path, tolerance=1e-4)
     trained(model, 0.02)
     with pytest.raises(ModelError, match="it has different weights") as caught:
@@ -110,7 +111,7 @@ def test_an_engine_without_log_probabilities_is_rejected(tmp_path: Path) -> None
         hand_over(engine, model, tmp_path, tolerance=1.0)
 
 
-def test_an_engine_that_fails_is_one_message(
+def test_an_engine_that_cannot_load_the_weights_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny.llama()
@@ -125,7 +126,7 @@ def test_an_engine_that_fails_is_one_message(
         hand_over(engine, model, tmp_path, tolerance=1.0)
 
 
-def test_log_probabilities_are_those_of_a_plain_forward_pass() -> None:
+def test_log_probabilities_equal_those_of_a_plain_forward_pass() -> None:
     model = tiny.llama()
     prompt, ids = [5, 6, 7], [8, 9]
     logits_LV = model(torch.tensor([[*prompt, *ids]])).logits[0].detach()
@@ -140,7 +141,7 @@ def test_weights_are_written_in_the_engines_precision(tmp_path: Path) -> None:
     assert size < 0.6 * (tmp_path / "model.safetensors").stat().st_size
 
 
-def test_an_engine_that_holds_head_and_embeddings_gets_both(tmp_path: Path) -> None:
+def test_a_tied_head_is_also_written_for_an_engine_that_keeps_both(tmp_path: Path) -> None:
     model = tiny.llama()
     save_weights(model, tmp_path, torch.bfloat16, head_too=True)
     head = load_file(tmp_path / "head.safetensors")["lm_head.weight"]
@@ -149,7 +150,7 @@ def test_an_engine_that_holds_head_and_embeddings_gets_both(tmp_path: Path) -> N
     assert not (tmp_path / "head.safetensors").exists()
 
 
-def test_every_window_is_written_with_the_weights_as_they_are(
+def test_each_generation_uses_the_students_current_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[FakeEngine] = []
@@ -173,7 +174,7 @@ def test_every_window_is_written_with_the_weights_as_they_are(
                 list(expected[n].ids) for n in range(3)
             ]
             assert started[0].asleep
-        started[0].deaf = True
+        started[0].ignores_weights = True
         trained(model, 0.05)
         with pytest.raises(ModelError, match="it has different weights"), opened(model, ENDS):
             pass
@@ -250,7 +251,7 @@ def server(tmp_path: Path, student: Any) -> Iterator[GeneratingServer]:
         yield found
 
 
-def test_a_server_writes_with_the_weights_as_they_are(
+def test_a_server_generates_with_the_students_current_weights(
     tmp_path: Path, student: Any, server: GeneratingServer
 ) -> None:
     prompts = [TokenPrompt([5, 6, n], 6, logprobs=True) for n in (7, 8, 9)]
@@ -269,7 +270,7 @@ def test_a_server_writes_with_the_weights_as_they_are(
 def test_a_server_that_keeps_its_old_weights_stops_the_run(
     tmp_path: Path, student: Any, server: GeneratingServer
 ) -> None:
-    server.engine.deaf = True
+    server.engine.ignores_weights = True
     trained(student, 0.05)
     rollouts = server_rollouts(section(server, "weights"), base=tmp_path)
     with (
@@ -280,7 +281,7 @@ def test_a_server_that_keeps_its_old_weights_stops_the_run(
         pass
 
 
-def test_the_error_for_a_server_without_development_mode_has_the_command(
+def test_the_error_for_a_server_without_development_mode_names_the_variable(
     tmp_path: Path, student: Any, server: GeneratingServer
 ) -> None:
     server.development = False
@@ -306,7 +307,7 @@ def test_a_folder_with_another_model_is_not_overwritten(
     assert before == {file: file.read_bytes() for file in (tmp_path / "start").iterdir()}
 
 
-def test_a_resumed_run_overwrites_the_weights_that_it_handed_over(
+def test_a_resumed_run_overwrites_the_weights_that_it_wrote_earlier(
     tmp_path: Path, student: Any, server: GeneratingServer
 ) -> None:
     for _ in range(2):
