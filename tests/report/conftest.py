@@ -1,4 +1,4 @@
-"""What a report is made of, in the proportions of a real run."""
+"""The parts of a report, with the proportions of a real run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The charts: the same bytes for the same data, units on every axis, and no word lost."""
+"""Charts are deterministic, have units on every axis, and show every label."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def words(chart: Chart) -> list[str]:
     return ["".join(node.itertext()) for node in root.iter(f"{NAMESPACE}text")]
 
 
-def test_training_charts(history: list[dict[str, float]]) -> None:
+def test_training_charts_show_units_and_are_deterministic(history: list[dict[str, float]]) -> None:
     chart, gradient = training_charts(history, "token")
     shown = words(chart)
     assert "training tokens (thousands)" in shown
@@ -35,11 +35,11 @@ def test_training_charts(history: list[dict[str, float]]) -> None:
     assert "smoothed: 2.7" in chart.alt
     assert "gradient norm before clipping" in words(gradient)
     drawn = draw(chart, "key")
-    assert drawn == draw(chart, "key"), "the same data, the same bytes"
+    assert drawn == draw(chart, "key"), "the same data must give the same bytes"
     assert "<metadata" not in drawn
 
 
-def test_quality_charts(evaluation: Evaluation) -> None:
+def test_quality_charts_show_units_and_every_model(evaluation: Evaluation) -> None:
     size, [speed] = size_chart(evaluation.models), speed_charts(evaluation.models)
     assert "parameters (millions)" in words(size)
     assert "KL to the teacher (nats/token)" in words(size)
@@ -51,8 +51,8 @@ def test_quality_charts(evaluation: Evaluation) -> None:
             assert name in chart.alt
 
 
-def test_far_off_untrained_student_does_not_squash_the_others(evaluation: Evaluation) -> None:
-    """It is drawn at the edge, with its true value in its label."""
+def test_a_distant_untrained_student_does_not_compress_the_scale(evaluation: Evaluation) -> None:
+    """It is drawn at the edge, and its label shows its true value."""
     shown = words(size_chart(evaluation.models))
     assert "Student, untrained: 3.14 ↑" in shown
     assert "Student, distilled" in shown
@@ -71,11 +71,11 @@ def test_close_points_get_labels_that_do_not_overlap(evaluation: Evaluation) -> 
     assert min(heights[1] - heights[0], heights[2] - heights[1]) > 12
 
 
-def test_without_speed_there_is_no_chart(evaluation: Evaluation) -> None:
+def test_without_speeds_there_is_no_speed_chart(evaluation: Evaluation) -> None:
     assert speed_charts([replace(m, speed=None) for m in evaluation.models]) == []
 
 
-def test_stage_charts() -> None:
+def test_stage_charts_show_seconds_and_flops() -> None:
     stages = [
         finished("data", Cost(3.0)),
         finished("train", Cost(125.0, 10, 5_000_000), reused=True),

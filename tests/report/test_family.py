@@ -1,4 +1,4 @@
-"""The family's page: what it shows of every member, and what it leaves out."""
+"""The family's page: what it shows for each member, and what it leaves out."""
 
 from __future__ import annotations
 
@@ -64,7 +64,9 @@ def test_a_teacher_with_a_cut_vocabulary_is_distinguished_from_the_original(
     assert "cut teacher" not in page_of(family)
 
 
-def test_every_member_has_its_size_quality_speed_and_memory(family: FamilyEvaluation) -> None:
+def test_the_page_shows_every_members_size_quality_speed_and_memory(
+    family: FamilyEvaluation,
+) -> None:
     page = page_of(family)
     for shown in ("0.351", "1.25\u00a0×", "0.612", "1.75\u00a0×", text.size(1_200_000_000)):
         assert shown in page
@@ -79,7 +81,7 @@ def test_every_member_has_its_size_quality_speed_and_memory(family: FamilyEvalua
 def test_training_from_random_weights_is_compared_with_the_member_at_equal_tokens(
     family: FamilyEvaluation,
 ) -> None:
-    """Where it was measured; between two measurements by a straight line, and never beyond."""
+    """Its KL is interpolated linearly between two measurements, and never extrapolated."""
     scratch = ScratchTraining([(40_000, 4.0), (80_000, 3.0)], flops=10**13, seconds=3600.0)
     assert scratch.kl_at(40_000) == 4.0
     assert scratch.kl_at(60_000) == 3.5
@@ -97,7 +99,9 @@ def test_training_from_random_weights_is_compared_with_the_member_at_equal_token
     assert "random weights" not in page_of(family)
 
 
-def test_what_was_not_measured_for_every_member_is_not_drawn(family: FamilyEvaluation) -> None:
+def test_speeds_that_were_not_measured_for_every_member_are_not_drawn(
+    family: FamilyEvaluation,
+) -> None:
     members = [family.members[0], replace(family.members[1], decoding=None)]
     page = page_of(replace(family, members=members))
     assert "1.25\u00a0×" in page

@@ -1,4 +1,4 @@
-"""Every form of the model: against bytes and speed, in words, in a table and in the charts."""
+"""All forms of the model, compared by bytes and speed in a table and in charts."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def test_teacher_checkpoint_and_every_export_are_forms(
     assert [form.name for form in found] == ["Teacher", "Checkpoint", "safetensors", "gguf-q4_k_m"]
     teacher, checkpoint, plain, quantized = found
     assert teacher.kl == 0
-    assert teacher.speedup == pytest.approx(20 / 25), "the evaluation's, both in one number type"
+    assert teacher.speedup == pytest.approx(20 / 25), "from the evaluation, both in one dtype"
     assert checkpoint.kl == 0.482
     assert checkpoint.bytes == 4 * models["student"].parameters
     assert plain.speedup == pytest.approx(30 / 20)
-    assert quantized.speedup is None, "its own runtime was not there"
+    assert quantized.speedup is None, "its runtime was not installed"
     assert [cell.value for cell in form_table(found).rows[3].cells[3:]] == ["–", "–"]
 
 
-def test_of_a_quantized_student_the_full_precision_and_the_grid_are_forms(
+def test_a_quantized_student_has_a_form_in_full_precision_and_one_on_the_grid(
     evaluation: Evaluation,
     replays: list[dict[str, Any]],
 ) -> None:
@@ -42,18 +42,18 @@ def test_of_a_quantized_student_the_full_precision_and_the_grid_are_forms(
     assert [form.name for form in found] == names
     _, whole, grid = found[:3]
     assert whole.bytes == student.bytes_on_disk
-    assert (whole.kl, whole.top1_agreement) == (0.481, 0.662), "the evaluation's"
+    assert (whole.kl, whole.top1_agreement) == (0.481, 0.662), "from the evaluation"
     assert grid.bytes == 60_000_000
     assert (grid.kl, grid.tokens_per_s) == (0.482, 20.0)
     trained = replace(small, role="quantized_trained", bytes_on_disk=50_000_000)
     both = forms({**models, "quantized": small, "quantized_trained": trained}, replays)
-    assert both[2].bytes == 50_000_000, "the last one is shipped"
+    assert both[2].bytes == 50_000_000, "the model after the last training is exported"
     size, speed = form_charts(found)
     assert "Student: " in size.alt
     assert "On the grid: " in speed.alt
 
 
-def test_charts_leave_out_what_was_not_measured(
+def test_charts_leave_out_forms_that_were_not_measured(
     evaluation: Evaluation, replays: list[dict[str, Any]]
 ) -> None:
     models = {model.role: model for model in evaluation.models}

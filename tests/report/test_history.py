@@ -1,4 +1,4 @@
-"""Rows of metrics.jsonl become curves; rows that are of no use are left out."""
+"""Rows of metrics.jsonl become curves; unusable values are left out."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_training_without_tokens_is_drawn_against_steps() -> None:
     assert (chart.x_label, chart.y_label) == ("optimizer steps", "Loss (nats/text)")
 
 
-def test_kl_at_a_temperature_is_not_the_held_out_measure() -> None:
+def test_kl_at_a_temperature_is_distinguished_from_held_out_kl() -> None:
     rows = [{"step": s, "tokens": s, "loss": 2.0, "forward_kl": 2.0} for s in (1, 2)]
     rows.append({"step": 2, "heldout_kl": 1.0})
     [chart] = training_charts(rows, "token", temperature=2.0)
@@ -55,7 +55,7 @@ def test_values_that_are_not_finite_are_left_out() -> None:
     assert training_charts([], "token") == []
 
 
-def test_smoothing_keeps_a_line_and_the_start() -> None:
+def test_smoothing_keeps_a_straight_line_and_removes_noise() -> None:
     line = [float(value) for value in range(100)]
     assert smooth(line)[:90] == pytest.approx(line[:90])
     assert smooth([7.0]) == [7.0]
@@ -63,6 +63,6 @@ def test_smoothing_keeps_a_line_and_the_start() -> None:
     assert max(map(abs, smooth(noisy)[10:])) <= 0.2
 
 
-def test_median() -> None:
+def test_the_median_ignores_rows_without_a_value() -> None:
     assert median([{"x": 3.0}, {"x": 1.0}, {}, {"x": 2.0}], "x") == 2.0
     assert median([], "x") is None

@@ -51,7 +51,7 @@ def page(facts: RunFacts, parts: dict[str, Any]) -> str:
     return render(language_model_report(facts, **{**parts, **more}))
 
 
-def test_every_model_is_beside_the_others_in_the_order_of_the_table() -> None:
+def test_answers_of_all_models_are_in_the_order_of_the_table() -> None:
     (text,) = own_text_section(ANSWERS, []).texts
     names = [one.name for one in text.answers]
     assert names == ["Teacher", "Student, distilled", "Student, untrained"]
@@ -81,7 +81,7 @@ def test_the_page_is_well_formed_and_escaped(page: str) -> None:
     assert '<span class="level-4" title="KL(model ‖ teacher) 4.00' in page
 
 
-def test_the_data_file_has_the_tokens(
+def test_the_data_file_contains_the_tokens(
     facts: RunFacts, parts: dict[str, Any], tmp_path: Path
 ) -> None:
     found = replace(parts["evaluation"], scored_answers=ANSWERS)
@@ -90,7 +90,7 @@ def test_the_data_file_has_the_tokens(
     assert read_report(tmp_path / "report.json") == report
 
 
-def test_curves_that_belong_together_are_on_one_chart() -> None:
+def test_related_curves_share_a_chart() -> None:
     charts = {chart.title: chart for chart in own_text_charts(HISTORY)}
     assert list(charts) == ["Divergence on own text", "Repetition and truncated answers"]
     shares = charts["Repetition and truncated answers"]
@@ -103,7 +103,7 @@ def test_curves_that_belong_together_are_on_one_chart() -> None:
     assert shares.lines[0].y == [0.1 / step for step in range(1, 5)]
 
 
-def test_a_window_is_at_the_tokens_of_its_step() -> None:
+def test_the_length_of_own_answers_is_drawn_at_the_tokens_of_its_step() -> None:
     windows = [{"step": step, "own_length": 10.0 + step} for step in (0, 2)]
     charts = {chart.title: chart for chart in own_text_charts([*HISTORY, *windows])}
     length = charts["Length of own answers"].lines[0]

@@ -1,4 +1,4 @@
-"""The page: well-formed, offline, escaped, and only as long as the data it is given."""
+"""The page is well-formed, works offline, escapes all text, and leaves out what has no data."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LOADING = {"src", "href", "xlink:href", "data", "poster", "srcset", "action", "b
 
 
 class Reader(HTMLParser):
-    """Checks that tags nest, and collects the sections, the links, the ids and the text."""
+    """Checks that tags nest, and collects the sections, the links, the ids, and the text."""
 
     def __init__(self, page: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -77,7 +77,7 @@ class Reader(HTMLParser):
             self.text += data
 
 
-def test_page_is_well_formed_and_has_every_section(report: Report) -> None:
+def test_the_page_is_well_formed_and_has_every_section(report: Report) -> None:
     page = Reader(render(report))
     assert page.sections == [
         "kept",
@@ -93,7 +93,7 @@ def test_page_is_well_formed_and_has_every_section(report: Report) -> None:
     assert page.tags.count("svg") == 8
 
 
-def test_page_loads_nothing(report: Report) -> None:
+def test_the_page_loads_nothing(report: Report) -> None:
     html = render(report)
     page = Reader(html)
     assert all(link.startswith("#") for link in page.links), page.links
@@ -125,7 +125,7 @@ def test_costs_are_compared_with_training_from_scratch(report: Report) -> None:
     assert "5 min 44 s" in text  # the sum of the stages' seconds
 
 
-def test_a_peak_that_an_earlier_stage_has_set_is_a_bound(facts: RunFacts) -> None:
+def test_a_memory_peak_set_by_an_earlier_stage_is_shown_as_a_bound(facts: RunFacts) -> None:
     peaks = [3_000_000_000, 10_000_000_000, 10_000_000_000, 2_000_000_000]
     stages = [
         replace(facts.stages[0], cost=replace(facts.stages[0].cost, peak_memory_bytes=peak))
@@ -143,7 +143,7 @@ ATTACK = "<script>alert('&amp;')</script> & \"quoted\" $x_1$"
 def test_every_text_is_escaped(
     facts: RunFacts, parts: dict[str, Any], evaluation: Evaluation
 ) -> None:
-    """Titles, recipes, prompts, answers, stage names (in charts too), tasks, notes, versions."""
+    """Titles, recipes, prompts, answers, stage names (also in charts), tasks, notes, versions."""
     student = evaluation.models[2]
     hostile = replace(
         facts,
@@ -178,7 +178,7 @@ def test_every_text_is_escaped(
     page = Reader(render(language_model_report(hostile, **parts)))
     assert "script" not in page.tags
     assert not [name for name in page.attributes if "quoted" in name]
-    assert page.text.count(ATTACK) >= 15, "the text itself is shown as it is"
+    assert page.text.count(ATTACK) >= 15, "the text is shown literally"
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_a_section_without_data_is_left_out(
     assert set(whole.sections) - set(less.sections) == sections
 
 
-def test_a_report_without_speed_baseline_and_generations(
+def test_speed_baseline_tasks_and_generations_are_left_out_if_missing(
     facts: RunFacts, parts: dict[str, Any], evaluation: Evaluation
 ) -> None:
     models = [replace(m, speed=None, tasks={}) for m in evaluation.models if m.role != "fine_tuned"]
@@ -210,8 +210,9 @@ def test_a_report_without_speed_baseline_and_generations(
         assert word not in page.text
 
 
-def test_student_summary_is_read_to_its_parts(facts: RunFacts, parts: dict[str, Any]) -> None:
-    """A part's facts stand next to the others, empty ones are left out, notes join the notes."""
+def test_the_students_nested_facts_are_flattened(facts: RunFacts, parts: dict[str, Any]) -> None:
+    """Facts of a part are listed with the others, empty ones are left out, and notes become notes
+    of the report."""
     summary = {
         "start": "pruned",
         "parameters": {"total": 107_972_928, "active": 107_972_928},
@@ -234,16 +235,16 @@ def test_student_summary_is_read_to_its_parts(facts: RunFacts, parts: dict[str, 
     assert {"Layer 3 was hard to refit.", "The vocabulary has 3 padding rows."} <= set(notes.items)
 
 
-def test_report_survives_json(report: Report, tmp_path: Path) -> None:
+def test_a_report_is_the_same_after_writing_and_reading_it(report: Report, tmp_path: Path) -> None:
     write_report(report, tmp_path / "report.html")
     loaded = read_report(tmp_path / "report.json")
     for part in fields(Report):
         assert getattr(loaded, part.name) == getattr(report, part.name), part.name
-    assert render(loaded) == render(report), "the page depends on the data alone"
+    assert render(loaded) == render(report), "the page depends only on the data"
 
 
-def test_the_page_of_a_run_folder_is_drawn_again(report: Report, tmp_path: Path) -> None:
-    """Through the link to the stage that wrote it; of a family, its own page."""
+def test_the_page_of_a_run_folder_can_be_redrawn(report: Report, tmp_path: Path) -> None:
+    """Through the link to the stage that wrote it; in a family's folder, the family's page."""
     page = tmp_path / "stages" / "report-1" / "report.html"
     write_report(report, page)
     (tmp_path / "report.html").symlink_to(page)
@@ -263,7 +264,7 @@ def test_damaged_data_is_a_clear_error(tmp_path: Path, text: str) -> None:
         read_report(tmp_path / "report.json")
 
 
-def test_a_changed_figure_is_a_clear_error(report: Report, tmp_path: Path) -> None:
+def test_changed_data_is_a_clear_error(report: Report, tmp_path: Path) -> None:
     write_report(report, tmp_path / "report.html")
     file = tmp_path / "report.json"
     whole = json.loads(file.read_text(encoding="utf-8"))
@@ -275,8 +276,8 @@ def test_a_changed_figure_is_a_clear_error(report: Report, tmp_path: Path) -> No
             read_report(file)
 
 
-def test_a_rendered_page_does_not_count_as_damage(report: Report, tmp_path: Path) -> None:
-    """Another version of Stillhouse draws it in another way."""
+def test_redrawing_the_page_does_not_damage_its_stage(report: Report, tmp_path: Path) -> None:
+    """A different version of Stillhouse may draw the page differently."""
     folder = RunFolder(tmp_path)
 
     def work(out: Path) -> Outcome:
@@ -296,7 +297,7 @@ def test_missing_data_is_a_clear_error(tmp_path: Path) -> None:
         redraw_report(tmp_path)
 
 
-def test_writing_replaces_the_old_page_whole(
+def test_the_old_page_is_kept_if_the_new_one_cannot_be_written(
     report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "new" / "report.html"
@@ -311,10 +312,10 @@ def test_writing_replaces_the_old_page_whole(
     with pytest.raises(RunError, match="disk is full"):
         write_page(replace(report, title="another"), path)
     assert path.read_text(encoding="utf-8") == first
-    assert list(path.parent.iterdir()) == [path], "no half-written file stays"
+    assert list(path.parent.iterdir()) == [path], "no partial file is left"
 
 
-def test_place_that_cannot_be_written(report: Report, tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_written_is_an_error(report: Report, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     for path in (tmp_path / "file" / "report.html", tmp_path):
         with pytest.raises(RunError) as caught:

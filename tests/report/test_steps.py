@@ -1,4 +1,4 @@
-"""What each step changed: one row for each model of the run, in the order in which it is made."""
+"""What each step changed: one row for each model of the run, in the order of the steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PRUNED: dict[str, Any] = {"pruning": {}}
 
 @pytest.fixture
 def quantized(evaluation: Evaluation) -> Evaluation:
-    """A run that also measures the student not refit, rounds to int4, and trains in int4."""
+    """A run that also evaluates the student before the refit, rounds to int4, and trains in int4."""
     untrained = evaluation.models[1]
     cut = replace(untrained, role="cut", fidelity=Fidelity(300.0, 6.28, 0.2, 0.1, 8123))
     rounded = replace(
@@ -84,7 +84,7 @@ def test_charts_have_every_step(quantized: Evaluation) -> None:
     assert len(sizes.lines) == 6
 
 
-def test_without_a_further_step_there_is_no_section(evaluation: Evaluation) -> None:
+def test_without_additional_steps_there_is_no_section(evaluation: Evaluation) -> None:
     assert steps_section(evaluation, PRUNED, "", []).is_empty
 
 
@@ -98,7 +98,7 @@ def test_the_page_starts_with_the_steps_and_the_answers(
     assert "What each step changed" in render(report)
 
 
-def test_a_training_that_did_harm_is_named_under_the_table_and_at_the_top(
+def test_training_that_made_the_model_worse_is_reported_below_the_table_and_at_the_top(
     facts: RunFacts, parts: dict[str, Any], quantized: Evaluation
 ) -> None:
     worse = [
