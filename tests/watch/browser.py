@@ -1,4 +1,4 @@
-"""A headless Chromium, driven through its DevTools protocol: no package beyond aiohttp."""
+"""A headless Chromium, driven through its DevTools protocol with no package other than aiohttp."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _OPTIONS = (
     "--window-size=1400,1000",
 )
 _UPDATE = 'document.dispatchEvent(new Event("visibilitychange"))'
-"""The live page updates at once, not after five seconds."""
+"""Makes the live page update immediately instead of after five seconds."""
 
 
 class PageError(Exception):
-    """The browser did not do what it was asked for."""
+    """The browser rejected a command."""
 
 
 class Page:
-    """problems: what the page wrote to its console as errors, and what its policy blocked."""
+    """The browser's page. problems: errors in its console, including what its policy blocked."""
 
     def __init__(self, socket: ClientWebSocketResponse) -> None:
         self.socket, self._numbers = socket, itertools.count(1)
@@ -72,7 +72,7 @@ class Page:
         return found["result"].get("value")
 
     async def wait(self, condition: str) -> None:
-        """Until a JavaScript expression is true; the test's own limit ends the wait."""
+        """Wait until a JavaScript expression is true; the test limits the time."""
         while True:
             with suppress(PageError):  # another page is being loaded
                 if await self.value(f"{_UPDATE}; Boolean({condition})"):
@@ -84,7 +84,7 @@ class Page:
             await self.call("Input.dispatchKeyEvent", type=kind, key=key, **more)
 
     async def write(self, text: str) -> None:
-        """Into the focused element, as from a keyboard."""
+        """Type text into the focused element."""
         await self.call("Input.insertText", text=text)
 
     async def dark(self, value: bool) -> None:
@@ -98,7 +98,7 @@ class Page:
 
 @asynccontextmanager
 async def browser(profile: Path) -> AsyncIterator[Page]:
-    """An empty page. profile: a folder for what the browser writes."""
+    """Yield an empty page. profile: a folder for the browser's files."""
     assert CHROMIUM is not None
     process = await asyncio.create_subprocess_exec(
         CHROMIUM, *_OPTIONS, f"--user-data-dir={profile}", "about:blank", stdout=-3, stderr=-3

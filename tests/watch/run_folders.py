@@ -1,4 +1,4 @@
-"""Run folders as runs leave them at any moment, written by hand."""
+"""Builds run folders in the states in which unfinished and finished runs leave them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def log_steps(folder: Path, first: int, last: int) -> None:
 
 
 def record(file: ProgressFile, name: str, seconds: float, *, reused: bool = False) -> None:
-    """A step that begins and is finished."""
+    """Record a step that begins and finishes."""
     step = file.begin(file.root, name, f"{name}-key")
     file.end(step, Stage(name, Path(), "", Cost(seconds=seconds), {}, reused))
 

@@ -1,4 +1,4 @@
-"""The chat's answers with tiny models; the process that gives them is in test_watch_browser.py."""
+"""The chat's answers with tiny models; test_watch_browser.py tests the process that runs them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.run
 
 @pytest.fixture(autouse=True)
 def _in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever this CPU multiplies natively."""
+    """Whatever dtypes this CPU supports natively."""
     precision = choose_precision("float32", "cpu")
     monkeypatch.setattr(chat_models, "choose_precision", lambda *_: precision)
 
@@ -41,7 +41,7 @@ def never() -> bool:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A run folder with a trained student, beside its teacher; the recipe's path is relative."""
+    """A run folder with a trained student, next to its teacher, whose path is relative."""
     raw = tiny.recipe(tmp_path)
     raw["teacher"]["model"] = "teacher"
     root = tmp_path / "run"
@@ -76,7 +76,7 @@ def last(found: list[dict[str, Any]], role: str, key: str) -> str:
     return [event[key] for event in found if event.get("role") == role and key in event][-1]
 
 
-def test_answers_are_those_of_an_evaluation(root: Path) -> None:
+def test_answers_equal_those_of_an_evaluation(root: Path) -> None:
     found = events(ChatModels(), request(root))
     for role, seed in (("student", 1), ("teacher", 0)):
         (expected,) = generate(tiny.llama(seed), tiny.tokenizer(), ["the cat"], max_new_tokens=6)
@@ -84,7 +84,7 @@ def test_answers_are_those_of_an_evaluation(root: Path) -> None:
         assert shown == expected.rstrip("\N{REPLACEMENT CHARACTER}")
         assert last(found, role, "note").startswith("6 tokens, truncated")
     texts = [event["text"] for event in found if event.get("role") == "student" and "text" in event]
-    assert len(texts) == 6  # as it grows, token by token
+    assert len(texts) == 6  # the text grows token by token
 
 
 def test_models_are_loaded_once(root: Path) -> None:
@@ -131,13 +131,13 @@ def test_a_stop_ends_the_generation_at_the_next_token(root: Path) -> None:
     assert all(event.get("role", "student") == "student" for event in found)
 
 
-def test_a_student_that_is_not_trained_yet_is_one_message(root: Path) -> None:
+def test_a_student_that_is_not_trained_yet_is_reported(root: Path) -> None:
     found = events(ChatModels(), request(root, folders={}))
     assert last(found, "student", "error").startswith("the student is not trained yet. wait for")
     assert last(found, "teacher", "text")  # it answers anyway
 
 
-def test_a_teacher_that_is_not_here_is_one_message(root: Path) -> None:
+def test_a_missing_teacher_is_reported(root: Path) -> None:
     (root.parent / "teacher").rename(root.parent / "elsewhere")
     found = events(ChatModels(), request(root))
     assert "teacher" in last(found, "teacher", "error")
@@ -153,7 +153,7 @@ def test_a_model_that_would_not_fit_is_not_loaded(
         assert "1.00\N{NO-BREAK SPACE}kB are free" in last(found, role, "error")
 
 
-def test_memory_that_runs_out_unloads_the_models(
+def test_running_out_of_memory_unloads_the_models(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = ChatModels()
@@ -168,12 +168,12 @@ def test_memory_that_runs_out_unloads_the_models(
     assert models._speakers == {}
 
 
-def test_a_prompt_beyond_the_models_window_is_one_message(root: Path) -> None:
+def test_a_prompt_beyond_the_models_context_is_reported(root: Path) -> None:
     found = events(ChatModels(), request(root, prompt="x" * 300))
     assert "the model's context is 256" in last(found, "student", "error")
 
 
-def test_a_template_that_fails_is_one_message(root: Path) -> None:
+def test_a_chat_template_that_fails_is_reported(root: Path) -> None:
     template = root / "stages" / "train-key" / "model" / "chat_template.jinja"
     template.write_text("{{ messages[99].content.nothing }}")
     found = events(ChatModels(), request(root))
@@ -192,7 +192,7 @@ def test_without_a_chat_template_the_prompt_is_continued(root: Path) -> None:
     assert last(found, "student", "text") == expected.rstrip("\N{REPLACEMENT CHARACTER}")
 
 
-def test_a_recipe_that_cannot_be_read_is_one_message(root: Path) -> None:
+def test_a_recipe_that_cannot_be_read_is_reported_for_both_models(root: Path) -> None:
     (root / "recipe.yaml").write_text(yaml.safe_dump({"name": "x", "unknown": 1}))
     found = events(ChatModels(), request(root))
     assert len([event for event in found if "error" in event]) == 2
@@ -233,7 +233,7 @@ async def collected(chat: ChatProcess, prompt: str) -> list[dict[str, Any]]:
     return [event async for event in chat.answers({"prompt": prompt})]
 
 
-def test_events_of_one_request_at_a_time() -> None:
+def test_only_one_request_is_answered_at_a_time() -> None:
     async def work() -> None:
         chat = ScriptChat()
         assert await collected(chat, "x") == [{"role": "student", "text": "a"}]
@@ -241,7 +241,7 @@ def test_events_of_one_request_at_a_time() -> None:
         assert await anext(waiting) == {"role": "student", "text": "a"}
         with pytest.raises(ChatBusyError):
             await collected(chat, "x")
-        await waiting.aclose()  # as when the reader has gone
+        await waiting.aclose()  # as if the reader had disconnected
         async with chat._lock:  # free once the process has stopped
             pass
         assert await collected(chat, "x") == [{"role": "student", "text": "a"}]
@@ -250,7 +250,7 @@ def test_events_of_one_request_at_a_time() -> None:
     asyncio.run(work())
 
 
-def test_a_process_that_ended_is_one_message_and_the_next_request_starts_another() -> None:
+def test_a_process_that_ended_is_reported_and_the_next_request_starts_another() -> None:
     async def work() -> None:
         chat = ScriptChat()
         (event,) = await collected(chat, "die")
@@ -261,7 +261,7 @@ def test_a_process_that_ended_is_one_message_and_the_next_request_starts_another
     asyncio.run(work())
 
 
-def test_a_killed_process_most_likely_lacked_memory() -> None:
+def test_a_killed_process_is_reported_as_out_of_memory() -> None:
     async def work() -> None:
         chat = ScriptChat()
         waiting = chat.answers({"prompt": "wait"})

@@ -1,3 +1,5 @@
+"""The file that records a run's progress: what is written to it, and how it is read."""
+
 from __future__ import annotations
 
 import json
@@ -27,7 +29,7 @@ def names(root: Path) -> list[tuple[str, str]]:
     return [(step.name, step.state) for part in progress.parts for step in part.steps]
 
 
-def test_steps_are_expected_then_work_and_are_done_or_reused(tmp_path: Path) -> None:
+def test_steps_are_waiting_then_working_and_then_reused_or_failed(tmp_path: Path) -> None:
     clock = Clock(now=100.0)
     file = ProgressFile(tmp_path, Path("recipes"), clock.time)
     file.expect(tmp_path, ["data", "student", "train"])
@@ -43,7 +45,7 @@ def test_steps_are_expected_then_work_and_are_done_or_reused(tmp_path: Path) -> 
     assert progress.base == str(Path("recipes").resolve())
 
 
-def test_a_step_that_was_not_expected_is_put_before_those_that_wait(tmp_path: Path) -> None:
+def test_an_unexpected_step_is_inserted_before_those_that_are_waiting(tmp_path: Path) -> None:
     file = ProgressFile(tmp_path, tmp_path)
     file.expect(tmp_path, ["data", "vocabulary", "train"])
     for name in ("data", "vocabulary", "data", "train"):
@@ -52,7 +54,7 @@ def test_a_step_that_was_not_expected_is_put_before_those_that_wait(tmp_path: Pa
     assert found == ["data", "vocabulary", "data", "train"]
 
 
-def test_members_of_a_family_are_parts_of_their_own(tmp_path: Path) -> None:
+def test_each_member_of_a_family_is_a_separate_part(tmp_path: Path) -> None:
     file = ProgressFile(tmp_path, tmp_path)
     for member in ("wide", "narrow"):
         file.expect(tmp_path / member, ["train"])
@@ -87,7 +89,7 @@ def test_work_is_written_at_most_once_a_second(tmp_path: Path) -> None:
         (KeyboardInterrupt(), "stopped", ""),
     ],
 )
-def test_the_record_tells_how_a_run_ended(
+def test_the_file_records_how_a_run_ended(
     tmp_path: Path, error: BaseException | None, state: str, said: str
 ) -> None:
     def work() -> None:
@@ -106,7 +108,7 @@ def test_the_record_tells_how_a_run_ended(
     assert not progress.is_running()
 
 
-def test_bars_and_stages_of_a_recorded_run_are_in_its_file(tmp_path: Path) -> None:
+def test_steps_of_a_recorded_run_are_in_its_file(tmp_path: Path) -> None:
     folder = run_folders.begun(tmp_path / "run")
     with recorded(folder, tmp_path):
         expect_steps(folder, ["data", "train"])
@@ -119,7 +121,7 @@ def test_bars_and_stages_of_a_recorded_run_are_in_its_file(tmp_path: Path) -> No
     assert names(folder.root) == [("data", "failed"), ("train", "waiting")]  # no stage was added
 
 
-def test_without_a_record_nothing_is_written(tmp_path: Path) -> None:
+def test_steps_of_a_run_that_is_not_recorded_are_not_written(tmp_path: Path) -> None:
     folder = run_folders.begun(tmp_path)
     expect_steps(folder, ["data"])
     with recorded_step(folder, "data", "data-key"):
@@ -139,7 +141,7 @@ def test_an_observer_sees_every_advance_of_a_bar() -> None:
 
 def test_a_killed_run_is_not_running(tmp_path: Path) -> None:
     file = ProgressFile(tmp_path, tmp_path)
-    file.now.process_began -= 3600  # another process had the same number
+    file.now.process_began -= 3600  # so this process is another one with the same PID
     file.write()
     progress = read_progress(tmp_path)
     assert progress is not None
@@ -151,7 +153,7 @@ def test_a_killed_run_is_not_running(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 40, -1])
-def test_a_file_that_is_half_written_is_as_none(tmp_path: Path, size: int) -> None:
+def test_an_incomplete_file_is_treated_as_missing(tmp_path: Path, size: int) -> None:
     file = ProgressFile(tmp_path, tmp_path)
     complete = json.dumps(asdict(file.now))
     (tmp_path / PROGRESS).write_text(complete[:size])

@@ -1,4 +1,4 @@
-"""`stillhouse watch` as a user sees it: a process of its own, and a headless browser."""
+"""`stillhouse watch` as a user sees it: in a separate process, through a headless browser."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 LIMIT = 240.0
 SHOTS = Path(os.environ["STILLHOUSE_SHOTS"]) if "STILLHOUSE_SHOTS" in os.environ else None
-"""Where screenshots go, for a person to look at."""
+"""A folder for screenshots, to look at them."""
 
 
 class Watch:
@@ -59,11 +59,11 @@ def watch(runs: Path) -> Iterator[Watch]:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_it_without_a_word(watch: Watch, number: int, status: int) -> None:
+def test_a_signal_ends_the_server_without_a_message(watch: Watch, number: int, status: int) -> None:
     assert watch.end(number) == (status, "")
 
 
-def test_a_port_in_use_is_one_message(watch: Watch) -> None:
+def test_a_port_in_use_is_a_clear_error(watch: Watch) -> None:
     port = watch.address.rstrip("/").rpartition(":")[2]
     command = [sys.executable, "-m", "stillhouse", "watch", "--port", port]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -72,8 +72,10 @@ def test_a_port_in_use_is_one_message(watch: Watch) -> None:
 
 
 @needs_browser
-def test_a_run_that_grows_and_a_chat(watch: Watch, runs: Path, tmp_path: Path) -> None:
-    """The run begins after the page is open; then teacher and student answer a prompt."""
+def test_the_page_shows_a_run_as_it_progresses_and_chats_with_its_models(
+    watch: Watch, runs: Path, tmp_path: Path
+) -> None:
+    """The run begins after the page is open; at the end, the teacher and the student answer."""
     root = runs / "demo"
 
     async def work() -> None:
@@ -118,7 +120,7 @@ def test_a_run_that_grows_and_a_chat(watch: Watch, runs: Path, tmp_path: Path) -
             link = "document.querySelector('#live a[href=\"report.html\"]')"
             assert await page.value(f"{link} !== null")
 
-            # The keyboard is enough: the prompt, and Ctrl+Enter.
+            # Chat with the keyboard alone: type a prompt and press Ctrl+Enter.
             await page.value('document.getElementById("max-tokens").value = 12')
             await page.value('document.getElementById("prompt").focus()')
             await page.write("the cat sees <b>a tree</b>")

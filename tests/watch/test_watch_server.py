@@ -1,4 +1,4 @@
-"""Every endpoint over loopback, with a chat that answers without models."""
+"""Every endpoint of the server over loopback, with a chat that answers without models."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def visit(runs: Path, visitor: Visit, chat: ChatProcess | None = None) -> None:
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """A folder with the finished run `demo`, and a file beside it."""
+    """A folder with the finished run `demo`, next to a file that must not be served."""
     root = tmp_path / "runs" / "demo"
     run_folders.begun(root)
     file = ProgressFile(root, root)
@@ -92,7 +92,7 @@ def test_pages_load_nothing_from_elsewhere_and_run_only_the_servers_script(runs:
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", ""])
-def test_requests_by_another_name_are_rejected(runs: Path, host: str) -> None:
+def test_requests_for_another_host_name_are_rejected(runs: Path, host: str) -> None:
     async def visitor(client: Client, _server: WatchServer) -> None:
         for path in ("/", "/live", "/runs/demo/", "/watch.js", "/runs/demo/report.html"):
             reply = await client.get(path, headers={"Host": host})
@@ -105,7 +105,7 @@ def test_requests_by_another_name_are_rejected(runs: Path, host: str) -> None:
 @pytest.mark.parametrize(
     "host", ["localhost", "localhost:9000", "127.0.0.1:1", "[::1]:80", "[::1]"]
 )
-def test_every_name_of_loopback_is_accepted(runs: Path, host: str) -> None:
+def test_every_loopback_name_is_accepted(runs: Path, host: str) -> None:
     async def visitor(client: Client, _server: WatchServer) -> None:
         assert (await client.get("/", headers={"Host": host})).status == 200
 
@@ -127,7 +127,7 @@ def test_every_name_of_loopback_is_accepted(runs: Path, host: str) -> None:
         "/runs//",
     ],
 )
-def test_nothing_but_the_report_is_served(runs: Path, path: str) -> None:
+def test_no_file_other_than_the_report_is_served(runs: Path, path: str) -> None:
     async def visitor(_client: Client, server: WatchServer) -> None:
         async with TestServer(server.application()) as test_server, ClientSession() as session:
             url = test_server.make_url("/").with_path(path, encoded=True)
@@ -150,7 +150,7 @@ def test_a_report_is_served_without_scripts(runs: Path) -> None:
     visit(runs, visitor)
 
 
-def test_a_report_that_is_a_link_out_of_its_run_is_not_served(runs: Path) -> None:
+def test_a_report_that_is_a_link_to_outside_its_run_is_not_served(runs: Path) -> None:
     report = runs / "demo" / "report.html"
     report.unlink()
     report.symlink_to("../../secret.html")
@@ -162,7 +162,7 @@ def test_a_report_that_is_a_link_out_of_its_run_is_not_served(runs: Path) -> Non
     visit(runs, visitor)
 
 
-def test_what_has_not_changed_is_not_sent_again(runs: Path) -> None:
+def test_unchanged_content_is_not_sent_again(runs: Path) -> None:
     async def visitor(client: Client, _server: WatchServer) -> None:
         for path in ("/live", "/runs/demo/live"):
             first = await client.get(path)
@@ -218,7 +218,7 @@ def test_a_chat_needs_the_pages_token(runs: Path, token: str) -> None:
         ({"member": "small"}, "no member 'small'"),
     ],
 )
-def test_a_chat_request_out_of_bounds_is_one_message(
+def test_an_invalid_chat_request_is_rejected(
     runs: Path, changes: dict[str, Any], named: str
 ) -> None:
     chat = EchoChat()

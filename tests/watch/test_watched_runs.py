@@ -1,3 +1,5 @@
+"""Reading run folders while runs write to them, and what the live page shows."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -62,7 +64,7 @@ def test_curves_grow_with_the_file_and_stay_when_the_stage_is_finished(tmp_path:
     file = training_run(root)
     pages = [run_part(read(root))]
     with (run_folders.partial(root, "train") / "metrics.jsonl").open("a") as metrics:
-        metrics.write('{"step": 4, "tok')  # is being written
+        metrics.write('{"step": 4, "tok')  # a row that is being written
     pages.append(run_part(read(root)))
     assert pages[1] == pages[0]
     (run_folders.partial(root, "train") / "metrics.jsonl").unlink()
@@ -75,7 +77,7 @@ def test_curves_grow_with_the_file_and_stay_when_the_stage_is_finished(tmp_path:
     assert read(root).state == "stopped"
 
 
-def test_the_evaluation_and_the_report_are_shown_once_they_are_there(tmp_path: Path) -> None:
+def test_the_evaluation_and_the_report_are_shown_once_they_exist(tmp_path: Path) -> None:
     root = tmp_path / "demo"
     file = training_run(root)
     step = file.begin(root, "evaluate", "evaluate-key")
@@ -93,7 +95,7 @@ def test_the_evaluation_and_the_report_are_shown_once_they_are_there(tmp_path: P
     assert "The evaluation cannot be read." in run_part(read(root))
 
 
-def test_a_run_whose_process_ended_without_a_word_is_killed(tmp_path: Path) -> None:
+def test_a_run_whose_process_ended_without_recording_it_is_shown_as_killed(tmp_path: Path) -> None:
     file = training_run(tmp_path / "demo")
     file.now.work = Work("train", 1, 2, "tokens", 1.0)
     file.now.process_began -= 3600
@@ -103,9 +105,9 @@ def test_a_run_whose_process_ended_without_a_word_is_killed(tmp_path: Path) -> N
     assert "Run the same command again to resume it." in run_part(run)
 
 
-def test_a_run_without_a_record_is_shown_by_its_manifests(tmp_path: Path) -> None:
+def test_a_run_without_a_progress_file_is_shown_from_its_manifests(tmp_path: Path) -> None:
     folder = run_folders.begun(tmp_path / "demo")
-    for name in ("train", "data"):  # manifests have seconds, so the order of equal ones is by name
+    for name in ("train", "data"):
         folder.stage(StagePlan(name, {"of": name}, lambda out: Outcome(seconds=4.0)))
     run = read(folder.root)
     assert {step.name: step.seconds for step in run.parts[0].steps} == {"data": 4.0, "train": 4.0}
@@ -115,7 +117,7 @@ def test_a_run_without_a_record_is_shown_by_its_manifests(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("recipe", [b"", b"[1, 2]", b"a: [", b"\xff\xfe", b"task: 3\nteacher: no"])
-def test_a_recipe_that_cannot_be_read_is_as_none(tmp_path: Path, recipe: bytes) -> None:
+def test_a_recipe_that_cannot_be_read_is_treated_as_missing(tmp_path: Path, recipe: bytes) -> None:
     run_folders.begun(tmp_path / "demo")
     (tmp_path / "demo" / "recipe.yaml").write_bytes(recipe)
     run = read(tmp_path / "demo")
@@ -132,14 +134,14 @@ def test_a_recipe_that_cannot_be_read_is_as_none(tmp_path: Path, recipe: bytes) 
         ({}, "language model"),
     ],
 )
-def test_the_kind_is_that_of_the_recipe(
+def test_the_kind_of_run_is_read_from_the_recipe(
     tmp_path: Path, recipe: dict[str, object], kind: str
 ) -> None:
     run_folders.begun(tmp_path / "demo", recipe)
     assert read(tmp_path / "demo").kind == kind
 
 
-def test_what_is_shown_is_inert(tmp_path: Path) -> None:
+def test_texts_on_the_page_are_escaped(tmp_path: Path) -> None:
     root = tmp_path / "demo"
     recipe = {"teacher": {"model": "<img src=x onerror=alert(1)>"}}
     run_folders.begun(root, recipe)
