@@ -19,7 +19,7 @@ PRUNED: dict[str, Any] = {"pruning": {}}
 
 @pytest.fixture
 def quantized(evaluation: Evaluation) -> Evaluation:
-    """A run that also evaluates the student before the refit, rounds to int4, and trains in int4."""
+    """A run that also evaluates the student without a refit, rounds to int4, and trains in int4."""
     untrained = evaluation.models[1]
     cut = replace(untrained, role="cut", fidelity=Fidelity(300.0, 6.28, 0.2, 0.1, 8123))
     rounded = replace(
