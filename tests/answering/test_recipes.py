@@ -10,8 +10,10 @@ from stillhouse.answering.answering_config import AnsweringRecipe
 from stillhouse.answering.answering_job import find_answering
 from stillhouse.check import check_recipe
 from stillhouse.config.load_recipe import load_recipe
+from stillhouse.errors import RecipeError
 from stillhouse.synthesis.filters import Row
 from tests import tiny
+from tests.answering import toys
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -42,3 +44,12 @@ def test_the_examples_of_the_extraction_are_valid(tmp_path: Path) -> None:
     assert validity is not None
     problems = [validity(Row((), one.answer, None, "")) for one in recipe.task.examples]
     assert problems == [None] * 4
+
+
+def test_a_teacher_answers_greedily_unless_the_recipe_says_otherwise(tmp_path: Path) -> None:
+    raw = toys.recipe(tmp_path, "generate")
+    raw["teacher"]["sampling"] = {"max_tokens": 12}
+    assert toys.parsed(raw).teacher.sampling.temperature == 0.0
+    raw["teacher"]["samples"] = 2
+    with pytest.raises(RecipeError, match=r"set sampling\.temperature"):
+        toys.parsed(raw)

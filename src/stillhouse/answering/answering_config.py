@@ -12,6 +12,7 @@ from stillhouse.field_types import (
     Context,
     Count,
     PathText,
+    SamplingTemperature,
     SmallCount,
 )
 from stillhouse.generation.generation_config import (
@@ -70,6 +71,21 @@ class GenerateTask(AnsweringTask):
     kind: Literal["generate"]
 
 
+class AnswerSampling(SamplingRecipe):
+    """The teacher's sampling settings."""
+
+    temperature: SamplingTemperature | None = Field(
+        0.0,
+        description="0: greedy; null (api only): do not send it, for an endpoint that accepts only "
+        "its default.",
+    )
+    max_tokens: AnswerTokens = Field(
+        256,
+        description="Maximum number of tokens in an answer, including its reasoning; also for the "
+        "students' answers.",
+    )
+
+
 class AnswerTeacher(TaskTeacher):
     """A local model or an API."""
 
@@ -77,7 +93,7 @@ class AnswerTeacher(TaskTeacher):
     vllm: VllmEngine | None = Field(
         None, description="(model only) Generate answers with vLLM. Needs stillhouse[vllm]."
     )
-    sampling: SamplingRecipe = SamplingRecipe(temperature=0.0, max_tokens=256)
+    sampling: AnswerSampling = AnswerSampling()
     samples: SmallCount = Field(
         1,
         description="Number of answers to each training text; more than 1 needs a temperature "

@@ -303,7 +303,10 @@ class AbstainRecipe(Section):
 
     renamed: ClassVar[Mapping[str, str]] = {"wanted": "target", "sureness": "confidence"}
 
-    target: PartialShare = Field(0.95, description="Share of the texts that it answers.")
+    target: PartialShare = Field(
+        0.95,
+        description="Minimum agreement, or accuracy (`measure`), on the texts that it answers.",
+    )
     confidence: PartialShare = Field(
         0.9,
         description="Confidence level of the bound on the calibration texts, jointly for all "

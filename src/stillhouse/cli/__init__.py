@@ -223,7 +223,11 @@ def preview(
 def evaluate(
     recipe: RecipeArgument,
     model: Annotated[
-        str | None, typer.Option(help="The model to measure; by default, the run's own.")
+        str | None,
+        typer.Option(
+            help="The model to measure; by default, the run's `model` or, without that export, its "
+            "`checkpoint`."
+        ),
     ] = None,
     json_: JsonOption = None,
     set_: SetOption = None,
@@ -272,7 +276,10 @@ app.command()(watch)
 @app.command()
 def verify(
     folder: Annotated[
-        Path, typer.Argument(help="A run folder, stage, store, export or journal.", exists=True)
+        Path,
+        typer.Argument(
+            help="A run folder, stage, store, export, checkpoint, or journal.", exists=True
+        ),
     ],
 ) -> None:
     """Read every file in a folder and list damaged ones. Exits with status 1 if there are any.
@@ -297,7 +304,11 @@ def verify(
 def predict(
     folder: Annotated[Path, typer.Argument(help="A task's run folder, or its model.")],
     texts: Annotated[
-        str, typer.Argument(help="A file with one text per row; - reads standard input.")
+        str,
+        typer.Argument(
+            help="A file, folder, or pattern with one text per row; - reads standard input, a text "
+            "or a JSON object per line."
+        ),
     ] = "-",
     text_key: Annotated[
         str, typer.Option("--text", help="The column or key that holds the text.")
@@ -326,13 +337,20 @@ def init(
     teacher: Annotated[
         str | None, typer.Option(help="A model, as in teacher.model, or an API's URL.")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="A file with one text per row.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="A file, folder, or pattern: text or chats to distill on, or one text per row for "
+            "a task."
+        ),
+    ] = None,
     size: Annotated[
         str | None, typer.Option(help="small, medium, or large; or a model to start from.")
     ] = None,
     out: Annotated[str | None, typer.Option(help="Where to write the recipe.")] = None,
     logs: Annotated[
-        Path | None, typer.Option("--from", help="Chat-completion logs to start from, JSONL.")
+        Path | None,
+        typer.Option("--from", help="Chat-completion logs to start from, JSONL or a JSON list."),
     ] = None,
     labels: Annotated[
         str | None, typer.Option(help="Labels, separated by commas (classify).")

@@ -51,7 +51,8 @@ class TaskTextsRecipe(Section):
     texts: list[TextFile] = Field(
         min_length=1,
         description="Training texts. Reference labels or answers, if any (`label`; for an "
-        "extraction, a column of text or JSON), are used only to train the fine-tuned baseline.",
+        "extraction, a column of text or JSON), are used for evaluation and to train the "
+        "fine-tuned baseline; the student learns only from the teacher.",
     )
     test: list[TextFile] = Field(
         default=[], description="Test texts; if empty, a share of `texts` is split off."
