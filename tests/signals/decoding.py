@@ -1,4 +1,4 @@
-"""Decodes rows that are in memory, with the store's own decoder."""
+"""Decodes rows in memory with the store's own decoder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each encoding keeps what it says: against slow references, closed forms and long averages."""
+"""Each encoding against slow references, closed forms, and averages over many draws."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def uniforms_for(encoding: EntryEncoding, rows: int, seed: int = 1) -> torch.Ten
     return torch.rand(rows, encoding.draws_per_row, generator=g, dtype=torch.float64)
 
 
-# --- finding tokens ------------------------------------------------------------------------
+# --- selecting tokens ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("vocabulary", [7, 128, 300, 1000, 4096, 70_001])
-def test_selection_agrees_with_looking_at_every_token(vocabulary: int) -> None:
+def test_selection_matches_a_search_over_every_token(vocabulary: int) -> None:
     logits_nV = random_logits(9, vocabulary)
     blocks = probabilities(logits_nV, 1.0)
     p_nV = blocks.p_nV[:, :vocabulary].clone()
@@ -77,7 +77,7 @@ def test_selection_agrees_with_looking_at_every_token(vocabulary: int) -> None:
         assert float(left_nV[row, token]) > 0
 
 
-def test_probabilities_of_zero_are_never_found() -> None:
+def test_tokens_with_probability_zero_are_never_selected() -> None:
     logits_nV = torch.full((2, 1000), -torch.inf)
     logits_nV[:, 998] = 0.0
     blocks = probabilities(logits_nV, 1.0)
@@ -87,20 +87,20 @@ def test_probabilities_of_zero_are_never_found() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_broken_logits_are_rejected(bad: float) -> None:
+def test_logits_that_are_not_finite_are_rejected(bad: float) -> None:
     logits_nV = random_logits(4, 300)
     logits_nV[2, 7] = bad
     with pytest.raises(SignalError, match="row 2"):
         Encoder(TopK(4), 300)(logits_nV, torch.empty(4, 0))
 
 
-# --- what is kept --------------------------------------------------------------------------
+# --- encoding rows -------------------------------------------------------------------------
 
 
 def systematic_by_hand(
     p_V: list[float], tau: float, units: int, u: list[float]
 ) -> tuple[list[int], list[int]]:
-    """Threshold sampling of one row, token by token."""
+    """Threshold sampling of one row, token by token: the ids, and the values of the first ones."""
     exact = [token for token, p in enumerate(p_V) if p >= tau]
     whole, upto, before, values = math.fsum(p_V), 0.0, 0, []
     for token in exact:
@@ -119,7 +119,7 @@ def systematic_by_hand(
 
 
 @pytest.mark.parametrize("probability_bytes", [1, 2])
-def test_threshold_agrees_with_one_token_at_a_time(probability_bytes: Literal[1, 2]) -> None:
+def test_threshold_matches_a_token_by_token_reference(probability_bytes: Literal[1, 2]) -> None:
     logits_nV = random_logits(60, 300)
     encoding = Threshold(0.03, probability_bytes)
     u_nU = uniforms_for(encoding, 60)
@@ -137,7 +137,7 @@ def test_threshold_agrees_with_one_token_at_a_time(probability_bytes: Literal[1,
         assert [next(values) for _ in range(valued)] == values_wanted
 
 
-def test_top_k_keeps_the_most_likely_and_the_rest() -> None:
+def test_top_k_keeps_the_most_likely_tokens_and_the_tail() -> None:
     logits_nV = random_logits(8, 300)
     rows, statistics = Encoder(TopK(6), 300)(logits_nV, torch.empty(8, 0))
     signal = decode(TopK(6), rows)
@@ -149,7 +149,7 @@ def test_top_k_keeps_the_most_likely_and_the_rest() -> None:
     assert statistics.mass == pytest.approx(float(wanted.values.exp().sum()), rel=1e-5)
 
 
-def test_top_p_stops_when_the_mass_is_reached() -> None:
+def test_top_p_keeps_the_fewest_tokens_that_reach_the_probability() -> None:
     logits_nV = random_logits(8, 300)
     rows, _ = Encoder(TopP(0.7, most=30), 300)(logits_nV, torch.empty(8, 0))
     for count, p_V in zip(rows.counts_N.tolist(), logits_nV.softmax(1), strict=True):
@@ -157,7 +157,7 @@ def test_top_p_stops_when_the_mass_is_reached() -> None:
         assert count == min(30, int((upto_V < 0.7).sum()) + 1)
 
 
-def test_short_rows_repeat_their_first_token() -> None:
+def test_short_rows_are_padded_with_their_first_token() -> None:
     rows, _ = Encoder(TopP(0.7, most=30), 300)(random_logits(8, 300), torch.empty(8, 0))
     signal = decode(TopP(0.7, most=30), rows)
     past_NK = torch.arange(signal.ids_NK.shape[1]) >= torch.from_numpy(rows.counts_N)[:, None]
@@ -167,8 +167,8 @@ def test_short_rows_repeat_their_first_token() -> None:
 
 
 @pytest.mark.parametrize("encoding", UNBIASED, ids=repr)
-def test_the_estimate_is_right_on_average_and_varies_as_stated(encoding: EntryEncoding) -> None:
-    """4,000 encodings of one row: their mean is p, their variance the closed form's."""
+def test_the_estimate_is_unbiased_with_the_stated_variance(encoding: EntryEncoding) -> None:
+    """Over 4,000 encodings of a row, the mean is p and the variance matches the closed form."""
     repeats = 4000
     for logits_V in random_logits(4, 130, seed=5):
         p_V = logits_V.softmax(0)
@@ -192,7 +192,7 @@ def test_top_k_renormalized_has_the_stated_bias() -> None:
 
 
 def test_importance_weights_correct_for_the_proposal() -> None:
-    """With many draws, the ratio estimate comes near p, and the raw counts near q."""
+    """The draws come from q, but the mean of the weighted estimates is close to p."""
     encoding = Sampled(250, exponent=0.6)
     logits_V = random_logits(3, 40)[1]
     many_nV = logits_V.expand(800, -1)
@@ -201,14 +201,14 @@ def test_importance_weights_correct_for_the_proposal() -> None:
     assert float(error_V.abs().max()) < 0.003
 
 
-def test_the_temperature_is_that_of_the_softmax() -> None:
+def test_the_temperature_divides_the_logits() -> None:
     logits_nV = random_logits(8, 300)
     rows, _ = Encoder(TopK(6), 300, temperature=2.0)(logits_nV, torch.empty(8, 0))
     wanted, _ = Encoder(TopK(6), 300)(logits_nV / 2.0, torch.empty(8, 0))
     assert np.array_equal(rows.values_X, wanted.values_X)
 
 
-def test_chunks_do_not_matter() -> None:
+def test_encoding_in_chunks_gives_the_same_rows() -> None:
     logits_nV, encoding = random_logits(50, 300), Threshold(0.04)
     u_nU = uniforms_for(encoding, 50)
     whole, _ = Encoder(encoding, 300)(logits_nV, u_nU)
@@ -249,13 +249,13 @@ def test_json_restores_the_encoding(encoding: EntryEncoding) -> None:
         ({"kind": "threshold", "tau": 0.0}, "threshold.tau"),
     ],
 )
-def test_wrong_settings_are_rejected(raw: dict[str, Any], said: str) -> None:
+def test_invalid_settings_are_rejected(raw: dict[str, Any], said: str) -> None:
     with pytest.raises(SignalError, match=said):
         encoding_from_json(raw)
 
 
 @pytest.mark.parametrize("wanted", [{"entries": 12.0}, {"size": 30.0}])
-def test_tuning_finds_the_tau_of_a_size(wanted: dict[str, Any]) -> None:
+def test_tuning_finds_tau_for_a_requested_size(wanted: dict[str, Any]) -> None:
     logits_nV = random_logits(400, 2000)
     tuned = tune_threshold(top_probabilities(logits_nV), 2000, **wanted)
     found = tuned.entries_per_row if "entries" in wanted else tuned.bytes_per_row
@@ -264,8 +264,8 @@ def test_tuning_finds_the_tau_of_a_size(wanted: dict[str, Any]) -> None:
     assert float(rows.counts_N.mean()) == pytest.approx(tuned.entries_per_row, rel=0.02)
 
 
-def test_one_tau_for_all_rows_beats_one_budget_for_each() -> None:
-    """The reason for `threshold`: at equal total size, its total variance is the least."""
+def test_threshold_has_a_lower_variance_than_the_same_size_for_every_row() -> None:
+    """The reason for `threshold`: at the same total size, its total variance is lower."""
     logits_nV = random_logits(300, 2000)
     tuned = tune_threshold(top_probabilities(logits_nV), 2000, entries=12.0)
     _, ours = Encoder(tuned.encoding, 2000)(logits_nV, uniforms_for(tuned.encoding, 300))
@@ -275,7 +275,7 @@ def test_one_tau_for_all_rows_beats_one_budget_for_each() -> None:
         assert ours.variance < theirs.variance
 
 
-def test_a_size_out_of_reach_is_rejected() -> None:
+def test_a_size_that_no_tau_reaches_is_rejected() -> None:
     sample_nK = top_probabilities(random_logits(50, 300))
     with pytest.raises(SignalError, match="not possible"):
         tune_threshold(sample_nK, 300, entries=1000.0)

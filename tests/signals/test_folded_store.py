@@ -1,4 +1,4 @@
-"""A store of the signals of a teacher with another tokenizer: distributions over roots."""
+"""Stores for a teacher with a different tokenizer: distributions over roots."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def data() -> sh.Data:
 
 
 def read(live: AlignedTeacher, data: sh.Data, folder: Path, encoding: Encoding) -> Any:
-    """The live signal and the stored one of the first windows."""
+    """The first windows, with their live and their stored signal."""
     stored = sh.record(live, data, folder, encoding=encoding)
     batch = collate([data.train[i] for i in range(4)])
     return batch, live.answer(batch).signals[0], stored.answer(batch).signals[0]
@@ -58,7 +58,7 @@ def roots_of(signal: FoldedSignal) -> torch.Tensor:
     return p_NW.new_zeros(len(p_NW), fold.roots).index_add(1, fold.teacher_W, p_NW)
 
 
-def test_top_roots_and_the_tail_are_the_live_teachers(data: sh.Data, tmp_path: Path) -> None:
+def test_stored_top_roots_and_tails_match_the_live_teacher(data: sh.Data, tmp_path: Path) -> None:
     _, live, stored = read(teacher(), data, tmp_path / "store", TopK(16))
     assert isinstance(stored.signal, SparseSignal)
     assert torch.equal(stored.covered_N, live.covered_N)
@@ -76,9 +76,7 @@ def test_top_roots_and_the_tail_are_the_live_teachers(data: sh.Data, tmp_path: P
     )
 
 
-def test_rows_take_as_many_bytes_as_those_of_the_students_tokens(
-    data: sh.Data, tmp_path: Path
-) -> None:
+def test_rows_of_roots_take_as_many_bytes_as_rows_of_tokens(data: sh.Data, tmp_path: Path) -> None:
     same = LocalTeacher(tiny.llama(0, vocab_size=len(WORDS)), WORDS)
     sizes = []
     for name, each in (("same", same), ("other", teacher())):
@@ -88,7 +86,7 @@ def test_rows_take_as_many_bytes_as_those_of_the_students_tokens(
 
 
 @pytest.mark.parametrize("encoding", [TopK(40), TopP(1.0, 40)])
-def test_the_loss_is_that_over_the_live_teachers_top_roots(
+def test_the_loss_matches_one_over_the_live_teachers_top_roots(
     data: sh.Data, tmp_path: Path, encoding: Encoding
 ) -> None:
     batch, live, stored = read(teacher(), data, tmp_path / "store", encoding)
@@ -140,7 +138,9 @@ def test_samples_of_roots_estimate_the_live_cross_entropy(
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-def test_a_student_learns_from_it_and_another_one_is_refused(data: sh.Data, tmp_path: Path) -> None:
+def test_a_student_trains_on_the_store_and_one_with_other_tokens_is_rejected(
+    data: sh.Data, tmp_path: Path
+) -> None:
     stored = sh.record(teacher(), data, tmp_path / "store", encoding=TopK(16))
     model = tiny.llama(1, vocab_size=len(WORDS))
     sh.distill(Student(model, WORDS), stored, data, max_steps=2, batch_size=4)
@@ -150,7 +150,7 @@ def test_a_student_learns_from_it_and_another_one_is_refused(data: sh.Data, tmp_
         sh.distill(wrong, stored, data, max_steps=2, batch_size=4)
 
 
-def test_its_identity_names_both_tokenizers_and_the_roots(data: sh.Data, tmp_path: Path) -> None:
+def test_the_identity_contains_both_tokenizers_and_the_roots(data: sh.Data, tmp_path: Path) -> None:
     live = teacher()
     sh.record(live, data, tmp_path / "store", encoding=TopK(16))
     identity = read_manifest(tmp_path / "store").settings.identity
@@ -163,7 +163,9 @@ def test_its_identity_names_both_tokenizers_and_the_roots(data: sh.Data, tmp_pat
 
 
 @pytest.mark.parametrize("damage", ["missing", "other"])
-def test_a_damaged_file_of_roots_is_one_message(data: sh.Data, tmp_path: Path, damage: str) -> None:
+def test_a_missing_or_damaged_file_of_roots_is_one_message(
+    data: sh.Data, tmp_path: Path, damage: str
+) -> None:
     sh.record(teacher(), data, tmp_path / "store", encoding=TopK(16))
     assert verify(tmp_path / "store") == []
     file = tmp_path / "store" / FOLD
@@ -173,6 +175,8 @@ def test_a_damaged_file_of_roots_is_one_message(data: sh.Data, tmp_path: Path, d
     assert len(verify(tmp_path / "store")) == 1
 
 
-def test_encodings_over_the_students_tokens_are_refused(data: sh.Data, tmp_path: Path) -> None:
+def test_an_encoding_that_needs_the_students_head_is_rejected(
+    data: sh.Data, tmp_path: Path
+) -> None:
     with pytest.raises(SignalError, match="student's head"):
         sh.record(teacher(), data, tmp_path / "store", encoding=FrozenHead(32))

@@ -1,4 +1,4 @@
-"""Segments are found by what is in them, and by nothing else."""
+"""A segment's key depends only on its tokens and its loss mask."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tests.signals import toys
 
 
 def key_by_hand(tokens: list[int], supervised: list[bool]) -> bytes:
-    """As docs/signal-store.md describes it."""
+    """The key of a segment as docs/signal-store.md describes it."""
     bits = "".join("01"[flag] for flag in supervised).ljust(-(-len(tokens) // 8) * 8, "0")
     mask = bytes(int(bits[at : at + 8], 2) for at in range(0, len(bits), 8))
     message = struct.pack(f"<{len(tokens)}I", *tokens) + mask
     return hashlib.blake2b(message, digest_size=16, person=b"stillhouse-seg-1").digest()
 
 
-def test_keys_are_those_of_the_documentation() -> None:
+def test_keys_match_the_documentation() -> None:
     data = toys.batch()
     wanted = []
     for ids, labels, positions in zip(
@@ -39,7 +39,7 @@ def test_keys_are_those_of_the_documentation() -> None:
     assert list(zip(data.segments.keys, data.segments.rows_S.tolist(), strict=True)) == wanted
 
 
-def test_rows_are_those_of_the_shift() -> None:
+def test_there_is_one_row_per_supervised_target() -> None:
     data = toys.batch()
     assert data.segments.rows == len(supervised_targets(data.labels_RL))
 
@@ -51,7 +51,7 @@ def test_keys_do_not_depend_on_the_window() -> None:
     assert alone.keys == data.segments.keys[:1]
 
 
-def test_another_mask_is_another_segment() -> None:
+def test_a_different_loss_mask_changes_the_key() -> None:
     data = toys.batch(windows=1)
     labels_RL = data.labels_RL.clone()
     labels_RL[0, 1] = -100
@@ -60,7 +60,7 @@ def test_another_mask_is_another_segment() -> None:
     assert other.keys[1:] == data.segments.keys[1:]
 
 
-def test_a_label_that_nothing_predicts_is_rejected() -> None:
+def test_a_label_that_no_position_predicts_is_rejected() -> None:
     data = toys.batch(windows=1)
     start = int((data.position_ids_RL[0] == 0).nonzero()[1])
     data.labels_RL[0, start] = 1
@@ -68,6 +68,6 @@ def test_a_label_that_nothing_predicts_is_rejected() -> None:
         find_segments(data.input_ids_RL, data.labels_RL, data.position_ids_RL)
 
 
-def test_without_labels_there_are_no_figures() -> None:
+def test_without_labels_there_are_no_segments() -> None:
     ids_RL = torch.zeros(2, 9, dtype=torch.long)
     assert len(find_segments(ids_RL, torch.full_like(ids_RL, -100))) == 0

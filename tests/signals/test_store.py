@@ -1,4 +1,4 @@
-"""A store returns what was recorded, for any batch of recorded rows and for nothing else."""
+"""A store returns what was recorded for any batch of recorded segments, and rejects others."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_reading_returns_what_was_encoded(
     found = store.read(data.segments)
     if isinstance(wanted, SparseSignal):
         assert toys.same(found, wanted)
-    else:  # fillings differ: what lies behind a row's last entry has no meaning
+    else:  # padding differs: values after a row's last entry have no meaning
         p_NV = toys.estimate(wanted, vocabulary)
         assert torch.equal(toys.estimate(found, vocabulary), p_NV)
     assert int(found.ids_NK.max()) < vocabulary
@@ -78,7 +78,7 @@ def test_objectives_accept_the_signals_of_a_store(tmp_path: Path, encoding: Entr
     assert torch.isfinite(result.total)
 
 
-def test_rows_follow_their_segments_into_any_batch(tmp_path: Path) -> None:
+def test_rows_are_found_in_any_batch_of_windows(tmp_path: Path) -> None:
     data = toys.batch(windows=8)
     store = recorded(tmp_path, Threshold(0.05), data)
     whole_NV = toys.estimate(store.read(data.segments), toys.VOCABULARY)
@@ -92,7 +92,7 @@ def test_rows_follow_their_segments_into_any_batch(tmp_path: Path) -> None:
         torch.testing.assert_close(found_NV, wanted_NV)
 
 
-def test_rows_follow_their_segments_into_another_packing(tmp_path: Path) -> None:
+def test_rows_are_found_after_segments_are_packed_differently(tmp_path: Path) -> None:
     data = toys.batch(windows=2)
     store = recorded(tmp_path, TopK(4), data)
     first = [int((positions == 0).nonzero()[1]) for positions in data.position_ids_RL]
@@ -125,7 +125,7 @@ def test_draws_depend_only_on_the_seed_and_the_segment(tmp_path: Path) -> None:
     assert not torch.equal(one, seed)
 
 
-def test_dense_encodings(tmp_path: Path) -> None:
+def test_dense_encodings_return_what_was_recorded(tmp_path: Path) -> None:
     data = toys.batch(windows=2)
     weight_VD = torch.randn(toys.VOCABULARY, 8)
     of = toys.settings(FrozenHead(8))
@@ -152,10 +152,10 @@ def test_dense_encodings(tmp_path: Path) -> None:
     assert verify(tmp_path / "frozen") == verify(tmp_path / "hidden") == []
 
 
-# --- what is not there, or is another's ------------------------------------------------------
+# --- missing segments and other stores -------------------------------------------------------
 
 
-def test_missing_segments_are_rejected_with_their_number(tmp_path: Path) -> None:
+def test_missing_segments_are_rejected_with_their_count(tmp_path: Path) -> None:
     data, more = toys.batch(windows=2), toys.batch(windows=4, seed=9)
     store = recorded(tmp_path, TopK(4), data)
     both = Segments(
@@ -200,7 +200,7 @@ def test_missing_segments_may_be_scored_by_a_live_teacher(
         ({"vocabulary": 299}, "different vocabulary: it has 300, and this run has 299"),
     ],
 )
-def test_another_runs_store_is_rejected(
+def test_a_store_with_other_settings_than_expected_is_rejected(
     tmp_path: Path, expected: dict[str, Any], said: str
 ) -> None:
     recorded(tmp_path, TopK(4), toys.batch(windows=1))
@@ -209,7 +209,7 @@ def test_another_runs_store_is_rejected(
     assert open_store(tmp_path, toys.IDENTITY, temperature=1, vocabulary=300)
 
 
-def test_a_store_is_not_continued_with_other_settings(tmp_path: Path) -> None:
+def test_a_store_cannot_be_resumed_with_other_settings(tmp_path: Path) -> None:
     recorded(tmp_path, TopK(4), toys.batch(windows=1))
     with pytest.raises(SignalError, match="a different encoding"):
         StoreWriter(tmp_path, toys.settings(TopK(5)))
@@ -217,7 +217,7 @@ def test_a_store_is_not_continued_with_other_settings(tmp_path: Path) -> None:
         StoreWriter(tmp_path, toys.settings(TopK(4), seed=3))
 
 
-def test_a_shard_of_another_store_is_rejected(tmp_path: Path) -> None:
+def test_a_shard_of_another_store_is_reported(tmp_path: Path) -> None:
     recorded(tmp_path / "a", TopK(4), toys.batch(windows=1), shards=1)
     recorded(tmp_path / "b", TopK(4), toys.batch(windows=1), shards=1, seed=1)
     (ours,), (theirs,) = ((tmp_path / n / "shards").glob("*.bin") for n in "ab")
@@ -225,7 +225,7 @@ def test_a_shard_of_another_store_is_rejected(tmp_path: Path) -> None:
     assert "belongs to a different store" in str(verify(tmp_path / "a")[0])
 
 
-# --- beginning, stopping, going on -----------------------------------------------------------
+# --- writing and resuming --------------------------------------------------------------------
 
 
 def test_an_unfinished_store_is_reported(tmp_path: Path) -> None:
@@ -245,19 +245,19 @@ def test_an_unfinished_store_is_reported(tmp_path: Path) -> None:
     assert dict(info(tmp_path).lines())["encoding"] == "top_k (k 4, tail True)"
 
 
-def test_of_equal_segments_one_is_recorded(tmp_path: Path) -> None:
+def test_equal_segments_are_recorded_once(tmp_path: Path) -> None:
     data = toys.batch(windows=1)
     twice = Segments(data.segments.keys * 2, np.tile(data.segments.rows_S, 2))
     with StoreWriter(tmp_path, toys.settings(TopK(4))) as writer:
         assert writer.missing(twice).tolist() == [True, True, False, False]
 
 
-def test_a_full_disk_keeps_finished_work_and_the_run_resumes(
+def test_recording_resumes_after_a_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = toys.batch(windows=4)
     of = toys.settings(TopK(4))
-    writes = iter([None] * 3)  # the settings and their folder, and one file of the two shards
+    writes = iter([None] * 3)  # the settings file, its folder, and the first shard's file
 
     def fsync(handle: int, true_fsync: Callable[[int], None] = os.fsync) -> None:
         if next(writes, "full") == "full":
@@ -274,7 +274,7 @@ def test_a_full_disk_keeps_finished_work_and_the_run_resumes(
     assert open_store(tmp_path).covers(data.segments)
 
 
-def test_shards_close_by_size(tmp_path: Path) -> None:
+def test_a_shard_is_closed_when_it_reaches_the_size_limit(tmp_path: Path) -> None:
     data = toys.batch(windows=6)
     of, recorder = toys.settings(TopK(4)), Recorder(toys.settings(TopK(4)))
     with StoreWriter(tmp_path, of, most_bytes=500) as writer:
@@ -286,8 +286,8 @@ def test_shards_close_by_size(tmp_path: Path) -> None:
     assert manifest.quality.captured_mass < 1
 
 
-def test_a_padded_row_has_the_loss_of_the_shorter_row(tmp_path: Path) -> None:
-    """top_p: loss and gradient of rows side by side are those of each row alone."""
+def test_padding_of_short_rows_does_not_change_the_loss(tmp_path: Path) -> None:
+    """With top_p, rows of different lengths have the loss and gradient that each has alone."""
     data = toys.batch(windows=1)
     signal = recorded(tmp_path, TopP(0.8, most=20), data).read(data.segments)
     assert isinstance(signal, SparseSignal)

@@ -1,4 +1,4 @@
-"""Stores go out as Parquet files, and to the Hub and back."""
+"""Exporting stores to Parquet, and uploading them to the Hub and downloading them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.signals import toys
 
 
 @pytest.mark.parametrize("encoding", [Threshold(0.05), TopP(0.8, most=20)], ids=repr)
-def test_parquet_has_every_row(tmp_path: Path, encoding: EntryEncoding) -> None:
+def test_the_parquet_file_contains_every_row(tmp_path: Path, encoding: EntryEncoding) -> None:
     data = toys.batch(windows=3)
     toys.record(tmp_path / "store", toys.settings(encoding), data, shards=2)
     out = tmp_path / "signals.parquet"
@@ -49,8 +49,8 @@ def test_parquet_has_every_row(tmp_path: Path, encoding: EntryEncoding) -> None:
     assert not by_key
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="it stands for a full disk")
-def test_a_full_disk_of_the_parquet_file_is_one_message(tmp_path: Path) -> None:
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_during_a_parquet_export_is_one_message(tmp_path: Path) -> None:
     toys.record(tmp_path / "store", toys.settings(TopP(0.8, most=20)), toys.batch(windows=1))
     (tmp_path / "signals.parquet").symlink_to("/dev/full")
     with pytest.raises(StoreError, match="the disk is full") as caught:
@@ -59,9 +59,7 @@ def test_a_full_disk_of_the_parquet_file_is_one_message(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("earlier", [None, b"an earlier export"], ids=["new", "again"])
-def test_an_export_that_fails_leaves_no_part_of_a_file(
-    tmp_path: Path, earlier: bytes | None
-) -> None:
+def test_a_failed_export_leaves_no_partial_file(tmp_path: Path, earlier: bytes | None) -> None:
     data = toys.batch(windows=3)
     toys.record(tmp_path / "store", toys.settings(TopP(0.8, most=20)), data, shards=2)
     out = tmp_path / "out" / "signals.parquet"
@@ -77,7 +75,7 @@ def test_an_export_that_fails_leaves_no_part_of_a_file(
 
 
 class FakeHub:
-    """Stores uploads in a folder, and returns them."""
+    """Keeps uploads in a folder and returns them as downloads."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -94,7 +92,9 @@ class FakeHub:
         shutil.copytree(self.folder / repo_id, local_dir)
 
 
-def test_to_the_hub_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_downloaded_from_the_hub_equals_the_uploaded_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data, fake = toys.batch(windows=2), FakeHub(tmp_path / "hub")
     monkeypatch.setattr(hub, "HfApi", lambda: fake)
     monkeypatch.setattr(hub, "snapshot_download", fake.snapshot_download)
@@ -135,7 +135,7 @@ def test_errors_of_the_hub_are_one_message(
         hub.upload_store(tmp_path / "store", "me/nothing")
 
 
-def test_a_name_that_no_repository_can_have_is_one_message(tmp_path: Path) -> None:
+def test_an_invalid_repository_name_is_one_message(tmp_path: Path) -> None:
     toys.record(tmp_path / "store", toys.settings(Threshold(0.05)), toys.batch(windows=1))
     with pytest.raises(StoreError, match="Repo id must"):
         hub.upload_store(tmp_path / "store", "two words/and/slashes")

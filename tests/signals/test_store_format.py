@@ -1,4 +1,4 @@
-"""A reader written from docs/signal-store.md alone finds what the store's own reader finds."""
+"""A reader that follows only docs/signal-store.md agrees with the store's own reader."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ Row = tuple[dict[int, float], float | None]  # {id: probability or weight}, tail
 TYPES = {1: ("B", 1), 2: ("H", 2), 3: ("e", 2)}
 
 
-def read_by_the_book(folder: Path) -> dict[bytes, list[Row]]:
-    """Every segment's rows, by key."""
+def read_as_documented(folder: Path) -> dict[bytes, list[Row]]:
+    """The rows of every segment, by its key, read as the documentation describes."""
     text = (folder / "manifest.json").read_text()
     manifest = json.loads(text)
     checksum = manifest.pop("checksum")
@@ -99,12 +99,12 @@ def row(
 
 @pytest.mark.parametrize("vocabulary", [300, 66_000])
 @pytest.mark.parametrize("encoding", toys.ENTRY_ENCODINGS, ids=repr)
-def test_a_reader_by_the_book_agrees(
+def test_the_documented_format_gives_the_same_rows(
     tmp_path: Path, encoding: EntryEncoding, vocabulary: int
 ) -> None:
     data = toys.batch(windows=2, vocabulary=vocabulary)
     toys.record(tmp_path, toys.settings(encoding, vocabulary), data, shards=2)
-    by_key = read_by_the_book(tmp_path)
+    by_key = read_as_documented(tmp_path)
     rows = [row for key in data.segments.keys for row in by_key[key]]
     signal = open_store(tmp_path).read(data.segments)
     p_NV = toys.estimate(signal, vocabulary)

@@ -1,4 +1,4 @@
-"""A few windows of random tokens, random logits for them, and stores of both."""
+"""A few windows of random tokens, random logits for them, and stores of their signals."""
 
 from __future__ import annotations
 
@@ -60,8 +60,7 @@ class Batch:
 def batch(
     windows: int = 6, context: int = 40, vocabulary: int = VOCABULARY, seed: int = 0
 ) -> Batch:
-    """Windows of three segments each: the first one's labels are partly masked, the last one is
-    padding."""
+    """Windows of three segments: the first has some masked labels, and the last is padding."""
     g = torch.Generator().manual_seed(seed)
     ids_RL = torch.randint(0, vocabulary, (windows, context), generator=g)
     first = torch.randint(8, context // 2, (windows,), generator=g)
@@ -85,7 +84,7 @@ def settings(encoding: Encoding, vocabulary: int = VOCABULARY, **changes: Any) -
 
 
 def record(path: Path, of: Settings, data: Batch, shards: int = 1, **options: Any) -> None:
-    """A finished store of the batch, its segments dealt out over some shards."""
+    """Writes a finished store of the batch, with its segments distributed over the shards."""
     recorder = Recorder(of)
     with StoreWriter(path, of, **options) as writer:
         for shard in range(shards):

@@ -1,4 +1,4 @@
-"""Each start ends as a float32 checkpoint that loads, with its tokenizer and a summary."""
+"""Every way to start a student gives a float32 checkpoint, its tokenizer, and a summary."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def parameters(folder: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def test_pruned(teacher: ModelSource, tmp_path: Path) -> None:
+def test_a_pruned_student_has_the_requested_sizes_and_a_summary(
+    teacher: ModelSource, tmp_path: Path
+) -> None:
     summary = build(PrunedStudent(start="pruned", ffn_size=40, layers=2), teacher, tmp_path)
     student = load_model(tmp_path / "student", dtype=torch.float32)
     assert student.config.num_hidden_layers == 2
@@ -71,7 +73,7 @@ def test_pruned(teacher: ModelSource, tmp_path: Path) -> None:
 def test_free_memory_decides_where_a_model_is_pruned(
     monkeypatch: pytest.MonkeyPatch, short: int, importance: str, expected: tuple[str, bool]
 ) -> None:
-    """short: bytes that are missing for all of the model on the GPU."""
+    """short: how many bytes too few are free for the whole model to be on the GPU."""
     model = tiny_model()
     section = PrunedStudent.model_validate(
         {"start": "pruned", "ffn_size": 40, "importance": importance}
@@ -84,13 +86,13 @@ def test_free_memory_decides_where_a_model_is_pruned(
     assert (device.type, by_layer) == expected
 
 
-def test_pruned_to_impossible_sizes(teacher: ModelSource, tmp_path: Path) -> None:
+def test_pruning_to_an_impossible_size_is_rejected(teacher: ModelSource, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="the teacher has 3"):
         build(PrunedStudent(start="pruned", layers=7), teacher, tmp_path)
     assert not (tmp_path / "student").exists()
 
 
-def test_random_is_seeded_and_does_not_change_the_global_seed(
+def test_a_random_student_is_seeded_without_changing_the_global_seed(
     teacher: ModelSource, tmp_path: Path
 ) -> None:
     section = RandomStudent(start="random", overrides={"hidden_size": 16})
@@ -105,14 +107,18 @@ def test_random_is_seeded_and_does_not_change_the_global_seed(
     assert found[0]["model.layers.0.self_attn.q_proj.weight"].shape == (16, 16)
 
 
-def test_random_from_another_config(teacher: ModelSource, tmp_path: Path) -> None:
+def test_a_random_student_can_use_another_configuration(
+    teacher: ModelSource, tmp_path: Path
+) -> None:
     tiny_model("qwen3").config.save_pretrained(tmp_path / "start")
     build(RandomStudent(start="random", config="start"), teacher, tmp_path)
     assert load_model(tmp_path / "student", dtype=torch.float32).config.model_type == "qwen3"
 
 
-def test_random_from_a_config_of_another_vocabulary(teacher: ModelSource, tmp_path: Path) -> None:
-    """It has the tokenizer's tokens: also those that end a text."""
+def test_a_random_student_gets_the_tokenizers_vocabulary(
+    teacher: ModelSource, tmp_path: Path
+) -> None:
+    """The student's vocabulary and special tokens are those of the tokenizer."""
     other = {"vocab_size": 50, "bos_token_id": 7, "eos_token_id": 8, "pad_token_id": 9}
     tiny_model("qwen3", **other).config.save_pretrained(tmp_path / "start")
     build(RandomStudent(start="random", config="start"), teacher, tmp_path)
@@ -122,13 +128,15 @@ def test_random_from_a_config_of_another_vocabulary(teacher: ModelSource, tmp_pa
     assert student.generation_config.eos_token_id == 2
 
 
-def test_random_with_too_small_a_vocabulary(teacher: ModelSource, tmp_path: Path) -> None:
+def test_a_random_student_with_too_small_a_vocabulary_is_rejected(
+    teacher: ModelSource, tmp_path: Path
+) -> None:
     section = RandomStudent(start="random", overrides={"vocab_size": 95})
     with pytest.raises(ModelError, match="student has 95 embedding rows"):
         build(section, teacher, tmp_path)
 
 
-def test_pretrained(teacher: ModelSource, tmp_path: Path) -> None:
+def test_a_pretrained_student_keeps_its_weights(teacher: ModelSource, tmp_path: Path) -> None:
     save_model(tmp_path / "small", tiny_model("qwen3", vocab_size=104, seed=3))
     summary = build(PretrainedStudent(start="pretrained", model="small"), teacher, tmp_path)
     assert summary["vocabulary"]["rows"] == 96
@@ -138,13 +146,17 @@ def test_pretrained(teacher: ModelSource, tmp_path: Path) -> None:
     assert all(torch.equal(original[name], saved[name]) for name in original)
 
 
-def test_pretrained_with_another_vocabulary(teacher: ModelSource, tmp_path: Path) -> None:
+def test_a_pretrained_student_with_another_vocabulary_is_rejected(
+    teacher: ModelSource, tmp_path: Path
+) -> None:
     save_model(tmp_path / "small", tokenizer=toy_tokenizer(swap=True))
     with pytest.raises(ModelError, match="2 tokens differ"):
         build(PretrainedStudent(start="pretrained", model="small"), teacher, tmp_path)
 
 
-def test_a_folder_that_cannot_be_written(teacher: ModelSource, tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_students_folder_is_reported(
+    teacher: ModelSource, tmp_path: Path
+) -> None:
     (tmp_path / "student").write_text("a file is in the way")
     with pytest.raises(RunError, match="a file where a folder should be"):
         build(PrunedStudent(start="pruned", ffn_size=40), teacher, tmp_path)

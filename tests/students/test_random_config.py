@@ -1,4 +1,4 @@
-"""Overrides are checked against the configuration they change."""
+"""Overrides of a configuration: derived values, and which overrides are rejected."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ def override(kind: str = "llama", before: dict[str, Any] | None = None, **overri
     return overridden_config(tiny_model(kind, **(before or {})).config, overrides)
 
 
-def test_values_change_and_the_original_does_not() -> None:
+def test_overrides_do_not_change_the_original_configuration() -> None:
     original = tiny_model().config
     made = overridden_config(original, {"intermediate_size": 48, "rms_norm_eps": 1})
     assert (made.intermediate_size, made.rms_norm_eps) == (48, 1)
     assert original.intermediate_size == 64
 
 
-def test_derived_values_follow() -> None:
+def test_derived_values_follow_an_override() -> None:
     made = override(hidden_size=64, num_attention_heads=4)
     assert made.head_dim == 16
-    everyone_a_group = override(before={"num_key_value_heads": 4}, num_attention_heads=2)
-    assert everyone_a_group.num_key_value_heads == 2
+    no_groups = override(before={"num_key_value_heads": 4}, num_attention_heads=2)
+    assert no_groups.num_key_value_heads == 2
     stated = override(before={"head_dim": 24}, hidden_size=64)
-    assert stated.head_dim == 24, "a head_dim of its own was chosen on purpose"
+    assert stated.head_dim == 24, "an explicit head_dim is kept"
 
 
 def test_per_layer_lists_follow_the_number_of_layers() -> None:
@@ -59,7 +59,7 @@ def test_per_layer_lists_follow_the_number_of_layers() -> None:
         ({"hidden_act": "no-such-act"}, "is invalid"),
     ],
 )
-def test_impossible_overrides(overrides: dict[str, Any], message: str) -> None:
+def test_invalid_overrides_are_rejected(overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message) as caught:
         random_model(override(**overrides), 0)
     assert "student.overrides" in str(caught.value.where)

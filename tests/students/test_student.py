@@ -1,4 +1,4 @@
-"""Where a student starts, in memory, and what of it is trained."""
+"""Creating a student in memory, and which of its weights are trained."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def teacher() -> LocalTeacher:
     return LocalTeacher(tiny.llama(intermediate_size=512), tiny.tokenizer())
 
 
-def test_a_pruned_student_has_the_sizes_and_the_teacher_is_unchanged(
+def test_pruning_gives_the_requested_sizes_and_leaves_the_teacher_unchanged(
     teacher: LocalTeacher, data: Data
 ) -> None:
     before = copy.deepcopy(teacher.model.state_dict())
@@ -41,13 +41,13 @@ def test_a_pruned_student_has_the_sizes_and_the_teacher_is_unchanged(
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-def test_a_target_is_met_without_naming_sizes(teacher: LocalTeacher, data: Data) -> None:
+def test_pruning_to_a_share_of_the_parameters_meets_it(teacher: LocalTeacher, data: Data) -> None:
     student = Student.prune(teacher, data, params="60%", calibration_tokens=512)
     share = student.model.num_parameters() / teacher.model.num_parameters()
     assert 0.57 <= share <= 0.6
 
 
-def test_a_pruned_student_is_made_of_the_checkpoint_and_not_of_its_rounded_copy(
+def test_a_student_is_pruned_from_the_checkpoint_and_not_from_a_rounded_copy(
     data: Data, tmp_path: Path
 ) -> None:
     folder = tiny.save_model(tmp_path / "teacher", dtype="float32")
@@ -59,7 +59,7 @@ def test_a_pruned_student_is_made_of_the_checkpoint_and_not_of_its_rounded_copy(
     assert torch.equal(kept, exact.get_input_embeddings().weight)
 
 
-def test_a_random_student_is_seeded_and_shaped_by_overrides(teacher: LocalTeacher) -> None:
+def test_a_random_student_depends_on_the_seed_and_the_overrides(teacher: LocalTeacher) -> None:
     first, again, other = (
         Student.random(teacher, hidden_size=16, seed=seed).model for seed in (1, 1, 2)
     )
@@ -74,10 +74,10 @@ def test_a_random_student_has_the_tokens_of_its_tokenizer(teacher: LocalTeacher)
     student = Student.random(config, teacher.tokenizer, num_hidden_layers=1)
     assert student.vocabulary == student.model.config.vocab_size == 260
     assert student.model.generation_config.eos_token_id == teacher.tokenizer.eos_token_id
-    assert config.vocab_size == 50, "it is not changed"
+    assert config.vocab_size == 50, "the given configuration is unchanged"
 
 
-def test_a_saved_student_is_a_pretrained_one(teacher: LocalTeacher, tmp_path: Path) -> None:
+def test_a_saved_student_can_be_loaded_as_pretrained(teacher: LocalTeacher, tmp_path: Path) -> None:
     student = Student.random(teacher, num_hidden_layers=1)
     student.save(tmp_path / "out")
     again = Student.pretrained(tmp_path / "out")
@@ -113,7 +113,7 @@ def test_a_bfloat16_model_is_trained_in_float32() -> None:
         ({"layers": 9}, "the teacher has 3"),
     ],
 )
-def test_models_that_cannot_be_pruned_are_rejected(
+def test_invalid_pruning_options_are_rejected(
     teacher: LocalTeacher, data: Data, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RecipeError, match=message):
@@ -131,7 +131,7 @@ def test_repr_shows_the_model() -> None:
 
 
 def test_a_generation_config_that_transformers_only_warns_of_is_saved(tmp_path: Path) -> None:
-    """Its end tokens change, and with that transformers would reject the rest of it."""
+    """transformers itself refuses to save such settings once the end tokens have changed."""
     file = tiny.save_model(tmp_path / "start") / "generation_config.json"
     file.write_text('{"temperature": 0.9, "eos_token_id": 2}')
     student = Student.load(file.parent)
