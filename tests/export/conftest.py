@@ -1,4 +1,4 @@
-"""A tiny Llama with a chat template, saved like by the trainer, and windows of tokens."""
+"""A tiny Llama with a chat template, saved as the trainer saves it, and windows of tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEMPLATE = "{% for message in messages %}word0 {{ message['content'] }}{% endfor
 
 
 class ToyWindows:
-    """Three windows; the first tokens of each are not supervised, two documents share each."""
+    """Three windows of two documents each; the first four tokens, or all, are not supervised."""
 
     def __init__(self, *, supervised: bool = True) -> None:
         generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""The model card says where a student comes from, and warns where its teacher's license does."""
+"""The model card states where a student comes from, and warns of licenses that restrict it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from stillhouse.export.licenses import (
 )
 from stillhouse.export.model_card import ModelCard, write_language_model_card
 
-FREE = License("apache-2.0")
+PERMISSIVE = License("apache-2.0")
 
 
-def card_of(license_: License = FREE, *others: Origin) -> ModelCard:
+def card_of(license_: License = PERMISSIVE, *others: Origin) -> ModelCard:
     def result(role: str, kl: float) -> ModelResult:
         return ModelResult(
             role, 1_000_000, 800_000, 2_000_000, Fidelity(10 + kl, kl, 0.9, 0.1, 512)
@@ -47,7 +47,9 @@ def card_of(license_: License = FREE, *others: Origin) -> ModelCard:
 REPLAY = ReplayResult("gguf-q8_0", "q8_0", 0.001, 0.02, 0.98, 256, 1_000, [], ["a note"])
 
 
-def test_a_card_names_teacher_data_recipe_hashes_and_what_was_kept(tmp_path: Path) -> None:
+def test_a_card_contains_the_teacher_the_metrics_the_data_the_recipe_and_hashes(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "small.gguf").write_bytes(b"weights")
     write_language_model_card(tmp_path, card_of(), REPLAY)
     card = (tmp_path / "README.md").read_text()
@@ -97,7 +99,7 @@ def test_a_card_names_teacher_data_recipe_hashes_and_what_was_kept(tmp_path: Pat
         ("unknown", "look it up"),
     ],
 )
-def test_licenses_that_restrict_students_are_warned_of(
+def test_a_license_that_restricts_students_has_a_warning(
     tmp_path: Path, license_: str, word: str
 ) -> None:
     assert word in str(license_warning(license_))
@@ -119,7 +121,7 @@ def test_licenses_that_restrict_students_are_warned_of(
         "unlicense",
     ],
 )
-def test_free_licenses_are_not(license_: str) -> None:
+def test_a_permissive_license_has_no_warning(license_: str) -> None:
     assert license_warning(license_) is None
 
 
@@ -141,7 +143,7 @@ def test_the_license_is_read_from_the_teachers_card(
     assert find_license("mit", tmp_path).shown == "mit"
 
 
-def test_a_license_of_its_own_keeps_its_name_and_link(tmp_path: Path) -> None:
+def test_a_custom_license_keeps_its_name_and_link(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(
         "---\nlicense: other\nlicense_name: apple-amlr\nlicense_link: LICENSE\n---\n"
     )
@@ -171,18 +173,18 @@ def test_the_cards_metadata_has_a_license_that_the_hub_accepts(
     assert License(stated).head == head
 
 
-def test_every_model_that_took_part_is_named_with_its_license(tmp_path: Path) -> None:
+def test_a_card_lists_every_model_that_was_used_with_its_license(tmp_path: Path) -> None:
     start = Origin("The student's start", "meta/small (commit 4567)", License("llama3.2"))
-    write_language_model_card(tmp_path, card_of(FREE, start), REPLAY)
+    write_language_model_card(tmp_path, card_of(PERMISSIVE, start), REPLAY)
     card = (tmp_path / "README.md").read_text()
     head = yaml.safe_load(card.split("---")[1])
     assert head["base_model"] == ["org/large", "meta/small"]
-    assert head["license"] == "llama3.2", "the one that binds"
+    assert head["license"] == "llama3.2", "the license that restricts the student"
     assert "The student's start, meta/small (commit 4567): **llama3.2**. Warning: Meta" in card
     teacher = Origin("Another teacher", "google/large (commit 89)", License("gemma"))
-    write_language_model_card(tmp_path, card_of(FREE, start, teacher), REPLAY)
+    write_language_model_card(tmp_path, card_of(PERMISSIVE, start, teacher), REPLAY)
     head = yaml.safe_load((tmp_path / "README.md").read_text().split("---")[1])
-    assert head["license"] == "other", "two bind, and neither speaks for both"
+    assert head["license"] == "other", "two licenses restrict the student"
     warned = [line.text.split(":")[0] for line in license_lines([start, teacher])]
     assert warned == [
         "The student's start, meta/small (commit 4567)",

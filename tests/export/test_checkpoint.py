@@ -50,8 +50,8 @@ def shipped(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return out, result
 
 
-class _WhatRuns(ast.NodeTransformer):
-    """Without what only type checkers read."""
+class _RuntimeCode(ast.NodeTransformer):
+    """Removes code that only type checkers read."""
 
     def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
         return node.orelse if ast.unparse(node.test) == "TYPE_CHECKING" else node
@@ -59,7 +59,9 @@ class _WhatRuns(ast.NodeTransformer):
 
 @pytest.mark.parametrize("module", [replay, replay_tokenizers, replay_weights])
 def test_the_replay_does_not_import_stillhouse(module: ModuleType) -> None:
-    script = _WhatRuns().visit(ast.parse(Path(module.__file__ or "").read_text(encoding="utf-8")))
+    script = _RuntimeCode().visit(
+        ast.parse(Path(module.__file__ or "").read_text(encoding="utf-8"))
+    )
     imported = {node.module for node in ast.walk(script) if isinstance(node, ast.ImportFrom)}
     imported |= {
         name.name
@@ -72,7 +74,7 @@ def test_the_replay_does_not_import_stillhouse(module: ModuleType) -> None:
 
 
 @pytest.mark.run
-def test_bfloat16_export_is_the_rounded_source(
+def test_a_bfloat16_export_is_the_rounded_source(
     trained: Path, shipped: tuple[Path, ReplayResult]
 ) -> None:
     out, result = shipped
@@ -111,16 +113,16 @@ def test_a_device_without_bfloat16_replays_in_float32(
 
     monkeypatch.setattr(replay, "_compare", recording)
     result = export(trained, tmp_path / "model")
-    assert used == [dtype, dtype], "beside the source, and beside the rounded source"
+    assert used == [dtype, dtype], "compared with the source, then with the rounded source"
     weights = load_file(tmp_path / "model" / "model.safetensors")
-    assert {each.dtype for each in weights.values()} == {torch.bfloat16}, "the file is the same"
+    assert {each.dtype for each in weights.values()} == {torch.bfloat16}, "only the replay differs"
     noted = ["The bfloat16 export is replayed in float32: a reason."]
     assert result.notes == ([] if native else noted)
     assert result.kl > 0, "the weights are rounded either way"
 
 
 @pytest.mark.run
-def test_export_has_all_that_a_server_needs(
+def test_an_export_has_everything_that_a_server_needs(
     trained: Path, shipped: tuple[Path, ReplayResult]
 ) -> None:
     out, _ = shipped
@@ -130,12 +132,12 @@ def test_export_has_all_that_a_server_needs(
     assert tokenizer("word5")["input_ids"] == [7]
     assert json.loads((out / "generation_config.json").read_text())["max_new_tokens"] == 7
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
-    assert list(out.parent.iterdir()) == [out], "nothing is left beside the export"
+    assert list(out.parent.iterdir()) == [out], "no temporary file is left"
     for file in out.glob("*.json"):
-        assert str(trained) not in file.read_text(), "no path of this machine is shipped"
+        assert str(trained) not in file.read_text(), "no local path is shipped"
 
 
-def test_float32_export_is_the_source_bit_for_bit(
+def test_a_float32_export_equals_the_source_bit_for_bit(
     trained: Path, tmp_path: Path, export: Export
 ) -> None:
     result = export(trained, tmp_path / "model", dtype="float32")
@@ -147,8 +149,8 @@ def test_float32_export_is_the_source_bit_for_bit(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_comparison_agrees_with_one_token_at_a_time(trained: Path) -> None:
-    """Agrees with a reference that runs each document's prefix alone, without packing or chunks."""
+def test_the_comparison_agrees_with_one_token_at_a_time(trained: Path) -> None:
+    """The reference runs each prefix of a document alone, without packing or chunks."""
     windows = ToyWindows()
     source = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32)
     other = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32)
@@ -178,7 +180,7 @@ def test_comparison_agrees_with_one_token_at_a_time(trained: Path) -> None:
     assert found["top1_agreement"] == pytest.approx(same / count)
 
 
-def test_export_that_differs_too_much_is_rejected(
+def test_an_export_that_differs_too_much_is_rejected(
     trained: Path, tmp_path: Path, export: Export
 ) -> None:
     with pytest.raises(ModelError, match="nats/token") as caught:
@@ -186,10 +188,9 @@ def test_export_that_differs_too_much_is_rejected(
     assert caught.value.fix
 
 
-def test_export_with_other_weights_is_rejected(
+def test_an_export_with_wrong_weights_is_rejected(
     trained: Path, tmp_path: Path, export: Export, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A fault in saving is caught by the replay, whatever the fault is."""
     save = checkpoint._save
 
     def save_wrongly(source: Path, out: Path, *options: Any) -> None:
@@ -204,14 +205,14 @@ def test_export_with_other_weights_is_rejected(
 
 
 def scaled(model: Path, name: str, factor: float) -> None:
-    """Multiply one of a checkpoint's tensors."""
+    """Multiplies one tensor of a checkpoint by a factor."""
     weights = load_file(model / "model.safetensors")
     weights[name] *= factor
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_a_fault_that_costs_less_than_the_rounding_may_is_rejected(
+def test_a_fault_within_the_limit_for_rounding_is_rejected(
     trained: Path,
     tmp_path: Path,
     export: Export,
@@ -230,14 +231,14 @@ def test_a_fault_that_costs_less_than_the_rounding_may_is_rejected(
     with pytest.raises(ModelError, match="rounded to the same numbers, by") as caught:
         export(trained, tmp_path / "model")
     cost = float(str(caught.value).split("by ")[1].split()[0])
-    assert 0.001 < cost < 0.01, "the limit for rounding alone would have let it pass"
+    assert 0.001 < cost < 0.01, "the limit for rounding alone would accept it"
 
 
-def test_rounding_that_costs_much_is_a_note_unless_the_recipe_has_a_limit(
+def test_rounding_beyond_the_default_limit_is_a_note_unless_the_recipe_has_a_limit(
     trained: Path, tmp_path: Path, export: Export
 ) -> None:
     source = Path(shutil.copytree(trained, tmp_path / "source"))
-    scaled(source, "model.norm.weight", 200.0)  # large logits, whose last bits are worth nats
+    scaled(source, "model.norm.weight", 200.0)  # large logits, whose rounding errors are large
     result = export(source, tmp_path / "model")
     assert result.kl > result.kl_limit == FLOATS["bfloat16"]
     assert "Rounding costs" in result.notes[-1]
@@ -253,7 +254,7 @@ def test_rounding_that_costs_much_is_a_note_unless_the_recipe_has_a_limit(
         (lambda weights: weights.pop("model.norm.weight"), "missing: model.norm.weight"),
     ],
 )
-def test_export_with_helper_or_missing_weights_is_rejected(
+def test_an_export_with_unexpected_or_missing_weights_is_rejected(
     trained: Path,
     tmp_path: Path,
     export: Export,
@@ -282,10 +283,10 @@ def test_export_with_helper_or_missing_weights_is_rejected(
         ("gpt_neox", {}),
     ],
 )
-def test_weights_that_transformers_renames_are_the_models(
+def test_weights_that_transformers_renames_on_load_keep_their_names_on_disk(
     trained: Path, tmp_path: Path, export: Export, kind: str, sizes: dict[str, int]
 ) -> None:
-    """Version 5 keeps experts in one tensor, and stores them apart, as version 4 did."""
+    """transformers 5 loads a layer's experts into one tensor, but stores them separately."""
     source = tmp_path / "source"
     tokenizer = AutoTokenizer.from_pretrained(trained)
     tokenizer.save_pretrained(source)
@@ -299,7 +300,7 @@ def test_weights_that_transformers_renames_are_the_models(
     assert names == load_file(source / "model.safetensors").keys()
 
 
-def test_source_with_helper_weights_is_rejected(
+def test_a_source_with_unexpected_weights_is_rejected(
     trained: Path, tmp_path: Path, export: Export
 ) -> None:
     source = tmp_path / "source"
@@ -313,7 +314,7 @@ def test_source_with_helper_weights_is_rejected(
 
 @pytest.mark.run
 @pytest.mark.fresh_process
-def test_a_failed_replay_process_reports_the_reason(
+def test_an_export_that_a_fresh_process_cannot_load_is_rejected(
     trained: Path, tmp_path: Path, export: Export, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save = checkpoint._save
@@ -328,6 +329,8 @@ def test_a_failed_replay_process_reports_the_reason(
         export(trained, tmp_path / "model")
 
 
-def test_no_supervised_token_to_compare_on(trained: Path, tmp_path: Path, export: Export) -> None:
+def test_windows_without_a_supervised_token_are_rejected(
+    trained: Path, tmp_path: Path, export: Export
+) -> None:
     with pytest.raises(ModelError, match="no held-out token"):
         export(trained, tmp_path / "model", windows=ToyWindows(supervised=False))

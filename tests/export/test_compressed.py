@@ -1,4 +1,4 @@
-"""How llm-compressor is called in a different Python; a stub package changes nothing."""
+"""How llm-compressor is called in a different Python. A stub package stands in for it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ MODULES = {
 
 @pytest.fixture
 def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An interpreter that has the package."""
+    """An interpreter that has the stub package."""
     site = tmp_path / "site"
     for name, text in MODULES.items():
         module = site / f"{name}.py"
@@ -86,7 +86,7 @@ def export(source: Path, out: Path, python: str | None, method: str) -> Any:
         ("fp8", ["QuantizationModifier"], "FP8_DYNAMIC", None, None),
     ],
 )
-def test_it_is_called_with_a_scheme_and_its_output_is_replayed(
+def test_llm_compressor_gets_a_scheme_and_its_output_is_replayed(
     trained: Path,
     tmp_path: Path,
     python: str,
@@ -114,14 +114,14 @@ def test_it_is_called_with_a_scheme_and_its_output_is_replayed(
 
 
 @pytest.mark.run
-def test_its_failure_message_is_reported(trained: Path, tmp_path: Path, python: str) -> None:
+def test_an_error_in_llm_compressor_is_reported(trained: Path, tmp_path: Path, python: str) -> None:
     broken = tmp_path / "site" / "llmcompressor" / "__init__.py"
     broken.write_text("raise RuntimeError('no kernel for this model')")
     with pytest.raises(ModelError, match="no kernel for this model"):
         export(trained, tmp_path / "out", python, "gptq")
 
 
-def test_a_missing_package_is_named(
+def test_the_error_for_a_missing_package_names_it_and_the_extra(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -150,7 +150,7 @@ def test_an_interpreter_without_llm_compressor_is_rejected(
         ("fp8", 576, 1, None),
     ],
 )
-def test_the_largest_group_that_every_width_divides_into(
+def test_the_group_size_is_the_largest_that_divides_every_width(
     method: str, hidden: int, ffn: int, group: int | None
 ) -> None:
     config = LlamaConfig(hidden_size=hidden, intermediate_size=ffn, num_attention_heads=8)

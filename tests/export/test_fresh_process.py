@@ -1,4 +1,4 @@
-"""A script in a separate process, and the errors if it fails."""
+"""Errors of a script that runs in a separate process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def replayed() -> None:
         "SafetensorError: I/O error: No space left on device (os error 28)",
     ],
 )
-def test_a_full_disk_is_no_fault_of_the_export(
+def test_a_full_disk_is_not_reported_as_a_fault_of_the_export(
     monkeypatch: pytest.MonkeyPatch, last_line: str
 ) -> None:
     monkeypatch.setattr(fresh_process, "subprocess", ending_with(last_line))
@@ -42,7 +42,7 @@ def test_a_full_disk_is_no_fault_of_the_export(
     assert "TMPDIR" in str(caught.value.fix)
 
 
-def test_a_killed_process_is_not_explained_by_its_progress_bar(
+def test_the_error_for_a_killed_process_names_the_signal(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(fresh_process, "subprocess", ending_with("Loading: 100%", status=-9))
@@ -50,7 +50,9 @@ def test_a_killed_process_is_not_explained_by_its_progress_bar(
         replayed()
 
 
-def test_the_last_line_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_contains_the_last_line_of_the_scripts_output(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(fresh_process, "subprocess", ending_with("KeyError: 'head'"))
-    with pytest.raises(ModelError, match="not loaded"):
+    with pytest.raises(ModelError, match=r"not loaded \(KeyError: 'head'\)"):
         replayed()

@@ -40,7 +40,9 @@ def test_teacher_rows_past_the_shared_vocabulary_are_ignored(trained: Path, tmp_
         result = export_checkpoint(asked, tmp_path / "out", dtype="float32")
     assert result.kl == pytest.approx(0, abs=1e-9)
     assert result.source_teacher is not None
-    assert result.source_teacher.kl == pytest.approx(0, abs=1e-9), "both over 60 tokens"
+    assert result.source_teacher.kl == pytest.approx(0, abs=1e-9), (
+        "both distributions are over 60 tokens"
+    )
 
 
 class LongWindows:
@@ -73,5 +75,5 @@ def test_speed_is_measured_together_with_the_source(
     assert result.decode_tokens_per_s is not None
     assert result.source_decode_tokens_per_s is not None
     ratio = result.decode_tokens_per_s / result.source_decode_tokens_per_s
-    assert ratio == 1, "a step takes a second of this clock"
+    assert ratio == 1, "each step takes one second of this clock"
     assert result.decode_tokens_per_s == 1

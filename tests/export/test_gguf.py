@@ -1,4 +1,4 @@
-"""A GGUF file has the source's numbers under different names, and a damaged file does not pass."""
+"""A GGUF file has its source's numbers under different names, and a wrong file is rejected."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ PROMPTS = ["the cat sees 42 trees"]
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of the shape that real ones have: grouped heads, a tied head, byte-level BPE.
+    """A random Llama with grouped-query attention, a tied LM head, and a byte-level BPE tokenizer.
 
-    Small weights, so that its answers are as smooth as a trained model's.
+    Its weights are small, so that its probabilities are as smooth as a trained model's.
     """
     return save(tmp_path_factory.mktemp("source"))
 
@@ -68,10 +68,10 @@ def read(file: Path) -> dict[str, gguf.ReaderTensor]:
 
 @pytest.mark.run
 @pytest.mark.fresh_process
-def test_q8_0_is_loaded_by_transformers_and_answers_as_its_source(
+def test_transformers_loads_a_q8_0_file_that_agrees_with_its_source(
     source: Path, tmp_path: Path
 ) -> None:
-    """In a fresh process, as a user would."""
+    """The file is loaded in a fresh process, as a user would."""
     result = export_gguf(gate(source), tmp_path / "out", kind="q8_0", name="toy")
     assert result.format == "gguf-q8_0"
     assert 0 < result.kl < 0.001
@@ -89,7 +89,7 @@ def test_q8_0_is_loaded_by_transformers_and_answers_as_its_source(
 
 
 @pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4"])
-def test_every_format_passes_its_own_gate(source: Path, tmp_path: Path, kind: str) -> None:
+def test_every_format_is_within_its_own_kl_limit(source: Path, tmp_path: Path, kind: str) -> None:
     result = export_gguf(gate(source), tmp_path / "out", kind=kind, name="toy")
     assert result.kl <= result.kl_limit == FORMATS[kind].kl_limit
     tensors = read(tmp_path / "out" / f"toy-{kind}.gguf")
@@ -115,15 +115,15 @@ def test_ternary_rounding_of_a_model_not_trained_for_it_is_rejected(
         (Qwen3ForCausalLM, Qwen3Config(head_dim=128)),
     ],
 )
-def test_other_architectures_in_float32_are_the_source(
+def test_float32_files_of_qwen_models_equal_the_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: type, config: Any
 ) -> None:
-    """In transformers: a random model writes bytes that are no text, and llama.cpp omits those."""
+    """Replayed in transformers: a random model writes invalid UTF-8, which llama.cpp omits."""
     monkeypatch.setattr(gguf_export, "has_llama_cpp", lambda: False)
     torch.manual_seed(0)
     words = tiny.merging_tokenizer()
     small = {
-        "vocab_size": len(words) + 3,  # rows of the embedding that no token has
+        "vocab_size": len(words) + 3,  # embedding rows without a token
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 2,
@@ -142,8 +142,8 @@ def test_other_architectures_in_float32_are_the_source(
     assert result.texts[0].source == result.texts[0].exported
 
 
-def test_rows_of_query_and_key_are_reordered_as_llama_cpp_turns_pairs() -> None:
-    """By definition, pair i of a head is its rows i and i + half, next to each other."""
+def test_rows_of_query_and_key_are_in_llama_cpps_order_of_rotary_pairs() -> None:
+    """Pair i of a head consists of its rows i and i + half, which become adjacent in the file."""
     config = LlamaConfig(num_attention_heads=2, num_key_value_heads=1)
     rows = np.arange(8, dtype=np.float32)[:, None] * np.ones((1, 3), np.float32)
     turned = to_file(family(config), "model.layers.0.self_attn.q_proj.weight", rows, config)
@@ -169,7 +169,7 @@ def test_rows_that_do_not_divide_into_blocks_stay_float16_and_are_announced(
     assert list(announce_gguf("f16", config, words)) == []
 
 
-def test_rows_of_the_attentions_output_are_announced_too() -> None:
+def test_rows_of_the_attention_output_that_do_not_divide_into_blocks_are_announced() -> None:
     """Mistral's heads need not add up to the hidden size."""
     shape = {"hidden_size": 96, "intermediate_size": 96, "head_dim": 16, "num_attention_heads": 3}
     config = MistralConfig(num_key_value_heads=1, sliding_window=None, **shape)
@@ -188,7 +188,7 @@ def test_packed_blocks_are_written_unchanged(source: Path, tmp_path: Path) -> No
     assert np.array_equal(written.data, blocks)
 
 
-def test_rows_in_the_wrong_order_are_caught(
+def test_a_file_with_rows_in_the_wrong_order_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = save(tmp_path / "source", initializer_range=0.2)
@@ -199,7 +199,7 @@ def test_rows_in_the_wrong_order_are_caught(
         export_gguf(gate(source), tmp_path / "out", kind="f16", name="toy")
 
 
-# --- what GGUF cannot hold -----------------------------------------------------------------------
+# --- tokenizers and architectures ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def rules_of(words: Any) -> str:
 
 
 @pytest.mark.parametrize("pattern", SPLITS)
-def test_rules_for_splitting_text_are_distinguished(pattern: str) -> None:
+def test_the_rules_that_a_tokenizer_splits_text_by_are_recognized(pattern: str) -> None:
     words = tiny.merging_tokenizer()
     assert rules_of(words) == "gpt-2"
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -276,7 +276,9 @@ def test_named_chat_templates_are_all_written(source: Path, tmp_path: Path) -> N
     assert fields["tokenizer.chat_templates"].contents() == ["tool_use"]
 
 
-def test_gpt_4s_rules_are_read_by_transformers(source: Path, tmp_path: Path) -> None:
+def test_transformers_splits_text_by_gpt_4s_rules_without_a_note(
+    source: Path, tmp_path: Path
+) -> None:
     words = AutoTokenizer.from_pretrained(source)
     split = pre_tokenizers.Split(
         Regex(next(rules for rules, names in SPLITS.items() if "dbrx" in names)), "isolated"
@@ -303,7 +305,7 @@ def test_digits_that_transformers_splits_differently_are_noted(
     assert "not compared" in note
 
 
-def test_tensors_of_the_file_are_the_sources_numbers(source: Path, tmp_path: Path) -> None:
+def test_the_files_tensors_equal_the_sources(source: Path, tmp_path: Path) -> None:
     write_gguf(source, tmp_path / "toy.gguf", FORMATS["f16"], name="toy")
     weights = load_file(source / "model.safetensors")
     written = read(tmp_path / "toy.gguf")["blk.2.ffn_gate.weight"].data

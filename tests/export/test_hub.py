@@ -62,13 +62,17 @@ def test_the_first_format_is_the_repositorys_root_and_others_are_folders(
     assert SECRET not in str(done)
 
 
-def test_a_token_of_another_name(recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_env_names_the_variable_that_holds_the_token(
+    recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MY_TOKEN", "other")
     push(PushRecipe(repo="me/small", token_env="MY_TOKEN"), {}, "demo")
     assert recorder.calls[0] == ("token", {"token": "other"})
 
 
-def test_no_token(recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_token_is_an_error_before_the_hub_is_called(
+    recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(RunError, match="no token") as caught:
         push(PushRecipe(repo="me/small"), {}, "demo")
@@ -96,7 +100,7 @@ def test_hub_errors_are_reported_without_the_token(
         ),
     ],
 )
-def test_errors_that_are_not_the_hubs_own_classes_are_one_message(
+def test_errors_of_other_classes_than_the_hubs_are_reported(
     recorder: type[Recorder],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,

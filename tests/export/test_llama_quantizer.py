@@ -22,12 +22,13 @@ from stillhouse.export.llama_quantizer import has_llama_cpp, importance_matrix, 
 from stillhouse.quantize.moments import input_moments
 from tests import tiny
 from tests.export.conftest import ToyWindows
+from tests.gguf_files import real
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 
 
 class Entry(ctypes.Structure):
-    """As `llama_model_imatrix_data` in llama.h."""
+    """`llama_model_imatrix_data` in llama.h."""
 
     _fields_ = (
         ("name", ctypes.c_char_p),
@@ -53,7 +54,7 @@ def gate(source: Path) -> Gate:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Stands in for llama.cpp by copying the file: only the call is tested."""
+    """Replaces llama.cpp by a stub that copies the file; returns what it was called with."""
     asked: dict[str, Any] = {}
     callback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
@@ -91,7 +92,7 @@ def test_k_quants_need_llama_cpp(
     assert "gguf-q4_0" in str(caught.value.fix)
 
 
-def test_a_build_of_llama_cpp_that_does_not_load_is_as_good_as_none(
+def test_a_build_of_llama_cpp_that_does_not_load_counts_as_not_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "llama_cpp.py").write_text(
@@ -122,7 +123,7 @@ def test_llama_cpps_error_message_is_reported(
     asked["code"] = 1
     with pytest.raises(ModelError, match="a tensor has NaN in it"):
         k_quantize(source, tmp_path / "toy.gguf", kind="q4_k_m", name="toy")
-    assert len(asked["log"]) == 2, "the log is given back"
+    assert len(asked["log"]) == 2, "the log callback is restored"
 
 
 def test_moments_are_passed_under_the_names_of_gguf(
@@ -138,7 +139,7 @@ def test_moments_are_passed_under_the_names_of_gguf(
 
 
 def test_moments_are_those_of_each_layers_inputs() -> None:
-    """Agrees with inputs captured one window at a time, for a layer and for the head."""
+    """Agrees with inputs captured one window at a time, for a layer and for the LM head."""
     model = tiny.llama(vocab_size=64)
     windows = ToyWindows()
     found = input_moments(model, windows)
@@ -163,12 +164,12 @@ def test_moments_are_those_of_each_layers_inputs() -> None:
 
 # --- the real llama.cpp --------------------------------------------------------------------------
 
-real = pytest.mark.skipif(not has_llama_cpp(), reason="llama-cpp-python is not installed")
-
 
 @real
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_k_m", "q6_k"])
-def test_llama_cpp_answers_as_the_source_does(source: Path, tmp_path: Path, kind: str) -> None:
+def test_llama_cpp_is_as_close_to_the_source_as_the_replay(
+    source: Path, tmp_path: Path, kind: str
+) -> None:
     moments = input_moments(tiny.llama(vocab_size=264, hidden_size=256, intermediate_size=512,
                                        num_hidden_layers=2), ToyWindows())  # fmt: skip
     result = export_gguf(gate(source), tmp_path / "out", kind=kind, name="toy", moments=moments)

@@ -45,7 +45,7 @@ def test_a_known_template_is_written_for_ollama(folder: Path) -> None:
 
 
 def test_every_token_that_ends_an_answer_is_a_stop(folder: Path) -> None:
-    """As in Llama 3, whose chats end with a different token than its texts."""
+    """Llama 3's chats end with a different token than its texts."""
     words = tiny.tokenizer()
     ends = [words.eos_token_id, words.convert_tokens_to_ids("<|user|>")]
     GenerationConfig(eos_token_id=ends).save_pretrained(folder)
@@ -53,13 +53,13 @@ def test_every_token_that_ends_an_answer_is_a_stop(folder: Path) -> None:
     assert [line.split()[-1] for line in stops] == ['"<|end|>"', '"<|user|>"', '"<|im_end|>"']
 
 
-def test_a_context_that_costs_gigabytes_is_not_requested(folder: Path) -> None:
+def test_the_context_is_limited_to_8192_tokens(folder: Path) -> None:
     tiny.llama(max_position_embeddings=40960).save_pretrained(folder)
     assert "PARAMETER num_ctx 8192\n" in modelfile(folder, "toy.gguf")
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_formats_are_recognized_by_what_they_write(name: str) -> None:
+def test_a_chat_format_is_recognized_by_what_the_template_renders(name: str) -> None:
     form = FORMATS[name]
     words = tiny.tokenizer()
     head, tail = form.before.split("{role}")
@@ -72,7 +72,7 @@ def test_formats_are_recognized_by_what_they_write(name: str) -> None:
     assert default_system(words, form) is None
 
 
-def test_an_unknown_template_is_left_to_ollama(folder: Path) -> None:
+def test_an_unknown_template_is_left_out(folder: Path) -> None:
     tiny.tokenizer().save_pretrained(folder)
     written = modelfile(folder, "toy.gguf")
     assert "TEMPLATE" not in written
@@ -80,7 +80,7 @@ def test_an_unknown_template_is_left_to_ollama(folder: Path) -> None:
 
 
 def read_by_ollama(text: str) -> list[tuple[str, str]]:
-    """Commands and values. A quoted value ends with a line that ends in its quotes."""
+    """Commands and values. A quoted value ends at the first line that ends in its quotes."""
     found, lines = [], iter(text.splitlines())
     for line in lines:
         if line.startswith("#"):

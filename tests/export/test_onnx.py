@@ -61,7 +61,7 @@ def model(kind: str) -> Any:
 
 @torch.no_grad()
 def alone(classifier: nn.Module) -> Tensor:
-    """Every text alone, so that nothing is padded."""
+    """The logits of each text in a batch of its own, without padding."""
     rows = [row for batch in BATCHES for row in batch]
     return torch.cat([classifier(input_ids=torch.tensor([row])).logits for row in rows])
 
@@ -87,7 +87,9 @@ def test_the_replay_does_not_import_stillhouse_or_torch() -> None:
 
 @pytest.mark.run
 @pytest.mark.parametrize("kind", ["bert", "llama"])
-def test_float32_is_the_checkpoint_padded_or_not(kind: str, tmp_path: Path) -> None:
+def test_a_float32_file_agrees_with_the_checkpoint_with_and_without_padding(
+    kind: str, tmp_path: Path
+) -> None:
     result = export(model(kind), tmp_path)
     assert result.kl == pytest.approx(0, abs=1e-9)
     assert result.top1_agreement == 1
@@ -99,7 +101,7 @@ def test_float32_is_the_checkpoint_padded_or_not(kind: str, tmp_path: Path) -> N
 
 @pytest.mark.run
 @pytest.mark.fresh_process
-def test_int8_is_smaller_and_near_in_a_fresh_process(tmp_path: Path) -> None:
+def test_an_int8_file_is_smaller_and_close_in_a_fresh_process(tmp_path: Path) -> None:
     classifier = model("modernbert")
     whole = export(classifier, tmp_path / "whole")
     rounded = export(classifier, tmp_path / "rounded", "onnx-int8")
@@ -111,7 +113,7 @@ def test_int8_is_smaller_and_near_in_a_fresh_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("shift", "limit", "message"), [(1, None, "at most 1e-05"), (0, 1e-20, "at most 1e-20")]
 )
-def test_a_file_with_other_content_is_rejected(
+def test_a_file_with_different_probabilities_is_rejected(
     tmp_path: Path, shift: int, limit: float | None, message: str
 ) -> None:
     logits_NC = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
@@ -123,7 +125,7 @@ def test_a_file_with_other_content_is_rejected(
 
 
 class Odd(nn.Module):
-    """Its control flow depends on its inputs' values, which a graph cannot represent."""
+    """A model whose control flow depends on its inputs, which a graph cannot represent."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         if int(input_ids.sum()) % 2:
@@ -132,13 +134,15 @@ class Odd(nn.Module):
 
 
 @pytest.mark.run
-def test_a_model_that_cannot_be_exported(tmp_path: Path) -> None:
+def test_a_model_that_torch_cannot_export_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="torch cannot export Odd") as caught:
         export(Odd(), tmp_path, expected_NC=torch.zeros(6, 3))
     assert "safetensors" in str(caught.value.fix)
 
 
-def test_packages_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_missing_package_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match="onnxruntime, which is not installed") as caught:
         export(model("bert"), tmp_path)

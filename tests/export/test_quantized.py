@@ -42,7 +42,7 @@ KINDS = ("int4", "int8", "float8", "int8_dynamic_int4", "float8_dynamic_float8")
 
 @pytest.fixture(scope="module")
 def rounded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of the quantize stage, by kind; one layer is left alone."""
+    """Folders of the quantize stage, by kind; one layer is not quantized."""
     folder = tmp_path_factory.mktemp("rounded")
     words = tiny.merging_tokenizer()
     model = tiny.llama(
@@ -95,7 +95,7 @@ def test_torchao_in_float32_has_exactly_the_trained_numbers(
 
 @pytest.fixture(scope="module")
 def rounded_gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An int8 Gemma 3, whose embeddings have a scale that is a buffer and in no checkpoint."""
+    """An int8 Gemma 3. The scale of its embeddings is a buffer that is not in the checkpoint."""
     folder = tmp_path_factory.mktemp("gemma")
     words = tiny.merging_tokenizer()
     model = tiny_model("gemma3_text", vocab_size=len(words), hidden_size=64, intermediate_size=96)
@@ -139,7 +139,7 @@ def test_embeddings_with_a_scale_of_their_own_are_stored_as_floats(
 def test_a_model_with_quantized_embeddings_is_loaded_with_their_scale(
     rounded_gemma: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As written by programs that quantize every embedding."""
+    """Programs that quantize every embedding write such models."""
     pytest.importorskip("torchao")
     monkeypatch.setattr(torchao_export, "_has_other_buffers", lambda model, name: False)
     quantization = Quantization.load(rounded_gemma / FILE)
@@ -228,7 +228,7 @@ def test_torchao_with_rounded_inputs_is_replayed(
     ],
 )
 @pytest.mark.parametrize("kind", ["int8_dynamic_int4", "float8_dynamic_float8"])
-def test_torchaos_product_is_that_of_the_inputs_that_are_rounded_here(
+def test_torchao_rounds_inputs_as_rounded_inputs_does(
     rounded: dict[str, Path], kind: str, device: str, dtype: torch.dtype, limit: float
 ) -> None:
     pytest.importorskip("torchao")
@@ -267,7 +267,7 @@ def test_the_error_without_torchao_names_an_alternative(
     ("bits", "group", "form"), [(4, 32, "q4_0"), (4, 64, "q8_0"), (8, 32, "q8_0")]
 )
 def test_blocks_hold_the_grid_exactly(bits: Literal[4, 8], group: int, form: str) -> None:
-    """Against gguf's own reading of them."""
+    """Compared with gguf's own dequantization."""
     grid = Grid(bits, group)
     weight_OI = 0.1 * torch.randn(6, 128, generator=torch.Generator().manual_seed(0))
     scales_OG = choose_scales(weight_OI, grid)
@@ -287,7 +287,7 @@ def test_blocks_hold_the_grid_exactly(bits: Literal[4, 8], group: int, form: str
         (Grid(8, None, floating=True), "q8_0"),
     ],
 )
-def test_formats_that_do_not_hold_the_grid(grid: Grid, form: str) -> None:
+def test_a_format_that_cannot_hold_the_grid_has_no_fitting_kind(grid: Grid, form: str) -> None:
     assert fitting_kind(grid, FORMATS[form]) is None
 
 
@@ -295,7 +295,7 @@ def test_formats_that_do_not_hold_the_grid(grid: Grid, form: str) -> None:
 def test_gguf_ships_the_trained_numbers(
     rounded: dict[str, Path], tmp_path: Path, kind: str, form: str
 ) -> None:
-    """Numbers on the grid are exact, and the layer that was left alone has 16 bits."""
+    """Numbers on the grid are exact, and the layer that is not quantized has 16 bits."""
     folder = rounded[kind]
     quantization = Quantization.load(folder / FILE)
     out = tmp_path / "out"
@@ -370,12 +370,14 @@ def test_a_grid_that_a_format_cannot_hold_is_reported_with_one_that_can(
 @pytest.mark.parametrize(
     ("grid", "form"), [(Grid(4, 32), "q4_0"), (Grid(4, 64), "q8_0"), (Grid(4, 16), "f16")]
 )
-def test_a_grid_that_a_format_holds_is_not_mentioned(grid: Grid, form: str) -> None:
+def test_a_grid_that_a_format_can_hold_needs_no_second_rounding(grid: Grid, form: str) -> None:
     assert second_rounding(grid, form) is None
 
 
-def test_a_second_rounding_weights_errors_too(rounded: dict[str, Path], tmp_path: Path) -> None:
-    """The blocks equal those of the same numbers without a grid."""
+def test_a_second_rounding_weights_errors_by_moments(
+    rounded: dict[str, Path], tmp_path: Path
+) -> None:
+    """The blocks equal those of the same model exported without its grid."""
     model = rounded["int8"] / "model"
     quantization = Quantization.load(rounded["int8"] / FILE)
     generator = torch.Generator().manual_seed(0)
@@ -392,11 +394,11 @@ def test_a_second_rounding_weights_errors_too(rounded: dict[str, Path], tmp_path
 
 
 @pytest.mark.parametrize("form", ["q4_0", "q8_0"])
-def test_gguf_without_a_grid_weights_errors_by_known_moments(
+def test_gguf_without_a_grid_weights_errors_by_moments(
     rounded: dict[str, Path], tmp_path: Path, form: str
 ) -> None:
-    """Against the same format without them, as transformers reads both: no matrix's weighed error
-    is larger, and all together it is much smaller."""
+    """Compared with the same format without moments, as transformers reads both: the weighted error
+    is larger in no matrix, and much smaller in total."""
     student = rounded["int4"].parent / "student"
     source = dict(load_model(student, dtype=torch.float32).named_parameters())
     generator = torch.Generator().manual_seed(0)

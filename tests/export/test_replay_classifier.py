@@ -1,4 +1,4 @@
-"""A classifier's folder in a process that imports only transformers."""
+"""A classifier's folder is replayed in a process that does not import stillhouse."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def classifier(folder: Path, kind: str) -> Path:
     return out
 
 
-def test_the_script_imports_nothing_of_stillhouse() -> None:
+def test_the_replay_does_not_import_stillhouse() -> None:
     tree = ast.parse(Path(str(script.__file__)).read_text())
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     names = {
@@ -59,7 +59,7 @@ def test_every_head_predicts_what_the_classifier_predicts(tmp_path: Path, kind: 
 
 @pytest.mark.run
 @pytest.mark.fresh_process
-def test_a_fresh_process_reports_it_too(tmp_path: Path) -> None:
+def test_a_fresh_process_predicts_the_same_probabilities(tmp_path: Path) -> None:
     folder = classifier(tmp_path, "mean")
     source = load_classifier(folder)
     read = [TEXTS[0], None, TEXTS[2]]  # the second is longer than the classifier reads
@@ -68,7 +68,7 @@ def test_a_fresh_process_reports_it_too(tmp_path: Path) -> None:
     torch.testing.assert_close(said_NC, source.probabilities(TEXTS), atol=1e-5, rtol=1e-4)
 
 
-def test_other_weights_are_rejected(tmp_path: Path) -> None:
+def test_wrong_or_missing_weights_are_rejected(tmp_path: Path) -> None:
     folder = classifier(tmp_path, "last")
     source = load_classifier(folder)
     other = Path(shutil.copytree(folder, tmp_path / "other"))
@@ -84,7 +84,7 @@ def test_other_weights_are_rejected(tmp_path: Path) -> None:
         _replay(source, other, TEXTS)
 
 
-def test_another_tokenizer_is_rejected(tmp_path: Path) -> None:
+def test_a_different_tokenizer_is_rejected(tmp_path: Path) -> None:
     folder = classifier(tmp_path, "last")
     source = load_classifier(folder)
     file = folder / "tokenizer.json"

@@ -1,6 +1,6 @@
-"""Every fault that an export can have fails its replay, including in llama.cpp.
+"""An export with a fault fails its replay, in transformers or in llama.cpp.
 
-llama.cpp is played by transformers' reading of the same file, which then errs as told.
+A stub stands in for llama.cpp: it runs the same file in transformers, and can simulate faults.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ PROMPT = "the cat sees 42 trees"
 
 @pytest.fixture
 def without_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
-    """llama.cpp rounds inputs to 8 bits, too coarse for a model with such large weights."""
+    """llama.cpp rounds inputs to 8 bits, too coarsely for a model with such large weights."""
     monkeypatch.setattr(gguf_export, "has_llama_cpp", lambda: False)
 
 
 @pytest.fixture(scope="module")
 def rounded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The quantize stage's folder: int4, one layer left alone. Weights so large that its model is
-    sure of many tokens."""
+    """The folder of an int4 quantize stage; one layer is not quantized. The weights are so large
+    that the model is sure of many tokens."""
     folder = tmp_path_factory.mktemp("rounded")
     words = tiny.merging_tokenizer()
     shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "initializer_range": 0.8}
@@ -115,7 +115,7 @@ class Llama:
         return known if self.eos is None else self.eos
 
     def token_bos(self) -> int:
-        return 11  # llama.cpp's default, which a source without one does not mind
+        return 11  # llama.cpp's default; ignored if the source has no bos token
 
     def create_chat_completion(
         self, chat: list[dict[str, str]], *, max_tokens: int, **_: Any
@@ -145,15 +145,15 @@ class Jinja2ChatFormatter:
 
 @pytest.fixture
 def llama(monkeypatch: pytest.MonkeyPatch) -> type[Llama]:
-    """The class, whose attributes set its faults."""
+    """The stub of llama.cpp; its class attributes are its faults."""
     package, formats = ModuleType("llama_cpp"), ModuleType("llama_cpp.llama_chat_format")
-    acting = type("Acting", (Llama,), {})
-    package.Llama = acting  # type: ignore[attr-defined]
+    stub = type("Stub", (Llama,), {})
+    package.Llama = stub  # type: ignore[attr-defined]
     formats.Jinja2ChatFormatter = Jinja2ChatFormatter  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "llama_cpp", package)
     monkeypatch.setitem(sys.modules, "llama_cpp.llama_chat_format", formats)
     monkeypatch.setattr(gguf_export, "has_llama_cpp", lambda: True)
-    return acting
+    return stub
 
 
 def test_a_correct_export_passes_in_both_runtimes(
@@ -187,7 +187,7 @@ def test_misplaced_weights_fail_even_within_the_formats_limit(
 
 
 @pytest.mark.parametrize("role", ["eos", "pad"])
-def test_a_special_token_in_the_place_of_another_fails(
+def test_a_wrong_special_token_fails(
     rounded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, role: str
 ) -> None:
     write = getattr(gguf.GGUFWriter, f"add_{role}_token_id")
@@ -199,7 +199,7 @@ def test_a_special_token_in_the_place_of_another_fails(
 
 
 @pytest.mark.usefixtures("without_llama_cpp")
-def test_a_bos_token_in_the_place_of_another_fails(
+def test_a_wrong_bos_token_fails(
     rounded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = shutil.copytree(rounded, tmp_path / "int4")
@@ -213,7 +213,7 @@ def test_a_bos_token_in_the_place_of_another_fails(
         ship(source, tmp_path / "wrong")
 
 
-def test_another_chat_template_fails(
+def test_a_different_chat_template_fails(
     rounded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = gguf.GGUFWriter.add_chat_template
@@ -241,7 +241,7 @@ def test_a_difference_in_llama_cpp_fails_the_replay(
         ship(rounded, tmp_path / "out")
 
 
-def test_more_may_be_allowed_to_llama_cpp(
+def test_the_recipes_limit_applies_to_llama_cpp_too(
     rounded: Path, tmp_path: Path, llama: type[Llama]
 ) -> None:
     llama.noise = 0.5
@@ -261,7 +261,7 @@ def test_llama_cpps_context_has_room_for_the_prompt_and_its_answer(
 
 
 @pytest.mark.usefixtures("without_llama_cpp")
-def test_sampling_settings_that_the_file_does_not_hold_change_no_text(
+def test_sampling_settings_that_a_file_cannot_hold_do_not_change_the_text(
     rounded: Path, tmp_path: Path
 ) -> None:
     source = shutil.copytree(rounded, tmp_path / "int4")
@@ -272,7 +272,7 @@ def test_sampling_settings_that_the_file_does_not_hold_change_no_text(
     assert result.texts[0].source == result.texts[0].exported
 
 
-def test_the_text_that_a_model_is_sure_of_against_a_token_at_a_time(rounded: Path) -> None:
+def test_the_text_that_a_model_is_sure_of_agrees_with_one_token_at_a_time(rounded: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(rounded / "model", dtype=torch.float32)
     words = AutoTokenizer.from_pretrained(rounded / "model")
     lengths = []
@@ -293,7 +293,7 @@ def test_the_text_that_a_model_is_sure_of_against_a_token_at_a_time(rounded: Pat
 
 
 def found(**changes: Any) -> dict[str, Any]:
-    """The replay's answer for an export without faults, with these changes to its pair."""
+    """The replay's answer for a correct export, with these changes to its comparison."""
     pair = {"kl": 1e-6, "top1_agreement": 1.0, "sure": 900, "moved": 0, **changes}
     texts = [{"prompt": "p", "source": "yes, it is", "exported": "yes, it was", "sure": "yes, it"}]
     return {"problems": [], "tokens": 1024, "pairs": {"source ‖ exported": pair}, "texts": texts}
@@ -312,7 +312,7 @@ def found(**changes: Any) -> dict[str, Any]:
         (3.0, 900, True),
     ],
 )
-def test_most_likely_tokens_that_are_clear_stay_so_as_far_as_a_formats_bits_allow(
+def test_the_limit_decides_how_many_sure_top_1_tokens_may_change(
     limit: float, moved: int, passes: bool
 ) -> None:
     if passes:
@@ -335,7 +335,7 @@ def test_a_different_answer_fails_if_the_weights_are_the_sources() -> None:
         check_replay(answer, 0.001, 0.02, Path("source"), "more bits")
 
 
-def test_clear_tokens_are_counted_one_by_one() -> None:
+def test_sure_tokens_and_those_that_changed_are_counted() -> None:
     p_NV = torch.tensor([[3.0, 0, 0], [0.5, 0, 0], [0, 4, 1], [2, 0, 0]])
     q_NV = torch.tensor([[0.0, 3, 0], [0, 0.5, 0], [0, 2, 1], [1, 0, 0]])
     pair = replay.Pair()
@@ -343,14 +343,14 @@ def test_clear_tokens_are_counted_one_by_one() -> None:
     assert (pair.same, pair.sure, pair.moved) == (2, 3, 1)
 
 
-def test_safetensors_are_held_to_the_same(
+def test_a_safetensors_export_with_a_different_text_fails(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A float32 checkpoint whose text begins differently although every number is the source's."""
+    """The text begins differently although every number is the source's."""
     write, calls = replay._greedy, iter(range(100))
 
     def greedy(*arguments: Any) -> tuple[str, str]:
-        """The source's text, followed by the export's, which begins differently."""
+        """The source's text, then the export's, which begins differently."""
         text, sure = write(*arguments)
         return (f"no {text}" if next(calls) % 2 else text), sure
 
