@@ -1,4 +1,4 @@
-"""A projection corrects as much of the stream's error as held-out rows confirm."""
+"""A projection corrects as much of the residual stream's error as held-out rows confirm."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _double() -> object:
 
 
 def rows(count: int, noise: float, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Activations, an error that they explain except for noise, and row weights."""
+    """Activations, an error that they explain up to noise, and row weights."""
     torch.manual_seed(7)
     explains, mixing = torch.randn(HIDDEN, WIDTH), torch.randn(WIDTH, WIDTH) + 3 * torch.eye(WIDTH)
     torch.manual_seed(seed)
@@ -51,7 +51,7 @@ def moments_of(activations: Tensor, error: Tensor, weight: Tensor) -> tuple[Mome
 
 
 def fitted_to(activations: Tensor, error: Tensor | None, weight: Tensor) -> tuple[Moments, Tensor]:
-    """By batches of 40 rows."""
+    """The moments and the change that `fit_projection` finds in batches of 40 rows."""
     parts = torch.arange(len(activations)).split(40)
     rows = ProjectionRows(
         [weight[part] for part in parts],
@@ -67,15 +67,15 @@ def squared_error(change: Tensor, activations: Tensor, error: Tensor, weight: Te
     return left.square().sum().item()
 
 
-def test_the_share_is_the_best_on_the_rows_kept_aside() -> None:
+def test_the_share_of_the_change_that_is_applied_is_the_best_on_held_out_rows() -> None:
     activations, error, weight = rows(160, noise=60.0)
     _, change = fitted_to(activations, error, weight)
     fitted = (torch.arange(160) % 40) < 40 - 40 // HELD_OUT_ONE_IN
     moments, B = moments_of(activations[fitted], error[fitted], weight[fitted])
     everything, all_B = moments_of(activations, error, weight)
-    aside = activations[~fitted], error[~fitted], weight[~fitted]
+    held_out = activations[~fitted], error[~fitted], weight[~fitted]
     tried = [
-        (squared_error(mu * few, *aside), float(mu), noise)
+        (squared_error(mu * few, *held_out), float(mu), noise)
         for noise in NOISES
         for few in [least_squares_change(moments, B, noise * WIDTH / int(fitted.sum()))]
         for mu in torch.linspace(0, 1, 1001)
@@ -96,7 +96,7 @@ def test_the_least_squares_change_is_that_of_ridge_regression() -> None:
 
 
 @pytest.mark.parametrize("noise", [0.0, 30.0, 300.0])
-def test_other_rows_gain_and_are_not_harmed(noise: float) -> None:
+def test_a_correction_does_not_harm_fresh_rows(noise: float) -> None:
     _, change = fitted_to(*rows(80, noise))
     fresh = rows(4000, noise, seed=1)
     assert squared_error(change, *fresh) < 1.02 * squared_error(torch.zeros_like(change), *fresh)
@@ -146,7 +146,7 @@ class Alive(TorchDispatchMode):
 
 
 def test_few_matrices_are_in_memory_whatever_the_number_of_batches() -> None:
-    """Of 32 batches, a sum in pairs has six terms in memory."""
+    """A pairwise sum over 32 batches has at most six terms in memory."""
     width = 256
     batches = [torch.randn(8, width) for _ in range(32)]
     rows = ProjectionRows(

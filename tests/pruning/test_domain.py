@@ -1,4 +1,4 @@
-"""Calibration text from a different domain is noticed, along with what it costs."""
+"""A note reports calibration text of a different domain than the held-out text, and its cost."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stillhouse.teachers.model_source import resolve_model
 from tests.teachers.toys import ToyWindows, save_model, tiny_model
 
 
-def test_perplexity_and_kl_are_the_obvious_ones() -> None:
+def test_perplexity_and_kl_agree_with_their_definitions() -> None:
     windows = ToyWindows(count=4)
     model, pruned = tiny_model(), tiny_model()
     read = read_text(model, windows, 0, torch.float32)
@@ -33,27 +33,27 @@ def test_perplexity_and_kl_are_the_obvious_ones() -> None:
     assert mean_kl(read.reference, pruned, torch.float32) == pytest.approx(expected, rel=1e-3)
 
 
-def test_only_a_large_difference_is_foreign() -> None:
+def test_only_a_large_difference_in_perplexity_has_a_warning() -> None:
     assert Domain(30.0, 40.0, 0.1).warning() is None
     for first, second in ((30.0, 90.0), (90.0, 30.0)):
-        told = Domain(first, second, 0.123).warning()
-        assert told is not None
-        assert "KL 0.123" in told
-        assert f"{second:.1f} on held-out text and {first:.1f} on calibration text" in told
+        warning = Domain(first, second, 0.123).warning()
+        assert warning is not None
+        assert "KL 0.123" in warning
+        assert f"{second:.1f} on held-out text and {first:.1f} on calibration text" in warning
 
 
-def test_a_cut_that_costs_much_more_on_the_heldout_text_is_foreign() -> None:
+def test_a_cut_that_costs_much_more_on_the_held_out_text_has_a_warning() -> None:
     assert Domain(30.0, 40.0, 0.3, 0.2).warning() is None
     assert Domain(30.0, 40.0, 0.3, None).warning() is None
-    # Ratios of next to nothing.
+    # The ratio is large, but both costs are negligible.
     assert Domain(30.0, 40.0, 0.009, 0.0001).warning() is None
-    told = Domain(30.0, 40.0, 0.45, 0.2).warning()
-    assert told is not None
-    assert "KL 0.200 on text like" in told
-    assert "0.450 on the held-out text" in told
+    warning = Domain(30.0, 40.0, 0.45, 0.2).warning()
+    assert warning is not None
+    assert "KL 0.200 on text like" in warning
+    assert "0.450 on the held-out text" in warning
 
 
-def test_unseen_windows_are_those_that_are_not_calibrated_on() -> None:
+def test_unseen_windows_are_those_that_calibration_does_not_read() -> None:
     windows = ToyWindows()
     batches = calibration_batches(windows, 10 * 32, 5)
     rest = unseen(windows, 10 * 32, 5)
@@ -86,7 +86,7 @@ def test_a_student_records_what_its_cut_costs_on_unseen_text(
 
 
 class Familiar(ToyWindows):
-    """The tiny model's own text: always its most likely token."""
+    """Text that the tiny model generates greedily."""
 
     def __init__(self) -> None:
         super().__init__(count=8)
@@ -98,11 +98,11 @@ class Familiar(ToyWindows):
         self.labels = self.ids.clone()
 
 
-def test_a_student_pruned_on_foreign_text_has_a_note(tmp_path: Path) -> None:
+def test_a_student_pruned_on_text_of_a_different_domain_has_a_note(tmp_path: Path) -> None:
     save_model(tmp_path / "teacher")
     teacher = resolve_model("teacher", base=tmp_path)
     notes = {}
-    for name, heldout in (("foreign", Familiar()), ("same", ToyWindows(seed=3))):
+    for name, heldout in (("different", Familiar()), ("same", ToyWindows(seed=3))):
         summary = build_student(
             PrunedStudent(start="pruned", ffn_size=40),
             teacher=teacher,
@@ -114,5 +114,5 @@ def test_a_student_pruned_on_foreign_text_has_a_note(tmp_path: Path) -> None:
         )
         notes[name] = [text for text in summary["notes"] if "a different domain" in text]
         assert summary["domain"]["heldout_kl"] > 0
-    assert len(notes["foreign"]) == 1
+    assert len(notes["different"]) == 1
     assert not notes["same"]

@@ -1,4 +1,4 @@
-"""Cutting unused parts loses nothing; any other cut equals the full model with zeros."""
+"""Cutting unused parts loses nothing; any other cut equals the full model with zeroed parts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WINDOWS = ToyWindows()
 
 
 def writers(model: Any) -> list[Tensor]:
-    """Weights whose output is the stream, [..., D, inputs]."""
+    """Weights and biases that write to the residual stream, [..., D, inputs]."""
     found = [model.get_input_embeddings().weight.T]
     for layer in model.base_model.layers:
         mlp = layer.mlp
@@ -67,11 +67,11 @@ def test_a_rotation_finds_the_directions_that_are_written_to(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("sizes", [{"heads": 2}, {"kv_heads": 1}], ids=["heads", "groups"])
-def test_heads_without_output_are_pruned(kind: str, sizes: dict[str, Any]) -> None:
+def test_pruning_heads_equals_zeroing_their_output(kind: str, sizes: dict[str, Any]) -> None:
     full, model = family(kind), family(kind)
     prune_model(model, WINDOWS, reconstruct=False, **sizes)
     for layer, cut in zip(full.base_model.layers, model.base_model.layers, strict=True):
-        # Heads are known again by their query weights.
+        # Heads are identified by their query weights.
         queries = layer.self_attn.q_proj.weight.view(4, 8, HIDDEN)
         kept = cut.self_attn.q_proj.weight.view(-1, 8, HIDDEN)
         gone = [h for h in range(4) if not any(torch.equal(queries[h], one) for one in kept)]
@@ -100,7 +100,7 @@ def test_heads_that_others_can_replace_cost_nothing() -> None:
     assert losses[False] > 0.01
 
 
-def test_pruned_experts_are_experts_that_are_never_chosen(
+def test_pruning_experts_equals_never_choosing_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     full, model = family("qwen3_moe"), family("qwen3_moe")
@@ -123,7 +123,7 @@ def masked_router(router: Any, gone: list[int]) -> Any:
     return forward
 
 
-def test_experts_are_ranked_by_what_they_add_to_the_stream() -> None:
+def test_experts_are_ranked_by_what_they_add_to_the_residual_stream() -> None:
     model = family("qwen3_moe")
     layer, axes = model.base_model.layers[0], axes_of(model.config)
     mid_ND = torch.randn(40, HIDDEN, generator=torch.Generator().manual_seed(2))
@@ -143,8 +143,7 @@ def test_experts_are_ranked_by_what_they_add_to_the_stream() -> None:
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_cutting_several_axes_has_the_planned_cost(kind: str) -> None:
-    """The reported KL is that of the finished model, with every axis cut."""
+def test_the_reported_kl_is_that_of_the_model_with_every_axis_cut(kind: str) -> None:
     full, model = family(kind), family(kind)
     windows = ToyWindows(count=4)
     report = prune_model(model, windows, layers=2, hidden_size=24, heads=2, ffn_size=24)

@@ -69,7 +69,7 @@ def test_the_cheapest_neuron_is_removed() -> None:
     assert tuple(kept.tolist()) == best
 
 
-def test_group_and_single_removals_refit_equally() -> None:
+def test_removing_neurons_in_groups_gives_the_least_squares_solution_too() -> None:
     activations, down, error, weight = rows(300, 24, 5)
     moments = moments_of(activations, weight)
     for group in (1, 5):

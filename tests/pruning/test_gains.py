@@ -44,7 +44,7 @@ def test_an_error_that_the_output_does_not_explain_changes_little() -> None:
     assert_close(gains_of([(wrote_ND, torch.randn(400, 4))]), torch.ones(4), atol=0.1, rtol=0)
 
 
-def test_held_out_rows_override_the_fitted_ones() -> None:
+def test_gains_that_held_out_rows_contradict_are_not_applied() -> None:
     wrote_ND, lacking_ND = rows(0.0)
     lacking_ND[350:] *= -1
     assert_close(gains_of([(wrote_ND, lacking_ND)]), torch.ones(4))
@@ -77,15 +77,15 @@ def streams_of(model: Any) -> Streams:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_dropped_layer_is_partly_compensated(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The relative error of the stream behind the layer before it, with and without gains."""
-    with_gains = error_behind_a_drop(kind)
+    """Gains lower the relative error of the residual stream after the dropped layers."""
+    with_gains = error_after_a_drop(kind)
     no_gains = lambda *given: torch.ones_like(channel_gains(*given))  # noqa: E731
     monkeypatch.setattr(width, "channel_gains", no_gains)
-    assert with_gains < error_behind_a_drop(kind)
+    assert with_gains < error_after_a_drop(kind)
 
 
 def repeating(kind: str) -> Any:
-    """Every layer writes nearly the same, so a gain can compensate for missing layers."""
+    """A model whose layers write nearly the same, so that a gain can replace missing layers."""
     model = family(kind)
     first, *others = model.base_model.layers
     first.self_attn.o_proj.weight.zero_()
@@ -94,7 +94,7 @@ def repeating(kind: str) -> Any:
     return model
 
 
-def error_behind_a_drop(kind: str) -> float:
+def error_after_a_drop(kind: str) -> float:
     full, model = repeating(kind), repeating(kind)
     sizes = sizes_of(model.config)
     cut_width(
@@ -108,10 +108,10 @@ def error_behind_a_drop(kind: str) -> float:
         reconstruct=True,
         dtype=torch.float32,
     )
-    behind = streams_of(full)
-    target = behind.start()
-    for index, layer in enumerate(behind.layers):
-        target = behind.after_ffn(layer, behind.after_attention(layer, index, target))
+    whole = streams_of(full)
+    target = whole.start()
+    for index, layer in enumerate(whole.layers):
+        target = whole.after_ffn(layer, whole.after_attention(layer, index, target))
     cut = streams_of(model)
     found = cut.after_ffn(cut.layers[0], cut.after_attention(cut.layers[0], 0, cut.start()))
     lost = [
@@ -122,7 +122,9 @@ def error_behind_a_drop(kind: str) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_reconstruction_gains_stay(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_reconstruction_gains_are_not_fitted(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(width, "channel_gains", lambda *_: pytest.fail("fitted"))
     model = family(kind)
     prune_model(model, ToyWindows(), layers=2, ffn_size=24, reconstruct=False)

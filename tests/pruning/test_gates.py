@@ -1,10 +1,11 @@
 """The gates that every pruned checkpoint passes, for every family and every axis.
 
-1. A prune to the same size changes nothing. 2. A rotation alone changes no logit. 3. Saved, then
-loaded in a fresh process by plain transformers, no weight is missing or left over. 4. Its logits
-are those of the model in memory. 5. It converts to GGUF: the file has its numbers, and computes the
-same logits in transformers, where that reads the file, and in llama.cpp.
-Besides: the sizes are the predicted ones, and generation with and without a cache agrees.
+1. Pruning to the same sizes changes nothing. 2. A rotation alone changes no logit. 3. When plain
+transformers loads the checkpoint in a fresh process, no weight is missing or unexpected. 4. Its
+logits are those of the model in memory. 5. Its GGUF file has the same numbers, and the same logits
+in llama.cpp and, if transformers reads the architecture correctly, in transformers.
+
+In addition, the sizes are as predicted, and generation with and without a cache agrees.
 """
 
 from __future__ import annotations
@@ -177,7 +178,9 @@ def test_the_sizes_are_as_predicted(kind: str, axis: str, checkpoints: Path) -> 
 
 
 @pytest.mark.parametrize(("kind", "axis"), CASES)
-def test_it_generates_with_a_cache_as_without(kind: str, axis: str, checkpoints: Path) -> None:
+def test_generation_with_and_without_a_cache_agrees(
+    kind: str, axis: str, checkpoints: Path
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoints / f"{kind}-{axis}")
     ids = IDS[:, :6] % model.config.vocab_size
     cached, plain = (
@@ -227,7 +230,10 @@ LIKE_LLAMA_CPP = {
 
 @pytest.fixture(scope="module")
 def converted(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A GGUF file, float32, of every case."""
+    """Writes a float32 GGUF file of every case.
+
+    Families in LIKE_LLAMA_CPP are pruned again, into the folder that is returned.
+    """
     folder = tmp_path_factory.mktemp("converted")
     words = letters()
     for kind, axis in CASES:
@@ -247,7 +253,7 @@ def place_of(kind: str, axis: str, checkpoints: Path, converted: Path) -> Path:
 
 
 @pytest.mark.parametrize(("kind", "axis"), CASES)
-def test_gate_5_it_converts_to_gguf(
+def test_gate_5_its_gguf_file_has_the_same_numbers_and_logits(
     kind: str, axis: str, checkpoints: Path, converted: Path
 ) -> None:
     place = place_of(kind, axis, checkpoints, converted)
@@ -266,7 +272,7 @@ def test_gate_5_it_converts_to_gguf(
 
 @real
 @pytest.mark.parametrize(("kind", "axis"), CASES)
-def test_gate_5_llama_cpp_computes_the_same(
+def test_gate_5_llama_cpp_computes_the_same_logits(
     kind: str, axis: str, checkpoints: Path, converted: Path
 ) -> None:
     place = place_of(kind, axis, checkpoints, converted)
@@ -279,7 +285,7 @@ def test_gate_5_llama_cpp_computes_the_same(
 
 
 def clearly_routed(model: Any, ids_L: torch.Tensor) -> torch.Tensor:
-    """Tokens [L] whose experts no rounding changes: llama.cpp's key-value cache is float16."""
+    """Tokens [L] whose experts do not depend on rounding; llama.cpp's KV cache is float16."""
     clear_L = torch.ones(len(ids_L), dtype=torch.bool)
     if axes_of(model.config).experts is None:
         return clear_L
@@ -291,7 +297,7 @@ def clearly_routed(model: Any, ids_L: torch.Tensor) -> torch.Tensor:
     return clear_L
 
 
-def test_a_cut_in_depth_may_leave_layers_that_llama_cpp_computes_differently() -> None:
+def test_a_cut_in_depth_that_llama_cpp_computes_differently_is_rejected() -> None:
     config = family("smollm3").config
     config.attention_bias = False
     with pytest.raises(ModelError, match="other layers than every 4th"):

@@ -71,7 +71,7 @@ def test_the_cheapest_head_is_removed_first(seed: int) -> None:
     first = min(itertools.combinations(range(6), 5), key=lambda one: loss(heads_NA, output_DA, one))
     gone = next(head for head in range(6) if head not in first)
     assert gone not in kept
-    # Its group is then small enough, so the other one loses the next.
+    # Its group then has the requested size, so the next head is removed from the other one.
     other = [head for head in range(6) if head // 3 != gone // 3]
     second = min(
         other, key=lambda head: loss(heads_NA, output_DA, tuple(h for h in first if h != head))
@@ -79,7 +79,7 @@ def test_the_cheapest_head_is_removed_first(seed: int) -> None:
     assert kept == tuple(head for head in first if head != second)
 
 
-def test_energy_ranking_is_energy_times_column_norm() -> None:
+def test_heads_are_ranked_by_energy_times_squared_column_norm() -> None:
     heads_NA, output_DA = rows()
     moments = moments_of(heads_NA)
     score = (heads_NA.square().sum(0) * output_DA.square().sum(0)).view(6, 2).sum(1)

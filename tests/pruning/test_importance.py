@@ -42,14 +42,14 @@ def fisher(model: Any, batch: Batch, kinds: Any = KINDS, seed: int = 0) -> Fishe
 
 
 def draws(model: Any, batch: Batch, seed: int) -> Tensor:
-    """The labels that the first batch of `mask_fisher` draws."""
+    """The labels that `mask_fisher` draws for its first batch."""
     rows = logits(model, batch).float().flatten(0, 1).softmax(-1)
     generator = torch.Generator().manual_seed(seed)
     return torch.multinomial(rows, 1, generator=generator).view(batch.input_ids_RL.shape)
 
 
 def scaled(model: Any, kind: str, layer: int, index: int, factor: float) -> None:
-    """Multiplies one part by a factor, by way of the weights that write it."""
+    """Multiplies the output of one part by a factor, in the weights that write it."""
     config, block = model.config, model.base_model.layers[layer]
     if kind == "neurons":
         block.mlp.down_proj.weight[:, index] *= factor
@@ -67,7 +67,7 @@ def scaled(model: Any, kind: str, layer: int, index: int, factor: float) -> None
     ("kind", "layer", "index"),
     [("neurons", 0, 5), ("neurons", 2, 40), ("heads", 1, 3), ("channels", 0, 7)],
 )
-def test_masks_gradients_are_finite_differences(kind: str, layer: int, index: int) -> None:
+def test_mask_gradients_agree_with_finite_differences(kind: str, layer: int, index: int) -> None:
     batch, step = one_batch(), 1e-3
     drawn = draws(tiny_model(), batch, 0)
 
@@ -101,7 +101,7 @@ def test_half_the_fisher_information_is_the_curvature_of_the_kl(kind: str) -> No
 
 
 def test_a_layers_mask_scales_what_the_layer_adds() -> None:
-    """A layer that adds nothing has no gradient; without it nothing changes."""
+    """A layer that adds nothing to the residual stream has no gradient."""
     model = tiny_model()
     model.base_model.layers[1].mlp.down_proj.weight.zero_()
     model.base_model.layers[1].self_attn.o_proj.weight.zero_()
@@ -111,7 +111,7 @@ def test_a_layers_mask_scales_what_the_layer_adds() -> None:
     assert values[2] > 0
 
 
-def test_layer_scores_are_those_of_the_papers() -> None:
+def test_layer_scores_agree_with_the_papers_formulas() -> None:
     model, batch = tiny_model(), one_batch()
     states = model.base_model(
         input_ids=batch.input_ids_RL,
@@ -141,7 +141,7 @@ def test_layers_with_the_lowest_scores_are_removed_and_their_kl_is_measured() ->
 
 
 @pytest.mark.parametrize("by", ["kl", "block_influence", "norm_ratio", "gradients"])
-def test_every_choice_for_depth_prunes(by: Any) -> None:
+def test_every_depth_importance_drops_a_layer(by: Any) -> None:
     report = prune_model(
         tiny_model(), ToyWindows(), layers=2, method=PruningMethod(depth_importance=by)
     )
@@ -158,7 +158,9 @@ METHODS = [
 
 @pytest.mark.parametrize("method", METHODS, ids=["l2", "mean", "gradients"])
 @pytest.mark.parametrize("reconstruct", [True, False])
-def test_every_choice_prunes_every_axis(method: PruningMethod, reconstruct: bool) -> None:
+def test_every_method_prunes_several_axes_together(
+    method: PruningMethod, reconstruct: bool
+) -> None:
     model = tiny_model()
     prune_model(
         model,
@@ -186,7 +188,7 @@ def test_every_choice_prunes_every_axis(method: PruningMethod, reconstruct: bool
     ],
     ids=lambda sizes: "-".join(map(str, sizes.values())),
 )
-def test_every_choice_prunes_each_axis_alone(method: PruningMethod, sizes: dict[str, Any]) -> None:
+def test_every_method_prunes_each_axis_alone(method: PruningMethod, sizes: dict[str, Any]) -> None:
     model = tiny_model()
     full = logits(tiny_model(), one_batch())
     report = prune_model(model, ToyWindows(), method=method, **sizes)
@@ -194,13 +196,12 @@ def test_every_choice_prunes_each_axis_alone(method: PruningMethod, sizes: dict[
     assert set(report.changed) == set(sizes) - {"hidden_method"} | (
         {"heads"} if "kv_heads" in sizes else set()
     )
-    # Nothing else than that axis was damaged.
+    # Nothing but that axis is damaged.
     assert 0 < (full.exp() * (full - found)).sum(-1).mean() < 2.0
 
 
 @pytest.mark.parametrize("method", METHODS, ids=["l2", "mean", "gradients"])
-def test_useless_parts_are_removed_first(method: PruningMethod) -> None:
-    """Neurons that write nothing are removed first, whatever the ranking."""
+def test_neurons_that_write_nothing_are_removed_first(method: PruningMethod) -> None:
     model = tiny_model()
     for layer in model.base_model.layers:
         layer.mlp.down_proj.weight[:, ::2] = 0
@@ -210,8 +211,9 @@ def test_useless_parts_are_removed_first(method: PruningMethod) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS[:2], ids=["l2", "mean"])
-def test_experts_neurons_are_ranked_as_requested(method: PruningMethod) -> None:
-    """The same neurons stay with a refit as without one, and the refit changes what they write."""
+def test_a_refit_keeps_the_same_neurons_of_experts_and_changes_their_output(
+    method: PruningMethod,
+) -> None:
     kept = []
     for reconstruct in (True, False):
         model = tiny_model("qwen3_moe")
@@ -221,7 +223,7 @@ def test_experts_neurons_are_ranked_as_requested(method: PruningMethod) -> None:
     assert not torch.allclose(kept[0].down_proj, kept[1].down_proj)
 
 
-def test_experts_neurons_are_aggregated_as_requested() -> None:
+def test_the_aggregation_decides_which_neurons_of_experts_are_kept() -> None:
     kept = []
     for method in METHODS[:2]:
         model = tiny_model("qwen3_moe")
@@ -230,7 +232,7 @@ def test_experts_neurons_are_aggregated_as_requested() -> None:
     assert not torch.equal(*kept)
 
 
-def test_experts_have_no_gradients() -> None:
+def test_experts_cannot_be_ranked_by_gradients() -> None:
     with pytest.raises(RecipeError, match="cannot rank experts"):
         prune_model(
             tiny_model("qwen3_moe"),
@@ -240,7 +242,7 @@ def test_experts_have_no_gradients() -> None:
         )
 
 
-def test_experts_neurons_have_no_gradients() -> None:
+def test_neurons_of_experts_cannot_be_ranked_by_gradients() -> None:
     with pytest.raises(RecipeError, match="neurons of experts"):
         prune_model(
             tiny_model("qwen3_moe"),
@@ -250,7 +252,7 @@ def test_experts_neurons_have_no_gradients() -> None:
         )
 
 
-def test_an_aggregation_that_does_nothing_is_rejected(tmp_path: Path) -> None:
+def test_an_aggregation_that_has_no_effect_is_rejected(tmp_path: Path) -> None:
     raw = tiny.recipe(tmp_path)
     raw["student"] = {"start": "pruned", "ffn_size": 32, "aggregation": "mean"}
     with pytest.raises(RecipeError, match="has no effect without importance: activations"):

@@ -1,7 +1,6 @@
 """A model that is larger than a GPU is pruned there one layer at a time, to the same weights.
 
-The GPU is a device that does not exist (tests/fake_device.py); its tensors cannot be mixed up with
-those of the CPU.
+The GPU is a fake device (tests/fake_device.py), whose tensors cannot be mixed with the CPU's.
 """
 
 from __future__ import annotations
@@ -44,7 +43,9 @@ TINY = ("kind", "tie_word_embeddings")
 def made(cut: dict[str, Any]) -> Any:
     model = tiny_model(**{key: cut[key] for key in TINY if key in cut})
     if "kind" in cut:
-        model.set_experts_implementation("eager")  # the other one is not for this device
+        model.set_experts_implementation(
+            "eager"
+        )  # the fake device does not support the default one
     return model
 
 
@@ -74,7 +75,7 @@ class Copies:
 
 
 def compare(name: str, *, offloaded: bool) -> None:
-    """Runs in a separate process, since the device changes the process."""
+    """Runs in a separate process, because registering the device changes the process."""
     device = register()
     cut = CUTS[name]
     expected, model = made(cut), made(cut)
@@ -105,7 +106,7 @@ def compare(name: str, *, offloaded: bool) -> None:
 @pytest.mark.run
 @pytest.mark.parametrize("offloaded", [False, True], ids=["memory", "disk"])
 @pytest.mark.parametrize("name", CUTS)
-def test_a_layer_at_a_time_gives_the_weights_of_the_model_on_the_device(
+def test_one_layer_at_a_time_gives_the_weights_of_a_whole_model_on_the_device(
     name: str, offloaded: bool
 ) -> None:
     fork = Fork(partial(compare, name, offloaded=offloaded))
@@ -113,7 +114,7 @@ def test_a_layer_at_a_time_gives_the_weights_of_the_model_on_the_device(
 
 
 def place(free: int, out: Path) -> None:
-    """Prune with this much free memory on the device; write where each tensor was."""
+    """Prunes with this much free memory on the device, and writes the notes to `out`."""
     device = register()
     forks.patch(pruned_student, "default_device", lambda: device)
     forks.patch(pruned_student, "free_memory_bytes", lambda _: free)
@@ -130,7 +131,7 @@ def place(free: int, out: Path) -> None:
     ("share", "expected"),
     [(1.0, "Pruning on fakegpu:0 with"), (0.8, "a layer at a time"), (0.1, "Pruning on cpu")],
 )
-def test_what_fits_decides_where_a_model_is_pruned(
+def test_free_memory_decides_where_a_model_is_pruned(
     tmp_path: Path, share: float, expected: str
 ) -> None:
     model = tiny_model()

@@ -36,7 +36,9 @@ def several(
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen3"])
-def test_it_lowers_the_error_on_unseen_text(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_distillation_lowers_the_kl_on_unseen_text(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(local, "LEARNING_RATE", 1e-3)
     heldout, distance = ToyWindows(count=16, seed=5), {}
     for tokens in (0, 6000):
@@ -63,7 +65,7 @@ def test_a_layer_that_training_makes_worse_gets_its_weights_back(
         assert_close(pruned[1][name], values, msg=name)
 
 
-def test_it_works_on_every_axis_at_once() -> None:
+def test_local_distillation_works_with_several_axes_at_once() -> None:
     model = tiny_model()
     report = prune_model(
         model, ToyWindows(), ffn_size=32, layers=2, heads=2, hidden_size=24, local_tokens=512

@@ -1,4 +1,4 @@
-"""Calibrating and cutting a large model takes little more memory than the model on disk."""
+"""Pruning a large model takes little more memory than the model's size on disk."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.load_model import load_model
 from tests.teachers.toys import ToyWindows, save_model, tiny_model, toy_tokenizer
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="resident pages are those of Linux")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read as on Linux")
 IDS = ToyWindows().ids[:2]
 
 
@@ -51,7 +51,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_an_offloaded_layer_is_the_same_layer(scratch: Path) -> None:
+def test_an_offloaded_layer_computes_the_same(scratch: Path) -> None:
     model = tiny_model()
     expected = logits(model)
     for layer in model.base_model.layers:
@@ -64,7 +64,7 @@ def test_an_offloaded_layer_is_the_same_layer(scratch: Path) -> None:
     assert len(list(scratch.iterdir())) == len(list(layers.parameters()))
 
 
-def test_weights_that_were_written_to_stay_so_when_they_are_released() -> None:
+def test_changes_to_weights_are_kept_when_they_are_released() -> None:
     model = tiny_model()
     layer = model.base_model.layers[0]
     offload.offload(layer)
@@ -74,7 +74,7 @@ def test_weights_that_were_written_to_stay_so_when_they_are_released() -> None:
     assert torch.equal(logits(model), expected)
 
 
-def test_released_weights_that_something_still_holds_keep_their_values() -> None:
+def test_released_weights_keep_their_values_while_something_refers_to_them() -> None:
     model = tiny_model()
     offload.offload(model)
     head = lm_head(model).weight_VD
@@ -104,7 +104,7 @@ def test_a_scratch_file_is_deleted_with_its_parameter(scratch: Path) -> None:
     assert not list(scratch.iterdir())
 
 
-def test_weights_whose_file_someone_deleted_stay(scratch: Path) -> None:
+def test_weights_outlive_their_deleted_scratch_files(scratch: Path) -> None:
     model = tiny_model()
     expected = logits(model)
     offload.offload(model)
@@ -115,7 +115,7 @@ def test_weights_whose_file_someone_deleted_stay(scratch: Path) -> None:
     assert not list(scratch.iterdir())
 
 
-def test_a_model_in_memory_may_have_its_layers_anywhere(tmp_path: Path) -> None:
+def test_a_model_in_memory_may_have_its_layers_under_any_name(tmp_path: Path) -> None:
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 64}
     model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
     expected = logits(model, IDS % 64)
@@ -149,7 +149,7 @@ def test_a_scratch_folder_that_cannot_be_written_is_an_error_that_names_it(
     ],
     ids=str,
 )
-def test_a_large_model_is_pruned_to_the_same_weights(
+def test_an_offloaded_model_is_pruned_to_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, sizes: dict[str, Any]
 ) -> None:
     save_model(tmp_path, tiny_model().to(dtype))
@@ -168,7 +168,7 @@ def test_a_large_model_is_pruned_to_the_same_weights(
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_checkpoint_written_layer_by_layer_is_the_one_that_transformers_writes(
+def test_a_checkpoint_written_layer_by_layer_equals_the_one_of_transformers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool
 ) -> None:
     model = tiny_model(tie_word_embeddings=tied)
@@ -202,7 +202,7 @@ def test_the_head_is_processed_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPa
     assert_close(logits(cut), logits(whole), rtol=1e-4, atol=1e-4)
 
 
-def test_the_head_is_unchanged_if_the_hidden_size_is(
+def test_the_gram_matrix_of_the_head_is_computed_only_if_the_hidden_size_is_cut(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(_: torch.Tensor) -> torch.Tensor:
@@ -212,7 +212,7 @@ def test_the_head_is_unchanged_if_the_hidden_size_is(
     prune_model(tiny_model(), ToyWindows(), ffn_size=40)
 
 
-def test_fewer_rows_of_a_large_vocabulary_have_logits_at_once(
+def test_logits_over_a_large_vocabulary_are_computed_for_few_rows_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     head, rows_ND = lm_head(tiny_model()), torch.randn(20, 32)
@@ -269,7 +269,7 @@ def warm_up(folder: Path) -> None:
 def test_peak_memory_is_at_most_1_2_times_the_stored_model(
     tmp_path: Path, dtype: torch.dtype, sizes: dict[str, Any]
 ) -> None:
-    """Llama 3 8B at an eighth of its width and vocabulary, and all layers: 241 MB in bfloat16.
+    """The model is Llama 3 8B with an eighth of the width and vocabulary: 241 MB in bfloat16.
 
     The libraries' own memory is not counted.
     """

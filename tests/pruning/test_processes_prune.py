@@ -37,7 +37,7 @@ CUTS: dict[str, dict[str, Any]] = {
     "gemma2": {"kind": "gemma2", "layers": 2, "hidden_size": 24, "ffn_size": 24},
     "experts": {"kind": "qwen3_moe", "experts": 2, "ffn_size": 8},
 }
-"""Between them every statistic: of streams, heads, neurons, experts, gains and gradients."""
+"""Together, they use every statistic: of streams, heads, neurons, experts, gains, and gradients."""
 
 
 def small_batches(
@@ -48,7 +48,7 @@ def small_batches(
     together: int = 64,
     processes: Processes = ALONE,
 ) -> OwnBatches:
-    """Of two windows; the last of the seven has one."""
+    """Seven batches: six of two windows, and the last of one."""
     return calibration_batches(windows, tokens, seed, device, 64, processes)
 
 
@@ -70,7 +70,7 @@ LARGE = {name: CUTS[name] for name in ("ffn", "all", "rotation")}
 
 
 def prune_large(start: Path, out: Path) -> None:
-    """Each cut is of the start model, whose files the processes share and nothing changes."""
+    """Prunes the same model several times. The processes share its files, which do not change."""
     forks.patch(prune_module, "calibration_batches", small_batches)
     offload.LARGE_BYTES = 0
     processes = all_processes()
@@ -110,7 +110,7 @@ def test_processes_share_the_files_of_a_large_model(tmp_path: Path) -> None:
             assert all(torch.equal(many[key], one[key]) for key in one), name
 
 
-def test_processes_prune_as_one(tmp_path: Path) -> None:
+def test_several_processes_prune_to_the_weights_of_one(tmp_path: Path) -> None:
     for count in (1, 2, 4):
         for rank in forks.ranks(count, partial(prune, tmp_path)):
             assert rank.wait(timeout=250) == 0, rank.communicate()[1][-3000:]

@@ -36,7 +36,7 @@ def logits(model: Any, ids: Tensor = IDS) -> Tensor:
 
 
 def kl(full: Any, other: Any, ids: Tensor, positions: Tensor) -> float:
-    """The obvious way: all logits at once. (A cache would disable packing in transformers.)"""
+    """KL(full, other) from all logits. With a cache, transformers would not separate documents."""
     inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
     p, q = (model(**inputs).logits.double().log_softmax(-1) for model in (full, other))
     return (p.exp() * (p - q)).sum(-1).mean().item()
@@ -50,7 +50,7 @@ def without(model: Any, *dropped: int) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_parts_of_a_layer_make_the_layer(kind: str) -> None:
+def test_the_parts_of_a_layer_compute_what_the_layer_computes(kind: str) -> None:
     model = tiny_model(kind)
     axes = axes_of(model.config)
     batch = calibration_batches(ToyWindows(), 64, 0)[0]
@@ -70,7 +70,7 @@ def test_the_parts_of_a_layer_make_the_layer(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pruned_to_the_same_size_it_gives_the_same_logits(kind: str) -> None:
+def test_pruning_to_the_same_sizes_keeps_the_logits(kind: str) -> None:
     model = tiny_model(kind)
     prune_model(model, ToyWindows(), ffn_size=64, layers=3)
     assert_close(logits(model), logits(tiny_model(kind)))
@@ -94,13 +94,13 @@ def test_a_pruned_model_is_saved_loaded_and_generates(kind: str, tmp_path: Path)
 
 @pytest.mark.parametrize("kind", ["gemma2", "gemma3_text", "qwen3_moe", "llama"])
 def test_dropped_layers_without_compensation_are_noted(kind: str) -> None:
-    told = {
+    notes = {
         layers: prune_model(tiny_model(kind), ToyWindows(), layers=layers, ffn_size=24).notes
         for layers in (2, 3)
     }
     expected = kind != "llama"
-    assert any("compensates for dropped layers" in note for note in told[2]) == expected
-    assert not any("compensates for dropped layers" in note for note in told[3])
+    assert any("compensates for dropped layers" in note for note in notes[2]) == expected
+    assert not any("compensates for dropped layers" in note for note in notes[3])
 
 
 def test_mlp_biases_are_cut_too(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_checkpoint_that_differs_is_detected(tmp_path: Path) -> None:
         check_saved(model, tmp_path, IDS)
 
 
-def test_per_layer_lists_follow_their_layers() -> None:
+def test_per_layer_settings_follow_the_kept_layers() -> None:
     model = tiny_model("smollm3", num_hidden_layers=6, no_rope_layers=[1, 0, 1, 1, 0, 1])
     keep_layers(model, [1, 2, 4])
     assert model.config.no_rope_layers == [0, 1, 0]
@@ -159,7 +159,7 @@ def test_the_cheapest_layers_are_removed_one_by_one() -> None:
 
 
 def redundant_model() -> Any:
-    """Neurons 40 to 63 of every layer do what neurons 0 to 23 do already."""
+    """A model whose neurons 40 to 63 compute what neurons 0 to 23 compute, in every layer."""
     model = tiny_model()
     for layer in model.base_model.layers:
         for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
@@ -199,7 +199,7 @@ def test_calibration_kl_is_that_of_the_pruned_model() -> None:
     assert report.calibration_kl == pytest.approx(expected, rel=1e-3)
 
 
-def test_padding_does_not_contribute_to_the_loss() -> None:
+def test_padding_does_not_affect_the_pruned_model() -> None:
     clean, padded = ToyWindows(padding=8), ToyWindows(padding=8)
     padded.ids[:, -8:] = 0
     pruned = []
@@ -236,7 +236,9 @@ def test_the_same_seed_gives_the_same_model() -> None:
         ({}, "needs a size"),
     ],
 )
-def test_impossible_sizes_name_the_range(sizes: dict[str, int], message: str) -> None:
+def test_the_error_for_an_impossible_size_states_the_range(
+    sizes: dict[str, int], message: str
+) -> None:
     with pytest.raises(RecipeError, match=message) as caught:
         check_sizes(tiny_model().config, sizes)
     assert "1 to" in str(caught.value)

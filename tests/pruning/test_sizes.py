@@ -67,7 +67,7 @@ GROUPED = {"num_attention_heads": 12, "num_key_value_heads": 3, "hidden_size": 9
         ("qwen3_moe", {"ffn_size": 33}, "ffn_size: 33 is not possible: the teacher has 32", "32"),
     ],
 )
-def test_impossible_sizes_name_the_nearest(
+def test_the_error_for_an_impossible_size_names_the_nearest_one(
     kind: str, sizes: dict[str, Any], message: str, nearest: str
 ) -> None:
     wanted = {**sizes}
@@ -90,7 +90,7 @@ def test_without_groups_a_head_is_removed_with_its_keys_and_values() -> None:
     assert (after.heads, after.kv_heads, after.head_dim) == (3, 3, 8)
 
 
-def test_sizes_that_cost_something_elsewhere_are_noted() -> None:
+def test_unaligned_sizes_and_unusual_head_sizes_are_noted() -> None:
     model = tiny_model("qwen2", hidden_size=64)
     report = prune_model(model, ToyWindows(), calibration_tokens=64, hidden_size=48)
     assert "hidden_size: 48 is not a multiple of 32" in report.notes[0]
@@ -114,7 +114,7 @@ def test_the_planned_configuration_is_the_students() -> None:
     differing = {
         key
         for key, value in model.config.to_dict().items()
-        # Which layers stay is decided by the text.
+        # Which layers are kept depends on the text.
         if planned.to_dict()[key] != value and key not in ("no_rope_layers", "layer_types")
     }
     assert differing == set()

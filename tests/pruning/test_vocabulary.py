@@ -1,4 +1,4 @@
-"""With fewer tokens, any text still round-trips, and kept text is tokenized as before."""
+"""With fewer tokens, any text still round-trips, and text of kept tokens is split as before."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ from tests import tiny
 from tests.teachers.toys import ToyWindows, tiny_model, toy_tokenizer
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>"]
-LATER = "<|tool|>"
+ADDED = "<|tool|>"
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}</s>{% endfor %}"
-LEARNED = tiny.text(300) + "Übermäßig naïve café: 数値 ключ — 100%.\n" * 20
+CORPUS = tiny.text(300) + "Übermäßig naïve café: 数値 ключ — 100%.\n" * 20
 KEPT_TEXT = "the cat sees two apples 7.\na dog draws the house 12. naïve café\n"
 HARD = [
     "🦆 ducks 🏳️‍🌈 and é ü",
@@ -52,7 +52,7 @@ HARD = [
 
 
 def byte_level(ignore_merges: bool = False) -> Any:
-    """As in SmolLM2 and Qwen; with ignore_merges as in Llama 3."""
+    """A tokenizer like those of SmolLM2 and Qwen, or with ignore_merges, of Llama 3."""
     core = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -61,7 +61,7 @@ def byte_level(ignore_merges: bool = False) -> Any:
 
 
 def byte_fallback() -> Any:
-    """As in Llama 2 and Gemma: whole texts are merged, unknown characters become bytes."""
+    """Like Llama 2's and Gemma's: it merges whole texts, and unknown characters become bytes."""
     core = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     core.normalizer = normalizers.Replace(" ", "▁")
     core.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
@@ -78,9 +78,9 @@ def byte_fallback() -> Any:
 
 
 def wrapped(core: Tokenizer, trainer: BpeTrainer) -> Any:
-    core.train_from_iterator(LEARNED.splitlines(keepends=True), trainer)
+    core.train_from_iterator(CORPUS.splitlines(keepends=True), trainer)
     core.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
-    core.add_tokens([AddedToken(LATER, normalized=False)])
+    core.add_tokens([AddedToken(ADDED, normalized=False)])
     start = core.token_to_id("<s>")
     core.post_processor = TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", start)]
@@ -138,7 +138,7 @@ def core_of(tokenizer: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_smaller_and_numbered_without_gaps(kind: str) -> None:
+def test_a_pruned_tokenizer_is_smaller_and_its_ids_have_no_gaps(kind: str) -> None:
     ids = sorted(PRUNED[kind].get_vocab().values())
     assert ids == list(range(len(kept_for_text(kind))))
     assert len(ids) < len(KINDS[kind].get_vocab())
@@ -165,7 +165,7 @@ def test_hard_texts_round_trip(kind: str, text: str) -> None:
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
 def test_any_text_round_trips(text: str) -> None:
     for kind, tokenizer in PRUNED.items():
-        # ▁ itself reads as a space there, before and after.
+        # There, ▁ itself is decoded as a space, before and after pruning.
         expected = text.replace("▁", " ") if kind == "byte-fallback" else text
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == expected
@@ -185,10 +185,12 @@ def test_merges_are_closed_under_their_parents(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_special_tokens_template_and_post_processor_follow(kind: str, tmp_path: Path) -> None:
+def test_special_tokens_the_template_and_the_post_processor_are_kept(
+    kind: str, tmp_path: Path
+) -> None:
     save_tokenizer(PRUNED[kind], tmp_path)
     old, new = KINDS[kind], load_tokenizer(tmp_path)
-    for token in [*SPECIAL, LATER]:
+    for token in [*SPECIAL, ADDED]:
         id = new.convert_tokens_to_ids(token)
         assert kept_for_text(kind)[id] == old.convert_tokens_to_ids(token)
         assert new(f"a{token}b", add_special_tokens=False)["input_ids"].count(id) == 1
@@ -200,10 +202,10 @@ def test_special_tokens_template_and_post_processor_follow(kind: str, tmp_path: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_number_keeps_the_most_frequent_tokens(kind: str) -> None:
+def test_a_vocabulary_size_keeps_the_most_frequent_tokens(kind: str) -> None:
     least = len(kept_for_text(kind, len(KINDS[kind].get_vocab())))
     text = "zq " * 50 + "the cat"
-    # Bytes, special tokens, and <unk> and ▁ where there are such.
+    # Bytes and special tokens, and with byte fallback <unk> and ▁.
     needed = 256 + len(SPECIAL) + 1 + 2 * (kind == "byte-fallback")
     windows = TextWindows(KINDS[kind], "the cat sees the cat. the the\n")
     kept = kept_token_ids(KINDS[kind], windows, needed + 12)
@@ -216,7 +218,7 @@ def test_a_number_keeps_the_most_frequent_tokens(kind: str) -> None:
 
 
 def test_tokens_that_the_teacher_expects_are_kept_before_others() -> None:
-    """The text has none of them, but other text can."""
+    """The token is not in the calibration text, but it can be in other text."""
     tokenizer = KINDS["byte-level"]
     merges = Merges(tokenizer)
     windows = TextWindows(tokenizer, "the cat")
@@ -230,8 +232,8 @@ def test_tokens_that_the_teacher_expects_are_kept_before_others() -> None:
     assert last in kept_token_ids(tokenizer, windows, size, expect=lambda: expected_V)
 
 
-def test_padding_is_no_part_of_the_text() -> None:
-    """Its share would lower the shares of the text's tokens."""
+def test_padding_does_not_affect_which_tokens_are_kept() -> None:
+    """If padding were counted, it would lower the shares of the text's tokens."""
     tokenizer = KINDS["byte-level"]
     size = len(kept_for_text("byte-level")) + 10
     windows = [TextWindows(tokenizer, KEPT_TEXT, padding) for padding in (0, 50_000)]
@@ -240,7 +242,7 @@ def test_padding_is_no_part_of_the_text() -> None:
     )
 
 
-def test_what_is_expected_is_the_mean_probability_at_every_position(
+def test_expected_tokens_are_the_mean_probabilities_over_all_positions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, windows = tiny_model(), ToyWindows(count=5, padding=3)
@@ -265,7 +267,7 @@ def test_another_students_tokens_can_be_kept(tmp_path: Path) -> None:
     kept = kept_for_text("byte-level")
     save_kept_ids(kept, tmp_path)
     assert kept_for_text("byte-level", tmp_path / KEPT_IDS) == kept
-    # Ids beyond the tokenizer's, which a configuration names.
+    # A configuration may name ids that the tokenizer does not have.
     config = LlamaConfig(eos_token_id=450)
     save_kept_ids([*kept, 450], tmp_path)
     windows = TextWindows(KINDS["byte-level"], KEPT_TEXT)
@@ -273,7 +275,7 @@ def test_another_students_tokens_can_be_kept(tmp_path: Path) -> None:
     assert set(found) >= {*kept, 450}
 
 
-def test_all_tokens_change_nothing() -> None:
+def test_keeping_all_tokens_changes_nothing() -> None:
     for kind, tokenizer in KINDS.items():
         kept = kept_for_text(kind, len(tokenizer.get_vocab()))
         assert list(kept) == list(range(len(tokenizer.get_vocab())))
@@ -281,13 +283,15 @@ def test_all_tokens_change_nothing() -> None:
 
 
 @pytest.mark.parametrize(("vocabulary", "nearest"), [(10, 260), (10_000, 420 + 4)])
-def test_impossible_numbers_name_the_nearest(vocabulary: int, nearest: int) -> None:
+def test_the_error_for_an_impossible_size_names_the_nearest_one(
+    vocabulary: int, nearest: int
+) -> None:
     with pytest.raises(RecipeError, match=f"vocabulary: {vocabulary} is not possible") as caught:
         kept_for_text("byte-level", vocabulary)
     assert f"nearest: {nearest}" in str(caught.value)
 
 
-def test_special_tokens_and_bytes_cannot_be_lost() -> None:
+def test_special_tokens_and_bytes_cannot_be_removed() -> None:
     tokenizer = KINDS["byte-level"]
     kept = kept_for_text("byte-level")
     for lost, message in (
@@ -302,21 +306,21 @@ def test_special_tokens_and_bytes_cannot_be_lost() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["lines", "names", "ids"])
-def test_a_file_names_the_tokens(kind: str, how: str, tmp_path: Path) -> None:
+def test_a_file_can_list_the_tokens_to_keep(kind: str, how: str, tmp_path: Path) -> None:
     expected = kept_for_text(kind)
     names = KINDS[kind].convert_ids_to_tokens(list(expected))
     content = {"names": json.dumps(names), "ids": json.dumps(expected)}
     file = tmp_path / ("tokens.txt" if how == "lines" else "tokens.json")
-    # A token that holds a line break cannot stand on a line of its own.
+    # A token that contains a line break cannot be on a line of its own.
     broken = {id for id, name in zip(expected, names, strict=True) if "\n" in name}
     lines = "\n".join(name for name in names if "\n" not in name)
-    # With a byte order mark, as some editors write.
+    # With a byte order mark, as some editors write it.
     file.write_text(content.get(how, lines), encoding="utf-8-sig")
     lost = broken if how == "lines" else set()
     assert set(kept_for_text(kind, file)) == set(expected) - lost
 
 
-def test_a_file_gets_the_tokens_that_its_own_are_made_of(tmp_path: Path) -> None:
+def test_the_parts_of_the_tokens_in_a_file_are_kept_too(tmp_path: Path) -> None:
     tokenizer = KINDS["byte-level"]
     merges = Merges(tokenizer)
     always = merges.alphabet() | merges.added.keys()
@@ -366,7 +370,7 @@ def test_other_tokenizers_are_rejected() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_models_rows_follow(tied: bool) -> None:
+def test_the_models_rows_and_token_ids_follow_the_kept_tokens(tied: bool) -> None:
     def teacher() -> Any:
         return tiny_model(tie_word_embeddings=tied, eos_token_id=[2, 5], pad_token_id=2)
 
@@ -385,7 +389,7 @@ def test_the_models_rows_follow(tied: bool) -> None:
         prune_model(teacher(), ToyWindows(), kept_ids=[1, 2, 5, 96])
 
 
-def test_lists_of_tokens_for_generation_follow() -> None:
+def test_token_lists_of_the_generation_config_follow_the_kept_tokens() -> None:
     model = tiny_model(eos_token_id=[2, 5], pad_token_id=2)
     model.generation_config.update(
         forced_bos_token_id=90,
@@ -405,7 +409,7 @@ def test_lists_of_tokens_for_generation_follow() -> None:
     assert config.sequence_bias == [[[3, 4], 2.0]]
 
 
-def test_lists_of_tokens_for_generation_lose_rows_without_tokens() -> None:
+def test_token_lists_of_the_generation_config_lose_ids_without_tokens() -> None:
     model = tiny_model()
     model.generation_config.update(bad_words_ids=[[40], [90]], sequence_bias=[[[90], -1]])
     assert cut_rows_without_tokens(model, 64)
@@ -422,7 +426,7 @@ def test_a_student_with_fewer_tokens_has_its_tokenizer_and_the_map(tmp_path: Pat
     )
     teacher.save_pretrained(tmp_path / "teacher")
     tokenizer.save_pretrained(tmp_path / "teacher")
-    # As in many published models: without do_sample it has no effect.
+    # As in many published models; it has no effect without do_sample.
     generation_file = tmp_path / "teacher" / "generation_config.json"
     generation = json.loads(generation_file.read_text())
     generation_file.write_text(json.dumps(generation | {"temperature": 0.9}))
