@@ -9,7 +9,11 @@ SHOWN = 80
 
 
 class StillhouseError(Exception):
-    """Base of every error a user can cause; the command line prints it without a traceback."""
+    """Base of every error a user can cause; the command line prints it without a traceback.
+
+    what: what is wrong. where: the place, such as a file or a recipe's key; None if unknown. fix:
+    what to do about it; None if unknown.
+    """
 
     def __init__(self, what: str, *, where: object = None, fix: str | None = None) -> None:
         self.what = what

@@ -66,13 +66,13 @@ def divergence(name: str, **options: Any) -> LogitsTerm:
 
 
 KL = partial(divergence, "forward_kl")
-"""KL(teacher ‖ student)."""
+KL.__doc__ = "KL(teacher ‖ student), in nats/token. options: those of `divergence`."
 ReverseKL = partial(divergence, "reverse_kl")
-"""KL(student ‖ teacher)."""
+ReverseKL.__doc__ = "KL(student ‖ teacher), in nats/token. options: those of `divergence`."
 JSD = partial(divergence, "jsd")
-"""Jensen-Shannon divergence. beta: the teacher's weight in the mixture."""
+JSD.__doc__ = "Jensen-Shannon divergence (arXiv 2306.13649). beta: the teacher's weight (0.5)."
 CrossEntropy = partial(divergence, "cross_entropy")
-"""Cross-entropy with the text's next tokens, which needs no teacher."""
+CrossEntropy.__doc__ = "Cross-entropy with the text's next tokens, which needs no teacher."
 
 
 def HiddenStates(**options: Any) -> HiddenStatesTerm:  # noqa: N802
@@ -81,8 +81,8 @@ def HiddenStates(**options: Any) -> HiddenStatesTerm:  # noqa: N802
 
 
 def AttentionRelations(**options: Any) -> AttentionRelationsTerm:  # noqa: N802
-    """Create a loss term on relations between queries, keys, and values. options: as in a recipe's
-    `objective.terms`."""
+    """Create a loss term on relations of queries, keys, and values (MiniLMv2, arXiv 2012.15828).
+    options: as in a recipe's `objective.terms`."""
     values = {"kind": "attention_relations", **options}
     return made(AttentionRelationsTerm, values, "AttentionRelations")
 

@@ -109,4 +109,8 @@ class RunResult:
     members: dict[str, RunResult] = field(default_factory=dict)
 
     def stage(self, name: str) -> Stage:
-        return next(stage for stage in self.stages if stage.name == name)
+        """The stage with this name. Raises KeyError if the run has none."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise KeyError(name)
