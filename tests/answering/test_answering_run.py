@@ -1,4 +1,4 @@
-"""Complete runs of answering students on tiny models: JSON from an API, free text from a model."""
+"""Complete extract and generate runs on tiny models, with local teachers and APIs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run(raw: dict[str, Any]) -> Any:
 
 
 def extraction(number: int, payload: dict[str, Any]) -> Reply:
-    """JSON, every fifth time with an age that is no number."""
+    """Correct JSON, except that the age in every fifth answer is not a number."""
     found = toys.truth(payload["messages"][-1]["content"])
     if number % 5 == 4:
         found["age"] = "old"
@@ -44,7 +44,7 @@ def extraction(number: int, payload: dict[str, Any]) -> Reply:
 
 
 @pytest.mark.usefixtures("charts")
-def test_json_of_an_api_is_checked_learned_and_compared_with_every_baseline(
+def test_json_from_an_api_is_validated_learned_and_compared_with_every_baseline(
     tmp_path: Path,
 ) -> None:
     gold = [{"path": str(tmp_path / "texts.jsonl"), "label": "gold"}]
@@ -56,7 +56,7 @@ def test_json_of_an_api_is_checked_learned_and_compared_with_every_baseline(
     found = result.evaluation
     assert [one.role for one in found.results] == ["teacher", "untrained", "student", "fine_tuned"]
     teacher = found.of("teacher").figures
-    # What is valid is right: 4 test texts, and the teacher errs in every fifth of 20 answers.
+    # Every valid answer is correct. Of all 20 answers, every fifth is invalid; 4 are to test texts.
     assert teacher["exact"] == teacher["valid"]
     assert teacher["agreement_f1"] == 1.0
     assert set(found.of("teacher").fields) == {"name", "age"}
@@ -78,7 +78,7 @@ def test_json_of_an_api_is_checked_learned_and_compared_with_every_baseline(
 
 
 def test_a_student_learns_to_write_the_teachers_json(tmp_path: Path) -> None:
-    """One answer to everything, so that even a random model can learn it."""
+    """The teacher gives every text the same answer, so that even a random model can learn it."""
     said = '{"name": "Al", "age": 3}'
     with Stub(lambda number, payload: Reply(text=said)) as stub:
         raw = toys.recipe(tmp_path, "extract", **toys.api(tmp_path, stub.url))
@@ -104,7 +104,7 @@ def length(text, answer, gold):
 """
 
 
-def test_free_text_of_a_model_is_learned_from_its_distributions(tmp_path: Path) -> None:
+def test_free_text_of_a_local_teacher_is_learned_from_its_distributions(tmp_path: Path) -> None:
     (tmp_path / "score.py").write_text(SCORER)
     raw = toys.recipe(tmp_path, "generate", evaluate={"scorer": f"{tmp_path / 'score.py'}:length"})
     result = run(raw)
@@ -115,7 +115,7 @@ def test_free_text_of_a_model_is_learned_from_its_distributions(tmp_path: Path) 
     assert found["teacher"]["score"] > 0
 
 
-def test_a_judge_that_prefers_the_first_answer_prefers_none(tmp_path: Path) -> None:
+def test_a_judge_that_always_prefers_the_first_answer_has_no_preference(tmp_path: Path) -> None:
     with Stub(lambda number, payload: Reply(text="A")) as stub:
         judge = {"api": {"base_url": stub.url, "model": "teacher"}}
         result = run(toys.recipe(tmp_path, "generate", evaluate={"judge": judge}))
@@ -146,13 +146,13 @@ REASONED = '<think>\nA name and a number.\n</think>\n\n{"name": "Al", "age": 3}'
     "reply",
     [
         {"text": REASONED},
-        {"text": REASONED.removeprefix("<think>\n")},  # the prompt opened it
+        {"text": REASONED.removeprefix("<think>\n")},  # the prompt contains the opening tag
         {"text": REASONED.replace("<think>", "[THINK]").replace("</think>", "[/THINK]")},
         {"text": REASONED.rpartition("\n")[2], "message": {"reasoning_content": "A name."}},
     ],
     ids=["think", "closed", "[THINK]", "a key"],
 )
-def test_the_student_learns_no_reasoning(tmp_path: Path, reply: dict[str, Any]) -> None:
+def test_the_student_does_not_learn_reasoning(tmp_path: Path, reply: dict[str, Any]) -> None:
     with Stub(lambda number, payload: Reply(**reply)) as stub:
         result = run(toys.recipe(tmp_path, "extract", **toys.api(tmp_path, stub.url)))
     answers = next(stage for stage in result.stages if stage.name == "answers")
@@ -171,7 +171,7 @@ def test_reasoning_that_is_cut_off_needs_a_higher_limit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("alone", [False, True], ids=["distributions", "text alone"])
-def test_distributions_without_the_reasoning_before_them_are_noted(
+def test_learning_distributions_without_the_reasoning_before_them_is_reported(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -245,10 +245,11 @@ def test_a_budget_stops_the_run_and_answers_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["extract", "generate"])
-def test_no_file_of_a_run_holds_the_key(
+def test_no_file_of_a_run_contains_the_api_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """Even where the server repeats it, in an answer and in an error; nor that of a judge."""
+    """Not even if the teacher repeats it in an answer and in an error message, and a judge in its
+    verdicts."""
     monkeypatch.setenv("TEACHER_KEY", KEY)
 
     def script(number: int, payload: dict[str, Any]) -> Reply:
@@ -291,7 +292,7 @@ def test_failed_requests_are_sent_again_by_the_same_command(tmp_path: Path) -> N
         assert len(stub.payloads) == 21
 
 
-def test_spending_without_a_budget_needs_consent(tmp_path: Path) -> None:
+def test_spending_without_a_budget_needs_confirmation(tmp_path: Path) -> None:
     raw = toys.recipe(tmp_path, "extract", **toys.api(tmp_path, "http://127.0.0.1:9/v1"))
     raw["teacher"]["api"] |= {"price": {"input": 1.0, "output": 2.0}}
     recipe = parse_recipe(toys.clean(raw))
@@ -326,14 +327,14 @@ def test_spending_without_a_budget_needs_consent(tmp_path: Path) -> None:
     ],
     ids=["schema", "prompt", "scorer", "judge", "an api's student", "vocabulary"],
 )
-def test_one_clear_message(
+def test_an_invalid_recipe_is_a_clear_error(
     tmp_path: Path, changes: dict[str, Any], error: type[StillhouseError], said: str
 ) -> None:
     with pytest.raises(error, match=said):
         run(toys.recipe(tmp_path, "extract", **changes))
 
 
-def test_a_reference_answer_that_the_schema_forbids_is_named(tmp_path: Path) -> None:
+def test_a_reference_answer_that_does_not_match_the_schema_is_an_error(tmp_path: Path) -> None:
     gold = [{"path": str(tmp_path / "texts.jsonl"), "label": "gold"}]
     raw = toys.recipe(tmp_path, "extract", data={"texts": gold})
     with (tmp_path / "texts.jsonl").open("a") as file:
@@ -356,7 +357,7 @@ def test_the_shape_of_a_tasks_student_is_searched(tmp_path: Path) -> None:
     assert student["parameters"] <= 0.8 * teacher["parameters"]
 
 
-def test_the_student_of_a_task_writes_answers_to_the_tasks_own_texts(tmp_path: Path) -> None:
+def test_the_student_of_a_task_can_be_trained_on_policy(tmp_path: Path) -> None:
     raw = toys.recipe(tmp_path, "generate")
     raw["train"]["on_policy"] = {"share": 0.5, "max_tokens": 6}
     result = run(raw)
@@ -365,7 +366,7 @@ def test_the_student_of_a_task_writes_answers_to_the_tasks_own_texts(tmp_path: P
     assert any("own_reverse_kl" in row for row in rows)
 
 
-def test_own_text_needs_a_teachers_distributions(tmp_path: Path) -> None:
+def test_on_policy_distillation_needs_a_local_teacher(tmp_path: Path) -> None:
     with Stub(extraction) as stub:
         raw = toys.recipe(tmp_path, "extract", **toys.api(tmp_path, stub.url))
         raw["train"]["on_policy"] = {}

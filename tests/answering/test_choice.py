@@ -1,4 +1,4 @@
-"""Which of several answers to a text a task's student learns: by likelihood or by a judge."""
+"""Choosing which of several answers to a text the student learns, by likelihood or by a judge."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from tests.generation.stub import Reply, Stub
 
 
 def teacher(number: int, payload: dict[str, Any]) -> Reply:
-    """Answers with its number; the larger it is modulo 3, the likelier it says the answer is."""
+    """Answers with the request's number; the larger it is modulo 3, the more likely the answer."""
     told = [{"token": "a", "logprob": number % 3 - 5.0, "bytes": [97], "top_logprobs": []}]
     return Reply(text=f"answer {number}", logprobs=told if payload.get("logprobs") else None)
 
 
 def judge(number: int, payload: dict[str, Any]) -> Reply:
-    """Likes the answer with the larger number, wherever it stands."""
+    """Prefers the answer with the larger number, in either position."""
     first, second = map(int, re.findall(r"answer (\d+)", payload["messages"][-1]["content"]))
     return Reply(text="A" if first > second else "B")
 
 
 def kept(raw: dict[str, Any], folder: Path) -> list[str]:
-    """What the stage of answers leaves to learn from."""
+    """The answers that the student would learn."""
     job = find_answering(toys.parsed(toys.clean(raw)), folder)
     do = doing(RunFolder(folder / "run"))
     stage = do(plan_answers(job, do(plan_answer_texts(job))))
@@ -54,7 +54,7 @@ def test_the_most_likely_answer_is_learned(tmp_path: Path) -> None:
     with Stub(teacher) as stub:
         found = kept(recipe(tmp_path, stub.url, {"kind": "likelihood"}), tmp_path)
     numbers = [int(text.split()[1]) for text in found]
-    # With one request at a time, answers 2n and 2n + 1 are to one text; the first of equals stays.
+    # With one request at a time, answers 2n and 2n + 1 are to the same text; ties go to the first.
     assert numbers == [max(n, n + 1, key=lambda one: one % 3) for n in range(0, 32, 2)]
     assert len(stub.payloads) == 2 * 16 + 4, "a test text needs a single answer"
 
@@ -68,7 +68,7 @@ def test_a_judge_chooses_and_no_request_is_repeated(tmp_path: Path) -> None:
         found = kept(raw, tmp_path)
         assert [int(text.split()[1]) for text in found] == list(range(1, 32, 2))
         assert len(other.payloads) == 2 * 16
-        raw["filters"]["truncated"] = True  # the stage is done anew
+        raw["filters"]["truncated"] = True  # so that the stage runs again
         assert kept(raw, tmp_path) == found
         assert (len(stub.payloads), len(other.payloads)) == (36, 32)
 
@@ -83,7 +83,7 @@ def test_a_judges_budget_stops_the_run(tmp_path: Path) -> None:
         assert 0 < len(other.payloads) < 32
 
 
-def test_check_counts_the_verdicts_and_a_paid_judge_is_agreed_to(tmp_path: Path) -> None:
+def test_check_counts_the_verdicts_and_a_paid_judge_needs_confirmation(tmp_path: Path) -> None:
     api = {"base_url": "http://127.0.0.1:9/v1", "model": "judge", "key_env": "JUDGE_KEY"}
     choice = {"kind": "judge", "teacher": {"api": api}}
     raw = recipe(tmp_path, "http://127.0.0.1:9/v1", choice)
@@ -102,7 +102,9 @@ def test_check_counts_the_verdicts_and_a_paid_judge_is_agreed_to(tmp_path: Path)
     ],
     ids=["one answer", "no judge"],
 )
-def test_one_clear_message(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+def test_an_invalid_choice_is_a_clear_error(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
     raw = recipe(tmp_path, "http://x", {"kind": "judge", "teacher": {"local": {}}})
     raw["teacher"] |= changes
     with pytest.raises(RecipeError, match=said):

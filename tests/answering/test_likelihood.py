@@ -1,4 +1,4 @@
-"""A teacher's surprise against the loss that transformers computes."""
+"""The mean surprise of a model at answers, compared with the loss that transformers computes."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def test_surprise_is_the_loss_on_the_answers_tokens() -> None:
         prompt = tokenizer.apply_chat_template(
             [dict(m) for m in messages], add_generation_prompt=True, return_dict=True
         )["input_ids"]
-        said = [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
-        ids = torch.tensor([[*prompt, *said]])
-        labels = torch.tensor([[-100] * len(prompt) + said])
-        total += model(input_ids=ids, labels=labels).loss.item() * len(said)
-        tokens += len(said)
+        target = [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
+        ids = torch.tensor([[*prompt, *target]])
+        labels = torch.tensor([[-100] * len(prompt) + target])
+        total += model(input_ids=ids, labels=labels).loss.item() * len(target)
+        tokens += len(target)
     found = mean_surprise(model, tokenizer, prompts, answers)
     assert found == pytest.approx(total / tokens, rel=1e-5)
 
 
-def test_tokens_beyond_a_table_of_positions_do_not_count() -> None:
+def test_tokens_beyond_the_models_positions_do_not_count() -> None:
     tokenizer = tiny.tokenizer()
     config = GPT2Config(
         vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=32,

@@ -1,4 +1,4 @@
-"""What is made of the answers of a model that is measured."""
+"""Computing metrics from the answers of an evaluated model."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from tests import tiny
 from tests.answering import toys
 
 
-def said(texts: list[str | None]) -> list[str]:
-    """What `answers_in_order` makes of a model's texts; None: a prompt that does not fit."""
+def ordered(texts: list[str | None]) -> list[str]:
+    """What `answers_in_order` returns for a model's texts; None stands for a prompt that is too
+    long."""
     requests = [
         request_for(({"role": "user", "content": str(n)},), "student", 9) for n in range(len(texts))
     ]
@@ -36,7 +37,7 @@ def said(texts: list[str | None]) -> list[str]:
 
 def test_reasoning_is_not_part_of_an_answer_and_truncated_reasoning_has_no_answer() -> None:
     thought = "<think>\nhm\n</think>\n\nyes"
-    assert said([thought, " no ", "<think>and so", None]) == ["yes", "no", "", ""]
+    assert ordered([thought, " no ", "<think>and so", None]) == ["yes", "no", "", ""]
 
 
 def test_json_after_reasoning_is_read() -> None:
@@ -58,7 +59,7 @@ def test_two_empty_answers_do_not_agree() -> None:
     assert figures == {"agreement": 0.5}
 
 
-def test_an_extraction_is_exact_only_if_it_is_the_same_value() -> None:
+def test_an_extraction_is_exact_only_if_its_value_is_equal() -> None:
     validity = json_schema({"type": "object"})
     gold = ['{"tags": ["x", "y"]}', '{"age": 3}', '{"age": 3}', "{}", None]
     rows = [LabeledText("a", one) for one in gold]
@@ -67,7 +68,7 @@ def test_an_extraction_is_exact_only_if_it_is_the_same_value() -> None:
     assert figures == {"valid": 0.8, "field_f1": 1.0, "exact": 0.5}
 
 
-def test_another_scorer_or_judge_in_the_same_place_evaluates_again(
+def test_the_evaluation_depends_on_the_content_of_its_scorer_and_judge(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -42,11 +42,13 @@ def test_only_text_is_learned_from_a_teacher_with_a_longer_prompt(
     (term,) = trained.objective.terms
     assert isinstance(term, LogitsTerm)
     assert (term.divergence == "cross_entropy") == alone == recipe.learns_text_alone
-    # The pruned student is made of the teacher all the same.
+    # The pruned student is still derived from the teacher.
     assert trained.teacher.model == str(tmp_path / "teacher")
 
 
-def test_check_warns_of_distributions_that_the_teacher_would_not_have(tmp_path: Path) -> None:
+def test_check_warns_if_distributions_would_be_computed_without_the_examples(
+    tmp_path: Path,
+) -> None:
     objective = {"terms": [{"divergence": "forward_kl"}]}
     recipe = parsed(tmp_path, task=EXAMPLES, objective=objective)
     told = check_recipe(recipe, base=tmp_path)
@@ -54,7 +56,7 @@ def test_check_warns_of_distributions_that_the_teacher_would_not_have(tmp_path: 
     assert any("without its examples" in text for text in warned)
 
 
-def test_vllm_writes_the_answers_of_a_model(tmp_path: Path) -> None:
+def test_a_local_model_can_answer_in_vllm(tmp_path: Path) -> None:
     recipe = parsed(tmp_path, teacher={"vllm": {"tensor_parallel": 2, "context": 512}})
     source = find_answering(recipe, tmp_path).source()
     assert isinstance(source, LocalText)

@@ -1,4 +1,4 @@
-"""The repository's recipes of tasks that answer, checked with a tiny teacher instead of theirs."""
+"""The repository's extract and generate recipes, checked with a tiny teacher."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def overrides(folder: Path) -> list[str]:
         ("generate", "290 to learn from, 60 to measure on"),
     ],
 )
-def test_check_reports_no_error(tmp_path: Path, name: str, texts: str) -> None:
+def test_check_reports_no_warning_or_error(tmp_path: Path, name: str, texts: str) -> None:
     found = check_recipe(RECIPES / f"{name}.yaml", overrides(tmp_path))
     assert [one for one in found if one.level in ("warning", "error")] == []
     assert texts in [one.text for one in found]
 
 
-def test_the_examples_of_the_extraction_are_valid(tmp_path: Path) -> None:
+def test_the_examples_of_the_extract_recipe_match_its_schema(tmp_path: Path) -> None:
     recipe = load_recipe(RECIPES / "extract.yaml", overrides(tmp_path))
     assert isinstance(recipe, AnsweringRecipe)
     validity = find_answering(recipe, RECIPES).validity

@@ -1,4 +1,4 @@
-"""Texts with names and ages, a schema, and recipes that learn to answer them."""
+"""Texts with names and ages, a schema, and extract and generate recipes."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def api(folder: Path, url: str) -> dict[str, Any]:
 
 
 def clean(raw: dict[str, Any]) -> dict[str, Any]:
-    """Without the keys that a test has set to None."""
+    """The recipe without the keys that a test has set to None."""
     return {
         name: {key: value for key, value in section.items() if value is not None}
         if isinstance(section, dict)
@@ -90,7 +90,7 @@ def clean(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def parsed(raw: dict[str, Any]) -> AnsweringRecipe:
-    """The raw recipe, parsed; it must be one of a student that answers texts."""
+    """Parse a raw recipe, which must be an extract or generate recipe."""
     found = parse_recipe(raw)
     assert isinstance(found, AnsweringRecipe)
     return found
