@@ -1,4 +1,4 @@
-"""What a classifier's head reads."""
+"""Which tokens a classifier reads, and how its logits are computed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_mean_pooling_reads_every_token_of_a_text_and_no_padding(tmp_path: Path)
         torch.testing.assert_close(row, expected, atol=1e-6, rtol=1e-5)
 
 
-def test_last_pooling_is_what_transformers_own_class_reads(tmp_path: Path) -> None:
+def test_last_pooling_gives_the_logits_of_the_transformers_class(tmp_path: Path) -> None:
     classifier = load_classifier(truncated(tmp_path, "last"))
     for row, text in zip(classifier.probabilities(TEXTS), TEXTS, strict=True):
         ids_1L = torch.tensor(classifier.tokens([text]))
@@ -102,7 +102,7 @@ SMALL = {
     ],
     ids=["short windows", "long windows", "eager attention"],
 )
-def test_a_language_models_logits_are_those_of_single_passes(
+def test_a_language_models_logits_equal_those_of_separate_passes(
     monkeypatch: pytest.MonkeyPatch, make: Any, in_one_pass: bool
 ) -> None:
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Training a classifier: a killed process resumes with the same result."""
+"""Training of a classifier that was killed, or has a damaged checkpoint, ends the same."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def train(start: Path, out: Path) -> None:
 
 
 def train_until_killed(start: Path, out: Path, step: int) -> None:
-    """Dies at a step as by `kill -9`: nothing is flushed, nothing is said."""
+    """Train until a step at which the process kills itself with SIGKILL, so nothing is flushed."""
     housekeeping = Housekeeping.on_step_end
 
     def dies(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
@@ -58,12 +58,12 @@ def train_until_killed(start: Path, out: Path, step: int) -> None:
 
 
 @pytest.mark.run
-def test_killed_training_ends_with_the_same_weights(
+def test_resumed_training_ends_with_the_same_weights(
     tmp_path: Path,
 ) -> None:
     start = student(tmp_path)
     train(start, tmp_path / "whole")
-    # 12 steps, a checkpoint after every third: from step 8 it goes back to step 6.
+    # There are 12 steps, with a checkpoint after every third, so step 8 resumes from step 6.
     process = multiprocessing.get_context("fork").Process(
         target=train_until_killed, args=(start, tmp_path / "killed", 8)
     )

@@ -1,4 +1,4 @@
-"""Which labels an API's answer names, and the probability of each."""
+"""Which label an API's answer names, and the probabilities of labels from its first tokens."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def shares(
 
 
 def label_of(text: str, labels: Labels) -> str | None:
-    """The label that the answer names, None where it is counted as outside of the labels."""
+    """The label that the answer names; None if it counts as outside the labels."""
     kind, found = shares(text, labels=labels)
     assert (kind == "outside") == (not found)
     return next(iter(found), None)
@@ -63,7 +63,7 @@ def label_of(text: str, labels: Labels) -> str | None:
         ("card arrival, or the card", None),
     ],
 )
-def test_the_one_label_that_an_answer_names(text: str, label: str | None) -> None:
+def test_an_answer_has_the_only_label_that_it_names(text: str, label: str | None) -> None:
     assert label_of(text, LABELS) == label
 
 
@@ -90,7 +90,7 @@ def test_the_one_label_that_an_answer_names(text: str, label: str | None) -> Non
         "ＲＥＦＵＮＤ",
     ],
 )
-def test_how_models_write_a_label(text: str) -> None:
+def test_all_usual_ways_of_writing_a_label_are_read(text: str) -> None:
     assert label_of(text, LABELS) == "refund"
 
 
@@ -140,7 +140,7 @@ def test_a_denial_that_is_a_label_is_that_label() -> None:
     ["spam or ham", "spam/ham", "spam (80%), ham (20%)", "spam;ham", "Spam.\nWait, actually ham.",
      "Answer: spam\nAnswer: ham", '{"label": ["spam", "ham"]}', "1. spam\n2. ham"],
 )  # fmt: skip
-def test_several_labels_are_none(text: str) -> None:
+def test_an_answer_that_names_several_labels_has_none(text: str) -> None:
     assert label_of(text, MAIL) is None
 
 
@@ -154,7 +154,7 @@ def test_a_label_inside_a_word_or_a_quotation_is_not_named(text: str) -> None:
     assert label_of(text, ["card", "refund"]) is None
 
 
-def test_separators_of_words_make_no_difference() -> None:
+def test_word_separators_make_no_difference() -> None:
     for text in ("card-arrival", "card_arrival", "Card Arrival", "It is about card-arrival."):
         assert label_of(text, LABELS) == "card_arrival"
     for text in ("card-arrival", "card_arrival"):
@@ -188,7 +188,7 @@ def test_a_refusal_is_not_read_as_a_label_with_the_same_first_letter() -> None:
     assert shares("I cannot say.", {"I": 0.99, "ref": 0.002}) == ("outside", {})
 
 
-def test_an_answer_that_begins_with_another_word_counts_by_its_words() -> None:
+def test_an_answer_that_begins_with_another_word_is_read_by_its_words() -> None:
     assert shares("I think refund", {"I": 0.99, "ref": 0.01}) == ("label", {"refund": 1.0})
 
 
@@ -204,17 +204,17 @@ def test_the_next_tokens_distinguish_labels_with_the_same_prefix() -> None:
     assert found == pytest.approx({"card_arrival": 0.08, "card": 0.72, "refund": 0.2})
 
 
-def test_a_label_that_is_complete_gets_its_token_alone() -> None:
+def test_a_token_that_is_a_complete_label_counts_only_for_that_label() -> None:
     _, found = shares("card", {"card": 0.8, "ref": 0.2})
     assert found == pytest.approx({"card": 0.8, "refund": 0.2})
 
 
-def test_a_complete_word_is_not_a_prefix_of_a_longer_one() -> None:
+def test_a_complete_word_does_not_count_for_a_longer_label() -> None:
     _, found = shares("yes", {"yes": 0.6, "no": 0.4}, labels=["yes", "no", "normal"])
     assert found == pytest.approx({"yes": 0.6, "no": 0.4})
 
 
-# label: what affirms it, what denies it
+# label: (a sentence that affirms it, a sentence that denies it)
 OTHER_LANGUAGES = {
     "सकारात्मक": ("यह सकारात्मक है।", "यह सकारात्मक नहीं है।"),
     "مثبت": ("این مثبت است.", "این مثبت نیست."),
@@ -232,7 +232,7 @@ OTHER_LANGUAGES = {
 }
 
 
-def test_russian_denies_the_next_word_alone() -> None:
+def test_a_russian_negation_denies_only_what_directly_follows() -> None:
     for text in ("Это не спам.", "Письмо не является спам"):
         assert label_of(text, ["спам", "почта"]) is None
     for text in ("Не сомневаюсь что это спам", "Здесь не только реклама но и спам"):

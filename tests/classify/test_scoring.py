@@ -1,4 +1,4 @@
-"""Scoring the tree of labels in one pass agrees with a pass for each text and label."""
+"""Scoring all labels in one pass over their tree agrees with one pass for each text and label."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def all_scores(model: Any, prompts: list[list[int]], labels: list[list[int]]) ->
     return found
 
 
-def test_a_tree_has_each_beginning_once() -> None:
+def test_a_tree_contains_each_common_prefix_once() -> None:
     tree = label_tree([[1, 2, 3], [1, 2, 4], [5], [1, 6]])
     assert tree.nodes_T.tolist() == [1, 2]
     assert tree.depths_T.tolist() == [0, 1]
@@ -65,7 +65,7 @@ def test_batches_of_one_text_score_the_same(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("together", [16384, 40])
-def test_a_model_with_windows_scores_labels_like_single_passes(
+def test_a_model_with_a_sliding_window_scores_labels_like_single_passes(
     monkeypatch: pytest.MonkeyPatch, together: int
 ) -> None:
     monkeypatch.setattr(scoring, "_CACHED_TOKENS", together)
@@ -103,7 +103,7 @@ def test_gradients_flow_through_the_tree() -> None:
     assert all(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
 
 
-def test_each_prompt_keeps_a_token_of_its_own() -> None:
+def test_the_shared_prefix_leaves_each_prompt_at_least_one_token() -> None:
     assert shared_prefix([[1, 2, 3], [1, 2, 4]]) == 2
     assert shared_prefix([[1, 2], [1, 2, 4]]) == 1
     assert shared_prefix([[1, 2], [1, 2]]) == 1

@@ -1,4 +1,4 @@
-"""A classifier's complete run on a tiny teacher, with each kind of student and of teacher."""
+"""Complete classify runs with tiny models, for each kind of student and of teacher."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def run(raw: dict[str, Any]) -> Any:
 
 
 @pytest.mark.usefixtures("charts")
-def test_a_run_has_every_product_and_is_not_done_twice(folder: Path) -> None:
+def test_a_run_has_every_product_and_a_rerun_reuses_every_stage(folder: Path) -> None:
     raw = toys.recipe(folder, data=toys.with_gold(folder))
     result = run(raw)
     roles = [one.role for one in result.evaluation.results]
@@ -66,8 +66,10 @@ def test_a_run_has_every_product_and_is_not_done_twice(folder: Path) -> None:
     assert all(stage.reused for stage in run(raw).stages)
 
 
-def test_true_labels_of_some_texts_measure_and_train_the_baseline(tmp_path: Path) -> None:
-    """Every fifth cell of the labels is empty, and a file without labels stands next to them."""
+def test_reference_labels_of_some_texts_are_used_for_metrics_and_the_baseline(
+    tmp_path: Path,
+) -> None:
+    """Every fifth label in the first file is empty, and the second file has no labels."""
     rows = [f"{word} number {n},{label if n % 5 else ''}" for n, word, label in toys.rows(40)]
     more = [f"more {word} number {n}" for n, word, _ in toys.rows(20)]
     (tmp_path / "some.csv").write_text("\n".join(["text,label", *rows]))
@@ -93,8 +95,8 @@ def test_true_labels_of_some_texts_measure_and_train_the_baseline(tmp_path: Path
     assert f"of {len(texts.train)} training texts" in said
 
 
-def test_the_banking_recipe_runs_on_a_file_of_its_shape(tmp_path: Path) -> None:
-    """Its labels are the file's, sorted by label as that one is; its examples name some of them."""
+def test_the_banking_recipe_runs_on_a_file_like_its_own(tmp_path: Path) -> None:
+    """The file is sorted by label like the real one, with the labels of the recipe's examples."""
     path = Path(__file__).parents[2] / "recipes" / "banking77.yaml"
     teacher = tiny.save_model(tmp_path / "teacher", max_position_embeddings=4096)
     raw = yaml.safe_load(path.read_text())
@@ -159,7 +161,8 @@ def test_the_teacher_as_a_student_predicts_what_the_teacher_predicts(tmp_path: P
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The prompts of each call that scores labels, in chunks of 8; the third call is a kill."""
+    """The number of prompts in each call that scores labels, in chunks of 8; the third call is
+    interrupted."""
     monkeypatch.setattr(judge_module, "CHUNK", 8)
     found: list[int] = []
 
@@ -173,17 +176,19 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def test_killed_scoring_resumes_where_it_stopped(tmp_path: Path, calls: list[int]) -> None:
+def test_interrupted_scoring_resumes_where_it_stopped(tmp_path: Path, calls: list[int]) -> None:
     raw = toys.recipe(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         run(raw)
     run(raw)
-    # 40 texts and 3 without content, in chunks of 8: two chunks were kept, four were left; then
-    # the teacher's speed is measured on 4 texts, twice after a first time.
+    # There are 40 texts, and 3 without content, in chunks of 8. Two chunks were kept, and four were
+    # missing. Then the teacher's speed is measured on 4 texts: a warm-up and two measurements.
     assert calls == [8, 8, 8, 8, 8, 8, 3, 4, 4, 4]
 
 
-def test_damaged_scores_of_a_killed_run_are_not_used(tmp_path: Path, calls: list[int]) -> None:
+def test_damaged_scores_of_an_interrupted_run_are_not_used(
+    tmp_path: Path, calls: list[int]
+) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(toys.recipe(tmp_path))
     first, second = sorted(tmp_path.rglob("*.scores"))
@@ -191,7 +196,7 @@ def test_damaged_scores_of_a_killed_run_are_not_used(tmp_path: Path, calls: list
     flipped[-1] ^= 1
     first.write_bytes(flipped)
     second.write_bytes(second.read_bytes()[:-4])
-    calls.append(0)  # no third call from here on
+    calls.append(0)  # separates the two runs
     run(toys.recipe(tmp_path))
     assert calls[4:10] == [8, 8, 8, 8, 8, 3]
 
@@ -207,7 +212,7 @@ def test_predict_reads_lines_and_objects(folder: Path) -> None:
     assert set(rows[0]) == {"text", "label", "confidence", "abstain", "probabilities"}
 
 
-def test_check_and_preview_know_a_task(tmp_path: Path) -> None:
+def test_check_and_preview_read_a_classify_recipe(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(toys.recipe(tmp_path)))
     found = {(one.level, one.topic): one.text for one in check_recipe(path)}
@@ -220,7 +225,7 @@ def test_check_and_preview_know_a_task(tmp_path: Path) -> None:
     assert "pets | food" in shown.stdout
 
 
-def test_licenses_of_all_models_are_in_the_card_and_warned_of_by_check(tmp_path: Path) -> None:
+def test_the_card_and_check_report_the_licenses_of_all_models(tmp_path: Path) -> None:
     raw = toys.recipe(tmp_path, student={"start": "truncated", "layers": 1, "model": "other"})
     tiny.save_model(tmp_path / "other", seed=1)
     (tmp_path / "other" / "README.md").write_text("---\nlicense: gemma\n---\n")
@@ -307,8 +312,10 @@ def test_an_api_is_queried_once_and_its_labels_are_learned(tmp_path: Path) -> No
     assert "40 labels" in result.evaluation.notes[0]
 
 
-def test_no_file_of_a_run_holds_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even where the server repeats it, in an answer and in an error."""
+def test_no_file_of_a_run_contains_the_api_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even if the server repeats it in an answer and in an error message."""
     monkeypatch.setenv("TEACHER_KEY", KEY)
 
     def script(number: int, payload: dict[str, Any]) -> Reply:
@@ -325,7 +332,7 @@ def test_no_file_of_a_run_holds_the_key(tmp_path: Path, monkeypatch: pytest.Monk
     assert [path for path in files if KEY.encode() in path.read_bytes()] == []
 
 
-def test_answers_outside_the_list_are_counted_and_left_out(tmp_path: Path) -> None:
+def test_answers_that_are_not_labels_are_counted_and_left_out(tmp_path: Path) -> None:
     def script(number: int, payload: dict[str, Any]) -> Reply:
         return Reply(text="no idea" if number_of(payload) % 4 == 2 else said_label(payload))
 
@@ -366,13 +373,13 @@ def test_failed_requests_are_sent_again_by_the_same_command(tmp_path: Path) -> N
         failing.clear()
         assert "1 requests had no answer" in run(raw).evaluation.notes[0]
         asked = len(stub.payloads)
-        # What was refused would be refused again.
+        # A request that was refused is not sent again.
         assert all(stage.reused for stage in run(raw).stages)
         assert len(stub.payloads) == asked == 43
 
 
-def test_a_part_without_labels_of_the_teacher_is_an_error(tmp_path: Path) -> None:
-    """The parts are found by a run whose teacher answers everything."""
+def test_a_part_with_too_few_labels_from_the_teacher_is_an_error(tmp_path: Path) -> None:
+    """A first run, whose teacher answers everything, shows which texts are in which part."""
     with Stub(lambda number, payload: Reply(text=said_label(payload))) as stub:
         raw = api_recipe(tmp_path, stub.url)
         stage = next(stage for stage in run(raw).stages if stage.name == "texts")
@@ -390,7 +397,7 @@ def test_a_part_without_labels_of_the_teacher_is_an_error(tmp_path: Path) -> Non
             run(raw)
 
 
-def test_top_logprobs_make_a_distribution(tmp_path: Path) -> None:
+def test_top_logprobs_become_a_distribution(tmp_path: Path) -> None:
     top = [
         {"token": "Pe", "logprob": math.log(0.6)},
         {"token": "food", "logprob": math.log(0.2)},
@@ -443,7 +450,7 @@ def test_reasoning_that_is_cut_off_needs_a_higher_limit(tmp_path: Path) -> None:
         ({"samples": 3, "sampling": {"temperature": 0.5}}, (0.5, 32)),
     ],
 )
-def test_several_samples_are_drawn(
+def test_the_default_temperature_depends_on_the_number_of_samples(
     tmp_path: Path, teacher: dict[str, Any], expected: tuple[float, int]
 ) -> None:
     sampling = parse_recipe(api_recipe(tmp_path, "http://x/v1", **teacher)).teacher.sampling
@@ -458,12 +465,12 @@ def test_several_samples_are_drawn(
         ({"api": None, "model": "m", "sampling": {"max_tokens": 9}}, "sampling is only for an API"),
     ],
 )
-def test_invalid_sampling(tmp_path: Path, teacher: dict[str, Any], said: str) -> None:
+def test_invalid_sampling_is_rejected(tmp_path: Path, teacher: dict[str, Any], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         parse_recipe(api_recipe(tmp_path, "http://x/v1", **teacher))
 
 
-# --- what a user can get wrong -------------------------------------------------------------------
+# --- user errors ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -476,7 +483,7 @@ def test_invalid_sampling(tmp_path: Path, teacher: dict[str, Any], said: str) ->
     ],
     ids=["no labels", "unknown label", "no file", "too many layers"],
 )
-def test_one_clear_message(
+def test_an_invalid_recipe_is_a_clear_error(
     tmp_path: Path, changes: dict[str, Any], kind: type[StillhouseError], said: str
 ) -> None:
     raw = toys.recipe(tmp_path, data=toys.with_gold(tmp_path))
@@ -487,7 +494,7 @@ def test_one_clear_message(
     assert caught.value.fix
 
 
-def test_a_teacher_without_a_template_needs_plain_prompts(tmp_path: Path) -> None:
+def test_a_teacher_without_a_chat_template_needs_plain_prompts(tmp_path: Path) -> None:
     raw = toys.recipe(tmp_path)
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = None
@@ -503,7 +510,7 @@ def test_a_teacher_without_a_template_needs_plain_prompts(tmp_path: Path) -> Non
     ("row", "said"),
     [('{"text": ""}', "text is empty"), ('{"txt": "a"}', "no text under"), ("[1]", "not an obj")],
 )
-def test_bad_rows_are_named(tmp_path: Path, row: str, said: str) -> None:
+def test_the_error_for_an_invalid_row_names_its_line(tmp_path: Path, row: str, said: str) -> None:
     raw = toys.recipe(tmp_path)
     with (tmp_path / "texts.jsonl").open("a") as file:
         file.write(row + "\n")
@@ -550,7 +557,7 @@ def test_a_classifier_is_exported_to_onnx_and_reported(tmp_path: Path) -> None:
 def test_a_student_too_large_for_an_onnx_file_is_rejected_early(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, student: dict[str, Any]
 ) -> None:
-    """By its parameters, each counted once, which are those of the model that is made."""
+    """`check` predicts the parameters of the student that is built, and counts each one once."""
     monkeypatch.setattr(onnx, "MODULES", ())
     if "model" in student:
         student = {**student, "model": str(tmp_path / "teacher")}

@@ -1,4 +1,4 @@
-"""Which rows of a file are read, and into which part they go."""
+"""Which rows of a file are read, and how they are divided into training and test texts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_sample_is_drawn_from_the_complete_file_in_any_order(tmp_path: Path) -
     assert rows_of(path, sample=20) == drawn
 
 
-def test_one_row_more_changes_at_most_one_of_a_sample(tmp_path: Path) -> None:
+def test_adding_a_row_replaces_at_most_one_row_of_a_sample(tmp_path: Path) -> None:
     path = tmp_path / "texts.txt"
     lines = [f"message {number}" for number in range(100)]
     path.write_text("\n".join(lines))
@@ -43,7 +43,7 @@ def test_one_row_more_changes_at_most_one_of_a_sample(tmp_path: Path) -> None:
     assert len(before - set(rows_of(path, sample=30))) <= 1
 
 
-def test_an_empty_cell_is_a_label_that_is_not_known(tmp_path: Path) -> None:
+def test_an_empty_cell_is_an_unknown_label(tmp_path: Path) -> None:
     (tmp_path / "texts.csv").write_text("text,label\none,a\ntwo,\nthree, b \n")
     file = TextFile(path="texts.csv", label="label")
     assert [row.gold for row in read_texts(file, tmp_path)] == ["a", None, "b"]
@@ -51,7 +51,7 @@ def test_an_empty_cell_is_a_label_that_is_not_known(tmp_path: Path) -> None:
         list(read_texts(TextFile(path="texts.csv", label="topic"), tmp_path))
 
 
-def test_a_quote_that_is_never_closed_is_named(tmp_path: Path) -> None:
+def test_an_unclosed_quote_is_reported_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "texts.csv").write_text('text\none\n"two\nlines"\n"three\nfour\nfive\n')
     with pytest.raises(DataError, match="not valid CSV") as caught:
         rows_of(tmp_path / "texts.csv")
@@ -72,7 +72,7 @@ def test_a_label_that_is_not_text_is_rejected(labels: Any, said: str) -> None:
         ClassifyTask.model_validate({"kind": "classify", "labels": labels})
 
 
-def test_numbers_are_labels() -> None:
+def test_integers_can_be_labels() -> None:
     task = ClassifyTask.model_validate({"kind": "classify", "labels": [1, 2]})
     assert task.labels == {"1": "1", "2": "2"}
     task = ClassifyTask.model_validate({"kind": "classify", "labels": {1: "bad", 2: "good"}})
@@ -80,7 +80,7 @@ def test_numbers_are_labels() -> None:
 
 
 @pytest.mark.parametrize("labels", [None, ["0", "1"], ["0.0", "1.0"]])
-def test_whole_numbers_are_the_same_labels_however_a_program_writes_them(
+def test_integer_labels_that_are_written_as_floats_are_recognized(
     tmp_path: Path, labels: list[str] | None
 ) -> None:
     """pandas writes integers with empty cells as 1.0, in CSV and in Parquet."""
@@ -103,7 +103,7 @@ def test_version_numbers_are_not_integers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("own_tests", [False, True])
-def test_a_text_of_the_prompt_is_excluded_from_the_test_texts(own_tests: bool) -> None:
+def test_an_example_in_the_prompt_is_excluded_from_the_test_texts(own_tests: bool) -> None:
     given = [LabeledText(f"text {number}") for number in range(40)]
     tests = [LabeledText(f"test {number}") for number in range(10)] if own_tests else []
     _, before, _ = divide_texts(given, tests, 0.25, seed=1)
@@ -136,7 +136,7 @@ def prepared(path: Path, *, test: str | None = None, **task: Any) -> Texts:
     return prepare_texts(recipe, path.parent)
 
 
-def test_a_label_in_another_unicode_form_is_the_tasks(tmp_path: Path) -> None:
+def test_a_label_in_another_unicode_form_is_recognized(tmp_path: Path) -> None:
     path = tmp_path / "texts.csv"
     labels = ["café", "thé"]
     rows = [(f"text {n}", unicodedata.normalize("NFD", labels[n % 2])) for n in range(40)]
@@ -159,13 +159,13 @@ def test_labels_that_differ_in_case_or_width_are_rejected(tmp_path: Path) -> Non
         }
 
 
-def test_a_column_of_ids_is_noted(tmp_path: Path) -> None:
+def test_a_label_column_that_contains_ids_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "texts.csv"
     path.write_text("text,label\n" + "".join(f"text {n},id{n}\n" for n in range(40)))
     assert "40 labeled texts have 40 labels" in prepared(path).notes[-1]
 
 
-def test_one_text_in_two_spellings_is_used_once(tmp_path: Path) -> None:
+def test_texts_that_differ_only_in_case_or_unicode_form_are_used_once(tmp_path: Path) -> None:
     path = tmp_path / "texts.csv"
     twins = [("café", "cafe\u0301"), ("ＡＢＣ", "abc"), ("a\u200bb", "ab"), ("วัน", "วัน")]
     others = [("आया", "आयी"), ("ไม่", "ไม้")]

@@ -1,4 +1,4 @@
-"""A task small enough for tests: texts of a few words, and a teacher with random weights."""
+"""A classification task for tests: texts of a few words, and a teacher with random weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WORDS = {"pets": ["cat", "dog", "bird"], "food": ["soup", "cake", "bread"]}
 
 
 def rows(count: int) -> list[tuple[int, str, str]]:
-    """A number, a word and its label, `count` times."""
+    """`count` tuples of a number, a word, and the word's label."""
     names = ["pets", "food"]
     return [
         (number, WORDS[names[number % 2]][number // 2 % 3], names[number % 2])
@@ -59,7 +59,7 @@ def with_gold(folder: Path) -> dict[str, Any]:
 
 
 def parsed(raw: dict[str, Any]) -> ClassifyRecipe:
-    """The raw recipe, parsed; it must be one of a classifier."""
+    """Parse a raw recipe, which must be a classify recipe."""
     found = parse_recipe(raw)
     assert isinstance(found, ClassifyRecipe)
     return found
