@@ -158,17 +158,21 @@ def _connect() -> Mapping[socket.socket, int]:
 
     links: dict[socket.socket, int] = {}
     if leads():
-        with _listening() as server:
+        with listening_socket() as server:
             key = secrets.token_bytes(16)
             dist.broadcast_object_list([server.getsockname()[1], key])
             dist.barrier()  # by now, every other process has connected or given up
             server.settimeout(0)
+            accepted = []
             with suppress(OSError):
                 while True:
-                    link, _ = server.accept()
-                    index = _greeted(link, key)
-                    if index is not None:
-                        links[link] = index
+                    accepted.append(server.accept()[0])
+            # All share one deadline, so that silent connections of other programs cost a second.
+            deadline = time.monotonic() + NOTICE_SECONDS
+            for link in accepted:
+                index = _greeted(link, key, deadline)
+                if index is not None:
+                    links[link] = index
     else:
         received: list[object] = [None, None]
         dist.broadcast_object_list(received)
@@ -190,7 +194,8 @@ def _connect() -> Mapping[socket.socket, int]:
     return links
 
 
-def _listening() -> socket.socket:
+def listening_socket() -> socket.socket:
+    """Open a port for the other processes of the torchrun, on all of this machine's addresses."""
     if socket.has_dualstack_ipv6():
         family = socket.AF_INET6
         return socket.create_server(
@@ -199,9 +204,10 @@ def _listening() -> socket.socket:
     return socket.create_server(("", 0), backlog=world_size())
 
 
-def _greeted(link: socket.socket, key: bytes) -> int | None:
-    """The rank of the process at the other end; None if it is not part of this torchrun."""
-    link.settimeout(NOTICE_SECONDS)
+def _greeted(link: socket.socket, key: bytes, deadline: float) -> int | None:
+    """The rank of the process at the other end; None if it is not part of this torchrun, or is
+    silent until the deadline (`time.monotonic`)."""
+    link.settimeout(max(0.0, deadline - time.monotonic()))
     with suppress(OSError):
         said = link.recv(len(key) + INDEX_BYTES, socket.MSG_WAITALL)
         if secrets.compare_digest(said[: len(key)], key):
