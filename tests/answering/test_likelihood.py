@@ -1,4 +1,4 @@
-"""The mean surprise of a model at answers, compared with the loss that transformers computes."""
+"""The mean surprise of answers, compared with the loss that transformers computes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training of a classifier that was killed, or has a damaged checkpoint, ends the same."""
+"""Training a classifier gives the same result after a kill, or with a damaged checkpoint."""
 
 from __future__ import annotations
 

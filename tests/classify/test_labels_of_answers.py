@@ -1,4 +1,4 @@
-"""Which label an API's answer names, and the probabilities of labels from its first tokens."""
+"""Which label an API's answer names, and the probability of each label."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ SCORES_NC = torch.tensor([[0.6, 0.3, 0.1], [0.8, 0.1, 0.1]]).log()
 NEUTRAL_KC = torch.tensor([[0.5, 0.25, 0.25]]).log()
 
 
-def test_the_content_free_prior_divides_by_the_answer_without_content() -> None:
+def test_the_content_free_prior_divides_by_the_answer_to_texts_without_content() -> None:
     q_NC = distributions(SCORES_NC, prior_logits("content_free", SCORES_NC, NEUTRAL_KC))
     ratio = torch.tensor([0.6 / 0.5, 0.3 / 0.25, 0.1 / 0.25])
     torch.testing.assert_close(q_NC[0], ratio / ratio.sum())

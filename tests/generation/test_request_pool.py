@@ -227,9 +227,7 @@ def test_retry_after_is_obeyed(journal: Journal) -> None:
         ({}, None),
     ],
 )
-def test_retry_after_may_be_in_seconds_in_milliseconds_or_invalid(
-    headers: dict[str, str], seconds: float | None
-) -> None:
+def test_retry_after_headers_are_parsed(headers: dict[str, str], seconds: float | None) -> None:
     assert retry_after(headers) == seconds
 
 

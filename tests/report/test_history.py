@@ -34,7 +34,7 @@ def test_the_loss_is_plotted_if_there_is_no_kl() -> None:
     assert chart.lines[-1].label == "held-out KL"
 
 
-def test_a_training_without_tokens_is_drawn_against_steps() -> None:
+def test_training_without_token_counts_is_drawn_against_steps() -> None:
     [chart] = training_charts([{"step": s, "loss": 2.0} for s in (1, 2)], "text")
     assert (chart.x_label, chart.y_label) == ("optimizer steps", "Loss (nats/text)")
 

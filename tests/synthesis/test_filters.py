@@ -190,7 +190,7 @@ def test_the_estimated_similarity_is_close_to_the_true_one() -> None:
     assert max(errors) < 0.16
 
 
-def test_very_short_and_empty_texts_have_near_duplicates() -> None:
+def test_very_short_and_empty_texts_are_similar_only_to_equal_ones() -> None:
     near = NearDuplicates(0.8)
     assert near.add(words("Yes.")) is None
     assert near.add(words("yes")) == 1.0

@@ -200,7 +200,7 @@ def test_the_middle_of_a_long_answer_has_almost_no_influence() -> None:
 LETTER = "I'm so sorry, but I can't help with the move on Saturday."
 
 
-def test_long_whitespace_in_an_answer_does_not_take_quadratic_time() -> None:
+def test_a_long_run_of_whitespace_does_not_take_quadratic_time() -> None:
     assert refusing_words("Yes." + "\n\t" * 200_000 + "Here it is.") is None
     assert refusing_words("I can't help with that." + "\n" * 200_000 + "Sorry.") is not None
 

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.run
 
 @pytest.fixture(autouse=True)
 def _in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever dtypes this CPU supports natively."""
+    """Run the models in float32, whatever dtypes this CPU supports natively."""
     precision = choose_precision("float32", "cpu")
     monkeypatch.setattr(chat_models, "choose_precision", lambda *_: precision)
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 LIMIT = 240.0
 SHOTS = Path(os.environ["STILLHOUSE_SHOTS"]) if "STILLHOUSE_SHOTS" in os.environ else None
-"""A folder for screenshots, to look at them."""
+"""A folder in which to save screenshots for inspection; None: none are taken."""
 
 
 class Watch:

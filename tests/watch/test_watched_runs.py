@@ -40,7 +40,7 @@ def test_a_folder_that_appears_later_is_found(tmp_path: Path) -> None:
     assert list(find_runs(runs / "demo")) == ["demo"]
 
 
-def test_a_training_is_shown_with_its_curve_and_steps(tmp_path: Path) -> None:
+def test_training_is_shown_with_its_curve_and_steps(tmp_path: Path) -> None:
     file = training_run(tmp_path / "demo")
     file.now.work = Work("train", 30, 120, "tokens", 10.0)
     file.write()
