@@ -91,6 +91,20 @@ def test_pages_load_nothing_from_elsewhere_and_run_only_the_servers_script(runs:
     visit(runs, visitor)
 
 
+def test_a_training_has_curves_of_the_students_own_text(runs: Path) -> None:
+    (folder,) = (runs / "demo" / "stages").glob("train-*")
+    with (folder / "metrics.jsonl").open("a") as file:
+        for step in (2, 4):
+            file.write(json.dumps({"step": step, "own_repetition": step / 10}) + "\n")
+
+    async def visitor(client: Client, _server: WatchServer) -> None:
+        text = await (await client.get("/runs/demo/")).text()
+        assert "KL to the teacher" in text
+        assert "Repetition and truncated answers" in text
+
+    visit(runs, visitor)
+
+
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", ""])
 def test_requests_for_another_host_name_are_rejected(runs: Path, host: str) -> None:
     async def visitor(client: Client, _server: WatchServer) -> None:
