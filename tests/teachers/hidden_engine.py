@@ -1,4 +1,4 @@
-"""A stand-in for vLLM's pooling models: the module `vllm` for a process, and its server."""
+"""A stand-in for vLLM's pooling models: a `vllm` module for a process, and a server."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TERMS: dict[str, Any] = {
 """An objective on the output and on two intermediate layers of the tiny teacher."""
 
 STUB = '''
-"""Reads prompts with transformers; blocks and outputs are handed around as vLLM does."""
+"""Runs prompts with transformers; blocks and outputs have vLLM's interface."""
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +105,7 @@ class LLM:
 
 
 class PoolingServer(ThreadingHTTPServer):
-    """Serves a model's hidden states as vLLM's /pooling; `spoil` changes what it answers."""
+    """Serves a model's hidden states like vLLM's /pooling; `spoil` changes its replies."""
 
     def __init__(self, model: Any) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -144,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/octet-stream")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        with suppress(ConnectionError):  # a huge reply is not read to its end
+        with suppress(ConnectionError):  # the client does not read a huge reply to its end
             self.wfile.write(content)
 
     def log_message(self, *_: Any) -> None:

@@ -1,4 +1,4 @@
-"""What one pass shows is what transformers itself would show."""
+"""Activations from one forward pass match those that transformers returns."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests import tiny
 
 
 def gemma2() -> Any:
-    """Scaled embeddings, and a norm behind attention and FFN."""
+    """A model with scaled embeddings, and a norm after attention and FFN."""
     torch.manual_seed(0)
     config = Gemma2Config(
         vocab_size=50,
@@ -34,7 +34,7 @@ def gemma2() -> Any:
 
 
 @pytest.mark.parametrize("model", [tiny.llama(), gemma2()], ids=["llama", "gemma2"])
-def test_every_layer_is_the_one_that_transformers_numbers_so(model: Any) -> None:
+def test_hidden_states_have_the_layer_numbers_of_transformers(model: Any) -> None:
     ids_RL = torch.arange(12).view(2, 6)
     positions_RL = torch.arange(6).expand(2, 6)
     expected = model(input_ids=ids_RL, output_hidden_states=True, use_cache=False).hidden_states
@@ -58,7 +58,7 @@ def _before_norm(model: Any, ids_RL: torch.Tensor) -> torch.Tensor:
     return caught[0][0]
 
 
-def test_attention_of_a_block_is_its_projections_of_the_normed_stream() -> None:
+def test_attention_of_a_block_is_its_projections_of_the_normalized_input() -> None:
     model = tiny.llama()
     ids_RL = torch.arange(6)[None]
     found = run_backbone(
@@ -72,7 +72,7 @@ def test_attention_of_a_block_is_its_projections_of_the_normed_stream() -> None:
         torch.testing.assert_close(found.attention[2][name], expected)
 
 
-def test_nothing_is_left_hooked() -> None:
+def test_no_hooks_are_left_on_the_model() -> None:
     model = tiny.llama()
     request = ActivationRequest(layers=frozenset({0, 1, 3}), attention=frozenset({1}))
     run_backbone(model, torch.arange(6)[None], None, request)
@@ -80,7 +80,7 @@ def test_nothing_is_left_hooked() -> None:
     assert not any(hooks)
 
 
-def test_a_model_with_its_blocks_elsewhere_is_rejected() -> None:
+def test_a_model_whose_decoder_blocks_are_not_found_is_rejected() -> None:
     model = tiny.llama()
     model.base_model.layers = torch.nn.Sequential(*model.base_model.layers)
     with pytest.raises(ModelError, match="decoder blocks"):

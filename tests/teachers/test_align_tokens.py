@@ -1,4 +1,4 @@
-"""A student's window is rewritten in the teacher's tokens of the same bytes."""
+"""A student's window is rewritten in the teacher's tokens for the same bytes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ALIGNERS = {kind: TokenAligner(STUDENT, make()) for kind, make in KINDS.items()}
 
 
 def window_of(*texts: str, cut: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Documents in one window, each with EOS; all but their first tokens are predicted."""
+    """A window of documents that end with EOS; all tokens but their first are supervised."""
     rows = [
         [*STUDENT(text, split_special_tokens=True)["input_ids"], STUDENT.eos_token_id]
         for text in texts
@@ -40,7 +40,7 @@ def align(aligner: TokenAligner, *texts: str, cut: int | None = None) -> Aligned
 
 
 def slow_places(aligner: TokenAligner, ids: np.ndarray, found: AlignedWindow) -> list[int]:
-    """For a single text: the teacher's token with as many bytes before it as the student's."""
+    """For a single text: the teacher's token with as many bytes before it as the student's has."""
     before: dict[int, int] = {}
     done = 0
     led = len(aligner._begin_teacher)
@@ -58,7 +58,7 @@ def slow_places(aligner: TokenAligner, ids: np.ndarray, found: AlignedWindow) ->
 @pytest.mark.parametrize("kind", KINDS)
 @settings(deadline=None, max_examples=25)
 @given(text=st.text(st.sampled_from("the catdogsn .\n\t0123é漢🙂<|end|>"), min_size=1))
-def test_places_agree_with_counting_bytes(kind: str, text: str) -> None:
+def test_shared_boundaries_match_a_count_of_bytes(kind: str, text: str) -> None:
     aligner = ALIGNERS[kind]
     ids, _, labels = window_of(text)
     if not (labels[1:] >= 0).any():
@@ -70,7 +70,7 @@ def test_places_agree_with_counting_bytes(kind: str, text: str) -> None:
     assert decoded.removeprefix(b" " * aligner._space) == text.encode()
 
 
-def test_documents_stay_apart_and_begin_as_the_teachers_do() -> None:
+def test_documents_stay_separate_and_begin_with_the_teachers_bos() -> None:
     aligner = ALIGNERS["sentencepiece"]
     found = align(aligner, "the cat", "a dog sees")
     starts = np.flatnonzero(found.positions_M == 0)
@@ -80,8 +80,8 @@ def test_documents_stay_apart_and_begin_as_the_teachers_do() -> None:
     assert found.ids_M[starts[1] :].tolist() == alone.ids_M.tolist()
 
 
-def test_a_shared_boundary_is_the_token_that_begins_there_not_the_next() -> None:
-    """A teacher that is read one position off would predict another token."""
+def test_a_shared_boundary_is_the_teachers_token_that_begins_there() -> None:
+    """One position off, the teacher would predict a different token."""
     aligner = ALIGNERS["bytes"]
     ids, *_ = window_of("the cat sees 12")
     found = align(aligner, "the cat sees 12")
@@ -90,16 +90,16 @@ def test_a_shared_boundary_is_the_token_that_begins_there_not_the_next() -> None
         assert aligner.student.strings[int(id)].startswith(first)
 
 
-def test_a_window_that_begins_and_ends_inside_a_character_is_read_between() -> None:
+def test_incomplete_characters_at_both_ends_of_a_window_are_left_out() -> None:
     aligner = ALIGNERS["bytes"]
-    ids = np.array(STUDENT("漢 the cat 漢")["input_ids"])[1:-1]  # without the outermost bytes
+    ids = np.array(STUDENT("漢 the cat 漢")["input_ids"])[1:-1]  # without the outermost tokens
     positions = np.arange(len(ids))
     (found,) = aligner.align(ids[None], positions[None], ids[None])
     assert aligner.teacher.decode(found.ids_M) == b" the cat "
     assert (found.begins_L >= 0).sum() == 3
 
 
-def test_text_that_is_a_special_tokens_string_stays_text() -> None:
+def test_the_string_of_a_special_token_in_text_stays_text() -> None:
     aligner = ALIGNERS["byte-level"]
     words = aligner.student.encode(["the <|end|> cat"])[0]
     positions = np.arange(len(words))
@@ -108,7 +108,7 @@ def test_text_that_is_a_special_tokens_string_stays_text() -> None:
     assert aligner.teacher.decode(found.ids_M) == b"the <|end|> cat"
 
 
-def test_documents_that_predict_nothing_are_left_out() -> None:
+def test_documents_without_supervised_tokens_are_left_out() -> None:
     ids, positions, labels = window_of("the cat", "a dog")
     second = np.flatnonzero(positions == 0)[1]
     labels[second:] = -100
@@ -119,7 +119,7 @@ def test_documents_that_predict_nothing_are_left_out() -> None:
     assert (found.begins_L[second:] == NOWHERE).all()
 
 
-def test_a_special_token_without_a_partner_is_refused_by_name() -> None:
+def test_a_special_token_without_a_counterpart_is_rejected_by_name() -> None:
     student = byte_level(300, special=("<|turn|>",))
     aligner = TokenAligner(student, sentencepiece(120))
     ids = np.array([student.convert_tokens_to_ids("<|turn|>"), *student("the cat")["input_ids"]])
@@ -127,7 +127,7 @@ def test_a_special_token_without_a_partner_is_refused_by_name() -> None:
         aligner.align(ids[None], np.arange(len(ids))[None], ids[None])
 
 
-def test_a_tokenizer_that_changes_text_is_refused() -> None:
+def test_a_tokenizer_that_changes_text_is_rejected() -> None:
     teacher = tiny.tokenizer()
     teacher.backend_tokenizer.normalizer = normalizers.Lowercase()
     with pytest.raises(ModelError, match="changes text"):
@@ -173,13 +173,13 @@ def test_a_chat_is_rendered_with_the_teachers_template(messages: list[dict[str, 
         aligner.teacher.strings.get(int(id), teacher.decode([int(id)]).encode())
         for id in found.ids_M[found.begins_L[taught]]
     )
-    # The student has one token a byte, so all of the answers' tokens of the teacher are reached.
+    # The student has one token per byte, so that every token of the teacher's answers is read.
     assert read == b"".join(answers)
     ends = ids == aligner.student.tokenizer.eos_token_id
     assert (found.begins_L[ends & (labels >= 0)] >= 0).all()
 
 
-def test_a_chat_that_is_cut_off_is_rendered_as_far_as_it_goes() -> None:
+def test_a_truncated_chat_is_rendered_up_to_where_it_ends() -> None:
     messages = chat_toys.chat("say the cat", "the cat sees a tree")
     _, _, labels, found = aligned_chat(messages, teacher := gemma(), cut=-8)
     whole = teacher.apply_chat_template(messages, tokenize=False)
@@ -187,19 +187,19 @@ def test_a_chat_that_is_cut_off_is_rendered_as_far_as_it_goes() -> None:
     assert (found.begins_L[labels >= 0] >= 0).sum() == 4
 
 
-def test_a_template_that_changes_contents_is_refused() -> None:
+def test_a_template_that_changes_contents_is_rejected() -> None:
     teacher = gemma(GEMMA.replace("m.content | trim", "m.content | upper"))
     with pytest.raises(DataError, match="with the same contents"):
         aligned_chat(CHATS[0], teacher)
 
 
-def test_a_chat_whose_text_holds_a_control_token_is_refused() -> None:
+def test_a_chat_whose_text_contains_a_control_token_is_rejected() -> None:
     messages = chat_toys.chat("say <|im_end|>", "the cat")
     with pytest.raises(DataError, match="not a chat that the teacher's template renders"):
         aligned_chat(messages, gemma())
 
 
-def test_both_ends_of_the_teacher_are_the_end_of_the_student() -> None:
+def test_both_end_tokens_of_the_teacher_share_the_root_of_the_students_end() -> None:
     student, teacher = chat_toys.tokenizer(), gemma()
     aligner = TokenAligner(student, teacher)
     roots = make_roots(aligner.student, aligner.teacher, aligner.partners)
@@ -211,12 +211,12 @@ def test_both_ends_of_the_teacher_are_the_end_of_the_student() -> None:
 def slow_chunks(
     aligner: TokenAligner, ids: np.ndarray, positions: np.ndarray, found: AlignedWindow
 ) -> list[tuple[int, int, int, int]]:
-    """Every run of tokens of both that have the same bytes, and begin and end where both do."""
+    """Every pair of token runs with the same bytes, between two boundaries that both share."""
     chunks = []
     for start in np.flatnonzero(found.begins_L >= 0).tolist():
         begin = int(found.begins_L[start])
         if positions[start] == 0:
-            continue  # it is not predicted
+            continue  # not predicted
         if ids[start] == aligner.student.tokenizer.eos_token_id:
             chunks.append((start, start + 1, begin, begin + 1))
             continue
@@ -256,8 +256,8 @@ def test_chunks_have_the_same_bytes_on_both_sides(kind: str, texts: list[str], c
     ]
 
 
-def test_bytes_that_were_left_out_are_in_no_chunk() -> None:
-    """After a cut character the rest of a text is not encoded for the teacher."""
+def test_text_that_was_left_out_is_in_no_chunk() -> None:
+    """After an incomplete character, the rest of a text is not encoded for the teacher."""
     aligner = ALIGNERS["bytes"]
     words = aligner.student
     broken = [*words.encode(["the "])[0], *words.encode(["漢"])[0][:1], *words.encode(["cat"])[0]]

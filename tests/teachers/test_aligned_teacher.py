@@ -1,4 +1,4 @@
-"""A teacher with another tokenizer teaches a student in the student's tokens."""
+"""A teacher with a different tokenizer gives signals for the student's tokens."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def model_for(tokenizer: Any, seed: int = 0) -> Any:
 
 
 def batch_of(tokenizer: Any, rows: int = 3, length: int = 24) -> Batch:
-    """Windows with two documents each; all but their first tokens are predicted."""
+    """Windows with two documents each; all tokens but their first are supervised."""
     windows = []
     for row in range(rows):
         ids: list[int] = []
@@ -61,7 +61,7 @@ def loss_under(teacher: Any, batch: Batch, student: Any) -> tuple[Tensor, list[T
     return found.total, list(torch.autograd.grad(found.total, list(student.parameters())))
 
 
-def test_with_the_students_tokenizer_it_is_the_usual_forward_kl() -> None:
+def test_with_equal_tokenizers_the_loss_is_forward_kl() -> None:
     words = byte_level(300)
     teacher, student = model_for(words), model_for(words, seed=1)
     batch = batch_of(words)
@@ -77,8 +77,8 @@ def test_with_the_students_tokenizer_it_is_the_usual_forward_kl() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_loss_is_that_of_a_slow_reference(kind: str) -> None:
-    """One shared boundary at a time: the teacher reads the bytes before it, in its own tokens."""
+def test_the_loss_matches_a_slow_reference(kind: str) -> None:
+    """At each shared boundary, the reference runs the teacher on its tokens of the bytes before."""
     words, others = byte_level(300), KINDS[kind]()
     teacher = LocalTeacher(model_for(others), others)
     aligned = AlignedTeacher(teacher, words)
@@ -125,8 +125,8 @@ def test_the_loss_is_that_of_a_slow_reference(kind: str) -> None:
 
 
 def test_exact_models_of_one_source_have_no_loss_at_word_starts() -> None:
-    """Words drawn at random: at the start of a word, the probability of each tokenizer's first
-    token follows from the words' shares, and the folded distributions are equal."""
+    """Words are drawn at random, so that the probabilities of a word's first token follow from the
+    words' shares with each tokenizer, and the folded distributions are equal."""
     ours, theirs = byte_level(300), byte_level(330, seed=1)
     said = {" the": 0.4, " cat": 0.2, " carries": 0.15, " trees": 0.15, " twelve": 0.1}
     aligned = AlignedTeacher(LocalTeacher(model_for(theirs), theirs), ours)
@@ -151,7 +151,7 @@ def test_exact_models_of_one_source_have_no_loss_at_word_starts() -> None:
     assert losses[1] > 0.01
 
 
-def test_the_end_of_a_text_is_learned() -> None:
+def test_the_end_of_a_text_is_covered() -> None:
     words, others = byte_level(300), KINDS["sentencepiece"]()
     aligned = AlignedTeacher(LocalTeacher(model_for(others), others), words)
     batch = batch_of(words)
@@ -187,13 +187,13 @@ def test_it_trains_a_student_through_the_python_api() -> None:
     assert teacher.roots.merges or teacher.roots.count > 256
 
 
-def test_a_teacher_of_the_same_tokenizer_stays_as_it_is() -> None:
+def test_a_teacher_with_the_same_tokenizer_is_not_wrapped() -> None:
     words = byte_level(300)
     teacher = LocalTeacher(model_for(words), words)
     assert teacher.aligned(byte_level(300)) is teacher
 
 
-def test_terms_on_intermediate_layers_are_refused() -> None:
+def test_terms_on_intermediate_layers_are_rejected() -> None:
     words, others = byte_level(300), KINDS["byte-level"]()
     aligned = AlignedTeacher(LocalTeacher(model_for(others), others), words)
     terms = [AttentionRelationsTerm(kind="attention_relations", heads=2)]
@@ -203,8 +203,8 @@ def test_terms_on_intermediate_layers_are_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_chunks_have_the_likelihoods_of_a_slow_reference(kind: str) -> None:
-    """One chunk at a time: the teacher reads the tokens before each of its own."""
+def test_likelihoods_of_chunks_match_a_slow_reference(kind: str) -> None:
+    """For each token of a chunk, the reference gives the teacher all preceding tokens."""
     words, others = byte_level(300), KINDS[kind]()
     teacher = LocalTeacher(model_for(others), others)
     aligned = AlignedTeacher(teacher, words)
@@ -262,7 +262,7 @@ def test_the_fold_is_the_same_with_and_without_chunks() -> None:
     torch.testing.assert_close(loss.total, expected.to(loss.total.dtype))
 
 
-def test_with_the_students_tokenizer_no_chunk_has_several_tokens() -> None:
+def test_with_equal_tokenizers_no_chunk_has_several_tokens() -> None:
     words = byte_level(300)
     aligned = AlignedTeacher(LocalTeacher(model_for(words), words), byte_level(300))
     aligned.prepare(TeacherNeeds(chunks=True))
@@ -273,7 +273,7 @@ def test_with_the_students_tokenizer_no_chunk_has_several_tokens() -> None:
 
 
 class OnlyTokens(LocalTeacher):
-    """A teacher that returns log-probabilities of the text's tokens and nothing else."""
+    """A teacher that returns only the log-probabilities of the text's tokens."""
 
     full_distributions = False
 
@@ -285,7 +285,7 @@ class OnlyTokens(LocalTeacher):
         )
 
 
-def test_one_log_probability_a_token_becomes_likelihoods_of_all_chunks() -> None:
+def test_chunk_likelihoods_follow_from_one_log_probability_per_token() -> None:
     words, others = byte_level(300), KINDS["sentencepiece"]()
     model, batch = model_for(others), batch_of(words)
     full, sparse = (
@@ -314,7 +314,7 @@ def test_one_log_probability_a_token_becomes_likelihoods_of_all_chunks() -> None
         sparse.prepare(Distillation(student, teacher=sparse).objective.needs)
 
 
-def test_a_term_on_chunks_needs_a_teacher_with_another_tokenizer() -> None:
+def test_a_term_on_chunks_requires_a_different_tokenizer() -> None:
     words = byte_level(300)
     local = LocalTeacher(model_for(words).float(), words)
     texts = [tiny.text(8, seed) for seed in range(12)]

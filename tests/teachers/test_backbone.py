@@ -1,4 +1,4 @@
-"""The two halves of a model together compute what the model computes."""
+"""A model's backbone and LM head together compute the model's logits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ POSITIONS = torch.arange(20).expand(2, -1)
 
 
 @pytest.mark.parametrize("kind", sorted(CONFIGS))
-def test_head_of_hidden_states_is_the_models_logits(kind: str) -> None:
+def test_the_head_applied_to_hidden_states_gives_the_models_logits(kind: str) -> None:
     model = tiny_model(kind)
     logits = head_logits(lm_head(model), hidden_states(model, IDS, POSITIONS))
     expected = model(input_ids=IDS, position_ids=POSITIONS).logits
@@ -32,12 +32,12 @@ def test_scale_and_cap_come_from_the_configuration() -> None:
     assert (plain.scale, plain.softcap, plain.bias_V) == (1.0, None, None)
 
 
-def test_the_heads_weight_is_the_models_own() -> None:
+def test_the_heads_weight_is_not_a_copy() -> None:
     model = tiny_model("llama", tie_word_embeddings=True)
     assert lm_head(model).weight_VD is model.get_input_embeddings().weight
 
 
-def test_an_architecture_with_another_head_is_rejected() -> None:
+def test_a_head_that_is_not_linear_is_rejected() -> None:
     model = tiny_model("llama")
     model.lm_head.register_forward_hook(lambda module, inputs, output: output * 2)
     with pytest.raises(ModelError, match="not a linear map"):
@@ -45,7 +45,7 @@ def test_an_architecture_with_another_head_is_rejected() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "smollm3"])
-def test_packed_documents_do_not_see_each_other(kind: str) -> None:
+def test_packed_documents_do_not_attend_to_each_other(kind: str) -> None:
     model = tiny_model(kind)
     first, second = IDS[:1, :12], IDS[1:, :8]
     packed = torch.cat([first, second], dim=1)

@@ -1,4 +1,4 @@
-"""The head of every model is compared with the model's own logits, once."""
+"""Every model's LM head is compared with the model's own logits, once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.teachers.toys import CONFIGS, save_model, tiny_model
 
 @pytest.fixture
 def doubled_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Llama models multiply their logits by a number that no configuration names."""
+    """Makes Llama models double their logits, which no configuration key says."""
     forward = LlamaForCausalLM.forward
 
     def doubling(self, *args, **kwargs):  # type: ignore[no-untyped-def]
@@ -35,7 +35,7 @@ def doubled_logits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.run
 @pytest.mark.usefixtures("doubled_logits")
 @pytest.mark.parametrize("student", ["pruned", "pretrained"])
-def test_a_run_rejects_a_teacher_with_an_unknown_scale(tmp_path: Path, student: str) -> None:
+def test_a_run_rejects_a_teacher_with_an_unknown_logit_scale(tmp_path: Path, student: str) -> None:
     raw = tiny.recipe(tmp_path)
     if student == "pretrained":
         model = tiny.save_model(tmp_path / "student", seed=1)
@@ -63,14 +63,14 @@ def test_a_run_checks_each_model_once(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.usefixtures("doubled_logits")
-def test_a_head_that_is_loaded_alone_is_checked_too(tmp_path: Path) -> None:
+def test_a_head_that_is_loaded_alone_is_checked(tmp_path: Path) -> None:
     folder = save_model(tmp_path, tiny_model("llama"))
     with pytest.raises(ModelError, match="not a linear map"):
         load_head(folder, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("kind", ["llama", "cohere", "granite", "gemma2", "qwen3_moe"])
-def test_a_head_alone_needs_no_other_weights(
+def test_loading_a_head_alone_reads_no_other_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     folder = save_model(tmp_path, tiny_model(kind))
@@ -82,7 +82,7 @@ def test_a_head_alone_needs_no_other_weights(
     assert len(local._checked) == 1
 
 
-def test_a_head_of_integers_is_not_taken_for_weights(tmp_path: Path) -> None:
+def test_a_head_of_integers_without_scales_is_rejected(tmp_path: Path) -> None:
     folder = save_model(tmp_path, tiny_model("llama"))
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"] = (9 * tensors["lm_head.weight"]).to(torch.int8)
@@ -91,7 +91,7 @@ def test_a_head_of_integers_is_not_taken_for_weights(tmp_path: Path) -> None:
         load_head(folder, dtype=torch.float32)
 
 
-def test_a_model_that_bypasses_its_backbone_is_run_completely(tmp_path: Path) -> None:
+def test_the_head_of_a_model_that_bypasses_its_backbone_is_checked(tmp_path: Path) -> None:
     """OPT's logits come from `model.decoder`, not from `model`."""
     sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 2}
     config = OPTConfig(vocab_size=96, num_attention_heads=4, max_position_embeddings=64, **sizes)
@@ -105,7 +105,7 @@ def test_a_model_that_bypasses_its_backbone_is_run_completely(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kind", sorted(CONFIGS))
-def test_models_in_bfloat16_pass_and_stay_as_they_were(kind: str) -> None:
+def test_models_in_bfloat16_pass_and_are_unchanged(kind: str) -> None:
     model = tiny_model(kind).to(torch.bfloat16)
     check_head(model)
     assert "forward" not in vars(model.base_model)
@@ -115,7 +115,7 @@ def test_a_vocabulary_of_two_tokens_is_enough() -> None:
     check_head(tiny_model("llama", vocab_size=2, pad_token_id=0, bos_token_id=1, eos_token_id=1))
 
 
-def test_an_unknown_cap_is_detected() -> None:
+def test_an_unknown_logit_softcap_is_detected() -> None:
     model = tiny_model("gemma2", final_logit_softcapping=30.0)
     check_head(model)
     model.lm_head.register_forward_hook(lambda module, inputs, output: 30 * (output / 30).tanh())

@@ -1,4 +1,4 @@
-"""Documents in one window are as each would be alone, in models that do not mask them too."""
+"""Documents in one window do not affect each other, even in models that cannot mask them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ MASKED: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaConfig(**SIZES),
     "gpt2": lambda: GPT2Config(**TOKENS, n_embd=32, n_layer=2, n_head=4, n_positions=64),
 }
-APART: dict[str, Callable[[], Any]] = {
+SEPARATE: dict[str, Callable[[], Any]] = {
     "opt": lambda: OPTConfig(**OLDER, ffn_dim=64, word_embed_proj_dim=32),
     "falcon": lambda: FalconConfig(**OLDER),
     "bloom": lambda: BloomConfig(**TOKENS, hidden_size=32, n_layer=2, n_head=4),
@@ -70,35 +70,35 @@ APART: dict[str, Callable[[], Any]] = {
     "qwen3_5": lambda: Qwen3_5TextConfig(**SIZES, **LINEAR, head_dim=8),
 }
 LENGTHS = (9, 1, 7, 3), (20,)
-"""Of the documents in two windows."""
+"""The lengths of the documents in two windows."""
 POSITIONS = torch.tensor([[p for n in row for p in range(n)] for row in LENGTHS])
 IDS = torch.randint(5, V, (2, 20), generator=torch.Generator().manual_seed(1))
 
 
 def made(kind: str) -> Any:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config((MASKED | APART)[kind]()).eval()
+    return AutoModelForCausalLM.from_config((MASKED | SEPARATE)[kind]()).eval()
 
 
 def alone(model: Any, read: Callable[[Tensor], Tensor]) -> Tensor:
-    """What `read` gives for each document by itself, [1, l, ...], in the documents' places."""
+    """What `read` returns for each document [1, l] alone, put in the documents' places."""
     parts = [part for row, n in zip(IDS, LENGTHS, strict=True) for part in row.split(n)]
     return torch.cat([read(part[None])[0] for part in parts]).unflatten(0, IDS.shape)
 
 
-@pytest.mark.parametrize("kind", [*MASKED, *APART])
-def test_documents_are_as_alone(kind: str) -> None:
+@pytest.mark.parametrize("kind", [*MASKED, *SEPARATE])
+def test_hidden_states_are_those_of_separate_documents(kind: str) -> None:
     model = made(kind)
     assert separates_documents(model) == (kind in MASKED)
     with torch.no_grad():
         found_RLD = hidden_states(model, IDS, POSITIONS)
         wanted_RLD = alone(model, lambda ids: model.base_model(ids).last_hidden_state)
     several_RL = torch.ones_like(IDS, dtype=torch.bool)
-    several_RL[0, 9] = kind in MASKED  # a document of one token is not run apart
+    several_RL[0, 9] = kind in MASKED  # a document of one token is not run separately
     torch.testing.assert_close(found_RLD[several_RL], wanted_RLD[several_RL], rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_are_those_of_documents_alone() -> None:
+def test_gradients_are_those_of_separate_documents() -> None:
     model = made("qwen3_5").double()
     weights = list(model.base_model.parameters())
     factor_RLD = torch.randn(*IDS.shape, 32, dtype=torch.double)
@@ -110,7 +110,7 @@ def test_gradients_are_those_of_documents_alone() -> None:
     torch.testing.assert_close(found, wanted)
 
 
-def test_layers_and_attention_are_as_alone() -> None:
+def test_layers_and_attention_are_those_of_separate_documents() -> None:
     model = made("opt")
     request = ActivationRequest(layers=frozenset({0, 1, 2}), attention=frozenset({2}))
     with torch.no_grad():
@@ -153,19 +153,21 @@ def test_a_sharded_model_runs_all_documents_at_once(monkeypatch: pytest.MonkeyPa
     model.base_model.register_forward_hook(lambda *call: rows.append(len(call[2][0])))
     with torch.no_grad():
         wanted_RLD = hidden_states(model, IDS, POSITIONS)
-        assert rows == [1, 1, 1, 1]  # of 3, 7, 9 and 20 tokens
+        assert rows == [1, 1, 1, 1]  # documents of 3, 7, 9, and 20 tokens
         monkeypatch.setattr(document_rows, "_is_sharded", lambda model: True)
         torch.testing.assert_close(hidden_states(model, IDS, POSITIONS), wanted_RLD)
     assert rows[4:] == [4]
 
 
-def test_documents_of_one_token_alone_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_that_have_only_documents_of_one_token_are_run() -> None:
     positions_RL = torch.zeros_like(IDS)
     assert hidden_states(made("lfm2"), IDS, positions_RL).shape == (2, 20, 32)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "bloom", "gpt_oss"])
-def test_a_teacher_of_any_kind_of_blocks_answers_on_a_cpu(kind: str, tmp_path: Path) -> None:
+def test_a_teacher_with_any_kind_of_decoder_blocks_answers_on_a_cpu(
+    kind: str, tmp_path: Path
+) -> None:
     model = made(kind)
     model.save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
@@ -180,10 +182,10 @@ def test_a_teacher_of_any_kind_of_blocks_answers_on_a_cpu(kind: str, tmp_path: P
     assert torch.isfinite(signal.hidden_ND).all()
 
 
-def test_a_large_student_of_any_kind_of_blocks_is_saved(
+def test_a_large_student_with_other_decoder_blocks_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Student(made("llama"), tiny.tokenizer()).save(tmp_path)  # it is replaced
+    Student(made("llama"), tiny.tokenizer()).save(tmp_path)  # to be replaced
     monkeypatch.setattr(offload, "LARGE_BYTES", 1)
     student = Student(made("gpt2"), tiny.tokenizer())
     student.save(tmp_path)

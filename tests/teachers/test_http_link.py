@@ -1,5 +1,4 @@
-"""HTTP/1.1: bodies of every length encoding, in pieces of every size, and truncated ones; https,
-and proxies."""
+"""The HTTP/1.1 client: body encodings, split and truncated replies, HTTPS, and proxies."""
 
 from __future__ import annotations
 
@@ -27,8 +26,8 @@ UNTIL_CLOSED = b"HTTP/1.0 200 OK\r\n\r\nhello world"
 def exchange(
     answers: list[bytes], *, piece: int = 1 << 20, close: bool = False, key: str | None = None
 ) -> tuple[list[Reply | LinkError], list[bytes], int]:
-    """Sends a request for each answer, one after another. Returns what came back, what the server
-    got, and how many connections it saw."""
+    """Sends a request for each answer, one after another. Returns the replies, the requests that
+    the server received, and the number of connections."""
     got: list[bytes] = []
     connections = 0
 
@@ -94,7 +93,7 @@ def test_header_names_are_lower_case_and_values_trimmed() -> None:
     assert dict(reply.headers) == {"content-length": "11", "x-say": "hi"}
 
 
-def test_what_is_sent() -> None:
+def test_a_request_has_the_path_the_key_and_a_json_body() -> None:
     _, (request,), _ = exchange([LENGTH], key="sk-1")
     head, _, body = request.partition(b"\r\n\r\n")
     assert head.startswith(b"POST /v1/chat/completions HTTP/1.1\r\n")
@@ -113,14 +112,14 @@ def test_truncated_or_invalid_http_is_an_error_that_may_be_billed(answer: bytes)
     assert error.sent
 
 
-def test_a_connection_that_the_server_closes_between_two_requests_is_replaced() -> None:
+def test_a_connection_that_the_server_closes_is_replaced_for_the_next_request() -> None:
     closing = LENGTH.replace(b"X-Say:  hi ", b"Connection: close")
     found, _, connections = exchange([closing, LENGTH], close=False)
     assert all(isinstance(reply, Reply) for reply in found)
     assert connections == 2
 
 
-def test_no_server_means_nothing_was_sent() -> None:
+def test_without_a_server_the_error_says_that_nothing_was_sent() -> None:
     async def ask() -> None:
         link = HttpLink("http://127.0.0.1:1/v1", None, 5, 1)
         try:
@@ -134,7 +133,7 @@ def test_no_server_means_nothing_was_sent() -> None:
 
 
 CERTIFICATE = Path(__file__).with_name("localhost.pem")
-"""Of localhost, signed by itself, with its key."""
+"""A self-signed certificate for localhost, with its key."""
 
 
 def posted(url: str) -> Reply:
@@ -150,7 +149,7 @@ def posted(url: str) -> Reply:
 
 @contextmanager
 def serving(certificate: Path | None = None) -> Iterator[tuple[int, list[bytes]]]:
-    """A server in a thread: its port, and the first lines of the requests that it gets."""
+    """A server in a thread: its port, and the first lines of the requests that it receives."""
     lines: list[bytes] = []
     context = None
     if certificate is not None:
@@ -177,7 +176,7 @@ def serving(certificate: Path | None = None) -> Iterator[tuple[int, list[bytes]]
         loop.close()
 
 
-def test_a_server_with_a_trusted_certificate_is_answered_over_https(
+def test_requests_are_sent_over_https_to_a_server_with_a_trusted_certificate(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
@@ -201,7 +200,7 @@ def test_nothing_is_sent_to_a_server_whose_certificate_is_not_trusted(
     ("host", "no_proxy", "proxied"),
     [("gpu-box.invalid", "", True), ("127.0.0.1", "", False), ("gpu-box.invalid", "*", False)],
 )
-def test_a_proxy_is_used_as_the_environment_says(
+def test_the_environment_decides_whether_a_proxy_is_used(
     host: str, no_proxy: str, proxied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "NO_PROXY", "all_proxy", "ALL_PROXY"):

@@ -1,4 +1,4 @@
-"""Weights that are mapped from their files leave memory, and nothing else changes."""
+"""Weights that are mapped from their files can be dropped from memory without other effects."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from stillhouse.teachers.mapped_weights import MappedWeights, map_weights
 
 PAGES = Path("/proc/self/pagemap")
 pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or not os.access(PAGES, os.R_OK), reason="no pagemap here"
+    sys.platform != "linux" or not os.access(PAGES, os.R_OK),
+    reason="needs a readable /proc/self/pagemap",
 )
 WIDTH = 512
 
@@ -42,7 +43,7 @@ def pages(tensor: Tensor) -> int:
 
 @pytest.fixture
 def model(tmp_path: Path) -> nn.Sequential:
-    """Two layers, 1 MiB each, whose checkpoint is in `tmp_path`."""
+    """Two layers of 1 MiB each, saved in `tmp_path`."""
     made = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(2))).requires_grad_(False)
     save_file(made.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
     return made
@@ -58,14 +59,18 @@ def mapped(model: nn.Sequential, folder: Path) -> dict[nn.Module, MappedWeights]
     return map_weights(model, model, [folder / "model.safetensors"])
 
 
-def test_pages_leave_memory_and_come_back(model: nn.Sequential, tmp_path: Path) -> None:
+def test_released_pages_leave_memory_and_are_read_again(
+    model: nn.Sequential, tmp_path: Path
+) -> None:
     values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     first, second = mapped(model, tmp_path).values()
     model(torch.ones(WIDTH))
     assert resident_pages([weight(model, 0)]) >= pages(weight(model, 0)) - 1
     first.release()
-    assert resident_pages([weight(model, 0)]) <= 1  # the one that the bias begins in
-    assert resident_pages([weight(model, 1)]) >= pages(weight(model, 1)) - 1, "not its own"
+    assert resident_pages([weight(model, 0)]) <= 1  # the page in which the bias begins
+    assert resident_pages([weight(model, 1)]) >= pages(weight(model, 1)) - 1, (
+        "the other layer stays"
+    )
     second.release()
     assert all(torch.equal(tensor, values[name]) for name, tensor in model.state_dict().items())
 
@@ -86,7 +91,9 @@ def test_the_file_is_never_written(model: nn.Sequential, tmp_path: Path) -> None
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
-def test_weights_that_are_not_the_files_stay(model: nn.Sequential, tmp_path: Path) -> None:
+def test_weights_that_differ_from_the_file_are_not_mapped(
+    model: nn.Sequential, tmp_path: Path
+) -> None:
     weight(model, 0)[3, 4] = -1.0
     own = weight(model, 0).data_ptr(), weight(model, 1).data_ptr()
     layers = mapped(model, tmp_path)
@@ -95,4 +102,4 @@ def test_weights_that_are_not_the_files_stay(model: nn.Sequential, tmp_path: Pat
     for layer in layers.values():
         layer.release()
     assert weight(model, 0)[3, 4] == -1.0
-    assert mapped(model.double(), tmp_path) == {}, "another type"
+    assert mapped(model.double(), tmp_path) == {}, "weights of another type cannot be mapped"

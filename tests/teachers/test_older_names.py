@@ -1,4 +1,4 @@
-"""Saved files are read alike by transformers 5 and by programs that use version 4's names."""
+"""Saved files are read alike by transformers 5 and by programs with the names of version 4."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def saved(config: Any) -> dict[str, Any]:
         ),
     ],
 )
-def test_base_and_scaling_are_separate_keys(rope: dict[str, Any], scaling: Any) -> None:
+def test_rope_theta_and_rope_scaling_are_separate_keys(rope: dict[str, Any], scaling: Any) -> None:
     config = saved(CONFIGS["qwen3"](rope_parameters=rope))
     assert config["rope_theta"] == 5e5
     assert config.get("rope_scaling") == scaling
     assert config["rope_parameters"] == rope
 
 
-def test_two_bases_of_gemma_3() -> None:
+def test_gemma_3_has_a_key_for_each_of_its_two_bases() -> None:
     ropes = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
         "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
@@ -72,7 +72,7 @@ def test_two_bases_of_gemma_3() -> None:
     assert config["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
 
 
-def test_phi_3_needs_three_keys_of_a_scaling() -> None:
+def test_phi_3_has_the_three_keys_of_its_rope_scaling() -> None:
     rope = {**LONG, "partial_rotary_factor": 0.5}
     config = saved(Phi3Config(**SIZES, rope_parameters=rope, original_max_position_embeddings=64))
     assert config["rope_scaling"].keys() == {"type", "short_factor", "long_factor"}
@@ -80,11 +80,11 @@ def test_phi_3_needs_three_keys_of_a_scaling() -> None:
     assert config["original_max_position_embeddings"] == 64
 
 
-def test_the_number_of_experts_of_qwen_3() -> None:
+def test_qwen_3_moe_keeps_its_key_for_the_number_of_experts() -> None:
     assert saved(CONFIGS["qwen3_moe"]())["num_experts"] == 6
 
 
-def test_a_model_inside_another_configuration() -> None:
+def test_a_nested_text_configuration_gets_older_names() -> None:
     config = with_older_names({"text_config": {"rope_parameters": {**LONG}}, "dtype": "bfloat16"})
     assert config["text_config"]["rope_theta"] == 50000.0
     assert config["torch_dtype"] == "bfloat16"
@@ -101,8 +101,8 @@ def test_transformers_5_reads_the_same_model(tmp_path: Path, kind: str) -> None:
     assert torch.equal(model(input_ids=ids).logits, again(input_ids=ids).logits)
 
 
-def test_special_tokens_have_the_older_name(tmp_path: Path) -> None:
-    """Version 4 takes `extra_special_tokens` for a mapping, and fails on a list."""
+def test_special_tokens_are_saved_under_the_older_name(tmp_path: Path) -> None:
+    """Version 4 expects `extra_special_tokens` to be a mapping, and fails on a list."""
     words = tiny.tokenizer()
     save_tokenizer(words, tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
@@ -111,8 +111,8 @@ def test_special_tokens_have_the_older_name(tmp_path: Path) -> None:
     assert set(AutoTokenizer.from_pretrained(tmp_path).all_special_tokens) == set(tiny.SPECIAL)
 
 
-def test_tokens_that_a_version_4_class_would_add_are_noted(tmp_path: Path) -> None:
-    """Version 4's LlamaTokenizerFast puts <s> first unless the file says otherwise."""
+def test_the_file_says_that_no_bos_or_eos_is_added(tmp_path: Path) -> None:
+    """Version 4's LlamaTokenizerFast adds <s> unless the file says otherwise."""
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "a": 4, "▁a": 5}
     words = LlamaTokenizer(vocab=vocabulary, merges=[("▁", "a")])
     save_tokenizer(words, tmp_path)
@@ -140,10 +140,10 @@ SCALINGS: tuple[dict[str, Any], ...] = (
     ["gemma3_text", "gemma3n_text", "gemma4_text", "laguna", "lfm3", "mellum", "mimo_v2_flash",
      "modernbert-decoder", "olmo3"],
 )  # fmt: skip
-def test_embeddings_of_each_kind_of_layer_are_read_back(
+def test_rotary_embeddings_of_each_kind_of_layer_are_read_back(
     kind: str, scaling: dict[str, Any], tmp_path: Path
 ) -> None:
-    """transformers 5 reads the older names, too, and prefers `rope_scaling`."""
+    """transformers 5 also reads the older names, and prefers `rope_scaling`."""
     config = CONFIG_MAPPING[kind]()
     assert _nested(config)
     config.rope_parameters["full_attention"].update(scaling)

@@ -1,4 +1,4 @@
-"""Attention inside documents gives what PyTorch's gives with a mask, wherever it is chosen."""
+"""Packed attention matches masked SDPA, and when each attention implementation is chosen."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A GPU with a kernel that works, computed on the CPU; counts the kernel's calls."""
+    """Pretends to have a GPU with a working kernel, which runs on the CPU; lists its calls."""
     calls: list[int] = []
 
     def kernel(*args: Any, **options: Any) -> Tensor:
@@ -48,14 +48,14 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.fixture(autouse=True)
-def no_choices() -> Iterator[None]:
-    """What works on a device is found once in a process."""
+def no_cached_choice() -> Iterator[None]:
+    """Clears the cached choice of attention, which is made once per process."""
     attention.working_attention.cache_clear()
     yield
     attention.working_attention.cache_clear()
 
 
-def test_bounds_of_documents() -> None:
+def test_document_bounds_follow_from_the_positions() -> None:
     assert document_bounds(PACKED).tolist() == [0, 9, 16, 20, 40]
     assert document_bounds(PLAIN).tolist() == [0, 20, 40]
     assert document_bounds(torch.tensor([[0, 0, 0]])).tolist() == [0, 1, 2, 3]
@@ -65,7 +65,7 @@ def test_bounds_of_documents() -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("positions_RL", [PACKED, PLAIN, None], ids=["packed", "plain", "none"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_hidden_states_and_gradients_are_those_of_sdpa(
+def test_hidden_states_and_gradients_match_sdpa(
     name: str, positions_RL: Tensor, checkpointing: bool, gpu: list[int]
 ) -> None:
     model = made(CONFIGS[name])
@@ -81,7 +81,7 @@ def test_hidden_states_and_gradients_are_those_of_sdpa(
         torch.testing.assert_close(grad, wanted, rtol=1e-7, atol=1e-9)
 
 
-def test_generation_is_that_of_sdpa(gpu: list[int]) -> None:
+def test_generation_uses_sdpa(gpu: list[int]) -> None:
     model = made(CONFIGS["gemma3, sliding window"]).eval()
     ids_RL = torch.tensor([[0, 0, 7, 8, 9], [3, 4, 5, 6, 7]])
     mask_RL = torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
@@ -92,7 +92,7 @@ def test_generation_is_that_of_sdpa(gpu: list[int]) -> None:
     assert not gpu
 
 
-def test_other_devices_numbers_and_models_use_what_they_used(gpu: list[int]) -> None:
+def test_other_devices_dtypes_and_models_use_other_attention(gpu: list[int]) -> None:
     llama = CONFIGS["llama"]
     assert use_attention(made(llama), 20, CPU, torch.bfloat16) == "stillhouse_short"
     assert use_attention(made(llama), 2000, CPU, torch.bfloat16) == "sdpa"
@@ -105,7 +105,7 @@ def test_other_devices_numbers_and_models_use_what_they_used(gpu: list[int]) -> 
     assert use_attention(eager, 20, GPU, torch.bfloat16) == "eager"
 
 
-def test_a_model_moves_between_devices(gpu: list[int]) -> None:
+def test_attention_changes_when_a_model_moves_between_devices(gpu: list[int]) -> None:
     model = made(CONFIGS["llama"])
     found = [use_attention(model, 20, place, torch.bfloat16) for place in (GPU, CPU, GPU)]
     assert found == [attention.NAME, "stillhouse_short", attention.NAME]
@@ -122,7 +122,7 @@ def test_flex_attention_is_chosen_without_a_kernel(
 
 
 @pytest.mark.slow
-def test_flex_attention_separates_documents_as_sdpa_does() -> None:
+def test_flex_attention_separates_documents_like_sdpa() -> None:
     """Compiled for a CPU, where it has no backward pass."""
     config = LlamaConfig(**{**SIZES, "head_dim": 16})
     model = made(config).float().eval()
@@ -142,7 +142,7 @@ def without_window(*args: Any, **options: Any) -> Tensor:
     return masked_attention(*args, **options | {"window_size": (-1, 0)})
 
 
-def test_a_kernel_that_fails_or_differs_has_a_problem() -> None:
+def test_a_kernel_that_fails_or_differs_is_detected() -> None:
     heads = Heads(CPU, torch.bfloat16, 4, 2, 8)
     assert problem_of_kernel(failing, heads) == "fails (no kernel image)"
     assert str(problem_of_kernel(without_window, heads)).startswith("is off by ")
@@ -166,7 +166,7 @@ FLASH_FAILS = "torch's flash attention fails (no kernel image)"
     ],
     ids=["flex", "no flex", "flex differs"],
 )
-def test_a_note_says_what_is_used_instead_of_what_fails(
+def test_a_note_says_what_replaces_a_failing_kernel(
     flex: bool,
     problem: str | None,
     chosen: str,
@@ -184,7 +184,7 @@ def test_a_note_says_what_is_used_instead_of_what_fails(
     assert capsys.readouterr().err == said  # once
 
 
-def test_old_gpus_and_torches_are_no_problem(
+def test_old_gpus_and_old_torch_use_sdpa_without_a_note(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -198,7 +198,7 @@ def test_old_gpus_and_torches_are_no_problem(
 
 
 @pytest.mark.parametrize("window", [None, 150])
-def test_attention_of_a_model_is_compared_with_sdpa(window: int | None) -> None:
+def test_model_error_detects_attention_across_documents(window: int | None) -> None:
     def without_documents(module: Any, *rows: Tensor, **options: Any) -> Any:
         options["is_causal"] = True
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *rows[:3], None, **options)
@@ -228,7 +228,7 @@ def test_the_reference_of_the_kernel_separates_documents() -> None:
         torch.testing.assert_close(whole[part], alone.transpose(0, 1))
 
 
-def test_bounds_that_do_not_arrive_are_an_error(gpu: list[int]) -> None:
+def test_missing_document_bounds_are_an_error(gpu: list[int]) -> None:
     query, key, value = (torch.randn(1, 2, 6, 4) for _ in range(3))
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
     with pytest.raises(ModelError, match="does not pass the bounds of documents"):
@@ -248,7 +248,7 @@ def test_keys_are_repeated_for_a_kernel_without_grouped_heads() -> None:
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize(("heads", "groups", "width"), [(4, 2, 64), (8, 8, 128), (8, 1, 256)])
-def test_the_kernel_of_a_gpu_is_used(heads: int, groups: int, width: int) -> None:
+def test_the_kernel_of_a_gpu_has_no_problem(heads: int, groups: int, width: int) -> None:
     kernel = attention.varlen_kernel()
     assert kernel is not None
     assert problem_of_kernel(kernel, Heads(GPU, torch.bfloat16, heads, groups, width)) is None

@@ -1,4 +1,4 @@
-"""A model folder is looked at before its weights are read: one message for all that cannot work."""
+"""Model folders are checked before any weight is read, and each problem is one message."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ ENCODERS: dict[str, Callable[[], Any]] = {
 
 
 def saved(folder: Path, **changes: Any) -> Path:
-    """The tiny teacher with other values in its config.json."""
+    """A tiny model with changed values in its config.json."""
     tiny.save_model(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
@@ -91,7 +91,7 @@ def test_a_bert_decoder_is_accepted() -> None:
         {"hidden_size": "wide"},
     ],
 )
-def test_an_odd_configuration_is_one_message(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_an_invalid_configuration_is_one_message(tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(ModelError) as caught:
         check_model_folder(saved(tmp_path / "teacher", **changes))
     assert caught.value.fix
@@ -152,7 +152,7 @@ def test_a_shard_that_is_missing_or_a_pointer_is_found_by_check(tmp_path: Path) 
     assert f"weight files are missing: {shard.name}" in last.text
 
 
-def test_files_that_may_not_be_read_are_one_message(
+def test_files_without_read_permission_are_one_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw = tiny.recipe(tmp_path)
@@ -178,7 +178,9 @@ def test_files_that_may_not_be_read_are_one_message(
         ({"eos_token_id": [V, V + 1]}, "eos_token_id"),
     ],
 )
-def test_special_tokens_must_exist(tmp_path: Path, changes: dict[str, Any], what: str) -> None:
+def test_special_tokens_outside_the_vocabulary_are_rejected(
+    tmp_path: Path, changes: dict[str, Any], what: str
+) -> None:
     config = load_config(saved(tmp_path / "teacher"))
     model = planned_model(config)
     for key, value in changes.items():
@@ -187,7 +189,7 @@ def test_special_tokens_must_exist(tmp_path: Path, changes: dict[str, Any], what
         require_tokens(config, model)
 
 
-def test_one_of_several_ends_is_enough(tmp_path: Path) -> None:
+def test_one_valid_end_token_of_several_is_enough(tmp_path: Path) -> None:
     config = load_config(saved(tmp_path / "teacher"))
     config.eos_token_id = [0, V + 7]
     require_tokens(config, planned_model(config))

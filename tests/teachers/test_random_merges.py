@@ -1,4 +1,4 @@
-"""Proofs for any two byte-level BPE tokenizers: random merges, random text, random sources."""
+"""Properties of aligning any two byte-level BPE tokenizers, with random merges and texts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEXTS = st.text(st.sampled_from("aabbcc \n1漢"), min_size=1, max_size=30)
 
 
 def tokenizer(picks: list[tuple[int, int]], order: int = 0) -> Any:
-    """BPE whose merges join tokens picked by number. order: a seed for the order of the ids."""
+    """BPE with merges of the tokens picked by number. order: the seed for the order of ids."""
     pieces, merges = ["Ġ", *LETTERS], []
     for first, second in picks:
         left = pieces[first % len(pieces)]
@@ -54,7 +54,7 @@ def ends(tokens: TextTokens, ids: Any) -> list[int]:
 
 @settings(deadline=None, max_examples=20)
 @given(PAIRS, TEXTS)
-def test_boundaries_are_shared_where_both_have_read_the_same_bytes(
+def test_boundaries_are_shared_where_both_have_the_same_number_of_bytes(
     aligner: TokenAligner, text: str
 ) -> None:
     (ids,), (others,) = aligner.student.encode([text]), aligner.teacher.encode([text])
@@ -68,7 +68,7 @@ def test_boundaries_are_shared_where_both_have_read_the_same_bytes(
 
 @settings(deadline=None, max_examples=20)
 @given(PAIRS, st.integers(0, 1000))
-def test_roots_are_events_of_both_models_that_begin_as_their_tokens_do(
+def test_roots_partition_both_vocabularies_and_are_prefixes_of_their_tokens(
     aligner: TokenAligner, seed: int
 ) -> None:
     roots = aligner.roots()
@@ -92,12 +92,12 @@ def test_roots_are_events_of_both_models_that_begin_as_their_tokens_do(
 
 
 def head_of(p_X: Tensor) -> LMHead:
-    """A head that gives these probabilities for a hidden state of 1."""
+    """A head that returns these probabilities for a hidden state of 1."""
     return LMHead(p_X.clamp_min(1e-300).log()[:, None].clone().requires_grad_())
 
 
 def loss_of(q_V: Tensor, p_W: Tensor, roots: Roots) -> tuple[float, Tensor]:
-    """The folded forward KL of one row, and its gradient by the student's logits."""
+    """The folded forward KL of one row, and its gradient with respect to the student's logits."""
     one = torch.ones(1, 1, dtype=torch.float64)
     signal = FoldedSignal(DenseSignal(one, head_of(p_W)), roots.fold, torch.tensor([True]))
     head = head_of(q_V)
@@ -108,10 +108,10 @@ def loss_of(q_V: Tensor, p_W: Tensor, roots: Roots) -> tuple[float, Tensor]:
 
 @settings(deadline=None, max_examples=20)
 @given(PICKS, st.integers(0, 1000))
-def test_with_the_same_tokens_loss_and_gradient_are_those_of_forward_kl(
+def test_with_the_same_tokens_the_loss_is_forward_kl(
     picks: list[tuple[int, int]], seed: int
 ) -> None:
-    """Also if the ids are in another order."""
+    """The order of the ids differs."""
     aligner = TokenAligner(tokenizer(picks, 1), tokenizer(picks, 2))
     g = torch.Generator().manual_seed(seed)
     size = aligner.student.size
@@ -126,8 +126,8 @@ def test_with_the_same_tokens_loss_and_gradient_are_those_of_forward_kl(
 
 
 def markov_words(seed: int, longest: int = 4) -> dict[str, float]:
-    """All words of a random Markov chain over letters, which ends a word at random, and after the
-    longest; each with a space in front, and its probability."""
+    """All words of a random Markov chain over letters, with a leading space, and their
+    probabilities. The chain ends a word at random, at the latest at `longest` letters."""
     chance = np.random.default_rng(seed)
     first = chance.dirichlet(np.ones(len(LETTERS)))
     after = chance.dirichlet(np.ones(len(LETTERS) + 1), len(LETTERS))  # the last is the end
@@ -144,7 +144,7 @@ def markov_words(seed: int, longest: int = 4) -> dict[str, float]:
 
 
 def exact(tokens: TextTokens, words: dict[str, float], place: int = 0) -> Tensor:
-    """The exact model of the source: the distribution of a word's token at a place."""
+    """An exact model of the source: the distribution of the token at one place of a word."""
     p_X = torch.zeros(tokens.size, dtype=torch.float64)
     for ids, share in zip(tokens.encode(list(words)), words.values(), strict=True):
         id = int(ids[place]) if len(ids) > place else tokens.tokenizer.eos_token_id
@@ -152,8 +152,8 @@ def exact(tokens: TextTokens, words: dict[str, float], place: int = 0) -> Tensor
     return p_X
 
 
-def shown_by_text(aligner: TokenAligner, words: dict[str, float]) -> Roots:
-    """The roots after text with every word."""
+def roots_after_text(aligner: TokenAligner, words: dict[str, float]) -> Roots:
+    """The roots, merged as after aligning text that contains every word."""
     pairs = zip(
         aligner.student.encode(list(words)), aligner.teacher.encode(list(words)), strict=True
     )
@@ -162,11 +162,11 @@ def shown_by_text(aligner: TokenAligner, words: dict[str, float]) -> Roots:
 
 @settings(deadline=None, max_examples=25)
 @given(PAIRS, st.integers(0, 1000))
-def test_exact_models_of_a_markov_source_have_no_loss_at_word_starts(
+def test_exact_models_of_the_same_source_have_no_loss_at_word_starts(
     aligner: TokenAligner, seed: int
 ) -> None:
     words = markov_words(seed)
-    roots = shown_by_text(aligner, words)
+    roots = roots_after_text(aligner, words)
     q_V, p_W = exact(aligner.student, words), exact(aligner.teacher, words)
     found, _ = loss_of(q_V, p_W, roots)
     assert found == pytest.approx(0, abs=1e-10)
@@ -174,15 +174,15 @@ def test_exact_models_of_a_markov_source_have_no_loss_at_word_starts(
 
 @settings(deadline=None, max_examples=25)
 @given(PAIRS, st.integers(0, 1000))
-def test_another_source_and_a_reader_one_position_off_have_a_loss(
+def test_models_of_another_source_or_one_position_off_have_a_loss(
     aligner: TokenAligner, seed: int
 ) -> None:
     words = markov_words(seed)
-    roots = shown_by_text(aligner, words)
+    roots = roots_after_text(aligner, words)
     q_V, p_W = exact(aligner.student, words), exact(aligner.teacher, words)
     starts = {int(roots.student_V[id]) for id in q_V.nonzero()[:, 0].tolist()}
     if len(starts) == 1:
-        return  # all words begin with the same event
+        return  # all words begin with the same root
     changed = {word: share * (1 + (n % 3)) for n, (word, share) in enumerate(words.items())}
     total = sum(changed.values())
     other_V = exact(aligner.student, {word: share / total for word, share in changed.items()})
@@ -194,6 +194,6 @@ def test_another_source_and_a_reader_one_position_off_have_a_loss(
     ]
     if float((folded[0] - folded[1]).abs().max()) > 1e-3:
         assert loss_of(other_V, p_W, roots)[0] > 1e-8
-    # The token after the one that begins at the boundary, which is not a word's first.
+    # A reader that is one position off predicts a word's second token instead of its first.
     off, _ = loss_of(q_V, exact(aligner.teacher, words, place=1), roots)
     assert off > 1e-3

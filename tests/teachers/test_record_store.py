@@ -1,4 +1,4 @@
-"""A store that several processes of a torchrun record together, each its share of the batches."""
+"""Recording a store with several processes under torchrun, each with its share of batches."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def recorded(folder: Path, out: Path, shards: int = 1) -> None:
 
 
 @pytest.mark.parametrize(("processes", "shards"), [(2, 1), (4, 1), (2, 2), (4, 2)])
-def test_processes_record_the_store_of_one(tmp_path: Path, processes: int, shards: int) -> None:
+def test_several_processes_record_the_same_store_as_one(
+    tmp_path: Path, processes: int, shards: int
+) -> None:
     folder = tiny.save_model(tmp_path / "teacher", seed=0)
     recorded(folder, tmp_path / "one")
     out = tmp_path / "many"
@@ -75,7 +77,7 @@ def test_processes_record_the_store_of_one(tmp_path: Path, processes: int, shard
 
 
 def recorded_and_moved(folder: Path, out: Path) -> None:
-    """As a run does: the main process moves what the stage wrote. The others are slow."""
+    """As in a run, the main process moves the store; here, the other processes read it slowly."""
     if not leads():
 
         def slow_read(path: Path) -> Manifest:
@@ -88,7 +90,7 @@ def recorded_and_moved(folder: Path, out: Path) -> None:
         out.rename(out.with_name("finished"))
 
 
-def test_the_main_process_returns_after_all_have_read_the_store(tmp_path: Path) -> None:
+def test_the_main_process_returns_only_after_all_have_read_the_store(tmp_path: Path) -> None:
     folder = tiny.save_model(tmp_path / "teacher", seed=0)
     for rank in forks.ranks(2, partial(recorded_and_moved, folder, tmp_path / "store")):
         assert rank.wait(timeout=300) == 0, rank.communicate()[1][-3000:]

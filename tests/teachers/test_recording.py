@@ -1,4 +1,4 @@
-"""The loop of docs/signal-store.md, on a tiny teacher: record, resume, read."""
+"""The recording loop in docs/signal-store.md with a tiny teacher: record, resume, read."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tests import tiny
 from tests.signals import toys
 
 
-def test_a_store_has_the_live_teachers_answers(tmp_path: Path) -> None:
+def test_a_resumed_store_matches_the_live_teacher(tmp_path: Path) -> None:
     teacher = tiny.llama()
     vocabulary = teacher.config.vocab_size
     data = toys.batch(windows=4, vocabulary=vocabulary)
     settings = Settings(TopK(8), vocabulary, {"teacher": "tiny"})
     recorder = Recorder(settings)
     asked = []
-    for last in (2, 4):  # the second time, half of the segments are there
+    for last in (2, 4):  # the second time, half of the segments are already recorded
         with StoreWriter(tmp_path, settings) as writer:
             windows = (data.input_ids_RL[:last], data.labels_RL[:last], data.position_ids_RL[:last])
             ids_RL, labels_RL, positions_RL = windows

@@ -1,4 +1,4 @@
-"""A key does not get into a file, however a server writes it."""
+"""Keys are removed from text in every spelling that a server may use."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ KEY = "sk-a/b+c=1234567890&<x>~"
         KEY[:14],
     ],
 )
-def test_every_spelling_is_removed(written: str) -> None:
+def test_every_spelling_of_the_key_is_removed(written: str) -> None:
     assert redacted(f"the key {written}. It is wrong: {written}", KEY) == (
         "the key [key]. It is wrong: [key]"
     )
 
 
-def test_other_text_stays() -> None:
+def test_other_text_is_unchanged() -> None:
     text = 'sk-a/b is no key, and neither is "sk-..."'
     assert redacted(text, KEY) == text
     assert redacted(text, None) == text

@@ -1,4 +1,4 @@
-"""Model folders that transformers takes in silence: they are rejected."""
+"""Invalid model folders that transformers would load without an error are rejected."""
 
 from __future__ import annotations
 
@@ -49,57 +49,57 @@ def refusal(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_one_weight_that_is_not_finite(folder: Path, value: float) -> None:
+def test_a_weight_that_is_not_finite_is_rejected(folder: Path, value: float) -> None:
     rewrite(folder, lambda tensors: tensors[UP].view(-1)[5].fill_(value))
     assert f"{UP} contains values that are not finite" in refusal(folder)
 
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.bool])
-def test_integer_weights_without_scales(folder: Path, kind: torch.dtype) -> None:
+def test_integer_weights_without_scales_are_rejected(folder: Path, kind: torch.dtype) -> None:
     rewrite(folder, lambda tensors: tensors.update({UP: (tensors[UP] * 9).to(kind)}))
     assert "without scales" in refusal(folder)
 
 
-def test_a_separate_head_with_tied_embeddings(folder: Path) -> None:
-    """One reader ties, another takes the head: two models in one folder."""
+def test_a_separate_head_with_tied_embeddings_is_rejected(folder: Path) -> None:
+    """Some programs would use the tied embeddings, others the head."""
     embeddings = "model.embed_tokens.weight"
     rewrite(folder, lambda t: t.update({"lm_head.weight": t[embeddings] + 1}))
     assert "ties the head to the embeddings, but the weights contain a different head" in refusal(
         folder
     )
-    edit(folder, "config.json", tie_word_embeddings=False)  # the message's first advice
+    edit(folder, "config.json", tie_word_embeddings=False)  # the first suggested fix
     untied = load_model(folder, dtype=torch.float32)
     edit(folder, "config.json", tie_word_embeddings=True)
-    rewrite(folder, lambda t: t.pop("lm_head.weight"))  # and its second
+    rewrite(folder, lambda t: t.pop("lm_head.weight"))  # the second suggested fix
     tied = load_model(folder, dtype=torch.float32)
     assert torch.equal(untied.lm_head.weight, tied.lm_head.weight + 1)
 
 
-def test_a_head_that_equals_tied_embeddings(folder: Path) -> None:
+def test_a_head_that_equals_tied_embeddings_is_accepted(folder: Path) -> None:
     same = "model.embed_tokens.weight"
     rewrite(folder, lambda t: t.update({"lm_head.weight": t[same].clone()}))
     load_model(folder, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model."])
-def test_weights_of_a_wrapped_model(folder: Path, prefix: str) -> None:
+def test_weights_of_a_wrapped_model_are_rejected(folder: Path, prefix: str) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     assert f"begin with {prefix}" in refusal(folder)
 
 
-def test_weights_that_were_never_written(folder: Path) -> None:
+def test_weights_that_are_all_zero_are_rejected(folder: Path) -> None:
     rewrite(folder, lambda tensors: [tensor.zero_() for tensor in tensors.values()])
     assert "all values of the embeddings are 0" in refusal(folder)
 
 
-def test_weights_in_one_file_and_in_shards(folder: Path) -> None:
+def test_weights_in_one_file_and_in_shards_are_rejected(folder: Path) -> None:
     """transformers reads the file, and vLLM the shards."""
     name = "model-00001-of-00001.safetensors"
     index = {"weight_map": dict.fromkeys(load_file(folder / "model.safetensors"), name)}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    load_model(folder, dtype=torch.float32)  # an index alone is a remnant
+    load_model(folder, dtype=torch.float32)  # an index without shards is ignored
     (folder / name).write_bytes((folder / "model.safetensors").read_bytes())
     assert "a model's weights twice" in refusal(folder)
     (folder / "model.safetensors").unlink()
@@ -108,8 +108,8 @@ def test_weights_in_one_file_and_in_shards(folder: Path) -> None:
     load_model(folder, dtype=torch.float32)
 
 
-def test_a_file_of_weights_that_the_model_does_not_have(folder: Path) -> None:
-    """Mistral's repositories have all weights again, in a file that few people download."""
+def test_an_unused_file_of_weights_is_ignored(folder: Path) -> None:
+    """Mistral's repositories contain a second copy of all weights in such a file."""
     names = ("model.safetensors", "consolidated.safetensors")
     size = (folder / names[0]).stat().st_size
     for content in (b"version https://git-lfs.github.com/spec/v1\n", b""):
@@ -120,7 +120,7 @@ def test_a_file_of_weights_that_the_model_does_not_have(folder: Path) -> None:
         assert weight_bytes(folder, None, None) == size
 
 
-def test_shards_named_from_the_folder(folder: Path) -> None:
+def test_shards_may_be_named_relative_to_the_folder(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").rename(folder / "all.safetensors")
     index = folder / "model.safetensors.index.json"
@@ -130,20 +130,22 @@ def test_shards_named_from_the_folder(folder: Path) -> None:
     load_model(folder, dtype=torch.float32)
 
 
-def test_an_adapter_next_to_the_model(folder: Path) -> None:
+def test_an_adapter_next_to_the_model_is_rejected(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
     assert "an adapter in addition to the model" in refusal(folder)
 
 
 @pytest.mark.parametrize("method", ["nonsense", "exl2", 7])
-def test_an_unknown_quantization(folder: Path, method: object) -> None:
+def test_an_unknown_quantization_is_rejected(folder: Path, method: object) -> None:
     edit(folder, "config.json", quantization_config={"quant_method": method, "bits": 4})
     assert f"quantized with {method}" in refusal(folder)
 
 
 @pytest.mark.parametrize("end", [10**6, -5, [10**6, -5], 1.5])
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
-def test_an_end_token_that_cannot_be_generated(folder: Path, file: str, end: object) -> None:
+def test_an_end_token_that_cannot_be_generated_is_rejected(
+    folder: Path, file: str, end: object
+) -> None:
     edit(folder, file, eos_token_id=end)
     assert "eos_token_id" in refusal(folder)
     with pytest.raises(ModelError, match="eos_token_id"):
@@ -151,7 +153,9 @@ def test_an_end_token_that_cannot_be_generated(folder: Path, file: str, end: obj
 
 
 @pytest.mark.parametrize(("key", "value"), [("num_attention_heads", 0), ("hidden_act", "no")])
-def test_a_configuration_of_an_unknown_model(folder: Path, key: str, value: object) -> None:
+def test_a_configuration_that_transformers_cannot_use_is_rejected(
+    folder: Path, key: str, value: object
+) -> None:
     edit(folder, "config.json", **{key: value})
     assert "transformers cannot" in refusal(folder)
 
@@ -170,7 +174,9 @@ def test_a_configuration_of_an_unknown_model(folder: Path, key: str, value: obje
         ("rotary_pct", 0.25),
     ],
 )
-def test_a_key_that_the_architecture_does_not_have(folder: Path, key: str, value: Any) -> None:
+def test_a_key_that_the_architecture_would_ignore_is_rejected(
+    folder: Path, key: str, value: Any
+) -> None:
     edit(folder, "config.json", **{key: value})
     assert f"config.json has {key}: {value}" in refusal(folder)
     edit(folder, "config.json", **{key: None})
@@ -204,10 +210,10 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ({"layer_types": ["sliding_attention"] * 3}, "sliding_window is not set"),
     ],
 )
-def test_keys_of_attention_that_contradict_each_other(
+def test_attention_keys_that_contradict_each_other_are_rejected(
     folder: Path, keys: dict[str, Any], what: str
 ) -> None:
-    """transformers reads one of two values, and a factor without a type not at all."""
+    """transformers silently reads one of two values, and ignores a factor without a type."""
     edit(folder, "config.json", **keys)
     assert what in refusal(folder)
     with pytest.raises(ModelError, match=what):
@@ -223,12 +229,12 @@ def test_keys_of_attention_that_contradict_each_other(
         {"partial_rotary_factor": 1.0},
     ],
 )
-def test_keys_of_attention_that_agree(folder: Path, keys: dict[str, Any]) -> None:
+def test_attention_keys_that_agree_are_accepted(folder: Path, keys: dict[str, Any]) -> None:
     edit(folder, "config.json", **keys)
     load_model(folder, dtype=torch.float32)
 
 
-def test_settings_of_outputs_are_not_taken_over(folder: Path) -> None:
+def test_settings_for_outputs_are_ignored(folder: Path) -> None:
     edit(folder, "config.json", return_dict=False, output_hidden_states=True)
     model = load_model(folder, dtype=torch.float32)
     output = model(input_ids=torch.arange(3, 9)[None])
@@ -236,8 +242,8 @@ def test_settings_of_outputs_are_not_taken_over(folder: Path) -> None:
     assert output.logits.shape[:2] == (1, 6)
 
 
-def test_an_end_token_that_the_tokenizer_does_not_have(folder: Path) -> None:
-    """transformers adds it behind the others, where the model has no token, or padding."""
+def test_an_end_token_that_the_tokenizer_lacks_is_rejected(folder: Path) -> None:
+    """transformers would add it after the others, where the model has no row or padding."""
     edit(folder, "tokenizer_config.json", eos_token="<end>")
     with pytest.raises(ModelError, match="'<end>' is not in tokenizer"):
         load_tokenizer(folder)
@@ -245,7 +251,7 @@ def test_an_end_token_that_the_tokenizer_does_not_have(folder: Path) -> None:
     assert load_tokenizer(folder).eos_token == "<|user|>"
 
 
-def test_a_tokenizer_that_drops_merges_at_random(folder: Path) -> None:
+def test_a_tokenizer_with_dropout_is_rejected(folder: Path) -> None:
     content = json.loads((folder / "tokenizer.json").read_text())
     content["model"]["dropout"] = 0.1
     (folder / "tokenizer.json").write_text(json.dumps(content))
@@ -253,25 +259,25 @@ def test_a_tokenizer_that_drops_merges_at_random(folder: Path) -> None:
         load_tokenizer(folder)
 
 
-def test_more_layers_than_any_model_has(folder: Path) -> None:
-    """They would take hours to build, before the weights are compared with them."""
+def test_an_implausible_number_of_layers_is_rejected(folder: Path) -> None:
+    """Building them would take hours, before they are compared with the weights."""
     edit(folder, "config.json", num_hidden_layers=10**9)
     assert "num_hidden_layers is 1,000,000,000" in refusal(folder)
 
 
-def test_a_key_that_is_given_twice(folder: Path) -> None:
+def test_a_duplicate_key_is_rejected(folder: Path) -> None:
     text = (folder / "config.json").read_text().rstrip()
     (folder / "config.json").write_text(text[:-1] + ', "rms_norm_eps": 0.5}')
     assert "'rms_norm_eps' is given twice" in refusal(folder)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"n": ' + "9" * 5000 + "}"])
-def test_a_configuration_that_python_cannot_read(folder: Path, text: str) -> None:
+def test_a_configuration_that_python_cannot_read_is_rejected(folder: Path, text: str) -> None:
     (folder / "config.json").write_text(text)
     assert "cannot be read as JSON" in refusal(folder)
 
 
-def test_a_tensor_in_two_shards(folder: Path) -> None:
+def test_a_tensor_in_two_shards_is_rejected(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -284,8 +290,8 @@ def test_a_tensor_in_two_shards(folder: Path) -> None:
         weight_files(folder)
 
 
-def test_a_tokenizer_without_its_file(folder: Path) -> None:
-    """For many architectures, transformers makes one of the special tokens alone."""
+def test_a_folder_without_tokenizer_files_is_rejected(folder: Path) -> None:
+    """For many architectures, transformers creates a tokenizer of special tokens only."""
     edit(folder, "config.json", model_type="qwen2")
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").unlink()

@@ -1,4 +1,4 @@
-"""Every token of both vocabularies has a root, which both tokenizers can write."""
+"""Every token of both vocabularies has a root: a token that both have."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def roots_of(
 
 
 def slow_root(value: bytes, ours: TextTokens, theirs: TextTokens) -> bytes:
-    """The definition: the first token of the other tokenizer's encoding, until both have it."""
+    """The definition: take the first token of the other tokenizer's encoding until both have it."""
     sides = [set(ours.strings.values()), set(theirs.strings.values())]
     while not all(value in side for side in sides):
         other = theirs if value in sides[0] else ours
@@ -40,7 +40,7 @@ def slow_root(value: bytes, ours: TextTokens, theirs: TextTokens) -> bytes:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_token_belongs_to_the_first_piece_that_both_vocabularies_have(kind: str) -> None:
+def test_the_root_of_a_token_is_its_first_piece_that_both_vocabularies_have(kind: str) -> None:
     ours, theirs, roots = roots_of(byte_level(300), KINDS[kind]())
     shared = {value: roots.student_V[id] for id, value in ours.strings.items()}
     for tokens, root_X in ((ours, roots.student_V), (theirs, roots.teacher_W)):
@@ -50,7 +50,7 @@ def test_a_token_belongs_to_the_first_piece_that_both_vocabularies_have(kind: st
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_token_has_a_root_whose_bytes_it_begins_with(kind: str) -> None:
+def test_every_token_begins_with_the_bytes_of_its_root(kind: str) -> None:
     ours, theirs, roots = roots_of(byte_level(300), KINDS[kind]())
     strings: dict[int, bytes] = {}
     common = set(ours.strings.values()) & set(theirs.strings.values())
@@ -64,7 +64,7 @@ def test_every_token_has_a_root_whose_bytes_it_begins_with(kind: str) -> None:
             assert value.startswith(strings[int(root_X[id])])
 
 
-def test_equal_vocabularies_keep_every_token_apart() -> None:
+def test_with_equal_vocabularies_every_token_is_its_own_root() -> None:
     ours, _, roots = roots_of(byte_level(300), byte_level(300))
     assert (roots.student_V == roots.teacher_W).all()
     assert len(set(roots.student_V[list(ours.strings)])) == len(ours.strings)
@@ -76,7 +76,7 @@ def test_every_root_has_tokens_of_both_vocabularies(kind: str) -> None:
     assert set(roots.student_V) == set(roots.teacher_W) == set(range(roots.count))
 
 
-def test_the_end_of_a_text_is_a_root_with_special_tokens_that_one_vocabulary_has() -> None:
+def test_special_tokens_of_only_one_vocabulary_share_the_root_of_the_end_of_text() -> None:
     ours, theirs, roots = roots_of(byte_level(300), KINDS["sentencepiece"]())
     root = roots.student_V[ours.tokenizer.eos_token_id]
     assert (roots.student_V == root).sum() == 1
@@ -91,7 +91,7 @@ def test_special_tokens_without_a_partner_share_a_root() -> None:
     assert roots.student_V[student.eos_token_id] != other
 
 
-def test_tokens_observed_at_one_place_share_a_root() -> None:
+def test_roots_of_tokens_that_begin_at_the_same_place_are_merged() -> None:
     roots = Roots(np.array([0, 1, 2, 3]), np.array([0, 1, 2, 3, 1]), 5, 4)
     found = merged(roots, {(0, 1): 7, (2, 2): 9, (3, 4): 1})
     assert found.student_V.tolist() == [0, 0, 1, 0]
@@ -125,7 +125,7 @@ def test_the_summary_shows_what_was_merged(aligner: TokenAligner, tmp_path: Path
     assert ["<|end|>", "<eos>"] in found["special_tokens_of_one_meaning"]
 
 
-def test_roots_of_other_tokenizers_are_refused(aligner: TokenAligner, tmp_path: Path) -> None:
+def test_roots_of_other_tokenizers_are_rejected(aligner: TokenAligner, tmp_path: Path) -> None:
     save_roots(aligner.roots(), tmp_path, aligner)
     other = TokenAligner(byte_level(310), sentencepiece(120))
     with pytest.raises(ModelError, match="belongs to different tokenizers"):
@@ -133,13 +133,13 @@ def test_roots_of_other_tokenizers_are_refused(aligner: TokenAligner, tmp_path: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_numbers_of_roots_are_those_of_every_process(kind: str) -> None:
-    """A vocabulary's dict has another order in each process."""
+def test_tokens_have_the_same_order_in_every_process(kind: str) -> None:
+    """The order of a vocabulary's dict differs between processes."""
     tokens = TextTokens(KINDS[kind]())
     assert list(tokens.strings) == sorted(tokens.strings)
 
 
-def test_roots_are_made_once_a_pair(
+def test_roots_of_a_pair_of_tokenizers_are_cached(
     aligner: TokenAligner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = cached_roots(aligner, tmp_path)
@@ -162,7 +162,7 @@ def test_a_damaged_cache_is_made_again(
 
 
 @pytest.mark.parametrize("part", ["map", "facts"])
-def test_damage_that_could_be_other_roots_is_noticed(
+def test_a_changed_cache_fails_its_checksum_and_is_made_again(
     aligner: TokenAligner, tmp_path: Path, part: str
 ) -> None:
     made = cached_roots(aligner, tmp_path)
@@ -171,7 +171,7 @@ def test_damage_that_could_be_other_roots_is_noticed(
         facts = json.loads(opened.metadata()["roots"])
         maps = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     if part == "map":
-        maps["student"] = maps["student"].flip(0).contiguous()  # the same roots, of other tokens
+        maps["student"] = maps["student"].flip(0).contiguous()  # the same roots for other tokens
     else:
         facts["shared"] -= 1
     save_file(maps, file, metadata={"roots": json.dumps(facts)})
@@ -188,7 +188,7 @@ def test_damage_that_could_be_other_roots_is_noticed(
         PermissionError(13, "Permission denied"),
     ],
 )
-def test_a_cache_that_cannot_be_written_costs_time_only(
+def test_a_cache_that_cannot_be_written_is_not_an_error(
     aligner: TokenAligner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def fails(*_: object, **__: object) -> None:

@@ -1,4 +1,4 @@
-"""A server's prompt log-probabilities become the store that a local teacher would have filled."""
+"""Prompt log-probabilities from a server fill the same store as a local teacher."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ SETTINGS = Settings(TopK(K), len(tiny.tokenizer()), {"teacher": "tiny"})
 
 
 class Server(ThreadingHTTPServer):
-    """Serves the tiny model as vLLM serves `prompt_logprobs`; `spoil` changes what it answers.
+    """Serves `prompt_logprobs` of the tiny model like vLLM; `spoil` changes its replies.
 
-    cut_off: so many of the next replies are cut off.
+    cut_off: the number of following replies that end early.
     """
 
     def __init__(self) -> None:
@@ -102,7 +102,7 @@ class Handler(BaseHTTPRequestHandler):
         if cut_off:
             self.close_connection = True
             body = body[:-9]
-        with suppress(ConnectionError):  # a huge reply is not read to its end
+        with suppress(ConnectionError):  # the client does not read a huge reply to its end
             self.wfile.write(body)
 
     def log_message(self, *_: Any) -> None:
@@ -128,7 +128,7 @@ def one_batch() -> dict[str, torch.Tensor]:
 
 
 class TwoDocuments:
-    """Windows of two segments each; the first four tokens of a window are not learned from."""
+    """Windows of two documents each, of which the first four tokens are not supervised."""
 
     def __len__(self) -> int:
         return 3
@@ -141,9 +141,7 @@ class TwoDocuments:
         return {"input_ids": ids_L, "labels": labels_L, "position_ids": positions_L}
 
 
-def test_a_server_fills_the_store_that_a_local_teacher_would(
-    tmp_path: Path, server: Server
-) -> None:
+def test_a_server_fills_the_same_store_as_a_local_teacher(tmp_path: Path, server: Server) -> None:
     windows = TwoDocuments()
     record(LocalTeacher(server.model), [windows], SETTINGS, tmp_path / "local")
     record(teacher(server.section), [windows], SETTINGS, tmp_path / "served")
@@ -163,8 +161,8 @@ def test_a_server_fills_the_store_that_a_local_teacher_would(
     assert masses[0] == pytest.approx(masses[1], abs=1e-5)
 
 
-def test_a_request_has_several_documents(tmp_path: Path, server: Server) -> None:
-    """Up to as many tokens as a request may have, or as keep all connections busy."""
+def test_a_request_contains_several_documents(tmp_path: Path, server: Server) -> None:
+    """As many as a request may have, or fewer, so that all connections are in use."""
     section = server.section.model_copy(update={"concurrency": 2})
     record(teacher(section), [TwoDocuments()], SETTINGS, tmp_path)
     assert sorted(len(request["prompt"]) for request in server.asked) == [3, 3]
@@ -181,7 +179,7 @@ def test_rows_recorded_before_the_server_failed_are_not_requested_again(
 
     server.spoil = fails_after_two
     monkeypatch.setattr(ServedTeacher, "tokens_together", 24)  # one window at a time
-    # One request at a time: another one could reach the server after the error was raised.
+    # One request at a time, so that none reaches the server after the error was raised.
     one = server.section.model_copy(update={"concurrency": 1})
     with pytest.raises(ModelError, match=r"rejects the request \(400\).*gone"):
         record(teacher(one), [windows], SETTINGS, tmp_path)
@@ -218,7 +216,7 @@ def malformed(**entry: Any) -> Any:
 
 
 def twice(status: int, answer: Any) -> tuple[int, Any]:
-    """One token is there in two spellings."""
+    """The same token occurs under two spellings of its id."""
     positions = answer["choices"][0]["prompt_logprobs"]
     first, *others = sorted(positions[6].items(), key=lambda item: -item[1]["logprob"])[:K]
     positions[6] |= dict(others[:-1]) | {f"0{first[0]}": first[1]}
@@ -247,7 +245,7 @@ def twice(status: int, answer: Any) -> tuple[int, Any]:
         (of_more_than_one, "total probability of"),
     ],
 )
-def test_a_server_with_wrong_replies_is_named(
+def test_an_invalid_reply_is_an_error_that_names_the_server(
     tmp_path: Path, server: Server, spoil: Callable[[int, Any], tuple[int, Any]], message: str
 ) -> None:
     server.spoil = spoil
@@ -257,7 +255,7 @@ def test_a_server_with_wrong_replies_is_named(
     assert caught.value.fix
 
 
-def test_the_key_is_read_from_the_environment_and_named_when_it_is_missing(
+def test_the_key_is_read_from_the_environment_and_reported_if_missing(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     section = server.section.model_copy(update={"key_env": "TINY_KEY"})
@@ -277,7 +275,7 @@ KEY = "sk-live/Ab+9_z&Qx==7f3c"
 def test_a_key_that_a_server_repeats_is_not_shown(
     server: Server, monkeypatch: pytest.MonkeyPatch, status: int
 ) -> None:
-    """In a message, in a reply that is no completion, and cut off."""
+    """The key may be complete, escaped, or truncated."""
     monkeypatch.setenv("TINY_KEY", KEY)
     section = server.section.model_copy(update={"key_env": "TINY_KEY"})
     for said in (KEY, KEY.replace("/", "\\/"), KEY[:-3]):
@@ -297,7 +295,7 @@ def test_a_huge_reply_is_not_read_to_its_end(
         teacher(server.section).answer(one_batch())
 
 
-def test_a_reply_that_is_cut_off_is_requested_again(
+def test_a_reply_that_ends_early_is_requested_again(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(signal_server, "PATIENCE", Patience(attempts=3, backoff=0.0))
@@ -307,7 +305,7 @@ def test_a_reply_that_is_cut_off_is_requested_again(
     assert len(server.asked) == 2 + 2
 
 
-def test_a_server_that_cuts_off_every_reply_is_named(
+def test_a_server_whose_replies_all_end_early_is_reported(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(signal_server, "PATIENCE", Patience(attempts=3, backoff=0.0))
@@ -317,7 +315,7 @@ def test_a_server_that_cuts_off_every_reply_is_named(
     assert 3 <= len(server.asked) <= 3 * 2  # the first of two requests that gives up ends both
 
 
-def test_a_notebook_has_an_event_loop_of_its_own(server: Server) -> None:
+def test_a_teacher_answers_inside_a_running_event_loop(server: Server) -> None:
     async def cell() -> Any:
         return teacher(server.section).answer(one_batch())
 
@@ -334,7 +332,7 @@ def _ask(section: SignalServer) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_does_not_wait_for_a_server_that_hangs(server: Server, number: int) -> None:
+def test_a_process_signal_does_not_wait_for_a_hanging_server(server: Server, number: int) -> None:
     free = threading.Event()
     server.spoil = lambda status, answer: (free.wait(60), (status, answer))[1]
     process = Fork(_ask, server.section)
@@ -345,8 +343,10 @@ def test_a_signal_does_not_wait_for_a_server_that_hangs(server: Server, number: 
     free.set()
 
 
-def test_a_server_teaches_live_what_its_store_would(tmp_path: Path, server: Server) -> None:
-    """No store is needed; its k tokens and their tail are rounded less than a store's."""
+def test_training_with_a_live_server_matches_its_store_and_a_local_teacher(
+    tmp_path: Path, server: Server
+) -> None:
+    """The k tokens and their tail are rounded less than in a store."""
     words = tiny.tokenizer()
     lines = tiny.text(60).splitlines()
     data = Data.build(lines, words, context=32, heldout_tokens=128, train_tokens=400)
@@ -378,7 +378,7 @@ def test_a_server_teaches_live_what_its_store_would(tmp_path: Path, server: Serv
         (TeacherNeeds((), ActivationRequest(frozenset({1}))), "intermediate layers"),
     ],
 )
-def test_terms_that_a_server_cannot_serve_are_rejected_before_it_is_called(
+def test_unsupported_terms_are_rejected_before_the_server_is_called(
     server: Server, needs: TeacherNeeds, message: str
 ) -> None:
     with pytest.raises(SignalError, match=message) as caught:
@@ -387,7 +387,7 @@ def test_terms_that_a_server_cannot_serve_are_rejected_before_it_is_called(
     assert not server.asked
 
 
-def test_the_bias_of_its_likely_tokens_is_reported(
+def test_a_note_says_that_only_the_most_likely_tokens_are_used(
     server: Server, capfd: pytest.CaptureFixture[str]
 ) -> None:
     teacher(server.section).prepare(TeacherNeeds((Term("forward_kl"),)))

@@ -1,4 +1,4 @@
-"""What is known of a sharded teacher before a weight is read."""
+"""Checks of a sharded teacher before any weight is read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from stillhouse.teachers.sharded_teacher import load_sharded_teacher
 
 
 @pytest.mark.parametrize("config", [GPT2Config(), OPTConfig()])
-def test_an_architecture_without_a_plan_is_an_error(config: object, tmp_path: Path) -> None:
+def test_an_architecture_without_a_sharding_plan_is_rejected(
+    config: object, tmp_path: Path
+) -> None:
     """transformers' plan for GPT-2 names modules that it does not have."""
     config.save_pretrained(tmp_path)  # type: ignore[attr-defined]
     source = ModelSource(tmp_path, "teacher", "")

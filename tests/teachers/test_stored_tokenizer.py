@@ -1,4 +1,4 @@
-"""Tokens are those that tokenizer.json defines, whatever class transformers chooses."""
+"""Tokenizers follow tokenizer.json, whatever class transformers chooses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEXT = "In 2023 the CAT paid 650841823"
 
 
 def folder_of(tmp_path: Path, kind: str, name: str | None, **rules: Any) -> Path:
-    """A folder of a model type and a tokenizer class, with rules of its own in tokenizer.json."""
+    """A model folder with a model type, a tokenizer class, and changes to tokenizer.json."""
     folder = tiny.save_model(tmp_path / "m")
     for file, changes in (
         ("config.json", {"model_type": kind}),
@@ -32,14 +32,14 @@ def folder_of(tmp_path: Path, kind: str, name: str | None, **rules: Any) -> Path
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
-        ("qwen2", "PreTrainedTokenizerFast"),  # what Stillhouse's own exports say
+        ("qwen2", "PreTrainedTokenizerFast"),  # in Stillhouse's own exports
         ("qwen2", "LlamaTokenizerFast"),  # DeepSeek-R1-Distill-Qwen
         ("qwen3", "Qwen2TokenizerFast"),
         ("llama", "GPT2TokenizerFast"),  # OLMo, Granite
         ("gpt2", None),
     ],
 )
-def test_rules_that_transformers_would_replace(
+def test_rules_that_transformers_would_replace_are_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, name: str | None
 ) -> None:
     folder = folder_of(tmp_path, kind, name, normalizer={"type": "Lowercase"})

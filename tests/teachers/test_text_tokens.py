@@ -1,4 +1,4 @@
-"""Tokens as bytes: put together, they are the text."""
+"""The bytes of tokens: joined, they are the text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEXT = "the cat ÷ häß 猫\n\t 🐈  the end"
 
 
 def with_byte_fallback() -> PreTrainedTokenizerFast:
-    """As Llama 2, Mistral and Gemma have it: ▁ for a space, <0xNN> for bytes without a token."""
+    """Like Llama 2, Mistral, and Gemma: ▁ for a space, and <0xNN> for bytes without a token."""
     pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"thecand", "ä", "▁t"]
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     core = Tokenizer(
@@ -28,7 +28,7 @@ def with_byte_fallback() -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("make", [tiny.tokenizer, tiny.merging_tokenizer, with_byte_fallback])
-def test_the_bytes_of_a_texts_tokens_are_the_texts(
+def test_the_bytes_of_the_tokens_of_a_text_join_to_the_text(
     make: Callable[[], PreTrainedTokenizerFast],
 ) -> None:
     tokenizer = make()
@@ -40,13 +40,13 @@ def test_the_bytes_of_a_texts_tokens_are_the_texts(
     assert set(known) == set(tokenizer.get_vocab().values())
 
 
-def test_each_byte_has_a_character_of_its_own() -> None:
+def test_every_byte_has_a_different_character() -> None:
     known = byte_of_character()
     assert sorted(known.values()) == list(range(256))
     assert set(known) == set(pre_tokenizers.ByteLevel.alphabet())
 
 
-def test_a_tokenizer_of_words_has_no_bytes() -> None:
+def test_a_tokenizer_of_words_is_rejected() -> None:
     core = Tokenizer(models.WordLevel({"the": 0, "[UNK]": 1}, unk_token="[UNK]"))
     with pytest.raises(ModelError, match="does not define the bytes"):
         token_bytes(PreTrainedTokenizerFast(tokenizer_object=core))

@@ -1,4 +1,4 @@
-"""Two models may be distilled token by token only when their ids mean the same."""
+"""Token-by-token distillation requires that both models' ids mean the same tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stillhouse.teachers.shared_vocabulary import check_same_vocabulary
 from tests.teachers.toys import toy_tokenizer
 
 
-def test_padding_rows_are_trimmed() -> None:
+def test_padding_rows_are_not_counted() -> None:
     match = check_same_vocabulary(
         toy_tokenizer(), toy_tokenizer(), teacher_rows=128, student_rows=96
     )
@@ -26,7 +26,7 @@ def test_equal_sizes_with_other_ids_are_rejected() -> None:
     assert "teacher.tokenizer: auto" in str(caught.value)
 
 
-def test_a_missing_token_is_named() -> None:
+def test_the_error_names_a_missing_token() -> None:
     with pytest.raises(ModelError, match="1 tokens differ") as caught:
         check_same_vocabulary(
             toy_tokenizer(), toy_tokenizer(words=92), teacher_rows=96, student_rows=96
@@ -34,7 +34,7 @@ def test_a_missing_token_is_named() -> None:
     assert "'w92' (95 / absent)" in str(caught.value)
 
 
-def test_an_added_special_token_counts() -> None:
+def test_an_added_special_token_is_rejected() -> None:
     student = toy_tokenizer()
     student.add_special_tokens({"additional_special_tokens": ["<think>"]})
     with pytest.raises(ModelError, match="<think>"):
@@ -46,7 +46,7 @@ def test_a_model_with_fewer_rows_than_ids_is_rejected() -> None:
         check_same_vocabulary(toy_tokenizer(), toy_tokenizer(), teacher_rows=96, student_rows=90)
 
 
-def test_other_templates_and_roles_are_warned_of() -> None:
+def test_different_templates_and_special_token_roles_are_warnings() -> None:
     student = toy_tokenizer(template="{{ messages[0].content }}")
     student.eos_token = "w5"
     match = check_same_vocabulary(toy_tokenizer(), student, teacher_rows=96, student_rows=96)

@@ -1,4 +1,4 @@
-"""Tokenizers of the usual kinds, learned from a few sentences."""
+"""Tokenizers of the usual kinds, trained on a few sentences."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests import tiny
 
 
 def byte_level(size: int, *, special: tuple[str, ...] = (), seed: int = 0, **more: Any) -> Any:
-    """As GPT-2, Llama 3 and Qwen have it. size: without the special tokens."""
+    """Like those of GPT-2, Llama 3, and Qwen. size: the number of tokens without special ones."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = BpeTrainer(
@@ -31,7 +31,7 @@ def byte_level(size: int, *, special: tuple[str, ...] = (), seed: int = 0, **mor
 
 
 def sentencepiece(size: int, *, prefix_space: bool = False, seed: int = 1) -> Any:
-    """As Llama 2 (with a space before every text) and Gemma have it: BOS, and byte fallback."""
+    """Like those of Gemma and (with prefix_space) Llama 2: a BOS token and byte fallback."""
     learned = Tokenizer(models.BPE())
     learned.normalizer = normalizers.Replace(" ", "▁")
     learned.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
@@ -71,7 +71,7 @@ GEMMA = (
 
 
 def gemma(template: str = GEMMA) -> Any:
-    """A tokenizer with a chat template, as Gemma has it."""
+    """A tokenizer with a chat template like Gemma's."""
     words = sentencepiece(120)
     words.add_special_tokens({"additional_special_tokens": ["<turn>", "<end>"]})
     words.chat_template = template

@@ -1,4 +1,4 @@
-"""Tiny random models and tokenizers for the tests of teachers, students and pruning."""
+"""Tiny random models and tokenizers for tests of teachers, students, and pruning."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ CONFIGS: dict[str, Any] = {
 
 
 def tiny_model(kind: str = "llama", seed: int = 0, **config: Any) -> Any:
-    """A float32 model of three layers in eval mode, its weights large enough to matter."""
+    """A float32 model of three layers in eval mode, with weights large enough to matter."""
     torch.manual_seed(seed)
     made = CONFIGS[kind](**config)
     attention = "eager" if kind == "gemma2" else "sdpa"
