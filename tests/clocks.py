@@ -24,7 +24,7 @@ class Clock:
 
 
 class _Selector(selectors.DefaultSelector):
-    """Moves time on where a real selector would wait for a timer."""
+    """Advances the time where a real selector would wait for a timer."""
 
     now = 0.0
 
@@ -47,6 +47,6 @@ class _Loop(asyncio.SelectorEventLoop):
 
 
 def run_at_once(work: Coroutine[Any, Any, T]) -> tuple[T, float]:
-    """As asyncio.run, but sleeping takes no time. Returns the loop's time at the end, too."""
+    """Like asyncio.run, but sleeping takes no time. Also returns the loop's time at the end."""
     with asyncio.Runner(loop_factory=_Loop) as runner:
         return runner.run(work), runner.get_loop().time()

@@ -1,4 +1,4 @@
-"""What makes many small tests quick: few threads and processes, and little to collect."""
+"""Settings that make many small tests fast: few threads, few processes, little to collect."""
 
 import os
 
@@ -26,7 +26,7 @@ settings.load_profile("same_examples")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _small_and_alone() -> Iterator[None]:
+def _fast_and_quiet() -> Iterator[None]:
     import torch
     from transformers.utils import logging
 
@@ -50,13 +50,13 @@ def _small_and_alone() -> Iterator[None]:
 
 
 def _named_chart(chart: Any, key: str) -> Markup:
-    """A chart's description in place of its drawing, which takes a third of a tiny run."""
+    """A chart's description instead of its drawing, which would take a third of a tiny run."""
     return Markup('<svg role="img" id="{}" aria-label="{}"></svg>').format(key, chart.alt)
 
 
 @pytest.fixture
 def charts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports have their charts drawn."""
+    """Draw the charts of reports, which tests otherwise omit."""
     from stillhouse.report import page
 
     monkeypatch.setitem(page.environment("report").filters, "svg", page.svg)
@@ -76,19 +76,19 @@ _modules = 0
 
 
 def pytest_collection_finish() -> None:
-    _keep_what_is_imported()
+    _exempt_from_collection()
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     if nextitem is None or nextitem.path != item.path or len(sys.modules) > _modules:
-        _keep_what_is_imported()
+        _exempt_from_collection()
 
 
-def _keep_what_is_imported() -> None:
-    """Exempt all that there is from garbage collection, or each takes 0.3 s for imported modules.
+def _exempt_from_collection() -> None:
+    """Exempt all existing objects, mostly those of imported modules, from garbage collection.
 
-    A complete run collects ten times.
+    Otherwise, each collection takes 0.3 s, and a complete run has ten.
     """
     global _modules
     gc.collect()

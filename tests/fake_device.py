@@ -1,9 +1,9 @@
-"""A device that does not exist: its tensors are on the CPU, and reading one of them is recorded.
+"""A fake device: its tensors are on the CPU, and operations that would wait for it are recorded.
 
 PyTorch treats it as an accelerator. An operation on it that would make the host wait for a GPU
 is recorded with the lines of code that led to it: reading a value, an operation whose result's
 shape depends on values, and a copy between host and device without `non_blocking`.
-Registering the device changes the process: use it in one of its own.
+Registering the device changes the process, so use it in a separate one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 
 class OnDevice(torch.Tensor):
-    """A tensor that says it is on the device. held: its values, on the CPU."""
+    """A tensor that claims to be on the device. held: its values, on the CPU."""
 
     held: torch.Tensor
 
@@ -66,7 +66,7 @@ class OnDevice(torch.Tensor):
 
 
 class FakeDevice(TorchDispatchMode):
-    """Inside the block, the device exists. waits: where the host would have waited."""
+    """A context in which the device exists. waits: where the host would have waited for it."""
 
     current: FakeDevice
 
@@ -133,7 +133,7 @@ class _Backend(_DummyBackendModule):
 
 
 def register() -> torch.device:
-    """The device."""
+    """Register the device with PyTorch and return it."""
     _setup_privateuseone_for_python_backend(NAME, _Backend())
     for name in ("tensor", "as_tensor"):
         setattr(torch, name, _on_host_first(getattr(torch, name)))
@@ -141,7 +141,7 @@ def register() -> torch.device:
 
 
 def _on_host_first(make: Any) -> Any:
-    """torch.tensor that lets the mode see its copy to the device."""
+    """Wrap torch.tensor: create the tensor on the host, so that the mode sees it being copied."""
 
     def made(data: Any, *, dtype: Any = None, device: Any = None, **more: Any) -> torch.Tensor:
         if device is None or torch.device(device).type != NAME:

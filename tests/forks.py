@@ -1,7 +1,7 @@
-"""Processes that tests start and kill, forked from a server that has imported what takes seconds.
+"""Processes that tests start and kill, forked from a server that has done the slow imports.
 
-A fork is a process as any other: killed, it leaves what a killed one leaves. Only imports are not
-done again, so each promise about a complete new process needs a test that starts one.
+A killed fork leaves behind the same as any killed process. Only imports are not repeated, so a
+guarantee about a fresh process needs a test that starts one.
 """
 
 from __future__ import annotations
@@ -74,11 +74,11 @@ class Fork:
         return status
 
     def errors(self) -> str:
-        """What it has written to stderr until now."""
+        """What it has written to stderr so far."""
         return self._stderr.read_text() if self._stderr.exists() else ""
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """What it has written to stdout and stderr when it ends."""
+        """Wait until it ends; what it has written to stdout and stderr."""
         self.wait(timeout)
         return self._stdout.read_text(), self._stderr.read_text()
 
@@ -93,17 +93,17 @@ def _begin(
     gc.freeze()
     os.environ.update(environment)
     os.chdir(cwd)
-    tempfile.tempdir = None  # that of the environment, not of the server's
+    tempfile.tempdir = None  # that of the environment, not the server's
     for number, file in enumerate(written, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     try:
         work(*arguments)
     finally:
-        atexit._run_exitfuncs()  # which multiprocessing leaves out
+        atexit._run_exitfuncs()  # multiprocessing skips them
 
 
 def patch(owner: object, name: str, value: object) -> None:
-    """Set an attribute for as long as the process lives: a fork has no `monkeypatch`.
+    """Set an attribute for the life of the process, since a fork has no `monkeypatch`.
 
     Raises AttributeError if it does not exist.
     """
@@ -112,7 +112,7 @@ def patch(owner: object, name: str, value: object) -> None:
 
 
 def stillhouse(*arguments: str, **options: Any) -> Fork:
-    """As `python -m stillhouse ...`, whose exports are replayed in the same process."""
+    """Run `python -m stillhouse ...` in a fork; exports are replayed in the same process."""
     return Fork(_stillhouse, *arguments, **options)
 
 
@@ -127,7 +127,7 @@ def _stillhouse(*arguments: str) -> None:
 
 
 def two_stillhouse(*arguments: str) -> list[Fork]:
-    """As `torchrun --nproc-per-node 2 -m stillhouse ...`."""
+    """Like `torchrun --nproc-per-node 2 -m stillhouse ...`."""
     return two_ranks(_stillhouse, *arguments)
 
 
@@ -139,7 +139,7 @@ def two_ranks(work: Callable[..., object], *arguments: Any) -> list[Fork]:
 def ranks(count: int, work: Callable[..., object], *arguments: Any, nodes: int = 1) -> list[Fork]:
     """Processes with the environment of a torchrun, on one machine or as if on several.
 
-    Those of a machine share a folder, in which torchrun makes one for each process.
+    As under torchrun, the processes of a machine share a folder, in which each has its own.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""GGUF files of tiny models, read again: by the gguf package, by transformers, by llama.cpp."""
+"""Reads GGUF files of tiny models with the gguf package, transformers, and llama.cpp."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ OTHER_PARTS = {
     "lm_head": "output",
 }
 PAIRED = ("llama", "mistral", "ministral", "ministral3", "smollm3")
-"""Model types whose queries and keys llama.cpp turns by neighbouring pairs."""
+"""Model types in which llama.cpp rotates adjacent pairs of queries and keys."""
 
 
 def letters() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of few tokens, for models whose vocabulary is small."""
+    """A byte-level BPE with few tokens, for models with a small vocabulary."""
     alphabet = "abcdefghijklmnopqrstuvwxyz"
     tokens = ["<pad>", "<s>", "</s>", *alphabet, "th", "the"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
@@ -65,7 +65,7 @@ def edited(
     keys: dict[str, Any] | None = None,
     tensors: Mapping[str, np.ndarray[Any, Any] | None] | None = None,
 ) -> Path:
-    """A copy of a float32 file with other keys and tensors; None leaves one out."""
+    """A copy of a float32 file with changed keys and tensors; those that are None are left out."""
     keys, tensors = keys or {}, tensors or {}
     reader, copy = gguf.GGUFReader(file), file.with_name(f"edited-{file.name}")
     architecture = keys.get(
@@ -98,7 +98,7 @@ def tensors_of(file: Path) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def expected_tensors(folder: Path, config: Any) -> dict[str, np.ndarray[Any, Any]]:
-    """The checkpoint's tensors under GGUF's names, by tables and loops alone."""
+    """The checkpoint's tensors under GGUF's names: a slow reference of tables and loops."""
     found: dict[str, Any] = {}
     experts: dict[str, dict[int, Any]] = {}
     for name, tensor in load_file(folder / "model.safetensors").items():
@@ -146,7 +146,7 @@ def _values(name: str, values: np.ndarray[Any, Any], config: Any) -> np.ndarray[
 
 
 def _odd_heads(config: Any) -> bool:
-    """Such a Qwen 2 is written as a Llama."""
+    """Whether a Qwen 2's head size is unusual; such a model is written as a Llama."""
     size = getattr(config, "head_dim", None)
     odd = size is not None and size * config.num_attention_heads != config.hidden_size
     return config.model_type == "qwen2" and odd
@@ -164,7 +164,7 @@ def transformers_logits(file: Path, ids: torch.Tensor) -> torch.Tensor:
 
 
 def llama_cpp_logits(file: Path, ids_L: torch.Tensor, context: int = 512) -> torch.Tensor:
-    """Logits [L, V] of one text, computed by llama.cpp in one go."""
+    """Logits [L, V] of one text, computed by llama.cpp in one call."""
     runtime = LlamaCpp.open(file, context)
     runtime.llama.reset()
     runtime.llama.eval(ids_L.tolist())
@@ -172,6 +172,6 @@ def llama_cpp_logits(file: Path, ids_L: torch.Tensor, context: int = 512) -> tor
 
 
 def assert_alike(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """llama.cpp's key-value cache is float16."""
+    """Equal up to the rounding of llama.cpp's key-value cache, which is float16."""
     difference = (found - expected.detach()).abs().max()
     assert float(difference) < 0.01 * float(expected.detach().abs().max())

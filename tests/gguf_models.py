@@ -1,4 +1,4 @@
-"""Tiny models of every architecture that GGUF files hold, with what changes their mathematics."""
+"""Tiny models of every architecture that GGUF supports, with options that change their outputs."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("olmo2", {}),
     "smollm3": ("smollm3", {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]}),
 }
-"""By name: transformers' model type, and what is not as in `tests.teachers.toys`."""
+"""name: (transformers' model type, changes to the configuration in `tests.teachers.toys`)"""
 
 
 def config(kind: str, **changes: Any) -> Any:
@@ -116,8 +116,8 @@ SIZES = (
 
 
 def save(folder: Path, name: str, **more: Any) -> Any:
-    """Saves the model with a tokenizer, and returns it; gains and biases are not those of
-    initialization."""
+    """Save the model with a tokenizer and return it. Its norms and biases are random, unlike those
+    of initialization."""
     kind, changes = MODELS[name]
     words = tiny.merging_tokenizer()
     tokens = {

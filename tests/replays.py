@@ -1,6 +1,6 @@
-"""Replays of exports in the process that exports: a fresh one takes seconds to import transformers.
+"""Replays exports in the exporting process: a fresh one takes seconds to import transformers.
 
-`pytest.mark.fresh_process` is for tests whose promise is the fresh process itself.
+`pytest.mark.fresh_process` marks tests of the fresh process itself.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ def _run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]
     script = Path(command[-2])
     if script.name not in SCRIPTS:
         return subprocess.run(command, **options)
-    # Only now: onnxruntime starts threads, and a process that forks others must not have any.
+    # Imported late: onnxruntime starts threads, and a process that forks others must not have any.
     import_module(f"stillhouse.export.{script.stem}").main(Path(command[-1]))
     return subprocess.CompletedProcess(command, 0, "", "")
 
 
 IN_THIS_PROCESS = SimpleNamespace(run=_run)
-"""In the place of the module `subprocess` in stillhouse.export.fresh_process."""
+"""Replaces the module `subprocess` in stillhouse.export.fresh_process."""
