@@ -1,4 +1,4 @@
-"""What an error advises exists: keys of recipes, values of keys, commands and their options."""
+"""What the advice of errors mentions exists: recipe keys and values, extras, commands, options."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ SOURCE = Path(__file__).parents[1] / "src" / "stillhouse"
 SCHEMA = recipe_json_schema()
 
 
-def spoken(node: ast.expr) -> str:
-    """The text of an expression; what is filled in is `…`."""
+def literal_text(node: ast.expr) -> str:
+    """The text of a string expression, with `…` for values that are filled in."""
     match node:
         case ast.Constant(value=str(text)):
             return text
         case ast.JoinedStr(values=values):
-            return "".join(spoken(value) for value in values)
+            return "".join(literal_text(value) for value in values)
         case ast.BinOp(left=left, right=right):
-            return spoken(left) + spoken(right)
+            return literal_text(left) + literal_text(right)
         case ast.IfExp(body=body, orelse=orelse):
-            return f"{spoken(body)} {spoken(orelse)}"
+            return f"{literal_text(body)} {literal_text(orelse)}"
     return "…"
 
 
 def advice_in(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Of `fix=` and `advice=`, of variables and constants of these names, and of findings."""
+    """The line and text of each advice: in `fix=`, in variables and functions, and in findings."""
     for node in ast.walk(tree):
         found: list[ast.expr] = []
         match node:
@@ -49,7 +49,7 @@ def advice_in(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 returns = [one for part in body for one in ast.walk(part)]
                 found = [r.value for r in returns if isinstance(r, ast.Return) and r.value]
         for value in found:
-            yield value.lineno, spoken(value)
+            yield value.lineno, literal_text(value)
 
 
 ADVICE = {
@@ -61,7 +61,7 @@ ADVICE = {
 
 
 def parts(node: Any) -> Iterator[dict[str, Any]]:
-    """A schema, and those that it refers to or chooses from."""
+    """A schema and the schemas that it refers to or chooses from."""
     if not isinstance(node, dict):
         return
     yield node
@@ -108,7 +108,7 @@ def test_keys_that_advice_names_exist() -> None:
 
 
 def test_keys_and_values_that_advice_sets_exist() -> None:
-    """`set documents: line`: some section has the key, and where its values are named, this one."""
+    """For `set documents: line`, some section has the key, with this value if values are listed."""
     wrong = []
     for place, text in ADVICE.items():
         for key, value in re.findall(r"\bset `?(?:[a-z_]+\.)*([a-z_]+): ([\w-]+)?", text):
@@ -120,7 +120,7 @@ def test_keys_and_values_that_advice_sets_exist() -> None:
 
 
 def allowed(key: str) -> set[str]:
-    """The values that a key may have; empty where they are not all named."""
+    """The values that a key may have; empty if they are not all listed."""
     found: set[str] = set()
     for section in all_sections():
         for part in parts(section["properties"].get(key)):
@@ -144,7 +144,7 @@ def test_extras_that_advice_installs_exist() -> None:
 
 
 def commands() -> dict[str, set[str]]:
-    """By a command's name, its options."""
+    """The options of each command, by its name."""
     found = {}
     group: Any = typer.main.get_command(app)
     for name, command in group.commands.items():
@@ -170,7 +170,7 @@ def test_commands_and_options_that_advice_names_exist() -> None:
     assert wrong == []
 
 
-def test_the_sweep_sees_the_advice() -> None:
+def test_the_search_finds_advice_and_keys() -> None:
     assert len(ADVICE) > 300
     assert sum("data." in text for text in ADVICE.values()) > 10
     assert exists("data.sources.0.text_key")

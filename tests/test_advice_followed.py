@@ -1,4 +1,4 @@
-"""The advice of an error is followed, by the letter: it works, and loses nothing."""
+"""Following the advice of an error to the letter works and loses nothing."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def no_pad(raw: dict[str, Any], folder: Path) -> None:
 
 
 def mend_pad(raw: dict[str, Any], folder: Path, fix: str) -> None:
-    """set pad_token_id in config.json to the tokenizer's padding or end token"""
+    """The advice: set pad_token_id in config.json to the tokenizer's padding or end token."""
     words = AutoTokenizer.from_pretrained(folder / "teacher")
     file = folder / "teacher" / "config.json"
     config = json.loads(file.read_text())
@@ -59,8 +59,8 @@ def pickled(raw: dict[str, Any], folder: Path) -> None:
 
 
 def convert(raw: dict[str, Any], folder: Path, fix: str) -> None:
-    """AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder), and a copy of the
-    tokenizer's files"""
+    """The advice: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder), and a
+    copy of the tokenizer's files."""
     new_folder = folder / "new"
     AutoModelForCausalLM.from_pretrained(folder / "teacher").save_pretrained(new_folder)
     for file in (folder / "teacher").glob("*token*"):
@@ -71,7 +71,7 @@ def convert(raw: dict[str, Any], folder: Path, fix: str) -> None:
 
 
 def set_key(raw: dict[str, Any], folder: Path, fix: str) -> None:
-    """The first `section.key: value` (or =, or to) of the advice."""
+    """Apply the first `section.key: value` of the advice, also if written with `=` or `to`."""
     path, value = re.findall(r"([a-z_]+(?:\.[a-z_]+)+)(?:: |=| to )(\w+)", fix)[0]
     put(raw, path, json.loads(value) if value.isdigit() or value == "false" else value)
 
@@ -83,6 +83,7 @@ def put(raw: dict[str, Any], path: str, value: Any) -> None:
     raw[key] = value
 
 
+# case: (what spoils the recipe, a part of the error, what follows its advice)
 FOLLOWED: dict[str, tuple[Callable[..., None], str, Callable[..., None]]] = {
     "a chat longer than the context": (long_row, "tokens; the context is", set_key),
     "one document": (
@@ -92,7 +93,7 @@ FOLLOWED: dict[str, tuple[Callable[..., None], str, Callable[..., None]]] = {
             documents=re.findall(r"documents: ([\w-]+)", fix)[0]
         ),
     ),
-    "a pad token that is not there": (no_pad, "pad_token_id is 9999", mend_pad),
+    "a missing pad token": (no_pad, "pad_token_id is 9999", mend_pad),
     "pickled weights": (pickled, "a pickle can run any code", convert),
 }
 
@@ -130,7 +131,7 @@ def test_the_suggested_context_truncates_no_row(tmp_path: Path) -> None:
         assert windows.info.rows_truncated == windows.info.rows_dropped == 0
 
 
-def test_paragraphs_hold_all_words_of_the_file(tmp_path: Path) -> None:
+def test_splitting_into_paragraphs_loses_no_text(tmp_path: Path) -> None:
     raw = tiny.recipe(tmp_path)
     one_document(raw, tmp_path)
     raw["data"]["sources"][0]["documents"] = "blank-line"
@@ -142,11 +143,11 @@ def test_paragraphs_hold_all_words_of_the_file(tmp_path: Path) -> None:
     learned = train.supervised_tokens + heldout.supervised_tokens
     dropped = train.info.duplicates_dropped + heldout.info.duplicates_dropped
     assert dropped == 0
-    # One token a byte: all but the blank lines, and an end for each document beside its first.
+    # One token per byte. A document's first token is not predicted, but its end token is.
     assert learned >= len(text.replace("\n\n", "\n")) - text.count("\n\n")
 
 
-def test_a_schema_fixed_as_suggested_restricts(tmp_path: Path) -> None:
+def test_a_schema_fixed_as_suggested_restricts_answers(tmp_path: Path) -> None:
     file = tmp_path / "schema.json"
     loose = {"properties": {"name": {"type": "string"}}}
     file.write_text(json.dumps(loose))
@@ -158,7 +159,7 @@ def test_a_schema_fixed_as_suggested_restricts(tmp_path: Path) -> None:
     assert judge(Row((), '{"x": 1}', None, "")) is not None
 
 
-def test_a_store_is_advised_with_a_section_that_is_valid(tmp_path: Path) -> None:
+def test_the_signals_section_that_check_suggests_is_valid(tmp_path: Path) -> None:
     raw = tiny.recipe(tmp_path, train={"epochs": 3})
     fix = next(one.fix for one in check_recipe(raw) if one.topic == "signals")
     assert "add `signals: {}`" in str(fix)

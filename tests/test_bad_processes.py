@@ -1,4 +1,4 @@
-"""Processes of a torchrun that cannot work together: one message each, which says what to do."""
+"""If the processes of a torchrun cannot work together, each reports one error with a fix."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ GPUS = ("NVIDIA A100-SXM4-80GB with 79 GiB", "NVIDIA GeForce RTX 4090 with 24 Gi
 
 
 def open_with(out: Path, kinds: tuple[str, str]) -> None:
-    """Each process has another GPU, if `kinds` are different. Its message is written to `out`."""
+    """Open the group with this process's GPU of `kinds`, and write the error, if any, to `out`."""
     rank = os.environ["RANK"]
     forks.patch(processes, "device_kind", lambda device: kinds[int(rank)])
     try:
@@ -67,14 +67,16 @@ def test_cpus_are_equal_if_they_choose_the_same_precision() -> None:
     assert device_kind(device) == f"a CPU for {dtype}"
 
 
-def test_more_processes_than_windows() -> None:
+def test_more_processes_than_windows_are_rejected() -> None:
     require_windows(8, 8)
     with pytest.raises(RecipeError, match="8 processes cannot share 7 windows") as caught:
         require_windows(7, 8)
     assert "at most 7 processes" in str(caught.value.fix)
 
 
-def test_nodes_with_different_numbers_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sharding_within_nodes_requires_nodes_of_equal_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "7")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     monkeypatch.setattr(processes, "_node_sizes", {3, 4})
@@ -120,7 +122,7 @@ def few_tokens(folder: Path, monkeypatch: pytest.MonkeyPatch, **data: object) ->
     return ""
 
 
-def test_too_few_tokens_are_found_before_anything_is_computed(
+def test_too_few_tokens_are_rejected_before_anything_is_computed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = few_tokens(tmp_path, monkeypatch)
@@ -136,7 +138,7 @@ def test_too_few_tokens_are_found_before_anything_is_computed(
 def test_too_few_windows_stop_a_run_before_its_student(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: int | None
 ) -> None:
-    """Also where the recipe does not set the number of tokens."""
+    """Even if the recipe does not set the number of tokens."""
     raw = tiny.recipe(tmp_path, data={"train_tokens": text, "context": 32}, folder=str(tmp_path))
     job = find_models(tiny.parsed(raw), tmp_path)
     with locked_folder(job.recipe) as folder:
@@ -145,12 +147,12 @@ def test_too_few_windows_stop_a_run_before_its_student(
     monkeypatch.setenv("WORLD_SIZE", str(windows + 1))
     with pytest.raises(RecipeError, match=f"{windows + 1} processes cannot share {windows} window"):
         ready_to_train(job, stages)
-    # A finished training has been shared before.
+    # If the training is finished, its windows were enough.
     (tmp_path / "stages" / "train-0").mkdir()
     require_text_for_all(job.recipe, job.recipe.train, stages["data"])
 
 
-def test_a_training_from_random_weights_needs_tokens_for_all(
+def test_training_from_scratch_needs_windows_for_all_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hops = [{"name": "one", "ffn_size": 48}]
@@ -173,7 +175,7 @@ def shards_without_blocks(out: Path) -> None:
 
 
 @pytest.mark.run
-def test_a_student_whose_blocks_are_not_known(tmp_path: Path) -> None:
+def test_a_student_with_unknown_decoder_blocks_cannot_be_sharded(tmp_path: Path) -> None:
     for process in ranks(2, shards_without_blocks, tmp_path):
         assert process.wait(timeout=60) == 0, process.communicate()[1][-2000:]
     for rank in range(2):

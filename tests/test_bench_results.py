@@ -1,4 +1,4 @@
-"""The committed results of benchmarks."""
+"""The committed results of benchmarks contain no absolute paths."""
 
 from __future__ import annotations
 
@@ -26,6 +26,6 @@ def test_absolute_paths_are_shortened(text: str, shown: str) -> None:
 
 
 @pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda file: file.name)
-def test_results_have_no_path_of_a_machine(file: Path) -> None:
+def test_committed_results_contain_no_absolute_path(file: Path) -> None:
     result = json.loads(file.read_text(encoding="utf-8"))
     assert without_paths(result) == result

@@ -1,4 +1,4 @@
-"""A family: every member from the one before it, nothing done twice, one page about all."""
+"""Families: each member is pruned from the one before, no work is repeated, one report has all."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def recipe(folder: Path, hops: list[dict[str, Any]] = HOPS, **changes: Any) -> d
     return {**raw, "student": STUDENT, "signals": {"encoding": {"kind": "top_k", "k": 64}}}
 
 
-def done(raw: dict[str, Any]) -> FamilyResult:
+def run_family(raw: dict[str, Any]) -> FamilyResult:
     result = run_cascade(raw)
     assert result is not None
     return result
@@ -48,7 +48,7 @@ def done(raw: dict[str, Any]) -> FamilyResult:
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FamilyResult]:
     folder = tmp_path_factory.mktemp("family")
-    return folder, done(recipe(folder))
+    return folder, run_family(recipe(folder))
 
 
 def test_every_member_loads_and_is_smaller_than_the_one_before(
@@ -74,7 +74,7 @@ def test_the_teacher_scores_the_text_once_for_the_family(family: tuple[Path, Fam
 
 def test_adding_a_hop_repeats_no_work(family: tuple[Path, FamilyResult]) -> None:
     folder, _ = family
-    more = done(recipe(folder, [*HOPS, {"name": "least", "ffn_size": 16}]))
+    more = run_family(recipe(folder, [*HOPS, {"name": "least", "ffn_size": 16}]))
     assert all(s.reused for m in ("wide", "narrow") for s in more.members[m].stages)
     stages = {stage.name: stage for stage in more.members["least"].stages}
     assert list(stages["student"].summary["pruning"]["ffn_size"]) == [32, 16]
@@ -89,7 +89,9 @@ def test_evaluating_a_family_needs_the_name_of_a_model(family: tuple[Path, Famil
     assert str(result.folder / "narrow" / "checkpoint") in str(caught.value)
 
 
-def test_a_preview_leaves_the_recipe_of_the_family(family: tuple[Path, FamilyResult]) -> None:
+def test_a_preview_does_not_change_the_recipe_of_the_family(
+    family: tuple[Path, FamilyResult],
+) -> None:
     folder, result = family
     before = (result.folder / "recipe.yaml").read_text()
     FAMILY.preview(parse_recipe(recipe(folder)), folder, 1)
@@ -103,7 +105,7 @@ def test_a_member_learns_from_the_one_before_or_from_both(tmp_path: Path, teache
     with pytest.raises(RecipeError, match="signals come from the original teacher only"):
         run_cascade(raw)
     del raw["signals"]
-    result = done(raw)
+    result = run_family(raw)
     sizes, asked = {}, {}
     for name, member in result.members.items():
         found = {stage.name: stage for stage in member.stages}
@@ -115,14 +117,14 @@ def test_a_member_learns_from_the_one_before_or_from_both(tmp_path: Path, teache
     assert asked["wide"] == pytest.approx(original)
     expected = sizes["wide"] + (original if teacher == "both" else 0)
     assert asked["narrow"] == pytest.approx(expected)
-    # What it is measured against is the original all the same.
+    # All members are measured against the original teacher.
     measured = result.members["narrow"].evaluation.result("teacher")
     assert measured is not None
     assert measured.parameters == account.count_parameters(tiny.llama()).total
 
 
 def test_training_from_random_weights_is_measured_and_reported(tmp_path: Path) -> None:
-    result = done(recipe(tmp_path, from_scratch={"tokens": 12_000, "learning_rate": 3e-3}))
+    result = run_family(recipe(tmp_path, from_scratch={"tokens": 12_000, "learning_rate": 3e-3}))
     found = json.loads((result.folder / "family.json").read_text())
     scratch = found["scratch"]
     tokens, kls = zip(*scratch["points"], strict=True)
@@ -133,7 +135,7 @@ def test_training_from_random_weights_is_measured_and_reported(tmp_path: Path) -
     page = result.report.read_text()
     assert "with the shape of wide, trained from random weights with the same teacher" in page
     assert "kWh, at an assumed" in page
-    again = done(recipe(tmp_path, from_scratch={"tokens": 12_000, "learning_rate": 3e-3}))
+    again = run_family(recipe(tmp_path, from_scratch={"tokens": 12_000, "learning_rate": 3e-3}))
     assert json.loads((again.folder / "family.json").read_text())["scratch"] == scratch
 
 
@@ -145,7 +147,7 @@ def test_only_the_last_member_is_quantized_and_exported_as_gguf(tmp_path: Path) 
     raw = recipe(tmp_path, ship="last")
     raw["quantize"] = {"qat": {"tokens": 1000, "learning_rate": 1e-3}}
     raw["export"] = {"formats": ["gguf-q4_0"]}
-    result = done(raw)
+    result = run_family(raw)
     wide, narrow = result.members.values()
     assert "quantize" not in [stage.name for stage in wide.stages]
     assert (wide.model / "model.safetensors").is_file()
@@ -157,7 +159,7 @@ def test_only_the_last_member_is_quantized_and_exported_as_gguf(tmp_path: Path) 
     assert "narrow, QAT" in (result.folder / "family.html").read_text()
 
 
-def test_a_run_folder_that_is_moved_is_done(tmp_path: Path) -> None:
+def test_a_moved_run_folder_only_gets_new_reports(tmp_path: Path) -> None:
     hops: list[dict[str, Any]] = [
         {"name": "wide", "ffn_size": 48},
         {"name": "found", "target": {"params": "85%"}},
@@ -165,18 +167,18 @@ def test_a_run_folder_that_is_moved_is_done(tmp_path: Path) -> None:
     raw = recipe(tmp_path, hops, from_scratch={"tokens": 3000}, teacher="both")
     raw["student"] = {**STUDENT, "search": SEARCH}
     del raw["signals"]
-    done(raw)
+    run_family(raw)
     before = {path.name for path in tmp_path.glob("run/stages/*")}
     (tmp_path / "run").rename(tmp_path / "moved")
     raw["folder"] = str(tmp_path / "moved")
-    done(raw)
+    run_family(raw)
     new = {path.name for path in tmp_path.glob("moved/stages/*")} - before
-    # A report tells the recipe, and with it the folder.
+    # A report shows the recipe, and with it the folder.
     assert {name.partition("-")[0] for name in new} == {"report"}
 
 
 def test_one_shot_members_are_all_pruned_from_the_teacher(tmp_path: Path) -> None:
-    result = done(recipe(tmp_path, start="original"))
+    result = run_family(recipe(tmp_path, start="original"))
     stages = {stage.name: stage for stage in result.members["narrow"].stages}
     assert list(stages["student"].summary["pruning"]["ffn_size"]) == [64, 32]
 
@@ -199,7 +201,7 @@ def test_the_familys_page_has_every_member_and_links_to_its_report(
     family: tuple[Path, FamilyResult], charts: None
 ) -> None:
     folder, _ = family
-    result = done(recipe(folder))
+    result = run_family(recipe(folder))
     assert "<path" in redraw_report(result.folder, folder / "page.html").read_text()
     page = Page(result.report.read_text())
     assert {"Teacher", "wide", "narrow"} <= set(page.words)
@@ -234,7 +236,7 @@ def test_invalid_hops_are_rejected(
     assert not list(tmp_path.glob("run/stages/*"))
 
 
-def test_training_from_scratch_takes_a_window_of_text(tmp_path: Path) -> None:
+def test_training_from_scratch_needs_at_least_one_window(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"from_scratch\.tokens \(16\) is less than one window"):
         run_cascade(recipe(tmp_path, from_scratch={"tokens": 16}))
 
@@ -255,14 +257,14 @@ SEARCH = {
 }
 
 
-def test_hops_with_targets_are_searched_and_shrink(tmp_path: Path) -> None:
+def test_hops_with_targets_are_searched_for_a_smaller_shape(tmp_path: Path) -> None:
     hops: list[dict[str, Any]] = [
         {"name": "first", "target": {"params": "85%"}},
         {"name": "second", "layers": 2},
     ]
     raw = recipe(tmp_path, hops)
     raw["student"] = {**STUDENT, "search": SEARCH}
-    result = done(raw)
+    result = run_family(raw)
     stages = {stage.name: stage for stage in result.members["first"].stages}
     sizes = stages["search"].summary["sizes"]
     changed = stages["student"].summary["pruning"]["changed"]
@@ -271,7 +273,7 @@ def test_hops_with_targets_are_searched_and_shrink(tmp_path: Path) -> None:
     total = stages["student"].summary["parameters"]["total"]
     whole = stages["student"].summary["teacher_parameters"]["total"]
     assert 0.7 * whole <= total <= 0.85 * whole
-    again = done(raw)
+    again = run_family(raw)
     assert all(stage.reused for stage in again.members["first"].stages)
 
 
@@ -280,7 +282,7 @@ def planned(raw: dict[str, Any]) -> list[Any]:
     return [c for _, c in planned_members(loaded, find_models(first_member(loaded), Path()))]
 
 
-def test_a_hop_after_a_searched_one_is_rejected_only_if_no_shape_of_that_allows_it(
+def test_a_hop_after_a_searched_one_is_rejected_only_if_no_shape_allows_it(
     tmp_path: Path,
 ) -> None:
     hops: list[dict[str, Any]] = [
@@ -290,7 +292,7 @@ def test_a_hop_after_a_searched_one_is_rejected_only_if_no_shape_of_that_allows_
     raw = recipe(tmp_path, hops)
     raw["student"] = {**STUDENT, "search": SEARCH}
     first, second = planned(raw)
-    # The guess is narrower than that, and the search may find a shape of fewer layers.
+    # The guess for the first hop is narrower, but the search may find a wider one of fewer layers.
     assert first.intermediate_size < 60
     assert second.intermediate_size == 60
     hops[1]["ffn_size"] = 65
@@ -298,7 +300,7 @@ def test_a_hop_after_a_searched_one_is_rejected_only_if_no_shape_of_that_allows_
         planned(raw)
 
 
-def test_a_family_of_another_start_is_planned_from_that(tmp_path: Path) -> None:
+def test_a_family_with_a_start_model_is_planned_from_that_model(tmp_path: Path) -> None:
     raw = recipe(tmp_path, [{"name": "wide", "ffn_size": 72}])
     tiny.save_model(tmp_path / "start", intermediate_size=80, num_hidden_layers=2)
     raw["student"] = {**STUDENT, "model": str(tmp_path / "start")}
@@ -309,7 +311,7 @@ def test_a_family_of_another_start_is_planned_from_that(tmp_path: Path) -> None:
         planned(raw)
 
 
-def test_names_of_the_run_folder_are_known(family: tuple[Path, FamilyResult]) -> None:
+def test_all_names_in_a_run_folder_are_reserved(family: tuple[Path, FamilyResult]) -> None:
     folder, _ = family
     names = {
         FAMILY_FILE,

@@ -1,4 +1,4 @@
-"""What `check` finds, `run` finds before its first stage."""
+"""Problems that `check` reports also stop `run` before its first stage."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def synthesis(folder: Path, **changes: Any) -> dict[str, Any]:
     return raw
 
 
-def both(raw: dict[str, Any], folder: Path) -> str:
-    """The errors of `check`, which `run` raises too, having done nothing."""
+def error_of_check_and_run(raw: dict[str, Any], folder: Path) -> str:
+    """The first error of `check`. Asserts that `run` fails too, before any stage."""
     found = [one for one in check_recipe(raw) if one.level == "error"]
     assert found
     assert found[0].fix
@@ -53,10 +53,12 @@ def both(raw: dict[str, Any], folder: Path) -> str:
     return f"{found[0].topic}: {found[0].text}"
 
 
-def test_a_tracker_that_is_not_installed_or_not_known(tmp_path: Path) -> None:
-    text = both(tiny.recipe(tmp_path, train={"report_to": ["comet_ml"]}), tmp_path)
+def test_a_tracker_that_is_missing_or_unknown_is_an_error(tmp_path: Path) -> None:
+    text = error_of_check_and_run(
+        tiny.recipe(tmp_path, train={"report_to": ["comet_ml"]}), tmp_path
+    )
     assert text == "extras: comet_ml is not installed"
-    text = both(tiny.recipe(tmp_path, train={"report_to": ["weights"]}), tmp_path)
+    text = error_of_check_and_run(tiny.recipe(tmp_path, train={"report_to": ["weights"]}), tmp_path)
     assert "weights is not a tracker" in text
 
 
@@ -68,7 +70,7 @@ def test_a_tracker_that_is_not_installed_or_not_known(tmp_path: Path) -> None:
     ],
     ids=["attention", "logits"],
 )
-def test_parts_that_a_term_does_not_find(
+def test_a_term_that_does_not_find_its_part_of_the_model_is_an_error(
     tmp_path: Path, term: dict[str, Any], expected: str
 ) -> None:
     raw = tiny.recipe(tmp_path, objective={"terms": [{"divergence": "forward_kl"}, term]})
@@ -77,10 +79,10 @@ def test_parts_that_a_term_does_not_find(
     config = GPTNeoXConfig(num_attention_heads=4, max_position_embeddings=128, **sizes, **tokens)
     GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "teacher")
     raw["student"] = {"start": "random"}
-    assert expected in both(raw, tmp_path)
+    assert expected in error_of_check_and_run(raw, tmp_path)
 
 
-def test_another_template_of_the_teacher_is_one_warning(
+def test_different_chat_templates_are_one_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw = tiny.recipe(tmp_path)
@@ -97,10 +99,10 @@ def test_another_template_of_the_teacher_is_one_warning(
     assert capsys.readouterr().err.count(expected) == 1
 
 
-def test_too_little_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_space_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = tiny.recipe(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100_000))
-    assert both(raw, tmp_path).startswith("disk: about")
+    assert error_of_check_and_run(raw, tmp_path).startswith("disk: about")
 
 
 def test_all_members_of_a_family_need_disk_space(
@@ -117,7 +119,8 @@ def test_all_members_of_a_family_need_disk_space(
         (found,) = require_disk(job, [students[number] for number in numbers])
         return int(found.text.split()[1])
 
-    # Checkpoints are deleted after a training; before it, after it and exported, a student is kept.
+    # A finished training leaves no checkpoints but three copies of the student: untrained,
+    # trained, and exported.
     wide, narrow = (planned_size(models.student).total for models in students)
     checkpoints = 12 * (recipe.train.keep_checkpoints + 1)
     text = needed(0) - (12 + checkpoints) * wide
@@ -125,12 +128,14 @@ def test_all_members_of_a_family_need_disk_space(
     assert needed(1) < needed(0) < needed(0, 1)
 
 
-def test_windows_of_a_large_text_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_of_a_large_text_need_disk_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     raw = tiny.recipe(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000_000))
     (tmp_path / "text.txt").write_text(tiny.text(1000) + "\n" + ("word " * 20 + "\n") * 50_000)
     raw["data"]["train_tokens"] = None
-    assert "windows" in both(raw, tmp_path)
+    assert "windows" in error_of_check_and_run(raw, tmp_path)
     raw["data"]["train_tokens"] = 100_000
     assert "error" not in {one.level for one in check_recipe(raw)}
     raw["data"]["train_tokens"] = None
@@ -138,7 +143,9 @@ def test_windows_of_a_large_text_count(tmp_path: Path, monkeypatch: pytest.Monke
     assert "error" not in {one.level for one in check_recipe(raw)}
 
 
-def test_rows_beyond_a_limit_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_beyond_a_limit_need_no_disk_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     raw = tiny.recipe(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000_000))
     (tmp_path / "text.txt").write_text(tiny.text(1000) + "\n" + ("word " * 20 + "\n") * 50_000)
@@ -147,7 +154,7 @@ def test_rows_beyond_a_limit_do_not_count(tmp_path: Path, monkeypatch: pytest.Mo
     assert [one for one in check_recipe(raw) if one.level == "error"] == []
 
 
-def test_a_dataset_may_have_more_than_its_sample(tmp_path: Path) -> None:
+def test_a_dataset_has_at_least_as_many_tokens_as_its_sample(tmp_path: Path) -> None:
     raw = tiny.recipe(tmp_path)
     (tmp_path / "set").mkdir()
     write_jsonl(tmp_path / "set" / "a.jsonl", [{"text": tiny.text(30 + n)} for n in range(1000)])
@@ -160,7 +167,7 @@ def test_a_dataset_may_have_more_than_its_sample(tmp_path: Path) -> None:
     assert text.startswith("at least ")
 
 
-def test_text_of_unknown_size_counts_as_the_recipe_says(
+def test_text_of_unknown_size_needs_disk_space_for_train_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = {"kind": "hub", "dataset": "org/name"}
@@ -171,8 +178,8 @@ def test_text_of_unknown_size_counts_as_the_recipe_says(
     assert found.level == "error"
 
 
-def test_text_that_is_still_to_be_written_is_part_of_the_estimate(tmp_path: Path) -> None:
-    """Two answers of at most 300 tokens each, beside the other source."""
+def test_text_that_is_yet_to_be_generated_is_part_of_the_estimate(tmp_path: Path) -> None:
+    """Two answers of at most 300 tokens each, in addition to the other source."""
     raw = synthesis(tmp_path, sampling={"max_tokens": 300})
     raw["data"]["sources"][1]["tokens"] = 5000
     (tmp_path / "text.txt").write_text(tiny.text(4000))
@@ -189,41 +196,39 @@ def test_the_tokens_of_a_limited_source_are_estimated(tmp_path: Path) -> None:
     assert found.startswith("about 5,000 tokens")
 
 
-def test_a_store_of_signals_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_store_needs_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = tiny.recipe(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000_000))
     assert "error" not in {one.level for one in check_recipe(raw)}
     (tmp_path / "text.txt").write_text(tiny.text(40_000))
     raw["signals"] = {"encoding": {"kind": "hidden"}}
     raw["data"]["train_tokens"] = 1_000_000
-    assert "signals" in both(raw, tmp_path)
+    assert "signals" in error_of_check_and_run(raw, tmp_path)
 
 
-def test_a_key_that_is_not_in_the_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_api_key_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SOME_KEY", raising=False)
     api = {"base_url": "http://127.0.0.1:9/v1", "model": "m", "key_env": "SOME_KEY"}
-    text = both(synthesis(tmp_path, teacher={"api": api}), tmp_path)
+    text = error_of_check_and_run(synthesis(tmp_path, teacher={"api": api}), tmp_path)
     assert "SOME_KEY is not set" in text
     server = {"base_url": "http://127.0.0.1:9/v1", "model": "m", "key_env": "SOME_KEY"}
     signals = {"server": server, "encoding": {"kind": "top_k", "k": 5}}
-    text = both(tiny.recipe(tmp_path, signals=signals), tmp_path)
+    text = error_of_check_and_run(tiny.recipe(tmp_path, signals=signals), tmp_path)
     assert "SOME_KEY is not set" in text
 
 
-def test_a_judge_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_judge_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     judge = {"kind": "judge", "teacher": {"local": {"model": str(tmp_path / "nowhere")}}}
     raw = synthesis(tmp_path, filters={"best_of": judge})
     raw["synthesize"]["prompts"]["samples"] = 2
-    assert "there is no model" in both(raw, tmp_path)
+    assert "there is no model" in error_of_check_and_run(raw, tmp_path)
 
 
 @pytest.mark.parametrize("out", ["prompts.txt", "folder"])
-def test_a_result_that_would_replace_a_file_or_is_a_folder(tmp_path: Path, out: str) -> None:
+def test_synthesis_to_an_existing_file_or_folder_is_an_error(tmp_path: Path, out: str) -> None:
     (tmp_path / "folder").mkdir()
     raw = synthesis(tmp_path, out=str(tmp_path / out))
-    both(raw, tmp_path)
+    error_of_check_and_run(raw, tmp_path)
     assert (tmp_path / "prompts.txt").read_text() == "Say 1\nSay 2\n"
 
 
@@ -243,37 +248,41 @@ LONG = {"messages": [{"role": "user", "content": "a " * 400}, FINE["messages"][1
 def test_other_text_that_cannot_be_learned_is_found_before_the_teacher_is_queried(
     tmp_path: Path, row: dict[str, Any], what: str, part: str
 ) -> None:
-    """Wherever it is: the 301st row is no other than the first."""
+    """All rows are checked; the bad one is the 301st."""
     raw = synthesis(tmp_path)
     lines = [json.dumps(FINE)] * 300 + [json.dumps(row)]
     (tmp_path / "chat.jsonl").write_text("\n".join(lines))
     raw["data"].setdefault(part, []).append({"kind": "jsonl", "path": str(tmp_path / "chat.jsonl")})
-    assert what in both(raw, tmp_path)
+    assert what in error_of_check_and_run(raw, tmp_path)
     assert not (tmp_path / "answers.sqlite").exists()
 
 
-def test_control_tokens_that_the_recipe_allows_are_no_error(tmp_path: Path) -> None:
+def test_control_tokens_are_an_error_unless_the_recipe_allows_them(tmp_path: Path) -> None:
     raw = synthesis(tmp_path)
     row = {"prompt": "<|user|>a<|assistant|>", "completion": "b<|end|>"}
     (tmp_path / "rendered.jsonl").write_text(json.dumps(row))
     raw["data"]["sources"].append({"kind": "jsonl", "path": str(tmp_path / "rendered.jsonl")})
-    assert "begins or ends with" in both(raw, tmp_path)
+    assert "begins or ends with" in error_of_check_and_run(raw, tmp_path)
     raw["data"]["control_tokens"] = "tokens"
     assert "error" not in {one.level for one in check_recipe(raw)}
 
 
-def test_a_format_that_the_model_cannot_have(tmp_path: Path) -> None:
+def test_a_format_that_the_tokenizer_does_not_fit_is_an_error(tmp_path: Path) -> None:
     raw = tiny.recipe(tmp_path, export={"formats": ["gguf-f16"]})
-    assert "merges" in both(raw, tmp_path)
+    assert "merges" in error_of_check_and_run(raw, tmp_path)
 
 
-def test_a_language_of_a_filter(tmp_path: Path) -> None:
-    assert "zz" in both(synthesis(tmp_path, filters={"languages": ["zz"]}), tmp_path)
+def test_an_unknown_language_in_a_filter_is_an_error(tmp_path: Path) -> None:
+    assert "zz" in error_of_check_and_run(
+        synthesis(tmp_path, filters={"languages": ["zz"]}), tmp_path
+    )
 
 
-def test_a_training_that_cannot_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_that_does_not_fit_in_memory_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small = Machine("cpu", memory=1e8, rate=1e9)
     monkeypatch.setattr(run_check, "this_machine", lambda *_, **__: small)
-    text = both(tiny.recipe(tmp_path), tmp_path)
+    text = error_of_check_and_run(tiny.recipe(tmp_path), tmp_path)
     assert text.startswith("memory: student needs about")
     assert "too little even with a margin of 10%" in text

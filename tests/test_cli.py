@@ -1,4 +1,4 @@
-"""The verbs, their help, and how errors look."""
+"""The commands, their help, and how errors are shown."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests import forks, tiny
 from tests.classify import toys
 from tests.forks import Fork
 
-VERBS = (
+COMMANDS = (
     "run",
     "cascade",
     "synthesize",
@@ -59,27 +59,27 @@ def write(folder: Path, /, **sections: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_a_runnable_example_in_its_help(verb: str) -> None:
-    result = call(verb, "--help")
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_an_example_in_its_help(name: str) -> None:
+    result = call(name, "--help")
     assert result.exit_code == 0
-    assert f"stillhouse {verb}" in result.output
+    assert f"stillhouse {name}" in result.output
 
 
 def test_the_version_is_that_of_the_package() -> None:
     assert call("--version").output == f"stillhouse {stillhouse.__version__}\n"
 
 
-@pytest.mark.parametrize("verb", ["", "record", "verify", "info", "export", "push", "pull"])
-def test_verbs_of_signals_have_one_too(verb: str) -> None:
-    result = call("signals", *([verb] if verb else []), "--help")
+@pytest.mark.parametrize("name", ["", "record", "verify", "info", "export", "push", "pull"])
+def test_every_signals_command_has_an_example_in_its_help(name: str) -> None:
+    result = call("signals", *([name] if name else []), "--help")
     assert result.exit_code == 0
-    assert f"stillhouse signals {verb}".replace("record", "recipes") in result.output
+    assert f"stillhouse signals {name}".replace("record", "recipes") in result.output
 
 
-def test_the_verbs_are_those() -> None:
+def test_no_command_is_missing_from_the_list() -> None:
     found = {command.callback.__name__ for command in cli.app.registered_commands}
-    assert found == set(VERBS)
+    assert found == set(COMMANDS)
 
 
 def test_synthesize_rejects_the_recipe_of_a_task(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_synthesize_rejects_the_recipe_of_a_task(tmp_path: Path) -> None:
     assert "has a task" in str(error)
 
 
-def test_check_announces_what_a_format_cannot_hold(tmp_path: Path) -> None:
+def test_check_warns_of_sizes_that_a_format_cannot_hold(tmp_path: Path) -> None:
     words = tiny.merging_tokenizer()
     tiny.llama(vocab_size=len(words)).save_pretrained(tmp_path / "teacher")
     words.save_pretrained(tmp_path / "teacher")
@@ -134,7 +134,7 @@ def test_check_warns_of_a_license_that_restricts_students(
 
 
 @pytest.mark.run
-def test_a_store_is_recorded_shown_exported_and_a_flipped_bit_is_found(tmp_path: Path) -> None:
+def test_signals_are_recorded_shown_exported_and_verified(tmp_path: Path) -> None:
     recipe = write(tmp_path, signals={"encoding": {"kind": "top_k", "k": 8}})
     recorded = call("signals", str(recipe))
     assert recorded.exit_code == 0, recorded.output
@@ -214,7 +214,7 @@ def test_a_users_error_is_one_message_without_a_traceback(
         ["run", "/dev/zero"],
     ],
 )
-def test_paths_that_cannot_be_read_are_one_message(
+def test_paths_that_cannot_be_read_are_one_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["stillhouse", *arguments])
@@ -250,7 +250,7 @@ def test_predict_answers_a_line_before_the_next_one_is_written(
 
 @pytest.mark.parametrize("number", ["-1", "1e5", "nan", "true", f"1{'0' * 30}"])
 @pytest.mark.parametrize("option", [("check", "--calls"), ("preview", "--rows")])
-def test_options_have_numbers_that_can_be(option: tuple[str, str], number: str) -> None:
+def test_options_reject_impossible_numbers(option: tuple[str, str], number: str) -> None:
     result = call(option[0], "recipe.yaml", option[1], number)
     assert result.exit_code == 2
     assert "Invalid value" in result.output
@@ -309,7 +309,7 @@ def _print_the_schema() -> None:
 
 
 @pytest.mark.run
-def test_output_that_cannot_be_written_is_named() -> None:
+def test_a_full_disk_under_standard_output_is_one_error() -> None:
     process = Fork(_print_the_schema)
     _, error = process.communicate()
     assert process.wait() == 1
@@ -335,7 +335,7 @@ def _in_a_deleted_folder(folder: Path) -> None:
 
 
 @pytest.mark.run
-def test_a_current_folder_that_was_deleted_is_one_message(tmp_path: Path) -> None:
+def test_a_deleted_current_folder_is_one_error(tmp_path: Path) -> None:
     process = Fork(_in_a_deleted_folder, tmp_path / "gone")
     _, error = process.communicate()
     assert process.wait() == 1
@@ -351,8 +351,8 @@ def _without_streams(file: Path) -> None:
         os.write(2, b"a warning of a library")
 
 
-def test_a_closed_standard_input_is_an_empty_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python leaves no stream there: `stillhouse predict model <&-`."""
+def test_a_closed_standard_input_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For `stillhouse predict model <&-`, Python sets sys.stdin to None."""
     monkeypatch.setattr(sys, "stdin", None)
     open_standard_streams()
     assert sys.stdin is not None
@@ -360,8 +360,8 @@ def test_a_closed_standard_input_is_an_empty_one(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.run
-def test_what_a_library_prints_is_not_written_into_a_file(tmp_path: Path) -> None:
-    """Where standard streams are closed, the next file would get the number of one."""
+def test_output_of_a_library_is_not_written_to_a_file_by_mistake(tmp_path: Path) -> None:
+    """If standard streams are closed, the next file that is opened would get one's descriptor."""
     assert Fork(_without_streams, tmp_path / "file").wait() == 0
     assert (tmp_path / "file").read_bytes() == b""
 
@@ -403,7 +403,7 @@ def test_the_estimated_sizes_are_the_real_ones(tmp_path: Path) -> None:
     ],
     ids=["teacher", "size", "batch", "tracker", "source"],
 )
-def test_what_would_fail_is_an_error_and_the_exit_status_is_1(
+def test_check_exits_with_1_if_the_run_would_fail(
     tmp_path: Path, sections: dict[str, Any], expected: str
 ) -> None:
     recipe = write(tmp_path, **sections)
@@ -412,7 +412,7 @@ def test_what_would_fail_is_an_error_and_the_exit_status_is_1(
     assert call("check", str(recipe)).exit_code == 1
 
 
-def test_a_chat_row_that_is_too_long_is_found(tmp_path: Path) -> None:
+def test_check_rejects_a_chat_row_that_is_too_long(tmp_path: Path) -> None:
     rows = [{"prompt": "a" * 40, "completion": "b" * 40}] * 3
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = {"kind": "jsonl", "path": str(tmp_path / "rows.jsonl")}
@@ -449,13 +449,15 @@ def test_check_opens_the_store_that_a_recipe_names(tmp_path: Path) -> None:
     assert "error" in {finding.level for finding in check_recipe(named)}
 
 
-def test_an_error_has_what_where_and_fix() -> None:
+def test_an_error_shows_what_where_and_fix() -> None:
     error = StillhouseError("it broke", where="here", fix="mend it")
     assert str(error) == "it broke\n  where: here\n  fix:   mend it"
 
 
-def test_a_signal_inside_a_finalizer_still_stops(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python drops what is raised inside of `__del__`."""
+def test_a_signal_inside_a_finalizer_still_stops_the_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Python ignores exceptions that are raised in `__del__`."""
 
     class Kills:
         def __del__(self) -> None:
@@ -481,7 +483,7 @@ def test_a_signal_inside_a_finalizer_still_stops(monkeypatch: pytest.MonkeyPatch
 
 
 def _stopped_while_reporting() -> None:
-    """torchrun sends SIGTERM to a process that reports an error: another one has ended."""
+    """torchrun sends SIGTERM while the process reports an error, because another one has ended."""
 
     def fail() -> None:
         raise DataError("no such file", where="here", fix="there")
@@ -512,7 +514,7 @@ def _hang_up(ignored: bool) -> None:
 
 @pytest.mark.run
 @pytest.mark.parametrize(("ignored", "status"), [(False, 129), (True, 0)])
-def test_a_closed_terminal_stops_a_command_that_is_not_under_nohup(
+def test_a_closed_terminal_stops_a_command_unless_it_runs_under_nohup(
     ignored: bool, status: int
 ) -> None:
     process = Fork(_hang_up, ignored)
@@ -521,10 +523,10 @@ def test_a_closed_terminal_stops_a_command_that_is_not_under_nohup(
     assert error.count("stopped.") == (not ignored)
 
 
-def test_a_signal_that_comes_out_as_another_error_is_a_stop(
+def test_a_signal_that_causes_another_error_is_still_a_stop(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As a lock of the standard library that is released without having been acquired."""
+    """For example, the standard library releases a lock that it has not acquired yet."""
 
     def interrupted() -> None:
         try:

@@ -1,4 +1,4 @@
-"""Products by oneDNN: equal to the plain ones, forward and backward, wherever they are used."""
+"""Matrix products by oneDNN equal PyTorch's, forward and backward, wherever they are used."""
 
 from __future__ import annotations
 
@@ -52,8 +52,10 @@ def recorded_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, ...]]:
 @needs_onednn
 @pytest.mark.parametrize("a", views_of(4, 4))
 @pytest.mark.parametrize("b", views_of(4, 4))
-def test_products_of_any_layout(a: str, b: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """oneDNN gets only layouts that it has fast code for."""
+def test_products_of_any_layout_are_correct_and_fast(
+    a: str, b: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """oneDNN is given only layouts for which it has fast code."""
     given = recorded_calls(monkeypatch)
     a_NK, b_MK = views_of(131, 260)[a], views_of(127, 260)[b]
     assert is_fast(a_NK, b_MK)
@@ -66,7 +68,7 @@ def test_products_of_any_layout(a: str, b: str, monkeypatch: pytest.MonkeyPatch)
     assert error < 1e-5
 
 
-def test_small_and_other_products_are_pytorchs_own() -> None:
+def test_small_products_and_other_dtypes_use_pytorch() -> None:
     small = torch.randn(8, 16)
     large = torch.randn(1024, 256)
     others = [small, large.double(), large.bfloat16()]
@@ -81,7 +83,7 @@ def test_small_and_other_products_are_pytorchs_own() -> None:
 @needs_onednn
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_linear_layer_and_its_gradients(
+def test_a_linear_layer_and_its_gradients_equal_pytorchs(
     bias: bool, frozen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = torch.nn.Linear(160, 200, bias=bias)
@@ -106,7 +108,7 @@ def test_a_linear_layer_and_its_gradients(
 
 @needs_onednn
 @pytest.mark.parametrize("transposed", [False, True])
-def test_batched_products_and_their_gradients(
+def test_batched_products_and_their_gradients_equal_pytorchs(
     transposed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a = torch.randn(3, 256, 160, requires_grad=True)
@@ -124,7 +126,7 @@ def test_batched_products_and_their_gradients(
     assert len(calls) == 9
 
 
-def test_no_batched_products() -> None:
+def test_an_empty_batch_of_products_has_the_right_shape() -> None:
     assert batched_product(torch.randn(0, 256, 160), torch.randn(0, 130, 160)).shape == (
         0,
         256,
@@ -133,7 +135,7 @@ def test_no_batched_products() -> None:
 
 
 @needs_onednn
-def test_autocast_is_left_alone() -> None:
+def test_products_under_autocast_use_pytorch() -> None:
     weight, x = torch.randn(200, 160), torch.randn(180, 160)
     with torch.autocast("cpu", torch.bfloat16):
         expected = F.linear(x, weight)
@@ -146,7 +148,7 @@ def test_autocast_is_left_alone() -> None:
 @needs_onednn
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_a_models_hidden_states_and_gradients(
+def test_a_models_hidden_states_and_gradients_equal_pytorchs(
     kind: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = {

@@ -64,14 +64,14 @@ def test_every_setting_of_every_experiment_is_measured(
     assert len(result["bars"]) == 10
 
 
-def test_pieces_with_other_options_are_refused(tmp_path: Path) -> None:
+def test_results_with_different_options_cannot_be_combined(tmp_path: Path) -> None:
     given = options(tmp_path)
     cross_tokenizer.require_same_options(cross_tokenizer.parsed(given))
     with pytest.raises(SystemExit, match="other values of tokens"):
         cross_tokenizer.require_same_options(cross_tokenizer.parsed([*given, "--tokens", "2000"]))
 
 
-def test_articles_of_wikitext_are_documents_as_wikipedia_writes_them() -> None:
+def test_wikitext_articles_become_documents_in_normal_orthography() -> None:
     text = (
         " = Lobster = \n \n"
         ' It weighs 1 @.@ 5 kg ( 3 lb ) , and is called " red " , or " blue " . A <unk> one . \n'
@@ -100,7 +100,7 @@ def model_of(words: Any) -> LocalTeacher:
 
 
 @pytest.mark.parametrize("bytes_first", [True, False])
-def test_merged_distributions_are_those_at_a_chunks_first_token_times_the_rest(
+def test_a_merged_distribution_is_the_first_tokens_times_the_probability_of_the_rest(
     bytes_first: bool,
 ) -> None:
     words = [tiny.tokenizer(), byte_level(300)]
@@ -119,7 +119,7 @@ def test_merged_distributions_are_those_at_a_chunks_first_token_times_the_rest(
             torch.testing.assert_close(found_GV[chunk], expected_V)
 
 
-def test_a_permutation_of_the_vocabulary_has_no_distance_in_uld() -> None:
+def test_the_uld_distance_to_a_permuted_vocabulary_is_zero() -> None:
     p_GV = torch.rand(3, 7, dtype=torch.float64).softmax(1)
     assert float(sorted_distance(p_GV, p_GV[:, torch.randperm(7)])) == 0
     expected = sum(
@@ -130,7 +130,7 @@ def test_a_permutation_of_the_vocabulary_has_no_distance_in_uld() -> None:
     assert float(sorted_distance(p_GV, p_GV.flip(0))) == pytest.approx(expected)
 
 
-def test_gold_compares_equal_strings_by_jsd_and_the_rest_sorted() -> None:
+def test_gold_compares_equal_strings_by_jsd_and_sorts_the_rest() -> None:
     gold = Gold(student_M=torch.tensor([0, 2]), teacher_M=torch.tensor([1, 3]))
     q_GV = torch.tensor([[0.5, 0.1, 0.4]], dtype=torch.float64)
     p_GW = torch.tensor([[0.2, 0.3, 0.1, 0.4]], dtype=torch.float64)
@@ -144,7 +144,7 @@ def test_gold_compares_equal_strings_by_jsd_and_the_rest_sorted() -> None:
     assert float(gold.distance(q_GV, p_GW)) == pytest.approx(0.5 * matched + 0.5 * rest)
 
 
-def test_both_are_zero_between_equal_models_and_not_one_position_off() -> None:
+def test_both_losses_are_zero_for_equal_models_unless_shifted_by_one_position() -> None:
     model = model_of(byte_level(300))
     ours, theirs, aligned = chunks_of(model, model)
     words = aligned.aligner

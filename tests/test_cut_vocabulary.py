@@ -26,7 +26,7 @@ pytestmark = pytest.mark.run
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A teacher of 440 rows, of which no more than 432 are tokens."""
+    """A teacher with 440 embedding rows, at most 432 of which are tokens."""
     words = KINDS["byte-level"]
     end = words.eos_token_id
     tiny.save_model(
@@ -47,7 +47,7 @@ def stage(result: RunResult, name: str) -> Stage:
     return next(stage for stage in result.stages if stage.name == name)
 
 
-def test_the_teacher_loses_the_same_tokens_and_the_student_is_trained_on_the_others(
+def test_teacher_and_student_lose_the_same_tokens(
     folder: Path,
 ) -> None:
     result = run(tiny.recipe(folder, student={"vocabulary": "data"}))
@@ -59,7 +59,7 @@ def test_the_teacher_loses_the_same_tokens_and_the_student_is_trained_on_the_oth
     assert cut["vocabulary"][0] == 440
     assert cut["vocabulary"][1] < 400
     assert cut["measured_share"] == 1.0
-    # Its own head without the lost tokens: they had some of the probability, and no text needs it.
+    # The removed tokens had some of the teacher's probability, although no text contains them.
     assert cut["cut_perplexity"] < cut["teacher_perplexity"]
 
     tokenizer = AutoTokenizer.from_pretrained(result.model)
@@ -86,7 +86,7 @@ def test_a_second_run_does_not_cut_again(folder: Path) -> None:
     assert all(stage.reused for stage in run(raw).stages)
 
 
-def test_a_student_that_only_loses_tokens_starts_as_the_cut_teacher(folder: Path) -> None:
+def test_a_student_that_only_loses_tokens_starts_equal_to_the_cut_teacher(folder: Path) -> None:
     raw = tiny.recipe(folder, student={"vocabulary": 320})
     del raw["student"]["ffn_size"]
     result = run(raw)
@@ -114,7 +114,7 @@ def test_a_family_shares_the_cut_teacher(folder: Path) -> None:
     assert family_data["cut"]["parameters"] == [whole, whole - lost]
     assert told[0]["shape"] == {"vocabulary": [440, 320], "ffn_size": [64, 48]}
     assert told[1]["shape"] == {"ffn_size": [48, 32]}
-    # The cut is made for the first member, whose time it is a part of.
+    # The cut is made for the first member and counts toward its time.
     making = [s for s in result.members["a"].stages if s.name in ("data", "vocabulary")]
     making += [stage(result.members["a"], name) for name in ("student", "train")]
     assert told[0]["seconds"] == pytest.approx(sum(s.cost.seconds for s in making))
@@ -123,7 +123,9 @@ def test_a_family_shares_the_cut_teacher(folder: Path) -> None:
         run_cascade(family)
 
 
-def test_a_family_is_compared_with_training_from_scratch(folder: Path) -> None:
+def test_a_family_with_a_cut_vocabulary_is_compared_with_training_from_scratch(
+    folder: Path,
+) -> None:
     words = AutoTokenizer.from_pretrained(folder / "teacher")
     words.chat_template = (
         "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -141,7 +143,7 @@ def test_a_family_is_compared_with_training_from_scratch(folder: Path) -> None:
             "filters": {"truncated": False, "refusals": False},
             "out": str(folder / "chats.jsonl"),
         },
-        # More text than the members have, with tokens that they have lost.
+        # More text than the members train on, which contains removed tokens.
         cascade={
             "hops": [{"name": "a", "ffn_size": 48}, {"name": "b", "ffn_size": 32}],
             "from_scratch": {"tokens": 6000, "learning_rate": 3e-3},
@@ -164,7 +166,7 @@ def test_a_family_is_compared_with_training_from_scratch(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("teacher", ["previous", "both"])
-def test_a_member_learns_from_the_one_before_which_has_lost_the_tokens(
+def test_a_member_with_a_cut_vocabulary_learns_from_the_one_before(
     folder: Path, teacher: str
 ) -> None:
     hops = [{"name": "a", "ffn_size": 48}, {"name": "b", "ffn_size": 32}]
@@ -195,7 +197,7 @@ def test_a_start_model_and_its_teacher_lose_the_same_tokens(folder: Path) -> Non
     assert cut[0] is not None
     assert cut == [cut[0]] * 3
     student = AutoModelForCausalLM.from_pretrained(result.model)
-    # Nothing else is cut: it has the layers of its own start.
+    # Nothing else is cut: the student has the layers of its start model.
     assert (student.config.vocab_size, student.config.num_hidden_layers) == (320, 2)
 
 
@@ -207,7 +209,7 @@ def test_a_start_model_with_another_vocabulary_is_rejected_early(folder: Path) -
     assert not list(folder.glob("run/stages/*"))
 
 
-def test_the_whole_teacher_teaches_through_the_first_kept_token_of_each(folder: Path) -> None:
+def test_fold_and_renormalize_train_with_different_losses(folder: Path) -> None:
     raw = tiny.recipe(folder, student={"vocabulary": 320, "ffn_size": 32})
     raw["train"] |= {"max_steps": 6}
     losses = {}
@@ -225,7 +227,7 @@ def test_the_whole_teacher_teaches_through_the_first_kept_token_of_each(folder: 
 
 
 def test_training_from_scratch_has_the_teachers_of_the_first_member(folder: Path) -> None:
-    """With a fold, that is the whole teacher."""
+    """With a fold, the teacher is not cut."""
     family = tiny.recipe(
         folder,
         student={"vocabulary": 320, "removed_tokens": "fold"},
@@ -243,7 +245,7 @@ def test_training_from_scratch_has_the_teachers_of_the_first_member(folder: Path
     assert (result.folder / "a" / "roots").is_dir()
 
 
-def test_other_teachers_of_a_fold_are_not_cut(folder: Path) -> None:
+def test_with_a_fold_additional_teachers_are_not_cut(folder: Path) -> None:
     words = KINDS["byte-level"]
     tiny.save_model(folder / "other", 2, vocab_size=432)
     words.save_pretrained(folder / "other")
@@ -263,7 +265,7 @@ def test_other_teachers_of_a_fold_are_not_cut(folder: Path) -> None:
         ({"objective": {"terms": [{}, {"kind": "hidden_states"}]}}, "compare positions"),
     ],
 )
-def test_what_needs_the_cut_teacher_is_refused_with_a_fold(
+def test_a_fold_is_rejected_where_the_cut_teacher_is_needed(
     folder: Path, section: dict[str, Any], reason: str
 ) -> None:
     student = {"vocabulary": 320, "ffn_size": 32, "removed_tokens": "fold"}

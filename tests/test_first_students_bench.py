@@ -1,4 +1,4 @@
-"""The comparison of learning rates for a recipe."""
+"""The benchmark that compares learning rates for a recipe."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests import tiny
 pytestmark = pytest.mark.run
 
 
-def test_rates_share_the_student(tmp_path: Path) -> None:
+def test_runs_with_different_learning_rates_share_the_untrained_student(tmp_path: Path) -> None:
     recipe = tmp_path / "own.yaml"
     recipe.write_text(json.dumps(tiny.recipe(tmp_path, train={"max_steps": 2})))
     slow, fast = (measure(recipe, tmp_path / "runs", [rate_of(rate)]) for rate in ("1e-6", "1e-2"))

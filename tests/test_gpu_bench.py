@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tries the scr
 
 
 def run_here(part: Part, seconds: float) -> dict[str, Any]:
-    """The part in this process, which has imported what takes seconds."""
+    """Run the part in this process, which has done the slow imports."""
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as written:
         patch.setattr(sys, "argv", ["bench.gpu_parts", *part.arguments])
         gpu_parts.main()
@@ -49,7 +49,7 @@ def test_every_part_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert 0 < figures["after"]["free"] <= 1
 
 
-def test_a_part_that_fails_or_is_too_late_is_recorded(
+def test_a_part_that_fails_or_has_no_time_is_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     late = measured(Part("after", ["after", *TINY], 0.0), 1.0)
@@ -75,12 +75,12 @@ def test_a_part_is_cut_short_and_keeps_its_figures(
     assert found["first"] == 1
 
 
-def test_lines_that_are_no_figures_are_left_out() -> None:
+def test_lines_without_figures_are_ignored() -> None:
     assert figures_of('warning\n{"a": 1}\n{"b": {"c": 2}}\n{"broken"') == {"a": 1, "b": {"c": 2}}
 
 
-def test_bars_follow_from_what_was_measured() -> None:
-    """Of parts without figures, there are none."""
+def test_bars_follow_from_the_measured_figures() -> None:
+    """Parts without figures have no bars."""
     figures = {
         "settings": {},
         "tests": {"failures": 0, "passed": 30, "skipped": 0},

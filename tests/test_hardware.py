@@ -1,4 +1,4 @@
-"""Abilities are read from the machine, and every choice comes with its reason."""
+"""Hardware features are detected, and every choice comes with its reason."""
 
 from __future__ import annotations
 
@@ -157,8 +157,8 @@ print(peak - before, peak - process.memory_info().rss)
 
 @pytest.mark.run
 @pytest.mark.skipif(sys.platform != "linux", reason="malloc_trim is glibc's")
-def test_memory_of_a_stage_is_free_when_the_next_begins() -> None:
-    """256 MiB of tensors that are gone stay resident until the heap is trimmed."""
+def test_memory_of_a_stage_is_freed_before_the_next_begins() -> None:
+    """256 MiB of deleted tensors stay resident until the heap is trimmed."""
     command = [sys.executable, "-c", RESIDENT]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     before, after = map(int, done.stdout.split())
@@ -192,7 +192,7 @@ def test_gaps_on_the_heap_are_returned_between_steps() -> None:
 def test_the_heap_is_trimmed_once_memory_has_grown_by_a_quarter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Then the next step's memory, which allocates again, is the usual."""
+    """After a trim, the memory of the next step is the new baseline, since it allocates again."""
     trims: list[int] = []
 
     class Library:
@@ -212,7 +212,7 @@ def test_the_heap_is_trimmed_once_memory_has_grown_by_a_quarter(
     assert found == [0, 0, 1, 1, 1, 2]
 
 
-def test_one_process_that_works_for_all_has_the_cores_of_its_machine(
+def test_one_process_that_works_for_all_uses_every_core(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """torchrun gives each process one thread."""
@@ -243,7 +243,7 @@ def test_the_allocator_is_unchanged_without_glibc(monkeypatch: pytest.MonkeyPatc
 
 
 def test_matmul_rate_is_the_speed_of_a_real_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A product takes as many seconds as it has operations, and the rate is one of them."""
+    """The clock advances as if each product ran at 1e9 FLOP/s."""
     clock, product = Clock(), cpu_products.product
 
     def timed(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -286,8 +286,8 @@ print(before - peak_memory_bytes())
 
 
 @pytest.mark.run
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets a peak")
-def test_a_peak_can_begin_anew() -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can reset the peak")
+def test_peak_memory_can_be_reset() -> None:
     command = [sys.executable, "-c", AGAIN]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout) == pytest.approx(512 << 20, rel=0.2)
@@ -301,7 +301,7 @@ def test_peak_memory_does_not_start_at_that_of_the_parent() -> None:
     assert held.numel() == 512 << 20
 
 
-def test_machine_is_plain_json() -> None:
+def test_the_description_of_the_machine_is_plain_json() -> None:
     described = hardware.machine()
     assert json.loads(json.dumps(described)) == described
     assert described["torch_threads"] == torch.get_num_threads()
@@ -312,10 +312,10 @@ def test_the_default_device_exists() -> None:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_memory_of_a_container_ends_at_its_limit(
+def test_free_memory_respects_the_limit_of_a_container(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
 ) -> None:
-    """The innermost limit counts, without pages of files."""
+    """The innermost limit counts, and cached pages of files count as free."""
     root = tmp_path if version == 2 else tmp_path / "memory"
     job = root / "slurm" / "job 7"
     job.mkdir(parents=True)
@@ -339,10 +339,10 @@ def test_memory_of_a_container_ends_at_its_limit(
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_threads_are_no_more_than_the_cores_of_a_container(
+def test_threads_respect_the_core_limit_of_a_container(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
 ) -> None:
-    """Linux counts all cores of the machine there."""
+    """In a container, Linux reports all cores of the machine."""
     folder = (tmp_path if version == 2 else tmp_path / "cpu") / "docker"
     folder.mkdir(parents=True)
     (tmp_path / "own").write_text("0::/docker\n" if version == 2 else "3:cpu,cpuacct:/docker\n")

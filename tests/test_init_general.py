@@ -1,4 +1,4 @@
-"""General chats that the teacher writes beside the user's text."""
+"""General chats that the teacher writes in addition to the user's text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from stillhouse.init_general import (
 from tests import tiny
 
 
-def test_all_of_a_short_text_is_used_with_a_third_as_many_tokens_of_chats() -> None:
+def test_a_short_text_is_used_whole_with_a_third_as_many_tokens_of_chats() -> None:
     beside = chats_beside(9000)
     assert beside == 3000
     found = general_chats([6000, 3000], used=12_000)
@@ -33,13 +33,13 @@ def test_all_of_a_short_text_is_used_with_a_third_as_many_tokens_of_chats() -> N
     assert found.prompts == round(3000 / CHAT_TOKENS)
 
 
-def test_of_a_long_text_each_source_gives_its_part() -> None:
+def test_sources_of_a_long_text_are_used_in_proportion() -> None:
     found = general_chats([300_000, 100_000], used=20_000)
     assert found.own == [11_250, 3_750]
     assert found.prompts == round(SHARE * 20_000 / CHAT_TOKENS)
 
 
-def test_there_are_only_so_many_prompts() -> None:
+def test_the_number_of_prompts_is_limited() -> None:
     assert len(set(TEMPLATES)) * len(set(TOPICS)) == MOST_PROMPTS
     most = MOST_PROMPTS * CHAT_TOKENS
     assert chats_beside(1e7) == most
@@ -84,7 +84,7 @@ def test_a_recipe_lets_the_teacher_answer_general_questions(folder: Path) -> Non
 
 
 @pytest.mark.run
-def test_a_student_of_another_model_learns_from_the_users_text_alone(folder: Path) -> None:
+def test_a_student_of_another_model_learns_only_from_the_users_text(folder: Path) -> None:
     shown = init(folder, str(folder / "small"))
     recipe = load_recipe(folder / "mine.yaml")
     assert recipe.synthesize is None
@@ -106,7 +106,7 @@ def test_teachers_that_reason_first_write_no_chats(template: str | None, brief: 
 
 
 @pytest.mark.run
-def test_a_teacher_that_cannot_answer_writes_nothing(folder: Path) -> None:
+def test_a_teacher_without_a_chat_template_writes_no_chats(folder: Path) -> None:
     (folder / "teacher" / "chat_template.jinja").unlink(missing_ok=True)
     settings = folder / "teacher" / "tokenizer_config.json"
     raw = json.loads(settings.read_text())

@@ -52,7 +52,7 @@ def flags(folder: Path, job: str, data: str, size: str = "medium") -> list[str]:
     return ["--job", job, *teacher, "--data", str(folder / data), "--size", size]
 
 
-def test_a_recipe_to_distill(folder: Path) -> None:
+def test_a_medium_student_has_a_narrower_ffn_and_all_layers(folder: Path) -> None:
     init(folder, *flags(folder, "distill", "text.txt"))
     recipe = load_recipe(folder / "made here" / "recipe.yaml")
     # The tiny teacher has layers of 64 neurons; half of its blocks are left without dropping any.
@@ -60,7 +60,7 @@ def test_a_recipe_to_distill(folder: Path) -> None:
 
 
 def labels_of(folder: Path) -> list[str]:
-    """The labels of the recipe of a classifier that `init` wrote."""
+    """The labels in the classifier recipe that `init` wrote."""
     recipe = load_recipe(folder / "made here" / "recipe.yaml")
     assert isinstance(recipe, ClassifyRecipe)
     assert recipe.task.labels is not None
@@ -68,7 +68,7 @@ def labels_of(folder: Path) -> list[str]:
 
 
 def test_characters_that_yaml_does_not_allow_are_escaped(folder: Path) -> None:
-    """U+0092 is what an apostrophe of Windows becomes if its text is read as ISO-8859-1."""
+    """U+0092 is what a Windows apostrophe becomes if its text is read as ISO-8859-1."""
     labels = ["don\x92t", "a\x85b", "c\u2028d", "caf\u00e9 \U0001f600"]
     init(folder, *flags(folder, "classify", "text.txt"), "--labels", ",".join(labels))
     assert labels_of(folder) == labels
@@ -85,20 +85,20 @@ def test_paths_are_resolved_relative_to_the_recipe(
     assert (recipe.teacher.model, recipe.data.texts[0].path) == ("../teacher", "../text.txt")
 
 
-def test_a_recipe_to_classify_finds_texts_and_labels_in_the_file(folder: Path) -> None:
+def test_a_classify_recipe_names_the_columns_of_texts_and_labels(folder: Path) -> None:
     init(folder, *flags(folder, "classify", "rows.jsonl", "small"))
     recipe = load_recipe(folder / "made here" / "recipe.yaml")
     assert (recipe.data.texts[0].text, recipe.data.texts[0].label) == ("message", "topic")
     assert recipe.student.layers == 3
 
 
-def test_a_recipe_to_extract_brings_its_schema(folder: Path) -> None:
+def test_an_extract_recipe_comes_with_its_schema(folder: Path) -> None:
     init(folder, *flags(folder, "extract", "text.txt"), "--fields", "name,what")
     schema = json.loads((folder / "made here" / "recipe.schema.json").read_text())
     assert list(schema["properties"]) == ["name", "what"]
 
 
-def test_a_recipe_to_generate_from_an_api(folder: Path) -> None:
+def test_a_generate_recipe_with_an_api_has_a_budget(folder: Path) -> None:
     told = ["--teacher", "http://127.0.0.1:9/v1", "--size", str(folder / "small")]
     data = ["--data", str(folder / "text.txt")]
     init(folder, "--job", "generate", *told, *data, "--api-model", "big")
@@ -111,7 +111,7 @@ def test_a_recipe_to_generate_from_an_api(folder: Path) -> None:
     ("url", "variable"),
     [("https://api.openai.com/v1", "OPENAI_API_KEY"), ("http://127.0.0.1:9/v1", None)],
 )
-def test_the_key_of_a_known_api_is_named(
+def test_the_key_variable_of_a_known_api_is_filled_in(
     folder: Path, monkeypatch: pytest.MonkeyPatch, url: str, variable: str | None
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
@@ -127,7 +127,7 @@ def test_a_tenth_of_a_short_text_is_held_out(folder: Path, sentences: int, heldo
     assert load_recipe(folder / "made here" / "recipe.yaml").data.heldout_tokens == heldout
 
 
-def test_a_teacher_that_is_not_here_yet_limits_nothing(folder: Path) -> None:
+def test_a_teacher_that_is_not_downloaded_yet_limits_nothing(folder: Path) -> None:
     out = folder / "recipe.yaml"
     named = flags(folder, "distill", "text.txt", str(folder / "small"))
     named[named.index("--teacher") + 1] = "owner/not-here"
@@ -138,7 +138,7 @@ def test_a_teacher_that_is_not_here_yet_limits_nothing(folder: Path) -> None:
 
 
 def test_rows_of_an_unknown_format_are_rejected(folder: Path) -> None:
-    """A title is not the text of a row whose text is nested."""
+    """The title of a row is not mistaken for its text, which is nested."""
     row = {"title": "A title", "turns": {"first": "What is this?"}}
     (folder / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(9)))
     out = ["init", "--out", str(folder / "x.yaml")]
@@ -154,20 +154,20 @@ def test_missing_flags_are_prompted_for(folder: Path) -> None:
     assert labels_of(folder) == ["cats", "dogs"]
 
 
-def test_without_anyone_to_answer_the_flags_are_named(folder: Path) -> None:
+def test_missing_flags_are_named_if_there_is_no_input(folder: Path) -> None:
     answer = CliRunner().invoke(app, ["init", "--data", str(folder / "text.txt")], input="")
     assert isinstance(answer.exception, RecipeError)
     assert "What is the job?" in str(answer.exception)
     assert "--job" in str(answer.exception.fix)
 
 
-def test_empty_answers_fit_each_other(folder: Path) -> None:
+def test_default_answers_fit_together(folder: Path) -> None:
     init(folder, typed=f"\n{folder / 'teacher'}\n\n\n")
     recipe = load_recipe(folder / "made here" / "recipe.yaml")
     assert recipe.data.sources[0].kind == "corpus"
 
 
-def test_the_usual_size_of_an_apis_student_is_a_model(folder: Path) -> None:
+def test_the_default_student_of_an_api_is_a_model(folder: Path) -> None:
     asked: dict[str, str] = {}
 
     def ask(question: str, usual: str) -> str:
@@ -181,7 +181,7 @@ def test_the_usual_size_of_an_apis_student_is_a_model(folder: Path) -> None:
     assert asked["Which data"] == ""
 
 
-def test_a_name_is_in_ascii(folder: Path) -> None:
+def test_the_name_of_a_recipe_is_ascii(folder: Path) -> None:
     out = folder / "Größe é.yaml"
     told = flags(folder, "generate", "text.txt")
     answer = CliRunner().invoke(app, ["init", "--out", str(out), *told])
@@ -193,7 +193,7 @@ def test_a_name_is_in_ascii(folder: Path) -> None:
 
 
 def log(folder: Path, answers: Sequence[Any], *, stored: bool = False) -> Path:
-    """Chats with a system prompt; stored: as a request next to its response."""
+    """Write chats with a system prompt. stored: each as a request next to its response."""
     path = folder / "logs.jsonl"
     rows = []
     for number, answer in enumerate(answers):
@@ -211,7 +211,7 @@ def log(folder: Path, answers: Sequence[Any], *, stored: bool = False) -> Path:
 
 
 @pytest.mark.parametrize("stored", [False, True])
-def test_logs_with_few_short_answers_are_a_classifiers(folder: Path, stored: bool) -> None:
+def test_logs_with_few_distinct_answers_make_a_classify_recipe(folder: Path, stored: bool) -> None:
     path = log(folder, [LABELS[n % 3 == 0] for n in range(30)], stored=stored)
     init(folder, "--from", str(path), "--teacher", str(folder / "teacher"), "--size", "small")
     recipe = load_recipe(folder / "made here" / "recipe.yaml")
@@ -220,7 +220,7 @@ def test_logs_with_few_short_answers_are_a_classifiers(folder: Path, stored: boo
     assert (folder / "made here" / "recipe-texts.jsonl").read_text().count("\n") == 30
 
 
-def test_spellings_of_one_label_are_one_label(folder: Path) -> None:
+def test_spellings_of_a_label_are_merged(folder: Path) -> None:
     path = log(
         folder, [["Spam", "Spam", "spam.", "not_spam", "Not spam"][n % 5] for n in range(30)]
     )
@@ -265,7 +265,7 @@ LOGS: dict[str, Callable[[str, str], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("form", LOGS)
-def test_rows_of_training_data_are_logs(folder: Path, form: str) -> None:
+def test_training_data_is_read_like_logs(folder: Path, form: str) -> None:
     pairs = [(f"message {number}", LABELS[number % len(LABELS)]) for number in range(30)]
     path = folder / "logs.json"
     path.write_text(json.dumps([LOGS[form](*pair) for pair in pairs]))
@@ -284,7 +284,7 @@ def test_an_answer_of_weight_0_is_ignored_when_detecting_the_task(folder: Path) 
     assert len(read_logs(path).pairs) == 15
 
 
-def test_the_remainder_of_longer_chats_is_reported(
+def test_only_the_last_turn_of_a_longer_chat_is_used_with_a_note(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = log(folder, [f"answer {n}" for n in range(10)])
@@ -298,7 +298,7 @@ def test_the_remainder_of_longer_chats_is_reported(
     assert "1 of 10 chats have several turns" in capsys.readouterr().err
 
 
-def test_logs_with_json_answers_are_an_extraction(folder: Path) -> None:
+def test_logs_with_json_answers_make_an_extract_recipe(folder: Path) -> None:
     path = log(folder, [json.dumps({"name": f"n{n}", "age": n}) for n in range(30)])
     init(folder, "--from", str(path), "--teacher", str(folder / "teacher"), "--size", "small")
     schema = json.loads((folder / "made here" / "recipe.schema.json").read_text())
@@ -306,7 +306,7 @@ def test_logs_with_json_answers_are_an_extraction(folder: Path) -> None:
     assert schema["required"] == ["name", "age"]
 
 
-def test_other_logs_are_free_text(folder: Path) -> None:
+def test_other_logs_make_a_generate_recipe(folder: Path) -> None:
     path = log(folder, [f"a long answer number {n} that never repeats" for n in range(30)])
     assert read_logs(path).job == "generate"
     init(folder, "--from", str(path), "--teacher", str(folder / "teacher"), "--size", "small")
@@ -325,7 +325,7 @@ def test_other_logs_are_free_text(folder: Path) -> None:
         (["--size", "medium", "--teacher", "https://api.example.com/v1"], "cannot be made"),
     ],
 )
-def test_one_clear_message(folder: Path, more: list[str], said: str) -> None:
+def test_impossible_choices_are_one_error(folder: Path, more: list[str], said: str) -> None:
     told = [*flags(folder, "generate", "text.txt"), "--api-model", "big", *more]
     answer = CliRunner().invoke(app, ["init", "--out", str(folder / "recipe.yaml"), *told])
     assert isinstance(answer.exception, StillhouseError)
@@ -333,7 +333,7 @@ def test_one_clear_message(folder: Path, more: list[str], said: str) -> None:
     assert not (folder / "recipe.yaml").exists()
 
 
-def test_what_to_expect_of_a_student_is_said(folder: Path) -> None:
+def test_init_says_what_to_expect_of_the_student(folder: Path) -> None:
     shown = init(folder, *flags(folder, "distill", "text.txt"))
     for part in ("training on ", "could only continue such text", "Use size large"):
         assert part in shown
@@ -349,7 +349,7 @@ def test_what_to_expect_of_a_student_is_said(folder: Path) -> None:
     assert load_recipe(out).evaluate.prompts[-1] == "Is it?"
 
 
-def test_a_recipe_is_not_written_over(folder: Path) -> None:
+def test_a_recipe_is_overwritten_only_with_force(folder: Path) -> None:
     init(folder, *flags(folder, "generate", "text.txt"))
     out = str(folder / "made here" / "recipe.yaml")
     again = CliRunner().invoke(app, ["init", "--out", out, *flags(folder, "generate", "text.txt")])
@@ -364,7 +364,7 @@ def test_logs_without_answers_are_rejected(folder: Path) -> None:
         read_logs(path)
 
 
-def test_markdown_in_a_folder_is_a_source_of_its_own(folder: Path) -> None:
+def test_markdown_in_a_folder_is_a_separate_source(folder: Path) -> None:
     notes = folder / "notes"
     (notes / "deep").mkdir(parents=True)
     for number in range(12):

@@ -1,4 +1,4 @@
-"""What `stillhouse init` finds in the files of someone who has not read a manual."""
+"""How `stillhouse init` recognizes the text, labels, and chats in a user's files."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_text_column_is_chosen_from_many_rows(
     assert "from column 'issue', not from 'title'" in capsys.readouterr().err
 
 
-def test_numbers_and_dates_are_no_text() -> None:
+def test_numbers_and_dates_are_not_text() -> None:
     row = {"id": "123456789012345", "day": "2024-01-01T10:00:00", "note": "short"}
     with pytest.raises(DataError, match="no column contains text: the columns are id, day"):
         text_column([{key: row[key] for key in ("id", "day")}], "a.csv")
@@ -89,7 +89,7 @@ def test_numbers_that_name_columns_are_a_header(folder: Path, names: str) -> Non
 # --- folders -----------------------------------------------------------------------------------
 
 
-def test_an_unpacked_chatgpt_export_is_its_chats(folder: Path) -> None:
+def test_an_unpacked_chatgpt_export_is_read_as_its_chats(folder: Path) -> None:
     export = folder / "export"
     export.mkdir()
     (export / "user.json").write_text('{"id": "user"}')
@@ -119,7 +119,9 @@ def test_files_of_a_folder_that_are_not_read_are_listed(
     ("ending", "fix"),
     [(".pdf", "for each file, extract its text: pdftotext"), (".py", "papers/**/*.py")],
 )
-def test_a_folder_without_text_says_what_is_in_it(folder: Path, ending: str, fix: str) -> None:
+def test_the_error_about_a_folder_without_text_lists_its_files(
+    folder: Path, ending: str, fix: str
+) -> None:
     (folder / "papers").mkdir()
     for name in "ab":
         (folder / "papers" / f"{name}{ending}").write_text("x")
@@ -128,7 +130,7 @@ def test_a_folder_without_text_says_what_is_in_it(folder: Path, ending: str, fix
     assert fix in str(error.value.fix)
 
 
-def test_source_code_that_is_named_is_text(folder: Path) -> None:
+def test_source_code_is_text_if_its_extension_is_named(folder: Path) -> None:
     (folder / "a.py").write_text("import os\n\nx = 1\n\n")
     assert training_sources("*.py", False) == [
         {"kind": "text", "documents": "blank-line", "path": "*.py"}
@@ -138,7 +140,7 @@ def test_source_code_that_is_named_is_text(folder: Path) -> None:
         training_sources("b.bin", False)
 
 
-def test_a_zipped_export_is_to_be_unpacked(folder: Path) -> None:
+def test_the_error_about_a_zipped_export_says_how_to_unpack_it(folder: Path) -> None:
     (folder / "export.zip").write_bytes(b"PK\3\4")
     with pytest.raises(DataError) as error:
         training_sources("export.zip", False)
@@ -148,7 +150,7 @@ def test_a_zipped_export_is_to_be_unpacked(folder: Path) -> None:
 # --- prompts -----------------------------------------------------------------------------------
 
 
-def test_questions_of_the_chats_are_prompts_of_the_report(folder: Path) -> None:
+def test_short_questions_from_chats_become_the_prompts_of_the_report(folder: Path) -> None:
     rows = [
         {
             "messages": [

@@ -1,4 +1,4 @@
-"""Files that a user names: a pipe or a device, whose reading may not end, is an error."""
+"""An input file that is a pipe or a device is an error, because reading it may never end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from stillhouse.teachers.model_source import resolve_model
 
 @pytest.fixture
 def pipe(tmp_path: Path) -> Path:
-    """Without a writer, so that opening it waits for ever."""
+    """A pipe without a writer; opening it would block forever."""
     os.mkfifo(tmp_path / "pipe.jsonl")
     return tmp_path / "pipe.jsonl"
 
@@ -47,12 +47,12 @@ def test_every_reader_rejects_a_pipe(pipe: Path, read: Callable[[Path], object])
     assert str(caught.value.where) == str(pipe)
 
 
-def test_what_is_not_there_is_left_to_the_reader(tmp_path: Path) -> None:
+def test_a_missing_file_is_left_to_the_reader_but_a_folder_is_not(tmp_path: Path) -> None:
     assert regular_if_there(tmp_path / "none") == tmp_path / "none"
     with pytest.raises(DataError, match="is a folder"):
         regular_if_there(tmp_path)
 
 
-def test_an_impossible_path_to_texts_is_one_error() -> None:
+def test_a_path_that_is_too_long_is_one_error() -> None:
     with pytest.raises(RecipeError, match="the path is too long"):
         list(file_texts(Path("x" * 400), "text"))

@@ -1,4 +1,4 @@
-"""A sample of `make bench NAME=inputs`: no silent fault, traceback or hang."""
+"""A sample of `make bench NAME=inputs`: no silent fault, traceback, or hang."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ SEED = 2
 
 @pytest.mark.run
 @pytest.mark.parametrize("family", SAMPLE)
-def test_a_sample_of_every_family(family: str) -> None:
-    """Time is measured by the benchmark alone: machines that run tests are busy."""
+def test_a_sample_of_every_family_has_no_failures(family: str) -> None:
+    """Only the benchmark limits the time; machines that run tests are busy."""
     logging.disable_progress_bar()
     untimed = replace(FAMILIES[family], cpu_seconds=600.0)
     results = [run_one(untimed, SEED, number) for number in range(SAMPLE[family])]
@@ -56,13 +56,13 @@ CLEAR = DataError("what", where="where", fix="fix")
         (raises(KeyError("x")), None, {"refusal": "must"}, "traceback"),
     ],
 )
-def test_what_counts_as_what(
+def test_the_outcome_of_a_trial(
     read: object, wrong: str | None, options: dict[str, object], outcome: str
 ) -> None:
     trial = Trial("name", read, lambda _: wrong, **options)  # type: ignore[arg-type]
     assert judge(trial)[0] == outcome
 
 
-def test_equal_numbers_make_equal_trials() -> None:
+def test_trials_with_equal_numbers_are_equal() -> None:
     one, other = (run_one(FAMILIES["tables"], 5, 4) for _ in range(2))
     assert one == other

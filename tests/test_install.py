@@ -1,4 +1,4 @@
-"""Every extra has a solution with constraints.txt, by metadata alone: nothing is installed."""
+"""Every extra can be resolved with constraints.txt, from metadata alone; nothing is installed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def pin(name: str) -> str:
 
 
 @pytest.mark.parametrize("extras", [*PROJECT["optional-dependencies"], "vllm,ray"])
-def test_an_extra_has_a_solution_with_the_constraints(extras: str) -> None:
+def test_an_extra_can_be_resolved_with_the_constraints(extras: str) -> None:
     options = [f"--extra={extra}" for extra in extras.split(",")]
     found = resolve(*options, "-c", str(CONSTRAINTS))
     assert {name: found[name] for name in ("torch", "transformers")} == {
@@ -48,12 +48,12 @@ def test_an_extra_has_a_solution_with_the_constraints(extras: str) -> None:
     }
 
 
-def test_the_llama_server_has_a_solution_with_the_constraints() -> None:
+def test_the_llama_server_can_be_resolved_with_the_constraints() -> None:
     found = resolve("-c", str(CONSTRAINTS), requirements="llama-cpp-python[server]")
     assert found["fastapi"] == pin("fastapi")
 
 
-def test_vllm_without_constraints_brings_a_transformers_that_trains() -> None:
+def test_vllm_without_constraints_allows_the_tested_transformers() -> None:
     """5.20 is the oldest that Stillhouse supports, and 5.23 the one it is tested with."""
     found = resolve("--extra=vllm")
     version = tuple(int(part) for part in found["transformers"].split(".")[:2])

@@ -1,4 +1,4 @@
-"""A sample of `make bench NAME=knocks`: no silent fault, traceback or hang."""
+"""A sample of `make bench NAME=knocks`: no silent fault, traceback, or hang."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SEED = 3
     ("family", "end"),
     [*SAMPLE.items(), *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW.items())],
 )
-def test_a_sample_of_every_family(family: str, end: int) -> None:
+def test_a_sample_of_every_family_has_no_failures(family: str, end: int) -> None:
     results = [run_one(FAMILIES[family], SEED, number) for number in range(1, end)]
     failures = [f"{each.number} {each.name}: {each.outcome}\n{each.detail}" for each in results
                 if each.outcome in BARS]  # fmt: skip
@@ -31,8 +31,8 @@ def test_a_sample_of_every_family(family: str, end: int) -> None:
     assert "right" in {each.outcome for each in results}
 
 
-def test_time_without_a_core_counts_from_the_signal() -> None:
-    """Of the process that waited longest; those that start later count whole."""
+def test_waiting_for_a_core_counts_from_the_signal() -> None:
+    """The process that waited longest counts, and the whole wait of one that started later."""
     waits = CoreWaits(0)
     waits._readings = [(1.0, {7: 0.5}), (2.0, {7: 0.75}), (3.0, {7: 1.0, 8: 0.1}), (4.0, {8: 0.2})]
     assert waits.since(2.0) == 0.25
@@ -58,10 +58,10 @@ def test_damage_always_changes_something() -> None:
 
 @pytest.mark.run
 @pytest.mark.parametrize("number", [0, pytest.param(4, marks=pytest.mark.slow)])
-def test_a_sample_of_full_disks_and_moved_folders(
+def test_a_sample_of_full_disks_and_moved_folders_has_no_failures(
     monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """Without the right to mount anything."""
+    """Simulated without permission to mount anything."""
     parts = [("classify", part) for part in ("train", "export", "report")]
     monkeypatch.setattr(disk_trials, "in_turn", lambda only: parts)
     monkeypatch.setattr(disk_trials, "can_mount", lambda: False)

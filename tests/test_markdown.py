@@ -1,4 +1,4 @@
-"""Text inside Markdown is shown as it is."""
+"""Text that is inserted into Markdown is shown literally."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stillhouse.markdown import fenced, inert
         ("one\n\n# two\x1b", "one # two␛"),
     ],
 )
-def test_nothing_in_a_text_is_markup(text: str, written: str) -> None:
+def test_markup_in_a_text_is_escaped(text: str, written: str) -> None:
     assert inert(text) == written
 
 

@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers formatted for people."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from stillhouse import number_format as text
         (text.label("removed_layers"), "Removed layers"),
     ],
 )
-def test_numbers(shown: str, expected: str) -> None:
+def test_numbers_are_formatted_for_people(shown: str, expected: str) -> None:
     assert shown.replace(text.NBSP, " ") == expected
 
 
@@ -53,5 +53,5 @@ def test_numbers(shown: str, expected: str) -> None:
         ({"ffn_size": 3}, "FFN size: 3"),
     ],
 )
-def test_values_of_any_kind(value: Any, expected: str) -> None:
+def test_values_of_any_type_are_described(value: Any, expected: str) -> None:
     assert text.describe(value) == expected

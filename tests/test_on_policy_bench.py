@@ -1,4 +1,4 @@
-"""The bars of bench/on_policy.py, and its trainings' end."""
+"""The bars, settings, and learning rates of bench/on_policy.py, and when its training ends."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_best_setting_is_compared_with_the_mean_of_all_seeds() -> None:
     assert [bar.met for bar in bars] == [True, True, True, True]
 
 
-def test_no_bars_without_both_sides() -> None:
+def test_there_are_no_bars_unless_both_sides_are_measured() -> None:
     assert not list(bars_of({"teacher": figures(), "8-0/reverse_kl": figures()}))
     assert not list(bars_of({"8-0/teacher_chats": figures(), "8-1/reverse_kl": figures()}))
 
@@ -70,7 +70,7 @@ def test_a_setting_is_compared_with_the_teachers_chats_of_the_same_training() ->
     assert repetition.value == pytest.approx(1.0)
 
 
-def test_changes_of_a_setting_go_to_the_training_the_sampling_and_the_divergence() -> None:
+def test_changes_of_a_setting_apply_to_training_sampling_and_divergence() -> None:
     base, changes, training = parts_of("jsd@learning_rate=2e-4@temperature=0.7@beta=0.9")
     assert (base, training) == ("jsd", {"learning_rate": 2e-4})
     own = own_text(base, changes)
@@ -80,7 +80,7 @@ def test_changes_of_a_setting_go_to_the_training_the_sampling_and_the_divergence
     assert own_text("teacher_chats", {}) is None
 
 
-def test_the_interval_of_repetition_is_over_the_prompts() -> None:
+def test_the_interval_of_repetition_reflects_differences_between_prompts() -> None:
     base = [[(8, 10), (2, 10), (8, 10), (2, 10)]] * 2
     half = [[(4, 10), (1, 10), (4, 10), (1, 10)]] * 2
     assert repetition_interval(half, base) == pytest.approx((0.5, 0.5))
@@ -90,7 +90,7 @@ def test_the_interval_of_repetition_is_over_the_prompts() -> None:
     assert 0.5 < high < 2.0
 
 
-def test_a_training_ends_at_its_tokens() -> None:
+def test_training_ends_when_its_tokens_are_used_up() -> None:
     control = SimpleNamespace(should_training_stop=False)
     stop = Budget(Training(100, 1e-4, decay=0.0))
     for tokens in (None, 99):
@@ -127,7 +127,7 @@ def test_pieces_are_made_once_and_only_as_many_as_requested(tmp_path: Path) -> N
     assert made == ["a"]
 
 
-def test_rows_are_those_of_the_steps() -> None:
+def test_windows_of_answers_are_those_of_the_training_steps() -> None:
     plan = StepRows(
         batch=4,
         share=1.0,

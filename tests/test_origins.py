@@ -1,4 +1,4 @@
-"""The licenses of all models of a run are checked."""
+"""The licenses of all models in a run are checked and shown."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def licensed(folder: Path, license_: str, seed: int = 1) -> str:
     return str(folder)
 
 
-def test_start_and_other_teachers_are_origins_and_check_warns_of_them(tmp_path: Path) -> None:
+def test_check_warns_of_the_licenses_of_all_models_of_a_run(tmp_path: Path) -> None:
     raw = tiny.recipe(tmp_path)
     raw["student"] = {"start": "pretrained", "model": licensed(tmp_path / "start", "gemma")}
     other = licensed(tmp_path / "other", "cc-by-nc-4.0", seed=2)
@@ -50,7 +50,7 @@ def test_start_and_other_teachers_are_origins_and_check_warns_of_them(tmp_path: 
     assert "must be passed on" in warned[0]
 
 
-def test_a_later_member_inherits_what_the_first_one_started_from(tmp_path: Path) -> None:
+def test_a_later_member_inherits_the_license_of_the_start_model(tmp_path: Path) -> None:
     raw = tiny.recipe(
         tmp_path, cascade={"hops": [{"name": "a", "layers": 2}, {"name": "b", "layers": 1}]}
     )
@@ -61,10 +61,10 @@ def test_a_later_member_inherits_what_the_first_one_started_from(tmp_path: Path)
     for member in result.members.values():
         card = (member.model / "README.md").read_text()
         assert yaml.safe_load(card.split("---")[1])["license"] == "gemma"
-        assert "Another teacher" not in card, "the member before is no stranger"
+        assert "Another teacher" not in card, "the previous member is not another teacher"
 
 
-def test_a_teacher_that_lost_tokens_keeps_its_license(tmp_path: Path) -> None:
+def test_a_teacher_with_a_cut_vocabulary_keeps_its_license(tmp_path: Path) -> None:
     raw = tiny.recipe(tmp_path)
     del raw["teacher"]["license"]
     (tmp_path / "teacher" / "README.md").write_text("---\nlicense: llama3.2\n---\n")

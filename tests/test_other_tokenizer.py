@@ -1,4 +1,4 @@
-"""A recipe whose `train.teachers` have another tokenizer than the student."""
+"""Recipes whose `train.teachers` have a different tokenizer than the student."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def recipe(folder: Path, **sections: Any) -> dict[str, Any]:
     return raw
 
 
-def test_teachers_of_two_tokenizers_teach_side_by_side(folder: Path) -> None:
+def test_teachers_with_different_tokenizers_can_be_combined(folder: Path) -> None:
     result = run(recipe(folder))
     (row, *_) = result.evaluation.models
     assert row.role == "teacher"
@@ -53,14 +53,14 @@ def test_check_reports_what_the_tokenizers_share(folder: Path) -> None:
     assert "of the supervised tokens start where one of its tokens does" in found[0].text
 
 
-def test_a_cut_vocabulary_leaves_a_teacher_of_another_tokenizer_whole(folder: Path) -> None:
+def test_a_cut_vocabulary_does_not_cut_a_teacher_with_a_different_tokenizer(folder: Path) -> None:
     raw = recipe(folder, student={"vocabulary": 280, "ffn_size": 32})
     raw["train"]["teachers"] = [str(folder / "other")]
     names = [stage.name for stage in run(raw).stages]
     assert names.count("vocabulary") == 1
 
 
-def test_terms_on_hidden_states_are_refused_before_anything_is_done(folder: Path) -> None:
+def test_terms_on_hidden_states_are_rejected_before_any_stage(folder: Path) -> None:
     terms = [{"kind": "logits"}, {"kind": "hidden_states"}]
     with pytest.raises(SignalError, match="a different tokenizer"):
         run(recipe(folder, objective={"terms": terms}))
@@ -87,7 +87,7 @@ def test_chats_are_rendered_with_the_teachers_template_if_it_has_one(
     assert run(raw).evaluation.models
 
 
-def test_a_teacher_that_changes_text_is_refused(folder: Path) -> None:
+def test_a_teacher_whose_tokenizer_changes_text_is_rejected(folder: Path) -> None:
     path = folder / "other" / "tokenizer.json"
     content = json.loads(path.read_text())
     content["normalizer"] = {"type": "Lowercase"}

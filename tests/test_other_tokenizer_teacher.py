@@ -1,4 +1,4 @@
-"""A recipe whose `teacher` has another tokenizer than the student, from `check` to the report."""
+"""Recipes whose `teacher` has a different tokenizer than the student, from `check` to report."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def recipe(folder: Path, **sections: Any) -> dict[str, Any]:
     return raw
 
 
-def test_a_run_goes_from_data_to_report(folder: Path) -> None:
+def test_a_complete_run_compares_models_on_shared_roots(folder: Path) -> None:
     result = run(recipe(folder))
     teacher, student = (result.evaluation.result(role) for role in ("teacher", "student"))
     assert student.fidelity.compared == teacher.fidelity.compared < student.fidelity.tokens
@@ -74,7 +74,7 @@ def test_a_run_goes_from_data_to_report(folder: Path) -> None:
 
 
 def test_evaluation_agrees_with_a_slow_reference(folder: Path) -> None:
-    """KL, top-1 agreement and the teacher's bits per byte, one position at a time."""
+    """KL, top-1 agreement, and the teacher's bits per byte, one position at a time."""
     raw = recipe(folder, train={"max_steps": 1})
     result = run(raw)
     (heldout,) = (folder / "run").glob("stages/data-*/heldout")
@@ -120,7 +120,7 @@ def test_evaluation_agrees_with_a_slow_reference(folder: Path) -> None:
     assert teacher.bits_per_byte == pytest.approx(bits / size, rel=1e-4)
 
 
-def test_check_reports_how_they_are_compared(folder: Path) -> None:
+def test_check_reports_how_the_models_are_compared(folder: Path) -> None:
     found = check_recipe(recipe(folder))
     assert not [one for one in found if one.level == "error"]
     texts = {one.topic: one.text for one in found}
@@ -129,7 +129,7 @@ def test_check_reports_how_they_are_compared(folder: Path) -> None:
     assert "strings are tokens of both" in texts["tokenizer"]
 
 
-def test_the_roots_are_made_once_and_written_down(folder: Path) -> None:
+def test_roots_are_computed_once_and_summarized_in_the_run_folder(folder: Path) -> None:
     run(recipe(folder))
     (place,) = [path for path in (folder / "run" / "roots").iterdir() if path.is_dir()]
     summary = json.loads((place / "roots.json").read_text())
@@ -139,12 +139,12 @@ def test_the_roots_are_made_once_and_written_down(folder: Path) -> None:
     assert next(stage for stage in again.stages if stage.name == "roots").reused
 
 
-def test_same_refuses_another_tokenizer(folder: Path) -> None:
+def test_tokenizer_same_rejects_a_different_tokenizer(folder: Path) -> None:
     with pytest.raises(ModelError, match="different vocabularies"):
         run(recipe(folder, teacher={"tokenizer": "same"}))
 
 
-def test_a_pruned_student_keeps_the_tokenizer_of_the_model_that_is_pruned(folder: Path) -> None:
+def test_a_pruned_student_keeps_the_tokenizer_of_its_start_model(folder: Path) -> None:
     student = {"start": "pruned", "model": str(folder / "student"), "ffn_size": 32}
     raw = {**recipe(folder), "student": {**student, "calibration_tokens": 512}}
     result = run(raw)
@@ -152,7 +152,7 @@ def test_a_pruned_student_keeps_the_tokenizer_of_the_model_that_is_pruned(folder
     assert result.evaluation.result("student").fidelity.compared
 
 
-def test_a_random_student_has_a_tokenizer_of_its_own(folder: Path) -> None:
+def test_a_random_student_can_have_its_own_tokenizer(folder: Path) -> None:
     words = folder / "words"
     byte_level(280).save_pretrained(words)
     raw = recipe(folder)
@@ -163,7 +163,7 @@ def test_a_random_student_has_a_tokenizer_of_its_own(folder: Path) -> None:
     assert result.evaluation.result("student").fidelity.compared
 
 
-def test_a_cut_vocabulary_is_refused(folder: Path) -> None:
+def test_a_cut_vocabulary_is_rejected(folder: Path) -> None:
     raw = recipe(folder)
     raw["student"] = {"start": "pruned", "model": str(folder / "student"), "vocabulary": 280}
     with pytest.raises(RecipeError, match="has a different tokenizer"):
@@ -176,7 +176,7 @@ def losses(folder: Path) -> list[float]:
     return [step["forward_kl"] for step in steps if "forward_kl" in step]
 
 
-def test_a_store_of_nearly_all_roots_teaches_as_the_live_teacher(folder: Path) -> None:
+def test_a_store_of_nearly_all_roots_trains_like_the_live_teacher(folder: Path) -> None:
     live = run(recipe(folder))
     expected = losses(folder)
     encoding = {"kind": "top_k", "k": 254}
@@ -191,7 +191,7 @@ def test_a_store_of_nearly_all_roots_teaches_as_the_live_teacher(folder: Path) -
 
 
 def test_the_default_signals_are_recorded_and_read_again(folder: Path) -> None:
-    """For the same text, and for text that the store lacks, which the teacher scores live."""
+    """The store serves the same text again; the teacher scores text that it lacks live."""
     raw = recipe(folder, signals={}, train={"evaluate_every": 2})
     texts = [one.text for one in check_recipe(raw) if one.topic == "signals"]
     assert "the teacher scores the text once" in texts[0]
@@ -208,7 +208,7 @@ def test_the_default_signals_are_recorded_and_read_again(folder: Path) -> None:
     assert run(raw).evaluation.result("student").fidelity.compared
 
 
-def test_a_term_on_chunks_without_a_teacher_for_it_is_refused_before_anything_is_done(
+def test_a_term_on_chunks_needs_a_live_teacher_with_a_different_tokenizer(
     folder: Path,
 ) -> None:
     chunks = {"terms": [{"divergence": "forward_kl"}, {"kind": "chunks"}]}
@@ -220,7 +220,7 @@ def test_a_term_on_chunks_without_a_teacher_for_it_is_refused_before_anything_is
     assert run(recipe(folder, objective=chunks)).evaluation.result("student").fidelity.compared
 
 
-def test_own_text_beside_stored_signals_is_scored_by_the_teacher(tmp_path: Path) -> None:
+def test_own_text_is_scored_by_the_teacher_even_if_signals_are_stored(tmp_path: Path) -> None:
     raw = recipe(tmp_path, data=chats_in(tmp_path), signals={"encoding": {"kind": "top_k"}})
     raw["train"] |= {"on_policy": {"share": 0.5, "max_tokens": 6, "window": 2}}
     run(raw)
@@ -230,7 +230,7 @@ def test_own_text_beside_stored_signals_is_scored_by_the_teacher(tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", ["hidden", "frozen_head"])
-def test_signals_that_cannot_be_stored_over_roots_are_refused(folder: Path, kind: str) -> None:
+def test_signals_that_cannot_be_stored_over_roots_are_rejected(folder: Path, kind: str) -> None:
     raw = recipe(folder, signals={"encoding": {"kind": kind}}, train={"freeze_head": True})
     with pytest.raises(SignalError, match=f"signals of kind {kind} cannot be stored"):
         run(raw)
@@ -246,7 +246,7 @@ def test_chats_are_rendered_by_each_models_own_template(tmp_path: Path) -> None:
     assert all(one.answers["teacher"] is not None for one in result.evaluation.generations)
 
 
-def test_a_model_is_evaluated_alone(folder: Path) -> None:
+def test_evaluate_compares_another_model_with_the_teacher(folder: Path) -> None:
     raw = recipe(folder)
     run(raw)
     file = folder / "recipe.json"
@@ -256,7 +256,7 @@ def test_a_model_is_evaluated_alone(folder: Path) -> None:
 
 
 def chats_in(folder: Path, count: int = 200) -> dict[str, Any]:
-    """Models with templates of their own, and chats."""
+    """Save models with different chat templates, and chats; the data section for them."""
     chat_toys.save_model(folder / "student", chat_toys.tokenizer())
     save(folder / "teacher", gemma())
     chats = [{"messages": chat_toys.chat(f"say {n}", f"{n}")} for n in range(count)]
@@ -265,7 +265,7 @@ def chats_in(folder: Path, count: int = 200) -> dict[str, Any]:
 
 
 def test_the_students_own_text_is_scored_by_the_teacher_in_its_tokens(tmp_path: Path) -> None:
-    """Also where a random student writes special tokens inside its answers."""
+    """Even if a random student generates special tokens inside its answers."""
     own = {"share": 0.5, "max_tokens": 6, "window": 2}
     evaluate = {"own_text": {"answers": 3, "max_tokens": 6}}
     raw = recipe(tmp_path, data=chats_in(tmp_path), evaluate=evaluate)
@@ -280,12 +280,12 @@ def test_the_students_own_text_is_scored_by_the_teacher_in_its_tokens(tmp_path: 
     assert [step for step in steps if step.get("own_forward_kl", 0) > 0]
 
 
-def test_quantized_students_are_trained_by_the_teacher(folder: Path) -> None:
+def test_quantization_aware_training_learns_from_the_teacher(folder: Path) -> None:
     result = run(recipe(folder, quantize={"kind": "int8", "qat": {"tokens": 200}}))
     assert result.evaluation.result("quantized_trained").fidelity.compared
 
 
-def test_a_family_learns_from_the_teacher(folder: Path) -> None:
+def test_members_of_a_family_are_compared_on_shared_roots(folder: Path) -> None:
     student = {"start": "pruned", "model": str(folder / "student"), "calibration_tokens": 512}
     hops = [{"name": "wide", "ffn_size": 48}, {"name": "narrow", "ffn_size": 32}]
     raw = {**recipe(folder), "student": student, "cascade": {"hops": hops}}
@@ -298,7 +298,9 @@ def test_a_family_learns_from_the_teacher(folder: Path) -> None:
     assert "Top-1 agreement, shared roots" in names
 
 
-def test_what_the_teacher_cannot_render_is_an_error_with_its_place(tmp_path: Path) -> None:
+def test_a_chat_that_the_teacher_cannot_render_is_an_error_that_names_its_row(
+    tmp_path: Path,
+) -> None:
     """The teacher's template accepts no system message."""
     chat_toys.save_model(tmp_path / "student", chat_toys.tokenizer())
     no_system = (
@@ -319,8 +321,8 @@ def test_what_the_teacher_cannot_render_is_an_error_with_its_place(tmp_path: Pat
     assert not list((tmp_path / "run").glob("stages/train-*"))
 
 
-def test_nothing_is_taught_in_text_that_the_teachers_tokenizer_changes(folder: Path) -> None:
-    """NFC joins a letter and its accent, which the test of the tokenizer does not have."""
+def test_check_warns_of_text_that_the_teachers_tokenizer_changes(folder: Path) -> None:
+    """NFC joins a letter and its accent, which the general test of the tokenizer lacks."""
     path = folder / "teacher" / "tokenizer.json"
     content = json.loads(path.read_text())
     content["normalizer"] = {
@@ -338,8 +340,8 @@ def test_nothing_is_taught_in_text_that_the_teachers_tokenizer_changes(folder: P
     assert run(recipe(folder)).evaluation.result("student").fidelity.compared
 
 
-def test_a_row_without_a_shared_boundary_is_named(folder: Path) -> None:
-    """Of " friend", the student's second token is learned; the teacher has one token for it."""
+def test_check_names_a_row_without_a_shared_token_boundary(folder: Path) -> None:
+    """Only the student's second token of " friend" is learned; the teacher has a single token."""
     save(folder / "teacher", byte_level(330))
     words = load_tokenizer(folder / "student")
     whole = words("my friend", add_special_tokens=False)["input_ids"]
@@ -368,7 +370,7 @@ def test_an_answering_student_learns_through_shared_roots(tmp_path: Path) -> Non
     assert any(step.get("forward_kl", 0) > 0 for step in steps)
 
 
-def test_python_evaluates_against_an_aligned_teacher(folder: Path) -> None:
+def test_the_python_api_evaluates_against_an_aligned_teacher(folder: Path) -> None:
     student = Student.load(folder / "student")
     teacher = Teacher.load(folder / "teacher", dtype="float32").aligned(student.tokenizer)
     data = Data.build(

@@ -1,4 +1,4 @@
-"""The comparisons with other tools, without the other tools: what ranks, what counts, what runs."""
+"""The comparisons with other tools, tested without those tools: rankings, rates, bars, and runs."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_taylor_ranks_by_weight_times_gradient() -> None:
     assert float(scores[neuron]) == pytest.approx(by_hand, rel=1e-4)
 
 
-def test_contenders_learn_the_same_tokens() -> None:
+def test_all_contenders_learn_the_same_tokens() -> None:
     rows = np.arange(40).reshape(5, 8)
     windows = Chunks(rows)
     batch = collate([{"input_ids": row.tolist()} for row in rows])
@@ -90,7 +90,7 @@ def test_the_rate_is_that_of_the_median_step(tmp_path: Path) -> None:
     assert summarize([], job).tokens_per_s == 0.0
 
 
-def test_bars_compare_with_the_fastest_peer_and_the_best_one() -> None:
+def test_bars_compare_with_the_fastest_and_the_best_peer() -> None:
     def contender(rate: float, peak: int, kl: float) -> dict[str, object]:
         return {"rounds": [{"tokens_per_cpu_s": rate, "training_peak_bytes": peak}], "kl": kl}
 
@@ -103,7 +103,7 @@ def test_bars_compare_with_the_fastest_peer_and_the_best_one() -> None:
     assert bars({"stillhouse": found["stillhouse"]}) == []
 
 
-def test_the_largest_difference_of_two_models(tmp_path: Path) -> None:
+def test_the_largest_difference_between_two_models(tmp_path: Path) -> None:
     tiny.save_model(tmp_path / "a")
     tiny.save_model(tmp_path / "b")
     tiny.save_model(tmp_path / "c", seed=1)
@@ -112,7 +112,7 @@ def test_the_largest_difference_of_two_models(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_training_beside_transformers_and_after_two_kills(
+def test_training_is_compared_with_transformers_and_resumed_after_kills(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny.recipe(tmp_path)

@@ -1,4 +1,4 @@
-"""`stillhouse plan`: what a run takes on machines that are not here, from configurations alone."""
+"""`stillhouse plan` estimates a run on other machines from the models' configurations alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GPUS = ("--gpus", "8", "--gpu-memory", "80GB")
 
 
 def config_folder(folder: Path, **sizes: Any) -> str:
-    """A folder with nothing but a config.json."""
+    """A folder that contains only a config.json."""
     tiny.llama(**sizes).config.save_pretrained(folder)
     assert [file.name for file in folder.iterdir()] == ["config.json"]
     return str(folder)
@@ -95,7 +95,7 @@ def test_time_and_cost_follow_from_the_rate_and_the_price(tmp_path: Path) -> Non
     assert train.dollars(plan.machine) == pytest.approx(hours * 8 * 2.5)
 
 
-def test_without_a_rate_there_is_no_time(tmp_path: Path) -> None:
+def test_without_a_rate_the_command_says_how_to_get_the_time(tmp_path: Path) -> None:
     result = call(str(written(tmp_path)), *GPUS)
     assert "time: pass --rate" in result.output
 
@@ -150,7 +150,7 @@ def test_pruning_on_many_processes_takes_less_memory_each(tmp_path: Path) -> Non
     assert parts[1]["weights"] == parts[0]["weights"]
 
 
-def test_a_model_larger_than_a_gpu_is_pruned_there_by_layer(tmp_path: Path) -> None:
+def test_a_model_larger_than_a_gpu_is_pruned_by_layer_or_on_the_cpu(tmp_path: Path) -> None:
     found = []
     for importance in ("refit", "gradients"):
         student = {"start": "pruned", "ffn_size": 48, "importance": importance}
@@ -196,7 +196,7 @@ LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16
 
 
 def train_fix(folder: Path, memory: float, processes: int = 1, **train: Any) -> str | None:
-    """The advice for the training of 210M parameters with 32 x 1,024 tokens in a micro-batch."""
+    """The advice for training 210M parameters with 32 x 1,024 tokens per micro-batch."""
     machine = Machine("cuda", memory, per_node=processes)
     plan = planned(
         folder,
@@ -209,7 +209,7 @@ def train_fix(folder: Path, memory: float, processes: int = 1, **train: Any) -> 
     return next(stage.fix for stage in plan.stages if stage.name == "train")
 
 
-def test_the_cheapest_change_is_named_and_works(tmp_path: Path) -> None:
+def test_the_cheapest_change_is_suggested_and_works(tmp_path: Path) -> None:
     assert train_fix(tmp_path, 80e9) is None
     assert train_fix(tmp_path, 20e9) == "set train.micro_batch_size: 8"
     assert train_fix(tmp_path, 20e9, micro_batch_size=8) is None
@@ -218,7 +218,7 @@ def test_the_cheapest_change_is_named_and_works(tmp_path: Path) -> None:
     assert train_fix(tmp_path, 7e9, micro_batch_size=1, gradient_checkpointing=True) is None
 
 
-def test_more_gpus_are_named_where_no_change_is_enough(tmp_path: Path) -> None:
+def test_more_gpus_are_suggested_if_no_change_is_enough(tmp_path: Path) -> None:
     advice = train_fix(tmp_path, 3.5e9, micro_batch_size=1)
     assert advice is not None
     assert "GPUs" in advice
@@ -240,18 +240,18 @@ def test_memory_needs_a_unit(memory: str) -> None:
     assert "80GB" in str(found.value)
 
 
-def test_more_processes_than_windows(tmp_path: Path) -> None:
+def test_more_processes_than_windows_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="8 processes cannot share 5 windows"):
         planned(tmp_path, data={"train_tokens": 300}, train={"batch_size": 8})
 
 
-def test_text_of_unknown_length(tmp_path: Path) -> None:
+def test_text_of_unknown_length_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="number of training tokens is unknown") as found:
         planned(tmp_path, data={"train_tokens": None})
     assert "train_tokens" in str(found.value)
 
 
-def test_a_dataset_beside_a_file_is_not_taken_for_nothing(tmp_path: Path) -> None:
+def test_a_dataset_next_to_a_file_is_not_counted_as_empty(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("some words " * 10_000)
     sources = [{"kind": "text", "path": "text.txt"}, {"kind": "hub", "dataset": "org/text"}]
     assert planned(tmp_path, data={"sources": sources}).tokens == 1_000_000
@@ -262,13 +262,13 @@ def test_a_dataset_beside_a_file_is_not_taken_for_nothing(tmp_path: Path) -> Non
     assert 50_000 < found.tokens < 75_000
 
 
-def test_a_folder_without_a_configuration(tmp_path: Path) -> None:
+def test_a_folder_without_a_configuration_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=r"no config\.json"):
         planned(tmp_path, teacher={"model": str(tmp_path / "empty")})
 
 
-def test_an_unknown_architecture(tmp_path: Path) -> None:
+def test_an_unknown_architecture_is_an_error(tmp_path: Path) -> None:
     folder = tmp_path / "unknown"
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "no-such-architecture"}')
@@ -276,7 +276,7 @@ def test_an_unknown_architecture(tmp_path: Path) -> None:
         planned(tmp_path, teacher={"model": str(folder)})
 
 
-def test_a_task(tmp_path: Path) -> None:
+def test_a_task_cannot_be_planned(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("task: {kind: classify, labels: [a, b]}\n")
     with pytest.raises(RecipeError):
@@ -303,7 +303,7 @@ def test_the_commands_of_the_documentation_run(
 
 
 @pytest.mark.slow
-def test_the_figures_of_the_documentation_are_those_of_the_commands(
+def test_the_documented_figures_are_those_of_the_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = PAGE.read_text("utf-8")

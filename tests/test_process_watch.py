@@ -1,6 +1,6 @@
-"""A process that ends before its work is finished ends the others of its torchrun.
+"""If a process ends before its work is finished, the other processes of its torchrun end too.
 
-Each process is on a machine of its own here: no torchrun stops them.
+Each process acts as if on its own machine, so that no torchrun stops the others.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ OWN = "the loss is not finite"
 
 
 def work(folder: Path, failing: int | None, in_torch: bool) -> None:
-    """Wait, as a process that works alone or waits for a file. failing: it raises an error.
-    in_torch: wait in C++, where Python cannot raise."""
+    """The work of one process: wait until it may finish.
+
+    failing: the process that raises an error. in_torch: wait in C++, where Python cannot raise.
+    """
     raise_on_signals()
     index = process_index()
     try:
@@ -50,7 +52,7 @@ def work(folder: Path, failing: int | None, in_torch: bool) -> None:
 
 
 def started(folder: Path, failing: int | None = None, *, in_torch: bool = False) -> list[Fork]:
-    """Three processes that have begun their work."""
+    """Start three processes and wait until they have begun their work."""
     processes = forks.ranks(3, work, folder, failing, in_torch, nodes=3)
     while len(list(folder.glob("[0-2]"))) < 3:
         assert failing is not None or all(each.poll() is None for each in processes)
@@ -58,12 +60,12 @@ def started(folder: Path, failing: int | None = None, *, in_torch: bool = False)
     return processes
 
 
-def said(process: Fork) -> str:
+def errors_of(process: Fork) -> str:
     return process.communicate(timeout=60)[1]
 
 
 def one_error(process: Fork) -> str:
-    found = said(process)
+    found = errors_of(process)
     assert process.poll() not in (0, None)
     assert found.count("error: ") + found.count("stopped. ") == 1, found
     assert "Traceback" not in found
@@ -71,7 +73,7 @@ def one_error(process: Fork) -> str:
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_process_is_one_error_of_each_other_machine(tmp_path: Path, killed: int) -> None:
+def test_a_killed_process_is_one_error_on_each_other_machine(tmp_path: Path, killed: int) -> None:
     processes = started(tmp_path)
     processes[killed].send_signal(signal.SIGKILL)
     for index in {0, 1, 2} - {killed}:
@@ -110,23 +112,23 @@ def test_a_stopped_main_process_ends_the_others(tmp_path: Path) -> None:
 
 
 def finish_others(folder: Path) -> None:
-    """All but the main process."""
+    """Let all but the main process finish."""
     (folder / "others finished").touch()
     while len(list(folder.glob("end of *"))) < 2:
         time.sleep(0.01)
 
 
-def test_processes_that_finish_at_different_times_are_not_lost(tmp_path: Path) -> None:
+def test_processes_that_finish_at_different_times_report_no_error(tmp_path: Path) -> None:
     processes = started(tmp_path)
     finish_others(tmp_path)
     (tmp_path / "finished").touch()
     for process in processes:
-        assert said(process) == ""
+        assert errors_of(process) == ""
         assert process.poll() == 0
 
 
-def test_processes_with_nothing_left_to_do_end_as_the_main_process_does(tmp_path: Path) -> None:
-    """Or else torchrun would wait on their machines for five minutes, and then report success."""
+def test_finished_processes_fail_if_the_main_process_is_killed(tmp_path: Path) -> None:
+    """Otherwise, torchrun would wait on their machines for five minutes and then report success."""
     processes = started(tmp_path)
     finish_others(tmp_path)
     processes[0].send_signal(signal.SIGKILL)

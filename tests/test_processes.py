@@ -1,4 +1,4 @@
-"""A process of a torchrun that is killed is one message of each other process."""
+"""A killed process of a torchrun is reported as one error, and ends the other processes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_lost_process_is_one_error() -> None:
     assert twice.value is caught.value
 
 
-def test_a_process_lost_while_a_sharded_model_is_loaded(
+def test_a_process_lost_while_a_sharded_model_is_loaded_is_one_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*args: object, **options: object) -> None:
@@ -62,13 +62,15 @@ def test_a_process_lost_while_a_sharded_model_is_loaded(
 
 
 @pytest.mark.parametrize(("processes", "said"), [(1, GLOO), (2, "shapes do not match")])
-def test_other_errors_stay_what_they_are(processes: int, said: str) -> None:
+def test_other_errors_are_passed_on_unchanged(processes: int, said: str) -> None:
     with pytest.raises(RuntimeError) as caught, lost_process(processes):
         raise RuntimeError(said)
     assert not isinstance(caught.value, StillhouseError)
 
 
-def test_one_process_of_a_machine_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_process_of_a_machine_reports_and_only_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in range(2):
         monkeypatch.setattr(launch, "_has_reported", False)  # as in another process
@@ -77,7 +79,9 @@ def test_one_process_of_a_machine_reports(tmp_path: Path, monkeypatch: pytest.Mo
         assert not may_report()
 
 
-def test_each_process_reports_without_a_folder_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torchruns_folder_each_process_reports_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     for file in ("", "/nowhere/0/error.json"):
         monkeypatch.setattr(launch, "_has_reported", False)
@@ -94,7 +98,7 @@ def test_a_process_alone_reports_every_error() -> None:
 @pytest.mark.parametrize(
     ("index", "here", "expected"), [(4, 2, [4, 5]), (5, 2, [4, 5]), (0, 4, [0, 1, 2, 3])]
 )
-def test_processes_of_a_machine(
+def test_processes_on_the_same_machine_are_recognized(
     index: int, here: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     local = {"RANK": index, "LOCAL_RANK": index % here, "LOCAL_WORLD_SIZE": here}
@@ -123,7 +127,7 @@ def test_a_signal_ends_a_process_that_waits_for_others(tmp_path: Path) -> None:
     while not waits.exists():
         assert process.poll() is None, process.errors()
         time.sleep(0.01)
-    time.sleep(0.5)  # until it waits in torch, which is what this is about
+    time.sleep(0.5)  # until it waits in torch, which this test is about
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 143
 
@@ -141,7 +145,7 @@ def test_a_killed_torchrun_ends_all_processes_and_the_run_can_continue(tmp_path:
 
 @pytest.mark.run
 @pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.processes)])
-def test_a_killed_rank_ends_the_other_with_one_message(tmp_path: Path, killed: int) -> None:
+def test_a_killed_rank_ends_the_other_with_one_error(tmp_path: Path, killed: int) -> None:
     process, ranks = start_training(tmp_path)
     try:
         ranks[killed].kill()
@@ -179,7 +183,7 @@ def start_training(folder: Path) -> tuple[subprocess.Popen[str], dict[int, psuti
 
 
 @pytest.mark.run
-def test_a_wrong_recipe_is_one_message(tmp_path: Path) -> None:
+def test_an_error_in_the_recipe_is_reported_once(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(tiny.recipe(tmp_path, train={"epoch": 1})))
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -1,4 +1,4 @@
-"""No stage is finished before its model was looked at."""
+"""A stage is finished only after the model that it wrote has been checked."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.teachers.toys import CONFIGS, save_model, tiny_model
 
 
 @pytest.mark.parametrize("kind", sorted(CONFIGS))
-def test_a_saved_model_is_loadable(tmp_path: Path, kind: str) -> None:
+def test_a_saved_model_passes_the_check(tmp_path: Path, kind: str) -> None:
     check_loadable(save_model(tmp_path, tiny_model(kind)))
 
 
@@ -50,7 +50,7 @@ def test_a_truncated_file_is_detected(tmp_path: Path) -> None:
 
 @pytest.fixture
 def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The stages whose product is looked at."""
+    """The stages whose product is checked, as they run."""
     names: list[str] = []
     check = runfolder._check_product
 
@@ -63,7 +63,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def with_a_model(run: Path) -> list[str]:
-    """What is exported has a gate of its own."""
+    """The stages that wrote a model, without exports, which are checked separately."""
     names = [path.parent.name.rpartition("-")[0] for path in run.glob("stages/*/model")]
     return sorted(name for name in names if name != "export")
 
@@ -99,7 +99,7 @@ def test_every_stage_of_a_task_that_writes_a_model_is_checked(
 def test_checkpoints_are_kept_if_the_trainer_saves_no_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The checkpoints are kept, and the same command ends the run without another step."""
+    """The same command then finishes the run without another training step."""
     raw = tiny.recipe(tmp_path, train={"max_steps": 6})
     save_model = DistillationTrainer.save_model
 

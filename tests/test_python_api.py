@@ -1,4 +1,4 @@
-"""What `stillhouse` exports, on objects in memory. docs/python.md is run in test_docs.py."""
+"""The Python API with objects in memory. test_docs.py runs docs/python.md."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def own() -> sh.Student:
     return sh.Student(tiny.llama(), tiny.tokenizer())
 
 
-def test_everything_that_is_exported_is_there() -> None:
+def test_every_exported_name_exists() -> None:
     assert all(getattr(sh, name) is not None for name in sh.__all__)
     assert set(dir(sh)) >= {"Teacher", "Student", "Data", "KL", "distill", "evaluate", "run"}
 
 
-def test_models_go_in_and_come_out_trained(data: sh.Data) -> None:
+def test_distill_trains_a_model_in_place(data: sh.Data) -> None:
     model = tiny.llama(seed=1)
     before = model.model.norm.weight.clone()
     result = sh.distill(model, tiny.llama(), data, max_steps=2, batch_size=4)
@@ -59,7 +59,7 @@ def test_models_go_in_and_come_out_trained(data: sh.Data) -> None:
     assert not torch.equal(model.model.norm.weight, before)
 
 
-def test_several_teachers_are_a_list(data: sh.Data) -> None:
+def test_a_list_of_teachers_gives_the_mean_of_their_losses(data: sh.Data) -> None:
     losses = [
         sh.distill(tiny.llama(seed=1), taught_by, data, max_steps=1, batch_size=4).metrics[0][
             "loss"
@@ -69,14 +69,14 @@ def test_several_teachers_are_a_list(data: sh.Data) -> None:
     assert losses[2] == pytest.approx((losses[0] + losses[1]) / 2, rel=1e-4)
 
 
-def test_without_a_teacher_it_is_fine_tuning(data: sh.Data) -> None:
+def test_distill_without_a_teacher_is_fine_tuning(data: sh.Data) -> None:
     result = sh.distill(
         tiny.llama(), None, data, objective=[sh.CrossEntropy()], max_steps=1, batch_size=4
     )
     assert result.metrics[0]["loss"] == pytest.approx(result.metrics[0]["cross_entropy"], rel=1e-6)
 
 
-def test_an_evaluation_reads_as_a_table(teacher: Any, data: sh.Data) -> None:
+def test_an_evaluation_is_shown_as_a_table(teacher: Any, data: sh.Data) -> None:
     student = sh.Student.random(teacher, num_hidden_layers=1)
     found = sh.evaluate(student, teacher, data, prompts=["the cat"], max_new_tokens=3)
     roles = {model.role: model.fidelity.kl for model in found.models}
@@ -87,7 +87,7 @@ def test_an_evaluation_reads_as_a_table(teacher: Any, data: sh.Data) -> None:
 
 
 @pytest.mark.run
-def test_the_found_sizes_meet_the_target(teacher: Any, data: sh.Data) -> None:
+def test_sizes_found_by_a_search_meet_the_target(teacher: Any, data: sh.Data) -> None:
     search = {"candidates": 2, "trained": 0, "heldout_tokens": 128, "calibration_tokens": 512}
     sizes = sh.search_sizes(teacher, data, params="60%", calibration_tokens=512, search=search)
     student = sh.Student.prune(teacher, data, calibration_tokens=512, **sizes)
@@ -215,7 +215,7 @@ def test_a_wrong_option_is_one_clear_error(
         (lambda d: sh.DistillationTrainer(wrong("folder")), "the student is a str"),
     ],
 )
-def test_a_wrong_argument_is_one_message_with_the_call_to_make(
+def test_a_wrong_argument_is_one_error_with_the_call_to_make(
     data: sh.Data, call: Any, message: str
 ) -> None:
     with pytest.raises((ModelError, DataError), match=f"(?s){message}"):
@@ -225,13 +225,13 @@ def test_a_wrong_argument_is_one_message_with_the_call_to_make(
 @pytest.mark.parametrize(
     "term", [sh.KL(), sh.HiddenStates(), sh.AttentionRelations(heads=2), sh.Chunks()]
 )
-def test_terms_that_need_a_teacher_say_so(data: sh.Data, term: Any) -> None:
+def test_terms_that_need_a_teacher_are_rejected_without_one(data: sh.Data, term: Any) -> None:
     with pytest.raises(SignalError, match="there is none") as caught:
         sh.distill(tiny.llama(), None, data, objective=[term], max_steps=1, batch_size=4)
     assert "give a teacher" in str(caught.value.fix)
 
 
-def test_a_store_of_samples_and_a_live_teacher_teach_together(
+def test_a_store_of_sampled_signals_and_a_live_teacher_can_be_combined(
     teacher: Any, data: sh.Data, tmp_path: Path
 ) -> None:
     stored = sh.record(teacher, data, tmp_path, encoding=Threshold(0.05))
@@ -245,7 +245,7 @@ def test_a_store_of_samples_and_a_live_teacher_teach_together(
         assert both[name] == pytest.approx(alone[name], rel=1e-4)
 
 
-def test_an_evaluation_needs_a_model_to_compare_with(
+def test_evaluate_needs_a_teacher_that_is_loaded(
     teacher: Any, data: sh.Data, tmp_path: Path
 ) -> None:
     stored = sh.record(teacher, data, tmp_path)
@@ -253,7 +253,7 @@ def test_an_evaluation_needs_a_model_to_compare_with(
         sh.evaluate(tiny.llama(), stored, data)
 
 
-def test_a_folder_is_used_again_only_for_the_same_training(data: sh.Data, tmp_path: Path) -> None:
+def test_a_folder_is_reused_only_for_the_same_training(data: sh.Data, tmp_path: Path) -> None:
     def train(seed: int = 0, teacher: Any = None, **changed: Any) -> Any:
         settings = {"max_steps": 2, "batch_size": 4, "learning_rate": 1e-3, **changed}
         teacher = teacher or tiny.llama(seed=5)
@@ -269,7 +269,7 @@ def test_a_folder_is_used_again_only_for_the_same_training(data: sh.Data, tmp_pa
         with pytest.raises(TrainingError, match=f"different values of {named}\n"):
             train(checkpoint_every=1, **changed)
     again = train(checkpoint_every=2, micro_batch_size=2)
-    assert again.steps == 2, "where it runs may change"
+    assert again.steps == 2, "settings that leave the result unchanged may change"
 
 
 class Killed(TrainerCallback):
@@ -278,9 +278,7 @@ class Killed(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_checkpoints_may_be_as_often_as_they_should_after_a_kill(
-    data: sh.Data, tmp_path: Path
-) -> None:
+def test_the_interval_of_checkpoints_may_change_after_a_kill(data: sh.Data, tmp_path: Path) -> None:
     def train(name: str, **more: Any) -> Any:
         options = {"max_steps": 4, "batch_size": 4, "learning_rate": 1e-3, **more}
         return sh.distill(tiny.llama(1), tiny.llama(), data, folder=tmp_path / name, **options)
@@ -294,7 +292,7 @@ def test_checkpoints_may_be_as_often_as_they_should_after_a_kill(
     assert [row["loss"] for row in resumed.metrics] == [row["loss"] for row in whole.metrics]
 
 
-def test_a_full_disk_is_one_message(
+def test_a_full_disk_is_one_error(
     data: sh.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:

@@ -1,4 +1,4 @@
-"""What backward computes again takes no memory, and is what would have been kept."""
+"""Results that backward recomputes take no memory, and gradients stay the same."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def gradients(model: nn.Module, *, again: bool) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_gradients_are_the_same_bits(name: str) -> None:
+def test_gradients_are_equal_bit_for_bit(name: str) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[name])
     expected, found = gradients(model, again=False), gradients(model, again=True)
@@ -54,7 +54,7 @@ def test_gradients_are_the_same_bits(name: str) -> None:
 
 
 def kept_numbers(function: Callable[[Tensor], Tensor], start: Tensor, *weights: Tensor) -> int:
-    """Of all tensors that are alive after a forward pass, without the inputs and the result."""
+    """Count the numbers in tensors that live after a forward pass, except inputs and result."""
     alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -74,7 +74,7 @@ def kept_numbers(function: Callable[[Tensor], Tensor], start: Tensor, *weights: 
     return sum(storage.nbytes() // 4 for storage in storages if storage is not None)
 
 
-def test_the_results_are_not_kept() -> None:
+def test_intermediate_results_are_not_kept_and_gradients_are_equal() -> None:
     start = torch.randn(LEAST_NUMBERS, requires_grad=True)
     up = torch.randn(LEAST_NUMBERS, requires_grad=True)
     weight = torch.randn(LEAST_NUMBERS, requires_grad=True)
@@ -98,7 +98,7 @@ def test_the_results_are_not_kept() -> None:
         assert torch.equal(one, other)
 
 
-def test_a_scaled_tensor_is_kept() -> None:
+def test_the_gradient_through_a_scaled_tensor_is_correct() -> None:
     start = torch.randn(LEAST_NUMBERS, requires_grad=True)
     with recomputed():
         result = (start * 3.0).square()
@@ -107,7 +107,7 @@ def test_a_scaled_tensor_is_kept() -> None:
     torch.testing.assert_close(start.grad, 18.0 * start.detach())
 
 
-def test_a_result_that_was_changed_in_place_is_kept() -> None:
+def test_the_gradient_through_results_changed_in_place_is_correct() -> None:
     start = torch.randn(LEAST_NUMBERS, requires_grad=True)
     with recomputed():
         result = (F.silu(start).mul_(2.0) + F.silu(start + 1.0, inplace=True)).square()
@@ -127,7 +127,7 @@ def test_a_changed_input_is_an_error() -> None:
         result.sum().backward()
 
 
-def test_other_hooks_are_used_again_after_the_block() -> None:
+def test_other_hooks_are_active_again_after_the_block() -> None:
     seen: list[Tensor] = []
 
     def keep(kept: Tensor) -> Tensor:

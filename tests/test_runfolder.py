@@ -1,4 +1,4 @@
-"""A stage is complete or absent; it is done once; one process owns a run folder."""
+"""A stage is complete or absent and runs only once; one process at a time uses a run folder."""
 
 import errno
 import json
@@ -31,7 +31,7 @@ def no_work(out: Path) -> Outcome:
     return Outcome()
 
 
-def test_a_finished_stage_is_not_done_again(tmp_path: Path) -> None:
+def test_a_finished_stage_does_not_run_again(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     calls: list[str] = []
     first = folder.stage(StagePlan("data", {"a": 1}, writes("x", calls)))
@@ -41,7 +41,7 @@ def test_a_finished_stage_is_not_done_again(tmp_path: Path) -> None:
     assert (first.digest, first.cost, first.summary) == (second.digest, second.cost, second.summary)
 
 
-def test_another_input_is_another_stage_and_the_old_one_is_kept(tmp_path: Path) -> None:
+def test_a_changed_input_makes_a_new_stage_and_keeps_the_old_one(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     calls: list[str] = []
     folder.stage(StagePlan("data", {"a": 1}, writes("x", calls)))
@@ -50,8 +50,8 @@ def test_another_input_is_another_stage_and_the_old_one_is_kept(tmp_path: Path) 
     assert calls == ["x", "y"]
 
 
-def test_the_digest_is_of_the_content_not_of_the_inputs(tmp_path: Path) -> None:
-    """So a source file that was touched but not changed does not redo what comes after."""
+def test_the_digest_depends_on_the_content_not_on_the_inputs(tmp_path: Path) -> None:
+    """So touching a source file without changing it does not repeat the stages that follow."""
     folder = RunFolder(tmp_path)
     same = [folder.stage(StagePlan("data", {"mtime": t}, writes("x", []))).digest for t in (1, 2)]
     other = folder.stage(StagePlan("data", {"mtime": 3}, writes("z", []))).digest
@@ -116,7 +116,9 @@ def test_a_kill_while_files_are_hashed_or_flushed_keeps_the_scratch(
     assert sorted(path.name for path in stage.path.iterdir()) == ["manifest.json", "result.txt"]
 
 
-def test_what_a_killed_process_was_writing_is_no_part_of_a_resumed_stage(tmp_path: Path) -> None:
+def test_half_written_files_of_a_killed_process_are_not_part_of_a_resumed_stage(
+    tmp_path: Path,
+) -> None:
     folder = RunFolder(tmp_path)
     left = folder.partial(StagePlan("train", {}, no_work))
     (left / "model" / ".part-abc").mkdir(parents=True)
@@ -127,7 +129,7 @@ def test_what_a_killed_process_was_writing_is_no_part_of_a_resumed_stage(tmp_pat
     assert files == {"manifest.json", "result.txt", "model", "shard"}
 
 
-def test_a_stage_without_its_product_is_not_finished_and_keeps_its_scratch(tmp_path: Path) -> None:
+def test_a_stage_that_fails_its_check_is_not_finished_and_keeps_its_scratch(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
 
     def work(out: Path) -> Outcome:
@@ -149,7 +151,7 @@ def test_a_stage_without_its_product_is_not_finished_and_keeps_its_scratch(tmp_p
 
 
 @pytest.mark.parametrize("damage", ["truncate", "delete", "flip", "manifest", "digest", "list"])
-def test_a_damaged_stage_is_done_again(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_stage_runs_again(tmp_path: Path, damage: str) -> None:
     folder = RunFolder(tmp_path)
     calls: list[str] = []
     path = folder.stage(StagePlan("data", {}, writes("hello", calls))).path
@@ -170,8 +172,8 @@ def test_a_damaged_stage_is_done_again(tmp_path: Path, damage: str) -> None:
     assert calls == ["hello", "hello"]
 
 
-def test_a_file_that_its_reader_compares_is_set_aside_when_it_is_read(tmp_path: Path) -> None:
-    """Only its size is compared before the stage is used."""
+def test_damage_that_is_found_when_a_file_is_read_makes_its_stage_run_again(tmp_path: Path) -> None:
+    """Only the size of such a file is compared before its stage is used."""
     folder = RunFolder(tmp_path)
     calls: list[str] = []
     options: dict[str, Any] = {"compared_when_read": ("*.txt",)}
@@ -188,7 +190,7 @@ def test_a_file_that_its_reader_compares_is_set_aside_when_it_is_read(tmp_path: 
     assert "same command again" in str(caught.value.fix)
     third = RunFolder(tmp_path)
     assert not third.stage(StagePlan("signals", {}, writes("hello", calls), **options)).reused
-    with pytest.raises(StoreError, match="the shard is damaged"):  # of another store
+    with pytest.raises(StoreError, match="the shard is damaged"):  # no file of this run is damaged
         third.stage(StagePlan("train", {}, read))
     assert sorted(file.name for file in path.iterdir()) == ["manifest.json", "result.txt"]
 
@@ -274,7 +276,7 @@ def test_a_full_disk_or_a_missing_permission_is_one_clear_error(
         RunFolder(tmp_path).stage(StagePlan("data", {}, fails))
 
 
-def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_run_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("I am a file")
     with pytest.raises(RunError, match="cannot write here"), RunFolder(tmp_path / "run").locked():
         pass
@@ -289,7 +291,7 @@ def test_a_link_points_to_the_newest_stage(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_a_file_of_the_user_is_not_replaced_by_a_link(tmp_path: Path, kind: str) -> None:
+def test_a_users_file_is_not_replaced_by_a_link(tmp_path: Path, kind: str) -> None:
     folder = RunFolder(tmp_path)
     stage = folder.stage(StagePlan("data", {}, writes("x", [])))
     mine = tmp_path / "model"
@@ -307,7 +309,7 @@ def test_a_file_of_the_user_is_not_replaced_by_a_link(tmp_path: Path, kind: str)
         "Error while serializing: I/O error: No space left on device (os error 28)",
     ],
 )
-def test_a_full_disk_is_one_message_in_the_words_of_any_library(tmp_path: Path, said: str) -> None:
+def test_a_full_disk_is_recognized_in_the_messages_of_libraries(tmp_path: Path, said: str) -> None:
     with pytest.raises(RunError, match="the disk is full"), disk_errors(tmp_path):
         raise RuntimeError(said)
 

@@ -1,4 +1,4 @@
-"""A complete run with tiny models: its files, repeated runs, and errors."""
+"""Complete runs with tiny models: their files, repeated runs, kills, and errors."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_run_ends_with_a_report_and_the_resolved_recipe(
     assert all(stage.reused for stage in again.stages)
 
 
-def test_no_work_is_repeated(finished: tuple[Path, RunResult]) -> None:
+def test_a_repeated_run_does_no_work(finished: tuple[Path, RunResult]) -> None:
     folder, first = finished
     stamps = {p: p.stat().st_mtime_ns for p in (first.folder / "stages").rglob("*")}
     again = run(yaml.safe_load((folder / "recipe.yaml").read_text()))
@@ -102,7 +102,7 @@ def test_no_work_is_repeated(finished: tuple[Path, RunResult]) -> None:
     assert {p: p.stat().st_mtime_ns for p in (first.folder / "stages").rglob("*")} == stamps
 
 
-def test_a_changed_section_redoes_only_what_depends_on_it(
+def test_a_changed_section_repeats_only_the_stages_that_depend_on_it(
     finished: tuple[Path, RunResult],
 ) -> None:
     folder, _ = finished
@@ -127,8 +127,8 @@ def test_a_touched_source_repeats_only_the_data_stage(
     assert [name for name, kept in reused.items() if not kept] == ["data"]
 
 
-def test_a_run_ships_its_student_quantized_in_every_format(tmp_path: Path) -> None:
-    """Rounded, trained rounded, then as torchao tensors and as GGUF: the same model."""
+def test_a_quantized_student_has_the_same_weights_in_every_format(tmp_path: Path) -> None:
+    """The student is quantized, trained while quantized, and exported to torchao and to GGUF."""
     pytest.importorskip("torchao")
     words = tiny.merging_tokenizer()
     tiny.llama(vocab_size=len(words)).save_pretrained(tmp_path / "teacher")
@@ -154,7 +154,7 @@ def test_a_run_ships_its_student_quantized_in_every_format(tmp_path: Path) -> No
     weights, others = dict(plain.named_parameters()), dict(packed.named_parameters())
     assert torch.equal(weights[name].dequantize(), others[name].bfloat16())
     kept = "model.layers.0.mlp.up_proj.weight"
-    # Left alone, in the file too: rounded to bfloat16 here and to float16 there.
+    # Not quantized in either format: stored as bfloat16 in one and as float16 in the other.
     torch.testing.assert_close(weights[kept].float(), others[kept], rtol=0.004, atol=1e-6)
     html = result.report.read_text()
     assert "gguf-q4_0" in html
@@ -172,7 +172,7 @@ def test_a_run_ships_its_student_quantized_in_every_format(tmp_path: Path) -> No
     ]
 
 
-def test_what_passed_its_replay_is_pushed_once_and_what_failed_is_not(
+def test_an_export_is_pushed_once_and_only_if_it_passes_its_replay(
     finished: tuple[Path, RunResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, _ = finished
@@ -203,7 +203,9 @@ def test_what_passed_its_replay_is_pushed_once_and_what_failed_is_not(
     ],
     ids=["random", "depth"],
 )
-def test_other_starts(tmp_path: Path, student: dict[str, Any]) -> None:
+def test_random_and_shallower_students_improve_by_training(
+    tmp_path: Path, student: dict[str, Any]
+) -> None:
     raw = tiny.recipe(tmp_path)
     raw["student"] = student
     evaluation = run(raw).evaluation
@@ -249,7 +251,7 @@ def model_bytes(folder: Path) -> bytes:
 
 
 def kill_when(process: Fork, seen: str, stages: Path) -> None:
-    """SIGKILL at the sight of a half-made stage, or of the finished one if that was missed."""
+    """Kill the process once a partial stage exists, or the finished one if that was missed."""
     finished = seen.partition(".partial")[0].removeprefix(".")
     while not list(stages.glob(seen)) and not list(stages.glob(finished)):
         assert process.poll() is None, "it ended before it could be killed"
@@ -306,8 +308,8 @@ def two_processes(recipe: Path) -> None:
 def test_two_processes_run_the_complete_recipe(
     tmp_path: Path, more: dict[str, Any], shard: str, launch: Callable[[Path], None]
 ) -> None:
-    """Two processes learn and measure what one does. Nothing needs to be sharded here, so `auto`
-    gives each of them both models."""
+    """Two processes measure the same as one. Nothing needs to be sharded here, so `auto` gives each
+    of them both models."""
     own_text = {"own_text": {"answers": 6, "max_tokens": 8}}
     raw = tiny.recipe(tmp_path, train={"micro_batch_size": 4}, evaluate=own_text, **more)
     alone = stillhouse.run({**raw, "folder": str(tmp_path / "alone")})
@@ -331,41 +333,41 @@ def test_two_processes_run_the_complete_recipe(
     assert sharded == (shard == "both")
 
 
-# --- what a user can get wrong -----------------------------------------------------------------
+# --- errors of users ---------------------------------------------------------------------------
 
 
-def refused(raw: dict[str, Any], kind: type[StillhouseError], expected: str) -> None:
+def assert_rejected(raw: dict[str, Any], kind: type[StillhouseError], expected: str) -> None:
     with pytest.raises(kind, match=expected) as caught:
         stillhouse.run(raw)
     assert caught.value.fix or caught.value.where
 
 
-def test_a_missing_teacher(tmp_path: Path) -> None:
-    refused(tiny.recipe(tmp_path, teacher={"model": "./nowhere"}), ModelError, "nowhere")
+def test_a_missing_teacher_is_rejected(tmp_path: Path) -> None:
+    assert_rejected(tiny.recipe(tmp_path, teacher={"model": "./nowhere"}), ModelError, "nowhere")
 
 
-def test_a_folder_that_is_not_a_model(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_model_is_rejected(tmp_path: Path) -> None:
     raw = tiny.recipe(tmp_path)
     (tmp_path / "empty").mkdir()
     raw["teacher"] = {"model": str(tmp_path / "empty")}
-    refused(raw, ModelError, r"config\.json")
+    assert_rejected(raw, ModelError, r"config\.json")
 
 
-def test_a_truncated_teacher(tmp_path: Path) -> None:
+def test_a_truncated_teacher_is_rejected(tmp_path: Path) -> None:
     raw = tiny.recipe(tmp_path)
     weights = tmp_path / "teacher" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    refused(raw, ModelError, "(?i)cut|truncat|shorter|incomplete|damaged")
+    assert_rejected(raw, ModelError, "(?i)cut|truncat|shorter|incomplete|damaged")
 
 
-def test_a_truncated_gguf(tmp_path: Path) -> None:
+def test_a_truncated_gguf_file_is_rejected(tmp_path: Path) -> None:
     raw = tiny.recipe(tmp_path)
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(40))
     raw["teacher"] = {"model": str(tmp_path / "model.gguf")}
-    refused(raw, ModelError, "(?i)gguf")
+    assert_rejected(raw, ModelError, "(?i)gguf")
 
 
-def test_a_student_with_other_tokens(tmp_path: Path) -> None:
+def test_a_student_with_other_tokens_is_rejected_if_they_must_be_the_same(tmp_path: Path) -> None:
     raw = tiny.recipe(tmp_path)
     tiny.save_model(tmp_path / "other")
     path = tmp_path / "other" / "tokenizer.json"
@@ -375,41 +377,39 @@ def test_a_student_with_other_tokens(tmp_path: Path) -> None:
     path.write_text(json.dumps(core))
     raw["teacher"]["tokenizer"] = "same"
     raw["student"] = {"start": "pretrained", "model": str(tmp_path / "other")}
-    refused(raw, ModelError, "token")
+    assert_rejected(raw, ModelError, "token")
     assert not (tmp_path / "run" / "stages").exists() or not list(
         (tmp_path / "run" / "stages").iterdir()
     )
 
 
-def test_a_chat_longer_than_the_context(tmp_path: Path) -> None:
+def test_a_chat_longer_than_the_context_is_rejected(tmp_path: Path) -> None:
     raw = tiny.recipe(tmp_path)
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"prompt": "a" * 50, "completion": "b" * 50}) + "\n")
     raw["data"]["sources"] = [{"kind": "jsonl", "path": str(path)}]
-    refused(raw, DataError, "(?i)context")
+    assert_rejected(raw, DataError, "(?i)context")
 
 
-def test_empty_data(tmp_path: Path) -> None:
+def test_empty_data_is_rejected(tmp_path: Path) -> None:
     raw = tiny.recipe(tmp_path)
     (tmp_path / "text.txt").write_text("\n \n")
-    refused(raw, DataError, "(?i)no text|empty")
+    assert_rejected(raw, DataError, "(?i)no text|empty")
 
 
-def test_a_size_that_the_teacher_does_not_have(tmp_path: Path) -> None:
-    refused(tiny.recipe(tmp_path, student={"ffn_size": 999}), RecipeError, "ffn_size: 999")
+def test_a_size_larger_than_the_teachers_is_rejected(tmp_path: Path) -> None:
+    assert_rejected(tiny.recipe(tmp_path, student={"ffn_size": 999}), RecipeError, "ffn_size: 999")
 
 
-def test_a_full_disk_stops_cleanly_and_keeps_what_is_done(
+def test_a_full_disk_is_one_error_and_keeps_finished_stages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import stillhouse.language_model.export_stage
-
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
     raw = tiny.recipe(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(stillhouse.language_model.export_stage, "export_checkpoint", full)
+        patch.setattr(shipping, "export_checkpoint", full)
         with pytest.raises(StillhouseError, match="disk is full"):
             stillhouse.run(raw)
     reused = {stage.name: stage.reused for stage in run(raw).stages}
@@ -433,7 +433,7 @@ def test_ctrl_c_reports_that_the_same_command_resumes(
     assert "Traceback" not in stderr
 
 
-# --- the other verbs --------------------------------------------------------------------------
+# --- other commands ---------------------------------------------------------------------------
 
 
 def test_evaluate_compares_any_model_with_the_teacher(
@@ -468,7 +468,7 @@ def test_evaluate_measures_the_checkpoint_of_a_run_that_exports_no_safetensors(
     assert student.fidelity.kl == pytest.approx(measured.fidelity.kl, abs=1e-6)
 
 
-def test_preparing_data_is_the_runs_own_data_stage(finished: tuple[Path, RunResult]) -> None:
+def test_prepare_data_reuses_the_data_stage_of_the_run(finished: tuple[Path, RunResult]) -> None:
     folder, _ = finished
     _, windows, heldout = prepare_data(folder / "recipe.yaml")
     raw = yaml.safe_load((folder / "recipe.yaml").read_text())
@@ -476,7 +476,9 @@ def test_preparing_data_is_the_runs_own_data_stage(finished: tuple[Path, RunResu
     assert len(heldout) > 0
 
 
-def test_a_moved_run_folder_still_works(finished: tuple[Path, RunResult], tmp_path: Path) -> None:
+def test_the_model_in_a_copied_run_folder_can_be_loaded(
+    finished: tuple[Path, RunResult], tmp_path: Path
+) -> None:
     _, result = finished
     shutil.copytree(result.folder, tmp_path / "moved", symlinks=True)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "moved" / "model") is not None

@@ -15,7 +15,7 @@ from stillhouse.scratch import scratch_in, scratch_place, temporary_folder
 from tests.forks import Fork
 
 
-def test_a_run_has_its_temporary_files_in_its_own_folder(
+def test_temporary_files_of_a_run_are_in_its_own_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TMPDIR", raising=False)
@@ -27,9 +27,7 @@ def test_a_run_has_its_temporary_files_in_its_own_folder(
     assert scratch_place() == Path(tempfile.gettempdir())
 
 
-def test_a_folder_that_the_user_chose_is_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tmpdir_is_used_if_it_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path / "large-disk"))
     for run in ("one", "other"):
         with RunFolder(tmp_path / run).locked():
@@ -37,7 +35,7 @@ def test_a_folder_that_the_user_chose_is_used(
     assert list((tmp_path / "large-disk").iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_used_is_an_error_before_the_first_stage(
+def test_an_unusable_tmpdir_is_an_error_before_the_first_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
@@ -60,7 +58,7 @@ def hold(run: Path) -> None:
 def test_the_main_process_deletes_what_other_processes_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str
 ) -> None:
-    """The next run may have fewer."""
+    """The next run may have fewer processes."""
     monkeypatch.setenv("TMPDIR", chosen and str(tmp_path / chosen))
     monkeypatch.setenv("RANK", "3")
     with scratch_in(tmp_path / "run"):

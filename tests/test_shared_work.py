@@ -1,4 +1,4 @@
-"""Sums that processes divide: the same bits for any number of them."""
+"""Sums that are divided among processes are equal bit for bit for any number of processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests import forks
 
 
 def terms(processes: Processes, items: int) -> list[list[Tensor]]:
-    """Values of very different sizes, so that the order of the additions shows."""
+    """Values of very different sizes, so that the order of additions matters."""
     found = []
     for item in processes.part(items):
         generator = torch.Generator().manual_seed(item)
@@ -59,8 +59,8 @@ def divided(out: Path) -> None:
 
 @pytest.mark.run
 @pytest.mark.parametrize("count", [2, 3])
-def test_processes_agree_with_one(tmp_path: Path, count: int) -> None:
-    """With one term for three processes, too: two of them have none."""
+def test_several_processes_agree_with_one(tmp_path: Path, count: int) -> None:
+    """This includes a sum of one term by three processes, two of which have none."""
     for rank in forks.ranks(count, partial(divided, tmp_path)):
         assert rank.wait(timeout=100) == 0, rank.communicate()[1][-3000:]
     for own in range(count):

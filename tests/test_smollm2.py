@@ -1,4 +1,4 @@
-"""The demo's recipe on the real SmolLM2, cut short: `make test-slow`."""
+"""The demo's recipe with the real SmolLM2, but less training; `make test-slow` runs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs whose teacher scores the text once: training reads its signals from the store."""
+"""Runs whose teacher scores the text once; training reads its signals from the store."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def recipe(folder: Path, encoding: dict[str, Any], /, **sections: Any) -> dict[s
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunResult]:
-    """254 of 260 tokens are stored: all but a thousandth of the teacher's mass."""
+    """A run that stores 254 of 260 tokens, all but a thousandth of the teacher's probability."""
     folder = tmp_path_factory.mktemp("stored")
     return folder, run(recipe(folder, {"kind": "top_k", "k": 254}))
 
 
-def test_a_nearly_complete_store_trains_the_student_of_a_live_teacher(
+def test_a_nearly_complete_store_trains_like_a_live_teacher(
     stored: tuple[Path, RunResult],
 ) -> None:
     folder, result = stored
@@ -88,7 +88,7 @@ def test_a_second_student_and_more_epochs_do_not_query_the_teacher(
 
 
 def _never(*args: Any, **kwargs: Any) -> Any:
-    raise AssertionError("the teacher was asked")
+    raise AssertionError("the teacher was queried")
 
 
 def test_a_damaged_shard_is_set_aside_and_recorded_again(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ EVERYTHING = {
         {"kind": "hidden_states", "pairs": [[0, 0], [1, 1]], "embeddings": True},
     ]
 }
-"""Needs the last hidden states, the first block's and the embeddings."""
+"""Needs the last hidden states, those of the first block, and the embeddings."""
 
 
 def test_stored_hidden_states_serve_every_divergence_and_every_layer(
@@ -174,7 +174,7 @@ def record_signals(raw: dict[str, Any]) -> None:
     commands.record_signals(file)
 
 
-def test_a_frozen_head_learns_from_one_vector_a_token(tmp_path: Path) -> None:
+def test_a_frozen_head_learns_from_one_vector_per_token(tmp_path: Path) -> None:
     frozen = {"freeze_head": True}
     live = run(tiny.recipe(tmp_path, train=frozen, folder=str(tmp_path / "live")))
     raw = recipe(tmp_path, {"kind": "frozen_head"}, train=frozen)
@@ -236,7 +236,7 @@ def test_a_threshold_is_tuned_to_the_requested_size(tmp_path: Path) -> None:
     result = run(recipe(tmp_path, {"kind": "threshold", "bytes": 60}))
     summary = stages(result)["signals"].summary
     assert summary["squared_bias"] == 0
-    # Keys, offsets and checksums come on top; segments here have 11 tokens, and 28 bytes each.
+    # Segments of 11 tokens have another 28 bytes each for keys, offsets, and checksums.
     assert 60 * 0.9 < summary["bytes"] < 60 * 1.1 + 12
 
 
@@ -249,7 +249,7 @@ def test_a_threshold_is_tuned_to_the_requested_size(tmp_path: Path) -> None:
         ([{}, {"divergence": "jsd", "temperature": 2}], {"kind": "top_k"}, "temperatures 1, 2"),
     ],
 )
-def test_terms_that_a_store_cannot_serve_are_rejected_before_anything_is_spent(
+def test_terms_that_a_store_cannot_serve_are_rejected_before_any_stage(
     tmp_path: Path, terms: list[dict[str, Any]], encoding: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SignalError, match=message) as caught:
@@ -262,7 +262,7 @@ def test_terms_that_a_store_cannot_serve_are_rejected_before_anything_is_spent(
 
 ENCODING = {"kind": "top_k", "k": 16}
 WHOLE = {"packing": "none"}
-"""Documents are not cut where a window ends, so that other windows have the same segments."""
+"""Documents are not split at the ends of windows, so that other windows have the same segments."""
 
 
 @pytest.fixture(scope="module")

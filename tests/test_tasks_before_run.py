@@ -1,4 +1,4 @@
-"""`check` reports what a task's run cannot do, and `run` raises it before the first request."""
+"""Problems of a task that `check` reports also stop `run` before its first request."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def retemplated(folder: Path, template: str) -> None:
     words.save_pretrained(folder)
 
 
-def both(raw: dict[str, Any], folder: Path) -> str:
-    """The errors of `check`, which `run` raises too, having done nothing."""
+def error_of_check_and_run(raw: dict[str, Any], folder: Path) -> str:
+    """The first error of `check`. Asserts that `run` fails too, before any stage or request."""
     found = [one for one in check_recipe(answering.clean(raw)) if one.level == "error"]
     assert found
     with pytest.raises(StillhouseError):
@@ -43,26 +43,28 @@ def both(raw: dict[str, Any], folder: Path) -> str:
     return f"{found[0].text}; {found[0].fix}"
 
 
-def test_an_answering_teacher_that_rejects_system_prompts(tmp_path: Path) -> None:
+def test_an_answering_teacher_that_rejects_system_prompts_is_an_error(tmp_path: Path) -> None:
     raw = answering.recipe(tmp_path, "generate", task={"system": "Be brief."})
     retemplated(tmp_path / "teacher", REFUSES_SYSTEM)
-    text = both(raw, tmp_path)
+    text = error_of_check_and_run(raw, tmp_path)
     assert "remove task.system, or move its text to the prompt" in text
 
 
-def test_an_answering_student_that_rejects_system_prompts(tmp_path: Path) -> None:
+def test_an_answering_student_that_rejects_system_prompts_is_an_error(tmp_path: Path) -> None:
     raw = answering.recipe(tmp_path, "generate", task={"system": "Be brief."})
     retemplated(tmp_path / "small", REFUSES_SYSTEM)
     student = {"start": "pretrained", "model": str(tmp_path / "small")}
     raw["student"] = student
-    assert "the student's chat template does not accept a system prompt" in both(raw, tmp_path)
+    assert "the student's chat template does not accept a system prompt" in error_of_check_and_run(
+        raw, tmp_path
+    )
 
 
-def test_a_classifiers_teacher_that_rejects_system_prompts(tmp_path: Path) -> None:
+def test_a_classifiers_teacher_that_rejects_system_prompts_is_an_error(tmp_path: Path) -> None:
     raw = classify.recipe(tmp_path)
     raw["task"]["system"] = "You sort messages."
     retemplated(tmp_path / "teacher", REFUSES_SYSTEM)
-    assert "remove task.system" in both(raw, tmp_path)
+    assert "remove task.system" in error_of_check_and_run(raw, tmp_path)
 
 
 def save_gpt2(folder: Path) -> Path:
@@ -77,10 +79,10 @@ def save_gpt2(folder: Path) -> Path:
     return folder
 
 
-def test_prompts_longer_than_a_classifiers_teacher(tmp_path: Path) -> None:
+def test_prompts_beyond_the_positions_of_a_classifiers_teacher_are_an_error(tmp_path: Path) -> None:
     raw = classify.recipe(tmp_path)
     save_gpt2(tmp_path / "teacher")
-    assert "the teacher 64 positions" in both(raw, tmp_path)
+    assert "the teacher 64 positions" in error_of_check_and_run(raw, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -91,17 +93,17 @@ def test_prompts_longer_than_a_classifiers_teacher(tmp_path: Path) -> None:
         ({"start": "pretrained", "model": "gpt2", "head": "words"}, "the student 64 positions"),
     ],
 )
-def test_a_classifier_that_cannot_be_built(
+def test_a_classifier_that_cannot_be_built_is_an_error(
     tmp_path: Path, student: dict[str, Any], what: str
 ) -> None:
     save_gpt2(tmp_path / "gpt2")
     raw = classify.recipe(tmp_path, student=student)
     if "model" in student:
         student["model"] = str(tmp_path / "gpt2")
-    assert what in both(raw, tmp_path)
+    assert what in error_of_check_and_run(raw, tmp_path)
 
 
-def test_a_student_that_cannot_start_costs_no_judgment(tmp_path: Path) -> None:
+def test_a_student_that_cannot_be_built_is_rejected_before_the_judgment(tmp_path: Path) -> None:
     raw = classify.recipe(tmp_path)
     raw["student"]["hidden_size"] = 64  # the teacher's embeddings have 32
     with pytest.raises(StillhouseError, match="use a smaller hidden_size"):
@@ -118,8 +120,12 @@ def test_a_student_that_cannot_start_costs_no_judgment(tmp_path: Path) -> None:
         ({"evaluate": {"scorer": "nowhere.py:score"}}, "nowhere.py"),
     ],
 )
-def test_options_of_answers(tmp_path: Path, changes: dict[str, Any], what: str) -> None:
-    assert what in both(answering.recipe(tmp_path, "generate", **changes), tmp_path)
+def test_invalid_options_of_answers_are_an_error(
+    tmp_path: Path, changes: dict[str, Any], what: str
+) -> None:
+    assert what in error_of_check_and_run(
+        answering.recipe(tmp_path, "generate", **changes), tmp_path
+    )
 
 
 @pytest.mark.parametrize(
@@ -140,14 +146,14 @@ def test_an_error_in_a_filter_names_its_key_in_the_recipe(
     assert caught.value.where == where
 
 
-def test_a_schema_that_allows_anything(tmp_path: Path) -> None:
+def test_a_schema_that_allows_anything_is_an_error(tmp_path: Path) -> None:
     raw = answering.recipe(tmp_path, "extract")
     (tmp_path / "schema.json").write_text('{"name": "string", "age": "integer"}')
-    assert "allows any answer" in both(raw, tmp_path)
+    assert "allows any answer" in error_of_check_and_run(raw, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["extract", "classify"])
-def test_a_key_that_is_not_in_the_environment(
+def test_a_missing_api_key_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.delenv("SOME_KEY", raising=False)
@@ -160,19 +166,19 @@ def test_a_key_that_is_not_in_the_environment(
         raw = classify.recipe(tmp_path)
         raw["teacher"] = {"api": api}
         raw["student"] |= {"tokenizer": str(tmp_path / "teacher"), "teacher_embeddings": False}
-    assert "SOME_KEY is not set" in both(raw, tmp_path)
+    assert "SOME_KEY is not set" in error_of_check_and_run(raw, tmp_path)
 
 
-def test_a_hub_model_while_offline_is_one_message(
+def test_a_hub_model_while_offline_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw = tiny.recipe(tmp_path)
     raw["teacher"]["model"] = "nobody/nothing-of-that-name"
-    assert "the Hub cannot be reached" in both(raw, tmp_path)
+    assert "the Hub cannot be reached" in error_of_check_and_run(raw, tmp_path)
 
 
 def test_texts_are_cut_to_the_positions_of_an_encoder(tmp_path: Path) -> None:
-    """RoBERTa's table has rows before the first position: 514 of them hold 512 tokens."""
+    """RoBERTa's table has rows before the first position, so that 514 rows allow 512 tokens."""
     raw = classify.recipe(tmp_path, data={"texts": [{"path": str(tmp_path / "long.jsonl")}]})
     rows = [{"text": f"{word} " * 40} for _, word, _ in classify.rows(40)]
     text = "".join(json.dumps({"text": f"{n} {row['text']}"}) + "\n" for n, row in enumerate(rows))

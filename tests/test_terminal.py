@@ -1,4 +1,4 @@
-"""What a model, a server or a file name says controls nothing on a terminal."""
+"""Text from a model, a server, or a file name cannot control the terminal."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_control_characters_are_made_visible_everywhere() -> None:
     assert "abc\\u202etxt.exe\\u009b2J␡" in text
 
 
-def test_styles_stay() -> None:
+def test_styles_are_kept() -> None:
     text = shown(Text("plain " + CLEAR, "bold"), force_terminal=True, color_system="standard")
     assert text == "\x1b[1mplain ␛[2J␛]0;title\x1b[0m\n"
 
@@ -45,11 +45,11 @@ def test_a_string_is_not_read_as_markup_or_emoji() -> None:
     assert file.getvalue() == "report  runs/a[/x][red]:smile:/report.html " + "x" * 200 + "\n"
 
 
-def test_newlines_and_tabs_stay() -> None:
+def test_newlines_and_tabs_are_kept() -> None:
     assert visible("a\n\tb\r") == "a\n\tb␍"
 
 
-def test_a_json_line_reads_back_as_it_was() -> None:
+def test_a_json_line_reads_back_unchanged() -> None:
     value = {"text": CLEAR + TURNED + "naïve"}
     assert json.loads(json_line(value)) == value
     assert not set(json_line(value)) & set("\x1b\x07\x9b\x7f\u202e")
@@ -63,7 +63,7 @@ def test_a_json_line_is_json_in_any_encoding_of_the_output(monkeypatch: pytest.M
     assert json.loads(written.getvalue()) == value
 
 
-def test_a_line_break_in_a_path_makes_no_line_of_a_message() -> None:
+def test_a_line_break_in_a_path_adds_no_line_to_an_error() -> None:
     error = RunError("it is full", where="/data/a\n  fix:   run this", fix="free some space")
     assert str(error).splitlines() == [
         "it is full",

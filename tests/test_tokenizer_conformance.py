@@ -1,4 +1,4 @@
-"""The checks of losses under a teacher with another tokenizer, on losses that fail them."""
+"""Checks of losses under a teacher with a different tokenizer, tried on losses that fail them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 LOSSES = contenders(None)
 
 
-def test_ours_agrees_with_every_check() -> None:
+def test_our_loss_passes_every_check() -> None:
     assert conform(LOSSES["stillhouse"]) == dict.fromkeys(CHECKS, "")
 
 
@@ -47,9 +47,9 @@ def without_end(problem: TokenizerProblem) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("mutant", "check"), [(one_off, "rows that predict"), (without_end, "the end of a text")]
+    ("faulty", "check"), [(one_off, "rows that predict"), (without_end, "the end of a text")]
 )
-def test_a_mutant_differs(
-    mutant: Callable[[TokenizerProblem], tuple[Tensor, Tensor]], check: str
+def test_a_faulty_loss_fails_the_check(
+    faulty: Callable[[TokenizerProblem], tuple[Tensor, Tensor]], check: str
 ) -> None:
-    assert conform(Contender(mutant, forward_kl))[check]
+    assert conform(Contender(faulty, forward_kl))[check]

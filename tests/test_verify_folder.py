@@ -107,7 +107,7 @@ def test_checkpoints_of_unfinished_stages_are_verified(finished: Path, tmp_path:
 
 
 @pytest.mark.run
-def test_an_export_is_verified_by_other_tools_too(finished: Path, tmp_path: Path) -> None:
+def test_an_export_can_also_be_verified_with_sha256sum(finished: Path, tmp_path: Path) -> None:
     export = tmp_path / "shipped"
     shutil.copytree(finished / "model", export)
     assert not problems(export)
@@ -121,7 +121,7 @@ def test_an_export_is_verified_by_other_tools_too(finished: Path, tmp_path: Path
 
 
 @pytest.mark.run
-def test_a_store_is_verified(finished: Path, tmp_path: Path) -> None:
+def test_damage_in_a_store_is_found(finished: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     (stage,) = (finished / "stages").glob("signals-*")
     shutil.copytree(next(stage.glob("*/settings.json")).parent, store)
@@ -131,7 +131,7 @@ def test_a_store_is_verified(finished: Path, tmp_path: Path) -> None:
     assert shard.name in problems(store)[0].problems[0]
 
 
-def test_a_damaged_journal_is_named_and_not_changed(tmp_path: Path) -> None:
+def test_a_damaged_journal_is_reported_and_not_changed(tmp_path: Path) -> None:
     path = tmp_path / "answers.sqlite"
     Journal(path).close()
     assert not problems(path)
@@ -149,7 +149,7 @@ def test_a_folder_with_other_content_is_rejected(tmp_path: Path) -> None:
         list(verify_folder(tmp_path))
 
 
-def test_a_file_that_the_sums_do_not_list_is_named(tmp_path: Path) -> None:
+def test_a_file_that_the_sums_do_not_list_is_reported(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     write_sums(tmp_path)
     (tmp_path / ".DS_Store").write_bytes(b"")
@@ -174,9 +174,7 @@ def test_predict_rejects_a_damaged_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("hidden", [".git/HEAD", ".cache/huggingface/download/config.json.lock"])
-def test_what_git_and_the_hub_write_into_a_copy_is_no_part_of_an_export(
-    tmp_path: Path, hidden: str
-) -> None:
+def test_files_of_git_and_the_hub_are_not_part_of_an_export(tmp_path: Path, hidden: str) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     write_sums(tmp_path)
     (tmp_path / hidden).parent.mkdir(parents=True)
@@ -184,7 +182,7 @@ def test_what_git_and_the_hub_write_into_a_copy_is_no_part_of_an_export(
     assert not problems(tmp_path)
 
 
-def test_a_lost_seal_is_damage() -> None:
+def test_a_missing_seal_is_damage() -> None:
     facts = sealed({"files": {"a": {"bytes": 1}}})
     assert not seal_broken(facts)
     assert seal_broken({"files": facts["files"]})
