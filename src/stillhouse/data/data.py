@@ -57,7 +57,8 @@ class Data:
         heldout: text to evaluate on, in any of these forms; None: split documents off `texts`.
         context: tokens in a window.
         text_key: the key of a row that contains plain text.
-        documents: what separates the documents in a plain text file.
+        documents: what separates the documents in a plain text file: "blank-line", "line", or
+        "file" (the file is one document, the default in a recipe).
         folder: where to keep the windows, for `Data.open`; None: keep them in memory.
         options: train_tokens, heldout_tokens, packing, long_rows, and control_tokens, as in a
         recipe's `data`.
