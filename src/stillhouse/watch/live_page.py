@@ -26,7 +26,6 @@ from stillhouse.progress import Work
 from stillhouse.report.history import training_charts, training_section
 from stillhouse.report.own_text_report import own_text_charts
 from stillhouse.report.page import Section, environment
-from stillhouse.report.sections import filled
 from stillhouse.training.checkpoints import read_metrics
 from stillhouse.watch.watched_runs import Training, WatchedPart, WatchedRun, find_runs, read_run
 
@@ -151,10 +150,11 @@ def _training_html(training: Training, anchor: str, _changed: int, _size: int) -
     if training.unit == "text":
         section = Section(training.title, charts=[*training_charts(rows, training.unit)])
     else:
+        own = [*own_text_charts(rows)]
         section = replace(
             training_section(rows, training.temperature),
             title=training.title,
-            parts=filled(Section("Own text", charts=[*own_text_charts(rows)])),
+            parts=[Section("Own text", charts=own)] if own else [],
         )
     return _section_html(section, anchor)
 
