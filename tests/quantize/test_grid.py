@@ -31,7 +31,7 @@ def every_code(grid: Grid) -> Tensor:
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_scales_are_the_best_of_those_tried(grid: Grid) -> None:
-    """Against a search by plain Python, group by group and number by number."""
+    """Compared with a search in plain Python, group by group and number by number."""
     weight_OI = matrix()
     scales_OG = choose_scales(weight_OI, grid)
     every = every_code(grid).tolist()
@@ -49,26 +49,27 @@ def test_scales_are_the_best_of_those_tried(grid: Grid) -> None:
             assert errors[best] == pytest.approx(min(errors.values()), rel=1e-3)
 
 
-def test_errors_on_inputs_that_matter_are_avoided() -> None:
-    """By definition: the scale has the least weighted error of those tried."""
+def test_scales_have_the_least_error_weighted_by_moments() -> None:
     grid, moment_I = Grid(4, 8), torch.ones(32)
     moment_I[::8] = 1e-4
     weight_OI = matrix()
-    weight_OI[:, ::8] *= 5  # the largest number of each group is on an input that hardly matters
-    plain_OG, weighed_OG = choose_scales(weight_OI, grid), choose_scales(weight_OI, grid, moment_I)
+    weight_OI[:, ::8] *= (
+        5  # the largest number of each group belongs to an input that hardly matters
+    )
+    plain_OG, weighted_OG = choose_scales(weight_OI, grid), choose_scales(weight_OI, grid, moment_I)
 
     def error(scales_OG: Tensor) -> float:
         off_OI = on_grid(weight_OI, scales_OG, grid) - weight_OI
         return float((off_OI.square() * moment_I).sum())
 
-    assert error(weighed_OG) < 0.6 * error(plain_OG)
+    assert error(weighted_OG) < 0.6 * error(plain_OG)
     extreme_OG = weight_OI.unflatten(-1, (-1, 8))[..., 0]
     candidates = [(extreme_OG / place).half().float() for place in WEIGHTED[4]]
-    assert error(weighed_OG) <= min(map(error, candidates))
+    assert error(weighted_OG) <= min(map(error, candidates))
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_no_weight_on_the_grid_is_closer(grid: Grid) -> None:
+def test_weights_are_rounded_to_the_nearest_number_on_the_grid(grid: Grid) -> None:
     weight_OI = matrix()
     scales_OG = choose_scales(weight_OI, grid)
     near_OI = on_grid(weight_OI, scales_OG, grid)
@@ -78,8 +79,8 @@ def test_no_weight_on_the_grid_is_closer(grid: Grid) -> None:
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_codes_and_scales_are_the_weights_exactly(grid: Grid) -> None:
-    """Numbers on the grid stay the same, bit for bit, however often they are rounded."""
+def test_codes_and_scales_represent_weights_on_the_grid_exactly(grid: Grid) -> None:
+    """Rounding weights on the grid again does not change a bit."""
     scales_OG = choose_scales(matrix(), grid)
     assert torch.equal(scales_OG, scales_OG.half().float()), "float16 holds every scale"
     once_OI = on_grid(matrix(), scales_OG, grid)
@@ -98,13 +99,13 @@ def test_a_group_of_zeros_stays_zero() -> None:
     assert not on_grid(weight_OI, scales_OG, Grid(4, 8))[2, 8:16].any()
 
 
-def test_bytes_are_codes_and_scales() -> None:
+def test_bytes_count_codes_and_scales() -> None:
     assert Grid(4, 32).bytes(32, rows=1) == 16 + 2, "as a q4_0 block of GGUF"
     assert Grid(8, 32).bytes(64, rows=1) == 2 * (32 + 2)
     assert Grid(8, None, floating=True).bytes(64, rows=4) == 64 + 4 * 2
 
 
-def test_what_is_past_float8_is_its_largest_number() -> None:
+def test_numbers_beyond_float8_become_its_largest_number() -> None:
     """A cast to float8 would turn it into NaN."""
     grid = Grid(8, None, floating=True)
     codes_OI = to_codes(torch.tensor([[1e6, -1e6, 1.0]]), torch.ones(1, 1), grid)

@@ -1,4 +1,4 @@
-"""Training with rounded weights agrees with the same steps written out."""
+"""Training with rounded weights agrees with the same steps computed explicitly."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ pytestmark = pytest.mark.run
 
 @pytest.mark.parametrize("grid", [Grid(4, 32), Grid(8, None, floating=True)])
 def test_two_steps_are_those_of_a_straight_through_estimator(grid: Grid) -> None:
-    """Against functional calls of the rounded weights, with SGD on the unrounded ones."""
+    """Compared with functional calls on rounded weights, and SGD on the latent weights."""
     model, other = tiny.llama(), tiny.llama()
     units = find_units(model, grid)
     scales = scales_of(model, units, grid)
@@ -94,7 +94,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Windows, W
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8_dynamic_int4"])
-def test_training_rounded_recovers_what_rounding_lost(
+def test_training_with_rounded_weights_lowers_the_kl_of_rounding(
     prepared: tuple[Path, Windows, Windows],
     tmp_path: Path,
     kind: Literal["int4", "int8_dynamic_int4"],
@@ -133,7 +133,7 @@ def test_training_rounded_recovers_what_rounding_lost(
 def test_an_interrupted_and_resumed_training_has_the_same_weights(
     prepared: tuple[Path, Windows, Windows], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A checkpoint has the unrounded weights of an undisturbed run, bit for bit."""
+    """Checkpoints contain the latent weights, so the result is the same bit for bit."""
     teacher, windows, heldout = prepared
     section = QuantizeRecipe(qat=QatRecipe(tokens=1000, learning_rate=1e-3))
     quantize(teacher, tmp_path / "ptq", section=section, heldout=heldout, vocabulary=260, seed=0)
@@ -154,14 +154,14 @@ def test_an_interrupted_and_resumed_training_has_the_same_weights(
 
     whole = call(tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(RoundedWeights, "on_pre_optimizer_step", cut_off_at(step=5))
+        patch.setattr(RoundedWeights, "on_pre_optimizer_step", interrupted_at(step=5))
         with pytest.raises(KeyboardInterrupt):
             call(tmp_path / "cut")
     again = call(tmp_path / "cut")
     assert all(torch.equal(again[name], weight) for name, weight in whole.items())
 
 
-def cut_off_at(step: int) -> Any:
+def interrupted_at(step: int) -> Any:
     original = RoundedWeights.on_pre_optimizer_step
 
     def stop(self: RoundedWeights, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -172,7 +172,9 @@ def cut_off_at(step: int) -> Any:
     return stop
 
 
-def test_the_training_recipe_of_so_many_tokens(prepared: tuple[Path, Windows, Windows]) -> None:
+def test_the_training_recipe_has_the_steps_that_the_tokens_need(
+    prepared: tuple[Path, Windows, Windows],
+) -> None:
     _, windows, _ = prepared
     asked = QuantizeRecipe(qat=QatRecipe(tokens=20 * len(windows) * windows.context))
     recipe = qat_section(
@@ -220,7 +222,7 @@ def test_a_tokenizer_with_custom_code_is_loaded_like_the_model(
         loaded.append(model)
         return tiny.tokenizer()
 
-    module = sys.modules["stillhouse.quantize.quantize"]  # a function of its name hides it
+    module = sys.modules["stillhouse.quantize.quantize"]  # hidden by the function of the same name
     monkeypatch.setattr(module, "load_tokenizer", remember)
     model = load_model(student, dtype=torch.float32)
     quantization = Quantization(Grid(4, 32), False, {})
@@ -229,10 +231,10 @@ def test_a_tokenizer_with_custom_code_is_loaded_like_the_model(
     assert loaded == [source]
 
 
-def test_the_rounded_student_writes(
+def test_the_rounded_student_generates_the_rollouts(
     prepared: tuple[Path, Windows, Windows], tmp_path: Path
 ) -> None:
-    """It generates the same text during training as the quantized model does afterwards."""
+    """The text is the same as that of the quantized model after training."""
     folder, windows, _ = prepared
     grid = Grid(4, 32)
     model = tiny.llama(seed=5)
@@ -257,13 +259,17 @@ def test_the_rounded_student_writes(
         prompts=OwnPrompts.of([[5, 6, 7, 8], [9, 10, 11]]),
     )
     for name, value in model.named_parameters():
-        assert torch.allclose(value, exact[name], atol=1e-9), name  # the latent weights are back
+        assert torch.allclose(value, exact[name], atol=1e-9), (
+            name
+        )  # the latent weights are restored
     rounded = tiny.llama(seed=5)
     for name, value in rounded.named_parameters():
         if name in scales:
             value.data.copy_(on_grid(value.detach(), scales[name], grid))
-    for rollout in read_rollouts(window_folder(tmp_path, 0)) or []:
-        asked = torch.tensor([rollout.ids[: rollout.given]])
+    rollouts = read_rollouts(window_folder(tmp_path, 0))
+    assert rollouts
+    for rollout in rollouts:
+        prompt = torch.tensor([rollout.ids[: rollout.given]])
         for writer, same in ((rounded, True), (tiny.llama(seed=5), False)):
-            found = writer.generate(asked, max_new_tokens=8, do_sample=False, pad_token_id=0)[0]
+            found = writer.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)[0]
             assert (found.tolist()[: len(rollout.ids)] == list(rollout.ids)) is same

@@ -1,4 +1,4 @@
-"""Quantizing a student: counted bytes, measured KL, parts left alone, and rejected settings."""
+"""Quantizing a student: counted bytes, measured KL, kept parts, and rejected settings."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ def call(student: Path, out: Path, **section: Any) -> Any:
     )
 
 
-# --- the importance of inputs ---------------------------------------------------------------------
+# --- moments of inputs ---------------------------------------------------------------------------
 
 
 class Padded(ToyWindows):
-    """Windows whose last 16 of 24 tokens are padding, unless padding is left out."""
+    """Windows of 24 tokens, of which the last 16 are padding; cut to the first `length` tokens."""
 
     def __init__(self, length: int = 24) -> None:
         super().__init__()
@@ -89,14 +89,14 @@ class Padded(ToyWindows):
         return {name: array_L[: self.length] for name, array_L in window.items()}
 
 
-def test_padding_is_not_an_input() -> None:
+def test_padding_does_not_affect_the_moments_of_inputs() -> None:
     model = tiny.llama()
     expected = input_moments(model, Padded(length=8))
     for name, moment_I in input_moments(model, Padded()).items():
         assert_close(moment_I, expected[name])
 
 
-# --- what there is to quantize -------------------------------------------------------------------
+# --- the parts of a model ------------------------------------------------------------------------
 
 
 def test_a_tied_head_is_part_of_the_embeddings_and_counts_once() -> None:
@@ -118,13 +118,15 @@ def test_an_untied_head_is_a_separate_unit() -> None:
     assert units[0].numbers == units[-1].numbers == VOCABULARY * 32
 
 
-def test_rows_that_the_group_size_does_not_divide(student: Path, tmp_path: Path) -> None:
+def test_a_group_size_that_does_not_divide_the_rows_is_rejected(
+    student: Path, tmp_path: Path
+) -> None:
     with pytest.raises(RecipeError, match="not a multiple of group_size 64") as caught:
         call(student, tmp_path, group_size=64)
     assert "group_size: 32" in str(caught.value.fix)
 
 
-def test_widths_that_float8_kernels_do_not_multiply(tmp_path: Path) -> None:
+def test_widths_that_float8_kernels_cannot_multiply_are_rejected(tmp_path: Path) -> None:
     """Weights alone can still be float8, and embeddings are looked up, not multiplied."""
     student = tiny.save_model(tmp_path / "student", intermediate_size=72)
     with pytest.raises(
@@ -135,7 +137,7 @@ def test_widths_that_float8_kernels_do_not_multiply(tmp_path: Path) -> None:
     assert call(student, tmp_path / "weights", kind="float8").group_size is None
 
 
-def test_float8_has_a_scale_a_row() -> None:
+def test_float8_has_one_scale_per_row() -> None:
     model, grid = tiny.llama(), grid_of(QuantizeRecipe(kind="float8"))
     units = find_units(model, grid)
     norms, matrices = 7 * 32, [p for p in model.parameters() if p.ndim == 2]
@@ -146,7 +148,7 @@ def test_float8_has_a_scale_a_row() -> None:
 
 
 @pytest.mark.parametrize(("kind", "least"), [("int8", 3), ("int4", 2)])
-def test_groups_whose_scales_take_all_that_is_saved_are_rejected(kind: Any, least: int) -> None:
+def test_groups_so_small_that_nothing_is_saved_are_rejected(kind: Any, least: int) -> None:
     with pytest.raises(ValidationError, match="take at least 16 bits per number"):
         QuantizeRecipe(kind=kind, group_size=least - 1)
     unit = Unit("layers.0", ["weight"], 64 * least, 8)
@@ -169,7 +171,7 @@ def test_parameters_outside_linear_layers_are_named_and_counted_in_16_bits() -> 
     )
     left = left_over(experts)
     assert left["model.layers.1.mlp.experts.gate_up_proj"] == 4 * 64 * 32
-    assert len(left) == 2 * 3, "two fused matrices and a router a layer"
+    assert len(left) == 2 * 3, "two fused matrices and a router per layer"
     text = str(left_over_text(experts))
     assert text.startswith("6 tensors with ")
     assert "experts.gate_up_proj" in text
@@ -192,16 +194,16 @@ def test_check_names_the_parts_that_cannot_be_quantized(tmp_path: Path) -> None:
     raw["student"] = {"start": "random"}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(raw))
-    told = [one for one in check_recipe(path) if one.topic == "quantize"]
-    assert "such as transformer.h.0.mlp" in told[-1].text
-    assert told[-1].level == "warning"
+    findings = [one for one in check_recipe(path) if one.topic == "quantize"]
+    assert "such as transformer.h.0.mlp" in findings[-1].text
+    assert findings[-1].level == "warning"
 
 
 # --- sensitivity ---------------------------------------------------------------------------------
 
 
 def test_sensitivity_is_the_kl_of_quantizing_one_unit() -> None:
-    """Against a second model whose matrices are replaced by hand."""
+    """Compared with a second model, in which only that unit is quantized."""
     model, windows = tiny.llama(), ToyWindows()
     units = find_units(model, GRID)
     scales = scales_of(model, units, GRID)
@@ -239,7 +241,7 @@ THREE = [Sensitivity("a", 0.5, 1000), Sensitivity("b", 0.3, 100), Sensitivity("c
     [
         ({}, []),
         ({"max_kl": 1.0}, []),
-        ({"max_kl": 0.7}, ["b"]),  # most nats a byte go first
+        ({"max_kl": 0.7}, ["b"]),  # the most nats per byte come first
         ({"max_kl": 0.2}, ["b", "a"]),
         ({"max_bytes": 5100}, ["b"]),
         ({"max_bytes": 5099}, []),
@@ -249,16 +251,18 @@ THREE = [Sensitivity("a", 0.5, 1000), Sensitivity("b", 0.3, 100), Sensitivity("c
         ({"max_kl": 0.7, "max_bytes": 9999}, ["b"]),
     ],
 )
-def test_units_kept_within_a_budget(budget: dict[str, Any], kept: list[str]) -> None:
+def test_the_most_sensitive_units_are_kept_within_a_budget(
+    budget: dict[str, Any], kept: list[str]
+) -> None:
     assert choose_kept(THREE, smallest=5000, **budget) == kept
 
 
-def test_a_budget_that_no_model_meets() -> None:
+def test_a_budget_that_no_model_meets_is_rejected() -> None:
     with pytest.raises(RecipeError, match="5,000 bytes, more than 4,999"):
         choose_kept(THREE, smallest=5000, max_bytes=4999)
 
 
-# --- the whole of it -----------------------------------------------------------------------------
+# --- complete quantizations ----------------------------------------------------------------------
 
 
 def test_the_checkpoint_is_on_the_grid_with_its_scales(student: Path, tmp_path: Path) -> None:
@@ -299,7 +303,7 @@ def test_a_kl_budget_that_the_complete_model_exceeds_is_noted(student: Path) -> 
     assert quantization_notes(model, 0.3, 0.3) == quantization_notes(model, 0.3, None) == []
 
 
-def test_more_bits_cost_less(student: Path, tmp_path: Path) -> None:
+def test_more_bits_have_a_lower_kl(student: Path, tmp_path: Path) -> None:
     kinds = ["int8", "int8_dynamic_int8", "int4", "int8_dynamic_int4"]
     kl = {kind: call(student, tmp_path / kind, kind=kind).kl for kind in kinds}
     assert kl["int8"] < kl["int8_dynamic_int8"] < kl["int4"]
@@ -307,7 +311,9 @@ def test_more_bits_cost_less(student: Path, tmp_path: Path) -> None:
     assert kl["int8_dynamic_int4"] != kl["int4"]
 
 
-def test_a_part_that_the_student_does_not_have(student: Path, tmp_path: Path) -> None:
+def test_keeping_a_part_that_the_student_does_not_have_is_rejected(
+    student: Path, tmp_path: Path
+) -> None:
     with pytest.raises(RecipeError, match=r"no part named 'layers\.9'") as caught:
         call(student, tmp_path, keep=["layers.9"])
     assert "embeddings, layers.0" in str(caught.value.fix)
@@ -316,7 +322,7 @@ def test_a_part_that_the_student_does_not_have(student: Path, tmp_path: Path) ->
 # --- inputs --------------------------------------------------------------------------------------
 
 
-def test_rounded_inputs_are_torchaos() -> None:
+def test_int8_inputs_are_rounded_as_by_torchao() -> None:
     torchao = pytest.importorskip(
         "torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor"
     )
@@ -326,8 +332,8 @@ def test_rounded_inputs_are_torchaos() -> None:
     assert torch.allclose(rounded_inputs(inputs_LI), expected_LI, atol=1e-6)
 
 
-def test_float8_inputs_are_torchaos() -> None:
-    """A token of zeros stays zeros, although torchao divides by its scale of 0."""
+def test_float8_inputs_are_rounded_as_by_torchao() -> None:
+    """A token of zeros stays zero, whereas torchao divides it by a scale of 0."""
     torchao = pytest.importorskip("torchao.quantization")
     inputs_LI = torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
     expected_LI = torchao.Float8Tensor.from_hp(inputs_LI, torch.float8_e4m3fn, torchao.PerRow())
@@ -336,7 +342,7 @@ def test_float8_inputs_are_torchaos() -> None:
     assert not rounded_inputs(torch.zeros(1, 8), floating=True).any()
 
 
-def test_gradients_pass_rounded_inputs_unchanged() -> None:
+def test_gradients_pass_through_the_rounding_of_inputs_unchanged() -> None:
     inputs_LI = torch.randn(2, 8, requires_grad=True)
     rounded_inputs(inputs_LI).sum().backward()
     assert inputs_LI.grad is not None
@@ -356,7 +362,7 @@ def test_inputs_are_rounded_until_the_hook_is_removed() -> None:
 
 @pytest.mark.run
 def test_a_dynamic_student_is_evaluated_with_its_inputs_rounded(tmp_path: Path) -> None:
-    """The same checkpoint on the same grid, by a kind that rounds inputs and one that does not."""
+    """One checkpoint is evaluated with a kind that rounds inputs and with one that does not."""
     kl = {}
     for kind in ("int8", "int8_dynamic_int8"):
         folder = tmp_path / kind
