@@ -1,4 +1,4 @@
-"""Metrics of answers agree with values worked out by hand."""
+"""Metrics of answers agree with values calculated by hand."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_number_is_not_its_text_and_the_order_of_a_list_does_not_matter() -> N
 def test_f1_counts_facts_over_all_texts_and_by_field() -> None:
     said = [{"name": "Anna", "age": 3}, None]
     true = [{"name": "Anna", "age": 4}, {"name": "Bo", "age": 5}]
-    # One fact of two said is right, of four that are true.
+    # One of the two predicted facts is correct, and there are four true facts.
     whole, fields = field_f1(said, true)
     assert whole == pytest.approx(2 * 1 / (2 + 4))
     assert fields == {"age": 0.0, "name": pytest.approx(2 * 1 / (1 + 2))}
@@ -46,8 +46,8 @@ def test_the_same_words_are_the_same_text() -> None:
     assert not same_text("One two", "one two")
 
 
-def test_a_win_is_one_in_both_orders() -> None:
-    # Ours is A, then B: won, lost, always the first, a tie and a win, unreadable.
+def test_a_win_counts_only_if_it_is_one_in_both_orders() -> None:
+    # Our answer is A, then B: won, lost, the first answer twice, a tie and a win, unreadable.
     verdicts = [("A", "B"), ("B", "A"), ("A", "A"), ("tie", "B"), (None, "A")]
     found = compare(verdicts)
     assert (found.wins, found.ties, found.losses, found.unread) == (1, 2, 1, 1)
@@ -71,7 +71,7 @@ def test_a_win_is_one_in_both_orders() -> None:
         (0.0, -0.0),
     ],
 )
-def test_equal_values_are_exact(one: object, other: object) -> None:
+def test_equal_values_are_the_same_json(one: object, other: object) -> None:
     assert same_json(one, other)
     assert same_json({"x": [one]}, {"x": [other]})
 
@@ -103,7 +103,7 @@ def test_equal_values_are_exact(one: object, other: object) -> None:
         ),
     ],
 )
-def test_other_values_are_not_exact(one: object, other: object) -> None:
+def test_different_values_are_not_the_same_json(one: object, other: object) -> None:
     assert not same_json(one, other)
     assert not same_json({"x": one}, {"x": other})
 
@@ -132,13 +132,12 @@ def test_swapped_fields_of_nested_items_are_not_shared() -> None:
     assert field_f1([said], [true])[0] == 2 * 3 / (5 + 5)
 
 
-def test_names_of_fields_are_the_same_in_every_unicode_form() -> None:
+def test_field_names_are_compared_in_one_unicode_form() -> None:
     assert field_f1([{"name\u0301": 1}], [{"nam\u00e9": 1}]) == (1.0, {"nam\u00e9": 1.0})
 
 
 @pytest.mark.parametrize("shape", [(0, 0), (0, 3), (1, 1), (2, 5), (5, 2), (4, 4), (6, 5)])
-def test_the_largest_total_of_pairs(shape: tuple[int, int]) -> None:
-    """Agrees with trying all ways to pair rows with columns."""
+def test_the_largest_total_agrees_with_trying_all_pairings(shape: tuple[int, int]) -> None:
     random = np.random.default_rng(0)
     for most in (1, 2, 9) * 5:
         scores_MN = random.integers(0, most + 1, shape)

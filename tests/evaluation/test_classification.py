@@ -1,4 +1,4 @@
-"""Each metric agrees with its definition, worked out by hand."""
+"""Each metric agrees with its definition, calculated by hand."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_label_that_never_occurs_does_not_count() -> None:
 
 
 def test_calibration_error_is_the_gap_between_confidence_and_truth() -> None:
-    # All four confidences are in bins of their own.
+    # Each of the four confidences is alone in its bin.
     gaps = [abs(0.9 - 1), abs(0.6 - 0), abs(0.7 - 1), abs(0.55 - 1)]
     assert calibration_error(P_NC, TRUE_N) == pytest.approx(sum(gaps) / 4, abs=1e-6)
 
@@ -60,7 +60,7 @@ def test_a_text_without_a_label_from_the_teacher_is_wrong_and_excluded_from_agre
     teacher = measure("teacher", teacher_NC, teacher_NC, TRUE_N)
     assert (teacher.agreement, teacher.kl) == (1.0, 0.0)
     assert teacher.accuracy == 3 / 4
-    # The second text is true, and not found, of the second label.
+    # The second text has the second label, which is not predicted.
     assert teacher.macro_f1 == pytest.approx((1 + 2 * 2 / (2 + 3)) / 2)
     assert teacher.confusion == [[1, 0], [0, 2]]
     student = measure("student", P_NC, teacher_NC, TRUE_N)
@@ -69,29 +69,29 @@ def test_a_text_without_a_label_from_the_teacher_is_wrong_and_excluded_from_agre
 
 
 def calibration(wrong: list[int]) -> tuple[Tensor, Tensor]:
-    """Texts with falling confidence; those at the given places have wrong labels."""
+    """Texts in order of decreasing confidence; predictions at the given indices are wrong."""
     confidence_N = torch.linspace(0.99, 0.6, 60)
     true_N = torch.zeros(60, dtype=torch.long)
     true_N[wrong] = 1
     return torch.stack([confidence_N, 1 - confidence_N], 1), true_N
 
 
-def clopper_pearson(right: int, total: int, sureness: float) -> float:
-    """The lower bound by its definition: the rate that would give so many in 1 - sureness."""
+def clopper_pearson(right: int, total: int, confidence: float) -> float:
+    """The lower bound: `right` or more of `total` have a probability of 1 - confidence there."""
     low, high = 0.0, 1.0
     for _ in range(60):
         p = (low + high) / 2
         tail = sum(
             math.comb(total, k) * p**k * (1 - p) ** (total - k) for k in range(right, total + 1)
         )
-        low, high = (p, high) if tail < 1 - sureness else (low, p)
+        low, high = (p, high) if tail < 1 - confidence else (low, p)
     return low
 
 
 @pytest.mark.parametrize("wrong", [[], [30], [10, 50], [40, 45, 50, 55]])
-def test_the_threshold_is_the_lowest_that_is_surely_good_enough(wrong: list[int]) -> None:
+def test_the_threshold_is_the_lowest_whose_lower_bound_reaches_the_target(wrong: list[int]) -> None:
     p_NC, true_N = calibration(wrong)
-    # Ten are tried, so that each must be sure at 0.98 for all to be at 0.8.
+    # Ten thresholds are tried: confidence in all of them is 0.8 if it is 0.98 in each.
     good = [
         total
         for total in range(6, 61, 6)
@@ -102,15 +102,15 @@ def test_the_threshold_is_the_lowest_that_is_surely_good_enough(wrong: list[int]
 
 
 def test_too_few_texts_pass_no_threshold() -> None:
-    # With all of n right the bound is 0.01 ** (1 / n), which is 0.9 from n = 44 on.
+    # If all n are right, the bound is 0.01 ** (1 / n), which reaches 0.9 at n = 44.
     p_NC, true_N = calibration([])
     assert choose_threshold(p_NC[:43], true_N[:43], 0.9, 0.9) is None
     assert choose_threshold(p_NC[:44], true_N[:44], 0.9, 0.9) == pytest.approx(float(p_NC[43, 0]))
 
 
 def test_a_chosen_threshold_holds_on_texts_like_those_it_was_chosen_on() -> None:
-    """Where confidence says nothing and 88 % are right, a threshold for 90 % is chosen in error, at
-    sureness 0.9 at most about once in ten times."""
+    """If 88% are right at any confidence, every threshold for 90% is wrong. At a confidence level
+    of 0.9, one is chosen at most about once in ten times."""
     chance = torch.Generator().manual_seed(0)
     chosen = 0
     for _ in range(200):
@@ -132,7 +132,7 @@ def test_the_curve_goes_from_the_most_confident_to_all() -> None:
     assert right == pytest.approx([1.0, 1.0, 2 / 3, 0.75])
 
 
-def test_an_evaluation_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_an_evaluation_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
     result = measure("teacher", P_NC, P_NC, TRUE_N)
     chosen = Abstention("agreement", 0.9, 0.95, 0.7, 0.5, 1.0, 0.4, None)
     found = ClassificationEvaluation(["a", "b"], 4, [result], chosen, [(0.5, 1.0)], ["a note"])

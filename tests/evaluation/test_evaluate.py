@@ -37,7 +37,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Every reading of the clock is a second: a prompt takes one, and so do all tokens after it."""
+    """With a clock that advances a second per reading, prefill and decoding take a second each."""
     folder = tmp_path_factory.mktemp("run")
     paths = {
         "student": save_toy(folder / "student", toy_model(1, layers=1)),
@@ -60,7 +60,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(paths, evaluation)
 
 
-def test_the_teacher_comes_first_and_is_its_own_measure(run: Run) -> None:
+def test_the_teacher_comes_first_and_is_compared_with_itself(run: Run) -> None:
     assert [model.role for model in run.evaluation.models] == ["teacher", "student"]
     teacher = run.evaluation.models[0].fidelity
     assert (teacher.kl, teacher.top1_agreement) == (0.0, 1.0)
@@ -75,7 +75,7 @@ def test_the_student_is_compared_with_the_teacher(run: Run) -> None:
     assert run.evaluation.models[1].fidelity == expected
 
 
-def test_a_model_is_measured_as_it_was_prepared(run: Run) -> None:
+def test_a_model_is_measured_after_prepare_has_changed_it(run: Run) -> None:
     """With its last norm doubled, the model differs from its checkpoint."""
 
     def double(model: Any) -> None:
@@ -109,14 +109,14 @@ def test_sizes_are_those_of_the_checkpoint(run: Run) -> None:
     assert student.bytes_on_disk == file.stat().st_size
 
 
-def test_speed_and_memory_are_there_for_every_model(run: Run) -> None:
+def test_speed_and_memory_are_measured_for_every_model(run: Run) -> None:
     for model in run.evaluation.models:
         assert model.speed is not None
         assert model.speed.prefill_tokens_per_s > model.speed.decode_tokens_per_s > 0
         assert model.speed.peak_memory_bytes > 100 << 20  # torch alone
 
 
-def test_models_of_equal_shape_share_a_measurement(
+def test_models_of_equal_shape_share_their_measurements(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = importlib.import_module("stillhouse.evaluation.evaluate")
@@ -128,7 +128,7 @@ def test_models_of_equal_shape_share_a_measurement(
 
     monkeypatch.setattr(module, "measure_peak_memory", peak)
     model = toy_model(2, layers=1)
-    model.config.use_cache = False  # not a matter of shape
+    model.config.use_cache = False  # not part of the shape
     untrained = save_toy(tmp_path / "untrained", model)
     found = evaluate(
         {**run.paths, "untrained": untrained},
@@ -148,7 +148,7 @@ def test_models_of_equal_shape_share_a_measurement(
     assert not any("same shape" in note for note in run.evaluation.notes)
 
 
-def test_a_training_that_did_harm_is_shown_at_once_and_noted_first(
+def test_training_that_did_not_help_is_a_warning_and_the_first_note(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = evaluate(
@@ -164,7 +164,7 @@ def test_a_training_that_did_harm_is_shown_at_once_and_noted_first(
     assert f"warning: {found.notes[0]}" in shown
 
 
-def test_memory_is_that_of_weights_stored_as_they_are_used(
+def test_memory_is_measured_with_weights_stored_in_the_dtype_in_use(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file in a different dtype would be in memory in addition to the model."""
@@ -206,7 +206,7 @@ def test_the_notes_explain_how_it_was_measured(run: Run) -> None:
     assert f"{torch.get_num_threads()} threads" in text
 
 
-def test_size_can_be_given_for_the_type_that_ships(run: Run) -> None:
+def test_the_size_can_be_that_of_the_exported_dtype(run: Run) -> None:
     evaluation = evaluate(
         run.paths,
         section=EvaluateRecipe(speed=False),
@@ -235,7 +235,7 @@ def test_evaluation_without_a_teacher_is_an_error(run: Run) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"models": 3}', "\xff", "[" * 100_000])
-def test_a_damaged_evaluation_is_one_message(tmp_path: Path, text: str) -> None:
+def test_a_damaged_evaluation_is_one_error(tmp_path: Path, text: str) -> None:
     path = tmp_path / "evaluation.json"
     path.write_text(text, encoding="latin-1")
     with pytest.raises(RunError, match="the evaluation cannot be read"):

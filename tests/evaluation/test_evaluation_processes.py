@@ -60,8 +60,8 @@ def in_processes(count: int, work: Any) -> None:
         assert rank.wait(timeout=250) == 0, rank.communicate()[1][-3000:]
 
 
-def test_processes_measure_what_one_does(tmp_path: Path) -> None:
-    """Also with a teacher that a different number of processes measured, whose layers are gone."""
+def test_several_processes_measure_what_one_does(tmp_path: Path) -> None:
+    """This includes a teacher that a different number of processes measured earlier."""
     models(tmp_path)
     for count in (1, 2, 4):
         in_processes(count, partial(measure, tmp_path, f"{count}.json"))
@@ -92,13 +92,13 @@ def test_a_teacher_that_was_measured_is_not_loaded(
     assert loaded == ["student"]
     assert found.models == evaluate(paths, **options()).models
     assert found.generations[0].answers.keys() == {"teacher", "student"}
-    # In another number type the teacher has other rows: it is run.
+    # In a different dtype, the teacher's answers differ, so it runs again.
     loaded.clear()
     evaluate(paths, kept=kept, **options(torch.bfloat16))
     assert loaded == ["teacher", "student"]
 
 
-def test_the_speed_of_models_that_do_not_fit_is_left_out(
+def test_the_speed_of_models_that_do_not_fit_in_memory_is_not_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert fitting_together({"teacher": 140, "student": 16, "untrained": 16}, 100) == [

@@ -88,7 +88,7 @@ def test_every_chunking_matches_the_slow_reference(
     assert 0.0 < expected.top1_agreement < 1.0
 
 
-def test_the_teacher_against_itself_is_perfect() -> None:
+def test_the_teacher_compared_with_itself_is_perfect() -> None:
     teacher = toy_model()
     answers = heldout_answers(teacher, mixed_windows())
     itself = compare(answers, answers, VOCABULARY)
@@ -107,7 +107,7 @@ def test_packed_documents_do_not_see_each_other() -> None:
 
 
 def test_padding_of_the_vocabulary_is_not_compared() -> None:
-    """The wide student's extra rows get the highest logits of all, and must not count."""
+    """The wide student's extra rows have the highest logits of all, and must not count."""
     teacher, model = toy_model(0), toy_model(1)
     wide = toy_model(2, vocabulary=VOCABULARY + 6)
     state = model.state_dict()
@@ -122,14 +122,14 @@ def test_padding_of_the_vocabulary_is_not_compared() -> None:
 
 
 def hand_made(probabilities_NV: list[list[float]], targets: list[int]) -> HeldoutAnswers:
-    """Hidden states that are the logits themselves, under a head that is the identity."""
+    """Answers whose hidden states are the logits, with an LM head that is the identity."""
     hidden_ND = torch.tensor(probabilities_NV).log()
     head = LMHead(torch.eye(hidden_ND.shape[1]))
     return HeldoutAnswers(DenseSignal(hidden_ND, head), torch.tensor(targets), (len(targets),))
 
 
 def test_calibration_error_of_a_hand_made_example() -> None:
-    """Bins are 1/15 wide: 0.61 and 0.65 share bin (0.6, 0.667], 0.95 is alone in the last."""
+    """Bins are 1/15 wide: 0.61 and 0.65 are in (0.6, 0.667], 0.4 and 0.95 in bins of their own."""
     rows = [[0.61, 0.3, 0.09], [0.65, 0.3, 0.05], [0.95, 0.04, 0.01], [0.25, 0.35, 0.4]]
     answers = hand_made(rows, [0, 1, 0, 2])
     measured = compare(answers, answers, 3)
@@ -159,7 +159,7 @@ def test_scale_bias_and_soft_cap_of_a_head_are_applied() -> None:
 
 
 def test_bfloat16_models_are_compared_in_float32() -> None:
-    """A model with bfloat16 hidden states must not get bfloat16 logits, which would be tied."""
+    """A model with bfloat16 hidden states must not have bfloat16 logits, which have ties."""
     generator = torch.Generator().manual_seed(0)
     hidden_ND = torch.randn(64, 16, generator=generator).bfloat16()
     weight_VD = torch.randn(100, 16, generator=generator).bfloat16()
@@ -171,15 +171,15 @@ def test_bfloat16_models_are_compared_in_float32() -> None:
     assert compare(low, high, 100) == compare(high, high, 100)
 
 
-def test_answers_are_hidden_rows_not_logits() -> None:
-    heard: list[int] = []
-    answers = heldout_answers(toy_model(), mixed_windows(), advance=heard.append)
+def test_answers_contain_hidden_states_instead_of_logits() -> None:
+    advanced: list[int] = []
+    answers = heldout_answers(toy_model(), mixed_windows(), advance=advanced.append)
     assert answers.signal.hidden_ND.shape == (len(answers.targets_N), 32)
-    assert sum(heard) == sum(len(item["input_ids"]) for item in mixed_windows())
+    assert sum(advanced) == sum(len(item["input_ids"]) for item in mixed_windows())
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads which files are mapped")
-def test_answers_apart_keep_no_mapped_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+def test_answers_apart_do_not_keep_the_checkpoint_mapped(tmp_path: Path) -> None:
     """The file's pages would otherwise stay in memory as long as the head."""
     toy_model(0).save_pretrained(tmp_path)
     model = load_model(tmp_path, dtype=torch.float32)
@@ -201,7 +201,7 @@ def test_text_without_a_label_is_an_error() -> None:
         heldout_answers(toy_model(), [])
 
 
-def test_a_vocabulary_that_does_not_fit_is_an_error() -> None:
+def test_a_vocabulary_that_does_not_match_is_an_error() -> None:
     answers = heldout_answers(toy_model(), mixed_windows())
     with pytest.raises(ModelError, match=r"predicts 14 tokens.*has 15"):
         compare(answers, answers, VOCABULARY + 1)
@@ -209,7 +209,7 @@ def test_a_vocabulary_that_does_not_fit_is_an_error() -> None:
         compare(answers, answers, 5)
 
 
-def test_broken_weights_are_an_error() -> None:
+def test_weights_that_are_not_finite_are_an_error() -> None:
     model = toy_model()
     model.model.norm.weight.data[0] = float("nan")
     answers = heldout_answers(model, mixed_windows())

@@ -1,4 +1,4 @@
-"""Generations: greedy and sampled, padded and alone, with and without a chat template."""
+"""Generations: greedy and sampled, batched and alone, with and without a chat template."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROMPTS = ["the cat", "a dog saw the mat and the cat", "run"]
 
 
 def endless_model(seed: int = 0) -> Any:
-    """A toy that never picks a special token, so that answers have their full length."""
+    """A toy model that generates no special token, so that answers have their full length."""
     model = toy_model(seed)
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(VOCABULARY))
     model.lm_head.bias.data[:4] = -1e4
@@ -27,7 +27,7 @@ def endless_model(seed: int = 0) -> Any:
 
 @torch.no_grad()
 def slow_greedy(model: torch.nn.Module, ids: list[int], steps: int) -> list[int]:
-    """No cache and no padding: every token runs the whole prefix again."""
+    """Greedy tokens without a cache or padding: every step runs the whole prefix again."""
     for _ in range(steps):
         logits: Tensor = model(torch.tensor([ids])).logits
         ids = [*ids, int(logits[0, -1].argmax())]
@@ -77,7 +77,7 @@ def test_sampling_is_seeded_and_does_not_change_the_global_seed() -> None:
     assert sample(2) != first
 
 
-def test_settings_stored_with_a_checkpoint_do_not_leak_in() -> None:
+def test_generation_settings_of_the_checkpoint_are_ignored() -> None:
     model, tokenizer = endless_model(), toy_tokenizer()
     expected = generate(model, tokenizer, PROMPTS, max_new_tokens=8)
     model.generation_config.update(
@@ -87,11 +87,11 @@ def test_settings_stored_with_a_checkpoint_do_not_leak_in() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_it_prints_nothing_while_it_works(temperature: float) -> None:
-    logging.warning_once.cache_clear()  # transformers says each thing once a process
-    said: list[str] = []
+def test_generating_logs_no_message(temperature: float) -> None:
+    logging.warning_once.cache_clear()  # transformers logs each of these once per process
+    messages: list[str] = []
     listener = Handler()
-    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    listener.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     model, tokenizer = endless_model(), toy_tokenizer()
     model.generation_config.update(do_sample=True, temperature=5.0, top_k=50)
     logging.add_handler(listener)
@@ -99,7 +99,7 @@ def test_it_prints_nothing_while_it_works(temperature: float) -> None:
         generate(model, tokenizer, PROMPTS, max_new_tokens=2, temperature=temperature)
     finally:
         logging.remove_handler(listener)
-    assert said == []
+    assert messages == []
 
 
 def test_no_prompts_give_no_answers() -> None:

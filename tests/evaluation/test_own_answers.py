@@ -1,4 +1,4 @@
-"""Models measured on their own answers."""
+"""Models are measured on text that they generate themselves."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
     return measured(tmp_path_factory.mktemp("own"), section)
 
 
-def test_the_figures_are_those_of_each_model_alone(found: Evaluation) -> None:
+def test_the_metrics_are_those_of_each_model_alone(found: Evaluation) -> None:
     section = OwnTextRecipe(answers=5, max_tokens=20, temperature=1.0)
     student, teacher = toy_model(1, layers=1), toy_model(0)
     own = OwnAnswers.planned(section, toy_tokenizer(), WINDOWS, 3)
@@ -65,7 +65,7 @@ def test_the_figures_are_those_of_each_model_alone(found: Evaluation) -> None:
     assert result.own_text == means(own_text_sums(answers, scores))
 
 
-def test_a_model_that_equals_the_teacher_has_its_figures_and_no_kl(found: Evaluation) -> None:
+def test_a_model_that_equals_the_teacher_has_its_metrics_and_no_kl(found: Evaluation) -> None:
     teacher, same = found.result("teacher"), found.result("untrained")
     assert teacher is not None
     assert same is not None
@@ -87,13 +87,13 @@ def test_three_answers_are_kept_token_by_token(found: Evaluation) -> None:
             assert (max(reverse_kl) > 0) == (role == "student")
 
 
-def test_the_table_and_the_notes_have_them(found: Evaluation) -> None:
+def test_the_table_and_the_notes_contain_the_metrics(found: Evaluation) -> None:
     text = repr(found)
     assert "KL on own text, model ‖ teacher" in text
     assert "answers to 5 prompts from the held-out text, at most 20 tokens" in text
 
 
-def test_the_results_survive_their_file(found: Evaluation, tmp_path: Path) -> None:
+def test_results_are_loaded_as_they_were_saved(found: Evaluation, tmp_path: Path) -> None:
     found.save(tmp_path / "evaluation.json")
     assert Evaluation.load(tmp_path / "evaluation.json") == found
 
@@ -104,8 +104,8 @@ def test_prompts_of_the_recipe_are_all_answered(tmp_path: Path) -> None:
     assert [one.prompt.strip() for one in found.scored_answers] == ["the cat", "a dog sat"]
 
 
-def test_prompts_that_fill_the_context_are_named(tmp_path: Path) -> None:
-    """The models read 256 tokens."""
+def test_prompts_that_fill_the_context_are_left_out_with_a_note(tmp_path: Path) -> None:
+    """The models' context is 256 tokens."""
     section = OwnTextRecipe(prompts=["the cat", "dog " * 300], max_tokens=4)
     (note,) = (one for one in measured(tmp_path, section).notes if "Own text" in one)
     assert "answers to 1 prompt, at most 4 tokens each, greedy" in note
@@ -113,14 +113,16 @@ def test_prompts_that_fill_the_context_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("section", [None, OwnTextRecipe(answers=0)])
-def test_it_is_measured_only_on_request(section: OwnTextRecipe | None, tmp_path: Path) -> None:
+def test_own_text_is_measured_only_on_request(
+    section: OwnTextRecipe | None, tmp_path: Path
+) -> None:
     found = measured(tmp_path, section)
     assert {model.own_text for model in found.models} == {None}
     assert not found.scored_answers
     assert "own text" not in repr(found).lower()
 
 
-def test_models_in_memory() -> None:
+def test_models_in_memory_are_measured_on_own_text() -> None:
     models = {"teacher": toy_model(0), "student": toy_model(1, layers=1)}
     found = evaluate_models(models, toy_tokenizer(), WINDOWS, vocabulary=VOCABULARY, own_text=4)
     student = found.result("student")

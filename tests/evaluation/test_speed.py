@@ -40,7 +40,7 @@ class _Output:
         self.logits = logits
 
 
-def test_rates_are_tokens_a_second() -> None:
+def test_rates_are_tokens_per_second() -> None:
     log: list[str] = []
     clock = Clock()
     models = {
@@ -72,7 +72,7 @@ def test_one_slow_round_does_not_move_the_median(monkeypatch: pytest.MonkeyPatch
     assert rates["a"] == speed.Rates(10.0, 2.0)
 
 
-def test_decoding_feeds_one_token_a_step_to_a_growing_cache(
+def test_decoding_feeds_one_token_per_step_to_a_growing_cache(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = toy_model()
@@ -90,7 +90,7 @@ def test_decoding_feeds_one_token_a_step_to_a_growing_cache(
 
 
 @pytest.mark.run
-def test_decoding_with_a_cache_of_another_name() -> None:
+def test_decoding_uses_a_cache_with_a_different_name() -> None:
     config = MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4)
     model = AutoModelForCausalLM.from_config(config)
     seen: list[Any] = []
@@ -107,12 +107,12 @@ def test_peak_memory_grows_with_the_model(tmp_path: Path) -> None:
     difference = measure_peak_memory(large, torch.float32) - measure_peak_memory(
         small, torch.float32
     )
-    head = 2_000_000 * 32 * 4  # wholly read; of the input embedding, one row is
+    head = 2_000_000 * 32 * 4  # read completely; only one row of the embeddings is read
     assert 0.9 * head < difference < 4 * head
 
 
 @pytest.mark.run
-def test_an_error_explains_why_a_model_cannot_be_loaded_alone(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_loaded_is_an_error_with_a_fix(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="measures the model's memory failed") as raised:
         measure_peak_memory(tmp_path / "nothing", torch.float32)
     assert raised.value.fix

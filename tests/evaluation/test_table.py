@@ -54,7 +54,7 @@ def shown(text: str, name: str) -> list[list[str]]:
     return [re.split(r"\s{2,}", line.strip()) for line in lines[start : start + 2]]
 
 
-def test_figures_and_their_percent_of_the_teacher() -> None:
+def test_values_are_shown_with_their_percentage_of_the_teachers() -> None:
     text = render(Evaluation([TEACHER, STUDENT], [], ["A note."]))
     for name, figure, percent in (
         ("Top-1 agreement", "66.1%", None),
@@ -79,11 +79,11 @@ def test_it_fits_a_terminal_of_80_columns(roles: list[str]) -> None:
     text = render(Evaluation([TEACHER, *models], []), width=80)
     assert "…" not in text
     assert all(len(line) <= 80 for line in text.splitlines())
-    assert text.count("0.431") == len(roles), "no figure is broken"
+    assert text.count("0.431") == len(roles), "no value is wrapped"
 
 
 @pytest.mark.parametrize("speed", [STUDENT.speed, None])
-def test_long_figures_fit_a_terminal_of_100_columns(speed: Speed | None) -> None:
+def test_long_values_fit_a_terminal_of_100_columns(speed: Speed | None) -> None:
     worst = ModelResult(
         role="fine_tuned",
         parameters=888_888_888_888,
@@ -102,20 +102,20 @@ def test_speed_rows_are_left_out_when_speed_was_not_measured() -> None:
     assert "Decoding" not in render(Evaluation([silent], []))
 
 
-def test_a_report_without_a_teacher_has_figures_but_no_percentages() -> None:
+def test_a_table_without_a_teacher_has_values_but_no_percentages() -> None:
     text = render(Evaluation([STUDENT], []))
     assert "48.50" in text
     assert "80%" not in text
 
 
-def test_tasks_have_a_row_each() -> None:
+def test_each_task_has_a_row() -> None:
     first, second = shown(render(Evaluation([TEACHER, STUDENT], [])), "toy/acc")
     assert first == ["toy/acc", "0.800", "0.600"]
     assert second == ["75% of teacher"]
     assert metrics_of(Evaluation([], [])).rows == []
 
 
-def test_the_terminal_and_the_card_read_the_same() -> None:
+def test_the_model_card_has_the_same_table_as_the_terminal() -> None:
     table = metrics_of(Evaluation([TEACHER, STUDENT], [], ["A note."]))
     card = to_markdown(table)
     assert card.startswith(
@@ -129,7 +129,7 @@ def test_the_terminal_and_the_card_read_the_same() -> None:
     assert to_markdown(named) == "| what | a\\|b |\n| --- | --- |\n| x y | 1 |"
 
 
-def test_an_evaluation_survives_being_saved(tmp_path: Path) -> None:
+def test_an_evaluation_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
     answers = {"teacher": "Paris – naïve “text”", "student": "<script>\n"}
     whole = Evaluation([TEACHER, STUDENT], [Generation("où?", answers)], ["a note"])
     bare = Evaluation([ModelResult("student", 1, 1, 1, STUDENT.fidelity)], [])

@@ -87,7 +87,7 @@ def toy(tmp_path: Path) -> Path:
 
 
 def accuracy_by_hand(data: Path) -> float:
-    """Each choice's log-likelihood after the question, one forward pass each."""
+    """The accuracy by each choice's log-likelihood after the question, without lm-eval."""
     from .toys import toy_tokenizer
 
     model, tokenizer = toy_model(), toy_tokenizer()
@@ -114,7 +114,7 @@ def test_a_local_task_is_scored(task_folder: Path, toy: Path, by_name: bool) -> 
     assert scores == {"toy_choice/acc": accuracy_by_hand(task_folder / "data.jsonl")}
 
 
-def test_a_task_that_does_not_exist_is_named(task_folder: Path, toy: Path) -> None:
+def test_the_error_for_an_unknown_task_names_it(task_folder: Path, toy: Path) -> None:
     pytest.importorskip("lm_eval")
     section = LmEvalRecipe(tasks=["toy_choise"], include_path=str(task_folder))
     with pytest.raises(RecipeError, match="has no task toy_choise"):

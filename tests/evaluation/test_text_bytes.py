@@ -32,7 +32,7 @@ def test_a_uniform_model_of_bytes_needs_log_v_bits_for_each_token() -> None:
     assert bits_per_byte(found, None) is None
 
 
-def test_it_agrees_with_the_loss_of_transformers() -> None:
+def test_bits_per_byte_agree_with_the_loss_of_transformers() -> None:
     words, model = tiny.tokenizer(), tiny.llama()
     data = Data.build(["one", "two"], words, heldout=TEXTS[:1], context=64)
     found = evaluate_models({"teacher": model}, words, data.heldout, vocabulary=len(words))
@@ -43,7 +43,7 @@ def test_it_agrees_with_the_loss_of_transformers() -> None:
     assert found.models[0].fidelity.bits_per_byte == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_tokenizer_without_bytes_has_none() -> None:
+def test_bytes_are_unknown_if_tokens_do_not_decode_to_bytes() -> None:
     core = Tokenizer(models.WordLevel({"the": 0, "[UNK]": 1}, unk_token="[UNK]"))
     words = PreTrainedTokenizerFast(tokenizer_object=core)
     data = Data.build(TEXTS, tiny.tokenizer(), heldout=["the end"], context=64)

@@ -1,4 +1,4 @@
-"""A training that does not bring the student closer to its teacher leads to a warning."""
+"""Training that does not bring the student closer to its teacher leads to a warning."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def models(**kl: float) -> list[ModelResult]:
     return [ModelResult(role, 10, 8, 20, Fidelity(9.0, kl[role], 0.5, 0.1, 99)) for role in kl]
 
 
-def test_a_training_that_raises_kl_is_named_with_both_figures() -> None:
+def test_training_that_raises_the_kl_has_a_warning_with_both_values() -> None:
     (sentence,) = farther_after_training(models(teacher=0.0, untrained=0.156, student=0.163))
     assert "no closer to the teacher after training" in sentence
     assert "is 0.163 nats/token, compared with 0.156 before" in sentence
@@ -19,12 +19,12 @@ def test_a_training_that_raises_kl_is_named_with_both_figures() -> None:
     assert "data.train_tokens" in sentence
 
 
-def test_a_training_that_lowers_kl_is_not() -> None:
+def test_training_that_lowers_the_kl_has_no_warning() -> None:
     assert not farther_after_training(models(teacher=0.0, untrained=0.2, student=0.1))
     assert not farther_after_training(models(teacher=0.0, student=0.1))
 
 
-def test_training_with_quantized_weights_has_keys_of_its_own() -> None:
+def test_the_warning_on_quantization_aware_training_names_its_own_keys() -> None:
     kl = {"untrained": 0.3, "student": 0.2, "quantized": 0.25, "quantized_trained": 0.25}
     (sentence,) = farther_after_training(models(**kl))
     assert "quantize.qat.learning_rate" in sentence

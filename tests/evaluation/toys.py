@@ -1,4 +1,4 @@
-"""Tiny models, a toy tokenizer and held-out windows."""
+"""Tiny models, a toy tokenizer, and held-out windows."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def save_toy(folder: Path, model: Any) -> Path:
 
 
 def window(documents: list[list[int]], masked: int = 0) -> dict[str, Tensor]:
-    """Packs documents: positions restart, first tokens and the first `masked` have no label."""
+    """A window of packed documents. Their first tokens and the first `masked` have no label."""
     ids = [token for document in documents for token in document]
     positions = [position for document in documents for position in range(len(document))]
     labels = [
