@@ -37,7 +37,7 @@ WINDOWS = ToyWindows(count=48)
 
 
 def setting(folder: Path, out: str = "out", target: str = "65%", **search: Any) -> Setting:
-    """Four of many shapes are pruned, and two rounds of training choose between them."""
+    """A search in which four of many shapes are pruned, and two rounds of training choose one."""
     if not (folder / "teacher").exists():
         save_model(folder / "teacher")
     choices = {
@@ -69,14 +69,14 @@ def setting(folder: Path, out: str = "out", target: str = "65%", **search: Any) 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Setting, Found]:
-    """Uses a clock on which every reading is a second later than the previous one."""
+    """A search with a clock on which every reading is a second later than the previous one."""
     chosen = setting(tmp_path_factory.mktemp("search"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search_journal, "time", Clock(tick=1.0))
         return chosen, search_shape(chosen)
 
 
-def test_few_are_pruned_fewer_are_trained_and_the_best_is_chosen(
+def test_four_shapes_are_trained_two_are_trained_again_and_the_best_is_chosen(
     found: tuple[Setting, Found],
 ) -> None:
     _, result = found
@@ -97,23 +97,25 @@ def test_training_helps_every_candidate(found: tuple[Setting, Found]) -> None:
 
 
 def test_one_shot_kl_is_that_of_pruning_the_shape_directly(found: tuple[Setting, Found]) -> None:
-    """State that candidates share does not change any of them."""
+    """The state that candidates share does not change any of them."""
     chosen, result = found
     text = split_text(WINDOWS, 128, 2 * 6, 0)
     teacher = load_model(chosen.teacher, dtype=torch.float32)
     heldout = batches_of(text.heldout, 8, "cpu")
     known = reference_on(teacher, heldout, torch.float32, VOCABULARY)
     before = sizes_of(teacher.config)
+    compared = 0
     for one in result.candidates:
         if one.one_shot_kl is not None and one.sizes.layers == before.layers:
             model = load_model(chosen.start, dtype=torch.float32)
             cut: Any = sizes_to_prune(before, one.sizes)
             prune_model(model, text.calibration, calibration_tokens=256, **cut)
             assert mean_kl(known, model, torch.float32) == pytest.approx(one.one_shot_kl, rel=1e-4)
+            compared += 1
+    assert compared
 
 
-def test_experts_of_a_mixture_can_be_pruned(tmp_path: Path) -> None:
-    """They are probed, pruned, and measured like any other cut."""
+def test_experts_are_probed_pruned_and_measured_like_any_other_axis(tmp_path: Path) -> None:
     save_model(tmp_path / "teacher", tiny_model("qwen3_moe", num_experts=8))
     axes = ["experts", "layers"]
     chosen = setting(tmp_path, axes=axes, target="75%", tolerance=0.2, candidates=2, trained=1)
@@ -129,7 +131,7 @@ def test_experts_of_a_mixture_can_be_pruned(tmp_path: Path) -> None:
     assert {**vars(sizes_of(load_config(chosen.start))), **result.sizes} == vars(best.sizes)
 
 
-def test_all_candidates_are_written_down(found: tuple[Setting, Found]) -> None:
+def test_all_candidates_are_written_to_a_file(found: tuple[Setting, Found]) -> None:
     chosen, result = found
     written = json.loads((chosen.out / CANDIDATES).read_text())
     assert written["chosen"] == result.sizes
@@ -183,16 +185,16 @@ def test_a_killed_search_resumes_and_repeats_no_work(
     assert total + len(did) == undisturbed - 2
 
 
-def test_all_that_is_measured_is_counted_in_every_process(
+def test_flops_and_seconds_include_those_of_earlier_runs(
     found: tuple[Setting, Found], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen, result = found
     teacher = count_parameters(load_model(chosen.teacher, dtype=torch.float32)).active
-    # More than the short distillations and one reading of the calibration rows a candidate.
+    # The short distillations, and a forward pass over the calibration rows for each candidate.
     least = training_flops(teacher // 2, result.tokens) + forward_flops(teacher // 2, 4 * 256)
     assert result.flops > 2 * least
     again = search_shape(chosen)
-    # Nothing is measured again: what the first process took is remembered.
+    # Nothing is measured again; the journal contains what the first run took.
     assert again.flops == result.flops
     assert again.seconds > result.seconds / 2
     timed = replace(chosen, out=chosen.out.with_name("counted"))
@@ -219,7 +221,7 @@ def test_a_damaged_journal_is_started_again(
     assert "is damaged" in capsys.readouterr().err
 
 
-def test_explicitly_untrained_searches_choose_by_one_shot_kl(tmp_path: Path) -> None:
+def test_a_search_without_training_chooses_by_one_shot_kl(tmp_path: Path) -> None:
     result = search_shape(setting(tmp_path, trained=0, candidates=2))
     pruned = [one for one in result.candidates if one.one_shot_kl is not None]
     assert not any(one.trained_kl for one in pruned)
@@ -261,7 +263,7 @@ def test_an_axis_that_could_not_be_probed_is_not_favored() -> None:
 
 
 @pytest.mark.parametrize(("kind", "kept"), [("llama", 2), ("gemma2", 4)])
-def test_what_is_kept_for_all_candidates_is_measured_by_all_streams(
+def test_streams_are_shared_among_candidates_only_if_all_of_them_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, kept: int
 ) -> None:
     config = tiny_model(kind).config
@@ -276,7 +278,7 @@ def test_what_is_kept_for_all_candidates_is_measured_by_all_streams(
 def test_widths_that_the_heads_do_not_divide_are_probed_at_the_next_smaller_one(
     tmp_path: Path,
 ) -> None:
-    """As SmolLM2's nine heads, which divide 576 and 504 but not 512."""
+    """SmolLM2, for example, has nine heads, which divide 576 and 504 but not 512."""
     sizes: dict[str, Any] = {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3}
     save_model(tmp_path / "teacher", tiny_model(**sizes))
     before = sizes_of(load_model(tmp_path / "teacher", dtype=torch.float32).config)

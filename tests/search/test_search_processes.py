@@ -37,8 +37,8 @@ def in_processes(count: int, folder: Path, out: str) -> None:
         assert rank.wait(timeout=250) == 0, rank.communicate()[1][-3000:]
 
 
-def test_processes_find_what_one_finds_also_after_a_kill(tmp_path: Path) -> None:
-    setting(tmp_path)  # its teacher
+def test_two_processes_find_what_one_finds_even_after_a_kill(tmp_path: Path) -> None:
+    setting(tmp_path)  # saves the teacher
     in_processes(1, tmp_path, "one")
     one = found_by(tmp_path, "one")
     in_processes(2, tmp_path, "two")
@@ -55,4 +55,4 @@ def test_processes_find_what_one_finds_also_after_a_kill(tmp_path: Path) -> None
     before = own_file.read_bytes()
     in_processes(1, tmp_path, "killed")
     assert found_by(tmp_path, "killed") == one
-    assert own_file.read_bytes() == before  # what it had found was not found again
+    assert own_file.read_bytes() == before  # its results were not computed again

@@ -83,7 +83,7 @@ def test_amounts_are_shares_or_numbers_with_units(
         ({"target": {"params": "60%"}, "ffn_size": 32}, "a target or sizes, not both"),
     ],
 )
-def test_empty_targets_are_rejected(tmp_path: Any, student: dict[str, Any], message: str) -> None:
+def test_invalid_targets_are_rejected(tmp_path: Any, student: dict[str, Any], message: str) -> None:
     raw = tiny.recipe(tmp_path)
     raw["student"] = {"start": "pruned", **student}
     with pytest.raises(RecipeError, match=message):
@@ -120,7 +120,7 @@ def test_shapes_meet_the_target_and_can_all_be_pruned() -> None:
         assert count_parameters(model).total == counter.total(shape)
 
 
-def test_only_the_axes_that_may_be_searched_are_cut() -> None:
+def test_only_the_axes_of_the_search_are_cut() -> None:
     search = SearchRecipe(axes=["ffn_size"], multiple_of=8, tolerance=0.2)
     config = CONFIGS["llama"]()
     start = sizes_of(config)
@@ -129,7 +129,7 @@ def test_only_the_axes_that_may_be_searched_are_cut() -> None:
     ] == [{"ffn_size"}]
 
 
-def test_experts_go_down_to_half_or_to_what_a_token_needs() -> None:
+def test_at_least_half_of_the_experts_and_those_per_token_are_kept() -> None:
     config = CONFIGS["qwen3_moe"](num_experts=6, num_experts_per_tok=4)
     search = SearchRecipe(axes=["experts"], tolerance=0.5)
     assert [shape.experts for shape in possible_shapes(config, search)] == [6, 5, 4]
@@ -137,13 +137,13 @@ def test_experts_go_down_to_half_or_to_what_a_token_needs() -> None:
     assert found
     for shape in found:
         assert set(sizes_to_prune(sizes_of(config), shape)) == {"experts"}
-    # In steps that many GPUs divide.
+    # A large number of experts is cut in steps that divide evenly among GPUs.
     config = CONFIGS["qwen3_moe"](num_experts=64, num_experts_per_tok=4)
     assert [shape.experts for shape in possible_shapes(config, search)] == [*range(64, 31, -4)]
     assert all(shape.experts is None for shape in possible_shapes(CONFIGS["llama"](), SEARCH))
 
 
-def test_a_search_whose_axes_gradients_cannot_rank_is_rejected_before_it() -> None:
+def test_a_search_over_axes_that_gradients_cannot_rank_is_rejected_early() -> None:
     config, target = CONFIGS["qwen3_moe"](), TargetRecipe(params="80%")
     section = PrunedStudent(start="pruned", search=SEARCH, target=target, importance="gradients")
     with pytest.raises(RecipeError, match="gradients cannot rank experts"):
@@ -200,7 +200,7 @@ def test_a_gap_between_aligned_shapes_names_the_nearest_one() -> None:
     assert "tolerance" in str(caught.value.fix)
 
 
-def test_a_plan_has_the_size_before_the_search() -> None:
+def test_a_planned_shape_meets_a_target_that_needs_no_measurement() -> None:
     config = CONFIGS["llama"]()
     counter = Counter(config)
     planned = planned_shape(config, SEARCH, TargetRecipe(params="70%"), width=2)
@@ -219,7 +219,7 @@ def test_a_plan_counts_the_bytes_of_the_exported_type() -> None:
         planned_config(section, config, Path(), served=torch.bfloat16)
 
 
-def test_a_plan_counts_the_tokens_that_are_left() -> None:
+def test_a_plan_counts_the_tokens_that_are_kept() -> None:
     config = CONFIGS["llama"](vocab_size=400)
     cut = resized_config(config, replace(sizes_of(config), vocabulary=80))
     total = round(0.8 * Counter(cut).total(sizes_of(cut)))
@@ -231,7 +231,7 @@ def test_a_plan_counts_the_tokens_that_are_left() -> None:
     planned = planned_config(section, config, Path())
     assert planned.vocab_size == 80
     assert 0.9 * total <= Counter(planned).total(sizes_of(planned)) <= total
-    # How many tokens these are is known later: nothing is certain enough to be refused.
+    # How many tokens these are is not known yet, so no target is rejected.
     for later in ("data", VocabularyFile(path="kept.json")):
         section = section.model_copy(update={"vocabulary": later})
         assert sizes_of(planned_config(section, config, Path())) == sizes_of(config)
@@ -271,7 +271,7 @@ def test_sizes_that_do_not_divide_among_the_gpus_are_rejected(
         assert nearest in str(caught.value.fix)
 
 
-def test_an_uncut_ffn_divides_too() -> None:
+def test_with_tensor_parallelism_the_ffn_is_cut_until_it_divides_evenly() -> None:
     config = CONFIGS["qwen3"](num_attention_heads=8, num_key_value_heads=4, intermediate_size=90)
     search = SearchRecipe(multiple_of=8, tolerance=0.3, tensor_parallel=4)
     found = shapes(config, search, params="70%")
@@ -280,7 +280,7 @@ def test_an_uncut_ffn_divides_too() -> None:
     assert max(s.ffn_size for s in possible_shapes(config, search)) == 90
 
 
-def test_the_start_model_is_timed_even_if_it_does_not_divide(
+def test_the_start_model_is_timed_even_if_it_does_not_divide_evenly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = CONFIGS["qwen3"](hidden_size=72, head_dim=8, **SMOLLM2)

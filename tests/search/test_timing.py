@@ -1,4 +1,4 @@
-"""Timed blocks add up to a model's step, and memory is linear in the weights' size."""
+"""The times of blocks add up to that of a model's step, and memory is linear in weight bytes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.clocks import Clock
 from tests.teachers.toys import CONFIGS
 
 
-def test_blocks_add_up() -> None:
+def test_times_of_blocks_are_interpolated_and_add_up() -> None:
     rows = [
         Timing(32, 4, 2, 64, 3, attention=2.0, ffn=6.0, rest=0.5, ends=10.0),
         Timing(32, 2, 2, 32, 3, attention=1.0, ffn=4.0, rest=0.5, ends=10.0),
@@ -41,7 +41,7 @@ def test_blocks_add_up() -> None:
     assert LatencyTable.from_json(table.to_json()) == table
 
 
-def test_every_size_is_timed() -> None:
+def test_all_attention_sizes_and_a_few_ffn_sizes_are_timed() -> None:
     search = SearchRecipe(multiple_of=8)
     config = CONFIGS["llama"]()
     possible = list(combinations(config, search))
@@ -55,7 +55,9 @@ def test_every_size_is_timed() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen3_moe"])
-def test_the_predicted_step_is_the_measured_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_predicted_time_of_a_step_is_the_sum_of_its_timed_blocks(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Uses a clock on which every reading is a second later than the previous one."""
     monkeypatch.setattr(timing, "time", Clock(tick=1.0))
     config = CONFIGS[kind](num_hidden_layers=4)
@@ -94,7 +96,7 @@ def test_latency_is_measured_once(tmp_path: Path) -> None:
     assert again.measured == first.measured
 
 
-def test_memory_is_a_line_in_the_weights_bytes(tmp_path: Path) -> None:
+def test_memory_is_linear_in_the_bytes_of_the_weights(tmp_path: Path) -> None:
     Journal(tmp_path / "journal.json").once("memory", lambda: {"base": 1000.0, "factor": 2.0})
     found = costs(tmp_path, memory="60%")
     config = CONFIGS["llama"]()
