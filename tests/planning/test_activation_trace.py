@@ -1,4 +1,4 @@
-"""Activations found by a trace without memory agree with those of a model that runs."""
+"""Activations traced without allocating them agree with those of a model that runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BFLOAT16: dict[str, Any] = {**SIZES, "compute": torch.bfloat16, "weights": torch
 
 
 def kept_by(model: Any) -> int:
-    """Bytes that a forward pass really keeps for the backward pass, and its result."""
+    """The bytes that an actual forward pass keeps for the backward pass."""
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -42,23 +42,23 @@ def kept_by(model: Any) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def test_what_a_model_keeps_is_what_the_trace_finds() -> None:
+def test_the_trace_finds_the_bytes_that_a_model_keeps() -> None:
     model = tiny.llama()
     found = trace_activations(model.config, **FLOAT32).times(2)
     assert found.kept == pytest.approx(kept_by(model), rel=0.04)
 
 
 @pytest.mark.run
-def test_checkpointing_keeps_the_inputs_of_the_blocks() -> None:
+def test_checkpointing_keeps_the_inputs_of_the_layers() -> None:
     config = tiny.llama(num_hidden_layers=8).config
     plain = trace_activations(config, **FLOAT32)
     found = trace_activations(config, **FLOAT32, checkpointing=True)
-    block = 64 * config.hidden_size * 4
-    assert 8 * block <= found.kept < plain.kept / 4
+    layer = 64 * config.hidden_size * 4
+    assert 8 * layer <= found.kept < plain.kept / 4
     assert found.kept < found.backward < plain.backward
 
 
-def test_autocast_copies_weights_whatever_the_batch() -> None:
+def test_autocast_copies_the_weights_once_for_any_number_of_windows() -> None:
     config = tiny.llama().config
     one = trace_activations(config, **BFLOAT16)
     two = one.times(2)
@@ -74,7 +74,7 @@ def test_a_pass_without_gradients_uses_less_memory() -> None:
 
 
 @pytest.mark.parametrize("settings", [FLOAT32, BFLOAT16])
-def test_other_architectures(settings: dict[str, Any]) -> None:
+def test_other_architectures_are_traced(settings: dict[str, Any]) -> None:
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 300}
     heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     experts = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
@@ -84,7 +84,7 @@ def test_other_architectures(settings: dict[str, Any]) -> None:
         assert 0 < found.kept <= found.forward <= found.with_gradients
 
 
-def test_an_architecture_that_cannot_be_traced_is_one_message() -> None:
+def test_an_architecture_that_cannot_be_traced_is_an_error() -> None:
     config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=3)
     with pytest.raises(ModelError, match="a llama model cannot be estimated"):
         trace_activations(config, **FLOAT32)

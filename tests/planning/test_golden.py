@@ -1,6 +1,6 @@
-"""The memory estimates of ten pairs of well-known models are those of the golden file.
+"""The memory estimates for ten pairs of well-known models agree with the golden file.
 
-`python -m tests.planning.test_golden` writes golden.json again.
+`python -m tests.planning.test_golden` writes a new golden.json.
 """
 
 from __future__ import annotations
@@ -44,8 +44,12 @@ GOLDEN = Path(__file__).parent / "golden.json"
 
 @dataclass(frozen=True)
 class Pair:
-    """teacher: None where signals are stored. context: one window of so many tokens a
-    micro-batch. processes: in nodes of 8."""
+    """A teacher, a student, and how they are trained.
+
+    teacher: None if signals are stored.
+    context: tokens of a window; a micro-batch has one window.
+    processes: on nodes of 8.
+    """
 
     teacher: Any
     student: Any
@@ -73,7 +77,7 @@ PAIRS = {
 
 
 def planned(pair: Pair) -> dict[str, Any]:
-    """For every way to share the models, the phase that needs the most and its parts, in MB."""
+    """For every way to shard the models: the phase that needs the most, and its parts in MB."""
     step = training_step(
         pair.student,
         [] if pair.teacher is None else [pair.teacher],
@@ -96,7 +100,7 @@ def planned(pair: Pair) -> dict[str, Any]:
 
 
 def planned_on_a_cpu(pair: Pair) -> dict[str, Any]:
-    """The evaluation and the export, whose teacher is stored and computes in bfloat16."""
+    """The evaluation and the export, with a teacher that is stored and run in bfloat16."""
     raw = {
         "name": "pair",
         "teacher": {"model": "teacher"},
@@ -131,14 +135,14 @@ SAMPLE = (
     "Qwen3 30B-A3B to 1.7B",
     "SmolLM2 1.7B to 1B on one GPU",
 )
-"""Others are traced for several seconds each."""
+"""Tracing each of the others takes several seconds."""
 
 
 @pytest.mark.run
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in SAMPLE else pytest.mark.slow) for n in PAIRS]
 )
-def test_the_plan_is_that_of_the_golden_file(name: str) -> None:
+def test_the_plan_agrees_with_the_golden_file(name: str) -> None:
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
     # Activations follow transformers' code, which may change; all else is arithmetic.
     for shard, found in planned(PAIRS[name]).items():
@@ -157,7 +161,7 @@ def test_the_plan_is_that_of_the_golden_file(name: str) -> None:
         if pair.teacher is not None
     ],
 )
-def test_evaluation_and_export_are_those_of_the_golden_file(name: str) -> None:
+def test_evaluation_and_export_agree_with_the_golden_file(name: str) -> None:
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))[name]["on a CPU"]
     for stage, found in planned_on_a_cpu(PAIRS[name]).items():
         assert found["phase"] == golden[stage]["phase"]
@@ -184,7 +188,7 @@ def test_parameters_are_those_of_the_model_cards(config: Any, parameters: int) -
     assert config_size(config).parameters == parameters
 
 
-def test_of_a_mixture_of_experts_the_chosen_ones_are_active() -> None:
+def test_active_parameters_of_a_mixture_of_experts_are_those_of_one_token() -> None:
     found = config_size(QWEN3_30B_A3B)
     assert found.active / 1e9 == pytest.approx(3.3 - 0.31, abs=0.1)  # without the embeddings
 

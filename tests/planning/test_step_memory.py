@@ -1,4 +1,4 @@
-"""The memory of a training step, from sizes."""
+"""The memory of a training step is calculated from sizes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EIGHT = {"over": 8, "processes": 8}
 
 @pytest.fixture(scope="module")
 def step() -> Step:
-    """70B to 8B, 8,192 tokens a micro-batch, several micro-batches a step."""
+    """70B to 8B, with 8,192 tokens per micro-batch and several micro-batches per step."""
     return training_step(
         LLAMA_8B,
         [LLAMA_70B],
@@ -52,7 +52,7 @@ def test_parameters_are_those_of_the_model_cards() -> None:
 
 
 def parts(step: Step, shard: Shard) -> dict[str, float]:
-    """The most of each part in any phase, in GB."""
+    """The maximum of each part over all phases, in GB."""
     found: dict[str, float] = {}
     for memory in training_phases(step, shard, **EIGHT):
         for part, size in memory.parts.items():
@@ -61,8 +61,8 @@ def parts(step: Step, shard: Shard) -> dict[str, float]:
 
 
 def test_70b_to_8b_unsharded(step: Step) -> None:
-    """327 GB a process: weights, gradients, moments and DDP's buckets of the student in float32,
-    the teacher in bfloat16, and what a micro-batch takes."""
+    """327 GB per process: the student's weights, gradients, moments, and DDP buckets in float32,
+    the teacher in bfloat16, and the memory of a micro-batch."""
     memory = training_memory(step, "none", **EIGHT)
     assert memory.phase == "loss"
     assert memory.total / GB == pytest.approx(327, rel=0.01)
@@ -76,7 +76,7 @@ def test_70b_to_8b_with_both_sharded_over_8(step: Step) -> None:
     assert found["moments"] == pytest.approx(8.0, abs=0.05)
     assert found["teacher"] == pytest.approx(17.6, abs=0.05)
     assert found["gathered teacher"] == pytest.approx(7.6, abs=0.05)
-    assert found["reduce buffers"] == pytest.approx(4.2, abs=0.05)  # of embeddings and head
+    assert found["reduce buffers"] == pytest.approx(4.2, abs=0.05)  # of embeddings and LM head
     assert found["loss"] == pytest.approx(4.6, rel=0.01)
     memory = training_memory(step, "both", **EIGHT)
     # The phases do not need all of this at once.
@@ -93,7 +93,7 @@ def test_the_fastest_shard_that_fits_is_chosen(step: Step) -> None:
     assert fitting_shard(step, 80 * GB, over=1, processes=1) is None
 
 
-def test_the_margin_is_on_both_sides() -> None:
+def test_estimates_have_a_margin_in_both_directions() -> None:
     memory = Memory("loss", {"student weights": 100.0})
     assert memory.fits(110.1)
     assert not memory.fits(109)
@@ -102,7 +102,7 @@ def test_the_margin_is_on_both_sides() -> None:
 
 
 def test_an_8b_student_fits_on_one_gpu_with_bfloat16_weights_and_8_bit_moments() -> None:
-    """Two bytes a parameter for each of weights, gradients and moments, instead of 16 in all."""
+    """Two bytes per parameter for each of weights, gradients, and moments, instead of 16 in all."""
     options: dict[str, Any] = {
         "windows": 1,
         "context": 4096,
@@ -162,13 +162,13 @@ def test_on_a_cpu_the_heap_has_gaps_in_each_phase() -> None:
         assert "compiled products" not in parts
 
 
-def test_on_a_cpu_products_of_a_mixture_of_experts_are_kept() -> None:
+def test_on_a_cpu_a_mixture_of_experts_needs_memory_for_compiled_products() -> None:
     teacher = Qwen3MoeConfig(num_experts=4, num_experts_per_tok=2, **SMALL)
     found = training_memory(on_a_cpu(teacher), "none", over=1, processes=1)
     assert found.parts["compiled products"] == COMPILED_BYTES
 
 
-def test_the_head_is_copied_for_products_in_another_number_type() -> None:
+def test_the_head_is_copied_for_products_in_a_different_dtype() -> None:
     tiles = [
         loss_sizes(
             64,
