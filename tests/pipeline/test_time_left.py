@@ -1,4 +1,4 @@
-"""The time left: what stages are expected to take, at the pace of those that are finished."""
+"""The time left is what stages are expected to take, at the pace of those that are finished."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_finished_stages_set_the_pace() -> None:
     assert left(stage("data", 20.0), stage("student", 10.0)).seconds("train") == 120
 
 
-def test_a_stage_of_seconds_does_not_set_the_pace() -> None:
+def test_a_stage_that_takes_seconds_does_not_set_the_pace() -> None:
     expected = {"data": 5.0, "train": 240.0}
     quick = TimeLeft(lambda stages: expected, [stage("data", 0.5)])
     assert quick.seconds("train") == 240
@@ -52,7 +52,7 @@ def test_less_than_a_minute_is_not_given_in_minutes() -> None:
     assert quick.text("report") == " (less than a minute left)"
 
 
-def test_without_an_expectation_there_is_no_text() -> None:
+def test_without_an_expected_time_there_is_no_text() -> None:
     def none_yet(stages: Sequence[Stage]) -> dict[str, float]:
         return EXPECTED if stages else {}
 

@@ -1,4 +1,4 @@
-"""A process that waits for the main process reports it, once on each machine."""
+"""A long wait for the main process is reported once on each machine."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tests.clocks import Clock
 
 
 class Sleeping(Clock):
-    """Sleep passes at once."""
+    """A clock whose `sleep` returns at once."""
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
 
 
 @pytest.mark.parametrize("process", [0, 1, 2])
-def test_the_first_process_beside_the_main_one_reports_what_it_waits_for(
+def test_the_first_process_after_the_main_one_reports_a_long_wait(
     process: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in (("RANK", process), ("LOCAL_RANK", process), ("WORLD_SIZE", 3)):
@@ -32,6 +32,6 @@ def test_the_first_process_beside_the_main_one_reports_what_it_waits_for(
     for seconds in (59, 200):
         find = partial(finished_at, clock.now + seconds)
         assert shared_folder.wait_for_main_process(find, "the data stage")
-        said = capsys.readouterr().err
+        shown = capsys.readouterr().err
         expected = process == 1 and seconds > shared_folder.SILENT_SECONDS
-        assert said.count("waiting for the main process (the data stage)") == expected
+        assert shown.count("waiting for the main process (the data stage)") == expected
