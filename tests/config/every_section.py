@@ -1,4 +1,4 @@
-"""Recipes that have every section between them, and the numeric fields of what they hold."""
+"""Recipes that together contain every section, and the numeric fields of those sections."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def with_best_of(choice: dict[str, Any], **teacher: Any) -> dict[str, Any]:
 
 
 def recipes() -> list[dict[str, Any]]:
-    """Fresh ones: a test may change them."""
+    """Recipes that are copied at each call, so that a test may change them."""
     pruned = {"start": "pruned"}
     judge = {"kind": "judge", "teacher": {"api": API}, "sampling": {}, "budget": BUDGET}
     terms = [
@@ -148,7 +148,7 @@ PROMPT = {"path": "p.txt"}
 
 
 def sections(raw: dict[str, Any]) -> Iterator[tuple[Path, type[BaseModel]]]:
-    """Every section that a recipe has, with its place."""
+    """Every section of a recipe, and its path."""
     task = raw.get("task", {}).get("kind")
     root = Recipe if task is None else ClassifyRecipe if task == "classify" else AnsweringRecipe
     yield from _sections(raw, root, ())
@@ -186,14 +186,14 @@ def is_numeric(annotation: Any) -> bool:
 
 
 def numeric_fields() -> list[tuple[str, dict[str, Any], Path, Any]]:
-    """Once for each field of each section: a name for the test, a recipe, the field's place in it,
-    and its type."""
+    """For each numeric field of each section: a name for the test, a recipe, the field's path in
+    it, and its type."""
     seen: dict[str, tuple[str, dict[str, Any], Path, Any]] = {}
     for raw in recipes():
         for path, model in sections(raw):
             for name, field in model.model_fields.items():
                 if is_numeric(field.annotation):
-                    # A target has one key at a time.
+                    # A target has exactly one key.
                     alone = changed(raw, path, {}) if model is TargetRecipe else raw
                     key = f"{model.__name__}.{name}"
                     seen.setdefault(key, (key, alone, (*path, name), field.annotation))
@@ -201,7 +201,7 @@ def numeric_fields() -> list[tuple[str, dict[str, Any], Path, Any]]:
 
 
 def changed(raw: dict[str, Any], path: Path, value: Any) -> dict[str, Any]:
-    """A copy with one value at a place; a list, a tuple or a mapping of numbers holds it."""
+    """A copy of a recipe with this value at the path."""
     copied = copy.deepcopy(raw)
     here: Any = copied
     for part in path[:-1]:

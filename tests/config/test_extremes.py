@@ -1,4 +1,4 @@
-"""The smallest and largest numbers that a recipe may have, in the arithmetic that uses them."""
+"""The arithmetic of a run works with the smallest and largest numbers that a recipe may have."""
 
 from __future__ import annotations
 
@@ -87,17 +87,17 @@ def test_every_number_type_has_two_bounds() -> None:
 
 
 @pytest.mark.parametrize("seed", ends(Seed))
-def test_seeds_seed_every_generator(seed: int) -> None:
+def test_every_random_number_generator_accepts_the_seeds(seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         transformers.set_seed(seed)
-        torch.manual_seed(seed + 1000)  # a later prompt's or term's
+        torch.manual_seed(seed + 1000)  # the seed of a later prompt or term
     np.random.default_rng(seed)
     random.Random(seed)
     transformers.set_seed(0)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 10**30, 1.5, True, "1"])
-def test_other_seeds_are_rejected_with_the_name(seed: Any) -> None:
+def test_other_seeds_are_rejected_with_the_key(seed: Any) -> None:
     with pytest.raises(RecipeError, match="seed: input should be"):
         checked(Seed, seed, "seed")
 
@@ -128,7 +128,7 @@ def test_optimizer_and_schedule_stay_finite(schedule: str) -> None:
 
 @pytest.mark.parametrize("epochs", ends(Epochs))
 @pytest.mark.parametrize("batch", [1, 10**6])
-def test_a_training_has_at_least_one_step_and_an_end(epochs: float, batch: int) -> None:
+def test_training_has_at_least_one_step_and_finitely_many(epochs: float, batch: int) -> None:
     plan = plan_batches(TrainRecipe(epochs=epochs, batch_size=batch), windows=10, processes=1)
     assert 1 <= plan.steps <= 10 * 10**6
 
@@ -167,7 +167,7 @@ def terms_at_the_ends(divergence: str) -> list[LogitsTerm]:
     return found
 
 
-def test_weights_that_move_stay_finite() -> None:
+def test_scheduled_weights_stay_finite() -> None:
     for start, end in itertools.product(ends(Weight), repeat=2):
         schedule = Schedule(start, end, 0.0, 1e-6, "cosine")
         assert all(0 <= schedule.at(progress) <= 1e6 for progress in (0.0, 5e-7, 1.0))
@@ -182,14 +182,14 @@ def test_tokens_are_drawn_at_any_temperature() -> None:
         assert token == 3 or (temperature > 1 and share == 1 and token in range(4))
 
 
-def test_near_duplicates_at_any_similarity() -> None:
+def test_duplicates_are_found_at_any_similarity() -> None:
     for similarity in ends(Similarity):
         texts = NearDuplicates(similarity)
         assert texts.add(["one", "two", "three", "four"]) is None
         assert texts.add(["one", "two", "three", "four"]) is not None
 
 
-def test_a_threshold_is_found_or_not_at_any_confidence() -> None:
+def test_choosing_a_threshold_works_at_any_target_and_confidence() -> None:
     p_NC = torch.tensor([[0.9, 0.1]] * 30 + [[0.6, 0.4]] * 30)
     true_N = torch.tensor([0] * 50 + [1] * 10)
     for target, confidence in itertools.product(ends(PartialShare), repeat=2):
@@ -204,7 +204,7 @@ def test_budgets_hold_at_any_price() -> None:
         assert budget.reserve(worst) == (worst.usd <= limit)
 
 
-def test_limits_of_a_divergence_can_be_compared() -> None:
+def test_limits_of_a_divergence_are_positive_and_finite() -> None:
     assert all(0 < limit < float("inf") for limit in ends(Divergence))
 
 
@@ -225,6 +225,6 @@ def test_head_sizes_that_rotary_embeddings_do_not_support_are_rejected(
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "vocab_size"])
-def test_an_endless_configuration_is_rejected_before_it_is_built(key: str) -> None:
+def test_an_enormous_configuration_is_rejected_before_it_is_built(key: str) -> None:
     with pytest.raises(RecipeError, match=f"{key} is 9,007,199,254,740,992, which is more than"):
         overridden_config(tiny.llama().config, {key: 2**53})

@@ -1,4 +1,4 @@
-"""A recipe is read strictly, and a mistake is one message with file, line, key and remedy."""
+"""Recipes are read strictly. A mistake is one error with the file, the line, the key, and a fix."""
 
 import contextlib
 import json
@@ -57,7 +57,7 @@ def test_every_recipe_of_the_repository_is_valid(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.name)
-def test_the_resolved_recipe_reads_back_as_itself(path: Path, tmp_path: Path) -> None:
+def test_a_resolved_recipe_is_loaded_as_it_was_written(path: Path, tmp_path: Path) -> None:
     recipe = load_recipe(path)
     assert load_recipe(write(tmp_path, recipe_yaml(recipe))) == recipe
 
@@ -80,7 +80,7 @@ def test_an_unknown_key_names_file_line_key_and_the_nearest(tmp_path: Path) -> N
     assert "did you mean `learning_rate`?" in text
 
 
-def test_a_key_that_belongs_one_section_deeper_is_not_to_be_removed(tmp_path: Path) -> None:
+def test_the_error_for_a_key_of_a_nested_section_says_where_it_belongs(tmp_path: Path) -> None:
     section = "synthesize:\n  prompts: {path: p.txt}\n  teacher: {model: some/model}\n"
     text = " ".join(message(write(tmp_path, SMALLEST + section)).split())
     assert "unknown key `synthesize.teacher.model`" in text
@@ -123,11 +123,11 @@ def test_each_mistake_is_reported_once_and_clearly(
 @pytest.mark.parametrize(
     ("text", "expected"), [("a: b: c", "not valid YAML"), ("", "empty"), ("- 1", "not a mapping")]
 )
-def test_values_that_are_not_recipes(tmp_path: Path, text: str, expected: str) -> None:
+def test_yaml_that_is_not_a_mapping_is_rejected(tmp_path: Path, text: str, expected: str) -> None:
     assert expected in message(write(tmp_path, text))
 
 
-def test_a_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_file_suggests_a_similar_name(tmp_path: Path) -> None:
     write(tmp_path, SMALLEST)
     assert "did you mean" in message(tmp_path / "rr.yaml")
 
@@ -149,7 +149,9 @@ def test_overrides_reach_any_depth_and_keep_their_type(tmp_path: Path) -> None:
         ("seed=x", "--set seed"),
     ],
 )
-def test_a_wrong_override_is_named(tmp_path: Path, override: str, expected: str) -> None:
+def test_the_error_for_a_wrong_override_names_it(
+    tmp_path: Path, override: str, expected: str
+) -> None:
     assert expected in message(write(tmp_path, SMALLEST), [override])
 
 
@@ -192,7 +194,9 @@ def test_text_that_looks_like_a_number_stays_text(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_keys_that_contradict_each_other(tmp_path: Path, override: str, expected: str) -> None:
+def test_values_that_make_no_sense_together_are_rejected(
+    tmp_path: Path, override: str, expected: str
+) -> None:
     assert expected in message(write(tmp_path, SMALLEST), [override])
 
 
@@ -204,7 +208,7 @@ def test_keys_that_contradict_each_other(tmp_path: Path, override: str, expected
         max_leaves=8,
     )
 )
-def test_every_invalid_value_raises_a_recipe_error(value: object) -> None:
+def test_no_value_raises_any_error_but_a_recipe_error(value: object) -> None:
     raw = yaml.safe_load(SMALLEST)
     for key in ("name", "teacher", "data", "student", "objective", "train", "extra"):
         with contextlib.suppress(RecipeError):

@@ -30,7 +30,7 @@ from stillhouse.students.student_config import PrunedSizes
 from stillhouse.training.train_config import SCHEDULES
 
 
-def test_a_name_of_a_registry_is_checked_as_a_literal_is() -> None:
+def test_names_in_a_registry_are_validated_like_a_literal() -> None:
     adapter = TypeAdapter(Annotated[str, OneOf({"one": 1, "two": 2})])
     assert adapter.json_schema() == {"enum": ["one", "two"], "type": "string"}
     assert adapter.validate_python("two") == "two"
@@ -48,7 +48,7 @@ def test_every_encoding_has_an_encoder_and_a_section() -> None:
     assert set(ENCODERS) == set(get_args(EntryEncoding))
     sections = get_args(get_args(SignalEncoding)[0])
     kinds = {get_args(section.model_fields["kind"].annotation)[0] for section in sections}
-    assert kinds | {AnswerChunks.kind} == ENCODINGS.keys()  # which `signals.answers` chooses
+    assert kinds | {AnswerChunks.kind} == ENCODINGS.keys()  # `signals.answers` selects it
     for section in get_args(EntrySignals):
         (kind,) = get_args(section.model_fields["kind"].annotation)
         assert section(kind=kind).encoding().kind == kind
@@ -70,7 +70,7 @@ def test_every_schedule_is_one_of_transformers() -> None:
 
 def test_every_format_has_a_writer() -> None:
     assert gguf_file.FORMATS.keys() == GGUF.keys()
-    # The script runs where llm-compressor is, which cannot be imported here.
+    # The script runs in llm-compressor's environment and cannot be imported here.
     script = Path(stillhouse.__file__).parent / "export" / "llm_compressor.py"
     (schemes,) = (
         node.value

@@ -1,4 +1,4 @@
-"""Every number of every section is one that a run can use, or is rejected by key and value."""
+"""A number in any section is one that a run can use, or is rejected with its key and value."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ NONSENSE: list[Any] = [
 FIELDS = numeric_fields()
 
 
-def test_the_recipes_here_are_right_and_have_every_section() -> None:
+def test_the_recipes_of_these_tests_are_valid_and_contain_every_section() -> None:
     found = set()
     for raw in recipes():
         parse_recipe(raw)
@@ -87,14 +87,14 @@ def outcome(raw: dict[str, Any]) -> AnyRecipe | RecipeError:
 
 
 def says(text: str, value: Any) -> bool:
-    """Whether a message has the value; that of a missing one or a mapping need not."""
+    """Whether a message contains the value; it need not contain null, a list, or a mapping."""
     if value is None or isinstance(value, dict | list):
         return True
     return shown_value(value) in text or (isinstance(value, int) and f"{value:,}" in text)
 
 
 def assert_usable(recipe: Any, path: Any) -> None:
-    """What was accepted is a finite number of a size that fits, null, or text of its own kind."""
+    """Asserts that an accepted value is null, text, or a finite number of a usable magnitude."""
     here = recipe
     for part in path:
         here = here[part] if isinstance(part, int) else getattr(here, part)
@@ -109,8 +109,8 @@ def assert_usable(recipe: Any, path: Any) -> None:
 
 @pytest.mark.parametrize(("raw", "path"), [f[1:3] for f in FIELDS], ids=[f[0] for f in FIELDS])
 def test_values_beyond_a_bound_are_rejected(raw: dict[str, Any], path: Any) -> None:
-    """The bounds are those that editors read from the schema; the bounds themselves are used by
-    the tests of what depends on them (test_extremes.py)."""
+    """The bounds are read from the JSON schema. Values at the bounds are tested by the tests of
+    the arithmetic that uses them (test_extremes.py)."""
     for low, high in bounds_of(raw, path):
         for beyond in (low - 1, high + 1, high * 1.001 + 1e-300):
             with pytest.raises(RecipeError):

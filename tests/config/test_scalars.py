@@ -1,4 +1,4 @@
-"""A scalar without quotes is read as its key's type, or rejected with how to write it."""
+"""A scalar without quotes is read as its key's type, or rejected with a way to write it."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ NOT_NUMBERS = {
 
 @pytest.mark.parametrize(("written", "fix"), NOT_NUMBERS.items(), ids=NOT_NUMBERS.keys())
 @pytest.mark.parametrize("key", ["epochs", "max_steps"])
-def test_text_that_yaml_1_1_reads_as_a_number(
+def test_a_number_that_yaml_versions_read_differently_is_rejected_with_a_fix(
     tmp_path: Path, written: str, fix: str, key: str
 ) -> None:
     error = refused(tmp_path, f"{SMALLEST}train:\n  {key}: {written}\n")
@@ -84,7 +84,7 @@ def test_text_that_yaml_1_1_reads_as_a_number(
     ["2024-01-01", "12:30:45Z", "1,5", "1.2.3", "infinity", "NaN", "1e", "5%", "1/10", "_1", "y",
      "\u22121", "\uff11", "\u201c1\u201d", "1 e-4", "1e-4,", "0x1p-3", "++1", "0.1#x"],
 )  # fmt: skip
-def test_text_that_is_not_a_number(tmp_path: Path, written: str) -> None:
+def test_text_for_a_number_is_rejected(tmp_path: Path, written: str) -> None:
     error = refused(tmp_path, f"{SMALLEST}train: {{epochs: '{written}'}}\n")
     assert f"(it is '{written}')" in error.what
 
@@ -94,7 +94,7 @@ def test_text_that_is_not_a_number(tmp_path: Path, written: str) -> None:
     [("3e-4", 3e-4), ("3E-4", 3e-4), (".5", 0.5), ("1.", 1.0), ("1", 1.0), ("+1.5", 1.5),
      ("'3e-4'", 3e-4), ("1.0e-2", 0.01), ("0.10", 0.1)],
 )  # fmt: skip
-def test_decimal_numbers_are_read_as_such(tmp_path: Path, written: str, value: float) -> None:
+def test_decimal_numbers_are_read_as_numbers(tmp_path: Path, written: str, value: float) -> None:
     recipe = read(tmp_path, f"{SMALLEST}train: {{learning_rate: {written}}}\n")
     assert recipe.train.learning_rate == value
 
@@ -107,14 +107,14 @@ def test_a_float_for_an_integer_key_is_reported_as_a_float(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "written", ["no", "yes", "On", "1.0", "017", "1:30", "2024-01-01", "1_0", ".inf", "0x1F", "1e5"]
 )
-def test_text_is_unchanged(tmp_path: Path, written: str) -> None:
+def test_scalars_for_text_are_kept_as_written(tmp_path: Path, written: str) -> None:
     recipe = read(tmp_path, f"{SMALLEST}evaluate: {{prompts: [{written}]}}\n", f"folder={written}")
     assert recipe.evaluate.prompts == [written]
     assert recipe.folder == written
 
 
 def test_the_revision_of_a_model_is_not_a_number(tmp_path: Path) -> None:
-    """Hashes such as 12e4567 and versions such as 1.10 would lose their spelling."""
+    """As numbers, hashes such as 12e4567 and versions such as 1.10 would lose their spelling."""
     recipe = read(tmp_path, SMALLEST.replace("{model: teacher}", "{model: m, revision: 1.10}"))
     assert recipe.teacher.revision == "1.10"
 
@@ -128,7 +128,7 @@ def test_yaml_1_1_booleans_are_booleans_if_only_those_fit(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("written", ["on", "017", "1:30", ".inf", "1_000"])
 def test_ambiguous_values_are_rejected_if_any_type_fits(tmp_path: Path, written: str) -> None:
-    """And both ways out that the message names work."""
+    """Written in quotes, as the error suggests, they are text."""
     text = SMALLEST.replace("random}", f"random, overrides: {{hidden_act: {written}}}}}")
     error = refused(tmp_path, text)
     assert "`student.overrides.hidden_act`" in error.what
@@ -138,7 +138,7 @@ def test_ambiguous_values_are_rejected_if_any_type_fits(tmp_path: Path, written:
 
 
 def test_invisible_characters_in_a_key_are_shown(tmp_path: Path) -> None:
-    """Characters that come along from a web page."""
+    """Text that is copied from a web page can contain such characters."""
     assert "`tr\\u200bain`" in refused(tmp_path, f"{SMALLEST}tr\u200bain: {{}}\n").what
     assert "`\\xa0seed`" in refused(tmp_path, f"{SMALLEST}\u00a0seed: 1\n").what
 
@@ -161,7 +161,7 @@ def labels(folder: Path, written: str) -> dict[str, str]:
 
 
 def test_labels_are_the_text_that_is_written(tmp_path: Path) -> None:
-    """Norway, the answer no, a score of 1.0, and a postal code are no booleans and no numbers."""
+    """Country codes, answers, scores, and postal codes are neither booleans nor numbers."""
     assert list(labels(tmp_path, "[NO, SE]")) == ["NO", "SE"]
     assert list(labels(tmp_path, "[yes, no]")) == ["yes", "no"]
     assert list(labels(tmp_path, "[true, false]")) == ["true", "false"]
