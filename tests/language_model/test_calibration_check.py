@@ -43,5 +43,7 @@ def test_the_text_may_be_shorter_than_the_calibration(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "student", [{"layers": 1}, {"ffn_size": KEPT, "refit": False}], ids=["layers", "no refit"]
 )
-def test_nothing_else_needs_them(tmp_path: Path, student: dict[str, Any]) -> None:
+def test_cuts_that_refit_no_neurons_have_no_warning(
+    tmp_path: Path, student: dict[str, Any]
+) -> None:
     assert not warnings(tmp_path, {**student, "calibration_tokens": 8})

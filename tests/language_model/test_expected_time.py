@@ -1,4 +1,4 @@
-"""The expected time of every stage: from FLOPs, bytes and processes, at this machine's rate."""
+"""The expected time of every stage, from FLOPs, bytes, and processes at this machine's rate."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.run
 
 @pytest.fixture
 def slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On which even a tiny model takes a while."""
+    """Simulates a machine on which even a tiny model takes a while."""
 
     def machine(precision: str, *, timed: bool) -> Machine:
         return Machine("cpu", 1e6, rate=RATE if timed else None)
@@ -45,13 +45,15 @@ def job(folder: Path, **changes: Any) -> Job:
 
 
 def read(tokens: int) -> Stage:
-    """The data stage: tokens outside of the loss take as long as the others."""
+    """A data stage. Tokens that the loss mask leaves out take as long as the others."""
     return Stage(
         "data", Path(), "", Cost(1.0), {"train": {"tokens": tokens, "supervised_tokens": 1}}, False
     )
 
 
-def test_training_takes_its_flops(tmp_path: Path, slow_machine: None) -> None:
+def test_the_time_of_training_is_its_flops_divided_by_the_rate(
+    tmp_path: Path, slow_machine: None
+) -> None:
     one = job(tmp_path, train={"batch_size": 2, "epochs": 3})
     found = expected_seconds(one, NAMES, [read(64 * 100)])
     assert list(found) == NAMES
@@ -73,7 +75,7 @@ def test_more_text_and_more_models_take_longer(tmp_path: Path, slow_machine: Non
     assert longer["train"] == pytest.approx(2 * plain["train"])
 
 
-def test_nothing_is_expected_before_the_text_is_known(tmp_path: Path, slow_machine: None) -> None:
+def test_no_time_is_expected_before_the_text_is_known(tmp_path: Path, slow_machine: None) -> None:
     later = {"sources": [{"kind": "text", "path": "later.txt"}], "train_tokens": None}
     one = job(tmp_path, data={**tiny.recipe(tmp_path)["data"], **later})
     assert expected_seconds(one, NAMES, []) == {}
@@ -95,8 +97,10 @@ def test_text_that_is_not_read_yet_is_estimated_by_its_size(
         assert estimates[most]["train"] == expected_seconds(one, NAMES, [read(tokens)])["train"]
 
 
-def test_what_the_teacher_is_still_to_write_takes_time(tmp_path: Path, slow_machine: None) -> None:
-    """Its tokens are computed, and the weights are read once for each token of a batch."""
+def test_text_that_the_teacher_has_yet_to_generate_takes_time(
+    tmp_path: Path, slow_machine: None
+) -> None:
+    """Every token costs FLOPs, and the weights are read once for each token of a batch."""
     out = {"kind": "jsonl", "path": "out.jsonl"}
     section: dict[str, Any] = {
         "teacher": {"local": {"batch": 2}},
@@ -121,5 +125,5 @@ def test_what_the_teacher_is_still_to_write_takes_time(tmp_path: Path, slow_mach
     assert expected_seconds(other, ["synthesis", *NAMES], []) == {}
 
 
-def test_nothing_is_expected_of_a_tiny_model(tmp_path: Path) -> None:
+def test_no_time_is_expected_for_a_tiny_model(tmp_path: Path) -> None:
     assert expected_seconds(job(tmp_path), NAMES, [read(6400)]) == {}

@@ -1,4 +1,4 @@
-"""What an export is compared with."""
+"""An export is compared with the teacher if the teacher fits in memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.export.conftest import ToyWindows
 
 
 @pytest.mark.parametrize(("free", "compared"), [(1 << 40, True), (1000, False)])
-def test_a_teacher_that_does_not_fit_alone_is_left_out(
+def test_a_teacher_that_does_not_fit_in_memory_is_left_out(
     free: int,
     compared: bool,
     tmp_path: Path,

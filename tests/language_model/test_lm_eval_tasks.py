@@ -1,4 +1,4 @@
-"""The task files of `evaluate.lm_eval`: where they are, and what is repeated when they change."""
+"""The task files of `evaluate.lm_eval`: where they are, and what runs again if they change."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DATA = Stage("data", Path(), "digest", Cost(), {}, False)
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
-    """Two tasks of the user's own, and one of lm-eval's, which a folder has the name of."""
+    """A job with two custom tasks and one of lm-eval's, which shares its name with a folder."""
     (tmp_path / "arc_easy").mkdir()
     (tmp_path / "mine.yaml").write_text("task: mine")
     (tmp_path / "tasks").mkdir()
@@ -30,7 +30,7 @@ def job(tmp_path: Path) -> Job:
     return find_models(tiny.parsed(raw), tmp_path)
 
 
-def test_paths_start_from_the_recipes_folder_in_checks_and_in_the_evaluation(
+def test_paths_are_relative_to_the_recipe_in_checks_and_in_the_evaluation(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[LmEvalRecipe] = []
@@ -45,7 +45,9 @@ def test_paths_start_from_the_recipes_folder_in_checks_and_in_the_evaluation(
 
 
 @pytest.mark.parametrize("changed", ["mine.yaml", "tasks/other.yaml", "tasks/score.py"])
-def test_a_changed_task_file_repeats_the_evaluation(job: Job, tmp_path: Path, changed: str) -> None:
+def test_the_evaluation_runs_again_if_a_task_file_changes(
+    job: Job, tmp_path: Path, changed: str
+) -> None:
     before = plan_teacher(job, DATA).inputs
     (tmp_path / "tasks" / "data.jsonl").write_text("{}")
     assert plan_teacher(job, DATA).inputs == before
@@ -53,9 +55,7 @@ def test_a_changed_task_file_repeats_the_evaluation(job: Job, tmp_path: Path, ch
     assert plan_teacher(job, DATA).inputs != before
 
 
-def test_task_files_beside_the_run_folder_do_not_include_what_it_writes(
-    job: Job, tmp_path: Path
-) -> None:
+def test_files_in_the_run_folder_are_not_task_files(job: Job, tmp_path: Path) -> None:
     lm_eval = LmEvalRecipe(tasks=["other"], include_path=".")
     evaluate = job.recipe.evaluate.model_copy(update={"lm_eval": lm_eval})
     job = Job(job.recipe.model_copy(update={"evaluate": evaluate}), tmp_path, job.teacher, None, 1)

@@ -1,4 +1,4 @@
-"""What `check` says about `train.on_policy` before anything is computed."""
+"""What `check` reports about `train.on_policy` before the run."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def write_prompts(folder: Path, *texts: str) -> dict[str, Any]:
     return {"path": "prompts.jsonl"}
 
 
-def test_it_estimates_what_the_student_writes(tmp_path: Path) -> None:
+def test_check_estimates_what_the_student_generates(tmp_path: Path) -> None:
     prompts = write_prompts(tmp_path, "hi", "ho")
     own = {"prompts": prompts, "share": 0.5, "max_tokens": 8, "batch": 3}
     found = findings(tmp_path, own)
     (text,) = of(found, "on-policy")
-    # 94 windows in batches of 4 are 24 steps, each with 2 own windows; a prompt has 4 tokens, so
-    # that two of them fit into 32 with their answers of 8.
+    # 94 windows in batches of 4 are 24 steps, each with 2 windows of own text. A prompt has 4
+    # tokens, so a window of 32 has room for two prompts and their answers of 8 tokens.
     assert "the student generates 96 answers, at most 768 tokens" in text
-    # 2 kinds x 3 layers x 2 heads x 8 wide x 128 places x 3 answers x 4 bytes
+    # Keys and values x 3 layers x 2 heads x head size 8 x 128 positions x 3 answers x 4 bytes
     assert f"KV cache takes {size(2 * 3 * 2 * 8 * 128 * 3 * 4)}" in text
 
 
-def test_a_folder_for_weights_that_holds_another_model_is_an_error(tmp_path: Path) -> None:
+def test_a_weights_folder_that_contains_a_different_model_is_an_error(tmp_path: Path) -> None:
     server = {"base_url": "http://127.0.0.1:9/v1", "model": "student", "weights": "student"}
     tiny.save_model(tmp_path / "student", seed=1)
     found = findings(tmp_path, {"generator": {"kind": "vllm_server", **server}})
@@ -63,7 +63,7 @@ def test_prompts_that_leave_little_room_are_a_warning(tmp_path: Path) -> None:
     assert found[0].startswith("warning: 1 of 2 prompts leave fewer than max_tokens (16)")
 
 
-def test_missing_prompts_end_a_run_before_its_first_stage_whatever_their_share(
+def test_missing_prompts_end_a_run_before_its_first_stage_even_with_a_share_of_0(
     tmp_path: Path,
 ) -> None:
     raw = tiny.recipe(tmp_path)
@@ -73,13 +73,13 @@ def test_missing_prompts_end_a_run_before_its_first_stage_whatever_their_share(
     assert not [*(tmp_path / "run" / "stages").iterdir()]
 
 
-def test_a_row_that_is_no_prompt_is_an_error_with_its_place(tmp_path: Path) -> None:
+def test_a_row_without_a_prompt_is_an_error_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "hi"}\n{"question": 3}\n')
     found = findings(tmp_path, {"prompts": {"path": "prompts.jsonl"}})
     assert [one for one in found if one.level == "error" and "prompts.jsonl:2" in one.text]
 
 
-def test_a_teacher_with_another_template_is_a_warning(tmp_path: Path) -> None:
+def test_a_teacher_with_a_different_chat_template_is_a_warning(tmp_path: Path) -> None:
     tiny.save_model(tmp_path / "student", seed=1)
     words = load_tokenizer(tmp_path / "student")
     words.chat_template = tiny.CHAT_TEMPLATE.replace("<|assistant|>", "<|assistant|>:")

@@ -1,4 +1,4 @@
-"""Code that comes with a model runs where the recipe allows it, and nowhere else."""
+"""Code that comes with a model runs only where the recipe allows it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests import tiny
 
 
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Grows by `trust_remote_code` of every load by transformers."""
+    """A list to which every load by transformers appends its `trust_remote_code`."""
     found: list[bool] = []
 
     def recorded(kind: Any) -> Any:
@@ -33,7 +33,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 @pytest.mark.run
 @pytest.mark.parametrize("trusted", [True, False])
-def test_every_load_of_a_run_is_as_the_teachers_section_says(
+def test_every_load_of_a_run_follows_the_teachers_trust_remote_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: bool
 ) -> None:
     raw = tiny.recipe(tmp_path)
@@ -44,7 +44,7 @@ def test_every_load_of_a_run_is_as_the_teachers_section_says(
     assert set(found) == {trusted}
 
 
-def test_a_pretrained_student_has_its_own_key(tmp_path: Path) -> None:
+def test_a_pretrained_student_has_its_own_trust_remote_code(tmp_path: Path) -> None:
     raw = tiny.recipe(tmp_path)
     student = tiny.save_model(tmp_path / "student", seed=1)
     raw["student"] = {"start": "pretrained", "model": str(student), "trust_remote_code": True}
