@@ -23,6 +23,7 @@ from stillhouse.evaluation.metrics import metrics_of
 from stillhouse.evaluation.results import Evaluation, Saved
 from stillhouse.pipeline.run_progress import StepProgress
 from stillhouse.progress import Work
+from stillhouse.report.charts import Chart
 from stillhouse.report.history import training_charts, training_section
 from stillhouse.report.own_text_report import own_text_charts
 from stillhouse.report.page import Section, environment
@@ -150,7 +151,7 @@ def _training_html(training: Training, anchor: str, _changed: int, _size: int) -
     if training.unit == "text":
         section = Section(training.title, charts=[*training_charts(rows, training.unit)])
     else:
-        own = [*own_text_charts(rows)]
+        own: list[Chart] = [*own_text_charts(rows)]
         section = replace(
             training_section(rows, training.temperature),
             title=training.title,
