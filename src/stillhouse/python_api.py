@@ -163,9 +163,8 @@ def distill(
     text = None if data is None else _windows(data)
     prompts = None
     if batches is not None:
-        fits = isinstance(batches, Rollouts)
         fix = "give Rollouts(prompts, share=...); the text of a dataset is `data`"
-        require_type(fits, batches, "value of batches", "Rollouts", fix, RecipeError)
+        require_type(batches, Rollouts, "value of batches", "Rollouts", fix, RecipeError)
         settings = {**settings, "on_policy": batches.settings}
         prompts = batches.for_student(own)
     if text is None:
@@ -284,7 +283,7 @@ def record(
         teacher.prepare(TeacherNeeds(), text)  # merges its roots
     kept = encoding or TopK(teacher.k if isinstance(teacher, ServedTeacher) else 32)
     fix = "make one with stillhouse.signals.encodings, such as TopK(32)"
-    require_type(isinstance(kept, Encoding), kept, "encoding", "an encoding", fix, RecipeError)
+    require_type(kept, Encoding, "encoding", "an encoding", fix, RecipeError)
     events, identity = record_store.events_of(teacher), record_store.identity_of(teacher)
     settings = Settings(kept, events, identity, temperature, seed)
     with _alone_in(folder, "store"):
@@ -315,8 +314,7 @@ def search_sizes(
     seed = checked(Seed, seed, "seed")
     start, settings, text = local(_teacher(teacher)), settings or TrainRecipe(), _windows(data)
     fix = "make one: TrainRecipe(learning_rate=...)"
-    fits = isinstance(settings, TrainRecipe)
-    require_type(fits, settings, "value of settings", "TrainRecipe", fix, RecipeError)
+    require_type(settings, TrainRecipe, "value of settings", "TrainRecipe", fix, RecipeError)
     target = {key: options.pop(key) for key in UNITS if key in options}
     section = made(PrunedStudent, {"start": "pruned", "target": target, **options}, "search_sizes")
     require_no_recipe_keys(section, "search_sizes")

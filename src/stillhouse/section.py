@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable, Mapping
+from types import UnionType
 from typing import Any, ClassVar, TypeVar
 
 import yaml
@@ -80,27 +81,31 @@ def checked(kind: Any, value: Any, name: str) -> Any:
 
 
 def require_type(
-    fits: bool,
     given: object,
+    kind: type[Any] | UnionType | tuple[type[Any], ...],
     name: str,
     expected: str,
     fix: str,
     error: type[StillhouseError] = ModelError,
 ) -> None:
-    """Raise `error`, naming the argument and its type, unless a function's argument fits."""
-    if not fits:
-        raise error(f"the {name} is a {type(given).__name__} instead of {expected}", fix=fix)
+    """Raise `error`, naming a function's argument and its type, unless the argument is an instance
+    of `kind`. expected: `kind` in words."""
+    if not isinstance(given, kind):
+        raise error(_wrong_type(given, name, expected), fix=fix)
 
 
 def require_tokenizer(given: Any) -> None:
     """Raise ModelError if a function's argument is not a tokenizer."""
-    require_type(
-        hasattr(given, "get_vocab"),
-        given,
-        "tokenizer",
-        "a tokenizer of transformers",
-        "give that of a model, such as teacher.tokenizer, or AutoTokenizer.from_pretrained(...)",
-    )
+    if not hasattr(given, "get_vocab"):  # without importing transformers
+        raise ModelError(
+            _wrong_type(given, "tokenizer", "a tokenizer of transformers"),
+            fix="give that of a model, such as teacher.tokenizer, or "
+            "AutoTokenizer.from_pretrained(...)",
+        )
+
+
+def _wrong_type(given: object, name: str, expected: str) -> str:
+    return f"the {name} is a {type(given).__name__} instead of {expected}"
 
 
 def _invalid_value(name: str, problem: ErrorDetails) -> str:

@@ -65,10 +65,10 @@ def read_recipe(
     if isinstance(recipe, Mapping):
         recipe = parse_recipe(recipe, overrides=overrides)
     require_type(
-        isinstance(recipe, AnyRecipe),
         recipe,
+        AnyRecipe,
         "recipe",
-        "a path, a dictionary or a recipe",
+        "a path, a dictionary, or a recipe",
         "give the path of a recipe, such as recipes/demo.yaml",
         RecipeError,
     )

@@ -102,8 +102,8 @@ class Student:
         if isinstance(like, Teacher):
             like, own = local(like).config, like.tokenizer
         require_type(
-            isinstance(like, PreTrainedConfig),
             like,
+            PreTrainedConfig,
             "start",
             "a teacher or a configuration",
             "load it first: Teacher.load(...), or AutoConfig.from_pretrained(...)",
@@ -130,14 +130,7 @@ class Student:
         """
         seed = checked(Seed, seed, "seed")
         start = local(teacher)
-        require_type(
-            isinstance(data, Data),
-            data,
-            "text",
-            "Data",
-            "build it first: Data.build(...)",
-            DataError,
-        )
+        require_type(data, Data, "text", "Data", "build it first: Data.build(...)", DataError)
         target = {key: options.pop(key) for key in UNITS if key in options}
         values = {"start": "pruned", "target": target or None, **options}
         section = made(PrunedStudent, values, "Student.prune")

@@ -25,8 +25,7 @@ from stillhouse.teachers.packed_attention import document_arguments
 
 def require_model(given: Any, name: str, load: str) -> None:
     """Raise ModelError if a function's argument is not a model. load: what loads one."""
-    fits = isinstance(given, nn.Module)
-    require_type(fits, given, name, "a model", f"load it first: {load}(...)")
+    require_type(given, nn.Module, name, "a model", f"load it first: {load}(...)")
 
 
 def lm_head(model: Any) -> LMHead:

@@ -290,15 +290,15 @@ class Teacher(ABC):
 
 def require_name(given: Any, otherwise: str) -> None:
     """Raise ModelError if an argument does not name a model. otherwise: what takes a model."""
-    fits = isinstance(given, str | Path)
-    require_type(fits, given, "model", "a path or a name", f"for a model in memory: {otherwise}")
+    fix = f"for a model in memory: {otherwise}"
+    require_type(given, (str, Path), "model", "a path or a name", fix)
 
 
 def require_teacher(given: Any) -> None:
     """Raise ModelError if a function's argument is not a teacher."""
     require_type(
-        isinstance(given, Teacher),
         given,
+        Teacher,
         "teacher",
         "a Teacher",
         "load it first: Teacher.load(...), or Teacher.from_model(model, tokenizer)",

@@ -183,9 +183,8 @@ def terms_of(objective: Sequence[ObjectiveTerm] | None) -> ObjectiveRecipe:
     """The section of these terms; of none, KL alone. Raises RecipeError for what is not a term."""
     if not objective:
         return ObjectiveRecipe()
-    fits = isinstance(objective, Sequence) and not isinstance(objective, str)
     fix = "give a list: objective=[KL()]"
-    require_type(fits, objective, "objective", "a list of terms", fix, RecipeError)
+    require_type(objective, (list, tuple), "objective", "a list of terms", fix, RecipeError)
     return made(ObjectiveRecipe, {"terms": list(objective)}, "objective")
 
 
