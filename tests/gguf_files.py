@@ -146,7 +146,7 @@ def _values(name: str, values: np.ndarray[Any, Any], config: Any) -> np.ndarray[
 
 
 def _odd_heads(config: Any) -> bool:
-    """Whether a Qwen 2's head size is unusual; such a model is written as a Llama."""
+    """Whether a Qwen 2's heads do not add up to its hidden size; it is then written as a Llama."""
     size = getattr(config, "head_dim", None)
     odd = size is not None and size * config.num_attention_heads != config.hidden_size
     return config.model_type == "qwen2" and odd

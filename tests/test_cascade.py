@@ -1,4 +1,7 @@
-"""Families: each member is pruned from the one before, no work is repeated, one report has all."""
+"""Families: each member is pruned from the one before, and no work is repeated.
+
+One report compares all members.
+"""
 
 from __future__ import annotations
 

@@ -168,10 +168,10 @@ def test_a_stage_that_runs_again_is_not_reported_as_vanished(tmp_path: Path) -> 
     with folder.locked():
         shutil.rmtree(folder.stage(StagePlan("data", {}, lambda out: Outcome())).path)
         with pytest.raises(ValueError, match="of the work"):
-            folder.stage(StagePlan("data", {}, raise_of_work))
+            folder.stage(StagePlan("data", {}, raise_in_work))
 
 
-def raise_of_work(out: Path) -> Outcome:
+def raise_in_work(out: Path) -> Outcome:
     raise ValueError("of the work")
 
 
@@ -182,7 +182,7 @@ def test_a_file_in_place_of_a_stage_is_found_before_the_work(tmp_path: Path) -> 
         shutil.rmtree(stage.path)
         stage.path.write_text("mine")
         with pytest.raises(RunError, match="a file where a folder should be"):
-            folder.stage(StagePlan("data", {}, raise_of_work))
+            folder.stage(StagePlan("data", {}, raise_in_work))
     assert stage.path.read_text() == "mine"
 
 
@@ -200,7 +200,7 @@ def test_a_file_in_place_of_the_temporary_folder_is_one_error(
     assert "TMPDIR" in str(caught.value.fix)
 
 
-class ARecipe(SimpleNamespace):
+class FakeRecipe(SimpleNamespace):
     """Stands in for a recipe of any kind; only its name and folder matter."""
 
 
@@ -208,7 +208,7 @@ def test_the_users_recipe_in_the_run_folder_is_not_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "recipe_yaml", lambda recipe: "name: tiny\n")
-    recipe = ARecipe(name="tiny", folder=str(tmp_path))
+    recipe = FakeRecipe(name="tiny", folder=str(tmp_path))
     file = tmp_path / "recipe.yaml"
     file.write_text("# mine\nname: tiny\n")
     with pytest.raises(RunError, match=r"recipe\.yaml"), locked_folder(recipe):

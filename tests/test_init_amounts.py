@@ -39,7 +39,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 256,
 }
 DENSE = LlamaConfig(**SIZES, intermediate_size=768)
-"""A layer has 4 · 64² weights of attention and 3 · 64 of each neuron: 10% and 90%."""
+"""A layer has 4 · 64² weights of attention and 3 · 64 for each neuron: 10% and 90%."""
 MIXTURE = Qwen3MoeConfig(
     **SIZES, head_dim=16, intermediate_size=128, moe_intermediate_size=64, num_experts=8
 )
@@ -85,7 +85,7 @@ def test_a_mixture_of_experts_loses_layers() -> None:
 
 
 def rate_for(tokens: float, student: float) -> float:
-    """FLOP/s that trains on so many tokens in the time that there is."""
+    """The FLOP/s at which the allowed time is enough to train on so many tokens."""
     return (6 * student + 2 * TEACHER.active) * tokens / TRAINING_SECONDS
 
 
@@ -114,7 +114,7 @@ def test_a_fast_machine_is_not_limited() -> None:
     assert (found.limited, found.calibration_tokens) == (False, None)
 
 
-def test_calibration_has_a_limit_too() -> None:
+def test_calibration_is_limited_to_what_the_machine_can_do() -> None:
     passed = 3 * 2 * TEACHER.active
     machine = replace(MACHINE, rate=10_000 * passed / CALIBRATION_SECONDS)
     assert amounts(5e6, TEACHER, TEACHER.active, machine).calibration_tokens == 8192

@@ -313,7 +313,7 @@ def test_other_logs_make_a_generate_recipe(folder: Path) -> None:
     assert load_recipe(folder / "made here" / "recipe.yaml").task.kind == "generate"
 
 
-# --- what a user can get wrong -------------------------------------------------------------------
+# --- errors of users -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def test_a_sample_of_every_family_has_no_failures(family: str, end: int) -> None
 
 
 def test_waiting_for_a_core_counts_from_the_signal() -> None:
-    """The process that waited longest counts, and the whole wait of one that started later."""
+    """The longest wait since the signal counts. That of a process started later counts in full."""
     waits = CoreWaits(0)
     waits._readings = [(1.0, {7: 0.5}), (2.0, {7: 0.75}), (3.0, {7: 1.0, 8: 0.1}), (4.0, {8: 0.2})]
     assert waits.since(2.0) == 0.25

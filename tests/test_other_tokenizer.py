@@ -42,8 +42,10 @@ def test_teachers_with_different_tokenizers_can_be_combined(folder: Path) -> Non
     (row, *_) = result.evaluation.models
     assert row.role == "teacher"
     (metrics,) = (folder / "run").glob("stages/train-*/metrics.jsonl")
-    losses = [json.loads(line) for line in metrics.read_text().splitlines()]
-    assert all(step["forward_kl"] > 0 for step in losses if "forward_kl" in step)
+    steps = [json.loads(line) for line in metrics.read_text().splitlines()]
+    losses = [step["forward_kl"] for step in steps if "forward_kl" in step]
+    assert losses
+    assert min(losses) > 0
 
 
 def test_check_reports_what_the_tokenizers_share(folder: Path) -> None:
