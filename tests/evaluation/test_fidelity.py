@@ -128,7 +128,7 @@ def hand_made(probabilities_NV: list[list[float]], targets: list[int]) -> Heldou
     return HeldoutAnswers(DenseSignal(hidden_ND, head), torch.tensor(targets), (len(targets),))
 
 
-def test_calibration_error_of_a_hand_made_example() -> None:
+def test_calibration_error_agrees_with_a_hand_made_example() -> None:
     """Bins are 1/15 wide: 0.61 and 0.65 are in (0.6, 0.667], 0.4 and 0.95 in bins of their own."""
     rows = [[0.61, 0.3, 0.09], [0.65, 0.3, 0.05], [0.95, 0.04, 0.01], [0.25, 0.35, 0.4]]
     answers = hand_made(rows, [0, 1, 0, 2])

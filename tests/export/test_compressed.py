@@ -23,12 +23,12 @@ import json
 from pathlib import Path
 
 def oneshot(model, tokenizer, recipe, dataset=None, **options):
-    told = {
+    call = {
         "recipe": [[type(m).__name__, m.options] for m in recipe],
         "rows": None if dataset is None else len(dataset),
         "samples": options.get("num_calibration_samples"),
     }
-    Path(__file__).with_name("asked.json").write_text(json.dumps(told, default=vars))
+    Path(__file__).with_name("asked.json").write_text(json.dumps(call, default=vars))
     save = model.save_pretrained
     model.save_pretrained = lambda out, save_compressed: save(out)
 

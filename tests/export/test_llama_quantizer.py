@@ -186,11 +186,11 @@ def test_an_importance_matrix_changes_what_llama_cpp_rounds(source: Path, tmp_pa
     moments = {QUERY: torch.linspace(0.01, 100, 256) ** 2}
     assert importance_matrix(llama_cpp, moments, {QUERY: "a"})[1].name is None
     tensors = {}
-    for name, weighed in (("plain", None), ("weighed", moments)):
+    for name, weighted in (("plain", None), ("weighted", moments)):
         file = tmp_path / f"{name}.gguf"
-        k_quantize(source, file, kind="q4_k_m", name="toy", moments=weighed)
+        k_quantize(source, file, kind="q4_k_m", name="toy", moments=weighted)
         tensors[name] = {tensor.name: tensor.data for tensor in gguf.GGUFReader(file).tensors}
     changed = [
-        name for name, data in tensors["plain"].items() if (data != tensors["weighed"][name]).any()
+        name for name, data in tensors["plain"].items() if (data != tensors["weighted"][name]).any()
     ]
     assert changed == ["blk.0.attn_q.weight"]

@@ -138,8 +138,8 @@ class Jinja2ChatFormatter:
         self.template, self.words = jinja2.Template(template), words
 
     def __call__(self, *, messages: list[dict[str, str]]) -> Any:
-        told = {"messages": messages, "add_generation_prompt": True, **self.words}
-        self.prompt = self.template.render(told)
+        variables = {"messages": messages, "add_generation_prompt": True, **self.words}
+        self.prompt = self.template.render(variables)
         return self
 
 

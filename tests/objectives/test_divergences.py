@@ -337,7 +337,7 @@ def test_adaptive_kl_of_a_flat_distribution_agrees_with_the_reference() -> None:
 @pytest.mark.parametrize("kind", ["sparse", "sampled"])
 def test_an_undefined_combination_raises_with_the_reason(term: Term, kind: str) -> None:
     if is_defined(term, kind):
-        return
+        pytest.skip("defined")
     case = with_signal(make_case(), kind)
     why = "not linear in the teacher's probabilities" if kind == "sampled" else "sorts tokens"
     with pytest.raises(SignalError, match=f"{term.divergence} is not defined on a {kind} signal"):

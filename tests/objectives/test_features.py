@@ -89,7 +89,7 @@ def test_more_pairs_than_layers_are_rejected() -> None:
 
 
 @pytest.mark.parametrize("kind", ["mse", "cosine"])
-def test_hidden_state_loss_between_models_of_different_depths_and_widths(
+def test_the_loss_of_models_of_different_sizes_agrees_with_its_definition(
     kind: Literal["mse", "cosine"],
 ) -> None:
     """Every pair contributes equally, and the last pair compares the last hidden states."""

@@ -69,7 +69,7 @@ def test_agrees_with_a_loop_for_different_widths_and_masks(packed: bool) -> None
     assert found.total.item() == pytest.approx(sum(v.item() for v in found.terms.values()) / 3)
 
 
-def test_attention_states_of_models_of_different_widths_and_depths() -> None:
+def test_the_loss_of_models_of_different_sizes_trains_the_student() -> None:
     student, teacher = model(2, 16), model(4, 32)
     ids_RL = torch.randint(0, 31, (2, 6))
     with capture(student.model.layers[1].self_attn) as of_student:

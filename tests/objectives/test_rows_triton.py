@@ -114,7 +114,9 @@ def test_cross_entropy_at_temperature_1_with_a_divergence_at_2(term: Term, kerne
 
 
 @pytest.mark.parametrize("divergence", ["jsd", "reverse_kl"])
-def test_teacher_logits_of_minus_infinity(divergence: str, kernel: Kernels) -> None:
+def test_teacher_logits_of_minus_infinity_agree_with_pytorch(
+    divergence: str, kernel: Kernels
+) -> None:
     """A teacher's logit of −∞ is a probability of 0."""
     case = make_case(rows=4, vocab=45, dtype=torch.float32)
     logits_NV = torch.randn(45, 4).T  # the logits of a row are not contiguous
@@ -139,7 +141,7 @@ def test_several_chunks_take_one_launch_each(kernel: Kernels) -> None:
     [(kind, term) for kind in STORED for term in TERMS if kind == "sparse" or term == KL],
     ids=lambda value: value if isinstance(value, str) else name(value),
 )
-def test_stored_signals(
+def test_values_and_gradients_on_stored_signals_agree_with_pytorch(
     term: Term, kind: str, temperature: float, data: bool, kernel: Kernels
 ) -> None:
     case = with_signal(make_case(7, 45, scale=1.5, dtype=torch.float32), kind, temperature, k=5)
@@ -150,21 +152,23 @@ def test_stored_signals(
 
 
 @pytest.mark.parametrize("kind", STORED)
-def test_stored_signals_without_gradients(kind: str, kernel: Kernels) -> None:
+def test_values_on_stored_signals_agree_with_pytorch(kind: str, kernel: Kernels) -> None:
     case = with_signal(make_case(7, 45, dtype=torch.float32), kind, 1.0, k=5)
     terms = [Term("forward_kl"), Term("cross_entropy", 0.5)]
     assert len(compare(kernel, case, terms, grad=False)) == 1
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_cross_entropy_alone(grad: bool, kernel: Kernels) -> None:
+def test_cross_entropy_alone_agrees_with_pytorch(grad: bool, kernel: Kernels) -> None:
     case = make_case(7, 45, scale=0.5, dtype=torch.float32)
     assert compare(kernel, case, [Term("cross_entropy", 0.3)], grad=grad) == ["counted_rows"]
 
 
 @pytest.mark.parametrize("term", [Term("cross_entropy"), Term("forward_kl"), Term("jsd")], ids=name)
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
-def test_padded_vocabulary_row_weights_and_a_scale(kind: str, term: Term, kernel: Kernels) -> None:
+def test_padding_row_weights_and_a_scale_agree_with_pytorch(
+    kind: str, term: Term, kernel: Kernels
+) -> None:
     """Padding rows get neither probability nor gradient; 45 is not a multiple of COLUMNS."""
     case = with_signal(make_case(7, 45, padding=4, dtype=torch.float32), kind, k=5)
     weights_N = torch.linspace(0.0, 2.0, 7)  # the first row is ignored
@@ -174,7 +178,7 @@ def test_padded_vocabulary_row_weights_and_a_scale(kind: str, term: Term, kernel
     assert grads[1][45:].abs().max() == 0
 
 
-def test_short_rows_and_empty_tails(kernel: Kernels) -> None:
+def test_short_rows_and_empty_tails_agree_with_pytorch(kernel: Kernels) -> None:
     """A short row is filled with its first token at −∞; a tail may be exactly 0."""
     case = with_signal(make_case(4, 45, dtype=torch.float32), "sparse", k=5)
     signal = case.signal

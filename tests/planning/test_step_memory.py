@@ -60,7 +60,7 @@ def parts(step: Step, shard: Shard) -> dict[str, float]:
     return found
 
 
-def test_70b_to_8b_unsharded(step: Step) -> None:
+def test_memory_of_70b_to_8b_unsharded(step: Step) -> None:
     """327 GB per process: the student's weights, gradients, moments, and DDP buckets in float32,
     the teacher in bfloat16, and the memory of a micro-batch."""
     memory = training_memory(step, "none", **EIGHT)
@@ -69,7 +69,7 @@ def test_70b_to_8b_unsharded(step: Step) -> None:
     assert memory.parts["DDP buckets"] == memory.parts["gradients"] == 4 * 8_030_261_248
 
 
-def test_70b_to_8b_with_both_sharded_over_8(step: Step) -> None:
+def test_memory_of_70b_to_8b_with_both_models_sharded_over_8(step: Step) -> None:
     found = parts(step, "both")
     assert found["student weights"] == pytest.approx(4.0, abs=0.05)
     assert found["gradients"] == pytest.approx(4.0, abs=0.05)

@@ -244,7 +244,7 @@ from stillhouse.teachers.model_source import resolve_model
 from tests.teachers.toys import ToyWindows, tiny_model
 offload.LARGE_BYTES = 0
 folder = Path(sys.argv[1])
-# What Python, the libraries and one small model need, whatever the model's size.
+# The memory of Python, the libraries, and a small model, which is not counted.
 from tests.pruning.test_offload import warm_up
 warm_up(folder)
 start = peak_memory_bytes()
