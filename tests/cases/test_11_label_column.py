@@ -106,6 +106,6 @@ def test_an_id_without_a_name_is_rejected(tmp_path: Path) -> None:
 def test_labels_that_look_missing_or_joined_are_noted(tmp_path: Path) -> None:
     names = ["red", "blue", "NA", "red; blue"]
     missing, joined = prepared(write(tmp_path / "a.jsonl", names * 10)).notes
-    assert "'NA' is read as the name of a label" in missing
+    assert "'NA' is read as a label" in missing
     assert "'red; blue' consists of other labels" in joined
     assert prepared(write(tmp_path / "b.jsonl", ["[red]", "N"] * 20)).notes == ()

@@ -1,4 +1,4 @@
-"""The teacher's prompt for a text, and its possible answers."""
+"""The prompt that asks a teacher for a text's label, and the possible answers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ from stillhouse.generation.chat_frame import Frame, answer_prompt_ids, filled, u
 from stillhouse.generation.request import Message
 
 CONTENTLESS = ("N/A", "[MASK]", "...")
-"""Contentless texts, to measure a teacher's prior (Zhao et al. 2021, arXiv 2102.09690,
-who use "N/A", "[MASK]" and the empty string)."""
+"""Content-free texts that measure a teacher's prior over labels (Zhao et al. 2021, arXiv
+2102.09690, use "N/A", "[MASK]", and the empty string)."""
 
 
 @dataclass(frozen=True)
 class LabelPrompt:
-    """labels: each with its phrase. examples: pairs of a text and its label."""
+    """What a teacher is asked about each text.
+
+    labels: each label's phrase. prompt, answer: templates of the user's and the assistant's turns.
+    examples: pairs of a text and its label. chat: False if prompts have no chat template.
+    """
 
     labels: dict[str, str]
     system: str | None
@@ -36,22 +40,23 @@ class LabelPrompt:
         return cls(labels, task.system, task.prompt, task.answer, examples, task.chat)
 
     def question(self, text: str) -> str:
-        """The user's turn."""
+        """The user's turn about a text."""
         return filled(self.prompt.replace("{labels}", ", ".join(self.labels.values())), text)
 
     def answer_for(self, label: str) -> str:
-        """The assistant's turn."""
+        """The assistant's turn that gives a label."""
         return self.answer.replace("{label}", self.labels[label])
 
     def turns(self, text: str) -> tuple[Message, ...]:
-        """The chat up to the user's last turn."""
+        """The chat about a text: system prompt, examples, and the user's turn."""
         examples = tuple(
             (self.question(one), self.answer_for(label)) for one, label in self.examples
         )
         return Frame(self.system, examples).teacher_sees(user_turn(self.question(text)))
 
     def plain(self, text: str) -> str:
-        """The same without a chat template: paragraphs, with the answer after a line break."""
+        """The same as plain text: a paragraph for the system prompt, each example, and the
+        question. Answers start on a new line."""
         system = [self.system] if self.system is not None else []
         few = [f"{self.question(one)}\n{self.answer_for(label)}" for one, label in self.examples]
         return "\n\n".join([*system, *few, self.question(text)]) + "\n"
@@ -59,8 +64,11 @@ class LabelPrompt:
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """A prompt in a model's tokens. labels: the tokens of each answer; with an end-of-turn token if
-    one label begins another."""
+    """A prompt in a model's tokens.
+
+    labels: the tokens of each label's answer. If one label is a prefix of another, each ends with
+    an end-of-turn token.
+    """
 
     prompt: LabelPrompt
     tokenizer: Any
@@ -68,7 +76,7 @@ class PromptTokens:
     labels: list[list[int]]
 
     def of(self, texts: Iterable[str]) -> list[list[int]]:
-        """The prompt's tokens for each text, which is truncated to max_tokens first."""
+        """The prompt's tokens for each text; texts are truncated to `max_tokens` tokens."""
         return [self._one(cut(text, self.tokenizer, self.max_tokens)) for text in texts]
 
     def _one(self, text: str) -> list[int]:
@@ -78,8 +86,11 @@ class PromptTokens:
 
 
 def prompt_tokens(prompt: LabelPrompt, tokenizer: Any, max_tokens: int) -> PromptTokens:
-    """Raises ModelError if there is no chat template; RecipeError if labels are equal or empty in
-    this tokenizer's tokens."""
+    """Tokenize the prompt's labels.
+
+    Raises ModelError if the prompt needs a chat template and the tokenizer has none, and
+    RecipeError if a label has no tokens or two labels have the same ones.
+    """
     if prompt.chat and not getattr(tokenizer, "chat_template", None):
         raise ModelError(
             "the tokenizer has no chat template, so prompts cannot be written as chats",
@@ -91,18 +102,18 @@ def prompt_tokens(prompt: LabelPrompt, tokenizer: Any, max_tokens: int) -> Promp
     for name, ids in zip(prompt.labels, labels, strict=True):
         if not ids:
             raise RecipeError(
-                f"the label {name!r} is nothing in the tokens of this tokenizer",
+                f"the label {name!r} has no tokens in this tokenizer",
                 where="task.labels",
-                fix="give it another phrase",
+                fix="give it a different phrase",
             )
-    if _one_begins_another(labels):
+    if _one_is_prefix(labels):
         end = _end_of_answer(tokenizer, chat=prompt.chat)
         labels = [[*ids, end] for ids in labels]
     if len({tuple(ids) for ids in labels}) < len(labels):
         raise RecipeError(
-            "two labels are the same in the tokens of this tokenizer",
+            "two labels have the same tokens in this tokenizer",
             where="task.labels",
-            fix="give them phrases that differ in more than spaces",
+            fix="give them phrases that differ in more than whitespace",
         )
     return PromptTokens(prompt, tokenizer, max_tokens, labels)
 
@@ -113,8 +124,9 @@ def cut(text: str, tokenizer: Any, max_tokens: int) -> str:
     return text if len(ids) <= max_tokens else str(tokenizer.decode(ids[:max_tokens]))
 
 
-def _one_begins_another(labels: Sequence[Sequence[int]]) -> bool:
-    """In lexicographic order, a label that is a prefix of others comes right before one of them."""
+def _one_is_prefix(labels: Sequence[Sequence[int]]) -> bool:
+    """Whether one label is a proper prefix of another."""
+    # In lexicographic order, a prefix comes directly before a label that it is a prefix of.
     ordered = sorted(list(label) for label in labels)
     return any(
         len(one) < len(other) and other[: len(one)] == one for one, other in pairwise(ordered)
@@ -122,13 +134,13 @@ def _one_begins_another(labels: Sequence[Sequence[int]]) -> bool:
 
 
 def _end_of_answer(tokenizer: Any, *, chat: bool) -> int:
-    """The end-of-turn token in a chat; EOS in plain text."""
+    """The end-of-turn token in a chat; EOS in plain text. Raises ModelError if there is none."""
     end = turn_end(tokenizer)
     found = end.id if chat and end is not None else tokenizer.eos_token_id
     if found is None:
         raise ModelError(
-            "one label begins another, and this tokenizer has no token to end the shorter with",
+            "one label is a prefix of another, and this tokenizer has no token that ends an answer",
             where="task.labels",
-            fix="end task.answer with something after {label}, such as a full stop",
+            fix="end task.answer with something after {label}, such as a period",
         )
     return int(found)

@@ -1,12 +1,13 @@
-"""A language model's exact probability of each label after a text, in one pass for all labels.
+"""Computes a language model's exact probability of each label after a text, with one forward pass
+for all labels.
 
-The prompts of all texts have a common prefix (instruction, examples): those tokens are run once and
-their keys and values kept. A pass then reads the rest of some prompts and, after each, the inner
-nodes of the labels' tree, with a mask in which a node attends to its prompt and to the tokens
-before it in its own label. So a text with 77 labels needs one pass over its tokens, not 77.
+The prompts of all texts share a prefix (instructions and examples), which runs through the model
+once; its keys and values are cached. The labels' tokens form a tree (a trie). A forward pass reads
+the rest of several prompts, each followed by the tree's inner nodes, with a mask under which a node
+attends to its prompt and its ancestors. A text with 77 labels takes one pass instead of 77.
 
 Shapes: B prompts of a batch, P tokens of the shared prefix, L tokens of the longest rest, T inner
-nodes of the labels' tree, E its edges, C labels, D hidden width, V vocabulary.
+nodes of the tree, E its edges, C labels, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ ROOT = -1
 
 @dataclass(frozen=True)
 class LabelTree:
-    """C labels, T inner nodes below the root, E edges.
+    """The tree of C labels' tokens, with T inner nodes below the root and E edges.
 
-    A node represents the tokens from the root to it; an inner node has tokens after it, and only
-    those are ever run through a model. nodes_T: its own token. depths_T: 0 for a label's first
-    token. edge_nodes_E, edge_tokens_E: the node that a token follows, `ROOT` for none, and the
+    A node represents the tokens on the path from the root. Only inner nodes, which have children,
+    run through a model.
+    nodes_T: each inner node's token. depths_T: its depth; 0 for a label's first token.
+    edge_nodes_E, edge_tokens_E: each edge's parent node (`ROOT` for a label's first token), and its
     token. members_CE: 1 where the edge is part of the label. sees_TT: True where a node (row)
-    attends to another: to itself and to those before it.
+    attends to another (column): to itself and its ancestors.
     """
 
     nodes_T: Tensor
@@ -86,25 +88,26 @@ def label_tree(labels: Sequence[Sequence[int]]) -> LabelTree:
 
 
 TOKENS_TOGETHER = 4096
-"""Tokens of one pass, padding and label nodes included."""
+"""Maximum number of tokens in a forward pass, including padding and label nodes."""
 ROWS_TOGETHER, PADDING = 8, 1.2
-"""A batch of this many rows ends before one that is longer than its first by this factor: on short
-texts and a CPU, that is 1.2 times as fast."""
+"""A batch with at least this many rows ends before a row that is longer than its first row by more
+than this factor. On short texts and a CPU, this is 1.2 times as fast."""
 _CACHED_TOKENS = 16384
-"""Tokens whose keys and values are copied at a time, for models with windows."""
+"""Number of tokens whose keys and values are copied at a time, for models with sliding windows."""
 _HEAD_ROWS = 512
-"""Rows whose logits over the full vocabulary are in memory at a time."""
+"""Number of rows whose logits over the full vocabulary are in memory at a time."""
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """The prefix of all prompts, and its keys and values; empty if cache is None."""
+    """The shared prefix of all prompts. length: in tokens. cache: its keys and values; None if the
+    prefix is empty."""
 
     length: int
     cache: Any
 
     def rows(self, count: int) -> Any:
-        """A cache that a pass over `count` prompts may write to."""
+        """A copy of the cache for a forward pass over `count` prompts, which writes to it."""
         if self.cache is None:
             return None
         cache = copy.deepcopy(self.cache)
@@ -113,8 +116,8 @@ class Prefix:
 
 
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """The number of tokens in the shared prefix; every prompt keeps at least one more token."""
-    # The first and last in lexicographic order differ earliest.
+    """The number of tokens in the prompts' shared prefix, leaving at least one token of each."""
+    # The first and the last prompt in lexicographic order share only what all prompts share.
     first, last = min(map(list, prompts)), max(map(list, prompts))
     most = min(len(prompt) for prompt in prompts) - 1
     same = 0
@@ -127,12 +130,12 @@ def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
 def score_labels(
     model: Any, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Log-probability of each label's tokens after each prompt: yields indices of some prompts, and
-    their rows [B, C], float32 on the CPU, until all are done.
+    """Compute the log-probability of each label's tokens after each prompt. Yields, batch by batch,
+    the prompts' indices and their rows [B, C], float32 on the CPU.
 
-    model: a causal language model in eval mode. No label may be a prefix of another. Models with
-    windows are run twice for each prompt, and those with recurrent states once for each prompt and
-    label.
+    model: a causal language model in eval mode. labels: none may be a prefix of another. Models
+    with sliding windows run at least twice for each prompt, and those with recurrent states once
+    for each prompt and label.
     """
     if not prompts:
         return
@@ -161,8 +164,10 @@ def label_scores(
     labels: Sequence[Sequence[int]],
     advance: Callable[[int], object] = lambda prompts: None,
 ) -> Tensor:
-    """All rows of `score_labels`, in the prompts' order: [N, C]. advance: called with the number of
-    prompts that are done since."""
+    """Like `score_labels`, but return all rows in the order of the prompts, [N, C].
+
+    advance: called after each batch, with the number of its prompts.
+    """
     scores_NC = torch.zeros(len(prompts), len(labels))
     for chosen, scored in score_labels(model, prompts, labels):
         scores_NC[chosen] = scored
@@ -182,8 +187,8 @@ def _read_prefix(model: Any, ids: Sequence[int]) -> Prefix:
 
 
 def batches_by_length(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Batches of row numbers, the shortest rows first, so that there is little padding: on 64 short
-    texts, that is 1.6 times as fast as one batch on a CPU."""
+    """Yield batches of row numbers, shortest rows first, to limit padding. On 64 short texts and a
+    CPU, this is 1.6 times as fast as one batch."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
         tokens = lengths[index]
@@ -201,8 +206,11 @@ NO_PREFIX = Prefix(0, None)
 
 
 def fits_tree(model: Any, longest: int) -> bool:
-    """Whether `tree_log_probabilities` is exact for prompts that have up to `longest` tokens with
-    their labels: a layer attends to all tokens before it, or to a window that has them all."""
+    """Whether `tree_log_probabilities` is exact for this model, because every layer attends to all
+    previous tokens or to a sliding window that contains them all.
+
+    longest: the number of tokens in the longest prompt together with its labels.
+    """
     if fits_slots(model):
         return True
     window = getattr(model.config.get_text_config(), "sliding_window", None)
@@ -213,10 +221,11 @@ def fits_tree(model: Any, longest: int) -> bool:
 def tree_log_probabilities(
     model: Any, rests: Sequence[Sequence[int]], tree: LabelTree, prefix: Prefix = NO_PREFIX
 ) -> Tensor:
-    """Log-probability of each label after each prompt, [B, C] in float32, in one pass, by a model
-    that `fits_tree`.
+    """Return the log-probability of each label after each prompt, [B, C] in float32, from one
+    forward pass.
 
-    rests: the prompts without the prefix. Gradients flow if they are enabled.
+    model: one that `fits_tree`. rests: the prompts without the prefix. Gradients flow if they are
+    enabled.
     """
     device = tree.nodes_T.device
     lengths_B = torch.tensor([len(rest) for rest in rests], device=device)
@@ -236,13 +245,13 @@ def tree_log_probabilities(
     ).last_hidden_state
     rows_B = torch.arange(len(rests), device=device)
     ends_B1D = hidden[rows_B, lengths_B - 1][:, None]
-    # Row 0 is the prompt's last token, row 1 + t the node t: ROOT, which is -1, becomes 0.
+    # Row 0 is the prompt's last token, and row 1 + t is node t, so ROOT (-1) becomes row 0.
     states_BSD = torch.cat([ends_B1D, hidden[:, longest:]], 1)
     return _edges(model, states_BSD, tree) @ tree.members_CE.T
 
 
 def _mask(lengths_B: Tensor, longest: int, tree: LabelTree, prefix: int) -> Tensor:
-    """[B, 1, L + T, P + L + T]: True where the row's token attends to the column's."""
+    """The attention mask, [B, 1, L + T, P + L + T]: True where a row attends to a column."""
     device, count, inner = lengths_B.device, len(lengths_B), tree.inner
     total = longest + inner
     mask = torch.zeros(count, total, prefix + total, dtype=torch.bool, device=device)
@@ -256,7 +265,7 @@ def _mask(lengths_B: Tensor, longest: int, tree: LabelTree, prefix: int) -> Tens
 
 
 def _edges(model: Any, states_BSD: Tensor, tree: LabelTree) -> Tensor:
-    """Log-probability of each edge's token after its node, [B, E]."""
+    """The log-probability of each edge's token after its parent node, [B, E]."""
     head = lm_head(model)
     count, _, width = states_BSD.shape
     flat_ND = states_BSD.reshape(-1, width)
@@ -277,8 +286,8 @@ def _edges(model: Any, states_BSD: Tensor, tree: LabelTree) -> Tensor:
 
 @torch.no_grad()
 def score_with_cache(model: Any, prompt: Sequence[int], labels: Sequence[Sequence[int]]) -> Tensor:
-    """As `score_labels`, [C] for one prompt: it is run once, then the labels in parallel,
-    each after a copy of its keys and values."""
+    """Like `score_labels` for one prompt, [C]. The prompt runs once; the labels then run in
+    parallel, each with a copy of its keys and values."""
     device = next(model.parameters()).device
     read = model(input_ids=torch.tensor([list(prompt)], device=device), use_cache=True)
     first_1V = read.logits[:, -1].float().log_softmax(-1)
@@ -305,8 +314,10 @@ def score_with_cache(model: Any, prompt: Sequence[int], labels: Sequence[Sequenc
 def score_pairs(
     model: Any, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
 ) -> Tensor:
-    """As `score_labels`, by one pass for each prompt and label: [B, C]. Any causal model. Gradients
-    flow if they are enabled."""
+    """Like `score_labels`, [B, C], with one forward pass for each prompt and label.
+
+    model: any causal language model. Gradients flow if they are enabled.
+    """
     device = next(model.parameters()).device
     scores_BC = torch.zeros(len(prompts), len(labels))
     for row, prompt in enumerate(prompts):

@@ -1,9 +1,9 @@
-"""Finds the label that an answer names. If it names none, or several, it is never guessed.
+"""Finds the label that an answer names, and never guesses if the answer names none or several.
 
-An answer names a label if it is one, up to case, markup and the punctuation around it; if it states
-it ("Label: card", JSON with a key `label`); if it begins with one and then explains it; or if it
-contains exactly one. Labels that are denied ("not spam"), quoted from the text, asked about, or
-part of a longer word (`card` in `card-arrival`) are not named.
+An answer names a label if it is the label, apart from case, markup, and surrounding punctuation; if
+it states the label ("Label: card", JSON with a key `label`); if it begins with the label and then
+explains it; or if it contains exactly one label. A label does not count if it is negated ("not
+spam"), part of a quotation, in a question, or part of a longer word (`card` in `card-arrival`).
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from stillhouse.data.words import bare, normalized, whole_words, words
 from stillhouse.synthesis.filters import unfenced
 
 Phrases = Mapping[str, set[int]]
-"""Ways to write labels, normalized, with the numbers of the labels that each matches."""
+"""Normalized spellings of labels, each with the numbers of the labels that it matches."""
 
 FEWEST_WORDS = 4
-"""An explanation that names another label has at least this many words."""
+"""Minimum number of words in an explanation that mentions another label. With fewer words, it is
+unclear which of the labels is meant."""
 _KEYS = (
     "label|category|class|classification|answer|topic|intent|sentiment|prediction|output|verdict"
 )
@@ -36,7 +37,7 @@ _EXPLAINED = re.compile(
     r"\s*(?:[.!;](?=\s|$)|\n|, (?=because|since|as\b|due|given|which|the|this|it)"
     r"| (?=because|since|due to)| [-–—(]|: (?!no\b|not\b|none|false|\d)(?=\S+ \S+ ))"
 )
-"""Where a label ends and its explanation begins."""
+"""The separator between a label and its explanation."""
 _RECONSIDERED = re.compile(r"\b(?:or|wait|actually|alternatively|maybe|perhaps|also|correction)\b")
 _NONE = re.compile(
     r"(?:none|neither|nothing|unknown|n/a|unclear|undetermined|not (?:applicable|sure|clear)"
@@ -48,14 +49,14 @@ _DENIED_BEFORE = re.compile(
     r"|kein\w*|nicht|weder|pas|aucune?|ni|nem|não|niet|geen|inte|ikke|nie|không|chẳng|bukan|tidak"
     r"|ни|ані|δεν|όχι|ούτε|לא|אינו|אינה|אין|ليست?|غير|لا|لم|لن)|n't)\b"
     r"(?:(?! but )[^,;:.!?،؛؟。、।\n]){0,40}$"
-    # Russian denies the next word alone: "not (that it is) spam".
+    # In Russian, "не" negates only the next word, apart from words such as "is" and "about".
     r"|\bне(?: (?:е|є|является|относится|похоже|считается|это|в|к|о|про|на|категори\w*))*\s*$"
     r"|(?:不是|并非|不属于|并不|非|没有|不|ไม่|ไม่ใช่|มิใช่)\s*$"
 )
 _DENIED_AFTER = re.compile(
     r" (?:is|was|are|does|do|did|would|can|could|will|should|seems?|may|might)(?: not|n't| never)\b"
     r"|\s*[:=?]\s*(?:no|false|0)\b|\s*(?:では|じゃ)(?:ない|ありません)|이?가? ?아니"
-    # Negations of Hindi, Urdu, Persian, Bengali, Tamil and Turkish, at the end of a sentence.
+    # Negations in Hindi, Urdu, Persian, Bengali, Tamil, and Turkish, which follow the word.
     r"|[^,;:.!?،؛؟。、।\n]{0,12}?\s(?:नहीं|नही|نہیں|نیست|নয়|নয়|না|இல்லை|அல்ல|değil)(?!\w)"
 )
 _QUOTED = re.compile(
@@ -64,16 +65,19 @@ _QUOTED = re.compile(
 _SEPARATORS = re.compile(r"[\s_-]+")
 _MARKUP = re.compile(
     r"[*#`]+|</?\w+>|\\boxed|\\text|(?<!\w)_+(?=\w)|(?<=\w)_+(?!\w)|^\s*>"
-    r"|(?<=[가-힣])(?:입니다|이에요|예요)(?!\w)",  # Korean writes "is" at the end of the noun
+    r"|(?<=[가-힣])(?:입니다|이에요|예요)(?!\w)",  # the Korean "is", a suffix of the noun
     re.M,
 )
-# A word may end with a combining mark, which `re` does not match as \w.
+# A word may end in a combining mark, which \w of `re` does not match.
 _JOINED_BEFORE = regex.compile(r"[\w\p{M}][-‐‑'’./\\@]$")
 _JOINED_AFTER = regex.compile(r"[-‐‑'’./\\@]\w")
 
 
 def named_label(text: str, prompt: LabelPrompt) -> int | None:
-    """The number of the label that an answer (without reasoning) names; None if it names none."""
+    """The number of the label that an answer names; None if it names none or several.
+
+    text: the answer without its reasoning.
+    """
     ways = tuple(
         (label, phrase, prompt.answer_for(label)) for label, phrase in prompt.labels.items()
     )
@@ -97,15 +101,15 @@ def _one(numbers: set[int]) -> int | None:
 
 
 def normalized_lines(text: str) -> str:
-    """Each line after `normalized`, with straight apostrophes."""
+    """Apply `normalized` to each line, straighten apostrophes, and drop empty lines."""
     lines = (normalized(line).replace("’", "'") for line in text.splitlines())
     return "\n".join(line for line in lines if line)
 
 
 @lru_cache(maxsize=8)
 def _phrases(ways: tuple[tuple[str, ...], ...]) -> tuple[Phrases, Phrases]:
-    """ways: for each label. As written, and also with other word separators: `card arrival`
-    for `card_arrival`."""
+    """The labels' spellings as they are, and also with other word separators (`card arrival` for
+    `card_arrival`). ways: each label's spellings."""
     exact: dict[str, set[int]] = {}
     variants: dict[str, set[int]] = {}
     for number, of_label in enumerate(ways):
@@ -139,7 +143,7 @@ def _named(value: Any) -> Any:
 
 
 def _leading(text: str, phrases: Phrases) -> int | None:
-    """The label that the text equals, or begins with before an explanation."""
+    """The label that is the entire text, or that the text begins with and then explains."""
     for end in (found.start() for found in _EXPLAINED.finditer(text)):
         numbers = phrases.get(bare(text[:end]), set())
         if len(numbers) == 1:
@@ -148,15 +152,15 @@ def _leading(text: str, phrases: Phrases) -> int | None:
 
 
 def _is_doubtful(explanation: str, phrases: Phrases, numbers: set[int]) -> bool:
-    """Whether the explanation denies the label, or is little more than another label."""
+    """Whether the explanation mentions a different label, and is very short or reconsiders."""
     others = any(other != numbers for other in _mentioned(explanation, phrases))
     few = len(words(explanation)) < FEWEST_WORDS
     return others and (few or _RECONSIDERED.search(explanation) is not None)
 
 
 def _mentioned(text: str, phrases: Phrases) -> Iterator[set[int]]:
-    """The labels in the text that are affirmed. If one is part of another, the longer one
-    wins."""
+    """Yield the labels in the text that are neither negated nor in a question. If one label is part
+    of another, only the longer one counts."""
     shown = _QUOTED.sub(lambda found: _unquoted(found.group(), phrases), text)
     left = shown
     for way in sorted(filter(left.__contains__, phrases), key=len, reverse=True):
@@ -172,7 +176,8 @@ def _mentioned(text: str, phrases: Phrases) -> Iterator[set[int]]:
 
 
 def _stands_alone(way: str, before: str, after: str) -> bool:
-    """Whether these words are a label, and not part of a word, a number, an article or a symbol."""
+    """Whether this spelling is a label here, not an article, a symbol, or part of a longer word or
+    number."""
     if not words(way) or _JOINED_BEFORE.search(before) or _JOINED_AFTER.match(after):
         return False
     if way[0].isdigit():
@@ -182,6 +187,6 @@ def _stands_alone(way: str, before: str, after: str) -> bool:
 
 
 def _unquoted(quotation: str, phrases: Phrases) -> str:
-    """Keep a label that is quoted alone; remove other quotations."""
+    """The quotation's content if that is a label; otherwise, an ellipsis."""
     inside = quotation[1:-1]
     return f" {inside} " if bare(inside) in phrases else " … "

@@ -1,4 +1,4 @@
-"""Reads the texts of a task, drops duplicates, and splits them into parts."""
+"""Reads a classification task's texts and labels, drops duplicates, and splits the texts."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ LABELS = "labels.json"
 
 _LABEL_LINE = TextFile(path="", text="label")
 _MOST_SEVERAL = 0.1
-"""Maximum share of texts with several labels, for example because annotators disagree."""
+"""Maximum share of texts with conflicting labels, for example because annotators disagree."""
 _MOST_LABELS = 0.5
-"""Maximum number of labels per labeled text without a note: ids are no classes."""
+"""Number of labels per labeled text above which a note warns that the column may contain ids."""
 
 _MISSING = re.compile(MISSING, re.I)
 _WHOLE = re.compile(r"[+-]?[0-9]+(\.0+)?")
@@ -53,8 +53,11 @@ UNKNOWN = -1
 
 @dataclass(frozen=True)
 class Texts:
-    """labels: each with its phrase, in order. repeated: texts that were dropped as duplicates.
-    notes: about the labels; not saved."""
+    """A task's texts, by part.
+
+    labels: each label's phrase, in order. repeated: number of texts that were dropped as
+    duplicates. notes: remarks about the labels, which are not saved.
+    """
 
     labels: dict[str, str]
     train: list[LabeledText]
@@ -89,8 +92,8 @@ class Texts:
 
 
 def gold_ids(texts: Sequence[LabeledText], labels: Sequence[str]) -> list[int] | None:
-    """Index of each text's reference label, UNKNOWN if it has none; None if fewer than FEWEST have
-    one."""
+    """Return the index of each text's reference label, `UNKNOWN` if it has none; None if fewer than
+    `FEWEST` texts have one."""
     if sum(row.gold is not None for row in texts) < FEWEST:
         return None
     index = {label: number for number, label in enumerate(labels)}
@@ -101,8 +104,8 @@ def prepare_texts(recipe: ClassifyRecipe, base: Path) -> Texts:
     """Read a recipe's texts and split them.
 
     Raises DataError for unreadable files, empty texts, too few texts, a label that is not in the
-    list, many texts with several labels; RecipeError for no labels, or labels that cannot be
-    distinguished.
+    task's list, or too many texts with conflicting labels, and RecipeError if there are no labels
+    or two are indistinguishable.
     """
     section = recipe.data
     given = read_files(section.texts, base, label_of)
@@ -118,8 +121,8 @@ def prepare_texts(recipe: ClassifyRecipe, base: Path) -> Texts:
         labeled = sum(row.gold is not None for row in agreed)
         if len(labels) > _MOST_LABELS * labeled:
             notes += (
-                f"the {labeled:,} labeled texts have {len(labels):,} labels: check that the column "
-                "of the label is the one with the classes",
+                f"the {labeled:,} labeled texts have {len(labels):,} labels: check that "
+                "the column of the label contains classes",
             )
     given, tests = agreed[: len(given)], agreed[len(given) :]
     examples = [example.text for example in recipe.task.examples]
@@ -131,7 +134,7 @@ def prepare_texts(recipe: ClassifyRecipe, base: Path) -> Texts:
 
 
 def task_labels(task: ClassifyTask, base: Path, rows: Sequence[LabeledText]) -> dict[str, str]:
-    """Each label with its phrase. Raises RecipeError, DataError."""
+    """Return each label's phrase. Raises RecipeError or DataError."""
     if task.labels is not None:
         return task.labels
     if task.labels_path is not None:
@@ -146,7 +149,7 @@ def task_labels(task: ClassifyTask, base: Path, rows: Sequence[LabeledText]) -> 
                 "the task has no labels",
                 where=where,
                 fix="list them in task.labels, name a file in task.labels_path, or name the column "
-                "that holds them: data.texts.0.label",
+                "that contains them in data.texts.0.label",
             )
     labels = {name: phrase_of(name) for name in names}
     try:
@@ -170,8 +173,8 @@ def task_labels(task: ClassifyTask, base: Path, rows: Sequence[LabeledText]) -> 
 
 
 def _with_whole_numbers(rows: Sequence[LabeledText]) -> list[LabeledText]:
-    """If all labels are whole numbers, 1.0 is 1: programs that know no integers with empty cells
-    write them so, and other file formats and columns have 1."""
+    """If all labels are whole numbers, write labels such as 1.0 as 1. Programs that store a column
+    with empty cells as floats write 1.0 where other files contain 1."""
     if not all(row.gold is None or _WHOLE.fullmatch(row.gold) for row in rows):
         return list(rows)
     return [replace(row, gold=row.gold and _whole(row.gold)) for row in rows]
@@ -182,7 +185,7 @@ def _whole(label: str) -> str:
 
 
 def _with_known_label(row: LabeledText, labels: Mapping[str, str]) -> LabeledText:
-    """The row with its label as spelled in the task. Raises DataError for an unknown label."""
+    """Spell the row's label as the task does. Raises DataError for an unknown label."""
     if row.gold is None or row.gold in labels:
         return row
     same = next((label for label in labels if _whole(collapsed(label)) == _whole(row.gold)), None)
@@ -202,39 +205,39 @@ def _nearest(label: str, labels: Mapping[str, str]) -> str:
 
 
 def _on_bare_labels(names: Sequence[str]) -> tuple[str, ...]:
-    """A note if labels are meaningless to the teacher."""
+    """A note if the labels mean nothing to the teacher."""
     if not all(re.fullmatch(r"[+-]?\d+(\.\d+)?|true|false", name.casefold()) for name in names):
         return ()
     return (
-        f"the labels are bare numbers or truth values ({', '.join(names[:8])}), and the teacher "
-        "reads nothing else of them: give each a phrase in task.labels, e.g. "
+        f"the labels are bare numbers or truth values ({', '.join(names[:8])}), which do not tell "
+        "the teacher what they mean: give each a phrase in task.labels, e.g. "
         f'{{"{names[0]}": what it means}}',
     )
 
 
 def _on_odd_labels(names: Sequence[str]) -> Iterator[str]:
-    """Notes on values that may not be labels: marks of an empty cell, or several labels in one."""
+    """Yield notes on values that may not be labels: placeholders for an empty cell, or several
+    labels in one cell."""
     for name in names:
         if _MISSING.fullmatch(name):
             yield (
-                f"{name!r} is read as the name of a label: leave the cell empty if no label is "
-                "known"
+                f"{name!r} is read as a label: leave the cell empty if the text's label is unknown"
             )
         parts = [part.strip() for part in _JOINED.split(name)]
         if len(parts) > 1 and all(part in names for part in parts):
             yield (
-                f"the label {name!r} consists of other labels: several labels a text are another "
-                "task"
+                f"the label {name!r} consists of other labels: several labels per text are a "
+                "different task"
             )
 
 
 def _one_label_each(
     rows: Sequence[LabeledText],
 ) -> tuple[list[LabeledText], tuple[str, ...]]:
-    """The rows, each with the one label that its text has anywhere, None if it has several; and
-    a note about them.
+    """Give equal texts the same label: the only one that any of them has, or None if they have
+    several. Return the rows, and a note about conflicting labels.
 
-    Raises DataError if there are many: texts with several labels are a different task.
+    Raises DataError if too many texts have several labels, because that is a different task.
     """
     found: dict[str, dict[str, str]] = {}
     keys = [normalized(row.text) for row in rows]
@@ -253,8 +256,8 @@ def _one_label_each(
                 fix="give each text one label; several labels per text are a different task",
             )
         notes = (
-            f"{len(several):,} of {len(found):,} texts have several labels, which count as not "
-            f"known: {example}",
+            f"{len(several):,} of {len(found):,} texts have several labels, so their label counts "
+            f"as unknown: {example}",
         )
     known = {key: next(iter(golds)) for key, golds in found.items() if len(golds) == 1}
     agreed = [replace(row, gold=known.get(key)) for row, key in zip(rows, keys, strict=True)]
@@ -262,4 +265,5 @@ def _one_label_each(
 
 
 def labels_sha256(task: ClassifyTask, base: Path) -> str | None:
+    """The hash of the file that lists the labels; None if the recipe names none."""
     return sha(find_files(task.labels_path, base)[0]) if task.labels_path else None
