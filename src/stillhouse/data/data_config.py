@@ -82,7 +82,9 @@ class WindowsRecipe(Section):
     )
     heldout_tokens: Tokens = Field(8192, description="Hold out about this many tokens.")
     long_rows: Literal["error", "truncate", "drop"] = Field(
-        "error", description="What to do with a chat row that is longer than the context."
+        "error",
+        description="What to do with a chat, or a prompt with its completion, that is longer than "
+        "the context.",
     )
     control_tokens: ControlText | None = Field(
         None,
