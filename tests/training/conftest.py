@@ -1,3 +1,5 @@
+"""A tiny student, teacher, and text that all tests of training share."""
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from tests import tiny
 
 @dataclass(frozen=True)
 class Setting:
-    """A student and a teacher on disk, and windows of text."""
+    """A student and a teacher on disk, and windows of training and held-out text."""
 
     student: Path
     teacher: Path | None
@@ -43,7 +45,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 
 @pytest.fixture(scope="session")
 def narrow(setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    """The same, with a student of another width and depth."""
+    """`setting` with a student of a different width and depth."""
     folder = tmp_path_factory.mktemp("narrow")
     changes = {"hidden_size": 24, "num_hidden_layers": 2, "num_key_value_heads": 4}
     student = tiny.save_model(folder / "student", seed=1, **changes)

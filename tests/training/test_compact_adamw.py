@@ -1,4 +1,4 @@
-"""AdamW with moments in 8 bits and weights in bfloat16."""
+"""AdamW with 8-bit moments and bfloat16 weights."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ def start(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
 
 
 @pytest.mark.parametrize("shape", [(7, 96), (5,), ()])
-def test_with_32_bits_it_is_adamw(shape: tuple[int, ...]) -> None:
+def test_with_32_bits_it_matches_adamw(shape: tuple[int, ...]) -> None:
     ours, theirs = start(*shape), start(*shape)
     steps(ours, CompactAdamW([ours], **OPTIONS))
     steps(theirs, torch.optim.AdamW([theirs], **OPTIONS))
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
-def test_the_map_is_that_of_torchao() -> None:
+def test_the_map_of_8_bit_codes_matches_torchao() -> None:
     utils = pytest.importorskip("torchao.optim.quant_utils")
     for signed in (True, False):
         assert _map(signed, CPU).tolist() == torch.tensor(utils.create_dynamic_map(signed)).tolist()
 
 
-def test_with_8_bits_it_is_adamw_of_torchao() -> None:
-    """Where its blocks are ours: whole rows of 256 values."""
+def test_with_8_bits_it_matches_adamw_of_torchao() -> None:
+    """Rows are multiples of 256 values, so that both have the same blocks."""
     adam = pytest.importorskip("torchao.optim.adam")
     state = pytest.importorskip("torchao.optim.subclass_8bit").OptimState8bit
     ours, theirs = start(16, 512), start(16, 512)
@@ -77,11 +77,11 @@ def test_with_8_bits_it_is_adamw_of_torchao() -> None:
                 False,
             )
     differing = (optimizer.state[ours]["exp_avg"] != moments[0].codes).float().mean()
-    assert differing < 1e-3  # values between two codes are rounded in another order
+    assert differing < 1e-3  # values halfway between two codes may be rounded differently
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-def test_8_bits_take_a_quarter() -> None:
+def test_moments_in_8_bits_take_about_two_bytes_per_weight() -> None:
     weight = start(64, 512)
     optimizer = CompactAdamW([weight], bits=8)
     steps(weight, optimizer, 1)
@@ -89,7 +89,7 @@ def test_8_bits_take_a_quarter() -> None:
     assert sum(sizes) - 4 == weight.numel() * (2 + 2 * 4 / 256)
 
 
-def test_blocks_divide_rows() -> None:
+def test_the_block_size_divides_the_row_or_is_none() -> None:
     assert [block_of(width, 2) for width in (4096, 576, 24, 8, 251)] == [256, 192, 24, None, 251]
     assert block_of(257, 2) is None
     assert block_of(4096, 1) is None
@@ -112,14 +112,14 @@ def test_a_saved_state_resumes_bit_for_bit(
     assert torch.equal(ours, again)
 
 
-def test_an_optimizer_that_has_not_begun_is_loaded_as_such() -> None:
-    """torch.distributed.checkpoint makes the state of an optimizer only if it has none."""
+def test_loading_an_empty_state_leaves_the_state_empty() -> None:
+    """torch.distributed.checkpoint creates an optimizer's state only if it has none."""
     optimizer = CompactAdamW([start(4, 32)], bits=8)
     optimizer.load_state_dict(optimizer.state_dict())
     assert not optimizer.state
 
 
-def test_a_state_of_other_moments_is_not_loaded() -> None:
+def test_a_state_with_another_number_of_bits_is_rejected() -> None:
     weight = start(4, 32)
     narrow, wide = CompactAdamW([weight], bits=8), CompactAdamW([weight], bits=32)
     with pytest.raises(ValueError, match="32 bits"):
@@ -127,7 +127,7 @@ def test_a_state_of_other_moments_is_not_loaded() -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 32])
-def test_a_weight_is_updated_alike_in_any_chunks(
+def test_updates_do_not_depend_on_the_chunk_size(
     monkeypatch: pytest.MonkeyPatch, bits: Literal[8, 32]
 ) -> None:
     whole = start(8, 48, dtype=torch.bfloat16)
@@ -147,15 +147,15 @@ def test_a_weight_that_is_not_contiguous_is_updated_in_place() -> None:
     assert torch.equal(whole, turned)
 
 
-def test_rounding_is_right_on_average() -> None:
-    value = torch.tensor(1 + 0.3 * 2**-7)  # bfloat16 has 1 and 1 + 2^-7 beside it
+def test_stochastic_rounding_is_unbiased() -> None:
+    value = torch.tensor(1 + 0.3 * 2**-7)  # its neighbors in bfloat16 are 1 and 1 + 2^-7
     for sign in (1, -1):
         found = rounded((sign * value).repeat(100_000), 0, key=12345)
         assert set(found.abs().tolist()) == {1.0, 1 + 2**-7}
         assert float(found.float().mean()) == pytest.approx(sign * float(value), abs=1e-4)
 
 
-def test_rounding_keeps_what_bfloat16_has_and_depends_on_the_place() -> None:
+def test_rounding_keeps_bfloat16_values_and_depends_on_the_position() -> None:
     exact = torch.randn(1000, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert torch.equal(rounded(exact.float(), 0, key=7), exact)
     values = torch.rand(64, generator=torch.Generator().manual_seed(0))
@@ -164,8 +164,8 @@ def test_rounding_keeps_what_bfloat16_has_and_depends_on_the_place() -> None:
     assert not torch.equal(rounded(values, 0, key=8), whole)
 
 
-def test_many_small_updates_of_bfloat16_weights_add_up() -> None:
-    """Each is a tenth of the distance between two values of bfloat16."""
+def test_many_small_updates_of_bfloat16_weights_accumulate() -> None:
+    """Each is a tenth of the distance between two bfloat16 values."""
     weight = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
     optimizer = CompactAdamW([weight], lr=2**-7 / 10)
     for _ in range(50):
@@ -174,7 +174,7 @@ def test_many_small_updates_of_bfloat16_weights_add_up() -> None:
     assert float(weight.detach().float().mean()) == pytest.approx(1 - 5 * 2**-7, rel=1e-3)
 
 
-def test_gradients_are_clipped_as_by_torch() -> None:
+def test_gradients_are_clipped_as_in_torch() -> None:
     weights = [start(3, 4), start(5)]
     for number, weight in enumerate(weights):
         weight.grad = torch.full_like(weight, 2.0 + number)

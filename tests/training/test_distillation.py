@@ -1,4 +1,4 @@
-"""What is trained, alone and in a trainer: live objects in, live objects out, no folder."""
+"""`Distillation` alone and in a trainer, with models in memory and without a run folder."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def trained(setting: Setting, student: Student, **options: Any) -> TrainingResul
 
 
 class Generating(TrainerCallback):
-    """Samples from the student between two steps."""
+    """Generates from the student after each step."""
 
     def __init__(self) -> None:
         self.lengths: list[int] = []
@@ -63,7 +63,7 @@ class Generating(TrainerCallback):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_student_generates_in_the_middle_of_training(setting: Setting, precision: str) -> None:
+def test_the_student_can_generate_between_training_steps(setting: Setting, precision: str) -> None:
     student, quiet = (Student.load(setting.student) for _ in range(2))
     section = SECTION.model_copy(update={"precision": precision, "gradient_checkpointing": True})
     callback = Generating()
@@ -76,7 +76,7 @@ def test_the_student_generates_in_the_middle_of_training(setting: Setting, preci
     assert_same(weights(student.model), weights(quiet.model))
 
 
-def test_training_in_memory_and_in_a_folder_returns_the_same_student(
+def test_training_in_memory_and_in_a_folder_gives_the_same_student(
     setting: Setting, tmp_path: Path
 ) -> None:
     kept, live = (Student.load(setting.student) for _ in range(2))
@@ -89,7 +89,7 @@ def test_training_in_memory_and_in_a_folder_returns_the_same_student(
     assert "4 of 4 steps" in repr(result)
 
 
-def test_the_model_comes_back_as_it_was_but_for_its_weights(setting: Setting) -> None:
+def test_training_changes_nothing_of_the_model_but_its_weights(setting: Setting) -> None:
     student = Student.load(setting.student)
     before, config = weights(student.model), copy.deepcopy(student.model.config.to_dict())
     trained(setting, student)
@@ -128,7 +128,7 @@ def test_the_loss_under_several_teachers_is_the_mean_of_theirs(setting: Setting)
     assert loss.total.item() == pytest.approx(sum(alone) / 2, rel=1e-6)
 
 
-def test_its_forward_is_the_fused_loss_of_the_supervised_rows(setting: Setting) -> None:
+def test_forward_is_the_fused_loss_of_the_supervised_rows(setting: Setting) -> None:
     student, teacher = tiny.llama(seed=1), LocalTeacher(tiny.llama())
     terms = [LogitsTerm(divergence="jsd", weight=0.5), LogitsTerm(divergence="cross_entropy")]
     module = Distillation(student, terms, teacher)
@@ -152,7 +152,7 @@ def test_its_forward_is_the_fused_loss_of_the_supervised_rows(setting: Setting) 
 
 
 class Doubling(DistillationTrainer):
-    """As a subclass of transformers.Trainer would."""
+    """Overrides the loss like a subclass of transformers.Trainer."""
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         return 2 * super().compute_loss(*args, **kwargs)
@@ -183,7 +183,9 @@ def test_a_subclass_of_the_trainer_trains_plain_models(setting: Setting, tmp_pat
     assert losses[1] == pytest.approx(2 * losses[0], rel=1e-6)
 
 
-def test_the_trainer_alone_resumes_as_transformers_does(setting: Setting, tmp_path: Path) -> None:
+def test_the_trainer_resumes_from_a_checkpoint_of_transformers(
+    setting: Setting, tmp_path: Path
+) -> None:
     found = []
     for name in ("whole", "resumed"):
         trainer = DistillationTrainer(
@@ -202,8 +204,8 @@ def test_the_trainer_alone_resumes_as_transformers_does(setting: Setting, tmp_pa
     assert_same(*found)
 
 
-def test_a_process_uses_one_of_several_gpus(setting: Setting, tmp_path: Path) -> None:
-    """transformers.Trainer would copy the model to each at every step."""
+def test_a_process_uses_only_one_of_several_gpus(setting: Setting, tmp_path: Path) -> None:
+    """transformers.Trainer would copy the model to every GPU at each step."""
     options = arguments(tmp_path)
     options._n_gpu = 4
     trainer = DistillationTrainer(
@@ -212,7 +214,7 @@ def test_a_process_uses_one_of_several_gpus(setting: Setting, tmp_path: Path) ->
     assert trainer.args.n_gpu == 1
 
 
-def test_models_of_other_tokens_are_rejected(setting: Setting) -> None:
+def test_models_with_different_vocabularies_are_rejected(setting: Setting) -> None:
     words = tiny.tokenizer()
     words.add_tokens(["<more>"])
     student = Student(tiny.llama(vocab_size=261), words)
@@ -228,13 +230,13 @@ def test_terms_on_layers_of_several_teachers_are_rejected(setting: Setting) -> N
         train(Student(tiny.llama()), both, setting.windows, terms, SECTION)
 
 
-def test_measuring_needs_held_out_text(setting: Setting) -> None:
+def test_evaluation_during_training_requires_held_out_text(setting: Setting) -> None:
     section = SECTION.model_copy(update={"evaluate_every": 2})
     with pytest.raises(TrainingError, match="no held-out text"):
         train(Student(tiny.llama()), setting.load_teacher(), setting.windows, KL, section)
 
 
-def test_chunks_are_divided_with_their_rows() -> None:
+def test_chunks_are_split_with_their_rows() -> None:
     rows_P, chunk_P = torch.tensor([1, 2, 4, 5, 6]), torch.tensor([0, 0, 1, 1, 2])
     signal = ChunkSignal(rows_P, chunk_P, torch.tensor([-1.0, -2.0, -3.0]))
     first, second = split_chunks(signal, [4, 3])

@@ -1,4 +1,4 @@
-"""The student writes while it is trained, and is afterwards as it was."""
+"""The student generates rollouts during training, and is unchanged afterwards."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ SLOTS = [Slot(number, number, 12) for number in range(3)]
 
 
 def student() -> Any:
-    """As a trainer has it: in training mode, with dropout, checkpointing, and another attention."""
+    """A model as in a trainer: in training mode, with dropout, checkpointing, and its attention."""
     model = tiny.llama(seed=3, attention_dropout=0.5)
     name = "activation_checkpointing_enable"  # transformers 5.23 renamed it
     getattr(model, name, model.gradient_checkpointing_enable)()
     use_short_attention(model, 32, torch.device("cpu"))
     model.config.use_cache = False
     model.train()
-    model.model.norm.eval()  # someone's own choice
+    model.model.norm.eval()  # a module that the user put in eval mode
     return model
 
 
@@ -46,7 +46,7 @@ def written(model: Any, **section: Any) -> list[Rollout]:
         return write_answers(generator, SLOTS, PROMPTS, recipe, 7)
 
 
-def test_all_modes_are_restored() -> None:
+def test_modes_attention_and_random_state_are_restored() -> None:
     model = student()
     before = [module.training for module in model.modules()]
     random = torch.get_rng_state()
@@ -61,8 +61,8 @@ def test_all_modes_are_restored() -> None:
     assert [module.training for module in model.modules()] == before
 
 
-def test_narrow_weights_are_wide_again_afterwards() -> None:
-    """It writes with the numbers that the products of training read."""
+def test_weights_in_bfloat16_are_float32_again_afterwards() -> None:
+    """Rollouts are generated with the bfloat16 values that matrix products in training use."""
     model = student()
     before = [(each, each.data_ptr(), each.detach().clone()) for each in model.parameters()]
     with local_generator(2, torch.bfloat16)(model, ENDS) as generator:
@@ -81,7 +81,7 @@ def test_narrow_weights_are_wide_again_afterwards() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_each_window_is_written_with_the_weights_of_its_time(dtype: torch.dtype) -> None:
+def test_each_window_is_generated_with_the_current_weights(dtype: torch.dtype) -> None:
     model, other = student(), student()
 
     def window(model: Any) -> list[Rollout]:
@@ -96,9 +96,9 @@ def test_each_window_is_written_with_the_weights_of_its_time(dtype: torch.dtype)
     assert window(model) == window(other) != before
 
 
-def test_gaps_on_the_heap_are_returned_before_and_after(monkeypatch: Any) -> None:
-    """Tensors of training and of generation have other sizes. Afterwards the narrow weights and
-    the keys and values are gone."""
+def test_gaps_on_the_heap_are_returned_before_and_after_generating(monkeypatch: Any) -> None:
+    """Tensors of training and generation differ in size. When gaps are returned, neither bfloat16
+    weights nor keys and values exist."""
     model = student()
     dtypes: list[torch.dtype] = []
     caches: list[bool] = []
@@ -122,7 +122,7 @@ def test_gaps_on_the_heap_are_returned_before_and_after(monkeypatch: Any) -> Non
     assert caches == [False, False]
 
 
-def test_it_writes_what_the_model_without_dropout_writes_greedily() -> None:
+def test_greedy_rollouts_match_the_model_without_dropout() -> None:
     plain = tiny.llama(seed=3)
     for rollout, prompt in zip(written(student(), temperature=0.0), PROMPTS, strict=True):
         asked = torch.tensor([prompt])
@@ -131,7 +131,7 @@ def test_it_writes_what_the_model_without_dropout_writes_greedily() -> None:
         assert rollout.stop == ("stop" if rollout.ids[-1] == 0 else "length")
 
 
-def test_the_generators_probabilities_are_those_of_a_training_pass() -> None:
+def test_probabilities_of_the_generator_match_a_forward_pass() -> None:
     model = student()
     recipe = OnPolicyRecipe()
     with local_generator(2, torch.float32)(model, ENDS) as generator:

@@ -1,4 +1,4 @@
-"""A student whose text vLLM writes; an engine of transformers plays it."""
+"""Rollouts that vLLM generates; a fake engine with transformers takes its place."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ IN_VLLM = {**GREEDY, "generator": {"kind": "vllm", "batch": 3}}
 
 @pytest.fixture
 def engines(monkeypatch: pytest.MonkeyPatch) -> list[FakeEngine]:
-    """Those that were started."""
+    """The engines that were started."""
     started: list[FakeEngine] = []
 
     def start(_section: Any, options: dict[str, Any], *_: Any, **__: Any) -> FakeEngine:
@@ -36,19 +36,21 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[FakeEngine]:
     return started
 
 
-def test_the_student_learns_what_it_learns_from_its_own_writing(
+def test_training_with_vllm_matches_training_with_local_rollouts(
     tmp_path: Path, setting: Setting, engines: list[FakeEngine]
 ) -> None:
     run(setting, tmp_path / "local", GREEDY)
     run(setting, tmp_path / "vllm", IN_VLLM)
     assert difference(tmp_path / "local", tmp_path / "vllm") < 1e-6
     (engine,) = engines
-    assert len(engine.opened) == 2, "started with the weights of one window, given those of another"
+    assert len(engine.opened) == 2, (
+        "one engine: started with the weights of the first window, then given those of the second"
+    )
     assert engine.asleep
     assert engine.closed
 
 
-def test_an_engine_that_loses_the_weights_stops_the_run_which_then_resumes(
+def test_a_run_stops_if_the_engine_has_other_weights_and_then_resumes(
     tmp_path: Path, setting: Setting, engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = {**IN_VLLM, "window": 1}
@@ -64,12 +66,12 @@ def test_an_engine_that_loses_the_weights_stops_the_run_which_then_resumes(
     assert difference(tmp_path / "whole", tmp_path / "stopped") == 0.0
 
 
-def test_a_sharded_student_is_rejected() -> None:
+def test_a_sharded_student_with_vllm_is_rejected() -> None:
     with pytest.raises(ValueError, match="cannot be handed over to vLLM"):
         settings(IN_VLLM, shard="student")
 
 
-def test_check_reports_what_vllm_lacks(tmp_path: Path) -> None:
+def test_check_reports_a_missing_vllm(tmp_path: Path) -> None:
     own = {"generator": {"kind": "vllm", "python": "nowhere/python"}, "max_tokens": 4}
     found = check_recipe(write(tmp_path, train={"on_policy": own}))
     (one,) = (one for one in found if one.topic == "vLLM")

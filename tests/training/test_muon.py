@@ -33,8 +33,8 @@ def of_matrices(weight: nn.Parameter, products: torch.dtype = torch.float32) -> 
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16)])
-def test_it_is_the_muon_of_torch(shape: tuple[int, int]) -> None:
-    """Of which the products are in bfloat16."""
+def test_it_matches_the_muon_of_torch(shape: tuple[int, int]) -> None:
+    """torch's Muon computes its matrix products in bfloat16."""
     ours, theirs = start(*shape), start(*shape)
     steps([ours], of_matrices(ours, torch.bfloat16))
     reference = torch.optim.Muon(
@@ -42,7 +42,7 @@ def test_it_is_the_muon_of_torch(shape: tuple[int, int]) -> None:
     )
     steps([theirs], reference)
     moved = (theirs - start(*shape)).abs().mean()
-    assert (ours - theirs).abs().mean() < 0.05 * moved  # rounded in another order
+    assert (ours - theirs).abs().mean() < 0.05 * moved  # rounding differs
 
 
 @pytest.mark.parametrize("shape", [(16, 40), (40, 16)])
@@ -57,11 +57,11 @@ def test_singular_values_become_about_one(shape: tuple[int, int]) -> None:
     assert torch.nn.functional.cosine_similarity(found.ravel(), nearest.ravel(), dim=0) > 0.97
 
 
-def test_no_gradient_is_no_update() -> None:
+def test_a_zero_gradient_gives_a_zero_update() -> None:
     assert torch.equal(orthogonalized(torch.zeros(3, 5)), torch.zeros(3, 5))
 
 
-def test_each_matrix_of_a_stack_is_stepped_alone() -> None:
+def test_each_matrix_of_a_stack_is_updated_separately() -> None:
     stack = start(3, 8, 12)
     alone = [nn.Parameter(each.clone()) for each in stack.detach()]
     g = torch.Generator().manual_seed(1)
@@ -97,7 +97,7 @@ def test_a_saved_state_resumes_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -
 
 
 def test_bfloat16_weights_follow_float32_ones() -> None:
-    """Updates far smaller than a weight are not lost, on average."""
+    """Updates that are far smaller than a weight are not lost on average."""
     wide = nn.Parameter(torch.full((256, 256), 3.0))
     narrow = nn.Parameter(wide.detach().bfloat16())
     moved = []
@@ -111,7 +111,7 @@ def test_bfloat16_weights_follow_float32_ones() -> None:
     assert moved[1] == pytest.approx(moved[0], rel=0.1)
 
 
-def test_matrices_of_layers_alone_are_stepped_by_muon() -> None:
+def test_muon_updates_only_the_matrices_of_layers() -> None:
     student = tiny.llama(tie_word_embeddings=False)
     module = Distillation(student)
     optimizer = muon_for(module, products=torch.float32)

@@ -1,7 +1,7 @@
-"""Between two logs, the host never waits for the accelerator, on a device that records waits.
+"""Between two logs, the host never waits for the accelerator; a fake device records waits.
 
-Each scenario trains two optimizer steps of two micro-batches in one process; the second is
-watched from its first batch to its end.
+Each scenario trains two optimizer steps of two micro-batches in one process; waits are recorded
+during the second one, from its first batch to its end.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ SCENARIOS: dict[str, Any] = {
     "hidden store": (Hidden((LAYERS,), 32), [LogitsTerm()]),
 }
 MASKS = "find_packed_sequence_indices"
-"""In transformers: makes every SDPA mask, and reads whether a batch has several documents."""
+"""The function in transformers that every SDPA mask needs; it waits to read a condition."""
 
 
-class Watching(TrainerCallback):
+class RecordSecondStep(TrainerCallback):
     def __init__(self, device: FakeDevice) -> None:
         self.device = device
 
@@ -106,7 +106,7 @@ def teacher_of(kind: Any, student: Student, data: Data, folder: Path) -> Teacher
 
 
 def watch(folder: Path, names: list[str], packed: bool) -> None:
-    """Writes what waited in each scenario, and the losses."""
+    """Writes the waits and the loss of each scenario to a file."""
     torch.set_num_threads(1)
     lines = tiny.text(120).splitlines()
     data = Data.build(lines, tiny.tokenizer(), context=32, heldout_tokens=128)
@@ -155,7 +155,7 @@ def train(
             dataloader_pin_memory=False,
         ),
         train_dataset=windows,
-        callbacks=[Watching(device)],
+        callbacks=[RecordSecondStep(device)],
     )
     trainer.train()
     return list(trainer.metrics.rows)
@@ -174,7 +174,7 @@ def test_no_step_waits_for_the_device(tmp_path: Path) -> None:
 
 
 def test_with_sdpa_only_transformers_masks_wait(tmp_path: Path) -> None:
-    """One in each forward pass: of the student, and of a live teacher."""
+    """There is one wait in each forward pass of the student and of a live teacher."""
     found = watched(tmp_path, ["dense", "sparse"], packed=False)
     for name, models in (("dense", 2), ("sparse", 1)):
         waits = found[name]["waits"]
@@ -183,7 +183,7 @@ def test_with_sdpa_only_transformers_masks_wait(tmp_path: Path) -> None:
 
 
 def waiting(folder: Path) -> None:
-    """One operation of each kind that waits, and some that do not."""
+    """Counts the waits of operations of every kind that waits, and of some that do not."""
     device = register()
     counts = {}
     with FakeDevice() as fake:
@@ -213,7 +213,7 @@ def waiting(folder: Path) -> None:
     (folder / "counts.json").write_text(json.dumps(counts))
 
 
-def test_the_device_records_what_waits(tmp_path: Path) -> None:
+def test_the_fake_device_records_exactly_the_operations_that_wait(tmp_path: Path) -> None:
     process = Fork(waiting, tmp_path)
     assert process.wait(timeout=120) == 0, process.communicate()[1][-3000:]
     counts = json.loads((tmp_path / "counts.json").read_text())

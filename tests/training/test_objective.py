@@ -1,4 +1,4 @@
-"""Mixtures of terms: each is its reference, weights move, projections train and stay behind."""
+"""Objectives with several terms: references, scheduled weights, and trained projections."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def objective(folder: Path, *terms: Mapping[str, Any]) -> ObjectiveRecipe:
 
 @torch.no_grad()
 def row_means(setting: Setting, terms: ObjectiveRecipe) -> dict[str, float]:
-    """Each term on all windows at the start, a window and a row at a time, in plain PyTorch."""
+    """The mean of each term before training, computed row by row in plain PyTorch."""
     assert setting.teacher is not None
     student = load_model(setting.student, dtype=torch.float32)
     teacher = load_model(setting.teacher, dtype=torch.float32)
@@ -114,7 +114,7 @@ def _relation_kl(
     return total / 6
 
 
-def test_every_term_is_its_reference(narrow: Setting, tmp_path: Path) -> None:
+def test_every_term_matches_its_reference(narrow: Setting, tmp_path: Path) -> None:
     terms = objective(tmp_path, HIDDEN, COSINE, RELATIONS, LAYER_LOGITS)
     everything = len(narrow.windows)
     sizes = {"batch_size": everything, "micro_batch_size": everything // 3, "max_steps": 1}
@@ -161,7 +161,9 @@ def test_weights_follow_their_schedules(setting: Setting, tmp_path: Path) -> Non
         assert row["loss"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_projections_are_trained_and_stay_behind(narrow: Setting, tmp_path: Path) -> None:
+def test_projections_are_trained_but_not_part_of_the_saved_student(
+    narrow: Setting, tmp_path: Path
+) -> None:
     trained = run(narrow, tmp_path / "out", objective(tmp_path, {}, HIDDEN), checkpoint_every=2)
     assert trained.keys() == load_file(narrow.student / "model.safetensors").keys()
     files = [tmp_path / "out" / "checkpoints" / f"checkpoint-{n}" for n in (2, 4)]
@@ -184,7 +186,9 @@ def test_projections_survive_a_resume_bit_for_bit(narrow: Setting, tmp_path: Pat
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_gradient_checkpointing_changes_nothing(narrow: Setting, tmp_path: Path) -> None:
+def test_gradient_checkpointing_does_not_change_the_weights(
+    narrow: Setting, tmp_path: Path
+) -> None:
     terms = objective(tmp_path, {}, HIDDEN, RELATIONS, LAYER_LOGITS)
     plain = run(narrow, tmp_path / "plain", terms)
     spared = run(narrow, tmp_path / "spared", terms, gradient_checkpointing=True)
@@ -192,7 +196,7 @@ def test_gradient_checkpointing_changes_nothing(narrow: Setting, tmp_path: Path)
         torch.testing.assert_close(spared[name], plain[name], rtol=1e-4, atol=2e-6)
 
 
-def test_packed_documents_are_not_related() -> None:
+def test_attention_relations_do_not_cross_documents() -> None:
     windows = [{"input_ids": torch.zeros(5), "labels": torch.zeros(5)}]
     windows[0]["position_ids"] = torch.tensor([0, 1, 0, 1, 2])
     mask_LL = same_document(collate(windows)["position_ids"])[0]
@@ -210,7 +214,7 @@ def test_packed_documents_are_not_related() -> None:
         ({"divergence": "jsd", "layers": [2]}, "the student has 2 blocks"),
     ],
 )
-def test_terms_that_two_models_cannot_serve_are_rejected_with_their_place(
+def test_terms_that_do_not_fit_the_models_are_rejected_with_their_location(
     narrow: Setting, tmp_path: Path, term: dict[str, Any], message: str
 ) -> None:
     assert narrow.teacher is not None
@@ -223,7 +227,7 @@ def test_terms_that_two_models_cannot_serve_are_rejected_with_their_place(
     assert caught.value.fix
 
 
-def test_two_temperatures_on_one_layer_have_names_of_their_own(
+def test_terms_with_two_temperatures_on_one_layer_have_different_names(
     setting: Setting, tmp_path: Path
 ) -> None:
     terms: list[dict[str, Any]] = [{"layers": [1]}, {"layers": [1, 2], "temperature": 2.0}]
@@ -238,7 +242,7 @@ def test_two_temperatures_on_one_layer_have_names_of_their_own(
             assert found == pytest.approx(alone[f"forward_kl@layer{layer}"], rel=1e-6)
 
 
-def test_two_terms_of_a_kind_are_rejected(narrow: Setting, tmp_path: Path) -> None:
+def test_two_terms_of_the_same_kind_are_rejected(narrow: Setting, tmp_path: Path) -> None:
     config = load_model(narrow.student, dtype=torch.float32).config
     with pytest.raises(SignalError, match="same kind"):
         objective_for(objective(tmp_path, HIDDEN, HIDDEN), config, config)

@@ -1,4 +1,4 @@
-"""Training on text that the student writes."""
+"""On-policy distillation: training on text that the student generates."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from stillhouse.teachers.several_teachers import SeveralTeachers
 from stillhouse.training import draw_rollouts, on_policy, rollouts
 from stillhouse.training.checkpoints import METRICS, read_metrics
 from stillhouse.training.own_prompts import OwnPrompts
-from stillhouse.training.rollouts import ROLLOUTS, read_rollouts, window_folder
+from stillhouse.training.rollouts import ROLLOUTS, Rollout, read_rollouts, window_folder
 from stillhouse.training.train import TrainingResult, train
 from stillhouse.training.train_config import TrainRecipe
 from stillhouse.training.trainer import DistillationTrainer
@@ -39,7 +39,7 @@ KL = ObjectiveRecipe()
 
 
 def prompts(count: int = 12) -> OwnPrompts:
-    """Of different lengths, from 2 to 7 tokens."""
+    """Prompts of different lengths, from 2 to 7 tokens."""
     words = tiny.tokenizer()
     texts = [tiny.text(1, seed=number)[: 2 + number % 6] for number in range(count)]
     return OwnPrompts.of(
@@ -73,20 +73,27 @@ def weights(out: Path) -> dict[str, Tensor]:
     return load_file(out / "model" / "model.safetensors")
 
 
+def rollouts_at(out: Path, step: int) -> list[Rollout]:
+    """The rollouts of the window that begins at a step."""
+    found = read_rollouts(window_folder(out, step))
+    assert found
+    return found
+
+
 def difference(left: Path, right: Path) -> float:
     ours, theirs = weights(left), weights(right)
     assert ours.keys() == theirs.keys()
     return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
 
 
-def test_share_0_is_the_plain_run(setting: Setting, tmp_path: Path) -> None:
+def test_a_share_of_0_gives_the_weights_of_a_plain_run(setting: Setting, tmp_path: Path) -> None:
     run(setting, tmp_path / "plain")
     run(setting, tmp_path / "own", {"share": 0.0})
     assert difference(tmp_path / "own", tmp_path / "plain") == 0
     assert not (tmp_path / "own" / ROLLOUTS).exists()
 
 
-def test_share_1_needs_no_data(setting: Setting, tmp_path: Path) -> None:
+def test_a_share_of_1_needs_no_data(setting: Setting, tmp_path: Path) -> None:
     run(setting, tmp_path / "with", {"share": 1.0})
     train(
         Student.load(setting.student),
@@ -112,12 +119,12 @@ PHASES = {
     "scoring": (LocalTeacher, "answer", 5),
     "learning": (DistillationTrainer, "training_step", 3),
 }
-"""A function that each phase calls, and the call at which the process is killed."""
+"""For each phase, a function that it calls, and the call after which the process is killed."""
 STEPS = {"max_steps": 10, "checkpoint_every": 2, "keep_checkpoints": 2}
 
 
 def killed_in(phase: str, setting: Setting, out: Path) -> None:
-    """A training that is killed at the end of a call."""
+    """Trains until the process is killed in a phase."""
     owner, name, last = PHASES[phase]
     work, calls = getattr(owner, name), itertools.count(1)
 
@@ -133,10 +140,10 @@ def killed_in(phase: str, setting: Setting, out: Path) -> None:
     run(setting, out, {**HALF, "window": 3}, **STEPS)
 
 
-def test_a_run_that_is_killed_in_every_phase_ends_with_the_same_weights(
+def test_a_run_that_is_killed_in_every_phase_gives_the_same_weights(
     setting: Setting, tmp_path: Path
 ) -> None:
-    """Windows of three steps and checkpoints every two: it resumes inside of windows, too."""
+    """Windows have three steps and checkpoints two, so that runs also resume inside windows."""
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     work = partial(run, setting, undisturbed, {**HALF, "window": 3}, **STEPS)
     assert forks.Fork(work).wait() == 0
@@ -153,7 +160,7 @@ def test_a_run_that_is_killed_in_every_phase_ends_with_the_same_weights(
     assert rows[0] == rows[1]
 
 
-def test_a_window_whose_rollouts_are_lost_is_written_again_from_an_earlier_checkpoint(
+def test_lost_rollouts_are_generated_again_from_an_earlier_checkpoint(
     setting: Setting, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     section = {**PURE, "window": 4}
@@ -170,7 +177,7 @@ def test_a_window_whose_rollouts_are_lost_is_written_again_from_an_earlier_check
     assert difference(lost, tmp_path / "undisturbed") == 0
 
 
-def test_a_student_that_equals_its_teacher_learns_nothing_from_its_own_text(
+def test_own_text_has_no_loss_for_a_student_that_equals_its_teacher(
     setting: Setting, tmp_path: Path
 ) -> None:
     assert setting.teacher is not None
@@ -192,12 +199,12 @@ def test_micro_batches_do_not_change_the_gradient(
     for key in ("loss", "grad_norm", "forward_kl", "own_reverse_kl", "tokens", "own_tokens"):
         values = [[row[key] for row in each.metrics if key in row] for each in (one, many)]
         assert values[0] == pytest.approx(values[1], rel=1e-5), key
-    texts = [read_rollouts(window_folder(tmp_path / name, 0)) for name in ("one", "many")]
+    texts = [rollouts_at(tmp_path / name, 0) for name in ("one", "many")]
     assert texts[0] == texts[1]
 
 
-def test_windows_write_for_the_same_steps(setting: Setting, tmp_path: Path) -> None:
-    """The first step's text does not depend on how many steps are written at once."""
+def test_the_first_step_does_not_depend_on_the_window(setting: Setting, tmp_path: Path) -> None:
+    """The text for the first step does not depend on how many steps share a window."""
     one = run(setting, tmp_path / "one", {**PURE, "window": 1}, max_steps=1)
     many = run(setting, tmp_path / "many", {**PURE, "window": 3}, max_steps=3)
     firsts = [next(row for row in each.metrics if "loss" in row) for each in (one, many)]
@@ -205,15 +212,16 @@ def test_windows_write_for_the_same_steps(setting: Setting, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("shard", ["none", "student", "both"])
-def test_two_processes_write_what_one_writes(setting: Setting, tmp_path: Path, shard: str) -> None:
+def test_two_processes_generate_the_same_rollouts_as_one(
+    setting: Setting, tmp_path: Path, shard: str
+) -> None:
     options = {"max_steps": 3, "micro_batch_size": 2, "max_grad_norm": 100}
     run(setting, tmp_path / "one", HALF, **options)
     work = partial(run_sharded, setting, tmp_path / "two", HALF, shard=shard, **options)
     for rank in forks.two_ranks(work):
         assert rank.wait(timeout=300) == 0, rank.communicate()[1][-3000:]
     assert difference(tmp_path / "two", tmp_path / "one") < 1e-6
-    written = [read_rollouts(window_folder(tmp_path / name, 2)) for name in ("one", "two")]
-    assert written[0]
+    written = [rollouts_at(tmp_path / name, 2) for name in ("one", "two")]
     assert written[0] == written[1]
 
 
@@ -230,13 +238,13 @@ def run_sharded(setting: Setting, out: Path, own: dict[str, Any], **changes: Any
     )
 
 
-def reference_loss(setting: Setting, folder: Path) -> tuple[float, int]:
-    """Reverse KL over the rollouts, one after the other and token by token, at temperature 1."""
+def reference_loss(setting: Setting, out: Path) -> tuple[float, int]:
+    """Reverse KL summed over all rollouts token by token, at temperature 1, and the tokens."""
     assert setting.teacher is not None
     student = load_model(setting.student, dtype=torch.float64)
     teacher = load_model(setting.teacher, dtype=torch.float64)
     total, tokens = 0.0, 0
-    for rollout in read_rollouts(folder) or []:
+    for rollout in rollouts_at(out, 0):
         ids = torch.tensor([rollout.ids])
         with torch.no_grad():
             log_q = student(ids, use_cache=False).logits[0].log_softmax(-1)
@@ -251,15 +259,15 @@ def reference_loss(setting: Setting, folder: Path) -> tuple[float, int]:
 def test_the_loss_is_the_mean_over_generated_tokens(
     setting: Setting, tmp_path: Path, temperature: float
 ) -> None:
-    """Whatever the temperature of the sampling, and however rollouts share windows."""
+    """It depends neither on the sampling temperature nor on how rollouts share windows."""
     run(setting, tmp_path, {**PURE, "temperature": temperature}, max_steps=1)
-    total, tokens = reference_loss(setting, window_folder(tmp_path, 0))
+    total, tokens = reference_loss(setting, tmp_path)
     row = next(row for row in read_metrics(tmp_path / METRICS) if "loss" in row)
     assert row["tokens"] == row["own_tokens"] == tokens
     assert row["loss"] == pytest.approx(total / tokens, rel=1e-5)
 
 
-def test_both_kinds_of_rows_are_divided_by_the_tokens_of_the_step(
+def test_data_and_own_text_are_both_divided_by_the_tokens_of_the_step(
     setting: Setting, tmp_path: Path
 ) -> None:
     run(setting, tmp_path, HALF, max_steps=1)
@@ -269,10 +277,10 @@ def test_both_kinds_of_rows_are_divided_by_the_tokens_of_the_step(
     assert row["loss"] == pytest.approx(mean, rel=1e-5)
 
 
-def test_steps_without_a_token_to_learn_give_no_nan(
+def test_steps_without_supervised_tokens_give_no_nan(
     setting: Setting, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Every answer is cut off after one token, and dropped: only prompts are left."""
+    """Every answer is cut off after one token and dropped, so that only prompts are left."""
     own = {**PURE, "max_tokens": 1, "cut_off": "drop", "temperature": 0.0}
     result = run(setting, tmp_path, own, max_steps=2)
     assert all(row["loss"] == 0 for row in result.metrics if "loss" in row)
@@ -282,19 +290,24 @@ def test_steps_without_a_token_to_learn_give_no_nan(
     assert "nothing is learned from them" in warned
 
 
-def test_each_window_is_written_by_the_weights_before_it(setting: Setting, tmp_path: Path) -> None:
+def test_each_window_is_generated_with_the_weights_at_its_start(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(on_policy, "forget_rollouts", lambda *_: None)  # keeps the first window
     own = {**PURE, "temperature": 0.0}
     options = {"max_steps": 4, "learning_rate": 1e-2, "checkpoint_every": 2, "keep_checkpoints": 3}
     run(setting, tmp_path, own, **options)
     for step, folder in ((0, setting.student), (2, tmp_path / "checkpoints" / "checkpoint-2")):
         model = load_model(folder, dtype=torch.float32)
-        for rollout in (read_rollouts(window_folder(tmp_path, step)) or [])[:4]:
+        for rollout in rollouts_at(tmp_path, step)[:4]:
             asked = torch.tensor([rollout.ids[: rollout.given]])
             found = model.generate(asked, max_new_tokens=8, do_sample=False, pad_token_id=0)[0]
             assert found.tolist()[: len(rollout.ids)] == list(rollout.ids)
 
 
-def test_no_teacher_of_several_is_dropped(setting: Setting, tmp_path: Path) -> None:
+def test_the_loss_on_own_text_is_the_mean_over_all_teachers(
+    setting: Setting, tmp_path: Path
+) -> None:
     assert setting.teacher is not None
     one, other = (
         load_model(path, dtype=torch.float32) for path in (setting.teacher, setting.student)
@@ -317,14 +330,14 @@ def test_no_teacher_of_several_is_dropped(setting: Setting, tmp_path: Path) -> N
     assert losses[2] == pytest.approx(losses[0] / 2, rel=1e-5)
 
 
-def test_the_teacher_writes_the_beginning_and_the_student_learns_the_rest(
+def test_the_teacher_generates_the_beginning_of_answers_if_requested(
     setting: Setting, tmp_path: Path
 ) -> None:
     own = {**PURE, "teacher_tokens": 3, "temperature": 0.0}
     run(setting, tmp_path, own, max_steps=1)
     assert setting.teacher is not None
     teacher = load_model(setting.teacher, dtype=torch.float32)
-    for rollout in read_rollouts(window_folder(tmp_path, 0)) or []:
+    for rollout in rollouts_at(tmp_path, 0):
         assert rollout.given == rollout.prompt + 3
         asked = torch.tensor([rollout.ids[: rollout.prompt]])
         found = teacher.generate(asked, max_new_tokens=3, do_sample=False, pad_token_id=0)[0]
@@ -332,7 +345,7 @@ def test_the_teacher_writes_the_beginning_and_the_student_learns_the_rest(
         assert len(rollout.own) <= 5
 
 
-def test_a_cold_start_learns_from_data_first(setting: Setting, tmp_path: Path) -> None:
+def test_a_cold_start_trains_on_data_first(setting: Setting, tmp_path: Path) -> None:
     own = {**PURE, "cold_start_tokens": 200}
     run(setting, tmp_path / "own", own, max_steps=4)
     run(setting, tmp_path / "plain", max_steps=4)
@@ -346,14 +359,14 @@ def test_a_cold_start_learns_from_data_first(setting: Setting, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("far", [0.0, 1e9])
-def test_a_student_far_from_its_teacher_on_its_own_text_is_a_warning(
+def test_a_large_kl_on_own_text_is_a_warning(
     setting: Setting,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     far: float,
 ) -> None:
-    """Measured before the first step on own text, which does not change."""
+    """It is measured before the first step on own text; the measurement changes no weights."""
     run(setting, tmp_path / "plain", HALF, max_steps=2)
     capfd.readouterr()
     monkeypatch.setattr(on_policy, "FAR", far)

@@ -1,4 +1,4 @@
-"""Measurements of own text during training."""
+"""Metrics of own text that are computed during training."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def random_rows(rows: int) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("rows", [0, 5, 32, 64])
-def test_the_sums_are_those_of_the_chosen_rows(rows: int) -> None:
+def test_the_metrics_are_means_over_the_chosen_rows(rows: int) -> None:
     hidden_ND, head, signal, targets_N = random_rows(rows)
     found = measure_rows(hidden_ND, head, signal, targets_N, V)
     assert (float(found.total), found.rows) == (0.0, rows)
@@ -46,8 +46,8 @@ def test_the_sums_are_those_of_the_chosen_rows(rows: int) -> None:
         torch.testing.assert_close(value, expected)
 
 
-def test_only_full_distributions_are_measured() -> None:
-    """Also where one of several teachers gives another kind of signal."""
+def test_only_complete_distributions_are_measured() -> None:
+    """If one of several teachers has another kind of signal, nothing is measured."""
     teacher, student = tiny.llama(5), tiny.llama(6)
     module = Distillation(student, KL)
     ids_RL = torch.arange(40, 60).view(2, 10)
@@ -66,7 +66,7 @@ def test_only_full_distributions_are_measured() -> None:
         assert found.terms.keys() == expected
 
 
-def test_every_step_has_them_and_the_loss_is_as_without(
+def test_every_step_reports_the_metrics_and_the_loss_does_not_change(
     narrow: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = {"share": 0.5}

@@ -1,4 +1,4 @@
-"""Prompts as token ids of the student's template."""
+"""Prompts for on-policy distillation, rendered as token ids with the student's template."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def listed(prompts: OwnPrompts) -> list[list[int]]:
     return [prompts[index] for index in range(len(prompts))]
 
 
-def test_repeated_prompts_are_one() -> None:
+def test_repeated_prompts_are_kept_once() -> None:
     prompts = OwnPrompts.of([[1, 2], [3], [1, 2]])
     assert listed(prompts) == [[1, 2], [3]]
     assert prompts.lengths.tolist() == [2, 1]
     assert prompts.fingerprint != OwnPrompts.of([[1], [2, 3]]).fingerprint
 
 
-def test_chats_of_the_data_lose_their_last_answer() -> None:
+def test_prompts_from_chats_leave_out_the_last_answer() -> None:
     turns = [
         {"role": "user", "content": "one"},
         {"role": "assistant", "content": "two"},
@@ -60,7 +60,7 @@ def test_a_file_of_prompts_is_rendered_by_the_students_template(tmp_path: Path) 
     assert found == [chat_ids(WORDS, chat) for chat in asked]
 
 
-def test_prompts_in_memory_have_any_form() -> None:
+def test_prompts_in_memory_may_have_any_form() -> None:
     chat = [{"role": "user", "content": "Why?"}]
     for item in ("Why?", chat, {"messages": chat}, {"prompt": "Why?"}, chat_ids(WORDS, chat)):
         assert listed(made_prompts([item], WORDS)) == [chat_ids(WORDS, chat)]
@@ -79,7 +79,7 @@ def test_ids_of_another_tokenizer_are_one_message(id_: int) -> None:
     require_tokens(OwnPrompts.of([[0, 29]]), 30)
 
 
-def test_text_needs_a_chat_template() -> None:
+def test_prompts_of_text_require_a_chat_template() -> None:
     plain = tiny.tokenizer()
     plain.chat_template = None
     with pytest.raises(ModelError, match="no chat template"):
@@ -88,6 +88,6 @@ def test_text_needs_a_chat_template() -> None:
 
 
 @pytest.mark.parametrize("given", [3, {"a": 1}, [1.5], [""]])
-def test_what_is_not_a_prompt_is_an_error(given: object) -> None:
+def test_invalid_prompts_are_an_error(given: object) -> None:
     with pytest.raises(DataError):
         made_prompts(given, WORDS)

@@ -1,4 +1,4 @@
-"""Which teachers can score text that the student writes, and under which divergences."""
+"""Which teachers can score text that the student generates, and with which divergences."""
 
 from __future__ import annotations
 
@@ -73,14 +73,14 @@ def test_a_store_cannot_score_own_text(store: Path) -> None:
 
 
 def test_the_live_teacher_of_a_store_scores_own_text_itself(store: Path) -> None:
-    """Its distributions are complete, not cut to what the store keeps."""
+    """Its distributions are complete, not limited to the entries that the store keeps."""
     live = local()
     text = own()
     text.prepare(student(), Teacher.stored(store, missing=live))
     assert text.teacher is live
 
 
-def test_every_one_of_several_teachers_scores(store: Path) -> None:
+def test_each_of_several_teachers_scores_own_text(store: Path) -> None:
     live, other = local(), local()
     text = own()
     text.prepare(student(), SeveralTeachers([Teacher.stored(store, missing=live), other]))
@@ -93,28 +93,28 @@ def served() -> ServedTeacher:
     return ServedTeacher(section, k=4, vocabulary=len(tiny.tokenizer()))
 
 
-def test_a_server_states_its_bias(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_note_states_the_bias_of_a_served_teacher(capfd: pytest.CaptureFixture[str]) -> None:
     own().prepare(student(), served())
     assert "tokens of the tail are not distinguished" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("term", [{"divergence": "adaptive_kl"}, {"temperature": 2.0}])
-def test_what_a_server_cannot_serve_is_refused(term: dict[str, Any]) -> None:
+def test_terms_that_a_served_teacher_cannot_serve_are_rejected(term: dict[str, Any]) -> None:
     with pytest.raises(SignalError):
         own(terms=[term]).prepare(student(), served())
 
 
-def test_a_server_does_not_write_the_beginning_of_answers() -> None:
+def test_a_served_teacher_cannot_generate_the_beginning_of_answers() -> None:
     with pytest.raises(SignalError, match="cannot generate the beginning of answers"):
         own(teacher_tokens=2).prepare(student(), served())
 
 
-def test_own_text_needs_a_teacher() -> None:
+def test_own_text_requires_a_teacher() -> None:
     with pytest.raises(SignalError, match="there is no teacher"):
         own().prepare(student(), None)
 
 
-def test_a_teacher_that_stops_elsewhere_is_refused() -> None:
+def test_a_teacher_that_ends_turns_with_another_token_is_rejected() -> None:
     words = tiny.tokenizer()
     words.chat_template = tiny.CHAT_TEMPLATE.replace("<|end|>", "<|system|>")
     words.eos_token = "<|system|>"
@@ -124,8 +124,7 @@ def test_a_teacher_that_stops_elsewhere_is_refused() -> None:
 
 @pytest.mark.run
 def test_the_gradient_depends_on_the_teacher() -> None:
-    """As that of a sampled log-ratio used as a plain loss (k1) does not: its derivative has no
-    teacher in it."""
+    """The gradient of a sampled log-ratio used as the loss (k1) would not depend on it."""
     norms = []
     for seed in (0, 2):
         result = train(

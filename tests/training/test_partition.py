@@ -1,4 +1,4 @@
-"""Every row once an epoch, whatever the number of processes and the size of a micro-batch."""
+"""Every row occurs once per epoch, for any number of processes and any micro-batch size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stillhouse.training.partition import NO_ROW, ProcessBatches
 
 
 def batches(rows: int, micro: int, processes: int, epoch: int = 0) -> list[list[list[int]]]:
-    """By process, its micro-batches."""
+    """The micro-batches of each process."""
     found = []
     for process in range(processes):
         each = ProcessBatches(rows, micro, process=process, processes=processes, seed=7)
@@ -24,8 +24,8 @@ def batches(rows: int, micro: int, processes: int, epoch: int = 0) -> list[list[
     return found
 
 
-def learned(found: list[list[list[int]]], steps: slice) -> list[int]:
-    """The rows of some micro-batches of every process."""
+def rows_of(found: list[list[list[int]]], steps: slice) -> list[int]:
+    """The rows in some micro-batches of all processes, sorted."""
     return sorted(row for side in found for each in side[steps] for row in each if row != NO_ROW)
 
 
@@ -39,10 +39,10 @@ SIZES = {
 
 @settings(max_examples=300, deadline=None)
 @given(**SIZES)
-def test_every_row_comes_once_an_epoch(rows: int, micro: int, processes: int, epoch: int) -> None:
-    """Also if the last micro-batch is not complete, or there are more processes than rows."""
+def test_every_row_occurs_once_per_epoch(rows: int, micro: int, processes: int, epoch: int) -> None:
+    """This includes an incomplete last micro-batch, and more processes than rows."""
     found = batches(rows, micro, processes, epoch)
-    assert learned(found, slice(None)) == list(range(rows))
+    assert rows_of(found, slice(None)) == list(range(rows))
     assert len({len(side) for side in found}) == 1
     assert all(each for side in found for each in side)  # a forward pass needs a row
 
@@ -56,10 +56,10 @@ def test_each_step_has_the_rows_that_one_process_would_take(
     found = batches(rows, micro, processes, epoch)
     for step, expected in enumerate(alone):
         part = slice(step * accumulation, (step + 1) * accumulation)
-        assert learned(found, part) == sorted(expected)
+        assert rows_of(found, part) == sorted(expected)
 
 
-def test_the_order_is_the_one_that_accelerate_gives() -> None:
+def test_the_order_is_that_of_accelerates_sampler() -> None:
     for epoch in range(3):
         sampler = SeedableRandomSampler(range(23), generator=torch.Generator(), data_seed=7)
         sampler.set_epoch(epoch)
@@ -75,7 +75,7 @@ class Rows:
         return {"input_ids": torch.tensor([index]), "labels": torch.tensor([index])}
 
 
-def test_held_out_rows_are_measured_once_by_as_many_batches_in_each_process() -> None:
+def test_each_process_has_as_many_held_out_batches_and_every_row_counts_once() -> None:
     sides = [list(own_share(rows_in_order(Rows(), 2), each, 2)) for each in range(2)]
     assert [len(side) for side in sides] == [2, 2]
     labels = [int(row["labels"]) for side in sides for batch in side for row in batch]

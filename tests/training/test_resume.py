@@ -1,4 +1,4 @@
-"""kill -9 at any moment, then the same command: the same weights, bit for bit."""
+"""After `kill -9` at any moment, the same command gives the same weights bit for bit."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def start(setting: Setting, out: Path) -> Fork:
 
 
 def kill_when(process: Fork, reached: Path, delay: float) -> None:
-    """SIGKILL, `delay` seconds after a path appears."""
+    """Sends SIGKILL `delay` seconds after a path appears."""
     while not reached.exists():
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.002)
@@ -52,7 +52,7 @@ def weights(out: Path) -> bytes:
 
 
 @pytest.mark.run
-def test_killed_twice_and_resumed_is_bit_for_bit_the_undisturbed_run(
+def test_a_run_killed_twice_equals_an_undisturbed_one_bit_for_bit(
     setting: Setting, tmp_path: Path
 ) -> None:
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
@@ -70,7 +70,9 @@ def test_killed_twice_and_resumed_is_bit_for_bit_the_undisturbed_run(
 
 
 @pytest.mark.slow
-def test_twelve_kills_at_random_moments(setting: Setting, tmp_path: Path) -> None:
+def test_a_run_killed_twelve_times_equals_an_undisturbed_one(
+    setting: Setting, tmp_path: Path
+) -> None:
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     assert start(setting, undisturbed).wait() == 0
     for number in range(12):
@@ -93,8 +95,8 @@ SHORT: dict[str, Any] = {
 }
 
 
-def go_on(setting: Setting, out: Path) -> list[dict[str, float]]:
-    """Trains, or goes on; the metrics without what depends on time."""
+def train_or_resume(setting: Setting, out: Path) -> list[dict[str, float]]:
+    """Trains or resumes, and returns the metrics without those that depend on time."""
     run(setting, out, **SHORT)
     return metrics(out)
 
@@ -106,14 +108,14 @@ def metrics(out: Path) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def trained(setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished training of 12 steps with its checkpoints at 4, 8 and 12."""
+    """A finished training run of 12 steps with checkpoints at 4, 8, and 12."""
     out = tmp_path_factory.mktemp("trained")
-    go_on(setting, out)
+    train_or_resume(setting, out)
     return out
 
 
 def fill_with_garbage(file: Path) -> None:
-    """And seals the checkpoint with it, so that only loading it finds out."""
+    """Also seals the checkpoint again, so that the damage shows only when it is loaded."""
     file.write_bytes(b"\x93garbage" * (file.stat().st_size // 8) + b"!" * (file.stat().st_size % 8))
     recorded = json.loads((file.parent / checkpoints.COMPLETE).read_text())["meter"]
     (file.parent / checkpoints.COMPLETE).unlink()
@@ -133,7 +135,7 @@ def test_training_falls_back_from_a_checkpoint_that_does_not_load(
     shutil.rmtree(out / "model")
     shutil.rmtree(out / "checkpoints" / "checkpoint-12")
     fill_with_garbage(out / "checkpoints" / "checkpoint-8" / file)
-    rows = go_on(setting, out)
+    rows = train_or_resume(setting, out)
     said = capfd.readouterr().err
     assert "checkpoint-8 cannot be loaded" in said
     assert "going back to checkpoint-4" in said
@@ -143,12 +145,14 @@ def test_training_falls_back_from_a_checkpoint_that_does_not_load(
     assert left == {"checkpoint-4", "checkpoint-8", "checkpoint-12", "damaged-checkpoint-8"}
 
 
-def test_no_step_follows_the_last_one(setting: Setting, trained: Path, tmp_path: Path) -> None:
-    """A process that was killed between its last checkpoint and its last file."""
+def test_a_run_killed_after_its_last_checkpoint_trains_no_further_step(
+    setting: Setting, trained: Path, tmp_path: Path
+) -> None:
+    """The process was killed between its last checkpoint and the saved model."""
     out = tmp_path / "out"
     shutil.copytree(trained, out)
     shutil.rmtree(out / "model")
-    assert go_on(setting, out) == metrics(trained)
+    assert train_or_resume(setting, out) == metrics(trained)
     assert weights(out) == weights(trained)
 
 
@@ -160,12 +164,12 @@ def test_training_starts_over_if_no_checkpoint_loads(
     shutil.rmtree(out / "model")
     for step in (4, 8, 12):
         fill_with_garbage(out / "checkpoints" / f"checkpoint-{step}" / "optimizer.pt")
-    go_on(setting, out)
+    train_or_resume(setting, out)
     assert "training starts over" in capfd.readouterr().err
     assert weights(out) == weights(trained)
 
 
-def test_too_little_memory_for_a_checkpoint_is_not_mistaken_for_damage(
+def test_running_out_of_memory_is_not_mistaken_for_a_damaged_checkpoint(
     setting: Setting, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -176,13 +180,13 @@ def test_too_little_memory_for_a_checkpoint_is_not_mistaken_for_damage(
 
     monkeypatch.setattr(Trainer, "_load_optimizer_and_scheduler", fails)
     with pytest.raises(torch.OutOfMemoryError):
-        go_on(setting, out)
+        train_or_resume(setting, out)
     assert (out / "checkpoints" / "checkpoint-12").is_dir()
 
 
 @pytest.mark.run
 def test_all_processes_fall_back_if_one_cannot_load(setting: Setting, tmp_path: Path) -> None:
-    """Each process has a file of random states of its own."""
+    """Each process has its own file of random states."""
     out = tmp_path / "out"
     options = {**OPTIONS, "max_steps": 10, "evaluate_every": None, "keep_checkpoints": 3}
     finished = []
@@ -205,7 +209,7 @@ def test_all_processes_fall_back_if_one_cannot_load(setting: Setting, tmp_path: 
 
 
 def test_a_checkpoint_is_sealed_once_every_process_has_written_its_part(tmp_path: Path) -> None:
-    """As sharded state dicts are: a folder with a file of each process."""
+    """The checkpoint has a folder with one file per process, as sharded state dicts have."""
     shards = checkpoint(tmp_path, 4) / "pytorch_model_fsdp_0"
 
     class Accelerator:
@@ -237,7 +241,7 @@ def checkpoint(folder: Path, step: int) -> Path:
     return path
 
 
-def test_only_a_sealed_checkpoint_counts(tmp_path: Path) -> None:
+def test_only_sealed_checkpoints_are_used(tmp_path: Path) -> None:
     checkpoints.seal(checkpoint(tmp_path, 4), checkpoints.Meter(4, 100, 1.5))
     checkpoint(tmp_path, 8)
     found = checkpoints.latest(tmp_path)
@@ -246,7 +250,7 @@ def test_only_a_sealed_checkpoint_counts(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
 
 
-def test_a_truncated_checkpoint_does_not_count(tmp_path: Path) -> None:
+def test_a_truncated_checkpoint_is_not_used(tmp_path: Path) -> None:
     path = checkpoint(tmp_path, 4)
     checkpoints.seal(path, checkpoints.Meter(4))
     (path / "model.safetensors").write_bytes(b"weig")
@@ -267,7 +271,9 @@ def test_a_flipped_bit_sets_a_checkpoint_aside(
 
 
 @pytest.mark.parametrize("change", [("4", "5"), ("{", "["), ('"meter"', '"mater"')])
-def test_a_seal_that_was_changed_does_not_count(tmp_path: Path, change: tuple[str, str]) -> None:
+def test_a_checkpoint_with_a_changed_seal_is_not_used(
+    tmp_path: Path, change: tuple[str, str]
+) -> None:
     path = checkpoint(tmp_path, 4)
     checkpoints.seal(path, checkpoints.Meter(4))
     seal = path / checkpoints.COMPLETE
@@ -287,7 +293,7 @@ def test_checkpoints_are_ordered_by_step_not_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"0.5", b"\xff", b"[7]\n", b""])
-def test_metrics_come_from_the_checkpoint(tmp_path: Path, damage: bytes) -> None:
+def test_damaged_metrics_are_restored_from_the_checkpoint(tmp_path: Path, damage: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
     metrics = checkpoints.Metrics(path)
     metrics.append({"step": 4, "loss": 0.25})
@@ -299,13 +305,13 @@ def test_metrics_come_from_the_checkpoint(tmp_path: Path, damage: bytes) -> None
 
 
 @pytest.mark.parametrize("line", [b"7", b'{"loss": 1}', b"\xff", b'{"step": "4"}'])
-def test_a_damaged_line_ends_the_metrics(tmp_path: Path, line: bytes) -> None:
+def test_metrics_are_read_up_to_a_damaged_line(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
     assert read_metrics(path) == [{"step": 1}]
 
 
-def test_metrics_after_the_checkpoint_are_dropped_and_a_cut_line_too(tmp_path: Path) -> None:
+def test_metrics_after_the_checkpoint_and_truncated_lines_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     metrics = checkpoints.Metrics(path)
     for step in range(1, 7):
@@ -320,15 +326,15 @@ def test_metrics_after_the_checkpoint_are_dropped_and_a_cut_line_too(tmp_path: P
     assert read_metrics(path)[-1]["loss"] == 0.5
 
 
-def test_a_training_that_starts_again_has_no_rows_of_the_one_before(tmp_path: Path) -> None:
-    """Rows on what a student writes before the first step are of step 0."""
+def test_training_that_starts_over_drops_earlier_metrics(tmp_path: Path) -> None:
+    """Metrics of own text before the first step have step 0."""
     for _ in range(2):
         metrics = checkpoints.Metrics(tmp_path / "metrics.jsonl")
         metrics.append({"step": 0, "own_answers": 8})
         assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 0, "own_answers": 8}]
 
 
-def test_copies_of_checkpoints_are_not_checkpoints(tmp_path: Path) -> None:
+def test_other_folders_are_not_taken_for_checkpoints(tmp_path: Path) -> None:
     for name in ("checkpoint-2", "checkpoint-10", "checkpoint-8.old", "checkpoint-best"):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-12").touch()

@@ -1,4 +1,4 @@
-"""A sharded student is saved a layer at a time: the same weights, and never more than a layer."""
+"""A sharded student is saved layer by layer, and never more than one layer is gathered."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ SHARDED: dict[str, Any] = {"shard": "student", "max_steps": 2, "micro_batch_size
 
 
 def saved(setting: Setting, out: Path, *, killed_at: int | None = None) -> None:
-    """Train and save with every model taken for a large one. killed_at: the part at which the main
-    process fails."""
+    """Trains and saves as if every model were large. killed_at: the part at which the main process
+    is interrupted."""
     offload.LARGE_BYTES = 0
     alive = most = 0
 
@@ -79,7 +79,7 @@ def in_two(setting: Setting, out: Path, **options: Any) -> list[int]:
     return [rank.wait(timeout=300) for rank in ranks]
 
 
-def test_the_weights_are_those_of_one_file_and_at_most_a_part_is_gathered(
+def test_weights_equal_those_of_one_file_and_at_most_one_part_is_gathered(
     narrow: Setting, tmp_path: Path
 ) -> None:
     in_processes(2, narrow, tmp_path / "file", **SHARDED)
@@ -95,7 +95,7 @@ def test_the_weights_are_those_of_one_file_and_at_most_a_part_is_gathered(
     assert int((tmp_path / "layers" / "most").read_text()) == largest_part(model)
 
 
-def test_a_save_that_was_cut_off_leaves_no_model_and_is_repeated(
+def test_an_interrupted_save_leaves_no_model_and_is_repeated(
     narrow: Setting, tmp_path: Path
 ) -> None:
     assert in_two(narrow, tmp_path, killed_at=1) != [0, 0]
@@ -106,7 +106,7 @@ def test_a_save_that_was_cut_off_leaves_no_model_and_is_repeated(
     Student.load(tmp_path / "model")
 
 
-def test_a_part_is_dropped_before_the_next_is_made(tmp_path: Path) -> None:
+def test_each_part_is_freed_before_the_next_is_made(tmp_path: Path) -> None:
     model = tiny_model()
     made: list[weakref.ref[Tensor]] = []
 

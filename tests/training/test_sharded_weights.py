@@ -1,4 +1,4 @@
-"""A sharded student, of which each process reads its own part."""
+"""Loading a sharded student: each process reads only its own part."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ CPU = torch.device("cpu")
 
 
 class Allocations(TorchDispatchMode):
-    """The largest tensor that is written to memory inside.
+    """Measures the largest tensor on the CPU that receives values within the context.
 
-    Tensors without values, which become weights on the meta device, do not touch any.
+    Empty tensors, which replace weights on the meta device, do not count.
     """
 
     largest = 0
@@ -46,7 +46,7 @@ class Allocations(TorchDispatchMode):
 
 
 class Slices:
-    """A safetensors file that counts the bytes that are read, and never gives a whole tensor."""
+    """A safetensors file that counts the bytes read, and offers only slices of tensors."""
 
     read = 0
 
@@ -73,7 +73,7 @@ class Slices:
 
 
 def sharded(folder: Path, *, rows: int | None = None) -> Any:
-    """The model of a folder, sharded over the processes; with fewer embedding rows, if wanted."""
+    """A folder's model, sharded over two processes. rows: the number of embedding rows to keep."""
     student = Student.without_weights(folder)
     if rows is not None:
         student.vocabulary = rows
@@ -85,7 +85,7 @@ def sharded(folder: Path, *, rows: int | None = None) -> Any:
 
 
 def compare(folder: Path, *, rows: int | None = None) -> None:
-    """Each process has its part of what is loaded without sharding."""
+    """Asserts that this process has its part of the weights that are loaded without sharding."""
     model, whole = sharded(folder, rows=rows), load_model(folder, dtype=torch.float32)
     expected = whole.state_dict() | dict(whole.named_buffers())
     for name, found in [*model.named_parameters(), *model.named_buffers()]:
@@ -118,7 +118,7 @@ def test_each_process_has_its_part_of_the_loaded_weights(tmp_path: Path, tied: b
 
 @pytest.mark.run
 def test_rows_without_tokens_are_not_read(tmp_path: Path) -> None:
-    """Parts of a shorter table have other borders."""
+    """The parts of a shorter table have different boundaries."""
     folder = tiny.save_model(tmp_path / "model", seed=1)
     rows = load_model(folder, dtype=torch.float32).config.vocab_size
     in_two_processes(partial(compare, folder, rows=rows - 5))
@@ -131,8 +131,8 @@ def test_a_process_reads_and_allocates_no_more_than_its_part(tmp_path: Path) -> 
 
 
 @pytest.mark.run
-def test_weights_under_other_names_are_sent_by_the_main_process(tmp_path: Path) -> None:
-    """Files of this mixture of experts have an entry for each expert, the model has one for all."""
+def test_weights_that_must_be_converted_are_sent_by_the_main_process(tmp_path: Path) -> None:
+    """The files of this mixture of experts have a tensor per expert; the model has a stack."""
     config = Qwen3MoeConfig(
         vocab_size=260,
         hidden_size=32,
@@ -161,7 +161,7 @@ def test_a_model_without_weights_has_its_buffers_and_ties(tmp_path: Path) -> Non
     assert not model.training
 
 
-def test_rows_beyond_the_model_are_left_out(tmp_path: Path) -> None:
+def test_rows_beyond_the_models_are_not_read(tmp_path: Path) -> None:
     save_file({"weight": torch.arange(12.0).view(6, 2)}, tmp_path / "file.safetensors")
     weight = torch.zeros(4, 2)
     with safe_open(tmp_path / "file.safetensors", framework="pt") as file:

@@ -1,4 +1,4 @@
-"""Sharded over the processes of a torchrun, with gloo: the weights of one process."""
+"""Training sharded over processes (with gloo) gives the weights of one process."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def teacher_for(setting: Setting, settings: TrainRecipe) -> Teacher | None:
 
 
 def starting_student(setting: Setting, settings: TrainRecipe) -> Student:
-    """As a recipe's training begins: with a part of the weights in each process."""
+    """Loads the student as a recipe does: if sharded, each process reads only its part."""
     if shards(settings, "student") > 1 and not settings.freeze_head:
         return Student.without_weights(setting.student)
     return Student.load(setting.student)
 
 
 def training_section(changes: Mapping[str, Any]) -> TrainRecipe:
-    """The gradient's norm is not limited: its sum over parts may differ in the last bit."""
+    """Gradients are not clipped, because their norm over shards may differ in the last bit."""
     options: dict[str, Any] = {
         "batch_size": 8,
         "precision": "float32",
@@ -111,10 +111,10 @@ def difference(left: Path, right: Path) -> float:
 def test_two_processes_give_the_weights_of_one_bit_for_bit(
     narrow: Setting, tmp_path: Path, shard: str, objective: ObjectiveRecipe
 ) -> None:
-    """Micro-batches of one process are as large as those of two, and so are summed alike.
+    """One process uses micro-batches as large as the two processes', so that sums are the same.
 
     Under FSDP2, gradients that reach a layer from above and from a term on its output are summed
-    in another order.
+    in a different order.
     """
     options: dict[str, Any] = {"evaluate_every": 2, "checkpoint_every": 3}
     run(narrow, tmp_path / "one", objective, micro_batch_size=4, **options)
@@ -128,7 +128,7 @@ def test_two_processes_give_the_weights_of_one_bit_for_bit(
 
 
 def run_offloaded(setting: Setting, out: Path, **changes: Any) -> None:
-    """With FSDP2's policy for a GPU, but without pinned memory, which a CPU does not have."""
+    """Uses FSDP2's offload policy for a GPU, but without pinned memory, which needs one."""
     forks.patch(fsdp, "CPUOffloadPolicy", partial(CPUOffloadPolicy, pin_memory=False))
     forks.patch(sharded_teacher, "default_device", lambda: torch.device("cuda"))
 
@@ -144,7 +144,7 @@ def run_offloaded(setting: Setting, out: Path, **changes: Any) -> None:
     run(setting, out, offload_teacher=True, **changes)
 
 
-def test_an_offloaded_teacher_teaches_the_same(narrow: Setting, tmp_path: Path) -> None:
+def test_an_offloaded_teacher_gives_the_same_weights(narrow: Setting, tmp_path: Path) -> None:
     run(narrow, tmp_path / "one", micro_batch_size=4)
     for rank in forks.ranks(2, partial(run_offloaded, narrow, tmp_path / "two", shard="both")):
         assert rank.wait(timeout=300) == 0, rank.communicate()[1][-3000:]
@@ -160,10 +160,10 @@ def test_an_offloaded_teacher_teaches_the_same(narrow: Setting, tmp_path: Path) 
         pytest.param(False, False, marks=pytest.mark.slow),
     ],
 )
-def test_heads_are_trained_after_a_measurement_as_before(
+def test_evaluation_does_not_affect_how_heads_are_trained(
     setting: Setting, tmp_path: Path, tied: bool, freeze_head: bool
 ) -> None:
-    """Weights that a measurement left gathered would be those of the step before."""
+    """Weights that an evaluation left gathered would be those of the previous step."""
     student = tiny.save_model(tmp_path / "student", seed=1, tie_word_embeddings=tied)
     changed = replace(setting, student=student)
     options: dict[str, Any] = {
@@ -176,7 +176,7 @@ def test_heads_are_trained_after_a_measurement_as_before(
     assert difference(tmp_path / "two", tmp_path / "one") == 0
 
 
-def test_bfloat16_products_of_sharded_weights_are_those_of_whole_ones(
+def test_bfloat16_products_of_sharded_and_complete_weights_are_equal(
     setting: Setting, tmp_path: Path
 ) -> None:
     run(setting, tmp_path / "one", micro_batch_size=4, precision="bfloat16")
@@ -199,7 +199,9 @@ def run_under_two(setting: Setting, second: Path, out: Path, **changes: Any) -> 
     )
 
 
-def test_two_sharded_teachers(narrow: Setting, tmp_path: Path) -> None:
+def test_two_sharded_teachers_give_the_weights_of_one_process(
+    narrow: Setting, tmp_path: Path
+) -> None:
     second = tiny.save_model(tmp_path / "second", seed=5)
     run_under_two(narrow, second, tmp_path / "one", micro_batch_size=4)
     work = partial(run_under_two, narrow, second, tmp_path / "two", shard="both")
@@ -210,7 +212,7 @@ def test_two_sharded_teachers(narrow: Setting, tmp_path: Path) -> None:
     assert difference(tmp_path / "under one", tmp_path / "one") > 0
 
 
-ECONOMICAL: list[dict[str, Any]] = [
+COMPACT: list[dict[str, Any]] = [
     {"optimizer": "adamw_8bit"},
     {"weights": "bfloat16"},
     {"weights": "bfloat16", "optimizer": "adamw_8bit"},
@@ -219,15 +221,15 @@ ECONOMICAL: list[dict[str, Any]] = [
 ]
 
 
-ECONOMICAL_IDS = ["8 bits", "bfloat16", "both", "Muon", "Muon, bfloat16"]
+COMPACT_IDS = ["8 bits", "bfloat16", "both", "Muon", "Muon, bfloat16"]
 
 
-@pytest.mark.parametrize("options", ECONOMICAL, ids=ECONOMICAL_IDS)
+@pytest.mark.parametrize("options", COMPACT, ids=COMPACT_IDS)
 @pytest.mark.parametrize("shard", ["student", "none"])
-def test_economical_weights_and_moments_are_those_of_one_process(
+def test_compact_weights_and_moments_match_one_process(
     narrow: Setting, tmp_path: Path, shard: str, options: dict[str, Any]
 ) -> None:
-    """Blocks of moments and noise of rounding do not depend on how weights are divided."""
+    """Blocks of moments and the noise of rounding do not depend on how weights are sharded."""
     options = {"precision": "auto", "learning_rate": 1e-3, **options}
     run(narrow, tmp_path / "one", micro_batch_size=4, **options)
     in_processes(2, narrow, tmp_path / "two", shard=shard, **options)
@@ -236,10 +238,8 @@ def test_economical_weights_and_moments_are_those_of_one_process(
     assert difference(tmp_path / "two", tmp_path / "one") == 0
 
 
-def test_stacks_of_experts_are_stepped_by_muon_as_in_one_process(
-    narrow: Setting, tmp_path: Path
-) -> None:
-    """Each process has complete matrices of a stack, here two of three experts, and one."""
+def test_muon_updates_stacks_of_experts_as_in_one_process(narrow: Setting, tmp_path: Path) -> None:
+    """Each process has complete matrices of a stack: here two and one of three experts."""
     toys.tiny_model("qwen3_moe", num_experts=3, vocab_size=len(tiny.tokenizer())).save_pretrained(
         tmp_path / "student"
     )
@@ -251,26 +251,26 @@ def test_stacks_of_experts_are_stepped_by_muon_as_in_one_process(
     assert difference(tmp_path / "two", tmp_path / "one") < 1e-6
 
 
-LIMITED: dict[str, Any] = {"max_grad_norm": 0.01, "gradient_checkpointing": True}
+CLIPPED: dict[str, Any] = {"max_grad_norm": 0.01, "gradient_checkpointing": True}
 
 
 @pytest.mark.parametrize(
     ("processes", "nodes", "options"),
     [
         (2, 1, {"micro_batch_size": 1}),
-        (2, 1, LIMITED),
+        (2, 1, CLIPPED),
         pytest.param(4, 1, {}, marks=pytest.mark.slow),
         pytest.param(4, 2, {"shard_within": "node"}, marks=pytest.mark.slow),
         (4, 4, {"shard_within": "node"}),
     ],
-    ids=["accumulated", "limited", "four", "two nodes", "four nodes"],
+    ids=["accumulated", "clipped", "four", "two nodes", "four nodes"],
 )
-def test_other_partitions_differ_in_rounding_alone(
+def test_other_numbers_of_processes_differ_only_in_rounding(
     setting: Setting, tmp_path: Path, processes: int, nodes: int, options: dict[str, Any]
 ) -> None:
-    """Of AdamW's steps of 1e-4, at most a hundredth; over the end of an epoch, too.
+    """The difference is at most a hundredth of AdamW's steps of 1e-4, also after an epoch's end.
 
-    94 windows in batches of 8: in the last step of an epoch, one of four processes has nothing.
+    With 94 windows in batches of 8, one of four processes has no row in an epoch's last step.
     """
     common: dict[str, Any] = {"epochs": 2, "max_steps": 14, "schedule": "constant", **options}
     run(setting, tmp_path / "one", **common)
@@ -278,10 +278,10 @@ def test_other_partitions_differ_in_rounding_alone(
     assert difference(tmp_path / "many", tmp_path / "one") < 1e-6
 
 
-def test_the_teacher_scores_a_step_before_the_student_learns_from_it(
+def test_a_sharded_teacher_scores_several_micro_batches_in_one_pass(
     narrow: Setting, tmp_path: Path
 ) -> None:
-    """Two micro-batches in one pass, whose rows are then given back one by one."""
+    """The teacher scores two micro-batches in one pass; each then gets its rows."""
     relations = AttentionRelationsTerm(kind="attention_relations", heads=2, weight=0.1)
     objective = ObjectiveRecipe(terms=[*HIDDEN.terms, relations])
     options: dict[str, Any] = {"micro_batch_size": 1, "max_steps": 2}
@@ -295,7 +295,7 @@ DIVIDED, PLAIN, ALONE = (2, "both"), (2, "none"), (1, "auto")
 
 @pytest.mark.parametrize("before", [DIVIDED, PLAIN, ALONE], ids=["sharded", "plain", "alone"])
 @pytest.mark.parametrize("after", [DIVIDED, PLAIN, ALONE], ids=["sharded", "plain", "alone"])
-def test_a_training_resumes_with_other_processes_and_sharding(
+def test_training_resumes_with_other_processes_and_sharding(
     narrow: Setting, tmp_path: Path, before: tuple[int, str], after: tuple[int, str]
 ) -> None:
     options: dict[str, Any] = {"checkpoint_every": 2, "keep_checkpoints": 3, "schedule": "constant"}
@@ -313,10 +313,10 @@ def test_a_training_resumes_with_other_processes_and_sharding(
 
 @pytest.mark.parametrize("before", [DIVIDED, ALONE], ids=["sharded", "alone"])
 @pytest.mark.parametrize("after", [DIVIDED, ALONE], ids=["sharded", "alone"])
-def test_an_economical_training_resumes_anywhere_bit_for_bit(
+def test_compact_training_resumes_bit_for_bit_with_other_sharding(
     narrow: Setting, tmp_path: Path, before: tuple[int, str], after: tuple[int, str]
 ) -> None:
-    """A step has two windows, whose gradients are added alike in one process and in two."""
+    """A step has two windows, whose gradients are summed identically in one and two processes."""
     options: dict[str, Any] = {"checkpoint_every": 2, "keep_checkpoints": 3, "schedule": "constant"}
     options |= {"weights": "bfloat16", "precision": "auto", "optimizer": "adamw_8bit"}
     options |= {"micro_batch_size": 1, "batch_size": 2, "learning_rate": 1e-3}
@@ -339,8 +339,10 @@ SHORT: dict[str, Any] = {
 }
 
 
-def test_a_killed_process_loses_nothing(narrow: Setting, tmp_path: Path) -> None:
-    """Once while a checkpoint is written, and once between two; then the same command."""
+def test_training_resumes_bit_for_bit_after_killed_processes(
+    narrow: Setting, tmp_path: Path
+) -> None:
+    """It is killed while a checkpoint is written and between two; then the run resumes."""
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     in_processes(2, narrow, undisturbed, HIDDEN, shard="both", **SHORT)
     for step, victim in ((2, 1), (6, 0)):
@@ -356,7 +358,7 @@ def test_a_killed_process_loses_nothing(narrow: Setting, tmp_path: Path) -> None
     assert difference(killed, undisturbed) == 0
 
 
-def test_a_checkpoint_with_a_damaged_part_is_set_aside(narrow: Setting, tmp_path: Path) -> None:
+def test_a_checkpoint_with_a_damaged_shard_is_set_aside(narrow: Setting, tmp_path: Path) -> None:
     undisturbed, damaged = tmp_path / "undisturbed", tmp_path / "damaged"
     in_processes(2, narrow, undisturbed, shard="both", **SHORT)
     in_processes(2, narrow, damaged, shard="both", **{**SHORT, "max_steps": 6})

@@ -1,4 +1,4 @@
-"""The rows of each step: a share of own windows, the same for any number of processes."""
+"""The rows of each step include a share of own text, for any number of processes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def rows(**changes: Any) -> StepRows:
 
 
 @pytest.mark.parametrize("share", [1e-6, 0.1, 0.25, 1 / 3, 0.5, 0.7, 1.0])
-def test_the_share_is_of_rows_in_each_step(share: float) -> None:
-    """Not a coin for each batch: every step has the same number, up to one."""
+def test_every_step_has_the_share_of_own_windows(share: float) -> None:
+    """The share is not drawn at random: the counts of two steps differ by at most one."""
     plan = rows(share=share)
     counts = [len(plan.own_windows(step)) for step in range(200)]
     assert max(counts) - min(counts) <= 1
@@ -29,7 +29,7 @@ def test_the_share_is_of_rows_in_each_step(share: float) -> None:
         assert len(plan.data_rows(step)) + len(plan.own_windows(step)) == 8
 
 
-def test_data_come_in_the_order_of_a_plain_run() -> None:
+def test_data_rows_have_the_order_of_a_plain_run() -> None:
     plain = ProcessBatches(21, 4, process=0, processes=1, seed=3)
     order = [row for epoch in (0, 1) for row in _epoch(plain, epoch)]
     found = [row for step in range(10) for row in rows().data_rows(step)]
@@ -42,7 +42,7 @@ def _epoch(sampler: ProcessBatches, epoch: int) -> list[int]:
     return [row for batch in sampler for row in batch]
 
 
-def test_windows_are_filled_with_prompts_that_fit_with_their_answers() -> None:
+def test_windows_are_filled_with_prompts_and_room_for_their_answers() -> None:
     plan = rows()
     number = 0
     for step in range(12):
@@ -58,13 +58,13 @@ def test_windows_are_filled_with_prompts_that_fit_with_their_answers() -> None:
         assert sorted(prompts[start : start + 7]) == list(range(7))
 
 
-def test_samples_of_a_prompt_follow_each_other() -> None:
+def test_samples_of_a_prompt_are_consecutive() -> None:
     prompts = [slot.prompt for slot in rows(samples=3).slots(0, 6)]
     for start in range(0, len(prompts) - 2, 3):
         assert len(set(prompts[start : start + 3])) == 1
 
 
-def test_a_cold_start_has_data_alone() -> None:
+def test_steps_of_a_cold_start_have_only_data() -> None:
     plan = rows(share=1.0, cold_steps=3)
     assert [len(plan.own_windows(step)) for step in range(5)] == [0, 0, 0, 8, 8]
     assert [len(plan.data_rows(step)) for step in range(5)] == [8, 8, 8, 0, 0]
@@ -74,7 +74,7 @@ def test_a_cold_start_has_data_alone() -> None:
 @pytest.mark.parametrize("share", [0.3, 0.5, 1.0])
 @pytest.mark.parametrize("cold_steps", [0, 2])
 @pytest.mark.parametrize(("size", "processes"), [(1, 1), (8, 1), (2, 2), (1, 4), (4, 2)])
-def test_every_row_of_a_step_is_in_one_process(
+def test_every_row_of_a_step_is_in_exactly_one_process(
     share: float, cold_steps: int, size: int, processes: int
 ) -> None:
     plan = rows(share=share, cold_steps=cold_steps)

@@ -1,4 +1,4 @@
-"""What training computes: the reference's loss, whatever the partition into batches and ranks."""
+"""The loss and weights of training match references, however rows are split into batches."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def run(
 
 
 def assert_close(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    """AdamW's first steps are near ±lr per weight, so a wrong gradient would show at once."""
+    """AdamW's first steps are close to ±lr per weight, so that a wrong gradient is visible."""
     assert left.keys() == right.keys()
     for name in left:
         torch.testing.assert_close(left[name], right[name], rtol=1e-4, atol=2e-6, msg=name)
 
 
 def reference_losses(setting: Setting, rows: range) -> tuple[float, float, int]:
-    """KL and cross-entropy summed token by token in float64, and the tokens."""
+    """KL and cross-entropy summed token by token in float64, and the number of tokens."""
     assert setting.teacher is not None
     student = load_model(setting.student, dtype=torch.float64)
     teacher = load_model(setting.teacher, dtype=torch.float64)
@@ -73,7 +73,7 @@ def reference_losses(setting: Setting, rows: range) -> tuple[float, float, int]:
     for row in rows:
         window = setting.windows[row]
         batch: dict[str, Any] = {k: window[k][None] for k in ("input_ids", "position_ids")}
-        # With a cache, transformers would let packed documents see each other.
+        # With a KV cache, transformers would let packed documents attend to each other.
         batch["use_cache"] = False
         with torch.no_grad():
             log_q = student(**batch).logits[0].log_softmax(-1)
@@ -88,7 +88,7 @@ def reference_losses(setting: Setting, rows: range) -> tuple[float, float, int]:
     return kl, cross_entropy, tokens
 
 
-def test_the_first_steps_loss_is_the_token_mean_of_the_reference(
+def test_the_loss_of_the_first_step_is_the_token_mean_of_the_reference(
     setting: Setting, tmp_path: Path
 ) -> None:
     terms: list[ObjectiveTerm] = [
@@ -114,7 +114,9 @@ def test_the_first_steps_loss_is_the_token_mean_of_the_reference(
 
 
 @pytest.mark.parametrize("micro", [1, 2, 4])
-def test_accumulation_changes_nothing(setting: Setting, tmp_path: Path, micro: int) -> None:
+def test_gradient_accumulation_does_not_change_the_weights(
+    setting: Setting, tmp_path: Path, micro: int
+) -> None:
     whole = run(setting, tmp_path / "whole", micro_batch_size=8)
     parts = run(setting, tmp_path / "parts", micro_batch_size=micro)
     assert_close(parts, whole)
@@ -126,9 +128,9 @@ def test_accumulation_changes_nothing(setting: Setting, tmp_path: Path, micro: i
 
 
 def test_two_processes_take_the_same_steps_as_one(narrow: Setting, tmp_path: Path) -> None:
-    """As under torchrun, with gloo: the same gradient norms, held-out values and final weights.
+    """Gradient norms, held-out values, and final weights are equal, as under torchrun with gloo.
 
-    With a learned map of hidden states, whose gradients must be averaged as well.
+    A term on hidden states has a learned projection, whose gradients must be averaged as well.
     """
     hidden = HiddenStatesTerm(kind="hidden_states", weight=0.1)
     objective = ObjectiveRecipe(terms=[LogitsTerm(), hidden])
@@ -155,7 +157,7 @@ def test_two_processes_take_the_same_steps_as_one(narrow: Setting, tmp_path: Pat
             assert a[key] == pytest.approx(b[key], rel=1e-4), key
 
 
-def test_heldout_kl_is_the_reference(setting: Setting, tmp_path: Path) -> None:
+def test_heldout_kl_matches_the_reference(setting: Setting, tmp_path: Path) -> None:
     swapped = Setting(setting.student, setting.teacher, setting.heldout, setting.heldout)
     run(swapped, tmp_path, learning_rate=1e-12, max_steps=1, evaluate_every=1)
     kl, cross_entropy, tokens = reference_losses(swapped, range(len(setting.heldout)))
@@ -186,7 +188,7 @@ def test_training_without_a_teacher_is_plain_fine_tuning(setting: Setting, tmp_p
     assert not any("heldout_kl" in row for row in rows)
 
 
-def test_early_stop_ends_training_without_improvement(setting: Setting, tmp_path: Path) -> None:
+def test_early_stop_ends_training_that_does_not_improve(setting: Setting, tmp_path: Path) -> None:
     run(
         setting,
         tmp_path,
@@ -212,8 +214,10 @@ def test_schedules_warm_up_and_decay_as_named(
     assert (rates[-1] == max(rates)) == (schedule == "constant")
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_step(setting: Setting, tmp_path: Path) -> None:
-    steep = {"learning_rate": 1e30, "max_grad_norm": 1e30}  # no recipe may have them
+def test_a_loss_that_is_not_finite_stops_training_and_names_the_step(
+    setting: Setting, tmp_path: Path
+) -> None:
+    steep = {"learning_rate": 1e30, "max_grad_norm": 1e30}  # recipes do not accept such values
     settings = section(max_steps=5, warmup=0).model_copy(update=steep)
     with pytest.raises(TrainingError, match="not finite at step"):
         train(
@@ -259,7 +263,7 @@ def test_every_file_of_the_result_is_a_plain_checkpoint(setting: Setting, tmp_pa
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
     assert not any(name.endswith((".bin", ".pt")) for name in names)
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    assert config["use_cache"] is True  # transformers trains without, and would generate slowly
+    assert config["use_cache"] is True  # training turns it off, but generation needs it
 
 
 @dataclass
@@ -273,7 +277,9 @@ class Since523:
 
 
 @pytest.mark.parametrize("arguments", [Before523, Since523, TrainingArguments])
-def test_activation_checkpointing_has_the_name_that_transformers_gives_it(arguments: Any) -> None:
+def test_the_key_for_activation_checkpointing_exists_in_every_transformers_version(
+    arguments: Any,
+) -> None:
     assert checkpointing_key(arguments) in {field.name for field in fields(arguments)}
 
 
@@ -285,7 +291,7 @@ class StoppedError(Exception):
 def test_attention_is_chosen_by_the_device_that_it_runs_on(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    """Both models are loaded on the CPU; the trainer then moves them."""
+    """Both models are loaded on the CPU, and the trainer moves them to its device."""
     used = []
 
     def stop(trainer: DistillationTrainer, *_: object) -> None:

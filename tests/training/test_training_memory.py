@@ -1,4 +1,4 @@
-"""A training step's memory: the teacher leaves it while the student is trained."""
+"""Memory of a training step: the teacher's weights are dropped while the student is trained."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ from tests.teachers.test_mapped_weights import PAGES, pages, resident_pages
 from tests.training.conftest import Setting
 
 pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or not os.access(PAGES, os.R_OK), reason="no pagemap here"
+    sys.platform != "linux" or not os.access(PAGES, os.R_OK),
+    reason="needs a readable /proc/self/pagemap",
 )
 TOKENS, WINDOWS = 256, 8
 WIDTH, VOCABULARY = 576, 16384
 
 
 def trained(setting: Setting) -> tuple[list[Tensor], LocalTeacher]:
-    """The student's weights, and the teacher after the training."""
+    """The trained student's weights, and the teacher after training."""
     student, teacher = Student.load(setting.student), setting.load_teacher()
     assert teacher is not None
     recipe = TrainRecipe(batch_size=8, micro_batch_size=4, precision="float32", max_steps=2)
@@ -51,7 +52,7 @@ def test_the_teachers_mapped_layers_are_in_memory_only_while_they_run(
     weights, teacher = trained(setting)
     layers = [*teacher.model.model.layers.parameters()]
     all_pages = sum(map(pages, layers))
-    # Linux maps some pages around one that is used, and the head is next to the layers.
+    # Linux also maps pages next to those that are used, and the head follows the layers.
     assert all_pages > 1000
     assert resident_pages(layers) < 50
     monkeypatch.setattr(MappedWeights, "release", lambda self: None)
@@ -82,7 +83,7 @@ def model(ffn_size: int) -> Any:
 
 
 def measured(folder: Path) -> dict[str, int]:
-    """Bytes of the peak while two steps are trained, and of what there was before."""
+    """Peak memory in bytes while two steps are trained, and the memory before."""
     from bench.peer_own import Chunks
 
     from stillhouse.hardware import peak_memory_bytes, reset_peak_memory, tune_allocator
@@ -100,9 +101,9 @@ def measured(folder: Path) -> dict[str, int]:
 
 
 @pytest.mark.slow
-def test_a_training_takes_the_students_own_memory_and_little_else(tmp_path: Path) -> None:
-    """Weights, gradients, two moments, and what the loss needs, with 15% more for activations and
-    gaps in the heap. That is less than the teacher."""
+def test_training_takes_little_more_memory_than_the_students_own(tmp_path: Path) -> None:
+    """The limit is weights, gradients, two moments, and what the loss needs, plus 15% for
+    activations and gaps in the heap. That margin is smaller than the teacher."""
     sizes = {}
     for name, ffn_size in (("student", 1024), ("teacher", 1536)):
         made = model(ffn_size)
@@ -114,8 +115,8 @@ def test_a_training_takes_the_students_own_memory_and_little_else(tmp_path: Path
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    own = 4 * sizes["student"]  # weights, gradients and two moments
+    own = 4 * sizes["student"]  # weights, gradients, and two moments
     logits = 2 * 4 * TOKENS * VOCABULARY
-    heads = 3 * 4 * WIDTH * VOCABULARY  # the gradients of head and embeddings, the teacher's head
+    heads = 3 * 4 * WIDTH * VOCABULARY  # gradients of head and embeddings, and the teacher's head
     libraries = 100e6
     assert found["peak"] - found["start"] <= 1.15 * (own + logits + heads + libraries), found

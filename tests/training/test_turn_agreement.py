@@ -1,4 +1,4 @@
-"""Both models must stop at the same tokens, and read the same template."""
+"""Teacher and student must end turns with the same token; different templates are reported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def test_equal_tokenizers_agree() -> None:
     assert differing_template(tiny.tokenizer(), tiny.tokenizer()) is None
 
 
-def test_models_that_stop_at_different_tokens_are_refused() -> None:
+def test_models_that_stop_at_different_tokens_are_rejected() -> None:
     other = tiny.tokenizer()
     other.chat_template = tiny.CHAT_TEMPLATE.replace("<|end|>", "<|system|>")
     other.eos_token = "<|system|>"
@@ -25,7 +25,7 @@ def test_models_that_stop_at_different_tokens_are_refused() -> None:
     require_same_end(None, other)
 
 
-def test_another_template_is_found() -> None:
+def test_a_different_template_is_described() -> None:
     other = tiny.tokenizer()
     other.chat_template = tiny.CHAT_TEMPLATE.replace("<|assistant|>", "<|assistant|>: ")
     assert "to the teacher" in (differing_template(tiny.tokenizer(), other) or "")
