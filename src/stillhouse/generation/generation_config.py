@@ -109,7 +109,7 @@ class TextTeacher(Section):
 
 
 class BudgetRecipe(Section):
-    """Limits on all answers for this recipe, over all runs."""
+    """Limits on all answers to this recipe's requests, over all runs."""
 
     max_usd: Usd | None = None
     max_tokens: TokensOrZero | None = Field(
