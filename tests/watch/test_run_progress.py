@@ -121,6 +121,23 @@ def test_steps_of_a_recorded_run_are_in_its_file(tmp_path: Path) -> None:
     assert names(folder.root) == [("data", "failed"), ("train", "waiting")]  # no stage was added
 
 
+@pytest.mark.parametrize(
+    ("error", "state"), [(ValueError("a bug"), "failed"), (KeyboardInterrupt(), "stopped")]
+)
+def test_a_step_that_a_signal_ends_has_not_failed(
+    tmp_path: Path, error: BaseException, state: str
+) -> None:
+    folder = run_folders.begun(tmp_path / "run")
+
+    def work() -> None:
+        with recorded(folder, tmp_path), recorded_step(folder, "data", "data-key"):
+            raise error
+
+    with pytest.raises(type(error)):
+        work()
+    assert names(folder.root) == [("data", state)]
+
+
 def test_steps_of_a_run_that_is_not_recorded_are_not_written(tmp_path: Path) -> None:
     folder = run_folders.begun(tmp_path)
     expect_steps(folder, ["data"])

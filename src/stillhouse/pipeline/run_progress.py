@@ -28,7 +28,7 @@ PROGRESS = ".progress.json"
 WRITE_SECONDS = 1.0
 """The minimum time between two writes while a step is working."""
 
-StepState = Literal["waiting", "working", "done", "reused", "failed"]
+StepState = Literal["waiting", "working", "done", "reused", "failed", "stopped"]
 RunState = Literal["running", "finished", "failed", "stopped"]
 
 
@@ -129,10 +129,11 @@ class ProgressFile:
         self.write()
         return step
 
-    def end(self, step: StepProgress, stage: Stage | None) -> None:
-        """Record that a step has ended. stage: None if the step failed."""
+    def end(self, step: StepProgress, stage: Stage | None, without: StepState = "failed") -> None:
+        """Record that a step has ended. stage: None if the step did not finish. without: the step's
+        state in that case."""
         step.seconds = self.clock() - step.began
-        step.state = "failed"
+        step.state = without
         if stage is not None:
             step.state = "reused" if stage.reused else "done"
             step.seconds = stage.cost.seconds
@@ -204,7 +205,11 @@ def recorded_step(folder: RunFolder, name: str, stage: str) -> Iterator[list[Sta
         yield finished
         return
     file, step = _file, _file.begin(folder.links, name, stage)
+    without: StepState = "failed"
     try:
         yield finished
+    except BaseException as error:
+        without = "failed" if isinstance(error, Exception) else "stopped"  # by a signal
+        raise
     finally:
-        file.end(step, finished[0] if finished else None)
+        file.end(step, finished[0] if finished else None, without)

@@ -37,7 +37,8 @@ CHATS = {
     "generate": "Enter a text; the teacher and the student answer it with the recipe's prompt.",
     "classify": "Enter a text; the teacher and the student label it.",
 }
-MARKS = {"waiting": "○", "working": "◐", "done": "●", "reused": "●", "failed": "✕"}
+MARKS = {"waiting": "○", "working": "◐", "done": "●", "reused": "●"}
+MARKS |= dict.fromkeys(("failed", "stopped"), "✕")
 _EVALUATIONS: dict[str, type[Saved]] = {
     "language model": Evaluation,
     "family": Evaluation,
@@ -95,10 +96,11 @@ def _render(template: str, **values: object) -> str:
 
 
 def current_step(run: WatchedRun) -> str:
-    """Name the working or failed step and its member; otherwise, the number of finished steps."""
+    """Name the step that is working, failed, or was stopped, and its member; otherwise, the number
+    of finished steps."""
     for part in reversed(run.parts):
         for step in part.steps:
-            if step.state in ("working", "failed"):
+            if step.state in ("working", "failed", "stopped"):
                 return f"{part.name}: {step.name}" if part.name else step.name
     finished = sum(part.finished for part in run.parts)
     return f"{finished} steps" if finished != 1 else "1 step"
