@@ -22,7 +22,7 @@ def control_strings(ids: Any, tokenizer: Any) -> list[str]:
 
 
 def test_text_stays_text_with_thousands_of_control_tokens() -> None:
-    """As in models of speech and images, which have a token for each sound, for example."""
+    """Speech and image models have many: for example, one for each sound."""
     tokenizer = byte_level(CHATML)
     tokenizer.add_tokens([AddedToken(f"<|sound_{n}|>", special=True) for n in range(5000)])
     for sound in ("<|sound_0|>", "<|sound_4999|>"):

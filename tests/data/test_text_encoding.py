@@ -77,7 +77,7 @@ def test_a_file_with_a_byte_order_mark_is_read(
     assert row == {"text": "héllo 你", "label": "a"}
 
 
-def test_the_fix_for_a_file_in_two_encodings_is_not_to_convert_it(tmp_path: Path) -> None:
+def test_a_file_in_two_encodings_is_rejected_with_the_line_to_correct(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes("été\n".encode() + "café\n".encode("latin-1"))
     error = refused(path)

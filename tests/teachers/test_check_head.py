@@ -21,7 +21,7 @@ from tests.teachers.toys import CONFIGS, save_model, tiny_model
 
 @pytest.fixture
 def doubled_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes Llama models double their logits, which no configuration key says."""
+    """Makes Llama models double their logits, without a configuration key for it."""
     forward = LlamaForCausalLM.forward
 
     def doubling(self, *args, **kwargs):  # type: ignore[no-untyped-def]

@@ -178,7 +178,7 @@ def test_keys_without_effect_are_accepted(llama: Path) -> None:
 
 @pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
 def test_a_rope_scaling_factor_without_a_type_is_linear(llama: Path, key: str) -> None:
-    """llama.cpp reads it so, and converters of 2023 wrote it so."""
+    """Converters of 2023 wrote such files, and llama.cpp reads them as linear."""
     rope = config(converted(edited(llama, {f"llama.{key}": 4.0})))["rope_parameters"]
     assert (rope["rope_type"], rope["factor"]) == ("linear", 4.0)
 

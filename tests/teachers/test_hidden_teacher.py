@@ -85,7 +85,7 @@ def test_a_server_fills_the_same_store_as_a_local_teacher(
     assert sum(len(ids) for request in server.asked for ids in request["input"]) == 3 * (9 + 13)
 
 
-def test_with_a_head_it_answers_like_a_local_teacher(server: PoolingServer) -> None:
+def test_a_served_teacher_with_a_head_answers_like_a_local_one(server: PoolingServer) -> None:
     """It gives complete distributions during training, so that no store is needed."""
     local = LocalTeacher(server.model)
     batch = batch_of(TwoDocuments())
@@ -97,7 +97,7 @@ def test_with_a_head_it_answers_like_a_local_teacher(server: PoolingServer) -> N
     torch.testing.assert_close(found.layers[LAST], expected.layers[LAST], rtol=1e-5, atol=1e-5)
 
 
-def test_it_trains_a_student_like_a_local_teacher(tmp_path: Path) -> None:
+def test_training_with_served_hidden_states_matches_a_local_teacher(tmp_path: Path) -> None:
     """The term is reverse KL at temperature 2, which needs more than the top tokens."""
     words, folder = tiny.tokenizer(), tiny.save_model(tmp_path / "teacher")
     lines = tiny.text(60).splitlines()

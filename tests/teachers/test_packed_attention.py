@@ -1,4 +1,4 @@
-"""Packed attention matches masked SDPA, and when each attention implementation is chosen."""
+"""Packed attention matches masked SDPA, and is chosen only where it works."""
 
 from __future__ import annotations
 

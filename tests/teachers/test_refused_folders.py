@@ -243,7 +243,7 @@ def test_settings_for_outputs_are_ignored(folder: Path) -> None:
 
 
 def test_an_end_token_that_the_tokenizer_lacks_is_rejected(folder: Path) -> None:
-    """transformers would add it after the others, where the model has no row or padding."""
+    """transformers would add it after the others, where the model has no row, or only padding."""
     edit(folder, "tokenizer_config.json", eos_token="<end>")
     with pytest.raises(ModelError, match="'<end>' is not in tokenizer"):
         load_tokenizer(folder)

@@ -109,7 +109,7 @@ def test_long_windows_and_other_implementations_are_unchanged() -> None:
     assert not use_short_attention(eager, context=20, device=CPU)
 
 
-def test_the_saved_config_does_not_name_it(tmp_path: Path) -> None:
+def test_the_saved_config_does_not_name_short_attention(tmp_path: Path) -> None:
     model = made(CONFIGS["llama"])
     use_short_attention(model, context=20, device=CPU)
     model.save_pretrained(tmp_path)

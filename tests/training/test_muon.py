@@ -33,7 +33,7 @@ def of_matrices(weight: nn.Parameter, products: torch.dtype = torch.float32) -> 
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16)])
-def test_it_matches_the_muon_of_torch(shape: tuple[int, int]) -> None:
+def test_updates_match_the_muon_of_torch(shape: tuple[int, int]) -> None:
     """torch's Muon computes its matrix products in bfloat16."""
     ours, theirs = start(*shape), start(*shape)
     steps([ours], of_matrices(ours, torch.bfloat16))

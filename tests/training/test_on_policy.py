@@ -143,7 +143,7 @@ def killed_in(phase: str, setting: Setting, out: Path) -> None:
 def test_a_run_that_is_killed_in_every_phase_gives_the_same_weights(
     setting: Setting, tmp_path: Path
 ) -> None:
-    """Windows have three steps and checkpoints two, so that runs also resume inside windows."""
+    """Windows have three steps, but checkpoints are two apart: it also resumes inside windows."""
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     work = partial(run, setting, undisturbed, {**HALF, "window": 3}, **STEPS)
     assert forks.Fork(work).wait() == 0

@@ -128,7 +128,7 @@ def test_two_processes_give_the_weights_of_one_bit_for_bit(
 
 
 def run_offloaded(setting: Setting, out: Path, **changes: Any) -> None:
-    """Uses FSDP2's offload policy for a GPU, but without pinned memory, which needs one."""
+    """Uses FSDP2's offload policy for a GPU, but without pinned memory, which needs CUDA."""
     forks.patch(fsdp, "CPUOffloadPolicy", partial(CPUOffloadPolicy, pin_memory=False))
     forks.patch(sharded_teacher, "default_device", lambda: torch.device("cuda"))
 
@@ -342,7 +342,7 @@ SHORT: dict[str, Any] = {
 def test_training_resumes_bit_for_bit_after_killed_processes(
     narrow: Setting, tmp_path: Path
 ) -> None:
-    """It is killed while a checkpoint is written and between two; then the run resumes."""
+    """One is killed while a checkpoint is written, another between two; then the run resumes."""
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     in_processes(2, narrow, undisturbed, HIDDEN, shard="both", **SHORT)
     for step, victim in ((2, 1), (6, 0)):
