@@ -153,6 +153,23 @@ def test_a_model_that_would_not_fit_is_not_loaded(
         assert "1.00\N{NO-BREAK SPACE}kB are free" in last(found, role, "error")
 
 
+@pytest.mark.parametrize(("full", "kind"), [("cuda", "GPU memory"), ("cpu", "memory")])
+def test_a_model_on_a_gpu_has_to_fit_into_both_memories(
+    full: str, kind: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(chat_models, "default_device", lambda: gpu)
+
+    def free(device: torch.device) -> int:
+        return 1000 if device.type == full else 1 << 40
+
+    monkeypatch.setattr(chat_models, "free_memory_bytes", free)
+    found = events(ChatModels(), request(root))
+    for role in chat_models.ROLES:
+        error = last(found, role, "error").replace("\N{NO-BREAK SPACE}", " ")
+        assert f"of {kind}, but only 1.00 kB are free" in error
+
+
 def test_running_out_of_memory_unloads_the_models(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

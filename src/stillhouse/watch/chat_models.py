@@ -148,17 +148,23 @@ def _teacher(recipe: AnyRecipe, base: Path) -> ModelSource:
 
 
 def _loaded(source: ModelSource) -> tuple[Any, Any]:
-    """Load a model onto its device, and its tokenizer. Raises ModelError if it would not fit."""
+    """Load a model onto its device, and its tokenizer. Raises ModelError if it would not fit.
+
+    A GPU's model is first loaded into host memory, so it has to fit there, too.
+    """
     device = default_device()
     dtype = choose_precision("auto", device).dtype
     need = count_parameters(model_without_weights(source)).total * dtype.itemsize
-    free = free_memory_bytes("cpu")
-    if need > free:
-        raise ModelError(
-            f"this model needs {text.size(need)} of memory, but only {text.size(free)} are free",
-            where=source.path,
-            fix="close other programs, or wait until training finishes",
-        )
+    for place in dict.fromkeys((device, torch.device("cpu"))):
+        free = free_memory_bytes(place)
+        if need > free:
+            kind = "memory" if place.type == "cpu" else "GPU memory"
+            raise ModelError(
+                f"this model needs {text.size(need)} of {kind}, but only {text.size(free)} are "
+                "free",
+                where=source.path,
+                fix="close other programs, or wait until training finishes",
+            )
     return load_model(source, dtype=dtype).to(device), load_tokenizer(source)
 
 
