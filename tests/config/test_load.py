@@ -144,7 +144,7 @@ def test_overrides_reach_any_depth_and_keep_their_type(tmp_path: Path) -> None:
     ("override", "expected"),
     [
         ("train.learning_rate", "not of the form a.b=c"),
-        ("data.sources.7.limit=3", "list of 1 items"),
+        ("data.sources.7.limit=3", "use an index from 0 to 0, or set the entire list"),
         ("train.lr=1", "--set train.lr"),
         ("seed=x", "--set seed"),
     ],
@@ -153,6 +153,12 @@ def test_the_error_for_a_wrong_override_names_it(
     tmp_path: Path, override: str, expected: str
 ) -> None:
     assert expected in message(write(tmp_path, SMALLEST), [override])
+
+
+def test_an_empty_list_has_no_index_to_override(tmp_path: Path) -> None:
+    found = message(write(tmp_path, SMALLEST), ["train.teachers=[]", "train.teachers.0=org/name"])
+    assert "`train.teachers` is a list of 0 items" in found
+    assert "set the entire list: --set train.teachers=[...]" in found
 
 
 def test_text_that_looks_like_a_number_stays_text(tmp_path: Path) -> None:

@@ -127,6 +127,16 @@ def test_a_file_is_read_after_following_the_fix(tmp_path: Path) -> None:
         assert list(read_rows(tmp_path / "once-d.jsonl.gz"))
 
 
+def test_the_fix_for_a_file_that_is_compressed_twice_keeps_braces_in_its_name(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "part-{0}-{all}.jsonl.gz"
+    path.write_bytes(gzip.compress(gzip.compress(ROW)))
+    fix = str(refused(path).fix)
+    assert f"'{path}' > " in fix
+    assert "once-part-{0}-{all}.jsonl.gz" in fix
+
+
 def test_a_json_file_may_have_an_object_per_line(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf\n" + ROW + b'\n{"text": "b"}\n')
     where = f"{tmp_path / 'a.json'}:"

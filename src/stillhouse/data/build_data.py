@@ -232,17 +232,19 @@ def _fit(
 def _reject_empty(taken: Records, pool: Pool, section: WindowsRecipe) -> None:
     if len(taken):
         return
-    reasons = {
-        f"{pool.overlap_removed:,} documents are also in the held-out text": pool.overlap_removed,
-        f"{pool.rows_dropped:,} rows are longer than the context of {section.context:,}": (
-            pool.rows_dropped
-        ),
-    }
-    why = "; ".join(reason for reason, count in reasons.items() if count)
+    reasons, fixes = [], []
+    if pool.overlap_removed:
+        reasons.append(f"{pool.overlap_removed:,} documents are also in the held-out text")
+        fixes.append("use different text in data.sources and data.heldout_sources")
+    if pool.rows_dropped:
+        reasons.append(
+            f"{pool.rows_dropped:,} rows are longer than the context of {section.context:,}"
+        )
+        fixes.append("raise data.context, or set data.long_rows: truncate")
     raise DataError(
-        f"No text is left to use: {why or 'the sources are empty'}",
+        f"No text is left to use: {'; '.join(reasons) or 'the sources are empty'}",
         where="data",
-        fix="use different sources, or raise data.context",
+        fix="; ".join(fixes) or "use different sources",
     )
 
 

