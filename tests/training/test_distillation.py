@@ -24,8 +24,10 @@ from stillhouse.signals import ChunkSignal
 from stillhouse.students.student import Student
 from stillhouse.teachers.local_teacher import LocalTeacher
 from stillhouse.teachers.several_teachers import SeveralTeachers
+from stillhouse.teachers.teacher import OUTPUT_ONLY, TeacherView
+from stillhouse.training import score_step as scoring
 from stillhouse.training.distillation import Distillation
-from stillhouse.training.score_step import split_chunks
+from stillhouse.training.score_step import score_step, split_chunks
 from stillhouse.training.train import TrainingResult, train
 from stillhouse.training.train_config import TrainRecipe
 from stillhouse.training.trainer import DistillationTrainer
@@ -246,3 +248,28 @@ def test_chunks_are_split_with_their_rows() -> None:
     assert (second.rows_P.tolist(), second.chunk_P.tolist()) == ([0, 1, 2], [0, 0, 1])
     assert second.log_probs_C.tolist() == [-2.0, -3.0]
     assert split_chunks(None, [4, 3]) == [None, None]
+
+
+@pytest.mark.parametrize("together", [1, 1 << 20])
+@pytest.mark.parametrize("count", [1, 3])
+def test_answers_of_a_step_wait_in_host_memory(
+    setting: Setting, together: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With several micro-batches, the answers must not add up in the GPU's memory."""
+    host, moves = torch.device("cpu", 0), list[torch.device]()
+    moved = scoring._moved
+
+    def recorded(view: TeacherView, device: torch.device) -> TeacherView:
+        moves.append(device)
+        return moved(view, device)
+
+    monkeypatch.setattr(scoring, "HOST", host)
+    monkeypatch.setattr(scoring, "_moved", recorded)
+    teacher = setting.load_teacher()
+    assert teacher is not None
+    monkeypatch.setattr(teacher, "tokens_together", together)
+    batches = [collate([setting.windows[0]]) for _ in range(count)]
+    gpu = torch.device("cpu")
+    views = score_step(teacher, batches, OUTPUT_ONLY, gpu, rows=1)
+    next(views)
+    assert moves == [host if count > 1 else gpu] * count + [gpu]

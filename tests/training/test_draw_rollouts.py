@@ -7,10 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from stillhouse.generation.generator import TokenPrompt
 from stillhouse.generation.kv_cache import SlotCache
 from stillhouse.generation.local_generator import LocalGenerator
+from stillhouse.teachers.attention_checks import FLEX
+from stillhouse.teachers.packed_attention import NAME as PACKED_ATTENTION
+from stillhouse.teachers.packed_attention import packed_attention
 from stillhouse.teachers.short_attention import NAME, use_short_attention
 from stillhouse.training.draw_rollouts import (
     able_to_generate,
@@ -59,6 +64,17 @@ def test_modes_attention_and_random_state_are_restored() -> None:
     with pytest.raises(ZeroDivisionError), able_to_generate(model):
         raise ZeroDivisionError
     assert [module.training for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("name", [NAME, PACKED_ATTENTION, FLEX])
+def test_generation_uses_sdpa_whatever_the_windows_use(name: str) -> None:
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+    AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
+    model = student()
+    model.set_attn_implementation(name)
+    with able_to_generate(model):
+        assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == name
 
 
 def test_weights_in_bfloat16_are_float32_again_afterwards() -> None:

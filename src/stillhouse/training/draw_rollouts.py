@@ -19,11 +19,16 @@ from stillhouse.generation.rollout_config import VllmRollouts, VllmServerRollout
 from stillhouse.generation.vllm_rollouts import OpenGenerator, server_rollouts, vllm_rollouts
 from stillhouse.hardware import return_gaps
 from stillhouse.launch import process_index
+from stillhouse.teachers.attention_checks import FLEX
 from stillhouse.teachers.model_source import ModelSource
+from stillhouse.teachers.packed_attention import NAME as PACKED_ATTENTION
 from stillhouse.teachers.short_attention import NAME as SHORT_ATTENTION
 from stillhouse.training.on_policy_config import OnPolicyRecipe
 from stillhouse.training.rollouts import Rollout
 from stillhouse.training.step_rows import Slot
+
+_OF_WINDOWS = (SHORT_ATTENTION, PACKED_ATTENTION, FLEX)
+"""Attention implementations for training windows. Generation uses PyTorch's SDPA instead."""
 
 
 @contextmanager
@@ -33,12 +38,12 @@ def able_to_generate(model: Any) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     attention = model.config._attn_implementation
     model.eval()
-    if attention == SHORT_ATTENTION:
+    if attention in _OF_WINDOWS:
         model.set_attn_implementation("sdpa")
     try:
         yield
     finally:
-        if attention == SHORT_ATTENTION:
+        if attention in _OF_WINDOWS:
             model.set_attn_implementation(attention)
         for module in training:
             module.training = True

@@ -2,7 +2,7 @@
 runs.
 
 The teacher's layers are then gathered only once for many micro-batches. Only the rows that predict
-a supervised token are kept, on the host.
+a supervised token are kept: on the host, unless the step has a single micro-batch.
 
 Shapes: R windows, L tokens, N supervised rows, D hidden width.
 """
@@ -57,13 +57,16 @@ def score_step(
     kept: list[TeacherView] = []
     for start in range(0, len(batches), together):
         chunk = batches[start : start + together]
-        kept.extend(_parts(teacher.answer(join(chunk), request), chunk))
+        view = teacher.answer(join(chunk), request)
+        kept.extend(_parts(view, chunk, HOST if len(batches) > 1 else device))
     while kept:
         yield _moved(kept.pop(0), device)
 
 
-def _parts(view: TeacherView, chunk: Sequence[Batch]) -> Iterator[TeacherView]:
-    """Split an answer into the answers to the chunk's micro-batches, on the host."""
+def _parts(
+    view: TeacherView, chunk: Sequence[Batch], device: torch.device
+) -> Iterator[TeacherView]:
+    """Split an answer into the answers to the chunk's micro-batches, on the device."""
     counts = [len(positions_of(batch)) for batch in chunk]
     sizes = [len(batch["labels"]) for batch in chunk]
     signals = [_split(signal, counts) for signal in view.signals]
@@ -81,8 +84,7 @@ def _parts(view: TeacherView, chunk: Sequence[Batch]) -> Iterator[TeacherView]:
                 for block, states in attention.items()
             },
         )
-        # The answer to a single micro-batch need not wait on the host.
-        yield part if len(chunk) == 1 else _moved(part, HOST)
+        yield _moved(part, device)
 
 
 def _split(signal: Signal | ChunkSignal, counts: Sequence[int]) -> list[DenseSignal | FoldedSignal]:
