@@ -360,8 +360,13 @@ def test_a_recipe_is_overwritten_only_with_force(folder: Path) -> None:
 def test_logs_without_answers_are_rejected(folder: Path) -> None:
     path = folder / "logs.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
-    with pytest.raises(StillhouseError, match="have a text and an answer"):
+    with pytest.raises(StillhouseError, match="0 of 1 rows have a text and an answer") as caught:
         read_logs(path)
+    assert "ending with the answer" in str(caught.value.fix)
+    path.write_text('{"prompt": "hi", "completion": "hello"}\n')
+    with pytest.raises(StillhouseError, match="1 of 1 rows have a text and an answer") as caught:
+        read_logs(path)
+    assert caught.value.fix == "add more rows"
 
 
 def test_markdown_in_a_folder_is_a_separate_source(folder: Path) -> None:

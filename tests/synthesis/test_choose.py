@@ -13,7 +13,7 @@ import yaml
 
 from stillhouse.commands import synthesize_text
 from stillhouse.config.load_recipe import parse_recipe
-from stillhouse.errors import RecipeError
+from stillhouse.errors import RecipeError, RunError
 from stillhouse.generation.answer_logprobs import mean_log_probability
 from stillhouse.generation.local_generator import local_text
 from stillhouse.generation.request import Answer, Request
@@ -292,6 +292,16 @@ def test_an_answer_without_a_verdict_is_dropped_and_judged_in_the_next_run(tmp_p
         assert answers(first) == ["answer 1"] * 3
         broken = False
         assert answers(synthesized(tmp_path, stub.url, best_of)) == ["answer 2"] * 3
+
+
+def test_the_error_names_a_judges_budget_that_suffices_for_no_verdict(tmp_path: Path) -> None:
+    SAMPLES.clear()
+    with Stub(judged, models=("teacher", "judge")) as stub:
+        judge = {"api": {"base_url": stub.url, "model": "judge"}}
+        best_of = {"kind": "judge", "teacher": judge, "budget": {"max_tokens": 1}}
+        with pytest.raises(RunError, match="no answer has a verdict") as caught:
+            synthesized(tmp_path, stub.url, best_of)
+    assert str(caught.value.fix).startswith("raise synthesize.filters.best_of.budget;")
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,14 @@ def test_the_budget_counts_the_tokens_of_earlier_runs(tmp_path: Path) -> None:
     assert first.tokens <= 400
 
 
+def test_a_budget_that_suffices_for_no_request_is_the_error(tmp_path: Path) -> None:
+    with Stub(echo) as stub:
+        with pytest.raises(RunError, match="no request is answered, because the budget") as caught:
+            synthesize_text(write(tmp_path, stub.url, budget={"max_tokens": 1}))
+        assert stub.payloads == []
+    assert str(caught.value.fix).startswith("raise synthesize.budget;")
+
+
 def test_ten_copies_of_a_prompt_are_paid_for_once(tmp_path: Path) -> None:
     """Each answer takes 50 tokens; the budget is enough for two answers, but not for eleven."""
     (tmp_path / "prompts.txt").write_text("the same\n" * 10 + "another\n")

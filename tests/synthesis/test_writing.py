@@ -12,7 +12,7 @@ import yaml
 from stillhouse.check import check_recipe
 from stillhouse.commands import synthesize_text
 from stillhouse.config.load_recipe import parse_recipe
-from stillhouse.errors import DataError, RecipeError
+from stillhouse.errors import DataError, RecipeError, RunError
 from stillhouse.generation.budget import worst_case
 from stillhouse.generation.request import Request
 from stillhouse.synthesis.synthesize import Synthesis
@@ -176,6 +176,21 @@ def test_a_teacher_that_writes_no_usable_prompt_is_an_error(tmp_path: Path) -> N
     ):
         synthesize_text(write(tmp_path, stub.url, prompts))
     assert str(caught.value.where).endswith("answers.sqlite")
+
+
+def test_the_error_says_why_no_prompt_was_written(tmp_path: Path) -> None:
+    prompts = {"combine": COMBINE, "write": {"count": 5}}
+    with Stub(teacher) as stub:
+        with pytest.raises(RunError, match="used up before the teacher has written") as budget:
+            synthesize_text(write(tmp_path, stub.url, prompts, budget={"max_tokens": 1}))
+        assert stub.payloads == []
+    assert "raise synthesize.budget" in str(budget.value.fix)
+    with (
+        Stub(lambda n, p: Reply(text="What is", finish_reason="length")) as stub,
+        pytest.raises(DataError, match="wrote no usable prompt") as limit,
+    ):
+        synthesize_text(write(tmp_path, stub.url, prompts))
+    assert "raise synthesize.prompts.write.max_tokens" in str(limit.value.fix)
 
 
 def test_prompts_are_read_from_the_lines_of_an_answer() -> None:

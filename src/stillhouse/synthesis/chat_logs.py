@@ -145,7 +145,9 @@ def read_logs(path: Path) -> Logs:
             f"{len(pairs)} of {rows} rows have a text and an answer, but at least {FEWEST} are "
             "needed",
             where=path,
-            fix='write each line as {"messages": [...]}, ending with the answer',
+            fix="add more rows"
+            if len(pairs) == rows
+            else 'write each line as {"messages": [...]}, ending with the answer',
         )
     if longer:
         note(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from stillhouse.errors import DataError
+from stillhouse.errors import DataError, RunError, StillhouseError
 from stillhouse.generation.answer_logprobs import mean_log_probability
 from stillhouse.generation.answer_requests import (
     being_written,
@@ -35,6 +35,7 @@ TEXT, SUMMARY = "synthetic.jsonl", "summary.json"
 REQUESTS = "requests.txt"
 """The journal key of each row of TEXT, one per line."""
 FILTERS = "synthesize.filters"
+BUDGET, JUDGE_BUDGET = "synthesize.budget", f"{FILTERS}.best_of.budget"
 
 _PATHS = ("out", "dropped_rows", "journal")
 
@@ -120,12 +121,14 @@ def synthesize(job: SynthesisJob, folder: Path) -> Synthesis:
     Writes TEXT to the folder, with rows {"messages": [...]} in the order of the prompts, each
     ending with the answer; also REQUESTS, DROPPED, and SUMMARY. If the budget is used up, no more
     requests are sent, but the rest continues. Raises DataError for invalid prompts, or if no row is
-    left; EndpointError; ModelError; and RunError for the journal or the disk.
+    left; EndpointError; ModelError; and RunError for the journal, the disk, or a budget that
+    suffices for no row.
     """
     # An invalid filter must be found before anything is paid for.
     chosen, judge = chosen_filters(job.section.filters, job.base, FILTERS), job.judge()
     folder.mkdir(parents=True, exist_ok=True)
     judged: dict[str, Any] = {}
+    used_up: list[str] = []  # keys of budgets
     with Journal(job.journal) as journal:
         requests = SynthesisRequests(job, journal)
         teacher, writing, spent = requests.teacher, Spending(), None
@@ -134,7 +137,8 @@ def synthesize(job: SynthesisJob, folder: Path) -> Synthesis:
             writing = write_prompts(requests.writer, journal, answers)
             spent = estimate_requests(requests(), journal, teacher.price).spent + writing
         estimate, sent = send_missing(teacher, requests, journal, spent)
-        out_of_budget = sent.out_of_budget
+        if sent.out_of_budget:
+            used_up.append(BUDGET)
         if judge is not None:
             verdicts, stopped = judge.judge(lambda: chosen.groups(Rows(requests, journal)), journal)
             judged = {
@@ -143,7 +147,8 @@ def synthesize(job: SynthesisJob, folder: Path) -> Synthesis:
                 "judge_tokens": verdicts.spent.tokens,
                 "judge_usd": None if judge.teacher.price is None else verdicts.spent.usd,
             }
-            out_of_budget = out_of_budget or stopped
+            if stopped:
+                used_up.append(JUDGE_BUDGET)
             chosen = replace(chosen, chooser=judge.chooser(journal))
         rows = Rows(requests, journal)
         sieve = Sieve(chosen, folder / DROPPED)
@@ -162,24 +167,37 @@ def synthesize(job: SynthesisJob, folder: Path) -> Synthesis:
         unpriced=rows.unpriced,
         lost_tokens=rows.lost.tokens,
         lost_usd=rows.lost.usd,
-        out_of_budget=out_of_budget,
+        out_of_budget=bool(used_up),
         dropped=dict(sieve.dropped),
         **judged,
     )
     facts = json.dumps({**result.facts(), "cost": result.cost}, indent=2)
     write_atomically(folder / SUMMARY, facts)
-    if out_of_budget:
-        note("the budget is used up: raise synthesize.budget to continue")
     if kept == 0:
-        raise DataError(
-            f"no row is left: the filters dropped all {rows.answered} answers",
-            where=result.dropped_rows,
-            fix=sieve.way_out(
-                "synthesize.sampling.max_tokens",
-                f"see which rows were dropped and why, then loosen {FILTERS}",
-            ),
-        )
+        raise _no_rows(result, sieve, used_up)
+    if used_up:
+        note(f"the budget is used up: raise {' and '.join(used_up)} to continue")
     return result
+
+
+def _no_rows(result: Synthesis, sieve: Sieve, used_up: Sequence[str]) -> StillhouseError:
+    """The error if no row is left. used_up: keys of the budgets that are used up."""
+    unanswered = BUDGET in used_up and not result.answered
+    if unanswered or (JUDGE_BUDGET in used_up and result.unjudged):
+        what = "no request is answered" if unanswered else "no answer has a verdict"
+        return RunError(
+            f"no row is left: {what}, because the budget is used up",
+            where=result.journal,
+            fix=f"raise {' and '.join(used_up)}; no request is paid for twice",
+        )
+    return DataError(
+        f"no row is left: the filters dropped all {result.answered} answers",
+        where=result.dropped_rows,
+        fix=sieve.way_out(
+            "synthesize.sampling.max_tokens",
+            f"see which rows were dropped and why, then loosen {FILTERS}",
+        ),
+    )
 
 
 # --- rows ------------------------------------------------------------------------------------

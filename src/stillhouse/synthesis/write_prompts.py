@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from stillhouse.data.words import words
-from stillhouse.errors import DataError
+from stillhouse.errors import DataError, RunError, StillhouseError
 from stillhouse.generation.answer_requests import send_missing
 from stillhouse.generation.budget import Spending
 from stillhouse.generation.chat_frame import answer_text, user_turn
@@ -126,8 +126,8 @@ def write_prompts(writer: Writer, journal: Journal, answers: Spending) -> Spendi
     """Send requests until there are enough distinct prompts, or MOST_TIMES as many requests as
     needed were sent; return the cost of all requests.
 
-    answers: the cost of answers to earlier prompts, under the same budget. Raises EndpointError,
-    and DataError if there are no prompts.
+    answers: the cost of answers to earlier prompts, under the same budget. Raises EndpointError;
+    if there are no prompts, RunError if the budget is the reason, and DataError otherwise.
     """
     most, last = writer.fewest * MOST_TIMES, 0
     stopped = False
@@ -138,14 +138,29 @@ def write_prompts(writer: Writer, journal: Journal, answers: Spending) -> Spendi
         last = min(most, first + -(-lacking // writer.section.per_request))
         stopped = send_part(writer, first, last, journal, answers)
     if found == 0:
-        raise DataError(
-            "the teacher wrote no usable prompts",
-            where=journal.path,
-            fix="read its answers in the journal, then improve synthesize.prompts.combine",
-        )
+        raise _no_prompts(writer, journal, out_of_budget=stopped)
     if found < writer.section.count:
-        note(f"only {found:,} of {writer.section.count:,} distinct prompts were written")
+        why = ", because the budget is used up: raise synthesize.budget" if stopped else ""
+        note(f"only {found:,} of {writer.section.count:,} distinct prompts were written{why}")
     return spent_on_writing(writer, journal)
+
+
+def _no_prompts(writer: Writer, journal: Journal, *, out_of_budget: bool) -> StillhouseError:
+    if out_of_budget:
+        return RunError(
+            "the budget is used up before the teacher has written any usable prompt",
+            where=journal.path,
+            fix="raise synthesize.budget; no request is paid for twice",
+        )
+    answers = [journal.get(request.key) for request in writer.requests()]
+    ends = [answer.finish_reason for answer in answers if answer is not None]
+    fix = "read its answers in the journal, then improve synthesize.prompts.combine"
+    if 2 * ends.count("length") > len(ends):
+        fix = (
+            f"raise synthesize.prompts.write.max_tokens, which cut off {ends.count('length'):,} of "
+            f"its {len(ends):,} answers"
+        )
+    return DataError("the teacher wrote no usable prompts", where=journal.path, fix=fix)
 
 
 def send_part(writer: Writer, first: int, last: int, journal: Journal, answers: Spending) -> bool:
