@@ -138,6 +138,15 @@ def test_a_result_without_a_name_gets_that_of_its_function() -> None:
     assert f"forecast={OSLO}: rain" in named
 
 
+def test_a_template_without_ids_gets_the_name_of_the_function_but_no_ids() -> None:
+    template = ANY_ID.replace("={{ m.tool_call_id }}", "").replace(
+        "{{ c.id }} {{ c.function.name }} {{ c.function.arguments | tojson }}", "{{ c | tojson }}"
+    )
+    text = shown(row(None, None), byte_level(template))
+    assert "weather: rain" in text
+    assert '"id"' not in text
+
+
 def test_results_without_a_call_still_get_distinct_ids() -> None:
     alone = row(OSLO, ROME)
     del alone["messages"][1]

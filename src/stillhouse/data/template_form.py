@@ -57,9 +57,17 @@ class TemplateForm:
     def fit(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Convert the messages to the form that the template accepts."""
         fitted = [self._fit(dict(message)) for message in messages]
-        if not self.names_ids or not any(map(_has_call, fitted)):
+        if not any(map(_has_call, fitted)) or not (self.names_ids or self.writes_result_names):
             return fitted
-        return with_call_ids(fitted, form=self.id_form, names=self.writes_result_names)
+        named = with_call_ids(fitted, form=self.id_form, names=self.writes_result_names)
+        if self.names_ids:
+            return named
+        # A template that writes complete calls as JSON would write added ids.
+        pairs = zip(fitted, named, strict=True)
+        return [
+            {**own, "name": with_name["name"]} if "name" in with_name else own
+            for own, with_name in pairs
+        ]
 
     def fit_tools(self, tools: Sequence[Any] | None) -> tuple[Any, ...] | None:
         """Convert the tools to the form that the template accepts: wrap bare functions in
