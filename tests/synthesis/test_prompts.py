@@ -13,6 +13,8 @@ from stillhouse.errors import DataError
 from stillhouse.generation.chat_frame import Frame, answer_text, text_of
 from stillhouse.generation.request import Answer
 from stillhouse.synthesis.prompts import Prompt, read_prompts, unread_notes
+from stillhouse.synthesis.synthesize import chosen_filters
+from stillhouse.synthesis.synthesize_config import EvaluationTexts, FiltersRecipe
 
 USER = {"role": "user", "content": "What is 2 + 2?"}
 ANSWERED = [USER, {"role": "assistant", "content": "4"}]
@@ -124,6 +126,17 @@ def test_the_error_for_a_row_that_is_not_a_prompt_names_the_file(
     assert name in str(caught.value.where)
 
 
+def test_the_error_names_the_key_that_chooses_the_column(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"ask": "a"}\n')
+    section = FiltersRecipe(decontaminate=EvaluationTexts(path="p.jsonl"))
+    with pytest.raises(DataError) as caught:
+        chosen_filters(section, tmp_path, "filters")
+    assert str(caught.value.fix).endswith("set filters.decontaminate.key to that key")
+    with pytest.raises(DataError) as caught:
+        list(read_prompts(tmp_path / "p.jsonl"))
+    assert str(caught.value.fix).endswith("set synthesize.prompts.key to that key")
+
+
 # --- rows in training-data formats ---------------------------------------------------------------
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -202,6 +215,7 @@ def test_a_prompt_with_a_turn_that_must_not_be_learned_is_rejected(
     path.write_text(json.dumps({"messages": turns}) + "\n")
     with pytest.raises(DataError, match="message 1 is an assistant turn that must not be"):
         list(read_prompts(path))
+    assert len(list(read_prompts(path, learned=False))) == 1
     path.write_text(json.dumps({"messages": turns[2:]}) + "\n")
     assert len(list(read_prompts(path))) == 1
 

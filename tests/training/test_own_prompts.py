@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,7 +88,42 @@ def test_prompts_of_text_require_a_chat_template() -> None:
     assert listed(made_prompts([[1, 2]], plain)) == [[1, 2]]
 
 
-@pytest.mark.parametrize("given", [3, {"a": 1}, [1.5], [""]])
+ANSWERED = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+
+
+def test_the_error_for_a_row_without_a_prompt_names_the_key_of_its_section(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"ask": "Why?"}\n')
+    with pytest.raises(DataError, match="no `prompt`") as caught:
+        read_own_prompts(OnPolicyPrompts(path="prompts.jsonl"), tmp_path, WORDS)
+    assert str(caught.value.fix).endswith("set train.on_policy.prompts.key to that key")
+
+
+def test_a_prompt_may_have_turns_that_data_does_not_train_on(tmp_path: Path) -> None:
+    chat = [ANSWERED[0], {**ANSWERED[1], "weight": 0}, {"role": "user", "content": "three"}]
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    expected = [chat_ids(WORDS, [*ANSWERED, chat[2]])]
+    section = OnPolicyPrompts(path="prompts.jsonl")
+    assert listed(read_own_prompts(section, tmp_path, WORDS)) == expected
+    assert listed(made_prompts([chat], WORDS)) == expected
+
+
+def test_what_a_prompt_cannot_show_is_rejected_in_every_form(tmp_path: Path) -> None:
+    row: dict[str, Any] = {
+        "prompt": "Why?",
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+    }
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text(json.dumps(row) + "\n")
+    for section in (OnPolicyPrompts(path="rows.jsonl"), OnPolicyPrompts(dataset="rows")):
+        with pytest.raises(DataError, match="`tools`, which are not sent"):
+            read_own_prompts(section, tmp_path, WORDS)
+    with pytest.raises(DataError, match="`tools`, which are not sent"):
+        made_prompts([row], WORDS)
+
+
+@pytest.mark.parametrize("given", [3, {"a": 1}, [1.5], [""], [[2**40]], [[1, -(2**40)]]])
 def test_invalid_prompts_are_an_error(given: object) -> None:
     with pytest.raises(DataError):
         made_prompts(given, WORDS)

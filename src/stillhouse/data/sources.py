@@ -194,6 +194,9 @@ def _paragraphs(lines: Iterator[str], path: Path) -> Iterator[Document]:
 # --- Hugging Face datasets --------------------------------------------------------------------
 
 
+_FILES = "read the files themselves: `kind: file` in data.sources, or `path` for prompts"
+
+
 def hub_rows(source: HubSource, base: Path) -> Rows:
     """Yield the rows of a dataset. Raises DataError, also in the middle of a stream."""
     with _hub_errors(source):
@@ -215,7 +218,7 @@ def _load_dataset(source: HubSource, base: Path) -> Any:
         raise DataError(
             "`datasets` would read the brackets or stars in the folder's name as a pattern",
             where=local,
-            fix="use `kind: file`, which reads the folder's files; or rename the folder",
+            fix=f"{_FILES}; or rename the folder",
         )
     guessed = min(files_with(local, (".csv", ".tsv")), default=None)
     if guessed is not None:
@@ -224,7 +227,7 @@ def _load_dataset(source: HubSource, base: Path) -> Any:
             "`datasets` does not read CSV reliably: it reads NA as an empty cell, and extra cells "
             f"shift the others ({csv})",
             where=local,
-            fix=f"use `kind: file` with the files of the split, e.g. {source.dataset}/{csv}",
+            fix=f"{_FILES}, with the files of the split: {source.dataset}/{csv}",
         )
     name = str(local) if local.is_dir() else source.dataset
     streaming = source.limit is not None or _is_large(name, source)
@@ -272,7 +275,7 @@ def _hub_errors(source: HubSource) -> Iterator[None]:
             where=f"{source.dataset}, config {source.config}, split {source.split}",
             fix="check the id, config and split on huggingface.co/datasets, or the local folder; "
             "a private dataset needs HF_TOKEN in the environment; if `datasets` cannot read the "
-            "files together, use `kind: file`",
+            f"files together, {_FILES}",
         ) from error
 
 

@@ -30,6 +30,7 @@ from stillhouse.generation.chat_frame import user_turn
 from stillhouse.generation.request import Message
 from stillhouse.synthesis.synthesize_config import PromptFormat
 
+KEY = "synthesize.prompts.key"
 _MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id")
 _LOG_PLACES = (
     ("conversations",),  # ShareGPT
@@ -54,20 +55,34 @@ class Prompt:
 
 
 def read_prompts(
-    path: Path, *, format: PromptFormat = "auto", key: str = "prompt", limit: int | None = None
+    path: Path,
+    *,
+    format: PromptFormat = "auto",
+    key: str = "prompt",
+    limit: int | None = None,
+    setting: str = KEY,
+    learned: bool = True,
 ) -> Iterator[Prompt]:
     """Yield the prompts of a file.
 
     A row has a string or messages under `key`. If `key` is `prompt`, a row may also be a chat, its
     log (see `_LOG_PLACES`), a question with its answer, or a question in two parts. In plain text,
-    each line is a prompt. format: auto decides by the file's extension. Raises DataError with the
-    line for a row that is not a prompt or has tools or media, which are not sent.
+    each line is a prompt. format: auto decides by the file's extension. setting, learned: see
+    `prompt_messages`. Raises DataError with the line for a row that is not a prompt or has tools or
+    media, which are not sent.
     """
     rows = read_rows(path, format=None if format == "auto" else format, text_key=key)
     for row, where in not_empty(itertools.islice(rows, limit), "The file of prompts", path):
-        messages = prompt_messages(row, key, where)
-        _reject_unsent(row, messages, where)
-        yield Prompt(messages, where)
+        yield read_prompt(row, key, where, setting=setting, learned=learned)
+
+
+def read_prompt(
+    row: Mapping[str, Any], key: str, where: str, *, setting: str = KEY, learned: bool = True
+) -> Prompt:
+    """Read a row as `read_prompts` does."""
+    messages = prompt_messages(row, key, where, setting=setting, learned=learned)
+    _reject_unsent(row, messages, where)
+    return Prompt(messages, where)
 
 
 FIRST_ROWS = 100
@@ -89,8 +104,20 @@ def unread_notes(path: Path, *, format: PromptFormat = "auto", key: str = "promp
 # --- one row ---------------------------------------------------------------------------------
 
 
-def prompt_messages(row: Mapping[str, Any], key: str, where: str) -> tuple[Message, ...]:
-    """Read the chat in a row, up to the last user turn. Raises DataError."""
+def prompt_messages(
+    row: Mapping[str, Any],
+    key: str,
+    where: str,
+    *,
+    setting: str | None = None,
+    learned: bool = False,
+) -> tuple[Message, ...]:
+    """Read the chat in a row, up to the last user turn.
+
+    setting: the recipe key whose value is `key`; None if there is none. learned: whether a student
+    is trained on the assistant turns of the prompt, so that they must not be context only. Raises
+    DataError.
+    """
     found, holder = chat_or_text(row.get(key), where), row
     if found is None and key == "prompt":
         found, holder = _logged(row, where)
@@ -100,14 +127,16 @@ def prompt_messages(row: Mapping[str, Any], key: str, where: str) -> tuple[Messa
     if isinstance(found, str):
         messages = [dict(message) for message in _user(found, where)]
     elif isinstance(found, list):
-        messages = _chat(found, where)
+        messages = _chat(found, where, learned=learned)
     else:
         also = " and no `messages`" if key == "prompt" else ""
+        fix = f"{header_hint(row)}write the question as `prompt` or `messages`"
+        if setting is not None:
+            fix += f"; or, if a different key contains all of it, set {setting} to that key"
         raise DataError(
             f"the row has no `{key}`{also}; its keys are {', '.join(map(str, row))}",
             where=where,
-            fix=f"{header_hint(row)}write the question as `prompt` or `messages`; or, if a "
-            "different key contains all of it, set synthesize.prompts.key to that key",
+            fix=fix,
         )
     add_system(messages, holder, where)
     return tuple(messages)
@@ -146,7 +175,7 @@ def _user(text: str, where: str) -> tuple[Message, ...]:
     return user_turn(text)
 
 
-def _chat(messages: list[Any], where: str) -> list[dict[str, Any]]:
+def _chat(messages: list[Any], where: str, *, learned: bool) -> list[dict[str, Any]]:
     """Keep the known keys of each message, up to the last turn of the user or a tool."""
     kept: list[dict[str, Any]] = []
     not_learned: list[bool] = []
@@ -168,7 +197,7 @@ def _chat(messages: list[Any], where: str) -> list[dict[str, Any]]:
         not_learned.append(known["role"] == "assistant" and bool(masked))
     while kept and kept[-1]["role"] not in ("user", "tool"):
         kept.pop()
-    if any(not_learned[: len(kept)]):
+    if learned and any(not_learned[: len(kept)]):
         raise DataError(
             f"message {not_learned.index(True)} is an assistant turn that must not be trained on "
             "(`weight`: 0), but training uses every assistant turn of a synthesized chat",

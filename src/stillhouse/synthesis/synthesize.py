@@ -285,7 +285,13 @@ def chosen_filters(section: FiltersRecipe, base: Path, key: str) -> Filters:
     if section.decontaminate is not None:
         texts = section.decontaminate
         path = base / texts.path
-        items = read_prompts(path, format=texts.format, key=texts.key)
+        items = read_prompts(
+            path,
+            format=texts.format,
+            key=texts.key,
+            setting=f"{key}.decontaminate.key",
+            learned=False,
+        )
         chosen["decontaminate"] = filters.decontaminate(items, texts.ngram)
     remembering: dict[str, Filter] = {}
     if section.exact_duplicates:

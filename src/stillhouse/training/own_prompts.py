@@ -21,10 +21,12 @@ from stillhouse.errors import DataError
 from stillhouse.generation.chat_frame import Frame, user_turn
 from stillhouse.generation.generator import require_chat_template
 from stillhouse.generation.request import Message
-from stillhouse.synthesis.prompts import prompt_messages, read_prompts
+from stillhouse.synthesis.prompts import read_prompt, read_prompts
 from stillhouse.training.on_policy_config import OnPolicyPrompts
 
 WHERE = "train.on_policy.prompts"
+KEY = f"{WHERE}.key"
+_IDS = "give text, or ids from the student's own tokenizer"
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,12 +39,19 @@ class OwnPrompts:
 
     @classmethod
     def of(cls, prompts: Iterable[Sequence[int] | NDArray[np.int32]]) -> OwnPrompts:
-        """Create from token ids, without duplicates. Raises DataError if a prompt is empty."""
+        """Create from token ids, without duplicates. Raises DataError if a prompt is empty or has
+        an id that no vocabulary contains."""
         found: dict[bytes, NDArray[np.int32]] = {}
         for number, prompt in enumerate(prompts):
-            ids = np.asarray(prompt, dtype=np.int32)
+            where = f"prompts[{number}]"
+            try:
+                ids = np.asarray(prompt, dtype=np.int32)
+            except OverflowError:
+                raise DataError(
+                    "the prompt has a token id that does not fit in 32 bits", where=where, fix=_IDS
+                ) from None
             if not len(ids):
-                raise DataError("the prompt has no tokens", where=f"prompts[{number}]")
+                raise DataError("the prompt has no tokens", where=where, fix="leave it out")
             found.setdefault(ids.tobytes(), ids)
         lengths = [len(ids) for ids in found.values()]
         joined = np.concatenate([np.zeros(0, dtype=np.int32), *found.values()])
@@ -75,7 +84,7 @@ def require_tokens(prompts: OwnPrompts, vocabulary: int) -> None:
             raise DataError(
                 f"a prompt has the token id {id_:,}, but the student has {vocabulary:,} tokens",
                 where=WHERE,
-                fix="give text, or ids from the student's own tokenizer",
+                fix=_IDS,
             )
 
 
@@ -130,7 +139,12 @@ def _messages(section: OnPolicyPrompts, base: Path) -> Iterator[tuple[Sequence[M
     if section.path is not None:
         path = base / section.path
         for prompt in read_prompts(
-            path, format=section.format, key=section.key, limit=section.limit
+            path,
+            format=section.format,
+            key=section.key,
+            limit=section.limit,
+            setting=KEY,
+            learned=False,
         ):
             yield prompt.messages, prompt.where
         return
@@ -143,7 +157,7 @@ def _messages(section: OnPolicyPrompts, base: Path) -> Iterator[tuple[Sequence[M
         limit=section.limit,
     )
     for row, where in itertools.islice(hub_rows(source, base), section.limit):
-        yield prompt_messages(row, section.key, where), where
+        yield _read(row, section.key, where), where
 
 
 def made_prompts(given: Any, tokenizer: Any, *, key: str = "prompt") -> OwnPrompts:
@@ -182,7 +196,11 @@ def _made(item: Any, where: str, tokenizer: Any, key: str) -> Sequence[int]:
             where=where,
             fix="give strings, chats (lists of messages), rows, or lists of token ids",
         )
-    return _ids(tokenizer, prompt_messages(row, key, where), where)
+    return _ids(tokenizer, _read(row, key, where), where)
+
+
+def _read(row: Mapping[str, Any], key: str, where: str) -> Sequence[Message]:
+    return read_prompt(row, key, where, setting=KEY, learned=False).messages
 
 
 def _ids(tokenizer: Any, messages: Sequence[Message], where: str) -> list[int]:
