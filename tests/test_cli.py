@@ -24,6 +24,7 @@ from stillhouse.check import check_recipe
 from stillhouse.cli import exits, stop_signals
 from stillhouse.cli.exits import open_standard_streams
 from stillhouse.cli.options import output_file
+from stillhouse.commands import record_signals
 from stillhouse.errors import DataError, StillhouseError
 from stillhouse.finding import Finding
 from stillhouse.progress import note
@@ -156,6 +157,13 @@ def test_a_recipe_without_signals_is_an_error(tmp_path: Path) -> None:
     result = call("signals", str(write(tmp_path)))
     assert isinstance(result.exception, StillhouseError)
     assert "records no signals" in str(result.exception)
+    assert "add `signals: {}`" in str(result.exception.fix)
+
+
+def test_a_recipe_with_a_finished_store_records_no_signals(tmp_path: Path) -> None:
+    with pytest.raises(StillhouseError, match="records no signals") as caught:
+        record_signals(write(tmp_path), ["signals.store=elsewhere"])
+    assert "--set signals.store=null" in str(caught.value.fix)
 
 
 def test_doctor_shows_versions_and_extras() -> None:

@@ -172,7 +172,9 @@ def record_signals(path: str | Path, overrides: Sequence[str] = ()) -> Path:
         raise RecipeError(
             "this recipe records no signals",
             where=path,
-            fix="add `signals: {}` without a store, or pass --set signals.encoding.kind=threshold",
+            fix="add `signals: {}`, or pass --set signals.encoding.kind=threshold"
+            if section is None
+            else "remove signals.store, or pass --set signals.store=null",
         )
     folder = run_folder(recipe)
     only: tuple[str, ...] = (*DATA_STEPS, "signals")

@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from stillhouse.classify.classify_config import ClassifyRecipe, ClassifyTask
-from stillhouse.classify.task_texts import Texts, prepare_texts
+from stillhouse.classify.task_texts import Texts, prepare_texts, task_labels
 from stillhouse.errors import DataError, RecipeError
 from stillhouse.tasks.labeled_texts import LabeledText, divide_texts, read_texts
 from stillhouse.tasks.task_texts_config import TextFile
@@ -176,3 +176,26 @@ def test_texts_that_differ_only_in_case_or_unicode_form_are_used_once(tmp_path: 
     found = prepared(path)
     assert found.repeated == len(twins)
     assert {text for pair in others for text in pair} <= {row.text for row in found.all}
+
+
+def labels_in(path: Path, content: str) -> list[str]:
+    path.write_text(content)
+    task = ClassifyTask(kind="classify", labels_path=path.name)
+    return list(task_labels(task, path.parent, []))
+
+
+def test_labels_path_can_be_a_text_file_or_a_table(tmp_path: Path) -> None:
+    assert labels_in(tmp_path / "labels.txt", "card\n fees \n") == ["card", "fees"]
+    assert labels_in(tmp_path / "labels.csv", "label,more\ncard,x\nfees,y\n") == ["card", "fees"]
+    assert labels_in(tmp_path / "labels.jsonl", '{"label": 1}\n{"label": 2}\n') == ["1", "2"]
+
+
+def test_the_error_for_a_table_of_labels_without_a_label_column_names_it(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no label under 'label'; its keys are name") as caught:
+        labels_in(tmp_path / "labels.csv", "name\ncard\nfees\n")
+    assert "labels.csv:2" in str(caught.value.where)
+    assert "name the column or key of the labels 'label'" in str(caught.value.fix)
+    with pytest.raises(DataError, match="the label is empty"):
+        labels_in(tmp_path / "labels.csv", "label,more\ncard,x\n,y\n")
+    with pytest.raises(DataError, match="the label is a list, not a name"):
+        labels_in(tmp_path / "labels.jsonl", '{"label": ["card"]}\n')

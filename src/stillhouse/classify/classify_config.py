@@ -100,7 +100,10 @@ class ClassifyTask(Section):
         description="The labels, or a mapping from each label to the phrase that the teacher "
         "scores; null: use the labels in labels_path, or all labels in the texts' label column.",
     )
-    labels_path: PathText | None = Field(None, description="A text file with one label per line.")
+    labels_path: PathText | None = Field(
+        None,
+        description="A text file with one label per line, or a table with a column `label`.",
+    )
     system: str | None = Field(None, description="System prompt.")
     prompt: TextPrompt = Field(
         "Message: {text}\n\nWhat is the topic of this message?",

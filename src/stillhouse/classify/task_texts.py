@@ -27,17 +27,16 @@ from stillhouse.tasks.labeled_texts import (
     LabeledText,
     divide_texts,
     label_of,
-    labeled_text,
     read_files,
     require_enough,
 )
-from stillhouse.tasks.task_texts_config import TextFile
 
 Part = Literal["train", "calibration", "test"]
 PARTS: tuple[Part, ...] = ("train", "calibration", "test")
 LABELS = "labels.json"
 
-_LABEL_LINE = TextFile(path="", text="label")
+_LABEL = "label"
+"""The column or key of the labels in task.labels_path; a text file has one label per line."""
 _MOST_SEVERAL = 0.1
 """Maximum share of texts with conflicting labels, for example because annotators disagree."""
 _MOST_LABELS = 0.5
@@ -139,9 +138,8 @@ def task_labels(task: ClassifyTask, base: Path, rows: Sequence[LabeledText]) -> 
         return task.labels
     if task.labels_path is not None:
         path = find_files(task.labels_path, base)[0]
-        lines = read_rows(path, format=known_format(path) or "text", text_key="label")
-        found = (labeled_text(line, _LABEL_LINE, where).text for line, where in lines)
-        names, where = [name.strip() for name in found], str(path)
+        lines = read_rows(path, format=known_format(path) or "text", text_key=_LABEL)
+        names, where = [_listed_label(*line) for line in lines], str(path)
     else:
         names, where = sorted({row.gold for row in rows if row.gold is not None}), "task.labels"
         if not names:
@@ -170,6 +168,22 @@ def task_labels(task: ClassifyTask, base: Path, rows: Sequence[LabeledText]) -> 
                 fix=_nearest(example.label, labels),
             )
     return labels
+
+
+def _listed_label(row: Mapping[str, Any], where: str) -> str:
+    """Read a label from a row of task.labels_path. Raises DataError."""
+    if _LABEL not in row:
+        raise DataError(
+            f"the row has no label under {_LABEL!r}; its keys are {', '.join(map(str, row))}",
+            where=where,
+            fix=f"name the column or key of the labels {_LABEL!r}, or write the labels to a .txt "
+            "file, one per line",
+        )
+    value = row[_LABEL]
+    label = value.strip() if isinstance(value, str) else label_of(value, where)
+    if not label:
+        raise DataError("the label is empty", where=where, fix="remove the row")
+    return label
 
 
 def _with_whole_numbers(rows: Sequence[LabeledText]) -> list[LabeledText]:
