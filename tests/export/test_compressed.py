@@ -13,7 +13,12 @@ import pytest
 from transformers import LlamaConfig
 
 from stillhouse.errors import ModelError
-from stillhouse.export.compressed import announce_compressed, export_compressed, fitting_group
+from stillhouse.export.compressed import (
+    announce_compressed,
+    export_compressed,
+    fitting_group,
+    require_llm_compressor,
+)
 from stillhouse.export.export_formats import COMPRESSED
 from stillhouse.export.gate import Gate
 from tests.export.conftest import ToyWindows
@@ -139,6 +144,17 @@ def test_an_interpreter_without_llm_compressor_is_rejected(
     with pytest.raises(ModelError, match="llm-compressor") as caught:
         export(trained, tmp_path / "out", named, "fp8")
     assert "install llmcompressor" in str(caught.value.fix)
+
+
+def test_an_interpreter_that_is_too_old_for_the_scripts_is_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    script = tmp_path / "python3.10"
+    script.write_text('#!/bin/sh\n[ "$1" = -P ] && echo "Unknown option: -P" >&2 || echo 1\n')
+    script.chmod(0o755)
+    with pytest.raises(ModelError, match=r"\(3.11 or newer\) with llm-compressor"):
+        require_llm_compressor(str(script))
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,10 @@ def test_a_file_with_different_probabilities_is_rejected(
     (tmp_path / FILE).touch()
     with pytest.raises(ModelError, match=message) as caught:
         _compare("onnx", tmp_path / FILE, logits_NC, said_NC, 1.0, limit, tmp_path)
-    assert caught.value.fix
+    assert "only safetensors" in str(caught.value.fix)
+    with pytest.raises(ModelError) as caught:
+        _compare("onnx-int8", tmp_path / FILE, logits_NC, said_NC, 1.0, 1e-20, tmp_path)
+    assert "export onnx, or raise export.kl_limit" in str(caught.value.fix)
 
 
 class Odd(nn.Module):

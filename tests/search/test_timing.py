@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from stillhouse.errors import ModelError
 from stillhouse.pruning.pruning_config import SearchRecipe, TargetRecipe
 from stillhouse.pruning.shapes import Counter, combinations
 from stillhouse.pruning.sizes import sizes_of
@@ -104,3 +106,12 @@ def test_memory_is_linear_in_the_bytes_of_the_weights(tmp_path: Path) -> None:
     assert (
         found.of(sizes_of(config)) == MemoryLine(1000.0, 2.0).bytes(weights) == 1000 + 2 * weights
     )
+
+
+def test_a_failed_memory_measurement_proposes_a_target_that_needs_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(timing, "random_like", lambda *_: SimpleNamespace(save_pretrained=Path))
+    with pytest.raises(ModelError, match="measures the model's memory failed") as caught:
+        timing.measure_memory(CONFIGS["llama"](), torch.float32, "cpu")
+    assert "student.target.bytes" in str(caught.value.fix)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any, Literal
 
 import numpy as np
@@ -277,6 +278,10 @@ def test_threshold_has_a_lower_variance_than_the_same_size_for_every_row() -> No
 
 def test_a_size_that_no_tau_reaches_is_rejected() -> None:
     sample_nK = top_probabilities(random_logits(50, 300))
-    with pytest.raises(SignalError, match="not possible"):
+    with pytest.raises(SignalError, match="1000 entries per row are not possible") as caught:
         tune_threshold(sample_nK, 300, entries=1000.0)
+    range_ = re.fullmatch(r"choose a number from (.+) to (.+)", str(caught.value.fix))
+    assert range_ is not None
+    for entries in range_.groups():
+        tune_threshold(sample_nK, 300, entries=float(entries))
     assert expected(sample_nK, Threshold(0.05), 300).entries_per_row < 21

@@ -95,7 +95,11 @@ def prefill_and_decode(
 
 
 def measure_peak_memory(
-    model: AnyModel, dtype: torch.dtype, device: torch.device | str = "cpu"
+    model: AnyModel,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    *,
+    instead: str = "set evaluate.speed: false",
 ) -> int:
     """Peak memory in bytes of loading the model in `dtype` and using it, in a separate process.
 
@@ -103,6 +107,8 @@ def measure_peak_memory(
     the model, and the checkpoint's pages while they are mapped. Pages that are never read, such as
     the embeddings of unused tokens, take none. On a GPU, it is the device memory that torch
     allocated.
+
+    instead: what an error proposes, besides freeing memory.
 
     Raises:
         ModelError: the process failed.
@@ -117,7 +123,7 @@ def measure_peak_memory(
         raise ModelError(
             f"the process that measures the model's memory failed: {why}",
             where=path,
-            fix="free some memory, or set evaluate.speed: false",
+            fix=f"free some memory, or {instead}",
         )
     return int(json.loads(finished.stdout.splitlines()[-1])["peak_memory_bytes"])
 

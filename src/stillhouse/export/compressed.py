@@ -22,6 +22,8 @@ from stillhouse.progress import note
 from stillhouse.teachers.load_model import load_config, load_tokenizer
 from stillhouse.teachers.older_names import save_tokenizer, write_older_names
 
+_HAS_LLM_COMPRESSOR = "import importlib.util as u; print(u.find_spec('llmcompressor') and 1)"
+
 
 def export_compressed(
     gate: Gate, out: Path, *, method: str, python: str | None, windows: Sequence[Any]
@@ -71,7 +73,7 @@ def require_llm_compressor(python: str | None) -> str:
         )
     try:
         done = subprocess.run(
-            [python, "-c", "import importlib.util as u; print(u.find_spec('llmcompressor') and 1)"],
+            [python, "-P", "-c", _HAS_LLM_COMPRESSOR],  # -P, which `run_script` uses, is from 3.11
             capture_output=True,
             text=True,
             check=False,
@@ -81,7 +83,7 @@ def require_llm_compressor(python: str | None) -> str:
         found = False
     if not found:
         raise ModelError(
-            f"{python} is not a Python interpreter with llm-compressor",
+            f"{python} is not a Python interpreter (3.11 or newer) with llm-compressor",
             where=where,
             fix="install it in that environment: pip install llmcompressor",
         )

@@ -228,7 +228,8 @@ def _compare(
             f"the {form} file differs from its checkpoint by {kl:.3g} nats/text on "
             f"{len(p_NC)} texts; at most {limit:g} is allowed",
             where=source,
-            fix="export onnx without int8, or raise export.kl_limit",
+            fix=f"export {'onnx' if form == 'onnx-int8' else 'only safetensors'}, or raise "
+            "export.kl_limit",
         )
     return OnnxReplay(
         format=form,

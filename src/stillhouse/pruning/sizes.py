@@ -78,11 +78,13 @@ def check_sizes(
     before = sizes_of(config)
     given = {key: value for key, value in sizes.items() if value is not None}
     if not given and not text_decides:
+        names = ["heads", "kv_heads", "hidden_size", "vocabulary"]
+        names += [] if axes.experts is None else ["experts"]
         raise RecipeError(
             "a pruned student needs a size to prune to",
             where="student",
             fix=f"set one or more of ffn_size (1 to {before.ffn_size}), layers (1 to "
-            f"{before.layers}), heads, kv_heads, hidden_size, vocabulary, and experts",
+            f"{before.layers}), {', '.join(names[:-1])}, and {names[-1]}; or a target",
         )
     if "experts" in given and axes.experts is None:
         raise RecipeError(

@@ -151,10 +151,10 @@ def _listed(file: Path, merges: Merges, named: Collection[int]) -> set[int]:
         text = file.read_text(encoding="utf-8-sig")
         listed = json.loads(text) if file.suffix == ".json" else text.split("\n")
         if isinstance(listed, dict):
-            listed = listed["kept_ids"]
+            listed = listed.get("kept_ids")
         if not isinstance(listed, list):
             raise ValueError("it does not contain a list")
-    except (OSError, ValueError, KeyError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(
             f"the list of tokens to keep cannot be read: {error}",
             where=file,

@@ -41,6 +41,7 @@ TIMED_BYTES = 256 << 20
 """Minimum size of a timed model's weights, if the full model is that large. Smaller weights would
 stay in the processor's caches from one token to the next, and be read faster than in practice."""
 FFN_WIDTHS = 4
+WITHOUT_MEASURING = "set student.target.bytes instead of memory"
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,8 @@ def measure_memory(config: Any, dtype: torch.dtype, device: torch.device | str) 
             with quiet():
                 random_like(config, sizes, dtype).save_pretrained(path)
             weights = counter.total(sizes) * dtype.itemsize
-            points.append((weights, measure_peak_memory(path, dtype, device)))
+            peak = measure_peak_memory(path, dtype, device, instead=WITHOUT_MEASURING)
+            points.append((weights, peak))
     if len(points) == 1:
         return MemoryLine(points[0][1] - points[0][0], 1.0)
     (small, low), (large, high) = sorted(points)
@@ -246,6 +248,6 @@ def measure_memory(config: Any, dtype: torch.dtype, device: torch.device | str) 
             "peak memory does not grow with the model on this machine, so it cannot determine a "
             "shape",
             where="student.target.memory",
-            fix="set student.target.bytes instead",
+            fix=WITHOUT_MEASURING,
         )
     return MemoryLine(low - factor * small, factor)

@@ -5,6 +5,7 @@ Shapes: n rows of the sample, V vocabulary, K top tokens.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,8 +63,10 @@ def tune_threshold(
     least, most = measure(at(high)), measure(at(low))
     if not least <= target <= most:
         name = "entries" if entries is not None else "bytes"
+        low, high = math.ceil(10 * least) / 10, math.floor(10 * most) / 10
         raise SignalError(
-            f"{target:g} {name} per row are not possible; the range is {least:.1f} to {most:.1f}"
+            f"{target:g} {name} per row are not possible with these probabilities",
+            fix=f"choose a number from {low:.1f} to {high:.1f}",
         )
     for _ in range(STEPS):
         middle = (low * high) ** 0.5

@@ -241,4 +241,8 @@ def tuned_threshold(
             logits_NV = head_logits(trim_head(signal.head, teacher.vocabulary), signal.hidden_ND)
         if len(logits_NV):
             sample.append(top_probabilities(logits_NV, temperature).cpu())
-    return tune_threshold(torch.cat(sample), events_of(teacher), size=size).encoding
+    try:
+        return tune_threshold(torch.cat(sample), events_of(teacher), size=size).encoding
+    except SignalError as error:
+        where = "signals.encoding.bytes"
+        raise SignalError(error.what, where=where, fix=error.fix) from None
