@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import json
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+import yaml
 
 from stillhouse.errors import RecipeError, StillhouseError
 from stillhouse.evaluation.evaluate_config import LmEvalRecipe
-from stillhouse.evaluation.lm_eval import _scores, run_tasks
+from stillhouse.evaluation.lm_eval import _scores, require_tasks, run_tasks
 
 from .toys import save_toy, toy_model
 
@@ -50,6 +54,51 @@ def test_the_error_without_lm_eval_names_the_extra(
         run_tasks(
             tmp_path, LmEvalRecipe(tasks=["arc_easy"]), tokenizer=tmp_path, dtype=torch.float32
         )
+
+
+@pytest.fixture
+def fake_lm_eval(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A stand-in for lm-eval with one task, `toy`."""
+    lm_eval, tasks = ModuleType("lm_eval"), ModuleType("lm_eval.tasks")
+    vars(tasks)["TaskManager"] = lambda **_: SimpleNamespace(all_tasks=["toy"])
+    vars(lm_eval)["tasks"] = tasks
+    monkeypatch.setitem(sys.modules, "lm_eval", lm_eval)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", tasks)
+    return lm_eval
+
+
+@pytest.mark.parametrize(
+    ("error", "fix"),
+    [
+        (ModuleNotFoundError("No module named 'langdetect'"), "install the package"),
+        (RuntimeError("Dataset scripts are no longer supported"), "data files"),
+        (yaml.YAMLError("expected a mapping"), "the task's file"),
+    ],
+)
+def test_a_task_that_fails_is_an_error_not_a_traceback(
+    fake_lm_eval: ModuleType, tmp_path: Path, error: Exception, fix: str
+) -> None:
+    vars(fake_lm_eval)["simple_evaluate"] = Mock(side_effect=error)
+    with pytest.raises(RecipeError, match=f"could not run these tasks.*{error}") as caught:
+        run_tasks(tmp_path, LmEvalRecipe(tasks=["toy"]), tokenizer=tmp_path, dtype=torch.float32)
+    assert fix in str(caught.value.fix)
+    for other in (MemoryError(), OSError(errno.ENOSPC, "No space left on device")):
+        vars(fake_lm_eval)["simple_evaluate"] = Mock(side_effect=other)
+        with pytest.raises(type(other)) as passed:
+            run_tasks(
+                tmp_path, LmEvalRecipe(tasks=["toy"]), tokenizer=tmp_path, dtype=torch.float32
+            )
+        assert passed.value is other
+
+
+def test_a_damaged_task_file_is_an_error_with_its_folder(
+    fake_lm_eval: ModuleType, tmp_path: Path
+) -> None:
+    damaged = Mock(side_effect=yaml.YAMLError("expected a mapping"))
+    vars(sys.modules["lm_eval.tasks"])["TaskManager"] = damaged
+    with pytest.raises(RecipeError, match="could not read its tasks") as caught:
+        require_tasks(LmEvalRecipe(tasks=["toy"], include_path=str(tmp_path)))
+    assert caught.value.where == str(tmp_path)
 
 
 def test_scores_are_named_by_task_metric_and_filter() -> None:

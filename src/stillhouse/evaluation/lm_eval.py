@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
+from stillhouse.disk_errors import full_disk
 from stillhouse.errors import RecipeError, StillhouseError
 from stillhouse.evaluation.evaluate_config import LmEvalRecipe
 from stillhouse.teachers.model_source import AnyModel, source_of
@@ -31,7 +35,8 @@ def run_tasks(
 
     Raises:
         StillhouseError: lm-eval is not installed.
-        RecipeError: a task is unknown, its data cannot be read, or include_path is not a folder.
+        RecipeError: a task is unknown or fails, its data cannot be read, or include_path is not a
+            folder.
     """
     manager = _task_manager(section)
     from lm_eval import simple_evaluate
@@ -44,7 +49,7 @@ def run_tasks(
         "dtype": str(dtype).removeprefix("torch."),
         "trust_remote_code": source.trusted,
     }
-    try:
+    with _task_errors("run these tasks", ", ".join(section.tasks)):
         report = simple_evaluate(
             model="hf",
             model_args=options,
@@ -57,13 +62,27 @@ def run_tasks(
             log_samples=False,
             **{f"{name}_seed": seed for name in SEEDED},
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise RecipeError(
-            f"lm-eval could not run these tasks: {type(error).__name__}: {error}",
-            where=", ".join(section.tasks),
-            fix="check the tasks' data files and the connection to the Hugging Face Hub",
-        ) from error
     return _scores(report["results"])
+
+
+@contextmanager
+def _task_errors(what: str, where: str) -> Iterator[None]:
+    """Raise RecipeError if a task's files, packages, data, or code fail within the context."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # tasks contain templates and code, which can fail in any way
+        if full_disk(error):
+            raise
+        fix = "check the tasks' data files and the connection to the Hugging Face Hub"
+        if isinstance(error, ImportError):
+            fix = "install the package that the task needs, or remove the task"
+        elif isinstance(error, yaml.YAMLError):
+            fix = "correct the task's file"
+        raise RecipeError(
+            f"lm-eval could not {what}: {type(error).__name__}: {error}", where=where, fix=fix
+        ) from error
 
 
 def _task_manager(section: LmEvalRecipe) -> Any:
@@ -80,7 +99,8 @@ def _task_manager(section: LmEvalRecipe) -> Any:
             where=section.include_path,
             fix="set it to the folder with your task files (.yaml)",
         )
-    return TaskManager(include_path=section.include_path)
+    with _task_errors("read its tasks", section.include_path or "evaluate.lm_eval"):
+        return TaskManager(include_path=section.include_path)
 
 
 def require_tasks(section: LmEvalRecipe) -> None:
