@@ -62,6 +62,16 @@ def test_a_tracker_that_is_missing_or_unknown_is_an_error(tmp_path: Path) -> Non
     assert "weights is not a tracker" in text
 
 
+def test_an_override_that_the_architecture_does_not_allow_is_an_error_in_the_recipe(
+    tmp_path: Path,
+) -> None:
+    raw = tiny.recipe(tmp_path)
+    raw["student"] = {"start": "random", "overrides": {"hidden_act": "no-such-act"}}
+    text = error_of_check_and_run(raw, tmp_path)
+    assert "the student's configuration is invalid" in text
+    assert "no-such-act" in text
+
+
 @pytest.mark.parametrize(
     ("term", "expected"),
     [

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from stillhouse.errors import RecipeError
-from stillhouse.students.random_student import overridden_config, random_model
+from stillhouse.students import random_student
+from stillhouse.students.random_student import (
+    overridden_config,
+    random_model,
+    require_possible,
+)
 from tests.teachers.toys import tiny_model
 
 
@@ -63,3 +69,24 @@ def test_invalid_overrides_are_rejected(overrides: dict[str, Any], message: str)
     with pytest.raises(RecipeError, match=message) as caught:
         random_model(override(**overrides), 0)
     assert "student.overrides" in str(caught.value.where)
+
+
+@pytest.mark.parametrize("overrides", [{"hidden_act": "no-such-act"}, {"pad_token_id": 10**6}])
+def test_overrides_that_no_model_can_have_are_rejected_before_it_is_built(
+    overrides: dict[str, Any],
+) -> None:
+    with pytest.raises(RecipeError, match="is invalid: transformers cannot build") as caught:
+        require_possible(override(**overrides))
+    assert caught.value.where == "student.overrides"
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("division by zero"), AssertionError()])
+def test_any_error_of_a_constructor_names_the_overrides(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(
+        random_student, "AutoModelForCausalLM", Mock(**{"from_config.side_effect": error})
+    )
+    with pytest.raises(RecipeError, match=str(error) or "AssertionError") as caught:
+        random_model(override(), 0)
+    assert caught.value.where == "student.overrides"

@@ -11,9 +11,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM
 
-from stillhouse.errors import RecipeError
+from stillhouse.errors import ModelError, RecipeError
 from stillhouse.pruning.sizes import keep_config_layers
 from stillhouse.teachers.load_model import attention_for
+from stillhouse.teachers.planned_model import planned_model
 from stillhouse.teachers.shared_vocabulary import token_count
 
 Value = int | float | bool | str
@@ -84,9 +85,23 @@ def random_model(config: Any, seed: int) -> Any:
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation=attention_for(config)
             )
-        except (ValueError, TypeError, KeyError, RuntimeError, AssertionError) as error:
-            raise _impossible(str(error)) from error
+        except MemoryError:
+            raise
+        # A value that an architecture does not expect can fail anywhere in its constructor.
+        except Exception as error:
+            raise _impossible(str(error) or type(error).__name__) from error
     return model.eval()
+
+
+def require_possible(config: Any, *, trusted: bool = False) -> None:
+    """Raise RecipeError if no model can be built with a configuration that has overrides.
+
+    trusted: whether code that comes with the configuration may run.
+    """
+    try:
+        planned_model(config, trusted=trusted)
+    except ModelError as error:
+        raise _impossible(error.what) from error
 
 
 def _check_override(config: Any, known: Mapping[str, Any], key: str, value: Value) -> None:
@@ -155,5 +170,5 @@ def _impossible(reason: str) -> RecipeError:
     return RecipeError(
         f"the student's configuration is invalid: {reason.strip().splitlines()[-1].strip()}",
         where="student.overrides",
-        fix="change the sizes so that they fit together",
+        fix="use values that this architecture allows, and sizes that fit together",
     )
