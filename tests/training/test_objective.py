@@ -15,7 +15,7 @@ from torch import Tensor
 from stillhouse.data.batches import collate
 from stillhouse.errors import SignalError
 from stillhouse.objectives.objective_config import ObjectiveRecipe
-from stillhouse.teachers.load_model import load_model
+from stillhouse.teachers.load_model import load_config, load_model
 from stillhouse.training.checkpoints import read_metrics
 from stillhouse.training.distillation import PROJECTIONS, same_document
 from stillhouse.training.objective import objective_for
@@ -210,6 +210,7 @@ def test_attention_relations_do_not_cross_documents() -> None:
         ({"kind": "hidden_states", "pairs": [[1, 9]]}, "the teacher has no layer 9"),
         ({"kind": "hidden_states", "layers": "last", "count": 3}, "3 pairs does not fit 2"),
         ({"kind": "hidden_states", "pairs": [[0, 0]]}, "block 0"),
+        ({"kind": "hidden_states", "pairs": [[0, 0]]}, "number blocks from 1, or set embeddings"),
         ({"kind": "attention_relations", "heads": 5}, "query width of 24 is not a multiple of 5"),
         ({"divergence": "jsd", "layers": [2]}, "the student has 2 blocks"),
     ],
@@ -225,6 +226,17 @@ def test_terms_that_do_not_fit_the_models_are_rejected_with_their_location(
         objective_for(objective(tmp_path, {}, term), *configs)
     assert caught.value.where == "objective.terms.1"
     assert caught.value.fix
+
+
+@pytest.mark.parametrize("pairs", [[[1, 3]], [[0, 0], [1, 3]]])
+def test_embeddings_are_compared_in_addition_to_given_pairs(
+    narrow: Setting, tmp_path: Path, pairs: list[list[int]]
+) -> None:
+    assert narrow.teacher is not None
+    configs = map(load_config, (narrow.student, narrow.teacher))
+    term = {"kind": "hidden_states", "pairs": pairs, "embeddings": True}
+    (hidden,) = objective_for(objective(tmp_path, {}, term), *configs).hidden
+    assert hidden.loss.pairs == ((0, 0), (1, 3))
 
 
 def test_terms_with_two_temperatures_on_one_layer_have_different_names(

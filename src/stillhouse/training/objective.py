@@ -209,16 +209,19 @@ def _own_layers(layers: list[int], blocks: int) -> tuple[int, ...]:
 
 
 def _pairs(term: LayerTerm, student: Any, teacher: Any, *, embeddings: bool) -> LayerMap:
-    pairs = map_layers(
+    given = term.pairs
+    if given is not None and not embeddings and any(0 in pair for pair in given):
+        more = ", or set embeddings: true" if isinstance(term, HiddenStatesTerm) else ""
+        raise SignalError("a pair contains block 0", fix=f"number blocks from 1{more}")
+    if given is not None and embeddings and (0, 0) not in given:
+        given = [(0, 0), *given]
+    return map_layers(
         student.num_hidden_layers,
         teacher.num_hidden_layers,
-        term.pairs if term.pairs is not None else term.layers,
+        term.layers if given is None else given,
         count=term.count,
         embeddings=embeddings,
     )
-    if not embeddings and term.pairs is not None and any(0 in pair for pair in pairs):
-        raise SignalError("a pair contains block 0", fix="number blocks from 1")
-    return pairs
 
 
 def _hidden_loss(term: HiddenStatesTerm, student: Any, teacher: Any, seed: int) -> HiddenStateLoss:
