@@ -120,9 +120,9 @@ def usable_path(path: str) -> str:
 
 
 def check_url(url: str) -> None:
-    """Raise ValueError if this is not an API's base URL. The message leaves out the URL, which may
-    contain a secret key. Call this in a section's validator: an error about a single recipe key
-    would show its value."""
+    """Raise ValueError if this is not an API's base URL, or if it may contain a secret. The message
+    leaves out the URL. Call this in a section's validator: an error about a single recipe key would
+    show its value."""
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -132,6 +132,11 @@ def check_url(url: str) -> None:
         raise ValueError(
             "base_url must be http:// or https://, a host, and optionally a port from 1 to 65535: "
             "for example http://127.0.0.1:8000/v1"
+        )
+    if parts.username or parts.password or parts.query:
+        raise ValueError(
+            "base_url is written to files, so it must not contain a user, a password, or a query: "
+            "put the key into an environment variable, and set key_env to its name"
         )
 
 

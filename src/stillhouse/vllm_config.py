@@ -39,7 +39,10 @@ class VllmEngine(Section):
         description="Maximum tokens in a prompt and its answer; null means the model's maximum.",
     )
     gpu_memory: Share = Field(0.9, description="Fraction of each GPU's memory for vLLM to use.")
-    batch: Count = Field(1024, description="Requests to submit at once and commit together.")
+    batch: Count = Field(
+        1024,
+        description="Requests to submit at once and commit together; signals.vllm does not use it.",
+    )
     options: JsonValues = Field(
         default={}, description="More arguments for vllm.LLM, such as {quantization: fp8}."
     )

@@ -194,6 +194,10 @@ def test_text_that_looks_like_a_number_stays_text(tmp_path: Path) -> None:
             "k + draws must be at most 254, and is 300",
         ),
         (
+            "signals={encoding: {kind: top_k}, server: {base_url: 'http://h/?key=k', model: m}}",
+            "must not contain a user, a password, or a query",
+        ),
+        (
             "synthesize={teacher: {api: {base_url: http://h, model: m}}, prompts: {path: p}, "
             "filters: {min_characters: 9, max_characters: 8}}",
             "min_characters (9) is greater than max_characters (8)",

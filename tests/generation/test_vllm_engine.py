@@ -26,8 +26,10 @@ from stillhouse.commands import synthesize_text
 from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.errors import ModelError, RecipeError
 from stillhouse.generation.journal import Journal
+from stillhouse.generation.vllm_engine import ROLLOUTS, SIGNALS, lacks
 from stillhouse.generation.vllm_process import VllmProcess
 from stillhouse.synthesis.synthesize import Synthesis
+from stillhouse.vllm_config import VllmEngine
 from tests import tiny
 from tests.forks import Fork, stillhouse
 
@@ -374,9 +376,15 @@ def test_a_path_that_is_not_a_python_is_reported(tmp_path: Path, python: str, sa
     path = write(tmp_path, vllm={"python": python})
     (found,) = (one for one in check_recipe(path) if one.topic == "vLLM")
     assert said in found.text
-    assert "vllm.python" in (found.fix or "")
+    assert "set synthesize.teacher.vllm.python: vllm-env/bin/python" in (found.fix or "")
     with pytest.raises(RecipeError, match=said):
         synthesize_text(path)
+
+
+@pytest.mark.parametrize("key", [SIGNALS, ROLLOUTS])
+def test_the_fix_names_the_sections_own_key(key: str, tmp_path: Path) -> None:
+    ((_, _, fix),) = lacks(VllmEngine(python="nowhere/python"), tmp_path, key=key)
+    assert f"set {key}.python: vllm-env/bin/python" in fix
 
 
 def test_an_error_while_the_model_is_opened_is_reported(tmp_path: Path) -> None:

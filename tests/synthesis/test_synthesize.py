@@ -274,6 +274,8 @@ def test_a_mistake_is_found_before_any_request_is_sent(
             {"teacher": {"local": {}}, "sampling": {"temperature": None}},
             "no default temperature",
         ),
+        ({"teacher": {"local": {"revision": "v1"}}}, "revision applies to the model"),
+        ({"teacher": {"vllm": {"revision": "v1"}}}, "revision applies to the model"),
         (
             {"teacher": {"local": {}}, "budget": {"max_tokens": 9}},
             "a budget is for teacher.api",

@@ -99,7 +99,8 @@ def test_the_error_for_a_row_without_a_prompt_names_the_key_of_its_section(tmp_p
 
 
 def test_a_prompt_may_have_turns_that_data_does_not_train_on(tmp_path: Path) -> None:
-    chat = [ANSWERED[0], {**ANSWERED[1], "weight": 0}, {"role": "user", "content": "three"}]
+    context_only: dict[str, Any] = {**ANSWERED[1], "weight": 0}
+    chat = [ANSWERED[0], context_only, {"role": "user", "content": "three"}]
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
     expected = [chat_ids(WORDS, [*ANSWERED, chat[2]])]
     section = OnPolicyPrompts(path="prompts.jsonl")

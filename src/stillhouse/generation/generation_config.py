@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import Any, Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
@@ -60,12 +59,6 @@ class ApiTeacher(Section):
     def _url_holds_no_secret(self) -> ApiTeacher:
         """Validate the whole section: an error of a single key would show its value."""
         check_url(self.base_url)
-        parts = urlsplit(self.base_url)
-        if parts.username or parts.password or parts.query:
-            raise ValueError(
-                "base_url is written to files, so it must not contain a user, a password, or a "
-                "query: put the key into an environment variable, and set key_env to its name"
-            )
         return self
 
 
@@ -105,6 +98,16 @@ class TextTeacher(Section):
     def _is_one(self) -> TextTeacher:
         if [self.api, self.local, self.vllm].count(None) != 2:
             raise ValueError("set exactly one of api, local, and vllm")
+        return self
+
+    @model_validator(mode="after")
+    def _revision_is_of_a_named_model(self) -> TextTeacher:
+        here = self.here
+        if here is not None and here.revision is not None and here.model is None:
+            raise ValueError(
+                "revision applies to the model that is named next to it: set model, or remove "
+                "revision, since the recipe's teacher has a revision of its own"
+            )
         return self
 
 

@@ -163,7 +163,7 @@ def require_source(
         return
     if isinstance(source.own, VllmTeacher):
         # vLLM can load models that transformers cannot, so the folder itself is not checked.
-        for level, text, fix in lacks(source.own, source.default.base):
+        for level, text, fix in lacks(source.own, source.default.base, key=f"{key}.vllm"):
             yield Finding(level, "vLLM", text, fix)
     else:
         check_model_folder(source.source)

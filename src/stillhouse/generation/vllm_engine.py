@@ -37,6 +37,7 @@ TEACHER = "teacher.vllm"
 SIGNALS = "signals.vllm"
 ROLLOUTS = "train.on_policy.generator"
 """Keys of the sections in which vLLM generates text, records hidden states, or runs the student."""
+_SIZES = ("context, gpu_memory, or batch", "context or gpu_memory")
 WITHOUT = {
     TEACHER: "or use `local` or `api` (e.g. with `vllm serve`) instead; answers in the journal do "
     "not need vLLM",
@@ -44,9 +45,9 @@ WITHOUT = {
     SIGNALS: "or remove signals.vllm to load the teacher in this process, or set signals.server to "
     "use a vLLM server",
 }
-"""How to do without vLLM, by the section's key."""
+"""How to do without vLLM, by the section's key; TEACHER's also applies to other text teachers."""
 OWN_ENVIRONMENT = (
-    "python -m venv vllm-env && vllm-env/bin/pip install vllm, then set vllm.python: "
+    "python -m venv vllm-env && vllm-env/bin/pip install vllm, then set {}.python: "
     "vllm-env/bin/python"
 )
 
@@ -56,21 +57,22 @@ def lacks(section: VllmEngine, base: Path, *, key: str = TEACHER) -> list[Lack]:
 
     Imports neither vLLM nor Ray. base: where a relative `python` starts. key: the section's key.
     """
-    python = section.interpreter(base)
+    python, own = section.interpreter(base), OWN_ENVIRONMENT.format(key)
+    without = WITHOUT.get(key, WITHOUT[TEACHER])
     if python is None:
         has, install = probe(), "pip install 'stillhouse[{}]'"
     else:
         try:
             has, install = probe_python(python), f"{python} -m pip install {{}}"
         except ModelError as error:
-            return [("error", error.what, OWN_ENVIRONMENT)]
+            return [("error", error.what, own)]
     there = "" if python is None else f" for {python}"
     found: list[Lack] = []
     if not has["vllm"]:
         fix = install.format("vllm")
         if python is None:
-            fix += f" here, or in a separate environment ({OWN_ENVIRONMENT})"
-        fix += f"; {WITHOUT[key]}"
+            fix += f" here, or in a separate environment ({own})"
+        fix += f"; {without}"
         found.append(("error", f"vLLM is not installed{there}", fix))
     if section.executor == "ray" and not has["ray"]:
         names = "vllm,ray" if python is None else "ray"
@@ -78,7 +80,7 @@ def lacks(section: VllmEngine, base: Path, *, key: str = TEACHER) -> list[Lack]:
         found.append(("error", f"Ray is not installed{there}", fix))
     gpus = has["gpus"]
     if gpus == 0:
-        fix = f"use a machine with a GPU, or vLLM's build for CPUs; {WITHOUT[key]}"
+        fix = f"use a machine with a GPU, or vLLM's build for CPUs; {without}"
         found.append(("warning", "this machine has no GPU, which vLLM's usual build needs", fix))
     elif section.executor != "ray" and section.gpus > gpus:
         text = f"{section.gpus} GPUs are requested, but this machine has {gpus}"
@@ -243,6 +245,6 @@ def vllm_errors(what: str, where: str) -> Iterator[None]:
         raise ModelError(
             f"{what} ({cause})",
             where=where,
-            fix="if memory ran out, lower context, gpu_memory, or batch; then repeat the command, "
+            fix=f"if memory ran out, lower {_SIZES[where == SIGNALS]}; then repeat the command, "
             "which resumes",
         ) from error

@@ -149,10 +149,6 @@ class SignalServer(Section):
     @model_validator(mode="after")
     def _holds_no_secret(self) -> SignalServer:
         check_url(self.base_url)
-        if "@" in self.base_url:
-            raise ValueError(
-                "base_url contains a user name or key: set key_env to an environment variable"
-            )
         return self
 
 

@@ -200,10 +200,10 @@ def _term(term: LogitsTerm) -> Term:
 def _own_layers(layers: list[int], blocks: int) -> tuple[int, ...]:
     for layer in layers:
         if not 1 <= layer < blocks:
+            last = "for the last block, use a term without `layers`"
             raise SignalError(
                 f"a term compares logits of layer {layer}, but the student has {blocks} blocks",
-                fix=f"choose layers from 1 to {blocks - 1}; for the last block, use a term "
-                "without `layers`",
+                fix=f"choose layers from 1 to {blocks - 1}; {last}" if blocks > 1 else last,
             )
     return tuple(sorted(set(layers)))
 

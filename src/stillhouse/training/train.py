@@ -274,7 +274,9 @@ def require_windows(windows: int, processes: int, *, at_most: bool = False) -> N
 def _check_text(batches: Batches, heldout: Batches | None, settings: TrainRecipe) -> None:
     if batches.supervised_tokens == 0 and not settings.only_own_text:
         raise TrainingError(
-            "the training data has no supervised tokens", where=getattr(batches, "path", None)
+            "the training data has no supervised tokens",
+            where=getattr(batches, "path", None),
+            fix="use data with answers or text to learn from, or set train.on_policy.share to 1",
         )
     if heldout is None and settings.evaluate_every is not None:
         raise TrainingError(
