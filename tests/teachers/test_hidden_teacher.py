@@ -341,6 +341,14 @@ def test_a_server_for_intermediate_layers_is_rejected_by_check(tmp_path: Path) -
     assert "signals.vllm" in (error.fix or "")
 
 
+def test_intermediate_layers_of_a_divided_vllm_are_rejected_by_check(tmp_path: Path) -> None:
+    signals = {"encoding": {"kind": "hidden"}, "vllm": {"pipeline_parallel": 2}}
+    found = check_recipe(write(tmp_path, objective=TERMS, signals=signals))
+    errors = [one for one in found if one.level == "error" and one.topic != "vLLM"]
+    (error,) = errors
+    assert "with pipeline_parallel, vLLM returns only the last hidden states" in error.text
+
+
 @pytest.mark.parametrize(
     ("signals", "message"),
     [

@@ -9,7 +9,8 @@ import pytest
 
 from stillhouse.check import check_recipe
 from stillhouse.errors import ModelError
-from stillhouse.generation import vllm_rollouts
+from stillhouse.generation import vllm_engine, vllm_rollouts
+from stillhouse.generation.rollout_config import VllmRollouts
 from stillhouse.training.rollouts import ROLLOUTS
 from tests.generation.test_weight_handover import FakeEngine
 from tests.teachers.test_hidden_teacher import write
@@ -77,3 +78,15 @@ def test_check_reports_a_missing_vllm(tmp_path: Path) -> None:
     (one,) = (one for one in found if one.topic == "vLLM")
     assert one.level == "error"
     assert "cannot be run" in one.text
+
+
+@pytest.mark.parametrize(("processes", "rejected"), [(1, False), (2, True)])
+def test_an_engine_under_torchrun_has_one_gpu(
+    processes: int, rejected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_engine, "probe", lambda: {"vllm": True, "ray": False, "gpus": 4})
+    monkeypatch.setattr(vllm_engine, "world_size", lambda: processes)
+    section = VllmRollouts(kind="vllm", tensor_parallel=2)
+    found = vllm_engine.lacks(section, Path(), key=vllm_engine.ROLLOUTS)
+    assert [level for level, _, _ in found] == ["error"] * rejected
+    assert all("under torchrun, each process has one" in text for _, text, _ in found)

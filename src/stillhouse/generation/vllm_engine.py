@@ -25,6 +25,7 @@ from stillhouse.generation.generator import (
 )
 from stillhouse.generation.vllm_process import EngineError, VllmProcess, probe_python
 from stillhouse.generation.vllm_worker import probe, reason
+from stillhouse.launch import world_size
 from stillhouse.progress import note
 from stillhouse.teachers.load_model import load_tokenizer
 from stillhouse.teachers.model_source import AnyModel, ModelSource, source_of
@@ -82,6 +83,10 @@ def lacks(section: VllmEngine, base: Path, *, key: str = TEACHER) -> list[Lack]:
     if gpus == 0:
         fix = f"use a machine with a GPU, or vLLM's build for CPUs; {without}"
         found.append(("warning", "this machine has no GPU, which vLLM's usual build needs", fix))
+    elif key == ROLLOUTS and world_size() > 1 and section.gpus > 1:
+        text = f"{section.gpus} GPUs are requested, but under torchrun, each process has one"
+        fix = "remove tensor_parallel and pipeline_parallel, or run without torchrun"
+        found.append(("error", text, fix))
     elif section.executor != "ray" and section.gpus > gpus:
         text = f"{section.gpus} GPUs are requested, but this machine has {gpus}"
         fix = "lower tensor_parallel or pipeline_parallel, or set executor: ray on a Ray cluster"

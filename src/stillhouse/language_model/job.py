@@ -268,8 +268,7 @@ def signals_encoding(job: Job, objective: Objective) -> Encoding:
         _check_foldable(section, job.teacher)
     match section.encoding:
         case HiddenSignals():
-            if section.server is not None:
-                _check_last_only(stored_layers(objective, teacher), teacher.num_hidden_layers)
+            _check_last_only(section, stored_layers(objective, teacher), teacher.num_hidden_layers)
             return Hidden(stored_layers(objective, teacher), teacher.hidden_size)
         case FrozenHeadSignals():
             _check_head_stays(job.recipe, "signals.encoding")
@@ -310,17 +309,23 @@ def _check_foldable(section: SignalsRecipe, teacher: ModelSource) -> None:
         )
 
 
-def _check_last_only(layers: tuple[int, ...], last: int) -> None:
-    """Raise SignalError if a layer other than the last is needed, because a server returns only the
-    last hidden states."""
+def _check_last_only(section: SignalsRecipe, layers: tuple[int, ...], last: int) -> None:
+    """Raise SignalError if a layer other than the last is needed from a server, which returns only
+    the last hidden states, or from a vLLM whose processes have only some of the layers."""
     lacking = [layer for layer in layers if layer != last]
-    if lacking:
+    used = f"but a term uses layer {', '.join(map(str, lacking))}"
+    if lacking and section.server is not None:
         raise SignalError(
-            f"a server returns only the last hidden states, but a term uses layer "
-            f"{', '.join(map(str, lacking))}",
+            f"a server returns only the last hidden states, {used}",
             where="signals.server",
             fix="run vLLM on this machine instead (signals.vllm), use a local teacher, or use only "
             "terms on the output",
+        )
+    if lacking and section.vllm is not None and section.vllm.pipeline_parallel > 1:
+        raise SignalError(
+            f"with pipeline_parallel, vLLM returns only the last hidden states, {used}",
+            where="signals.vllm.pipeline_parallel",
+            fix="use tensor_parallel instead, use a local teacher, or use only terms on the output",
         )
 
 
