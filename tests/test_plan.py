@@ -190,6 +190,16 @@ def test_sharding_over_a_node_keeps_its_traffic_there(tmp_path: Path) -> None:
     assert 0 < crossing["node"] < crossing["all"] / 4
 
 
+@pytest.mark.parametrize(("generator", "shard"), [("local", "both"), ("vllm", "teacher")])
+def test_a_student_that_generates_in_vllm_is_not_sharded(
+    tmp_path: Path, generator: str, shard: str
+) -> None:
+    train = {"batch_size": 16, "on_policy": {"generator": {"kind": generator}}}
+    plan = planned(tmp_path, Machine("cuda", 1.0, per_node=8), train=train)  # nothing fits
+    notes = [stage.note for stage in plan.stages if stage.name == "train"]
+    assert notes[0].endswith(f"sharded: {shard}")
+
+
 # --- what does not fit -----------------------------------------------------------------------
 
 LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16}

@@ -90,6 +90,8 @@ def test_the_fastest_shard_that_fits_is_chosen(step: Step) -> None:
     assert fitting_shard(step, 190 * GB, **EIGHT) == "student"
     assert fitting_shard(step, 80 * GB, **EIGHT) == "both"
     assert fitting_shard(step, 40 * GB, **EIGHT) is None
+    assert fitting_shard(step, 250 * GB, **EIGHT, student=False) == "teacher"
+    assert fitting_shard(step, 190 * GB, **EIGHT, student=False) is None
     assert fitting_shard(step, 80 * GB, over=1, processes=1) is None
 
 

@@ -65,13 +65,16 @@ def sharing(settings: TrainRecipe, machine: Machine) -> int:
 
 def planned_shard(models: RunModels, step: Step, machine: Machine) -> Shard:
     """Return what the recipe shards. For `auto`, that is the fastest choice that also fits in the
-    stages that run the teacher alone."""
+    stages that run the teacher alone. A student whose weights vLLM gets is not sharded."""
     over = sharing(models.recipe.train, machine)
     if (given := _given_shard(models.recipe.train, machine)) is not None:
         return given
-    found = fitting_shard(step, machine.memory, over=over, processes=machine.processes)
+    whole = models.recipe.train.hands_over_weights
+    found = fitting_shard(
+        step, machine.memory, over=over, processes=machine.processes, student=not whole
+    )
     if found is None:
-        return "both"
+        return "teacher" if whole else "both"
     teacher = step.compute * config_size(models.teacher).parameters + step.context
     if teacher * (1 + MARGIN) <= machine.memory:
         return found

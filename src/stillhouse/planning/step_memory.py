@@ -181,10 +181,15 @@ def training_phases(step: Step, shard: Shard, *, over: int, processes: int) -> l
     return phases
 
 
-def fitting_shard(step: Step, available: float, *, over: int, processes: int) -> Shard | None:
+def fitting_shard(
+    step: Step, available: float, *, over: int, processes: int, student: bool = True
+) -> Shard | None:
     """Return the fastest sharding that fits into `available` bytes per process, with the margin;
-    None if none fits. over, processes: as for `training_memory`."""
+    None if none fits. over, processes: as for `training_memory`. student: whether the student can
+    be sharded."""
     for shard in SHARDS:
+        if shard in ("student", "both") and not student:
+            continue
         if shard in ("teacher", "both") and not step.teachers:
             continue
         if shard != "none" and over == 1:

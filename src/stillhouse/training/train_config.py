@@ -155,9 +155,7 @@ class TrainRecipe(StepsRecipe):
 
     @model_validator(mode="after")
     def _engine_gets_complete_weights(self) -> TrainRecipe:
-        own = self.on_policy
-        engine = own is not None and own.generator.kind != "local"
-        if engine and self.shard in ("student", "both"):
+        if self.hands_over_weights and self.shard in ("student", "both"):
             raise ValueError(
                 "a sharded student's weights cannot be handed over to vLLM: set shard to none or "
                 "teacher, or on_policy.generator.kind to local"
@@ -168,6 +166,11 @@ class TrainRecipe(StepsRecipe):
     def only_own_text(self) -> bool:
         """Whether the student generates all text that it learns from."""
         return self.on_policy is not None and self.on_policy.share == 1
+
+    @property
+    def hands_over_weights(self) -> bool:
+        """Whether vLLM gets the student's weights, which must then not be sharded."""
+        return self.on_policy is not None and self.on_policy.generator.kind != "local"
 
     @property
     def products(self) -> Literal["auto", "float32", "bfloat16"]:
