@@ -94,6 +94,28 @@ def test_answers_that_do_not_match_the_json_schema_are_dropped() -> None:
 
 
 @pytest.mark.parametrize(
+    ("schema", "problem"),
+    [
+        ({"$schema": 5, "type": "object"}, "$schema is not a URL: 5"),
+        ({"$schema": ["x"], "type": "object"}, "$schema is not a URL"),
+        ({"$schema": "http://[", "type": "object"}, "$schema is not a URL"),
+        ({"type": "no such type"}, "not valid"),
+        ({"type": "string", "pattern": "(a|aa)+$"}, "takes more than"),
+        ({"$ref": "#/$defs/no"}, "refers to"),
+    ],
+)
+def test_the_error_for_an_unusable_schema_names_its_file(
+    schema: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "schema.json"
+    path.write_text(json.dumps(schema))
+    with pytest.raises(RecipeError) as caught:
+        filters.json_schema(filters.read_schema(path), path)
+    assert problem in caught.value.what
+    assert caught.value.where == str(path)
+
+
+@pytest.mark.parametrize(
     "schema",
     [
         {"type": "object", "properties": {"a": {"items": {"$ref": "#/$defs/no"}}}},

@@ -83,8 +83,10 @@ class AnsweringJob:
 
         Raises DataError or RecipeError if the schema cannot be used.
         """
-        schema = self.schema
-        return None if schema is None else json_schema(schema)
+        schema, task = self.schema, self.recipe.task
+        if schema is None or not isinstance(task, ExtractTask):
+            return None
+        return json_schema(schema, self.base / task.json_schema)
 
     @cached_property
     def texts(self) -> AnswerTexts:

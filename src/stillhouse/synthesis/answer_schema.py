@@ -117,22 +117,29 @@ def _how_to_restrict(schema: dict[str, Any]) -> str:
     )
 
 
-def schema_validator(schema: dict[str, Any]) -> Any:
+def schema_validator(schema: dict[str, Any], where: object = "json_schema") -> Any:
     """A jsonschema validator that also checks `format`, and whose patterns cannot hang.
 
-    Raises RecipeError if the schema is invalid, refers to anything outside it, or recurses
-    infinitely.
+    where: the schema's file. Raises RecipeError if the schema is invalid, refers to anything
+    outside it, or recurses infinitely.
     """
-    kind = jsonschema.validators.validator_for(schema)
+    try:
+        kind = jsonschema.validators.validator_for(schema)
+    except (AttributeError, TypeError, ValueError):
+        what = f"the JSON schema's $schema is not a URL: {schema.get('$schema')!r}"
+        raise unusable_schema(what, where) from None
     try:
         kind.check_schema(schema)
         check_references(schema)
     except jsonschema.SchemaError as error:
-        raise unusable_schema(f"the JSON schema is not valid: {error.message[:300]}") from None
+        what = f"the JSON schema is not valid: {error.message[:300]}"
+        raise unusable_schema(what, where) from None
     except Unresolvable as error:
-        raise unresolved(error) from None
+        raise unresolved(error, where) from None
     except RecursionError:
-        raise unusable_schema("the JSON schema is nested too deeply") from None
+        raise unusable_schema("the JSON schema is nested too deeply", where) from None
+    except RecipeError as error:  # a pattern
+        raise RecipeError(error.what, where=where, fix=error.fix) from None
     limited = jsonschema.validators.extend(
         kind, {"pattern": _pattern, "patternProperties": _pattern_properties}
     )
@@ -142,7 +149,7 @@ def schema_validator(schema: dict[str, Any]) -> Any:
             validator.is_valid(value)
     except RecursionError:
         what = "the JSON schema refers to itself infinitely"
-        raise unusable_schema(what) from None
+        raise unusable_schema(what, where) from None
     return validator
 
 
@@ -189,11 +196,10 @@ def _compile_patterns(part: Mapping[str, Any]) -> None:
             _compiled(expression)
 
 
-def unusable_schema(what: str) -> RecipeError:
-    return RecipeError(what, where="json_schema", fix="correct the schema's file")
+def unusable_schema(what: str, where: object) -> RecipeError:
+    return RecipeError(what, where=where, fix="correct the schema's file")
 
 
-def unresolved(error: Unresolvable) -> RecipeError:
-    return unusable_schema(
-        f"the JSON schema refers to {error.ref!r}, which is not in it (nothing is downloaded)"
-    )
+def unresolved(error: Unresolvable, where: object) -> RecipeError:
+    what = f"the JSON schema refers to {error.ref!r}, which is not in it (nothing is downloaded)"
+    return unusable_schema(what, where)

@@ -141,23 +141,23 @@ def pattern(expression: str, where: str, *, must_match: bool = True) -> Filter:
     return judge
 
 
-def json_schema(schema: dict[str, Any]) -> Filter:
+def json_schema(schema: dict[str, Any], where: object = "json_schema") -> Filter:
     """Keep answers that are JSON and match the schema, including `format`.
 
-    Reasoning, and a code fence around the answer, are ignored. Raises RecipeError for a schema that
-    is invalid or refers to anything outside it.
+    Reasoning, and a code fence around the answer, are ignored. where: the schema's file. Raises
+    RecipeError for a schema that is invalid or refers to anything outside it.
     """
-    validator = schema_validator(schema)
+    validator = schema_validator(schema, where)
 
     def judge(row: Row) -> str | None:
         try:
             value = json_value(answer_only(row))
             problem = best_match(validator.iter_errors(value))
         except Unresolvable as error:
-            raise unresolved(error) from None
+            raise unresolved(error, where) from None
+        except RecipeError as error:  # a pattern takes too long
+            raise RecipeError(error.what, where=where, fix=error.fix) from None
         except (ValueError, RecursionError) as error:
-            if isinstance(error, RecipeError):
-                raise
             return f"not JSON: {error}"
         return None if problem is None else f"{problem.json_path}: {problem.message[:200]}"
 

@@ -278,8 +278,8 @@ def chosen_filters(section: FiltersRecipe, base: Path, key: str) -> Filters:
             section.forbid_pattern, f"{key}.forbid_pattern", must_match=False
         )
     if section.json_schema is not None:
-        schema = filters.read_schema(base / section.json_schema)
-        chosen["json_schema"] = filters.json_schema(schema)
+        file = base / section.json_schema
+        chosen["json_schema"] = filters.json_schema(filters.read_schema(file), file)
     if section.languages is not None:
         chosen["languages"] = filters.languages(section.languages, f"{key}.languages")
     if section.decontaminate is not None:
