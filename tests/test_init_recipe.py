@@ -92,6 +92,16 @@ def test_a_classify_recipe_names_the_columns_of_texts_and_labels(folder: Path) -
     assert recipe.student.layers == 3
 
 
+@pytest.mark.parametrize("labels", ["pets", "pets,pets"])
+def test_fewer_than_two_labels_are_an_error_about_the_option(folder: Path, labels: str) -> None:
+    out = folder / "recipe.yaml"
+    given = [*flags(folder, "classify", "text.txt"), "--labels", labels]
+    answer = CliRunner().invoke(app, ["init", "--out", str(out), *given])
+    assert isinstance(answer.exception, StillhouseError)
+    assert answer.exception.where == "--labels"
+    assert not out.exists()
+
+
 def test_an_extract_recipe_comes_with_its_schema(folder: Path) -> None:
     init(folder, *flags(folder, "extract", "text.txt"), "--fields", "name,what")
     schema = json.loads((folder / "made here" / "recipe.schema.json").read_text())

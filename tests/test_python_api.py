@@ -164,6 +164,21 @@ def test_sizes_found_by_a_search_meet_the_target(teacher: Any, data: sh.Data) ->
             "",
         ),
         (
+            lambda d: sh.search_sizes(tiny.llama(), d, params="60%", search={"tolerence": 0.1}),
+            r"no option search\.tolerence",
+            "did you mean tolerance?",
+        ),
+        (
+            lambda d: sh.KL(schedule={"start": 1, "end": 0, "until": 1}),
+            r"no option schedule\.until",
+            "use one of: start, end, begin, finish, shape",
+        ),
+        (
+            lambda d: sh.distill(own(), None, d, objective=wrong([{"temperture": 2}])),
+            r"no option terms\.0\.temperture",
+            "did you mean temperature?",
+        ),
+        (
             lambda d: sh.search_sizes(tiny.llama(), d, params="60%", vocabulary=300),
             "only in recipes",
             "stillhouse.run",
@@ -189,6 +204,18 @@ def test_a_wrong_option_is_one_clear_error(
         (
             lambda d: sh.distill(tiny.llama(), None, wrong("text.txt")),
             "data is a str, .*Data.build",
+        ),
+        (
+            lambda d: sh.distill(tiny.llama(), None, wrong([torch.arange(9)])),
+            "data is a list, not windows.*Data.build",
+        ),
+        (
+            lambda d: sh.distill(tiny.llama(), None, wrong([{"input_ids": torch.arange(9)}])),
+            "no tensors named labels, position_ids.*Data.build",
+        ),
+        (
+            lambda d: sh.distill(tiny.llama(), None, wrong([d.train[0]])),
+            "list of windows, without the attributes context and supervised_tokens.*Data.build",
         ),
         (lambda d: sh.evaluate(tiny.llama(), tiny.llama(), d), "a tokenizer.*Teacher.from_model"),
         (lambda d: sh.Student("folder"), "the student is a str .*Student.pretrained"),

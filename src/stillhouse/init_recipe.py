@@ -83,9 +83,12 @@ def _check(answers: InitAnswers) -> None:
             where="--data",
             fix="pass a file with one text per row",
         )
-    if answers.job == "classify" and not answers.labels and answers.label_key is None:
+    known = answers.label_key is not None and not answers.labels
+    if answers.job == "classify" and not known and len(set(answers.labels)) < 2:
         raise RecipeError(
-            "a classifier needs labels", where="--labels", fix="pass them: --labels news,sports"
+            "a classifier needs at least two labels",
+            where="--labels",
+            fix="pass them: --labels news,sports",
         )
 
 

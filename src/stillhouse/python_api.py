@@ -13,8 +13,9 @@ from transformers import TrainerCallback
 
 from stillhouse.data.batches import Batches, NoText
 from stillhouse.data.data import Data
+from stillhouse.data.given_text import given_windows, training_text
 from stillhouse.disk_errors import disk_errors
-from stillhouse.errors import DataError, ModelError, RecipeError
+from stillhouse.errors import ModelError, RecipeError
 from stillhouse.evaluation.evaluate import evaluate_models
 from stillhouse.evaluation.results import Evaluation
 from stillhouse.field_types import Context, Seed, Temperature
@@ -160,7 +161,7 @@ def distill(
     seed = checked(Seed, seed, "seed")
     own = _student(student)
     heldout = data.heldout if isinstance(data, Data) else None
-    text = None if data is None else _windows(data)
+    text = None if data is None else training_text(data)
     prompts = None
     if batches is not None:
         fix = "give Rollouts(prompts, share=...); the text of a dataset is `data`"
@@ -248,7 +249,7 @@ def evaluate(
     return evaluate_models(
         models,
         tokenizer,
-        _windows(data, heldout=True),
+        given_windows(data, heldout=True),
         vocabulary=min(own.vocabulary, other.vocabulary if alignment is None else own.vocabulary),
         prompts=prompts,
         max_new_tokens=max_new_tokens,
@@ -277,7 +278,7 @@ def record(
     """
     seed = checked(Seed, seed, "seed")
     temperature = checked(Temperature, temperature, "temperature")
-    text = _windows(data)
+    text = given_windows(data)
     teacher = _given_teacher(teacher)
     if isinstance(teacher, AlignedTeacher):
         teacher.prepare(TeacherNeeds(), text)  # merges its roots
@@ -312,7 +313,7 @@ def search_sizes(
     the text is too short, and RunError if another process uses the folder.
     """
     seed = checked(Seed, seed, "seed")
-    start, settings, text = local(_teacher(teacher)), settings or TrainRecipe(), _windows(data)
+    start, settings, text = local(_teacher(teacher)), settings or TrainRecipe(), given_windows(data)
     fix = "make one: TrainRecipe(learning_rate=...)"
     require_type(settings, TrainRecipe, "value of settings", "TrainRecipe", fix, RecipeError)
     target = {key: options.pop(key) for key in UNITS if key in options}
@@ -376,23 +377,3 @@ def _given_teacher(given: Teacher | Any) -> Teacher:
     if isinstance(given, Teacher):
         return given
     return Teacher.from_model(given)
-
-
-def _has_windows(data: Any) -> bool:
-    """Whether the first item is a window."""
-    try:
-        return "input_ids" in data[0]
-    except (TypeError, LookupError):
-        return False
-
-
-def _windows(data: Data | Batches, *, heldout: bool = False) -> Batches:
-    """Return the training or held-out windows of `data`. Raises DataError if it is not data."""
-    if isinstance(data, Data):
-        return data.heldout if heldout else data.train
-    if not hasattr(data, "supervised_tokens") and not _has_windows(data):
-        raise DataError(
-            f"the data is a {type(data).__name__}, not windows of tokens",
-            fix="build them first: Data.build(...)",
-        )
-    return data

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import difflib
 import json
+import types
+import typing
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from types import UnionType
 from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, core_schema
 
 from stillhouse.errors import ModelError, RecipeError, StillhouseError, shown_value
@@ -49,6 +53,86 @@ class OneOf:
         return core_schema.literal_schema([*self.names])
 
 
+# --- sections in annotations, and the places of errors ---------------------------------------
+
+
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The sections in an annotation, through unions and lists."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [m for argument in typing.get_args(annotation) for m in models_in(argument)]
+
+
+def tag_key(models: list[type[BaseModel]]) -> str | None:
+    """The key that distinguishes the variants of a union: `kind` or `start`."""
+    if len(models) < 2:
+        return None
+    return next(k for k in ("kind", "start") if all(k in m.model_fields for m in models))
+
+
+def chosen_model(models: list[type[BaseModel]], raw: Mapping[Any, Any]) -> type[BaseModel] | None:
+    """The variant of a union that the values select; None if they select none."""
+    key = tag_key(models)
+    if key is None:
+        return models[0]
+    by_tag = {tag: m for m in models for tag in typing.get_args(m.model_fields[key].annotation)}
+    default = next((m for m in models if not m.model_fields[key].is_required()), None)
+    if key not in raw:
+        return default
+    return by_tag.get(raw[key]) if isinstance(raw[key], str) else None
+
+
+@dataclass(frozen=True)
+class Place:
+    """The place of an error. key: the key as it is written. section: the section that contains the
+    key's last part; None if unknown. annotation: the value's type."""
+
+    key: tuple[str | int, ...]
+    section: type[BaseModel] | None
+    annotation: Any
+
+    @property
+    def field(self) -> FieldInfo | None:
+        return (
+            self.section.model_fields.get(str(self.key[-1])) if self.section and self.key else None
+        )
+
+
+def locate(problem: ErrorDetails, root: type[BaseModel]) -> Place:
+    """Find the place of an error from pydantic's location, which also names union variants."""
+    key: list[str | int] = []
+    section: type[BaseModel] | None = root
+    annotation: Any = root
+    parts = problem["loc"]
+    for place, part in enumerate(parts):
+        if isinstance(part, int):
+            key.append(part)
+            continue
+        models = models_in(annotation)
+        tag = tag_key(models)
+        chosen = chosen_model(models, {tag: part}) if tag else None
+        if chosen is not None:
+            annotation = chosen
+        elif len(models) == 1 and part in models[0].model_fields:
+            (section,) = models
+            key.append(part)
+            annotation = section.model_fields[part].annotation
+        elif problem["type"] == "extra_forbidden" and place == len(parts) - 1:
+            section = models[0] if len(models) == 1 else section
+            key.append(part)
+        elif not models and dict in _origins(annotation):
+            key.append(part)
+            annotation = typing.get_args(annotation)[-1]
+    return Place(tuple(key), section, annotation)
+
+
+def _origins(annotation: Any) -> set[Any]:
+    origin = typing.get_origin(annotation)
+    return {origin}.union(*map(_origins, typing.get_args(annotation) if origin is not dict else ()))
+
+
+# --- arguments of functions ------------------------------------------------------------------
+
 S = TypeVar("S", bound=BaseModel)
 
 
@@ -62,13 +146,14 @@ def made(section: type[S], values: Mapping[str, Any], where: str) -> S:
         return section.model_validate(dict(values))
     except ValidationError as error:
         problem = error.errors()[0]
-        key = ".".join(map(str, problem["loc"])) or where
-        near = difflib.get_close_matches(key, section.model_fields, 1)
-        valid = f"use one of: {', '.join(section.model_fields)}"
-        known = f"did you mean {near[0]}?" if near else valid
-        unknown = problem["type"] == "extra_forbidden"
-        what = f"there is no option {key}" if unknown else _invalid_value(key, problem)
-        raise RecipeError(what, where=where, fix=known if unknown else None) from None
+        at = locate(problem, section)
+        key = ".".join(map(str, at.key)) or where
+        if problem["type"] != "extra_forbidden":
+            raise RecipeError(_invalid_value(key, problem), where=where) from None
+        valid = list(at.section.model_fields) if at.section else []
+        near = difflib.get_close_matches(str(at.key[-1]), valid, 1)
+        known = f"did you mean {near[0]}?" if near else f"use one of: {', '.join(valid)}"
+        raise RecipeError(f"there is no option {key}", where=where, fix=known) from None
 
 
 def checked(kind: Any, value: Any, name: str) -> Any:

@@ -12,9 +12,10 @@ from pydantic import BaseModel
 from stillhouse.answering.answering_config import AnsweringRecipe
 from stillhouse.classify.classify_config import ClassifyRecipe
 from stillhouse.config.load_recipe import AnyRecipe
-from stillhouse.config.recipe_values import chosen_model, leaf_types, models_in
+from stillhouse.config.recipe_values import leaf_types
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.pruning.pruning_config import TargetRecipe
+from stillhouse.section import chosen_model, models_in
 
 Path = tuple[str | int, ...]
 

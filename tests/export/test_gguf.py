@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,8 +28,9 @@ from transformers import (
 
 from stillhouse.errors import ModelError
 from stillhouse.export import gguf_export
+from stillhouse.export.export_formats import GGUF, K_QUANTS
 from stillhouse.export.gate import Gate
-from stillhouse.export.gguf_export import announce_gguf, export_gguf
+from stillhouse.export.gguf_export import _less_rounding, announce_gguf, export_gguf
 from stillhouse.export.gguf_file import FORMATS, write_gguf
 from stillhouse.export.gguf_model import family
 from stillhouse.export.gguf_tokenizer import SPLITS, ByteLevel, tokenizer_in_gguf
@@ -316,3 +318,13 @@ def test_the_files_tensors_equal_the_sources(source: Path, tmp_path: Path) -> No
     ).state_dict()
     for name in weights:
         assert torch.equal(loaded[name], weights[name].half().float()), name
+
+
+@pytest.mark.parametrize("kind", [*GGUF, *K_QUANTS])
+def test_the_advice_about_rounding_names_a_format_that_rounds_less(kind: str) -> None:
+    limits, named = GGUF | K_QUANTS, re.search(r"gguf-(\w+)", _less_rounding(kind))
+    if kind == "f32":
+        assert named is None
+    else:
+        assert named is not None
+        assert limits[named[1]] < limits[kind]

@@ -421,3 +421,10 @@ def test_gguf_without_a_grid_weights_errors_by_moments(
         }
     assert all(errors[True][name] < 1.01 * error for name, error in errors[False].items())
     assert sum(errors[True].values()) < 0.8 * sum(errors[False].values())
+
+
+def test_the_advice_about_rounding_names_only_what_is_not_done_yet() -> None:
+    advice = torchao_export._less_rounding
+    assert advice(dynamic=False, dtype="float32") == "raise export.kl_limit"
+    assert "float32" in advice(dynamic=False, dtype="bfloat16")
+    assert "weights only" in advice(dynamic=True, dtype="float32")

@@ -123,10 +123,10 @@ class ClassifyTask(Section):
     )
     prior: Prior = Field(
         "texts",
-        description="How to estimate the teacher's preference for labels regardless of the text, "
-        "by which its probabilities are divided. content_free: from texts without content; texts: "
-        "from the training texts; balanced: from the training texts, so that all labels become "
-        "equally frequent; none: do not correct.",
+        description="(teacher.model only) How to estimate the teacher's preference for labels "
+        "regardless of the text, by which its probabilities are divided. content_free: from texts "
+        "without content; texts: from the training texts; balanced: from the training texts, so "
+        "that all labels become equally frequent; none: do not correct.",
     )
 
     @field_validator("answer")

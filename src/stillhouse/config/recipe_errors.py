@@ -4,35 +4,16 @@ from __future__ import annotations
 
 import difflib
 import typing
-from dataclasses import dataclass
-from typing import Any
 
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from stillhouse.config.recipe_values import chosen_model, models_in, tag_key
 from stillhouse.config.recipe_yaml import Key, Lines, dotted
 from stillhouse.errors import RecipeError, shown, shown_value
+from stillhouse.section import Place, locate, models_in
 
 SHOWN = 4
 """Maximum number of problems in one message."""
-
-
-@dataclass(frozen=True)
-class _Place:
-    """The place of an error. key: the key in the file. section: the section that contains the key's
-    last part. annotation: the value's type."""
-
-    key: Key
-    section: type[BaseModel] | None
-    annotation: Any
-
-    @property
-    def field(self) -> FieldInfo | None:
-        return (
-            self.section.model_fields.get(str(self.key[-1])) if self.section and self.key else None
-        )
 
 
 def described(
@@ -42,7 +23,7 @@ def described(
     override set."""
     found: dict[Key, tuple[str, str]] = {}
     for problem in error.errors(include_url=False)[: 2 * SHOWN]:
-        at = _locate(problem, root)
+        at = locate(problem, root)
         found.setdefault(at.key, _describe(problem, at))  # each type in a union reports an error
     first, (what, fix) = next(iter(found.items()))
     if len(found) > 1:
@@ -60,7 +41,7 @@ def place(key: Key, lines: Lines, source: str) -> str:
     return f"{source}, line {lines[near]}" if near else source
 
 
-def _describe(problem: ErrorDetails, at: _Place) -> tuple[str, str]:
+def _describe(problem: ErrorDetails, at: Place) -> tuple[str, str]:
     """Describe one pydantic error: what is wrong, and what to do."""
     key, kind, given = at.key, problem["type"], problem["input"]
     name, last = dotted(key) or "recipe", dotted(key[-1:])
@@ -99,7 +80,7 @@ def _sections_with(key: str, section: type[BaseModel] | None) -> list[str]:
     ]
 
 
-def _way_out(at: _Place, last: str, about: str | None) -> str:
+def _way_out(at: Place, last: str, about: str | None) -> str:
     """Suggest a fix from the key's description and its default."""
     field = at.field
     default = None if field is None or field.is_required() else field.get_default()
@@ -110,7 +91,7 @@ def _way_out(at: _Place, last: str, about: str | None) -> str:
     return f"change it, or remove it to use the default: {shown_value(default)}"
 
 
-def _variant(problem: ErrorDetails, at: _Place, name: str) -> tuple[str, str]:
+def _variant(problem: ErrorDetails, at: Place, name: str) -> tuple[str, str]:
     """Describe an error about a section that has several kinds and does not name a known one."""
     given, context = problem["input"], problem.get("ctx", {})
     tag = str(context.get("discriminator", "")).strip("'")
@@ -126,36 +107,3 @@ def _variant(problem: ErrorDetails, at: _Place, name: str) -> tuple[str, str]:
     if kind is None:
         return f"`{name}` needs the key `{tag}`", fix
     return f"unknown {tag} {shown_value(kind)} in `{name}`", fix
-
-
-def _locate(problem: ErrorDetails, root: type[BaseModel]) -> _Place:
-    """Find the place of an error from pydantic's location, which also names union variants."""
-    key: list[str | int] = []
-    section: type[BaseModel] | None = root
-    annotation: Any = root
-    parts = problem["loc"]
-    for place, part in enumerate(parts):
-        if isinstance(part, int):
-            key.append(part)
-            continue
-        models = models_in(annotation)
-        tag = tag_key(models)
-        chosen = chosen_model(models, {tag: part}) if tag else None
-        if chosen is not None:
-            annotation = chosen
-        elif len(models) == 1 and part in models[0].model_fields:
-            (section,) = models
-            key.append(part)
-            annotation = section.model_fields[part].annotation
-        elif problem["type"] == "extra_forbidden" and place == len(parts) - 1:
-            section = models[0] if len(models) == 1 else section
-            key.append(part)
-        elif not models and dict in _origins(annotation):
-            key.append(part)
-            annotation = typing.get_args(annotation)[-1]
-    return _Place(tuple(key), section, annotation)
-
-
-def _origins(annotation: Any) -> set[Any]:
-    origin = typing.get_origin(annotation)
-    return {origin}.union(*map(_origins, typing.get_args(annotation) if origin is not dict else ()))

@@ -11,10 +11,9 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from pydantic import BaseModel
-
 from stillhouse.config.recipe_yaml import Key, Plain, has_surrogate
 from stillhouse.errors import shown
+from stillhouse.section import chosen_model, models_in
 
 Reject = Callable[[Key, str, str], NoReturn]
 """Raises RecipeError from the key, what is wrong with its value, and what to do."""
@@ -169,29 +168,3 @@ def _of_items(annotation: Any) -> Any:
         return annotation
     arguments = [one for one in typing.get_args(annotation) if one is not types.NoneType]
     return functools.reduce(operator.or_, arguments)
-
-
-def models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The sections in an annotation, through unions and lists."""
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
-        return [annotation] if issubclass(annotation, BaseModel) else []
-    return [m for argument in typing.get_args(annotation) for m in models_in(argument)]
-
-
-def tag_key(models: list[type[BaseModel]]) -> str | None:
-    """The key that distinguishes the variants of a union: `kind` or `start`."""
-    if len(models) < 2:
-        return None
-    return next(k for k in ("kind", "start") if all(k in m.model_fields for m in models))
-
-
-def chosen_model(models: list[type[BaseModel]], raw: Mapping[Any, Any]) -> type[BaseModel] | None:
-    """The variant of a union that the values select; None if they select none."""
-    key = tag_key(models)
-    if key is None:
-        return models[0]
-    by_tag = {tag: m for m in models for tag in typing.get_args(m.model_fields[key].annotation)}
-    default = next((m for m in models if not m.model_fields[key].is_required()), None)
-    if key not in raw:
-        return default
-    return by_tag.get(raw[key]) if isinstance(raw[key], str) else None

@@ -93,11 +93,19 @@ def export_gguf(
         format=f"gguf-{kind}",
         dtype=kind,
         limit=written.kl_limit,
-        advice="use a format with more bits (gguf-q8_0), or quantization-aware training "
-        "(quantize.qat)",
+        advice=_less_rounding(kind),
         readers=Readers(otherwise is None, has_llama_cpp(), misread is None, chats is None),
         notes=notes,
     )
+
+
+def _less_rounding(kind: str) -> str:
+    """What to do if the rounding of a format costs too much."""
+    finer = {"q8_0": "f16", "bf16": "f32", "f16": "f32"}.get(kind, "q8_0")
+    if kind == "f32":
+        return "raise export.kl_limit, and report this as a bug in the export"
+    advice = f"use a format with more bits (gguf-{finer})"
+    return advice if finer == "f32" else f"{advice}, or quantization-aware training (quantize.qat)"
 
 
 def announce_gguf(

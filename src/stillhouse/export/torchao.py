@@ -60,9 +60,16 @@ def export_torchao(
         format="safetensors",
         dtype=f"torchao {quantization.grid.name}, {dtype}",
         limit=limit,
-        advice="export float32 (export.dtype: float32), or quantize weights only",
+        advice=_less_rounding(quantization.dynamic, dtype),
         notes=notes,
     )
+
+
+def _less_rounding(dynamic: bool, dtype: str) -> str:
+    """What to do if the export's rounding costs too much."""
+    ways = [] if dtype == "float32" else ["export float32 (export.dtype: float32)"]
+    ways += ["quantize weights only (quantize.kind without _dynamic_)"] if dynamic else []
+    return " or ".join([*ways, "raise export.kl_limit"])
 
 
 def require_torchao(grid: Grid, dynamic: bool, dtype: str) -> None:
