@@ -277,6 +277,31 @@ def test_a_configuration_that_python_cannot_read_is_rejected(folder: Path, text:
     assert "cannot be read as JSON" in refusal(folder)
 
 
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [("config.json", "text_config", 5), ("generation_config.json", "pad_token_id", "x")],
+)
+def test_a_value_of_the_wrong_type_is_one_error(
+    folder: Path, file: str, key: str, value: object
+) -> None:
+    edit(folder, file, **{key: value})
+    with pytest.raises(ModelError) as caught:
+        check_model_folder(folder)
+    assert file in f"{caught.value.where} {caught.value.fix}"
+
+
+@pytest.mark.parametrize("complete", [False, True], ids=["shards", "one file too"])
+def test_an_index_with_an_impossible_file_name_is_one_error(folder: Path, complete: bool) -> None:
+    index = {"weight_map": {UP: "z" * 300}, "metadata": {}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    if complete:
+        assert weight_files(folder) == [folder / "model.safetensors"]
+        return
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="1 of 1 weight files are missing"):
+        weight_files(folder)
+
+
 def test_a_tensor_in_two_shards_is_rejected(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()

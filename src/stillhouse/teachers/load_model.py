@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.distributed import DistributedConfig
 
 from stillhouse.errors import LostProcessError, ModelError
@@ -139,9 +139,12 @@ def check_loadable(model: AnyModel, kind: Any = AutoModelForCausalLM) -> None:
             loaded, info = kind.from_pretrained(
                 path, device_map="meta", trust_remote_code=trusted, **_CHECKED
             )
-    except (ValueError, KeyError, ImportError, OSError, RuntimeError) as error:
+    # As in `load_model`, an unexpected value can fail anywhere.
+    except Exception as error:
         raise ModelError(
-            f"this model cannot be loaded ({error})", where=path, fix="check its config.json"
+            f"this model cannot be loaded ({error})",
+            where=path,
+            fix="check its config.json and generation_config.json",
         ) from error
     _check_loaded(info, path)
     _check_types(loaded, files, path)
@@ -167,7 +170,9 @@ def _config(path: Path, content: bytes | None, trusted: bool) -> Any:
             config = AutoConfig.from_pretrained(
                 path, trust_remote_code=trusted, local_files_only=True
             )
-            config.get_text_config()  # audio models have several
+            text = config.get_text_config()  # audio models have several
+            if not isinstance(text, PreTrainedConfig):
+                raise TypeError("its text_config is not an object")
     # A configuration class can raise any error for values that it does not expect.
     except Exception as error:
         raise ModelError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def _reject_other_weights(folder: Path) -> None:
     index = folder / INDEX
     found = read_json(index).get("weight_map") if index.is_file() else None
     names = set(map(str, found.values())) if isinstance(found, dict) else set()
-    others = sorted(name for name in names - {SINGLE} if (folder / name).is_file())
+    others = sorted(name for name in names - {SINGLE} if os.path.isfile(folder / name))
     if others:
         raise ModelError(
             f"the folder contains a model's weights twice: in {SINGLE}, and in {len(others)} "
@@ -166,7 +167,7 @@ def _shards(index: Path) -> list[Path]:
             fix='copy the model again, or add "metadata": {} to the index',
         )
     places = sorted(set(map(str, weight_map.values())))
-    missing = [place for place in places if not (index.parent / place).is_file()]
+    missing = [place for place in places if not os.path.isfile(index.parent / place)]
     if missing:
         raise ModelError(
             f"{len(missing)} of {len(places)} weight files are missing: {', '.join(missing[:3])}",
