@@ -235,12 +235,12 @@ def _reject_empty(taken: Records, pool: Pool, section: WindowsRecipe) -> None:
     reasons, fixes = [], []
     if pool.overlap_removed:
         reasons.append(f"{pool.overlap_removed:,} documents are also in the held-out text")
-        fixes.append("use different text in data.sources and data.heldout_sources")
+        fixes.append("use held-out text that is different from the training text")
     if pool.rows_dropped:
         reasons.append(
             f"{pool.rows_dropped:,} rows are longer than the context of {section.context:,}"
         )
-        fixes.append("raise data.context, or set data.long_rows: truncate")
+        fixes.append("raise data.context")
     raise DataError(
         f"No text is left to use: {'; '.join(reasons) or 'the sources are empty'}",
         where="data",
