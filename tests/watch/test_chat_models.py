@@ -170,6 +170,12 @@ def test_a_model_on_a_gpu_has_to_fit_into_both_memories(
         assert f"of {kind}, but only 1.00 kB are free" in error
 
 
+def test_a_missing_gpu_is_reported(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (only,) = events(ChatModels("cuda"), request(root))
+    assert only["error"].startswith("PyTorch finds no GPU on this machine")
+
+
 def test_running_out_of_memory_unloads_the_models(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

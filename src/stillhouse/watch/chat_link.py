@@ -101,6 +101,7 @@ class ChatProcess:
             sys.executable,
             *COMMAND,
             threads,
+            self.device,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,

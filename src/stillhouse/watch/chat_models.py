@@ -60,15 +60,20 @@ class Speaker(Protocol):
 
 
 class ChatModels:
-    """The models of the most recently used run."""
+    """The models of the most recently used run. device: cpu or cuda."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = device
         self._of: tuple[str, ...] = ()
         self._speakers: dict[str, Speaker] = {}
 
     def answer(self, request: Mapping[str, Any], say: Say, stopped: Callable[[], bool]) -> None:
         """Answer with both models, one after the other. If one fails, its error becomes an event,
         and the other still answers."""
+        if self._device == "cuda" and not torch.cuda.is_available():
+            fix = "start `stillhouse watch` without --device cuda"
+            say({"role": ROLES[0], "error": f"PyTorch finds no GPU on this machine. {fix}"})
+            return
         folders: Mapping[str, str] = request["folders"]
         of = request["root"], *(folders.get(name, "") for name in _TRAINED)
         if of != self._of:

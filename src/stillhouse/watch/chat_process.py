@@ -1,4 +1,4 @@
-"""The chat's process: `python -m stillhouse.watch.chat_process THREADS`.
+"""The chat's process: `python -m stillhouse.watch.chat_process THREADS DEVICE`.
 
 Reads requests as JSON lines from standard input, and writes their events as JSON lines to standard
 output. Exits when standard input closes, so that it never outlives the server.
@@ -39,7 +39,7 @@ def read_requests(
     os._exit(0)
 
 
-def main(threads: int) -> None:
+def main(threads: int, device: str) -> None:
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # keep what libraries print apart from events
     requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
@@ -56,7 +56,7 @@ def main(threads: int) -> None:
     be_modest(threads)
     from stillhouse.watch.chat_models import ChatModels
 
-    models, request = ChatModels(), say_first
+    models, request = ChatModels(device), say_first
     while True:
         number = request["id"]
         models.answer(request, say, lambda number=number: number in stopped)  # type: ignore[misc]
@@ -65,4 +65,4 @@ def main(threads: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), sys.argv[2])
