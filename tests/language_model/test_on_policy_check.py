@@ -44,6 +44,19 @@ def test_check_estimates_what_the_student_generates(tmp_path: Path) -> None:
     assert f"KV cache takes {size(2 * 3 * 2 * 8 * 128 * 3 * 4)}" in text
 
 
+def test_weights_in_bfloat16_halve_the_kv_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Products are then in float32, unless the weights need bfloat16.
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    raw = tiny.recipe(tmp_path)
+    train = {**raw["train"], "precision": "auto", "weights": "bfloat16"}
+    own = {"prompts": write_prompts(tmp_path, "hi", "ho"), "max_tokens": 8, "batch": 3}
+    found = check_recipe({**raw, "train": {**train, "on_policy": own}}, base=tmp_path)
+    (text,) = of(found, "on-policy")
+    assert f"KV cache takes {size(2 * 3 * 2 * 8 * 128 * 3 * 2)}" in text
+
+
 def test_a_weights_folder_that_contains_a_different_model_is_an_error(tmp_path: Path) -> None:
     server = {"base_url": "http://127.0.0.1:9/v1", "model": "student", "weights": "student"}
     tiny.save_model(tmp_path / "student", seed=1)

@@ -130,6 +130,11 @@ def test_the_loss_under_several_teachers_is_the_mean_of_theirs(setting: Setting)
     assert loss.total.item() == pytest.approx(sum(alone) / 2, rel=1e-6)
 
 
+def test_several_teachers_need_at_least_one() -> None:
+    with pytest.raises(ModelError, match="list of teachers is empty"):
+        SeveralTeachers([])
+
+
 def test_forward_is_the_fused_loss_of_the_supervised_rows(setting: Setting) -> None:
     student, teacher = tiny.llama(seed=1), LocalTeacher(tiny.llama())
     terms = [LogitsTerm(divergence="jsd", weight=0.5), LogitsTerm(divergence="cross_entropy")]

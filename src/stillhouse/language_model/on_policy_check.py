@@ -149,4 +149,4 @@ def kv_cache_bytes(models: RunModels, machine: Machine, prompts: OwnPrompts | No
         * places
         * section.batch
     )
-    return float(values * machine.compute(models.recipe.train.precision).itemsize)
+    return float(values * machine.compute(models.recipe.train.products).itemsize)

@@ -22,7 +22,9 @@ class SeveralTeachers(Teacher):
     def __init__(self, teachers: Sequence[Teacher]) -> None:
         self.teachers = tuple(teachers)
         sizes = sorted({teacher.vocabulary for teacher in self.teachers})
-        if len(sizes) != 1:
+        if not sizes:
+            raise ModelError("the list of teachers is empty", fix="pass at least one teacher")
+        if len(sizes) > 1:
             raise ModelError(
                 f"{len(self.teachers)} teachers have vocabularies of {sizes} tokens",
                 fix="choose teachers with the same vocabulary",
