@@ -70,6 +70,9 @@ def test_an_override_that_the_architecture_does_not_allow_is_an_error_in_the_rec
     text = error_of_check_and_run(raw, tmp_path)
     assert "the student's configuration is invalid" in text
     assert "no-such-act" in text
+    raw["student"]["overrides"] = {"vocab_size": 5}
+    text = error_of_check_and_run(raw, tmp_path)
+    assert "vocab_size is 5, but the student's tokenizer has 260 tokens" in text
 
 
 @pytest.mark.parametrize(

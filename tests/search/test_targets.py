@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from stillhouse.pruning.pruning_config import (
 )
 from stillhouse.pruning.shapes import (
     Counter,
+    Limit,
     counted,
     feasible_shapes,
     limit_of,
@@ -314,3 +316,20 @@ def test_an_error_names_no_shape_if_the_axes_allow_no_smaller_one() -> None:
     with pytest.raises(RecipeError, match="the axes hidden_size allow no smaller shape") as caught:
         shapes(config, search, params="80%")
     assert "add axes" in str(caught.value.fix)
+
+
+@pytest.mark.parametrize("cost", [33_124.0, 33_120.0, 0.0123456, 1.0, 999_999.0])
+def test_the_nearest_amount_that_an_error_names_allows_its_shape(cost: float) -> None:
+    before = sizes_of(CONFIGS["llama"]())
+    key = "params" if cost >= 1 else "decode_latency"
+    named = Limit(key, 0.5 * cost, 0.4 * cost, 1.1 * cost).nearest(before, before, cost)
+    amount, share = re.findall(r"nearest: (\S+) \((\d+%)\)", named)[0]
+    assert cost <= read_amount(key, amount).value < 1.001 * cost
+    assert cost <= read_amount(key, share).value * 1.1 * cost < 1.02 * cost
+
+
+def test_an_error_does_not_ask_for_more_axes_than_there_are() -> None:
+    with pytest.raises(RecipeError, match="no shape's heads and FFN divide evenly") as caught:
+        possible_shapes(CONFIGS["llama"](), SearchRecipe(tensor_parallel=7))
+    assert "use at most tensor_parallel:" in str(caught.value.fix)
+    assert "add axes" not in str(caught.value.fix)

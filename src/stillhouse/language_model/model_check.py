@@ -14,7 +14,7 @@ from stillhouse.generation.source_check import rendered_prompt, require_template
 from stillhouse.language_model.job import Job, configs, full_job, planned_objective
 from stillhouse.language_model.package_check import require_options
 from stillhouse.objectives.objective_config import ChunksTerm
-from stillhouse.students.random_student import require_possible
+from stillhouse.students.random_student import require_possible, require_rows
 from stillhouse.students.student_config import RandomStudent
 from stillhouse.teachers.activations import final_norm, require_parts
 from stillhouse.teachers.load_model import load_config, load_tokenizer
@@ -38,7 +38,10 @@ def require_models(job: Job) -> Iterator[Finding]:
     job = full_job(job)
     student = job.recipe.student
     if isinstance(student, RandomStudent) and student.overrides:
-        require_possible(configs(job)[0], trusted=job.start.trusted)
+        config, _ = configs(job)
+        require_possible(config, trusted=job.start.trusted)
+        if "vocab_size" in student.overrides:
+            require_rows(config, load_tokenizer(job.tokenizer))
     _require_parts(job)
     for source in dict.fromkeys([job.teacher, *job.teachers]):
         check_model_folder(source)

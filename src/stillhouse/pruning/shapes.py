@@ -37,7 +37,6 @@ HIDDEN_SIZES = 5
 EXPERT_STEPS = 16
 """Experts are removed in sixteenths, so that they still divide evenly among 2, 4, or 8 GPUs if they
 did before."""
-MORE_AXES = "add axes to student.search.axes"
 
 Cost = Callable[[Sizes], float]
 
@@ -108,8 +107,15 @@ class Limit:
         return f"{shown(self.key, self.most)} ({self.most / self.unpruned:.0%} of the model)"
 
     def nearest(self, before: Sizes, shape: Sizes, cost: float) -> str:
-        share = f"{cost / self.unpruned:.0%}"
-        return f"nearest: {shown(self.key, cost)} ({share}) with {described(before, shape)}"
+        share = f"{math.ceil(100 * cost / self.unpruned)}%"
+        least = shown(self.key, _rounded_up(cost))
+        return f"nearest: {least} ({share}) with {described(before, shape)}"
+
+
+def _rounded_up(value: float) -> float:
+    """The value with at most four digits, so that a target that is set to it allows the value."""
+    step = 10.0 ** (math.floor(math.log10(value)) - 3)
+    return math.ceil(round(value / step, 6)) * step
 
 
 def shown(key: str, value: float) -> str:
@@ -227,7 +233,9 @@ def possible_shapes(config: Any, search: SearchRecipe) -> list[Sizes]:
             f"with the axes {', '.join(search.axes)}, no shape's heads and FFN divide evenly among "
             f"{among} GPUs",
             where="student.search.tensor_parallel",
-            fix=(f"use at most tensor_parallel: {most}, or " if most else "") + MORE_AXES,
+            fix=" or ".join(
+                ([f"use at most tensor_parallel: {most}"] if most else []) + _more_axes(search)
+            ),
         )
     return found
 
@@ -290,6 +298,11 @@ def _steps(search: SearchRecipe) -> Sequence[int]:
     return ALIGNMENTS if search.multiple_of is None else (search.multiple_of,)
 
 
+def _more_axes(search: SearchRecipe) -> list[str]:
+    """The advice to search along more axes; empty if the search uses all of them."""
+    return [] if {*AXES} <= {*search.axes} else ["add axes to student.search.axes"]
+
+
 def described(before: Sizes, shape: Sizes) -> str:
     """The sizes that differ, in recipe syntax."""
     found = sizes_to_prune(before, shape)
@@ -305,7 +318,9 @@ def _too_large(
     return RecipeError(
         f"the target {limit} is not smaller than the model, {own}",
         where=f"student.target.{limit.key}",
-        fix=MORE_AXES if nearest is None else limit.nearest(before, nearest, cost(nearest)),
+        fix=" or ".join([*_more_axes(search), "set a lower student.search.multiple_of"])
+        if nearest is None
+        else limit.nearest(before, nearest, cost(nearest)),
     )
 
 
@@ -332,7 +347,7 @@ def _out_of_reach(
         return RecipeError(
             f"the axes {', '.join(search.axes)} allow no smaller shape, but the target is {limit}",
             where="student.search.axes",
-            fix=f"{MORE_AXES}, or change student.search.multiple_of",
+            fix=" or ".join([*_more_axes(search), "set a lower student.search.multiple_of"]),
         )
     return RecipeError(
         f"the target {limit} is smaller than the axes {', '.join(search.axes)} allow in one step",

@@ -16,7 +16,12 @@ from stillhouse.pruning.surgery import check_saved
 from stillhouse.pruning.vocabulary_cut import save_kept_ids
 from stillhouse.shared_work import ALONE, Processes
 from stillhouse.students.pruned_student import Summary, prune_to
-from stillhouse.students.random_student import for_tokenizer, overridden_config, random_model
+from stillhouse.students.random_student import (
+    for_tokenizer,
+    overridden_config,
+    random_model,
+    require_rows,
+)
 from stillhouse.students.student import Student
 from stillhouse.students.student_config import PretrainedStudent, PrunedStudent, RandomStudent
 from stillhouse.teachers.load_model import load_config, load_tokenizer
@@ -114,7 +119,9 @@ def _random(
     if named or section.config is not None:
         config = for_tokenizer(config, tokenizer)
     overrides = {"vocab_size": token_count(tokenizer), **section.overrides}
-    student = Student(random_model(overridden_config(config, overrides), seed), tokenizer)
+    config = overridden_config(config, overrides)
+    require_rows(config, tokenizer)
+    student = Student(random_model(config, seed), tokenizer)
     return student, {"overrides": dict(section.overrides), "notes": []}
 
 

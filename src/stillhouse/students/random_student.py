@@ -104,6 +104,18 @@ def require_possible(config: Any, *, trusted: bool = False) -> None:
         raise _impossible(error.what) from error
 
 
+def require_rows(config: Any, tokenizer: Any) -> None:
+    """Raise RecipeError if a configuration's overrides leave fewer rows than the tokenizer has
+    tokens."""
+    rows, tokens = config.get_text_config().vocab_size, token_count(tokenizer)
+    if rows < tokens:
+        raise RecipeError(
+            f"vocab_size is {rows:,}, but the student's tokenizer has {tokens:,} tokens",
+            where="student.overrides.vocab_size",
+            fix=f"set it to at least {tokens}, or remove it",
+        )
+
+
 def _check_override(config: Any, known: Mapping[str, Any], key: str, value: Value) -> None:
     where = f"student.overrides.{key}"
     if key not in known:
