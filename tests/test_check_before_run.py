@@ -76,6 +76,25 @@ def test_an_override_that_the_architecture_does_not_allow_is_an_error_in_the_rec
 
 
 @pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "the list of tokens to keep cannot be read"),
+        ("no-such-token\n", "tokens that the teacher does not have"),
+        ("a\n", "the list lacks required tokens"),
+    ],
+    ids=["missing", "unknown", "incomplete"],
+)
+def test_a_list_of_tokens_that_cannot_be_used_is_an_error(
+    tmp_path: Path, content: str | None, expected: str
+) -> None:
+    raw = tiny.recipe(tmp_path)
+    raw["student"] = {"start": "pruned", "vocabulary": {"path": str(tmp_path / "kept.txt")}}
+    if content is not None:
+        (tmp_path / "kept.txt").write_text(content)
+    assert expected in error_of_check_and_run(raw, tmp_path)
+
+
+@pytest.mark.parametrize(
     ("term", "expected"),
     [
         ({"kind": "attention_relations", "heads": 2}, "the attention in GPTNeoXLayer"),

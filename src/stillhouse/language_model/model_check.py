@@ -14,8 +14,10 @@ from stillhouse.generation.source_check import rendered_prompt, require_template
 from stillhouse.language_model.job import Job, configs, full_job, planned_objective
 from stillhouse.language_model.package_check import require_options
 from stillhouse.objectives.objective_config import ChunksTerm
+from stillhouse.pruning.pruning_config import VocabularyFile
+from stillhouse.pruning.vocabulary_cut import require_listed_tokens
 from stillhouse.students.random_student import require_possible, require_rows
-from stillhouse.students.student_config import RandomStudent
+from stillhouse.students.student_config import PrunedStudent, RandomStudent
 from stillhouse.teachers.activations import final_norm, require_parts
 from stillhouse.teachers.load_model import load_config, load_tokenizer
 from stillhouse.teachers.model_source import ModelSource
@@ -42,6 +44,9 @@ def require_models(job: Job) -> Iterator[Finding]:
         require_possible(config, trusted=job.start.trusted)
         if "vocab_size" in student.overrides:
             require_rows(config, load_tokenizer(job.tokenizer))
+    if isinstance(student, PrunedStudent) and isinstance(student.vocabulary, VocabularyFile):
+        file = job.base / student.vocabulary.path
+        require_listed_tokens(load_tokenizer(job.teacher), file, load_config(job.teacher))
     _require_parts(job)
     for source in dict.fromkeys([job.teacher, *job.teachers]):
         check_model_folder(source)

@@ -103,6 +103,16 @@ def kept_token_ids(
     return tuple(sorted(kept))
 
 
+def require_listed_tokens(tokenizer: Any, file: Path, config: Any) -> None:
+    """Raise the RecipeErrors of `kept_token_ids` about a file that do not depend on the model's
+    generation configuration."""
+    merges = Merges(tokenizer)
+    named = {id for id, _ in named_ids(config)} & merges.tokens.keys()
+    requested = _listed(file, merges, range(config.vocab_size))
+    needed = merges.alphabet() | merges.added.keys() | named
+    _check_nothing_lost(file, merges, needed - requested)
+
+
 @torch.no_grad()
 def expected_tokens(
     model: Any,
