@@ -3,9 +3,10 @@
     make bench NAME=on_policy_extract ARGS="--seeds 0 1"
 
 The teacher's examples are in the student's prompt too (task.student_sees: all), since own text is
-scored under the student's prompt. Both students take the same optimizer steps; in one of them, half
-of each step's rows are the student's own answers. They have one run folder, so that the teacher
-answers once, and what is finished is not repeated.
+scored under the student's prompt. Half of the rows in each step of one student are its own answers.
+Both students take the same number of optimizer steps, unless --own-set changes that: answers are
+short, so rows of own text have fewer supervised tokens. Both have one run folder, so that the
+teacher answers once, and what is finished is not repeated.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def measure(options: argparse.Namespace, kind: str, seed: int) -> dict[str, Any]
         *COMMON,
         *KINDS[kind],
         *options.set,
+        *(options.own_set if kind == "own_text" else ()),
     ]
     result = stillhouse.run(RECIPE, overrides=given)
     assert result is not None
@@ -46,6 +48,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--folder", type=Path, default=Path("runs/on_policy_extract"))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument(
+        "--own-set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="overrides for the student that trains on own text, after those of --set",
+    )
     options = parser.parse_args()
     figures = [measure(options, kind, seed) for seed in options.seeds for kind in KINDS]
 
