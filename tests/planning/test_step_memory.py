@@ -25,7 +25,7 @@ from tests.planning.shapes import LLAMA_1B, LLAMA_8B, LLAMA_70B
 
 pytestmark = pytest.mark.run
 GB = 1e9
-EIGHT = {"over": 8, "processes": 8}
+EIGHT: dict[str, Any] = {"over": 8, "processes": 8}
 
 
 @pytest.fixture(scope="module")
