@@ -126,7 +126,11 @@ def write_settings(path: Path, settings: Settings) -> None:
 def read_settings(path: Path) -> Settings:
     """Read a store's settings. Raises StoreError if there is no store or they are damaged."""
     if not (path / SETTINGS).exists():
-        raise StoreError("there is no signal store here", where=path, fix="record one first")
+        raise StoreError(
+            "there is no signal store here",
+            where=path,
+            fix="check the path, or record a store with `stillhouse signals RECIPE`",
+        )
     return _settings(read_checked_json(path / SETTINGS, "the store's settings"), path / SETTINGS)
 
 
