@@ -132,7 +132,7 @@ def test_a_random_student_with_too_small_a_vocabulary_is_rejected(
     teacher: ModelSource, tmp_path: Path
 ) -> None:
     section = RandomStudent(start="random", overrides={"vocab_size": 95})
-    with pytest.raises(RecipeError, match="vocab_size is 95, but .* has 96 tokens") as caught:
+    with pytest.raises(RecipeError, match=r"vocab_size is 95, but .* has 96 tokens") as caught:
         build(section, teacher, tmp_path)
     assert caught.value.where == "student.overrides.vocab_size"
     assert "at least 96" in str(caught.value.fix)
