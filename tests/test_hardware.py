@@ -22,7 +22,9 @@ def describe_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str) ->
     file = tmp_path / "cpuinfo"
     other = "processor : 1\nmodel name : other\nflags : nothing\n"
     file.write_text(
-        f"processor\t: 0\nmodel name\t: Toy CPU: 3 GHz\nflags\t\t: {flags}\n\n{other}", "utf-8"
+        "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: Toy CPU: 3 GHz\n"
+        f"flags\t\t: {flags}\n\n{other}",
+        "utf-8",
     )
     monkeypatch.setattr(hardware, "CPU_INFO", file)
 
@@ -32,7 +34,9 @@ def test_flags_and_name_come_from_the_first_processor(
 ) -> None:
     describe_cpu(monkeypatch, tmp_path, "fpu avx2 avx512_bf16 sse")
     assert hardware.cpu_abilities() == {"avx2", "avx512_bf16"}
-    assert hardware.machine()["cpu"] == "Toy CPU: 3 GHz"
+    machine = hardware.machine()
+    assert machine["cpu"] == "Toy CPU: 3 GHz"
+    assert (machine["cpu_family"], machine["cpu_model"]) == ("25", "17")
 
 
 def test_torch_is_queried_if_there_is_no_cpuinfo(

@@ -304,6 +304,9 @@ def machine() -> dict[str, object]:
     bytes."""
     return {
         "cpu": _cpu_model(),
+        # Virtual machines often hide the model's name.
+        "cpu_family": _cpu_info().get("cpu family"),
+        "cpu_model": _cpu_info().get("model"),
         "architecture": platform.machine(),
         "system": platform.system(),
         "physical_cores": psutil.cpu_count(logical=False),
