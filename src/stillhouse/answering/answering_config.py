@@ -16,6 +16,7 @@ from stillhouse.field_types import (
     SmallCount,
 )
 from stillhouse.generation.generation_config import (
+    TEMPERATURE,
     ApiTeacher,
     BudgetRecipe,
     SamplingRecipe,
@@ -76,8 +77,7 @@ class AnswerSampling(SamplingRecipe):
 
     temperature: SamplingTemperature | None = Field(
         0.0,
-        description="0: greedy; null (api only): do not send it, for an endpoint that accepts only "
-        "its default.",
+        description=TEMPERATURE,
     )
     max_tokens: AnswerTokens = Field(
         256,

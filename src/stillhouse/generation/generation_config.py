@@ -146,11 +146,16 @@ class TaskTeacher(Section):
         return self
 
 
+TEMPERATURE = (
+    "0: greedy; null (api only): do not send it, for an endpoint that accepts only its default."
+)
+"""What the values of a sampling temperature mean."""
+
+
 class SamplingRecipe(Section):
     temperature: SamplingTemperature | None = Field(
         1.0,
-        description="0: greedy; null (api only): do not send it, for an endpoint that accepts only "
-        "its default.",
+        description=TEMPERATURE,
     )
     top_p: Share = 1.0
     max_tokens: AnswerTokens = Field(

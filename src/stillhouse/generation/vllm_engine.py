@@ -38,7 +38,6 @@ TEACHER = "teacher.vllm"
 SIGNALS = "signals.vllm"
 ROLLOUTS = "train.on_policy.generator"
 """Keys of the sections in which vLLM generates text, records hidden states, or runs the student."""
-_SIZES = ("context, gpu_memory, or batch", "context or gpu_memory")
 WITHOUT = {
     TEACHER: "or use `local` or `api` (e.g. with `vllm serve`) instead; answers in the journal do "
     "not need vLLM",
@@ -247,9 +246,9 @@ def vllm_errors(what: str, where: str) -> Iterator[None]:
         raise
     except Exception as error:
         cause = str(error) if isinstance(error, EngineError) else reason(error)
+        sizes = "context or gpu_memory" if where == SIGNALS else "context, gpu_memory, or batch"
         raise ModelError(
             f"{what} ({cause})",
             where=where,
-            fix=f"if memory ran out, lower {_SIZES[where == SIGNALS]}; then repeat the command, "
-            "which resumes",
+            fix=f"if memory ran out, lower {sizes}; then repeat the command, which resumes",
         ) from error

@@ -72,10 +72,9 @@ def kept_token_ids(
     named = {id for config in configs for id, _ in named_ids(config)}
     kept = named - merges.tokens.keys()
     total = len(merges.tokens) + len(kept)
-    needed = merges.alphabet() | merges.added.keys() | (named - kept)
+    needed = _always_kept(merges, named)
     if isinstance(vocabulary, Path):
-        requested = _listed(vocabulary, merges, kept)
-        _check_nothing_lost(vocabulary, merges, needed - requested)
+        requested = _requested(vocabulary, merges, needed, kept)
         return tuple(sorted(kept.union(*map(merges.parts, requested))))
     for id in needed:
         kept |= merges.parts(id)
@@ -107,10 +106,13 @@ def require_listed_tokens(tokenizer: Any, file: Path, config: Any) -> None:
     """Raise the RecipeErrors of `kept_token_ids` about a file that do not depend on the model's
     generation configuration."""
     merges = Merges(tokenizer)
-    named = {id for id, _ in named_ids(config)} & merges.tokens.keys()
-    requested = _listed(file, merges, range(config.vocab_size))
-    needed = merges.alphabet() | merges.added.keys() | named
-    _check_nothing_lost(file, merges, needed - requested)
+    needed = _always_kept(merges, {id for id, _ in named_ids(config)})
+    _requested(file, merges, needed, range(config.vocab_size))
+
+
+def _always_kept(merges: Merges, named: set[int]) -> set[int]:
+    """The tokenizer's tokens that are always kept. named: ids that configurations name."""
+    return merges.alphabet() | merges.added.keys() | (named & merges.tokens.keys())
 
 
 @torch.no_grad()
@@ -191,14 +193,17 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
 
 
-def _check_nothing_lost(file: Path, merges: Merges, lost: set[int]) -> None:
-    if lost:
+def _requested(file: Path, merges: Merges, needed: set[int], named: Collection[int]) -> set[int]:
+    """The ids listed in a file (see `_listed`). Raises RecipeError if a needed token is missing."""
+    requested = _listed(file, merges, named)
+    if lost := needed - requested:
         names = [merges.tokens[id] for id in sorted(lost)]
         raise RecipeError(
             f"the list lacks required tokens ({len(lost):,}): {_few(names)}",
             where=file,
             fix="add them (all special tokens, and one for each byte), or use vocabulary: data",
         )
+    return requested
 
 
 def save_kept_ids(kept_ids: Sequence[int], folder: Path) -> None:
