@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 
+from stillhouse.atomic_files import write_atomically
 from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import RunError
 from stillhouse.evaluation.results import Evaluation
@@ -21,7 +22,7 @@ from stillhouse.pipeline import engine
 from stillhouse.pipeline.engine import RESOLVED, locked_folder
 from stillhouse.plan import RunPlan, save_plan
 from stillhouse.planning.machine import Machine
-from stillhouse.runfolder import Outcome, RunFolder, StagePlan, write_atomically
+from stillhouse.runfolder import Outcome, RunFolder, StagePlan
 from stillhouse.scratch import temporary_folder
 from tests import forks, tiny
 

@@ -25,6 +25,12 @@ _intact: set[tuple[str, int, int, int, str]] = set()
 Facts = Mapping[str, Any]
 
 
+def sha(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def file_facts(path: Path) -> dict[str, Any]:
     """Return the size and both hashes of a file, reading it once."""
     slow, fast = hashlib.sha256(), xxhash.xxh3_128()

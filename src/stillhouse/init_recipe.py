@@ -13,13 +13,13 @@ from urllib.parse import urlsplit
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from stillhouse.atomic_files import write_atomically
 from stillhouse.config.load_recipe import recipe_from_text
 from stillhouse.disk_errors import disk_errors, made_folder
 from stillhouse.errors import DataError, RecipeError, RunError
 from stillhouse.init_answers import JOBS, SIZES, InitAnswers
 from stillhouse.init_plan import planned
 from stillhouse.init_sources import CORPUS, first_questions
-from stillhouse.runfolder import write_atomically
 
 _TEMPLATES = {"distill": "distill", "classify": "classify"}
 _PROMPTS = (

@@ -13,6 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from stillhouse.atomic_files import write_atomically
 from stillhouse.config.load_recipe import load_language_model_recipe
 from stillhouse.errors import RecipeError
 from stillhouse.family.members import first_member, planned_models
@@ -27,7 +28,6 @@ from stillhouse.planning.model_size import config_size
 from stillhouse.planning.stage_estimate import StageEstimate
 from stillhouse.planning.step_memory import described
 from stillhouse.pruning.pruning_config import read_amount
-from stillhouse.runfolder import write_atomically
 
 
 @dataclass(frozen=True)

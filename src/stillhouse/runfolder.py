@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from stillhouse.atomic_files import flush, flush_tree, write_atomically
 from stillhouse.checksums import damaged_files, file_facts, sealed
 from stillhouse.disk_errors import disk_errors, made_folder
 from stillhouse.errors import RunError, StillhouseError, StoreError
@@ -350,50 +351,6 @@ def record_again(file: Path) -> None:
     except (OSError, ValueError, LookupError, TypeError):
         return
     write_atomically(file.parent / MANIFEST, json.dumps(sealed(manifest), indent=2))
-
-
-def sha(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def flush_tree(folder: Path) -> None:
-    """Flush every file under the folder, and then the folders, to disk."""
-    paths = [path for path in folder.rglob("*") if not path.is_symlink()]
-    for path in sorted(paths, key=lambda p: (p.is_dir(), str(p))):
-        flush(path)
-    flush(folder)
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file atomically, so that it never contains part of the new content. A device or a
-    pipe is written directly. Raises RunError."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    data = content.encode() if isinstance(content, str) else content
-    with disk_errors(path):
-        if path.exists() and not path.is_file() and not path.is_dir():
-            path.write_bytes(data)
-            return
-        try:
-            temporary.write_bytes(data)
-            flush(temporary)
-            temporary.replace(path)
-        except FileNotFoundError as error:
-            if not path.parent.is_dir():
-                raise
-            # The folder does not allow new files, as in /proc.
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path)) from error
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
 
 
 # --- where a run's folder is -----------------------------------------------------------------

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stillhouse.answering.answering_config import AnsweringRecipe
+from stillhouse.atomic_files import write_atomically
 from stillhouse.errors import DataError
-from stillhouse.runfolder import write_atomically
 from stillhouse.synthesis.filters import Filter, Row
 from stillhouse.tasks.labeled_texts import (
     LabeledText,

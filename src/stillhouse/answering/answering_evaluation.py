@@ -17,6 +17,7 @@ from stillhouse.answering.answer_stages import read_answers
 from stillhouse.answering.answer_texts import TEXTS, AnswerTexts
 from stillhouse.answering.answering_job import AnsweringJob
 from stillhouse.answering.comparison_judge import compare_answers, comparison_source
+from stillhouse.checksums import sha
 from stillhouse.data.chat_prompt import text_ids
 from stillhouse.data.turn_end import turn_end
 from stillhouse.errors import DataError, RecipeError
@@ -36,7 +37,7 @@ from stillhouse.generation.local_generator import LocalGenerator, open_local
 from stillhouse.generation.request import Answer, Message, Request
 from stillhouse.generation.text_teacher import answers_of
 from stillhouse.hardware import peak_memory_bytes
-from stillhouse.runfolder import Outcome, Stage, StagePlan, sha
+from stillhouse.runfolder import Outcome, Stage, StagePlan
 from stillhouse.shared_work import Processes, all_processes
 from stillhouse.signals.lm_head import head_logits
 from stillhouse.synthesis.filters import Filter, Row, answer_only, json_value

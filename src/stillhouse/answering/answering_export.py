@@ -9,6 +9,7 @@ from typing import Any
 
 from stillhouse.answering.answer_texts import TEXTS, AnswerTexts
 from stillhouse.answering.answering_job import AnsweringJob
+from stillhouse.atomic_files import write_atomically
 from stillhouse.errors import ModelError
 from stillhouse.evaluation.answers import AnswersEvaluation
 from stillhouse.evaluation.metrics import metrics_of
@@ -24,7 +25,7 @@ from stillhouse.pipeline.report_stage import plan_report
 from stillhouse.report.answers_report import answers_report
 from stillhouse.report.page import Report
 from stillhouse.report.sections import RunFacts
-from stillhouse.runfolder import Outcome, Stage, StagePlan, write_atomically
+from stillhouse.runfolder import Outcome, Stage, StagePlan
 from stillhouse.section import recipe_yaml
 from stillhouse.tasks.task_facts import card_hashes, text_files
 from stillhouse.training.checkpoints import METRICS, read_metrics

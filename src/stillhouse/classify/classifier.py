@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from stillhouse.atomic_files import write_atomically
 from stillhouse.classify.label_prompts import LabelPrompt, PromptTokens, cut, prompt_tokens
 from stillhouse.classify.label_scoring import (
     LabelTree,
@@ -27,7 +28,6 @@ from stillhouse.classify.label_scoring import (
 )
 from stillhouse.errors import ModelError
 from stillhouse.hardware import default_device
-from stillhouse.runfolder import write_atomically
 from stillhouse.shared_work import ALONE, Processes
 from stillhouse.teachers.load_model import check_loadable, load_model, load_tokenizer
 from stillhouse.teachers.quiet import quiet

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
+from stillhouse.atomic_files import write_atomically
 from stillhouse.checksums import with_hash, without_hash
 from stillhouse.classify.classify_config import ClassifyRecipe, Prior
 from stillhouse.classify.label_prompts import CONTENTLESS, LabelPrompt, PromptTokens
@@ -33,7 +34,6 @@ from stillhouse.generation.generation_config import TextTeacher
 from stillhouse.generation.request import Answer, Request, Requests
 from stillhouse.generation.text_teacher import DefaultModel, TextSource, text_source
 from stillhouse.progress import bar
-from stillhouse.runfolder import write_atomically
 from stillhouse.shared_work import ALONE, Processes
 from stillhouse.tasks.labeled_texts import FEWEST
 

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from stillhouse.atomic_files import write_atomically
+from stillhouse.checksums import sha
 from stillhouse.classify.classify_config import (
     ClassifyRecipe,
     ClassifyTask,
@@ -21,7 +23,6 @@ from stillhouse.data.file_search import find_files
 from stillhouse.data.row_reader import read_rows
 from stillhouse.data.words import MISSING, collapsed, normalized
 from stillhouse.errors import DataError, RecipeError
-from stillhouse.runfolder import sha, write_atomically
 from stillhouse.tasks.labeled_texts import (
     FEWEST,
     LabeledText,

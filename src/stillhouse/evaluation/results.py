@@ -10,9 +10,9 @@ from typing import Self
 from pydantic import TypeAdapter
 from rich.console import Console
 
+from stillhouse.atomic_files import write_atomically
 from stillhouse.errors import RunError
 from stillhouse.generation.own_text_figures import OwnText
-from stillhouse.runfolder import write_atomically
 
 EVALUATION = "evaluation.json"
 """File in the folder of an `evaluate` stage."""

@@ -10,12 +10,12 @@ from typing import Any
 import yaml
 
 from stillhouse import number_format as text
-from stillhouse.checksums import write_sums
+from stillhouse.atomic_files import write_atomically
+from stillhouse.checksums import sha, write_sums
 from stillhouse.evaluation.metrics_table import MetricsTable, to_markdown
 from stillhouse.export.gate import ReplayResult
 from stillhouse.export.licenses import CARD, Origin, licenses_section, origins_head
 from stillhouse.markdown import fenced, inert
-from stillhouse.runfolder import sha, write_atomically
 
 TAGS = ["distillation", "stillhouse"]
 WEIGHTS = ("*.safetensors", "*.gguf", "*.onnx", "*.onnx.data")

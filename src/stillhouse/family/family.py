@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from stillhouse.atomic_files import write_atomically
 from stillhouse.evaluation.family_evaluation import (
     FAMILY_FILE,
     CutTeacher,
@@ -39,7 +40,7 @@ from stillhouse.progress import note
 from stillhouse.report.family_report import family_report
 from stillhouse.report.page import FAMILY_REPORT, REPORT_DATA, write_report
 from stillhouse.report.sections import RunFacts
-from stillhouse.runfolder import RunFolder, Stage, write_atomically
+from stillhouse.runfolder import RunFolder, Stage
 from stillhouse.training.train import MODEL
 
 PRODUCING = (

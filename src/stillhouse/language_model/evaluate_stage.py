@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse import account
+from stillhouse.checksums import sha
 from stillhouse.data.windows import WindowSet
 from stillhouse.evaluation.evaluate import evaluate, keep_teacher
 from stillhouse.evaluation.evaluate_config import EvaluateRecipe, LmEvalRecipe
@@ -21,7 +22,7 @@ from stillhouse.language_model.signals_stage import sharded_loader
 from stillhouse.launch import leads
 from stillhouse.quantize.input_rounding import round_inputs
 from stillhouse.quantize.quantization import FILE, Quantization
-from stillhouse.runfolder import Outcome, Stage, StagePlan, run_root, sha
+from stillhouse.runfolder import Outcome, Stage, StagePlan, run_root
 from stillhouse.teachers.sharded_teacher import ShardedTeacher
 from stillhouse.training.train import shards
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse import account
+from stillhouse.atomic_files import flush, write_atomically
+from stillhouse.checksums import sha
 from stillhouse.data.data_files import regular, regular_if_there
 from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import DataError, RunError
@@ -29,17 +31,7 @@ from stillhouse.language_model.recipe import Recipe
 from stillhouse.launch import leads
 from stillhouse.pipeline.stage_plan import Do
 from stillhouse.progress import note
-from stillhouse.runfolder import (
-    Outcome,
-    RunFolder,
-    Stage,
-    StagePlan,
-    answers_path,
-    flush,
-    run_root,
-    sha,
-    write_atomically,
-)
+from stillhouse.runfolder import Outcome, RunFolder, Stage, StagePlan, answers_path, run_root
 from stillhouse.shared_work import ALONE, all_processes
 from stillhouse.synthesis.filters import DROPPED
 from stillhouse.synthesis.synthesis_job import SynthesisJob

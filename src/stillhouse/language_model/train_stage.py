@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from stillhouse.checksums import sha
 from stillhouse.hardware import peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job
@@ -15,7 +16,7 @@ from stillhouse.language_model.signals_stage import StoredSignals, stored_signal
 from stillhouse.objectives.objective_config import LogitsTerm, ObjectiveRecipe
 from stillhouse.pipeline.stage_plan import model_check
 from stillhouse.pruning.offload import shared_layers
-from stillhouse.runfolder import Outcome, Stage, StagePlan, sha
+from stillhouse.runfolder import Outcome, Stage, StagePlan
 from stillhouse.shared_work import ALONE, all_processes
 from stillhouse.students.build_student import build_student, config_sha256
 from stillhouse.students.student import Student

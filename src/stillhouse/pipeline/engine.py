@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from stillhouse.atomic_files import write_atomically
 from stillhouse.errors import RecipeError
 from stillhouse.evaluation.results import EVALUATION
 from stillhouse.finding import Finding
@@ -29,7 +30,7 @@ from stillhouse.pipeline.time_left import TimeLeft
 from stillhouse.processes import lost_process
 from stillhouse.progress import note
 from stillhouse.run_recipe import RunRecipe
-from stillhouse.runfolder import Outcome, RunFolder, Stage, StagePlan, run_root, write_atomically
+from stillhouse.runfolder import Outcome, RunFolder, Stage, StagePlan, run_root
 from stillhouse.scratch import scratch_in
 from stillhouse.section import recipe_yaml
 

@@ -13,12 +13,12 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from stillhouse.atomic_files import write_atomically
 from stillhouse.errors import RunError, StillhouseError
 from stillhouse.launch import process_index, speaks_for_machine, world_size
 from stillhouse.process_watch import lost_process_found, main_process_finished, watched_processes
 from stillhouse.processes import lost_process, open_group
 from stillhouse.progress import note
-from stillhouse.runfolder import write_atomically
 
 ANNOUNCEMENT = ".torchrun"
 """A file that names the torchrun whose main process is using the folder."""

@@ -12,12 +12,13 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import Field, TypeAdapter, ValidationError
 
+from stillhouse.atomic_files import write_atomically
 from stillhouse.checksums import seal_broken, sealed
 from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import RunError
 from stillhouse.evaluation.metrics_table import MetricsTable
 from stillhouse.report.charts import Chart, role_color
-from stillhouse.runfolder import record_again, write_atomically
+from stillhouse.runfolder import record_again
 
 REPORT, FAMILY_REPORT, REPORT_DATA = "report.html", "family.html", "report.json"
 """A run's page, a family's page, and the data file next to either."""

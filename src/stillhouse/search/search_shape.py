@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from stillhouse.atomic_files import write_atomically
 from stillhouse.data.windows import WindowSet
 from stillhouse.hardware import free_memory
 from stillhouse.progress import console, note
@@ -29,7 +30,6 @@ from stillhouse.pruning.prune import Calibration, prune_model, rank_layers
 from stillhouse.pruning.reference import Reference, mean_kl, reference_on
 from stillhouse.pruning.shapes import Counter, described, feasible_shapes, sizes_to_prune
 from stillhouse.pruning.sizes import Sizes, sizes_of
-from stillhouse.runfolder import write_atomically
 from stillhouse.search.candidates import candidates_table
 from stillhouse.search.probes import curves, expected, probed
 from stillhouse.search.search_text import SearchText, batches_of, split_text

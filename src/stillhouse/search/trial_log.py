@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.account import CountedFlops
+from stillhouse.atomic_files import write_atomically
 from stillhouse.checksums import with_hash, without_hash
 from stillhouse.progress import note
-from stillhouse.runfolder import write_atomically
 from stillhouse.shared_work import ALONE, Processes
 
 Find = Callable[[], Any]

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.errors import SignalError, StoreError
-from stillhouse.signals.atomic_files import checked_json, read_checked_json, write_durably
 from stillhouse.signals.encodings import Encoding, encoding_from_json, encoding_to_json
+from stillhouse.signals.store_files import checked_json, read_checked_json, write_durably
 
 FORMAT = 1
 SETTINGS, MANIFEST, SHARDS = "settings.json", "manifest.json", "shards"

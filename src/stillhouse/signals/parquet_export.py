@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stillhouse.atomic_files import complete_or_absent
 from stillhouse.disk_errors import disk_error
 from stillhouse.errors import StoreError
-from stillhouse.signals.atomic_files import complete_or_absent
 from stillhouse.signals.decode import StoredSignal
 from stillhouse.signals.manifest import SHARDS
 from stillhouse.signals.segments import Segments

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stillhouse.errors import StoreError
-from stillhouse.signals.atomic_files import PARTIAL, write_durably
 from stillhouse.signals.encode import Statistics
 from stillhouse.signals.encoded_rows import DenseRows, EntryRows, Rows, concatenate
 from stillhouse.signals.manifest import (
@@ -33,6 +32,7 @@ from stillhouse.signals.manifest import (
 )
 from stillhouse.signals.segments import Segments
 from stillhouse.signals.shards import Shard, ShardHeader, open_shard, shard_bytes
+from stillhouse.signals.store_files import PARTIAL, write_durably
 
 SHARD_BYTES = 64 << 20
 SHARD_SECONDS = 600.0

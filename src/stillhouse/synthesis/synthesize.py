@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from stillhouse.atomic_files import write_atomically
 from stillhouse.errors import DataError, RunError, StillhouseError
 from stillhouse.generation.answer_logprobs import mean_log_probability
 from stillhouse.generation.answer_requests import (
@@ -22,7 +23,6 @@ from stillhouse.generation.chat_frame import answer_text, user_turn
 from stillhouse.generation.estimate import Estimate, estimate_requests
 from stillhouse.generation.journal import Journal
 from stillhouse.progress import note
-from stillhouse.runfolder import write_atomically
 from stillhouse.synthesis import filters
 from stillhouse.synthesis.best_of import likelihood, majority
 from stillhouse.synthesis.filters import DROPPED, Chooser, Filter, Filters, Row, Sieve

@@ -14,6 +14,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, TextIO
 
+from stillhouse.checksums import sha
 from stillhouse.data.data_files import FileFormat, known_format
 from stillhouse.data.file_search import find_files
 from stillhouse.data.row_reader import (
@@ -25,7 +26,6 @@ from stillhouse.data.row_reader import (
 )
 from stillhouse.data.words import collapsed, normalized
 from stillhouse.errors import DataError
-from stillhouse.runfolder import sha
 from stillhouse.section import made
 from stillhouse.tasks.task_texts_config import TextFile
 

@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from stillhouse.atomic_files import flush_tree, write_atomically
 from stillhouse.checksums import damaged_files, fast_facts, seal_broken, sealed
 from stillhouse.errors import TrainingError
 from stillhouse.progress import note
-from stillhouse.runfolder import flush_tree, write_atomically
 
 COMPLETE = "complete.json"
 CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from stillhouse.atomic_files import flush, flush_tree
 from stillhouse.checksums import damaged_files, fast_facts, seal_broken, sealed
 from stillhouse.data.batches import Batch, collate
 from stillhouse.data.packing import Segment, fill_windows
 from stillhouse.data.windows import ARRAYS
 from stillhouse.disk_errors import disk_errors
-from stillhouse.runfolder import flush, flush_tree
 
 ROLLOUTS = "rollouts"
 """The folder of rollouts in a training run's folder, with a folder `step-N` for each window."""

@@ -14,12 +14,12 @@ from typing import Any
 import xxhash
 from torch import nn
 
+from stillhouse.atomic_files import write_atomically
 from stillhouse.checksums import seal_broken, sealed
 from stillhouse.data.batches import Batches
 from stillhouse.data.windows import ARRAYS
 from stillhouse.errors import TrainingError
 from stillhouse.objectives.objective_config import ObjectiveRecipe
-from stillhouse.runfolder import write_atomically
 from stillhouse.teachers.local_teacher import LocalTeacher
 from stillhouse.teachers.teacher import Teacher
 from stillhouse.training.checkpoints import CHECKPOINTS, checkpoints_in

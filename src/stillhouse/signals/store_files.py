@@ -1,4 +1,4 @@
-"""Files that are either complete or absent, and JSON with a checksum."""
+"""Files of a store: flushed to disk before they are used, and JSON with a checksum."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from stillhouse.atomic_files import flush
 from stillhouse.errors import StoreError
 
 PARTIAL = ".partial"
@@ -22,7 +23,7 @@ def write_durably(path: Path, pieces: Iterable[bytes]) -> None:
     Raises StoreError if the disk is full or the folder cannot be written. The temporary file is
     then removed, and any previous file is unchanged.
     """
-    temporary = _temporary(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         with temporary.open("wb") as file:
             for piece in pieces:
@@ -30,9 +31,10 @@ def write_durably(path: Path, pieces: Iterable[bytes]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _flush_folder(path.parent)
+        flush(path.parent)
     except OSError as error:
-        _remove(temporary)
+        with suppress(OSError):  # nothing reads what is left behind
+            temporary.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StoreError(
                 "the disk is full; every shard before this one is kept",
@@ -44,43 +46,6 @@ def write_durably(path: Path, pieces: Iterable[bytes]) -> None:
             where=path,
             fix="check that the folder exists and is writable",
         ) from error
-
-
-@contextmanager
-def complete_or_absent(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, renamed to `path` after the block. If the block raises, the
-    temporary file is removed, and any previous file is unchanged. A device or a pipe is written
-    directly."""
-    if path.exists() and not path.is_file():
-        yield path
-        return
-    temporary = _temporary(path)
-    try:
-        yield temporary
-        if temporary.exists():
-            temporary.replace(path)
-    except BaseException:
-        _remove(temporary)
-        raise
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
-
-
-def _remove(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:  # leave the .partial file behind; nothing reads it
-        return
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def checked_json(content: dict[str, Any]) -> bytes:
