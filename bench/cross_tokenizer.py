@@ -45,6 +45,7 @@ from typing import Any
 
 from bench.common import Bar, commit, make_piece, write_results
 from bench.cross_tokenizer_starts import (
+    BATCH,
     Experiment,
     Start,
     start_cut,
@@ -158,6 +159,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--random-tokens", type=int, default=160_000, help="training tokens of `random`"
     )
+    parser.add_argument("--batch", type=int, default=BATCH, help="windows per training step")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--heldout-tokens", type=int, default=8192)
     parser.add_argument("--calibration-tokens", type=int, default=32_768)
@@ -197,6 +199,8 @@ def write(options: argparse.Namespace) -> None:
     figures = {**made_with(options), "missing": missing, "models": found}
     seeds = sorted({int(run.partition("-")[2]) for run in runs})
     name = "cross_tokenizer_articles" if options.sentences else "cross_tokenizer"
+    if options.batch != BATCH:
+        name += f"_batch_{options.batch}"
     write_results(name, figures, list(bars_of(found)), seeds)
 
 

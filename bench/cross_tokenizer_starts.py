@@ -37,7 +37,7 @@ from stillhouse.teachers.local_teacher import LocalTeacher
 from stillhouse.teachers.teacher import Teacher
 
 BATCH = 4
-"""Windows per step."""
+"""Windows measured at once, and the default number of windows per training step."""
 PASSAGE = 4000
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import get_scheduler
 
 import stillhouse as sh
-from bench.cross_tokenizer_starts import BATCH, Experiment, Start
+from bench.cross_tokenizer_starts import Experiment, Start
 from bench.sorted_losses import Gold, Side, uld
 from stillhouse.data.batches import Batch, collate, positions_of, targets_of
 from stillhouse.data.shift import IGNORED
@@ -140,7 +140,8 @@ def train(setting: str, start: Start, shared: Experiment, folder: Path, seed: in
     optimizer = torch.optim.AdamW(
         weights, lr=start.learning_rate, betas=(0.9, 0.95), weight_decay=0
     )
-    steps = len(start.data.train) // BATCH
+    size = shared.options.batch
+    steps = len(start.data.train) // size
     warmup = max(1, steps // 20)
     schedule = get_scheduler("cosine", optimizer, warmup, steps)
     checkpoint, done, losses = folder / "checkpoint.pt", 0, []
@@ -154,7 +155,7 @@ def train(setting: str, start: Start, shared: Experiment, folder: Path, seed: in
     order = torch.randperm(len(start.data.train), generator=torch.Generator().manual_seed(seed))
     for step in range(done, steps):
         student.model.train()
-        chosen = order[step * BATCH : (step + 1) * BATCH].tolist()
+        chosen = order[step * size : (step + 1) * size].tolist()
         losses.append(learn(collate([start.data.train[i] for i in chosen])))
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
