@@ -190,6 +190,15 @@ def test_labels_path_can_be_a_text_file_or_a_table(tmp_path: Path) -> None:
     assert labels_in(tmp_path / "labels.jsonl", '{"label": 1}\n{"label": 2}\n') == ["1", "2"]
 
 
+def test_a_labels_path_that_matches_several_files_is_an_error(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("card\nfees\n")
+    task = ClassifyTask(kind="classify", labels_path="*.txt")
+    with pytest.raises(RecipeError, match="matches 2 files, for example a.txt and b.txt") as caught:
+        task_labels(task, tmp_path, [])
+    assert caught.value.where == "task.labels_path"
+
+
 def test_the_error_for_a_table_of_labels_without_a_label_column_names_it(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no label under 'label'; its keys are name") as caught:
         labels_in(tmp_path / "labels.csv", "name\ncard\nfees\n")

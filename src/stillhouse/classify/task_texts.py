@@ -138,7 +138,7 @@ def task_labels(task: ClassifyTask, base: Path, rows: Sequence[LabeledText]) -> 
     if task.labels is not None:
         return task.labels
     if task.labels_path is not None:
-        path = find_files(task.labels_path, base)[0]
+        path = _labels_file(task.labels_path, base)
         lines = read_rows(path, format=known_format(path) or "text", text_key=_LABEL)
         names, where = [_listed_label(*line) for line in lines], str(path)
     else:
@@ -169,6 +169,19 @@ def task_labels(task: ClassifyTask, base: Path, rows: Sequence[LabeledText]) -> 
                 fix=_nearest(example.label, labels),
             )
     return labels
+
+
+def _labels_file(name: str, base: Path) -> Path:
+    """The file of task.labels_path. Raises RecipeError if there are several."""
+    first, *others = find_files(name, base)
+    if others:
+        raise RecipeError(
+            f"{name!r} matches {1 + len(others)} files, for example {first.name} and "
+            f"{others[0].name}",
+            where="task.labels_path",
+            fix="name the one file that lists the labels",
+        )
+    return first
 
 
 def _listed_label(row: Mapping[str, Any], where: str) -> str:
@@ -281,4 +294,4 @@ def _one_label_each(
 
 def labels_sha256(task: ClassifyTask, base: Path) -> str | None:
     """The hash of the file that lists the labels; None if the recipe names none."""
-    return sha(find_files(task.labels_path, base)[0]) if task.labels_path else None
+    return sha(_labels_file(task.labels_path, base)) if task.labels_path else None
