@@ -55,6 +55,7 @@ def main() -> None:
         metavar="KEY=VALUE",
         help="overrides for the student that trains on own text, after those of --set",
     )
+    parser.add_argument("--name", default="on_policy_extract", help="name of the results file")
     options = parser.parse_args()
     figures = [measure(options, kind, seed) for seed in options.seeds for kind in KINDS]
 
@@ -67,7 +68,7 @@ def main() -> None:
         Bar("field F1 with own text, less that without (mean over seeds)", more, ">=", 0.0),
         Bar("trained tokens with own text, over those without", tokens, "<=", 1.0),
     ]
-    write_results("on_policy_extract", figures, bars, options.seeds)
+    write_results(options.name, figures, bars, options.seeds)
 
 
 if __name__ == "__main__":
