@@ -194,7 +194,7 @@ def test_a_labels_path_that_matches_several_files_is_an_error(tmp_path: Path) ->
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("card\nfees\n")
     task = ClassifyTask(kind="classify", labels_path="*.txt")
-    with pytest.raises(RecipeError, match="matches 2 files, for example a.txt and b.txt") as caught:
+    with pytest.raises(RecipeError, match="matches 2 files") as caught:
         task_labels(task, tmp_path, [])
     assert caught.value.where == "task.labels_path"
 
