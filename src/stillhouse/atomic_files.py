@@ -10,6 +10,9 @@ from pathlib import Path
 
 from stillhouse.disk_errors import disk_errors
 
+PARTIAL = ".partial"
+"""The end of the name of a file that `complete_or_absent` has not finished."""
+
 
 def flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
@@ -58,7 +61,7 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
     if path.exists() and not path.is_file():
         yield path
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         yield temporary
         if temporary.exists():

@@ -7,14 +7,11 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from stillhouse.atomic_files import flush
+from stillhouse.atomic_files import complete_or_absent, flush
 from stillhouse.errors import StoreError
-
-PARTIAL = ".partial"
 
 
 def write_durably(path: Path, pieces: Iterable[bytes]) -> None:
@@ -23,18 +20,14 @@ def write_durably(path: Path, pieces: Iterable[bytes]) -> None:
     Raises StoreError if the disk is full or the folder cannot be written. The temporary file is
     then removed, and any previous file is unchanged.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
-        with temporary.open("wb") as file:
+        with complete_or_absent(path) as temporary, temporary.open("wb") as file:
             for piece in pieces:
                 file.write(piece)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
         flush(path.parent)
     except OSError as error:
-        with suppress(OSError):  # nothing reads what is left behind
-            temporary.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StoreError(
                 "the disk is full; every shard before this one is kept",

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stillhouse.atomic_files import PARTIAL
 from stillhouse.errors import StoreError
 from stillhouse.signals.encode import Statistics
 from stillhouse.signals.encoded_rows import DenseRows, EntryRows, Rows, concatenate
@@ -32,7 +33,7 @@ from stillhouse.signals.manifest import (
 )
 from stillhouse.signals.segments import Segments
 from stillhouse.signals.shards import Shard, ShardHeader, open_shard, shard_bytes
-from stillhouse.signals.store_files import PARTIAL, write_durably
+from stillhouse.signals.store_files import write_durably
 
 SHARD_BYTES = 64 << 20
 SHARD_SECONDS = 600.0
