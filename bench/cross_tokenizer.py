@@ -101,7 +101,8 @@ def make_pieces(name: str, seed: int, settings: Sequence[str], shared: Experimen
 def made_with(options: argparse.Namespace) -> dict[str, Any]:
     """The options that pieces depend on."""
     free = ("experiments", "settings", "seeds", "folder", "text", "teacher", "student", "questions")
-    return {key: value for key, value in vars(options).items() if key not in free}
+    found = {key: value for key, value in vars(options).items() if key not in free}
+    return found | {"training_text": options.training_text and options.training_text.name}
 
 
 def require_same_options(options: argparse.Namespace) -> None:
@@ -147,6 +148,12 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--questions", type=Path, help="JSON lines with `question`: text of a different kind"
+    )
+    parser.add_argument(
+        "--training-text",
+        type=Path,
+        help="what `tokens` and `cut` train on instead of TEXT, which still chooses the tokens "
+        "that stay: rows with `text`, or a file of plain text",
     )
     names = tuple(EXPERIMENTS)
     parser.add_argument("--experiments", nargs="+", choices=names, default=["other", "random"])

@@ -10,7 +10,7 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -189,6 +189,8 @@ def start_cut(shared: Experiment, folder: Path, seed: int, *, pruned: bool = Tru
     once(cut, make)
     smaller = Teacher.load(cut)
     data = shared.data(smaller.tokenizer, options.tokens, seed)
+    if options.training_text is not None:
+        data = replace(data, train=training_text(options, smaller.tokenizer, seed))
 
     def make_student() -> None:
         if pruned:
@@ -220,6 +222,17 @@ def start_cut(shared: Experiment, folder: Path, seed: int, *, pruned: bool = Tru
         return {"cut_teacher": measure(Student(smaller.model, smaller.tokenizer))}
 
     return Start(folder, data, options.learning_rate, teachers, measure, of_teachers)
+
+
+def training_text(options: argparse.Namespace, tokenizer: Any, seed: int) -> Batches:
+    return sh.Data.build(
+        options.training_text,
+        tokenizer,
+        context=options.context,
+        train_tokens=options.tokens,
+        heldout_tokens=options.context,
+        seed=seed,
+    ).train
 
 
 def questions(options: argparse.Namespace, tokenizer: Any, seed: int) -> Batches:

@@ -73,10 +73,12 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
 
 
 _modules = 0
+gc.disable()  # importing modules and collecting tests leaves no garbage
 
 
 def pytest_collection_finish() -> None:
     _exempt_from_collection()
+    gc.enable()
 
 
 @pytest.hookimpl(trylast=True)

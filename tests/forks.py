@@ -90,7 +90,10 @@ def _begin(
     cwd: Path,
     environment: Mapping[str, str],
 ) -> None:
+    from stillhouse import process_watch
+
     gc.freeze()
+    patch(process_watch, "GRACE_SECONDS", 1.0)  # most tests of killed processes wait this long
     os.environ.update(environment)
     os.chdir(cwd)
     tempfile.tempdir = None  # that of the environment, not the server's

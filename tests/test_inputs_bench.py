@@ -13,7 +13,7 @@ from transformers.utils import logging
 from stillhouse.errors import DataError
 from stillhouse.progress import note
 
-SAMPLE = {"data": 40, "tables": 20, "models": 20, "gguf": 8, "recipes": 40}
+SAMPLE = {"data": 40, "tables": 20, "models": 20, "gguf": 8, "recipes": 15}
 SEED = 2
 
 

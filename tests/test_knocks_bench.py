@@ -13,8 +13,8 @@ from bench.knock_trials.damage import damaged
 from bench.knocks import FAMILIES
 from bench.trial_command import TrialBench, time_bar
 
-SAMPLE = {"damage": 14, "server": 10, "stop": 2}
-SLOW = {"kill": 2, "pair": 2}
+SAMPLE = {"damage": 6, "server": 10}
+SLOW = {"damage": 14, "stop": 2, "kill": 2, "pair": 2}
 SEED = 3
 
 

@@ -24,7 +24,7 @@ from stillhouse.launch import is_on_this_machine, may_report
 from stillhouse.processes import lost_process, open_group
 from stillhouse.runfolder import RunFolder
 from stillhouse.teachers.load_model import load_model
-from tests import tiny
+from tests import forks, tiny
 from tests.forks import Fork
 
 GLOO = (
@@ -133,6 +133,7 @@ def test_a_signal_ends_a_process_that_waits_for_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.run
+@pytest.mark.processes
 def test_a_killed_torchrun_ends_all_processes_and_the_run_can_continue(tmp_path: Path) -> None:
     process, ranks = start_training(tmp_path)
     process.kill()
@@ -186,12 +187,7 @@ def start_training(folder: Path) -> tuple[subprocess.Popen[str], dict[int, psuti
 def test_an_error_in_the_recipe_is_reported_once(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(tiny.recipe(tmp_path, train={"epoch": 1})))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launch, "-m", "stillhouse", "run", str(recipe)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 1
-    assert done.stderr.count("unknown key `train.epoch`") == 1
+    processes = forks.two_stillhouse("run", str(recipe))
+    said = "".join(process.communicate(timeout=60)[1] for process in processes)
+    assert [process.poll() for process in processes] == [1, 1]
+    assert said.count("unknown key `train.epoch`") == 1

@@ -301,7 +301,8 @@ def two_processes(recipe: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "shard", "launch"),
     [
-        (STORED, "auto", torchrun),
+        (STORED, "auto", two_processes),
+        pytest.param(STORED, "auto", torchrun, marks=pytest.mark.processes),
         pytest.param(ROUNDED, "both", two_processes, marks=pytest.mark.slow),
     ],
 )

@@ -25,6 +25,7 @@ from stillhouse.teachers.activations import decoder_layers
 from tests import forks
 from tests.fake_device import FakeDevice, register
 from tests.forks import Fork
+from tests.sampled import sampled
 from tests.teachers.toys import ToyWindows, tiny_model, toy_tokenizer
 
 CUTS: dict[str, dict[str, Any]] = {
@@ -104,8 +105,22 @@ def compare(name: str, *, offloaded: bool) -> None:
 
 
 @pytest.mark.run
-@pytest.mark.parametrize("offloaded", [False, True], ids=["memory", "disk"])
-@pytest.mark.parametrize("name", CUTS)
+@sampled(
+    "name, offloaded",
+    {name: name for name in CUTS},
+    {"memory": False, "disk": True},
+    fast=[
+        "ffn-memory",
+        "layers-disk",
+        "influence-memory",
+        "heads and channels-memory",
+        "rotation-disk",
+        "tokens-memory",
+        "tied-disk",
+        "experts-memory",
+        "experts-disk",
+    ],
+)
 def test_one_layer_at_a_time_gives_the_weights_of_a_whole_model_on_the_device(
     name: str, offloaded: bool
 ) -> None:

@@ -35,6 +35,7 @@ from stillhouse.training.sharded_checkpoint import SHARDED
 from stillhouse.training.train import shards, train
 from stillhouse.training.train_config import TrainRecipe
 from tests import forks, tiny
+from tests.sampled import sampled
 from tests.teachers import toys
 from tests.training.conftest import Setting
 
@@ -106,8 +107,12 @@ def difference(left: Path, right: Path) -> float:
     return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
 
 
-@pytest.mark.parametrize("objective", [KL, HIDDEN], ids=["kl", "hidden"])
-@pytest.mark.parametrize("shard", ["none", "student", "teacher", "both"])
+@sampled(
+    "shard, objective",
+    {name: name for name in ("none", "student", "teacher", "both")},
+    {"kl": KL, "hidden": HIDDEN},
+    fast=["none-kl", "student-kl", "teacher-hidden", "both-hidden"],
+)
 def test_two_processes_give_the_weights_of_one_bit_for_bit(
     narrow: Setting, tmp_path: Path, shard: str, objective: ObjectiveRecipe
 ) -> None:
@@ -212,20 +217,21 @@ def test_two_sharded_teachers_give_the_weights_of_one_process(
     assert difference(tmp_path / "under one", tmp_path / "one") > 0
 
 
-COMPACT: list[dict[str, Any]] = [
-    {"optimizer": "adamw_8bit"},
-    {"weights": "bfloat16"},
-    {"weights": "bfloat16", "optimizer": "adamw_8bit"},
-    {"optimizer": "muon"},
-    {"weights": "bfloat16", "optimizer": "muon"},
-]
+COMPACT: dict[str, dict[str, str]] = {
+    "8 bits": {"optimizer": "adamw_8bit"},
+    "bfloat16": {"weights": "bfloat16"},
+    "both": {"weights": "bfloat16", "optimizer": "adamw_8bit"},
+    "Muon": {"optimizer": "muon"},
+    "Muon, bfloat16": {"weights": "bfloat16", "optimizer": "muon"},
+}
 
 
-COMPACT_IDS = ["8 bits", "bfloat16", "both", "Muon", "Muon, bfloat16"]
-
-
-@pytest.mark.parametrize("options", COMPACT, ids=COMPACT_IDS)
-@pytest.mark.parametrize("shard", ["student", "none"])
+@sampled(
+    "shard, options",
+    {"student": "student", "none": "none"},
+    COMPACT,
+    fast=["student-both", "student-Muon", "none-both", "none-Muon, bfloat16"],
+)
 def test_compact_weights_and_moments_match_one_process(
     narrow: Setting, tmp_path: Path, shard: str, options: dict[str, Any]
 ) -> None:
@@ -291,10 +297,15 @@ def test_a_sharded_teacher_scores_several_micro_batches_in_one_pass(
 
 
 DIVIDED, PLAIN, ALONE = (2, "both"), (2, "none"), (1, "auto")
+LAUNCHES = {"sharded": DIVIDED, "plain": PLAIN, "alone": ALONE}
 
 
-@pytest.mark.parametrize("before", [DIVIDED, PLAIN, ALONE], ids=["sharded", "plain", "alone"])
-@pytest.mark.parametrize("after", [DIVIDED, PLAIN, ALONE], ids=["sharded", "plain", "alone"])
+@sampled(
+    "before, after",
+    LAUNCHES,
+    LAUNCHES,
+    fast=["sharded-sharded", "sharded-plain", "plain-alone", "alone-sharded"],
+)
 def test_training_resumes_with_other_processes_and_sharding(
     narrow: Setting, tmp_path: Path, before: tuple[int, str], after: tuple[int, str]
 ) -> None:
@@ -311,8 +322,12 @@ def test_training_resumes_with_other_processes_and_sharding(
     assert done == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("before", [DIVIDED, ALONE], ids=["sharded", "alone"])
-@pytest.mark.parametrize("after", [DIVIDED, ALONE], ids=["sharded", "alone"])
+@sampled(
+    "before, after",
+    {"sharded": DIVIDED, "alone": ALONE},
+    {"sharded": DIVIDED, "alone": ALONE},
+    fast=["sharded-sharded", "sharded-alone"],
+)
 def test_compact_training_resumes_bit_for_bit_with_other_sharding(
     narrow: Setting, tmp_path: Path, before: tuple[int, str], after: tuple[int, str]
 ) -> None:
