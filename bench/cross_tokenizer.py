@@ -162,11 +162,12 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--settings", nargs="+", choices=every, help="default: all but the two mixtures"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--tokens", type=int, default=40_000, help="training tokens")
+    parser.add_argument("--tokens", type=int, default=40_000, help="training tokens per epoch")
     parser.add_argument(
         "--random-tokens", type=int, default=160_000, help="training tokens of `random`"
     )
     parser.add_argument("--batch", type=int, default=BATCH, help="windows per training step")
+    parser.add_argument("--epochs", type=int, default=1, help="passes over the training tokens")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--heldout-tokens", type=int, default=8192)
     parser.add_argument("--calibration-tokens", type=int, default=32_768)
@@ -206,8 +207,12 @@ def write(options: argparse.Namespace) -> None:
     figures = {**made_with(options), "missing": missing, "models": found}
     seeds = sorted({int(run.partition("-")[2]) for run in runs})
     name = "cross_tokenizer_articles" if options.sentences else "cross_tokenizer"
+    if options.training_text is not None:
+        name += "_training_text"
     if options.batch != BATCH:
         name += f"_batch_{options.batch}"
+    if options.epochs > 1:
+        name += f"_epochs_{options.epochs}"
     write_results(name, figures, list(bars_of(found)), seeds)
 
 

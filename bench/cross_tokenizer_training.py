@@ -132,7 +132,7 @@ def autocast(shared: Experiment) -> torch.autocast:
 
 
 def train(setting: str, start: Start, shared: Experiment, folder: Path, seed: int) -> Student:
-    """One pass over the text; a killed training resumes from its last checkpoint."""
+    """Some epochs over the text; a killed training resumes from its last checkpoint."""
     torch.manual_seed(seed)
     student = Student.load(start.folder)
     student.trainable()
@@ -140,8 +140,8 @@ def train(setting: str, start: Start, shared: Experiment, folder: Path, seed: in
     optimizer = torch.optim.AdamW(
         weights, lr=start.learning_rate, betas=(0.9, 0.95), weight_decay=0
     )
-    size = shared.options.batch
-    steps = len(start.data.train) // size
+    size, epochs, windows = shared.options.batch, shared.options.epochs, len(start.data.train)
+    steps = epochs * windows // size
     warmup = max(1, steps // 20)
     schedule = get_scheduler("cosine", optimizer, warmup, steps)
     checkpoint, done, losses = folder / "checkpoint.pt", 0, []
@@ -152,7 +152,8 @@ def train(setting: str, start: Start, shared: Experiment, folder: Path, seed: in
         schedule.load_state_dict(state["schedule"])
         done, losses = state["done"], state["losses"]
     learn = learner(setting, student, start, shared)
-    order = torch.randperm(len(start.data.train), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.cat([torch.randperm(windows, generator=generator) for _ in range(epochs)])
     for step in range(done, steps):
         student.model.train()
         chosen = order[step * size : (step + 1) * size].tolist()

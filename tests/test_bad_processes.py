@@ -98,7 +98,7 @@ def test_processes_are_checked_before_anything_is_computed(
     with pytest.raises(RecipeError, match="batch_size 3 is not a multiple of") as caught:
         require_processes(planned(tmp_path, batch_size=3))
     assert caught.value.fix == "use a multiple of 2"
-    unplanned = BloomConfig(vocab_size=tiny.llama().config.vocab_size, n_layer=1, n_head=2)
+    unplanned = BloomConfig(vocab_size=tiny.llama_config().vocab_size, n_layer=1, n_head=2)
     models = replace(planned(tmp_path, shard="teacher"), teacher=unplanned)
     with pytest.raises(ModelError, match="no plan to shard BloomForCausalLM") as unsharded:
         require_processes(models)

@@ -72,7 +72,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [f"{number},about my {words[number % 3]} of {number}\n" for number in range(60)]
     (folder / "messages.csv").write_text("id,text\n" + "".join(rows))
     for name, layers in (("large", 4), ("small", 2)):
-        tiny.llama(num_hidden_layers=layers).config.save_pretrained(folder / name)
+        tiny.llama_config(num_hidden_layers=layers).save_pretrained(folder / name)
     plan = next(block for block in blocks("yaml") if "llama-8b" in block)
     for model, name in (("Llama-3.3-70B", "large"), ("Llama-3.1-8B", "small")):
         plan = plan.replace(f"meta-llama/{model}-Instruct", name)

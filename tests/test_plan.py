@@ -27,7 +27,7 @@ GPUS = ("--gpus", "8", "--gpu-memory", "80GB")
 
 def config_folder(folder: Path, **sizes: Any) -> str:
     """A folder that contains only a config.json."""
-    tiny.llama(**sizes).config.save_pretrained(folder)
+    tiny.llama_config(**sizes).save_pretrained(folder)
     assert [file.name for file in folder.iterdir()] == ["config.json"]
     return str(folder)
 

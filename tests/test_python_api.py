@@ -223,7 +223,7 @@ def test_a_wrong_option_is_one_clear_error(
         (lambda d: sh.Student.pretrained(wrong(tiny.llama())), r"a LlamaForCausalLM .*Student\("),
         (lambda d: sh.Student.random("folder"), "the start is a str .*Teacher.load.*AutoConfig"),
         (lambda d: sh.Student.random(tiny.llama()), "the start is a LlamaForCausalLM"),
-        (lambda d: sh.Student.random(tiny.llama().config, "folder"), "the tokenizer is a str"),
+        (lambda d: sh.Student.random(tiny.llama_config(), "folder"), "the tokenizer is a str"),
         (lambda d: sh.Student.prune(wrong("folder"), d), "the teacher is a str .*Teacher.load"),
         (lambda d: sh.Student.prune(wrong(tiny.llama()), d), "LlamaForCausalLM .*from_model"),
         (

@@ -110,7 +110,7 @@ def test_a_damaged_shard_is_set_aside_and_recorded_again(tmp_path: Path) -> None
 
 
 def test_an_interrupted_recording_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    raw = recipe(tmp_path, {"kind": "threshold", "bytes": 60})
+    raw = recipe(tmp_path, {"kind": "threshold", "bytes": 60}, data={"train_tokens": 3000})
     monkeypatch.setattr(LocalTeacher, "tokens_together", 320)
     asked: list[int] = []
     answer = LocalTeacher.answer
@@ -218,7 +218,7 @@ def test_a_store_of_fewer_layers_than_the_terms_need_is_rejected(tmp_path: Path)
 def test_measurements_during_training_read_the_teacher_from_the_store(
     tmp_path: Path, encoding: dict[str, Any], name: str
 ) -> None:
-    train = {"evaluate_every": 8, "max_steps": 24, "early_stop": 3}
+    train = {"evaluate_every": 4, "max_steps": 12, "early_stop": 3}
     result = run(recipe(tmp_path, encoding, train=train))
     rows = read_metrics(stages(result)["train"].path / "metrics.jsonl")
     measured = [row[name] for row in rows if name in row]
@@ -269,7 +269,7 @@ WHOLE = {"packing": "none"}
 def part(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A store of about half of the training text, and the folder of the models and texts."""
     folder = tmp_path_factory.mktemp("part")
-    data = {**WHOLE, "train_tokens": 1500}
+    data = {**WHOLE, "train_tokens": 850}
     result = run(recipe(folder, ENCODING, data=data, folder=str(folder / "a")))
     return folder, stages(result)["signals"].path / STORE
 
@@ -277,7 +277,7 @@ def part(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_a_run_reads_the_store_of_another(part: tuple[Path, Path], monkeypatch: Any) -> None:
     folder, store = part
     monkeypatch.setattr(LocalTeacher, "answer", _never)
-    changes = {"data": {**WHOLE, "train_tokens": 1500}, "train": {"batch_size": 2}}
+    changes = {"data": {**WHOLE, "train_tokens": 850}, "train": {"batch_size": 2}}
     signals = {"store": str(store)}
     result = run(tiny.recipe(folder, folder=str(folder / "b"), signals=signals, **changes))
     assert "signals" not in stages(result)

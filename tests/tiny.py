@@ -48,7 +48,13 @@ def merging_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
-    config = {
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(llama_config(**changes)).eval()
+
+
+def llama_config(**changes: Any) -> LlamaConfig:
+    values = {
+        "architectures": ["LlamaForCausalLM"],
         "vocab_size": len(tokenizer()),
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -62,8 +68,7 @@ def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
         "initializer_range": 0.2,
         **changes,
     }
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**config)).eval()
+    return LlamaConfig(**values)
 
 
 def save_model(folder: Path, seed: int = 0, **changes: Any) -> Path:
@@ -98,7 +103,7 @@ def recipe(folder: Path, /, **sections: Any) -> dict[str, Any]:
             "sources": [{"kind": "text", "path": str(folder / "text.txt"), "documents": "line"}],
             "context": 32,
             "heldout_tokens": 512,
-            "train_tokens": 3000,
+            "train_tokens": 1700,
         },
         "student": {"start": "pruned", "ffn_size": 32, "calibration_tokens": 512},
         "train": {"batch_size": 4, "checkpoint_every": 5, "precision": "float32"},

@@ -127,4 +127,4 @@ def test_trained_positions_include_the_scaling_of_rotary_embeddings(
     scaling: Any, length: int
 ) -> None:
     changes = {} if scaling is None else {"rope_parameters": scaling}
-    assert trained_positions(tiny.llama(**changes).config) == length
+    assert trained_positions(tiny.llama_config(**changes)) == length

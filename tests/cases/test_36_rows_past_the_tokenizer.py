@@ -69,7 +69,7 @@ def test_a_model_with_a_row_for_each_token_is_unchanged(tmp_path: Path) -> None:
 
 
 def test_a_random_start_has_a_row_for_each_token() -> None:
-    config = tiny.llama(vocab_size=ROWS).config
+    config = tiny.llama_config(vocab_size=ROWS)
     assert Student.random(config, WORDS).model.config.vocab_size == len(WORDS)
     assert Student.random(config, WORDS, vocab_size=300).model.config.vocab_size == 300
     assert Student.random(config).model.config.vocab_size == ROWS

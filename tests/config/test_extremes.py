@@ -227,4 +227,4 @@ def test_head_sizes_that_rotary_embeddings_do_not_support_are_rejected(
 @pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "vocab_size"])
 def test_an_enormous_configuration_is_rejected_before_it_is_built(key: str) -> None:
     with pytest.raises(RecipeError, match=f"{key} is 9,007,199,254,740,992, which is more than"):
-        overridden_config(tiny.llama().config, {key: 2**53})
+        overridden_config(tiny.llama_config(), {key: 2**53})

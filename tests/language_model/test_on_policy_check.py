@@ -37,9 +37,9 @@ def test_check_estimates_what_the_student_generates(tmp_path: Path) -> None:
     own = {"prompts": prompts, "share": 0.5, "max_tokens": 8, "batch": 3}
     found = findings(tmp_path, own)
     (text,) = of(found, "on-policy")
-    # 94 windows in batches of 4 are 24 steps, each with 2 windows of own text. A prompt has 4
+    # 53 windows in batches of 4 are 14 steps, each with 2 windows of own text. A prompt has 4
     # tokens, so a window of 32 has room for two prompts and their answers of 8 tokens.
-    assert "the student generates 96 answers, at most 768 tokens" in text
+    assert "the student generates 56 answers, at most 448 tokens" in text
     # Keys and values x 3 layers x 2 heads x head size 8 x 128 positions x 3 answers x 4 bytes
     assert f"KV cache takes {size(2 * 3 * 2 * 8 * 128 * 3 * 4)}" in text
 

@@ -50,7 +50,7 @@ def test_the_trace_finds_the_bytes_that_a_model_keeps() -> None:
 
 @pytest.mark.run
 def test_checkpointing_keeps_the_inputs_of_the_layers() -> None:
-    config = tiny.llama(num_hidden_layers=8).config
+    config = tiny.llama_config(num_hidden_layers=8)
     plain = trace_activations(config, **FLOAT32)
     found = trace_activations(config, **FLOAT32, checkpointing=True)
     layer = 64 * config.hidden_size * 4
@@ -59,7 +59,7 @@ def test_checkpointing_keeps_the_inputs_of_the_layers() -> None:
 
 
 def test_autocast_copies_the_weights_once_for_any_number_of_windows() -> None:
-    config = tiny.llama().config
+    config = tiny.llama_config()
     one = trace_activations(config, **BFLOAT16)
     two = one.times(2)
     matrices = 3 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64)
@@ -68,7 +68,7 @@ def test_autocast_copies_the_weights_once_for_any_number_of_windows() -> None:
 
 
 def test_a_pass_without_gradients_uses_less_memory() -> None:
-    config = tiny.llama(num_hidden_layers=8).config
+    config = tiny.llama_config(num_hidden_layers=8)
     found = trace_activations(config, **FLOAT32, inference=True)
     assert found.forward < trace_activations(config, **FLOAT32).kept / 3
 

@@ -208,7 +208,8 @@ def test_early_stop_ends_training_that_does_not_improve(setting: Setting, tmp_pa
 def test_schedules_warm_up_and_decay_as_named(
     setting: Setting, tmp_path: Path, schedule: str
 ) -> None:
-    run(setting, tmp_path, max_steps=10, warmup=0.2, schedule=schedule, learning_rate=1e-3)
+    options: dict[str, Any] = {"max_steps": 10, "epochs": 2, "warmup": 0.2, "learning_rate": 1e-3}
+    run(setting, tmp_path, schedule=schedule, **options)
     rates = [row["learning_rate"] for row in read_metrics(tmp_path / "metrics.jsonl")]
     assert rates[0] < max(rates) == pytest.approx(1e-3)
     assert (rates[-1] == max(rates)) == (schedule == "constant")
