@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import stillhouse as sh
 from bench.common import Bar, write_results
@@ -35,7 +35,7 @@ from bench.peers import windows_of
 from stillhouse.evaluation.fidelity import HeldoutAnswers, compare, heldout_answers
 from stillhouse.hardware import choose_precision, default_device, tune_allocator
 from stillhouse.objectives.objective_config import ObjectiveRecipe
-from stillhouse.pruning.axes import Axes, axes_of, part
+from stillhouse.pruning.axes import axes_of
 from stillhouse.pruning.ffn import best
 from stillhouse.pruning.surgery import keep_neurons
 from stillhouse.students.student import Student
@@ -60,11 +60,11 @@ Importance = Callable[[Tensor], Tensor]
 """Maps a weight to the importance of each of its elements."""
 
 
-def neuron_scores(layer: nn.Module, axes: Axes, importance: Importance) -> Tensor:
+def neuron_scores(layer: Any, importance: Importance) -> Tensor:
     """Sum the importance over all weights of each neuron; [F]."""
-    ffn = part(layer, axes.ffn)
-    rows_F = [importance(part(ffn, name).weight).sum(1) for name in (axes.gate, axes.up)]
-    columns_F = importance(part(ffn, axes.down).weight).sum(0)
+    ffn = layer.mlp
+    rows_F = [importance(linear.weight).sum(1) for linear in (ffn.gate_proj, ffn.up_proj)]
+    columns_F = importance(ffn.down_proj.weight).sum(0)
     return torch.stack([*rows_F, columns_F]).sum(0)
 
 
@@ -80,12 +80,11 @@ def first_order(weight: Tensor) -> Tensor:
 
 def cut_plainly(model: Any, keep: int, importance: Importance) -> None:
     """Keep the neurons with the highest scores in every layer, without other changes."""
-    axes = axes_of(model.config)
-    for layer in decoder_layers(model):
-        kept_K = best(neuron_scores(layer, axes, importance), keep)
-        down_DF = part(part(layer, axes.ffn), axes.down).weight.detach()
-        keep_neurons(layer, axes, kept_K, down_DF[:, kept_K])
-    setattr(model.config, axes.ffn_size, keep)
+    for layer in model.base_model.layers:
+        kept_K = best(neuron_scores(layer, importance), keep)
+        down_DF = layer.mlp.down_proj.weight.detach()
+        keep_neurons(layer, kept_K, down_DF[:, kept_K])
+    setattr(model.config, axes_of(model.config).ffn_size, keep)
 
 
 def add_gradients(model: Any, windows: Chunks) -> None:

@@ -17,7 +17,6 @@ from bench.peer_trainers import collate
 from bench.peers import bars
 
 from stillhouse.data.windows import ARRAYS
-from stillhouse.pruning.axes import axes_of
 from tests import tiny
 
 
@@ -48,7 +47,7 @@ def test_taylor_ranks_by_weight_times_gradient() -> None:
     windows = Chunks(np.arange(64).reshape(4, 16))
     peer_pruning.add_gradients(model, windows)
     layer = model.model.layers[1]
-    scores = peer_pruning.neuron_scores(layer, axes_of(model.config), peer_pruning.first_order)
+    scores = peer_pruning.neuron_scores(layer, peer_pruning.first_order)
     ffn, neuron = layer.mlp, 5
     by_hand = sum(
         float((weight.detach()[index] * weight.grad[index]).abs().sum())

@@ -88,7 +88,7 @@ def pruned_sizes(config: Any, share: float) -> PrunedSizes:
         raise ModelError(error.what, where="--size", fix=fix) from error
     depth, width = config.num_hidden_layers, getattr(config, axes.ffn_size)
     size = config_size(config)
-    if axes.experts is not None:
+    if axes.experts:
         kept = max(1, round(depth * share))
         return PrunedSizes(Kept(kept, depth), None, size.active * kept / depth)
     neuron = (size.layer - _with_width(config, width // 2).layer) / (width - width // 2)

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from stillhouse.errors import ModelError
 from stillhouse.pruning.axes import axes_of
 from stillhouse.pruning.calibrate import OwnBatches, calibration_batches
-from stillhouse.pruning.experts import RoutedRows, best_experts
+from stillhouse.pruning.experts import best_experts
 from stillhouse.pruning.prune import prune_model
 from stillhouse.pruning.surgery import check_parameters
 from tests.pruning.test_gates import FAMILIES, NOT_ROTATED, family, logits
@@ -137,8 +137,8 @@ def test_experts_are_ranked_by_what_they_add_to_the_residual_stream() -> None:
             wrote = layer.mlp.experts.down_proj[expert] @ (torch.nn.functional.silu(gate) * up)
             score[expert] += weight * share * wrote.norm()
     expected = score.topk(3).indices.sort().values
-    rows = RoutedRows(OwnBatches([], 3), mid_ND.split(16), weight_N.split(16))
-    found = best_experts(layer, axes, rows, 3)
+    rows = list(zip(mid_ND.split(16), weight_N.split(16), strict=True))
+    found = best_experts(layer, axes, OwnBatches([], 3), rows, 3)
     assert torch.equal(found, expected)
 
 

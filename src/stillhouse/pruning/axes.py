@@ -9,36 +9,23 @@ from stillhouse.errors import ModelError
 
 
 @dataclass(frozen=True)
-class Experts:
-    """Names inside a mixture of experts, whose weights are stacked over the experts.
-
-    router, experts: submodules of the FFN.
-    gate_up, down: parameters [E, 2F, D] and [E, D, F] of `experts`.
-    count, chosen: configuration keys of the number of experts, in total and per token.
-    exceptions: configuration keys, each with the value for which no layer has a plain FFN instead.
-    """
-
-    router: str = "gate"
-    experts: str = "experts"
-    gate_up: str = "gate_up_proj"
-    down: str = "down_proj"
-    count: str = "num_experts"
-    chosen: str = "num_experts_per_tok"
-    exceptions: tuple[tuple[str, Any], ...] = (("mlp_only_layers", []), ("decoder_sparse_step", 1))
-
-
-@dataclass(frozen=True)
 class Axes:
     """Names inside a decoder layer, and the architecture's requirements.
 
-        mid = stream + norm?(output(attention(norm(stream))))
-        out = mid + norm?(down(act(gate(x)) · up(x))),  x = norm(mid)
+        mid = stream + norm?(o_proj(attention(norm(stream))))
+        out = mid + norm?(down_proj(act_fn(gate_proj(x)) · up_proj(x))),  x = norm(mid)
+
+    Attention (`self_attn`) reads the stream through q_proj, k_proj, and v_proj, after
+    `input_layernorm`; the projections of the FFN are in `mlp`. A mixture of experts has a router
+    `mlp.gate`, and stacked weights `mlp.experts.gate_up_proj` [E, 2F, D] and
+    `mlp.experts.down_proj` [E, D, F] instead.
 
     The norms marked `?` are attention_output_norm and ffn_output_norm, which only some
     architectures have (Gemma 2 and 3). If a projection has a bias, it is cut too.
 
     head_norms: norms with head_dim values, which are never cut.
     ffn_size: the configuration key of the FFN width.
+    experts: whether the FFNs are mixtures of experts.
     norm_offset: norms multiply by norm_offset + their weight.
     scaled_embeddings: whether embeddings are multiplied by √hidden_size.
     always_tied: whether llama.cpp supports the architecture only with a tied head.
@@ -48,21 +35,10 @@ class Axes:
         transformers reads as well.
     """
 
-    attention: str = "self_attn"
-    query: str = "q_proj"
-    key: str = "k_proj"
-    value: str = "v_proj"
-    output: str = "o_proj"
     head_norms: tuple[str, ...] = ()
-    attention_input_norm: str = "input_layernorm"
     attention_output_norm: str | None = None
-    ffn: str = "mlp"
-    gate: str = "gate_proj"
-    up: str = "up_proj"
-    down: str = "down_proj"
-    activation: str = "act_fn"
     ffn_size: str = "intermediate_size"
-    experts: Experts | None = None
+    experts: bool = False
     ffn_input_norm: str = "post_attention_layernorm"
     ffn_output_norm: str | None = None
     norm_offset: float = 0.0
@@ -77,19 +53,17 @@ class Axes:
 
     def parameters(self) -> set[str]:
         """The dotted names of all parameters that a layer can have, including biases."""
-        attention = [self.query, self.key, self.value, self.output, *self.head_norms]
-        names = [f"{self.attention}.{name}" for name in attention]
-        names += [self.attention_input_norm, self.ffn_input_norm, *self.output_norms()]
-        found = {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
-        if self.experts is None:
-            linears = (self.gate, self.up, self.down)
-            return found | {f"{self.ffn}.{n}.{k}" for n in linears for k in ("weight", "bias")}
-        experts = f"{self.ffn}.{self.experts.experts}"
-        stacked = {f"{experts}.{self.experts.gate_up}", f"{experts}.{self.experts.down}"}
-        return found | stacked | {f"{self.ffn}.{self.experts.router}.weight"}
+        attention = ("q_proj", "k_proj", "v_proj", "o_proj", *self.head_norms)
+        modules = [f"self_attn.{name}" for name in attention]
+        modules += ["input_layernorm", self.ffn_input_norm, *self.output_norms()]
+        if not self.experts:
+            modules += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+        found = {f"{name}.{kind}" for name in modules for kind in ("weight", "bias")}
+        if self.experts:
+            found |= {"mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+        return found
 
 
-_PLAIN = Axes()
 _HEAD_NORMS = ("q_norm", "k_norm")
 _GEMMA = Axes(norm_offset=1.0, scaled_embeddings=True, always_tied=True)
 _GEMMA_2 = replace(
@@ -104,22 +78,24 @@ ARCHITECTURES: dict[str, Axes] = {
     "gemma": _GEMMA,
     "gemma2": _GEMMA_2,
     "gemma3_text": replace(_GEMMA_2, head_norms=_HEAD_NORMS),
-    "llama": replace(_PLAIN, hidden_over_heads=True),
-    "ministral": _PLAIN,
-    "ministral3": _PLAIN,
-    "mistral": _PLAIN,
-    "qwen2": replace(_PLAIN, head_dim_key=False),
-    "qwen3": replace(_PLAIN, head_norms=_HEAD_NORMS),
-    "qwen3_moe": replace(
-        _PLAIN,
+    "llama": Axes(hidden_over_heads=True),
+    "ministral": Axes(),
+    "ministral3": Axes(),
+    "mistral": Axes(),
+    "qwen2": Axes(head_dim_key=False),
+    "qwen3": Axes(head_norms=_HEAD_NORMS),
+    "qwen3_moe": Axes(
         head_norms=_HEAD_NORMS,
         head_dim_key=False,
         ffn_size="moe_intermediate_size",
-        experts=Experts(),
+        experts=True,
     ),
-    "smollm3": replace(_PLAIN, head_dim_key=False),
+    "smollm3": Axes(head_dim_key=False),
 }
 """By config.model_type: decoder-only models with attention followed by a gated FFN."""
+
+ALL_LAYERS_HAVE_EXPERTS: dict[str, Any] = {"mlp_only_layers": [], "decoder_sparse_step": 1}
+"""Configuration keys, each with the value for which no layer has a plain FFN instead."""
 
 PER_LAYER_LISTS = ("layer_types", "no_rope_layers", "mlp_layer_types", "sliding_window_pattern")
 """Configuration keys with one entry per layer. If they stayed unchanged, or were removed (and so
@@ -149,10 +125,10 @@ def axes_of(config: Any) -> Axes:
             fix="use start: pretrained or start: random, or a model of a supported type: "
             f"{', '.join(sorted(ARCHITECTURES))}",
         )
-    if axes.experts is not None:
-        for key, plain in axes.experts.exceptions:
-            value = getattr(config, key, plain)
-            if value != plain:
+    if axes.experts:
+        for key, needed in ALL_LAYERS_HAVE_EXPERTS.items():
+            value = getattr(config, key, needed)
+            if value != needed:
                 raise ModelError(
                     f"{config.model_type} models that have plain FFNs in some layers "
                     f"({key}: {value}) cannot be pruned: which layers have experts depends on the "
@@ -161,10 +137,3 @@ def axes_of(config: Any) -> Axes:
                     fix="use start: pretrained or start: random",
                 )
     return axes
-
-
-def part(module: Any, name: str) -> Any:
-    """A submodule by its dotted name."""
-    for step in name.split("."):
-        module = getattr(module, step)
-    return module

@@ -20,7 +20,7 @@ from stillhouse.data.draw_windows import ChosenWindows, drawn_order
 from stillhouse.data.shift import text_end
 from stillhouse.data.windows import WindowSet
 from stillhouse.errors import DataError
-from stillhouse.pruning.axes import Axes, part
+from stillhouse.pruning.axes import Axes
 from stillhouse.shared_work import ALONE, Empty, Processes
 from stillhouse.teachers.activations import decoder_layers
 
@@ -169,47 +169,45 @@ def run_layer(layer: nn.Module, hidden_RLD: Tensor, extras: dict[str, Any]) -> T
     return output[0] if isinstance(output, tuple) else output
 
 
-def after_attention(
-    layer: nn.Module, axes: Axes, hidden_RLD: Tensor, extras: dict[str, Any]
-) -> Tensor:
+def after_attention(layer: Any, axes: Axes, hidden_RLD: Tensor, extras: dict[str, Any]) -> Tensor:
     """The residual stream between a layer's attention and its FFN; the FFN is not run."""
-    norms = [axes.ffn_input_norm, *([axes.ffn_output_norm] if axes.ffn_output_norm else [])]
+    norms = [
+        getattr(layer, n) for n in (axes.ffn_input_norm, axes.ffn_output_norm) if n is not None
+    ]
     with (
-        _forward_replaced([part(layer, axes.ffn)], lambda x: torch.zeros_like(x)),
-        _forward_replaced([part(layer, name) for name in norms], lambda x: x),
+        _forward_replaced([layer.mlp], lambda x: torch.zeros_like(x)),
+        _forward_replaced(norms, lambda x: x),
     ):
         return run_layer(layer, hidden_RLD, extras)
 
 
-def ffn_activations(layer: nn.Module, axes: Axes, mid_RLD: Tensor) -> Tensor:
+def ffn_activations(layer: Any, axes: Axes, mid_RLD: Tensor) -> Tensor:
     """The down projection's input, act(gate(x)) · up(x) with x = norm(mid), [R, L, F]."""
-    ffn = part(layer, axes.ffn)
-    x_RLD = part(layer, axes.ffn_input_norm)(mid_RLD)
-    gated: Tensor = part(ffn, axes.activation)(part(ffn, axes.gate)(x_RLD))
-    return gated.mul_(part(ffn, axes.up)(x_RLD))
+    x_RLD = getattr(layer, axes.ffn_input_norm)(mid_RLD)
+    gated: Tensor = layer.mlp.act_fn(layer.mlp.gate_proj(x_RLD))
+    return gated.mul_(layer.mlp.up_proj(x_RLD))
 
 
-def add_ffn(layer: nn.Module, axes: Axes, mid_RLD: Tensor, activations_RLF: Tensor) -> Tensor:
+def add_ffn(layer: Any, axes: Axes, mid_RLD: Tensor, activations_RLF: Tensor) -> Tensor:
     """The layer's output, given the stream after attention and the FFN's activations."""
-    output_RLD = part(layer, f"{axes.ffn}.{axes.down}")(activations_RLF)
-    return _added(layer, axes.ffn_output_norm, mid_RLD, output_RLD)
+    return _added(layer, axes.ffn_output_norm, mid_RLD, layer.mlp.down_proj(activations_RLF))
 
 
-def run_ffn(layer: nn.Module, axes: Axes, mid_RLD: Tensor) -> Tensor:
+def run_ffn(layer: Any, axes: Axes, mid_RLD: Tensor) -> Tensor:
     """The layer's output, given the stream after attention; works for any kind of FFN."""
-    output_RLD = part(layer, axes.ffn)(part(layer, axes.ffn_input_norm)(mid_RLD))
+    output_RLD = layer.mlp(getattr(layer, axes.ffn_input_norm)(mid_RLD))
     return _added(layer, axes.ffn_output_norm, mid_RLD, output_RLD)
 
 
-def add_attention(layer: nn.Module, axes: Axes, hidden_RLD: Tensor, heads_RLA: Tensor) -> Tensor:
+def add_attention(layer: Any, axes: Axes, hidden_RLD: Tensor, heads_RLA: Tensor) -> Tensor:
     """The stream after attention, given the stream before it and the heads' concatenated
     outputs."""
-    output_RLD = part(layer, f"{axes.attention}.{axes.output}")(heads_RLA)
+    output_RLD = layer.self_attn.o_proj(heads_RLA)
     return _added(layer, axes.attention_output_norm, hidden_RLD, output_RLD)
 
 
-def _added(layer: nn.Module, norm: str | None, stream_RLD: Tensor, output_RLD: Tensor) -> Tensor:
-    return stream_RLD + (output_RLD if norm is None else part(layer, norm)(output_RLD))
+def _added(layer: Any, norm: str | None, stream_RLD: Tensor, output_RLD: Tensor) -> Tensor:
+    return stream_RLD + (output_RLD if norm is None else getattr(layer, norm)(output_RLD))
 
 
 @contextmanager
@@ -255,7 +253,7 @@ class Streams:
     dtype: Any
 
     @property
-    def layers(self) -> nn.ModuleList:
+    def layers(self) -> Any:
         return decoder_layers(self.model)
 
     def start(self) -> Stream:
@@ -276,7 +274,7 @@ class Streams:
         """The stream after the layer, given the stream between its attention and its FFN."""
         axes = self.axes
         with products(self.model, self.dtype):
-            if axes.experts is not None:
+            if axes.experts:
                 return [run_ffn(layer, axes, mid_RLD) for mid_RLD in mids]
             return [
                 add_ffn(layer, axes, x_RLD, ffn_activations(layer, axes, x_RLD)) for x_RLD in mids

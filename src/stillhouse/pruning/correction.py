@@ -30,11 +30,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from stillhouse.pruning.axes import Axes, part
+from stillhouse.pruning.axes import Axes
 from stillhouse.pruning.calibrate import OwnBatches
 from stillhouse.pruning.ffn import Moments, inverse_moments
 from stillhouse.pruning.surgery import set_parameter
@@ -202,12 +203,11 @@ def _best_change(batches: OwnBatches, rows: Sequence[Written], zeros_D: Tensor) 
     return torch.where(energy_D > 0, dots_D / energy_D, 0.0)
 
 
-def scale_ffn_output(layer: nn.Module, axes: Axes, gain_D: Tensor) -> None:
+def scale_ffn_output(layer: Any, axes: Axes, gain_D: Tensor) -> None:
     """Scale the channels of an FFN's output, in the norm after it or in its experts."""
     if axes.ffn_output_norm is not None:
-        norm, offset = part(layer, axes.ffn_output_norm), axes.norm_offset
+        norm, offset = getattr(layer, axes.ffn_output_norm), axes.norm_offset
         set_parameter(norm, "weight", (norm.weight + offset) * gain_D - offset)
     else:
-        assert axes.experts is not None
-        experts, name = part(layer, f"{axes.ffn}.{axes.experts.experts}"), axes.experts.down
-        set_parameter(experts, name, getattr(experts, name) * gain_D[:, None])
+        experts = layer.mlp.experts
+        set_parameter(experts, "down_proj", experts.down_proj * gain_D[:, None])

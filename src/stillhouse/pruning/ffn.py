@@ -16,14 +16,18 @@ Shapes: N rows, F neurons, K kept ones, Q removed ones, D hidden width.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from stillhouse.errors import ModelError
+from stillhouse.pruning.calibrate import OwnBatches
 from stillhouse.pruning.gradients import Fisher
 from stillhouse.pruning.pruning_config import Aggregation, Importance
+from stillhouse.shared_work import Processes
 
 RIDGE = 1e-3
 """λ, as a fraction of the mean activation energy; added to the diagonal."""
@@ -102,6 +106,49 @@ class Moments:
             corner = full_FF[block, block]
             corner += corner.triu(1).T
         return full_FF
+
+
+def summed_moments(
+    batches: OwnBatches,
+    rows: Iterable[tuple[Tensor, Tensor]],
+    weight_DF: Tensor,
+    ranking: Ranking,
+) -> Moments:
+    """The moments over all processes of the activations that a projection reads.
+
+    rows: activations [N, F] and weights [N] for each batch.
+    """
+    mean = ranking.aggregation == "mean"
+    zeros = partial(Moments.zeros, weight_DF.shape[1], weight_DF.device, absolute=mean)
+
+    def terms() -> Iterator[list[Tensor]]:
+        for activations_NF, weight_N in rows:
+            moments = zeros()
+            moments.add(activations_NF, weight_N)
+            yield moments.tensors()
+
+    return Moments(*batches.sum(terms(), lambda: zeros().tensors()))
+
+
+def agreed_cut(
+    processes: Processes,
+    cut: Callable[[], Sequence[Tensor]],
+    weight_DF: Tensor,
+    parts: int,
+    columns: int,
+) -> list[Tensor]:
+    """Cut a projection in one process, since all must keep the same parts of it.
+
+    cut: returns the indices of the kept parts, and the projection [D, columns] of their columns.
+    """
+    return processes.from_owner(
+        0,
+        cut,
+        lambda: [
+            torch.empty(parts, dtype=torch.long, device=weight_DF.device),
+            weight_DF.new_empty(len(weight_DF), columns),
+        ],
+    )
 
 
 def activation_scores(moments: Moments, down_DF: Tensor) -> Tensor:

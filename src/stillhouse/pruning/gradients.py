@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from stillhouse.objectives import Term, fused_loss
 from stillhouse.progress import bar
-from stillhouse.pruning.axes import Axes, part
+from stillhouse.pruning.axes import Axes
 from stillhouse.pruning.calibrate import OwnBatches, products
 from stillhouse.pruning.sizes import sizes_of
 from stillhouse.signals.lm_head import head_logits
@@ -136,19 +136,20 @@ def _masked(model: Any, axes: Axes, masks: dict[str, list[Tensor]]) -> Iterator[
             register = module.register_forward_pre_hook if before else module.register_forward_hook
             stack.callback(register(change).remove)
 
-        for number, layer in enumerate(decoder_layers(model)):
+        layers: Any = decoder_layers(model)
+        for number, layer in enumerate(layers):
             if "neurons" in masks:
-                down = part(layer, f"{axes.ffn}.{axes.down}")
-                hook(down, _times_input(masks["neurons"][number]), before=True)
+                hook(layer.mlp.down_proj, _times_input(masks["neurons"][number]), before=True)
             if "heads" in masks:
-                output = part(layer, f"{axes.attention}.{axes.output}")
-                hook(output, _times_input(masks["heads"][number]), before=True)
+                hook(layer.self_attn.o_proj, _times_input(masks["heads"][number]), before=True)
             if "layers" in masks:
                 hook(layer, _times_added(masks["layers"][number]), before=False)
             if "channels" in masks:
-                attention = axes.attention_output_norm or axes.attention
-                for name in (attention, axes.ffn_output_norm or axes.ffn):
-                    hook(part(layer, name), _times_output(masks["channels"][0]), before=False)
+                for name in (
+                    axes.attention_output_norm or "self_attn",
+                    axes.ffn_output_norm or "mlp",
+                ):
+                    hook(getattr(layer, name), _times_output(masks["channels"][0]), before=False)
         if "channels" in masks:
             # Masking whatever each writer adds to the stream also masks their sum exactly once.
             embedding = model.get_input_embeddings()

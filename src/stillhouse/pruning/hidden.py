@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillhouse.pruning.axes import Axes, part
+from stillhouse.pruning.axes import Axes
 from stillhouse.pruning.calibrate import OwnBatches, Stream, Streams
 from stillhouse.pruning.ffn import RIDGE, Moments, best, refit_and_remove, regularized_inverse
 from stillhouse.pruning.layer_streaming import on_device
@@ -138,20 +138,19 @@ def gain(norm: Any, axes: Axes) -> Tensor:
     return values_D
 
 
-def attention_readers(layer: nn.Module, axes: Axes) -> list[tuple[Any, str]]:
-    """The modules and parameters through which attention reads the stream."""
-    return [
-        (part(layer, f"{axes.attention}.{name}"), "weight")
-        for name in (axes.query, axes.key, axes.value)
-    ]
+Reader = tuple[Any, str]
+"""A module, and its parameter that reads the stream."""
 
 
-def ffn_readers(layer: nn.Module, axes: Axes) -> list[tuple[Any, str]]:
-    if axes.experts is None:
-        return [(part(layer, f"{axes.ffn}.{name}"), "weight") for name in (axes.gate, axes.up)]
-    names = axes.experts
-    router = part(layer, f"{axes.ffn}.{names.router}")
-    return [(router, "weight"), (part(layer, f"{axes.ffn}.{names.experts}"), names.gate_up)]
+def attention_readers(layer: Any) -> list[Reader]:
+    attention = layer.self_attn
+    return [(linear, "weight") for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
+
+
+def ffn_readers(layer: Any, axes: Axes) -> list[Reader]:
+    if axes.experts:
+        return [(layer.mlp.gate, "weight"), (layer.mlp.experts, "gate_up_proj")]
+    return [(layer.mlp.gate_proj, "weight"), (layer.mlp.up_proj, "weight")]
 
 
 def measure_stream(streams: Streams, kept_layers: Sequence[int], head_DD: Tensor) -> StreamMoments:
@@ -170,10 +169,10 @@ def measure_stream(streams: Streams, kept_layers: Sequence[int], head_DD: Tensor
             mids = streams.after_attention(layer, index, stream)
             if index in kept_layers:
                 for name, values, readers in (
-                    (axes.attention_input_norm, stream, attention_readers(layer, axes)),
+                    ("input_layernorm", stream, attention_readers(layer)),
                     (axes.ffn_input_norm, mids, ffn_readers(layer, axes)),
                 ):
-                    read_norm = part(layer, name)
+                    read_norm = getattr(layer, name)
                     moments.add(
                         streams.batches,
                         [unit_rows(read_norm, x_ND) for x_ND in streams.rows(values)],
@@ -235,7 +234,7 @@ def fit_full_stream(
 
 
 def narrow_reader(
-    axes: Axes, norm: Any, readers: Sequence[tuple[Any, str]], basis: Basis, fit: StreamFit
+    axes: Axes, norm: Any, readers: Sequence[Reader], basis: Basis, fit: StreamFit
 ) -> None:
     """Cut a norm's gain, and the input side of the weights that read its output."""
     old_D = gain(norm, axes)
@@ -269,13 +268,12 @@ def narrow_writer(linear: Any, basis: Basis) -> None:
         set_parameter(linear, "bias", basis.project(linear.bias))
 
 
-def narrow_ffn_writer(layer: nn.Module, axes: Axes, basis: Basis) -> None:
-    if axes.experts is None:
-        narrow_writer(part(layer, f"{axes.ffn}.{axes.down}"), basis)
+def narrow_ffn_writer(layer: Any, axes: Axes, basis: Basis) -> None:
+    if axes.experts:
+        experts = layer.mlp.experts
+        set_parameter(experts, "down_proj", basis.project(experts.down_proj.mT).mT)
     else:
-        experts = part(layer, f"{axes.ffn}.{axes.experts.experts}")
-        down = getattr(experts, axes.experts.down)
-        set_parameter(experts, axes.experts.down, basis.project(down.transpose(1, 2)).mT)
+        narrow_writer(layer.mlp.down_proj, basis)
 
 
 def narrow_output_norm(streams: Streams, norm: Any, basis: Basis, wrote: Stream) -> None:

@@ -175,7 +175,7 @@ def prune_model(
             )
             shared.depth = known
         choice = known
-        if reconstruct and (axes.ffn_output_norm is not None or axes.experts is not None):
+        if reconstruct and (axes.ffn_output_norm is not None or axes.experts):
             notes.append(
                 f"{model.config.model_type}: only the gain of the preceding FFN's output, not its "
                 "projections, compensates for dropped layers; local_distillation compensates for "
@@ -191,7 +191,7 @@ def prune_model(
         if method.importance == "gradients":
             fisher = _fisher(model, windows, kinds, seed, dtype, processes) if kinds else None
             ranking = Ranking("gradients" if kinds else "refit", fisher=fisher)
-        damage = cut_width(
+        kl, gains = cut_width(
             model,
             axes,
             batches,
@@ -205,7 +205,6 @@ def prune_model(
             ranking=ranking,
             passages=shared.passages,
         )
-        kl, gains = damage.kl, damage.local_gains
     keep_layers(model, choice.kept)
     set_sizes(model.config, replace(after, vocabulary=before.vocabulary))
     if kept_ids is not None:

@@ -275,10 +275,10 @@ def _hidden_sizes(size: int, search: SearchRecipe) -> list[int]:
 
 
 def _expert_counts(config: Any, search: SearchRecipe) -> list[int | None]:
-    total, names = sizes_of(config).experts, axes_of(config).experts
-    if total is None or names is None or "experts" not in search.axes:
+    total = sizes_of(config).experts
+    if total is None or "experts" not in search.axes:
         return [total]
-    least = max(getattr(config, names.chosen), math.ceil(total * LEAST_SHARE))
+    least = max(config.num_experts_per_tok, math.ceil(total * LEAST_SHARE))
     return list(range(total, least - 1, -max(1, total // EXPERT_STEPS)))
 
 

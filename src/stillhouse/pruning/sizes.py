@@ -53,7 +53,7 @@ def sizes_of(config: Any) -> Sizes:
         head_dim=head_size(config),
         hidden_size=config.hidden_size,
         vocabulary=config.vocab_size,
-        experts=None if axes.experts is None else getattr(config, axes.experts.count),
+        experts=config.num_experts if axes.experts else None,
     )
 
 
@@ -79,21 +79,21 @@ def check_sizes(
     given = {key: value for key, value in sizes.items() if value is not None}
     if not given and not text_decides:
         names = ["heads", "kv_heads", "hidden_size", "vocabulary"]
-        names += [] if axes.experts is None else ["experts"]
+        names += ["experts"] if axes.experts else []
         raise RecipeError(
             "a pruned student needs a size to prune to",
             where="student",
             fix=f"set one or more of ffn_size (1 to {before.ffn_size}), layers (1 to "
             f"{before.layers}), {', '.join(names[:-1])}, and {names[-1]}; or a target",
         )
-    if "experts" in given and axes.experts is None:
+    if "experts" in given and not axes.experts:
         raise RecipeError(
             f"{config.model_type} models have no experts to prune",
             where="student.experts",
             fix="remove the key; use ffn_size to narrow the FFN",
         )
     for key, value in given.items():
-        _check_range(config, axes, key, value, getattr(before, key), owner)
+        _check_range(config, key, value, getattr(before, key), owner)
     after = replace(before, **{key: value for key, value in given.items() if "heads" not in key})
     after = _with_heads(before, after, given.get("heads"), given.get("kv_heads"))
     if after.hidden_size % after.heads and axes.hidden_over_heads:
@@ -119,10 +119,8 @@ def _check_rotation(config: Any, axes: Axes) -> None:
     )
 
 
-def _check_range(config: Any, axes: Axes, key: str, value: int, largest: int, owner: str) -> None:
-    least = 1
-    if key == "experts" and axes.experts is not None:
-        least = getattr(config, axes.experts.chosen)
+def _check_range(config: Any, key: str, value: int, largest: int, owner: str) -> None:
+    least = config.num_experts_per_tok if key == "experts" else 1
     if not least <= value <= largest:
         reason = f"every token goes to {least}" if 1 <= value < least else f"{owner} has {largest}"
         raise RecipeError(
@@ -232,8 +230,8 @@ def set_sizes(config: Any, after: Sizes) -> None:
     config.hidden_size = after.hidden_size
     config.vocab_size = after.vocabulary
     setattr(config, axes.ffn_size, after.ffn_size)
-    if axes.experts is not None:
-        setattr(config, axes.experts.count, after.experts)
+    if axes.experts:
+        config.num_experts = after.experts
 
 
 def keep_config_layers(config: Any, kept: Sequence[int]) -> None:

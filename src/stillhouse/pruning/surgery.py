@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from stillhouse.data.turn_end import keep_other_values
 from stillhouse.errors import ModelError, RecipeError
-from stillhouse.pruning.axes import Axes, part
+from stillhouse.pruning.axes import Axes
 from stillhouse.pruning.heads import Grouping
 from stillhouse.pruning.offload import is_large, released_after_use
 from stillhouse.pruning.sizes import keep_config_layers
@@ -39,37 +39,32 @@ def check_parameters(model: Any, axes: Axes) -> None:
             )
 
 
-def keep_neurons(layer: nn.Module, axes: Axes, kept_K: Tensor, down_DK: Tensor) -> None:
+def keep_neurons(layer: Any, kept_K: Tensor, down_DK: Tensor) -> None:
     """Keep one layer's FFN neurons `kept_K`, with `down_DK` as the new down projection."""
-    ffn = part(layer, axes.ffn)
-    for name in (axes.gate, axes.up):
-        keep_rows(part(ffn, name), kept_K)
-    set_weight(part(ffn, axes.down), down_DK)
+    ffn = layer.mlp
+    keep_rows(ffn.gate_proj, kept_K)
+    keep_rows(ffn.up_proj, kept_K)
+    set_weight(ffn.down_proj, down_DK)
     if hasattr(ffn, "intermediate_size"):
         ffn.intermediate_size = len(kept_K)
 
 
-def keep_heads(
-    layer: nn.Module, axes: Axes, before: Grouping, heads: Sequence[int], output_DA: Tensor
-) -> None:
+def keep_heads(layer: Any, before: Grouping, heads: Sequence[int], output_DA: Tensor) -> None:
     """Keep the query heads `heads` and their key-value heads, with `output_DA` as the new output
     projection."""
-    attention = part(layer, axes.attention)
+    attention = layer.self_attn
     groups = sorted({head // before.share for head in heads})
-    keep_rows(part(attention, axes.query), torch.tensor(before.columns(heads)))
-    for name in (axes.key, axes.value):
-        keep_rows(part(attention, name), torch.tensor(before.columns(groups)))
-    set_weight(part(attention, axes.output), output_DA)
+    keep_rows(attention.q_proj, torch.tensor(before.columns(heads)))
+    keep_rows(attention.k_proj, torch.tensor(before.columns(groups)))
+    keep_rows(attention.v_proj, torch.tensor(before.columns(groups)))
+    set_weight(attention.o_proj, output_DA)
     attention.num_key_value_groups = len(heads) // len(groups)
 
 
-def keep_experts(layer: nn.Module, axes: Axes, kept_E: Tensor) -> None:
+def keep_experts(layer: Any, kept_E: Tensor) -> None:
     """Keep one layer's experts `kept_E` and the router's rows for them."""
-    names = axes.experts
-    assert names is not None
-    router = part(layer, f"{axes.ffn}.{names.router}")
-    experts = part(layer, f"{axes.ffn}.{names.experts}")
-    for module, name in ((router, "weight"), (experts, names.gate_up), (experts, names.down)):
+    router, experts = layer.mlp.gate, layer.mlp.experts
+    for module, name in ((router, "weight"), (experts, "gate_up_proj"), (experts, "down_proj")):
         set_parameter(module, name, getattr(module, name)[kept_E])
         module.num_experts = len(kept_E)
 

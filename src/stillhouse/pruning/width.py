@@ -12,9 +12,8 @@ K kept neurons.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from stillhouse.progress import bar
 from stillhouse.pruning import hidden
-from stillhouse.pruning.axes import Axes, part
+from stillhouse.pruning.axes import Axes
 from stillhouse.pruning.calibrate import (
     OwnBatches,
     Stream,
@@ -41,13 +40,15 @@ from stillhouse.pruning.correction import (
     fit_projection,
     scale_ffn_output,
 )
-from stillhouse.pruning.experts import RoutedRows, best_experts, narrow_experts
+from stillhouse.pruning.experts import best_experts, narrow_experts
 from stillhouse.pruning.ffn import (
     Moments,
     Ranking,
     activation_scores,
+    agreed_cut,
     choose_and_refit,
     refit_to,
+    summed_moments,
 )
 from stillhouse.pruning.heads import Grouping, heads_by_score, refit_and_remove_heads
 from stillhouse.pruning.layer_streaming import on_device
@@ -60,18 +61,6 @@ from stillhouse.teachers.backbone import lm_head
 
 KL_BATCHES = 2
 """Number of calibration batches on which the cut model's KL is measured."""
-
-
-@dataclass(frozen=True)
-class Damage:
-    """How far the cut model is from the full one.
-
-    kl: KL(full ‖ cut) in nats/token on the first calibration rows, which the cut was fit to.
-    local_gains: for each kept layer, the fraction of its error that local distillation removed.
-    """
-
-    kl: float
-    local_gains: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -101,8 +90,11 @@ def cut_width(
     ranking: Ranking | None = None,
     local_tokens: int = 0,
     passages: list[Passage] | None = None,
-) -> Damage:
+) -> tuple[float, tuple[float, ...]]:
     """Cut `kept_layers`, the embeddings, and the head in place. Layers to be dropped are not cut.
+
+    Returns KL(full ‖ cut) in nats/token on the first calibration rows, which the cut was fit to,
+    and for each kept layer, the fraction of its error that local distillation removed.
 
     hidden_method: None leaves the hidden size alone.
     ranking: how parts are ranked; ranking by `refit` needs `reconstruct`.
@@ -139,7 +131,7 @@ def cut_width(
         (kl,) = summed_kl(full_head, full_ND, [narrow_ND], lm_head(model))
         terms[place] = kl, len(full_ND)
     total, rows = batches.sum_values(terms, 2)
-    return Damage(total / max(rows, 1), tuple(gains))
+    return total / max(rows, 1), tuple(gains)
 
 
 @dataclass(frozen=True)
@@ -154,10 +146,6 @@ class _Cutter:
     reconstruct: bool
     ranking: Ranking
     local_tokens: int
-
-    @property
-    def stream_width(self) -> int:
-        return self.before.hidden_size if self.basis is None else self.basis.matrix_DH.shape[1]
 
     def cut_layers(self, passages: list[Passage] | None) -> tuple[Stream, Stream, list[float]]:
         """Cut all layers. Return the full and the cut stream after the last layer, and the gains
@@ -211,7 +199,7 @@ class _Cutter:
     def _run_full(self, index: int, before: Stream) -> Passage:
         streams, axes, layer = self.streams, self.streams.axes, self.streams.layers[index]
         norms = [
-            None if name is None else part(layer, name)
+            None if name is None else getattr(layer, name)
             for name in (axes.attention_output_norm, axes.ffn_output_norm)
         ]
         with inputs_of(norms[0]) as attention_wrote:
@@ -224,10 +212,10 @@ class _Cutter:
         """Cut one whole layer; return the cut stream after it. target: already projected."""
         axes, layer = self.streams.axes, self.streams.layers[index]
         if self.basis is not None:
-            norms = axes.attention_input_norm, axes.attention_output_norm
-            readers = hidden.attention_readers(layer, axes)
+            norms = "input_layernorm", axes.attention_output_norm
+            readers = hidden.attention_readers(layer)
             self._narrow(layer, norms, readers, passage.before, narrow, passage.attention_wrote)
-            hidden.narrow_writer(part(layer, f"{axes.attention}.{axes.output}"), self.basis)
+            hidden.narrow_writer(layer.self_attn.o_proj, self.basis)
         if self.after.heads < self.before.heads:
             mids = self._cut_heads(index, narrow, passage.mid)
         else:
@@ -237,15 +225,15 @@ class _Cutter:
             readers = hidden.ffn_readers(layer, axes)
             self._narrow(layer, norms, readers, passage.mid, mids, passage.ffn_wrote)
             hidden.narrow_ffn_writer(layer, axes, self.basis)
-        if axes.experts is None:
-            return self._cut_ffn(index, mids, target)
-        return self._cut_mixture(layer, mids, target)
+        if axes.experts:
+            return self._cut_mixture(layer, mids, target)
+        return self._cut_ffn(index, mids, target)
 
     def _narrow(
         self,
-        layer: nn.Module,
+        layer: Any,
         norms: tuple[str, str | None],
-        readers: Sequence[tuple[Any, str]],
+        readers: Sequence[hidden.Reader],
         full: Stream,
         narrow: Stream,
         wrote: Stream,
@@ -253,64 +241,55 @@ class _Cutter:
         """Cut the input norm and the weights that read the stream for one block, and its output
         norm."""
         assert self.basis is not None
-        streams, norm = self.streams, part(layer, norms[0])
+        streams, norm = self.streams, getattr(layer, norms[0])
         fit = hidden.fit_full_stream(streams, norm, self.basis, full, narrow, self.reconstruct)
         hidden.narrow_reader(streams.axes, norm, readers, self.basis, fit)
         if norms[1] is not None:
-            hidden.narrow_output_norm(streams, part(layer, norms[1]), self.basis, wrote)
+            hidden.narrow_output_norm(streams, getattr(layer, norms[1]), self.basis, wrote)
 
     def _cut_heads(self, index: int, narrow: Stream, full_mid: Stream) -> Stream:
         """Cut one layer's heads; return the cut stream between its attention and its FFN."""
         streams, axes, layer = self.streams, self.streams.axes, self.streams.layers[index]
-        output = part(layer, f"{axes.attention}.{axes.output}")
+        output = layer.self_attn.o_proj
         before, after, ranking = self.before, self.after, self.ranking
         grouping = Grouping(before.kv_heads, before.heads // before.kv_heads, before.head_dim)
         share = after.heads // after.kv_heads
         with inputs_of(output) as heads:
             streams.after_attention(layer, index, narrow)
-        device, mean = output.weight.device, ranking.aggregation == "mean"
-        zeros = partial(Moments.zeros, output.in_features, device, absolute=mean)
-
-        def terms() -> Iterator[list[Tensor]]:
+        # No error term: the following down projection corrects it (docs/pruning.md).
+        rows = (
+            (heads_RLA[batch.counted_RL].float(), row_weight(target_RLD, batch))
             for batch, heads_RLA, target_RLD in zip(
                 streams.batches, heads, self._projected(full_mid), strict=True
-            ):
-                moments = zeros()
-                # No error term: the following down projection corrects it (docs/pruning.md).
-                read_NA = heads_RLA[batch.counted_RL].float()
-                moments.add(read_NA, row_weight(target_RLD, batch))
-                yield moments.tensors()
+            )
+        )
+        moments = summed_moments(streams.batches, rows, output.weight, ranking)
+        device = output.weight.device
 
-        def cut() -> list[Tensor]:
+        def cut() -> Sequence[Tensor]:
             if self.reconstruct and ranking.by == "refit":
                 kept, output_DA = refit_and_remove_heads(
                     output.weight, moments, grouping, after.kv_heads, share
                 )
-                return [torch.tensor(kept), output_DA]
-            score_A = activation_scores(moments, output.weight)
-            score_H = score_A.view(before.heads, before.head_dim).sum(1)
-            if ranking.fisher is not None:
+                return torch.tensor(kept, device=device), output_DA
+            if ranking.fisher is None:
+                score_A = activation_scores(moments, output.weight)
+                score_H = score_A.view(before.heads, before.head_dim).sum(1)
+            else:
                 score_H = ranking.fisher.heads[index]
             kept = heads_by_score(score_H, grouping, after.kv_heads, share)
             columns = torch.tensor(grouping.columns(kept), device=device)
             output_DA = output.weight[:, columns]
             if self.reconstruct:
                 output_DA = refit_to(output.weight, moments, columns)
-            return [torch.tensor(kept), output_DA]
+            return torch.tensor(kept, device=device), output_DA
 
-        moments = Moments(*streams.batches.sum(terms(), lambda: zeros().tensors()))
         width = after.heads * before.head_dim
-        # All processes must keep the same heads, so one of them decides.
-        kept_H, output_DA = streams.batches.processes.from_owner(
-            0,
-            cut,
-            lambda: [
-                torch.empty(after.heads, dtype=torch.long),
-                output.weight.new_empty(output.out_features, width),
-            ],
+        kept_H, output_DA = agreed_cut(
+            streams.batches.processes, cut, output.weight, after.heads, width
         )
-        kept = tuple(kept_H.tolist())
-        keep_heads(layer, axes, grouping, kept, output_DA)
+        kept = kept_H.tolist()
+        keep_heads(layer, grouping, kept, output_DA)
         columns = torch.tensor(grouping.columns(kept), device=device)
         with products(streams.model, streams.dtype):
             return [
@@ -318,24 +297,23 @@ class _Cutter:
                 for x_RLD, heads_RLA in zip(narrow, heads, strict=True)
             ]
 
-    def _cut_mixture(self, layer: nn.Module, mids: Stream, target: Stream) -> Stream:
+    def _cut_mixture(self, layer: Any, mids: Stream, target: Stream) -> Stream:
         """Cut one layer's experts; return the cut stream after the layer."""
         streams, axes, after = self.streams, self.streams.axes, self.after
-        rows = RoutedRows(streams.batches, streams.rows(mids), streams.row_weights(target))
+        batches, keep = streams.batches, after.ffn_size
+        rows = list(zip(streams.rows(mids), streams.row_weights(target), strict=True))
         if after.experts != self.before.experts:
             assert after.experts is not None
-            keep_experts(layer, axes, best_experts(layer, axes, rows, after.experts))
-        if after.ffn_size < self.before.ffn_size:
-            keep, ranking = after.ffn_size, self.ranking
-            narrow_experts(layer, axes, rows, keep, self.reconstruct, ranking)
+            keep_experts(layer, best_experts(layer, axes, batches, rows, after.experts))
+        if keep < self.before.ffn_size:
+            narrow_experts(layer, axes, batches, rows, keep, self.reconstruct, self.ranking)
         return self._with_gains(layer, mids, streams.after_ffn(layer, mids), target)
 
     def _cut_ffn(self, index: int, mids: Stream, target: Stream) -> Stream:
         """Cut one layer's FFN; return the cut stream after the layer."""
         streams, axes, layer = self.streams, self.streams.axes, self.streams.layers[index]
         ranking, keep = self.ranking, self.after.ffn_size
-        down = part(layer, f"{axes.ffn}.{axes.down}")
-        width, ffn = down.weight.shape
+        down, ffn = layer.mlp.down_proj, self.before.ffn_size
         with products(streams.model, streams.dtype):
             activations = [ffn_activations(layer, axes, mid_RLD) for mid_RLD in mids]
 
@@ -350,8 +328,7 @@ class _Cutter:
         # A norm after the FFN is not linear, so the layer is then refit to its own output instead.
         refit = self.reconstruct and axes.ffn_output_norm is None
         rows = ProjectionRows(streams.row_weights(target), read, error if refit else None)
-        mean = ranking.aggregation == "mean"
-        moments = Moments.zeros(ffn, down.weight.device, absolute=mean)
+        moments = Moments.zeros(ffn, down.weight.device, absolute=ranking.aggregation == "mean")
         weight_DF = fit_projection(streams.batches, rows, moments, down.weight)
 
         def cut() -> Sequence[Tensor]:
@@ -360,15 +337,8 @@ class _Cutter:
             score_F = None if ranking.fisher is None else ranking.fisher.neurons[index]
             return choose_and_refit(weight_DF, moments, keep, ranking, self.reconstruct, score_F)
 
-        kept_K, down_DK = streams.batches.processes.from_owner(
-            0,
-            cut,
-            lambda: [
-                torch.empty(keep, dtype=torch.long, device=down.weight.device),
-                down.weight.new_empty(width, keep),
-            ],
-        )
-        keep_neurons(layer, axes, kept_K, down_DK)
+        kept_K, down_DK = agreed_cut(streams.batches.processes, cut, down.weight, keep, keep)
+        keep_neurons(layer, kept_K, down_DK)
         with products(streams.model, streams.dtype):
             after = [
                 add_ffn(layer, axes, mid_RLD, activations_RLF[..., kept_K])
@@ -378,7 +348,7 @@ class _Cutter:
             return after
         return self._with_gains(layer, mids, after, target)
 
-    def _with_gains(self, layer: nn.Module, mids: Stream, after: Stream, target: Stream) -> Stream:
+    def _with_gains(self, layer: Any, mids: Stream, after: Stream, target: Stream) -> Stream:
         """Scale the channels of an FFN's output to bring the stream closer to the target; return
         the stream after the layer."""
         if not self.reconstruct:
@@ -390,7 +360,7 @@ class _Cutter:
             counted, weight_N1 = batch.counted_RL, row_weight(target_RLD, batch)[:, None]
             wrote_ND = (after_RLD - mid_RLD)[counted].float() * weight_N1
             rows.append((wrote_ND, (target_RLD - after_RLD)[counted].float() * weight_N1))
-        zeros_D = torch.zeros(self.stream_width, device=self.streams.model.device)
+        zeros_D = torch.zeros_like(layer.input_layernorm.weight)
         gain_D = channel_gains(self.streams.batches, rows, zeros_D)
         scale_ffn_output(layer, self.streams.axes, gain_D)
         return [

@@ -28,7 +28,6 @@ from stillhouse.errors import ModelError
 from stillhouse.evaluation.speed import measure_peak_memory
 from stillhouse.generation.kv_cache import caches_of
 from stillhouse.hardware import synchronize
-from stillhouse.pruning.axes import axes_of, part
 from stillhouse.pruning.shapes import Counter
 from stillhouse.pruning.sizes import Sizes, resized_config, sizes_of
 from stillhouse.scratch import temporary_folder
@@ -120,10 +119,9 @@ def time_shape(
     the processor's caches."""
     layers = _enough_layers(config, sizes, dtype.itemsize)
     model = random_like(config, replace(sizes, layers=layers), dtype).to(device)
-    axes = axes_of(config)
     groups = {
-        "attention": [part(layer, axes.attention) for layer in decoder_layers(model)],
-        "ffn": [part(layer, axes.ffn) for layer in decoder_layers(model)],
+        "attention": [layer.get_submodule("self_attn") for layer in decoder_layers(model)],
+        "ffn": [layer.get_submodule("mlp") for layer in decoder_layers(model)],
         "layer": list(decoder_layers(model)),
         "step": [model],
     }
