@@ -39,7 +39,6 @@ from stillhouse.pruning.axes import axes_of
 from stillhouse.pruning.ffn import best
 from stillhouse.pruning.surgery import keep_neurons
 from stillhouse.students.student import Student
-from stillhouse.teachers.activations import decoder_layers
 from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.local_teacher import load_teacher
 from stillhouse.teachers.model_source import ModelSource, resolve_model

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -40,19 +39,10 @@ BATCH_TOKENS = 1024
 """Tokens per backward pass, which stores the activations of all layers."""
 
 
-@dataclass(frozen=True)
-class Fisher:
-    """Diagonal Fisher information of masks, per token; half of it approximates the KL of losing a
-    part.
-
-    neurons: [F] for each layer; heads: [H] for each layer; channels: [D]; layers: [number of
-    layers]. Kinds that were not requested are empty.
-    """
-
-    neurons: tuple[Tensor, ...]
-    heads: tuple[Tensor, ...]
-    channels: Tensor
-    layers: Tensor
+Fisher = dict[Part, list[Tensor]]
+"""Diagonal Fisher information of masks, per token; half of it approximates the KL of losing a part.
+Neurons [F], heads [H], and layers [1] have a tensor for each layer; channels have a single one [D].
+"""
 
 
 def mask_fisher(
@@ -88,14 +78,7 @@ def mask_fisher(
     shapes = _ones(model, 1, kinds)
     flat = [mask[0, 0].detach() for values in shapes.values() for mask in values]
     found = iter(batches.sum(terms(), lambda: [torch.zeros_like(mask) for mask in flat]))
-    mean = {kind: [next(found) / max(rows, 1) for _ in values] for kind, values in shapes.items()}
-    nothing = torch.zeros(0, device=model.device)
-    return Fisher(
-        neurons=tuple(mean.get("neurons", ())),
-        heads=tuple(mean.get("heads", ())),
-        channels=mean["channels"][0] if "channels" in mean else nothing,
-        layers=torch.cat(mean["layers"]) if "layers" in mean else nothing,
-    )
+    return {kind: [next(found) / max(rows, 1) for _ in values] for kind, values in shapes.items()}
 
 
 def log_loss_of_draws(
@@ -110,10 +93,10 @@ def log_loss_of_draws(
     return fused_loss(rows_ND, head, terms, targets_N=targets_N, compute_dtype=dtype).total
 
 
-def _ones(model: Any, windows: int, kinds: Sequence[Part]) -> dict[str, list[Tensor]]:
+def _ones(model: Any, windows: int, kinds: Sequence[Part]) -> dict[Part, list[Tensor]]:
     """Masks [R, 1, size], one set per window, so that each window has its own gradient."""
     sizes = sizes_of(model.config)
-    shapes = {
+    shapes: dict[Part, tuple[int, int]] = {
         "neurons": (sizes.layers, sizes.ffn_size),
         "heads": (sizes.layers, sizes.heads),
         "channels": (1, sizes.hidden_size),
@@ -128,7 +111,7 @@ def _ones(model: Any, windows: int, kinds: Sequence[Part]) -> dict[str, list[Ten
 
 
 @contextmanager
-def _masked(model: Any, axes: Axes, masks: dict[str, list[Tensor]]) -> Iterator[None]:
+def _masked(model: Any, axes: Axes, masks: dict[Part, list[Tensor]]) -> Iterator[None]:
     """Within the context, multiply every part by its mask."""
     with ExitStack() as stack:
 
@@ -137,6 +120,7 @@ def _masked(model: Any, axes: Axes, masks: dict[str, list[Tensor]]) -> Iterator[
             stack.callback(register(change).remove)
 
         layers: Any = decoder_layers(model)
+        writers = (axes.attention_output_norm or "self_attn", axes.ffn_output_norm or "mlp")
         for number, layer in enumerate(layers):
             if "neurons" in masks:
                 hook(layer.mlp.down_proj, _times_input(masks["neurons"][number]), before=True)
@@ -145,10 +129,7 @@ def _masked(model: Any, axes: Axes, masks: dict[str, list[Tensor]]) -> Iterator[
             if "layers" in masks:
                 hook(layer, _times_added(masks["layers"][number]), before=False)
             if "channels" in masks:
-                for name in (
-                    axes.attention_output_norm or "self_attn",
-                    axes.ffn_output_norm or "mlp",
-                ):
+                for name in writers:
                     hook(getattr(layer, name), _times_output(masks["channels"][0]), before=False)
         if "channels" in masks:
             # Masking whatever each writer adds to the stream also masks their sum exactly once.

@@ -243,7 +243,8 @@ def rank_layers(
     by, scores = method.depth_importance, None
     with released_after_use(model):
         if by == "gradients":
-            scores = _fisher(model, windows, ["layers"], seed, dtype, processes).layers.tolist()
+            fisher = _fisher(model, windows, ["layers"], seed, dtype, processes)
+            scores = torch.cat(fisher["layers"]).tolist()
         with products(model, dtype):
             if by in SCORES:
                 scores = processes.from_main(layer_scores(model, few, by))

@@ -111,7 +111,7 @@ def cut_width(
         head_DD = hidden.head_gram(full_head.weight_VD)
         moments = hidden.measure_stream(streams, kept_layers, head_DD)
         if hidden_method == "channels":
-            score_D = None if ranking.fisher is None else ranking.fisher.channels
+            score_D = None if ranking.fisher is None else ranking.fisher["channels"][0]
             scored = reconstruct and ranking.by == "refit"
             basis = hidden.best_channels(moments, after.hidden_size, scored, score_D)
         else:
@@ -276,7 +276,7 @@ class _Cutter:
                 score_A = activation_scores(moments, output.weight)
                 score_H = score_A.view(before.heads, before.head_dim).sum(1)
             else:
-                score_H = ranking.fisher.heads[index]
+                score_H = ranking.fisher["heads"][index]
             kept = heads_by_score(score_H, grouping, after.kv_heads, share)
             columns = torch.tensor(grouping.columns(kept), device=device)
             output_DA = output.weight[:, columns]
@@ -334,7 +334,7 @@ class _Cutter:
         def cut() -> Sequence[Tensor]:
             if keep == ffn:
                 return torch.arange(ffn, device=weight_DF.device), weight_DF
-            score_F = None if ranking.fisher is None else ranking.fisher.neurons[index]
+            score_F = None if ranking.fisher is None else ranking.fisher["neurons"][index]
             return choose_and_refit(weight_DF, moments, keep, ranking, self.reconstruct, score_F)
 
         kept_K, down_DK = agreed_cut(streams.batches.processes, cut, down.weight, keep, keep)
