@@ -35,6 +35,7 @@ from stillhouse.export.gguf_export import write_form
 from stillhouse.export.llama_quantizer import has_llama_cpp
 from stillhouse.quantize.grid import Grid
 from stillhouse.quantize.moments import Moments, input_moments
+from stillhouse.quantize.quantization import Quantization
 from stillhouse.quantize.sensitivity import quantized, reference_answers, scales_of
 from stillhouse.quantize.units import find_units, model_bytes
 from stillhouse.teachers.load_model import load_model
@@ -136,7 +137,8 @@ def on_grids(model: Any, reference: Reference, moments: Moments) -> Iterator[Row
         units = find_units(model, grid)
         size = model_bytes(model, units, set(), grid)
         for known in (None, moments):
-            with quantized(model, scales_of(model, units, grid, known), grid):
+            scales = scales_of(model, units, grid, known)
+            with quantized(model, Quantization(grid, False, scales)):
                 yield reference.row(model, name, known is not None, size)
 
 

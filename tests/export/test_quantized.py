@@ -26,8 +26,7 @@ from stillhouse.export.gguf_export import announce_gguf, export_gguf, write_form
 from stillhouse.export.gguf_file import FORMATS
 from stillhouse.export.torchao import export_torchao, save_torchao
 from stillhouse.quantize.grid import Grid, choose_scales, on_grid
-from stillhouse.quantize.input_rounding import rounded_inputs
-from stillhouse.quantize.quantization import FILE, Quantization
+from stillhouse.quantize.quantization import FILE, Quantization, rounded_inputs
 from stillhouse.quantize.quantize import quantize
 from stillhouse.quantize.quantize_config import QuantizeRecipe
 from stillhouse.teachers.load_model import load_model
@@ -234,7 +233,7 @@ def test_torchao_rounds_inputs_as_rounded_inputs_does(
     pytest.importorskip("torchao")
     quantization = Quantization.load(rounded[kind] / FILE)
     model = load_model(rounded[kind] / "model", dtype=torch.float32)
-    name = quantization.linear_layers(model)[0]
+    name = quantization.dynamic_layers(model)[0]
     weight_OI = dict(model.named_parameters())[name].detach()
     packed = torchao_export._tensor(
         weight_OI, quantization.scales[name], quantization, dtype, dynamic=True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,14 @@ from stillhouse.evaluation.fidelity import compare, heldout_answers
 from stillhouse.evaluation.results import EVALUATION, Evaluation
 from stillhouse.language_model.evaluate_stage import plan_evaluation
 from stillhouse.quantize.grid import Grid
-from stillhouse.quantize.input_rounding import round_inputs_of, rounded_inputs
 from stillhouse.quantize.moments import input_moments
-from stillhouse.quantize.quantization import FILE, Quantization
+from stillhouse.quantize.quantization import FILE, Quantization, rounded_inputs
 from stillhouse.quantize.quantize import grid_of, quantization_notes, quantize
 from stillhouse.quantize.quantize_config import QuantizeRecipe
 from stillhouse.quantize.sensitivity import (
     Sensitivity,
     choose_kept,
+    kl_of,
     measure,
     quantized,
     reference_answers,
@@ -209,7 +210,8 @@ def test_sensitivity_is_the_kl_of_quantizing_one_unit() -> None:
     scales = scales_of(model, units, GRID)
     before = {name: p.clone() for name, p in model.named_parameters()}
     reference = reference_answers(model, windows)
-    measured = measure(model, units, scales, GRID, windows, reference, VOCABULARY)
+    kl_with = partial(kl_of, model, windows=windows, reference=reference, vocabulary=VOCABULARY)
+    measured = measure(units, scales, GRID, kl_with)
     found = {s.unit: s for s in measured}
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     for unit in units:
@@ -228,7 +230,8 @@ def test_the_references_head_is_not_rounded_with_the_models() -> None:
     model = tiny.llama()
     reference = reference_answers(model, ToyWindows())
     head_VD = reference.signal.head.weight_VD.clone()
-    with quantized(model, scales_of(model, find_units(model, GRID), GRID), GRID):
+    scales = scales_of(model, find_units(model, GRID), GRID)
+    with quantized(model, Quantization(GRID, False, scales)):
         assert torch.equal(reference.signal.head.weight_VD, head_VD)
         assert not torch.equal(model.lm_head.weight, head_VD)
 
@@ -354,7 +357,8 @@ def test_inputs_are_rounded_until_the_hook_is_removed() -> None:
     layer = model.model.layers[0].mlp.up_proj
     x = torch.randn(1, 32)
     plain = layer(x)
-    [hook] = round_inputs_of(model, ["model.layers.0.mlp.up_proj.weight"], GRID)
+    name = "model.layers.0.mlp.up_proj.weight"
+    [hook] = Quantization(GRID, True, {name: torch.ones(1)}).round_inputs(model)
     assert torch.equal(layer(x), torch.nn.functional.linear(rounded_inputs(x), layer.weight))
     hook.remove()
     assert torch.equal(layer(x), plain)

@@ -136,7 +136,7 @@ def save_torchao(
     weights: dict[str, Tensor] = {
         name: weight.detach().to(dtype) for name, weight in model.named_parameters()
     }
-    layers = set(quantization.linear_layers(model)) if quantization.dynamic else set()
+    layers = set(quantization.dynamic_layers(model))
     parameters = dict(model.named_parameters())
     floats = [name for name in quantization.scales if _has_other_buffers(model, name)]
     packed = {name: scales for name, scales in quantization.scales.items() if name not in floats}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from stillhouse.language_model.job import Job
 from stillhouse.language_model.roots_stage import roots_key, teacher_alignment
 from stillhouse.language_model.signals_stage import sharded_loader
 from stillhouse.launch import leads
-from stillhouse.quantize.input_rounding import round_inputs
 from stillhouse.quantize.quantization import FILE, Quantization
 from stillhouse.runfolder import Outcome, Stage, StagePlan, run_root
 from stillhouse.teachers.sharded_teacher import ShardedTeacher
@@ -86,7 +84,7 @@ def plan_evaluation(
         for stage in quantized:
             role = {"quantize": "quantized", "qat": "quantized_trained"}[stage.name]
             models[role], sizes[role] = job.model(stage), stage.summary["bytes"]
-            prepare[role] = partial(round_inputs, Quantization.load(stage.path / FILE))
+            prepare[role] = Quantization.load(stage.path / FILE).round_inputs
         found = evaluate(
             models,
             vocabulary=job.vocabulary,

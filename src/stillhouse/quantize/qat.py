@@ -19,7 +19,6 @@ from transformers import TrainerCallback
 
 from stillhouse.processes import local_part, part_like
 from stillhouse.quantize.grid import on_grid
-from stillhouse.quantize.input_rounding import round_inputs
 from stillhouse.quantize.quantization import Quantization
 
 
@@ -34,7 +33,7 @@ class RoundedWeights(TrainerCallback):
         self._hooks: list[RemovableHandle] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._hooks = round_inputs(self.quantization, kwargs["model"].student)
+        self._hooks = self.quantization.round_inputs(kwargs["model"].student)
         parameters = dict(kwargs["model"].student.named_parameters())
         self._scales = {
             name: part_like(scales_OG.to(parameters[name].device), parameters[name])

@@ -7,6 +7,7 @@ import itertools
 import math
 import shutil
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,11 @@ from stillhouse.data.batches import Batches
 from stillhouse.data.draw_windows import draw_windows
 from stillhouse.data.windows import WindowSet
 from stillhouse.errors import RecipeError
-from stillhouse.evaluation.fidelity import HeldoutAnswers
 from stillhouse.hardware import default_device
 from stillhouse.launch import leads
 from stillhouse.objectives.objective_config import ObjectiveRecipe
 from stillhouse.progress import note
 from stillhouse.quantize.grid import Grid
-from stillhouse.quantize.input_rounding import round_inputs
 from stillhouse.quantize.moments import input_moments
 from stillhouse.quantize.qat import RoundedWeights
 from stillhouse.quantize.quantization import FILE, Quantization
@@ -118,10 +117,11 @@ def quantize(
     scales = scales_of(model, free, grid, moments)
     measured, tokens = draw_windows(heldout, section.sensitivity_tokens, seed)
     reference = reference_answers(model, measured)
+    kl_with = partial(kl_of, model, windows=measured, reference=reference, vocabulary=vocabulary)
     found: list[Sensitivity] = []
     kept = list(section.keep)
     if section.max_kl is not None or section.max_bytes is not None:
-        found = measure(model, free, scales, grid, measured, reference, vocabulary)
+        found = measure(free, scales, grid, kl_with)
         smallest = model_bytes(model, units, set(kept), grid)
         kept += choose_kept(
             found, smallest=smallest, max_kl=section.max_kl, max_bytes=section.max_bytes
@@ -129,7 +129,7 @@ def quantize(
         chosen = {name for unit in units if unit.name not in kept for name in unit.weights}
         scales = {name: scales_OG for name, scales_OG in scales.items() if name in chosen}
     quantization = Quantization(grid, section.dynamic, scales)
-    kl = _total_kl(model, quantization, measured, reference, vocabulary)
+    kl = kl_with(quantization)
     result = QuantizeResult(
         kind=section.kind,
         group_size=grid.group,
@@ -190,21 +190,6 @@ def _units(model: Any, section: QuantizeRecipe) -> list[Unit]:
                     f"make the student's widths multiples of {FLOAT8_WIDTH}",
                 )
     return units
-
-
-def _total_kl(
-    model: Any,
-    quantization: Quantization,
-    windows: WindowSet,
-    reference: HeldoutAnswers,
-    vocabulary: int,
-) -> float:
-    """KL(model ‖ quantized model) in nats/token, with inputs rounded if the export rounds them."""
-    hooks = round_inputs(quantization, model)
-    kl = kl_of(model, quantization.scales, quantization.grid, windows, reference, vocabulary)
-    for hook in hooks:
-        hook.remove()
-    return kl
 
 
 def planned_bytes(model: Any, section: QuantizeRecipe) -> tuple[int, int]:

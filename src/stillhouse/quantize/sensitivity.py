@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,8 +13,9 @@ from stillhouse.data.windows import WindowSet
 from stillhouse.errors import RecipeError
 from stillhouse.evaluation.fidelity import HeldoutAnswers, compare, heldout_answers
 from stillhouse.progress import bar
-from stillhouse.quantize.grid import Grid, choose_scales, on_grid
+from stillhouse.quantize.grid import Grid, choose_scales
 from stillhouse.quantize.moments import Moments
+from stillhouse.quantize.quantization import Quantization
 from stillhouse.quantize.units import Unit
 
 Scales = dict[str, Tensor]
@@ -46,15 +47,17 @@ def scales_of(
 
 
 @contextmanager
-def quantized(model: nn.Module, scales: Scales, grid: Grid) -> Iterator[None]:
-    """Within the context, round the weights named in `scales` to the grid."""
+def quantized(model: Any, quantization: Quantization) -> Iterator[None]:
+    """Within the context, round the model's matrices, and layers' inputs if the export does."""
     weights = dict(model.named_parameters())
-    before = {name: weights[name].detach().clone() for name in scales}
+    before = {name: weights[name].detach().clone() for name in quantization.scales}
+    hooks = quantization.round_inputs(model)
     try:
-        for name, scales_OG in scales.items():
-            weights[name].data.copy_(on_grid(weights[name], scales_OG, grid))
+        quantization.apply(model)
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         for name, weight in before.items():
             weights[name].data.copy_(weight)
 
@@ -69,34 +72,26 @@ def reference_answers(model: Any, windows: WindowSet) -> HeldoutAnswers:
 
 def kl_of(
     model: Any,
-    scales: Scales,
-    grid: Grid,
+    quantization: Quantization,
     windows: WindowSet,
     reference: HeldoutAnswers,
     vocabulary: int,
 ) -> float:
-    """KL(model ‖ model with these matrices quantized), in nats/token."""
-    with quantized(model, scales, grid):
+    """KL(model ‖ quantized model), in nats/token. reference: the model's `reference_answers` on the
+    same windows."""
+    with quantized(model, quantization):
         return compare(heldout_answers(model, windows), reference, vocabulary).kl
 
 
 def measure(
-    model: Any,
-    units: list[Unit],
-    scales: Scales,
-    grid: Grid,
-    windows: WindowSet,
-    reference: HeldoutAnswers,
-    vocabulary: int,
+    units: list[Unit], scales: Scales, grid: Grid, kl: Callable[[Quantization], float]
 ) -> list[Sensitivity]:
-    """Quantize each unit alone, and measure its cost on `windows`. reference: the model's
-    `reference_answers` on the same windows."""
+    """Quantize the weights of each unit alone. kl: measures the cost (see `kl_of`)."""
     found = []
     with bar("Sensitivity", len(units), unit="units") as advance:
         for unit in units:
-            own = {name: scales[name] for name in unit.weights}
-            kl = kl_of(model, own, grid, windows, reference, vocabulary)
-            found.append(Sensitivity(unit.name, kl, unit.bytes(None) - unit.bytes(grid)))
+            own = Quantization(grid, False, {name: scales[name] for name in unit.weights})
+            found.append(Sensitivity(unit.name, kl(own), unit.bytes(None) - unit.bytes(grid)))
             advance(1)
     return found
 
