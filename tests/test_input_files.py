@@ -34,7 +34,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "prompts": lambda path: list(read_prompts(path)),
     "texts": lambda path: list(file_texts(path, "text")),
     "schema": read_schema,
-    "vocabulary": lambda path: _listed(path, None, ()),  # type: ignore[arg-type]
+    "vocabulary": lambda path: _listed(path, None, set(), ()),  # type: ignore[arg-type]
     "journal": Journal,
     "model": lambda path: resolve_model(str(path), base=path.parent),
 }

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,23 +37,13 @@ class Batch:
     counted_RL: Tensor
 
 
-@dataclass(frozen=True)
-class OwnBatches(Sequence[Batch]):
+class OwnBatches(list[Batch]):
     """This process's share of `total` batches."""
 
-    own: Sequence[Batch]
-    total: int
-    processes: Processes = ALONE
-
-    def __len__(self) -> int:
-        return len(self.own)
-
-    @overload
-    def __getitem__(self, index: int) -> Batch: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Batch]: ...
-    def __getitem__(self, index: int | slice) -> Batch | Sequence[Batch]:
-        return self.own[index]
+    def __init__(self, own: Iterable[Batch], total: int, processes: Processes = ALONE) -> None:
+        super().__init__(own)
+        self.total = total
+        self.processes = processes
 
     @property
     def numbers(self) -> range:
@@ -73,7 +63,7 @@ class OwnBatches(Sequence[Batch]):
 
     def tokens(self) -> tuple[int, int]:
         """The number of tokens in all batches, and how many of them are counted."""
-        own = [(one.counted_RL.numel(), int(one.counted_RL.sum())) for one in self.own]
+        own = [(one.counted_RL.numel(), int(one.counted_RL.sum())) for one in self]
         every, counted = self.sum_values(own, 2)
         return int(every), int(counted)
 

@@ -83,19 +83,11 @@ def choose_layers(
     return DepthChoice(tuple(alive), tuple(dropped), single)
 
 
-def _block_influence(x_ND: Tensor, y_ND: Tensor) -> Tensor:
-    """1 - cos(in, out) (ShortGPT, Men et al. 2024, arXiv 2403.03853)."""
-    return 1 - torch.cosine_similarity(x_ND, y_ND, dim=-1)
-
-
-def _norm_ratio(x_ND: Tensor, y_ND: Tensor) -> Tensor:
-    """‖out‖ / ‖in‖ (Ministral 3, arXiv 2601.08584)."""
-    return y_ND.norm(dim=-1) / x_ND.norm(dim=-1).clamp_min(1e-12)
-
-
 SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "block_influence": _block_influence,
-    "norm_ratio": _norm_ratio,
+    # ShortGPT, Men et al. 2024, arXiv 2403.03853
+    "block_influence": lambda x_ND, y_ND: 1 - torch.cosine_similarity(x_ND, y_ND, dim=-1),
+    # Ministral 3, arXiv 2601.08584
+    "norm_ratio": lambda x_ND, y_ND: y_ND.norm(dim=-1) / x_ND.norm(dim=-1).clamp_min(1e-12),
 }
 """A layer's importance, given the stream [N, D] before and after it."""
 

@@ -53,10 +53,6 @@ class Basis:
         return x @ self.matrix_DH if self.kept_H is None else x[..., self.kept_H]
 
 
-def channels(kept_H: Tensor, hidden: int) -> Basis:
-    return Basis(torch.eye(hidden, device=kept_H.device)[:, kept_H], kept_H)
-
-
 @dataclass
 class StreamMoments:
     """Second moments of the stream, and of the weights that read it.
@@ -111,7 +107,7 @@ def best_channels(
         if score_D is None:
             score_D = moments.C_DD.diagonal() * moments.G_DD.diagonal()
         kept_H = best(score_D, keep)
-    return channels(kept_H, len(moments.C_DD))
+    return Basis(torch.eye(len(moments.C_DD), device=kept_H.device)[:, kept_H], kept_H)
 
 
 def leading_directions(moments: StreamMoments, keep: int) -> Basis:

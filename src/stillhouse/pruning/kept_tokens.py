@@ -41,12 +41,12 @@ class Merges:
         self.model = self.content.get("model", {})
         kind = self.model.get("type", type(tokenizer).__name__)
         if kind != "BPE":
-            raise _uncuttable(
+            raise _wrong(
                 f"the vocabulary of a tokenizer of type {kind} cannot be pruned: only BPE is "
                 "supported"
             )
         if self.model.get("continuing_subword_prefix") or self.model.get("end_of_word_suffix"):
-            raise _uncuttable(
+            raise _wrong(
                 "the vocabulary cannot be pruned: BPE tokenizers that mark the inside or end of "
                 "words are not supported"
             )
@@ -55,8 +55,7 @@ class Merges:
         self.added: dict[int, str] = {
             one["id"]: one["content"] for one in self.content["added_tokens"]
         }
-        self.added_ids = {content: id for id, content in self.added.items()}
-        self.every_id = {**self.ids, **self.added_ids}
+        self.every_id = self.ids | {content: id for id, content in self.added.items()}
         self.tokens = {id: token for token, id in self.every_id.items()}
 
     @cached_property
@@ -75,7 +74,7 @@ class Merges:
         elif '"ByteLevel"' in json.dumps([self.content["pre_tokenizer"], self.content["decoder"]]):
             needed = pre_tokenizers.ByteLevel.alphabet()
         else:
-            raise _uncuttable(
+            raise _wrong(
                 "the vocabulary cannot be pruned: this tokenizer has no tokens for single bytes, "
                 "so without the removed tokens it could not encode every text"
             )
@@ -184,13 +183,7 @@ def _renumber_config(file: Path, kept_ids: Sequence[int]) -> None:
         file.write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
 
 
-def _uncuttable(what: str) -> RecipeError:
-    return RecipeError(
-        what,
-        where="student.vocabulary",
-        fix="remove student.vocabulary; every other axis can be pruned",
-    )
-
-
-def _wrong(what: str, fix: str) -> RecipeError:
+def _wrong(
+    what: str, fix: str = "remove student.vocabulary; every other axis can be pruned"
+) -> RecipeError:
     return RecipeError(what, where="student.vocabulary", fix=fix)

@@ -22,7 +22,6 @@ from stillhouse.pruning.pruning_config import PruningMethod
 from stillhouse.pruning.sizes import (
     HiddenMethod,
     Sizes,
-    changed,
     check_sizes,
     set_sizes,
     size_notes,
@@ -156,7 +155,7 @@ def prune_model(
     )
     tokens, seen = batches.tokens()
     rotated = sizes.get("hidden_size") is not None and hidden_method == "rotation"
-    notes = _notes(model.config, before, after, rotated)
+    notes = size_notes(model.config, before, after, rotated)
     if tokens < calibration_tokens:
         notes.insert(0, f"calibrated on all {seen:,} training tokens, not {calibration_tokens:,}")
     elif 2 * seen < calibration_tokens:
@@ -211,10 +210,11 @@ def prune_model(
         keep_tokens(model, torch.tensor(kept_ids, device=model.device))
     if is_offloaded(model):
         offload(model)  # Includes the embeddings and the head.
+    changes = {name: (size, getattr(after, name)) for name, size in vars(before).items()}
     return PruneReport(
         ffn_size=(before.ffn_size, after.ffn_size),
         layers=(before.layers, after.layers),
-        changed=changed(before, after),
+        changed={name: sizes for name, sizes in changes.items() if sizes[0] != sizes[1]},
         kept_layers=choice.kept,
         dropped_layers=choice.dropped,
         single_layer_kl=choice.single_kl,
@@ -292,14 +292,3 @@ def _fisher(
     tokens = GRADIENT_CALIBRATION_TOKENS
     batches = calibration_batches(windows, tokens, seed, model.device, GRADIENT_TOKENS, processes)
     return mask_fisher(model, axes_of(model.config), batches, kinds, seed=seed, dtype=dtype)
-
-
-def _notes(config: Any, before: Sizes, after: Sizes, rotated: bool) -> list[str]:
-    notes = size_notes(config, before, after)
-    if rotated and config.tie_word_embeddings:
-        extra = after.vocabulary * after.hidden_size
-        notes.append(
-            f"the rotation unties the head from the embeddings, which adds {extra / 1e6:,.1f}M "
-            "parameters compared with hidden_method: channels"
-        )
-    return notes

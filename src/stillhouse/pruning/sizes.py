@@ -140,12 +140,13 @@ def _with_heads(before: Sizes, after: Sizes, heads: int | None, kv_heads: int | 
         kv_heads = before.kv_heads if share > 1 else heads
     if heads % kv_heads or heads > kv_heads * share:
         possible = [kv_heads * each for each in range(1, share + 1)]
+        nearest = min(possible, key=lambda value: (abs(value - heads), -value))
         each = f"1 to {share}" if share > 1 else "exactly 1"
         raise RecipeError(
             f"heads: {heads} is not possible with {kv_heads} key-value heads: each must keep the "
             f"same number of query heads, {each}",
             where="student.heads",
-            fix=f"nearest: heads: {_nearest(possible, heads)}"
+            fix=f"nearest: heads: {nearest}"
             + ("" if len(possible) == 1 else "; or change kv_heads"),
         )
     return replace(after, heads=heads, kv_heads=kv_heads)
@@ -176,11 +177,7 @@ def _hidden_over_heads(config: Any, before: Sizes, after: Sizes, given: bool) ->
     )
 
 
-def _nearest(possible: Sequence[int], target: int) -> int:
-    return min(possible, key=lambda value: (abs(value - target), -value))
-
-
-def size_notes(config: Any, before: Sizes, after: Sizes) -> list[str]:
+def size_notes(config: Any, before: Sizes, after: Sizes, rotated: bool) -> list[str]:
     """Notes on the new sizes' consequences for exported files."""
     notes = []
     axes = axes_of(config)
@@ -199,6 +196,12 @@ def size_notes(config: Any, before: Sizes, after: Sizes) -> list[str]:
             f"head_dim is {after.head_dim}, which no longer equals hidden_size / heads: "
             "transformers and llama.cpp read it from config.json, but other loaders of "
             f"{config.model_type} models might not"
+        )
+    if rotated and config.tie_word_embeddings:
+        extra = after.vocabulary * after.hidden_size
+        notes.append(
+            f"the rotation unties the head from the embeddings, which adds {extra / 1e6:,.1f}M "
+            "parameters compared with hidden_method: channels"
         )
     return notes
 
@@ -241,9 +244,3 @@ def keep_config_layers(config: Any, kept: Sequence[int]) -> None:
         if isinstance(values, list) and len(values) == config.num_hidden_layers:
             setattr(config, name, [values[index] for index in kept])
     config.num_hidden_layers = len(kept)
-
-
-def changed(before: Sizes, after: Sizes) -> dict[str, tuple[int, int]]:
-    """The axes that were cut, each with its size before and after."""
-    old, new = vars(before), vars(after)
-    return {name: (old[name], new[name]) for name in old if old[name] != new[name]}

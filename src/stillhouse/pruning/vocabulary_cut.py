@@ -74,7 +74,7 @@ def kept_token_ids(
     total = len(merges.tokens) + len(kept)
     needed = _always_kept(merges, named)
     if isinstance(vocabulary, Path):
-        requested = _requested(vocabulary, merges, needed, kept)
+        requested = _listed(vocabulary, merges, needed, kept)
         return tuple(sorted(kept.union(*map(merges.parts, requested))))
     for id in needed:
         kept |= merges.parts(id)
@@ -107,7 +107,7 @@ def require_listed_tokens(tokenizer: Any, file: Path, config: Any) -> None:
     generation configuration."""
     merges = Merges(tokenizer)
     needed = _always_kept(merges, {id for id, _ in named_ids(config)})
-    _requested(file, merges, needed, range(config.vocab_size))
+    _listed(file, merges, needed, range(config.vocab_size))
 
 
 def _always_kept(merges: Merges, named: set[int]) -> set[int]:
@@ -155,9 +155,9 @@ def expected_tokens(
     return sum_V / max(batches.tokens()[1], 1)
 
 
-def _listed(file: Path, merges: Merges, named: Collection[int]) -> set[int]:
+def _listed(file: Path, merges: Merges, needed: set[int], named: Collection[int]) -> set[int]:
     """The ids of the tokens listed in a file. Ids in `named` (named by a configuration, but not in
-    the tokenizer) are skipped."""
+    the tokenizer) are skipped. Raises RecipeError if a needed token is missing."""
     regular_if_there(file)
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -186,24 +186,18 @@ def _listed(file: Path, merges: Merges, named: Collection[int]) -> set[int]:
             where=file,
             fix="write tokens in the tokenizer's notation: Ġhouse, not ' house'",
         )
-    return ids
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
-
-
-def _requested(file: Path, merges: Merges, needed: set[int], named: Collection[int]) -> set[int]:
-    """The ids listed in a file (see `_listed`). Raises RecipeError if a needed token is missing."""
-    requested = _listed(file, merges, named)
-    if lost := needed - requested:
+    if lost := needed - ids:
         names = [merges.tokens[id] for id in sorted(lost)]
         raise RecipeError(
             f"the list lacks required tokens ({len(lost):,}): {_few(names)}",
             where=file,
             fix="add them (all special tokens, and one for each byte), or use vocabulary: data",
         )
-    return requested
+    return ids
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
 
 
 def save_kept_ids(kept_ids: Sequence[int], folder: Path) -> None:
