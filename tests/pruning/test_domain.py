@@ -20,7 +20,7 @@ from tests.teachers.toys import ToyWindows, save_model, tiny_model
 def test_perplexity_and_kl_agree_with_their_definitions() -> None:
     windows = ToyWindows(count=4)
     model, pruned = tiny_model(), tiny_model()
-    read = read_text(model, windows, 0, torch.float32)
+    reference, perplexity = read_text(model, windows, 0, torch.float32)
     prune_model(pruned, windows, ffn_size=40)
     positions = windows.positions.expand(4, -1)
     inputs = {"input_ids": windows.ids, "position_ids": positions, "use_cache": False}
@@ -28,9 +28,9 @@ def test_perplexity_and_kl_agree_with_their_definitions() -> None:
     # The first token of a document is not predicted from the document before it.
     follows = positions[:, 1:] > 0
     losses = -p[:, :-1].gather(-1, windows.ids[:, 1:, None])[..., 0][follows]
-    assert read.perplexity == pytest.approx(losses.mean().exp().item(), rel=1e-4)
+    assert perplexity == pytest.approx(losses.mean().exp().item(), rel=1e-4)
     expected = (p.exp() * (p - q)).sum(-1).mean().item()
-    assert mean_kl(read.reference, pruned, torch.float32) == pytest.approx(expected, rel=1e-3)
+    assert mean_kl(reference, pruned, torch.float32) == pytest.approx(expected, rel=1e-3)
 
 
 def test_only_a_large_difference_in_perplexity_has_a_warning() -> None:

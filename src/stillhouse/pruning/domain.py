@@ -31,14 +31,6 @@ LEAST_KL = 0.01
 
 
 @dataclass(frozen=True)
-class Reading:
-    """The full model's outputs and its perplexity on some text."""
-
-    reference: Reference
-    perplexity: float
-
-
-@dataclass(frozen=True)
 class Domain:
     """The full model's perplexities on calibration and held-out text, and the pruned model's KL.
 
@@ -72,8 +64,10 @@ class Domain:
 
 
 @torch.no_grad()
-def read_text(model: Any, windows: WindowSet, seed: int, dtype: torch.dtype) -> Reading:
-    """Run the model on about TOKENS tokens."""
+def read_text(
+    model: Any, windows: WindowSet, seed: int, dtype: torch.dtype
+) -> tuple[Reference, float]:
+    """The model's outputs and perplexity on about TOKENS tokens."""
     batches = calibration_batches(windows, TOKENS, seed, model.device)
     head, rows, loss, count = lm_head(model), [], 0.0, 0
     with products(model, dtype):
@@ -84,8 +78,7 @@ def read_text(model: Any, windows: WindowSet, seed: int, dtype: torch.dtype) -> 
             targets_N = batch.input_ids_RL[:, 1:][follows_RL]
             loss += _cross_entropy(head, hidden_RLD[:, :-1][follows_RL], targets_N)
             count += len(targets_N)
-    perplexity = math.exp(min(loss / max(count, 1), 700.0))
-    return Reading(Reference(batches, rows, head), perplexity)
+    return Reference(batches, rows, head), math.exp(min(loss / max(count, 1), 700.0))
 
 
 def _cross_entropy(head: LMHead, rows_ND: Tensor, targets_N: Tensor) -> float:

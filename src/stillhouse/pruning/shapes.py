@@ -20,10 +20,7 @@ from transformers import AutoModelForCausalLM
 from stillhouse.account import count_parameters
 from stillhouse.errors import RecipeError
 from stillhouse.pruning.axes import axes_of
-from stillhouse.pruning.pruning_config import (
-    SearchRecipe,
-    TargetRecipe,
-)
+from stillhouse.pruning.pruning_config import SearchRecipe, TargetRecipe
 from stillhouse.pruning.sizes import AXES, Sizes, resized_config, sizes_of
 
 ALIGNMENTS = (256, 128, 64, 32)
@@ -122,11 +119,10 @@ def shown(key: str, value: float) -> str:
     """A cost in recipe syntax."""
     if key == "decode_latency":
         return f"{value * 1e3:.4g}ms"
-    steps = [(1e9, "G"), (1e6, "M"), (1e3, "k")]
-    for step, unit in steps:
+    units = ("B", "M", "k") if "params" in key else ("GB", "MB", "kB")
+    for step, unit in zip((1e9, 1e6, 1e3), units, strict=True):
         if value >= step:
-            name = {"G": "B"}.get(unit, unit) if "params" in key else f"{unit}B"
-            return f"{value / step:.4g}{name}"
+            return f"{value / step:.4g}{unit}"
     return f"{value:.0f}"
 
 
@@ -138,14 +134,10 @@ def limit_of(target: TargetRecipe, unpruned: float, tolerance: float) -> Limit:
 
 def sizes_to_prune(before: Sizes, after: Sizes) -> dict[str, Any]:
     """The sizes that differ, as keyword arguments of `prune_model`."""
-    found = {key: getattr(after, key) for key in AXES}
-    if found["heads"] == before.heads and found["kv_heads"] == before.kv_heads:
-        found = {key: value for key, value in found.items() if "heads" not in key}
-    return {
-        key: value
-        for key, value in found.items()
-        if value != getattr(before, key) or "heads" in key
-    }
+    cut = {key for key in AXES if getattr(after, key) != getattr(before, key)}
+    if cut & {"heads", "kv_heads"}:  # One of them would not determine the other.
+        cut |= {"heads", "kv_heads"}
+    return {key: getattr(after, key) for key in AXES if key in cut}
 
 
 def feasible_shapes(config: Any, search: SearchRecipe, cost: Cost, limit: Limit) -> list[Sizes]:
@@ -228,14 +220,14 @@ def possible_shapes(config: Any, search: SearchRecipe) -> list[Sizes]:
         fewer = range(min(among - 1, sizes_of(config).heads), 0, -1)
         narrower = (search.model_copy(update={"tensor_parallel": gpus}) for gpus in fewer)
         largest = next((s for s in narrower if next(having_a_width(s), None) is not None), None)
-        most = None if largest is None else largest.tensor_parallel
+        fewer_gpus = (
+            [] if largest is None else [f"use at most tensor_parallel: {largest.tensor_parallel}"]
+        )
         raise RecipeError(
             f"with the axes {', '.join(search.axes)}, no shape's heads and FFN divide evenly among "
             f"{among} GPUs",
             where="student.search.tensor_parallel",
-            fix=" or ".join(
-                ([f"use at most tensor_parallel: {most}"] if most else []) + _more_axes(search)
-            ),
+            fix=" or ".join(fewer_gpus + _more_axes(search)),
         )
     return found
 
@@ -303,6 +295,10 @@ def _more_axes(search: SearchRecipe) -> list[str]:
     return [] if {*AXES} <= {*search.axes} else ["add axes to student.search.axes"]
 
 
+def _more_shapes(search: SearchRecipe) -> str:
+    return " or ".join([*_more_axes(search), "set a lower student.search.multiple_of"])
+
+
 def described(before: Sizes, shape: Sizes) -> str:
     """The sizes that differ, in recipe syntax."""
     found = sizes_to_prune(before, shape)
@@ -318,7 +314,7 @@ def _too_large(
     return RecipeError(
         f"the target {limit} is not smaller than the model, {own}",
         where=f"student.target.{limit.key}",
-        fix=" or ".join([*_more_axes(search), "set a lower student.search.multiple_of"])
+        fix=_more_shapes(search)
         if nearest is None
         else limit.nearest(before, nearest, cost(nearest)),
     )
@@ -347,7 +343,7 @@ def _out_of_reach(
         return RecipeError(
             f"the axes {', '.join(search.axes)} allow no smaller shape, but the target is {limit}",
             where="student.search.axes",
-            fix=" or ".join([*_more_axes(search), "set a lower student.search.multiple_of"]),
+            fix=_more_shapes(search),
         )
     return RecipeError(
         f"the target {limit} is smaller than the axes {', '.join(search.axes)} allow in one step",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +207,12 @@ def check_saved(model: Any, folder: Path, input_ids_RL: Tensor) -> None:
 
     Raises ModelError if a weight is missing or unexpected, or if the logits differ.
     """
+
+    def check_and_drop(layer: nn.Module, *_: object) -> None:
+        """The layer is used only once, so it does not have to stay in memory."""
+        check_finite(layer, folder)
+        layer.to("meta")
+
     with quiet():
         with released_after_use(model):
             expected = model(input_ids=input_ids_RL, use_cache=False).logits
@@ -215,7 +220,7 @@ def check_saved(model: Any, folder: Path, input_ids_RL: Tensor) -> None:
         loaded = load_model(folder, dtype=torch.float32, finite=not large)
         if large:
             for layer in decoder_layers(loaded):
-                layer.register_forward_hook(partial(_checked_and_dropped, folder))
+                layer.register_forward_hook(check_and_drop)
         found = loaded(input_ids=input_ids_RL, use_cache=False).logits
         if large:
             check_finite(loaded, folder)
@@ -227,12 +232,6 @@ def check_saved(model: Any, folder: Path, input_ids_RL: Tensor) -> None:
             where=folder,
             fix="please report this as a bug in Stillhouse's support for this architecture",
         )
-
-
-def _checked_and_dropped(folder: Path, layer: nn.Module, *_: object) -> None:
-    """A forward hook: the layer is used only once, so it does not have to stay in memory."""
-    check_finite(layer, folder)
-    layer.to("meta")
 
 
 def keep_rows(linear: Any, kept: Tensor) -> None:

@@ -130,20 +130,15 @@ def _cut(
 ) -> Summary:
     """Prune in place. The main process also compares the calibration text with the held-out
     text."""
-    if not processes.leads:
-        heldout = None
     rest = unseen(windows, section.calibration_tokens, seed) if len(windows) else windows
+    texts = []
+    if heldout is not None and processes.leads:
+        texts = [rest if len(rest) else windows, heldout]
     with released_after_use(model):
-        read = [
-            None if text is None else read_text(model, text, seed, dtype)
-            for text in (None if heldout is None else rest if len(rest) else windows, heldout)
-        ]
+        read = [read_text(model, text, seed, dtype) for text in texts]
     # The head that was used keeps its pages in memory, so the references get the released one.
     head = lm_head(model)
-    read = [
-        None if one is None else replace(one, reference=replace(one.reference, head=head))
-        for one in read
-    ]
+    read = [(replace(reference, head=head), perplexity) for reference, perplexity in read]
     report = prune_model(
         model,
         windows,
@@ -158,20 +153,17 @@ def _cut(
         processes=processes,
         **section.sizes,
     )
-    summary: Summary = {
-        "pruning": asdict(report),
-        "notes": list(report.notes),
-    }
-    if read[0] is not None and read[1] is not None:
+    summary: Summary = {"pruning": asdict(report), "notes": list(report.notes)}
+    if read:
+        (calibration, own_perplexity), (unknown, heldout_perplexity) = read
         kl = own = None
         if kept_ids is None:
             with released_after_use(model):
-                kl = mean_kl(read[1].reference, model, dtype)
-                own = mean_kl(read[0].reference, model, dtype) if len(rest) else None
-        domain = Domain(read[0].perplexity, read[1].perplexity, kl, own)
+                kl = mean_kl(unknown, model, dtype)
+                own = mean_kl(calibration, model, dtype) if len(rest) else None
+        domain = Domain(own_perplexity, heldout_perplexity, kl, own)
         summary["domain"] = asdict(domain)
-        warning = domain.warning()
-        if warning is not None:
+        if warning := domain.warning():
             note(f"warning: {warning}")
             summary["notes"].append(warning)
     return summary

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -117,46 +118,33 @@ def require_rows(config: Any, tokenizer: Any) -> None:
 
 
 def _check_override(config: Any, known: Mapping[str, Any], key: str, value: Value) -> None:
-    where = f"student.overrides.{key}"
+    wrong = partial(RecipeError, where=f"student.overrides.{key}")
     if key not in known:
         near = difflib.get_close_matches(key, list(known), n=1)
-        raise RecipeError(
-            f"{type(config).__name__} has no key {key!r}",
-            where=where,
-            fix=f"did you mean {near[0]!r}?" if near else "see the model's config.json",
-        )
+        fix = f"did you mean {near[0]!r}?" if near else "see the model's config.json"
+        raise wrong(f"{type(config).__name__} has no key {key!r}", fix=fix)
     if key in ("model_type", "architectures", "dtype", "transformers_version"):
-        raise RecipeError(
-            f"{key} cannot be changed",
-            where=where,
-            fix="choose a different model with student.config",
-        )
+        fix = "choose a different model with student.config"
+        raise wrong(f"{key} cannot be changed", fix=fix)
     old = known[key]
     if isinstance(old, list | dict):
-        raise RecipeError(
+        raise wrong(
             f"{key} is a {type(old).__name__}, but overrides must be single values",
-            where=where,
             fix="write your own config.json, and set student.config to its folder",
         )
-    is_size = key.startswith("num_") or key.endswith("_size")
-    if is_size and isinstance(value, int) and value < 1:
-        raise RecipeError(f"{key} must be positive", where=where, fix="choose 1 or more")
-    most = MOST_PARTS if key.startswith("num_") else LARGEST_WIDTH
-    if is_size and isinstance(value, int) and value > most:
-        raise RecipeError(
-            f"{key} is {value:,}, which is more than {most:,}",
-            where=where,
-            fix=f"choose {most:,} or less",
+    if isinstance(value, int) and (key.startswith("num_") or key.endswith("_size")):
+        most = MOST_PARTS if key.startswith("num_") else LARGEST_WIDTH
+        if value < 1:
+            raise wrong(f"{key} must be positive", fix="choose 1 or more")
+        if value > most:
+            fix = f"choose {most:,} or less"
+            raise wrong(f"{key} is {value:,}, which is more than {most:,}", fix=fix)
+    whole_for_float = isinstance(old, float) and type(value) is int
+    if not (old is None or type(value) is type(old) or whole_for_float):
+        raise wrong(
+            f"{key} must be of type {type(old).__name__}, like {old!r}; {value!r} is not",
+            fix="give a value of that type",
         )
-    if old is None or type(value) is type(old):
-        return
-    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
-        return
-    raise RecipeError(
-        f"{key} must be of type {type(old).__name__}, like {old!r}; {value!r} is not",
-        where=where,
-        fix="give a value of that type",
-    )
 
 
 def _derived(known: Mapping[str, Any], follower: str) -> bool:
@@ -164,9 +152,8 @@ def _derived(known: Mapping[str, Any], follower: str) -> bool:
     heads = known.get("num_attention_heads")
     if not isinstance(heads, int):
         return False
-    if follower == "head_dim":
-        return known.get("head_dim") == known.get("hidden_size", 0) // heads
-    return known.get(follower) == heads
+    derived = known.get("hidden_size", 0) // heads if follower == "head_dim" else heads
+    return known.get(follower) == derived
 
 
 def _check_heads(config: Any) -> None:
