@@ -9,22 +9,24 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from stillhouse.pruning import ffn
 from stillhouse.pruning.correction import least_squares_change
 from stillhouse.pruning.ffn import Moments, activation_scores, best, refit_and_remove, refit_to
 
 
 @pytest.fixture(autouse=True)
-def _double() -> object:
+def _exact(monkeypatch: pytest.MonkeyPatch) -> object:
+    monkeypatch.setattr(ffn, "RIDGE", 1e-12)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
 
 
-def rows(count: int, ffn: int, hidden: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def rows(count: int, width: int, hidden: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
-    mixing = torch.randn(ffn, ffn) * 0.5 + torch.eye(ffn)
-    activations = torch.randn(count, ffn) @ mixing
-    return activations, torch.randn(hidden, ffn), torch.randn(count, hidden), torch.rand(count)
+    mixing = torch.randn(width, width) * 0.5 + torch.eye(width)
+    activations = torch.randn(count, width) @ mixing
+    return activations, torch.randn(hidden, width), torch.randn(count, hidden), torch.rand(count)
 
 
 def corrected(down: Tensor, activations: Tensor, error: Tensor, weight: Tensor) -> Tensor:
@@ -44,9 +46,7 @@ def test_the_refit_is_the_weighted_least_squares_solution() -> None:
     activations, down, error, weight = rows(200, 12, 5)
     target = activations @ down.T + error
     moments = moments_of(activations, weight)
-    kept, refit = refit_and_remove(
-        corrected(down, activations, error, weight), moments, 7, ridge=1e-12
-    )
+    kept, refit = refit_and_remove(corrected(down, activations, error, weight), moments, 7)
     scaled = weight[:, None]
     expected = torch.linalg.lstsq(activations[:, kept] * scaled, target * scaled).solution.T
     assert_close(refit, expected, rtol=1e-6, atol=1e-8)
@@ -65,17 +65,18 @@ def test_the_cheapest_neuron_is_removed() -> None:
 
     best = min(itertools.combinations(range(9), 8), key=loss)
     moments = moments_of(activations, weight)
-    kept, _ = refit_and_remove(corrected(down, activations, error, weight), moments, 8, ridge=1e-12)
+    kept, _ = refit_and_remove(corrected(down, activations, error, weight), moments, 8)
     assert tuple(kept.tolist()) == best
 
 
-def test_removing_neurons_in_groups_gives_the_least_squares_solution_too() -> None:
+def test_removing_neurons_in_groups_gives_the_least_squares_solution_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     activations, down, error, weight = rows(300, 24, 5)
     moments = moments_of(activations, weight)
-    for group in (1, 5):
-        kept, refit = refit_and_remove(
-            corrected(down, activations, error, weight), moments, 10, ridge=1e-12, group=group
-        )
+    for groups in (24, 4):
+        monkeypatch.setattr(ffn, "GROUPS_PER_WIDTH", groups)
+        kept, refit = refit_and_remove(corrected(down, activations, error, weight), moments, 10)
         scaled = weight[:, None]
         target = (activations @ down.T + error) * scaled
         expected = torch.linalg.lstsq(activations[:, kept] * scaled, target).solution.T
@@ -96,11 +97,13 @@ def test_neurons_that_never_fire_are_removed_first() -> None:
     assert kept.tolist() == list(range(4, 20))
 
 
-def test_fewer_rows_than_neurons_stay_finite() -> None:
+def test_fewer_rows_than_neurons_stay_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_default_dtype(torch.float32)
     activations, down, _, weight = rows(6, 20, 5)
-    _, refit = refit_and_remove(down, moments_of(activations, weight), 10, ridge=0.0)
+    monkeypatch.setattr(ffn, "RIDGE", 0.0)
+    _, refit = refit_and_remove(down, moments_of(activations, weight), 10)
     assert refit.isfinite().all()
+    monkeypatch.setattr(ffn, "RIDGE", 1e-3)
     _, refit = refit_and_remove(down, Moments.zeros(20), 10)
     assert refit.isfinite().all()
 
@@ -120,7 +123,7 @@ def test_a_given_choice_is_refit_by_least_squares() -> None:
     activations, down, error, weight = rows(200, 12, 5)
     kept = torch.tensor([0, 3, 4, 7, 11])
     moments = moments_of(activations, weight)
-    refit = refit_to(corrected(down, activations, error, weight), moments, kept, ridge=1e-12)
+    refit = refit_to(corrected(down, activations, error, weight), moments, kept)
     target = (activations @ down.T + error) * weight[:, None]
     inputs = activations[:, kept] * weight[:, None]
     assert_close(refit, torch.linalg.lstsq(inputs, target).solution.T, rtol=1e-6, atol=1e-8)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from stillhouse.pruning import heads
 from stillhouse.pruning.ffn import Moments, activation_scores
 from stillhouse.pruning.heads import Grouping, heads_by_score, refit_and_remove_heads
 
@@ -17,7 +18,8 @@ HIDDEN = 5
 
 
 @pytest.fixture(autouse=True)
-def _double() -> object:
+def _exact(monkeypatch: pytest.MonkeyPatch) -> object:
+    monkeypatch.setattr(heads, "RIDGE", 1e-12)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -43,9 +45,7 @@ def loss(heads_NA: Tensor, output_DA: Tensor, kept: tuple[int, ...]) -> float:
 
 
 def remove(heads_NA: Tensor, output_DA: Tensor, groups: int, share: int) -> tuple:  # type: ignore[type-arg]
-    return refit_and_remove_heads(
-        output_DA, moments_of(heads_NA), BEFORE, groups, share, ridge=1e-12
-    )
+    return refit_and_remove_heads(output_DA, moments_of(heads_NA), BEFORE, groups, share)
 
 
 def test_the_refit_is_the_least_squares_solution() -> None:

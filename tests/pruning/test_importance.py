@@ -15,7 +15,7 @@ from stillhouse.errors import RecipeError
 from stillhouse.pruning.axes import axes_of
 from stillhouse.pruning.calibrate import Batch, OwnBatches, calibration_batches
 from stillhouse.pruning.depth import choose_layers, layer_scores
-from stillhouse.pruning.gradients import Fisher, mask_fisher
+from stillhouse.pruning.gradients import Fisher, Part, mask_fisher
 from stillhouse.pruning.prune import prune_model
 from stillhouse.pruning.pruning_config import PruningMethod
 from tests import tiny
@@ -67,7 +67,7 @@ def scaled(model: Any, kind: str, layer: int, index: int, factor: float) -> None
     ("kind", "layer", "index"),
     [("neurons", 0, 5), ("neurons", 2, 40), ("heads", 1, 3), ("channels", 0, 7)],
 )
-def test_mask_gradients_agree_with_finite_differences(kind: str, layer: int, index: int) -> None:
+def test_mask_gradients_agree_with_finite_differences(kind: Part, layer: int, index: int) -> None:
     batch, step = one_batch(), 1e-3
     drawn = draws(tiny_model(), batch, 0)
 

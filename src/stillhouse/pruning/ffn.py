@@ -163,28 +163,21 @@ def best(score_F: Tensor, keep: int) -> Tensor:
     return score_F.topk(keep).indices.sort().values
 
 
-def refit_to(down_DF: Tensor, moments: Moments, kept_K: Tensor, *, ridge: float = RIDGE) -> Tensor:
+def refit_to(down_DF: Tensor, moments: Moments, kept_K: Tensor) -> Tensor:
     """The down projection [D, K] of the kept neurons, refit to the output of all neurons."""
     stays = torch.zeros(down_DF.shape[1], dtype=torch.bool, device=down_DF.device)
     stays[kept_K] = True
     if stays.all():
         return down_DF
-    inverse = inverse_moments(moments, ridge)
+    inverse = inverse_moments(moments, RIDGE)
     return without_columns(down_DF, inverse, (~stays).nonzero()[:, 0], stays)[0]
 
 
-def refit_and_remove(
-    down_DF: Tensor,
-    moments: Moments,
-    keep: int,
-    *,
-    ridge: float = RIDGE,
-    group: int | None = None,
-) -> tuple[Tensor, Tensor]:
+def refit_and_remove(down_DF: Tensor, moments: Moments, keep: int) -> tuple[Tensor, Tensor]:
     """Remove neurons down to `keep`. Return the kept ones [K], ascending, and their refit down
     projection [D, K]."""
-    group = max(1, down_DF.shape[1] // GROUPS_PER_WIDTH) if group is None else group
-    weight, inverse = down_DF, inverse_moments(moments, ridge)
+    group = max(1, down_DF.shape[1] // GROUPS_PER_WIDTH)
+    weight, inverse = down_DF, inverse_moments(moments, RIDGE)
     alive = torch.arange(down_DF.shape[1], device=down_DF.device)
     while len(alive) > keep:
         count = min(group, len(alive) - keep)

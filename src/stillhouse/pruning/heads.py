@@ -40,16 +40,10 @@ class Grouping:
 
 
 def refit_and_remove_heads(
-    output_DA: Tensor,
-    moments: Moments,
-    before: Grouping,
-    groups: int,
-    share: int,
-    *,
-    ridge: float = RIDGE,
+    output_DA: Tensor, moments: Moments, before: Grouping, groups: int, share: int
 ) -> tuple[tuple[int, ...], Tensor]:
     """Return the kept heads, ascending, and their refit output projection [D, heads·head_dim]."""
-    weight, inverse = output_DA, inverse_moments(moments, ridge)
+    weight, inverse = output_DA, inverse_moments(moments, RIDGE)
     alive = list(range(before.groups * before.share))
 
     def places(heads: Sequence[int]) -> Tensor:

@@ -18,7 +18,7 @@ Shapes: N rows, D hidden width, H narrow hidden width, O outputs of a reader.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.pruning.axes import Axes
-from stillhouse.pruning.calibrate import OwnBatches, Stream, Streams
+from stillhouse.pruning.calibrate import Stream, Streams
 from stillhouse.pruning.ffn import RIDGE, Moments, best, refit_and_remove, regularized_inverse
 from stillhouse.pruning.layer_streaming import on_device
 from stillhouse.pruning.offload import release
@@ -53,7 +53,7 @@ class Basis:
         return x @ self.matrix_DH if self.kept_H is None else x[..., self.kept_H]
 
 
-@dataclass
+@dataclass(frozen=True)
 class StreamMoments:
     """Second moments of the stream, and of the weights that read it.
 
@@ -64,15 +64,6 @@ class StreamMoments:
 
     C_DD: Tensor
     G_DD: Tensor
-
-    def add(self, batches: OwnBatches, rows: Sequence[Tensor], grams: Sequence[Tensor]) -> None:
-        """Add one norm: its rows y [N, D] in each batch, and its readers' WᵀW [D, D] with the gain
-        folded in."""
-        terms = ([y_ND.T @ y_ND] for y_ND in rows)
-        (C_DD,) = batches.sum(terms, lambda: [torch.zeros_like(self.C_DD)])
-        self.C_DD += C_DD
-        for G_DD in grams:
-            self.G_DD += G_DD / (G_DD * C_DD).sum().clamp_min(1e-12)
 
 
 def gram(weight_OD: Tensor, less_D: Tensor | float = 0.0) -> Tensor:
@@ -155,41 +146,34 @@ def measure_stream(streams: Streams, kept_layers: Sequence[int], head_DD: Tensor
 
     head_DD: see `head_gram`.
     """
-    axes, norm = streams.axes, streams.model.base_model.norm
-    hidden = len(head_DD)
-    zeros = torch.zeros_like(head_DD)
-    moments = StreamMoments(zeros, zeros.clone())
+    axes, hidden = streams.axes, len(head_DD)
+    moments = StreamMoments(torch.zeros_like(head_DD), torch.zeros_like(head_DD))
+
+    def add(norm: Any, stream: Stream, grams: Iterable[Tensor]) -> None:
+        """Add one norm's inputs, and its readers' WᵀW [D, D]."""
+        rows = (unit_rows(norm, x_ND) for x_ND in streams.rows(stream))
+        terms = ([y_ND.T @ y_ND] for y_ND in rows)
+        (C_DD,) = streams.batches.sum(terms, lambda: [torch.zeros_like(head_DD)])
+        moments.C_DD.add_(C_DD)
+        gain_D = gain(norm, axes)
+        for gram_DD in grams:
+            G_DD = gain_D[:, None] * gram_DD * gain_D
+            moments.G_DD.add_(G_DD / (G_DD * C_DD).sum().clamp_min(1e-12))
+
+    def grams(readers: Sequence[Reader]) -> Iterator[Tensor]:
+        return (gram(getattr(module, name).reshape(-1, hidden)) for module, name in readers)
+
     stream = streams.start()
     for index, layer in enumerate(streams.layers):
         with on_device(layer, streams.model.device):
             mids = streams.after_attention(layer, index, stream)
             if index in kept_layers:
-                for name, values, readers in (
-                    ("input_layernorm", stream, attention_readers(layer)),
-                    (axes.ffn_input_norm, mids, ffn_readers(layer, axes)),
-                ):
-                    read_norm = getattr(layer, name)
-                    moments.add(
-                        streams.batches,
-                        [unit_rows(read_norm, x_ND) for x_ND in streams.rows(values)],
-                        [
-                            _scaled(
-                                gram(getattr(module, weight).reshape(-1, hidden)), read_norm, axes
-                            )
-                            for module, weight in readers
-                        ],
-                    )
+                add(layer.input_layernorm, stream, grams(attention_readers(layer)))
+                add(getattr(layer, axes.ffn_input_norm), mids, grams(ffn_readers(layer, axes)))
             stream = streams.after_ffn(layer, mids)
         release(layer)
-    last = [unit_rows(norm, x_ND) for x_ND in streams.rows(stream)]
-    moments.add(streams.batches, last, [_scaled(head_DD, norm, axes)])
+    add(streams.model.base_model.norm, stream, [head_DD])
     return moments
-
-
-def _scaled(G_DD: Tensor, norm: Any, axes: Axes) -> Tensor:
-    """WᵀW with the norm's gain folded into W."""
-    gain_D = gain(norm, axes)
-    return gain_D[:, None] * G_DD * gain_D
 
 
 @dataclass(frozen=True)

@@ -167,20 +167,7 @@ def prune_tokenizer(tokenizer: Any, kept_ids: Sequence[int]) -> Any:
         tokenizer.save_pretrained(folder)
         content = json.dumps(merges.cut(kept_ids), ensure_ascii=False)
         (folder / "tokenizer.json").write_text(content, encoding="utf-8")
-        _renumber_config(folder / "tokenizer_config.json", kept_ids)
         return load_tokenizer(folder)
-
-
-def _renumber_config(file: Path, kept_ids: Sequence[int]) -> None:
-    """Renumber the added tokens in tokenizer_config.json, which older files list by id."""
-    config = json.loads(file.read_text(encoding="utf-8"))
-    new_ids = {old: new for new, old in enumerate(kept_ids)}
-    added = config.get("added_tokens_decoder")
-    if isinstance(added, dict):
-        config["added_tokens_decoder"] = {
-            str(new_ids[int(old)]): value for old, value in added.items()
-        }
-        file.write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
 
 
 def _wrong(
