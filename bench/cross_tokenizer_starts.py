@@ -85,8 +85,8 @@ class Experiment:
         tokens = self.options.calibration_tokens
         section = PrunedStudent(start="pruned", calibration_tokens=tokens, **sizes)
         model = Student.load(teacher.source).model  # type: ignore[arg-type]
-        pruned = prune_to(section, model, teacher.tokenizer, data.train, seed=seed)
-        return Student(pruned.model, pruned.tokenizer)
+        tokenizer, _, _ = prune_to(section, model, teacher.tokenizer, data.train, seed=seed)
+        return Student(model, tokenizer)
 
 
 @dataclass(frozen=True)

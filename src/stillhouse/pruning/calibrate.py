@@ -9,7 +9,7 @@ attention width (heads × head_dim).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,7 +184,7 @@ def add_ffn(layer: Any, axes: Axes, mid_RLD: Tensor, activations_RLF: Tensor) ->
 
 
 def run_ffn(layer: Any, axes: Axes, mid_RLD: Tensor) -> Tensor:
-    """The layer's output, given the stream after attention; works for any kind of FFN."""
+    """The layer's output, given the stream after attention."""
     output_RLD = layer.mlp(getattr(layer, axes.ffn_input_norm)(mid_RLD))
     return _added(layer, axes.ffn_output_norm, mid_RLD, output_RLD)
 
@@ -208,12 +208,8 @@ def inputs_of(module: nn.Module | None) -> Iterator[list[Tensor]]:
     def note_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen.append(args[0])
 
-    handle = None if module is None else module.register_forward_pre_hook(note_input)
-    try:
+    with nullcontext() if module is None else module.register_forward_pre_hook(note_input):
         yield seen
-    finally:
-        if handle is not None:
-            handle.remove()
 
 
 @contextmanager
@@ -249,9 +245,6 @@ class Streams:
     def start(self) -> Stream:
         return [one.hidden_RLD for one in self.inputs]
 
-    def tokens(self) -> int:
-        return sum(batch.input_ids_RL.numel() for batch in self.batches)
-
     def after_attention(self, layer: nn.Module, index: int, stream: Stream) -> Stream:
         """The stream between a layer's attention and its FFN, for every batch."""
         with products(self.model, self.dtype):
@@ -262,13 +255,8 @@ class Streams:
 
     def after_ffn(self, layer: nn.Module, mids: Stream) -> Stream:
         """The stream after the layer, given the stream between its attention and its FFN."""
-        axes = self.axes
         with products(self.model, self.dtype):
-            if axes.experts:
-                return [run_ffn(layer, axes, mid_RLD) for mid_RLD in mids]
-            return [
-                add_ffn(layer, axes, x_RLD, ffn_activations(layer, axes, x_RLD)) for x_RLD in mids
-            ]
+            return [run_ffn(layer, self.axes, mid_RLD) for mid_RLD in mids]
 
     @torch.no_grad()
     def after_layer(self, index: int, stream: Stream) -> Stream:

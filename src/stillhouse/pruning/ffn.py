@@ -165,12 +165,12 @@ def best(score_F: Tensor, keep: int) -> Tensor:
 
 def refit_to(down_DF: Tensor, moments: Moments, kept_K: Tensor) -> Tensor:
     """The down projection [D, K] of the kept neurons, refit to the output of all neurons."""
-    stays = torch.zeros(down_DF.shape[1], dtype=torch.bool, device=down_DF.device)
-    stays[kept_K] = True
-    if stays.all():
+    lost_F = torch.ones(down_DF.shape[1], dtype=torch.bool, device=down_DF.device)
+    lost_F[kept_K] = False
+    if not lost_F.any():
         return down_DF
     inverse = inverse_moments(moments, RIDGE)
-    return without_columns(down_DF, inverse, (~stays).nonzero()[:, 0], stays)[0]
+    return without_columns(down_DF, inverse, lost_F.nonzero()[:, 0])[0]
 
 
 def refit_and_remove(down_DF: Tensor, moments: Moments, keep: int) -> tuple[Tensor, Tensor]:
@@ -183,10 +183,8 @@ def refit_and_remove(down_DF: Tensor, moments: Moments, keep: int) -> tuple[Tens
         count = min(group, len(alive) - keep)
         cost = weight.square().sum(0) / inverse.diagonal()
         removed = cost.topk(count, largest=False).indices
-        stays = torch.ones_like(alive, dtype=torch.bool)
-        stays[removed] = False
-        weight, inverse = without_columns(weight, inverse, removed, stays)
-        alive = alive[stays]
+        weight, inverse, kept_K = without_columns(weight, inverse, removed)
+        alive = alive[kept_K]
     return alive, weight
 
 
@@ -212,21 +210,23 @@ def inverse_moments(moments: Moments, ridge: float) -> Tensor:
 
 
 def without_columns(
-    weight: Tensor, inverse: Tensor, removed: Tensor, stays: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return W and C⁻¹ after removing the columns `removed` and refitting the columns `stays` (a
-    mask).
+    weight: Tensor, inverse: Tensor, removed: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return W and C⁻¹ after removing some columns and refitting the others, whose indices [K] are
+    returned, too.
 
     Overwrites the given inverse, because for a wide FFN each such matrix is as large as a layer.
     """
+    stays_F = torch.ones(len(inverse), dtype=torch.bool, device=inverse.device)
+    stays_F[removed] = False
+    kept_K = stays_F.nonzero()[:, 0]
     rows_QF = inverse[removed]
     solved_QF = torch.linalg.solve(rows_QF[:, removed], rows_QF)
-    weight = (weight - weight[:, removed] @ solved_QF)[:, stays]
+    weight = (weight - weight[:, removed] @ solved_QF)[:, kept_K]
     inverse.addmm_(rows_QF.T, solved_QF, alpha=-1)
-    kept_K = stays.nonzero()[:, 0]
     kept_KF = inverse[: len(kept_K)]
     kept_KF.copy_(inverse.index_select(0, kept_K))
-    return weight, kept_KF.index_select(1, kept_K)
+    return weight, kept_KF.index_select(1, kept_K), kept_K
 
 
 def regularized_inverse(C_FF: Tensor, ridge: float) -> Tensor:

@@ -27,10 +27,11 @@ from stillhouse.objectives import Term, fused_loss
 from stillhouse.progress import bar
 from stillhouse.pruning.axes import Axes
 from stillhouse.pruning.calibrate import OwnBatches, products
+from stillhouse.pruning.reference import rows_of
 from stillhouse.pruning.sizes import sizes_of
 from stillhouse.signals.lm_head import head_logits
 from stillhouse.teachers.activations import decoder_layers
-from stillhouse.teachers.backbone import hidden_states, lm_head
+from stillhouse.teachers.backbone import lm_head
 
 Part = Literal["neurons", "heads", "channels", "layers"]
 CHUNK = 512
@@ -66,8 +67,7 @@ def mask_fisher(
             for number, batch in zip(batches.numbers, batches, strict=True):
                 masks = _ones(model, len(batch.input_ids_RL), kinds)
                 with torch.enable_grad(), _masked(model, axes, masks), products(model, dtype):
-                    rows_ND = hidden_states(model, batch.input_ids_RL, batch.position_ids_RL)
-                    rows_ND = rows_ND[batch.counted_RL]
+                    rows_ND = rows_of(model, batch)
                 generator = torch.Generator(device=model.device).manual_seed(seed + number)
                 with torch.enable_grad():
                     loss = log_loss_of_draws(model, rows_ND, generator, dtype)

@@ -57,10 +57,7 @@ def refit_and_remove_heads(
         return (W_DQ * torch.linalg.solve(inverse[block][:, block], W_DQ.T).T).sum().item()
 
     for heads in _order(before, groups, share, cost):
-        removed = places(heads)
-        stays = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-        stays[removed] = False
-        weight, inverse = without_columns(weight, inverse, removed, stays)
+        weight, inverse, _ = without_columns(weight, inverse, places(heads))
         alive = [head for head in alive if head not in heads]
     return tuple(alive), weight
 
@@ -83,13 +80,9 @@ def _order(before: Grouping, groups: int, share: int, cost: Cost) -> Iterator[li
     }
     while len(members) > groups:
         yield members.pop(min(members, key=lambda group: cost(members[group])))
-    while any(len(heads) > share for heads in members.values()):
-        candidates = [
-            (group, head)
-            for group, heads in members.items()
-            if len(heads) > share
-            for head in heads
-        ]
+    while candidates := [
+        (group, head) for group, heads in members.items() if len(heads) > share for head in heads
+    ]:
         group, head = min(candidates, key=lambda each: cost([each[1]]))
         members[group].remove(head)
         yield [head]

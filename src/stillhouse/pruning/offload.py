@@ -18,7 +18,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -156,13 +156,11 @@ def released_after_use(model: Any) -> Iterator[None]:
     def hook(layer: nn.Module, *_: object) -> None:
         release(layer)
 
-    handles = [layer.register_forward_hook(hook) for layer in decoder_layers(model)]
-    try:
+    with ExitStack() as stack:
+        stack.callback(release_ends, model)
+        for layer in decoder_layers(model):
+            stack.enter_context(layer.register_forward_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        release_ends(model)
 
 
 def save_model(model: Any, folder: Path) -> None:

@@ -91,9 +91,8 @@ class Calibration:
         if self.depth is None or len(self.depth.dropped) < gone:
             return None
         dropped = self.depth.dropped[:gone]
-        out = {index for index, _ in dropped}
-        kept = tuple(index for index in range(total) if index not in out)
-        return DepthChoice(kept, dropped, self.depth.single_kl)
+        kept = {*range(total)} - {index for index, _ in dropped}
+        return DepthChoice(tuple(sorted(kept)), dropped, self.depth.single_kl)
 
 
 def prune_model(
@@ -167,13 +166,12 @@ def prune_model(
     shared = Calibration(passages=None) if shared is None else shared
     choice = DepthChoice(tuple(range(before.layers)), (), ())
     if after.layers < before.layers:
-        known = shared.choose_layers(after.layers, before.layers)
-        if known is None:
-            known = rank_layers(
+        if known := shared.choose_layers(after.layers, before.layers):
+            choice = known
+        else:
+            choice = shared.depth = rank_layers(
                 model, windows, after.layers, method, seed, dtype, processes=processes
             )
-            shared.depth = known
-        choice = known
         if reconstruct and (axes.ffn_output_norm is not None or axes.experts):
             notes.append(
                 f"{model.config.model_type}: only the gain of the preceding FFN's output, not its "

@@ -25,10 +25,11 @@ from stillhouse.progress import bar
 from stillhouse.pruning.calibrate import calibration_batches, products
 from stillhouse.pruning.kept_tokens import Merges
 from stillhouse.pruning.offload import released_after_use
+from stillhouse.pruning.reference import rows_of
 from stillhouse.pruning.surgery import named_ids
 from stillhouse.shared_work import ALONE, Processes
 from stillhouse.signals.lm_head import head_logits, row_chunks
-from stillhouse.teachers.backbone import hidden_states, lm_head
+from stillhouse.teachers.backbone import lm_head
 
 KEPT_IDS = "kept_ids.json"
 """File in a student's folder if it has fewer tokens than its teacher: {"kept_ids": [...]}."""
@@ -143,8 +144,7 @@ def expected_tokens(
         ):
             for batch in batches:
                 (sum_V,) = zeros()
-                hidden_RLD = hidden_states(model, batch.input_ids_RL, batch.position_ids_RL)
-                rows_ND = hidden_RLD[batch.counted_RL].float()
+                rows_ND = rows_of(model, batch).float()
                 for chunk in row_chunks(head, len(rows_ND)):
                     probability_nV = head_logits(head, rows_ND[chunk]).float().softmax(-1)
                     sum_V += probability_nV.sum(0).cpu()

@@ -136,7 +136,8 @@ def cut_width(
 
 @dataclass(frozen=True)
 class _Cutter:
-    """Cuts one layer after another. basis: None if the hidden size is left alone."""
+    """Cuts one layer after another, each part of it in turn; the parts' methods return the cut
+    stream after the layer. basis: None if the hidden size is left alone."""
 
     streams: Streams
     kept_layers: Sequence[int]
@@ -154,7 +155,7 @@ class _Cutter:
         streams = self.streams
         offloaded = is_offloaded(streams.model)
         release_ends(streams.model)
-        layers, tokens = streams.layers, streams.tokens()
+        layers, tokens = streams.layers, sum(one.input_ids_RL.numel() for one in streams.batches)
         full = streams.start()
         narrow = self._projected(full)
         with bar("Cutting the layers", tokens * len(layers)) as advance:
@@ -209,7 +210,7 @@ class _Cutter:
         return Passage(before, mid, after, attention_wrote, ffn_wrote)
 
     def _cut_layer(self, index: int, passage: Passage, narrow: Stream, target: Stream) -> Stream:
-        """Cut one whole layer; return the cut stream after it. target: already projected."""
+        """target: already projected."""
         axes, layer = self.streams.axes, self.streams.layers[index]
         if self.basis is not None:
             norms = "input_layernorm", axes.attention_output_norm
@@ -238,8 +239,7 @@ class _Cutter:
         narrow: Stream,
         wrote: Stream,
     ) -> None:
-        """Cut the input norm and the weights that read the stream for one block, and its output
-        norm."""
+        """Cut one block's norms and the weights that read the stream."""
         assert self.basis is not None
         streams, norm = self.streams, getattr(layer, norms[0])
         fit = hidden.fit_full_stream(streams, norm, self.basis, full, narrow, self.reconstruct)
@@ -248,7 +248,7 @@ class _Cutter:
             hidden.narrow_output_norm(streams, getattr(layer, norms[1]), self.basis, wrote)
 
     def _cut_heads(self, index: int, narrow: Stream, full_mid: Stream) -> Stream:
-        """Cut one layer's heads; return the cut stream between its attention and its FFN."""
+        """Return the cut stream between the layer's attention and its FFN."""
         streams, axes, layer = self.streams, self.streams.axes, self.streams.layers[index]
         output = layer.self_attn.o_proj
         before, after, ranking = self.before, self.after, self.ranking
@@ -298,7 +298,6 @@ class _Cutter:
             ]
 
     def _cut_mixture(self, layer: Any, mids: Stream, target: Stream) -> Stream:
-        """Cut one layer's experts; return the cut stream after the layer."""
         streams, axes, after = self.streams, self.streams.axes, self.after
         batches, keep = streams.batches, after.ffn_size
         rows = list(zip(streams.rows(mids), streams.row_weights(target), strict=True))
@@ -310,7 +309,6 @@ class _Cutter:
         return self._with_gains(layer, mids, streams.after_ffn(layer, mids), target)
 
     def _cut_ffn(self, index: int, mids: Stream, target: Stream) -> Stream:
-        """Cut one layer's FFN; return the cut stream after the layer."""
         streams, axes, layer = self.streams, self.streams.axes, self.streams.layers[index]
         ranking, keep = self.ranking, self.after.ffn_size
         down, ffn = layer.mlp.down_proj, self.before.ffn_size
@@ -349,8 +347,7 @@ class _Cutter:
         return self._with_gains(layer, mids, after, target)
 
     def _with_gains(self, layer: Any, mids: Stream, after: Stream, target: Stream) -> Stream:
-        """Scale the channels of an FFN's output to bring the stream closer to the target; return
-        the stream after the layer."""
+        """Scale the channels of an FFN's output to bring the stream closer to the target."""
         if not self.reconstruct:
             return after
         rows = []

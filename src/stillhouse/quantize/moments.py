@@ -10,6 +10,8 @@ Shapes: R windows, L tokens, I inputs of a layer.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,31 +41,30 @@ def input_moments(model: Any, windows: WindowSet) -> Moments:
         squares_I = inputs.detach().float().square().flatten(0, -2).sum(0)
         sums[name] = sums[name] + squares_I if name in sums else squares_I
 
-    handles = [
-        module.register_forward_pre_hook(
-            lambda _module, inputs, name=f"{name}.weight": add(name, inputs[0])
-        )
-        for name, module in model.base_model.named_modules(prefix=model.base_model_prefix)
-        if isinstance(module, nn.Linear)
-    ]
+    def add_input(name: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        add(name, inputs[0])
+
     head = head_name(model)
     device = next(model.parameters()).device
-    try:
-        with bar("Measuring layer inputs", len(windows), unit="windows") as advance:
-            for index in range(len(windows)):
-                window = windows[index]
-                end = text_end(window["labels"])
-                ids_1L = window["input_ids"][None, :end].to(device)
-                positions_1L = window["position_ids"][None, :end].to(device)
-                for ids, positions in _alike(model, ids_1L, positions_1L):
-                    hidden_1LD = hidden_states(model, ids, positions)
-                    if head is not None:
-                        add(head, hidden_1LD)
-                tokens += end
-                advance(1)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with (
+        ExitStack() as hooks,
+        bar("Measuring layer inputs", len(windows), unit="windows") as advance,
+    ):
+        for name, module in model.base_model.named_modules(prefix=model.base_model_prefix):
+            if isinstance(module, nn.Linear):
+                hook = partial(add_input, f"{name}.weight")
+                hooks.enter_context(module.register_forward_pre_hook(hook))
+        for index in range(len(windows)):
+            window = windows[index]
+            end = text_end(window["labels"])
+            ids_1L = window["input_ids"][None, :end].to(device)
+            positions_1L = window["position_ids"][None, :end].to(device)
+            for ids, positions in _alike(model, ids_1L, positions_1L):
+                hidden_1LD = hidden_states(model, ids, positions)
+                if head is not None:
+                    add(head, hidden_1LD)
+            tokens += end
+            advance(1)
     return {name: (sum_I / tokens).cpu() for name, sum_I in sums.items()}
 
 

@@ -70,9 +70,10 @@ def build_student(
         case RandomStudent():
             student, summary = _random(section, teacher, seed, base)
         case PrunedStudent():
-            pruned = prune_to(
+            model = load_offloaded(teacher)
+            tokenizer, summary, kept_ids = prune_to(
                 section,
-                load_offloaded(teacher),
+                model,
                 load_tokenizer(teacher),
                 windows,
                 heldout,
@@ -80,8 +81,7 @@ def build_student(
                 base=base,
                 processes=processes,
             )
-            student, summary = Student(pruned.model, pruned.tokenizer), pruned.summary
-            kept_ids = pruned.kept_ids
+            student = Student(model, tokenizer)
     if not processes.leads:
         return summary
     student.save(out, every_row=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,20 +54,6 @@ SERVED_BYTES = 2
 """Bytes per parameter (bfloat16), for a target in bytes."""
 
 
-@dataclass(frozen=True)
-class Pruned:
-    """A pruned model.
-
-    summary: plain data for JSON with `pruning` (see PruneReport), notes, the original parameters,
-    and FLOPs. kept_ids: original ids of the kept tokens; None if all are kept.
-    """
-
-    model: Any
-    tokenizer: Any
-    summary: Summary
-    kept_ids: tuple[int, ...] | None
-
-
 def prune_to(
     section: PrunedStudent,
     model: Any,
@@ -78,8 +64,12 @@ def prune_to(
     seed: int = 0,
     base: Path = Path(),
     processes: Processes = ALONE,
-) -> Pruned:
+) -> tuple[Any, Summary, tuple[int, ...] | None]:
     """Prune a float32 model in place to the sizes in `section`, calibrated on training windows.
+
+    Returns its tokenizer, a summary, and the original ids of the kept tokens (None: all). The
+    summary is plain data for JSON: `pruning` (see PruneReport), notes, the original parameters, and
+    FLOPs.
 
     heldout: compared with the training text; a note warns if the domains differ, with the measured
     KL. base: the folder that paths in the section are relative to. processes: as in `prune_model`;
@@ -115,7 +105,7 @@ def prune_to(
         summary = _cut(model, section, windows, heldout, kept_ids, seed, dtype, processes)
     flops = sum(processes.collect(counted.flops))
     summary |= {"teacher_parameters": asdict(before), "flops": flops}
-    return Pruned(model, tokenizer, summary, kept_ids)
+    return tokenizer, summary, kept_ids
 
 
 def _cut(

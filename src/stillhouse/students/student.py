@@ -139,10 +139,9 @@ class Student:
             values = {"start": "pruned", **options, **sizes}
             section = made(PrunedStudent, values, "Student.prune")
         require_no_recipe_keys(section, "Student.prune")
-        pruned = prune_to(
-            section, _copy(start), start.tokenizer, data.train, data.heldout, seed=seed
-        )
-        return cls(pruned.model, pruned.tokenizer, summary=pruned.summary)
+        model, texts = _copy(start), (data.train, data.heldout)
+        tokenizer, summary, _ = prune_to(section, model, start.tokenizer, *texts, seed=seed)
+        return cls(model, tokenizer, summary=summary)
 
     @classmethod
     def load(cls, checkpoint: AnyModel) -> Self:
