@@ -29,8 +29,7 @@ from stillhouse.export.replay import LlamaCpp, Step, stepping
 from stillhouse.export.torchao import save_torchao
 from stillhouse.quantize.grid import Grid
 from stillhouse.quantize.quantization import Quantization
-from stillhouse.quantize.sensitivity import scales_of
-from stillhouse.quantize.units import find_units
+from stillhouse.quantize.units import find_units, scales_of
 from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.model_source import resolve_model
 from stillhouse.teachers.older_names import save_tokenizer

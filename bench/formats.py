@@ -36,8 +36,13 @@ from stillhouse.export.llama_quantizer import has_llama_cpp
 from stillhouse.quantize.grid import Grid
 from stillhouse.quantize.moments import Moments, input_moments
 from stillhouse.quantize.quantization import Quantization
-from stillhouse.quantize.sensitivity import quantized, reference_answers, scales_of
-from stillhouse.quantize.units import find_units, model_bytes
+from stillhouse.quantize.units import (
+    find_units,
+    model_bytes,
+    quantized,
+    reference_answers,
+    scales_of,
+)
 from stillhouse.teachers.load_model import load_model
 from stillhouse.teachers.quiet import quiet
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from stillhouse.pruning.calibrate import calibration_batches, unseen
-from stillhouse.pruning.domain import Domain, read_text
 from stillhouse.pruning.prune import prune_model
-from stillhouse.pruning.reference import mean_kl
+from stillhouse.pruning.reference import Domain, mean_kl, read_text
 from stillhouse.students.build_student import build_student
 from stillhouse.students.student_config import PrunedStudent
 from stillhouse.teachers.model_source import resolve_model

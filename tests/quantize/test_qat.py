@@ -25,8 +25,7 @@ from stillhouse.quantize.qat import RoundedWeights
 from stillhouse.quantize.quantization import FILE, Quantization
 from stillhouse.quantize.quantize import qat_section, quantize, train_quantized
 from stillhouse.quantize.quantize_config import QatRecipe, QuantizeRecipe
-from stillhouse.quantize.sensitivity import scales_of
-from stillhouse.quantize.units import find_units
+from stillhouse.quantize.units import find_units, scales_of
 from stillhouse.runfolder import Cost, Stage
 from stillhouse.students.student import Student
 from stillhouse.teachers.load_model import load_model

@@ -25,16 +25,20 @@ from stillhouse.quantize.moments import input_moments
 from stillhouse.quantize.quantization import FILE, Quantization, rounded_inputs
 from stillhouse.quantize.quantize import grid_of, quantization_notes, quantize
 from stillhouse.quantize.quantize_config import QuantizeRecipe
-from stillhouse.quantize.sensitivity import (
+from stillhouse.quantize.units import (
     Sensitivity,
+    Unit,
     choose_kept,
+    find_units,
     kl_of,
+    left_over,
+    left_over_text,
     measure,
+    model_bytes,
     quantized,
     reference_answers,
     scales_of,
 )
-from stillhouse.quantize.units import Unit, find_units, left_over, left_over_text, model_bytes
 from stillhouse.runfolder import Cost, Stage
 from stillhouse.teachers.load_model import load_model
 from tests import tiny

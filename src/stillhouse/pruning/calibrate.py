@@ -54,17 +54,16 @@ class OwnBatches(list[Batch]):
         """Sum one term per batch over the batches of all processes; see `Processes.sum`."""
         return self.processes.sum(terms, self.total, empty)
 
-    def sum_values(self, terms: Iterable[tuple[float, ...]], count: int) -> list[float]:
-        """Same as `sum`, for `count` numbers per batch."""
+    def sum_pairs(self, terms: Iterable[tuple[float, float]]) -> tuple[float, float]:
+        """Same as `sum`, for two numbers per batch."""
         tensors = ([torch.tensor(term, dtype=torch.float64)] for term in terms)
-        (total,) = self.sum(tensors, lambda: [torch.zeros(count, dtype=torch.float64)])
-        found: list[float] = total.tolist()
-        return found
+        (total,) = self.sum(tensors, lambda: [torch.zeros(2, dtype=torch.float64)])
+        return total[0].item(), total[1].item()
 
     def tokens(self) -> tuple[int, int]:
         """The number of tokens in all batches, and how many of them are counted."""
         own = [(one.counted_RL.numel(), int(one.counted_RL.sum())) for one in self]
-        every, counted = self.sum_values(own, 2)
+        every, counted = self.sum_pairs(own)
         return int(every), int(counted)
 
 

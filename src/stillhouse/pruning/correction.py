@@ -107,7 +107,7 @@ def fit_projection(
     counts = (
         (float(len(w)), float(h.stop - h.start)) for w, h in zip(rows.weights, held, strict=True)
     )
-    total, held_rows = batches.sum_values(counts, 2)
+    total, held_rows = batches.sum_pairs(counts)
     noise = share = gain = 0.0
     for tried in NOISES if rows.error is not None and held_rows else ():
         ridge = tried * width / max(1.0, total - held_rows)
@@ -165,7 +165,7 @@ def confirmed_share(
         (float((undone_ND * error_ND).sum()), float(undone_ND.square().sum()))
         for undone_ND, error_ND in rows
     )
-    along, across = batches.sum_values(terms, 2)
+    along, across = batches.sum_pairs(terms)
     share = min(LARGEST_SHARE, max(0.0, along / across)) if across > 0 else 0.0
     return share, share * (2 * along - share * across)
 

@@ -266,7 +266,7 @@ def narrow_output_norm(streams: Streams, norm: Any, basis: Basis, wrote: Stream)
             y_NH, z_NH = unit_rows(norm, u_ND)[:, kept_H], unit_rows(norm, u_ND[:, kept_H])
             yield (y_NH * z_NH).sum().item(), z_NH.square().sum().item()
 
-    both, own = streams.batches.sum_values(terms(), 2)
+    both, own = streams.batches.sum_pairs(terms())
     scale = 1.0 if basis.square else both / (own + 1e-12)
     new_H = scale * gain(norm, streams.axes)[basis.kept_H]
     set_parameter(norm, "weight", new_H - streams.axes.norm_offset)

@@ -130,7 +130,7 @@ def cut_width(
         narrow_ND = norm(narrow[place])[batches[place].counted_RL]
         (kl,) = summed_kl(full_head, full_ND, [narrow_ND], lm_head(model))
         terms[place] = kl, len(full_ND)
-    total, rows = batches.sum_values(terms, 2)
+    total, rows = batches.sum_pairs(terms)
     return total / max(rows, 1), tuple(gains)
 
 

@@ -26,22 +26,20 @@ from stillhouse.quantize.moments import input_moments
 from stillhouse.quantize.qat import RoundedWeights
 from stillhouse.quantize.quantization import FILE, Quantization
 from stillhouse.quantize.quantize_config import QuantizeRecipe
-from stillhouse.quantize.sensitivity import (
-    Sensitivity,
-    choose_kept,
-    kl_of,
-    measure,
-    reference_answers,
-    scales_of,
-)
 from stillhouse.quantize.units import (
     EMBEDDINGS,
     HEAD,
+    Sensitivity,
     Unit,
+    choose_kept,
     find_units,
+    kl_of,
     left_over_text,
     matrices,
+    measure,
     model_bytes,
+    reference_answers,
+    scales_of,
 )
 from stillhouse.students.student import Student
 from stillhouse.teachers.load_model import load_model, load_tokenizer
@@ -109,7 +107,7 @@ def quantize(
     model = load_model(student, dtype=torch.float32).to(default_device())
     grid = grid_of(section)
     units = _units(model, section)
-    free = _without_named(units, section.keep)
+    free = [unit for unit in units if unit.name not in section.keep]
     moments = None
     if windows is not None and section.calibration_tokens is not None:
         calibration, _ = draw_windows(windows, section.calibration_tokens, seed)
@@ -152,6 +150,14 @@ def quantize(
     return result
 
 
+def _save(model: Any, quantization: Quantization, student: AnyModel, out: Path) -> None:
+    quantization.apply(model)
+    with quiet():
+        model.save_pretrained(out / MODEL)
+    save_tokenizer(load_tokenizer(student), out / MODEL)
+    quantization.save(out / FILE)
+
+
 def quantization_notes(model: Any, kl: float, max_kl: float | None) -> list[str]:
     """Notes on parts that cannot be quantized, and on a KL limit that the parts' sum meets but the
     quantized model does not."""
@@ -175,8 +181,17 @@ def grid_of(section: QuantizeRecipe) -> Grid:
 
 
 def _units(model: Any, section: QuantizeRecipe) -> list[Unit]:
-    """`find_units`, but also raise RecipeError if float8 kernels cannot multiply the matrices."""
+    """`find_units`, but also raise RecipeError if `keep` names other parts, or if float8 kernels
+    cannot multiply the matrices."""
     units = find_units(model, grid_of(section))
+    names = [unit.name for unit in units]
+    unknown = [name for name in section.keep if name not in names]
+    if unknown:
+        raise RecipeError(
+            f"this student has no part named {unknown[0]!r}",
+            where="quantize.keep",
+            fix=f"use any of {', '.join(names)}",
+        )
     if section.floating and section.dynamic:
         shapes = {name: weight.shape for name, weight in matrices(model)}
         layers = [unit.weights for unit in units if unit.name not in (EMBEDDINGS, HEAD)]
@@ -200,7 +215,6 @@ def planned_bytes(model: Any, section: QuantizeRecipe) -> tuple[int, int]:
     """
     grid = grid_of(section)
     units = _units(model, section)
-    _without_named(units, section.keep)
     smallest = model_bytes(model, units, set(section.keep), grid)
     choose_kept([], smallest=smallest, max_bytes=section.max_bytes)
     return model_bytes(model, [], set(), grid), smallest
@@ -270,23 +284,3 @@ def qat_section(
             "early_stop": None,
         }
     )
-
-
-def _without_named(units: list[Unit], keep: list[str]) -> list[Unit]:
-    names = [unit.name for unit in units]
-    unknown = [name for name in keep if name not in names]
-    if unknown:
-        raise RecipeError(
-            f"this student has no part named {unknown[0]!r}",
-            where="quantize.keep",
-            fix=f"use any of {', '.join(names)}",
-        )
-    return [unit for unit in units if unit.name not in keep]
-
-
-def _save(model: Any, quantization: Quantization, student: AnyModel, out: Path) -> None:
-    quantization.apply(model)
-    with quiet():
-        model.save_pretrained(out / MODEL)
-    save_tokenizer(load_tokenizer(student), out / MODEL)
-    quantization.save(out / FILE)

@@ -16,13 +16,12 @@ from stillhouse.errors import RecipeError
 from stillhouse.hardware import choose_precision, default_device, free_memory_bytes
 from stillhouse.progress import note
 from stillhouse.pruning.calibrate import unseen
-from stillhouse.pruning.domain import Domain, read_text
 from stillhouse.pruning.kept_tokens import prune_tokenizer
 from stillhouse.pruning.layer_streaming import stream_layers, streamed
 from stillhouse.pruning.offload import released_after_use
 from stillhouse.pruning.prune import prune_model
 from stillhouse.pruning.pruning_config import VocabularyFile
-from stillhouse.pruning.reference import mean_kl
+from stillhouse.pruning.reference import Domain, mean_kl, read_text
 from stillhouse.pruning.shapes import planned_shape, sizes_to_prune
 from stillhouse.pruning.sizes import Sizes, check_sizes, sizes_of
 from stillhouse.pruning.vocabulary_cut import expected_tokens, kept_token_ids
