@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,10 +12,13 @@ from torch.testing import assert_close
 
 from stillhouse.pruning import heads
 from stillhouse.pruning.ffn import Moments, activation_scores
-from stillhouse.pruning.heads import Grouping, heads_by_score, refit_and_remove_heads
+from stillhouse.pruning.heads import heads_by_score, refit_and_remove_heads
+from stillhouse.pruning.sizes import Sizes
 
-BEFORE = Grouping(groups=2, share=3, head_dim=2)
 HIDDEN = 5
+BEFORE = Sizes(
+    layers=1, ffn_size=8, heads=6, kv_heads=2, head_dim=2, hidden_size=HIDDEN, vocabulary=8
+)
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +31,7 @@ def _exact(monkeypatch: pytest.MonkeyPatch) -> object:
 
 def rows(count: int = 300, seed: int = 0) -> tuple[Tensor, Tensor]:
     torch.manual_seed(seed)
-    width = BEFORE.groups * BEFORE.share * BEFORE.head_dim
+    width = BEFORE.heads * BEFORE.head_dim
     mixing = torch.randn(width, width) * 0.5 + torch.eye(width)
     return torch.randn(count, width) @ mixing, torch.randn(HIDDEN, width)
 
@@ -44,8 +48,14 @@ def loss(heads_NA: Tensor, output_DA: Tensor, kept: tuple[int, ...]) -> float:
     return (read @ torch.linalg.lstsq(read, target).solution - target).square().sum().item()
 
 
+def with_heads(groups: int, share: int) -> Sizes:
+    return replace(BEFORE, heads=groups * share, kv_heads=groups)
+
+
 def remove(heads_NA: Tensor, output_DA: Tensor, groups: int, share: int) -> tuple:  # type: ignore[type-arg]
-    return refit_and_remove_heads(output_DA, moments_of(heads_NA), BEFORE, groups, share)
+    return refit_and_remove_heads(
+        output_DA, moments_of(heads_NA), BEFORE, with_heads(groups, share)
+    )
 
 
 def test_the_refit_is_the_least_squares_solution() -> None:
@@ -86,7 +96,7 @@ def test_heads_are_ranked_by_energy_times_squared_column_norm() -> None:
     found = activation_scores(moments, output_DA).view(6, 2).sum(1)
     assert_close(found, score)
     best = [int(score[:3].argmax()), 3 + int(score[3:].argmax())]
-    assert list(heads_by_score(score, BEFORE, 2, 1)) == best
+    assert list(heads_by_score(score, BEFORE, with_heads(2, 1))) == best
     group = int(score.view(2, 3).sum(1).argmax())
     expected = tuple(range(3 * group, 3 * group + 3))
-    assert heads_by_score(score, BEFORE, 1, 3) == expected
+    assert heads_by_score(score, BEFORE, with_heads(1, 3)) == expected

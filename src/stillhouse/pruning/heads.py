@@ -16,35 +16,22 @@ Shapes: A attention width, D hidden width, Q columns of a block.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from stillhouse.pruning.ffn import RIDGE, Moments, inverse_moments, without_columns
+from stillhouse.pruning.sizes import Sizes
 
 Cost = Callable[[Sequence[int]], float]
 
 
-@dataclass(frozen=True)
-class Grouping:
-    """heads = groups × share; head h belongs to group h // share."""
-
-    groups: int
-    share: int
-    head_dim: int
-
-    def columns(self, heads: Sequence[int]) -> list[int]:
-        size = self.head_dim
-        return [head * size + offset for head in heads for offset in range(size)]
-
-
 def refit_and_remove_heads(
-    output_DA: Tensor, moments: Moments, before: Grouping, groups: int, share: int
+    output_DA: Tensor, moments: Moments, before: Sizes, after: Sizes
 ) -> tuple[tuple[int, ...], Tensor]:
     """Return the kept heads, ascending, and their refit output projection [D, heads·head_dim]."""
     weight, inverse = output_DA, inverse_moments(moments, RIDGE)
-    alive = list(range(before.groups * before.share))
+    alive = list(range(before.heads))
 
     def places(heads: Sequence[int]) -> Tensor:
         return torch.tensor(
@@ -56,32 +43,35 @@ def refit_and_remove_heads(
         W_DQ = weight[:, block]
         return (W_DQ * torch.linalg.solve(inverse[block][:, block], W_DQ.T).T).sum().item()
 
-    for heads in _order(before, groups, share, cost):
+    for heads in _order(before, after, cost):
         weight, inverse, _ = without_columns(weight, inverse, places(heads))
         alive = [head for head in alive if head not in heads]
     return tuple(alive), weight
 
 
-def heads_by_score(score_H: Tensor, before: Grouping, groups: int, share: int) -> tuple[int, ...]:
+def heads_by_score(score_H: Tensor, before: Sizes, after: Sizes) -> tuple[int, ...]:
     """The heads to keep by score, ascending; a group's score is the sum of its heads' scores."""
 
     def cost(heads: Sequence[int]) -> float:
         return score_H[list(heads)].sum().item()
 
-    gone = {head for heads in _order(before, groups, share, cost) for head in heads}
-    return tuple(head for head in range(before.groups * before.share) if head not in gone)
+    gone = {head for heads in _order(before, after, cost) for head in heads}
+    return tuple(head for head in range(before.heads) if head not in gone)
 
 
-def _order(before: Grouping, groups: int, share: int, cost: Cost) -> Iterator[list[int]]:
+def _order(before: Sizes, after: Sizes, cost: Cost) -> Iterator[list[int]]:
     """Yield blocks of heads to remove, one after another; costs are recomputed after each."""
     members = {
         group: list(range(group * before.share, (group + 1) * before.share))
-        for group in range(before.groups)
+        for group in range(before.kv_heads)
     }
-    while len(members) > groups:
+    while len(members) > after.kv_heads:
         yield members.pop(min(members, key=lambda group: cost(members[group])))
     while candidates := [
-        (group, head) for group, heads in members.items() if len(heads) > share for head in heads
+        (group, head)
+        for group, heads in members.items()
+        if len(heads) > after.share
+        for head in heads
     ]:
         group, head = min(candidates, key=lambda each: cost([each[1]]))
         members[group].remove(head)

@@ -150,7 +150,7 @@ def feasible_shapes(config: Any, search: SearchRecipe, cost: Cost, limit: Limit)
     before = sizes_of(config)
     possible = possible_shapes(config, search)
     if limit.most >= limit.unpruned:
-        raise _too_large(before, possible, search, cost, limit)
+        raise _no_shape(before, possible, [], search, cost, limit)
     found: list[Sizes] = []
     below: list[Sizes] = []
     for shape in possible:
@@ -162,7 +162,7 @@ def feasible_shapes(config: Any, search: SearchRecipe, cost: Cost, limit: Limit)
         found += inside[:1]
         below += [s for s in fitting if s is not None]
     if not found:
-        raise _out_of_reach(before, possible, below, search, cost, limit)
+        raise _no_shape(before, possible, below, search, cost, limit)
     return sorted(found, key=lambda s: (len(sizes_to_prune(before, s)), -cost(s)))
 
 
@@ -235,14 +235,14 @@ def possible_shapes(config: Any, search: SearchRecipe) -> list[Sizes]:
 def combinations(config: Any, search: SearchRecipe) -> Iterator[Sizes]:
     """All combinations of the axes except FFN width, which stays the same."""
     before, rules = sizes_of(config), axes_of(config)
-    share = before.heads // before.kv_heads
 
     def down(axis: str, size: int) -> list[int]:
         return list(range(size, -(-size // 2) - 1, -1)) if axis in search.axes else [size]
 
     # Without grouped-query attention (share 1), a head is removed with its keys and values.
-    groups = down("heads" if share == 1 and "heads" in search.axes else "kv_heads", before.kv_heads)
-    shares = down("heads", share)
+    by_head = before.share == 1 and "heads" in search.axes
+    groups = down("heads" if by_head else "kv_heads", before.kv_heads)
+    shares = down("heads", before.share)
     hidden = _hidden_sizes(before.hidden_size, search)
     for size, kv_heads, each, experts, layers in itertools.product(
         hidden, groups, shares, _expert_counts(config, search), down("layers", before.layers)
@@ -295,32 +295,13 @@ def _more_axes(search: SearchRecipe) -> list[str]:
     return [] if {*AXES} <= {*search.axes} else ["add axes to student.search.axes"]
 
 
-def _more_shapes(search: SearchRecipe) -> str:
-    return " or ".join([*_more_axes(search), "set a lower student.search.multiple_of"])
-
-
 def described(before: Sizes, shape: Sizes) -> str:
     """The sizes that differ, in recipe syntax."""
     found = sizes_to_prune(before, shape)
     return ", ".join(f"{key}: {value}" for key, value in found.items()) or "the model itself"
 
 
-def _too_large(
-    before: Sizes, possible: list[Sizes], search: SearchRecipe, cost: Cost, limit: Limit
-) -> RecipeError:
-    smaller = [s for shape in possible for s in _all_widths(shape, search) if s != before]
-    nearest = max((s for s in smaller if cost(s) < limit.unpruned), key=cost, default=None)
-    own = shown(limit.key, limit.unpruned)
-    return RecipeError(
-        f"the target {limit} is not smaller than the model, {own}",
-        where=f"student.target.{limit.key}",
-        fix=_more_shapes(search)
-        if nearest is None
-        else limit.nearest(before, nearest, cost(nearest)),
-    )
-
-
-def _out_of_reach(
+def _no_shape(
     before: Sizes,
     possible: list[Sizes],
     below: list[Sizes],
@@ -328,6 +309,7 @@ def _out_of_reach(
     cost: Cost,
     limit: Limit,
 ) -> RecipeError:
+    """The error if no shape meets the target. below: shapes that cost too little."""
     where = f"student.target.{limit.key}"
     if below:
         nearest = max(below, key=cost)
@@ -338,18 +320,29 @@ def _out_of_reach(
             fix=f"set student.search.tolerance to {gap + 0.01:.2f}, or lower multiple_of; nearest: "
             f"{shown(limit.key, cost(nearest))} with {described(before, nearest)}",
         )
-    smallest = min((s for shape in possible for s in _all_widths(shape, search)), key=cost)
+    axes, every = ", ".join(search.axes), [s for one in possible for s in _all_widths(one, search)]
+    other_shapes = " or ".join([*_more_axes(search), "set a lower student.search.multiple_of"])
+    if limit.most >= limit.unpruned:
+        smaller = [s for s in every if s != before and cost(s) < limit.unpruned]
+        nearest = max(smaller, key=cost, default=before)
+        own = shown(limit.key, limit.unpruned)
+        return RecipeError(
+            f"the target {limit} is not smaller than the model, {own}",
+            where=where,
+            fix=limit.nearest(before, nearest, cost(nearest)) if smaller else other_shapes,
+        )
+    smallest = min(every, key=cost)
     if smallest == before:
         return RecipeError(
-            f"the axes {', '.join(search.axes)} allow no smaller shape, but the target is {limit}",
+            f"the axes {axes} allow no smaller shape, but the target is {limit}",
             where="student.search.axes",
-            fix=_more_shapes(search),
+            fix=other_shapes,
         )
     return RecipeError(
-        f"the target {limit} is smaller than the axes {', '.join(search.axes)} allow in one step",
+        f"the target {limit} is smaller than the axes {axes} allow in one step",
         where=where,
-        fix=f"{limit.nearest(before, smallest, cost(smallest))}; to get smaller, prune in several "
-        "hops (docs/cascade.md)",
+        fix=f"{limit.nearest(before, smallest, cost(smallest))}; to get smaller, prune in several hops "
+        "(docs/cascade.md)",
     )
 
 

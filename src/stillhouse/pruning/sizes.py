@@ -38,6 +38,16 @@ class Sizes:
     vocabulary: int
     experts: int | None = None
 
+    @property
+    def share(self) -> int:
+        """Query heads per key-value head: head h belongs to group h // share."""
+        return self.heads // self.kv_heads
+
+    def columns(self, heads: Sequence[int]) -> list[int]:
+        """The columns of the output projection that read these heads."""
+        size = self.head_dim
+        return [head * size + offset for head in heads for offset in range(size)]
+
 
 AXES = tuple(one.name for one in fields(Sizes) if one.name not in ("head_dim", "vocabulary"))
 """Names of the sizes that a recipe sets or a search chooses."""
@@ -93,7 +103,17 @@ def check_sizes(
             fix="remove the key; use ffn_size to narrow the FFN",
         )
     for key, value in given.items():
-        _check_range(config, key, value, getattr(before, key), owner)
+        least = config.num_experts_per_tok if key == "experts" else 1
+        largest = getattr(before, key)
+        if not least <= value <= largest:
+            reason = f"{owner} has {largest}"
+            if 1 <= value < least:
+                reason = f"every token goes to {least}"
+            raise RecipeError(
+                f"{key}: {value} is not possible: {reason}",
+                where=f"student.{key}",
+                fix=f"choose {least} to {largest}",
+            )
     after = replace(before, **{key: value for key, value in given.items() if "heads" not in key})
     after = _with_heads(before, after, given.get("heads"), given.get("kv_heads"))
     if after.hidden_size % after.heads and axes.hidden_over_heads:
@@ -119,20 +139,9 @@ def _check_rotation(config: Any, axes: Axes) -> None:
     )
 
 
-def _check_range(config: Any, key: str, value: int, largest: int, owner: str) -> None:
-    least = config.num_experts_per_tok if key == "experts" else 1
-    if not least <= value <= largest:
-        reason = f"every token goes to {least}" if 1 <= value < least else f"{owner} has {largest}"
-        raise RecipeError(
-            f"{key}: {value} is not possible: {reason}",
-            where=f"student.{key}",
-            fix=f"choose {least} to {largest}",
-        )
-
-
 def _with_heads(before: Sizes, after: Sizes, heads: int | None, kv_heads: int | None) -> Sizes:
     """Remove the same number of query heads from every remaining group."""
-    share = before.heads // before.kv_heads
+    share = before.share
     if heads is None:
         kept = before.kv_heads if kv_heads is None else kv_heads
         return replace(after, heads=kept * share, kv_heads=kept)
@@ -158,11 +167,10 @@ def _hidden_over_heads(config: Any, before: Sizes, after: Sizes, given: bool) ->
     sizes = [size for size in (below, above) if 0 < size <= before.hidden_size]
     fix = f"nearest: hidden_size: {' or '.join(map(str, sizes))}"
     if not given:
-        share = before.heads // before.kv_heads
         pairs = [
             (groups * each, groups)
             for groups in range(1, before.kv_heads + 1)
-            for each in range(1, share + 1)
+            for each in range(1, before.share + 1)
             if after.hidden_size % (groups * each) == 0
         ]
         heads, groups = min(

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from stillhouse.data.turn_end import keep_other_values
 from stillhouse.errors import ModelError, RecipeError
 from stillhouse.pruning.axes import Axes
-from stillhouse.pruning.heads import Grouping
 from stillhouse.pruning.offload import is_large, released_after_use
-from stillhouse.pruning.sizes import keep_config_layers
+from stillhouse.pruning.sizes import Sizes, keep_config_layers
 from stillhouse.teachers.activations import decoder_layers
 from stillhouse.teachers.load_model import check_finite, load_model
 from stillhouse.teachers.quiet import quiet
@@ -48,7 +47,7 @@ def keep_neurons(layer: Any, kept_K: Tensor, down_DK: Tensor) -> None:
         ffn.intermediate_size = len(kept_K)
 
 
-def keep_heads(layer: Any, before: Grouping, heads: Sequence[int], output_DA: Tensor) -> None:
+def keep_heads(layer: Any, before: Sizes, heads: Sequence[int], output_DA: Tensor) -> None:
     """Keep the query heads `heads` and their key-value heads, with `output_DA` as the new output
     projection."""
     attention = layer.self_attn

@@ -50,7 +50,7 @@ from stillhouse.pruning.ffn import (
     refit_to,
     summed_moments,
 )
-from stillhouse.pruning.heads import Grouping, heads_by_score, refit_and_remove_heads
+from stillhouse.pruning.heads import heads_by_score, refit_and_remove_heads
 from stillhouse.pruning.layer_streaming import on_device
 from stillhouse.pruning.local_distillation import distill_block
 from stillhouse.pruning.offload import is_offloaded, offload, release_ends, take_own
@@ -252,8 +252,6 @@ class _Cutter:
         streams, axes, layer = self.streams, self.streams.axes, self.streams.layers[index]
         output = layer.self_attn.o_proj
         before, after, ranking = self.before, self.after, self.ranking
-        grouping = Grouping(before.kv_heads, before.heads // before.kv_heads, before.head_dim)
-        share = after.heads // after.kv_heads
         with inputs_of(output) as heads:
             streams.after_attention(layer, index, narrow)
         # No error term: the following down projection corrects it (docs/pruning.md).
@@ -268,17 +266,15 @@ class _Cutter:
 
         def cut() -> Sequence[Tensor]:
             if self.reconstruct and ranking.by == "refit":
-                kept, output_DA = refit_and_remove_heads(
-                    output.weight, moments, grouping, after.kv_heads, share
-                )
+                kept, output_DA = refit_and_remove_heads(output.weight, moments, before, after)
                 return torch.tensor(kept, device=device), output_DA
             if ranking.fisher is None:
                 score_A = activation_scores(moments, output.weight)
                 score_H = score_A.view(before.heads, before.head_dim).sum(1)
             else:
                 score_H = ranking.fisher["heads"][index]
-            kept = heads_by_score(score_H, grouping, after.kv_heads, share)
-            columns = torch.tensor(grouping.columns(kept), device=device)
+            kept = heads_by_score(score_H, before, after)
+            columns = torch.tensor(before.columns(kept), device=device)
             output_DA = output.weight[:, columns]
             if self.reconstruct:
                 output_DA = refit_to(output.weight, moments, columns)
@@ -289,8 +285,8 @@ class _Cutter:
             streams.batches.processes, cut, output.weight, after.heads, width
         )
         kept = kept_H.tolist()
-        keep_heads(layer, grouping, kept, output_DA)
-        columns = torch.tensor(grouping.columns(kept), device=device)
+        keep_heads(layer, before, kept, output_DA)
+        columns = torch.tensor(before.columns(kept), device=device)
         with products(streams.model, streams.dtype):
             return [
                 add_attention(layer, axes, x_RLD, heads_RLA[..., columns])
