@@ -75,14 +75,10 @@ class ProjectionRows:
     error: Callable[[int, slice, Tensor], Tensor] | None
 
     def fitted(self, place: int) -> slice:
-        return slice(0, self._border(place))
+        return slice(0, _border(self.weights[place]))
 
     def held_out(self, place: int) -> slice:
-        return slice(self._border(place), len(self.weights[place]))
-
-    def _border(self, place: int) -> int:
-        count = len(self.weights[place])
-        return count - count // HELD_OUT_ONE_IN
+        return slice(_border(self.weights[place]), len(self.weights[place]))
 
     def weighted(self, place: int, part: slice) -> Tensor:
         """Activations [n, F], weighted."""
@@ -94,6 +90,11 @@ class ProjectionRows:
         read_nF, weight_n1 = self.read(place, part), self.weights[place][part, None]
         error_nD = self.error(place, part, read_nF)
         return read_nF * weight_n1, error_nD * weight_n1
+
+
+def _border(rows: Tensor) -> int:
+    """Where a batch's held-out rows begin."""
+    return len(rows) - len(rows) // HELD_OUT_ONE_IN
 
 
 def fit_projection(
@@ -182,15 +183,11 @@ Written = tuple[Tensor, Tensor]
 def channel_gains(batches: OwnBatches, rows: Sequence[Written], zeros_D: Tensor) -> Tensor:
     """The gains g [D]; all are 1 if the held-out rows do not confirm them. rows: one entry per
     batch."""
-    fitted, kept = [], []
-    for wrote_ND, lacking_ND in rows:
-        border = len(wrote_ND) - len(wrote_ND) // HELD_OUT_ONE_IN
-        fitted.append((wrote_ND[:border], lacking_ND[:border]))
-        kept.append((wrote_ND[border:], lacking_ND[border:]))
+    borders = [_border(wrote_ND) for wrote_ND, _ in rows]
+    fitted = [(w_ND[:end], l_ND[:end]) for (w_ND, l_ND), end in zip(rows, borders, strict=True)]
+    held = [(w_ND[end:], l_ND[end:]) for (w_ND, l_ND), end in zip(rows, borders, strict=True)]
     change_D = _best_change(batches, fitted, zeros_D)
-    share, _ = confirmed_share(
-        batches, ((wrote_ND * change_D, lacking_ND) for wrote_ND, lacking_ND in kept)
-    )
+    share, _ = confirmed_share(batches, ((w_nD * change_D, l_nD) for w_nD, l_nD in held))
     return 1 + share * _best_change(batches, rows, zeros_D)
 
 

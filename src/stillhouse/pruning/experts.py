@@ -81,7 +81,7 @@ def narrow_experts(
     ):
         moments = summed_moments(batches, read(expert), down_DF, ranking)
         cut = partial(choose_and_refit, down_DF, moments, keep, ranking, reconstruct)
-        kept_K, down_DK = agreed_cut(batches.processes, cut, down_DF, keep, keep)
+        kept_K, down_DK = agreed_cut(batches.processes, cut, down_DF, keep)
         downs.append(down_DK)
         gate_ups.append(gate_up_OD[torch.cat([kept_K, kept_K + down_DF.shape[1]])])
     set_parameter(experts, "gate_up_proj", torch.stack(gate_ups))

@@ -134,21 +134,16 @@ def agreed_cut(
     processes: Processes,
     cut: Callable[[], Sequence[Tensor]],
     weight_DF: Tensor,
-    parts: int,
-    columns: int,
+    keep: int,
 ) -> list[Tensor]:
-    """Cut a projection in one process, since all must keep the same parts of it.
+    """Cut a projection in one process, since all must keep the same columns. cut: returns their
+    indices [K], and the new projection [D, K]."""
 
-    cut: returns the indices of the kept parts, and the projection [D, columns] of their columns.
-    """
-    return processes.from_owner(
-        0,
-        cut,
-        lambda: [
-            torch.empty(parts, dtype=torch.long, device=weight_DF.device),
-            weight_DF.new_empty(len(weight_DF), columns),
-        ],
-    )
+    def empty() -> list[Tensor]:
+        kept_K = torch.empty(keep, dtype=torch.long, device=weight_DF.device)
+        return [kept_K, weight_DF.new_empty(len(weight_DF), keep)]
+
+    return processes.from_owner(0, cut, empty)
 
 
 def activation_scores(moments: Moments, down_DF: Tensor) -> Tensor:

@@ -20,10 +20,40 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from stillhouse.pruning.ffn import RIDGE, Moments, inverse_moments, without_columns
+from stillhouse.pruning.ffn import (
+    RIDGE,
+    Moments,
+    Ranking,
+    activation_scores,
+    inverse_moments,
+    refit_to,
+    without_columns,
+)
 from stillhouse.pruning.sizes import Sizes
 
 Cost = Callable[[Sequence[int]], float]
+
+
+def choose_heads_and_refit(
+    output_DA: Tensor,
+    moments: Moments,
+    before: Sizes,
+    after: Sizes,
+    ranking: Ranking,
+    reconstruct: bool,
+    score_H: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the columns of the heads that `ranking` keeps [K], ascending, and their output
+    projection [D, K], refit if `reconstruct`. score_H: replaces the activations' scores."""
+    if reconstruct and ranking.by == "refit":
+        kept, output_DK = refit_and_remove_heads(output_DA, moments, before, after)
+        return torch.tensor(before.columns(kept), device=output_DA.device), output_DK
+    if score_H is None:
+        score_A = activation_scores(moments, output_DA)
+        score_H = score_A.view(before.heads, before.head_dim).sum(1)
+    kept = heads_by_score(score_H, before, after)
+    kept_K = torch.tensor(before.columns(kept), device=output_DA.device)
+    return kept_K, refit_to(output_DA, moments, kept_K) if reconstruct else output_DA[:, kept_K]
 
 
 def refit_and_remove_heads(

@@ -341,8 +341,8 @@ def _no_shape(
     return RecipeError(
         f"the target {limit} is smaller than the axes {axes} allow in one step",
         where=where,
-        fix=f"{limit.nearest(before, smallest, cost(smallest))}; to get smaller, prune in several hops "
-        "(docs/cascade.md)",
+        fix=f"{limit.nearest(before, smallest, cost(smallest))}; to get smaller, prune in several "
+        "hops (docs/cascade.md)",
     )
 
 

@@ -44,13 +44,11 @@ from stillhouse.pruning.experts import best_experts, narrow_experts
 from stillhouse.pruning.ffn import (
     Moments,
     Ranking,
-    activation_scores,
     agreed_cut,
     choose_and_refit,
-    refit_to,
     summed_moments,
 )
-from stillhouse.pruning.heads import heads_by_score, refit_and_remove_heads
+from stillhouse.pruning.heads import choose_heads_and_refit
 from stillhouse.pruning.layer_streaming import on_device
 from stillhouse.pruning.local_distillation import distill_block
 from stillhouse.pruning.offload import is_offloaded, offload, release_ends, take_own
@@ -252,45 +250,31 @@ class _Cutter:
         streams, axes, layer = self.streams, self.streams.axes, self.streams.layers[index]
         output = layer.self_attn.o_proj
         before, after, ranking = self.before, self.after, self.ranking
-        with inputs_of(output) as heads:
+        with inputs_of(output) as read:
             streams.after_attention(layer, index, narrow)
         # No error term: the following down projection corrects it (docs/pruning.md).
         rows = (
             (heads_RLA[batch.counted_RL].float(), row_weight(target_RLD, batch))
             for batch, heads_RLA, target_RLD in zip(
-                streams.batches, heads, self._projected(full_mid), strict=True
+                streams.batches, read, self._projected(full_mid), strict=True
             )
         )
         moments = summed_moments(streams.batches, rows, output.weight, ranking)
-        device = output.weight.device
+        score_H = None if ranking.fisher is None else ranking.fisher["heads"][index]
 
         def cut() -> Sequence[Tensor]:
-            if self.reconstruct and ranking.by == "refit":
-                kept, output_DA = refit_and_remove_heads(output.weight, moments, before, after)
-                return torch.tensor(kept, device=device), output_DA
-            if ranking.fisher is None:
-                score_A = activation_scores(moments, output.weight)
-                score_H = score_A.view(before.heads, before.head_dim).sum(1)
-            else:
-                score_H = ranking.fisher["heads"][index]
-            kept = heads_by_score(score_H, before, after)
-            columns = torch.tensor(before.columns(kept), device=device)
-            output_DA = output.weight[:, columns]
-            if self.reconstruct:
-                output_DA = refit_to(output.weight, moments, columns)
-            return torch.tensor(kept, device=device), output_DA
+            return choose_heads_and_refit(
+                output.weight, moments, before, after, ranking, self.reconstruct, score_H
+            )
 
         width = after.heads * before.head_dim
-        kept_H, output_DA = agreed_cut(
-            streams.batches.processes, cut, output.weight, after.heads, width
-        )
-        kept = kept_H.tolist()
-        keep_heads(layer, before, kept, output_DA)
-        columns = torch.tensor(before.columns(kept), device=device)
+        kept_K, output_DK = agreed_cut(streams.batches.processes, cut, output.weight, width)
+        heads = (kept_K[:: before.head_dim] // before.head_dim).tolist()
+        keep_heads(layer, before, heads, output_DK)
         with products(streams.model, streams.dtype):
             return [
-                add_attention(layer, axes, x_RLD, heads_RLA[..., columns])
-                for x_RLD, heads_RLA in zip(narrow, heads, strict=True)
+                add_attention(layer, axes, x_RLD, heads_RLA[..., kept_K])
+                for x_RLD, heads_RLA in zip(narrow, read, strict=True)
             ]
 
     def _cut_mixture(self, layer: Any, mids: Stream, target: Stream) -> Stream:
@@ -331,7 +315,7 @@ class _Cutter:
             score_F = None if ranking.fisher is None else ranking.fisher["neurons"][index]
             return choose_and_refit(weight_DF, moments, keep, ranking, self.reconstruct, score_F)
 
-        kept_K, down_DK = agreed_cut(streams.batches.processes, cut, down.weight, keep, keep)
+        kept_K, down_DK = agreed_cut(streams.batches.processes, cut, down.weight, keep)
         keep_neurons(layer, kept_K, down_DK)
         with products(streams.model, streams.dtype):
             after = [

@@ -44,7 +44,9 @@ def input_moments(model: Any, windows: WindowSet) -> Moments:
     def add_input(name: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         add(name, inputs[0])
 
-    head = head_name(model)
+    head = None  # the head's first name, which is the embeddings' if it is tied to them
+    if (output := model.get_output_embeddings()) is not None:
+        head = next(name for name, weight in model.named_parameters() if weight is output.weight)
     device = next(model.parameters()).device
     with (
         ExitStack() as hooks,
@@ -78,11 +80,3 @@ def _alike(
         return
     lengths = document_bounds(positions_1L).diff().tolist()
     yield from ((document_1L, None) for document_1L in ids_1L.split(lengths, dim=1))
-
-
-def head_name(model: Any) -> str | None:
-    """The first name of the head's weight in the model; None if the model has no head."""
-    head = model.get_output_embeddings()
-    if head is None:
-        return None
-    return next(name for name, weight in model.named_parameters() if weight is head.weight)

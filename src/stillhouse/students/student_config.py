@@ -72,13 +72,9 @@ class PrunedSizes(Section):
         return {axis: size for axis, size in found.items() if size is not None}
 
     @model_validator(mode="after")
-    def _sizes_or_a_target(self) -> Self:
+    def _keys_agree(self) -> Self:
         if self.target is not None and self.sizes:
             raise ValueError(f"set a target or sizes, not both: remove {', '.join(self.sizes)}")
-        return self
-
-    @model_validator(mode="after")
-    def _method_needs_a_size(self) -> Self:
         if self.hidden_size is None and self.hidden_method != "channels":
             raise ValueError("hidden_method does nothing without hidden_size: set both, or neither")
         return self
