@@ -36,7 +36,7 @@ from stillhouse.evaluation.fidelity import HeldoutAnswers, compare, heldout_answ
 from stillhouse.hardware import choose_precision, default_device, tune_allocator
 from stillhouse.objectives.objective_config import ObjectiveRecipe
 from stillhouse.pruning.axes import axes_of
-from stillhouse.pruning.ffn import best
+from stillhouse.pruning.refit import best
 from stillhouse.pruning.surgery import keep_neurons
 from stillhouse.students.student import Student
 from stillhouse.teachers.load_model import load_model, load_tokenizer

@@ -20,7 +20,7 @@ from stillhouse.pruning.correction import (
     fit_projection,
     least_squares_change,
 )
-from stillhouse.pruning.ffn import Moments
+from stillhouse.pruning.refit import Moments
 from stillhouse.students.pruned_student import MOMENTS
 
 WIDTH, HIDDEN = 24, 5

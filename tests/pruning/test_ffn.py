@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from stillhouse.pruning import ffn
+from stillhouse.pruning import refit as refitting
 from stillhouse.pruning.correction import least_squares_change
-from stillhouse.pruning.ffn import Moments, activation_scores, best, refit_and_remove, refit_to
+from stillhouse.pruning.refit import Moments, activation_scores, best, refit_and_remove, refit_to
 
 
 @pytest.fixture(autouse=True)
 def _exact(monkeypatch: pytest.MonkeyPatch) -> object:
-    monkeypatch.setattr(ffn, "RIDGE", 1e-12)
+    monkeypatch.setattr(refitting, "RIDGE", 1e-12)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -75,7 +75,7 @@ def test_removing_neurons_in_groups_gives_the_least_squares_solution_too(
     activations, down, error, weight = rows(300, 24, 5)
     moments = moments_of(activations, weight)
     for groups in (24, 4):
-        monkeypatch.setattr(ffn, "GROUPS_PER_WIDTH", groups)
+        monkeypatch.setattr(refitting, "GROUPS_PER_WIDTH", groups)
         kept, refit = refit_and_remove(corrected(down, activations, error, weight), moments, 10)
         scaled = weight[:, None]
         target = (activations @ down.T + error) * scaled
@@ -100,10 +100,10 @@ def test_neurons_that_never_fire_are_removed_first() -> None:
 def test_fewer_rows_than_neurons_stay_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_default_dtype(torch.float32)
     activations, down, _, weight = rows(6, 20, 5)
-    monkeypatch.setattr(ffn, "RIDGE", 0.0)
+    monkeypatch.setattr(refitting, "RIDGE", 0.0)
     _, refit = refit_and_remove(down, moments_of(activations, weight), 10)
     assert refit.isfinite().all()
-    monkeypatch.setattr(ffn, "RIDGE", 1e-3)
+    monkeypatch.setattr(refitting, "RIDGE", 1e-3)
     _, refit = refit_and_remove(down, Moments.zeros(20), 10)
     assert refit.isfinite().all()
 

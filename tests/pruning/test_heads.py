@@ -10,9 +10,13 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from stillhouse.pruning import heads
-from stillhouse.pruning.ffn import Moments, activation_scores
-from stillhouse.pruning.heads import heads_by_score, refit_and_remove_heads
+from stillhouse.pruning import refit as refitting
+from stillhouse.pruning.refit import (
+    Moments,
+    activation_scores,
+    heads_by_score,
+    refit_and_remove_heads,
+)
 from stillhouse.pruning.sizes import Sizes
 
 HIDDEN = 5
@@ -23,7 +27,7 @@ BEFORE = Sizes(
 
 @pytest.fixture(autouse=True)
 def _exact(monkeypatch: pytest.MonkeyPatch) -> object:
-    monkeypatch.setattr(heads, "RIDGE", 1e-12)
+    monkeypatch.setattr(refitting, "RIDGE", 1e-12)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from stillhouse.pruning.axes import Axes
 from stillhouse.pruning.calibrate import OwnBatches
-from stillhouse.pruning.ffn import Moments, inverse_moments
+from stillhouse.pruning.refit import Moments, inverse_moments
 from stillhouse.pruning.surgery import set_parameter
 
 NOISES = (0.3, 3.0)

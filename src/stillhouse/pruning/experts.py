@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stillhouse.pruning.axes import Axes
 from stillhouse.pruning.calibrate import OwnBatches
-from stillhouse.pruning.ffn import Ranking, agreed_cut, best, choose_and_refit, summed_moments
+from stillhouse.pruning.refit import Ranking, agreed_cut, best, choose_and_refit, summed_moments
 from stillhouse.pruning.surgery import set_parameter
 
 Rows = Sequence[tuple[Tensor, Tensor]]
@@ -65,8 +65,8 @@ def narrow_experts(
 ) -> None:
     """Cut every expert to `keep` neurons, based on the rows routed to it.
 
-    Works like a plain FFN (see ffn.py), with rows also weighted by the router. With `reconstruct`,
-    each expert is refit to its own output. Does not support ranking by gradients.
+    Works like a plain FFN, with rows also weighted by the router. With `reconstruct`, each expert
+    is refit to its own output. Does not support ranking by gradients.
     """
     experts = layer.mlp.experts
     gate_ups, downs = [], []

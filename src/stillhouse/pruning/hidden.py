@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from stillhouse.pruning.axes import Axes
 from stillhouse.pruning.calibrate import Stream, Streams
-from stillhouse.pruning.ffn import RIDGE, Moments, best, refit_and_remove, regularized_inverse
 from stillhouse.pruning.layer_streaming import on_device
 from stillhouse.pruning.offload import release
+from stillhouse.pruning.refit import RIDGE, Moments, best, refit_and_remove, regularized_inverse
 from stillhouse.pruning.surgery import set_parameter, set_weight
 from stillhouse.shared_work import Processes
 

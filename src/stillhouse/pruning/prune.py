@@ -14,11 +14,11 @@ from stillhouse.errors import RecipeError
 from stillhouse.pruning.axes import axes_of
 from stillhouse.pruning.calibrate import calibration_batches, products
 from stillhouse.pruning.depth import SCORES, DepthChoice, choose_layers, layer_scores
-from stillhouse.pruning.ffn import Ranking
 from stillhouse.pruning.gradients import BATCH_TOKENS as GRADIENT_TOKENS
 from stillhouse.pruning.gradients import Fisher, Part, mask_fisher
 from stillhouse.pruning.offload import is_offloaded, offload, released_after_use
 from stillhouse.pruning.pruning_config import PruningMethod
+from stillhouse.pruning.refit import Ranking
 from stillhouse.pruning.sizes import (
     HiddenMethod,
     Sizes,

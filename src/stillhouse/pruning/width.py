@@ -41,17 +41,17 @@ from stillhouse.pruning.correction import (
     scale_ffn_output,
 )
 from stillhouse.pruning.experts import best_experts, narrow_experts
-from stillhouse.pruning.ffn import (
+from stillhouse.pruning.layer_streaming import on_device
+from stillhouse.pruning.local_distillation import distill_block
+from stillhouse.pruning.offload import is_offloaded, offload, release_ends, take_own
+from stillhouse.pruning.refit import (
     Moments,
     Ranking,
     agreed_cut,
     choose_and_refit,
+    choose_heads_and_refit,
     summed_moments,
 )
-from stillhouse.pruning.heads import choose_heads_and_refit
-from stillhouse.pruning.layer_streaming import on_device
-from stillhouse.pruning.local_distillation import distill_block
-from stillhouse.pruning.offload import is_offloaded, offload, release_ends, take_own
 from stillhouse.pruning.sizes import HiddenMethod, Sizes
 from stillhouse.pruning.surgery import keep_experts, keep_heads, keep_neurons
 from stillhouse.signals.lm_head import summed_kl
