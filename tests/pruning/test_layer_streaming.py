@@ -6,6 +6,7 @@ The GPU is a fake device (tests/fake_device.py), whose tensors cannot be mixed w
 from __future__ import annotations
 
 import weakref
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.pruning import layer_streaming, offload
-from stillhouse.pruning.layer_streaming import on_device, streamed
+from stillhouse.pruning.layer_streaming import on_device, stream_layers
 from stillhouse.pruning.prune import prune_model
 from stillhouse.pruning.pruning_config import PruningMethod
 from stillhouse.students import pruned_student
@@ -90,7 +91,8 @@ def compare(name: str, *, offloaded: bool) -> None:
     size = max(sum(weight.nbytes for weight in one.parameters()) for one in layers)
     copies = Copies(model)
     with FakeDevice():
-        with streamed(model, device):
+        with ExitStack() as stack:
+            stack.callback(stream_layers(model, device))
             assert model.device.type == device.type
             pruned(model, cut)
             assert {w.device.type for one in layers for w in one.parameters()} == {"cpu"}

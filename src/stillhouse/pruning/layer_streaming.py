@@ -20,22 +20,14 @@ Owner = tuple[nn.Module, str]
 """A module, and the name of a parameter or buffer that is directly in it."""
 
 
-@contextmanager
-def streamed(model: Any, device: torch.device) -> Iterator[None]:
-    """`stream_layers` as a context manager. Afterwards, the whole model is back on the host, or on
-    disk if it was there."""
-    stop = stream_layers(model, device)
-    try:
-        yield
-    finally:
-        stop()
-
-
 def stream_layers(model: Any, device: torch.device) -> Callable[[], None]:
     """Run a model on the device from now on, while its layers' weights stay on the host.
 
     When a layer is called, its weights are copied to the device for the call, unless its forward is
-    replaced. To work on parts of a layer, use `on_device`. Returns a function that ends streaming.
+    replaced. To work on parts of a layer, use `on_device`.
+
+    Returns a function that ends streaming, and moves the whole model back to the host, or to disk
+    if it was there.
     """
     layers = list(decoder_layers(model))
     inside = {id(module) for layer in layers for module in layer.modules()}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from stillhouse.hardware import choose_precision, default_device, free_memory_by
 from stillhouse.progress import note
 from stillhouse.pruning.calibrate import unseen
 from stillhouse.pruning.kept_tokens import prune_tokenizer
-from stillhouse.pruning.layer_streaming import stream_layers, streamed
+from stillhouse.pruning.layer_streaming import stream_layers
 from stillhouse.pruning.offload import released_after_use
 from stillhouse.pruning.prune import prune_model
 from stillhouse.pruning.pruning_config import VocabularyFile
@@ -90,7 +90,11 @@ def prune_to(
         where = f"{device}, a layer at a time," if by_layer else f"{device}"
         note(f"Pruning on {where} with matrix products in {precision.reason}")
     dtype, calibration = precision.dtype, section.calibration_tokens
-    with CountedFlops() as counted, (streamed if by_layer else _moved)(model, device):
+    with CountedFlops() as counted, ExitStack() as stack:
+        if by_layer:
+            stack.callback(stream_layers(model, device))
+        else:
+            model.to(device)
         kept_ids, named = None, section.vocabulary
         if named is not None:
             kept_ids = kept_token_ids(
@@ -102,6 +106,7 @@ def prune_to(
             )
             tokenizer = prune_tokenizer(tokenizer, kept_ids)
         summary = _cut(model, section, windows, heldout, kept_ids, seed, dtype, processes)
+    model.to("cpu")
     flops = sum(processes.collect(counted.flops))
     summary |= {"teacher_parameters": asdict(before), "flops": flops}
     return tokenizer, summary, kept_ids
@@ -205,13 +210,6 @@ def placed(model: Any, section: PrunedStudent, device: torch.device) -> Any:
         stream_layers(model, device)
         return model
     return model.to(device)
-
-
-@contextmanager
-def _moved(model: Any, device: torch.device) -> Iterator[None]:
-    model.to(device)
-    yield
-    model.to("cpu")
 
 
 def require_no_recipe_keys(section: PrunedStudent, where: str) -> None:
