@@ -12,7 +12,7 @@ from transformers import Gemma3Config, Mistral3Config
 from stillhouse.errors import ModelError, RecipeError
 from stillhouse.pruning.prune import prune_model
 from stillhouse.pruning.sizes import check_sizes
-from stillhouse.students.planned_config import planned_config
+from stillhouse.students.build_student import planned_config
 from stillhouse.students.student_config import PrunedStudent
 from tests.teachers.toys import ToyWindows, tiny_model
 

@@ -38,7 +38,7 @@ from stillhouse.pruning.sizes import Sizes, resized_config, sizes_of
 from stillhouse.search import shape_costs as costs
 from stillhouse.search.block_timing import Timing
 from stillhouse.search.trial_log import Journal
-from stillhouse.students.planned_config import planned_config
+from stillhouse.students.build_student import planned_config
 from stillhouse.students.student_config import PrunedStudent
 from tests import tiny
 from tests.teachers.toys import CONFIGS, ToyWindows, tiny_model

@@ -14,7 +14,7 @@ from stillhouse.language_model.job import Job, start_config
 from stillhouse.language_model.recipe import HopRecipe, Recipe
 from stillhouse.language_model.run_models import RunModels, run_models
 from stillhouse.runfolder import run_root
-from stillhouse.students.planned_config import planned_config
+from stillhouse.students.build_student import planned_config
 from stillhouse.students.student_config import PrunedSizes, PrunedStudent
 from stillhouse.training.train_config import ORIGINAL
 

@@ -31,7 +31,7 @@ from stillhouse.signals.signals_config import (
     HiddenSignals,
     SignalsRecipe,
 )
-from stillhouse.students.planned_config import planned_config
+from stillhouse.students.build_student import planned_config
 from stillhouse.students.student_config import PretrainedStudent, PrunedStudent, RandomStudent
 from stillhouse.synthesis.synthesized_text import SynthesizedText
 from stillhouse.teachers.load_model import load_config, load_tokenizer

@@ -1,9 +1,10 @@
-"""Building of the initial student: a float32 checkpoint with a tokenizer, before any training."""
+"""Building of the initial student: a float32 checkpoint with a tokenizer, before any training. Its
+configuration is planned first, for estimates and to reject impossible sizes early."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ import torch
 from stillhouse.account import count_parameters
 from stillhouse.data.windows import WindowSet
 from stillhouse.pruning.offload import load_offloaded
+from stillhouse.pruning.prune import check_importance
+from stillhouse.pruning.shapes import planned_shape
+from stillhouse.pruning.sizes import Sizes, check_sizes, resized_config, sizes_of
 from stillhouse.pruning.surgery import check_saved
 from stillhouse.pruning.vocabulary_cut import save_kept_ids
 from stillhouse.shared_work import ALONE, Processes
-from stillhouse.students.pruned_student import Summary, prune_to
+from stillhouse.students.pruned_student import Summary, explicit_sizes, prune_to
 from stillhouse.students.random_student import (
     for_tokenizer,
     overridden_config,
@@ -139,3 +143,55 @@ def config_sha256(section: RandomStudent, base: Path) -> str | None:
         return None
     file = resolve_config(section.config, base=base) / "config.json"
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def planned_config(
+    section: PrunedStudent | RandomStudent,
+    teacher_config: Any,
+    base: Path,
+    *,
+    served: torch.dtype = torch.bfloat16,
+    owner: str | None = None,
+    tokenizer: ModelSource | None = None,
+) -> Any:
+    """A configuration with the student's sizes.
+
+    It is not known yet which layers a pruned student keeps, nor how many tokens `vocabulary: data`
+    keeps; all tokens are counted.
+    served: the dtype of the exported weights, for a target in bytes. owner: the pruned model's name
+    in error messages; None: as in the section. tokenizer: a random student's, if it is not the
+    teacher's.
+    Raises RecipeError if the sizes are impossible; for a target, only if that is certain.
+    """
+    if isinstance(section, RandomStudent):
+        config = start_config(section, teacher_config, base)
+        if tokenizer is not None:
+            config = for_tokenizer(config, load_tokenizer(tokenizer))
+        return overridden_config(config, section.overrides)
+    if section.target is None:
+        after = explicit_sizes(section, teacher_config, owner=owner)
+        check_importance(section, sizes_of(teacher_config), after)
+    else:
+        after = _searched_sizes(section, teacher_config, served)
+    return resized_config(teacher_config, after, rotated=section.hidden_method == "rotation")
+
+
+def _searched_sizes(section: PrunedStudent, config: Any, served: torch.dtype) -> Sizes:
+    """Sizes of the shape that meets the target with the fewest cuts. The search finds the best
+    shape."""
+    assert section.target is not None
+    before, axes = sizes_of(config), section.search.axes
+    # Everything that the search can cut must be ranked, whichever shape it will choose.
+    cut = {key: 0 for key in ("ffn_size", "experts") if key in axes}
+    check_importance(section, before, replace(before, **cut))
+    vocabulary = section.vocabulary
+    if isinstance(vocabulary, int):
+        # The search prunes the model without the removed tokens.
+        config = resized_config(config, check_sizes(config, {"vocabulary": vocabulary}))
+    return planned_shape(
+        config,
+        section.search,
+        section.target,
+        width=served.itemsize,
+        certain=vocabulary is None or isinstance(vocabulary, int),
+    )
