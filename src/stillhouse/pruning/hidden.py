@@ -279,11 +279,8 @@ def narrow_ends(model: Any, axes: Axes, basis: Basis, fit: StreamFit, head_DD: T
     that brings the logits (minus their mean) closest solves
     (Gₖₖ ∘ ZᵀZ) d = diag(Gₖ diag(g) YᵀZ), with G from `head_gram`.
     """
-    embedding, head, norm = (
-        model.get_input_embeddings(),
-        model.get_output_embeddings(),
-        model.base_model.norm,
-    )
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    norm = model.base_model.norm
     D, H = basis.matrix_DH.shape
     tied = head.weight is embedding.weight
     # The model now multiplies its embeddings by √H instead of √D.
@@ -300,8 +297,9 @@ def narrow_ends(model: Any, axes: Axes, basis: Basis, fit: StreamFit, head_DD: T
         narrow_embedding = basis.project(embedding.weight) * factor
         narrow_reader(axes, norm, [(head, "weight")], basis, fit)
         set_parameter(embedding, "weight", narrow_embedding)
-        if tied:
-            untie(model)
+        if tied:  # The head's weights are saved separately from now on.
+            model.config.tie_word_embeddings = False
+            model.all_tied_weights_keys = {}
     embedding.embedding_dim = H
     if axes.scaled_embeddings:
         embedding.scalar_embed_scale = H**0.5
@@ -317,12 +315,6 @@ def _best_gain(
     unit = system_HH.diagonal().mean().clamp_min(1e-12)
     missing_H = (wanted_H - system_HH @ start_H) / unit
     return start_H + regularized_inverse(system_HH / unit, RIDGE) @ missing_H
-
-
-def untie(model: Any) -> None:
-    """Untie the head, so that its weights are saved separately."""
-    model.config.tie_word_embeddings = False
-    model.all_tied_weights_keys = {}
 
 
 def note_hidden_size(model: Any, size: int) -> None:

@@ -153,13 +153,10 @@ def released_after_use(model: Any) -> Iterator[None]:
         yield
         return
 
-    def hook(layer: nn.Module, *_: object) -> None:
-        release(layer)
-
     with ExitStack() as stack:
         stack.callback(release_ends, model)
         for layer in decoder_layers(model):
-            stack.enter_context(layer.register_forward_hook(hook))
+            stack.enter_context(layer.register_forward_hook(lambda layer, *_: release(layer)))
         yield
 
 

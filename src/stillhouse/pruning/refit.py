@@ -50,9 +50,6 @@ pairs of neurons that could have compensated for each other."""
 
 SYMMETRIC_BLOCKS = 4
 
-Cost = Callable[[Sequence[int]], float]
-"""What removing a block of heads costs."""
-
 
 @dataclass(frozen=True)
 class Ranking:
@@ -269,7 +266,9 @@ def heads_by_score(score_H: Tensor, before: Sizes, after: Sizes) -> tuple[int, .
     return tuple(head for head in range(before.heads) if head not in gone)
 
 
-def _order(before: Sizes, after: Sizes, cost: Cost) -> Iterator[list[int]]:
+def _order(
+    before: Sizes, after: Sizes, cost: Callable[[Sequence[int]], float]
+) -> Iterator[list[int]]:
     """Yield blocks of heads to remove, one after another; costs are recomputed after each."""
     members = {
         group: list(range(group * before.share, (group + 1) * before.share))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -105,62 +104,46 @@ def prune_to(
                 expect=lambda: expected_tokens(model, windows, calibration, seed, dtype, processes),
             )
             tokenizer = prune_tokenizer(tokenizer, kept_ids)
-        summary = _cut(model, section, windows, heldout, kept_ids, seed, dtype, processes)
+        rest = unseen(windows, calibration, seed) if len(windows) else windows
+        texts = []
+        if heldout is not None and processes.leads:
+            texts = [rest if len(rest) else windows, heldout]
+        with released_after_use(model):
+            read = [read_text(model, text, seed, dtype) for text in texts]
+        # The head that was used keeps its pages in memory, so the references get the released one.
+        head = lm_head(model)
+        read = [(replace(reference, head=head), perplexity) for reference, perplexity in read]
+        report = prune_model(
+            model,
+            windows,
+            hidden_method=section.hidden_method,
+            kept_ids=kept_ids,
+            reconstruct=section.refit,
+            calibration_tokens=calibration,
+            seed=seed,
+            dtype=dtype,
+            method=section,
+            local_tokens=section.local_distillation or 0,
+            processes=processes,
+            **section.sizes,
+        )
+        summary: Summary = {"pruning": asdict(report), "notes": list(report.notes)}
+        if read:
+            (like, own_perplexity), (unlike, heldout_perplexity) = read
+            kl = own = None
+            if kept_ids is None:
+                with released_after_use(model):
+                    kl = mean_kl(unlike, model, dtype)
+                    own = mean_kl(like, model, dtype) if len(rest) else None
+            domain = Domain(own_perplexity, heldout_perplexity, kl, own)
+            summary["domain"] = asdict(domain)
+            if warning := domain.warning():
+                note(f"warning: {warning}")
+                summary["notes"].append(warning)
     model.to("cpu")
     flops = sum(processes.collect(counted.flops))
     summary |= {"teacher_parameters": asdict(before), "flops": flops}
     return tokenizer, summary, kept_ids
-
-
-def _cut(
-    model: Any,
-    section: PrunedStudent,
-    windows: WindowSet,
-    heldout: WindowSet | None,
-    kept_ids: Sequence[int] | None,
-    seed: int,
-    dtype: torch.dtype,
-    processes: Processes,
-) -> Summary:
-    """Prune in place. The main process also compares the calibration text with the held-out
-    text."""
-    rest = unseen(windows, section.calibration_tokens, seed) if len(windows) else windows
-    texts = []
-    if heldout is not None and processes.leads:
-        texts = [rest if len(rest) else windows, heldout]
-    with released_after_use(model):
-        read = [read_text(model, text, seed, dtype) for text in texts]
-    # The head that was used keeps its pages in memory, so the references get the released one.
-    head = lm_head(model)
-    read = [(replace(reference, head=head), perplexity) for reference, perplexity in read]
-    report = prune_model(
-        model,
-        windows,
-        hidden_method=section.hidden_method,
-        kept_ids=kept_ids,
-        reconstruct=section.refit,
-        calibration_tokens=section.calibration_tokens,
-        seed=seed,
-        dtype=dtype,
-        method=section,
-        local_tokens=section.local_distillation or 0,
-        processes=processes,
-        **section.sizes,
-    )
-    summary: Summary = {"pruning": asdict(report), "notes": list(report.notes)}
-    if read:
-        (calibration, own_perplexity), (unknown, heldout_perplexity) = read
-        kl = own = None
-        if kept_ids is None:
-            with released_after_use(model):
-                kl = mean_kl(unknown, model, dtype)
-                own = mean_kl(calibration, model, dtype) if len(rest) else None
-        domain = Domain(own_perplexity, heldout_perplexity, kl, own)
-        summary["domain"] = asdict(domain)
-        if warning := domain.warning():
-            note(f"warning: {warning}")
-            summary["notes"].append(warning)
-    return summary
 
 
 def moment_bytes(config: Any) -> int:

@@ -59,7 +59,12 @@ def overridden_config(config: Any, overrides: Mapping[str, Value]) -> Any:
         made = type(config).from_dict(values)
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise _impossible(str(error)) from error
-    _check_heads(made)
+    heads = getattr(made, "num_attention_heads", None)
+    groups = getattr(made, "num_key_value_heads", None)
+    if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+        raise _impossible(
+            f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({groups})"
+        )
     return made
 
 
@@ -154,15 +159,6 @@ def _derived(known: Mapping[str, Any], follower: str) -> bool:
         return False
     derived = known.get("hidden_size", 0) // heads if follower == "head_dim" else heads
     return known.get(follower) == derived
-
-
-def _check_heads(config: Any) -> None:
-    heads = getattr(config, "num_attention_heads", None)
-    groups = getattr(config, "num_key_value_heads", None)
-    if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
-        raise _impossible(
-            f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({groups})"
-        )
 
 
 def _impossible(reason: str) -> RecipeError:
