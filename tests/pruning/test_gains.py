@@ -15,6 +15,7 @@ from stillhouse.pruning.axes import axes_of
 from stillhouse.pruning.calibrate import OwnBatches, Streams, calibration_batches, layer_inputs
 from stillhouse.pruning.correction import LARGEST_SHARE, channel_gains, scale_ffn_output
 from stillhouse.pruning.prune import prune_model
+from stillhouse.pruning.refit import Ranking
 from stillhouse.pruning.sizes import sizes_of
 from stillhouse.pruning.width import cut_width
 from tests.pruning.test_gates import IDS, family
@@ -107,6 +108,7 @@ def error_after_a_drop(kind: str) -> float:
         hidden_method=None,
         reconstruct=True,
         dtype=torch.float32,
+        ranking=Ranking(),
     )
     whole = streams_of(full)
     target = whole.start()

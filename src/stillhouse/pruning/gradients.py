@@ -112,7 +112,6 @@ def _ones(model: Any, windows: int, kinds: Sequence[Part]) -> dict[Part, list[Te
 
 @contextmanager
 def _masked(model: Any, axes: Axes, masks: dict[Part, list[Tensor]]) -> Iterator[None]:
-    """Within the context, multiply every part by its mask."""
     with ExitStack() as stack:
 
         def hook(module: nn.Module, change: Callable[..., Any], *, before: bool) -> None:

@@ -77,8 +77,7 @@ def kept_token_ids(
     if isinstance(vocabulary, Path):
         requested = _listed(vocabulary, merges, needed, kept)
         return tuple(sorted(kept.union(*map(merges.parts, requested))))
-    for id in needed:
-        kept |= merges.parts(id)
+    kept = kept.union(*map(merges.parts, needed))
     counts = Counter({id: n for id, n in _counts(windows).items() if id in merges.tokens})
     if vocabulary == "data":
         for id in counts:

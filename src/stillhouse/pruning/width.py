@@ -85,7 +85,7 @@ def cut_width(
     hidden_method: HiddenMethod | None,
     reconstruct: bool,
     dtype: torch.dtype,
-    ranking: Ranking | None = None,
+    ranking: Ranking,
     local_tokens: int = 0,
     passages: list[Passage] | None = None,
 ) -> tuple[float, tuple[float, ...]]:
@@ -100,7 +100,6 @@ def cut_width(
     passages: the model's passages on these rows, layer by layer, if they are already known; those
         that are missing are appended.
     """
-    ranking = Ranking() if ranking is None else ranking
     inputs = [layer_inputs(model, batch) for batch in batches]
     streams = Streams(model, axes, batches, inputs, dtype)
     norm, full_head = model.base_model.norm, lm_head(model)

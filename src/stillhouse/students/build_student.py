@@ -94,8 +94,8 @@ def build_student(
     if not teacher.trusted and not getattr(section, "trust_remote_code", False):
         ids_RL = torch.arange(min(CHECKED_TOKENS, student.vocabulary))[None]
         check_saved(student.model, out, ids_RL)
-    size = asdict(count_parameters(student.model))
-    return {"start": section.start, "parameters": size, **summary}
+    parameters = asdict(count_parameters(student.model))
+    return {"start": section.start, "parameters": parameters, **summary}
 
 
 def _pretrained(

@@ -108,12 +108,12 @@ class Student:
             "a teacher or a configuration",
             "load it first: Teacher.load(...), or AutoConfig.from_pretrained(...)",
         )
-        if tokenizer is not None:
-            require_tokenizer(tokenizer)
         if tokenizer is None:
             tokenizer = own
-        elif own is None or tokenizer.get_vocab() != own.get_vocab():
-            like = for_tokenizer(like, tokenizer)
+        else:
+            require_tokenizer(tokenizer)
+            if own is None or tokenizer.get_vocab() != own.get_vocab():
+                like = for_tokenizer(like, tokenizer)
         if tokenizer is not None:
             overrides = {"vocab_size": token_count(tokenizer), **overrides}
         return cls(random_model(overridden_config(like, overrides), seed), tokenizer)
