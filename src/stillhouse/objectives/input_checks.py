@@ -52,10 +52,8 @@ def check_inputs(
         vocab_size = len(signal.fold.student_V)
     vocab = _vocabulary(shared, vocab_size)
     check_terms_fit(terms, signal)
-    if isinstance(signal, FrozenHeadSignal):
-        _check_frozen_head(head, signal)
     if signal is not None:
-        check_signal(signal, rows, vocab)
+        _check_signal(signal, head, rows, vocab)
     if any(not term.needs_teacher for term in terms):
         _check_targets(targets_N, rows, vocab)
     if row_weights_N is not None:
@@ -89,26 +87,6 @@ def _vocabulary(shared: int, requested: int | None) -> int:
     return requested
 
 
-def _check_frozen_head(head: LMHead, signal: FrozenHeadSignal) -> None:
-    """Require a frozen linear head: the stored vectors were computed for one."""
-    if head.bias_V is not None or head.softcap is not None:
-        raise SignalError(
-            "a frozen-head signal requires a head without bias and without a soft cap",
-            fix="use a different kind of signal for this student",
-        )
-    if torch.is_grad_enabled() and head.weight_VD.requires_grad:
-        raise SignalError(
-            "the signal is for a frozen head, but this head is being trained",
-            fix="call head.weight.requires_grad_(False), which also freezes embeddings tied to it",
-        )
-    if signal.vector_ND.shape[-1] != head.weight_VD.shape[1]:
-        raise SignalError(
-            f"signal.vector_ND has width {signal.vector_ND.shape[-1]}, but the head expects "
-            f"{head.weight_VD.shape[1]}",
-            fix="record the signal with this student's head",
-        )
-
-
 def _check_targets(targets_N: Tensor | None, rows: int, vocab: int) -> None:
     if targets_N is None:
         raise SignalError(
@@ -124,8 +102,7 @@ def _check_targets(targets_N: Tensor | None, rows: int, vocab: int) -> None:
 
 
 def _check_row_weights(row_weights_N: Tensor, rows: int) -> None:
-    if row_weights_N.ndim != 1:
-        raise SignalError(f"row_weights_N has shape {tuple(row_weights_N.shape)}; expected [rows]")
+    _require_dimensions("row_weights_N", row_weights_N, "rows")
     same_rows("row_weights_N", row_weights_N, rows)
     check_finite("row_weights_N", row_weights_N)
     if row_weights_N.device.type == "cpu" and rows and float(row_weights_N.min()) < 0:
@@ -168,45 +145,43 @@ def check_terms_fit(terms: Sequence[Term], signal: Signal | None) -> None:
                 "but the tail lumps many tokens together",
                 fix="use a dense signal, or a different divergence",
             )
-        if isinstance(signal, SparseSignal | SampledSignal | FrozenHeadSignal):
-            _check_temperature(term, signal)
+        if (
+            isinstance(signal, SparseSignal | SampledSignal | FrozenHeadSignal)
+            and term.temperature != signal.temperature
+        ):
+            raise SignalError(
+                f"{name} has temperature {term.temperature:g}, but the signal was recorded "
+                f"at {signal.temperature:g}: {_FIXED[type(signal)]} cannot be converted to a "
+                "different temperature",
+                fix=f"use temperature {signal.temperature:g}, or record the signal again",
+            )
 
 
-def _check_temperature(term: Term, signal: SparseSignal | SampledSignal | FrozenHeadSignal) -> None:
-    if term.temperature == signal.temperature:
-        return
-    whats = {SparseSignal: "its tail", SampledSignal: "a sample", FrozenHeadSignal: "its vector"}
-    what = whats[type(signal)]
-    raise SignalError(
-        f"{term.divergence} has temperature {term.temperature:g}, but the signal was recorded "
-        f"at {signal.temperature:g}: {what} cannot be converted to a different temperature",
-        fix=f"use temperature {signal.temperature:g}, or record the signal again",
-    )
+_FIXED = {SparseSignal: "its tail", SampledSignal: "a sample", FrozenHeadSignal: "its vector"}
+"""What cannot be converted to a different temperature."""
 
 
-def check_signal(signal: Signal, rows: int, vocab: int) -> None:
-    if isinstance(signal, DenseSignal):
-        check_rows("signal.hidden_ND", signal.hidden_ND, signal.head)
-        same_rows("signal.hidden_ND", signal.hidden_ND, rows)
-    elif isinstance(signal, LogitsSignal):
-        _check_logits(signal.logits_NV, rows)
-    elif isinstance(signal, SparseSignal):
-        _check_sparse(signal, rows, vocab)
-    elif isinstance(signal, FrozenHeadSignal):
-        _check_frozen(signal, rows)
-    elif isinstance(signal, FoldedSignal):
-        _check_folded(signal, rows, vocab)
-    else:
-        _check_sampled(signal, rows, vocab)
+def _check_signal(signal: Signal, head: LMHead, rows: int, vocab: int) -> None:
+    match signal:
+        case DenseSignal():
+            check_rows("signal.hidden_ND", signal.hidden_ND, signal.head)
+            same_rows("signal.hidden_ND", signal.hidden_ND, rows)
+        case LogitsSignal():
+            _check_logits(signal.logits_NV, rows)
+        case SparseSignal():
+            _check_sparse(signal, rows, vocab)
+        case SampledSignal():
+            _check_sampled(signal, rows, vocab)
+        case FrozenHeadSignal():
+            _check_frozen(signal, head, rows)
+        case FoldedSignal():
+            _check_folded(signal, head, rows, vocab)
 
 
 def check_rows(name: str, hidden_ND: Tensor, head: LMHead) -> None:
     """Require two dimensions, the head's width, and finite values."""
-    if hidden_ND.ndim != 2:
-        raise SignalError(
-            f"{name} has shape {tuple(hidden_ND.shape)}; expected [rows, width]",
-            fix="flatten batch and position, and keep only supervised rows",
-        )
+    fix = "flatten batch and position, and keep only supervised rows"
+    _require_dimensions(name, hidden_ND, "rows, width", fix)
     if hidden_ND.shape[1] != head.weight_VD.shape[1]:
         raise SignalError(
             f"{name} has width {hidden_ND.shape[1]}, but its head expects "
@@ -222,6 +197,11 @@ def check_rows(name: str, hidden_ND: Tensor, head: LMHead) -> None:
     check_finite(name, hidden_ND)
 
 
+def _require_dimensions(name: str, tensor: Tensor, expected: str, fix: str | None = None) -> None:
+    if tensor.ndim != len(expected.split(",")):
+        raise SignalError(f"{name} has shape {tuple(tensor.shape)}; expected [{expected}]", fix=fix)
+
+
 def same_rows(name: str, tensor: Tensor, rows: int) -> None:
     if tensor.shape[0] != rows:
         raise SignalError(
@@ -235,19 +215,16 @@ def check_finite(name: str, tensor: Tensor) -> None:
         float(tensor.detach().sum(dtype=torch.float64))
     ):
         return
-    bad_rows = (~torch.isfinite(tensor.detach())).reshape(len(tensor), -1).any(1)
-    if bad_rows.any():
-        row = int(bad_rows.nonzero()[0])
-        raise SignalError(
-            f"{name} is not finite in row {row} ({int(bad_rows.sum())} such rows)",
-            fix="check the model that computed it for overflow in float16 or divergence",
-        )
+    _reject(
+        (~torch.isfinite(tensor.detach())).reshape(len(tensor), -1).any(1),
+        f"{name} is not finite",
+        fix="check the model that computed it for overflow in float16 or divergence",
+    )
 
 
 def _check_logits(logits_NV: Tensor, rows: int) -> None:
     name = "signal.logits_NV"
-    if logits_NV.ndim != 2:
-        raise SignalError(f"{name} has shape {tuple(logits_NV.shape)}; expected [rows, tokens]")
+    _require_dimensions(name, logits_NV, "rows, tokens")
     same_rows(name, logits_NV, rows)
     if logits_NV.device.type == "cpu" and rows:
         _reject(~torch.isfinite(logits_NV.amax(1)), f"{name} contains NaN, +inf, or only −inf")
@@ -257,8 +234,7 @@ def _check_sparse(signal: SparseSignal, rows: int, vocab: int) -> None:
     ids_NK, log_probs_NK, tail_N = signal.ids_NK, signal.log_probs_NK, signal.tail_N
     _check_entries(ids_NK, log_probs_NK, "signal.log_probs_NK", rows, vocab)
     same_rows("signal.tail_N", tail_N, rows)
-    if tail_N.ndim != 1:
-        raise SignalError(f"signal.tail_N has shape {tuple(tail_N.shape)}; expected [rows]")
+    _require_dimensions("signal.tail_N", tail_N, "rows")
     if ids_NK.device.type != "cpu" or not rows:
         return
     ordered_NK, order_NK = ids_NK.sort(stable=True, dim=1)
@@ -278,14 +254,31 @@ def _check_sparse(signal: SparseSignal, rows: int, vocab: int) -> None:
     )
 
 
-def _check_frozen(signal: FrozenHeadSignal, rows: int) -> None:
+def _check_frozen(signal: FrozenHeadSignal, head: LMHead, rows: int) -> None:
+    """Require a frozen linear head: the stored vectors were computed for one."""
+    if head.bias_V is not None or head.softcap is not None:
+        raise SignalError(
+            "a frozen-head signal requires a head without bias and without a soft cap",
+            fix="use a different kind of signal for this student",
+        )
+    if torch.is_grad_enabled() and head.weight_VD.requires_grad:
+        raise SignalError(
+            "the signal is for a frozen head, but this head is being trained",
+            fix="call head.weight.requires_grad_(False), which also freezes embeddings tied to it",
+        )
+    if signal.vector_ND.shape[-1] != head.weight_VD.shape[1]:
+        raise SignalError(
+            f"signal.vector_ND has width {signal.vector_ND.shape[-1]}, but the head expects "
+            f"{head.weight_VD.shape[1]}",
+            fix="record the signal with this student's head",
+        )
     same_rows("signal.vector_ND", signal.vector_ND, rows)
     same_rows("signal.negative_entropy_N", signal.negative_entropy_N, rows)
     check_finite("signal.vector_ND", signal.vector_ND)
     check_finite("signal.negative_entropy_N", signal.negative_entropy_N)
 
 
-def _check_folded(signal: FoldedSignal, rows: int, vocab: int) -> None:
+def _check_folded(signal: FoldedSignal, head: LMHead, rows: int, vocab: int) -> None:
     fold, inner = signal.fold, signal.signal
     if fold.student_V.shape != (vocab,):
         raise SignalError(
@@ -293,8 +286,8 @@ def _check_folded(signal: FoldedSignal, rows: int, vocab: int) -> None:
             f"has {vocab} tokens",
             fix="pass one root for each of the student's tokens",
         )
-    check_ids("signal.fold.student_V", fold.student_V[:, None], fold.roots)
-    check_ids("signal.fold.teacher_W", fold.teacher_W[:, None], fold.roots)
+    check_ids("signal.fold.student_V", fold.student_V, fold.roots)
+    check_ids("signal.fold.teacher_W", fold.teacher_W, fold.roots)
     if isinstance(inner, DenseSignal) and len(inner.head.weight_VD) < len(fold.teacher_W):
         raise SignalError(
             f"signal.fold.teacher_W has {len(fold.teacher_W)} tokens, but the teacher's head "
@@ -302,7 +295,7 @@ def _check_folded(signal: FoldedSignal, rows: int, vocab: int) -> None:
             fix="pass one root for each row of the teacher's head that is a token",
         )
     same_rows("signal.covered_N", signal.covered_N, rows)
-    check_signal(inner, rows, fold.roots)
+    _check_signal(inner, head, rows, fold.roots)
 
 
 def _check_sampled(signal: SampledSignal, rows: int, vocab: int) -> None:
@@ -353,10 +346,9 @@ def check_ids(name: str, ids: Tensor, vocab: int) -> None:
     low, high = torch.aminmax(ids)
     if int(low) >= 0 and int(high) < vocab:
         return
-    wrong = ((ids < 0) | (ids >= vocab)).reshape(ids.shape[0], -1)
-    row = int(wrong.any(1).nonzero()[0])
-    value = int(ids.reshape(ids.shape[0], -1)[row][wrong[row]][0])
+    place = ((ids < 0) | (ids >= vocab)).nonzero()[0].tolist()
     raise SignalError(
-        f"{name} contains the id {value} in row {row}, but ids must be between 0 and {vocab - 1}",
+        f"{name} contains the id {int(ids[tuple(place)])} in row {place[0]}, but ids must be "
+        f"between 0 and {vocab - 1}",
         fix="keep only supervised rows (no -100), and use the same tokenizer for both models",
     )
