@@ -59,14 +59,10 @@ def chunk_loss(
     vocab = vocab_size or len(head.weight_VD)
     _check(hidden_ND, head, signal, targets_N, vocab)
     rows_PD, targets_P = hidden_ND[signal.rows_P], targets_N[signal.rows_P]
-    dtype = default_dtype(hidden_ND)
-    terms = (Term("cross_entropy"),)
-
-    def plan(grad: bool) -> Plan:
-        return Plan(terms, vocab, dtype, chunk_rows=None, factor=1.0, grad=grad)
-
+    terms, dtype = (Term("cross_entropy"),), default_dtype(hidden_ND)
+    plan = Plan(terms, vocab, dtype, chunk_rows=None, factor=1.0, grad=True)
     with torch.no_grad(), torch.autocast(hidden_ND.device.type, enabled=False):
-        read = Work(rows_PD, head, None, targets_P, None, plan(grad=False), [False] * 3)
+        read = Work(rows_PD, head, None, targets_P, None, plan, [False] * 3)
         read.run()
         log_p_C = signal.log_probs_C.to(read.losses_MN.dtype)
         log_q_C = torch.zeros_like(log_p_C).index_add_(0, signal.chunk_P, -read.losses_MN[0])
@@ -76,14 +72,7 @@ def chunk_loss(
     if not torch.is_grad_enabled():
         return LossSum(value, {name: value_C.sum()}, len(hidden_ND))
     along, _ = FusedLoss.apply(
-        rows_PD,
-        head.weight_VD,
-        head.bias_V,
-        head,
-        None,
-        targets_P,
-        -slope_P,
-        plan(grad=True),
+        rows_PD, head.weight_VD, head.bias_V, head, None, targets_P, -slope_P, plan
     )
     # `along` has the loss's gradient, but not its value.
     return LossSum(along + (value - along.detach()), {name: value_C.sum()}, len(hidden_ND))

@@ -9,8 +9,9 @@ Shapes: R windows, L positions, A relation heads, W width of a projection's outp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -40,11 +41,8 @@ def capture(attention: nn.Module) -> Iterator[AttentionStates]:
     require_projections(attention)
     caught: AttentionStates = {}
 
-    def keep(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            caught[name] = output
-
-        return hook
+    def keep(name: str, _module: nn.Module, _inputs: object, output: Tensor) -> None:
+        caught[name] = output
 
     def divide(_module: nn.Module, _inputs: object, output: Tensor) -> None:
         output_projection: Any = attention.get_submodule("o_proj")
@@ -56,7 +54,7 @@ def capture(attention: nn.Module) -> Iterator[AttentionStates]:
         handles = [fused.register_forward_hook(divide)]
     else:
         handles = [
-            attention.get_submodule(PROJECTIONS[name]).register_forward_hook(keep(name))
+            attention.get_submodule(PROJECTIONS[name]).register_forward_hook(partial(keep, name))
             for name in RELATIONS
         ]
     try:

@@ -51,27 +51,24 @@ def outputs(
     rows, vocabulary = student_bV.shape
     values_b = student_bV.new_empty(rows, dtype=torch.float32)
     cross_b = values_b.new_zeros(rows)
-    return (
-        values_b,
-        cross_b,
-        {
-            "student": student_bV,
-            "targets": values_b if targets_b is None else targets_b,
-            "values": values_b,
-            "cross": cross_b,
-            "student_stride": student_bV.stride(0),
-            "vocabulary": vocabulary,
-            "student_scale": scales.student,
-            "data_scale": scales.data,
-            "coefficient": scales.coefficient,
-            "of_data": scales.of_data,
-            "DATA": targets_b is not None,
-            "APART": targets_b is not None and scales.student != scales.data,
-            "GRAD": grad,
-            "COLUMNS": COLUMNS,
-            "num_warps": WARPS,
-        },
-    )
+    common = {
+        "student": student_bV,
+        "targets": values_b if targets_b is None else targets_b,
+        "values": values_b,
+        "cross": cross_b,
+        "student_stride": student_bV.stride(0),
+        "vocabulary": vocabulary,
+        "student_scale": scales.student,
+        "data_scale": scales.data,
+        "coefficient": scales.coefficient,
+        "of_data": scales.of_data,
+        "DATA": targets_b is not None,
+        "APART": targets_b is not None and scales.student != scales.data,
+        "GRAD": grad,
+        "COLUMNS": COLUMNS,
+        "num_warps": WARPS,
+    }
+    return values_b, cross_b, common
 
 
 def dense_rows(
