@@ -38,9 +38,9 @@ from stillhouse.generation.budget import Budget, Price, Spending
 from stillhouse.generation.sampling import next_tokens
 from stillhouse.language_model.job import within_vocabulary
 from stillhouse.objectives.fused import fused_loss
-from stillhouse.objectives.mixtures import Schedule
 from stillhouse.objectives.objective_config import LogitsTerm
 from stillhouse.objectives.objective_names import PARAMETERS
+from stillhouse.objectives.terms import Schedule
 from stillhouse.section import checked
 from stillhouse.signals import LMHead, LogitsSignal
 from stillhouse.signals.encodings import Stratified, TopK, TopP

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stillhouse.objectives.chunks import chunk_loss
-    from stillhouse.objectives.features import HiddenStateLoss, layer_logits_loss
+    from stillhouse.objectives.features import (
+        HiddenStateLoss,
+        LayerMap,
+        layer_logits_loss,
+        map_layers,
+    )
     from stillhouse.objectives.fused import fused_loss
-    from stillhouse.objectives.layers import LayerMap, map_layers
-    from stillhouse.objectives.mixtures import Mixture, Schedule, Tally
     from stillhouse.objectives.objective_names import PARAMETERS
     from stillhouse.objectives.relation import AttentionStates, capture, relation_loss
-    from stillhouse.objectives.terms import LossSum, Term
+    from stillhouse.objectives.terms import LossSum, Mixture, Schedule, Tally, Term
 
 __all__ = [
     "PARAMETERS",
@@ -36,13 +39,11 @@ __all__ = [
 
 _OWNERS = {
     "chunks": ["chunk_loss"],
-    "features": ["HiddenStateLoss", "layer_logits_loss"],
+    "features": ["HiddenStateLoss", "LayerMap", "layer_logits_loss", "map_layers"],
     "fused": ["fused_loss"],
-    "layers": ["LayerMap", "map_layers"],
-    "mixtures": ["Mixture", "Schedule", "Tally"],
     "objective_names": ["PARAMETERS"],
     "relation": ["AttentionStates", "capture", "relation_loss"],
-    "terms": ["LossSum", "Term"],
+    "terms": ["LossSum", "Mixture", "Schedule", "Tally", "Term"],
 }
 
 
