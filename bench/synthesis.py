@@ -229,7 +229,7 @@ def one_pass_a_pair(model: Any, prompts: list[list[int]], labels: list[list[int]
 
 def measure_labels(teacher: Path, labeled: Path, texts: int, by_pairs: int) -> dict[str, Any]:
     from stillhouse.classify.label_prompts import LabelPrompt, prompt_tokens
-    from stillhouse.classify.label_scoring import score_labels
+    from stillhouse.classify.label_scoring import label_scores
     from stillhouse.hardware import choose_precision, tune_allocator
     from stillhouse.teachers.load_model import load_model, load_tokenizer
 
@@ -250,11 +250,9 @@ def measure_labels(teacher: Path, labeled: Path, texts: int, by_pairs: int) -> d
     model, tokenizer = load_model(teacher, dtype=precision.dtype), load_tokenizer(teacher)
     words = prompt_tokens(prompt, tokenizer, 256)
     prompts = words.of(chosen)
-    list(score_labels(model, prompts[:2], words.labels))  # the first pass is slower
+    label_scores(model, prompts[:2], words.labels)  # the first pass is slower
     started = time.perf_counter()
-    scores = torch.zeros(texts, len(labels))
-    for numbers, scored in score_labels(model, prompts, words.labels):
-        scores[numbers] = scored
+    scores = label_scores(model, prompts, words.labels)
     shared = time.perf_counter() - started
     started = time.perf_counter()
     reference = one_pass_a_pair(model, prompts[:by_pairs], words.labels)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from transformers import FalconConfig, FalconForCausalLM, MistralConfig, MistralForCausalLM
@@ -11,8 +9,8 @@ from transformers import FalconConfig, FalconForCausalLM, MistralConfig, Mistral
 from stillhouse.classify import label_scoring as scoring
 from stillhouse.classify.label_scoring import (
     ROOT,
+    label_scores,
     label_tree,
-    score_labels,
     score_pairs,
     shared_prefix,
     tree_log_probabilities,
@@ -26,13 +24,6 @@ ANSWERS = ["a card.", "a car.", "a card swap.", "zebra.", "z."]
 def ids(texts: list[str]) -> list[list[int]]:
     words = tiny.tokenizer()
     return [words(text, add_special_tokens=False)["input_ids"] for text in texts]
-
-
-def all_scores(model: Any, prompts: list[list[int]], labels: list[list[int]]) -> torch.Tensor:
-    found = torch.full((len(prompts), len(labels)), torch.nan)
-    for chosen, rows in score_labels(model, prompts, labels):
-        found[chosen] = rows
-    return found
 
 
 def test_a_tree_contains_each_common_prefix_once() -> None:
@@ -51,17 +42,17 @@ def test_the_tree_scores_labels_like_single_passes(answers: list[str], start: st
     model = tiny.llama()
     prompts, labels = ids([f"{start}{text} ->" for text in TEXTS]), ids(answers)
     torch.testing.assert_close(
-        all_scores(model, prompts, labels), score_pairs(model, prompts, labels)
+        label_scores(model, prompts, labels), score_pairs(model, prompts, labels)
     )
 
 
 def test_batches_of_one_text_score_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.llama()
     prompts, labels = ids([f"start {text}" for text in TEXTS]), ids(ANSWERS)
-    together = all_scores(model, prompts, labels)
+    together = label_scores(model, prompts, labels)
     monkeypatch.setattr(scoring, "TOKENS_TOGETHER", 1)
     monkeypatch.setattr(scoring, "_HEAD_ROWS", 3)
-    torch.testing.assert_close(all_scores(model, prompts, labels), together)
+    torch.testing.assert_close(label_scores(model, prompts, labels), together)
 
 
 @pytest.mark.parametrize("together", [16384, 40])
@@ -78,7 +69,7 @@ def test_a_model_with_a_sliding_window_scores_labels_like_single_passes(
     prompts, labels = ids(["a longer text than the window", "so"]), ids(["yes", "no", "z"])
     passes = []
     model.register_forward_pre_hook(lambda *_: passes.append(1))
-    found = all_scores(model, prompts, labels)
+    found = label_scores(model, prompts, labels)
     if together > 1000:
         assert len(passes) == 2 * len(prompts)
     torch.testing.assert_close(found, score_pairs(model, prompts, labels))
@@ -92,7 +83,7 @@ def test_a_model_with_alibi_scores_labels_like_single_passes() -> None:
     model = FalconForCausalLM(config).eval()
     prompts, labels = ids(TEXTS), ids(ANSWERS)
     torch.testing.assert_close(
-        all_scores(model, prompts, labels), score_pairs(model, prompts, labels)
+        label_scores(model, prompts, labels), score_pairs(model, prompts, labels)
     )
 
 

@@ -98,23 +98,6 @@ _HEAD_ROWS = 512
 """Number of rows whose logits over the full vocabulary are in memory at a time."""
 
 
-@dataclass(frozen=True)
-class Prefix:
-    """The shared prefix of all prompts. length: in tokens. cache: its keys and values; None if the
-    prefix is empty."""
-
-    length: int
-    cache: Any
-
-    def rows(self, count: int) -> Any:
-        """A copy of the cache for a forward pass over `count` prompts, which writes to it."""
-        if self.cache is None:
-            return None
-        cache = copy.deepcopy(self.cache)
-        cache.batch_repeat_interleave(count)
-        return cache
-
-
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """The number of tokens in the prompts' shared prefix, leaving at least one token of each."""
     # The first and the last prompt in lexicographic order share only what all prompts share.
@@ -127,63 +110,44 @@ def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
 
 
 @torch.no_grad()
-def score_labels(
-    model: Any, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Compute the log-probability of each label's tokens after each prompt. Yields, batch by batch,
-    the prompts' indices and their rows [B, C], float32 on the CPU.
-
-    model: a causal language model in eval mode. labels: none may be a prefix of another. Models
-    with sliding windows run at least twice for each prompt, and those with recurrent states once
-    for each prompt and label.
-    """
-    if not prompts:
-        return
-    if not fits_slots(model):
-        windows = fits_padding(model)
-        for index, prompt in enumerate(prompts):
-            if windows:
-                yield [index], score_with_cache(model, prompt, labels)[None]
-            else:
-                yield [index], score_pairs(model, [prompt], labels)
-        return
-    device = next(model.parameters()).device
-    tree = label_tree(labels).to(device)
-    prefix = _read_prefix(model, prompts[0][: shared_prefix(prompts)])
-    widths = [len(prompt) - prefix.length + tree.inner for prompt in prompts]
-    heap = HeapLimit()
-    for chosen in batches_by_length(widths):
-        rests = [prompts[index][prefix.length :] for index in chosen]
-        yield chosen, tree_log_probabilities(model, rests, tree, prefix).cpu()
-        heap.check()
-
-
 def label_scores(
     model: Any,
     prompts: Sequence[Sequence[int]],
     labels: Sequence[Sequence[int]],
     advance: Callable[[int], object] = lambda prompts: None,
 ) -> Tensor:
-    """Like `score_labels`, but return all rows in the order of the prompts, [N, C].
+    """The log-probability of each label's tokens after each prompt, [N, C] in float32 on the CPU.
 
-    advance: called after each batch, with the number of its prompts.
+    model: a causal language model in eval mode. labels: none may be a prefix of another. advance:
+    called after each batch, with the number of its prompts. Models with sliding windows run at
+    least twice for each prompt, and those with recurrent states once for each prompt and label.
     """
     scores_NC = torch.zeros(len(prompts), len(labels))
-    for chosen, scored in score_labels(model, prompts, labels):
-        scores_NC[chosen] = scored
-        advance(len(chosen))
-    return scores_NC
-
-
-def _read_prefix(model: Any, ids: Sequence[int]) -> Prefix:
-    if not ids:
-        return Prefix(0, None)
-    cache = DynamicCache(config=model.config)
+    if not prompts:
+        return scores_NC
+    if not fits_slots(model):
+        windows = fits_padding(model)
+        for row, prompt in enumerate(prompts):
+            if windows:
+                scores_NC[row] = score_with_cache(model, prompt, labels)
+            else:
+                scores_NC[row] = score_pairs(model, [prompt], labels)[0]
+            advance(1)
+        return scores_NC
     device = next(model.parameters()).device
-    model.base_model(
-        input_ids=torch.tensor([list(ids)], device=device), past_key_values=cache, use_cache=True
-    )
-    return Prefix(len(ids), cache)
+    tree = label_tree(labels).to(device)
+    shared, cache = shared_prefix(prompts), None
+    if shared:
+        cache = DynamicCache(config=model.config)
+        prefix_1P = torch.tensor([list(prompts[0][:shared])], device=device)
+        model.base_model(input_ids=prefix_1P, past_key_values=cache, use_cache=True)
+    heap = HeapLimit()
+    for chosen in batches_by_length([len(prompt) - shared + tree.inner for prompt in prompts]):
+        rests = [prompts[index][shared:] for index in chosen]
+        scores_NC[chosen] = tree_log_probabilities(model, rests, tree, cache).cpu()
+        advance(len(chosen))
+        heap.check()
+    return scores_NC
 
 
 def batches_by_length(lengths: Sequence[int]) -> Iterator[list[int]]:
@@ -202,9 +166,6 @@ def batches_by_length(lengths: Sequence[int]) -> Iterator[list[int]]:
         yield batch
 
 
-NO_PREFIX = Prefix(0, None)
-
-
 def fits_tree(model: Any, longest: int) -> bool:
     """Whether `tree_log_probabilities` is exact for this model, because every layer attends to all
     previous tokens or to a sliding window that contains them all.
@@ -219,14 +180,22 @@ def fits_tree(model: Any, longest: int) -> bool:
 
 
 def tree_log_probabilities(
-    model: Any, rests: Sequence[Sequence[int]], tree: LabelTree, prefix: Prefix = NO_PREFIX
+    model: Any,
+    rests: Sequence[Sequence[int]],
+    tree: LabelTree,
+    prefix: DynamicCache | None = None,
 ) -> Tensor:
     """Return the log-probability of each label after each prompt, [B, C] in float32, from one
     forward pass.
 
-    model: one that `fits_tree`. rests: the prompts without the prefix. Gradients flow if they are
-    enabled.
+    model: one that `fits_tree`. rests: the prompts without their shared prefix. prefix: its keys
+    and values; None if it is empty. Gradients flow if they are enabled.
     """
+    read, cache = 0, None
+    if prefix is not None:
+        read = prefix.get_seq_length()
+        cache = copy.deepcopy(prefix)  # the pass writes to it
+        cache.batch_repeat_interleave(len(rests))
     device = tree.nodes_T.device
     lengths_B = torch.tensor([len(rest) for rest in rests], device=device)
     longest = int(lengths_B.max())
@@ -234,12 +203,11 @@ def tree_log_probabilities(
     ids_BL = torch.tensor(padded, device=device)
     nodes_BT = tree.nodes_T.expand(len(rests), -1)
     places_BL = torch.arange(longest, device=device).expand(len(rests), -1)
-    positions = torch.cat([places_BL, lengths_B[:, None] + tree.depths_T], 1) + prefix.length
-    cache = prefix.rows(len(rests))
+    positions = torch.cat([places_BL, lengths_B[:, None] + tree.depths_T], 1) + read
     hidden = model.base_model(
         input_ids=torch.cat([ids_BL, nodes_BT], 1),
         position_ids=positions,
-        attention_mask=_mask(lengths_B, longest, tree, prefix.length),
+        attention_mask=_mask(lengths_B, longest, tree, read),
         past_key_values=cache,
         use_cache=cache is not None,
     ).last_hidden_state
@@ -284,9 +252,8 @@ def _edges(model: Any, states_BSD: Tensor, tree: LabelTree) -> Tensor:
     return chosen_NU[at_NE, columns_E] - total_N[at_NE]
 
 
-@torch.no_grad()
 def score_with_cache(model: Any, prompt: Sequence[int], labels: Sequence[Sequence[int]]) -> Tensor:
-    """Like `score_labels` for one prompt, [C]. The prompt runs once; the labels then run in
+    """Like `label_scores` for one prompt, [C]. The prompt runs once; the labels then run in
     parallel, each with a copy of its keys and values."""
     device = next(model.parameters()).device
     read = model(input_ids=torch.tensor([list(prompt)], device=device), use_cache=True)
@@ -314,7 +281,7 @@ def score_with_cache(model: Any, prompt: Sequence[int], labels: Sequence[Sequenc
 def score_pairs(
     model: Any, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
 ) -> Tensor:
-    """Like `score_labels`, [B, C], with one forward pass for each prompt and label.
+    """Like `label_scores`, [B, C], with one forward pass for each prompt and label.
 
     model: any causal language model. Gradients flow if they are enabled.
     """
