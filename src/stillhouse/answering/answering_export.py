@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from stillhouse.answering.answer_texts import TEXTS, AnswerTexts
 from stillhouse.answering.answering_job import AnsweringJob
-from stillhouse.atomic_files import write_atomically
-from stillhouse.errors import ModelError
 from stillhouse.evaluation.answers import AnswersEvaluation
 from stillhouse.evaluation.metrics import metrics_of
 from stillhouse.evaluation.results import EVALUATION
@@ -27,25 +24,27 @@ from stillhouse.report.page import Report
 from stillhouse.report.sections import RunFacts
 from stillhouse.runfolder import Outcome, Stage, StagePlan
 from stillhouse.section import recipe_yaml
-from stillhouse.tasks.task_facts import card_hashes, text_files
+from stillhouse.tasks.task_facts import StudentFacts, card_hashes, text_files
 from stillhouse.training.checkpoints import METRICS, read_metrics
 from stillhouse.training.train import MODEL
 
-FACTS = "answering.json"
 _REPLAYED = 2
 _USE = (
     "`stillhouse predict FOLDER texts.jsonl` writes an answer for each text. Its prompt is in "
-    f"`{FACTS}`."
+    "`answering.json`."
 )
 
 
 @dataclass(frozen=True)
-class AnsweringFacts:
+class AnsweringFacts(StudentFacts):
     """Everything needed to prompt the student.
 
     examples: pairs of a user message and its answer. json_schema: the schema of a valid answer;
     None for free text.
     """
+
+    FILE: ClassVar[str] = "answering.json"
+    STUDENT: ClassVar[str] = "a student of an extract or generate task"
 
     kind: str
     prompt: str
@@ -69,21 +68,6 @@ class AnsweringFacts:
     def messages(self, text: str) -> tuple[Message, ...]:
         examples = tuple((prompt, answer) for prompt, answer in self.examples)
         return Frame(self.system, examples).teacher_sees(user_turn(filled(self.prompt, text)))
-
-    def save(self, folder: Path) -> None:
-        write_atomically(folder / FACTS, json.dumps(asdict(self), ensure_ascii=False, indent=2))
-
-    @classmethod
-    def load(cls, folder: Path) -> AnsweringFacts:
-        """Load the facts from a model's folder. Raises ModelError."""
-        try:
-            return cls(**json.loads((folder / FACTS).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise ModelError(
-                f"this folder does not contain a student of an extract or generate task ({error})",
-                where=folder / FACTS,
-                fix="use the run folder of a recipe with `task`, or its model",
-            ) from None
 
 
 def plan_answers_export(

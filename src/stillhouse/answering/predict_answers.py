@@ -13,7 +13,7 @@ from stillhouse.answering.answering_evaluation import (
     read_json,
     request_for,
 )
-from stillhouse.answering.answering_export import FACTS, AnsweringFacts
+from stillhouse.answering.answering_export import AnsweringFacts
 from stillhouse.generation.generator import TextGenerator
 from stillhouse.generation.local_generator import LocalGenerator, open_local
 from stillhouse.pipeline.kind import Rows
@@ -25,7 +25,7 @@ TOGETHER = 64
 def answers_predictor(folder: Path) -> Callable[[Iterable[str]], Rows] | None:
     """A function that answers texts with the student in the folder; None if there is none.
     Raises ModelError."""
-    if not (folder / FACTS).is_file():
+    if not (folder / AnsweringFacts.FILE).is_file():
         return None
     return partial(predicted_answers, open_local(folder), AnsweringFacts.load(folder))
 

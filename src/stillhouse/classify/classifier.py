@@ -6,17 +6,17 @@ the labels after a prompt. Shapes: B texts of a batch, N texts, C labels.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from stillhouse.atomic_files import write_atomically
 from stillhouse.classify.label_prompts import LabelPrompt, PromptTokens, cut, prompt_tokens
 from stillhouse.classify.label_scoring import (
     LabelTree,
@@ -27,17 +27,20 @@ from stillhouse.classify.label_scoring import (
     tree_log_probabilities,
 )
 from stillhouse.errors import ModelError
-from stillhouse.hardware import default_device
+from stillhouse.hardware import choose_precision, default_device
+from stillhouse.pipeline.kind import Rows
 from stillhouse.shared_work import ALONE, Processes
+from stillhouse.tasks.task_facts import StudentFacts
 from stillhouse.teachers.load_model import check_loadable, load_model, load_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.weights import weight_files
 
-FACTS = "classifier.json"
+TOGETHER = 256
+"""Number of new texts that are labeled together."""
 
 
 @dataclass(frozen=True)
-class Facts:
+class Facts(StudentFacts):
     """Everything needed to use a classifier's weights.
 
     labels: each label with its phrase. prompt: a language model's prompt; None for a classification
@@ -46,26 +49,15 @@ class Facts:
     reads the mean of the last hidden states, instead of the last one as in transformers.
     """
 
+    FILE: ClassVar[str] = "classifier.json"
+    STUDENT: ClassVar[str] = "a Stillhouse classifier"
+
     labels: dict[str, str]
     max_tokens: int
     prompt: dict[str, Any] | None = None
     prior: list[float] | None = None
     threshold: float | None = None
     mean_pooling: bool = False
-
-    def save(self, folder: Path) -> None:
-        write_atomically(folder / FACTS, json.dumps(asdict(self), ensure_ascii=False, indent=2))
-
-    @classmethod
-    def load(cls, folder: Path) -> Facts:
-        try:
-            return cls(**json.loads((folder / FACTS).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise ModelError(
-                f"this folder does not contain a Stillhouse classifier ({error})",
-                where=folder / FACTS,
-                fix="use the run folder of a recipe with `task`, or its model",
-            ) from None
 
 
 class Classifier:
@@ -113,7 +105,12 @@ class Classifier:
     def head_logits(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits of a classification head, [B, C] in float32."""
         if self.facts.mean_pooling:
-            return _read_mean(model, input_ids, attention_mask)
+            hidden_BLD = model.base_model(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            ).last_hidden_state.float()
+            mask_BL1 = attention_mask[..., None]
+            mean_BD = (hidden_BLD * mask_BL1).sum(1) / mask_BL1.sum(1)
+            return model.score(mean_BD.to(model.score.weight.dtype)).float()
         logits_BC: Tensor = model(input_ids=input_ids, attention_mask=attention_mask).logits
         return logits_BC.float()
 
@@ -129,15 +126,6 @@ class Classifier:
         for chosen in processes.in_turn(list(batches_by_length([*map(len, rows)]))):
             own_NC[chosen] = self.logits([rows[index] for index in chosen]).softmax(-1).cpu()
         return torch.stack(processes.collect(own_NC)).sum(0)  # each row is 0 in all but one
-
-
-def _read_mean(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    hidden_BLD = model.base_model(
-        input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-    ).last_hidden_state.float()
-    mask_BL1 = attention_mask[..., None]
-    mean_BD = (hidden_BLD * mask_BL1).sum(1) / mask_BL1.sum(1)
-    return model.score(mean_BD.to(model.score.weight.dtype)).float()
 
 
 def check_classifier(folder: Path) -> None:
@@ -157,18 +145,53 @@ def load_classifier(folder: Path, *, dtype: torch.dtype = torch.float32) -> Clas
         model = load_model(folder, dtype=dtype)
     else:
         weight_files(folder)
-        with quiet():
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                folder,
-                dtype=dtype,
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        if info["missing_keys"]:
+        model, missing = load_with_head(folder, dtype=dtype)
+        if missing:
             raise ModelError(
-                f"weights are missing: {sorted(info['missing_keys'])[0]}",
+                f"weights are missing: {missing[0]}",
                 where=folder,
                 fix="copy the folder again, or recreate it with `stillhouse run`",
             )
     return Classifier(model.to(default_device()).eval(), tokenizer, facts)
+
+
+def load_with_head(folder: Path, **options: Any) -> tuple[Any, list[str]]:
+    """A model with a classification head, and the names of the weights that its folder lacks."""
+    with quiet():
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            folder, **options, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    return model, sorted(info["missing_keys"])
+
+
+# --- labels of new texts --------------------------------------------------------------------------
+
+
+def classifier_predictor(folder: Path) -> Callable[[Iterable[str]], Rows] | None:
+    """A function that labels texts with the classifier in the folder; None if there is none."""
+    if not (folder / Facts.FILE).is_file():
+        return None
+    dtype = choose_precision("auto").dtype
+    return partial(predictions, load_classifier(folder, dtype=dtype))
+
+
+def predictions(classifier: Classifier, texts: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """In the order of the texts: text, label, confidence, probabilities, abstain.
+
+    abstain: whether the confidence is below the threshold that the run chose; None without one.
+    """
+    texts = iter(texts)
+    threshold = classifier.facts.threshold
+    while some := list(itertools.islice(texts, TOGETHER)):
+        p_NC = classifier.probabilities(some)
+        for text, p_C in zip(some, p_NC.tolist(), strict=True):
+            best = max(range(len(p_C)), key=p_C.__getitem__)
+            yield {
+                "text": text,
+                "label": classifier.labels[best],
+                "confidence": round(p_C[best], 6),
+                "abstain": None if threshold is None else p_C[best] < threshold,
+                "probabilities": {
+                    label: round(p, 6) for label, p in zip(classifier.labels, p_C, strict=True)
+                },
+            }

@@ -14,7 +14,7 @@ from transformers import (
     ModernBertForSequenceClassification,
 )
 
-from stillhouse.classify.classifier import Facts
+from stillhouse.classify.classifier import Facts, load_with_head
 from stillhouse.classify.classify_config import (
     ClassifierStudent,
     PretrainedClassifier,
@@ -39,13 +39,9 @@ def student_source(
     section: ClassifierStudent, teacher: ModelSource | None, base: Path
 ) -> ModelSource:
     """The model that the student is built from, or whose tokenizer it uses. Raises ModelError."""
-    match section:
-        case PretrainedClassifier():
-            return resolve_model(section.model, revision=section.revision, base=base)
-        case TruncatedClassifier():
-            named = section.model
-        case RandomClassifier():
-            named = section.tokenizer
+    if isinstance(section, PretrainedClassifier):
+        return resolve_model(section.model, revision=section.revision, base=base)
+    named = section.model if isinstance(section, TruncatedClassifier) else section.tokenizer
     if named is not None:
         return resolve_model(named, base=base)
     assert teacher is not None
@@ -134,19 +130,13 @@ def _names(labels: list[str]) -> dict[str, Any]:
 def _with_head(path: Path, labels: list[str]) -> Any:
     """Load a checkpoint with a new classification head; all other weights must be present."""
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            path,
-            **_names(labels),
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
+        model, missing = load_with_head(
+            path, **_names(labels), dtype=torch.float32, ignore_mismatched_sizes=True
         )
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         raise _headless(path, error) from error
     prefix = f"{model.base_model_prefix}."
-    lost = [name for name in sorted(info["missing_keys"]) if name.startswith(prefix)]
+    lost = [name for name in missing if name.startswith(prefix)]
     # A pooler is new if the encoder was trained without one; anything else would be a guess.
     lost = [name for name in lost if not name.startswith(f"{prefix}pooler.")]
     if lost:

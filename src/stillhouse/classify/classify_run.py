@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from stillhouse.classify.classifier import classifier_predictor
 from stillhouse.classify.classifier_evaluation import plan_classifier_evaluation
 from stillhouse.classify.classifier_export import plan_classifier_export, plan_classifier_report
 from stillhouse.classify.classify_check import (
@@ -23,7 +24,6 @@ from stillhouse.classify.classify_stages import (
     plan_texts,
     with_gold,
 )
-from stillhouse.classify.predict_labels import classifier_predictor
 from stillhouse.evaluation.classification_results import ClassificationEvaluation
 from stillhouse.language_model.export_stage import EXPORT_PURPOSE, PUSH, shipped_folder
 from stillhouse.pipeline.kind import Kind, Link, Step

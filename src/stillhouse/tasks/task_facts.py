@@ -1,10 +1,15 @@
-"""A task's teacher and texts, as its stages, keys, and model card identify them."""
+"""A task's teacher and texts, as its stages, keys, and model card identify them; and the facts that
+are needed to use its student."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
+from stillhouse.atomic_files import write_atomically
+from stillhouse.errors import ModelError
 from stillhouse.generation.generation_config import TaskTeacher
 from stillhouse.runfolder import Stage
 from stillhouse.tasks.labeled_texts import files_sha256
@@ -45,3 +50,28 @@ def card_hashes(teacher: ModelSource | None, texts: Stage, **others: str) -> dic
     """The hashes by which a model card identifies the student's origins."""
     known = {} if teacher is None else {"teacher": teacher.fingerprint}
     return {**known, "texts": texts.digest, **others}
+
+
+@dataclass(frozen=True)
+class StudentFacts:
+    """Everything needed to use a task's student, in a JSON file next to its weights."""
+
+    FILE: ClassVar[str]
+    STUDENT: ClassVar[str]
+    """The student in words, for messages."""
+
+    def save(self, folder: Path) -> None:
+        text = json.dumps(asdict(self), ensure_ascii=False, indent=2)
+        write_atomically(folder / self.FILE, text)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Load the facts from a model's folder. Raises ModelError."""
+        try:
+            return cls(**json.loads((folder / cls.FILE).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise ModelError(
+                f"this folder does not contain {cls.STUDENT} ({error})",
+                where=folder / cls.FILE,
+                fix="use the run folder of a recipe with `task`, or its model",
+            ) from None
