@@ -1,10 +1,11 @@
-"""The final stages of a classifier's run: export its folder, verify it in a process that uses only
-transformers, and write the report."""
+"""The final stages of a classifier's run: export its folder with model cards, verify it in a
+process that uses only transformers, and write the report."""
 
 from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,6 @@ from typing import Any
 import torch
 
 from stillhouse.classify.classifier import Classifier, Facts, load_classifier
-from stillhouse.classify.classifier_card import (
-    classifier_card,
-    write_checkpoint_card,
-    write_onnx_card,
-)
 from stillhouse.classify.classify_job import TaskJob
 from stillhouse.classify.fit import MODEL
 from stillhouse.classify.label_prompts import cut
@@ -24,16 +20,21 @@ from stillhouse.classify.label_scoring import batches_by_length
 from stillhouse.classify.task_texts import Texts
 from stillhouse.errors import ModelError
 from stillhouse.evaluation.classification_results import ClassificationEvaluation
+from stillhouse.evaluation.metrics import metrics_of
 from stillhouse.evaluation.results import EVALUATION
 from stillhouse.export.classifier_gate import ClassifierRows, replay_classifier
 from stillhouse.export.export_config import ClassifierExportRecipe
+from stillhouse.export.model_card import ModelCard, write_card
 from stillhouse.export.onnx_export import export_onnx
+from stillhouse.number_format import percent, size, tiny
 from stillhouse.pipeline.report_stage import plan_report
 from stillhouse.progress import note
 from stillhouse.report.classifier_report import classifier_report
 from stillhouse.report.page import Report
 from stillhouse.report.sections import RunFacts
 from stillhouse.runfolder import Outcome, Stage, StagePlan
+from stillhouse.section import recipe_yaml
+from stillhouse.tasks.task_facts import card_hashes, text_files
 from stillhouse.teachers.older_names import write_older_names
 from stillhouse.training.checkpoints import METRICS, read_metrics
 
@@ -158,3 +159,71 @@ def plan_classifier_report(job: TaskJob, stages: dict[str, Stage]) -> StagePlan:
         )
 
     return plan_report(job.recipe, stages, collect, version=3)
+
+
+# --- model cards ----------------------------------------------------------------------------------
+
+_USE = (
+    "`stillhouse predict FOLDER texts.jsonl` writes a label, probabilities, and whether to abstain "
+    "for each text."
+)
+_POOLED = (
+    "The head reads the mean of the last hidden states, but the `forward` of transformers' class "
+    "reads only the last token: use Stillhouse, or call `model.score(mean)` yourself."
+)
+_ONNX = (
+    "`model.onnx` is for onnxruntime: `input_ids` and `attention_mask` in, `logits` out, one for "
+    "each label in the order above. The tokenizer is next to it; `classifier.json` has the maximum "
+    "number of tokens in training and the threshold below which the classifier abstains."
+)
+_INT8 = "Weights of matrix products are quantized to 8 bits, their inputs dynamically."
+
+
+def classifier_card(
+    job: TaskJob, texts: Stage, trained: Stage, found: ClassificationEvaluation
+) -> ModelCard:
+    recipe, parts = job.recipe, texts.summary
+    facts = Facts.load(trained.path / MODEL)
+    made_of = {"student's start": job.student.fingerprint, "checkpoint": trained.digest}
+    return ModelCard(
+        name=recipe.name,
+        pipeline="text-classification",
+        origins=job.made_with,
+        about=[
+            f"A classifier of {len(found.labels)} labels, distilled from {job.described} with "
+            "Stillhouse.",
+            f"Labels: {', '.join(found.labels)}.",
+        ],
+        metrics=metrics_of(found),
+        data=f"{parts['train']:,} training texts, {parts['calibration']:,} for the threshold and "
+        f"{parts['test']:,} test texts, from {text_files(recipe.data)}",
+        recipe=recipe_yaml(recipe),
+        hashes=card_hashes(job.teacher, texts, **made_of),
+        limits=[
+            f"It reads at most the first {facts.max_tokens:,} tokens of a text.",
+            "It always returns a label, even if none fits the text: use the threshold.",
+        ],
+    )
+
+
+def write_checkpoint_card(folder: Path, card: ModelCard, difference: float) -> None:
+    """Write a checkpoint's card. difference: maximum difference between a probability and the
+    trained checkpoint's."""
+    use = f"{_USE}\n\n{_POOLED}" if Facts.load(folder).mean_pooling else _USE
+    replay = (
+        "Loaded by a process that imports only transformers, its probabilities differ from the "
+        f"trained checkpoint's by at most {difference:.2g}."
+    )
+    write_card(folder, card, library="transformers", use=use, replay=replay)
+
+
+def write_onnx_card(folder: Path, card: ModelCard, replay: Mapping[str, Any]) -> None:
+    """Write an ONNX file's card. replay: the result of `ship_onnx` for this format."""
+    use = f"{_ONNX} {_INT8}" if replay["format"] == "onnx-int8" else _ONNX
+    sentence = (
+        f"The table is the checkpoint's. In onnxruntime this file ({replay['format']}, "
+        f"{size(replay['bytes'])}) differs from it by {tiny(max(0.0, replay['kl']))} nats/text "
+        f"and returns the same top-1 label for {percent(replay['top1_agreement'], 1)} of "
+        f"{replay['texts']:,} texts."
+    )
+    write_card(folder, card, library="onnx", use=use, replay=sentence)
