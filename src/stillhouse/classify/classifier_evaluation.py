@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from stillhouse.classify.classifier import Classifier, load_classifier
@@ -33,6 +32,9 @@ from stillhouse.hardware import choose_precision, cores_of, peak_memory_bytes
 from stillhouse.runfolder import Outcome, Stage, StagePlan
 from stillhouse.shared_work import Processes, all_processes
 from stillhouse.tasks.labeled_texts import LabeledText
+
+Labeled = tuple[Mapping[Part, Tensor], Mapping[str, Any]]
+"""A classifier's probabilities [N, C] for the texts of each part, and its size."""
 
 _SPEED_SECONDS, _ROUNDS = 1.0, 2
 
@@ -68,17 +70,9 @@ def plan_classifier_evaluation(
     return StagePlan("evaluate", inputs, work, version=4, together=True)
 
 
-@dataclass(frozen=True)
-class _Labeled:
-    """A classifier's probabilities [N, C] for the texts of each part, and its size."""
-
-    p: Mapping[Part, Tensor]
-    facts: Mapping[str, Any]
-
-
 def _label(
     folder: Path, found: Texts, recipe: ClassifyRecipe, processes: Processes, *, abstains: bool
-) -> _Labeled:
+) -> Labeled:
     """Label the texts, of which each process does a share. abstains: also label the texts on which
     the threshold is chosen."""
     classifier = _loaded(folder, recipe)
@@ -87,11 +81,15 @@ def _label(
         part: classifier.probabilities([row.text for row in found.part(part)], processes)
         for part in parts
     }
-    return _Labeled(p, _facts_of(classifier, folder))
+    files = folder.glob("*.safetensors")
+    return p, {
+        "parameters": sum(parameter.numel() for parameter in classifier.model.parameters()),
+        "bytes_on_disk": sum(file.stat().st_size for file in files),
+    }
 
 
 def _evaluate(
-    job: TaskJob, found: Texts, judged: Stage, labeled: Mapping[str, _Labeled], student: Path
+    job: TaskJob, found: Texts, judged: Stage, labeled: Mapping[str, Labeled], student: Path
 ) -> ClassificationEvaluation:
     recipe, labels = job.recipe, list(found.labels)
     scores = Judgment.load(judged.path)
@@ -100,41 +98,28 @@ def _evaluate(
     rows = {part: found.part(part) for part in measured}
     notes = _notes(job, found, judged, int(teacher["test"].isnan().any(-1).sum()))
     notes += _gold_notes(rows["test"], found.train if "fine_tuned" in labeled else [])
-    gold = {part: _gold(rows[part], labels) for part in measured}
+    gold = {part: gold_ids(rows[part], labels) for part in measured}
     sample = [row.text for row in rows["test"][: recipe.evaluate.speed_texts]]
     teacher_facts: dict[str, Any] = {}
     if job.teacher is not None:
         teacher_facts["parameters"] = judged.summary["parameters"]
     results = []
-    for role, one in labeled.items():
-        facts = dict(one.facts)
+    for role, (p, size) in labeled.items():
+        facts = dict(size)
         if role == "student":
             rates = _rates(job, found, _loaded(student, recipe), sample)
             teacher_facts["texts_per_s"], facts["texts_per_s"] = rates
-        result = measure(role, one.p["test"], teacher["test"], gold["test"])
+        result = measure(role, p["test"], teacher["test"], gold["test"])
         results.append(ClassifierResult(**{**asdict(result), **facts}))
     own = asdict(measure("teacher", teacher["test"], teacher["test"], gold["test"]))
     results.insert(0, ClassifierResult(**{**own, **teacher_facts}))
-    abstention, curve = _abstention(recipe, labeled["student"].p, teacher, gold, notes)
+    abstention, curve = _abstention(recipe, labeled["student"][0], teacher, gold, notes)
     return ClassificationEvaluation(labels, len(rows["test"]), results, abstention, curve, notes)
-
-
-def _gold(rows: list[LabeledText], labels: list[str]) -> Tensor | None:
-    ids = gold_ids(rows, labels)
-    return None if ids is None else torch.tensor(ids)
 
 
 def _loaded(folder: Path, recipe: ClassifyRecipe) -> Classifier:
     dtype = choose_precision(recipe.train.precision).dtype
     return load_classifier(folder, dtype=dtype)
-
-
-def _facts_of(classifier: Classifier, folder: Path) -> dict[str, Any]:
-    files = folder.glob("*.safetensors")
-    return {
-        "parameters": sum(parameter.numel() for parameter in classifier.model.parameters()),
-        "bytes_on_disk": sum(file.stat().st_size for file in files),
-    }
 
 
 def _rates(

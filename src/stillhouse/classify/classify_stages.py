@@ -20,7 +20,14 @@ from stillhouse.classify.classify_config import PretrainedClassifier, RandomClas
 from stillhouse.classify.classify_job import TaskJob
 from stillhouse.classify.fit import MODEL, fit
 from stillhouse.classify.label_judgment import CHUNKS, Judgment, label_by_api, score_texts
-from stillhouse.classify.task_texts import UNKNOWN, Texts, gold_ids, labels_sha256, prepare_texts
+from stillhouse.classify.task_texts import (
+    PARTS,
+    UNKNOWN,
+    Texts,
+    gold_ids,
+    labels_sha256,
+    prepare_texts,
+)
 from stillhouse.data.turn_end import turn_end
 from stillhouse.generation.request import endpoint_of
 from stillhouse.hardware import peak_memory_bytes
@@ -44,9 +51,7 @@ def plan_texts(job: TaskJob) -> StagePlan:
         return Outcome(
             summary={
                 "labels": len(found.labels),
-                "train": len(found.train),
-                "calibration": len(found.calibration),
-                "test": len(found.test),
+                **{name: len(found.part(name)) for name in PARTS},
                 "repeated": found.repeated,
             }
         )
@@ -179,13 +184,12 @@ def with_gold(job: TaskJob, stages: Mapping[str, Stage], _do: Do) -> TaskJob:
 def plan_gold_training(job: TaskJob, texts: Stage, student: Stage) -> StagePlan:
     """Train the same student on the same texts, as far as they have reference labels."""
     found = Texts.load(texts.path)
-    gold = gold_ids(found.train, list(found.labels))
-    assert gold is not None
+    gold_N = gold_ids(found.train, list(found.labels))
+    assert gold_N is not None
 
     def targets() -> tuple[list[str], Tensor]:
-        known = [index for index, label in enumerate(gold) if label != UNKNOWN]
-        gold_N = torch.tensor(gold)[known]
-        truth_NC = torch.nn.functional.one_hot(gold_N, len(found.labels))
+        known = (gold_N != UNKNOWN).nonzero().flatten().tolist()
+        truth_NC = torch.nn.functional.one_hot(gold_N[known], len(found.labels))
         return [found.train[index].text for index in known], truth_NC.float()
 
     return _training("baseline", job, student, texts, {}, targets)

@@ -10,6 +10,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from stillhouse.atomic_files import write_atomically
 from stillhouse.checksums import sha
 from stillhouse.classify.classify_config import (
@@ -67,7 +70,7 @@ class Texts:
     notes: tuple[str, ...] = ()
 
     def part(self, name: Part) -> list[LabeledText]:
-        return {"train": self.train, "calibration": self.calibration, "test": self.test}[name]
+        return getattr(self, name)
 
     @property
     def all(self) -> list[LabeledText]:
@@ -91,13 +94,13 @@ class Texts:
         return cls(facts["labels"], repeated=facts["repeated"], **parts)
 
 
-def gold_ids(texts: Sequence[LabeledText], labels: Sequence[str]) -> list[int] | None:
-    """Return the index of each text's reference label, `UNKNOWN` if it has none; None if fewer than
-    `FEWEST` texts have one."""
+def gold_ids(texts: Sequence[LabeledText], labels: Sequence[str]) -> Tensor | None:
+    """Return the index of each text's reference label, [N], `UNKNOWN` if it has none; None if fewer
+    than `FEWEST` texts have one."""
     if sum(row.gold is not None for row in texts) < FEWEST:
         return None
     index = {label: number for number, label in enumerate(labels)}
-    return [UNKNOWN if row.gold is None else index[row.gold] for row in texts]
+    return torch.tensor([UNKNOWN if row.gold is None else index[row.gold] for row in texts])
 
 
 def prepare_texts(recipe: ClassifyRecipe, base: Path) -> Texts:
