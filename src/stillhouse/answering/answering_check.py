@@ -11,11 +11,7 @@ from rich.text import Text
 
 from stillhouse.answering.answering_config import AnsweringRecipe
 from stillhouse.answering.answering_evaluation import load_scorer
-from stillhouse.answering.answering_job import (
-    AnsweringJob,
-    find_answering,
-    training_recipe,
-)
+from stillhouse.answering.answering_job import AnsweringJob, find_answering, training_recipe
 from stillhouse.answering.comparison_judge import comparison_source
 from stillhouse.export.licenses import license_lines
 from stillhouse.finding import Finding
@@ -85,8 +81,7 @@ _VERDICT = [(user_turn("Which is better?"), "the judge's question")]
 
 def check_answer_texts(check: Check) -> Iterator[Finding]:
     job: AnsweringJob = check.job
-    recipe, base = job.recipe, job.base
-    texts = job.texts
+    recipe, texts = job.recipe, job.texts
     parts = f"{len(texts.train):,} to learn from, {len(texts.test):,} to measure on"
     repeated = f"; {texts.repeated:,} duplicates are left out" if texts.repeated else ""
     yield Finding("ok", "texts", parts + repeated)
@@ -94,7 +89,6 @@ def check_answer_texts(check: Check) -> Iterator[Finding]:
         few = f"there are only {len(texts.train):,} training texts"
         yield Finding("warning", "texts", few, "add more texts: they need no answers")
     if recipe.evaluate.scorer is not None:
-        load_scorer(recipe.evaluate.scorer, base)
         yield Finding("ok", "scorer", recipe.evaluate.scorer)
     yield Finding("ok", "teacher", job.described)
 

@@ -1,12 +1,17 @@
-"""The final stages of an answering run: a plain checkpoint with its prompt, and the report."""
+"""The final stages of an answering run, a plain checkpoint with its prompt and the report; and the
+answers of such a checkpoint to new texts."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from stillhouse.answering.answer_texts import TEXTS, AnswerTexts
+from stillhouse.answering.answering_evaluation import answers_in_order, read_json, request_for
 from stillhouse.answering.answering_job import AnsweringJob
 from stillhouse.evaluation.answers import AnswersEvaluation
 from stillhouse.evaluation.metrics import metrics_of
@@ -15,20 +20,26 @@ from stillhouse.export.checkpoint import export_checkpoint
 from stillhouse.export.gate import Gate
 from stillhouse.export.model_card import ModelCard, write_language_model_card
 from stillhouse.generation.chat_frame import Frame, filled, user_turn
+from stillhouse.generation.generator import TextGenerator
+from stillhouse.generation.local_generator import LocalGenerator, open_local
 from stillhouse.generation.request import Message
 from stillhouse.hardware import peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
+from stillhouse.pipeline.kind import Rows
 from stillhouse.pipeline.report_stage import plan_report
 from stillhouse.report.answers_report import answers_report
 from stillhouse.report.page import Report
 from stillhouse.report.sections import RunFacts
 from stillhouse.runfolder import Outcome, Stage, StagePlan
 from stillhouse.section import recipe_yaml
+from stillhouse.synthesis.filters import json_schema
 from stillhouse.tasks.task_facts import StudentFacts, card_hashes, text_files
 from stillhouse.training.checkpoints import METRICS, read_metrics
 from stillhouse.training.train import MODEL
 
 _REPLAYED = 2
+TOGETHER = 64
+"""Number of new texts that are answered together."""
 _USE = (
     "`stillhouse predict FOLDER texts.jsonl` writes an answer for each text. Its prompt is in "
     "`answering.json`."
@@ -132,3 +143,32 @@ def plan_answers_report(job: AnsweringJob, stages: dict[str, Stage]) -> StagePla
         )
 
     return plan_report(job.recipe, stages, collect, version=3)
+
+
+# --- answers to new texts -------------------------------------------------------------------------
+
+
+def answers_predictor(folder: Path) -> Callable[[Iterable[str]], Rows] | None:
+    """A function that answers texts with the student in the folder; None if there is none.
+    Raises ModelError."""
+    if not (folder / AnsweringFacts.FILE).is_file():
+        return None
+    return partial(predicted_answers, open_local(folder), AnsweringFacts.load(folder))
+
+
+def predicted_answers(
+    generator: TextGenerator[LocalGenerator], facts: AnsweringFacts, texts: Iterable[str]
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each text, in order, with `text` and `answer`.
+
+    For an extraction, a row also has `valid` and `value` (None if not valid). Raises ModelError.
+    """
+    validity = None if facts.json_schema is None else json_schema(facts.json_schema)
+    texts = iter(texts)
+    while some := list(itertools.islice(texts, TOGETHER)):
+        requests = [request_for(facts.messages(t), "student", facts.max_tokens) for t in some]
+        for text, answer in zip(some, answers_in_order(generator, requests), strict=True):
+            row: dict[str, Any] = {"text": text, "answer": answer}
+            if validity is not None:
+                row["valid"], row["value"] = read_json(answer, validity)
+            yield row

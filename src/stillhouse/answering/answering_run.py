@@ -22,14 +22,12 @@ from stillhouse.answering.answering_check import (
 )
 from stillhouse.answering.answering_config import AnsweringRecipe
 from stillhouse.answering.answering_evaluation import plan_answers_evaluation
-from stillhouse.answering.answering_export import plan_answers_export, plan_answers_report
-from stillhouse.answering.answering_job import (
-    GOLD,
-    AnsweringJob,
-    find_answering,
-    training_recipe,
+from stillhouse.answering.answering_export import (
+    answers_predictor,
+    plan_answers_export,
+    plan_answers_report,
 )
-from stillhouse.answering.predict_answers import answers_predictor
+from stillhouse.answering.answering_job import GOLD, AnsweringJob, find_answering, training_recipe
 from stillhouse.evaluation.answers import AnswersEvaluation
 from stillhouse.language_model.data_stage import plan_data
 from stillhouse.language_model.export_stage import EXPORT_PURPOSE
@@ -79,11 +77,6 @@ def _on_answers(plan: Callable[..., StagePlan]) -> Callable[..., StagePlan]:
     return lambda job, *stages: plan(job.training, *stages)
 
 
-def _on_gold(plan: Callable[..., StagePlan]) -> Callable[..., StagePlan]:
-    """Adapt a stage of the language-model job that trains on the reference answers."""
-    return lambda job, *stages: plan(job.gold, *stages)
-
-
 def _with_text_for_all(step: str) -> Then:
     """After a step that makes windows, raise RecipeError if there are fewer than processes."""
 
@@ -105,11 +98,6 @@ def _has_roots(job: AnsweringJob) -> bool:
     """Whether the teacher has a different tokenizer, and more than its text is learned."""
     found = job.training
     return found is not None and not job.recipe.learns_text_alone and has_other_tokenizers(found)
-
-
-def _plan_gold_data(job: AnsweringJob) -> StagePlan:
-    assert job.gold is not None
-    return replace(plan_data(job.gold), name="gold_data")
 
 
 STEPS = (
@@ -137,7 +125,7 @@ STEPS = (
     ),
     Step(
         "gold_data",
-        _plan_gold_data,
+        lambda job: replace(plan_data(job.gold), name="gold_data"),
         then=_with_text_for_all("gold_data"),
         applies=lambda job: job.gold is not None,
         purpose="cut the reference answers into windows of tokens",
@@ -173,7 +161,7 @@ STEPS = (
     ),
     Step(
         "baseline",
-        _on_gold(plan_baseline),
+        lambda job, data, student: plan_baseline(job.gold, data, student),
         ("gold_data", "student"),
         applies=lambda job: job.gold is not None,
         purpose="train the same student on the reference answers, for comparison",
