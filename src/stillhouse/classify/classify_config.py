@@ -5,13 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    WithJsonSchema,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator, model_validator
 
 from stillhouse.data.words import normalized
 from stillhouse.export.export_config import ClassifierExportRecipe
@@ -27,11 +21,7 @@ from stillhouse.field_types import (
     WeightDecay,
     Width,
 )
-from stillhouse.generation.generation_config import (
-    SamplingRecipe,
-    TaskTeacher,
-    check_text_teacher,
-)
+from stillhouse.generation.generation_config import SamplingRecipe, TaskTeacher, check_text_teacher
 from stillhouse.run_recipe import RunRecipe
 from stillhouse.section import Section
 from stillhouse.tasks.task_texts_config import TaskTextsRecipe, TextPrompt

@@ -114,19 +114,15 @@ def prepare_texts(recipe: ClassifyRecipe, base: Path) -> Texts:
     given = read_files(section.texts, base, label_of)
     tests = read_files(section.test, base, label_of)
     rows = [*given, *tests]
-    if recipe.task.labels is None and recipe.task.labels_path is None:
+    of_texts = recipe.task.labels is None and recipe.task.labels_path is None
+    if of_texts:
         rows = _with_whole_numbers(rows)
     labels = task_labels(recipe.task, base, rows)
     known = [_with_known_label(row, labels) for row in rows]
     agreed, notes = _one_label_each(known)
-    if recipe.task.labels is None and recipe.task.labels_path is None:
-        notes += (*_on_bare_labels(list(labels)), *_on_odd_labels(list(labels)))
+    if of_texts:
         labeled = sum(row.gold is not None for row in agreed)
-        if len(labels) > _MOST_LABELS * labeled:
-            notes += (
-                f"the {labeled:,} labeled texts have {len(labels):,} labels: check that "
-                "the column of the label contains classes",
-            )
+        notes += tuple(_on_labels(list(labels), labeled))
     given, tests = agreed[: len(given)], agreed[len(given) :]
     examples = [example.text for example in recipe.task.examples]
     train, test, repeated = divide_texts(given, tests, section.test_share, recipe.seed, examples)
@@ -235,20 +231,15 @@ def _nearest(label: str, labels: Mapping[str, str]) -> str:
     return f"{hint}labels are {', '.join(list(labels)[:12])}{' ...' if len(labels) > 12 else ''}"
 
 
-def _on_bare_labels(names: Sequence[str]) -> tuple[str, ...]:
-    """A note if the labels mean nothing to the teacher."""
-    if not all(re.fullmatch(r"[+-]?\d+(\.\d+)?|true|false", name.casefold()) for name in names):
-        return ()
-    return (
-        f"the labels are bare numbers or truth values ({', '.join(names[:8])}), which do not tell "
-        "the teacher what they mean: give each a phrase in task.labels, e.g. "
-        f'{{"{names[0]}": what it means}}',
-    )
-
-
-def _on_odd_labels(names: Sequence[str]) -> Iterator[str]:
-    """Yield notes on values that may not be labels: placeholders for an empty cell, or several
-    labels in one cell."""
+def _on_labels(names: Sequence[str], labeled: int) -> Iterator[str]:
+    """Yield notes on values that mean nothing to the teacher, or that may not be labels. labeled:
+    number of texts with a label."""
+    if all(re.fullmatch(r"[+-]?\d+(\.\d+)?|true|false", name.casefold()) for name in names):
+        yield (
+            f"the labels are bare numbers or truth values ({', '.join(names[:8])}), which do not "
+            "tell the teacher what they mean: give each a phrase in task.labels, e.g. "
+            f'{{"{names[0]}": what it means}}'
+        )
     for name in names:
         if _MISSING.fullmatch(name):
             yield (
@@ -260,11 +251,14 @@ def _on_odd_labels(names: Sequence[str]) -> Iterator[str]:
                 f"the label {name!r} consists of other labels: several labels per text are a "
                 "different task"
             )
+    if len(names) > _MOST_LABELS * labeled:
+        yield (
+            f"the {labeled:,} labeled texts have {len(names):,} labels: check that the column of "
+            "the label contains classes"
+        )
 
 
-def _one_label_each(
-    rows: Sequence[LabeledText],
-) -> tuple[list[LabeledText], tuple[str, ...]]:
+def _one_label_each(rows: Sequence[LabeledText]) -> tuple[list[LabeledText], tuple[str, ...]]:
     """Give equal texts the same label: the only one that any of them has, or None if they have
     several. Return the rows, and a note about conflicting labels.
 
