@@ -16,12 +16,7 @@ from stillhouse.classify.classify_job import TaskJob
 from stillhouse.classify.fit import MODEL
 from stillhouse.classify.label_judgment import Judgment, time_teacher
 from stillhouse.classify.task_texts import UNKNOWN, Part, Texts, gold_ids
-from stillhouse.evaluation.classification import (
-    answered,
-    choose_threshold,
-    coverage_curve,
-    measure,
-)
+from stillhouse.evaluation.classification import answered, choose_threshold, coverage_curve, measure
 from stillhouse.evaluation.classification_results import (
     Abstention,
     ClassificationEvaluation,
@@ -131,10 +126,10 @@ def _rates(
     """
     loaded = None if job.teacher is None else job.load_teacher(job.prompt(found))
     teacher, ours = [], []
-    for round_ in range(_ROUNDS):
+    if loaded is not None:
+        time_teacher(*loaded, sample[:4])  # the first pass is slower
+    for _ in range(_ROUNDS):
         if loaded is not None:
-            if round_ == 0:
-                time_teacher(*loaded, sample[:4])  # the first pass is slower
             teacher.append(time_teacher(*loaded, sample))
         ours.append(_time_student(student, sample))
     return max(teacher, default=None), max(ours)

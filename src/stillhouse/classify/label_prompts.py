@@ -127,10 +127,8 @@ def cut(text: str, tokenizer: Any, max_tokens: int) -> str:
 def _one_is_prefix(labels: Sequence[Sequence[int]]) -> bool:
     """Whether one label is a proper prefix of another."""
     # In lexicographic order, a prefix comes directly before a label that it is a prefix of.
-    ordered = sorted(list(label) for label in labels)
-    return any(
-        len(one) < len(other) and other[: len(one)] == one for one, other in pairwise(ordered)
-    )
+    ordered = sorted(map(list, labels))
+    return any(one != other and one == other[: len(one)] for one, other in pairwise(ordered))
 
 
 def _end_of_answer(tokenizer: Any, *, chat: bool) -> int:

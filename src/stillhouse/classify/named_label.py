@@ -127,7 +127,9 @@ def _value(text: str) -> str:
     except (ValueError, RecursionError):
         return text
     if isinstance(value, dict):
-        keyed = [_named(value[key]) for key in value if _KEY.fullmatch(key)]
+        keyed = [one for key, one in value.items() if _KEY.fullmatch(key)]
+        # JSON's true and false may be labels.
+        keyed = [json.dumps(one) if isinstance(one, bool) else one for one in keyed]
         true = [key for key, one in value.items() if one is True]
         value = (keyed or true or list(value.values()))[:2]
     if isinstance(value, list):
@@ -135,11 +137,6 @@ def _value(text: str) -> str:
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
-
-
-def _named(value: Any) -> Any:
-    """JSON's true and false as text, since these may be labels."""
-    return json.dumps(value) if isinstance(value, bool) else value
 
 
 def _leading(text: str, phrases: Phrases) -> int | None:

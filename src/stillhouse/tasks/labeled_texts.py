@@ -14,16 +14,9 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, TextIO
 
-from stillhouse.checksums import sha
 from stillhouse.data.data_files import FileFormat, known_format
 from stillhouse.data.file_search import find_files
-from stillhouse.data.row_reader import (
-    arriving_lines,
-    header_hint,
-    not_empty,
-    read_lines,
-    read_rows,
-)
+from stillhouse.data.row_reader import arriving_lines, header_hint, not_empty, read_lines, read_rows
 from stillhouse.data.words import collapsed, normalized
 from stillhouse.errors import DataError
 from stillhouse.section import made
@@ -49,10 +42,6 @@ class LabeledText:
     text: str
     gold: str | None = None
     where: str = ""
-
-
-def files_sha256(files: Sequence[TextFile], base: Path) -> list[str]:
-    return [sha(path) for file in files for path in find_files(file.path, base)]
 
 
 def read_files(

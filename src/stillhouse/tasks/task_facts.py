@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from stillhouse.atomic_files import write_atomically
+from stillhouse.checksums import sha
+from stillhouse.data.file_search import find_files
 from stillhouse.errors import ModelError
 from stillhouse.generation.generation_config import TaskTeacher
 from stillhouse.runfolder import Stage
-from stillhouse.tasks.labeled_texts import files_sha256
 from stillhouse.tasks.task_texts_config import TaskTextsRecipe
 from stillhouse.teachers.model_source import ModelSource, resolve_model
 
@@ -36,7 +37,11 @@ def texts_key(
     """
     key: dict[str, Any] = {
         "recipe": section.model_dump(mode="json", exclude={unread}),
-        "files": files_sha256([*section.texts, *section.test], base),
+        "files": [
+            sha(path)
+            for file in (*section.texts, *section.test)
+            for path in find_files(file.path, base)
+        ],
         "seed": seed,
     }
     return {**key, "examples": examples} if examples else key
