@@ -197,13 +197,7 @@ class Work:
             self._scale_rows_(self.dhidden_ND, slice(None), self.factor)
 
     def _run_part(
-        self,
-        part: slice,
-        student_mV: Tensor,
-        teacher_mV: Tensor | None,
-        block: int,
-        *,
-        grad: bool,
+        self, part: slice, student_mV: Tensor, teacher_mV: Tensor | None, block: int, *, grad: bool
     ) -> None:
         """Compute the losses of the rows `part`; overwrite their logits with ∂loss/∂logits.
 
@@ -259,7 +253,13 @@ class Work:
         Row weights multiply the narrow side of each product, never the logits.
         """
         if self.dhidden_ND is not None:
-            self._carry_to_hidden(dlogits_nV, self.dhidden_ND[rows], rows)
+            out_nD = self.dhidden_ND[rows]
+            if isinstance(self.signal, FrozenHeadSignal):
+                # Add before the product is rounded: for a good student, the two nearly cancel.
+                vector_nD, beta = self.signal.vector_ND[rows], -self.of_teacher / self.head.scale
+                torch.addmm(vector_nD, dlogits_nV, self.head.weight_VD, beta=beta, out=out_nD)
+            else:
+                product_(out_nD, dlogits_nV, self.head.weight_VD.T)
         vocab = self.plan.vocab_size
         if self.dweight_VD is not None:
             hidden_nD = self.hidden_ND[rows]
@@ -271,15 +271,6 @@ class Work:
         if self.dbias_V is not None:
             weights_n1 = self._scale_rows_(self.dbias_V.new_ones(len(dlogits_nV), 1), rows, 1.0)
             accumulate_columns_(self.dbias_V[:vocab], dlogits_nV, weights_n1, self.factor)
-
-    def _carry_to_hidden(self, dlogits_nV: Tensor, out_nD: Tensor, rows: slice) -> None:
-        if isinstance(self.signal, FrozenHeadSignal):
-            # Add before the product is rounded: for a good student, the two nearly cancel.
-            vector_nD = self.signal.vector_ND[rows]
-            beta = -self.of_teacher / self.head.scale
-            torch.addmm(vector_nD, dlogits_nV, self.head.weight_VD, beta=beta, out=out_nD)
-        else:
-            product_(out_nD, dlogits_nV, self.head.weight_VD.T)
 
     def _scale_rows_(self, tensor_nX: Tensor, rows: slice, factor: float) -> Tensor:
         if self.weights_N is not None:

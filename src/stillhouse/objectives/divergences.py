@@ -86,7 +86,12 @@ def jsd(pair: Pair, term: Term, h_bX: Tensor) -> Tensor:
     if beta in (0.0, 1.0):
         return h_bX.zero_().sum(-1)
     log_m_bX = _mixture(pair, beta).log_()
-    of_teacher_b, of_student_b = _both_from_mixture(pair, log_m_bX, h_bX)
+    # Not from q's scores: log(q / M) is bounded, while a score can be in the hundreds, and its
+    # rounding error would survive in the gradient, which is a difference.
+    torch.sub(pair.log_q(), log_m_bX, out=h_bX)
+    of_student_b = _expect(pair.q_bX, h_bX)
+    ratio_bX = torch.sub(pair.score_p_bX, log_m_bX, out=log_m_bX)
+    of_teacher_b = _expect(pair.p_bX, ratio_bX) - pair.lse_p_b
     return of_teacher_b.mul_(beta).add_(of_student_b, alpha=1.0 - beta)
 
 
@@ -205,18 +210,6 @@ def _mixture(pair: Pair, of_teacher: float) -> Tensor:
     """
     mixture_bX = torch.lerp(pair.q_bX, pair.p_bX, of_teacher, out=pair.work_bX)
     return mixture_bX.clamp_(min=torch.finfo(mixture_bX.dtype).tiny)
-
-
-def _both_from_mixture(pair: Pair, log_m_bX: Tensor, h_bX: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(p ‖ M) and KL(q ‖ M) of each row; h = q log(q / M).
-
-    Uses log q, not scores: log(q / M) is bounded, while a score can be in the hundreds, and its
-    rounding error would survive in the gradient, which is a difference.
-    """
-    torch.sub(pair.log_q(), log_m_bX, out=h_bX)
-    of_student_b = _expect(pair.q_bX, h_bX)
-    ratio_bX = torch.sub(pair.score_p_bX, log_m_bX, out=log_m_bX)
-    return _expect(pair.p_bX, ratio_bX) - pair.lse_p_b, of_student_b
 
 
 def _expect(weights_bX: Tensor, values_bX: Tensor) -> Tensor:

@@ -105,11 +105,7 @@ class HiddenStateLoss(nn.Module):
     """
 
     def __init__(
-        self,
-        pairs: LayerMap,
-        student_width: int,
-        teacher_width: int,
-        kind: Distance = "mse",
+        self, pairs: LayerMap, student_width: int, teacher_width: int, kind: Distance = "mse"
     ) -> None:
         super().__init__()
         if kind not in get_args(Distance):

@@ -100,12 +100,6 @@ class LogitsTerm(Weighted):
         "the LM head; null: the model's own output.",
     )
 
-    @model_validator(mode="after")
-    def _cross_entropy_keeps_temperature_one(self) -> LogitsTerm:
-        if self.divergence == "cross_entropy" and self.temperature != 1.0:
-            raise ValueError("cross_entropy has no temperature: remove the key")
-        return self
-
     @property
     def parameters(self) -> dict[str, float]:
         """The divergence's parameters, defaults filled in."""
@@ -116,6 +110,8 @@ class LogitsTerm(Weighted):
     @model_validator(mode="after")
     def _parameters_are_the_divergences(self) -> LogitsTerm:
         name, parameters = self.divergence, self.parameters
+        if name == "cross_entropy" and self.temperature != 1.0:
+            raise ValueError("cross_entropy has no temperature: remove the key")
         for key in ("alpha", "beta", "mu"):
             if getattr(self, key) is not None and key not in parameters:
                 accepted = ", ".join(parameters) or "no parameters"
