@@ -75,10 +75,7 @@ class GenerateTask(AnsweringTask):
 class AnswerSampling(SamplingRecipe):
     """The teacher's sampling settings."""
 
-    temperature: SamplingTemperature | None = Field(
-        0.0,
-        description=TEMPERATURE,
-    )
+    temperature: SamplingTemperature | None = Field(0.0, description=TEMPERATURE)
     max_tokens: AnswerTokens = Field(
         256,
         description="Maximum number of tokens in an answer, including its reasoning; also for the "

@@ -278,10 +278,7 @@ def answer_figures(
 
 
 def _json_figures(
-    validity: Filter,
-    rows: list[LabeledText],
-    answers: list[str],
-    teacher_answers: list[str | None],
+    validity: Filter, rows: list[LabeledText], answers: list[str], teacher_answers: list[str | None]
 ) -> tuple[dict[str, float], dict[str, float]]:
     ours = [read_json(text, validity) for text in answers]
     theirs = [read_json(text or "", validity) for text in teacher_answers]

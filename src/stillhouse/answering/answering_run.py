@@ -188,17 +188,14 @@ def _links(_job: AnsweringJob) -> dict[str, Link]:
     return {MODEL: ("export", MODEL), REPORT: ("report", REPORT)}
 
 
-def _kind(name: str) -> Kind:
-    return Kind(
-        name=name,
-        find=_find,
-        find_to_check=find_answering,
-        steps=STEPS,
-        links=_links,
-        load_evaluation=AnswersEvaluation.load,
-        preview=preview_answers,
-        predictor=answers_predictor,
-    )
-
-
-EXTRACT, GENERATE = _kind("extract"), _kind("generate")
+EXTRACT = Kind(
+    name="extract",
+    find=_find,
+    find_to_check=find_answering,
+    steps=STEPS,
+    links=_links,
+    load_evaluation=AnswersEvaluation.load,
+    preview=preview_answers,
+    predictor=answers_predictor,
+)
+GENERATE = replace(EXTRACT, name="generate")

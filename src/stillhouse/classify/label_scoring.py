@@ -235,21 +235,18 @@ def _mask(lengths_B: Tensor, longest: int, tree: LabelTree, prefix: int) -> Tens
 def _edges(model: Any, states_BSD: Tensor, tree: LabelTree) -> Tensor:
     """The log-probability of each edge's token after its parent node, [B, E]."""
     head = lm_head(model)
-    count, _, width = states_BSD.shape
-    flat_ND = states_BSD.reshape(-1, width)
-    sources_E = tree.edge_nodes_E - ROOT
-    at_NE = (torch.arange(count, device=sources_E.device)[:, None] * states_BSD.shape[1]) + (
-        sources_E
-    )
+    count, states, _ = states_BSD.shape
+    firsts_B = torch.arange(count, device=states_BSD.device) * states
+    at_BE = firsts_B[:, None] + tree.edge_nodes_E - ROOT  # rows of all prompts' states
     totals, chosen = [], []
     tokens = tree.edge_tokens_E.unique()
     columns_E = torch.searchsorted(tokens, tree.edge_tokens_E)
-    for part_ND in flat_ND.split(_HEAD_ROWS):
+    for part_ND in states_BSD.flatten(0, 1).split(_HEAD_ROWS):
         logits_NV = head_logits(head, part_ND).float()
         totals.append(logits_NV.logsumexp(-1))
         chosen.append(logits_NV[:, tokens])
     total_N, chosen_NU = torch.cat(totals), torch.cat(chosen)
-    return chosen_NU[at_NE, columns_E] - total_N[at_NE]
+    return chosen_NU[at_BE, columns_E] - total_N[at_BE]
 
 
 def score_with_cache(model: Any, prompt: Sequence[int], labels: Sequence[Sequence[int]]) -> Tensor:
