@@ -58,46 +58,31 @@ class RowKernels:
         """See `Blocks.run`."""
         from stillhouse.objectives import triton_entries, triton_kernel
 
-        of_divergence = 0.0 if self.divergence is None else self.divergence.coefficient
-        of_data = 0.0 if self.data is None else self.data.coefficient
-        scales = triton_kernel.Scales(self.scale, self.data_scale, of_divergence, of_data)
-        data_b = None if self.data is None else targets_b
         kind, parameter, divisor = "forward_kl", 0.0, 1.0
-        if self.divergence is not None:
-            kind, parameter, divisor = reduced(self.divergence.term)
-        else:
+        if self.divergence is None:
             teacher = None
+        else:
+            kind, parameter, divisor = reduced(self.divergence.term)
+        common = triton_kernel.arguments(
+            student_bV,
+            None if self.data is None else targets_b,
+            grad=grad,
+            student_scale=self.scale,
+            data_scale=self.data_scale,
+            coefficient=0.0 if self.divergence is None else self.divergence.coefficient,
+            of_data=0.0 if self.data is None else self.data.coefficient,
+        )
+        values_b = common["values"]
         if isinstance(teacher, Tensor):
-            values_b, cross_b = triton_kernel.dense_rows(
-                student_bV,
-                teacher,
-                data_b,
-                kind,
-                parameter,
-                scales,
-                teacher_scale=self.teacher_scale,
-                teacher_floor=self.teacher_floor,
-                grad=grad,
+            scale, floor = self.teacher_scale, self.teacher_floor
+            triton_kernel.dense_rows(
+                common, teacher, kind, parameter, teacher_scale=scale, teacher_floor=floor
             )
         elif isinstance(teacher, SparseSignal):
-            values_b, cross_b = triton_entries.sparse_rows(
-                student_bV,
-                teacher.ids_NK,
-                teacher.log_probs_NK,
-                teacher.tail_N,
-                data_b,
-                kind,
-                parameter,
-                scales,
-                grad=grad,
-            )
+            triton_entries.sparse_rows(common, teacher, kind, parameter)
         else:
-            ids_bK = counts_bK = None
-            if isinstance(teacher, SampledSignal):
-                ids_bK, counts_bK = teacher.ids_NK, teacher.counts_NK
-            values_b, cross_b = triton_entries.counted_rows(
-                student_bV, ids_bK, counts_bK, data_b, scales, grad=grad
-            )
+            counted = teacher if isinstance(teacher, SampledSignal) else None
+            triton_entries.counted_rows(common, counted)
             if isinstance(teacher, ProjectedRows) and self.divergence is not None:
                 score_b = teacher.score_b / self.divergence.term.temperature
                 values_b = teacher.negative_entropy_b + values_b - score_b
@@ -105,7 +90,7 @@ class RowKernels:
             factor = self.divergence.term.factor / divisor
             losses_Mb[self.divergence.place] = values_b * factor
         if self.data is not None:
-            losses_Mb[self.data.place] = cross_b * self.data.term.factor
+            losses_Mb[self.data.place] = common["cross"] * self.data.term.factor
 
 
 def runs_as_kernels(divergences: Iterable[str]) -> bool:

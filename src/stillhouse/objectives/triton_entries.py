@@ -9,81 +9,58 @@ Shapes: b rows of a block, K entries of a row, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from stillhouse.objectives.triton_kernel import (
     DONE,
     TINY,
-    Scales,
     divergence,
-    outputs,
     raw_logits,
     scaled,
     student_logsumexps,
 )
+from stillhouse.signals import SampledSignal, SparseSignal
 
 LOG_P_FLOOR = tl.constexpr(-100.0)
 LOG_Q_FLOOR = tl.constexpr(-1000.0)
 """Stand-ins for log 0, as in `sparse`."""
 
 
-def sparse_rows(
-    student_bV: Tensor,
-    ids_bK: Tensor,
-    log_probs_bK: Tensor,
-    tail_b: Tensor,
-    targets_b: Tensor | None,
-    kind: str,
-    parameter: float,
-    scales: Scales,
-    *,
-    grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """Same as `dense_rows`, over K < V tokens and their tail. Overwrites `student_bV` even without
-    `grad`."""
-    entries = ids_bK.shape[1]
-    assert entries < student_bV.shape[1]
-    values_b, cross_b, common = outputs(student_bV, targets_b, scales, grad=grad)
-    _sparse_row[(len(student_bV),)](
-        ids=ids_bK.contiguous(),
-        log_probs=log_probs_bK.contiguous(),
-        tails=tail_b.contiguous(),
+def sparse_rows(common: dict[str, Any], teacher: SparseSignal, kind: str, parameter: float) -> None:
+    """Same as `dense_rows`, over K < V tokens and their tail. Overwrites the student's logits even
+    without gradients."""
+    rows, entries = teacher.ids_NK.shape
+    assert entries < common["vocabulary"]
+    _sparse_row[(rows,)](
+        ids=teacher.ids_NK.contiguous(),
+        log_probs=teacher.log_probs_NK.contiguous(),
+        tails=teacher.tail_N.contiguous(),
         entries=entries,
         parameter=parameter,
         KIND=kind,
         BUCKETS=triton.next_power_of_2(entries + 1),
         **common,
     )
-    return values_b, cross_b
 
 
-def counted_rows(
-    student_bV: Tensor,
-    ids_bK: Tensor | None,
-    counts_bK: Tensor | None,
-    targets_b: Tensor | None,
-    scales: Scales,
-    *,
-    grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """Each row's −Σ share · log q over counted tokens, and its cross-entropy with `targets_b`.
+def counted_rows(common: dict[str, Any], teacher: SampledSignal | None) -> None:
+    """Compute each row's −Σ share · log q over counted tokens, and its cross-entropy.
 
-    A share is a count divided by the row's sum. Without ids, the first value is the row's
+    A share is a count divided by the row's sum. Without counts, the first value is the row's
     logsumexp, and its gradient is the softmax; the caller adds the part that is linear in the
     logits.
     """
-    values_b, cross_b, common = outputs(student_bV, targets_b, scales, grad=grad)
-    entries = 0 if ids_bK is None else ids_bK.shape[1]
-    _counted_row[(len(student_bV),)](
-        ids=values_b if ids_bK is None else ids_bK.contiguous(),
-        counts=values_b if counts_bK is None else counts_bK.contiguous(),
+    entries = 0 if teacher is None else teacher.ids_NK.shape[1]
+    _counted_row[(len(common["student"]),)](
+        ids=common["values"] if teacher is None else teacher.ids_NK.contiguous(),
+        counts=common["values"] if teacher is None else teacher.counts_NK.contiguous(),
         entries=entries,
         PLACES=triton.next_power_of_2(entries) if entries else 0,
         **common,
     )
-    return values_b, cross_b
 
 
 @triton.jit

@@ -10,7 +10,6 @@ Shapes: b rows of a block, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,85 +26,56 @@ TINY = tl.constexpr(1.1754943508222875e-38)
 """The smallest normal float32; see `divergences._mixture`."""
 
 
-@dataclass(frozen=True)
-class Scales:
-    """Factors of one kernel call.
+def arguments(
+    student_bV: Tensor, targets_b: Tensor | None, *, grad: bool, **factors: float
+) -> dict[str, Any]:
+    """The arguments common to all kernels, which fill `values` and `cross`: each row's divergence
+    and its cross-entropy with `targets_b` (None: 0), in float32.
 
-    student: factor of the student's logits, including 1/T.
-    data: the same at T = 1, for cross-entropy.
-    coefficient, of_data: factors of the divergence's and the cross-entropy's gradient.
+    With `grad`, they overwrite `student_bV` with coefficient · ∂divergence/∂z (divided by the
+    divergence's `gradient_factor`) + of_data · ∂cross-entropy/∂z, where z is a logit times its
+    scale.
+
+    factors: student_scale of the student's logits, including 1/T; data_scale, the same at T = 1,
+    for cross-entropy; coefficient; and of_data.
     """
-
-    student: float
-    data: float
-    coefficient: float
-    of_data: float
-
-
-def outputs(
-    student_bV: Tensor, targets_b: Tensor | None, scales: Scales, *, grad: bool
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Allocate each row's divergence and cross-entropy, and build the arguments common to all
-    kernels. targets_b: None if there is no cross-entropy, which is then 0."""
     assert student_bV.stride(1) == 1
     rows, vocabulary = student_bV.shape
     values_b = student_bV.new_empty(rows, dtype=torch.float32)
-    cross_b = values_b.new_zeros(rows)
-    common = {
+    return {
         "student": student_bV,
         "targets": values_b if targets_b is None else targets_b,
         "values": values_b,
-        "cross": cross_b,
+        "cross": values_b.new_zeros(rows),
         "student_stride": student_bV.stride(0),
         "vocabulary": vocabulary,
-        "student_scale": scales.student,
-        "data_scale": scales.data,
-        "coefficient": scales.coefficient,
-        "of_data": scales.of_data,
+        **factors,
         "DATA": targets_b is not None,
-        "APART": targets_b is not None and scales.student != scales.data,
+        "APART": targets_b is not None and factors["student_scale"] != factors["data_scale"],
         "GRAD": grad,
         "COLUMNS": COLUMNS,
         "num_warps": WARPS,
     }
-    return values_b, cross_b, common
 
 
 def dense_rows(
-    student_bV: Tensor,
-    teacher_bV: Tensor,
-    targets_b: Tensor | None,
-    kind: str,
-    parameter: float,
-    scales: Scales,
-    *,
-    teacher_scale: float,
-    teacher_floor: float,
-    grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """Each row's divergence and its cross-entropy with `targets_b` (None: 0), in float32.
+    common: dict[str, Any], teacher_bV: Tensor, kind: str, parameter: float, **factors: float
+) -> None:
+    """Compare each row with a teacher's logits. common: see `arguments`.
 
-    With `grad`, overwrite `student_bV` with coefficient · ∂divergence/∂z (divided by the
-    divergence's `gradient_factor`) + of_data · ∂cross-entropy/∂z, where z is a logit times its
-    scale.
-
-    kind: one of `triton_dispatch.KINDS`.
-    parameter: the divergence's α or β.
-    teacher_floor: lower bound of the teacher's logits before they are scaled.
+    kind: one of `triton_dispatch.KINDS`. parameter: the divergence's α or β. factors: teacher_scale
+    of the teacher's logits, and teacher_floor, their lower bound before they are scaled.
     """
     if teacher_bV.stride(1) != 1:
         teacher_bV = teacher_bV.contiguous()
-    values_b, cross_b, common = outputs(student_bV, targets_b, scales, grad=grad)
-    _dense_row[(len(student_bV),)](
+    _dense_row[(len(teacher_bV),)](
         teacher=teacher_bV,
         teacher_stride=teacher_bV.stride(0),
-        teacher_scale=teacher_scale,
-        teacher_floor=teacher_floor,
         parameter=parameter,
         KIND=kind,
+        **factors,
         **common,
     )
-    return values_b, cross_b
 
 
 @triton.jit
