@@ -87,14 +87,13 @@ class Classifier:
     def logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """The logit of each label: [B, C]."""
         device = next(self.model.parameters()).device
+        longest = max(map(len, rows))
         if self.words is not None and self.tree is not None:
-            longest = max(map(len, rows)) + max(map(len, self.words.labels))
-            if fits_tree(self.model, longest):
+            if fits_tree(self.model, longest + max(map(len, self.words.labels))):
                 scores_BC = tree_log_probabilities(self.model, rows, self.tree.to(device))
             else:
                 scores_BC = score_pairs(self.model, rows, self.words.labels).to(device)
             return scores_BC - torch.tensor(self.facts.prior, device=device)
-        longest = max(map(len, rows))
         pad = self.tokenizer.pad_token_id or 0
         ids = [[*row, *[pad] * (longest - len(row))] for row in rows]
         mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]

@@ -94,13 +94,12 @@ def build_classifier(
             words = prompt_tokens(prompt, tokenizer, max_tokens)
             scores = label_scores(model, words.of(texts[:_PRIOR_TEXTS]), words.labels)
             prior = prior_logits("texts", scores, scores).tolist()
-        elif isinstance(section, PretrainedClassifier):
-            model = _with_head(source.path, list(prompt.labels))
-        elif isinstance(section, TruncatedClassifier):
-            model = _with_head(source.path, list(prompt.labels))
-            _truncate(model, section.layers, source.path)
-        else:
+        elif isinstance(section, RandomClassifier):
             model = _random(section, tokenizer, list(prompt.labels), teacher, max_tokens)
+        else:
+            model = _with_head(source.path, list(prompt.labels))
+            if isinstance(section, TruncatedClassifier):
+                _truncate(model, section.layers, source.path)
     if prior is None:
         _agree_on_padding(model, tokenizer)
     limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None)]

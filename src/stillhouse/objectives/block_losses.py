@@ -72,7 +72,10 @@ class Blocks:
             teacher = self.teacher_space.wide("teacher", teacher)
             if self.teacher is not None:
                 self.teacher.finish_(teacher)
-        slope_bV = self._cap_slope(zs_bV) if grad else None
+        slope_bV, cap = None, self.student.softcap
+        if grad and cap is not None:  # dz/du of z = c·tanh(u / c), from z
+            slope_bV = torch.div(zs_bV, cap, out=self.space.buffer("slope", len(zs_bV)))
+            slope_bV.square_().neg_().add_(1.0)
         simple = len(self.groups) == 1 and slope_bV is None
         total_bV = self.space.buffer("total", len(out_bV)) if grad and not simple else None
         for place, group in enumerate(self.groups):
@@ -114,14 +117,6 @@ class Blocks:
             forward_kl_and_counted(block, zt_bV)
         else:
             any_divergence(block, zt_bV)
-
-    def _cap_slope(self, logits_bV: Tensor) -> Tensor | None:
-        """dz/du of z = c·tanh(u / c), from z; None if there is no cap."""
-        cap = self.student.softcap
-        if cap is None:
-            return None
-        slope_bV = torch.div(logits_bV, cap, out=self.space.buffer("slope", len(logits_bV)))
-        return slope_bV.square_().neg_().add_(1.0)
 
 
 def _at_temperature(space: Workspace, name: str, z_bV: Tensor, group: Group, last: bool) -> Tensor:

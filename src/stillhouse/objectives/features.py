@@ -53,10 +53,8 @@ def map_layers(
         )
     if not isinstance(how, str):
         return _explicit(how, student_layers, teacher_layers)
-    number = student_layers if count is None else count
     most = student_layers if how == "uniform" else min(student_layers, teacher_layers)
-    if count is None and how == "last":
-        number = most
+    number = most if count is None else count
     if not 1 <= number <= most:
         raise SignalError(
             f"a {how} layer map of {number} pairs does not fit {student_layers} student and "

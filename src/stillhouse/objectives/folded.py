@@ -49,10 +49,8 @@ class Folding:
         q_bV, out_bV, scores = block.zs_bV, block.out_bV, block.scores()
         block.write_losses(softmax_(q_bV), scores)
         sums_bR = self._sums("Q", q_bV, self.maps.student_V)
-        if isinstance(teacher, SparseSignal):
-            factor_bR = self._bucketed(block, sums_bR, teacher)
-        elif isinstance(teacher, SampledSignal):
-            factor_bR = self._sampled(block, sums_bR, teacher)
+        if isinstance(teacher, SparseSignal | SampledSignal):
+            factor_bR = self._stored(block, sums_bR, teacher)
         elif block.group.only("forward_kl"):
             factor_bR = self._forward_kl(block, sums_bR, teacher)
         else:
@@ -89,18 +87,17 @@ class Folding:
         constant = torch.full_like(value_b[:1], coefficient)
         return torch.add(constant, ratio_bR, alpha=-coefficient, out=ratio_bR)
 
-    def _bucketed(self, block: GroupBlock, sums_bR: Tensor, teacher: SparseSignal) -> Tensor:
-        """Any divergence from a sparse signal, with log Q as logits: their softmax is Q, and their
-        gradient sums to 0."""
+    def _stored(
+        self, block: GroupBlock, sums_bR: Tensor, teacher: SparseSignal | SampledSignal
+    ) -> Tensor:
+        """Any divergence from a sparse signal, or forward KL from samples, with log Q as logits:
+        their softmax is Q, and their gradient sums to 0."""
         inner = self._over_roots(block, sums_bR)
-        bucketed(inner, teacher)
-        return self.root_space.buffer("h", len(sums_bR)).div_(sums_bR)
-
-    def _sampled(self, block: GroupBlock, sums_bR: Tensor, teacher: SampledSignal) -> Tensor:
-        """Forward KL from samples, up to the teacher's entropy; works like `_bucketed`."""
-        inner = self._over_roots(block, sums_bR)
-        inner.counted = [sampled(block.group, teacher, sums_bR.dtype)]
-        forward_kl_and_counted(inner, None)
+        if isinstance(teacher, SparseSignal):
+            bucketed(inner, teacher)
+        else:
+            inner.counted = [sampled(block.group, teacher, sums_bR.dtype)]
+            forward_kl_and_counted(inner, None)
         return self.root_space.buffer("h", len(sums_bR)).div_(sums_bR)
 
     def _over_roots(self, block: GroupBlock, sums_bR: Tensor) -> GroupBlock:

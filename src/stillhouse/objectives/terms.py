@@ -61,8 +61,8 @@ class Term:
 
     def _check_parameters(self) -> None:
         known = PARAMETERS[self.divergence]
-        given = {name: getattr(self, name) for name in ("alpha", "beta", "mu")}
-        for name, value in given.items():
+        for name in ("alpha", "beta", "mu"):
+            value = getattr(self, name)
             if value is None:
                 continue
             if name not in known:

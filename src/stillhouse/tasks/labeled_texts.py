@@ -58,7 +58,13 @@ def read_texts(
 
     reference: how to read the label column: `label_of` (the default) or `answer_of`.
     """
-    found = itertools.islice(_read_all(file, base, reference or label_of), file.limit)
+    columns = [key for key in (file.text, file.label) if key is not None]
+    rows = (
+        labeled_text(row, file, where, reference)
+        for path in find_files(file.path, base)
+        for row, where in read_rows(path, text_key=file.text, columns=columns)
+    )
+    found = itertools.islice(rows, file.limit)
     if file.sample is None:
         return found
     # Sample by content, so that adding a row does not affect others.
@@ -201,13 +207,6 @@ def _is_empty(value: Any) -> bool:
 def content_place(row: LabeledText, purpose: str) -> bytes:
     """The text's place in a random order that depends only on the text and the purpose."""
     return hashlib.sha256(f"{purpose} {row.text}".encode("utf-8", "replace")).digest()
-
-
-def _read_all(file: TextFile, base: Path, reference: Reference) -> Iterator[LabeledText]:
-    columns = [key for key in (file.text, file.label) if key is not None]
-    for path in find_files(file.path, base):
-        for row, where in read_rows(path, text_key=file.text, columns=columns):
-            yield labeled_text(row, file, where, reference)
 
 
 # --- parts ----------------------------------------------------------------------------------------
