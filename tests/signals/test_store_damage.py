@@ -18,9 +18,10 @@ import pytest
 from stillhouse.errors import StillhouseError
 from stillhouse.signals import store as store_module
 from stillhouse.signals.encodings import Encoding, Hidden, Threshold, TopP
-from stillhouse.signals.manifest import Settings, write_manifest
+from stillhouse.signals.manifest import Settings
 from stillhouse.signals.record import Recorder
 from stillhouse.signals.store import open_store
+from stillhouse.signals.store_files import write_checked_json
 from stillhouse.signals.verify import info, verify
 from stillhouse.signals.writer import StoreWriter, finish_store
 from tests import forks
@@ -180,7 +181,7 @@ def test_a_flipped_bit_is_found_with_either_checksum(tmp_path: Path, listed: boo
     assert len(entry.xxh3) == 32
     older = replace(store.manifest, shards=(replace(entry, xxh3=entry.xxh3 if listed else None),))
     assert older.digest() == store.manifest.digest()
-    write_manifest(tmp_path, older)
+    write_checked_json(tmp_path / "manifest.json", older.to_json())
     open_store(tmp_path).read(data.segments)
     assert verify(tmp_path) == []
     shard = tmp_path / "shards" / entry.name

@@ -25,7 +25,7 @@ from stillhouse.objectives import Term
 from stillhouse.objectives.objective_config import LogitsTerm, ObjectiveRecipe, ObjectiveTerm
 from stillhouse.signals import DenseSignal
 from stillhouse.signals.encodings import Hidden, TopK
-from stillhouse.signals.manifest import Settings
+from stillhouse.signals.manifest import Settings, read_settings
 from stillhouse.signals.shards import open_shard, read_keys
 from stillhouse.signals.signals_config import SignalServer
 from stillhouse.signals.store import open_store
@@ -259,7 +259,7 @@ def stub_log(folder: Path, name: str) -> list[Any]:
 def shard_rows(store: Path) -> tuple[tuple[bytes, ...], torch.Tensor]:
     """The keys of a store's only shard, and its rows in bfloat16."""
     (file,) = (store / "shards").iterdir()
-    shard = open_shard(file)
+    shard = open_shard(file, read_settings(store))
     return read_keys(file), torch.from_numpy(shard.rows.bits_NW.copy()).view(torch.bfloat16)
 
 

@@ -13,6 +13,7 @@ from stillhouse.commands import record_signals
 from stillhouse.errors import ModelError
 from stillhouse.generation.vllm_hidden import opened_hidden_states
 from stillhouse.signals.encodings import Hidden
+from stillhouse.signals.manifest import read_settings
 from stillhouse.signals.shards import open_shard
 from stillhouse.signals.store import open_store
 from stillhouse.teachers.activations import ActivationRequest, run_backbone
@@ -42,7 +43,7 @@ def hidden_rows(store: Path) -> dict[bytes, torch.Tensor]:
     """The rows of each segment, indexed by its key."""
     found: dict[bytes, torch.Tensor] = {}
     for file in (store / "shards").iterdir():
-        shard = open_shard(file)
+        shard = open_shard(file, read_settings(store))
         rows = torch.from_numpy(shard.rows.bits_NW.copy()).view(torch.bfloat16)
         parts = rows.split(shard.rows_S.tolist())
         found |= dict(zip(shard.keys_S, parts, strict=True))

@@ -18,7 +18,6 @@ from torch import Tensor
 from stillhouse.signals.encoded_rows import DenseRows, EntryRows
 from stillhouse.signals.encodings import (
     UNITS,
-    AnswerChunks,
     Encoding,
     EntryEncoding,
     FrozenHead,
@@ -61,6 +60,8 @@ class Source:
 
     def place(self) -> slice | NDArray[np.int64]:
         """`place_n` as an index: a slice if the rows are contiguous, which is faster."""
+        if not len(self.place_n):
+            return self.place_n
         first, last = int(self.place_n[0]), int(self.place_n[-1])
         together = last - first + 1 == len(self.place_n)
         return slice(first, last + 1) if together else self.place_n
@@ -209,18 +210,10 @@ def dense_signal(
     return HiddenSignal(dict(zip(encoding.layers, parts, strict=True)))
 
 
-def empty_signal(encoding: Encoding, temperature: float) -> StoredSignal:
-    """The signal of an empty batch."""
-    none_N1, ids_N1 = torch.zeros(0, 1), torch.zeros(0, 1, dtype=torch.int32)
-    if isinstance(encoding, FrozenHead):
-        rows_ND = torch.zeros(0, encoding.width, dtype=torch.bfloat16)
-        return FrozenHeadSignal(rows_ND, torch.zeros(0), temperature)
-    if isinstance(encoding, Hidden):
-        rows_ND = torch.zeros(0, encoding.width, dtype=torch.bfloat16)
-        return HiddenSignal(dict.fromkeys(encoding.layers, rows_ND))
-    if isinstance(encoding, AnswerChunks):
-        none_P = torch.zeros(0, dtype=torch.long)
-        return ChunkSignal(none_P, none_P, torch.zeros(0))
-    if encoding.signal == "SampledSignal":
-        return SampledSignal(ids_N1, none_N1, temperature)
-    return SparseSignal(ids_N1, none_N1, torch.zeros(0), temperature)
+def no_rows(encoding: Encoding) -> EntryRows | DenseRows:
+    """The rows of an empty batch."""
+    bytes_0, floats_0 = np.zeros(0, np.uint8), np.zeros(0, np.float32)
+    if isinstance(encoding, FrozenHead | Hidden):
+        width = encoding.width * (len(encoding.layers) if isinstance(encoding, Hidden) else 1)
+        return DenseRows(np.zeros((0, width), np.uint16), floats_0)
+    return EntryRows(bytes_0, bytes_0, np.zeros(0, np.uint16), None, floats_0, floats_0)

@@ -11,7 +11,7 @@ from typing import Any
 
 from stillhouse.errors import SignalError, StoreError
 from stillhouse.signals.encodings import Encoding, encoding_from_json, encoding_to_json
-from stillhouse.signals.store_files import checked_json, read_checked_json, write_durably
+from stillhouse.signals.store_files import read_checked_json
 
 FORMAT = 1
 SETTINGS, MANIFEST, SHARDS = "settings.json", "manifest.json", "shards"
@@ -34,7 +34,8 @@ class Settings:
     provenance: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        return {**self._decisive(), "provenance": dict(sorted(self.provenance.items()))}
+        provenance = dict(sorted(self.provenance.items()))
+        return {"format": FORMAT, **self._decisive(), "provenance": provenance}
 
     def _decisive(self) -> dict[str, Any]:
         return {
@@ -97,7 +98,6 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         encoding = self.settings.encoding
         return {
-            "format": FORMAT,
             **self.settings.to_json(),
             "fingerprint": self.settings.fingerprint().hex(),
             "signal": encoding.signal,
@@ -119,10 +119,6 @@ class Manifest:
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def write_settings(path: Path, settings: Settings) -> None:
-    write_durably(path / SETTINGS, [checked_json({"format": FORMAT, **settings.to_json()})])
-
-
 def read_settings(path: Path) -> Settings:
     """Read a store's settings. Raises StoreError if there is no store or they are damaged."""
     if not (path / SETTINGS).exists():
@@ -132,10 +128,6 @@ def read_settings(path: Path) -> Settings:
             fix="check the path, or record a store with `stillhouse signals RECIPE`",
         )
     return _settings(read_checked_json(path / SETTINGS, "the store's settings"), path / SETTINGS)
-
-
-def write_manifest(path: Path, manifest: Manifest) -> None:
-    write_durably(path / MANIFEST, [checked_json(manifest.to_json())])
 
 
 def read_manifest(path: Path) -> Manifest:

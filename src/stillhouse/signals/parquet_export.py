@@ -69,7 +69,7 @@ def export_parquet(path: Path, out: Path) -> int:
 def _in_parts(store: Store) -> Iterator[Segments]:
     """All segments of a store, about ROWS_AT_A_TIME rows at a time."""
     for listed in store.manifest.shards:
-        shard = open_shard(store.path / SHARDS / listed.name)
+        shard = open_shard(store.path / SHARDS / listed.name, store.settings)
         part_S = (np.cumsum(shard.rows_S) - shard.rows_S) // ROWS_AT_A_TIME
         everything = Segments(shard.keys_S, shard.rows_S)
         for part in np.unique(part_S):

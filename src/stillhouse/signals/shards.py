@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import astuple, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from stillhouse.errors import StoreError
 from stillhouse.signals.encode import Statistics
 from stillhouse.signals.encoded_rows import GUARD, DenseRows, EntryRows, Rows
-from stillhouse.signals.manifest import ShardEntry
+from stillhouse.signals.manifest import Settings, ShardEntry
 from stillhouse.signals.segments import KEY_BYTES
 
 MAGIC = b"STILLSIG"
@@ -68,31 +69,28 @@ class ShardHeader:
         return packed + _CHECKS.pack(payload_crc, zlib.crc32(packed))
 
     def planes(self) -> Iterator[tuple[str, str, int, int]]:
-        """Yield each plane's name, type, elements, and trailing zero elements, in file order."""
-        yield "keys", "u1", KEY_BYTES * self.segments, 0
-        yield "segment_rows", "<u4", self.segments, 0
-        if self.width:
-            yield "bits", "<u2", self.rows * self.width, 0
-        else:
-            yield "segment_entries", "<u4", self.segments, 0
-            yield "segment_values", "<u4", self.segments, 0
-            yield "counts", "u1", self.rows, 0
-            if self.has_valued:
-                yield "valued", "u1", self.rows, 0
-            yield "low", "<u2", self.entries, GUARD
-            if self.id_bytes == 3:
-                yield "high", "u1", self.entries, GUARD
-            kind = next(name for name, code in VALUES.items() if code == self.value_kind)
-            yield "values", f"<{kind}", self.stored_values, GUARD
-        if self.has_scalar:
-            yield "scalar", "<f4", self.rows, 0
+        """Yield each plane's name, type, elements, and bytes with padding, in file order."""
+        for name, kind, elements in self._planes():
+            yield name, kind, elements, -(-elements * np.dtype(kind).itemsize // 8) * 8
 
-    @property
-    def payload_bytes(self) -> int:
-        return sum(
-            _padded((elements + guard) * np.dtype(kind).itemsize)
-            for _, kind, elements, guard in self.planes()
-        )
+    def _planes(self) -> Iterator[tuple[str, str, int]]:
+        yield "keys", "u1", KEY_BYTES * self.segments
+        yield "segment_rows", "<u4", self.segments
+        if self.width:
+            yield "bits", "<u2", self.rows * self.width
+        else:
+            yield "segment_entries", "<u4", self.segments
+            yield "segment_values", "<u4", self.segments
+            yield "counts", "u1", self.rows
+            if self.has_valued:
+                yield "valued", "u1", self.rows
+            yield "low", "<u2", self.entries + GUARD
+            if self.id_bytes == 3:
+                yield "high", "u1", self.entries + GUARD
+            kind = next(name for name, code in VALUES.items() if code == self.value_kind)
+            yield "values", f"<{kind}", self.stored_values + GUARD
+        if self.has_scalar:
+            yield "scalar", "<f4", self.rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,9 +112,10 @@ class Shard:
     rows: Rows
     content: memoryview
 
-    def first_rows(self) -> NDArray[np.int64]:
-        """The first row of each segment, [S]."""
-        return np.cumsum(self.rows_S) - self.rows_S
+    @cached_property
+    def firsts(self) -> list[NDArray[np.int64]]:
+        """The first row, entry, and value of each segment, [S] each."""
+        return [np.cumsum(n_S) - n_S for n_S in (self.rows_S, self.entries_S, self.values_S)]
 
     def summary(self) -> tuple[ShardHeader, ShardEntry]:
         """The header, and the manifest's entry for this shard."""
@@ -145,9 +144,8 @@ def shard_bytes(
         **header,
     )
     pieces, crc = [], 0
-    for name, kind, elements, guard in head.planes():
+    for name, kind, _, size in head.planes():
         plane = np.ascontiguousarray(planes[name], dtype=kind).tobytes()
-        size = _padded((elements + guard) * np.dtype(kind).itemsize)
         pieces.append(plane.ljust(size, b"\0"))
         crc = zlib.crc32(pieces[-1], crc)
     return [head.pack(crc), *pieces]
@@ -184,13 +182,13 @@ def _planes(rows_S: NDArray[np.int64], rows: Rows) -> tuple[dict[str, Any], dict
     return planes, header
 
 
-def open_shard(path: Path, xxh3: str | None = None) -> Shard:
+def open_shard(path: Path, settings: Settings, xxh3: str | None = None) -> Shard:
     """Map a shard, and check its checksum, lengths, and counts.
 
     xxh3: the XXH3 in the manifest, to check instead of the CRC-32, which is slower.
 
-    Raises StoreError, with the file's path, if it is missing, truncated, damaged, or from a
-    different version.
+    Raises StoreError, with the file's path, if it is missing, truncated, damaged, from a different
+    version, or if it was written with different settings.
     """
     try:
         with path.open("rb") as file:
@@ -199,12 +197,10 @@ def open_shard(path: Path, xxh3: str | None = None) -> Shard:
     except OSError as error:
         raise _unreadable(path, error) from error
     header, crc32 = _read_header(mapped, path)
-    if size != HEADER_BYTES + header.payload_bytes:
+    expected = HEADER_BYTES + sum(padded for *_, padded in header.planes())
+    if size != expected:
         raise StoreError(
-            f"the shard has {size} bytes, but its header says "
-            f"{HEADER_BYTES + header.payload_bytes}",
-            where=path,
-            fix=_DAMAGED,
+            f"the shard has {size} bytes, but its header says {expected}", where=path, fix=_DAMAGED
         )
     content = memoryview(mapped)
     if xxh3 is not None:
@@ -219,8 +215,6 @@ def open_shard(path: Path, xxh3: str | None = None) -> Shard:
     if header.width:
         bits_NW = planes["bits"].reshape(-1, header.width)
         rows: Rows = DenseRows(bits_NW, planes.get("scalar"))
-        nothing_S = np.zeros(header.segments, dtype=np.int64)
-        entries_S, values_S = nothing_S, nothing_S
     else:
         rows = EntryRows(
             counts_N=planes["counts"],
@@ -230,20 +224,25 @@ def open_shard(path: Path, xxh3: str | None = None) -> Shard:
             values_X=planes["values"],
             tail_N=planes.get("scalar"),
         )
-        entries_S = planes["segment_entries"].astype(np.int64)
-        values_S = planes["segment_values"].astype(np.int64)
+    nothing_S = np.zeros(header.segments)
     shard = Shard(
         path=path,
         header=header,
         crc32=crc32,
         keys_S=_cut_keys(planes["keys"].tobytes()),
         rows_S=planes["segment_rows"].astype(np.int64),
-        entries_S=entries_S,
-        values_S=values_S,
+        entries_S=planes.get("segment_entries", nothing_S).astype(np.int64),
+        values_S=planes.get("segment_values", nothing_S).astype(np.int64),
         rows=rows,
         content=content,
     )
     _check_counts(shard)
+    if header.store != settings.fingerprint():
+        raise StoreError(
+            "the shard belongs to a different store",
+            where=path,
+            fix="move it elsewhere, since its rows were recorded with different settings",
+        )
     return shard
 
 
@@ -319,8 +318,7 @@ def _read_header(mapped: mmap.mmap | bytes, path: Path) -> tuple[ShardHeader, in
             where=path,
             fix="use the Stillhouse that wrote the store, or record it again",
         )
-    described_by = [*values[:-3], Statistics(*values[-3:])]
-    return ShardHeader(*described_by), payload_crc
+    return ShardHeader(*values[:-3], Statistics(*values[-3:])), payload_crc
 
 
 def _check_counts(shard: Shard) -> None:
@@ -328,7 +326,7 @@ def _check_counts(shard: Shard) -> None:
     head, rows = shard.header, shard.rows
     fits = int(shard.rows_S.sum()) == head.rows and bool((shard.rows_S > 0).all())
     if isinstance(rows, EntryRows) and fits and head.rows:
-        first_S = shard.first_rows()
+        first_S = shard.firsts[0]
         entries_S = np.add.reduceat(rows.counts_N, first_S, dtype=np.int64)
         values_S = np.add.reduceat(rows.valued_counts, first_S, dtype=np.int64)
         fits = (
@@ -344,11 +342,7 @@ def _check_counts(shard: Shard) -> None:
 
 def _map_planes(mapped: mmap.mmap | bytes, header: ShardHeader) -> dict[str, NDArray[Any]]:
     planes, at = {}, HEADER_BYTES
-    for name, kind, elements, guard in header.planes():
-        planes[name] = np.frombuffer(mapped, kind, elements + guard, at)
-        at += _padded((elements + guard) * np.dtype(kind).itemsize)
+    for name, kind, elements, size in header.planes():
+        planes[name] = np.frombuffer(mapped, kind, elements, at)
+        at += size
     return planes
-
-
-def _padded(size: int) -> int:
-    return -(-size // 8) * 8

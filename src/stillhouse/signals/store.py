@@ -15,8 +15,8 @@ from stillhouse.signals.decode import (
     StoredSignal,
     chunk_signal,
     dense_signal,
-    empty_signal,
     entries_signal,
+    no_rows,
     pad,
     ranges,
 )
@@ -25,10 +25,6 @@ from stillhouse.signals.encodings import AnswerChunks, FrozenHead, Hidden
 from stillhouse.signals.manifest import SHARDS, Manifest, Settings, check_expected, read_manifest
 from stillhouse.signals.segments import Segments
 from stillhouse.signals.shards import Shard, allow_open_files, open_shard, read_keys
-from stillhouse.signals.writer import check_belongs
-
-_OpenShard = tuple[Shard, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
-"""A shard, and the first row, entry, and value of each of its segments."""
 
 
 @dataclass(eq=False)
@@ -42,7 +38,7 @@ class Store:
     manifest: Manifest
     _numbers: dict[bytes, int]
     _first_S: NDArray[np.int64]
-    _open: dict[int, _OpenShard] = field(default_factory=dict)
+    _open: dict[int, Shard] = field(default_factory=dict)
 
     @property
     def settings(self) -> Settings:
@@ -69,7 +65,7 @@ class Store:
         sources = self._sources(segments, lacking_S, live)
         encoding, temperature = self.settings.encoding, self.settings.temperature
         if not sources:
-            return empty_signal(encoding, temperature)
+            sources = [live_source(no_rows(encoding), segments.rows_S, segments.rows_S)]
         if isinstance(encoding, FrozenHead | Hidden):
             return dense_signal(encoding, sources, segments.rows, temperature)
         padded = pad(sources, segments.rows)
@@ -93,28 +89,25 @@ class Store:
                 assert len(live) == len(place_n)
                 sources.append(live_source(live, rows_S, place_n))
                 continue
-            shard, row_S, entry_S, value_S = self._shard(index)
+            shard = self._shard(index)
             within_S = number_S[chosen_S] - self._first_S[index]
             if not np.array_equal(shard.rows_S[within_S], rows_S):
                 raise StoreError("segments' lengths do not match their keys", where=shard.path)
-            at = (row_S[within_S], entry_S[within_S], value_S[within_S])
-            sources.append(Source(shard.rows, rows_S, *at, place_n))
+            at = [first_S[within_S] for first_S in shard.firsts]
+            sources.append(Source(shard.rows, rows_S, *at, place_n=place_n))
         return sources
 
-    def _shard(self, index: int) -> _OpenShard:
+    def _shard(self, index: int) -> Shard:
         if index not in self._open:
             listed = self.manifest.shards[index]
-            shard = open_shard(self.path / SHARDS / listed.name, listed.xxh3)
-            check_belongs(shard, self.settings)
+            shard = open_shard(self.path / SHARDS / listed.name, self.settings, listed.xxh3)
             if shard.crc32 != listed.crc32:
                 raise StoreError(
                     "the shard is not the one listed in the manifest",
                     where=shard.path,
                     fix="restore it from a copy, or record the store again",
                 )
-            entry_S = np.cumsum(shard.entries_S) - shard.entries_S
-            value_S = np.cumsum(shard.values_S) - shard.values_S
-            self._open[index] = (shard, shard.first_rows(), entry_S, value_S)
+            self._open[index] = shard
         return self._open[index]
 
     def _lacks(self, count: int, segments: Segments) -> SignalError:

@@ -41,21 +41,21 @@ def write_durably(path: Path, pieces: Iterable[bytes]) -> None:
         ) from error
 
 
-def checked_json(content: dict[str, Any]) -> bytes:
-    """The content as JSON, with a checksum as its last key."""
-    return _text({**content, "checksum": _checksum(content)})
+def write_checked_json(path: Path, content: dict[str, Any]) -> None:
+    """Write the content durably as JSON, with a checksum as its last key."""
+    write_durably(path, [_checked_text(content)])
 
 
 def read_checked_json(path: Path, what: str) -> dict[str, Any]:
-    """Read a file that `checked_json` wrote. Raises StoreError if any byte has changed."""
+    """Read a file that `write_checked_json` wrote. Raises StoreError if any byte has changed."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise StoreError(f"{what} cannot be read ({error.strerror})", where=path) from error
     try:
         content = json.loads(data)
-        checksum = content.pop("checksum")
-        intact = checksum == _checksum(content) and checked_json(content) == data
+        del content["checksum"]
+        intact = _checked_text(content) == data
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         intact = False
     if not intact:
@@ -67,8 +67,9 @@ def read_checked_json(path: Path, what: str) -> dict[str, Any]:
     return content
 
 
-def _checksum(content: dict[str, Any]) -> str:
-    return hashlib.blake2b(_text(content), digest_size=16).hexdigest()
+def _checked_text(content: dict[str, Any]) -> bytes:
+    checksum = hashlib.blake2b(_text(content), digest_size=16).hexdigest()
+    return _text({**content, "checksum": checksum})
 
 
 def _text(content: dict[str, Any]) -> bytes:

@@ -19,7 +19,7 @@ from stillhouse.signals.manifest import (
     read_settings,
 )
 from stillhouse.signals.shards import Shard, ShardHeader, open_shard
-from stillhouse.signals.writer import check_belongs, describe, open_shards
+from stillhouse.signals.writer import describe, open_shards
 
 _AGAIN = "delete this file, record its segments again, and finish the store"
 
@@ -73,8 +73,7 @@ def _sound_shard(
     file: Path, listed: ShardEntry, settings: Settings
 ) -> tuple[ShardHeader, ShardEntry]:
     """Check a shard and return its summary. Raises StoreError if anything is wrong with it."""
-    shard = open_shard(file)
-    check_belongs(shard, settings)
+    shard = open_shard(file, settings)
     header, entry = shard.summary()
     if entry != listed:
         message = f"the manifest lists {listed}, but the file has {entry}"

@@ -28,12 +28,10 @@ from stillhouse.signals.manifest import (
     ShardEntry,
     check_same,
     read_settings,
-    write_manifest,
-    write_settings,
 )
 from stillhouse.signals.segments import Segments
 from stillhouse.signals.shards import Shard, ShardHeader, open_shard, shard_bytes
-from stillhouse.signals.store_files import write_durably
+from stillhouse.signals.store_files import write_checked_json, write_durably
 
 SHARD_BYTES = 64 << 20
 SHARD_SECONDS = 600.0
@@ -154,7 +152,7 @@ def finish_store(path: Path) -> Manifest:
     for left in (path / SHARDS).glob(f".*{PARTIAL}"):
         left.unlink(missing_ok=True)
     manifest = describe(settings, map(Shard.summary, open_shards(path, settings)))
-    write_manifest(path, manifest)
+    write_checked_json(path / MANIFEST, manifest.to_json())
     return manifest
 
 
@@ -192,26 +190,14 @@ def _begin(path: Path, settings: Settings) -> None:
         if (path / MANIFEST).exists():
             raise StoreError("the store has a manifest but no settings.json", where=path)
         # Two processes that do this at once write the same settings, or one raises an error below.
-        write_settings(path, settings)
+        write_checked_json(path / SETTINGS, settings.to_json())
     check_same(read_settings(path), settings, path)
 
 
 def open_shards(path: Path, settings: Settings) -> Iterator[Shard]:
     """Open and check the shards of a store one after another, in the order of their names."""
     for file in sorted((path / SHARDS).glob("*.bin")):
-        shard = open_shard(file)
-        check_belongs(shard, settings)
-        yield shard
-
-
-def check_belongs(shard: Shard, settings: Settings) -> None:
-    """Raise StoreError for a shard that was written with different settings."""
-    if shard.header.store != settings.fingerprint():
-        raise StoreError(
-            "the shard belongs to a different store",
-            where=shard.path,
-            fix="move it elsewhere, since its rows were recorded with different settings",
-        )
+        yield open_shard(file, settings)
 
 
 def _size(rows: Rows) -> int:
