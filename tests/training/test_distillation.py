@@ -27,7 +27,7 @@ from stillhouse.teachers.several_teachers import SeveralTeachers
 from stillhouse.teachers.teacher import OUTPUT_ONLY, TeacherView
 from stillhouse.training import score_step as scoring
 from stillhouse.training.distillation import Distillation
-from stillhouse.training.score_step import score_step, split_chunks
+from stillhouse.training.score_step import cut_chunks, score_step
 from stillhouse.training.train import TrainingResult, train
 from stillhouse.training.train_config import TrainRecipe
 from stillhouse.training.trainer import DistillationTrainer
@@ -246,13 +246,10 @@ def test_evaluation_during_training_requires_held_out_text(setting: Setting) -> 
 def test_chunks_are_split_with_their_rows() -> None:
     rows_P, chunk_P = torch.tensor([1, 2, 4, 5, 6]), torch.tensor([0, 0, 1, 1, 2])
     signal = ChunkSignal(rows_P, chunk_P, torch.tensor([-1.0, -2.0, -3.0]))
-    first, second = split_chunks(signal, [4, 3])
-    assert first is not None
-    assert second is not None
+    first, second = cut_chunks(signal, slice(0, 4)), cut_chunks(signal, slice(4, 7))
     assert (first.rows_P.tolist(), first.chunk_P.tolist()) == ([1, 2], [0, 0])
     assert (second.rows_P.tolist(), second.chunk_P.tolist()) == ([0, 1, 2], [0, 0, 1])
     assert second.log_probs_C.tolist() == [-2.0, -3.0]
-    assert split_chunks(None, [4, 3]) == [None, None]
 
 
 @pytest.mark.parametrize("together", [1, 1 << 20])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from stillhouse.generation.own_text import score_rows
+from stillhouse.objectives import LossSum
 from stillhouse.signals import DenseSignal, LMHead, LogitsSignal
 from stillhouse.teachers.local_teacher import LocalTeacher
 from stillhouse.teachers.teacher import TeacherView
@@ -71,7 +72,8 @@ def test_every_step_reports_the_metrics_and_the_loss_does_not_change(
 ) -> None:
     own = {"share": 0.5}
     measured = run(narrow, None, own, max_steps=2).metrics
-    monkeypatch.setattr(Distillation, "_measures", lambda *_: ())
+    nothing = LossSum(torch.zeros(()), {}, 0)
+    monkeypatch.setattr(Distillation, "_measures", lambda *_: nothing)
     plain = run(narrow, None, own, max_steps=2).metrics
     keys = {"own_forward_kl", "own_entropy", "own_teacher_logprob"}
     for one, other in zip(measured, plain, strict=True):

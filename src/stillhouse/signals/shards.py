@@ -318,7 +318,8 @@ def _read_header(mapped: mmap.mmap | bytes, path: Path) -> tuple[ShardHeader, in
             where=path,
             fix="use the Stillhouse that wrote the store, or record it again",
         )
-    return ShardHeader(*values[:-3], Statistics(*values[-3:])), payload_crc
+    described_by = [*values[:-3], Statistics(*values[-3:])]
+    return ShardHeader(*described_by), payload_crc
 
 
 def _check_counts(shard: Shard) -> None:

@@ -176,6 +176,11 @@ Signal = DenseSignal | LogitsSignal | SparseSignal | SampledSignal | FrozenHeadS
 S = TypeVar("S", bound="Signal | ChunkSignal")
 
 
+def inner_signal(signal: Signal | ChunkSignal | None) -> Signal | ChunkSignal | None:
+    """The signal itself, or the one inside a FoldedSignal."""
+    return signal.signal if isinstance(signal, FoldedSignal) else signal
+
+
 def moved_rows(signal: S, device: torch.device, *, non_blocking: bool = False) -> S:
     """Move the signal's rows to the device. Heads and folds stay where they are."""
     moved: dict[str, Any] = {}

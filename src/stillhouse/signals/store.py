@@ -93,8 +93,8 @@ class Store:
             within_S = number_S[chosen_S] - self._first_S[index]
             if not np.array_equal(shard.rows_S[within_S], rows_S):
                 raise StoreError("segments' lengths do not match their keys", where=shard.path)
-            at = [first_S[within_S] for first_S in shard.firsts]
-            sources.append(Source(shard.rows, rows_S, *at, place_n=place_n))
+            row_S, entry_S, value_S = (first_S[within_S] for first_S in shard.firsts)
+            sources.append(Source(shard.rows, rows_S, row_S, entry_S, value_S, place_n))
         return sources
 
     def _shard(self, index: int) -> Shard:

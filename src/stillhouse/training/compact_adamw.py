@@ -127,16 +127,8 @@ def _zeros_divided_alike(shape: tuple[int, ...], weight: Tensor) -> Tensor:
     """Float32 zeros of a shape, with rows sharded like the weight's."""
     if not isinstance(weight, DTensor):
         return torch.zeros(shape, device=weight.device)
-    local = weight.to_local()
-    zeros = torch.zeros((local.shape[0], *shape[1:]), device=local.device)
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        zeros,
-        weight.device_mesh,
-        weight.placements,
-        run_check=False,
-        shape=torch.Size(shape),
-        stride=stride,
+    return torch.distributed.tensor.zeros(
+        *shape, device_mesh=weight.device_mesh, placements=weight.placements
     )
 
 

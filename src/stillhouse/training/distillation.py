@@ -34,6 +34,7 @@ from stillhouse.objectives.objective_config import ObjectiveRecipe, ObjectiveTer
 from stillhouse.pruning.offload import has_large_weights
 from stillhouse.recomputed import recomputed
 from stillhouse.signals import ChunkSignal, DenseSignal, FoldedSignal, SampledSignal, Signal
+from stillhouse.signals.signal_types import inner_signal
 from stillhouse.students.student import Student
 from stillhouse.teachers.activations import (
     ActivationRequest,
@@ -127,10 +128,11 @@ class Distillation(nn.Module):
                 documents_of(batch),
             )
         signals: Sequence[Signal | ChunkSignal | None] = view.signals or (None,)
-        measure = measure and all(_is_full(signal) for signal in signals)
+        measure = measure and all(isinstance(inner_signal(s), DenseSignal) for s in signals)
         under = [
             [
-                *(self._measures(found, signal, batch) if measure else ()),
+                # Estimated measures come first, so that exact sums of terms replace them.
+                *([self._measures(found, signal, batch)] if measure else ()),
                 *self._losses_under(signal, objective, found, batch, progress),
             ]
             for signal in signals
@@ -173,25 +175,22 @@ class Distillation(nn.Module):
         if not isinstance(chunks, ChunkSignal):
             chunks = no_chunks(hidden_ND.device)
         for each in objective.chunks:
-            weight = each.weight.at(progress)
             yield chunk_loss(
                 hidden_ND,
                 head,
                 chunks,
                 targets_N,
                 distance=each.distance,
-                weight=weight,
+                weight=each.weight.at(progress),
                 vocab_size=vocabulary,
             )
 
     def _measures(
         self, found: Activations, signal: Signal | ChunkSignal | None, batch: Batch
-    ) -> Iterator[LossSum]:
-        """Yield estimated measures. They come first, so that exact sums of terms replace them."""
+    ) -> LossSum:
         hidden_ND = supervised_rows(found.last_RLD, positions_of(batch))
-        targets_N, head = targets_of(batch), lm_head(self.student)
-        if isinstance(signal, DenseSignal | FoldedSignal):
-            yield measure_rows(hidden_ND, head, signal, targets_N, self.vocabulary)
+        head = lm_head(self.student)
+        return measure_rows(hidden_ND, head, signal, targets_of(batch), self.vocabulary)
 
     # --- attributes that transformers.Trainer and accelerate use --------------------------------
 
@@ -259,16 +258,10 @@ class Distillation(nn.Module):
         return {f"projections.{n}": value for n, value in load_file(folder / PROJECTIONS).items()}
 
 
-def _is_full(signal: Signal | ChunkSignal | None) -> bool:
-    """Whether the signal contains the teacher's complete distributions."""
-    inner = signal.signal if isinstance(signal, FoldedSignal) else signal
-    return isinstance(inner, DenseSignal)
-
-
 def _sum(parts: Sequence[LossSum], signal: Signal | ChunkSignal | None) -> LossSum:
     """Add up the parts of one batch's loss for one signal."""
     values = {name: value for part in parts for name, value in part.terms.items()}
-    if isinstance(signal.signal if isinstance(signal, FoldedSignal) else signal, SampledSignal):
+    if isinstance(inner_signal(signal), SampledSignal):
         # Samples lack the teacher's entropy, so the result is not a divergence.
         values = {n.replace("forward_kl", "teacher_cross_entropy"): v for n, v in values.items()}
     total = torch.stack([part.total.float() for part in parts]).sum()

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from stillhouse.generation.own_text import entropy_of_rows, repeated_ngrams, score_rows
 from stillhouse.objectives import LossSum
-from stillhouse.signals import DenseSignal, FoldedSignal, LMHead
+from stillhouse.signals import ChunkSignal, DenseSignal, FoldedSignal, LMHead, Signal
 from stillhouse.signals.lm_head import folded_log_probabilities, log_probabilities
+from stillhouse.signals.signal_types import inner_signal
 from stillhouse.teachers.backbone import trim_head
 from stillhouse.training.rollouts import Rollout
 
@@ -40,7 +41,7 @@ def measure_rollouts(rollouts: Sequence[Rollout]) -> dict[str, float]:
 def measure_rows(
     hidden_ND: Tensor,
     head: LMHead,
-    signal: DenseSignal | FoldedSignal,
+    signal: Signal | ChunkSignal | None,
     targets_N: Tensor,
     vocabulary: int,
 ) -> LossSum:
@@ -48,13 +49,13 @@ def measure_rows(
     entropy, and the teacher's log-probability of the tokens (see `TokenScores`).
 
     With a teacher that has a different tokenizer, these are over shared roots (except the entropy),
-    and estimated from the rows of `covered_N`. The loss itself is 0.
+    and estimated from the rows of `covered_N`. The loss itself is 0. signal: dense, maybe folded.
     """
     rows = len(targets_N)
     count = min(rows, MEASURED_ROWS)
     chosen_n = torch.arange(count, device=hidden_ND.device) * rows // max(1, count)
     fold = signal.fold if isinstance(signal, FoldedSignal) else None
-    teacher = signal.signal if isinstance(signal, FoldedSignal) else signal
+    teacher = inner_signal(signal)
     assert isinstance(teacher, DenseSignal)
     with torch.autocast(hidden_ND.device.type, enabled=False):
         own_nV = log_probabilities(trim_head(head, vocabulary), hidden_ND[chosen_n])

@@ -9,14 +9,15 @@ Shapes: R windows, L tokens, N supervised rows, D hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate, pairwise
 
 import torch
 
 from stillhouse.data.batches import Batch, join, positions_of
 from stillhouse.signals import ChunkSignal, DenseSignal, FoldedSignal, Signal
-from stillhouse.signals.signal_types import moved_rows
+from stillhouse.signals.signal_types import inner_signal, moved_rows
 from stillhouse.teachers.activations import ActivationRequest
 from stillhouse.teachers.aligned_teacher import AlignedTeacher
 from stillhouse.teachers.several_teachers import SeveralTeachers
@@ -67,59 +68,42 @@ def _parts(
     view: TeacherView, chunk: Sequence[Batch], device: torch.device
 ) -> Iterator[TeacherView]:
     """Split an answer into the answers to the chunk's micro-batches, on the device."""
-    counts = [len(positions_of(batch)) for batch in chunk]
-    sizes = [len(batch["labels"]) for batch in chunk]
-    signals = [_split(signal, counts) for signal in view.signals]
-    layers = {layer: hidden_ND.split(counts) for layer, hidden_ND in view.layers.items()}
-    attention = {
-        block: {name: each_RLW.split(sizes) for name, each_RLW in states.items()}
-        for block, states in view.attention.items()
-    }
-    for i in range(len(chunk)):
+    parts_of_rows = _slices(len(positions_of(batch)) for batch in chunk)
+    parts_of_windows = _slices(len(batch["labels"]) for batch in chunk)
+    for rows, windows in zip(parts_of_rows, parts_of_windows, strict=True):
         part = TeacherView(
-            tuple(parts[i] for parts in signals),
-            {layer: parts[i] for layer, parts in layers.items()},
+            tuple(_cut(signal, rows) for signal in view.signals),
+            {layer: hidden_ND[rows] for layer, hidden_ND in view.layers.items()},
             {
-                block: {name: parts[i] for name, parts in states.items()}
-                for block, states in attention.items()
+                block: {name: each_RLW[windows] for name, each_RLW in states.items()}
+                for block, states in view.attention.items()
             },
         )
         yield _moved(part, device)
 
 
-def _split(signal: Signal | ChunkSignal, counts: Sequence[int]) -> list[DenseSignal | FoldedSignal]:
-    """Split the signal's rows into parts with these counts."""
-    dense = _dense(signal)
-    parts = [replace(dense, hidden_ND=own) for own in dense.hidden_ND.split(counts)]
+def _slices(counts: Iterable[int]) -> Iterator[slice]:
+    return (slice(*ends) for ends in pairwise(accumulate(counts, initial=0)))
+
+
+def _cut(signal: Signal | ChunkSignal, rows: slice) -> DenseSignal | FoldedSignal:
+    """These rows of the dense signal that a sharded teacher returns, even with a different
+    tokenizer."""
+    dense = inner_signal(signal)
+    assert isinstance(dense, DenseSignal)
+    part = replace(dense, hidden_ND=dense.hidden_ND[rows])
     if not isinstance(signal, FoldedSignal):
-        return [*parts]
-    covered, chunks = signal.covered_N.split(counts), split_chunks(signal.chunks, counts)
-    return [
-        replace(signal, signal=part, covered_N=own_N, chunks=own)
-        for part, own_N, own in zip(parts, covered, chunks, strict=True)
-    ]
+        return part
+    chunks = None if signal.chunks is None else cut_chunks(signal.chunks, rows)
+    return replace(signal, signal=part, covered_N=signal.covered_N[rows], chunks=chunks)
 
 
-def split_chunks(chunks: ChunkSignal | None, counts: Sequence[int]) -> list[ChunkSignal | None]:
-    """Split chunks by parts of rows. All rows of a chunk are in the same part."""
-    if chunks is None:
-        return [None] * len(counts)
-    found: list[ChunkSignal | None] = []
-    rows_P, chunk_P, start = chunks.rows_P.cpu(), chunks.chunk_P.cpu(), 0
-    for count in counts:
-        own_P = (rows_P >= start) & (rows_P < start + count)
-        own_C, place_P = chunk_P[own_P].unique(return_inverse=True)
-        log_probs_C = chunks.log_probs_C.cpu()[own_C]
-        found.append(ChunkSignal(rows_P[own_P] - start, place_P, log_probs_C))
-        start += count
-    return found
-
-
-def _dense(signal: Signal | ChunkSignal) -> DenseSignal:
-    """The dense signal that a sharded teacher returns, even with a different tokenizer."""
-    inner = signal.signal if isinstance(signal, FoldedSignal) else signal
-    assert isinstance(inner, DenseSignal)
-    return inner
+def cut_chunks(chunks: ChunkSignal, rows: slice) -> ChunkSignal:
+    """The chunks in these rows, which contain all rows of a chunk or none."""
+    rows_P, chunk_P = chunks.rows_P.cpu(), chunks.chunk_P.cpu()
+    own_P = (rows_P >= rows.start) & (rows_P < rows.stop)
+    own_C, place_P = chunk_P[own_P].unique(return_inverse=True)
+    return ChunkSignal(rows_P[own_P] - rows.start, place_P, chunks.log_probs_C.cpu()[own_C])
 
 
 def _moved(view: TeacherView, device: torch.device) -> TeacherView:

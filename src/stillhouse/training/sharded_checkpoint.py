@@ -107,17 +107,12 @@ def gathered_weights(
         yield found
 
 
-def distribute_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Set the weights of a sharded module from complete weights that every process has."""
-    if not weights:
-        return
-    options = StateDictOptions(full_state_dict=True, strict=False)
-    set_model_state_dict(module, {**weights}, options=options)
-
-
-def send_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Set the weights of a sharded module from complete weights that only the main process has."""
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+def distribute_weights(
+    module: nn.Module, weights: dict[str, Tensor], *, from_main: bool = False
+) -> None:
+    """Set the weights of a sharded module from complete weights, which every process has, or only
+    the main process (`from_main`)."""
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=from_main, strict=False)
     set_model_state_dict(module, {**weights}, options=options)
 
 
@@ -161,7 +156,7 @@ def read_weights(root: nn.Module, model: nn.Module, checkpoint: AnyModel) -> Non
         found: dict[str, Tensor] = {}
         if leads():
             found = load_model(source, dtype=next(model.parameters()).dtype).state_dict()
-        send_weights(model, found)
+        distribute_weights(model, found, from_main=True)
         return
     by_file: dict[Path, list[str]] = defaultdict(list)
     for name in weights:
