@@ -21,7 +21,7 @@ from stillhouse.teachers.served_teacher import ServedTeacher
 from stillhouse.teachers.several_teachers import SeveralTeachers
 from stillhouse.teachers.teacher import Teacher
 from stillhouse.training.draw_rollouts import local_generator
-from stillhouse.training.on_policy import OnPolicy, own_text
+from stillhouse.training.on_policy import OnPolicy
 from stillhouse.training.on_policy_config import OnPolicyRecipe
 from stillhouse.training.own_prompts import OwnPrompts
 from stillhouse.training.step_rows import Micro
@@ -33,7 +33,7 @@ PROMPTS = OwnPrompts.of([[5, 6, 7], [8, 9]])
 
 
 def own(**section: Any) -> OnPolicy:
-    found = own_text(
+    return OnPolicy(
         OnPolicyRecipe.model_validate({"share": 1.0, "max_tokens": 4, **section}),
         PROMPTS,
         NoText(32),
@@ -44,8 +44,6 @@ def own(**section: Any) -> OnPolicy:
         seed=0,
         folder=None,
     )
-    assert found is not None
-    return found
 
 
 def student() -> Student:

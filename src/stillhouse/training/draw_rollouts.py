@@ -165,31 +165,27 @@ def write_answers(
     section: OnPolicyRecipe,
     seed: int,
     *,
-    begun: Sequence[Continuation] | None = None,
+    begun: Sequence[Continuation] = (),
 ) -> list[Rollout]:
     """Generate the answers to the slots' prompts.
 
-    begun: the beginning of each answer, which a different model generated. Answers that have
+    begun: the beginning of each answer, if a different model generated it. Answers that have
     already ended are left out.
     """
-    requests: list[TokenPrompt] = []
-    places: list[int] = []
-    for place, (slot, prompt) in enumerate(zip(slots, prompts, strict=True)):
-        given: Sequence[int] = ()
-        if begun is not None:
-            given = begun[place].ids
-            if begun[place].stop != "length" or len(given) >= slot.room:
-                continue
-        places.append(place)
-        requests.append(slot_request(slot, prompt, section, seed, given=given))
-    written = dict(generator.generate(requests))
+    begun = begun or [Continuation((), "length")] * len(slots)
+    asked = [
+        (slot, prompt, slot_request(slot, prompt, section, seed, given=start.ids))
+        for slot, prompt, start in zip(slots, prompts, begun, strict=True)
+        if start.stop == "length" and len(start.ids) < slot.room
+    ]
+    written = dict(generator.generate(request for _, _, request in asked))
     return [
         Rollout(
-            slot=slots[place].number,
+            slot=slot.number,
             ids=(*request.ids, *written[number].ids),
-            prompt=len(prompts[place]),
+            prompt=len(prompt),
             given=len(request.ids),
             stop=written[number].stop,
         )
-        for number, (place, request) in enumerate(zip(places, requests, strict=True))
+        for number, (slot, prompt, request) in enumerate(asked)
     ]

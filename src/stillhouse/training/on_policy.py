@@ -37,11 +37,7 @@ from stillhouse.students.student import Student
 from stillhouse.teachers.local_teacher import LocalTeacher
 from stillhouse.teachers.teacher import Teacher, TeacherNeeds
 from stillhouse.training.distillation import Distillation
-from stillhouse.training.draw_rollouts import (
-    able_to_generate,
-    slot_request,
-    write_answers,
-)
+from stillhouse.training.draw_rollouts import able_to_generate, slot_request, write_answers
 from stillhouse.training.heldout import measure_heldout
 from stillhouse.training.objective import Objective, objective_for
 from stillhouse.training.on_policy_config import OnPolicyRecipe
@@ -82,32 +78,49 @@ class ShipsOtherWeights(Protocol):
 class OnPolicy:
     """The text that a student generates during a training run.
 
-    plan: the rows of each step. steps: of the training run. generator: opens a generator for the
-    student. folder: the training run's; None keeps rollouts in memory.
-    Raises DataError as `require_room` does.
+    prompts: None: the chats in `batches`. batch: rows of a step. steps: of the training run.
+    generator: opens a generator for the student. folder: the training run's; None keeps rollouts in
+    memory. Raises DataError as `prompts_of_windows` and `require_room` do.
     """
 
     def __init__(
         self,
         section: OnPolicyRecipe,
-        prompts: OwnPrompts,
-        plan: StepRows,
-        micro: Micro,
+        prompts: OwnPrompts | None,
+        batches: Batches,
         *,
+        batch: int,
         steps: int,
+        micro: Micro,
         generator: OpenGenerator,
-        folder: Path | None = None,
+        seed: int,
+        folder: Path | None,
     ) -> None:
-        require_room(prompts, plan.context)
-        self.section, self.prompts, self.plan, self.micro = section, prompts, plan, micro
+        prompts = prompts_of_windows(batches) if prompts is None else prompts
+        require_room(prompts, batches.context)
+        cold = 0
+        if section.cold_start_tokens:
+            a_step = batch * batches.supervised_tokens / max(1, len(batches))
+            cold = min(steps, math.ceil(section.cold_start_tokens / max(a_step, 1.0)))
+        self.plan = plan = StepRows(
+            batch=batch,
+            share=section.share,
+            cold_steps=cold,
+            rows=len(batches),
+            lengths=prompts.lengths.tolist(),
+            samples=section.samples,
+            max_tokens=section.max_tokens,
+            context=batches.context,
+            seed=seed,
+        )
+        self.section, self.prompts, self.micro = section, prompts, micro
         self.steps, self.generator, self.folder = steps, generator, folder
         self._window: int | None = None
         self._rollouts: dict[int, Rollout] = {}
         self._warned = False
         settings = section.model_dump(mode="json", exclude={"prompts", "batch", "generator"})
         settings["generator"] = section.generator.kind
-        found = [settings, prompts.fingerprint, plan.seed, plan.batch, plan.context]
-        found.append(plan.cold_steps)
+        found = [settings, prompts.fingerprint, seed, batch, plan.context, cold]
         self.identity = hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
     def prepare(self, student: Student, teacher: Teacher | None) -> None:
@@ -180,10 +193,6 @@ class OnPolicy:
         after = step - self.plan.cold_steps
         return None if after < 0 else step - after % self.section.window
 
-    def holds(self, step: int) -> bool:
-        """Whether a step's rollouts are in memory, or it has none."""
-        return self.window_start(step) in (None, self._window)
-
     def load(self, step: int) -> bool:
         """Read a step's rollouts from the folder, where a killed process may have left them.
 
@@ -218,7 +227,7 @@ class OnPolicy:
 
         Returns a row of metrics if the window begins with this step.
         """
-        if self.holds(step):
+        if self.window_start(step) in (None, self._window):
             return None
         speed: dict[str, float] = {}
         lacking = torch.tensor(float(not self.load(step)), device=accelerator.device)
@@ -243,11 +252,9 @@ class OnPolicy:
         end = min(step + self.section.window, self.steps)
         slots = self.plan.slots(step, end)[self.micro.process :: self.micro.processes]
         prompts = [self.prompts[slot.prompt] for slot in slots]
-        begun = self._begun(slots, prompts)
+        begun, seed = self._begun(slots, prompts), self.plan.seed
         with self.generator(student, self.ends) as generator:
-            own = write_answers(
-                generator, slots, prompts, self.section, self.plan.seed, begun=begun
-            )
+            own = write_answers(generator, slots, prompts, self.section, seed, begun=begun)
         found = sorted(gather_object(own), key=lambda rollout: rollout.slot)
         seconds = time.monotonic() - began
         if self.folder is not None and leads():
@@ -311,13 +318,11 @@ class OnPolicy:
         self._window = start
         self._rollouts = {rollout.slot: rollout for rollout in rollouts}
 
-    def _begun(
-        self, slots: Sequence[Slot], prompts: Sequence[Sequence[int]]
-    ) -> list[Continuation] | None:
-        """Generate the beginning of each answer with the teacher; None if it generates none."""
+    def _begun(self, slots: Sequence[Slot], prompts: Sequence[Sequence[int]]) -> list[Continuation]:
+        """Generate the beginning of each answer with the teacher, if it should."""
         most = self.section.teacher_tokens
         if not most:
-            return None
+            return []
         assert isinstance(self.teacher, LocalTeacher)
         requests = [
             slot_request(slot, prompt, self.section, self.plan.seed, most=most)
@@ -329,45 +334,6 @@ class OnPolicy:
             )
             found = dict(local.generate(requests))
         return [found[number] for number in range(len(requests))]
-
-
-def own_text(
-    section: OnPolicyRecipe | None,
-    prompts: OwnPrompts | None,
-    batches: Batches,
-    *,
-    batch: int,
-    steps: int,
-    micro: Micro,
-    generator: OpenGenerator,
-    seed: int,
-    folder: Path | None,
-) -> OnPolicy | None:
-    """Plan the text that the student generates in a training run; None if it generates none.
-
-    prompts: None: the chats in `batches`. batch: rows of a step. generator: opens a generator for
-    the student. Raises DataError as `prompts_of_windows` and `require_room` do.
-    """
-    if section is None or section.share == 0:
-        return None
-    if prompts is None:
-        prompts = prompts_of_windows(batches)
-    cold = 0
-    if section.cold_start_tokens:
-        a_step = batch * batches.supervised_tokens / max(1, len(batches))
-        cold = min(steps, math.ceil(section.cold_start_tokens / max(a_step, 1.0)))
-    plan = StepRows(
-        batch=batch,
-        share=section.share,
-        cold_steps=cold,
-        rows=len(batches),
-        lengths=prompts.lengths.tolist(),
-        samples=section.samples,
-        max_tokens=section.max_tokens,
-        context=batches.context,
-        seed=seed,
-    )
-    return OnPolicy(section, prompts, plan, micro, steps=steps, generator=generator, folder=folder)
 
 
 def ends_of(student: Student) -> frozenset[int]:

@@ -30,7 +30,7 @@ from stillhouse.teachers.teacher import Teacher
 from stillhouse.training import checkpoints
 from stillhouse.training.checkpoints import CHECKPOINTS, METRICS, Meter, Metrics
 from stillhouse.training.draw_rollouts import rollout_generator
-from stillhouse.training.on_policy import OnPolicy, own_text
+from stillhouse.training.on_policy import OnPolicy
 from stillhouse.training.optimizer_choice import chosen_optimizer
 from stillhouse.training.own_prompts import OwnPrompts
 from stillhouse.training.resuming import Housekeeping, step_arguments, train_from_newest
@@ -175,17 +175,19 @@ def train(
         elif meter.step:
             begin_again = student.remember()  # a checkpoint that fails to load can change weights
         student.trainable(freeze_head=settings.freeze_head, dtype=getattr(torch, settings.weights))
-        own = own_text(
-            settings.on_policy,
-            prompts,
-            batches,
-            batch=settings.batch_size,
-            steps=plan.steps,
-            micro=Micro(plan.micro, process_index(), plan.processes),
-            generator=generator,
-            seed=seed,
-            folder=folder,
-        )
+        own = None
+        if settings.on_policy is not None and settings.on_policy.share > 0:
+            own = OnPolicy(
+                settings.on_policy,
+                prompts,
+                batches,
+                batch=settings.batch_size,
+                steps=plan.steps,
+                micro=Micro(plan.micro, process_index(), plan.processes),
+                generator=generator,
+                seed=seed,
+                folder=folder,
+            )
         accumulation = plan.accumulation if own is None else own.micro_batches
         arguments = _arguments(
             settings, plan, accumulation, written, precision.dtype, seed, folder is not None
