@@ -153,8 +153,8 @@ class Setting:
         return [TokenPrompt(ids, most, 1.0, seed=number) for number, (ids, most) in pairs]
 
     def rollouts(self) -> int:
-        opened = local_generator(self.options.batch, self.dtype)
-        with opened(self.student.train(), frozenset()) as generator:
+        student, batch = self.student.train(), self.options.batch
+        with local_generator(batch, self.dtype, student, frozenset()) as generator:
             return sum(len(found.ids) for _, found in generator.generate(self._requests()))
 
     def synthesize(self, *, pack: bool = True) -> int:

@@ -47,7 +47,7 @@ def student() -> Any:
 
 def written(model: Any, **section: Any) -> list[Rollout]:
     recipe = OnPolicyRecipe.model_validate(section)
-    with local_generator(2, torch.float32)(model, ENDS) as generator:
+    with local_generator(2, torch.float32, model, ENDS) as generator:
         return write_answers(generator, SLOTS, PROMPTS, recipe, 7)
 
 
@@ -81,7 +81,7 @@ def test_weights_in_bfloat16_are_float32_again_afterwards() -> None:
     """Rollouts are generated with the bfloat16 values that matrix products in training use."""
     model = student()
     before = [(each, each.data_ptr(), each.detach().clone()) for each in model.parameters()]
-    with local_generator(2, torch.bfloat16)(model, ENDS) as generator:
+    with local_generator(2, torch.bfloat16, model, ENDS) as generator:
         packed = {layer.weight for layer in model.modules() if "forward" in vars(layer)}
         others = [each for each in model.parameters() if each not in packed]
         assert {each.dtype for each in others} == {torch.bfloat16}
@@ -92,7 +92,7 @@ def test_weights_in_bfloat16_are_float32_again_afterwards() -> None:
     plain = tiny.llama(seed=3)
     for each in plain.parameters():
         each.data = each.data.bfloat16()
-    with local_generator(2, torch.float32)(plain, ENDS) as generator:
+    with local_generator(2, torch.float32, plain, ENDS) as generator:
         assert write_answers(generator, SLOTS, PROMPTS, OnPolicyRecipe(), 7) == narrow
 
 
@@ -101,7 +101,7 @@ def test_each_window_is_generated_with_the_current_weights(dtype: torch.dtype) -
     model, other = student(), student()
 
     def window(model: Any) -> list[Rollout]:
-        with local_generator(2, dtype)(model, ENDS) as generator:
+        with local_generator(2, dtype, model, ENDS) as generator:
             return write_answers(generator, SLOTS, PROMPTS, OnPolicyRecipe(), 7)
 
     before = window(model)
@@ -131,7 +131,7 @@ def test_gaps_on_the_heap_are_returned_before_and_after_generating(monkeypatch: 
 
     monkeypatch.setattr("stillhouse.generation.local_generator.SlotCache", make)
     monkeypatch.setattr("stillhouse.training.draw_rollouts.return_gaps", record)
-    with local_generator(2, torch.bfloat16)(model, ENDS) as generator:
+    with local_generator(2, torch.bfloat16, model, ENDS) as generator:
         write_answers(generator, SLOTS, PROMPTS, OnPolicyRecipe(), 7)
     assert len(made) == 1
     assert dtypes == [torch.float32, torch.float32]
@@ -150,7 +150,7 @@ def test_greedy_rollouts_match_the_model_without_dropout() -> None:
 def test_probabilities_of_the_generator_match_a_forward_pass() -> None:
     model = student()
     recipe = OnPolicyRecipe()
-    with local_generator(2, torch.float32)(model, ENDS) as generator:
+    with local_generator(2, torch.float32, model, ENDS) as generator:
         asked = write_answers(generator, SLOTS, PROMPTS, recipe, 7)[0]
     plain = tiny.llama(seed=3)
     log_q = plain(torch.tensor([asked.ids]), use_cache=False).logits[0].detach().log_softmax(-1)
@@ -170,7 +170,7 @@ def test_draws_depend_on_the_seed_the_slot_and_the_prompt() -> None:
     model = student()
     again = [Slot(3, 0, 12), Slot(0, 0, 12)]
     recipe = OnPolicyRecipe()
-    with local_generator(2, torch.float32)(model, ENDS) as generator:
+    with local_generator(2, torch.float32, model, ENDS) as generator:
         other, same = write_answers(generator, again, [PROMPTS[0]] * 2, recipe, 7)
     assert same.own == written(model)[0].own
     assert other.own != same.own

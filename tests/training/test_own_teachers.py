@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def own(**section: Any) -> OnPolicy:
         batch=2,
         steps=2,
         micro=Micro(2, 0, 1),
-        generator=local_generator(2, torch.float32),
+        generator=partial(local_generator, 2, torch.float32),
         seed=0,
         folder=None,
     )

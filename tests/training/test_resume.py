@@ -225,14 +225,15 @@ def test_a_checkpoint_is_sealed_once_every_process_has_written_its_part(tmp_path
         accelerator=Accelerator(),
         meter=lambda: checkpoints.Meter(4),
         metrics=checkpoints.Metrics(),
+        forget=lambda step: forgotten.append(step),
     )
-    sealed: list[Path] = []
-    housekeeping = Housekeeping(trainer, 3, lambda: None, sealed.append)
+    forgotten: list[int] = []
+    housekeeping = Housekeeping(trainer, 3, lambda: None)
     state = SimpleNamespace(is_world_process_zero=True, global_step=4)
     housekeeping.on_save(SimpleNamespace(output_dir=str(tmp_path)), state, None)
     found = checkpoints.latest(tmp_path)
     assert found is not None
-    assert sealed == [tmp_path]
+    assert forgotten == [4]
     (shards / "__1_0.distcp").write_bytes(b"sha")
     assert checkpoints.latest(tmp_path) is None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,29 +71,27 @@ def narrowed(
             parameter.data = data
 
 
-def local_generator(batch: int, dtype: torch.dtype) -> OpenGenerator:
+@contextmanager
+def local_generator(
+    batch: int, dtype: torch.dtype, model: Any, ends: frozenset[int]
+) -> Iterator[Generator]:
     """Generate in this process, with the weights that are trained. dtype: of matrix products."""
-
-    @contextmanager
-    def opened(model: Any, ends: frozenset[int]) -> Iterator[Generator]:
-        sharded = any(isinstance(module, FSDPModule) for module in model.modules())
-        with ExitStack() as ready:
-            # Gradients and activations leave gaps in memory into which a KV cache does not fit, and
-            # vice versa.
-            return_gaps()
-            ready.callback(return_gaps)
-            ready.enter_context(able_to_generate(model))
-            narrow = dtype != torch.float32
-            if narrow and sharded:  # FSDP2 owns the tensors of gathered weights
-                ready.enter_context(torch.autocast(model.device.type, dtype))
-            elif not sharded:
-                # The generator would copy the narrow weights once more, so pack them here.
-                packed = ready.enter_context(packed_linear(model, dtype if narrow else None))
-                if narrow:
-                    ready.enter_context(narrowed(model, dtype, besides=packed))
-            yield LocalGenerator(model, ends, batch=batch, pack=not sharded)
-
-    return opened
+    sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+    with ExitStack() as ready:
+        # Gradients and activations leave gaps in memory into which a KV cache does not fit, and
+        # vice versa.
+        return_gaps()
+        ready.callback(return_gaps)
+        ready.enter_context(able_to_generate(model))
+        narrow = dtype != torch.float32
+        if narrow and sharded:  # FSDP2 owns the tensors of gathered weights
+            ready.enter_context(torch.autocast(model.device.type, dtype))
+        elif not sharded:
+            # The generator would copy the narrow weights once more, so pack them here.
+            packed = ready.enter_context(packed_linear(model, dtype if narrow else None))
+            if narrow:
+                ready.enter_context(narrowed(model, dtype, besides=packed))
+        yield LocalGenerator(model, ends, batch=batch, pack=not sharded)
 
 
 @contextmanager
@@ -109,23 +108,21 @@ def rollout_generator(
     if isinstance(own, VllmRollouts):
         weights = place.derived(place.path / f"weights-{process_index()}")
         with vllm_rollouts(own, weights, base=base, seed=seed) as opened:
-            yield as_trained(opened, dtype)
+            yield partial(as_trained, opened, dtype)
     elif isinstance(own, VllmServerRollouts):
         with server_rollouts(own, base=base) as opened:
-            yield as_trained(opened, dtype)
+            yield partial(as_trained, opened, dtype)
     else:
-        yield local_generator(32 if section is None else section.batch, dtype)
+        yield partial(local_generator, 32 if section is None else section.batch, dtype)
 
 
-def as_trained(engine: OpenGenerator, dtype: torch.dtype) -> OpenGenerator:
+@contextmanager
+def as_trained(
+    engine: OpenGenerator, dtype: torch.dtype, model: Any, ends: frozenset[int]
+) -> Iterator[Generator]:
     """Give an engine the weights of a model in training, in the dtype of its matrix products."""
-
-    @contextmanager
-    def opened(model: Any, ends: frozenset[int]) -> Iterator[Generator]:
-        with able_to_generate(model), narrowed(model, dtype), engine(model, ends) as generator:
-            yield generator
-
-    return opened
+    with able_to_generate(model), narrowed(model, dtype), engine(model, ends) as generator:
+        yield generator
 
 
 def slot_seed(seed: int, slot: int, ids: Sequence[int]) -> int:

@@ -148,14 +148,8 @@ def _messages(section: OnPolicyPrompts, base: Path) -> Iterator[tuple[Sequence[M
         ):
             yield prompt.messages, prompt.where
         return
-    assert section.dataset is not None
-    source = HubSource(
-        kind="hub",
-        dataset=section.dataset,
-        config=section.config,
-        split=section.split,
-        limit=section.limit,
-    )
+    fields = section.model_dump(include={"dataset", "config", "split", "limit"})
+    source = HubSource(kind="hub", **fields)
     for row, where in itertools.islice(hub_rows(source, base), section.limit):
         yield _read(row, section.key, where), where
 

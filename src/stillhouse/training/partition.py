@@ -66,12 +66,9 @@ class WithEmptyRow(Dataset[Batch]):
 class _EpochLoader(DataLoader[Any]):
     """A loader that sets the epoch of its batch sampler, as transformers.Trainer expects."""
 
-    def __init__(self, rows: Any, dataset: Any, **options: Any) -> None:
-        super().__init__(dataset, batch_sampler=rows, **options)
-        self.rows = rows
-
     def set_epoch(self, epoch: int) -> None:
-        self.rows.set_epoch(epoch)
+        rows: Any = self.batch_sampler
+        rows.set_epoch(epoch)
 
 
 def row_loader(
@@ -82,8 +79,8 @@ def row_loader(
     dataset: rows by index, with a row without supervised tokens at NO_ROW.
     """
     return _EpochLoader(
-        rows,
         dataset,
+        batch_sampler=rows,
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",

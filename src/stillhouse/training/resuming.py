@@ -81,6 +81,9 @@ class ResumingTrainer(Trainer):
             seed=args.seed if args.data_seed is None else args.data_seed,
         )
 
+    def forget(self, before: int) -> None:
+        """Delete what is not needed to resume at this step or later."""
+
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         if any(each.dtype == torch.bfloat16 for each in model.parameters()):
             return clip_gradients(model.parameters(), self.args.max_grad_norm)
@@ -134,18 +137,11 @@ class Housekeeping(TrainerCallback):
     disk.
 
     trainer: must have `meter()` and `metrics`. keep: number of newest checkpoints to keep. advance:
-    called after each step. sealed: called with the folder after each checkpoint, in the main
-    process.
+    called after each step.
     """
 
-    def __init__(
-        self,
-        trainer: Any,
-        keep: int,
-        advance: Callable[[], object],
-        sealed: Callable[[Path], object] = lambda folder: None,
-    ) -> None:
-        self.trainer, self.keep, self.advance, self.sealed = trainer, keep, advance, sealed
+    def __init__(self, trainer: Any, keep: int, advance: Callable[[], object]) -> None:
+        self.trainer, self.keep, self.advance = trainer, keep, advance
         self.heap = HeapLimit()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -165,7 +161,7 @@ class Housekeeping(TrainerCallback):
         checkpoint = folder / f"checkpoint-{state.global_step}"
         checkpoints.seal(checkpoint, self.trainer.meter(), self.trainer.metrics)
         checkpoints.keep_newest(folder, self.keep)
-        self.sealed(folder)
+        self.trainer.forget(checkpoints.oldest_step(folder))
 
 
 T = TypeVar("T", bound=ResumingTrainer)

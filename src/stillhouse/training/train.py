@@ -27,7 +27,6 @@ from stillhouse.progress import bar, note
 from stillhouse.scratch import temporary_folder
 from stillhouse.students.student import Student
 from stillhouse.teachers.teacher import Teacher
-from stillhouse.training import checkpoints
 from stillhouse.training.checkpoints import CHECKPOINTS, METRICS, Meter, Metrics
 from stillhouse.training.draw_rollouts import rollout_generator
 from stillhouse.training.on_policy import OnPolicy
@@ -209,8 +208,7 @@ def train(
             optimizer_cls_and_kwargs=chosen_optimizer(settings, precision.dtype, seed),
         )
         trainer.remove_callback(PrinterCallback)
-        advanced = partial(advance, step_tokens)
-        keep = Housekeeping(trainer, settings.keep_checkpoints, advanced, partial(_forget, own))
+        keep = Housekeeping(trainer, settings.keep_checkpoints, partial(advance, step_tokens))
         for callback in (keep, *callbacks):
             trainer.add_callback(callback)
         return trainer
@@ -252,12 +250,6 @@ def train(
         precision=precision.reason,
         metrics=trainer.metrics.rows,
     )
-
-
-def _forget(own: OnPolicy | None, folder: Path) -> None:
-    """Delete rollouts that no checkpoint needs."""
-    if own is not None:
-        own.forget(before=checkpoints.oldest_step(folder))
 
 
 def require_windows(windows: int, processes: int, *, at_most: bool = False) -> None:

@@ -130,31 +130,19 @@ class TrainRecipe(StepsRecipe):
     )
 
     @model_validator(mode="after")
-    def _narrow_weights_need_narrow_products(self) -> TrainRecipe:
+    def _settings_fit(self) -> TrainRecipe:
         if self.weights == "bfloat16" and self.precision == "float32":
             raise ValueError(
                 "weights: bfloat16 requires matrix products in bfloat16: remove precision, or set "
                 "weights: float32"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _phases_fit(self) -> TrainRecipe:
         if self.schedule == "wsd" and self.warmup + self.decay > 1 + 1e-6:
             raise ValueError(
                 f"warmup ({self.warmup:g}) and decay ({self.decay:g}) add up to more than all "
                 "steps: lower one of them"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _early_stop_needs_measurements(self) -> TrainRecipe:
         if self.early_stop is not None and self.evaluate_every is None:
             raise ValueError("early_stop needs evaluate_every: set both, or neither")
-        return self
-
-    @model_validator(mode="after")
-    def _engine_gets_complete_weights(self) -> TrainRecipe:
         if self.hands_over_weights and self.shard in ("student", "both"):
             raise ValueError(
                 "a sharded student's weights cannot be handed over to vLLM: set shard to none or "

@@ -243,6 +243,10 @@ class DistillationTrainer(ResumingTrainer):
 
     # --- checkpoints ---------------------------------------------------------------------------
 
+    def forget(self, before: int) -> None:
+        if self.own is not None:
+            self.own.forget(before)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the student as a plain folder, except in checkpoints of a sharded student, which
         contain shards."""
