@@ -142,7 +142,7 @@ def _top(
     encoding: TopK | TopP, blocks: Blocks, uniforms_nU: Tensor
 ) -> tuple[EntryRows, Statistics]:
     most = encoding.k if isinstance(encoding, TopK) else encoding.most
-    p_nk, ids_nk = top_tokens(blocks, _checked_k(most, blocks))
+    p_nk, ids_nk = top_tokens(blocks, most)
     p_nk = p_nk.double()
     if isinstance(encoding, TopP):
         kept_nk = p_nk.cumsum(1) - p_nk < encoding.p
@@ -159,15 +159,6 @@ def _top(
     counts_n, ids_E = kept_nk.sum(1), ids_nk[kept_nk]
     rows = EntryRows.of(blocks.vocabulary, counts_n, ids_E, log_p_X, tail_N=tail_n)
     return rows, Statistics(float(mass_n.sum()), 0.0, squared_bias)
-
-
-def _checked_k(k: int, blocks: Blocks) -> int:
-    if k <= blocks.vocabulary:
-        return k
-    raise SignalError(
-        f"the encoding stores {k} tokens per row, but the vocabulary has only {blocks.vocabulary}",
-        fix="store fewer tokens per row",
-    )
 
 
 # --- draws with replacement ----------------------------------------------------------------
@@ -211,7 +202,7 @@ def _sampled(
 def _stratified(
     encoding: Stratified, blocks: Blocks, uniforms_nU: Tensor
 ) -> tuple[EntryRows, Statistics]:
-    p_nk, ids_nk = top_tokens(blocks, _checked_k(encoding.k, blocks))
+    p_nk, ids_nk = top_tokens(blocks, encoding.k)
     ids_nk, order_nk = ids_nk.sort(1)
     rows_nk = torch.arange(blocks.rows, device=ids_nk.device)[:, None].expand_as(ids_nk)
     p_nk = p_nk.gather(1, order_nk).double()

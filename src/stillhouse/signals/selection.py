@@ -93,8 +93,15 @@ def at_least(blocks: Blocks, tau: float) -> Entries:
 def top_tokens(blocks: Blocks, k: int) -> tuple[Tensor, Tensor]:
     """The probabilities and ids [n, k] of each row's k most likely tokens, in descending order.
 
-    All of them are in the k blocks with the largest maxima.
+    All of them are in the k blocks with the largest maxima. Raises SignalError for a k above the
+    vocabulary.
     """
+    if k > blocks.vocabulary:
+        raise SignalError(
+            f"the encoding stores {k} tokens per row, but the vocabulary has only "
+            f"{blocks.vocabulary}",
+            fix="store fewer tokens per row",
+        )
     if 2 * k * blocks.block <= blocks.p_nV.shape[1]:
         most_nB = blocks.p_nV.unflatten(1, (-1, blocks.block)).amax(2)
         block_nk = most_nB.topk(k, 1, sorted=False).indices

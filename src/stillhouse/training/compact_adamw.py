@@ -13,7 +13,7 @@ how weights are sharded.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any, Literal
 
@@ -58,18 +58,13 @@ class CompactAdamW(Optimizer):
         super().__init__(params, {**options, "bits": bits, "seed": seed, "matrices": False})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for number, group, weight in self.numbered(matrices=False):
             state = self.state[weight]
             if not state:
                 state.update(_first_state(weight, group["bits"]))
             state["step"] += 1
             _update(weight, state, group, number)
-        return loss
 
     def numbered(self, *, matrices: bool) -> Iterator[tuple[int, dict[str, Any], Any]]:
         """Yield the number, group, and weight of each weight with a gradient.
@@ -133,7 +128,6 @@ def _zeros_divided_alike(shape: tuple[int, ...], weight: Tensor) -> Tensor:
 
 
 def _update(weight: Tensor, state: dict[str, Tensor], group: dict[str, Any], number: int) -> None:
-    """Update a weight in place."""
     stored = local_part(weight)
     own = stored.contiguous()
     gradient = local_part(weight.grad).contiguous()  # type: ignore[arg-type]
@@ -141,7 +135,8 @@ def _update(weight: Tensor, state: dict[str, Tensor], group: dict[str, Any], num
     step = int(state["step"])
     start = first_row(weight) * weight.shape[1:].numel()
     key = rounding_key(group["seed"], number, step)
-    block = _block(moments)
+    codes, scale = moments[MOMENTS[0]], moments.get(MOMENTS[0] + SCALE)
+    block = 1 if scale is None else codes.shape[-1] // scale.shape[-1]
     size = CHUNK.get(own.device.type, CHUNK["cpu"]) // block * block
     for begin in range(0, own.numel(), size):
         part = slice(begin, begin + size)
@@ -157,13 +152,6 @@ def _update(weight: Tensor, state: dict[str, Tensor], group: dict[str, Any], num
         values.copy_(new)
     if own is not stored:
         stored.copy_(own)
-
-
-def _block(moments: dict[str, Tensor]) -> int:
-    codes, scales = moments[MOMENTS[0]], moments.get(MOMENTS[0] + SCALE)
-    if scales is None:
-        return 1
-    return codes.shape[-1] // scales.shape[-1]
 
 
 def _step(

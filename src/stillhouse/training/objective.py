@@ -27,7 +27,6 @@ from stillhouse.objectives.objective_config import (
     LogitsTerm,
     ObjectiveRecipe,
     ObjectiveTerm,
-    ScheduleRecipe,
 )
 from stillhouse.objectives.objective_names import ChunkDistance
 from stillhouse.objectives.terms import name_among
@@ -145,7 +144,8 @@ def objective_for(
     relations: list[Relations] = []
     chunks: list[ChunkLikelihoods] = []
     for place, term in enumerate(objective.terms):
-        schedule = _schedule(term.schedule)
+        given = term.schedule
+        schedule = None if given is None else Schedule(**given.model_dump())
         weight = Weight(term.weight, schedule)
         try:
             if isinstance(term, HiddenStatesTerm):
@@ -186,10 +186,6 @@ def terms_of(objective: Sequence[ObjectiveTerm] | None) -> ObjectiveRecipe:
     fix = "give a list: objective=[KL()]"
     require_type(objective, (list, tuple), "objective", "a list of terms", fix, RecipeError)
     return made(ObjectiveRecipe, {"terms": list(objective)}, "objective")
-
-
-def _schedule(section: ScheduleRecipe | None) -> Schedule | None:
-    return None if section is None else Schedule(**section.model_dump())
 
 
 def _term(term: LogitsTerm) -> Term:

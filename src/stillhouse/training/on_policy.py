@@ -57,7 +57,7 @@ from stillhouse.training.rollouts import (
     save_rollouts,
     window_folder,
 )
-from stillhouse.training.step_rows import Micro, Slot, StepRows, StepSampler
+from stillhouse.training.step_rows import Micro, Slot, StepRows
 from stillhouse.training.turn_agreement import require_same_end
 
 MOSTLY = 0.5
@@ -156,14 +156,6 @@ class OnPolicy:
         self.pad_id = int(pad if pad is not None else min(self.ends, default=0))
 
     # --- the rows of a step ----------------------------------------------------------------------
-
-    @property
-    def micro_batches(self) -> int:
-        """Number of micro-batches of one process in a step."""
-        return self.micro.most_batches(self.plan)
-
-    def sampler(self) -> StepSampler:
-        return StepSampler(self.plan, self.micro, self.steps)
 
     def place(self, step: int, batches: list[Batch]) -> int:
         """Put this process's rollouts into the micro-batches of a step whose window is loaded.

@@ -71,9 +71,7 @@ class OwnPrompts:
 
     @property
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(self.ids.tobytes())
-        digest.update(self.ends.tobytes())
-        return digest.hexdigest()
+        return hashlib.sha256(self.ids.tobytes() + self.ends.tobytes()).hexdigest()
 
 
 def require_tokens(prompts: OwnPrompts, vocabulary: int) -> None:

@@ -5,6 +5,7 @@ Answers are kept as token ids, since decoded text could be tokenized differently
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Sequence
@@ -127,11 +128,8 @@ def rollout_batch(
     width: L, at least the number of tokens of each window. Without windows, the batch is one row
     without supervised tokens. drop_cut_off: do not supervise truncated answers.
     """
-    rollouts = [rollout for window in windows for rollout in window]
-    plan, row = [], 0
-    for window in windows or [()]:
-        plan.append([Segment(row + i, 0, len(one.ids)) for i, one in enumerate(window)])
-        row += len(window)
+    rollouts, row = [rollout for window in windows for rollout in window], itertools.count()
+    plan = [[Segment(next(row), 0, len(one.ids)) for one in window] for window in windows or [()]]
 
     def read(segment: Segment) -> tuple[np.ndarray, np.ndarray]:
         rollout = rollouts[segment.row]

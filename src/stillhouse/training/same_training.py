@@ -7,7 +7,6 @@ contains a record of this, so that checkpoints of a different training are not r
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,8 @@ def _record(folder: Path) -> dict[str, Any] | None:
 
 def _sample(batches: Batches) -> str:
     rows = (batches[index] for index in range(0, len(batches), max(1, len(batches) // ROWS)))
-    return _hash(row[name].numpy().tobytes() for row in rows for name in ARRAYS)
+    parts = (row[name].numpy().tobytes() for row in rows for name in ARRAYS)
+    return xxhash.xxh3_128_hexdigest(b"".join(parts))
 
 
 def _identity(teacher: Teacher | None) -> str | None:
@@ -92,15 +92,9 @@ def _identity(teacher: Teacher | None) -> str | None:
     if not isinstance(teacher, LocalTeacher):
         return teacher.described
     model: nn.Module = teacher.model
-    return _hash(
+    parts = (
         f"{name} {list(value.shape)}".encode()
         + value.detach().flatten()[:NUMBERS].float().cpu().numpy().tobytes()
         for name, value in model.named_parameters()
     )
-
-
-def _hash(parts: Iterable[bytes]) -> str:
-    total = xxhash.xxh3_128()
-    for part in parts:
-        total.update(part)
-    return total.hexdigest()
+    return xxhash.xxh3_128_hexdigest(b"".join(parts))

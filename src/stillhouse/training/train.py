@@ -187,7 +187,7 @@ def train(
                 seed=seed,
                 folder=folder,
             )
-        accumulation = plan.accumulation if own is None else own.micro_batches
+        accumulation = plan.accumulation if own is None else own.micro.most_batches(own.plan)
         arguments = _arguments(
             settings, plan, accumulation, written, precision.dtype, seed, folder is not None
         )

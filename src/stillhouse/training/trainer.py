@@ -44,6 +44,7 @@ from stillhouse.training.partition import WithEmptyRow, row_loader
 from stillhouse.training.resuming import ResumingTrainer
 from stillhouse.training.rollouts import OwnBatch
 from stillhouse.training.score_step import score_step, scores_steps
+from stillhouse.training.step_rows import StepSampler
 
 
 class DistillationTrainer(ResumingTrainer):
@@ -192,8 +193,8 @@ class DistillationTrainer(ResumingTrainer):
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
         """Return a loader with every window once per epoch, for any number of processes."""
-        rows = self.process_batches() if self.own is None else self.own.sampler()
-        dataset = WithEmptyRow(self.train_dataset)
+        own, dataset = self.own, WithEmptyRow(self.train_dataset)
+        rows = StepSampler(own.plan, own.micro, own.steps) if own else self.process_batches()
         return row_loader(rows, dataset, self.args, self.data_collator)
 
     def get_batch_samples(
