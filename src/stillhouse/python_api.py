@@ -48,11 +48,10 @@ from stillhouse.teachers.several_teachers import combined
 from stillhouse.teachers.stored_teacher import StoredTeacher
 from stillhouse.teachers.teacher import Teacher, TeacherNeeds
 from stillhouse.training.objective import terms_of
-from stillhouse.training.on_policy_config import OnPolicyRecipe
 from stillhouse.training.own_prompts import OwnPrompts, made_prompts
 from stillhouse.training.same_training import require_same_training
 from stillhouse.training.train import TrainingResult, train
-from stillhouse.training.train_config import TrainRecipe
+from stillhouse.training.train_config import OnPolicyRecipe, TrainRecipe
 
 # --- terms of an objective -------------------------------------------------------------------
 

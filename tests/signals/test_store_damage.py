@@ -18,10 +18,9 @@ import pytest
 from stillhouse.errors import StillhouseError
 from stillhouse.signals import store as store_module
 from stillhouse.signals.encodings import Encoding, Hidden, Threshold, TopP
-from stillhouse.signals.manifest import Settings
+from stillhouse.signals.manifest import Settings, write_checked_json
 from stillhouse.signals.record import Recorder
 from stillhouse.signals.store import open_store
-from stillhouse.signals.store_files import write_checked_json
 from stillhouse.signals.verify import info, verify
 from stillhouse.signals.writer import StoreWriter, finish_store
 from tests import forks

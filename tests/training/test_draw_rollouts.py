@@ -23,9 +23,9 @@ from stillhouse.training.draw_rollouts import (
     slot_seed,
     write_answers,
 )
-from stillhouse.training.on_policy_config import OnPolicyRecipe
 from stillhouse.training.rollouts import Rollout
 from stillhouse.training.step_rows import Slot
+from stillhouse.training.train_config import OnPolicyRecipe
 from tests import tiny
 
 ENDS = frozenset({0})

@@ -11,7 +11,6 @@ import pytest
 from stillhouse.data.chat_prompt import chat_ids
 from stillhouse.data.data import Data
 from stillhouse.errors import DataError, ModelError
-from stillhouse.training.on_policy_config import OnPolicyPrompts
 from stillhouse.training.own_prompts import (
     OwnPrompts,
     made_prompts,
@@ -20,6 +19,7 @@ from stillhouse.training.own_prompts import (
     require_room,
     require_tokens,
 )
+from stillhouse.training.train_config import OnPolicyPrompts
 from tests import tiny
 
 WORDS = tiny.tokenizer()

@@ -23,11 +23,10 @@ from stillhouse.teachers.several_teachers import SeveralTeachers
 from stillhouse.teachers.teacher import Teacher
 from stillhouse.training.draw_rollouts import local_generator
 from stillhouse.training.on_policy import OnPolicy
-from stillhouse.training.on_policy_config import OnPolicyRecipe
 from stillhouse.training.own_prompts import OwnPrompts
 from stillhouse.training.step_rows import Micro
 from stillhouse.training.train import train
-from stillhouse.training.train_config import TrainRecipe
+from stillhouse.training.train_config import OnPolicyRecipe, TrainRecipe
 from tests import tiny
 
 PROMPTS = OwnPrompts.of([[5, 6, 7], [8, 9]])

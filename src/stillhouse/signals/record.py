@@ -6,13 +6,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.errors import SignalError
-from stillhouse.signals.encode import (
-    Encoder,
-    Statistics,
-    frozen_head_rows,
-    hidden_rows,
-    top_k_rows,
-)
+from stillhouse.signals.encode import Encoder, Statistics, frozen_head_rows, hidden_rows, top_k_rows
 from stillhouse.signals.encoded_rows import Rows, concatenate
 from stillhouse.signals.encodings import AnswerChunks, FrozenHead, Hidden, TopK
 from stillhouse.signals.folded_store import event_logits

@@ -27,10 +27,11 @@ from stillhouse.signals.manifest import (
     ShardEntry,
     check_same,
     read_settings,
+    write_checked_json,
+    write_durably,
 )
 from stillhouse.signals.segments import Segments
 from stillhouse.signals.shards import Shard, ShardHeader, open_shard, shard_bytes
-from stillhouse.signals.store_files import write_checked_json, write_durably
 
 SHARD_BYTES = 64 << 20
 SHARD_SECONDS = 600.0

@@ -22,13 +22,7 @@ from torch import Tensor, nn
 from stillhouse.data.batches import Batch, documents_of, positions_of, targets_of
 from stillhouse.data.shift import supervised_rows
 from stillhouse.launch import leads
-from stillhouse.objectives import (
-    LossSum,
-    chunk_loss,
-    fused_loss,
-    layer_logits_loss,
-    relation_loss,
-)
+from stillhouse.objectives import LossSum, chunk_loss, fused_loss, layer_logits_loss, relation_loss
 from stillhouse.objectives.chunks import no_chunks
 from stillhouse.objectives.objective_config import ObjectiveRecipe, ObjectiveTerm
 from stillhouse.pruning.offload import has_large_weights
@@ -36,12 +30,7 @@ from stillhouse.recomputed import recomputed
 from stillhouse.signals import ChunkSignal, DenseSignal, FoldedSignal, SampledSignal, Signal
 from stillhouse.signals.signal_types import inner_signal
 from stillhouse.students.student import Student
-from stillhouse.teachers.activations import (
-    ActivationRequest,
-    Activations,
-    final_norm,
-    run_backbone,
-)
+from stillhouse.teachers.activations import ActivationRequest, Activations, final_norm, run_backbone
 from stillhouse.teachers.backbone import checkpoints_layers, lm_head
 from stillhouse.teachers.model_source import AnyModel
 from stillhouse.teachers.teacher import Teacher, TeacherView, require_teacher

@@ -24,9 +24,9 @@ from stillhouse.teachers.attention_checks import FLEX
 from stillhouse.teachers.model_source import ModelSource
 from stillhouse.teachers.packed_attention import NAME as PACKED_ATTENTION
 from stillhouse.teachers.short_attention import NAME as SHORT_ATTENTION
-from stillhouse.training.on_policy_config import OnPolicyRecipe
 from stillhouse.training.rollouts import Rollout
 from stillhouse.training.step_rows import Slot
+from stillhouse.training.train_config import OnPolicyRecipe
 
 _OF_WINDOWS = (SHORT_ATTENTION, PACKED_ATTENTION, FLEX)
 """Attention implementations for training windows. Generation uses PyTorch's SDPA instead."""

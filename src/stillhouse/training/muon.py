@@ -1,4 +1,5 @@
-"""Muon for the matrices of a student's layers, and AdamW for everything else.
+"""A recipe's optimizer: Muon for the matrices of a student's layers and AdamW for everything else,
+or AdamW alone.
 
 Jordan et al., Muon: An optimizer for hidden layers in neural networks
 (https://kellerjordan.github.io/posts/muon/). Updates are scaled to the size of AdamW's, as in Liu
@@ -21,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from stillhouse.processes import first_row, local_part
 from stillhouse.training.compact_adamw import CompactAdamW, rounded, rounding_key
 from stillhouse.training.distillation import Distillation
+from stillhouse.training.train_config import TrainRecipe
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Jordan's polynomial, which brings singular values to between about 0.7 and 1.2 in five
@@ -156,3 +158,25 @@ def muon_for(module: Distillation, **options: Any) -> Muon:
         {"params": vectors, "weight_decay": 0.0},
     ]
     return Muon([group for group in groups if group["params"]], **options)
+
+
+def chosen_optimizer(
+    settings: TrainRecipe, products: torch.dtype, seed: int
+) -> tuple[Any, dict[str, Any]] | None:
+    """Return Trainer's `optimizer_cls_and_kwargs`; None for PyTorch's AdamW.
+
+    The first is an optimizer class, or a function that returns a function of the model. products:
+    dtype of matrix products.
+    """
+    options: dict[str, Any] = {
+        "lr": settings.learning_rate,
+        "betas": settings.betas,
+        "seed": seed,
+    }
+    if settings.optimizer == "muon":
+        options |= {"products": products, "weight_decay": settings.weight_decay}
+        return (lambda: muon_for), options
+    bits = 8 if settings.optimizer == "adamw_8bit" else 32
+    if bits == 32 and settings.weights == "float32":
+        return None
+    return CompactAdamW, {**options, "bits": bits}

@@ -11,14 +11,7 @@ from torch import nn
 
 from stillhouse.attention_heads import head_size, key_value_heads
 from stillhouse.errors import RecipeError, SignalError
-from stillhouse.objectives import (
-    HiddenStateLoss,
-    LayerMap,
-    Mixture,
-    Schedule,
-    Term,
-    map_layers,
-)
+from stillhouse.objectives import HiddenStateLoss, LayerMap, Mixture, Schedule, Term, map_layers
 from stillhouse.objectives.objective_config import (
     AttentionRelationsTerm,
     ChunksTerm,

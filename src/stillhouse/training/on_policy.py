@@ -40,7 +40,6 @@ from stillhouse.training.distillation import Distillation
 from stillhouse.training.draw_rollouts import able_to_generate, slot_request, write_answers
 from stillhouse.training.heldout import measure_heldout
 from stillhouse.training.objective import Objective, objective_for
-from stillhouse.training.on_policy_config import OnPolicyRecipe
 from stillhouse.training.own_measures import measure_rollouts
 from stillhouse.training.own_prompts import (
     OwnPrompts,
@@ -58,6 +57,7 @@ from stillhouse.training.rollouts import (
     window_folder,
 )
 from stillhouse.training.step_rows import Micro, Slot, StepRows
+from stillhouse.training.train_config import OnPolicyRecipe
 from stillhouse.training.turn_agreement import require_same_end
 
 MOSTLY = 0.5

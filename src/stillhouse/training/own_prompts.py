@@ -22,7 +22,7 @@ from stillhouse.generation.chat_frame import Frame, user_turn
 from stillhouse.generation.generator import require_chat_template
 from stillhouse.generation.request import Message
 from stillhouse.synthesis.prompts import read_prompt, read_prompts
-from stillhouse.training.on_policy_config import OnPolicyPrompts
+from stillhouse.training.train_config import OnPolicyPrompts
 
 WHERE = "train.on_policy.prompts"
 KEY = f"{WHERE}.key"

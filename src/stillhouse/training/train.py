@@ -29,8 +29,8 @@ from stillhouse.students.student import Student
 from stillhouse.teachers.teacher import Teacher
 from stillhouse.training.checkpoints import CHECKPOINTS, METRICS, Meter, Metrics
 from stillhouse.training.draw_rollouts import rollout_generator
+from stillhouse.training.muon import chosen_optimizer
 from stillhouse.training.on_policy import OnPolicy
-from stillhouse.training.optimizer_choice import chosen_optimizer
 from stillhouse.training.own_prompts import OwnPrompts
 from stillhouse.training.resuming import Housekeeping, step_arguments, train_from_newest
 from stillhouse.training.save_trained import save_trained
