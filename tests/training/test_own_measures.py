@@ -12,9 +12,8 @@ from stillhouse.objectives import LossSum
 from stillhouse.signals import DenseSignal, LMHead, LogitsSignal
 from stillhouse.teachers.local_teacher import LocalTeacher
 from stillhouse.teachers.teacher import TeacherView
-from stillhouse.training import own_measures
 from stillhouse.training.distillation import Distillation
-from stillhouse.training.own_measures import measure_rows
+from stillhouse.training.measures import MEASURED_ROWS, measure_rows
 from tests import tiny
 from tests.training.conftest import Setting
 from tests.training.test_on_policy import KL, run
@@ -36,7 +35,7 @@ def test_the_metrics_are_means_over_the_chosen_rows(rows: int) -> None:
     hidden_ND, head, signal, targets_N = random_rows(rows)
     found = measure_rows(hidden_ND, head, signal, targets_N, V)
     assert (float(found.total), found.rows) == (0.0, rows)
-    every = slice(None, None, max(1, rows // own_measures.MEASURED_ROWS))
+    every = slice(None, None, max(1, rows // MEASURED_ROWS))
     scores = score_rows(
         (hidden_ND[every] @ head.weight_VD.T).log_softmax(-1),
         (signal.hidden_ND[every] @ signal.head.weight_VD[:V].T).log_softmax(-1),

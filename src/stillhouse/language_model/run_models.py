@@ -18,7 +18,16 @@ from stillhouse.language_model.job import (
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.planning.model_size import config_size
 from stillhouse.quantize.quantize import qat_section
-from stillhouse.signals.signals_config import FrozenHeadSignals, HiddenSignals, SignalsRecipe
+from stillhouse.signals.signals_config import (
+    FrozenHeadSignals,
+    HiddenSignals,
+    SampledSignals,
+    SignalsRecipe,
+    StratifiedSignals,
+    ThresholdSignals,
+    TopKSignals,
+    TopPSignals,
+)
 from stillhouse.teachers.load_model import load_config
 from stillhouse.training.objective import stored_layers
 
@@ -115,14 +124,22 @@ def run_models(job: Job) -> RunModels:
 
 
 def row_bytes(job: Job, section: SignalsRecipe) -> float:
-    """The approximate bytes per stored token."""
+    """The approximate bytes per stored token (docs/signal-store.md lists the encodings' sizes)."""
     match section.encoding:
+        case ThresholdSignals(bytes=size):
+            row = size
+        case TopKSignals(k=k):
+            row = 5.0 + 4 * k
+        case TopPSignals(max_tokens=most):
+            row = 5.0 + 4 * most / 4
+        case SampledSignals(draws=draws):
+            row = 1.0 + 3 * draws / 2
+        case StratifiedSignals(k=k, draws=draws):
+            row = 2.0 + 3 * k + 2 * draws
         case FrozenHeadSignals():
             row = 4.0 + 2 * configs(job)[0].get_text_config().hidden_size
         case HiddenSignals():
             teacher = configs(job)[1].get_text_config()
             layers: Sequence[int] = stored_layers(planned_objective(job), teacher)
             row = 2.0 * teacher.hidden_size * len(layers)
-        case entries:
-            row = entries.row_bytes
     return row + SEGMENT_BYTES

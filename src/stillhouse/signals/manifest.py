@@ -172,14 +172,9 @@ def _settings(raw: Mapping[str, Any], file: Path) -> Settings:
             where=file,
             fix="use the Stillhouse that wrote the store, or record it again",
         )
-    return Settings(
-        encoding=encoding_from_json(raw["encoding"]),
-        vocabulary=raw["vocabulary"],
-        identity=raw["identity"],
-        temperature=raw["temperature"],
-        seed=raw["seed"],
-        provenance=raw["provenance"],
-    )
+    names = ("vocabulary", "identity", "temperature", "seed", "provenance")
+    encoding = encoding_from_json(raw["encoding"])
+    return Settings(encoding, **{name: raw[name] for name in names})
 
 
 def check_same(stored: Settings, expected: Settings, path: Path) -> None:

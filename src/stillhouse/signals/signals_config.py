@@ -34,11 +34,6 @@ class ThresholdSignals(Section):
         """The encoding with an initial tau, which recording tunes to `bytes`."""
         return Threshold(0.02)
 
-    @property
-    def row_bytes(self) -> float:
-        """Approximate bytes per stored token (docs/signal-store.md lists the encodings' sizes)."""
-        return self.bytes
-
 
 class TopKSignals(Section):
     """The k most likely tokens and the mass of all others, for nearly every divergence."""
@@ -48,10 +43,6 @@ class TopKSignals(Section):
 
     def encoding(self) -> EntryEncoding:
         return TopK(self.k)
-
-    @property
-    def row_bytes(self) -> float:
-        return 5.0 + 4 * self.k
 
 
 class TopPSignals(Section):
@@ -68,10 +59,6 @@ class TopPSignals(Section):
     def encoding(self) -> EntryEncoding:
         return TopP(self.p, self.max_tokens)
 
-    @property
-    def row_bytes(self) -> float:
-        return 5.0 + 4 * self.max_tokens / 4
-
 
 class SampledSignals(Section):
     """Tokens drawn with replacement, and their counts (Sparse Logit Sampling)."""
@@ -81,10 +68,6 @@ class SampledSignals(Section):
 
     def encoding(self) -> EntryEncoding:
         return Sampled(self.draws)
-
-    @property
-    def row_bytes(self) -> float:
-        return 1.0 + 3 * self.draws / 2
 
 
 class StratifiedSignals(Section):
@@ -96,10 +79,6 @@ class StratifiedSignals(Section):
 
     def encoding(self) -> EntryEncoding:
         return Stratified(self.k, self.draws)
-
-    @property
-    def row_bytes(self) -> float:
-        return 2.0 + 3 * self.k + 2 * self.draws
 
     @model_validator(mode="after")
     def _entries_fit(self) -> StratifiedSignals:

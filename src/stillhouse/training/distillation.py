@@ -35,8 +35,8 @@ from stillhouse.teachers.backbone import checkpoints_layers, lm_head
 from stillhouse.teachers.model_source import AnyModel
 from stillhouse.teachers.teacher import Teacher, TeacherView, require_teacher
 from stillhouse.teachers.write_by_layer import weights_by_layer, write_by_layer
+from stillhouse.training.measures import measure_rows
 from stillhouse.training.objective import Objective, objective_for
-from stillhouse.training.own_measures import measure_rows
 from stillhouse.training.sharded_checkpoint import gathered_weights, read_weights
 
 PROJECTIONS = "distillation_projections.safetensors"

@@ -38,9 +38,8 @@ from stillhouse.teachers.local_teacher import LocalTeacher
 from stillhouse.teachers.teacher import Teacher, TeacherNeeds
 from stillhouse.training.distillation import Distillation
 from stillhouse.training.draw_rollouts import able_to_generate, slot_request, write_answers
-from stillhouse.training.heldout import measure_heldout
+from stillhouse.training.measures import measure_heldout, measure_rollouts
 from stillhouse.training.objective import Objective, objective_for
-from stillhouse.training.own_measures import measure_rollouts
 from stillhouse.training.own_prompts import (
     OwnPrompts,
     prompts_of_windows,

@@ -33,7 +33,7 @@ from stillhouse.teachers.teacher import OUTPUT_ONLY, Teacher, TeacherView, requi
 from stillhouse.training import sharded_checkpoint
 from stillhouse.training.checkpoints import Meter, Metrics, check_finite, step_of
 from stillhouse.training.distillation import Distillation
-from stillhouse.training.heldout import heldout_teacher, measure_heldout, measurements_since_best
+from stillhouse.training.measures import heldout_teacher, measure_heldout, measurements_since_best
 from stillhouse.training.objective import Objective
 from stillhouse.training.on_policy import OnPolicy
 from stillhouse.training.partition import WithEmptyRow, row_loader
