@@ -142,9 +142,7 @@ def _loaded(step: Step, shard: Shard, *, over: int, here: int) -> dict[str, floa
         gathered = max(size.layer, size.ends) if large else size.parameters
         host["student"] = WIDE * size.ends / over + step.weights * gathered / here
     if shard in ("none", "student"):
-        host["teachers"] = float(
-            step.compute * sum(teacher.size.parameters for teacher in step.teachers)
-        )
+        host["teachers"] = float(step.compute * step.teacher_parameters)
     return host
 
 

@@ -83,20 +83,12 @@ def trace_activations(
     whether autocast keeps its copies of weights until the end of the forward pass.
     Raises ModelError if the architecture cannot be traced.
     """
-    key = (
-        shape_key(config),
-        context,
-        compute,
-        weights,
-        device,
-        checkpointing,
-        inference,
-        keep_casts,
-    )
+    choices = context, compute, weights, device, checkpointing, inference, keep_casts
+    key = shape_key(config), *choices
     if key not in _TRACED:
         try:
             with quiet(), FakeTensorMode():
-                _TRACED[key] = _trace(config, *key[1:])
+                _TRACED[key] = _trace(config, *choices)
         # An architecture's code may look at values, which fake tensors do not have.
         except Exception as error:
             problem = f"{type(error).__name__}: {error}".splitlines()[0][:300]

@@ -52,7 +52,9 @@ def loss_sizes(
     models = 2 if teachers else 1
     buffers = 0
     if not kernels:
-        buffers = (models if width < 4 else 0) + _scratch(bool(teachers), only_kl)
+        buffers = models if width < 4 else 0
+        if teachers:  # besides the logits (objectives/dense.py)
+            buffers += 1 if only_kl else 5
     logits = chunk + (part if teachers else 0)
     tiles = logits * vocabulary * width + buffers * block * vocabulary * 4
     if cuda and trained_head and width < 4 and not adds_products_wide(device):
@@ -66,10 +68,3 @@ def loss_sizes(
         rows=own + rows * sum(teachers) * width,
         head_gradient=vocabulary * hidden * 4 if trained_head else 0,
     )
-
-
-def _scratch(dense: bool, only_kl: bool) -> int:
-    """The number of a block's float32 buffers besides the logits (objectives/dense.py)."""
-    if not dense:
-        return 0
-    return 1 if only_kl else 5

@@ -47,9 +47,11 @@ _KNOWN: dict[str, ModelSize] = {}
 
 
 def model_size(model: Any) -> ModelSize:
-    """Compute the sizes of a causal language model, which can be on the meta device."""
+    """Compute the sizes of a causal language model, which can be on the meta device. Its decoder
+    blocks are the module list with the most parameters."""
     found = count_parameters(model)
-    blocks = _blocks(model)
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    blocks = max(lists, key=_count)
     ends = found.total - found.non_embedding
     head = model.get_output_embeddings().weight
     vocabulary, hidden = head.shape
@@ -64,12 +66,6 @@ def model_size(model: Any) -> ModelSize:
         tied=head is model.get_input_embeddings().weight,
         experts=expert_parameters(model),
     )
-
-
-def _blocks(model: nn.Module) -> nn.ModuleList:
-    """Return the decoder blocks: the module list with the most parameters."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=_count)
 
 
 def _count(module: nn.Module) -> int:

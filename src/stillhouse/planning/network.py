@@ -39,8 +39,7 @@ def step_traffic(
     else:
         copied += 2 * _ring(trained, processes)
     if shard in ("teacher", "both"):
-        teachers = sum(teacher.size.parameters for teacher in step.teachers)
-        shared += micro_batches * _ring(step.compute * teachers, over)
+        shared += micro_batches * _ring(step.compute * step.teacher_parameters, over)
     crossing = 0.0
     if machine.nodes > 1:
         # A ring over all nodes crosses to the next node with everything that it sends.

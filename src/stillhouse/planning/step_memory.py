@@ -155,6 +155,10 @@ class Step:
     on_cpu: bool = False
     offload: bool = False
 
+    @property
+    def teacher_parameters(self) -> int:
+        return sum(each.size.parameters for each in self.teachers)
+
 
 def training_memory(step: Step, shard: Shard, *, over: int, processes: int) -> Memory:
     """Return the memory of the step's largest phase. Arguments: as for `training_phases`."""
@@ -169,15 +173,13 @@ def training_phases(step: Step, shard: Shard, *, over: int, processes: int) -> l
     teacher = over if shard in ("teacher", "both") else 1
     host = {}
     if step.offload and teacher > 1:
-        host["teacher"] = step.compute * _parameters(step.teachers) / teacher
+        host["teacher"] = step.compute * step.teacher_parameters / teacher
     phases = []
     for name, parts in _phases(step, student, teacher, processes).items():
         if step.on_cpu:
-            allocated = sum(parts.values()) - step.context
-            parts["heap"] = HEAP_GAPS * allocated
-        phases.append(
-            Memory(name, {part: bytes_ for part, bytes_ in parts.items() if bytes_}, host)
-        )
+            parts["heap"] = HEAP_GAPS * (sum(parts.values()) - step.context)
+        needed = {part: bytes_ for part, bytes_ in parts.items() if bytes_}
+        phases.append(Memory(name, needed, host))
     return phases
 
 
@@ -273,10 +275,6 @@ def _phases(step: Step, student: int, teacher: int, processes: int) -> dict[str,
 def _compiled(step: Step) -> int:
     models = (step.student.size, *(each.size for each in step.teachers))
     return COMPILED_BYTES if step.on_cpu and any(size.experts for size in models) else 0
-
-
-def _parameters(teachers: Sequence[LiveTeacher]) -> int:
-    return sum(each.size.parameters for each in teachers)
 
 
 def _resident(teachers: Sequence[LiveTeacher], shared_by: int) -> float:

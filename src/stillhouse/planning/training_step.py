@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -46,27 +47,19 @@ def training_step(
     the teacher's layers the objective's terms compare. Neither reads nor allocates weights.
     Raises ModelError like `planned_model` and `trace_activations`.
     """
-    shared: dict[str, Any] = {"compute": compute, "device": device}
+    trace = partial(trace_activations, context=context, compute=compute, device=device)
     size = config_size(student)
     replicated, sharded = (
-        trace_activations(
-            student,
-            context,
-            weights=own,
-            checkpointing=checkpointing,
-            keep_casts=keep_casts,
-            **shared,
-        ).times(windows)
-        for own, keep_casts in ((weights, True), (gathered or compute, False))
+        trace(student, weights=own, checkpointing=checkpointing, keep_casts=keep).times(windows)
+        for own, keep in ((weights, True), (gathered or compute, False))
     )
     live = []
     for config in teachers:
-        found = trace_activations(config, context, weights=compute, inference=True, **shared)
+        found = trace(config, weights=compute, inference=True)
         its = config_size(config)
         kept = kept_layers * windows * context * its.hidden * compute.itemsize
         mapped = device == "cpu" and getattr(config, "dtype", None) == compute
         live.append(LiveTeacher(its, windows * found.forward, kept, mapped))
-    only_kl = set(divergences) <= {"forward_kl", "cross_entropy"}
     loss = loss_sizes(
         windows * context,
         size.vocabulary,
@@ -75,7 +68,7 @@ def training_step(
         compute=compute,
         device=device,
         kernels=device == "cuda" and runs_as_kernels(divergences),
-        only_kl=only_kl,
+        only_kl=set(divergences) <= {"forward_kl", "cross_entropy"},
         trained_head=not freeze_head,
         copies_head=weights != compute,
     )
