@@ -10,12 +10,11 @@ is enough to predict every shape's time:
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from stillhouse.hardware import synchronize
 from stillhouse.pruning.shapes import Counter
 from stillhouse.pruning.sizes import Sizes, resized_config, sizes_of
 from stillhouse.scratch import temporary_folder
+from stillhouse.search.probes import interpolated
 from stillhouse.teachers.activations import decoder_layers
 from stillhouse.teachers.load_model import attention_for
 from stillhouse.teachers.quiet import quiet
@@ -73,20 +73,13 @@ class LatencyTable:
         heads = (sizes.heads, sizes.kv_heads)
         attention = [one.attention for one in here if (one.heads, one.kv_heads) == heads]
         assert attention, "every pair of heads and hidden size is timed"
-        widths = sorted({one.ffn_size for one in here})
         ffn = [
-            statistics.median(one.ffn for one in here if one.ffn_size == width) for width in widths
+            (width, statistics.median(one.ffn for one in here if one.ffn_size == width))
+            for width in sorted({one.ffn_size for one in here})
         ]
-        layer = statistics.median(attention) + _between(widths, ffn, sizes.ffn_size)
+        layer = statistics.median(attention) + interpolated(ffn, sizes.ffn_size)
         layer += statistics.median(one.rest for one in here)
         return statistics.median(one.ends for one in here) + sizes.layers * layer
-
-    def to_json(self) -> list[dict[str, Any]]:
-        return [asdict(one) for one in self.timings]
-
-    @classmethod
-    def from_json(cls, rows: Sequence[dict[str, Any]]) -> LatencyTable:
-        return cls(tuple(Timing(**row) for row in rows))
 
 
 def shapes_to_time(combinations: Sequence[Sizes], widths: Sequence[int]) -> list[Sizes]:
@@ -197,15 +190,6 @@ def _enough_layers(config: Any, sizes: Sizes, width: int) -> int:
     counter = Counter(config)
     one = counter.non_embedding(replace(sizes, layers=1)) * width
     return max(1, min(sizes_of(config).layers, -(-TIMED_BYTES // one)))
-
-
-def _between(places: Sequence[int], values: Sequence[float], place: int) -> float:
-    """Interpolate linearly; extrapolate the outermost segments."""
-    if len(places) == 1:
-        return values[0]
-    pairs = list(itertools.pairwise(zip(places, values, strict=True)))
-    (left, low), (right, high) = next((pair for pair in pairs if place <= pair[1][0]), pairs[-1])
-    return low + (high - low) * (place - left) / (right - left)
 
 
 @dataclass(frozen=True)

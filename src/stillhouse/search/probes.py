@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from stillhouse.pruning.sizes import Sizes
 
@@ -26,13 +27,16 @@ class Curve:
     points: tuple[tuple[float, float], ...]
 
     def at(self, share: float) -> float:
-        """Interpolate linearly between the points, and extrapolate below the smallest share."""
-        points = self.points
-        if share >= 1 or len(points) < 2:
-            return 0.0 if share >= 1 or not points else points[0][1]
-        place = next((i for i in range(1, len(points)) if points[i][0] >= share), len(points) - 1)
-        (left, low), (right, high) = points[place - 1], points[place]
-        return low + (high - low) * (share - left) / (right - left)
+        return 0.0 if share >= 1 or not self.points else interpolated(self.points, share)
+
+
+def interpolated(points: Sequence[tuple[float, float]], place: float) -> float:
+    """Interpolate linearly between ascending points; extrapolate the outermost segments."""
+    if len(points) == 1:
+        return points[0][1]
+    reaching = (pair for pair in pairwise(points) if place <= pair[1][0])
+    (left, low), (right, high) = next(reaching, points[-2:])
+    return low + (high - low) * (place - left) / (right - left)
 
 
 def share(before: Sizes, shape: Sizes, axis: str) -> float:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from stillhouse.atomic_files import write_atomically
+from stillhouse.data.draw_windows import ChosenWindows
 from stillhouse.data.windows import WindowSet
 from stillhouse.hardware import free_memory
 from stillhouse.progress import console, note
@@ -33,7 +34,7 @@ from stillhouse.pruning.sizes import Sizes, sizes_of
 from stillhouse.search.candidates import candidates_table
 from stillhouse.search.probes import curves, expected, probed
 from stillhouse.search.search_text import SearchText, batches_of, split_text
-from stillhouse.search.shape_costs import Costs, costs_of
+from stillhouse.search.shape_costs import costs_of
 from stillhouse.search.short_training import distill_shortly
 from stillhouse.search.trial_log import Journal
 from stillhouse.shared_work import ALONE, Processes
@@ -155,17 +156,14 @@ def search_shape(setting: Setting) -> Found:
     if setting.processes.leads:
         console.print(candidates_table(work.before, found, chosen, costs))
         note(f"chosen: {name}")
-        write_atomically(setting.out / CANDIDATES, json.dumps(_plain(result, costs), indent=2))
+        plain = {
+            "target": asdict(costs.limit),
+            "measured": costs.measured,
+            "chosen": sizes,
+            "candidates": [asdict(candidate) for candidate in found],
+        }
+        write_atomically(setting.out / CANDIDATES, json.dumps(plain, indent=2))
     return result
-
-
-def _plain(found: Found, costs: Costs) -> dict[str, Any]:
-    return {
-        "target": asdict(costs.limit),
-        "measured": costs.measured,
-        "chosen": found.sizes,
-        "candidates": [asdict(candidate) for candidate in found.candidates],
-    }
 
 
 class _Work:
@@ -210,20 +208,16 @@ class _Work:
         """The teacher's outputs on the held-out text, and on the text of short distillations."""
         setting = self.setting
         teacher = self._load(setting.teacher)
-        parts = [(self.text.heldout, 8), (self.text.training, setting.train.batch_size)]
-        if self.search.trained < 2:
-            parts[1] = (self.text.heldout, 8)
+
+        def reference(windows: ChosenWindows, together: int) -> Reference:
+            batches = batches_of(windows, together, setting.device)
+            return reference_on(teacher, batches, setting.dtype, setting.vocabulary)
+
         with released_after_use(teacher):
-            heldout, training = (
-                reference_on(
-                    teacher,
-                    batches_of(windows, together, setting.device),
-                    setting.dtype,
-                    setting.vocabulary,
-                )
-                for windows, together in parts
-            )
-        return heldout, training
+            heldout = reference(self.text.heldout, 8)
+            if self.search.trained < 2:
+                return heldout, heldout
+            return heldout, reference(self.text.training, setting.train.batch_size)
 
     def _load(self, model: AnyModel) -> Any:
         free_memory()

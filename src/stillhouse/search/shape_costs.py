@@ -22,6 +22,7 @@ from stillhouse.pruning.shapes import (
 from stillhouse.search.block_timing import (
     LatencyTable,
     MemoryLine,
+    Timing,
     measure_memory,
     shapes_to_time,
     time_shape,
@@ -32,11 +33,8 @@ from stillhouse.search.trial_log import Journal
 
 @dataclass(frozen=True)
 class Costs:
-    """The costs of shapes.
-
-    of: returns a shape's cost.
-    measured: the measurements that costs are computed from, as plain data.
-    """
+    """of: returns a shape's cost. measured: the measurements that costs are computed from, as plain
+    data."""
 
     of: Cost
     limit: Limit
@@ -56,15 +54,14 @@ def costs_of(
     weights."""
     measured: Any = None
     if target.key == "decode_latency":
-        table = _latency_table(config, counter, search, served, device, journal)
-        cost: Cost = functools.lru_cache(maxsize=None)(table.seconds)
-        measured = table.to_json()
+        measured = _timings(config, counter, search, served, device, journal)
+        table = LatencyTable(tuple(Timing(**row) for row in measured))
+        cost: Cost = functools.cache(table.seconds)
     elif target.key == "memory":
         if "memory" not in journal and journal.processes.leads:
             note("measuring peak memory for two sizes of this architecture")
-        raw = journal.once("memory", lambda: asdict(measure_memory(config, served, device)))
-        line = MemoryLine(**raw)
-        measured = raw
+        measured = journal.once("memory", lambda: asdict(measure_memory(config, served, device)))
+        line = MemoryLine(**measured)
 
         def cost(sizes: Any) -> float:
             return line.bytes(counter.total(sizes) * served.itemsize)
@@ -73,14 +70,14 @@ def costs_of(
     return Costs(cost, limit_of(target, cost(counter.start), search.tolerance), measured)
 
 
-def _latency_table(
+def _timings(
     config: Any,
     counter: Counter,
     search: SearchRecipe,
     served: torch.dtype,
     device: torch.device,
     journal: Journal,
-) -> LatencyTable:
+) -> list[dict[str, Any]]:
     # Percentages are relative to the start model's time, even if it does not divide among the GPUs.
     start = counter.start
     least = int(start.ffn_size * LEAST_FFN_SHARE) if "ffn_size" in search.axes else start.ffn_size
@@ -95,4 +92,4 @@ def _latency_table(
         rows.append(
             journal.once(name, lambda: asdict(time_shape(config, shape, served, device)))  # noqa: B023
         )
-    return LatencyTable.from_json(rows)
+    return rows
