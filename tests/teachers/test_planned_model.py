@@ -26,7 +26,11 @@ from stillhouse.check import check_recipe
 from stillhouse.commands import run
 from stillhouse.errors import ModelError, StillhouseError
 from stillhouse.teachers.load_model import load_config
-from stillhouse.teachers.model_requirements import require_decoder, require_tokens
+from stillhouse.teachers.model_requirements import (
+    require_decoder,
+    require_loadable,
+    require_tokens,
+)
 from stillhouse.teachers.planned_model import check_model_folder, planned_model
 from tests import tiny
 
@@ -170,23 +174,27 @@ def test_files_without_read_permission_are_one_message(
 
 
 @pytest.mark.parametrize(
-    ("changes", "what"),
+    ("key", "value"),
     [
-        ({"pad_token_id": V}, "pad_token_id"),
-        ({"pad_token_id": -1}, "pad_token_id"),
-        ({"eos_token_id": V + 7}, "eos_token_id"),
-        ({"eos_token_id": [V, V + 1]}, "eos_token_id"),
+        ("pad_token_id", V),
+        ("pad_token_id", -1),
+        ("eos_token_id", V + 7),
+        ("eos_token_id", [V, V + 1]),
     ],
 )
 def test_special_tokens_outside_the_vocabulary_are_rejected(
-    tmp_path: Path, changes: dict[str, Any], what: str
+    tmp_path: Path, key: str, value: object
 ) -> None:
     config = load_config(saved(tmp_path / "teacher"))
     model = planned_model(config)
-    for key, value in changes.items():
-        setattr(config, key, value)
-    with pytest.raises(ModelError, match=what):
-        require_tokens(config, model)
+    setattr(config, key, value)
+    with pytest.raises(ModelError, match=key):
+        _require(config, model)
+
+
+def _require(config: Any, model: Any) -> None:
+    require_loadable(config)
+    require_tokens(config, model)
 
 
 def test_one_valid_end_token_of_several_is_enough(tmp_path: Path) -> None:
@@ -199,7 +207,7 @@ def test_the_padding_token_cannot_be_an_image_token(tmp_path: Path) -> None:
     config = load_config(saved(tmp_path / "teacher"))
     config.pad_token_id, config.image_token_id = 3, 3
     with pytest.raises(ModelError, match="image"):
-        require_tokens(config, planned_model(config))
+        require_loadable(config)
 
 
 def test_a_teacher_with_non_finite_outputs_is_reported(tmp_path: Path) -> None:

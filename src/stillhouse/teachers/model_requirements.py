@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from stillhouse.errors import ModelError
+from stillhouse.teachers.older_names import with_older_names
 from stillhouse.teachers.quiet import quiet
-from stillhouse.teachers.rope_keys import require_rope
 
 MOST_LAYERS = 2000
-_GENERATION = "generation_config.json"
 INSTEAD = (
     "use the unquantized model or a .gguf file of it, or run it in vLLM "
     "(signals.vllm, signals.server, synthesize.teacher)"
@@ -86,10 +88,8 @@ _OF_SOME_MODELS = ("partial_rotary_factor", "rotary_pct")
 def _scales(keys: dict[str, Any]) -> bool:
     """Whether the rotary embeddings have a scaling, which all models read."""
     rope = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
-    return isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) not in (
-        None,
-        "default",
-    )
+    kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else None
+    return kind not in (None, "default")
 
 
 def _model_reads(kind: type, key: str) -> bool:
@@ -134,18 +134,19 @@ def require_decoder(config: Any, where: object = None) -> None:
     """Raise ModelError for encoders, which see the tokens to be predicted, and for encoder-decoder
     models."""
     kind = getattr(config, "model_type", "")
-    fix = "use a decoder-only model, such as Llama, Qwen, Gemma, Mistral, or GPT-2"
-    if getattr(config, "is_encoder_decoder", False):
-        what = f"a model of type {kind} is an encoder-decoder, not a causal language model"
-        raise ModelError(what, where=where, fix=fix)
     masked = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    both_ways = getattr(config.get_text_config(), "use_bidirectional_attention", None) in (
-        True,
-        "all",
+    directions = getattr(config.get_text_config(), "use_bidirectional_attention", None)
+    if getattr(config, "is_encoder_decoder", False):
+        what = "an encoder-decoder, not a causal language model"
+    elif masked or directions in (True, "all") or getattr(config, "is_causal", True) is False:
+        what = "an encoder, which sees the tokens it should predict"
+    else:
+        return
+    raise ModelError(
+        f"a model of type {kind} is {what}",
+        where=where,
+        fix="use a decoder-only model, such as Llama, Qwen, Gemma, Mistral, or GPT-2",
     )
-    if masked or both_ways or getattr(config, "is_causal", True) is False:
-        what = f"a model of type {kind} is an encoder, which sees the tokens it should predict"
-        raise ModelError(what, where=where, fix=fix)
 
 
 def require_quantization(config: Any, where: object = None) -> None:
@@ -157,20 +158,16 @@ def require_quantization(config: Any, where: object = None) -> None:
     method = settings.get("quant_method", "an unknown method")
     try:
         with quiet():
-            AutoHfQuantizer.from_config(settings, pre_quantized=True).validate_environment(
-                device_map=None
-            )
+            quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)
+            quantizer.validate_environment(device_map=None)
     except Exception as error:
         problem = str(error).split(" - supported types")[0].strip().splitlines()[0][:300]
+        installable = isinstance(error, ImportError) and "GPU" not in str(error)
         raise ModelError(
             f"the model is quantized with {method}, which cannot be loaded here ({problem})",
             where=where,
-            fix=INSTEAD + ("; or install what is missing" if _installable(error) else ""),
+            fix=INSTEAD + ("; or install what is missing" if installable else ""),
         ) from error
-
-
-def _installable(error: Exception) -> bool:
-    return isinstance(error, ImportError) and "GPU" not in str(error)
 
 
 def require_padding(config: Any, where: object = None) -> None:
@@ -193,14 +190,14 @@ def require_padding(config: Any, where: object = None) -> None:
 
 
 def require_tokens(config: Any, model: Any, where: object = None) -> None:
-    """Raise ModelError for invalid special tokens in the configuration.
-
-    An end token without an embedding could never be generated, so no text would end.
-    """
-    require_padding(config, where)
+    """Raise ModelError for an end token without an embedding, which could never be generated, so
+    no text would end."""
     rows = model.get_input_embeddings().num_embeddings
     generation = getattr(model, "generation_config", None)
-    for file, holder in (("config.json", config.get_text_config()), (_GENERATION, generation)):
+    for file, holder in (
+        ("config.json", config.get_text_config()),
+        (GENERATION_CONFIG_NAME, generation),
+    ):
         ends = getattr(holder, "eos_token_id", None)
         ends = ends if isinstance(ends, list) else [ends]
         known = [end for end in ends if end is not None]
@@ -210,3 +207,92 @@ def require_tokens(config: Any, model: Any, where: object = None) -> None:
                 where=where,
                 fix=f"set eos_token_id in {file} to the tokenizer's end token",
             )
+
+
+# --- rotary embeddings ----------------------------------------------------------------------------
+
+_OLDER = (
+    "rope_theta", "rope_scaling", "rope_local_base_freq", "rotary_emb_base", "rotary_pct",
+    "partial_rotary_factor", "global_rope_theta", "local_rope_theta",
+)  # fmt: skip
+_POSITIVE = (
+    "rope_theta", "factor", "attention_factor", "partial_rotary_factor", "beta_fast", "beta_slow",
+    "low_freq_factor", "high_freq_factor", "short_factor", "long_factor",
+    "original_max_position_embeddings",
+)  # fmt: skip
+
+
+def require_rope(keys: Mapping[str, Any], where: object = None) -> None:
+    """Raise ModelError for keys of config.json that contradict each other, a scaling without a
+    type, or numbers that are not positive. keys: the text model's.
+
+    transformers 5 reads `rope_parameters`, and older names alongside it only in part. If the two
+    have different values, programs differ in which one they use.
+    """
+    rope = keys.get("rope_parameters")
+    if isinstance(rope, dict) and rope:
+        _require_one_value(keys, where)
+    for found in _ropes(keys):
+        kind = found.get("rope_type", found.get("type"))
+        if kind in (None, "default") and found.get("factor") not in (None, 1):
+            raise ModelError(
+                f"config.json scales rotary embeddings by a factor ({found['factor']}) without a "
+                "rope_type, so transformers ignores the factor",
+                where=where,
+                fix="add the rope_type (linear, dynamic, yarn, ...), or remove the factor",
+            )
+    for found in ({key: keys.get(key) for key in _OLDER}, *_ropes(keys)):
+        for key in found.keys() & set(_POSITIVE):
+            if not _is_positive(found[key]):
+                raise ModelError(
+                    f"{key} must be a positive number, but is {found[key]!r}",
+                    where=where,
+                    fix="correct it, or copy the model's own config.json again",
+                )
+
+
+def _require_one_value(keys: Mapping[str, Any], where: object) -> None:
+    try:
+        older = with_older_names({key: keys[key] for key in keys.keys() - set(_OLDER)})
+    except (KeyError, TypeError, AttributeError):
+        return  # transformers' own error about rope_parameters says more
+    older.setdefault("rope_scaling", {"rope_type": "default"})
+    for key in _OLDER:
+        if keys.get(key) and key in older and not _agree(keys[key], older[key]):
+            raise ModelError(
+                f"config.json has two different rotary embeddings: {key} is {keys[key]}, and "
+                f"rope_parameters is {keys['rope_parameters']}",
+                where=where,
+                fix=f"write the values that the model was trained with into rope_parameters, and "
+                f"remove {key}",
+            )
+
+
+def _agree(one: Any, other: Any) -> bool:
+    """Whether two values are equal, or two scalings in all keys that they share."""
+    if not isinstance(one, Mapping) or not isinstance(other, Mapping):
+        return bool(one == other)
+    kinds = [found.get("rope_type", found.get("type", "default")) for found in (one, other)]
+    common = (one.keys() & other.keys()) - {"type", "rope_type"}
+    same = all(one[key] == other[key] for key in common)
+    # Qwen2-VL's `mrope` is the default rotation, applied to several positions.
+    return same and (kinds[0] == kinds[1] or set(kinds) == {"default", "mrope"})
+
+
+def _ropes(keys: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The rotary embeddings, which can be separate for each kind of layer."""
+    for key in ("rope_parameters", "rope_scaling"):
+        found = keys.get(key)
+        if isinstance(found, dict):
+            nested = [value for value in found.values() if isinstance(value, dict)]
+            yield from nested or [found]
+
+
+def _is_positive(value: Any) -> bool:
+    """Whether a value, or each value of a list, is a positive number or None."""
+    if isinstance(value, list):
+        return all(map(_is_positive, value))
+    if value is None:
+        return True
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value > 0

@@ -18,11 +18,7 @@ from stillhouse.errors import ModelError
 from stillhouse.teachers.backbone import check_head
 from stillhouse.teachers.document_rows import small_config
 from stillhouse.teachers.load_model import attention_for, check_loadable, load_config
-from stillhouse.teachers.model_requirements import (
-    require_layers,
-    require_loadable,
-    require_tokens,
-)
+from stillhouse.teachers.model_requirements import require_layers, require_loadable, require_tokens
 from stillhouse.teachers.model_source import AnyModel, source_of
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.weights import INDEX, SINGLE, read_json
