@@ -85,32 +85,31 @@ def load_model(
             )
     except LostProcessError:
         raise
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _no_memory(path, files, dtype) from error
-    except RuntimeError as error:
-        if "allocate memory" in str(error):
-            raise _no_memory(path, files, dtype) from error
-        raise ModelError(
-            f"this model cannot be loaded ({error})", where=path, fix="check its config.json"
-        ) from error
     # A value that an architecture does not expect can fail anywhere in its constructor.
     except Exception as error:
-        raise ModelError(
-            f"transformers cannot load this model ({type(error).__name__}: {error})",
-            where=path,
-            fix="check that it is a causal language model of a known architecture; code that "
-            "comes with a model runs only with trust_remote_code: true",
-        ) from error
-    _check_loaded(info, path)
+        torch_failed = isinstance(error, RuntimeError)
+        full = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if full or (torch_failed and "allocate memory" in str(error)):
+            stored = sum(file.stat().st_size for file in files)
+            what = f"too little memory to load {stored / 1e9:.1f} GB of weights as {dtype}"
+            fix = "use a smaller teacher or a machine with more memory"
+        elif torch_failed:
+            what, fix = f"this model cannot be loaded ({error})", "check its config.json"
+        else:
+            what = f"transformers cannot load this model ({type(error).__name__}: {error})"
+            fix = (
+                "check that it is a causal language model of a known architecture; code that "
+                "comes with a model runs only with trust_remote_code: true"
+            )
+        raise ModelError(what, where=path, fix=fix) from error
+    _check_loaded(info, loaded, files, path)
     if getattr(loaded.config, "quantization_config", None) is not None:
         set_buffers(loaded)
         dequantize(loaded, dtype)
     require_tokens(config, loaded, path)
-    _check_types(loaded, files, path)
     if finite:
         check_finite(loaded, path)
         _check_written(loaded, path)
-    _check_tied(loaded, files, path)
     loaded.requires_grad_(False).eval()
     if distributed is None:
         check_head_once(loaded, path)
@@ -146,9 +145,7 @@ def check_loadable(model: AnyModel, kind: Any = AutoModelForCausalLM) -> None:
             where=path,
             fix="check its config.json and generation_config.json",
         ) from error
-    _check_loaded(info, path)
-    _check_types(loaded, files, path)
-    _check_tied(loaded, files, path)
+    _check_loaded(info, loaded, files, path)
 
 
 def load_config(model: AnyModel) -> Any:
@@ -202,22 +199,18 @@ def load_tokenizer(model: AnyModel) -> Any:
                 path, trust_remote_code=source.trusted, local_files_only=True
             )
             tokenizer = as_stored(tokenizer, path)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):
+            raise ValueError("it has only special tokens")
     # The tokenizers library raises plain Exception for a damaged tokenizer.json.
     except Exception as error:
-        raise _no_tokenizer(path, str(error)) from error
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise _no_tokenizer(path, "it has only special tokens")
+        raise ModelError(
+            f"no tokenizer can be loaded ({error})",
+            where=path,
+            fix="copy all of the tokenizer's files into the folder: tokenizer.json, "
+            "tokenizer_config.json, and chat_template.jinja if there is one",
+        ) from error
     require_stored_tokens(tokenizer, path)
     return tokenizer
-
-
-def _no_tokenizer(path: Path, problem: str) -> ModelError:
-    return ModelError(
-        f"no tokenizer can be loaded ({problem})",
-        where=path,
-        fix="copy all of the tokenizer's files into the folder: tokenizer.json, "
-        "tokenizer_config.json, and chat_template.jinja if there is one",
-    )
 
 
 def attention_for(config: Any) -> str | None:
@@ -229,7 +222,9 @@ def attention_for(config: Any) -> str | None:
     return None if capped is None else "eager"
 
 
-def _check_loaded(info: dict[str, Any], path: Path) -> None:
+def _check_loaded(info: dict[str, Any], model: Any, files: list[Path], path: Path) -> None:
+    """Raise ModelError if the files do not contain the model's weights. info: of
+    `from_pretrained`."""
     mismatched = sorted(str(key[0]) for key in info["mismatched_keys"])
     prefix = _wrapper(info["missing_keys"], info["unexpected_keys"])
     if prefix:
@@ -251,6 +246,8 @@ def _check_loaded(info: dict[str, Any], path: Path) -> None:
                 where=path,
                 fix="copy the model again: config.json and the weights belong to different models",
             )
+    _check_types(model, files, path)
+    _check_tied(model, files, path)
 
 
 def _wrapper(missing: Iterable[str], unexpected: Iterable[str]) -> str:
@@ -326,13 +323,4 @@ def _check_tied(model: Any, files: list[Path], path: Path) -> None:
         where=path,
         fix="set tie_word_embeddings to false in config.json to use that head, or remove "
         "lm_head.weight from the weights to use the embeddings",
-    )
-
-
-def _no_memory(path: Path, files: list[Path], dtype: torch.dtype) -> ModelError:
-    stored = sum(file.stat().st_size for file in files)
-    return ModelError(
-        f"too little memory to load {stored / 1e9:.1f} GB of weights as {dtype}",
-        where=path,
-        fix="use a smaller teacher or a machine with more memory",
     )
