@@ -6,8 +6,8 @@ i; the last layer is the last hidden state, after the final norm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,9 +81,23 @@ def _run_hooked(
     request: ActivationRequest,
     documents: Tensor | None,
 ) -> Activations:
-    blocks = decoder_layers(model)
+    blocks, layers = decoder_layers(model), dict[int, Tensor]()
+
+    def keep_input(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        layers[0] = inputs[0] if inputs else named["hidden_states"]
+
+    def keep(layer: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: object, output: Any) -> None:
+            layers[layer] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
     with ExitStack() as stack:
-        layers = stack.enter_context(_outputs(blocks, request.layers - {len(blocks)}))
+        for layer in sorted(request.layers - {0, len(blocks)}):
+            stack.enter_context(blocks[layer - 1].register_forward_hook(keep(layer)))
+        if 0 in request.layers:
+            hook = blocks[0].register_forward_pre_hook(keep_input, with_kwargs=True)
+            stack.enter_context(hook)
         attention = {
             number: stack.enter_context(capture(_attention(blocks[number - 1])))
             for number in sorted(request.attention)
@@ -136,26 +150,3 @@ def _unknown(module: nn.Module, what: str) -> ModelError:
         where="objective.terms",
         fix="use only terms on the output, which work for any architecture",
     )
-
-
-@contextmanager
-def _outputs(blocks: nn.ModuleList, layers: frozenset[int]) -> Iterator[dict[int, Tensor]]:
-    caught: dict[int, Tensor] = {}
-
-    def keep(layer: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: object, output: Any) -> None:
-            caught[layer] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    def keep_input(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        caught[0] = inputs[0] if inputs else named["hidden_states"]
-
-    handles = [blocks[i - 1].register_forward_hook(keep(i)) for i in sorted(layers - {0})]
-    if 0 in layers:
-        handles.append(blocks[0].register_forward_pre_hook(keep_input, with_kwargs=True))
-    try:
-        yield caught
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -34,11 +33,7 @@ class LocalTeacher(Teacher):
     """
 
     def __init__(
-        self,
-        model: Any,
-        tokenizer: Any = None,
-        *,
-        source: AnyModel | None = None,
+        self, model: Any, tokenizer: Any = None, *, source: AnyModel | None = None
     ) -> None:
         self.model = model.eval()
         self.source = None if source is None else source_of(source)
@@ -64,7 +59,9 @@ class LocalTeacher(Teacher):
         documents = documents_of(batch)
         if documents is not None:
             documents = documents.to(device, non_blocking=True)
-        with self._released_after_use():
+        with ExitStack() as stack:
+            for layer in self._mapped:
+                stack.enter_context(layer.register_forward_hook(self._release))
             found = run_backbone(self.model, ids_RL, place_RL, request, documents)
         signal = DenseSignal(supervised_rows(found.last_RLD, positions_N), self.head)
         layers = {i: supervised_rows(rows_RLD, positions_N) for i, rows_RLD in found.layers.items()}
@@ -78,18 +75,9 @@ class LocalTeacher(Teacher):
                 files = weight_files(self.source.path)
                 self._mapped = map_weights(self.model, decoder_layers(self.model), files)
 
-    @contextmanager
-    def _released_after_use(self) -> Iterator[None]:
-        """Inside the block, release each memory-mapped layer once it has run."""
-        handles = [
-            layer.register_forward_hook(lambda layer, *_: self._mapped[layer].release())
-            for layer in self._mapped
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def _release(self, layer: nn.Module, *_: object) -> None:
+        """Release a memory-mapped layer, which has just run."""
+        self._mapped[layer].release()
 
     def flops(self, tokens: int) -> int:
         return forward_flops(count_parameters(self.model).active, tokens)
