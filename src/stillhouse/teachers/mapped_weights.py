@@ -7,7 +7,6 @@ released, and only if their tensors were not written to, so no weight loses its 
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import mmap
@@ -23,7 +22,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 """Dtypes by their names in safetensors headers."""
 
 Span = tuple[mmap.mmap, int, int]
-"""A mapping, its first byte, and the byte after its last; both at the beginning of a page."""
+"""A mapping, and the first byte of a part of it and the one after its last."""
 
 
 @dataclass(frozen=True)
@@ -113,16 +112,14 @@ def _release(spans: Iterable[Span]) -> None:
 
 def _page_spans(places: list[StoredTensor]) -> Iterator[Span]:
     """The tensors' complete pages, with one span for neighboring tensors."""
-    places = sorted(places, key=lambda place: (id(place.file), place.start))
-    starts = [
-        index
-        for index, place in enumerate(places)
-        if not index
-        or places[index - 1].file is not place.file
-        or places[index - 1].end != place.start
-    ]
-    for index, after in itertools.pairwise([*starts, len(places)]):
-        start = -(-places[index].start // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = places[after - 1].end // mmap.PAGESIZE * mmap.PAGESIZE
+    joined: list[Span] = []
+    for place in sorted(places, key=lambda place: (id(place.file), place.start)):
+        start = place.start
+        if joined and joined[-1][0] is place.file and joined[-1][2] == start:
+            start = joined.pop()[1]
+        joined.append((place.file, start, place.end))
+    for file, start, end in joined:
+        start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = end // mmap.PAGESIZE * mmap.PAGESIZE
         if start < end:
-            yield places[index].file, start, end
+            yield file, start, end
