@@ -6,19 +6,12 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
-from stillhouse.checksums import (
-    SUMS,
-    damaged_files,
-    file_facts,
-    read_sums,
-    with_hash,
-    without_hash,
-)
+from stillhouse.checksums import SUMS, damaged_files, file_facts, read_sums, with_hash, without_hash
 
 
 def cache_folder(cache: Path | None = None) -> Path:
@@ -37,11 +30,16 @@ def file_sha256(path: Path, cache: Path, *, reread: bool = False) -> str:
     stat = path.stat()
     key = f"{path.resolve()}\n{stat.st_size}\n{stat.st_mtime_ns}"
     remembered = cache / "hashes" / hashlib.sha256(key.encode()).hexdigest()
-    facts = _remembered(remembered)
-    if facts is not None and not (reread and damaged_files(path.parent, {path.name: facts})):
-        return str(facts["sha256"])
+    with suppress(OSError, ValueError):
+        facts = json.loads(without_hash(remembered.read_bytes()))
+        if not (reread and damaged_files(path.parent, {path.name: facts})):
+            return str(facts["sha256"])
     facts = file_facts(path)
-    _remember(remembered, facts)
+    with suppress(OSError):  # a cache that cannot be written costs time, not correctness
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        temporary = remembered.with_name(f"{remembered.name}.{uuid.uuid4().hex}")
+        temporary.write_bytes(with_hash(json.dumps(facts).encode()))
+        temporary.replace(remembered)
     return str(facts["sha256"])
 
 
@@ -72,22 +70,3 @@ def code_sha256(*packages: ModuleType) -> str:
                 total.update(f"{package.__name__} {file.relative_to(folder)}\n".encode())
                 total.update(file.read_bytes())
     return total.hexdigest()
-
-
-def _remembered(path: Path) -> dict[str, Any] | None:
-    try:
-        facts: dict[str, Any] = json.loads(without_hash(path.read_bytes()))
-    except (OSError, ValueError):
-        return None
-    return facts
-
-
-def _remember(path: Path, facts: Mapping[str, Any]) -> None:
-    # A cache that cannot be written costs time, not correctness, so it is not an error.
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-        temporary.write_bytes(with_hash(json.dumps(facts).encode()))
-        temporary.replace(path)
-    except OSError:
-        return
