@@ -29,13 +29,7 @@ from stillhouse.signals.encoded_rows import Rows
 from stillhouse.signals.encodings import Encoding, Hidden, Threshold
 from stillhouse.signals.folded_store import ROOTS, event_logits, fold_sha256, write_fold
 from stillhouse.signals.lm_head import head_logits
-from stillhouse.signals.manifest import (
-    SETTINGS,
-    Manifest,
-    Settings,
-    read_manifest,
-    read_settings,
-)
+from stillhouse.signals.manifest import SETTINGS, Manifest, Settings, read_manifest, read_settings
 from stillhouse.signals.record import Recorder
 from stillhouse.signals.segments import Segments, find_segments
 from stillhouse.signals.signals_config import SignalsRecipe, ThresholdSignals
@@ -117,19 +111,15 @@ def record(
     the disk is full; signals recorded so far are kept.
     """
     recorder = recorder_of(settings, student_head)
-    fold = teacher.roots.fold if isinstance(teacher, AlignedTeacher) else None
-    if alone:
-        with StoreWriter(out, settings) as writer:
-            if fold is not None:
-                write_fold(fold, out)
-            _record_share(teacher, texts, recorder, writer, process=0, processes=1)
+    process, processes = (0, 1) if alone else (process_index(), world_size())
+    if not alone:
+        open_group()
+    with lost_process(processes), StoreWriter(out, settings) as writer:
+        if process == 0 and isinstance(teacher, AlignedTeacher):
+            write_fold(teacher.roots.fold, out)
+        _record_share(teacher, texts, recorder, writer, process=process, processes=processes)
+        if alone:
             return writer.finish()
-    open_group()
-    with lost_process(world_size()), StoreWriter(out, settings) as writer:
-        if fold is not None and leads():
-            write_fold(fold, out)
-        own, processes = process_index(), world_size()
-        _record_share(teacher, texts, recorder, writer, process=own, processes=processes)
         writer.flush()
         wait_for_all()
         if leads():
