@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -50,55 +51,42 @@ def cached_roots(aligner: TokenAligner, cache: Path | None = None) -> Roots:
 
     A damaged file in the cache is replaced. A cache that cannot be written costs only time.
     """
-    identity = pair_identity(aligner)
-    folder = cache_folder(cache) / "roots" / identity
+    folder = cache_folder(cache) / "roots" / pair_identity(aligner)
     if (folder / ROOTS).is_file():
-        try:
-            return load_roots(folder, aligner, identity)
-        except ModelError:
-            pass
+        with suppress(ModelError):
+            return load_roots(folder, aligner)
     roots = aligner.roots()
-    try:
-        with disk_errors(folder), building_folder(folder) as building:
-            _write(roots, building, aligner, identity)
-            if (folder / ROOTS).is_file():
-                (building / ROOTS).replace(folder / ROOTS)
-            else:
-                building.rename(folder)
-    except (OSError, RunError):
-        pass
+    with suppress(OSError, RunError), building_folder(folder) as building:
+        save_roots(roots, building, aligner)
+        if (folder / ROOTS).is_file():
+            (building / ROOTS).replace(folder / ROOTS)
+        else:
+            building.rename(folder)
     return roots
 
 
-def save_roots(roots: Roots, folder: Path, aligner: TokenAligner, identity: str = "") -> None:
-    """Write ROOTS and SUMMARY to a folder. identity: the pair's, if it is known.
-
-    Raises RunError if the folder cannot be written.
-    """
-    with disk_errors(folder):
-        _write(roots, folder, aligner, identity or pair_identity(aligner))
-
-
-def _write(roots: Roots, folder: Path, aligner: TokenAligner, identity: str) -> None:
+def save_roots(roots: Roots, folder: Path, aligner: TokenAligner) -> None:
+    """Write ROOTS and SUMMARY to a folder. Raises RunError if it cannot be written."""
     maps = {
         "student": torch.from_numpy(roots.student_V.astype(np.int32)),
         "teacher": torch.from_numpy(roots.teacher_W.astype(np.int32)),
     }
     facts = sealed(
         {
-            "tokenizers": identity,
+            "tokenizers": pair_identity(aligner),
             "count": roots.count,
             "shared": roots.shared,
             "merges": roots.merges,
             "maps": _hash_of(*maps.values()),
         }
     )
-    save_file(maps, folder / ROOTS, metadata={"roots": json.dumps(facts)})
     text = json.dumps(summary(roots, aligner), indent=2, ensure_ascii=False)
-    (folder / SUMMARY).write_text(text + "\n", encoding="utf-8")
+    with disk_errors(folder):
+        save_file(maps, folder / ROOTS, metadata={"roots": json.dumps(facts)})
+        (folder / SUMMARY).write_text(text + "\n", encoding="utf-8")
 
 
-def load_roots(folder: Path, aligner: TokenAligner, identity: str = "") -> Roots:
+def load_roots(folder: Path, aligner: TokenAligner) -> Roots:
     """Load roots that `save_roots` wrote for these tokenizers.
 
     Raises ModelError if the file is damaged or belongs to different tokenizers.
@@ -116,7 +104,7 @@ def load_roots(folder: Path, aligner: TokenAligner, identity: str = "") -> Roots
         tokenizers = facts["tokenizers"]
     except (OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError) as error:
         raise _unusable(path, f"the file cannot be read ({error})") from error
-    if tokenizers != (identity or pair_identity(aligner)):
+    if tokenizers != pair_identity(aligner):
         raise _unusable(path, "the file belongs to different tokenizers")
     sides = (student_V, aligner.student), (teacher_W, aligner.teacher)
     for roots_X, tokens in sides:
