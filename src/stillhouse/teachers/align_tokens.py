@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -214,8 +215,7 @@ class TokenAligner:
                 parts.append(self._text(start + first, ids_L[first:last]))
                 continue
             for place in range(first, last):
-                own = np.array([self._partner[int(ids_L[place])]])
-                parts.append(_Given(own, start + place))
+                parts.append(_Given(np.array([self._partner[int(ids_L[place])]]), start + place))
         return parts
 
     def _chat(self, start: int, ids_L: Ids, unknown: int) -> list[_Part]:
@@ -245,21 +245,11 @@ class TokenAligner:
         return list(self._answers(start, ids_L, begins, parsed, written))
 
     def _answers(
-        self,
-        start: int,
-        ids_L: Ids,
-        begins: Ids,
-        parsed: Sequence[Part],
-        written: Sequence[Part],
+        self, start: int, ids_L: Ids, begins: Ids, parsed: Sequence[Part], written: Sequence[Part]
     ) -> Iterator[_Part]:
         """The teacher's parts of a chat. Answers, and the tokens that end them, are matched."""
-        done, places = 0, []
-        for part in parsed:
-            size = len(part.text.encode())
-            if part.role is not None:
-                places.append((done, done + size))
-            done += size
-        contents = iter(places)
+        edges = pairwise(accumulate((len(part.text.encode()) for part in parsed), initial=0))
+        contents = (edge for edge, part in zip(edges, parsed, strict=True) if part.role is not None)
         ended = NOWHERE
         for number, part in enumerate(written):
             if part.role is None:
@@ -330,11 +320,9 @@ class TokenAligner:
         theirs_M = _starts(self.teacher.lengths_V[ids]) + part.skipped - space
         if space:
             theirs_M = theirs_M[1:]  # the first token contains a space that is not in the text
-        at_L = np.searchsorted(theirs_M, ours_L).clip(max=max(0, len(theirs_M) - 1))
-        if not len(theirs_M):
-            return True
-        end = part.skipped + len(text)
-        same_L = (theirs_M[at_L] == ours_L) & (ours_L < end)
+        at_L = np.searchsorted(theirs_M, ours_L)
+        same_L = np.append(theirs_M, NOWHERE)[at_L] == ours_L
+        same_L &= ours_L < part.skipped + len(text)
         same_L &= self.student.lengths_V[part.ids] > 0
         begins_L[part.start : part.start + len(ours_L)] = np.where(
             same_L, at_L + done + space, NOWHERE

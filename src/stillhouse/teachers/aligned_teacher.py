@@ -133,7 +133,9 @@ class AlignedTeacher(Teacher):
             head = trim_head(signal.head, self.teacher.vocabulary)
             log_p_Q = target_log_probabilities(head, signal.hidden_ND[rows_Q], targets_Q)
             chunks = _summed(log_p_Q, aligned.chunks)
-        return FoldedSignal(dense, self._fold_on(device), covered, chunks)
+        if self._fold is None or self._fold.student_V.device != device:
+            self._fold = self.roots.fold.to(device)
+        return FoldedSignal(dense, self._fold, covered, chunks)
 
     def _likelihoods(self, log_probs_T: Tensor, aligned: AlignedBatch) -> ChunkSignal:
         if aligned.chunks is None:
@@ -145,11 +147,6 @@ class AlignedTeacher(Teacher):
             )
         rows_Q = aligned.chunks.rows_Q.to(log_probs_T.device, non_blocking=True)
         return _summed(log_probs_T[rows_Q], aligned.chunks)
-
-    def _fold_on(self, device: torch.device) -> Fold:
-        if self._fold is None or self._fold.student_V.device != device:
-            self._fold = self.roots.fold.to(device)
-        return self._fold
 
     def rewritten(self, batch: Batch) -> AlignedBatch:
         """The batch in the teacher's tokens."""

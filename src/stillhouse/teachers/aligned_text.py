@@ -8,8 +8,9 @@ teacher's, C chunks.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stillhouse.data.batches import Batch, completed
+from stillhouse.data.batches import Batch, completed, in_order
 from stillhouse.data.shift import IGNORED, supervised_targets
 from stillhouse.data.windows import WindowSet
 from stillhouse.teachers.align_tokens import AlignedWindow, Chunks, TokenAligner, places_in
@@ -73,11 +74,7 @@ class AlignedBatch:
 
 
 def rewritten(
-    aligner: TokenAligner,
-    batch: Batch,
-    *,
-    skip_unreadable: bool = False,
-    chunks: Chosen = "none",
+    aligner: TokenAligner, batch: Batch, *, skip_unreadable: bool = False, chunks: Chosen = "none"
 ) -> AlignedBatch:
     """The batch in the teacher's tokens. Raises DataError as `TokenAligner` does.
 
@@ -161,7 +158,8 @@ def observed(aligner: TokenAligner, text: WindowSet, tokens: int) -> Counter[tup
     """Counts of pairs (student, teacher) of tokens that begin at the same place, in about `tokens`
     tokens of text."""
     found: Counter[tuple[int, int]] = Counter()
-    for batch in _batches(text, tokens):
+    together = TOGETHER * len(text[0]["labels"])
+    for batch in islice(in_order(text, together), -(-tokens // together)):
         aligned = rewritten(aligner, batch)
         ours = supervised_targets(batch["labels"])[aligned.covered_N]
         theirs = supervised_targets(aligned.batch["labels"])
@@ -171,19 +169,8 @@ def observed(aligner: TokenAligner, text: WindowSet, tokens: int) -> Counter[tup
 
 def require_readable(aligner: TokenAligner, text: WindowSet) -> None:
     """Raise DataError if the teacher's template cannot render one of the text's chats."""
-    for batch in _batches(text):
+    for batch in in_order(text, TOGETHER * len(text[0]["labels"])):
         aligner.require_readable(*_arrays(batch))
-
-
-def _batches(text: WindowSet, tokens: int | None = None) -> Iterator[Batch]:
-    """Batches of the windows in order, up to about `tokens` tokens."""
-    read = 0
-    for start in range(0, len(text), TOGETHER):
-        rows = [text[i] for i in range(start, min(start + TOGETHER, len(text)))]
-        yield {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        read += sum(len(row["labels"]) for row in rows)
-        if tokens is not None and read >= tokens:
-            return
 
 
 def _arrays(batch: Batch) -> tuple[Ids, Ids, Ids]:
