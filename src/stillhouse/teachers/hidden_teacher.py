@@ -66,11 +66,9 @@ class HiddenStateTeacher(Teacher):
         tokenizer: Any = None,
         head: LMHead | None = None,
         parameters: int = 0,
-        fingerprint: str = "",
     ) -> None:
         self.source, self.vocabulary = source, vocabulary
-        self.described = source.described
-        self.fingerprint = fingerprint or source.described
+        self.described = self.fingerprint = source.described
         self.config, self.tokenizer, self._head = config, tokenizer, head
         self._parameters = parameters
 

@@ -11,6 +11,7 @@ import random
 import ssl
 import time
 from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -60,7 +61,10 @@ class HttpLink:
         if key:
             headers["authorization"] = f"Bearer {key}"
         parts = urlsplit(base_url)
-        trusted = _trusted_certificates() if parts.scheme == "https" else True
+        trusted: ssl.SSLContext | bool = True
+        if parts.scheme == "https":
+            trusted = ssl.create_default_context()
+            trusted.load_verify_locations(certifi.where())  # some machines have none of their own
         self._base_url = base_url.rstrip("/")
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=connections, ssl=trusted),
@@ -94,12 +98,6 @@ class HttpLink:
 
     async def close(self) -> None:
         await self._session.close()
-
-
-def _trusted_certificates() -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    context.load_verify_locations(certifi.where())  # some machines have none of their own
-    return context
 
 
 async def _limited(chunks: AsyncIterator[bytes], most: int) -> bytes:
@@ -153,15 +151,12 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     """The pause in seconds that a server requests: `retry-after-ms`, or Retry-After in seconds or
     as a date (RFC 9110, 10.2.3); None if it is missing or cannot be read."""
     milliseconds, value = headers.get("retry-after-ms"), headers.get("retry-after")
-    try:
+    with suppress(ValueError):
         if milliseconds is not None:
             return max(0.0, float(milliseconds) / 1000)
         if value is None:
             return None
         return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
+    with suppress(ValueError):
         return max(0.0, parsedate_to_datetime(str(value)).timestamp() - time.time())
-    except ValueError:
-        return None
+    return None

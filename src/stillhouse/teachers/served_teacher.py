@@ -62,13 +62,11 @@ class ServedTeacher(Teacher):
         vocabulary: int,
         tokenizer: Any = None,
         parameters: int = 0,
-        fingerprint: str = "",
     ) -> None:
         self.server, self.k, self.vocabulary = server, k, vocabulary
         fix = f"for a k of more than 20, start vLLM with --max-logprobs {k}"
         self._link = SignalLink(server, missing="completions", rejected=fix)
-        self.described = self._link.described
-        self.fingerprint = fingerprint or self.described
+        self.described = self.fingerprint = self._link.described
         self.tokenizer, self._parameters = tokenizer, parameters
         self._noted = False
 
@@ -149,8 +147,8 @@ class ServedTeacher(Teacher):
             ) from error
         answers: list[Any] = [found.get(index) for index in range(len(prompts))]
         for answer, ids_L in zip(answers, prompts, strict=True):
-            if not isinstance(answer, list) or len(answer) != len(ids_L):
-                length = len(answer) if isinstance(answer, list) else "no"
+            length = len(answer) if isinstance(answer, list) else "no"
+            if length != len(ids_L):
                 raise self._link.error(
                     f"the server returned {length} prompt_logprobs for a prompt of {len(ids_L)} "
                     "tokens",

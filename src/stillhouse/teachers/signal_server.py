@@ -44,14 +44,9 @@ class SignalLink:
     """
 
     def __init__(
-        self,
-        server: SignalServer,
-        *,
-        missing: str,
-        rejected: str,
-        section: str = "signals.server",
+        self, server: SignalServer, *, missing: str, rejected: str, section: str = "signals.server"
     ) -> None:
-        self.server, self.described = server, server_name(server)
+        self.server, self.described = server, f"{server.model} at {server.base_url}"
         self.root = server.base_url.rstrip("/").removesuffix("/v1")
         self._missing, self._rejected, self._section = missing, rejected, section
         self._key = api_key(server.key_env, where=self.described, setting=f"{section}.key_env")
@@ -131,11 +126,6 @@ class SignalLink:
                 f"{self._rejected}",
             )
         return self.error(f"the server rejects the request ({status}): {message}", self._rejected)
-
-
-def server_name(server: SignalServer) -> str:
-    """The served model and the server's address."""
-    return f"{server.model} at {server.base_url}"
 
 
 def divide(prompts: Sequence[T], lengths: Sequence[int], tokens: int, least: int) -> list[list[T]]:
