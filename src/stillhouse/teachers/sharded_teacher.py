@@ -89,14 +89,10 @@ def load_sharded_teacher(
     )
     model = load_model(source, dtype=dtype, distributed=over)
     if offload:
-        _to_host(model)
+        # FSDP2 expects offloaded weights on the host; transformers loads them to the device.
+        # Buffers stay there.
+        model._apply(lambda each: each.cpu() if isinstance(each, DTensor) else each)
     return ShardedTeacher(model, load_tokenizer(source), source=source)
-
-
-def _to_host(model: Any) -> None:
-    """Move the shards to the host, where FSDP2 expects offloaded weights; transformers loads them
-    to the device. Buffers stay there."""
-    model._apply(lambda each: each.cpu() if isinstance(each, DTensor) else each)
 
 
 def require_plan(config: Any, where: object) -> None:

@@ -14,13 +14,7 @@ from stillhouse.data.batches import Batch, Batches, in_order
 from stillhouse.data.windows import WindowSet
 from stillhouse.errors import SignalError
 from stillhouse.progress import note
-from stillhouse.signals import (
-    DenseSignal,
-    HiddenSignal,
-    LMHead,
-    SampledSignal,
-    SparseSignal,
-)
+from stillhouse.signals import DenseSignal, HiddenSignal, LMHead, SampledSignal, SparseSignal
 from stillhouse.signals.encoded_rows import Rows
 from stillhouse.signals.encodings import AnswerChunks, Encoding, FrozenHead, Hidden
 from stillhouse.signals.folded_store import ROOTS, fold_sha256, read_fold, unfolded_rows

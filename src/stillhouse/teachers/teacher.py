@@ -122,7 +122,8 @@ class Teacher(ABC):
         Raises SignalError: terms or text that this teacher does not support. ModelError: the
         student has a different vocabulary.
         """
-        check_tokenizers(self, needs.tokenizer)
+        if self.tokenizer is not None and needs.tokenizer is not None:
+            check_same_ids(self.tokenizer, needs.tokenizer)
 
     def place(self, device: torch.device, context: int) -> None:
         """Move to a device, for training on windows of `context` tokens.
@@ -312,9 +313,3 @@ def _server(
 
     values = {"base_url": base_url, "model": model, "key_env": key_env, "concurrency": concurrency}
     return made(SignalServer, values, where)
-
-
-def check_tokenizers(teacher: Teacher, student: Any) -> None:
-    """Raise ModelError if both tokenizers are known and their ids differ."""
-    if teacher.tokenizer is not None and student is not None:
-        check_same_ids(teacher.tokenizer, student)
