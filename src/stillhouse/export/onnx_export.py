@@ -56,12 +56,6 @@ Read = Callable[[Any, Tensor, Tensor], Tensor]
 """Computes a model's logits [B, C] from token ids and attention mask, [B, L] each."""
 
 
-def plain_logits(model: Any, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-    """The logits that transformers' classifiers return."""
-    logits_BC: Tensor = model(input_ids=ids_BL, attention_mask=mask_BL).logits
-    return logits_BC.float()
-
-
 def export_onnx(
     model: Any,
     batches: Sequence[Sequence[Sequence[int]]],
@@ -71,7 +65,7 @@ def export_onnx(
     *,
     form: str,
     source: Path,
-    read: Read = plain_logits,
+    read: Read,
     kl_limit: float | None = None,
 ) -> OnnxReplay:
     """Write `out`/model.onnx, which maps token ids and attention mask [B, L] to logits [B, C], and
@@ -99,8 +93,40 @@ def export_onnx(
     if form == "onnx-int8":
         _round(file)
     note(f"Replaying the {form} export in onnxruntime, in a fresh process")
-    logits_NC, seconds = _replay(file, batches, pad, source)
-    return _compare(form, file, logits_NC, expected_NC, seconds, kl_limit, source)
+    found = run_script(
+        "replay_onnx.py",
+        {
+            "file": str(file.resolve()),
+            "batches": [[list(row) for row in batch] for batch in batches],
+            "pad": pad,
+            "threads": torch.get_num_threads(),
+        },
+        what="onnxruntime cannot run the exported file",
+        where=source,
+        fix="export only safetensors, and report this with the model's config.json",
+    )
+    p_NC = expected_NC.double()
+    p_NC = p_NC / p_NC.sum(-1, keepdim=True)  # In float32, the sum was only nearly 1.
+    log_q_NC = found["logits"].double().log_softmax(-1)
+    kl = float(torch.xlogy(p_NC, p_NC).sub(p_NC * log_q_NC).sum(-1).mean())
+    limit = ONNX[form] if kl_limit is None else kl_limit
+    if not kl <= limit:  # NaN also fails.
+        raise ModelError(
+            f"the {form} file differs from its checkpoint by {kl:.3g} nats/text on "
+            f"{len(p_NC)} texts; at most {limit:g} is allowed",
+            where=source,
+            fix=f"export {'onnx' if form == 'onnx-int8' else 'only safetensors'}, or raise "
+            "export.kl_limit",
+        )
+    return OnnxReplay(
+        format=form,
+        bytes=file.stat().st_size,
+        kl=kl,
+        kl_limit=limit,
+        top1_agreement=float((p_NC.argmax(-1) == log_q_NC.argmax(-1)).double().mean()),
+        texts=len(p_NC),
+        texts_per_s=len(p_NC) / found["seconds"],
+    )
 
 
 def require_onnx(parameters: int) -> None:
@@ -183,60 +209,7 @@ def _silenced() -> Iterator[None]:
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), redirect_stdout(StringIO()):
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"), redirect_stdout(StringIO()):
             yield
     finally:
         logging.disable(level)
-
-
-def _replay(
-    file: Path, batches: Sequence[Sequence[Sequence[int]]], pad: int, source: Path
-) -> tuple[Tensor, float]:
-    """Compute logits [N, C] in a process with only onnxruntime; return them and the seconds."""
-    found = run_script(
-        "replay_onnx.py",
-        {
-            "file": str(file.resolve()),
-            "batches": [[list(row) for row in batch] for batch in batches],
-            "pad": pad,
-            "threads": torch.get_num_threads(),
-        },
-        what="onnxruntime cannot run the exported file",
-        where=source,
-        fix="export only safetensors, and report this with the model's config.json",
-    )
-    return found["logits"], float(found["seconds"])
-
-
-def _compare(
-    form: str,
-    file: Path,
-    logits_NC: Tensor,
-    expected_NC: Tensor,
-    seconds: float,
-    kl_limit: float | None,
-    source: Path,
-) -> OnnxReplay:
-    p_NC = expected_NC.double()
-    p_NC = p_NC / p_NC.sum(-1, keepdim=True)  # In float32, the sum was only nearly 1.
-    log_q_NC = logits_NC.double().log_softmax(-1)
-    kl = float(torch.xlogy(p_NC, p_NC).sub(p_NC * log_q_NC).sum(-1).mean())
-    limit = ONNX[form] if kl_limit is None else kl_limit
-    if not kl <= limit:  # NaN also fails.
-        raise ModelError(
-            f"the {form} file differs from its checkpoint by {kl:.3g} nats/text on "
-            f"{len(p_NC)} texts; at most {limit:g} is allowed",
-            where=source,
-            fix=f"export {'onnx' if form == 'onnx-int8' else 'only safetensors'}, or raise "
-            "export.kl_limit",
-        )
-    return OnnxReplay(
-        format=form,
-        bytes=file.stat().st_size,
-        kl=kl,
-        kl_limit=limit,
-        top1_agreement=float((p_NC.argmax(-1) == log_q_NC.argmax(-1)).double().mean()),
-        texts=len(p_NC),
-        texts_per_s=len(p_NC) / seconds,
-    )
