@@ -22,7 +22,6 @@ import stillhouse
 from stillhouse.commands import evaluate_model, prepare_data
 from stillhouse.errors import DataError, ModelError, RecipeError, StillhouseError
 from stillhouse.evaluation.results import Evaluation
-from stillhouse.export.push import Pushed
 from stillhouse.language_model import export_stage as shipping
 from stillhouse.pipeline.kind import RunResult
 from stillhouse.report.page import redraw_report
@@ -178,9 +177,9 @@ def test_an_export_is_pushed_once_and_only_if_it_passes_its_replay(
     folder, _ = finished
     asked: list[list[str]] = []
 
-    def push(section: Any, folders: dict[str, Path], name: str) -> Pushed:
+    def push(section: Any, folders: dict[str, Path], name: str) -> dict[str, str]:
         asked.append([path.name for path in folders.values() if (path / "README.md").is_file()])
-        return Pushed(section.repo, dict.fromkeys(folders, "address"))
+        return dict.fromkeys(folders, "address")
 
     monkeypatch.setattr(shipping, "push", push)
     monkeypatch.setenv("HF_TOKEN", "hf_token")

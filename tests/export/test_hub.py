@@ -58,7 +58,7 @@ def test_the_first_format_is_the_repositorys_root_and_others_are_folders(
         (tmp_path / "model", None),
         (tmp_path / "gguf-q8_0", "gguf-q8_0"),
     ]
-    assert list(done.commits) == ["safetensors", "gguf-q8_0"]
+    assert list(done) == ["safetensors", "gguf-q8_0"]
     assert SECRET not in str(done)
 
 

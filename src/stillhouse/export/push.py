@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -18,16 +17,9 @@ LONGEST = 500
 """Maximum number of characters of a Hub error that are shown."""
 
 
-@dataclass(frozen=True)
-class Pushed:
-    """The result of an upload. commits: URLs, by format."""
-
-    repo: str
-    commits: dict[str, str]
-
-
-def push(section: PushRecipe, folders: Mapping[str, Path], name: str) -> Pushed:
-    """Upload each export's folder, including its card. Creates the repository if needed.
+def push(section: PushRecipe, folders: Mapping[str, Path], name: str) -> dict[str, str]:
+    """Upload each export's folder, including its card, and return the commits' URLs by format.
+    Creates the repository if needed.
 
     folders: by format; the first goes to the repository's root.
     name: the run's name, for commit messages.
@@ -56,7 +48,7 @@ def push(section: PushRecipe, folders: Mapping[str, Path], name: str) -> Pushed:
             "uploads are kept",
         ) from error
     note(f"Uploaded to {section.repo}: {', '.join(commits)}")
-    return Pushed(section.repo, commits)
+    return commits
 
 
 def require_token(section: PushRecipe) -> str:

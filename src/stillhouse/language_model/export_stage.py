@@ -173,7 +173,8 @@ def plan_push(job: Any, exported: Stage) -> StagePlan:
 
     def work(_out: Path) -> Outcome:
         folders = {form: exported.path / shipped_folder(form) for form in forms}
-        return Outcome(summary=asdict(push(section, folders, name)))
+        commits = push(section, folders, name)
+        return Outcome(summary={"repo": section.repo, "commits": commits})
 
     inputs = {"recipe": section.model_dump(mode="json"), "exported": exported.digest, "name": name}
     return StagePlan("push", inputs, work)
