@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,23 +65,17 @@ FORMATS = {
 def chat_format(tokenizer: Any) -> ChatFormat | None:
     """The known format that renders a conversation exactly like the tokenizer's template; None if
     there is none."""
-    for form in FORMATS.values():
-        if _rendered(tokenizer, PROBE) == form.render(PROBE):
-            return form
-    return None
+    written = _rendered(tokenizer, PROBE)
+    return next((form for form in FORMATS.values() if form.render(PROBE) == written), None)
 
 
 def default_system(tokenizer: Any, form: ChatFormat) -> str | None:
     """The system message that the template adds to a chat without one; None if it adds none."""
     user = [{"role": "user", "content": "beta"}]
-    written, plain = _rendered(tokenizer, user), form.render(user)
-    if written is None or written == plain or not written.endswith(plain):
-        return None
-    added = written.removesuffix(plain)
-    before, after = form.opening("system"), form.after
-    if added.startswith(before) and added.endswith(after):
-        return added.removeprefix(before).removesuffix(after)
-    return None
+    before, after = form.opening("system"), form.after + form.render(user)
+    added = re.escape(before) + "(.*)" + re.escape(after)
+    found = re.fullmatch(added, _rendered(tokenizer, user) or "", flags=re.DOTALL)
+    return found[1] if found else None
 
 
 def _rendered(tokenizer: Any, messages: list[dict[str, str]]) -> str | None:
