@@ -52,7 +52,10 @@ def add_configuration(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_vocab_size(config.vocab_size)
     _add_ropes(writer, config)
     if config.model_type == "granite":
-        _add_scales(writer, config)
+        writer.add_attention_scale(float(config.attention_multiplier))
+        writer.add_embedding_scale(float(config.embedding_multiplier))
+        writer.add_residual_scale(float(config.residual_multiplier))
+        writer.add_logit_scale(float(config.logits_scaling))
     if family(config).window_period:
         _add_windows(writer, config)
     if getattr(config, "num_experts", 0):
@@ -85,13 +88,6 @@ def _add_ropes(writer: gguf.GGUFWriter, config: Any) -> None:
             writer.add_rope_scaling_yarn_log_mul(float(rope["mscale_all_dim"]))
         if rope.get("llama_4_scaling_beta"):
             writer.add_attn_temperature_scale(float(rope["llama_4_scaling_beta"]))
-
-
-def _add_scales(writer: gguf.GGUFWriter, config: Any) -> None:
-    writer.add_attention_scale(float(config.attention_multiplier))
-    writer.add_embedding_scale(float(config.embedding_multiplier))
-    writer.add_residual_scale(float(config.residual_multiplier))
-    writer.add_logit_scale(float(config.logits_scaling))
 
 
 def _add_windows(writer: gguf.GGUFWriter, config: Any) -> None:

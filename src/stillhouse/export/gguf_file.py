@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import numpy.typing as npt
 import torch
 from gguf import GGMLQuantizationType as Kind
+from safetensors import safe_open
+from torch import Tensor
 
 from stillhouse.export.export_formats import GGUF
 from stillhouse.export.gguf_config import add_configuration
-from stillhouse.export.gguf_model import family, gguf_names
-from stillhouse.export.gguf_source import open_tensors
+from stillhouse.export.gguf_model import family, gguf_names, long_factors, rope_factors
 from stillhouse.export.gguf_tokenizer import add_tokenizer
-from stillhouse.teachers.gguf_families import to_file
+from stillhouse.teachers.gguf_families import ROPE_FACTORS, to_file
 from stillhouse.teachers.load_model import load_config, load_tokenizer
 from stillhouse.teachers.model_source import AnyModel, source_of
+from stillhouse.teachers.weights import weight_files
 
 EMBEDDINGS = ("token_embd.weight", "output.weight")
 ROUTER = "ffn_gate_inp.weight"
+_EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<number>\d+)\.(?P<part>.*)")
 FALLBACK = Kind.F16
 """Type of matrices whose rows do not divide into the format's blocks, as in llama.cpp's
 converter."""
@@ -123,3 +129,51 @@ def _declare(writer: gguf.GGUFWriter, there: str, shape: list[int], kind: Kind) 
     if plain is None:  # Blocks are declared by their size in bytes.
         shape = [*shape[:-1], shape[-1] // block * size]
     writer.add_tensor_info(there, shape, dtype, count // block * size, kind)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor's shape, and how to read it."""
+
+    shape: list[int]
+    read: Callable[[], Tensor]
+
+
+def open_tensors(source: Path, config: Any, stack: ExitStack) -> dict[str, Source]:
+    """Open the tensors, by name. The files stay open as long as the stack."""
+    opened: dict[str, Source] = {}
+    for file in weight_files(source):
+        tensors = stack.enter_context(safe_open(file, framework="pt"))
+        for name in tensors.keys():  # noqa: SIM118
+            shape = tensors.get_slice(name).get_shape()
+            opened[name] = Source(shape, partial(tensors.get_tensor, name))
+    if config.tie_word_embeddings:
+        opened.pop("lm_head.weight", None)
+    factors, same = long_factors(config), rope_factors(config)
+    if same is not None:
+        factors[ROPE_FACTORS] = same
+    for name, divisors in factors.items():
+        opened[name] = Source(list(divisors.shape), partial(torch.from_numpy, divisors))
+    return _stack_experts(opened)
+
+
+def _stack_experts(opened: dict[str, Source]) -> dict[str, Source]:
+    """Stack each matrix over all experts into a tensor [E, rows, columns], in the experts'
+    order."""
+    found: dict[str, Source] = {}
+    parts: dict[str, dict[int, Source]] = {}
+    for name, tensor in opened.items():
+        expert = _EXPERT.fullmatch(name)
+        if expert is None:
+            found[name] = tensor
+        else:
+            stacked = f"{expert['experts']}.{expert['part']}"
+            parts.setdefault(stacked, {})[int(expert["number"])] = tensor
+    for stacked, experts in parts.items():
+        ordered = [experts[number] for number in sorted(experts)]
+        found[stacked] = Source([len(ordered), *ordered[0].shape], partial(_stack, ordered))
+    return found
+
+
+def _stack(tensors: list[Source]) -> Tensor:
+    return torch.stack([tensor.read() for tensor in tensors])

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from stillhouse.errors import ModelError, first_line
 from stillhouse.export.gguf_file import FORMATS, write_gguf
@@ -68,15 +67,12 @@ def importance_matrix(llama_cpp: Any, moments: Moments, names: Mapping[str, str]
     entry = llama_cpp.llama_model_imatrix_data
     rows = (entry * (len(moments) + 1))()
     for place, (name, moment_I) in enumerate(moments.items()):
-        numbers = (ctypes.c_float * len(moment_I))(*_positive(moment_I).tolist())
+        # Inputs that were never active get a small weight: if all weights were 0, no rounding
+        # error would count, and blocks would be arbitrary.
+        positive_I = moment_I.float().clamp(min=1e-6 * float(moment_I.max()) + 1e-12)
+        numbers = (ctypes.c_float * len(moment_I))(*positive_I.tolist())
         rows[place] = entry(names[name].encode(), numbers, len(moment_I))
     return rows
-
-
-def _positive(moment_I: Tensor) -> Tensor:
-    """Give inputs that were never active a small weight. If all weights were 0, no rounding error
-    would count, and blocks would be arbitrary."""
-    return moment_I.float().clamp(min=1e-6 * float(moment_I.max()) + 1e-12)
 
 
 @contextmanager
