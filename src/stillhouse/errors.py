@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 SHOWN = 80
 """The maximum number of characters shown of a value in a message."""
@@ -19,12 +21,15 @@ class StillhouseError(Exception):
         self.what = what
         self.where = None if where is None else str(where)
         self.fix = fix
-        lines = [what]
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        lines = [self.what]
         if self.where:
             lines.append(f"  where: {in_one_line(self.where)}")
-        if fix:
-            lines.append(f"  fix:   {fix}")
-        super().__init__("\n".join(lines))
+        if self.fix:
+            lines.append(f"  fix:   {self.fix}")
+        return "\n".join(lines)
 
 
 class RecipeError(StillhouseError, ValueError):
@@ -66,6 +71,16 @@ class DeviceError(StillhouseError, RuntimeError):
 
 class EndpointError(StillhouseError, RuntimeError):
     """A teacher's API does not answer: wrong key or model, no server, or no credit."""
+
+
+@contextmanager
+def errors_at(where: str) -> Iterator[None]:
+    """Give this place to an error that is raised inside without one."""
+    try:
+        yield
+    except StillhouseError as error:
+        error.where = error.where or where
+        raise
 
 
 def in_one_line(text: object) -> str:

@@ -52,7 +52,7 @@ def test_json_that_is_not_a_chat_remains_text(text: str) -> None:
         f"{text}<|im_end|>"
     ]
     document_from_row({"prompt": text, "completion": "x"}, "text", "rows.jsonl:3")
-    assert prompt_messages({"prompt": text}, "prompt", "rows.jsonl:3")[0]["content"] == text
+    assert prompt_messages({"prompt": text}, "prompt")[0]["content"] == text
 
 
 TWICE = '[{"role": "user", "content": "a", "content": "b"}, {"role": "assistant", "content": "c"}]'

@@ -48,7 +48,6 @@ def render_conversation(
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
             "The tokenizer has no chat template, so messages cannot be rendered",
-            where=conversation.where,
             fix="use an instruction-tuned model, put a chat_template.jinja next to its "
             "tokenizer.json, or write `prompt` and `completion` as strings",
         )
@@ -69,11 +68,11 @@ def render_conversation(
         raise
     for index, turn in zip(learned, turns, strict=True):
         written = reveal(turn.written[len(turn.before) :])
-        prove_turn(fitted.messages[index], index, written, form, conversation.where)
+        prove_turn(fitted.messages[index], index, written, form)
     used = fitted.messages[: learned[-1] + 1]
     rendering = reveal(turns[-1].after)
     prompts = {index: reveal(t.before) for index, t in zip(learned, turns, strict=True)}
-    notes = prove_context(used, fitted.tools, rendering, form, conversation.where, prompts)
+    notes = prove_context(used, fitted.tools, rendering, form, prompts)
     notes += _notes(conversation, learned, hidden is not fitted)
     if _ids_changed(conversation.messages, fitted.messages, rendering):
         notes.append(IDS_CHANGED)
@@ -103,7 +102,6 @@ def _learned(conversation: Conversation) -> list[int]:
         answered = any(message["role"] == "assistant" for message in conversation.messages)
         raise DataError(
             "The row has no assistant turn to train on: 0% of its tokens are supervised",
-            where=conversation.where,
             fix="remove the row, or check its roles: `assistant` turns after the first message "
             "are supervised, unless their weight is 0"
             + ("" if answered else "; list prompts for a teacher in synthesize.prompts"),
@@ -114,7 +112,6 @@ def _learned(conversation: Conversation) -> list[int]:
         if empty and not message.get("tool_calls") and not reasoning_of(message):
             raise DataError(
                 f"`messages[{index}]` is an empty assistant turn: it has nothing to train on",
-                where=conversation.where,
                 fix="remove the row, or fill the turn",
             )
     return turns

@@ -68,99 +68,86 @@ _RENDERING = ("documents", "chat_template_kwargs")
 _NO_NULLS = "null fields of tool calls and tools are left out (Arrow fills them in)"
 
 
-def read_chat(
-    row: Mapping[str, Any], key: str, where: str, *, completion: str | None = None
-) -> Conversation:
+def read_chat(row: Mapping[str, Any], key: str, *, completion: str | None = None) -> Conversation:
     """Read the chat under `key` of a row, with `system` and `tools` if the row has them.
 
     completion: the key of the messages that follow, whose turns alone are supervised; None: all
     assistant turns are. Raises DataError if the value is not a chat, or if its keys ask for
     supervision that is not possible.
     """
-    reject_media(row, where)
-    reject_weighted_row(row, where)
-    _reject_rendering(row, where)
-    found = _messages(row[key], key, where)
+    reject_media(row)
+    reject_weighted_row(row)
+    _reject_rendering(row)
+    found = _messages(row[key], key)
     before = 0
     if completion is not None:
         before = len(found)
-        found += _messages(row[completion], completion, where)
+        found += _messages(row[completion], completion)
         if found[before - 1]["role"] == found[before]["role"] == "assistant":
             raise DataError(
                 f"`{key}` ends with an assistant message and `{completion}` begins with one: it is "
                 "not clear whether they are a single turn",
-                where=where,
                 fix=f"write the complete answer as one message of `{completion}`; or, if they are "
                 f"two turns, use `messages` with `weight`: 0 in the first",
             )
-    if add_system(found, row, where):
+    if add_system(found, row):
         before += before > 0
     others = sorted({m["role"] for m in found} - set(_KNOWN_ROLES))
-    context_only = take_weights(found, key, where)
-    tools = read_tools(row, where)
+    context_only = take_weights(found, key)
+    tools = read_tools(row)
     cleaned, nulls = without_nulls([[_nullable(message) for message in found], tools])
     messages = [{**m, **part} for m, part in zip(found, cleaned[0], strict=True)]
+    notes = [_NO_NULLS] if nulls else []
+    notes += [f"turns of the role {role!r} are context only" for role in others]
     return Conversation(
         tuple(messages),
         before,
         tuple(cleaned[1]) if tools else None,
-        where,
-        context_only,
-        About(
-            "messages",
-            (
-                *((_NO_NULLS,) if nulls else ()),
-                *(f"turns of the role {role!r} are context only" for role in others),
-            ),
-        ),
+        context_only=context_only,
+        about=About("messages", tuple(notes)),
     )
 
 
-def _reject_rendering(row: Mapping[str, Any], where: str) -> None:
+def _reject_rendering(row: Mapping[str, Any]) -> None:
     for key in _RENDERING:
-        value = from_json(row.get(key), where)
+        value = from_json(row.get(key))
         if isinstance(value, (list, Mapping)) and value:
             raise DataError(
                 f"The row has `{key}`, which would change the rendered chat but is not supported",
-                where=where,
                 fix=f"move its content into the messages, and remove `{key}`",
             )
 
 
-def reject_media(row: Mapping[str, Any], where: str) -> None:
+def reject_media(row: Mapping[str, Any]) -> None:
     for key in _MEDIA:
         if row.get(key):
             raise DataError(
                 f"The row has `{key}`, but only text is supported",
-                where=where,
                 fix=f"remove the row, or remove `{key}` if the text makes sense without it",
             )
 
 
-def system_prompt(row: Mapping[str, Any], where: str) -> str:
+def system_prompt(row: Mapping[str, Any]) -> str:
     """The row's own system prompt; "" if it has none."""
     for key in ("system", "system_prompt"):
         value = row.get(key)
         if isinstance(value, list):
-            value = "".join(text_parts(value, f"`{key}`", where))
-        if value is not None and require_text(
-            value, key, where, "write the system prompt as a string"
-        ):
+            value = "".join(text_parts(value, f"`{key}`"))
+        if value is not None and require_text(value, key, "write the system prompt as a string"):
             return str(value)
     return ""
 
 
-def add_system(messages: list[dict[str, Any]], row: Mapping[str, Any], where: str) -> bool:
+def add_system(messages: list[dict[str, Any]], row: Mapping[str, Any]) -> bool:
     """Put the row's system prompt before its messages if they have none; return whether it did.
 
     Raises DataError if the messages have a different system prompt.
     """
-    system = system_prompt(row, where)
+    system = system_prompt(row)
     own = [message.get("content") for message in messages if message["role"] == "system"]
     if system and own and own != [system]:
         raise DataError(
             "The row has a system prompt, and its messages have a different one",
-            where=where,
             fix="keep one of them",
         )
     if not system or own:
@@ -169,22 +156,21 @@ def add_system(messages: list[dict[str, Any]], row: Mapping[str, Any], where: st
     return True
 
 
-def require_text(value: Any, key: str, where: str, fix: str) -> str:
+def require_text(value: Any, key: str, fix: str) -> str:
     """Return the value. Raises DataError if it is not a string."""
     if isinstance(value, str):
         return value
     found = f"of type {type(value).__name__}"
     if value is None or (isinstance(value, float) and value != value):
         found = "null" if value is None else "NaN"
-    raise DataError(f"`{key}` must be a string, but it is {found}", where=where, fix=fix)
+    raise DataError(f"`{key}` must be a string, but it is {found}", fix=fix)
 
 
-def require_answer(text: str, key: str, where: str) -> str:
+def require_answer(text: str, key: str) -> str:
     """Return the text to train on. Raises DataError if it is blank."""
     if is_blank(text):
         raise DataError(
             f"`{key}` is empty: there is nothing to train on in this row",
-            where=where,
             fix=f"remove the row, or fill its `{key}`",
         )
     return text
@@ -203,13 +189,13 @@ def _nullable(message: Mapping[str, Any]) -> dict[str, Any]:
     return {"tool_calls": calls} if calls is not None else {}
 
 
-def chat_or_text(value: Any, where: str) -> Any:
+def chat_or_text(value: Any) -> Any:
     """Like `as_messages`, but JSON text that is not a list of messages stays text."""
     if not isinstance(value, str):
-        return as_messages(value, where)
+        return as_messages(value)
     if not re.match(r'[\s"]*[\[{].*\b(role|from)\b', value, re.DOTALL):
         return value
-    found = as_messages(value, where)
+    found = as_messages(value)
     if isinstance(found, list) and all(
         isinstance(one, Mapping) and ("role" in one or "from" in one) for one in found
     ):
@@ -217,11 +203,11 @@ def chat_or_text(value: Any, where: str) -> Any:
     return value
 
 
-def as_messages(value: Any, where: str) -> Any:
+def as_messages(value: Any) -> Any:
     """Decode a list of messages from JSON text, or from Hugging Face's `Sequence` of a dictionary
     (one list per key). Anything else is returned unchanged. Raises DataError for ambiguous JSON.
     """
-    value = from_json(value, where)
+    value = from_json(value)
     if not isinstance(value, Mapping) or not all(isinstance(v, list) for v in value.values()):
         return value
     if len({len(column) for column in value.values()}) != 1:
@@ -229,20 +215,17 @@ def as_messages(value: Any, where: str) -> Any:
     return [dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=True)]
 
 
-def _messages(value: Any, key: str, where: str) -> list[dict[str, Any]]:
-    value = as_messages(value, where)
+def _messages(value: Any, key: str) -> list[dict[str, Any]]:
+    value = as_messages(value)
     if not isinstance(value, list) or not value:
         found = "an empty list" if value == [] else type(value).__name__
         if isinstance(value, str) and re.match(r"\s*\[\s*\{\s*'", value):
             raise DataError(
                 f"`{key}` is a list printed by Python, but it must be JSON",
-                where=where,
                 fix="write it with json.dumps",
             )
-        raise DataError(
-            f"`{key}` must be a list of messages, but it is {found}", where=where, fix=_WRITE
-        )
-    made = [_message(message, f"{key}[{index}]", where) for index, message in enumerate(value)]
+        raise DataError(f"`{key}` must be a list of messages, but it is {found}", fix=_WRITE)
+    made = [_message(message, f"{key}[{index}]") for index, message in enumerate(value)]
     return _with_calls_joined(value, made)
 
 
@@ -263,81 +246,71 @@ def _with_calls_joined(written: list[Any], messages: list[dict[str, Any]]) -> li
     return joined
 
 
-def _message(message: Any, name: str, where: str) -> dict[str, Any]:
+def _message(message: Any, name: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise DataError(
             f"`{name}` must be an object with role and content, but it is {type(message).__name__}",
-            where=where,
             fix=_WRITE_MESSAGE,
         )
-    made = with_known_role(message, name, where)
-    decode_calls(made, name, where)
-    _check_content(made, message, name, where)
+    made = with_known_role(message, name)
+    decode_calls(made, name)
+    _check_content(made, message, name)
     return made
 
 
-def with_known_role(message: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+def with_known_role(message: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return the message with `role` and `content`, without nulls, and with a standard role."""
     # `content` may be null with tool calls, and is an error otherwise: keep it.
     made = {k: v for k, v in message.items() if v is not None or k == "content"}
     if "content" not in made and isinstance(made.get("value"), str) and "role" in made:
         made["content"] = made.pop("value")  # Pygmalion's
     if "from" in made and "role" not in made:
-        made = _from_sharegpt(made, name, where)
+        made = _from_sharegpt(made, name)
     elif str(made.get("role")).lower() in _CALLS and isinstance(made.get("content"), str):
         rest = {key: item for key, item in made.items() if key not in ("role", "content")}
-        made = _from_sharegpt({**rest, "from": made["role"], "value": made["content"]}, name, where)
+        made = _from_sharegpt({**rest, "from": made["role"], "value": made["content"]}, name)
     if not isinstance(made.get("role"), str):
         if "role" in made:
             raise DataError(
-                f"`{name}.role` must be a string, but it is {made['role']!r}",
-                where=where,
-                fix=_WRITE_MESSAGE,
+                f"`{name}.role` must be a string, but it is {made['role']!r}", fix=_WRITE_MESSAGE
             )
         nearest = difflib.get_close_matches("role", list(map(str, message)), 1)
         hint = f" (did you mean `{nearest[0]}`?)" if nearest else ""
         keys = ", ".join(map(str, message)) or "none"
-        raise DataError(
-            f"`{name}` has no `role`; its keys are {keys}{hint}", where=where, fix=_WRITE_MESSAGE
-        )
+        raise DataError(f"`{name}` has no `role`; its keys are {keys}{hint}", fix=_WRITE_MESSAGE)
     role = made["role"].strip()
     lower = role.lower()  # Cohere's files have System, User and Chatbot
     made["role"] = _ROLES.get(lower, lower if lower in _KNOWN_ROLES else role)
     return made
 
 
-def _from_sharegpt(message: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+def _from_sharegpt(message: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Convert `from` and `value` to role and content, and a call in JSON to a tool call."""
     sender = str(message["from"]).strip().lower()
     role = _ROLES.get(sender, sender)
     rest = {key: item for key, item in message.items() if key not in ("from", "value")}
     value = message.get("value", message.get("content"))
     if sender in _CALLS:
-        calls = calls_in(value, where)
+        calls = calls_in(value)
         if calls is None:
             raise DataError(
                 f"`{name}` is from {sender}, but its value is not a JSON object with `name` and "
                 "`arguments`",
-                where=where,
                 fix='write the value as {"name": "...", "arguments": {...}}, or a list of these',
             )
         return {**rest, "role": "assistant", "content": "", "tool_calls": calls}
     if role not in _KNOWN_ROLES:
         known = ", ".join((*_KNOWN_ROLES, *_ROLES, *_CALLS[:1]))
-        raise DataError(
-            f"`{name}` is from {sender!r}, an unknown role", where=where, fix=f"use {known}"
-        )
+        raise DataError(f"`{name}` is from {sender!r}, an unknown role", fix=f"use {known}")
     return {**rest, "role": role, "content": value}
 
 
-def _check_content(
-    message: dict[str, Any], written: Mapping[str, Any], name: str, where: str
-) -> None:
+def _check_content(message: dict[str, Any], written: Mapping[str, Any], name: str) -> None:
     content = message.get("content")
     if isinstance(content, str):
         return
     if isinstance(content, list) and content:
-        texts = text_parts(content, f"`{name}`", where)
+        texts = text_parts(content, f"`{name}`")
         message["content"] = [without_nulls(part)[0] for part in content]
         if message["role"] == "assistant":  # its reasoning is found in one text
             message["content"] = "".join(texts)
@@ -353,10 +326,10 @@ def _check_content(
         problem = f"has a `content` that must be a string, but it is {found}"
     if message.get("refusal"):
         problem, fix = "has its text in `refusal`", "write the refusal's text as `content`"
-    raise DataError(f"`{name}` {problem}", where=where, fix=fix)
+    raise DataError(f"`{name}` {problem}", fix=fix)
 
 
-def text_parts(parts: list[Any], owner: str, where: str) -> list[str]:
+def text_parts(parts: list[Any], owner: str) -> list[str]:
     """Return the text of each part of a content. Raises DataError for a part that is not text."""
     texts = []
     for part in parts:
@@ -365,10 +338,9 @@ def text_parts(parts: list[Any], owner: str, where: str) -> list[str]:
         if kind not in TEXT_PARTS or not isinstance(text, str):
             raise DataError(
                 f"{owner} has a part that is not text: {kind}",
-                where=where,
                 fix=_FIX_OF_PART.get(str(kind), _WRITE_PART),
             )
-        reject_suspects(part, OF_MESSAGE, f"A part of {owner}", where)
+        reject_suspects(part, OF_MESSAGE, f"A part of {owner}")
         texts.append(text)
     return texts
 

@@ -53,9 +53,7 @@ class Rendering:
         return self.compact.count(_compact(text))
 
 
-def prove_turn(
-    message: Mapping[str, Any], index: int, written: str, form: TemplateForm, where: str
-) -> None:
+def prove_turn(message: Mapping[str, Any], index: int, written: str, form: TemplateForm) -> None:
     """Raise DataError if part of an assistant turn is not supervised.
 
     written: the supervised text of the turn.
@@ -66,16 +64,15 @@ def prove_turn(
     # The template may write the reasoning tags itself, and the prompt may end with one.
     parts = MARKS.split(content)
     if not found.shows(content) and not all(map(found.shows, (parts.reasoning, parts.answer))):
-        raise _left_out(f"`{name}.content` (assistant)", where, _fix_of_content(content))
+        raise _left_out(f"`{name}.content` (assistant)", _fix_of_content(content))
     for key in KEYS:
         if isinstance(message.get(key), str) and not found.shows(message[key]):
             raise _left_out(
                 f"`{name}.{key}`",
-                where,
                 f"write the reasoning into the content, as <think>...</think> before the answer; "
                 f"use a template that reads `{key}`; or remove the key to train only on the answer",
             )
-    _prove_calls(message, name, found, form, where)
+    _prove_calls(message, name, found, form)
 
 
 def prove_context(
@@ -83,7 +80,6 @@ def prove_context(
     tools: Sequence[Any] | None,
     rendered: str,
     form: TemplateForm,
-    where: str,
     prompts: Mapping[int, str],
 ) -> list[str]:
     """List what the template omits from earlier turns by design.
@@ -106,7 +102,7 @@ def prove_context(
             if not all(map(found.shows, apart)) or not found.shows(parts.reasoning):
                 notes[REASONING_LEFT_OUT] = None
                 content = parts.answer
-            _prove_calls(message, f"messages[{index}]", found, form, where)
+            _prove_calls(message, f"messages[{index}]", found, form)
         notes |= dict.fromkeys(_keys_left_out(message, found, form))
         if is_blank(content):
             continue
@@ -123,11 +119,10 @@ def prove_context(
                 continue
             raise _left_out(
                 f"`messages[{index}]` ({role})",
-                where,
                 "use a template that reads this role, change it to a role that the template reads "
                 "(for `developer`: system), or remove the message",
             )
-    notes |= dict.fromkeys(_prove_tools(tools, found, stand_in, where))
+    notes |= dict.fromkeys(_prove_tools(tools, found, stand_in))
     return list(notes)
 
 
@@ -157,7 +152,7 @@ def _keys_left_out(
 
 
 def _prove_calls(
-    message: Mapping[str, Any], name: str, found: Rendering, form: TemplateForm, where: str
+    message: Mapping[str, Any], name: str, found: Rendering, form: TemplateForm
 ) -> None:
     for number, call in enumerate(message.get("tool_calls") or []):
         inner = call.get("function", call)
@@ -166,14 +161,13 @@ def _prove_calls(
         if missing or form.leaves_out_calls:
             raise _left_out(
                 f"`{name}.tool_calls[{number}]` ({(missing or leaves)[0][:60]!r})",
-                where,
                 "use a template that writes tool calls, write the call into the content as the "
                 "model should generate it, or remove the row",
             )
 
 
 def _prove_tools(
-    tools: Sequence[Any] | None, found: Rendering, stand_in: str | None, where: str
+    tools: Sequence[Any] | None, found: Rendering, stand_in: str | None
 ) -> Iterator[str]:
     for number, tool in enumerate(tools or []):
         inner = _function(tool)
@@ -181,7 +175,6 @@ def _prove_tools(
         if not shown or (stand_in is not None and _word(number, "tool") not in stand_in):
             raise _left_out(
                 f"`tools[{number}]` ({inner.get('name')})",
-                where,
                 "use a template that writes tools, describe them in a system message, or remove "
                 "`tools`",
             )
@@ -189,9 +182,9 @@ def _prove_tools(
             yield TOOLS_SHORTENED
 
 
-def _left_out(what: str, where: str, fix: str) -> DataError:
+def _left_out(what: str, fix: str) -> DataError:
     return DataError(
-        f"The chat template leaves out {what}: it is not in the rendered chat", where=where, fix=fix
+        f"The chat template leaves out {what}: it is not in the rendered chat", fix=fix
     )
 
 

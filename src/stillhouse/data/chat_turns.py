@@ -102,7 +102,6 @@ def _reject_two_reasonings(conversation: Conversation, index: int, written: str)
         raise DataError(
             f"The chat template writes a reasoning block before the reasoning of message {index} "
             f"(...{written[:60]!r})",
-            where=conversation.where,
             fix=f"remove the reasoning from the message's content, or move it to a key that the "
             f"template reads ({', '.join(KEYS)})",
         )
@@ -142,7 +141,6 @@ def _no_border(
         return DataError(
             f"The chat template leaves out message {index} (assistant): the rendered chat ends "
             f"...{after[-60:]!r}",
-            where=conversation.where,
             fix="use a template that renders all assistant turns, including tool calls; write the "
             "turn into `content` as the model should generate it; or remove the row",
         )
@@ -174,7 +172,7 @@ def _no_border(
             f"text, set synthesize.reasoning: keep), or use a template whose add_generation_prompt "
             f"does not open {mark}"
         )
-    return DataError(what, where=conversation.where, fix=fix)
+    return DataError(what, fix=fix)
 
 
 def _around(text: str, position: int) -> str:
@@ -194,13 +192,12 @@ def _render(conversation: Conversation, end: int, generate: bool, tokenizer: Any
         if is_damaged(error):
             raise DataError(
                 f"The chat template is damaged: {error}",
-                where=getattr(tokenizer, "name_or_path", None) or conversation.where,
+                where=getattr(tokenizer, "name_or_path", None),
                 fix="copy the tokenizer's chat_template.jinja, or its tokenizer_config.json, again",
             ) from error
         roles = ", ".join(message["role"] for message in conversation.messages)
         raise DataError(
             f"The chat template rejects the row: {error} (roles: {roles})",
-            where=conversation.where,
             fix="write the messages in the order and with the fields that the template expects",
         ) from error
 

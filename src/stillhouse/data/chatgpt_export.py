@@ -27,13 +27,13 @@ def is_chatgpt_export(row: Mapping[str, Any]) -> bool:
     return isinstance(mapping, Mapping) and isinstance(row.get("current_node"), str)
 
 
-def chatgpt_messages(row: Mapping[str, Any], where: str) -> tuple[list[Message], tuple[str, ...]]:
+def chatgpt_messages(row: Mapping[str, Any]) -> tuple[list[Message], tuple[str, ...]]:
     """Return the messages up to the last answer, and notes about what is left out.
 
     There are no messages if nothing was answered in text. Raises DataError for a broken tree.
     """
     messages: list[Message] = []
-    branch = _branch(row["mapping"], row["current_node"], where)
+    branch = _branch(row["mapping"], row["current_node"])
     children = [value_at(node, ("children",)) for node in row["mapping"].values()]
     notes = [_BRANCHES] if any(isinstance(c, list) and len(c) > 1 for c in children) else []
     for message in branch:
@@ -58,7 +58,7 @@ def chatgpt_messages(row: Mapping[str, Any], where: str) -> tuple[list[Message],
     return messages, tuple(dict.fromkeys(notes))
 
 
-def _branch(mapping: Mapping[str, Any], last: str, where: str) -> list[Mapping[str, Any]]:
+def _branch(mapping: Mapping[str, Any], last: str) -> list[Mapping[str, Any]]:
     """The messages from the root to the last node."""
     found: list[Mapping[str, Any]] = []
     seen: set[str] = set()
@@ -68,7 +68,6 @@ def _branch(mapping: Mapping[str, Any], last: str, where: str) -> list[Mapping[s
         if not isinstance(node, Mapping) or name in seen:
             raise DataError(
                 f"The chat's tree is broken: no path leads from {last!r} to its first message",
-                where=where,
                 fix="export the data again, or remove the chat",
             )
         seen.add(name)

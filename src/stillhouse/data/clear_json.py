@@ -46,7 +46,7 @@ def is_suspicious(text: str) -> bool:
     return bool(_HALF_PAIR.search(text)) or text.count("[") + text.count("{") > _DEEPEST
 
 
-def check_value(value: Any, where: str) -> None:
+def check_value(value: Any) -> None:
     """Raise DataError for a lone surrogate, and for a value that is nested too deeply."""
     left = [(value, 1)]
     while left:
@@ -54,7 +54,6 @@ def check_value(value: Any, where: str) -> None:
         if depth > _DEEPEST:
             raise DataError(
                 f"The row is nested more than {_DEEPEST} levels deep",
-                where=where,
                 fix="correct the row, or remove it",
             )
         if isinstance(part, str):
@@ -63,7 +62,6 @@ def check_value(value: Any, where: str) -> None:
                 raise DataError(
                     f"The text contains {half[0]!r}, half of a surrogate pair: "
                     "it is not valid Unicode",
-                    where=where,
                     fix="write the file again as valid UTF-8, or remove the row",
                 )
         elif isinstance(part, dict):

@@ -67,38 +67,38 @@ def unread_keys(row: Mapping[str, Any], key: str) -> list[str]:
     return [name for name, text in more.items() if isinstance(text, str) and not is_blank(text)]
 
 
-def read_pair(row: Mapping[str, Any], where: str) -> tuple[Conversation, list[str]]:
+def read_pair(row: Mapping[str, Any]) -> tuple[Conversation, list[str]]:
     """Return the chat and the keys that were read. Raises DataError for an ambiguous row."""
     keys = _lower(row)
     named = {key: row[keys[key]] for key in _BESIDE if key in keys}
     row = {**row, **named}
     answers = [key for key in _ANSWERS if key in keys]
     if len(answers) > 1:
-        raise _not_clear(answers, keys, where)
-    text, asked = read_question(row, where)
+        raise _not_clear(answers, keys)
+    text, asked = read_question(row)
     question, answer = asked[0].lower(), answers[0]
-    turn = _answer(row, keys[answer], where)
+    turn = _answer(row, keys[answer])
     used = [*asked, keys[answer]]
     reasoning = next((key for key in KEYS if row.get(keys.get(key, ""))), None)
     if reasoning is not None:
-        turn["reasoning_content"] = _string(row, keys[reasoning], where)
+        turn["reasoning_content"] = _string(row, keys[reasoning])
         used.append(keys[reasoning])
     chat = {
         **row,
         "messages": [
-            *_history(row, where),
+            *_history(row),
             {"role": "user", "content": text},
             {"role": "assistant", **turn},
         ],
     }
-    conversation = read_chat(chat, "messages", where)
+    conversation = read_chat(chat, "messages")
     alpaca = question == "instruction" and answer == "output"
     format = "Alpaca" if alpaca else f"{question} and {answer}"
     about = About(format, conversation.about.notes)
     return replace(conversation, about=about), [*used, *(keys[key] for key in named)]
 
 
-def read_question(row: Mapping[str, Any], where: str) -> tuple[str, list[str]]:
+def read_question(row: Mapping[str, Any]) -> tuple[str, list[str]]:
     """Return the question with all text that belongs to it, and the keys that were read, the
     question's first. Raises DataError for an ambiguous row."""
     keys = _lower(row)
@@ -109,34 +109,31 @@ def read_question(row: Mapping[str, Any], where: str) -> tuple[str, list[str]]:
     if len(questions) == 2 and questions[1] == "query" and questions[0] != "question":
         more, questions = ["query", *more], questions[:1]  # LLaMA-Factory's own names
     if len(questions) > 1:
-        raise _not_clear(questions, keys, where)
+        raise _not_clear(questions, keys)
     unclear = [
         key for key in keys
         if _UNCLEAR.fullmatch(key) and key not in KEYS and row[keys[key]] not in ("", [])
     ]  # fmt: skip
     if unclear:
-        raise DataError(
-            f"It is not clear whether to train on {_named(unclear, keys)}", where=where, fix=_WRITE
-        )
+        raise DataError(f"It is not clear whether to train on {_named(unclear, keys)}", fix=_WRITE)
     question = questions[0]
-    text = _string(row, keys[question], where)
+    text = _string(row, keys[question])
     for key in more:
-        extra = _string(row, keys[key], where)
+        extra = _string(row, keys[key])
         first_extra = key in _CONTEXTS and question != "instruction"
         parts = (extra, text) if first_extra else (text, extra)
         text = "\n".join(part for part in parts if part)
     return text, [keys[key] for key in (question, *more)]
 
 
-def _not_clear(several: list[str], keys: Mapping[str, str], where: str) -> DataError:
+def _not_clear(several: list[str], keys: Mapping[str, str]) -> DataError:
     return DataError(
         f"It is not clear what to train on: the row has {_named(several, keys)}",
-        where=where,
         fix=f"{_WRITE}; or keep one of these keys",
     )
 
 
-def _answer(row: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+def _answer(row: Mapping[str, Any], key: str) -> dict[str, Any]:
     value = row[key]
     if isinstance(value, Mapping) and isinstance(value.get("text"), list):
         value = value["text"]  # SQuAD: the text of the answer and where it begins
@@ -146,18 +143,17 @@ def _answer(row: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
         found = f"a list of {len(value)}" if isinstance(value, list) else type(value).__name__
         raise DataError(
             f"`{key}` must be one string, but it is {found}",
-            where=where,
             fix=f"write the answer to train on as a string in `{key}`",
         )
-    require_answer(value, key, where)
-    calls = calls_in(value, where) if row.get("tools") else None
+    require_answer(value, key)
+    calls = calls_in(value) if row.get("tools") else None
     return {"content": value} if calls is None else {"content": None, "tool_calls": calls}
 
 
-def _history(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
+def _history(row: Mapping[str, Any]) -> list[dict[str, str]]:
     """Earlier turns, from pairs of a user and an assistant text."""
     turns = []
-    history = from_json(row.get("history"), where) or []
+    history = from_json(row.get("history")) or []
     for pair in history if isinstance(history, list) else [history]:
         if (
             not isinstance(pair, list)
@@ -166,7 +162,6 @@ def _history(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
         ):
             raise DataError(
                 "`history` must be a list of pairs of strings",
-                where=where,
                 fix='write it as [["a question", "its answer"], ...]',
             )
         turns.append({"role": "user", "content": pair[0]})
@@ -174,8 +169,8 @@ def _history(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
     return turns
 
 
-def _string(row: Mapping[str, Any], key: str, where: str) -> str:
-    return require_text(row[key], key, where, f"write `{key}` as a string; or {_WRITE}")
+def _string(row: Mapping[str, Any], key: str) -> str:
+    return require_text(row[key], key, f"write `{key}` as a string; or {_WRITE}")
 
 
 def _lower(row: Mapping[str, Any]) -> dict[str, str]:

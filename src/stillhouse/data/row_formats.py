@@ -23,7 +23,7 @@ from stillhouse.data.loss_flags import reject_weighted_row
 from stillhouse.data.question_formats import is_pair, pair_texts, read_pair
 from stillhouse.data.row_reader import header_hint
 from stillhouse.data.words import MISSING
-from stillhouse.errors import DataError
+from stillhouse.errors import DataError, errors_at
 
 _CHATS = ("messages", "conversations", "conversation")
 """Keys that contain a chat."""
@@ -53,37 +53,43 @@ def document_from_row(row: Mapping[str, Any], text_key: str, where: str) -> AnyD
     the user, so it comes first. Raises DataError if none is found, or if it is ambiguous what to
     train on.
     """
+    with errors_at(where):
+        document = _document(row, text_key)
+    return document and replace(document, where=where)
+
+
+def _document(row: Mapping[str, Any], text_key: str) -> AnyDocument | None:
     given = {key: value for key, value in row.items() if value is not None}
     if text_key != "text":
         if text_key not in row:
-            raise _missing_key(row, text_key, where)
-        return _plain(row, text_key, where)
+            raise _missing_key(row, text_key)
+        return _plain(given, text_key)
     for key in _CHATS:
-        messages = as_messages(given.get(key), where)
+        messages = as_messages(given.get(key))
         if isinstance(messages, list) or (key == "messages" and key in given):
-            _reject_judged(given, messages, where)
-            chat = read_chat(given, key, where)
+            _reject_judged(given, messages)
+            chat = read_chat(given, key)
             sharegpt = any("from" in m for m in messages if isinstance(m, Mapping))
             about = About("ShareGPT" if sharegpt else "messages", chat.about.notes)
             return _noted(replace(chat, about=about), given, (key, *_CHAT_KEYS))
     if text_key not in given and is_chatgpt_export(given):
-        return _exported(given, where)
-    _reject_others(given, where)
+        return _exported(given)
+    _reject_others(given)
     if "prompt" in given and "completion" in row:
-        document = _completion(row, where)
+        document = _completion(row)
         chat_keys = _CHAT_KEYS if isinstance(document, Conversation) else ()
         return _noted(document, given, ("prompt", "completion", *chat_keys))
-    if is_pair(given) and (text_key not in given or _is_rendered(given, text_key, where)):
-        chat, used = read_pair(given, where)
+    if is_pair(given) and (text_key not in given or _is_rendered(given, text_key)):
+        chat, used = read_pair(given)
         return _noted(chat, given, (*used, *_CHAT_KEYS))
     if text_key in row:
-        return _plain(row, text_key, where)
+        return _plain(given, text_key)
     if "messages" in row:
-        return read_chat(row, "messages", where)
-    raise _missing_key(row, text_key, where)
+        return read_chat(row, "messages")
+    raise _missing_key(row, text_key)
 
 
-def _is_rendered(given: Mapping[str, Any], text_key: str, where: str) -> bool:
+def _is_rendered(given: Mapping[str, Any], text_key: str) -> bool:
     """Whether the text of a row repeats its question and answer, as in Alpaca's files on the Hub.
 
     Raises DataError if it is a different text.
@@ -96,18 +102,17 @@ def _is_rendered(given: Mapping[str, Any], text_key: str, where: str) -> bool:
     names = " and ".join(f"`{key}`" for key in pair)
     raise DataError(
         f"It is not clear what to train on: the row has `{text_key}`, and also {names}",
-        where=where,
         fix=f"remove `{text_key}` to train on the answer, or remove {names} to train on the whole "
         "text",
     )
 
 
-def _exported(given: Mapping[str, Any], where: str) -> Conversation | None:
+def _exported(given: Mapping[str, Any]) -> Conversation | None:
     """Read a chat from ChatGPT's export; None if no answer in it is text."""
-    messages, notes = chatgpt_messages(given, where)
+    messages, notes = chatgpt_messages(given)
     if not messages:
         return None
-    chat = read_chat({"messages": messages}, "messages", where)
+    chat = read_chat({"messages": messages}, "messages")
     return replace(chat, about=About(FORMAT, (*chat.about.notes, *notes)))
 
 
@@ -140,52 +145,49 @@ def _texts(document: AnyDocument) -> list[str]:
     return [document.text]
 
 
-def _plain(row: Mapping[str, Any], key: str, where: str) -> AnyDocument | None:
-    text = _text(row[key], key, where)
-    given = {name: value for name, value in row.items() if value is not None}
-    return _noted(Document(text, where), given, (key,)) if text.strip() else None
+def _plain(given: Mapping[str, Any], key: str) -> AnyDocument | None:
+    text = _text(given.get(key), key)
+    return _noted(Document(text), given, (key,)) if text.strip() else None
 
 
-def _completion(row: Mapping[str, Any], where: str) -> AnyDocument:
-    prompt, completion = (chat_or_text(row[key], where) for key in ("prompt", "completion"))
+def _completion(row: Mapping[str, Any]) -> AnyDocument:
+    prompt, completion = (chat_or_text(row[key]) for key in ("prompt", "completion"))
     if isinstance(prompt, str):
         completion = row["completion"]  # the answer to a text prompt may be JSON: keep it as text
     if isinstance(prompt, list) and isinstance(completion, list):
-        chat = read_chat(row, "prompt", where, completion="completion")
+        chat = read_chat(row, "prompt", completion="completion")
         return replace(chat, about=About("prompt and completion", chat.about.notes))
     if isinstance(prompt, list) or isinstance(completion, list):
         raise DataError(
             "`prompt` and `completion` must both be strings, or both be lists of messages",
-            where=where,
             fix='write both as lists: [{"role": "user", "content": "..."}]',
         )
     for key in ("system", "system_prompt", "tools", "functions"):
         if row.get(key):
             raise DataError(
                 f"`{key}` belongs to a chat, but `prompt` and `completion` are strings",
-                where=where,
                 fix="write the row as `messages`, or write the complete prompt into `prompt`",
             )
-    reject_weighted_row(row, where)
-    prompt = _text(prompt, "prompt", where)
-    completion = require_answer(_text(completion, "completion", where), "completion", where)
-    return Completion(prompt, completion, where)
+    reject_weighted_row(row)
+    prompt = _text(prompt, "prompt")
+    completion = require_answer(_text(completion, "completion"), "completion")
+    return Completion(prompt, completion)
 
 
-def _text(value: Any, key: str, where: str) -> str:
+def _text(value: Any, key: str) -> str:
     fix = f"remove the row, write its `{key}` as a string, or set text_key to a different column"
-    return require_text(value, key, where, fix)
+    return require_text(value, key, fix)
 
 
 # --- known unsupported rows ------------------------------------------------------------------
 
 
-def _reject_judged(given: Mapping[str, Any], messages: Any, where: str) -> None:
+def _reject_judged(given: Mapping[str, Any], messages: Any) -> None:
     """Raise DataError for a chat whose answer is under a different key or is rated."""
     last = messages[-1] if isinstance(messages, list) and messages else None
     answer = isinstance(last, Mapping) and (last.get("role", last.get("from")) not in _ASKS)
     if "kto_tag" in given or _is_rating(given.get("label")) or not answer:
-        _reject_others(given, where)
+        _reject_others(given)
 
 
 def _is_rating(label: Any) -> bool:
@@ -193,7 +195,7 @@ def _is_rating(label: Any) -> bool:
     return str(label).strip().lower() in ("true", "false", "0", "1", "0.0", "1.0")
 
 
-def _reject_others(given: Mapping[str, Any], where: str) -> None:
+def _reject_others(given: Mapping[str, Any]) -> None:
     """Raise DataError for rows of well-known formats that do not define one text to train on."""
     for pattern, meaning in _PREFERENCES.items():
         for key in given:
@@ -201,7 +203,6 @@ def _reject_others(given: Mapping[str, Any], where: str) -> None:
                 raise DataError(
                     f"This is a row of preference data: `{key}` is {meaning}, and preferences "
                     "cannot be trained on",
-                    where=where,
                     fix="keep only the preferred answer: write the chat with it as `messages`",
                 )
     chat = is_pair(given) or any(key in given for key in ("completion", *_CHATS))
@@ -209,34 +210,29 @@ def _reject_others(given: Mapping[str, Any], where: str) -> None:
         raise DataError(
             "This is a row of rated answers (KTO): `kto_tag` states whether the answer is "
             "preferred",
-            where=where,
             fix="keep only the rows whose `kto_tag` is true, and remove that key",
         )
     if chat and _is_rating(given.get("label")):
         raise DataError(
             f"This seems to be a row of rated answers (KTO): `label` is {given['label']!r}",
-            where=where,
             fix="if it states whether the answer is good, keep only the rows in which it is true, "
             "and remove the key; otherwise, rename the key",
         )
     if "prompt" in given and "completions" in given:
         raise DataError(
             "The row has several `completions`, which are steps or alternatives",
-            where=where,
             fix="write one `completion` per row",
         )
     if "role" in given and any(key in given for key in _OF_TREES):
         raise DataError(
             f"The row is a single message (`role`: {str(given['role'])!r}) of a chat that other "
             "rows continue",
-            where=where,
             fix="write each chat, from its first message to an answer, as one row with `messages`",
         )
     for key in _TOKENIZED:
         if isinstance(given.get(key), list):
             raise DataError(
                 f"The row is already tokenized or split into segments (`{key}`)",
-                where=where,
                 fix="write the text itself: `messages`, or `prompt` with `completion`",
             )
     for key in ("body", "request"):
@@ -245,13 +241,12 @@ def _reject_others(given: Mapping[str, Any], where: str) -> None:
         if isinstance(inside, Mapping) and "messages" in inside:
             raise DataError(
                 f"This is an API request (`{key}`), whose messages have no answer yet",
-                where=where,
                 fix="to have a teacher answer it, list the file in synthesize.prompts; if you have "
                 "the answers, write each chat as `messages`",
             )
 
 
-def _missing_key(row: Mapping[str, Any], text_key: str, where: str) -> DataError:
+def _missing_key(row: Mapping[str, Any], text_key: str) -> DataError:
     keys = [str(key) for key in row]
     has = f"its keys are {', '.join(keys)}" if keys else "it is empty"
     return DataError(
@@ -259,7 +254,6 @@ def _missing_key(row: Mapping[str, Any], text_key: str, where: str) -> DataError
         if text_key != "text"
         else "The row has no `text`, no `messages`, and no `prompt` with `completion`, and is not "
         f"in any other known format; {has}",
-        where=where,
         fix=header_hint(keys) + _advice(row, text_key, keys),
     )
 

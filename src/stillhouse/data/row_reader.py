@@ -19,7 +19,7 @@ from typing import Any, TextIO, TypeVar
 from stillhouse.data.clear_json import check_value, is_suspicious, parse_json
 from stillhouse.data.data_files import FileFormat, format_of, known_format, open_text
 from stillhouse.data.table_rows import Rows, csv_rows, parquet_rows
-from stillhouse.errors import DataError
+from stillhouse.errors import DataError, errors_at
 from stillhouse.progress import note
 
 _CORRECT = "correct the line, or remove it; each line must be one complete JSON object"
@@ -270,7 +270,8 @@ def _json(text: str, where: str, fix: str = _CORRECT) -> Any:
 
 def _object(value: Any, where: str, text_key: str | None, suspicious: bool) -> dict[str, Any]:
     if suspicious:
-        check_value(value, where)
+        with errors_at(where):
+            check_value(value)
     if isinstance(value, dict):
         return value
     if isinstance(value, str) and text_key is not None:

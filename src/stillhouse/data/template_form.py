@@ -98,7 +98,7 @@ class TemplateForm:
         given = inner.get("arguments")
         arguments = given
         if isinstance(given, str) and not self.reads_argument_text:
-            decoded = from_json(given, "a tool call")
+            decoded = from_json(given)
             arguments = decoded if isinstance(decoded, Mapping) else given
         elif (
             isinstance(given, Mapping)

@@ -15,7 +15,7 @@ from stillhouse.data.control_tokens import CONTROL_TEXT, ControlTokens, Piece
 from stillhouse.data.data_config import ControlText, WindowsRecipe
 from stillhouse.data.documents import AnyDocument, Completion, Conversation, Document
 from stillhouse.data.template_form import template_form
-from stillhouse.errors import DataError
+from stillhouse.errors import DataError, errors_at
 
 Ids = NDArray[np.int32]
 Mask = NDArray[np.bool_]
@@ -52,7 +52,8 @@ def tokenize(
     jobs: list[tuple[int, list[Piece]]] = []
     notes: list[tuple[str, ...]] = []
     for index, document in enumerate(documents):
-        rendered = render_document(document, tokenizer, control_tokens)
+        with errors_at(document.where):
+            rendered = render_document(document, tokenizer, control_tokens)
         jobs += [(index, pieces) for pieces in rendered.rows]
         notes.append(rendered.notes)
     encoded = encode_pieces([pieces for _, pieces in jobs], tokenizer)
@@ -203,12 +204,12 @@ def render_document(
     if control_tokens == "tokens" or not any(control.found(piece.text) for piece in pieces):
         return RenderedChat([pieces])
     if control_tokens is None:
-        _reject_rendered(pieces, control, document.where)
+        _reject_rendered(pieces, control)
     plain = [part for piece in pieces for part in control.plain(piece.text, piece.supervised)]
     return RenderedChat([plain], (CONTROL_TEXT,))
 
 
-def _reject_rendered(pieces: Sequence[Piece], control: ControlTokens, where: str) -> None:
+def _reject_rendered(pieces: Sequence[Piece], control: ControlTokens) -> None:
     """Raise DataError for text that seems to be rendered by a chat template."""
     for piece in pieces:
         token = control.at_an_end(piece.text)
@@ -216,7 +217,6 @@ def _reject_rendered(pieces: Sequence[Piece], control: ControlTokens, where: str
             raise DataError(
                 f"The text begins or ends with {token!r}: it seems to be rendered by a chat "
                 "template, but control tokens in a text are read as plain text",
-                where=where,
                 fix="write the chat as `messages`; or set data.control_tokens: tokens to read them "
                 "as tokens, or data.control_tokens: text to read them as text",
             )
@@ -238,7 +238,8 @@ def require_rows(documents: Iterable[AnyDocument], tokenizer: Any, section: Wind
         rows = [one for one in batch if not isinstance(one, Document)]
         for one in batch:
             if isinstance(one, Document):
-                render_document(one, tokenizer, section.control_tokens)
+                with errors_at(one.where):
+                    render_document(one, tokenizer, section.control_tokens)
         for row, tokens in zip(
             rows, tokenize(rows, tokenizer, section.control_tokens), strict=True
         ):

@@ -12,10 +12,10 @@ from stillhouse.errors import DataError, shown
 _WRITE_CALL = 'write it as {"type": "function", "function": {"name": "...", "arguments": {...}}}'
 
 
-def read_tools(row: Mapping[str, Any], where: str) -> list[Any]:
+def read_tools(row: Mapping[str, Any]) -> list[Any]:
     """Read the row's `tools`, or its `functions` (OpenAI's older form); JSON text is decoded."""
-    tools = from_json(row.get("tools"), where)
-    functions = from_json(row.get("functions"), where)
+    tools = from_json(row.get("tools"))
+    functions = from_json(row.get("functions"))
     if not tools and functions and isinstance(functions, list):
         tools = [{"type": "function", "function": function} for function in functions]
     if not tools:
@@ -23,27 +23,25 @@ def read_tools(row: Mapping[str, Any], where: str) -> list[Any]:
     if not isinstance(tools, list):
         raise DataError(
             f"`tools` must be a list of JSON schemas, but it is {type(tools).__name__}",
-            where=where,
             fix="write the tools as a JSON list, or remove the key",
         )
-    tools = [from_json(tool, where) for tool in tools]
+    tools = [from_json(tool) for tool in tools]
     for number, tool in enumerate(tools):
         if not isinstance(tool, Mapping):
             raise DataError(
                 f"`tools[{number}]` must be a JSON schema, but it is {type(tool).__name__}",
-                where=where,
                 fix='write it as {"type": "function", "function": {"name": "...", ...}}',
             )
-        _reject_other_types(tool, f"`tools[{number}]`", where)
+        _reject_other_types(tool, f"`tools[{number}]`")
     return tools
 
 
-def calls_in(text: Any, where: str) -> list[dict[str, Any]] | None:
+def calls_in(text: Any) -> list[dict[str, Any]] | None:
     """Parse JSON text that consists of tool calls (objects with `name` and `arguments`).
 
     None if it is anything else.
     """
-    value = from_json(text, where)
+    value = from_json(text)
     calls = value if isinstance(value, list) else [value]
     if not calls or not all(
         isinstance(c, Mapping) and isinstance(c.get("name"), str) for c in calls
@@ -61,58 +59,53 @@ def calls_in(text: Any, where: str) -> list[dict[str, Any]] | None:
     ]
 
 
-def decode_calls(message: dict[str, Any], name: str, where: str) -> None:
+def decode_calls(message: dict[str, Any], name: str) -> None:
     """Convert `tool_calls`, or OpenAI's older `function_call`, to a list of objects, in place."""
     if message.get("function_call"):
-        call = from_json(message.pop("function_call"), where)
+        call = from_json(message.pop("function_call"))
         message.setdefault("tool_calls", [{"type": "function", "function": call}])
-    calls = from_json(message.get("tool_calls"), where)
+    calls = from_json(message.get("tool_calls"))
     if not calls:
         message.pop("tool_calls", None)
         return
-    calls = [from_json(call, where) for call in calls] if isinstance(calls, list) else [calls]
+    calls = [from_json(call) for call in calls] if isinstance(calls, list) else [calls]
     for number, call in enumerate(calls):
         inner = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
             raise DataError(
-                f"`{name}.tool_calls[{number}]` has no function with a name",
-                where=where,
-                fix=_WRITE_CALL,
+                f"`{name}.tool_calls[{number}]` has no function with a name", fix=_WRITE_CALL
             )
     message["tool_calls"] = [
-        _with_arguments(call, f"`{name}.tool_calls[{number}]`", where)
-        for number, call in enumerate(calls)
+        _with_arguments(call, f"`{name}.tool_calls[{number}]`") for number, call in enumerate(calls)
     ]
 
 
-def _with_arguments(call: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+def _with_arguments(call: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Normalize the arguments of a call; missing or empty ones become {}."""
     inner = call.get("function", call)
     arguments = inner.get("arguments", inner.get("parameters"))
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
         arguments = {}
     arguments = _bare_json(arguments)
-    decoded = from_json(arguments, where)
+    decoded = from_json(arguments)
     if not isinstance(decoded, Mapping):
         raise DataError(
             f"The arguments of {name} are not a JSON object: {str(arguments)[:60]!r}",
-            where=where,
             fix=_WRITE_CALL,
         )
-    _reject_other_types(decoded, f"the arguments of {name}", where)
+    _reject_other_types(decoded, f"the arguments of {name}")
     filled = {**inner, "arguments": arguments}
     return {**call, "function": filled} if "function" in call else filled
 
 
-def _reject_other_types(value: Any, owner: str, where: str) -> None:
+def _reject_other_types(value: Any, owner: str) -> None:
     """Raise DataError for a type that JSON lacks, such as Parquet's dates, decimals, and bytes."""
     if isinstance(value, (Mapping, list, tuple)):
         for item in value.values() if isinstance(value, Mapping) else value:
-            _reject_other_types(item, owner, where)
+            _reject_other_types(item, owner)
     elif value is not None and not isinstance(value, (str, bool, int, float)):
         raise DataError(
             f"A value in {owner} is of type {type(value).__name__}, which JSON does not support",
-            where=where,
             fix="write the value as a string or a number",
         )
 
@@ -134,7 +127,7 @@ def without_nulls(value: Any) -> tuple[Any, int]:
     return value, 0
 
 
-def from_json(value: Any, where: str) -> Any:
+def from_json(value: Any) -> Any:
     """Decode JSON text of a list or an object, even if it is encoded several times.
 
     Anything else is returned unchanged. Raises DataError for ambiguous JSON: see `clear_json`.
@@ -147,13 +140,12 @@ def from_json(value: Any, where: str) -> Any:
     except DoubleKeyError as error:
         raise DataError(
             f"The row contains JSON text in which {error}: {shown(value)}",
-            where=where,
             fix="keep one of the two values",
         ) from error
     except (ValueError, RecursionError):
         return value
     if is_suspicious(value):
-        check_value(decoded, where)
+        check_value(decoded)
     return decoded
 
 

@@ -18,7 +18,7 @@ from stillhouse.data.question_formats import is_pair, read_pair
 from stillhouse.data.reasoning import MARKS
 from stillhouse.data.row_reader import read_rows
 from stillhouse.data.words import bare
-from stillhouse.errors import DataError
+from stillhouse.errors import DataError, errors_at
 from stillhouse.generation.chat_frame import SYSTEM, content_text, text_of
 from stillhouse.progress import note
 from stillhouse.synthesis.prompts import prompt_messages
@@ -132,7 +132,8 @@ def read_logs(path: Path) -> Logs:
     systems: Counter[str] = Counter()
     rows = longer = 0
     for row, where in read_rows(path, format=logs_format(path)):
-        messages, answer = prompt_messages(row, "prompt", where), _answer(row, where)
+        with errors_at(where):
+            messages, answer = prompt_messages(row, "prompt"), _answer(row)
         rows += 1
         text = text_of(messages[-1:])
         if answer is None or not text.strip():
@@ -163,12 +164,12 @@ def logs_format(path: Path) -> FileFormat:
     return "jsonl" if known in (None, "text") else known
 
 
-def _answer(row: Mapping[str, Any], where: str) -> str | None:
+def _answer(row: Mapping[str, Any]) -> str | None:
     """The last assistant turn, wherever the log stores it; None if it is marked as not to learn."""
     for place in _CHATS:
-        messages = as_messages(value_at(row, place), where)
+        messages = as_messages(value_at(row, place))
         if isinstance(messages, list) and messages and isinstance(messages[-1], Mapping):
-            last = with_known_role(messages[-1], "the last message", where)
+            last = with_known_role(messages[-1], "the last message")
             if last["role"] == "assistant":
                 return None if any(last.get(key) == 0 for key in LEARNED) else _said(last)
     for place in _CHOICES:
@@ -177,7 +178,7 @@ def _answer(row: Mapping[str, Any], where: str) -> str | None:
             return _said(value_at(choices[0], ("message",)))
     given = {key: value for key, value in row.items() if value is not None}
     if is_pair(given):
-        return _said(read_pair(given, where)[0].messages[-1])
+        return _said(read_pair(given)[0].messages[-1])
     return None
 
 

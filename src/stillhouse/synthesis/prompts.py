@@ -25,7 +25,7 @@ from stillhouse.data.loss_flags import LEARNED
 from stillhouse.data.question_formats import is_pair, is_question, read_question, unread_keys
 from stillhouse.data.row_reader import header_hint, not_empty, read_rows
 from stillhouse.data.tool_formats import read_tools
-from stillhouse.errors import DataError
+from stillhouse.errors import DataError, errors_at
 from stillhouse.generation.chat_frame import user_turn
 from stillhouse.generation.request import Message
 from stillhouse.synthesis.synthesize_config import PromptFormat
@@ -80,8 +80,9 @@ def read_prompt(
     row: Mapping[str, Any], key: str, where: str, *, setting: str = KEY, learned: bool = True
 ) -> Prompt:
     """Read a row as `read_prompts` does."""
-    messages = prompt_messages(row, key, where, setting=setting, learned=learned)
-    _reject_unsent(row, messages, where)
+    with errors_at(where):
+        messages = prompt_messages(row, key, setting=setting, learned=learned)
+        _reject_unsent(row, messages)
     return Prompt(messages, where)
 
 
@@ -107,7 +108,6 @@ def unread_notes(path: Path, *, format: PromptFormat = "auto", key: str = "promp
 def prompt_messages(
     row: Mapping[str, Any],
     key: str,
-    where: str,
     *,
     setting: str | None = None,
     learned: bool = False,
@@ -118,64 +118,61 @@ def prompt_messages(
     is trained on the assistant turns of the prompt, so that they must not be context only. Raises
     DataError.
     """
-    found, holder = chat_or_text(row.get(key), where), row
+    found, holder = chat_or_text(row.get(key)), row
     if found is None and key == "prompt":
-        found, holder = _logged(row, where)
+        found, holder = _logged(row)
         given = {name: value for name, value in row.items() if value is not None}
         if found is None and (is_pair(given) or is_question(given)):
-            found = read_question(given, where)[0]
+            found = read_question(given)[0]
     if isinstance(found, str):
-        messages = [dict(message) for message in _user(found, where)]
+        messages = [dict(message) for message in _user(found)]
     elif isinstance(found, list):
-        messages = _chat(found, where, learned=learned)
+        messages = _chat(found, learned=learned)
     else:
         also = " and no `messages`" if key == "prompt" else ""
         fix = f"{header_hint(row)}write the question as `prompt` or `messages`"
         if setting is not None:
             fix += f"; or, if a different key contains all of it, set {setting} to that key"
         raise DataError(
-            f"the row has no `{key}`{also}; its keys are {', '.join(map(str, row))}",
-            where=where,
-            fix=fix,
+            f"the row has no `{key}`{also}; its keys are {', '.join(map(str, row))}", fix=fix
         )
-    add_system(messages, holder, where)
+    add_system(messages, holder)
     return tuple(messages)
 
 
-def _logged(row: Mapping[str, Any], where: str) -> tuple[Any, Mapping[str, Any]]:
+def _logged(row: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
     """The messages of a chat or its log, and the object that contains them."""
     for place in _LOG_PLACES:
-        value = as_messages(value_at(row, place), where)
+        value = as_messages(value_at(row, place))
         if isinstance(value, list):
             return value, value_at(row, place[:-1])
     return None, row
 
 
-def _reject_unsent(row: Mapping[str, Any], messages: Iterable[Message], where: str) -> None:
+def _reject_unsent(row: Mapping[str, Any], messages: Iterable[Message]) -> None:
     """Raise DataError for parts of a prompt that would not be sent."""
     for place in ((), ("request",), ("request", "body"), ("body",)):
         holder = value_at(row, place)
         if not isinstance(holder, Mapping):
             continue
-        reject_media(holder, where)
-        if read_tools(holder, where):
+        reject_media(holder)
+        if read_tools(holder):
             raise DataError(
                 "The row has `tools`, which are not sent with a prompt",
-                where=where,
                 fix="describe them in the system message, and remove `tools`",
             )
     for number, message in enumerate(messages):
         if isinstance(message.get("content"), list):
-            text_parts(message["content"], f"message {number}", where)
+            text_parts(message["content"], f"message {number}")
 
 
-def _user(text: str, where: str) -> tuple[Message, ...]:
+def _user(text: str) -> tuple[Message, ...]:
     if not text.strip():
-        raise DataError("the prompt is empty", where=where, fix="remove the row")
+        raise DataError("the prompt is empty", fix="remove the row")
     return user_turn(text)
 
 
-def _chat(messages: list[Any], where: str, *, learned: bool) -> list[dict[str, Any]]:
+def _chat(messages: list[Any], *, learned: bool) -> list[dict[str, Any]]:
     """Keep the known keys of each message, up to the last turn of the user or a tool."""
     kept: list[dict[str, Any]] = []
     not_learned: list[bool] = []
@@ -184,10 +181,9 @@ def _chat(messages: list[Any], where: str, *, learned: bool) -> list[dict[str, A
         if not isinstance(role, str):
             raise DataError(
                 "a message has no role",
-                where=where,
                 fix='write each message as {"role": "user", "content": "..."}',
             )
-        message = with_known_role(message, f"message {len(kept)}", where)
+        message = with_known_role(message, f"message {len(kept)}")
         known = {k: message[k] for k in _MESSAGE_KEYS if message.get(k) is not None}
         if "content" not in known and message.get("content_parts"):
             known["content"] = message["content_parts"]
@@ -201,9 +197,8 @@ def _chat(messages: list[Any], where: str, *, learned: bool) -> list[dict[str, A
         raise DataError(
             f"message {not_learned.index(True)} is an assistant turn that must not be trained on "
             "(`weight`: 0), but training uses every assistant turn of a synthesized chat",
-            where=where,
             fix="remove the key to train on the turn too, or remove the turn from the prompt",
         )
     if not any(message["role"] == "user" for message in kept):
-        raise DataError("the chat has no user turn", where=where, fix="remove the row")
+        raise DataError("the chat has no user turn", fix="remove the row")
     return kept
