@@ -34,7 +34,7 @@ def test_a_text_begins_with_both_tokens_and_neither_is_learned() -> None:
     assert tokenizer.decode(row.ids) == "[gMASK]<sop>The cat sees a tree.<|im_end|>"
     plan = plan_single([len(row.ids)], [True], len(row.ids))
     (window,) = fill_windows(plan, lambda _: (row.ids, row.supervised), len(row.ids), 0)
-    labels = [token for token in window.labels_L.tolist() if token != IGNORED]
+    labels = [token for token in window["labels"].tolist() if token != IGNORED]
     assert tokenizer.decode(labels) == "The cat sees a tree.<|im_end|>"
 
 

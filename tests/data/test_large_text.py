@@ -113,7 +113,7 @@ def reference(texts: list[AnyDocument], seed: int) -> dict[str, list[tuple[list[
 
         shuffled = [plan[n] for n in np.random.default_rng(seed).permutation(len(plan))]
         windows[side] = [
-            (w.input_ids_L.tolist(), w.labels_L.tolist(), w.position_ids_L.tolist())
+            (w["input_ids"].tolist(), w["labels"].tolist(), w["position_ids"].tolist())
             for w in fill_windows(shuffled, read, CONTEXT, TOKENIZER.pad_token_id)
         ]
     return windows

@@ -81,7 +81,7 @@ def test_windows_match_a_loop_over_their_tokens(rows: list[tuple[bool, int]]) ->
                 predicted = bool(supervised[segment.row][segment.start + n]) and n > 0
                 expected.append((token, token if predicted else IGNORED, n))
         expected += [(0, IGNORED, n) for n in range(CONTEXT - len(expected))]
-        arrays = (window.input_ids_L, window.labels_L, window.position_ids_L)
+        arrays = (window["input_ids"], window["labels"], window["position_ids"])
         assert list(zip(*(array.tolist() for array in arrays), strict=True)) == expected
 
 
@@ -152,8 +152,8 @@ def test_no_attention_across_documents(attention: str) -> None:
     plan = plan_isolated(lengths, [False] * 4, CONTEXT)
     read = reader(ids, [np.ones(n, bool) for n in lengths])
     (window,) = fill_windows(plan, read, CONTEXT, pad_id=0)
-    input_ids_1L = torch.from_numpy(window.input_ids_L).long()[None]
-    position_ids_1L = torch.from_numpy(window.position_ids_L).long()[None]
+    input_ids_1L = torch.from_numpy(window["input_ids"]).long()[None]
+    position_ids_1L = torch.from_numpy(window["position_ids"]).long()[None]
     with torch.no_grad():
         packed_LV = model(input_ids_1L, position_ids=position_ids_1L, use_cache=False).logits[0]
         leaking_LV = model(input_ids_1L, use_cache=False).logits[0]

@@ -25,6 +25,7 @@ from stillhouse.data.tool_formats import (
     calls_in,
     decode_calls,
     from_json,
+    has_nulls,
     read_tools,
     without_nulls,
 )
@@ -95,14 +96,16 @@ def read_chat(row: Mapping[str, Any], key: str, *, completion: str | None = None
     others = sorted({m["role"] for m in found} - set(_KNOWN_ROLES))
     context_only = take_weights(found, key)
     tools = read_tools(row)
-    cleaned, nulls = without_nulls([[_nullable(message) for message in found], tools])
-    messages = [{**m, **part} for m, part in zip(found, cleaned[0], strict=True)]
-    notes = [_NO_NULLS] if nulls else []
+    calls = [message.get("tool_calls") for message in found]
+    notes = [_NO_NULLS] if has_nulls([calls, tools]) else []
+    for message in found:
+        if "tool_calls" in message:
+            message["tool_calls"] = without_nulls(message["tool_calls"])
     notes += [f"turns of the role {role!r} are context only" for role in others]
     return Conversation(
-        tuple(messages),
+        tuple(found),
         before,
-        tuple(cleaned[1]) if tools else None,
+        tuple(without_nulls(tools)) if tools else None,
         context_only=context_only,
         about=About("messages", tuple(notes)),
     )
@@ -182,11 +185,6 @@ def is_blank(text: str) -> bool:
 
 
 # --- messages --------------------------------------------------------------------------------
-
-
-def _nullable(message: Mapping[str, Any]) -> dict[str, Any]:
-    calls = message.get("tool_calls")
-    return {"tool_calls": calls} if calls is not None else {}
 
 
 def chat_or_text(value: Any) -> Any:
@@ -311,7 +309,7 @@ def _check_content(message: dict[str, Any], written: Mapping[str, Any], name: st
         return
     if isinstance(content, list) and content:
         texts = text_parts(content, f"`{name}`")
-        message["content"] = [without_nulls(part)[0] for part in content]
+        message["content"] = [without_nulls(part) for part in content]
         if message["role"] == "assistant":  # its reasoning is found in one text
             message["content"] = "".join(texts)
         return

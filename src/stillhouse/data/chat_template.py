@@ -11,10 +11,14 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from jinja2 import TemplateError
+
 from stillhouse.data.reasoning import KEYS, THINK
 
 DATE = datetime.datetime(2024, 7, 26)
 """The date that Llama 3's templates fall back to."""
+TEMPLATE_ERRORS = (TemplateError, AttributeError, LookupError, TypeError, ValueError)
+"""The exceptions that a template can raise for messages that it does not accept."""
 
 _LETTERS = "aAbBcCdDeFfgGhHIjkmMpPrRSTuUVwWxXyYzZ"
 _DIRECTIVES = [f"%{sign}{letter}" for sign in ("-", "") for letter in _LETTERS] + ["%%"]
@@ -31,7 +35,7 @@ def render_chat(
     tools: Sequence[Any] | None = None,
     generation_prompt: bool = False,
 ) -> str:
-    """Render the chat as text. Raises whatever the template raises: see `template_errors`."""
+    """Render the chat as text. Raises whatever the template raises: see `TEMPLATE_ERRORS`."""
     options = {}
     if writes_date(tokenizer):
         options["chat_template"] = _FIXED_DATE + tokenizer.get_chat_template(tools=tools)
@@ -68,22 +72,8 @@ def _reasoning_key(tokenizer: Any, template: str) -> str | None:
         try:
             expected = render_chat(tokenizer, [question, apart])
             found = render_chat(tokenizer, [question, turn])
-        except template_errors():
+        except TEMPLATE_ERRORS:
             continue
         if thought in expected and answer in expected:
             return None if "".join(found.split()) == "".join(expected.split()) else key
     return None
-
-
-def template_errors() -> tuple[type[Exception], ...]:
-    """The exceptions that a template can raise for messages that it does not accept."""
-    import jinja2
-
-    return (jinja2.TemplateError, AttributeError, LookupError, TypeError, ValueError)
-
-
-def is_damaged(error: Exception) -> bool:
-    """Whether a chat template's error is in the template itself, not in the messages."""
-    import jinja2
-
-    return isinstance(error, jinja2.TemplateSyntaxError)

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from stillhouse.data.chat_template import is_damaged, reasoning_key, render_chat, template_errors
+from jinja2 import TemplateSyntaxError
+
+from stillhouse.data.chat_template import TEMPLATE_ERRORS, reasoning_key, render_chat
 from stillhouse.data.documents import Conversation, Message
 from stillhouse.data.reasoning import KEYS, MARKS, THINK, Marks, Pair, reasoning_of
 from stillhouse.data.turn_end import text_until_end, turn_end
@@ -188,8 +190,8 @@ def _render(conversation: Conversation, end: int, generate: bool, tokenizer: Any
             tools=conversation.tools,
             generation_prompt=generate,
         )
-    except template_errors() as error:
-        if is_damaged(error):
+    except TEMPLATE_ERRORS as error:
+        if isinstance(error, TemplateSyntaxError):
             raise DataError(
                 f"The chat template is damaged: {error}",
                 where=getattr(tokenizer, "name_or_path", None),

@@ -13,11 +13,9 @@ from stillhouse.data.batches import Batches
 from stillhouse.data.build_data import Texts, make_windows
 from stillhouse.data.data_config import WindowsRecipe
 from stillhouse.data.data_files import text_size
-from stillhouse.data.documents import AnyDocument
 from stillhouse.data.file_search import find_files
-from stillhouse.data.row_formats import document_from_row
 from stillhouse.data.row_reader import not_empty
-from stillhouse.data.sources import file_documents
+from stillhouse.data.sources import file_documents, row_documents
 from stillhouse.data.windows import open_windows
 from stillhouse.errors import DataError
 from stillhouse.field_types import Seed
@@ -127,13 +125,13 @@ def _texts(texts: Any, text_key: str, boundary: Boundary) -> list[Texts]:
         )
     if hasattr(texts, "with_format"):
         texts = texts.with_format(None)  # a dataset may be set to return tensors
-    return [Texts(_documents(texts, text_key))]
+    return [Texts(row_documents(_rows(texts, text_key), text_key))]
 
 
-def _documents(items: Iterable[Any], text_key: str) -> Iterator[AnyDocument]:
+def _rows(items: Iterable[Any], text_key: str) -> Iterator[tuple[Mapping[str, Any], str]]:
     for number, item in enumerate(items):
         where = f"texts[{number}]"
-        row = {"text": item} if isinstance(item, str) else item
+        row = {text_key: item} if isinstance(item, str) else item
         row = {"messages": row} if isinstance(row, list) else row
         if not isinstance(row, Mapping):
             raise DataError(
@@ -141,6 +139,4 @@ def _documents(items: Iterable[Any], text_key: str) -> Iterator[AnyDocument]:
                 where=where,
                 fix="pass strings, chats (lists of messages), or rows",
             )
-        document = document_from_row(row, "text" if isinstance(item, str) else text_key, where)
-        if document is not None:
-            yield document
+        yield row, where

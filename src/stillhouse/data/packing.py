@@ -15,7 +15,6 @@ from __future__ import annotations
 import bisect
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -157,13 +156,8 @@ def _chunks(row: int, length: int, context: int) -> Iterator[Segment]:
         yield Segment(row, start, min(context, length - start))
 
 
-@dataclass(frozen=True)
-class Window:
-    """The arrays of one window, [L] each."""
-
-    input_ids_L: NDArray[np.int32]
-    labels_L: NDArray[np.int32]
-    position_ids_L: NDArray[np.int32]
+Window = dict[str, NDArray[np.int32]]
+"""The arrays of one window, [L] each: input_ids, labels, and position_ids."""
 
 
 def fill_windows(
@@ -187,4 +181,4 @@ def fill_windows(
             position_ids_L[here] = np.arange(segment.length)
             end += segment.length
         position_ids_L[end:] = np.arange(context - end)
-        yield Window(input_ids_L, labels_L, position_ids_L)
+        yield {"input_ids": input_ids_L, "labels": labels_L, "position_ids": position_ids_L}

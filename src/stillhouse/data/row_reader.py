@@ -115,11 +115,7 @@ def not_empty(items: Iterable[T], what: str, where: object) -> Iterator[T]:
         found = True
         yield item
     if not found:
-        raise DataError(
-            f"{what} contains no text",
-            where=where,
-            fix="check the path, or remove it",
-        )
+        raise DataError(f"{what} contains no text", where=where, fix="check the path, or remove it")
 
 
 def header_hint(keys: Iterable[str]) -> str:

@@ -6,7 +6,7 @@ import glob
 import itertools
 import platform
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -139,10 +139,13 @@ def _read(source: Source, base: Path) -> Iterator[AnyDocument]:
             for path in source_files(source, base):
                 yield from file_documents(path, _format(source), text_key=source.text_key)
         case HubSource():
-            yield from _documents(hub_rows(source, base), source.text_key)
+            yield from row_documents(hub_rows(source, base), source.text_key)
 
 
-def _documents(rows: Rows, text_key: str) -> Iterator[AnyDocument]:
+def row_documents(
+    rows: Iterable[tuple[Mapping[str, Any], str]], text_key: str
+) -> Iterator[AnyDocument]:
+    """Yield the documents in rows, each with its place; a row without text is skipped."""
     for row, where in rows:
         document = document_from_row(row, text_key, where)
         if document is not None:
@@ -163,7 +166,7 @@ def file_documents(
     if format == "text":
         return _text_documents(path, divided_by)
     # Read all columns, because a note lists the unused ones.
-    return _documents(read_rows(path, format=format), text_key)
+    return row_documents(read_rows(path, format=format), text_key)
 
 
 def _text_documents(path: Path, divided_by: str) -> Iterator[Document]:

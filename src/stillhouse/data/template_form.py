@@ -15,7 +15,7 @@ from typing import Any
 
 from stillhouse.data.call_ids import IdForm, with_call_ids
 from stillhouse.data.chat_formats import joined_text
-from stillhouse.data.chat_template import render_chat, template_errors
+from stillhouse.data.chat_template import TEMPLATE_ERRORS, render_chat
 from stillhouse.data.control_tokens import ControlTokens
 from stillhouse.data.reasoning import KEYS
 from stillhouse.data.tool_formats import from_json
@@ -51,7 +51,7 @@ class TemplateForm:
         """Render the messages; None if the template does not accept them."""
         try:
             return render_chat(self.tokenizer, messages, **options)
-        except template_errors():
+        except TEMPLATE_ERRORS:
             return None
 
     def fit(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -110,21 +110,20 @@ def _reject_other_types(value: Any, owner: str) -> None:
         )
 
 
-def without_nulls(value: Any) -> tuple[Any, int]:
-    """Return the value without the null fields of its objects, and their number."""
+def without_nulls(value: Any) -> Any:
+    """Return the value without the null fields of its objects."""
     if isinstance(value, Mapping):
-        kept, count = {}, 0
-        for key, item in value.items():
-            if item is None:
-                count += 1
-            else:
-                kept[key], more = without_nulls(item)
-                count += more
-        return kept, count
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, (list, tuple)):
-        items = [without_nulls(item) for item in value]
-        return [item for item, _ in items], sum(count for _, count in items)
-    return value, 0
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def has_nulls(value: Any) -> bool:
+    """Whether an object in the value has a null field."""
+    if isinstance(value, Mapping):
+        return any(item is None or has_nulls(item) for item in value.values())
+    return isinstance(value, (list, tuple)) and any(map(has_nulls, value))
 
 
 def from_json(value: Any) -> Any:

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from stillhouse.data.chat_template import render_chat, template_errors
+from stillhouse.data.chat_template import TEMPLATE_ERRORS, render_chat
 from stillhouse.data.template_form import template_form
 
 _ANSWER = "Zq7gamma"
@@ -145,7 +145,7 @@ def _tails(tokenizer: Any) -> tuple[str, str] | None:
         try:
             turns = template_form(tokenizer).fit([*start, *_TURNS])
             chats = [render_chat(tokenizer, turns[: len(turns) - left]) for left in (1, 0)]
-        except template_errors():
+        except TEMPLATE_ERRORS:
             continue
         if all(_ANSWER in chat for chat in chats):
             last, more = (chat.rpartition(_ANSWER)[2] for chat in chats)

@@ -127,8 +127,8 @@ def write_windows(
         supervised = 0
         for window in windows:
             for name, file in zip(ARRAYS, files, strict=True):
-                file.write(getattr(window, f"{name}_L").data)
-            supervised += int((window.labels_L != IGNORED).sum())
+                file.write(window[name].data)
+            supervised += int((window["labels"] != IGNORED).sum())
     info = WindowsInfo(
         context=context,
         rows=rows,

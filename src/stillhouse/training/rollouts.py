@@ -19,7 +19,6 @@ from stillhouse.atomic_files import flush, flush_tree
 from stillhouse.checksums import damaged_files, fast_facts, seal_broken, sealed
 from stillhouse.data.batches import Batch, collate
 from stillhouse.data.packing import Segment, fill_windows
-from stillhouse.data.windows import ARRAYS
 from stillhouse.disk_errors import disk_errors
 
 ROLLOUTS = "rollouts"
@@ -138,7 +137,7 @@ def rollout_batch(
         return np.array(rollout.ids, dtype=np.int32), own
 
     rows: list[Batch] = [
-        {name: torch.from_numpy(getattr(one, f"{name}_L").astype(np.int64)) for name in ARRAYS}
+        {name: torch.from_numpy(array_L.astype(np.int64)) for name, array_L in one.items()}
         for one in fill_windows(plan, read, width, pad_id)
     ]
     return OwnBatch(collate(rows))
