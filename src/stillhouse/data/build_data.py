@@ -96,6 +96,7 @@ def make_windows(
     None: tokens go to a temporary file. The result depends on the seed and on the documents'
     content, not on their order. Raises DataError for any text that cannot be used.
     """
+    windows = _Windows(tokenizer, section, seed, out)
     with ExitStack() as opened:
 
         def log(name: str) -> TokenLog:
@@ -107,28 +108,24 @@ def make_windows(
         if heldout is not None:
             heldout_log = log("heldout")
             heldout_pool = Pool(seed, 0, section.heldout_tokens, groups=HashSet())
-            _gather(heldout, tokenizer, section, heldout_pool, heldout_log, "held-out ")
+            windows.gather(heldout, heldout_pool, heldout_log, "held-out ")
             assert heldout_pool.groups is not None
             pool = Pool(seed, 0, section.train_tokens, heldout_pool.groups)
-            _gather(texts, tokenizer, section, pool, pool_log)
+            windows.gather(texts, pool, pool_log)
             held = divide(heldout_pool.candidates, 0, section.heldout_tokens).train
             train = divide(pool.candidates, 0, section.train_tokens).train
         else:
             pool = heldout_pool = Pool(seed, section.heldout_tokens, section.train_tokens)
-            _gather(texts, tokenizer, section, pool, pool_log)
+            windows.gather(texts, pool, pool_log)
             split = divide(pool.candidates, section.heldout_tokens, section.train_tokens)
             if len(pool.candidates):
                 check_split(pool.candidates, split, section.heldout_tokens, section.train_tokens)
             held, train = split.heldout, split.train
-        _reject_empty(train, pool, section)
-        _reject_empty(held, heldout_pool, section)
-
-        def written(pool: Pool, log: TokenLog, taken: Records, name: str) -> Windows:
-            return _write(section, tokenizer, pool, log, taken, seed, out and out / name)
-
+        _reject_empty(train, pool, section.context)
+        _reject_empty(held, heldout_pool, section.context)
         return (
-            written(pool, pool_log, train, "train"),
-            written(heldout_pool, heldout_log, held, "heldout"),
+            windows.write(train, pool, pool_log, "train"),
+            windows.write(held, heldout_pool, heldout_log, "heldout"),
         )
 
 
@@ -145,61 +142,6 @@ def _token_file(out: Path | None, name: str | None) -> BinaryIO:
     return path.open("r+b")
 
 
-def _gather(
-    texts: Sequence[Texts],
-    tokenizer: Any,
-    section: WindowsRecipe,
-    pool: Pool,
-    log: TokenLog,
-    kind: str = "",
-) -> None:
-    for some in texts:
-        own = pool if some.tokens is None else pool.of_source(some.tokens)
-        _gather_one(some, tokenizer, section, own, log, kind)
-        if own is not pool:
-            pool.take(own)
-    for note, count in pool.notes.most_common(_MOST_NOTES):
-        progress.note(f"{count:,} {kind}rows: {note}")
-
-
-def _gather_one(
-    texts: Texts,
-    tokenizer: Any,
-    section: WindowsRecipe,
-    pool: Pool,
-    log: TokenLog,
-    kind: str,
-) -> None:
-    """Tokenize the documents that the pool admits, unless their tokens are in the log."""
-    size = texts.characters
-    with progress.bar(f"Tokenizing {kind}text", size, "characters") as advance:
-        for batch in _batches(texts.documents):
-            admitted = []
-            hashes = hashlib.sha256()
-            for document in batch:
-                exact = content_hash(document)
-                key = pool.admit(group_hash(document), exact)
-                if key is not None:
-                    admitted.append((document, key))
-                    hashes.update(exact)
-            logged = log.find(hashes.hexdigest())
-            if logged is None:
-                documents = [document for document, _ in admitted]
-                encoded = tokenize(documents, tokenizer, section.control_tokens)
-                logged = log.append(hashes.hexdigest(), encoded)
-            pool.formats.update(document.about.format for document in batch)
-            pool.notes.update(note for document in batch for note in document.about.notes)
-            pool.notes.update(note for rows in logged for note in rows[0].notes)
-            for (document, key), rows in zip(admitted, logged, strict=True):
-                fitting = [_fit(row, document, section, pool, log) for row in rows]
-                pool.add(key, [row for row in fitting if row is not None])
-            pool.prune()
-            done = min(sum(map(row_size, batch)), size)
-            size -= done
-            advance(done)
-        advance(size)
-
-
 def _batches(documents: Iterable[AnyDocument]) -> Iterator[list[AnyDocument]]:
     batch: list[AnyDocument] = []
     size = 0
@@ -213,23 +155,7 @@ def _batches(documents: Iterable[AnyDocument]) -> Iterator[list[AnyDocument]]:
         yield batch
 
 
-def _fit(
-    row: LoggedRow, document: AnyDocument, section: WindowsRecipe, pool: Pool, log: TokenLog
-) -> LoggedRow | None:
-    """Fit the row into the context as `long_rows` says; None if it is dropped."""
-    context = section.context
-    if row.splittable or row.tokens <= context:
-        return row
-    if section.long_rows == "error":
-        raise too_long(row.tokens, document.where, context)
-    if section.long_rows == "truncate" and log.read(row.start, 1, context - 1)[1].any():
-        pool.rows_truncated += 1
-        return row._replace(tokens=context)
-    pool.rows_dropped += 1
-    return None
-
-
-def _reject_empty(taken: Records, pool: Pool, section: WindowsRecipe) -> None:
+def _reject_empty(taken: Records, pool: Pool, context: int) -> None:
     if len(taken):
         return
     reasons, fixes = [], []
@@ -237,9 +163,7 @@ def _reject_empty(taken: Records, pool: Pool, section: WindowsRecipe) -> None:
         reasons.append(f"{pool.overlap_removed:,} documents are also in the held-out text")
         fixes.append("use held-out text that is different from the training text")
     if pool.rows_dropped:
-        reasons.append(
-            f"{pool.rows_dropped:,} rows are longer than the context of {section.context:,}"
-        )
+        reasons.append(f"{pool.rows_dropped:,} rows are longer than the context of {context:,}")
         fixes.append("raise data.context")
     raise DataError(
         f"No text is left to use: {'; '.join(reasons) or 'the sources are empty'}",
@@ -248,48 +172,104 @@ def _reject_empty(taken: Records, pool: Pool, section: WindowsRecipe) -> None:
     )
 
 
-def _write(
-    section: WindowsRecipe,
-    tokenizer: Any,
-    pool: Pool,
-    log: TokenLog,
-    taken: Records,
-    seed: int,
-    out: Path | None,
-) -> Windows:
-    """Pack the rows taken. The windows are shuffled, because packing sorts by length."""
-    rows = pool.candidates[taken["index"]]
-    starts = rows["start"]
-    lengths = np.ascontiguousarray(taken["tokens"]).data
-    plan_windows = plan_isolated if section.packing == "isolated" else plan_single
-    plan = plan_windows(lengths, rows["splittable"].tolist(), section.context)
-    order = np.random.default_rng(seed).permutation(len(plan))
-    pad = tokenizer.pad_token_id
-    pad_id = end_of_text(tokenizer) if pad is None else int(pad)
+@dataclass(frozen=True)
+class _Windows:
+    """Turns texts into windows, as a section of a recipe says. The arguments are those of
+    `make_windows`."""
 
-    def read(segment: Segment) -> tuple[Ids, Mask]:
-        return log.read(int(starts[segment.row]), segment.start, segment.length)
+    tokenizer: Any
+    section: WindowsRecipe
+    seed: int
+    out: Path | None
 
-    windows = write_windows(
-        out,
-        fill_windows((plan[window] for window in order), read, section.context, pad_id),
-        rows=len(plan),
-        context=section.context,
-        tokens=int(taken["tokens"].sum()),
-        documents=int(np.count_nonzero(rows["key"][1:] != rows["key"][:-1])) + 1,
-        duplicates_dropped=pool.duplicates_dropped,
-        overlap_removed=pool.overlap_removed,
-        rows_truncated=pool.rows_truncated,
-        rows_dropped=pool.rows_dropped,
-        formats=dict(pool.formats.most_common()),
-        notes=dict(pool.notes.most_common()),
-        packing=section.packing,
-        pad_token_id=pad_id,
-    )
-    if not windows.supervised_tokens:
-        raise DataError(
-            f"None of the {windows.info.tokens:,} tokens is supervised",
-            where=out,
-            fix="raise data.train_tokens and data.heldout_tokens, or use longer text",
+    def gather(self, texts: Sequence[Texts], pool: Pool, log: TokenLog, kind: str = "") -> None:
+        """Add the rows of the texts to the pool, and their tokens to the log."""
+        for some in texts:
+            own = pool if some.tokens is None else pool.of_source(some.tokens)
+            self._gather_one(some, own, log, kind)
+            if own is not pool:
+                pool.take(own)
+        for note, count in pool.notes.most_common(_MOST_NOTES):
+            progress.note(f"{count:,} {kind}rows: {note}")
+
+    def _gather_one(self, texts: Texts, pool: Pool, log: TokenLog, kind: str) -> None:
+        """Tokenize the documents that the pool admits, unless their tokens are in the log."""
+        size = texts.characters
+        with progress.bar(f"Tokenizing {kind}text", size, "characters") as advance:
+            for batch in _batches(texts.documents):
+                admitted = []
+                hashes = hashlib.sha256()
+                for document in batch:
+                    exact = content_hash(document)
+                    key = pool.admit(group_hash(document), exact)
+                    if key is not None:
+                        admitted.append((document, key))
+                        hashes.update(exact)
+                logged = log.find(hashes.hexdigest())
+                if logged is None:
+                    documents = [document for document, _ in admitted]
+                    encoded = tokenize(documents, self.tokenizer, self.section.control_tokens)
+                    logged = log.append(hashes.hexdigest(), encoded)
+                pool.formats.update(document.about.format for document in batch)
+                pool.notes.update(note for document in batch for note in document.about.notes)
+                pool.notes.update(note for rows in logged for note in rows[0].notes)
+                for (document, key), rows in zip(admitted, logged, strict=True):
+                    fitting = [self._fit(row, document.where, pool, log) for row in rows]
+                    pool.add(key, [row for row in fitting if row is not None])
+                pool.prune()
+                done = min(sum(map(row_size, batch)), size)
+                size -= done
+                advance(done)
+            advance(size)
+
+    def _fit(self, row: LoggedRow, where: str, pool: Pool, log: TokenLog) -> LoggedRow | None:
+        """Fit the row into the context as `long_rows` says; None if it is dropped."""
+        context, long_rows = self.section.context, self.section.long_rows
+        if row.splittable or row.tokens <= context:
+            return row
+        if long_rows == "error":
+            raise too_long(row.tokens, where, context)
+        if long_rows == "truncate" and log.read(row.start, 1, context - 1)[1].any():
+            pool.rows_truncated += 1
+            return row._replace(tokens=context)
+        pool.rows_dropped += 1
+        return None
+
+    def write(self, taken: Records, pool: Pool, log: TokenLog, name: str) -> Windows:
+        """Pack the rows taken. The windows are shuffled, because packing sorts by length."""
+        context, out = self.section.context, self.out and self.out / name
+        rows = pool.candidates[taken["index"]]
+        starts = rows["start"]
+        lengths = np.ascontiguousarray(taken["tokens"]).data
+        plan_windows = plan_isolated if self.section.packing == "isolated" else plan_single
+        plan = plan_windows(lengths, rows["splittable"].tolist(), context)
+        order = np.random.default_rng(self.seed).permutation(len(plan))
+        pad = self.tokenizer.pad_token_id
+        pad_id = end_of_text(self.tokenizer) if pad is None else int(pad)
+
+        def read(segment: Segment) -> tuple[Ids, Mask]:
+            return log.read(int(starts[segment.row]), segment.start, segment.length)
+
+        windows = write_windows(
+            out,
+            fill_windows((plan[window] for window in order), read, context, pad_id),
+            rows=len(plan),
+            context=context,
+            tokens=int(taken["tokens"].sum()),
+            documents=int(np.count_nonzero(rows["key"][1:] != rows["key"][:-1])) + 1,
+            duplicates_dropped=pool.duplicates_dropped,
+            overlap_removed=pool.overlap_removed,
+            rows_truncated=pool.rows_truncated,
+            rows_dropped=pool.rows_dropped,
+            formats=dict(pool.formats.most_common()),
+            notes=dict(pool.notes.most_common()),
+            packing=self.section.packing,
+            pad_token_id=pad_id,
         )
-    return windows
+        if not windows.supervised_tokens:
+            raise DataError(
+                f"None of the {windows.info.tokens:,} tokens is supervised",
+                where=out,
+                fix="raise data.train_tokens and data.heldout_tokens, or use longer text",
+            )
+        return windows

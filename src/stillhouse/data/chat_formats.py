@@ -32,18 +32,9 @@ from stillhouse.data.tool_formats import (
 from stillhouse.errors import DataError
 
 _ROLES = {
-    "human": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "chatbot": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "ai": "assistant",
-    "function": "tool",
-    "observation": "tool",
-    "tool_response": "tool",
-    "function_response": "tool",
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "chatbot", "bot", "model", "ai"), "assistant"),
+    **dict.fromkeys(("function", "observation", "tool_response", "function_response"), "tool"),
     "function-response": "tool",
 }
 _CALLS = ("function_call", "function-call", "tool_call")

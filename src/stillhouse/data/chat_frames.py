@@ -83,15 +83,11 @@ class ChatFrames:
             contents = contents[1:]
         else:
             found.append(Part(self.start, None))
-        for number, part in enumerate(contents):
-            last = number == len(contents) - 1
-            found.append(part)
-            if part.role == "user" and not last:
-                found.append(Part(self.answer, None))
-            elif part.role == "assistant" and not last:
-                found.append(Part(self.user, None))
-            elif parts[-1].role is None:  # the chat is not cut off
-                found.append(Part(self.end, None))
+        for part in contents:
+            found += [part, Part(self.answer if part.role == "user" else self.user, None)]
+        found.pop()
+        if parts[-1].role is None:  # the chat is not cut off
+            found.append(Part(self.end, None))
         return found if self._renders(found, "".join(part.text for part in found)) else None
 
     def _renders(self, parts: Sequence[Part], text: str) -> bool:

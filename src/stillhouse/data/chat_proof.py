@@ -49,9 +49,6 @@ class Rendering:
         escaped = (json.dumps(text, ensure_ascii=ascii)[1:-1] for ascii in (False, True))
         return any(_compact(form) in self.compact for form in escaped)
 
-    def count(self, text: str) -> int:
-        return self.compact.count(_compact(text))
-
 
 def prove_turn(message: Mapping[str, Any], index: int, written: str, form: TemplateForm) -> None:
     """Raise DataError if part of an assistant turn is not supervised.
@@ -111,7 +108,8 @@ def prove_context(
             notes[TEXT_CHANGED.format(role=role)] = None
         elif not shown or (not in_place and not _surely(content, messages, found)):
             if any(
-                _is_in(index, content, messages[: turn + 1], prompt, tools, form)
+                _word(index) in (_stand_in(messages[: turn + 1], tools, form) or "")
+                and Rendering(prompt).shows(content)
                 for turn, prompt in prompts.items()
                 if turn > index
             ):
@@ -124,19 +122,6 @@ def prove_context(
             )
     notes |= dict.fromkeys(_prove_tools(tools, found, stand_in))
     return list(notes)
-
-
-def _is_in(
-    index: int,
-    content: str,
-    messages: Sequence[Mapping[str, Any]],
-    prompt: str,
-    tools: Sequence[Any] | None,
-    form: TemplateForm,
-) -> bool:
-    """Whether message `index` is part of the prompt of the last message."""
-    stand_in = _stand_in(messages, tools, form)
-    return stand_in is not None and _word(index) in stand_in and Rendering(prompt).shows(content)
 
 
 def _keys_left_out(
@@ -254,7 +239,7 @@ def _surely(content: str, messages: Sequence[Mapping[str, Any]], found: Renderin
     """Whether a text is so long, and occurs so often, that it cannot be from another message."""
     bare = _compact(content)
     expected = sum(_compact(joined_text(m.get("content"))).count(bare) for m in messages)
-    return len(bare) >= _SURELY and found.count(content) >= expected
+    return len(bare) >= _SURELY and found.compact.count(bare) >= expected
 
 
 def _described(function: Mapping[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ from jinja2 import TemplateSyntaxError
 from stillhouse.data.chat_template import TEMPLATE_ERRORS, reasoning_key, render_chat
 from stillhouse.data.documents import Conversation, Message
 from stillhouse.data.reasoning import KEYS, MARKS, THINK, Marks, Pair, reasoning_of
-from stillhouse.data.turn_end import text_until_end, turn_end
+from stillhouse.data.turn_end import TurnEnd, text_until_end, turn_end
 from stillhouse.errors import DataError
 
 
@@ -50,7 +50,7 @@ def render_turn(conversation: Conversation, index: int, tokenizer: Any) -> Turn:
         after = before + written
     _reject_two_reasonings(conversation, index, written)
     if end is not None and not end.written:
-        token = _next_token(conversation, index, after, tokenizer)
+        token = _next_token(end, conversation, index, after, tokenizer)
         ended = after.rstrip()
         if ended.endswith((token, *end.stops)):  # templates that end tool calls alone
             return Turn(before, ended, after)
@@ -124,10 +124,10 @@ def _without_system(conversation: Conversation, index: int, after: str, tokenize
     return after[len(bare) :]
 
 
-def _next_token(conversation: Conversation, index: int, after: str, tokenizer: Any) -> str:
+def _next_token(
+    end: TurnEnd, conversation: Conversation, index: int, after: str, tokenizer: Any
+) -> str:
     """The token that ends a turn if the template does not write one after it."""
-    end = turn_end(tokenizer)
-    assert end is not None
     if end.stops and index + 1 < len(conversation.messages):
         more = _render(conversation, index + 2, False, tokenizer).removeprefix(after).lstrip()
         for token in end.stops:

@@ -102,8 +102,7 @@ class ControlTokens:
 
     def hide_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
         """Replace control tokens by placeholders; None if the messages contain none."""
-        spoken = [message["role"] == "assistant" for message in messages]
-        pairs = list(zip(messages, spoken, strict=True))
+        pairs = [(message, message["role"] == "assistant") for message in messages]
         if not any(self.found(message, spoken=by) for message, by in pairs):
             return None
         return [self.hide(message, spoken=by) for message, by in pairs]

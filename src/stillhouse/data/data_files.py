@@ -321,12 +321,9 @@ def _iconv(path: Path, encoding: str) -> str:
     plain = path.with_suffix("") if compression else path
     new = shlex.quote(str(plain.with_name(f"utf8-{plain.name}")))
     old = shlex.quote(str(path))
-    if compression is None:
-        return f"convert it, and use the new file: iconv -f {encoding} -t UTF-8 {old} > {new}"
-    return (
-        f"convert it, and use the new file: {_UNPACK[compression]} {old} | iconv -f {encoding} "
-        f"-t UTF-8 > {new}"
-    )
+    unpacked = f"{_UNPACK[compression]} {old} | " if compression else ""
+    command = f"{unpacked}iconv -f {encoding} -t UTF-8{'' if compression else f' {old}'} > {new}"
+    return f"convert it, and use the new file: {command}"
 
 
 def unreadable(path: Path, error: Exception) -> DataError:

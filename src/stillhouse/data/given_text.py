@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
@@ -18,8 +17,11 @@ def given_windows(data: Data | Batches, *, heldout: bool = False) -> Batches:
     if isinstance(data, Data):
         return data.heldout if heldout else data.train
     if not hasattr(data, "supervised_tokens"):
-        first = _first_row(data)
-        if "input_ids" not in first:
+        try:
+            first = data[0]
+        except (TypeError, LookupError):
+            first = None
+        if not isinstance(first, Mapping) or "input_ids" not in first:
             raise DataError(
                 f"the data is a {type(data).__name__}, not windows of tokens",
                 fix="build them first: Data.build(...)",
@@ -31,15 +33,6 @@ def given_windows(data: Data | Batches, *, heldout: bool = False) -> Batches:
                 fix="build them with Data.build(...)",
             )
     return data
-
-
-def _first_row(data: Any) -> Mapping[str, Any]:
-    """The first item if it is a mapping; otherwise, an empty one."""
-    try:
-        first = data[0]
-    except (TypeError, LookupError):
-        return {}
-    return first if isinstance(first, Mapping) else {}
 
 
 def training_text(data: Data | Batches) -> Batches:

@@ -89,14 +89,11 @@ def _window(windows: Windows, tokenizer: Any, row: int) -> Iterator[Text]:
         for is_supervised, run in groupby(
             zip(supervised, ids, strict=True), key=lambda pair: pair[0]
         ):
-            piece = _decode(tokenizer, [token for _, token in run])
+            tokens = [token for _, token in run]
+            piece = str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
             marks = (OPENS, CLOSES) if is_supervised else ("", "")
             text.append(marks[0], MARKS).append(piece, SUPERVISED if is_supervised else CONTEXT)
             text.append(marks[1], MARKS)
         yield text
     if padding.stop > padding.start:
         yield Text(f"{padding.stop - padding.start:,} × padding", style=PADDING)
-
-
-def _decode(tokenizer: Any, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

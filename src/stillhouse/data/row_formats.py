@@ -123,26 +123,16 @@ def _noted(document: AnyDocument, given: Mapping[str, Any], used: Collection[str
     if unread:
         names = ", ".join(f"`{key}`" for key in unread[:12])
         notes.append(f"not read: {names}" + (", ..." if len(unread) > 12 else ""))
-    read = [given[key] for key in used if isinstance(given.get(key), str)]
-    if any(_MISSING.fullmatch(text.strip()) for text in (*_texts(document), *read)):
+    texts = [given.get(key) for key in used]
+    if isinstance(document, Conversation):
+        texts += [message.get("content") for message in document.messages]
+    if any(isinstance(text, str) and _MISSING.fullmatch(text.strip()) for text in texts):
         notes.append(MISSING_AS_TEXT)
     if isinstance(document, Conversation):
-        blank = {m["role"] for m in document.messages if _is_empty(m)} - {"assistant", "tool"}
+        empty = (m["role"] for m in document.messages if is_blank(joined_text(m.get("content"))))
+        blank = {*empty} - {"assistant", "tool"}
         notes += [f"a message ({role}) is empty" for role in sorted(blank)]
     return replace(document, about=replace(document.about, notes=tuple(notes)))
-
-
-def _is_empty(message: Mapping[str, Any]) -> bool:
-    return is_blank(joined_text(message.get("content")))
-
-
-def _texts(document: AnyDocument) -> list[str]:
-    if isinstance(document, Conversation):
-        contents = [message.get("content") for message in document.messages]
-        return [content for content in contents if isinstance(content, str)]
-    if isinstance(document, Completion):
-        return [document.prompt, document.completion]
-    return [document.text]
 
 
 def _plain(given: Mapping[str, Any], key: str) -> AnyDocument | None:

@@ -210,7 +210,11 @@ def _json_rows(path: Path, text_key: str | None) -> Rows:
         items = lists.get("data", next(iter(lists.values())) if len(lists) == 1 else None)
         if items is not None and "data" not in lists and _is_row(document, items):
             items = None
-        others = [key for key, value in lists.items() if value is not items and _has_objects(value)]
+        others = [
+            key
+            for key, value in lists.items()
+            if value is not items and value and isinstance(value[0], dict)
+        ]
         if items is not None and others:
             note(f"{path}: rows are read from `data`; not read: {', '.join(map(repr, others))}")
     if not isinstance(items, list):
@@ -244,10 +248,6 @@ def _is_row(document: dict[str, Any], items: list[Any]) -> bool:
     return chat or any(
         isinstance(value, str) and key.lower() in _ROW_TEXTS for key, value in document.items()
     )
-
-
-def _has_objects(items: list[Any]) -> bool:
-    return bool(items) and isinstance(items[0], dict)
 
 
 def _json(text: str, where: str, fix: str = _CORRECT) -> Any:

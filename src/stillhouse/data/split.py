@@ -109,13 +109,13 @@ def check_split(
     total = int(candidates["tokens"].sum(dtype=np.int64))
     longest = int(candidates["tokens"].max(initial=0))
     if longest > total / 2:
+        problem = "cannot be divided"
         what = f"one document has {longest:,} of the {total:,} tokens, and no document is split"
     else:
+        problem = "is too small to divide"
         what = f"{heldout_tokens:,} held-out tokens would use {held:,} of the {total:,} tokens"
     raise DataError(
-        f"The text cannot be divided into training and held-out documents: {what}"
-        if longest > total / 2
-        else f"The text is too small to divide into training and held-out documents: {what}",
+        f"The text {problem} into training and held-out documents: {what}",
         where="data.heldout_tokens",
         fix="set data.heldout_sources, or lower data.heldout_tokens; if a text file contains many "
         "documents, set documents: blank-line (or line) on its source",

@@ -222,10 +222,10 @@ def _class_names(metadata: bytes | None) -> dict[str, list[str]]:
 
 
 def _class_name(id: Any, names: Sequence[str], key: str, where: str) -> Any:
-    if not isinstance(id, int) or 0 <= id < len(names):
-        return names[id] if isinstance(id, int) else id
-    if id == -1:
-        return None
+    if not isinstance(id, int):
+        return id
+    if -1 <= id < len(names):
+        return None if id == -1 else names[id]
     raise DataError(
         f"`{key}` is {id}, but the file defines only classes 0 to {len(names) - 1}",
         where=where,

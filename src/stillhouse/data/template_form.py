@@ -57,7 +57,8 @@ class TemplateForm:
     def fit(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Convert the messages to the form that the template accepts."""
         fitted = [self._fit(dict(message)) for message in messages]
-        if not any(map(_has_call, fitted)) or not (self.names_ids or self.writes_result_names):
+        called = any(one.get("tool_calls") or one["role"] == "tool" for one in fitted)
+        if not called or not (self.names_ids or self.writes_result_names):
             return fitted
         named = with_call_ids(fitted, form=self.id_form, names=self.writes_result_names)
         if self.names_ids:
@@ -243,7 +244,3 @@ class TemplateForm:
             self.render(chat, generation_prompt=n > 0) or "" for n, chat in enumerate(chats)
         )
         return ControlTokens(self.tokenizer, framing)
-
-
-def _has_call(message: Mapping[str, Any]) -> bool:
-    return bool(message.get("tool_calls")) or message["role"] == "tool"

@@ -49,30 +49,25 @@ def tokenize(
     """
     eos = end_of_text(tokenizer)
     start = leading_tokens(tokenizer)
-    jobs: list[tuple[int, list[Piece]]] = []
-    notes: list[tuple[str, ...]] = []
-    for index, document in enumerate(documents):
+    rendered = []
+    for document in documents:
         with errors_at(document.where):
-            rendered = render_document(document, tokenizer, control_tokens)
-        jobs += [(index, pieces) for pieces in rendered.rows]
-        notes.append(rendered.notes)
-    encoded = encode_pieces([pieces for _, pieces in jobs], tokenizer)
-    rows: list[list[TokenRow]] = [[] for _ in documents]
-    for (index, _), (ids, mask) in zip(jobs, encoded, strict=True):
-        document = documents[index]
-        chat = isinstance(document, Conversation)
-        if not chat:
-            text, given = not isinstance(document, Completion), control_tokens == "tokens"
-            ids, mask = _framed(ids, mask, start, eos, text, given)
-        if not mask[1:].any():
-            raise DataError(
-                "0% of the row's tokens are supervised: there is nothing to train on",
-                where=document.where,
-                fix="remove the row, or fill its assistant turns",
-            )
-        splittable = not isinstance(document, (Conversation, Completion))
-        first = () if rows[index] else notes[index]
-        rows[index].append(TokenRow(ids, mask, splittable, first))
+            rendered.append(render_document(document, tokenizer, control_tokens))
+    encoded = iter(encode_pieces([row for one in rendered for row in one.rows], tokenizer))
+    rows: list[list[TokenRow]] = []
+    for document, one in zip(documents, rendered, strict=True):
+        text = isinstance(document, Document)
+        rows.append([])
+        for ids, mask in itertools.islice(encoded, len(one.rows)):
+            if not isinstance(document, Conversation):
+                ids, mask = _framed(ids, mask, start, eos, text, control_tokens == "tokens")
+            if not mask[1:].any():
+                raise DataError(
+                    "0% of the row's tokens are supervised: there is nothing to train on",
+                    where=document.where,
+                    fix="remove the row, or fill its assistant turns",
+                )
+            rows[-1].append(TokenRow(ids, mask, text, () if rows[-1] else one.notes))
     return rows
 
 

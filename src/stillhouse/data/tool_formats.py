@@ -69,20 +69,16 @@ def decode_calls(message: dict[str, Any], name: str) -> None:
         message.pop("tool_calls", None)
         return
     calls = [from_json(call) for call in calls] if isinstance(calls, list) else [calls]
-    for number, call in enumerate(calls):
-        inner = call.get("function", call) if isinstance(call, Mapping) else None
-        if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
-            raise DataError(
-                f"`{name}.tool_calls[{number}]` has no function with a name", fix=_WRITE_CALL
-            )
     message["tool_calls"] = [
         _with_arguments(call, f"`{name}.tool_calls[{number}]`") for number, call in enumerate(calls)
     ]
 
 
-def _with_arguments(call: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _with_arguments(call: Any, name: str) -> dict[str, Any]:
     """Normalize the arguments of a call; missing or empty ones become {}."""
-    inner = call.get("function", call)
+    inner = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
+        raise DataError(f"{name} has no function with a name", fix=_WRITE_CALL)
     arguments = inner.get("arguments", inner.get("parameters"))
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
         arguments = {}

@@ -61,7 +61,8 @@ def _find(tokenizer: Any, _template: str, eos: int | None, folder: str) -> TurnE
     tail = ""
     if tails is not None:
         tail, more = tails
-        written = _tokens(tokenizer, tail)
+        pattern = _pattern(tokenizer)
+        written = [(match.group(), match.end()) for match in re.finditer(pattern, tail)]
         # The last answer of a chat may be followed by more than earlier ones (Phi-3: EOS), or end
         # with a different token (gpt-oss: <|return|>, at which the model stops).
         common = [token for token, end in written if more[:end] == tail[:end]]
@@ -69,10 +70,10 @@ def _find(tokenizer: Any, _template: str, eos: int | None, folder: str) -> TurnE
         if found:
             token = next((token for token in found if token in stops), found[0])
             return TurnEnd(tokenizer.convert_tokens_to_ids(token), token, True, tail, stops)
-        following = _first_token(tokenizer, more)
-        if following is not None and following in stops:
-            id = tokenizer.convert_tokens_to_ids(following)
-            return TurnEnd(id, following, False, tail, stops)
+        following = re.match(rf"\s*({pattern})", more)
+        if following is not None and following[1] in stops:
+            id = tokenizer.convert_tokens_to_ids(following[1])
+            return TurnEnd(id, following[1], False, tail, stops)
     if eos is None:
         return None
     return TurnEnd(int(eos), str(tokenizer.convert_ids_to_tokens(eos)), False, tail, stops)
@@ -88,8 +89,7 @@ def end_of_answers(tokenizer: Any, generation_config: Any = None) -> frozenset[i
     else:
         ids = _listed(generation_config.eos_token_id)
     end = turn_end(tokenizer)
-    found = {*ids, tokenizer.eos_token_id, end and end.id}
-    return frozenset(int(one) for one in found if one is not None)
+    return frozenset(_listed([*ids, tokenizer.eos_token_id, end and end.id]))
 
 
 def stop_at_turn_end(model: Any, tokenizer: Any) -> None:
@@ -103,8 +103,7 @@ def stop_at_turn_end(model: Any, tokenizer: Any) -> None:
     listed = _listed(config.eos_token_id)
     if end.id in listed:
         return
-    ids = [*listed, tokenizer.eos_token_id, end.id]
-    found = list(dict.fromkeys(int(one) for one in ids if one is not None))
+    found = list(dict.fromkeys(_listed([*listed, tokenizer.eos_token_id, end.id])))
     config.eos_token_id = found if len(found) > 1 else found[0]
     keep_other_values(config)
 
@@ -153,17 +152,6 @@ def _tails(tokenizer: Any) -> tuple[str, str] | None:
     return None
 
 
-def _tokens(tokenizer: Any, text: str) -> list[tuple[str, int]]:
-    """The added tokens in a text, each with its end position."""
-    found = re.finditer(_pattern(tokenizer), text)
-    return [(match.group(), match.end()) for match in found]
-
-
-def _first_token(tokenizer: Any, text: str) -> str | None:
-    found = re.match(rf"\s*({_pattern(tokenizer)})", text)
-    return None if found is None else found[1]
-
-
 def _pattern(tokenizer: Any) -> str:
     """A pattern that matches the tokenizer's added tokens, the longest first."""
     return _pattern_of(tokenizer, len(tokenizer))
@@ -182,11 +170,11 @@ def _texts(tokenizer: Any, ids: Iterable[int | None]) -> tuple[str, ...]:
 
 def _configured(folder: str) -> Sequence[int]:
     """eos_token_id in the generation_config.json next to the tokenizer; empty if it has none."""
-    file = Path(folder) / "generation_config.json"
-    if not folder or not file.is_file():
+    if not folder:
         return []
     try:
-        return _listed(json.loads(file.read_text(encoding="utf-8")).get("eos_token_id"))
+        text = (Path(folder) / "generation_config.json").read_text(encoding="utf-8")
+        return _listed(json.loads(text).get("eos_token_id"))
     except (OSError, ValueError, AttributeError):
         return []
 
