@@ -16,8 +16,12 @@ from stillhouse.generation.generator import TokenPrompt
 from stillhouse.generation.local_generator import LocalGenerator
 from stillhouse.generation.rollout_config import VllmRollouts, VllmServerRollouts
 from stillhouse.generation.vllm_process import VllmProcess
-from stillhouse.generation.vllm_rollouts import OpenGenerator, server_rollouts, vllm_rollouts
-from stillhouse.generation.vllm_server import VllmServer
+from stillhouse.generation.vllm_rollouts import (
+    OpenGenerator,
+    VllmServer,
+    server_rollouts,
+    vllm_rollouts,
+)
 from stillhouse.signals.store import open_store
 from stillhouse.teachers.load_model import load_model
 from tests import tiny

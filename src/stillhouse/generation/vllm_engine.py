@@ -10,7 +10,7 @@ import itertools
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -159,33 +159,10 @@ def opened(
     require_chat_template(tokenizer)  # before the weights are loaded
     end = turn_end(tokenizer)
     stops = () if end is None or end.text in end.stops else (end.id,)
-    with running_engine(section, source, base, seed=seed) as engine:
+    require_vllm(section, base)
+    options = engine_options(section, source, seed=seed)
+    with closing(start_engine(section, options, base)) as engine:
         yield TextGenerator(VllmGenerator(engine, section.batch, stops), tokenizer)
-
-
-@contextmanager
-def running_engine(
-    section: VllmEngine,
-    model: AnyModel,
-    base: Path,
-    *,
-    seed: int,
-    layers: Sequence[int] = (),
-    where: str = TEACHER,
-    **options: Any,
-) -> Iterator[VllmProcess]:
-    """Run a model in a vLLM process until the end of the block.
-
-    layers: see `VllmProcess`. where: the section's key. options: more arguments of vllm.LLM. Raises
-    the errors of `opened`.
-    """
-    require_vllm(section, base, where=where)
-    arguments = {**engine_options(section, model, seed=seed), **options}
-    engine = start_engine(section, arguments, base, layers, where=where)
-    try:
-        yield engine
-    finally:
-        engine.close()
 
 
 def require_vllm(section: VllmEngine, base: Path, *, where: str = TEACHER) -> None:

@@ -6,14 +6,20 @@ Shapes: L tokens of a prompt, D hidden width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from stillhouse.errors import ModelError
-from stillhouse.generation.vllm_engine import SIGNALS, running_engine, vllm_errors
+from stillhouse.generation.vllm_engine import (
+    SIGNALS,
+    engine_options,
+    require_vllm,
+    start_engine,
+    vllm_errors,
+)
 from stillhouse.generation.vllm_process import VllmProcess
 from stillhouse.generation.vllm_worker import POOLING
 from stillhouse.teachers.model_source import ModelSource
@@ -77,9 +83,9 @@ def opened_hidden_states(
     is not installed, there are too few GPUs, or vLLM cannot load the model.
     """
     kept = tuple(sorted(set(layers) - {last}))
-    eager = {"enforce_eager": True} if kept else {}  # hooks do not run in a compiled model
-    options = {**POOLING, **eager}
-    with running_engine(
-        section, source, base, seed=seed, layers=kept, where=SIGNALS, **options
-    ) as engine:
+    require_vllm(section, base, where=SIGNALS)
+    options = {**engine_options(section, source, seed=seed), **POOLING}
+    if kept:
+        options["enforce_eager"] = True  # hooks do not run in a compiled model
+    with closing(start_engine(section, options, base, kept, where=SIGNALS)) as engine:
         yield VllmHiddenStates(engine, f"{source.path.name} in vLLM", kept, last)

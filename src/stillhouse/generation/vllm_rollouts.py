@@ -3,8 +3,9 @@ steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from stillhouse.generation.vllm_engine import (
     start_engine,
 )
 from stillhouse.generation.vllm_process import VllmProcess
-from stillhouse.generation.vllm_server import VllmServer
 from stillhouse.generation.weight_handover import (
     claim_folder,
     hand_over,
@@ -30,6 +30,11 @@ from stillhouse.generation.weight_handover import (
 from stillhouse.launch import leads, local_index, world_size
 from stillhouse.processes import wait_for_all
 from stillhouse.teachers.model_source import AnyModel, source_of
+from stillhouse.teachers.signal_server import Post, SignalLink
+
+COMMAND = "VLLM_SERVER_DEV_MODE=1 vllm serve STUDENT"
+MOST_BYTES, MOST_BYTES_PER_TOKEN = 1 << 20, 1 << 10
+"""Maximum size of a reply: a constant, plus an amount per token."""
 
 OpenGenerator = Callable[[Any, frozenset[int]], AbstractContextManager[Generator]]
 """(the student, tokens that end an answer) → a generator with the student's current weights."""
@@ -55,41 +60,87 @@ def vllm_rollouts(
     untied = not torch.cuda.is_available()
     if untied:
         options["hf_overrides"] = {"tie_word_embeddings": False}
+    gpu = local_index() if world_size() > 1 and torch.cuda.is_available() else None
     engine: VllmProcess | None = None
-
-    def started(model: Any) -> VllmProcess:
-        save_weights(model, folder, dtype, head_too=untied)
-        gpu = local_index() if world_size() > 1 and torch.cuda.is_available() else None
-        found = start_engine(section, options, base, where=ROLLOUTS, gpu=gpu)
-        try:
-            require_same_weights(found, model, tolerance=section.tolerance)
-        except BaseException:
-            found.close()
-            raise
-        return found
+    running = ExitStack()
 
     @contextmanager
     def opened(model: Any, ends: frozenset[int]) -> Iterator[Generator]:
         nonlocal engine
+        how: dict[str, Any] = {"dtype": dtype, "head_too": untied}
         if engine is None:
-            engine = started(model)
+            save_weights(model, folder, **how)
+            started = start_engine(section, options, base, where=ROLLOUTS, gpu=gpu)
+            engine = running.enter_context(closing(started))
+            require_same_weights(engine, model, tolerance=section.tolerance)
         else:
-            hand_over(
-                engine,
-                model,
-                folder,
-                tolerance=section.tolerance,
-                dtype=dtype,
-                head_too=untied,
-            )
+            hand_over(engine, model, folder, tolerance=section.tolerance, **how)
         yield VllmGenerator(engine, section.batch, tuple(sorted(ends)), ROLLOUTS)
         engine.sleep()
 
-    try:
+    with running:
         yield opened
-    finally:
-        if engine is not None:
-            engine.close()
+
+
+class VllmServer:
+    """A `WeightEngine` on a server, which reads the weights from its disk.
+
+    Raises EndpointError if the key's variable is not set.
+    """
+
+    window = 0
+
+    def __init__(self, section: VllmServerRollouts) -> None:
+        self.section = section
+        self._link = SignalLink(
+            section,
+            missing="endpoint",
+            rejected=f"start it with {COMMAND}",
+            section=ROLLOUTS,
+        )
+
+    def generate(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """See `vllm_worker.generate`. Up to `concurrency` requests are in flight at a time.
+
+        Raises ModelError.
+        """
+        return self._link.each(rows, self._write)
+
+    def load_weights(self, folder: Path) -> None:
+        """Load the weights of a checkpoint in a folder that the server can read.
+
+        Raises ModelError.
+        """
+        arguments = {"weights_path": str(folder)}
+        self._call("collective_rpc", {"method": "reload_weights", "kwargs": arguments})
+        self._call("reset_prefix_cache", {})  # it was computed with the old weights
+
+    async def _write(self, post: Post, row: dict[str, Any]) -> dict[str, Any]:
+        sampling = {name: value for name, value in row["sampling"].items() if value is not None}
+        named = {"model": self.section.model, "prompt": row["prompt"], "return_token_ids": True}
+        tokens = len(row["prompt"]) + row["sampling"]["max_tokens"]
+        most = MOST_BYTES + MOST_BYTES_PER_TOKEN * tokens
+        body = await post("completions", {**named, **sampling}, most)
+        try:
+            (choice,) = json.loads(body)["choices"]
+            logprobs = choice["logprobs"] and choice["logprobs"]["token_logprobs"]
+            return {
+                "text": choice["text"],
+                "ids": [int(token) for token in choice["token_ids"]],
+                "stop": str(choice["finish_reason"]),
+                "logprobs": logprobs and [float(one) for one in logprobs],
+            }
+        except (LookupError, TypeError, ValueError, RecursionError) as error:
+            raise self._link.error(
+                f"the server's answer has no token ids ({type(error).__name__}: {error})",
+                "use vLLM 0.29 or newer, which supports return_token_ids in completions",
+            ) from error
+
+    def _call(self, endpoint: str, body: Mapping[str, Any]) -> None:
+        async def call(post: Post, url: str) -> bytes:
+            return await post(url, body, MOST_BYTES)
+
+        self._link.each([f"{self._link.root}/{endpoint}"], call)
 
 
 @contextmanager
