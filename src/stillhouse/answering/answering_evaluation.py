@@ -165,13 +165,13 @@ def _evaluate(
 
 def _notes(job: AnsweringJob, teacher_answers: list[str | None]) -> list[str]:
     sampling = job.recipe.teacher.sampling
-    notes = [f"Every model answers greedily, with at most {sampling.max_tokens:,} tokens."]
+    greedy = "Every model answers" if sampling.temperature == 0 else "The students answer"
+    notes = [f"{greedy} greedily, with at most {sampling.max_tokens:,} tokens."]
     if sampling.temperature != 0:
         at = "its endpoint's default temperature"
         if sampling.temperature is not None:
             at = f"temperature {sampling.temperature:g}"
-        drawn = f"The teacher's answers are sampled at {at}."
-        notes = [notes[0].replace("Every model answers", "The students answer"), drawn]
+        notes.append(f"The teacher's answers are sampled at {at}.")
     missing = sum(not text for text in teacher_answers)
     if missing:
         notes.append(

@@ -61,27 +61,21 @@ def label_tree(labels: Sequence[Sequence[int]]) -> LabelTree:
     assert all(labels)
     inner: dict[tuple[int, ...], int] = {(): ROOT}
     edges: dict[tuple[int, int], int] = {}
-    nodes: list[tuple[int, int]] = []
-    parents: list[int] = []
     members: list[list[int]] = []
     for label in labels:
-        path = []
-        for depth, token in enumerate(label):
-            here = inner[tuple(label[:depth])]
-            path.append(edges.setdefault((here, token), len(edges)))
-            through = tuple(label[: depth + 1])
-            if depth + 1 < len(label) and through not in inner:
-                inner[through] = len(nodes)
-                nodes.append((token, depth))
-                parents.append(here)
-        members.append(path)
+        paths = [tuple(label[:depth]) for depth in range(len(label))]
+        for path in paths:
+            inner.setdefault(path, len(inner) - 1)
+        steps = [(inner[path], token) for path, token in zip(paths, label, strict=True)]
+        members.append([edges.setdefault(step, len(edges)) for step in steps])
     members_CE = torch.zeros(len(labels), len(edges))
-    for row, path in enumerate(members):
-        members_CE[row, path] = 1.0
+    for row, member in enumerate(members):
+        members_CE[row, member] = 1.0
+    nodes = [(path[-1], len(path) - 1) for path in inner if path]
     sees_TT = torch.eye(len(nodes), dtype=torch.bool)
-    for node, parent in enumerate(parents):
-        if parent != ROOT:  # parents come before their children
-            sees_TT[node] |= sees_TT[parent]
+    for path, node in inner.items():
+        if len(path) > 1:  # parents come before their children
+            sees_TT[node] |= sees_TT[inner[path[:-1]]]
     nodes_T, depths_T = torch.tensor(nodes, dtype=torch.long).reshape(-1, 2).T.contiguous()
     edge_nodes_E, edge_tokens_E = torch.tensor(list(edges), dtype=torch.long).T.contiguous()
     return LabelTree(nodes_T, depths_T, edge_nodes_E, edge_tokens_E, members_CE, sees_TT)

@@ -156,9 +156,8 @@ class Work:
         if needs[1]:
             sum_dtype = plan.head_sum_dtype(hidden_ND, head.weight_VD)
             self.dweight_VD = wide.new_empty(head.weight_VD.shape, dtype=sum_dtype)
-        self.dbias_V = wide.new_zeros(len(head.weight_VD)) if needs[2] else None
-        if self.dweight_VD is not None:
             self.dweight_VD[plan.vocab_size if self.rows else 0 :].zero_()
+        self.dbias_V = wide.new_zeros(len(head.weight_VD)) if needs[2] else None
 
     def run(self) -> None:
         device = self.hidden_ND.device

@@ -105,8 +105,7 @@ def _check(
 ) -> None:
     check_rows("hidden_ND", hidden_ND, head)
     same_rows("targets_N", targets_N, len(hidden_ND))
-    same_rows_P = signal.rows_P.shape == signal.chunk_P.shape
-    if not same_rows_P or signal.log_probs_C.ndim != 1:
+    if signal.rows_P.shape != signal.chunk_P.shape or signal.log_probs_C.ndim != 1:
         raise SignalError(
             f"shapes do not match: signal.rows_P {tuple(signal.rows_P.shape)}, signal.chunk_P "
             f"{tuple(signal.chunk_P.shape)}, signal.log_probs_C {tuple(signal.log_probs_C.shape)}",
