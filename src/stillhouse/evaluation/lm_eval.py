@@ -38,10 +38,9 @@ def run_tasks(
         RecipeError: a task is unknown or fails, its data cannot be read, or include_path is not a
             folder.
     """
-    manager = _task_manager(section)
+    manager = require_tasks(section)
     from lm_eval import simple_evaluate
 
-    _check_names(manager, section)
     source = source_of(model)
     options: dict[str, Any] = {
         "pretrained": str(source.path),
@@ -85,7 +84,9 @@ def _task_errors(what: str, where: str) -> Iterator[None]:
         ) from error
 
 
-def _task_manager(section: LmEvalRecipe) -> Any:
+def require_tasks(section: LmEvalRecipe) -> Any:
+    """Return lm-eval's task manager. Raises the errors of `run_tasks` for unknown tasks and a
+    missing installation."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -100,15 +101,7 @@ def _task_manager(section: LmEvalRecipe) -> Any:
             fix="set it to the folder with your task files (.yaml)",
         )
     with _task_errors("read its tasks", section.include_path or "evaluate.lm_eval"):
-        return TaskManager(include_path=section.include_path)
-
-
-def require_tasks(section: LmEvalRecipe) -> None:
-    """Raise the errors of `run_tasks` for unknown tasks and a missing installation."""
-    _check_names(_task_manager(section), section)
-
-
-def _check_names(manager: Any, section: LmEvalRecipe) -> None:
+        manager = TaskManager(include_path=section.include_path)
     unknown = [
         task for task in section.tasks if task not in manager.all_tasks and not Path(task).is_file()
     ]
@@ -119,6 +112,7 @@ def _check_names(manager: Any, section: LmEvalRecipe) -> None:
             fix="list available tasks with `lm-eval ls tasks`; for your own tasks, set "
             "include_path, or use the path of a task file",
         )
+    return manager
 
 
 def _scores(results: dict[str, dict[str, Any]]) -> dict[str, float]:
