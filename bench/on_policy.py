@@ -270,7 +270,7 @@ class Experiment:
             section = OwnTextRecipe(max_tokens=ANSWER_TOKENS, temperature=temperature)
             own = OwnAnswers(section, self.tokenizer, prompts, seed=1)
             own.add("model", model)
-            found, examples = own.scored(lambda work: work(self.teacher, None), vocabulary)
+            found, examples = own.scored(self.teacher, None, vocabulary)
             figures[kind] = asdict(found["model"])
             texts = {one.prompt: "".join(one.answers["model"].texts) for one in examples}
             figures[f"{kind}_examples"] = texts

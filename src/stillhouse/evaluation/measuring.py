@@ -22,13 +22,13 @@ from stillhouse.evaluation.fidelity import (
 )
 from stillhouse.evaluation.generate import generate
 from stillhouse.evaluation.kept_teacher import KeptTeacher
-from stillhouse.evaluation.own_answers import OwnAnswers, far_on_own_text
+from stillhouse.evaluation.own_answers import OwnAnswers, far_on_own_text, with_head
 from stillhouse.evaluation.results import Fidelity, Generation, ModelResult, ScoredAnswers
 from stillhouse.launch import world_size
 from stillhouse.processes import lost_process
 from stillhouse.progress import bar
 from stillhouse.shared_work import ALONE, Processes
-from stillhouse.signals import DenseSignal, LMHead
+from stillhouse.signals import LMHead
 from stillhouse.teachers.aligned_text import AlignedBatch, Alignment, whole_text
 from stillhouse.teachers.sharded_teacher import ShardedTeacher
 from stillhouse.teachers.text_tokens import TextTokens
@@ -117,7 +117,7 @@ class Measuring:
                 processes=self.processes,
                 batches=[text.batch for text in self._aligned] if other else None,
             )
-            answers = run() if sharded is None else sharded.gathered(lambda head: run(head=head))
+            answers = with_head(run, sharded)
             fidelity = self._fidelity(role, answers)
         size = count_parameters(model)
         self.results[role] = ModelResult(
@@ -145,22 +145,14 @@ class Measuring:
         if self.own_answers is None or not self.own_answers.answers:
             return
         with lost_process(world_size()):
-            model, sharded = load_teacher()
-
-            def run_teacher(work: Callable[[Any, LMHead | None], DenseSignal]) -> DenseSignal:
-                if sharded is None:
-                    return work(model, None)
-                return sharded.gathered(lambda head: work(model, head))
-
-            found, self.scored_answers = self.own_answers.scored(run_teacher, self.vocabulary)
+            found, self.scored_answers = self.own_answers.scored(*load_teacher(), self.vocabulary)
         for role, own_text in found.items():
             self.results[role] = replace(self.results[role], own_text=own_text)
 
     @property
     def tokens(self) -> int:
         """Number of supervised tokens in the windows, in the students' tokenization."""
-        of_students = [found for role, found in self.results.items() if role != TEACHER]
-        return (of_students or list(self.results.values()))[0].fidelity.tokens
+        return list(self.results.values())[-1].fidelity.tokens
 
     def folded_notes(self) -> list[str]:
         """A note on how models with different tokenizers are compared."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import isnan
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -39,13 +40,14 @@ from stillhouse.generation.own_text_figures import OwnText
 from stillhouse.launch import process_index, world_size
 from stillhouse.processes import sum_over_processes
 from stillhouse.progress import bar
-from stillhouse.signals import DenseSignal, LMHead
+from stillhouse.signals import DenseSignal
 from stillhouse.teachers.aligned_text import AlignedBatch, Alignment, rewritten
+from stillhouse.teachers.sharded_teacher import ShardedTeacher
 
 EXAMPLES = 3
 """Number of prompts whose answers are kept token by token."""
 
-ScoreTeacher = Callable[[Callable[[Any, LMHead | None], DenseSignal]], DenseSignal]
+T = TypeVar("T")
 
 
 @dataclass
@@ -100,42 +102,36 @@ class OwnAnswers:
         self.answers[role], self._states[role] = answers, replace(states, head=head)
 
     def scored(
-        self, run_teacher: ScoreTeacher, vocabulary: int
+        self, teacher: Any, sharded: ShardedTeacher | None, vocabulary: int
     ) -> tuple[dict[str, OwnText], list[ScoredAnswers]]:
         """Score all answers. Return the results of every role, and this process's examples.
 
-        run_teacher: calls its argument with the teacher and, if it is sharded, its head (else
-            None).
+        sharded: set if the teacher's weights are sharded.
         """
         passes = -(-len(self.prompts) // (world_size() * ANSWERS_PER_FORWARD))
         figures, scores = {}, {}
         for role, answers in self.answers.items():
             aligned = self._aligned(answers)
-            batches = None if aligned is None else [each.batch for each in aligned]
-
-            def states(
-                model: Any, head: LMHead | None, written: Any = answers, others: Any = batches
-            ) -> DenseSignal:
-                return answer_states(model, written, head=head, passes=passes, batches=others)
-
-            teacher = run_teacher(states)
+            batches = [each.batch for each in aligned] if self.alignment else None
+            run = partial(answer_states, teacher, answers, passes=passes, batches=batches)
+            theirs = with_head(run, sharded)
             own = self._states.pop(role)
-            own = replace(own, head=own.head.to(teacher.head.weight_VD.device))
-            if aligned is None or self.alignment is None:
-                scores[role] = score_tokens(answers, own, teacher, vocabulary)
+            own = replace(own, head=own.head.to(theirs.head.weight_VD.device))
+            if self.alignment is None:
+                scores[role] = score_tokens(answers, own, theirs, vocabulary)
             else:
                 covered_N = torch.cat([torch.zeros(0).bool(), *(one.covered_N for one in aligned)])
                 fold = self.alignment.roots.fold
-                scores[role] = score_folded_tokens(answers, own, teacher, covered_N, fold)
+                scores[role] = score_folded_tokens(answers, own, theirs, covered_N, fold)
             found = own_text(sum_over_processes(own_text_sums(answers, scores[role])))
             if found is not None:
                 figures[role] = found
         return figures, self._examples(scores)
 
-    def _aligned(self, answers: Sequence[OwnAnswer]) -> list[AlignedBatch] | None:
-        """The answers in the teacher's tokens, if it has a different tokenizer."""
+    def _aligned(self, answers: Sequence[OwnAnswer]) -> list[AlignedBatch]:
+        """The answers in the teacher's tokens; empty if its tokens are the same."""
         if self.alignment is None:
-            return None
+            return []
         aligner = self.alignment.aligner
         batches = map(without_padding, answer_batches(answers))
         return [rewritten(aligner, batch, skip_unreadable=True) for batch in batches]
@@ -175,6 +171,11 @@ class OwnAnswers:
             f"Own text: every model's answers to {prompts}, at most "
             f"{self.section.max_tokens:,} tokens each, {decoding}.{skipped}{apart}"
         )
+
+
+def with_head(run: Callable[..., T], sharded: ShardedTeacher | None) -> T:
+    """Call `run`, with the gathered head as `head` if the teacher is sharded."""
+    return run() if sharded is None else sharded.gathered(lambda head: run(head=head))
 
 
 def _scored_answer(
