@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from stillhouse.evaluation.metrics import metrics_of
-from stillhouse.evaluation.results import Evaluation, Fidelity, ModelResult
-from stillhouse.evaluation.training_gain import farther_after_training
+from stillhouse.evaluation.results import Evaluation, Fidelity, ModelResult, farther_after_training
 
 
 def models(**kl: float) -> list[ModelResult]:

@@ -22,6 +22,7 @@ from stillhouse.evaluation.results import (
     Evaluation,
     ModelResult,
     Speed,
+    farther_after_training,
     role_name,
 )
 from stillhouse.evaluation.speed import (
@@ -31,7 +32,6 @@ from stillhouse.evaluation.speed import (
     measure_peak_memory,
     measure_rates,
 )
-from stillhouse.evaluation.training_gain import farther_after_training
 from stillhouse.hardware import Precision, default_device, free_memory, free_memory_bytes
 from stillhouse.launch import leads
 from stillhouse.progress import bar, note

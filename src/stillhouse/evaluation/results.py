@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
@@ -10,6 +11,7 @@ from typing import Self
 from pydantic import TypeAdapter
 from rich.console import Console
 
+from stillhouse import number_format as text
 from stillhouse.atomic_files import write_atomically
 from stillhouse.errors import RunError
 from stillhouse.generation.own_text_figures import OwnText
@@ -22,12 +24,9 @@ EVALUATION = "evaluation.json"
 class Saved:
     """A dataclass that is saved as a JSON file."""
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False)
-
     def save(self, path: Path) -> None:
         """Write the file atomically. Raises RunError if it cannot be written."""
-        write_atomically(path, self.to_json())
+        write_atomically(path, json.dumps(asdict(self), indent=2, ensure_ascii=False))
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -175,3 +174,29 @@ def role_name(role: str) -> str:
 def role_order(role: str) -> int:
     """A role's position among the columns; unknown roles come last."""
     return list(ROLE_NAMES).index(role) if role in ROLE_NAMES else len(ROLE_NAMES)
+
+
+_TRAININGS = (
+    ("untrained", "student", "training", "train.learning_rate", "data.train_tokens"),
+    (
+        "quantized",
+        "quantized_trained",
+        "training with quantized weights",
+        "quantize.qat.learning_rate",
+        "quantize.qat.tokens",
+    ),
+)
+"""For each training: the roles before and after it, its name, and the keys to change if it does
+harm."""
+
+
+def farther_after_training(models: Sequence[ModelResult]) -> list[str]:
+    """A sentence for each training that did not lower the KL on held-out text."""
+    kl = {model.role: model.fidelity.kl for model in models}
+    return [
+        f"The student is no closer to the teacher after {name}: KL on held-out text is "
+        f"{text.tiny(kl[after])} nats/token, compared with {text.tiny(kl[before])} before. Lower "
+        f"{rate}, or train on more text ({amount})."
+        for before, after, name, rate, amount in _TRAININGS
+        if before in kl and after in kl and kl[after] >= kl[before]
+    ]

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stillhouse.atomic_files import write_atomically
 from stillhouse.evaluation.family_evaluation import (
     FAMILY_FILE,
     CutTeacher,
@@ -85,7 +84,7 @@ def _lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
         job, _ = run_steps(LANGUAGE_MODEL, first, do, only=DATA_STEPS)
         largest = results[0].stage("train").path / MODEL
         found = replace(found, scratch=train_from_scratch(recipe, job, do, largest))
-    write_atomically(folder.root / FAMILY_FILE, found.to_json())
+    found.save(folder.root / FAMILY_FILE)
     page = folder.root / FAMILY_REPORT
     write_report(family_report(RunFacts.gather(recipe, first.teacher.described, []), found), page)
     return RunResult(

@@ -9,8 +9,13 @@ from stillhouse import account
 from stillhouse import number_format as text
 from stillhouse.evaluation.metrics import metrics_of
 from stillhouse.evaluation.metrics_table import MetricsTable
-from stillhouse.evaluation.results import Evaluation, ModelResult, role_name, role_order
-from stillhouse.evaluation.training_gain import farther_after_training
+from stillhouse.evaluation.results import (
+    Evaluation,
+    ModelResult,
+    farther_after_training,
+    role_name,
+    role_order,
+)
 from stillhouse.report.charts import ACCENT, MUTED, Chart, LineChart, dot, in_units, role_color
 from stillhouse.report.formats import KL_LABEL, Replays, forms, forms_section
 from stillhouse.report.history import Rows, kl_temperature, training_section

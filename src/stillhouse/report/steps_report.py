@@ -8,8 +8,7 @@ from typing import Any
 
 from stillhouse import number_format as text
 from stillhouse.evaluation.metrics_table import Cell, Column, MetricsTable, Row
-from stillhouse.evaluation.results import Evaluation, ModelResult
-from stillhouse.evaluation.training_gain import farther_after_training
+from stillhouse.evaluation.results import Evaluation, ModelResult, farther_after_training
 from stillhouse.report.charts import Bar, BarChart, Chart, LineChart, dot, in_units, role_color
 from stillhouse.report.formats import KL_LABEL, Replays
 from stillhouse.report.page import Section
