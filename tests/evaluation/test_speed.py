@@ -40,35 +40,41 @@ class _Output:
         self.logits = logits
 
 
-def test_rates_are_tokens_per_second() -> None:
+def sizes(patch: pytest.MonkeyPatch, prompt_tokens: int, decode_tokens: int) -> None:
+    """Measure this many tokens, in three rounds."""
+    patch.setattr(speed, "PROMPT_TOKENS", prompt_tokens)
+    patch.setattr(speed, "DECODE_TOKENS", decode_tokens)
+    patch.setattr(speed, "ROUNDS", 3)
+
+
+def test_rates_are_tokens_per_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes(monkeypatch, 50, 4)
     log: list[str] = []
     clock = Clock()
     models = {
         "fast": Sleeper("fast", log, clock),
         "slow": Sleeper("slow", log, clock, slowdown=2.0),
     }
-    rates = measure_rates(
-        models, VOCABULARY, prompt_tokens=50, decode_tokens=4, rounds=3, clock=clock.read
-    )
+    rates = measure_rates(models, VOCABULARY, clock=clock.read)
     assert rates["fast"].prefill_tokens_per_s == pytest.approx(1000)
     assert rates["fast"].decode_tokens_per_s == pytest.approx(100)
     assert rates["slow"].prefill_tokens_per_s == pytest.approx(500)
     assert rates["slow"].decode_tokens_per_s == pytest.approx(50)
 
 
-def test_models_alternate_in_rotating_order() -> None:
+def test_models_alternate_in_rotating_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes(monkeypatch, 4, 1)
     log: list[str] = []
     models = {name: Sleeper(name, log, Clock()) for name in "abc"}
-    measure_rates(models, VOCABULARY, prompt_tokens=4, decode_tokens=1, rounds=3)
+    measure_rates(models, VOCABULARY)
     assert log == [*"abc", *"bca", *"cab", *"abc"]
 
 
 def test_one_slow_round_does_not_move_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
     timings = iter([(9.0, 9.0), (1.0, 2.0), (50.0, 50.0), (1.0, 2.0)])  # the first is warm-up
     monkeypatch.setattr(speed, "prefill_and_decode", lambda *arguments: next(timings))
-    rates = measure_rates(
-        {"a": toy_model()}, VOCABULARY, prompt_tokens=10, decode_tokens=4, rounds=3
-    )
+    sizes(monkeypatch, 10, 4)
+    rates = measure_rates({"a": toy_model()}, VOCABULARY)
     assert rates["a"] == speed.Rates(10.0, 2.0)
 
 

@@ -1,14 +1,18 @@
-"""Measure the prefill and decoding speed of several models in one run, and each model's memory."""
+"""Measure the prefill and decoding speed of several models in one run, and each model's memory.
+
+`python -m stillhouse.evaluation.speed PATH DTYPE DEVICE [trust_remote_code]` prints a model's peak
+memory in bytes. It runs in a separate process because a process's peak never decreases.
+"""
 
 from __future__ import annotations
 
-import json
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +20,9 @@ from torch import Tensor, nn
 
 from stillhouse.errors import ModelError, process_failure
 from stillhouse.generation.kv_cache import caches_of
-from stillhouse.hardware import synchronize
-from stillhouse.teachers.model_source import AnyModel, source_of
+from stillhouse.hardware import peak_memory_bytes, synchronize
+from stillhouse.teachers.load_model import load_model
+from stillhouse.teachers.model_source import AnyModel, ModelSource, source_of
 
 PROMPT_TOKENS = 128
 DECODE_TOKENS = 16
@@ -37,9 +42,6 @@ def measure_rates(
     models: Mapping[str, nn.Module],
     vocabulary: int,
     *,
-    prompt_tokens: int = PROMPT_TOKENS,
-    decode_tokens: int = DECODE_TOKENS,
-    rounds: int = ROUNDS,
     seed: int = 0,
     advance: Callable[[int], object] = lambda rounds: None,
     clock: Clock = time.perf_counter,
@@ -54,19 +56,21 @@ def measure_rates(
     clock: returns seconds.
     """
     generator = torch.Generator().manual_seed(seed)
-    prompt_RL = torch.randint(0, vocabulary, (1, prompt_tokens), generator=generator)
+    prompt_RL = torch.randint(0, vocabulary, (1, PROMPT_TOKENS), generator=generator)
     seconds: dict[str, list[tuple[float, float]]] = {role: [] for role in models}
     roles = list(models)
-    for turn in range(rounds + 1):
+    for turn in range(ROUNDS + 1):
         shift = turn % len(roles)
         for role in roles[shift:] + roles[:shift]:
-            timing = prefill_and_decode(models[role], prompt_RL, decode_tokens, clock)
+            timing = prefill_and_decode(models[role], prompt_RL, DECODE_TOKENS, clock)
             if turn > 0:
                 seconds[role].append(timing)
         advance(1)
-    return {
-        role: _rates(timings, prompt_tokens, decode_tokens) for role, timings in seconds.items()
-    }
+    rates = {}
+    for role, timings in seconds.items():
+        prefill, decode = (statistics.median(part) for part in zip(*timings, strict=True))
+        rates[role] = Rates(PROMPT_TOKENS / prefill, DECODE_TOKENS / decode)
+    return rates
 
 
 @torch.inference_mode()
@@ -115,7 +119,7 @@ def measure_peak_memory(
     """
     source = source_of(model)
     path, name = source.path, str(dtype).removeprefix("torch.")
-    command = [sys.executable, "-m", "stillhouse.evaluation.memory", str(path), name, str(device)]
+    command = [sys.executable, "-m", "stillhouse.evaluation.speed", str(path), name, str(device)]
     command += ["trust_remote_code"] if source.trusted else []
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode != 0:
@@ -125,9 +129,18 @@ def measure_peak_memory(
             where=path,
             fix=f"free some memory, or {instead}",
         )
-    return int(json.loads(finished.stdout.splitlines()[-1])["peak_memory_bytes"])
+    return int(finished.stdout.splitlines()[-1])
 
 
-def _rates(timings: list[tuple[float, float]], prompt_tokens: int, decode_tokens: int) -> Rates:
-    prefill, decode = (statistics.median(part) for part in zip(*timings, strict=True))
-    return Rates(prompt_tokens / prefill, decode_tokens / decode)
+def main(path: str, dtype: str, device: str, *options: str) -> None:
+    source = ModelSource(Path(path), trusted="trust_remote_code" in options)
+    model = load_model(source, dtype=getattr(torch, dtype)).to(device)
+    prompt_RL = torch.zeros(1, PROMPT_TOKENS, dtype=torch.long)
+    prefill_and_decode(model, prompt_RL, DECODE_TOKENS)
+    on_gpu = torch.device(device).type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if on_gpu else peak_memory_bytes()
+    sys.stdout.write(f"{peak}\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
