@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from stillhouse.evaluation.evaluate import evaluate, fitting_together, keep_teacher
+from stillhouse.evaluation.evaluate import evaluate, fitting_together
 from stillhouse.evaluation.evaluate_config import EvaluateRecipe
 from stillhouse.evaluation.kept_teacher import KeptTeacher
 from stillhouse.hardware import Precision
@@ -52,7 +52,7 @@ def measure(folder: Path, out: str, kept: str | None = None) -> None:
 
 def keep(folder: Path, out: str) -> None:
     (folder / out).mkdir(exist_ok=True)
-    keep_teacher(models(folder)["teacher"], folder / out, **options())
+    evaluate({"teacher": models(folder)["teacher"]}, keep=folder / out, **options())
 
 
 def in_processes(count: int, work: Any) -> None:

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,12 @@ import torch
 from stillhouse.data.windows import WindowSet
 from stillhouse.errors import ModelError
 from stillhouse.evaluation.evaluate_config import EvaluateRecipe
-from stillhouse.evaluation.kept_teacher import KeptTeacher
+from stillhouse.evaluation.kept_teacher import KeptTeacher, save_rows
 from stillhouse.evaluation.lm_eval import run_tasks
 from stillhouse.evaluation.measuring import TEACHER, Measuring
 from stillhouse.evaluation.own_answers import OwnAnswers
 from stillhouse.evaluation.results import (
     Evaluation,
-    ModelResult,
     Speed,
     farther_after_training,
     role_name,
@@ -61,6 +61,7 @@ def evaluate(
     prepare: Mapping[str, Callable[[Any], object]] | None = None,
     load_sharded: Callable[[], ShardedTeacher] | None = None,
     kept: KeptTeacher | None = None,
+    keep: Path | None = None,
     alignment: Alignment | None = None,
 ) -> Evaluation:
     """Measure models by role (teacher, untrained, student, fine_tuned, quantized).
@@ -84,8 +85,9 @@ def evaluate(
             such as rounding of inputs. Not used for `lm_eval`.
         load_sharded: loads the teacher sharded across processes. Its answers to the prompts, its
             speed, and its memory are then not measured.
-        kept: the teacher's measurements (see `keep_teacher`). The teacher is then only loaded to
-            measure its speed.
+        kept: the teacher's measurements from an earlier evaluation. The teacher is then only
+            loaded to measure its speed.
+        keep: a folder for the teacher's measurements; see `KeptTeacher`.
         alignment: for a teacher whose tokenizer differs from the windows'. KL and top-1 agreement
             are then over shared roots.
 
@@ -105,7 +107,7 @@ def evaluate(
     processes = all_processes()
     known = vocabulary if alignment is None else min(vocabulary, alignment.aligner.teacher.size)
     setup = _Setup(default_device(), precision.dtype, known, seed)
-    tokenizer = _windows_tokenizer(teacher, alignment)
+    tokenizer = alignment.aligner.student.tokenizer if alignment else load_tokenizer(teacher)
     own = OwnAnswers.planned(section.own_text, tokenizer, windows, seed, alignment)
     measuring = Measuring(section, tokenizer, windows, vocabulary, seed, processes, own, alignment)
 
@@ -126,6 +128,8 @@ def evaluate(
         measuring.add(role, model, weight_bytes(source.path, model, export_dtype), sharded)
         del model, sharded
         free_memory()  # Models have reference cycles, so two would stay in memory without this.
+    if keep is not None:
+        save_rows(keep, measuring.teacher_answers)
     measuring.score_own_text(load_teacher)
     results = measuring.results
     farther = farther_after_training(list(results.values()))
@@ -151,14 +155,16 @@ def evaluate(
             {role: results[role].parameters * setup.dtype.itemsize for role in timed},
             free_memory_bytes(setup.device),
         )
-        for role in timed.keys() - set(fitting):
-            notes.append(
-                f"{role_name(role)}: speed and memory are not measured, because its weights do not "
-                f"fit on {setup.device} together with smaller models."
-            )
-        timed = {role: timed[role] for role in timed if role in fitting}
-        results |= _with_speed({role: results[role] for role in timed}, timed, setup)
-        if len(_same_shapes(timed)) < len(timed):
+        notes += [
+            f"{role_name(role)}: speed and memory are not measured, because its weights do not "
+            f"fit on {setup.device} together with smaller models."
+            for role in timed
+            if role not in fitting
+        ]
+        shapes = _same_shapes({role: timed[role] for role in timed if role in fitting})
+        for role, speed in _speeds(shapes, sources, setup).items():
+            results[role] = replace(results[role], speed=speed)
+        if any(len(roles) > 1 for roles in shapes.values()):
             notes.append("Models with the same shape share one measurement of speed and memory.")
         notes.append(
             f"Speed: one sequence with {PROMPT_TOKENS} prompt tokens and {DECODE_TOKENS} generated "
@@ -167,9 +173,20 @@ def evaluate(
         )
     if kept is not None:
         sources.pop(TEACHER, None)
-    for role, source in sources.items():
-        tasks = setup.tasks(section, source, teacher if alignment is None else source)
-        results[role] = replace(results[role], tasks=tasks)
+    if section.lm_eval is not None:
+        for role, source in sources.items():
+            tasks = run_tasks(
+                source,
+                section.lm_eval,
+                tokenizer=teacher if alignment is None else source,
+                dtype=setup.dtype,
+                device=setup.device,
+                seed=seed,
+            )
+            results[role] = replace(results[role], tasks=tasks)
+    if keep is not None:
+        texts = measuring.texts.get(TEACHER)
+        KeptTeacher(keep, results[TEACHER], texts, str(setup.dtype)).save()
     models = list(results.values())
     return Evaluation(models, measuring.generations(), notes, measuring.scored_answers)
 
@@ -186,73 +203,13 @@ class _Setup:
     def load(self, source: ModelSource) -> Any:
         return load_model(source, dtype=self.dtype).to(self.device)
 
-    def tasks(
-        self, section: EvaluateRecipe, source: ModelSource, tokenizer: ModelSource
-    ) -> dict[str, float]:
-        """The scores of lm-eval tasks; empty if the recipe has none."""
-        if section.lm_eval is None:
-            return {}
-        return run_tasks(
-            source,
-            section.lm_eval,
-            tokenizer=tokenizer,
-            dtype=self.dtype,
-            device=self.device,
-            seed=self.seed,
-        )
-
-
-def keep_teacher(
-    checkpoint: AnyModel,
-    out: Path,
-    *,
-    section: EvaluateRecipe,
-    windows: WindowSet,
-    seed: int,
-    vocabulary: int,
-    precision: Precision,
-    export_dtype: torch.dtype | None = None,
-    load_sharded: Callable[[], ShardedTeacher] | None = None,
-    alignment: Alignment | None = None,
-) -> ModelResult:
-    """Measure a teacher once for the evaluations of several students.
-
-    Everything that they need is written to the folder `out`; see `KeptTeacher`. Arguments and
-    errors are those of `evaluate`, and every process must call this.
-    """
-    source, processes = source_of(checkpoint), all_processes()
-    setup = _Setup(default_device(), precision.dtype, vocabulary, seed)
-    tokenizer = _windows_tokenizer(source, alignment)
-    measuring = Measuring(
-        section, tokenizer, windows, vocabulary, seed, processes, alignment=alignment
-    )
-    sharded = load_sharded() if load_sharded else None
-    model = setup.load(source) if sharded is None else sharded.model
-    measuring.add(TEACHER, model, weight_bytes(source.path, model, export_dtype), sharded)
-    result, texts, answers = measuring.results[TEACHER], None, measuring.teacher_answers
-    if sharded is None and processes.leads:
-        result = replace(result, tasks=setup.tasks(section, source, source))
-        texts = measuring.texts[TEACHER]
-    KeptTeacher(out, result, texts, str(setup.dtype)).save(answers)
-    return result
-
-
-def _windows_tokenizer(teacher: ModelSource, alignment: Alignment | None) -> Any:
-    if alignment is not None:
-        return alignment.aligner.student.tokenizer
-    return load_tokenizer(teacher)
-
 
 def fitting_together(sizes: Mapping[str, int], available: int) -> list[str]:
     """The roles, from the smallest model up, whose weights fit together in `available` bytes, a
     tenth of which is reserved for everything else; at least one role."""
-    found: list[str] = []
-    left = 0.9 * available
-    for role in sorted(sizes, key=lambda role: sizes[role]):
-        left -= sizes[role]
-        if left >= 0 or not found:
-            found.append(role)
-    return found
+    roles = sorted(sizes, key=lambda role: sizes[role])
+    totals = accumulate(sizes[role] for role in roles)
+    return roles[: max(1, sum(total <= 0.9 * available for total in totals))]
 
 
 def evaluate_models(
@@ -307,24 +264,23 @@ def _same_shapes(sources: Mapping[str, ModelSource]) -> dict[str, list[str]]:
     return {roles[0]: roles for roles in shapes.values()}
 
 
-def _with_speed(
-    results: dict[str, ModelResult], sources: dict[str, ModelSource], setup: _Setup
-) -> dict[str, ModelResult]:
-    """Add speed and memory to the results; models with the same shape share one measurement."""
-    peaks, shapes = {}, _same_shapes(sources)
-    sources = {role: sources[role] for role in shapes}
-    with bar("Memory and speed", len(sources) + ROUNDS + 1, unit="measurements") as advance:
-        for role, source in sources.items():
-            with _stored_as_used(source, setup) as stored:
+def _speeds(
+    shapes: Mapping[str, list[str]], sources: Mapping[str, ModelSource], setup: _Setup
+) -> dict[str, Speed]:
+    """Speed and memory by role. shapes: see `_same_shapes`; each group is measured once."""
+    peaks = {}
+    with bar("Memory and speed", len(shapes) + ROUNDS + 1, unit="measurements") as advance:
+        for role in shapes:
+            with _stored_as_used(sources[role], setup) as stored:
                 peaks[role] = measure_peak_memory(stored, setup.dtype, setup.device)
             advance(1)
-        models = {role: setup.load(source) for role, source in sources.items()}
+        models = {role: setup.load(sources[role]) for role in shapes}
         rates = measure_rates(models, setup.vocabulary, seed=setup.seed, advance=advance)
     speeds: dict[str, Speed] = {}
     for first, found in rates.items():
         speed = Speed(found.prefill_tokens_per_s, found.decode_tokens_per_s, peaks[first])
         speeds |= dict.fromkeys(shapes[first], speed)
-    return {role: replace(result, speed=speeds[role]) for role, result in results.items()}
+    return speeds
 
 
 @contextmanager

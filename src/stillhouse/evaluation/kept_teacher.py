@@ -50,24 +50,11 @@ class KeptTeacher:
         result = TypeAdapter(ModelResult).validate_python(raw["result"])
         return cls(folder, result, raw["texts"], raw["dtype"])
 
-    def save(self, answers: HeldoutAnswers) -> None:
-        """Save everything. Every process must call this with its share of the rows.
-
-        Raises RunError if the files cannot be written.
-        """
-        processes = answers.processes
-        tensors: dict[str, Tensor] = {}
-        for place, rows in enumerate(answers.slices()):
-            number = place * processes.count + processes.own
-            tensors[f"hidden {number}"] = answers.signal.hidden_ND[rows].contiguous()
-            tensors[f"targets {number}"] = answers.targets_N[rows].contiguous()
+    def save(self) -> None:
+        """Save everything but the hidden states. Raises RunError if the file cannot be written."""
+        facts = {"result": asdict(self.result), "texts": self.texts, "dtype": self.dtype}
         with disk_errors(self.folder):
-            name = f"rows-{processes.own + 1:05}-of-{processes.count:05}.safetensors"
-            save_file(tensors, self.folder / name)
-            if processes.leads:
-                facts = {"result": asdict(self.result), "texts": self.texts, "dtype": self.dtype}
-                (self.folder / FILE).write_text(json.dumps(facts), encoding="utf-8")
-        wait_for_all()
+            (self.folder / FILE).write_text(json.dumps(facts), encoding="utf-8")
 
     def answers(self, head: LMHead, processes: Processes) -> HeldoutAnswers:
         """Load this process's share of the rows, however many processes saved them."""
@@ -86,3 +73,20 @@ class KeptTeacher:
         targets_N = torch.cat(targets) if targets else torch.empty(0, dtype=torch.long)
         sizes = tuple(map(len, targets))
         return HeldoutAnswers(DenseSignal(hidden_ND, head), targets_N, sizes, processes)
+
+
+def save_rows(folder: Path, answers: HeldoutAnswers) -> None:
+    """Save the hidden states. Every process must call this with its share of the rows.
+
+    Raises RunError if the files cannot be written.
+    """
+    processes = answers.processes
+    tensors: dict[str, Tensor] = {}
+    for place, rows in enumerate(answers.slices()):
+        number = place * processes.count + processes.own
+        tensors[f"hidden {number}"] = answers.signal.hidden_ND[rows].contiguous()
+        tensors[f"targets {number}"] = answers.targets_N[rows].contiguous()
+    with disk_errors(folder):
+        name = f"rows-{processes.own + 1:05}-of-{processes.count:05}.safetensors"
+        save_file(tensors, folder / name)
+    wait_for_all()

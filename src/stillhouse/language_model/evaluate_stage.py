@@ -9,7 +9,7 @@ from typing import Any
 from stillhouse import account
 from stillhouse.checksums import sha
 from stillhouse.data.windows import WindowSet
-from stillhouse.evaluation.evaluate import evaluate, keep_teacher
+from stillhouse.evaluation.evaluate import evaluate
 from stillhouse.evaluation.evaluate_config import EvaluateRecipe, LmEvalRecipe
 from stillhouse.evaluation.kept_teacher import KeptTeacher
 from stillhouse.evaluation.results import EVALUATION
@@ -37,13 +37,14 @@ def plan_teacher(job: Job, data: Stage) -> StagePlan:
 
     def work(out: Path) -> Outcome:
         _, heldout = open_data(data)
-        found = keep_teacher(
-            job.teacher,
-            out,
+        alone = job.recipe.evaluate.model_copy(update={"speed": False, "own_text": None})
+        (found,) = evaluate(
+            {"teacher": job.teacher},
+            keep=out,
             vocabulary=job.vocabulary,
             export_dtype=job.served,
-            **evaluation_arguments(job, job.recipe.evaluate, heldout),
-        )
+            **evaluation_arguments(job, alone, heldout),
+        ).models
         tokens = found.fidelity.tokens
         flops = account.forward_flops(found.parameters, tokens)
         return Outcome(tokens, flops, peak_memory_bytes())
@@ -114,7 +115,7 @@ def plan_evaluation(
 
 
 def evaluation_arguments(job: Job, section: EvaluateRecipe, heldout: WindowSet) -> dict[str, Any]:
-    """Return the arguments of `evaluate` and `keep_teacher` that all of a job's models share."""
+    """Return the arguments of `evaluate` that all of a job's models share."""
     return {
         "section": section.model_copy(update={"lm_eval": _tasks(job)}),
         "windows": heldout,
