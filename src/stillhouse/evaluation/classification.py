@@ -133,10 +133,8 @@ def _chance_of_so_few(wrong: int, total: int, rate: float) -> float:
 
 def answered(p_NC: Tensor, true_N: Tensor, threshold: float | None) -> tuple[float, float | None]:
     """The fraction of texts at or above the threshold, and the accuracy on these texts."""
-    if threshold is None:
-        return 0.0, None
     confidence_N, predicted_N = p_NC.max(-1)
-    above_N = confidence_N >= threshold
+    above_N = confidence_N >= (math.inf if threshold is None else threshold)
     if not bool(above_N.any()):
         return 0.0, None
     right = float((predicted_N == true_N)[above_N].double().mean())

@@ -229,9 +229,8 @@ class _Tally(_Agreement):
         self.negative_log_likelihood -= float(
             model_NV.gather(-1, targets_N[:, None]).sum(dtype=torch.float64)
         )
-        self._calibrate(confidence_N.exp().cpu().double(), (choice_N == targets_N).cpu().double())
-
-    def _calibrate(self, confidence_N: Tensor, correct_N: Tensor) -> None:
+        confidence_N = confidence_N.exp().cpu().double()
+        correct_N = (choice_N == targets_N).cpu().double()
         bin_N = (confidence_N * BINS).ceil().long().clamp(1, BINS) - 1  # Bin b is (b/B, (b+1)/B].
         self.rows_B.index_add_(0, bin_N, torch.ones_like(confidence_N))
         self.confidence_B.index_add_(0, bin_N, confidence_N)
