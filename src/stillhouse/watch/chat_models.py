@@ -6,12 +6,13 @@ and the same end-of-answer tokens, and with the strings of control tokens as pla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from stillhouse import number_format as text
 from stillhouse.account import count_parameters
@@ -53,10 +54,9 @@ class StoppedError(Exception):
     """The user stopped the answer."""
 
 
-class Speaker(Protocol):
-    def answer(self, request: Mapping[str, Any], role: str, show: Show) -> str:
-        """Show the text as it grows, and return a note about it. Raises ModelError."""
-        ...
+Speaker = Callable[[Mapping[str, Any], str, Show], str]
+"""Answers a request in a role: shows the text as it grows, and returns a note about it. Raises
+ModelError."""
 
 
 class ChatModels:
@@ -109,7 +109,7 @@ class ChatModels:
             if stopped():
                 raise StoppedError
 
-        note = self._speakers[role].answer(request, role, show)
+        note = self._speakers[role](request, role, show)
         say({"role": role, "note": note})
 
 
@@ -127,7 +127,7 @@ def load_speaker(request: Mapping[str, Any], role: str) -> Speaker:
     if isinstance(recipe, AnsweringRecipe):
         job = AnsweringJob(recipe, base, None, answers_path(recipe))
         messages = job.student_messages if role == "student" else job.teacher_messages
-    return LanguageModelSpeaker(*_loaded(source), messages)
+    return LanguageModelSpeaker(*_loaded(source), messages).answer
 
 
 def _student(recipe: AnyRecipe, folders: Mapping[str, Path]) -> ModelSource:
@@ -228,39 +228,34 @@ class LanguageModelSpeaker:
 # --- classifiers ---------------------------------------------------------------------------------
 
 
-@dataclass
-class LabelSpeaker:
-    """Answers with labels. probabilities: returns each label's probability for a text."""
-
-    probabilities: Callable[[str], Mapping[str, float]]
-
-    def answer(self, request: Mapping[str, Any], role: str, show: Show) -> str:
-        found = self.probabilities(request["prompt"])
-        best = sorted(found.items(), key=lambda one: -one[1])
-        show("\n".join(f"{label}  {text.percent(p, 1)}" for label, p in best[:SHOWN_LABELS]))
-        return (
-            f"the {SHOWN_LABELS} most likely of {len(best)} labels" if best[SHOWN_LABELS:] else ""
-        )
-
-
 def _classifying_speaker(
     recipe: ClassifyRecipe, role: str, root: Path, base: Path, folders: Mapping[str, Path]
-) -> LabelSpeaker:
+) -> Speaker:
     if "export" not in folders:
         raise ModelError("the student is not exported yet", fix="wait for the `export` step")
     labels = Facts.load(root / MODEL).labels
     if role == "student":
         student = load_classifier(root / MODEL, dtype=choose_precision("auto").dtype)
-        return LabelSpeaker(
-            lambda text: dict(zip(labels, student.probabilities([text])[0].tolist(), strict=True))
-        )
+        return _labels_speaker(labels, lambda text: student.probabilities([text])[0])
     prior_C = Judgment.load(folders["judgment"]).prior(recipe)
     model, tokenizer = _loaded(_teacher(recipe, base))
     prompt = LabelPrompt.of(recipe.task, labels)
     words = prompt_tokens(prompt, tokenizer, recipe.data.max_tokens)
 
-    def probabilities(text: str) -> Mapping[str, float]:
-        scores_NC = label_scores(model, words.of([text]), words.labels)
-        return dict(zip(labels, distributions(scores_NC, prior_C)[0].tolist(), strict=True))
+    def probabilities(text: str) -> Tensor:
+        return distributions(label_scores(model, words.of([text]), words.labels), prior_C)[0]
 
-    return LabelSpeaker(probabilities)
+    return _labels_speaker(labels, probabilities)
+
+
+def _labels_speaker(labels: Collection[str], probabilities: Callable[[str], Tensor]) -> Speaker:
+    """Answer with the most likely labels. probabilities: computes those of a text, [C]."""
+
+    def answer(request: Mapping[str, Any], _role: str, show: Show) -> str:
+        p_C = probabilities(request["prompt"]).tolist()
+        best = sorted(zip(labels, p_C, strict=True), key=lambda one: -one[1])[:SHOWN_LABELS]
+        show("\n".join(f"{label}  {text.percent(p, 1)}" for label, p in best))
+        few = len(labels) <= SHOWN_LABELS
+        return "" if few else f"the {SHOWN_LABELS} most likely of {len(labels)} labels"
+
+    return answer

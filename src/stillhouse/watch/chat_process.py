@@ -51,12 +51,12 @@ def main(threads: int, device: str) -> None:
         events.write(json.dumps(event) + "\n")
         events.flush()
 
-    say_first = requests.get()
+    request = requests.get()
     say({"state": "starting"})
     be_modest(threads)
     from stillhouse.watch.chat_models import ChatModels
 
-    models, request = ChatModels(device), say_first
+    models = ChatModels(device)
     while True:
         number = request["id"]
         models.answer(request, say, lambda number=number: number in stopped)  # type: ignore[misc]
