@@ -84,7 +84,6 @@ def run_part(run: WatchedRun) -> str:
         detail=_step_detail,
         share=share,
         remaining=remaining,
-        text=text,
     )
 
 

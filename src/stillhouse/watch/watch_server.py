@@ -109,7 +109,10 @@ class WatchServer:
         return _if_changed(request, await self._drawn(lambda: run_part(run)))
 
     async def style(self, _request: web.Request) -> web.Response:
-        return web.Response(text=_style(), content_type="text/css")
+        """Serve the report's style sheet with the live page's additions."""
+        report = Path(__file__).parents[1] / "report" / "report.css"
+        text = report.read_text(encoding="utf-8") + _own_file("watch.css")
+        return web.Response(text=text, content_type="text/css")
 
     async def script(self, _request: web.Request) -> web.Response:
         return web.Response(text=_own_file("watch.js"), content_type="text/javascript")
@@ -227,12 +230,6 @@ def _if_changed(request: web.Request, text: str) -> web.Response:
 @cache
 def _own_file(name: str) -> str:
     return (Path(__file__).parent / name).read_text(encoding="utf-8")
-
-
-def _style() -> str:
-    """Return the report's style sheet with the live page's additions."""
-    report = Path(__file__).parents[1] / "report" / "report.css"
-    return report.read_text(encoding="utf-8") + _own_file("watch.css")
 
 
 # --- start and end -------------------------------------------------------------------------------

@@ -107,17 +107,17 @@ def find_runs(folder: Path) -> dict[str, Path]:
 def read_run(name: str, root: Path) -> WatchedRun:
     recipe, progress = _recipe(root), read_progress(root)
     kind = _kind(recipe)
-    parts = progress.parts if progress is not None else [_without_record(root)]
+    found = progress or RunProgress(base="", parts=[_without_record(root)])
     run = WatchedRun(
         name=name,
         root=root,
         kind=kind,
         teacher=_teacher(recipe),
         state=_state(root, progress),
-        error="" if progress is None else progress.error,
+        error=found.error,
         changed=_changed(root),
-        parts=[_part(root, part, recipe, kind) for part in parts],
-        work=None if progress is None else progress.work,
+        parts=[_part(root, part, recipe, kind) for part in found.parts],
+        work=found.work,
         base=None if progress is None else Path(progress.base),
     )
     if kind == "family":
