@@ -97,7 +97,10 @@ def write_gguf(
             kinds[key] = packed[key][0] if packed and key in packed else kind_of(there, shape, form)
             if len(shape) > 1 and kinds[key] is FALLBACK and form.kind is not FALLBACK:
                 fallen.append(key)
-            _declare(writer, there, shape, kinds[key])
+            block, size = gguf.GGML_QUANT_SIZES[kinds[key]]
+            nbytes = int(np.prod(shape)) // block * size
+            # Any dtype but uint8, for which the shape would be that of the blocks' bytes.
+            writer.add_tensor_info(there, shape, np.dtype(np.float32), nbytes, kinds[key])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -119,16 +122,6 @@ def kind_of(there: str, shape: list[int], form: GGUFFormat) -> Kind:
         return Kind.F32
     kind = form.embeddings if there in EMBEDDINGS else form.kind
     return kind if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0 else FALLBACK
-
-
-def _declare(writer: gguf.GGUFWriter, there: str, shape: list[int], kind: Kind) -> None:
-    block, size = gguf.GGML_QUANT_SIZES[kind]
-    count = int(np.prod(shape))
-    plain = {Kind.F32: np.float32, Kind.F16: np.float16}.get(kind)
-    dtype = np.dtype(plain or np.uint8)
-    if plain is None:  # Blocks are declared by their size in bytes.
-        shape = [*shape[:-1], shape[-1] // block * size]
-    writer.add_tensor_info(there, shape, dtype, count // block * size, kind)
 
 
 @dataclass(frozen=True)
