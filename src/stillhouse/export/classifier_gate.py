@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from stillhouse.errors import ModelError
-from stillhouse.export.fresh_process import offline, run_script
+from stillhouse.export.fresh_process import run_script
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def replay_classifier(exported: Path, inputs: ClassifierRows) -> Tensor:
     found = run_script(
         "replay_classifier.py",
         {"exported": str(exported.resolve()), **asdict(inputs)},
-        env=offline(),
+        offline=True,
         what="the exported classifier cannot be loaded and run again",
         where=exported,
         fix="check that transformers can load this model without Stillhouse",

@@ -28,7 +28,7 @@ def run_script(
     where: Path,
     fix: str,
     python: str = sys.executable,
-    env: Mapping[str, str] | None = None,
+    offline: bool = False,
 ) -> dict[str, Any]:
     """Run a script, and return its answer: answer.json, and the tensors of logits.safetensors.
 
@@ -36,10 +36,11 @@ def run_script(
     windows.safetensors.
 
     what, where, fix: of the error if the script fails.
-    env: the script's environment; None: this process's environment.
+    offline: keep transformers from contacting the Hub and from logging anything but errors.
 
     Raises ModelError if the script fails, and RunError if a disk is full.
     """
+    settings = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"} if offline else {}
     with temporary_folder(f"stillhouse-{Path(script).stem}-") as name:
         folder = Path(name)
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
@@ -48,7 +49,7 @@ def run_script(
         # -P: do not search the script's folder for modules.
         done = subprocess.run(
             [python, "-P", str(Path(__file__).with_name(script)), name],
-            env=env,
+            env={**os.environ, **settings},
             capture_output=True,
             text=True,
             check=False,
@@ -61,9 +62,3 @@ def run_script(
         answer, tensors = folder / "answer.json", folder / "logits.safetensors"
         found = json.loads(answer.read_text(encoding="utf-8")) if answer.is_file() else {}
         return found | (load_file(tensors) if tensors.is_file() else {})
-
-
-def offline() -> dict[str, str]:
-    """This process's environment, with settings that keep transformers from contacting the Hub and
-    from logging anything but errors."""
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}

@@ -17,7 +17,7 @@ from stillhouse.data.draw_windows import draw_windows
 from stillhouse.data.windows import ARRAYS, WindowSet
 from stillhouse.errors import ModelError
 from stillhouse.export import replay
-from stillhouse.export.fresh_process import offline, run_script
+from stillhouse.export.fresh_process import run_script
 from stillhouse.hardware import default_device, free_memory
 from stillhouse.progress import note
 from stillhouse.scratch import temporary_folder
@@ -165,7 +165,7 @@ class Gate:
             "replay.py",
             request,
             windows=drawn_windows(self),
-            env=offline(),
+            offline=True,
             what="the exported checkpoint cannot be loaded and run again",
             where=self.folder,
             fix="check that transformers can load this model without Stillhouse, and that two "
