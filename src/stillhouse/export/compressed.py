@@ -46,7 +46,6 @@ def export_compressed(
     save_tokenizer(load_tokenizer(gate.source), out)
     return gate.pass_or_raise(
         out,
-        list(out.glob("*.safetensors")),
         format=f"compressed-{method}",
         dtype=method,
         limit=COMPRESSED[method].kl_limit,

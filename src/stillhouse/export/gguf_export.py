@@ -89,7 +89,6 @@ def export_gguf(
     notes = [*written.notes, *(text for text in (reader, chats) if text is not None)]
     return gate.pass_or_raise(
         file,
-        [file],
         format=f"gguf-{kind}",
         dtype=kind,
         limit=written.kl_limit,

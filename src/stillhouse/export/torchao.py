@@ -56,7 +56,6 @@ def export_torchao(
     limit = FLOATS[dtype] + (DYNAMIC_KL if quantization.dynamic else 0.0)
     return gate.pass_or_raise(
         out,
-        list(out.glob("*.safetensors")),
         format="safetensors",
         dtype=f"torchao {quantization.grid.name}, {dtype}",
         limit=limit,
