@@ -41,7 +41,24 @@ def export_compressed(
 
     out.mkdir(parents=True, exist_ok=True)
     note(f"llm-compressor: {method}")
-    _compress(gate, out, method, interpreter, windows)
+    run_script(
+        "llm_compressor.py",
+        {
+            "source": str(gate.folder.resolve()),
+            "out": str(out),
+            "method": method,
+            "group_size": fitting_group(method, load_config(gate.source)),
+        },
+        windows={
+            str(place): window["input_ids"][: text_end(window["labels"])]
+            for place, window in enumerate(windows)
+        },
+        python=interpreter,
+        what=f"llm-compressor could not quantize this model with {method}",
+        where=gate.folder,
+        fix="check that its environment supports this architecture, or export safetensors or "
+        "gguf-*, which do not need llm-compressor",
+    )
     write_older_names(out)
     save_tokenizer(load_tokenizer(gate.source), out)
     return gate.pass_or_raise(
@@ -87,27 +104,6 @@ def require_llm_compressor(python: str | None) -> str:
             fix="install it in that environment: pip install llmcompressor",
         )
     return python
-
-
-def _compress(gate: Gate, out: Path, method: str, python: str, windows: Sequence[Any]) -> None:
-    run_script(
-        "llm_compressor.py",
-        {
-            "source": str(gate.folder.resolve()),
-            "out": str(out),
-            "method": method,
-            "group_size": fitting_group(method, load_config(gate.source)),
-        },
-        windows={
-            str(place): window["input_ids"][: text_end(window["labels"])]
-            for place, window in enumerate(windows)
-        },
-        python=python,
-        what=f"llm-compressor could not quantize this model with {method}",
-        where=gate.folder,
-        fix="check that its environment supports this architecture, or export safetensors or "
-        "gguf-*, which do not need llm-compressor",
-    )
 
 
 def fitting_group(method: str, config: Any) -> int | None:

@@ -74,7 +74,8 @@ def write_card(
         "library_name": library,
         "tags": TAGS,
     }
-    hashes = [*card.hashes.items(), *_weight_hashes(folder).items()]
+    weights = [file for kind in WEIGHTS for file in sorted(folder.glob(kind))]
+    hashes = [*card.hashes.items(), *((file.name, sha(file)) for file in weights)]
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {inert(card.name)}",
@@ -108,9 +109,3 @@ def write_language_model_card(
         f"at {text.percent(replay.top1_agreement, 1)} of {replay.tokens:,} positions."
     )
     write_card(folder, card, library=library, replay=sentence, use=use, limits=replay.notes)
-
-
-def _weight_hashes(folder: Path) -> dict[str, str]:
-    """The weight files' SHA-256, by file name."""
-    weights = [file for kind in WEIGHTS for file in sorted(folder.glob(kind))]
-    return {file.name: sha(file) for file in weights}

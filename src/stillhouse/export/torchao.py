@@ -132,11 +132,9 @@ def save_torchao(
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
     model = load_model(source, dtype=torch.float32)
-    weights: dict[str, Tensor] = {
-        name: weight.detach().to(dtype) for name, weight in model.named_parameters()
-    }
-    layers = set(quantization.dynamic_layers(model))
     parameters = dict(model.named_parameters())
+    weights = {name: weight.detach().to(dtype) for name, weight in parameters.items()}
+    layers = set(quantization.dynamic_layers(model))
     floats = [name for name in quantization.scales if _has_other_buffers(model, name)]
     packed = {name: scales for name, scales in quantization.scales.items() if name not in floats}
     for name, scales_OG in packed.items():
