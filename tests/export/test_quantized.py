@@ -323,8 +323,8 @@ def test_unquantized_numbers_beyond_float16_are_bfloat16(
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
     quantization = Quantization.load(source.parent / FILE)
     file = tmp_path / "toy.gguf"
-    written = write_form(source, file, kind="q4_0", name="toy", quantization=quantization)
-    assert written.kl_limit == FORMATS["bf16"].kl_limit
+    limit, _ = write_form(source, file, kind="q4_0", name="toy", quantization=quantization)
+    assert limit == FORMATS["bf16"].kl_limit
     found = {tensor.name: tensor for tensor in read(file)}["blk.1.ffn_down.weight"]
     assert found.tensor_type.name == "BF16"
     numbers = torch.from_numpy(gguf.dequantize(found.data, found.tensor_type))
@@ -362,8 +362,8 @@ def test_a_grid_that_a_format_cannot_hold_is_reported_with_one_that_can(
     assert grid.name in text
     assert fix in instead
     file, quantization = rounded["int4"].parent / "second.gguf", Quantization(grid, False, {})
-    written = write_form(model, file, kind=form, name="toy", quantization=quantization)
-    assert written.notes == [text]
+    _, notes = write_form(model, file, kind=form, name="toy", quantization=quantization)
+    assert notes == [text]
 
 
 @pytest.mark.parametrize(

@@ -81,12 +81,9 @@ def packed_blocks(weight_OI: Tensor, scales_OG: Tensor, grid: Grid, kind: Kind) 
 
 
 def pack(
-    weights: dict[str, Tensor], quantization: Quantization, form: GGUFFormat
+    weights: Mapping[str, Tensor], quantization: Quantization, kind: Kind
 ) -> dict[str, Packed]:
-    """The blocks of every quantized matrix; empty if the format cannot store the grid."""
-    kind = fitting_kind(quantization.grid, form)
-    if kind is None:
-        return {}
+    """The blocks of every quantized matrix. kind: a block type that can store the grid."""
     return {
         name: packed_blocks(weights[name], scales_OG, quantization.grid, kind)
         for name, scales_OG in quantization.scales.items()

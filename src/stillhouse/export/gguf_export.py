@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +71,8 @@ def export_gguf(
     config = load_config(gate.source).get_text_config()
     misread = misread_by_transformers(config)
     _require_reader(misread)
-    written = write_form(
-        gate.source,
-        file,
-        kind=kind,
-        name=name,
-        quantization=quantization,
-        moments=moments,
+    limit, notes = write_form(
+        gate.source, file, kind=kind, name=name, quantization=quantization, moments=moments
     )
     (out / "Modelfile").write_text(modelfile(gate.source, file.name), encoding="utf-8")
     tokenizer = load_tokenizer(gate.source)
@@ -86,12 +80,12 @@ def export_gguf(
     otherwise = read_otherwise_by_transformers(held, family(config))
     reader = otherwise if misread is None else _for_llama_cpp(misread)
     chats = read_otherwise_by_llama_cpp(held, tokenizer)
-    notes = [*written.notes, *(text for text in (reader, chats) if text is not None)]
+    notes += [text for text in (reader, chats) if text is not None]
     return gate.pass_or_raise(
         file,
         format=f"gguf-{kind}",
         dtype=kind,
-        limit=written.kl_limit,
+        limit=limit,
         advice=_less_rounding(kind),
         readers=Readers(otherwise is None, has_llama_cpp(), misread is None, chats is None),
         notes=notes,
@@ -171,19 +165,6 @@ def _require_reader(misread: str | None) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Written:
-    """A written file.
-
-    kl_limit: maximum KL in nats/token that the file's rounding should cost; the limit of 16-bit
-        floats if the source's numbers are stored exactly or not quantized.
-    notes: for the user.
-    """
-
-    kl_limit: float
-    notes: list[str]
-
-
 def write_form(
     source: AnyModel,
     file: Path,
@@ -192,20 +173,24 @@ def write_form(
     name: str,
     quantization: Quantization | None = None,
     moments: Moments | None = None,
-) -> Written:
-    """Write `file` like `export_gguf`, without replaying it. Raises the same ModelErrors."""
+) -> tuple[float, list[str]]:
+    """Write `file` like `export_gguf`, without replaying it. Raises the same ModelErrors.
+
+    Returns the maximum KL in nats/token that the file's rounding should cost (the limit of 16-bit
+    floats if the source's numbers are stored exactly or not quantized), and notes for the user.
+    """
     again = None if quantization is None else second_rounding(quantization.grid, kind)
     notes = [] if again is None else [again[0]]
     if kind not in FORMATS:
         k_quantize(source, file, kind=kind, name=name, moments=moments)
-        return Written(K_QUANTS[kind], notes)
+        return K_QUANTS[kind], notes
     form, packed = FORMATS[kind], {}
-    held = quantization is not None and fitting_kind(quantization.grid, form) is not None
-    if held or (moments is not None and {form.kind, form.embeddings} & {*BITS}):
+    held = None if quantization is None else fitting_kind(quantization.grid, form)
+    if held is not None or (moments is not None and {form.kind, form.embeddings} & {*BITS}):
         model = load_model(source, dtype=torch.float32)
         weights = {name: weight.detach() for name, weight in model.named_parameters()}
-        if held and quantization is not None:
-            packed = pack(weights, quantization, form)
+        if quantization is not None and held is not None:
+            packed = pack(weights, quantization, held)
             form = for_kept(weights, packed, form)
         elif moments is not None:
             names = gguf_names(moments, model.config.get_text_config())
@@ -216,4 +201,4 @@ def write_form(
             f"{len(fallen)} matrices, such as {fallen[0]}, are stored as float16 in {file.name}, "
             f"because their rows do not divide into blocks of {form.block}"
         )
-    return Written(form.kl_limit, notes)
+    return form.kl_limit, notes
