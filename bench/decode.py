@@ -117,7 +117,7 @@ def in_llama_cpp(source: Path, folder: Path) -> dict[str, Form]:
     for kind in GGUF:
         file = folder / f"{kind}.gguf"
         write_form(source, file, kind=kind, name=kind)
-        forms[f"gguf-{kind}"] = Form("llama.cpp", file.stat().st_size, LlamaCpp.open(file).step)
+        forms[f"gguf-{kind}"] = Form("llama.cpp", file.stat().st_size, LlamaCpp(file).step)
     return forms
 
 

@@ -165,7 +165,7 @@ def transformers_logits(file: Path, ids: torch.Tensor) -> torch.Tensor:
 
 def llama_cpp_logits(file: Path, ids_L: torch.Tensor, context: int = 512) -> torch.Tensor:
     """Logits [L, V] of one text, computed by llama.cpp in one call."""
-    runtime = LlamaCpp.open(file, context)
+    runtime = LlamaCpp(file, context)
     runtime.llama.reset()
     runtime.llama.eval(ids_L.tolist())
     return torch.from_numpy(runtime.llama.scores[: len(ids_L)].copy())

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from stillhouse.errors import ModelError
-from stillhouse.export import checkpoint, replay, replay_tokenizers, replay_weights
+from stillhouse.export import checkpoint, replay, replay_checks
 from stillhouse.export import fresh_process as script
 from stillhouse.export.checkpoint import export_checkpoint
 from stillhouse.export.export_formats import FLOATS
@@ -57,7 +57,7 @@ class _RuntimeCode(ast.NodeTransformer):
         return node.orelse if ast.unparse(node.test) == "TYPE_CHECKING" else node
 
 
-@pytest.mark.parametrize("module", [replay, replay_tokenizers, replay_weights])
+@pytest.mark.parametrize("module", [replay, replay_checks])
 def test_the_replay_does_not_import_stillhouse(module: ModuleType) -> None:
     script = _RuntimeCode().visit(
         ast.parse(Path(module.__file__ or "").read_text(encoding="utf-8"))

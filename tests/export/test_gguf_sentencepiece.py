@@ -20,7 +20,7 @@ from stillhouse.export.gguf_export import announce_gguf, export_gguf
 from stillhouse.export.gguf_file import FORMATS, write_gguf
 from stillhouse.export.gguf_tokenizer import read_otherwise_by_transformers, tokenizer_in_gguf
 from stillhouse.export.replay import LlamaCpp
-from stillhouse.export.replay_tokenizers import prompt_ids
+from stillhouse.export.replay_checks import prompt_ids
 from stillhouse.pruning.kept_tokens import Merges, prune_tokenizer
 from stillhouse.teachers.gguf_families import ARCHITECTURES
 from tests import tiny
@@ -144,7 +144,7 @@ def test_transformers_finds_the_same_tokens(tmp_path: Path, name: str, kept: int
 @pytest.mark.parametrize("name", RULES)
 def test_llama_cpp_finds_the_same_tokens(tmp_path: Path, name: str, kept: int | None) -> None:
     words = write(tmp_path, name, kept=kept)
-    runtime = LlamaCpp.open(tmp_path / "toy.gguf")
+    runtime = LlamaCpp(tmp_path / "toy.gguf")
     # llama.cpp puts a space after a special token; Metaspace's "first" does not.
     for text in TEXTS + (AFTER_SPECIAL if name != "mistral" else []):
         assert runtime.tokens(text) == words(text)["input_ids"], text
@@ -200,7 +200,7 @@ def test_llama_cpp_finds_the_same_tokens_in_chats(tmp_path: Path) -> None:
     words.chat_template = CHAT
     words.save_pretrained(tmp_path / "source")
     write_gguf(tmp_path / "source", tmp_path / "toy.gguf", FORMATS["f32"], name="toy")
-    runtime = LlamaCpp.open(tmp_path / "toy.gguf")
+    runtime = LlamaCpp(tmp_path / "toy.gguf")
     for text in TEXTS:
         assert runtime.chat_tokens(text) == prompt_ids(words, text), text
 

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stillhouse.errors import ModelError
-from stillhouse.export import gguf_blocks, gguf_export, replay, replay_tokenizers
+from stillhouse.export import gguf_blocks, gguf_export, replay, replay_checks
 from stillhouse.export.checkpoint import export_checkpoint
 from stillhouse.export.gate import LLAMA_CPP_KL, Gate, ReplayResult, check_replay
 from stillhouse.export.gguf_export import export_gguf
@@ -278,7 +278,7 @@ def test_the_text_that_a_model_is_sure_of_agrees_with_one_token_at_a_time(rounde
     lengths = []
     for prompt in ("the cat", "a dog 7", "she", PROMPT, "an apple"):
         text, sure = replay._greedy(model, words, prompt, 8)
-        ids, written = replay_tokenizers.prompt_ids(words, prompt), list[int]()
+        ids, written = replay_checks.prompt_ids(words, prompt), list[int]()
         with torch.no_grad():
             for _ in range(8):
                 best = model(torch.tensor([ids + written])).logits[0, -1].topk(2)

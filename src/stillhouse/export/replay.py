@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,19 +27,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 if TYPE_CHECKING:
-    from stillhouse.export import replay_tokenizers as tokenization
-    from stillhouse.export import replay_weights as weights
+    from stillhouse.export import replay_checks as checks
 else:
-
-    def _beside(name: str) -> ModuleType:
-        """Load a module next to this file. `python -P` does not search this folder, because its
-        modules would hide packages."""
-        spec = spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        module = module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    tokenization, weights = _beside("replay_tokenizers"), _beside("replay_weights")
+    # `python -P` does not search this folder, because its modules would hide packages.
+    spec = spec_from_file_location("replay_checks", Path(__file__).with_name("replay_checks.py"))
+    checks = module_from_spec(spec)
+    spec.loader.exec_module(checks)
 
 ROWS = 512
 """Maximum number of supervised rows to compare per window, which bounds the memory for logits."""
@@ -69,7 +61,7 @@ def main(folder: Path) -> None:
     ).to(device)
     source_tokenizer = AutoTokenizer.from_pretrained(request["source"], **options)
     if exported.is_file():
-        source_tokenizer = tokenization.as_stored(
+        source_tokenizer = checks.as_stored(
             source_tokenizer, Path(request["source"]), request["prompts"]
         )
     prompts, new, same = request["prompts"], request["max_new_tokens"], request["same_tokens"]
@@ -79,18 +71,14 @@ def main(folder: Path) -> None:
     if request["transformers"]:
         model, info, tokenizer = _load(exported, options, float32=request["float32"])
         model = model.to(device)
-        problems += weights.weight_problems(model, info, exported)
-        problems += tokenization.tokenizer_problems(
-            source_tokenizer, tokenizer, prompts if same else []
-        )
+        problems += checks.weight_problems(model, info, exported)
+        problems += checks.tokenizer_problems(source_tokenizer, tokenizer, prompts if same else [])
         runtimes["exported"] = partial(logits_of, model)
         write: Callable[[str, int], tuple[str, str]] = partial(_greedy, model, tokenizer)
     if request["llama_cpp"]:
-        lengths = [
-            len(tokenization.prompt_ids(source_tokenizer, prompt)) + new for prompt in prompts
-        ]
+        lengths = [len(checks.prompt_ids(source_tokenizer, prompt)) + new for prompt in prompts]
         lengths += [int(window["position_ids"].max()) + 1 for window in windows.values()]
-        llama = LlamaCpp.open(exported, max(512, *lengths))
+        llama = LlamaCpp(exported, max(512, *lengths))
         # If transformers cannot read the file, only llama.cpp is compared.
         runtimes["llama.cpp" if "exported" in runtimes else "exported"] = llama.logits_of
         steps["exported"], write = llama.step, llama.greedy
@@ -273,7 +261,7 @@ def _greedy(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> tup
 
     Ignores the model's own sampling settings, which not every format stores.
     """
-    ids_1L = torch.tensor([tokenization.prompt_ids(tokenizer, prompt)], device=model.device)
+    ids_1L = torch.tensor([checks.prompt_ids(tokenizer, prompt)], device=model.device)
     output = model.generate(
         input_ids=ids_1L,
         attention_mask=torch.ones_like(ids_1L),
@@ -297,24 +285,19 @@ def _greedy(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> tup
     return str(full_text), str(part).rstrip("\N{REPLACEMENT CHARACTER}")  # Incomplete characters.
 
 
-@dataclass
 class LlamaCpp:
     """A GGUF file in llama.cpp, with the same interface as other runtimes."""
 
-    llama: Any
-
-    @classmethod
-    def open(cls, file: Path, context: int = 512) -> LlamaCpp:
+    def __init__(self, file: Path, context: int = 512) -> None:
         import llama_cpp
 
-        llama = llama_cpp.Llama(
+        self.llama: Any = llama_cpp.Llama(
             str(file),
             n_ctx=context,
             n_threads=torch.get_num_threads(),
             logits_all=True,
             verbose=False,
         )
-        return cls(llama)
 
     def logits_of(self, _name: str, window: Window, rows_N: torch.Tensor) -> torch.Tensor:
         """Run each document of the window separately, since its positions start from 0."""
@@ -358,11 +341,11 @@ class LlamaCpp:
     def problems(self, source: Any, prompts: list[str], *, plain: bool) -> list[str]:
         """Describe special tokens and prompts that llama.cpp treats differently from the source's
         tokenizer. plain: also compare prompts without the chat template."""
-        found = tokenization.other_roles(
+        found = checks.other_roles(
             source, {"eos": self.llama.token_eos(), "bos": self.llama.token_bos()}
         )
         tokens = self.tokens if plain else lambda text: source(text)["input_ids"]
-        found += tokenization.tokenized_otherwise(source, tokens, self.chat_tokens, prompts)
+        found += checks.tokenized_otherwise(source, tokens, self.chat_tokens, prompts)
         return [f"in llama.cpp, {problem}" for problem in found]
 
     def greedy(self, prompt: str, max_new_tokens: int) -> tuple[str, str]:
