@@ -31,8 +31,7 @@ from stillhouse.signals.signals_config import SignalServer
 from stillhouse.signals.store import open_store
 from stillhouse.students.student import Student
 from stillhouse.teachers.activations import ActivationRequest
-from stillhouse.teachers.hidden_server import HiddenStateServer
-from stillhouse.teachers.hidden_teacher import HiddenStateTeacher
+from stillhouse.teachers.hidden_teacher import HiddenStateServer, HiddenStateTeacher
 from stillhouse.teachers.local_teacher import LocalTeacher
 from stillhouse.teachers.record_store import record, segments_of
 from stillhouse.teachers.teacher import Teacher, TeacherNeeds

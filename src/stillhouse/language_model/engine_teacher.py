@@ -11,8 +11,11 @@ from stillhouse.generation.vllm_hidden import opened_hidden_states
 from stillhouse.hardware import default_device
 from stillhouse.language_model.job import Job, configs, planned_size
 from stillhouse.signals.encodings import Encoding, Hidden, TopK
-from stillhouse.teachers.hidden_server import HiddenStateServer
-from stillhouse.teachers.hidden_teacher import HiddenStateSource, HiddenStateTeacher
+from stillhouse.teachers.hidden_teacher import (
+    HiddenStateServer,
+    HiddenStateSource,
+    HiddenStateTeacher,
+)
 from stillhouse.teachers.load_model import load_tokenizer
 from stillhouse.teachers.served_teacher import ServedTeacher
 from stillhouse.teachers.shared_vocabulary import check_rows

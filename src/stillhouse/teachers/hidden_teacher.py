@@ -19,10 +19,21 @@ from stillhouse.data.batches import Batch, Batches
 from stillhouse.data.shift import IGNORED
 from stillhouse.errors import ModelError, SignalError
 from stillhouse.signals import DenseSignal, LMHead
+from stillhouse.signals.signals_config import SignalServer
 from stillhouse.teachers.activations import ActivationRequest
 from stillhouse.teachers.record_store import segments_of
+from stillhouse.teachers.signal_server import Post, SignalLink, divide
 from stillhouse.teachers.teacher import OUTPUT_ONLY, Teacher, TeacherNeeds, TeacherView
 
+EXTRA_BYTES = 1 << 20
+"""Bytes that a reply can have beyond twice the expected size, so that a server with a wrong model
+is reported as such."""
+REQUEST_BYTES = 1 << 26
+"""Maximum size of a reply, unless a single prompt needs more."""
+COMMAND = (
+    "vllm serve MODEL --runner pooling --convert embed --pooler-config "
+    '\'{"task": "token_embed", "use_activation": false}\''
+)
 NORMALIZED = 1e-3
 """How close to 1 the norm of every row must be to conclude that an engine has normalized them."""
 
@@ -44,6 +55,57 @@ class HiddenStateSource(Protocol):
     ) -> list[Mapping[int, Tensor]]:
         """Compute the hidden states [L, D] of each prompt, by layer. Raises ModelError."""
         ...
+
+
+class HiddenStateServer:
+    """Reads the last hidden states from a vLLM server, in `dtype` (float32 or bfloat16).
+
+    `POST /pooling` with the task token_embed returns them for every token of every prompt, as the
+    concatenated bytes of all rows.
+    last: number of the last layer. width: of a hidden state. Raises EndpointError: the API key's
+    environment variable is not set.
+    """
+
+    layers: frozenset[int] = frozenset()
+
+    def __init__(self, server: SignalServer, *, last: int, width: int, dtype: torch.dtype) -> None:
+        self.server, self.last, self.width, self.dtype = server, last, width, dtype
+        fix = f"start vLLM with {COMMAND}, and a --max-model-len of at least data.context"
+        self._link = SignalLink(server, missing="POST /pooling", rejected=fix)
+        self.described = self._link.described
+
+    def read(
+        self, prompts: Sequence[list[int]], layers: Sequence[int]
+    ) -> list[Mapping[int, Tensor]]:
+        """See `HiddenStateSource`."""
+        lengths = [len(prompt) for prompt in prompts]
+        tokens = max(1, REQUEST_BYTES // (self.width * self.dtype.itemsize))
+        requests = divide(prompts, lengths, tokens, self.server.concurrency)
+        answers = self._link.each(requests, self._send)
+        found = [hidden_LD for answer in answers for hidden_LD in answer]
+        return [{self.last: hidden_LD} for hidden_LD in found] if layers else [{} for _ in found]
+
+    async def _send(self, post: Post, prompts: Sequence[list[int]]) -> list[Tensor]:
+        payload = {
+            "model": self.server.model,
+            "task": "token_embed",
+            "input": prompts,
+            "use_activation": False,  # True would normalize
+            "encoding_format": "bytes_only",
+            "embed_dtype": str(self.dtype).removeprefix("torch."),
+            "endianness": "little",
+        }
+        lengths = [len(prompt) for prompt in prompts]
+        expected = sum(lengths) * self.width * self.dtype.itemsize
+        content = await post(f"{self._link.root}/pooling", payload, 2 * expected + EXTRA_BYTES)
+        if len(content) != expected:
+            raise self._link.error(
+                f"the server returned {len(content)} bytes instead of {expected} for "
+                f"{sum(lengths)} tokens of width {self.width}",
+                f"check that it runs the recipe's teacher: {COMMAND}",
+            )
+        rows_LD = torch.frombuffer(bytearray(content), dtype=self.dtype).view(-1, self.width)
+        return list(rows_LD.split(lengths))
 
 
 class HiddenStateTeacher(Teacher):
@@ -86,19 +148,16 @@ class HiddenStateTeacher(Teacher):
         device = self._device or own
         spans = segments_of(batch).spans
         # The last token of a segment predicts nothing in it.
-        prompts = [ids[start : end - 1] for start, end in spans]
-        rows: dict[int, list[Tensor]] = {layer: [] for layer in wanted}
-        for (start, end), found in zip(spans, self._read(prompts, wanted), strict=True):
-            # The row at t - 1 predicts the token at t.
-            chosen_N = (labels[start + 1 : end] != IGNORED).nonzero()[:, 0].cpu()
-            for layer in wanted:
-                rows[layer].append(found[layer][chosen_N])
-        width = self.config.get_text_config().hidden_size
-        empty_ND = torch.empty(0, width)
-        layers = {
-            layer: torch.cat(parts).to(device) if parts else empty_ND.to(device)
-            for layer, parts in rows.items()
-        }
+        answers = self._read([ids[start : end - 1] for start, end in spans], wanted)
+        # The row at t - 1 predicts the token at t.
+        taught = [
+            (labels[start + 1 : end] != IGNORED).nonzero()[:, 0].cpu() for start, end in spans
+        ]
+        empty_ND = torch.empty(0, self.config.get_text_config().hidden_size)
+        layers = {}
+        for layer in wanted:
+            parts = [found[layer][at_N] for found, at_N in zip(answers, taught, strict=True)]
+            layers[layer] = (torch.cat(parts) if parts else empty_ND).to(device)
         signals: tuple[DenseSignal, ...] = ()
         if self._head is not None:
             signals = (DenseSignal(layers[last].to(self._head.weight_VD.dtype), self._head),)
@@ -129,7 +188,15 @@ class HiddenStateTeacher(Teacher):
                 where="objective.terms",
                 fix="use a local teacher, or terms on the output and on hidden states",
             )
-        check_layers(self.source, request.layers - {self._last_layer})
+        lacking = sorted(request.layers - {self._last_layer} - self.source.layers)
+        if lacking:
+            raise SignalError(
+                f"a term uses layer {', '.join(map(str, lacking))}, and {self.described} returns "
+                "only the last hidden states",
+                where="objective.terms",
+                fix="run vLLM in the process instead (signals.vllm), use a local teacher, or use "
+                "only terms on the output",
+            )
 
     def _read(
         self, prompts: Sequence[list[int]], layers: Sequence[int]
@@ -141,40 +208,23 @@ class HiddenStateTeacher(Teacher):
         for prompt, found in zip(prompts, answers, strict=True):
             for layer, hidden_LD in found.items():
                 if tuple(hidden_LD.shape) != (len(prompt), width):
-                    raise _wrong(
-                        self.source,
-                        f"hidden states of shape {list(hidden_LD.shape)} for {len(prompt)} tokens "
-                        f"of width {width}",
-                    )
-                if not torch.isfinite(hidden_LD).all():
-                    raise _wrong(self.source, f"hidden states of layer {layer} that are not finite")
-                if layer == last and _are_normalized(hidden_LD):
-                    raise _wrong(self.source, "hidden states normalized to length 1")
+                    shape = list(hidden_LD.shape)
+                    wrong = f"of shape {shape} for {len(prompt)} tokens of width {width}"
+                elif not torch.isfinite(hidden_LD).all():
+                    wrong = f"of layer {layer} that are not finite"
+                elif layer == last and _are_normalized(hidden_LD):
+                    wrong = "normalized to length 1"
+                else:
+                    continue
+                raise ModelError(
+                    f"the engine returned hidden states {wrong}",
+                    where=self.described,
+                    fix="run the recipe's teacher in vLLM as a pooling model; see "
+                    "docs/signal-store.md for the command",
+                )
         return answers
-
-
-def check_layers(source: HiddenStateSource, layers: frozenset[int]) -> None:
-    """Raise SignalError if the engine cannot return one of these layers."""
-    lacking = sorted(layers - source.layers)
-    if lacking:
-        raise SignalError(
-            f"a term uses layer {', '.join(map(str, lacking))}, and {source.described} returns "
-            "only the last hidden states",
-            where="objective.terms",
-            fix="run vLLM in the process instead (signals.vllm), use a local teacher, or use only "
-            "terms on the output",
-        )
 
 
 def _are_normalized(hidden_LD: Tensor) -> bool:
     lengths_L = hidden_LD.float().norm(dim=-1)
     return bool(((lengths_L - 1).abs() < NORMALIZED).all())
-
-
-def _wrong(source: HiddenStateSource, what: str) -> ModelError:
-    return ModelError(
-        f"the engine returned {what}",
-        where=source.described,
-        fix="run the recipe's teacher in vLLM as a pooling model; see docs/signal-store.md for the "
-        "command",
-    )

@@ -264,8 +264,7 @@ class Teacher(ABC):
         states and head; auto is bfloat16 if this device supports it natively, otherwise float32.
         Raises ModelError as `resolve_model` does. EndpointError: the variable `key_env` is not set.
         """
-        from stillhouse.teachers.hidden_server import HiddenStateServer
-        from stillhouse.teachers.hidden_teacher import HiddenStateTeacher
+        from stillhouse.teachers.hidden_teacher import HiddenStateServer, HiddenStateTeacher
         from stillhouse.teachers.load_model import load_config, load_tokenizer
         from stillhouse.teachers.model_source import resolve_model
         from stillhouse.teachers.shared_vocabulary import check_rows
