@@ -22,17 +22,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 """Dtypes by their names in safetensors headers."""
 
 Span = tuple[mmap.mmap, int, int]
-"""A mapping, and the first byte of a part of it and the one after its last."""
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor is in a safetensors file: bytes `start` to `end` of a private mapping."""
-
-    file: mmap.mmap
-    start: int
-    end: int
-    tensor: Tensor
+"""A private mapping of a file, and the first byte of a part of it and the one after its last."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +54,12 @@ def map_weights(
     """
     if not hasattr(mmap, "MADV_DONTNEED"):
         return {}
-    stored = {name: place for file in files for name, place in _stored(file)}
-    mapped = {}
+    stored = {name: (span, tensor) for file in files for name, span, tensor in _stored(file)}
+    mapped: dict[Tensor, Span] = {}
     for name, parameter in model.named_parameters():
-        if name in stored and _is_equal(parameter, stored[name].tensor):
-            parameter.data = stored[name].tensor
-            mapped[parameter] = stored[name]
-            _release(_page_spans([stored[name]]))  # or the model would be in memory twice
+        if name in stored and _is_equal(parameter, stored[name][1]):
+            mapped[parameter], parameter.data = stored[name]
+            _release(_page_spans([mapped[parameter]]))  # or the model would be in memory twice
     found = {}
     for layer in layers:
         own = [parameter for parameter in layer.parameters() if parameter in mapped]
@@ -80,7 +69,7 @@ def map_weights(
     return found
 
 
-def _stored(path: Path) -> Iterator[tuple[str, StoredTensor]]:
+def _stored(path: Path) -> Iterator[tuple[str, Span, Tensor]]:
     """A file's tensors, as views of one mapping. The file is an 8-byte length, a JSON header, and
     the values (https://github.com/huggingface/safetensors#format)."""
     with path.open("rb") as opened:
@@ -94,7 +83,7 @@ def _stored(path: Path) -> Iterator[tuple[str, StoredTensor]]:
         if start % dtype.itemsize:
             continue
         tensor = torch.frombuffer(file, dtype=dtype, count=math.prod(entry["shape"]), offset=start)
-        yield name, StoredTensor(file, start, end, tensor.view(entry["shape"]))
+        yield name, (file, start, end), tensor.view(entry["shape"])
 
 
 def _is_equal(parameter: Tensor, tensor: Tensor) -> bool:
@@ -110,14 +99,13 @@ def _release(spans: Iterable[Span]) -> None:
         file.madvise(mmap.MADV_DONTNEED, start, end - start)
 
 
-def _page_spans(places: list[StoredTensor]) -> Iterator[Span]:
-    """The tensors' complete pages, with one span for neighboring tensors."""
+def _page_spans(spans: Iterable[Span]) -> Iterator[Span]:
+    """The complete pages in spans, of which neighbors are joined."""
     joined: list[Span] = []
-    for place in sorted(places, key=lambda place: (id(place.file), place.start)):
-        start = place.start
-        if joined and joined[-1][0] is place.file and joined[-1][2] == start:
+    for file, start, end in sorted(spans, key=lambda span: (id(span[0]), span[1])):
+        if joined and joined[-1][0] is file and joined[-1][2] == start:
             start = joined.pop()[1]
-        joined.append((place.file, start, place.end))
+        joined.append((file, start, end))
     for file, start, end in joined:
         start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
         end = end // mmap.PAGESIZE * mmap.PAGESIZE
