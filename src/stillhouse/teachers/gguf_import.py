@@ -49,7 +49,14 @@ def convert_gguf(path: Path, cache: Path) -> Path:
     is complete, and two processes that convert at once end up with the same folder.
     Raises ModelError: not a GGUF file, truncated, damaged, or an unsupported architecture.
     """
-    _check_magic(path)
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise ModelError(
+            f"this is not a GGUF file: it starts with {magic!r}",
+            where=path,
+            fix="download or copy it again",
+        )
     if changed_files(path.parent, [path.name], cache):
         raise damaged_export(path.parent, f"{path.name} does not match {SUMS}")
     final = cache / "models" / f"gguf-{file_sha256(path, cache)}-{CONVERTER_VERSION}"
@@ -90,17 +97,6 @@ def _damaged(folder: Path, cache: Path) -> str | None:
         return SUMS
     missing = [name for name in names if not (folder / name).is_file()]
     return next(iter(missing or changed_files(folder, names, cache)), None)
-
-
-def _check_magic(path: Path) -> None:
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise ModelError(
-            f"this is not a GGUF file: it starts with {magic!r}",
-            where=path,
-            fix="download or copy it again",
-        )
 
 
 def _read(path: Path) -> GGUFReader:

@@ -55,6 +55,8 @@ WHOLE_WORDS = frozenset(
     }
 )
 """Rules under which a word that is a token stays one token, regardless of the merges."""
+_ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+"""Special tokens in transformers, and their names in a file's keys."""
 
 
 def read_tokenizer(path: Path, reader: gguf.GGUFReader) -> Any:
@@ -77,8 +79,8 @@ def read_tokenizer(path: Path, reader: gguf.GGUFReader) -> Any:
     _forget_rows_without_tokens(state, tokens)
     roles = {
         role: getattr(base, role)
-        for role in ("bos_token", "eos_token", "unk_token", "pad_token")
-        if _id(reader, role) is not None
+        for role, name in _ROLES.items()
+        if f"tokenizer.ggml.{name}_token_id" in reader.fields
     }
     special = [added["content"] for added in state["added_tokens"] if added["special"]]
     return PreTrainedTokenizerFast(
@@ -87,12 +89,6 @@ def read_tokenizer(path: Path, reader: gguf.GGUFReader) -> Any:
         chat_template=base.chat_template,
         **roles,
     )
-
-
-def _id(reader: gguf.GGUFReader, role: str) -> int | None:
-    name = {"unk_token": "unknown", "pad_token": "padding"}.get(role, role.removesuffix("_token"))
-    field = reader.fields.get(f"tokenizer.ggml.{name}_token_id")
-    return None if field is None else int(field.contents())
 
 
 def _set_rules(state: dict[str, Any], name: str | None, path: Path) -> None:
