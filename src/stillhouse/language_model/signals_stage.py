@@ -39,12 +39,7 @@ from stillhouse.teachers.hashing import code_sha256
 from stillhouse.teachers.load_model import load_config, load_tokenizer
 from stillhouse.teachers.local_teacher import LocalTeacher, load_teacher
 from stillhouse.teachers.model_source import ModelSource
-from stillhouse.teachers.record_store import (
-    chosen_encoding,
-    folded_identity,
-    record,
-    stored_events,
-)
+from stillhouse.teachers.record_store import chosen_encoding, folded_identity, record
 from stillhouse.teachers.several_teachers import combined
 from stillhouse.teachers.sharded_teacher import ShardedTeacher, load_sharded_teacher
 from stillhouse.teachers.shared_vocabulary import tokenizer_identity
@@ -179,7 +174,7 @@ def _students_tokens(job: Job) -> Callable[[Teacher], Teacher]:
 def _events(job: Job) -> int:
     """The vocabulary size of the run's store."""
     roots = run_roots(job, job.teacher) if job.folded else None
-    return job.vocabulary if roots is None else stored_events(roots)
+    return job.vocabulary if roots is None else roots.events
 
 
 def for_one_head(job: Job) -> bool:

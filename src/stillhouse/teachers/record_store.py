@@ -85,13 +85,8 @@ def events_of(teacher: Teacher) -> int:
     """The number of events in a store of this teacher's signals: its tokens, or the roots and "not
     covered"."""
     if isinstance(teacher, AlignedTeacher):
-        return stored_events(teacher.roots)
+        return teacher.roots.events
     return teacher.vocabulary
-
-
-def stored_events(roots: Roots) -> int:
-    """The number of roots, plus one for "not covered"."""
-    return roots.count + 1
 
 
 def record(

@@ -41,6 +41,11 @@ class Roots:
     merges: tuple[tuple[int, int, int], ...] = ()
 
     @property
+    def events(self) -> int:
+        """The number of roots, plus one for "not covered"."""
+        return self.count + 1
+
+    @property
     def fold(self) -> Fold:
         return Fold(torch.from_numpy(self.student_V), torch.from_numpy(self.teacher_W), self.count)
 
