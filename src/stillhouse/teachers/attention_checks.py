@@ -66,10 +66,9 @@ def kernel_error(kernel: Kernel, heads: Heads, window: int | None) -> float:
         for n in (heads.heads, heads.groups, heads.groups)
     ]
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(heads.device, torch.int32)
-    left = -1 if window is None else window - 1
     given = {
         "scale": heads.width**-0.5,
-        "window_size": (left, 0),
+        "window_size": (-1 if window is None else window - 1, 0),
         "enable_gqa": heads.heads != heads.groups,
     }
     results = []

@@ -154,11 +154,10 @@ def trained_positions(config: Any) -> int | None:
     most = getattr(text, "max_position_embeddings", None)
     if not isinstance(most, int) or most <= 0:
         return None
-    scaling = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    kind = scaling.get("rope_type", "default") if isinstance(scaling, dict) else "default"
-    factor = scaling.get("factor") if isinstance(scaling, dict) else None
-    if not isinstance(factor, int | float):
+    scaling = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
+    if not isinstance(scaling, dict) or not isinstance(scaling.get("factor"), int | float):
         return most
+    kind, factor = scaling.get("rope_type", "default"), scaling["factor"]
     if kind == "yarn":
         original = scaling.get("original_max_position_embeddings") or most
         return max(most, int(original * factor))

@@ -30,7 +30,16 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     if (folder / INDEX).is_file():
         return _shards(folder / INDEX)
-    raise _no_weights(folder)
+    what = "this folder has a config.json but no safetensors weights"
+    fix = f"copy {SINGLE}, or {INDEX} and its shards, to the folder"
+    if pickled := sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
+        what = f"the weights are pickled ({pickled[0].name}), and a pickle can run any code"
+        fix = (
+            "if you trust them, convert them to safetensors with AutoModelForCausalLM"
+            ".from_pretrained(folder).save_pretrained(new_folder), and copy the tokenizer's files "
+            "there too"
+        )
+    raise ModelError(what, where=folder, fix=fix)
 
 
 def _reject_other_weights(folder: Path) -> None:
@@ -134,25 +143,18 @@ def check_config(folder: Path) -> None:
                 "if it is already merged or not needed, move adapter_config.json elsewhere",
             )
         return
+    what = "this folder is not a Hugging Face model: it has no config.json"
+    fix = "give the folder that save_pretrained wrote"
     if adapter:
-        raise ModelError(
-            "this folder contains an adapter, not a model",
-            where=folder,
-            fix="merge it into its base model (peft: merge_and_unload, then save_pretrained), and "
-            "copy the tokenizer's files to the same folder",
+        what = "this folder contains an adapter, not a model"
+        fix = (
+            "merge it into its base model (peft: merge_and_unload, then save_pretrained), and "
+            "copy the tokenizer's files to the same folder"
         )
-    ggufs = sorted(folder.glob("*.gguf"))
-    if ggufs:
-        raise ModelError(
-            "this folder has no config.json, only GGUF files",
-            where=folder,
-            fix=f"give the file itself: {ggufs[0]}",
-        )
-    raise ModelError(
-        "this folder is not a Hugging Face model: it has no config.json",
-        where=folder,
-        fix="give the folder that save_pretrained wrote",
-    )
+    elif ggufs := sorted(folder.glob("*.gguf")):
+        what = "this folder has no config.json, only GGUF files"
+        fix = f"give the file itself: {ggufs[0]}"
+    raise ModelError(what, where=folder, fix=fix)
 
 
 def _shards(index: Path) -> list[Path]:
@@ -175,37 +177,15 @@ def _shards(index: Path) -> list[Path]:
             fix="download or copy them too",
         )
     held = {place: tensor_names(index.parent / place) for place in places}
+    mixed = "download or copy the model again: its files are from different versions"
     lacking = [name for name, place in weight_map.items() if name not in held[str(place)]]
     if lacking:
-        raise ModelError(
-            f"the index lists {len(lacking)} tensors that are not in the files, such as "
-            f"{lacking[0]}",
-            where=index.parent / str(weight_map[lacking[0]]),
-            fix="download or copy the model again: its files are from different versions",
-        )
+        what = f"the index lists {len(lacking)} tensors that are not in the files, such as"
+        where = index.parent / str(weight_map[lacking[0]])
+        raise ModelError(f"{what} {lacking[0]}", where=where, fix=mixed)
     for place, names in held.items():
         for name in sorted(names & set(weight_map)):
             if weight_map[name] != place:
-                raise ModelError(
-                    f"the tensor {name} is in two files: {place} and {weight_map[name]}",
-                    where=index.parent,
-                    fix="download or copy the model again: its files are from different versions",
-                )
+                what = f"the tensor {name} is in two files: {place} and {weight_map[name]}"
+                raise ModelError(what, where=index.parent, fix=mixed)
     return [index.parent / place for place in places]
-
-
-def _no_weights(folder: Path) -> ModelError:
-    pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
-    if pickled:
-        return ModelError(
-            f"the weights are pickled ({pickled[0].name}), and a pickle can run any code",
-            where=folder,
-            fix="if you trust them, convert them to safetensors with AutoModelForCausalLM"
-            ".from_pretrained(folder).save_pretrained(new_folder), and copy the tokenizer's files "
-            "there too",
-        )
-    return ModelError(
-        "this folder has a config.json but no safetensors weights",
-        where=folder,
-        fix=f"copy {SINGLE}, or {INDEX} and its shards, to the folder",
-    )
