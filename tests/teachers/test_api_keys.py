@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 import pytest
 
-from stillhouse.teachers.redact import redacted
+from stillhouse.teachers.api_keys import redacted
 
 KEY = "sk-a/b+c=1234567890&<x>~"
 

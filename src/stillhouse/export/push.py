@@ -11,7 +11,7 @@ from huggingface_hub import HfApi
 from stillhouse.errors import RunError
 from stillhouse.export.export_config import PushRecipe
 from stillhouse.progress import note
-from stillhouse.teachers.redact import redacted
+from stillhouse.teachers.api_keys import redacted
 
 LONGEST = 500
 """Maximum number of characters of a Hub error that are shown."""

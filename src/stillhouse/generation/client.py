@@ -23,9 +23,8 @@ from stillhouse.generation.request import (
     are_logprobs,
     endpoint_of,
 )
-from stillhouse.teachers.api_keys import api_key
+from stillhouse.teachers.api_keys import api_key, holds_key, redacted
 from stillhouse.teachers.http_link import HttpLink, LinkError, Reply, retry_after, server_message
-from stillhouse.teachers.redact import holds_key, redacted
 
 _EXCERPT = 300
 """Characters of a server's message that are kept."""

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from stillhouse.errors import ModelError
 from stillhouse.event_loop import run_stoppable
 from stillhouse.signals.signals_config import SignalServer
-from stillhouse.teachers.api_keys import api_key
+from stillhouse.teachers.api_keys import api_key, redacted
 from stillhouse.teachers.http_link import (
     PATIENCE,
     HttpLink,
@@ -21,7 +21,6 @@ from stillhouse.teachers.http_link import (
     retry_after,
     server_message,
 )
-from stillhouse.teachers.redact import redacted
 
 LONGEST_WAIT = 60.0
 """Longest pause in seconds that a server can request before the next attempt."""
@@ -56,7 +55,21 @@ class SignalLink:
     ) -> list[Any]:
         """Call `send` for all items, with `concurrency` requests at a time, and return the
         results."""
-        return run_stoppable(self._each(items, send))
+
+        async def send_all() -> list[Any]:
+            free, server = asyncio.Semaphore(self.server.concurrency), self.server
+            link = HttpLink(server.base_url, self._key, TIMEOUT_SECONDS, server.concurrency)
+
+            async def post(path: str, body: Mapping[str, Any], most: int) -> bytes:
+                async with free:
+                    return await self._post(link, path, body, most)
+
+            try:
+                return await asyncio.gather(*(send(post, item) for item in items))
+            finally:
+                await link.close()
+
+        return run_stoppable(send_all())
 
     def error(self, what: str, fix: str) -> ModelError:
         """An error with a server's message, on one line, shortened, and without the API key."""
@@ -64,21 +77,6 @@ class SignalLink:
         if len(what) > 2 * EXCERPT:
             what = f"{what[: 2 * EXCERPT]}..."
         return ModelError(what, where=self.described, fix=f"{fix}; {RESUMED}")
-
-    async def _each(
-        self, items: Sequence[T], send: Callable[[Post, T], Coroutine[Any, Any, Any]]
-    ) -> list[Any]:
-        free, server = asyncio.Semaphore(self.server.concurrency), self.server
-        link = HttpLink(server.base_url, self._key, TIMEOUT_SECONDS, server.concurrency)
-
-        async def post(path: str, body: Mapping[str, Any], most: int) -> bytes:
-            async with free:
-                return await self._post(link, path, body, most)
-
-        try:
-            return await asyncio.gather(*(send(post, item) for item in items))
-        finally:
-            await link.close()
 
     async def _post(self, link: HttpLink, path: str, body: Mapping[str, Any], most: int) -> bytes:
         """Return a complete reply, after at most PATIENCE.attempts attempts."""
