@@ -132,6 +132,8 @@ class HiddenStateTeacher(Teacher):
         self.source, self.vocabulary = source, vocabulary
         self.described = self.fingerprint = source.described
         self.config, self.tokenizer, self._head = config, tokenizer, head
+        text = config.get_text_config()
+        self._last, self._width = int(text.num_hidden_layers), int(text.hidden_size)
         self._parameters = parameters
 
     def answer(self, batch: Batch, request: ActivationRequest = OUTPUT_ONLY) -> TeacherView:
@@ -141,8 +143,7 @@ class HiddenStateTeacher(Teacher):
         tokens. SignalError if it cannot return a requested layer.
         """
         self._check(request)
-        last = self._last_layer
-        wanted = sorted(request.layers | (frozenset() if self._head is None else {last}))
+        wanted = sorted(request.layers | (frozenset() if self._head is None else {self._last}))
         ids, labels = batch["input_ids"].flatten().tolist(), batch["labels"].flatten()
         own = labels.device if self._head is None else self._head.weight_VD.device
         device = self._device or own
@@ -150,17 +151,16 @@ class HiddenStateTeacher(Teacher):
         # The last token of a segment predicts nothing in it.
         answers = self._read([ids[start : end - 1] for start, end in spans], wanted)
         # The row at t - 1 predicts the token at t.
-        taught = [
-            (labels[start + 1 : end] != IGNORED).nonzero()[:, 0].cpu() for start, end in spans
-        ]
-        empty_ND = torch.empty(0, self.config.get_text_config().hidden_size)
+        supervised = (labels != IGNORED).cpu()
+        taught = [supervised[start + 1 : end].nonzero()[:, 0] for start, end in spans]
+        empty_ND = torch.empty(0, self._width)
         layers = {}
         for layer in wanted:
             parts = [found[layer][at_N] for found, at_N in zip(answers, taught, strict=True)]
             layers[layer] = (torch.cat(parts) if parts else empty_ND).to(device)
         signals: tuple[DenseSignal, ...] = ()
         if self._head is not None:
-            signals = (DenseSignal(layers[last].to(self._head.weight_VD.dtype), self._head),)
+            signals = (DenseSignal(layers[self._last].to(self._head.weight_VD.dtype), self._head),)
         return TeacherView(signals, {layer: layers[layer] for layer in request.layers})
 
     def prepare(self, needs: TeacherNeeds, text: Batches | None = None) -> None:
@@ -177,10 +177,6 @@ class HiddenStateTeacher(Teacher):
     def __repr__(self) -> str:
         return f"Teacher({self.described}: hidden states, {self.vocabulary:,} tokens)"
 
-    @property
-    def _last_layer(self) -> int:
-        return int(self.config.get_text_config().num_hidden_layers)
-
     def _check(self, request: ActivationRequest) -> None:
         if request.attention:
             raise SignalError(
@@ -188,7 +184,7 @@ class HiddenStateTeacher(Teacher):
                 where="objective.terms",
                 fix="use a local teacher, or terms on the output and on hidden states",
             )
-        lacking = sorted(request.layers - {self._last_layer} - self.source.layers)
+        lacking = sorted(request.layers - {self._last} - self.source.layers)
         if lacking:
             raise SignalError(
                 f"a term uses layer {', '.join(map(str, lacking))}, and {self.described} returns "
@@ -204,15 +200,14 @@ class HiddenStateTeacher(Teacher):
         if not prompts:
             return []
         answers = self.source.read(prompts, layers)
-        width, last = self.config.get_text_config().hidden_size, self._last_layer
         for prompt, found in zip(prompts, answers, strict=True):
             for layer, hidden_LD in found.items():
-                if tuple(hidden_LD.shape) != (len(prompt), width):
+                if tuple(hidden_LD.shape) != (len(prompt), self._width):
                     shape = list(hidden_LD.shape)
-                    wrong = f"of shape {shape} for {len(prompt)} tokens of width {width}"
+                    wrong = f"of shape {shape} for {len(prompt)} tokens of width {self._width}"
                 elif not torch.isfinite(hidden_LD).all():
                     wrong = f"of layer {layer} that are not finite"
-                elif layer == last and _are_normalized(hidden_LD):
+                elif layer == self._last and _are_normalized(hidden_LD):
                     wrong = "normalized to length 1"
                 else:
                     continue

@@ -57,6 +57,7 @@ class StoredTeacher(Teacher):
         self.described = f"{store.settings.encoding.kind} signals in {store.path}"
         self.fingerprint = store.manifest.digest()
         self.config, self._head = config, head
+        self._last = -1 if config is None else int(config.get_text_config().num_hidden_layers)
         self._load_missing = load_missing
         self._missing: Teacher | None = None
         self._missing_share = 0.0
@@ -79,15 +80,10 @@ class StoredTeacher(Teacher):
             layer: hidden_ND.to(device, non_blocking=True)
             for layer, hidden_ND in stored.hidden_ND.items()
         }
-        last = layers.get(self._last_layer())
+        last = layers.get(self._last)
         if last is None or self._head is None:
             return TeacherView((), layers)
         return TeacherView((DenseSignal(last, self._head),), layers)
-
-    def _last_layer(self) -> int:
-        if self.config is None:
-            return -1
-        return int(self.config.get_text_config().num_hidden_layers)
 
     def _missing_rows(
         self, batch: Batch, segments: Segments, missing_S: NDArray[np.bool_]
@@ -169,7 +165,7 @@ class StoredTeacher(Teacher):
         if self.gives_chunks:
             return None
         if isinstance(settings.encoding, Hidden) and (
-            self._head is None or self._last_layer() not in settings.encoding.layers
+            self._head is None or self._last not in settings.encoding.layers
         ):
             return None
         covered = all(self.store.covers(segments_of(batch)) for batch in batches)
