@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -86,15 +87,12 @@ def _run_hooked(
     def keep_input(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         layers[0] = inputs[0] if inputs else named["hidden_states"]
 
-    def keep(layer: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: object, output: Any) -> None:
-            layers[layer] = output[0] if isinstance(output, tuple) else output
-
-        return hook
+    def keep(layer: int, _module: nn.Module, _inputs: object, output: Any) -> None:
+        layers[layer] = output[0] if isinstance(output, tuple) else output
 
     with ExitStack() as stack:
         for layer in sorted(request.layers - {0, len(blocks)}):
-            stack.enter_context(blocks[layer - 1].register_forward_hook(keep(layer)))
+            stack.enter_context(blocks[layer - 1].register_forward_hook(partial(keep, layer)))
         if 0 in request.layers:
             hook = blocks[0].register_forward_pre_hook(keep_input, with_kwargs=True)
             stack.enter_context(hook)

@@ -133,9 +133,7 @@ def _values(
         "num_attention_heads": heads,
         "num_key_value_heads": _one(keys, "attention.head_count_kv", heads),
         "max_position_embeddings": _one(keys, "context_length"),
-        "rms_norm_eps": _positive(
-            "attention.layer_norm_rms_epsilon", keys.pop("attention.layer_norm_rms_epsilon")
-        ),
+        "rms_norm_eps": _positive(keys, "attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "output.weight" not in shapes,
         # The tokenizer defines these; the architecture's defaults can be beyond the file's rows.
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
@@ -168,8 +166,8 @@ def _float(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _positive(key: str, value: float) -> float:
-    found = _float(value)
+def _positive(keys: Keys, key: str, default: float | None = None) -> float:
+    found = _float(keys.pop(key) if default is None else keys.pop(key, default))
     if not 0 < found < math.inf:
         raise UnreadableGGUFError(f"{key} = {found}")
     return found
@@ -194,15 +192,15 @@ def _biases(shapes: Mapping[str, list[int]], kind: str) -> dict[str, Any]:
 def _rope(
     keys: Keys, reader: gguf.GGUFReader, values: Mapping[str, Any], size: int
 ) -> dict[str, Any]:
-    base = _positive("rope.freq_base", keys.pop("rope.freq_base", 10000.0))
-    rope: dict[str, Any] = {"rope_theta": base}
+    rope: dict[str, Any] = {"rope_theta": _positive(keys, "rope.freq_base", 10000.0)}
     rotated = keys.pop("rope.dimension_count", size)
     if rotated != size:
         rope["partial_rotary_factor"] = rotated / size
     # llama.cpp scales linearly if the file does not specify a type; a factor of 0 means 1.
     kind = keys.pop("rope.scaling.type", "linear")
     older = keys.pop("rope.scale_linear", 1.0)
-    factor = _positive("rope.scaling.factor", keys.pop("rope.scaling.factor", older) or 1.0)
+    keys["rope.scaling.factor"] = keys.get("rope.scaling.factor", older) or 1.0
+    factor = _positive(keys, "rope.scaling.factor")
     original = keys.pop("rope.scaling.original_context_length", None)
     divisors = _divisors(reader)
     if LONG_FACTORS in divisors or kind == "longrope":

@@ -152,9 +152,8 @@ def _record_share(
 
 def recorder_of(settings: Settings, student_head: LMHead | None) -> Recorder:
     """The recorder for a store's settings. student_head: for frozen_head only."""
-    if student_head is None:
-        return Recorder(settings)
-    return Recorder(settings, linear_map(student_head, settings.vocabulary))
+    linear = None if student_head is None else linear_map(student_head, settings.vocabulary)
+    return Recorder(settings, linear)
 
 
 def encoded_answer(

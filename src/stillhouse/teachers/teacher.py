@@ -296,13 +296,8 @@ def require_name(given: Any, otherwise: str) -> None:
 
 def require_teacher(given: Any) -> None:
     """Raise ModelError if a function's argument is not a teacher."""
-    require_type(
-        given,
-        Teacher,
-        "teacher",
-        "a Teacher",
-        "load it first: Teacher.load(...), or Teacher.from_model(model, tokenizer)",
-    )
+    fix = "load it first: Teacher.load(...), or Teacher.from_model(model, tokenizer)"
+    require_type(given, Teacher, "teacher", "a Teacher", fix)
 
 
 def _server(

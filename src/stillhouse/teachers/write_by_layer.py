@@ -53,9 +53,8 @@ def write_by_layer(model: Any, folder: Path, weights: Iterable[dict[str, Tensor]
             part_file.rename(folder / name)
         for other in Path(part_folder).iterdir():
             other.rename(folder / other.name)
-    for former in set(folder.glob("model*.safetensors")) - {
-        folder / name for name in index.values()
-    }:
+    written = {folder / name for name in index.values()}
+    for former in set(folder.glob("model*.safetensors")) - written:
         former.unlink()
     _write_index(index, total, folder)
 
@@ -75,10 +74,9 @@ def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
     index: dict[str, str] = {}
     for number, names in enumerate(shards):
         name = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        name = name if len(shards) > 1 else SAFE_WEIGHTS_NAME
         index |= dict.fromkeys(names, name)
-        (folder / f"part-{number}").rename(
-            folder / (name if len(shards) > 1 else SAFE_WEIGHTS_NAME)
-        )
+        (folder / f"part-{number}").rename(folder / name)
     if len(shards) > 1:
         _write_index(index, total, folder)
 
