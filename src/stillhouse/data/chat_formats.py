@@ -60,12 +60,14 @@ _RENDERING = ("documents", "chat_template_kwargs")
 _NO_NULLS = "null fields of tool calls and tools are left out (Arrow fills them in)"
 
 
-def read_chat(row: Mapping[str, Any], key: str, *, completion: str | None = None) -> Conversation:
+def read_chat(
+    row: Mapping[str, Any], key: str, *, completion: str | None = None, format: str = "messages"
+) -> Conversation:
     """Read the chat under `key` of a row, with `system` and `tools` if the row has them.
 
     completion: the key of the messages that follow, whose turns alone are supervised; None: all
-    assistant turns are. Raises DataError if the value is not a chat, or if its keys ask for
-    supervision that is not possible.
+    assistant turns are. format: the name of the row's format. Raises DataError if the value is not
+    a chat, or if its keys ask for supervision that is not possible.
     """
     reject_media(row)
     reject_weighted_row(row)
@@ -98,7 +100,7 @@ def read_chat(row: Mapping[str, Any], key: str, *, completion: str | None = None
         before,
         tuple(without_nulls(tools)) if tools else None,
         context_only=context_only,
-        about=About("messages", tuple(notes)),
+        about=About(format, tuple(notes)),
     )
 
 
@@ -256,8 +258,7 @@ def with_known_role(message: Mapping[str, Any], name: str) -> dict[str, Any]:
     if "from" in made and "role" not in made:
         made = _from_sharegpt(made, name)
     elif str(made.get("role")).lower() in _CALLS and isinstance(made.get("content"), str):
-        rest = {key: item for key, item in made.items() if key not in ("role", "content")}
-        made = _from_sharegpt({**rest, "from": made["role"], "value": made["content"]}, name)
+        made = _from_sharegpt({**made, "from": made["role"], "value": made["content"]}, name)
     if not isinstance(made.get("role"), str):
         if "role" in made:
             raise DataError(

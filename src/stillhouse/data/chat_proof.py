@@ -202,9 +202,7 @@ def _stand_in(
         if len(form.stand_ins) >= 4096:
             form.stand_ins.clear()
         words = [_in_place(message, _word(index)) for index, message in enumerate(messages[:-1])]
-        named = (
-            None if tools is None else [_renamed(t, _word(n, "tool")) for n, t in enumerate(tools)]
-        )
+        named = tools and [_renamed(tool, _word(n, "tool")) for n, tool in enumerate(tools)]
         form.stand_ins[key] = form.render(words, tools=named, generation_prompt=True)
     return form.stand_ins[key]
 

@@ -46,6 +46,15 @@ def is_suspicious(text: str) -> bool:
     return bool(_HALF_PAIR.search(text)) or text.count("[") + text.count("{") > _DEEPEST
 
 
+def half_a_pair(half: str, where: str | None = None) -> DataError:
+    """The error for a lone surrogate."""
+    return DataError(
+        f"The text contains {half!r}, half of a surrogate pair: it is not valid Unicode",
+        where=where,
+        fix="write the file again as valid UTF-8, or remove the row",
+    )
+
+
 def check_value(value: Any) -> None:
     """Raise DataError for a lone surrogate, and for a value that is nested too deeply."""
     left = [(value, 1)]
@@ -59,11 +68,7 @@ def check_value(value: Any) -> None:
         if isinstance(part, str):
             half = re.search("[\ud800-\udfff]", part)
             if half:
-                raise DataError(
-                    f"The text contains {half[0]!r}, half of a surrogate pair: "
-                    "it is not valid Unicode",
-                    fix="write the file again as valid UTF-8, or remove the row",
-                )
+                raise half_a_pair(half[0])
         elif isinstance(part, dict):
             left += [(inner, depth + 1) for pair in part.items() for inner in pair]
         elif isinstance(part, list):

@@ -298,14 +298,13 @@ def _undecodable(path: Path, encoding: str) -> DataError:
     guess = guessed_encoding(b"".join(wrong)) if wrong else None
     if other:
         shown = "" if guess is None else f" (as {iconv_name(guess)}: {_shown(wrong[0], guess)})"
-        return DataError(
-            f"{what}, but the text around it can: it mixes encodings, or is truncated or damaged",
-            where=path,
-            fix=f"write line {at} again{shown}",
-        )
-    if guess is None:
-        return DataError(what, where=path, fix=_iconv(path, "ITS-ENCODING"))
-    fix = f"{_iconv(path, iconv_name(guess))}, if line {at} should read {_shown(wrong[0], guess)}"
+        what += ", but the text around it can: it mixes encodings, or is truncated or damaged"
+        fix = f"write line {at} again{shown}"
+    elif guess is None:
+        fix = _iconv(path, "ITS-ENCODING")
+    else:
+        shown = _shown(wrong[0], guess)
+        fix = f"{_iconv(path, iconv_name(guess))}, if line {at} should read {shown}"
     return DataError(what, where=path, fix=fix)
 
 

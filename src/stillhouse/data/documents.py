@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from stillhouse.data.clear_json import half_a_pair
 from stillhouse.data.words import collapsed
-from stillhouse.errors import DataError
 
 Message = Mapping[str, Any]
 """One turn of a chat: `role` and `content`, and other keys that the chat template uses."""
@@ -109,10 +109,5 @@ def _digest(content: Any, where: str) -> bytes:
     try:
         encoded = canonical.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(
-            f"The text contains {canonical[error.start]!r}, half of a surrogate pair: "
-            "it is not valid Unicode",
-            where=where,
-            fix="write the file again as valid UTF-8, or remove the row",
-        ) from error
+        raise half_a_pair(canonical[error.start], where) from error
     return hashlib.sha256(encoded).digest()

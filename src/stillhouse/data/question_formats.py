@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from stillhouse.data.chat_formats import is_blank, read_chat, require_answer, require_text
-from stillhouse.data.documents import About, Conversation
+from stillhouse.data.documents import Conversation
 from stillhouse.data.reasoning import KEYS
 from stillhouse.data.tool_formats import calls_in, from_json
 from stillhouse.errors import DataError
@@ -83,19 +82,11 @@ def read_pair(row: Mapping[str, Any]) -> tuple[Conversation, list[str]]:
     if reasoning is not None:
         turn["reasoning_content"] = _string(row, keys[reasoning])
         used.append(keys[reasoning])
-    chat = {
-        **row,
-        "messages": [
-            *_history(row),
-            {"role": "user", "content": text},
-            {"role": "assistant", **turn},
-        ],
-    }
-    conversation = read_chat(chat, "messages")
+    turns = [*_history(row), {"role": "user", "content": text}, {"role": "assistant", **turn}]
     alpaca = question == "instruction" and answer == "output"
     format = "Alpaca" if alpaca else f"{question} and {answer}"
-    about = About(format, conversation.about.notes)
-    return replace(conversation, about=about), [*used, *(keys[key] for key in named)]
+    chat = read_chat({**row, "messages": turns}, "messages", format=format)
+    return chat, [*used, *(keys[key] for key in named)]
 
 
 def read_question(row: Mapping[str, Any]) -> tuple[str, list[str]]:

@@ -145,8 +145,7 @@ def _completion(row: Mapping[str, Any]) -> AnyDocument:
     if isinstance(prompt, str):
         completion = row["completion"]  # the answer to a text prompt may be JSON: keep it as text
     if isinstance(prompt, list) and isinstance(completion, list):
-        chat = read_chat(row, "prompt", completion="completion")
-        return replace(chat, about=About("prompt and completion", chat.about.notes))
+        return read_chat(row, "prompt", completion="completion", format="prompt and completion")
     if isinstance(prompt, list) or isinstance(completion, list):
         raise DataError(
             "`prompt` and `completion` must both be strings, or both be lists of messages",

@@ -39,6 +39,12 @@ def _form(tokenizer: Any, template: str, tools: bool) -> TemplateForm:
     return TemplateForm(tokenizer, template, tools)
 
 
+def _turns(user: Any, assistant: Any, **more: Any) -> list[dict[str, Any]]:
+    """A made-up chat with these contents. more: keys of the assistant message."""
+    answer = {"role": "assistant", "content": assistant, **more}
+    return [{"role": "user", "content": user}, answer]
+
+
 class TemplateForm:
     def __init__(self, tokenizer: Any, template: str, tools: bool) -> None:
         self.tokenizer = tokenizer
@@ -138,11 +144,7 @@ class TemplateForm:
         return self._shows(user, assistant)
 
     def _shows(self, user: Any, assistant: Any) -> bool:
-        chat: list[dict[str, Any]] = [
-            {"role": "user", "content": user},
-            {"role": "assistant", "content": assistant},
-        ]
-        text = self.render(chat, tools=self.tools)
+        text = self.render(_turns(user, assistant), tools=self.tools)
         if text is None or _USER not in text or _ASSISTANT not in text:
             return False
         printed = "".join(text.split()).replace("'", '"')
@@ -210,11 +212,7 @@ class TemplateForm:
         function = {"name": "zqxtool", "arguments": {_KEY: _ASSISTANT}}
         call = {"id": call_id, "type": "function", "function": function}
         result = {"role": "tool", "name": "zqxresult", "tool_call_id": call_id, "content": "zqx"}
-        chat: list[dict[str, Any]] = [
-            {"role": "user", "content": _USER},
-            {"role": "assistant", "content": None, "tool_calls": [call]},
-            result,
-        ]
+        chat = [*_turns(_USER, None, tool_calls=[call]), result]
         fitted = [self._fit(message) for message in chat]
         return self.render(fitted, tools=self.tools, generation_prompt=True)
 
@@ -229,17 +227,12 @@ class TemplateForm:
             call = {"id": "zqxcall01", **function}
         user = _USER if self.reads_strings else [{"type": "text", "text": _USER}]
         content = None if null or not self.prints_none else ""
-        chat: list[dict[str, Any]] = [
-            {"role": "user", "content": user},
-            {"role": "assistant", "content": content, "tool_calls": [call]},
-        ]
-        return self.render(chat, tools=self.tools)
+        return self.render(_turns(user, content, tool_calls=[call]), tools=self.tools)
 
     @cached_property
     def control_tokens(self) -> ControlTokens:
-        user = self._fit({"role": "user", "content": _USER})
-        assistant = self._fit({"role": "assistant", "content": _ASSISTANT})
-        chats = ([user, assistant], [user, assistant, user])
+        turns = [self._fit(message) for message in _turns(_USER, _ASSISTANT)]
+        chats = (turns, [*turns, turns[0]])
         framing = "".join(
             self.render(chat, generation_prompt=n > 0) or "" for n, chat in enumerate(chats)
         )

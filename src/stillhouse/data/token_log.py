@@ -79,8 +79,8 @@ class TokenLog:
             (each[0].splittable, [len(row.ids) for row in each], each[0].notes) for each in rows
         ]
         line = json.dumps({"documents": documents, "rows": described}).encode() + b"\n"
-        parts = [_written(row) for each in rows for row in each]
-        tokens = b"".join(parts)
+        parts = (np.where(row.supervised, row.ids, ~row.ids) for each in rows for row in each)
+        tokens = b"".join(part.astype(_TOKEN).tobytes() for part in parts)
         self._file.seek(self._end)
         self._file.write(line + tokens + xxhash.xxh3_128_digest(line + tokens))
         self._file.flush()
@@ -103,7 +103,3 @@ class TokenLog:
         self._file.seek(start + first * _TOKEN.itemsize)
         written = np.frombuffer(self._file.read(count * _TOKEN.itemsize), dtype=_TOKEN)
         return np.where(written < 0, ~written, written), written >= 0
-
-
-def _written(row: TokenRow) -> bytes:
-    return np.where(row.supervised, row.ids, ~row.ids).astype(_TOKEN).tobytes()
