@@ -108,13 +108,13 @@ def chat_frames(tokenizer: Any) -> ChatFrames | None:
     None if there is no template, if it does not write the contents in order, or if it writes turns
     differently later in a chat.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    return _frames(tokenizer, str(tokenizer.chat_template))
+    return _frames(tokenizer, str(getattr(tokenizer, "chat_template", None) or ""))
 
 
 @lru_cache(maxsize=16)
-def _frames(tokenizer: Any, _template: str) -> ChatFrames | None:
+def _frames(tokenizer: Any, template: str) -> ChatFrames | None:
+    if not template:
+        return None
     turns = [("user", _USER), ("assistant", _ANSWER), ("user", _AGAIN), ("assistant", _LAST)]
     between = _between(tokenizer, turns)
     if between is None or between[1] != between[3]:

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
-
-from stillhouse.data.reasoning import KEYS, THINK
 
 DATE = datetime.datetime(2024, 7, 26)
 """The date that Llama 3's templates fall back to."""
@@ -52,28 +49,3 @@ def render_chat(
 def writes_date(tokenizer: Any) -> bool:
     """Whether the chat template uses the current date."""
     return "strftime_now" in str(getattr(tokenizer, "chat_template", None))
-
-
-def reasoning_key(tokenizer: Any) -> str | None:
-    """The message key in which the chat template expects reasoning, if it treats <think> in the
-    content as part of the answer (gpt-oss, Kimi K2). None: the content may contain reasoning."""
-    return _reasoning_key(tokenizer, repr(getattr(tokenizer, "chat_template", None)))
-
-
-@lru_cache(maxsize=16)
-def _reasoning_key(tokenizer: Any, template: str) -> str | None:
-    question = {"role": "user", "content": "alpha"}
-    thought, answer = "Zq7beta", "Zq7gamma"
-    turn = {"role": "assistant", "content": f"{THINK[0]}\n{thought}\n{THINK[1]}\n\n{answer}"}
-    for key in KEYS:
-        if key not in template:
-            continue
-        apart = {"role": "assistant", "content": answer, key: thought}
-        try:
-            expected = render_chat(tokenizer, [question, apart])
-            found = render_chat(tokenizer, [question, turn])
-        except TEMPLATE_ERRORS:
-            continue
-        if thought in expected and answer in expected:
-            return None if "".join(found.split()) == "".join(expected.split()) else key
-    return None

@@ -13,9 +13,10 @@ from typing import Any
 
 from jinja2 import TemplateSyntaxError
 
-from stillhouse.data.chat_template import TEMPLATE_ERRORS, reasoning_key, render_chat
+from stillhouse.data.chat_template import TEMPLATE_ERRORS, render_chat
 from stillhouse.data.documents import Conversation, Message
 from stillhouse.data.reasoning import KEYS, MARKS, THINK, Marks, Pair, reasoning_of
+from stillhouse.data.template_form import template_form
 from stillhouse.data.turn_end import TurnEnd, text_until_end, turn_end
 from stillhouse.errors import DataError
 
@@ -182,7 +183,7 @@ def _around(text: str, position: int) -> str:
 
 
 def _render(conversation: Conversation, end: int, generate: bool, tokenizer: Any) -> str:
-    key, marks = reasoning_key(tokenizer), Marks.own(tokenizer)
+    key, marks = template_form(tokenizer).reasoning_key, Marks.own(tokenizer)
     try:
         return render_chat(
             tokenizer,
@@ -205,8 +206,8 @@ def _render(conversation: Conversation, end: int, generate: bool, tokenizer: Any
 
 
 def _with_own_marks(message: Message, key: str | None, marks: Pair | None) -> Message:
-    """Move reasoning in <think> to where the template expects it: under a key (see
-    `reasoning_key`), or between different tags."""
+    """Move reasoning in <think> to where the template expects it: under a key, or between different
+    tags."""
     content = message.get("content")
     if message["role"] != "assistant" or not isinstance(content, str) or not (key or marks):
         return message

@@ -157,7 +157,7 @@ def extension_of(path: Path) -> str:
     return Path(path.stem).suffix.lower() if suffix in COMPRESSIONS else suffix
 
 
-def missing(path: Path) -> DataError:
+def missing(path: Path, fix: str | None = None) -> DataError:
     if path.is_symlink():
         target = os.readlink(path)
         return DataError(
@@ -170,10 +170,10 @@ def missing(path: Path) -> DataError:
     except OSError:
         names = []
     near = difflib.get_close_matches(path.name, names, 1)
-    fix = "check the path; in a recipe, a relative path starts at the recipe's folder"
-    return DataError(
-        "The file does not exist", where=path, fix=f"did you mean {near[0]}?" if near else fix
-    )
+    advice = "check the path; in a recipe, a relative path starts at the recipe's folder"
+    if near:
+        advice = f"did you mean {near[0]}?"
+    return DataError("The file does not exist", where=path, fix=fix or advice)
 
 
 def regular(path: Path) -> Path:

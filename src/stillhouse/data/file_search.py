@@ -49,7 +49,7 @@ def find_files(name: str, base: Path, format: FileFormat | None = None) -> list[
     if exists:
         return [regular(path)]
     if not glob.has_magic(name):
-        raise _unexpanded(name, path) or missing(path)
+        raise missing(path, _fix_of_unexpanded(name))
     start = _literal_start(path)
     matches = _matches(start, path.relative_to(start).parts)
     files = [match for match in sorted({*matches}) if _is_file(match)]
@@ -68,14 +68,13 @@ def _literal_start(path: Path) -> Path:
     return start
 
 
-def _unexpanded(name: str, path: Path) -> DataError | None:
-    """The error for a path with variables or braces that a shell would have expanded."""
-    fix = ""
+def _fix_of_unexpanded(name: str) -> str | None:
+    """The fix for a path with variables or braces that a shell would have expanded."""
     if "$" in name:
-        fix = "write the path without variables: they are not expanded"
-    elif re.search(r"\{[^}]*,[^}]*\}", name):
-        fix = "list each file as a separate source, or use * and [..]: braces are not expanded"
-    return DataError("The file does not exist", where=path, fix=fix) if fix else None
+        return "write the path without variables: they are not expanded"
+    if re.search(r"\{[^}]*,[^}]*\}", name):
+        return "list each file as a separate source, or use * and [..]: braces are not expanded"
+    return None
 
 
 def _is_file(path: Path) -> bool:
@@ -128,11 +127,7 @@ def files_with(folder: Path, endings: Sequence[str]) -> Iterator[Path]:
 
 def _files_in(folder: Path, name: str, format: FileFormat | None) -> list[Path]:
     endings = [end for end, known in FORMATS.items() if format in (None, known)]
-    files = sorted(
-        file
-        for file in files_with(folder, endings)
-        if extension_of(file) in endings and _is_file(file)
-    )
+    files = sorted(filter(_is_file, files_with(folder, endings)))
     if files:
         return files
     what = f"The folder has no {'known' if format is None else endings[0]} file"

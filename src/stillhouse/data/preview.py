@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby, pairwise
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -86,9 +87,8 @@ def _window(windows: Windows, tokenizer: Any, row: int) -> Iterator[Text]:
         text = Text.assemble((f"[{number}] ", "dim"))
         ids = windows.input_ids_RL[row][part].tolist()
         supervised = (windows.labels_RL[row][part] != IGNORED).tolist()
-        for is_supervised, run in groupby(
-            zip(supervised, ids, strict=True), key=lambda pair: pair[0]
-        ):
+        pairs = zip(supervised, ids, strict=True)
+        for is_supervised, run in groupby(pairs, itemgetter(0)):
             tokens = [token for _, token in run]
             piece = str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
             marks = (OPENS, CLOSES) if is_supervised else ("", "")

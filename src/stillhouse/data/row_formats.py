@@ -132,7 +132,8 @@ def _noted(document: AnyDocument, given: Mapping[str, Any], used: Collection[str
         empty = (m["role"] for m in document.messages if is_blank(joined_text(m.get("content"))))
         blank = {*empty} - {"assistant", "tool"}
         notes += [f"a message ({role}) is empty" for role in sorted(blank)]
-    return replace(document, about=replace(document.about, notes=tuple(notes)))
+    about = About(document.about.format, tuple(notes))
+    return replace(document, about=about) if notes else document
 
 
 def _plain(given: Mapping[str, Any], key: str) -> AnyDocument | None:

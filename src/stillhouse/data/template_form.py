@@ -17,7 +17,7 @@ from stillhouse.data.call_ids import IdForm, with_call_ids
 from stillhouse.data.chat_formats import joined_text
 from stillhouse.data.chat_template import TEMPLATE_ERRORS, render_chat
 from stillhouse.data.control_tokens import ControlTokens
-from stillhouse.data.reasoning import KEYS
+from stillhouse.data.reasoning import KEYS, THINK
 from stillhouse.data.tool_formats import from_json
 
 _USER, _ASSISTANT, _KEY = "zqxasked", "zqxsaid", "zqxkey"
@@ -128,6 +128,20 @@ class TemplateForm:
             return message
         rest = {name: value for name, value in message.items() if name not in given}
         return {**rest, key: next(iter(given.values()))}
+
+    @cached_property
+    def reasoning_key(self) -> str | None:
+        """The message key in which the template expects reasoning, if it treats <think> in the
+        content as part of the answer (gpt-oss, Kimi K2). None: the content may contain reasoning.
+        """
+        thought, answer = "Zq7beta", "Zq7gamma"
+        inside = f"{THINK[0]}\n{thought}\n{THINK[1]}\n\n{answer}"
+        for key in filter(self.template.__contains__, KEYS):
+            expected = self.render(_turns("alpha", answer, **{key: thought}))
+            found = self.render(_turns("alpha", inside))
+            if expected and found is not None and thought in expected and answer in expected:
+                return None if "".join(found.split()) == "".join(expected.split()) else key
+        return None
 
     def names(self, key: str) -> bool:
         """Whether the template's source mentions a message key."""

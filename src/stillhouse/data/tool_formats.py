@@ -47,16 +47,11 @@ def calls_in(text: Any) -> list[dict[str, Any]] | None:
         isinstance(c, Mapping) and isinstance(c.get("name"), str) for c in calls
     ):
         return None
-    return [
-        {
-            "type": "function",
-            "function": {
-                "name": call["name"],
-                "arguments": call.get("arguments", call.get("parameters", {})),
-            },
-        }
+    functions = (
+        {"name": call["name"], "arguments": call.get("arguments", call.get("parameters", {}))}
         for call in calls
-    ]
+    )
+    return [{"type": "function", "function": function} for function in functions]
 
 
 def decode_calls(message: dict[str, Any], name: str) -> None:

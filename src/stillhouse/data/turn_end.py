@@ -16,7 +16,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from stillhouse.data.chat_template import TEMPLATE_ERRORS, render_chat
 from stillhouse.data.template_form import template_form
 
 _ANSWER = "Zq7gamma"
@@ -140,12 +139,10 @@ def _tails(tokenizer: Any) -> tuple[str, str] | None:
     user turn follows. None if the template does not accept a simple chat."""
     if not getattr(tokenizer, "chat_template", None):
         return None
+    form = template_form(tokenizer)
     for start in ((), (_SYSTEM,)):
-        try:
-            turns = template_form(tokenizer).fit([*start, *_TURNS])
-            chats = [render_chat(tokenizer, turns[: len(turns) - left]) for left in (1, 0)]
-        except TEMPLATE_ERRORS:
-            continue
+        turns = form.fit([*start, *_TURNS])
+        chats = [form.render(turns[:-1]) or "", form.render(turns) or ""]
         if all(_ANSWER in chat for chat in chats):
             last, more = (chat.rpartition(_ANSWER)[2] for chat in chats)
             return last, more
