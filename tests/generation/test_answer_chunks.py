@@ -16,8 +16,13 @@ from hypothesis import strategies as st
 from stillhouse.check import check_recipe
 from stillhouse.data.tokenize_rows import TokenRow
 from stillhouse.errors import SignalError
-from stillhouse.generation.answer_chunks import UNKNOWN, ChunkedAnswer, align_chunks, chunk_rows
-from stillhouse.generation.answer_logprobs import ByteVocabulary
+from stillhouse.generation.answer_logprobs import (
+    UNKNOWN,
+    ByteVocabulary,
+    ChunkedAnswer,
+    align_chunks,
+    chunk_rows,
+)
 from stillhouse.signals import ChunkSignal
 from stillhouse.signals.encodings import AnswerChunks
 from stillhouse.signals.manifest import Settings, read_manifest

@@ -11,7 +11,7 @@ import yaml
 
 from stillhouse.commands import record_signals
 from stillhouse.errors import ModelError
-from stillhouse.generation.vllm_hidden import opened_hidden_states
+from stillhouse.generation.vllm_engine import opened_hidden_states
 from stillhouse.signals.encodings import Hidden
 from stillhouse.signals.manifest import read_settings
 from stillhouse.signals.shards import open_shard

@@ -1,7 +1,10 @@
-"""Generates continuations with vLLM, for many thousands of prompts or for models on several GPUs.
+"""Generates continuations with vLLM, for many thousands of prompts or for models on several GPUs,
+and reads a model's hidden states.
 
 vLLM does its own batching and reuses the keys and values of common prefixes. It runs in a separate
 process, with this Python or, if `python` is set, with a different one.
+
+Shapes: L tokens of a prompt, D hidden width.
 """
 
 from __future__ import annotations
@@ -9,11 +12,13 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
+
+from torch import Tensor
 
 from stillhouse.data.turn_end import turn_end
 from stillhouse.errors import ModelError
@@ -24,7 +29,7 @@ from stillhouse.generation.generator import (
     require_chat_template,
 )
 from stillhouse.generation.vllm_process import EngineError, VllmProcess, probe_python
-from stillhouse.generation.vllm_worker import probe, reason
+from stillhouse.generation.vllm_worker import POOLING, probe, reason
 from stillhouse.launch import world_size
 from stillhouse.progress import note
 from stillhouse.teachers.load_model import load_tokenizer
@@ -229,3 +234,71 @@ def vllm_errors(what: str, where: str) -> Iterator[None]:
             where=where,
             fix=f"if memory ran out, lower {sizes}; then repeat the command, which resumes",
         ) from error
+
+
+# --- hidden states -----------------------------------------------------------------------------
+
+
+@dataclass
+class VllmHiddenStates:
+    """A source of hidden states in vLLM.
+
+    kept: layers before the last one, in the order in which the engine returns them. last: number of
+    the last layer.
+    """
+
+    engine: VllmProcess
+    described: str
+    kept: tuple[int, ...]
+    last: int
+
+    @property
+    def layers(self) -> frozenset[int]:
+        return frozenset(self.kept)
+
+    def read(
+        self, prompts: Sequence[list[int]], layers: Sequence[int]
+    ) -> list[Mapping[int, Tensor]]:
+        """See `HiddenStateSource`."""
+        longest = max(map(len, prompts), default=0)
+        if longest > self.engine.window:
+            raise ModelError(
+                f"a document has {longest:,} tokens, but vLLM reads at most {self.engine.window:,}",
+                where=SIGNALS,
+                fix=f"set signals.vllm.context to at least {longest}, or lower data.context",
+            )
+        with vllm_errors("vLLM stopped", SIGNALS):
+            found = self.engine.hidden_states(list(prompts))
+        numbers = (*self.kept, self.last)
+        return [
+            {
+                number: hidden_LD
+                for number, hidden_LD in zip(numbers, each.chunk(len(numbers), -1), strict=True)
+                if number in layers
+            }
+            for each in found
+        ]
+
+
+@contextmanager
+def opened_hidden_states(
+    section: VllmEngine,
+    source: ModelSource,
+    *,
+    base: Path,
+    layers: Sequence[int],
+    last: int,
+    seed: int,
+) -> Iterator[VllmHiddenStates]:
+    """Run a model in vLLM, which releases its memory at the end of the block.
+
+    layers: layers to read. last: number of the model's last layer. Raises ModelError if a package
+    is not installed, there are too few GPUs, or vLLM cannot load the model.
+    """
+    kept = tuple(sorted(set(layers) - {last}))
+    require_vllm(section, base, where=SIGNALS)
+    options = {**engine_options(section, source, seed=seed), **POOLING}
+    if kept:
+        options["enforce_eager"] = True  # hooks do not run in a compiled model
+    with closing(start_engine(section, options, base, kept, where=SIGNALS)) as engine:
+        yield VllmHiddenStates(engine, f"{source.path.name} in vLLM", kept, last)

@@ -37,11 +37,10 @@ def probe_python(python: str) -> dict[str, Any]:
     except OSError as error:
         raise ModelError(f"{python} cannot be run: {error.strerror}") from None
     try:
-        found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        return json.loads(done.stdout.strip().splitlines()[-1])
     except (ValueError, IndexError):
         why = process_failure(done.returncode, done.stderr)
         raise ModelError(f"{python} is not Python 3.11 or newer ({why})") from None
-    return found
 
 
 class VllmProcess:
@@ -77,8 +76,7 @@ class VllmProcess:
 
     def generate(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """See `vllm_worker.generate`."""
-        answers: list[dict[str, Any]] = self._ask({"generate": rows})["answers"]
-        return answers
+        return self._ask({"generate": rows})["answers"]
 
     def hidden_states(self, prompts: list[list[int]]) -> list[Tensor]:
         """See `vllm_worker.hidden_states`."""

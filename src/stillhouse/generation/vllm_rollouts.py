@@ -93,24 +93,16 @@ class VllmServer:
     def __init__(self, section: VllmServerRollouts) -> None:
         self.section = section
         self._link = SignalLink(
-            section,
-            missing="endpoint",
-            rejected=f"start it with {COMMAND}",
-            section=ROLLOUTS,
+            section, missing="endpoint", rejected=f"start it with {COMMAND}", section=ROLLOUTS
         )
 
     def generate(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """See `vllm_worker.generate`. Up to `concurrency` requests are in flight at a time.
-
-        Raises ModelError.
-        """
+        """See `vllm_worker.generate`. Up to `concurrency` requests are in flight at a time. Raises
+        ModelError."""
         return self._link.each(rows, self._write)
 
     def load_weights(self, folder: Path) -> None:
-        """Load the weights of a checkpoint in a folder that the server can read.
-
-        Raises ModelError.
-        """
+        """Load the weights of a checkpoint that the server can read. Raises ModelError."""
         arguments = {"weights_path": str(folder)}
         self._call("collective_rpc", {"method": "reload_weights", "kwargs": arguments})
         self._call("reset_prefix_cache", {})  # it was computed with the old weights

@@ -214,21 +214,19 @@ def serve() -> None:
     threading.Thread(target=_receive, args=(lines, requests), daemon=True).start()
     llm: Any = None
     while "stop" not in (request := requests.get()):
+        reply: dict[str, Any] = {}
         content = b""
         try:
             if "open" in request:
-                llm, window = open_llm(request["open"], request["layers"])
-                reply: dict[str, Any] = {"window": window}
+                llm, reply["window"] = open_llm(request["open"], request["layers"])
             elif "hidden" in request:
                 reply, content = _as_bytes(hidden_states(llm, request["hidden"]))
             elif "weights" in request:
                 load_weights(llm, request["weights"])
-                reply = {}
             elif "sleep" in request:
                 sleep(llm)
-                reply = {}
             else:
-                reply = {"answers": generate(llm, request["generate"])}
+                reply["answers"] = generate(llm, request["generate"])
         # vLLM raises errors of many types, including GPU errors.
         except Exception as error:
             reply = {"error": reason(error)}

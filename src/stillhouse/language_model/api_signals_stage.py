@@ -16,8 +16,15 @@ from stillhouse.data.row_formats import document_from_row
 from stillhouse.data.shift import IGNORED
 from stillhouse.data.tokenize_rows import TokenRow, tokenize
 from stillhouse.errors import SignalError
-from stillhouse.generation.answer_chunks import ChunkedAnswer, align_chunks, chunk_rows
-from stillhouse.generation.answer_logprobs import Aligned, ByteVocabulary, align, entry_rows
+from stillhouse.generation.answer_logprobs import (
+    Aligned,
+    ByteVocabulary,
+    ChunkedAnswer,
+    align,
+    align_chunks,
+    chunk_rows,
+    entry_rows,
+)
 from stillhouse.generation.journal import Journal
 from stillhouse.language_model.job import Job, planned_objective, signals_encoding
 from stillhouse.language_model.signals_stage import STORE, signal_identity

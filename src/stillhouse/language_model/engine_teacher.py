@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from stillhouse.generation.vllm_hidden import opened_hidden_states
+from stillhouse.generation.vllm_engine import opened_hidden_states
 from stillhouse.hardware import default_device
 from stillhouse.language_model.job import Job, configs, planned_size
 from stillhouse.signals.encodings import Encoding, Hidden, TopK
