@@ -41,7 +41,7 @@ def test_the_metrics_are_means_over_the_chosen_rows(rows: int) -> None:
         (signal.hidden_ND[every] @ signal.head.weight_VD[:V].T).log_softmax(-1),
         targets_N[every],
     )
-    for value, column_N in zip(found.terms.values(), scores.columns, strict=True):
+    for value, column_N in zip(found.terms.values(), scores, strict=True):
         expected = column_N.mean() * rows if rows else torch.tensor(0.0)
         torch.testing.assert_close(value, expected)
 

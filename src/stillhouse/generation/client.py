@@ -12,17 +12,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
-from urllib.parse import urlsplit
 
 from stillhouse.errors import EndpointError
 from stillhouse.generation.budget import Price
-from stillhouse.generation.request import (
-    Answer,
-    FailureKind,
-    Request,
-    are_logprobs,
-    endpoint_of,
-)
+from stillhouse.generation.request import Answer, FailureKind, Request, are_logprobs, endpoint_of
 from stillhouse.teachers.api_keys import api_key, holds_key, redacted
 from stillhouse.teachers.http_link import HttpLink, LinkError, Reply, retry_after, server_message
 
@@ -60,7 +53,7 @@ class Client:
 
     key_env: the environment variable that contains the key; None for servers without keys. The key
     is read here and goes only into the request's header. timeout: seconds from sending to the last
-    byte of the answer. Raises EndpointError if the variable is not set or the URL is invalid.
+    byte of the answer. Raises EndpointError if the variable is not set.
     """
 
     def __init__(
@@ -76,7 +69,7 @@ class Client:
         self.endpoint, self.model = endpoint_of(base_url), model
         self.key_env, self.price, self.timeout = key_env, price, timeout
         self._key = api_key(key_env, where=self.endpoint, setting="api.key_env")
-        self._link = HttpLink(_checked(base_url), self._key, timeout, connections)
+        self._link = HttpLink(base_url, self._key, timeout, connections)
 
     async def __aenter__(self) -> Self:
         return self
@@ -86,11 +79,7 @@ class Client:
 
     async def send(self, request: Request) -> Answer | FailedAttempt:
         """Send the request once. Raises EndpointError if no request can succeed."""
-        payload = {
-            "model": request.model,
-            "messages": list(request.messages),
-            **request.parameters,
-        }
+        payload = {"model": request.model, "messages": list(request.messages), **request.parameters}
         started = time.monotonic()
         try:
             async with asyncio.timeout(self.timeout):
@@ -182,18 +171,6 @@ class Client:
 
     def _redacted(self, text: str) -> str:
         return redacted(text, self._key)
-
-
-def _checked(base_url: str) -> str:
-    """Return the URL. Raises EndpointError if it is not an http(s) URL."""
-    parts = urlsplit(base_url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise EndpointError(
-            "the endpoint's base_url is not an http(s) URL",
-            where=endpoint_of(base_url),
-            fix="write the complete URL, e.g. http://127.0.0.1:8080/v1",
-        )
-    return base_url
 
 
 def _status_within(document: Any) -> int | None:

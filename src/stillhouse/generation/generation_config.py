@@ -95,13 +95,9 @@ class TextTeacher(Section):
         return self.local or self.vllm
 
     @model_validator(mode="after")
-    def _is_one(self) -> TextTeacher:
+    def _is_one_and_its_revision_is_of_a_named_model(self) -> TextTeacher:
         if [self.api, self.local, self.vllm].count(None) != 2:
             raise ValueError("set exactly one of api, local, and vllm")
-        return self
-
-    @model_validator(mode="after")
-    def _revision_is_of_a_named_model(self) -> TextTeacher:
         here = self.here
         if here is not None and here.revision is not None and here.model is None:
             raise ValueError(
@@ -153,10 +149,7 @@ TEMPERATURE = (
 
 
 class SamplingRecipe(Section):
-    temperature: SamplingTemperature | None = Field(
-        1.0,
-        description=TEMPERATURE,
-    )
+    temperature: SamplingTemperature | None = Field(1.0, description=TEMPERATURE)
     top_p: Share = 1.0
     max_tokens: AnswerTokens = Field(
         512, description="Maximum number of tokens in an answer, including its reasoning."
@@ -173,10 +166,8 @@ class SamplingRecipe(Section):
     @field_validator("extra")
     @classmethod
     def _changes_no_protocol(cls, extra: dict[str, Any]) -> dict[str, Any]:
-        ours = {"n", "stream", "model", "messages", "max_tokens", "max_completion_tokens"} & set(
-            extra
-        )
-        if ours:
+        reserved = {"n", "stream", "model", "messages", "max_tokens", "max_completion_tokens"}
+        if ours := reserved & extra.keys():
             raise ValueError(f"{', '.join(sorted(ours))} cannot be set here")
         return extra
 

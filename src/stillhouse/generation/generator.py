@@ -151,15 +151,13 @@ class TextGenerator(Generic[G]):
 
     def _text(self, prompt: TokenPrompt, written: Continuation) -> str:
         """Decode the text with its reasoning marks, including one at the end of the prompt."""
-        text = decode_with_marks(self.tokenizer, written.ids)
+        tokenizer, ids = self.tokenizer, written.ids
+        text = decode_with_marks(tokenizer, ids)
         # The engine's text lacks special tokens, so use it only if none of them is a mark.
-        if written.text is not None and text == self._without_marks(written):
+        if written.text is not None and text == tokenizer.decode(ids, skip_special_tokens=True):
             text = written.text
-        end = self.tokenizer.decode(prompt.ids[-MARK_TOKENS:])
-        return Marks.of(self.tokenizer).opened(end) + text
-
-    def _without_marks(self, written: Continuation) -> str:
-        return str(self.tokenizer.decode(written.ids, skip_special_tokens=True))
+        end = tokenizer.decode(prompt.ids[-MARK_TOKENS:])
+        return Marks.of(tokenizer).opened(end) + text
 
 
 def require_chat_template(tokenizer: Any) -> None:

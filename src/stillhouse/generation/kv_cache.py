@@ -25,10 +25,6 @@ GROWTH = 128
 """The cache grows in multiples of this number of token positions."""
 
 
-def _none() -> Tensor:
-    return torch.zeros(0, dtype=torch.long)
-
-
 @dataclass
 class _Slots:
     """State shared by the layers: their sizes, and the state of the current pass.
@@ -41,8 +37,8 @@ class _Slots:
     places: int = 0
     longest: int = 0
     filling: tuple[int, int] | None = None
-    at_B: Tensor = field(default_factory=_none)
-    rows_B: Tensor = field(default_factory=_none)
+    at_B: Tensor = field(init=False)
+    rows_B: Tensor = field(init=False)
 
 
 class _SlotLayer(CacheLayerMixin):
@@ -67,8 +63,6 @@ class _SlotLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None
-        assert self.values is not None
         slots = self.slots
         if slots.filling is not None:
             first, last = slots.filling
@@ -83,15 +77,12 @@ class _SlotLayer(CacheLayerMixin):
 
     def grow(self, places: int) -> None:
         if self.is_initialized:
-            assert self.keys is not None
-            assert self.values is not None
             more = (0, 0, 0, places - self.keys.shape[2])
             self.keys = torch.nn.functional.pad(self.keys, more)
             self.values = torch.nn.functional.pad(self.values, more)
 
     def move(self, source: int, target: int, length: int) -> None:
         for states in (self.keys, self.values):
-            assert states is not None
             states[target, :, :length] = states[source, :, :length]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

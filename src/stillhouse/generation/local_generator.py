@@ -23,11 +23,7 @@ from torch import Tensor
 from stillhouse.data.turn_end import end_of_answers
 from stillhouse.generation.generator import Continuation, TextGenerator, TokenPrompt
 from stillhouse.generation.kv_cache import SlotCache, caches_of, fits_padding, fits_slots
-from stillhouse.generation.packed_linear import (
-    has_room_to_pack,
-    is_faster_packed,
-    packed_linear,
-)
+from stillhouse.generation.packed_linear import has_room_to_pack, is_faster_packed, packed_linear
 from stillhouse.generation.sampling import next_tokens
 from stillhouse.hardware import HeapLimit, Requested, choose_precision, default_device
 from stillhouse.progress import note
@@ -40,7 +36,6 @@ _AHEAD = 8
 _PASSES_WORTH_PACKING = 32
 """Packing the weights takes about as much time as it saves in 16 to 25 passes."""
 
-
 OnToken = Callable[[Sequence[int]], object]
 
 
@@ -50,12 +45,14 @@ class _Writing:
 
     number: int
     prompt: TokenPrompt
-    chance: torch.Generator
     started: float
-    on_token: OnToken | None = None
+    on_token: OnToken | None
     length: int = 0
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.chance = torch.Generator().manual_seed(self.prompt.seed)
 
     def add(self, token: int) -> None:
         self.tokens.append(token)
@@ -119,17 +116,8 @@ class LocalGenerator:
         batch: _Batch | None = None
         with ExitStack() as packed:
             while ahead := list(itertools.islice(numbered, _AHEAD * self.batch)):
-                waiting = [
-                    _Writing(
-                        number,
-                        prompt,
-                        torch.Generator().manual_seed(prompt.seed),
-                        started,
-                        self.on_token,
-                    )
-                    for started in (time.monotonic(),)
-                    for number, prompt in ahead
-                ]
+                started = time.monotonic()
+                waiting = [_Writing(*one, started, self.on_token) for one in ahead]
                 waiting.sort(key=lambda writing: len(writing.prompt.ids), reverse=True)
                 if self._is_worth_packing(waiting):
                     packed.enter_context(packed_linear(self.model))  # once
@@ -294,5 +282,4 @@ def open_local(
 def local_text(model: Any, tokenizer: Any, *, batch: int = BATCH) -> TextGenerator[LocalGenerator]:
     """Answer chats with a loaded model. Raises ModelError if there is no chat template."""
     ends = end_of_answers(tokenizer, model.generation_config)
-    local = LocalGenerator(model, ends, batch=batch)
-    return TextGenerator(local, tokenizer)
+    return TextGenerator(LocalGenerator(model, ends, batch=batch), tokenizer)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +48,7 @@ class OwnAnswer:
     ended: bool
 
 
-@dataclass(frozen=True)
-class TokenScores:
+class TokenScores(NamedTuple):
     """Scores of each token of the answers, in nats, for the next-token distributions at
     temperature 1.
 
@@ -64,11 +63,6 @@ class TokenScores:
     entropy_N: Tensor
     teacher_logprob_N: Tensor
 
-    @property
-    def columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The fields, in order."""
-        return (self.forward_kl_N, self.reverse_kl_N, self.entropy_N, self.teacher_logprob_N)
-
 
 def write_answers(
     generator: Generator,
@@ -76,7 +70,6 @@ def write_answers(
     *,
     max_tokens: int,
     temperature: float = 0.0,
-    top_p: float = 1.0,
     seeds: Sequence[int] = (),
     advance: Callable[[int], object] = lambda answers: None,
 ) -> list[OwnAnswer]:
@@ -91,7 +84,7 @@ def write_answers(
         for prompt in prompts
     ]
     asked = [
-        TokenPrompt(prompt, most, temperature, top_p, seed=seeds[number] if seeds else number)
+        TokenPrompt(prompt, most, temperature, seed=seeds[number] if seeds else number)
         for number, (prompt, most) in enumerate(zip(prompts, room, strict=True))
         if most > 0 and len(prompt)
     ]
@@ -184,7 +177,7 @@ def score_tokens(
         theirs_NV = _log_probabilities(teacher, teacher_head, chunk)
         own_NV = theirs_NV if model is teacher else _log_probabilities(model, model_head, chunk)
         found = score_rows(own_NV.to(theirs_NV.device), theirs_NV, targets_N[chunk])
-        for column_N, values_n in zip(scores.columns, found.columns, strict=True):
+        for column_N, values_n in zip(scores, found, strict=True):
             column_N[chunk] = values_n.cpu()
     return scores
 
@@ -250,7 +243,7 @@ def _log_probabilities(states: DenseSignal, head: LMHead, rows: slice | Tensor) 
 
 def own_text_sums(answers: Sequence[OwnAnswer], scores: TokenScores) -> Tensor:
     """The float64 sums that `own_text` turns into means; they can be added over processes."""
-    sums = [float(column_N.double().nansum()) for column_N in scores.columns]
+    sums = [float(column_N.double().nansum()) for column_N in scores]
     ngrams = [repeated_ngrams(one.ids) for one in answers]
     counts = [
         int((~scores.forward_kl_N.isnan()).sum()),

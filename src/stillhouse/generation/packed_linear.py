@@ -103,8 +103,7 @@ def _packed(weight_MK: Tensor) -> Any:
 
 
 def _product(inputs: Tensor, packed: Any, bias_M: Tensor | None) -> Tensor:
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, packed, bias_M, "none", [], "")
-    return found
+    return torch.ops.mkldnn._linear_pointwise(inputs, packed, bias_M, "none", [], "")
 
 
 @cache

@@ -22,6 +22,7 @@ from stillhouse.teachers.model_source import ModelSource
 
 Message = Mapping[str, Any]
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=True, separators=(",", ":"))
 _LARGEST = sys.float_info.max
 
 
@@ -43,7 +44,14 @@ class Request:
     @cached_property
     def key(self) -> str:
         """SHA-256 of the canonical JSON of all five fields, as a hexadecimal string."""
-        return hashlib.sha256(_canonical(self).encode()).hexdigest()
+        facts = {
+            "endpoint": self.endpoint,
+            "model": self.model,
+            "messages": [dict(message) for message in self.messages],
+            "parameters": dict(self.parameters),
+            "sample": self.sample,
+        }
+        return hashlib.sha256(_CANONICAL.encode(facts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -138,17 +146,3 @@ def teacher_described(api: ApiTeacher | None, model: ModelSource | None) -> str:
         return api_described(api)
     assert model is not None
     return model.described
-
-
-_ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-
-
-def _canonical(request: Request) -> str:
-    facts = {
-        "endpoint": request.endpoint,
-        "model": request.model,
-        "messages": [dict(message) for message in request.messages],
-        "parameters": dict(request.parameters),
-        "sample": request.sample,
-    }
-    return _ENCODER.encode(facts)

@@ -54,8 +54,7 @@ def next_tokens(
             numbers(top_ps, nucleus, torch.float64),
             numbers(uniforms, nucleus, torch.float64),
         )
-    found: list[int] = tokens_B.tolist()
-    return found
+    return tokens_B.tolist()
 
 
 def most_probable(logits_BV: Tensor) -> Tensor:

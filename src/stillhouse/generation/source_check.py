@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from stillhouse.data.chat_template import render_chat
@@ -47,11 +48,7 @@ NOTHING = FrameKeys()
 
 def rendered_prompt(tokenizer: Any) -> Render:
     """Render a chat as the model's input, up to its answer."""
-
-    def render(messages: Sequence[Message]) -> str:
-        return render_chat(tokenizer, messages, generation_prompt=True)
-
-    return render
+    return partial(render_chat, tokenizer, generation_prompt=True)
 
 
 def rendered_training(tokenizer: Any, *, reasoning: bool = False) -> Render:

@@ -120,11 +120,11 @@ def measure_rows(
             own_nV = folded_log_probabilities(own_nV, fold.student_V, fold.roots)
             theirs_nV = folded_log_probabilities(theirs_nV, fold.teacher_W, fold.roots)
             targets_n = fold.student_V[targets_n]
-        found = replace(score_rows(own_nV, theirs_nV, targets_n), entropy_N=entropy_n)
+        found = score_rows(own_nV, theirs_nV, targets_n)._replace(entropy_N=entropy_n)
     names = ("forward_kl", "reverse_kl", "entropy", "teacher_logprob")
     weight_n = torch.ones_like(entropy_n)
     if isinstance(signal, FoldedSignal):
         weight_n = signal.covered_N[chosen_n].to(entropy_n.dtype)
     scale = rows / weight_n.sum().clamp_min(1)
-    terms = {n: (c * weight_n).sum() * scale for n, c in zip(names, found.columns, strict=True)}
+    terms = {n: (c * weight_n).sum() * scale for n, c in zip(names, found, strict=True)}
     return LossSum(hidden_ND.new_zeros(()), terms, rows)
