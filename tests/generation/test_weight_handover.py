@@ -18,8 +18,13 @@ from stillhouse.generation import vllm_rollouts as rollouts_module
 from stillhouse.generation.generator import TokenPrompt
 from stillhouse.generation.local_generator import LocalGenerator
 from stillhouse.generation.rollout_config import VllmRollouts, VllmServerRollouts
-from stillhouse.generation.vllm_rollouts import server_rollouts, vllm_rollouts
-from stillhouse.generation.weight_handover import hand_over, log_probabilities, save_weights
+from stillhouse.generation.vllm_rollouts import (
+    hand_over,
+    log_probabilities,
+    save_weights,
+    server_rollouts,
+    vllm_rollouts,
+)
 from tests import tiny
 from tests.teachers.hidden_engine import serving
 

@@ -1,5 +1,8 @@
 """Generates a student's text in vLLM during training, with new weights before each window of
-steps."""
+steps, and verifies that they arrived.
+
+Shapes: R = 1 row, L tokens, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +10,26 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
+from stillhouse.disk_errors import disk_errors
+from stillhouse.errors import ModelError, RunError
 from stillhouse.generation.generator import Generator
 from stillhouse.generation.rollout_config import VllmRollouts, VllmServerRollouts
 from stillhouse.generation.vllm_engine import (
     ROLLOUTS,
     VllmGenerator,
+    Writer,
     engine_options,
     require_vllm,
     start_engine,
+    vllm_errors,
 )
 from stillhouse.generation.vllm_process import VllmProcess
-from stillhouse.generation.weight_handover import (
-    claim_folder,
-    hand_over,
-    require_same_weights,
-    save_weights,
-)
 from stillhouse.launch import leads, local_index, world_size
 from stillhouse.processes import wait_for_all
 from stillhouse.teachers.model_source import AnyModel, source_of
@@ -35,6 +38,11 @@ from stillhouse.teachers.signal_server import Post, SignalLink
 COMMAND = "VLLM_SERVER_DEV_MODE=1 vllm serve STUDENT"
 MOST_BYTES, MOST_BYTES_PER_TOKEN = 1 << 20, 1 << 10
 """Maximum size of a reply: a constant, plus an amount per token."""
+PROMPT_TOKENS, ROW_TOKENS = 8, 32
+"""Lengths of the prompt and the row that are compared."""
+HEAD = "lm_head.weight"
+MARK = "written_by_stillhouse"
+"""A file that marks a folder in which weights for a server may be overwritten."""
 
 OpenGenerator = Callable[[Any, frozenset[int]], AbstractContextManager[Generator]]
 """(the student, tokens that end an answer) → a generator with the student's current weights."""
@@ -156,3 +164,134 @@ def server_rollouts(section: VllmServerRollouts, *, base: Path) -> Iterator[Open
         yield VllmGenerator(server, batch, tuple(sorted(ends)), ROLLOUTS)
 
     yield opened
+
+
+# --- weights -----------------------------------------------------------------------------------
+
+
+class WeightEngine(Writer, Protocol):
+    """An engine whose weights can be replaced."""
+
+    def load_weights(self, folder: Path) -> None: ...
+
+
+def require_no_other_model(folder: Path) -> None:
+    """Raise RunError if the folder contains a model that was not written for a server."""
+    model = (folder / "config.json").exists() or any(folder.glob("*.safetensors*"))
+    if model and not (folder / MARK).exists():
+        raise RunError(
+            "this folder contains a model, which the transferred weights would overwrite",
+            where=folder,
+            fix=f"set {ROLLOUTS}.weights to a new folder that the server can also read",
+        )
+
+
+def claim_folder(folder: Path) -> None:
+    """Mark a folder as one for weights, before any are written to it.
+
+    Raises RunError as `require_no_other_model`, or if it cannot be written.
+    """
+    require_no_other_model(folder)
+    with disk_errors(folder, elsewhere="use a different folder for the weights"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MARK).touch()
+
+
+@torch.no_grad()
+def save_weights(
+    model: Any, folder: Path, dtype: torch.dtype | None = None, *, head_too: bool = False
+) -> None:
+    """Write a model as a checkpoint, replacing the previous one.
+
+    dtype: dtype to write; None: unchanged. head_too: also write a head that is tied to the
+    embeddings, for an engine that keeps both. Raises RunError if the disk is full, and ModelError
+    for a sharded model.
+    """
+    state = model.state_dict()
+    if any(isinstance(tensor, DTensor) for tensor in state.values()):
+        raise ModelError(
+            "the weights of a sharded student cannot be transferred to vLLM",
+            where=ROLLOUTS,
+            fix="use generator.kind: local, or train.shard: none or teacher",
+        )
+    if dtype is not None:
+        # Tied weights stay a single tensor, which is written once.
+        cast = {
+            tensor.data_ptr(): tensor.to(dtype)
+            for tensor in state.values()
+            if tensor.is_floating_point()
+        }
+        state = {name: cast.get(tensor.data_ptr(), tensor) for name, tensor in state.items()}
+    with disk_errors(folder, elsewhere="use a folder on a larger disk for the weights"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("*.safetensors*"):
+            old.unlink()
+        # Write one file, because vLLM reads every *.safetensors in a folder without an index.
+        model.save_pretrained(folder, state_dict=state, max_shard_size="100TB")
+        if head_too and model.config.get_text_config().tie_word_embeddings:
+            weight_VD = model.get_output_embeddings().weight
+            tied = {HEAD: weight_VD.detach().to(dtype or weight_VD.dtype).contiguous()}
+            save_file(tied, folder / "head.safetensors", metadata={"format": "pt"})
+
+
+def hand_over(
+    engine: WeightEngine,
+    model: Any,
+    folder: Path,
+    *,
+    tolerance: float,
+    dtype: torch.dtype | None = None,
+    head_too: bool = False,
+) -> float:
+    """Transfer the model's weights to the engine, through a checkpoint in `folder`, and compare.
+
+    dtype, head_too: see `save_weights`. Returns the difference that `require_same_weights` finds.
+    Raises ModelError as it does, or if the engine cannot load the weights.
+    """
+    save_weights(model, folder, dtype, head_too=head_too)
+    with vllm_errors("vLLM cannot load the student's weights", ROLLOUTS):
+        engine.load_weights(folder)
+    return require_same_weights(engine, model, tolerance=tolerance)
+
+
+def require_same_weights(engine: Writer, model: Any, *, tolerance: float) -> float:
+    """Compare the engine's and the model's log-probabilities of one row.
+
+    The engine generates the row at temperature 1. Returns the mean absolute difference in
+    nats/token; raises ModelError if it is above `tolerance` or not a number.
+    """
+    chance = torch.Generator().manual_seed(0)
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    prompt = torch.randint(vocabulary, (PROMPT_TOKENS,), generator=chance).tolist()
+    sampling = {"temperature": 1.0, "seed": 0, "max_tokens": ROW_TOKENS, "logprobs": 0}
+    with vllm_errors("vLLM stopped", ROLLOUTS):
+        (row,) = engine.generate([{"prompt": prompt, "sampling": {**sampling, "ignore_eos": True}}])
+    theirs_L = torch.tensor(row["logprobs"] or [], dtype=torch.float64)
+    ours_L = log_probabilities(model, prompt, row["ids"])
+    if not len(theirs_L) or theirs_L.shape != ours_L.shape:
+        raise ModelError(
+            f"the engine returns {len(theirs_L)} log-probabilities for {len(ours_L)} tokens",
+            where=ROLLOUTS,
+            fix="use a vLLM that returns the log-probabilities of its tokens",
+        )
+    apart = float((theirs_L - ours_L).abs().mean())
+    if not apart <= tolerance:
+        raise ModelError(
+            "after the weights were transferred, the engine's log-probabilities differ from the "
+            f"student's by {apart:.3g} nats/token, but only {tolerance:g} are allowed: it has "
+            "different weights, or computes in a different precision",
+            where=ROLLOUTS,
+            fix="set dtype: float32, or raise tolerance if the engine's precision is the cause; "
+            "otherwise, start the engine with this student",
+        )
+    return apart
+
+
+@torch.no_grad()
+def log_probabilities(model: Any, prompt: list[int], ids: list[int]) -> torch.Tensor:
+    """The model's log-probability of each token in `ids` after `prompt`, at temperature 1: [L],
+    float64."""
+    ids_RL = torch.tensor([[*prompt, *ids]], device=model.device)
+    logits_LV = model(input_ids=ids_RL, use_cache=False).logits[0, len(prompt) - 1 : -1]
+    log_p_LV = logits_LV.double().log_softmax(-1)
+    return log_p_LV.gather(1, ids_RL[0, len(prompt) :, None])[:, 0].cpu()

@@ -12,7 +12,7 @@ from stillhouse.finding import Finding
 from stillhouse.generation.kv_cache import GROWTH
 from stillhouse.generation.rollout_config import VllmRollouts, VllmServerRollouts
 from stillhouse.generation.vllm_engine import ROLLOUTS, lacks
-from stillhouse.generation.weight_handover import require_no_other_model
+from stillhouse.generation.vllm_rollouts import require_no_other_model
 from stillhouse.language_model.job import Job
 from stillhouse.language_model.run_models import RunModels
 from stillhouse.language_model.train_stage import own_prompts
