@@ -23,6 +23,7 @@ from stillhouse.data.batches import in_order
 from stillhouse.data.data import Data
 from stillhouse.data.windows import ARRAYS, open_windows
 from stillhouse.errors import RunError
+from stillhouse.generation.budget import Spending
 from stillhouse.generation.journal import Journal
 from stillhouse.report.page import REPORT_DATA, read_report, render
 from stillhouse.runfolder import Outcome, RunFolder, StagePlan
@@ -208,8 +209,8 @@ def _journal(place: Place, copy: Path) -> str | None:
     lost = "damaged" in said or "lost" in said
     if None in found.values() and not lost:
         return "answers are lost without a note"
-    expected = [(1.5, 40)] * made_runs.FAILURES + [(2.0, 50)]
-    if any(one not in (right, (0.0, 0)) for one, right in zip(billed, expected, strict=True)):
+    expected = [Spending(40, 1.5)] * made_runs.FAILURES + [Spending(50, 2.0)]
+    if any(one not in (right, Spending()) for one, right in zip(billed, expected, strict=True)):
         return f"billed: {billed}"
     return None if billed == expected or lost else "failed requests are lost without a note"
 

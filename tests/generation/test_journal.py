@@ -15,6 +15,7 @@ import pytest
 
 from stillhouse.errors import RunError
 from stillhouse.generation import journal_file
+from stillhouse.generation.budget import Spending
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.journal_file import journal_damage
 from stillhouse.generation.request import Answer, Failure, Request, endpoint_of
@@ -100,7 +101,7 @@ def test_failures_keep_their_reason_and_what_they_may_have_cost(tmp_path: Path) 
             ("timeout", "no answer in 60 s"),
             ("server", "500"),
         ]
-        assert journal.billed_failures(REQUEST.key) == (0.02, 700)
+        assert journal.billed_failures(REQUEST.key) == Spending(700, 0.02)
         assert journal.get(REQUEST.key) is None
 
 
@@ -270,12 +271,12 @@ def test_a_request_that_was_in_flight_at_a_kill_counts_as_billed(
     path = tmp_path / "j.sqlite"
     with Journal(path) as journal:  # as in a killed run, neither recorded nor released
         journal.reserve(REQUEST, 0.02, 700).result(timeout=10)
-        assert journal.billed_failures(REQUEST.key) == (0.0, 0)
+        assert journal.billed_failures(REQUEST.key) == Spending(0, 0.0)
     with Journal(path) as journal:
-        assert journal.billed_failures(REQUEST.key) == (0.02, 700)
+        assert journal.billed_failures(REQUEST.key) == Spending(700, 0.02)
         assert "1 requests were in flight" in capfd.readouterr().err
     with Journal(path) as journal:  # counted only once
-        assert journal.billed_failures(REQUEST.key) == (0.02, 700)
+        assert journal.billed_failures(REQUEST.key) == Spending(700, 0.02)
 
 
 @pytest.mark.parametrize("end", ["answer", "failure", "release"])
@@ -290,7 +291,7 @@ def test_a_reservation_ends_with_its_request(tmp_path: Path, end: str) -> None:
         else:
             journal.release(REQUEST)
     with Journal(path) as journal:
-        assert journal.billed_failures(REQUEST.key) == (0.0, 0)
+        assert journal.billed_failures(REQUEST.key) == Spending(0, 0.0)
 
 
 # --- damage ------------------------------------------------------------------------------------
@@ -343,7 +344,7 @@ def test_a_changed_cost_of_a_failed_request_is_reported(
     assert changed != content
     path.write_bytes(changed)
     with Journal(path) as journal:
-        assert journal.billed_failures(REQUEST.key) == (0.5, 1000)
+        assert journal.billed_failures(REQUEST.key) == Spending(1000, 0.5)
         assert journal.get(REQUEST.key) == ANSWER
     said = capfd.readouterr().err
     assert "was damaged (a failed request in it has changed): 1 answers are kept" in said

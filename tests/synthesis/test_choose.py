@@ -17,8 +17,8 @@ from stillhouse.errors import RecipeError, RunError
 from stillhouse.generation.answer_logprobs import mean_log_probability
 from stillhouse.generation.local_generator import local_text
 from stillhouse.generation.request import Answer, Request
-from stillhouse.synthesis.best_of import likelihood, majority, normalized
 from stillhouse.synthesis.filters import Filters, Row, Sieve
+from stillhouse.synthesis.judge_answers import likelihood, majority, normalized
 from stillhouse.synthesis.synthesize import Synthesis, chosen_filters
 from stillhouse.synthesis.synthesize_config import SynthesizeRecipe
 from tests import tiny

@@ -105,9 +105,8 @@ def align(
     supervised = supervised[supervised > 0]
     ids = row.ids[supervised].tolist()
     entries: list[Entries] = [{i: 0.0} for i in ids]
-    found = _places(
-        row, supervised, text, [sound_position(one) for one in logprobs or []], vocabulary
-    )
+    positions = [sound_position(one) for one in logprobs or []]
+    found = _places(row, supervised, text, positions, vocabulary)
     reported = [False] * len(ids)
     for place, position in found:
         distribution = _entries(position, ids[place], k, vocabulary)

@@ -15,7 +15,8 @@ from stillhouse.generation.budget import Spending
 from stillhouse.generation.estimate import Estimate, estimate_requests
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Answer, Request, Requests
-from stillhouse.generation.text_teacher import Sent, TextSource
+from stillhouse.generation.request_pool import Tally
+from stillhouse.generation.text_teacher import TextSource
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def cost_line(summary: Mapping[str, Any]) -> str:
 
 def send_missing(
     source: TextSource, requests: Requests, journal: Journal, spent: Spending | None = None
-) -> tuple[Estimate, Sent]:
+) -> tuple[Estimate, Tally]:
     """Send the requests that have no answer in the journal.
 
     spent: the part of the budget that is used; None: what these requests have cost so far. Returns
@@ -58,7 +59,7 @@ def send_missing(
     """
     estimate = estimate_requests(requests(), journal, source.price)
     if not estimate.missing:
-        return estimate, Sent(0, 0, False)
+        return estimate, Tally()
     return estimate, source.send(
         requests, journal, estimate, estimate.spent if spent is None else spent
     )
@@ -74,8 +75,8 @@ def answer_all(source: TextSource, requests: Requests, path: Path, budget: str) 
         estimate, sent = send_missing(source, requests, journal)
         if sent.out_of_budget:
             raise RunError(
-                f"the budget is used up: {estimate.answered + sent.new:,} of {estimate.requests:,} "
-                "requests are answered",
+                f"the budget is used up: {estimate.answered + sent.answered:,} of "
+                f"{estimate.requests:,} requests are answered",
                 where=path,
                 fix=f"raise {budget}, or use fewer texts; no request is paid for twice",
             )
@@ -83,17 +84,12 @@ def answer_all(source: TextSource, requests: Requests, path: Path, budget: str) 
         found = [journal.get(key) for key in keys]
         last = {key: kind for key, kind, _ in journal.failures()}
         pairs = zip(keys, found, strict=True)
-        open_keys = [key for key, one in pairs if one is None and last.get(key) != "refused"]
+        unanswered = sum(one is None and last.get(key) != "refused" for key, one in pairs)
         paid = dict(zip(keys, found, strict=True))  # an equal request is paid for once
         costs = [answer.cost for answer in paid.values() if answer is not None]
         known = [cost for cost in costs if cost is not None]
-        lost = Spending()
-        for key in paid:
-            usd, tokens = journal.billed_failures(key)
-            lost += Spending(tokens, usd)
-        return Answers(
-            found, len(open_keys), sum(known) if len(known) == len(costs) else None, lost
-        )
+        lost = sum(map(journal.billed_failures, paid), Spending())
+        return Answers(found, unanswered, sum(known) if len(known) == len(costs) else None, lost)
 
 
 # --- before anything is spent ------------------------------------------------------------------
@@ -112,11 +108,7 @@ def estimate_cost(source: TextSource, requests: Requests, path: Path, calls: int
 
 
 def send_some(
-    source: TextSource,
-    requests: Requests,
-    journal: Journal,
-    calls: int,
-    spent: Spending,
+    source: TextSource, requests: Requests, journal: Journal, calls: int, spent: Spending
 ) -> None:
     """Send `calls` of the missing requests, spread evenly over them.
 
@@ -139,10 +131,8 @@ def send_some(
 def findings(
     estimate: Estimate, path: Path, topic: str, things: str = "requests"
 ) -> Iterator[Finding]:
-    """Report for `check` how many requests are answered and what the others cost.
-
-    path: the journal. things: the word for requests.
-    """
+    """Report for `check` how many `things` are answered in the journal at `path`, and what the
+    others cost."""
     fix = None
     if estimate.missing and estimate.between is None:
         fix = "send a few requests with --calls 5 to estimate the cost of the others"

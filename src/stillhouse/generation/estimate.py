@@ -4,7 +4,7 @@ by the answers so far."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from stillhouse.generation.budget import FREE, Price, Spending, spent_on, worst_case
@@ -27,8 +27,8 @@ class Estimate:
     missing: int
     spent: Spending
     worst: Spending
-    squares: tuple[float, float] = (0.0, 0.0)
-    again: tuple[int, int] = (0, 0)
+    squares: Sequence[float] = (0.0, 0.0)
+    again: Sequence[int] = (0, 0)
     price: Price | None = None
 
     @property
@@ -69,10 +69,7 @@ class Estimate:
         return _least(low, self.worst), _least(high, self.worst)
 
     def described(self, things: str = "requests") -> str:
-        """One line: how many requests are answered, and what the others cost.
-
-        things: the word for requests.
-        """
+        """One line: how many `things` are answered, and what the others cost."""
 
         def amount(spending: Spending) -> str:
             cost = ", price unknown" if self.price is None else f", ${spending.usd:,.2f}"
@@ -110,10 +107,7 @@ def estimate_requests(
             again[answer is None] += 1
             continue
         seen.add(digest)
-        taken = Spending()
-        if journal is not None:
-            usd, tokens = journal.billed_failures(request.key)
-            taken = Spending(tokens, usd)
+        taken = Spending() if journal is None else journal.billed_failures(request.key)
         worst = worst_case(request, price)
         if answer is None:
             missing += 1
@@ -122,9 +116,7 @@ def estimate_requests(
             taken += spent_on(answer, worst)
             squares = [squares[0] + taken.tokens**2, squares[1] + taken.usd**2]
         spent += taken
-    return Estimate(
-        number, missing, spent, unspent, (squares[0], squares[1]), (again[0], again[1]), price
-    )
+    return Estimate(number, missing, spent, unspent, squares, again, price)
 
 
 def student_t(degrees: int) -> float:

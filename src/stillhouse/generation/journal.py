@@ -16,11 +16,12 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from stillhouse.generation.budget import Spending
 from stillhouse.generation.journal_file import (
     ADD_ANSWER,
     ADD_FAILURE,
@@ -43,7 +44,7 @@ _ANSWER = (
     "SELECT text, finish_reason, reasoning, prompt_tokens, completion_tokens, cost, seconds{} "
     "FROM answers WHERE key = ?"
 )
-_BILLED_FAILURES = "SELECT sum(cost), sum(tokens) FROM failures WHERE key = ?"
+_BILLED_FAILURES = "SELECT sum(tokens), sum(cost) FROM failures WHERE key = ?"
 _COUNTS = "SELECT count(*) FROM answers UNION ALL SELECT count(*) FROM failures"
 
 
@@ -152,10 +153,10 @@ class Journal:
         statement = f"SELECT key FROM {table} WHERE key IN ({marks}) {condition}"
         return {key for (key,) in self._rows(statement, *keys)}
 
-    def billed_failures(self, key: str) -> tuple[float, int]:
-        """Dollars and tokens that may have been billed for lost answers to this request."""
-        ((cost, tokens),) = self._rows(_BILLED_FAILURES, key)
-        return cost or 0.0, tokens or 0
+    def billed_failures(self, key: str) -> Spending:
+        """What may have been billed for lost answers to this request."""
+        ((tokens, usd),) = self._rows(_BILLED_FAILURES, key)
+        return Spending(tokens or 0, usd or 0.0)
 
     def counts(self) -> tuple[int, int]:
         """Number of committed answers and of committed failures."""
@@ -231,11 +232,9 @@ class Journal:
     def _take(self) -> list[_Row | None]:
         """Wait for a row; return all rows that have arrived."""
         taken = [self._arrived.get()]
-        while len(taken) < _MOST_IN_A_COMMIT:
-            try:
+        with suppress(queue.Empty):
+            while len(taken) < _MOST_IN_A_COMMIT:
                 taken.append(self._arrived.get_nowait())
-            except queue.Empty:
-                break
         return taken
 
 

@@ -124,10 +124,7 @@ def open_journal_file(
 
 
 def journal_damage(path: Path) -> str | None:
-    """The first problem in a journal that no process is writing; None if it is sound.
-
-    Changes nothing.
-    """
+    """The first problem in a journal that no process is writing, without changing it, if any."""
     try:
         with closing(_read_only(path)) as connection:
             return _damage(connection)
@@ -151,9 +148,7 @@ def lock_journal(path: Path) -> IO[str]:
         lock = os.fdopen(opened, "r+", encoding="utf-8", errors="replace")
     except OSError as error:
         raise RunError(
-            f"the journal cannot be written here: {error.strerror}",
-            where=path,
-            fix=_ANOTHER,
+            f"the journal cannot be written here: {error.strerror}", where=path, fix=_ANOTHER
         ) from error
     if not try_lock(lock):
         lock.close()
@@ -169,17 +164,12 @@ def _require_journal(path: Path) -> None:
     """Raise RunError for a database that is not a journal, before anything is written to it."""
     if not path.is_file() or not path.stat().st_size:
         return
-    tables: dict[str, set[str]] = {}
+    tables, columns = [], set[tuple[str]]()
     with suppress(sqlite3.Error), closing(_read_only(path)) as connection:
-        for (table,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'"):
-            columns = connection.execute("SELECT name FROM pragma_table_info(?)", (table,))
-            tables[table] = {column for (column,) in columns}
-    if tables and not ({"answers"} <= tables.keys() and {"key", "text"} <= tables["answers"]):
-        raise RunError(
-            "this SQLite file is not a journal",
-            where=path,
-            fix=_ANOTHER,
-        )
+        columns = {*connection.execute("SELECT name FROM pragma_table_info('answers')")}
+        tables = [*connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    if tables and not {("key",), ("text",)} <= columns:
+        raise RunError("this SQLite file is not a journal", where=path, fix=_ANOTHER)
 
 
 def _read_only(path: Path) -> sqlite3.Connection:
@@ -336,19 +326,14 @@ def _recover(path: Path, problem: str) -> None:
                 new.executemany(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", rows)
         new.execute("COMMIT")
         ((kept,),) = new.execute("SELECT count(*) FROM answers")
-        lost = _last_failure(old) - new.execute("SELECT count(*) FROM failures").fetchone()[0]
+        last = next(_readable(old, "SELECT max(number) FROM failures"), (0,))[0] or 0
+        lost = last - new.execute("SELECT count(*) FROM failures").fetchone()[0]
     note(f"{path} was damaged ({problem}): {kept:,} answers are kept; the damaged file is {aside}")
     if lost > 0:
         note(
             f"{lost:,} failed requests in it are lost: their possible cost does not count in the "
             "budget"
         )
-
-
-def _last_failure(old: sqlite3.Connection) -> int:
-    """The number of the last failure; 0 if it cannot be read."""
-    rows = list(_readable(old, "SELECT max(number) FROM failures"))
-    return (rows[0][0] or 0) if rows else 0
 
 
 def _readable_answers(old: sqlite3.Connection) -> Iterator[tuple[Any, ...]]:

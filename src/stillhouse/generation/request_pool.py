@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
-import os
+import shutil
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from stillhouse.errors import EndpointError, RunError
 from stillhouse.generation.budget import Budget, Price, Spending, spent_on, worst_case
@@ -43,17 +43,14 @@ stops everything."""
 
 @dataclass
 class Tally:
-    """The outcome of a pool's requests.
+    """The outcome of sending requests.
 
-    answered: number of new answers in the journal. reused: number of requests that were already
-    answered or occur twice. spent: the cost of new answers, and of failures that may have been
-    billed. out_of_budget: whether the budget stopped the rest.
+    answered: number of new answers in the journal. failed: number of requests that failed.
+    out_of_budget: whether the budget stopped the rest.
     """
 
     answered: int = 0
-    reused: int = 0
     failed: int = 0
-    spent: Spending = field(default_factory=Spending)
     out_of_budget: bool = False
 
 
@@ -92,30 +89,30 @@ class Pool:
         answers that arrived are kept. The first cancellation stops new requests and waits for those
         in flight; the second does not wait.
         """
-        with _seldom_collected():
-            return await self._answer_all(iter(requests))
-
-    async def _answer_all(self, requests: Iterator[Request]) -> Tally:
-        todo = self._unanswered(requests)
+        todo = self._unanswered(iter(requests))
         workers = [asyncio.create_task(self._work(todo)) for _ in range(self.concurrency)]
-        try:
-            await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
-            await self._last_answers(workers)
-        except asyncio.CancelledError as cancelled:
-            self._stopped = self._stopped or cancelled
-            await self._last_answers(workers)
-            raise
-        finally:
-            _cancel(workers)
-            await asyncio.gather(*workers, return_exceptions=True)
-            commits = list(self._commits)
-            await asyncio.gather(*map(asyncio.wrap_future, commits), return_exceptions=True)
+        with _seldom_collected():
+            try:
+                await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
+                await self._last_answers(workers)
+            except asyncio.CancelledError as cancelled:
+                self._stopped = self._stopped or cancelled
+                await self._last_answers(workers)
+                raise
+            finally:
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
+                commits = list(self._commits)
+                await asyncio.gather(*map(asyncio.wrap_future, commits), return_exceptions=True)
         if self._stopped is not None:
             raise self._stopped
         return self.tally
 
     async def _last_answers(self, workers: Iterable[asyncio.Task[None]]) -> None:
-        _cancel(worker for worker in workers if worker not in self._sending)
+        for worker in workers:
+            if worker not in self._sending:
+                worker.cancel()
         await asyncio.wait(workers, timeout=GRACE)
 
     def _unanswered(self, requests: Iterator[Request]) -> Iterator[Request]:
@@ -136,10 +133,7 @@ class Pool:
             known |= answered
             refused = self.journal.refused(keys)
             for request in chunk:
-                if self._stopped is not None or self.tally.out_of_budget:
-                    return
                 if request.key in known:
-                    self.tally.reused += 1
                     self.advance(1)
                     continue
                 known.add(request.key)
@@ -148,19 +142,20 @@ class Pool:
                     refused_before.append(request)
                 else:
                     yield request
-        for request in refused_before:
-            if self._stopped is not None or self.tally.out_of_budget:
-                return
-            yield request
+        yield from refused_before
 
     async def _work(self, todo: Iterator[Request]) -> None:
         try:
-            for request in todo:
+            while not self._is_over and (request := next(todo, None)) is not None:
                 await self._answer(request)
         except BaseException as error:
             if not isinstance(error, asyncio.CancelledError):
                 self._stopped = self._stopped or error
             raise
+
+    @property
+    def _is_over(self) -> bool:
+        return self._stopped is not None or self.tally.out_of_budget
 
     async def _answer(self, request: Request) -> None:
         """Send one request until it is answered, fails permanently, or is out of attempts."""
@@ -173,14 +168,15 @@ class Pool:
             first = sent if first is None else first
             spent = Spending()
             try:
-                outcome = await self._send(request)
+                outcome = await self._send(request, worst)
                 if isinstance(outcome, Answer):
                     spent = spent_on(outcome, worst)
                 elif outcome.billed:
                     spent = worst
             finally:
                 self.limit.release()
-                self._settle(worst, spent)
+                self.budget.settle(worst, spent)
+                self._settled.set()
             if isinstance(outcome, Answer):
                 return await self._keep(request, outcome)
             tries += 1
@@ -214,29 +210,25 @@ class Pool:
         )
 
     def _disk_free(self) -> int:
-        found = os.statvfs(self.journal.path.parent)
-        return found.f_bavail * found.f_frsize
+        return shutil.disk_usage(self.journal.path.parent).free
 
-    async def _send(self, request: Request) -> Answer | FailedAttempt:
+    async def _send(self, request: Request, worst: Spending) -> Answer | FailedAttempt:
         """Send a request once; one that is canceled in flight may have been billed."""
-        await self._write_reservation(request)
+        if self.price is not None or self.budget.limited:
+            await self._write_reservation(request, worst)
         task = asyncio.current_task()
         self._sending.add(task)
         try:
             return await self.send(request)
         except asyncio.CancelledError:
-            spent = worst_case(request, self.price)
             failed = FailedAttempt("connection", "cancelled in flight", retry=False, billed=True)
-            self._note_failure(request, failed, spent, 1)
+            self._note_failure(request, failed, worst, 1)
             raise
         finally:
             self._sending.discard(task)
 
-    async def _write_reservation(self, request: Request) -> None:
-        """Commit the most that a paid request can cost, so that it is known after a kill."""
-        if self.price is None and not self.budget.limited:
-            return
-        worst = worst_case(request, self.price)
+    async def _write_reservation(self, request: Request, worst: Spending) -> None:
+        """Commit the most that a request can cost, so that it is known after a kill."""
         cost = worst.usd if self.price else None
         try:
             await asyncio.wrap_future(self.journal.reserve(request, cost, worst.tokens))
@@ -253,14 +245,9 @@ class Pool:
                 return False
             self._settled.clear()
             await self._settled.wait()
-            if self._stopped is not None or self.tally.out_of_budget:
+            if self._is_over:
                 return False
         return True
-
-    def _settle(self, worst: Spending, spent: Spending) -> None:
-        self.budget.settle(worst, spent)
-        self.tally.spent += spent
-        self._settled.set()
 
     async def _keep(self, request: Request, answer: Answer) -> None:
         """Record an answer. Returns once it is in the journal, so that a kill loses only answers
@@ -331,8 +318,3 @@ def _seldom_collected() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(*usual)
-
-
-def _cancel(workers: Iterable[asyncio.Task[None]]) -> None:
-    for worker in workers:
-        worker.cancel()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from stillhouse.errors import EndpointError
 from stillhouse.event_loop import run_stoppable
@@ -25,12 +24,11 @@ from stillhouse.generation.generation_config import (
     TextTeacher,
     VllmTeacher,
 )
-from stillhouse.generation.generator import TextGenerator
 from stillhouse.generation.helpers import Helpers
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.local_generator import open_local
 from stillhouse.generation.request import Answer, Message, Outcome, Request, Requests, endpoint_of
-from stillhouse.generation.request_pool import Pool
+from stillhouse.generation.request_pool import Pool, Tally
 from stillhouse.generation.vllm_engine import opened
 from stillhouse.hardware import choose_precision
 from stillhouse.progress import bar, note
@@ -52,18 +50,6 @@ class DefaultModel:
     revision: str | None = None
     trusted: bool = False
     helpers: Helpers | None = None
-
-
-class Sent(NamedTuple):
-    """The outcome of sending requests.
-
-    new: number of answers that arrived. failed: number of requests that failed. out_of_budget:
-    whether the budget stopped the rest.
-    """
-
-    new: int
-    failed: int
-    out_of_budget: bool
 
 
 def text_source(
@@ -114,7 +100,7 @@ class ApiText:
 
     def send(
         self, requests: Requests, journal: Journal, estimate: Estimate, spent: Spending
-    ) -> Sent:
+    ) -> Tally:
         """Send the requests that have no answer in the journal.
 
         estimate: of `requests`. spent: the part of the budget that is used. Raises EndpointError if
@@ -126,7 +112,7 @@ class ApiText:
             note("the cost is unknown, because api.price is not set")
         with bar(f"requests to {self.api.model}", estimate.requests, "requests") as advance:
             work = self._answer_all(requests, journal, budget, advance)
-            tally = run_stoppable(work, partial(note, WAITING)).tally
+            tally = run_stoppable(work, partial(note, WAITING))
         if tally.failed and not tally.answered and estimate.missing == estimate.requests:
             *_, (_, kind, reason) = journal.failures()
             raise EndpointError(
@@ -134,17 +120,17 @@ class ApiText:
                 where=self.endpoint,
                 fix="remove the cause, then repeat the command",
             )
-        return Sent(tally.answered, tally.failed, tally.out_of_budget)
+        return tally
 
     async def _answer_all(
         self, requests: Requests, journal: Journal, budget: Budget, advance: Callable[[int], None]
-    ) -> Pool:
-        api, price = self.api, self.price
+    ) -> Tally:
+        api = self.api
         async with Client(
             api.base_url,
             api.model,
             key_env=api.key_env,
-            price=price,
+            price=self.price,
             timeout=api.timeout,
             connections=api.concurrency,
         ) as client:
@@ -153,11 +139,10 @@ class ApiText:
                 journal,
                 budget,
                 concurrency=api.concurrency,
-                price=price,
+                price=self.price,
                 advance=advance,
             )
-            await pool.answer_all(requests())
-            return pool
+            return await pool.answer_all(requests())
 
 
 class LocalText:
@@ -201,9 +186,9 @@ class LocalText:
 
     def send(
         self, requests: Requests, journal: Journal, estimate: Estimate, spent: Spending
-    ) -> Sent:
+    ) -> Tally:
         """Like `ApiText.send`, but without a budget. Raises ModelError."""
-        counts: Counter[str] = Counter()
+        tally = Tally()
         on_its_way: set[str] = set()
         handed_over: deque[tuple[str, Future[None]]] = deque()
         one_at_a_time = threading.Lock()
@@ -233,10 +218,11 @@ class LocalText:
             with one_at_a_time:
                 if isinstance(outcome, Answer):
                     saved = journal.record(request, outcome)
+                    tally.answered += 1
                 else:
                     saved = journal.record_failure(request, outcome)
+                    tally.failed += 1
                 handed_over.append((request.key, saved))
-                counts[type(outcome).__name__] += 1
                 advance(1)
 
         helpers = self.default.helpers if self.runs_here else None
@@ -248,24 +234,19 @@ class LocalText:
             for request, outcome in self.answers(iter(next_request, None)):
                 arrived(request, outcome)
         settle()
-        return Sent(counts["Answer"], counts["Failure"], False)
+        return tally
 
     def answers(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Outcome]]:
         """Yield each request with its outcome, as they finish."""
-        with self._generator() as generator:
-            yield from generator.answers(requests)
-
-    @contextmanager
-    def _generator(self) -> Iterator[TextGenerator[Any]]:
         own, source = self.own, self._resolved(weights=True)
-        if isinstance(own, VllmTeacher):
-            note(f"{self.source.described} answers in vLLM")
-            base = self.default.base
-            with opened(own, source, base=base, seed=self.seed) as generator:
-                yield generator
+        if isinstance(own, LocalTeacher):
+            note(f"{self.source.described} answers in {choose_precision(own.precision).reason}")
+            local = open_local(source, own.precision, batch=own.batch)
+            yield from local.answers(requests)
             return
-        note(f"{self.source.described} answers in {choose_precision(own.precision).reason}")
-        yield open_local(source, own.precision, batch=own.batch)
+        note(f"{self.source.described} answers in vLLM")
+        with opened(own, source, base=self.default.base, seed=self.seed) as vllm:
+            yield from vllm.answers(requests)
 
 
 TextSource = ApiText | LocalText

@@ -14,6 +14,7 @@ from referencing import Resource
 from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012
 
+from stillhouse.data.clear_json import value_at
 from stillhouse.data.data_files import regular_if_there
 from stillhouse.errors import DataError, RecipeError
 from stillhouse.synthesis.patterns import Pattern, compiled_pattern
@@ -82,9 +83,7 @@ def opened_schema(raw: Any) -> Any:
     if not isinstance(raw, Mapping) or _is_schema(raw):
         return raw
     for place in _PLACES:
-        found: Any = raw
-        for key in place:
-            found = found.get(key) if isinstance(found, Mapping) else None
+        found = value_at(raw, place)
         if isinstance(found, Mapping) and _is_schema(found):
             return found
     return raw
@@ -190,8 +189,7 @@ def check_references(schema: dict[str, Any]) -> None:
 
 
 def _compile_patterns(part: Mapping[str, Any]) -> None:
-    found = [part.get("pattern"), *part.get("patternProperties", {})]
-    for expression in found:
+    for expression in (part.get("pattern"), *part.get("patternProperties", {})):
         if isinstance(expression, str):
             _compiled(expression)
 

@@ -311,10 +311,8 @@ class Sieve:
                         lines.write(_dropped_line(row, *objection))
 
     def way_out(self, limit: str, otherwise: str) -> str:
-        """How to fix a run in which all rows were dropped.
-
-        limit: the token limit's key in the recipe. otherwise: the fix if that is not the cause.
-        """
+        """How to fix a run in which all rows were dropped: raise `limit`, the key of the token
+        limit, if that is the cause."""
         if 2 * self.cut_off <= self.dropped.total():
             return otherwise
         return (

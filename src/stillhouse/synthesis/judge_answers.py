@@ -1,32 +1,122 @@
-"""Lets a model judge several answers to a prompt; its verdicts are kept in the journal.
+"""Judges several answers to a prompt: by majority, by likelihood under the teacher, or by a model.
 
-With scores, there is one request per answer. With pairs, each pair is compared in both orders, so
-that a preference for the first (or last) position cancels out.
+A model's verdicts are kept in the journal. With scores, there is one request per answer. With
+pairs, each pair is compared in both orders, so that a preference for the first (or last) position
+cancels out.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation, localcontext
 
+from stillhouse.data import words
 from stillhouse.generation.answer_requests import send_missing
 from stillhouse.generation.chat_frame import answer_text, text_of, user_turn
 from stillhouse.generation.estimate import Estimate, estimate_requests
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Request
 from stillhouse.generation.text_teacher import DefaultModel, TextSource, text_source
-from stillhouse.synthesis.best_of import keep_best
 from stillhouse.synthesis.filters import Chooser, Row, answer_only
+from stillhouse.synthesis.patterns import Pattern, compiled_pattern
 from stillhouse.synthesis.synthesize_config import Choice, JudgeChoice
 
+_AROUND = " \t\n.,;:!?\"'`*_()[]{}<>$"
+"""Characters that are ignored at the ends of an answer; a minus or % sign is not."""
+_MOST_DIGITS = 10_000
+"""Maximum digits of a text that is compared as a number: with an exponent, a few characters can
+stand for millions of digits."""
 _LETTER = re.compile(r"\b(?:(?:[Aa] )?(?:tie|Tie|TIE)|A|B)\b")
 """Upper case only, because `a` is mostly the article."""
 _SCALE = re.compile(
     r"(?:/|\bout of|\bof) *10\b|(?:\bfrom|\bof|\bscale:?|\() *1 *(?:to|-|–) *10\b", re.IGNORECASE
 )
 _NUMBER = re.compile(r"(?<![\d.,-])\d+(?:\.\d+)?(?![\d%])")
+
+
+def majority(
+    pattern: str | None, where: str, *, least: float = 0.0, keep_all: bool = False
+) -> Chooser:
+    """Keep the answers that agree with the majority: the first of them, or all.
+
+    The last match of the pattern, or its first group, is normalized and compared. Ties go to the
+    value that came first. where: the recipe's key. least: the share of the answers that must agree.
+    Raises RecipeError for an invalid regular expression.
+    """
+    compiled = None if pattern is None else compiled_pattern(pattern, where)
+
+    def choose(rows: Sequence[Row]) -> list[str | None]:
+        values = [compared_value(answer_only(row), compiled) for row in rows]
+        votes = Counter(value for value in values if value is not None)
+        # Of equal ones, the first that was counted.
+        winner, count = next(iter(votes.most_common(1)), (None, 0))
+
+        def reason(number: int, value: str | None) -> str | None:
+            if value is None:
+                return f"nothing in it matches {pattern!r}"
+            if count < least * len(rows):
+                return f"fewer than {least:.0%} agree: {dict(votes)}"[:200]
+            if value != winner:
+                return f"its answer is {value!r}, and {count} of {len(rows)} are {winner!r}"[:200]
+            repeated = value in values[:number]
+            return "it is the same as an earlier answer" if repeated and not keep_all else None
+
+        return [reason(number, value) for number, value in enumerate(values)]
+
+    return choose
+
+
+def compared_value(text: str, pattern: Pattern | None) -> str | None:
+    """Return the part of an answer to compare, normalized; None if nothing matches."""
+    if pattern is None:
+        return normalized(text)
+    found = None
+    for match in pattern.matches(text):
+        found = match.group(1) if pattern.compiled.groups else match.group()
+    return None if found is None else normalized(found)
+
+
+def normalized(text: str) -> str:
+    """Like `words.normalized`, but without punctuation at the ends, and 1,000.0 becomes 1000."""
+    plain = words.normalized(text).strip(_AROUND)
+    number = re.sub(r"(?<=\d),(?=\d{3}(?:\D|$))", "", plain)
+    try:
+        value = Decimal(number)
+    except InvalidOperation:
+        return plain
+    if not value.is_finite() or abs(value.adjusted()) > _MOST_DIGITS:
+        return plain
+    with localcontext(prec=len(number)):  # every digit counts
+        return format(value.normalize() if value else Decimal(0), "f")
+
+
+def likelihood() -> Chooser:
+    """Keep the answer with the highest mean log-probability per token; ties go to the first."""
+    return lambda rows: keep_best(
+        [row.likelihood for row in rows],
+        "the teacher gave no log-probabilities",
+        "mean log-probability {:.4f}, and the best has {:.4f}",
+    )
+
+
+def keep_best(points: Sequence[float | None], without: str, fewer: str) -> list[str | None]:
+    """Reasons to drop all answers but the one with the highest score; ties go to the first.
+
+    without: the reason if there is no score. fewer: the reason if the score is below the best.
+    """
+    best = max((one for one in points if one is not None), default=None)
+    kept = None if best is None else points.index(best)
+    return [
+        None if number == kept else without if one is None else fewer.format(one, best)
+        for number, one in enumerate(points)
+    ]
+
+
+# --- a model ------------------------------------------------------------------------------------
 
 
 def read_verdict(text: str) -> str | None:
@@ -118,10 +208,7 @@ class Judge:
         return choose
 
     def _scores(self, rows: Sequence[Row], journal: Journal) -> list[float | None]:
-        points: list[float | None] = []
-        for row in rows:
-            points.append(read_score(self._reply(self._score(row), journal)))
-        return points
+        return [read_score(self._reply(self._score(row), journal)) for row in rows]
 
     def _wins(self, rows: Sequence[Row], journal: Journal) -> list[float | None]:
         """Give each answer half a point for each comparison that it wins.

@@ -50,9 +50,8 @@ class NearDuplicates:
         self._rows = band_rows(threshold)
         chance = np.random.default_rng(0)
         most = np.iinfo(np.uint64).max
-        self._factors_P = chance.integers(0, most, SIGNATURE, np.uint64, endpoint=True) | np.uint64(
-            1
-        )
+        factors_P = chance.integers(0, most, SIGNATURE, np.uint64, endpoint=True)
+        self._factors_P = factors_P | np.uint64(1)
         self._offsets_P = chance.integers(0, most, SIGNATURE, np.uint64, endpoint=True)
         self._signatures: list[NDArray[np.uint32]] = []
         self._bands: dict[bytes, list[int]] = {}

@@ -125,7 +125,9 @@ def prompt_messages(
         if found is None and (is_pair(given) or is_question(given)):
             found = read_question(given)[0]
     if isinstance(found, str):
-        messages = [dict(message) for message in _user(found)]
+        if not found.strip():
+            raise DataError("the prompt is empty", fix="remove the row")
+        messages = [dict(message) for message in user_turn(found)]
     elif isinstance(found, list):
         messages = _chat(found, learned=learned)
     else:
@@ -164,12 +166,6 @@ def _reject_unsent(row: Mapping[str, Any], messages: Iterable[Message]) -> None:
     for number, message in enumerate(messages):
         if isinstance(message.get("content"), list):
             text_parts(message["content"], f"message {number}")
-
-
-def _user(text: str) -> tuple[Message, ...]:
-    if not text.strip():
-        raise DataError("the prompt is empty", fix="remove the row")
-    return user_turn(text)
 
 
 def _chat(messages: list[Any], *, learned: bool) -> list[dict[str, Any]]:

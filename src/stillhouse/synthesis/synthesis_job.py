@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from stillhouse.generation.budget import Spending
 from stillhouse.generation.chat_frame import Frame, text_of, user_turn
 from stillhouse.generation.generation_config import SamplingRecipe
 from stillhouse.generation.journal import Journal
@@ -16,7 +15,7 @@ from stillhouse.generation.text_teacher import DefaultModel, TextSource, text_so
 from stillhouse.synthesis.judge_answers import Judge, open_judge
 from stillhouse.synthesis.prompts import Prompt, read_prompts
 from stillhouse.synthesis.synthesize_config import LikelihoodChoice, SynthesizeRecipe
-from stillhouse.synthesis.write_prompts import Writer, combined, spent_on_writing
+from stillhouse.synthesis.write_prompts import Writer, combined
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class SynthesisJob:
         choice = self.section.filters.best_of
         return open_judge(choice, self.default, self.seed)
 
-    def writer(self) -> Writer | None:
+    def writer(self, journal: Journal | None) -> Writer | None:
         """The writer of prompts; None if the teacher writes none.
 
         Raises ModelError, and DataError for invalid examples.
@@ -58,13 +57,13 @@ class SynthesisJob:
         # Each example is shown on one line.
         examples = [" ".join(text_of(p.messages).split()) for p in self._prompts_of_file(None)]
         source = self._source(sampling, False)
-        return Writer(section.write, section.combine, source, tuple(examples), self.seed)
+        return Writer(section.write, section.combine, source, tuple(examples), self.seed, journal)
 
-    def prompts(self, writer: Writer | None, journal: Journal | None) -> Iterator[Prompt]:
-        """The prompts: from a file, combined, or written by the teacher (read from the journal)."""
+    def prompts(self, writer: Writer | None = None) -> Iterator[Prompt]:
+        """The prompts: from a file, combined, or written by the teacher."""
         section = self.section.prompts
         if writer is not None:
-            found = writer.prompts(journal)
+            found = writer.prompts()
         elif section.combine is not None:
             found = combined(section.combine, self.seed)
         else:
@@ -80,7 +79,7 @@ class SynthesisJob:
         section, frame = self.section.prompts, self.frame
         prompts = iter([Prompt(user_turn("Write."), "the prompts")])
         if section.write is None:
-            prompts = self.prompts(None, None)
+            prompts = self.prompts()
         for prompt in prompts:
             seen = frame.student_sees if student else frame.teacher_sees
             yield seen(prompt.messages), prompt.where
@@ -118,20 +117,14 @@ class SynthesisRequests:
 
     def __init__(self, job: SynthesisJob, journal: Journal | None) -> None:
         self.job, self.journal = job, journal
-        self.teacher, self.writer = job.teacher(), job.writer()
+        self.teacher, self.writer = job.teacher(), job.writer(journal)
         self.frame = job.frame
 
     def pairs(self) -> Iterator[tuple[Prompt, Request]]:
-        for prompt in self.job.prompts(self.writer, self.journal):
+        for prompt in self.job.prompts(self.writer):
             messages = self.frame.teacher_sees(prompt.messages)
             for sample in range(self.job.section.prompts.samples):
                 yield prompt, self.teacher.request(messages, sample)
 
     def __call__(self) -> Iterator[Request]:
         return (request for _, request in self.pairs())
-
-    def spent_on_writing(self) -> Spending:
-        """The cost of the requests that wrote the prompts, which share the budget."""
-        if self.writer is None or self.journal is None:
-            return Spending()
-        return spent_on_writing(self.writer, self.journal)

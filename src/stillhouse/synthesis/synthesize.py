@@ -24,8 +24,8 @@ from stillhouse.generation.estimate import Estimate, estimate_requests
 from stillhouse.generation.journal import Journal
 from stillhouse.progress import note
 from stillhouse.synthesis import filters
-from stillhouse.synthesis.best_of import likelihood, majority
 from stillhouse.synthesis.filters import DROPPED, Chooser, Filter, Filters, Row, Sieve
+from stillhouse.synthesis.judge_answers import likelihood, majority
 from stillhouse.synthesis.prompts import read_prompts
 from stillhouse.synthesis.synthesis_job import SynthesisJob, SynthesisRequests
 from stillhouse.synthesis.synthesize_config import FiltersRecipe, LikelihoodChoice, MajorityChoice
@@ -89,30 +89,22 @@ class Synthesis:
         rest = f", {missing:,} have none" if missing else ""
         rest += f" ({self.failed:,} failed now)" if self.failed else ""
         dropped = ", ".join(f"{name} {count:,}" for name, count in self.dropped.items() if count)
-        return [
+        lines = [
             ("answers", f"{self.answered:,} of {self.requests:,}, {self.new:,} of them new{rest}"),
             ("dropped", f"{dropped or 'none'}  {self.dropped_rows if dropped else ''}".rstrip()),
             ("tokens", f"{self.tokens:,}"),
             ("cost", self.cost),
-            *self._lost_line(),
-            *self._judge_line(),
-            ("journal", str(self.journal)),
-            ("rows", f"{self.kept:,}  {self.out}"),
         ]
-
-    def _lost_line(self) -> list[tuple[str, str]]:
-        if not self.lost_tokens:
-            return []
-        cost = f"${self.lost_usd:,.4f}, " if self.lost_usd else ""
-        return [("lost", f"at most {cost}{self.lost_tokens:,} tokens, billed but not received")]
-
-    def _judge_line(self) -> list[tuple[str, str]]:
-        if not self.judged + self.unjudged:
-            return []
-        missing = f" ({self.unjudged:,} missing)" if self.unjudged else ""
-        cost = "cost unknown" if self.judge_usd is None else f"${self.judge_usd:,.4f}"
-        tokens = f"{self.judge_tokens:,} tokens"
-        return [("judge", f"{self.judged:,} verdicts{missing}, {tokens}, {cost}")]
+        if self.lost_tokens:
+            most = f"${self.lost_usd:,.4f}, " if self.lost_usd else ""
+            lost = f"at most {most}{self.lost_tokens:,} tokens, billed but not received"
+            lines.append(("lost", lost))
+        if self.judged + self.unjudged:
+            verdicts = f"{self.judged:,} verdicts"
+            verdicts += f" ({self.unjudged:,} missing)" if self.unjudged else ""
+            cost = "cost unknown" if self.judge_usd is None else f"${self.judge_usd:,.4f}"
+            lines.append(("judge", f"{verdicts}, {self.judge_tokens:,} tokens, {cost}"))
+        return [*lines, ("journal", str(self.journal)), ("rows", f"{self.kept:,}  {self.out}")]
 
 
 def synthesize(job: SynthesisJob, folder: Path) -> Synthesis:
@@ -159,7 +151,7 @@ def synthesize(job: SynthesisJob, folder: Path) -> Synthesis:
         journal=job.journal,
         requests=estimate.requests,
         answered=rows.answered,
-        new=sent.new,
+        new=sent.answered,
         failed=sent.failed,
         kept=kept,
         tokens=rows.tokens + writing.tokens,
@@ -223,8 +215,7 @@ class Rows:
             first = digest not in seen  # a repeated prompt was paid for once
             if first:
                 seen.add(digest)
-                usd, tokens = self.journal.billed_failures(request.key)
-                self.lost += Spending(tokens, usd)
+                self.lost += self.journal.billed_failures(request.key)
             if answer is None:
                 continue
             self.answered += 1
@@ -269,28 +260,20 @@ def chosen_filters(section: FiltersRecipe, base: Path, key: str) -> Filters:
         chosen["refusals"] = filters.refusal
     if section.min_characters is not None or section.max_characters is not None:
         chosen["length"] = filters.length(section.min_characters, section.max_characters)
-    if section.require_pattern is not None:
-        chosen["require_pattern"] = filters.pattern(
-            section.require_pattern, f"{key}.require_pattern"
-        )
-    if section.forbid_pattern is not None:
-        chosen["forbid_pattern"] = filters.pattern(
-            section.forbid_pattern, f"{key}.forbid_pattern", must_match=False
-        )
+    if (required := section.require_pattern) is not None:
+        chosen["require_pattern"] = filters.pattern(required, f"{key}.require_pattern")
+    if (forbidden := section.forbid_pattern) is not None:
+        where = f"{key}.forbid_pattern"
+        chosen["forbid_pattern"] = filters.pattern(forbidden, where, must_match=False)
     if section.json_schema is not None:
         file = base / section.json_schema
         chosen["json_schema"] = filters.json_schema(filters.read_schema(file), file)
     if section.languages is not None:
         chosen["languages"] = filters.languages(section.languages, f"{key}.languages")
     if section.decontaminate is not None:
-        texts = section.decontaminate
-        path = base / texts.path
+        texts, setting = section.decontaminate, f"{key}.decontaminate.key"
         items = read_prompts(
-            path,
-            format=texts.format,
-            key=texts.key,
-            setting=f"{key}.decontaminate.key",
-            learned=False,
+            base / texts.path, format=texts.format, key=texts.key, setting=setting, learned=False
         )
         chosen["decontaminate"] = filters.decontaminate(items, texts.ngram)
     remembering: dict[str, Filter] = {}
@@ -341,9 +324,10 @@ def answered_rows(job: SynthesisJob, most: int) -> list[Row]:
 def _send_some(requests: SynthesisRequests, journal: Journal, calls: int) -> None:
     """Send some missing requests; if no prompts are written yet, first request some prompts."""
     writer = requests.writer
-    if writer is not None and next(writer.prompts(journal), None) is None:
+    if writer is not None and next(writer.prompts(), None) is None:
         send_part(writer, 0, 1, journal, Spending())
-    send_some(requests.teacher, requests, journal, calls, requests.spent_on_writing())
+    writing = Spending() if writer is None else writer.spent
+    send_some(requests.teacher, requests, journal, calls, writing)
 
 
 def _with_unwritten(estimate: Estimate, requests: SynthesisRequests) -> Estimate:

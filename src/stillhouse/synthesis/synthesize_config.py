@@ -204,10 +204,7 @@ class JudgeChoice(Section):
         return self
 
 
-Choice = Annotated[
-    MajorityChoice | LikelihoodChoice | JudgeChoice,
-    Field(discriminator="kind"),
-]
+Choice = Annotated[MajorityChoice | LikelihoodChoice | JudgeChoice, Field(discriminator="kind")]
 
 
 class FiltersRecipe(Section):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from stillhouse.data.data_config import DataRecipe, FileSource, Source
 
@@ -36,11 +35,8 @@ class SynthesizedText:
                 for source in sources
             ]
 
-        changed: dict[str, Any] = {
-            "sources": own(section.sources),
-            "heldout_sources": own(section.heldout_sources),
-        }
-        return section.model_copy(update=changed)
+        read, held_out = own(section.sources), own(section.heldout_sources)
+        return section.model_copy(update={"sources": read, "heldout_sources": held_out})
 
 
 def names(source: Source, out: Path, base: Path) -> bool:

@@ -60,13 +60,15 @@ def combined(section: CombineRecipe, seed: int) -> Iterator[Prompt]:
 
 @dataclass(frozen=True)
 class Writer:
-    """Makes requests for new prompts, and reads the prompts from their answers."""
+    """Makes requests for new prompts, and reads the prompts from their answers in the journal, if
+    there is one."""
 
     section: WriteRecipe
     combine: CombineRecipe
     teacher: TextSource
     examples: tuple[str, ...]
     seed: int
+    journal: Journal | None
 
     @property
     def fewest(self) -> int:
@@ -88,14 +90,19 @@ class Writer:
         examples = f"\nSome that are there already:\n{shown}" if shown else ""
         return _ASK.format(each=self.section.per_request, what=what, examples=examples)
 
-    def prompts(self, journal: Journal | None) -> Iterator[Prompt]:
+    @property
+    def spent(self) -> Spending:
+        """The cost of all requests so far."""
+        return estimate_requests(self.requests(), self.journal, self.teacher.price).spent
+
+    def prompts(self) -> Iterator[Prompt]:
         """Yield the distinct prompts in the journal's answers, up to `count`."""
         seen = NearDuplicates(self.section.max_similarity)
         for text in self.examples:
             seen.add(words(text))
         kept = 0
         for request in self.requests():
-            answer = None if journal is None else journal.get(request.key)
+            answer = None if self.journal is None else self.journal.get(request.key)
             if answer is None:
                 continue
             text = answer_text(answer)
@@ -109,10 +116,8 @@ class Writer:
 
 
 def prompt_lines(text: str, *, complete: bool) -> Iterator[str]:
-    """Yield the prompts in an answer, one per line, without list markers.
-
-    complete: include the last line.
-    """
+    """Yield the prompts in an answer, one per line, without list markers; the last only if the
+    answer is complete."""
     lines = [_MARK.sub("", line).strip().strip('"') for line in text.splitlines()]
     lines = [line for line in lines if line]
     for line in lines if complete else lines[:-1]:
@@ -131,18 +136,17 @@ def write_prompts(writer: Writer, journal: Journal, answers: Spending) -> Spendi
     """
     most, last = writer.fewest * MOST_TIMES, 0
     stopped = False
-    while (found := sum(1 for _ in writer.prompts(journal))) < writer.section.count:
-        if stopped or last == most:
-            break
-        first, lacking = last, writer.section.count - found
+    wanted = writer.section.count
+    while (found := sum(1 for _ in writer.prompts())) < wanted and last < most and not stopped:
+        first, lacking = last, wanted - found
         last = min(most, first + -(-lacking // writer.section.per_request))
         stopped = send_part(writer, first, last, journal, answers)
     if found == 0:
         raise _no_prompts(writer, journal, out_of_budget=stopped)
-    if found < writer.section.count:
+    if found < wanted:
         why = ", because the budget is used up: raise synthesize.budget" if stopped else ""
-        note(f"only {found:,} of {writer.section.count:,} distinct prompts were written{why}")
-    return spent_on_writing(writer, journal)
+        note(f"only {found:,} of {wanted:,} distinct prompts were written{why}")
+    return writer.spent
 
 
 def _no_prompts(writer: Writer, journal: Journal, *, out_of_budget: bool) -> StillhouseError:
@@ -165,10 +169,5 @@ def _no_prompts(writer: Writer, journal: Journal, *, out_of_budget: bool) -> Sti
 
 def send_part(writer: Writer, first: int, last: int, journal: Journal, answers: Spending) -> bool:
     """Send the writer's requests first to last - 1; return whether the budget stopped any."""
-    spent = spent_on_writing(writer, journal) + answers
     part = partial(writer.requests, first, last)
-    return send_missing(writer.teacher, part, journal, spent)[1].out_of_budget
-
-
-def spent_on_writing(writer: Writer, journal: Journal) -> Spending:
-    return estimate_requests(writer.requests(), journal, writer.teacher.price).spent
+    return send_missing(writer.teacher, part, journal, writer.spent + answers)[1].out_of_budget

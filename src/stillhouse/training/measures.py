@@ -6,7 +6,6 @@ Shapes: N supervised rows of a micro-batch, n measured ones, D hidden width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
