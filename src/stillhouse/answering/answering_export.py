@@ -19,7 +19,7 @@ from stillhouse.evaluation.results import EVALUATION
 from stillhouse.export.checkpoint import export_checkpoint
 from stillhouse.export.gate import Gate
 from stillhouse.export.model_card import ModelCard, write_language_model_card
-from stillhouse.generation.chat_frame import Frame, filled, user_turn
+from stillhouse.generation.chat_frame import Frame, user_turn
 from stillhouse.generation.generator import TextGenerator
 from stillhouse.generation.local_generator import LocalGenerator, open_local
 from stillhouse.generation.request import Message
@@ -78,7 +78,8 @@ class AnsweringFacts(StudentFacts):
 
     def messages(self, text: str) -> tuple[Message, ...]:
         examples = tuple((prompt, answer) for prompt, answer in self.examples)
-        return Frame(self.system, examples).teacher_sees(user_turn(filled(self.prompt, text)))
+        question = user_turn(self.prompt.replace("{text}", text))
+        return Frame(self.system, examples).teacher_sees(question)
 
 
 def plan_answers_export(

@@ -14,7 +14,7 @@ from stillhouse.data.data_config import DataRecipe, FileSource
 from stillhouse.evaluation.evaluate_config import EvaluateRecipe
 from stillhouse.export.export_config import ExportRecipe
 from stillhouse.export.licenses import Origin, distinct, origin, teacher_origin
-from stillhouse.generation.chat_frame import Frame, filled, user_turn
+from stillhouse.generation.chat_frame import Frame, user_turn
 from stillhouse.generation.generation_config import LocalTeacher, TextTeacher, VllmTeacher
 from stillhouse.generation.helpers import Helpers
 from stillhouse.generation.request import Message, Requests, teacher_described
@@ -95,7 +95,7 @@ class AnsweringJob:
         return prepare_answer_texts(self.recipe, self.base, self.validity)
 
     def question(self, text: str) -> str:
-        return filled(self.recipe.task.prompt, text)
+        return self.recipe.task.prompt.replace("{text}", text)
 
     @property
     def frame(self) -> Frame:

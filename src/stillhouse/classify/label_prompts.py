@@ -11,7 +11,7 @@ from stillhouse.classify.classify_config import ClassifyTask
 from stillhouse.data.chat_prompt import text_ids
 from stillhouse.data.turn_end import turn_end
 from stillhouse.errors import ModelError, RecipeError
-from stillhouse.generation.chat_frame import Frame, answer_prompt_ids, filled, user_turn
+from stillhouse.generation.chat_frame import Frame, answer_prompt_ids, user_turn
 from stillhouse.generation.request import Message
 
 CONTENTLESS = ("N/A", "[MASK]", "...")
@@ -41,7 +41,8 @@ class LabelPrompt:
 
     def question(self, text: str) -> str:
         """The user's turn about a text."""
-        return filled(self.prompt.replace("{labels}", ", ".join(self.labels.values())), text)
+        labels = ", ".join(self.labels.values())
+        return self.prompt.replace("{labels}", labels).replace("{text}", text)
 
     def answer_for(self, label: str) -> str:
         """The assistant's turn that gives a label."""

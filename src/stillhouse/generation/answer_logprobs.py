@@ -289,8 +289,8 @@ def align_chunks(
 
 def _log_p(position: Mapping[str, Any]) -> float:
     """The log-probability of a position; -inf if it is unknown."""
-    found = position.get("logprob")
-    return -math.inf if found is None or not is_logprob(found) else float(found)
+    found: Any = position.get("logprob")
+    return float(found) if is_logprob(found) else -math.inf
 
 
 def _shown_bytes(position: Mapping[str, Any]) -> bytes:

@@ -57,11 +57,6 @@ def user_turn(text: str) -> tuple[Message, ...]:
     return ({"role": "user", "content": text},)
 
 
-def filled(prompt: str, text: str) -> str:
-    """Replace {text} in one pass, so that the text may itself contain it."""
-    return text.join(prompt.split("{text}"))
-
-
 def text_of(messages: Sequence[Message], roles: Sequence[str] = ("user",)) -> str:
     """The text of the messages of these roles, one per line."""
     return "\n".join(content_text(m.get("content")) for m in messages if m["role"] in roles)

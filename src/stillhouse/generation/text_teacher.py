@@ -267,5 +267,4 @@ def _numerics(own: LocalTeacher | VllmTeacher) -> dict[str, Any]:
     """The dtype of a local model's computation, which is part of a request."""
     if isinstance(own, VllmTeacher):
         return {"dtype": own.dtype, **({"options": own.options} if own.options else {})}
-    precision = choose_precision(own.precision)
-    return {"dtype": str(precision.dtype).removeprefix("torch.")}
+    return {"dtype": str(choose_precision(own.precision).dtype).removeprefix("torch.")}

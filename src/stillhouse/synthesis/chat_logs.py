@@ -98,15 +98,13 @@ class Logs:
         for value in objects:
             for key, part in value.items():
                 kinds.setdefault(key, set()).add(_JSON_TYPES[type(part)])
-        properties = {
-            key: {"type": next(iter(found)) if len(found) == 1 else sorted(found)}
-            for key, found in kinds.items()
-        }
-        required = [key for key in kinds if all(key in value for value in objects)]
         return {
             "type": "object",
-            "properties": properties,
-            "required": required,
+            "properties": {
+                key: {"type": next(iter(found)) if len(found) == 1 else sorted(found)}
+                for key, found in kinds.items()
+            },
+            "required": [key for key in kinds if all(key in value for value in objects)],
             "additionalProperties": False,
         }
 

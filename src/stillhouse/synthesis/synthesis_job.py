@@ -77,11 +77,9 @@ class SynthesisJob:
         If the teacher writes the prompts, a single placeholder stands for them.
         """
         section, frame = self.section.prompts, self.frame
-        prompts = iter([Prompt(user_turn("Write."), "the prompts")])
-        if section.write is None:
-            prompts = self.prompts()
-        for prompt in prompts:
-            seen = frame.student_sees if student else frame.teacher_sees
+        placeholder = [Prompt(user_turn("Write."), "the prompts")]
+        seen = frame.student_sees if student else frame.teacher_sees
+        for prompt in self.prompts() if section.write is None else placeholder:
             yield seen(prompt.messages), prompt.where
 
     @property
@@ -92,14 +90,8 @@ class SynthesisJob:
         return Frame(section.system, examples, section.student_sees)
 
     def _source(self, sampling: SamplingRecipe, logprobs: bool) -> TextSource:
-        return text_source(
-            self.section.teacher,
-            sampling,
-            self.section.budget,
-            self.default,
-            self.seed,
-            logprobs=logprobs,
-        )
+        teacher, budget = self.section.teacher, self.section.budget
+        return text_source(teacher, sampling, budget, self.default, self.seed, logprobs=logprobs)
 
     def _prompts_of_file(self, limit: int | None) -> Iterator[Prompt]:
         section = self.section.prompts
