@@ -57,6 +57,7 @@ def classifier_report(
         f"Texts: {parts['train']:,} for training, {parts['calibration']:,} to choose the "
         f"threshold, {parts['test']:,} for testing."
     )
+    cost = [f"Cost of the teacher’s answers: {cost_line(judgment)}."] if "usd" in judgment else []
     return assemble(
         "classifier",
         run,
@@ -67,13 +68,8 @@ def classifier_report(
         _export_section(replays),
         cost_section(run.stages),
         notes_section(evaluation.notes),
-        remarks=[abstention_sentence(evaluation.abstention), data, *_cost_sentence(judgment)],
+        remarks=[abstention_sentence(evaluation.abstention), data, *cost],
     )
-
-
-def _cost_sentence(judgment: Mapping[str, Any]) -> list[str]:
-    """A sentence on the cost of the labels if they came from an API."""
-    return [f"Cost of the teacher’s answers: {cost_line(judgment)}."] if "usd" in judgment else []
 
 
 def _headline(found: ClassificationEvaluation) -> str:

@@ -87,21 +87,18 @@ def draw(chart: Chart, key: str) -> str:
     with rc_context({**_STYLE, "svg.hashsalt": f"stillhouse-{key}"}):
         figure = Figure(figsize=(WIDTH, chart.height))
         FigureCanvasSVG(figure)
-        _draw_on(chart, figure.add_subplot())
+        ax = figure.add_subplot()
+        match chart:
+            case LineChart():
+                _draw_lines(chart, ax)
+            case BarChart():
+                _draw_bars(chart, ax)
+            case MatrixChart():
+                _draw_matrix(chart, ax)
         buffer = io.StringIO()
         nothing: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     return _inline(buffer.getvalue(), key, chart.alt)
-
-
-def _draw_on(chart: Chart, ax: Axes) -> None:
-    match chart:
-        case LineChart():
-            _draw_lines(chart, ax)
-        case BarChart():
-            _draw_bars(chart, ax)
-        case MatrixChart():
-            _draw_matrix(chart, ax)
 
 
 def _draw_lines(chart: LineChart, ax: Axes) -> None:

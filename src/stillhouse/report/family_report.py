@@ -30,11 +30,9 @@ _LEARNED_FROM = {
 
 
 def family_report(run: RunFacts, family: FamilyEvaluation) -> Report:
-    chain = (
-        "starts from the trained member before it"
-        if family.chained
-        else "is pruned from the teacher"
-    )
+    chain = "is pruned from the teacher"
+    if family.chained:
+        chain = "starts from the trained member before it"
     remarks = [f"Every member learns from {_LEARNED_FROM[family.learned_from]}, and {chain}."]
     if family.cut is not None:
         remarks.append(_cut_sentence(family.cut))
@@ -164,7 +162,6 @@ def _speed_charts(family: FamilyEvaluation) -> list[Chart]:
 
 
 def _agreement_chart(family: FamilyEvaluation) -> Chart:
-    """Chart every member's top-1 agreement."""
     shares = [(member.name, member.student.fidelity.top1_agreement) for member in family.members]
     bars = [Bar(name, 100 * share, text.percent(share, 1)) for name, share in shares]
     return BarChart("Agreement", "top-1 agreement with the teacher (%)", bars)

@@ -57,7 +57,9 @@ def language_model_report(
     models = {m.role: m for m in sorted(evaluation.models, key=lambda m: role_order(m.role))}
     steps = steps_section(evaluation, student, kind, replays)
     texts = generations_section(evaluation.generations)
-    kept = kept_section(evaluation)
+    charts = [size_chart(evaluation.models), *speed_charts(evaluation.models)]
+    table = metrics_of(evaluation)
+    kept = Section("What the student kept", "kept", table=table, charts=charts)
     return assemble(
         "distillation",
         run,
@@ -154,13 +156,6 @@ def _figures(run: RunFacts, models: Mapping[str, ModelResult]) -> Iterator[Figur
 # --- measurements ------------------------------------------------------------------------------
 
 
-def kept_section(evaluation: Evaluation) -> Section:
-    """Build the section with every model's metrics, and quality against size and speed."""
-    table, models = metrics_of(evaluation), evaluation.models
-    charts = [size_chart(models), *speed_charts(models)]
-    return Section("What the student kept", "kept", table=table, charts=charts)
-
-
 def size_chart(models: Sequence[ModelResult]) -> Chart:
     """Chart KL to the teacher against parameters; closer to the bottom left is better."""
     sizes, label = in_units([model.parameters for model in models], "parameters")
@@ -237,7 +232,6 @@ def student_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _student_notes(summary: Mapping[str, Any]) -> list[str]:
-    """Return the notes in the summary and its parts."""
     parts = [summary, *(part for part in summary.values() if isinstance(part, dict))]
     return [str(note) for part in parts for note in part.get("notes", [])]
 

@@ -72,12 +72,8 @@ def _tokens(answer: ScoredAnswer) -> list[Token]:
             f"KL(model ‖ teacher) {reverse:.2f}, KL(teacher ‖ model) {forward:.2f}, "
             f"teacher’s log-probability {logprob:.2f}"
         )
-        tokens.append(Token(written, _level(reverse), about))
+        tokens.append(Token(written, sum(reverse >= limit for limit in LEVELS), about))
     return tokens
-
-
-def _level(kl: float) -> int:
-    return sum(kl >= limit for limit in LEVELS)
 
 
 def _legend() -> list[Token]:

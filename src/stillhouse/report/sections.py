@@ -109,27 +109,18 @@ def stage_charts(stages: Sequence[Stage]) -> list[Chart]:
     """Chart each stage's seconds, and its FLOPs if any stage has some."""
     seconds = [stage.cost.seconds for stage in stages]
     flops = [stage.cost.flops for stage in stages]
-    shown = map(text.seconds, seconds)
-    charts: list[Chart] = [_stage_bars("Time by stage", "seconds", stages, seconds, shown)]
+    measures = [("Time by stage", "seconds", seconds, map(text.seconds, seconds))]
     if any(flops):
         values, label = in_powers(flops, "floating-point operations")
-        shown = map(text.flops, flops)
-        charts.append(_stage_bars("Computation by stage", label, stages, values, shown))
+        measures.append(("Computation by stage", label, values, map(text.flops, flops)))
+    charts: list[Chart] = []
+    for title, label, values, shown in measures:
+        bars = [
+            Bar(_stage_name(stage), value, words, PALE if stage.reused else ACCENT)
+            for stage, value, words in zip(stages, values, shown, strict=True)
+        ]
+        charts.append(BarChart(title, label, bars))
     return charts
-
-
-def _stage_bars(
-    title: str,
-    label: str,
-    stages: Sequence[Stage],
-    values: Sequence[float],
-    shown: Iterable[str],
-) -> BarChart:
-    bars = [
-        Bar(_stage_name(stage), value, words, PALE if stage.reused else ACCENT)
-        for stage, value, words in zip(stages, values, shown, strict=True)
-    ]
-    return BarChart(title, label, bars)
 
 
 def generations_section(generations: Iterable[Generation]) -> Section:
@@ -155,7 +146,6 @@ def notes_section(*notes: Iterable[str]) -> Section:
 
 
 def _reproduction_section(run: RunFacts) -> Section:
-    """Build the section with the resolved recipe, the machine, and the versions."""
     recipe = yaml.safe_dump(dict(run.recipe), sort_keys=False, allow_unicode=True, width=88)
     folded = [
         Folded("Recipe with all defaults", recipe),
