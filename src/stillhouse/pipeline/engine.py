@@ -47,21 +47,15 @@ def run_kind(kind: Kind, recipe: Any, base: Path) -> RunResult | None:
     tune_allocator()
     end_with_torchrun()
     with lost_process(world_size()):
-        return _run(kind, recipe, base)
-
-
-def _run(kind: Kind, recipe: Any, base: Path) -> RunResult | None:
-    if leads():
-        with (
-            leading(run_root(recipe), locked_folder(recipe)) as folder,
-            recorded(folder, base),
-        ):
-            return lead(kind, recipe, base, folder)
-    with followed_folder(recipe) as folder:
-        if kind.follow is not None:
-            kind.follow(recipe, base, folder)
-        else:
-            run_steps(kind, kind.find(recipe, base), following(folder))
+        if leads():
+            locked = leading(run_root(recipe), locked_folder(recipe))
+            with locked as folder, recorded(folder, base):
+                return lead(kind, recipe, base, folder)
+        with followed_folder(recipe) as folder:
+            if kind.follow is not None:
+                kind.follow(recipe, base, folder)
+            else:
+                run_steps(kind, kind.find(recipe, base), following(folder))
     return None
 
 

@@ -34,10 +34,6 @@ class Check:
     found: dict[str, Any] = field(default_factory=dict)
 
 
-def _always(_job: Any) -> bool:
-    return True
-
-
 @dataclass(frozen=True)
 class Step:
     """One stage of a kind of run.
@@ -54,7 +50,7 @@ class Step:
     name: str
     plan: Callable[..., StagePlan]
     reads: tuple[str, ...] = ()
-    applies: Callable[[Any], bool] = _always
+    applies: Callable[[Any], bool] = lambda job: True
     then: Callable[[Any, Mapping[str, Stage], Do], Any] | None = None
     main_process: bool = False
     require: Callable[[Any], Iterable[Finding]] | None = None

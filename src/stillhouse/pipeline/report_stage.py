@@ -34,10 +34,5 @@ def plan_report(
 
 def report_step(plan: Callable[..., StagePlan]) -> Step:
     """The last step of a run, which reads all other stages."""
-    return Step(
-        "report",
-        plan,
-        ALL,
-        main_process=True,
-        purpose="write the page with all measurements",
-    )
+    purpose = "write the page with all measurements"
+    return Step("report", plan, ALL, main_process=True, purpose=purpose)

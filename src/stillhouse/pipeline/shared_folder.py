@@ -7,7 +7,7 @@ import platform
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -93,7 +93,6 @@ def wait_for_main_process(find: Callable[[], T | None], what: str) -> T:
 
 
 def _broadcast(news: str | StillhouseError | None) -> str | StillhouseError | None:
-    """Broadcast the main process's value."""
     shared = [news]
     with lost_process(world_size()):
         dist.broadcast_object_list(shared)
@@ -103,18 +102,13 @@ def _broadcast(news: str | StillhouseError | None) -> str | StillhouseError | No
 def _appears(file: Path, content: str) -> bool:
     """Whether the file appears with this content within PATIENCE_SECONDS."""
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while not _has(file, content):
+    while True:
+        with suppress(OSError, ValueError):
+            if file.read_text(encoding="utf-8") == content:
+                return True
         if time.monotonic() > deadline:
             return False
         time.sleep(0.1)
-    return True
-
-
-def _has(file: Path, content: str) -> bool:
-    try:
-        return file.read_text(encoding="utf-8") == content
-    except (OSError, ValueError):
-        return False
 
 
 def _require_shared(root: Path, *, seen: bool) -> None:
