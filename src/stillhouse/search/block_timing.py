@@ -142,9 +142,7 @@ def random_like(config: Any, sizes: Sizes, dtype: torch.dtype) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(
-            resized_config(config, sizes),
-            dtype=dtype,
-            attn_implementation=attention_for(config),
+            resized_config(config, sizes), dtype=dtype, attn_implementation=attention_for(config)
         )
     return model.eval().requires_grad_(False)
 

@@ -107,7 +107,6 @@ class Journal:
         return [self.found[name] for name in finds]
 
     def _save(self, new: Results) -> None:
-        """Add results to this process's file."""
         if not new.found:
             return
         self._own.add(new)
