@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
 from stillhouse.language_model.run_models import RunModels
 from stillhouse.planning.machine import Machine
 from stillhouse.planning.model_size import config_size
@@ -69,7 +67,6 @@ def search_estimate(models: RunModels, section: PrunedStudent, machine: Machine)
             context=models.recipe.data.context,
             accumulates=False,
             compute=machine.compute(settings.precision),
-            weights=torch.float32,
             device=machine.device,
         )
         trained = training_memory(step, "none", over=1, processes=1)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from stillhouse import account
 from stillhouse.data.data_config import CorpusSource, DataRecipe, TextSource
@@ -194,7 +194,7 @@ def _training(stage: StageEstimate, machine: Machine, precision: str) -> Finding
     return Finding("estimate", "training", text)
 
 
-def _memory(stages: Sequence[StageEstimate], machine: Machine) -> Iterator[Finding]:
+def _memory(stages: Iterable[StageEstimate], machine: Machine) -> Iterator[Finding]:
     """Report the memory of every stage that may not fit, or else of the largest stage."""
     stages = [stage for stage in stages if stage.memory.parts]
     doubtful = [stage for stage in stages if not stage.memory.fits(machine.memory)]

@@ -17,8 +17,7 @@ from stillhouse.language_model.pruning_memory import pruning_estimate, search_es
 from stillhouse.language_model.run_models import RunModels
 from stillhouse.language_model.training_memory import (
     cheapest_change,
-    planned_shard,
-    planned_step,
+    planned_training,
     run_shard,
     sharing,
 )
@@ -41,19 +40,15 @@ from stillhouse.planning.step_memory import (
 from stillhouse.pruning.offload import LARGE_BYTES
 from stillhouse.students.student_config import PrunedStudent
 from stillhouse.teachers.teacher import Teacher
-from stillhouse.training.train import plan_batches, require_windows
+from stillhouse.training.train import require_windows
 
 
-def plan_stages(models: RunModels, machine: Machine, tokens: int) -> list[StageEstimate]:
+def plan_stages(models: RunModels, machine: Machine, tokens: int) -> Iterator[StageEstimate]:
     """Estimate the stages that take memory or time, in the order of the run.
 
     tokens: the number of training tokens. Raises RecipeError if there are more processes than
     windows or they cannot divide the batch.
     """
-    return list(_stages(models, machine, tokens))
-
-
-def _stages(models: RunModels, machine: Machine, tokens: int) -> Iterator[StageEstimate]:
     recipe = models.recipe
     windows = _windows(recipe.data, tokens, machine)
     if models.first:
@@ -91,10 +86,8 @@ def _windows(section: DataRecipe, tokens: int, machine: Machine) -> int:
 def _training(name: str, models: RunModels, machine: Machine, windows: int) -> StageEstimate:
     recipe = models.recipe
     settings = recipe.train
-    most = machine.micro_windows(recipe.data.context, settings.products)
-    batching = plan_batches(settings, windows, machine.processes, most_windows=most)
-    step = planned_step(models, machine, batching.micro, accumulates=batching.accumulation > 1)
-    shard, over = planned_shard(models, step, machine), sharing(settings, machine)
+    batching, step, shard = planned_training(models, machine, windows)
+    over = sharing(settings, machine)
     memory = training_memory(step, shard, over=over, processes=machine.processes)
     if machine.device == "cuda":
         loaded = _loaded(step, shard, over=over, here=min(machine.processes, machine.per_node))
@@ -102,16 +95,13 @@ def _training(name: str, models: RunModels, machine: Machine, windows: int) -> S
     if name == "qat":
         memory = memory.plus("latent weights", step.weights * step.student.size.parameters)
     tokens = batching.steps * settings.batch_size * recipe.data.context
-    size = step.student.size
-    traffic = step_traffic(
-        step, shard, over=over, machine=machine, micro_batches=batching.accumulation
-    )
+    size, passes = step.student.size, batching.accumulation
+    traffic = step_traffic(step, shard, over=over, machine=machine, micro_batches=passes)
     saved = (step.weights + step.moments) * size.parameters
     text = f"{batching.steps:,} steps of {settings.batch_size} x {recipe.data.context:,} tokens"
     text += f", {batching.micro} window{'s' if batching.micro > 1 else ''} at a time"
     if machine.processes > 1:
         text += f"; sharded: {shard}"
-    fits = memory.fits(machine.memory)
     return StageEstimate(
         name=models.stage(name),
         memory=memory,
@@ -123,7 +113,7 @@ def _training(name: str, models: RunModels, machine: Machine, windows: int) -> S
         network=traffic.all * batching.steps,
         between_nodes=traffic.between_nodes * batching.steps,
         note=text,
-        fix=None if fits else cheapest_change(models, machine, windows),
+        fix=None if memory.fits(machine.memory) else cheapest_change(models, machine, windows),
     )
 
 
@@ -249,10 +239,9 @@ def _evaluation(models: RunModels, machine: Machine) -> StageEstimate:
         phases.append(replace(loading, parts={**loading.parts, **heads, **rows}))
     if recipe.evaluate.speed:
         sharded = run_shard(models, machine) in ("teacher", "both")  # its speed is not measured
-        models_together = models.timed_students * student.parameters + (
-            0 if sharded else teacher.parameters
-        )
-        together = {"weights": float(compute * models_together)}
+        timed = models.timed_students * student.parameters
+        timed += 0 if sharded else teacher.parameters
+        together = {"weights": float(compute * timed)}
         together["context"] = phases[0].parts["context"]
         speed = Memory("speed", together, host=phases[0].host)
         if speed.fits(machine.memory):

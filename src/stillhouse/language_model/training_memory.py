@@ -14,16 +14,9 @@ from stillhouse.errors import RecipeError
 from stillhouse.language_model.job import Job
 from stillhouse.language_model.run_models import RunModels, run_models
 from stillhouse.launch import leads, world_size
-from stillhouse.planning.machine import Machine, this_machine
+from stillhouse.planning.machine import Machine, micro_windows, this_machine
 from stillhouse.planning.model_size import config_size
-from stillhouse.planning.step_memory import (
-    MARGIN,
-    Memory,
-    Shard,
-    Step,
-    fitting_shard,
-    training_memory,
-)
+from stillhouse.planning.step_memory import MARGIN, Shard, Step, fitting_shard, training_memory
 from stillhouse.planning.training_step import training_step
 from stillhouse.processes import open_group
 from stillhouse.progress import note
@@ -34,17 +27,22 @@ from stillhouse.training.train_config import TrainRecipe
 MOST_PROCESSES = 1024
 
 
-def planned_step(models: RunModels, machine: Machine, micro: int, *, accumulates: bool) -> Step:
-    """Describe a step of the recipe's training. micro: the number of windows in a micro-batch."""
-    recipe = models.recipe
-    settings = recipe.train
+def planned_training(
+    models: RunModels, machine: Machine, windows: int
+) -> tuple[Batching, Step, Shard]:
+    """Plan the recipe's training on so many windows: its batches, a step, and what it shards.
+
+    Raises RecipeError like `plan_batches`, and ModelError like `training_step`.
+    """
+    settings = models.recipe.train
+    batching = _batching(models, machine, windows)
     weights = getattr(torch, settings.weights)
-    return training_step(
+    step = training_step(
         models.student,
         models.live_teachers,
-        windows=micro,
-        context=recipe.data.context,
-        accumulates=accumulates,
+        windows=batching.micro,
+        context=models.recipe.data.context,
+        accumulates=batching.accumulation > 1,
         compute=machine.compute(settings.products),
         weights=weights,
         gathered=weights,  # products run under autocast, sharded or not
@@ -56,6 +54,7 @@ def planned_step(models: RunModels, machine: Machine, micro: int, *, accumulates
         divergences=models.divergences,
         kept_layers=models.kept_layers,
     )
+    return batching, step, _planned_shard(models, step, machine)
 
 
 def sharing(settings: TrainRecipe, machine: Machine) -> int:
@@ -63,7 +62,7 @@ def sharing(settings: TrainRecipe, machine: Machine) -> int:
     return machine.per_node if settings.shard_within == "node" else machine.processes
 
 
-def planned_shard(models: RunModels, step: Step, machine: Machine) -> Shard:
+def _planned_shard(models: RunModels, step: Step, machine: Machine) -> Shard:
     """Return what the recipe shards. For `auto`, that is the fastest choice that also fits in the
     stages that run the teacher alone. A student whose weights vLLM gets is not sharded."""
     over = sharing(models.recipe.train, machine)
@@ -82,20 +81,17 @@ def planned_shard(models: RunModels, step: Step, machine: Machine) -> Shard:
 
 
 def run_shard(models: RunModels, machine: Machine) -> Shard:
-    """Like `planned_shard`, for the recipe's own batches. Raises the errors of `planned_memory`."""
+    """Return what training shards. Raises StillhouseError like `planned_training`."""
     settings = models.recipe.train
     if (given := _given_shard(settings, machine)) is not None:
         return given
-    batching = _plan(models, machine, settings.batch_size)
-    accumulates = batching.accumulation > 1
-    step = planned_step(models, machine, batching.micro, accumulates=accumulates)
-    return planned_shard(models, step, machine)
+    return planned_training(models, machine, settings.batch_size)[2]
 
 
-def _plan(models: RunModels, machine: Machine, windows: int) -> Batching:
-    recipe = models.recipe
-    most = machine.micro_windows(recipe.data.context, recipe.train.products)
-    return plan_batches(recipe.train, windows, machine.processes, most_windows=most)
+def _batching(models: RunModels, machine: Machine, windows: int) -> Batching:
+    train, context = models.recipe.train, models.recipe.data.context
+    most = micro_windows(machine.device, context, machine.compute(train.products))
+    return plan_batches(train, windows, machine.processes, most_windows=most)
 
 
 def _given_shard(settings: TrainRecipe, machine: Machine) -> Shard | None:
@@ -105,28 +101,21 @@ def _given_shard(settings: TrainRecipe, machine: Machine) -> Shard | None:
     return None if settings.shard == "auto" else settings.shard
 
 
-def planned_memory(models: RunModels, machine: Machine, windows: int) -> Memory:
-    """Return the memory that each process needs to train on so many windows.
-
-    Raises RecipeError like `plan_batches`, and ModelError like `training_step`.
-    """
-    settings = models.recipe.train
-    batching = _plan(models, machine, windows)
-    step = planned_step(models, machine, batching.micro, accumulates=batching.accumulation > 1)
-    shard = planned_shard(models, step, machine)
-    over = sharing(settings, machine)
-    return training_memory(step, shard, over=over, processes=machine.processes)
+def _fits(models: RunModels, machine: Machine, windows: int) -> bool:
+    """Whether training on so many windows fits; False if the batch cannot be divided this way."""
+    try:
+        _, step, shard = planned_training(models, machine, windows)
+    except RecipeError:
+        return False
+    over = sharing(models.recipe.train, machine)
+    memory = training_memory(step, shard, over=over, processes=machine.processes)
+    return memory.fits(machine.memory)
 
 
 def cheapest_change(models: RunModels, machine: Machine, windows: int) -> str:
     """Find the recipe change with which training fits and stays fastest."""
     for changes in _changes(models, machine):
-        changed = _changed(models, changes)
-        try:
-            memory = planned_memory(changed, machine, windows)
-        except RecipeError:  # the batch cannot be divided this way
-            continue
-        if memory.fits(machine.memory):
+        if _fits(_changed(models, changes), machine, windows):
             return f"set {_written(changes)}"
     return _more_processes(models, machine, windows)
 
@@ -134,7 +123,7 @@ def cheapest_change(models: RunModels, machine: Machine, windows: int) -> str:
 def _changes(models: RunModels, machine: Machine) -> Iterator[dict[str, Any]]:
     """Yield changes, starting with the one that costs the least time, and finally all together."""
     settings = models.recipe.train
-    micro = _plan(models, machine, 1).micro
+    micro = _batching(models, machine, 1).micro
     smaller = [{"train.micro_batch_size": micro >> n} for n in range(1, micro.bit_length())]
     others: list[dict[str, Any]] = []
     if machine.processes > 1 and settings.shard != "auto":
@@ -173,11 +162,7 @@ def _more_processes(models: RunModels, machine: Machine, windows: int) -> str:
     larger = machine
     while machine.device == "cuda" and larger.processes < MOST_PROCESSES:
         larger = replace(larger, nodes=2 * larger.nodes)
-        try:
-            memory = planned_memory(changed, larger, windows)
-        except RecipeError:
-            break
-        if memory.fits(machine.memory):
+        if _fits(changed, larger, windows):
             also = f", with {_written(together)}" if together else ""
             return f"use {larger.processes} GPUs{also}"
     return "use a smaller student or teacher, or a smaller data.context"
@@ -197,7 +182,7 @@ def is_small(models: RunModels, machine: Machine) -> bool:
     return 1000.0 * values < machine.memory
 
 
-def with_shard(job: Job, *_: object) -> Job:
+def with_shard(job: Job) -> Job:
     """Replace `train.shard: auto` with the fastest choice that fits here.
 
     Every process of a torchrun must call this; the main process chooses for all.

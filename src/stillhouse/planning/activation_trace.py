@@ -175,7 +175,8 @@ class _Alive(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = _run(func, args, kwargs or {})
-        cast = func is torch.ops.aten._to_copy.default and self._is_own(args[0])
+        copies = func is torch.ops.aten._to_copy.default
+        cast = copies and args[0].untyped_storage()._cdata in self._own
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._add(tensor.untyped_storage(), cast)
@@ -183,9 +184,6 @@ class _Alive(TorchDispatchMode):
         self.cast_peak = max(self.cast_peak, self.cast_bytes)
         self.course[self._gradients] = max(self.course.get(self._gradients, 0), self.bytes)
         return result
-
-    def _is_own(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage()._cdata in self._own
 
     def _add(self, storage: torch.UntypedStorage, cast: bool) -> None:
         key, size = storage._cdata, storage.nbytes()

@@ -50,10 +50,6 @@ class Machine:
     def processes(self) -> int:
         return self.per_node * self.nodes
 
-    def micro_windows(self, context: int, precision: Requested) -> int | None:
-        """Like the function `micro_windows`, for this machine."""
-        return micro_windows(self.device, context, self.compute(precision))
-
     def compute(self, precision: Requested) -> torch.dtype:
         """Return the products' dtype; for a GPU that is not present, bfloat16 by default."""
         if precision != "auto":

@@ -35,37 +35,32 @@ class ModelSize:
 
 
 def config_size(config: Any) -> ModelSize:
-    """Compute the sizes of a model from its configuration. Raises ModelError like
-    `planned_model`."""
+    """Compute the sizes of a causal language model from its configuration. Its decoder blocks are
+    the module list with the most parameters. Raises ModelError like `planned_model`."""
     key = shape_key(config)
-    if key not in _KNOWN:
-        _KNOWN[key] = model_size(planned_model(config))
-    return _KNOWN[key]
-
-
-_KNOWN: dict[str, ModelSize] = {}
-
-
-def model_size(model: Any) -> ModelSize:
-    """Compute the sizes of a causal language model, which can be on the meta device. Its decoder
-    blocks are the module list with the most parameters."""
+    if key in _KNOWN:
+        return _KNOWN[key]
+    model: Any = planned_model(config)
     found = count_parameters(model)
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     blocks = max(lists, key=_count)
-    ends = found.total - found.non_embedding
     head = model.get_output_embeddings().weight
     vocabulary, hidden = head.shape
-    return ModelSize(
+    _KNOWN[key] = ModelSize(
         parameters=found.total,
         active=found.active,
         layer=max(_count(block) for block in blocks),
-        ends=ends,
+        ends=found.total - found.non_embedding,
         vocabulary=vocabulary,
         hidden=hidden,
         layers=len(blocks),
         tied=head is model.get_input_embeddings().weight,
         experts=expert_parameters(model),
     )
+    return _KNOWN[key]
+
+
+_KNOWN: dict[str, ModelSize] = {}
 
 
 def _count(module: nn.Module) -> int:
