@@ -213,7 +213,7 @@ def test_a_server_also_scores_the_students_own_text(tmp_path: Path) -> None:
         stored = StoredSignals(record_signals(path), "key")
         job = find_models(load_language_model_recipe(path), tmp_path)
         student = Student(tiny.llama(seed=1), tiny.tokenizer())
-        found = training_teacher(job, job.teachers, stored, student)
+        found = training_teacher(job, stored, student)
         assert found is not None
         batch = batch_of(TwoDocuments())
         (signal,) = found.for_own_text().answer(batch).signals

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,9 @@ from stillhouse.language_model.signals_stage import sharded_loader
 from stillhouse.launch import leads
 from stillhouse.quantize.quantization import FILE, Quantization
 from stillhouse.runfolder import Outcome, Stage, StagePlan, run_root
-from stillhouse.teachers.sharded_teacher import ShardedTeacher
-from stillhouse.training.train import shards
 
 MEASURED_ALONE = ("prompts", "max_new_tokens", "temperature", "lm_eval")
 """The keys of the recipe's `evaluate` section that the teacher's own measurements depend on."""
-
-
-def in_family(job: Job) -> bool:
-    return bool(job.ancestors)
 
 
 def plan_teacher(job: Job, data: Stage) -> StagePlan:
@@ -72,15 +65,9 @@ def plan_evaluation(
 
     def work(out: Path) -> Outcome:
         _, heldout = open_data(data)
-        models = {
-            "teacher": job.teacher,
-            "untrained": job.model(student),
-            "student": job.model(trained),
-        }
-        if cut is not None:
-            models["cut"] = job.model(cut)
-        if baseline is not None:
-            models["fine_tuned"] = job.model(baseline)
+        made = {"untrained": student, "student": trained, "cut": cut, "fine_tuned": baseline}
+        models = {"teacher": job.teacher}
+        models |= {role: job.model(stage) for role, stage in made.items() if stage is not None}
         sizes, prepare = {}, {}
         for stage in quantized:
             role = {"quantize": "quantized", "qat": "quantized_trained"}[stage.name]
@@ -121,7 +108,7 @@ def evaluation_arguments(job: Job, section: EvaluateRecipe, heldout: WindowSet) 
         "windows": heldout,
         "seed": job.recipe.seed,
         "precision": job.precision,
-        "load_sharded": _sharded_teacher(job),
+        "load_sharded": sharded_loader(job, job.teacher),
         "alignment": teacher_alignment(job),
     }
 
@@ -143,12 +130,3 @@ def _inputs(job: Job, data: Stage) -> dict[str, Any]:
         "data": data.digest,
         **roots_key(job),
     }
-
-
-def _sharded_teacher(job: Job) -> Callable[[], ShardedTeacher] | None:
-    """Return a function that loads the teacher if it is sharded."""
-    train = job.recipe.train
-    over = shards(train, "teacher")
-    if over == 1:
-        return None
-    return sharded_loader(job, job.teacher, job.precision.dtype, over)

@@ -12,7 +12,7 @@ from stillhouse.evaluation.results import Evaluation
 from stillhouse.language_model.api_signals_stage import plan_api_signals
 from stillhouse.language_model.data_check import check_data
 from stillhouse.language_model.data_stage import open_data, plan_data
-from stillhouse.language_model.evaluate_stage import in_family, plan_evaluation, plan_teacher
+from stillhouse.language_model.evaluate_stage import plan_evaluation, plan_teacher
 from stillhouse.language_model.expected_time import expected_seconds
 from stillhouse.language_model.export_check import require_exports
 from stillhouse.language_model.export_stage import (
@@ -37,8 +37,8 @@ from stillhouse.language_model.synthesis_check import (
 )
 from stillhouse.language_model.synthesis_stage import (
     makes_text,
-    plan_synthesis,
     require_text,
+    synthesis_plan,
     with_text,
 )
 from stillhouse.language_model.train_stage import (
@@ -67,7 +67,7 @@ def _plan_store(job: Job, data: Stage, student: Stage) -> StagePlan:
 STEPS = (
     Step(
         "synthesis",
-        plan_synthesis,
+        lambda job: synthesis_plan(job.recipe, job.base),
         applies=lambda job: makes_text(job.recipe, job.base),
         then=with_text,
         require=require_synthesis,
@@ -166,7 +166,7 @@ STEPS = (
         "teacher",
         plan_teacher,
         ("data",),
-        applies=in_family,
+        applies=lambda job: bool(job.ancestors),  # a family's member
         purpose="evaluate the teacher once for all members",
     ),
     Step(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -10,11 +10,7 @@ from stillhouse.hardware import peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job
 from stillhouse.language_model.signals_stage import stored_signals
-from stillhouse.language_model.train_stage import (
-    run_training,
-    training_inputs,
-    training_outcome,
-)
+from stillhouse.language_model.train_stage import run_training, training_inputs
 from stillhouse.pipeline.stage_plan import model_check
 from stillhouse.quantize.quantize import TRAINING, quantize, train_quantized
 from stillhouse.runfolder import Outcome, Stage, StagePlan
@@ -60,25 +56,18 @@ def plan_quantized_training(
 
     def work(out: Path) -> Outcome:
         run = partial(train_quantized, quantized=rounded.path, section=section)
-        objective, teachers = job.recipe.objective, job.teachers
-        result = run_training(job, data, student, objective, teachers, stored, out, run=run)
-        summary = {**rounded.summary, "training": result.summary()}
-        return training_outcome(result, summary)
+        trained = run_training(job, data, student, stored, out, run=run)
+        return replace(trained, summary={**rounded.summary, "training": trained.summary})
 
     inputs = {
-        **training_inputs(job, data, job.teachers),
+        **training_inputs(job, data),
         "qat": section.qat.model_dump(mode="json"),
         "objective": job.recipe.objective.model_dump(mode="json"),
         "signals": stored and stored.key,
         "trained": student.digest,
         "rounded": rounded.digest,
     }
+    check, scratch = model_check(job.start), (TRAINING,)
     return StagePlan(
-        "qat",
-        inputs,
-        work,
-        resumable=True,
-        together=True,
-        scratch=(TRAINING,),
-        check=model_check(job.start),
+        "qat", inputs, work, resumable=True, together=True, scratch=scratch, check=check
     )

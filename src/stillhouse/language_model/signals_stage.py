@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -63,8 +63,7 @@ class StoredSignals:
 def plan_signals(job: Job, data: Stage, student: Stage | None) -> StagePlan:
     """Plan scoring every training window once with the teacher; students then read its signals.
 
-    student: the student whose LM head the signals are for, if they are for a single head
-    (`for_one_head`).
+    student: the student whose LM head the signals are for, if they are for a single head.
     """
     section = job.recipe.signals
     assert section is not None
@@ -80,9 +79,10 @@ def plan_signals(job: Job, data: Stage, student: Stage | None) -> StagePlan:
     student_head = None
     if isinstance(encoding, FrozenHead):
         assert student is not None
-        student_head = _head(job, student)
+        student_head = load_head(job.model(student), dtype=torch.float32)
     identity = signal_identity(job, student_head)
-    events, kind = _events(job), "roots" if job.folded else "tokens"
+    roots, kind = run_roots(job, job.teacher), "roots" if job.folded else "tokens"
+    events = job.vocabulary if roots is None else roots.events
     # Record held-out text, too, for measurements during training.
     with_heldout = job.recipe.train.evaluate_every is not None
 
@@ -147,39 +147,22 @@ def records_signals(job: Job) -> bool:
 
 @contextmanager
 def _recorded_teacher(job: Job, encoding: Encoding) -> Iterator[Teacher]:
-    """Open the teacher whose signals are recorded."""
-    section, own = job.recipe.signals, _students_tokens(job)
+    section = job.recipe.signals
     if section is not None and (section.server is not None or section.vllm is not None):
         with engine_teacher(job, encoding) as found:
-            yield own(found)
+            yield _scoring_students_tokens(job, found)
         return
-    device = default_device()
-    dtype = job.precision.dtype
-    over = shards(job.recipe.train, "teacher")
-    teacher = _loader(job, job.teacher, dtype, over)()
-    teacher.described = f"{job.teacher.described} in {dtype}"
-    if over == 1:
-        teacher.model.to(device)
-    yield own(teacher)
+    teacher = _loader(job, job.teacher)()
+    teacher.described = f"{job.teacher.described} in {job.precision.dtype}"
+    if not isinstance(teacher, ShardedTeacher):
+        teacher.model.to(default_device())
+    yield _scoring_students_tokens(job, teacher)
 
 
-def _students_tokens(job: Job) -> Callable[[Teacher], Teacher]:
-    """Return a function that makes the recipe's teacher score the student's tokens."""
+def _scoring_students_tokens(job: Job, teacher: Teacher) -> Teacher:
     if not job.folded:
-        return lambda teacher: teacher
-    tokenizer = load_tokenizer(job.tokenizer)
-    return lambda teacher: teacher.aligned(tokenizer, run_roots(job, job.teacher))
-
-
-def _events(job: Job) -> int:
-    """The vocabulary size of the run's store."""
-    roots = run_roots(job, job.teacher) if job.folded else None
-    return job.vocabulary if roots is None else roots.events
-
-
-def for_one_head(job: Job) -> bool:
-    """Whether signals are recorded for one student's LM head, so that it must exist first."""
-    return isinstance(signals_encoding(job, planned_objective(job)), FrozenHead)
+        return teacher
+    return teacher.aligned(load_tokenizer(job.tokenizer), run_roots(job, job.teacher))
 
 
 def signal_identity(job: Job, student_head: LMHead | None) -> dict[str, str]:
@@ -197,15 +180,10 @@ def signal_identity(job: Job, student_head: LMHead | None) -> dict[str, str]:
         assert api is not None
         teacher = api_described(api)
     identity = {"teacher": teacher, **tokenizer_identity(tokenizer)}
-    roots = run_roots(job, job.teacher) if job.folded else None
+    roots = run_roots(job, job.teacher)
     if roots is not None and (section is None or section.answers is None):
-        theirs = load_tokenizer(job.teacher)
-        identity |= folded_identity(theirs, roots)
+        identity |= folded_identity(load_tokenizer(job.teacher), roots)
     return identity if student_head is None else {**identity, "head": head_sha256(student_head)}
-
-
-def _head(job: Job, student: Stage) -> LMHead:
-    return load_head(job.model(student), dtype=torch.float32)
 
 
 def stored_signals(job: Job, recorded: Stage | None) -> StoredSignals | None:
@@ -221,57 +199,45 @@ def stored_signals(job: Job, recorded: Stage | None) -> StoredSignals | None:
     return StoredSignals(path, read_manifest(path).digest())
 
 
-def training_teacher(
-    job: Job, sources: Sequence[ModelSource], stored: StoredSignals | None, student: Student
-) -> Teacher | None:
-    """Return the teacher that the student learns from: the models of `sources`, or the store and,
-    if the recipe allows it, the first source for missing rows."""
-    dtype = job.precision.dtype
-    over = shards(job.recipe.train, "teacher")
-    loads = [_loader(job, one, dtype, over) for one in sources]
+def training_teacher(job: Job, stored: StoredSignals | None, student: Student) -> Teacher | None:
+    """Return the teacher that the student learns from: the job's teachers, or the store and, if the
+    recipe allows it, the first teacher for missing rows."""
     if stored is None:
         tokenizer = load_tokenizer(job.tokenizer)
-        pairs = zip(loads, sources, strict=True)
-        return combined([load().aligned(tokenizer, run_roots(job, one)) for load, one in pairs])
+        return combined(
+            [_loader(job, one)().aligned(tokenizer, run_roots(job, one)) for one in job.teachers]
+        )
     store = _open(job, stored, student)
     encoding, config, head = store.settings.encoding, None, None
     if isinstance(encoding, Hidden):
-        config = load_config(sources[0])
+        config = load_config(job.teachers[0])
         if config.get_text_config().num_hidden_layers in encoding.layers:
-            head = load_head(sources[0], dtype=dtype)
+            head = load_head(job.teachers[0], dtype=job.precision.dtype)
     section = job.recipe.signals
     assert section is not None
-    to_students = _students_tokens(job)
     # This run's store contains all rows of the data, but nothing that the student will generate.
     own = job.recipe.train.on_policy is not None and section.store is None
     live = own or section.missing == "live"
-    load: Callable[[], Teacher] = loads[0]
+    load: Callable[[], Teacher] = _loader(job, job.teachers[0])
     if section.server is not None:  # the server scores what its store lacks
         load = partial(server_teacher, job, encoding)
-    missing = (lambda: to_students(load())) if live else None
+    missing = (lambda: _scoring_students_tokens(job, load())) if live else None
     return StoredTeacher(store, config=config, head=head, load_missing=missing)
 
 
-def _loader(
-    job: Job, source: ModelSource, dtype: torch.dtype, over: int
-) -> Callable[[], LocalTeacher]:
-    """Return a function that loads the teacher, sharded over so many processes."""
+def _loader(job: Job, source: ModelSource) -> Callable[[], LocalTeacher]:
+    whole = partial(load_teacher, source, dtype=job.precision.dtype)
+    return sharded_loader(job, source) or whole
+
+
+def sharded_loader(job: Job, source: ModelSource) -> Callable[[], ShardedTeacher] | None:
+    """Return a function that loads the teacher sharded; None if the recipe does not shard it."""
+    train = job.recipe.train
+    over = shards(train, "teacher")
     if over == 1:
-        return partial(load_teacher, source, dtype=dtype)
-    return sharded_loader(job, source, dtype, over)
-
-
-def sharded_loader(
-    job: Job, source: ModelSource, dtype: torch.dtype, over: int
-) -> Callable[[], ShardedTeacher]:
-    """Return a function that loads the teacher, sharded over this many processes."""
-    return partial(
-        load_sharded_teacher,
-        source,
-        dtype=dtype,
-        shards=over,
-        offload=job.recipe.train.offload_teacher,
-    )
+        return None
+    dtype, offload = job.precision.dtype, train.offload_teacher
+    return partial(load_sharded_teacher, source, dtype=dtype, shards=over, offload=offload)
 
 
 def _open(job: Job, stored: StoredSignals, student: Student) -> Store:
@@ -280,15 +246,8 @@ def _open(job: Job, stored: StoredSignals, student: Student) -> Store:
     objective = planned_objective(job)
     encoding = signals_encoding(job, objective)
     head = lm_head(student.model) if isinstance(encoding, FrozenHead) else None
-    identity, events = signal_identity(job, head), None
-    if ROOTS in identity:
-        # A store has its own roots: different text may have merged different roots, or none.
-        del identity[ROOTS]
-    else:
-        events = job.vocabulary
-    return open_store(
-        stored.path,
-        identity,
-        temperature=recorded_temperature(encoding, objective.needs),
-        vocabulary=events,
-    )
+    identity = signal_identity(job, head)
+    # A store has its own roots: different text may have merged different roots, or none.
+    events = job.vocabulary if identity.pop(ROOTS, None) is None else None
+    temperature = recorded_temperature(encoding, objective.needs)
+    return open_store(stored.path, identity, temperature=temperature, vocabulary=events)

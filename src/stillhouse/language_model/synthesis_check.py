@@ -28,6 +28,7 @@ from stillhouse.language_model.job import Job
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.language_model.synthesis_stage import (
     finished_text,
+    input_files,
     makes_text,
     may_replace,
     missing_answers,
@@ -136,17 +137,11 @@ MOST_CHARACTERS = 50_000_000
 
 def _require_out(recipe: Recipe, section: SynthesizeRecipe, base: Path) -> None:
     """Raise RecipeError if the text cannot be written, or would overwrite its own input."""
-    out, filters = out_path(section, base), section.filters
-    exam = filters.decontaminate
-    given = {
-        "synthesize.prompts.path": section.prompts.path,
-        "synthesize.filters.json_schema": filters.json_schema,
-        "synthesize.filters.decontaminate.path": None if exam is None else exam.path,
-    }
-    for key, path in given.items():
-        if path is not None and (base / path).resolve() == out.resolve():
+    out = out_path(section, base)
+    for key, path in input_files(section).items():
+        if (base / path).resolve() == out.resolve():
             raise RecipeError(
-                f"the result would replace the file of {key}",
+                f"the result would replace the file of synthesize.{key}",
                 where=f"synthesize.out: {section.out}",
                 fix="set synthesize.out to a different name",
             )

@@ -14,22 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse import account
-from stillhouse.atomic_files import flush, write_atomically
+from stillhouse.atomic_files import complete_or_absent, flush, write_atomically
 from stillhouse.checksums import sha
 from stillhouse.data.data_files import regular, regular_if_there
 from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import DataError, RunError
 from stillhouse.generation.helpers import help_main_process, helpers_of
-from stillhouse.generation.text_teacher import (
-    DefaultModel,
-    LocalText,
-    answers_of,
-    any_runs_here,
-)
-from stillhouse.language_model.job import Job, planned_size
+from stillhouse.generation.text_teacher import DefaultModel, LocalText, answers_of, any_runs_here
+from stillhouse.language_model.job import Job
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.launch import leads
 from stillhouse.pipeline.stage_plan import Do
+from stillhouse.planning.model_size import config_size
 from stillhouse.progress import note
 from stillhouse.runfolder import Outcome, RunFolder, Stage, StagePlan, answers_path, run_root
 from stillhouse.shared_work import ALONE, all_processes
@@ -50,9 +46,7 @@ per line."""
 def synthesis_job(recipe: Recipe, base: Path) -> SynthesisJob:
     section, teacher = recipe.synthesize, recipe.teacher
     assert section is not None
-    journal = answers_path(recipe)
-    if section.journal is not None:
-        journal = base / section.journal
+    journal = base / section.journal if section.journal else answers_path(recipe)
     model = DefaultModel(base, teacher.model, teacher.revision, teacher.trust_remote_code)
     return SynthesisJob(section, model, journal, recipe.seed)
 
@@ -98,10 +92,6 @@ def finished_text(recipe: Recipe, base: Path) -> Stage | None:
     return RunFolder(run_root(recipe)).finished(synthesis_plan(recipe, base))
 
 
-def plan_synthesis(job: Job) -> StagePlan:
-    return synthesis_plan(job.recipe, job.base)
-
-
 def synthesis_plan(recipe: Recipe, base: Path) -> StagePlan:
     """Plan the synthesis stage. Raises DataError if a file that the section names is missing."""
     job = synthesis_job(recipe, base)
@@ -119,7 +109,7 @@ def synthesis_plan(recipe: Recipe, base: Path) -> StagePlan:
             made = synthesize(helped, out)
         flops = 0
         if isinstance(teacher, LocalText):
-            size = planned_size(load_config(teacher.source))
+            size = config_size(load_config(teacher.source))
             flops = account.forward_flops(size.active, made.tokens)
         summary = {**made.facts(), "sha256": sha(out / TEXT)}
         return Outcome(tokens=made.tokens, flops=flops, summary=summary)
@@ -131,7 +121,7 @@ def synthesis_plan(recipe: Recipe, base: Path) -> StagePlan:
         "recipe": section.model_dump(mode="json", exclude=rules),
         "asked": [[one.endpoint, one.model, dict(one.parameters)] for one in requests],
         "seed": None if section.prompts.combine is None else recipe.seed,
-        "files": {key: _content(base, key, path) for key, path in _files(section).items()},
+        "files": {key: _content(base, key, path) for key, path in input_files(section).items()},
     }
     return StagePlan(NAME, inputs, work, version=5, together=runs_here)
 
@@ -190,18 +180,12 @@ def publish(text: Path, out: Path, recipe: Recipe) -> Path:
         )
         return text
     record = run_root(recipe) / PUBLISHED
-    known = _published(record)
-    write_atomically(record, f"{known}{sha(text)}\n")
-    temporary = out.with_name(f".{out.name}.tmp")
+    write_atomically(record, f"{_published(record)}{sha(text)}\n")
     with disk_errors(out, elsewhere="set synthesize.out to a writable path"):
         out.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with complete_or_absent(out) as temporary:
             shutil.copyfile(text, temporary)
             flush(temporary)
-            temporary.replace(out)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
     return out
 
 
@@ -217,14 +201,13 @@ def _published(record: Path) -> str:
     return record.read_text(encoding="utf-8", errors="replace") if record.is_file() else ""
 
 
-def _files(section: SynthesizeRecipe) -> dict[str, str]:
-    """The input files, by the keys that name them."""
-    filters = section.filters
-    exam = filters.decontaminate.path if filters.decontaminate is not None else None
+def input_files(section: SynthesizeRecipe) -> dict[str, str]:
+    """The input files, by the section's keys that name them."""
+    filters, exam = section.filters, section.filters.decontaminate
     files = {
         "prompts.path": section.prompts.path,
         "filters.json_schema": filters.json_schema,
-        "filters.decontaminate.path": exam,
+        "filters.decontaminate.path": None if exam is None else exam.path,
     }
     return {key: path for key, path in files.items() if path is not None}
 

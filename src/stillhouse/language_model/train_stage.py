@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from stillhouse.shared_work import ALONE, all_processes
 from stillhouse.students.build_student import build_student, config_sha256
 from stillhouse.students.student import Student
 from stillhouse.students.student_config import PrunedStudent, RandomStudent
-from stillhouse.teachers.model_source import ModelSource
 from stillhouse.training.checkpoints import CHECKPOINTS
 from stillhouse.training.own_prompts import OwnPrompts, read_own_prompts
 from stillhouse.training.rollouts import ROLLOUTS
@@ -84,16 +84,15 @@ def plan_training(job: Job, data: Stage, student: Stage, signals: Stage | None) 
     inputs: dict[str, Any] = {"objective": job.recipe.objective.model_dump(mode="json")}
     if stored is not None:
         inputs["signals"] = stored.key
-    objective = job.recipe.objective
-    return _training("train", inputs, job, data, student, objective, job.teachers, stored)
+    return _training("train", inputs, job, data, student, stored)
 
 
 def plan_baseline(job: Job, data: Stage, student: Stage) -> StagePlan:
     """Plan training the same student on the same data with a plain next-token loss, as a
     baseline."""
     settings = job.recipe.train.model_copy(update={"on_policy": None})
-    job = replace(job, recipe=job.recipe.model_copy(update={"train": settings}))
-    return _training("baseline", {}, job, data, student, BASELINE, ())
+    alone = job.recipe.model_copy(update={"train": settings, "objective": BASELINE})
+    return _training("baseline", {}, replace(job, recipe=alone, teachers=()), data, student)
 
 
 def _training(
@@ -102,18 +101,12 @@ def _training(
     job: Job,
     data: Stage,
     student: Stage,
-    objective: ObjectiveRecipe,
-    teachers: Sequence[ModelSource],
     stored: StoredSignals | None = None,
 ) -> StagePlan:
-    def work(out: Path) -> Outcome:
-        result = run_training(job, data, student, objective, teachers, stored, out)
-        return training_outcome(result, result.summary())
-
     return StagePlan(
         name,
-        {**inputs, **training_inputs(job, data, teachers), "student": student.digest},
-        work,
+        {**inputs, **training_inputs(job, data), "student": student.digest},
+        partial(run_training, job, data, student, stored),
         version=2,
         resumable=True,
         together=True,
@@ -122,14 +115,14 @@ def _training(
     )
 
 
-def training_inputs(job: Job, data: Stage, teachers: Sequence[ModelSource]) -> dict[str, Any]:
+def training_inputs(job: Job, data: Stage) -> dict[str, Any]:
     """Return what every training depends on besides its student and its objective."""
     return {
         **_own_prompts_key(job),
         "recipe": training_key(job.recipe.train),
         "seed": job.recipe.seed,
-        "teachers": [teacher.fingerprint for teacher in teachers],
-        **(roots_key(job) if teachers else {}),
+        "teachers": [teacher.fingerprint for teacher in job.teachers],
+        **(roots_key(job) if job.teachers else {}),
         "data": data.digest,
     }
 
@@ -138,28 +131,33 @@ def run_training(
     job: Job,
     data: Stage,
     student: Stage,
-    objective: ObjectiveRecipe,
-    teachers: Sequence[ModelSource],
     stored: StoredSignals | None,
     out: Path,
     *,
     run: Callable[..., TrainingResult] = train,
-) -> TrainingResult:
+) -> Outcome:
     """Train a stage's student on the job's data. run: `train`, or a function with the same
     arguments."""
     windows, heldout = open_data(data)
     start = starting_student(job, student)
-    return run(
+    result = run(
         start,
-        training_teacher(job, teachers, stored, start),
+        training_teacher(job, stored, start),
         windows,
-        objective,
+        job.recipe.objective,
         job.recipe.train,
         heldout=heldout,
         seed=job.recipe.seed,
         folder=out,
         prompts=own_prompts(job, start.tokenizer),
         base=job.base,
+    )
+    return Outcome(
+        tokens=result.tokens,
+        flops=result.flops,
+        peak_memory_bytes=result.peak_memory_bytes,
+        seconds=result.seconds,
+        summary=result.summary(),
     )
 
 
@@ -173,7 +171,6 @@ def own_prompts(job: Job, tokenizer: Any) -> OwnPrompts | None:
 
 
 def _own_prompts_key(job: Job) -> dict[str, str]:
-    """Return the key that identifies the file with the prompts of `train.on_policy`."""
     section = job.recipe.train.on_policy
     if section is None or section.prompts is None or section.prompts.path is None:
         return {}
@@ -190,14 +187,3 @@ def starting_student(job: Job, stage: Stage) -> Student:
     if shards(settings, "student") > 1 and not settings.freeze_head:
         return Student.without_weights(job.model(stage))
     return Student.load(job.model(stage))
-
-
-def training_outcome(result: TrainingResult, summary: dict[str, Any]) -> Outcome:
-    """Return a training's cost for its stage's manifest."""
-    return Outcome(
-        tokens=result.tokens,
-        flops=result.flops,
-        peak_memory_bytes=result.peak_memory_bytes,
-        seconds=result.seconds,
-        summary=summary,
-    )
