@@ -16,10 +16,11 @@ from stillhouse.commands import agree_to_spend, run
 from stillhouse.errors import StillhouseError
 from stillhouse.family.members import first_member, planned_models
 from stillhouse.language_model import run_check
-from stillhouse.language_model.job import find_models, planned_size
+from stillhouse.language_model.job import find_models
 from stillhouse.language_model.package_check import require_disk
 from stillhouse.language_model.run_check import one_student
 from stillhouse.planning.machine import Machine
+from stillhouse.planning.model_size import config_size
 from tests import tiny
 from tests.data.toys import write_jsonl
 
@@ -153,7 +154,7 @@ def test_all_members_of_a_family_need_disk_space(
 
     # A finished training leaves no checkpoints but three copies of the student: untrained,
     # trained, and exported.
-    wide, narrow = (planned_size(models.student).total for models in students)
+    wide, narrow = (config_size(models.student).parameters for models in students)
     checkpoints = 12 * (recipe.train.keep_checkpoints + 1)
     text = needed(0) - (12 + checkpoints) * wide
     assert needed(0, 1) == text + 12 * wide + (12 + checkpoints) * narrow

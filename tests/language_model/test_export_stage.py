@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from stillhouse.export.gate import Gate
 from stillhouse.language_model import export_stage
@@ -25,6 +24,6 @@ def test_a_teacher_that_does_not_fit_in_memory_is_left_out(
     monkeypatch.setattr(export_stage, "free_memory_bytes", lambda device: free)
     job = find_models(tiny.parsed(tiny.recipe(tmp_path)), tmp_path)
     gate = Gate(job.teacher.path, ToyWindows(), [], seed=0)
-    with export_stage._with_teacher(job, gate, torch.float32) as asked:
+    with export_stage._with_teacher(job, gate) as asked:
         assert (asked.teacher_logits is not None) == compared
     assert ("the teacher does not fit on cpu" in capsys.readouterr().err) != compared

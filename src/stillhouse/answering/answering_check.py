@@ -26,12 +26,13 @@ from stillhouse.generation.source_check import (
     require_template,
 )
 from stillhouse.language_model.data_check import check_turns
-from stillhouse.language_model.job import configs, find_models, planned_size
+from stillhouse.language_model.job import configs, find_models
 from stillhouse.language_model.model_check import require_models
 from stillhouse.language_model.on_policy_check import require_on_policy
 from stillhouse.launch import world_size
 from stillhouse.pipeline.engine import has_finished
 from stillhouse.pipeline.kind import Check
+from stillhouse.planning.model_size import config_size
 from stillhouse.runfolder import run_root
 from stillhouse.synthesis.judge_answers import most_requests
 from stillhouse.synthesis.synthesize import chosen_filters
@@ -98,10 +99,10 @@ def check_answer_student(check: Check) -> Iterator[Finding]:
     job: AnsweringJob = check.job
     recipe = job.recipe
     ordinary = find_models(training_recipe(recipe, run_root(recipe)), job.base)
-    student, teacher = (planned_size(config) for config in configs(ordinary))
-    size = f"{student.total / 1e6:,.1f}M parameters"
+    student, teacher = (config_size(config) for config in configs(ordinary))
+    size = f"{student.parameters / 1e6:,.1f}M parameters"
     if not recipe.learns_text_alone:
-        size += f" ({student.total / teacher.total:.0%} of the teacher's)"
+        size += f" ({student.parameters / teacher.parameters:.0%} of the teacher's)"
     yield Finding("estimate", "student", size)
     yield from check_turns(ordinary)
     yield from license_lines(job.made_with)

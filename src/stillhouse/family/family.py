@@ -25,7 +25,7 @@ from stillhouse.family.members import first_member, member_recipe, planned_membe
 from stillhouse.finding import Finding
 from stillhouse.hardware import assumed_watts
 from stillhouse.language_model.export_check import export_findings
-from stillhouse.language_model.job import Job, configs, find_models, planned_size
+from stillhouse.language_model.job import Job, configs, find_models
 from stillhouse.language_model.language_model import DATA_STEPS, LANGUAGE_MODEL
 from stillhouse.language_model.model_origins import origins_of
 from stillhouse.language_model.recipe import Recipe
@@ -35,11 +35,12 @@ from stillhouse.language_model.vocabulary_stage import find_job
 from stillhouse.pipeline.engine import following, lead, require_all, run_steps
 from stillhouse.pipeline.kind import Kind, RunResult
 from stillhouse.pipeline.stage_plan import doing
+from stillhouse.planning.model_size import config_size
 from stillhouse.progress import note
 from stillhouse.report.family_report import family_report
 from stillhouse.report.page import FAMILY_REPORT, REPORT_DATA, write_report
 from stillhouse.report.sections import RunFacts
-from stillhouse.runfolder import RunFolder, Stage
+from stillhouse.runfolder import RunFolder
 from stillhouse.training.train import MODEL
 
 PRODUCING = (
@@ -60,14 +61,9 @@ PRODUCING = (
 def _find(recipe: Recipe, base: Path) -> Job:
     """Return the first member's job. Raises RecipeError if a later member cannot be cut as
     requested."""
-    assert recipe.cascade is not None
     first = find_models(first_member(recipe), base)
     planned_members(recipe, first)
     return find_job(first_member(recipe), base)
-
-
-def _find_to_check(recipe: Recipe, base: Path) -> Job:
-    return replace(find_models(first_member(recipe), base, weights=False), family=recipe)
 
 
 def _lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
@@ -138,38 +134,40 @@ def _require_members(job: Job) -> Iterator[Finding]:
     members = planned_members(recipe, job)
     exported = members[-1:] if recipe.cascade.ship == "last" else members
     yield from export_findings(recipe, job, exported)
-    teacher = planned_size(configs(job)[1]).total
+    teacher = config_size(configs(job)[1]).parameters
     for name, config in members:
-        size = planned_size(config).total
+        size = config_size(config).parameters
         text = f"{name}: {size / 1e6:,.1f}M parameters, {size / teacher:.0%} of the teacher's"
         yield Finding("estimate", "cascade", text)
 
 
 def _evaluation(recipe: Recipe, members: Mapping[str, RunResult]) -> FamilyEvaluation:
     assert recipe.cascade is not None
+    first = next(iter(members.values()))
+    cut = _cut_teacher(first)
     rows: list[Member] = []
     counted: set[Path] = set()
     for name, result in members.items():
         own = [stage for stage in result.stages if stage.path not in counted]
         counted.update(stage.path for stage in own)
-        evaluation = result.evaluation
+        shape = dict(result.stage("student").summary["pruning"]["changed"])
+        if cut is not None and (not rows or recipe.cascade.start == "original"):
+            shape["vocabulary"] = cut.tokens
+        evaluation, student = result.evaluation, _result(result.evaluation, "student")
         rows.append(
             Member(
                 name=name,
                 untrained=_result(evaluation, "untrained"),
-                student=_result(evaluation, "student"),
-                shape=_cut_here(result, first=not rows or recipe.cascade.start == "original"),
+                student=student,
+                shape=shape,
                 report=f"{name}/report.html",
                 tokens=result.stage("train").cost.tokens,
                 flops=sum(stage.cost.flops for stage in own if stage.name in PRODUCING),
                 seconds=sum(stage.cost.seconds for stage in own if stage.name in PRODUCING),
                 quantized=evaluation.result("quantized_trained") or evaluation.result("quantized"),
-                decoding=_result(evaluation, "student").decoding_speedup(
-                    evaluation.result("teacher")
-                ),
+                decoding=student.decoding_speedup(evaluation.result("teacher")),
             )
         )
-    first = next(iter(members.values()))
     return FamilyEvaluation(
         teacher=_result(first.evaluation, "teacher"),
         members=rows,
@@ -177,12 +175,13 @@ def _evaluation(recipe: Recipe, members: Mapping[str, RunResult]) -> FamilyEvalu
         generations=_generations(members),
         learned_from=recipe.cascade.teacher,
         watts=assumed_watts(),
-        cut=_cut_teacher(first),
+        cut=cut,
     )
 
 
 def _cut_teacher(result: RunResult) -> CutTeacher | None:
-    stage = _cutting(result)
+    # If several models were cut, the first is the teacher.
+    stage = next((stage for stage in result.stages if stage.name == "vocabulary"), None)
     if stage is None:
         return None
     found = stage.summary
@@ -190,22 +189,6 @@ def _cut_teacher(result: RunResult) -> CutTeacher | None:
     if "cut_perplexity" in found:
         perplexity = found["teacher_perplexity"], found["cut_perplexity"]
     return CutTeacher(tuple(found["vocabulary"]), tuple(found["parameters"]), perplexity)
-
-
-def _cutting(result: RunResult) -> Stage | None:
-    """Return the stage that cut the teacher's vocabulary, which is the first if several models were
-    cut."""
-    return next((stage for stage in result.stages if stage.name == "vocabulary"), None)
-
-
-def _cut_here(result: RunResult, *, first: bool) -> dict[str, tuple[int, int]]:
-    """Return the sizes before and after cutting. first: whether the member is cut from the teacher
-    with its full vocabulary."""
-    shape = dict(result.stage("student").summary["pruning"]["changed"])
-    cut = _cutting(result)
-    if first and cut is not None:
-        shape["vocabulary"] = tuple(cut.summary["vocabulary"])
-    return shape
 
 
 def _generations(members: Mapping[str, RunResult]) -> list[Generation]:
@@ -227,7 +210,6 @@ def _result(evaluation: Evaluation, role: str) -> ModelResult:
 
 
 def _planned(job: Job) -> list[RunModels]:
-    """Return the planned models of every member before any is built."""
     assert job.family is not None
     return planned_models(job.family, job)
 
@@ -243,7 +225,9 @@ _OF_ALL_MEMBERS: dict[str, dict[str, Any]] = {
 FAMILY = Kind(
     name="family",
     find=_find,
-    find_to_check=_find_to_check,
+    find_to_check=lambda recipe, base: replace(
+        find_models(first_member(recipe), base, weights=False), family=recipe
+    ),
     steps=tuple(
         replace(step, **_OF_ALL_MEMBERS.get(step.name, {})) for step in LANGUAGE_MODEL.steps
     ),

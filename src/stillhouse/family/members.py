@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from stillhouse.errors import RecipeError
-from stillhouse.language_model.job import Job, start_config
+from stillhouse.language_model.job import Job
 from stillhouse.language_model.recipe import HopRecipe, Recipe
 from stillhouse.language_model.run_models import RunModels, run_models
 from stillhouse.runfolder import run_root
 from stillhouse.students.build_student import planned_config
 from stillhouse.students.student_config import PrunedSizes, PrunedStudent
+from stillhouse.teachers.load_model import load_config
 from stillhouse.training.train_config import ORIGINAL
 
 
@@ -76,7 +77,7 @@ def planned_members(recipe: Recipe, first: Job) -> list[tuple[str, Any]]:
     Raises RecipeError if a member cannot be cut as requested.
     """
     assert recipe.cascade is not None
-    start = start_config(first)
+    start = load_config(first.start)
     served = getattr(torch, recipe.export.dtype)
     largest, owner = start, None
     members = []

@@ -43,19 +43,19 @@ def check_turns(job: Job) -> Iterator[Finding]:
             text = f"it writes no token after an assistant turn, so {end.text} is added to each"
             fix = "use a template that writes one, so that several turns can share a row"
             yield Finding("warning", TOPIC, text, fix)
-    differ = end is not None and other is not None and other.text != end.text
-    if end is not None and job.folded:
-        text = (
-            "each model's own template renders the chats, unless both tokenize a chat identically"
-        )
-        yield Finding("ok", TOPIC, text)
-    elif differ and end is not None and other is not None:
-        text = f"the teacher's turns end with {other.text}, but the student's with {end.text}"
-        fix = (
-            "the student's template is used for both, so its end-of-turn token may be new to the "
-            "teacher: copy the teacher's chat_template.jinja into the student's folder"
-        )
-        yield Finding("warning", TOPIC, text, fix)
+        if job.folded:
+            text = (
+                "each model's own template renders the chats, unless both tokenize a chat "
+                "identically"
+            )
+            yield Finding("ok", TOPIC, text)
+        elif other is not None and other.text != end.text:
+            text = f"the teacher's turns end with {other.text}, but the student's with {end.text}"
+            fix = (
+                "the student's template is used for both, so its end-of-turn token may be new to "
+                "the teacher: copy the teacher's chat_template.jinja into the student's folder"
+            )
+            yield Finding("warning", TOPIC, text, fix)
     if writes_date(student):
         text = f"it writes the date, which is set to {DATE:%d %B %Y} in every run"
         yield Finding("ok", TOPIC, text)
@@ -71,11 +71,9 @@ def check_data(check: Check) -> Iterator[Finding]:
     """Check a sample of the training text."""
     job: Job = check.job
     yield Finding("ok", "teacher", job.teacher.described)
-    same = (
-        "the student's (the teacher has a different tokenizer)"
-        if job.folded
-        else "shared by both models"
-    )
+    same = "shared by both models"
+    if job.folded:
+        same = "the student's (the teacher has a different tokenizer)"
     yield Finding("ok", "vocabulary", f"{job.vocabulary:,} tokens, {same}")
     yield from license_lines(origins_of(job)[1:])
     planned = planned_text(job.recipe, job.base, SAMPLE_DOCUMENTS)

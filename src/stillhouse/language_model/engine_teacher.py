@@ -9,7 +9,8 @@ import torch
 
 from stillhouse.generation.vllm_engine import opened_hidden_states
 from stillhouse.hardware import default_device
-from stillhouse.language_model.job import Job, configs, planned_size
+from stillhouse.language_model.job import Job, configs
+from stillhouse.planning.model_size import config_size
 from stillhouse.signals.encodings import Encoding, Hidden, TopK
 from stillhouse.teachers.hidden_teacher import (
     HiddenStateServer,
@@ -63,7 +64,7 @@ def server_teacher(job: Job, encoding: Encoding, *, with_head: bool = True) -> T
     config = configs(job)[1]
     text = config.get_text_config()
     if isinstance(encoding, TopK):
-        parameters = planned_size(config).active
+        parameters = config_size(config).active
         return ServedTeacher(
             section.server, k=encoding.k, vocabulary=job.vocabulary, parameters=parameters
         )
@@ -89,5 +90,5 @@ def _teacher(job: Job, source: HiddenStateSource, *, with_head: bool) -> HiddenS
         vocabulary=vocabulary,
         tokenizer=tokenizer,
         head=head,
-        parameters=planned_size(config).active,
+        parameters=config_size(config).active,
     )

@@ -35,7 +35,9 @@ def export_findings(
     recipe = recipe.with_programs(job.base)
     tokenizer = load_tokenizer(job.tokenizer)
     section = recipe.export
-    layers = _layers_before(recipe, job)
+    layers_before = None
+    if isinstance(recipe.student, PrunedStudent):
+        layers_before = int(load_config(job.start).get_text_config().num_hidden_layers)
     for name, student in students:
         of = f"{name}: " if name else ""
         if recipe.quantize is not None:
@@ -47,27 +49,16 @@ def export_findings(
         for form in section.formats:
             yield from (
                 Finding(level, "export", of + text, fix)
-                for level, text, fix in _format(form, recipe, student, tokenizer, layers)
+                for level, text, fix in _format(form, recipe, student, tokenizer, layers_before)
             )
     if recipe.quantize is not None and "safetensors" in section.formats:
-        grid, dynamic = grid_of(recipe.quantize), recipe.quantize.dynamic
-        require_torchao(grid, dynamic, section.dtype)
+        require_torchao(grid_of(recipe.quantize), recipe.quantize.dynamic, section.dtype)
     if section.push_to_hub is not None and not has_finished(recipe, "push"):
         require_token(section.push_to_hub)
     yield Finding("ok", "export", ", ".join(section.formats))
     warning = license_warning(find_license(recipe.teacher.license, job.teacher.path).shown)
     if warning is not None:
         yield Finding("warning", "license", warning)
-
-
-def _layers_before(recipe: Recipe, job: Job) -> int | None:
-    """Return the number of layers of the model that the student is pruned from; None if it is not
-    pruned."""
-    if recipe.cascade is None and not isinstance(recipe.student, PrunedStudent):
-        return None
-    source = job.pruned or job.teacher
-    config = load_config(source)
-    return int(config.get_text_config().num_hidden_layers)
 
 
 def _format(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,12 @@ from stillhouse.hardware import (
     peak_memory_bytes,
 )
 from stillhouse.language_model.data_stage import open_data
-from stillhouse.language_model.job import Job, planned_size
+from stillhouse.language_model.job import Job
 from stillhouse.language_model.model_origins import origins_of
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.pipeline.kind import Step
 from stillhouse.pipeline.report_stage import plan_report
+from stillhouse.planning.model_size import config_size
 from stillhouse.progress import note
 from stillhouse.quantize.moments import Moments, input_moments
 from stillhouse.quantize.quantization import FILE, Quantization
@@ -58,20 +58,14 @@ def plan_export(
 
     def work(out: Path) -> Outcome:
         _, heldout = open_data(data)
-        gate = Gate(
-            job.model(shipped),
-            heldout,
-            job.recipe.evaluate.prompts,
-            job.recipe.seed,
-            section.kl_limit,
-        )
+        prompts, seed = job.recipe.evaluate.prompts, job.recipe.seed
+        gate = Gate(job.model(shipped), heldout, prompts, seed, section.kl_limit)
         grid = Quantization.load(grid_file) if grid_file.is_file() else None
         card = _card(job, data, shipped, Evaluation.load(evaluated.path / EVALUATION), origins)
-        dtype = job.precision.dtype
         replays: list[ReplayResult] = []
         calibration = _calibration(job, data)
         moments = _moments(job, shipped, calibration)
-        with _with_teacher(job, gate, dtype) as checks:
+        with _with_teacher(job, gate) as checks:
             for form in section.formats:
                 folder = out / shipped_folder(form)
                 replay = _export(checks, folder, form, recipe, grid, moments, calibration)
@@ -95,14 +89,14 @@ def plan_export(
     return StagePlan("export", inputs, work, version=7)
 
 
-def _with_teacher(job: Job, gate: Gate, dtype: torch.dtype) -> AbstractContextManager[Gate]:
+def _with_teacher(job: Job, gate: Gate) -> AbstractContextManager[Gate]:
     """Make the gate also compare exports with the teacher, if the teacher has the same tokens and
     fits on the device by itself."""
     if job.folded:
         return nullcontext(gate)
-    config = load_config(job.teacher)
-    device = default_device()
-    if planned_size(config).total * dtype.itemsize > free_memory_bytes(device):
+    device, dtype = default_device(), job.precision.dtype
+    needed = config_size(load_config(job.teacher)).parameters * dtype.itemsize
+    if needed > free_memory_bytes(device):
         note(f"the teacher does not fit on {device}: comparing exports with the student only")
         return nullcontext(gate)
     return against_teacher(gate, job.teacher, vocabulary=job.vocabulary, dtype=dtype)
@@ -141,7 +135,6 @@ def _export(
 
 
 def _calibration(job: Job, data: Stage) -> list[Any]:
-    """Draw training windows for the formats that need the layers' inputs."""
     section = job.recipe.export
     if section.importance_tokens is None:
         return []
@@ -151,16 +144,11 @@ def _calibration(job: Job, data: Stage) -> list[Any]:
 
 
 def _moments(job: Job, shipped: Stage, calibration: list[Any]) -> Moments | None:
-    """Compute the moments of the layers' inputs if a format uses them."""
     forms = job.recipe.export.formats
     if not calibration or not any(form.removeprefix("gguf-") in WEIGHTED for form in forms):
         return None
     loaded = load_model(job.model(shipped), dtype=torch.float32)
     return input_moments(loaded.to(default_device()), calibration)
-
-
-def pushes(job: Any) -> bool:
-    return job.recipe.export.push_to_hub is not None
 
 
 def plan_push(job: Any, exported: Stage) -> StagePlan:
@@ -186,7 +174,7 @@ PUSH = Step(
     "push",
     plan_push,
     ("export",),
-    applies=pushes,
+    applies=lambda job: job.recipe.export.push_to_hub is not None,
     main_process=True,
     purpose="upload the exports",
 )
@@ -220,16 +208,15 @@ def _card(
 
 
 def plan_language_model_report(job: Job, stages: dict[str, Stage]) -> StagePlan:
-    return plan_report(job.recipe, stages, partial(run_report, job, stages), version=5)
+    def collect() -> Report:
+        rounded = stages.get("quantize")
+        return language_model_report(
+            RunFacts.gather(job.recipe, job.teacher.described, stages.values()),
+            evaluation=Evaluation.load(stages["evaluate"].path / EVALUATION),
+            history=read_metrics(stages["train"].path / METRICS),
+            student=stages["student"].summary,
+            replays=stages["export"].summary["replays"],
+            notes=[] if rounded is None else rounded.summary.get("notes", []),
+        )
 
-
-def run_report(job: Job, stages: dict[str, Stage]) -> Report:
-    student, rounded = stages["student"].summary, stages.get("quantize")
-    return language_model_report(
-        RunFacts.gather(job.recipe, job.teacher.described, stages.values()),
-        evaluation=Evaluation.load(stages["evaluate"].path / EVALUATION),
-        history=read_metrics(stages["train"].path / METRICS),
-        student=student,
-        replays=stages["export"].summary["replays"],
-        notes=[] if rounded is None else rounded.summary.get("notes", []),
-    )
+    return plan_report(job.recipe, stages, collect, version=5)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from stillhouse import account
 from stillhouse.errors import SignalError
 from stillhouse.export.licenses import Origin
 from stillhouse.hardware import Precision, choose_precision
@@ -42,7 +41,6 @@ from stillhouse.teachers.model_source import (
     resolve_model,
     resolve_tokenizer,
 )
-from stillhouse.teachers.planned_model import planned_model
 from stillhouse.teachers.several_teachers import check_one_teacher
 from stillhouse.teachers.shared_vocabulary import check_rows, check_same_ids, token_count
 from stillhouse.teachers.source_tokenizers import (
@@ -134,8 +132,8 @@ def find_models(
     recipe's, for example one with a cut vocabulary.
     Raises ModelError, or RecipeError if the student cannot be trained on the teacher's token ids.
     """
-    section = recipe.teacher
-    find = partial(resolve_model, base=base, weights=weights, trusted=section.trust_remote_code)
+    section, trusted = recipe.teacher, recipe.teacher.trust_remote_code
+    find = partial(resolve_model, base=base, weights=weights, trusted=trusted)
     if teacher is None:
         teacher = find(section.model, revision=section.revision)
     pretrained = None
@@ -152,9 +150,10 @@ def find_models(
         require_decoder(load_config(source), source.path)
     own = None
     if isinstance(recipe.student, RandomStudent) and recipe.student.tokenizer is not None:
-        trusted = section.trust_remote_code
         own = resolve_tokenizer(recipe.student.tokenizer, base=base, trusted=trusted)
-    folded = _is_folded(recipe, teacher, own or other)
+    if section.tokenizer == "same":
+        check_same_ids(load_tokenizer(teacher), load_tokenizer(own or other))
+    folded = other_tokenizer(own or other, teacher)
     if own is not None:
         rows = token_count(load_tokenizer(own))
     elif folded:
@@ -202,17 +201,6 @@ def find_configurations(recipe: Recipe, base: Path) -> Job:
     return replace(job, vocabulary=min(sizes))
 
 
-def _is_folded(recipe: Recipe, teacher: ModelSource, own: ModelSource) -> bool:
-    """Whether the teacher's tokenizer differs from the student's. own: the source of the student's
-    tokenizer.
-
-    Raises ModelError if the recipe does not allow a difference.
-    """
-    if recipe.teacher.tokenizer == "same":
-        check_same_ids(load_tokenizer(teacher), load_tokenizer(own))
-    return other_tokenizer(own, teacher)
-
-
 def _teachers(job: Job, *, weights: bool) -> tuple[ModelSource, ...]:
     recipe, teachers = job.recipe, []
     for name in recipe.train.teachers or [ORIGINAL]:
@@ -257,7 +245,17 @@ def signals_encoding(job: Job, objective: Objective) -> Encoding:
             _check_head_stays(job.recipe, store)
         return encoding
     if section.answers is not None:
-        _check_answers(job, objective)
+        if section.missing == "live" and (job.folded or objective.chunks):
+            raise SignalError(
+                f"{job.teacher.described} cannot score the text that signals.answers lacks: "
+                + (
+                    "it has a different tokenizer"
+                    if job.folded
+                    else "terms on chunks only work with the API's answers"
+                ),
+                where="signals.missing",
+                fix="remove it, and train only on the text that the API generated",
+            )
         if objective.chunks:
             return AnswerChunks()
         assert job.recipe.synthesize is not None
@@ -275,24 +273,6 @@ def signals_encoding(job: Job, objective: Objective) -> Encoding:
             return FrozenHead(student.hidden_size)
         case encoding_section:
             return within_vocabulary(encoding_section.encoding(), job.vocabulary)
-
-
-def _check_answers(job: Job, objective: Objective) -> None:
-    """Raise SignalError if the recipe's teacher should score the text that an API's answers lack,
-    but cannot."""
-    section = job.recipe.signals
-    if section is None or section.missing != "live" or not (job.folded or objective.chunks):
-        return
-    raise SignalError(
-        f"{job.teacher.described} cannot score the text that signals.answers lacks: "
-        + (
-            "it has a different tokenizer"
-            if job.folded
-            else "terms on chunks only work with the API's answers"
-        ),
-        where="signals.missing",
-        fix="remove it, and train only on the text that the API generated",
-    )
 
 
 def _check_foldable(section: SignalsRecipe, teacher: ModelSource) -> None:
@@ -332,17 +312,13 @@ def _check_last_only(section: SignalsRecipe, layers: tuple[int, ...], last: int)
 def within_vocabulary(encoding: Encoding, vocabulary: int) -> Encoding:
     """Return the encoding. Raises SignalError if it stores more tokens per position than the
     vocabulary has."""
-    most = 0
-    if isinstance(encoding, TopK | Stratified):
-        most = encoding.k
-    elif isinstance(encoding, TopP):
-        most = encoding.most
-    if most > vocabulary:
-        raise SignalError(
-            f"cannot store {most} tokens per position: the vocabulary has only {vocabulary}",
-            where="signals.encoding",
-            fix=f"store {vocabulary} or fewer",
-        )
+    match encoding:
+        case TopK(k=most) | Stratified(k=most) | TopP(most=most) if most > vocabulary:
+            raise SignalError(
+                f"cannot store {most} tokens per position: the vocabulary has only {vocabulary}",
+                where="signals.encoding",
+                fix=f"store {vocabulary} or fewer",
+            )
     return encoding
 
 
@@ -361,10 +337,9 @@ def planned_objective(job: Job) -> Objective:
 
     Raises SignalError if these models do not support a term.
     """
-    student, teacher = configs(job)[0], job.teachers[0]
-    shape = load_config(teacher)
+    student, teacher = configs(job)[0], load_config(job.teachers[0])
     with torch.device("meta"):
-        objective = objective_for(job.recipe.objective, student, shape)
+        objective = objective_for(job.recipe.objective, student, teacher)
     if len(job.teachers) > 1:
         check_one_teacher(objective.needs.activations)
     return objective
@@ -372,28 +347,15 @@ def planned_objective(job: Job) -> Objective:
 
 def configs(job: Job) -> tuple[Any, Any]:
     """Return the student's planned configuration and the teacher's configuration."""
-    teacher, section = load_config(job.teacher), job.recipe.student
+    student, section = load_config(job.start), job.recipe.student
     if isinstance(section, PrunedStudent | RandomStudent):
-        start = start_config(job)
-        planned = planned_config(
-            section, start, job.base, served=job.served, tokenizer=job.own_tokenizer
+        student = planned_config(
+            section, student, job.base, served=job.served, tokenizer=job.own_tokenizer
         )
-        return planned, teacher
-    assert job.pretrained is not None
-    return load_config(job.pretrained), teacher
+    return student, load_config(job.teacher)
 
 
 def full_job(job: Job) -> Job:
     """Return the job of the full recipe, if this job covers only the steps before the vocabulary is
     cut; otherwise, this job."""
     return job if job.after_cut is None else replace(job, recipe=job.after_cut, after_cut=None)
-
-
-def start_config(job: Job) -> Any:
-    """Load the configuration of the model to prune."""
-    return load_config(job.pruned or job.teacher)
-
-
-def planned_size(config: Any) -> account.ParameterCount:
-    """Count the parameters of a planned model."""
-    return account.count_parameters(planned_model(config))

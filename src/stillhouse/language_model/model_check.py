@@ -50,9 +50,8 @@ def require_models(job: Job) -> Iterator[Finding]:
     _require_parts(job)
     for source in dict.fromkeys([job.teacher, *job.teachers]):
         check_model_folder(source)
-    start = _start(job)
-    if start is not None:
-        _require_trainable(check_model_folder(start), start)
+    if not isinstance(student, RandomStudent):
+        _require_trainable(check_model_folder(job.start), job.start)
     yield from require_options(job)
     _require_templates(job)
     for name, config in zip(("student", "teacher"), configs(job), strict=True):
@@ -65,29 +64,21 @@ def require_models(job: Job) -> Iterator[Finding]:
 def _require_chunks(job: Job) -> None:
     """Raise SignalError if a term on chunks has no teacher that provides their likelihoods."""
     recipe = full_job(job).recipe
-    folds = job.after_cut is not None  # or other teachers, found later
     if not any(isinstance(term, ChunksTerm) for term in recipe.objective.terms):
         return
-    if recipe.signals is None:
-        found = folds or any(source in job.other_teachers for source in job.teachers)
-    else:
+    if recipe.signals is not None:
         found = recipe.signals.answers is not None
+        problem, fix = "stored signals have no chunks", "`signals`"
+    else:
+        folds = job.after_cut is not None  # or other teachers, found later
+        found = folds or any(source in job.other_teachers for source in job.teachers)
+        problem = "every teacher has the student's tokenizer"
+        fix = "add a teacher with a different tokenizer to train.teachers"
     if not found:
-        stored = recipe.signals is not None
         raise SignalError(
-            "a term on chunks compares text that two tokenizers split differently, but "
-            + (
-                "stored signals have no chunks"
-                if stored
-                else "every teacher has the student's tokenizer"
-            ),
+            f"a term on chunks compares text that two tokenizers split differently, but {problem}",
             where="objective.terms",
-            fix="remove the term, or "
-            + (
-                "`signals`"
-                if stored
-                else "add a teacher with a different tokenizer to train.teachers"
-            ),
+            fix=f"remove the term, or {fix}",
         )
 
 
@@ -102,13 +93,6 @@ def _require_parts(job: Job) -> None:
         require_parts(student, objective.student_request)
         if objective.layer_logits:
             final_norm(student)
-
-
-def _start(job: Job) -> ModelSource | None:
-    """The model whose weights the student starts from."""
-    if isinstance(job.recipe.student, RandomStudent):
-        return None
-    return job.pretrained or job.pruned or job.teacher
 
 
 def _require_trainable(config: Any, source: ModelSource) -> None:
@@ -165,7 +149,6 @@ def _shorter(key: str, context: int, length: int, most: int) -> str:
 
 
 def _require_templates(job: Job) -> None:
-    """Check the chat templates that models with one use for the evaluation prompts."""
     chats = [(user_turn(prompt), "evaluate.prompts") for prompt in job.recipe.evaluate.prompts]
     for whose, source in (("the teacher", job.teacher), ("the student", job.tokenizer)):
         tokenizer = load_tokenizer(source)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from stillhouse.account import forward_flops
 from stillhouse.attention_heads import head_size, key_value_heads
@@ -78,20 +77,10 @@ def require_on_policy(job: Job) -> Iterator[Finding]:
         yield Finding("warning", TOPIC, text, "raise data.context, or lower max_tokens")
 
 
-@dataclass(frozen=True)
-class OwnTextEstimate:
-    """What the student generates during training. answers: the number of answers. tokens: the
-    maximum number of generated tokens. read: the number of prompt tokens."""
-
-    answers: int
-    tokens: int
-    read: int
-
-
-def estimate_own_text(
+def own_text_findings(
     models: RunModels, machine: Machine, windows: int, prompts: OwnPrompts | None
-) -> OwnTextEstimate | None:
-    """Estimate the most that the student generates during training; None if it generates nothing.
+) -> Iterator[Finding]:
+    """Report the most that the student generates during training, and its time and memory.
 
     windows: the number of windows of data. prompts: None if unknown; each prompt is then assumed to
     fill half of the context that an answer leaves, and to be at most as long as an answer.
@@ -99,7 +88,7 @@ def estimate_own_text(
     settings, context = models.recipe.train, models.recipe.data.context
     section = settings.on_policy
     if section is None or section.share == 0:
-        return None
+        return
     steps = plan_batches(settings, windows, machine.processes).steps
     cold = min(steps, -(-section.cold_start_tokens // (settings.batch_size * context)))
     own = round((steps - cold) * settings.batch_size * section.share)
@@ -107,25 +96,11 @@ def estimate_own_text(
     length = max(1, min(most, (context - most) // 2))
     if prompts is not None:
         length = min(context - 1, round(float(prompts.lengths.mean())))
-    a_window = max(1, context // (length + min(most, context - length)))
-    answers = own * a_window
-    return OwnTextEstimate(answers, answers * most, answers * length)
-
-
-def own_text_findings(
-    models: RunModels, machine: Machine, windows: int, prompts: OwnPrompts | None
-) -> Iterator[Finding]:
-    """Report the tokens, time, and memory of what the student generates."""
-    section = models.recipe.train.on_policy
-    found = estimate_own_text(models, machine, windows, prompts)
-    if section is None or found is None:
-        return
+    answers = own * max(1, context // (length + min(most, context - length)))
     active = config_size(models.student).active
-    flops = DECODING * forward_flops(active, found.tokens) + forward_flops(active, found.read)
-    text = (
-        f"the student generates {count(found.answers)} answers, at most "
-        f"{count(found.tokens)} tokens"
-    )
+    flops = DECODING * forward_flops(active, answers * most)
+    flops += forward_flops(active, answers * length)
+    text = f"the student generates {count(answers)} answers, at most {count(answers * most)} tokens"
     if machine.rate is not None:
         text += f", about {seconds(flops / (machine.rate * machine.processes))}"
     cache = kv_cache_bytes(models, machine, prompts)
@@ -141,12 +116,6 @@ def kv_cache_bytes(models: RunModels, machine: Machine, prompts: OwnPrompts | No
         longest = min(longest, int(prompts.lengths.max()) + section.max_tokens)
     config = models.student.get_text_config()
     places = -(-longest // GROWTH) * GROWTH
-    values = (
-        2
-        * config.num_hidden_layers
-        * key_value_heads(config)
-        * head_size(config)
-        * places
-        * section.batch
-    )
+    row = 2 * config.num_hidden_layers * key_value_heads(config) * head_size(config)
+    values = row * places * section.batch
     return float(values * machine.compute(models.recipe.train.products).itemsize)

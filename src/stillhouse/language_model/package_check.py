@@ -19,11 +19,12 @@ from stillhouse.evaluation.lm_eval import require_tasks
 from stillhouse.finding import Finding, finding_of
 from stillhouse.generation.vllm_engine import lacks
 from stillhouse.language_model.data_stage import expected_tokens
-from stillhouse.language_model.job import Job, full_job, planned_size
+from stillhouse.language_model.job import Job, full_job
 from stillhouse.language_model.run_models import RunModels, row_bytes
 from stillhouse.language_model.signals_stage import records_signals
 from stillhouse.number_format import size
 from stillhouse.pipeline.engine import has_finished, run_folder
+from stillhouse.planning.model_size import config_size
 from stillhouse.signals.signals_config import SignalsRecipe
 from stillhouse.teachers.api_keys import api_key
 
@@ -77,7 +78,7 @@ def require_disk(job: Job, students: Sequence[RunModels]) -> Iterator[Finding]:
         return
     need = kept = 0.0
     for models in students:
-        size_of = planned_size(models.student).total
+        size_of = config_size(models.student).parameters
         kept += size_of * (4 + 4 + 4 * len(models.recipe.export.formats))
         need = max(need, kept + size_of * 12 * (models.recipe.train.keep_checkpoints + 1))
     parts = ["checkpoints", "models"]
@@ -88,7 +89,7 @@ def require_disk(job: Job, students: Sequence[RunModels]) -> Iterator[Finding]:
         need += tokens * WINDOW_BYTES
         parts.append("windows")
     if records_signals(job) and not has_finished(recipe, "signals"):
-        need += tokens * row_bytes(job, recipe.signals or SignalsRecipe())
+        need += tokens * row_bytes(job)
         parts.append("signals")
     root = run_folder(recipe).root.absolute()
     free = shutil.disk_usage(next(p for p in (root, *root.parents) if p.exists())).free

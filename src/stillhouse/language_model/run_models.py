@@ -3,18 +3,11 @@ and the compute that they take."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from stillhouse.account import forward_flops, training_flops
-from stillhouse.language_model.job import (
-    Job,
-    configs,
-    full_job,
-    planned_objective,
-    start_config,
-)
+from stillhouse.language_model.job import Job, configs, full_job, planned_objective
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.planning.model_size import config_size
 from stillhouse.quantize.quantize import qat_section
@@ -114,18 +107,19 @@ def run_models(job: Job) -> RunModels:
     return RunModels(
         recipe=job.recipe,
         student=student,
-        start=start_config(job),
+        start=load_config(job.start),
         teacher=teacher,
         teachers=tuple(load_config(one) for one in job.teachers),
         divergences=tuple(term.divergence for term in objective.divergences),
         kept_layers=len(objective.needs.activations.layers),
-        row_bytes=row_bytes(job, job.recipe.signals or SignalsRecipe()),
+        row_bytes=row_bytes(job),
     )
 
 
-def row_bytes(job: Job, section: SignalsRecipe) -> float:
-    """The approximate bytes per stored token (docs/signal-store.md lists the encodings' sizes)."""
-    match section.encoding:
+def row_bytes(job: Job) -> float:
+    """The approximate bytes per stored token (docs/signal-store.md lists the encodings' sizes), with
+    the default encoding if nothing is stored."""
+    match (job.recipe.signals or SignalsRecipe()).encoding:
         case ThresholdSignals(bytes=size):
             row = size
         case TopKSignals(k=k):
@@ -140,6 +134,5 @@ def row_bytes(job: Job, section: SignalsRecipe) -> float:
             row = 4.0 + 2 * configs(job)[0].get_text_config().hidden_size
         case HiddenSignals():
             teacher = configs(job)[1].get_text_config()
-            layers: Sequence[int] = stored_layers(planned_objective(job), teacher)
-            row = 2.0 * teacher.hidden_size * len(layers)
+            row = 2.0 * teacher.hidden_size * len(stored_layers(planned_objective(job), teacher))
     return row + SEGMENT_BYTES

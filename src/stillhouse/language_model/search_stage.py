@@ -29,7 +29,6 @@ def has_target(job: Job) -> bool:
 def plan_search(job: Job, data: Stage) -> StagePlan:
     section = job.recipe.student
     assert isinstance(section, PrunedStudent)
-    start = job.pruned or job.teacher
 
     def work(out: Path) -> Outcome:
         windows, _ = open_data(data)
@@ -37,9 +36,9 @@ def plan_search(job: Job, data: Stage) -> StagePlan:
         setting = Setting(
             section=section,
             train=job.recipe.train,
-            start=start,
+            start=job.start,
             # A teacher with a different tokenizer does not measure what pruning costs.
-            teacher=start if job.folded else job.teacher,
+            teacher=job.start if job.folded else job.teacher,
             windows=windows,
             vocabulary=job.vocabulary,
             seed=job.recipe.seed,
@@ -49,7 +48,7 @@ def plan_search(job: Job, data: Stage) -> StagePlan:
             out=out,
             processes=processes,
         )
-        with shared_layers(start, processes):
+        with shared_layers(job.start, processes):
             found = search_shape(setting)
         return Outcome(
             tokens=found.tokens,
@@ -65,14 +64,9 @@ def plan_search(job: Job, data: Stage) -> StagePlan:
             },
         )
 
+    inputs = _inputs(job, data, section)
     return StagePlan(
-        "search",
-        _inputs(job, data, section),
-        work,
-        version=2,
-        resumable=True,
-        together=True,
-        scratch=(WORK,),
+        "search", inputs, work, version=2, resumable=True, together=True, scratch=(WORK,)
     )
 
 

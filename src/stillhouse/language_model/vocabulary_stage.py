@@ -35,7 +35,7 @@ from stillhouse.pruning.vocabulary_cut import KEPT_IDS, load_kept_ids
 from stillhouse.runfolder import Outcome, Stage, StagePlan
 from stillhouse.shared_work import all_processes
 from stillhouse.students.build_student import build_student
-from stillhouse.students.student_config import PrunedSizes, PrunedStudent
+from stillhouse.students.student_config import PrunedStudent
 from stillhouse.teachers.align_tokens import require_alignable
 from stillhouse.teachers.load_model import load_config, load_model, load_tokenizer
 from stillhouse.teachers.model_source import ModelSource, resolve_model
@@ -170,11 +170,9 @@ def _left(recipe: Recipe, cut: Mapping[str, str], teacher: ModelSource) -> Recip
     assert isinstance(section, PrunedStudent)
     model = section.model and cut.get(section.model, section.model)
     left: dict[str, Any] = {"vocabulary": None, "model": model}
-    sizes = PrunedSizes.model_fields.keys() - {"hidden_method"}
-    if all(getattr(section, name) is None for name in sizes):
-        left["layers"] = sizes_of(
-            load_config(teacher.derived(Path(model)) if model else teacher)
-        ).layers
+    if not section.sizes and section.target is None:
+        start = teacher.derived(Path(model)) if model else teacher
+        left["layers"] = sizes_of(load_config(start)).layers
     teachers = recipe.train.teachers
     if not _folds(recipe):
         teachers = [cut.get(name, name) for name in teachers]
@@ -220,14 +218,8 @@ def plan_vocabulary(job: Job, data: Stage) -> StagePlan:
         "teacher": job.teacher.fingerprint,
         "data": data.digest,
     }
-    return StagePlan(
-        "vocabulary",
-        inputs,
-        work,
-        version=4,
-        together=True,
-        check=model_check(job.teacher),
-    )
+    check = model_check(job.teacher)
+    return StagePlan("vocabulary", inputs, work, version=4, together=True, check=check)
 
 
 def _named_tokens(section: PrunedStudent, base: Path) -> int | str | None:
