@@ -45,7 +45,7 @@ def check_alignment(job: Job, rows: Sequence[tuple[str, TokenRow]]) -> Iterator[
     """Report how much of the sample each teacher with a different tokenizer can teach. rows: pairs
     of a row's place and its tokens."""
     for source in job.other_teachers:
-        aligner = aligner_of(job, source)
+        aligner = aligner_of(job.tokenizer, source)
         try:
             counts = _counts(aligner, rows)
         except DataError as error:
@@ -123,11 +123,9 @@ def _findings(
 
 def _entropies(roots: Roots, pairs: Counter[tuple[int, int]]) -> tuple[float, float]:
     """Return the entropy, in nats, of the taught student tokens, and of their roots."""
-    tokens: Counter[int] = Counter()
+    tokens, events = Counter[int](), Counter[int]()
     for (ours, _), count in pairs.items():
         tokens[ours] += count
-    events: Counter[int] = Counter()
-    for ours, count in tokens.items():
         events[int(roots.student_V[ours])] += count
     return _entropy(tokens), _entropy(events)
 

@@ -10,7 +10,7 @@ from stillhouse.language_model.job import Job
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.language_model.synthesis_stage import makes_text
 from stillhouse.runfolder import run_root
-from stillhouse.teachers.model_source import ModelSource, resolve_model
+from stillhouse.teachers.model_source import resolve_model
 
 
 def origins_of(job: Job) -> list[Origin]:
@@ -21,7 +21,8 @@ def origins_of(job: Job) -> list[Origin]:
     """
     started = [("The student's start", one) for one in (job.pretrained, job.pruned) if one]
     teachers = [("Another teacher", teacher) for teacher in job.teachers]
-    others = [(part, one) for part, one in [*started, *teachers] if not _made_here(one, job.recipe)]
+    here = run_root(job.recipe).resolve()
+    others = [(part, one) for part, one in started + teachers if not one.path.is_relative_to(here)]
     return distinct(
         [
             origin(TEACHER, job.teacher, job.recipe.teacher.license),
@@ -29,10 +30,6 @@ def origins_of(job: Job) -> list[Origin]:
             *_of_text(job.recipe, job.base),
         ]
     )
-
-
-def _made_here(source: ModelSource, recipe: Recipe) -> bool:
-    return source.path.is_relative_to(run_root(recipe).resolve())
 
 
 def _of_text(recipe: Recipe, base: Path) -> list[Origin]:

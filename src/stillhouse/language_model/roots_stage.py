@@ -39,12 +39,18 @@ def plan_roots(job: Job, data: Stage) -> StagePlan:
         windows, heldout = open_data(data)
         found = {}
         for source in job.other_teachers:
-            aligner = aligner_of(job, source)
+            aligner = aligner_of(job.tokenizer, source)
             for text in (windows, heldout):
                 require_readable(aligner, text)
             pairs = observed(aligner, windows, MERGED_FROM_TOKENS)
             if not pairs:
-                raise _nothing_shared(source)
+                raise DataError(
+                    "the teacher teaches nothing: no supervised token of the text starts where one "
+                    "of its tokens does",
+                    where=source.described,
+                    fix="choose a teacher whose tokenizer can encode this text, or one from the "
+                    "student's model family",
+                )
             roots = merged(cached_roots(aligner), pairs)
             folder = out / _name(source)
             folder.mkdir()
@@ -64,16 +70,6 @@ def plan_roots(job: Job, data: Stage) -> StagePlan:
     return StagePlan("roots", inputs, work)
 
 
-def _nothing_shared(source: ModelSource) -> DataError:
-    return DataError(
-        "the teacher teaches nothing: no supervised token of the text starts where one of its "
-        "tokens does",
-        where=source.described,
-        fix="choose a teacher whose tokenizer can encode this text, or one from the student's "
-        "model family",
-    )
-
-
 def with_roots(job: Job, stages: Mapping[str, Stage], _do: Do) -> Job:
     return replace(job, roots=stages["roots"])
 
@@ -88,7 +84,7 @@ def run_roots(job: Job, source: ModelSource) -> Roots | None:
     damaged."""
     if job.roots is None or source not in job.other_teachers:
         return None
-    return load_roots(job.roots.path / _name(source), aligner_of(job, source))
+    return load_roots(job.roots.path / _name(source), aligner_of(job.tokenizer, source))
 
 
 def teacher_alignment(job: Job) -> Alignment | None:
@@ -96,16 +92,12 @@ def teacher_alignment(job: Job) -> Alignment | None:
     the same tokens."""
     if not job.folded:
         return None
-    aligner, roots = aligner_of(job, job.teacher), run_roots(job, job.teacher)
+    aligner, roots = aligner_of(job.tokenizer, job.teacher), run_roots(job, job.teacher)
     return Alignment(aligner, roots or cached_roots(aligner))
 
 
-def aligner_of(job: Job, source: ModelSource) -> TokenAligner:
-    return _aligner(job.tokenizer, source)
-
-
 @lru_cache(maxsize=4)
-def _aligner(own: ModelSource, other: ModelSource) -> TokenAligner:
+def aligner_of(own: ModelSource, other: ModelSource) -> TokenAligner:
     return TokenAligner(load_tokenizer(own), load_tokenizer(other))
 
 
