@@ -117,8 +117,8 @@ def run_models(job: Job) -> RunModels:
 
 
 def row_bytes(job: Job) -> float:
-    """The approximate bytes per stored token (docs/signal-store.md lists the encodings' sizes), with
-    the default encoding if nothing is stored."""
+    """The approximate bytes per stored token (docs/signal-store.md), with the default encoding if
+    nothing is stored."""
     match (job.recipe.signals or SignalsRecipe()).encoding:
         case ThresholdSignals(bytes=size):
             row = size
