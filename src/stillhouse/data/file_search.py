@@ -50,22 +50,12 @@ def find_files(name: str, base: Path, format: FileFormat | None = None) -> list[
         return [regular(path)]
     if not glob.has_magic(name):
         raise missing(path, _fix_of_unexpanded(name))
-    start = _literal_start(path)
+    start = next(parent for parent in path.parents if parent.is_dir())  # not part of the pattern
     matches = _matches(start, path.relative_to(start).parts)
     files = [match for match in sorted({*matches}) if _is_file(match)]
     if files:
         return files
     raise DataError("No file matches", where=path, fix="check the pattern and its folder")
-
-
-def _literal_start(path: Path) -> Path:
-    """The longest leading part of a pattern that exists literally."""
-    start = Path(path.anchor)
-    for part in path.parts[1:]:
-        if not (start / part).is_dir():
-            break
-        start = start / part
-    return start
 
 
 def _fix_of_unexpanded(name: str) -> str | None:
