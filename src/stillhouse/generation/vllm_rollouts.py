@@ -7,7 +7,7 @@ Shapes: R = 1 row, L tokens, V vocabulary.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -111,9 +111,14 @@ class VllmServer:
 
     def load_weights(self, folder: Path) -> None:
         """Load the weights of a checkpoint that the server can read. Raises ModelError."""
-        arguments = {"weights_path": str(folder)}
-        self._call("collective_rpc", {"method": "reload_weights", "kwargs": arguments})
-        self._call("reset_prefix_cache", {})  # it was computed with the old weights
+
+        async def load(post: Post, root: str) -> None:
+            body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+            await post(f"{root}/collective_rpc", body, MOST_BYTES)
+            # It was computed with the old weights.
+            await post(f"{root}/reset_prefix_cache", {}, MOST_BYTES)
+
+        self._link.each([self._link.root], load)
 
     async def _write(self, post: Post, row: dict[str, Any]) -> dict[str, Any]:
         sampling = {name: value for name, value in row["sampling"].items() if value is not None}
@@ -135,12 +140,6 @@ class VllmServer:
                 f"the server's answer has no token ids ({type(error).__name__}: {error})",
                 "use vLLM 0.29 or newer, which supports return_token_ids in completions",
             ) from error
-
-    def _call(self, endpoint: str, body: Mapping[str, Any]) -> None:
-        async def call(post: Post, url: str) -> bytes:
-            return await post(url, body, MOST_BYTES)
-
-        self._link.each([f"{self._link.root}/{endpoint}"], call)
 
 
 @contextmanager
