@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from concurrent.futures import Future, wait
+from pathlib import Path
+from typing import Any
+
+import pytest
 
 from stillhouse.generation.budget import Budget
 from stillhouse.generation.client import FailedAttempt
@@ -15,6 +21,21 @@ from tests.clocks import run_at_once
 from tests.generation.pools import QUICK, requests
 
 URL = "http://127.0.0.1:1/v1"
+
+
+class Immediate(Journal):
+    """A journal whose commits take no simulated time, however busy the machine is."""
+
+    def _hand_over(self, statement: str, values: tuple[Any, ...]) -> Future[None]:
+        commit = super()._hand_over(statement, values)
+        wait([commit])
+        return commit
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    with Immediate(tmp_path / "answers.sqlite") as opened:
+        yield opened
 
 
 def run(
