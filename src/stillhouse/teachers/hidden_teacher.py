@@ -22,7 +22,7 @@ from stillhouse.signals import DenseSignal, LMHead
 from stillhouse.signals.signals_config import SignalServer
 from stillhouse.teachers.activations import ActivationRequest
 from stillhouse.teachers.record_store import segments_of
-from stillhouse.teachers.signal_server import Post, SignalLink, divide
+from stillhouse.teachers.signal_server import Post, SignalLink
 from stillhouse.teachers.teacher import OUTPUT_ONLY, Teacher, TeacherNeeds, TeacherView
 
 EXTRA_BYTES = 1 << 20
@@ -78,11 +78,8 @@ class HiddenStateServer:
         self, prompts: Sequence[list[int]], layers: Sequence[int]
     ) -> list[Mapping[int, Tensor]]:
         """See `HiddenStateSource`."""
-        lengths = [len(prompt) for prompt in prompts]
         tokens = max(1, REQUEST_BYTES // (self.width * self.dtype.itemsize))
-        requests = divide(prompts, lengths, tokens, self.server.concurrency)
-        answers = self._link.each(requests, self._send)
-        found = [hidden_LD for answer in answers for hidden_LD in answer]
+        found = self._link.each_prompt(prompts, tokens, self._send)
         return [{self.last: hidden_LD} for hidden_LD in found] if layers else [{} for _ in found]
 
     async def _send(self, post: Post, prompts: Sequence[list[int]]) -> list[Tensor]:

@@ -26,7 +26,7 @@ from stillhouse.signals.encodings import TopK
 from stillhouse.signals.signals_config import SignalServer
 from stillhouse.teachers.activations import ActivationRequest
 from stillhouse.teachers.record_store import segments_of
-from stillhouse.teachers.signal_server import EXCERPT, Post, SignalLink, divide
+from stillhouse.teachers.signal_server import EXCERPT, Post, SignalLink
 from stillhouse.teachers.stored_teacher import recorded_temperature
 from stillhouse.teachers.teacher import OUTPUT_ONLY, Teacher, TeacherNeeds, TeacherView
 
@@ -79,7 +79,8 @@ class ServedTeacher(Teacher):
         ids = batch["input_ids"].flatten().tolist()
         supervised = (batch["labels"].flatten() != IGNORED).tolist()
         spans = segments_of(batch).spans
-        answers = self._answers([ids[start:end] for start, end in spans])
+        prompts = [ids[start:end] for start, end in spans]
+        answers = self._link.each_prompt(prompts, REQUEST_TOKENS, self._prompt_log_probabilities)
         places = [
             (answer[at - start], ids[at])
             for (start, end), answer in zip(spans, answers, strict=True)
@@ -114,17 +115,11 @@ class ServedTeacher(Teacher):
     def __repr__(self) -> str:
         return f"Teacher({self.described}: {self.k} most likely of {self.vocabulary:,} tokens)"
 
-    def _answers(self, prompts: Sequence[list[int]]) -> list[list[Any]]:
-        """For each token of each prompt, {token id: {"logprob": ...}} of the tokens at its
-        position; None for the first."""
-        lengths = [len(prompt) for prompt in prompts]
-        requests = divide(prompts, lengths, REQUEST_TOKENS, self.server.concurrency)
-        answers = self._link.each(requests, self._prompt_log_probabilities)
-        return [one for answer in answers for one in answer]
-
     async def _prompt_log_probabilities(
         self, post: Post, prompts: Sequence[list[int]]
     ) -> list[list[Any]]:
+        """For each token of each prompt, {token id: {"logprob": ...}} of the tokens at its
+        position; None for the first."""
         payload = {
             "model": self.server.model,
             "prompt": prompts,

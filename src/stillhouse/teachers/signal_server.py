@@ -4,8 +4,8 @@ errors."""
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from itertools import chain, count
 from typing import Any, TypeVar
 
 from stillhouse.errors import ModelError
@@ -71,6 +71,26 @@ class SignalLink:
 
         return run_stoppable(send_all())
 
+    def each_prompt(
+        self,
+        prompts: Sequence[list[int]],
+        tokens: int,
+        send: Callable[[Post, list[list[int]]], Coroutine[Any, Any, list[Any]]],
+    ) -> list[Any]:
+        """Call `send` for parts of the prompts, in order, and return one result for each prompt.
+
+        The parts have about equal numbers of tokens, at most about `tokens`, and there are at least
+        `concurrency` of them if there are that many prompts.
+        """
+        total = sum(map(len, prompts))
+        size = total / max(self.server.concurrency, -(-total // tokens))
+        parts: dict[int, list[list[int]]] = {}
+        start = 0
+        for prompt in prompts:
+            parts.setdefault(int((start + len(prompt) / 2) / size), []).append(prompt)
+            start += len(prompt)
+        return list(chain.from_iterable(self.each(list(parts.values()), send)))
+
     def error(self, what: str, fix: str) -> ModelError:
         """An error with a server's message, on one line, shortened, and without the API key."""
         what = " ".join(redacted(what, self._key).split())
@@ -80,7 +100,7 @@ class SignalLink:
 
     async def _post(self, link: HttpLink, path: str, body: Mapping[str, Any], most: int) -> bytes:
         """Return a complete reply, after at most PATIENCE.attempts attempts."""
-        for tries in itertools.count(1):
+        for tries in count(1):
             wait = 0.0
             try:
                 async with asyncio.timeout(TIMEOUT_SECONDS):
@@ -124,20 +144,3 @@ class SignalLink:
                 f"{self._rejected}",
             )
         return self.error(f"the server rejects the request ({status}): {message}", self._rejected)
-
-
-def divide(prompts: Sequence[T], lengths: Sequence[int], tokens: int, least: int) -> list[list[T]]:
-    """Divide the prompts, in order, into parts of about equal numbers of tokens.
-
-    Each part has at most about `tokens` tokens, and there are at least `least` parts if there are
-    that many prompts.
-    """
-    if not prompts:
-        return []
-    size = sum(lengths) / max(least, -(-sum(lengths) // tokens))
-    parts: dict[int, list[T]] = {}
-    start = 0
-    for prompt, length in zip(prompts, lengths, strict=True):
-        parts.setdefault(int((start + length / 2) / size), []).append(prompt)
-        start += length
-    return list(parts.values())
