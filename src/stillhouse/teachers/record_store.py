@@ -105,14 +105,27 @@ def record(
     Raises SignalError if `out` was begun with different settings. StoreError if it is damaged or
     the disk is full; signals recorded so far are kept.
     """
-    recorder = recorder_of(settings, student_head)
+    recorder, heap = recorder_of(settings, student_head), HeapLimit()
+    batches = chain.from_iterable(rows_in_order(text, teacher.tokens_together) for text in texts)
+    total = sum(len(text) * len(text[0]["labels"]) for text in texts)
     process, processes = (0, 1) if alone else (process_index(), world_size())
     if not alone:
         open_group()
     with lost_process(processes), StoreWriter(out, settings) as writer:
         if process == 0 and isinstance(teacher, AlignedTeacher):
             write_fold(teacher.roots.fold, out)
-        _record_share(teacher, texts, recorder, writer, process=process, processes=processes)
+        with bar("signals", total=total) as advance:
+            for rows in own_share(batches, process, processes):
+                batch = collate(rows)
+                segments = segments_of(batch)
+                missing_S = writer.missing(segments)
+                if missing_S.any():
+                    encoded = encoded_answer(teacher, recorder, batch, segments, missing_S)
+                    writer.add(segments.only(missing_S), *encoded)
+                elif teacher.collective:
+                    teacher.answer(batch)  # the other processes need its part of the weights
+                advance(batch["labels"].numel() * processes)
+                heap.check()
         if alone:
             return writer.finish()
         writer.flush()
@@ -123,31 +136,6 @@ def record(
         manifest = read_manifest(out)
         wait_for_all()  # the main process may move the folder once it returns
         return manifest
-
-
-def _record_share(
-    teacher: Teacher,
-    texts: Sequence[WindowSet],
-    recorder: Recorder,
-    writer: StoreWriter,
-    *,
-    process: int,
-    processes: int,
-) -> None:
-    heap, total = HeapLimit(), sum(len(text) * len(text[0]["labels"]) for text in texts)
-    with bar("signals", total=total) as advance:
-        batches = (rows_in_order(text, teacher.tokens_together) for text in texts)
-        for rows in own_share(chain.from_iterable(batches), process, processes):
-            batch = collate(rows)
-            segments = segments_of(batch)
-            missing_S = writer.missing(segments)
-            if missing_S.any():
-                encoded = encoded_answer(teacher, recorder, batch, segments, missing_S)
-                writer.add(segments.only(missing_S), *encoded)
-            elif teacher.collective:
-                teacher.answer(batch)  # the other processes need its part of the weights
-            advance(batch["labels"].numel() * processes)
-            heap.check()
 
 
 def recorder_of(settings: Settings, student_head: LMHead | None) -> Recorder:

@@ -10,8 +10,6 @@ from typing import Any
 from stillhouse.errors import ModelError
 from stillhouse.section import require_tokenizer
 
-ROLES = ("bos_token", "eos_token")
-
 
 @dataclass(frozen=True)
 class VocabularyMatch:
@@ -109,7 +107,7 @@ def _warnings(teacher: Any, student: Any) -> list[str]:
             "teacher and student have different chat templates; the student's is used for chat "
             "rows, and the teacher may never have seen that format"
         )
-    for role in ROLES:
+    for role in ("bos_token", "eos_token"):
         ours, theirs = getattr(teacher, role, None), getattr(student, role, None)
         if ours != theirs:
             found.append(f"{role} is {ours!r} in the teacher and {theirs!r} in the student")
