@@ -91,6 +91,7 @@ def test_synthesize_rejects_the_recipe_of_a_task(tmp_path: Path) -> None:
     assert "has a task" in str(error)
 
 
+@pytest.mark.run
 def test_check_warns_of_sizes_that_a_format_cannot_hold(tmp_path: Path) -> None:
     words = tiny.merging_tokenizer()
     tiny.llama(vocab_size=len(words)).save_pretrained(tmp_path / "teacher")
@@ -104,6 +105,7 @@ def test_check_warns_of_sizes_that_a_format_cannot_hold(tmp_path: Path) -> None:
     assert "32 or 64" in str(warning.fix)
 
 
+@pytest.mark.run
 def test_check_rejects_a_tokenizer_that_gguf_cannot_hold(tmp_path: Path) -> None:
     last = check_recipe(write(tmp_path, export={"formats": ["gguf-f16"]}))[-1]
     assert last.level == "error"

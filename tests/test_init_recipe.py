@@ -52,6 +52,7 @@ def flags(folder: Path, job: str, data: str, size: str = "medium") -> list[str]:
     return ["--job", job, *teacher, "--data", str(folder / data), "--size", size]
 
 
+@pytest.mark.run
 def test_a_medium_student_has_a_narrower_ffn_and_all_layers(folder: Path) -> None:
     init(folder, *flags(folder, "distill", "text.txt"))
     recipe = load_recipe(folder / "made here" / "recipe.yaml")
@@ -171,6 +172,7 @@ def test_missing_flags_are_named_if_there_is_no_input(folder: Path) -> None:
     assert "--job" in str(answer.exception.fix)
 
 
+@pytest.mark.run
 def test_default_answers_fit_together(folder: Path) -> None:
     init(folder, typed=f"\n{folder / 'teacher'}\n\n\n")
     recipe = load_recipe(folder / "made here" / "recipe.yaml")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from transformers import AutoTokenizer
 
 from stillhouse.check import check_recipe
@@ -57,6 +58,7 @@ def test_after_plain_text_headings_eos_replaces_the_newline() -> None:
     ]
 
 
+@pytest.mark.run
 def test_check_reports_that_a_token_is_added(tmp_path: Path) -> None:
     words = tokenizer(ALPACA, eos="<|endoftext|>", special=())
     save_model(tmp_path / "teacher", words)

@@ -74,6 +74,7 @@ def test_a_signal_store_from_another_day_covers_the_same_chats(tmp_path: Path) -
     assert lacking_tokens(store, train) == 0
 
 
+@pytest.mark.run
 def test_check_reports_the_fixed_date(tmp_path: Path) -> None:
     found = check_recipe(recipe(tmp_path, "checked"), base=tmp_path)
     said = [one.text for one in found if one.topic == "chat template"]

@@ -78,6 +78,7 @@ def test_run_rejects_a_context_beyond_learned_positions_before_any_stage(tmp_pat
     assert not [*(tmp_path / "run" / "stages").iterdir()]
 
 
+@pytest.mark.run
 def test_a_context_that_fits_is_not_reported(tmp_path: Path) -> None:
     found = check_recipe(recipe(tmp_path, LEARNED["gpt2"], 64))
     assert not [one for one in found if one.level == "error" or one.topic == "context"]
@@ -95,6 +96,7 @@ def test_a_speed_measurement_beyond_the_context_is_rejected(tmp_path: Path) -> N
     assert last.fix == "set evaluate.speed: false"
 
 
+@pytest.mark.run
 def test_a_context_beyond_rotary_positions_is_only_a_warning(tmp_path: Path) -> None:
     found = {one.topic: one for one in check_recipe(tiny.recipe(tmp_path, data={"context": 300}))}
     assert found["context"].level == "warning"

@@ -191,6 +191,7 @@ def test_a_hash_set_behaves_like_a_python_set(hashes: list[bytes]) -> None:
     assert all(hash in found for hash in expected)
 
 
+@pytest.mark.run
 def test_a_set_of_hashes_takes_little_memory() -> None:
     tracemalloc.start()
     found = HashSet(newest=1000)

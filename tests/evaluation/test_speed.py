@@ -107,6 +107,7 @@ def test_decoding_uses_a_cache_with_a_different_name() -> None:
     assert [cache is not None for cache in seen] == [False, True, True]
 
 
+@pytest.mark.run
 def test_peak_memory_grows_with_the_model(tmp_path: Path) -> None:
     small = save_toy(tmp_path / "small", toy_model())
     large = save_toy(tmp_path / "large", toy_model(vocabulary=2_000_000))

@@ -147,6 +147,7 @@ def answers(draw: st.DrawFn) -> ChunkedAnswer:
     return ChunkedAnswer(ids, log_probs, reported, any(reported))
 
 
+@pytest.mark.run
 @given(st.lists(answers(), min_size=1, max_size=4))
 def test_a_store_returns_the_chunks_of_all_rows(found: list[ChunkedAnswer]) -> None:
     import tempfile

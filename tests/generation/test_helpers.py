@@ -47,6 +47,7 @@ def test_closed_connections_of_other_programs_are_ignored(said: bytes) -> None:
     exchange(helper, found)
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("said", STRAYS, ids=NAMES)
 def test_open_connections_of_other_programs_block_no_helper(
     said: bytes, monkeypatch: pytest.MonkeyPatch

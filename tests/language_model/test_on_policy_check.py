@@ -32,6 +32,7 @@ def write_prompts(folder: Path, *texts: str) -> dict[str, Any]:
     return {"path": "prompts.jsonl"}
 
 
+@pytest.mark.run
 def test_check_estimates_what_the_student_generates(tmp_path: Path) -> None:
     prompts = write_prompts(tmp_path, "hi", "ho")
     own = {"prompts": prompts, "share": 0.5, "max_tokens": 8, "batch": 3}
@@ -44,6 +45,7 @@ def test_check_estimates_what_the_student_generates(tmp_path: Path) -> None:
     assert f"KV cache takes {size(2 * 3 * 2 * 8 * 128 * 3 * 4)}" in text
 
 
+@pytest.mark.run
 def test_weights_in_bfloat16_halve_the_kv_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,6 +94,7 @@ def test_a_row_without_a_prompt_is_an_error_with_its_line(tmp_path: Path) -> Non
     assert [one for one in found if one.level == "error" and "prompts.jsonl:2" in one.text]
 
 
+@pytest.mark.run
 def test_a_teacher_with_a_different_chat_template_is_a_warning(tmp_path: Path) -> None:
     tiny.save_model(tmp_path / "student", seed=1)
     words = load_tokenizer(tmp_path / "student")

@@ -67,6 +67,7 @@ def test_autocast_copies_the_weights_once_for_any_number_of_windows() -> None:
     assert trace_activations(config, **FLOAT32).casts == 0
 
 
+@pytest.mark.run
 def test_a_pass_without_gradients_uses_less_memory() -> None:
     config = tiny.llama_config(num_hidden_layers=8)
     found = trace_activations(config, **FLOAT32, inference=True)

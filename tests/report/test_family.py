@@ -78,6 +78,7 @@ def test_the_page_shows_every_members_size_quality_speed_and_memory(
     assert "0.0033 kWh, at an assumed 20 W" in page  # 600 s
 
 
+@pytest.mark.run
 def test_training_from_random_weights_is_compared_with_the_member_at_equal_tokens(
     family: FamilyEvaluation,
 ) -> None:

@@ -64,6 +64,7 @@ def test_charts_leave_out_forms_that_were_not_measured(
     assert "safetensors: 1.50" in speed.alt
 
 
+@pytest.mark.run
 def test_replays_without_the_teacher_show_no_forms(facts: RunFacts, parts: dict[str, Any]) -> None:
     without = [{**row, "teacher": None} for row in parts["replays"]]
     assert not forms({}, without)

@@ -88,6 +88,7 @@ def test_without_additional_steps_there_is_no_section(evaluation: Evaluation) ->
     assert steps_section(evaluation, PRUNED, "", []).is_empty
 
 
+@pytest.mark.run
 def test_the_page_starts_with_the_steps_and_the_answers(
     facts: RunFacts, parts: dict[str, Any], quantized: Evaluation
 ) -> None:

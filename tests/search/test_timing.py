@@ -107,6 +107,7 @@ def test_memory_is_linear_in_the_bytes_of_the_weights(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.run
 def test_a_failed_memory_measurement_proposes_a_target_that_needs_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

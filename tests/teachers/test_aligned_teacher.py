@@ -162,6 +162,7 @@ def test_the_end_of_a_text_is_covered() -> None:
     assert fold.student_V[words.eos_token_id] == fold.teacher_W[others.eos_token_id]
 
 
+@pytest.mark.run
 def test_an_aligned_teacher_trains_a_student_through_the_python_api() -> None:
     words, others = byte_level(300), KINDS["byte-level"]()
     teacher = LocalTeacher(model_for(others).float(), others).aligned(words)

@@ -96,6 +96,7 @@ def test_a_saved_state_resumes_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -
     assert all(map(torch.equal, weights, again))
 
 
+@pytest.mark.run
 def test_bfloat16_weights_follow_float32_ones() -> None:
     """Updates that are far smaller than a weight are not lost on average."""
     wide = nn.Parameter(torch.full((256, 256), 3.0))
