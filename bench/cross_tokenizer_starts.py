@@ -190,7 +190,8 @@ def start_cut(shared: Experiment, folder: Path, seed: int, *, pruned: bool = Tru
     smaller = Teacher.load(cut)
     data = shared.data(smaller.tokenizer, options.tokens, seed)
     if options.training_text is not None:
-        data = replace(data, train=training_text(options, smaller.tokenizer, seed))
+        text = other_text(options, options.training_text, smaller.tokenizer, options.tokens, seed)
+        data = replace(data, train=text)
 
     def make_student() -> None:
         if pruned:
@@ -224,24 +225,21 @@ def start_cut(shared: Experiment, folder: Path, seed: int, *, pruned: bool = Tru
     return Start(folder, data, options.learning_rate, teachers, measure, of_teachers)
 
 
-def training_text(options: argparse.Namespace, tokenizer: Any, seed: int) -> Batches:
-    return sh.Data.build(
-        options.training_text,
-        tokenizer,
-        context=options.context,
-        train_tokens=options.tokens,
-        heldout_tokens=options.context,
-        seed=seed,
-    ).train
-
-
 def questions(options: argparse.Namespace, tokenizer: Any, seed: int) -> Batches:
     lines = options.questions.read_text(encoding="utf-8").splitlines()
+    asked = [json.loads(line)["question"] for line in lines]
+    return other_text(options, asked, tokenizer, options.heldout_tokens, seed)
+
+
+def other_text(
+    options: argparse.Namespace, texts: Any, tokenizer: Any, tokens: int, seed: int
+) -> Batches:
+    """Windows of text of a different kind. texts: as for `Data.build`."""
     return sh.Data.build(
-        [json.loads(line)["question"] for line in lines],
+        texts,
         tokenizer,
         context=options.context,
-        train_tokens=options.heldout_tokens,
+        train_tokens=tokens,
         heldout_tokens=options.context,
         seed=seed,
     ).train

@@ -50,6 +50,8 @@ FOLDED: dict[str, dict[str, Any]] = {
 }
 """More runs in which the teacher has a different tokenizer."""
 
+DATA = {"train_tokens": 3000}
+"""Enough text that each of four processes writes a shard of a store."""
 MICRO_BATCHES = (1, 2, 4)
 """Windows per micro-batch in the runs by one process."""
 OTHER_ORDERS = 4
@@ -58,8 +60,8 @@ OTHER_ORDERS = 4
 
 def recipe(inputs: Path, folder: Path, kind: str, **train: object) -> dict[str, Any]:
     """A recipe of one of KINDS or FOLDED. train: additional settings of that section."""
-    sections = {**(KINDS | FOLDED)[kind], "train": {**TRAIN, **train}, "folder": str(folder)}
-    raw = tiny.recipe(inputs, **sections)
+    sections = {"data": DATA, "train": {**TRAIN, **train}, "folder": str(folder)}
+    raw = tiny.recipe(inputs, **(KINDS | FOLDED)[kind], **sections)
     if kind == "cascade":
         del raw["student"]["ffn_size"]
     if kind.startswith("folded"):

@@ -40,10 +40,6 @@ from stillhouse.training.train import MODEL
 _REPLAYED = 2
 TOGETHER = 64
 """Number of new texts that are answered together."""
-_USE = (
-    "`stillhouse predict FOLDER texts.jsonl` writes an answer for each text. Its prompt is in "
-    "`answering.json`."
-)
 
 
 @dataclass(frozen=True)
@@ -80,6 +76,12 @@ class AnsweringFacts(StudentFacts):
         examples = tuple((prompt, answer) for prompt, answer in self.examples)
         question = user_turn(self.prompt.replace("{text}", text))
         return Frame(self.system, examples).teacher_sees(question)
+
+
+_USE = (
+    "`stillhouse predict FOLDER texts.jsonl` writes an answer for each text. Its prompt is in "
+    f"`{AnsweringFacts.FILE}`."
+)
 
 
 def plan_answers_export(

@@ -173,7 +173,7 @@ _POOLED = (
 )
 _ONNX = (
     "`model.onnx` is for onnxruntime: `input_ids` and `attention_mask` in, `logits` out, one for "
-    "each label in the order above. The tokenizer is next to it; `classifier.json` has the maximum "
+    f"each label in the order above. The tokenizer is next to it; `{Facts.FILE}` has the maximum "
     "number of tokens in training and the threshold below which the classifier abstains."
 )
 _INT8 = "Weights of matrix products are quantized to 8 bits, their inputs dynamically."

@@ -13,7 +13,7 @@ how weights are sharded.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any, Literal
 
@@ -58,13 +58,18 @@ class CompactAdamW(Optimizer):
         super().__init__(params, {**options, "bits": bits, "seed": seed, "matrices": False})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for number, group, weight in self.numbered(matrices=False):
             state = self.state[weight]
             if not state:
                 state.update(_first_state(weight, group["bits"]))
             state["step"] += 1
             _update(weight, state, group, number)
+        return loss
 
     def numbered(self, *, matrices: bool) -> Iterator[tuple[int, dict[str, Any], Any]]:
         """Yield the number, group, and weight of each weight with a gradient.

@@ -10,7 +10,7 @@ Shapes: [M, N] for a matrix, [E, M, N] for a stack of matrices (fused experts).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,8 +74,8 @@ class Muon(CompactAdamW):
         self.products = products
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        super().step()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = super().step(closure)
         whole = []
         for matrix in self._matrices():
             if matrix.weight.dim() > 2 and isinstance(matrix.weight, DTensor):
@@ -86,6 +86,7 @@ class Muon(CompactAdamW):
         processes = dist.get_world_size() if dist.is_initialized() else 1
         for begin in range(0, len(whole), processes):
             self._step_together(whole[begin : begin + processes])
+        return loss
 
     def _matrices(self) -> Iterator[_Matrix]:
         for number, group, weight in self.numbered(matrices=True):
