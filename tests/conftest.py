@@ -12,6 +12,7 @@ import gc
 import subprocess
 import sys
 from collections.abc import Generator, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,15 +33,17 @@ def _fast_and_quiet() -> Iterator[None]:
 
     from stillhouse import hardware
     from stillhouse.classify import classifier_evaluation
+    from stillhouse.evaluation import speed
     from stillhouse.export import fresh_process as script
     from stillhouse.report import page
-    from tests import replays
+    from tests import forks, replays
 
     # Tiny tensors gain nothing from threads, and two test processes would compete for the cores.
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "subprocess", replays.IN_THIS_PROCESS)
+        patch.setattr(speed, "subprocess", SimpleNamespace(run=forks.measure_memory))
         patch.setattr(hardware, "_MATMUL_SECONDS", 0.01)
         patch.setattr(classifier_evaluation, "_SPEED_SECONDS", 0.01)
         patch.setattr(os, "fsync", lambda handle: None)  # no test cuts the power
@@ -66,9 +69,11 @@ def charts(monkeypatch: pytest.MonkeyPatch) -> None:
 def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if item.get_closest_marker("fresh_process"):
+            from stillhouse.evaluation import speed
             from stillhouse.export import fresh_process as script
 
             patch.setattr(script, "subprocess", subprocess)
+            patch.setattr(speed, "subprocess", subprocess)
         return (yield)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import json
 import multiprocessing
 import os
 import socket
@@ -127,6 +128,31 @@ def _stillhouse(*arguments: str) -> None:
     patch(script, "subprocess", replays.IN_THIS_PROCESS)
     sys.argv = ["stillhouse", *arguments]
     main()
+
+
+def result_of(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What `work(*arguments)` returns in a fork: numbers, text, or lists of them."""
+    fork = Fork(_write_result, work, *arguments)
+    stdout, stderr = fork.communicate()
+    assert fork.wait() == 0, stderr
+    return json.loads(stdout)
+
+
+def _write_result(work: Callable[..., Any], *arguments: Any) -> None:
+    sys.stdout.write(json.dumps(work(*arguments)))
+
+
+def measure_memory(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """`subprocess.run(command)` for the command of stillhouse.evaluation.speed."""
+    fork = Fork(_measure_memory, *command[3:])
+    stdout, stderr = fork.communicate()
+    return subprocess.CompletedProcess(command, fork.wait(), stdout, stderr)
+
+
+def _measure_memory(*arguments: str) -> None:
+    from stillhouse.evaluation.speed import main
+
+    main(*arguments)
 
 
 def two_stillhouse(*arguments: str) -> list[Fork]:

@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 from stillhouse import cgroups, cpu_products, hardware
 from tests.clocks import Clock
+from tests.forks import result_of
 
 
 def describe_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str) -> None:
@@ -108,89 +110,76 @@ def test_native_bfloat16_support_is_queried_from_the_gpu(
     assert "Toy GPU" in precision.reason
 
 
-PAGE_FAULTS = """
-import resource, sys, torch
-from stillhouse.hardware import hand_back_freed_memory, tune_allocator
-if sys.argv[1] != "plain":
-    assert tune_allocator() is None
-if sys.argv[1] == "handed back":
-    assert hand_back_freed_memory() is None
-torch.set_num_threads(1)
-for _ in range(20):
-    torch.ones(16 << 20)  # 64 MiB, freed at once
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-"""
+def page_faults(mode: str) -> int:
+    if mode != "plain":
+        assert hardware.tune_allocator() is None
+    if mode == "handed back":
+        assert hardware.hand_back_freed_memory() is None
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(16 << 20)  # 64 MiB, freed at once
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 PAGES_OF_TWENTY_TENSORS = 20 * (64 << 20) // 4096
 
 
-def page_faults(mode: str) -> int:
-    command = [sys.executable, "-c", PAGE_FAULTS, mode]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
 @pytest.mark.run
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
 def test_the_tuned_allocator_reuses_freed_memory() -> None:
-    assert page_faults("plain") - page_faults("tuned") > PAGES_OF_TWENTY_TENSORS / 2
+    faults = result_of(page_faults, "plain") - result_of(page_faults, "tuned")
+    assert faults > PAGES_OF_TWENTY_TENSORS / 2
 
 
 @pytest.mark.run
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
 def test_freed_memory_is_handed_back_even_after_the_allocator_was_tuned() -> None:
-    assert page_faults("handed back") - page_faults("tuned") > PAGES_OF_TWENTY_TENSORS / 2
+    faults = result_of(page_faults, "handed back") - result_of(page_faults, "tuned")
+    assert faults > PAGES_OF_TWENTY_TENSORS / 2
 
 
-RESIDENT = """
-import psutil, torch
-from stillhouse.hardware import free_memory, tune_allocator
-tune_allocator()
-kept, passing = [], []
-for _ in range(64):
-    passing.append(torch.ones(1 << 20))
-    kept.append(torch.ones(1 << 10))  # so that the heap cannot shrink from its end
-process = psutil.Process()
-peak = process.memory_info().rss
-del passing
-before = process.memory_info().rss
-free_memory()
-print(peak - before, peak - process.memory_info().rss)
-"""
+def resident() -> int:
+    return psutil.Process().memory_info().rss
+
+
+def delete_tensors_and_free_memory() -> tuple[int, int]:
+    hardware.tune_allocator()
+    kept, passing = [], []
+    for _ in range(64):
+        passing.append(torch.ones(1 << 20))
+        kept.append(torch.ones(1 << 10))  # so that the heap cannot shrink from its end
+    peak = resident()
+    del passing
+    before = resident()
+    hardware.free_memory()
+    return peak - before, peak - resident()
 
 
 @pytest.mark.run
 @pytest.mark.skipif(sys.platform != "linux", reason="malloc_trim is glibc's")
 def test_memory_of_a_stage_is_freed_before_the_next_begins() -> None:
     """256 MiB of deleted tensors stay resident until the heap is trimmed."""
-    command = [sys.executable, "-c", RESIDENT]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    before, after = map(int, done.stdout.split())
+    before, after = result_of(delete_tensors_and_free_memory)
     assert before < 128 << 20 < after
 
 
-GAPS = """
-import psutil, torch
-from stillhouse.hardware import HeapLimit, tune_allocator
-tune_allocator()
-heap, passing, kept = HeapLimit(), [], []
-heap.check()
-for _ in range(64):
-    passing.append(torch.ones(1 << 20))
-    kept.append(torch.ones(1 << 10))  # so that gaps remain between these
-del passing
-before = psutil.Process().memory_info().rss
-heap.check()
-print(before - psutil.Process().memory_info().rss)
-"""
+def leave_gaps_and_check_the_heap() -> int:
+    hardware.tune_allocator()
+    heap, passing, kept = hardware.HeapLimit(), [], []
+    heap.check()
+    for _ in range(64):
+        passing.append(torch.ones(1 << 20))
+        kept.append(torch.ones(1 << 10))  # so that gaps remain between these
+    del passing
+    before = resident()
+    heap.check()
+    return before - resident()
 
 
 @pytest.mark.run
 @pytest.mark.skipif(sys.platform != "linux", reason="malloc_trim is glibc's")
 def test_gaps_on_the_heap_are_returned_between_steps() -> None:
-    command = [sys.executable, "-c", GAPS]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert int(done.stdout) > 128 << 20
+    assert result_of(leave_gaps_and_check_the_heap) > 128 << 20
 
 
 def test_the_heap_is_trimmed_once_memory_has_grown_by_a_quarter(
@@ -259,50 +248,40 @@ def test_matmul_rate_is_the_speed_of_a_real_product(monkeypatch: pytest.MonkeyPa
     assert hardware.matmul_rate(torch.float32) == pytest.approx(1e9)
 
 
-GROWTH = """
-import torch
-from stillhouse.hardware import peak_memory_bytes
-before = peak_memory_bytes()
-torch.ones(128 << 20)  # 512 MiB
-print(peak_memory_bytes() - before)
-"""
-
-
-def memory_growth() -> int:
-    command = [sys.executable, "-c", GROWTH]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+def free_512_mib() -> int:
+    before = hardware.peak_memory_bytes()
+    torch.ones(128 << 20)
+    return hardware.peak_memory_bytes() - before
 
 
 @pytest.mark.run
 def test_peak_memory_is_in_bytes_and_remembers_what_was_freed() -> None:
-    assert memory_growth() == pytest.approx(512 << 20, rel=0.2)
+    assert result_of(free_512_mib) == pytest.approx(512 << 20, rel=0.2)
 
 
-AGAIN = """
-import torch
-from stillhouse.hardware import free_memory, peak_memory_bytes, reset_peak_memory
-torch.ones(128 << 20)
-before = peak_memory_bytes()
-free_memory()
-reset_peak_memory()
-print(before - peak_memory_bytes())
-"""
+def free_512_mib_and_reset_the_peak() -> int:
+    torch.ones(128 << 20)
+    before = hardware.peak_memory_bytes()
+    hardware.free_memory()
+    hardware.reset_peak_memory()
+    return before - hardware.peak_memory_bytes()
 
 
 @pytest.mark.run
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can reset the peak")
 def test_peak_memory_can_be_reset() -> None:
-    command = [sys.executable, "-c", AGAIN]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert int(done.stdout) == pytest.approx(512 << 20, rel=0.2)
+    assert result_of(free_512_mib_and_reset_the_peak) == pytest.approx(512 << 20, rel=0.2)
 
 
 @pytest.mark.run
 @pytest.mark.skipif(sys.platform == "darwin", reason="macOS cannot tell the two apart")
 def test_peak_memory_does_not_start_at_that_of_the_parent() -> None:
-    held = torch.ones(512 << 20)  # 2 GiB here must not hide the child's growth
-    assert memory_growth() == pytest.approx(512 << 20, rel=0.2)
-    assert held.numel() == 512 << 20
+    held = torch.ones(256 << 20)  # 1 GiB here must not hide the child's growth
+    script = "from tests.test_hardware import free_512_mib; print(free_512_mib())"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) == pytest.approx(512 << 20, rel=0.2)
+    assert held.numel() == 256 << 20
 
 
 def test_the_description_of_the_machine_is_plain_json() -> None:

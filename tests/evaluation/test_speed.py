@@ -119,6 +119,13 @@ def test_peak_memory_grows_with_the_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.run
+@pytest.mark.fresh_process
+def test_peak_memory_is_that_of_a_complete_process(tmp_path: Path) -> None:
+    """Importing torch and transformers takes hundreds of MB."""
+    assert measure_peak_memory(save_toy(tmp_path, toy_model()), torch.float32) > 100 << 20
+
+
+@pytest.mark.run
 def test_a_model_that_cannot_be_loaded_is_an_error_with_a_fix(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="measures the model's memory failed") as raised:
         measure_peak_memory(tmp_path / "nothing", torch.float32)
