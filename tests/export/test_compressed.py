@@ -88,7 +88,9 @@ def export(source: Path, out: Path, python: str | None, method: str) -> Any:
     [
         pytest.param("gptq", ["GPTQModifier"], "W4A16", 16, 3, marks=pytest.mark.slow),
         ("awq", ["AWQModifier", "QuantizationModifier"], "W4A16", 16, 3),
-        ("fp8", ["QuantizationModifier"], "FP8_DYNAMIC", None, None),
+        pytest.param(
+            *("fp8", ["QuantizationModifier"], "FP8_DYNAMIC", None, None), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_llm_compressor_gets_a_scheme_and_its_output_is_replayed(

@@ -83,6 +83,7 @@ def trace_activations(
     whether autocast keeps its copies of weights until the end of the forward pass.
     Raises ModelError if the architecture cannot be traced.
     """
+    keep_casts = keep_casts or weights == compute  # without casts, both are the same
     choices = context, compute, weights, device, checkpointing, inference, keep_casts
     key = shape_key(config), *choices
     if key not in _TRACED:
