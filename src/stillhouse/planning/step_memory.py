@@ -11,7 +11,7 @@ head stay gathered during a pass.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -106,13 +106,13 @@ class Memory:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A student. trained: the number of trained parameters. replicated: a micro-batch's activations
-    with local weights under autocast. sharded: the same with gathered weights."""
+    """A student. trained: the number of trained parameters. activations: what a micro-batch needs,
+    either with local weights under autocast (False), or with gathered weights (True). It is traced
+    when it is first asked for, which takes seconds. Raises ModelError like `trace_activations`."""
 
     size: ModelSize
     trained: int
-    replicated: ActivationSizes
-    sharded: ActivationSizes
+    activations: Callable[[bool], ActivationSizes]
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def _phases(step: Step, student: int, teacher: int, processes: int) -> dict[str,
     shape, trained = step.student.size, step.student.trained
     # FSDP2 also replicates bfloat16 weights, because DDP would reduce their gradients in bfloat16.
     wrapped = student > 1 or (processes > 1 and step.weights < WIDE)
-    found = step.student.sharded if wrapped else step.student.replicated
+    found = step.student.activations(wrapped)
     gradients = step.weights * trained / student
     gathered = step.gathered * GATHERED_BLOCKS * shape.layer if wrapped else 0
     ends = step.gathered * shape.ends if wrapped else 0

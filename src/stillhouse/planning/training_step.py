@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from stillhouse.objectives.triton_dispatch import runs_as_kernels
-from stillhouse.planning.activation_trace import trace_activations
+from stillhouse.planning.activation_trace import ActivationSizes, trace_activations
 from stillhouse.planning.loss_memory import loss_sizes
 from stillhouse.planning.model_size import config_size
 from stillhouse.planning.step_memory import (
@@ -49,10 +49,12 @@ def training_step(
     """
     trace = partial(trace_activations, context=context, compute=compute, device=device)
     size = config_size(student)
-    replicated, sharded = (
-        trace(student, weights=own, checkpointing=checkpointing, keep_casts=keep).times(windows)
-        for own, keep in ((weights, True), (gathered or compute, False))
-    )
+
+    def activations(sharded: bool) -> ActivationSizes:
+        own = (gathered or compute) if sharded else weights
+        found = trace(student, weights=own, checkpointing=checkpointing, keep_casts=not sharded)
+        return found.times(windows)
+
     live = []
     for config in teachers:
         found = trace(config, weights=compute, inference=True)
@@ -74,7 +76,7 @@ def training_step(
     )
     frozen = size.head if freeze_head else 0
     return Step(
-        student=TrainedModel(size, size.parameters - frozen, replicated, sharded),
+        student=TrainedModel(size, size.parameters - frozen, activations),
         teachers=tuple(live),
         loss=loss,
         compute=compute.itemsize,
