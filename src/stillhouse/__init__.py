@@ -14,6 +14,7 @@ See docs/python.md.
 from __future__ import annotations
 
 import logging
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from stillhouse.errors import StillhouseError
@@ -85,44 +86,29 @@ __all__ = [
 ]
 
 _OWNERS = {
-    "commands": ["run"],
-    "data.batches": ["collate"],
-    "data.data": ["Data"],
-    "evaluation.results": ["Evaluation"],
-    "objectives": ["Term", "fused_loss"],
-    "pipeline.kind": ["RunResult"],
-    "python_api": [
-        "JSD",
-        "KL",
-        "AttentionRelations",
-        "Chunks",
-        "CrossEntropy",
-        "HiddenStates",
-        "ReverseKL",
-        "Rollouts",
-        "distill",
-        "divergence",
-        "evaluate",
-        "record",
-        "search_sizes",
-    ],
-    "signals": ["DenseSignal", "LMHead"],
-    "students.student": ["Student"],
-    "teachers.teacher": ["Teacher"],
-    "training.distillation": ["Distillation"],
-    "training.train": ["TrainingResult"],
-    "training.trainer": ["DistillationTrainer"],
+    "Data": "data.data",
+    "DenseSignal": "signals",
+    "Distillation": "training.distillation",
+    "DistillationTrainer": "training.trainer",
+    "Evaluation": "evaluation.results",
+    "LMHead": "signals",
+    "RunResult": "pipeline.kind",
+    "Student": "students.student",
+    "Teacher": "teachers.teacher",
+    "Term": "objectives",
+    "TrainingResult": "training.train",
+    "collate": "data.batches",
+    "fused_loss": "objectives",
+    "run": "commands",
 }
+"""The modules of the names that are not in `python_api`."""
 
 
 def __getattr__(name: str) -> object:
     # torch and transformers take seconds to import, so submodules are imported lazily.
-    for module, names in _OWNERS.items():
-        if name in names:
-            from importlib import import_module
-
-            return getattr(import_module(f"stillhouse.{module}"), name)
-    raise AttributeError(f"module 'stillhouse' has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module 'stillhouse' has no attribute {name!r}")
+    return getattr(import_module(f"stillhouse.{_OWNERS.get(name, 'python_api')}"), name)
 
 
 def __dir__() -> list[str]:
