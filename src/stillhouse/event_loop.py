@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -68,37 +69,29 @@ def _run_here(work: Coroutine[Any, Any, T], on_first_signal: Callable[[], None])
 
 def _run_in_thread(work: Coroutine[Any, Any, T]) -> T:
     """Run the work in a thread; an exception in this thread, such as Ctrl-C's, cancels it."""
-    results: list[T] = []
-    errors: list[BaseException] = []
-    cancel: list[Callable[[], object]] = []
-    started, ended = threading.Event(), threading.Event()
+    result: Future[T] = Future()
+    cancel: Future[Callable[[], object]] = Future()
 
     async def run() -> T:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
-        cancel.append(lambda: loop.call_soon_threadsafe(task.cancel))
-        started.set()
+        cancel.set_result(lambda: loop.call_soon_threadsafe(task.cancel))
         return await work
 
     def target() -> None:
         try:
-            results.append(asyncio.run(run()))
+            result.set_result(asyncio.run(run()))
         except BaseException as error:
-            errors.append(error)
-        finally:
-            ended.set()
+            result.set_exception(error)
 
-    thread = threading.Thread(target=target, daemon=True)
     try:
-        thread.start()
-        ended.wait()  # `Thread.join` does not wait again once it has been interrupted
+        threading.Thread(target=target, daemon=True).start()
+        wait([result])  # `Thread.join` does not wait again once it has been interrupted
     except BaseException:
-        if started.wait(timeout=10.0):  # otherwise the thread was not started
+        with suppress(TimeoutError):  # the thread was not started
+            stop = cancel.result(timeout=10.0)
             with suppress(RuntimeError):  # the loop is closed: the work has ended
-                for each in cancel:
-                    each()
-            ended.wait()
+                stop()
+            wait([result])
         raise
-    if errors:
-        raise errors[0]
-    return results[0]
+    return result.result()
