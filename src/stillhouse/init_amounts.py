@@ -64,7 +64,8 @@ class Amounts:
     """Amounts of text for a recipe.
 
     train_tokens: None for all. limited: whether this machine's speed limits train_tokens.
-    calibration_tokens: None for the default.
+    calibration_tokens: None for the default. trained: the training tokens over all epochs. seconds:
+    the estimated time of training on them.
     """
 
     train_tokens: int | None
@@ -72,6 +73,8 @@ class Amounts:
     batch_size: int
     limited: bool = False
     calibration_tokens: int | None = None
+    trained: float = 0.0
+    seconds: float = 0.0
 
 
 def pruned_sizes(config: Any, share: float) -> PrunedSizes:
@@ -121,36 +124,28 @@ def amounts(
     tokens: the text's length. student: the student's active parameters. machine: one whose rate is
     known. neurons: the number per layer that are refit on the calibration text.
     """
-    rate = (machine.rate or 0.0) * machine.processes
+    assert machine.rate is not None
+    rate = machine.rate * machine.processes
     taught = account.forward_flops(teacher.active, 1)
-    passed = TRAINING_SECONDS * rate / _flops(teacher, student)
+    flops = account.training_flops(round(student), 1) + taught
+    passed = TRAINING_SECONDS * rate / flops
     limited = passed < min(tokens, MOST_TRAINED)
-    trained = None if tokens < MOST_TRAINED else MOST_TRAINED
+    most = None if tokens < MOST_TRAINED else MOST_TRAINED
     if limited:
-        trained = max(LEAST_TRAINED, int(passed) // TRAINED_STEP * TRAINED_STEP)
-    short = min(tokens, trained or tokens) < SHORT
+        most = max(LEAST_TRAINED, int(passed) // TRAINED_STEP * TRAINED_STEP)
+    used = min(tokens, most or tokens)
+    short = used < SHORT
     epochs = max(1, min(MOST_EPOCHS, int(passed / tokens))) if short else 1
     usual = int(PrunedStudent.model_fields["calibration_tokens"].default)
     read = int(CALIBRATION_SECONDS * rate / (PRUNING_PASSES * taught))
     least = max(CALIBRATED_STEP, -(-ROWS_PER_NEURON * neurons // CALIBRATED_STEP) * CALIBRATED_STEP)
     read = max(least, read // CALIBRATED_STEP * CALIBRATED_STEP)
-    return Amounts(trained, epochs, 2 if short else 8, limited, read if read < usual else None)
-
-
-def trained_tokens(found: Amounts, tokens: float) -> float:
-    """The number of training tokens over all epochs, for a text of `tokens` tokens."""
-    return found.epochs * min(tokens, found.train_tokens or tokens)
-
-
-def training_seconds(
-    trained: float, teacher: ModelSize, student: float, machine: Machine
-) -> float | None:
-    """Estimate the seconds of training on so many tokens; None if the machine's rate is unknown."""
-    rate = (machine.rate or 0.0) * machine.processes
-    return trained * _flops(teacher, student) / rate if rate else None
-
-
-def _flops(teacher: ModelSize, student: float) -> float:
-    """The FLOPs of training on one token with a live teacher."""
-    taught = account.forward_flops(teacher.active, 1)
-    return account.training_flops(round(student), 1) + taught
+    return Amounts(
+        most,
+        epochs,
+        batch_size=2 if short else 8,
+        limited=limited,
+        calibration_tokens=read if read < usual else None,
+        trained=epochs * used,
+        seconds=epochs * used * flops / rate,
+    )

@@ -99,12 +99,10 @@ def init_answers(
         values["data"] = str(logs)
     for name, (question, default) in QUESTIONS.items():
         if name in values:
-            values[name] = _checked(name, values[name], values)
+            values[name] = _checked(name, values[name])
         while name not in values:
             try:
-                values[name] = _checked(
-                    name, ask(question, _default(name, default, values)), values
-                )
+                values[name] = _checked(name, ask(question, _default(name, default, values)))
             except StillhouseError as error:
                 if not repeat:
                     raise
@@ -138,9 +136,8 @@ def _is_url(teacher: str) -> bool:
     return teacher.startswith(("http://", "https://"))
 
 
-def _checked(name: str, answer: str, answers: Mapping[str, str]) -> str:
-    """Validate and normalize an answer. answers: the answers to the questions before it. Raises
-    StillhouseError."""
+def _checked(name: str, answer: str) -> str:
+    """Validate and normalize an answer. Raises StillhouseError."""
     if name == "job":
         return _choice(answer, JOBS, "a kind of job", "--job")
     if name == "data" and answer not in ("", CORPUS):

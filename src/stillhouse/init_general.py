@@ -42,14 +42,11 @@ class GeneralChats:
     """The general chats of a recipe, and how much of the user's own text to use with them.
 
     prompts: how many prompts the teacher answers. own: how many tokens of each source of the user's
-    text to use; None for all. templates, topics: the parts that prompts are combined from.
+    text to use; None for all.
     """
 
     prompts: int
     own: Sequence[int | None]
-    templates: Sequence[str] = TEMPLATES
-    topics: Sequence[str] = TOPICS
-    answer_tokens: int = ANSWER_TOKENS
 
 
 def answers_briefly(tokenizer: Any) -> bool:

@@ -12,11 +12,10 @@ from stillhouse.init_amounts import (
     LEAST_TRAINED,
     NEAR_RATE,
     SENSIBLE_TOKENS,
+    Amounts,
     Kept,
     amounts,
     pruned_sizes,
-    trained_tokens,
-    training_seconds,
     unlimited,
 )
 from stillhouse.init_answers import SIZES, InitAnswers
@@ -93,10 +92,9 @@ def _distilled(answers: InitAnswers, start: str | None) -> dict[str, Any]:
         used = held + min(tokens, learned.train_tokens or tokens)
         general = found["general"] = general_chats(sizes, used)
         found["own"] = general.own
-    trained = trained_tokens(learned, tokens)
-    _note_training(trained, training_seconds(trained, teacher, student, machine))
+    _note_training(learned)
     _note_text(answers, found["general"])
-    _note_size(answers, trained)
+    _note_size(answers, learned.trained)
     return found
 
 
@@ -115,14 +113,15 @@ def _source_tokens(answers: InitAnswers) -> list[float]:
 # --- messages ------------------------------------------------------------------------------------
 
 
-def _note_training(trained: float, time: float | None) -> None:
-    """Print how much is trained on. trained: tokens over all epochs. time: seconds, or None if
-    unknown."""
-    shown = "" if time is None else f" takes about {seconds(time)} on this machine"
-    if trained < LEAST_TRAINED:
-        note(f"training on only {trained:,.0f} tokens: the text is too short to learn much from it")
+def _note_training(found: Amounts) -> None:
+    shown = f"{found.trained:,.0f} tokens"
+    if found.trained < LEAST_TRAINED:
+        note(f"training on only {shown}: the text is too short to learn much from it")
     else:
-        note(f"training on {trained:,.0f} tokens{shown}; more tokens make a better student")
+        note(
+            f"training on {shown} takes about {seconds(found.seconds)} on this machine; more "
+            "tokens make a better student"
+        )
 
 
 def _note_text(answers: InitAnswers, general: GeneralChats | None) -> None:

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from stillhouse import init_general
 from stillhouse.atomic_files import write_atomically
 from stillhouse.config.load_recipe import recipe_from_text
 from stillhouse.disk_errors import disk_errors, made_folder
@@ -21,7 +22,6 @@ from stillhouse.init_answers import JOBS, SIZES, InitAnswers
 from stillhouse.init_plan import planned
 from stillhouse.init_sources import CORPUS, first_questions
 
-_TEMPLATES = {"distill": "distill", "classify": "classify"}
 _PROMPTS = (
     "What is the capital of France?",
     "Explain in two sentences why the sky is blue.",
@@ -121,23 +121,13 @@ def _rendered(answers: InitAnswers, files: Mapping[str, tuple[Path, str]]) -> st
         autoescape=False,  # YAML, not HTML
     )
     environment.filters |= {"json": _json, "path": path}
-    environment.globals["jobs"] = JOBS
-    template = _TEMPLATES.get(answers.job, "answering")
+    environment.globals |= {"jobs": JOBS, "general_chats": init_general}
+    template = answers.job if answers.job in ("distill", "classify") else "answering"
     return environment.get_template(f"{template}.yaml.j2").render(
-        job=answers.job,
-        out=answers.out,
-        name=answers.name,
-        teacher=answers.teacher,
-        api_model=answers.api_model if answers.is_api else None,
-        key_env=_KEYS.get(urlsplit(answers.teacher).hostname or "") if answers.is_api else None,
-        data=answers.data,
-        sources=answers.sources,
+        answers=answers,
+        key_env=_KEYS.get(urlsplit(answers.teacher).hostname or ""),
         texts_path=files["texts"][0] if "texts" in files else answers.data,
         schema_path=files["schema"][0] if "schema" in files else None,
-        text_key=answers.text_key,
-        label_key=answers.label_key,
-        labels=list(answers.labels),
-        system=None if answers.logs is None else answers.logs.system,
         prompt=_prompt(answers),
         prompts=[*_PROMPTS, *first_questions(answers.sources, _QUESTIONS)],
         **planned(answers),
