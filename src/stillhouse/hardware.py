@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import mmap
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -107,9 +107,9 @@ def usable_cores() -> int:
 
 def cpu_abilities() -> frozenset[str]:
     """The `ABILITIES` of this CPU: from /proc/cpuinfo on Linux, otherwise from torch."""
-    flags = _linux_flags()
+    flags = _cpu_info().get("flags", "").split()
     if flags:
-        return frozenset(flags.intersection(ABILITIES))
+        return frozenset(flags).intersection(ABILITIES)
     ask_torch = getattr(torch.cpu, "get_capabilities", None)  # not in older versions of torch
     capabilities: dict[str, object] = ask_torch() if ask_torch else {}
     return frozenset(
@@ -266,7 +266,7 @@ def reset_peak_memory() -> None:
 
     For benchmarks only: tools that measure the process from outside lose its earlier peak, too.
     """
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         PEAK_RESET.write_text("5", encoding="ascii")  # proc(5), clear_refs
 
 
@@ -277,14 +277,10 @@ def peak_memory_bytes() -> int:
     VmHWM in /proc/self/status, because getrusage's ru_maxrss starts at the peak of the process that
     started this one. macOS has only ru_maxrss, in bytes.
     """
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
     if PROCESS_STATUS.is_file():
         for line in PROCESS_STATUS.read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    import resource
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -293,7 +289,7 @@ def assumed_watts() -> float:
     """Estimate this machine's power under load: the GPUs' power limits, or 10 W per CPU core."""
     if torch.cuda.is_available():
         command = ["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader,nounits"]
-        with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
+        with suppress(OSError, subprocess.SubprocessError, ValueError):
             found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
             return sum(float(line) for line in found.stdout.split())
     return WATTS_A_CORE * (psutil.cpu_count(logical=False) or 1)
@@ -302,11 +298,12 @@ def assumed_watts() -> float:
 def machine() -> dict[str, object]:
     """Describe this machine for manifests and benchmark results, as JSON values; memory in
     bytes."""
+    cpu = _cpu_info()
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
         # Virtual machines often hide the model's name.
-        "cpu_family": _cpu_info().get("cpu family"),
-        "cpu_model": _cpu_info().get("model"),
+        "cpu_family": cpu.get("cpu family"),
+        "cpu_model": cpu.get("model"),
         "architecture": platform.machine(),
         "system": platform.system(),
         "physical_cores": psutil.cpu_count(logical=False),
@@ -347,14 +344,6 @@ def _timed_product(matrix: torch.Tensor) -> float:
     product(matrix, matrix.T)
     synchronize(matrix.device)
     return time.perf_counter() - started
-
-
-def _linux_flags() -> frozenset[str]:
-    return frozenset(_cpu_info().get("flags", "").split())
-
-
-def _cpu_model() -> str:
-    return _cpu_info().get("model name") or platform.processor() or platform.machine()
 
 
 def _cpu_info() -> dict[str, str]:

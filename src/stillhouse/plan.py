@@ -163,9 +163,8 @@ def plan_table(plan: RunPlan) -> RenderableType:
     fit."""
     lines = [Text(line) for line in plan.models]
     machine = plan.machine
-    lines.append(
-        Text(f"{machine.processes} GPUs with {size(machine.memory)} each{_in_nodes(machine)}")
-    )
+    nodes = f" on {machine.nodes} nodes" if machine.nodes > 1 else ""
+    lines.append(Text(f"{machine.processes} GPUs with {size(machine.memory)} each{nodes}"))
     table = Table(box=None, padding=(0, 1))
     for title in ("stage", "memory/GPU", "fits", "tokens/s", "time", "cost", "disk"):
         table.add_column(title, justify="left" if title == "stage" else "right")
@@ -234,10 +233,6 @@ def _sums(plan: RunPlan) -> list[Text]:
             "counting pruning, quantization, and waiting for the network"
         )
     return [Text(line) for line in lines]
-
-
-def _in_nodes(machine: Machine) -> str:
-    return f" on {machine.nodes} nodes" if machine.nodes > 1 else ""
 
 
 def _described(planned: Sequence[RunModels]) -> tuple[str, ...]:

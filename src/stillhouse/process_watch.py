@@ -80,23 +80,23 @@ def watched_processes() -> Iterator[None]:
         _finished.add(0)
     threading.Thread(target=_watch, args=(links,), daemon=True).start()
     own = process_index()
-    end = (own, DONE)
+    index, how = own, DONE
     try:
         yield
     except LostProcessError:
-        end = _cause() or (own, LOST)
+        index, how = _cause() or (own, LOST)
         raise
     except Exception:
-        end = (own, FAILED)
+        index, how = own, FAILED
         raise
     except BaseException:  # a signal, from the user or because another process has ended
-        end = _cause() or (own, STOPPED)
+        index, how = _cause() or (own, STOPPED)
         raise
     finally:
         # The connections stay open until this process has reported its error and ended.
         for link in links:
             with suppress(OSError):
-                link.sendall(_message(*end))
+                link.sendall(how + index.to_bytes(INDEX_BYTES))
 
 
 def lost_process_found(wait: float = 0.0) -> LostProcessError | None:
@@ -107,7 +107,12 @@ def lost_process_found(wait: float = 0.0) -> LostProcessError | None:
     """
     _cause_known.wait(wait)
     cause = _cause()
-    return None if cause is None else _error(*cause)
+    if cause is None:
+        return None
+    index, how = cause
+    return LostProcessError(
+        f"process {index} of {world_size()} has ended", where=REASONS[how], fix=AGAIN
+    )
 
 
 def main_process_finished() -> bool | None:
@@ -140,12 +145,6 @@ def _cause() -> tuple[int, bytes] | None:
     """The process that made the others end, as far as is known, and how it ended."""
     order = list(REASONS)
     return min(_ended.items(), key=lambda each: order.index(each[1]), default=None)
-
-
-def _error(index: int, how: bytes) -> LostProcessError:
-    return LostProcessError(
-        f"process {index} of {world_size()} has ended", where=REASONS[how], fix=AGAIN
-    )
 
 
 # --- connections -------------------------------------------------------------------------------
@@ -238,11 +237,6 @@ def _watch(links: Mapping[socket.socket, int]) -> None:
                 if how in (FAILED, KILLED):
                     _cause_known.set()
                 threading.Thread(target=_end, daemon=True).start()
-
-
-def _message(index: int, how: bytes) -> bytes:
-    """A process's last message, about the process that makes it end: itself or another."""
-    return how + index.to_bytes(INDEX_BYTES)
 
 
 def _received(link: socket.socket) -> tuple[int, bytes] | None:
