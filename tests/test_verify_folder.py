@@ -13,7 +13,7 @@ import pytest
 
 import stillhouse
 from stillhouse.checksums import SUMS, seal_broken, sealed, write_sums
-from stillhouse.commands import predict
+from stillhouse.commands import find_predictor
 from stillhouse.errors import ModelError, RunError
 from stillhouse.generation.journal import Journal
 from stillhouse.runfolder import RunFolder
@@ -170,7 +170,7 @@ def test_predict_rejects_a_damaged_model(tmp_path: Path) -> None:
     weights.write_bytes(content)
     for folder in (result.folder, result.model):
         with pytest.raises(ModelError, match=r"damaged: model\.safetensors"):
-            predict(folder, ["cat"])
+            find_predictor(folder)
 
 
 @pytest.mark.parametrize("hidden", [".git/HEAD", ".cache/huggingface/download/config.json.lock"])

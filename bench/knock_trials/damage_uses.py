@@ -18,7 +18,7 @@ from bench.input_trials.trial import notes_so_far
 from bench.knock_trials import made_runs
 from stillhouse.checksums import SUMS, read_sums
 from stillhouse.classify.label_judgment import finished_chunk
-from stillhouse.commands import predict
+from stillhouse.commands import find_predictor
 from stillhouse.data.batches import in_order
 from stillhouse.data.data import Data
 from stillhouse.data.windows import ARRAYS, open_windows
@@ -149,7 +149,7 @@ def _report(place: Place, copy: Path) -> str | None:
 
 
 def _predict(place: Place, copy: Path) -> str | None:
-    found, sound = list(predict(copy, TEXTS)), list(predict(place.folder, TEXTS))
+    found, sound = (list(find_predictor(each)(TEXTS)) for each in (copy, place.folder))
     return None if found == sound else f"{found[0]}, but was {sound[0]}"
 
 

@@ -80,11 +80,6 @@ def preview_recipe(
     return kind_of(recipe).preview(recipe, base, rows)
 
 
-def predict(folder: Path, texts: Iterable[str]) -> Rows:
-    """Return a task model's predictions for texts, in order; see `find_predictor`."""
-    return find_predictor(folder)(texts)
-
-
 def find_predictor(folder: Path) -> Callable[[Iterable[str]], Rows]:
     """Return a function from texts to a task model's predictions, in order.
 
@@ -126,12 +121,10 @@ def agree_to_spend(
     kind = kind_of(recipe)
     job = kind.find_to_check(recipe, base)
     if synthesize:
-        return _agreed(list(synthesis_spending(job, complete=True)), confirm)
-    spending = [step.spending for step in kind.steps if step.spending is not None]
-    return _agreed([line for each in spending for line in each(job)], confirm)
-
-
-def _agreed(unlimited: list[str], confirm: Confirm | None) -> bool:
+        unlimited = list(synthesis_spending(job, complete=True))
+    else:
+        spending = [step.spending for step in kind.steps if step.spending is not None]
+        unlimited = [line for each in spending for line in each(job)]
     if not unlimited:
         return True
     lines = "; ".join(unlimited)

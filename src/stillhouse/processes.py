@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -32,7 +33,6 @@ _LOST = re.compile("gloo|Connection (reset|closed) by peer|ProcessGroup|NCCL", r
 
 PATIENCE = timedelta(days=30)
 """The timeout of processes that wait while another works; a killed process is noticed at once."""
-_patient_group: list[Any] = []
 
 
 def open_group() -> None:
@@ -79,14 +79,13 @@ def leave_group() -> None:
         dist.destroy_process_group()
 
 
+@cache
 def patient_group() -> Any:
     """Return a CPU group of all processes in which waiting practically never times out.
 
     Every process must call this. Other groups time out after half an hour at most.
     """
-    if not _patient_group:
-        _patient_group.append(dist.new_group(backend="gloo", timeout=PATIENCE))
-    return _patient_group[0]
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def wait_for_all() -> None:

@@ -42,13 +42,13 @@ def verify_folder(path: Path) -> Iterator[Verified]:
         yield _journal(path)
     elif (path / "stages").is_dir():
         yield from _run_folder(path)
-    elif (path / MANIFEST).is_file() and not (path / SETTINGS).is_file():
-        yield _stage(path)
     elif (path / SETTINGS).is_file():
         wrong = [f"{error.where}: {error.what}" for error in wrong_in_store(path)]
         yield Verified(path, "store", wrong)
+    elif (path / MANIFEST).is_file():
+        yield _stage(path)
     elif (path / SUMS).is_file():
-        yield _export(path)
+        yield Verified(path, "export", wrong_in_export(path))
     elif (path / CHECKPOINTS).is_dir():
         yield from _training(path)
     elif (path / COMPLETE).is_file():
@@ -97,20 +97,13 @@ def _stage(path: Path, below: Path | None = None) -> Verified:
     try:
         files = read_manifest(path)["files"]
         if below is not None:
-            files = {name: facts for name, facts in files.items() if _inside(path / name, below)}
+            inside = [name for name in files if (path / name).is_relative_to(below)]
+            files = {name: files[name] for name in inside}
         damaged = damaged_files(path, files, reread=True)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return Verified(path, "stage", [f"{MANIFEST}: {error}"])
     problems = [f"{name} is missing or has changed" for name in damaged]
     return Verified(below or path, "stage", problems)
-
-
-def _inside(file: Path, folder: Path) -> bool:
-    return file == folder or folder in file.parents
-
-
-def _export(path: Path) -> Verified:
-    return Verified(path, "export", wrong_in_export(path))
 
 
 def _journal(path: Path) -> Verified:

@@ -24,7 +24,7 @@ from stillhouse.classify.label_judgment import Judgment
 from stillhouse.classify.label_scoring import label_scores
 from stillhouse.classify.task_texts import Texts, prepare_texts
 from stillhouse.cli import app
-from stillhouse.commands import predict
+from stillhouse.commands import find_predictor
 from stillhouse.commands import run as run_task
 from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.errors import DataError, ModelError, RecipeError, RunError, StillhouseError
@@ -143,7 +143,7 @@ def test_every_kind_of_student_learns(tmp_path: Path, student: dict[str, Any]) -
     result = run(raw)
     untrained, trained = (result.evaluation.of(role) for role in ("untrained", "student"))
     assert trained.kl < untrained.kl
-    rows = list(predict(result.folder, ["cat number 3", "soup"]))
+    rows = list(find_predictor(result.folder)(["cat number 3", "soup"]))
     assert [row["text"] for row in rows] == ["cat number 3", "soup"]
     for row in rows:
         assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5)
