@@ -51,8 +51,6 @@ from stillhouse.teachers.model_source import resolve_model
 from stillhouse.teachers.source_tokenizers import shared_vocabulary
 from stillhouse.training.train import MODEL
 
-Confirm = Callable[[str], bool]
-
 
 def run(
     recipe: AnyRecipe | Mapping[str, Any] | str | Path,
@@ -107,7 +105,7 @@ def agree_to_spend(
     *,
     base: Path | None = None,
     synthesize: bool = False,
-    confirm: Confirm | None = None,
+    confirm: Callable[[str], bool] | None = None,
 ) -> bool:
     """Ask for confirmation before spending without a budget; True if the command may continue.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -138,33 +138,26 @@ def _is_url(teacher: str) -> bool:
 
 def _checked(name: str, answer: str) -> str:
     """Validate and normalize an answer. Raises StillhouseError."""
-    if name == "job":
-        return _choice(answer, JOBS, "a kind of job", "--job")
+    if name == "job" and answer.lower() not in JOBS:
+        fix = f"use one of: {', '.join(JOBS)}"
+        raise RecipeError(f"{answer!r} is not a kind of job", where="--job", fix=fix)
+    if name == "job" or (name == "size" and answer.lower() in SIZES):
+        return answer.lower()
     if name == "data" and answer not in ("", CORPUS):
         require_files(answer)
     if name == "teacher" and not _is_url(answer) and not answer.startswith("pypi:"):
         local_path(answer, Path.cwd())
-    if name == "size" and answer.lower() in SIZES:
-        return answer.lower()
     if name == "size" and not answer.startswith("pypi:"):
         path = Path(answer).expanduser()
         if "/" not in answer and path.suffix != ".gguf" and not path.exists():
-            return _choice(
-                answer,
-                SIZES,
-                "a size",
-                "--size",
-                ", or a model: its folder, a Hub id (org/name), or pypi:PACKAGE",
+            raise RecipeError(
+                f"{answer!r} is not a size",
+                where="--size",
+                fix=f"use one of: {', '.join(SIZES)}, or a model: its folder, a Hub id (org/name), "
+                "or pypi:PACKAGE",
             )
         local_path(answer, Path.cwd())
     return answer
-
-
-def _choice(answer: str, choices: Iterable[str], what: str, where: str, more: str = "") -> str:
-    if answer.lower() in choices:
-        return answer.lower()
-    fix = f"use one of: {', '.join(choices)}{more}"
-    raise RecipeError(f"{answer!r} is not {what}", where=where, fix=fix)
 
 
 def _listed(text: str | None) -> list[str]:

@@ -52,22 +52,25 @@ def training_sources(data: str, logs: bool) -> list[dict[str, str]]:
         return [{"kind": "corpus"}]
     folder = Path(data).expanduser()
     if not folder.is_dir():
-        return [{**_source(data, logs), "path": data}]
+        return [_source(data, logs)]
     name = data.rstrip("/") or "/"
     exported = sorted(folder.glob(_EXPORTED))
     if exported and is_chatgpt_export(first_rows(str(exported[0]), Path.cwd(), count=1)[0]):
         data, endings = f"{name}/{exported[0].name if len(exported) == 1 else _EXPORTED}", set()
     else:
-        _note_unread(folder)
+        unread = unread_files(folder)
+        if unread:
+            summary = unread_summary(unread)
+            note(f"{folder}: not read: {summary} (supported files: docs/data.md#files)")
         endings = {extension_of(file) for file in other_texts(folder)}
     patterns = [f"{name}/**/*{ending}" for ending in sorted(endings)]
     try:
-        first = [{**_source(data, logs), "path": data}]
+        first = [_source(data, logs)]
     except DataError:
         if not patterns:
             raise
         first = []
-    return first + [{**_source(pattern, logs), "path": pattern} for pattern in patterns]
+    return first + [_source(pattern, logs) for pattern in patterns]
 
 
 def source_sizes(sources: Sequence[Mapping[str, str]]) -> list[int]:
@@ -87,18 +90,12 @@ def require_files(data: str) -> None:
         find_files(data, Path.cwd())
 
 
-def _note_unread(folder: Path) -> None:
-    unread = unread_files(folder)
-    if unread:
-        note(f"{folder}: not read: {unread_summary(unread)} (supported files: docs/data.md#files)")
-
-
 def _source(data: str, logs: bool) -> dict[str, str]:
-    """The keys of a path's source, except the path."""
+    """The keys of a path's source."""
     files = find_files(data, Path.cwd())
     formats = {file: logs_format(file) if logs else _format(file, data) for file in files}
     if set(formats.values()) == {"text"}:
-        return {"kind": "text", "documents": _documents(files)}
+        return {"kind": "text", "documents": _documents(files), "path": data}
     first = next(file for file in files if formats[file] != "text")
     # A log with any other extension is JSONL.
     kind = "file" if formats[first] == known_format(first) else formats[first]
@@ -109,8 +106,8 @@ def _source(data: str, logs: bool) -> dict[str, str]:
         nested = any(isinstance(value, list | dict) and value for value in rows[0].values())
         if logs or nested or {"messages", "prompt", "completion"} & rows[0].keys():
             raise
-        return {"kind": kind, "text_key": text_column(rows, first)}
-    return {"kind": kind}
+        return {"kind": kind, "text_key": text_column(rows, first), "path": data}
+    return {"kind": kind, "path": data}
 
 
 def _format(file: Path, named: str) -> FileFormat:
