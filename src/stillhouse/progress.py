@@ -61,7 +61,8 @@ def _digits(rate: float) -> str:
 @contextmanager
 def bar(description: str, total: int, unit: str = "tokens") -> Iterator[Advance]:
     """Show progress toward `total` units; call the yielded `advance(units)` as work is done."""
-    with _shown(description, total, unit) as advance:
+    shown = _terminal_bar if console.is_terminal else _plain_lines
+    with shown(description, total, unit) as advance:
         began, done = time.monotonic(), 0
 
         def report(units: int) -> None:
@@ -79,21 +80,17 @@ def bar(description: str, total: int, unit: str = "tokens") -> Iterator[Advance]
 
 
 @contextmanager
-def _shown(description: str, total: int, unit: str) -> Iterator[Advance]:
-    if console.is_terminal:
-        columns = (
-            TextColumn("{task.description:<24}", markup=False),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
-            _Rate(unit),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task(description, total=total)
-            yield lambda units: progress.advance(task, units)
-    else:
-        with _plain_lines(description, total, unit) as advance:
-            yield advance
+def _terminal_bar(description: str, total: int, unit: str) -> Iterator[Advance]:
+    columns = (
+        TextColumn("{task.description:<24}", markup=False),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        _Rate(unit),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda units: progress.advance(task, units)
 
 
 @contextmanager

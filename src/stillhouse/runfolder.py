@@ -19,6 +19,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -116,9 +117,8 @@ class RunFolder:
     """A run folder. root: contains the stages. links: contains the links to the products; by
     default, `root`."""
 
-    def __init__(self, root: Path, links: Path | None = None) -> None:
-        self.root = root
-        self.links = links or root
+    def __init__(self, root: Path) -> None:
+        self.root = self.links = root
         self.stages = root / "stages"
         self._lock: IO[str] | None = None
         self._place = -1
@@ -126,8 +126,8 @@ class RunFolder:
 
     def linked_from(self, links: Path) -> RunFolder:
         """Return the same run folder with links to its products in `links`."""
-        other = RunFolder(self.root, links)
-        other._lock, other._place, other._finished = self._lock, self._place, self._finished
+        other = copy(self)
+        other.links = links
         return other
 
     @contextmanager
