@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -20,8 +18,10 @@ from stillhouse.errors import RunError
 from stillhouse.evaluation.results import Evaluation
 from stillhouse.pipeline import engine
 from stillhouse.pipeline.engine import RESOLVED, locked_folder
-from stillhouse.plan import RunPlan, save_plan
+from stillhouse.plan import RunPlan
 from stillhouse.planning.machine import Machine
+from stillhouse.planning.stage_estimate import StageEstimate
+from stillhouse.planning.step_memory import Memory
 from stillhouse.runfolder import Outcome, RunFolder, StagePlan
 from stillhouse.scratch import temporary_folder
 from tests import forks, tiny
@@ -259,13 +259,11 @@ def test_a_failed_write_of_figures_keeps_the_previous_file(
     path = tmp_path / "figures.json"
     path.write_text("previous figures")
     monkeypatch.setattr("stillhouse.runfolder.os.fsync", raise_full)
-    monkeypatch.setattr(RunPlan, "as_dict", lambda _: {})
-    plan = RunPlan(Machine("cuda", 80e9), 0, (), ())
-    save: Callable[[Path], None] = (
-        partial(save_plan, plan) if what == "plan" else Evaluation([], []).save
-    )
+    stage = StageEstimate("data", Memory("data", {}))
+    plan = RunPlan(Machine("cuda", 80e9), 0, (), (stage,))
+    figures = plan if what == "plan" else Evaluation([], [])
     with pytest.raises(RunError, match="the disk is full"):
-        save(path)
+        figures.save(path)
     assert os.listdir(tmp_path) == [path.name]
     assert path.read_text() == "previous figures"
 

@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -79,8 +78,9 @@ class RunPlan:
             for stage in self.stages
         )
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON, in bytes, seconds, and dollars."""
+    def save(self, path: Path) -> None:
+        """Write the plan as JSON, in bytes, seconds, and dollars. Raises RunError if the file
+        cannot be written."""
         machine = self.machine
         stages = [
             {
@@ -92,7 +92,7 @@ class RunPlan:
             }
             for stage in self.stages
         ]
-        return {
+        facts = {
             "machine": asdict(machine),
             "tokens": self.tokens,
             "fits": self.fits,
@@ -102,6 +102,7 @@ class RunPlan:
             "host_bytes": self.host,
             "stages": stages,
         }
+        write_atomically(path, json.dumps(facts, indent=2) + "\n")
 
 
 def plan_recipe(path: str | Path, machine: Machine, overrides: Sequence[str] = ()) -> RunPlan:
@@ -242,8 +243,3 @@ def _described(planned: Sequence[RunModels]) -> tuple[str, ...]:
         name = f"student {models.member}".strip()
         lines.append(f"{name}: {count(config_size(models.student).parameters)} parameters")
     return tuple(lines)
-
-
-def save_plan(plan: RunPlan, path: Path) -> None:
-    """Write the plan as JSON. Raises RunError if the file cannot be written."""
-    write_atomically(path, json.dumps(plan.as_dict(), indent=2) + "\n")

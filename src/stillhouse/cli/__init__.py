@@ -191,14 +191,14 @@ def plan(
 
     Example: `stillhouse plan recipe.yaml --gpus 8 --gpu-memory 80GB --rate 400`
     """
-    from stillhouse.plan import described_machine, plan_recipe, plan_table, save_plan
+    from stillhouse.plan import described_machine, plan_recipe, plan_table
     from stillhouse.terminal import Terminal
 
     machine = described_machine(gpus, gpu_memory, nodes, rate, price_per_hour)
     found = plan_recipe(recipe, machine, set_ or [])
     Terminal().print(plan_table(found))
     if json_ is not None:
-        save_plan(found, json_)
+        found.save(json_)
     if not found.fits:
         raise typer.Exit(1)
 
