@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from stillhouse.errors import ModelError
-from stillhouse.init_amounts import (
+from stillhouse.init_plan import (
     CALIBRATED_STEP,
     CALIBRATION_SECONDS,
     LEAST_TRAINED,
