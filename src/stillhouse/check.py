@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,19 @@ def check_recipe(
     tune_allocator()
     findings: list[Finding] = []
     try:
-        for finding in _findings(recipe, overrides, base, calls):
-            findings.append(finding)
+        path = Path(recipe) if isinstance(recipe, str | Path) else Path("RECIPE")
+        recipe, base = read_recipe(recipe, overrides, base)
+        findings.append(Finding("ok", "recipe", f"{path} is valid"))
+        findings.append(_folder(run_folder(recipe).root))
+        kind = kind_of(recipe)
+        check = Check(path, kind.find_to_check(recipe, base), calls)
+        for step in kind.steps:  # findings are added one by one: an error keeps those before it
+            if step.require is not None:
+                for finding in step.require(check.job):
+                    findings.append(finding)
+            if step.check is not None:
+                for finding in step.check(check):
+                    findings.append(finding)
     except StillhouseError as error:
         findings.append(finding_of(error))
     return findings
@@ -53,25 +64,6 @@ def findings_table(findings: Sequence[Finding]) -> Table:
         topic = Text(finding.topic, "bold")
         table.add_row(level, topic, Text.assemble(finding.text, (fix, "dim")))
     return table
-
-
-def _findings(
-    source: AnyRecipe | Mapping[str, Any] | str | Path,
-    overrides: Sequence[str],
-    base: Path | None,
-    calls: int,
-) -> Iterator[Finding]:
-    recipe, base = read_recipe(source, overrides, base)
-    path = Path(source) if isinstance(source, str | Path) else Path("RECIPE")
-    yield Finding("ok", "recipe", f"{path} is valid")
-    yield _folder(run_folder(recipe).root)
-    kind = kind_of(recipe)
-    check = Check(path, kind.find_to_check(recipe, base), calls)
-    for step in kind.steps:
-        if step.require is not None:
-            yield from step.require(check.job)
-        if step.check is not None:
-            yield from step.check(check)
 
 
 def _folder(folder: Path) -> Finding:

@@ -173,8 +173,7 @@ def hand_back_freed_memory() -> str | None:
     Returns the same as `tune_allocator`.
     """
     problem = _set_malloc(mapped_from=1 << 20, trimmed_from=1 << 20)
-    if problem is None:
-        return_gaps()
+    return_gaps()
     return problem
 
 

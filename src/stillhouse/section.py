@@ -85,23 +85,21 @@ def chosen_model(models: list[type[BaseModel]], raw: Mapping[Any, Any]) -> type[
 @dataclass(frozen=True)
 class Place:
     """The place of an error. key: the key as it is written. section: the section that contains the
-    key's last part; None if unknown. annotation: the value's type."""
+    key's last part. annotation: the value's type."""
 
     key: tuple[str | int, ...]
-    section: type[BaseModel] | None
+    section: type[BaseModel]
     annotation: Any
 
     @property
     def field(self) -> FieldInfo | None:
-        return (
-            self.section.model_fields.get(str(self.key[-1])) if self.section and self.key else None
-        )
+        return self.section.model_fields.get(str(self.key[-1])) if self.key else None
 
 
 def locate(problem: ErrorDetails, root: type[BaseModel]) -> Place:
     """Find the place of an error from pydantic's location, which also names union variants."""
     key: list[str | int] = []
-    section: type[BaseModel] | None = root
+    section = root
     annotation: Any = root
     parts = problem["loc"]
     for place, part in enumerate(parts):
@@ -150,7 +148,7 @@ def made(section: type[S], values: Mapping[str, Any], where: str) -> S:
         key = ".".join(map(str, at.key)) or where
         if problem["type"] != "extra_forbidden":
             raise RecipeError(_invalid_value(key, problem), where=where) from None
-        valid = list(at.section.model_fields) if at.section else []
+        valid = list(at.section.model_fields)
         near = difflib.get_close_matches(str(at.key[-1]), valid, 1)
         known = f"did you mean {near[0]}?" if near else f"use one of: {', '.join(valid)}"
         raise RecipeError(f"there is no option {key}", where=where, fix=known) from None
