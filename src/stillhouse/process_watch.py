@@ -195,12 +195,9 @@ def _connect() -> Mapping[socket.socket, int]:
 
 def listening_socket() -> socket.socket:
     """Open a port for the other processes of the torchrun, on all of this machine's addresses."""
-    if socket.has_dualstack_ipv6():
-        family = socket.AF_INET6
-        return socket.create_server(
-            ("", 0), family=family, backlog=world_size(), dualstack_ipv6=True
-        )
-    return socket.create_server(("", 0), backlog=world_size())
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    return socket.create_server(("", 0), family=family, backlog=world_size(), dualstack_ipv6=dual)
 
 
 def _greeted(link: socket.socket, key: bytes, deadline: float) -> int | None:

@@ -39,9 +39,6 @@ class _Result:
             *(each if isinstance(each, Tensor) else each.tensor() for each in self.inputs)
         )
 
-    def reshaped(self, shape: torch.Size) -> _Result:
-        return _Result(lambda whole: whole.view(shape), (self,), ())
-
 
 def _is_reshaped(tensor: Tensor, base: Tensor) -> bool:
     """Whether a view contains all elements of its base, in the same order."""
@@ -79,8 +76,10 @@ class Hooks:
         if tensor._version:  # changed in place, so no longer the operation's result
             return tensor
         if base is not None and _is_reshaped(tensor, base):
-            whole = self.pack(base)
-            return tensor if isinstance(whole, Tensor) else whole.reshaped(tensor.shape)
+            whole, shape = self.pack(base), tensor.shape
+            if isinstance(whole, Tensor):
+                return tensor
+            return _Result(lambda values: values.view(shape), (whole,), ())
         if node.name() not in _FUNCTIONS:
             return tensor
         make, names = _FUNCTIONS[node.name()]
