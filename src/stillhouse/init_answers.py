@@ -7,7 +7,6 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from stillhouse.errors import RecipeError, StillhouseError
 from stillhouse.init_sources import (
@@ -172,8 +171,9 @@ def _completed(answers: InitAnswers, ask: Ask) -> InitAnswers:
     if answers.job == "distill":
         return replace(answers, sources=training_sources(answers.data, answers.logs is not None))
     if answers.logs is not None:
-        keys: dict[str, Any] = {"label_key": "answer"} if answers.job == answers.logs.job else {}
-        return replace(answers, labels=answers.labels or answers.logs.labels, **keys)
+        label_key = "answer" if answers.job == answers.logs.job else None
+        labels = answers.labels or answers.logs.labels
+        return replace(answers, labels=labels, label_key=label_key)
     if answers.data == CORPUS:
         return answers
     if not answers.data:

@@ -20,7 +20,7 @@ from stillhouse.data.data_files import (
     known_format,
     text_size,
 )
-from stillhouse.data.documents import AnyDocument, Conversation
+from stillhouse.data.documents import Conversation
 from stillhouse.data.file_search import find_files, other_texts, unread_files, unread_summary
 from stillhouse.data.row_formats import document_from_row
 from stillhouse.data.row_reader import text_lines
@@ -166,21 +166,23 @@ def label_column(rows: Sequence[Mapping[str, Any]]) -> str | None:
 
 def has_chats(sources: Sequence[Mapping[str, str]]) -> bool:
     """Whether the first row of the first source is a chat."""
-    document = next(_first_documents(sources, 1), None)
-    return isinstance(document, Conversation)
+    return next(_first_chats(sources, 1), None) is not None
 
 
 def first_questions(sources: Sequence[Mapping[str, str]], most: int) -> list[str]:
     """The first short user questions, at most so many, from the first source's chats."""
-    questions = map(_question, _first_documents(sources, SAMPLED_ROWS))
-    return list(dict.fromkeys(filter(None, questions)))[:most]
+    found: dict[str, None] = {}
+    for chat in _first_chats(sources, SAMPLED_ROWS):
+        turn = next((turn for turn in chat.messages if turn.get("role") == "user"), {})
+        asked = turn.get("content")
+        if isinstance(asked, str) and 0 < len(asked.strip()) <= _QUESTION_CHARACTERS:
+            found[asked.strip()] = None
+    return list(found)[:most]
 
 
-def _first_documents(
-    sources: Sequence[Mapping[str, str]], rows: int
-) -> Iterator[AnyDocument | None]:
-    """Yield the documents in the first rows of the first source, unless it is plain text. Skips
-    unreadable rows, which `check` reports."""
+def _first_chats(sources: Sequence[Mapping[str, str]], rows: int) -> Iterator[Conversation]:
+    """Yield the chats in the first rows of the first source. Skips unreadable rows, which `check`
+    reports."""
     source = sources[0] if sources else {"kind": "text"}
     if source["kind"] in ("corpus", "text") or "text_key" in source:
         return
@@ -188,12 +190,6 @@ def _first_documents(
     format = None if source["kind"] == "file" else logs_format(file)
     for row in first_rows(str(file), Path.cwd(), format, rows):
         with suppress(DataError):
-            yield document_from_row(row, "text", str(file))
-
-
-def _question(document: AnyDocument | None) -> str | None:
-    turns = document.messages if isinstance(document, Conversation) else ()
-    asked = next((turn.get("content") for turn in turns if turn.get("role") == "user"), None)
-    if not isinstance(asked, str) or not 0 < len(asked.strip()) <= _QUESTION_CHARACTERS:
-        return None
-    return asked.strip()
+            document = document_from_row(row, "text", str(file))
+            if isinstance(document, Conversation):
+                yield document
