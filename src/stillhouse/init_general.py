@@ -69,11 +69,8 @@ def general_chats(own: Sequence[float], used: float) -> GeneralChats:
     training and held-out tokens together.
     """
     beside, total = chats_beside(sum(own)), sum(own) or 1.0
-    if total + beside <= used:
-        return GeneralChats(_prompts(beside), [None] * len(own))
-    beside = int(min(beside, SHARE * used))
-    return GeneralChats(_prompts(beside), [max(1, round((used - beside) * n / total)) for n in own])
-
-
-def _prompts(tokens: int) -> int:
-    return max(1, round(tokens / CHAT_TOKENS))
+    kept: list[int | None] = [None] * len(own)
+    if total + beside > used:
+        beside = int(min(beside, SHARE * used))
+        kept = [max(1, round((used - beside) * n / total)) for n in own]
+    return GeneralChats(max(1, round(beside / CHAT_TOKENS)), kept)

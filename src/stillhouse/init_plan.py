@@ -186,19 +186,15 @@ def pruned_sizes(config: Any, share: float) -> PrunedSizes:
     if axes.experts:
         kept = max(1, round(depth * share))
         return PrunedSizes(Kept(kept, depth), None, size.active * kept / depth)
-    neuron = (size.layer - _with_width(config, width // 2).layer) / (width - width // 2)
+    narrow = copy.deepcopy(config)
+    narrow.intermediate_size = width // 2
+    neuron = (size.layer - config_size(narrow).layer) / (width - width // 2)
     step = 32 if width >= 512 else 8  # GGUF's quantized formats need multiples of 32
     wanted = max(width - (1 - share) * size.layer / neuron, width * NARROWEST)
     ffn = Kept(max(step, round(wanted / step) * step), width)
     layer = size.layer - (width - ffn.kept) * neuron
     layers = Kept(min(depth, max(1, round(depth * share * size.layer / layer))), depth)
     return PrunedSizes(layers, ffn, size.active - depth * size.layer + layers.kept * layer)
-
-
-def _with_width(config: Any, width: int) -> ModelSize:
-    narrow = copy.deepcopy(config)
-    narrow.intermediate_size = width
-    return config_size(narrow)
 
 
 def unlimited(tokens: float) -> Amounts:

@@ -18,7 +18,6 @@ from stillhouse.errors import RecipeError
 from stillhouse.family.members import first_member, planned_models
 from stillhouse.language_model.data_stage import expected_tokens
 from stillhouse.language_model.job import find_configurations
-from stillhouse.language_model.recipe import Recipe
 from stillhouse.language_model.run_models import RunModels
 from stillhouse.language_model.run_plan import plan_stages
 from stillhouse.number_format import DASH, count, seconds, size
@@ -109,19 +108,11 @@ def plan_recipe(path: str | Path, machine: Machine, overrides: Sequence[str] = (
     """Plan a language model's or a family's recipe.
 
     Only reads the models' config.json, which is downloaded for a Hub id. Raises StillhouseError if
-    the recipe has a task, a model has no configuration or an unknown architecture, the length of
-    the training text is unknown, or there are more processes than windows.
+    the recipe has a task, a model has no configuration or an unknown architecture, neither the
+    recipe nor the size of its text determines the number of training tokens, or there are more
+    processes than windows.
     """
     recipe, base = load_language_model_recipe(path, overrides), Path(path).parent
-    tokens = _training_tokens(recipe, base)
-    planned = planned_models(recipe, find_configurations(first_member(recipe), base))
-    stages = [stage for models in planned for stage in plan_stages(models, machine, tokens)]
-    return RunPlan(machine, tokens, _described(planned), tuple(stages))
-
-
-def _training_tokens(recipe: Recipe, base: Path) -> int:
-    """Estimate the number of training tokens. Raises RecipeError if neither the recipe nor the size
-    of its text determines it."""
     tokens = expected_tokens(recipe.data, base)
     if tokens is None:
         raise RecipeError(
@@ -130,7 +121,9 @@ def _training_tokens(recipe: Recipe, base: Path) -> int:
             where="data.train_tokens",
             fix="set data.train_tokens, in the recipe or with --set data.train_tokens=1000000000",
         )
-    return tokens
+    planned = planned_models(recipe, find_configurations(first_member(recipe), base))
+    stages = [stage for models in planned for stage in plan_stages(models, machine, tokens)]
+    return RunPlan(machine, tokens, _described(planned), tuple(stages))
 
 
 def described_machine(
