@@ -4,7 +4,7 @@ unchanged."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from stillhouse.checksums import SUMS, damaged_files, wrong_in_export
@@ -28,7 +28,7 @@ class Verified:
 
     path: Path
     kind: str
-    problems: list[str] = field(default_factory=list)
+    problems: list[str]
 
 
 def verify_folder(path: Path) -> Iterator[Verified]:
