@@ -47,10 +47,10 @@ def examination() -> Table:
     for name in REQUIRED:
         table.add_row(name, metadata.version(name))
     facts = machine()
-    table.add_row("python", str(facts["python"]))
+    table.add_row("python", facts["python"])
     table.add_row("cpu", f"{facts['cpu']}, {facts['physical_cores']} cores")
-    table.add_row("cpu abilities", ", ".join(facts["cpu_abilities"]) or "none")  # type: ignore[arg-type]
-    table.add_row("gpus", ", ".join(facts["gpus"]) or "none")  # type: ignore[arg-type]
+    table.add_row("cpu abilities", ", ".join(facts["cpu_abilities"]) or "none")
+    table.add_row("gpus", ", ".join(facts["gpus"]) or "none")
     device = default_device()
     precision = choose_precision("auto", device)
     table.add_row("precision", precision.reason)
@@ -58,7 +58,7 @@ def examination() -> Table:
         rate = matmul_rate(dtype, device) / 1e9
         name = str(dtype).removeprefix("torch.")
         table.add_row(f"{name} matmul", f"{rate:,.0f} GFLOP/s on {device}")
-    table.add_row("memory", f"{int(facts['memory_bytes']) / 1e9:.1f} GB")  # type: ignore[call-overload]
+    table.add_row("memory", f"{facts['memory_bytes'] / 1e9:.1f} GB")
     table.add_row("disk here", f"{shutil.disk_usage(Path.cwd()).free / 1e9:.1f} GB free")
     table.add_row("cache", Text(str(cache_folder(None))))
     table.add_row("Hub", "offline (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") else "on")

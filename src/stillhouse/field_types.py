@@ -13,7 +13,6 @@ from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field
-from pydantic.fields import FieldInfo
 
 MOST_TOKENS = 2**53
 """Every integer up to this one is exact in float64, which JSON and the estimates use."""
@@ -27,9 +26,8 @@ def _above_zero(high: float) -> Any:
     return Field(gt=0, le=high, allow_inf_nan=False)
 
 
-def _int(low: int, high: int) -> FieldInfo:
-    info: FieldInfo = Field(ge=low, le=high)
-    return info
+def _int(low: int, high: int) -> Any:
+    return Field(ge=low, le=high)
 
 
 def _at_least(least: float, *, or_zero: bool = False) -> AfterValidator:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -294,7 +294,7 @@ def assumed_watts() -> float:
     return WATTS_A_CORE * (psutil.cpu_count(logical=False) or 1)
 
 
-def machine() -> dict[str, object]:
+def machine() -> dict[str, Any]:
     """Describe this machine for manifests and benchmark results, as JSON values; memory in
     bytes."""
     cpu = _cpu_info()

@@ -80,9 +80,7 @@ class Processes:
         terms: the terms of this process's part, in order, computed lazily; their tensors are
         overwritten. empty: as in `from_owner`, for one term.
         """
-        size = 1
-        while size < items:
-            size *= 2
+        size = 1 << (items - 1).bit_length()  # the next power of two
         total = self._node(0, size, iter(terms), items, empty)
         return self.from_owner(self.owner(0, items), lambda: total or [], empty)
 
