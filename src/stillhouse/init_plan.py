@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse import account
-from stillhouse.data.sources import CHARACTERS_PER_TOKEN
 from stillhouse.errors import ModelError
 from stillhouse.init_answers import SIZES, InitAnswers
 from stillhouse.init_general import (
@@ -18,7 +17,7 @@ from stillhouse.init_general import (
     chats_beside,
     general_chats,
 )
-from stillhouse.init_sources import CORPUS, has_chats, source_sizes
+from stillhouse.init_sources import has_chats, source_tokens
 from stillhouse.language_model.calibration_check import ROWS_PER_NEURON
 from stillhouse.language_model.expected_time import PRUNING_PASSES
 from stillhouse.number_format import seconds
@@ -55,8 +54,6 @@ _CLASSIFIER_LAYERS = {"small": 4, "medium": 6, "large": 10}
 _MOST_HELDOUT, _HELDOUT_SHARE, _HELDOUT_STEP = 8192, 0.1, 256
 """The maximum number of held-out tokens, their share of the text, and what they are a multiple
 of."""
-_CORPUS_TOKENS = 110_000
-"""The size of the bundled text."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,7 @@ def planned(answers: InitAnswers) -> dict[str, Any]:
 def _distilled(answers: InitAnswers, start: str | None) -> dict[str, Any]:
     """Plan a distillation. start: the model that the student starts from; None if the student is
     cut from the teacher."""
-    sizes = _source_tokens(answers)
+    sizes = source_tokens(answers.sources)
     own = sum(sizes)
     found: dict[str, Any] = {"general": None, "own": [None] * len(sizes)}
     found["learning_rate"] = LEARNING_RATES.get(answers.size, NEAR_RATE)
@@ -157,13 +154,6 @@ def _distilled(answers: InitAnswers, start: str | None) -> dict[str, Any]:
 def _heldout(tokens: float) -> int:
     steps = max(1, int(_HELDOUT_SHARE * tokens / _HELDOUT_STEP))
     return min(_MOST_HELDOUT, steps * _HELDOUT_STEP)
-
-
-def _source_tokens(answers: InitAnswers) -> list[float]:
-    """Estimate the number of tokens in each source of the training text."""
-    if answers.data == CORPUS:
-        return [_CORPUS_TOKENS]
-    return [size / CHARACTERS_PER_TOKEN for size in source_sizes(answers.sources)]
 
 
 # --- sizes and amounts --------------------------------------------------------------------------

@@ -24,12 +24,15 @@ from stillhouse.data.documents import Conversation
 from stillhouse.data.file_search import find_files, other_texts, unread_files, unread_summary
 from stillhouse.data.row_formats import document_from_row
 from stillhouse.data.row_reader import text_lines
+from stillhouse.data.sources import CHARACTERS_PER_TOKEN
 from stillhouse.errors import DataError
 from stillhouse.progress import note
 from stillhouse.synthesis.chat_logs import logs_format
 from stillhouse.tasks.labeled_texts import first_rows
 
 CORPUS = "python-reference"
+_CORPUS_TOKENS = 110_000
+"""The size of the bundled text."""
 _MANY_FILES = 10
 """With at least so many text files, each file is one document."""
 _LABEL_KEYS = ("label", "category", "class", "topic", "intent", "answer")
@@ -73,12 +76,15 @@ def training_sources(data: str, logs: bool) -> list[dict[str, str]]:
     return first + [_source(pattern, logs) for pattern in patterns]
 
 
-def source_sizes(sources: Sequence[Mapping[str, str]]) -> list[int]:
-    """Estimate the characters in each source; a file that several sources contain counts once."""
-    sizes, known = [], set[Path]()
+def source_tokens(sources: Sequence[Mapping[str, str]]) -> list[float]:
+    """Estimate the tokens in each source; a file that several sources contain counts once."""
+    sizes, known = list[float](), set[Path]()
     for source in sources:
+        if source["kind"] == "corpus":
+            sizes.append(_CORPUS_TOKENS)
+            continue
         files = set(find_files(source["path"], Path.cwd())) - known
-        sizes.append(sum(map(text_size, files)))
+        sizes.append(sum(map(text_size, files)) / CHARACTERS_PER_TOKEN)
         known |= files
     return sizes
 
