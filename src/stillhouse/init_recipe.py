@@ -125,7 +125,7 @@ def _rendered(answers: InitAnswers, files: Mapping[str, tuple[Path, str]]) -> st
     template = answers.job if answers.job in ("distill", "classify") else "answering"
     return environment.get_template(f"{template}.yaml.j2").render(
         answers=answers,
-        key_env=_KEYS.get(urlsplit(answers.teacher).hostname or ""),
+        key_env=_KEYS.get(urlsplit(answers.teacher).hostname or "") if answers.is_api else None,
         texts_path=files["texts"][0] if "texts" in files else answers.data,
         schema_path=files["schema"][0] if "schema" in files else None,
         prompt=_prompt(answers),

@@ -80,7 +80,7 @@ def watched_processes() -> Iterator[None]:
         _finished.add(0)
     threading.Thread(target=_watch, args=(links,), daemon=True).start()
     own = process_index()
-    index, how = own, DONE
+    index, how = own, DONE  # its last message names the process that made it end
     try:
         yield
     except LostProcessError:
