@@ -22,10 +22,6 @@ from stillhouse.init_answers import JOBS, SIZES, InitAnswers
 from stillhouse.init_plan import planned
 from stillhouse.init_sources import CORPUS, first_questions
 
-_PROMPTS = (
-    "What is the capital of France?",
-    "Explain in two sentences why the sky is blue.",
-)
 _QUESTIONS = 2
 """How many questions from the user's own chats are answered in the report."""
 _KEYS = {
@@ -128,8 +124,7 @@ def _rendered(answers: InitAnswers, files: Mapping[str, tuple[Path, str]]) -> st
         key_env=_KEYS.get(urlsplit(answers.teacher).hostname or "") if answers.is_api else None,
         texts_path=files["texts"][0] if "texts" in files else answers.data,
         schema_path=files["schema"][0] if "schema" in files else None,
-        prompt=_prompt(answers),
-        prompts=[*_PROMPTS, *first_questions(answers.sources, _QUESTIONS)],
+        questions=first_questions(answers.sources, _QUESTIONS),
         **planned(answers),
     )
 
@@ -139,15 +134,6 @@ def _json(value: Any) -> str:
     as line breaks."""
     text = json.dumps(value, ensure_ascii=False)
     return re.sub("[\x7f-\x9f\u2028\u2029\ufffe\uffff]", lambda c: f"\\u{ord(c[0]):04x}", text)
-
-
-def _prompt(answers: InitAnswers) -> str:
-    if answers.logs is not None:
-        return "{text}"
-    return {
-        "classify": "Message: {text}\n\nWhat is the topic of this message?",
-        "extract": f"Text: {{text}}\n\nExtract {', '.join(answers.fields)} as JSON.",
-    }.get(answers.job, "{text}")
 
 
 def _schema(answers: InitAnswers) -> dict[str, Any]:
