@@ -33,26 +33,22 @@ def scratch_in(root: Path) -> Iterator[None]:
     """
     global _place, _root
     before = (_place, _root)
-    _place, _root = _of(root), root
+    own = f"-{process_index()}" if process_index() else ""
+    chosen = os.environ.get("TMPDIR")
+    _place, _root = root / f".scratch{own}", root
+    if chosen:
+        name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
+        _place = Path(chosen) / f"stillhouse-{name}{own}"
     left = _place.parent.glob(f"{_place.name}-*") if leads() else ()
     for folder in (_place, *left):
         shutil.rmtree(folder, ignore_errors=True)
     try:
-        if os.environ.get("TMPDIR"):
+        if chosen:
             scratch_place()  # fail before the first stage, not after training
         yield
     finally:
         shutil.rmtree(_place, ignore_errors=True)
         _place, _root = before
-
-
-def _of(root: Path) -> Path:
-    chosen = os.environ.get("TMPDIR")
-    own = f"-{process_index()}" if process_index() else ""
-    if not chosen:
-        return root / f".scratch{own}"
-    name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
-    return Path(chosen) / f"stillhouse-{name}{own}"
 
 
 def scratch_place() -> Path:
