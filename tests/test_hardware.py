@@ -112,9 +112,9 @@ def test_native_bfloat16_support_is_queried_from_the_gpu(
 
 def page_faults(mode: str) -> int:
     if mode != "plain":
-        assert hardware.tune_allocator() is None
+        hardware.tune_allocator()
     if mode == "handed back":
-        assert hardware.hand_back_freed_memory() is None
+        hardware.hand_back_freed_memory()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
         torch.ones(16 << 20)  # 64 MiB, freed at once
@@ -230,9 +230,9 @@ def test_one_process_that_works_for_all_uses_every_core(
 
 def test_the_allocator_is_unchanged_without_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
-    reason = hardware.tune_allocator()
-    assert reason is not None
-    assert "glibc" in reason
+    monkeypatch.setattr(ctypes, "CDLL", None)  # calling it would be an error
+    hardware.tune_allocator()
+    hardware.hand_back_freed_memory()
 
 
 def test_matmul_rate_is_the_speed_of_a_real_product(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,15 +136,13 @@ def choose_precision(requested: Requested, device: torch.device | str | None = N
     return Precision(torch.float32, f"float32: {why}")
 
 
-def tune_allocator() -> str | None:
+def tune_allocator() -> None:
     """Let glibc keep freed memory instead of returning it to the kernel after each tensor.
 
     A training step allocates and frees the same large blocks again and again; by default, each is a
     new mapping whose pages the kernel must zero. Call this before the first large allocation.
-
-    Returns None on success; otherwise, the reason the allocator was not changed.
     """
-    return _set_malloc(mapped_from=1 << 30, trimmed_from=2**31 - 1)
+    _set_malloc(mapped_from=1 << 30, trimmed_from=2**31 - 1)
 
 
 def free_memory() -> None:
@@ -163,18 +161,15 @@ def return_gaps() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def hand_back_freed_memory() -> str | None:
+def hand_back_freed_memory() -> None:
     """Undo `tune_allocator`, for work that should use little memory.
 
     From then on, blocks of 1 MiB or more are separate mappings. On the heap, a block in use would
     retain everything freed below it, which can add up to more than all memory in use. Free memory
     between smaller blocks is returned once per call.
-
-    Returns the same as `tune_allocator`.
     """
-    problem = _set_malloc(mapped_from=1 << 20, trimmed_from=1 << 20)
+    _set_malloc(mapped_from=1 << 20, trimmed_from=1 << 20)
     return_gaps()
-    return problem
 
 
 class HeapLimit:
@@ -210,18 +205,17 @@ def _has_glibc() -> bool:
     return sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
 
 
-def _set_malloc(*, mapped_from: int, trimmed_from: int) -> str | None:
+def _set_malloc(*, mapped_from: int, trimmed_from: int) -> None:
     """Set glibc's thresholds for allocating a mapping and for returning free memory."""
     if not _has_glibc():
-        return f"the allocator was not changed: this {platform.system()} system has no glibc"
+        return
     libc = ctypes.CDLL(None)
     libc.mallopt.argtypes, libc.mallopt.restype = [ctypes.c_int, ctypes.c_int], ctypes.c_int
     libc.mallopt(_M_MMAP_MAX, _MAPPINGS)
     # Some versions of glibc cap the threshold; allowing no mappings has the same effect.
-    threshold = libc.mallopt(_M_MMAP_THRESHOLD, mapped_from) or libc.mallopt(_M_MMAP_MAX, 0)
-    if not (threshold and libc.mallopt(_M_TRIM_THRESHOLD, trimmed_from)):
-        return "the allocator was not changed: mallopt failed"
-    return None
+    if not libc.mallopt(_M_MMAP_THRESHOLD, mapped_from):
+        libc.mallopt(_M_MMAP_MAX, 0)
+    libc.mallopt(_M_TRIM_THRESHOLD, trimmed_from)
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
